@@ -30,7 +30,7 @@ from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.recovery.adaptation import attach
 from cfsp.recovery.data import WindowData, read_text
 from cfsp.recovery.loss import loss_inside
-from cfsp.recovery.schedule import StepSchedule
+from cfsp.recovery.schedule import Schedule
 from cfsp.recovery.settings import Adaptation, Limit, Training
 from cfsp.recovery.targets import targets_of
 from cfsp.recovery.training import load_to_train, train, training_arguments
@@ -83,8 +83,8 @@ def measure(kind: str, args: argparse.Namespace, directory: Path) -> dict[str, f
         model = load_to_train(source, device, "auto")
         adaptation = Adaptation(rank=args.rank)
         targets = targets_of(source, adaptation)
-        adapted = attach(model, source.architecture, targets, adaptation.scale)
-        schedule = StepSchedule(args.steps + 1, 1, time.monotonic())
+        adapted = attach(model, source.architecture, targets)
+        schedule = Schedule(args.steps + 1, 1, time.monotonic())
         with loss_inside(model) as loss:
             train(
                 adapted,

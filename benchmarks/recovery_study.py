@@ -66,7 +66,7 @@ class Result:
 def trainable_parameters(source: Checkpoint, adaptation: Adaptation) -> int:
     """Return how many parameters an adaptation trains."""
     model = load_to_train(source, torch.device("cpu"), "auto")
-    adapted = attach(model, source.architecture, targets_of(source, adaptation), adaptation.scale)
+    adapted = attach(model, source.architecture, targets_of(source, adaptation))
     return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 

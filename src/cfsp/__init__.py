@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cfsp.errors import CfspError as CfspError
     from cfsp.exports.registry import export as export
     from cfsp.planning.plan_file import PruningPlan as PruningPlan
-    from cfsp.recovery.api import recover as recover
+    from cfsp.recovery.recover import recover as recover
     from cfsp.result.prune_report import PruneReport as PruneReport
     from cfsp.settings import MaxLossIncrease as MaxLossIncrease
     from cfsp.settings import TargetKVCache as TargetKVCache
@@ -54,7 +54,7 @@ _HOME = {
     "load": "cfsp.checkpoint.loading",
     "plan": "cfsp.api",
     "prune": "cfsp.api",
-    "recover": "cfsp.recovery.api",
+    "recover": "cfsp.recovery.recover",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -30,6 +30,7 @@ from cfsp.settings import (
     DEFAULT_PARTS,
     DEFAULT_SEQLEN,
     DEFAULT_TEXT,
+    GOALS,
     OF_PRUNE,
     Bos,
     Budget,
@@ -39,6 +40,7 @@ from cfsp.settings import (
     Data,
     EvaluationText,
     Goal,
+    MaxLossIncrease,
     PruneSettings,
     Repair,
     asked,
@@ -80,7 +82,7 @@ def prune(
     samples: int | None = None,
     seqlen: int = DEFAULT_SEQLEN,
     eval: Data = (),
-    effort: str = "standard",
+    effort: str | None = None,
     repair: Repair | None = None,
     device: str = "auto",
     **advanced: Any,
@@ -104,9 +106,9 @@ def prune(
         samples: windows in all; None for 128 or what there is.
         seqlen: tokens in a window.
         eval: texts to measure perplexity on, before and after; of a path only.
-        effort: `fast` repairs nothing, `standard` by least squares, `best` also trains: a path
-            that fits into memory whole, as `recover` does (the model before that stays in
-            `OUT-pruned`), others a few blocks at a time.
+        effort: `fast` repairs nothing, `standard`, which None is, by least squares, `best` also
+            trains: a path that fits into memory whole, as `recover` does (the model before that
+            stays in `OUT-pruned`), others a few blocks at a time.
         repair: the repair by its name instead: `none`, `ridge` or `local`.
         device: where to compute; `auto` is an accelerator if there is one.
         **advanced: what `cfsp prune --help-all` lists, by the same names.
@@ -137,7 +139,7 @@ def prune(
     }
     given = advanced | {name: value for name, value in named.items() if value is not None}
     settings = prune_settings(given, goal)
-    trains = repair is None and effort == BEST_EFFORT
+    trains = effort == BEST_EFFORT
     if isinstance(model, str | Path):
         if out is None:
             raise UsageError("pruning a path needs out=, the new directory")
@@ -216,12 +218,19 @@ def plan(
     *,
     sparsity: float | None = None,
     parts: str | Sequence[str] = DEFAULT_PARTS,
+    goal: Goal | None = None,
     **advanced: Any,
 ) -> PruningPlan:
-    """Decide from statistics which channels stay; arguments are those of `prune`."""
-    check_names(plan, advanced, Budget, Criterion)
+    """Decide from statistics which channels stay.
+
+    Arguments are those of `prune` that read no text: goals but for a bound on the loss.
+    """
+    if isinstance(goal, MaxLossIncrease):
+        raise UsageError("a bound on the loss needs a text; give the goal to cfsp.prune")
+    known = (each for each in GOALS if each is not MaxLossIncrease)
+    check_names(plan, advanced, Budget, *known, Criterion, Compute)
     given = advanced | {"parts": parts} | ({} if sparsity is None else {"sparsity": sparsity})
-    settings = prune_settings(given)
+    settings = prune_settings(given, goal)
     with _opened(model, settings.budget) as source:
         return plan_from(source, statistics, settings)[0]
 

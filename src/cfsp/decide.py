@@ -51,10 +51,7 @@ def decide(
 ) -> tuple[PruningResult, dict[str, Any]]:
     """Decide which blocks and channels stay, and repair what is left as the settings ask for.
 
-    Args:
-        job: what is pruned, and how.
-        statistics: of an earlier calibration of this model.
-        plan: an earlier decision for this model.
+    Statistics, or a plan, are of an earlier run on this model.
 
     Returns:
         All that the cut needs, and what the goal came to, as JSON types; empty without one.
@@ -150,14 +147,7 @@ def _windows_to_pass(job: Job) -> Windows:
 
 
 def _calibrated(job: Job, constraint: Constraint, seen: Windows, name: str) -> Statistics:
-    """Let windows pass the blocks, and measure what else candidates are made from.
-
-    Args:
-        job: what is pruned.
-        constraint: says how much may go whole.
-        seen: the windows that pass.
-        name: of the pass.
-    """
+    """Let windows pass the blocks, and measure what else candidates are made from."""
     with job.place.watch.stage(name):
         statistics = calibrate_together(
             job.source,

@@ -21,23 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """What is pruned, how, on which text, and where.
-
-    Attributes:
-        source: the model.
-        settings: how to prune.
-        tokenizer: gives the model's own; called only if there is text to read.
-        draw: gives the calibration windows; called only if they are needed, and cheap again.
-        runtime: where and in what to compute.
-        place: where to work; it outlives results, which have their repaired tensors there.
-    """
+    """What is pruned, how, on which text, and where."""
 
     source: WeightSource
     settings: PruneSettings
-    tokenizer: Callable[[], PreTrainedTokenizerBase]
-    draw: Callable[[], Windows]
+    tokenizer: Callable[[], PreTrainedTokenizerBase]  # called only if there is text to read
+    draw: Callable[[], Windows]  # called only if windows are needed, and cheap again
     runtime: Runtime
-    place: WorkDir
+    place: WorkDir  # it outlives results, which have their repaired tensors there
 
     @property
     def budget(self) -> Budget:

@@ -30,7 +30,7 @@ from cfsp.text.drawing import draw_text
 from cfsp.text.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
-    from cfsp.recovery.recover_report import RecoverReport
+    from cfsp.recovery.recover import RecoverReport
 
 log = logging.getLogger(__name__)
 
@@ -123,11 +123,7 @@ def _asked(
 ) -> str:
     """Return the digest of what a run was asked for and of every text that pruning reads.
 
-    Args:
-        source: the model.
-        settings: how to prune.
-        pruning: the identity of that.
-        drawn: the digest of the calibration windows; None to draw them.
+    `drawn` is the digest of the calibration windows; None to draw them.
     """
     tokenizer = load_tokenizer(source.directory)
     windows = [*evaluation_windows(settings.evaluation, source).values()]

@@ -21,10 +21,15 @@ from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import UsageError
-from cfsp.recovery.adaptation import attach, merge, trainable_in_blocks, trained_parameters
-from cfsp.recovery.expert_adapters import why_experts_stay
-from cfsp.recovery.recover import recover_checkpoint
-from cfsp.recovery.recover_report import RecoverReport
+from cfsp.recovery.adaptation import (
+    SCALE,
+    attach,
+    merge,
+    trainable_in_blocks,
+    trained_parameters,
+    why_experts_stay,
+)
+from cfsp.recovery.recover import RecoverReport, recover_checkpoint
 from cfsp.recovery.settings import Adaptation, Limit, RecoverSettings, Training
 from cfsp.recovery.targets import multiplies_by_its_matrix, targets_of
 from cfsp.recovery.writing import copy_everything_else, write_recovered_weights
@@ -91,7 +96,7 @@ def test_merged_experts_are_the_experts_plus_their_adapters(
         for block, rank in zip(targets_of(source, Adaptation()), ranks, strict=True)
     ]
     names = trained_parameters(model, targets)
-    adapted = attach(model, source.architecture, targets, scale=3.0)
+    adapted = attach(model, source.architecture, targets)
     blocks = trainable_in_blocks(model, source.architecture, targets)
     assert [block["rank"] for block in blocks] == ranks
     assert all(block["parameters"] for block in blocks)
@@ -103,7 +108,7 @@ def test_merged_experts_are_the_experts_plus_their_adapters(
     adapters = copy.deepcopy(adapted)
     unit = next(unit for unit in source.units if unit.routed)
     parameter = source.architecture.block_prefix(unit.block) + unit.down
-    delta = adapter_of(adapters, parameter, rank=ranks[unit.block], scale=3.0)
+    delta = adapter_of(adapters, parameter, rank=ranks[unit.block])
     with torch.no_grad():
         expected = adapters(input_ids=TOKENS_BT).logits
 
@@ -124,8 +129,8 @@ def test_merged_experts_are_the_experts_plus_their_adapters(
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def adapter_of(adapted: nn.Module, parameter: str, rank: int, scale: float) -> Tensor:
-    """Return scale times B A of every expert, from the adapter's own numbers."""
+def adapter_of(adapted: nn.Module, parameter: str, rank: int) -> Tensor:
+    """Return the scale times B A of every expert, from the adapter's own numbers."""
     owner, _, leaf = parameter.rpartition(".")
     wrapper: Any = adapted.get_submodule(f"base_model.model.{owner}")
     while wrapper.parameter_name != leaf:
@@ -137,7 +142,7 @@ def adapter_of(adapted: nn.Module, parameter: str, rank: int, scale: float) -> T
     for expert in range(shape[0]):
         a = a_RI[rank * expert : rank * (expert + 1)]
         b = b_OR.view(b_OR.shape[0], rank, shape[0])[:, :, expert]
-        product = scale * b @ a
+        product = SCALE * b @ a
         delta[expert] = product if product.shape == shape[1:] and is_outer(wrapper) else product.T
     return delta
 

@@ -24,12 +24,10 @@ from cfsp.cli import main
 from cfsp.errors import CfspError, RecoveryError, ResumeError, UsageError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.perplexity import perplexity
-from cfsp.recovery import api
 from cfsp.recovery.data import RecoveryText, WindowData, read_text
 from cfsp.recovery.loss import IGNORED, loss_inside, multiplies_only
-from cfsp.recovery.recover import recover_checkpoint
-from cfsp.recovery.recover_report import RecoverReport
-from cfsp.recovery.schedule import StepSchedule, TimeSchedule
+from cfsp.recovery.recover import RecoverReport, recover_checkpoint
+from cfsp.recovery.schedule import Schedule, TimeSchedule
 from cfsp.recovery.settings import (
     METHODS,
     Adaptation,
@@ -165,7 +163,7 @@ def test_ranks_follow_the_plan_and_the_adapter_attaches_in_a_fresh_process(
     report = recover(pruned, out, text_file, adaptation=by_importance, keep_adapter=True)
     plan = PruningPlan.load(pruned / PLAN_FILE)
     weights = [unit.importance for unit in plan.units]
-    ranks = allocate_ranks(weights, 5, "importance")
+    ranks = allocate_ranks(weights, 5)
     assert [block["rank"] for block in report.blocks] == ranks
     program = f"""
 import json, sys, torch
@@ -268,12 +266,12 @@ def test_only_models_whose_logits_are_a_product_are_sliced(tiny_checkpoint):
 
 def test_a_teacher_is_learnt_from(pruned, text_file, tiny_checkpoint, tmp_path, plain):
     out, dense = tmp_path / "taught", str(tiny_checkpoint("llama"))
-    how = Distillation(0.7, 2.0)
+    how = Distillation(0.3)
     taught = recover(pruned, out, text_file, teacher=dense, distillation=how)
     assert taught.history[-1]["perplexity"] < taught.history[0]["perplexity"]
     assert taught.history[-1]["loss"] != plain.report.history[-1]["loss"]
     facts = read_manifest(out)["recovery"]["teacher"]
-    assert facts == {"name": dense, "weight": 0.7, "temperature": 2.0}
+    assert facts == {"name": dense, "weight": 0.3}
 
 
 def teacher_of(given: str | None, source: Path, tokenizer: Any) -> str | None:
@@ -344,7 +342,7 @@ def test_held_out_loss_is_the_mean_over_labels(tmp_path, batch_windows):
     text = RecoveryText(WindowData(token_NT, token_NT), held_out, {}, bos=False)
     how = training(1, batch_windows=batch_windows, learning_rate=1e-3)
     with loss_inside(model) as loss:
-        schedule = StepSchedule(1, 2, time.monotonic())
+        schedule = Schedule(1, 2, time.monotonic())
         found = train(model, text, how, schedule=schedule, loss=loss, directory=tmp_path)
     assert found.history[0]["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
 
@@ -353,9 +351,7 @@ def test_the_best_weights_are_kept(pruned, text_file, tokenizer, tmp_path, monke
     from cfsp.recovery import trainer as module
 
     # From half way on, training goes uphill.
-    monkeypatch.setattr(
-        module, "rate_factor", lambda fraction, warm_up: 1.0 if fraction < 0.5 else -1.0
-    )
+    monkeypatch.setattr(module, "rate_factor", lambda fraction: 1.0 if fraction < 0.5 else -1.0)
     report = recover(
         pruned,
         tmp_path / "out",
@@ -476,7 +472,7 @@ def test_a_loss_that_is_nan_stops_and_a_lower_rate_begins_anew(
 
 def test_training_that_does_harm_writes_nothing(pruned, text_file, tmp_path, monkeypatch):
     # Training goes uphill.
-    monkeypatch.setattr("cfsp.recovery.trainer.rate_factor", lambda fraction, warm_up: -1.0)
+    monkeypatch.setattr("cfsp.recovery.trainer.rate_factor", lambda fraction: -1.0)
     how = training(4, learning_rate=1e-2)
     lower = (
         r"did not make the held-out perplexity lower \([\d.]+ before, [\d.]+ at best in 4 steps\), "
@@ -536,13 +532,13 @@ def test_bad_input_is_told_before_any_work(
     monkeypatch.setattr("cfsp.recovery.recover.load_to_train", must_not_load)
     monkeypatch.setattr("cfsp.recovery.recover.measure", must_not_load)
     if "no_such" in message:  # not even the model is opened, which may be a download
-        monkeypatch.setattr("cfsp.recovery.api.open_checkpoint", must_not_load)
+        monkeypatch.setattr("cfsp.recovery.recover.open_checkpoint", must_not_load)
     given: dict[str, Any] = {"data": ["{text}"], "seqlen": 32, "teacher": "none", **options}
     for key in ("data", "eval"):
         given[key] = [name.replace("{text}", str(text_file)) for name in given.get(key, ())]
     given["teacher"] = given["teacher"].replace("{other}", str(tiny_checkpoint("qwen2")))
     with pytest.raises(CfspError, match=message):
-        api.recover(pruned, out=tmp_path / "out", steps=1, **given)
+        cfsp.recover(pruned, out=tmp_path / "out", steps=1, **given)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -569,7 +565,8 @@ def test_bad_input_leaves_nothing_and_exits_with_2(pruned, text_file, tmp_path, 
 def test_what_is_typed_reaches_recovery(pruned, text_file, tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(
-        api, "recover_checkpoint", lambda source, out, settings, **_: seen.update(vars(settings))
+        "cfsp.recovery.recover.recover_checkpoint",
+        lambda source, out, settings, **_: seen.update(vars(settings)),
     )
     argv = ["recover", str(pruned), "--out", str(tmp_path / "o"), "--data", str(text_file)]
     argv += ["--steps", "3", "--rank", "4", "--gradient-checkpointing", "--set", "accumulate=2"]

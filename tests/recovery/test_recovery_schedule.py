@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cfsp.errors import UsageError
 from cfsp.recovery.evaluation import Baseline, Perplexities, measure_before
-from cfsp.recovery.schedule import StepSchedule, TimeSchedule, rate_factor
+from cfsp.recovery.schedule import Schedule, TimeSchedule, rate_factor
 from cfsp.recovery.settings import Limit
 
 CPU = torch.device("cpu")
@@ -29,12 +29,12 @@ class Clock:
 
 
 def test_the_rate_rises_then_falls_to_zero():
-    rates = [rate_factor(f / 100, 0.1) for f in range(101)]
+    rates = [rate_factor(f / 200) for f in range(201)]
     assert rates[10] == pytest.approx(1.0)
     assert rates[:11] == sorted(rates[:11])
     assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[100] == pytest.approx(0.0)
-    assert rates[55] == pytest.approx(0.5)
+    assert rates[200] == pytest.approx(0.0)
+    assert rates[105] == pytest.approx(0.5)
     assert rates[0] > 0
 
 
@@ -55,7 +55,7 @@ def test_epochs_become_steps():
 
 def test_steps_do_not_depend_on_time():
     clock = Clock()
-    schedule = StepSchedule(40, 4, 0.0, clock)
+    schedule = Schedule(40, 4, 0.0, clock)
     clock.seconds = 1000.0
     schedule.step_done(10, CPU)
     assert schedule.fraction == 0.25
@@ -176,7 +176,7 @@ def test_what_fits_is_said_before_training_and_progress_is_that_of_time():
     schedule.step_done(1, CPU)  # twice as long as the evaluation let expect
     assert schedule.what_fits == "time for about 11 steps and 3 evaluations"
     assert schedule.progress == 0.15
-    assert StepSchedule(4, 1, 0.0, clock).what_fits == ""
+    assert Schedule(4, 1, 0.0, clock).what_fits == ""
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,3 +93,22 @@ def test_python_wants_a_sparsity_or_a_goal(model: Path, tmp_path: Path) -> None:
         cfsp.prune(model, out=tmp_path / "out")
     with pytest.raises(UsageError, match="--sparsity and --target-params"):
         cfsp.prune(model, out=tmp_path / "out", sparsity=0.5, goal=TargetParameters(0.5))
+
+
+def test_python_refuses_what_the_command_line_does(model: Path, tmp_path: Path) -> None:
+    def refused(message: str, **asked: Any) -> None:
+        with pytest.raises(UsageError, match=message):
+            cfsp.prune(model, out=tmp_path / "out", sparsity=0.5, **asked)
+
+    refused("--effort fast is --repair none; give one of the two", effort="fast", repair="ridge")
+    refused("--local-steps belongs to --repair local", repair="ridge", local_steps=2)
+    refused("--local-text belongs to --repair local", local_text=0.5)
+
+
+def test_a_plan_may_have_a_goal(model: Path, text_file: Path) -> None:
+    statistics = cfsp.calibrate(model, data=[text_file], samples=4, seqlen=32)
+    by_name = cfsp.plan(model, statistics, target_params=0.8, multiple=8)
+    assert by_name == cfsp.plan(model, statistics, goal=TargetParameters(0.8), multiple=8)
+    assert 0.2 < by_name.ffn_sparsity < 1
+    with pytest.raises(UsageError, match="unknown argument max_loss_increase"):
+        cfsp.plan(model, statistics, max_loss_increase=0.1)

@@ -137,10 +137,6 @@ def test_a_command_that_names_no_parts(
     assert abs(manifest["parameters_after"] / manifest["parameters_before"] - float(stays)) < 0.02
     assert "60.0% of the FFN channels: divergence" in (shown := capsys.readouterr().err)
     assert "1 block and" in shown
-    # The same as by name.
-    assert pruned("named", "--parts", "ffn,blocks")["files"] == manifest["files"]
-    capsys.readouterr()
-    assert pruned("ffn", "--parts", "ffn")["goal"]["chosen"]["parts"] == ["ffn"]
     # One pass, without trying anything; so it is said.
     assert pruned("fast", "--effort", "fast")["goal"]["chosen"]["parts"] == ["ffn"]
     found = capsys.readouterr()

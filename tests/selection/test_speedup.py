@@ -170,25 +170,21 @@ def test_a_speedup_that_attention_forbids(model: Path, statistics: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("parts", "ratio", "dropped"),
+    ("parts", "ratio", "dropped", "repair"),
     [
-        ("blocks", 1.3, {"blocks": 1}),
-        ("blocks", 1.9, {"blocks": 2}),
-        ("attention", 1.15, {"attentions": 2}),
-        ("attention,blocks", 1.2, None),
-        ("ffn,kv", 1.4, None),
-        ("ffn,blocks", 1.6, None),
-        ("ffn,attention", 1.4, None),
+        ("blocks", 1.9, {"blocks": 2}, "none"),
+        ("attention", 1.15, {"attentions": 2}, "none"),
+        ("attention,blocks", 1.2, None, "none"),
+        ("ffn,kv", 1.4, None, "none"),
+        ("ffn,blocks", 1.6, None, "ridge"),
+        ("ffn,attention", 1.4, None, "none"),
     ],
 )
-@pytest.mark.parametrize("repair", ["none", "ridge"])
 def test_a_speed_by_other_parts(
     model: Path, text_file: Path, tmp_path: Path, parts: str, ratio: float,
     dropped: dict[str, int] | None, repair: str, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    if repair == "ridge" and parts != "ffn,blocks":
-        pytest.skip("once is enough")
     source = open_checkpoint(model, None, tuple(parts.split(",")))  # type: ignore[arg-type]
     curves = {
         part: curve
@@ -278,10 +274,8 @@ def test_command_with_a_target_speedup(
     statistics: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    ffn_latencies: Latencies,
 ) -> None:
-    found = replace(LATENCIES, curves={"ffn": FFN})
-    monkeypatch.setattr(speedup, "measure_latencies", lambda *_: found)
     plan = tmp_path / "plan.json"
     command = [
         "plan", str(model), "--statistics", str(statistics), "--multiple", "8",
@@ -292,7 +286,8 @@ def test_command_with_a_target_speedup(
     assert "predicted speed-up" in out
     assert "at least 1.3 times faster in prefill" in out
     kept = cfsp.PruningPlan.load(plan).kept_widths
-    assert found.speedup(open_checkpoint(model).units, kept, NOTHING, BLOCKS) >= 1.3
+    units = open_checkpoint(model).units
+    assert ffn_latencies.speedup(units, kept, NOTHING, BLOCKS) >= 1.3
     capsys.readouterr()
     assert main([*command, "--out", str(tmp_path / "b.json"), "--json"]) == 0
     conditions = json.loads(capsys.readouterr().out)["goal"]["conditions"]

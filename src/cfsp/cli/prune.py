@@ -27,13 +27,12 @@ from cfsp.settings import (
     LocalTraining,
     PruneSettings,
     asked,
-    given_of,
     prune_settings,
 )
 
 if TYPE_CHECKING:
     from cfsp.pruning_cost import PruningCost
-    from cfsp.recovery.recover_report import RecoverReport
+    from cfsp.recovery.recover import RecoverReport
     from cfsp.result.prune_report import PruneReport
 
 log = logging.getLogger(__name__)
@@ -120,16 +119,9 @@ def _settings(args: argparse.Namespace) -> PruneSettings:
             "--max-loss-increase with --statistics needs a --held-out text: which windows were "
             "calibrated on before is not known"
         )
-    if args.effort and args.repair:
-        raise UsageError(
-            f"--effort {args.effort} is --repair {EFFORTS[args.effort]}; give one of the two"
-        )
     if args.dry_run and args.recover is not None:
         raise UsageError("--dry-run and --recover exclude each other: nothing is written to train")
     settings = prune_settings(given | ({"sparsity": 0.0, "parts": DEFAULT_PARTS} if plan else {}))
-    if settings.repair != "local":
-        local = given_of(LocalTraining, given).values()
-        _refuse(dict.fromkeys(local, True), "{} belongs to --repair local")
     if args.estimate:
         unknown = {
             "--dry-run": args.dry_run,

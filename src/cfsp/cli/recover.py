@@ -16,7 +16,7 @@ from cfsp.recovery.settings import Adaptation, Distillation, Limit, Training
 from cfsp.settings import Compute, EvaluationText, options_of
 
 if TYPE_CHECKING:
-    from cfsp.recovery.recover_report import RecoverReport
+    from cfsp.recovery.recover import RecoverReport
 
 
 def add_parser(subparsers: arguments.Subparsers) -> None:
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     started = time.monotonic()
     arguments.check_texts(args.data, args.eval)
 
-    from cfsp.recovery.api import recover
+    from cfsp.recovery.recover import recover
 
     # What else the parser knows is no argument of a recovery.
     own = ("argv", "command", "help_all", "json", "model", "parser", "run", "version")

@@ -20,7 +20,7 @@ from cfsp.checkpoint.text_config import longest_input_of, vocabulary_of
 from cfsp.errors import UsageError
 from cfsp.processes import Team
 from cfsp.quality.agreement import DenseEnd, agreement_of
-from cfsp.quality.perplexity import Perplexity, perplexity_of
+from cfsp.quality.perplexity import before_and_after, perplexity_of
 from cfsp.quality.results_file import measured_into
 from cfsp.quality.streaming import (
     WindowSums,
@@ -273,24 +273,16 @@ def evaluation_windows(texts: EvaluationText, source: Checkpoint) -> dict[str, W
     return found
 
 
-def before_and_after(
+def measured_before_and_after(
     before: WeightSource,
     after: WeightSource,
     windows: Mapping[str, Windows],
     compute: Compute,
     place: WorkDir,
 ) -> dict[str, dict[str, Any]]:
-    """Return text -> {"before", "after"} and their conditions, as the manifest has them."""
+    """Return the perplexities of both on each text, as the manifest has them."""
     first = _perplexities(before, windows, compute, place, "dense")
-    second = _perplexities(after, windows, compute, place, "pruned")
-    return {
-        text: {
-            "before": round(value.value, 4),
-            "after": round(second[text].value, 4),
-            **value.conditions,
-        }
-        for text, value in first.items()
-    }
+    return before_and_after(first, _perplexities(after, windows, compute, place, "pruned"))
 
 
 def _perplexities(
@@ -299,7 +291,7 @@ def _perplexities(
     compute: Compute,
     place: WorkDir,
     label: str,
-) -> dict[str, Perplexity]:
+) -> dict[str, dict[str, Any]]:
     runtime = runtime_of(compute, source)
     return {
         text: streamed_perplexity(
@@ -309,7 +301,7 @@ def _perplexities(
             place=place,
             name=f"perplexity-{label}-{of_text.digest[:8]}",
             label=f"{label} on {text}",
-        )
+        ).to_json()
         for text, of_text in windows.items()
     }
 

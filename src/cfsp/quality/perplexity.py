@@ -9,6 +9,7 @@ Shapes: N windows, T tokens in a window, P predictions, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -123,3 +124,14 @@ def perplexity(model: PreTrainedModel, windows: Windows, label: str = "eval") ->
             loss += negative_log_likelihood(output.logits[0, :-1], tokens_T[-count:])
             bar.update()
     return perplexity_of(loss, windows, label)
+
+
+def before_and_after(
+    before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return text -> {"before", "after"} and their conditions, of perplexities as JSON types."""
+    table: dict[str, dict[str, Any]] = {}
+    for text, found in before.items():
+        conditions = {name: value for name, value in found.items() if name != "value"}
+        table[text] = {"before": found["value"], "after": after[text]["value"], **conditions}
+    return table

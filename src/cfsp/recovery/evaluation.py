@@ -24,17 +24,11 @@ Perplexities = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Baseline:
-    """Perplexity before training.
+    """Perplexity before training."""
 
-    Attributes:
-        perplexity: text -> its value and the conditions under which it was measured.
-        windows: how many of each text.
-        seconds: that measuring took, and will take again after training.
-    """
-
-    perplexity: Perplexities
-    windows: int
-    seconds: float
+    perplexity: Perplexities  # text -> its value and its conditions
+    windows: int  # of each text
+    seconds: float  # that measuring took, and will take again after training
 
 
 def measure(directory: Path, texts: EvaluationText, compute: Compute, windows: int) -> Perplexities:
@@ -52,11 +46,7 @@ def measure_before(
 ) -> Baseline:
     """Measure on as many windows as half of the time is enough for, before and after.
 
-    Args:
-        measure_windows: measures on so many windows of each text.
-        windows: how many are wanted.
-        seconds: of the whole recovery; None without a limit.
-        now: a clock that never goes back.
+    That is of the `seconds` of the whole recovery; None without a limit.
 
     Raises:
         UsageError: not even one window of each text fits.
@@ -95,12 +85,3 @@ def measure_before(
             f"would take over half of --max-minutes {seconds / 60:g}"
         )
     return found if count == found.windows else timed(count)
-
-
-def before_and_after(before: Perplexities, after: Perplexities) -> Perplexities:
-    """Return text -> {"before", "after"} and the conditions that both were measured under."""
-    table: Perplexities = {}
-    for text, conditions in before.items():
-        rest = {name: value for name, value in conditions.items() if name != "value"}
-        table[text] = {"before": conditions["value"], "after": after[text]["value"], **rest}
-    return table

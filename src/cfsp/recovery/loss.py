@@ -6,10 +6,8 @@ times 49,152 are 400 MB, and a plain backward pass holds several of them. The gr
 with respect to the logits is known in closed form, so it is taken at once, slice by slice, in the
 forward pass: nothing of vocabulary size outlives its slice, and nothing is computed twice.
 
-    cross-entropy           dL/dz = p - onehot(label)
-    T^2 KL(teacher, model)  dL/dz = T (p_T - q_T)          p_T = softmax(z / T), q_T the teacher's
-
-(Hinton, Vinyals and Dean, arXiv 1503.02531, give the second one and the factor T^2.)
+    cross-entropy         dL/dz = p - onehot(label)    p = softmax(z)
+    KL(teacher || model)  dL/dz = p - q                q of the teacher
 
 It is computed inside the model's forward, through transformers' own hook for that, so that gradient
 accumulation, DDP and FSDP work as for any model. Where logits are the head's product and nothing
@@ -31,7 +29,6 @@ from torch import Tensor, nn
 
 from cfsp.architecture.discovery import find_architecture
 from cfsp.errors import UnsupportedModelError
-from cfsp.recovery.settings import Distillation
 from cfsp.streaming.decoder_end import text_model
 
 if TYPE_CHECKING:
@@ -55,12 +52,12 @@ class Outputs:
 
 
 def language_model_loss(
-    own: Outputs,
-    label_N: Tensor,
-    teacher: Outputs | None = None,
-    distillation: Distillation | None = None,
+    own: Outputs, label_N: Tensor, teacher: Outputs | None = None, weight: float = 0.0
 ) -> Tensor:
-    """Return the loss summed over tokens with a label; heads and the teacher get no gradient."""
+    """Return the loss summed over tokens with a label; heads and the teacher get no gradient.
+
+    A teacher counts by its weight, labels by the rest.
+    """
     counted_N = label_N != IGNORED
     if not bool(counted_N.all()):
         own, label_N = own.rows(counted_N), label_N[counted_N]
@@ -69,7 +66,7 @@ def language_model_loss(
     if own.head_VD is not None and torch.is_autocast_enabled(device):
         output_ND = output_ND.to(torch.get_autocast_dtype(device))
     apply: Any = _SlicedLoss.apply
-    loss: Tensor = apply(output_ND, own.head_VD, label_N, teacher, distillation)
+    loss: Tensor = apply(output_ND, own.head_VD, label_N, teacher, weight)
     return loss
 
 
@@ -81,7 +78,7 @@ class _SlicedLoss(torch.autograd.Function):
         head_VD: Tensor | None,
         label_N: Tensor,
         teacher: Outputs | None,
-        distillation: Distillation | None,
+        weight: float,
     ) -> Tensor:
         # Autocast would cast the head once for each slice.
         with torch.autocast(output_ND.device.type, enabled=False):
@@ -91,21 +88,31 @@ class _SlicedLoss(torch.autograd.Function):
             total = output_ND.new_zeros((), dtype=torch.float32)
             vocabulary = output_ND.shape[1] if head_VD is None else head_VD.shape[0]
             size = max(1, _SLICE_ELEMENTS // vocabulary)
-            memory = _SliceMemory(output_ND.new_empty((min(size, len(label_N)), vocabulary)))
+            # Memory of slices is taken once: fresh pages cost more than arithmetic.
+            shape = min(size, len(label_N)), vocabulary
+            wide = [
+                output_ND.new_empty(shape, dtype=torch.float32)
+                for _ in range(1 if teacher is None else 3)
+            ]
+            is_narrow = head_VD is not None and output_ND.dtype != torch.float32
+            narrow_CV = output_ND.new_empty(shape if is_narrow else 0)
             for start in range(0, len(label_N), size):
                 rows = slice(start, start + size)
-                logit_CV = memory.logits("model", own.rows(rows))
-                part = teacher.rows(rows) if teacher is not None else None
-                loss, slope_CV = _loss_and_slope(
-                    logit_CV, label_N[rows], part, distillation, memory
-                )
+                label_C1 = label_N[rows, None]
+                slices = [each_CV[: len(label_C1)] for each_CV in wide]
+                _write_logits(own.rows(rows), slices[0], narrow_CV)
+                if teacher is not None:
+                    _write_logits(teacher.rows(rows), slices[1], narrow_CV)
+                loss, slope_CV = _loss_and_slope(slices, label_C1, weight)
                 total += loss
                 if gradient_ND is None:
                     continue
                 if head_VD is None:
                     gradient_ND[rows] = slope_CV
-                else:
-                    torch.mm(memory.narrow(slope_CV), head_VD, out=gradient_ND[rows])
+                    continue
+                if is_narrow:
+                    slope_CV = narrow_CV[: len(label_C1)].copy_(slope_CV)
+                torch.mm(slope_CV, head_VD, out=gradient_ND[rows])
         ctx.gradient_ND = gradient_ND
         return total
 
@@ -115,100 +122,59 @@ class _SlicedLoss(torch.autograd.Function):
         return (gradient_ND * slopes[0].to(gradient_ND.dtype), None, None, None, None)
 
 
-class _SliceMemory:
-    """Memory for slices of vocabulary size, taken once: fresh pages cost more than arithmetic."""
-
-    def __init__(self, narrow_CV: Tensor) -> None:
-        self._narrow_CV = narrow_CV
-        self._wide: dict[str, Tensor] = {}
-
-    def logits(self, name: str, made_of: Outputs) -> Tensor:
-        """Return logits in float32, in the memory of a name."""
-        output_CD, head_VD = made_of.output_ND, made_of.head_VD
-        if head_VD is None:
-            logit_CV = output_CD
-        elif output_CD.dtype == self._narrow_CV.dtype:
-            out_CV = self._narrow_CV[: len(output_CD)]
-            logit_CV = torch.mm(output_CD, head_VD.to(output_CD.dtype).T, out=out_CV)
-        else:
-            logit_CV = output_CD @ head_VD.to(output_CD.dtype).T
-        return self.wide(name, len(output_CD)).copy_(logit_CV)
-
-    def wide(self, name: str, rows: int) -> Tensor:
-        """Return float32 memory for one slice; the same name is the same memory."""
-        if name not in self._wide:
-            self._wide[name] = torch.empty_like(self._narrow_CV, dtype=torch.float32)
-        return self._wide[name][:rows]
-
-    def narrow(self, value_CV: Tensor) -> Tensor:
-        """Return a slice in the dtype of the hidden states."""
-        return self._narrow_CV[: len(value_CV)].copy_(value_CV)
+def _write_logits(made_of: Outputs, logit_CV: Tensor, narrow_CV: Tensor) -> None:
+    """Write float32 logits of a slice; through memory of their own dtype, if that is another."""
+    output_CD, head_VD = made_of.output_ND, made_of.head_VD
+    if head_VD is None:
+        logit_CV.copy_(output_CD)
+        return
+    head_DV = head_VD.to(output_CD.dtype).T
+    if output_CD.dtype == logit_CV.dtype:
+        torch.mm(output_CD, head_DV, out=logit_CV)
+    elif output_CD.dtype == narrow_CV.dtype:
+        logit_CV.copy_(torch.mm(output_CD, head_DV, out=narrow_CV[: len(output_CD)]))
+    else:
+        logit_CV.copy_(output_CD @ head_DV)
 
 
-def _loss_and_slope(
-    logit_CV: Tensor,
-    label_C: Tensor,
-    teacher: Outputs | None,
-    distillation: Distillation | None,
-    memory: _SliceMemory,
-) -> tuple[Tensor, Tensor]:
-    """Return the summed loss of a slice and its derivative by the logits, which are overwritten."""
-    if teacher is None:
-        return _cross_entropy(logit_CV, label_C)
-    assert distillation is not None
-    weight = distillation.weight
-    if weight == 1.0:
-        return _divergence(logit_CV, teacher, distillation.temperature, memory)
-    copy_CV = memory.wide("copy", len(logit_CV)).copy_(logit_CV)
-    teacher_loss, teacher_slope_CV = _divergence(copy_CV, teacher, distillation.temperature, memory)
-    label_loss, slope_CV = _cross_entropy(logit_CV, label_C)
-    loss = weight * teacher_loss + (1 - weight) * label_loss
-    return loss, slope_CV.mul_(1 - weight).add_(teacher_slope_CV, alpha=weight)
+def _loss_and_slope(slices: list[Tensor], label_C1: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """Return the summed loss of a slice and its derivative by the logits.
 
-
-def _cross_entropy(logit_CV: Tensor, label_C: Tensor) -> tuple[Tensor, Tensor]:
-    chosen_C1 = logit_CV.gather(1, label_C[:, None])
+    `slices` are memory: logits, and with a teacher its logits and as much again.
+    """
+    logit_CV, *rest = slices
+    chosen_C1 = logit_CV.gather(1, label_C1)
     largest_C1 = logit_CV.amax(1, keepdim=True)
-    slope_CV = logit_CV.sub_(largest_C1).exp_()
+    logit_CV.sub_(largest_C1)
+    divergence = logit_CV.new_zeros(())
+    if rest:
+        target_CV, spare_CV = rest
+        target_CV.sub_(target_CV.amax(1, keepdim=True))
+        target_CV.sub_(torch.exp(target_CV, out=spare_CV).sum(1, keepdim=True).log_())
+        # Up to the logarithm of the sum of the model's own exponentials.
+        torch.sub(target_CV, logit_CV, out=spare_CV)
+        divergence = torch.dot(target_CV.exp_().view(-1), spare_CV.view(-1))
+    slope_CV = logit_CV.exp_()
     sum_C1 = slope_CV.sum(1, keepdim=True)
-    loss = (sum_C1.log() + largest_C1 - chosen_C1).sum()
+    log_sum_C1 = sum_C1.log()
+    loss = (log_sum_C1 + largest_C1 - chosen_C1).sum()
     slope_CV = slope_CV.div_(sum_C1)
-    slope_CV.scatter_add_(1, label_C[:, None], slope_CV.new_full((len(label_C), 1), -1.0))
+    if rest:
+        loss = weight * (divergence + log_sum_C1.sum()) + (1 - weight) * loss
+        slope_CV.sub_(target_CV, alpha=weight)
+    else:
+        weight = 0.0
+    slope_CV.scatter_add_(1, label_C1, torch.full_like(chosen_C1, weight - 1))
     return loss, slope_CV
 
 
-def _divergence(
-    logit_CV: Tensor, teacher: Outputs, temperature: float, memory: _SliceMemory
-) -> tuple[Tensor, Tensor]:
-    spare_CV = memory.wide("spare", len(logit_CV))
-    log_prob_CV = _log_softmax_(_cool_(logit_CV, temperature), spare_CV)
-    target_CV = memory.logits("teacher", teacher)
-    target_CV = _log_softmax_(_cool_(target_CV, temperature), spare_CV)
-    torch.sub(target_CV, log_prob_CV, out=spare_CV)
-    target_CV = target_CV.exp_()
-    loss = torch.dot(target_CV.view(-1), spare_CV.view(-1))
-    slope_CV = log_prob_CV.exp_().sub_(target_CV)
-    return loss * temperature**2, _cool_(slope_CV, 1 / temperature)
-
-
-def _cool_(value_CV: Tensor, temperature: float) -> Tensor:
-    return value_CV if temperature == 1.0 else value_CV.div_(temperature)
-
-
-def _log_softmax_(logit_CV: Tensor, spare_CV: Tensor) -> Tensor:
-    """Return the log-softmax in the memory of the logits."""
-    logit_CV = logit_CV.sub_(logit_CV.amax(1, keepdim=True))
-    sum_C1 = torch.exp(logit_CV, out=spare_CV).sum(1, keepdim=True)
-    return logit_CV.sub_(sum_C1.log_())
-
-
 class ModelLoss:
-    """A loss function for a causal LM.
+    """A loss function for a causal LM, and for a dense teacher that may count in it.
 
     Args:
         head: the output embedding, which lets hidden states pass; None where logits come whole.
-        teacher: a dense model in memory, with a head of the same kind.
-        distillation: how much the teacher counts.
+        teacher: in memory, with a head of the same kind.
+        weight: of the teacher.
 
     Attributes:
         taught: what to distil from in the next call; None for the labels alone.
@@ -216,13 +182,13 @@ class ModelLoss:
     """
 
     def __init__(
-        self, head: nn.Module | None, teacher: PreTrainedModel | None, distillation: Distillation
+        self, head: nn.Module | None, teacher: PreTrainedModel | None, weight: float
     ) -> None:
         self.taught: Outputs | None = None
         self.labels_in_window: float | None = None
         self._head = head
         self._teacher: Any = teacher
-        self._distillation = distillation
+        self._weight = weight
 
     def __call__(
         self,
@@ -232,18 +198,14 @@ class ModelLoss:
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Return the mean loss over labels, as transformers asks for it.
+        """Return the mean loss over labels [B, T], as transformers asks for it.
 
-        Args:
-            logits: what the model's head returned, [B, T, D or V].
-            labels: token ids, [B, T]; the first of a window counts for nothing.
-            vocab_size: not needed.
-            num_items_in_batch: labels of the whole step; None for those of this batch.
-            kwargs: what transformers hands to other losses.
+        `logits` are what the model's head returned, [B, T, D or V]; `num_items_in_batch` counts the
+        labels of the whole step, None those of this batch.
         """
         label_N = labels[:, 1:].flatten()
         own = _outputs(logits, self._head)
-        loss = language_model_loss(own, label_N, self.taught, self._distillation)
+        loss = language_model_loss(own, label_N, self.taught, self._weight)
         count: Tensor | float | None = num_items_in_batch
         if self.labels_in_window is not None:
             count = len(labels) * self.labels_in_window
@@ -269,9 +231,7 @@ def _outputs(output_BTD: Tensor, head: Any) -> Outputs:
 
 @contextmanager
 def loss_inside(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel | None = None,
-    distillation: Distillation | None = None,
+    model: PreTrainedModel, teacher: PreTrainedModel | None = None, weight: float = 0.0
 ) -> Iterator[ModelLoss]:
     """Give a causal LM our loss function for as long as the context lasts."""
     models = [model] if teacher is None else [model, teacher]
@@ -280,7 +240,7 @@ def loss_inside(
     heads: list[Any] = [each.get_output_embeddings() for each in models]
     if not all(multiplies_only(each) for each in models):
         heads = []
-    loss = ModelLoss(heads[0] if heads else None, teacher, distillation or Distillation())
+    loss = ModelLoss(heads[0] if heads else None, teacher, weight)
     model.loss_function = loss
     for head in heads:
         head.forward = _pass

@@ -19,11 +19,10 @@ from cfsp.errors import UsageError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import process_count
 from cfsp.quality.evaluate import evaluation_windows
-from cfsp.recovery.adaptation import check_installed
+from cfsp.recovery.adaptation import BlockTargets, check_installed, misread_name
 from cfsp.recovery.data import RecoveryText, read_text
-from cfsp.recovery.expert_adapters import misread_name
 from cfsp.recovery.settings import RecoverSettings, Training
-from cfsp.recovery.targets import BlockTargets, targets_of
+from cfsp.recovery.targets import targets_of
 from cfsp.recovery.teacher import open_teacher
 from cfsp.streaming.stopwatch import Stopwatch
 from cfsp.text.sources import check_texts
@@ -32,27 +31,16 @@ from cfsp.text.tokenizers import load_tokenizer
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recovery before a model is loaded.
+    """A recovery before a model is loaded."""
 
-    Attributes:
-        source: the pruned model.
-        out: the new directory.
-        settings: with a number of evaluation windows that every text holds.
-        watch: of its stages.
-        text: windows to train on and held-out ones.
-        targets: what is trained in each block.
-        teacher: the dense model.
-        identity: what the result depends on, as JSON types.
-    """
-
-    source: Checkpoint
+    source: Checkpoint  # the pruned model
     out: Path
-    settings: RecoverSettings
+    settings: RecoverSettings  # with a number of evaluation windows that every text holds
     watch: Stopwatch
     text: RecoveryText
     targets: list[BlockTargets]
     teacher: Checkpoint | None
-    identity: dict[str, Any]
+    identity: dict[str, Any]  # what the result depends on, as JSON types
 
 
 def prepare(source: Checkpoint, out: Path, settings: RecoverSettings) -> Prepared:

@@ -1,4 +1,4 @@
-"""The flow of a recovery, one line a stage.
+"""Recovery: training wins back quality, in the same layout.
 
 pruned checkpoint + text -> windows -> ATTACH -> TRAIN -> MERGE -> checkpoint of the same layout
 """
@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,12 @@ from transformers import TrainerCallback
 
 from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.loading import compute_device
+from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import check_output_is_free, created_parents, staged_directory
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import RecoveryError
-from cfsp.processes import is_first_process, joined
+from cfsp.processes import is_first_process, joined, take_own_accelerator
+from cfsp.quality.perplexity import before_and_after
 from cfsp.recovery.adaptation import (
     attach,
     merge,
@@ -31,21 +33,37 @@ from cfsp.recovery.adaptation import (
     trainable_in_blocks,
     trained_parameters,
 )
-from cfsp.recovery.evaluation import (
-    Baseline,
-    Perplexities,
-    before_and_after,
-    measure,
-    measure_before,
-)
+from cfsp.recovery.evaluation import Baseline, Perplexities, measure, measure_before
 from cfsp.recovery.loss import loss_inside
 from cfsp.recovery.prepare import Prepared, prepare
-from cfsp.recovery.recover_report import RecoverReport, TrainingOutcome
 from cfsp.recovery.schedule import MARGIN
-from cfsp.recovery.settings import RecoverSettings, Training
+from cfsp.recovery.settings import (
+    AUTO_TEACHER,
+    Adaptation,
+    Distillation,
+    Limit,
+    Method,
+    RecoverSettings,
+    Training,
+)
 from cfsp.recovery.sharding import shard, trained_tensors
-from cfsp.recovery.training import BYTES_PER_SECOND, load_to_train, schedule_of, train
+from cfsp.recovery.training import (
+    BYTES_PER_SECOND,
+    TrainingOutcome,
+    load_to_train,
+    schedule_of,
+    train,
+)
 from cfsp.recovery.writing import copy_everything_else, write_record, write_recovered_weights
+from cfsp.settings import (
+    DEFAULT_TEXT,
+    Compute,
+    Data,
+    EvaluationText,
+    check_names,
+    from_names,
+    texts_of,
+)
 from cfsp.streaming.memory import peak_rss_bytes
 from cfsp.streaming.pass_state import PassState
 from cfsp.streaming.work_dir import (
@@ -55,6 +73,7 @@ from cfsp.streaming.work_dir import (
     output_work_dir,
     remove_finished_work,
 )
+from cfsp.text.sources import check_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,6 +84,106 @@ ADAPTER_DIRECTORY = "adapter"
 _PATIENCE = 1800.0
 # Names of places in the work directory.
 _TRAIN, _BEFORE = "train", "before"
+
+
+@dataclass(frozen=True)
+class RecoverReport(TrainingOutcome):
+    """What recovery did. Everything is also in the manifest.
+
+    Attributes:
+        trainable_parameters: in all.
+        blocks: rank and trainable parameters of each block.
+        perplexity: text -> {"before", "after", "tokens", "windows", "seqlen", "stride", "bos"}, if
+            it was measured.
+        seconds: stage -> seconds.
+        peak_rss_bytes: largest resident memory of the process.
+        out: the new checkpoint.
+    """
+
+    trainable_parameters: int
+    blocks: list[dict[str, int | None]]
+    perplexity: Perplexities
+    seconds: dict[str, float]
+    peak_rss_bytes: int
+    out: str
+
+
+def recover(
+    model: str | Path,
+    *,
+    out: str | Path,
+    data: Data = DEFAULT_TEXT,
+    max_minutes: float | None = None,
+    steps: int | None = None,
+    epochs: float | None = None,
+    method: Method = "lora",
+    learning_rate: float | None = None,
+    teacher: str | Path | None = AUTO_TEACHER,
+    eval: Data = (),
+    seqlen: int = Training.seqlen,
+    keep_adapter: bool = False,
+    device: str = "auto",
+    revision: str | None = None,
+    command: str | None = None,
+    started: float | None = None,
+    **advanced: Any,
+) -> RecoverReport:
+    """Train a pruned checkpoint into a new directory of the same layout.
+
+    A call that was killed left its work beside `out`; the same call goes on from it.
+
+    Args:
+        model: a directory that `prune` wrote; also a hub id or any other model.
+        out: the new directory.
+        data: texts and conversations to train on (see `cfsp.text.sources`).
+        max_minutes: of the whole recovery, evaluations and writing included; give this, steps or
+            epochs.
+        steps: of the optimizer.
+        epochs: passes over the text.
+        method: `lora`, or `full` (the projections themselves).
+        learning_rate: at its peak; None for what suits the method and the size of the weights.
+        teacher: a dense model to distil from; `auto` is the one that was pruned, if it is still
+            where its manifest says and there is memory for both; None trains on the text alone.
+        eval: texts to measure perplexity on, before and after.
+        seqlen: tokens in a window to train on.
+        keep_adapter: also write the PEFT adapter, into `out/adapter`.
+        device: where to train; `auto` is an accelerator if there is one.
+        revision: branch, tag or commit of a hub id.
+        command: what the manifest gives as the command; None for this call.
+        started: when `max_minutes` began, in seconds of `time.monotonic()`; None for now.
+        **advanced: what else `cfsp recover --help` and `--help-all` list, by the same names.
+
+    Returns:
+        What training did and what it brought.
+
+    Raises:
+        CfspError: anything that a user can cause; no output is left behind.
+    """
+    started = time.monotonic() if started is None else started
+    take_own_accelerator(device)
+    check_names(recover, advanced, Adaptation, Training, Distillation, EvaluationText, Compute)
+    others = {name: value for name, value in advanced.items() if name != "batch_windows"}
+    how = {"learning_rate": learning_rate, "seqlen": seqlen, **advanced}
+    settings = RecoverSettings(
+        data=texts_of(data),
+        training=from_names(Training, how, limit=Limit(max_minutes, steps, epochs)),
+        adaptation=from_names(Adaptation, advanced, method=method),
+        teacher=None if teacher is None else str(teacher),
+        distillation=from_names(Distillation, advanced),
+        evaluation=from_names(EvaluationText, advanced, names=texts_of(eval)),
+        compute=from_names(Compute, others, device=device),
+        keep_adapter=keep_adapter,
+    )
+    # Before the model: it may have to be downloaded or converted.
+    check_texts(settings.data, "calibration")
+    check_texts(settings.evaluation.names, "evaluation")
+    return recover_checkpoint(
+        open_checkpoint(model, revision),
+        Path(out),
+        settings,
+        command=f"cfsp.recover({str(model)!r}, ...)" if command is None else command,
+        started=started,
+    )
 
 
 def recover_checkpoint(
@@ -78,15 +197,8 @@ def recover_checkpoint(
     """Train a pruned checkpoint and write the result as a plain checkpoint of the same layout.
 
     A run that was killed left its work beside `out`; the same call goes on from it. Under torchrun
-    every process calls this with the same arguments; the first one writes.
-
-    Args:
-        source: the pruned model.
-        out: a new directory.
-        settings: how.
-        command: what the user typed, for the manifest.
-        started: when the minutes of the limit began, in seconds of `time.monotonic()`; None for
-            now.
+    every process calls this with the same arguments; the first one writes. `started` is as for
+    `recover`.
 
     Raises:
         CfspError: anything that a user can cause; no output is left behind.
@@ -175,7 +287,7 @@ def _train(
 ) -> tuple[nn.Module, list[dict[str, int | None]], Training, TrainingOutcome]:
     """Train; return the model, what is trainable in each block, the settings with their rate."""
     source, settings, watch = ready.source, ready.settings, ready.watch
-    device, adaptation = compute_device(settings.compute.device), settings.adaptation
+    device = compute_device(settings.compute.device)
     sharded, nbytes = settings.training.shard, sum(s.nbytes for s in source.specs.values())
 
     def load(which: Checkpoint) -> PreTrainedModel:
@@ -183,12 +295,14 @@ def _train(
             return load_to_train(which, device, settings.compute.dtype, stays_on_cpu=sharded)
 
     def attached(model: PreTrainedModel) -> nn.Module:
-        return attach(model, source.architecture, ready.targets, adaptation.scale)
+        return attach(model, source.architecture, ready.targets)
 
     model = load(source)
     dense = None if ready.teacher is None else load(ready.teacher)
     names = trained_parameters(model, ready.targets)
-    training = settings.training.with_rate_for(adaptation.method, size_of_weights(model, names))
+    training = settings.training.with_rate_for(
+        settings.adaptation.method, size_of_weights(model, names)
+    )
     torch.manual_seed(training.seed)
     adapted = attached(model)
     blocks = trainable_in_blocks(model, source.architecture, ready.targets)
@@ -208,7 +322,7 @@ def _train(
     with (
         watch.stage("train"),
         joined(device, _PATIENCE) if sharded else nullcontext(),
-        loss_inside(model, dense, settings.distillation) as loss,
+        loss_inside(model, dense, settings.distillation.weight) as loss,
     ):
         if sharded:
             shard(adapted, model, source.architecture, device)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import time
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 
@@ -25,6 +24,8 @@ from cfsp.architecture.block_names import counted
 from cfsp.errors import UsageError
 from cfsp.recovery.settings import ENDLESS_STEPS
 
+# The part of the run in which the learning rate rises, and where it begins.
+_WARM_UP = 0.05
 _LOWEST_WARM_UP = 0.05
 # Of the time for training; evaluations that would take more are left out.
 _EVALUATIONS_SHARE = 0.25
@@ -34,37 +35,35 @@ _LEAST_OF_FIRST = 0.25
 MARGIN = 1.15
 
 
-def rate_factor(fraction: float, warm_up: float) -> float:
+def rate_factor(fraction: float) -> float:
     """Return what the peak learning rate is multiplied by, after a fraction of the run."""
-    if fraction < warm_up:
-        return max(_LOWEST_WARM_UP, fraction / warm_up)
-    return 0.5 * (1 + math.cos(math.pi * (fraction - warm_up) / (1 - warm_up)))
+    if fraction < _WARM_UP:
+        return max(_LOWEST_WARM_UP, fraction / _WARM_UP)
+    return 0.5 * (1 + math.cos(math.pi * (fraction - _WARM_UP) / (1 - _WARM_UP)))
 
 
-class Schedule(ABC):
-    """What a run does after each step, the same on every process.
+class Schedule:
+    """What a run of a number of steps does after each of them, the same on every process.
 
-    Args:
-        evaluations: how many at most, the one at the end included.
-        started: when the work of this process began, in seconds of `now`.
-        now: a clock that never goes back.
-
-    Attributes:
-        fraction: part of the run that is over, in [0, 1].
-        evaluates: whether to evaluate and save after the step that was noted last.
-        is_over: whether that step was the last one.
-        most_steps: that there can be.
-        training_seconds: of the steps that this process saw.
-        what_fits: what will be done, in words, where that depends on how long it takes.
+    There are so many `evaluations` at most, the one at the end included; `now` is a clock that
+    never goes back, at which the work of this process `started`.
     """
 
-    most_steps = ENDLESS_STEPS
+    # What will be done, in words, where that depends on how long it takes.
     what_fits: str = ""
 
-    def __init__(self, evaluations: int, started: float, now: Callable[[], float]) -> None:
-        self.fraction = 0.0
+    def __init__(
+        self,
+        steps: int,
+        evaluations: int,
+        started: float,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.most_steps = steps
+        self.fraction = 0.0  # of the run that is over
+        # Whether to evaluate and save after the step that was noted last, and to stop.
         self.evaluates = self.is_over = False
-        self.training_seconds = 0.0
+        self.training_seconds = 0.0  # of the steps that this process saw
         self._most_evaluations = evaluations
         self._started = started
         self._now = now
@@ -77,9 +76,9 @@ class Schedule(ABC):
         return self._now() - self._started
 
     @property
-    @abstractmethod
     def seconds_left(self) -> float:
         """Estimate of the seconds until the end."""
+        return self.elapsed * (1 - self.fraction) / max(self.fraction, 1e-6)
 
     @property
     def progress(self) -> float:
@@ -96,12 +95,8 @@ class Schedule(ABC):
         """Note that the first step begins, or the evaluation before it."""
         self._mark = self.elapsed
 
-    def batch_evaluated(self, done: int, batches: int, device: torch.device) -> None:  # noqa: B027
-        """Note that so many batches of the evaluation before the first step are done.
-
-        Raises:
-            UsageError: one step and its evaluation do not fit into the time.
-        """
+    def batch_evaluated(self, done: int, batches: int, device: torch.device) -> None:
+        """Note that so many batches of the evaluation before the first step are done."""
 
     def evaluated(self) -> None:
         """Note that evaluating and saving are done and the next step begins."""
@@ -115,30 +110,8 @@ class Schedule(ABC):
         assert fraction >= self.fraction
         self.fraction, self.evaluates, self.is_over = fraction, bool(evaluates), bool(is_over)
 
-    @abstractmethod
     def _decide(self, step: int, seconds: float, device: torch.device) -> tuple[float, ...]:
         """Return the fraction that is over, whether to evaluate, and whether this is the end."""
-
-
-class StepSchedule(Schedule):
-    """A number of steps."""
-
-    def __init__(
-        self,
-        steps: int,
-        evaluations: int,
-        started: float,
-        now: Callable[[], float] = time.monotonic,
-    ) -> None:
-        super().__init__(evaluations, started, now)
-        self.most_steps = steps
-
-    @property
-    def seconds_left(self) -> float:
-        """Estimate of the seconds until the end."""
-        return self.elapsed * (1 - self.fraction) / max(self.fraction, 1e-6)
-
-    def _decide(self, step: int, seconds: float, device: torch.device) -> tuple[float, ...]:
         fraction = min(1.0, step / self.most_steps)
         is_over = fraction >= 1
         passes = _passes_mark(self.fraction, fraction, self._most_evaluations)
@@ -146,16 +119,9 @@ class StepSchedule(Schedule):
 
 
 class TimeSchedule(Schedule):
-    """An amount of time.
+    """An amount of time for the whole recovery, of which some is needed after training.
 
-    Args:
-        seconds: of the whole recovery.
-        evaluations: see `Schedule`, as `started` and `now`.
-        started: when the work began.
-        after_training: seconds that are needed after it.
-        evaluation_steps: what an evaluation takes, in steps.
-        save_seconds: estimate of what saving takes.
-        now: a clock.
+    What an evaluation takes is estimated in steps, what saving takes in seconds.
     """
 
     def __init__(
@@ -169,7 +135,7 @@ class TimeSchedule(Schedule):
         save_seconds: float,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(evaluations, started, now)
+        super().__init__(ENDLESS_STEPS, evaluations, started, now)
         self._seconds = seconds
         self._after_training = after_training
         self._evaluation_steps = evaluation_steps
@@ -208,7 +174,11 @@ class TimeSchedule(Schedule):
         self._begin = self._warm = self._mark
 
     def batch_evaluated(self, done: int, batches: int, device: torch.device) -> None:
-        """Note how far the evaluation before the first step is; end the run if no step fits."""
+        """Note how far the evaluation before the first step is.
+
+        Raises:
+            UsageError: one step and its evaluation do not fit into the time.
+        """
         batch = (self.elapsed - self._warm) / max(1, done - 1)
         forward = batches * batch
         self._evaluation_seconds.clear()

@@ -39,7 +39,6 @@ class Adaptation:
     )
     targets: Targets = option("all", "projections to train", choices=TARGETS, advanced=True)
     rank: float = option(8.0, "of the adapters, mean over blocks", kind=float, metavar="R")
-    scale: float = 2.0  # alpha / r of the adapters
     allocation: RankAllocation = option(
         "uniform",
         "ranks are equal, follow the blocks' importance, or follow its inverse",
@@ -52,8 +51,6 @@ class Adaptation:
         check_declared(self)
         if not 1 <= self.rank < _MOST_RANKS:
             raise UsageError(f"--rank must be at least 1, found {self.rank}")
-        if not 0 < self.scale < math.inf:
-            raise UsageError(f"the scale of adapters must be positive, found {self.scale}")
 
 
 @dataclass(frozen=True)
@@ -114,8 +111,6 @@ class Training:
     )
     accumulate: int = option(1, "batches in a step", kind=int, least=1, advanced=True)
     seqlen: int = option(512, "tokens in a window to train on", kind=int, least=8, metavar="T")
-    warm_up: float = 0.05  # part of the run in which the learning rate rises
-    weight_decay: float = 0.0
     evaluations: int = option(
         10, "on held-out windows in the run, at most", kind=int, least=1, advanced=True
     )
@@ -139,8 +134,6 @@ class Training:
             raise UsageError(f"--seed must be in [0, 2^32), found {self.seed}")
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise UsageError(f"--learning-rate must be positive, found {self.learning_rate}")
-        if not 0 <= self.warm_up < 1:
-            raise UsageError(f"the warm-up must be a part in [0, 1), found {self.warm_up}")
 
     def with_rate_for(self, method: Method, weights: float) -> Training:
         """Return the same with the rate that suits the root mean square of weights, if none is."""
@@ -161,41 +154,26 @@ class Distillation:
         flag="teacher-weight",
         advanced=True,
     )
-    temperature: float = 1.0  # logits of both models are divided by it
 
     def __post_init__(self) -> None:
-        if not 0 <= self.weight <= 1 or not 0 < self.temperature < math.inf:
-            raise UsageError(
-                "expected --teacher-weight in [0, 1] and a positive temperature, "
-                f"found {self.weight} and {self.temperature}"
-            )
+        if not 0 <= self.weight <= 1:
+            raise UsageError(f"expected --teacher-weight in [0, 1], found {self.weight}")
 
 
 @dataclass(frozen=True)
 class RecoverSettings:
-    """Every choice of a recovery.
+    """Every choice of a recovery."""
 
-    Attributes:
-        data: texts and conversations to train on.
-        training: how to train.
-        adaptation: what to train.
-        teacher: a dense model to distil from; `auto` for the one that was pruned, if it is at hand
-            and there is memory for both; `none` or None for nobody.
-        distillation: how much it counts.
-        evaluation: texts to measure perplexity on, before and after.
-        compute: where to train, and the dtype of the arithmetic and of the weights that are not
-            trained.
-        keep_adapter: also write the adapter, into `out/adapter`.
-    """
-
-    data: tuple[str | Text, ...]
+    data: tuple[str | Text, ...]  # texts and conversations to train on
     training: Training
     adaptation: Adaptation = Adaptation()
+    # A dense model to distil from; `auto` for the one that was pruned, if it is at hand and there
+    # is memory for both; `none` or None for nobody.
     teacher: str | None = None
     distillation: Distillation = Distillation()
-    evaluation: EvaluationText = EvaluationText()
-    compute: Compute = Compute()
-    keep_adapter: bool = False
+    evaluation: EvaluationText = EvaluationText()  # before and after
+    compute: Compute = Compute()  # also the dtype of the weights that are not trained
+    keep_adapter: bool = False  # also write it, into `out/adapter`
 
     def __post_init__(self) -> None:
         if self.compute.dtype == "float16":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -21,31 +20,16 @@ from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.skeleton import blocks_of, empty_model
 from cfsp.errors import PlanError, RecoveryError, UsageError
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.recovery.expert_adapters import why_experts_stay
+from cfsp.recovery.adaptation import BlockTargets, why_experts_stay
 
 if TYPE_CHECKING:
     from cfsp.architecture.found import Unit
     from cfsp.checkpoint.reading import Checkpoint
-    from cfsp.recovery.settings import Adaptation, RankAllocation
+    from cfsp.recovery.settings import Adaptation
 
 logger = logging.getLogger(__name__)
 # GPT-2 keeps its matrices transposed, in a class of its own.
 _MATRICES = (nn.Linear, Conv1D)
-
-
-@dataclass(frozen=True)
-class BlockTargets:
-    """What is trained in one block, by full names in the model.
-
-    Attributes:
-        matrices: modules that multiply by one matrix.
-        experts: parameters that hold a matrix of every routed expert.
-        rank: of the adapters; None in full training.
-    """
-
-    matrices: tuple[str, ...]
-    experts: tuple[str, ...]
-    rank: int | None
 
 
 def targets_of(source: Checkpoint, adaptation: Adaptation) -> list[BlockTargets]:
@@ -143,11 +127,20 @@ def _in_ffn(names: Sequence[str], units: Sequence[Unit]) -> set[str]:
 
 def ranks_of(source: Checkpoint, adaptation: Adaptation) -> list[int | None]:
     """Return the rank of every block's adapters; full training has none."""
-    blocks = int(source.architecture.block_count)
+    blocks, allocation = int(source.architecture.block_count), adaptation.allocation
     if adaptation.method == "full":
         return [None] * blocks
-    weight_L = [1.0] * blocks if adaptation.allocation == "uniform" else _importances(source)
-    return [*allocate_ranks(weight_L, adaptation.rank, adaptation.allocation)]
+    weight_L = [1.0] * blocks
+    if allocation != "uniform":
+        weight_L = _importances(source)
+        if min(weight_L) <= 0:
+            raise UsageError(
+                f"--rank-allocation {allocation} needs a positive importance for every block, "
+                f"found {min(weight_L)}; use --rank-allocation uniform"
+            )
+    if allocation == "inverse":
+        weight_L = [1 / weight for weight in weight_L]
+    return [*allocate_ranks(weight_L, adaptation.rank)]
 
 
 def _importances(source: Checkpoint) -> list[float]:
@@ -174,19 +167,8 @@ def _importances(source: Checkpoint) -> list[float]:
     return [importance_of.get(block, mean) for block in range(blocks)]
 
 
-def allocate_ranks(
-    weight_L: Sequence[float], mean_rank: float, allocation: RankAllocation
-) -> list[int]:
-    """Return ranks by importance that sum to `mean_rank`, rounded, times the number of blocks."""
-    if allocation == "uniform":
-        weight_L = [1.0] * len(weight_L)
-    elif not all(value > 0 for value in weight_L):
-        raise UsageError(
-            f"--rank-allocation {allocation} needs a positive importance for every block, found "
-            f"{min(weight_L)}; use --rank-allocation uniform"
-        )
-    elif allocation == "inverse":
-        weight_L = [1 / weight for weight in weight_L]
+def allocate_ranks(weight_L: Sequence[float], mean_rank: float) -> list[int]:
+    """Return ranks in proportion to positive weights, each at least 1, with a mean."""
     total, poor = round(mean_rank * len(weight_L)), set[int]()
     while True:
         # Blocks that would get less than 1 get exactly 1, the others share what is left.

@@ -57,14 +57,7 @@ def open_teacher(
     method: Method,
     device: torch.device,
 ) -> Checkpoint | None:
-    """Return who teaches, if anybody does.
-
-    Args:
-        given: see `RecoverSettings.teacher`.
-        source: the pruned model.
-        tokenizer: its own.
-        method: how it will be trained.
-        device: where it will be trained.
+    """Return who teaches a pruned model, if anybody does; see `RecoverSettings.teacher`.
 
     Raises:
         CfspError: the model that is named cannot teach.

@@ -51,7 +51,6 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         *,
         schedule: Schedule,
         loss: ModelLoss,
-        warm_up: float,
         callbacks: list[TrainerCallback],
     ) -> None:
         super().__init__(
@@ -59,14 +58,12 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
             args,
             train_dataset=text.train,
             eval_dataset=text.held_out,
-            data_collator=_stack,
             callbacks=callbacks,
         )
         # `Pace` prints instead.
         self.remove_callback(PrinterCallback)
         self._schedule = schedule
         self._loss = loss
-        self._warm_up = warm_up
         self._held_out_labels = float((text.held_out.label_NT != IGNORED).sum(1).float().mean())
 
     def take_up_finished(self, checkpoint: Path, pace: Pace) -> None:
@@ -86,8 +83,7 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
     ) -> LambdaLR:
         """Return learning rates that follow the schedule."""
         rates = LambdaLR(
-            optimizer or self.optimizer,
-            lambda step: rate_factor(self._schedule.fraction, self._warm_up),
+            optimizer or self.optimizer, lambda step: rate_factor(self._schedule.fraction)
         )
         self.lr_scheduler = rates
         # As in the Trainer's own method: a later train() makes a new one.
@@ -144,25 +140,15 @@ def _state(checkpoint: Path) -> dict[str, Any] | None:
     return state
 
 
-def _stack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {key: torch.stack([item[key] for item in items]) for key in items[0]}
-
-
 class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Evaluates, saves and stops when the schedule says so, and shows how far the run is.
 
-    The Trainer saves its `state` with every checkpoint.
-
-    Args:
-        schedule: of the run.
-        tokens_in_step: tokens that an optimizer step trains on, over all processes.
-
-    Attributes:
-        history: step, held-out perplexity and loss (without one before the first step) at each
-            evaluation.
+    The Trainer saves its `state` with every checkpoint. A step has so many tokens over all
+    processes.
     """
 
     def __init__(self, schedule: Schedule, tokens_in_step: int) -> None:
+        # Step, held-out perplexity and loss (none before the first step) at each evaluation.
         self.history: list[dict[str, float]] = []
         self._schedule = schedule
         self._tokens_in_step = tokens_in_step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,7 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.processes import process_count
 from cfsp.recovery.data import RecoveryText
 from cfsp.recovery.loss import ModelLoss
-from cfsp.recovery.recover_report import TrainingOutcome
-from cfsp.recovery.schedule import Schedule, StepSchedule, TimeSchedule
+from cfsp.recovery.schedule import Schedule, TimeSchedule
 from cfsp.recovery.settings import ENDLESS_STEPS, Training
 from cfsp.streaming.pass_state import STATE_FILE
 
@@ -26,6 +25,26 @@ if TYPE_CHECKING:
 
 # A slow disk writes so much; better is measured as soon as something is written.
 BYTES_PER_SECOND = 200e6
+
+
+@dataclass(frozen=True)
+class TrainingOutcome:
+    """What training did.
+
+    Attributes:
+        steps: optimizer steps, those before an interruption included.
+        best_step: the step with the lowest held-out loss, whose weights were kept; 0 where training
+            made it no lower than it was.
+        tokens_in_step: tokens of one step, over all processes.
+        tokens_per_second: of training, without evaluations.
+        history: step, held-out perplexity and loss at each evaluation, the first before training.
+    """
+
+    steps: int
+    best_step: int
+    tokens_in_step: int
+    tokens_per_second: float
+    history: list[dict[str, float]]
 
 
 def schedule_of(
@@ -39,21 +58,13 @@ def schedule_of(
 ) -> Schedule:
     """Return when to evaluate and to stop: after a number of steps or, without one, of minutes.
 
-    Args:
-        adapted: what is trained, whole: the model itself or a PEFT model around it.
-        text: training and held-out windows.
-        training: how.
-        has_teacher: whether another model runs with every step.
-        started: `time.monotonic()` at the start of the work, which minutes count from.
-        after_training: seconds of the limit that are needed after it.
+    Minutes count from `started`, a `time.monotonic()`; of them `after_training` seconds are needed
+    after it.
     """
-    windows_in_step = windows_of_step(training)
-    steps, seconds = (
-        training.limit.in_steps(len(text.train), windows_in_step),
-        training.limit.seconds,
-    )
+    windows_in_step, seconds = windows_of_step(training), training.limit.seconds
+    steps = training.limit.in_steps(len(text.train), windows_in_step)
     if steps is not None:
-        return StepSchedule(steps, training.evaluations, started)
+        return Schedule(steps, training.evaluations, started)
     assert seconds is not None
     # Backward through frozen weights takes as long as forward, and once more for the gradients of
     # all weights.
@@ -89,14 +100,9 @@ def train(
 ) -> TrainingOutcome:
     """Train, and leave the model with the weights of its best evaluation.
 
-    Args:
-        adapted: what is trained: a causal LM or a PEFT model around it, sharded if that is asked.
-        text: training and held-out windows.
-        training: how; with a learning rate.
-        schedule: when to evaluate and to stop.
-        loss: the loss function that the model was given.
-        directory: of the Trainer's checkpoints; those of a run that has a state there go on.
-        callbacks: what else is told.
+    That is a causal LM, or a PEFT model around it, sharded if that is asked, which was given the
+    loss function. The Trainer's checkpoints are in the directory; those of a run that has a state
+    there go on.
     """
     from cfsp.recovery.sharding import ShardedTrainer
     from cfsp.recovery.trainer import Pace, RecoveryTrainer, is_finished, last_checkpoint
@@ -116,7 +122,6 @@ def train(
             text,
             schedule=schedule,
             loss=loss,
-            warm_up=training.warm_up,
             callbacks=[pace, *callbacks],
         )
         if resume_from is not None and is_finished(resume_from):
@@ -156,7 +161,6 @@ def training_arguments(
         gradient_accumulation_steps=training.accumulate,
         **checkpointing,
         learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
         max_grad_norm=1.0,
         optim="adamw_torch_fused",
         bf16=model.dtype == torch.bfloat16,

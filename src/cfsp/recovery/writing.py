@@ -24,7 +24,7 @@ from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor
 from cfsp.checkpoint.writing import copy_travelling_files, digests_beside_weights
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.recovery.prepare import Prepared
-from cfsp.recovery.recover_report import RecoverReport
+from cfsp.recovery.training import TrainingOutcome
 from cfsp.result.card import model_card
 from cfsp.result.manifest import read_manifest, write_manifest
 from cfsp.result.origin import origin_of
@@ -83,7 +83,7 @@ def copy_everything_else(source: Checkpoint, directory: Path) -> None:
 
 def write_record(
     ready: Prepared,
-    report: RecoverReport,
+    report: TrainingOutcome,
     directory: Path,
     digests: dict[str, str],
     command: str,

@@ -110,8 +110,7 @@ def _recovery(recovery: Mapping[str, Any]) -> dict[str, str]:
         f"{training['learning_rate']:g}, seed {training['seed']}",
     }
     if teacher:
-        weight = f"weight {teacher['weight']:g}, temperature {teacher['temperature']:g}"
-        facts["teacher"] = f"{public_name(teacher['name'])}, {weight}"
+        facts["teacher"] = f"{public_name(teacher['name'])}, weight {teacher['weight']:g}"
     return facts
 
 

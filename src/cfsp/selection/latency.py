@@ -175,6 +175,18 @@ def _every_other(source: WeightSource, attentions: Sequence[Unit]) -> list[int]:
     return sorted(block for blocks in alike.values() for block in blocks[1::2])
 
 
+def least_widths(source: WeightSource, budget: Budget, parts: Sequence[Part]) -> tuple[int, ...]:
+    """Return what units keep where as much goes of these parts as may; all blocks stay."""
+    measured, kv = measured_parts(parts), 0 if "attention" in parts else 1
+    multiples = zip(source.units, model_size(source).multiple_U(budget), strict=True)
+    return tuple(
+        min(unit.width, multiple if unit.part == "ffn" else kv)
+        if unit.part in measured
+        else unit.width
+        for unit, multiple in multiples
+    )
+
+
 def most_speedup(
     source: WeightSource, budget: Budget, parts: Sequence[Part], phase: Phase, runtime: Runtime
 ) -> float:
@@ -183,13 +195,7 @@ def most_speedup(
     Work is the FLOPs of a prefill, and the bytes that a decoding step reads. Where blocks may go
     (`parts`), one stays. Only config and shapes are read.
     """
-    kv = 0 if "attention" in parts else 1
-    least = tuple(
-        min(unit.width, multiple if unit.part == "ffn" else kv)
-        if unit.part in measured_parts(parts)
-        else unit.width
-        for unit, multiple in zip(source.units, model_size(source).multiple_U(budget), strict=True)
-    )
+    least = least_widths(source, budget, parts)
     config = SmallerModel(source.config, budget.parts, least).config()
     smallest = LoadedModel(build_skeleton(config, runtime.dtype))
 

@@ -19,7 +19,7 @@ from cfsp.selection.constraint import (
     last_that_holds,
 )
 from cfsp.selection.drop_budget import DropBudget
-from cfsp.selection.latency import Latencies, measure_latencies, most_speedup
+from cfsp.selection.latency import Latencies, least_widths, measure_latencies, most_speedup
 from cfsp.speed import Conditions
 from cfsp.streaming.work_dir import load_or_compute
 
@@ -189,22 +189,11 @@ class Speedup(Constraint):
 
     def too_much(self) -> BudgetError:
         """Return the error that says how far each part reaches."""
-        units, multiple_U = self.source.units, model_size(self.source).multiple_U(self.budget)
         reach: dict[Part, float] = {}
         for part in self.budget.parts:
-            if part == "blocks":
-                gone = range(1, self.source.architecture.block_count)
-                kept, dropped = [unit.width for unit in units], Dropped(tuple(gone))
-            else:
-                unit_part = "ffn" if part == "ffn" else "kv"
-                kept = [
-                    min(unit.width, {"ffn": multiple, "kv": 1}.get(part, 0))
-                    if unit.part == unit_part
-                    else unit.width
-                    for unit, multiple in zip(units, multiple_U, strict=True)
-                ]
-                dropped = NOTHING
-            reach[part] = self.of(kept, dropped)
+            gone = range(1, self.source.architecture.block_count) if part == "blocks" else ()
+            kept = least_widths(self.source, self.budget, (part,))
+            reach[part] = self.of(kept, Dropped(tuple(gone)))
         most = max((each.value for each in self.tried), default=1.0)
         return self._out_of_reach(
             f"it is predicted to be {most:.2f} times faster at most, and head and "

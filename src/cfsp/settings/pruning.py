@@ -207,15 +207,22 @@ def prune_settings(given: Mapping[str, Any], goal: Goal | None = None) -> PruneS
             if name != field_of_goal(kind) and not is_asked:
                 raise UsageError(f"{flag} belongs to {owner}")
         goal = from_names(kind, given) if is_asked else goal
-    effort = given.get("effort") or DEFAULT_EFFORT
+    effort, repair = given.get("effort") or DEFAULT_EFFORT, given.get("repair")
     if effort not in EFFORTS:
         raise UsageError(f"effort must be one of {', '.join(EFFORTS)}, found {effort!r}")
+    if repair and given.get("effort"):
+        raise UsageError(f"--effort {effort} is --repair {EFFORTS[effort]}; give one of the two")
+    is_local = repair == "local" or (repair is None and effort == BEST_EFFORT)
+    if not is_local and (of_local := given_of(LocalTraining, given)):
+        raise UsageError(
+            f"{next(iter(of_local.values()))} belongs to --repair local (or --effort best)"
+        )
     return PruneSettings(
         budget=from_names(Budget, given).for_goal(goal),
         criterion=from_names(Criterion, given),
         text=from_names(CalibrationText, given),
         compute=from_names(Compute, given),
-        repair=given.get("repair") or EFFORTS[effort],
+        repair=repair or EFFORTS[effort],
         local=from_names(LocalTraining, given),
         goal=goal,
         leaves_parts_open=given.get("parts") is None,

@@ -32,6 +32,7 @@ from cfsp.pipeline import calibrate_source, prune_checkpoint
 from cfsp.progress import item_progress
 from cfsp.quality.compare import compare
 from cfsp.quality.evaluate import evaluate_models, evaluation_windows
+from cfsp.quality.perplexity import before_and_after
 from cfsp.quality.results_file import measured_model
 from cfsp.quality.tasks.harness import TaskRunner
 from cfsp.repair.ladder import check_can_be_repaired
@@ -264,12 +265,9 @@ def _measured(sweep: _Sweep, model: Path, dense: dict[str, Any]) -> dict[str, An
     if sweep.tasks is not None:  # apart: the dense model would be scored again
         (scored,) = evaluate_models([model], EvaluationText(()), compute, sweep.tasks)
         found |= {key: scored[key] for key in ("tasks", "documents")}
-    perplexity = {}
-    for text, after in found["perplexity"].items():
-        conditions = {name: after[name] for name in after if name != "value"}
-        before = dense["perplexity"][text]["value"]
-        perplexity[text] = {"before": before, "after": after["value"], **conditions}
-    facts: dict[str, Any] = {"perplexity": perplexity}
+    facts: dict[str, Any] = {
+        "perplexity": before_and_after(dense["perplexity"], found["perplexity"])
+    }
     if recipe.agreement or sweep.tasks is not None:
         first, second = measured_model("dense", dense), measured_model("pruned", found)
         facts["comparison"] = compare(first, second, first).to_json()
