@@ -111,12 +111,7 @@ def check_multiple(budget: Budget, size: ModelSize) -> None:
 
 
 def channels_to_keep(budget: Budget, size: ModelSize) -> float:
-    """Return what the channels of the budget's parts that stay may cost, before rounding.
-
-    Raises:
-        BudgetError: more is to be removed than the parts hold.
-        UsageError: the model cannot be computed with such widths.
-    """
+    """Return what the channels of the budget's parts that stay may cost, before rounding."""
     size = size.of_parts(budget.parts)
     check_multiple(budget, size)
     total = size.cost_of(size.width_U)
@@ -265,9 +260,6 @@ def allocate(
     are rounded first: one owns as much as many channels, which then meet the budget. Where a unit
     would keep more than all, the clamp `water-fill` keeps it whole and gives the rest to the
     others, `published` shrinks all importances.
-
-    Raises:
-        BudgetError: no widths meet the budget.
     """
     total, kept_U = channels_to_keep(budget, size), list(size.width_U)
     of_parts = size.of_parts(budget.parts)

@@ -114,9 +114,6 @@ def kept_by(source: WeightSource, keep: Sequence[str]) -> Kept:
     """Return what stays: numbers are of blocks, other words patterns of modules' names.
 
     A block of which something stays is not dropped.
-
-    Raises:
-        UsageError: there is no such block, or no such module that could lose something.
     """
     count, prefix = source.architecture.block_count, source.architecture.blocks
     names = [f"{prefix}.{unit.block}.{unit.path}" for unit in source.units]

@@ -66,9 +66,6 @@ def importance_by(statistics: Statistics, metric: str) -> list[float]:
     both divided by the largest, where KL_l is what halving the block would cost. If removing a
     share 1 - k of a block costs KL_l (1/k - 1), widths in proportion to sqrt(KL_l) cost least:
     hence the root.
-
-    Raises:
-        StatisticsError: the metric requires a sensitivity, and the statistics have none.
     """
     importance_L = block_importance(block_distances(statistics, metric))
     if metric not in SENSITIVITY_METRICS:

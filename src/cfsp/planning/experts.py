@@ -36,9 +36,6 @@ def expert_scores(statistics: UnitStatistics) -> Tensor:
     REAP, router-weighted expert activation pruning (Lasby et al., ICLR 2026, arXiv 2510.13999): the
     mean over the tokens that are routed to the expert of the router's weight times the L2 norm of
     the expert's output. An expert that no token was routed to scores 0.
-
-    Raises:
-        StatisticsError: what the experts give was not looked at.
     """
     if not len(statistics.output_norm_E):
         raise StatisticsError(
@@ -64,9 +61,6 @@ def experts_to_remove(source: WeightSource, wanted: float, *, exactly: bool) -> 
     """Return how many experts of every block go, so that a number stays by which the model runs.
 
     It is the one that is nearest to `wanted`; `exactly` refuses another.
-
-    Raises:
-        BudgetError: more experts would go than the router can do without.
     """
     experts = source.architecture.experts
     assert experts is not None

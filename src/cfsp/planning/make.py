@@ -97,11 +97,7 @@ class Planner:
     def of(
         source: WeightSource, statistics: Statistics, budget: Budget, criterion: Criterion
     ) -> Planner:
-        """Return what plans by these statistics; of metrics that are `auto`, by what they allow.
-
-        Raises:
-            StatisticsError: they belong to another model.
-        """
+        """Return what plans by these statistics; of metrics that are `auto`, by what they allow."""
         check_statistics_fit(source, statistics)
         if criterion.removal == AUTO_METRIC:
             parts = budget.whole_parts
@@ -118,10 +114,6 @@ class Planner:
         """Return how many channels every unit keeps.
 
         What goes whole is decided before; the rest is planned as if it were the model.
-
-        Raises:
-            BudgetError: so much cannot go.
-            StatisticsError: the block metric requires a sensitivity, and the statistics have none.
         """
         dropped, budget, staying = candidate.dropped, self.budget, self.statistics
         size = model_size(self.source, dropped, budget.keep)
@@ -240,11 +232,7 @@ class Planner:
 
 
 def check_statistics_fit(source: WeightSource, statistics: Statistics) -> None:
-    """Check that statistics belong to a model.
-
-    Raises:
-        StatisticsError: they belong to another one.
-    """
+    """Check that statistics belong to a model."""
     found = fingerprint(source)
     shapes = [(unit.block, unit.part, unit.ffns, unit.width) for unit in statistics.units]
     expected = [(unit.block, unit.part, unit.ffns, unit.columns) for unit in source.units]

@@ -301,13 +301,7 @@ class PruningPlan:
 
 
 def _check_facts(model: ModelIdentity, fields: dict[str, Any]) -> None:
-    """Check what cards, reports and other commands read of a plan beside its units.
-
-    Raises:
-        ValueError: a value is impossible.
-        TypeError: or of another type.
-        KeyError: or missing.
-    """
+    """Check what cards, reports and other commands read of a plan beside its units."""
     if not all(isinstance(value, str) for value in vars(model).values()):
         raise TypeError("the model's name, type and fingerprint must be text")
     criterion, calibration = fields["criterion"], fields["calibration"]

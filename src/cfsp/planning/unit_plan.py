@@ -131,10 +131,6 @@ def unit_from_json(entry: dict[str, Any], index: int, removed: Collection[int]) 
         entry: what it returned.
         index: of the unit in the plan, and of its block where no other is said.
         removed: blocks that go whole.
-
-    Raises:
-        ValueError: it is damaged.
-        KeyError: likewise.
     """
     width, ffns = entry["width"], entry.get("experts", 1)
     block, path, cost = entry.get("block", index), entry.get("path", ""), entry.get("cost", 1)

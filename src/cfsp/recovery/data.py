@@ -85,11 +85,7 @@ def read_text(
     seqlen: int,
     bos: Bos = "auto",
 ) -> RecoveryText:
-    """Read texts and conversations and hold out some documents of each.
-
-    Raises:
-        TextError: there is no text, or one is missing or shorter than two windows.
-    """
+    """Read texts and conversations and hold out some documents of each."""
     if not names:
         raise TextError("recovery needs text to train on; give --data")
     begins_with = beginning(tokenizer, bos)

@@ -47,9 +47,6 @@ def measure_before(
     """Measure on as many windows as half of the time is enough for, before and after.
 
     That is of the `seconds` of the whole recovery; None without a limit.
-
-    Raises:
-        UsageError: not even one window of each text fits.
     """
 
     def timed(count: int) -> Baseline:

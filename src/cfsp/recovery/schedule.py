@@ -174,11 +174,7 @@ class TimeSchedule(Schedule):
         self._begin = self._warm = self._mark
 
     def batch_evaluated(self, done: int, batches: int, device: torch.device) -> None:
-        """Note how far the evaluation before the first step is.
-
-        Raises:
-            UsageError: one step and its evaluation do not fit into the time.
-        """
+        """Note how far the evaluation before the first step is."""
         batch = (self.elapsed - self._warm) / max(1, done - 1)
         forward = batches * batch
         self._evaluation_seconds.clear()

@@ -57,11 +57,7 @@ def open_teacher(
     method: Method,
     device: torch.device,
 ) -> Checkpoint | None:
-    """Return who teaches a pruned model, if anybody does; see `RecoverSettings.teacher`.
-
-    Raises:
-        CfspError: the model that is named cannot teach.
-    """
+    """Return who teaches a pruned model, if anybody does; see `RecoverSettings.teacher`."""
     if given is None or given == NO_TEACHER:
         return None
     if given != AUTO_TEACHER:

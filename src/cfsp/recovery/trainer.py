@@ -228,11 +228,7 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
     ) -> None:
-        """Say where the run is, and begin to train after the evaluation before the first step.
-
-        Raises:
-            RecoveryError: the held-out loss is NaN or infinite.
-        """
+        """Say where the run is, and begin to train after the evaluation before the first step."""
         schedule, loss, step = self._schedule, metrics["eval_loss"], state.global_step
         if not math.isfinite(loss):
             raise _diverged(step + 1, "the held-out loss")

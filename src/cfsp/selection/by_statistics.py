@@ -41,13 +41,7 @@ NEEDS_PREDICTIONS = (
 def dropped_by(
     source: WeightSource, statistics: Statistics, budget: DropBudget, removal: str
 ) -> Dropped:
-    """Return the blocks and attentions that go, chosen in one of the ways of `REMOVALS`.
-
-    Raises:
-        StatisticsError: the statistics lack what the choice needs.
-        UnsupportedModelError: the model cannot do without enough of its blocks.
-        UsageError: the choice cannot compare what may go.
-    """
+    """Return the blocks and attentions that go, chosen in one of the ways of `REMOVALS`."""
     if removal == DIVERGENCE:
         return _by_order(source, statistics, budget)
     if budget.is_met_by(NOTHING):
@@ -75,11 +69,7 @@ def dropped_by(
 
 
 def check_can_go(source: WeightSource, dropped: Dropped) -> None:
-    """Check that a model can do without some blocks, and without the attentions of others.
-
-    Raises:
-        UnsupportedModelError: it can't.
-    """
+    """Check that a model can do without some blocks, and without the attentions of others."""
     if dropped.blocks:
         check_blocks_can_go(source, dropped.blocks)
     if dropped.attentions:

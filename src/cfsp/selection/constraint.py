@@ -53,11 +53,7 @@ class Attempt:
 
 
 def highest_step(size: ModelSize, budget: Budget) -> int:
-    """Return the number of steps up to the highest sparsity that leaves every FFN a multiple.
-
-    Raises:
-        BudgetError: there is none.
-    """
+    """Return the number of steps up to the highest sparsity that leaves every FFN a multiple."""
     least = size.cost_of(size.least_U(budget))
     highest = math.floor(STEPS * (1 - least / size.cost_of(size.width_U)))
     if highest < 1:
@@ -99,13 +95,7 @@ class Constraint(ABC):
         return False
 
     def check(self) -> None:
-        """Check before a forward pass that it can be met.
-
-        Raises:
-            BudgetError: it is impossible whatever goes.
-            UnsupportedModelError: the result could not be written.
-            UsageError: the model cannot be computed with the widths that it would have.
-        """
+        """Check before a forward pass that it can be met."""
         source, budget = self.source, self.budget
         if budget.channel_parts:
             check_multiple(budget, model_size(source))
@@ -117,11 +107,7 @@ class Constraint(ABC):
             check_attentions_can_go_alone(source.config, source.architecture)
 
     def to_drop(self) -> DropBudget:
-        """Return how much may go whole, at most; of a budget that has such parts.
-
-        Raises:
-            BudgetError: none of what may go would be left.
-        """
+        """Return how much may go whole, at most; of a budget that has such parts."""
         return half_dropped(self.source, self.budget)
 
     def enough(self, order: Sequence[Removal]) -> Dropped:

@@ -46,11 +46,7 @@ _SAME = 1e-4
 
 
 def load_whole(source: WeightSource, runtime: Runtime, purpose: str) -> PreTrainedModel:
-    """Return the whole model of a source, ready to run; one in memory is itself.
-
-    Raises:
-        UsageError: it does not fit into memory; it is not read then. `purpose` says what needs it.
-    """
+    """Return the whole model of a source, ready to run; one in memory is itself."""
     if isinstance(source, LoadedModel):
         return source.model
     assert isinstance(source, Checkpoint)

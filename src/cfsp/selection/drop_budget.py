@@ -32,11 +32,7 @@ class DropBudget:
     def of_count(
         source: WeightSource, part: WholePart, count: int, keep: Sequence[str] = ()
     ) -> DropBudget:
-        """Return the budget by which so many blocks, or attentions, go.
-
-        Raises:
-            BudgetError: none would be left.
-        """
+        """Return the budget by which so many blocks, or attentions, go."""
         sizes = DropSizes.of(source, [part], keep)
         have, noun = len(sizes.block_of or sizes.attention_of), _NOUNS[part]
         most = have if sizes.some_stay else have - 1
@@ -60,9 +56,6 @@ class DropBudget:
         """Return the budget by which a share goes of the parameters of all that may go.
 
         With `of_model` it is a share of all parameters of the model.
-
-        Raises:
-            BudgetError: more than all but one would go.
         """
         sizes = DropSizes.of(source, parts, keep)
         of_one = sizes.block_of or sizes.attention_of

@@ -74,10 +74,6 @@ def order_of_removal(
         wanted: how much goes, in one way or several; of the same parts.
         check: raises UnsupportedModelError where the model cannot do without these.
         on_removal: is called after each that is chosen.
-
-    Raises:
-        BudgetError: less goes than is wanted.
-        UnsupportedModelError: the model cannot do without any of those that are left.
     """
     sizes, parts = wanted[0].sizes, wanted[0].parts
     among = parts if len(parts) > 1 else ()
@@ -172,11 +168,7 @@ def follow_divergence(source: WeightSource, removal: str, runtime: Runtime) -> b
 def check_can_be_compared(
     source: WeightSource, budget: Budget, removal: str, runtime: Runtime
 ) -> None:
-    """Check that what is compared with other parts, or in number, goes by what predictions lose.
-
-    Raises:
-        UsageError: it does not.
-    """
+    """Check that what is compared with other parts, or in number, goes by what predictions lose."""
     if not budget.whole_parts or len(budget.parts) == 1:
         return
     if follow_divergence(source, removal, runtime):
@@ -202,11 +194,6 @@ def with_order(
 
     A killed run goes on with what it had chosen. Of several processes the first chooses, on the
     beginnings of a few windows of the calibration text.
-
-    Raises:
-        BudgetError: the budget can't be met.
-        UsageError: the model does not fit into memory, or the windows have images.
-        UnsupportedModelError: the model cannot do without enough of its blocks.
     """
     missing = [each for each in wanted if each.first(statistics.removals_of(each.parts)) is None]
     if not missing:

@@ -44,9 +44,6 @@ def constraint_of(job: Job) -> tuple[Job, Constraint]:
 
     It is checked before a forward pass. Windows are drawn only where that says which parts may go;
     models are timed for a speed.
-
-    Raises:
-        CfspError: it cannot be met, or cannot be measured here.
     """
     source, budget, goal = job.source, job.budget, job.settings.goal
     constraint: Constraint
@@ -74,9 +71,6 @@ def _parts_for(job: Job, asked: Parameters) -> tuple[Part, ...]:
 
     How many blocks go is then tried after repair, with the model and a pruned one in memory. Where
     that is impossible, FFN channels go alone. People are told.
-
-    Raises:
-        BudgetError: neither channels nor blocks own so much.
     """
     if not job.settings.leaves_parts_open:
         return job.budget.parts

@@ -85,11 +85,7 @@ class CacheFraction(Constraint):
         return unit * math.floor(self.asked * self.size(self.groups_U) / unit + 1e-9)
 
     def check(self) -> None:
-        """Check that so little can stay.
-
-        Raises:
-            BudgetError: attentions would be left without any group, or none would be left.
-        """
+        """Check that so little can stay."""
         parts, widths = self.budget.parts, sorted(filter(None, self.groups_U))
         if parts == ("attention",) and not self._is_even:
             raise BudgetError(

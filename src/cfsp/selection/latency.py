@@ -215,11 +215,7 @@ def most_speedup(
 def measure_latencies(
     source: WeightSource, budget: Budget, multiple: int, phase: Phase, runtime: Runtime
 ) -> Latencies:
-    """Time models of the same shapes with less of each part; only config and shapes are read.
-
-    Raises:
-        UsageError: these models do not fit into memory together.
-    """
+    """Time models of the same shapes with less of each part; only config and shapes are read."""
     whole, timed = models_to_time(source, budget, multiple)
     # The whole one first: it is what the others are compared to.
     subjects = [

@@ -56,11 +56,7 @@ class LossIncrease(Constraint):
         return True
 
     def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
-        """Return the largest share whose loss fits.
-
-        Raises:
-            BudgetError: not even the smallest does.
-        """
+        """Return the largest share whose loss fits."""
         self.found.update(
             load_or_compute(self.place, "loss", lambda: self._measured(planner, tuple(parts)))
         )
@@ -112,12 +108,7 @@ class LossIncrease(Constraint):
 def held_out_windows(
     goal: MaxLossIncrease, text: CalibrationText, tokenizer: PreTrainedTokenizerBase
 ) -> list[Windows]:
-    """Return the windows that a loss is bounded on, text by text; calibration has none of them.
-
-    Raises:
-        TextError: a text is missing, or calibration takes all of it.
-        UsageError: the calibration text has images, and no other is named.
-    """
+    """Return the windows that a loss is bounded on, text by text; calibration has none of them."""
     if not goal.held_out:
         return [draw_left_over(text, tokenizer, goal.windows)]
     return [

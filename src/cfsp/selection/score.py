@@ -51,22 +51,14 @@ _LEAST_APART = 4
 
 
 def masked_model(source: WeightSource, runtime: Runtime, windows: Windows) -> MaskedModel:
-    """Return the model that candidates are masked on, on the beginnings of a few windows.
-
-    Raises:
-        UsageError: the model does not fit into memory.
-    """
+    """Return the model that candidates are masked on, on the beginnings of a few windows."""
     model = load_whole(source, runtime, "comparing plans")
     few = few_beginnings(windows, _MASKED_TOKENS)
     return MaskedModel(source, model, torch.split(few.tokens_NT, 1))
 
 
 def masked_score(masked: MaskedModel, planner: Planner, candidate: Candidate) -> float:
-    """Return KL(dense || without what goes), the mean over windows.
-
-    Raises:
-        BudgetError: so much cannot go.
-    """
+    """Return KL(dense || without what goes), the mean over windows."""
     kept = enumerate(planner.channels(candidate, planner.widths(candidate)))
     return masked.divergence(candidate.dropped, dict(kept))
 

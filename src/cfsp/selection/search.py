@@ -55,12 +55,7 @@ class Scored:
 
 
 def only_candidate(constraint: Constraint, planner: Planner) -> Candidate | None:
-    """Return the candidate that meets a constraint where nothing is open; None if some is.
-
-    Raises:
-        BudgetError: none does.
-        StatisticsError: the statistics lack what the choice needs.
-    """
+    """Return the candidate that meets a constraint where nothing is open; None if some is."""
     budget = constraint.budget
     if budget.compares:
         return None
@@ -90,10 +85,6 @@ def select(
 
     A killed run goes on with what it had compared. Of several processes the first compares. Windows
     are drawn only if something is compared; without `repair` nothing is repaired.
-
-    Raises:
-        BudgetError: no candidate meets the constraint.
-        UsageError: the model does not fit into memory.
     """
     planner = Planner.of(job.source, statistics, job.budget, job.criterion)
     if only := only_candidate(constraint, planner):
@@ -155,11 +146,7 @@ def _when_repaired(
 def _all_masked(
     job: Job, constraint: Constraint, planner: Planner, order: Sequence[Removal]
 ) -> list[Scored]:
-    """Score every number of what is dropped that may be the best one, before repair.
-
-    Raises:
-        BudgetError: none is possible.
-    """
+    """Score every number of what is dropped that may be the best one, before repair."""
     model = masked_model(job.source, job.runtime, job.windows())
     channels = job.budget.channel_parts
     choices = [("ffn",), channels] if len(channels) > 1 else [channels]
@@ -249,11 +236,7 @@ def _nearest(found: Sequence[Scored]) -> Scored:
 
 
 def check_is_definite(budget: Budget) -> None:
-    """Check that what goes of a budget follows from statistics alone.
-
-    Raises:
-        UsageError: plans are to be compared.
-    """
+    """Check that what goes of a budget follows from statistics alone."""
     if budget.compares:
         raise UsageError(
             f"--parts {','.join(budget.parts)} tries how many {drops_in_words(budget.whole_parts)} "

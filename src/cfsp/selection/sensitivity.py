@@ -131,12 +131,7 @@ def with_sensitivity(
     runtime: Runtime,
     parts: Collection[Part] = UNIT_PARTS,
 ) -> Statistics:
-    """Add the sensitivity of blocks, measured on the beginnings of a few windows of every text.
-
-    Raises:
-        UsageError: the model does not fit into memory.
-        CalibrationError: the model predicts NaN.
-    """
+    """Add the sensitivity of blocks, measured on the beginnings of a few windows of every text."""
     tokens_NT = few_beginnings(windows).tokens_NT
     kept_U = [
         choose_channels(

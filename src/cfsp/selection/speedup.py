@@ -86,13 +86,7 @@ class Speedup(Constraint):
         return Latencies.from_json(found)
 
     def check(self) -> None:
-        """Check that sizes allow it, then time the models, in every process.
-
-        Raises:
-            BudgetError: not even in proportion to the work that would be left.
-            UsageError: FFNs are of several kinds, so that no one width says how long they take; or
-                the models to time do not fit into memory.
-        """
+        """Check that sizes allow it, then time the models, in every process."""
         source, budget, phase = self.source, self.budget, self.goal.phase
         kinds = sorted({unit.path for unit in source.units if unit.part == "ffn"})
         if "ffn" in budget.parts and len(kinds) > 1:
@@ -121,11 +115,7 @@ class Speedup(Constraint):
         return self.latencies.speedup(self.source.units, kept_U, dropped, blocks)
 
     def enough(self, order: Sequence[Removal]) -> Dropped:
-        """Return the fewest of an order that are enough.
-
-        Raises:
-            BudgetError: all are not.
-        """
+        """Return the fewest of an order that are enough."""
         if self._is_one_whole_part:
             return Dropped.of(order)
         for count in range(1, len(order) + 1):
