@@ -16,11 +16,11 @@ from builders import statistics_with_distances
 from cfsp.calibration.statistics import Removal, RunDistances, Statistics
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, parameter_count
 from cfsp.checkpoint.stored_blocks import names_without_blocks, parameters_of_blocks
-from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
+from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError
 from cfsp.planning.candidate import NOTHING, Candidate, Dropped
 from cfsp.selection.by_statistics import cheapest_runs, dropped_by
 from cfsp.selection.drop_budget import DropBudget
-from cfsp.settings import DIVERGENCE, INFLUENCE, RUNS, Budget
+from cfsp.settings import DIVERGENCE, INFLUENCE, RUNS
 from tiny_decoders import tiny_model
 
 BLOCKS = 6
@@ -92,19 +92,6 @@ def test_an_impossible_budget_names_the_range(source: LoadedModel) -> None:
         DropBudget.of_share(source, ("blocks",), 0.9, of_model=True)
     with pytest.raises(BudgetError, match="between 0 and 5 can be removed"):
         DropBudget.of_count(source, "blocks", 6)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"parts": "ffn", "remove_blocks": 2}, "--remove-blocks belongs to --parts blocks"),
-        ({"parts": "blocks", "remove_blocks": -1}, "must be at least 0"),
-        ({"parts": ""}, "--parts must be of ffn, kv, attention, blocks"),
-    ],
-)
-def test_budgets_that_contradict_themselves(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        Budget(**fields)
 
 
 def test_the_choice_follows_the_statistics(source: LoadedModel) -> None:

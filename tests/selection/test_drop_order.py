@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import combinations
 from typing import Any
@@ -31,13 +31,17 @@ def tokens() -> torch.Tensor:
     return torch.randint(3, 300, (5, 16), generator=torch.Generator().manual_seed(0))
 
 
-def divergence_without(source: LoadedModel, removed: Collection[int]) -> float:
-    """Return it without resuming anywhere, all windows at once."""
+def without(source: LoadedModel, removed: Dropped) -> float:
+    """Return the divergence without blocks and attentions, without resuming anywhere."""
     model = source.model
-    with torch.inference_mode():
+    blocks = blocks_of(model, source.architecture)
+    units = {unit.block: unit for unit in source.units if unit.part == "kv"}
+    with torch.inference_mode(), ExitStack() as stack:
         dense = dense_predictions(model, tokens())
-        with skipped(blocks_of(model, source.architecture), removed, PLAIN):
-            return dense.divergence(model)
+        for block in removed.attentions:
+            stack.enter_context(masked_unit(blocks[block], units[block], ()))
+        stack.enter_context(skipped(blocks, removed.blocks, PLAIN))
+        return dense.divergence(model)
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +62,16 @@ def test_the_first_is_the_best_of_all_and_so_on(source: LoadedModel) -> None:
     gone: list[int] = []
     for count, found in enumerate(order):
         gone.append(found.block)
-        assert found.divergence == pytest.approx(divergence_without(source, gone), rel=1e-4)
+        assert found.divergence == pytest.approx(
+            without(source, Dropped(tuple(sorted(gone)))), rel=1e-4
+        )
         if count == 0:
-            others = [divergence_without(source, [block]) for block in range(BLOCKS)]
+            others = [without(source, Dropped((block,))) for block in range(BLOCKS)]
             assert found.block == min(range(BLOCKS), key=others.__getitem__)
     # The model is as it was.
     for name, tensor in source.model.state_dict().items():
         assert torch.equal(tensor, before[name])
-    assert divergence_without(source, []) == pytest.approx(0.0, abs=1e-5)
+    assert without(source, NOTHING) == pytest.approx(0.0, abs=1e-5)
 
 
 def test_what_the_model_cannot_do_without_stays(source: LoadedModel) -> None:
@@ -78,19 +84,6 @@ def test_what_the_model_cannot_do_without_stays(source: LoadedModel) -> None:
     assert not {first.block, second.block} & {each.block for each in order_of(source, 2, check)}
     with pytest.raises(UnsupportedModelError, match="it is needed"):
         order_of(source, BLOCKS - 1, check)
-
-
-def without(source: LoadedModel, removed: Dropped) -> float:
-    """Return the divergence without blocks and attentions, without resuming anywhere."""
-    model = source.model
-    blocks = blocks_of(model, source.architecture)
-    units = {unit.block: unit for unit in source.units if unit.part == "kv"}
-    with torch.inference_mode(), ExitStack() as stack:
-        dense = dense_predictions(model, tokens())
-        for block in removed.attentions:
-            stack.enter_context(masked_unit(blocks[block], units[block], ()))
-        stack.enter_context(skipped(blocks, removed.blocks, PLAIN))
-        return dense.divergence(model)
 
 
 @pytest.fixture(scope="module")

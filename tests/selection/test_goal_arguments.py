@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,6 @@ from cfsp.settings import (
     TargetParameters,
 )
 from commands_of_goals import prune
-
-
-@pytest.fixture(scope="module")
-def model(tiny_checkpoint: Callable[[str], Path]) -> Path:
-    return tiny_checkpoint("llama")
 
 
 @pytest.mark.parametrize(

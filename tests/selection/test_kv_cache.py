@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,6 @@ from transformers import AutoModelForCausalLM
 from cfsp.result.manifest import read_manifest
 from commands_of_goals import prune
 from tiny_models import TINY_CONFIGS
-
-
-@pytest.fixture(scope="module")
-def model(tiny_checkpoint: Callable[[str], Path]) -> Path:
-    return tiny_checkpoint("llama")
 
 
 def test_target_kv_cache(model: Path, text_file: Path, tmp_path: Path) -> None:

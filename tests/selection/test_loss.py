@@ -24,11 +24,6 @@ from tiny_models import BLOCKS, WIDTH, build_tiny_model
 
 
 @pytest.fixture(scope="module")
-def model(tiny_checkpoint: Callable[[str], Path]) -> Path:
-    return tiny_checkpoint("llama")
-
-
-@pytest.fixture(scope="module")
 def trained(tokenizer: Any, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model that has learnt something: of a random one the loss may fall by pruning."""
     windows = draw_windows([str(text_file)], tokenizer, samples=64, seqlen=32, seed=9)

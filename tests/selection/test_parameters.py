@@ -33,11 +33,6 @@ OPEN = PruneSettings(Budget(multiple=8), compute=Compute("cpu", "float32"), leav
 
 
 @pytest.fixture
-def model(tiny_checkpoint: Any) -> Path:
-    return tiny_checkpoint("llama")
-
-
-@pytest.fixture
 def draw(tokenizer: Any, text_file: Path) -> Any:
     windows = draw_windows([str(text_file)], tokenizer, samples=4, seqlen=16)
     return lambda: windows

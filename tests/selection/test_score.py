@@ -57,57 +57,36 @@ def source() -> LoadedModel:
     return LoadedModel(tiny_model("llama", num_hidden_layers=4), ("ffn", "blocks"))
 
 
-def planned(source: LoadedModel, text_file: Path, tokenizer: Any, samples: int) -> Any:
-    """Return what makes plans of a model, and its score after repair."""
-    text = CalibrationText((str(text_file),), samples=samples, seqlen=64)
+def test_scores_are_those_of_the_plan_and_repair_brings_predictions_nearer(
+    source: LoadedModel, text_file: Path, tokenizer: Any
+) -> None:
+    text = CalibrationText((str(text_file),), samples=16, seqlen=64)
     budget = Budget(multiple=8, parts=("ffn", "blocks"))
     settings = PruneSettings(
         budget, text=text, compute=Compute("cpu", "float32"), goal=TargetParameters(0.9)
     )
-    drawn = draw_text(text, tokenizer)
+    drawn, model = draw_text(text, tokenizer), source.model
     statistics = calibrate_source(source, tokenizer, text, settings.compute)
-    job = job_of(source, settings, lambda: drawn)
     planner = Planner.of(source, statistics, budget, settings.criterion)
-    return planner, RepairedScore(job, *apart(drawn), repaired_a_little), drawn
-
-
-def masked_on(source: LoadedModel, drawn: Windows) -> MaskedModel:
+    job = job_of(source, settings, lambda: drawn)
+    after_repair = RepairedScore(job, *apart(drawn), repaired_a_little)
     tokens_NT = few_beginnings(drawn).tokens_NT
-    return MaskedModel(source, source.model, torch.split(tokens_NT, 1))
+    masked = MaskedModel(source, model, torch.split(tokens_NT, 1))
+    before = [parameter.clone() for parameter in model.parameters()]
 
-
-def test_repair_brings_the_predictions_nearer(
-    source: LoadedModel, text_file: Path, tokenizer: Any
-) -> None:
-    planner, after_repair, drawn = planned(source, text_file, tokenizer, 16)
-    before = [parameter.clone() for parameter in source.model.parameters()]
     half = Candidate(parts=("ffn",), sparsity=0.5)
-    masked = masked_score(masked_on(source, drawn), planner, half)
-    assert 0 < after_repair.score(planner, half) < masked
-    assert all(map(torch.equal, before, source.model.parameters()))
-
-
-def test_a_masked_score_is_that_of_the_plan(
-    source: LoadedModel, text_file: Path, tokenizer: Any
-) -> None:
-    planner, _, drawn = planned(source, text_file, tokenizer, 4)
-    candidate, few = Candidate(parts=("ffn",), sparsity=0.5), few_beginnings(drawn)
-    kept = dict(enumerate(planner.plan(candidate).kept_channels))
+    kept = dict(enumerate(planner.plan(half).kept_channels))
     with torch.inference_mode():
-        dense = dense_predictions(source.model, few.tokens_NT)
-        with masked_channels(source, source.model, kept):
-            expected = dense.divergence(source.model)
-    found = masked_score(masked_on(source, drawn), planner, candidate)
+        dense = dense_predictions(model, tokens_NT)
+        with masked_channels(source, model, kept):
+            expected = dense.divergence(model)
+    found = masked_score(masked, planner, half)
     assert found == pytest.approx(expected, rel=1e-4)
-
-
-def test_nothing_removed_changes_nothing(
-    source: LoadedModel, text_file: Path, tokenizer: Any
-) -> None:
-    planner, after_repair, drawn = planned(source, text_file, tokenizer, 4)
+    assert 0 < after_repair.score(planner, half) < found
     nothing = Candidate(parts=("ffn",), sparsity=0.0)
     assert after_repair.score(planner, nothing) == pytest.approx(0, abs=1e-6)
-    assert masked_score(masked_on(source, drawn), planner, nothing) == pytest.approx(0, abs=1e-6)
+    assert masked_score(masked, planner, nothing) == pytest.approx(0, abs=1e-6)
+    assert all(map(torch.equal, before, model.parameters()))
 
 
 def test_without_room_for_a_second_model_nothing_is_repaired(

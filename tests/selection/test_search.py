@@ -12,17 +12,21 @@ from hypothesis import strategies as st
 
 import cfsp
 from builders import job_of
+from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import LoadedModel, parameter_count
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.decide import decide
-from cfsp.errors import UsageError
+from cfsp.errors import BudgetError, UsageError
 from cfsp.planning.candidate import Candidate, Dropped
+from cfsp.planning.make import model_size
 from cfsp.selection import drop_order, search
+from cfsp.selection.constraint import STEPS, highest_step, last_that_holds
 from cfsp.selection.search import Scored, _best_numbers, best_of, worth_a_repair
 from cfsp.settings import Budget, CalibrationText, Compute, Part, PruneSettings, TargetParameters
 from cfsp.streaming.work_dir import temporary_work_dir
 from cfsp.text.drawing import draw_text
 from tiny_decoders import tiny_model
+from tiny_models import WIDTH
 
 BLOCKS = 5
 
@@ -160,3 +164,23 @@ def test_a_model_that_does_not_fit_is_refused(
     asked = settings(text_file, stays_without(source, 0.2))
     with pytest.raises(UsageError, match="tries how many blocks should go, which requires the"):
         decide(job_of(source, asked))
+
+
+@given(st.integers(1, 300), st.integers(0, 300))
+def test_bisection_finds_the_last_step(highest: int, last: int) -> None:
+    asked = []
+
+    def holds(step: int) -> bool:
+        asked.append(step)
+        return step <= last
+
+    assert last_that_holds(highest, holds) == min(last, highest)
+    assert 0 not in asked
+    assert len(asked) == len(set(asked)) <= highest.bit_length() + 1
+
+
+def test_highest_step_leaves_a_multiple(model: Path) -> None:
+    size = model_size(open_checkpoint(model))
+    assert highest_step(size, Budget(multiple=24)) == STEPS * 3 // 4
+    with pytest.raises(BudgetError, match="choose a smaller --multiple"):
+        highest_step(size, Budget(multiple=WIDTH))

@@ -20,9 +20,8 @@ from cfsp.settings import Criterion
 from cfsp.streaming.resumed_forward import hidden_states_entering, resumed_at
 from cfsp.streaming.runtime import Runtime
 from drawn_windows import draw_windows
+from tiny_decoders import tiny_model
 from tiny_models import BLOCKS, TINY_CONFIGS, VOCABULARY, WIDTH, build_tiny_model
-
-KEPT = ((0, 5, 7, 95), tuple(range(WIDTH)), tuple(range(1, WIDTH, 2)))
 
 
 def random_tokens(windows: int, seed: int = 0) -> torch.Tensor:
@@ -67,23 +66,42 @@ def test_divergence_is_that_of_numpy() -> None:
     assert found > 0.01
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "opt-projected"])
-def test_sensitivity_masks_one_block_at_a_time(name: str) -> None:
-    model, tokens_NT = build_tiny_model(name), random_tokens(3)
-    seen: list[Any] = []
-    found_L = block_sensitivities(
-        LoadedModel(model), model, tokens_NT, KEPT, lambda: seen.append(None)
-    )["ffn"]
-    with torch.inference_mode():
-        dense_BTV = model(tokens_NT).logits
-        for block, kept_K in enumerate(KEPT):
-            with masked_channels(LoadedModel(model), model, {block: kept_K}):
-                expected = numpy_divergence(dense_BTV, model(tokens_NT).logits)
-            assert found_L[block] == pytest.approx(expected, rel=1e-3, abs=1e-6)
-        assert torch.equal(model(tokens_NT).logits, dense_BTV)
-    assert found_L[1] == pytest.approx(0, abs=1e-6)  # it keeps all
-    assert min(found_L[0], found_L[2]) > 1e-3
-    assert len(seen) == 3 * BLOCKS
+# Blocks that return tuples, keys and values from an earlier block, several FFNs, blocks without.
+@pytest.mark.parametrize(
+    "name", ["llama", "falcon", "bloom", "gemma3n_text", "qwen3_next", "nemotron_h", "gemma3"]
+)
+def test_each_block_is_masked_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(name)
+    source = LoadedModel(model)
+    tokens_NT = torch.randint(3, 250, (2, 12), generator=torch.Generator().manual_seed(1))
+    kept_U = [tuple(range(0, unit.width * unit.ffns, 2)) for unit in source.units]
+    starts: list[int] = []
+
+    def noted(blocks: object, first: int, *rest: object) -> object:
+        starts.append(first)
+        return resumed_at(blocks, first, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("cfsp.selection.masks.resumed_at", noted)
+    seen: list[None] = []
+    found_L = block_sensitivities(source, model, tokens_NT, kept_U, lambda: seen.append(None))[
+        "ffn"
+    ]
+    count = len(blocks_of(model, source.architecture))
+    with_units = sorted({unit.block for unit in source.units})
+    for block in range(count):
+        kept = {
+            index: kept_U[index] for index, unit in enumerate(source.units) if unit.block == block
+        }
+        expected = 0.0
+        with torch.inference_mode():
+            for tokens_T in tokens_NT:
+                dense = dense_predictions(model, tokens_T[None])
+                with masked_channels(source, model, kept):
+                    expected += dense.divergence(model) / len(tokens_NT)
+        assert found_L[block] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    # From the first block on is the whole model.
+    assert starts == 2 * [block for block in with_units if block and name != "gemma3n_text"]
+    assert len(seen) == 2 * len(with_units)
 
 
 def test_sensitivity_of_experts_is_measured() -> None:

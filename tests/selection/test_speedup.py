@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,11 +62,6 @@ LATENCIES = Latencies(
     },
     {"disturbance": 0.0},
 )
-
-
-@pytest.fixture(scope="module")
-def model(tiny_checkpoint: Callable[[str], Path]) -> Path:
-    return tiny_checkpoint("llama")
 
 
 @pytest.fixture(scope="module")
