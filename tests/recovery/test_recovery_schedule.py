@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cfsp.errors import UsageError
-from cfsp.recovery.evaluation import Baseline, Perplexities, measure_before
+from cfsp.recovery.prepare import Baseline, Perplexities, measure_before
 from cfsp.recovery.schedule import Schedule, TimeSchedule, rate_factor
 from cfsp.recovery.settings import Limit
 

@@ -131,39 +131,29 @@ def unit_from_json(entry: dict[str, Any], index: int, removed: Collection[int]) 
         entry: what it returned.
         index: of the unit in the plan, and of its block where no other is said.
         removed: blocks that go whole.
+
+    Raises:
+        ValueError: it is damaged.
+        KeyError: likewise.
     """
     width, ffns = entry["width"], entry.get("experts", 1)
     block, path, cost = entry.get("block", index), entry.get("path", ""), entry.get("cost", 1)
     part, lost_output = entry.get("part", "ffn"), float(entry.get("lost_output", 0.0))
     distance, importance = float(entry["distance"]), float(entry["importance"])
-    _require(
-        isinstance(width, int) and 0 < width <= _MAX_WIDTH,
-        f"a block has the impossible width {width}",
-    )
-    _require(
-        isinstance(ffns, int) and 0 < ffns <= _MAX_EXPERTS,
-        f"a block has the impossible number of experts {ffns}",
-    )
-    _require(
-        0 <= lost_output <= 1,
-        f"a block's experts that go added {lost_output} of what all added",
-    )
-    _require(
-        math.isfinite(distance) and math.isfinite(importance),
-        f"a block has the distance {distance} and the importance {importance}",
-    )
-    _require(
-        type(block) is int and 0 <= block <= MAX_BLOCKS,
-        f"an FFN has the impossible block {block!r}",
-    )
-    _require(
-        isinstance(path, str) and bool(_PATH.fullmatch(path)),
-        f"an FFN of block {block} has the impossible path {path!r}",
-    )
-    _require(part in UNIT_PARTS, f"a unit of block {block} is of the impossible part {part!r}")
-    _require(
-        type(cost) is int and cost >= 1, f"an FFN of block {block} has the impossible cost {cost!r}"
-    )
+    sound = {
+        f"width {width}": isinstance(width, int) and 0 < width <= _MAX_WIDTH,
+        f"number of experts {ffns}": isinstance(ffns, int) and 0 < ffns <= _MAX_EXPERTS,
+        f"block {block!r}": type(block) is int and 0 <= block <= MAX_BLOCKS,
+        f"path {path!r}": isinstance(path, str) and _PATH.fullmatch(path),
+        f"part {part!r}": part in UNIT_PARTS,
+        f"cost {cost!r}": type(cost) is int and cost >= 1,
+        f"distance {distance}": math.isfinite(distance),
+        f"importance {importance}": math.isfinite(importance),
+        f"share {lost_output} of what experts add": 0 <= lost_output <= 1,
+    }
+    for value, is_sound in sound.items():
+        if not is_sound:
+            raise ValueError(f"a block has the impossible {value}")
     few = dict(entry.get("few_tokens", {}))
     return UnitPlan(
         block=block,
@@ -187,27 +177,16 @@ def _checked_mask(entry: dict[str, Any], total: int, *, is_removed: bool) -> tup
     except binascii.Error as error:
         raise ValueError(f"kept channels are not base64: {error}") from error
     mask, width = np.unpackbits(packed, bitorder="little"), entry["width"]
-    _require(
-        0 <= len(mask) - total < 8 and not mask[total:].any(),
-        f"kept channels do not fit a width of {width}",
-    )
+    if not 0 <= len(mask) - total < 8 or mask[total:].any():
+        raise ValueError(f"kept channels do not fit a width of {width}")
     kept_E = mask[:total].reshape(-1, width).sum(axis=1, dtype=int)
     announced, experts = entry["kept_width"], entry.get("kept_experts", len(kept_E))
     # An attention may go whole, an FFN only with its block.
     may_go = is_removed or entry.get("part") == "kv"
     for kept in set(kept_E.tolist()) - ({0} if experts < len(kept_E) else set()):
-        _require(
-            kept == announced and (not is_removed if kept else may_go),
-            f"{kept} channels are kept, {announced} are announced",
-        )
+        if kept != announced or (is_removed if kept else not may_go):
+            raise ValueError(f"{kept} channels are kept, {announced} are announced")
     found = np.count_nonzero(kept_E)
-    _require(
-        found == experts or (may_go and announced == 0),
-        f"{found} experts are kept, {experts} are announced",
-    )
+    if found != experts and not (may_go and announced == 0):
+        raise ValueError(f"{found} experts are kept, {experts} are announced")
     return tuple(np.flatnonzero(mask).tolist())
-
-
-def _require(is_sound: bool, fault: str) -> None:
-    if not is_sound:
-        raise ValueError(fault)

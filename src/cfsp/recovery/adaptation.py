@@ -32,8 +32,8 @@ from cfsp.architecture.model_classes import model_class_of
 from cfsp.architecture.small_run import SmallRun, run_small
 from cfsp.checkpoint.config_widths import stock_config
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.checkpoint.skeleton import blocks_of
-from cfsp.errors import MissingExtraError, first_line
+from cfsp.checkpoint.skeleton import blocks_of, empty_model
+from cfsp.errors import MissingExtraError, UsageError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -235,18 +235,27 @@ def _names_as_they_are() -> Iterator[None]:
         conversion.convert_peft_config_for_transformers = original
 
 
-def misread_name(model: PreTrainedModel, names: list[str]) -> str | None:
-    """Return an adapted module that PEFT will not find when it loads the adapter, if any."""
+def check_adapter_can_be_read(source: Checkpoint, targets: Sequence[BlockTargets]) -> None:
+    """Refuse to keep an adapter that PEFT would put in the wrong place."""
     try:
         from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-    except ImportError:
-        return None
+    except ImportError:  # older ones leave names alone
+        return
     import peft
 
+    names = [name for block in targets for name in block.matrices]
     config = peft.LoraConfig(target_modules=list(names))
     try:
-        convert_peft_config_for_transformers(config, model=model, conversions=None)
+        convert_peft_config_for_transformers(
+            config, model=empty_model(source.config), conversions=None
+        )
+        left = set(config.target_modules)
     except ValueError:  # only some of what it takes for parts of one matrix
-        return names[0]
-    left = set(config.target_modules)
-    return next((name for name in names if name not in left), None)
+        left = set()
+    misread = next((name for name in names if name not in left), None)
+    if misread is not None:
+        raise UsageError(
+            f"PEFT {version('peft')} cannot read such an adapter of a {source.config.model_type} "
+            f"model again: it takes {misread} for a matrix of experts (huggingface/peft issue "
+            "3711); leave --keep-adapter out, the recovered model has the adapter merged"
+        )

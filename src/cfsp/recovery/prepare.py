@@ -1,11 +1,16 @@
-"""All that is checked and read before a recovery loads a model."""
+"""All that is checked, read and measured before a recovery loads a model.
+
+Perplexity before and after is paid for from the minutes of a recovery.
+"""
 
 from __future__ import annotations
 
+import logging
+import math
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +19,26 @@ from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.output import check_is_outside, check_output_is_free
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint, fingerprint
-from cfsp.checkpoint.skeleton import empty_model
 from cfsp.errors import UsageError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import process_count
-from cfsp.quality.evaluate import evaluation_windows
-from cfsp.recovery.adaptation import BlockTargets, check_installed, misread_name
+from cfsp.quality.evaluate import evaluate_models, evaluation_windows
+from cfsp.recovery.adaptation import BlockTargets, check_adapter_can_be_read, check_installed
 from cfsp.recovery.data import RecoveryText, read_text
-from cfsp.recovery.settings import RecoverSettings, Training
+from cfsp.recovery.settings import RecoverSettings
 from cfsp.recovery.targets import targets_of
 from cfsp.recovery.teacher import open_teacher
+from cfsp.settings import Compute, EvaluationText
 from cfsp.streaming.stopwatch import Stopwatch
 from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
+
+logger = logging.getLogger(__name__)
+# Of the minutes, for measuring before and after together; training is what they are for.
+_SHARE_OF_MINUTES = 0.5
+_FEW_WINDOWS = 4
+
+Perplexities = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -66,7 +78,7 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings) -> Prepare
             "--shard cannot shard the adapters of experts; leave it out, or use --targets attention"
         )
     if settings.keep_adapter:
-        _check_adapter_can_be_read(source, targets)
+        check_adapter_can_be_read(source, targets)
     tokenizer = load_tokenizer(source.directory)
     with watch.stage("text"):
         windows = evaluation_windows(settings.evaluation, source)
@@ -86,32 +98,72 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings) -> Prepare
         "teacher": teacher and [teacher.label, asdict(settings.distillation)],
         "eval": {name: of_text.digest for name, of_text in windows.items()},
         "dtype": settings.compute.dtype,
-        **_processes(training),
     }
+    if training.shard:  # any number of processes that makes the same steps reads its checkpoints
+        identity |= {"windows in a step": training.windows_in_step}
+        identity |= {"batch_windows": 0, "accumulate": 0}
+    else:
+        identity["processes"] = process_count()
     return Prepared(source, out, settings, watch, text, targets, teacher, identity)
 
 
-def _check_adapter_can_be_read(source: Checkpoint, targets: Sequence[BlockTargets]) -> None:
-    """Refuse to keep an adapter that PEFT would put in the wrong place."""
-    names = [name for block in targets for name in block.matrices]
-    misread = misread_name(empty_model(source.config), names)
-    if misread is not None:
-        raise UsageError(
-            f"PEFT {version('peft')} cannot read such an adapter of a {source.config.model_type} "
-            f"model again: it takes {misread} for a matrix of experts (huggingface/peft issue "
-            "3711); leave --keep-adapter out, the recovered model has the adapter merged"
-        )
+@dataclass(frozen=True)
+class Baseline:
+    """Perplexity before training."""
+
+    perplexity: Perplexities  # text -> its value and its conditions
+    windows: int  # of each text
+    seconds: float  # that measuring took, and will take again after training
 
 
-def _processes(training: Training) -> dict[str, int]:
-    """Return what must be the same of the processes of a run that goes on.
+def measure(directory: Path, texts: EvaluationText, compute: Compute, windows: int) -> Perplexities:
+    """Return text -> {"value", "tokens", "windows", "seqlen", "stride", "bos"} of a checkpoint."""
+    (found,) = evaluate_models([directory], replace(texts, windows=windows), compute)
+    perplexity: Perplexities = found["perplexity"]
+    return perplexity
 
-    Checkpoints of a sharded run are read by any number of them that makes the same steps.
+
+def measure_before(
+    measure_windows: Callable[[int], Perplexities],
+    windows: int,
+    seconds: float | None,
+    now: Callable[[], float] = time.monotonic,
+) -> Baseline:
+    """Measure on as many windows as half of the time is enough for, before and after.
+
+    That is of the `seconds` of the whole recovery; None without a limit.
     """
-    if training.shard:
-        return {
-            "windows in a step": training.batch_windows * training.accumulate * process_count(),
-            "batch_windows": 0,
-            "accumulate": 0,
-        }
-    return {"processes": process_count()}
+
+    def timed(count: int) -> Baseline:
+        begin = now()
+        perplexity = measure_windows(count)
+        return Baseline(perplexity, count, now() - begin)
+
+    if seconds is None:
+        return timed(windows)
+    allowed, begin = _SHARE_OF_MINUTES * seconds, now()
+    found = timed(1)
+    if 2 * found.seconds > allowed:
+        raise UsageError(
+            f"--eval takes {2 * found.seconds:.0f} s for one window of each text, before and after "
+            f"training, more than half of --max-minutes {seconds / 60:g}; give --max-minutes "
+            f"{math.ceil(2 * found.seconds / _SHARE_OF_MINUTES / 60)} or more, or no --eval"
+        )
+    # As if a window had taken all the time, and loading the model none of it.
+    a_window, loading = found.seconds, 0.0
+
+    def fit() -> int:
+        left = (allowed - (now() - begin)) / 2
+        return int(max(left - loading, 0.0) / max(a_window, 1e-9))
+
+    if 2 * _FEW_WINDOWS <= fit() < windows:
+        one, found = found, timed(_FEW_WINDOWS)
+        a_window = max((found.seconds - one.seconds) / (_FEW_WINDOWS - 1), found.seconds / 8)
+        loading = max(found.seconds - _FEW_WINDOWS * a_window, 0.0)
+    count = min(max(fit(), found.windows), windows)
+    if count < windows:
+        logger.warning(
+            f"--eval measures on {count} of {windows} windows of each text: more "
+            f"would take over half of --max-minutes {seconds / 60:g}"
+        )
+    return found if count == found.windows else timed(count)

@@ -33,9 +33,15 @@ from cfsp.recovery.adaptation import (
     trainable_in_blocks,
     trained_parameters,
 )
-from cfsp.recovery.evaluation import Baseline, Perplexities, measure, measure_before
 from cfsp.recovery.loss import loss_inside
-from cfsp.recovery.prepare import Prepared, prepare
+from cfsp.recovery.prepare import (
+    Baseline,
+    Perplexities,
+    Prepared,
+    measure,
+    measure_before,
+    prepare,
+)
 from cfsp.recovery.schedule import MARGIN
 from cfsp.recovery.settings import (
     AUTO_TEACHER,
@@ -337,7 +343,7 @@ def _train(
             directory=directory,
             callbacks=[_Saver(PassState(directory, ready.identity))] if place else [],
         )
-        tensors = trained_tensors(adapted, keeps=place is not None) if sharded else {}
+        tensors = trained_tensors(adapted) if sharded else {}
     if tensors:
         # The parts of this process are not all: what was trained goes into the model as it was.
         del adapted, model

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from cfsp.errors import UsageError
+from cfsp.processes import process_count
 from cfsp.settings import BOS, BOS_HELP, Bos, Compute, EvaluationText, Text, check_declared, option
 
 Method = Literal["lora", "full"]
@@ -134,6 +135,11 @@ class Training:
             raise UsageError(f"--seed must be in [0, 2^32), found {self.seed}")
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise UsageError(f"--learning-rate must be positive, found {self.learning_rate}")
+
+    @property
+    def windows_in_step(self) -> int:
+        """The windows of an optimizer step, over all processes."""
+        return self.batch_windows * self.accumulate * process_count()
 
     def with_rate_for(self, method: Method, weights: float) -> Training:
         """Return the same with the rate that suits the root mean square of weights, if none is."""

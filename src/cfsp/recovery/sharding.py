@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 _WEIGHTS, _OPTIMIZER = "weights", "optimizer"
 # Frozen weights are those of the model that is recovered.
 _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
+_WHOLE = replace(_TRAINED, full_state_dict=True, cpu_offload=True)
 
 
 def shard(
@@ -59,19 +61,9 @@ def shard(
     fully_shard(whole, mesh=mesh)
 
 
-def trained_tensors(whole: nn.Module, *, keeps: bool) -> dict[str, Tensor]:
-    """Return what training changed, whole and on the CPU, to the processes that keep it.
-
-    Every process must call this.
-    """
-    found: dict[str, Tensor] = {}
-    for name, parameter in whole.named_parameters():
-        if parameter.requires_grad:
-            tensor: Any = parameter.detach()
-            tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            if keeps:
-                found[name] = tensor.cpu()
-    return found
+def trained_tensors(whole: nn.Module) -> dict[str, Any]:
+    """Return what training changed, whole and on the CPU, to the first process; all must ask."""
+    return get_model_state_dict(whole, options=_WHOLE)
 
 
 class ShardedTrainer(RecoveryTrainer):

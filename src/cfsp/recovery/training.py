@@ -61,7 +61,7 @@ def schedule_of(
     Minutes count from `started`, a `time.monotonic()`; of them `after_training` seconds are needed
     after it.
     """
-    windows_in_step, seconds = windows_of_step(training), training.limit.seconds
+    windows_in_step, seconds = training.windows_in_step, training.limit.seconds
     steps = training.limit.in_steps(len(text.train), windows_in_step)
     if steps is not None:
         return Schedule(steps, training.evaluations, started)
@@ -81,11 +81,6 @@ def schedule_of(
         # The weights and AdamW's two moments.
         save_seconds=3 * trained_bytes / BYTES_PER_SECOND,
     )
-
-
-def windows_of_step(training: Training) -> int:
-    """Return the windows of an optimizer step, over all processes."""
-    return training.batch_windows * training.accumulate * process_count()
 
 
 def train(
@@ -110,7 +105,7 @@ def train(
     # Without a state, what lies there is not complete, and the first process removes it.
     goes_on = (directory / STATE_FILE).is_file()
     resume_from = last_checkpoint(directory) if goes_on else None
-    tokens_in_step = windows_of_step(training) * training.seqlen
+    tokens_in_step = training.windows_in_step * training.seqlen
     pace = Pace(schedule, tokens_in_step)
     adapted.config.use_cache = False
     with _without_bars():
