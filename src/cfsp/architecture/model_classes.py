@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import CheckpointError, UnsupportedModelError, first_line
@@ -29,6 +30,30 @@ def build_model(model_class: Any, config: PreTrainedConfig, dtype: torch.dtype) 
             f"({first_line(error)}); correct it or download it again"
         ) from error
     return model
+
+
+def empty_stock_model(config: PreTrainedConfig, model_class: Any = None) -> PreTrainedModel:
+    """Return the model that a stock class builds, on the meta device.
+
+    Raises:
+        Exception: whatever the class does with numbers that it does not expect.
+    """
+    import torch
+
+    with torch.device("meta"):
+        model: PreTrainedModel = (model_class or model_class_of(config))._from_config(
+            copy.deepcopy(config)
+        )
+    return model
+
+
+def with_values(config: PreTrainedConfig, values: Mapping[str, Any]) -> PreTrainedConfig:
+    """Return a config with other values of keys of its text config."""
+    changed = copy.deepcopy(config)
+    text_config = changed.get_text_config(decoder=True)
+    for name, value in values.items():
+        setattr(text_config, name, value)
+    return changed
 
 
 def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -1,5 +1,7 @@
 """A small random model of a class that ran once, with how its decoder called each block.
 
+What it computes is what all proofs compare; a check that fails raises `FailedCheckError`.
+
 Shapes: B windows, T tokens.
 """
 
@@ -34,22 +36,18 @@ TOLERANCE = 1e-5
 LEAST_EFFECT = 1e-3
 
 
+class FailedCheckError(Exception):
+    """Says which check failed, what was expected and what was found."""
+
+
 @dataclass(frozen=True)
 class Call:
-    """How the decoder called a block, and what came out.
-
-    Attributes:
-        block: index.
-        args: all arguments, the hidden state among them.
-        kwargs: likewise.
-        hidden: the hidden state that went in.
-        output: the hidden state that came out.
-    """
+    """How the decoder called a block, and what came out."""
 
     block: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    hidden: Tensor
+    hidden: Tensor  # the hidden state that went in
     output: Tensor
 
 
@@ -228,9 +226,8 @@ def _record(model: Any, architecture: Architecture) -> tuple[Call, ...]:
     for index, block in enumerate(model.get_submodule(architecture.blocks)):
         hooks.append(block.register_forward_pre_hook(before, with_kwargs=True))
         hooks.append(block.register_forward_hook(lambda _b, _a, out, i=index: after(i, out)))
-    decoder: Any = model.get_submodule(architecture.decoder)
     try:
-        decoder(input_ids=small_tokens(model), use_cache=False)
+        run_decoder(model.get_submodule(architecture.decoder), small_tokens(model))
     finally:
         for hook in hooks:
             hook.remove()
@@ -295,22 +292,34 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def fails(check: str, expected: str, compute: Callable[[], Tensor], wanted: Tensor) -> str | None:
-    """Return which check a computation fails, what was expected and what found; None if it fits.
+def check_same(check: str, expected: str, compute: Callable[[], Tensor], wanted: Tensor) -> None:
+    """Check that a computation gives what it must, whatever a class does with what was cut away.
 
-    Args:
-        check: its name.
-        expected: in words.
-        compute: whatever a class does with what was cut away.
-        wanted: what it must give.
+    Raises:
+        FailedCheckError: it does not; `check` and `expected` name in words what was asked.
     """
     try:
         error = difference(compute(), wanted)
     except Exception as problem:
-        return f"{check}: expected {expected}, found {first_line(problem)}"
-    if error <= TOLERANCE:
-        return None
-    return f"{check}: expected {expected}, found a relative difference of {error:.1e}"
+        raise FailedCheckError(
+            f"{check}: expected {expected}, found {first_line(problem)}"
+        ) from problem
+    if not error <= TOLERANCE:
+        raise FailedCheckError(
+            f"{check}: expected {expected}, found a relative difference of {error:.1e}"
+        )
+
+
+def check_bites(condition: str, with_it: Tensor, without: Tensor) -> None:
+    """Check that the output is another on a condition: else comparing it proves nothing.
+
+    Raises:
+        FailedCheckError: it is the same.
+    """
+    if not (effect := difference(with_it, without)) > LEAST_EFFECT:
+        raise FailedCheckError(
+            f"bites: expected another output {condition}, found a difference of {effect:.1e}"
+        )
 
 
 def run_decoder(decoder: Any, tokens_BT: Tensor) -> Tensor:

@@ -37,7 +37,6 @@ from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.own_files import MODELING_FILE
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from cfsp.architecture.found import Architecture, Unit
@@ -196,13 +195,6 @@ def _chosen(template: str, has: Mapping[str, bool]) -> str:
         elif shown:
             lines.append(line)
     return "".join(lines)
-
-
-def resized_attention(block: nn.Module, unit: Unit, groups: int) -> None:
-    """Give an attention of a block another number of KV groups, as the modelling file does it."""
-    numbers = dict(unit.config_numbers)
-    axes, attributes = unit.plain_axes, unit.plain_attributes
-    resize_attention(block, unit.path, groups, axes, attributes, numbers)
 
 
 def _table_of_ffns(units: Sequence[Unit]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def write_config(
     """
     fields = read_plain_fields(source.directory)
     pruned, file = pruned_fields_and_file(
-        fields, source.config, source.architecture, removed, widths, experts
+        fields, source.config, source.architecture, widths, removed, experts
     )
     (target / CONFIG_FILE).write_text(json.dumps(pruned, indent=2) + "\n", encoding="utf-8")
     if file is not None:

@@ -54,7 +54,7 @@ class PrunedSource(WeightSource):
     ) -> None:
         removed = plan.removed_blocks
         self.config = pruned_config(
-            source.config, source.architecture, removed, plan.kept_widths, plan.kept_experts
+            source.config, source.architecture, plan.kept_widths, removed, plan.kept_experts
         )
         architecture = source.architecture.without_blocks(removed)
         if plan.kept_experts is not None:
