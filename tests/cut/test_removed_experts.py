@@ -19,8 +19,7 @@ from cfsp.architecture.proof import prove, small_run_of
 from cfsp.calibration.accumulators import OutputNorms
 from cfsp.calibration.statistics import Statistics, UnitStatistics
 from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
-from cfsp.checkpoint.reading import Checkpoint, LoadedModel
-from cfsp.checkpoint.skeleton import check_complete
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel, check_complete
 from cfsp.cut.in_memory import build_pruned_model
 from cfsp.errors import BudgetError, ExportError, StatisticsError, UnsupportedModelError, UsageError
 from cfsp.exports.gguf_architecture import architecture_of

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cfsp.checkpoint.locating import locate_model
-from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.reading import Checkpoint, check_complete, read_tensors
 from cfsp.checkpoint.skeleton import (
     build_skeleton,
-    check_complete,
     fill,
     model_class,
-    read_tensors,
 )
 from cfsp.progress import library_progress
 

@@ -30,27 +30,16 @@ _HUB_FILES = [*READ, *TERMS, "*.safetensors", CARD_FILE, MODELING_FILE, STATISTI
 _SECOND_COPIES = ["original/*", "metal/*", "consolidated*"]
 
 
-def open_checkpoint(
-    name: str | Path,
-    revision: str | None = None,
-    parts: tuple[Part, ...] = DEFAULT_PARTS,
-) -> Checkpoint:
+def open_checkpoint(name: str | Path, parts: tuple[Part, ...] = DEFAULT_PARTS) -> Checkpoint:
     """Open a model by name; nothing but its config and tensor headers is read.
 
     Args:
         name: `demo`, a directory, a .gguf file, a hub id, or ID@REVISION.
-        revision: branch, tag or commit of a hub id; becomes part of the name.
         parts: what may be removed.
 
     Raises:
         CheckpointError: there is no such model, or it is damaged.
     """
-    if revision is not None:
-        if name == DEMO_NAME or Path(name).exists() or not _looks_like_hub_id(str(name)):
-            raise CheckpointError(
-                f"{name} is no hub id, which alone has revisions; leave out --revision {revision}"
-            )
-        name = f"{name}@{revision}"
     directory = locate_model(name)
     # It imports torch, which a wrong name need not wait for.
     from cfsp.checkpoint.reading import Checkpoint
