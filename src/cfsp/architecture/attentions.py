@@ -61,12 +61,8 @@ def attentions_of(
 ) -> list[Unit | Refusal]:
     """Return the attentions of a block, and what mixes tokens in another way.
 
-    Args:
-        block: a decoder block.
-        index: of it.
-        hidden: D.
-        text_config: of the model, which counts heads.
-        part: `attention` for attentions whose heads are not found as well: they can go whole.
+    The text config counts heads. With the part `attention`, attentions whose heads are not found
+    are there too: they can go whole.
     """
     found: list[Unit | Refusal] = []
     inside: list[str] = []

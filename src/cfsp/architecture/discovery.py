@@ -22,10 +22,8 @@ from cfsp.settings import Part
 def find_architecture(model: PreTrainedModel, part: Part = "ffn") -> Architecture:
     """Return the blocks of a model and the units of a part that they seem to have.
 
-    Args:
-        model: a causal language model, or a multimodal one with a text decoder inside.
-        part: which units; attentions are found by `cfsp.architecture.attentions`, those that can
-            only go whole with `attention`.
+    The model is a causal one, or a multimodal one with a text decoder inside. With the part
+    `attention` there are also attentions that can only go whole.
 
     Raises:
         UnsupportedModelError: there is no list of blocks.

@@ -46,11 +46,7 @@ _NEVER = -1e9
 
 
 def check_outputs(run: SmallRun, unit: Unit) -> None:
-    """Check that it is seen what the experts of a unit add.
-
-    Raises:
-        FailedCheckError: it is not.
-    """
+    """Check that it is seen what the experts of a unit add."""
     block = run.blocks[unit.block]
     given: list[Tensor] = []
     parts: list[tuple[Tensor, Tensor]] = []
@@ -112,12 +108,7 @@ def runs_with(architecture: Architecture, run: SmallRun, count: int) -> bool:
 
 @torch.no_grad()
 def try_with(architecture: Architecture, run: SmallRun, count: int) -> None:
-    """Run the small model with so many experts in every block.
-
-    Args:
-        architecture: with what has the axis of experts.
-        run: of a small model.
-        count: how many, a multiple of the number of groups.
+    """Run the small model with so many experts in every block, a multiple of the groups.
 
     Raises:
         FailedCheckError: it does not run, or gives no numbers.
@@ -141,16 +132,9 @@ def check_experts(
 ) -> None:
     """Check that the model computes the same with experts cut as with them masked.
 
-    Every block must, from the input of the run. The decoder as a whole must too, to the sum of what
-    its blocks may differ by: rounding adds up from block to block.
-
-    Args:
-        architecture: with what has the axis of experts.
-        run: of a small model.
-        kept: block -> the experts that stay, equally many everywhere and in every group.
-
-    Raises:
-        FailedCheckError: it does not.
+    `kept` names those of each block that stay, equally many everywhere and in every group. Every
+    block must, from the input of the run. The decoder as a whole must too, to the sum of what its
+    blocks may differ by: rounding adds up from block to block.
     """
     with _filled_buffers(architecture, run):
         with ExitStack() as stack:
@@ -181,10 +165,7 @@ def check_experts(
 def masked_experts(block: nn.Module, unit: Unit, kept: Sequence[int]) -> Iterator[None]:
     """Let the router of a block choose among some of its experts only, whenever the block runs.
 
-    Args:
-        block: a decoder block that computes in the dtype of its router.
-        unit: the experts.
-        kept: those that stay.
+    The block must compute in the dtype of its router.
     """
     gone = [expert for expert in range(unit.ffns) if expert not in set(kept)]
     tensors = block.state_dict(keep_vars=True)

@@ -84,11 +84,7 @@ def refused_experts(architecture: Architecture, reason: str) -> UnsupportedModel
 def _find_axes(
     architecture: Architecture, config: PreTrainedConfig, model_class: Any, routed: Sequence[Unit]
 ) -> tuple[str, dict[int, dict[str, int]]]:
-    """Return the key that says how many experts there are, and what has their axis, by block.
-
-    Raises:
-        UnsupportedModelError: none does, or something beside one unit in each block has experts.
-    """
+    """Return the key that says how many experts there are, and what has their axis, by block."""
     count = routed[0].ffns
     fields = config.get_text_config(decoder=True).to_dict()
     before, fewer = _shapes(config, model_class), count // 2
@@ -149,11 +145,7 @@ def _axis_between(
 
 
 def _find_groups(architecture: Architecture, config: PreTrainedConfig, run: SmallRun) -> int:
-    """Return how many groups keep equally many experts.
-
-    Raises:
-        FailedCheckError: experts can't go, however many groups there are.
-    """
+    """Return how many groups keep equally many experts."""
     assert architecture.experts is not None
     count, first = architecture.experts.count, None
     blocks = [unit.block for unit in architecture.units if unit.expert_axes]

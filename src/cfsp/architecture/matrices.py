@@ -47,12 +47,8 @@ def sizes_of_matrices(
 ) -> Iterator[WidthAttribute]:
     """Yield the numbers by which the children of a module tell the width.
 
-    Args:
-        module: an FFN or an attention.
-        path: dotted path of it from the block.
-        axes: of its parameters, by their dotted path from the module.
-        down: that whose inputs are channels.
-        width: how many channels there are.
+    The module is an FFN or an attention at a path of the block, `down` the parameter whose inputs
+    are channels.
     """
     for name, axis in axes.items():
         owner = name.rpartition(".")[0]

@@ -17,11 +17,7 @@ PRUNED = "Pruned"
 
 
 def build_model(model_class: Any, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a new model of a config, which stays as it is.
-
-    Raises:
-        CheckpointError: no model can be built from the config.
-    """
+    """Return a new model of a config, which stays as it is."""
     try:
         model: PreTrainedModel = model_class._from_config(copy.deepcopy(config), dtype=dtype)
     except Exception as error:  # whatever a config's numbers and names make transformers do
@@ -33,11 +29,7 @@ def build_model(model_class: Any, config: PreTrainedConfig, dtype: torch.dtype) 
 
 
 def empty_stock_model(config: PreTrainedConfig, model_class: Any = None) -> PreTrainedModel:
-    """Return the model that a stock class builds, on the meta device.
-
-    Raises:
-        Exception: whatever the class does with numbers that it does not expect.
-    """
+    """Return the model that a stock class builds of a config, on the meta device."""
     import torch
 
     with torch.device("meta"):
@@ -98,9 +90,7 @@ def auto_classes_of(
 ) -> list[str]:
     """Return the Auto classes by which a language model is loaded; the one to name comes first.
 
-    Args:
-        model_class: the class with the head.
-        config_class: of its config; several types may share a model class.
+    Several types of configs may share a model class.
     """
     import transformers
 
@@ -137,11 +127,7 @@ def _is_of_text_alone(found: Any, config: PreTrainedConfig) -> bool:
 
 
 def check_is_decoder(config: PreTrainedConfig) -> None:
-    """Check that a config is not that of an encoder, with or without a decoder behind it.
-
-    Raises:
-        UnsupportedModelError: it is.
-    """
+    """Check that a config is not that of an encoder, with or without a decoder behind it."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     if getattr(config, "is_encoder_decoder", False):

@@ -133,14 +133,7 @@ _small_runs: dict[str, SmallRun] = {}
 def small_run_of(
     stock: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None
 ) -> SmallRun:
-    """Return a small model of a config that ran once, whatever its FFN units are.
-
-    The last one is kept.
-
-    Raises:
-        CheckpointError: no model can be built from the config.
-        UnsupportedModelError: no small model runs.
-    """
+    """Return a small model of a stock config that ran once; the last one is kept."""
     key = f"{type(stock).__name__} {stock.to_json_string(use_diff=False)}"
     if key not in _small_runs:
         _small_runs.clear()

@@ -53,14 +53,7 @@ class Call:
 
 @dataclass(frozen=True)
 class SmallRun:
-    """A small model that ran once.
-
-    Attributes:
-        architecture: of the small model.
-        model: with weights in its text decoder only.
-        blocks: of the decoder.
-        calls: one for each block.
-    """
+    """A small model that ran once, with weights in its text decoder only."""
 
     architecture: Architecture
     model: nn.Module
@@ -81,13 +74,7 @@ class SmallRun:
 def run_small(
     config: PreTrainedConfig, model_class: Any, architecture: Architecture, part: Part = "ffn"
 ) -> SmallRun:
-    """Run the smallest model that has the units of the large one.
-
-    Args:
-        config: of the large model; not changed.
-        model_class: of both.
-        architecture: of the large model, with the units of one part.
-        part: which.
+    """Run the smallest model that has the units of the large one, which are of one part.
 
     Raises:
         UnsupportedModelError: no small model runs, or it does not call block after block.
@@ -205,11 +192,7 @@ def _random(name: str, parameter: Tensor, generator: torch.Generator) -> nn.Para
 
 
 def _record(model: Any, architecture: Architecture) -> tuple[Call, ...]:
-    """Run the decoder on a few tokens; return how it called each block.
-
-    Raises:
-        UnsupportedModelError: it does not call them one after the other.
-    """
+    """Run the decoder on a few tokens; return how it called each block, one after the other."""
     calls: list[Call] = []
     begun: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -244,11 +227,7 @@ def small_tokens(model: Any) -> Tensor:
 
 
 def _check_order(architecture: Architecture, calls: list[Call]) -> None:
-    """Check that the decoder calls each block once, on the output of the one before it.
-
-    Raises:
-        UnsupportedModelError: it does not.
-    """
+    """Check that the decoder calls each block once, on the output of the one before it."""
 
     def error(block: int, expected: str, found: str) -> UnsupportedModelError:
         return UnsupportedModelError(
@@ -311,11 +290,7 @@ def check_same(check: str, expected: str, compute: Callable[[], Tensor], wanted:
 
 
 def check_bites(condition: str, with_it: Tensor, without: Tensor) -> None:
-    """Check that the output is another on a condition: else comparing it proves nothing.
-
-    Raises:
-        FailedCheckError: it is the same.
-    """
+    """Check that the output is another on a condition: else comparing it proves nothing."""
     if not (effect := difference(with_it, without)) > LEAST_EFFECT:
         raise FailedCheckError(
             f"bites: expected another output {condition}, found a difference of {effect:.1e}"

@@ -42,11 +42,7 @@ from cfsp.settings import Part
 
 
 def prove_unit(run: SmallRun, unit: Unit, part: Part) -> Unit:
-    """Return the unit with its fusion settled.
-
-    Raises:
-        FailedCheckError: it can't be cut.
-    """
+    """Return the unit with its fusion settled, or raise FailedCheckError: it can't be cut."""
     if unit.part == "kv" and unit.width == 1 and part == "kv":
         raise FailedCheckError("heads: expected two KV groups or more, found one")
     dense = run.calls[unit.block].output

@@ -34,11 +34,7 @@ _NOT_OF_BLOCKS = re.compile(r"token|section|architectures")
 
 
 def changes_without_blocks(config: PreTrainedConfig, removed: Collection[int]) -> dict[str, Any]:
-    """Return what keys of the text config become when blocks go, by name.
-
-    Args:
-        config: of the stock model; stays as it is.
-        removed: indices of the blocks that go.
+    """Return what keys of a stock config's text config become when blocks go, by name.
 
     Raises:
         UnsupportedModelError: no config of the class builds the blocks that stay as they are.
@@ -79,12 +75,6 @@ def same_changes(
     """Return the changes of another config of as many blocks, which may have other widths.
 
     It is not read again: a config that was made smaller need not be one that its class accepts.
-
-    Args:
-        config: that is to be changed in the same way; stays as it is.
-        changes: see `changes_without_blocks`.
-        kept: indices of the blocks that stay.
-        count: how many there are.
     """
     own = dict(_renumbered(text_config_of(config).to_dict(), kept, count))
     return {name: own.get(name, value) for name, value in changes.items()}
@@ -93,12 +83,7 @@ def same_changes(
 def stock_without_blocks(
     stock: PreTrainedConfig, architecture: Architecture, removed: Collection[int]
 ) -> tuple[PreTrainedConfig, Architecture, dict[str, Any]]:
-    """Return config and architecture of a model without some blocks, and what keys became.
-
-    Args:
-        stock: config of the stock model.
-        architecture: of the model.
-        removed: indices of the blocks that go; none is allowed.
+    """Return config and architecture of a stock model without blocks, and what keys became.
 
     Raises:
         UnsupportedModelError: as `changes_without_blocks` does.
@@ -147,11 +132,7 @@ class _Search:
         return found
 
     def _differences(self, changes: Mapping[str, Any]) -> list[str]:
-        """Return how the model of a changed config differs from the kept blocks, in words.
-
-        Raises:
-            Exception: no model is built from it, or one with another number of blocks.
-        """
+        """Return how the model of a changed config differs from the kept blocks, in words."""
         config, blocks, others = _built(with_values(self._config, changes))
         if len(blocks) != len(self.kept):
             raise ValueError(f"expected {len(self.kept)} blocks, found {len(blocks)}")
@@ -196,10 +177,7 @@ class _Search:
 def _built(
     config: PreTrainedConfig,
 ) -> tuple[PreTrainedConfig, list[dict[str, object]], dict[str, object]]:
-    """Return a config as it is read again, and what it builds.
-
-    That is `facts_of` every block, and the shapes of all other tensors by name.
-    """
+    """Return a config read again, `facts_of` every block, and the shapes of all other tensors."""
     reread: PreTrainedConfig = type(config).from_dict(config.to_dict())
     model = empty_stock_model(reread)
     path = find_architecture(model).blocks

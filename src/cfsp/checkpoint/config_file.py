@@ -51,8 +51,7 @@ def read_config(directory: Path) -> tuple[PreTrainedConfig, Quantisation | None]
     """Return the config of the plain model in a directory, and how that is stored quantised.
 
     Raises:
-        CheckpointError: there is none, it is no config that a model can be built from, or the
-            weights are quantised in a way that cfsp cannot undo.
+        CheckpointError: no model can be built from it, or cfsp cannot undo how it is quantised.
         UnsupportedModelError: this transformers does not know the model type.
     """
     import transformers

@@ -45,11 +45,7 @@ def resized_parts(config: PreTrainedConfig) -> tuple[Part, ...]:
 
 
 def with_given_widths(architecture: Architecture, config: PreTrainedConfig) -> Architecture:
-    """Return the architecture of the stock model with the widths that a config of ours gives it.
-
-    Raises:
-        CheckpointError: it speaks of an FFN that is not there, or of an impossible width.
-    """
+    """Return the architecture of the stock model with the widths that a config of ours gives it."""
     given = dict(_given_widths(architecture.units, config))
     widths = []
     for unit in architecture.units:

@@ -119,8 +119,7 @@ def without_choice(
 ) -> Conversion:
     """Return the same conversion, where it asks for shapes with the answer that they have now.
 
-    Some matrices are transposed where they are not stored as they are in memory. What is to be
-    stored as it was before has to know that.
+    What is to be stored as it was before has to know whether a matrix was transposed.
     """
     from transformers.core_model_loading import Transpose
 
@@ -155,10 +154,7 @@ def revert(
 ) -> dict[str, Tensor]:
     """Return the stored tensors that parameters are made of: undo `convert`.
 
-    Args:
-        conversion: with or without a converter.
-        parameters: all that it makes; of any width, and with any number of experts.
-        config: of the model that they are of.
+    The parameters are all that the conversion makes, of any width and with any number of experts.
     """
     if conversion.converter is None:
         return {conversion.stored[0]: parameters[conversion.target]}
@@ -231,9 +227,7 @@ def specs_made(
 def as_saved(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors under the names, and in the shapes, that `save_pretrained` gives them.
 
-    Args:
-        model: that they belong to; tells how it was loaded.
-        state: parameters and buffers by name; on the meta device nothing is copied.
+    The model tells how it was loaded. On the meta device nothing is copied.
     """
     from transformers.core_model_loading import revert_weight_conversion
 

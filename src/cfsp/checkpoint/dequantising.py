@@ -101,15 +101,10 @@ def from_scaled(
     block: tuple[int, int],
     dtype: torch.dtype,
 ) -> DequantisedTensor:
-    """Return numbers of 8 bits, each times the scale of its block.
+    """Return numbers of 8 bits, of any shape, each times the scale of its block.
 
-    Args:
-        values: of any shape.
-        scale: one, one for each row, or one for each block of the last two axes. Bytes are
-            exponents.
-        zero_point: what is subtracted before, of the scale's shape; None for nothing.
-        block: height and width of a block.
-        dtype: of the result.
+    The scale is one, one for each row, or one for each block (height and width) of the last two
+    axes; bytes are exponents. A zero point of its shape is subtracted before.
     """
     shape = values.spec.shape
     sizes = (*(1,) * (len(shape) - 2), *block)[-len(shape) :]  # of a block along every axis
@@ -221,11 +216,7 @@ def _unpacked(words: Tensor, axis: int, how: Grouping) -> Tensor:
 
 
 def _groups(group_of_input: FileTensor | None, inputs: int, group_size: int, groups: int) -> Tensor:
-    """Return the group of every input.
-
-    Raises:
-        CheckpointError: there is no such group.
-    """
+    """Return the group of every input, which must be there."""
     if group_of_input is None:
         return torch.arange(inputs) // (group_size if group_size > 0 else inputs)
     found = group_of_input.read().long()

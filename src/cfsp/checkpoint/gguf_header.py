@@ -24,11 +24,7 @@ _MOST_DIMENSIONS = 8
 
 
 def check_gguf(path: Path) -> None:
-    """Check that everything that the header announces is in the file.
-
-    Raises:
-        CheckpointError: the file is not readable, no GGUF file, or its header reaches beyond it.
-    """
+    """Check that everything that the header announces is in the file."""
     try:
         with path.open("rb") as file:
             _Walk(file, path.stat().st_size).header()

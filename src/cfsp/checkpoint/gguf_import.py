@@ -44,10 +44,6 @@ def import_gguf(path: Path) -> Path:
 
     Weights become bfloat16, or float32 or float16 where that is what the file mostly stores.
     The directory is named after the file's content, so it is made only once.
-
-    Raises:
-        CheckpointError: the file is damaged or of an architecture that transformers can't read.
-        MissingExtraError: the package gguf is not installed.
     """
     try:
         with path.open("rb") as file:

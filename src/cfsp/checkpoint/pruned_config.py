@@ -98,10 +98,6 @@ def pruned_fields_and_file(
 def check_attentions_can_go_alone(config: PreTrainedConfig, architecture: Architecture) -> None:
     """Check that a model can be written without an attention layer and with all of its channels.
 
-    Args:
-        config: the source's.
-        architecture: of the source, with its attention layers.
-
     Raises:
         UnsupportedModelError: it can't, because the stock class would load it.
     """

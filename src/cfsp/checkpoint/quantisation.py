@@ -129,15 +129,9 @@ def plain_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 def dequantised(
     tensors: Mapping[str, FileTensor], how: Quantisation, dtype: torch.dtype, label: str
 ) -> dict[str, StoredTensor]:
-    """Return the tensors of the plain checkpoint that a quantised one stands for.
+    """Return the tensors of the plain checkpoint that a quantised one stands for, by name.
 
-    What is not quantised stays as it is stored.
-
-    Args:
-        tensors: that are stored, by name.
-        how: they are quantised.
-        dtype: what dequantised tensors become.
-        label: what to call the checkpoint.
+    What is not quantised stays as it is stored; the rest becomes `dtype`.
 
     Raises:
         CheckpointError: a weight lacks a part, or its parts do not fit.
@@ -216,11 +210,7 @@ class _NotUndoneError(Exception):
 
 
 def _packings(method: str, described: Mapping[str, Any]) -> tuple[Packing, ...]:
-    """Return how weights are stored by what a config says of a method.
-
-    Raises:
-        _NotUndoneError: it is none that is undone here.
-    """
+    """Return how weights are stored by what a config says of a method."""
     block = described.get("weight_block_size")
     match method:
         case "fp8":

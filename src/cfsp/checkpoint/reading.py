@@ -178,10 +178,6 @@ class Checkpoint(WeightSource):
 class LoadedModel(WeightSource):
     """A transformers model in memory, seen as a weight source; nothing is copied.
 
-    Args:
-        model: the model.
-        parts: what may be removed; nothing else of it is a unit.
-
     Raises:
         CheckpointError: it is no such model, or quantised.
     """
@@ -277,10 +273,7 @@ def ffn_parameters_per_channel(source: WeightSource) -> tuple[int, ...]:
 
 
 def channel_parameters(architecture: Architecture) -> dict[str, tuple[int, str]]:
-    """Return the parameters that have channels: the index of the unit, and the path in the block.
-
-    Keys are their names in the model.
-    """
+    """Return the parameters with channels by name: the unit's index, and the path in the block."""
     return {
         architecture.block_prefix(unit.block) + path: (index, path)
         for index, unit in enumerate(architecture.units)
@@ -344,19 +337,13 @@ def check_complete(source: WeightSource) -> None:
     """Check that a model's file has every tensor of the model, in its shape.
 
     Loading makes up what is missing, by chance; cutting does not look at what it does not cut.
-
-    Raises:
-        CheckpointError: the source lacks a tensor or has it in another shape.
     """
     for fault in source.faults.values():
         raise CheckpointError(f"{source.label} {fault}; {AGAIN}")
 
 
 def _check_stored(source: WeightSource, model: PreTrainedModel) -> None:
-    """Check that the weights can be computed with, and that none is of a block too many.
-
-    Of the model, which is of the source's config, only names count.
-    """
+    """Check that the weights can be computed with, and that none is of a block too many."""
     for name in channel_parameters(source.architecture):
         dtype = source.parameters[name].dtype
         if dtype not in _COMPUTABLE:

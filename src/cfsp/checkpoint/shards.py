@@ -19,8 +19,7 @@ def weight_files(directory: Path) -> Sequence[TensorFile]:
     """Return the files that transformers reads: a single one goes before an index.
 
     Raises:
-        CheckpointError: there is none, one is missing or damaged, or they are not what the index
-            says.
+        CheckpointError: one is missing or damaged, or they are not what the index says.
     """
     single, index = directory / SINGLE_FILE, directory / INDEX_FILE
     if single.is_file():
@@ -70,10 +69,7 @@ def write_shards(
 ) -> dict[str, str]:
     """Write tensors as one or more safetensors files; return the SHA-256 of each by its name.
 
-    Args:
-        directory: an existing directory.
-        tensors: in the order in which they are stored; bytes are made one tensor at a time.
-        max_shard_bytes: size of a shard; a larger single tensor gets a shard of its own.
+    Bytes are made one tensor at a time. A tensor that is larger than a shard gets one of its own.
 
     Raises:
         OSError: the disk is full or not writable.

@@ -31,9 +31,7 @@ def architecture_of(
 ) -> Architecture:
     """Return the blocks and units of a config's model, proved, with the widths it gives them.
 
-    Args:
-        config: of the model.
-        parts: whose units; those to which the config gives widths of their own are there anyway.
+    The units are those of `parts`, and those to which the config gives widths of their own.
 
     Raises:
         CheckpointError: no model can be built from the config.

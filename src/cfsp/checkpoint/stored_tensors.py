@@ -79,12 +79,8 @@ class StoredTensors:
     ) -> StoredTensors:
         """Find what becomes of the tensors of a checkpoint.
 
-        Args:
-            model: of the class and config that the checkpoint is loaded with; only names and
-                shapes count, so it may be on the meta device.
-            architecture: of the model.
-            specs: of the stored tensors.
-            label: what to call the checkpoint in an error.
+        The model is of the class and config that the checkpoint is loaded with; only names and
+        shapes count, so it may be on the meta device.
 
         Raises:
             CheckpointError: a tensor of a unit is missing or has another shape.
@@ -130,12 +126,7 @@ class StoredTensors:
         return StoredTensors(specs, parameters, tied, tuple(unused), (), faults, nothing, made_by)
 
     def _check_can_be_cut(self, architecture: Architecture, label: str) -> None:
-        """Check that all parameters that have channels or experts can be stored again.
-
-        Raises:
-            CheckpointError: one is missing or has another shape.
-            UnsupportedModelError: one has the values of another, or is not stored again as it was.
-        """
+        """Check that all parameters that have channels or experts can be stored again."""
         checked: set[object] = set()  # alike in all blocks
         for unit in architecture.units:
             for path in (*unit.axes, *unit.expert_axes):
@@ -232,10 +223,8 @@ class StoredTensors:
     def as_stored(self, parameters: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
         """Return the stored tensors that parameters are made of; undo `assemble`.
 
-        Args:
-            parameters: all that `made_with` names for one of them; of any width, and with any
-                number of experts.
-            config: of the model that they are of.
+        The parameters, of a model of `config`, are all that `made_with` names for one of them; of
+        any width, and with any number of experts.
         """
         return revert(self._made_by[next(iter(parameters))], parameters, config)
 

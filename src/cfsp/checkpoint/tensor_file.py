@@ -254,11 +254,8 @@ def outgoing_tensor(name: str, tensor: Tensor) -> OutgoingTensor:
 def write_tensor_file(path: Path, tensors: Sequence[OutgoingTensor]) -> str:
     """Write tensors one after another and return the file's SHA-256 as hex.
 
-    The digest is computed on a second thread, so that it hides behind the writing. The file
-    is flushed to the disk before this returns.
-
-    Raises:
-        OSError: the disk is full or not writable.
+    The digest is computed on a second thread, so that it hides behind the writing. The file is
+    flushed to the disk before this returns.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0

@@ -209,11 +209,6 @@ def stock_heads(
 
     None if it cannot: the model that is built with these numbers must be the one that is resized,
     in every shape and every number that a module keeps.
-
-    Args:
-        stock: the config.
-        architecture: with the attentions.
-        widths: KV groups of each.
     """
     units, resized = architecture.units, empty_stock_model(stock)
     width_of = _widths_by_place(resized, "kv")

@@ -199,16 +199,7 @@ def write_pruned_weights(
 ) -> dict[str, str]:
     """Write the pruned model's tensors as safetensors files; return the SHA-256 of each.
 
-    Args:
-        source: the model.
-        plan: which channels stay; must fit the source.
-        directory: an existing directory.
-        repaired: parameters that repair changed, by their `origin`, already in pruned shape.
-        max_shard_bytes: size of a shard; a larger single tensor gets a shard of its own.
-
-    Raises:
-        OSError: the disk is full or not writable.
-        CheckpointError: the source ended or changed.
+    Arguments are those of `PrunedSource` and `write_shards`, which also says what it raises.
     """
     pruned = PrunedSource(source, plan, repaired or {})
     return write_shards(directory, list(pruned.outgoing()), max_shard_bytes)

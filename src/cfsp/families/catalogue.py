@@ -93,11 +93,7 @@ class Family:
     class_name: str
 
     def class_and_config(self) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-        """Return the class and what it is built from.
-
-        Raises:
-            Exception: there is no such class, or no config of the type can be made.
-        """
+        """Return the class and what it is built from, if one can be made."""
         import transformers
 
         model_class: type[PreTrainedModel] = getattr(transformers, self.class_name)

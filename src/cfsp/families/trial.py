@@ -99,15 +99,7 @@ def _tried(proof: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _one_goes(blocks: Sequence[int], proof: Callable[[Sequence[int]], None]) -> None:
-    """Prove that one of some blocks can go: that in the middle, the last, or one of the first.
-
-    Args:
-        blocks: ascending.
-        proof: of those that go.
-
-    Raises:
-        UnsupportedModelError: none of these can; why the first one can't.
-    """
+    """Prove that one of some blocks can go: that in the middle, the last, or one of the first."""
     first: UnsupportedModelError | None = None
     for block in dict.fromkeys((blocks[len(blocks) // 2], blocks[-1], *blocks[:2])):
         try:
@@ -132,11 +124,8 @@ class NoAnswerError(Exception):
 def call_apart(function: Callable[..., Any], *arguments: Any, seconds: float) -> Any:
     """Call a function of a module in a process with one thread; return what it returns.
 
-    Args:
-        function: what it returns must survive pickling.
-        *arguments: likewise.
-        seconds: it is stopped after computing so long, or after ten times as long in all: on a busy
-            machine it is slow through no fault of its own.
+    Arguments and answer must survive pickling. It is stopped after computing so many seconds, or
+    after ten times as long in all: on a busy machine it is slow through no fault of its own.
 
     Raises:
         NoAnswerError: it crashed, or was stopped.
