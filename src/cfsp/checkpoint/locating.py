@@ -49,13 +49,14 @@ def open_checkpoint(name: str | Path, parts: tuple[Part, ...] = DEFAULT_PARTS) -
 
 def locate_model(name: str | Path) -> Path:
     """Return the directory of a model, after download or conversion if it needs that."""
-    if name == DEMO_NAME:  # only the word: Path("demo") is a directory of that name
-        return _import_gguf(demo_gguf())
-    path = Path(name).expanduser()
+    # Only the word: Path("demo") is a directory of that name.
+    path = demo_gguf() if name == DEMO_NAME else Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise CheckpointError(f"{path} does not exist; {_GIVE}")
-        return _import_gguf(path)
+        from cfsp.checkpoint.gguf_import import import_gguf
+
+        return import_gguf(path)
     if path.is_dir():
         return path
     if path.exists():
@@ -63,12 +64,6 @@ def locate_model(name: str | Path) -> Path:
     if not _looks_like_hub_id(str(name)):
         raise CheckpointError(f"{path} does not exist; {_GIVE}")
     return _download(str(name))
-
-
-def _import_gguf(path: Path) -> Path:
-    from cfsp.checkpoint.gguf_import import import_gguf
-
-    return import_gguf(path)
 
 
 def demo_gguf() -> Path:

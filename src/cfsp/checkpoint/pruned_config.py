@@ -133,10 +133,6 @@ def _changes(
         stock = with_values(stock, {architecture.experts.key: experts})
         architecture = architecture.with_experts(experts)
     model_class = model_class_of(config)
-    # What is gone stays gone.
-    architecture = replace(architecture, units=architecture.stock_units, gone=())
-    given = iter(widths)
-    widths = [next(given) if unit.width else 0 for unit in architecture.units]
     whole: dict[str, Any] = {
         "architectures": [model_class.__name__],
         **({} if _has_own_per_layer(stock) else {PER_LAYER_CONFIG: None}),
@@ -145,22 +141,22 @@ def _changes(
         "auto_map": None,
         PRUNED_KEY: None,
     }
+    # What is gone stays gone.
+    architecture = replace(architecture, units=architecture.stock_units, gone=())
+    given = iter(widths)
     width_of: dict[Part, list[int]] = {"ffn": [], "kv": []}
-    for unit, width in zip(architecture.units, widths, strict=True):
-        width_of[unit.part].append(width)
+    for unit in architecture.units:
+        width_of[unit.part].append(next(given) if unit.width else 0)
+    attentions, groups = architecture.of_part("kv"), width_of["kv"]
     parts: list[Part] = []
-    would_load = False
-    if width_of["kv"]:
-        attentions = architecture.of_part("kv")
-        heads = stock_heads(stock, attentions, width_of["kv"])
-        if heads is not None:
-            text |= heads
-        else:
-            whole[KV_GROUPS] = _by_place(attentions.units, width_of["kv"])
-            parts += ["kv", "attention"] if 0 in width_of["kv"] else ["kv"]
-            pairs = zip(width_of["kv"], attentions.units, strict=True)
-            would_load = all(width in (0, unit.width) for width, unit in pairs)
-    ffn_key = None
+    would_load, ffn_key = False, None
+    if (heads := stock_heads(stock, attentions, groups) if groups else {}) is not None:
+        text |= heads
+    else:
+        whole[KV_GROUPS] = _by_place(attentions.units, groups)
+        parts += ["kv", "attention"] if 0 in groups else ["kv"]
+        pairs = zip(groups, attentions.units, strict=True)
+        would_load = all(width in (0, unit.width) for width, unit in pairs)
     if width_of["ffn"]:
         ffns, ffn_key = _of_ffns(stock, architecture.of_part("ffn"), width_of["ffn"], would_load)
         text |= ffns.text
