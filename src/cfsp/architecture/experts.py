@@ -60,7 +60,11 @@ def with_experts(
     )
     experts = RoutedExperts(key, routed[0].ffns)
     architecture = replace(architecture, units=units, experts=experts)
-    for unit in {unit.kind: unit for unit in reversed(units) if unit.expert_axes}.values():
+    examples: dict[object, Unit] = {}
+    for unit in units:
+        if unit.expert_axes:
+            examples.setdefault(unit.kind, unit)
+    for unit in examples.values():
         try:
             check_outputs(run, unit)
         except FailedCheckError as failure:
@@ -147,7 +151,8 @@ def _axis_between(
 def _find_groups(architecture: Architecture, config: PreTrainedConfig, run: SmallRun) -> int:
     """Return how many groups keep equally many experts."""
     assert architecture.experts is not None
-    count, first = architecture.experts.count, None
+    count = architecture.experts.count
+    first: FailedCheckError | None = None
     blocks = [unit.block for unit in architecture.units if unit.expert_axes]
     fields = config.get_text_config(decoder=True).to_dict()
     numbers = {
@@ -163,15 +168,14 @@ def _find_groups(architecture: Architecture, config: PreTrainedConfig, run: Smal
         try:
             if kept is None:
                 try_with(tried, run, count - groups)
-            else:
-                for at_random in (False, True):
-                    staying = staying_experts(experts, kept, at_random=at_random)
-                    check_experts(tried, run, dict.fromkeys(blocks, staying))
+                continue
+            for at_random in (False, True):
+                staying = staying_experts(experts, kept, at_random=at_random)
+                check_experts(tried, run, dict.fromkeys(blocks, staying))
             return groups
         except FailedCheckError as failure:
             first = first or failure
-    assert first is not None
-    raise first
+    raise first or FailedCheckError(f"runs: expected fewer than {count} experts, found none")
 
 
 def counts_near(wanted: int, experts: RoutedExperts) -> list[int]:

@@ -210,7 +210,7 @@ def _record(model: Any, architecture: Architecture) -> tuple[Call, ...]:
         hooks.append(block.register_forward_pre_hook(before, with_kwargs=True))
         hooks.append(block.register_forward_hook(lambda _b, _a, out, i=index: after(i, out)))
     try:
-        run_decoder(model.get_submodule(architecture.decoder), small_tokens(model))
+        model.get_submodule(architecture.decoder)(input_ids=small_tokens(model), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -22,9 +22,8 @@ from cfsp.settings import PARTS, Part
 from cfsp.streaming.block_proof import prove_without_attentions, prove_without_blocks
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
 
-    from cfsp.architecture.found import Architecture
+    pass
 
 # Seconds. For a few types all proofs take more than two minutes on a slow core.
 PROOF_LIMIT = 300.0
@@ -84,7 +83,8 @@ def _why_not(family: Family) -> Reasons:
     if not isinstance(ffns, str):
         blocks = list(range(ffns.block_count))
         found["blocks"] = _tried(_one_goes, blocks, partial(prove_without_blocks, config))
-        found["experts"] = _tried(_experts_go, ffns, config, model_class)
+        run = partial(small_run_of, config, model_class)
+        found["experts"] = _tried(lambda: with_experts(ffns, config, run()))
     return {part: reason if isinstance(reason, str) else None for part, reason in found.items()}
 
 
@@ -109,12 +109,6 @@ def _one_goes(blocks: Sequence[int], proof: Callable[[Sequence[int]], None]) -> 
             first = first or refusal
     assert first is not None
     raise first
-
-
-def _experts_go(
-    architecture: Architecture, config: PreTrainedConfig, model_class: type[PreTrainedModel]
-) -> None:
-    with_experts(architecture, config, small_run_of(config, model_class))
 
 
 class NoAnswerError(Exception):
