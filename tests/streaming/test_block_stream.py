@@ -111,7 +111,7 @@ def test_each_tensor_of_a_block_is_read_once(
     reads: list[str] = []
     original = Checkpoint.read
     monkeypatch.setattr(
-        Checkpoint, "read", lambda self, *of: (reads.append(of[0]), original(self, *of))[1]
+        Checkpoint, "read", lambda self, name: (reads.append(name), original(self, name))[1]
     )
     final_hidden(source, 2, torch.float32)
     assert len(reads) == len(set(reads))

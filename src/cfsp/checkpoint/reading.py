@@ -97,8 +97,8 @@ class WeightSource(Protocol):
             expert: the index along its first axis that is asked for alone; None for all.
         """
 
-        def read(tensor: str, row: int | None = None) -> Tensor:
-            return self.read(tensor, row).to(dtype)
+        def read(tensor: str, *row: int) -> Tensor:
+            return self.read(tensor, *row).to(dtype)
 
         return self.stored.assemble(name, read, expert)
 
