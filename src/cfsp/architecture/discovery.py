@@ -6,7 +6,6 @@ guess, which `cfsp.architecture.proof` proves or refuses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -29,20 +28,26 @@ def find_architecture(model: PreTrainedModel, part: Part = "ffn") -> Architectur
         UnsupportedModelError: there is no list of blocks.
     """
     decoder = _text_decoder(model)
-    base = _path_of(model, decoder)
+    base = next(path for path, module in model.named_modules() if module is decoder)
     text_config: Any = model.config.get_text_config(decoder=True)
-    hidden = _hidden_size(text_config)
-    candidates = []
-    for path, blocks in _outermost_lists(decoder):
-        found = [
-            unit
-            for index, block in enumerate(blocks)
-            for unit in (
-                ffns_of(block, index, hidden)
-                if part == "ffn"
-                else attentions_of(block, index, hidden, text_config, part)
-            )
-        ]
+    hidden = _first_number(text_config, "hidden_size", "d_model", "n_embd", "dim")
+    layers = _first_number(text_config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    if hidden is None:
+        raise UnsupportedModelError(
+            f"the config of model type {text_config.model_type!r} names no hidden_size; "
+            "please report the model type"
+        )
+    candidates: list[tuple[str, nn.ModuleList, list[Unit | Refusal]]] = []
+    for path, blocks in decoder.named_modules():
+        inside = tuple(f"{outer}." for outer, *_ in candidates)
+        if not isinstance(blocks, nn.ModuleList) or path.startswith(inside):
+            continue
+        found = []
+        for index, block in enumerate(blocks):
+            if part == "ffn":
+                found += ffns_of(block, index, hidden)
+            else:
+                found += attentions_of(block, index, hidden, text_config, part)
         candidates.append((path, blocks, found))
     if not candidates:
         raise UnsupportedModelError(
@@ -53,7 +58,7 @@ def find_architecture(model: PreTrainedModel, part: Part = "ffn") -> Architectur
     def likelihood(candidate: tuple[str, nn.ModuleList, list[Unit | Refusal]]) -> Any:
         _path, blocks, found = candidate
         has_units = any(isinstance(unit, Unit) for unit in found)
-        return len(blocks) == _layers(text_config), has_units, len(blocks)
+        return len(blocks) == layers, has_units, len(blocks)
 
     path, blocks, found = max(candidates, key=likelihood)
     path = f"{base}.{path}" if base else path
@@ -92,30 +97,6 @@ def _innermost_model(model: PreTrainedModel, blocks: str) -> str:
     return path
 
 
-def _path_of(model: nn.Module, part: nn.Module) -> str:
-    path: str = next(path for path, module in model.named_modules() if module is part)
-    return path
-
-
-def _hidden_size(text_config: Any) -> int:
-    found = _first_number(text_config, "hidden_size", "d_model", "n_embd", "dim")
-    if found is not None:
-        return found
-    raise UnsupportedModelError(
-        f"the config of model type {text_config.model_type!r} names no hidden_size; "
-        "please report the model type"
-    )
-
-
-def _outermost_lists(decoder: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    """Yield the lists of modules in the text decoder that lie in no other list."""
-    inside: list[str] = []
-    for path, module in decoder.named_modules():
-        if isinstance(module, nn.ModuleList) and not path.startswith(tuple(inside)):
-            inside.append(f"{path}.")
-            yield path, module
-
-
 def _learnt_positions(decoder: nn.Module, text_config: Any) -> int | None:
     """Return the longest input if there is a table with a row for each of its positions."""
     longest = getattr(text_config, "max_position_embeddings", None)
@@ -126,10 +107,6 @@ def _learnt_positions(decoder: nn.Module, text_config: Any) -> int | None:
         if is_table and ("pos" in name or "wpe" in name):
             return longest
     return None
-
-
-def _layers(text_config: Any) -> int | None:
-    return _first_number(text_config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def _first_number(text_config: Any, *keys: str) -> int | None:

@@ -74,7 +74,13 @@ class PrunedSource(WeightSource):
             if not entry.kept
         )
         self._origin = self._renamed({name: name for name in source.parameters})
-        names = self._names = self._stored_names()
+        gone = {name for prefix in self._gone for name in source.stored.within(prefix)}
+        # Stored tensors that stay, if no expert goes, and what they will be called.
+        names = self._names = {
+            name: new
+            for name, new in names_without_blocks(source, removed).items()
+            if name not in gone
+        }
         self._unused = {names[name]: name for name in source.stored.unused if name in names}
         self.specs = {
             **{new: source.specs[name] for new, name in self._unused.items()},
@@ -97,12 +103,6 @@ class PrunedSource(WeightSource):
     def _renamed(self, of_all: Mapping[str, T]) -> dict[str, T]:
         pairs = ((self._new_name(name), value) for name, value in of_all.items())
         return {new: value for new, value in pairs if new is not None}
-
-    def _stored_names(self) -> dict[str, str]:
-        """Return the stored tensors that stay, if no expert goes, and what they will be called."""
-        names = names_without_blocks(self._source, self._plan.removed_blocks)
-        gone = {name for prefix in self._gone for name in self._source.stored.within(prefix)}
-        return {name: new for name, new in names.items() if name not in gone}
 
     def origin(self, name: str) -> str:
         """Return what a parameter is called in the model that this one is cut from."""

@@ -22,7 +22,6 @@ from cfsp.settings import PARTS, Part
 from cfsp.streaming.block_proof import prove_without_attentions, prove_without_blocks
 
 if TYPE_CHECKING:
-
     pass
 
 # Seconds. For a few types all proofs take more than two minutes on a slow core.
