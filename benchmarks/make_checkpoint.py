@@ -78,7 +78,8 @@ def make_checkpoint(
         }
         (staging / "config.json").write_text(json.dumps(fields, indent=2, default=str) + "\n")
         byte_tokenizer().save_pretrained(staging)
-        return write_shards(staging, outgoing, int(shard_gigabytes * 1e9)).nbytes
+        write_shards(staging, outgoing, int(shard_gigabytes * 1e9))
+    return sum(tensor.spec.nbytes for tensor in outgoing)
 
 
 def _chunks_of(name: str, spec: TensorSpec, seed: int, device: torch.device):

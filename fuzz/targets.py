@@ -28,7 +28,7 @@ from cfsp.calibration.statistics import (
     UnitStatistics,
 )
 from cfsp.checkpoint.gguf_header import check_gguf
-from cfsp.checkpoint.reading import INDEX_FILE, _tensor_files
+from cfsp.checkpoint.shards import INDEX_FILE, weight_files
 from cfsp.errors import CfspError
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
@@ -183,7 +183,7 @@ def read_checkpoint(data: bytes, directory: Path) -> object:
         index = json.dumps({"weight_map": {"weight": _SHARD}}).encode()
     (directory / INDEX_FILE).write_bytes(index)
     (directory / _SHARD).write_bytes(_file_from(data, lambda described: described["header"]))
-    return [file.read(name) for file in _tensor_files(directory) for name in file.specs]
+    return [file.read(name) for file in weight_files(directory) for name in file.specs]
 
 
 def checkpoint_seeds() -> list[bytes]:

@@ -40,7 +40,7 @@ from family_contract import (
     save_with_tokenizer,
 )
 from forks import Forks, Job
-from stock import Answer, Question, attention_of_layers
+from stock import Answer, Question, attention_of_layers, logits_of
 from tiny_decoders import tiny_model
 from tiny_models import TINY_CONFIGS, build_tiny_model
 
@@ -90,12 +90,6 @@ class Case:
     def block(self, model: nn.Module, unit: Unit) -> nn.Module:
         """The block of a unit in one of the models."""
         return blocks_of(model, self.architecture)[unit.block]
-
-
-def logits_of(model: nn.Module, tokens_BT: Tensor) -> Tensor:
-    with torch.inference_mode():
-        logits: Tensor = model(input_ids=tokens_BT).logits
-    return logits
 
 
 def assert_bitwise_equal(actual: Tensor, expected: Tensor) -> None:

@@ -56,14 +56,7 @@ def save_with_tokenizer(model: PreTrainedModel, tokenizer: Any, directory: Path)
 
 
 def prune_tiny(source: Path, out: Path, texts: Sequence[str | Text], multiple: int) -> PruneReport:
-    """Prune the checkpoint of a tiny model, without repair, which changes weights.
-
-    Args:
-        source: the checkpoint.
-        out: the new one.
-        texts: to calibrate on, with token ids below those with a meaning of their own.
-        multiple: that FFN widths are multiples of.
-    """
+    """Prune the checkpoint of a tiny model, without repair, which changes weights."""
     settings = PruneSettings(
         budget=Budget(SPARSITY, multiple=multiple),
         text=CalibrationText(tuple(texts), samples=SAMPLES, seqlen=SEQLEN),
@@ -81,13 +74,7 @@ def least_multiple(architecture: Architecture) -> int:
 def question_of(
     dense: PreTrainedModel, checkpoint: Path, plan: PruningPlan | None = None
 ) -> Question:
-    """Return what to ask stock software.
-
-    Args:
-        dense: the model; stays as it is.
-        checkpoint: of it, or the pruned one.
-        plan: how that one was pruned.
-    """
+    """Return what to ask stock software of a checkpoint, dense or pruned by a plan."""
     # It takes another attention on the way.
     model = copy.deepcopy(dense)
     architecture = architecture_of(dense.config, plan.parts if plan else DEFAULT_PARTS)
@@ -130,12 +117,7 @@ def matrices_of(architecture: Architecture) -> list[str]:
 def held_against(
     problems: Mapping[str, str], of_dense: Callable[[], Mapping[str, str]]
 ) -> dict[str, str]:
-    """Return the problems of the pruned checkpoint that the dense one does not have as well.
-
-    Args:
-        problems: check -> why the pruned checkpoint failed it.
-        of_dense: gives the same of the dense checkpoint; asked only where there are problems.
-    """
+    """Return the problems of the pruned checkpoint (check -> why) that the dense one has not."""
     also = of_dense() if problems else {}
     return {
         check: problem

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import cfsp
-from architecture_contract import logits_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.cli import main
@@ -26,7 +25,7 @@ from cfsp.settings import Budget, CalibrationText, Compute, LocalTraining, Prune
 from cfsp.streaming.resumed_forward import skipped
 from family_contract import question_of, save_with_tokenizer
 from forks import Forks, Job
-from stock import Answer
+from stock import Answer, logits_of
 from tiny_decoders import tiny_model
 
 # Of a calibration that a tiny model needs.
@@ -35,14 +34,7 @@ SETTINGS: dict[str, Any] = {"samples": 6, "seqlen": 32, "device": "cpu"}
 
 @dataclass(frozen=True)
 class Case:
-    """A tiny model, and what pruning without repair leaves of it.
-
-    Attributes:
-        dense: the model, and `source` its checkpoint.
-        out: the pruned checkpoint, and `report` of it.
-        tokens_BT: to ask both.
-        asked: of `cfsp.prune`, but for the repair.
-    """
+    """A tiny model and its checkpoint, and what pruning without repair leaves of it."""
 
     dense: Any
     source: Path

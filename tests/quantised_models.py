@@ -204,14 +204,7 @@ def mxfp4(weight: Array) -> Quantised:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to quantise.
-
-    Attributes:
-        model: type of the model to try it on.
-        config: what config.json says of it.
-        quantise: makes the parts of a weight.
-        ending: of the names of the weights that are quantised.
-    """
+    """A way to quantise: the model to try it on, what config.json says, what makes the parts."""
 
     model: str
     config: dict[str, Any]

@@ -40,17 +40,7 @@ MoeCausalLMOutputWithPast.image_outputs = None
 
 @dataclass(frozen=True)
 class Question:
-    """What to ask of a checkpoint.
-
-    Attributes:
-        checkpoint: its directory.
-        auto_class: the name of the Auto class that loads it.
-        class_name: of the stock model.
-        tokens_BT: what to compute on.
-        expected: what the masked original computes: see `computed`.
-        failed: what it does not compute, and why.
-        matrices: the names of its FFN matrices in the model, those of all experts once.
-    """
+    """What to ask of a checkpoint; `expected` and `failed` are of the masked original."""
 
     checkpoint: str
     auto_class: str
@@ -72,13 +62,7 @@ class Question:
 
 @dataclass
 class Answer:
-    """What was found.
-
-    Attributes:
-        problems: check -> what was expected and what found, for each check that did not hold.
-        tensors: by the names of `computed`, and what the saved and reloaded model computes.
-        facts: classes, number of elements, attention implementations and adapters of the model.
-    """
+    """What was found; problems by check, tensors by the names of `computed`."""
 
     problems: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -96,12 +80,7 @@ def check(directory: str) -> None:
 
 
 def ask(question: Question, work: Path) -> Answer:
-    """Go through all checks; one that does not hold keeps none of the others from being made.
-
-    Args:
-        question: what to check.
-        work: an empty directory.
-    """
+    """Go through all checks in an empty directory; one that does not hold stops no other."""
     from transformers import dynamic_module_utils
 
     torch.set_num_threads(1)

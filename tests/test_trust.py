@@ -19,7 +19,7 @@ from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.gguf_header import check_gguf
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import exclusive, staged_directory, staged_file
-from cfsp.checkpoint.reading import INDEX_FILE, _tensor_files
+from cfsp.checkpoint.shards import INDEX_FILE, weight_files
 from cfsp.cli import main
 from cfsp.errors import OutputError
 from cfsp.pipeline import calibrate_source, plan_from
@@ -64,7 +64,7 @@ def test_any_index_is_an_index_or_a_checkpoint_error(sharded: Path, data: st.Dat
     whole = path.read_bytes()
     try:
         path.write_bytes(data.draw(st.one_of(st.binary(max_size=60), mutated(whole))))
-        only_our_errors(lambda: _tensor_files(sharded))
+        only_our_errors(lambda: weight_files(sharded))
     finally:
         path.write_bytes(whole)
 

@@ -277,12 +277,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
-    """Return a config of a type with a tiny decoder and, if it has one, a tiny vision tower.
-
-    Args:
-        model_type: that transformers knows.
-        overrides: instead of those in `OVERRIDES`, key by key.
-    """
+    """Return a config of a type with a tiny decoder, and a tiny vision tower if it has one."""
     config_class = CONFIG_MAPPING[model_type]
     own = {**OVERRIDES.get(model_type, {}), **overrides}
     return config_class(**_values(config_class, SMALL, own))
@@ -346,13 +341,7 @@ def model_class(model_type: str) -> type[PreTrainedModel]:
 
 
 def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """Return a model of a type with random weights, in float32, in evaluation mode.
-
-    Args:
-        model_type: that transformers knows.
-        seed: of the weights.
-        overrides: of the config, as for `tiny_config`.
-    """
+    """Return a model of a type with random weights, in float32, in evaluation mode."""
     return random_model(model_class(model_type), tiny_config(model_type, **overrides), seed)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cfsp.calibration.calibrate import calibration_record
 from cfsp.calibration.statistics import Statistics
 from cfsp.calibration.together import calibrate_together
-from cfsp.checkpoint.skeleton import check_complete
+from cfsp.checkpoint.reading import check_complete
 from cfsp.cut.surgery import pruned_specs
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.channels import warn_of_few_tokens

@@ -346,11 +346,11 @@ def _write_checkpoint(source: Checkpoint, repaired: PruningResult, target: Path)
     repaired.plan.save(target / PLAN_FILE)
     if repaired.statistics is not None:
         repaired.statistics.save(target / STATISTICS_FILE)
-    weights = write_pruned_weights(source, repaired.plan, target, repaired.tensors)
+    digests = write_pruned_weights(source, repaired.plan, target, repaired.tensors)
     plan = repaired.plan
     write_config(source, target, plan.kept_widths, plan.removed_blocks, plan.kept_experts)
     copy_travelling_files(source.directory, target)
-    return weights.digests | digests_beside_weights(target)
+    return digests | digests_beside_weights(target)
 
 
 def pruning_identity(

@@ -27,12 +27,7 @@ OBSERVED = (
 
 @dataclass
 class Seen:
-    """What was shown of one unit, and what its module gave.
-
-    Attributes:
-        rows: act_RF and token_R of each FFN.
-        output: of the unit's module, or of the down matrix of a dense unit.
-    """
+    """The rows shown of each FFN of a unit, and what its module, or its down matrix, gave."""
 
     rows: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=lambda: defaultdict(list))
     output: Tensor | None = None

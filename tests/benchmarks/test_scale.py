@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cfsp.checkpoint.reading import INDEX_FILE, Checkpoint
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.shards import INDEX_FILE
 from cfsp.text.tokenizers import load_tokenizer
 from conftest import REPOSITORY
 

@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedConfig
 
 from cfsp.checkpoint.config_file import read_config
-from cfsp.checkpoint.config_widths import config_with_widths, fields_and_file
+from cfsp.checkpoint.pruned_config import pruned_config, pruned_fields_and_file
 from cfsp.checkpoint.skeleton import architecture_of
 from tiny_decoders import tiny_config
 
@@ -22,7 +22,7 @@ def written_and_read(
     config.save_pretrained(directory)
     path = directory / "config.json"
     before, _ = read_config(directory)
-    fields, _ = fields_and_file(
+    fields, _ = pruned_fields_and_file(
         json.loads(path.read_text()), before, architecture_of(before), widths
     )
     path.write_text(json.dumps(fields))
@@ -37,7 +37,7 @@ def test_what_a_stock_config_says_of_single_blocks_stays(widths: list[int], tmp_
     fields, found = written_and_read(config, widths, tmp_path)
     assert fields["per_layer_config"] == heads
     assert architecture_of(found).widths == widths
-    in_memory = config_with_widths(config, architecture_of(config), widths)
+    in_memory = pruned_config(config, architecture_of(config), widths)
     assert architecture_of(in_memory).widths == widths
     assert in_memory.to_dict()["per_layer_config"] == heads
 

@@ -246,12 +246,7 @@ def test_hub_id_without_a_network_says_what_to_check() -> None:
     with pytest.raises(CheckpointError, match="is no local path, and the hub cannot be reached"):
         open_checkpoint("nobody/no-such-model")
     with pytest.raises(CheckpointError, match="nobody/no-such-model@refs/pr/1 is no local path"):
-        open_checkpoint("nobody/no-such-model", "refs/pr/1")
-
-
-def test_a_revision_of_what_is_no_hub_id(copy: Path) -> None:
-    with pytest.raises(CheckpointError, match="model is no hub id, which alone has revisions"):
-        open_checkpoint(copy, "main")
+        open_checkpoint("nobody/no-such-model@refs/pr/1")
 
 
 def test_a_demo_model_that_is_missing_says_the_whole_command(

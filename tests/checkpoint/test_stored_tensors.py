@@ -23,9 +23,9 @@ from transformers.core_model_loading import (
 from cfsp.architecture.discovery import find_architecture
 from cfsp.checkpoint.conversion import missing_prefix, saved_state, stored_from_memory
 from cfsp.checkpoint.ffn_tensors import down_matrix, input_matrices, parameters_with_down
-from cfsp.checkpoint.reading import LoadedModel, channel_parameters
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel, channel_parameters
 from cfsp.checkpoint.stored_tensors import StoredTensors
-from cfsp.checkpoint.tensor_file import TensorFile, specs_of
+from cfsp.checkpoint.tensor_file import FileTensor, TensorFile, specs_of
 from cfsp.errors import CheckpointError, UnsupportedModelError
 from tiny_decoders import model_class, tiny_config, tiny_model
 
@@ -256,6 +256,16 @@ def test_one_stored_tensor_at_a_time_is_in_memory(expert: int | None, count: int
     whole = model.get_parameter(name)
     assert torch.equal(found, whole if expert is None else whole[expert])
     assert len(alive) == count
+
+
+def test_one_expert_of_a_stack_is_read_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("gpt_oss").save_pretrained(tmp_path)
+    source, name = Checkpoint(tmp_path), "model.layers.0.mlp.experts.down_proj"
+    whole = source.parameter(name)
+    monkeypatch.setattr(FileTensor, "read", None)
+    assert torch.equal(source.parameter(name, expert=2), whole[2])
 
 
 def test_stale_and_unknown_tensors_are_unused() -> None:

@@ -16,7 +16,7 @@ from builders import goal_of_share, plan_without
 from cfsp.architecture.model_classes import model_class_of
 from cfsp.architecture.proof import small_run_of
 from cfsp.calibration.statistics import Statistics
-from cfsp.checkpoint.config_widths import config_with_widths
+from cfsp.checkpoint.pruned_config import pruned_config
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.cli import main
@@ -290,7 +290,7 @@ def test_what_stock_would_load_with_random_attentions_is_refused_before_any_text
     # Beside channels the stock class fails, as it must.
     halves = [unit.width // (2 if unit.part == "ffn" else 1) for unit in source.units]
     halves[next(i for i, unit in enumerate(source.units) if unit.part == "kv")] = 0
-    config_with_widths(source.config, source.architecture, halves)
+    pruned_config(source.config, source.architecture, halves)
 
 
 def test_attentions_can_go_whatever_their_heads_are() -> None:

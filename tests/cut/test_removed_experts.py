@@ -16,11 +16,11 @@ import cfsp
 from cfsp.architecture import expert_proof
 from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.proof import prove, small_run_of
+from cfsp.architecture.small_run import FailedCheckError
 from cfsp.calibration.accumulators import OutputNorms
 from cfsp.calibration.statistics import Statistics, UnitStatistics
 from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
-from cfsp.checkpoint.reading import Checkpoint, LoadedModel
-from cfsp.checkpoint.skeleton import check_complete
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel, check_complete
 from cfsp.cut.in_memory import build_pruned_model
 from cfsp.errors import BudgetError, ExportError, StatisticsError, UnsupportedModelError, UsageError
 from cfsp.exports.gguf_architecture import architecture_of
@@ -299,7 +299,7 @@ def test_a_fault_in_one_of_many_blocks_is_found(monkeypatch: pytest.MonkeyPatch)
     architecture = prove(tiny_config("mixtral", num_hidden_layers=12), parts=("experts",))
     run = small_run_of(tiny_config("mixtral", num_hidden_layers=12))
     kept = dict.fromkeys(range(12), (0, 2))
-    assert expert_proof.experts_fail(architecture, run, kept) is None
+    expert_proof.check_experts(architecture, run, kept)
     original = expert_proof._cut
 
     def faulty(*arguments: Any) -> Any:
@@ -309,8 +309,8 @@ def test_a_fault_in_one_of_many_blocks_is_found(monkeypatch: pytest.MonkeyPatch)
         return smaller
 
     monkeypatch.setattr(expert_proof, "_cut", faulty)
-    reason = expert_proof.experts_fail(architecture, run, kept)
-    assert reason is not None and "the check cut" in reason and "in block 7" in reason
+    with pytest.raises(FailedCheckError, match=r"cut: expected .* in block 7"):
+        expert_proof.check_experts(architecture, run, kept)
 
 
 def test_experts_that_few_tokens_reached_are_told(caplog: pytest.LogCaptureFixture) -> None:

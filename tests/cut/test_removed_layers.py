@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 import cfsp
 from builders import plan_without
 from cfsp.architecture.resizing import Gone
-from cfsp.checkpoint.reading import Checkpoint, LoadedModel
-from cfsp.checkpoint.skeleton import blocks_of, check_complete
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel, check_complete
+from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.checkpoint.stored_blocks import parameters_of_attentions, parameters_of_blocks
 from cfsp.cli import main
 from cfsp.cut.in_memory import build_pruned_model

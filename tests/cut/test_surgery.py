@@ -93,14 +93,12 @@ def test_shards_in_and_out(
     assert {n: s.shape for n, s in pruned_specs(source, plan).items()} == {
         n: shape for n, (_, shape, _) in after.items()
     }
-    assert written.nbytes == sum(len(raw) for *_, raw in after.values())
-    assert written.parameters == written.nbytes // dtype.itemsize
-    assert set(written.digests) == {p.name for p in out.glob("*.safetensors")}
+    assert set(written) == {p.name for p in out.glob("*.safetensors")}
 
     files = sorted(out.glob("*.safetensors"))
     if sharded_output:
         index = json.loads((out / "model.safetensors.index.json").read_text())
-        assert index["metadata"]["total_size"] == written.nbytes
+        assert index["metadata"]["total_size"] == sum(len(raw) for *_, raw in after.values())
         assert index["weight_map"] == {n: f.name for f in files for n in TensorFile(f).specs}
         assert len(files) > 2
         # Only a tensor that is larger than a shard may make one larger.

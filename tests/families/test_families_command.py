@@ -7,9 +7,8 @@ import pytest
 from cfsp.cli import main
 from cfsp.cli.families import COLUMNS
 from cfsp.families import trial
-from cfsp.families.apart import NoAnswerError, call_apart
 from cfsp.families.catalogue import Family, installed_families
-from cfsp.families.trial import why_not
+from cfsp.families.trial import NoAnswerError, call_apart, why_not
 
 LLAMA = Family("llama", "LlamaForCausalLM")
 PARTS_OF_DENSE = ("kv", "attention", "blocks")

@@ -78,7 +78,7 @@ def test_latencies_are_linear_between_the_measured_widths() -> None:
 
 
 def test_what_parts_save_is_added_up(model: Path) -> None:
-    units = open_checkpoint(model, None, ("ffn", "kv", "blocks")).units
+    units = open_checkpoint(model, ("ffn", "kv", "blocks")).units
     whole = [unit.width for unit in units]
 
     def speedup(kept: dict[tuple[str, int], int], removed: Dropped = NOTHING) -> float:
@@ -98,7 +98,7 @@ def test_what_parts_save_is_added_up(model: Path) -> None:
 
 def test_models_to_time_have_less_of_each_part(model: Path) -> None:
     parts: tuple[Part, ...] = ("ffn", "kv", "attention", "blocks")
-    source = open_checkpoint(model, None, parts)
+    source = open_checkpoint(model, parts)
     whole, timed = models_to_time(source, Budget(multiple=48, parts=parts), 48)
     assert [(each.part, each.kept) for each in timed] == [
         ("ffn", 48), ("kv", 1), ("kv", 0), ("blocks", 0),
@@ -179,7 +179,7 @@ def test_a_speed_by_other_parts(
     dropped: dict[str, int] | None, repair: str, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    source = open_checkpoint(model, None, tuple(parts.split(",")))  # type: ignore[arg-type]
+    source = open_checkpoint(model, tuple(parts.split(",")))  # type: ignore[arg-type]
     curves = {
         part: curve
         for part, curve in LATENCIES.curves.items()

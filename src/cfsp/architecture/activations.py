@@ -108,11 +108,7 @@ def observed_sublayers(
 ) -> Iterator[None]:
     """Keep the hidden state after each attention of a block whenever the block runs.
 
-    Args:
-        block: a decoder block.
-        units: its units; those that are no attention, or after which there is no hidden state, are
-            not seen.
-        seen: is given it, by the position of the unit.
+    It is kept in `seen` by the position of the unit; after some there is none.
     """
 
     def before(position: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -240,10 +236,8 @@ def _expert_linear(experts: Any, name: str, expert: int, input_RX: Tensor) -> Te
 class Products(TorchFunctionMode):
     """Tells of every product whose second operand is a part of one of some weights.
 
-    Args:
-        weights: by name.
-        on_product: is given the name, the part of the weight, the first operand and the product,
-            which it may change.
+    `on_product` is given the name of the weight, its part, the first operand and the product, which
+    it may change.
     """
 
     def __init__(

@@ -16,13 +16,19 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from cfsp.architecture.found import ChannelAxis, Refusal, Unit, WidthAttribute
+from cfsp.architecture.matrices import (
+    is_bias_of,
+    is_transposed,
+    own_parameters,
+    owner_of,
+    sizes_of_matrices,
+)
 from cfsp.settings import Part
 
 # Names of classes and modules that mix tokens.
@@ -42,33 +48,12 @@ _LENGTHS = re.compile(r"(dim|size)$")
 _NOT_THEM = re.compile(r"^head_|_head_|window|rotary|groups|rope|layer|chunk")
 
 
-@dataclass(frozen=True)
-class _Heads:
-    """How the heads of an attention are counted.
-
-    Attributes:
-        query: H.
-        groups: G.
-        inputs: N.
-    """
+class _Heads(NamedTuple):
+    """How the heads of an attention are counted: H, G and N."""
 
     query: int
     groups: int
     inputs: int
-
-    @property
-    def queries_each(self) -> int:
-        """Query heads that read a head of keys and values."""
-        return self.query // self.groups
-
-
-def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters of a module and of its children that have no children."""
-    yield from module.named_parameters(recurse=False)
-    for name, child in module.named_children():
-        if next(child.children(), None) is None:
-            for key, parameter in child.named_parameters(recurse=False):
-                yield f"{name}.{key}", parameter
 
 
 def attentions_of(
@@ -76,12 +61,8 @@ def attentions_of(
 ) -> list[Unit | Refusal]:
     """Return the attentions of a block, and what mixes tokens in another way.
 
-    Args:
-        block: a decoder block.
-        index: of it.
-        hidden: D.
-        text_config: of the model, which counts heads.
-        part: `attention` for attentions whose heads are not found as well: they can go whole.
+    The text config counts heads. With the part `attention`, attentions whose heads are not found
+    are there too: they can go whole.
     """
     found: list[Unit | Refusal] = []
     inside: list[str] = []
@@ -111,9 +92,7 @@ def _attention(
     module: nn.Module, path: str, index: int, hidden: int, text_config: Any
 ) -> Unit | str:
     """Return the attention that a module is, or why it is none that can be cut."""
-    matrices = dict(_matrices(module, hidden))
-    outputs = [name for name, (out, _) in matrices.items() if out == hidden]
-    output = next((name for name in outputs if _OUTPUT.search(name)), None)
+    matrices, output = _matrices(module, hidden)
     if output is None:
         return "heads: expected matrices of queries, keys, values and output, found " + (
             ", ".join(name.removesuffix(".weight") for name, _ in own_parameters(module)) or "none"
@@ -126,19 +105,18 @@ def _attention(
             f"{name.removesuffix('.weight')} {list(shape)}" for name, shape in matrices.items()
         )
         return f"heads: expected queries, keys and values of whole heads, found {names}"
-    prefix = f"{path}."
     axes = dict(_axes(module, output, inputs, heads))
-    queries = max(inputs, key=lambda name: inputs[name])
+    sizes = sizes_of_matrices(module, path, axes, output, heads.groups)
     return Unit(
         block=index,
         path=path,
         width=heads.groups,
         ffns=1,
-        up=prefix + queries,
+        up=f"{path}.{max(inputs, key=lambda name: inputs[name])}",
         gate=None,
-        down=prefix + output,
-        axes={prefix + name: axis for name, axis in axes.items()},
-        attributes=tuple(_attributes(module, path, heads, axes, output)),
+        down=f"{path}.{output}",
+        axes={f"{path}.{name}": axis for name, axis in axes.items()},
+        attributes=(*sizes, *_own_numbers(module, path, heads)),
         part="kv",
         config_numbers=tuple(_config_numbers(module, heads)),
     )
@@ -149,16 +127,11 @@ def _whole_attention(module: nn.Module, path: str, index: int, hidden: int) -> U
 
     Its one KV group is the whole of it.
     """
-    if "Attention" not in type(module).__name__:
-        return None
-    matrices = dict(_matrices(module, hidden))
-    outputs = [name for name, (out, _) in matrices.items() if out == hidden]
-    output = next((name for name in outputs if _OUTPUT.search(name)), None)
+    matrices, output = _matrices(module, hidden)
     other = next((name for name in matrices if name != output), None)
-    if output is None or other is None:
+    if "Attention" not in type(module).__name__ or output is None or other is None:
         return None
-    is_transposed = hasattr(module.get_submodule(output.rpartition(".")[0]), "nf")
-    axis = ChannelAxis(0 if is_transposed else 1, spans=(matrices[output][1],))
+    axis = _axis(module, output, of_outputs=False, spans=(matrices[output][1],))
     return Unit(
         block=index,
         path=path,
@@ -172,15 +145,16 @@ def _whole_attention(module: nn.Module, path: str, index: int, hidden: int) -> U
     )
 
 
-def _matrices(module: nn.Module, hidden: int) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Yield the matrices of a module that have the hidden size, as outputs and inputs."""
+def _matrices(module: nn.Module, hidden: int) -> tuple[dict[str, tuple[int, int]], str | None]:
+    """Return the matrices that have the hidden size, as outputs and inputs, and which is last."""
+    matrices: dict[str, tuple[int, int]] = {}
     for name, parameter in own_parameters(module):
-        owner = module.get_submodule(name.rpartition(".")[0])
-        if parameter.ndim != 2 or "bias" in name or hidden not in parameter.shape:
-            continue
-        first, second = parameter.shape
-        # Conv1D of gpt2 is stored inputs x outputs.
-        yield name, (second, first) if hasattr(owner, "nf") else (first, second)
+        if parameter.ndim == 2 and "bias" not in name and hidden in parameter.shape:
+            first, second = parameter.shape
+            stored_inputs_first = is_transposed(owner_of(module, name))
+            matrices[name] = (second, first) if stored_inputs_first else (first, second)
+    outputs = (name for name, (out, _) in matrices.items() if out == hidden)
+    return matrices, next((name for name in outputs if _OUTPUT.search(name)), None)
 
 
 def _heads(module: Any, text_config: Any, inputs: int, widths: list[int]) -> _Heads | None:
@@ -210,56 +184,41 @@ def _axes(
     module: nn.Module, output: str, inputs: dict[str, int], heads: _Heads
 ) -> Iterator[tuple[str, ChannelAxis]]:
     """Yield where the parameters of an attention have KV groups."""
-    size = heads.inputs // heads.query
+    size, each = heads.inputs // heads.query, heads.inputs // heads.groups
 
     def spans(length: int) -> tuple[int, ...]:
-        if len(inputs) == 1:
-            return heads.queries_each * size, size, size
-        return (length // heads.groups,)
+        return (each, size, size) if len(inputs) == 1 else (length // heads.groups,)
 
-    stem = output.removesuffix("weight")
-    lengths = {heads.query, heads.inputs}
     for name, parameter in own_parameters(module):
-        owner = module.get_submodule(name.rpartition(".")[0])
-        is_transposed = hasattr(owner, "nf")
-        of = next((other for other in inputs if _is_bias(name, other)), None)
+        of = next((other for other in inputs if is_bias_of(name, other)), None)
         if name == output:
-            yield (
-                name,
-                ChannelAxis(0 if is_transposed else 1, spans=(heads.inputs // heads.groups,)),
-            )
+            yield name, _axis(module, name, of_outputs=False, spans=(each,))
         elif name in inputs:
-            yield name, ChannelAxis(1 if is_transposed else 0, spans=spans(inputs[name]))
+            yield name, _axis(module, name, of_outputs=True, spans=spans(inputs[name]))
         elif of is not None:
             yield name, ChannelAxis(0, spans=spans(inputs[of]))
-        elif name.startswith(stem) or parameter.ndim not in (1, 2):
+        elif name.startswith(output.removesuffix("weight")) or parameter.ndim not in (1, 2):
             continue
         # Norms of heads that each have weights of their own, and sinks.
         elif parameter.ndim == 2 and parameter.shape[0] in (heads.query, heads.groups):
             yield name, ChannelAxis(0, spans=(parameter.shape[0] // heads.groups,))
-        elif parameter.ndim == 1 and len(parameter) in lengths and "norm" not in name:
+        elif (
+            parameter.ndim == 1
+            and len(parameter) in (heads.query, heads.inputs)
+            and "norm" not in name
+        ):
             yield name, ChannelAxis(0, spans=(len(parameter) // heads.groups,))
 
 
-def _is_bias(name: str, matrix: str) -> bool:
-    return name == f"{matrix.removesuffix('weight')}bias"
+def _axis(module: nn.Module, name: str, *, of_outputs: bool, spans: tuple[int, ...]) -> ChannelAxis:
+    """Return the axis of a matrix that its outputs or its inputs lie along."""
+    return ChannelAxis(int(of_outputs == is_transposed(owner_of(module, name))), spans=spans)
 
 
-def _attributes(
-    module: nn.Module, path: str, heads: _Heads, axes: dict[str, ChannelAxis], output: str
-) -> Iterator[WidthAttribute]:
-    """Yield the numbers that tell how many heads there are, in the module and its matrices."""
-    prefix = f"{path}."
-    for name, axis in axes.items():
-        owner = name.rpartition(".")[0]
-        if not owner or name.endswith("bias"):
-            continue
-        inputs, outputs = ("in_features", "nx"), ("out_features", "nf")
-        for attribute in inputs if name == output else outputs:
-            if getattr(module.get_submodule(owner), attribute, None) is not None:
-                yield WidthAttribute(prefix + owner, attribute, axis.entries)
+def _own_numbers(module: nn.Module, path: str, heads: _Heads) -> Iterator[WidthAttribute]:
+    """Yield the numbers of an attention's own module that tell how many heads there are."""
     counts = heads.query, heads.groups
-    lengths = heads.inputs, heads.inputs // heads.queries_each
+    lengths = heads.inputs, heads.inputs // heads.query * heads.groups
     for name, value in vars(module).items():
         if type(value) is not int or _NOT_THEM.search(name):
             continue

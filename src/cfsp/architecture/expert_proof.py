@@ -4,6 +4,7 @@ A small random model of the same class runs on a few tokens:
 
     outputs    what its experts add, as it is seen while a block runs, is what the block's experts
                give together
+    runs       a model that is built with fewer experts gives numbers
     bites      with half of the experts masked, the model computes something else
     cut        a model that is built without them computes what the whole one computes with them
                masked
@@ -16,51 +17,36 @@ Shapes: E experts, R rows, D hidden.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cfsp.architecture.activations import Products, observed_activations
 from cfsp.architecture.found import Architecture, RoutedExperts, Unit
+from cfsp.architecture.model_classes import with_values
 from cfsp.architecture.small_run import (
-    LEAST_EFFECT,
     TOLERANCE,
+    FailedCheckError,
     SmallRun,
+    check_bites,
+    check_same,
     difference,
-    fails,
     first_tensor,
     set_parameter,
     small_skeleton,
 )
 from cfsp.errors import UnsupportedModelError, first_line
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
 # Below whatever a choice looks at. Infinity times a weight of zero would be NaN.
 _NEVER = -1e9
 
 
-def config_with_experts(config: PreTrainedConfig, key: str, count: int) -> PreTrainedConfig:
-    """Return a config that says another number of routed experts.
-
-    Args:
-        config: stays as it is.
-        key: of the text config.
-        count: the new number.
-    """
-    changed = copy.deepcopy(config)
-    setattr(changed.get_text_config(decoder=True), key, count)
-    return changed
-
-
-def outputs_fail(run: SmallRun, unit: Unit) -> str | None:
-    """Return why it is not seen what the experts of a unit add; None if it is."""
+def check_outputs(run: SmallRun, unit: Unit) -> None:
+    """Check that it is seen what the experts of a unit add."""
     block = run.blocks[unit.block]
     given: list[Tensor] = []
     parts: list[tuple[Tensor, Tensor]] = []
@@ -81,7 +67,9 @@ def outputs_fail(run: SmallRun, unit: Unit) -> str | None:
         ):
             run.output(unit.block)
     except UnsupportedModelError as error:
-        return f"the check outputs: expected to see what its experts add, found that {error}"
+        raise FailedCheckError(
+            f"outputs: expected to see what its experts add, found that {error}"
+        ) from error
     finally:
         hook.remove()
     # Some give what each expert adds to every token, one expert after the other.
@@ -91,7 +79,7 @@ def outputs_fail(run: SmallRun, unit: Unit) -> str | None:
     for added_RD, token_R in parts:
         found_RD.index_add_(0, token_R, added_RD)
     expected = "that what its experts add is what they give together"
-    return fails("the check outputs", expected, lambda: found_RD, expected_RD)
+    check_same("outputs", expected, lambda: found_RD, expected_RD)
 
 
 def staying_experts(experts: RoutedExperts, kept: int, *, at_random: bool = False) -> list[int]:
@@ -109,14 +97,21 @@ def staying_experts(experts: RoutedExperts, kept: int, *, at_random: bool = Fals
     return sorted(staying)
 
 
-@torch.no_grad()
-def why_not(architecture: Architecture, run: SmallRun, count: int) -> str | None:
-    """Return why the model does not run with so many experts in every block; None if it does.
+def runs_with(architecture: Architecture, run: SmallRun, count: int) -> bool:
+    """Return whether the model runs with so many experts in every block; see `try_with`."""
+    try:
+        try_with(architecture, run, count)
+    except FailedCheckError:
+        return False
+    return True
 
-    Args:
-        architecture: with what has the axis of experts.
-        run: of a small model.
-        count: how many, a multiple of the number of groups.
+
+@torch.no_grad()
+def try_with(architecture: Architecture, run: SmallRun, count: int) -> None:
+    """Run the small model with so many experts in every block, a multiple of the groups.
+
+    Raises:
+        FailedCheckError: it does not run, or gives no numbers.
     """
     assert architecture.experts is not None
     blocks = [unit.block for unit in architecture.units if unit.expert_axes]
@@ -124,73 +119,53 @@ def why_not(architecture: Architecture, run: SmallRun, count: int) -> str | None
     try:
         output = _cut(architecture, run, kept).decoder_output()
     except Exception as error:  # whatever a router does with too few experts
-        return f"expected that it runs with {count} experts, found {first_line(error)}"
-    is_finite = bool(torch.isfinite(output).all())
-    return None if is_finite else f"expected numbers with {count} experts, found NaN"
+        raise FailedCheckError(
+            f"runs: expected that it runs with {count} experts, found {first_line(error)}"
+        ) from error
+    if not bool(torch.isfinite(output).all()):
+        raise FailedCheckError(f"runs: expected numbers with {count} experts, found NaN")
 
 
 @torch.no_grad()
-def experts_fail(
+def check_experts(
     architecture: Architecture, run: SmallRun, kept: Mapping[int, Sequence[int]]
-) -> str | None:
-    """Return which check a model fails with some of its experts only; None if it fails none.
+) -> None:
+    """Check that the model computes the same with experts cut as with them masked.
 
-    Every block must compute the same with its experts cut as with them masked, from the input of
-    the run. The decoder as a whole must too, to the sum of what its blocks may differ by: rounding
-    adds up from block to block.
-
-    Args:
-        architecture: with what has the axis of experts.
-        run: of a small model.
-        kept: block -> the experts that stay, equally many everywhere and in every group.
+    `kept` names those of each block that stay, equally many everywhere and in every group. Every
+    block must, from the input of the run. The decoder as a whole must too, to the sum of what its
+    blocks may differ by: rounding adds up from block to block.
     """
     with _filled_buffers(architecture, run):
-        return _cut_fails(architecture, run, kept)
-
-
-def _cut_fails(
-    architecture: Architecture, run: SmallRun, kept: Mapping[int, Sequence[int]]
-) -> str | None:
-    with ExitStack() as stack:
-        for unit in architecture.units:
-            if unit.block in kept and unit.expert_axes:
-                block = run.blocks[unit.block]
-                stack.enter_context(masked_experts(block, unit, kept[unit.block]))
-        masked = run.decoder_output()
-        masked_of = {block: run.output(block) for block in kept}
-    if not (effect := difference(run.decoder_output(), masked)) > LEAST_EFFECT:
-        return (
-            "the check bites: expected another output with experts masked, found a difference of "
-            f"{effect:.1e}"
-        )
-    try:
-        cut = _cut(architecture, run, kept)
-        errors = {
-            f" in block {block}": difference(cut.output(block), masked_of[block]) for block in kept
-        }
-        # Of each block in the mean, so that one bound is for all.
-        errors[" after all blocks"] = difference(cut.decoder_output(), masked) / len(run.blocks)
-    except Exception as problem:  # whatever a router does with fewer experts
-        return (
-            f"the check cut: expected the output with masked experts, found {first_line(problem)}"
-        )
-    for where, error in errors.items():
+        with ExitStack() as stack:
+            for unit in architecture.units:
+                if unit.block in kept and unit.expert_axes:
+                    block = run.blocks[unit.block]
+                    stack.enter_context(masked_experts(block, unit, kept[unit.block]))
+            masked = run.decoder_output()
+            masked_of = {block: run.output(block) for block in kept}
+        check_bites("with experts masked", run.decoder_output(), masked)
+        expected = "cut: expected the output with masked experts, found"
+        try:
+            cut = _cut(architecture, run, kept)
+            errors = {
+                f" in block {block}": difference(cut.output(block), masked_of[block])
+                for block in kept
+            }
+            # Of each block in the mean, so that one bound is for all.
+            whole = difference(cut.decoder_output(), masked) / len(run.blocks)
+        except Exception as problem:  # whatever a router does with fewer experts
+            raise FailedCheckError(f"{expected} {first_line(problem)}") from problem
+    for where, error in (*errors.items(), (" after all blocks", whole)):
         if not error <= TOLERANCE:
-            return (
-                "the check cut: expected the output with masked experts, found a relative "
-                f"difference of {error:.1e}{where}"
-            )
-    return None
+            raise FailedCheckError(f"{expected} a relative difference of {error:.1e}{where}")
 
 
 @contextmanager
 def masked_experts(block: nn.Module, unit: Unit, kept: Sequence[int]) -> Iterator[None]:
     """Let the router of a block choose among some of its experts only, whenever the block runs.
 
-    Args:
-        block: a decoder block that computes in the dtype of its router.
-        unit: the experts.
-        kept: those that stay.
+    The block must compute in the dtype of its router.
     """
     gone = [expert for expert in range(unit.ffns) if expert not in set(kept)]
     tensors = block.state_dict(keep_vars=True)
@@ -250,7 +225,7 @@ def _cut(architecture: Architecture, run: SmallRun, kept: Mapping[int, Sequence[
     """Return the run of the small model, built with fewer experts and the others' weights."""
     assert architecture.experts is not None
     count = len(next(iter(kept.values())))
-    config = config_with_experts(run.model.config, architecture.experts.key, count)
+    config = with_values(run.model.config, {architecture.experts.key: count})
     model: Any = small_skeleton(config, type(run.model))
     axes = {
         architecture.block_prefix(unit.block) + name: (unit.block, axis)
@@ -265,17 +240,14 @@ def _cut(architecture: Architecture, run: SmallRun, kept: Mapping[int, Sequence[
         for name, tensor in named(remove_duplicate=False):
             if tensor.is_meta:
                 continue
+            is_parameter = isinstance(tensor, nn.Parameter)
             if name in axes:
                 block, axis = axes[name]
                 key = (id(tensor), tuple(kept[block]))
                 if key not in selected:
                     fewer = tensor.index_select(axis, torch.tensor(kept[block]))
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    selected[key] = (
-                        nn.Parameter(fewer, requires_grad=False) if is_parameter else fewer
-                    )
-                tensor = selected[key]
-            elif not isinstance(tensor, nn.Parameter):
-                continue
-            set_parameter(model, name, tensor)
+                    selected[key] = nn.Parameter(fewer, False) if is_parameter else fewer
+                set_parameter(model, name, selected[key])
+            elif is_parameter:
+                set_parameter(model, name, tensor)
     return replace(run, model=model, blocks=model.get_submodule(run.architecture.blocks))

@@ -10,26 +10,24 @@ how many groups there are is found by trying.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from cfsp.architecture.expert_proof import (
-    config_with_experts,
-    experts_fail,
-    outputs_fail,
+    check_experts,
+    check_outputs,
+    runs_with,
     staying_experts,
-    why_not,
+    try_with,
 )
 from cfsp.architecture.found import Architecture, RoutedExperts, Unit
-from cfsp.architecture.small_run import SmallRun
+from cfsp.architecture.model_classes import empty_stock_model, with_values
+from cfsp.architecture.small_run import FailedCheckError, SmallRun
 from cfsp.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 
 def with_experts(
@@ -62,12 +60,20 @@ def with_experts(
     )
     experts = RoutedExperts(key, routed[0].ffns)
     architecture = replace(architecture, units=units, experts=experts)
-    for unit in _examples(architecture):
-        if reason := outputs_fail(run, unit):
-            raise refused_experts(architecture, f"{architecture.module_name(unit)} failed {reason}")
-    groups, reason = _find_groups(architecture, config, run)
-    if not groups:
-        raise refused_experts(architecture, f"they failed {reason}")
+    examples: dict[object, Unit] = {}
+    for unit in units:
+        if unit.expert_axes:
+            examples.setdefault(unit.kind, unit)
+    for unit in examples.values():
+        try:
+            check_outputs(run, unit)
+        except FailedCheckError as failure:
+            name = architecture.module_name(unit)
+            raise refused_experts(architecture, f"{name} failed the check {failure}") from failure
+    try:
+        groups = _find_groups(architecture, config, run)
+    except FailedCheckError as failure:
+        raise refused_experts(architecture, f"they failed the check {failure}") from failure
     return replace(architecture, experts=replace(experts, groups=groups))
 
 
@@ -82,11 +88,7 @@ def refused_experts(architecture: Architecture, reason: str) -> UnsupportedModel
 def _find_axes(
     architecture: Architecture, config: PreTrainedConfig, model_class: Any, routed: Sequence[Unit]
 ) -> tuple[str, dict[int, dict[str, int]]]:
-    """Return the key that says how many experts there are, and what has their axis, by block.
-
-    Raises:
-        UnsupportedModelError: none does, or something beside one unit in each block has experts.
-    """
+    """Return the key that says how many experts there are, and what has their axis, by block."""
     count = routed[0].ffns
     fields = config.get_text_config(decoder=True).to_dict()
     before, fewer = _shapes(config, model_class), count // 2
@@ -95,7 +97,7 @@ def _find_axes(
     ]
     for key in (key for key, value in fields.items() if value == count and type(value) is int):
         try:
-            changed = config_with_experts(config, key, fewer)
+            changed = with_values(config, {key: fewer})
             after = _shapes(type(config).from_dict(changed.to_dict()), model_class)
         except Exception:  # whatever a config or class does with a number that it does not expect
             continue
@@ -130,9 +132,8 @@ def _find_axes(
 
 def _shapes(config: PreTrainedConfig, model_class: Any) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all parameters and stored buffers that a config builds, by name."""
-    with torch.device("meta"):
-        model: PreTrainedModel = model_class._from_config(copy.deepcopy(config))
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = empty_stock_model(config, model_class).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _axis_between(
@@ -147,54 +148,34 @@ def _axis_between(
     return axes[0] if (before[axes[0]], after[axes[0]]) == (count, fewer) else None
 
 
-def _examples(architecture: Architecture) -> Iterator[Unit]:
-    """Yield a unit with experts of every kind."""
-    seen = set()
-    for unit in architecture.units:
-        if unit.expert_axes and unit.kind not in seen:
-            seen.add(unit.kind)
-            yield unit
-
-
-def _find_groups(
-    architecture: Architecture, config: PreTrainedConfig, run: SmallRun
-) -> tuple[int, str]:
-    """Return how many groups keep equally many experts, or 0 and why experts can't go."""
+def _find_groups(architecture: Architecture, config: PreTrainedConfig, run: SmallRun) -> int:
+    """Return how many groups keep equally many experts."""
     assert architecture.experts is not None
-    count, first = architecture.experts.count, ""
-    for groups in (1, *_group_numbers(config, count)):
-        experts = replace(architecture.experts, groups=groups)
-        tried = replace(architecture, experts=experts)
-        kept = next(
-            (
-                fewer
-                for fewer in counts_near(count // 2, experts)
-                if why_not(tried, run, fewer) is None
-            ),
-            None,
-        )
-        if kept is None:
-            reason = f"the check runs: {why_not(tried, run, count - groups)}"
-        else:
-            chosen = [staying_experts(experts, kept, at_random=random) for random in (False, True)]
-            blocks = [unit.block for unit in tried.units if unit.expert_axes]
-            found = (experts_fail(tried, run, dict.fromkeys(blocks, staying)) for staying in chosen)
-            reason = next((each for each in found if each is not None), "")
-        if not reason:
-            return groups, ""
-        first = first or reason
-    return 0, first
-
-
-def _group_numbers(config: PreTrainedConfig, count: int) -> list[int]:
-    """Return numbers that may be of groups of experts, ascending."""
+    count = architecture.experts.count
+    first: FailedCheckError | None = None
+    blocks = [unit.block for unit in architecture.units if unit.expert_axes]
     fields = config.get_text_config(decoder=True).to_dict()
     numbers = {
         value
         for name, value in fields.items()
         if "group" in name and type(value) is int and 1 < value < count and count % value == 0
     }
-    return sorted(numbers)
+    for groups in (1, *sorted(numbers)):
+        experts = replace(architecture.experts, groups=groups)
+        tried = replace(architecture, experts=experts)
+        near = counts_near(count // 2, experts)
+        kept = next((fewer for fewer in near if runs_with(tried, run, fewer)), None)
+        try:
+            if kept is None:
+                try_with(tried, run, count - groups)
+                continue
+            for at_random in (False, True):
+                staying = staying_experts(experts, kept, at_random=at_random)
+                check_experts(tried, run, dict.fromkeys(blocks, staying))
+            return groups
+        except FailedCheckError as failure:
+            first = first or failure
+    raise first or FailedCheckError(f"runs: expected fewer than {count} experts, found none")
 
 
 def counts_near(wanted: int, experts: RoutedExperts) -> list[int]:

@@ -21,8 +21,9 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from cfsp.architecture.resizing import resize_attention, resize_ffn
 from cfsp.settings import Part
 
 # How gate and up share one matrix: all rows of the gate first, or row about row.
@@ -79,11 +80,9 @@ class ChannelAxis:
         return tensor.index_select(self.axis, self.index(kept_K, self.width(tensor.shape)))
 
     def select_of_experts(self, tensor: Tensor, kept_EK: Sequence[Sequence[int]]) -> Tensor:
-        """Return a tensor of all experts with the kept channels of each only.
+        """Return a tensor E x ... with the kept channels of each expert only, as many of each.
 
-        Args:
-            tensor: begins with the axis of experts.
-            kept_EK: for each expert the channels to keep, as many of each; none of one that goes.
+        An expert of which none is kept goes.
         """
         staying = [expert for expert, kept_K in enumerate(kept_EK) if kept_K]
         shape = list(tensor.shape)
@@ -98,17 +97,11 @@ class ChannelAxis:
 
 @dataclass(frozen=True)
 class WidthAttribute:
-    """A number that a module keeps of its own size, such as `in_features`.
+    """A number that a module keeps of its own size, such as `in_features`."""
 
-    Attributes:
-        module: dotted path from the block.
-        name: of the attribute.
-        times: how often the width it is.
-    """
-
-    module: str
+    module: str  # dotted path from the block
     name: str
-    times: int = 1
+    times: int = 1  # how often the width it is
 
 
 @dataclass(frozen=True)
@@ -208,56 +201,58 @@ class Unit:
         """The attributes as plain values, as `resize_ffn` and config.json have them."""
         return [(a.module, a.name, a.times) for a in self.attributes]
 
-    def select(self, name: str, parameter: Tensor, kept_EK: Sequence[Sequence[int]]) -> Tensor:
-        """Return one of its parameters with the kept channels of each FFN only.
+    def resize(self, block: nn.Module, width: int) -> None:
+        """Give the unit of a block another width, as the modelling file does it."""
+        axes, attributes = self.plain_axes, self.plain_attributes
+        if self.part == "kv":
+            numbers = dict(self.config_numbers)
+            resize_attention(block, self.path, width, axes, attributes, numbers)
+        else:
+            resize_ffn(block, width, axes, attributes)
 
-        Args:
-            name: dotted path from the block, one of `axes`.
-            parameter: its values.
-            kept_EK: for each FFN the channels to keep, as many of each.
-        """
+    def select(self, name: str, parameter: Tensor, kept_EK: Sequence[Sequence[int]]) -> Tensor:
+        """Return one of its parameters with the kept channels of each FFN only, as many of each."""
         axis = self.axes[name]
         if not self.routed:
             return axis.select(parameter, kept_EK[0])
         return axis.select_of_experts(parameter, kept_EK)
 
-    def as_fused_as(self, other: Unit) -> Unit:
-        """Return the same unit with what shares a matrix sharing it as in another one."""
-        if self.part == "kv":
-            is_in_one = len(other.axes[other.up].spans) == 1
-            return self.in_one_section() if is_in_one and self.is_fused else self
-        fusion = other.axes[other.up].fusion
-        return self.with_fusion(fusion) if fusion else self
+    def other_fusion(self) -> Unit | None:
+        """Return the same unit with what shares a matrix sharing it in the other way, if it does.
 
-    def with_fusion(self, fusion: Fusion) -> Unit:
-        """Return the same unit with gate and up sharing their matrix in another way."""
+        Channels of gate and up are interleaved instead of in halves, and the other way round; the
+        entries of each KV group are side by side.
+        """
+        if not self.is_fused:
+            return None
+        if self.part == "kv":
+            axes = {name: axis.in_one_section() for name, axis in self.axes.items()}
+            return replace(self, axes=axes)
+        other: Fusion = "interleaved" if self.axes[self.up].fusion == "halves" else "halves"
         axes = {
-            name: replace(axis, fusion=fusion) if axis.fusion else axis
+            name: replace(axis, fusion=other) if axis.fusion else axis
             for name, axis in self.axes.items()
         }
         return replace(self, axes=axes)
+
+    def as_fused_as(self, other: Unit) -> Unit:
+        """Return the same unit with what shares a matrix sharing it as in another one."""
+        mine, theirs = self.axes[self.up], other.axes[other.up]
+        if (mine.fusion, len(mine.spans)) == (theirs.fusion, len(theirs.spans)):
+            return self
+        return self.other_fusion() or self
 
     def whole(self) -> Unit:
         """Return the same attention as one that stays or goes, whatever its heads are."""
         axes = {self.down: replace(self.axes[self.down], spans=(self.columns,))}
         return replace(self, width=1, axes=axes, attributes=(), config_numbers=())
 
-    def in_one_section(self) -> Unit:
-        """Return the same attention with the entries of each KV group side by side everywhere."""
-        axes = {name: axis.in_one_section() for name, axis in self.axes.items()}
-        return replace(self, axes=axes)
-
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a module that looks like an FFN or an attention is none whose channels can be cut.
+    """Why a module that looks like an FFN or an attention is none whose channels can be cut."""
 
-    Attributes:
-        module: its dotted path in the model.
-        reason: in a few words.
-    """
-
-    module: str
+    module: str  # dotted path in the model
     reason: str
 
 
@@ -288,11 +283,11 @@ class Architecture:
         blocks: dotted path from the model to the list of blocks.
         block_count: how many blocks.
         units: in the order of blocks, and within a block as they are registered.
-        gone: attentions that a stock model of the config has and this one does not: no KV group of
-            theirs is left.
         refused: modules that look like FFNs or attentions but are none that can be cut.
         learnt_positions: the longest input, where each position has an embedding that was learnt;
             None where any input can be read.
+        gone: attentions that a stock model of the config has and this one does not: no KV group of
+            theirs is left.
         experts: of the routed experts, where whole ones can go; None where they can't, or were not
             asked for.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import CheckpointError, UnsupportedModelError, first_line
@@ -16,11 +17,7 @@ PRUNED = "Pruned"
 
 
 def build_model(model_class: Any, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a new model of a config, which stays as it is.
-
-    Raises:
-        CheckpointError: no model can be built from the config.
-    """
+    """Return a new model of a config, which stays as it is."""
     try:
         model: PreTrainedModel = model_class._from_config(copy.deepcopy(config), dtype=dtype)
     except Exception as error:  # whatever a config's numbers and names make transformers do
@@ -29,6 +26,26 @@ def build_model(model_class: Any, config: PreTrainedConfig, dtype: torch.dtype) 
             f"({first_line(error)}); correct it or download it again"
         ) from error
     return model
+
+
+def empty_stock_model(config: PreTrainedConfig, model_class: Any = None) -> PreTrainedModel:
+    """Return the model that a stock class builds of a config, on the meta device."""
+    import torch
+
+    with torch.device("meta"):
+        model: PreTrainedModel = (model_class or model_class_of(config))._from_config(
+            copy.deepcopy(config)
+        )
+    return model
+
+
+def with_values(config: PreTrainedConfig, values: Mapping[str, Any]) -> PreTrainedConfig:
+    """Return a config with other values of keys of its text config."""
+    changed = copy.deepcopy(config)
+    text_config = changed.get_text_config(decoder=True)
+    for name, value in values.items():
+        setattr(text_config, name, value)
+    return changed
 
 
 def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -73,9 +90,7 @@ def auto_classes_of(
 ) -> list[str]:
     """Return the Auto classes by which a language model is loaded; the one to name comes first.
 
-    Args:
-        model_class: the class with the head.
-        config_class: of its config; several types may share a model class.
+    Several types of configs may share a model class.
     """
     import transformers
 
@@ -112,11 +127,7 @@ def _is_of_text_alone(found: Any, config: PreTrainedConfig) -> bool:
 
 
 def check_is_decoder(config: PreTrainedConfig) -> None:
-    """Check that a config is not that of an encoder, with or without a decoder behind it.
-
-    Raises:
-        UnsupportedModelError: it is.
-    """
+    """Check that a config is not that of an encoder, with or without a decoder behind it."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     if getattr(config, "is_encoder_decoder", False):

@@ -22,7 +22,7 @@ from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.experts import with_experts
 from cfsp.architecture.found import Architecture, Refusal, Unit
 from cfsp.architecture.model_classes import build_model, model_class_of
-from cfsp.architecture.small_run import SmallRun, run_small
+from cfsp.architecture.small_run import FailedCheckError, SmallRun, run_small
 from cfsp.architecture.unit_proof import prove_unit
 from cfsp.errors import UnsupportedModelError
 from cfsp.settings import DEFAULT_PARTS, UNIT_PARTS, Part, unit_parts
@@ -80,28 +80,50 @@ def _prove_part(
     With `attention` an attention whose KV groups can't be cut is one that can go whole.
     """
     architecture, shared = _guess(config, model_class, part)
-    alone, refused = _split(architecture, shared)
+    refused, alone = list(architecture.refused), []
+    for number, unit in enumerate(architecture.units):
+        names = [architecture.block_prefix(unit.block) + name for name in unit.axes]
+        elsewhere = next((name for name in names if name in shared), None)
+        if elsewhere is None:
+            alone.append(number)
+            continue
+        reason = (
+            f"alone: expected weights that are used nowhere else, found that {elsewhere} is "
+            f"{shared[elsewhere]} too"
+        )
+        refused.append(Refusal(architecture.module_name(unit), reason))
     if not alone:
         raise _unsupported(architecture, refused, part)
     run = run_small(config, model_class, architecture, part)
-    verdicts: dict[tuple[object, ...], Unit | Refusal] = {}
+    verdicts: dict[object, Unit | FailedCheckError] = {}
     units: list[Unit] = []
     for number in alone:
         unit, small = architecture.units[number], run.architecture.units[number]
-        kind = (unit.kind, _conduct(run.blocks[unit.block], small))
+        kind = unit.kind, _conduct(run.blocks[unit.block], small)
         if kind not in verdicts:
-            verdicts[kind] = prove_unit(run, small, part)
-            if isinstance(verdicts[kind], Refusal) and part == "attention":
-                verdicts[kind] = prove_unit(run, small.whole(), part)
+            verdicts[kind] = _verdict(run, small, part)
         verdict = verdicts[kind]
-        if isinstance(verdict, Refusal):
-            refused.append(Refusal(architecture.module_name(unit), verdict.reason))
+        if isinstance(verdict, FailedCheckError):
+            refused.append(Refusal(architecture.module_name(unit), str(verdict)))
         else:
             fused = unit.whole() if verdict.is_whole else unit.as_fused_as(verdict)
             units.append(replace(fused, after=verdict.after, extras=verdict.extras))
     if not units:
         raise _unsupported(architecture, refused, part)
     return replace(architecture, units=tuple(units), refused=tuple(refused))
+
+
+def _verdict(run: SmallRun, unit: Unit, part: Part) -> Unit | FailedCheckError:
+    """Return a unit of a small model as it is proved, or why it can't be cut."""
+    try:
+        return prove_unit(run, unit, part)
+    except FailedCheckError as failure:
+        if part != "attention":
+            return failure
+    try:
+        return prove_unit(run, unit.whole(), part)
+    except FailedCheckError as failure:
+        return failure
 
 
 # Of one command, which asks about one set of blocks or experts after the other.
@@ -111,14 +133,7 @@ _small_runs: dict[str, SmallRun] = {}
 def small_run_of(
     stock: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None
 ) -> SmallRun:
-    """Return a small model of a config that ran once, whatever its FFN units are.
-
-    The last one is kept.
-
-    Raises:
-        CheckpointError: no model can be built from the config.
-        UnsupportedModelError: no small model runs.
-    """
+    """Return a small model of a stock config that ran once; the last one is kept."""
     key = f"{type(stock).__name__} {stock.to_json_string(use_diff=False)}"
     if key not in _small_runs:
         _small_runs.clear()
@@ -126,26 +141,6 @@ def small_run_of(
         architecture, _ = _guess(stock, model_class, "ffn")
         _small_runs[key] = run_small(stock, model_class, architecture)
     return _small_runs[key]
-
-
-def _split(
-    architecture: Architecture, shared: dict[str, list[str]]
-) -> tuple[list[int], list[Refusal]]:
-    """Return the numbers of the units whose weights are theirs alone, and the refusals so far."""
-    alone: list[int] = []
-    refused = list(architecture.refused)
-    for number, unit in enumerate(architecture.units):
-        names = [architecture.block_prefix(unit.block) + name for name in unit.axes]
-        elsewhere = next((name for name in names if name in shared), None)
-        if elsewhere is None:
-            alone.append(number)
-        else:
-            reason = (
-                f"alone: expected weights that are used nowhere else, found that {elsewhere} is "
-                f"{shared[elsewhere][0]} too"
-            )
-            refused.append(Refusal(architecture.module_name(unit), reason))
-    return alone, refused
 
 
 def _conduct(block: nn.Module, unit: Unit) -> tuple[object, ...]:
@@ -166,38 +161,36 @@ def may_matter(name: str, value: object) -> bool:
 def _unsupported(
     architecture: Architecture, refused: list[Refusal], part: Part
 ) -> UnsupportedModelError:
+    name = architecture.class_name
+    first = f"{refused[0].module} failed the check {refused[0].reason}" if refused else ""
     if part != "ffn":
-        found = f"{refused[0].module} failed the check {refused[0].reason}" if refused else "none"
         what = "lose KV groups" if part == "kv" else "go"
         return UnsupportedModelError(
-            f"no attention of {architecture.class_name} can {what}: {found}; prune it "
-            f"without the part {part}"
+            f"no attention of {name} can {what}: {first or 'none'}; prune it without the part "
+            f"{part}"
         )
     if not refused:
         return UnsupportedModelError(
-            f"{architecture.class_name} has no FFN in its {architecture.block_count} blocks "
-            f"{architecture.blocks} that cfsp could find; expected modules whose matrices lead "
-            "from the hidden size to channels and back; if it has some, please report the model "
-            "type"
+            f"{name} has no FFN in its {architecture.block_count} blocks {architecture.blocks} "
+            "that cfsp could find; expected modules whose matrices lead from the hidden size to "
+            "channels and back; if it has some, please report the model type"
         )
-    first = refused[0]
     return UnsupportedModelError(
-        f"no FFN of {architecture.class_name} can be cut: {first.module} failed the check "
-        f"{first.reason}; please report the model type with this sentence"
+        f"no FFN of {name} can be cut: {first}; please report the model type with this sentence"
     )
 
 
 def _guess(
     config: PreTrainedConfig, model_class: Any, part: Part
-) -> tuple[Architecture, dict[str, list[str]]]:
-    """Return what discovery finds, and for every shared parameter its other names."""
+) -> tuple[Architecture, dict[str, str]]:
+    """Return what discovery finds, and for every shared parameter another name of it."""
     with torch.device("meta"):
         model = build_model(model_class, config, torch.float32)
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     shared = {
-        name: [other for other in group if other != name]
+        name: group[1] if name == group[0] else group[0]
         for group in names.values()
         if len(group) > 1
         for name in group

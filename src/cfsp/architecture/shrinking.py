@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -69,15 +69,14 @@ def _divide(part: Any, names: re.Pattern[str], divisor: int) -> None:
         elif isinstance(value, dict) or hasattr(value, "to_dict"):
             _divide(value, names, divisor)
         elif names.search(str(name)) and not _NO_WIDTH.search(str(name)):
-            values[name] = _divided(value, divisor)
+            values[name] = _each(value, lambda n: n // divisor if n >= divisor else n)
 
 
-def _divided(value: Any, divisor: int) -> Any:
+def _each(value: Any, change: Callable[[int], int]) -> Any:
+    """Return a whole number, or those in a list, changed; all else as it is."""
     if isinstance(value, list | tuple):
-        return type(value)(_divided(item, divisor) for item in value)
-    if type(value) is int and value >= divisor:
-        return value // divisor
-    return value
+        return type(value)(_each(item, change) for item in value)
+    return change(value) if type(value) is int and value > 0 else value
 
 
 def _use_few_tokens(part: Any, vocabulary: int) -> None:
@@ -86,10 +85,4 @@ def _use_few_tokens(part: Any, vocabulary: int) -> None:
         if type(value) is int and name.startswith("vocab_size"):
             setattr(part, name, min(value, MOST_TOKEN_IDS))
         elif vocabulary > MOST_TOKEN_IDS and re.search(r"token_(id|index)s?$", name):
-            setattr(part, name, _among_few(value))
-
-
-def _among_few(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return type(value)(_among_few(item) for item in value)
-    return value % MOST_TOKEN_IDS if type(value) is int and value > 0 else value
+            setattr(part, name, _each(value, lambda n: n % MOST_TOKEN_IDS))

@@ -1,5 +1,7 @@
 """A small random model of a class that ran once, with how its decoder called each block.
 
+What it computes is what all proofs compare; a check that fails raises `FailedCheckError`.
+
 Shapes: B windows, T tokens.
 """
 
@@ -34,35 +36,24 @@ TOLERANCE = 1e-5
 LEAST_EFFECT = 1e-3
 
 
+class FailedCheckError(Exception):
+    """Says which check failed, what was expected and what was found."""
+
+
 @dataclass(frozen=True)
 class Call:
-    """How the decoder called a block, and what came out.
-
-    Attributes:
-        block: index.
-        args: all arguments, the hidden state among them.
-        kwargs: likewise.
-        hidden: the hidden state that went in.
-        output: the hidden state that came out.
-    """
+    """How the decoder called a block, and what came out."""
 
     block: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    hidden: Tensor
+    hidden: Tensor  # the hidden state that went in
     output: Tensor
 
 
 @dataclass(frozen=True)
 class SmallRun:
-    """A small model that ran once.
-
-    Attributes:
-        architecture: of the small model.
-        model: with weights in its text decoder only.
-        blocks: of the decoder.
-        calls: one for each block.
-    """
+    """A small model that ran once, with weights in its text decoder only."""
 
     architecture: Architecture
     model: nn.Module
@@ -83,13 +74,7 @@ class SmallRun:
 def run_small(
     config: PreTrainedConfig, model_class: Any, architecture: Architecture, part: Part = "ffn"
 ) -> SmallRun:
-    """Run the smallest model that has the units of the large one.
-
-    Args:
-        config: of the large model; not changed.
-        model_class: of both.
-        architecture: of the large model, with the units of one part.
-        part: which.
+    """Run the smallest model that has the units of the large one, which are of one part.
 
     Raises:
         UnsupportedModelError: no small model runs, or it does not call block after block.
@@ -207,11 +192,7 @@ def _random(name: str, parameter: Tensor, generator: torch.Generator) -> nn.Para
 
 
 def _record(model: Any, architecture: Architecture) -> tuple[Call, ...]:
-    """Run the decoder on a few tokens; return how it called each block.
-
-    Raises:
-        UnsupportedModelError: it does not call them one after the other.
-    """
+    """Run the decoder on a few tokens; return how it called each block, one after the other."""
     calls: list[Call] = []
     begun: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -228,9 +209,8 @@ def _record(model: Any, architecture: Architecture) -> tuple[Call, ...]:
     for index, block in enumerate(model.get_submodule(architecture.blocks)):
         hooks.append(block.register_forward_pre_hook(before, with_kwargs=True))
         hooks.append(block.register_forward_hook(lambda _b, _a, out, i=index: after(i, out)))
-    decoder: Any = model.get_submodule(architecture.decoder)
     try:
-        decoder(input_ids=small_tokens(model), use_cache=False)
+        model.get_submodule(architecture.decoder)(input_ids=small_tokens(model), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -247,11 +227,7 @@ def small_tokens(model: Any) -> Tensor:
 
 
 def _check_order(architecture: Architecture, calls: list[Call]) -> None:
-    """Check that the decoder calls each block once, on the output of the one before it.
-
-    Raises:
-        UnsupportedModelError: it does not.
-    """
+    """Check that the decoder calls each block once, on the output of the one before it."""
 
     def error(block: int, expected: str, found: str) -> UnsupportedModelError:
         return UnsupportedModelError(
@@ -295,22 +271,30 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def fails(check: str, expected: str, compute: Callable[[], Tensor], wanted: Tensor) -> str | None:
-    """Return which check a computation fails, what was expected and what found; None if it fits.
+def check_same(check: str, expected: str, compute: Callable[[], Tensor], wanted: Tensor) -> None:
+    """Check that a computation gives what it must, whatever a class does with what was cut away.
 
-    Args:
-        check: its name.
-        expected: in words.
-        compute: whatever a class does with what was cut away.
-        wanted: what it must give.
+    Raises:
+        FailedCheckError: it does not; `check` and `expected` name in words what was asked.
     """
     try:
         error = difference(compute(), wanted)
     except Exception as problem:
-        return f"{check}: expected {expected}, found {first_line(problem)}"
-    if error <= TOLERANCE:
-        return None
-    return f"{check}: expected {expected}, found a relative difference of {error:.1e}"
+        raise FailedCheckError(
+            f"{check}: expected {expected}, found {first_line(problem)}"
+        ) from problem
+    if not error <= TOLERANCE:
+        raise FailedCheckError(
+            f"{check}: expected {expected}, found a relative difference of {error:.1e}"
+        )
+
+
+def check_bites(condition: str, with_it: Tensor, without: Tensor) -> None:
+    """Check that the output is another on a condition: else comparing it proves nothing."""
+    if not (effect := difference(with_it, without)) > LEAST_EFFECT:
+        raise FailedCheckError(
+            f"bites: expected another output {condition}, found a difference of {effect:.1e}"
+        )
 
 
 def run_decoder(decoder: Any, tokens_BT: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ Shapes: B windows, T tokens, D hidden, F channels, E experts, K kept channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -28,14 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.architecture.activations import observed_activations
-from cfsp.architecture.found import Fusion, Refusal, Unit
-from cfsp.architecture.resizing import resize_attention, resize_ffn
+from cfsp.architecture.found import Unit
 from cfsp.architecture.small_run import (
-    LEAST_EFFECT,
-    TOLERANCE,
+    FailedCheckError,
     SmallRun,
-    difference,
-    fails,
+    check_bites,
+    check_same,
     replaced,
     set_parameter,
 )
@@ -43,62 +41,55 @@ from cfsp.errors import UnsupportedModelError
 from cfsp.settings import Part
 
 
-def prove_unit(run: SmallRun, unit: Unit, part: Part) -> Unit | Refusal:
-    """Return the unit with its fusion settled, or which check it failed."""
-    module = run.architecture.module_name(unit)
+def prove_unit(run: SmallRun, unit: Unit, part: Part) -> Unit:
+    """Return the unit with its fusion settled, or raise FailedCheckError: it can't be cut."""
     if unit.part == "kv" and unit.width == 1 and part == "kv":
-        return Refusal(module, "heads: expected two KV groups or more, found one")
-    call = run.calls[unit.block]
-    if not (error := difference(run.output(unit.block), call.output)) <= TOLERANCE:
-        return Refusal(
-            module, f"replay: expected the same output again, found a difference of {error:.1e}"
-        )
+        raise FailedCheckError("heads: expected two KV groups or more, found one")
+    dense = run.calls[unit.block].output
+    check_same("replay", "the same output again", partial(run.output, unit.block), dense)
     if unit.part == "kv" and unit.width == 1:
         # Nothing of it can go but all, which `cfsp.streaming.block_proof` proves.
-        reason = _watching_fails(run, unit)
-        return _as_entered(run, unit.whole()) if reason is None else Refusal(module, reason)
+        _check_is_watched(run, unit)
+        return _as_entered(run, unit.whole())
     # Each half of the channels in its turn: one channel may act on all others, as the largest does
     # where activations are quantised.
-    halves = [(kept_EK, _masked_output(run, unit, kept_EK)) for kept_EK in _random_halves(unit)]
-    kept_EK, masked = halves[0]
-    if not (effect := difference(masked, call.output)) > LEAST_EFFECT:
-        return Refusal(
-            module,
-            f"bites: expected another output with half of the channels masked, found a difference "
-            f"of {effect:.1e}",
-        )
-    verdict: Unit | Refusal = unit
-    for candidate in _candidates(unit):
-        failures = (_cut_fails(run, candidate, *half) for half in halves)
-        reason = next((reason for reason in failures if reason is not None), None)
-        if reason is None:
-            reason = _watching_fails(run, candidate) or _elsewhere_fails(run, candidate, kept_EK)
-            if reason is not None:
-                return Refusal(module, reason)
-            return _as_entered(run, candidate)
-        verdict = Refusal(module, reason)
-    return verdict
-
-
-def _watching_fails(run: SmallRun, unit: Unit) -> str | None:
-    """Return why the activations of a unit cannot be gathered; None if they can."""
-    block = run.blocks[unit.block]
+    halves: list[tuple[list[list[int]], Tensor]] = []
+    for kept_EK in _random_halves(unit):
+        with _masked(run, unit, kept_EK):
+            halves.append((kept_EK, run.output(unit.block)))
+    check_bites("with half of the channels masked", halves[0][1], dense)
     try:
-        with observed_activations(block, [unit], lambda *rows: None):
+        _check_cut(run, unit, halves)
+    except FailedCheckError:
+        other = unit.other_fusion()
+        if other is None:
+            raise
+        unit = other
+        _check_cut(run, unit, halves)
+    _check_is_watched(run, unit)
+    if unit.part == "ffn":
+        return unit
+    _check_is_read_by_no_other(run, unit, halves[0][0])
+    return _as_entered(run, unit)
+
+
+def _check_is_watched(run: SmallRun, unit: Unit) -> None:
+    """Check that the activations of a unit can be gathered."""
+    try:
+        with observed_activations(run.blocks[unit.block], [unit], lambda *rows: None):
             run.output(unit.block)
     except UnsupportedModelError as error:
-        return f"watched: expected to see its activations, found that {error}"
-    return None
+        raise FailedCheckError(
+            f"watched: expected to see its activations, found that {error}"
+        ) from error
 
 
-def _elsewhere_fails(run: SmallRun, unit: Unit, kept_EK: list[list[int]]) -> str | None:
-    """Return why another block depends on an attention's keys and values; None if none does."""
-    if unit.part != "kv":
-        return None
-    masked = _masked_output(run, unit, kept_EK, run.decoder_output)
+def _check_is_read_by_no_other(run: SmallRun, unit: Unit, kept_EK: list[list[int]]) -> None:
+    """Check that no other block depends on an attention's keys and values."""
+    with _masked(run, unit, kept_EK):
+        masked = run.decoder_output()
     with _cut(run.blocks[unit.block], unit, kept_EK):
-        expected = "the decoder's output with masked groups"
-        return fails("whole", expected, run.decoder_output, masked)
+        check_same("whole", "the decoder's output with masked groups", run.decoder_output, masked)
 
 
 def _as_entered(run: SmallRun, unit: Unit) -> Unit:
@@ -107,8 +98,6 @@ def _as_entered(run: SmallRun, unit: Unit) -> Unit:
     With an output matrix of zeros nothing is added to the hidden state, so that it enters that
     module as it entered the block.
     """
-    if unit.part != "kv":
-        return unit
     block = run.blocks[unit.block]
     bias = f"{unit.down.removesuffix('weight')}bias"
     zeros = {
@@ -141,16 +130,6 @@ def _as_entered(run: SmallRun, unit: Unit) -> Unit:
     return replace(unit, after=found[0] if found else None, extras=extras)
 
 
-def _candidates(unit: Unit) -> Iterator[Unit]:
-    yield unit
-    if unit.part == "kv":
-        if unit.is_fused:
-            yield unit.in_one_section()
-    elif unit.is_fused:
-        other: Fusion = "interleaved" if unit.axes[unit.up].fusion == "halves" else "halves"
-        yield unit.with_fusion(other)
-
-
 def _random_halves(unit: Unit) -> list[list[list[int]]]:
     """Return channels to keep of each FFN and all others, in ascending order (2 x E lists of K)."""
     generator = torch.Generator().manual_seed(unit.width)
@@ -162,20 +141,9 @@ def _random_halves(unit: Unit) -> list[list[list[int]]]:
     ]
 
 
-def _masked_output(
-    run: SmallRun,
-    unit: Unit,
-    kept_EK: list[list[int]],
-    compute: Callable[[], Tensor] | None = None,
-) -> Tensor:
-    """Return the block's output with zeros in the columns of down that are not kept.
-
-    Args:
-        run: the small model.
-        unit: one of its units.
-        kept_EK: channels of each FFN.
-        compute: gives what to return instead.
-    """
+@contextmanager
+def _masked(run: SmallRun, unit: Unit, kept_EK: list[list[int]]) -> Iterator[None]:
+    """Let the columns of down that are not kept be zeros for a while."""
     block = run.blocks[unit.block]
     down = block.get_parameter(unit.down)
     axis = unit.axes[unit.down].axis
@@ -187,27 +155,29 @@ def _masked_output(
         index = torch.tensor(unit.columns_of(kept))
         new.index_copy_(axis - lead, index, old.index_select(axis - lead, index))
     with replaced(block, {unit.down: masked}):
-        return run.output(unit.block) if compute is None else compute()
+        yield
 
 
-def _cut_fails(run: SmallRun, unit: Unit, kept_EK: list[list[int]], masked: Tensor) -> str | None:
-    """Return which check a unit fails when it is cut, what was expected and what found."""
+def _check_cut(run: SmallRun, unit: Unit, halves: list[tuple[list[list[int]], Tensor]]) -> None:
+    """Check that a unit can be cut: to each half of its channels, with the output of the masked."""
+    own = {run.architecture.block_prefix(unit.block) + name for name in unit.axes}
     before = _tensors(run.model)
-    with _cut(run.blocks[unit.block], unit, kept_EK):
-        after = _tensors(run.model)
-        prefix = run.architecture.block_prefix(unit.block)
-        changed = {name for name in before | after if before.get(name) != after.get(name)}
-        if changed != {prefix + name for name in unit.axes}:
-            odd = sorted(changed ^ {prefix + name for name in unit.axes})
-            return f"untouched: expected that only its own parameters change, found {odd[0]}"
-        output = partial(run.output, unit.block)
-        reason = fails("cut", "the output with masked channels", output, masked)
-        for neighbour in (unit.block - 1, unit.block + 1):
-            if reason is None and 0 <= neighbour < len(run.blocks):
-                expected = f"the same output of block {neighbour}"
-                output = partial(run.output, neighbour)
-                reason = fails("neighbours", expected, output, run.calls[neighbour].output)
-        return reason
+    for kept_EK, masked in halves:
+        with _cut(run.blocks[unit.block], unit, kept_EK):
+            after = _tensors(run.model)
+            changed = {name for name in before | after if before.get(name) != after.get(name)}
+            if changed != own:
+                odd = sorted(changed ^ own)[0]
+                raise FailedCheckError(
+                    f"untouched: expected that only its own parameters change, found {odd}"
+                )
+            output = partial(run.output, unit.block)
+            check_same("cut", "the output with masked channels", output, masked)
+            for neighbour in (unit.block - 1, unit.block + 1):
+                if 0 <= neighbour < len(run.blocks):
+                    expected = f"the same output of block {neighbour}"
+                    output, same = partial(run.output, neighbour), run.calls[neighbour].output
+                    check_same("neighbours", expected, output, same)
 
 
 def _tensors(model: nn.Module) -> dict[str, int]:
@@ -225,24 +195,14 @@ def _cut(block: nn.Module, unit: Unit, kept_EK: list[list[int]]) -> Iterator[Non
     originals = {name: block.get_parameter(name) for name in unit.axes}
     module: Any = block.get_submodule(unit.path)
     config = getattr(module, "config", None)
-    _resize(block, unit, len(kept_EK[0]))
+    unit.resize(block, len(kept_EK[0]))
     try:
         for name, original in originals.items():
             block.get_parameter(name).copy_(unit.select(name, original, kept_EK))
         yield
     finally:
-        _resize(block, unit, unit.width)
+        unit.resize(block, unit.width)
         if unit.config_numbers:
             module.config = config
         for name, original in originals.items():
             set_parameter(block, name, original)
-
-
-def _resize(block: nn.Module, unit: Unit, width: int) -> None:
-    """Give a unit another width."""
-    if unit.part == "kv":
-        numbers = dict(unit.config_numbers)
-        axes, attributes = unit.plain_axes, unit.plain_attributes
-        resize_attention(block, unit.path, width, axes, attributes, numbers)
-    else:
-        resize_ffn(block, width, unit.plain_axes, unit.plain_attributes)

@@ -38,11 +38,7 @@ def cached_models() -> dict[Path, int]:
 
 
 def clear_cache() -> dict[Path, int]:
-    """Delete the converted models, and nothing else that may lie there; return what they were.
-
-    Raises:
-        OutputError: one cannot be deleted.
-    """
+    """Delete the converted models, and nothing else that may lie there; return what they were."""
     models = cached_models()
     for directory in models:
         try:

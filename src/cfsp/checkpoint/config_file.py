@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 
 _MOST_BLOCKS = 10_000
-_LARGEST_DIMENSION = 1 << 24
 _MOST_EXPERTS = 1 << 16
 # The first that a key's name fits says how large its value may be.
 _LARGEST = (
@@ -41,7 +40,7 @@ _LARGEST = (
             r"hidden_size|n_embd|d_model|head_dim|word_embed_proj_dim|n_inner|ffn_dim"
             r"|(n|num)_(attention_|key_value_)?heads?|(\w+_)?intermediate_size"
         ),
-        _LARGEST_DIMENSION,
+        1 << 24,
     ),
 )
 
@@ -52,8 +51,7 @@ def read_config(directory: Path) -> tuple[PreTrainedConfig, Quantisation | None]
     """Return the config of the plain model in a directory, and how that is stored quantised.
 
     Raises:
-        CheckpointError: there is none, it is no config that a model can be built from, or the
-            weights are quantised in a way that cfsp cannot undo.
+        CheckpointError: no model can be built from it, or cfsp cannot undo how it is quantised.
         UnsupportedModelError: this transformers does not know the model type.
     """
     import transformers
@@ -100,7 +98,7 @@ def read_config(directory: Path) -> tuple[PreTrainedConfig, Quantisation | None]
 
 
 def read_plain_fields(directory: Path) -> dict[str, Any]:
-    """Return config.json of a directory whose config was read, without quantisation."""
+    """Return the fields of a directory's config.json without quantisation."""
     return plain_fields(json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8")))
 
 

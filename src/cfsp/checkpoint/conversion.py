@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Index into a parameter.
 Place = tuple[int | slice, ...]
+# The place of each stored tensor in a parameter, and its shape.
+Placed = tuple[dict[str, Place], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,9 @@ class Conversion:
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """What a converter asks of a model: its config, and the shapes of parameters.
+    """What a converter asks of a model: its config, and parameters of which only shapes count.
 
-    Attributes:
-        config: of the model.
-        tensors: parameters and stored buffers by name; only their shapes count.
-        _weight_conversions: those that were used to load it, where transformers looks for them.
+    It has the conversions that were used to load it where transformers looks for them.
     """
 
     config: Any
@@ -70,15 +69,10 @@ class ModelShapes:
 def find_conversions(
     model: PreTrainedModel, stored: Iterable[str]
 ) -> tuple[list[Conversion], dict[str, str]]:
-    """Return what becomes of stored tensors when transformers loads them.
+    """Return what becomes of the names of stored tensors when transformers loads them.
 
-    Second come those that it leaves, with the name that each would have in memory.
-
-    It is the first half of transformers' `convert_and_load_state_dict_in_model`, without values.
-
-    Args:
-        model: may be on the meta device.
-        stored: names of the stored tensors.
+    Second come those that it leaves, with the name that each would have in memory. It is the first
+    half of transformers' `convert_and_load_state_dict_in_model`, without values.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -125,8 +119,7 @@ def without_choice(
 ) -> Conversion:
     """Return the same conversion, where it asks for shapes with the answer that they have now.
 
-    Some matrices are transposed where they are not stored as they are in memory. What is to be
-    stored as it was before has to know that.
+    What is to be stored as it was before has to know whether a matrix was transposed.
     """
     from transformers.core_model_loading import Transpose
 
@@ -146,11 +139,7 @@ def convert(
 ) -> dict[str, Tensor]:
     """Return the parameters that transformers makes of stored tensors, by name.
 
-    Args:
-        conversion: one with a converter.
-        tensors: the stored tensors by name, on any device; on the meta device the result has
-            shapes only.
-        shapes: of the model.
+    It must have a converter. Of tensors on the meta device the result has shapes only.
     """
     converter = copy.deepcopy(conversion.converter)
     for pattern, names in conversion.sources.items():
@@ -165,29 +154,18 @@ def revert(
 ) -> dict[str, Tensor]:
     """Return the stored tensors that parameters are made of: undo `convert`.
 
-    Args:
-        conversion: with or without a converter.
-        parameters: all that it makes; of any width, and with any number of experts.
-        config: of the model that they are of.
+    The parameters are all that the conversion makes, of any width and with any number of experts.
     """
-    from transformers.core_model_loading import revert_weight_conversion
-
     if conversion.converter is None:
         return {conversion.stored[0]: parameters[conversion.target]}
-    loaded: Any = ModelShapes(config, parameters, [*conversion.renamings, conversion.converter])
-    return dict(revert_weight_conversion(loaded, dict(parameters)))
+    loaded = ModelShapes(config, parameters, [*conversion.renamings, conversion.converter])
+    return as_saved(loaded, parameters)
 
 
-def places(
-    conversion: Conversion, specs: Mapping[str, TensorSpec]
-) -> tuple[dict[str, Place], tuple[int, ...]] | None:
+def places(conversion: Conversion, specs: Mapping[str, TensorSpec]) -> Placed | None:
     """Return the place of each stored tensor in the parameter, and the parameter's shape.
 
     None where the conversion does more than put tensors side by side, or where they do not fit.
-
-    Args:
-        conversion: any.
-        specs: of the stored tensors.
     """
     if conversion.converter is None:
         (name,) = conversion.stored
@@ -233,12 +211,23 @@ def places(
     return found, (len(runs[0]), *shape) if stacks else shape
 
 
-def as_saved(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def specs_made(
+    conversion: Conversion, specs: Mapping[str, TensorSpec], shapes: ModelShapes
+) -> dict[str, TensorSpec]:
+    """Return types and shapes of the parameters that a conversion makes; of none if it cannot."""
+    placed = places(conversion, specs)
+    if placed is not None:
+        return {conversion.target: TensorSpec(specs[conversion.stored[0]].dtype, placed[1])}
+    try:
+        return specs_of(convert(conversion, meta(specs, conversion.stored), shapes))
+    except Exception:  # whatever a converter says to shapes that do not fit
+        return {}
+
+
+def as_saved(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors under the names, and in the shapes, that `save_pretrained` gives them.
 
-    Args:
-        model: that they belong to; tells how it was loaded.
-        state: parameters and buffers by name; on the meta device nothing is copied.
+    The model tells how it was loaded. On the meta device nothing is copied.
     """
     from transformers.core_model_loading import revert_weight_conversion
 

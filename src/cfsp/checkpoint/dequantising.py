@@ -35,9 +35,7 @@ class ImpossiblePartsError(Exception):
 class DequantisedTensor:
     """A tensor that is computed, when it is asked for, from the tensors that it is stored as.
 
-    Attributes:
-        spec: of the plain tensor.
-        rows: gives the values from one row of the first axis to another.
+    `rows` gives its values, in float32, from one row of the first axis to another.
     """
 
     spec: TensorSpec
@@ -77,23 +75,19 @@ StoredTensor = FileTensor | DequantisedTensor
 def from_mxfp4(blocks: FileTensor, scales: FileTensor, dtype: torch.dtype) -> DequantisedTensor:
     """Return experts that are stored as pairs of FP4 numbers, 32 with a common exponent.
 
-    Stored outputs x inputs, they are inputs x outputs in memory, as in gpt-oss.
-
-    Args:
-        blocks: E x O x G x 16 bytes.
-        scales: E x O x G exponents.
-        dtype: of the result, E x I x O.
+    Stored outputs x inputs, they are inputs x outputs in memory, as in gpt-oss: from E x O x G x 16
+    bytes and E x O x G exponents to E x I x O.
     """
     shape = blocks.spec.shape
     if len(shape) != 4 or shape[-1] != 16:
-        raise ImpossiblePartsError(_expected(blocks, "experts x outputs x groups x 16"))
+        raise _impossible(blocks, "experts x outputs x groups x 16")
     if scales.spec.shape != shape[:-1] or scales.spec.dtype != torch.uint8:
-        raise ImpossiblePartsError(_expected(scales, f"bytes of shape {list(shape[:-1])}"))
+        raise _impossible(scales, f"bytes of shape {list(shape[:-1])}")
     of_byte = torch.tensor([[_FP4[byte & 15], _FP4[byte >> 4]] for byte in range(256)])
 
     def rows(start: int, stop: int) -> Tensor:
         values = of_byte[blocks.rows(start, stop).int()].flatten(-2)
-        values *= _exponents(scales.rows(start, stop))[..., None]
+        values *= _scales(scales.rows(start, stop))[..., None]
         return values.flatten(-2).transpose(1, 2)
 
     experts, outputs, groups, _ = shape
@@ -107,25 +101,36 @@ def from_scaled(
     block: tuple[int, int],
     dtype: torch.dtype,
 ) -> DequantisedTensor:
-    """Return numbers of 8 bits, each times the scale of its block.
+    """Return numbers of 8 bits, of any shape, each times the scale of its block.
 
-    Args:
-        values: of any shape.
-        scale: one, one for each row, or one for each block of the last two axes. Bytes are
-            exponents.
-        zero_point: what is subtracted before, of the scale's shape; None for nothing.
-        block: height and width of a block.
-        dtype: of the result.
+    The scale is one, one for each row, or one for each block (height and width) of the last two
+    axes; bytes are exponents. A zero point of its shape is subtracted before.
     """
     shape = values.spec.shape
+    sizes = (*(1,) * (len(shape) - 2), *block)[-len(shape) :]  # of a block along every axis
     for part in (scale, *([zero_point] if zero_point else [])):
-        _check_grid(part, shape, block)
+        grid = _grid(part.spec.shape, len(shape))
+        if len(grid) != len(shape) or any(
+            length not in (1, count, ceil(count / size))
+            for length, count, size in zip(grid, shape, sizes, strict=True)
+        ):
+            raise _impossible(part, f"one number, one a row, or one a block of {list(block)}")
+
+    def of_rows(part: Tensor, start: int, stop: int) -> Tensor:
+        """Return the part's value for every number in some rows; broadcast where that is one."""
+        part = part.reshape(_grid(tuple(part.shape), len(shape)))
+        for axis, (count, size) in enumerate(zip(shape, sizes, strict=True)):
+            if part.shape[axis] > 1:
+                index = torch.arange(start, stop) if axis == 0 else torch.arange(count)
+                index = index if part.shape[axis] == count else index // size
+                part = part.index_select(axis, index)
+        return part
 
     def rows(start: int, stop: int) -> Tensor:
         numbers = values.rows(start, stop).float()
         if zero_point is not None:
-            numbers -= _of_rows(zero_point.read().float(), shape, block, start, stop)
-        return numbers.mul_(_of_rows(_scales(scale), shape, block, start, stop))
+            numbers -= of_rows(zero_point.read().float(), start, stop)
+        return numbers.mul_(of_rows(_scales(scale.read()), start, stop))
 
     return DequantisedTensor(TensorSpec(dtype, shape), rows)
 
@@ -166,16 +171,18 @@ def from_groups(parts: Parts, how: Grouping, dtype: torch.dtype) -> DequantisedT
     zero, group = parts.get(how.zero), parts.get(how.group)
     in_a_word = 32 // how.bits
     if len(packed.spec.shape) != 2:
-        raise ImpossiblePartsError(_expected(packed, "a matrix"))
+        raise _impossible(packed, "a matrix")
     outputs, inputs = packed.spec.shape[:: -1 if how.inputs_first else 1]
     outputs *= in_a_word if how.along_outputs else 1
     inputs *= 1 if how.along_outputs else in_a_word
     groups = 1 if how.group_size < 0 else ceil(inputs / how.group_size)
-    for part, length in ((scale, outputs), (zero, ceil(outputs / in_a_word))):
-        if part is not None:
-            _check_shape(part, (groups, length) if how.inputs_first else (length, groups))
-    if group is not None:
-        _check_shape(group, (inputs,))
+    grids = [
+        (part, (groups, length) if how.inputs_first else (length, groups))
+        for part, length in ((scale, outputs), (zero, ceil(outputs / in_a_word)))
+    ]
+    for part, shape in (*grids, (group, (inputs,))):
+        if part is not None and part.spec.shape != shape:
+            raise _impossible(part, f"shape {list(shape)}")
 
     def of_outputs(part: FileTensor, chosen: slice) -> Tensor:
         if how.inputs_first:
@@ -209,11 +216,7 @@ def _unpacked(words: Tensor, axis: int, how: Grouping) -> Tensor:
 
 
 def _groups(group_of_input: FileTensor | None, inputs: int, group_size: int, groups: int) -> Tensor:
-    """Return the group of every input.
-
-    Raises:
-        CheckpointError: there is no such group.
-    """
+    """Return the group of every input, which must be there."""
     if group_of_input is None:
         return torch.arange(inputs) // (group_size if group_size > 0 else inputs)
     found = group_of_input.read().long()
@@ -225,14 +228,9 @@ def _groups(group_of_input: FileTensor | None, inputs: int, group_size: int, gro
     return found
 
 
-def _exponents(data: Tensor) -> Tensor:
-    """Return the powers of two that bytes stand for; exactly, which exp2 does not promise."""
-    return data.view(torch.float8_e8m0fnu).float()
-
-
-def _scales(scale: FileTensor) -> Tensor:
-    data = scale.read()
-    return _exponents(data) if data.dtype == torch.uint8 else data.float()
+def _scales(data: Tensor) -> Tensor:
+    """Return scales in float32; bytes are exponents of two, which exp2 need not give exactly."""
+    return data.view(torch.float8_e8m0fnu).float() if data.dtype == torch.uint8 else data.float()
 
 
 def _grid(scale: tuple[int, ...], axes: int) -> tuple[int, ...]:
@@ -242,40 +240,7 @@ def _grid(scale: tuple[int, ...], axes: int) -> tuple[int, ...]:
     return (*scale, *(1,) * (axes - len(scale)))
 
 
-def _blocks(block: tuple[int, int], axes: int) -> tuple[int, ...]:
-    return (*(1,) * (axes - 2), *block)[-axes:]
-
-
-def _check_grid(scale: FileTensor, shape: tuple[int, ...], block: tuple[int, int]) -> None:
-    grid = _grid(scale.spec.shape, len(shape))
-    fits = len(grid) == len(shape) and all(
-        length in (1, count, ceil(count / size))
-        for length, count, size in zip(grid, shape, _blocks(block, len(shape)), strict=True)
-    )
-    if not fits:
-        raise ImpossiblePartsError(
-            _expected(scale, f"one number, one a row, or one a block of {list(block)}")
-        )
-
-
-def _of_rows(
-    scale: Tensor, shape: tuple[int, ...], block: tuple[int, int], start: int, stop: int
-) -> Tensor:
-    """Return the scale of every value in some rows; it is broadcast where that is one."""
-    scale = scale.reshape(_grid(tuple(scale.shape), len(shape)))
-    for axis, (count, size) in enumerate(zip(shape, _blocks(block, len(shape)), strict=True)):
-        if scale.shape[axis] == 1:
-            continue
-        index = torch.arange(start, stop) if axis == 0 else torch.arange(count)
-        scale = scale.index_select(axis, index if scale.shape[axis] == count else index // size)
-    return scale
-
-
-def _check_shape(part: FileTensor, shape: tuple[int, ...]) -> None:
-    if part.spec.shape != shape:
-        raise ImpossiblePartsError(_expected(part, f"shape {list(shape)}"))
-
-
-def _expected(part: FileTensor, what: str) -> str:
+def _impossible(part: FileTensor, expected: str) -> ImpossiblePartsError:
     dtype = str(part.spec.dtype).removeprefix("torch.")
-    return f"{part.name} is {dtype} of shape {list(part.spec.shape)}, expected {what}"
+    shape = list(part.spec.shape)
+    return ImpossiblePartsError(f"{part.name} is {dtype} of shape {shape}, expected {expected}")

@@ -18,13 +18,7 @@ if TYPE_CHECKING:
 
 
 def input_matrices(source: WeightSource, index: int, ffn: int = 0) -> tuple[Tensor | None, Tensor]:
-    """Return gate and up of one FFN, both F x D; no gate of one that has none.
-
-    Args:
-        source: the model.
-        index: of the FFN unit in the model.
-        ffn: index of the FFN in the unit: of an expert, 0 of a dense one.
-    """
+    """Return gate and up of one FFN of the unit with an index, F x D; no gate if it has none."""
     unit = source.units[index]
     up_FD = _matrix(source, unit, unit.up, ffn)
     if unit.gate is None:
@@ -55,12 +49,9 @@ def _matrix(source: WeightSource, unit: Unit, path: str, ffn: int) -> Tensor:
 def parameters_with_down(
     source: WeightSource, index: int, down_of: Mapping[int, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the down projections of a unit as its parameter, by its `origin`.
+    """Return new down projections of a unit's FFNs (D x K, of all that stay) as its parameter.
 
-    Args:
-        source: the model.
-        index: of the FFN unit in the model.
-        down_of: FFN of the unit -> its new matrix, D x K, of all that stay.
+    By its `origin`.
     """
     unit = source.units[index]
     downs = [down.T if _is_transposed(unit, unit.down) else down for down in down_of.values()]

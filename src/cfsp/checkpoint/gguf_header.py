@@ -24,14 +24,10 @@ _MOST_DIMENSIONS = 8
 
 
 def check_gguf(path: Path) -> None:
-    """Check that everything that the header announces is in the file.
-
-    Raises:
-        CheckpointError: the file is not readable, no GGUF file, or its header reaches beyond it.
-    """
+    """Check that everything that the header announces is in the file."""
     try:
         with path.open("rb") as file:
-            _Walk(file, path.stat().st_size).header()
+            _walk(file, path.stat().st_size)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
@@ -40,57 +36,42 @@ def check_gguf(path: Path) -> None:
         ) from error
 
 
-class _Walk:
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self._file = file
-        self._size = size
+def _walk(file: BinaryIO, size: int) -> None:
+    def skip(nbytes: int) -> None:
+        if file.tell() + nbytes > size:
+            raise ValueError(f"its header reaches beyond its {size} bytes")
+        file.seek(nbytes, 1)
 
-    def header(self) -> None:
-        if self._file.read(4) != _MAGIC:
-            raise ValueError("it does not begin with GGUF")
-        version = self._number("<I")
-        if not 2 <= version <= 3:
-            raise ValueError(f"it has version {version}, expected 2 or 3")
-        tensors, pairs = self._number("<Q"), self._number("<Q")
-        for _ in range(pairs):
-            self._string()
-            self._value(self._number("<I"))
-        for _ in range(tensors):
-            self._string()
-            dimensions = self._number("<I")
-            if dimensions > _MOST_DIMENSIONS:
-                raise ValueError(f"a tensor has {dimensions} dimensions")
-            self._skip(8 * dimensions + 4 + 8)
-
-    def _value(self, kind: int) -> None:
-        if kind == _STRING:
-            self._string()
-        elif kind != _ARRAY:
-            self._skip(self._size_of(kind))
-        else:
-            inner, count = self._number("<I"), self._number("<Q")
-            if inner == _STRING:
-                for _ in range(count):
-                    self._string()
-            else:
-                self._skip(count * self._size_of(inner))
-
-    @staticmethod
-    def _size_of(kind: int) -> int:
-        if kind not in _SIZES:
-            raise ValueError(f"a value has the unknown type {kind}")
-        return _SIZES[kind]
-
-    def _string(self) -> None:
-        self._skip(self._number("<Q"))
-
-    def _number(self, form: str) -> int:
-        data = self._file.read(struct.calcsize(form))
+    def number(form: str) -> int:
+        data = file.read(struct.calcsize(form))
         if len(data) < struct.calcsize(form):
-            raise ValueError(f"its header reaches beyond its {self._size} bytes")
+            raise ValueError(f"its header reaches beyond its {size} bytes")
         return int(struct.unpack(form, data)[0])
 
-    def _skip(self, nbytes: int) -> None:
-        if self._file.tell() + nbytes > self._size:
-            raise ValueError(f"its header reaches beyond its {self._size} bytes")
-        self._file.seek(nbytes, 1)
+    def values(kind: int, count: int) -> None:
+        if kind == _STRING:
+            for _ in range(count):
+                skip(number("<Q"))
+        elif kind in _SIZES:
+            skip(count * _SIZES[kind])
+        else:
+            raise ValueError(f"a value has the unknown type {kind}")
+
+    if file.read(4) != _MAGIC:
+        raise ValueError("it does not begin with GGUF")
+    version = number("<I")
+    if not 2 <= version <= 3:
+        raise ValueError(f"it has version {version}, expected 2 or 3")
+    tensors, pairs = number("<Q"), number("<Q")
+    for _ in range(pairs):
+        values(_STRING, 1)
+        kind, count = number("<I"), 1
+        if kind == _ARRAY:
+            kind, count = number("<I"), number("<Q")
+        values(kind, count)
+    for _ in range(tensors):
+        values(_STRING, 1)
+        dimensions = number("<I")
+        if dimensions > _MOST_DIMENSIONS:
+            raise ValueError(f"a tensor has {dimensions} dimensions")
+        skip(8 * dimensions + 4 + 8)

@@ -1,4 +1,8 @@
-"""A .gguf file as an ordinary checkpoint: dequantised once by transformers, then cached."""
+"""A .gguf file as an ordinary checkpoint: dequantised once by transformers, then cached.
+
+Of its tokenizer a file says little: tokens, merges, and a name for the rest. transformers builds
+it; BOS and how text is split are llama.cpp's rules (`pre_tokenizers`).
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,21 @@ import hashlib
 import logging
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from cfsp.checkpoint.cache import converted_directory, directory_bytes
 from cfsp.checkpoint.gguf_header import check_gguf
-from cfsp.checkpoint.gguf_vocabulary import read_tokenizer, warn_of_other_tokens
+from cfsp.checkpoint.llama_cpp_tokens import tokens_differ
 from cfsp.checkpoint.output import staged_directory
+from cfsp.checkpoint.pre_tokenizers import BY_NAME
 from cfsp.errors import CheckpointError, MissingExtraError, OutputError
 from cfsp.progress import library_progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _logger = logging.getLogger(__name__)
 
@@ -30,6 +34,8 @@ _CONVERSION = 3
 # that was trained by itself has nothing of the embedding.
 _SAME_MATRIX = 0.2
 _ROWS_AT_ONCE = 4096
+# Where tokenizer_config.json keeps the name of the pre-tokenizer, for the way back.
+PRE_TOKENIZER_KEY = "gguf_pre_tokenizer"
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 
 
@@ -38,10 +44,6 @@ def import_gguf(path: Path) -> Path:
 
     Weights become bfloat16, or float32 or float16 where that is what the file mostly stores.
     The directory is named after the file's content, so it is made only once.
-
-    Raises:
-        CheckpointError: the file is damaged or of an architecture that transformers can't read.
-        MissingExtraError: the package gguf is not installed.
     """
     try:
         with path.open("rb") as file:
@@ -104,7 +106,7 @@ def _convert(path: Path, dtype: torch.dtype, target: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
             trust_remote_code=False,
         )
-        tokenizer = read_tokenizer(path)
+        tokenizer = _read_tokenizer(path)
     except Exception as error:  # transformers has no one exception type for this
         raise CheckpointError(
             f"transformers cannot read {path}: {error}; use the safetensors of the same model"
@@ -116,7 +118,7 @@ def _convert(path: Path, dtype: torch.dtype, target: Path) -> None:
     _tie_again(model, path)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    warn_of_other_tokens(path, target)
+    _warn_of_other_tokens(path, target)
 
 
 def _tie_again(model: PreTrainedModel, path: Path) -> None:
@@ -157,3 +159,64 @@ def _bits_per_weight(path: Path) -> dict[str, float]:
     from gguf import GGUFReader
 
     return {t.name: 8 * int(t.n_bytes) / int(t.n_elements) for t in GGUFReader(path).tensors}
+
+
+def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a file, with BOS and the splits that llama.cpp would make."""
+    from gguf import GGUFReader
+    from transformers import AutoTokenizer
+
+    reader = GGUFReader(path)
+
+    def field(name: str, default: Any = None) -> Any:
+        found = reader.get_field(f"tokenizer.ggml.{name}")
+        return default if found is None else found.contents()
+
+    kind, name = field("model"), field("pre", "default")
+    known = BY_NAME.get(name) if kind == "gpt2" else None
+    said: dict[str, Any] = {"gguf_file": path.name}
+    if kind in ("gpt2", "llama"):
+        adds_bos = known.adds_bos if known else kind == "llama"
+        said["add_bos_token"] = bool(field("add_bos_token", adds_bos))
+    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, **said)
+    backend = tokenizer.backend_tokenizer
+    if known is not None:
+        backend.pre_tokenizer = known.splits()
+        backend.model.ignore_merges = known.ignores_merges
+    elif kind == "llama" and not field("add_space_prefix", True):
+        _without_space_prefix(backend)
+    if kind == "gpt2":
+        tokenizer.init_kwargs[PRE_TOKENIZER_KEY] = name
+    return tokenizer
+
+
+def _without_space_prefix(backend: Any) -> None:
+    """Put no space before a text; transformers always does for a tokenizer of Llama's kind."""
+    from tokenizers import decoders, pre_tokenizers
+
+    if isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+
+
+def _warn_of_other_tokens(path: Path, directory: Path) -> None:
+    """Warn where the tokenizer of a converted model splits text otherwise than its .gguf file's."""
+    from transformers import AutoTokenizer
+
+    # As it will be loaded: some model types have a tokenizer class that splits in its own way.
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    name = tokenizer.init_kwargs.get(PRE_TOKENIZER_KEY)
+    difference = tokens_differ(path, tokenizer)
+    if difference:
+        difference = f"llama.cpp splits text differently: {difference}"
+    elif difference is None and name is not None and name not in BY_NAME:
+        difference = f"cfsp does not know its pre-tokenizer {name!r}"
+    if difference:
+        _logger.warning(
+            "%s: %s; so the model may get other tokens here than it was trained with: use the "
+            "safetensors of the same model",
+            path.name,
+            difference,
+        )

@@ -21,12 +21,10 @@ _BLOBS, _REPOSITORY = "blobs", "models--"
 
 
 def check_links(directory: Path, folders: Iterable[str] | None = (TEMPLATES,)) -> None:
-    """Check that no file in a directory is one from elsewhere, but from the hub's cache.
+    """Check that no file in a model directory is one from elsewhere, but from the hub's cache.
 
-    Args:
-        directory: of a model.
-        folders: those in it that are read as well; None for all that are not hidden. They are
-            directories themselves, and so is all in them.
+    Of the folders in it those that are named are read as well, None for all that are not hidden.
+    They are directories themselves, and so is all in them.
 
     Raises:
         CheckpointError: a link leads out of the directory, or stands for a folder.

@@ -31,12 +31,8 @@ def llama_cpp_version() -> str:
 def llama_cpp_library(purpose: str, extra: str) -> tuple[Any, Any]:
     """Return (ffi, library), ready for use, with messages kept instead of printed.
 
-    Args:
-        purpose: what needs it, for the message when it is missing.
-        extra: the extra of cfsp that installs it.
-
     Raises:
-        MissingExtraError: no llama.cpp is installed.
+        MissingExtraError: it is not installed; names for which purpose, and the extra that has it.
     """
     try:
         from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib

@@ -28,15 +28,10 @@ _PROBES = (
 
 
 def tokens_differ(path: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return where llama.cpp gives texts of many kinds other tokens than a tokenizer does.
+    """Return where llama.cpp gives texts of many kinds other tokens than a .gguf's tokenizer does.
 
-    Args:
-        path: a .gguf file.
-        tokenizer: that should do the same.
-
-    Returns:
-        The first difference in words, "" if there is none; None if no llama.cpp is installed, or
-        it cannot tell.
+    That is the first difference in words, "" if there is none; None if no llama.cpp is installed,
+    or it cannot tell.
     """
     found = llama_cpp_tokens(path, _PROBES)
     if found is None:
@@ -55,11 +50,7 @@ def tokens_differ(path: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def llama_cpp_tokens(path: Path, texts: Sequence[str]) -> list[list[int]] | None:
-    """Return the tokens of texts, with those that the file wants around them.
-
-    Returns:
-        None if no llama.cpp is installed, or it cannot read the vocabulary.
-    """
+    """Return the tokens of texts, with BOS if the file wants it; None if llama.cpp cannot tell."""
     if not has_llama_cpp():
         return None
     ended = subprocess.run(

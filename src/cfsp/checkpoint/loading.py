@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cfsp.checkpoint.locating import locate_model
-from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.reading import Checkpoint, check_complete, read_tensors
 from cfsp.checkpoint.skeleton import (
     build_skeleton,
-    check_complete,
     fill,
     model_class,
-    read_tensors,
 )
 from cfsp.progress import library_progress
 
@@ -83,12 +81,7 @@ def cache_argument(module: Module) -> str:
 
 
 def compute_dtype(source: Any, name: str = "auto") -> torch.dtype:
-    """Return a dtype by name; `auto` is the dtype of the model's first down projection.
-
-    Args:
-        source: a `WeightSource`.
-        name: auto, float32, bfloat16 or float16.
-    """
+    """Return a dtype by name; `auto` is that of the first down projection of a source."""
     if name == "auto":
         unit = source.units[0]
         stored: torch.dtype = source.parameters[

@@ -30,27 +30,16 @@ _HUB_FILES = [*READ, *TERMS, "*.safetensors", CARD_FILE, MODELING_FILE, STATISTI
 _SECOND_COPIES = ["original/*", "metal/*", "consolidated*"]
 
 
-def open_checkpoint(
-    name: str | Path,
-    revision: str | None = None,
-    parts: tuple[Part, ...] = DEFAULT_PARTS,
-) -> Checkpoint:
+def open_checkpoint(name: str | Path, parts: tuple[Part, ...] = DEFAULT_PARTS) -> Checkpoint:
     """Open a model by name; nothing but its config and tensor headers is read.
 
     Args:
         name: `demo`, a directory, a .gguf file, a hub id, or ID@REVISION.
-        revision: branch, tag or commit of a hub id; becomes part of the name.
         parts: what may be removed.
 
     Raises:
         CheckpointError: there is no such model, or it is damaged.
     """
-    if revision is not None:
-        if name == DEMO_NAME or Path(name).exists() or not _looks_like_hub_id(str(name)):
-            raise CheckpointError(
-                f"{name} is no hub id, which alone has revisions; leave out --revision {revision}"
-            )
-        name = f"{name}@{revision}"
     directory = locate_model(name)
     # It imports torch, which a wrong name need not wait for.
     from cfsp.checkpoint.reading import Checkpoint
@@ -60,13 +49,14 @@ def open_checkpoint(
 
 def locate_model(name: str | Path) -> Path:
     """Return the directory of a model, after download or conversion if it needs that."""
-    if name == DEMO_NAME:  # only the word: Path("demo") is a directory of that name
-        return _import_gguf(demo_gguf())
-    path = Path(name).expanduser()
+    # Only the word: Path("demo") is a directory of that name.
+    path = demo_gguf() if name == DEMO_NAME else Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise CheckpointError(f"{path} does not exist; {_GIVE}")
-        return _import_gguf(path)
+        from cfsp.checkpoint.gguf_import import import_gguf
+
+        return import_gguf(path)
     if path.is_dir():
         return path
     if path.exists():
@@ -74,12 +64,6 @@ def locate_model(name: str | Path) -> Path:
     if not _looks_like_hub_id(str(name)):
         raise CheckpointError(f"{path} does not exist; {_GIVE}")
     return _download(str(name))
-
-
-def _import_gguf(path: Path) -> Path:
-    from cfsp.checkpoint.gguf_import import import_gguf
-
-    return import_gguf(path)
 
 
 def demo_gguf() -> Path:

@@ -1,9 +1,8 @@
 """The modelling file that travels with a checkpoint whose widths no stock config can give.
 
 It builds the stock model and then resizes, in place, the FFNs and attentions that config.json
-names. Decoder
-layers keep the very config object of the model: with copies, `set_attn_implementation` would not
-reach them.
+names. Decoder layers keep the very config object of the model: with copies,
+`set_attn_implementation` would not reach them.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import shutil
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -37,10 +36,9 @@ from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.own_files import MODELING_FILE
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from cfsp.architecture.found import Architecture, Unit
+    from cfsp.architecture.found import Architecture
     from cfsp.settings import Part
 
 # Keys of config.json that give every FFN a width of its own: the one that transformers defines,
@@ -56,21 +54,13 @@ _CHOOSES_EXPERTS = "@use_experts_implementation"
 
 @dataclass(frozen=True)
 class ModelingFile:
-    """The modelling file for one architecture.
-
-    Attributes:
-        architecture: what is resized; its widths do not matter.
-        model_class: the stock class with the head.
-        config_class: of the model's config; several types may share a model class.
-        width_key: what `per_layer_config` calls the width of FFNs; None where it has none.
-        parts: which of the architecture's units are resized.
-    """
+    """The modelling file for one architecture, whose widths do not matter."""
 
     architecture: Architecture
-    model_class: type[PreTrainedModel]
-    config_class: type[PreTrainedConfig]
-    width_key: str | None
-    parts: tuple[Part, ...] = ("ffn",)
+    model_class: type[PreTrainedModel]  # the stock class with the head
+    config_class: type[PreTrainedConfig]  # several types may share a model class
+    width_key: str | None  # what `per_layer_config` calls the width of FFNs
+    parts: tuple[Part, ...]  # which of the architecture's units are resized
 
     @property
     def auto_map(self) -> dict[str, str]:
@@ -83,11 +73,6 @@ class ModelingFile:
         elif self._auto_model is self.model_class:
             found = {"AutoModel": whole, **found}
         return found
-
-    @property
-    def auto_class(self) -> str:
-        """The Auto class that the model with the head is loaded by."""
-        return auto_classes_of(self.model_class, self.config_class)[0]
 
     @cached_property
     def _base_class(self) -> type[PreTrainedModel] | None:
@@ -132,10 +117,11 @@ class ModelingFile:
         ]
         text = before + "".join(classes) + after
         imported = [*([self.config_class] if is_shared else []), *(each for each, _ in placed)]
-        for key, value in {**self._values(), "IMPORTS": self._imports(imported)}.items():
-            text = text.replace(f"@{key}@", value)
         pairs = [f"    (Pruned{of.__name__}, {of.__name__})," for of, _ in placed]
-        return text.replace("@PAIRS@", "\n".join(pairs)).rstrip() + "\n"
+        values = {"IMPORTS": self._imports(imported), "PAIRS": "\n".join(pairs)}
+        for key, value in {**self._values(), **values}.items():
+            text = text.replace(f"@{key}@", value)
+        return text.rstrip() + "\n"
 
     def _values(self) -> dict[str, str]:
         """Return what stands for the names in the template, but for the classes."""
@@ -150,6 +136,11 @@ class ModelingFile:
         keys = {"ffn": ffn_key, "kv": KV_GROUPS}
         words = {"ffn": ("FFN channels", "FFN"), "kv": ("KV groups", "attention")}
         channels, modules = zip(*(words[p] for p in self.parts if p in words), strict=True)
+        # Blocks and path of attentions that are alike, and where those have heads.
+        alike: dict[str, tuple[list[int], tuple[Any, ...]]] = {}
+        for unit in attentions:
+            places = unit.path, unit.plain_axes, unit.plain_attributes, dict(unit.config_numbers)
+            alike.setdefault(repr(places), ([], places))[0].append(unit.block)
         return {
             "CLASS": self.model_class.__name__,
             "CONFIG_CLASS": self.config_class.__name__,
@@ -159,8 +150,10 @@ class ModelingFile:
             "FFN": " and every ".join(modules),
             "WIDTHS": "` and `".join(keys[part] for part in self.parts if part in keys),
             "RESIZE": "\n\n".join(map(inspect.getsource, sources)).rstrip(),
-            "FFNS": _literal(_table_of_ffns(ffns)),
-            "ATTENTIONS": _literal(_table_of_attentions(attentions)),
+            "FFNS": _literal(
+                {unit.path: (unit.plain_axes, unit.plain_attributes) for unit in ffns}
+            ),
+            "ATTENTIONS": _literal([(blocks, *places) for blocks, places in alike.values()]),
             "EXTRAS": _literal({unit.path: unit.extras for unit in attentions}),
             "PATH": ffns[0].path if ffns else "",
             "KEY": self.width_key or "",
@@ -198,27 +191,6 @@ def _chosen(template: str, has: Mapping[str, bool]) -> str:
     return "".join(lines)
 
 
-def resized_attention(block: nn.Module, unit: Unit, groups: int) -> None:
-    """Give an attention of a block another number of KV groups, as the modelling file does it."""
-    numbers = dict(unit.config_numbers)
-    axes, attributes = unit.plain_axes, unit.plain_attributes
-    resize_attention(block, unit.path, groups, axes, attributes, numbers)
-
-
-def _table_of_ffns(units: Sequence[Unit]) -> dict[str, Any]:
-    """Return what the modelling file has to know of FFNs, by their path."""
-    return {unit.path: (unit.plain_axes, unit.plain_attributes) for unit in units}
-
-
-def _table_of_attentions(units: Sequence[Unit]) -> list[tuple[Any, ...]]:
-    """Return what it has to know of attentions: blocks, path, and where those have heads."""
-    alike: dict[str, tuple[list[int], tuple[Any, ...]]] = {}
-    for unit in units:
-        places = unit.path, unit.plain_axes, unit.plain_attributes, dict(unit.config_numbers)
-        alike.setdefault(repr(places), ([], places))[0].append(unit.block)
-    return [(blocks, *places) for blocks, places in alike.values()]
-
-
 def _literal(value: Any) -> str:
     return pformat(value, width=_LINE, sort_dicts=False)
 
@@ -245,8 +217,9 @@ def pruned_class(file: ModelingFile) -> type[PreTrainedModel]:
     path = _modules_cache() / "cfsp_sources" / name / MODELING_FILE
     if not path.is_file() or path.read_bytes() != code:
         write_atomically(path, code)
-    loaded: Any = get_class_from_dynamic_module(file.auto_map[file.auto_class], str(path.parent))
-    loaded.register_for_auto_class(file.auto_class)
+    auto_class = auto_classes_of(file.model_class, file.config_class)[0]
+    loaded: Any = get_class_from_dynamic_module(file.auto_map[auto_class], str(path.parent))
+    loaded.register_for_auto_class(auto_class)
     return loaded  # type: ignore[no-any-return]
 
 

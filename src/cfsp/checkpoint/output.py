@@ -18,8 +18,6 @@ from cfsp.errors import OutputError, UsageError
 def check_output_is_free(target: Path) -> None:
     """Check, before the work begins, that a directory can be created at `target`.
 
-    Nothing is created; see `created_parents`.
-
     Raises:
         OutputError: it exists and is not empty, or its parent can't be written to.
     """
@@ -33,22 +31,14 @@ def check_output_is_free(target: Path) -> None:
 
 
 def check_is_outside(target: Path, source: Path) -> None:
-    """Check that an output does not lie in the directory that it is made from.
-
-    Raises:
-        UsageError: it does.
-    """
+    """Check that an output does not lie in the directory that it is made from."""
     if target.resolve().is_relative_to(source.resolve()):
         raise UsageError(f"{target} lies inside the source {source}; choose another output")
 
 
 @contextmanager
 def created_parents(target: Path) -> Iterator[None]:
-    """Create the directories that an output is to lie in; remove them if nothing comes of it.
-
-    Raises:
-        OutputError: they cannot be created.
-    """
+    """Create the directories that an output is to lie in; remove them if nothing comes of it."""
     missing = [path for path in target.absolute().parents if not path.exists()]
     try:
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -93,12 +83,8 @@ def exclusive(directory: Path) -> Iterator[None]:
 def lock_out_others(lock_file: Path, place: Path) -> Iterator[None]:
     """Hold a lock; the system gives it back when the process ends, however that happens.
 
-    Args:
-        lock_file: is created, and stays.
-        place: what to call the place in an error.
-
     Raises:
-        OutputError: another run holds it, or it cannot be created.
+        OutputError: another run works in `place`, or the file, which stays, cannot be created.
     """
     lock = FileLock(lock_file, timeout=0)
     try:
@@ -131,11 +117,7 @@ def staged_directory(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged_file(target: Path) -> Iterator[Path]:
-    """Give a temporary sibling path of `target`; rename the file to `target` on success.
-
-    Raises:
-        OutputError: the target exists, or the disk is full or read-only.
-    """
+    """Give a temporary sibling path of `target`; rename the file to `target` on success."""
     if target.exists():
         raise OutputError(f"{target} exists already; choose another file")
     with _staged(target) as staging:
@@ -199,11 +181,7 @@ def _is_running(process: int) -> bool:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file aside and rename it into place.
-
-    Raises:
-        OutputError: the disk is full or not writable.
-    """
+    """Write a file aside and rename it into place."""
     staging = _staging_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

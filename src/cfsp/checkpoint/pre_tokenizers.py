@@ -127,11 +127,7 @@ def steps_of(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
 
 
 def recognised(fields: dict[str, Any]) -> PreTokenizer | str:
-    """Return how a byte-level tokenizer treats text; where it has no name, its steps in words.
-
-    Args:
-        fields: its tokenizer.json.
-    """
+    """Return how a tokenizer.json of byte-level BPE treats text; if it has no name, its steps."""
     steps = []
     for step in steps_of(fields["pre_tokenizer"], "pretokenizers"):
         if step["type"] == "Split":

@@ -1,79 +1,228 @@
-"""The config of a pruned model: without blocks and experts that go, with the widths that stay."""
+"""The config of a pruned model: without blocks and experts that go, with the widths that stay.
+
+It is one rule for config.json and for a config object in memory. Widths that the stock class can
+build are said by its own keys (`intermediate_size`). Where each block has one FFN, others go to
+`per_layer_config`, the schema that transformers reads from 5.15 on; everything else goes to
+`ffn_widths`, by block and path. Both need the modelling file.
+
+KV groups that are equally many in all blocks are said by the stock class's numbers of heads, others
+go to `kv_groups`, by block and path. The stock numbers are then those of the unpruned model.
+
+What needs the modelling file must not load without it. The stock class fails where FFNs or
+attentions have other shapes than it builds, but would give an attention that is gone random
+weights. Where nothing else differs, the stock key says another width than the FFNs have.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from cfsp.architecture.expert_proof import config_with_experts
-from cfsp.checkpoint.config_blocks import fields_without_blocks, stock_without_blocks
-from cfsp.checkpoint.config_widths import config_with_widths, fields_and_file, stock_config
+from cfsp.architecture.model_classes import PRUNED, model_class_of, with_values
+from cfsp.checkpoint.config_blocks import stock_without_blocks
+from cfsp.checkpoint.config_widths import PRUNED_KEY, stock_config
+from cfsp.checkpoint.modeling_code import FFN_WIDTHS, KV_GROUPS, PER_LAYER_CONFIG, ModelingFile
+from cfsp.checkpoint.text_config import text_config_of, text_fields_of, text_path
+from cfsp.checkpoint.width_keys import WidthSearch, stock_heads, units_are_found
+from cfsp.errors import UnsupportedModelError
+from cfsp.settings import Part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from cfsp.architecture.found import Architecture
-    from cfsp.checkpoint.modeling_code import ModelingFile
+    from cfsp.architecture.found import Architecture, Unit
 
 
 def pruned_config(
     config: PreTrainedConfig,
     architecture: Architecture,
-    removed: Collection[int],
     widths: Sequence[int],
-    experts: int | None,
+    removed: Collection[int] = (),
+    experts: int | None = None,
 ) -> PreTrainedConfig:
     """Return the config of the pruned model, of the class that the source's config has.
 
     Args:
         config: the source's; stays as it is.
         architecture: of the source.
+        widths: of every unit of the blocks that stay.
         removed: indices of the blocks that go.
-        widths: of every FFN unit of the blocks that stay.
         experts: how many routed experts of each block stay; None for all.
 
     Raises:
         UnsupportedModelError: no config of the class builds the blocks that stay as they are.
     """
-    config, architecture, _ = _smaller(config, architecture, removed, experts)
-    return config_with_widths(config, architecture, widths)
+    changes = _changes(config, architecture, widths, removed, experts)
+    changed = with_values(stock_config(config), changes.text)
+    # Last of all: it makes a config for every block out of the whole.
+    per_layer = changes.whole.pop(PER_LAYER_CONFIG, None)
+    for key, value in changes.whole.items():
+        if value is not None:
+            setattr(changed, key, value)
+        elif hasattr(changed, key):
+            delattr(changed, key)
+    if per_layer is not None:
+        changed.per_layer_config = per_layer
+    return changed
 
 
 def pruned_fields_and_file(
     fields: dict[str, Any],
     config: PreTrainedConfig,
     architecture: Architecture,
-    removed: Collection[int],
     widths: Sequence[int],
-    experts: int | None,
+    removed: Collection[int] = (),
+    experts: int | None = None,
 ) -> tuple[dict[str, Any], ModelingFile | None]:
     """Return config.json of the pruned model, and the modelling file if it needs one.
 
     Arguments beside `fields`, the source's config.json, are those of `pruned_config`, which fails
     as this does.
     """
-    smaller, architecture, changes = _smaller(config, architecture, removed, experts)
-    if changes:
-        fields = fields_without_blocks(fields, config, changes)
-    return fields_and_file(fields, smaller, architecture, widths)
+    changes = _changes(config, architecture, widths, removed, experts)
+    changed = copy.deepcopy(fields)
+    text_fields = text_fields_of(changed, config)
+    # What a class calls a key now may stand there under an older name, and both under one.
+    names = text_config_of(config).attribute_map
+    for key, value in changes.text.items():
+        given = {key, *(old for old, new in names.items() if new == key)} & text_fields.keys()
+        text_fields.update(dict.fromkeys(sorted(given) or [key], value))
+    # The order of what stays is that of the source.
+    whole = changes.whole
+    kept = {k: v for k, v in changed.items() if whole.get(k, v) is not None or v is None}
+    return kept | {k: v for k, v in whole.items() if v is not None}, changes.file
 
 
-def _smaller(
+def check_attentions_can_go_alone(config: PreTrainedConfig, architecture: Architecture) -> None:
+    """Check that a model can be written without an attention layer and with all of its channels.
+
+    Raises:
+        UnsupportedModelError: it can't, because the stock class would load it.
+    """
+    layers = [index for index, unit in enumerate(architecture.units) if unit.part == "kv"]
+    widths = architecture.widths
+    widths[layers[0]] = 0
+    _changes(config, architecture, widths, (), None)
+
+
+@dataclass(frozen=True)
+class _Changes:
+    """What keys of a config become; None where they must not be there."""
+
+    text: dict[str, Any]  # of the text config, which may be the config itself
+    whole: dict[str, Any]
+    file: ModelingFile | None = None
+
+
+def _changes(
     config: PreTrainedConfig,
     architecture: Architecture,
+    widths: Sequence[int],
     removed: Collection[int],
     experts: int | None,
-) -> tuple[PreTrainedConfig, Architecture, dict[str, Any]]:
-    """Return config and architecture of what stays whole, and what changed in the config."""
-    changes: dict[str, Any] = {}
+) -> _Changes:
+    text: dict[str, Any] = {}
+    stock = stock_config(config)
     if removed:
-        config, architecture, changes = stock_without_blocks(
-            stock_config(config), architecture, removed
-        )
+        stock, architecture, text = stock_without_blocks(stock, architecture, removed)
     if experts is not None:
         assert architecture.experts is not None
-        key = architecture.experts.key
-        config = config_with_experts(config, key, experts)
+        text[architecture.experts.key] = experts
+        stock = with_values(stock, {architecture.experts.key: experts})
         architecture = architecture.with_experts(experts)
-        changes |= {key: experts}
-    return config, architecture, changes
+    model_class = model_class_of(config)
+    whole: dict[str, Any] = {
+        "architectures": [model_class.__name__],
+        **({} if _has_own_per_layer(stock) else {PER_LAYER_CONFIG: None}),
+        FFN_WIDTHS: None,
+        KV_GROUPS: None,
+        "auto_map": None,
+        PRUNED_KEY: None,
+    }
+    # What is gone stays gone.
+    architecture = replace(architecture, units=architecture.stock_units, gone=())
+    given = iter(widths)
+    width_of: dict[Part, list[int]] = {"ffn": [], "kv": []}
+    for unit in architecture.units:
+        width_of[unit.part].append(next(given) if unit.width else 0)
+    attentions, groups = architecture.of_part("kv"), width_of["kv"]
+    parts: list[Part] = []
+    would_load, ffn_key = False, None
+    if (heads := stock_heads(stock, attentions, groups) if groups else {}) is not None:
+        text |= heads
+    else:
+        whole[KV_GROUPS] = _by_place(attentions.units, groups)
+        parts += ["kv", "attention"] if 0 in groups else ["kv"]
+        pairs = zip(groups, attentions.units, strict=True)
+        would_load = all(width in (0, unit.width) for width, unit in pairs)
+    if width_of["ffn"]:
+        ffns, ffn_key = _of_ffns(stock, architecture.of_part("ffn"), width_of["ffn"], would_load)
+        text |= ffns.text
+        whole |= ffns.whole
+        parts = ["ffn", *parts] if ffns.whole else parts
+    if would_load and "ffn" not in parts:
+        raise UnsupportedModelError(
+            f"attention layers of {architecture.class_name} can't go alone: no key of its config "
+            "says how wide FFNs are, so the stock class would load it with random ones; remove FFN "
+            "channels too (--parts attention,ffn)"
+        )
+    if not parts:
+        return _Changes(text, whole)
+    file = ModelingFile(architecture, model_class, type(config), ffn_key, tuple(parts))
+    whole["architectures"] = [f"{PRUNED}{model_class.__name__}"]
+    whole["auto_map"] = file.auto_map
+    return _Changes(text, whole, file)
+
+
+def _of_ffns(
+    stock: PreTrainedConfig, architecture: Architecture, widths: Sequence[int], would_load: bool
+) -> tuple[_Changes, str | None]:
+    """Return what the widths of FFNs say of keys, and what `per_layer_config` then calls a width.
+
+    Keys of the whole config are ours and need the modelling file. `would_load` says that the stock
+    class builds all else, although it must not.
+    """
+    search = WidthSearch.of(stock, architecture)
+    stock_values = search.stock_values(architecture, widths)
+    would_load = would_load and stock_values is not None
+    if stock_values is not None and not would_load:
+        return _Changes(stock_values, {}), None
+    key = _per_layer_key(search, architecture)
+    value = max(widths) * (2 if would_load else 1)
+    if key is not None and units_are_found(stock, {key: value}, architecture):
+        digits = len(str(len(widths) - 1))
+        per_layer = {str(i).zfill(digits): {key: width} for i, width in enumerate(widths)}
+        return _Changes({key: value}, {PER_LAYER_CONFIG: per_layer}), key
+    by_place = {FFN_WIDTHS: _by_place(architecture.units, widths)}
+    if not would_load:
+        return _Changes({}, by_place), None
+    if wrong := search.wrong_value(architecture, widths):
+        return _Changes(wrong, by_place), None
+    return _Changes(stock_values or {}, {}), None
+
+
+def _by_place(units: Sequence[Unit], widths: Sequence[int]) -> dict[str, dict[str, int]]:
+    """Return the widths of units by their block and path."""
+    width_of: dict[str, dict[str, int]] = {}
+    for unit, width in zip(units, widths, strict=True):
+        width_of.setdefault(str(unit.block), {})[unit.path] = width
+    return width_of
+
+
+def _per_layer_key(search: WidthSearch, architecture: Architecture) -> str | None:
+    """Return the key by which `per_layer_config` can say the widths; None if it cannot."""
+    units = architecture.units
+    one_each = [unit.block for unit in units] == list(range(architecture.block_count))
+    if not one_each or len({unit.path for unit in units}) != 1:
+        return None
+    if text_path(search.stock) or _has_own_per_layer(search.stock):
+        return None
+    found = [key.name for key in search.keys if key.times.get(units[0].path) == 1]
+    return found[0] if len(found) == 1 else None
+
+
+def _has_own_per_layer(stock: PreTrainedConfig) -> bool:
+    """Return whether a stock class has a `per_layer_config` of its own, which stays."""
+    return stock.to_dict().get(PER_LAYER_CONFIG) is not None

@@ -6,7 +6,7 @@ whenever it is read, so that nothing above knows of it; everything else is refus
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,33 +43,19 @@ _OF_ACTIVATIONS = (
 
 @dataclass(frozen=True)
 class Packing:
-    """How one weight is stored.
+    """How one weight is stored: parts are known by what their names end with."""
 
-    Attributes:
-        holder: what the name of the tensor with its values ends with.
-        plain: what stands there in the name of the weight.
-        dtypes: that the values have.
-        needed: what the names of its other parts end with.
-        optional: the same of those that may be missing or do not count.
-        dequantise: makes the weight of its parts, in a dtype.
-    """
-
-    holder: str
-    plain: str
-    dtypes: tuple[torch.dtype, ...]
-    needed: tuple[str, ...]
-    optional: tuple[str, ...]
+    holder: str  # the part with the values
+    plain: str  # what stands there in the name of the weight
+    dtypes: tuple[torch.dtype, ...]  # of the values
+    needed: tuple[str, ...]  # its other parts
+    optional: tuple[str, ...]  # those that may be missing or do not count
     dequantise: Callable[[Parts, torch.dtype], DequantisedTensor]
 
 
 @dataclass(frozen=True)
 class Quantisation:
-    """How the weights of a checkpoint are quantised.
-
-    Attributes:
-        method: what transformers calls it.
-        packings: of its weights.
-    """
+    """How the weights of a checkpoint are quantised; `method` is what transformers calls it."""
 
     method: str
     packings: tuple[Packing, ...] = field(repr=False)
@@ -109,11 +95,7 @@ _COMPRESSED_FORMATS = (
 
 
 def quantisation_in(fields: Mapping[str, Any], label: str) -> Quantisation | None:
-    """Return how a checkpoint is quantised, by its config.json; None if it is not.
-
-    Args:
-        fields: config.json.
-        label: what to call the checkpoint.
+    """Return how a checkpoint is quantised, by the fields of its config.json; None if it is not.
 
     Raises:
         CheckpointError: in a way that cfsp cannot undo.
@@ -147,15 +129,9 @@ def plain_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 def dequantised(
     tensors: Mapping[str, FileTensor], how: Quantisation, dtype: torch.dtype, label: str
 ) -> dict[str, StoredTensor]:
-    """Return the tensors of the plain checkpoint that a quantised one stands for.
+    """Return the tensors of the plain checkpoint that a quantised one stands for, by name.
 
-    What is not quantised stays as it is stored.
-
-    Args:
-        tensors: that are stored, by name.
-        how: they are quantised.
-        dtype: what dequantised tensors become.
-        label: what to call the checkpoint.
+    What is not quantised stays as it is stored; the rest becomes `dtype`.
 
     Raises:
         CheckpointError: a weight lacks a part, or its parts do not fit.
@@ -163,7 +139,7 @@ def dequantised(
     plain: dict[str, StoredTensor] = {}
     parts_of: dict[str, tuple[Packing, dict[str, FileTensor]]] = {}
     for name, tensor in tensors.items():
-        packing = _packing_of(name, tensor, how.packings)
+        packing = next((each for each in how.packings if _is_values(name, tensor, each)), None)
         if packing is None:
             plain[name] = tensor
         else:
@@ -192,12 +168,9 @@ def dequantised(
     return plain
 
 
-def _packing_of(name: str, tensor: FileTensor, packings: Iterable[Packing]) -> Packing | None:
-    for packing in packings:
-        is_part = any(name.endswith(ending) for ending in (*packing.needed, *packing.optional))
-        if name.endswith(packing.holder) and tensor.spec.dtype in packing.dtypes and not is_part:
-            return packing
-    return None
+def _is_values(name: str, tensor: FileTensor, packing: Packing) -> bool:
+    is_other = name.endswith((*packing.needed, *packing.optional))
+    return name.endswith(packing.holder) and tensor.spec.dtype in packing.dtypes and not is_other
 
 
 def _parts(
@@ -216,16 +189,16 @@ def _parts(
 def _check_is_plain(tensors: Mapping[str, StoredTensor], how: Quantisation, label: str) -> None:
     """Check that nothing quantised is left, and no scale of something that is not."""
     endings = [ending for packing in how.packings for ending in packing.needed]
+    found_in = {name: str(t.spec.dtype).removeprefix("torch.") for name, t in tensors.items()}
     for name, tensor in tensors.items():
         owners = [name.removesuffix(ending) for ending in endings if name.endswith(ending)]
         owned = [owner for owner in owners if owner in tensors]
+        found = found_in[owned[0] if owned else name]
         if owned:
-            found = str(tensors[owned[0]].spec.dtype).removeprefix("torch.")
             raise CheckpointError(
                 f"{label} has {name} beside {owned[0]} in {found}, which is not quantised; {AGAIN}"
             )
         if tensor.spec.dtype in _PACKED and len(tensor.spec.shape) > 1:
-            found = str(tensor.spec.dtype).removeprefix("torch.")
             raise CheckpointError(
                 f"{label}: {name} is stored as {found}, which {how.method} weights of its config "
                 f"are not; {AGAIN}"
@@ -237,11 +210,7 @@ class _NotUndoneError(Exception):
 
 
 def _packings(method: str, described: Mapping[str, Any]) -> tuple[Packing, ...]:
-    """Return how weights are stored by what a config says of a method.
-
-    Raises:
-        _NotUndoneError: it is none that is undone here.
-    """
+    """Return how weights are stored by what a config says of a method."""
     block = described.get("weight_block_size")
     match method:
         case "fp8":

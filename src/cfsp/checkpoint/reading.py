@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cfsp.architecture.found import Architecture, Unit
 from cfsp.checkpoint.config_file import read_config
@@ -24,16 +23,10 @@ from cfsp.checkpoint.conversion import missing_prefix, stored_from_memory
 from cfsp.checkpoint.dequantising import StoredTensor
 from cfsp.checkpoint.links import check_links
 from cfsp.checkpoint.quantisation import Quantisation, dequantised
+from cfsp.checkpoint.shards import weight_files
 from cfsp.checkpoint.skeleton import architecture_of, empty_model
 from cfsp.checkpoint.stored_tensors import StoredTensors
-from cfsp.checkpoint.tensor_file import (
-    AGAIN,
-    FileTensor,
-    TensorFile,
-    TensorSpec,
-    specs_of,
-    tensor_chunks,
-)
+from cfsp.checkpoint.tensor_file import AGAIN, FileTensor, TensorSpec, specs_of, tensor_chunks
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import CheckpointError
 from cfsp.settings import DEFAULT_PARTS, Part
@@ -41,13 +34,10 @@ from cfsp.settings import DEFAULT_PARTS, Part
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 # What of each tensor tells models apart: so many runs of so many values.
 _RUNS, _RUN_VALUES = 4, 1024
 # Why files of the same model may not fit.
 EARLIER = "or an earlier cfsp, which knew models by fewer weights, wrote"
-_LONGEST_NAME = 200
 # What the blocks can compute with; others are quantised, and their scales are tensors of their own.
 _COMPUTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -58,7 +48,7 @@ class WeightSource(Protocol):
     Attributes:
         config: of the model.
         architecture: its blocks and units.
-        specs: dtype and shape of every stored tensor, in storage order.
+        specs: dtype and shape of every stored tensor, in the order in which they are stored.
         stored: which parameters they make up.
         label: what people call it.
     """
@@ -106,19 +96,26 @@ class WeightSource(Protocol):
             dtype: what it becomes; None for its own.
             expert: the index along its first axis that is asked for alone; None for all.
         """
-        return self.stored.assemble(name, lambda tensor: self.read(tensor).to(dtype), expert)
 
-    def read(self, name: str) -> Tensor:
-        """Return one tensor in its own dtype."""
+        def read(tensor: str, *row: int) -> Tensor:
+            return self.read(tensor, *row).to(dtype)
+
+        return self.stored.assemble(name, read, expert)
+
+    def read(self, name: str, row: int | None = None) -> Tensor:
+        """Return one stored tensor in its own dtype, or what it has at one index of its first axis.
+
+        Only that much is read where the source can.
+        """
         ...
 
     def read_parts(self, name: str, parts: Sequence[slice]) -> Tensor:
-        """Return some elements of one tensor, flattened, one part after the other, on the CPU."""
+        """Return some elements of one stored tensor, flattened, part after part, on the CPU."""
         values = self.read(name).reshape(-1)
         return torch.cat([values[part] for part in parts]).cpu()
 
     def chunks(self, name: str) -> Iterator[memoryview]:
-        """Yield the raw bytes of one tensor."""
+        """Yield the raw bytes of one stored tensor."""
         return tensor_chunks(self.read(name))
 
 
@@ -151,8 +148,7 @@ class Checkpoint(WeightSource):
         self.config, self.quantisation = read_config(directory)
         self.architecture = architecture_of(self.config, parts)
         model = empty_model(self.config)
-        files = _tensor_files(directory)
-        stored = _stored_tensors(directory, files, self.quantisation, self.config, self.label)
+        stored = _plain_tensors(directory, self.quantisation, self.config, self.label)
         prefix = missing_prefix(model, list(stored))
         # By their names in the model.
         self._tensors = {prefix + name: tensor for name, tensor in stored.items()}
@@ -161,27 +157,26 @@ class Checkpoint(WeightSource):
         for name in self.stored.stale:
             del self._tensors[name], specs[name]
         self.specs = specs
-        check_stored(self, model)
+        _check_stored(self, model)
 
-    def read(self, name: str) -> Tensor:
-        """Return one tensor in its own dtype."""
-        return self._tensors[name].read()
+    def read(self, name: str, row: int | None = None) -> Tensor:
+        """Return one stored tensor in its own dtype, or what it has at one index."""
+        tensor = self._tensors[name]
+        if row is None:
+            return tensor.read()
+        return tensor.rows(row, row + 1)[0].to(tensor.spec.dtype)
 
     def read_parts(self, name: str, parts: Sequence[slice]) -> Tensor:
-        """Return some elements of one tensor, flattened, one part after the other."""
+        """Return some elements of one stored tensor, flattened, part after part."""
         return torch.cat([self._tensors[name].read_part(part.start, part.stop) for part in parts])
 
     def chunks(self, name: str) -> Iterator[memoryview]:
-        """Yield the raw bytes of one tensor."""
+        """Yield the raw bytes of one stored tensor."""
         return self._tensors[name].chunks()
 
 
 class LoadedModel(WeightSource):
     """A transformers model in memory, seen as a weight source; nothing is copied.
-
-    Args:
-        model: the model.
-        parts: what may be removed; nothing else of it is a unit.
 
     Raises:
         CheckpointError: it is no such model, or quantised.
@@ -204,11 +199,12 @@ class LoadedModel(WeightSource):
         self._tensors = stored_from_memory(model)
         self.specs = specs_of(self._tensors)
         self.stored = StoredTensors.of(model, self.architecture, self.specs, self.label)
-        check_stored(self, model)
+        _check_stored(self, model)
 
-    def read(self, name: str) -> Tensor:
-        """Return one tensor in its own dtype."""
-        return self._tensors[name].detach()
+    def read(self, name: str, row: int | None = None) -> Tensor:
+        """Return one stored tensor in its own dtype, or what it has at one index."""
+        tensor = self._tensors[name].detach()
+        return tensor if row is None else tensor[row]
 
 
 @contextmanager
@@ -269,10 +265,7 @@ def parameter_count(source: WeightSource) -> int:
 
 
 def ffn_parameters_per_channel(source: WeightSource) -> tuple[int, ...]:
-    """Return how many parameters one channel of every FFN unit owns, biases included.
-
-    In a unit of several experts that is one channel of each.
-    """
+    """Return how many parameters one channel of every FFN unit owns, of each of its experts."""
     owned = [0] * len(source.units)
     for name, (index, _) in channel_parameters(source.architecture).items():
         owned[index] += source.parameters[name].elements // source.units[index].width
@@ -280,10 +273,7 @@ def ffn_parameters_per_channel(source: WeightSource) -> tuple[int, ...]:
 
 
 def channel_parameters(architecture: Architecture) -> dict[str, tuple[int, str]]:
-    """Return the parameters that have channels: the index of the unit, and the path in the block.
-
-    Keys are their names in the model.
-    """
+    """Return the parameters with channels by name: the unit's index, and the path in the block."""
     return {
         architecture.block_prefix(unit.block) + path: (index, path)
         for index, unit in enumerate(architecture.units)
@@ -296,16 +286,64 @@ def units_of_block(source: WeightSource, block: int) -> list[int]:
     return [index for index, unit in enumerate(source.units) if unit.block == block]
 
 
-def check_stored(source: WeightSource, model: PreTrainedModel) -> None:
-    """Check that the weights can be computed with, and that none is of a block too many.
+def read_tensors(
+    module: nn.Module,
+    prefix: str,
+    source: WeightSource,
+    dtype: torch.dtype,
+    instead: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Read the tensors of a module from the source, by their names in the module.
+
+    Touches nothing but the file, so that a thread can read ahead.
 
     Args:
-        source: of the weights.
-        model: of the source's config; only its names count.
+        module: any part of a skeleton.
+        prefix: what the module's parameter names begin with in the source.
+        source: where the tensors come from.
+        dtype: what floating-point parameters become; buffers stay as they are stored.
+        instead: parameters that take the place of the source's, by their `origin`.
 
     Raises:
-        CheckpointError: FFN weights are quantised, or there are more blocks than in the config.
+        CheckpointError: the source lacks a tensor or has it in another shape.
     """
+    parameters = dict(module.named_parameters())
+    return {
+        name: read_parameter(source, prefix + name, dtype if name in parameters else None, instead)
+        for name in module.state_dict()
+        if name in parameters or prefix + name in source.parameters
+    }
+
+
+def read_parameter(
+    source: WeightSource,
+    name: str,
+    dtype: torch.dtype | None,
+    instead: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """Return a parameter as the model in memory holds it, also one that is tied.
+
+    Arguments and errors are those of `read_tensors`; None as dtype is that of its tensors.
+    """
+    if name in source.faults:
+        raise CheckpointError(f"{source.label} {source.faults[name]}; {AGAIN}")
+    origin = source.origin(name)
+    if instead and origin in instead:
+        return instead[origin].to(dtype)
+    return source.parameter(source.tied.get(name, name), dtype)
+
+
+def check_complete(source: WeightSource) -> None:
+    """Check that a model's file has every tensor of the model, in its shape.
+
+    Loading makes up what is missing, by chance; cutting does not look at what it does not cut.
+    """
+    for fault in source.faults.values():
+        raise CheckpointError(f"{source.label} {fault}; {AGAIN}")
+
+
+def _check_stored(source: WeightSource, model: PreTrainedModel) -> None:
+    """Check that the weights can be computed with, and that none is of a block too many."""
     for name in channel_parameters(source.architecture):
         dtype = source.parameters[name].dtype
         if dtype not in _COMPUTABLE:
@@ -325,16 +363,12 @@ def check_stored(source: WeightSource, model: PreTrainedModel) -> None:
             )
 
 
-def _stored_tensors(
-    directory: Path,
-    files: Sequence[TensorFile],
-    quantisation: Quantisation | None,
-    config: PreTrainedConfig,
-    label: str,
+def _plain_tensors(
+    directory: Path, quantisation: Quantisation | None, config: PreTrainedConfig, label: str
 ) -> Mapping[str, StoredTensor]:
     """Return the plain tensors of a directory by their names in its files."""
     tensors: dict[str, FileTensor] = {}
-    for file in files:
+    for file in weight_files(directory):
         for name in file.specs:
             if name in tensors:
                 raise CheckpointError(
@@ -343,55 +377,7 @@ def _stored_tensors(
             tensors[name] = FileTensor(file, name)
     if quantisation is None:
         return tensors
-    return dequantised(tensors, quantisation, _plain_dtype(config), label)
-
-
-def _plain_dtype(config: PreTrainedConfig) -> torch.dtype:
-    """Return what dequantised weights become: what the config says, else bfloat16."""
+    # What dequantised weights become is what the config says, else bfloat16.
     dtypes = (config.dtype, text_config_of(config).dtype)
-    return next((dtype for dtype in dtypes if dtype in _COMPUTABLE), torch.bfloat16)
-
-
-def _tensor_files(directory: Path) -> Sequence[TensorFile]:
-    """Return the files that transformers reads: a single one goes before an index."""
-    single, index = directory / SINGLE_FILE, directory / INDEX_FILE
-    if single.is_file():
-        return [TensorFile(single)]
-    if not index.is_file():
-        pickles = sorted(p.name for p in directory.glob("*.bin"))
-        found = f"only {pickles[0]}, a pickle, which can run code" if pickles else "none"
-        raise CheckpointError(
-            f"{directory} has no {SINGLE_FILE} and no {INDEX_FILE} (found: {found}); "
-            "save the model as safetensors"
-        )
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(weight_map.values()))
-        if not all(isinstance(shard, str) for shard in shards):
-            raise TypeError("file names are not text")
-    except OSError as error:
-        raise CheckpointError(f"cannot read {index}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{index} is not a checkpoint index: no weight_map; download the model again"
-        ) from error
-    for shard in shards:
-        if Path(shard).name != shard:
-            raise CheckpointError(
-                f"{index} names a file outside its directory: {shard[:_LONGEST_NAME]}; "
-                "download the model again"
-            )
-        if len(shard) > _LONGEST_NAME or not (directory / shard).is_file():
-            raise CheckpointError(
-                f"{index} names {shard[:_LONGEST_NAME]}, which is missing; download it again"
-            )
-    files = [TensorFile(directory / shard) for shard in shards]
-    stored = {name for file in files for name in file.specs}
-    if missing := sorted(set(weight_map) - stored):
-        raise CheckpointError(f"{index} names {missing[0]}, which no shard holds; {AGAIN}")
-    for file in files:
-        if extra := sorted(set(file.specs) - set(weight_map)):
-            raise CheckpointError(
-                f"{file.path} holds {extra[0]}, which {INDEX_FILE} does not name; {AGAIN}"
-            )
-    return files
+    dtype = next((dtype for dtype in dtypes if dtype in _COMPUTABLE), torch.bfloat16)
+    return dequantised(tensors, quantisation, dtype, label)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +18,12 @@ from cfsp.checkpoint.config_widths import (
     with_given_widths,
 )
 from cfsp.checkpoint.modeling_code import pruned_class
-from cfsp.checkpoint.tensor_file import AGAIN
-from cfsp.errors import CheckpointError
 from cfsp.settings import DEFAULT_PARTS, PROVED_PARTS, Part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from cfsp.architecture.found import Architecture
-    from cfsp.checkpoint.reading import WeightSource
 
 
 def architecture_of(
@@ -34,9 +31,7 @@ def architecture_of(
 ) -> Architecture:
     """Return the blocks and units of a config's model, proved, with the widths it gives them.
 
-    Args:
-        config: of the model.
-        parts: whose units; those to which the config gives widths of their own are there anyway.
+    The units are those of `parts`, and those to which the config gives widths of their own.
 
     Raises:
         CheckpointError: no model can be built from the config.
@@ -93,90 +88,6 @@ def blocks_of(model: nn.Module, architecture: Architecture) -> nn.ModuleList:
     blocks = attrgetter(architecture.blocks)(model)
     assert isinstance(blocks, nn.ModuleList)
     return blocks
-
-
-def read_tensors(
-    module: nn.Module,
-    prefix: str,
-    source: WeightSource,
-    dtype: torch.dtype,
-    instead: Mapping[str, torch.Tensor] | None = None,
-) -> dict[str, torch.Tensor]:
-    """Read the tensors of a module from the source, by their names in the module.
-
-    Touches nothing but the file, so that a thread can read ahead.
-
-    Args:
-        module: any part of a skeleton.
-        prefix: what the module's parameter names begin with in the source.
-        source: where the tensors come from.
-        dtype: what floating-point parameters become; buffers stay as they are stored.
-        instead: parameters that take the place of the source's, by their `origin`.
-
-    Raises:
-        CheckpointError: the source lacks a tensor or has it in another shape.
-    """
-    parameters = dict(module.named_parameters())
-    return {
-        name: read_parameter(source, prefix + name, dtype if name in parameters else None, instead)
-        for name in module.state_dict()
-        if name in parameters or prefix + name in source.parameters
-    }
-
-
-def read_parameter(
-    source: WeightSource,
-    name: str,
-    dtype: torch.dtype | None,
-    instead: Mapping[str, torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """Return a parameter as the model in memory holds it.
-
-    Args:
-        source: where its tensors come from.
-        name: of the parameter in the model.
-        dtype: what it becomes; None for that of its tensors.
-        instead: parameters that take the place of the source's, by their `origin`.
-
-    Raises:
-        CheckpointError: the source lacks a tensor of it or has it in another shape.
-    """
-    if name in source.faults:
-        raise CheckpointError(f"{source.label} {source.faults[name]}; {AGAIN}")
-    origin = source.origin(name)
-    if instead and origin in instead:
-        return instead[origin].to(dtype)
-    return source.parameter(source.tied.get(name, name), dtype)
-
-
-def check_complete(source: WeightSource) -> None:
-    """Check that a model's file has every tensor of the model, in its shape.
-
-    Loading makes up what is missing, by chance; cutting does not look at what it does not cut.
-
-    Raises:
-        CheckpointError: the source lacks a tensor or has it in another shape.
-    """
-    for fault in source.faults.values():
-        raise CheckpointError(f"{source.label} {fault}; {AGAIN}")
-
-
-def fill_parameters(
-    model: nn.Module,
-    names: Iterable[str],
-    source: WeightSource,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    """Give some parameters of a skeleton their weights.
-
-    Raises:
-        CheckpointError: the source lacks a tensor or has it in another shape.
-    """
-    for name in names:
-        owner, _, leaf = name.rpartition(".")
-        tensor = read_parameter(source, name, dtype).to(device)
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 def fill(module: nn.Module, tensors: dict[str, torch.Tensor], device: torch.device) -> None:

@@ -21,10 +21,6 @@ def names_without_blocks(source: WeightSource, removed: Collection[int]) -> dict
     parameter takes, such as those of multi-token prediction behind the last block, stay as they
     are.
 
-    Args:
-        source: the model.
-        removed: indices of the blocks that go.
-
     Raises:
         UnsupportedModelError: a stored tensor is of several blocks, its name has no number, or a
             block that stays has weights of one that goes.
@@ -62,13 +58,7 @@ def names_without_blocks(source: WeightSource, removed: Collection[int]) -> dict
 def name_without_blocks(
     architecture: Architecture, removed: Collection[int], name: str
 ) -> str | None:
-    """Return what a parameter is called when some blocks are gone; None if it goes with them.
-
-    Args:
-        architecture: with all blocks.
-        removed: indices of the blocks that go.
-        name: of the parameter in the model.
-    """
+    """Return what a parameter is called when some blocks are gone; None if it goes with them."""
     prefix = f"{architecture.blocks}."
     if not name.startswith(prefix):
         return name
@@ -79,11 +69,7 @@ def name_without_blocks(
 
 
 def _blocks_of_stored(source: WeightSource) -> dict[str, int]:
-    """Return the block of every stored tensor that is of one.
-
-    Raises:
-        UnsupportedModelError: one is of several.
-    """
+    """Return the block of every stored tensor that is of one, and of no other."""
     block_of: dict[str, int] = {}
     for block in range(source.architecture.block_count):
         for name in source.stored.within(source.architecture.block_prefix(block)):
@@ -133,11 +119,7 @@ def parameters_of_an_expert(source: WeightSource) -> dict[int, int]:
 
 
 def parameters_of_blocks(source: WeightSource) -> list[int]:
-    """Return how many parameters every block has.
-
-    Raises:
-        UnsupportedModelError: a stored tensor is of several blocks.
-    """
+    """Return how many parameters every block has."""
     found = [0] * source.architecture.block_count
     for name, block in _blocks_of_stored(source).items():
         if name in source.specs:

@@ -11,6 +11,7 @@ parameters as they are in memory; this module goes between the two, by transform
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,15 +23,17 @@ from cfsp.architecture.found import Architecture
 from cfsp.checkpoint.conversion import (
     Conversion,
     ModelShapes,
-    Place,
+    Placed,
+    as_saved,
     convert,
     find_conversions,
     meta,
     places,
     revert,
+    saved_state,
+    specs_made,
     without_choice,
 )
-from cfsp.checkpoint.stored_faults import faults_of, specs_made
 from cfsp.checkpoint.tensor_file import AGAIN, TensorSpec, specs_of
 from cfsp.errors import CheckpointError, UnsupportedModelError
 
@@ -39,10 +42,6 @@ if TYPE_CHECKING:
 
 # What every old checkpoint may hold in its layers and transformers keeps elsewhere.
 _OLD_BUFFER = "rotary_emb.inv_freq"
-
-
-# The place of each stored tensor in a parameter, and its shape; see `places`.
-Placed = tuple[dict[str, Place], tuple[int, ...]] | None
 
 
 @dataclass(frozen=True)
@@ -80,12 +79,8 @@ class StoredTensors:
     ) -> StoredTensors:
         """Find what becomes of the tensors of a checkpoint.
 
-        Args:
-            model: of the class and config that the checkpoint is loaded with; only names and
-                shapes count, so it may be on the meta device.
-            architecture: of the model.
-            specs: of the stored tensors.
-            label: what to call the checkpoint in an error.
+        The model is of the class and config that the checkpoint is loaded with; only names and
+        shapes count, so it may be on the meta device.
 
         Raises:
             CheckpointError: a tensor of a unit is missing or has another shape.
@@ -110,7 +105,7 @@ class StoredTensors:
             tied=tied,
             unused=tuple(unused),
             stale=tuple(_stale(model, unused)),
-            faults=faults_of(model, shapes, specs, made_by, parameters, tied),
+            faults=_faults_of(model, shapes, specs, made_by, parameters, tied),
             _shapes=shapes,
             _made_by=made_by,
         )
@@ -131,12 +126,7 @@ class StoredTensors:
         return StoredTensors(specs, parameters, tied, tuple(unused), (), faults, nothing, made_by)
 
     def _check_can_be_cut(self, architecture: Architecture, label: str) -> None:
-        """Check that all parameters that have channels or experts can be stored again.
-
-        Raises:
-            CheckpointError: one is missing or has another shape.
-            UnsupportedModelError: one has the values of another, or is not stored again as it was.
-        """
+        """Check that all parameters that have channels or experts can be stored again."""
         checked: set[object] = set()  # alike in all blocks
         for unit in architecture.units:
             for path in (*unit.axes, *unit.expert_axes):
@@ -163,13 +153,19 @@ class StoredTensors:
                 self._check_reverts(conversion)
 
     def _check_reverts(self, conversion: Conversion) -> None:
+        found: dict[str, TensorSpec] = {}
+        problem: Exception | None = None
         try:
             made = convert(conversion, meta(self.specs, conversion.stored), self._shapes)
             found = specs_of(revert(conversion, made, self._shapes.config))
         except Exception as error:  # whatever a converter says to shapes that it did not expect
-            raise _not_stored_again(conversion) from error
+            problem = error
         if found != {name: self.specs[name] for name in conversion.stored}:
-            raise _not_stored_again(conversion)
+            raise UnsupportedModelError(
+                f"{conversion.target}, made of {conversion.stored[0]}, cannot be stored again in "
+                "the form that the checkpoint has; load it with transformers, call "
+                "save_pretrained(), and prune the result"
+            ) from problem
 
     def sources(self, parameter: str) -> tuple[str, ...]:
         """Return the stored tensors that a parameter is made of; none if it is tied or missing."""
@@ -187,7 +183,7 @@ class StoredTensors:
         return list(dict.fromkeys(found))
 
     def assemble(
-        self, parameter: str, read: Callable[[str], Tensor], expert: int | None = None
+        self, parameter: str, read: Callable[..., Tensor], expert: int | None = None
     ) -> Tensor:
         """Return a parameter as the model in memory holds it.
 
@@ -195,16 +191,19 @@ class StoredTensors:
 
         Args:
             parameter: one that has sources.
-            read: gives a stored tensor by name.
-            expert: the index along its first axis that is asked for alone; None for all.
+            read: gives a stored tensor by name; with a number, what it has at that index of its
+                first axis.
+            expert: the index along the parameter's first axis that is asked for alone; None for
+                all.
         """
         conversion = self._made_by[parameter]
         placed = self._places_of(conversion)
-        if conversion.converter is None or placed is None:
+        if conversion.converter is None:
+            (name,) = conversion.stored
+            return read(name) if expert is None else read(name, expert)
+        if placed is None:
             tensors = {name: read(name) for name in conversion.stored}
-            whole = tensors[conversion.stored[0]]
-            if conversion.converter is not None:
-                whole = convert(conversion, tensors, self._shapes)[parameter]
+            whole = convert(conversion, tensors, self._shapes)[parameter]
             return whole if expert is None else whole[expert]
         place_of, shape = placed
         if expert is not None:
@@ -224,26 +223,24 @@ class StoredTensors:
     def as_stored(self, parameters: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
         """Return the stored tensors that parameters are made of; undo `assemble`.
 
-        Args:
-            parameters: all that `made_with` names for one of them; of any width, and with any
-                number of experts.
-            config: of the model that they are of.
+        The parameters, of a model of `config`, are all that `made_with` names for one of them; of
+        any width, and with any number of experts.
         """
         return revert(self._made_by[next(iter(parameters))], parameters, config)
+
+    def take_apart(self, parameter: str, tensor: Tensor) -> dict[str, Tensor] | None:
+        """Return the stored tensors that a parameter's value is made of, as views.
+
+        None where the conversion does more than put them side by side.
+        """
+        placed = self._places_of(self._made_by[parameter])
+        if placed is None:
+            return None
+        return {name: tensor[place] for name, place in placed[0].items()}
 
     def made_with(self, parameter: str) -> list[str]:
         """Return the parameters that are made of the same stored tensors, itself among them."""
         return self._targets[id(self._made_by[parameter])]
-
-    def _places_of(self, conversion: Conversion) -> Placed:
-        """Return `places`, found once: it is asked for of every expert."""
-        if id(conversion) not in self._places:
-            self._places[id(conversion)] = places(conversion, self.specs)
-        return self._places[id(conversion)]
-
-    @cached_property
-    def _places(self) -> dict[int, Placed]:
-        return {}
 
     @cached_property
     def _targets(self) -> dict[int, list[str]]:
@@ -252,27 +249,15 @@ class StoredTensors:
             found.setdefault(id(conversion), []).append(name)
         return found
 
-    def take_apart(self, parameter: str, tensor: Tensor) -> dict[str, Tensor] | None:
-        """Return the stored tensors that a parameter's value is made of, as views.
+    def _places_of(self, conversion: Conversion) -> Placed | None:
+        """Return `places`, found once: it is asked for of every expert."""
+        if id(conversion) not in self._places:
+            self._places[id(conversion)] = places(conversion, self.specs)
+        return self._places[id(conversion)]
 
-        None where the conversion does more than put them side by side.
-
-        Args:
-            parameter: one that has sources.
-            tensor: its value.
-        """
-        placed = self._places_of(self._made_by[parameter])
-        if placed is None:
-            return None
-        return {name: tensor[place] for name, place in placed[0].items()}
-
-
-def _not_stored_again(conversion: Conversion) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{conversion.target}, made of {conversion.stored[0]}, cannot be stored again in the form "
-        "that the checkpoint has; load it with transformers, call save_pretrained(), and prune the "
-        "result"
-    )
+    @cached_property
+    def _places(self) -> dict[int, Placed | None]:
+        return {}
 
 
 def _tied(model: PreTrainedModel, made_by: Mapping[str, Conversion]) -> dict[str, str]:
@@ -298,3 +283,53 @@ def _stale(model: PreTrainedModel, unused: Mapping[str, str]) -> Iterator[str]:
         prefixed = f"{model.base_model_prefix}.{module}"
         if module in modules or prefixed in modules or name.endswith(_OLD_BUFFER):
             yield name
+
+
+def _faults_of(
+    model: PreTrainedModel,
+    shapes: ModelShapes,
+    specs: Mapping[str, TensorSpec],
+    made_by: Mapping[str, Conversion],
+    made: Mapping[str, TensorSpec],
+    tied: Mapping[str, str],
+) -> dict[str, str]:
+    """Return what is wrong with the parameters that the stored tensors do not make up."""
+    optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    faulty = [
+        name
+        for name, tensor in shapes.tensors.items()
+        if name not in tied
+        and not (name in made and made[name].shape == tuple(tensor.shape))
+        and (name in made or not any(re.search(pattern, name) for pattern in optional))
+    ]
+    if not faulty:
+        return {}
+    expected = as_saved(model, {name: shapes.tensors[name] for name in saved_state(model)})
+    saved_as = {}
+    for conversion in find_conversions(model, expected)[0]:
+        for name in specs_made(conversion, specs_of(expected), shapes):
+            saved_as[name] = conversion.stored
+    faults = {}
+    for name in faulty:
+        of_this = made_by[name].stored if name in made_by else ()
+        is_converted = name in made_by and made_by[name].converter is not None
+        faults[name] = f"has no tensors that {name} can be made of"
+        if name in made:
+            faults[name] = (
+                f"has tensors for {name} of shape {list(made[name].shape)}, its config asks for "
+                f"{list(shapes.tensors[name].shape)}"
+            )
+        for stored in (*of_this, *saved_as.get(name, (name,))):
+            if stored in specs and stored not in expected and is_converted:
+                continue  # one of too many, or stored as it would not be saved now
+            wanted = expected.get(stored, shapes.tensors[name])
+            if stored not in specs:
+                faults[name] = f"lacks the tensor {stored}"
+                break
+            if specs[stored].shape != tuple(wanted.shape):
+                faults[name] = (
+                    f"has {stored} of shape {list(specs[stored].shape)}, its config asks for "
+                    f"{list(wanted.shape)}"
+                )
+                break
+    return faults

@@ -146,20 +146,23 @@ class TensorFile:
     def read(self, name: str) -> Tensor:
         """Return one tensor in the dtype in which it is stored."""
         spec = self.specs[name]
-        data = self._read_bytes(self._offsets[name], spec.nbytes)
-        return data.view(spec.dtype).reshape(spec.shape)
+        return self.read_part(name, 0, spec.elements).reshape(spec.shape)
 
     def read_part(self, name: str, start: int, stop: int) -> Tensor:
         """Return the elements of one tensor from one to another, flattened."""
         dtype = self.specs[name].dtype
-        offset = self._offsets[name] + start * dtype.itemsize
-        return self._read_bytes(offset, (stop - start) * dtype.itemsize).view(dtype)
-
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Return one tensor from one index of its first axis to another."""
-        before, spec = (self.specs[name].with_length(0, n) for n in (start, stop - start))
-        part = self.read_part(name, before.elements, before.elements + spec.elements)
-        return part.reshape(spec.shape)
+        data = torch.empty((stop - start) * dtype.itemsize, dtype=torch.uint8)
+        view = data.numpy().data
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self._offsets[name] + start * dtype.itemsize)
+            done = 0
+            while done < len(data):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise self._changed()
+                done += count
+            self._check_unchanged(file.fileno())
+        return data.view(dtype)
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """Yield the raw bytes of one tensor in pieces of at most 16 MB."""
@@ -174,20 +177,6 @@ class TensorFile:
                 left -= len(piece)
                 self._check_unchanged(file.fileno())
                 yield memoryview(piece)
-
-    def _read_bytes(self, offset: int, nbytes: int) -> Tensor:
-        data = torch.empty(nbytes, dtype=torch.uint8)
-        view = data.numpy().data
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(offset)
-            done = 0
-            while done < nbytes:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise self._changed()
-                done += count
-            self._check_unchanged(file.fileno())
-        return data
 
     def _check_unchanged(self, handle: int) -> None:
         if _version(handle) != self._version:
@@ -210,7 +199,7 @@ class FileTensor:
         return self.file.specs[self.name]
 
     def read(self) -> Tensor:
-        """Return the tensor."""
+        """Return the tensor in the dtype in which it is stored."""
         return self.file.read(self.name)
 
     def read_part(self, start: int, stop: int) -> Tensor:
@@ -219,7 +208,9 @@ class FileTensor:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return what is from one index of the first axis to another."""
-        return self.file.read_rows(self.name, start, stop)
+        before, found = (self.spec.with_length(0, n) for n in (start, stop - start))
+        part = self.read_part(before.elements, before.elements + found.elements)
+        return part.reshape(found.shape)
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the raw bytes."""
@@ -263,11 +254,8 @@ def outgoing_tensor(name: str, tensor: Tensor) -> OutgoingTensor:
 def write_tensor_file(path: Path, tensors: Sequence[OutgoingTensor]) -> str:
     """Write tensors one after another and return the file's SHA-256 as hex.
 
-    The digest is computed on a second thread, so that it hides behind the writing. The file
-    is flushed to the disk before this returns.
-
-    Raises:
-        OSError: the disk is full or not writable.
+    The digest is computed on a second thread, so that it hides behind the writing. The file is
+    flushed to the disk before this returns.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0

@@ -29,12 +29,7 @@ def longest_input_of(config: PreTrainedConfig) -> int | None:
 
 
 def text_fields_of(fields: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the part of a config.json that is of the text decoder; it is made where it lacks.
-
-    Args:
-        fields: the content of config.json.
-        config: the same, as an object.
-    """
+    """Return the part of a config's config.json that is of the text decoder, made if it lacks."""
     for name in text_path(config):
         fields = fields.setdefault(name, {})
     return fields

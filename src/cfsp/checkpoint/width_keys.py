@@ -5,7 +5,6 @@ What is tried are models without weights.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cfsp.architecture.discovery import find_architecture
-from cfsp.architecture.model_classes import model_class_of
+from cfsp.architecture.model_classes import empty_stock_model, with_values
 from cfsp.architecture.proof import small_run_of
-from cfsp.architecture.resizing import resize_ffn
 from cfsp.architecture.small_run import (
     TOLERANCE,
     difference,
@@ -23,13 +21,13 @@ from cfsp.architecture.small_run import (
     small_skeleton,
     small_tokens,
 )
-from cfsp.checkpoint.modeling_code import resized_attention
+from cfsp.checkpoint.config_blocks import facts_of
 from cfsp.settings import Part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from cfsp.architecture.found import Architecture, Unit
+    from cfsp.architecture.found import Architecture
 
 # Names of keys that may give a width although their value is none, or a part of one.
 _LIKE_A_WIDTH = ("intermediate", "ffn", "inner", "mlp", "expan", "ff_dim", "dim_ff")
@@ -37,36 +35,34 @@ _LIKE_A_WIDTH = ("intermediate", "ffn", "inner", "mlp", "expan", "ff_dim", "dim_
 
 @dataclass(frozen=True)
 class WidthKey:
-    """A key of a config that gives FFNs their width.
-
-    Attributes:
-        name: of the key, in the text config.
-        times: the width of the FFNs of every path that it is for, as a multiple of its value.
-    """
+    """A key of a text config that gives FFNs their width."""
 
     name: str
-    times: dict[str, int]
+    times: dict[str, int]  # path -> the width of the FFNs there, as a multiple of the value
 
 
 @dataclass(frozen=True)
 class WidthSearch:
-    """The keys of a stock config that give FFNs their width.
-
-    Attributes:
-        stock: the config.
-        widths: of its FFNs, by path.
-        keys: what was found.
-    """
+    """The keys of a stock config that give FFNs their width, and those widths by path."""
 
     stock: PreTrainedConfig
     widths: Mapping[str, set[int]]
     keys: Sequence[WidthKey]
 
     @staticmethod
-    def of(stock: PreTrainedConfig, units: Sequence[Unit]) -> WidthSearch:
-        """Search for the keys of the FFNs at the paths of some units."""
-        widths = _widths_by_path(stock, {unit.path for unit in units})
-        return WidthSearch(stock, widths, width_keys(stock, widths))
+    def of(stock: PreTrainedConfig, architecture: Architecture) -> WidthSearch:
+        """Search for the keys of the FFNs at the paths of an architecture's units.
+
+        A key counts if the model that is built with another value of it has other widths, in the
+        same proportion to the value, and is the same model in all else: a class may also scale an
+        output by the number.
+        """
+        widths = _widths_by_path(stock, {unit.path for unit in architecture.units})
+        asked = f"{type(stock).__name__} {sorted(widths)} {stock.to_json_string(use_diff=False)}"
+        if asked not in _found:
+            keys = _keys_by_trying(stock, widths)
+            _found[asked] = [key for key in keys if _says_widths_only(stock, key)]
+        return WidthSearch(stock, widths, _found[asked])
 
     def stock_values(
         self, architecture: Architecture, widths: Sequence[int]
@@ -108,36 +104,23 @@ class WidthSearch:
         return {}
 
 
-def width_keys(config: PreTrainedConfig, widths: Mapping[str, set[int]]) -> list[WidthKey]:
-    """Return the keys of a config that give FFNs their width, found by trying.
-
-    A key counts if the model that is built with another value of it has other widths, in the same
-    proportion to the value, and is the same model in all else: a class may also scale an output by
-    the number.
-
-    Args:
-        config: of the stock model.
-        widths: those of its FFNs, by path.
-    """
-    asked = f"{type(config).__name__} {sorted(widths)} {config.to_json_string(use_diff=False)}"
-    if asked not in _found:
-        _found[asked] = [
-            key for key in _keys_by_trying(config, widths) if _says_widths_only(config, key)
-        ]
-    return _found[asked]
-
-
 # One command asks several times.
 _found: dict[str, list[WidthKey]] = {}
 
 
 def _keys_by_trying(config: PreTrainedConfig, widths: Mapping[str, set[int]]) -> Iterator[WidthKey]:
     """Yield the keys that give FFNs their width, whatever else they may say."""
-    for name, value in _candidates(config, set().union(*widths.values())):
-        changed = copy.deepcopy(config)
+    known = set().union(*widths.values())
+    for name, old in config.get_text_config(decoder=True).to_dict().items():
+        like = any(word in name for word in _LIKE_A_WIDTH)
+        if old is None and like:
+            value = min(known) // 2
+        elif type(old) is int and old > 1 and (old in known or like):
+            value = old // 2
+        else:
+            continue
         try:
-            setattr(changed.get_text_config(decoder=True), name, value)
-            after = _widths_by_path(changed, set(widths))
+            after = _widths_by_path(with_values(config, {name: value}), set(widths))
         except Exception:  # whatever a config or class does with a number that it does not expect
             continue
         affected = [path for path in widths if after.get(path) != widths[path]]
@@ -155,17 +138,14 @@ def _keys_by_trying(config: PreTrainedConfig, widths: Mapping[str, set[int]]) ->
 def _says_widths_only(config: PreTrainedConfig, key: WidthKey) -> bool:
     """Return whether a small model, built with twice the value and cut back, computes the same."""
     run = small_run_of(config)
-    architecture = run.architecture
+    architecture, model = run.architecture, run.model
     units = [unit for unit in architecture.units if unit.path in key.times]
-    changed: Any = copy.deepcopy(run.model.config)
     value = 2 * units[0].width // key.times[units[0].path]
-    setattr(changed.get_text_config(decoder=True), key.name, value)
     try:
-        built = small_skeleton(changed, type(run.model))
+        built = small_skeleton(with_values(model.config, {key.name: value}), type(model))
         for unit in units:
-            block = built.get_submodule(architecture.blocks)[unit.block]
-            resize_ffn(block, unit.width, unit.plain_axes, unit.plain_attributes)
-        decoder, same = (model.get_submodule(architecture.decoder) for model in (built, run.model))
+            unit.resize(built.get_submodule(architecture.blocks)[unit.block], unit.width)
+        decoder, same = (each.get_submodule(architecture.decoder) for each in (built, model))
         decoder.load_state_dict(same.state_dict(), assign=True)
         found = run_decoder(decoder, small_tokens(built))
     except Exception:  # whatever a class does with a number that it does not expect
@@ -173,36 +153,19 @@ def _says_widths_only(config: PreTrainedConfig, key: WidthKey) -> bool:
     return difference(found, run.decoder_output()) <= TOLERANCE
 
 
-def _candidates(config: PreTrainedConfig, widths: set[int]) -> Iterator[tuple[str, int]]:
-    """Yield keys of the text config that may give a width, with another value to try."""
-    text_config = config.get_text_config(decoder=True)
-    for name, value in text_config.to_dict().items():
-        like = any(word in name for word in _LIKE_A_WIDTH)
-        if value is None and like:
-            yield name, min(widths) // 2
-        elif type(value) is int and value > 1 and (value in widths or like):
-            yield name, value // 2
-
-
 def _widths_by_path(config: PreTrainedConfig, paths: set[str]) -> dict[str, set[int]]:
     """Return the widths of the FFNs that the stock class builds, by their path in a block."""
     found: dict[str, set[int]] = {}
-    for (_, path), width in widths_by_place(empty_stock_model(config)).items():
+    for (_, path), width in _widths_by_place(empty_stock_model(config)).items():
         if path in paths:
             found.setdefault(path, set()).add(width)
     return found
 
 
-def widths_by_place(model: PreTrainedModel, part: Part = "ffn") -> dict[tuple[int, str], int]:
+def _widths_by_place(model: PreTrainedModel, part: Part = "ffn") -> dict[tuple[int, str], int]:
     """Return the widths of the units that a model seems to have, by their block and path in it."""
     units = find_architecture(model, part).units
     return {(unit.block, unit.path): unit.width for unit in units}
-
-
-def empty_stock_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """Return the model that the stock class builds, on the meta device."""
-    with torch.device("meta"):
-        return model_class_of(config)._from_config(config)
 
 
 def units_are_found(
@@ -216,15 +179,12 @@ def units_are_found(
     An FFN that is much narrower than the hidden size may not be recognised as one any more, and a
     key may say the width of something else too, such as FFNs that the proof refused.
     """
-    changed = copy.deepcopy(stock)
-    for name, value in values.items():
-        setattr(changed.get_text_config(decoder=True), name, value)
-    model = empty_stock_model(changed)
+    model = empty_stock_model(with_values(stock, values))
     if _other_shapes(model, architecture) != _other_shapes(empty_stock_model(stock), architecture):
         return False
     places = [(unit.block, unit.path) for unit in architecture.units]
     # Those that the proof refused are found as well.
-    width_of = widths_by_place(model)
+    width_of = _widths_by_place(model)
     if widths is None:
         return all(place in width_of for place in places)
     return all(width_of.get(at) == width for at, width in zip(places, widths, strict=True))
@@ -249,14 +209,9 @@ def stock_heads(
 
     None if it cannot: the model that is built with these numbers must be the one that is resized,
     in every shape and every number that a module keeps.
-
-    Args:
-        stock: the config.
-        architecture: with the attentions.
-        widths: KV groups of each.
     """
     units, resized = architecture.units, empty_stock_model(stock)
-    width_of = widths_by_place(resized, "kv")
+    width_of = _widths_by_place(resized, "kv")
     # What can only go whole has no groups that are found.
     stock_widths = [width_of.get((unit.block, unit.path), unit.width) for unit in units]
     if stock_widths == list(widths):
@@ -272,28 +227,13 @@ def stock_heads(
     values = {"num_attention_heads": heads // groups * widths[0], "head_dim": size}
     if getattr(text_config, "num_key_value_heads", None) is not None:
         values["num_key_value_heads"] = widths[0]
-    changed = copy.deepcopy(stock)
     try:
-        for name, value in values.items():
-            setattr(changed.get_text_config(decoder=True), name, value)
-        built = empty_stock_model(changed)
+        built = empty_stock_model(with_values(stock, values))
     except Exception:  # whatever a config or class does with numbers that it does not expect
         return None
     blocks: Any = resized.get_submodule(architecture.blocks)
     for unit, width in zip(units, widths, strict=True):
-        resized_attention(blocks[unit.block], unit, width)
-    if _numbers_of(built, architecture) != _numbers_of(resized, architecture):
+        unit.resize(blocks[unit.block], width)
+    if facts_of(built) != facts_of(resized):
         return None
     return {text_config.attribute_map.get(name, name): value for name, value in values.items()}
-
-
-def _numbers_of(model: PreTrainedModel, architecture: Architecture) -> dict[str, object]:
-    """Return the shapes of a model's tensors and the numbers that its modules keep."""
-    found: dict[str, object] = {}
-    for named in (model.named_parameters, model.named_buffers):
-        found |= {name: tuple(tensor.shape) for name, tensor in named()}
-    for path, module in model.get_submodule(architecture.decoder).named_modules():
-        for name, value in vars(module).items():
-            if type(value) in (int, float):
-                found[f"{path} {name}"] = value
-    return found

@@ -32,16 +32,11 @@ def write_config(
 ) -> None:
     """Write config.json of the pruned model, and its modelling file if it needs one.
 
-    Args:
-        source: the model that was pruned.
-        target: the directory.
-        widths: of every FFN unit of the blocks that stay.
-        removed: indices of the blocks that go.
-        experts: how many routed experts of each block stay; None for all.
+    Arguments are those of `pruned_config`.
     """
     fields = read_plain_fields(source.directory)
     pruned, file = pruned_fields_and_file(
-        fields, source.config, source.architecture, removed, widths, experts
+        fields, source.config, source.architecture, widths, removed, experts
     )
     (target / CONFIG_FILE).write_text(json.dumps(pruned, indent=2) + "\n", encoding="utf-8")
     if file is not None:
@@ -49,11 +44,7 @@ def write_config(
 
 
 def copy_travelling_files(source_directory: Path, target: Path) -> None:
-    """Copy tokenizer, processor, chat templates, generation config, licence and notices.
-
-    Raises:
-        CheckpointError: a link would carry something else.
-    """
+    """Copy tokenizer, processor, chat templates, generation config, licence and notices."""
     check_links(source_directory)  # again: hours may have passed since it was opened
     for path in sorted(source_directory.iterdir()):
         travels = _is_one_of((*READ, *TERMS), path)

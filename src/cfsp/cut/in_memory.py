@@ -29,14 +29,14 @@ def build_pruned_model(
 
     `in_features` and `out_features` are right, so PEFT attaches; `save_pretrained` writes what
     `cfsp prune` writes but for the files that only cfsp reads. What `cfsp inspect` tells of those
-    travels in the config, as `cfsp`.
+    (`facts`, as JSON types) travels in the config, as `cfsp`.
 
     Args:
         model: the original; stays as it is and shares its unpruned tensors.
         source: the same model as a weight source.
         plan: which channels stay.
-        repaired: parameters that repair changed, by their names in the source, in pruned shape.
-        facts: how it was pruned, as JSON types; None to say nothing of it.
+        repaired: parameters that repair changed, by their origin, in pruned shape.
+        facts: how it was pruned; None to say nothing of it.
     """
     smaller = PrunedSource(source, plan, repaired)
     config = smaller.config

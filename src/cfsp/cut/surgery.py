@@ -11,6 +11,7 @@ in memory at a time, at most the experts of one block.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -20,8 +21,8 @@ from torch import Tensor
 
 from cfsp.checkpoint.conversion import meta
 from cfsp.checkpoint.pruned_config import pruned_config
-from cfsp.checkpoint.reading import WeightSource, channel_parameters
-from cfsp.checkpoint.shards import MAX_SHARD_BYTES, WrittenWeights, write_shards
+from cfsp.checkpoint.reading import WeightSource
+from cfsp.checkpoint.shards import MAX_SHARD_BYTES, write_shards
 from cfsp.checkpoint.stored_blocks import name_without_blocks, names_without_blocks
 from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import (
@@ -54,7 +55,7 @@ class PrunedSource(WeightSource):
     ) -> None:
         removed = plan.removed_blocks
         self.config = pruned_config(
-            source.config, source.architecture, removed, plan.kept_widths, plan.kept_experts
+            source.config, source.architecture, plan.kept_widths, removed, plan.kept_experts
         )
         architecture = source.architecture.without_blocks(removed)
         if plan.kept_experts is not None:
@@ -62,12 +63,10 @@ class PrunedSource(WeightSource):
         self.architecture = architecture.with_widths(plan.kept_widths)
         self.label = source.label
         self._source, self._plan, self._repaired = source, plan, repaired
-        self._channels = channel_parameters(source.architecture)
-        self._routed = {
-            source.architecture.block_prefix(unit.block) + path: (index, axis)
-            for index, unit in enumerate(source.units)
-            for path, axis in unit.expert_axes.items()
-            if plan.units[index].loses_experts
+        self._cut = {
+            source.architecture.block_prefix(unit.block) + path: (unit, entry, path)
+            for unit, entry in zip(source.units, plan.units, strict=True)
+            for path in (*unit.axes, *unit.expert_axes)
         }
         self._gone = tuple(
             f"{source.architecture.module_name(unit)}."
@@ -75,7 +74,13 @@ class PrunedSource(WeightSource):
             if not entry.kept
         )
         self._origin = self._renamed({name: name for name in source.parameters})
-        names = self._names = self._stored_names()
+        gone = {name for prefix in self._gone for name in source.stored.within(prefix)}
+        # Stored tensors that stay, if no expert goes, and what they will be called.
+        names = self._names = {
+            name: new
+            for name, new in names_without_blocks(source, removed).items()
+            if name not in gone
+        }
         self._unused = {names[name]: name for name in source.stored.unused if name in names}
         self.specs = {
             **{new: source.specs[name] for new, name in self._unused.items()},
@@ -99,49 +104,40 @@ class PrunedSource(WeightSource):
         pairs = ((self._new_name(name), value) for name, value in of_all.items())
         return {new: value for new, value in pairs if new is not None}
 
-    def _stored_names(self) -> dict[str, str]:
-        """Return the stored tensors that stay, if no expert goes, and what they will be called."""
-        names = names_without_blocks(self._source, self._plan.removed_blocks)
-        gone = {name for prefix in self._gone for name in self._source.stored.within(prefix)}
-        return {name: new for name, new in names.items() if name not in gone}
-
     def origin(self, name: str) -> str:
         """Return what a parameter is called in the model that this one is cut from."""
         return self._origin.get(name, name)
 
-    def read(self, name: str) -> Tensor:
-        """Return one tensor in its own dtype."""
-        if name in self._origin:
-            return self._value(self._origin[name])
-        return self._source.read(self._unused[name])
+    def read(self, name: str, row: int | None = None) -> Tensor:
+        """Return one tensor in its own dtype, or what it has at one index of its first axis."""
+        if name not in self._origin:
+            return self._source.read(self._unused[name], row)
+        whole = self._value(self._origin[name])
+        return whole if row is None else whole[row]
 
     def _spec(self, origin: str) -> TensorSpec:
         spec = self._source.parameters[origin]
-        if origin in self._routed:
-            index, axis = self._routed[origin]
-            return spec.with_length(axis, len(self._plan.units[index].kept_ffns))
-        if origin in self._channels:
-            index, path = self._channels[origin]
-            along, entry = self._source.units[index].axes[path], self._plan.units[index]
+        if origin not in self._cut:
+            return spec
+        unit, entry, path = self._cut[origin]
+        if path in unit.axes:
+            along = unit.axes[path]
             spec = spec.with_length(along.axis, along.entries * entry.kept_width)
-            if entry.loses_experts:
-                spec = spec.with_length(0, len(entry.kept_ffns))
+        if entry.loses_experts:
+            spec = spec.with_length(unit.expert_axes.get(path, 0), len(entry.kept_ffns))
         return spec
 
     def _value(self, origin: str) -> Tensor:
         if origin in self._repaired:
             return self._repaired[origin].read(origin)
         tensor = self._source.parameter(origin)
-        if origin in self._routed:
-            index, axis = self._routed[origin]
-            kept = torch.tensor(self._plan.units[index].kept_ffns, device=tensor.device)
-            return tensor.index_select(axis, kept)
-        if tensor.shape != self._spec(origin).shape:
-            index, path = self._channels[origin]
-            entry = self._plan.units[index]
-            kept_EK = [entry.kept_of(ffn) for ffn in range(entry.ffns)]
-            tensor = self._source.units[index].select(path, tensor, kept_EK)
-        return tensor
+        if tensor.shape == self._spec(origin).shape:
+            return tensor
+        unit, entry, path = self._cut[origin]
+        if path in unit.expert_axes:
+            kept = torch.tensor(entry.kept_ffns, device=tensor.device)
+            return tensor.index_select(unit.expert_axes[path], kept)
+        return unit.select(path, tensor, [entry.kept_of(ffn) for ffn in range(entry.ffns)])
 
     def outgoing(self) -> Iterator[OutgoingTensor]:
         """Yield the tensors to be written, in the source's order and in the form of its own."""
@@ -159,10 +155,9 @@ class PrunedSource(WeightSource):
                 continue
             if origins[0] not in changed:
                 specs = {origin: self._spec(origin) for origin in origins}
-                changed[origins[0]] = _Changed(
-                    specs_of(self._as_stored(meta(specs, origins))),
-                    partial(self._values_as_stored, origins),
-                )
+                empty = source.stored.as_stored(meta(specs, origins), self.config)
+                make = partial(self._values_as_stored, origins)
+                changed[origins[0]] = _Changed(specs_of(empty), make)
             group = changed[origins[0]]
             if name in group.specs:  # else of an expert too many
                 yield OutgoingTensor(new, group.specs[name], partial(group.chunks, name))
@@ -171,31 +166,23 @@ class PrunedSource(WeightSource):
         return origin in self._repaired or self._spec(origin) != self._source.parameters[origin]
 
     def _values_as_stored(self, origins: Sequence[str]) -> dict[str, Tensor]:
-        return self._as_stored({origin: self._value(origin) for origin in origins})
-
-    def _as_stored(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        values = {origin: self._value(origin) for origin in origins}
         return self._source.stored.as_stored(values, self.config)
 
 
+@dataclass
 class _Changed:
-    """Stored tensors that are made anew together, when the first of them is written.
+    """Stored tensors that are made anew together, when the first of them is written."""
 
-    Args:
-        specs: of these tensors, by their names in the source.
-        make: makes them.
-    """
-
-    def __init__(
-        self, specs: Mapping[str, TensorSpec], make: Callable[[], dict[str, Tensor]]
-    ) -> None:
-        self.specs, self._make = specs, make
-        self._left: dict[str, Tensor] = {}
+    specs: Mapping[str, TensorSpec]  # by their names in the source
+    make: Callable[[], dict[str, Tensor]]
+    left: dict[str, Tensor] = field(default_factory=dict)
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """Yield the raw bytes of one of them."""
-        if name not in self._left:
-            self._left = self._make()
-        yield from tensor_chunks(self._left.pop(name))
+        if name not in self.left:
+            self.left = self.make()
+        yield from tensor_chunks(self.left.pop(name))
 
 
 def pruned_specs(source: WeightSource, plan: PruningPlan) -> dict[str, TensorSpec]:
@@ -209,19 +196,10 @@ def write_pruned_weights(
     directory: Path,
     repaired: Mapping[str, TensorFile] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> WrittenWeights:
-    """Write the pruned model's tensors as one or more safetensors files.
+) -> dict[str, str]:
+    """Write the pruned model's tensors as safetensors files; return the SHA-256 of each.
 
-    Args:
-        source: the model.
-        plan: which channels stay; must fit the source.
-        directory: an existing directory.
-        repaired: parameters that repair changed, by their `origin`, already in pruned shape.
-        max_shard_bytes: size of a shard; a larger single tensor gets a shard of its own.
-
-    Raises:
-        OSError: the disk is full or not writable.
-        CheckpointError: the source ended or changed.
+    Arguments are those of `PrunedSource` and `write_shards`, which also says what it raises.
     """
     pruned = PrunedSource(source, plan, repaired or {})
     return write_shards(directory, list(pruned.outgoing()), max_shard_bytes)

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfsp.checkpoint.gguf_vocabulary import PRE_TOKENIZER_KEY
+from cfsp.checkpoint.gguf_import import PRE_TOKENIZER_KEY
 from cfsp.checkpoint.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer, recognised, steps_of
 from cfsp.errors import ExportError
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import check_is_outside, staged_directory, staged_file
-from cfsp.checkpoint.reading import Checkpoint
-from cfsp.checkpoint.skeleton import check_complete
+from cfsp.checkpoint.reading import Checkpoint, check_complete
 from cfsp.errors import UsageError, did_you_mean
 from cfsp.exports import decilm, gguf, openvino
 from cfsp.exports.target import ExportOptions, ExportReport, Written
@@ -36,7 +35,6 @@ def export(
     weight_type: str | None = None,
     pre_tokenizer: str | None = None,
     verify: bool = True,
-    revision: str | None = None,
 ) -> ExportReport:
     """Write a model in the layout that other software reads, and check the copy.
 
@@ -50,13 +48,12 @@ def export(
             model's own.
         pre_tokenizer: gguf: llama.cpp's name of the pre-tokenizer, where it cannot be told.
         verify: read the copy back and compare its logits with the model's, in float32.
-        revision: branch, tag or commit of a hub id.
 
     Raises:
         CfspError: anything that a user can cause; nothing is left behind.
     """
     return export_checkpoint(
-        open_checkpoint(model, revision),
+        open_checkpoint(model),
         to,
         Path(out),
         ExportOptions(weight_type, pre_tokenizer),

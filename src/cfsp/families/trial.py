@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+import math
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from multiprocessing import active_children, get_context
+from multiprocessing.connection import Connection, wait
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from cfsp.architecture.experts import with_experts
-from cfsp.architecture.found import Architecture
 from cfsp.architecture.model_classes import check_is_decoder
 from cfsp.architecture.proof import prove, small_run_of
 from cfsp.errors import CfspError, UnsupportedModelError, first_line
-from cfsp.families.apart import NoAnswerError, call_apart, stop_calls
 from cfsp.families.catalogue import Family, Reasons
 from cfsp.settings import PARTS, Part
 from cfsp.streaming.block_proof import prove_without_attentions, prove_without_blocks
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    pass
 
 # Seconds. For a few types all proofs take more than two minutes on a slow core.
 PROOF_LIMIT = 300.0
 MOST_AT_A_TIME = 4
+# What takes seconds to import; it is imported once for all processes.
+_IMPORTED = (
+    "accelerate",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+    "cfsp.families.trial",
+)
+# After the answer, to leave nothing behind.
+_LAST_SECONDS = 10.0
+_SHARE_OF_WAITING = 10
+# Two threads must not look after one process.
+_LOCK = Lock()
 
 
 def verdicts(families: Sequence[Family]) -> Iterator[Reasons]:
@@ -67,7 +82,8 @@ def _why_not(family: Family) -> Reasons:
     if not isinstance(ffns, str):
         blocks = list(range(ffns.block_count))
         found["blocks"] = _tried(_one_goes, blocks, partial(prove_without_blocks, config))
-        found["experts"] = _tried(_experts_go, ffns, config, model_class)
+        run = partial(small_run_of, config, model_class)
+        found["experts"] = _tried(lambda: with_experts(ffns, config, run()))
     return {part: reason if isinstance(reason, str) else None for part, reason in found.items()}
 
 
@@ -82,15 +98,7 @@ def _tried(proof: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _one_goes(blocks: Sequence[int], proof: Callable[[Sequence[int]], None]) -> None:
-    """Prove that one of some blocks can go: that in the middle, the last, or one of the first.
-
-    Args:
-        blocks: ascending.
-        proof: of those that go.
-
-    Raises:
-        UnsupportedModelError: none of these can; why the first one can't.
-    """
+    """Prove that one of some blocks can go: that in the middle, the last, or one of the first."""
     first: UnsupportedModelError | None = None
     for block in dict.fromkeys((blocks[len(blocks) // 2], blocks[-1], *blocks[:2])):
         try:
@@ -102,7 +110,78 @@ def _one_goes(blocks: Sequence[int], proof: Callable[[Sequence[int]], None]) -> 
     raise first
 
 
-def _experts_go(
-    architecture: Architecture, config: PreTrainedConfig, model_class: type[PreTrainedModel]
+class NoAnswerError(Exception):
+    """The process ended without an answer, or had none in time."""
+
+
+def call_apart(function: Callable[..., Any], *arguments: Any, seconds: float) -> Any:
+    """Call a function of a module in a process with one thread; return what it returns.
+
+    Arguments and answer must survive pickling. It is stopped after computing so many seconds, or
+    after ten times as long in all: on a busy machine it is slow through no fault of its own.
+
+    Raises:
+        NoAnswerError: it crashed, or was stopped.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(list(_IMPORTED))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(
+        target=_send, args=(function, arguments, seconds, sender), daemon=True
+    )
+    with _LOCK:
+        process.start()
+    sender.close()
+    answered, late = False, f"no verdict after {seconds:.0f} seconds"
+    try:
+        if not receiver.poll(_SHARE_OF_WAITING * seconds):
+            raise NoAnswerError(late)
+        answer = receiver.recv()
+        answered = True
+        return answer
+    except EOFError:
+        with _LOCK:
+            process.join()
+        if process.exitcode == -signal.SIGXCPU:
+            raise NoAnswerError(late) from None
+        raise NoAnswerError(f"its process ended with status {process.exitcode}") from None
+    finally:
+        receiver.close()
+        if answered:
+            wait([process.sentinel], _LAST_SECONDS)
+        with _LOCK:
+            process.kill()
+            process.join()
+
+
+def stop_calls() -> None:
+    """Stop all processes that still compute; who waits for one is told so."""
+    with _LOCK:
+        for process in active_children():
+            process.kill()
+
+
+def _send(
+    function: Callable[..., Any], arguments: tuple[Any, ...], seconds: float, sender: Connection
 ) -> None:
-    with_experts(architecture, config, small_run_of(config, model_class))
+    import torch
+    import transformers
+
+    _stop_after(seconds)
+    # What classes and libraries say on the way is not about the user's work.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    sender.send(function(*arguments))
+
+
+def _stop_after(seconds: float) -> None:
+    """Let the system stop this process after computing so long, where it can."""
+    try:
+        import resource
+    except ImportError:  # not everywhere: the time in all is limited as well
+        return
+    _, hardest = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), hardest))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cfsp.architecture.expert_proof import why_not
+from cfsp.architecture import expert_proof
 from cfsp.architecture.experts import counts_near
 from cfsp.architecture.proof import small_run_of
 from cfsp.checkpoint.config_widths import stock_config
@@ -91,7 +91,7 @@ def experts_to_remove(source: WeightSource, wanted: float, *, exactly: bool) -> 
 def runs_with(source: WeightSource, count: int) -> bool:
     """Return whether the model runs with so many experts in every block."""
     run = small_run_of(stock_config(source.config))
-    return why_not(source.architecture, run, count) is None
+    return expert_proof.runs_with(source.architecture, run, count)
 
 
 def lost_output(statistics: UnitStatistics, kept: list[int]) -> float:

@@ -129,7 +129,6 @@ def recover(
     seqlen: int = Training.seqlen,
     keep_adapter: bool = False,
     device: str = "auto",
-    revision: str | None = None,
     command: str | None = None,
     started: float | None = None,
     **advanced: Any,
@@ -154,7 +153,6 @@ def recover(
         seqlen: tokens in a window to train on.
         keep_adapter: also write the PEFT adapter, into `out/adapter`.
         device: where to train; `auto` is an accelerator if there is one.
-        revision: branch, tag or commit of a hub id.
         command: what the manifest gives as the command; None for this call.
         started: when `max_minutes` began, in seconds of `time.monotonic()`; None for now.
         **advanced: what else `cfsp recover --help` and `--help-all` list, by the same names.
@@ -184,7 +182,7 @@ def recover(
     check_texts(settings.data, "calibration")
     check_texts(settings.evaluation.names, "evaluation")
     return recover_checkpoint(
-        open_checkpoint(model, revision),
+        open_checkpoint(model),
         Path(out),
         settings,
         command=f"cfsp.recover({str(model)!r}, ...)" if command is None else command,

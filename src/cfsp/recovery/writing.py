@@ -46,7 +46,7 @@ def write_recovered_weights(
         for name, spec in source.specs.items()
     ]
     assert all(tensor.spec == source.specs[tensor.name] for tensor in outgoing)
-    return write_shards(directory, outgoing).digests
+    return write_shards(directory, outgoing)
 
 
 def _stored(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cfsp.checkpoint.config_widths import check_attentions_can_go_alone
+from cfsp.checkpoint.pruned_config import check_attentions_can_go_alone
 from cfsp.checkpoint.reading import parameter_count
 from cfsp.checkpoint.stored_blocks import parameters_of_an_expert
 from cfsp.errors import BudgetError

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cfsp.checkpoint.config_widths import config_with_widths
 from cfsp.checkpoint.pruned_config import pruned_config
 from cfsp.checkpoint.skeleton import architecture_of
 from cfsp.errors import UsageError
@@ -67,7 +66,7 @@ class SmallerModel:
     def config(self) -> PreTrainedConfig:
         """Return the config."""
         architecture = architecture_of(self.original, self.parts)
-        return pruned_config(self.original, architecture, self.removed, self.widths, None)
+        return pruned_config(self.original, architecture, self.widths, self.removed)
 
 
 @dataclass(frozen=True)
@@ -116,4 +115,4 @@ class ShapedModel:
         widths = self.widths()
         fields.update(num_hidden_layers=len(widths), intermediate_size=max(widths))
         config: PreTrainedConfig = CONFIG_MAPPING[fields.pop("model_type")](**fields)
-        return config_with_widths(config, architecture_of(config), widths)
+        return pruned_config(config, architecture_of(config), widths)

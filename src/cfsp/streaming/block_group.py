@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cfsp.checkpoint.skeleton import fill, read_tensors, unload
+from cfsp.checkpoint.reading import read_tensors
+from cfsp.checkpoint.skeleton import fill, unload
 from cfsp.streaming.call_recorder import BlockCall
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ no difference to what follows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,16 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.architecture.block_names import blocks_in_words, index_without
-from cfsp.architecture.expert_proof import experts_fail
+from cfsp.architecture.expert_proof import check_experts
 from cfsp.architecture.experts import refused_experts
+from cfsp.architecture.model_classes import with_values
 from cfsp.architecture.proof import small_run_of
 from cfsp.architecture.resizing import remove_attentions
 from cfsp.architecture.small_run import (
-    LEAST_EFFECT,
     TOLERANCE,
+    FailedCheckError,
     SmallRun,
+    check_bites,
+    check_same,
     difference,
-    fails,
     first_tensor,
     run_decoder,
     set_parameter,
@@ -35,7 +37,6 @@ from cfsp.architecture.small_run import (
 )
 from cfsp.checkpoint.config_blocks import (
     changes_without_blocks,
-    config_without_blocks,
     same_changes,
     stock_without_blocks,
 )
@@ -96,9 +97,10 @@ def prove_without_blocks(stock: PreTrainedConfig, removed: Collection[int]) -> N
             f"{what}: they failed the check skipped: expected that the others need nothing of them "
             f"but a hidden state, found {first_line(error)}"
         ) from error
-    _check_bites(run_decoder(decoder, tokens_BT), expected, what)
-    cut = _cut(run, changes, removed)
-    _check_same("cut", "these blocks skipped", lambda: run_decoder(cut, tokens_BT), expected, what)
+    with _refused(what):
+        check_bites("without them", run_decoder(decoder, tokens_BT), expected)
+        compute = partial(run_decoder, _cut(run, changes, removed), tokens_BT)
+        check_same("cut", "the output with these blocks skipped", compute, expected)
 
 
 def check_attentions_can_go(
@@ -156,13 +158,14 @@ def prove_without_attentions(
             attention = run.blocks[unit.block].get_submodule(unit.path)
             stack.callback(attention.register_forward_hook(_nothing).remove)
         expected = run_decoder(decoder, tokens_BT)
-    _check_bites(dense, expected, what)
-    caches = difference(_run_with_cache(decoder, tokens_BT), dense) <= TOLERANCE
-    with _without_attentions(run, attentions, leaving, kinds):
-        for check, compute in (("cut", run_decoder), ("cache", _run_with_cache)):
-            if check == "cut" or caches:  # else the model with all of them fails too
-                again = partial(compute, decoder, tokens_BT)
-                _check_same(check, "nothing from them", again, expected, what)
+    with _refused(what):
+        check_bites("without them", dense, expected)
+        caches = difference(_run_with_cache(decoder, tokens_BT), dense) <= TOLERANCE
+        with _without_attentions(run, attentions, leaving, kinds):
+            for check, compute in (("cut", run_decoder), ("cache", _run_with_cache)):
+                if check == "cut" or caches:  # else the model with all of them fails too
+                    again = partial(compute, decoder, tokens_BT)
+                    check_same(check, "the output with nothing from them", again, expected)
 
 
 def check_experts_can_go(
@@ -182,26 +185,19 @@ def check_experts_can_go(
         stock_config(source.config), source.architecture, removed_blocks
     )
     kept = {index_without(removed_blocks, block): experts for block, experts in kept.items()}
-    if reason := experts_fail(architecture, small_run_of(stock), kept):
-        raise refused_experts(architecture, f"they failed {reason}")
+    try:
+        check_experts(architecture, small_run_of(stock), kept)
+    except FailedCheckError as failure:
+        raise refused_experts(architecture, f"they failed the check {failure}") from failure
 
 
-def _check_bites(dense: Tensor, expected: Tensor, what: str) -> None:
-    """Check that the output is another without what goes: else comparing it proves nothing."""
-    effect = difference(dense, expected)
-    if not effect > LEAST_EFFECT:
-        raise UnsupportedModelError(
-            f"{what}: they failed the check bites: expected another output without them, found a "
-            f"difference of {effect:.1e}"
-        )
-
-
-def _check_same(
-    check: str, condition: str, compute: Callable[[], Tensor], expected: Tensor, what: str
-) -> None:
-    """Check that a model without what goes computes what the whole one does on a condition."""
-    if reason := fails(check, f"the output with {condition}", compute, expected):
-        raise UnsupportedModelError(f"{what}: they failed the check {reason}")
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Say in words what can't go where a check fails."""
+    try:
+        yield
+    except FailedCheckError as failure:
+        raise UnsupportedModelError(f"{what}: they failed the check {failure}") from failure
 
 
 def _check_some_stay(
@@ -271,7 +267,7 @@ def _cut(run: SmallRun, changes: Mapping[str, Any], removed: Collection[int]) ->
     config: Any = run.model.config
     count = run.architecture.block_count
     kept = [block for block in range(count) if block not in removed]
-    smaller = config_without_blocks(config, same_changes(config, changes, kept, count))
+    smaller = with_values(config, same_changes(config, changes, kept, count))
     model: Any = small_skeleton(smaller, type(run.model))
     for name, parameter in run.model.named_parameters(remove_duplicate=False):
         new = name_without_blocks(run.architecture, removed, name)

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.architecture.activations import OnOutput, observed_activations, observed_sublayers
+from cfsp.checkpoint.reading import read_tensors
 from cfsp.checkpoint.skeleton import (
     blocks_of,
     build_skeleton,
     fill,
-    read_tensors,
     unload,
 )
 from cfsp.errors import CalibrationError

@@ -8,9 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from cfsp.checkpoint.skeleton import build_skeleton, fill_parameters
+from cfsp.architecture.small_run import set_parameter
+from cfsp.checkpoint.reading import read_parameter
+from cfsp.checkpoint.skeleton import build_skeleton
 from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.streaming.decoder_end import DecoderEnd, parameters_of_end
 
@@ -36,7 +38,9 @@ class Head:
             model = build_skeleton(source.config, dtype)
             found = source.architecture
             names = parameters_of_end(model, found.decoder, found.blocks)
-            fill_parameters(model, list(names), source, dtype, device)
+            for name in names:
+                tensor = read_parameter(source, name, dtype).to(device)
+                set_parameter(model, name, nn.Parameter(tensor, requires_grad=False))
         self._end = DecoderEnd(model, found.decoder, found.blocks, device)
         self._dtype = dtype
         self.vocabulary = vocabulary_of(source.config)

@@ -1,0 +1,210 @@
+"""Finding the FFNs of a block, by looking at its modules.
+
+An FFN is a module whose matrices lead D -> F -> D:
+
+    down    the one matrix from F to D
+    up      one or two matrices from D to F (gate and up), or one from D to 2 F (both in one)
+
+and that has no other matrix. Experts are the same with a leading axis of E on every parameter;
+their D may be another one than the model's.
+
+Shapes: E experts, F FFN channels, D hidden.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from cfsp.architecture.found import ChannelAxis, Fusion, Refusal, Unit, WidthAttribute
+from cfsp.architecture.matrices import (
+    is_bias_of,
+    is_transposed,
+    own_parameters,
+    owner_of,
+    sizes_of_matrices,
+)
+
+# Attributes that nothing computes with although they may equal a width by chance.
+_NO_WIDTHS = frozenset({"layer_idx", "padding_idx", "num_experts", "top_k"})
+# Attributes that may be widths even where the hidden size is the same number.
+_SURELY_WIDTHS = re.compile(r"intermediate|ffn|inner|expert_dim")
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A matrix of a module, or one for each of its experts."""
+
+    name: str  # dotted path of the parameter from the module
+    shape: tuple[int, int]  # of one matrix, as it is stored
+    experts: int | None  # length of the leading axis; None of a single matrix
+    transposed: bool | None  # whether it is stored inputs x outputs; None if nobody says
+
+    def ends(self, transposed: bool) -> tuple[int, int]:
+        """Return outputs and inputs."""
+        first, second = self.shape
+        return (second, first) if transposed else (first, second)
+
+
+@dataclass(frozen=True)
+class _Roles:
+    """What the matrices of an FFN are; `gate` is `up` where they are one."""
+
+    gate: _Matrix | None
+    up: _Matrix
+    down: _Matrix
+    width: int
+    transposed: bool
+
+    @property
+    def lead(self) -> int:
+        """How many axes come before those of a matrix."""
+        return 0 if self.up.experts is None else 1
+
+
+def ffns_of(block: nn.Module, index: int, hidden: int) -> list[Unit | Refusal]:
+    """Return what looks like the FFNs of the block with an index."""
+    found: dict[str, Unit | Refusal] = {}
+    for path, module in block.named_modules():
+        unit = _ffn(module, path, index, hidden)
+        if unit is not None:
+            found[path] = unit
+    # What has an FFN inside is none itself, but the block, which can have one beside.
+    outer = {
+        path
+        for path in found
+        if path and any(isinstance(found[p], Unit) for p in found if p.startswith(f"{path}."))
+    }
+    return [unit for path, unit in found.items() if path not in outer]
+
+
+def _ffn(module: nn.Module, path: str, index: int, hidden: int) -> Unit | Refusal | None:
+    """Return the FFN that a module is; None if it does not look like one."""
+    matrices = list(_matrices(module))
+    if not 2 <= len(matrices) <= 3 or len({matrix.experts for matrix in matrices}) != 1:
+        return None
+    roles = _roles(matrices, hidden)
+    if roles is None or _is_something_else(matrices, roles, hidden):
+        return None
+    axes = _axes(module, roles, hidden)
+    if isinstance(axes, str):
+        return Refusal(f"{index}.{path}".removesuffix("."), axes)
+    prefix = f"{path}." if path else ""
+    sizes = sizes_of_matrices(module, path, axes, roles.down.name, roles.width)
+    # The numbers of a block may be those of its attention.
+    own = _own_numbers(module, path, roles.width, hidden) if path else ()
+    return Unit(
+        block=index,
+        path=path,
+        width=roles.width,
+        ffns=roles.up.experts or 1,
+        up=prefix + roles.up.name,
+        gate=None if roles.gate is None else prefix + roles.gate.name,
+        down=prefix + roles.down.name,
+        axes={prefix + name: axis for name, axis in axes.items()},
+        attributes=(*sizes, *own),
+        routed=roles.up.experts is not None,
+    )
+
+
+def _is_something_else(matrices: list[_Matrix], roles: _Roles, hidden: int) -> bool:
+    """Return whether it is attention or a bottleneck, which it is cheap to tell from an FFN."""
+    names = {matrix.name.removesuffix(".weight") for matrix in matrices}
+    is_bottleneck = roles.gate is None and roles.lead == 0 and 2 * roles.width < hidden
+    return names == {"query", "key", "value"} or is_bottleneck
+
+
+def _matrices(module: nn.Module) -> Iterator[_Matrix]:
+    experts_flag = getattr(module, "is_transposed", None)
+    for name, parameter in own_parameters(module):
+        owner = owner_of(module, name)
+        if isinstance(owner, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            continue
+        if parameter.ndim == 3 and parameter.shape[1] > 1:
+            experts, first, second = parameter.shape
+            transposed = experts_flag if isinstance(experts_flag, bool) else None
+            yield _Matrix(name, (first, second), experts, transposed)
+        elif parameter.ndim == 2 and "bias" not in name.rpartition(".")[2]:
+            first, second = parameter.shape
+            is_known = isinstance(owner, nn.Linear) or is_transposed(owner)
+            transposed = is_transposed(owner) if is_known else None
+            yield _Matrix(name, (first, second), None, transposed)
+
+
+def _roles(matrices: list[_Matrix], hidden: int) -> _Roles | None:
+    """Return what two or three matrices are to each other; None if they are no FFN."""
+    known = {matrix.transposed for matrix in matrices} - {None}
+    orders = (bool(known.pop()),) if len(known) == 1 else (False, True)
+    for transposed in orders:
+        for down in reversed(matrices):
+            roles = _roles_with(down, matrices, transposed)
+            if roles is not None and (down.ends(transposed)[0] == hidden or roles.lead):
+                return roles
+    return None
+
+
+def _roles_with(down: _Matrix, matrices: list[_Matrix], transposed: bool) -> _Roles | None:
+    outer, width = down.ends(transposed)
+    ups = [matrix for matrix in matrices if matrix is not down]
+    if any(matrix.ends(transposed)[1] != outer for matrix in ups):
+        return None
+    widths = [matrix.ends(transposed)[0] for matrix in ups]
+    if widths == [width, width]:
+        gate, up = sorted(ups, key=lambda matrix: not _sounds_like_gate(matrix.name))
+        return _Roles(gate, up, down, width, transposed)
+    if widths == [width]:
+        return _Roles(None, ups[0], down, width, transposed)
+    if widths == [2 * width]:
+        return _Roles(ups[0], ups[0], down, width, transposed)
+    return None
+
+
+def _sounds_like_gate(name: str) -> bool:
+    stem = name.removesuffix(".weight").rpartition(".")[2]
+    return "gate" in name or stem in ("w1", "wi_0", "linear_1")
+
+
+def _axes(module: nn.Module, roles: _Roles, hidden: int) -> dict[str, ChannelAxis] | str:
+    """Return where the parameters of an FFN have channels, or why that cannot be said."""
+    lead, width = roles.lead, roles.width
+    fusion: Fusion = "halves" if getattr(module, "is_concatenated", True) else "interleaved"
+    out_axis, in_axis = (lead + 1, lead) if roles.transposed else (lead, lead + 1)
+    axes = {
+        matrix.name: ChannelAxis(out_axis, fusion if roles.gate is roles.up else None)
+        for matrix in (roles.gate, roles.up)
+        if matrix is not None
+    }
+    axes[roles.down.name] = ChannelAxis(in_axis)
+    for name, parameter in own_parameters(module):
+        lengths = tuple(parameter.shape)[lead:]
+        if name in axes or is_bias_of(name, roles.down.name):
+            continue
+        is_bias = any(matrix and is_bias_of(name, matrix.name) for matrix in (roles.gate, roles.up))
+        # Where channels are as many as the hidden size, a norm may be of either.
+        if lengths == (hidden,) and not is_bias:
+            continue
+        if lengths == (width,):
+            axes[name] = ChannelAxis(lead)
+        elif lengths == (2 * width,):
+            axes[name] = ChannelAxis(lead, fusion)
+        elif width in lengths or 2 * width in lengths:
+            return (
+                f"matrices: expected no others than gate, up and down, found {name} of shape "
+                f"{list(parameter.shape)}"
+            )
+    return axes
+
+
+def _own_numbers(module: nn.Module, path: str, width: int, hidden: int) -> Iterator[WidthAttribute]:
+    """Yield the numbers of an FFN's own module that tell the width."""
+    for name, value in vars(module).items():
+        if type(value) is not int or name in _NO_WIDTHS:
+            continue
+        if value == hidden and not _SURELY_WIDTHS.search(name):
+            continue
+        for times in (1, 2):
+            if value == times * width:
+                yield WidthAttribute(path, name, times)
