@@ -94,31 +94,28 @@ def main() -> None:
         "calibrate": lambda: calibrate(source, windows, engine, seed=text.seed),
         "calibrate and repair": repair,
     }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    of_processors: dict[str, list[float]] = {name: [] for name in runs}
+    clocks = {"seconds": time.perf_counter, "processor seconds": time.process_time}
+    spent = {clock: {name: list[float]() for name in runs} for clock in clocks}
     plain_forward(model, Windows(windows.tokens_NT[:4], {}))
     for _ in range(args.rounds):
         for name, run in runs.items():
-            start, begun = time.perf_counter(), time.process_time()
+            begun = {clock: now() for clock, now in clocks.items()}
             run()
-            seconds[name].append(time.perf_counter() - start)
-            of_processors[name].append(time.process_time() - begun)
-    of_processors["of that, solving"] = solving
+            for clock, now in clocks.items():
+                spent[clock][name].append(now() - begun[clock])
+    spent["processor seconds"]["of that, solving"] = solving
 
     print(
         f"{args.model}, {windows.tokens_NT.numel()} tokens in windows of {args.seqlen}, "
         f"{engine.dtype} on {engine.device}, {torch.get_num_threads()} threads, "
-        f"{platform.machine()}, {versions()}; {args.rounds} rounds\n"
+        f"{platform.machine()}, {versions()}; {args.rounds} rounds"
     )
-    print("| | seconds (min, median, max) | ratio to plain (median of rounds) |\n|---|---|---:|")
-    for name, values in seconds.items():
-        ratios = [v / p for v, p in zip(values, seconds["plain forward"], strict=True)]
-        spread = f"{min(values):.1f}, {median(values):.1f}, {max(values):.1f}"
-        print(f"| {name} | {spread} | {median(ratios):.2f} |")
-    print("\n| | processor seconds (median) | ratio to plain (median of rounds) |\n|---|---:|---:|")
-    for name, values in of_processors.items():
-        ratios = [v / p for v, p in zip(values, of_processors["plain forward"], strict=True)]
-        print(f"| {name} | {median(values):.1f} | {median(ratios):.2f} |")
+    for clock, by_name in spent.items():
+        print(f"\n| | {clock} (min, median, max) | ratio to plain (median) |\n|---|---|---:|")
+        for name, values in by_name.items():
+            ratios = [v / p for v, p in zip(values, by_name["plain forward"], strict=True)]
+            spread = f"{min(values):.1f}, {median(values):.1f}, {max(values):.1f}"
+            print(f"| {name} | {spread} | {median(ratios):.2f} |")
 
 
 def plain_forward(model: PreTrainedModel, windows: Windows) -> None:

@@ -1,6 +1,7 @@
 """Prune, quantise, or both: bytes, speed, perplexity and tasks of one model in llama.cpp.
 
-    python benchmarks/choose.py demo --out DIR --data wikitext2 --data c4 \
+    cfsp prune demo --sparsity 0.2 --set multiple=256 --out d0.2      # what K-quants work on
+    python benchmarks/choose.py demo --pruned d0.2 --out DIR --data wikitext2 --data c4 \
         --tasks piqa arc_easy --task-data TASKS --limit 200
 
 exports the dense model and pruned ones as F16, Q8_0 and Q4_K_M, and measures each file in the same
@@ -21,12 +22,12 @@ import argparse
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from markupsafe import Markup
 
 import cfsp
 from cfsp.checkpoint.llama_cpp_library import llama_cpp_version
@@ -35,13 +36,15 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.exports.llama_cpp import LlamaCpp
 from cfsp.quality.compare import compare
 from cfsp.quality.evaluate import evaluation_windows
+from cfsp.quality.paired import geometric_mean
 from cfsp.quality.results_file import measured_model
 from cfsp.quality.tasks.harness import TaskRunner
 from cfsp.quality.tasks.selection import TaskSelection
+from cfsp.result.page.svg import element
 from cfsp.settings import EvaluationText
 from cfsp.speed.llama_cpp_engine import LlamaCppEngine
 from cfsp.speed.subjects import Subject
-from cfsp.speed.workload import Conditions, Workload
+from cfsp.speed.work import Conditions, Workload
 from cfsp.text.tokenizers import load_tokenizer
 
 TYPES = ("f16", "q8_0", "q4_k_m")
@@ -49,31 +52,6 @@ DENSE = "dense"
 PROMPT = 128
 NEW_TOKENS = 16
 ROUNDS = 3
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One file.
-
-    Attributes:
-        model: dense, or the pruned directory's name.
-        weight_type: of the file.
-        nbytes: of the file.
-        prefill: prompt tokens for each CPU second of one thread.
-        decode: new tokens for each.
-        perplexity: by text.
-        same_choice: the part of all tokens of all texts where the first choice is the dense one's.
-        notes: what the export said.
-    """
-
-    model: str
-    weight_type: str
-    nbytes: int
-    prefill: float
-    decode: float
-    perplexity: dict[str, float]
-    same_choice: float
-    notes: tuple[str, ...]
 
 
 def main() -> None:
@@ -84,11 +62,8 @@ def main() -> None:
     parser.add_argument("--data", action="append", required=True, help="text to measure on")
     parser.add_argument("--windows", type=int, default=4, help="of each text")
     parser.add_argument("--seqlen", type=int, default=1024)
-    parser.add_argument("--sparsity", type=float, nargs="*", default=[0.1, 0.2, 0.35])
-    parser.add_argument("--samples", type=int, help="calibration windows")
-    parser.add_argument("--multiple", type=int, default=256, help="256 is what K-quants work on")
     parser.add_argument(
-        "--pruned", type=Path, action="append", default=[], help="a finished pruned directory"
+        "--pruned", type=Path, action="append", default=[], help="a pruned directory"
     )
     parser.add_argument("--types", nargs="+", default=list(TYPES))
     parser.add_argument("--tasks", nargs="+", help="multiple-choice tasks, as for cfsp eval")
@@ -103,9 +78,6 @@ def main() -> None:
     file = args.out / "choose.json"
     found = json.loads(file.read_text()) if file.is_file() else {"files": []}
     models = {DENSE: locate_model(args.model), **{path.name: path for path in args.pruned}}
-    for sparsity in args.sparsity:
-        name = f"pruned {sparsity:.0%}"
-        models[name] = _pruned(args, sparsity, args.out / name.replace(" ", "-"))
     texts = _texts(args, models[DENSE])
     found["conditions"] = {
         "model": args.model,
@@ -120,7 +92,7 @@ def main() -> None:
     for name, directory in models.items():
         for weight_type in args.types:
             if (name, weight_type) not in done:
-                entry = asdict(_measured(name, directory, weight_type, texts, args.out))
+                entry = _measured(name, directory, weight_type, texts, args.out)
                 done[name, weight_type] = entry
                 found["files"].append(entry)
                 file.write_text(json.dumps(found, indent=2) + "\n")
@@ -135,18 +107,6 @@ def main() -> None:
     (args.out / "choose.svg").write_text(picture(found["files"]))
 
 
-def _pruned(args: argparse.Namespace, sparsity: float, out: Path) -> Path:
-    if not (out / "config.json").is_file():
-        cfsp.prune(
-            args.model,
-            out=out,
-            sparsity=sparsity,
-            multiple=args.multiple,
-            samples=args.samples,
-        )
-    return out
-
-
 def _texts(args: argparse.Namespace, dense: Path) -> dict[str, torch.Tensor]:
     """Return windows_NT of each text."""
     asked = EvaluationText(tuple(args.data), args.windows, args.seqlen)
@@ -157,17 +117,24 @@ def _texts(args: argparse.Namespace, dense: Path) -> dict[str, torch.Tensor]:
 
 def _measured(
     name: str, directory: Path, weight_type: str, texts: dict[str, torch.Tensor], work: Path
-) -> Measured:
+) -> dict[str, Any]:
     file, notes = _exported(name, directory, weight_type, work)
     choices = work / "dense-choices.pt"
     perplexity, chosen = _read(file, texts)
     if name == DENSE and weight_type == "f16":
         torch.save(chosen, choices)
-    same = (chosen == torch.load(choices)).float().mean()
     prefill, decode = _speed(file)
-    return Measured(
-        name, weight_type, file.stat().st_size, prefill, decode, perplexity, float(same), notes
-    )
+    return {
+        "model": name,
+        "weight_type": weight_type,
+        "nbytes": file.stat().st_size,
+        "prefill": prefill,
+        "decode": decode,
+        "perplexity": perplexity,
+        # The part of all tokens of all texts where the first choice is the dense one's.
+        "same_choice": float((chosen == torch.load(choices)).float().mean()),
+        "notes": notes,
+    }
 
 
 def _exported(
@@ -185,16 +152,9 @@ def _exported(
 def _scored(tasks: TaskRunner, file: Path, directory: Path, results: Path) -> dict[str, Any]:
     """Score one file on all tasks, unless it was, and compare it with the first file of all.
 
-    Args:
-        tasks: which.
-        file: the model.
-        directory: its checkpoint, for the tokenizer.
-        results: what was scored so far, in the form of `cfsp eval --out`; added to.
-
-    Returns:
-        `accuracy`, its `difference` to that of the first file in pairs, and how many of its answers
-        are `kept`: each the mean over the tasks `counted`, on which the first file is better than a
-        guess; None without any such task.
+    `results` has what was scored so far, in the form of `cfsp eval --out`. Returned is `accuracy`,
+    its `difference` to that of the first file in pairs, and how many of its answers are `kept`:
+    each the mean over the tasks `counted`, on which the first file is better than a guess.
     """
     from llama_cpp_tasks import scorer
 
@@ -299,54 +259,57 @@ def picture(files: list[dict[str, Any]]) -> str:
 
     def loss_of(entry: dict[str, Any]) -> float:
         """Mean over texts of the perplexity over the dense one's, geometric."""
-        ratios = [math.log(v / first["perplexity"][k]) for k, v in entry["perplexity"].items()]
-        return math.exp(sum(ratios) / len(ratios))
+        return geometric_mean([v / first["perplexity"][k] for k, v in entry["perplexity"].items()])
 
     points = [(entry, entry["nbytes"] / 1e6, loss_of(entry)) for entry in files]
-    most_x = max(x for _, x, _ in points) * 1.05
-    most_y = max(y for _, _, y in points)
-    low, high = 0.0, math.log(most_y) * 1.1 + 0.01
+    most_x, most_y = max(x for _, x, _ in points) * 1.05, max(y for _, _, y in points)
+    end, base = width - right, height - bottom
 
     def at(x: float, y: float) -> tuple[float, float]:
-        across = (width - left - right) * x / most_x
-        up = (height - top - bottom) * (math.log(y) - low) / (high - low)
-        return left + across, height - bottom - up
+        across = (end - left) * x / most_x
+        up = (base - top) * math.log(y) / (math.log(most_y) * 1.1 + 0.01)
+        return left + across, base - up
 
-    colours = ("#1b1b1b", "#2b6cb0", "#2f855a", "#c05621", "#b83280", "#6b46c1")
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        'font-family="sans-serif" font-size="12">',
-        "<title>Size on disk against perplexity, dense and pruned, by weight type</title>",
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-    ]
+    parts: list[Markup] = []
+
+    def say(text: str, x: float, y: float, **how: Any) -> None:
+        parts.append(element("text", text, x=round(x), y=round(y), **how))
+
+    def grid(x1: float, y1: float, x2: float, y2: float) -> None:
+        parts.append(element("line", x1=x1, y1=y1, x2=x2, y2=y2, stroke="#e2e2e2"))
+
+    def dot(x: float, y: float, colour: str) -> None:
+        parts.append(element("circle", cx=x, cy=y, r=4, fill=colour))
+
+    parts.append(element("title", "Size on disk against perplexity, dense and pruned, by type"))
+    parts.append(element("rect", width=width, height=height, fill="#ffffff"))
     for tick in range(0, int(most_x) + 1, 50):
         x, y = at(tick, 1)
-        parts.append(f'<text x="{x:.0f}" y="{y + 18:.0f}" text-anchor="middle">{tick}</text>')
-        parts.append(f'<line x1="{x:.0f}" y1="{top}" x2="{x:.0f}" y2="{y:.0f}" stroke="#e2e2e2"/>')
+        say(str(tick), x, y + 18, text_anchor="middle")
+        grid(x, top, x, y)
     for tick in (1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0):
         if tick <= most_y * 1.05:
             x, y = at(0, tick)
-            parts.append(f'<text x="{x - 6:.0f}" y="{y + 4:.0f}" text-anchor="end">{tick:g}</text>')
-            parts.append(
-                f'<line x1="{x:.0f}" y1="{y:.0f}" x2="{width - right}" y2="{y:.0f}" '
-                'stroke="#e2e2e2"/>'
-            )
-    middle = (left + width - right) / 2
-    parts.append(f'<text x="{middle:.0f}" y="{height - 10}" text-anchor="middle">MB on disk</text>')
-    parts.append(f'<text x="{left}" y="14">perplexity / dense F16</text>')
-    names = list(dict.fromkeys(entry["model"] for entry in files))
-    for name, colour in zip(names, colours, strict=False):
-        own = [(entry, *at(x, y)) for entry, x, y in points if entry["model"] == name]
+            say(f"{tick:g}", x - 6, y + 4, text_anchor="end")
+            grid(x, y, end, y)
+    say("MB on disk", (left + end) / 2, height - 10, text_anchor="middle")
+    say("perplexity / dense F16", left, 14)
+    colours = ("#1b1b1b", "#2b6cb0", "#2f855a", "#c05621", "#b83280", "#6b46c1")
+    names = dict.fromkeys(entry["model"] for entry in files)
+    for number, (name, colour) in enumerate(zip(names, colours, strict=False), start=1):
+        own = [
+            (entry["weight_type"], *at(x, y)) for entry, x, y in points if entry["model"] == name
+        ]
         line = " ".join(f"{x:.1f},{y:.1f}" for _, x, y in own)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}"/>')
-        for entry, x, y in own:
-            label = entry["weight_type"].upper()
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
-            parts.append(f'<text x="{x + 6:.1f}" y="{y - 6:.1f}" font-size="10">{label}</text>')
-        place = top + 18 * (names.index(name) + 1)
-        parts.append(f'<circle cx="{width - right + 16}" cy="{place - 4}" r="4" fill="{colour}"/>')
-        parts.append(f'<text x="{width - right + 26}" y="{place}">{name}</text>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
+        parts.append(element("polyline", points=line, fill="none", stroke=colour))
+        for weight_type, x, y in own:
+            dot(x, y, colour)
+            say(weight_type.upper(), x + 6, y - 6, font_size=10)
+        dot(end + 16, top + 18 * number - 4, colour)
+        say(name, end + 26, top + 18 * number)
+    box = f"0 0 {width} {height}"
+    how = {"viewBox": box, "font_family": "sans-serif", "font_size": 12}
+    return str(element("svg", *parts, xmlns="http://www.w3.org/2000/svg", **how)) + "\n"
 
 
 if __name__ == "__main__":

@@ -28,8 +28,6 @@ import torch
 
 from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.decide import decide
-from cfsp.job import Job
 from cfsp.pipeline import prune_checkpoint
 from cfsp.settings import (
     Budget,
@@ -41,61 +39,28 @@ from cfsp.settings import (
     Repair,
 )
 from cfsp.speed.bench import bench
-from cfsp.streaming.runtime import runtime_of
 from cfsp.streaming.versions import versions
-from cfsp.streaming.work_dir import WorkDir
 from make_checkpoint import make_checkpoint
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured.
+    """How much is measured."""
 
-    Attributes:
-        shape: of the checkpoint.
-        blocks: of the checkpoint; None for all.
-        windows: of the calibration.
-        seqlen: tokens in a window.
-        device: where.
-        engines: that models are timed with.
-        workload: batch, prompt tokens and new tokens that they are timed with.
-        rounds: of timing.
-        timed: the models that are timed.
-    """
-
-    shape: str
-    blocks: int | None
-    windows: int
-    seqlen: int
-    device: str
-    engines: tuple[str, ...]
-    workload: dict[str, int]
-    rounds: int
-    timed: tuple[str, ...]
+    shape: str = "llama-3-8b"
+    blocks: int | None = None
+    windows: int = 128
+    seqlen: int = 1024
+    device: str = "cuda"
+    engines: tuple[str, ...] = ("transformers", "compile")
+    prompt: int = 2048
+    new_tokens: int = 64
+    rounds: int = 5
+    timed: tuple[str, ...] = ("dense", "20", "50")
 
 
-FULL = Size(
-    "llama-3-8b",
-    None,
-    128,
-    1024,
-    "cuda",
-    ("transformers", "compile"),
-    {"batch": 1, "prompt": 2048, "new_tokens": 64},
-    5,
-    ("dense", "20", "50"),
-)
-TINY = Size(
-    "smollm2-135m",
-    2,
-    8,
-    64,
-    "cpu",
-    ("transformers",),
-    {"batch": 1, "prompt": 8, "new_tokens": 2},
-    1,
-    ("dense", "50"),
-)
+FULL = Size()
+TINY = Size("smollm2-135m", 2, 8, 64, "cpu", ("transformers",), 8, 2, 1, ("dense", "50"))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -112,19 +77,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(size: Size, scratch: Path, limit: float, out: Path | None) -> dict[str, Any]:
-    """Run all stages, as far as there is time.
-
-    Args:
-        size: how much.
-        scratch: an empty directory.
-        limit: seconds after which no further stage begins.
-        out: a file that has what is known after each stage; None for none.
-    """
+    """Run all stages in an empty directory; after `limit` seconds no further one begins."""
     device = compute_device(size.device)
     dense = scratch / "dense"
     stages: dict[str, Callable[[], Any]] = {
         "checkpoint": lambda: make_checkpoint(dense, size.shape, size.blocks, device=device),
-        "calibrate": lambda: _calibrate(size, dense, scratch),
+        "calibrate": lambda: _prune(size, dense, scratch / "plan", 0.5, "none"),
         "ridge 20%": lambda: _prune(size, dense, scratch / "20", 0.2, "ridge"),
         "ridge 50%": lambda: _prune(size, dense, scratch / "50", 0.5, "ridge"),
         "local 50%": lambda: _prune(size, dense, scratch / "local", 0.5, "local"),
@@ -181,20 +139,9 @@ def _settings(size: Size, sparsity: float, repair: Repair) -> PruneSettings:
     return PruneSettings(Budget(sparsity), criterion, text, compute, repair, local)
 
 
-def _calibrate(size: Size, dense: Path, scratch: Path) -> dict[str, Any]:
-    from cfsp.text.drawing import draw_text
-    from cfsp.text.tokenizers import load_tokenizer
-
-    source, settings = Checkpoint(dense), _settings(size, 0.5, "none")
-    tokenizer, place = load_tokenizer(dense), WorkDir(scratch / "work")
-    windows = draw_text(settings.text, tokenizer)
-    engine = runtime_of(settings.compute, source)
-    decide(Job(source, settings, lambda: tokenizer, lambda: windows, engine, place))
-    return {"seconds": place.watch.seconds, "passes": place.times_json()}
-
-
 def _prune(size: Size, dense: Path, out: Path, sparsity: float, repair: Repair) -> dict[str, Any]:
-    report = prune_checkpoint(Checkpoint(dense), out, _settings(size, sparsity, repair))
+    settings, dry_run = _settings(size, sparsity, repair), repair == "none"
+    report = prune_checkpoint(Checkpoint(dense), out, settings, dry_run=dry_run)
     if repair == "local":  # as large as that with ridge repair: it is not timed
         shutil.rmtree(out)
     kept = ("seconds", "passes", "peak_rss_bytes", "parameters_before", "parameters_after")
@@ -206,7 +153,8 @@ def _speed(size: Size, scratch: Path, engine: str) -> dict[str, Any]:
     # Other programs do not compute where the models do.
     comparison = bench(
         models,
-        **size.workload,
+        prompt=size.prompt,
+        new_tokens=size.new_tokens,
         engine=engine,
         rounds=size.rounds,
         disturbance=1.0,

@@ -26,13 +26,14 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import Any, NamedTuple
 
 # In the manifests: dates, times and memory.
 CLOCK_KEYS = {"created", "seconds", "passes", "peak_rss_bytes", "tokens_per_second"}
@@ -41,8 +42,7 @@ COMMANDS = ("prune", "recover", "sweep")
 Contents = dict[str, str]
 
 
-@dataclass(frozen=True)
-class Ended:
+class Ended(NamedTuple):
     """How a command ended: exit status or minus the signal, seconds, standard error."""
 
     status: int
@@ -145,10 +145,9 @@ def differences(again: Ended, inputs: Inputs, expected: Contents) -> list[str]:
     if again.status and not complete:
         return [f"the same command ended with {again.status}: {again.stderr[-2000:]}"]
     found = contents(inputs.place)
-    names = sorted(found.keys() | expected.keys())
     return [
         f"{path} is {'missing' if path not in found else 'left' if path not in expected else 'new'}"
-        for path in names
+        for path in sorted(found.keys() | expected.keys())
         if found.get(path) != expected.get(path)
     ]
 
@@ -174,11 +173,18 @@ def clear(inputs: Inputs) -> None:
 
 def run(argv: Sequence[str], inputs: Inputs, kill_after: float | None = None) -> Ended:
     """Run one command in a process of its own."""
+
+    def command() -> int:
+        os.environ["TMPDIR"], tempfile.tempdir = str(inputs.place / "tmp"), None
+        from cfsp.cli import main as cfsp_main
+        from cfsp.streaming import pass_state
+
+        pass_state.SHARE_OF_TIME = float("inf")
+        return cfsp_main(argv)
+
     log = inputs.scratch / "log"
     start = time.monotonic()
-    child = os.fork()
-    if child == 0:
-        become_command(argv, inputs.place / "tmp", log)
+    child = forked(command, log)
     if kill_after is not None:
         time.sleep(kill_after)
         os.kill(child, signal.SIGKILL)
@@ -189,22 +195,20 @@ def run(argv: Sequence[str], inputs: Inputs, kill_after: float | None = None) ->
     return Ended(status, seconds, stderr)
 
 
-def become_command(argv: Sequence[str], temporary: Path, log: Path) -> None:
-    """Run a command in this process and end it."""
+def forked(work: Callable[[], int], log: Path) -> int:
+    """Work in a fork, whose output goes to a file; return its process id.
+
+    This process itself never computes: threads do not survive forks.
+    """
+    if child := os.fork():
+        return child
     status = 1
     try:
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
-        os.environ["TMPDIR"], tempfile.tempdir = str(temporary), None
-        from cfsp.cli import main as cfsp_main
-        from cfsp.streaming import pass_state
-
-        pass_state.SHARE_OF_TIME = float("inf")
-        status = cfsp_main(argv)
+        status = work()
     except BaseException:
-        import traceback
-
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -268,7 +272,10 @@ def make_inputs(scratch: Path) -> Inputs:
     """Make a tiny model, a text, and a pruned model to recover, in a process of their own."""
     inputs = Inputs(scratch / "model", scratch / "text.txt", scratch / "place", scratch)
     inputs.text.write_text("\n\n".join(topics[name] for name in sorted(topics)[:12])[:40_000])
-    in_child(lambda: make_model(inputs.model))
+    log = scratch / "log"
+    if os.waitpid(forked(lambda: make_model(inputs.model), log), 0)[1]:
+        raise SystemExit(f"cannot make the model:\n{log.read_text()}")
+    log.unlink()
     clear(inputs)
     ended = run([*command_line("prune", inputs), "--repair", "none"], inputs)
     if ended.status:
@@ -277,23 +284,7 @@ def make_inputs(scratch: Path) -> Inputs:
     return inputs
 
 
-def in_child(work: Callable[[], None]) -> None:
-    """Work in a fork, so that this process never computes: threads do not survive forks."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    if os.waitpid(child, 0)[1]:
-        raise SystemExit("cannot make the model")
-
-
-def make_model(directory: Path) -> None:
+def make_model(directory: Path) -> int:
     """Write a random Llama of three tiny blocks with a tokenizer of bytes."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -315,6 +306,7 @@ def make_model(directory: Path) -> None:
     )
     LlamaForCausalLM(config).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
+    return 0
 
 
 if __name__ == "__main__":

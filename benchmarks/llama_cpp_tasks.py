@@ -21,13 +21,7 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 
 
 def scorer(runner: TaskRunner, file: Path, tokenizer: Any) -> TaskScorer:
-    """Return what scores a file, one task after the other.
-
-    Args:
-        runner: tasks whose documents have choices or a given continuation.
-        file: a .gguf file.
-        tokenizer: of the checkpoint that it was made of.
-    """
+    """Return what scores a .gguf file, with the tokenizer of the checkpoint it was made of."""
     return TaskScorer(runner, GgufModel(file, tokenizer))
 
 

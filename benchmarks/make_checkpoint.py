@@ -24,7 +24,7 @@ from cfsp.checkpoint.output import staged_directory
 from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.skeleton import build_skeleton
 from cfsp.checkpoint.tensor_file import OutgoingTensor, TensorSpec, tensor_chunks
-from cfsp.speed.shapes import SHAPES, ShapedModel
+from cfsp.speed.subjects import SHAPES, ShapedModel
 
 DEVIATION = 0.02
 _CHUNK = 4 << 20
@@ -53,13 +53,7 @@ def make_checkpoint(
 ) -> int:
     """Write a checkpoint and return the size of its tensors in bytes.
 
-    Args:
-        out: a new directory.
-        shape: a name in `SHAPES`.
-        blocks: how many; None for as many as the model has.
-        shard_gigabytes: size of a shard.
-        seed: of the weights.
-        device: where random numbers are made, which are others there; None for the CPU.
+    Random numbers are made on the device, and others there.
     """
     device = device or torch.device("cpu")
     config = ShapedModel(shape, blocks).config()

@@ -48,21 +48,13 @@ OF_CHANNELS = (0.2, 0.5)
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything is used.
+    """How much of everything is used."""
 
-    Attributes:
-        seqlen: tokens in a window.
-        samples: windows of calibration.
-        c4_windows: windows of C4 validation.
-        wikitext_windows: windows of WikiText-2 test, or `all`.
-        limit: documents of each task; None for all.
-    """
-
-    seqlen: int = 2048
-    samples: int = 256
-    c4_windows: str = "256"
+    seqlen: int = 2048  # tokens in a window
+    samples: int = 256  # windows of calibration
+    c4_windows: str = "256"  # of its validation part
     wikitext_windows: str = "all"
-    limit: int | None = None
+    limit: int | None = None  # documents of each task
 
 
 SIZES = {
@@ -74,19 +66,12 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Texts:
-    """Where texts and tasks are.
-
-    Attributes:
-        calibration: text to calibrate on.
-        wikitext: text to measure on.
-        c4: the other.
-        task_data: directory of local task files; None for the harness's own data.
-    """
+    """Where texts and tasks are."""
 
     calibration: str = "c4"
     wikitext: str = "wikitext2"
     c4: str = "c4"
-    task_data: Path | None = None
+    task_data: Path | None = None  # a directory; None for the harness's own data
 
     @classmethod
     def in_directory(cls, directory: Path) -> Texts:
@@ -107,17 +92,11 @@ class Texts:
 
 @dataclass(frozen=True)
 class Pruned:
-    """A model of the protocol.
+    """A model of the protocol."""
 
-    Attributes:
-        name: of its directory.
-        title: of its row.
-        arguments: that say how much is removed.
-    """
-
-    name: str
-    title: str
-    arguments: tuple[str, ...]
+    name: str  # of its directory
+    title: str  # of its row
+    arguments: tuple[str, ...]  # that say how much is removed
 
 
 def pruned_models(
@@ -189,15 +168,7 @@ def measure_all(
 def table(
     model: str, titles: dict[str, str], files: Sequence[Path], out: Path, command: str
 ) -> str:
-    """Return the rows as Markdown.
-
-    Args:
-        model: the dense model's name.
-        titles: name -> title of each pruned model.
-        files: what was measured.
-        out: where the models are.
-        command: what was typed.
-    """
+    """Return the rows as Markdown, for the dense model and `titles` of the pruned ones by name."""
     measured = {each.name: each for each in read_models(files)}
     results: dict[str, dict[str, Any]] = {}
     for path in files:

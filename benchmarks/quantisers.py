@@ -35,27 +35,16 @@ Predict = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Loss:
-    """What quantising one model did.
-
-    Attributes:
-        method: how it was quantised.
-        model: dense or pruned.
-        nbytes: of the weights that the quantised model holds, or of its file.
-        before: loss per token of the model as it is, in nats.
-        after: of the quantised one.
-        divergence: of the quantised predictions from those before, nats per token.
-        error: standard error of the divergence over windows; None of one window.
-        generated: what the quantised model writes after the first tokens of the text.
-    """
+    """What quantising one model did; losses and divergence are in nats per token."""
 
     method: str
-    model: str
-    nbytes: int
-    before: float
-    after: float
-    divergence: float
-    error: float | None
-    generated: str
+    model: str  # dense or pruned
+    nbytes: int  # of the weights that the quantised model holds, or of its file
+    before: float  # loss of the model as it is
+    after: float  # of the quantised one
+    divergence: float  # of the quantised predictions from those before
+    error: float | None  # standard error of the divergence over windows; None of one window
+    generated: str  # what the quantised model writes after the first tokens of the text
 
 
 def main() -> int:

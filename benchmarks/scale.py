@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.speed.shapes import SHAPES
+from cfsp.speed.subjects import SHAPES
 from cfsp.streaming.versions import versions
 from make_checkpoint import make_checkpoint
 
@@ -49,27 +49,16 @@ ALLOWANCE = 1_500_000_000
 
 @dataclass(frozen=True)
 class Run:
-    """One pruning.
-
-    Attributes:
-        blocks: depth.
-        tokens: of the calibration.
-        hidden_bytes: size of the hidden states.
-        limit: embeddings + two blocks + hidden states + 1.5 GB.
-        wall: seconds of the whole process.
-        report: what `cfsp prune --json` printed.
-        peak: highest resident memory in bytes.
-        io: /proc/self/io.
-    """
+    """One pruning."""
 
     blocks: int
     tokens: int
     hidden_bytes: int
-    limit: int
-    wall: float
-    report: dict[str, Any]
-    peak: int
-    io: dict[str, int]
+    limit: int  # embeddings + two blocks + hidden states + 1.5 GB
+    wall: float  # seconds of the whole process
+    report: dict[str, Any]  # what `cfsp prune --json` printed
+    peak: int  # highest resident memory in bytes
+    io: dict[str, int]  # /proc/self/io
 
 
 def main() -> None:

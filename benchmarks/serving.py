@@ -25,7 +25,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -46,6 +46,8 @@ TEXTS = (
 )
 NEW_TOKENS = 24
 ROUNDS = 3
+# The servers' own programs are beside this Python.
+PROGRAMS = Path(sys.executable).parent
 PATIENCE_SECONDS = 900
 TYPES = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 # llama.cpp runs these with one width for all blocks only.
@@ -72,12 +74,7 @@ while True:
 
 @dataclass(frozen=True)
 class Asked:
-    """A model that answers.
-
-    Attributes:
-        continued: continues every text and returns the tokens of each continuation.
-        cpu_seconds: processor time that the model has taken so far.
-    """
+    """A model that continues every text, and the processor time that it has taken so far."""
 
     continued: Callable[[], list[list[int]]]
     cpu_seconds: Callable[[], float]
@@ -85,28 +82,16 @@ class Asked:
 
 @dataclass(frozen=True)
 class Server:
-    """A server that speaks the OpenAI protocol, and the form of a checkpoint that it is given.
-
-    Attributes:
-        name: in the table.
-        package: the module that must be installed.
-        make: writes that form of a checkpoint into a folder and returns its path; raises
-            ExportError.
-        command: from the path and the port.
-        tokens: of an answer's choice.
-        question: fields of a request that ask for tokens beside the text.
-        for_pruned: options of the command for the pruned model only.
-        skips_halves: whether the answer leaves out tokens that are half a character.
-    """
+    """A server that speaks the OpenAI protocol, and the form of a checkpoint that it is given."""
 
     name: str
-    package: str
-    make: Callable[[Path, Path], Path]
-    command: Callable[[Path, int], list[str]]
-    tokens: Callable[[dict[str, Any]], list[int]]
-    question: dict[str, Any] = field(default_factory=dict)
-    for_pruned: tuple[str, ...] = ()
-    skips_halves: bool = False
+    package: str  # that must be installed
+    make: Callable[[Path, Path], Path]  # writes that form into a folder; raises ExportError
+    command: Callable[[Path, int], list[str]]  # from the path and the port
+    tokens: Callable[[dict[str, Any]], list[int]]  # of an answer's choice
+    question: dict[str, Any]  # fields of a request that ask for tokens beside the text
+    for_pruned: tuple[str, ...] = ()  # options of the command for the pruned model only
+    skips_halves: bool = False  # the answer leaves out tokens that are half a character
 
 
 class ServerError(Exception):
@@ -344,13 +329,8 @@ def _environment() -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
     environment.pop("PYTHONPATH", None)
-    # The servers' own programs are beside this Python.
-    environment["PATH"] = f"{_programs()}:{environment['PATH']}"
+    environment["PATH"] = f"{PROGRAMS}:{environment['PATH']}"
     return environment
-
-
-def _programs() -> Path:
-    return Path(sys.executable).parent
 
 
 def _answers(process: subprocess.Popen[bytes], address: str) -> bool:
@@ -378,19 +358,27 @@ def _exported(target: str, **options: Any) -> Callable[[Path, Path], Path]:
 
 def _vllm(path: Path, port: int) -> list[str]:
     return [
-        *(str(_programs() / "vllm"), "serve", str(path), "--trust-remote-code"),
+        *(str(PROGRAMS / "vllm"), "serve", str(path), "--trust-remote-code"),
         *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"),
         *("--max-model-len", "256", "--max-num-seqs", "2", "--no-enable-prefix-caching"),
     ]
 
 
 def _mlx_lm(path: Path, port: int) -> list[str]:
-    program = str(_programs() / "mlx_lm.server")
+    program = str(PROGRAMS / "mlx_lm.server")
     return [program, "--model", str(path), "--host", "127.0.0.1", "--port", str(port)]
 
 
-def _token_ids(choice: dict[str, Any]) -> list[int]:
-    return list(choice["token_ids"])
+def _llama_cpp(path: Path, port: int) -> list[str]:
+    return [sys.executable, "-c", _LLAMA_SERVER, str(path), str(port)]
+
+
+_VLLM: dict[str, Any] = {
+    "package": "vllm",
+    "command": _vllm,
+    "tokens": lambda choice: list(choice["token_ids"]),
+    "question": {"return_token_ids": True},
+}
 
 
 def _logged_tokens(choice: dict[str, Any]) -> list[int]:
@@ -400,26 +388,16 @@ def _logged_tokens(choice: dict[str, Any]) -> list[int]:
 SERVERS = (
     Server(
         "vLLM, plain directory",
-        "vllm",
-        lambda directory, work: directory,
-        _vllm,
-        _token_ids,
-        {"return_token_ids": True},
-        ("--model-impl", "transformers"),
+        make=lambda directory, work: directory,
+        for_pruned=("--model-impl", "transformers"),
+        **_VLLM,
     ),
-    Server(
-        "vLLM, DeciLM export",
-        "vllm",
-        _exported("vllm"),
-        _vllm,
-        _token_ids,
-        {"return_token_ids": True},
-    ),
+    Server("vLLM, DeciLM export", make=_exported("vllm"), **_VLLM),
     Server(
         "llama.cpp server",
         "xllamacpp",
         _exported("gguf", weight_type="f32"),
-        lambda path, port: [sys.executable, "-c", _LLAMA_SERVER, str(path), str(port)],
+        _llama_cpp,
         _logged_tokens,
         {"logprobs": 1},
         skips_halves=True,

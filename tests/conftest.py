@@ -229,7 +229,7 @@ def models_start_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fork the processes that models are timed in from one that has imported torch."""
     # No effect where `cfsp families` has started that process: it imports the same.
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["transformers.modeling_utils", "cfsp.speed.engine"])
+    processes.set_forkserver_preload(["transformers.modeling_utils", "cfsp.speed.process"])
     monkeypatch.setattr("cfsp.speed.process.PROCESSES", processes)
 
 

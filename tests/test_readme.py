@@ -83,7 +83,7 @@ def test_the_python_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(text_file.read_text())
-    monkeypatch.setattr("cfsp.text.calibration_text.draw_text", _small_draw)
+    monkeypatch.setattr("cfsp.text.drawing.draw_text", _small_draw)
     (code,) = blocks(README, "python")
     names = {
         "model_in_memory": cfsp.load(tiny_checkpoint("llama")),

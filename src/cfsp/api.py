@@ -49,9 +49,8 @@ from cfsp.settings import (
     prune_settings,
     texts_of,
 )
-from cfsp.text.image_windows import parted
 from cfsp.text.sources import check_texts
-from cfsp.text.tokenizers import load_tokenizer
+from cfsp.text.tokenizers import load_tokenizer, parted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -14,7 +14,7 @@ from cfsp.result.prune_report import PruneReport
 from cfsp.settings import Budget, CalibrationText, EvaluationText, PruneSettings
 from cfsp.speed import Comparison, Conditions, Workload, compare_speed
 from cfsp.speed.subjects import Subject
-from cfsp.text.mixed import MIXED
+from cfsp.text.offline import MIXED
 
 
 @dataclass(frozen=True)

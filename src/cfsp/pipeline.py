@@ -72,10 +72,9 @@ from cfsp.streaming.work_dir import (
     remove_finished_work,
     temporary_work_dir,
 )
-from cfsp.text.calibration_text import calibration_windows
-from cfsp.text.image_windows import parted
+from cfsp.text.drawing import calibration_windows
 from cfsp.text.sources import check_texts
-from cfsp.text.tokenizers import load_tokenizer
+from cfsp.text.tokenizers import load_tokenizer, parted
 from cfsp.text.windows import Windows, check_is_text
 
 if TYPE_CHECKING:

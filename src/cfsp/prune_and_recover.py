@@ -25,8 +25,7 @@ from cfsp.result.prune_report import PruneReport
 from cfsp.selection.loss import held_out_windows
 from cfsp.settings import BEST_WITHOUT_TRAINING, Compute, MaxLossIncrease, PruneSettings
 from cfsp.streaming.work_dir import remove_finished_work
-from cfsp.text.calibration_text import processor_of
-from cfsp.text.drawing import draw_text
+from cfsp.text.drawing import draw_text, processor_of
 from cfsp.text.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:

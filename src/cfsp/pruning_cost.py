@@ -36,7 +36,7 @@ from cfsp.settings import DEFAULT_SAMPLES
 from cfsp.streaming.block_stream import StreamedBlock, stream_blocks, windows_in_batch
 from cfsp.streaming.memory import available_bytes, default_budget
 from cfsp.streaming.whole import needed_bytes
-from cfsp.text.pools import sources_drawn
+from cfsp.text.drawing import parts_with_shares
 from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
@@ -57,29 +57,17 @@ _SOLVED = 1024
 
 @dataclass(frozen=True)
 class PruningCost:
-    """What a prune will take.
+    """What a prune will take."""
 
-    Attributes:
-        stages: seconds of its parts, in order.
-        memory_bytes: the most that is in memory at a time.
-        memory_available: what can be had now.
-        disk_bytes: what is written beside the output and into it, at most.
-        disk_available: free where the output goes.
-        parameters_before: of the model.
-        parameters_after: of what is left, before widths are rounded to multiples.
-        bytes_after: of its weights on disk.
-        measured_tokens: that one block was timed with.
-    """
-
-    stages: dict[str, float]
-    memory_bytes: int
+    stages: dict[str, float]  # name -> seconds, in order
+    memory_bytes: int  # the most at a time
     memory_available: int
-    disk_bytes: int
+    disk_bytes: int  # beside the output and into it, at most
     disk_available: int
     parameters_before: int
-    parameters_after: int
+    parameters_after: int  # before widths are rounded to multiples
     bytes_after: int
-    measured_tokens: int
+    measured_tokens: int  # that one block was timed with
 
     @property
     def seconds(self) -> float:
@@ -94,19 +82,12 @@ class PruningCost:
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds on this machine.
+    """Seconds on this machine."""
 
-    Attributes:
-        forward: for one token through all blocks, with the sums of a calibration.
-        gram: for the Gram matrices of one token in all blocks.
-        read: for one byte of the checkpoint.
-        solve: for one float64 operation of the solve.
-    """
-
-    forward: float
-    gram: float
-    read: float
-    solve: float
+    forward: float  # of one token through all blocks, with the sums of a calibration
+    gram: float  # of the Gram matrices of one token in all blocks
+    read: float  # of one byte of the checkpoint
+    solve: float  # of one float64 operation of the solve
 
 
 def pruning_cost(
@@ -114,15 +95,8 @@ def pruning_cost(
 ) -> PruningCost:
     """Return what a prune will take; one block is read and computes one batch.
 
-    Args:
-        source: the model.
-        out: where the smaller model is to go, or a directory on the same disk; need not exist.
-        settings: how to prune, without local repair; a text with fewer windows than asked for is
-            not noticed.
-        runtime: where and in what to compute.
-
-    Raises:
-        CfspError: the block cannot be read, or does not compute.
+    `out` is where the smaller model is to go, or a directory on the same disk; it need not exist.
+    The settings are without local repair; a text with fewer windows than asked for is not noticed.
     """
     asked = _Asked(source, settings.suited_to_repair(), runtime)
     out = out.absolute()
@@ -193,14 +167,12 @@ class _Asked:
         return {**found, "cut": 2 * reading}
 
     def _sensitivity_windows(self) -> float:
-        """Return as how many windows through all blocks it takes.
-
-        Half a forward pass of the whole model for each part of each block; the head sees some
-        positions, each time.
-        """
-        sources = sources_drawn(self.settings.text.names, self.windows)
+        """Return as how many windows through all blocks it takes: half of them for each part."""
+        drawn = parts_with_shares(self.settings.text.names, self.windows)
+        sources = sum(share > 0 for _, share in drawn)
         windows = min(self.windows, windows_compared(sources))
         places = len({(unit.block, unit.part) for unit in self.source.units})
+        # The head sees some positions, each time.
         head = self.vocabulary * self.hidden / sum(self.elements) / POSITION_STRIDE
         passes = 1 + places / 2 + (1 + places) * head
         return windows * min(self.seqlen, BEGINNING_TOKENS) / self.seqlen * passes
@@ -236,8 +208,7 @@ class _Asked:
     def disk_bytes(self) -> int:
         """Return the output as if nothing were removed, two copies of hidden states, repairs."""
         down = sum(self.source.parameters[name].nbytes for name in _down_names(self.source))
-        repaired = down if self.repairs else 0
-        return self.checkpoint_bytes + 2 * self._hidden_bytes() + repaired
+        return self.checkpoint_bytes + 2 * self._hidden_bytes() + (down if self.repairs else 0)
 
 
 def _down_names(source: WeightSource) -> list[str]:

@@ -112,7 +112,7 @@ def test_a_download_that_cannot_be_written_says_what_to_set(
     with pytest.raises(CheckpointError, match=r"/read-only/hub: Permission denied.*set HF_HOME"):
         locating.locate_model("no-one/nothing")
     datasets = SimpleNamespace(load_dataset=fails)
-    monkeypatch.setattr("cfsp.text.hub.import_datasets", lambda: datasets)
+    monkeypatch.setattr("cfsp.text.records.import_datasets", lambda: datasets)
     with pytest.raises(TextError, match=r"Salesforce/wikitext cannot be read.*set HF_HOME"):
         list(TextSource("wikitext2", "evaluation").documents())
 

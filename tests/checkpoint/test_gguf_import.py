@@ -15,7 +15,7 @@ from cfsp.checkpoint.gguf_import import import_gguf
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.exports.gguf import write
-from cfsp.exports.target import ExportOptions
+from cfsp.exports.verification import ExportOptions
 from ragged import tiny
 
 pytest.importorskip("gguf", reason="gguf is not installed: pip install '.[gguf]'")

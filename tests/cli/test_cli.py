@@ -209,7 +209,7 @@ def test_the_default_text_is_told_of_when_it_is_read(
     def draw(text: CalibrationText, *others: Any) -> Windows:
         return draw_text(replace(text, names=(str(text_file),)), *others)
 
-    monkeypatch.setattr("cfsp.text.calibration_text.draw_text", draw)
+    monkeypatch.setattr("cfsp.text.drawing.draw_text", draw)
     prune = ("prune", model, "--sparsity", 0.3, "--samples", 6, "--seqlen", 32, "--out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a-file").touch()

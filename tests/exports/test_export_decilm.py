@@ -24,8 +24,7 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError
 from cfsp.exports import decilm
 from cfsp.exports.decilm import ffn_mult, width_of
-from cfsp.exports.registry import export_checkpoint
-from cfsp.exports.target import ExportReport
+from cfsp.exports.registry import ExportReport, export_checkpoint
 from cfsp.exports.verification import greedy_after, reference_model
 from cfsp.speed.vllm_engine import decilm_footprint
 from ragged import WIDTHS as NARROW

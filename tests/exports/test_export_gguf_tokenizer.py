@@ -19,7 +19,7 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError
 from cfsp.exports.gguf import write
 from cfsp.exports.registry import export_checkpoint
-from cfsp.exports.target import ExportOptions
+from cfsp.exports.verification import ExportOptions
 from cfsp.text.tokenizers import load_tokenizer
 from conftest import random_prose
 from ragged import cut, tiny

@@ -13,8 +13,7 @@ import torch
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError, UsageError
 from cfsp.exports.registry import export_checkpoint
-from cfsp.exports.target import ExportOptions
-from cfsp.exports.verification import greedy_after, logits_of, reference_model
+from cfsp.exports.verification import ExportOptions, greedy_after, logits_of, reference_model
 from ragged import cut, half_of
 from tiny_models import DENSE_CONFIGS, build_tiny_model
 
@@ -62,13 +61,6 @@ def test_decodes_as_transformers_does(tmp_path: Path, tokenizer: Any, name: str)
     assert config["model_type"] == source.config.model_type
     assert "auto_map" not in config
     assert not list((tmp_path / "ov").glob("*.safetensors"))
-
-
-def test_experts_are_refused_by_name(tmp_path: Path, tokenizer: Any) -> None:
-    source = cut(build_tiny_model("mixtral"), tokenizer, tmp_path)
-    with pytest.raises(ExportError, match=r"mixtral models is not supported.*transformers runs"):
-        export_checkpoint(source, "openvino", tmp_path / "ov")
-    assert not (tmp_path / "ov").exists()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError, OutputError, UsageError
 from cfsp.exports import decilm
 from cfsp.exports.registry import export_checkpoint
-from cfsp.exports.target import ExportOptions
+from cfsp.exports.verification import ExportOptions
 from ragged import cut
 from tiny_models import build_tiny_model
 

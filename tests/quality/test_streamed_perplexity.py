@@ -22,7 +22,7 @@ from cfsp.quality.perplexity import negative_log_likelihood
 from cfsp.quality.streaming import streamed_perplexity
 from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.work_dir import WorkDir
-from cfsp.text.cutting import gather, overlapping_spans
+from cfsp.text.stream import gather, overlapping_spans
 from cfsp.text.windows import Windows
 from tiny_models import BLOCKS, DENSE_CONFIGS, TINY_CONFIGS, VOCABULARY, WIDTH, build_tiny_model
 

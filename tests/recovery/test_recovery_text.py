@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-import cfsp.text.mixed
+import cfsp.text.offline
 from cfsp.errors import TextError
 from cfsp.recovery.data import answer_tokens, read_text
 from cfsp.recovery.loss import IGNORED
-from cfsp.text.mixed import KINDS
+from cfsp.text.offline import KINDS
 from cfsp.text.sources import TextSource
 
 CHAT = (
@@ -89,7 +89,7 @@ def test_every_kind_of_the_mixed_text_is_held_out(tokenizer, monkeypatch):
     def short(kind):
         return [{"text": f"{kind} number {number}\n" * 30} for number in range(40)]
 
-    monkeypatch.setattr(cfsp.text.mixed, "records", short)
+    monkeypatch.setattr(cfsp.text.offline, "records", short)
     text = read_text(["mixed", "mixed/books"], tokenizer, seqlen=32)
     assert list(text.sources) == [f"mixed/{kind}" for kind in KINDS]
     for data in (text.held_out, text.train):

@@ -27,14 +27,17 @@ from cfsp.errors import CfspError, CheckpointError, MissingExtraError, UsageErro
 from cfsp.exports.registry import export_checkpoint
 from cfsp.speed import Conditions, Workload
 from cfsp.speed.bench import bench
-from cfsp.speed.engine import start_engine
-from cfsp.speed.process import ModelProcess, busy_seconds, model_process, share_of_others
-from cfsp.speed.shapes import SHAPES, ShapedModel
-from cfsp.speed.subjects import Subject, build_model, random_prompt
+from cfsp.speed.process import (
+    ModelProcess,
+    busy_seconds,
+    model_process,
+    share_of_others,
+    start_engine,
+)
+from cfsp.speed.subjects import SHAPES, ShapedModel, Subject, build_model, random_prompt
 from cfsp.speed.transformers_engine import TransformersEngine
 from cfsp.speed.vllm_engine import readable_by_vllm
-from cfsp.speed.work import work_of
-from cfsp.speed.workload import ENGINES
+from cfsp.speed.work import ENGINES, work_of
 from conftest import REPOSITORY
 from ragged import cut, tiny
 from tiny_models import build_tiny_model
@@ -59,9 +62,14 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_shape_has_the_published_number_of_parameters(name: str) -> None:
-    model = build_skeleton(ShapedModel(name).config(), torch.bfloat16)
-    model.tie_weights()
-    assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name]
+    def parameters(blocks: int) -> int:
+        model = build_skeleton(ShapedModel(name, blocks).config(), torch.bfloat16)
+        model.tie_weights()
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    first, second = parameters(1), parameters(2)
+    more = SHAPES[name]["num_hidden_layers"] - 1
+    assert first + more * (second - first) == PUBLISHED[name]
 
 
 def test_widths_of_a_shape_meet_the_budget_in_multiples() -> None:
@@ -133,9 +141,13 @@ def test_comparison_reports_every_round_of_every_model(
     tiny_checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     models = [str(tiny_checkpoint("llama")), str(tiny_checkpoint("qwen3"))]
-    arguments = ["--rounds", "3", "--warmups", "1", "--prompt", "4", "8", "--new-tokens", "2"]
-    assert main(["bench", *models, *arguments, "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
+    comparison = bench(models, rounds=3, warmups=1, prompt=[4, 8], new_tokens=2)
+    bench_command.print_comparison(comparison)
+    out = capsys.readouterr().out
+    assert "batch 1, prompt 4, 2 new tokens, 3 rounds; other programs took 0%" in out
+    assert f"prefill  {Path(models[0]).name}" in out and f"decode  {Path(models[1]).name}" in out
+    assert "1.000x" in out and "medians of rounds in turns after 1 warm-up" in out
+    report = json.loads(json.dumps(comparison.to_json()))
     assert report["conditions"]["rounds"] == 3
     assert len(report["rounds_given_up"]) == len(report["disturbance"]) == 2
     first, second = report["models"]
@@ -154,22 +166,6 @@ def test_comparison_reports_every_round_of_every_model(
     weights = Path(models[0]) / "model.safetensors"
     assert first["disk_bytes"] == weights.stat().st_size
     assert first["dtype"] == "float32"
-
-
-@pytest.mark.usefixtures("others", "models_start_quickly")
-def test_table_shows_ideal_beside_measured(
-    tiny_checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = str(tiny_checkpoint("llama"))
-    assert main(["bench", model, "--rounds", "1", "--prompt", "4", "--new-tokens", "2"]) == 0
-    out = capsys.readouterr().out
-    name = Path(model).name
-    assert "batch 1, prompt 4, 2 new tokens" in out
-    assert f"prefill  {name}" in out
-    assert f"decode  {name}" in out
-    assert "1.000x" in out
-    assert "batch 1, prompt 4, 2 new tokens, 1 round; other programs took 0%" in out
-    assert "medians of rounds in turns after 2 warm-ups" in out
 
 
 @pytest.mark.usefixtures("models_start_quickly")
@@ -191,7 +187,7 @@ def test_a_machine_that_is_too_busy_gives_no_verdict(
 
 def test_rounds_that_others_disturb_are_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     from cfsp.speed.measuring import _rounds
-    from cfsp.speed.workload import Timing
+    from cfsp.speed.work import Timing
 
     now = iter(range(1000))
     monkeypatch.setattr("cfsp.speed.measuring.time.monotonic", lambda: next(now))

@@ -15,8 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cli.bench import _ratios
 from cfsp.speed.measuring import Speed
-from cfsp.speed.work import experts_per_token, work_of
-from cfsp.speed.workload import Workload
+from cfsp.speed.work import Workload, experts_per_token, work_of
 from tiny_decoders import tiny_model
 from tiny_models import build_tiny_model
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,8 @@ from conftest import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "studies"))
 
-import parts
-import run as runner
+import run as study
 from cfsp.errors import OutputError
-from conditions import label
-from results import Results
-
-STUDY = "9"
 
 
 @pytest.mark.usefixtures("models_start_quickly")
@@ -35,9 +29,9 @@ def test_parts(
     out = tmp_path / "rows.json"
     texts = ("--data", text_file, "--eval", text_file, "--eval", other_text_file)
     size = ("--seqlen", 32, "--windows", 2, "--samples", 4, "--stays", 0.6, "--rounds", 1)
-    choices = ("--choices", "ffn", "all", "--models", tmp_path / "models")
     model = ("--model", tiny_checkpoint("llama"))
-    parts.main([*map(str, (*model, *texts, *size, *choices, "--out", out))])
+    command = (9, *model, *texts, *size, "--choices", "ffn", "all", "--out", out)
+    assert study.main([*map(str, command)]) == 0
     rows, printed = json.loads(out.read_text())["rows"], capsys.readouterr().out
     rows, timed = rows[:4], rows[4:]
     assert [(row["parts"], row["state"]) for row in rows] == [
@@ -56,51 +50,40 @@ def test_parts(
     assert "| 60.0% | ffn | 1 rounds | 100% |" in printed
 
 
-def test_recipe_prints_what_is_published(
+def test_it_prints_what_is_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = tomllib.loads(runner.RECIPES[STUDY].read_text())
-    for name in recipe["eval"]:  # nobody reads them
-        path = tmp_path / name.removeprefix("DIR/")
-        path.parent.mkdir(parents=True, exist_ok=True)
+    command = ["9", "--texts", str(tmp_path)]
+    assert study.main(command) == 2
+    shown = capsys.readouterr()
+    assert "wikitext2/test.parquet is not there; --texts is a directory" in shown.err
+    assert shown.err.count("\n") == 1 and not shown.out
+    for path in (tmp_path / name for name in study.TEXTS):  # nobody reads them
+        path.parent.mkdir(exist_ok=True)
         path.touch()
 
     def never(*_: Any) -> None:
         raise AssertionError("a published row is missing")
 
-    monkeypatch.setattr(parts, "step", never)
-    assert runner.main([STUDY, "--texts", str(tmp_path)]) == 0
+    monkeypatch.setattr(study, "step", never)
+    assert study.main(command) == 0
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     published = (REPOSITORY / "docs/STUDIES.md").read_text()
-    table = published.split(f"python studies/run.py {STUDY} --texts DIR")[1].split("\n\n")[1]
+    table = published.split("python studies/run.py 9 --texts DIR")[1].split("\n\n")[1]
     assert len(table.splitlines()) > 10
     assert not set(table.splitlines()) - set(printed)
 
 
-def test_texts_that_are_missing_are_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert runner.main([STUDY, "--texts", str(tmp_path)]) == 2
-    shown = capsys.readouterr()
-    assert "wikitext2/test.parquet is not there; --texts is a directory" in shown.err
-    assert shown.err.count("\n") == 1 and not shown.out
-
-
-def test_results_are_measured_once(tmp_path: Path) -> None:
+def test_results_are_measured_once(tmp_path: Path, text_file: Path) -> None:
     path = tmp_path / "rows.json"
-    results = Results(path, {"windows": 2})
-    results.measure({"seed": 0}, lambda: {"value": 1.0})
-    results.measure({"seed": 1}, lambda: {"value": 2.0})
-
-    def never() -> dict[str, float]:
-        raise AssertionError
-
-    again = Results(path, {"windows": 2})
-    assert again.measure({"seed": 1}, never) == {"seed": 1, "value": 2.0}
+    results = study.Results(path, {"windows": 2})
+    results.add({"seed": 0}, {"value": 1.0})
+    results.add({"seed": 1}, {"value": 2.0})
+    again = study.Results(path, {"windows": 2})
+    assert again.known([{"seed": 1}]) == [{"seed": 1, "value": 2.0}]
+    assert again.known([{"seed": 1}, {"seed": 2}]) == []
     with pytest.raises(OutputError, match="other conditions"):
-        Results(path, {"windows": 3})
-
-
-def test_labels_hide_paths(text_file: Path) -> None:
-    assert label(str(text_file)) == f"{text_file.parent.name}/prose"
-    assert label("wikitext2") == "wikitext2"
+        study.Results(path, {"windows": 3})
+    # Conditions do not name this machine's places.
+    assert study.label(str(text_file)) == f"{text_file.parent.name}/prose"
+    assert study.label("wikitext2") == "wikitext2"

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-import cfsp.text.mixed
+import cfsp.text.offline
 from cfsp.errors import TextError
 from cfsp.settings import DEFAULT_TEXT, Text
-from cfsp.text.mixed import KINDS, MIXED, records
-from cfsp.text.pools import sources_drawn
+from cfsp.text.drawing import parts_with_shares
+from cfsp.text.offline import KINDS, MIXED, records
 from cfsp.text.sources import TextSource
 from cfsp.text.tokenizers import load_tokenizer
 from drawn_windows import draw_windows
 
-MIXTURE = Path(cfsp.text.mixed.__file__).with_name("mixture")
+MIXTURE = Path(cfsp.text.offline.__file__).with_name("mixture")
 LICENCES = {path.stem for path in (MIXTURE / "licences").glob("*.txt")}
 
 
@@ -90,7 +90,7 @@ def short_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     def short(kind: str) -> list[dict[str, str]]:
         return [{"text": f"{kind} {number} river stone " * 30} for number in range(20)]
 
-    monkeypatch.setattr(cfsp.text.mixed, "records", short)
+    monkeypatch.setattr(cfsp.text.offline, "records", short)
 
 
 @pytest.mark.usefixtures("short_kinds")
@@ -117,7 +117,7 @@ def test_the_mixed_text_has_the_share_of_one_text(tokenizer: Any) -> None:
 def test_a_package_without_its_text_says_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cfsp.text.mixed, "_DIRECTORY", tmp_path)
+    monkeypatch.setattr(cfsp.text.offline, "_DIRECTORY", tmp_path)
     with pytest.raises(TextError, match=r"books.jsonl.gz, which is part of this package .*again"):
         read("mixed/books")
 
@@ -139,6 +139,9 @@ WINDOWS_DIGEST = "5f0224793a66ea4daefc74704158e99fcdf55539bf3db572f2122ec404f480
 
 
 def test_each_kind_that_gives_a_window_is_a_source() -> None:
-    assert sources_drawn(["mixed"], 128) == len(KINDS)
-    assert sources_drawn(["mixed"], 4) == 4
-    assert sources_drawn(["mixed", "a.txt", "a.txt"], 128) == len(KINDS) + 1
+    for texts, samples, sources in (
+        (["mixed"], 128, len(KINDS)),
+        (["mixed"], 4, 4),
+        (["mixed", "a.txt", "a.txt"], 128, len(KINDS) + 1),
+    ):
+        assert sum(share > 0 for _, share in parts_with_shares(texts, samples)) == sources

@@ -33,8 +33,9 @@ from cfsp.settings import (
     PruneSettings,
     Text,
 )
-from cfsp.text import hub, sources
-from cfsp.text.files import Record
+from cfsp.text import records as of_data
+from cfsp.text import sources
+from cfsp.text.records import Record
 from cfsp.text.sources import TextSource, check_texts
 from drawn_windows import draw_windows
 
@@ -226,7 +227,7 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch: pytest.Monkey
             asked.append(args)
             return []
 
-    monkeypatch.setattr(hub, "import_datasets", lambda: Datasets)
+    monkeypatch.setattr(of_data, "import_datasets", lambda: Datasets)
     assert not hub_is_reachable()
     message = refused("wikitext2")
     assert message.startswith("the hub, which has Salesforce/wikitext, cannot be reached from here")
@@ -241,7 +242,7 @@ def test_whoever_stays_offline_reads_the_cache(monkeypatch: pytest.MonkeyPatch) 
         def load_dataset(*args: Any, **options: Any) -> list[dict[str, str]]:
             return [{"text": "from the cache"}]
 
-    monkeypatch.setattr(hub, "import_datasets", lambda: Datasets)
+    monkeypatch.setattr(of_data, "import_datasets", lambda: Datasets)
     assert list(TextSource("wikitext2", "evaluation").documents()) == ["from the cache"]
     with pytest.raises(CheckpointError, match="its cache has no copy either"):
         locate_model("no-one/nothing")

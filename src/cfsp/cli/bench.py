@@ -17,7 +17,7 @@ from cfsp.settings import DTYPES, fraction
 if TYPE_CHECKING:
     from cfsp.speed import Comparison, Workload
     from cfsp.speed.measuring import Speed
-    from cfsp.speed.shapes import ShapedModel
+    from cfsp.speed.subjects import ShapedModel
 
 # Spelled out here, because their home is imported with torch; a test compares.
 ENGINES = ("transformers", "compile", "llama.cpp", "vllm")
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _models(args: argparse.Namespace) -> Sequence[str | ShapedModel]:
-    from cfsp.speed.shapes import ShapedModel
+    from cfsp.speed.subjects import ShapedModel
 
     if bool(args.models) == bool(args.shape):
         raise UsageError("expected models or a --shape, and not both")

@@ -12,10 +12,6 @@ def context_limit(config: Any, *, has_windows: bool = False) -> tuple[int, str |
 
     A sliding window changes nothing as long as the text fits into it; graphs that have none
     are right up to there.
-
-    Args:
-        config: the model's.
-        has_windows: whether the format knows sliding windows.
     """
     length = int(config.max_position_embeddings)
     window = getattr(config, "sliding_window", None)
@@ -48,9 +44,9 @@ def head_size(config: Any) -> int:
 
 
 def unread_norms(source: Checkpoint) -> set[str]:
-    """Return the norms of a Llama-like model before attentions that are gone: nothing reads them.
+    """Return the norms of a Llama-like model before attention layers that are gone.
 
-    transformers keeps them, because the stock block calls them.
+    Nothing reads them; transformers keeps them, because the stock block calls them.
     """
     prefixes = (source.architecture.block_prefix(unit.block) for unit in source.architecture.gone)
     return {f"{prefix}input_layernorm.weight" for prefix in prefixes}

@@ -14,7 +14,7 @@ Without this export vLLM runs the checkpoint itself through its Transformers bac
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cfsp.architecture.resizing import Gone
-from cfsp.checkpoint.config_file import read_plain_fields
+from cfsp.checkpoint.config_file import CONFIG_FILE, read_plain_fields
 from cfsp.checkpoint.config_widths import modeling_file
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.reading import Checkpoint
@@ -33,14 +33,20 @@ from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor
 from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.errors import ExportError
 from cfsp.exports.context import context_limit, head_size, heads_of_blocks, unread_norms
-from cfsp.exports.target import ExportOptions, Written
-from cfsp.exports.verification import Verification, logits_of, reference_model, verified
+from cfsp.exports.verification import (
+    ExportOptions,
+    Verification,
+    Written,
+    logits_of,
+    reference_model,
+    verified,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ARCHITECTURE = "DeciLMForCausalLM"
-CONFIG_FILE = "configuration_decilm.py"
+_CODE_FILE = "configuration_decilm.py"
 # The same operations in the same order; float32 rounds the same.
 TOLERANCE = 1e-6
 
@@ -62,17 +68,11 @@ _ROPE_OF_MLX = ("default", "linear", "llama3", "yarn")
 
 @dataclass(frozen=True)
 class Reader:
-    """Software that reads DeciLM's layout.
-
-    Attributes:
-        name: its own, in small letters the target's.
-        serve: the command that serves a directory `{out}`.
-        trust: what the command needs besides, where a class of config lies in the directory.
-    """
+    """Software that reads DeciLM's layout."""
 
     name: str
-    serve: str
-    trust: str = ""
+    serve: str  # the command that serves a directory `{out}`
+    trust: str = ""  # what it needs besides, where a class of config lies in the directory
 
 
 VLLM = Reader("vLLM", "vllm serve {out}", "--trust-remote-code")
@@ -80,60 +80,40 @@ MLX_LM = Reader("mlx-lm", "mlx_lm.server --model {out}")
 
 
 def write(reader: Reader, source: Checkpoint, out: Path, options: ExportOptions) -> Written:
-    """Write the checkpoint for one reader into an existing directory.
+    """Write the checkpoint for one reader into an existing directory; one of a stock class as such.
 
     Raises:
         ExportError: the reader cannot run the model; nothing is written.
     """
-    if modeling_file(source.config, source.architecture) is None:
-        return _write_stock(reader, source, out)
-    _check_is_llama(reader, source)
-    if reason := _obstacle(reader, source):
-        able = reader is not VLLM and _obstacle(VLLM, source) is None
-        raise ExportError(
-            f"{reader.name} reads DeciLM with {reason}; use "
-            + ("--to vllm or --to gguf" if able else "--to gguf")
-        )
-    config = decilm_config(source)
-    tensors = list(_tensors(source, skipped=unread_norms(source)))
-    if _has_multiples(source):
-        tensors += _zero_output_biases(source)
-    write_shards(out, tensors)
+    is_stock = modeling_file(source.config, source.architecture) is None
+    if not is_stock:
+        _check_runs(reader, source)
+    fields = _stock_fields(reader, source) if is_stock else decilm_config(source)
+    write_shards(out, list(_tensors(source) if is_stock else _described_tensors(source)))
     copy_travelling_files(source.directory, out)
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (out / CONFIG_FILE).write_text(_config_code(), encoding="utf-8")
+    (out / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    if is_stock:
+        note = (
+            f"all blocks are equally wide: {reader.name}'s own class for "
+            f"{source.config.model_type} runs it, if it has one"
+        )
+        return Written(
+            source.architecture.class_name,
+            lambda: _verified(reader, source, reference_model(Checkpoint(out))),
+            (note,),
+            reader.serve,
+        )
+    (out / _CODE_FILE).write_text(_config_code(), encoding="utf-8")
     widths, (limit, _) = _widths(source), context_limit(source.config)
     gone = sum(groups == 0 for _, groups in heads_of_blocks(source))
     trusted = f"{reader.name} loads it with {reader.trust}, because of its config class"
     return Written(
-        f"DeciLMForCausalLM, {len(widths)} blocks of {min(widths)} to {max(widths)} channels"
+        f"{ARCHITECTURE}, {len(widths)} blocks of {min(widths)} to {max(widths)} channels"
         + (f", {gone} without attention" if gone else ""),
         # The stock Llama that it is built as knows no sliding window: the probe stays within it.
         lambda: _verified(reader, source, build_described_model(out), limit),
         (trusted,) if reader.trust else (),
         f"{reader.serve} {reader.trust}".rstrip(),
-    )
-
-
-def _write_stock(reader: Reader, source: Checkpoint, out: Path) -> Written:
-    """Copy a checkpoint of a stock class."""
-    write_shards(out, list(_tensors(source)))
-    copy_travelling_files(source.directory, out)
-    fields = read_plain_fields(source.directory)
-    rope = fields.get("rope_parameters") or {}
-    # Without a base of their own, the settings are those of several kinds of blocks.
-    if reader is MLX_LM and "rope_theta" in rope and "rope_theta" not in fields:
-        fields |= _old_rope_words(rope)
-    (out / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    note = (
-        f"all blocks are equally wide: {reader.name}'s own class for "
-        f"{source.config.model_type} runs it, if it has one"
-    )
-    return Written(
-        source.architecture.class_name,
-        lambda: _verified(reader, source, reference_model(Checkpoint(out))),
-        (note,),
-        reader.serve,
     )
 
 
@@ -145,9 +125,15 @@ def _verified(
     return verified(source, name, partial(logits_of, copy), TOLERANCE, context=context)
 
 
-def _check_is_llama(reader: Reader, source: Checkpoint) -> None:
+def _check_runs(reader: Reader, source: Checkpoint) -> None:
     model_type = source.config.model_type
     if model_type in _LIKE_LLAMA:
+        if reason := _obstacle(reader, source):
+            able = reader is not VLLM and _obstacle(VLLM, source) is None
+            raise ExportError(
+                f"{reader.name} reads DeciLM with {reason}; use "
+                + ("--to vllm or --to gguf" if able else "--to gguf")
+            )
         return
     ways = []
     if not source.architecture.has_attentions:
@@ -200,10 +186,6 @@ def ffn_mult(width: int, hidden: int) -> float:
 
     They take two thirds of it, cut the fraction off and round up to 256. Aiming at the middle
     of the last 256 channels leaves room for six decimals, which is what mlx-lm keeps.
-
-    Args:
-        width: a multiple of 256.
-        hidden: size of the hidden state.
     """
     return round(3 * (width - ROUNDING // 2) / (2 * hidden), 6)
 
@@ -225,7 +207,7 @@ def _has_multiples(source: Checkpoint) -> bool:
 def is_decilm(directory: Path) -> bool:
     """Return whether a directory is in this layout."""
     try:
-        fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        fields = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(fields, dict) and fields.get("architectures") == [ARCHITECTURE]
@@ -235,7 +217,7 @@ def has_only_our_code(directory: Path) -> bool:
     """Return whether the directory's only code is the config class exactly as we write it."""
     sources = [path for path in directory.glob("*.py") if path.is_file()]
     names = [path.name for path in sources]
-    return names == [CONFIG_FILE] and sources[0].read_text(encoding="utf-8") == _config_code()
+    return names == [_CODE_FILE] and sources[0].read_text(encoding="utf-8") == _config_code()
 
 
 def decilm_config(source: Checkpoint) -> dict[str, Any]:
@@ -264,7 +246,7 @@ def decilm_config(source: Checkpoint) -> dict[str, Any]:
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "nemotron-nas",
-        "auto_map": {"AutoConfig": f"{CONFIG_FILE.removesuffix('.py')}.DeciLMConfig"},
+        "auto_map": {"AutoConfig": f"{_CODE_FILE.removesuffix('.py')}.DeciLMConfig"},
         "dtype": str(compute_dtype(source)).removeprefix("torch."),
         # Loaders look at it to know how old the words of a config are.
         "transformers_version": getattr(config, "transformers_version", None) or __version__,
@@ -288,20 +270,30 @@ def decilm_config(source: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _tensors(source: Checkpoint, *, skipped: Container[str] = ()) -> Iterator[OutgoingTensor]:
+def _tensors(source: Checkpoint) -> Iterator[OutgoingTensor]:
     for name, spec in source.specs.items():
-        if name not in skipped:
-            yield OutgoingTensor(name, spec, partial(source.chunks, name))
+        yield OutgoingTensor(name, spec, partial(source.chunks, name))
 
 
-def _zero_output_biases(source: Checkpoint) -> Iterator[OutgoingTensor]:
-    """Give the biases that mlx-lm expects where queries, keys and values have some."""
-    for block in range(source.architecture.block_count):
+def _described_tensors(source: Checkpoint) -> Iterator[OutgoingTensor]:
+    """Yield what readers build: with the zeros that mlx-lm expects beside biases of q, k and v."""
+    unread = unread_norms(source)
+    yield from (tensor for tensor in _tensors(source) if tensor.name not in unread)
+    for block in range(source.architecture.block_count) if _has_multiples(source) else ():
         prefix = f"{source.architecture.block_prefix(block)}self_attn."
         if f"{prefix}q_proj.bias" in source.specs and f"{prefix}o_proj.bias" not in source.specs:
             spec = source.specs[f"{prefix}o_proj.weight"]
             bias = torch.zeros(spec.shape[0], dtype=spec.dtype)
             yield outgoing_tensor(f"{prefix}o_proj.bias", bias)
+
+
+def _stock_fields(reader: Reader, source: Checkpoint) -> dict[str, Any]:
+    fields = read_plain_fields(source.directory)
+    rope = fields.get("rope_parameters") or {}
+    # Without a base of their own, the settings are those of several kinds of blocks.
+    if reader is MLX_LM and "rope_theta" in rope and "rope_theta" not in fields:
+        fields |= _old_rope_words(rope)
+    return fields
 
 
 def _old_rope_words(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -314,11 +306,7 @@ def _old_rope_words(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_described_model(directory: Path) -> PreTrainedModel:
-    """Return a Llama with the blocks that a DeciLM config names, filled from its directory.
-
-    Raises:
-        ExportError: the stored tensors are not those that the config describes.
-    """
+    """Return a Llama with the blocks that a DeciLM config names, filled from its directory."""
     from safetensors.torch import load_file
     from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaMLP

@@ -7,22 +7,23 @@ and the like) come from llama.cpp's own quantiser, from a temporary file in the 
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cfsp.checkpoint.llama_cpp_library import has_llama_cpp, llama_cpp_version
+from cfsp.checkpoint.llama_cpp_tokens import tokens_differ
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.errors import MissingExtraError, UsageError
+from cfsp.errors import ExportError, MissingExtraError, UsageError
 from cfsp.exports.context import context_limit, head_size, heads_of_blocks
-from cfsp.exports.gguf_architecture import Architecture, architecture_of
-from cfsp.exports.gguf_rope import rope_of
+from cfsp.exports.gguf_architecture import Architecture, architecture_of, rope_of
 from cfsp.exports.gguf_tensors import GgufTensor, gguf_tensors
 from cfsp.exports.gguf_tokenizer import read_tokenizer
-from cfsp.exports.gguf_verification import verify
-from cfsp.exports.llama_cpp import quantise
-from cfsp.exports.target import ExportOptions, Written
+from cfsp.exports.llama_cpp import LlamaCpp, quantise
+from cfsp.exports.verification import ExportOptions, Verification, Written, verified
 from cfsp.progress import item_progress
 from cfsp.text.tokenizers import load_tokenizer
 
@@ -35,6 +36,12 @@ BY_LLAMA_CPP = (
     "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
     "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "iq4_xs",
 )  # fmt: skip
+# Relative error of the logits that a type may cause. Logits of another model differ by 1.4; few
+# bits can come near that on weights without structure, so for them only nonsense is refused.
+_TOLERANCES = {"f32": 1e-4, "f16": 0.02, "bf16": 0.1, "q8_0": 0.1, "q6_k": 0.3}
+_OTHER_TYPES = 1.2
+# llama.cpp looks GELU up in a table of float16.
+_LEAST_WITH_GELU = 3e-3
 
 
 def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
@@ -64,6 +71,8 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
         f32 = GGMLQuantizationType.F32
         tensors.append(GgufTensor("rope_freqs.weight", (len(factors_R),), f32, lambda: factors_R))
     notes = [limited] if limited else []
+    if not has_llama_cpp():
+        notes.append("not verified, because no llama.cpp is installed: pip install '.[llamacpp]'")
     if name in WRITTEN_HERE:
         _write_file(out, architecture.name, fields | words, special, tensors)
         notes += _fallback_notes(tensors, kind)
@@ -77,7 +86,7 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
         notes += _mixture_notes(out, name)
     return Written(
         f"{architecture.name} in {name}",
-        lambda: verify(source, out, name, architecture, context, tensors),
+        partial(_verified, source, out, name, architecture, context) if has_llama_cpp() else None,
         tuple(notes),
         "llama-server -m {out}",
     )
@@ -176,3 +185,30 @@ def _mixture_notes(path: Path, name: str) -> list[str]:
 def _some(numbers: list[int]) -> str:
     shown = ", ".join(str(n) for n in numbers[:6])
     return shown if len(numbers) <= 6 else f"{shown}, ..."
+
+
+def _verified(
+    source: Checkpoint,
+    out: Path,
+    type_name: str,
+    architecture: Architecture,
+    context: int,
+) -> Verification:
+    """Compare tokenizer, logits and (unless quantised) greedy decoding with transformers'."""
+    if difference := tokens_differ(out, load_tokenizer(source.directory)):
+        raise ExportError(
+            f"llama.cpp splits text differently: {difference}; give the pre-tokenizer's name with "
+            "--pre-tokenizer; nothing was kept"
+        )
+    tolerance = _TOLERANCES.get(type_name, _OTHER_TYPES)
+    if architecture.activation != "silu":
+        tolerance = max(tolerance, _LEAST_WITH_GELU)
+    with LlamaCpp(out) as llama:
+        return verified(
+            source,
+            llama_cpp_version(),
+            llama.feed,
+            tolerance,
+            context=context,
+            decodes=type_name == "f32",
+        )

@@ -9,14 +9,23 @@ Rotary embedding: transformers turns element i together with i + half (as `qwen2
 reordered.
 
 Gemma 2 and 3 have graphs for one width only, with sliding windows in a fixed rhythm.
+
+Shapes: R half the elements of a head, one for each frequency.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from cfsp.checkpoint.config_widths import resized_parts
 from cfsp.checkpoint.reading import Checkpoint
@@ -29,44 +38,26 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Architecture:
-    """What one llama.cpp graph expects.
+    """What one llama.cpp graph expects."""
 
-    Attributes:
-        name: general.architecture.
-        ragged: it reads one FFN width a block.
-        is_llama: its rotary embedding turns neighbouring elements, and it reads biases of the FFN
-            and rope_freqs.weight.
-        biases: it reads biases of attention.
-        rhythm: of Gemma's, whose norms are sums with one: every so many blocks one attends to all
-            tokens, the others to a sliding window. 0 where no block has one.
-    """
-
-    name: str
-    ragged: bool = False
+    name: str  # general.architecture
+    ragged: bool = False  # it reads one FFN width a block
+    # Its rotary embedding turns neighbouring elements; it reads FFN biases and rope_freqs.weight.
     is_llama: bool = False
-    biases: bool = False
+    biases: bool = False  # it reads biases of attention
+    fused: bool = False  # q, k and v are one matrix
+    tied_only: bool = False  # it has no output matrix of its own
+    # Of Gemma's, whose norms are sums with one: every so many blocks one attends to all tokens, the
+    # others to a sliding window. 0 where no block has one.
     rhythm: int = 0
-
-    @property
-    def fused(self) -> bool:
-        """Whether q, k and v are one matrix."""
-        return self.name == "openelm"
-
-    @property
-    def tied_only(self) -> bool:
-        """Whether it has no output matrix of its own."""
-        return self.fused or bool(self.rhythm)
-
-    @property
-    def activation(self) -> str:
-        """Of the FFN, by transformers' name."""
-        return "gelu_pytorch_tanh" if self.rhythm else "silu"
+    activation: str = "silu"  # of the FFN, by transformers' name
 
 
 _LLAMA = Architecture("llama", is_llama=True, biases=True)
 _DECI = Architecture("deci", ragged=True, is_llama=True, biases=True)
-_GEMMA2 = Architecture("gemma2", rhythm=2)
-_GEMMA3 = Architecture("gemma3", rhythm=6)
+_OPENELM = Architecture("openelm", ragged=True, fused=True, tied_only=True)
+_GEMMA2 = Architecture("gemma2", tied_only=True, rhythm=2, activation="gelu_pytorch_tanh")
+_GEMMA3 = replace(_GEMMA2, name="gemma3", rhythm=6)
 
 _SCALED_BY_HIDDEN = (46, 62)
 
@@ -75,7 +66,7 @@ ARCHITECTURES: dict[str, tuple[Architecture, Architecture | None]] = {
     "llama": (_LLAMA, _DECI),
     "mistral": (_LLAMA, _DECI),
     "qwen2": (Architecture("qwen2", biases=True), _DECI),
-    "qwen3": (Architecture("qwen3"), Architecture("openelm", ragged=True)),
+    "qwen3": (Architecture("qwen3"), _OPENELM),
     "gemma2": (_GEMMA2, None),
     "gemma3_text": (_GEMMA3, None),
 }
@@ -84,11 +75,7 @@ _INSTEAD = "prune with --widths equal"
 
 
 def architecture_of(source: Checkpoint) -> Architecture:
-    """Return the architecture that runs a checkpoint.
-
-    Raises:
-        ExportError: none does.
-    """
+    """Return the architecture that runs a checkpoint, or raise ExportError."""
     widths = source.architecture.of_part("ffn").widths
     found = ARCHITECTURES.get(source.config.model_type)
     if found is None:
@@ -114,7 +101,8 @@ def architecture_of(source: Checkpoint) -> Architecture:
             f"this {source.config.model_type} model needs {architecture.name}; prune it without "
             "--parts attention"
         )
-    _check_expressible(source, architecture)
+    for obstacle in _obstacles(source, architecture):
+        raise ExportError(obstacle)
     return architecture
 
 
@@ -134,66 +122,123 @@ def warn_of_no_way_back(source: Checkpoint, budget: Budget) -> None:
         )
 
 
-def _check_expressible(source: Checkpoint, architecture: Architecture) -> None:
+def _obstacles(source: Checkpoint, architecture: Architecture) -> Iterator[str]:
+    """Yield what the graph of an architecture cannot express of a model."""
     config: Any = source.config
-    name = architecture.name
+    graph = f"llama.cpp's {architecture.name} graph"
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "silu")
     if activation != architecture.activation:
-        raise ExportError(
-            f"llama.cpp's {name} graph has {architecture.activation}, the model {activation}"
-        )
+        yield f"{graph} has {architecture.activation}, the model {activation}"
     biased = sorted(tensor for tensor in source.specs if tensor.endswith(".bias"))
     if biased and not architecture.biases:
-        raise ExportError(
-            f"llama.cpp's {name} graph reads no biases, the model has {biased[0]}; "
-            "use --to openvino"
-        )
+        yield f"{graph} reads no biases, the model has {biased[0]}; use --to openvino"
+    prefix = source.architecture.block_prefix(0)
     down = source.architecture.of_part("ffn").units[0].down.removesuffix("weight")
-    down_bias = f"{source.architecture.block_prefix(0)}{down}bias"
-    if down_bias in source.specs and not architecture.is_llama:
-        raise ExportError(
-            f"llama.cpp's {name} graph reads no FFN biases, the model has {down_bias}; "
-            "use --to openvino"
-        )
+    if (bias := f"{prefix}{down}bias") in source.specs and not architecture.is_llama:
+        yield f"{graph} reads no FFN biases, the model has {bias}; use --to openvino"
     if architecture.tied_only and not config.tie_word_embeddings:
-        if not architecture.ragged:
-            raise ExportError(f"llama.cpp's {name} graph has no output matrix of its own")
-        raise ExportError(
-            f"llama.cpp runs {source.config.model_type} blocks of different widths only through "
-            f"its {name} graph, which has no output matrix of its own, and this model's is not "
-            f"tied to the embeddings; {_INSTEAD}"
+        yield (
+            f"llama.cpp runs {config.model_type} blocks of different widths only through its "
+            f"{architecture.name} graph, which has no output matrix of its own, and this model's "
+            f"is not tied to the embeddings; {_INSTEAD}"
+            if architecture.ragged
+            else f"{graph} has no output matrix of its own"
         )
     if architecture.rhythm:
-        _check_is_gemma(config, architecture)
-    if architecture.fused and _qkv_specs_differ(source):
-        raise ExportError(f"q, k and v are stored in different types; {_INSTEAD}")
+        yield from _obstacles_of_gemma(config, architecture, graph)
+    qkv = [source.specs.get(f"{prefix}self_attn.{m}_proj.weight") for m in "qkv"]
+    if architecture.fused and len({spec.dtype for spec in qkv if spec}) > 1:
+        yield f"q, k and v are stored in different types; {_INSTEAD}"
 
 
-def _check_is_gemma(config: Any, architecture: Architecture) -> None:
-    """Check what these graphs take for granted."""
-    name, size = architecture.name, head_size(config)
+def _obstacles_of_gemma(config: Any, architecture: Architecture, graph: str) -> Iterator[str]:
+    """Yield what is not as these graphs take it for granted."""
     # With as many blocks as the 27B models have, the graph scales by the width of a head in D.
-    if config.query_pre_attn_scalar != size or config.num_hidden_layers in _SCALED_BY_HIDDEN:
-        raise ExportError(f"llama.cpp's {name} graph scales the attention of this model otherwise")
+    blocks = config.num_hidden_layers
+    if config.query_pre_attn_scalar != head_size(config) or blocks in _SCALED_BY_HIDDEN:
+        yield f"{graph} scales the attention of this model otherwise"
     expected = [
         "full_attention" if block % architecture.rhythm == 0 else "sliding_attention"
-        for block in range(1, config.num_hidden_layers + 1)
+        for block in range(1, blocks + 1)
     ]
     if config.layer_types != expected:
-        raise ExportError(
-            f"llama.cpp's {name} graph attends to all tokens in every block whose number is a "
-            f"multiple of {architecture.rhythm}, the model in others"
+        yield (
+            f"{graph} attends to all tokens in every block whose number is a multiple of "
+            f"{architecture.rhythm}, the model in others"
         )
-    if architecture is _GEMMA2 and not (
-        config.attn_logit_softcapping and config.final_logit_softcapping
-    ):
-        raise ExportError(f"llama.cpp's {name} graph caps logits, the model does not")
-    if architecture is _GEMMA3 and (
-        config.attn_logit_softcapping or config.final_logit_softcapping
-    ):
-        raise ExportError(f"llama.cpp's {name} graph caps no logits, the model does")
+    caps = (config.attn_logit_softcapping, config.final_logit_softcapping)
+    if architecture is _GEMMA2 and not all(caps):
+        yield f"{graph} caps logits, the model does not"
+    if architecture is _GEMMA3 and any(caps):
+        yield f"{graph} caps no logits, the model does"
 
 
-def _qkv_specs_differ(source: Checkpoint) -> bool:
-    prefix = source.architecture.block_prefix(0)
-    return len({source.specs[f"{prefix}self_attn.{m}_proj.weight"].dtype for m in "qkv"}) > 1
+def rope_of(config: Any, architecture: Architecture) -> tuple[dict[str, Any], Tensor | None]:
+    """Translate a config's rope parameters: base, scaling, and per-frequency factors.
+
+    Returns the file's fields, by the names of the writer's methods without `add_`, and factors_R by
+    which each frequency is divided, in float32; None for not at all.
+    """
+    from gguf import RopeScalingType
+
+    parameters = dict(config.rope_parameters)
+    if architecture.rhythm and "full_attention" in parameters:
+        return _by_layer(config, architecture)
+    kind = parameters.get("rope_type", "default")
+    if "rope_theta" not in parameters or parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ExportError("rotary embeddings of a part of the head or by layer are not supported")
+    fields: dict[str, Any] = {"rope_freq_base": float(parameters["rope_theta"])}
+    if kind in ("linear", "yarn"):
+        fields["rope_scaling_type"] = RopeScalingType[kind.upper()]
+        fields["rope_scaling_factor"] = float(parameters["factor"])
+    if kind == "yarn":
+        fields |= _yarn(parameters)
+    if kind == "llama3":
+        if not architecture.is_llama:
+            raise ExportError(
+                f"llama.cpp's {architecture.name} graph reads no factors for single frequencies, "
+                "which llama3 scaling needs; use --to vllm or --to openvino"
+            )
+        return fields, _llama3_factors(config, fields["rope_freq_base"])
+    if kind not in ("default", "linear", "yarn"):
+        raise ExportError(
+            f"gguf export of rope scaling {kind!r} is not supported; supported are: "
+            "default, linear, llama3, yarn"
+        )
+    return fields, None
+
+
+def _by_layer(config: Any, architecture: Architecture) -> tuple[dict[str, Any], Tensor | None]:
+    """Return what a file says where blocks with a sliding window have positions of their own."""
+    sliding = dict(config.rope_parameters["sliding_attention"])
+    if sliding.get("rope_type", "default") != "default":
+        raise ExportError("scaled positions in blocks with a sliding window are not supported")
+    whole = copy(config)
+    whole.rope_parameters = config.rope_parameters["full_attention"]
+    fields, factors_R = rope_of(whole, architecture)
+    base, *scaling = fields.items()
+    base_swa = ("rope_freq_base_swa", float(sliding["rope_theta"]))
+    return dict([base, base_swa, *scaling]), factors_R
+
+
+def _yarn(parameters: dict[str, Any]) -> dict[str, Any]:
+    if parameters.get("truncate") is False or parameters.get("mscale"):
+        raise ExportError("llama.cpp has no YaRN without truncation or with mscale")
+    attention = parameters.get("attention_factor")
+    if attention is not None:
+        # llama.cpp multiplies by 0.1 ln(factor) + 1 (YaRN, arXiv 2309.00071, eq. 22) itself.
+        attention = float(attention) / (0.1 * math.log(float(parameters["factor"])) + 1.0)
+    return {
+        "rope_scaling_orig_ctx_len": int(parameters["original_max_position_embeddings"]),
+        "rope_scaling_attn_factors": attention,
+        "rope_scaling_yarn_beta_fast": parameters.get("beta_fast"),
+        "rope_scaling_yarn_beta_slow": parameters.get("beta_slow"),
+    }
+
+
+def _llama3_factors(config: Any, base: float) -> Tensor:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled_R, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain_R = base ** (-np.arange(len(scaled_R), dtype=np.float64) / len(scaled_R))
+    return torch.from_numpy(plain_R / scaled_R.double().numpy()).float()

@@ -27,19 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """A tensor that will be written.
-
-    Attributes:
-        name: in the file.
-        shape: rows first, as in the checkpoint.
-        kind: how it is stored.
-        read: makes it, in float32.
-    """
+    """A tensor that will be written."""
 
     name: str
-    shape: tuple[int, ...]
-    kind: GGMLQuantizationType
-    read: Callable[[], Tensor]
+    shape: tuple[int, ...]  # rows first, as in the checkpoint
+    kind: GGMLQuantizationType  # as it is stored
+    read: Callable[[], Tensor]  # in float32
 
     @property
     def nbytes(self) -> int:
@@ -54,14 +47,8 @@ def gguf_tensors(
 ) -> list[GgufTensor]:
     """Return what a file of this architecture holds, in the checkpoint's order.
 
-    Args:
-        source: the checkpoint.
-        architecture: what will read the file.
-        kind: how matrices are stored; vectors are always float32, and matrices whose rows
-            don't divide into blocks of this type become float16.
-
-    Raises:
-        ExportError: llama.cpp has no place for a tensor.
+    Vectors are always float32, and matrices whose rows don't divide into blocks of this type become
+    float16.
     """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 

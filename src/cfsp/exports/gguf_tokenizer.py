@@ -27,18 +27,11 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 def read_tokenizer(
     tokenizer: PreTrainedTokenizerBase, vocabulary: int, pre_tokenizer: str | None
 ) -> tuple[dict[str, Any], SpecialVocab]:
-    """Translate a tokenizer.
+    """Translate a tokenizer, for an embedding matrix of so many rows.
 
     Returns the file's fields, by the names of the writer's methods without `add_`, and special
-    tokens, merges and chat template.
-
-    Args:
-        tokenizer: as transformers runs it.
-        vocabulary: rows of the embedding matrix; ids without a token become unused ones.
-        pre_tokenizer: llama.cpp's name of the pre-tokenizer; None to tell it from the tokenizer.
-
-    Raises:
-        ExportError: llama.cpp has no such tokenizer.
+    tokens, merges and chat template. Ids without a token become unused ones. `pre_tokenizer` is
+    llama.cpp's name of it; None to tell it from the tokenizer.
     """
     from gguf import SpecialVocab
 

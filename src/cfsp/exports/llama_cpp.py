@@ -25,19 +25,10 @@ _F32 = 0  # ggml_type
 
 
 class LlamaCpp:
-    """A .gguf file, loaded.
+    """A .gguf file, loaded; a context manager, because its memory belongs to the library.
 
-    Use it as a context manager: memory belongs to the library and is freed at the end.
-
-    Args:
-        path: the file.
-        context: tokens of one sequence that fit, prompt and continuation together; None to `start`
-            later.
-        threads: how many; None for torch's number. They wait for each other busily.
-
-    Raises:
-        MissingExtraError: no llama.cpp is installed.
-        ExportError: llama.cpp refuses the file.
+    `context` tokens of one sequence fit, prompt and continuation together; None is to `start`
+    later. There are `threads`, or torch's number, which wait for each other busily.
     """
 
     def __init__(self, path: Path, context: int | None = 512, threads: int | None = None) -> None:
@@ -68,15 +59,9 @@ class LlamaCpp:
         self._lib.llama_model_free(self._model)
 
     def start(self, context: int, sequences: int = 1, **settings: Any) -> None:
-        """Make room for new sequences in place of what there was.
+        """Make room for new sequences of so many tokens together, in place of what there was.
 
-        Args:
-            context: tokens of all sequences together.
-            sequences: how many.
-            settings: of the library, by its names; by default keys and values are in float16.
-
-        Raises:
-            ExportError: there is no memory for them.
+        `settings` are the library's; by default keys and values are in float16.
         """
         if self._context != self._ffi.NULL:
             self._lib.llama_free(self._context)
@@ -107,27 +92,14 @@ class LlamaCpp:
         self._past = length
 
     def feed(self, tokens: Sequence[int], last: int | None = None) -> Tensor:
-        """Read more tokens of a single sequence and return the logits after them.
-
-        Args:
-            tokens: one at least.
-            last: of how many of them logits are wanted; None for all.
-
-        Returns:
-            logits_TV after each of the last tokens.
-        """
+        """Read more tokens of a single sequence; return logits_TV after the last ones, or all."""
         logits_TV = self.decode([tokens], len(tokens) if last is None else last)
         return torch.from_numpy(logits_TV.copy())
 
     def decode(self, tokens_BT: Sequence[Sequence[int]], last: int = 1) -> NDArray[np.float32]:
         """Read more tokens of every sequence.
 
-        Args:
-            tokens_BT: as many of each.
-            last: of how many of them logits are wanted.
-
-        Returns:
-            Logits after the last tokens of every sequence, (B * last, V), until the next call.
+        Returns the logits after the last tokens of every one, (B * last, V), until the next call.
         """
         length = len(tokens_BT[0])
         batch = self._lib.llama_batch_init(len(tokens_BT) * length, 0, 1)
@@ -152,17 +124,7 @@ class LlamaCpp:
 
 
 def quantise(source: Path, target: Path, file_type: int) -> None:
-    """Write a quantised copy of a .gguf file.
-
-    Args:
-        source: a file in float32, float16 or bfloat16.
-        target: the new file.
-        file_type: number in llama.cpp's enum llama_ftype.
-
-    Raises:
-        MissingExtraError: no llama.cpp is installed.
-        ExportError: llama.cpp refuses.
-    """
+    """Write a quantised copy of a .gguf file; its type is a number of the enum llama_ftype."""
     ffi, lib = llama_cpp_library("running llama.cpp", "llamacpp")
     settings = ffi.new("llama_model_quantize_params *")
     settings[0] = lib.llama_model_quantize_default_params()

@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cfsp.checkpoint.config_file import CONFIG_FILE
 from cfsp.checkpoint.config_widths import stock_config
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.errors import CfspError, ExportError, MissingExtraError, UsageError
-from cfsp.exports.target import ExportOptions, Written
-from cfsp.exports.verification import reference_model, verified
+from cfsp.exports.verification import ExportOptions, Written, reference_model, verified
 from cfsp.text.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
@@ -49,27 +49,44 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
         raise _unsupported(source, "a traced model cannot choose experts by the text")
     if text_config_of(source.config) is not source.config:
         raise _unsupported(source, "only decoders of text are traced, and this reads images too")
-    openvino, kind = _openvino(), _weight_type(source, options)
+    own = "f32" if compute_dtype(source) == torch.float32 else "f16"
+    openvino, kind = _openvino(), (options.weight_type or own).lower()
+    if kind not in _TOLERANCES:
+        raise UsageError(
+            f"unknown --type {options.weight_type} for openvino; expected f32 or f16 "
+            "(quantise further with nncf)"
+        )
     openvino.save_model(_converted(source), out / _MODEL_FILE, compress_to_fp16=kind == "f16")
     # Runtimes want to know heads and vocabulary, not widths: the stock config will do.
     config = stock_config(source.config)
     config.architectures = [source.architecture.class_name]
     if hasattr(config, "auto_map"):
         del config.auto_map
-    config.to_json_file(out / "config.json")
+    config.to_json_file(out / CONFIG_FILE)
     copy_travelling_files(source.directory, out)
-    reader = f"OpenVINO {openvino.get_version().split('-')[0]}"
+    notes: tuple[str, ...] = ()
+    if find_spec("openvino_tokenizers") is None:
+        notes = (
+            "openvino-tokenizers is not installed, so the tokenizer stays as it is: optimum-intel "
+            "reads it, OpenVINO GenAI needs it converted (convert_tokenizer)",
+        )
+    else:
+        from openvino_tokenizers import convert_tokenizer
+
+        models = convert_tokenizer(load_tokenizer(source.directory), with_detokenizer=True)
+        for model, name in zip(models, ("tokenizer", "detokenizer"), strict=True):
+            openvino.save_model(model, out / f"openvino_{name}.xml")
     return Written(
         f"stateful OpenVINO model in {kind}",
         lambda: verified(
             source,
-            reader,
+            f"OpenVINO {openvino.get_version().split('-')[0]}",
             OpenVinoRuntime(out).feed,
             _TOLERANCES[kind],
             context=int(getattr(source.config, "max_position_embeddings", 4096)),
             decodes=kind == "f32",
         ),
-        _write_tokenizer(source, out),
+        notes,
     )
 
 
@@ -102,32 +119,6 @@ def _unsupported(source: Checkpoint, reason: str) -> ExportError:
     )
 
 
-def _write_tokenizer(source: Checkpoint, out: Path) -> tuple[str, ...]:
-    """Convert the tokenizer too, which OpenVINO GenAI needs, if its converter is installed."""
-    if find_spec("openvino_tokenizers") is None:
-        return (
-            "openvino-tokenizers is not installed, so the tokenizer stays as it is: optimum-intel "
-            "reads it, OpenVINO GenAI needs it converted (convert_tokenizer)",
-        )
-    from openvino_tokenizers import convert_tokenizer
-
-    models = convert_tokenizer(load_tokenizer(source.directory), with_detokenizer=True)
-    for model, name in zip(models, ("tokenizer", "detokenizer"), strict=True):
-        _openvino().save_model(model, out / f"openvino_{name}.xml")
-    return ()
-
-
-def _weight_type(source: Checkpoint, options: ExportOptions) -> str:
-    own = "f32" if compute_dtype(source) == torch.float32 else "f16"
-    kind = (options.weight_type or own).lower()
-    if kind not in _TOLERANCES:
-        raise UsageError(
-            f"unknown --type {options.weight_type} for openvino; expected f32 or f16 "
-            "(quantise further with nncf)"
-        )
-    return kind
-
-
 def _openvino() -> Any:
     try:
         import openvino
@@ -157,47 +148,35 @@ class _Step(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
     ) -> tuple[Tensor, ...]:
-        self.mask_BS = attention_mask
-        self.past = list(past)
+        self.mask_BS, self.past = attention_mask, past
         self.present: list[Tensor] = []
         output: Any = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         return (output.logits, *self.present)
 
     def _attention(
-        self,
-        module: nn.Module,
-        query_BNTH: Tensor,
-        key_BNTH: Tensor,
-        value_BNTH: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        **_: Any,
+        self, module: nn.Module, query_BNTH: Tensor, *new_BNTH: Any, **how: Any
     ) -> tuple[Tensor, None]:
+        """Attend by transformers' arguments: keys, values and a mask that is not used; scaling."""
         from transformers.integrations.sdpa_attention import repeat_kv
 
-        if s_aux is not None:
+        if how.get("s_aux") is not None:
             raise ExportError(
                 "OpenVINO export has no attention with sinks; transformers runs the checkpoint "
                 "itself"
             )
-        pair = [key_BNTH, value_BNTH]
+        at, pair = len(self.present), list(new_BNTH[:2])
         if self.past:
-            at = len(self.present)
-            pair = [
-                torch.cat(each, dim=2) for each in zip(self.past[at : at + 2], pair, strict=True)
-            ]
+            both = zip(self.past[at : at + 2], pair, strict=True)
+            pair = [torch.cat(each, dim=2) for each in both]
         self.present += pair
         key, value = (repeat_kv(each, query_BNTH.shape[1] // each.shape[1]) for each in pair)
-        bias = self._bias(query_BNTH, sliding_window)
-        if softcap is None:
+        bias, scale = self._bias(query_BNTH, how.get("sliding_window")), how.get("scaling")
+        if (softcap := how.get("softcap")) is None:
             out_BNTH = nn.functional.scaled_dot_product_attention(
-                query_BNTH, key, value, attn_mask=bias, scale=scaling
+                query_BNTH, key, value, attn_mask=bias, scale=scale
             )
         else:  # Gemma 2 bends the scores
-            scale = query_BNTH.shape[-1] ** -0.5 if scaling is None else scaling
+            scale = query_BNTH.shape[-1] ** -0.5 if scale is None else scale
             scores = softcap * torch.tanh(query_BNTH @ key.transpose(2, 3) * (scale / softcap))
             out_BNTH = torch.softmax(scores + bias, dim=-1) @ value
         return out_BNTH.transpose(1, 2), None
@@ -245,14 +224,13 @@ def _converted(source: Checkpoint) -> Any:
                 "transformers runs the checkpoint itself"
             ) from error
     pairs = [f"{kind}.{block}" for block in range(blocks) for kind in ("key", "value")]
-    names = ["input_ids", "attention_mask", "position_ids", *(f"past_{name}" for name in pairs)]
+    inputs = ["input_ids", "attention_mask", "position_ids", *(f"past_{name}" for name in pairs)]
+    outputs = ["logits", *(f"present_{name}" for name in pairs)]
+    for port, name in zip(converted.inputs + converted.outputs, inputs + outputs, strict=True):
+        port.get_tensor().set_names({name})
     shapes = [[-1, -1]] * 3 + [[-1, each.shape[1], -1, each.shape[3]] for each in past]
-    for port, name, shape in zip(converted.inputs, names, shapes, strict=True):
-        port.get_tensor().set_names({name})
+    for port, shape in zip(converted.inputs, shapes, strict=True):
         port.get_node().set_partial_shape(openvino.PartialShape(shape))
-    names = ["logits", *(f"present_{name}" for name in pairs)]
-    for port, name in zip(converted.outputs, names, strict=True):
-        port.get_tensor().set_names({name})
     converted.validate_nodes_and_infer_types()
     _keep_state(converted, pairs)
     return converted

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import check_is_outside, staged_directory, staged_file
 from cfsp.checkpoint.reading import Checkpoint, check_complete
 from cfsp.errors import UsageError, did_you_mean
 from cfsp.exports import decilm, gguf, openvino
-from cfsp.exports.target import ExportOptions, ExportReport, Written
+from cfsp.exports.verification import ExportOptions, Verification, Written
 from cfsp.streaming.stopwatch import Stopwatch
 
 # Each writes a new directory, gguf a new file, and raises ExportError for what the format cannot
@@ -25,6 +27,35 @@ TARGETS: dict[str, Callable[[Checkpoint, Path, ExportOptions], Written]] = {
 }
 _FILE = ".gguf"
 _TYPED = ("gguf", "openvino")
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export did.
+
+    Attributes:
+        target: its name.
+        out: the new file or directory.
+        layout: what software will see.
+        nbytes: bytes on disk.
+        notes: what the user should know.
+        verification: the comparison; None if it was not asked for, or no llama.cpp is installed.
+        seconds: stage -> seconds.
+        serve: the command that serves the copy; empty if there is none.
+    """
+
+    target: str
+    out: str
+    layout: str
+    nbytes: int
+    notes: tuple[str, ...]
+    verification: Verification | None
+    seconds: dict[str, float]
+    serve: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON types."""
+        return {**asdict(self), "notes": list(self.notes)}
 
 
 def export(
@@ -69,21 +100,7 @@ def export_checkpoint(
     *,
     verify: bool = True,
 ) -> ExportReport:
-    """Write a checkpoint in another format.
-
-    Args:
-        source: the checkpoint, pruned or not.
-        to: a name in `TARGETS`.
-        out: the new directory, or the new file for `gguf`.
-        options: what the format leaves open.
-        verify: read the copy back and compare its logits with the checkpoint's.
-
-    Raises:
-        ExportError: the format cannot express the model, or the copy computes something else.
-        OutputError: the output exists or is not writable.
-        MissingExtraError: the format needs a package that is not installed.
-        UsageError: an unknown target or option.
-    """
+    """Write a checkpoint in another format; see `export`."""
     if to not in TARGETS:
         raise UsageError(
             f"unknown target {to!r}{did_you_mean(to, TARGETS)}; expected one of "
@@ -104,7 +121,7 @@ def export_checkpoint(
         with watch.stage("write"):
             written = TARGETS[to](source, staging, options)
         verification = None
-        if verify:
+        if verify and written.verify is not None:
             with watch.stage("verify"):
                 verification = written.verify()
         files = [staging] if is_file else staging.rglob("*")

@@ -1,4 +1,4 @@
-"""Is a written copy the same model? Logits of both over one probe, and greedy decoding.
+"""What a format wrote, and whether it is the same model: logits over a probe, greedy decoding.
 
 Shapes: T tokens, V vocabulary.
 """
@@ -32,24 +32,33 @@ _PROBE_TEXT = (
 
 
 @dataclass(frozen=True)
+class ExportOptions:
+    """What the user can choose; see `cfsp.export`."""
+
+    weight_type: str | None = None
+    pre_tokenizer: str | None = None
+
+
+@dataclass(frozen=True)
 class Verification:
-    """How far a written copy is from the checkpoint.
+    """How far a written copy is from the checkpoint."""
 
-    Attributes:
-        reader: what read the copy.
-        tokens: length of the probe; 0 where the weights were compared, and nothing computed.
-        max_difference: largest absolute difference of a logit.
-        relative_error: root mean square of the differences by that of the logits.
-        tolerance: what `relative_error` may be.
-        greedy_steps: decoded tokens that are equal; None if decoding was not compared.
-    """
+    reader: str  # what read the copy
+    tokens: int  # of the probe
+    max_difference: float  # largest absolute one of a logit
+    relative_error: float  # root mean square of the differences by that of the logits
+    tolerance: float  # what `relative_error` may be
+    greedy_steps: int | None = None  # decoded tokens that are equal; None if not compared
 
-    reader: str
-    tokens: int
-    max_difference: float
-    relative_error: float
-    tolerance: float
-    greedy_steps: int | None = None
+
+@dataclass(frozen=True)
+class Written:
+    """What a format wrote."""
+
+    layout: str  # what software will see: a class, an architecture, a weight type
+    verify: Callable[[], Verification] | None  # compares the copy; None if nothing reads it here
+    notes: tuple[str, ...] = ()  # what the user should know, one sentence each
+    serve: str = ""  # the command that serves the copy, which is `{out}`
 
 
 def verified(
@@ -132,8 +141,7 @@ def greedy_after(
 ) -> list[int]:
     """Return the most likely token of a transformers model before each of the continuation.
 
-    It equals the continuation exactly if the model, decoding greedily, writes the same: one
-    forward pass instead of one a token.
+    They are equal exactly if the model, decoding greedily, writes the same.
     """
     logits_TV = logits_of(model, [*tokens, *continuation[:-1]])
     return [int(token) for token in logits_TV[len(tokens) - 1 :].argmax(dim=-1)]

@@ -1,7 +1,7 @@
 """What is trained on and what is held out, as packed windows.
 
 All of every text is used. Of each, and of each kind of the mixed text, some documents are held out
-that are spread over it (`cfsp.text.hold_out`): nothing of them is trained on. Of a document that is
+that are spread over it (`cfsp.text.windows`): nothing of them is trained on. Of a document that is
 much longer than what is held out, it is a part. The order is the Trainer's, by seed.
 
 Of conversations only the answers are trained on. Chat templates mark none: an answer is what a
@@ -26,13 +26,11 @@ from cfsp.errors import TextError
 from cfsp.recovery.loss import IGNORED
 from cfsp.settings import Bos, Text
 from cfsp.text.chats import check_has_template, templated
-from cfsp.text.cutting import gather, spans
-from cfsp.text.hold_out import held_out_documents
-from cfsp.text.pools import distinct_parts
+from cfsp.text.drawing import parts_with_shares
 from cfsp.text.sources import TextSource
-from cfsp.text.stream import document_tokens
+from cfsp.text.stream import document_tokens, gather, spans
 from cfsp.text.tokenizers import beginning
-from cfsp.text.windows import Windows
+from cfsp.text.windows import Windows, held_out_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,7 +90,7 @@ def read_text(
     train: list[Tensor] = []
     held_out: list[Tensor] = []
     sources: dict[str, int] = {}
-    for part in distinct_parts(names):
+    for part, _ in parts_with_shares(names, 0):
         source = TextSource(part, "calibration")
         documents = list(_documents(source, tokenizer))
         own, held = (_windows(each, seqlen, begins_with) for each in _divided(documents, seqlen))

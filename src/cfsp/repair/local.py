@@ -44,7 +44,7 @@ def repair_locally(job: Job, repaired: PruningResult, windows: Windows) -> Pruni
         job: what is pruned; its blocks have one dense FFN each, or none. Parameters are trained in
             float32.
         repaired: what goes and what was repaired before.
-        windows: two or more; some are held out (see `cfsp.text.hold_out`).
+        windows: two or more; some are held out (see `cfsp.text.windows`).
 
     Raises:
         CalibrationError: a weight or an activation is NaN or infinite.

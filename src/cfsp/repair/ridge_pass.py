@@ -87,7 +87,7 @@ def choose_and_repair(
     Args:
         job: what is pruned; sums are float32, the solve is float64. New tensors go to its work
             directory, until they are in the new checkpoint.
-        windows: two or more; some are held out from the fit (see `cfsp.text.hold_out`).
+        windows: two or more; some are held out from the fit (see `cfsp.text.windows`).
         keep_U: the channels that each unit keeps, or how many: those that score most by what the
             pass sees, and by the job's criterion.
         removed: blocks that go whole; their statistics are gathered, and nothing is repaired.

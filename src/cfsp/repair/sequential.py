@@ -64,7 +64,7 @@ def repair_sequentially(job: Job, repaired: PruningResult, windows: Windows) -> 
         job: what is pruned; its blocks have one dense FFN each, or none. Sums are float32, the
             solve is float64.
         repaired: what goes and what was repaired before.
-        windows: two or more; some are held out (see `cfsp.text.hold_out`).
+        windows: two or more; some are held out (see `cfsp.text.windows`).
 
     Raises:
         CalibrationError: a weight or an activation is NaN or infinite.

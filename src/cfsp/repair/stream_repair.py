@@ -32,7 +32,7 @@ class StreamRepair(TwoStreamPass[BlockRepair]):
         name: of the step.
         job: what is pruned.
         repaired: what goes and what was repaired before.
-        windows: two or more; some are held out (see `cfsp.text.hold_out`).
+        windows: two or more; some are held out (see `cfsp.text.windows`).
         tokens_in_batch: about how many pass together.
         pruned: what the cut makes of it, if it is there.
     """

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cfsp.architecture.block_names import counted
-from cfsp.text.mixed import parts_of
+from cfsp.text.offline import parts_of
 
 
 @dataclass(frozen=True)

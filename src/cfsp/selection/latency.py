@@ -23,8 +23,7 @@ from cfsp.checkpoint.skeleton import build_skeleton, empty_model
 from cfsp.errors import UsageError
 from cfsp.planning.make import model_size
 from cfsp.speed import Conditions, Workload, compare_speed
-from cfsp.speed.shapes import SmallerModel
-from cfsp.speed.subjects import Subject
+from cfsp.speed.subjects import SmallerModel, Subject
 from cfsp.speed.work import work_of
 from cfsp.streaming.memory import available_bytes
 

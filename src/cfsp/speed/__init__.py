@@ -4,6 +4,6 @@ subjects (checkpoints or true shapes) -> one process each -> interleaved rounds 
 """
 
 from cfsp.speed.measuring import Comparison, ModelSpeed, Speed, compare_speed
-from cfsp.speed.workload import Conditions, Workload
+from cfsp.speed.work import Conditions, Workload
 
 __all__ = ["Comparison", "Conditions", "ModelSpeed", "Speed", "Workload", "compare_speed"]

@@ -8,13 +8,13 @@ from itertools import product
 from pathlib import Path
 
 from cfsp.checkpoint.locating import locate_model
-from cfsp.errors import UsageError
+from cfsp.errors import CheckpointError, UsageError
+from cfsp.exports.decilm import is_decilm
 from cfsp.result.names import short_names
-from cfsp.speed.engine import check_engine_reads
 from cfsp.speed.measuring import Comparison, compare_speed
-from cfsp.speed.shapes import ShapedModel
-from cfsp.speed.subjects import Subject
-from cfsp.speed.workload import Conditions, Workload
+from cfsp.speed.process import OF_TRANSFORMERS
+from cfsp.speed.subjects import ShapedModel, Subject
+from cfsp.speed.work import Conditions, Workload
 
 # With a static cache the second run compiles once more: the cache then exists already.
 _WARMUPS = {"compile": 3}
@@ -74,7 +74,7 @@ def bench(
     short = short_names(names, least=1)
     subjects = [Subject(model, short[name]) for model, name in zip(models, names, strict=True)]
     for subject in subjects:
-        check_engine_reads(subject, engine)
+        _check_engine_reads(subject, engine)
     if engine != "llama.cpp":  # it reads a .gguf file itself; for others it is converted once
         subjects = [
             replace(each, model=locate_model(each.model))
@@ -83,3 +83,30 @@ def bench(
             for each in subjects
         ]
     return compare_speed(subjects, workloads, conditions)
+
+
+def _check_engine_reads(subject: Subject, engine: str) -> None:
+    """Check that an engine can run a model, as far as names and files tell."""
+    model, label = subject.model, subject.label
+    if not isinstance(model, str | Path):
+        if engine not in OF_TRANSFORMERS:
+            raise UsageError(
+                f"the engine {engine} cannot run {label}: a true shape runs in "
+                f"{' and '.join(OF_TRANSFORMERS)} only"
+            )
+        return
+    path = Path(model)
+    if engine == "llama.cpp" and path.suffix != ".gguf":
+        raise UsageError(
+            f"the engine {engine} cannot run {label}: it runs .gguf files; make one with: cfsp "
+            "export DIR --to gguf"
+        )
+    if engine == "llama.cpp" and not path.is_file():
+        raise CheckpointError(
+            f"{path} does not exist; make it with: cfsp export DIR --to gguf --out {path}"
+        )
+    if engine != "vllm" and is_decilm(path):
+        raise UsageError(
+            f"the engine {engine} cannot run {label}, which is an export for vLLM; give --engine "
+            "vllm, or the checkpoint that was exported"
+        )

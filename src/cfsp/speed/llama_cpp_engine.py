@@ -15,20 +15,14 @@ import numpy as np
 from cfsp.errors import CheckpointError, ExportError, MissingExtraError
 from cfsp.exports.llama_cpp import LlamaCpp
 from cfsp.speed.subjects import Subject, random_prompt
-from cfsp.speed.work import Footprint, ModelWork
-from cfsp.speed.workload import Conditions, Timing, Workload
+from cfsp.speed.work import Conditions, Footprint, ModelWork, Timing, Workload
 
 # llama.cpp keeps keys and values in F16 unless told otherwise.
 _CACHE_ITEMSIZE = 2
 
 
 class LlamaCppEngine:
-    """Greedy generation with llama.cpp on the CPU.
-
-    Args:
-        subject: a .gguf file.
-        conditions: threads; device and dtype are the file's and the build's own.
-    """
+    """Greedy generation with llama.cpp on the CPU, of a .gguf file; its types are its own."""
 
     def __init__(self, subject: Subject, conditions: Conditions) -> None:
         path = Path(str(subject.model))
@@ -82,12 +76,7 @@ class LlamaCppEngine:
 
 
 def gguf_footprint(path: Path) -> Footprint:
-    """Return parameters, size and work of a .gguf file, in whatever types it stores.
-
-    Raises:
-        CheckpointError: the file is damaged.
-        MissingExtraError: the package gguf is not installed.
-    """
+    """Return parameters, size and work of a .gguf file, in whatever types it stores."""
     try:
         from gguf import GGUFReader
     except ImportError as error:

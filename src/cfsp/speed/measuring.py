@@ -17,8 +17,7 @@ from typing import Any
 from cfsp.progress import item_progress
 from cfsp.speed.process import ModelProcess, model_process
 from cfsp.speed.subjects import Subject
-from cfsp.speed.work import Footprint
-from cfsp.speed.workload import PATIENCE_SECONDS, TOO_BUSY, Conditions, Timing, Workload
+from cfsp.speed.work import PATIENCE_SECONDS, TOO_BUSY, Conditions, Footprint, Timing, Workload
 
 PHASES = ("prefill", "decode")
 # So many rounds that nobody disturbs say enough where there is no patience for all.
@@ -29,20 +28,13 @@ _Round = list[Timing]
 
 @dataclass(frozen=True)
 class Speed:
-    """Throughput of one model in one phase and its ratio to the first model, round by round.
-
-    Attributes:
-        tokens_per_second: one figure for each round.
-        ratios: tokens per second over those of the first model in the same round.
-        ideal_ratio: what the models' sizes promise: FLOPs for prefill, bytes for decoding; NaN if
-            that is unknown.
-        too_busy: whether other programs took so much meanwhile that the ratios say nothing.
-    """
+    """Throughput of one model in one phase and its ratio to the first model, round by round."""
 
     tokens_per_second: tuple[float, ...]
-    ratios: tuple[float, ...]
+    ratios: tuple[float, ...]  # to the first model in the same round
+    # What the models' sizes promise: FLOPs for prefill, bytes for decoding; NaN if unknown.
     ideal_ratio: float
-    too_busy: bool = False
+    too_busy: bool = False  # other programs took so much meanwhile that the ratios say nothing
 
     @property
     def median_tokens_per_second(self) -> float:
@@ -68,29 +60,16 @@ class Speed:
 
 @dataclass(frozen=True)
 class ModelSpeed:
-    """All that was measured of one model.
-
-    Attributes:
-        label: what it is called.
-        footprint: parameters, bytes and work.
-        facts: of its engine.
-        load_seconds: from start to ready.
-        first_run: timing of the very first run, by workload.
-        seconds_to_first_token: median over rounds, by workload.
-        speeds: workload -> phase -> speed.
-        peak_rss_bytes: of host memory, over everything; files that are mapped and libraries are
-            in it.
-        peak_device_bytes: of an accelerator's memory.
-    """
+    """All that was measured of one model."""
 
     label: str
     footprint: Footprint
-    facts: dict[str, Any]
-    load_seconds: float
+    facts: dict[str, Any]  # of its engine
+    load_seconds: float  # from start to ready
     first_run: dict[Workload, Timing]
-    seconds_to_first_token: dict[Workload, float]
-    speeds: dict[Workload, dict[str, Speed]]
-    peak_rss_bytes: int
+    seconds_to_first_token: dict[Workload, float]  # median over rounds
+    speeds: dict[Workload, dict[str, Speed]]  # by phase
+    peak_rss_bytes: int  # over everything; mapped files and libraries are in it
     peak_device_bytes: int
 
     def to_json(self) -> dict[str, Any]:
@@ -120,22 +99,14 @@ class ModelSpeed:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Models on the same workloads; the first is what the others are compared to.
-
-    Attributes:
-        models: in the order given.
-        workloads: in the order given.
-        conditions: how it was measured.
-        rounds_given_up: how many rounds other programs disturbed, by workload; they are not
-            part of the results. 0 where too few others were measured: then they are.
-        disturbance: median fraction of the processors that other programs took in the rounds
-            that are, by workload.
-    """
+    """Models on the same workloads; the first is what the others are compared to."""
 
     models: tuple[ModelSpeed, ...]
     workloads: tuple[Workload, ...]
     conditions: Conditions
+    # Rounds that other programs disturbed are no part of the results, unless nearly all were.
     rounds_given_up: dict[Workload, int]
+    # Median fraction of the processors that other programs took in the rounds that count.
     disturbance: dict[Workload, float]
 
     def to_json(self) -> dict[str, Any]:
@@ -151,16 +122,7 @@ class Comparison:
 def compare_speed(
     subjects: Sequence[Subject], workloads: Sequence[Workload], conditions: Conditions
 ) -> Comparison:
-    """Time models against each other, each in a process of its own.
-
-    Args:
-        subjects: the models; ratios are to the first.
-        workloads: what to time.
-        conditions: how.
-
-    Raises:
-        CfspError: a model or an engine is missing.
-    """
+    """Time models against each other, each in a process of its own; ratios are to the first."""
     first_runs: dict[Workload, _Round] = {}
     rounds: dict[Workload, list[_Round]] = {}
     given_up: dict[Workload, int] = {}
@@ -216,10 +178,7 @@ def _rounds(
     """Run rounds, again where other programs took part of the machine, for so many seconds.
 
     What counts is what the others did, never the timing itself: that would choose results. Where
-    they hardly let a round through, all count.
-
-    Returns:
-        The rounds, and how many were given up.
+    they hardly let a round through, all count. Returns the rounds, and how many were given up.
     """
     every: list[_Round] = []
     kept: list[_Round] = []

@@ -14,20 +14,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import psutil
 
 from cfsp.errors import CfspError
 from cfsp.speed.subjects import Subject
-from cfsp.speed.work import Footprint
-from cfsp.speed.workload import Conditions, Timing, Workload
+from cfsp.speed.work import Conditions, Footprint, Timing, Workload
 from cfsp.streaming.memory import peak_rss_bytes
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext
 
-    from cfsp.speed.engine import Engine
+OF_TRANSFORMERS = ("transformers", "compile")
 
 # A fresh interpreter: a forked one would carry this process's memory.
 PROCESSES: SpawnContext | ForkServerContext = multiprocessing.get_context("spawn")
@@ -37,21 +36,47 @@ _INTERRUPTED_SECONDS = 1.0
 _WORK = ("user", "nice", "system", "irq", "softirq")
 
 
+class Engine(Protocol):
+    """A loaded model that runs workloads."""
+
+    footprint: Footprint
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the timings hold for: versions, dtype, device, threads."""
+        ...
+
+    def run(self, workload: Workload) -> Timing:
+        """Time one prefill and the decoding after it."""
+        ...
+
+    def peak_device_bytes(self) -> int:
+        """Return the largest memory of an accelerator; 0 on the CPU."""
+        ...
+
+
+def start_engine(subject: Subject, conditions: Conditions) -> Engine:
+    """Load a subject into an engine."""
+    if conditions.engine in OF_TRANSFORMERS:
+        from cfsp.speed.transformers_engine import TransformersEngine
+
+        return TransformersEngine(subject, conditions)
+    if conditions.engine == "llama.cpp":
+        from cfsp.speed.llama_cpp_engine import LlamaCppEngine
+
+        return LlamaCppEngine(subject, conditions)
+    from cfsp.speed.vllm_engine import VllmEngine
+
+    return VllmEngine(subject, conditions)
+
+
 @dataclass(frozen=True)
 class ModelProcess:
-    """A process that holds one model; runs happen only when asked for.
-
-    Attributes:
-        connection: to it.
-        footprint: parameters, bytes and work of the model.
-        facts: of the engine.
-        load_seconds: from start to ready.
-    """
+    """A process that holds one model; runs happen only when asked for."""
 
     connection: Connection
     footprint: Footprint
-    facts: dict[str, Any]
-    load_seconds: float
+    facts: dict[str, Any]  # of the engine
+    load_seconds: float  # from start to ready
 
     def run(self, workload: Workload) -> Timing:
         """Time one run; no other model runs meanwhile."""
@@ -75,11 +100,7 @@ class ModelProcess:
 
 @contextmanager
 def model_process(subject: Subject, conditions: Conditions) -> Iterator[ModelProcess]:
-    """Start a process, load the model in it, and end it afterwards.
-
-    Raises:
-        CfspError: what loading the model raised in the process.
-    """
+    """Start a process, load the model in it, and end it afterwards; its errors are raised here."""
     ours, theirs = PROCESSES.Pipe()
     # Not a daemon: vLLM starts processes of its own. It ends when the connection closes.
     process = PROCESSES.Process(target=_serve, args=(theirs, subject, conditions))
@@ -139,8 +160,6 @@ def _serve(connection: Connection, subject: Subject, conditions: Conditions) -> 
 
     First comes what a `ModelProcess` knows of its model.
     """
-    from cfsp.speed.engine import start_engine
-
     # Runtimes print as they like; standard output is for the results.
     os.dup2(2, 1)
     try:
@@ -184,9 +203,6 @@ def busy_seconds() -> float:
 def share_of_others(busy: float, own: float, wall: float) -> float:
     """Return the fraction of all processors that other programs took during a run.
 
-    Args:
-        busy: CPU seconds that all processors worked.
-        own: CPU seconds of the process that ran.
-        wall: seconds that the run took.
+    All processors worked `busy` CPU seconds, the process that ran `own`, in `wall` seconds.
     """
     return max(0.0, busy - own) / (wall * (os.cpu_count() or 1)) if wall > 0 else 0.0

@@ -15,7 +15,7 @@ from torch import Tensor
 from cfsp.checkpoint.loading import cache_argument, compute_device
 from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.speed.subjects import Subject, build_model, random_prompt
-from cfsp.speed.workload import Conditions, Timing, Workload
+from cfsp.speed.work import Conditions, Timing, Workload
 from cfsp.streaming.decoder_end import text_model
 
 if TYPE_CHECKING:
@@ -23,12 +23,7 @@ if TYPE_CHECKING:
 
 
 class TransformersEngine:
-    """Greedy generation with a transformers model, step by step.
-
-    Args:
-        subject: what to time.
-        conditions: device, dtype, threads and which of the two engines.
-    """
+    """Greedy generation with a transformers model, step by step."""
 
     def __init__(self, subject: Subject, conditions: Conditions) -> None:
         if conditions.threads is not None:

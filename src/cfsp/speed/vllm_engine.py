@@ -6,7 +6,6 @@ single token and one of all.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from cfsp.checkpoint.config_file import read_plain_fields
 from cfsp.checkpoint.config_widths import modeling_file
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.locating import open_checkpoint
@@ -25,39 +25,26 @@ from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.errors import CheckpointError, MissingExtraError
 from cfsp.exports.decilm import has_only_our_code, is_decilm
 from cfsp.speed.subjects import Subject, random_prompt
-from cfsp.speed.work import Footprint, ModelWork, work_of
-from cfsp.speed.workload import Conditions, Timing, Workload
+from cfsp.speed.work import Conditions, Footprint, ModelWork, Timing, Workload, work_of
 
 
 @dataclass(frozen=True)
 class Loadable:
-    """A directory that vLLM is given.
-
-    Attributes:
-        directory: of a model.
-        footprint: parameters, bytes and work.
-        dtype: what to compute in.
-        vocabulary: how many tokens there are.
-        has_our_code: whether its only code is as cfsp writes it, which may run.
-    """
+    """A directory that vLLM is given."""
 
     directory: Path
     footprint: Footprint
     dtype: str
     vocabulary: int
-    has_our_code: bool
+    has_our_code: bool  # its only code is as cfsp writes it, which may run
 
 
 def readable_by_vllm(subject: Subject, dtype_name: str) -> Loadable:
-    """Return what vLLM is given: a model of transformers, or an export for its DeciLM class.
-
-    Raises:
-        CheckpointError: there is no such model, or it is damaged.
-    """
+    """Return what vLLM is given: a model of transformers, or an export for its DeciLM class."""
     directory = Path(str(subject.model))
     if is_decilm(directory):
         try:
-            fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+            fields = read_plain_fields(directory)
             dtype = fields["dtype"] if dtype_name == "auto" else dtype_name
             footprint = decilm_footprint(directory, getattr(torch, dtype).itemsize)
             vocabulary = int(fields["vocab_size"])
@@ -83,12 +70,7 @@ def readable_by_vllm(subject: Subject, dtype_name: str) -> Loadable:
 def decilm_footprint(directory: Path, itemsize: int) -> Footprint:
     """Return parameters, size and work of an export for vLLM's DeciLM class, from its headers.
 
-    Args:
-        directory: of the export.
-        itemsize: bytes of an element, of weights and of the cache.
-
-    Raises:
-        KeyError: there are no embeddings.
+    An element has `itemsize` bytes, in weights and cache.
     """
     files = sorted(directory.glob("*.safetensors"))
     specs = {name: spec for file in files for name, spec in TensorFile(file).specs.items()}
@@ -117,12 +99,7 @@ def decilm_footprint(directory: Path, itemsize: int) -> Footprint:
 
 
 class VllmEngine:
-    """Greedy generation with vLLM.
-
-    Args:
-        subject: a model directory or hub id.
-        conditions: dtype and threads; the device is the one that vLLM was built for.
-    """
+    """Greedy generation with vLLM, on the device that it was built for."""
 
     def __init__(self, subject: Subject, conditions: Conditions) -> None:
         # In this process, so that its memory and its processor time are seen as ours.

@@ -1,4 +1,4 @@
-"""How much work a model does for a workload: the speed-up that its size promises.
+"""What is timed, under which conditions, and the work of it: the speed-up that a size promises.
 
 Prefill is bound by arithmetic, decoding of few sequences by reading weights and cache. The
 ideal ratio of two models is therefore that of their FLOPs in prefill and of the bytes they read
@@ -19,11 +19,78 @@ from torch import nn
 from cfsp.checkpoint.reading import channel_parameters
 from cfsp.checkpoint.skeleton import blocks_of, empty_model
 from cfsp.checkpoint.text_config import text_config_of
-from cfsp.speed.workload import Workload
+from cfsp.errors import UsageError, did_you_mean
+from cfsp.exports.context import head_size
 
 if TYPE_CHECKING:
     from cfsp.architecture.found import Unit
     from cfsp.checkpoint.reading import WeightSource
+
+# For how long rounds that other programs disturb are measured again, all workloads together.
+PATIENCE_SECONDS = 30.0
+# Which fraction of the processors others may take where a ratio is still said.
+TOO_BUSY = 0.2
+ENGINES = ("transformers", "compile", "llama.cpp", "vllm")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Prefill of a prompt, then generation of new tokens, one by one for each sequence."""
+
+    batch: int = 1  # sequences at once
+    prompt: int = 512  # tokens of each
+    new_tokens: int = 32  # generated for each after the first, which the prefill gives
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} must be at least 1, found {value}")
+
+    def describe(self) -> str:
+        """Return one line for people."""
+        return f"batch {self.batch}, prompt {self.prompt}, {self.new_tokens} new tokens"
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How to measure."""
+
+    engine: str = "transformers"  # one of `ENGINES`
+    warmups: int = 2  # untimed runs of each workload before the rounds; their first is reported
+    rounds: int = 7  # timed runs of each model, in turns
+    # A round is measured again while other programs take more than this fraction of the
+    # processors, but no longer than `PATIENCE_SECONDS`.
+    disturbance: float = 0.05
+    # As for prune; of the engines transformers and compile only.
+    device: str = "cpu"
+    dtype: str = "auto"
+    threads: int | None = None  # of each process; None for the engine's own choice
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise UsageError(
+                f"the engine is one of {', '.join(ENGINES)}, found {self.engine!r}"
+                f"{did_you_mean(self.engine, ENGINES)}"
+            )
+        if self.warmups < 1 or self.rounds < 1:
+            raise UsageError(
+                f"expected at least 1 warm-up and 1 round, found {self.warmups} and {self.rounds}"
+            )
+        if not self.disturbance >= 0:
+            raise UsageError(f"disturbance must be at least 0, found {self.disturbance}")
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"--threads must be at least 1, found {self.threads}")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one run of a workload."""
+
+    prefill: float  # until the first new token is known, so also the time to first token
+    decode: float  # of all further tokens
+    disturbance: float = 0.0  # fraction of all processors that other programs took meanwhile
+
 
 # How configs call the number of experts that a token passes, where no router keeps it.
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk")
@@ -81,16 +148,10 @@ class ModelWork:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a model weighs.
+    """What a model weighs."""
 
-    Attributes:
-        parameters: of what is timed; tied embeddings count once.
-        disk_bytes: of the weight files; of the tensors where there is no file.
-        work: what its work follows from.
-    """
-
-    parameters: int
-    disk_bytes: int
+    parameters: int  # of what is timed; tied embeddings count once
+    disk_bytes: int  # of the weight files; of the tensors where there is no file
     work: ModelWork
 
 
@@ -133,13 +194,7 @@ def work_of(source: WeightSource, *, head: bool, itemsize: int) -> ModelWork:
 
 
 def experts_per_token(config: Any, blocks: nn.ModuleList, unit: Unit) -> float:
-    """Return how many of its experts a token passes; NaN if nothing says so.
-
-    Args:
-        config: of the text decoder.
-        blocks: of the model; they may be on the meta device.
-        unit: routed experts.
-    """
+    """Return how many of a unit's experts a token passes; NaN if nothing says so."""
     # Routers keep the number, whatever the config calls it.
     beside = blocks[unit.block].get_submodule(unit.path.rpartition(".")[0])
     kept = {vars(module).get("top_k") for module in beside.modules()} - {None}
@@ -158,7 +213,7 @@ def _attention_of(config: Any) -> tuple[int, int]:
         # Latent attention: what keys and values are made of is kept, once for all heads.
         both = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
         return heads * both // 2, config.kv_lora_rank + config.qk_rope_head_dim
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    size = head_size(config)
     # Families without grouped attention have no such key.
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if getattr(config, "multi_query", False) and not getattr(

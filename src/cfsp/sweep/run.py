@@ -49,8 +49,7 @@ from cfsp.streaming.whole import check_fits
 from cfsp.streaming.work_dir import output_work_dir, remove_finished_work
 from cfsp.sweep.recipe import Point, Recipe
 from cfsp.sweep.table import Row
-from cfsp.text.calibration_text import processor_of
-from cfsp.text.drawing import draw_text
+from cfsp.text.drawing import draw_text, processor_of
 from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows

@@ -18,11 +18,7 @@ CHAT_COLUMN = "messages"
 def conversation_texts(
     conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[str]:
-    """Yield the text of each conversation, all speakers included.
-
-    Raises:
-        TextError: the tokenizer has no chat template, or a conversation does not fit it.
-    """
+    """Yield the text of each conversation, all speakers included."""
     check_has_template(tokenizer)
     for number, conversation in enumerate(conversations, start=1):
         yield templated(conversation, tokenizer, number)
@@ -44,16 +40,9 @@ def templated(
     *,
     add_generation_prompt: bool = False,
 ) -> str:
-    """Return the text that the chat template makes of a conversation.
+    """Return the text that the chat template makes of a conversation, whose number errors name.
 
-    Args:
-        conversation: its messages.
-        tokenizer: with a chat template.
-        number: of the conversation, for errors.
-        add_generation_prompt: end with what asks for an answer.
-
-    Raises:
-        TextError: the template refuses the conversation.
+    `add_generation_prompt` ends it with what asks for an answer.
     """
     template: Any = tokenizer.apply_chat_template
 
@@ -79,11 +68,7 @@ def templated(
 
 
 def checked_conversation(value: Any, where: str, *, beside_images: bool) -> Conversation:
-    """Return messages with their contents as texts, without the places of images beside them.
-
-    Raises:
-        TextError: it is no list of messages, or has images of its own.
-    """
+    """Return messages with their contents as texts, without the places of images beside them."""
     messages = checked_messages(value, where)
     parts = [part for message in messages for part in message["content"]]
     if not beside_images and any(part["type"] == "image" for part in parts):
@@ -99,13 +84,7 @@ def checked_conversation(value: Any, where: str, *, beside_images: bool) -> Conv
 def checked_messages(value: Any, where: str) -> Conversation:
     """Return messages, each with a role and a content, with all contents as lists of parts.
 
-    Args:
-        value: of the column `messages`. A content is a text, or a list of {"type": "text", "text"}
-            and {"type": "image"}.
-        where: file and line, for the error.
-
-    Raises:
-        TextError: it is something else.
+    A content is a text, or a list of {"type": "text", "text"} and {"type": "image"}.
     """
     found = value if isinstance(value, list) and all(isinstance(m, dict) for m in value) else None
     contents = [_parts(message.get("content")) for message in found or ()]

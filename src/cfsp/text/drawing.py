@@ -1,30 +1,78 @@
 """From texts to windows: drawn by seed to calibrate on, consecutive to measure on.
 
+Each text is a pool: its windows, shuffled by seed. One that is named twice, or as a part of another
+one, is one pool, so that no window is drawn twice.
+
 Shapes: N windows, T tokens in a window, R tokens of a stream, P that a window begins with.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cfsp.architecture.model_classes import auto_class_of_type
+from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import TextError, UsageError
-from cfsp.settings import Bos, Text
-from cfsp.text.cutting import gather, overlapping_spans, spans
-from cfsp.text.image_windows import ProcessorOf
-from cfsp.text.pools import parts_with_shares, shares_within, shuffled_pools
-from cfsp.text.sources import TextSource, name_of
-from cfsp.text.stream import first_tokens
-from cfsp.text.tokenizers import beginning
+from cfsp.settings import DEFAULT_SAMPLES, DEFAULT_TEXT, Bos, Text
+from cfsp.text.image_windows import ProcessorOf, image_windows
+from cfsp.text.offline import parts_of
+from cfsp.text.sources import TextSource, identity_of, name_of
+from cfsp.text.stream import first_tokens, gather, overlapping_spans, spans, spread_tokens
+from cfsp.text.tokenizers import beginning, load_processor
 from cfsp.text.windows import Windows, joined
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from cfsp.checkpoint.reading import WeightSource
     from cfsp.settings import CalibrationText
+
+log = logging.getLogger(__name__)
+
+
+def calibration_windows(
+    source: WeightSource,
+    tokenizer: PreTrainedTokenizerBase,
+    text: CalibrationText,
+    processor: Any = None,
+) -> Windows:
+    """Draw the calibration windows of a model, and say so if they are of the default text.
+
+    `processor` is that of a multimodal model in memory; a checkpoint's is read where it is needed.
+    """
+    windows = draw_text(text, tokenizer, processor_of(source, processor))
+    if text.names == (DEFAULT_TEXT,):
+        log.info(
+            "calibrating on %s, text of many kinds that comes with cfsp; text like what the model "
+            "will read does better (--data)",
+            DEFAULT_TEXT,
+        )
+    return windows
+
+
+def processor_of(source: WeightSource, processor: Any = None) -> ProcessorOf | None:
+    """Return what gives the processor of a multimodal model; None for a model that reads text."""
+    if auto_class_of_type(source.config.model_type) != "AutoModelForImageTextToText":
+        return None
+
+    @cache
+    def load() -> Any:
+        if processor is not None:
+            return processor
+        if not isinstance(source, Checkpoint):
+            raise UsageError(
+                "a text to calibrate on has images, which need the model's processor; give it in "
+                "place of the tokenizer"
+            )
+        return load_processor(source.directory)
+
+    return load
 
 
 def draw_text(
@@ -47,7 +95,7 @@ def draw_text(
         UsageError: samples or seqlen is too small, or there is no BOS.
         CheckpointError: a text has images, and the model no processor.
     """
-    pools = shuffled_pools(text, tokenizer, processor)
+    pools = _shuffled_pools(text, tokenizer, processor)
     return _first_of([pool.windows for pool in pools], [pool.share for pool in pools])
 
 
@@ -65,7 +113,7 @@ def draw_left_over(
             "a loss is measured on text alone, and a text to calibrate on has images; give a "
             "--held-out text"
         )
-    pools = shuffled_pools(text, tokenizer)
+    pools = _shuffled_pools(text, tokenizer)
     left = [pool.windows.part(slice(pool.share, None)) for pool in pools]
     even = [share for _, share in parts_with_shares(text.names, count)]
     shares = shares_within(even, [len(windows.tokens_NT) for windows in left])
@@ -83,6 +131,102 @@ def _first_of(of_texts: Sequence[Windows], shares: Sequence[int]) -> Windows:
     """Return the first windows of each text, one text after the other."""
     pairs = zip(of_texts, shares, strict=True)
     return joined([windows.part(slice(share)) for windows, share in pairs if share])
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """The windows of one text in the order in which they are drawn, and how many are."""
+
+    name: str
+    windows: Windows
+    share: int
+
+
+def _shuffled_pools(
+    text: CalibrationText,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: ProcessorOf | None = None,
+) -> list[_Pool]:
+    begins_with, samples, seqlen = beginning(tokenizer, text.bos), text.samples, text.seqlen
+    if (samples is not None and samples < len(text.names)) or seqlen < 2 + len(begins_with[1:]):
+        raise UsageError(
+            f"expected at least one window for each text and 2 tokens in a window, "
+            f"found {samples} windows for {len(text.names)} texts and {seqlen} tokens"
+        )
+    wanted = DEFAULT_SAMPLES if samples is None else samples
+    generator = torch.Generator().manual_seed(text.seed)
+    pools: list[_Pool] = []
+    for part, share in parts_with_shares(text.names, wanted):
+        source = TextSource(part, "calibration")
+        if processor is not None and source.has_images:
+            least = 1 if samples is None else share
+            windows = image_windows(
+                source, processor(), seqlen, begins_with, (least, share), generator
+            )
+        else:
+            stream_R = spread_tokens(source, tokenizer, wanted * seqlen, text.seed)
+            all_NT = gather(stream_R, spans(stream_R, seqlen, begins_with), seqlen, begins_with)
+            order_N = torch.randperm(len(all_NT), generator=generator)
+            windows = Windows(all_NT[order_N], {source.name: len(all_NT)}, begins_with)
+        pools.append(_Pool(source.name, windows, share))
+    return _filled(pools, samples, seqlen - len(begins_with))
+
+
+def _filled(pools: Sequence[_Pool], samples: int | None, length: int) -> list[_Pool]:
+    """Return pools of which none has a larger share than windows.
+
+    `samples` windows must be had in all, or as many as there are; each has `length` tokens of text.
+    """
+    have = [len(pool.windows.tokens_NT) for pool in pools]
+    shares = shares_within([pool.share for pool in pools], have)
+    enough = samples is None or sum(shares) == samples
+    for pool in pools:
+        windows, seqlen = pool.windows.tokens_NT.shape
+        if windows >= pool.share:
+            continue
+        if not enough or not windows:
+            raise TextError(
+                f"{pool.name} holds {windows} windows of {seqlen} tokens, {pool.share} are needed "
+                f"({pool.share * length} tokens); give more text, fewer --samples or a shorter "
+                "--seqlen"
+            )
+        if len(pools) > 1:
+            log.warning(
+                "%s holds %d windows of %d tokens, fewer than its share of %d; what is missing is "
+                "drawn from the other texts, as far as they have it",
+                *(pool.name, windows, seqlen, pool.share),
+            )
+    return [replace(pool, share=share) for pool, share in zip(pools, shares, strict=True)]
+
+
+def shares_within(shares: Sequence[int], most: Sequence[int]) -> list[int]:
+    """Return shares of which none is larger than it can be: the others have more, evenly."""
+    found = [min(pair) for pair in zip(shares, most, strict=True)]
+    while (missing := sum(shares) - sum(found)) and (
+        able := [i for i, share in enumerate(found) if share < most[i]]
+    ):
+        for i, more in zip(able, _shares(missing, len(able)), strict=True):
+            found[i] = min(found[i] + more, most[i])
+    return found
+
+
+def parts_with_shares(texts: Sequence[str | Text], total: int) -> list[tuple[str | Text, int]]:
+    """Return what windows are drawn from, each once, and how many of each.
+
+    The kinds of the mixed text are apart.
+    """
+    found: dict[object, tuple[str | Text, int]] = {}
+    for text, share in zip(texts, _shares(total, len(texts)), strict=True):
+        parts: Sequence[str | Text] = parts_of(text) if isinstance(text, str) else (text,)
+        for part, more in zip(parts, _shares(share, len(parts)), strict=True):
+            first, before = found.get(identity_of(part), (part, 0))
+            found[identity_of(part)] = first, before + more
+    return list(found.values())
+
+
+def _shares(total: int, parts: int) -> list[int]:
+    """Share a number out as evenly as possible."""
+    return [total // parts + (i < total % parts) for i in range(parts)]
 
 
 def consecutive_windows(

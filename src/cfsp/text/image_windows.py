@@ -15,21 +15,19 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from cfsp.errors import MissingExtraError, TextError, UsageError
+from cfsp.errors import MissingExtraError, TextError
 from cfsp.text.chats import CHAT_COLUMN
 from cfsp.text.images import Sample, open_image
-from cfsp.text.tokenizers import is_processor
 from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from cfsp.text.sources import TextSource
 
 logger = logging.getLogger(__name__)
 
@@ -42,167 +40,51 @@ _NOT_NEEDED = ("input_ids", "attention_mask", "labels")
 _SAMPLES_TOGETHER = 4
 
 
-def parted(given: Any) -> tuple[PreTrainedTokenizerBase, Any]:
-    """Return the tokenizer, and the processor or None, of what a user gives as either.
+def image_windows(
+    source: TextSource,
+    processor: Any,
+    seqlen: int,
+    begins_with: tuple[int, ...],
+    counts: tuple[int, int],
+    generator: torch.Generator,
+) -> Windows:
+    """Return windows of a text's conversations in an order by chance.
 
-    Raises:
-        UsageError: it is the name of one.
-    """
-    if isinstance(given, str | Path):
-        raise UsageError(
-            "expected the tokenizer itself, such as AutoTokenizer.from_pretrained gives, found "
-            f"{str(given)!r}"
-        )
-    return (given.tokenizer, given) if is_processor(given) else (given, None)
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """What a processor made of samples: token ids, values of every token and of the images.
-
-    Attributes:
-        tokens_R: token ids.
-        by_token: values of every token, [1, R], such as its type.
-        images: values of the images.
-        images_end: tokens up to the end of the last image.
-    """
-
-    tokens_R: Tensor
-    by_token: Mapping[str, Tensor] = field(default_factory=dict)
-    images: Mapping[str, Tensor] = field(default_factory=dict)
-    images_end: int = 0
-
-    def between(self, before: Sequence[int], after: Sequence[int]) -> _Inputs:
-        """Return these inputs with the tokens of text before and after them."""
-        # Text is of type 0 where tokens have types.
-        sides = (len(before), len(after))
-        return _Inputs(
-            torch.cat(
-                [torch.tensor([*before]).long(), self.tokens_R, torch.tensor([*after]).long()]
-            ),
-            {name: pad(value, sides) for name, value in self.by_token.items()},
-            self.images,
-            self.images_end and len(before) + self.images_end,
-        )
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A sample as text, and how many tokens it has: in all, and up to the end of its images."""
-
-    sample: Sample
-    text: str
-    length: int
-    images_end: int
-
-
-@dataclass
-class ImageWindows:
-    """Fills windows with samples, one after the other, until there are no more.
-
-    Attributes:
-        samples: in the source's own order.
+    Args:
+        source: has images.
         processor: of the model.
         seqlen: tokens T in a window.
         begins_with: token ids that an input of the model begins with.
+        counts: how many there must be, and how many are wanted.
+        generator: of the order.
+
+    Raises:
+        TextError: there are too few, or a sample is not what the processor takes.
+        MissingExtraError: the processor needs Pillow or torchvision.
     """
-
-    samples: Iterator[Sample]
-    processor: Any
-    seqlen: int
-    begins_with: tuple[int, ...]
-    _left_out: int = 0
-    _needed: int = 0
-    _waiting: deque[_Piece] = field(default_factory=deque)
-
-    def draw(self, name: str, count: int, least: int, generator: torch.Generator) -> Windows:
-        """Return `count` windows of a text, or as many as there are, of samples in another order.
-
-        Raises:
-            TextError: there are fewer than `least`, or a sample is not what the processor takes.
-            MissingExtraError: the processor needs Pillow or torchvision.
-        """
-        self.samples = _shuffled(self.samples, generator, _SAMPLES_TOGETHER * count)
-        found = list(islice(iter(self._next, None), count))
-        if self._left_out:
-            logger.warning(
-                "%d samples were left out, whose images need up to %d tokens: more than a window "
-                "has (--seqlen %d)",
-                *(self._left_out, self._needed, self.seqlen),
-            )
-        if len(found) < least:
-            cure = "give more samples, fewer --samples or a shorter --seqlen"
-            if self._left_out:
-                cure = (
-                    f"{self._left_out} samples have images that need up to {self._needed} tokens: "
-                    "raise --seqlen to at least that, or give smaller images"
-                )
-            raise TextError(
-                f"{name} holds {len(found)} windows of {self.seqlen} tokens with images, {count} "
-                f"are needed; {cure}"
-            )
-        tokens_NT = torch.stack([made.tokens_R[: self.seqlen] for made in found])
-        images_N = tuple(map(self._images_of, found))
-        return Windows(tokens_NT, {name: len(found)}, self.begins_with, images_N=images_N)
-
-    def _images_of(self, made: _Inputs) -> Mapping[str, Tensor]:
-        """Return what the model is given of a window besides its tokens."""
-        if not made.images_end:
-            return {}
-        by_token = {name: value[:, : self.seqlen] for name, value in made.by_token.items()}
-        return {**by_token, **made.images}
-
-    def _next(self) -> _Inputs | None:
-        """Return the inputs of a whole window or more; None if there are not so many."""
-        room = self.seqlen - len(self.begins_with)
-        chosen: list[_Piece] = []
-        used = 0
-        while used < room and (piece := self._piece(0)) is not None:
-            if used + piece.images_end > room:
-                break
-            chosen.append(self._waiting.popleft())
-            used += piece.length
-        if not chosen:
-            return None
-        made = self._made(chosen)
-        # Tokens at the seams may differ from those of the samples one by one.
-        while made.images_end > self.seqlen:
-            self._waiting.appendleft(chosen.pop())
-            made = self._made(chosen)
-        position = 0
-        while len(made.tokens_R) < self.seqlen:
-            if (piece := self._piece(position)) is None:
-                return None
-            plain = _rendered(piece.sample, self.processor, with_images=False)
-            ids = self.processor.tokenizer(plain, add_special_tokens=False)["input_ids"]
-            made = made.between((), ids)
-            position += 1
-        return made
-
-    def _made(self, chosen: Sequence[_Piece]) -> _Inputs:
-        text = "".join(piece.text for piece in chosen)
-        images = [image for piece in chosen for image in piece.sample.images]
-        made = _inputs(text, images, chosen[0].sample.where, self.processor)
-        begin = self.begins_with
-        # Templates and processors write it themselves, at a place of their own.
-        if begin and begin[0] not in made.tokens_R[: chosen[0].length].tolist():
-            made = made.between(begin, ())
-        return made
-
-    def _piece(self, position: int) -> _Piece | None:
-        """Return a sample that no window has yet, by its position among them."""
-        while len(self._waiting) <= position:
-            sample = next(self.samples, None)
-            if sample is None:
-                return None
-            text = _rendered(sample, self.processor)
-            made = _inputs(text, sample.images, sample.where, self.processor)
-            needed = made.images_end + len(self.begins_with)
-            if needed > self.seqlen:
-                self._left_out, self._needed = self._left_out + 1, max(self._needed, needed)
-            else:
-                self._waiting.append(_Piece(sample, text, len(made.tokens_R), made.images_end))
-        return self._waiting[position]
+    least, count = counts
+    samples = _shuffled(source.samples(), generator, _SAMPLES_TOGETHER * count)
+    filler = _Filler(processor, seqlen, begins_with, samples)
+    found = list(islice(iter(filler.window, None), count))
+    cure = "give more samples, fewer --samples or a shorter --seqlen"
+    if filler.left_out:
+        logger.warning(
+            "%d samples were left out, whose images need up to %d tokens: more than a window "
+            "has (--seqlen %d)",
+            *(filler.left_out, filler.needed, seqlen),
+        )
+        cure = (
+            f"{filler.left_out} samples have images that need up to {filler.needed} tokens: "
+            "raise --seqlen to at least that, or give smaller images"
+        )
+    if len(found) < least:
+        raise TextError(
+            f"{source.name} holds {len(found)} windows of {seqlen} tokens with images, {count} "
+            f"are needed; {cure}"
+        )
+    tokens_NT = torch.stack([made.tokens_R[:seqlen] for made in found])
+    images_N = tuple(made.beside_tokens(seqlen) for made in found)
+    return Windows(tokens_NT, {source.name: len(found)}, begins_with, images_N=images_N)
 
 
 def _shuffled(
@@ -214,13 +96,86 @@ def _shuffled(
             yield chunk[position]
 
 
-def _inputs(text: str, images: Sequence[Any], where: str, processor: Any) -> _Inputs:
-    """Return what a processor makes of a text with places for images.
+@dataclass(frozen=True)
+class _Inputs:
+    """What a processor made of samples: token ids, values of every token and of the images."""
 
-    Raises:
-        TextError: the processor refuses it.
-        MissingExtraError: it needs Pillow or torchvision.
-    """
+    tokens_R: Tensor
+    by_token: Mapping[str, Tensor] = field(default_factory=dict)  # [1, R], such as a type
+    images: Mapping[str, Tensor] = field(default_factory=dict)
+    images_end: int = 0  # tokens up to the end of the last image
+
+    def between(self, before: Sequence[int], after: Sequence[int]) -> _Inputs:
+        """Return these inputs with the tokens of text before and after them."""
+        tokens = [torch.tensor([*before]).long(), self.tokens_R, torch.tensor([*after]).long()]
+        # Text is of type 0 where tokens have types.
+        sides = (len(before), len(after))
+        by_token = {name: pad(value, sides) for name, value in self.by_token.items()}
+        images_end = self.images_end and len(before) + self.images_end
+        return _Inputs(torch.cat(tokens), by_token, self.images, images_end)
+
+    def beside_tokens(self, seqlen: int) -> Mapping[str, Tensor]:
+        """Return what the model is given of the first tokens besides them."""
+        if not self.images_end:
+            return {}
+        by_token = {name: value[:, :seqlen] for name, value in self.by_token.items()}
+        return {**by_token, **self.images}
+
+
+@dataclass
+class _Filler:
+    """Fills windows with samples, one after the other, until there are no more."""
+
+    processor: Any
+    seqlen: int
+    begins_with: tuple[int, ...]
+    samples: Iterator[Sample]
+    left_out: int = 0
+    needed: int = 0  # tokens, by images of samples that were left out
+    _waiting: deque[Sample] = field(default_factory=deque)
+
+    def window(self) -> _Inputs | None:
+        """Return the inputs of a whole window or more; None if there are not so many."""
+        chosen: list[Sample] = []
+        made = _Inputs(torch.empty(0))
+        while len(made.tokens_R) < self.seqlen and (sample := self._ahead(0)):
+            longer = self._made([*chosen, sample])
+            if longer.images_end > self.seqlen and chosen:
+                break
+            self._waiting.popleft()
+            if longer.images_end > self.seqlen:
+                self.left_out += 1
+                self.needed = max(self.needed, longer.images_end)
+            else:
+                chosen.append(sample)
+                made = longer
+        position = 0
+        while len(made.tokens_R) < self.seqlen:
+            if (sample := self._ahead(position)) is None:
+                return None
+            plain = _rendered(sample, self.processor, with_images=False)
+            ids = self.processor.tokenizer(plain, add_special_tokens=False)["input_ids"]
+            made = made.between((), ids)
+            position += 1
+        return made
+
+    def _ahead(self, position: int) -> Sample | None:
+        """Return a sample that no window has yet, by its position among them."""
+        self._waiting.extend(islice(self.samples, position + 1 - len(self._waiting)))
+        return self._waiting[position] if position < len(self._waiting) else None
+
+    def _made(self, chosen: Sequence[Sample]) -> _Inputs:
+        text = "".join(_rendered(sample, self.processor) for sample in chosen)
+        images = [image for sample in chosen for image in sample.images]
+        made = _inputs(text, images, chosen[-1].where, self.processor)
+        # Templates and processors write the beginning themselves, at a place of their own.
+        if self.begins_with and self.begins_with[0] not in made.tokens_R.tolist():
+            made = made.between(self.begins_with, ())
+        return made
+
+
+def _inputs(text: str, images: Sequence[Any], where: str, processor: Any) -> _Inputs:
+    """Return what a processor makes of a text with places for images."""
     pictures = [open_image(image, where) for image in images]
     kind = type(processor).__name__
     try:
@@ -241,7 +196,10 @@ def _inputs(text: str, images: Sequence[Any], where: str, processor: Any) -> _In
             f"images: {str(error).splitlines()[0][:200]}"
         ) from error
     tokens_R = made["input_ids"][0]
-    of_images = torch.isin(tokens_R, torch.tensor(_image_tokens(processor)))
+    # The tokens that stand for a part of an image.
+    found = [*getattr(processor, "image_token_ids", ()), getattr(processor, "image_token_id", None)]
+    found.append(getattr(processor.tokenizer, "image_token_id", None))
+    of_images = torch.isin(tokens_R, torch.tensor([each for each in found if each is not None]))
     if not bool(of_images.any()):
         raise TextError(
             f"{where}: the model's processor ({kind}) put no tokens of an image into the text; "
@@ -252,19 +210,8 @@ def _inputs(text: str, images: Sequence[Any], where: str, processor: Any) -> _In
     return _Inputs(tokens_R, by_token, of_pictures, int(of_images.nonzero()[-1]) + 1)
 
 
-def _image_tokens(processor: Any) -> list[int]:
-    """Return the ids of tokens that stand for a part of an image."""
-    found = [*getattr(processor, "image_token_ids", ()), getattr(processor, "image_token_id", None)]
-    found.append(getattr(processor.tokenizer, "image_token_id", None))
-    return [token for token in found if isinstance(token, int)]
-
-
 def _rendered(sample: Sample, processor: Any, *, with_images: bool = True) -> str:
-    """Return a sample as text, with the processor's own places for images.
-
-    Raises:
-        TextError: there is no chat template, or the sample does not fit it.
-    """
+    """Return a sample as text, with the processor's own places for images."""
     template = processor.chat_template or processor.tokenizer.chat_template
     if not template:
         raise TextError(

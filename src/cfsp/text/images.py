@@ -19,26 +19,17 @@ from cfsp.text.records import IMAGE_COLUMN, value_of
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation, and the images that belong to it.
+    """A conversation, and the images that belong to it."""
 
-    Attributes:
-        messages: their contents are lists of parts.
-        images: in the order of their places in the messages: paths, bytes or pictures.
-        where: file and line, for errors.
-    """
-
-    messages: Conversation
-    images: tuple[Any, ...]
-    where: str
+    messages: Conversation  # contents are lists of parts
+    images: tuple[Any, ...]  # paths, bytes or pictures, in the order of their places
+    where: str  # file and line, for errors
 
 
 def sample_of(record: Any, where: str, directory: Path | None) -> Sample:
     """Return what a record has in its columns of messages and of images.
 
     Paths of images are relative to `directory`; where it is None, images are no paths.
-
-    Raises:
-        TextError: the record has no messages, or something else than images.
     """
     messages = checked_messages(value_of(record, CHAT_COLUMN, where), where)
     found = record.get(IMAGE_COLUMN)
@@ -82,12 +73,7 @@ def _with_places(messages: Conversation, images: Sequence[Any], where: str) -> C
 
 
 def open_image(value: Any, where: str) -> Any:
-    """Return a picture of Pillow, in RGB, of a path, bytes or a picture.
-
-    Raises:
-        TextError: it is missing, or no picture.
-        MissingExtraError: Pillow is not installed.
-    """
+    """Return a picture of Pillow, in RGB, of a path, bytes or a picture."""
     try:
         from PIL import Image
     except ImportError as error:

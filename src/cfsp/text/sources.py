@@ -1,7 +1,7 @@
 """What `--data` and `--eval` take: names of texts, and texts themselves.
 
     mixed                        text of nine kinds that comes with this package; the default
-    mixed/KIND                   one of them (`cfsp.text.mixed`)
+    mixed/KIND                   one of them (`cfsp.text.offline`)
     python-docs                  Python's own reference prose, in every CPython
     python-source                source code of the standard library, in every CPython
     wikitext2, c4                the usual data sets, from the hub
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -30,12 +30,19 @@ from typing import TYPE_CHECKING, Any
 from cfsp.errors import GONE, TextError
 from cfsp.settings import Text
 from cfsp.text.chats import CHAT_COLUMN, Conversation, conversation_texts
-from cfsp.text.files import Record, column_names, is_text_file, local_records, text_file
-from cfsp.text.hub import hub_columns, hub_records
 from cfsp.text.images import Sample, sample_of
-from cfsp.text.mixed import MIXED, Purpose, mixed_texts
-from cfsp.text.offline import python_docs, python_source
-from cfsp.text.records import IMAGE_COLUMN, document_of
+from cfsp.text.offline import MIXED, OFFLINE, Purpose
+from cfsp.text.records import (
+    IMAGE_COLUMN,
+    Record,
+    column_names,
+    document_of,
+    hub_columns,
+    hub_records,
+    is_text_file,
+    local_records,
+    text_file,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,11 +52,8 @@ logger = logging.getLogger(__name__)
 # What is longer and no file is taken for the text itself.
 _LONGEST_NAME = 200
 
-_OFFLINE: dict[str, Callable[[Purpose], Iterator[str]]] = {
-    **mixed_texts(),
-    "python-docs": python_docs,
-    "python-source": python_source,
-}
+# Hub id, config and split, or a local path.
+_Place = Path | tuple[str, str, str]
 
 # Short name -> hub id, config, split for each purpose, column.
 _HUB: dict[str, tuple[str, str, dict[Purpose, str], str]] = {
@@ -61,25 +65,6 @@ _HUB: dict[str, tuple[str, str, dict[Purpose, str], str]] = {
     ),
     "c4": ("allenai/c4", "en", {"calibration": "train", "evaluation": "validation"}, "text"),
 }
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where records are, and the column of them that documents are in.
-
-    Attributes:
-        where: a local path, or hub id, config and split of a data set on the hub.
-        column: its name.
-    """
-
-    where: Path | tuple[str, str, str]
-    column: str
-
-    def columns(self) -> Collection[str]:
-        """Return the names of all columns."""
-        return (
-            column_names(self.where) if isinstance(self.where, Path) else hub_columns(*self.where)
-        )
 
 
 @dataclass(frozen=True)
@@ -100,34 +85,37 @@ class TextSource:
         return name_of(self.text)
 
     @cached_property
-    def place(self) -> _Place | None:
-        """Where its records are; None of a text that is given itself, or comes with Python."""
+    def place(self) -> tuple[_Place | None, str]:
+        """Where its records are, and the column of documents.
+
+        A text that is given itself, or comes with cfsp or Python, is nowhere.
+        """
         text = self.text
-        if isinstance(text, Text) or text in _OFFLINE:
-            return None
+        if isinstance(text, Text) or text in OFFLINE:
+            return None, "text"
         if text in _HUB:
             hub_id, config, splits, column = _HUB[text]
-            return _Place((hub_id, config, splits[self.purpose]), column)
+            return (hub_id, config, splits[self.purpose]), column
         path, column = _split_column(text)
         parts = text.split(":")
         if len(parts) == 4 and not _exists(path):
-            return _Place((parts[0], parts[1], parts[2]), parts[3])
-        return _Place(path, column)
+            return (parts[0], parts[1], parts[2]), parts[3]
+        return path, column
 
     @property
     def is_chat(self) -> bool:
         """Whether the source holds conversations instead of documents."""
-        return self.place is not None and self.place.column == CHAT_COLUMN
+        return self.place[1] == CHAT_COLUMN
 
     @property
     def has_evaluation_part(self) -> bool:
         """Whether nothing is calibrated or trained on of what is measured on."""
-        return self.text in _OFFLINE or self.text in _HUB
+        return self.text in OFFLINE or self.text in _HUB
 
     @property
     def on_hub(self) -> bool:
         """Whether the source is read from the hub, and may have no end."""
-        return self.place is not None and not isinstance(self.place.where, Path)
+        return isinstance(self.place[0], tuple)
 
     @property
     def separator(self) -> str:
@@ -135,34 +123,26 @@ class TextSource:
 
         Nothing between conversations, where the template writes it, and pieces of one text.
         """
-        where = self.place and self.place.where
+        where = self.place[0]
         in_pieces = isinstance(where, Path) and is_text_file(where)
         return "" if in_pieces or self.is_chat else "\n\n"
 
     @property
     def has_images(self) -> bool:
-        """Whether the source has conversations with a column of images beside them.
-
-        Raises:
-            TextError: the source is on the hub, which does not serve it.
-            MissingExtraError: it needs the package datasets.
-        """
+        """Whether the source has conversations with a column of images beside them."""
         return self.is_chat and self._has_image_column()
 
     def _has_image_column(self) -> bool:
-        if self.place is None or self.text in _HUB:
+        where = self.place[0]
+        if where is None or self.text in _HUB:
             return False
-        return IMAGE_COLUMN in self.place.columns()
+        columns = column_names(where) if isinstance(where, Path) else hub_columns(*where)
+        return IMAGE_COLUMN in columns
 
     def samples(self) -> Iterator[Sample]:
-        """Yield the conversations with the images beside them, in the source's own order.
-
-        Raises:
-            TextError: a record is none, or its images are none.
-            MissingExtraError: it needs the package datasets or pyarrow.
-        """
-        assert self.has_images and self.place is not None, self.name
-        where = self.place.where
+        """Yield the conversations with the images beside them, in the source's own order."""
+        assert self.has_images, self.name
+        where = self.place[0]
         directory = None
         if isinstance(where, Path):
             directory = where if where.is_dir() else where.parent
@@ -190,12 +170,7 @@ class TextSource:
         return conversation_texts(self.conversations(), tokenizer)
 
     def conversations(self) -> Iterator[Conversation]:
-        """Yield the conversations of a chat source, in its own order.
-
-        Raises:
-            TextError: the source does not exist or a record is not a conversation.
-            MissingExtraError: it needs the package datasets or pyarrow.
-        """
+        """Yield the conversations of a chat source, in its own order."""
         assert self.is_chat, self.name
         self._tell_of_images()
         return self._values()
@@ -209,34 +184,28 @@ class TextSource:
             )
 
     def open(self) -> None:
-        """Read the beginning, and nothing else.
-
-        Raises:
-            TextError: the source does not exist or is not readable as text.
-            MissingExtraError: it needs the package datasets or pyarrow.
-        """
+        """Read the beginning, and nothing else."""
         next(self._values(), None)
 
     def _values(self) -> Iterator[Any]:
         """Return the documents or conversations."""
-        text, place = self.text, self.place
-        if isinstance(text, Text):
-            return iter(text.documents)
-        if place is None:
-            return _OFFLINE[text](self.purpose)
-        where = place.where
+        if isinstance(self.text, Text):
+            return iter(self.text.documents)
+        if self.text in OFFLINE:
+            return OFFLINE[self.text](self.purpose)
+        where, column = self.place
         if isinstance(where, Path) and _exists(where) and is_text_file(where):
             return text_file(where)
         # Of local files that column is not read; a record from the hub has it.
         beside = isinstance(where, Path) and self._has_image_column()
         return (
-            document_of(record, place.column, where, beside_images=beside)
-            for record, where in self._records(place.column)
+            document_of(record, column, at, beside_images=beside)
+            for record, at in self._records(column)
         )
 
     def _records(self, *columns: str) -> Iterator[Record]:
-        assert self.place is not None, self.name
-        where = self.place.where
+        where = self.place[0]
+        assert where is not None, self.name
         if not isinstance(where, Path):
             return hub_records(*where)
         if not _exists(where):
@@ -251,19 +220,14 @@ def name_of(text: str | Text) -> str:
 
 def identity_of(text: str | Text) -> object:
     """Return what is the same for all names of a text: for paths to one column of one file."""
-    place = TextSource(text, "calibration").place
-    if place is None:
+    where, column = TextSource(text, "calibration").place
+    if where is None:
         return text
-    where = place.where
-    return (where.resolve() if isinstance(where, Path) else where), place.column
+    return (where.resolve() if isinstance(where, Path) else where), column
 
 
 def check_texts(texts: Sequence[str | Text], purpose: Purpose) -> None:
     """Open every text and read its beginning, before any work is done on the others.
-
-    Args:
-        texts: names, or texts themselves.
-        purpose: what they are read for.
 
     Raises:
         TextError: one does not exist or is not readable as text.
@@ -284,7 +248,7 @@ def _open_on_hub(source: TextSource) -> None:
 
 
 def _not_found(name: str) -> str:
-    known = [*_OFFLINE, *_HUB]
+    known = [*OFFLINE, *_HUB]
     shown = [each for each in known if not each.startswith(f"{MIXED}/")]
     path = _split_column(name)[0]
     files = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []

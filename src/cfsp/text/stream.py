@@ -1,20 +1,28 @@
-"""A text as one stream of tokens: its beginning, or pieces from all over it.
+"""A text as one stream of tokens, from its beginning or from all over it, and cut into windows.
 
 Text is cut before it is made tokens, so that no more is made than is asked for.
 
-Shapes: R tokens.
+A window of T tokens begins with the tokens that an input of the model begins with, if any (P of
+them, mostly 1 or none), and goes on with T - P tokens of the stream. Where the stream itself has
+these tokens there, as chat templates write them, they are not added again. This is the one place
+where windows get their BOS.
+
+Shapes: R tokens of the stream, N windows, T tokens in a window.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from random import Random
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from cfsp.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,9 +44,6 @@ def first_tokens(
     """Return the tokens that a text begins with, as int64 [R].
 
     After `limit` tokens no more is read; None is for the whole text.
-
-    Raises:
-        TextError: the text is missing or not readable.
     """
     pieces: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
     total = 0
@@ -58,17 +63,8 @@ def spread_tokens(
 ) -> Tensor:
     """Return the tokens of a text, or of pieces from all over it where it is long, as int64 [R].
 
-    A local text is read to its end, and a few megabytes of it are held. Of a data set on the hub,
-    which may have none, the beginning is taken.
-
-    Args:
-        source: the text.
-        tokenizer: the model's own.
-        needed: tokens that will be needed; what is returned has several times as many.
-        seed: of the choice of pieces.
-
-    Raises:
-        TextError: the text is missing or not readable.
+    There are several times as many as are `needed`. A local text is read to its end, and a few
+    megabytes of it are held. Of a data set on the hub, which may have none, the beginning is taken.
     """
     characters = max(_DRAWN_CHARACTERS, _CHARACTERS_OF_TOKEN * needed)
     count = characters // _PIECE_CHARACTERS
@@ -82,11 +78,7 @@ def spread_tokens(
 
 
 def document_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Iterator[Tensor]:
-    """Yield the tokens of one document after the other, as int64 [R], with what separates them.
-
-    Raises:
-        TextError: the text is missing or not readable.
-    """
+    """Yield the tokens of one document after the other, int64 [R], with what separates them."""
     separator = source.separator
     for document in source.documents(tokenizer):
         pieces = _cut(document + separator, _CHUNK_CHARACTERS)
@@ -136,3 +128,79 @@ def _cut(text: str, characters: int) -> list[str]:
         pieces.append(text[start:end])
         start = end
     return [*pieces, text[start:]]
+
+
+@dataclass(frozen=True)
+class Span:
+    """The part of a stream that one window has; one shorter than it has the beginning before it."""
+
+    begin: int
+    end: int
+    scored: int  # how many tokens at the end are predicted and counted
+
+
+def spans(
+    stream_R: Tensor, seqlen: int, begins_with: Sequence[int] = (), count: int | None = None
+) -> list[Span]:
+    """Return windows one after the other, without overlap, at most `count` of them if it is given.
+
+    What is left at the end is dropped. Every token is scored that has another before it in its
+    window, but for the beginning.
+    """
+    scored = seqlen - max(1, len(begins_with))
+    found: list[Span] = []
+    begin = 0
+    while count is None or len(found) < count:
+        end = begin + seqlen - _added(stream_R, begin, begins_with)
+        if end > len(stream_R):
+            break
+        found.append(Span(begin, end, scored))
+        begin = end
+    return found
+
+
+def overlapping_spans(
+    stream_R: Tensor, seqlen: int, stride: int, begins_with: Sequence[int] = ()
+) -> list[Span]:
+    """Return windows that begin `stride` tokens after one another, over the whole stream.
+
+    Every token is scored once, but for a first one that has nothing before it. The last window
+    ends with the stream and so may advance by less than the stride.
+    """
+    most = seqlen - len(begins_with)
+    if not 1 <= stride <= most:
+        raise UsageError(
+            f"--stride must be between 1 and the window's {most} tokens of text, found {stride}"
+        )
+    last = len(stream_R) - most
+    found: list[Span] = []
+    done = 0
+    for begin in [*range(0, last, stride), last]:
+        added = _added(stream_R, begin, begins_with)
+        if begin + seqlen - added > len(stream_R):
+            added = len(begins_with)
+        end = begin + seqlen - added
+        first = max(done, begin + (0 if added else max(1, len(begins_with))))
+        found.append(Span(begin, end, end - first))
+        done = end
+    return found
+
+
+def gather(
+    stream_R: Tensor, spans_N: Sequence[Span], seqlen: int, begins_with: Sequence[int] = ()
+) -> Tensor:
+    """Return the tokens of the windows [N, T], or what else the stream has of each token."""
+    begin_P = torch.tensor(begins_with, dtype=stream_R.dtype)
+    rows = [
+        torch.cat([begin_P[: seqlen - (span.end - span.begin)], stream_R[span.begin : span.end]])
+        for span in spans_N
+    ]
+    return torch.stack(rows) if rows else stream_R.new_empty((0, seqlen))
+
+
+def _added(stream_R: Tensor, begin: int, begins_with: Sequence[int]) -> int:
+    """Return how many tokens stand before a window's part of the stream."""
+    count = len(begins_with)
+    if count and stream_R[begin : begin + count].tolist() == list(begins_with):
+        return 0
+    return count

@@ -16,11 +16,7 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that a model directory carries.
-
-    Raises:
-        CheckpointError: it carries none.
-    """
+    """Return the tokenizer that a model directory carries, or raise CheckpointError."""
     from transformers import AutoTokenizer
 
     try:
@@ -37,12 +33,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def load_processor(directory: Path) -> Any:
-    """Return the processor that a model directory carries.
-
-    Raises:
-        CheckpointError: it carries none.
-        MissingExtraError: it needs Pillow or torchvision.
-    """
+    """Return the processor that a model directory carries, or raise CheckpointError."""
     from transformers import AutoProcessor
 
     try:
@@ -75,32 +66,31 @@ def is_processor(value: Any) -> bool:
     return hasattr(value, "image_processor") and hasattr(value, "tokenizer")
 
 
+def parted(given: Any) -> tuple[PreTrainedTokenizerBase, Any]:
+    """Return the tokenizer, and the processor or None, of what a user gives as either."""
+    if isinstance(given, str | Path):
+        raise UsageError(
+            "expected the tokenizer itself, such as AutoTokenizer.from_pretrained gives, found "
+            f"{str(given)!r}"
+        )
+    return (given.tokenizer, given) if is_processor(given) else (given, None)
+
+
 def beginning(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> tuple[int, ...]:
     """Return the token ids that a window begins with: mostly BOS or none, for a few models two.
 
-    Args:
-        tokenizer: the model's own.
-        bos: `auto` for what the tokenizer itself puts before a text; `yes` for BOS even where it
-            puts nothing; `no` for nothing.
-
-    Raises:
-        UsageError: BOS is asked for, and the tokenizer has none.
+    With `auto` it is what the tokenizer itself puts before a text; `yes` is BOS even where it puts
+    nothing, and `no` nothing.
     """
     if bos == "no":
         return ()
-    before = _put_before_a_text(tokenizer)
-    if before or bos == "auto":
-        return before
+    # What a short text has before it once special tokens are added; EOS may stand after it.
+    plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer("a")["input_ids"]
+    starts = range(len(whole) - len(plain) + 1)
+    start = next((i for i in starts if whole[i : i + len(plain)] == plain), 0)
+    if start or bos == "auto":
+        return tuple(whole[:start])
     if not isinstance(tokenizer.bos_token_id, int):
         raise UsageError("--bos yes needs a tokenizer with a BOS token; this one has none")
     return (tokenizer.bos_token_id,)
-
-
-def _put_before_a_text(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return what a short text has before it once special tokens are added (not after it: EOS)."""
-    plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole: list[int] = tokenizer("a")["input_ids"]
-    for start in range(len(whole) - len(plain) + 1):
-        if whole[start : start + len(plain)] == plain:
-            return tuple(whole[:start])
-    return ()

@@ -1,6 +1,9 @@
-"""Token windows: equally long, never padded, the same for the same seed.
+"""Token windows: equally long, never padded, the same for the same seed; and what is held out.
 
 They begin as the model's own tokenizer begins an input: with BOS where it adds one.
+
+Held out are windows that repair is judged by, and documents that recovery is: of every text, of
+every kind of the mixed one, and spread over it.
 
 Shapes: N windows, T tokens in a window.
 """
@@ -8,6 +11,7 @@ Shapes: N windows, T tokens in a window.
 from __future__ import annotations
 
 import hashlib
+import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,8 +23,10 @@ import torch
 from torch import Tensor
 
 from cfsp.errors import UsageError
-from cfsp.text.hold_out import is_held_out
-from cfsp.text.mixed import comes_with_cfsp
+from cfsp.text.offline import comes_with_cfsp
+
+HELD_OUT_WINDOWS = 4
+_LEAST_STRIDE = 8
 
 
 @dataclass(frozen=True)
@@ -32,12 +38,10 @@ class Windows:
         sources: name of each source and how many windows it gave.
         begins_with: token ids that every window begins with: BOS, or none.
         counted_N: of windows that overlap, how many tokens at the end of each no earlier one
-            has; None for windows that each stand on their own.
-        stride: tokens from one window's start to the next one's; likewise.
+            has; None, as `stride` between their starts, of windows that do not.
         images_N: what the model is given of each window besides its tokens, such as pixel values;
-            nothing of a window without images. Empty where no window has any.
-        evaluation_part: whether they are of a part of the text that nothing is calibrated or
-            trained on.
+            empty where no window has images.
+        evaluation_part: whether nothing is calibrated or trained on this part of the text.
     """
 
     tokens_NT: Tensor
@@ -63,20 +67,17 @@ class Windows:
 
     def at(self, places: Sequence[int]) -> Windows:
         """Return the windows at these places, ascending."""
-        rows = list(places)
+        rows, sources = list(places), self.sources
+        if self._is_by_source:
+            ends, names = list(accumulate(sources.values())), list(sources)
+            sources = dict(Counter(names[bisect_right(ends, row)] for row in rows))
         return replace(
             self,
             tokens_NT=self.tokens_NT[rows],
-            sources=self._sources_of(rows),
+            sources=sources,
             counted_N=None if self.counted_N is None else self.counted_N[rows],
             images_N=tuple(self.images_N[row] for row in rows if self.images_N),
         )
-
-    def _sources_of(self, places: Sequence[int]) -> dict[str, int]:
-        if not self._is_by_source:
-            return self.sources
-        ends, names = list(accumulate(self.sources.values())), list(self.sources)
-        return dict(Counter(names[bisect_right(ends, place)] for place in places))
 
     @property
     def _is_by_source(self) -> bool:
@@ -127,11 +128,7 @@ class Windows:
 
 
 def check_is_text(windows: Windows, needed_by: str) -> None:
-    """Check that windows have no images, for what reads tokens alone.
-
-    Raises:
-        UsageError: some have.
-    """
+    """Check that windows have no images, for what reads tokens alone."""
     if windows.has_images:
         names = ", ".join(windows.sources)
         raise UsageError(
@@ -150,8 +147,14 @@ def few_windows(windows: Windows, count: int) -> Windows:
     sizes = [len(kind.tokens_NT) for kind in kinds]
     own = [not all(map(comes_with_cfsp, kind.sources)) for kind in kinds]
     shares = [0] * len(kinds)
+
+    def urgency(source: int) -> tuple[bool, bool, float]:
+        """One that gave none comes first, then the one that lacks most, by d'Hondt's rule."""
+        first = not shares[source]
+        return first, first and own[source], sizes[source] / (shares[source] + 1)
+
     for _ in range(min(count, sum(sizes))):
-        shares[_next(shares, sizes, own)] += 1
+        shares[max(range(len(shares)), key=urgency)] += 1
     return windows.at(
         [
             end - size + (2 * step + 1) * size // (2 * share)
@@ -161,29 +164,47 @@ def few_windows(windows: Windows, count: int) -> Windows:
     )
 
 
-def _next(shares: Sequence[int], sizes: Sequence[int], own: Sequence[bool]) -> int:
-    """Return which source gives the next window: one that gave none, else the one that lacks most.
-
-    Sizes over shares are d'Hondt's rule.
-    """
-
-    def urgency(source: int) -> tuple[bool, bool, float]:
-        first = not shares[source]
-        return first, first and own[source], sizes[source] / (shares[source] + 1)
-
-    return max(range(len(shares)), key=urgency)
-
-
 def joined(parts: Sequence[Windows]) -> Windows:
     """Return windows of several texts, which are equally long, one text after the other."""
-    sources: dict[str, int] = {}
+    sources: Counter[str] = Counter()
     for part in parts:
-        for name, count in part.sources.items():
-            sources[name] = sources.get(name, 0) + count
+        sources.update(part.sources)
     images_N = [part.images_of(i) for part in parts for i in range(len(part.tokens_NT))]
     return Windows(
         torch.cat([part.tokens_NT for part in parts]),
-        sources,
+        dict(sources),
         parts[0].begins_with,
         images_N=tuple(images_N) if any(images_N) else (),
     )
+
+
+def is_held_out(parts: Sequence[int]) -> Tensor:
+    """Return which windows are held out, as a mask [N], of texts with so many windows each.
+
+    They are spread over all windows, about four of them and at most one of eight; a text that
+    would have none holds out its last window, if it has two or more.
+    """
+    windows = sum(parts)
+    stride = min(windows, max(_LEAST_STRIDE, math.ceil(windows / HELD_OUT_WINDOWS)))
+    mask_N = torch.arange(windows) % stride == stride - 1
+    end = 0
+    for count in parts:
+        start, end = end, end + count
+        if count > 1 and not bool(mask_N[start:end].any()):
+            mask_N[end - 1] = True
+    return mask_N
+
+
+def held_out_documents(sizes: Sequence[int], least: int) -> list[bool]:
+    """Return which documents are held out: the last one, and more at equal distances before it.
+
+    `sizes` are the tokens of each document of a text. At least so many tokens are held out, and at
+    most those of one document more.
+    """
+    total, seen, held = sum(sizes), 0, 0
+    chosen: list[bool] = []
+    for size in reversed(sizes):
+        seen += size
+        chosen.append(held * total < least * seen)
+        held += size * chosen[-1]
+    return chosen[::-1]
