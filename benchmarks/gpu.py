@@ -41,8 +41,7 @@ from cfsp.settings import (
     Repair,
 )
 from cfsp.speed.bench import bench
-from cfsp.streaming.runtime import runtime_of
-from cfsp.streaming.versions import versions
+from cfsp.streaming.runtime import runtime_of, versions
 from cfsp.streaming.work_dir import WorkDir
 from make_checkpoint import make_checkpoint
 

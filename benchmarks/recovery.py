@@ -35,7 +35,7 @@ from cfsp.recovery.settings import Adaptation, Limit, Training
 from cfsp.recovery.targets import targets_of
 from cfsp.recovery.training import load_to_train, train, training_arguments
 from cfsp.streaming.memory import peak_rss_bytes
-from cfsp.streaming.versions import versions
+from cfsp.streaming.runtime import versions
 from cfsp.text.tokenizers import load_tokenizer
 
 _WARM_UP_STEPS = 2

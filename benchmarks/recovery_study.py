@@ -38,7 +38,7 @@ from cfsp.recovery.settings import (
 from cfsp.recovery.targets import targets_of
 from cfsp.recovery.training import load_to_train
 from cfsp.settings import EvaluationText
-from cfsp.streaming.versions import versions
+from cfsp.streaming.runtime import versions
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def pruned(demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
     def written(job: Job, result: PruningResult, windows: Windows) -> PruningResult:
         """Take the steps of local repair, and write what is there after each before it."""
-        for name, step in ladder.steps_of("local").items():
+        for name, step in ladder.STEPS["local"].items():
             if name != "ridge":
                 result = step(job, result, windows)
             if name != "local":

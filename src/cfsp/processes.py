@@ -90,9 +90,11 @@ class Team:
             for numbers in tensors:
                 dist.all_reduce(numbers)
 
-    def share(self, count: int) -> slice:
-        """Return which of so many things are this process's; shares differ by one at most."""
-        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+    def share(self, count: int, batch: int = 1) -> slice:
+        """Return which of so many things are this process's: whole batches, shared evenly."""
+        batches = -(-count // batch)
+        first, end = (rank * batches // self.size for rank in (self.rank, self.rank + 1))
+        return slice(first * batch, min(end * batch, count))
 
     def add_up_at(self, rank: int, tensors: Iterable[Tensor]) -> None:
         """Replace tensors of one process by their sums over all; others' are used up.

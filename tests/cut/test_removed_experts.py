@@ -17,7 +17,8 @@ from cfsp.architecture import expert_proof
 from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.proof import prove, small_run_of
 from cfsp.calibration.accumulators import OutputNorms
-from cfsp.calibration.statistics import Statistics, UnitStatistics
+from cfsp.calibration.observed import UnitStatistics
+from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.skeleton import check_complete

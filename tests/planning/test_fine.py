@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from builders import random_unit_statistics, random_weights
 from cfsp.calibration.accumulators import ChannelSums
-from cfsp.calibration.statistics import UnitStatistics
+from cfsp.calibration.observed import UnitStatistics
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.errors import UsageError
 from cfsp.planning import channels
@@ -138,7 +138,7 @@ def test_channel_sums_equal_numpy(dtype: torch.dtype) -> None:
     assert sums.sum_of_squares_F is not None
     assert sums.sum_of_squares_F.dtype == torch.float64
     np.testing.assert_allclose(sums.sum_of_squares_F.numpy(), (exact**2).sum(0), rtol=1e-6)
-    statistics = UnitStatistics(0, sums.sum_of_squares_F, sums.tokens)
+    statistics = UnitStatistics(0, sums.sum_of_squares_F, sum(sums.tokens_E))
     np.testing.assert_allclose(statistics.norm_F.numpy(), np.linalg.norm(exact, axis=0), rtol=1e-6)
 
 
@@ -160,7 +160,7 @@ def test_channel_sums_do_not_depend_on_the_batch_size(batch: int) -> None:
         parts.add(act_BTF[start : start + batch])
     assert whole.sum_of_squares_F is not None and parts.sum_of_squares_F is not None
     torch.testing.assert_close(parts.sum_of_squares_F, whole.sum_of_squares_F, rtol=1e-6, atol=0)
-    assert parts.tokens == whole.tokens == 650
+    assert parts.tokens_E == whole.tokens_E == [650]
 
 
 def test_sums_of_many_tokens_keep_their_precision() -> None:

@@ -10,7 +10,7 @@ from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.selection.divergence import dense_predictions
 from cfsp.selection.masks import masked_channels
 from cfsp.selection.sensitivity import block_sensitivities
-from cfsp.streaming.resumed_forward import resumed_at
+from cfsp.streaming.stand_in import resumed_at
 from tiny_decoders import tiny_model
 
 

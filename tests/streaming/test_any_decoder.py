@@ -1,4 +1,4 @@
-"""The engine on any decoder: streamed block by block = the model's own forward."""
+"""Any decoder: streamed block by block = the model's own forward."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def streamed_logits(model: nn.Module, tokens_NT: Tensor) -> Tensor:
         for batch in batches:
             windows = range(batch.start, batch.stop)
             hidden.write(batch, calls.compute(index, block, windows, hidden.read(batch)))
-        hidden.turn()
+        hidden.swap_buffers()
     end = DecoderEnd(model, architecture.decoder, architecture.blocks, CPU)
     hidden_PD = hidden.read(slice(0, len(tokens_NT))).flatten(0, 1)
     return end.logits(hidden_PD).unflatten(0, tuple(tokens_NT.shape))

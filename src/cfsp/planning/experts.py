@@ -19,7 +19,7 @@ from cfsp.errors import BudgetError, StatisticsError
 
 if TYPE_CHECKING:
     from cfsp.architecture.found import RoutedExperts
-    from cfsp.calibration.statistics import UnitStatistics
+    from cfsp.calibration.observed import UnitStatistics
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.planning.plan_file import PruningPlan
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from cfsp.calibration.statistics import Statistics, UnitStatistics
+from cfsp.calibration.observed import UnitStatistics
+from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import EARLIER, WeightSource, fingerprint
 from cfsp.errors import StatisticsError
 from cfsp.planning.candidate import Candidate

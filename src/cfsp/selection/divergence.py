@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from cfsp.streaming.decoder_end import text_model
-from cfsp.streaming.resumed_forward import resumed_at
+from cfsp.streaming.stand_in import resumed_at
 from cfsp.text.windows import few_windows
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from cfsp.streaming.call_form import CallForm
+    from cfsp.streaming.stand_in import CallForm
     from cfsp.text.windows import Windows
 
 # At least so many windows are compared, or as many as texts, and of each this beginning. The

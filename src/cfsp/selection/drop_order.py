@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cfsp.calibration.statistics import Removal, Statistics
-from cfsp.calibration.statistics_file import removals_from_json
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.errors import BudgetError, UnsupportedModelError, UsageError
 from cfsp.planning.candidate import NOTHING, Droppable, Dropped
@@ -38,9 +37,8 @@ from cfsp.selection.drop_budget import DropBudget, drops_in_words
 from cfsp.selection.load import call_form_of, load_whole
 from cfsp.selection.masks import without_attention
 from cfsp.settings import AUTO_METRIC, DIVERGENCE, WHOLE_PARTS
-from cfsp.streaming.call_form import CallForm
-from cfsp.streaming.resumed_forward import hidden_states_entering, resumed_at, skipped
-from cfsp.streaming.whole import fits
+from cfsp.streaming.runtime import fits
+from cfsp.streaming.stand_in import CallForm, hidden_states_entering, resumed_at, skipped
 from cfsp.streaming.work_dir import load_or_compute
 from cfsp.text.windows import check_is_text
 
@@ -232,7 +230,7 @@ def with_order(
     name = f"removals-{windows.digest[:8]}"
     found = place.team.from_first(lambda: load_or_compute(place, name, measure)["removals"])
     others = [each for each in statistics.removals if (each.among or (each.part,)) not in needed]
-    measured = removals_from_json(found, len(statistics.blocks))
+    measured = Removal.all_from_json(found, len(statistics.blocks))
     return replace(statistics, removals=(*others, *measured))
 
 

@@ -8,9 +8,10 @@ import torch
 
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
-from cfsp.streaming.call_form import CallForm, find_call_form
-from cfsp.streaming.logits_only import logits_only
-from cfsp.streaming.whole import check_fits
+from cfsp.streaming.call_form import find_call_form
+from cfsp.streaming.decoder_end import logits_only
+from cfsp.streaming.runtime import check_fits
+from cfsp.streaming.stand_in import CallForm
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

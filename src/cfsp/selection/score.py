@@ -24,8 +24,8 @@ from cfsp.cut.in_memory import build_pruned_model
 from cfsp.selection.divergence import dense_predictions, few_beginnings
 from cfsp.selection.load import call_form_of, load_whole
 from cfsp.selection.masks import masked_unit
-from cfsp.streaming.resumed_forward import skipped
-from cfsp.streaming.whole import free_bytes, needed_bytes
+from cfsp.streaming.runtime import free_bytes, needed_bytes
+from cfsp.streaming.stand_in import skipped
 from cfsp.streaming.work_dir import temporary_work_dir
 from cfsp.text.windows import few_windows, joined
 
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.repair.result import PruningResult
     from cfsp.selection.divergence import DensePredictions
-    from cfsp.streaming.call_form import CallForm
     from cfsp.streaming.runtime import Runtime
+    from cfsp.streaming.stand_in import CallForm
     from cfsp.text.windows import Windows
 
     # Repairs by a plan on some windows.

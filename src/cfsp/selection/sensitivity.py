@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cfsp.calibration.statistics import Sensitivity, Statistics
-from cfsp.calibration.statistics_file import sensitivity_from_json
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.errors import CalibrationError
 from cfsp.planning.channels import choose_channels
@@ -31,8 +30,8 @@ from cfsp.selection.divergence import can_resume, dense_predictions, few_beginni
 from cfsp.selection.load import call_form_of, load_whole
 from cfsp.selection.masks import masked_unit
 from cfsp.settings import AUTO_METRIC, SENSITIVITY_METRICS, UNIT_PARTS
-from cfsp.streaming.resumed_forward import hidden_states_entering, resumed_at
-from cfsp.streaming.whole import fits
+from cfsp.streaming.runtime import fits
+from cfsp.streaming.stand_in import hidden_states_entering, resumed_at
 from cfsp.streaming.work_dir import load_or_compute
 
 if TYPE_CHECKING:
@@ -138,7 +137,7 @@ def with_needed_sensitivity(job: Job, statistics: Statistics, windows: Windows) 
     name = f"sensitivity-{windows.digest[:8]}"
     found = place.team.from_first(lambda: load_or_compute(place, name, measure)["sensitivity"])
     blocks = len(statistics.blocks)
-    return replace(statistics, sensitivity=sensitivity_from_json(found, blocks))
+    return replace(statistics, sensitivity=Sensitivity.from_json(found, blocks))
 
 
 def with_sensitivity(

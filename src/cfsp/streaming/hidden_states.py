@@ -28,15 +28,15 @@ _COPY_BYTES = 64 << 20
 class HiddenStates(ABC):
     """Hidden states of all windows, read and written batch by batch.
 
-    Within a block every batch is read before it is written; `turn` ends the block.
+    Within a block every batch is read before it is written; `swap_buffers` ends the block.
 
     Attributes:
         shape_NTD: their shape.
         nbytes: size of all of them.
     """
 
-    shape_NTD: tuple[int, ...]
-    nbytes: int
+    def __init__(self, shape_NTD: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.shape_NTD, self.nbytes = shape_NTD, math.prod(shape_NTD) * dtype.itemsize
 
     @abstractmethod
     def read(self, batch: slice) -> Tensor:
@@ -48,19 +48,19 @@ class HiddenStates(ABC):
 
     @abstractmethod
     def read_written(self, batch: slice) -> Tensor:
-        """Return the windows of a batch as they were written in this block, before `turn`."""
+        """Return the windows of a batch as written in this block, before `swap_buffers`."""
 
     @abstractmethod
     def forget(self, batch: slice) -> None:
         """Let the memory of a batch go where a file has it; it can be read again."""
 
     @abstractmethod
-    def turn(self) -> None:
+    def swap_buffers(self) -> None:
         """Note that all batches have been written: they are what is read from now on."""
 
     @abstractmethod
     def save(self) -> str:
-        """Put the states on disk, after `turn`; return the name of their file."""
+        """Put the states on disk, after `swap_buffers`; return the name of their file."""
 
 
 class HiddenInMemory(HiddenStates):
@@ -83,11 +83,9 @@ class HiddenInMemory(HiddenStates):
         *,
         pinned: bool = False,
     ) -> None:
+        super().__init__(shape_NTD, dtype)
         self._hidden_NTD = torch.empty(shape_NTD, dtype=dtype, pin_memory=pinned)
-        self.shape_NTD = shape_NTD
-        self.nbytes = self._hidden_NTD.nbytes
-        self._directory = directory
-        self._saved = saved
+        self._directory, self._saved = directory, saved
         if saved is not None:
             assert directory is not None
             with (directory / saved).open("rb", buffering=0) as file:
@@ -98,36 +96,35 @@ class HiddenInMemory(HiddenStates):
                 assert done == len(view), (saved, done)
 
     def read(self, batch: slice) -> Tensor:
-        """Return the windows of a batch."""
+        """Return a view."""
         return self._hidden_NTD[batch]
 
     def write(self, batch: slice, hidden_BTD: Tensor) -> None:
-        """Set the windows of a batch."""
+        """Overwrite what was read."""
         self._hidden_NTD[batch] = hidden_BTD
 
     def read_written(self, batch: slice) -> Tensor:
-        """Return the windows of a batch."""
+        """Return a view."""
         return self._hidden_NTD[batch]
 
     def forget(self, batch: slice) -> None:
         """Do nothing: memory is all that has them."""
 
-    def turn(self) -> None:
+    def swap_buffers(self) -> None:
         """Do nothing: a batch is read before it is written."""
 
     def save(self) -> str:
         """Write a copy beside the last one."""
         assert self._directory is not None
-        name = _other(self._saved)
+        self._saved = _other(self._saved)
         view = self._bytes()
-        with (self._directory / name).open("wb", buffering=0) as file:
+        with (self._directory / self._saved).open("wb", buffering=0) as file:
             for start in range(0, len(view), _COPY_BYTES):
                 left = view[start : start + _COPY_BYTES]
                 while left:
                     left = left[file.write(left) or 0 :]
             os.fsync(file.fileno())
-        self._saved = name
-        return name
+        return self._saved
 
     def _bytes(self) -> memoryview:
         return self._hidden_NTD.view(-1).view(torch.uint8).numpy().data
@@ -155,20 +152,24 @@ class HiddenInFile(HiddenStates):
         directory: Path,
         saved: str | None = None,
     ) -> None:
-        self.shape_NTD, self._dtype, self._directory = shape_NTD, dtype, directory
-        self.nbytes = math.prod(shape_NTD) * dtype.itemsize
+        super().__init__(shape_NTD, dtype)
+        self._dtype, self._directory = dtype, directory
         self._maps: dict[str, mmap.mmap] = {}
         self._source = saved or _FILES[0]
         self._target = _other(saved) if saved else _FILES[0]
 
     def read(self, batch: slice) -> Tensor:
-        """Return the windows of a batch."""
+        """Return a view of the file that is read."""
         return self._view(self._source)[batch]
 
     def write(self, batch: slice, hidden_BTD: Tensor) -> None:
         """Set the windows of a batch, and let its pages go."""
         self._view(self._target)[batch] = hidden_BTD
         self.forget(batch)
+
+    def read_written(self, batch: slice) -> Tensor:
+        """Return a view of the file that is written to."""
+        return self._view(self._target)[batch]
 
     def forget(self, batch: slice) -> None:
         """Let the pages of a batch go: they are in the page cache."""
@@ -179,11 +180,7 @@ class HiddenInFile(HiddenStates):
             if hasattr(mmap, "MADV_DONTNEED"):
                 self._maps[name].madvise(mmap.MADV_DONTNEED, start, stop - start)
 
-    def read_written(self, batch: slice) -> Tensor:
-        """Return the windows of a batch from the file that is written to."""
-        return self._view(self._target)[batch]
-
-    def turn(self) -> None:
+    def swap_buffers(self) -> None:
         """Read from now on what was written."""
         self._source = self._target
 
