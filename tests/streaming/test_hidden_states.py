@@ -20,7 +20,7 @@ from cfsp.cli import main
 from cfsp.errors import OutputError
 from cfsp.streaming import memory
 from cfsp.streaming.block_stream import read_ahead
-from cfsp.streaming.hidden_states import HiddenInFile, HiddenInMemory, HiddenStates
+from cfsp.streaming.hidden_states import HiddenInFile, HiddenStates
 from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.windows import Windows
@@ -29,7 +29,7 @@ from forks import Forks, Job
 
 SHAPE = (5, 7, 3)
 BATCHES = [slice(0, 2), slice(2, 4), slice(4, 5)]
-KINDS = [HiddenInMemory, HiddenInFile]
+KINDS = [HiddenStates, HiddenInFile]
 
 
 def values(seed: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -11,8 +11,8 @@ from torch import nn
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.errors import UnsupportedModelError
 from cfsp.streaming.block_stream import stream_blocks, windows_in_batch
-from cfsp.streaming.decoder_start import DecoderStart, embed_with_images
-from cfsp.streaming.hidden_states import HiddenInMemory
+from cfsp.streaming.decoder_start import DecoderStart
+from cfsp.streaming.hidden_states import HiddenStates
 from cfsp.streaming.runtime import Runtime
 from cfsp.text.windows import Windows
 from image_inputs import image_inputs
@@ -37,12 +37,10 @@ def start(model_type: str, model: Any) -> tuple[Any, Any, Windows]:
     windows = windows_of(model_type, model)
     found = LoadedModel(model).architecture
     decoder, blocks = (model.get_submodule(path) for path in (found.decoder, found.blocks))
-    hidden, calls = embed_with_images(
-        DecoderStart(decoder, blocks, CPU),
-        model,
-        windows,
-        lambda shape: HiddenInMemory(shape, torch.float32),
-        torch.float32,
+    of_images = DecoderStart(decoder, blocks, Runtime(CPU, torch.float32), model)
+    batches = [slice(0, 1), slice(1, 2)]
+    hidden, calls = of_images.embed(
+        windows, batches, lambda shape: HiddenStates(shape, torch.float32)
     )
     return hidden, calls, windows
 

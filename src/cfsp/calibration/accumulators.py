@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -179,24 +178,19 @@ class BlockSums:
 # the last are many blocks apart, so the hidden states of some tokens are kept at every block.
 
 
-@dataclass(frozen=True)
-class TokenSample:
-    """Which tokens of every window are looked at: one of so many.
+def sampled_stride(windows: Windows) -> int:
+    """Return of how many tokens of every window one is looked at."""
+    count, seqlen = windows.tokens_NT.shape
+    return max(1, min(seqlen, count * seqlen // SAMPLED_TOKENS))
 
-    The first of them is amid the first so many: the first token of a window is unlike all others.
+
+def sampled(stride: int, *states_BTD: Tensor) -> Tensor:
+    """Return one of so many tokens of each of several hidden states, on the CPU, 2 x S x D.
+
+    The first is amid the first so many: the first token of a window is unlike all others.
     """
-
-    stride: int
-
-    @staticmethod
-    def of(windows: Windows) -> TokenSample:
-        """Return the sample of some windows."""
-        count, seqlen = windows.tokens_NT.shape
-        return TokenSample(max(1, min(seqlen, count * seqlen // SAMPLED_TOKENS)))
-
-    def rows(self, hidden_BTD: Tensor) -> Tensor:
-        """Return the hidden states of the sample's tokens, S x D."""
-        return hidden_BTD[:, self.stride // 2 :: self.stride].flatten(0, 1)
+    rows = [states[:, stride // 2 :: stride].flatten(0, 1) for states in states_BTD]
+    return torch.stack(rows).cpu()
 
 
 def run_distances(

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from cfsp.calibration.accumulators import BlockSums, TokenSample, run_distances
+from cfsp.calibration.accumulators import BlockSums, run_distances, sampled, sampled_stride
 from cfsp.calibration.observed import CalibrationRecord, ObservedBlock, UnitStatistics
 from cfsp.calibration.statistics import Statistics
 from cfsp.calibration.together import add_up, part_of
@@ -69,8 +69,8 @@ def calibrate(
     check_tokens(source.config, windows.tokens_NT, source.label)
     own = windows.part(part_of(windows, team, runtime.batch_windows))
     if len(own.tokens_NT):
-        sample = TokenSample.of(own) if runs else None
-        visitor = _Calibration(name, record, sample, is_alone=team.size == 1)
+        stride = sampled_stride(own) if runs else None
+        visitor = _Calibration(name, record, stride, is_alone=team.size == 1)
         observed = pass_blocks(source, own, visitor, runtime, place)
     else:
         blocks = range(source.architecture.block_count)
@@ -87,13 +87,13 @@ class _Calibration(Visitor[ObservedBlock]):
     """Gathers the statistics of every block."""
 
     def __init__(
-        self, name: str, record: CalibrationRecord, sample: TokenSample | None, *, is_alone: bool
+        self, name: str, record: CalibrationRecord, stride: int | None, *, is_alone: bool
     ) -> None:
         super().__init__(name)
-        self._record, self._sample, self._is_alone = record, sample, is_alone
+        self._record, self._stride, self._is_alone = record, stride, is_alone
 
     def visit(self, block: StreamedBlock) -> ObservedBlock:
-        observed = observe(block, sample=self._sample)
+        observed = observe(block, stride=self._stride)
         if self._is_alone:  # else the tokens of another process may reach an expert
             check_seen(block.units, observed.units)
         return observed
@@ -150,14 +150,14 @@ def calibration_record(
 def observe(
     block: StreamedBlock,
     on_activations: OnActivations | None = None,
-    sample: TokenSample | None = None,
+    stride: int | None = None,
 ) -> ObservedBlock:
     """Let the windows pass one block and return its statistics.
 
     Args:
         block: the block.
         on_activations: is given all activations as well; see `StreamedBlock.advance`.
-        sample: the tokens whose hidden states are kept; None for none.
+        stride: of so many tokens the hidden states of one are kept; None for none.
 
     Raises:
         CalibrationError: an activation is NaN or infinite.
@@ -172,8 +172,8 @@ def observe(
 
     def on_hidden(input_BTD: Tensor, output_BTD: Tensor) -> None:
         sums.distances.add(input_BTD, output_BTD)
-        if sample is not None:
-            passing.append(torch.stack([sample.rows(input_BTD), sample.rows(output_BTD)]).cpu())
+        if stride is not None:
+            passing.append(sampled(stride, input_BTD, output_BTD))
 
     block.advance(
         on_act,

@@ -149,24 +149,14 @@ class UnitStatistics:
 
 @dataclass(frozen=True)
 class CalibrationRecord:
-    """The conditions of a calibration, for the manifest and for refusing what doesn't fit.
+    """The conditions of a calibration, for the manifest and for refusing what doesn't fit."""
 
-    Attributes:
-        model: how the user called the model.
-        fingerprint: digest of the model.
-        sources: text sources and the number of windows from each.
-        tokens_digest: SHA-256 of the exact token ids.
-        windows: number of windows.
-        seqlen: tokens in a window.
-        seed: seed of the draw.
-        dtype: what the blocks computed in.
-        device: where they computed.
-        bos: whether every window begins with BOS.
-    """
-
+    # How the user called it.
     model: str
     fingerprint: str
+    # Windows from each source of text.
     sources: dict[str, int]
+    # SHA-256 of the exact token ids.
     tokens_digest: str
     windows: int
     seqlen: int

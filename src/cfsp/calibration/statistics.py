@@ -76,8 +76,10 @@ class Sensitivity:
         return asdict(self)
 
     @staticmethod
-    def from_json(fields: Mapping[str, Any], blocks: int) -> Sensitivity:
+    def from_json(fields: Mapping[str, Any] | None, blocks: int) -> Sensitivity | None:
         """Return that of so many blocks, of what `to_json` made; ValueError if it cannot be."""
+        if fields is None:
+            return None
         divergence_L = tuple(map(float, fields["divergence_L"]))
         kept_L = tuple(map(float, fields["kept_L"]))
         if not (
@@ -87,7 +89,8 @@ class Sensitivity:
         ):
             raise ValueError(f"the sensitivity of {blocks} blocks is {divergence_L}, kept {kept_L}")
         others = fields["other_parts"].items()
-        parts = {str(part): Sensitivity.from_json(each, blocks) for part, each in others}
+        found = {str(part): Sensitivity.from_json(each, blocks) for part, each in others}
+        parts = {part: each for part, each in found.items() if each is not None}
         return Sensitivity(divergence_L, kept_L, int(fields["windows"]), parts)
 
 
@@ -158,8 +161,10 @@ class RunDistances:
         return self.sums[first][end] / self.tokens
 
     @staticmethod
-    def from_json(fields: Mapping[str, Any], blocks: int) -> RunDistances:
+    def from_json(fields: Mapping[str, Any] | None, blocks: int) -> RunDistances | None:
         """Return the distances over runs of so many blocks."""
+        if fields is None:
+            return None
         sums = tuple(tuple(float(value) for value in row) for row in fields["sums"])
         if [len(row) for row in sums] != [blocks + 1] * (blocks + 1) or int(fields["tokens"]) < 1:
             raise ValueError(f"the distances over runs are not those of {blocks} blocks")
@@ -311,14 +316,13 @@ class Statistics:
             order = [unit.block for unit in units]
             if order != sorted(order) or not all(0 <= block < count for block in order):
                 raise ValueError(f"the FFNs of {count} blocks are said to be in blocks {order}")
-            measured, runs = facts.get("sensitivity"), facts.get("runs")
             found = cls(
                 blocks,
                 units,
                 record,
-                None if measured is None else Sensitivity.from_json(measured, count),
+                Sensitivity.from_json(facts.get("sensitivity"), count),
                 Removal.all_from_json(facts.get("removals", ()), count),
-                None if runs is None else RunDistances.from_json(runs, count),
+                RunDistances.from_json(facts.get("runs"), count),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise StatisticsError(f"{path} is damaged: {error!r}; calibrate again") from error

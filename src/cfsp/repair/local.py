@@ -43,13 +43,9 @@ log = logging.getLogger(__name__)
 
 
 def repair_locally(job: Job, repaired: PruningResult, windows: Windows) -> PruningResult:
-    """Train all blocks of a pruned model, a few at a time.
+    """Train all blocks of a pruned model, a few at a time, in float32.
 
-    Blocks have one dense FFN each, or none. Parameters are trained in float32.
-
-    Raises:
-        CalibrationError: a weight or an activation is NaN or infinite.
-        ResumeError: the work directory holds unfinished work of something else.
+    Blocks have one dense FFN each, or none.
     """
     done = _LocalRepair(NAME, job, repaired, windows, job.settings.local.tokens).step()
     if rejected := rejected_blocks(done.steps[-1].to_json()):
@@ -135,10 +131,8 @@ class _LocalRepair(StreamRepair):
 class HeadLoss:
     """How far predictions from what leaves the last block are from the dense model's, and the text.
 
-    Args:
-        source: the dense model; what lies around its blocks is read.
-        runtime: where and in what the head computes; the loss is in float32.
-        text: the part of the text in the loss, from 0 to 1.
+    The head computes in the runtime's dtype, the loss is in float32; `text` is the part of the text
+    in it, from 0 to 1.
     """
 
     def __init__(self, source: WeightSource, runtime: Runtime, text: float) -> None:

@@ -115,18 +115,14 @@ def rejected_blocks(step: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class PruningResult:
-    """All that the cut needs.
-
-    Attributes:
-        plan: which channels stay.
-        statistics: of the calibration; None where a plan was given.
-        tensors: the files with repaired tensors, by the tensors' names.
-        steps: what repaired them, in order.
-    """
+    """All that the cut needs."""
 
     plan: PruningPlan
+    # Of the calibration; None where a plan was given.
     statistics: Statistics | None = None
+    # The files with repaired tensors, by the tensors' names.
     tensors: Mapping[str, TensorFile] = field(default_factory=dict)
+    # What repaired them, in order.
     steps: tuple[Step, ...] = ()
 
     def to_json(self) -> dict[str, Any]:

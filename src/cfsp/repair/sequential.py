@@ -60,10 +60,6 @@ def repair_sequentially(job: Job, repaired: PruningResult, windows: Windows) -> 
     """Fit the down projection of every block of a pruned model, one after the other.
 
     Blocks have one dense FFN each, or none. Sums are float32, the solve is float64.
-
-    Raises:
-        CalibrationError: a weight or an activation is NaN or infinite.
-        ResumeError: the work directory holds unfinished work of something else.
     """
     return SequentialRepair(NAME, job, repaired, windows, TOKENS_IN_BATCH).step()
 
@@ -72,7 +68,7 @@ def repair_gaps(job: Job, repaired: PruningResult, windows: Windows) -> PruningR
     """Fit the down projections of the blocks at removed ones, and of those without attention.
 
     The other blocks stay as they are, and so does one that has no dense FFN, or several; where all
-    are such there is no step. Errors are those of `repair_sequentially`.
+    are such there is no step.
     """
     plan = repaired.plan
     beside = blocks_at_gaps(job.source.architecture.block_count, plan.removed_blocks)

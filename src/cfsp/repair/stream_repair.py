@@ -40,15 +40,7 @@ Repaired = tuple[BlockRepair, Mapping[str, Tensor]]
 
 
 class StreamRepair(Visitor[BlockRepair | None]):
-    """A step of repair on the pruned model's own hidden states.
-
-    Args:
-        name: of the step.
-        job: what is pruned.
-        repaired: what goes and what was repaired before.
-        windows: two or more; some are held out (see `cfsp.text.hold_out`).
-        tokens_in_batch: about how many pass together.
-    """
+    """A step of repair on the pruned model's own hidden states."""
 
     waits_for_others = True
 
@@ -152,13 +144,8 @@ class StreamRepair(Visitor[BlockRepair | None]):
     def done_by_first(self, group: GroupVisit, repair: Callable[[], Repaired]) -> BlockRepair:
         """Return what the first process did with a group; all have the same weights then.
 
-        Args:
-            group: the blocks.
-            repair: leaves the group with the better of its weights; called in the first process
-                alone.
-
-        Raises:
-            CfspError: the first process raised it.
+        `repair` leaves the group with the better of its weights, and is called in the first process
+        alone, whose errors all raise.
         """
         block = self._kept[group.last]
 

@@ -93,8 +93,8 @@ def record_calls(
     """Run a model's embeddings and masks on tokens; note how it would call its blocks.
 
     Args:
-        decoder: the module whose forward takes token ids and calls the blocks; needs weights for
-            all but its blocks.
+        decoder: the module whose forward takes token ids and calls the blocks, which alone need no
+            weights.
         blocks: its list of decoder blocks.
         tokens_BT: token ids.
         form: how it takes hidden states from its blocks.
@@ -170,12 +170,8 @@ class BlockCalls:
     ) -> None:
         """Add the recorded calls of a window that passes by itself, such as one with images.
 
-        What is not as in the calls that were added first is kept for each window.
-
-        Args:
-            window: its number; those before it were added before.
-            calls: of every block.
-            added_L: what the model adds to the hidden states that enter a block, 1TD.
+        Windows before it were added before. What is not as in the calls that were added first is
+        kept for each window; `added_L` is what the model adds to what enters a block, 1TD.
 
         Raises:
             UnsupportedModelError: blocks are called with other arguments.
@@ -239,14 +235,7 @@ class BlockCalls:
     def compute(
         self, index: int, block: nn.Module, windows: Sequence[int], hidden_BTD: Tensor
     ) -> Tensor:
-        """Return what a block makes of some windows; keep what it leaves for later blocks.
-
-        Args:
-            index: of the block.
-            block: it, with its weights.
-            windows: numbers of the windows, in the order of the batch.
-            hidden_BTD: what enters it.
-        """
+        """Return what a block makes of some windows; keep what it leaves for later blocks."""
         values: dict[Place, Any] = {}
         device = hidden_BTD.device
         for place, text in self._text_L[index].items():

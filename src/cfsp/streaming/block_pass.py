@@ -20,7 +20,7 @@ from cfsp.checkpoint.reading import fingerprint
 from cfsp.processes import Team
 from cfsp.progress import token_progress
 from cfsp.streaming.block_stream import StreamedBlock, stream_blocks, windows_in_batch
-from cfsp.streaming.hidden_states import HiddenInFile, HiddenInMemory, HiddenStates
+from cfsp.streaming.hidden_states import HiddenInFile, HiddenStates
 from cfsp.streaming.pass_state import Pace, PassState
 from cfsp.streaming.runtime import versions
 from cfsp.streaming.stopwatch import PassTimes
@@ -195,11 +195,11 @@ def _hidden_opener(
 
     def open_hidden(shape_NTD: tuple[int, ...], dtype: torch.dtype) -> HiddenStates:
         if work_dir is None:
-            return HiddenInMemory(shape_NTD, dtype, pinned=pinned)
+            return HiddenStates(shape_NTD, dtype, pinned=pinned)
         directory, saved = work_dir.directory_of(name), state.hidden if state else None
         nbytes = math.prod(shape_NTD) * dtype.itemsize
         if nbytes <= work_dir.memory_budget:
-            return HiddenInMemory(shape_NTD, dtype, directory, saved, pinned=pinned)
+            return HiddenStates(shape_NTD, dtype, directory, saved, pinned=pinned)
         logger.info(
             f"{name}: {nbytes / 1e9:.3g} GB of hidden states exceed the memory budget of "
             f"{work_dir.memory_budget / 1e9:.3g} GB; they go to a file in {directory}"

@@ -22,8 +22,8 @@ from cfsp.architecture.activations import OnOutput, observed_activations, observ
 from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, fill, read_tensors, unload
 from cfsp.errors import CalibrationError
 from cfsp.streaming.block_calls import BlockCall, BlockCalls
-from cfsp.streaming.decoder_start import DecoderStart, embed_with_images, weights_of_start
-from cfsp.streaming.hidden_states import HiddenInMemory, HiddenStates
+from cfsp.streaming.decoder_start import DecoderStart, weights_of_start
+from cfsp.streaming.hidden_states import HiddenStates
 from cfsp.streaming.stopwatch import PassTimes
 
 if TYPE_CHECKING:
@@ -45,25 +45,18 @@ OpenHidden = Callable[[tuple[int, ...], torch.dtype], HiddenStates]
 
 @dataclass
 class StreamedBlock:
-    """One decoder block with its weights, and the windows that are about to pass it.
-
-    Attributes:
-        index: position in the model.
-        module: the decoder block.
-        units: its units; a block may have none.
-        hidden: what enters the block, and after `advance` what leaves it.
-        device: where the block computes.
-        tokens_done: is told how many tokens have passed; whoever shows progress sets it.
-    """
+    """One decoder block with its weights, and the windows that are about to pass it."""
 
     index: int
     module: nn.Module
     units: tuple[Unit, ...]
+    # What enters the block, and after `advance` what leaves it.
     hidden: HiddenStates
     device: torch.device
     _batches: list[slice]
     _calls: BlockCalls
     _times: PassTimes
+    # Is told how many tokens have passed; whoever shows progress sets it.
     tokens_done: Callable[[int], None] = lambda tokens: None
 
     def advance(
@@ -146,11 +139,8 @@ class StreamedBlock:
     ) -> None:
         """Let some windows pass a function in this block's place.
 
+        It gives what leaves the block, from the windows of a batch and what enters (BTD).
         `hidden.swap_buffers` then ends the block.
-
-        Args:
-            compute: gives what leaves it, from the windows of a batch and what enters (BTD).
-            batches: the windows.
         """
         on_gpu = self.device.type == "cuda"
         for batch in batches:
@@ -165,12 +155,10 @@ class StreamedBlock:
 
 
 def windows_in_batch(windows: Windows, batch_windows: int | None) -> int:
-    """Return how many windows pass a block together.
+    """Return how many windows pass a block together; by default about 4096 tokens.
 
-    Args:
-        windows: all of them. Where some have images, each passes alone: how a model calls its
-            blocks then differs from window to window.
-        batch_windows: how many are asked for; None for about 4096 tokens.
+    Where some have images, each passes alone: how a model calls its blocks then differs from window
+    to window.
     """
     if windows.has_images:
         return 1
@@ -182,7 +170,7 @@ def stream_blocks(
     windows: Windows,
     runtime: Runtime,
     *,
-    open_hidden: OpenHidden = HiddenInMemory,
+    open_hidden: OpenHidden = HiddenStates,
     first_block: int = 0,
     more_batch_sizes: Iterable[int] = (),
     times: PassTimes | None = None,
@@ -225,14 +213,10 @@ def stream_blocks(
 
     with torch.inference_mode(), read_ahead(read, range(first_block, len(modules))) as ahead:
         with weights_of_start(skeleton, source, runtime, has_images=windows.has_images):
-            resumed, decoder = first_block > 0, skeleton.get_submodule(architecture.decoder)
-            start = DecoderStart(decoder, blocks, device)
-            if windows.has_images:
-                hidden, calls = embed_with_images(
-                    start, skeleton, windows, room, dtype, resumed=resumed
-                )
-            else:
-                hidden, calls = start.embed(tokens_NT, batches, room, resumed=resumed)
+            decoder = skeleton.get_submodule(architecture.decoder)
+            multimodal = skeleton if windows.has_images else None
+            start = DecoderStart(decoder, blocks, runtime, multimodal)
+            hidden, calls = start.embed(windows, batches, room, resumed=first_block > 0)
             for count in set(more_batch_sizes):
                 if count not in calls:
                     calls.add(range(count), start.record(tokens_NT[:count]).calls)

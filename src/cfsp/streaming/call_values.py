@@ -87,12 +87,7 @@ class WindowValues:
         self._value_W: dict[int, Any] = {}
 
     def write(self, windows: Sequence[int], value: Any, what: str) -> None:
-        """Keep the value of some windows.
-
-        Args:
-            windows: their numbers, in the order of the batch.
-            value: nested tuples, lists and dictionaries of tensors [B, ...] and constants.
-            what: it is, for people.
+        """Keep nested tuples, lists and dictionaries of tensors [B, ...] and constants.
 
         Raises:
             UnsupportedModelError: a tensor does not begin with the axis of windows.

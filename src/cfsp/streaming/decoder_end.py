@@ -68,12 +68,8 @@ def text_model(model: PreTrainedModel) -> Any:
 def parameters_of_end(model: nn.Module, decoder: str, blocks: str) -> Iterator[str]:
     """Yield the names of the parameters that the end of a model computes with.
 
-    A head that is tied to the embeddings has its own name, which no file may have.
-
-    Args:
-        model: on the meta device or not.
-        decoder: path from it to the module whose forward calls the blocks.
-        blocks: path from it to the list of blocks, inside the decoder.
+    A head that is tied to the embeddings has its own name, which no file may have. `decoder` is the
+    path to the module whose forward calls the blocks, `blocks` that to their list inside it.
     """
     end = end_of(model, decoder)
     above = f"{end}." if end else ""
@@ -96,13 +92,7 @@ class DecoderEnd:
 
     What of the model is on the meta device becomes zeros, which take no memory: which tokens came
     does not matter after the blocks. Some models ask their first parameter for the device, so that
-    none may be left there.
-
-    Args:
-        model: a causal language model, or a multimodal one.
-        decoder: path from it to the module whose forward calls the blocks.
-        blocks: path from it to the list of blocks, inside the decoder.
-        device: where to compute.
+    none may be left there. For the paths see `parameters_of_end`.
     """
 
     def __init__(self, model: nn.Module, decoder: str, blocks: str, device: torch.device) -> None:
@@ -138,13 +128,7 @@ class DecoderEnd:
 
 
 class Head:
-    """The end of a model with its weights, read from a source; `vocabulary` is V.
-
-    Args:
-        source: the model; what lies around its blocks is read.
-        device: where to compute.
-        dtype: what to compute in.
-    """
+    """The end of a model with its weights, read from a source; `vocabulary` is V."""
 
     def __init__(self, source: WeightSource, device: torch.device, dtype: torch.dtype) -> None:
         # Autograd refuses the tensors of inference mode, which passes run in.

@@ -40,17 +40,25 @@ Room = Callable[[tuple[int, ...]], HiddenStates]
 
 
 class DecoderStart:
-    """What a decoder does before its first block.
+    """What a model does before its first block.
 
     Args:
         decoder: the module whose forward takes token ids and calls the blocks; needs weights for
             all but its blocks.
         blocks: its list of decoder blocks.
-        device: where to compute.
+        runtime: where and in what to compute.
+        multimodal: the whole model, where windows have images; needs weights likewise.
     """
 
-    def __init__(self, decoder: nn.Module, blocks: nn.ModuleList, device: torch.device) -> None:
-        self._decoder, self.blocks, self.device = decoder, blocks, device
+    def __init__(
+        self,
+        decoder: nn.Module,
+        blocks: nn.ModuleList,
+        runtime: Runtime,
+        multimodal: nn.Module | None = None,
+    ) -> None:
+        self._decoder, self._blocks, self._runtime = decoder, blocks, runtime
+        self._multimodal = multimodal
 
     @cached_property
     def form(self) -> CallForm:
@@ -69,115 +77,95 @@ class DecoderStart:
             output: Tensor = self._decoder(input_ids=tokens_BT, use_cache=False)[0]
             return output
 
-        return find_call_form(run, self.blocks, self.device)
+        return find_call_form(run, self._blocks, self._runtime.device)
 
     def record(self, tokens_BT: Tensor) -> Recording:
         """Return what enters the blocks, and how they are called."""
-        return record_calls(self._decoder, self.blocks, tokens_BT.to(self.device), self.form)
+        tokens_BT = tokens_BT.to(self._runtime.device)
+        return record_calls(self._decoder, self._blocks, tokens_BT, self.form)
 
     def embed(
-        self, tokens_NT: Tensor, batches: Iterable[slice], room: Room, *, resumed: bool = False
+        self, windows: Windows, batches: Iterable[slice], room: Room, *, resumed: bool = False
     ) -> tuple[HiddenStates, BlockCalls]:
         """Return the hidden states, and how blocks are called with batches of windows.
 
         Windows are never padded, so the calls depend on the shape of a batch, and in some models
-        on the tokens. A resumed pass has its hidden states already.
+        on the tokens; with images, on the window. A resumed pass has its hidden states already.
 
         Raises:
             UnsupportedModelError: blocks cannot be run one after the other.
         """
-        one_BT = tokens_NT[:1]
-        # Other tokens of the same text: what is different then is made from them.
-        other_BT = tokens_NT.flatten().roll(1)[: one_BT.numel()].view_as(one_BT)
-        calls = BlockCalls(self.record(one_BT).calls, self.record(other_BT).calls)
+        tokens_NT = windows.tokens_NT
         hidden: HiddenStates | None = None
+        calls = self._first_calls(windows)
         for batch in batches:
-            windows = range(batch.start, batch.stop)
-            if resumed and len(windows) in calls and not calls.depend_on_text:
+            own = range(batch.start, batch.stop)
+            if self._multimodal is not None:
+                recording = self._record_window(windows, batch.start)
+                added_L = self._added(windows, batch.start, recording)
+                calls.add_alone(batch.start, recording.calls, added_L)
+            elif resumed and len(own) in calls and not calls.depend_on_text:
                 continue
-            recording = self.record(tokens_NT[batch])
-            embedded_BTD = recording.entering_L[0]
+            else:
+                recording = self.record(tokens_NT[batch])
+                calls.add(own, recording.calls)
             if hidden is None:
-                hidden = room((*tokens_NT.shape, embedded_BTD.shape[-1]))
+                hidden = room((*tokens_NT.shape, recording.entering_L[0].shape[-1]))
             if not resumed:
-                hidden.write(batch, embedded_BTD)
-            calls.add(windows, recording.calls)
+                hidden.write(batch, recording.entering_L[0])
         assert hidden is not None
         return hidden, calls
 
+    def _first_calls(self, windows: Windows) -> BlockCalls:
+        """Return the calls of the first window of text, and what differs with other tokens."""
+        if self._multimodal is not None:
+            first = self._record_window(windows, 0)
+            return BlockCalls(first.calls, first.calls)
+        one_BT = windows.tokens_NT[:1]
+        # Other tokens of the same text: what is different then is made from them.
+        other_BT = windows.tokens_NT.flatten().roll(1)[: one_BT.numel()].view_as(one_BT)
+        return BlockCalls(self.record(one_BT).calls, self.record(other_BT).calls)
 
-def embed_with_images(
-    start: DecoderStart,
-    model: nn.Module,
-    windows: Windows,
-    room: Room,
-    dtype: torch.dtype,
-    *,
-    resumed: bool = False,
-) -> tuple[HiddenStates, BlockCalls]:
-    """Return the hidden states, and how blocks are called with each window.
-
-    Args:
-        start: of its decoder.
-        model: the multimodal model; needs weights for all but its blocks.
-        windows: with images and without.
-        room: for the hidden states.
-        dtype: of what the model is given besides tokens, where that is floating.
-        resumed: whether the hidden states are there. Calls are recorded again.
-
-    Raises:
-        UnsupportedModelError: blocks cannot be run one after the other.
-    """
-
-    def record(window: int, *, returns_zeros: bool = False) -> Recording:
+    def _record_window(
+        self, windows: Windows, window: int, *, returns_zeros: bool = False
+    ) -> Recording:
+        """Return what enters the blocks, and how they are called, of a window with its images."""
+        assert self._multimodal is not None
+        device, dtype = self._runtime.device, self._runtime.dtype
         more = {
-            name: value.to(start.device, dtype if value.is_floating_point() else None)
+            name: value.to(device, dtype if value.is_floating_point() else None)
             for name, value in windows.images_of(window).items()
         }
-        tokens_BT = windows.tokens_NT[window : window + 1].to(start.device)
         return record_calls(
-            model, start.blocks, tokens_BT, start.form, more=more, returns_zeros=returns_zeros
+            self._multimodal,
+            self._blocks,
+            windows.tokens_NT[window : window + 1].to(device),
+            self.form,
+            more=more,
+            returns_zeros=returns_zeros,
         )
 
-    hidden: HiddenStates | None = None
-    calls: BlockCalls | None = None
-    for window in range(len(windows.tokens_NT)):
-        recording = record(window)
-        entering_L, added_L = recording.entering_L, {}
-        if hidden is None or calls is None:
-            hidden = room((*windows.tokens_NT.shape, entering_L[0].shape[-1]))
-            calls = BlockCalls(recording.calls, recording.calls)
-        if not resumed:
-            hidden.write(slice(window, window + 1), entering_L[0])
-        if not all(torch.equal(entering_L[0], each) for each in entering_L[1:]):
-            name = type(start.blocks[0]).__name__
-            added_L = _added(entering_L, record(window, returns_zeros=True).entering_L, name)
-        calls.add_alone(window, recording.calls, added_L)
-    assert hidden is not None and calls is not None
-    return hidden, calls
+    def _added(self, windows: Windows, window: int, recording: Recording) -> dict[int, Tensor]:
+        """Return what the model adds to what leaves a block, 1TD, by the index of the next block.
 
+        Mostly nothing. It shows where stand-ins that return zeros are compared with a recording of
+        those that leave the hidden state as it is.
 
-def _added(
-    entering_L: Sequence[Tensor], of_zeros_L: Sequence[Tensor], name: str
-) -> dict[int, Tensor]:
-    """Return what the model adds to what leaves a block, 1TD, by the index of the next block.
-
-    Args:
-        entering_L: what enters blocks that leave the hidden state as it is.
-        of_zeros_L: what enters blocks that return zeros.
-        name: of the blocks' class.
-
-    Raises:
-        UnsupportedModelError: the model does something else there than to add.
-    """
-    for index in range(1, len(entering_L)):
-        if not torch.equal(entering_L[index - 1] + of_zeros_L[index], entering_L[index]):
-            raise UnsupportedModelError(
-                f"with images the model changes the hidden states between blocks {index - 1} "
-                f"and {index} ({name}) by more than an addition, so that blocks cannot be run one "
-                "after the other; calibrate on text alone"
-            )
-    return {index: each for index, each in enumerate(of_zeros_L) if index and bool(each.any())}
+        Raises:
+            UnsupportedModelError: the model does something else there than to add.
+        """
+        entering_L = recording.entering_L
+        if all(torch.equal(entering_L[0], each) for each in entering_L[1:]):
+            return {}
+        added_L = self._record_window(windows, window, returns_zeros=True).entering_L
+        for index in range(1, len(entering_L)):
+            if not torch.equal(entering_L[index - 1] + added_L[index], entering_L[index]):
+                raise UnsupportedModelError(
+                    f"with images the model changes the hidden states between blocks {index - 1} "
+                    f"and {index} ({type(self._blocks[0]).__name__}) by more than an addition, so "
+                    "that blocks cannot be run one after the other; calibrate on text alone"
+                )
+        return {index: each for index, each in enumerate(added_L) if index and bool(each.any())}
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
@@ -25,50 +24,14 @@ _FILES = ("hidden-0.bin", "hidden-1.bin")
 _COPY_BYTES = 64 << 20
 
 
-class HiddenStates(ABC):
-    """Hidden states of all windows, read and written batch by batch.
+class HiddenStates:
+    """Hidden states of all windows, read and written batch by batch: one tensor.
 
     Within a block every batch is read before it is written; `swap_buffers` ends the block.
 
-    Attributes:
-        shape_NTD: their shape.
-        nbytes: size of all of them.
-    """
-
-    def __init__(self, shape_NTD: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.shape_NTD, self.nbytes = shape_NTD, math.prod(shape_NTD) * dtype.itemsize
-
-    @abstractmethod
-    def read(self, batch: slice) -> Tensor:
-        """Return the windows of a batch, BTD; to be used before they are written."""
-
-    @abstractmethod
-    def write(self, batch: slice, hidden_BTD: Tensor) -> None:
-        """Set the windows of a batch, from any device."""
-
-    @abstractmethod
-    def read_written(self, batch: slice) -> Tensor:
-        """Return the windows of a batch as written in this block, before `swap_buffers`."""
-
-    @abstractmethod
-    def forget(self, batch: slice) -> None:
-        """Let the memory of a batch go where a file has it; it can be read again."""
-
-    @abstractmethod
-    def swap_buffers(self) -> None:
-        """Note that all batches have been written: they are what is read from now on."""
-
-    @abstractmethod
-    def save(self) -> str:
-        """Put the states on disk, after `swap_buffers`; return the name of their file."""
-
-
-class HiddenInMemory(HiddenStates):
-    """One tensor.
-
     Args:
-        shape_NTD: its shape.
-        dtype: its dtype.
+        shape_NTD: their shape.
+        dtype: their dtype.
         directory: where `save` puts copies; None if it is never called.
         saved: name of a file that `save` returned in an earlier process, to go on from.
         pinned: whether a GPU copies from and to it.
@@ -83,7 +46,7 @@ class HiddenInMemory(HiddenStates):
         *,
         pinned: bool = False,
     ) -> None:
-        super().__init__(shape_NTD, dtype)
+        self.shape_NTD, self.nbytes = shape_NTD, math.prod(shape_NTD) * dtype.itemsize
         self._hidden_NTD = torch.empty(shape_NTD, dtype=dtype, pin_memory=pinned)
         self._directory, self._saved = directory, saved
         if saved is not None:
@@ -96,25 +59,25 @@ class HiddenInMemory(HiddenStates):
                 assert done == len(view), (saved, done)
 
     def read(self, batch: slice) -> Tensor:
-        """Return a view."""
+        """Return the windows of a batch, BTD; to be used before they are written."""
         return self._hidden_NTD[batch]
 
     def write(self, batch: slice, hidden_BTD: Tensor) -> None:
-        """Overwrite what was read."""
+        """Set the windows of a batch, from any device."""
         self._hidden_NTD[batch] = hidden_BTD
 
     def read_written(self, batch: slice) -> Tensor:
-        """Return a view."""
+        """Return the windows of a batch as written in this block, before `swap_buffers`."""
         return self._hidden_NTD[batch]
 
     def forget(self, batch: slice) -> None:
-        """Do nothing: memory is all that has them."""
+        """Let the memory of a batch go where a file has it; it can be read again."""
 
     def swap_buffers(self) -> None:
-        """Do nothing: a batch is read before it is written."""
+        """Note that all batches have been written: they are what is read from now on."""
 
     def save(self) -> str:
-        """Write a copy beside the last one."""
+        """Put the states on disk, after `swap_buffers`; return the name of their file."""
         assert self._directory is not None
         self._saved = _other(self._saved)
         view = self._bytes()
@@ -133,16 +96,8 @@ class HiddenInMemory(HiddenStates):
 class HiddenInFile(HiddenStates):
     """One or two memory-mapped files, of which no page stays resident longer than a batch.
 
-    The second file exists from the first `save` on.
-
-    Args:
-        shape_NTD: the shape.
-        dtype: the dtype.
-        directory: where the files are.
-        saved: name of a file that `save` returned in an earlier process, to go on from.
-
-    Raises:
-        OutputError: the disk has no room.
+    The second file exists from the first `save` on. Where the disk has no room, what reads or
+    writes raises OutputError.
     """
 
     def __init__(
@@ -152,8 +107,8 @@ class HiddenInFile(HiddenStates):
         directory: Path,
         saved: str | None = None,
     ) -> None:
-        super().__init__(shape_NTD, dtype)
-        self._dtype, self._directory = dtype, directory
+        self.shape_NTD, self.nbytes = shape_NTD, math.prod(shape_NTD) * dtype.itemsize
+        self._dtype, self._path = dtype, directory
         self._maps: dict[str, mmap.mmap] = {}
         self._source = saved or _FILES[0]
         self._target = _other(saved) if saved else _FILES[0]
@@ -192,7 +147,7 @@ class HiddenInFile(HiddenStates):
 
     def _view(self, name: str) -> Tensor:
         if name not in self._maps:
-            self._maps[name] = self._open(self._directory / name)
+            self._maps[name] = self._open(self._path / name)
         flat = torch.frombuffer(self._maps[name], dtype=self._dtype)
         return flat.view(self.shape_NTD)
 

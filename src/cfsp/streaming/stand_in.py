@@ -129,12 +129,8 @@ def resumed_at(
 ) -> Iterator[None]:
     """Let the model compute its blocks from `first` on only, on a given hidden state.
 
-    Args:
-        blocks: the model's list of decoder blocks.
-        first: index of the first block that computes.
-        hidden: what enters it, as the model has it (see `HiddenLayout`); of the tokens that the
-            model is then called with.
-        form: how the model takes hidden states from its blocks.
+    That is of the tokens that the model is then called with, and as the model has it (see
+    `HiddenLayout`).
     """
 
     def answer(index: int, own: Tensor, arguments: Arguments) -> Any:

@@ -38,16 +38,12 @@ class TwoStreams:
 
     A process has some of them, and each of these in two rows of its hidden states: first all of the
     dense stream, then all of the pruned.
-
-    Attributes:
-        tokens_NT: the text.
-        held_out: windows that nothing is fitted to.
-        batch: windows that pass together, at most.
-        team: the processes that share them.
     """
 
     tokens_NT: Tensor
+    # Windows that nothing is fitted to.
     held_out: tuple[int, ...]
+    # Windows that pass together, at most.
     batch: int
     team: Team
 
