@@ -41,8 +41,7 @@ from cfsp.settings import (
     options_of,
 )
 from cfsp.streaming.block_stream import TOKENS_IN_BATCH
-from cfsp.streaming.runtime import runtime_of
-from cfsp.streaming.versions import versions
+from cfsp.streaming.runtime import runtime_of, versions
 from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.drawing import draw_text
 from cfsp.text.tokenizers import load_tokenizer

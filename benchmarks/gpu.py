@@ -39,7 +39,7 @@ from cfsp.settings import (
     Repair,
 )
 from cfsp.speed.bench import bench
-from cfsp.streaming.versions import versions
+from cfsp.streaming.runtime import versions
 from make_checkpoint import make_checkpoint
 
 

@@ -36,7 +36,7 @@ from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.cli import step
 from cfsp.quality.compare import compare
 from cfsp.quality.results_file import MeasuredModel, read_models, read_results
-from cfsp.streaming.versions import versions
+from cfsp.streaming.runtime import versions
 
 ZERO_SHOT = (
     *("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "boolq", "openbookqa"),

@@ -28,7 +28,7 @@ from typing import Any
 
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.speed.subjects import SHAPES
-from cfsp.streaming.versions import versions
+from cfsp.streaming.runtime import versions
 from make_checkpoint import make_checkpoint
 
 # Runs a command and adds what the system knows of the process.

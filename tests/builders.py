@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from cfsp.calibration.statistics import (
+from cfsp.calibration.observed import (
     BlockStatistics,
     CalibrationRecord,
     ObservedBlock,
-    Statistics,
     UnitStatistics,
 )
+from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource, parameter_count
 from cfsp.job import Job
 from cfsp.planning.candidate import Dropped, DropSizes

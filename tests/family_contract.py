@@ -35,7 +35,7 @@ from cfsp.settings import (
     PruneSettings,
     Text,
 )
-from cfsp.streaming.resumed_forward import skipped
+from cfsp.streaming.stand_in import skipped
 from stock import Question, computed
 
 SPARSITY = 0.4

@@ -22,7 +22,7 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.prune_report import PruneReport
 from cfsp.selection.divergence import call_form_of
 from cfsp.settings import Budget, CalibrationText, Compute, LocalTraining, PruneSettings, Repair
-from cfsp.streaming.resumed_forward import skipped
+from cfsp.streaming.stand_in import skipped
 from family_contract import question_of, save_with_tokenizer
 from forks import Forks, Job
 from stock import Answer, logits_of

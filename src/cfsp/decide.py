@@ -12,16 +12,15 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from cfsp.calibration.calibrate import calibration_record
+from cfsp.calibration.calibrate import calibrate, calibration_record
 from cfsp.calibration.statistics import Statistics
-from cfsp.calibration.together import calibrate_together
 from cfsp.checkpoint.reading import check_complete
 from cfsp.cut.surgery import pruned_specs
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.channels import warn_of_few_tokens
 from cfsp.planning.experts import warn_of_lost_experts
 from cfsp.planning.make import Planner, check_statistics_fit
-from cfsp.repair.ladder import check_windows, repair, repaired_a_little, steps_of
+from cfsp.repair.ladder import check_windows, needed_steps, repair, repaired_a_little
 from cfsp.repair.result import PruningResult
 from cfsp.repair.ridge_pass import choose_and_repair, with_ridge
 from cfsp.selection.by_statistics import check_can_go
@@ -72,7 +71,7 @@ def decide(
         job.draw()  # what is wrong with the text is said first
     announce(job.source, job.settings)
     if statistics is None:
-        repairs = bool(steps_of(job.settings.repair))
+        repairs = job.settings.repair != "none"
         if repairs and job.budget.channel_parts and not constraint.needs_statistics:
             return _choose_and_repair(job, constraint)
         statistics = _calibrated(job, constraint, _windows_to_pass(job), "calibrate")
@@ -110,15 +109,13 @@ def _facts(constraint: Constraint, candidate: Candidate) -> dict[str, Any]:
 
 def _select(job: Job, constraint: Constraint, statistics: Statistics) -> tuple[Planner, Candidate]:
     """Return the best candidate, compared after repair where there will be one."""
-    repairs = bool(steps_of(job.settings.repair))
+    repairs = job.settings.repair != "none"
     return select(job, constraint, statistics, repaired_a_little if repairs else None)
 
 
 def _repaired_by(job: Job, result: PruningResult) -> PruningResult:
-    """Repair what a plan leaves; what experts did that go nothing that stays could take over."""
-    plan = result.plan
-    is_whole = all(unit.kept_width == unit.width for unit in plan.units)
-    if not steps_of(job.settings.repair) or (plan.kept_experts is not None and is_whole):
+    """Repair what a plan leaves, if there is anything to repair."""
+    if not needed_steps(job.settings.repair, result.plan):
         return result
     windows = job.windows()
     check_windows(job, windows)
@@ -149,7 +146,7 @@ def _windows_to_pass(job: Job) -> Windows:
 def _calibrated(job: Job, constraint: Constraint, seen: Windows, name: str) -> Statistics:
     """Let windows pass the blocks, and measure what else candidates are made from."""
     with job.place.watch.stage(name):
-        statistics = calibrate_together(
+        statistics = calibrate(
             job.source,
             seen,
             job.runtime,

@@ -19,8 +19,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Statistics
-from cfsp.calibration.together import calibrate_together, check_enough, check_same_work
+from cfsp.calibration.together import check_enough, check_same_work
 from cfsp.checkpoint.output import (
     check_is_outside,
     check_output_is_free,
@@ -276,9 +277,7 @@ def calibrate_source(
         check_same_work(place.team, [source], {"calibration text": windows.digest})
         check_enough(windows, place.team, runtime.batch_windows)
         with place.watch.stage("calibrate"):
-            statistics = calibrate_together(
-                source, windows, runtime, seed=text.seed, place=place, runs=runs
-            )
+            statistics = calibrate(source, windows, runtime, seed=text.seed, place=place, runs=runs)
         statistics = with_order(source, statistics, windows, wanted, runtime, place)
         if not sensitivity:
             return statistics

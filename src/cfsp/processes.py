@@ -48,19 +48,16 @@ class Team:
     """The processes of a job, seen from one of them.
 
     What is exchanged has an order that does not change from run to run: that of the processes, or
-    for sums that of the library, which depends on nothing but their number.
-
-    Attributes:
-        rank: number of this process.
-        size: how many there are.
-        timeout: seconds that the fastest process waits for the slowest.
-        barrier: the group that they wait in; on the CPU also where they compute elsewhere,
-            because only that one names who is missing.
+    for sums that of the library, which depends on nothing but their number. Whoever waits for a
+    process that died, or is not there in time, raises ProcessError.
     """
 
     rank: int = 0
     size: int = 1
+    # Seconds that the fastest process waits for the slowest.
     timeout: float = 1800.0
+    # The group that they wait in; on the CPU also where they compute elsewhere, because only that
+    # one names who is missing.
     barrier: ProcessGroup | None = None
 
     @property
@@ -71,11 +68,7 @@ class Team:
     def add_up(self, numbers: Tensor) -> Tensor:
         """Return the sum over all processes, in the same memory; every process must call this once.
 
-        Args:
-            numbers: of the same shape everywhere, on the device that the process computes on.
-
-        Raises:
-            ProcessError: a process died, or is not there in time.
+        Tensors have the same shape everywhere, and are on the device that the process computes on.
         """
         self.add_up_each([numbers])
         return numbers
@@ -84,51 +77,36 @@ class Team:
         """Replace tensors by their sums over all processes, as `add_up` does."""
         if self.size == 1:
             return
-        import torch.distributed as dist
-
-        with self._exchange():
+        with self._exchange() as dist:
             for numbers in tensors:
                 dist.all_reduce(numbers)
 
-    def share(self, count: int) -> slice:
-        """Return which of so many things are this process's; shares differ by one at most."""
-        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+    def share(self, count: int, batch: int = 1) -> slice:
+        """Return which of so many things are this process's: whole batches, shared evenly."""
+        batches = -(-count // batch)
+        first, end = (rank * batches // self.size for rank in (self.rank, self.rank + 1))
+        return slice(first * batch, min(end * batch, count))
 
     def add_up_at(self, rank: int, tensors: Iterable[Tensor]) -> None:
         """Replace tensors of one process by their sums over all; others' are used up.
 
-        Args:
-            rank: of that process.
-            tensors: each of the same shape everywhere, contiguous, on the device that the process
-                computes on; the next one is asked for when one has its sum.
-
-        Raises:
-            ProcessError: a process died, or is not there in time.
+        They are contiguous; the next one is asked for when one has its sum.
         """
         if self.size == 1:
             return
-        import torch.distributed as dist
-
-        with self._exchange():
+        with self._exchange() as dist:
             for numbers in tensors:
                 dist.reduce(numbers, dst=rank)
 
     def gather_at(self, rank: int, value: T) -> list[T]:
         """Return what every process has, in their order; nothing in all but one of them.
 
-        Args:
-            rank: of the one.
-            value: anything that can be pickled; tensors on the CPU.
-
-        Raises:
-            ProcessError: a process died, or is not there in time.
+        It can be anything that can be pickled; tensors are on the CPU.
         """
         if self.size == 1:
             return [value]
-        import torch.distributed as dist
-
         found: list[Any] | None = [None] * self.size if self.rank == rank else None
-        with self._exchange():
+        with self._exchange() as dist:
             dist.gather_object(value, found, dst=rank, group=self.barrier)
         return found or []
 
@@ -136,34 +114,25 @@ class Team:
         """Return what every process has, in their order; see `gather_at`."""
         if self.size == 1:
             return [value]
-        import torch.distributed as dist
-
         found: list[Any] = [None] * self.size
-        with self._exchange():
+        with self._exchange() as dist:
             dist.all_gather_object(found, value, group=self.barrier)
         return found
 
     def from_first(self, make: Callable[[], T]) -> T:
         """Return what the first process makes; the others wait for it, and fail as it does.
 
-        Args:
-            make: gives what can be pickled; called in the first process alone.
-
-        Raises:
-            CfspError: the first process raised it.
-            ProcessError: a process died, or is not there in time.
+        It must be possible to pickle what it makes.
         """
         if self.size == 1:
             return make()
-        import torch.distributed as dist
-
         outcome: list[Any] = [None, None]
         if self.is_first:
             try:
                 outcome[0] = make()
             except CfspError as error:
                 outcome[1] = error
-        with self._exchange():
+        with self._exchange() as dist:
             dist.broadcast_object_list(outcome, src=0, group=self.barrier)
         if outcome[1] is not None:
             raise outcome[1]
@@ -175,10 +144,6 @@ class Team:
 
         Returns:
             What every process made, in their order; it must be possible to pickle it.
-
-        Raises:
-            CfspError: a process raised it.
-            ProcessError: a process died, or is not there in time.
         """
         if self.size == 1:
             return [do()]
@@ -194,10 +159,7 @@ class Team:
         return [made for made, _failure in found]
 
     def check_same(self, facts: Mapping[str, str]) -> None:
-        """Check that all processes work on the same thing.
-
-        Args:
-            facts: what must be the same everywhere, by name.
+        """Check that all processes work on the same thing: facts by name.
 
         Raises:
             UsageError: one has something else.
@@ -213,8 +175,8 @@ class Team:
                     )
 
     @contextmanager
-    def _exchange(self) -> Iterator[None]:
-        """Wait for all processes before they exchange something.
+    def _exchange(self) -> Iterator[Any]:
+        """Wait for all processes before they exchange something; give `torch.distributed`.
 
         Raises:
             ProcessError: one died, or is not there in time.
@@ -224,25 +186,20 @@ class Team:
         try:
             timeout = timedelta(seconds=self.timeout)
             dist.monitored_barrier(self.barrier, timeout, wait_all_ranks=True)
-            yield
+            yield dist
         except RuntimeError as error:
-            raise self._lost(error) from error
-
-    def _lost(self, error: RuntimeError) -> ProcessError:
-        reason = str(error).strip().splitlines()[0]
-        return ProcessError(
-            f"process {self.rank} of {self.size} lost another process, or waited for it longer "
-            f"than {self.timeout:.0f} s ({reason}); see what that one printed"
-        )
+            reason = str(error).strip().splitlines()[0]
+            raise ProcessError(
+                f"process {self.rank} of {self.size} lost another process, or waited for it longer "
+                f"than {self.timeout:.0f} s ({reason}); see what that one printed"
+            ) from error
 
 
 def take_own_accelerator(device: str) -> None:
     """Let each process of a machine compute on an accelerator of its own, if there are enough.
 
-    To be called before anything touches the accelerator.
-
-    Args:
-        device: what the user named: `auto`, or a device that torch knows.
+    To be called before anything touches the accelerator, with what the user named: `auto`, or a
+    device that torch knows.
 
     Raises:
         UsageError: one accelerator is named for several processes.
@@ -265,9 +222,7 @@ def take_own_accelerator(device: str) -> None:
 def joined(device: torch.device, timeout: float) -> Iterator[Team]:
     """Give the team that torchrun started; without torchrun a team of one.
 
-    Args:
-        device: what kind of device this process computes on.
-        timeout: seconds that the fastest process waits for the slowest.
+    The fastest process waits for the slowest for `timeout` seconds.
 
     Raises:
         ProcessError: the processes cannot reach each other.

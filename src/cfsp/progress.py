@@ -80,14 +80,7 @@ class TokenProgress:
 def token_progress(
     label: str, blocks: int, token_passes: int, blocks_done: int = 0
 ) -> Iterator[TokenProgress]:
-    """Show progress over blocks and tokens.
-
-    Args:
-        label: names the work.
-        blocks: how many there are.
-        token_passes: tokens that pass each block, all blocks together.
-        blocks_done: blocks that an earlier run has finished.
-    """
+    """Show progress over blocks, and over tokens that pass them, all blocks together."""
     initial = token_passes * blocks_done // blocks
     with _bar(label, token_passes, "tok", unit_scale=True, initial=initial) as bar:
         yield TokenProgress(bar, blocks, blocks_done)

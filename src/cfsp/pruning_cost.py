@@ -21,7 +21,7 @@ from cfsp.calibration.calibrate import observe
 from cfsp.checkpoint.reading import parameter_count
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
 from cfsp.decide import COARSE_WINDOWS
-from cfsp.repair.observation import Observation
+from cfsp.repair.gram import Observation
 from cfsp.repair.ridge import LAMBDAS
 from cfsp.repair.ridge_pass import gram_bytes
 from cfsp.selection.divergence import (
@@ -35,7 +35,7 @@ from cfsp.selection.worth import size_after
 from cfsp.settings import DEFAULT_SAMPLES
 from cfsp.streaming.block_stream import StreamedBlock, stream_blocks, windows_in_batch
 from cfsp.streaming.memory import available_bytes, default_budget
-from cfsp.streaming.whole import needed_bytes
+from cfsp.streaming.runtime import needed_bytes
 from cfsp.text.drawing import parts_with_shares
 from cfsp.text.windows import Windows
 

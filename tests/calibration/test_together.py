@@ -136,8 +136,9 @@ def test_one_process_adds_up_to_itself() -> None:
     experts = replace(random_block(6, block=0).units[0], routed_E=(3, 0), output_norm_E=norm_E)
     units = (*observed[0].units, experts)
     none = replace(random_block(8), units=())
-    statistics = Statistics.of([replace(observed[0], units=units), none, observed[1]], RECORD)
-    total = add_up(statistics, Team(), torch.device("cpu"))
+    blocks = [replace(observed[0], units=units), none, observed[1]]
+    total = Statistics.of(add_up(blocks, Team(), torch.device("cpu")), RECORD)
+    statistics = Statistics.of(blocks, RECORD)
     assert total.blocks == statistics.blocks
     for got, want in zip(total.units, statistics.units, strict=True):
         assert (got.block, got.tokens) == (want.block, want.tokens)

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 import cfsp
 from builders import CALIBRATION, CRITERION, job_of
 from cfsp.calibration.calibrate import calibrate
-from cfsp.calibration.statistics import Statistics, UnitStatistics
+from cfsp.calibration.observed import ObservedBlock, UnitStatistics
+from cfsp.calibration.statistics import Statistics
 from cfsp.calibration.together import add_up
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
@@ -215,7 +216,8 @@ def test_sums_of_parts_of_the_text_are_those_of_the_whole(
 
     whole, *parts = map(observed, (windows.tokens_NT, windows.tokens_NT[:4], windows.tokens_NT[4:]))
     # A team of one: sums go through the numbers that are exchanged and come back.
-    assert add_up(whole, Team(), torch.device("cpu")).units[0].routed_E == whole.units[0].routed_E
+    (again,) = add_up([ObservedBlock(whole.blocks[0], whole.units)], Team(), torch.device("cpu"))
+    assert again.units[0].routed_E == whole.units[0].routed_E
     for block, first, second in zip(*(s.units for s in (whole, *parts)), strict=True):
         routed = [a + b for a, b in zip(first.routed_E, second.routed_E, strict=True)]
         assert list(block.routed_E) == routed

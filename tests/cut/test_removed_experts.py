@@ -18,7 +18,8 @@ from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.proof import prove, small_run_of
 from cfsp.architecture.small_run import FailedCheckError
 from cfsp.calibration.accumulators import OutputNorms
-from cfsp.calibration.statistics import Statistics, UnitStatistics
+from cfsp.calibration.observed import UnitStatistics
+from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, check_complete
 from cfsp.cut.in_memory import build_pruned_model

@@ -396,7 +396,7 @@ def test_unusable_task_data_and_models_too_large_are_told_before_the_first_forwa
     runner = TaskRunner.of(TaskSelection(("piqa",), data=tmp_path))
     with pytest.raises(TaskError, match="cannot read the task file"):
         evaluate_models([directory], texts, Compute(), runner)
-    monkeypatch.setattr("cfsp.streaming.whole.available_bytes", lambda: 1000)
+    monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     runner = TaskRunner.of(TaskSelection(("piqa",), data=task_data))
     with pytest.raises(UsageError, match="scoring tasks runs the whole model, which takes about"):
         evaluate_models([directory], texts, Compute(), runner)

@@ -298,7 +298,7 @@ def test_the_dense_model_teaches_where_it_is_at_hand(
         (moved / MANIFEST_FILE).write_text(json.dumps(fields))
         assert teacher_of("auto", moved, tokenizer) is None
         assert reason in caplog.text
-    monkeypatch.setattr("cfsp.streaming.whole.available_bytes", lambda: 1000)
+    monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     assert teacher_of("auto", pruned, tokenizer) is None
     assert "1e-06 GB are available" in caplog.text
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,11 @@ from cfsp.pipeline import prune_model
 from cfsp.processes import Team
 from cfsp.repair import ladder
 from cfsp.repair import local as local_repair
-from cfsp.repair.local_training import Trained, group_of, highest_rate, schedule, train_blocks
+from cfsp.repair.local_training import group_of, highest_rate, schedule, train_blocks
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Budget, CalibrationText, LocalTraining, PruneSettings
 from cfsp.streaming import pass_state
-from cfsp.streaming.group_visit import Batch
-from cfsp.streaming.judge import hidden_loss, token_error
-from cfsp.streaming.two_streams import TwoStreams
+from cfsp.streaming.two_streams import Batch, TwoStreams, hidden_loss, token_error
 from cfsp.text.windows import Windows
 from drawn_windows import draw_windows
 from tiny_models import BLOCKS, TRAINED, build_tiny_model
@@ -63,7 +60,7 @@ def test_hidden_loss_adds_the_error_of_all_tokens_together() -> None:
 
 
 def test_rate_rises_and_falls_to_zero() -> None:
-    parts = schedule(LocalTraining(steps=100, warm_up=10))
+    parts = schedule(LocalTraining(steps=100, warm_up=10), at_head=False)
     assert len(parts) == 100
     assert parts[0] == pytest.approx(0.1)
     assert max(parts) == parts[9]
@@ -74,8 +71,8 @@ def test_rate_rises_and_falls_to_zero() -> None:
 
 def test_blocks_with_a_small_error_take_small_steps() -> None:
     training = LocalTraining(rate=0.1, rate_per_error=0.5)
-    assert highest_rate(training, 0.9) == highest_rate(training, math.inf) == 0.1
-    assert highest_rate(training, 0.01) == pytest.approx(0.005)
+    for error, expected in ((0.9, 0.1), (math.inf, 0.1), (0.01, 0.005)):
+        assert highest_rate(training, error, at_head=False) == pytest.approx(expected)
     assert highest_rate(training, 0.9, at_head=True) == training.head_rate < 0.1
 
 
@@ -86,8 +83,19 @@ def test_no_error_has_a_gradient() -> None:
     assert torch.equal(output.grad, torch.zeros(1, 2, 3))
 
 
-def endless(input_BTD: torch.Tensor, target_BTD: torch.Tensor) -> Iterator[Batch]:
-    return repeat(Batch(input_BTD, target_BTD, torch.empty(0), 0))
+def train(
+    module: nn.Module,
+    trained: list[tuple[nn.Module, float]],
+    hidden_BTD: torch.Tensor,
+    target_BTD: torch.Tensor,
+    parts: list[float],
+    on_step: Callable[[], object] = lambda: None,
+) -> bool:
+    """Train modules with their rates on one batch."""
+    batch = Batch(hidden_BTD, target_BTD, torch.empty(0))
+    parameters = [(list(each.parameters()), rate) for each, rate in trained]
+    steps = [(part, batch) for part in parts]
+    return train_blocks(module, parameters, steps, error, torch.float32, Team(), on_step)
 
 
 def error(output_BTD: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -100,27 +108,15 @@ def test_training_reaches_a_target_that_can_be_reached() -> None:
     hidden = torch.randn(2, 16, 8)
     target = other(hidden).detach()
     before = float(token_error(module(hidden).detach(), target))
-    parts = schedule(LocalTraining(steps=300))
-    trained = [Trained(list(module.parameters()), 0.5)]
-    batches = endless(hidden, target)
-    assert train_blocks(module, trained, batches, error, parts, torch.float32)
+    parts = schedule(LocalTraining(steps=300), at_head=False)
+    assert train(module, [(module, 0.5)], hidden, target, parts)
     assert float(token_error(module(hidden).detach(), target)) < 0.01 * before
 
 
 def test_training_stops_at_a_loss_that_is_no_number() -> None:
     module, hidden = nn.Linear(4, 4), torch.randn(1, 3, 4)
-    seen = []
-    converged = train_blocks(
-        module,
-        [Trained(list(module.parameters()), 0.1)],
-        endless(hidden, torch.full_like(hidden, torch.nan)),
-        error,
-        [1.0] * 5,
-        torch.float32,
-        seen.append,
-    )
-    assert not converged
-    assert seen == []
+    target = torch.full_like(hidden, torch.nan)
+    assert not train(module, [(module, 0.1)], hidden, target, [1.0] * 5, pytest.fail)
 
 
 def test_no_steps_are_refused() -> None:
@@ -137,12 +133,11 @@ def test_blocks_that_train_together_take_steps_by_their_own_drift() -> None:
     module, still = nn.Linear(8, 8), nn.Linear(8, 8)
     before = [parameter.clone() for parameter in still.parameters()]
     hidden = torch.randn(2, 16, 8)
-    trained = [Trained(list(module.parameters()), 0.1), Trained(list(still.parameters()), 0.0)]
-    batches = endless(hidden, torch.randn(2, 16, 8))
+    target = torch.randn(2, 16, 8)
     size = float(module.weight.detach().square().mean().sqrt())
     first = module.weight.detach().clone()
     compute = nn.Sequential(module, still)
-    assert train_blocks(compute, trained, batches, error, [1.0], torch.float32)
+    assert train(compute, [(module, 0.1), (still, 0.0)], hidden, target, [1.0])
     assert all(torch.equal(a, b) for a, b in zip(before, still.parameters(), strict=True))
     # Adam's first step is as long as its rate.
     moved = (module.weight.detach() - first).abs()
@@ -232,8 +227,8 @@ def test_a_block_that_training_worsens_stays_as_it_was(
     argv = ["prune", str(tiny_checkpoint("llama")), *text, *LOCAL]
     assert main([*argv, "--out", str(tmp_path / "out")]) == 0
     assert "training was rejected for blocks 0, 1, 2" in capsys.readouterr().err
-    before = {name: step for name, step in ladder.steps_of("local").items() if name != "local"}
-    monkeypatch.setitem(ladder._STEPS, "local", before)
+    before = {name: step for name, step in ladder.STEPS["local"].items() if name != "local"}
+    monkeypatch.setitem(ladder.STEPS, "local", before)
     assert main([*argv, "--out", str(tmp_path / "untrained")]) == 0
     trained, plain = Checkpoint(tmp_path / "out"), Checkpoint(tmp_path / "untrained")
     assert all(torch.equal(trained.read(name), plain.read(name)) for name in plain.specs)

@@ -15,13 +15,13 @@ from cfsp.cut.in_memory import build_pruned_model
 from cfsp.cut.surgery import PrunedSource
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
-from cfsp.repair.head import HeadLoss
+from cfsp.repair.local import HeadLoss
 from cfsp.repair.result import BlockRepair, ExpertRepair
+from cfsp.streaming.block_calls import record_calls
 from cfsp.streaming.block_group import BlockGroup
-from cfsp.streaming.call_recorder import record_calls
-from cfsp.streaming.group_visit import Batch
-from cfsp.streaming.resumed_forward import hidden_states_entering
 from cfsp.streaming.runtime import Runtime
+from cfsp.streaming.stand_in import hidden_states_entering
+from cfsp.streaming.two_streams import Batch
 from tiny_models import DENSE_CONFIGS, VOCABULARY, WIDTH, build_tiny_model
 
 ENGINE = Runtime(torch.device("cpu"), torch.float32)

@@ -307,7 +307,7 @@ def test_best_effort_without_room_to_train_repairs_locally(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("cfsp.streaming.whole.available_bytes", lambda: 1000)
+    monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     caplog.set_level("INFO", logger="cfsp")
     report = cfsp.prune(
         tiny_checkpoint("llama"),

@@ -20,8 +20,7 @@ from cfsp.selection.divergence import dense_predictions
 from cfsp.selection.drop_budget import DropBudget
 from cfsp.selection.drop_order import order_of_removal
 from cfsp.selection.masks import masked_unit
-from cfsp.streaming.call_form import PLAIN
-from cfsp.streaming.resumed_forward import skipped
+from cfsp.streaming.stand_in import PLAIN, skipped
 from tiny_decoders import tiny_model
 
 BLOCKS = 5

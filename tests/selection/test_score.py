@@ -92,7 +92,7 @@ def test_scores_are_those_of_the_plan_and_repair_brings_predictions_nearer(
 def test_without_room_for_a_second_model_nothing_is_repaired(
     source: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("cfsp.streaming.whole.available_bytes", lambda: 1000)
+    monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     settings = PruneSettings(Budget(), compute=Compute("cpu", "float32"))
     assert _repaired_score(job_of(source, settings), repaired_a_little) is None
     assert "compared before repair" in caplog.text

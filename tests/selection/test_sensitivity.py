@@ -17,8 +17,8 @@ from cfsp.selection.divergence import POSITION_STRIDE, dense_predictions
 from cfsp.selection.masks import masked_channels
 from cfsp.selection.sensitivity import block_sensitivities, with_sensitivity
 from cfsp.settings import Criterion
-from cfsp.streaming.resumed_forward import hidden_states_entering, resumed_at
 from cfsp.streaming.runtime import Runtime
+from cfsp.streaming.stand_in import hidden_states_entering, resumed_at
 from drawn_windows import draw_windows
 from tiny_decoders import tiny_model
 from tiny_models import BLOCKS, TINY_CONFIGS, VOCABULARY, WIDTH, build_tiny_model

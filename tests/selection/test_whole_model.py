@@ -25,7 +25,7 @@ from cfsp.planning.make import model_size
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.selection import sensitivity
 from cfsp.settings import Budget, CalibrationText, Criterion, PruneSettings, Repair
-from cfsp.streaming import whole
+from cfsp.streaming import runtime
 from cfsp.streaming.runtime import Runtime
 from tiny_models import WIDTH, build_tiny_model
 
@@ -85,7 +85,7 @@ def test_blocks_are_compared_by_sensitivity_where_repair_follows_and_memory_allo
     assert block_metric_of(tmp_path / "repaired") == "sensitivity"
     decided = prune_checkpoint(source, tmp_path / "decided", repaired, dry_run=True)
     assert decided.plan.criterion["block_metric"] == "sensitivity"
-    monkeypatch.setattr(whole, "available_bytes", lambda: 1)
+    monkeypatch.setattr(runtime, "available_bytes", lambda: 1)
     prune_checkpoint(source, tmp_path / "small machine", repaired)
     assert block_metric_of(tmp_path / "small machine") == "angular"
 
@@ -94,14 +94,14 @@ def test_what_counts_is_the_memory_where_the_model_computes(
     tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, gpu = Checkpoint(tiny_checkpoint("llama")), torch.device("cuda", 0)
-    needed = whole.needed_bytes(source, torch.bfloat16)
+    needed = runtime.needed_bytes(source, torch.bfloat16)
     for on_device, on_machine in ((needed, needed), (needed - 1, needed), (needed, needed - 1)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=on_device: (free, 0))
-        monkeypatch.setattr(whole, "available_bytes", lambda free=on_machine: free)
+        monkeypatch.setattr(runtime, "available_bytes", lambda free=on_machine: free)
         expected = min(on_device, on_machine) == needed
-        assert whole.fits(source, Runtime(gpu, torch.bfloat16)) == expected
+        assert runtime.fits(source, Runtime(gpu, torch.bfloat16)) == expected
     # One in memory is there already.
-    assert whole.fits(LoadedModel(build_tiny_model("llama")), Runtime(gpu, torch.float32))
+    assert runtime.fits(LoadedModel(build_tiny_model("llama")), Runtime(gpu, torch.float32))
 
 
 def test_a_killed_run_keeps_what_it_decided_when_memory_changes(
@@ -121,7 +121,7 @@ def test_a_killed_run_keeps_what_it_decided_when_memory_changes(
         with pytest.raises(KeyboardInterrupt):
             prune_checkpoint(source, tmp_path / "out", repaired)
     monkeypatch.setattr(sensitivity, "with_sensitivity", killed)
-    monkeypatch.setattr(whole, "available_bytes", lambda: 1)
+    monkeypatch.setattr(runtime, "available_bytes", lambda: 1)
     prune_checkpoint(source, tmp_path / "out", repaired)
     assert block_metric_of(tmp_path / "out") == "sensitivity"
 
@@ -144,7 +144,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
     monkeypatch: pytest.MonkeyPatch,
     settings: PruneSettings,
 ) -> None:
-    monkeypatch.setattr("cfsp.streaming.whole.available_bytes", lambda: 1000)
+    monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     monkeypatch.setattr(
         "cfsp.selection.divergence.load", lambda *args, **kwargs: pytest.fail("it was read")
     )

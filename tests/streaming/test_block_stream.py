@@ -1,4 +1,4 @@
-"""The engine: each block gets what the model's own forward would give it, and is then dropped."""
+"""Each block gets what the model's own forward would give it, and is then dropped."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of, build_skeleton
 from cfsp.errors import CalibrationError, CheckpointError
-from cfsp.streaming import call_form
+from cfsp.streaming import stand_in
+from cfsp.streaming.block_calls import AllBlocksRecordedError, record_calls
 from cfsp.streaming.block_stream import stream_blocks
-from cfsp.streaming.call_recorder import AllBlocksRecordedError, record_calls, recorded_blocks
 from cfsp.streaming.runtime import Runtime
 from cfsp.text.windows import Windows
 from tiny_models import BLOCKS, TINY_CONFIGS, build_tiny_model, save_tiny_model
@@ -26,7 +26,7 @@ TOKENS = torch.randint(2, 320, (5, 24), generator=torch.Generator().manual_seed(
 
 
 def final_hidden(source: Checkpoint, batch: int | None, dtype: torch.dtype) -> list[Tensor]:
-    """The output of every block for all windows, as the engine computes it."""
+    """The output of every block for all windows, as it is streamed."""
     outputs: list[list[Tensor]] = [[] for _ in range(BLOCKS)]
     runtime = Runtime(torch.device("cpu"), dtype, batch)
     for block in stream_blocks(source, Windows(TOKENS, {}), runtime):
@@ -81,7 +81,7 @@ def test_a_block_is_read_while_stand_ins_are_in_its_place(
 ) -> None:
     """The thread that reads ahead begins before the decoder has shown how it calls its blocks."""
     standing, read = threading.Event(), threading.Event()
-    submit, forward = ThreadPoolExecutor.submit, call_form._Probe.forward
+    submit, forward = ThreadPoolExecutor.submit, stand_in.StandIn.forward
 
     def late(pool: ThreadPoolExecutor, function: Callable[..., Any], *args: Any) -> Any:
         def when_they_stand(*args: Any) -> Any:
@@ -99,7 +99,7 @@ def test_a_block_is_read_while_stand_ins_are_in_its_place(
         return forward(probe, *args, **kwargs)
 
     monkeypatch.setattr(ThreadPoolExecutor, "submit", late)
-    monkeypatch.setattr(call_form._Probe, "forward", waiting)
+    monkeypatch.setattr(stand_in.StandIn, "forward", waiting)
     outputs = final_hidden(Checkpoint(tiny_checkpoint("llama")), None, torch.float32)
     assert len(outputs) == BLOCKS
 
@@ -151,9 +151,8 @@ def test_recorder_notes_the_calls_and_puts_the_blocks_back() -> None:
         recording = record_calls(model.model, blocks, TOKENS)
     assert list(blocks) == originals
     assert len(recording.calls) == BLOCKS
-    assert recording.embedded_BTD is not None
-    torch.testing.assert_close(recording.embedded_BTD, model.model.embed_tokens(TOKENS))
-    assert all("position_embeddings" in call.kwargs for call in recording.calls)
+    torch.testing.assert_close(recording.entering_L[0], model.model.embed_tokens(TOKENS))
+    assert all("position_embeddings" in call.arguments[1] for call in recording.calls)
 
 
 def test_layers_of_different_attention_types_get_their_own_masks() -> None:
@@ -162,25 +161,19 @@ def test_layers_of_different_attention_types_get_their_own_masks() -> None:
     assert len(set(model.config.layer_types)) == 2
     with torch.inference_mode():
         calls = record_calls(model.model, model.model.layers, TOKENS).calls
-    masks = [call.kwargs["attention_mask"] for call in calls]
+    masks = [call.arguments[1]["attention_mask"] for call in calls]
     assert masks[0] is masks[1]
     assert masks[0] is not masks[2]
-
-
-def test_blocks_are_put_back_after_a_failure() -> None:
-    model = build_tiny_model("llama")
-    originals = list(model.model.layers)
-    with pytest.raises(ZeroDivisionError), recorded_blocks(model.model.layers):
-        _ = 1 / 0
-    assert list(model.model.layers) == originals
 
 
 def test_an_error_of_the_model_is_not_taken_for_the_end() -> None:
     """Only the recorder's own exception stops the forward; no other one is swallowed."""
     assert AllBlocksRecordedError.__bases__ == (Exception,)
     model = build_tiny_model("llama")
+    originals = list(model.model.layers)
     with pytest.raises(IndexError):
         record_calls(model.model, model.model.layers, torch.tensor([[1000]]))
+    assert list(model.model.layers) == originals
 
 
 def test_skeleton_has_no_weights_and_real_buffers() -> None:

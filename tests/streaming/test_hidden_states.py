@@ -19,8 +19,8 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import OutputError
 from cfsp.streaming import memory
-from cfsp.streaming.hidden_states import HiddenInFile, HiddenInMemory, HiddenStates
-from cfsp.streaming.read_ahead import read_ahead
+from cfsp.streaming.block_stream import read_ahead
+from cfsp.streaming.hidden_states import HiddenInFile, HiddenStates
 from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.windows import Windows
@@ -29,7 +29,7 @@ from forks import Forks, Job
 
 SHAPE = (5, 7, 3)
 BATCHES = [slice(0, 2), slice(2, 4), slice(4, 5)]
-KINDS = [HiddenInMemory, HiddenInFile]
+KINDS = [HiddenStates, HiddenInFile]
 
 
 def values(seed: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -39,7 +39,7 @@ def values(seed: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def write_all(hidden: HiddenStates, wanted_NTD: torch.Tensor) -> None:
     for batch in BATCHES:
         hidden.write(batch, wanted_NTD[batch])
-    hidden.turn()
+    hidden.swap_buffers()
 
 
 def read_all(hidden: HiddenStates) -> torch.Tensor:
@@ -125,7 +125,7 @@ def test_hidden_states_in_a_file_take_no_memory(forks: Forks, tmp_path: Path) ->
         "        hidden.read(batch).sum()\n"
         "        hidden.write(batch, states)\n"
         "        highest = max(highest, resident())\n"
-        "    hidden.turn()\n"
+        "    hidden.swap_buffers()\n"
         "    hidden.save()\n"
         "print(highest - before)\n"
     )

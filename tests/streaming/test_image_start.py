@@ -11,9 +11,8 @@ from torch import nn
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.errors import UnsupportedModelError
 from cfsp.streaming.block_stream import stream_blocks, windows_in_batch
-from cfsp.streaming.call_form import PLAIN
-from cfsp.streaming.hidden_states import HiddenInMemory
-from cfsp.streaming.image_start import ImageStart
+from cfsp.streaming.decoder_start import DecoderStart
+from cfsp.streaming.hidden_states import HiddenStates
 from cfsp.streaming.runtime import Runtime
 from cfsp.text.windows import Windows
 from image_inputs import image_inputs
@@ -36,9 +35,13 @@ def windows_of(model_type: str, model: Any) -> Windows:
 @torch.inference_mode()
 def start(model_type: str, model: Any) -> tuple[Any, Any, Windows]:
     windows = windows_of(model_type, model)
-    blocks = model.get_submodule(LoadedModel(model).architecture.blocks)
-    of_images = ImageStart(model, blocks, PLAIN, CPU, torch.float32)
-    hidden, calls = of_images.embed(windows, lambda shape: HiddenInMemory(shape, torch.float32))
+    found = LoadedModel(model).architecture
+    decoder, blocks = (model.get_submodule(path) for path in (found.decoder, found.blocks))
+    of_images = DecoderStart(decoder, blocks, Runtime(CPU, torch.float32), model)
+    batches = [slice(0, 1), slice(1, 2)]
+    hidden, calls = of_images.embed(
+        windows, batches, lambda shape: HiddenStates(shape, torch.float32)
+    )
     return hidden, calls, windows
 
 

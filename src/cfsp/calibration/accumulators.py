@@ -1,6 +1,6 @@
 """Streaming statistics of one block: sums only, so that parts of a text can be added up.
 
-Shapes: B windows, T tokens, D hidden, F FFN channels.
+Shapes: B windows, T tokens, S tokens of a sample, D hidden, F FFN channels, E experts, U units.
 
 Sums of a batch are kept as float32 and added up in float64, which is exact while they differ by
 less than 2^29: the order in which batches come, and so the number of processes, leaves no trace.
@@ -15,16 +15,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cfsp.calibration.statistics import BlockStatistics, ObservedBlock, UnitStatistics
+from cfsp.calibration.observed import BlockStatistics, ObservedBlock, UnitStatistics
+from cfsp.calibration.statistics import RunDistances
+from cfsp.calibration.together import added_up
 from cfsp.errors import CalibrationError
 from cfsp.settings import DISTANCES
 
 if TYPE_CHECKING:
     from cfsp.architecture.found import Unit
+    from cfsp.processes import Team
+    from cfsp.text.windows import Windows
 
 # Rows of activations that are summed at once: on a CPU their float32 copy should stay in the cache,
 # an accelerator is given few and large things to do.
 _ROWS, _ROWS_ELSEWHERE = 256, 4096
+# In all: their hidden states at every block are in memory.
+SAMPLED_TOKENS = 1024
 
 
 class DistanceSums:
@@ -79,24 +85,15 @@ class DistanceSums:
 
 
 class ChannelSums:
-    """Sum of squares of every FFN channel's activation over all tokens.
+    """Sum of squares of every FFN channel's activation over all tokens, float64.
 
     The channels of a block with several FFNs (experts) are numbered through, one FFN after the
     other.
-
-    Attributes:
-        tokens_E: tokens that each FFN has seen.
-        sum_of_squares_F: float64; None before the first tokens.
     """
 
     def __init__(self, ffns: int = 1) -> None:
         self.tokens_E = [0] * ffns
         self.sum_of_squares_F: Tensor | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Tokens seen by all FFNs together."""
-        return sum(self.tokens_E)
 
     def add(self, act_BTF: Tensor, ffn: int = 0) -> None:
         """Add tokens of one batch: the input of the down projection of one FFN."""
@@ -115,13 +112,8 @@ class ChannelSums:
 class OutputNorms:
     """Sum of the L2 norm of what every expert of a block adds, over the tokens routed to it.
 
-    What it adds is its output times the router's weight.
-
-    Args:
-        experts_U: how many experts of each unit of the block can go whole; 0 where none can.
-
-    Attributes:
-        norm_UE: the sums of each unit, float64.
+    What it adds is its output times the router's weight. It is made from how many experts of each
+    unit can go whole; the sums are float64.
     """
 
     def __init__(self, experts_U: Sequence[int]) -> None:
@@ -137,28 +129,18 @@ class OutputNorms:
 
 
 class BlockSums:
-    """All sums of one block.
-
-    Attributes:
-        distances: of the block.
-        channels: of each of its units.
-        sublayers: distances of each unit, where it is an attention.
-        outputs: of experts.
-    """
+    """All sums of one block."""
 
     def __init__(self, units: Sequence[Unit]) -> None:
         self._units = units
         self.distances = DistanceSums()
         self.channels = [ChannelSums(unit.ffns) for unit in units]
+        # Where it is an attention.
         self.sublayers = [DistanceSums() for _ in units]
         self.outputs = OutputNorms([unit.removable_experts for unit in units])
 
     def observed(self, block: int, passing: Tensor | None = None) -> ObservedBlock:
-        """Return the statistics of the block.
-
-        Args:
-            block: its index.
-            passing: see `ObservedBlock`.
+        """Return the statistics of the block at an index; for `passing` see `ObservedBlock`.
 
         Raises:
             CalibrationError: an activation was NaN or infinite.
@@ -190,3 +172,43 @@ class BlockSums:
                 "calibrate with --dtype float32 or bfloat16"
             )
         return ObservedBlock(BlockStatistics(distance_sums, tokens), tuple(units), passing)
+
+
+# How far runs of blocks turn the hidden state. What enters the first block of a run and what leaves
+# the last are many blocks apart, so the hidden states of some tokens are kept at every block.
+
+
+def sampled_stride(windows: Windows) -> int:
+    """Return of how many tokens of every window one is looked at."""
+    count, seqlen = windows.tokens_NT.shape
+    return max(1, min(seqlen, count * seqlen // SAMPLED_TOKENS))
+
+
+def sampled(stride: int, *states_BTD: Tensor) -> Tensor:
+    """Return one of so many tokens of each of several hidden states, on the CPU, 2 x S x D.
+
+    The first is amid the first so many: the first token of a window is unlike all others.
+    """
+    rows = [states[:, stride // 2 :: stride].flatten(0, 1) for states in states_BTD]
+    return torch.stack(rows).cpu()
+
+
+def run_distances(
+    observed: Sequence[ObservedBlock], team: Team, device: torch.device
+) -> RunDistances:
+    """Return the angular distances over all runs of blocks, of the tokens of all processes."""
+    passing_L = [block.passing for block in observed if block.passing is not None]
+    sums = torch.zeros(len(observed) + 1, len(observed) + 1, dtype=torch.float64)
+    tokens = 0
+    if passing_L:  # else this process has no window
+        states = [passing_L[0][0], *(passing[1] for passing in passing_L)]
+        unit = [torch.nn.functional.normalize(state.float(), dim=-1) for state in states]
+        tokens = len(unit[0])
+        for first, before_SD in enumerate(unit):
+            for end in range(first + 1, len(unit)):
+                cosine_S = (before_SD * unit[end]).sum(-1).clamp(-1.0, 1.0)
+                sums[first, end] = (torch.arccos(cosine_S) / math.pi).double().sum()
+    own = torch.cat([sums.flatten(), torch.tensor([tokens], dtype=torch.float64)])
+    total = added_up(own, team, device)
+    rows = total[:-1].view(sums.shape).tolist()
+    return RunDistances(tuple(map(tuple, rows)), int(total[-1]))

@@ -11,19 +11,16 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from cfsp.calibration.accumulators import BlockSums
-from cfsp.calibration.runs import TokenSample, run_distances
-from cfsp.calibration.statistics import (
-    CalibrationRecord,
-    ObservedBlock,
-    Statistics,
-    UnitStatistics,
-)
+from cfsp.calibration.accumulators import BlockSums, run_distances, sampled, sampled_stride
+from cfsp.calibration.observed import CalibrationRecord, ObservedBlock, UnitStatistics
+from cfsp.calibration.statistics import Statistics
+from cfsp.calibration.together import add_up, part_of
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import fingerprint
 from cfsp.checkpoint.skeleton import architecture_of
 from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.errors import CalibrationError, UsageError
+from cfsp.processes import Team
 from cfsp.streaming.block_pass import Visitor, pass_blocks
 from cfsp.streaming.block_stream import OnActivations, StreamedBlock
 
@@ -45,50 +42,59 @@ def calibrate(
     seed: int = 0,
     place: WorkDir | None = None,
     name: str = "calibrate",
-    is_part: bool = False,
     runs: bool = False,
 ) -> Statistics:
     """Run all windows through the model once, block by block, and gather statistics.
 
+    Each process of a team has a part of the windows; where there are fewer batches than processes,
+    some have nothing to do.
+
     Args:
         source: the model.
-        windows: the calibration text.
+        windows: the calibration text, the same in every process.
         runtime: where and in what blocks compute.
         seed: the seed that the windows were drawn by, for the record.
-        place: where to spill and to save; None for neither.
+        place: where to spill and to save, and the team; None for neither.
         name: of the pass, in its work directory and its progress bar.
-        is_part: whether other processes have other windows, so that an expert may see no token.
         runs: whether to compare runs of consecutive blocks as well.
 
     Raises:
         CalibrationError: a weight or an activation is NaN or infinite, or an FFN unit saw no token.
         CheckpointError: a tensor is missing or truncated.
+        ProcessError: a process died, or is not there in time.
         ResumeError: the work directory holds unfinished work of something else.
     """
+    team = Team() if place is None else place.team
     record = calibration_record(source, windows, runtime, seed=seed)
     check_tokens(source.config, windows.tokens_NT, source.label)
-    sample = TokenSample.of(windows) if runs else None
-    visitor = _Calibration(name, record, sample, is_part=is_part)
-    observed = pass_blocks(source, windows, visitor, runtime, place)
-    statistics = Statistics.of(observed, record)
+    own = windows.part(part_of(windows, team, runtime.batch_windows))
+    if len(own.tokens_NT):
+        stride = sampled_stride(own) if runs else None
+        visitor = _Calibration(name, record, stride, is_alone=team.size == 1)
+        observed = pass_blocks(source, own, visitor, runtime, place)
+    else:
+        blocks = range(source.architecture.block_count)
+        observed = [BlockSums(source.architecture.units_of(i)).observed(i) for i in blocks]
+    total = add_up(observed, team, runtime.device)
+    statistics = Statistics.of(total, record)
+    check_seen(source.units, statistics.units)
     if not runs:
         return statistics
-    passing = [block.passing for block in observed if block.passing is not None]
-    return replace(statistics, runs=run_distances(passing))
+    return replace(statistics, runs=run_distances(observed, team, runtime.device))
 
 
 class _Calibration(Visitor[ObservedBlock]):
     """Gathers the statistics of every block."""
 
     def __init__(
-        self, name: str, record: CalibrationRecord, sample: TokenSample | None, *, is_part: bool
+        self, name: str, record: CalibrationRecord, stride: int | None, *, is_alone: bool
     ) -> None:
         super().__init__(name)
-        self._record, self._sample, self._is_part = record, sample, is_part
+        self._record, self._stride, self._is_alone = record, stride, is_alone
 
     def visit(self, block: StreamedBlock) -> ObservedBlock:
-        observed = observe(block, sample=self._sample)
-        if not self._is_part:
+        observed = observe(block, stride=self._stride)
+        if self._is_alone:  # else the tokens of another process may reach an expert
             check_seen(block.units, observed.units)
         return observed
 
@@ -144,14 +150,14 @@ def calibration_record(
 def observe(
     block: StreamedBlock,
     on_activations: OnActivations | None = None,
-    sample: TokenSample | None = None,
+    stride: int | None = None,
 ) -> ObservedBlock:
     """Let the windows pass one block and return its statistics.
 
     Args:
         block: the block.
         on_activations: is given all activations as well; see `StreamedBlock.advance`.
-        sample: the tokens whose hidden states are kept; None for none.
+        stride: of so many tokens the hidden states of one are kept; None for none.
 
     Raises:
         CalibrationError: an activation is NaN or infinite.
@@ -166,8 +172,8 @@ def observe(
 
     def on_hidden(input_BTD: Tensor, output_BTD: Tensor) -> None:
         sums.distances.add(input_BTD, output_BTD)
-        if sample is not None:
-            passing.append(torch.stack([sample.rows(input_BTD), sample.rows(output_BTD)]).cpu())
+        if stride is not None:
+            passing.append(sampled(stride, input_BTD, output_BTD))
 
     block.advance(
         on_act,
@@ -179,11 +185,7 @@ def observe(
 
 
 def check_seen(units: Sequence[Unit], statistics: Sequence[UnitStatistics]) -> None:
-    """Check that tokens have reached every FFN unit.
-
-    Args:
-        units: of a block or a model.
-        statistics: of each.
+    """Check that tokens have reached every unit, by its statistics.
 
     Raises:
         CalibrationError: none has reached one.

@@ -1,127 +1,30 @@
 """Statistics: all that calibration learnt, as a value that can be saved and read.
 
 They are computed once; any criterion, sparsity or target is then planned from them without
-another forward pass. How they lie on disk: `statistics_file.py`.
+another forward pass. What is read is checked, so that a damaged file is told from a calibration.
 
-Shapes: E experts, F FFN channels, L blocks.
+Shapes: L blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from cfsp.settings import Part, WholePart
-
-# Of units whose experts' outputs are not looked at.
-NOT_SEEN = torch.zeros(0, dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class BlockStatistics:
-    """What the calibration tokens did in one block.
-
-    Attributes:
-        distance_sums: sum over tokens of each distance between the block's input and output.
-        tokens: number of tokens.
-    """
-
-    distance_sums: dict[str, float]
-    tokens: int
-
-    @property
-    def distances(self) -> dict[str, float]:
-        """Mean of each distance over all tokens."""
-        return {name: total / self.tokens for name, total in self.distance_sums.items()}
-
-
-@dataclass(frozen=True)
-class UnitStatistics:
-    """What the calibration tokens did in one unit.
-
-    Attributes:
-        block: index of its block.
-        sum_of_squares_F: sum over all tokens of the square of each activation that enters the
-            unit's down matrix, float64: of an FFN one for each channel.
-        tokens: number of tokens that passed the block.
-        routed_E: tokens that were routed to each expert; empty in a unit with one FFN. Channels
-            are then numbered through, expert after expert, and sums are over the tokens that
-            were routed to the expert, activations weighted as the router weights its output.
-        part: what it is a unit of.
-        distance_sums: of an attention, sum over tokens of each distance between the hidden state
-            before it and that after it; empty where these are not seen.
-        output_norm_E: sum over the tokens routed to each expert of the L2 norm of what it adds,
-            its output times the router's weight, float64; empty where whole experts can't go.
-    """
-
-    block: int
-    sum_of_squares_F: Tensor
-    tokens: int
-    routed_E: tuple[int, ...] = ()
-    part: Part = "ffn"
-    distance_sums: dict[str, float] = field(default_factory=dict)
-    output_norm_E: Tensor = NOT_SEEN
-
-    @property
-    def ffns(self) -> int:
-        """Number of FFNs: 1, or the number of experts."""
-        return len(self.routed_E) or 1
-
-    @property
-    def width(self) -> int:
-        """Activations that enter the down matrix of one FFN: its channels."""
-        return len(self.sum_of_squares_F) // self.ffns
-
-    def of_ffn(self, ffn: int) -> UnitStatistics:
-        """Return the statistics of one FFN: its channels, and the tokens that it saw."""
-        if not self.routed_E:
-            return self
-        own = slice(ffn * self.width, (ffn + 1) * self.width)
-        return replace(
-            self,
-            sum_of_squares_F=self.sum_of_squares_F[own],
-            tokens=self.routed_E[ffn],
-            routed_E=(),
-        )
-
-    @property
-    def norm_F(self) -> Tensor:
-        """L2 norm of each channel over all tokens (X_i in the formulas)."""
-        return self.sum_of_squares_F.sqrt()
-
-
-@dataclass(frozen=True)
-class CalibrationRecord:
-    """The conditions of a calibration, for the manifest and for refusing what doesn't fit.
-
-    Attributes:
-        model: how the user called the model.
-        fingerprint: digest of the model.
-        sources: text sources and the number of windows from each.
-        tokens_digest: SHA-256 of the exact token ids.
-        windows: number of windows.
-        seqlen: tokens in a window.
-        seed: seed of the draw.
-        dtype: what the blocks computed in.
-        device: where they computed.
-        bos: whether every window begins with BOS.
-    """
-
-    model: str
-    fingerprint: str
-    sources: dict[str, int]
-    tokens_digest: str
-    windows: int
-    seqlen: int
-    seed: int
-    dtype: str
-    device: str
-    bos: bool
+from cfsp.calibration.observed import (
+    BlockStatistics,
+    CalibrationRecord,
+    ObservedBlock,
+    UnitStatistics,
+)
+from cfsp.calibration.statistics_file import read_facts, write_facts
+from cfsp.errors import StatisticsError
+from cfsp.settings import WHOLE_PARTS, Part, WholePart
 
 
 @dataclass(frozen=True)
@@ -169,8 +72,26 @@ class Sensitivity:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON types; `statistics_file.sensitivity_from_json` reads them."""
+        """Return JSON types."""
         return asdict(self)
+
+    @staticmethod
+    def from_json(fields: Mapping[str, Any] | None, blocks: int) -> Sensitivity | None:
+        """Return that of so many blocks, of what `to_json` made; ValueError if it cannot be."""
+        if fields is None:
+            return None
+        divergence_L = tuple(map(float, fields["divergence_L"]))
+        kept_L = tuple(map(float, fields["kept_L"]))
+        if not (
+            len(divergence_L) == len(kept_L) == blocks
+            and all(0 <= value < math.inf for value in divergence_L)
+            and all(0 < share <= 1 for share in kept_L)
+        ):
+            raise ValueError(f"the sensitivity of {blocks} blocks is {divergence_L}, kept {kept_L}")
+        others = fields["other_parts"].items()
+        found = {str(part): Sensitivity.from_json(each, blocks) for part, each in others}
+        parts = {part: each for part, each in found.items() if each is not None}
+        return Sensitivity(divergence_L, kept_L, int(fields["windows"]), parts)
 
 
 @dataclass(frozen=True)
@@ -190,13 +111,36 @@ class Removal:
     among: tuple[WholePart, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON types; `statistics_file.removals_from_json` reads them."""
+        """Return JSON types."""
         fields = asdict(self)
         if self.part == "blocks":
             del fields["part"]
         if not self.among:
             del fields["among"]
         return fields
+
+    @staticmethod
+    def all_from_json(fields: Sequence[Mapping[str, Any]], blocks: int) -> tuple[Removal, ...]:
+        """Return what `to_json` made of some of so many blocks; ValueError if that cannot be."""
+        found = tuple(
+            Removal(
+                int(each["block"]),
+                float(each["divergence"]),
+                each.get("part", "blocks"),
+                tuple(each.get("among", ())),
+            )
+            for each in fields
+        )
+        places = {(each.among, each.part, each.block) for each in found}
+        possible = {
+            (among, part, block)
+            for among in ((), WHOLE_PARTS)
+            for part in WHOLE_PARTS
+            for block in range(blocks)
+        }
+        if len(places) < len(found) or not places <= possible:
+            raise ValueError(f"of {blocks} blocks those that go are {sorted(places)}")
+        return found
 
 
 @dataclass(frozen=True)
@@ -216,21 +160,17 @@ class RunDistances:
         """Return the mean distance over the blocks from `first` on, `end` not included."""
         return self.sums[first][end] / self.tokens
 
-
-@dataclass(frozen=True)
-class ObservedBlock:
-    """What calibration gathers in one block.
-
-    Attributes:
-        block: the block's own statistics.
-        units: those of its FFN units.
-        passing: the hidden states of some tokens, as they enter and leave it (2 x S x D); None
-            where runs of blocks are not compared.
-    """
-
-    block: BlockStatistics
-    units: tuple[UnitStatistics, ...]
-    passing: Tensor | None = None
+    @staticmethod
+    def from_json(fields: Mapping[str, Any] | None, blocks: int) -> RunDistances | None:
+        """Return the distances over runs of so many blocks."""
+        if fields is None:
+            return None
+        sums = tuple(tuple(float(value) for value in row) for row in fields["sums"])
+        if [len(row) for row in sums] != [blocks + 1] * (blocks + 1) or int(fields["tokens"]) < 1:
+            raise ValueError(f"the distances over runs are not those of {blocks} blocks")
+        if not all(math.isfinite(value) for row in sums for value in row):
+            raise ValueError("the distances over runs are NaN or infinite")
+        return RunDistances(sums, int(fields["tokens"]))
 
 
 @dataclass(frozen=True)
@@ -339,9 +279,23 @@ class Statistics:
         Raises:
             OutputError: the place is not writable.
         """
-        from cfsp.calibration.statistics_file import write_statistics
-
-        write_statistics(self, path)
+        tensors: dict[str, Tensor] = {}
+        for i, unit in enumerate(self.units):
+            tensors[f"units.{i}.sum_of_squares"] = unit.sum_of_squares_F.contiguous()
+            if len(unit.output_norm_E):
+                tensors[f"units.{i}.output_norm"] = unit.output_norm_E.contiguous()
+        facts: dict[str, Any] = {
+            "record": asdict(self.record),
+            "blocks": [asdict(block) for block in self.blocks],
+            "units": [unit.to_json() for unit in self.units],
+        }
+        if self.sensitivity:
+            facts["sensitivity"] = self.sensitivity.to_json()
+        if self.removals:
+            facts["removals"] = [each.to_json() for each in self.removals]
+        if self.runs:
+            facts["runs"] = asdict(self.runs)
+        write_facts(path, facts, tensors)
 
     @classmethod
     def load(cls, path: Path) -> Statistics:
@@ -350,6 +304,35 @@ class Statistics:
         Raises:
             StatisticsError: the file is missing, damaged, or of another version.
         """
-        from cfsp.calibration.statistics_file import read_statistics
-
-        return read_statistics(path)
+        facts, tensors = read_facts(path)
+        try:
+            record = CalibrationRecord.from_json(facts["record"])
+            blocks = tuple(map(BlockStatistics.from_json, facts["blocks"], range(1 << 31)))
+            count = len(blocks)
+            units = tuple(
+                UnitStatistics.from_json(entry, tensors, f"units.{i}")
+                for i, entry in enumerate(facts["units"])
+            )
+            order = [unit.block for unit in units]
+            if order != sorted(order) or not all(0 <= block < count for block in order):
+                raise ValueError(f"the FFNs of {count} blocks are said to be in blocks {order}")
+            found = cls(
+                blocks,
+                units,
+                record,
+                Sensitivity.from_json(facts.get("sensitivity"), count),
+                Removal.all_from_json(facts.get("removals", ()), count),
+                RunDistances.from_json(facts.get("runs"), count),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise StatisticsError(f"{path} is damaged: {error!r}; calibrate again") from error
+        if not blocks:
+            raise StatisticsError(f"{path} describes no block; calibrate again")
+        wrong = [i for i, block in enumerate(blocks) if not block.is_possible]
+        wrong += [unit.block for unit in units if not unit.is_possible]
+        if wrong:
+            raise StatisticsError(
+                f"{path} has NaN, infinite or impossible values in block {min(wrong)}; "
+                "calibrate again"
+            )
+        return found

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cfsp.calibration.statistics import UnitStatistics
+from cfsp.calibration.observed import UnitStatistics
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.planning.experts import expert_scores, strongest_experts
 from cfsp.planning.fine import channel_scores, read_ffn_weights, strongest_channels

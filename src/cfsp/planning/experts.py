@@ -18,7 +18,7 @@ from cfsp.checkpoint.config_widths import stock_config
 from cfsp.errors import BudgetError, StatisticsError
 
 if TYPE_CHECKING:
-    from cfsp.calibration.statistics import UnitStatistics
+    from cfsp.calibration.observed import UnitStatistics
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.planning.plan_file import PruningPlan
 

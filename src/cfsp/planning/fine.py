@@ -26,7 +26,7 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-from cfsp.calibration.statistics import UnitStatistics
+from cfsp.calibration.observed import UnitStatistics
 from cfsp.checkpoint.ffn_tensors import down_matrix, input_matrices
 from cfsp.checkpoint.reading import WeightSource
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cfsp.quality.paired import difference, geometric_mean, per_count
-from cfsp.streaming.head import Head
+from cfsp.streaming.decoder_end import Head
 from cfsp.streaming.hidden_states import HiddenStates
 
 # Of two float32 log-softmaxes; small enough to stay in the cache.

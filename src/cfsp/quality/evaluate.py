@@ -30,12 +30,10 @@ from cfsp.quality.streaming import (
     streamed_sums,
 )
 from cfsp.settings import DEFAULT_SEQLEN, Compute, EvaluationText
-from cfsp.streaming.head import Head
+from cfsp.streaming.decoder_end import Head
 from cfsp.streaming.hidden_states import HiddenStates
 from cfsp.streaming.memory import default_budget
-from cfsp.streaming.runtime import Runtime, runtime_of
-from cfsp.streaming.versions import versions
-from cfsp.streaming.whole import check_fits
+from cfsp.streaming.runtime import Runtime, check_fits, runtime_of, versions
 from cfsp.streaming.work_dir import WorkDir, load_or_compute, output_work_dir, temporary_work_dir
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.sources import check_texts, name_of

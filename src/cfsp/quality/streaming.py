@@ -28,7 +28,7 @@ from cfsp.quality.agreement import DenseEnd, divergence_and_agreement
 from cfsp.quality.perplexity import Perplexity, negative_log_likelihood, perplexity_of
 from cfsp.streaming.block_pass import Visitor, pass_blocks
 from cfsp.streaming.block_stream import StreamedBlock
-from cfsp.streaming.head import Head
+from cfsp.streaming.decoder_end import Head
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource

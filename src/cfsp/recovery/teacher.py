@@ -14,7 +14,7 @@ from cfsp.errors import CheckpointError, RecoveryError, UnsupportedModelError
 from cfsp.processes import process_count
 from cfsp.recovery.settings import AUTO_TEACHER, NO_TEACHER, Method
 from cfsp.result.manifest import read_manifest
-from cfsp.streaming.whole import free_bytes
+from cfsp.streaming.runtime import free_bytes
 from cfsp.text.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from cfsp.recovery.training import TrainingOutcome
 from cfsp.result.card import model_card
 from cfsp.result.manifest import read_manifest, write_manifest
 from cfsp.result.origin import origin_of
-from cfsp.streaming.versions import versions
+from cfsp.streaming.runtime import versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

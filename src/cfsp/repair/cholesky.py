@@ -21,12 +21,7 @@ SOLVE_COLUMNS = 512
 
 
 def lower_panels(gram_FF: Tensor, index_K: Tensor) -> list[Tensor]:
-    """Return the lower triangle of G_KK in float64, as column panels.
-
-    Args:
-        gram_FF: a complete symmetric matrix.
-        index_K: which rows and columns of it.
-    """
+    """Return the lower triangle of G_KK in float64, of a complete symmetric matrix."""
     panels = []
     for start in range(0, len(index_K), PANEL):
         columns = index_K[start : start + PANEL]
@@ -42,24 +37,14 @@ def add_to_diagonal(panels: Sequence[Tensor], value: float) -> None:
 
 
 def ridge_factor(gram_FF: Tensor, index_K: Tensor, ridge: float) -> list[Tensor] | None:
-    """Return the factor of G_KK + ridge mean(diag G_KK) I; None if it is not positive definite.
-
-    Args:
-        gram_FF: a complete symmetric matrix.
-        index_K: which rows and columns of it.
-        ridge: relative strength.
-    """
+    """Return the factor of G_KK + ridge mean(diag G_KK) I; None if it is not positive definite."""
     system = lower_panels(gram_FF, index_K)
     add_to_diagonal(system, ridge * float(gram_FF.diagonal()[index_K].double().mean()))
     return system if factor(system) else None
 
 
 def factor(panels: Sequence[Tensor]) -> bool:
-    """Replace a matrix by its Cholesky factor L, right-looking.
-
-    Returns:
-        Whether the matrix is positive definite.
-    """
+    """Replace a matrix by its Cholesky factor L, right-looking, if it is positive definite."""
     for number, panel in enumerate(panels):
         width = panel.shape[1]
         corner, info = torch.linalg.cholesky_ex(panel[:width])
@@ -75,12 +60,7 @@ def factor(panels: Sequence[Tensor]) -> bool:
 
 
 def solve(panels: Sequence[Tensor], right_KC: Tensor) -> None:
-    """Replace B by the solution X of L Lᵀ X = B.
-
-    Args:
-        panels: L, as `factor` leaves it.
-        right_KC: B, and then X.
-    """
+    """Replace B by the solution X of L Lᵀ X = B, with L as `factor` leaves it."""
     size = panels[0].shape[0]
     for panel in panels:
         width, start = panel.shape[1], size - panel.shape[0]

@@ -1,6 +1,7 @@
-"""The Gram matrix of a block's FFN activations, gathered batch by batch.
+"""What the repair of an FFN unit needs of its windows: Gram matrices of most, a few whole.
 
-Shapes: B windows, T tokens, R rows (tokens of a batch), F FFN channels.
+Shapes: N windows, R rows (tokens of a batch), F FFN channels, E FFNs of the unit (1, or its
+experts).
 """
 
 from __future__ import annotations
@@ -45,11 +46,7 @@ class GramSums:
     def add_up_at(self, rank: int, team: Team, channels: int, device: torch.device) -> None:
         """Make the sums of one process those of all; the others have none any more.
 
-        Args:
-            rank: of that process.
-            team: the processes.
-            channels: F, which a process without a row does not know.
-            device: where the process computes, likewise.
+        A process without a row is told how many channels there are, and where it computes.
         """
         if team.size == 1:
             return
@@ -82,10 +79,55 @@ class GramSums:
         return gram_FF.div_(self.tokens)
 
 
+class Observation:
+    """The Gram matrix of each FFN over most windows, and its activations in those held out."""
+
+    def __init__(self, is_held_out_N: Tensor, ffns: int) -> None:
+        self.gram_E = [GramSums() for _ in range(ffns)]
+        self.device = torch.device("cpu")
+        self._is_held_out_N = is_held_out_N
+        self._held_out_E: list[list[Tensor]] = [[] for _ in range(ffns)]
+
+    def add(self, ffn: int, act_RF: Tensor, window_R: Tensor) -> None:
+        """Add rows of the activations of one FFN, and which window each is of."""
+        self.device = act_RF.device
+        # Rows of a dense FFN are told on the CPU, so that no accelerator is waited for.
+        self._is_held_out_N = self._is_held_out_N.to(window_R.device)
+        held_out_R = self._is_held_out_N[window_R]
+        if bool(held_out_R.any()):
+            self._held_out_E[ffn].append(act_RF[_places(held_out_R, act_RF.device)])
+            act_RF = act_RF[_places(~held_out_R, act_RF.device)]
+        if act_RF.shape[0]:
+            self.gram_E[ffn].add(act_RF)
+
+    def add_up_at(self, rank: int, team: Team, width: int, device: torch.device) -> None:
+        """Bring what all processes observed together at one; see `GramSums.add_up_at`."""
+        if team.size == 1:
+            return
+        self.device = device
+        for gram in self.gram_E:
+            gram.add_up_at(rank, team, width, device)
+        own_E = [[part.cpu() for part in parts] for parts in self._held_out_E]
+        self._held_out_E = [[] for _ in self._held_out_E]
+        for of_process in team.gather_at(rank, own_E):
+            for parts, more in zip(self._held_out_E, of_process, strict=True):
+                parts += [part.to(device) for part in more]
+
+    def held_out_RF(self, ffn: int, width: int) -> Tensor:
+        """Return the held-out activations of one FFN; no rows if there are none."""
+        none = torch.zeros(0, width, device=self.device)
+        return torch.cat(self._held_out_E[ffn] or [none])
+
+
 def _tiles(channels: int) -> Iterator[tuple[int, int]]:
     size = min(_LARGEST_TILE, -(-channels // _TILES))
     for start in range(0, channels, size):
         yield start, min(start + size, channels)
+
+
+def _places(is_in_R: Tensor, device: torch.device) -> Tensor:
+    """Return which rows are in, on a device."""
+    return is_in_R.nonzero().flatten().to(device)
 
 
 @contextmanager

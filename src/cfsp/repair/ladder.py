@@ -15,10 +15,7 @@ from typing import TYPE_CHECKING
 from cfsp.calibration.together import check_enough
 from cfsp.errors import TextError, UnsupportedModelError
 from cfsp.repair import local, ridge_pass, sequential
-from cfsp.repair.local import repair_locally
 from cfsp.repair.result import PruningResult
-from cfsp.repair.ridge_pass import repair_by_plan
-from cfsp.repair.sequential import TOKENS_IN_BATCH, repair_gaps, repair_sequentially
 from cfsp.streaming.two_streams import TwoStreams
 
 if TYPE_CHECKING:
@@ -31,34 +28,44 @@ if TYPE_CHECKING:
 
 Step = Callable[["Job", PruningResult, "Windows"], PruningResult]
 
-_STEPS: dict[Repair, dict[str, Step]] = {
+STEPS: dict[Repair, dict[str, Step]] = {
     "none": {},
-    "ridge": {ridge_pass.NAME: repair_by_plan, sequential.GAPS: repair_gaps},
+    "ridge": {
+        ridge_pass.NAME: ridge_pass.repair_by_plan,
+        sequential.GAPS: sequential.repair_gaps,
+    },
     "local": {
-        ridge_pass.NAME: repair_by_plan,
-        sequential.NAME: repair_sequentially,
-        local.NAME: repair_locally,
+        ridge_pass.NAME: ridge_pass.repair_by_plan,
+        sequential.NAME: sequential.repair_sequentially,
+        local.NAME: local.repair_locally,
     },
 }
 
 
-def steps_of(repair: Repair) -> dict[str, Step]:
-    """Return the steps of a repair, by name, in their order."""
-    return _STEPS[repair]
+def needed_steps(repair: Repair, plan: PruningPlan) -> dict[str, Step]:
+    """Return the steps of a repair that a plan gives something to do.
+
+    The ridge has nothing to do where units stay as they are or go whole; nothing that stays could
+    take over what experts did that go.
+    """
+    is_needed = {
+        ridge_pass.NAME: any(unit.kept_width not in (0, unit.width) for unit in plan.kept_units),
+        sequential.GAPS: plan.has_gaps,
+    }
+    return {name: step for name, step in STEPS[repair].items() if is_needed.get(name, True)}
 
 
 def repair(job: Job, result: PruningResult, windows: Windows) -> PruningResult:
-    """Take the steps that the settings ask for and that were not taken yet.
+    """Take the steps that the settings ask for, the plan needs, and that were not taken yet.
 
     Raises:
         CfspError: as the steps do.
     """
     taken = {step.name for step in result.steps}
-    for name, step in steps_of(job.settings.repair).items():
-        if name in taken or (name == sequential.GAPS and not result.plan.has_gaps):
-            continue
-        with job.place.watch.stage(name):
-            result = step(job, result, windows)
+    for name, step in needed_steps(job.settings.repair, result.plan).items():
+        if name not in taken:
+            with job.place.watch.stage(name):
+                result = step(job, result, windows)
     return result
 
 
@@ -66,8 +73,10 @@ def repaired_a_little(
     job: Job, planner: Planner, plan: PruningPlan, windows: Windows
 ) -> PruningResult:
     """Repair what a plan leaves by least squares, to see what it is worth then."""
-    result = repair_by_plan(job, PruningResult(plan, planner.statistics), windows)
-    return repair_gaps(job, result, windows) if plan.has_gaps else result
+    result = PruningResult(plan, planner.statistics)
+    for step in needed_steps("ridge", plan).values():
+        result = step(job, result, windows)
+    return result
 
 
 def check_windows(job: Job, windows: Windows) -> None:
@@ -82,7 +91,7 @@ def check_windows(job: Job, windows: Windows) -> None:
             "--samples or shorter windows (--seqlen), or --effort fast"
         )
     if job.settings.repair == "local":
-        for tokens in (TOKENS_IN_BATCH, job.settings.local.tokens):
+        for tokens in (sequential.TOKENS_IN_BATCH, job.settings.local.tokens):
             streams = TwoStreams.of(windows, tokens, job.place.team)
             check_enough(windows, streams.team, streams.batch)
 

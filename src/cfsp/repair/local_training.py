@@ -9,8 +9,7 @@ Shapes: B windows in a batch, T tokens, D hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from cfsp.processes import Team
 from cfsp.settings import LocalTraining
-from cfsp.streaming.group_visit import Batch, Loss
+from cfsp.streaming.two_streams import Batch, Loss
 
 # Biases of zeros could never move.
 _LEAST_SIZE = 1e-3
@@ -33,25 +32,14 @@ def group_of(training: LocalTraining, index: int, blocks: int) -> range:
     return range(first, min(first + training.blocks, last))
 
 
-def highest_rate(training: LocalTraining, error: float, *, at_head: bool = False) -> float:
-    """Return a block's highest learning rate.
-
-    Args:
-        training: how blocks are trained.
-        error: of the hidden states that leave it, before training (`token_error`).
-        at_head: whether it is in the last group.
-    """
+def highest_rate(training: LocalTraining, error: float, *, at_head: bool) -> float:
+    """Return a block's highest learning rate, from the `token_error` of what leaves it before."""
     highest = training.head_rate if at_head else training.rate
     return min(highest, training.rate_per_error * error)
 
 
-def schedule(training: LocalTraining, *, at_head: bool = False) -> list[float]:
-    """Return the learning rate of every step, as a part of the highest.
-
-    Args:
-        training: how blocks are trained.
-        at_head: of the last group.
-    """
+def schedule(training: LocalTraining, *, at_head: bool) -> list[float]:
+    """Return the learning rate of every step, as a part of the highest."""
     steps = 2 * training.steps if at_head else training.steps
     return [
         min(1.0, (step + 1) / training.warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -59,28 +47,19 @@ def schedule(training: LocalTraining, *, at_head: bool = False) -> list[float]:
     ]
 
 
-@dataclass(frozen=True)
-class Trained:
-    """Parameters of one block that are trained alike.
-
-    Attributes:
-        parameters: they require gradients.
-        rate: their highest learning rate, as a part of the root mean square of each.
-    """
-
-    parameters: Sequence[nn.Parameter]
-    rate: float
+# Parameters of one block, which require gradients, and their highest learning rate: as a part of
+# the root mean square of each.
+Trained = tuple[Sequence[nn.Parameter], float]
 
 
 def train_blocks(
     compute: Callable[[Tensor], Tensor],
-    trained: Sequence[Trained],
-    batches: Iterator[Batch],
+    trained: Iterable[Trained],
+    steps: Iterable[tuple[float, Batch]],
     loss_of: Loss,
-    schedule: Sequence[float],
     dtype: torch.dtype,
-    on_step: Callable[[int], object] = lambda step: None,
-    team: Team | None = None,
+    team: Team,
+    on_step: Callable[[], object] = lambda: None,
 ) -> bool:
     """Train blocks to give the target hidden states, or what a loss makes of them.
 
@@ -90,26 +69,23 @@ def train_blocks(
     Args:
         compute: the blocks' function of the hidden states that enter the first, in float32.
         trained: its parameters.
-        batches: as many as there are steps, or more.
+        steps: the learning rate of each step, as a part of the highest, and its batch.
         loss_of: loss of the output hidden states.
-        schedule: learning rate of each step, as a part of the highest.
         dtype: what the blocks will compute in; products are in bfloat16 if this is.
-        on_step: is called with the number of each step, from 0.
-        team: the processes that train together; None for this one alone.
+        team: the processes that train together.
+        on_step: is called after each step.
 
     Returns:
         Whether every loss was a number; training stops at one that is not.
     """
-    team = team or Team()
     # Before any step: a tensor's size is that of the pruned model.
     groups = [
-        {"params": [parameter], "highest": block.rate * _size(parameter)}
-        for block in trained
-        for parameter in block.parameters
+        {"params": [parameter], "highest": rate * _size(parameter)}
+        for parameters, rate in trained
+        for parameter in parameters
     ]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    for step, part in enumerate(schedule):
-        batch = next(batches)
+    for part, batch in steps:
         for group in optimizer.param_groups:
             group["lr"] = part * group["highest"]
         device = batch.input_BTD.device.type
@@ -126,7 +102,7 @@ def train_blocks(
             loss.backward()  # type: ignore[no-untyped-call]
         _add_up_gradients(optimizer, team)
         optimizer.step()
-        on_step(step)
+        on_step()
     return True
 
 

@@ -17,58 +17,47 @@ if TYPE_CHECKING:
 
     from cfsp.calibration.statistics import Statistics
     from cfsp.planning.plan_file import PruningPlan
-    from cfsp.streaming.judge import Judgement
+    from cfsp.streaming.two_streams import Judgement
 
 
 @dataclass(frozen=True)
 class ExpertRepair:
-    """What a step did with one expert of a block.
+    """What a step did with one expert of a block."""
 
-    Attributes:
-        error_before: relative squared error of its output on held-out tokens.
-        error_after: the same after the repair; never larger.
-        kept: whether the new weights were kept.
-        strength: the ridge that was chosen; None if the expert stays as it was.
-        few_tokens: whether it stays as it was because it saw too few tokens.
-    """
-
+    # Relative squared error of its output on held-out tokens, which never becomes larger.
     error_before: float
     error_after: float
+    # Whether the new weights were kept.
     kept: bool
+    # The ridge that was chosen; None if the expert stays as it was.
     strength: float | None
+    # Whether it stays as it was because it saw too few tokens.
     few_tokens: bool
 
 
 @dataclass(frozen=True)
 class BlockRepair:
-    """What a step did with a block, with an FFN unit of it, or with blocks that changed together.
+    """What a step did with a block, an FFN unit of it, or blocks that changed together."""
 
-    Attributes:
-        blocks: how many they are; the last is the one that this stands for.
-        error_before: how far they were from the dense model on held-out windows: of `ridge` the
-            relative squared error of the FFN's output, else the relative error of hidden states.
-        error_after: the same with the new weights.
-        kept: whether the new weights were kept: they are rejected where held-out windows are no
-            better for them.
-        strength: the ridge that was chosen, of experts the median; None if none was.
-        training_steps: 0 of a least-squares fit.
-        loss_before: what held-out windows were judged by, where that is not the error.
-        loss_after: the same with the new weights.
-        experts: of a unit that has experts, what was done with each.
-        block: index of the block, in a model whose blocks have several FFN units; this then stands
-            for one.
-        path: of that unit, from the block.
-    """
-
+    # How many they are; the last is the one that this stands for.
     blocks: int
+    # How far they were from the dense model on held-out windows: of `ridge` the relative squared
+    # error of the FFN's output, else the relative error of hidden states.
     error_before: float
     error_after: float
+    # New weights are rejected where held-out windows are no better for them.
     kept: bool
+    # The ridge that was chosen, of experts the median; None if none was.
     strength: float | None = None
+    # 0 of a least-squares fit.
     training_steps: int = 0
+    # What held-out windows were judged by, where that is not the error.
     loss_before: float | None = None
     loss_after: float | None = None
+    # Of a unit that has experts, what was done with each.
     experts: tuple[ExpertRepair, ...] = ()
+    # Index of the block, and path from it to the unit that this stands for, in a model whose blocks
+    # have several FFN units.
     block: int | None = None
     path: str | None = None
 
@@ -88,15 +77,11 @@ class BlockRepair:
 
 @dataclass(frozen=True)
 class Step:
-    """What one step of the ladder did.
-
-    Attributes:
-        name: of the step.
-        blocks: what it did with each block; None where a later block speaks for it, or where it
-            has no FFN. Where blocks have several FFN units, what it did with each unit.
-    """
+    """What one step of the ladder did."""
 
     name: str
+    # With each block; None where a later block speaks for it, or where it has no FFN. Where blocks
+    # have several FFN units, with each unit.
     blocks: tuple[BlockRepair | None, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -130,18 +115,14 @@ def rejected_blocks(step: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class PruningResult:
-    """All that the cut needs.
-
-    Attributes:
-        plan: which channels stay.
-        statistics: of the calibration; None where a plan was given.
-        tensors: the files with repaired tensors, by the tensors' names.
-        steps: what repaired them, in order.
-    """
+    """All that the cut needs."""
 
     plan: PruningPlan
+    # Of the calibration; None where a plan was given.
     statistics: Statistics | None = None
+    # The files with repaired tensors, by the tensors' names.
     tensors: Mapping[str, TensorFile] = field(default_factory=dict)
+    # What repaired them, in order.
     steps: tuple[Step, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -157,14 +138,10 @@ def block_repair(
     strength: float | None = None,
     training_steps: int = 0,
 ) -> BlockRepair:
-    """Return what a step on the pruned stream did with some blocks.
+    """Return what a step on the pruned stream did with so many blocks.
 
-    Args:
-        blocks: how many changed together.
-        before: how far they were from the dense model.
-        after: how far they are; None if the new weights were rejected.
-        strength: of a ridge.
-        training_steps: of training.
+    `before` and `after` say how far they are from the dense model; after is None if the new weights
+    were rejected.
     """
     left = before if after is None else after
     return BlockRepair(

@@ -26,47 +26,28 @@ LAMBDAS = (1e-3, 1e-2, 1e-1, 3e-1, 1.0)
 
 @dataclass(frozen=True)
 class RidgeSolution:
-    """A repaired down projection and how well it does.
+    """A repaired down projection and how well it does."""
 
-    Attributes:
-        down_DK: the new weights, in the dtype of the old.
-        ridge: the chosen lambda; None if no strength was better than none at all.
-        error_before: relative squared error of the FFN's output on held-out tokens, with the
-            channels removed and nothing else done.
-        error_after: the same with the new weights; never larger.
-        energy: sum of squares of the FFN's output on held-out tokens.
-    """
-
+    # The new weights, in the dtype of the old.
     down_DK: Tensor
+    # The chosen lambda; None if no strength was better than none at all.
     ridge: float | None
+    # Relative squared error of the FFN's output on held-out tokens, with the channels removed and
+    # nothing else done, and with the new weights, which is never larger.
     error_before: float
     error_after: float
+    # Sum of squares of the FFN's output on held-out tokens.
     energy: float
-
-
-def leave_as_it_is(down_DF: Tensor, kept: Sequence[int], held_out_RF: Tensor) -> RidgeSolution:
-    """Return the down projection of one FFN with channels removed and nothing else done."""
-    return _unrepaired(down_DF, kept, held_out_RF)[0]
-
-
-def _unrepaired(
-    down_DF: Tensor, kept: Sequence[int], held_out_RF: Tensor
-) -> tuple[RidgeSolution, _HeldOutError]:
-    kept_K = torch.tensor(kept, dtype=torch.long, device=down_DF.device)
-    plain_DK = down_DF.index_select(1, kept_K)
-    error_of = _HeldOutError(down_DF, held_out_RF, kept_K)
-    error = error_of(plain_DK)
-    return RidgeSolution(plain_DK, None, error, error, error_of.energy), error_of
 
 
 def repair_down_projection(
     down_DF: Tensor,
     kept: Sequence[int],
-    gram_FF: Tensor,
+    gram_FF: Tensor | None,
     held_out_RF: Tensor,
     lambdas: Sequence[float] = LAMBDAS,
 ) -> RidgeSolution:
-    """Return the repaired down projection of one block.
+    """Return the repaired down projection of one FFN.
 
     The strength is chosen on tokens that the Gram matrix has not seen. If every strength does
     worse there than no repair, the weights stay as they are.
@@ -74,29 +55,30 @@ def repair_down_projection(
     Args:
         down_DF: the weights before pruning.
         kept: indices of the channels that stay, ascending.
-        gram_FF: E[x xᵀ] over calibration tokens, float32.
+        gram_FF: E[x xᵀ] over calibration tokens, float32; None to leave the weights as they are.
         held_out_RF: activations of held-out tokens.
         lambdas: relative strengths to choose from, ascending; the middle one is tried first, and
             in either direction no more once one does worse than the one before.
     """
-    device = gram_FF.device
-    mask_F = torch.zeros(down_DF.shape[1], dtype=torch.bool, device=device)
-    mask_F[torch.tensor(kept, device=device)] = True
+    mask_F = torch.zeros(down_DF.shape[1], dtype=torch.bool, device=down_DF.device)
+    mask_F[torch.tensor(kept, dtype=torch.long, device=down_DF.device)] = True
     kept_K, pruned_P = mask_F.nonzero().flatten(), (~mask_F).nonzero().flatten()
-    best, error_of = _unrepaired(down_DF, kept, held_out_RF)
-    if len(pruned_P) == 0:
+    plain_DK = down_DF.index_select(1, kept_K)
+    error_of = _HeldOutError(down_DF, held_out_RF, kept_K)
+    error = error_of(plain_DK)
+    best = RidgeSolution(plain_DK, None, error, error, error_of.energy)
+    if gram_FF is None or len(pruned_P) == 0:
         return best
 
     def error_with(number: int) -> float:
         """Return the error with one strength, and keep the weights if they are the best so far."""
         nonlocal best
-        ridge = lambdas[number]
-        candidate_DK = _solve(down_DF, gram_FF, kept_K, pruned_P, ridge)
+        candidate_DK = _solve(down_DF, gram_FF, kept_K, pruned_P, lambdas[number])
         if candidate_DK is None:
             return math.inf
         error = error_of(candidate_DK)
         if error < best.error_after:
-            best = replace(best, down_DK=candidate_DK, ridge=ridge, error_after=error)
+            best = replace(best, down_DK=candidate_DK, ridge=lambdas[number], error_after=error)
         return error
 
     _descend(error_with, len(lambdas))
@@ -142,11 +124,7 @@ def _output(act_RF: Tensor, down_DF: Tensor) -> Tensor:
 
 
 def _solve(
-    down_DF: Tensor,
-    gram_FF: Tensor,
-    kept_K: Tensor,
-    pruned_P: Tensor,
-    ridge: float,
+    down_DF: Tensor, gram_FF: Tensor, kept_K: Tensor, pruned_P: Tensor, ridge: float
 ) -> Tensor | None:
     """Return W' for one strength; None if the matrix is not positive definite."""
     system = ridge_factor(gram_FF, kept_K, ridge)
@@ -156,17 +134,14 @@ def _solve(
     for start in range(0, down_DF.shape[0], SOLVE_COLUMNS):
         part = slice(start, start + SOLVE_COLUMNS)
         pruned_CP = down_DF[part].index_select(1, pruned_P).double()
-        lost_KC = _times_gram(gram_FF, kept_K, pruned_P, pruned_CP)
+        # G_KP W_Pᵀ in float64, one panel of rows at a time.
+        lost_KC = torch.cat(
+            [
+                gram_FF[rows].index_select(1, pruned_P).double() @ pruned_CP.T
+                for rows in torch.split(kept_K, PANEL)
+            ]
+        )
         solve(system, lost_KC)
         plain_CK = down_DF[part].index_select(1, kept_K)
         repaired_DK[part] = (plain_CK.double() + lost_KC.T).to(down_DF.dtype)
     return repaired_DK
-
-
-def _times_gram(gram_FF: Tensor, kept_K: Tensor, pruned_P: Tensor, pruned_CP: Tensor) -> Tensor:
-    """Return G_KP W_Pᵀ in float64, one panel of rows at a time."""
-    panels = [
-        gram_FF[part].index_select(1, pruned_P).double() @ pruned_CP.T
-        for part in torch.split(kept_K, PANEL)
-    ]
-    return torch.cat(panels)

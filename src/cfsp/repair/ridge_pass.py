@@ -30,16 +30,16 @@ from cfsp.calibration.calibrate import (
     observe,
     save_observed,
 )
-from cfsp.calibration.statistics import ObservedBlock
-from cfsp.calibration.together import add_up_block, part_of
+from cfsp.calibration.observed import ObservedBlock
+from cfsp.calibration.together import add_up, part_of
 from cfsp.checkpoint.ffn_tensors import down_matrix, parameters_with_down
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import units_of_block
 from cfsp.planning.channels import choose_channels
 from cfsp.processes import processes_on_machine
-from cfsp.repair.observation import Observation
+from cfsp.repair.gram import Observation
 from cfsp.repair.result import BlockRepair, ExpertRepair, PruningResult, add_step, write_tensors
-from cfsp.repair.ridge import RidgeSolution, leave_as_it_is, repair_down_projection
+from cfsp.repair.ridge import RidgeSolution, repair_down_projection
 from cfsp.streaming.block_pass import Visitor, pass_blocks
 from cfsp.streaming.block_stream import StreamedBlock
 from cfsp.streaming.memory import available_bytes
@@ -62,17 +62,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class ChosenBlock:
-    """What the pass did with one block.
+    """What the pass did with one block."""
 
-    Attributes:
-        observed: statistics of all windows, as calibration gathers them.
-        kept: channels that stay in each of its FFN units, ascending.
-        repaired: what repair did with each, None of an attention that goes whole; of none in a
-            block that does.
-    """
-
+    # Of all windows, as calibration gathers them.
     observed: ObservedBlock
+    # The channels that stay in each of its units, ascending.
     kept: tuple[tuple[int, ...], ...] = ()
+    # What repair did with each, None of an attention that goes whole; of none in a block that does.
     repaired: tuple[BlockRepair | None, ...] = ()
 
 
@@ -106,17 +102,8 @@ def choose_and_repair(
 
 
 def repair_by_plan(job: Job, result: PruningResult, windows: Windows) -> PruningResult:
-    """Repair what a plan leaves, in one pass over all windows.
-
-    Args:
-        job: what is pruned.
-        result: the plan, and the statistics that it was made from if they are there.
-        windows: the calibration windows.
-    """
+    """Repair what a plan leaves, in one pass over all windows."""
     plan = result.plan
-    widths = ((unit.kept_width, unit.width) for unit in plan.kept_units)
-    if plan.has_gaps and all(kept in (0, width) for kept, width in widths):
-        return result
     chosen = choose_and_repair(job, windows, plan.kept_channels, plan.removed_blocks)
     return with_ridge(job, result, chosen)
 
@@ -199,7 +186,7 @@ class _RidgePass(Visitor[ChosenBlock]):
             observations[unit].add(ffn, act_RF, window_R)
 
         own = observe(block, add if units else None)
-        observed = add_up_block(own, self._team, block.device)
+        (observed,) = add_up([own], self._team, block.device)
         check_seen(block.units, observed.units)
         if block.index in self._removed:
             return ChosenBlock(observed, ((),) * len(block.units))
@@ -215,32 +202,26 @@ class _RidgePass(Visitor[ChosenBlock]):
         if self._waiting is None:
             return {}
         (block, observations), self._waiting = self._waiting, None
-        units = zip(
-            units_of_block(self._source, block), self._turn[block].observed.units, strict=True
-        )
+        indices = units_of_block(self._source, block)
         has_several = len({unit.block for unit in self._source.units}) < len(self._source.units)
         kept_U: list[tuple[int, ...]] = []
         repairs: list[BlockRepair | None] = []
         tensors: dict[str, Tensor] = {}
-        for index, statistics in units:
+        for index, statistics in zip(indices, self._turn[block].observed.units, strict=True):
             keep = self._keep_U[index]
-            kept = (
-                choose_channels(self._source, index, statistics, keep, self._criterion)
-                if isinstance(keep, int)
-                else tuple(keep)
-            )
-            kept_U.append(kept)
+            if isinstance(keep, int):
+                keep = choose_channels(self._source, index, statistics, keep, self._criterion)
+            kept_U.append(tuple(keep))
             # Dropped when the unit is done: the Gram matrices of its FFNs are the most there is.
             observation = observations.pop(0)
-            if not kept:  # an attention that goes whole
+            if not keep:  # an attention that goes whole
                 repairs.append(None)
                 continue
-            solutions, repair = _repair_unit(self._source, index, kept, observation)
+            repair, down_of = _repair_unit(self._source, index, keep, observation)
             if has_several:
                 repair = replace(repair, block=block, path=self._source.units[index].path)
             repairs.append(repair)
             if repair.kept:
-                down_of = {ffn: solution.down_DK for ffn, solution in solutions.items()}
                 tensors |= parameters_with_down(self._source, index, down_of)
         if tensors:
             write_tensors(self._directory, block, tensors)
@@ -258,8 +239,8 @@ def _chosen_path(directory: Path, block: int) -> Path:
 
 def _repair_unit(
     source: WeightSource, index: int, kept: Sequence[int], observed: Observation
-) -> tuple[dict[int, RidgeSolution], BlockRepair]:
-    """Return the repaired down projections of the FFNs of a unit, and what was done with them.
+) -> tuple[BlockRepair, dict[int, Tensor]]:
+    """Return what was done with the FFNs of a unit, and their repaired down projections.
 
     Of experts that go whole there are none.
     """
@@ -267,26 +248,22 @@ def _repair_unit(
     kept_of: dict[int, list[int]] = {}
     for channel in kept:
         kept_of.setdefault(channel // unit.width, []).append(channel % unit.width)
-    solutions, experts = {}, []
+    solutions: dict[int, RidgeSolution] = {}
+    experts: list[ExpertRepair] = []
     for ffn, own_K in kept_of.items():
         down_DF = down_matrix(source, index, ffn).to(observed.device)
-        own = unit.columns_of(own_K)
+        gram, held_out_RF = observed.gram_E[ffn], observed.held_out_RF(ffn, unit.width)
         # A dense FFN has as many tokens as the user gave it; of experts some see very few.
-        few = unit.ffns > 1 and (
-            observed.gram_E[ffn].tokens < LEAST_TOKENS
-            or observed.held_out_rows(ffn) < LEAST_HELD_OUT
-        )
-        held_out_RF = observed.held_out_RF(ffn, unit.width)
-        if few:
-            solution = leave_as_it_is(down_DF, own, held_out_RF)
-        else:
-            gram_FF = observed.gram_E[ffn].mean()
-            solution = repair_down_projection(down_DF, own, gram_FF, held_out_RF)
-        solutions[ffn] = solution
-        errors = round(solution.error_before, 6), round(solution.error_after, 6)
-        kept_new = solution.ridge is not None
-        experts.append(ExpertRepair(*errors, kept_new, solution.ridge, few))
-    return solutions, _of_unit(list(solutions.values()), tuple(experts))
+        few = unit.ffns > 1 and (gram.tokens < LEAST_TOKENS or len(held_out_RF) < LEAST_HELD_OUT)
+        gram_FF = None if few else gram.mean()
+        found = repair_down_projection(down_DF, unit.columns_of(own_K), gram_FF, held_out_RF)
+        solutions[ffn] = found
+        errors = round(found.error_before, 6), round(found.error_after, 6)
+        experts.append(ExpertRepair(*errors, found.ridge is not None, found.ridge, few))
+    return (
+        _of_unit(list(solutions.values()), tuple(experts)),
+        {ffn: solution.down_DK for ffn, solution in solutions.items()},
+    )
 
 
 def _of_unit(solutions: Sequence[RidgeSolution], experts: tuple[ExpertRepair, ...]) -> BlockRepair:

@@ -17,14 +17,14 @@ No gradients. In memory are both streams, one dense block (and the next, which i
 one pruned block, and a Gram matrix of its channels.
 
 Shapes: B windows in a batch, T tokens, R rows (tokens of a batch), D hidden, K channels of a
-pruned block, C columns (a slice of D).
+pruned block.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,17 +33,16 @@ from torch import Tensor
 from cfsp.architecture.activations import observed_activations
 from cfsp.checkpoint.ffn_tensors import down_matrix, parameters_with_down
 from cfsp.checkpoint.reading import units_of_block
-from cfsp.cut.surgery import PrunedSource
 from cfsp.repair.cholesky import SOLVE_COLUMNS, ridge_factor, solve
 from cfsp.repair.gram import GramSums
 from cfsp.repair.result import BlockRepair, PruningResult, block_repair
 from cfsp.repair.ridge import LAMBDAS
-from cfsp.repair.stream_repair import StreamRepair, error_of_hidden
-from cfsp.streaming.group_visit import GroupVisit
-from cfsp.streaming.judge import hidden_loss
+from cfsp.repair.stream_repair import Repaired, StreamRepair, error_of_hidden
+from cfsp.streaming.two_streams import GroupVisit, hidden_loss
 
 if TYPE_CHECKING:
     from cfsp.architecture.found import Unit
+    from cfsp.cut.surgery import PrunedSource
     from cfsp.job import Job
     from cfsp.processes import Team
     from cfsp.text.windows import Windows
@@ -60,49 +59,34 @@ log = logging.getLogger(__name__)
 def repair_sequentially(job: Job, repaired: PruningResult, windows: Windows) -> PruningResult:
     """Fit the down projection of every block of a pruned model, one after the other.
 
-    Args:
-        job: what is pruned; its blocks have one dense FFN each, or none. Sums are float32, the
-            solve is float64.
-        repaired: what goes and what was repaired before.
-        windows: two or more; some are held out (see `cfsp.text.windows`).
-
-    Raises:
-        CalibrationError: a weight or an activation is NaN or infinite.
-        ResumeError: the work directory holds unfinished work of something else.
+    Blocks have one dense FFN each, or none. Sums are float32, the solve is float64.
     """
-    return SequentialRepair(NAME, job, repaired, windows).step()
+    return SequentialRepair(NAME, job, repaired, windows, TOKENS_IN_BATCH).step()
 
 
 def repair_gaps(job: Job, repaired: PruningResult, windows: Windows) -> PruningResult:
     """Fit the down projections of the blocks at removed ones, and of those without attention.
 
-    Arguments and errors are those of `repair_sequentially`. The other blocks stay as they are, and
-    so does one that has no dense FFN, or several; where all are such there is no step.
+    The other blocks stay as they are, and so does one that has no dense FFN, or several; where all
+    are such there is no step.
     """
-    plan, source = repaired.plan, job.source
-    beside = blocks_at_gaps(source.architecture.block_count, plan.removed_blocks)
+    plan = repaired.plan
+    beside = blocks_at_gaps(job.source.architecture.block_count, plan.removed_blocks)
     blocks = sorted({*beside, *map(plan.index_of_block, plan.removed_attentions)})
-    pruned = PrunedSource(source, plan, repaired.tensors)
-    able = [block for block in blocks if _last_to_write(pruned, block) is not None]
-    if len(able) < len(blocks):
+    repair = SequentialRepair(GAPS, job, repaired, windows, TOKENS_IN_BATCH)
+    repair.blocks = [block for block in blocks if _last_to_write(repair.pruned, block) is not None]
+    if len(repair.blocks) < len(blocks):
         log.warning(
             "what was removed is not made up for in %d of the %d blocks beside it, which have no "
             "dense FFN, or several",
-            len(blocks) - len(able),
+            len(blocks) - len(repair.blocks),
             len(blocks),
         )
-    if not able:
-        return repaired
-    return SequentialRepair(GAPS, job, repaired, windows, able, pruned).step()
+    return repair.step() if repair.blocks else repaired
 
 
 def blocks_at_gaps(count: int, removed: Collection[int]) -> list[int]:
-    """Return the blocks of a pruned model that make up for removed ones.
-
-    Args:
-        count: how many blocks the dense model has.
-        removed: indices of those that go.
-    """
+    """Return the blocks of a pruned model that make up for those removed of so many."""
     kept = [block for block in range(count) if block not in removed]
     return [
         index
@@ -114,38 +98,26 @@ def blocks_at_gaps(count: int, removed: Collection[int]) -> list[int]:
 class SequentialRepair(StreamRepair):
     """Fits the down projections of some blocks of the pruned model, or of all."""
 
-    def __init__(
-        self,
-        name: str,
-        job: Job,
-        repaired: PruningResult,
-        windows: Windows,
-        blocks: Collection[int] | None = None,
-        pruned: PrunedSource | None = None,
-    ) -> None:
-        super().__init__(name, job, repaired, windows, TOKENS_IN_BATCH, pruned)
-        self._blocks = blocks
+    blocks: Collection[int] | None = None
 
     def work(self, group: GroupVisit) -> BlockRepair | None:
         """Repair the down projection of a block; the first process does it for all.
 
-        Returns:
-            None for a block without a dense FFN, or with several, and for one that is to stay.
+        Nothing is done to a block without a dense FFN, or with several, or one that is to stay.
         """
         unit = _last_to_write(self.pruned, group.last)
-        if unit is None or (self._blocks is not None and group.last not in self._blocks):
+        if unit is None or (self.blocks is not None and group.last not in self.blocks):
             return None
-        sums, held_out = _observe(group, self.pruned.units[unit])
+        seen = _observe(group, self.pruned.units[unit])
         down_DK = down_matrix(self.pruned, unit).to(group.device)
-        sums.add_up_at_first(group.team, down_DK)
-        held_out.gather_at_first(group.team, group.device)
+        seen.gather_at_first(group.team, down_DK)
         group.gather_held_out()
 
-        def fit() -> tuple[BlockRepair, Mapping[str, Tensor]]:
+        def fit() -> Repaired:
             """Leave the block with the better of both weights."""
             before = group.judge(error_of_hidden)
             before.check_finite(group.dense_last)
-            best = _best_fit(down_DK, sums, held_out, before.loss)
+            best = _best_fit(down_DK, seen, before.loss)
             if best is None:
                 return block_repair(1, before, None), {}
             ridge, new_DK = best
@@ -172,129 +144,24 @@ def _last_to_write(pruned: PrunedSource, block: int) -> int | None:
     return units[-1] if units else None
 
 
-def _best_fit(
-    down_DK: Tensor, sums: _Sums, held_out: _HeldOutRows, least: float
-) -> tuple[float, Tensor] | None:
+def _best_fit(down_DK: Tensor, seen: _Seen, least: float) -> tuple[float, Tensor] | None:
     """Return the ridge and the weights with the least loss on held-out tokens.
 
-    Args:
-        down_DK: the weights as they are.
-        sums: over the tokens that they are fitted to; used up.
-        held_out: the others.
-        least: the loss without a change; None is returned where all lose more.
+    None where all lose more than `least`, the loss without a change. The sums are used up.
     """
     best: tuple[float, Tensor] | None = None
-    gram_KK, cross_KD = sums.means()
+    gram_KK, cross_KD = seen.means()
     for ridge in LAMBDAS:
         change_DK = _solve(gram_KK, cross_KD, ridge)
         if change_DK is None:
             continue
         new_DK = (down_DK.double() + change_DK).to(down_DK.dtype)
-        loss = held_out.loss_with((new_DK.double() - down_DK.double()).float())
+        loss = seen.loss_with((new_DK.double() - down_DK.double()).float())
         if loss >= least and best is not None:
             break
         if loss < least:
             best, least = (ridge, new_DK), loss
     return best
-
-
-def _observe(group: GroupVisit, unit: Unit) -> tuple[_Sums, _HeldOutRows]:
-    """Let the pruned stream pass the block once; gather sums, and held-out tokens whole."""
-    sums, held_out = _Sums(), _HeldOutRows()
-    seen: list[Tensor] = []
-    (module,) = group.blocks.modules
-    with observed_activations(
-        module, [unit], lambda position, ffn, act_RF, token_R: seen.append(act_RF)
-    ):
-        for batch, is_held_out_B in group.own_batches():
-            seen.clear()
-            output_BTD = group.blocks(batch.input_BTD)
-            act_BTK = seen[0].view(*output_BTD.shape[:2], -1)
-            for part, add in ((~is_held_out_B, sums.add), (is_held_out_B, held_out.add)):
-                if bool(part.any()):
-                    chosen_B = part.to(group.device)
-                    add(
-                        act_BTK[chosen_B].flatten(0, 1),
-                        output_BTD[chosen_B].flatten(0, 1),
-                        batch.dense_BTD[chosen_B].flatten(0, 1),
-                    )
-    return sums, held_out
-
-
-class _Sums:
-    """E[x xᵀ] and E[x dᵀ] over the tokens that a block is fitted to."""
-
-    def __init__(self) -> None:
-        self._gram = GramSums()
-        self._cross_KD: Tensor | None = None
-
-    def add(self, act_RK: Tensor, output_RD: Tensor, dense_RD: Tensor) -> None:
-        """Add rows of channels, of the block's output and of the dense block's."""
-        difference_RD = dense_RD.float() - output_RD.float()
-        self._gram.add(act_RK)
-        if self._cross_KD is None:
-            shape = act_RK.shape[1], difference_RD.shape[1]
-            self._cross_KD = torch.zeros(shape, device=act_RK.device)
-        self._cross_KD.addmm_(act_RK.float().T, difference_RD)
-
-    def add_up_at_first(self, team: Team, down_DK: Tensor) -> None:
-        """Make the sums of the first process those of all; the others have none any more.
-
-        Args:
-            team: the processes.
-            down_DK: the weights, which tell how large the sums are, and where they are.
-        """
-        if team.size == 1:
-            return
-        outputs, channels = down_DK.shape
-        if self._cross_KD is None:
-            self._cross_KD = torch.zeros(channels, outputs, device=down_DK.device)
-        self._gram.add_up_at(0, team, channels, down_DK.device)
-        team.add_up_at(0, [self._cross_KD])
-
-    def means(self) -> tuple[Tensor, Tensor]:
-        """Return both; the sums are used up."""
-        assert self._cross_KD is not None
-        cross_KD = self._cross_KD.div_(self._gram.tokens)
-        return self._gram.mean(), cross_KD
-
-
-class _HeldOutRows:
-    """The tokens that a block is not fitted to."""
-
-    def __init__(self) -> None:
-        self._act: list[Tensor] = []
-        self._output: list[Tensor] = []
-        self._dense: list[Tensor] = []
-
-    def add(self, act_RK: Tensor, output_RD: Tensor, dense_RD: Tensor) -> None:
-        """Add rows of channels, of the block's output and of the dense block's."""
-        self._act.append(act_RK)
-        self._output.append(output_RD)
-        self._dense.append(dense_RD)
-
-    def gather_at_first(self, team: Team, device: torch.device) -> None:
-        """Bring the rows of all processes to the first.
-
-        Args:
-            team: the processes.
-            device: where this process computes.
-        """
-        if team.size == 1:
-            return
-        kinds = self._act, self._output, self._dense
-        of_processes = team.gather_at(0, [[part.cpu() for part in kind] for kind in kinds])
-        for number, kind in enumerate(kinds):
-            kind[:] = [part.to(device) for found in of_processes for part in found[number]]
-
-    def loss_with(self, change_DK: Tensor) -> float:
-        """Return the loss if the down projection changed, and its output went on unchanged."""
-        changed = [
-            output_RD.float() + act_RK.float() @ change_DK.T
-            for output_RD, act_RK in zip(self._output, self._act, strict=True)
-        ]
-        loss = float(hidden_loss(torch.cat(changed), torch.cat(self._dense)))
-        return loss if math.isfinite(loss) else math.inf
 
 
 def _solve(gram_KK: Tensor, cross_KD: Tensor, ridge: float) -> Tensor | None:
@@ -307,3 +174,81 @@ def _solve(gram_KK: Tensor, cross_KD: Tensor, ridge: float) -> Tensor | None:
     for column_KC in columns:
         solve(system, column_KC)
     return torch.cat(columns, dim=1).T
+
+
+def _observe(group: GroupVisit, unit: Unit) -> _Seen:
+    """Let the pruned stream pass the block once; gather sums, and held-out tokens whole."""
+    seen = _Seen()
+    act: list[Tensor] = []
+    (module,) = group.blocks.modules
+    with observed_activations(
+        module, [unit], lambda position, ffn, act_RF, token_R: act.append(act_RF)
+    ):
+        for batch, is_held_out_B in group.own_batches():
+            act.clear()
+            output_BTD = group.blocks(batch.input_BTD)
+            act_BTK = act[0].view(*output_BTD.shape[:2], -1)
+            for part, add in ((~is_held_out_B, seen.add), (is_held_out_B, seen.add_held_out)):
+                if bool(part.any()):
+                    chosen_B = part.to(group.device)
+                    add(
+                        act_BTK[chosen_B].flatten(0, 1),
+                        output_BTD[chosen_B].flatten(0, 1),
+                        batch.dense_BTD[chosen_B].flatten(0, 1),
+                    )
+    return seen
+
+
+class _Seen:
+    """E[x xᵀ] and E[x dᵀ] over the tokens that a block is fitted to, and the held-out tokens."""
+
+    def __init__(self) -> None:
+        self._gram = GramSums()
+        self._cross_KD: Tensor | None = None
+        # Of each batch the channels (RK), the block's output and that of the dense block (RD).
+        self._held_out: list[tuple[Tensor, ...]] = []
+
+    def add(self, act_RK: Tensor, output_RD: Tensor, dense_RD: Tensor) -> None:
+        """Add rows that the block is fitted to."""
+        difference_RD = dense_RD.float() - output_RD.float()
+        self._gram.add(act_RK)
+        if self._cross_KD is None:
+            shape = act_RK.shape[1], difference_RD.shape[1]
+            self._cross_KD = torch.zeros(shape, device=act_RK.device)
+        self._cross_KD.addmm_(act_RK.float().T, difference_RD)
+
+    def add_held_out(self, *rows: Tensor) -> None:
+        """Add rows that it is not fitted to."""
+        self._held_out.append(rows)
+
+    def gather_at_first(self, team: Team, down_DK: Tensor) -> None:
+        """Bring what all processes have together at the first; the weights tell shape and place."""
+        if team.size == 1:
+            return
+        (outputs, channels), device = down_DK.shape, down_DK.device
+        if self._cross_KD is None:
+            self._cross_KD = torch.zeros(channels, outputs, device=device)
+        self._gram.add_up_at(0, team, channels, device)
+        team.add_up_at(0, [self._cross_KD])
+        own = [[each.cpu() for each in rows] for rows in self._held_out]
+        self._held_out = [
+            tuple(each.to(device) for each in rows)
+            for of_process in team.gather_at(0, own)
+            for rows in of_process
+        ]
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Return both means; the sums are used up."""
+        assert self._cross_KD is not None
+        cross_KD = self._cross_KD.div_(self._gram.tokens)
+        return self._gram.mean(), cross_KD
+
+    def loss_with(self, change_DK: Tensor) -> float:
+        """Return the loss if the down projection changed, and its output went on unchanged."""
+        changed = [
+            output_RD.float() + act_RK.float() @ change_DK.T
+            for act_RK, output_RD, _dense_RD in self._held_out
+        ]
+        dense = [dense_RD for _act_RK, _output_RD, dense_RD in self._held_out]
+        loss = float(hidden_loss(torch.cat(changed), torch.cat(dense)))
+        return loss if math.isfinite(loss) else math.inf

@@ -18,7 +18,7 @@ from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.errors import CheckpointError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.names import public_command, public_name
-from cfsp.streaming.versions import versions
+from cfsp.streaming.runtime import versions
 
 MANIFEST_VERSION = 2
 

@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cfsp.calibration.statistics import Removal, Statistics
-from cfsp.calibration.statistics_file import removals_from_json
 from cfsp.errors import BudgetError, UnsupportedModelError, UsageError
 from cfsp.planning.candidate import NOTHING, Droppable, Dropped
 from cfsp.progress import item_progress
@@ -35,7 +34,7 @@ from cfsp.selection.divergence import few_beginnings, load_whole
 from cfsp.selection.drop_budget import DropBudget, drops_in_words
 from cfsp.selection.masks import MaskedModel
 from cfsp.settings import AUTO_METRIC, DIVERGENCE, WHOLE_PARTS
-from cfsp.streaming.whole import fits
+from cfsp.streaming.runtime import fits
 from cfsp.streaming.work_dir import load_or_compute
 from cfsp.text.windows import check_is_text
 
@@ -213,7 +212,7 @@ def with_order(
     name = f"removals-{windows.digest[:8]}"
     found = place.team.from_first(lambda: load_or_compute(place, name, measure)["removals"])
     others = [each for each in statistics.removals if (each.among or (each.part,)) not in needed]
-    measured = removals_from_json(found, len(statistics.blocks))
+    measured = Removal.all_from_json(found, len(statistics.blocks))
     return replace(statistics, removals=(*others, *measured))
 
 

@@ -23,7 +23,7 @@ from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.planning.candidate import NOTHING, Dropped
 from cfsp.quality.perplexity import perplexity
 from cfsp.selection.divergence import call_form_of, can_resume, dense_predictions
-from cfsp.streaming.resumed_forward import hidden_states_entering, resumed_at, skipped
+from cfsp.streaming.stand_in import hidden_states_entering, resumed_at, skipped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from cfsp.architecture.found import Unit
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.planning.plan_file import PruningPlan
-    from cfsp.streaming.call_form import CallForm
+    from cfsp.streaming.stand_in import CallForm
     from cfsp.text.windows import Windows
 
     # FFN unit -> channels that stay, numbered through over the unit's FFNs.

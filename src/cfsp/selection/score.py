@@ -21,7 +21,7 @@ from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cut.in_memory import build_pruned_model
 from cfsp.selection.divergence import dense_predictions, few_beginnings, load_whole
 from cfsp.selection.masks import MaskedModel
-from cfsp.streaming.whole import free_bytes, needed_bytes
+from cfsp.streaming.runtime import free_bytes, needed_bytes
 from cfsp.streaming.work_dir import temporary_work_dir
 from cfsp.text.windows import few_windows, joined
 

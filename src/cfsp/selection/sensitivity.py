@@ -19,14 +19,13 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from cfsp.calibration.statistics import Sensitivity, Statistics
-from cfsp.calibration.statistics_file import sensitivity_from_json
 from cfsp.errors import CalibrationError
 from cfsp.planning.channels import choose_channels
 from cfsp.progress import item_progress
 from cfsp.selection.divergence import few_beginnings, load_whole
 from cfsp.selection.masks import MaskedModel
 from cfsp.settings import AUTO_METRIC, SENSITIVITY_METRICS, UNIT_PARTS
-from cfsp.streaming.whole import fits
+from cfsp.streaming.runtime import fits
 from cfsp.streaming.work_dir import load_or_compute
 
 if TYPE_CHECKING:
@@ -120,7 +119,7 @@ def with_needed_sensitivity(job: Job, statistics: Statistics, windows: Windows) 
     name = f"sensitivity-{windows.digest[:8]}"
     found = place.team.from_first(lambda: load_or_compute(place, name, measure)["sensitivity"])
     blocks = len(statistics.blocks)
-    return replace(statistics, sensitivity=sensitivity_from_json(found, blocks))
+    return replace(statistics, sensitivity=Sensitivity.from_json(found, blocks))
 
 
 def with_sensitivity(

@@ -1,30 +1,128 @@
-"""How a model calls its blocks with any windows of a text.
+"""How a model calls its decoder blocks with any windows of a text, learnt from stand-ins.
 
-Shapes: N windows, B windows in a batch, T tokens, D hidden.
+The model's own forward runs with every block replaced by one that notes the arguments it is given
+and returns the hidden state unchanged.
+
+Shapes: N windows, B windows in a batch, T tokens, D hidden, L blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cfsp.errors import UnsupportedModelError
-from cfsp.streaming.call_form import Extra
-from cfsp.streaming.call_recorder import BlockCall
-from cfsp.streaming.call_values import Place, WindowValues, differ, is_shared, leaves, moved
+from cfsp.streaming.call_values import (
+    Place,
+    WindowValues,
+    differ,
+    is_shared,
+    leaves,
+    mapped,
+    place_in_words,
+    with_values,
+)
+from cfsp.streaming.stand_in import PLAIN, Arguments, CallForm, Extra, HiddenLayout, replaced
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """Everything but the hidden state that a model passes to one of its blocks."""
+
+    arguments: Arguments
+    # How the model has its hidden states.
+    layout: HiddenLayout = PLAIN.layout
+
+    def __call__(self, block: nn.Module, hidden_BTD: Tensor) -> Tensor:
+        """Call a block as the model would, and return its output hidden state."""
+        return self.hidden_of(self.output_of(block, hidden_BTD))
+
+    def output_of(self, block: nn.Module, hidden_BTD: Tensor) -> Any:
+        """Call a block as the model would, and return all that it returns."""
+        args, kwargs = self.arguments
+        return block(self.layout.unpack(hidden_BTD), *args, **kwargs)
+
+    def hidden_of(self, output: Any) -> Tensor:
+        """Return the hidden state in what a block returned."""
+        hidden = output[0] if isinstance(output, tuple | list) else output
+        assert isinstance(hidden, Tensor)
+        return self.layout.pack(hidden)
+
+    def with_values(self, values: Mapping[Place, Any]) -> BlockCall:
+        """Return the same call with other values in some places of its arguments."""
+        return replace(self, arguments=with_values(self.arguments, values)) if values else self
+
+    def for_training(self) -> BlockCall:
+        """Return the same call with tensors that autograd accepts, floating ones in float32.
+
+        Those that were recorded in inference mode cannot be saved for a backward pass.
+        """
+
+        def trainable(value: Tensor) -> Tensor:
+            dtype = torch.float32 if value.is_floating_point() else value.dtype
+            return value.to(dtype, copy=True)
+
+        return replace(self, arguments=mapped(self.arguments, trainable))
+
+
+@dataclass
+class Recording:
+    """What one forward pass noted: the call of each block, and the hidden state that enters it."""
+
+    calls: list[BlockCall] = field(default_factory=list)
+    entering_L: list[Tensor] = field(default_factory=list)
+
+
+class AllBlocksRecordedError(Exception):
+    """Stops the model's forward after its last block; nothing else raises it."""
+
+
+def record_calls(
+    decoder: nn.Module,
+    blocks: nn.ModuleList,
+    tokens_BT: Tensor,
+    form: CallForm = PLAIN,
+    *,
+    more: Mapping[str, Any] | None = None,
+    returns_zeros: bool = False,
+) -> Recording:
+    """Run a model's embeddings and masks on tokens; note how it would call its blocks.
+
+    Args:
+        decoder: the module whose forward takes token ids and calls the blocks, which alone need no
+            weights.
+        blocks: its list of decoder blocks.
+        tokens_BT: token ids.
+        form: how it takes hidden states from its blocks.
+        more: what else the forward is given, such as pixel values.
+        returns_zeros: whether stand-ins return zeros instead of the hidden state.
+    """
+    recording = Recording()
+
+    def note(index: int, hidden: Tensor, arguments: Arguments) -> Any:
+        recording.entering_L.append(form.layout.pack(hidden))
+        recording.calls.append(BlockCall(arguments, form.layout))
+        if index + 1 == len(blocks):
+            raise AllBlocksRecordedError
+        return form.returned(torch.zeros_like(hidden) if returns_zeros else hidden)
+
+    with replaced(blocks, range(len(blocks)), note):
+        try:
+            decoder(input_ids=tokens_BT, use_cache=False, **(more or {}))
+        except AllBlocksRecordedError:
+            return recording
+    raise AssertionError("the model's forward did not reach its last block")
 
 
 class BlockCalls:
-    """The calls of every block: one for each number of windows, and what differs from window to
-    window.
+    """The calls of every block: one for each number of windows, and what differs between windows.
 
-    Args:
-        first: calls that were recorded with some tokens.
-        second: calls that were recorded with as many other tokens.
-    """  # fmt: skip
+    It is made from calls that were recorded with some tokens, and with as many other tokens.
+    """
 
     def __init__(self, first: Sequence[BlockCall], second: Sequence[BlockCall]) -> None:
         self._by_size: dict[int, Sequence[BlockCall]] = {}
@@ -64,7 +162,7 @@ class BlockCalls:
         for index, call in enumerate(calls):
             values = dict(leaves(call.arguments))
             for place, kept in self._text_L[index].items():
-                kept.write(windows, values[place], _told(index, place))
+                kept.write(windows, values[place], place_in_words(index, place))
         self._by_size.setdefault(len(windows), calls)
 
     def add_alone(
@@ -72,12 +170,8 @@ class BlockCalls:
     ) -> None:
         """Add the recorded calls of a window that passes by itself, such as one with images.
 
-        What is not as in the calls that were added first is kept for each window.
-
-        Args:
-            window: its number; those before it were added before.
-            calls: of every block.
-            added_L: what the model adds to the hidden states that enter a block, 1TD.
+        Windows before it were added before. What is not as in the calls that were added first is
+        kept for each window; `added_L` is what the model adds to what enters a block, 1TD.
 
         Raises:
             UnsupportedModelError: blocks are called with other arguments.
@@ -104,7 +198,7 @@ class BlockCalls:
                         own[place].keep(earlier, known[place])
                 if place in own:
                     if id(value) not in kept:
-                        kept[id(value)] = moved(value, torch.device("cpu"))
+                        kept[id(value)] = mapped(value, Tensor.cpu)
                     own[place].keep(window, kept[id(value)])
         for index, added_BTD in added_L.items():
             row_R = added_BTD[0].any(-1).nonzero().flatten()
@@ -112,13 +206,7 @@ class BlockCalls:
             self._added.setdefault(index, {})[window] = row_R.cpu(), own_RD.cpu()
 
     def entering(self, index: int, windows: Sequence[int], hidden_BTD: Tensor) -> Tensor:
-        """Return what enters a block: the hidden states, and what the model adds before it.
-
-        Args:
-            index: of the block.
-            windows: numbers of the windows, in the order of the batch.
-            hidden_BTD: what left the block before.
-        """
+        """Return what enters a block: what left the one before, and what the model adds to it."""
         added = self._added.get(index)
         if added is None:
             return hidden_BTD
@@ -139,22 +227,15 @@ class BlockCalls:
         needs += [place for place in self._shared_L[index] if place in self._written]
         if needs:
             raise UnsupportedModelError(
-                f"{_told(index, needs[0])} differs from window to window, which only a pass "
-                "through the dense blocks can follow; use the repair 'ridge' or 'none'"
+                f"{place_in_words(index, needs[0])} differs from window to window, which only a "
+                "pass through the dense blocks can follow; use the repair 'ridge' or 'none'"
             )
         return self._by_size[windows][index]
 
     def compute(
         self, index: int, block: nn.Module, windows: Sequence[int], hidden_BTD: Tensor
     ) -> Tensor:
-        """Return what a block makes of some windows; keep what it leaves for later blocks.
-
-        Args:
-            index: of the block.
-            block: it, with its weights.
-            windows: numbers of the windows, in the order of the batch.
-            hidden_BTD: what enters it.
-        """
+        """Return what a block makes of some windows; keep what it leaves for later blocks."""
         values: dict[Place, Any] = {}
         device = hidden_BTD.device
         for place, text in self._text_L[index].items():
@@ -167,11 +248,12 @@ class BlockCalls:
         call = self._by_size[len(windows)][index].with_values(values)
         output = call.output_of(block, hidden_BTD)
         for position, extras in self._extras.items():
-            extras.write(windows, output[position], _returned(index, position))
+            extras.write(windows, output[position], f"value {position} that block {index} returns")
         for place in self._shared_L[index]:
             if values[place]:
                 self._written.add(place)
-                self._shared[place].write(windows, dict(values[place]), _told(index, place))
+                what = place_in_words(index, place)
+                self._shared[place].write(windows, dict(values[place]), what)
         return call.hidden_of(output)
 
     def carry(self, after: int) -> bool:
@@ -181,7 +263,7 @@ class BlockCalls:
 
 def _differing(first: BlockCall, second: BlockCall) -> list[Place]:
     """Return the places where two calls with different tokens have different values."""
-    others: Mapping[Place, Any] = dict(leaves(second.arguments))
+    others = dict(leaves(second.arguments))
     return [
         place
         for place, value in leaves(first.arguments)
@@ -195,12 +277,3 @@ def _differ(first: Any, second: Any) -> bool:
     if isinstance(first, constant) and isinstance(second, constant):
         return first != second
     return differ(first, second)
-
-
-def _told(index: int, place: Place) -> str:
-    """Return an argument in words."""
-    return f"argument {'.'.join(str(key) for key in place[1:])} of block {index}"
-
-
-def _returned(index: int, position: int) -> str:
-    return f"value {position} that block {index} returns"

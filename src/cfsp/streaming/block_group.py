@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cfsp.checkpoint.reading import read_tensors
 from cfsp.checkpoint.skeleton import fill, unload
-from cfsp.streaming.call_recorder import BlockCall
+from cfsp.streaming.block_calls import BlockCall
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
@@ -31,10 +31,6 @@ class BlockGroup:
         indices: which of them.
         calls: how the model calls each of these, by the number of windows in a batch.
         runtime: where and in what they compute.
-
-    Attributes:
-        indices: of the blocks in the model.
-        modules: the blocks.
     """
 
     def __init__(
@@ -70,11 +66,10 @@ class BlockGroup:
             fill(module, tensors, self._runtime.device)
 
     def fill_for_training(self) -> list[dict[str, nn.Parameter]]:
-        """Compute in float32 and for autograd.
+        """Compute in float32 and for autograd; return what is trained in each block, by names.
 
-        Returns:
-            What is trained in each block, by names in the model: the parameters of its units, the
-            bias of the down projection too. Only they require gradients.
+        It is the parameters of its units, the bias of the down projection too. Only they require
+        gradients.
         """
         self._calls = {
             size: [call.for_training() for call in calls]

@@ -20,10 +20,10 @@ from cfsp.checkpoint.reading import fingerprint
 from cfsp.processes import Team
 from cfsp.progress import token_progress
 from cfsp.streaming.block_stream import StreamedBlock, stream_blocks, windows_in_batch
-from cfsp.streaming.hidden_states import HiddenInFile, HiddenInMemory, HiddenStates
+from cfsp.streaming.hidden_states import HiddenInFile, HiddenStates
 from cfsp.streaming.pass_state import Pace, PassState
-from cfsp.streaming.pass_times import PassTimes
-from cfsp.streaming.versions import versions
+from cfsp.streaming.runtime import versions
+from cfsp.streaming.stopwatch import PassTimes
 
 if TYPE_CHECKING:
     import torch
@@ -41,17 +41,17 @@ T = TypeVar("T")
 class Visitor(ABC, Generic[T]):
     """Does something with every block of a pass, and keeps what came of it.
 
-    Attributes:
+    Args:
         name: of the pass: its directory in the work directory.
         label: what people read of the pass.
-        more_batch_sizes: see `stream_blocks`.
-        more_tokens: that visits report beyond those that pass the blocks.
-        waits_for_others: whether visits wait for those of other processes, which have other
-            windows: they then save together and go on at the same block.
     """
 
+    # Numbers of windows that blocks are called with besides those of batches.
     more_batch_sizes: Collection[int] = ()
+    # That visits report beyond those that pass the blocks.
     more_tokens: int = 0
+    # Whether visits wait for those of other processes, which have other windows: they then save
+    # together and go on at the same block.
     waits_for_others: bool = False
 
     def __init__(self, name: str, label: str | None = None) -> None:
@@ -82,7 +82,7 @@ def pass_blocks(
     windows: Windows,
     visitor: Visitor[T],
     runtime: Runtime,
-    place: WorkDir | None,
+    work_dir: WorkDir | None,
 ) -> list[T]:
     """Let all windows pass all blocks, or those that a killed run left; return all results.
 
@@ -91,8 +91,8 @@ def pass_blocks(
         windows: without padding.
         visitor: sees every block.
         runtime: where and in what blocks compute, and how many windows pass together.
-        place: where to spill and to save, and the processes that do the same with other windows;
-            None for none of these.
+        work_dir: where to spill and to save, and the processes that do the same with other
+            windows; None for none of these.
 
     Raises:
         ResumeError: the work directory holds unfinished work of something else.
@@ -100,10 +100,10 @@ def pass_blocks(
     """
     label, blocks = visitor.label, source.architecture.block_count
     state = None
-    if place is not None and place.identity is not None:
+    if work_dir is not None and work_dir.identity is not None:
         identity = _identity(source, windows, runtime)
-        state = PassState(place.directory / visitor.name, {**identity, **place.identity})
-    team = place.team if place is not None and visitor.waits_for_others else Team()
+        state = PassState(work_dir.directory / visitor.name, {**identity, **work_dir.identity})
+    team = work_dir.team if work_dir is not None and visitor.waits_for_others else Team()
     if state is not None and team.size > 1:
         _go_back_together(state, team)
     results: list[T] = []
@@ -112,7 +112,7 @@ def pass_blocks(
         logger.info("%s: going on at block %d of %d", label, len(results), blocks)
     if len(results) == blocks:
         return results
-    times = PassTimes() if place is None else place.times.setdefault(label, PassTimes())
+    times = PassTimes() if work_dir is None else work_dir.times.setdefault(label, PassTimes())
     saver = None if state is None else _Saver(state, visitor, results, times, team)
     tokens = windows.tokens_NT.numel() * blocks + visitor.more_tokens
     with times.part("total"), token_progress(label, blocks, tokens, len(results)) as progress:
@@ -120,12 +120,12 @@ def pass_blocks(
             source,
             windows,
             runtime,
-            on_batch=progress.tokens,
-            open_hidden=_hidden_opener(visitor.name, state, place, runtime),
+            open_hidden=_hidden_opener(visitor.name, state, work_dir, runtime),
             first_block=len(results),
             more_batch_sizes=visitor.more_batch_sizes,
             times=times,
         ):
+            block.tokens_done = progress.tokens
             with times.part("visits"):
                 results.append(visitor.visit(block))
             progress.block_done()
@@ -188,21 +188,21 @@ class _Saver:
 
 
 def _hidden_opener(
-    name: str, state: PassState | None, place: WorkDir | None, runtime: Runtime
+    name: str, state: PassState | None, work_dir: WorkDir | None, runtime: Runtime
 ) -> Callable[[tuple[int, ...], torch.dtype], HiddenStates]:
     """Return what makes room for hidden states: in memory, or beyond the budget in a file."""
     pinned = runtime.device.type == "cuda"
 
     def open_hidden(shape_NTD: tuple[int, ...], dtype: torch.dtype) -> HiddenStates:
-        if place is None:
-            return HiddenInMemory(shape_NTD, dtype, pinned=pinned)
-        directory, saved = place.directory_of(name), state.hidden if state else None
+        if work_dir is None:
+            return HiddenStates(shape_NTD, dtype, pinned=pinned)
+        directory, saved = work_dir.directory_of(name), state.hidden if state else None
         nbytes = math.prod(shape_NTD) * dtype.itemsize
-        if nbytes <= place.memory_budget:
-            return HiddenInMemory(shape_NTD, dtype, directory, saved, pinned=pinned)
+        if nbytes <= work_dir.memory_budget:
+            return HiddenStates(shape_NTD, dtype, directory, saved, pinned=pinned)
         logger.info(
             f"{name}: {nbytes / 1e9:.3g} GB of hidden states exceed the memory budget of "
-            f"{place.memory_budget / 1e9:.3g} GB; they go to a file in {directory}"
+            f"{work_dir.memory_budget / 1e9:.3g} GB; they go to a file in {directory}"
         )
         return HiddenInFile(shape_NTD, dtype, directory, saved)
 

@@ -45,7 +45,7 @@ from cfsp.checkpoint.loading import cache_argument
 from cfsp.checkpoint.stored_blocks import name_without_blocks, names_without_blocks
 from cfsp.errors import UnsupportedModelError, first_line
 from cfsp.streaming.call_form import find_call_form
-from cfsp.streaming.resumed_forward import skipped
+from cfsp.streaming.stand_in import skipped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -59,10 +59,6 @@ _CPU = torch.device("cpu")
 def check_blocks_can_go(source: WeightSource, removed: Collection[int]) -> None:
     """Check that a model can be written without some blocks, and computes as if they were skipped.
 
-    Args:
-        source: the model.
-        removed: indices of the blocks that go; not all.
-
     Raises:
         UnsupportedModelError: its config cannot say it, blocks that stay need something of them
             besides the hidden state, or tensors cannot be told apart.
@@ -73,16 +69,7 @@ def check_blocks_can_go(source: WeightSource, removed: Collection[int]) -> None:
 
 @torch.no_grad()
 def prove_without_blocks(stock: PreTrainedConfig, removed: Collection[int]) -> None:
-    """Check the same of the model of a config, whatever its tensors are stored as.
-
-    Args:
-        stock: config of the model.
-        removed: indices of the blocks that go; not all.
-
-    Raises:
-        UnsupportedModelError: its config cannot say it, or blocks that stay need something of them
-            besides the hidden state.
-    """
+    """Check the same of the model of a config, whatever its tensors are stored as."""
     changes = changes_without_blocks(stock, removed)
     run = small_run_of(stock)
     decoder: Any = run.model.get_submodule(run.architecture.decoder)
@@ -127,17 +114,7 @@ def prove_without_attentions(
     removed: Collection[int],
     removed_blocks: Collection[int] = (),
 ) -> None:
-    """Check the same of the model of a config.
-
-    Args:
-        stock: config of the stock model.
-        architecture: of the model, with its attentions.
-        removed: indices of the blocks whose attentions go.
-        removed_blocks: of blocks that go whole and can.
-
-    Raises:
-        UnsupportedModelError: none of a kind would stay, or others need something of them.
-    """
+    """Check the same of the model of a stock config."""
     name = architecture.class_name
     what = f"the attentions of {blocks_in_words(sorted(removed))} of {name} can't be removed"
     if removed_blocks:
@@ -259,10 +236,7 @@ def _run_with_cache(decoder: Any, tokens_BT: Tensor) -> Tensor:
 def _cut(run: SmallRun, changes: Mapping[str, Any], removed: Collection[int]) -> nn.Module:
     """Return the decoder of the small model, built without some blocks and with its weights.
 
-    Args:
-        run: of the small model.
-        changes: of the large model's config.
-        removed: indices of the blocks that go.
+    `changes` are those of the large model's config.
     """
     config: Any = run.model.config
     count = run.architecture.block_count

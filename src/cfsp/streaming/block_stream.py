@@ -1,4 +1,4 @@
-"""The engine: windows flow through a model one block at a time.
+"""Windows flow through a model one block at a time.
 
 All windows pass block 0, then block 1, and so on. Only the embeddings (at the start), one
 block, the next one (which a thread reads meanwhile) and the hidden states are in memory, so the
@@ -10,37 +10,30 @@ Shapes: N windows, B windows in a batch, T tokens, D hidden, F FFN channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from cfsp.architecture.activations import OnOutput, observed_activations, observed_sublayers
 from cfsp.checkpoint.reading import read_tensors
-from cfsp.checkpoint.skeleton import (
-    blocks_of,
-    build_skeleton,
-    fill,
-    unload,
-)
+from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, fill, unload
 from cfsp.errors import CalibrationError
-from cfsp.streaming.block_calls import BlockCalls
-from cfsp.streaming.call_recorder import BlockCall
-from cfsp.streaming.decoder_start import DecoderStart
-from cfsp.streaming.hidden_states import HiddenInMemory, HiddenStates
-from cfsp.streaming.image_start import ImageStart
-from cfsp.streaming.pass_times import PassTimes
-from cfsp.streaming.read_ahead import read_ahead
+from cfsp.streaming.block_calls import BlockCall, BlockCalls
+from cfsp.streaming.decoder_start import DecoderStart, weights_of_start
+from cfsp.streaming.hidden_states import HiddenStates
+from cfsp.streaming.stopwatch import PassTimes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from cfsp.architecture.found import Unit
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.streaming.runtime import Runtime
     from cfsp.text.windows import Windows
+
+T = TypeVar("T")
 
 # Batches of about this many tokens: large enough for full speed, small enough for a cache.
 TOKENS_IN_BATCH = 4096
@@ -53,25 +46,19 @@ OpenHidden = Callable[[tuple[int, ...], torch.dtype], HiddenStates]
 
 @dataclass
 class StreamedBlock:
-    """One decoder block with its weights, and the windows that are about to pass it.
-
-    Attributes:
-        index: position in the model.
-        module: the decoder block.
-        units: its units; a block may have none.
-        hidden: what enters the block, and after `advance` what leaves it.
-        device: where the block computes.
-    """
+    """One decoder block with its weights, and the windows that are about to pass it."""
 
     index: int
     module: nn.Module
     units: tuple[Unit, ...]
+    # What enters the block, and after `advance` what leaves it.
     hidden: HiddenStates
     device: torch.device
     _batches: list[slice]
     _calls: BlockCalls
-    _on_batch: Callable[[int], None]
     _times: PassTimes
+    # Is told how many tokens have passed; whoever shows progress sets it.
+    tokens_done: Callable[[int], None] = lambda tokens: None
 
     def advance(
         self,
@@ -103,6 +90,19 @@ class StreamedBlock:
             assert on_activations is not None
             on_activations(unit, ffn, act_RF, first_window + token_R // seqlen)
 
+        def compute(batch: slice, input_BTD: Tensor) -> Tensor:
+            nonlocal first_window, seqlen
+            windows = range(batch.start, batch.stop)
+            input_BTD = self._calls.entering(self.index, windows, input_BTD)
+            first_window, seqlen = batch.start, input_BTD.shape[1]
+            output_BTD = self.compute(batch, input_BTD)
+            on_hidden(input_BTD, output_BTD)
+            while after:
+                position, after_BTD = after.popitem()
+                assert on_sublayer is not None
+                on_sublayer(position, input_BTD, after_BTD)
+            return output_BTD
+
         with (
             nullcontext()
             if on_activations is None or not self.units
@@ -112,20 +112,9 @@ class StreamedBlock:
             else observed_sublayers(self.module, self.units, after),
         ):
             for batch in self._batches:
-                with self._times.part("hidden_states"):
-                    input_BTD = self._moved(self.hidden.read(batch))
-                windows = range(batch.start, batch.stop)
-                input_BTD = self._calls.entering(self.index, windows, input_BTD)
-                first_window, seqlen = batch.start, input_BTD.shape[1]
-                output_BTD = self.compute(batch, input_BTD)
-                on_hidden(input_BTD, output_BTD)
-                while after:
-                    position, after_BTD = after.popitem()
-                    assert on_sublayer is not None
-                    on_sublayer(position, input_BTD, after_BTD)
-                self._write(batch, output_BTD)
-                self._on_batch(input_BTD.shape[0] * input_BTD.shape[1])
-        self.hidden.turn()
+                self.pass_through(compute, [batch])
+                self.tokens_done((batch.stop - batch.start) * seqlen)
+        self.hidden.swap_buffers()
         unload(self.module)
 
     def compute(self, batch: slice, input_BTD: Tensor) -> Tensor:
@@ -149,43 +138,28 @@ class StreamedBlock:
     def pass_through(
         self, compute: Callable[[slice, Tensor], Tensor], batches: Iterable[slice]
     ) -> None:
-        """Let some windows pass a function in this block's place; `hidden.turn` ends the block.
+        """Let some windows pass a function in this block's place.
 
-        Args:
-            compute: gives what leaves it, from the windows of a batch and what enters (BTD).
-            batches: the windows.
+        It gives what leaves the block, from the windows of a batch and what enters (BTD).
+        `hidden.swap_buffers` then ends the block.
         """
+        on_gpu = self.device.type == "cuda"
         for batch in batches:
             with self._times.part("hidden_states"):
-                input_BTD = self._moved(self.hidden.read(batch))
-            self._write(batch, compute(batch, input_BTD))
-
-    def _moved(self, hidden_BTD: Tensor) -> Tensor:
-        """Return hidden states where the block computes.
-
-        A GPU may copy them when it gets there: `write` waits for what it computes from them.
-        """
-        return hidden_BTD.to(self.device, non_blocking=self.device.type == "cuda")
-
-    def _write(self, batch: slice, output_BTD: Tensor) -> None:
-        """Set what leaves the block; the time that a GPU still computes is not that of writing."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        with self._times.part("hidden_states"):
-            self.hidden.write(batch, output_BTD)
-
-    def tokens_done(self, tokens: int) -> None:
-        """Report progress where `advance` does not."""
-        self._on_batch(tokens)
+                # A GPU may copy them when it gets there: writing waits for what it computes.
+                input_BTD = self.hidden.read(batch).to(self.device, non_blocking=on_gpu)
+            output_BTD = compute(batch, input_BTD)
+            if on_gpu:  # the time that it still computes is not that of writing
+                torch.cuda.synchronize(self.device)
+            with self._times.part("hidden_states"):
+                self.hidden.write(batch, output_BTD)
 
 
 def windows_in_batch(windows: Windows, batch_windows: int | None) -> int:
-    """Return how many windows pass a block together.
+    """Return how many windows pass a block together; by default about 4096 tokens.
 
-    Args:
-        windows: all of them. Where some have images, each passes alone: how a model calls its
-            blocks then differs from window to window.
-        batch_windows: how many are asked for; None for about 4096 tokens.
+    Where some have images, each passes alone: how a model calls its blocks then differs from window
+    to window.
     """
     if windows.has_images:
         return 1
@@ -197,8 +171,7 @@ def stream_blocks(
     windows: Windows,
     runtime: Runtime,
     *,
-    on_batch: Callable[[int], None] = lambda tokens: None,
-    open_hidden: OpenHidden = HiddenInMemory,
+    open_hidden: OpenHidden = HiddenStates,
     first_block: int = 0,
     more_batch_sizes: Iterable[int] = (),
     times: PassTimes | None = None,
@@ -209,7 +182,6 @@ def stream_blocks(
         source: the model.
         windows: without padding.
         runtime: where and in what blocks compute, and how many windows pass together.
-        on_batch: is told how many tokens have passed a block, after each batch.
         open_hidden: makes room for the hidden states, from their shape NTD and dtype.
         first_block: the block to begin with; if it is not 0, `open_hidden` gives the states
             that enter it.
@@ -230,10 +202,6 @@ def stream_blocks(
     blocks = blocks_of(skeleton, architecture)
     # While a thread reads the first of them, stand-ins take their places in the model.
     modules = list(blocks)
-    needed, not_needed = architecture.decoder, [architecture.blocks]
-    if windows.has_images:
-        # They pass the vision tower, which is not part of the decoder.
-        needed, not_needed = "", [architecture.blocks, *_heads(skeleton, architecture.decoder)]
 
     def read(index: int) -> dict[str, Tensor]:
         tensors = read_tensors(modules[index], architecture.block_prefix(index), source, dtype)
@@ -245,79 +213,21 @@ def stream_blocks(
         return open_hidden(shape_NTD, dtype)
 
     with torch.inference_mode(), read_ahead(read, range(first_block, len(modules))) as ahead:
-        with _with_weights(skeleton, needed, not_needed, source, runtime):
-            decoder, resumed = skeleton.get_submodule(architecture.decoder), first_block > 0
-            start = DecoderStart(decoder, blocks, device)
-            if windows.has_images:
-                of_images = ImageStart(skeleton, blocks, start.form, device, dtype)
-                hidden, calls = of_images.embed(windows, room, resumed=resumed)
-            else:
-                hidden, calls = start.embed(tokens_NT, batches, room, resumed=resumed)
+        with weights_of_start(skeleton, source, runtime, has_images=windows.has_images):
+            decoder = skeleton.get_submodule(architecture.decoder)
+            multimodal = skeleton if windows.has_images else None
+            start = DecoderStart(decoder, blocks, runtime, multimodal)
+            hidden, calls = start.embed(windows, batches, room, resumed=first_block > 0)
             for count in set(more_batch_sizes):
                 if count not in calls:
                     calls.add(range(count), start.record(tokens_NT[:count]).calls)
         for index in range(first_block, len(modules)):
-            module = modules[index]
+            module, units = modules[index], architecture.units_of(index)
             with times.part("weights"):
                 fill(module, ahead.take(), device)
                 _check_finite(module, source, index)
-            yield StreamedBlock(
-                index=index,
-                module=module,
-                units=architecture.units_of(index),
-                hidden=hidden,
-                device=device,
-                _batches=batches,
-                _calls=calls,
-                _on_batch=on_batch,
-                _times=times,
-            )
+            yield StreamedBlock(index, module, units, hidden, device, batches, calls, times)
             unload(module)
-
-
-@contextmanager
-def _with_weights(
-    skeleton: nn.Module,
-    path: str,
-    not_needed: Sequence[str],
-    source: WeightSource,
-    runtime: Runtime,
-) -> Iterator[None]:
-    """Read everything of a part of the model that comes before its blocks.
-
-    Args:
-        skeleton: the model.
-        path: from it to the part: the decoder, or with images the model itself.
-        not_needed: paths from it to what is left out: the list of blocks, the head.
-        source: where the tensors come from.
-        runtime: where and in what to compute.
-    """
-    module, prefix = skeleton.get_submodule(path), f"{path}." if path else ""
-    with _without(skeleton, not_needed):
-        fill(module, read_tensors(module, prefix, source, runtime.dtype), runtime.device)
-    yield
-    with _without(skeleton, not_needed):
-        unload(module)
-
-
-def _heads(model: PreTrainedModel, decoder: str) -> Iterator[str]:
-    """Yield the path to the module that gives logits, if it is outside the decoder."""
-    head: Any = model.get_output_embeddings()
-    for path, module in model.named_modules():
-        if module is head and not f"{path}.".startswith(f"{decoder}." if decoder else ""):
-            yield path
-
-
-@contextmanager
-def _without(model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
-    left_out = [(path.rpartition("."), model.get_submodule(path)) for path in paths]
-    for (parent, _, leaf), _module in left_out:
-        setattr(model.get_submodule(parent), leaf, nn.ModuleList())
-    try:
-        yield
-    finally:
-        for (parent, _, leaf), module in left_out:
-            setattr(model.get_submodule(parent), leaf, module)
 
 
 def _check_finite(module: nn.Module, source: WeightSource, block: int) -> None:
@@ -327,3 +237,36 @@ def _check_finite(module: nn.Module, source: WeightSource, block: int) -> None:
                 f"{source.label}: block {block} has NaN or infinite values in "
                 f"{source.architecture.block_prefix(block)}{name}; the checkpoint is damaged"
             )
+
+
+class ReadAhead(Generic[T]):
+    """Gives what a thread reads, in order; always one thing ahead and never two."""
+
+    def __init__(
+        self, pool: ThreadPoolExecutor, read: Callable[[int], T], indices: Sequence[int]
+    ) -> None:
+        self._pool, self._read, self._left = pool, read, list(indices)
+        self._pending: Future[T] | None = None
+        self._begin()
+
+    def take(self) -> T:
+        """Return the next thing, or raise what reading it raised, and begin to read the one after.
+
+        Nothing of it is kept here: it is gone when the caller drops it.
+        """
+        assert self._pending is not None
+        done, self._pending = self._pending, None
+        value = done.result()
+        self._begin()
+        return value
+
+    def _begin(self) -> None:
+        if self._left:
+            self._pending = self._pool.submit(self._read, self._left.pop(0))
+
+
+@contextmanager
+def read_ahead(read: Callable[[int], T], indices: Sequence[int]) -> Iterator[ReadAhead[T]]:
+    """Read things by index, one ahead of the caller, in one thread."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
+        yield ReadAhead(pool, read, indices)

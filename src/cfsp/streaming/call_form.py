@@ -5,7 +5,7 @@ give the next block what else this one returned, some have an axis of several st
 shows when stand-ins take the place of all blocks: only with the right form does the model's own
 forward run to its end.
 
-Shapes: B windows, T tokens, D hidden (all that a token has, if a model keeps several streams).
+Shapes: B windows, T tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cfsp.architecture.activations import hidden_state
 from cfsp.errors import UnsupportedModelError
-from cfsp.streaming.call_values import differ, leaves
-from cfsp.streaming.stand_in import StandIn, replaced, without_hidden_state
+from cfsp.streaming.call_values import differ, leaves, place_in_words
+from cfsp.streaming.stand_in import Arguments, CallForm, HiddenLayout, replaced
 
 # Windows and tokens of the batch that forms are tried on.
 _PROBED = (2, 3)
@@ -30,87 +29,18 @@ _PROBED = (2, 3)
 _RETURNS = (None, 0, 1, 2, 3)
 
 
-@dataclass(frozen=True)
-class HiddenLayout:
-    """Where a model's hidden states have windows, tokens and the rest.
-
-    The engine keeps them as [B, T, D], whatever a model does.
-
-    Attributes:
-        axis: that of the windows; the next is that of the tokens.
-        rest: lengths of the other axes.
-    """
-
-    axis: int = 0
-    rest: tuple[int, ...] = ()
-
-    @staticmethod
-    def of(hidden: Tensor, windows: int, tokens: int) -> HiddenLayout | None:
-        """Return the layout of a model's hidden state; None if it has no such axes."""
-        shape = tuple(hidden.shape)
-        for axis in range(len(shape) - 1):
-            if shape[axis : axis + 2] == (windows, tokens):
-                rest = shape[:axis] + shape[axis + 2 :]
-                return HiddenLayout(axis, rest) if rest else None
-        return None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the model's hidden states are BTD themselves."""
-        return self.axis == 0 and len(self.rest) <= 1
-
-    def pack(self, hidden: Tensor) -> Tensor:
-        """Return a model's hidden state as BTD."""
-        if self.is_plain:
-            return hidden
-        return hidden.movedim((self.axis, self.axis + 1), (0, 1)).flatten(2)
-
-    def unpack(self, hidden_BTD: Tensor) -> Tensor:
-        """Return a hidden state BTD as the model has it."""
-        if self.is_plain:
-            return hidden_BTD
-        split = hidden_BTD.reshape(*hidden_BTD.shape[:2], *self.rest)
-        return split.movedim((0, 1), (self.axis, self.axis + 1))
-
-
-PLAIN_LAYOUT = HiddenLayout()
-
-
-@dataclass(frozen=True)
-class Extra:
-    """Stands for what a block returns besides the hidden state.
-
-    Attributes:
-        position: in the tuple.
-    """
-
-    position: int
-
-
-@dataclass(frozen=True)
-class CallForm:
-    """How a model takes hidden states from its blocks.
-
-    Attributes:
-        extras: how many values a block returns besides, in a tuple; None if it returns a tensor.
-        layout: of hidden states.
-    """
-
-    extras: int | None = None
-    layout: HiddenLayout = PLAIN_LAYOUT
-
-    def returned(self, hidden: Tensor) -> Any:
-        """Return what a block would that leaves a model's hidden state as it is."""
-        if self.extras is None:
-            return hidden
-        return (hidden, *(Extra(position) for position in range(1, self.extras + 1)))
-
-
-PLAIN = CallForm()
-
-
 class _WrongFormError(Exception):
     """The model did not take a hidden state as it was given."""
+
+
+@dataclass(frozen=True)
+class _Called:
+    """A call of a block: the hidden states that it was given and returned, and all else."""
+
+    index: int
+    given: Tensor
+    returned: Tensor
+    arguments: Arguments
 
 
 def find_call_form(
@@ -130,7 +60,7 @@ def find_call_form(
             forms.
     """
     tokens_BT = torch.zeros(_PROBED, dtype=torch.long, device=device)
-    reasons: list[str] = []
+    name, reasons = type(blocks[0]).__name__, []
     for extras in _RETURNS:
         form = CallForm(extras)
         called: list[_Called] = []
@@ -147,35 +77,18 @@ def find_call_form(
         last = called[-1].returned
         others: list[_Called] = []
         other = _run_through(run, tokens_BT, blocks, form, others, last=last, changed=True)
-        _check_independence(called, others, blocks)
+        _check_independence(called, others, name)
         of_text = _run_through(run, tokens_BT + 1, blocks, form, [], last=last)
         if differ(output, other) or differ(output, of_text):
             raise UnsupportedModelError(
                 f"what comes after the last block ({type(blocks[-1]).__name__}) needs more than "
                 "its hidden states, so that blocks cannot be run one after the other"
             )
-        return CallForm(extras, _layout(called, blocks))
+        return CallForm(extras, _layout(called[0].given, name))
     raise UnsupportedModelError(
-        f"{type(blocks[0]).__name__} cannot be run by itself: the model takes neither a tensor nor "
-        f"a tuple from it ({reasons[0]}); please report the model type"
+        f"{name} cannot be run by itself: the model takes neither a tensor nor a tuple from it "
+        f"({reasons[0]}); please report the model type"
     )
-
-
-@dataclass(frozen=True)
-class _Called:
-    """A call of a block.
-
-    Attributes:
-        index: of the block.
-        given: the hidden state that it was given.
-        returned: the one that it returned.
-        arguments: everything else that it was given.
-    """
-
-    index: int
-    given: Tensor
-    returned: Tensor
-    arguments: tuple[Any, ...]
 
 
 def _run_through(
@@ -188,60 +101,33 @@ def _run_through(
     last: Tensor | None = None,
     changed: bool = False,
 ) -> Tensor:
-    """Run the model through stand-ins; note their calls.
+    """Run the model through stand-ins, and append their calls to a list.
 
-    Args:
-        run: calls the model.
-        tokens_BT: with these tokens.
-        blocks: its list of decoder blocks.
-        form: of what stand-ins return.
-        called: their calls are appended to it.
-        last: what the last of them returns; None for what it is given.
-        changed: whether the others change the hidden state.
+    The last stand-in returns `last`, if given; the others change the hidden state if asked to.
     """
-    end = len(blocks) - 1
 
-    def stand_in(index: int, original: nn.Module) -> nn.Module:
-        return _Probe(original, index, form, called, last if index == end else None, changed)
+    def answer(index: int, hidden: Any, arguments: Arguments) -> Any:
+        if not isinstance(hidden, Tensor):
+            raise _WrongFormError(f"block {index} is given a {type(hidden).__name__}")
+        if called and called[-1].returned.shape != hidden.shape:
+            raise _WrongFormError(f"block {index} is given shape {list(hidden.shape)}")
+        result = hidden / 2 + 1 if changed else hidden
+        if last is not None and index == len(blocks) - 1:
+            result = last
+        called.append(_Called(index, hidden, result, arguments))
+        return form.returned(result)
 
-    with replaced(blocks, len(blocks), stand_in):
+    with replaced(blocks, range(len(blocks)), answer):
         return run(tokens_BT)
 
 
-class _Probe(StandIn):
-    def __init__(
-        self,
-        original: nn.Module,
-        index: int,
-        form: CallForm,
-        called: list[_Called],
-        given: Tensor | None,
-        changed: bool,
-    ) -> None:
-        super().__init__(original)
-        self._index, self._form, self._called = index, form, called
-        self._given, self._changed = given, changed
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = hidden_state(args, kwargs)
-        if not isinstance(hidden, Tensor):
-            raise _WrongFormError(f"block {self._index} is given a {type(hidden).__name__}")
-        if self._called and self._called[-1].returned.shape != hidden.shape:
-            raise _WrongFormError(f"block {self._index} is given shape {list(hidden.shape)}")
-        result = self._given
-        if result is None:
-            result = hidden / 2 + 1 if self._changed else hidden
-        arguments = without_hidden_state(args, kwargs)
-        self._called.append(_Called(self._index, hidden, result, arguments))
-        return self._form.returned(result)
-
-
 def _check_order(called: Sequence[_Called], blocks: nn.ModuleList) -> None:
-    name = type(blocks[0]).__name__
-    order = [call.index for call in called]
+    """Check that all blocks were called, once and one after the other."""
+    name, order = type(blocks[0]).__name__, [call.index for call in called]
     if order != list(range(len(blocks))):
+        shown = ", ".join(map(str, order[:8])) + (", ..." if len(order) > 8 else "")
         raise UnsupportedModelError(
-            f"the model calls its blocks ({name}) in the order {_short(order)}, not each once and "
+            f"the model calls its blocks ({name}) in the order {shown}, not each once and "
             "one after the other; its hidden states cannot be streamed through them"
         )
     for before, after in pairwise(called):
@@ -252,35 +138,26 @@ def _check_order(called: Sequence[_Called], blocks: nn.ModuleList) -> None:
             )
 
 
-def _check_independence(
-    first: Sequence[_Called], second: Sequence[_Called], blocks: nn.ModuleList
-) -> None:
+def _check_independence(first: Sequence[_Called], second: Sequence[_Called], name: str) -> None:
     """Check that nothing but the hidden state depends on what earlier blocks return."""
     for before, after in zip(first, second, strict=True):
         values = dict(leaves(after.arguments))
         for place, value in leaves(before.arguments):
             if place not in values or differ(value, values[place]):
-                argument = ".".join(str(key) for key in place[1:])
                 raise UnsupportedModelError(
-                    f"argument {argument} of block {before.index} ({type(blocks[0]).__name__}) is "
-                    "made from hidden states of earlier blocks, so that blocks cannot be run one "
-                    "after the other"
+                    f"{place_in_words(before.index, place)} ({name}) is made from hidden states of "
+                    "earlier blocks, so that blocks cannot be run one after the other"
                 )
 
 
-def _layout(called: Sequence[_Called], blocks: nn.ModuleList) -> HiddenLayout:
-    given = called[0].given
-    layout = HiddenLayout.of(given, *_PROBED)
-    if layout is None:
-        windows, tokens = _PROBED
-        raise UnsupportedModelError(
-            f"block 0 ({type(blocks[0]).__name__}) is given hidden states of shape "
-            f"{list(given.shape)}; expected an axis of {windows} windows followed by one of "
-            f"{tokens} tokens"
-        )
-    return layout
-
-
-def _short(order: Sequence[int]) -> str:
-    shown = ", ".join(map(str, order[:8]))
-    return f"{shown}, ..." if len(order) > 8 else shown
+def _layout(given: Tensor, name: str) -> HiddenLayout:
+    """Return where the hidden states that the first block was given have their axes."""
+    shape = tuple(given.shape)
+    starts = [axis for axis in range(len(shape) - 1) if shape[axis : axis + 2] == _PROBED]
+    if starts and len(shape) > 2:
+        return HiddenLayout(starts[0], shape[: starts[0]] + shape[starts[0] + 2 :])
+    windows, tokens = _PROBED
+    raise UnsupportedModelError(
+        f"block 0 ({name}) is given hidden states of shape {list(shape)}; expected an axis of "
+        f"{windows} windows followed by one of {tokens} tokens"
+    )

@@ -13,7 +13,8 @@ Shapes: B windows in a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,11 @@ def leaves(value: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
         yield place, value
 
 
+def place_in_words(block: int, place: Place) -> str:
+    """Return where a value is, in words."""
+    return f"argument {'.'.join(str(key) for key in place[1:])} of block {block}"
+
+
 def with_values(value: Any, values: Mapping[Place, Any], place: Place = ()) -> Any:
     """Return nested tuples, lists and dictionaries with other values in some places."""
     if place in values:
@@ -49,13 +55,24 @@ def with_values(value: Any, values: Mapping[Place, Any], place: Place = ()) -> A
     return value
 
 
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return nested tuples, lists and dictionaries with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: mapped(item, change) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(mapped(item, change) for item in value)
+    return value
+
+
 def is_shared(value: Any) -> bool:
     """Return whether a value is a place where blocks leave something for later blocks."""
     return isinstance(value, MutableMapping) and (not isinstance(value, dict) or not value)
 
 
 def differ(first: Any, second: Any) -> bool:
-    """Return whether two values at one place of two calls are different."""
+    """Return whether two values at one place of two calls are different, if they are tensors."""
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         if first is second or first.shape != second.shape:
             return first.shape != second.shape
@@ -70,18 +87,24 @@ class WindowValues:
         self._value_W: dict[int, Any] = {}
 
     def write(self, windows: Sequence[int], value: Any, what: str) -> None:
-        """Keep the value of some windows.
-
-        Args:
-            windows: their numbers, in the order of the batch.
-            value: nested tuples, lists and mappings of tensors [B, ...] and constants.
-            what: it is, for people.
+        """Keep nested tuples, lists and dictionaries of tensors [B, ...] and constants.
 
         Raises:
             UnsupportedModelError: a tensor does not begin with the axis of windows.
         """
-        for position, window in enumerate(windows):
-            self._value_W[window] = _part(value, position, len(windows), what)
+
+        def check(tensor: Tensor) -> Tensor:
+            if tensor.ndim == 0 or tensor.shape[0] != len(windows):
+                raise UnsupportedModelError(
+                    f"{what} has shape {list(tensor.shape)} for {len(windows)} windows; expected "
+                    "an axis of windows first, without which blocks cannot be run on windows of "
+                    "their own choice"
+                )
+            return tensor
+
+        mapped(value, check)
+        for row, window in enumerate(windows):
+            self._value_W[window] = mapped(value, partial(_row, row))
 
     def keep(self, window: int, value: Any) -> None:
         """Keep the value of a window that passes alone; its tensors need no axis of windows."""
@@ -90,43 +113,21 @@ class WindowValues:
     def read(self, windows: Sequence[int], device: torch.device) -> Any:
         """Return the value of some windows in one batch; None where none was kept."""
         parts = [self._value_W.get(window) for window in windows]
-        if len(parts) == 1:
-            return moved(parts[0], device)
-        return None if parts[0] is None else _together(parts, device)
+        together = parts[0] if len(parts) == 1 or parts[0] is None else _together(parts)
+        return mapped(together, lambda tensor: tensor.to(device))
 
 
-def moved(value: Any, device: torch.device) -> Any:
-    """Return nested tuples, lists and dictionaries with their tensors on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: moved(item, device) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(moved(item, device) for item in value)
-    return value
+def _row(row: int, tensor: Tensor) -> Tensor:
+    return tensor[row : row + 1].cpu()
 
 
-def _part(value: Any, position: int, windows: int, what: str) -> Any:
-    if isinstance(value, Tensor):
-        if value.ndim == 0 or value.shape[0] != windows:
-            raise UnsupportedModelError(
-                f"{what} has shape {list(value.shape)} for {windows} windows; expected an axis of "
-                "windows first, without which blocks cannot be run on windows of their own choice"
-            )
-        return value[position : position + 1].cpu()
-    if isinstance(value, MutableMapping):
-        return {key: _part(item, position, windows, what) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_part(item, position, windows, what) for item in value)
-    return value
-
-
-def _together(parts: Sequence[Any], device: torch.device) -> Any:
+def _together(parts: Sequence[Any]) -> Any:
+    """Return the nested values of several windows with their tensors concatenated."""
     first = parts[0]
     if isinstance(first, Tensor):
-        return torch.cat(list(parts)).to(device)
+        return torch.cat(list(parts))
     if isinstance(first, dict):
-        return {key: _together([part[key] for part in parts], device) for key in first}
+        return {key: _together([part[key] for part in parts]) for key in first}
     if isinstance(first, tuple | list):
-        return type(first)(_together(items, device) for items in zip(*parts, strict=True))
+        return type(first)(_together(items) for items in zip(*parts, strict=True))
     return first

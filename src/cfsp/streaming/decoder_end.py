@@ -9,28 +9,47 @@ Shapes: P positions of any windows, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from cfsp.checkpoint.skeleton import architecture_of
-from cfsp.streaming.call_form import CallForm, find_call_form
-from cfsp.streaming.logits_only import logits_only
-from cfsp.streaming.resumed_forward import resumed_at
+from cfsp.architecture.small_run import set_parameter
+from cfsp.checkpoint.reading import read_parameter
+from cfsp.checkpoint.skeleton import architecture_of, build_skeleton
+from cfsp.checkpoint.text_config import vocabulary_of
+from cfsp.streaming.call_form import find_call_form
+from cfsp.streaming.stand_in import CallForm, resumed_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from cfsp.checkpoint.reading import WeightSource
+
+# What else a config can ask for. It is collected from all blocks, and one that does not run gives
+# none: mixtures of experts that were fine-tuned often ask for router logits.
+_MORE = ("output_router_logits", "output_hidden_states", "output_attentions")
+
+
+@contextmanager
+def logits_only(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model return nothing but logits while this is open, whatever its config asks for."""
+    config = model.config
+    configs = (config, *(getattr(config, name, None) for name in config.sub_configs))
+    asked = [(each, name) for each in configs for name in _MORE if getattr(each, name, False)]
+    for each, name in asked:
+        setattr(each, name, False)
+    try:
+        yield
+    finally:
+        for each, name in asked:
+            setattr(each, name, True)
+
 
 def end_of(model: nn.Module, decoder: str) -> str:
-    """Return the path to the innermost module that has both the decoder and a head.
-
-    Args:
-        model: a causal language model, or a multimodal one.
-        decoder: path from it to the module whose forward calls the blocks.
-    """
+    """Return the path to the innermost module that has both a head and the decoder at a path."""
     path = decoder
     while path:
         path = path.rpartition(".")[0]
@@ -44,9 +63,6 @@ def text_model(model: PreTrainedModel) -> Any:
     """Return the innermost part of a model that gives logits of tokens.
 
     It is the model itself, but for a few multimodal ones whose decoder has a head of its own.
-
-    Args:
-        model: a causal language model, or a multimodal one.
     """
     return model.get_submodule(end_of(model, architecture_of(model.config).decoder))
 
@@ -54,12 +70,8 @@ def text_model(model: PreTrainedModel) -> Any:
 def parameters_of_end(model: nn.Module, decoder: str, blocks: str) -> Iterator[str]:
     """Yield the names of the parameters that the end of a model computes with.
 
-    A head that is tied to the embeddings has its own name, which no file may have.
-
-    Args:
-        model: on the meta device or not.
-        decoder: path from it to the module whose forward calls the blocks.
-        blocks: path from it to the list of blocks, inside the decoder.
+    A head that is tied to the embeddings has its own name, which no file may have. `decoder` is the
+    path to the module whose forward calls the blocks, `blocks` that to their list inside it.
     """
     end = end_of(model, decoder)
     above = f"{end}." if end else ""
@@ -80,21 +92,16 @@ def parameters_of_end(model: nn.Module, decoder: str, blocks: str) -> Iterator[s
 class DecoderEnd:
     """All of a model that comes after its last block.
 
-    Args:
-        model: a causal language model, or a multimodal one. What is on the meta device becomes
-            zeros, which take no memory: which tokens came does not matter after the blocks. Some
-            models ask their first parameter for the device, so that none may be left there.
-        decoder: path from it to the module whose forward calls the blocks.
-        blocks: path from it to the list of blocks, inside the decoder.
-        device: where to compute.
+    What of the model is on the meta device becomes zeros, which take no memory: which tokens came
+    does not matter after the blocks. Some models ask their first parameter for the device, so that
+    none may be left there. For the paths see `parameters_of_end`.
     """
 
     def __init__(self, model: nn.Module, decoder: str, blocks: str, device: torch.device) -> None:
         self._model = model.get_submodule(end_of(model, decoder))
         found = model.get_submodule(blocks)
         assert isinstance(found, nn.ModuleList)
-        self._blocks = found
-        self._device = device
+        self._blocks, self._device = found, device
         of_blocks = {id(parameter) for parameter in found.parameters()}
         for module in self._model.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
@@ -120,3 +127,24 @@ class DecoderEnd:
         tokens_P1 = torch.zeros(len(hidden_PD), 1, dtype=torch.long, device=self._device)
         with resumed_at(self._blocks, len(self._blocks), hidden, self._form):
             return self._run(tokens_P1)[:, 0]
+
+
+class Head:
+    """The end of a model with its weights, read from a source; `vocabulary` is V."""
+
+    def __init__(self, source: WeightSource, device: torch.device, dtype: torch.dtype) -> None:
+        # Autograd refuses the tensors of inference mode, which passes run in.
+        with torch.inference_mode(mode=False):
+            model = build_skeleton(source.config, dtype)
+            found = source.architecture
+            for name in parameters_of_end(model, found.decoder, found.blocks):
+                tensor = read_parameter(source, name, dtype).to(device)
+                set_parameter(model, name, nn.Parameter(tensor, requires_grad=False))
+        self._end = DecoderEnd(model, found.decoder, found.blocks, device)
+        self._dtype = dtype
+        self.vocabulary = vocabulary_of(source.config)
+
+    def logits(self, hidden_PD: Tensor) -> Tensor:
+        """Return the logits of the tokens that follow, PV, in the head's dtype."""
+        with torch.autocast(hidden_PD.device.type, enabled=False):
+            return self._end.logits(hidden_PD.to(self._dtype))

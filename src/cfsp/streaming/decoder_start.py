@@ -1,36 +1,65 @@
-"""The part of a decoder before its first block: what enters the blocks, and how they are called.
+"""What a model does before its first block: what enters the blocks, and how they are called.
 
-Shapes: N windows, B windows in a batch, T tokens, D hidden.
+Of text the decoder's own forward runs with stand-ins for blocks. Of windows with images that of the
+whole model does: vision tower, projector, the places of image features among those of tokens,
+positions in two dimensions, masks in which an image sees all of itself; calls are then kept window
+by window. Some models add features of images to what leaves their first blocks as well. That is
+seen by letting stand-ins return zeros, and proved to be an addition by what else they return.
+
+Shapes: N windows, B windows in a batch, T tokens, D hidden, L blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from inspect import signature
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from cfsp.checkpoint.reading import read_tensors
+from cfsp.checkpoint.skeleton import fill, unload
 from cfsp.errors import UnsupportedModelError
-from cfsp.streaming.block_calls import BlockCalls
-from cfsp.streaming.call_form import CallForm, find_call_form
-from cfsp.streaming.call_recorder import Recording, record_calls
+from cfsp.streaming.block_calls import BlockCalls, Recording, record_calls
+from cfsp.streaming.call_form import find_call_form
 from cfsp.streaming.hidden_states import HiddenStates
+from cfsp.streaming.stand_in import CallForm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from cfsp.checkpoint.reading import WeightSource
+    from cfsp.streaming.runtime import Runtime
+    from cfsp.text.windows import Windows
+
+# Makes room for hidden states, from their shape NTD; of a resumed pass it gives those that enter a
+# later block.
+Room = Callable[[tuple[int, ...]], HiddenStates]
 
 
 class DecoderStart:
-    """What a decoder does before its first block.
+    """What a model does before its first block.
 
     Args:
         decoder: the module whose forward takes token ids and calls the blocks; needs weights for
             all but its blocks.
         blocks: its list of decoder blocks.
-        device: where to compute.
+        runtime: where and in what to compute.
+        multimodal: the whole model, where windows have images; needs weights likewise.
     """
 
-    def __init__(self, decoder: nn.Module, blocks: nn.ModuleList, device: torch.device) -> None:
-        self._decoder, self._blocks, self._device = decoder, blocks, device
+    def __init__(
+        self,
+        decoder: nn.Module,
+        blocks: nn.ModuleList,
+        runtime: Runtime,
+        multimodal: nn.Module | None = None,
+    ) -> None:
+        self._decoder, self._blocks, self._runtime = decoder, blocks, runtime
+        self._multimodal = multimodal
 
     @cached_property
     def form(self) -> CallForm:
@@ -49,51 +78,134 @@ class DecoderStart:
             output: Tensor = self._decoder(input_ids=tokens_BT, use_cache=False)[0]
             return output
 
-        return find_call_form(run, self._blocks, self._device)
+        return find_call_form(run, self._blocks, self._runtime.device)
 
     def record(self, tokens_BT: Tensor) -> Recording:
-        """Return what enters the first block, and how the blocks are called."""
-        return record_calls(self._decoder, self._blocks, tokens_BT.to(self._device), self.form)
+        """Return what enters the blocks, and how they are called."""
+        tokens_BT = tokens_BT.to(self._runtime.device)
+        return record_calls(self._decoder, self._blocks, tokens_BT, self.form)
 
     def embed(
-        self,
-        tokens_NT: Tensor,
-        batches: Iterable[slice],
-        open_hidden: Callable[[tuple[int, ...]], HiddenStates],
-        *,
-        resumed: bool = False,
+        self, windows: Windows, batches: Iterable[slice], room: Room, *, resumed: bool = False
     ) -> tuple[HiddenStates, BlockCalls]:
-        """Return the hidden states, and how blocks are called with the windows.
+        """Return the hidden states, and how blocks are called with batches of windows.
 
         Windows are never padded, so the calls depend on the shape of a batch, and in some models
-        on the tokens. A resumed pass has its hidden states already.
-
-        Args:
-            tokens_NT: windows.
-            batches: which of them pass together.
-            open_hidden: makes room for the hidden states, from their shape NTD; if resumed, it
-                gives those that enter a later block.
-            resumed: whether the hidden states are there.
+        on the tokens; with images, on the window. A resumed pass has its hidden states already.
 
         Raises:
             UnsupportedModelError: blocks cannot be run one after the other.
         """
-        one_BT = tokens_NT[:1]
-        # Other tokens of the same text: what is different then is made from them.
-        other_BT = tokens_NT.flatten().roll(1)[: one_BT.numel()].view_as(one_BT)
-        calls = BlockCalls(self.record(one_BT).calls, self.record(other_BT).calls)
+        tokens_NT = windows.tokens_NT
         hidden: HiddenStates | None = None
+        calls = self._first_calls(windows)
         for batch in batches:
-            windows = range(batch.start, batch.stop)
-            if resumed and len(windows) in calls and not calls.depend_on_text:
+            own = range(batch.start, batch.stop)
+            if self._multimodal is not None:
+                recording = self._record_window(windows, batch.start)
+                added_L = self._added(windows, batch.start, recording)
+                calls.add_alone(batch.start, recording.calls, added_L)
+            elif resumed and len(own) in calls and not calls.depend_on_text:
                 continue
-            recording = self.record(tokens_NT[batch])
-            embedded_BTD = recording.embedded_BTD
-            assert embedded_BTD is not None
+            else:
+                recording = self.record(tokens_NT[batch])
+                calls.add(own, recording.calls)
             if hidden is None:
-                hidden = open_hidden((*tokens_NT.shape, embedded_BTD.shape[-1]))
+                hidden = room((*tokens_NT.shape, recording.entering_L[0].shape[-1]))
             if not resumed:
-                hidden.write(batch, embedded_BTD)
-            calls.add(windows, recording.calls)
+                hidden.write(batch, recording.entering_L[0])
         assert hidden is not None
         return hidden, calls
+
+    def _first_calls(self, windows: Windows) -> BlockCalls:
+        """Return the calls of the first window of text, and what differs with other tokens."""
+        if self._multimodal is not None:
+            first = self._record_window(windows, 0)
+            return BlockCalls(first.calls, first.calls)
+        one_BT = windows.tokens_NT[:1]
+        # Other tokens of the same text: what is different then is made from them.
+        other_BT = windows.tokens_NT.flatten().roll(1)[: one_BT.numel()].view_as(one_BT)
+        return BlockCalls(self.record(one_BT).calls, self.record(other_BT).calls)
+
+    def _record_window(
+        self, windows: Windows, window: int, *, returns_zeros: bool = False
+    ) -> Recording:
+        """Return what enters the blocks, and how they are called, of a window with its images."""
+        assert self._multimodal is not None
+        device, dtype = self._runtime.device, self._runtime.dtype
+        more = {
+            name: value.to(device, dtype if value.is_floating_point() else None)
+            for name, value in windows.images_of(window).items()
+        }
+        return record_calls(
+            self._multimodal,
+            self._blocks,
+            windows.tokens_NT[window : window + 1].to(device),
+            self.form,
+            more=more,
+            returns_zeros=returns_zeros,
+        )
+
+    def _added(self, windows: Windows, window: int, recording: Recording) -> dict[int, Tensor]:
+        """Return what the model adds to what leaves a block, 1TD, by the index of the next block.
+
+        Mostly nothing. It shows where stand-ins that return zeros are compared with a recording of
+        those that leave the hidden state as it is.
+
+        Raises:
+            UnsupportedModelError: the model does something else there than to add.
+        """
+        entering_L = recording.entering_L
+        if all(torch.equal(entering_L[0], each) for each in entering_L[1:]):
+            return {}
+        added_L = self._record_window(windows, window, returns_zeros=True).entering_L
+        for index in range(1, len(entering_L)):
+            if not torch.equal(entering_L[index - 1] + added_L[index], entering_L[index]):
+                raise UnsupportedModelError(
+                    f"with images the model changes the hidden states between blocks {index - 1} "
+                    f"and {index} ({type(self._blocks[0]).__name__}) by more than an addition, so "
+                    "that blocks cannot be run one after the other; calibrate on text alone"
+                )
+        return {index: each for index, each in enumerate(added_L) if index and bool(each.any())}
+
+
+@contextmanager
+def weights_of_start(
+    skeleton: PreTrainedModel, source: WeightSource, runtime: Runtime, *, has_images: bool
+) -> Iterator[None]:
+    """Read everything of a model that comes before its blocks, and drop it afterwards.
+
+    Images pass the vision tower, which is not part of the decoder.
+    """
+    architecture = source.architecture
+    path, not_needed = architecture.decoder, [architecture.blocks]
+    if has_images:
+        not_needed += _heads(skeleton, path)
+        path = ""
+    module, prefix = skeleton.get_submodule(path), f"{path}." if path else ""
+    with _without(skeleton, not_needed):
+        fill(module, read_tensors(module, prefix, source, runtime.dtype), runtime.device)
+    yield
+    with _without(skeleton, not_needed):
+        unload(module)
+
+
+def _heads(model: PreTrainedModel, decoder: str) -> Iterator[str]:
+    """Yield the path to the module that gives logits, if it is outside the decoder."""
+    head: Any = model.get_output_embeddings()
+    for path, module in model.named_modules():
+        if module is head and not f"{path}.".startswith(f"{decoder}." if decoder else ""):
+            yield path
+
+
+@contextmanager
+def _without(model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
+    """Leave parts of a model out while this is open."""
+    left_out = {path: model.get_submodule(path) for path in paths}
+    for path in paths:
+        model.set_submodule(path, nn.ModuleList())
+    try:
+        yield
+    finally:
+        for path, module in left_out.items():
+            model.set_submodule(path, module)

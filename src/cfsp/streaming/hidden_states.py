@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
@@ -25,50 +24,14 @@ _FILES = ("hidden-0.bin", "hidden-1.bin")
 _COPY_BYTES = 64 << 20
 
 
-class HiddenStates(ABC):
-    """Hidden states of all windows, read and written batch by batch.
+class HiddenStates:
+    """Hidden states of all windows, read and written batch by batch: one tensor.
 
-    Within a block every batch is read before it is written; `turn` ends the block.
-
-    Attributes:
-        shape_NTD: their shape.
-        nbytes: size of all of them.
-    """
-
-    shape_NTD: tuple[int, ...]
-    nbytes: int
-
-    @abstractmethod
-    def read(self, batch: slice) -> Tensor:
-        """Return the windows of a batch, BTD; to be used before they are written."""
-
-    @abstractmethod
-    def write(self, batch: slice, hidden_BTD: Tensor) -> None:
-        """Set the windows of a batch, from any device."""
-
-    @abstractmethod
-    def read_written(self, batch: slice) -> Tensor:
-        """Return the windows of a batch as they were written in this block, before `turn`."""
-
-    @abstractmethod
-    def forget(self, batch: slice) -> None:
-        """Let the memory of a batch go where a file has it; it can be read again."""
-
-    @abstractmethod
-    def turn(self) -> None:
-        """Note that all batches have been written: they are what is read from now on."""
-
-    @abstractmethod
-    def save(self) -> str:
-        """Put the states on disk, after `turn`; return the name of their file."""
-
-
-class HiddenInMemory(HiddenStates):
-    """One tensor.
+    Within a block every batch is read before it is written; `swap_buffers` ends the block.
 
     Args:
-        shape_NTD: its shape.
-        dtype: its dtype.
+        shape_NTD: their shape.
+        dtype: their dtype.
         directory: where `save` puts copies; None if it is never called.
         saved: name of a file that `save` returned in an earlier process, to go on from.
         pinned: whether a GPU copies from and to it.
@@ -83,11 +46,9 @@ class HiddenInMemory(HiddenStates):
         *,
         pinned: bool = False,
     ) -> None:
+        self.shape_NTD, self.nbytes = shape_NTD, math.prod(shape_NTD) * dtype.itemsize
         self._hidden_NTD = torch.empty(shape_NTD, dtype=dtype, pin_memory=pinned)
-        self.shape_NTD = shape_NTD
-        self.nbytes = self._hidden_NTD.nbytes
-        self._directory = directory
-        self._saved = saved
+        self._directory, self._saved = directory, saved
         if saved is not None:
             assert directory is not None
             with (directory / saved).open("rb", buffering=0) as file:
@@ -98,36 +59,35 @@ class HiddenInMemory(HiddenStates):
                 assert done == len(view), (saved, done)
 
     def read(self, batch: slice) -> Tensor:
-        """Return the windows of a batch."""
+        """Return the windows of a batch, BTD; to be used before they are written."""
         return self._hidden_NTD[batch]
 
     def write(self, batch: slice, hidden_BTD: Tensor) -> None:
-        """Set the windows of a batch."""
+        """Set the windows of a batch, from any device."""
         self._hidden_NTD[batch] = hidden_BTD
 
     def read_written(self, batch: slice) -> Tensor:
-        """Return the windows of a batch."""
+        """Return the windows of a batch as written in this block, before `swap_buffers`."""
         return self._hidden_NTD[batch]
 
     def forget(self, batch: slice) -> None:
-        """Do nothing: memory is all that has them."""
+        """Let the memory of a batch go where a file has it; it can be read again."""
 
-    def turn(self) -> None:
-        """Do nothing: a batch is read before it is written."""
+    def swap_buffers(self) -> None:
+        """Note that all batches have been written: they are what is read from now on."""
 
     def save(self) -> str:
-        """Write a copy beside the last one."""
+        """Put the states on disk, after `swap_buffers`; return the name of their file."""
         assert self._directory is not None
-        name = _other(self._saved)
+        self._saved = _other(self._saved)
         view = self._bytes()
-        with (self._directory / name).open("wb", buffering=0) as file:
+        with (self._directory / self._saved).open("wb", buffering=0) as file:
             for start in range(0, len(view), _COPY_BYTES):
                 left = view[start : start + _COPY_BYTES]
                 while left:
                     left = left[file.write(left) or 0 :]
             os.fsync(file.fileno())
-        self._saved = name
-        return name
+        return self._saved
 
     def _bytes(self) -> memoryview:
         return self._hidden_NTD.view(-1).view(torch.uint8).numpy().data
@@ -136,16 +96,8 @@ class HiddenInMemory(HiddenStates):
 class HiddenInFile(HiddenStates):
     """One or two memory-mapped files, of which no page stays resident longer than a batch.
 
-    The second file exists from the first `save` on.
-
-    Args:
-        shape_NTD: the shape.
-        dtype: the dtype.
-        directory: where the files are.
-        saved: name of a file that `save` returned in an earlier process, to go on from.
-
-    Raises:
-        OutputError: the disk has no room.
+    The second file exists from the first `save` on. Where the disk has no room, what reads or
+    writes raises OutputError.
     """
 
     def __init__(
@@ -155,20 +107,24 @@ class HiddenInFile(HiddenStates):
         directory: Path,
         saved: str | None = None,
     ) -> None:
-        self.shape_NTD, self._dtype, self._directory = shape_NTD, dtype, directory
-        self.nbytes = math.prod(shape_NTD) * dtype.itemsize
+        self.shape_NTD, self.nbytes = shape_NTD, math.prod(shape_NTD) * dtype.itemsize
+        self._dtype, self._path = dtype, directory
         self._maps: dict[str, mmap.mmap] = {}
         self._source = saved or _FILES[0]
         self._target = _other(saved) if saved else _FILES[0]
 
     def read(self, batch: slice) -> Tensor:
-        """Return the windows of a batch."""
+        """Return a view of the file that is read."""
         return self._view(self._source)[batch]
 
     def write(self, batch: slice, hidden_BTD: Tensor) -> None:
         """Set the windows of a batch, and let its pages go."""
         self._view(self._target)[batch] = hidden_BTD
         self.forget(batch)
+
+    def read_written(self, batch: slice) -> Tensor:
+        """Return a view of the file that is written to."""
+        return self._view(self._target)[batch]
 
     def forget(self, batch: slice) -> None:
         """Let the pages of a batch go: they are in the page cache."""
@@ -179,11 +135,7 @@ class HiddenInFile(HiddenStates):
             if hasattr(mmap, "MADV_DONTNEED"):
                 self._maps[name].madvise(mmap.MADV_DONTNEED, start, stop - start)
 
-    def read_written(self, batch: slice) -> Tensor:
-        """Return the windows of a batch from the file that is written to."""
-        return self._view(self._target)[batch]
-
-    def turn(self) -> None:
+    def swap_buffers(self) -> None:
         """Read from now on what was written."""
         self._source = self._target
 
@@ -195,7 +147,7 @@ class HiddenInFile(HiddenStates):
 
     def _view(self, name: str) -> Tensor:
         if name not in self._maps:
-            self._maps[name] = self._open(self._directory / name)
+            self._maps[name] = self._open(self._path / name)
         flat = torch.frombuffer(self._maps[name], dtype=self._dtype)
         return flat.view(self.shape_NTD)
 

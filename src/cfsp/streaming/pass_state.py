@@ -24,28 +24,25 @@ _LEAST_SECONDS = 0.01
 
 
 class PassState:
-    """The state of one pass.
+    """The state of one pass, in a directory of its own.
 
     Args:
-        directory: of this pass alone; is created.
+        directory: is created.
         identity: everything that the results depend on, as JSON types.
-
-    Attributes:
-        next_block: the first block that is not finished.
-        hidden: name of the file with the hidden states that enter it; None if there are none.
-        before: what both were when the state was saved the time before. That file is there as long
-            as no state enters the next block.
 
     Raises:
         ResumeError: the directory holds unfinished work of something else.
     """
 
     def __init__(self, directory: Path, identity: dict[str, Any]) -> None:
-        self.directory = directory
+        self.directory, self._identity = directory, identity
+        # The first block that is not finished.
         self.next_block = 0
+        # Name of the file with the hidden states that enter it.
         self.hidden: str | None = None
+        # What both were when the state was saved the time before. That file is there as long as no
+        # state enters the next block.
         self.before: tuple[int, str | None] = (0, None)
-        self._identity = identity
         directory.mkdir(parents=True, exist_ok=True)
         if (directory / STATE_FILE).is_file():
             fields = read_state(directory / STATE_FILE, identity)
@@ -59,11 +56,7 @@ class PassState:
         self._write()
 
     def go_back_to(self, block: int) -> None:
-        """Begin with an earlier block: that of the state before, or the first.
-
-        Args:
-            block: `next_block`, that of `before`, or 0.
-        """
+        """Begin with `next_block`, that of `before`, or the first."""
         if block == self.next_block:
             return
         hidden = self.before[1] if block == self.before[0] else None
@@ -83,38 +76,30 @@ class PassState:
 
 
 def read_state(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Return what a state file says, after checking that it belongs to something.
-
-    Args:
-        path: PLACE/PROCESS/PASS/state.json.
-        identity: what must be as it was.
+    """Return what WORK_DIR/PROCESS/PASS/state.json says.
 
     Raises:
-        ResumeError: it belongs to something else, or is damaged.
+        ResumeError: it belongs to work of another identity, or is damaged.
     """
-    place = path.parents[2]
+    work_dir = path.parents[2]
     try:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         saved: dict[str, Any] = fields["identity"]
         fields["next_block"] = int(fields["next_block"])
         _ = fields["hidden"]
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ResumeError(f"{path} is damaged; start over with: rm -r {place}") from error
+        raise ResumeError(f"{path} is damaged; start over with: rm -r {work_dir}") from error
     for key, now in json.loads(json.dumps(identity)).items():
         if saved.get(key) != now:
             raise ResumeError(
-                f"{place} holds unfinished work with another {key} ({saved.get(key)}; now it is "
-                f"{now}); repeat that command to finish it, or start over with: rm -r {place}"
+                f"{work_dir} holds unfinished work with another {key} ({saved.get(key)}; now it is "
+                f"{now}); repeat that command to finish it, or start over with: rm -r {work_dir}"
             )
     return fields
 
 
 class Pace:
-    """Decides when to save: as often as costs little.
-
-    Args:
-        nbytes: about how much is written each time.
-    """
+    """Decides when to save about so many bytes: as often as costs little."""
 
     def __init__(self, nbytes: int) -> None:
         self._cost = max(_LEAST_SECONDS, nbytes / _BYTES_PER_SECOND)

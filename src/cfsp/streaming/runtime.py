@@ -1,31 +1,35 @@
-"""Where and in what blocks compute, made definite for one model on this machine."""
+"""Where and in what blocks compute, whether a whole model fits there, and by which software."""
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+import torch
+
 from cfsp.checkpoint.loading import compute_device, compute_dtype
+from cfsp.checkpoint.reading import LoadedModel, parameter_count
+from cfsp.errors import UsageError
+from cfsp.streaming.memory import available_bytes
 
 if TYPE_CHECKING:
-    import torch
-
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.settings import Compute
+
+# A whole model's weights need this much beside them: logits, activations, hidden states.
+_ROOM = 1.2
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and in what blocks compute.
-
-    Attributes:
-        device: where.
-        dtype: in what.
-        batch_windows: windows that pass a block together; None for about 4096 tokens.
-    """
+    """Where and in what blocks compute, made definite for one model on this machine."""
 
     device: torch.device
     dtype: torch.dtype
+    # Windows that pass a block together; None for about 4096 tokens.
     batch_windows: int | None = None
 
 
@@ -38,3 +42,43 @@ def runtime_of(compute: Compute, source: WeightSource) -> Runtime:
     return Runtime(
         compute_device(compute.device), compute_dtype(source, compute.dtype), compute.batch_windows
     )
+
+
+def fits(source: WeightSource, runtime: Runtime) -> bool:
+    """Return whether a whole model fits into the memory that is available where it computes."""
+    needed = needed_bytes(source, runtime.dtype)
+    return isinstance(source, LoadedModel) or needed <= free_bytes(runtime.device)
+
+
+def check_fits(source: WeightSource, runtime: Runtime, purpose: str) -> None:
+    """Check that a whole model fits, for a purpose that the error names.
+
+    Raises:
+        UsageError: it does not.
+    """
+    needed, available = needed_bytes(source, runtime.dtype), free_bytes(runtime.device)
+    if needed > available:
+        raise UsageError(
+            f"{purpose} runs the whole model, which takes about {needed / 1e9:.3g} GB of memory; "
+            f"{available / 1e9:.3g} GB are available: do without, or use a larger machine"
+        )
+
+
+def needed_bytes(source: WeightSource, dtype: torch.dtype) -> int:
+    """Return about what a whole model takes in memory."""
+    return int(_ROOM * parameter_count(source) * dtype.itemsize)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the memory that is available; weights come to a GPU through that of the machine."""
+    if device.type != "cuda":
+        return available_bytes()
+    on_device, _ = torch.cuda.mem_get_info(device)
+    return min(available_bytes(), on_device)
+
+
+@cache  # the metadata of a package is a long text, read and parsed each time
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that compute, by name."""
+    packages = ("cfsp-llm", "torch", "transformers", "safetensors", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

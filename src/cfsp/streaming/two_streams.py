@@ -1,11 +1,8 @@
-"""One pass that carries two streams of the same windows: through a dense model, and a pruned one.
+"""Two streams of the same windows around a group of pruned blocks: what enters it, what it should
+give.
 
-The dense stream passes a block. Where a group of blocks ends, something may be done to the pruned
-blocks, which see both streams; then the pruned stream passes them. Blocks that were removed whole
-belong to the one before them, or else to the first that stays: what that should give is what the
-dense stream holds after them.
-
-Windows have one number, that in the whole text, whichever process has them.
+One stream passes the dense model, the other the pruned one. Windows have one number, that in the
+whole text, whichever process has them.
 
 Shapes: N windows, B windows in a batch, T tokens, D hidden.
 """
@@ -13,33 +10,26 @@ Shapes: N windows, B windows in a batch, T tokens, D hidden.
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, unload
+from cfsp.errors import CalibrationError
 from cfsp.processes import Team
 from cfsp.streaming.block_group import BlockGroup
-from cfsp.streaming.block_pass import Visitor, pass_blocks
 from cfsp.streaming.block_stream import StreamedBlock
-from cfsp.streaming.group_visit import GroupVisit
-from cfsp.text.windows import joined
 
 if TYPE_CHECKING:
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.streaming.runtime import Runtime
-    from cfsp.streaming.work_dir import WorkDir
     from cfsp.text.windows import Windows
-
-T = TypeVar("T")
 
 # So few batches there are at least, so that they differ.
 _LEAST_BATCHES = 8
+# The root of zero has no gradient, and a block that loses no channel may have no error.
+_LEAST_SQUARE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -48,16 +38,12 @@ class TwoStreams:
 
     A process has some of them, and each of these in two rows of its hidden states: first all of the
     dense stream, then all of the pruned.
-
-    Attributes:
-        tokens_NT: the text.
-        held_out: windows that nothing is fitted to.
-        batch: windows that pass together, at most.
-        team: the processes that share them.
     """
 
     tokens_NT: Tensor
+    # Windows that nothing is fitted to.
     held_out: tuple[int, ...]
+    # Windows that pass together, at most.
     batch: int
     team: Team
 
@@ -83,10 +69,9 @@ class TwoStreams:
 
     @cached_property
     def own(self) -> range:
-        """The windows of this process: whole batches."""
+        """The windows of this process."""
         count = len(self.tokens_NT)
-        own = self.team.share(math.ceil(count / self.batch))
-        return range(own.start * self.batch, min(own.stop * self.batch, count))
+        return range(count)[self.team.share(count, self.batch)]
 
     @property
     def own_held_out(self) -> list[int]:
@@ -115,119 +100,210 @@ class TwoStreams:
         return slice(behind + dense.start, behind + dense.stop)
 
 
-class TwoStreamPass(Visitor[T | None]):
-    """Lets both streams pass all blocks; does something to each group of pruned blocks on the way.
+class Batch(NamedTuple):
+    """Some windows of both streams at a group of blocks."""
+
+    # Of the pruned stream, as they enter the first of the blocks.
+    input_BTD: Tensor
+    # Of the dense stream, as they leave the last of them.
+    dense_BTD: Tensor
+    # The text.
+    tokens_BT: Tensor
+    # Number of the batch among those of its kind, from 0.
+    turn: int = 0
+
+    def on(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+        input_BTD, dense_BTD, tokens_BT = (tensor.to(device) for tensor in self[:3])
+        return Batch(input_BTD, dense_BTD, tokens_BT, self.turn)
+
+    @staticmethod
+    def joined(parts: Sequence[Batch], turn: int) -> Batch:
+        """Return the windows of several batches as one."""
+        input_BTD, dense_BTD, tokens_BT = map(torch.cat, list(zip(*parts, strict=True))[:3])
+        return Batch(input_BTD, dense_BTD, tokens_BT, turn)
+
+
+# Of the hidden states that the blocks give for a batch, BTD.
+Loss = Callable[[Tensor, Batch], Tensor]
+
+
+def token_error(output_BTD: Tensor, dense_BTD: Tensor) -> Tensor:
+    """Return |output - dense| / |dense| of each token, averaged, in float32.
+
+    Relative to each token: the first tokens of a window have a thousand times the energy of the
+    others, or more, and would be all that counts.
+    """
+    dense = dense_BTD.float()
+    difference = output_BTD.float() - dense
+    energy = dense.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return (difference.square().sum(-1) / energy + _LEAST_SQUARE).sqrt().mean()
+
+
+def hidden_loss(output_BTD: Tensor, dense_BTD: Tensor) -> Tensor:
+    """Return the error of each token, averaged, and that of all together, added.
+
+    The second guards the few tokens of huge energy, which attention of other tokens rests on: if
+    they lose it, or others gain it, all later blocks break, and one in a thousand hardly shows in
+    the first.
+    """
+    difference = output_BTD.float() - dense_BTD.float()
+    energy = dense_BTD.float().square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+    whole = (difference.square().sum() / energy + _LEAST_SQUARE).sqrt()
+    return token_error(output_BTD, dense_BTD) + whole
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How far blocks are from the dense model, on held-out windows."""
+
+    # Of the last block's output hidden states, relative to the dense stream (see `token_error`).
+    error: float
+    # What is to become less, such as `hidden_loss`.
+    loss: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether neither is NaN or infinite."""
+        return math.isfinite(self.error) and math.isfinite(self.loss)
+
+    def check_finite(self, block: int) -> None:
+        """Check that a block computes no NaN as it is.
+
+        Raises:
+            CalibrationError: it does.
+        """
+        if not self.is_finite:
+            raise CalibrationError(
+                f"block {block} produced NaN or infinite activations; "
+                "prune with --set dtype=float32 or bfloat16"
+            )
+
+
+class GroupVisit:
+    """A group of pruned blocks with their weights, and both streams around it.
 
     Args:
-        name: of the pass.
-        source: the dense model.
-        pruned: what the cut makes of it, earlier repairs included.
+        blocks: the group.
+        block: the dense block that the dense stream has passed last.
         streams: which windows are what.
-        runtime: where and in what to compute.
-        removed: the dense model's blocks that the pruned one does not have.
-
-    Attributes:
-        source: the dense model.
-        pruned: the pruned one.
-        runtime: where and in what to compute.
-        kept: indices in the dense model of the pruned model's blocks.
+        dense_after: the dense stream's held-out windows of this process after each dense block
+            that the group stands for.
     """
-
-    waits_for_others = True
 
     def __init__(
         self,
-        name: str,
-        source: WeightSource,
-        pruned: WeightSource,
+        blocks: BlockGroup,
+        block: StreamedBlock,
         streams: TwoStreams,
-        runtime: Runtime,
-        removed: Collection[int],
+        dense_after: list[Tensor],
     ) -> None:
-        super().__init__(name)
-        self.source, self.pruned = source, pruned
-        self.runtime = replace(runtime, batch_windows=streams.batch)
-        self.more_batch_sizes = streams.batch_sizes
-        self._streams = streams
-        self._modules = blocks_of(build_skeleton(pruned.config, runtime.dtype), pruned.architecture)
-        count = source.architecture.block_count
-        self.kept = [block for block in range(count) if block not in removed]
-        # The dense stream's held-out windows after each block of the group so far, and after the
-        # removed ones behind it.
-        self._dense_after: list[Tensor] = []
+        self.blocks, self.streams, self.team = blocks, streams, streams.team
+        self.device, self.dense_last = block.device, block.index
+        # Index of the last of the blocks in the pruned model.
+        self.last = blocks.indices[-1]
+        self._block, self._dense_after = block, dense_after
+        self._reported = 0
+        self._gathered: list[Batch] = []
 
-    def group_of(self, block: int) -> range:
-        """Return the blocks that are one group with any of them; indices in the pruned model."""
-        return range(block, block + 1)
+    def batch(self, windows: Sequence[int], turn: int = 0) -> Batch:
+        """Return some windows of this process, of both streams."""
+        hidden, streams = self._block.hidden, self.streams
+        parts = [range(window, window + 1) for window in windows]
+        return Batch(
+            torch.cat([hidden.read(streams.pruned_rows(part)) for part in parts]),
+            torch.cat([hidden.read_written(streams.dense_rows(part)) for part in parts]),
+            streams.tokens_NT[list(windows)],
+            turn,
+        ).on(self.device)
 
-    @abstractmethod
-    def work(self, group: GroupVisit) -> T | None:
-        """Do something to a group that the dense stream has passed.
+    def batch_of_all(self, windows: Sequence[int], turn: int) -> Batch:
+        """Return some windows of all processes, which call this together."""
+        if self.team.size == 1:
+            return self.batch(windows, turn)
+        rows = [row for row, window in enumerate(windows) if window in self.streams.own]
+        shape = (2, len(windows), *self._block.hidden.shape_NTD[1:])
+        # Nothing is added to what a process has, so that float32 keeps every bit of it.
+        states_2BTD = torch.zeros(shape, device=self.device)
+        if rows:
+            of_own = self.batch([windows[row] for row in rows])
+            states_2BTD[0, rows] = of_own.input_BTD.float()
+            states_2BTD[1, rows] = of_own.dense_BTD.float()
+        input_BTD, dense_BTD = self.team.add_up(states_2BTD)
+        tokens_BT = self.streams.tokens_NT[list(windows)].to(self.device)
+        return Batch(input_BTD, dense_BTD, tokens_BT, turn)
 
-        It is left with the weights that the pruned stream goes through.
-        """
+    def own_batches(self) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield every window of this process once, with which of each batch are held out, [B]."""
+        held_out = set(self.streams.held_out)
+        for windows in self.streams.own_batches:
+            yield self.batch(windows), torch.tensor([window in held_out for window in windows])
 
-    def pass_all(self, windows: Windows, place: WorkDir) -> list[T | None]:
-        """Let all windows pass.
+    def gather_held_out(self) -> None:
+        """Bring the held-out windows of all processes to the first, which alone can then judge."""
+        if self.team.size == 1:
+            return
+        cpu = torch.device("cpu")
+        own = [self.batch([window]).on(cpu) for window in self.streams.own_held_out]
+        gathered = self.team.gather_at(0, (own, self._dense_after))
+        for of_process, _ in gathered:
+            self._gathered.extend(of_process)
+        # A process without held-out windows has nothing of any block.
+        after = [of_blocks for _, of_blocks in gathered if of_blocks]
+        self._dense_after[:] = [torch.cat(of_block) for of_block in zip(*after, strict=True)]
+
+    def _judged(self) -> Iterator[tuple[Batch, slice]]:
+        """Yield the held-out windows of all in batches, and their places among these windows."""
+        done = 0
+        for turn, windows in enumerate(self.streams.judged):
+            rows = slice(done, done + len(windows))
+            if self.team.size == 1:
+                yield self.batch(windows, turn), rows
+            else:
+                yield Batch.joined(self._gathered[rows], turn).on(self.device), rows
+            done = rows.stop
+
+    def judge(self, loss_of: Loss) -> Judgement:
+        """Return how far the group is from the dense stream on the held-out windows of all."""
+        error = loss = 0.0
+        for batch, _ in self._judged():
+            output_BTD = self.blocks(batch.input_BTD)
+            share = len(output_BTD) / len(self.streams.held_out)
+            error += share * float(token_error(output_BTD, batch.dense_BTD))
+            loss += share * float(loss_of(output_BTD, batch))
+        return Judgement(error, loss)
+
+    def errors(self) -> list[float]:
+        """Return the error of every block of the group on the held-out windows of all."""
+        error_L = [0.0] * len(self._dense_after)
+        for batch, rows in self._judged():
+            outputs = self.blocks.outputs(batch.input_BTD)
+            share = len(batch.input_BTD) / len(self.streams.held_out)
+            for position, (output_BTD, dense_BTD) in enumerate(
+                zip(outputs, self._dense_after, strict=True)
+            ):
+                dense = dense_BTD[rows].to(self.device)
+                error_L[position] += share * float(token_error(output_BTD, dense))
+        return error_L
+
+    def accept(
+        self, before: Judgement, tensors: Mapping[str, Tensor], loss_of: Loss
+    ) -> Judgement | None:
+        """Leave the group with new tensors, by stored names, if held-out windows lose less.
 
         Returns:
-            For every block of the dense model what `work` returned, at the last of each group; None
-            at the others.
-
-        Raises:
-            CalibrationError: a weight or an activation is NaN or infinite.
-            ResumeError: the work directory holds unfinished work of something else.
+            How far it is with them; None if the group stays as it was.
         """
-        own = windows.part(slice(self._streams.own.start, self._streams.own.stop))
-        results = pass_blocks(self.source, joined([own, own]), self, self.runtime, place)
-        at_last: list[T | None] = [None] * len(results)
-        for end, group in self._group_at.items():
-            at_last[self.kept[group[-1]]] = results[end]
-        return at_last
+        self.blocks.fill(tensors)
+        after = self.judge(loss_of)
+        if after.is_finite and after.loss < before.loss:
+            return after
+        self.blocks.fill()
+        return None
 
-    @cached_property
-    def _group_at(self) -> dict[int, range]:
-        """The dense block after which each group is worked on."""
-        kept = [*self.kept, self.source.architecture.block_count]
-        groups = map(self.group_of, range(len(self.kept)))
-        return {kept[group[-1] + 1] - 1: group for group in groups}
-
-    def may_stop_after(self, block: int) -> bool:
-        """Return whether a group ends there."""
-        return block in self._group_at
-
-    def visit(self, block: StreamedBlock) -> T | None:
-        """Let the dense stream pass a block, and the pruned one the group that ends with it."""
-        streams, hidden = self._streams, block.hidden
-        block.pass_through(block.compute, map(streams.dense_rows, streams.own_batches))
-        unload(block.module)
-        held_out = [
-            hidden.read_written(streams.dense_rows(range(window, window + 1)))
-            for window in streams.own_held_out
-        ]
-        if held_out:  # those of another process may be all there are
-            if block.index not in self.kept:
-                del self._dense_after[-1:]
-            if block.index >= self.kept[0]:
-                self._dense_after.append(torch.cat(held_out))
-        block.tokens_done(len(streams.own) * streams.tokens_NT.shape[1])
-        waiting = map(streams.pruned_rows, streams.own_batches)
-        indices = self._group_at.get(block.index)
-        result = None
-        if indices is None:
-            block.pass_through(lambda rows, hidden_BTD: hidden_BTD, waiting)
-        else:
-            calls = {
-                size: [block.call(self.kept[index], size) for index in indices]
-                for size in self.more_batch_sizes
-            }
-            blocks = BlockGroup(self.pruned, self._modules, indices, calls, self.runtime)
-            blocks.fill()
-            group = GroupVisit(blocks, block, streams, self._dense_after)
-            result = self.work(group)
-            block.pass_through(lambda rows, hidden_BTD: blocks(hidden_BTD), waiting)
-            group.progress(1.0)
-            blocks.unload()
-            self._dense_after.clear()
-        hidden.turn()
-        return result
+    def progress(self, done: float) -> None:
+        """Report which part of the work on the group is done, from 0 to 1."""
+        tokens_of_window = self.streams.tokens_NT.shape[1] * len(self.blocks.modules)
+        tokens = round(done * len(self.streams.own) * tokens_of_window)
+        self._block.tokens_done(tokens - self._reported)
+        self._reported = tokens

@@ -25,15 +25,14 @@ from cfsp.errors import CfspError, OutputError, ResumeError
 from cfsp.processes import Team
 from cfsp.streaming.memory import default_budget
 from cfsp.streaming.pass_state import STATE_FILE, PassState, read_state
-from cfsp.streaming.pass_times import PassTimes
-from cfsp.streaming.stopwatch import Stopwatch
+from cfsp.streaming.stopwatch import PassTimes, Stopwatch
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class WorkDir:
-    """Where one command works.
+    """Where one command works, on what, with whom, and what took how long.
 
     Attributes:
         directory: exists as long as the command runs.
@@ -97,15 +96,15 @@ def output_work_dir(
     """
     team = team or Team()
     directory = directory_of_process(out, team.rank, team.size)
-    place = directory.parent
-    _check_processes(place, team.size)
+    work_dir = directory.parent
+    _check_processes(work_dir, team.size)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(
             f"cannot write to {directory}: {error.strerror}; choose another output"
         ) from error
-    with lock_out_others(directory / "lock", place):
+    with lock_out_others(directory / "lock", work_dir):
         for state in sorted(directory.glob(f"*/{STATE_FILE}")):
             read_state(state, identity)
         _remove_unfinished(directory)
@@ -116,7 +115,7 @@ def output_work_dir(
         except BaseException as error:
             if _to_keep(directory, error):
                 logger.warning(
-                    "the work so far is kept in %s; the same command goes on from it", place
+                    "the work so far is kept in %s; the same command goes on from it", work_dir
                 )
             else:
                 _remove(directory)
@@ -125,18 +124,12 @@ def output_work_dir(
 
 
 def load_or_compute(
-    place: WorkDir | None, name: str, measure: Callable[[], dict[str, Any]]
+    work_dir: WorkDir | None, name: str, measure: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return what a killed run measured already, or measure it and keep it.
-
-    Args:
-        place: where to keep it; None for nowhere.
-        name: of the measurement, in its work directory.
-        measure: gives JSON types.
-    """
-    if place is None or place.identity is None:
+    """Return the JSON types that a killed run measured already, or measure and keep them."""
+    if work_dir is None or work_dir.identity is None:
         return measure()
-    state = PassState(place.directory / name, place.identity)
+    state = PassState(work_dir.directory / name, work_dir.identity)
     path = state.directory / "measured.json"
     if not state.next_block:
         write_atomically(path, json.dumps(measure()).encode())
@@ -158,14 +151,15 @@ def _budget(memory_budget: int | None) -> int:
     return default_budget() if memory_budget is None else memory_budget
 
 
-def _check_processes(place: Path, processes: int) -> None:
+def _check_processes(work_dir: Path, processes: int) -> None:
     # Sorted: an iterator that an error leaves half way keeps its directory open.
-    for state in sorted(place.glob(f"process-*/*/{STATE_FILE}")):
+    for state in sorted(work_dir.glob(f"process-*/*/{STATE_FILE}")):
         found = state.parent.parent.name.rpartition("-of-")[2]
         if found != str(processes):
             raise ResumeError(
-                f"{place} holds unfinished work of {found} processes, now there are {processes}; "
-                f"repeat that command to finish it, or start over with: rm -r {place}"
+                f"{work_dir} holds unfinished work of {found} processes, now there are "
+                f"{processes}; repeat that command to finish it, or start over with: "
+                f"rm -r {work_dir}"
             )
 
 
@@ -184,18 +178,14 @@ def _to_keep(directory: Path, error: BaseException) -> bool:
 
 
 def remove_finished_work(out: Path) -> None:
-    """Remove the work directory of an output that is there, if its run was killed before it could.
-
-    Args:
-        out: the file or directory that is written whole or not at all.
-    """
-    place = out.parent / f"{out.name}.work"
-    if not place.is_dir() or not (out.is_file() or (out / MANIFEST_FILE).is_file()):
+    """Remove the work directory of an output that is there: its run may have been killed."""
+    work_dir = out.parent / f"{out.name}.work"
+    if not work_dir.is_dir() or not (out.is_file() or (out / MANIFEST_FILE).is_file()):
         return
-    for directory in sorted(place.iterdir()):
+    for directory in sorted(work_dir.iterdir()):
         with (
             contextlib.suppress(OSError, OutputError),
-            lock_out_others(directory / "lock", place),
+            lock_out_others(directory / "lock", work_dir),
         ):
             _remove(directory)
 

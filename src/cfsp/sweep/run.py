@@ -44,8 +44,7 @@ from cfsp.settings import Compute, EvaluationText, Part
 from cfsp.speed import Conditions, Workload, compare_speed
 from cfsp.speed.measuring import PHASES
 from cfsp.speed.subjects import Subject
-from cfsp.streaming.runtime import runtime_of
-from cfsp.streaming.whole import check_fits
+from cfsp.streaming.runtime import check_fits, runtime_of
 from cfsp.streaming.work_dir import output_work_dir, remove_finished_work
 from cfsp.sweep.recipe import Point, Recipe
 from cfsp.sweep.table import Row

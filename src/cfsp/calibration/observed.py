@@ -1,0 +1,191 @@
+"""What calibration gathers in each block and each unit of it, as values and as JSON.
+
+Shapes: E experts, F FFN channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cfsp.settings import DISTANCES, UNIT_PARTS, Part
+
+# Of units whose experts' outputs are not looked at.
+NOT_SEEN = torch.zeros(0, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class BlockStatistics:
+    """What the calibration tokens did in one block.
+
+    Attributes:
+        distance_sums: sum over tokens of each distance between the block's input and output.
+        tokens: number of tokens.
+    """
+
+    distance_sums: dict[str, float]
+    tokens: int
+
+    @property
+    def distances(self) -> dict[str, float]:
+        """Mean of each distance over all tokens."""
+        return {name: total / self.tokens for name, total in self.distance_sums.items()}
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether no sum is NaN or infinite."""
+        return all(map(math.isfinite, self.distance_sums.values()))
+
+    @staticmethod
+    def from_json(entry: Mapping[str, Any], index: int) -> BlockStatistics:
+        """Return those of a block whose fields were written as JSON."""
+        tokens = int(entry["tokens"])
+        if tokens < 1:
+            raise ValueError(f"block {index} has seen {tokens} tokens")
+        return BlockStatistics(_distance_sums(entry["distance_sums"]), tokens)
+
+
+@dataclass(frozen=True)
+class UnitStatistics:
+    """What the calibration tokens did in one unit.
+
+    Attributes:
+        block: index of its block.
+        sum_of_squares_F: sum over all tokens of the square of each activation that enters the
+            unit's down matrix, float64: of an FFN one for each channel.
+        tokens: number of tokens that passed the block.
+        routed_E: tokens that were routed to each expert; empty in a unit with one FFN. Channels
+            are then numbered through, expert after expert, and sums are over the tokens that
+            were routed to the expert, activations weighted as the router weights its output.
+        part: what it is a unit of.
+        distance_sums: of an attention, sum over tokens of each distance between the hidden state
+            before it and that after it; empty where these are not seen.
+        output_norm_E: sum over the tokens routed to each expert of the L2 norm of what it adds,
+            its output times the router's weight, float64; empty where whole experts can't go.
+    """
+
+    block: int
+    sum_of_squares_F: Tensor
+    tokens: int
+    routed_E: tuple[int, ...] = ()
+    part: Part = "ffn"
+    distance_sums: dict[str, float] = field(default_factory=dict)
+    output_norm_E: Tensor = NOT_SEEN
+
+    @property
+    def ffns(self) -> int:
+        """Number of FFNs: 1, or the number of experts."""
+        return len(self.routed_E) or 1
+
+    @property
+    def width(self) -> int:
+        """Activations that enter the down matrix of one FFN: its channels."""
+        return len(self.sum_of_squares_F) // self.ffns
+
+    def of_ffn(self, ffn: int) -> UnitStatistics:
+        """Return the statistics of one FFN: its channels, and the tokens that it saw."""
+        if not self.routed_E:
+            return self
+        own = slice(ffn * self.width, (ffn + 1) * self.width)
+        return replace(
+            self,
+            sum_of_squares_F=self.sum_of_squares_F[own],
+            tokens=self.routed_E[ffn],
+            routed_E=(),
+        )
+
+    @property
+    def norm_F(self) -> Tensor:
+        """L2 norm of each channel over all tokens (X_i in the formulas)."""
+        return self.sum_of_squares_F.sqrt()
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether no sum is NaN, infinite, or negative where it cannot be."""
+        sums = torch.cat([self.sum_of_squares_F, self.output_norm_E])
+        possible = bool(((sums >= 0) & torch.isfinite(sums)).all())
+        return possible and all(map(math.isfinite, self.distance_sums.values()))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what is written of a unit besides its tensors."""
+        entry: dict[str, Any] = {"block": self.block, "tokens": self.tokens}
+        if self.routed_E:
+            entry["routed"] = self.routed_E
+        if self.part != "ffn":
+            entry["part"] = self.part
+        if self.distance_sums:
+            entry["distance_sums"] = self.distance_sums
+        return entry
+
+    @staticmethod
+    def from_json(
+        entry: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str
+    ) -> UnitStatistics:
+        """Return those of a unit, whose tensors begin with a name."""
+        squares_F = tensors[f"{name}.sum_of_squares"]
+        if squares_F.ndim != 1:
+            raise ValueError(f"{name} has sums of shape {squares_F.shape}")
+        block, tokens = int(entry["block"]), int(entry["tokens"])
+        if tokens < 1:
+            raise ValueError(f"{name} has seen {tokens} tokens")
+        routed_E = tuple(int(seen) for seen in entry.get("routed", ()))
+        if routed_E and (min(routed_E) < 0 or len(squares_F) % len(routed_E)):
+            raise ValueError(f"{name} has {len(squares_F)} channels in {len(routed_E)} experts")
+        norm_E = tensors.get(f"{name}.output_norm", NOT_SEEN).double()
+        if len(norm_E) not in (0, len(routed_E)):
+            raise ValueError(f"{name} has outputs of {len(norm_E)} experts")
+        part = entry.get("part", "ffn")
+        if part not in UNIT_PARTS:
+            raise ValueError(f"{name} is of the part {part!r}")
+        sums = entry.get("distance_sums") or {}
+        distances = _distance_sums(sums) if sums else {}
+        return UnitStatistics(block, squares_F.double(), tokens, routed_E, part, distances, norm_E)
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """The conditions of a calibration, for the manifest and for refusing what doesn't fit."""
+
+    # How the user called it.
+    model: str
+    fingerprint: str
+    # Windows from each source of text.
+    sources: dict[str, int]
+    # SHA-256 of the exact token ids.
+    tokens_digest: str
+    windows: int
+    seqlen: int
+    seed: int
+    dtype: str
+    device: str
+    bos: bool
+
+    @staticmethod
+    def from_json(fields: Mapping[str, Any]) -> CalibrationRecord:
+        """Return the record whose fields were written as JSON."""
+        record = CalibrationRecord(**fields)
+        for key, kind in CalibrationRecord.__annotations__.items():
+            expected = {"str": str, "int": int, "bool": bool}.get(kind, dict)
+            if type(getattr(record, key)) is not expected:
+                raise TypeError(f"{key} is not of type {expected.__name__}")
+        return record
+
+
+@dataclass(frozen=True)
+class ObservedBlock:
+    """What calibration gathers in one block: its own statistics, and those of its units."""
+
+    block: BlockStatistics
+    units: tuple[UnitStatistics, ...]
+    # The hidden states of some tokens, as they enter and leave it (2 x S x D); None where runs of
+    # blocks are not compared.
+    passing: Tensor | None = None
+
+
+def _distance_sums(found: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(found[name]) for name in DISTANCES}
