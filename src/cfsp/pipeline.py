@@ -13,7 +13,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -41,13 +41,12 @@ from cfsp.processes import Team
 from cfsp.quality.evaluate import before_and_after, evaluation_windows
 from cfsp.repair.ladder import check_can_be_repaired
 from cfsp.repair.result import PruningResult
-from cfsp.result.card import model_card
+from cfsp.result.card import model_card, origin_of
 from cfsp.result.manifest import (
     describe_pruning,
     facts_for_config,
     write_manifest,
 )
-from cfsp.result.origin import origin_of
 from cfsp.result.prune_report import PruneReport, prune_report
 from cfsp.selection.constraint import half_dropped
 from cfsp.selection.drop_budget import DropBudget
@@ -121,7 +120,7 @@ def prune_checkpoint(
     settings = settings.suited_to_repair()
     repairs = settings.repair != "none"
     if dry_run:
-        settings = settings.without_repair()
+        settings = replace(settings, repair="none")
     check_can_be_repaired(source, settings)
     if plan is None:
         warn_of_no_way_back(source, settings.budget)

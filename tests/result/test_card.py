@@ -14,9 +14,8 @@ from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.result.card import model_card
+from cfsp.result.card import Origin, model_card, origin_of
 from cfsp.result.manifest import read_manifest
-from cfsp.result.origin import Origin, origin_of
 from report_runs import measured
 
 

@@ -11,14 +11,13 @@ import pytest
 
 from cfsp.architecture.block_names import counted
 from cfsp.cli import main
-from cfsp.result.conditions import Conditions, sources_in_words
+from cfsp.result.conditions import Conditions
 from cfsp.result.facts import NOTHING, size_facts, what_went
-from cfsp.result.making import making
+from cfsp.result.making import making, steps_in_words, texts_in_words
 from cfsp.result.manifest import read_manifest
 from cfsp.result.names import is_hub_id, public_command, public_name, short_names
 from cfsp.result.page.curves import pareto_chart
 from cfsp.result.page.table import headlines, sections
-from cfsp.result.repair_steps import steps_in_words
 from cfsp.result.runs import read_run
 from report_runs import changed_copy, measured, recovered
 
@@ -87,7 +86,8 @@ def test_conditions_say_whether_the_text_made_the_model(
 def test_one_of_a_thing_is_said_as_one() -> None:
     assert counted(1, "windows") == "1 window"
     assert counted(2000, "steps") == "2,000 steps"
-    assert sources_in_words({"c4": 64, "own.txt": 1}) == "c4 (64 windows), own.txt (1 window)"
+    texts = {"sources": {"c4": 64, "/mine/own.txt": 1}}
+    assert texts_in_words(texts) == "c4 (64 windows), own.txt (1 window)"
 
 
 def test_names_are_short_and_stay_apart() -> None:

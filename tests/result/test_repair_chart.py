@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from cfsp.result.facts import NOTHING
+from cfsp.result.making import steps_in_words
 from cfsp.result.page.chart import NARROW, Chart
 from cfsp.result.page.repair_chart import repair_chart
-from cfsp.result.repair_steps import steps_in_words
 from cfsp.result.runs import RunFacts, read_run
 from cfsp.settings import Budget
 from report_runs import BETTER, DIVERGED, FITTED, WORSE, prune_tiny

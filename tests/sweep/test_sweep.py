@@ -20,8 +20,8 @@ from cfsp.errors import UsageError
 from cfsp.pipeline import calibrate_source
 from cfsp.planning.fine import channel_scores, read_ffn_weights
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.result.front import pareto_front
 from cfsp.result.manifest import read_manifest
+from cfsp.result.tables import pareto_front
 from cfsp.settings import Budget, CalibrationText, Compute
 from cfsp.sweep.methods import METHODS, method_named
 from cfsp.sweep.recipe import Recipe, read_recipe

@@ -2,19 +2,80 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from cfsp.checkpoint.own_files import MODELING_FILE
-from cfsp.planning.allocation import channels_in_words
+from cfsp.checkpoint.locating import DEMO_NAME
+from cfsp.checkpoint.own_files import CARD_FILE, MODELING_FILE
+from cfsp.checkpoint.reading import Checkpoint
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.result.card_metadata import card_metadata
-from cfsp.result.conditions import perplexities
-from cfsp.result.facts import size_facts, what_went
-from cfsp.result.loading import load_code, needs_code
-from cfsp.result.making import Making, making, texts_in_words
-from cfsp.result.names import public_name
-from cfsp.result.origin import Origin
-from cfsp.result.repair_steps import changed_weights, repair_steps
+from cfsp.result.conditions import Conditions, perplexities
+from cfsp.result.facts import goal_in_words, goal_table, size_facts, unit_rows, what_went
+from cfsp.result.making import (
+    Making,
+    auto_class_of,
+    changed_weights,
+    load_code,
+    making,
+    needs_code,
+    repair_steps,
+    texts_in_words,
+)
+from cfsp.result.manifest import read_manifest
+from cfsp.result.names import is_hub_id, public_name
+from cfsp.result.tables import Table
+
+# What holds for the pruned model as it does for its original.
+_KEPT = (
+    "license", "license_name", "license_link", "language", "datasets", "tags", "pipeline_tag",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The model that a checkpoint was made from."""
+
+    name: str  # what the user called it
+    hub_id: str | None = None  # its own owner/name, or owner/name@revision, where that is known
+    base_model: str | None = None  # the hub id, else the one that its card gives as its base
+    metadata: dict[str, Any] = field(default_factory=dict)  # that hold for the pruned model, too
+
+
+_DEMO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_DEMO = Origin(DEMO_NAME, _DEMO_ID, _DEMO_ID, {"license": "apache-2.0", "language": ["en"]})
+
+
+def origin_of(source: Checkpoint) -> Origin:
+    """Return what is known of a model; of one that cfsp wrote, what is known of its original."""
+    manifest = read_manifest(source.directory) or {}
+    name = str(manifest.get("base_model", {}).get("name", source.label))
+    if name == DEMO_NAME:
+        return _DEMO
+    card = _metadata_of(source.directory / CARD_FILE)
+    # A snapshot in the hub's cache: models--OWNER--NAME/snapshots/COMMIT.
+    cached = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots", name)
+    # What older versions of transformers wrote into config.json: whence it was loaded.
+    saved = getattr(source.config, "_name_or_path", None)
+    ids = ("/".join(cached.groups()) if cached else None, name, saved)
+    hub_id = next((each for each in ids if is_hub_id(each)), None)
+    base = next((each for each in (hub_id, card.get("base_model")) if is_hub_id(each)), None)
+    base = base and base.partition("@")[0]  # all that the hub knows there
+    return Origin(name, hub_id, base, {key: card[key] for key in _KEPT if card.get(key)})
+
+
+def _metadata_of(path: Path) -> dict[str, Any]:
+    """Return the metadata of a model card; none if there is no card, or none that can be read."""
+    from huggingface_hub import ModelCard
+
+    try:
+        card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+        found: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]
+    except Exception:  # a card may hold anything, and YAML and the hub have errors of many types
+        return {}
+    return found
+
 
 _PAPER = "[CFSP, arXiv 2409.13199](https://arxiv.org/abs/2409.13199)"
 
@@ -57,20 +118,13 @@ _LIMITS = """\
 {only_ffns}- A perplexity compares only with one of the same text, windows and first token.
 {license}"""
 
-
 _ONLY_FFNS = """\
 - Only FFN channels were removed. Attention and the KV cache are as large as the original's.
 """
 
 
 def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origin) -> str:
-    """Return the model card of a checkpoint.
-
-    Args:
-        manifest: of version 2.
-        plan: which channels were removed; None if cfsp removed none.
-        origin: the model that it was made from.
-    """
+    """Return the model card of a checkpoint; a plan is there if cfsp pruned it."""
     # A pruned model that is pruned again is not made from the original of both.
     made_from = manifest.get("base_model", {}).get("name", origin.name)
     hub_id = origin.hub_id if made_from == origin.name else None
@@ -82,7 +136,7 @@ def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origi
     why = _WHY_CODE if needs_code(manifest) else ""
     only_ffns = "" if plan is not None and plan.has_parts else _ONLY_FFNS
     sections = [
-        f"---\n{card_metadata(manifest, origin, name)}\n---\n",
+        f"---\n{_metadata(manifest, origin, name)}\n---\n",
         f"# {_plain(name)}, {' and '.join(stage.verb for stage in stages)}\n",
         _what_it_is(manifest, plan, link),
         _on_which_text(manifest),
@@ -137,26 +191,25 @@ def _on_which_text(manifest: dict[str, Any]) -> str:
 
 def _size_table(manifest: dict[str, Any]) -> str:
     rows = [
-        f"| {fact.name}{f' ({fact.detail})' if fact.detail else ''} | {' | '.join(fact.row)} |"
+        (fact.name + (f" ({fact.detail})" if fact.detail else ""), *fact.row)
         for fact in size_facts(manifest)
     ]
-    head = ["| | before | after | change |", "|---|---:|---:|---:|"]
-    return "\n".join([*head, *rows, ""]) if rows else ""
+    return Table(("", "before", "after", "change"), rows).to_markdown() if rows else ""
 
 
 def _quality(manifest: dict[str, Any]) -> str:
     """Return a row for each text and way to measure; only numbers in one row compare."""
-    measured = perplexities(manifest)
     models = ["dense", "pruned", *(["recovered"] if manifest.get("recovery") else [])]
-    lines = [
-        f"| perplexity on | {' | '.join(models)} | measured on |",
-        f"|---|{'---:|' * len(models)}---|",
+    rows = [
+        (
+            _cell(public_name(conditions.text)),
+            conditions.beside({"the model": manifest}),
+            *(f"{of[name]:.2f}" if name in of else "" for name in models),
+        )
+        for conditions, of in perplexities(manifest).items()
     ]
-    for conditions, of in measured.items():
-        numbers = " | ".join(f"{of[name]:.2f}" if name in of else "" for name in models)
-        how = conditions.beside({"the model": manifest})
-        lines.append(f"| {_cell(public_name(conditions.text))} | {numbers} | {how} |")
-    return "\n".join([*lines, ""]) if measured else ""
+    head = ("perplexity on", "measured on", *models)
+    return Table(head, rows, left=2).to_markdown() if rows else ""
 
 
 def _how_it_was_made(stage: Making) -> str:
@@ -164,37 +217,13 @@ def _how_it_was_made(stage: Making) -> str:
     return "\n".join([f"## How it was {stage.verb}", "", f"    {stage.command}", "", *facts, ""])
 
 
-_GOALS = {
-    "target_params": "to keep {asked:g} of all parameters",
-    "target_kv_cache": "to keep {asked:g} of the KV cache",
-    "max_loss_increase": "a loss of at most {asked:g} nats per token more than the dense model's, "
-    "on held-out text, before repair",
-    "target_speedup": "to be {asked:g} times faster, as predicted from latencies",
-}
-_VALUES = {"max_loss_increase": "loss increase", "target_speedup": "predicted speed-up"}
-
-
 def _goal(resolution: dict[str, Any] | None) -> str:
     """Say what was asked for instead of a sparsity, and what was tried."""
     if not resolution:
         return ""
-    name = resolution["goal"]
-    context = resolution["conditions"].get("context")
-    tokens = f" of {context:,} tokens" if context else ""
-    lines = [f"The goal was {_GOALS[name].format(asked=resolution['asked'])}{tokens}."]
-    if "result" in resolution:
-        lines.append(f"The finished model's loss is {resolution['result']:+.4f} nats higher.")
-    if resolution["tried"]:
-        channels = channels_in_words(resolution["chosen"]["parts"])
-        what = channels or "parameters that may go"
-        lines += ["", f"| {what} removed | parameters | {_VALUES[name]} | fits |"]
-        lines += ["|---:|---:|---:|---|"]
-        lines += [
-            f"| {entry['sparsity']:.1%} | {entry['parameters']:,} | {entry['value']:.4f} "
-            f"| {'yes' if entry['fits'] else 'no'} |"
-            for entry in resolution["tried"]
-        ]
-    return "\n".join([*lines, ""])
+    said = f"The goal was {_quoted(goal_in_words(resolution))}.\n"
+    tried = goal_table(resolution)
+    return said if tried is None else f"{said}\n{tried.to_markdown()}"
 
 
 def _license(origin: Origin) -> str:
@@ -204,13 +233,8 @@ def _license(origin: Origin) -> str:
 
 
 def _block_table(plan: PruningPlan) -> str:
-    rows = [
-        f"| {unit.name} | {unit.distance:.4f} | {unit.importance:.3f} | {unit.width} "
-        f"| {unit.kept_in_words} |"
-        for unit in plan.units
-    ]
-    head = "| block | distance | importance | channels before | after |\n|---:|---:|---:|---:|---:|"
-    return "\n".join([head, *rows, ""])
+    head = ("block", "distance", "importance", "channels before", "after")
+    return Table(head, unit_rows(plan.units)).to_markdown()
 
 
 def _link(hub_id: str) -> str:
@@ -239,3 +263,62 @@ def _cell(text: str) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def _metadata(manifest: dict[str, Any], origin: Origin, name: str) -> str:
+    """Return the YAML at the head of a card of what was made of a model of some name."""
+    from huggingface_hub import ModelCardData
+
+    metadata = dict(origin.metadata)
+    is_causal = auto_class_of(manifest) == "AutoModelForCausalLM"
+    task = "text-generation" if is_causal else "image-text-to-text"
+    tags = ["cfsp", *(["pruned"] if "criterion" in manifest else [])]
+    theirs = metadata.pop("tags", [])
+    tags += [str(tag) for tag in (theirs if isinstance(theirs, list) else [theirs])]
+    results = _results(manifest)
+    data = ModelCardData(
+        base_model=origin.base_model,
+        library_name="transformers",
+        pipeline_tag=metadata.pop("pipeline_tag", task),
+        tags=list(dict.fromkeys(tags)),
+        # The name belongs to the results: without them it is no key that the hub knows.
+        model_name=f"{_hub_name(name.rpartition('/')[2])}-pruned" if results else None,
+        eval_results=results or None,
+        **metadata,
+    )
+    return str(data.to_yaml())
+
+
+def _results(manifest: dict[str, Any]) -> list[Any]:
+    """Return the perplexities of the finished model, each with its conditions."""
+    from huggingface_hub import EvalResult
+
+    table = (manifest.get("recovery") or manifest).get("perplexity") or {}
+    results = []
+    for text, value in table.items():
+        conditions = Conditions.of(text, value)
+        name = _hub_name(public_name(text))
+        how = {
+            "windows": conditions.windows,
+            "seqlen": conditions.seqlen,
+            "stride": conditions.stride,
+            "bos": conditions.bos,
+            "predicted_tokens": conditions.tokens,
+        }
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=name,
+                dataset_name=name,
+                dataset_args=how,
+                metric_type="perplexity",
+                metric_name=f"perplexity, {conditions.beside({'the model': manifest})}",
+                metric_value=value["after"],
+            )
+        )
+    return results
+
+
+def _hub_name(name: str) -> str:
+    """Return a name with only such characters as names on the hub have."""
+    return re.sub(r"[^\w./:-]+", "_", name)

@@ -123,27 +123,9 @@ def _number_of(part: Part, noun: str) -> Any:
 class Budget:
     """What may go, and how much of it where that is one part.
 
-    Several parts have one target that all pay into (`cfsp.settings.goals`).
-
-    Attributes:
-        sparsity: the share of the part that goes, in [0, 1): of FFN channels (the paper's sparsity)
-            and KV groups counted by their parameters where some own more than others, of blocks
-            and attention layers by theirs, of experts by their number.
-        multiple: FFN widths become multiples of this; None for 256 where the FFN is at least 8192
-            wide, 128 from 4096 on, 64 from 1024 on, else 32, for each kind of FFN by itself.
-        parts: what may go, in the order of `PARTS` however they are given: `ffn`, channels of
-            FFNs; `kv`, KV groups; `attention`, whole attention layers; `blocks`, whole decoder
-            blocks; `experts`, whole routed experts, equally many of every block, and nothing else.
-        widths: `importance`, blocks keep channels by their importance, or `equal`, all FFNs of a
-            kind that are equally wide stay so, which stock configs can say.
-        keep: what stays as it is: numbers of blocks, and patterns of modules' names; the others
-            lose what is asked for.
-        remove_blocks: how many blocks go, instead of a share.
-        remove_attentions: the same of attention layers.
-        remove_experts: the same of the routed experts of each block.
-
-    Raises:
-        UsageError: a value is out of its range.
+    Several parts have one target that all pay into (`cfsp.settings.goals`). A share of FFN channels
+    (the paper's sparsity), KV groups, blocks and attention layers counts by their parameters, one
+    of experts by their number: as many go of every block, and nothing else.
     """
 
     sparsity: float = option(
@@ -230,12 +212,7 @@ class Budget:
         check_declared(self)
 
     def for_goal(self, goal: Goal | None) -> Budget:
-        """Return the budget with the parts that a goal is met by.
-
-        Raises:
-            UsageError: other parts were asked for; how many go, which the goal says; or, without a
-                goal, several parts.
-        """
+        """Return the budget with the parts that a goal is met by; refuse what contradicts it."""
         if goal is None:
             if len(self.parts) > 1:
                 targets = [flag_of_goal(each) for each in GOALS if can_be_met(each, self.parts)]

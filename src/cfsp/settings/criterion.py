@@ -62,19 +62,7 @@ def worth_in_words(metric: str, things: str, channels: str) -> str:
 
 @dataclass(frozen=True)
 class Criterion:
-    """What makes a block and a channel important.
-
-    Attributes:
-        block_metric: one of `BLOCK_METRICS` or `SENSITIVITY_METRICS`; see `cfsp.planning.coarse`.
-            `auto` is `sensitivity` where the statistics have it, else `angular`; it is measured
-            where repair follows and the whole model fits into memory.
-        channel_metric: one of `CHANNEL_METRICS`; see `cfsp.planning.fine`.
-        clamp: what happens where a block would keep more than all (see
-            `cfsp.planning.allocation.allocate`); None for what measures best with the block metric.
-        removal: how blocks that go whole are chosen, one of `REMOVALS`; see
-            `cfsp.selection.by_statistics`. `auto` is `divergence` where the whole model fits into
-            memory, else `runs`.
-    """
+    """What makes a block (`cfsp.planning.coarse`) and a channel (`fine`) important."""
 
     block_metric: str = option(
         AUTO_METRIC,

@@ -12,7 +12,7 @@ from typing import Any
 
 from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.output import write_atomically
-from cfsp.result.front import pareto_front
+from cfsp.result.tables import pareto_front
 
 _OF_SEVERAL = " Mean (lowest to highest) of several draws of calibration windows."
 

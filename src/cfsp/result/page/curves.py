@@ -7,19 +7,10 @@ from dataclasses import dataclass
 
 from cfsp.result.conditions import Conditions
 from cfsp.result.facts import NOTHING, SPEED
-from cfsp.result.front import pareto_front
-from cfsp.result.page.chart import (
-    LEFT,
-    RIGHT,
-    Chart,
-    Legend,
-    Panel,
-    Table,
-    panel_title,
-    short_label,
-)
+from cfsp.result.page.chart import LEFT, RIGHT, Chart, Legend, Panel, panel_title, short_label
 from cfsp.result.page.svg import element, join, mark, path, round_scale
 from cfsp.result.runs import RunFacts, measured_conditions, perplexity_of_original
+from cfsp.result.tables import Table, pareto_front
 
 _HEIGHT, _RADIUS = 220.0, 5.0
 # Of charts.css.
@@ -139,14 +130,9 @@ def _ranked(
     swatches: Mapping[str, str],
     sign: int = 1,
 ) -> _Plane:
-    """Return the plane of models, whose line joins the best.
+    """Return the plane of models, whose line joins the best; `sign` is -1 where more is better.
 
-    Args:
-        title: the heading.
-        axis: name of the horizontal axis.
-        dots: where each model is on that, and its perplexity.
-        swatches: the models' colours; without any, they show which are best.
-        sign: -1 where more is better on that axis.
+    Without swatches, colours by name, they show which are best.
     """
     front = pareto_front([(sign * across, perplexity) for across, perplexity in dots.values()])
     points = [

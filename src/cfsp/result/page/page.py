@@ -19,8 +19,8 @@ from markupsafe import Markup
 
 from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import OutputError, ReportError
-from cfsp.result.loading import load_code
-from cfsp.result.making import making
+from cfsp.result.conditions import texts_that_made
+from cfsp.result.making import load_code, making
 from cfsp.result.manifest import published
 from cfsp.result.names import public_name, short_names
 from cfsp.result.page.groups import ModelGroup, group_runs
@@ -101,12 +101,10 @@ def _load_code(run: RunFacts) -> str:
 def _manifest_text(run: RunFacts) -> str:
     """Return the manifest as indented JSON, without paths of the machine."""
     text = json.dumps(published(run.manifest), indent=2, ensure_ascii=False)
-    recovery = run.manifest.get("recovery") or {}
-    tables = (run.manifest.get("calibration") or {}, recovery.get("data") or {})
     texts = [fact.text for fact in run.facts if fact.text]
-    texts += [name for table in tables for name in table.get("sources", {})]
+    texts += sorted(texts_that_made(run.manifest))
     names = {**short_names(texts), run.base_name: public_name(run.base_name)}
-    if teacher := recovery.get("teacher"):
+    if teacher := (run.manifest.get("recovery") or {}).get("teacher"):
         names[teacher["name"]] = public_name(teacher["name"])
     for name, short in names.items():
         written, public = (json.dumps(each, ensure_ascii=False) for each in (name, short))
@@ -115,12 +113,7 @@ def _manifest_text(run: RunFacts) -> str:
 
 
 def _check_is_replaceable(out: Path) -> None:
-    """Check that a page may go there: a report is made anew often, another page is somebody's.
-
-    Raises:
-        ReportError: it is not called *.html.
-        OutputError: something else is there.
-    """
+    """Check that a page may go there: a report is made anew often, another page is somebody's."""
     if out.suffix not in (".html", ".htm"):
         raise ReportError(f"the report is a web page: expected a name like report.html, not {out}")
     try:
