@@ -138,11 +138,6 @@ cfsp.cli.main(["cache"])
     assert (done.stdout, done.stderr) == ("-15\n", "")
 
 
-def test_no_command_prints_help_and_fails(cli: Cli) -> None:
-    out, _ = cli(status=2)
-    assert "COMMAND" in out
-
-
 def test_what_is_typed_becomes_settings_and_the_rest_is_theirs() -> None:
     argv = ["prune", "m", "--out", "o", "--sparsity", "20%", "--data", "a", "--data", "b"]
     args = build_parser().parse_args(expand_sets([*argv, "--set", "multiple=8"]))
@@ -412,7 +407,8 @@ def test_inspect_shows_blocks_with_several_ffns_and_with_none(
 # Bad input: exit 2, one sentence, nothing left behind.
 
 
-def test_unknown_argument_exits_with_two(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_argument_exits_with_two(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "COMMAND" in cli(status=2)[0]
     empty = ["prune", "demo", "--sparsity", "0.2", "--out", ""]
     for argv in (["prune", "m", "--out", "o", "--sparse", "0.5"], ["purge"], empty):
         with pytest.raises(SystemExit) as stop:

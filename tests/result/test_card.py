@@ -92,6 +92,7 @@ def test_recovery_updates_the_card(run: Path, text_file: Path, tmp_path: Path) -
     assert "--out recovered\n" in text
     for place in (run, text_file, tmp_path):
         assert str(place.parent) not in text  # the hub shows it to everybody
+    assert main(["verify", str(out)]) == 0
 
 
 def test_the_demo_has_its_real_name(

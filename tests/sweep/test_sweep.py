@@ -486,7 +486,7 @@ def test_parts_are_pruned_as_alone(
     # So few windows that all are those of the coarse pass.
     asked = ["--data", str(text_file), "--samples", "8", "--seqlen", "32", "--sparsity", "0.3"]
     asked += ["--set", "multiple=8"]
-    methods = ["ffn", "kv", "attention", "blocks"]
+    methods = ["kv", "blocks"]
     measured = ["--eval", str(text_file), "--eval-windows", "1", "--method", *methods]
     assert main(["sweep", model, *asked, *measured, "--out", str(out)]) == 0
     _dense, *rows = json.loads((out / "table.json").read_text())

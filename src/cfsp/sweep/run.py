@@ -34,6 +34,7 @@ from cfsp.quality.compare import compare
 from cfsp.quality.evaluate import evaluate_models, evaluation_windows
 from cfsp.quality.results_file import measured_model
 from cfsp.quality.tasks.harness import TaskRunner
+from cfsp.recovery.evaluation import before_and_after
 from cfsp.repair.ladder import check_can_be_repaired
 from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.selection.constraint import Share
@@ -50,7 +51,6 @@ from cfsp.sweep.recipe import Point, Recipe
 from cfsp.sweep.table import Row
 from cfsp.text.calibration_text import processor_of
 from cfsp.text.drawing import draw_text
-from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
 
@@ -62,18 +62,12 @@ _WORKING = ".working"
 
 @dataclass(frozen=True)
 class _Sweep:
-    """What a sweep is made of; see `run_sweep`.
-
-    Attributes:
-        points: all its models.
-        source: the model, opened with the parts of all methods: it is calibrated.
-        source_by: the model as `cfsp prune` opens it, by the parts that may go.
-    """
+    """What a sweep is made of; see `run_sweep`."""
 
     recipe: Recipe
     points: Sequence[Point]
-    source: Checkpoint
-    source_by: Mapping[tuple[Part, ...], Checkpoint]
+    source: Checkpoint  # opened with the parts of all methods: it is calibrated
+    source_by: Mapping[tuple[Part, ...], Checkpoint]  # as `cfsp prune` opens it, by those parts
     out: Path
     compute: Compute
     tasks: TaskRunner | None
@@ -94,7 +88,7 @@ def run_sweep(
     """Make every model of a recipe that is not there yet, and return the whole table.
 
     Args:
-        recipe: what to do.
+        recipe: what to do; its texts were checked.
         out: the sweep's directory, new or of the same recipe.
         compute: where and in what.
         keep_weights: keep the pruned models' weights.
@@ -103,8 +97,6 @@ def run_sweep(
     Raises:
         CfspError: anything that a user can cause; models that are finished stay.
     """
-    check_texts(recipe.data, "calibration")
-    check_texts(recipe.eval, "evaluation")
     selection, points = recipe.task_selection, recipe.points(compute)
     tasks = None if selection is None else TaskRunner.of(selection)
     asked = dict.fromkeys(point.settings.budget.parts for point in points)
@@ -151,11 +143,7 @@ def _kept(sweep: _Sweep) -> Iterator[None]:
 
 
 def _claim(out: Path, recipe: Recipe) -> None:
-    """Write down which recipe the directory is for.
-
-    Raises:
-        OutputError: it is for another one, or holds something else.
-    """
+    """Write down which recipe the directory is for; refuse one that is for something else."""
     path, text = out / RECIPE_FILE, recipe.to_toml()
     remove_abandoned(path)
     if path.is_file():
@@ -171,11 +159,7 @@ def _claim(out: Path, recipe: Recipe) -> None:
 
 
 def _check(sweep: _Sweep) -> None:
-    """Check all that the recipe names before the first forward pass.
-
-    Raises:
-        CfspError: a text is too short, no plan meets a budget, or there is no such device.
-    """
+    """Check all that the recipe names before the first forward pass."""
     source, runtime = sweep.source, runtime_of(sweep.compute, sweep.source)
     tokenizer = load_tokenizer(source.directory)
     for point in sweep.points:
@@ -241,11 +225,8 @@ def _make(
     try:
         prune_checkpoint(own, working, point.settings, statistics=statistics, command=command)
         facts = _measured(sweep, working, dense)
-        facts["sweep"] = {
-            "method": point.method,
-            "sparsity": point.sparsity,
-            "seed": point.seed,
-        }
+        names = ("method", "sparsity", "seed")
+        facts["sweep"] = {name: getattr(point, name) for name in names}
         add_to_manifest(working, facts)
         if not keep_weights:
             for path in _weights(working):
@@ -264,11 +245,7 @@ def _measured(sweep: _Sweep, model: Path, dense: dict[str, Any]) -> dict[str, An
     if sweep.tasks is not None:  # apart: the dense model would be scored again
         (scored,) = evaluate_models([model], EvaluationText(()), compute, sweep.tasks)
         found |= {key: scored[key] for key in ("tasks", "documents")}
-    perplexity = {}
-    for text, after in found["perplexity"].items():
-        conditions = {name: after[name] for name in after if name != "value"}
-        before = dense["perplexity"][text]["value"]
-        perplexity[text] = {"before": before, "after": after["value"], **conditions}
+    perplexity = before_and_after(dense["perplexity"], found["perplexity"])
     facts: dict[str, Any] = {"perplexity": perplexity}
     if recipe.agreement or sweep.tasks is not None:
         first, second = measured_model("dense", dense), measured_model("pruned", found)
@@ -281,11 +258,7 @@ def _measured(sweep: _Sweep, model: Path, dense: dict[str, Any]) -> dict[str, An
 
 
 def _rows(sweep: _Sweep, dense: dict[str, Any]) -> list[Row]:
-    """Return the rows of all models, the dense one first.
-
-    Raises:
-        OutputError: a directory is none of a sweep, or was not measured as the dense model was.
-    """
+    """Return the rows of all models, the dense one first; all were measured as that was."""
     speed = dict.fromkeys(PHASES, 1.0) if sweep.recipe.speed else {}
     rows = [
         Row("dense", None, 0.0, None, parameter_count(sweep.source), dense["perplexity"], speed)
