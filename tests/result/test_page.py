@@ -260,18 +260,6 @@ def test_the_chart_by_block_as_a_file_of_its_own(
     assert ElementTree.fromstring(drawn).tag.endswith("svg") and "var(" not in drawn
 
 
-def test_command_refuses_what_is_no_run(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["report", str(tmp_path), "--out", str(tmp_path / "x.html")]) == 2
-    assert "has no cfsp.json" in capsys.readouterr().err
-    assert main(["report", str(tmp_path / "nowhere"), "--out", str(tmp_path / "x.html")]) == 2
-    assert "is not a directory" in capsys.readouterr().err
-    assert main(["report", str(run), "--out", str(run / "model.safetensors")]) == 2
-    assert "expected a name like report.html" in capsys.readouterr().err
-    assert (run / "model.safetensors").stat().st_size > 10_000
-
-
 # Sweeps.
 
 
@@ -314,6 +302,8 @@ def test_an_older_report_is_replaced_and_no_other_file(run: Path, tmp_path: Path
     (tmp_path / "page.html").mkdir()
     with pytest.raises(OutputError, match="cannot replace"):
         write_report([run], tmp_path / "page.html")
+    with pytest.raises(ReportError, match="is not a directory"):
+        write_report([tmp_path / "nowhere"], tmp_path / "other.html")
 
 
 # Many runs.

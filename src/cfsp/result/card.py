@@ -1,4 +1,7 @@
-"""The model card (README.md) of a checkpoint: metadata for the hub, and plain words for people."""
+"""The model card (README.md) of a checkpoint: metadata for the hub, and plain words for people.
+
+Its text is in card.md beside this file. What comes from elsewhere is quoted there.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from cfsp.checkpoint.locating import DEMO_NAME
 from cfsp.checkpoint.own_files import CARD_FILE, MODELING_FILE
 from cfsp.checkpoint.reading import Checkpoint
@@ -14,7 +19,6 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.conditions import Conditions, perplexities
 from cfsp.result.facts import goal_in_words, goal_table, size_facts, unit_rows, what_went
 from cfsp.result.making import (
-    Making,
     auto_class_of,
     changed_weights,
     load_code,
@@ -77,164 +81,73 @@ def _metadata_of(path: Path) -> dict[str, Any]:
     return found
 
 
-_PAPER = "[CFSP, arXiv 2409.13199](https://arxiv.org/abs/2409.13199)"
-
-_LOAD = """\
-## How to load it
-
-{why}```python
-{code}
-```
-
-`"."` is this directory; a path to it, or its name on the hub, does as well.
-"""
-_WHY_CODE = f"""\
-Blocks have different widths, or no attention, so the checkpoint brings a small file of code,
-`{MODELING_FILE}`, that builds the stock model with them. `trust_remote_code=True` runs that
-file: read it first. Without it, and by an Auto class that the file is not for (such as
-`AutoModelForSequenceClassification`), transformers stops with an
-`AmbiguousGlobalPerLayerAttributeError: ... is a per-layer attribute and may vary across layers`,
-or with a size mismatch that names `ignore_mismatched_sizes`, which would not help.
-
-"""
-
-_VERIFY = """\
-## How to verify it
-
-    cfsp verify .
-
-checks weights, config, tokenizer and code against the digests in `cfsp.json`, widths and
-parameters against the plan in `cfsp_plan.json`, and that a forward pass gives finite numbers.
-`cfsp inspect .` shows how the model was made.
-"""
-
-_LIMITS = """\
-## Limits
-
-- What the removed channels knew is gone. On text and tasks that are unlike the calibration text,
-  the model may have lost more than the numbers here show: measure it on what you use it for.
-- Nothing was measured about safety or about following instructions; what holds for the original
-  need not hold for this model.
-{only_ffns}- A perplexity compares only with one of the same text, windows and first token.
-{license}"""
-
-_ONLY_FFNS = """\
-- Only FFN channels were removed. Attention and the KV cache are as large as the original's.
-"""
-
-
 def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origin) -> str:
     """Return the model card of a checkpoint; a plan is there if cfsp pruned it."""
     # A pruned model that is pruned again is not made from the original of both.
     made_from = manifest.get("base_model", {}).get("name", origin.name)
     hub_id = origin.hub_id if made_from == origin.name else None
     name = hub_id.partition("@")[0] if hub_id else public_name(made_from)
-    stages = making(manifest)
     link = _link(hub_id) if hub_id else _code(name)
     if origin.base_model not in (None, name):
         link += f" (which was made from {_link(str(origin.base_model))})"
-    why = _WHY_CODE if needs_code(manifest) else ""
-    only_ffns = "" if plan is not None and plan.has_parts else _ONLY_FFNS
-    sections = [
-        f"---\n{_metadata(manifest, origin, name)}\n---\n",
-        f"# {_plain(name)}, {' and '.join(stage.verb for stage in stages)}\n",
-        _what_it_is(manifest, plan, link),
-        _on_which_text(manifest),
-        _size_table(manifest),
-        _quality(manifest),
-        _LOAD.format(why=why, code=load_code(manifest, ".")),
-        _VERIFY if plan else "",
-        *map(_how_it_was_made, stages),
-        _goal(manifest.get("goal")),
-        _LIMITS.format(license=_license(origin), only_ffns=only_ffns),
-        f"## What was removed\n\n{_block_table(plan)}" if plan else "",
-    ]
-    return "\n".join(section for section in sections if section)
-
-
-def _what_it_is(manifest: dict[str, Any], plan: PruningPlan | None, link: str) -> str:
-    said = f"This is {link}, trained further by cfsp.\n"
+    went, goal = "", manifest.get("goal")
     if "ffn_sparsity" in manifest:
         went = what_went(manifest, by_channels=plan is None or plan.counts_channels)
-        said = (
-            f"This is {link} without {went}. cfsp removed the weakest ({_PAPER}); what is left is "
-            "an ordinary dense checkpoint.\n"
-        )
-    if dequantised := manifest.get("dequantised"):
-        said += (
-            f"\nThe original is stored quantised ({_plain(dequantised['from'])}). These weights "
-            f"are dequantised, in {_plain(dequantised['to'])}: each is larger than there until the "
-            "model is quantised again.\n"
-        )
-    return said
+    steps = [str(step["name"]) for step in repair_steps(manifest) if changed_weights(step)]
+    environment = Environment(
+        loader=PackageLoader("cfsp", "result"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"code": _code, "quoted": _quoted, "plain": _plain}
+    return environment.get_template("card.md").render(
+        metadata=_metadata(manifest, origin, name),
+        name=name,
+        stages=making(manifest),
+        link=link,
+        went=went,
+        dequantised=manifest.get("dequantised"),
+        calibrated=texts_in_words(manifest.get("calibration")),
+        repaired=", ".join(steps),
+        recovered=texts_in_words((manifest.get("recovery") or {}).get("data")),
+        sizes=Table(
+            ("", "before", "after", "change"),
+            [
+                (fact.name + (f" ({fact.detail})" if fact.detail else ""), *fact.row)
+                for fact in size_facts(manifest)
+            ],
+        ),
+        quality=_quality(manifest),
+        needs_code=needs_code(manifest),
+        modeling_file=MODELING_FILE,
+        load_code=load_code(manifest, "."),
+        plan=plan,
+        goal=goal and goal_in_words(goal),
+        tried=goal and goal_table(goal),
+        only_ffns=plan is None or not plan.has_parts,
+        license=str(origin.metadata.get("license") or ""),
+        units=Table(
+            ("block", "distance", "importance", "channels before", "after"),
+            unit_rows(plan.units if plan else ()),
+        ),
+    )
 
 
-def _on_which_text(manifest: dict[str, Any]) -> str:
-    """Say what text made the model, and that its perplexity there flatters it."""
-    lines = []
-    if calibrated := texts_in_words(manifest.get("calibration")):
-        lines.append(f"- Calibrated on {_quoted(calibrated)}: that text decided what stays.")
-    if steps := [step["name"] for step in repair_steps(manifest) if changed_weights(step)]:
-        lines.append(
-            f"- Repaired on the same text ({', '.join(steps)}): the weights that stay were changed "
-            "so that blocks compute there what they did before."
-        )
-    if recovery := manifest.get("recovery"):
-        lines.append(f"- Recovered: trained on {_quoted(texts_in_words(recovery['data']))}.")
-    if lines:
-        lines.append(
-            "- So its perplexity on these texts, and on text like them, is **flattering**. Judge "
-            "it by text of another kind.\n"
-        )
-    return "\n".join(lines)
-
-
-def _size_table(manifest: dict[str, Any]) -> str:
-    rows = [
-        (fact.name + (f" ({fact.detail})" if fact.detail else ""), *fact.row)
-        for fact in size_facts(manifest)
-    ]
-    return Table(("", "before", "after", "change"), rows).to_markdown() if rows else ""
-
-
-def _quality(manifest: dict[str, Any]) -> str:
+def _quality(manifest: dict[str, Any]) -> Table:
     """Return a row for each text and way to measure; only numbers in one row compare."""
     models = ["dense", "pruned", *(["recovered"] if manifest.get("recovery") else [])]
     rows = [
         (
-            _cell(public_name(conditions.text)),
+            # A bar ends a cell even in code.
+            _code(public_name(conditions.text)).replace("|", r"\|"),
             conditions.beside({"the model": manifest}),
             *(f"{of[name]:.2f}" if name in of else "" for name in models),
         )
         for conditions, of in perplexities(manifest).items()
     ]
-    head = ("perplexity on", "measured on", *models)
-    return Table(head, rows, left=2).to_markdown() if rows else ""
-
-
-def _how_it_was_made(stage: Making) -> str:
-    facts = [f"- {name}: {_quoted(value)}" for name, value in stage.facts.items()]
-    return "\n".join([f"## How it was {stage.verb}", "", f"    {stage.command}", "", *facts, ""])
-
-
-def _goal(resolution: dict[str, Any] | None) -> str:
-    """Say what was asked for instead of a sparsity, and what was tried."""
-    if not resolution:
-        return ""
-    said = f"The goal was {_quoted(goal_in_words(resolution))}.\n"
-    tried = goal_table(resolution)
-    return said if tried is None else f"{said}\n{tried.to_markdown()}"
-
-
-def _license(origin: Origin) -> str:
-    name = origin.metadata.get("license")
-    known = f" ({_code(str(name))})" if name else ""
-    return f"- It is made from another model, so the license of that model{known} applies.\n"
-
-
-def _block_table(plan: PruningPlan) -> str:
-    head = ("block", "distance", "importance", "channels before", "after")
-    return Table(head, unit_rows(plan.units)).to_markdown()
+    return Table(("perplexity on", "measured on", *models), rows, left=2)
 
 
 def _link(hub_id: str) -> str:
@@ -254,11 +167,6 @@ def _quoted(text: str) -> str:
 def _plain(text: str) -> str:
     """Return foreign text without what Markdown and HTML would read as more than text."""
     return "".join(c if c.isalnum() or c in " ./-_,()" else "?" for c in _one_line(text))
-
-
-def _cell(text: str) -> str:
-    """Quote foreign text within a table, where a bar ends the cell even in code."""
-    return _code(text).replace("|", r"\|")
 
 
 def _one_line(text: str) -> str:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +68,14 @@ class _Sweep:
     recipe: Recipe
     points: Sequence[Point]
     source: Checkpoint  # opened with the parts of all methods: it is calibrated
-    source_by: Mapping[tuple[Part, ...], Checkpoint]  # as `cfsp prune` opens it, by those parts
+    opened: Callable[[tuple[Part, ...]], Checkpoint]  # as `cfsp prune` opens it, by those parts
     out: Path
     compute: Compute
     tasks: TaskRunner | None
 
     def source_of(self, point: Point) -> Checkpoint:
         """Return the model as `cfsp prune` opens it for a point."""
-        return self.source_by[point.settings.budget.parts]
+        return self.opened(point.settings.budget.parts)
 
 
 def run_sweep(
@@ -99,22 +100,17 @@ def run_sweep(
     """
     selection, points = recipe.task_selection, recipe.points(compute)
     tasks = None if selection is None else TaskRunner.of(selection)
-    asked = dict.fromkeys(point.settings.budget.parts for point in points)
-    parts: tuple[Part, ...] = tuple(dict.fromkeys(part for each in asked for part in each))
-    source = open_checkpoint(recipe.model, parts=parts)
-    source_by = {
-        each: source if each == parts else open_checkpoint(recipe.model, parts=each)
-        for each in asked
-    }
-    check_is_outside(out, source.directory)
-    sweep = _Sweep(recipe, points, source, source_by, out, compute, tasks)
+    opened = cache(lambda parts: open_checkpoint(recipe.model, parts=parts))
+    asked = dict.fromkeys(part for point in points for part in point.settings.budget.parts)
+    sweep = _Sweep(recipe, points, opened(tuple(asked)), opened, out, compute, tasks)
+    check_is_outside(out, sweep.source.directory)
     with created_parents(out), exclusive(out), _kept(sweep):
         _claim(out, recipe)
         missing = [point for point in points if not _is_finished(out / point.name, keep_weights)]
         if missing:
             _check(sweep)
         (dense,) = evaluate_models(
-            [source.directory], recipe.evaluation, compute, tasks, out=out / _DENSE_FILE
+            [sweep.source.directory], recipe.evaluation, compute, tasks, out=out / _DENSE_FILE
         )
         if missing:
             with item_progress("sweep", len(missing), "model") as bar:
@@ -260,21 +256,21 @@ def _measured(sweep: _Sweep, model: Path, dense: dict[str, Any]) -> dict[str, An
 def _rows(sweep: _Sweep, dense: dict[str, Any]) -> list[Row]:
     """Return the rows of all models, the dense one first; all were measured as that was."""
     speed = dict.fromkeys(PHASES, 1.0) if sweep.recipe.speed else {}
-    rows = [
-        Row("dense", None, 0.0, None, parameter_count(sweep.source), dense["perplexity"], speed)
-    ]
-    for point in sweep.points:
-        rows.append(_row(point, sweep.out / point.name))
+    dense_row = Row(
+        "dense", None, 0.0, None, parameter_count(sweep.source), dense["perplexity"], speed
+    )
+    rows = [_row(point, sweep.out / point.name) for point in sweep.points]
+    for row in rows:
         before, after = (
-            {text: {**found, "value": None} for text, found in row.perplexity.items()}
-            for row in (rows[0], rows[-1])
+            {text: {**found, "value": None} for text, found in each.perplexity.items()}
+            for each in (dense_row, row)
         )
         if before != after:
             raise OutputError(
-                f"{rows[-1].directory} was not measured as the dense model of its sweep was, "
-                "perhaps by another version; delete it and run the sweep again"
+                f"{row.directory} was not measured as the dense model of its sweep was, perhaps by "
+                "another version; delete it and run the sweep again"
             )
-    return rows
+    return [dense_row, *rows]
 
 
 def _row(point: Point, directory: Path) -> Row:
