@@ -17,6 +17,7 @@ from cfsp.settings.goals import (
     flag_of_goal,
 )
 from cfsp.settings.options import (
+    advanced_option,
     check_declared,
     flag_of,
     fraction,
@@ -108,14 +109,12 @@ def multiple_in_words(multiple: int) -> str:
 
 def _number_of(part: Part, noun: str) -> Any:
     """Return the option that says how many of a part go."""
-    return option(
+    return advanced_option(
         None,
         f"with --parts {part}: how many {noun} go, instead of a share",
         kind=int,
         least=0,
-        metavar="N",
         default="as many as --sparsity says",
-        advanced=True,
     )
 
 
@@ -135,21 +134,19 @@ class Budget:
         metavar="P",
         default="",
     )
-    multiple: int | None = option(
+    multiple: int | None = advanced_option(
         None,
         "FFN widths become multiples of N, or auto",
         kind=number_or_auto,
         least=1,
         metavar="N",
         default="auto: 256; 128 below 8192 channels; 64 below 4096; 32 below 1024",
-        advanced=True,
     )
-    widths: Widths = option(
+    widths: Widths = advanced_option(
         "importance",
         "blocks keep channels by their importance, or all equally many: then a stock config "
         "describes the result, and software runs it that knows one width only",
         choices=WIDTHS,
-        advanced=True,
     )
     parts: tuple[Part, ...] = option(
         DEFAULT_PARTS,
@@ -164,7 +161,6 @@ class Budget:
         "blocks that stay whole, and modules by name: 0,1,29 or 'model.layers.*.self_attn'",
         kind=parse_parts,
         metavar="WHAT,...",
-        default="",
     )
     remove_blocks: int | None = _number_of("blocks", "blocks")
     remove_attentions: int | None = _number_of("attention", "attention layers")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from inspect import Parameter, signature
 from typing import Any, TypeVar
 
@@ -34,13 +35,19 @@ def option(value: Any, help: str, **facts: Any) -> Any:
     return field(default=value, metadata={"option": Option(help, **facts)})
 
 
+# Of what only a researcher sets.
+advanced_option = partial(option, advanced=True)
+
+
 def options_of(settings: type[Any]) -> dict[str, Option]:
     """Return the options of a class of settings, by field, each with its default in words."""
     found = {}
     for each in fields(settings):
         if (known := each.metadata.get("option")) is not None:
-            default = str(each.default) if known.default is None else known.default
-            found[each.name] = replace(known, default=default)
+            usual = "" if each.default in (None, ()) else str(each.default)
+            default = usual if known.default is None else known.default
+            metavar = known.metavar or ("N" if known.kind is int else None)
+            found[each.name] = replace(known, default=default, metavar=metavar)
     return found
 
 

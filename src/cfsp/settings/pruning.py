@@ -10,7 +10,14 @@ from cfsp.errors import UsageError, did_you_mean
 from cfsp.settings.budget import COUNTS, Budget, Part, can_be_met
 from cfsp.settings.criterion import AUTO_METRIC, UNIFORM, Criterion
 from cfsp.settings.goals import GOALS, Goal, TargetParameters, field_of_goal, flag_of_goal
-from cfsp.settings.options import check_declared, from_names, given_of, option, parse_size
+from cfsp.settings.options import (
+    advanced_option,
+    check_declared,
+    from_names,
+    given_of,
+    option,
+    parse_size,
+)
 from cfsp.settings.text import CalibrationText, EvaluationText
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -31,25 +38,18 @@ class Compute:
     """Where to compute and in what; `cfsp.streaming.runtime.resolve` makes `auto` definite."""
 
     device: str = option("auto", "cpu, cuda, cuda:1, mps, ...", default="an accelerator")
-    dtype: str = option(
-        "auto", "what to compute in", choices=DTYPES, default="the model's own", advanced=True
+    dtype: str = advanced_option(
+        "auto", "what to compute in", choices=DTYPES, default="the model's own"
     )
-    batch_windows: int | None = option(
-        None,
-        "windows that pass a block together",
-        kind=int,
-        least=1,
-        metavar="N",
-        default="about 4096 tokens",
-        advanced=True,
+    batch_windows: int | None = advanced_option(
+        None, "windows that pass a block together", kind=int, least=1, default="about 4096 tokens"
     )
-    memory_budget: int | None = option(
+    memory_budget: int | None = advanced_option(
         None,
         "hidden states above this size (2GB, 512MiB) go to a file beside the output",
         kind=parse_size,
         metavar="SIZE",
         default="half of the available memory",
-        advanced=True,
     )
 
     def __post_init__(self) -> None:
@@ -60,33 +60,28 @@ class Compute:
 class LocalTraining:
     """How local repair trains blocks; see `cfsp.repair.local`."""
 
-    steps: int = option(
+    steps: int = advanced_option(
         100,
         "of local repair: training steps for each group of blocks",
         kind=int,
         least=1,
         flag="local-steps",
-        metavar="N",
-        advanced=True,
     )
-    blocks: int = option(
+    blocks: int = advanced_option(
         3,
         "of local repair: how many consecutive blocks train together, twice as many at the model's "
         "end; more need more memory",
         kind=int,
         least=1,
         flag="local-blocks",
-        metavar="N",
-        advanced=True,
     )
-    text: float = option(
+    text: float = advanced_option(
         0.0,
         "of local repair: the part of the text itself in the loss of the last blocks, from 0 to 1; "
         "the rest is the divergence from the dense model",
         kind=float,
         flag="local-text",
         metavar="F",
-        advanced=True,
     )
     # Highest learning rates, as parts of the root mean square of each tensor, because models differ
     # in the size of their weights and Adam's steps do not follow it: of any block, of a block by

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from cfsp.errors import TextError, UsageError
-from cfsp.settings.options import check_declared, option
+from cfsp.settings.options import advanced_option, check_declared, option
 
 LONGEST_WINDOW = 1 << 24
 MOST_WINDOWS = 1 << 32
@@ -74,17 +74,12 @@ class CalibrationText:
         default=DEFAULT_TEXT,
         repeats=True,
     )
-    samples: int | None = option(
-        None,
-        "windows of text in all",
-        kind=int,
-        metavar="N",
-        default="128, or all there are",
-        advanced=True,
+    samples: int | None = advanced_option(
+        None, "windows of text in all", kind=int, default="128, or all there are"
     )
-    seqlen: int = option(DEFAULT_SEQLEN, "tokens in a window", kind=int, metavar="T", advanced=True)
-    seed: int = option(0, "of the draw of windows", kind=int, advanced=True)
-    bos: Bos = option("auto", BOS_HELP, choices=BOS, advanced=True)
+    seqlen: int = advanced_option(DEFAULT_SEQLEN, "tokens in a window", kind=int, metavar="T")
+    seed: int = advanced_option(0, "of the draw of windows", kind=int)
+    bos: Bos = advanced_option("auto", BOS_HELP, choices=BOS)
 
     def __post_init__(self) -> None:
         check_declared(self)
@@ -111,11 +106,10 @@ class EvaluationText:
         kind=texts_of,
         flag="eval",
         metavar="TEXT",
-        default="",
         repeats=True,
     )
-    windows: int | None = option(
-        12, "windows of each --eval text", kind=int, flag="eval-windows", metavar="N", advanced=True
+    windows: int | None = advanced_option(
+        12, "windows of each --eval text", kind=int, flag="eval-windows"
     )
     seqlen: int | None = None  # of a window with BOS; None for 1024, or what the model can read
     stride: int | None = None  # between the starts of windows; None where they do not overlap
