@@ -77,7 +77,10 @@ def render_page(groups: Sequence[ModelGroup]) -> str:
         headlines=headlines,
         sections=sections,
         making=lambda run: making(run.manifest),
-        load=_load_code,
+        # From beside it; nothing where its weights were not kept.
+        load=lambda run: (
+            run.has_weights and load_code(run.manifest, public_name(str(run.directory)))
+        ),
         manifest=_manifest_text,
         version=version("cfsp-llm"),
     )
@@ -86,16 +89,6 @@ def render_page(groups: Sequence[ModelGroup]) -> str:
 def page_file(name: str) -> str:
     """Return one of the files that the page is made of."""
     return files("cfsp.result.page").joinpath("assets", name).read_text(encoding="utf-8")
-
-
-def is_page(text: str) -> bool:
-    """Return whether a file's beginning is that of a page that `render_page` made."""
-    return text.startswith("<!doctype html>") and '<meta name="generator" content="cfsp ' in text
-
-
-def _load_code(run: RunFacts) -> str:
-    """Return Python that loads a run, from beside it; nothing where its weights were not kept."""
-    return load_code(run.manifest, public_name(str(run.directory))) if run.has_weights else ""
 
 
 def _manifest_text(run: RunFacts) -> str:
@@ -118,14 +111,15 @@ def _check_is_replaceable(out: Path) -> None:
         raise ReportError(f"the report is a web page: expected a name like report.html, not {out}")
     try:
         with out.open(encoding="utf-8", errors="replace") as file:
-            is_ours = is_page(file.read(2000))
+            head = file.read(2000)
     except FileNotFoundError:
         return
     except OSError as error:
         raise OutputError(
             f"cannot replace {out}: {error.strerror}; choose another --out"
         ) from error
-    if not is_ours:
+    generator = '<meta name="generator" content="cfsp '
+    if not head.startswith("<!doctype html>") or generator not in head:
         raise OutputError(
             f"{out} exists and is no report of cfsp; delete it or choose another --out"
         )
