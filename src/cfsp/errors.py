@@ -105,14 +105,17 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
-# What earlier versions had, and what to do instead; for this release only.
+# What earlier versions had, and what to do instead; for this release only. Names of texts have a
+# table of their own: a file may be called as an option was.
+GONE_TEXTS = {
+    "self": "text that the model writes went: real text calibrates better; use mixed, or your own"
+}
 GONE = {
     "openvino": "bench by OpenVINO went; its export stays: time that with OpenVINO's own tools",
     "sglang": "the target sglang went, because nobody had run it; use --to vllm or --to gguf",
     "tensorrt-llm": "the target tensorrt-llm went, because nobody had run it; use --to gguf",
     "padded": "the padded copy went: prune with --widths equal, which stock classes run as it is",
     "png": "the charts are in the page as SVG; a browser saves or prints them",
-    "self": "text that the model writes went: real text calibrates better; use mixed, or your own",
     "dora": "DoRA went: nothing ever showed that it gains on LoRA; use --method lora, or full",
     "of": "a sparsity is the share of one part; --target-params 0.8 keeps 80% of all parameters",
     "revision": "--revision went: write it into the name, as in owner/model@v1",
