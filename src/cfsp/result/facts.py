@@ -214,7 +214,7 @@ def unit_rows(units: Iterable[UnitPlan]) -> list[tuple[str, ...]]:
 
 
 _GOALS = {
-    "target_params": "at least {asked:g} of all parameters",
+    "target_params": "{asked:g} of all parameters",
     "target_kv_cache": "at most {asked:g} of the KV cache of {context:,} tokens",
     "target_speedup": "at least {asked:g} times faster in {phase}",
     "max_loss_increase": "at most {asked:g} nats per token over {dense_loss:.3f}, before repair",
@@ -224,7 +224,8 @@ _VALUES = {"max_loss_increase": "loss increase", "target_speedup": "predicted sp
 
 def goal_in_words(resolution: Mapping[str, Any]) -> str:
     """Return what was asked for instead of a sparsity, from the JSON of what that came to."""
-    words = _GOALS[resolution["goal"]].format(asked=resolution["asked"], **resolution["conditions"])
+    told = {**resolution["conditions"], "asked": resolution["asked"]}
+    words = _GOALS[resolution["goal"]].format(**told)
     result = resolution.get("result")
     return words if result is None else f"{words} (the result: {result:+.3f})"
 
@@ -241,4 +242,4 @@ def goal_table(resolution: Mapping[str, Any]) -> Table | None:
         for entry in sorted(resolution.get("tried", ()), key=lambda entry: entry["sparsity"])
     ]
     head = ("sparsity", "parameters", _VALUES.get(resolution.get("goal", ""), ""), "fits")
-    return Table(head, rows, left=0) if rows else None
+    return Table(head, rows) if rows else None
