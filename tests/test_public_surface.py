@@ -116,7 +116,6 @@ def test_readme_names_every_package_and_top_module() -> None:
     assert modules <= named()
 
 
-def test_readmes_map_is_short_and_names_nothing_that_is_gone() -> None:
-    assert len(module_map()) <= 16
+def test_readmes_map_names_nothing_that_is_gone() -> None:
     for path in named():
         assert (PACKAGE / path).exists() or (REPOSITORY / path).exists(), path

@@ -125,18 +125,10 @@ def prune(
             f"{goal!r}"
         )
     check_names(prune, advanced, *OF_PRUNE)
-    named = {
-        "sparsity": sparsity,
-        "parts": parts,
-        "data": data,
-        "samples": samples,
-        "seqlen": seqlen,
-        "eval": eval,
-        "effort": effort,
-        "repair": repair,
-        "device": device,
-    }
-    given = advanced | {name: value for name, value in named.items() if value is not None}
+    given = advanced | _said(
+        sparsity=sparsity, parts=parts, data=data, samples=samples, seqlen=seqlen, eval=eval,
+        effort=effort, repair=repair, device=device,
+    )  # fmt: skip
     settings = prune_settings(given, goal)
     trains = effort == BEST_EFFORT
     if isinstance(model, str | Path):
@@ -154,6 +146,11 @@ def prune(
     if trains:
         settings = replace(settings, repair=BEST_WITHOUT_TRAINING)
     return prune_model(model, tokenizer, settings)
+
+
+def _said(**choices: Any) -> dict[str, Any]:
+    """Return the choices that were made: None is left to what the settings say."""
+    return {name: value for name, value in choices.items() if value is not None}
 
 
 def _prune_path(
@@ -228,8 +225,7 @@ def plan(
         raise UsageError("a bound on the loss needs a text; give the goal to cfsp.prune")
     known = (each for each in GOALS if each is not MaxLossIncrease)
     check_names(plan, advanced, Budget, *known, Criterion, Compute)
-    given = advanced | {"parts": parts} | ({} if sparsity is None else {"sparsity": sparsity})
-    settings = prune_settings(given, goal)
+    settings = prune_settings(advanced | _said(sparsity=sparsity, parts=parts), goal)
     with _opened(model, settings.budget) as source:
         return plan_from(source, statistics, settings)[0]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from cfsp.checkpoint.locating import DEMO_NAME, open_checkpoint
@@ -17,23 +16,8 @@ from cfsp.speed.subjects import Subject
 from cfsp.text.offline import MIXED
 
 
-@dataclass(frozen=True)
-class DemoResult:
-    """What the demonstration measured.
-
-    Attributes:
-        report: of the pruning.
-        speed: of the dense and the pruned model.
-        page: the report, a web page.
-    """
-
-    report: PruneReport
-    speed: Comparison
-    page: Path
-
-
-def run_demo(out: Path, sparsity: float) -> DemoResult:
-    """Prune SmolLM2-135M on the mixed text; measure quality and speed.
+def run_demo(out: Path, sparsity: float) -> tuple[PruneReport, Comparison, Path]:
+    """Prune SmolLM2-135M on the mixed text; measure quality and speed; write the page of it.
 
     Raises:
         CheckpointError: the package that carries the model is not installed.
@@ -56,4 +40,4 @@ def run_demo(out: Path, sparsity: float) -> DemoResult:
     add_to_manifest(out, {"speed": speed.to_json()})
     page = out / "report.html"
     write_report([out], page)
-    return DemoResult(report, speed, page)
+    return report, speed, page

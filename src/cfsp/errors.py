@@ -1,25 +1,7 @@
-"""Every error that a user can cause, as a tree.
+"""Every error that a user can cause, as a tree whose root is `CfspError`.
 
-    CfspError                      exit status 2, one sentence, no traceback
-    ├── UsageError                 an argument outside its range, or two that exclude each other
-    ├── CheckpointError            a model that is missing, truncated, or not what its config says
-    │   └── UnsupportedModelError  a model that cannot be pruned
-    ├── TextError                  a text that is missing, unreadable or too short
-    ├── TaskError                  an evaluation task that is unknown, or whose data is unusable
-    ├── CalibrationError           NaN or infinite weights or activations
-    ├── StatisticsError            a statistics file that is damaged or belongs to another model
-    ├── PlanError                  a plan that is damaged or belongs to another model
-    ├── BudgetError                a sparsity that no plan can reach
-    ├── ExportError                a format that cannot express the model, or a copy that differs
-    ├── RecoveryError              training that diverged, or a teacher that does not fit
-    ├── ReportError                a directory that is no run, or a run whose files disagree
-    ├── OutputError                a place that cannot be written to
-    ├── ResumeError                unfinished work that belongs to another command
-    ├── ProcessError               processes of one job that lost each other
-    └── MissingExtraError          an optional dependency that is not installed
-
-A message says what was expected, what was found, and what to do. Anything that is not a
-`CfspError` is a bug of ours and keeps its traceback.
+A message says in one sentence, without a traceback, what was expected, what was found, and what to
+do. Anything that is not a `CfspError` is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -29,15 +11,10 @@ from collections.abc import Iterable
 
 
 class CfspError(Exception):
-    """Base of all errors that a user can cause and cure.
+    """Base of all errors that a user can cause and cure."""
 
-    Attributes:
-        exit_status: of the command.
-        keeps_work: whether the same command could get further, so that its work is kept.
-    """
-
-    exit_status = 2
-    keeps_work = False
+    exit_status = 2  # of the command
+    keeps_work = False  # whether the same command could get further
 
     def __str__(self) -> str:
         """Return one line; what a file made us quote can't break it or speak to the terminal."""
@@ -128,14 +105,17 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
-# What earlier versions had, and what to do instead; for this release only.
+# What earlier versions had, and what to do instead; for this release only. Names of texts have a
+# table of their own: a file may be called as an option was.
+GONE_TEXTS = {
+    "self": "text that the model writes went: real text calibrates better; use mixed, or your own"
+}
 GONE = {
     "openvino": "bench by OpenVINO went; its export stays: time that with OpenVINO's own tools",
     "sglang": "the target sglang went, because nobody had run it; use --to vllm or --to gguf",
     "tensorrt-llm": "the target tensorrt-llm went, because nobody had run it; use --to gguf",
     "padded": "the padded copy went: prune with --widths equal, which stock classes run as it is",
     "png": "the charts are in the page as SVG; a browser saves or prints them",
-    "self": "text that the model writes went: real text calibrates better; use mixed, or your own",
     "dora": "DoRA went: nothing ever showed that it gains on LoRA; use --method lora, or full",
     "of": "a sparsity is the share of one part; --target-params 0.8 keeps 80% of all parameters",
     "revision": "--revision went: write it into the name, as in owner/model@v1",

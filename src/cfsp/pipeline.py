@@ -13,7 +13,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -42,13 +42,12 @@ from cfsp.processes import Team
 from cfsp.quality.evaluate import evaluation_windows, measured_before_and_after
 from cfsp.repair.ladder import check_can_be_repaired
 from cfsp.repair.result import PruningResult
-from cfsp.result.card import model_card
+from cfsp.result.card import model_card, origin_of
 from cfsp.result.manifest import (
     describe_pruning,
     facts_for_config,
     write_manifest,
 )
-from cfsp.result.origin import origin_of
 from cfsp.result.prune_report import PruneReport, prune_report
 from cfsp.selection.constraint import half_dropped
 from cfsp.selection.drop_budget import DropBudget
@@ -118,10 +117,8 @@ def prune_checkpoint(
     check_is_outside(out, source.directory)
     remove_finished_work(out)
     check_output_is_free(out)
-    settings = settings.suited_to_repair()
-    repairs = settings.repair != "none"
-    if dry_run:
-        settings = settings.without_repair()
+    asked = settings.suited_to_repair()
+    settings = replace(asked, repair="none") if dry_run else asked
     check_can_be_repaired(source, settings)
     if plan is None:
         warn_of_no_way_back(source, settings.budget)
@@ -142,12 +139,8 @@ def prune_checkpoint(
             plan=plan,
         )
         if dry_run:
-            parts = repaired.plan.criterion.get("parts", DEFAULT_PARTS)
-            if repairs and plan is None and Budget(parts=tuple(parts)).compares:
-                log.warning(
-                    "--dry-run compared plans before repair; the run itself repairs a few of them "
-                    "and may choose another"
-                )
+            if asked.repair != "none" and plan is None:
+                _warn_of_another_choice(repaired.plan)
             if team.is_first:
                 repaired.plan.save(staging / PLAN_FILE)
             return prune_report(source, repaired, facts, {}, place, None)
@@ -166,24 +159,23 @@ def prune_checkpoint(
                 dense = float(facts["conditions"]["dense_loss"])
                 facts["result"] = loss_increase_of(staging, settings.goal, dense, settings)
         report = prune_report(source, repaired, facts, measured, place, out)
-
-        def describe() -> None:
-            manifest = describe_pruning(repaired.plan, report.to_json(), digests, command)
-            write_manifest(staging, manifest)
-            card = model_card(manifest, repaired.plan, origin_of(source))
-            (staging / CARD_FILE).write_text(card, encoding="utf-8")
-
-        team.from_first(describe)
+        manifest = describe_pruning(repaired.plan, report.to_json(), digests, command)
+        team.from_first(lambda: _describe(source, repaired.plan, manifest, staging))
     return report
+
+
+def _warn_of_another_choice(plan: PruningPlan) -> None:
+    """Say that a dry run compares plans otherwise than a run that repairs them, where it does."""
+    if Budget(parts=tuple(plan.criterion.get("parts", DEFAULT_PARTS))).compares:
+        log.warning(
+            "--dry-run compared plans before repair; the run itself repairs a few of them and may "
+            "choose another"
+        )
 
 
 @contextmanager
 def _shared_staging(out: Path, place: WorkDir) -> Iterator[Path]:
-    """Give the directory that the first process writes into; see `staged_directory`.
-
-    Raises:
-        OutputError: a process does not see it.
-    """
+    """Give the directory that the first process writes into, which all need to see."""
     team = place.team
     with staged_directory(out) if team.is_first else nullcontext() as own:
         staging = team.from_first(lambda: own)
@@ -202,15 +194,9 @@ def prune_model(
     tokenizer: PreTrainedTokenizerBase,
     settings: PruneSettings,
 ) -> PreTrainedModel:
-    """Prune a model in memory; the original stays as it is.
+    """Prune a model in memory into a new one that shares every unpruned tensor with it.
 
-    Args:
-        model: the original.
-        tokenizer: its own, or the processor that has it.
-        settings: how to prune; nothing is evaluated.
-
-    Returns:
-        A new model that shares every unpruned tensor with the original.
+    The processor that has its tokenizer does as well; nothing is evaluated.
     """
     settings = settings.suited_to_repair()
     check_all_texts(settings)
@@ -227,11 +213,7 @@ def prune_model(
 
 
 def check_all_texts(settings: PruneSettings) -> None:
-    """Open every text that pruning will read, before any work is done.
-
-    Raises:
-        TextError: one is missing or not readable.
-    """
+    """Open every text that pruning will read, before any work is done."""
     check_texts(settings.text.names, "calibration")
     check_texts(settings.evaluation.names, "evaluation")
     if isinstance(settings.goal, MaxLossIncrease):
@@ -349,6 +331,15 @@ def _write_checkpoint(source: Checkpoint, repaired: PruningResult, target: Path)
     write_config(source, target, plan.kept_widths, plan.removed_blocks, plan.kept_experts)
     copy_travelling_files(source.directory, target)
     return digests | digests_beside_weights(target)
+
+
+def _describe(
+    source: Checkpoint, plan: PruningPlan, manifest: dict[str, Any], target: Path
+) -> None:
+    """Write manifest and model card."""
+    write_manifest(target, manifest)
+    card = model_card(manifest, plan, origin_of(source))
+    (target / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def pruning_identity(

@@ -21,6 +21,7 @@ from cfsp.cli import build_parser, main
 from cfsp.cli.options import expand_sets, settings_from
 from cfsp.errors import UsageError
 from cfsp.planning.plan_file import PruningPlan
+from cfsp.result.manifest import read_manifest
 from cfsp.result.names import public_command
 from cfsp.settings import Budget, CalibrationText, Criterion
 from cfsp.text.drawing import draw_text
@@ -136,11 +137,6 @@ cfsp.cli.main(["cache"])
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
     assert (done.stdout, done.stderr) == ("-15\n", "")
-
-
-def test_no_command_prints_help_and_fails(cli: Cli) -> None:
-    out, _ = cli(status=2)
-    assert "COMMAND" in out
 
 
 def test_what_is_typed_becomes_settings_and_the_rest_is_theirs() -> None:
@@ -291,7 +287,6 @@ def test_nothing_removed_is_said(cli: Cli, model: Path, text: list[object], tmp_
     ("options", "is_said"),
     [
         (["--sparsity", 0.5], True),
-        (["--sparsity", 0.2], False),
         (["--sparsity", 0.5, "--parts", "ffn"], False),
     ],
 )
@@ -326,11 +321,10 @@ def test_dry_run_writes_only_the_plan(
 
 
 def test_eval_of_several_models(
-    cli: Cli, model: Path, text: list[object], text_file: Path, other_text_file: Path,
-    tmp_path: Path,
-) -> None:  # fmt: skip
-    pruned = tmp_path / "pruned"
-    report = cli.json("prune", model, "--out", pruned, "--sparsity", 0.4, "--multiple", 1, *text)
+    cli: Cli, model: Path, pruned: Path, text_file: Path, other_text_file: Path
+) -> None:
+    report = read_manifest(pruned)
+    assert report is not None
     data: list[object] = ["--data", text_file, "--data", other_text_file]
     argv = ["eval", model, pruned, *data, "--windows", 3, "--seqlen", 24]
     models = cli.json(*argv)["models"]
@@ -362,22 +356,20 @@ def _plain_perplexity(model: Path, text_file: Path, windows: int, seqlen: int) -
     return torch.stack(losses).mean().exp().item()
 
 
-def test_inspect(cli: Cli, model: Path, text: list[object], tmp_path: Path) -> None:
+def test_inspect(cli: Cli, model: Path, pruned: Path) -> None:
     dense = cli.json("inspect", model)
     assert dense["family"] == "llama"
     assert dense["blocks"] == 3
     assert dense["intermediate_sizes"] == [96, 96, 96]
     assert dense["pruned"] is None
     assert dense["parameters"] == sum(p.numel() for p in build_tiny_model("llama").parameters())
-    report = cli.json(
-        "prune", model, "--out", tmp_path / "out", "--sparsity", 0.4, "--multiple", 1, *text
-    )
-    pruned = cli.json("inspect", tmp_path / "out")
-    assert pruned["intermediate_sizes"] == report["intermediate_sizes"]
-    assert pruned["parameters"] == report["parameters_after"]
-    assert pruned["pruned"]["ffn_sparsity"] == report["ffn_sparsity"]
-    assert pruned["pruned"]["criterion"]["sparsity"] == 0.4
-    out, _ = cli("inspect", tmp_path / "out")
+    manifest, found = read_manifest(pruned), cli.json("inspect", pruned)
+    assert manifest is not None
+    assert found["intermediate_sizes"] == manifest["intermediate_sizes"]
+    assert found["parameters"] == manifest["parameters_after"]
+    assert found["pruned"]["ffn_sparsity"] == manifest["ffn_sparsity"]
+    assert found["pruned"]["criterion"]["sparsity"] == 0.5
+    out, _ = cli("inspect", pruned)
     assert "llama, 3 blocks" in out
     assert str(model) in out
 
@@ -412,7 +404,8 @@ def test_inspect_shows_blocks_with_several_ffns_and_with_none(
 # Bad input: exit 2, one sentence, nothing left behind.
 
 
-def test_unknown_argument_exits_with_two(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_argument_exits_with_two(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "COMMAND" in cli(status=2)[0]
     empty = ["prune", "demo", "--sparsity", "0.2", "--out", ""]
     for argv in (["prune", "m", "--out", "o", "--sparse", "0.5"], ["purge"], empty):
         with pytest.raises(SystemExit) as stop:

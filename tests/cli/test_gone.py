@@ -10,7 +10,7 @@ import pytest
 
 import cfsp
 from cfsp.cli import main
-from cfsp.errors import GONE, UsageError
+from cfsp.errors import GONE, GONE_TEXTS, UsageError
 
 # A command that still asks for it.
 ASKING = {
@@ -27,7 +27,7 @@ ASKING = {
 }
 
 
-@pytest.mark.parametrize("word", GONE)
+@pytest.mark.parametrize("word", [*GONE, *GONE_TEXTS])
 def test_what_went_is_said(
     word: str, tiny_checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -38,7 +38,7 @@ def test_what_went_is_said(
     except SystemExit as stop:
         status = int(str(stop.code))
     assert status == 2
-    assert GONE[word] in capsys.readouterr().err
+    assert (GONE | GONE_TEXTS)[word] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def multimodal(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return get
 
 
-@pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3"])
+@pytest.mark.parametrize("model_type", ["llava", "qwen3_vl", "gemma3"])
 def test_a_model_is_pruned_from_images_and_text(
     model_type: str,
     multimodal: Callable[[str], Path],
@@ -85,11 +85,9 @@ def test_a_killed_calibration_goes_on_with_the_same_bits(
     """Qwen3-VL adds features of images to what leaves its first blocks: also after a kill."""
     argv = ["calibrate", str(multimodal("qwen3_vl")), "--data", str(chats), *SIZES, "--out"]
     assert main([*argv, str(tmp_path / "whole")]) == 0
-    for block in (1, 2):
-        out = tmp_path / f"resumed-{block}"
-        commands.kill([*argv, str(out)], "after", block)
-        assert main([*argv, str(out)]) == 0
-        assert out.read_bytes() == (tmp_path / "whole").read_bytes()
+    commands.kill([*argv, str(tmp_path / "resumed")], "after", 1)
+    assert main([*argv, str(tmp_path / "resumed")]) == 0
+    assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_a_killed_calibration_refuses_other_pixels(

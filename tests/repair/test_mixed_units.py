@@ -29,7 +29,7 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.repair.ladder import check_can_be_repaired
 from cfsp.repair.result import PruningResult
 from cfsp.repair.ridge_pass import gram_bytes
-from cfsp.result.repair_steps import steps_in_words
+from cfsp.result.making import steps_in_words
 from cfsp.selection.sensitivity import with_sensitivity
 from cfsp.settings import Budget, Compute, Criterion, LocalTraining, PruneSettings
 from cfsp.streaming.runtime import Runtime

@@ -14,9 +14,8 @@ from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.result.card import model_card
+from cfsp.result.card import Origin, model_card, origin_of
 from cfsp.result.manifest import read_manifest
-from cfsp.result.origin import Origin, origin_of
 from report_runs import measured
 
 
@@ -93,6 +92,7 @@ def test_recovery_updates_the_card(run: Path, text_file: Path, tmp_path: Path) -
     assert "--out recovered\n" in text
     for place in (run, text_file, tmp_path):
         assert str(place.parent) not in text  # the hub shows it to everybody
+    assert main(["verify", str(out)]) == 0
 
 
 def test_the_demo_has_its_real_name(

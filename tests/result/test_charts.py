@@ -12,10 +12,9 @@ from builders import CALIBRATION, CRITERION
 from cfsp.errors import ReportError
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
-from cfsp.result.card import model_card
+from cfsp.result.card import Origin, model_card
 from cfsp.result.facts import NOTHING
 from cfsp.result.manifest import write_manifest
-from cfsp.result.origin import Origin
 from cfsp.result.page.block_chart import block_chart
 from cfsp.result.page.repair_chart import repair_chart
 from cfsp.result.runs import RunFacts, read_run

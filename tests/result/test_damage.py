@@ -1,4 +1,4 @@
-"""Damaged manifests are refused in one sentence, by `report` and by `inspect`."""
+"""Damaged manifests are refused in one sentence."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from cfsp.cli import main
 from cfsp.errors import CheckpointError, ReportError
 from cfsp.result.page.page import write_report
 from report_runs import BETTER, DIVERGED, WORSE, changed_copy, measured
@@ -86,11 +85,3 @@ def test_damaged_entries_of_repair_are_refused(run: Path, tmp_path: Path, entry:
     steps = [{"name": "local", "blocks": [BETTER, entry, BETTER]}]
     said = refusal(run, tmp_path, lambda m: m.update(repair={"steps": steps}))
     assert said.startswith("COPY/cfsp.json is damaged (")
-
-
-def test_inspect_refuses_the_same(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    copy = changed_copy(run, tmp_path / "copy", lambda m: m.update(calibration=[3]))
-    assert main(["inspect", str(copy)]) == 2
-    assert "cfsp.json is damaged (AttributeError(" in capsys.readouterr().err

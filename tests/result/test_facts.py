@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,13 @@ import pytest
 
 from cfsp.architecture.block_names import counted
 from cfsp.cli import main
-from cfsp.result.conditions import Conditions, sources_in_words
+from cfsp.result.conditions import Conditions
 from cfsp.result.facts import NOTHING, size_facts, what_went
-from cfsp.result.making import making
+from cfsp.result.making import making, steps_in_words, texts_in_words
 from cfsp.result.manifest import read_manifest
 from cfsp.result.names import is_hub_id, public_command, public_name, short_names
 from cfsp.result.page.curves import pareto_chart
 from cfsp.result.page.table import headlines, sections
-from cfsp.result.repair_steps import steps_in_words
 from cfsp.result.runs import read_run
 from report_runs import changed_copy, measured, recovered
 
@@ -58,7 +56,8 @@ def test_conditions_in_words(entry: dict[str, Any], words: str) -> None:
     conditions = Conditions.of("news", {"tokens": 1023, **entry})
     assert str(conditions) == words
     assert conditions == Conditions.of("news", {"value": 3.0, "tokens": 1023, **entry})
-    assert conditions != Conditions.of("news", {"tokens": 1023, **entry, "seqlen": 2048})
+    for other in ({"windows": 13}, {"seqlen": 2048}, {"stride": 128}, {"bos": "bos" not in entry}):
+        assert conditions != Conditions.of("news", {"tokens": 1023, **entry, **other})
 
 
 @pytest.mark.parametrize(
@@ -87,7 +86,8 @@ def test_conditions_say_whether_the_text_made_the_model(
 def test_one_of_a_thing_is_said_as_one() -> None:
     assert counted(1, "windows") == "1 window"
     assert counted(2000, "steps") == "2,000 steps"
-    assert sources_in_words({"c4": 64, "own.txt": 1}) == "c4 (64 windows), own.txt (1 window)"
+    texts = {"sources": {"c4": 64, "/mine/own.txt": 1}}
+    assert texts_in_words(texts) == "c4 (64 windows), own.txt (1 window)"
 
 
 def test_names_are_short_and_stay_apart() -> None:
@@ -219,21 +219,3 @@ def test_only_equal_conditions_are_compared(run: Path, tmp_path: Path) -> None:
     (line,) = [line for line in headlines(runs[0]) if line.noun == "perplexity, news"]
     assert line.value == f"{TIMES} 1.41"
     assert line.detail == "79.19 to 111.86, 12 windows of 512 tokens, without BOS"
-
-
-@pytest.mark.parametrize(
-    "other", [{"windows": 13}, {"seqlen": 1024}, {"stride": 256}, {"bos": True}]
-)
-def test_every_condition_tells_numbers_apart(
-    run: Path, tmp_path: Path, other: dict[str, Any]
-) -> None:
-    def change(**conditions: Any) -> Callable[[dict[str, Any]], None]:
-        return lambda manifest: manifest.update(perplexity=measured("news", 3, 4, **conditions))
-
-    runs = [
-        read_run(changed_copy(run, tmp_path / name, change(**conditions)))
-        for name, conditions in (("one", {}), ("same", {}), ("other", other))
-    ]
-    assert len(sections(runs[:2])["Perplexity"]) == 1
-    assert len(sections(runs[1:])["Perplexity"]) == 2
-    assert pareto_chart(runs[:2]) is not None and pareto_chart(runs[1:]) is None

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 
 from cfsp.result.facts import NOTHING
+from cfsp.result.making import steps_in_words
 from cfsp.result.page.chart import NARROW, Chart
 from cfsp.result.page.repair_chart import repair_chart
-from cfsp.result.repair_steps import steps_in_words
 from cfsp.result.runs import RunFacts, read_run
-from cfsp.settings import Budget
-from report_runs import BETTER, DIVERGED, FITTED, WORSE, prune_tiny
+from report_runs import BETTER, DIVERGED, FITTED, WORSE, changed_copy
 
 
 def repaired(*entries: Any, name: str = "local", run: str = "run") -> RunFacts:
@@ -28,19 +27,16 @@ def chart_of(*runs: RunFacts) -> Chart:
     return chart
 
 
-def test_a_real_run_has_a_panel_for_every_step(
-    tiny_checkpoint: Any, text_file: Path, tmp_path: Path
-) -> None:
-    budget = Budget(0.5, multiple=8)
-    llama = tiny_checkpoint("llama")
-    run = prune_tiny(llama, text_file, tmp_path / "run", budget=budget, repair="local")
-    facts = read_run(run)
-    assert [step["name"] for step in facts.repair_steps] == ["ridge", "sequential", "local"]
+def test_a_run_has_a_panel_for_every_step(run: Path, tmp_path: Path) -> None:
+    local = {"name": "local", "blocks": [BETTER, None, WORSE]}
+    copy = changed_copy(run, tmp_path / "copy", lambda m: m["repair"]["steps"].append(local))
+    facts = read_run(copy)
+    assert [step["name"] for step in facts.repair_steps] == ["ridge", "local"]
     chart = chart_of(facts)
     drawing = chart.draw(920)
     titles = re.findall(r'class="panel"[^>]*>([^<]*)<', drawing)
     assert "Ridge: relative squared error of the FFN output" in titles[0]
-    assert "Sequential: relative error of the hidden states" in titles[1]
+    assert "Local: relative error of the hidden states" in titles[1]
     entries = [entry for step in facts.repair_steps for entry in step["blocks"]]
     assert drawing.count('class="before"') == sum(entry is not None for entry in entries)
     assert len(chart.table.rows) == 3

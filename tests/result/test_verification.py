@@ -43,13 +43,6 @@ def test_what_cfsp_wrote_passes(pruned: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out.count("ok ") == 6
 
 
-def test_a_recovered_checkpoint_passes(pruned: Path, text_file: Path, tmp_path: Path) -> None:
-    out = tmp_path / "recovered"
-    train = ["--data", str(text_file), "--steps", "2", "--seqlen", "32", "--batch-windows", "2"]
-    assert main(["recover", str(pruned), *train, "--out", str(out)]) == 0
-    assert main(["verify", str(out)]) == 0
-
-
 def _weights(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path = directory / "model.safetensors"
     tensors = load_file(path)

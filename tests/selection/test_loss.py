@@ -67,7 +67,7 @@ def test_max_loss_increase_prunes_as_much_as_fits(
     assert main(["report", str(out), "--out", str(page)]) == 0
     assert f"--max-loss-increase 0.2, {len(resolution['tried'])} plans tried" in page.read_text()
     card = (out / "README.md").read_text()
-    assert f"| {chosen:.1%} | {report['parameters_after']:,} |" in card
+    assert f"| {chosen:.1%} | {report['parameters_after'] / 1000:.1f}k |" in card
 
 
 def test_max_loss_increase_prints_what_it_tried(

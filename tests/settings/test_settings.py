@@ -28,9 +28,9 @@ from cfsp.settings import (
     check_names,
     from_names,
     multiple_in_words,
-    parse_size,
     prune_settings,
 )
+from cfsp.settings.options import parse_size
 
 
 def test_parts_are_kept_in_one_order() -> None:

@@ -13,48 +13,22 @@ import sys
 import threading
 from collections.abc import Sequence
 from functools import partial
+from importlib import import_module
 
-from cfsp.cli import (
-    bench,
-    cache,
-    calibrate,
-    compare,
-    demo,
-    evaluate,
-    export,
-    families,
-    inspect,
-    plan,
-    prune,
-    push,
-    recover,
-    report,
-    sweep,
-    verify,
-)
-from cfsp.cli.options import Parser, expand_sets
-from cfsp.cli.output import show_messages
+from cfsp.cli.options import Parser, add_command, expand_sets
+from cfsp.cli.output import show_messages, tell
 from cfsp.errors import CfspError, UsageError, did_you_mean
 from cfsp.processes import process_count
 
-COMMANDS = (
-    prune,
-    recover,
-    calibrate,
-    plan,
-    evaluate,
-    compare,
-    inspect,
-    families,
-    bench,
-    export,
-    push,
-    report,
-    sweep,
-    verify,
-    cache,
-    demo,
+# In the order of the help; each in the file of its name, but `eval` is in evaluate.py.
+_NAMES = (
+    "prune recover calibrate plan eval compare inspect families bench export push report sweep "
+    "verify cache demo"
 )
+COMMANDS = {
+    name: import_module(f"cfsp.cli.{'evaluate' if name == 'eval' else name}")
+    for name in _NAMES.split()
+}
 
 _DESCRIPTION = """\
 Make a decoder-only LLM smaller and faster: score its FFN channels with one forward pass over
@@ -82,8 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for command in COMMANDS:
-        command.add_parser(subparsers)
+    for name, command in COMMANDS.items():
+        add_command(subparsers, name, command)
     return parser
 
 
@@ -117,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, partial(_stop, os.getpid()))
     show_messages()
     try:
-        args.run(args)
+        tell(args.run(args), as_json=args.json)
     except CfspError as error:
         print(f"cfsp {args.command}: {_process()}{error}", file=sys.stderr)
         return error.exit_status

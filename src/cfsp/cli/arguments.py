@@ -4,36 +4,12 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from cfsp.cli.options import HelpAll, Parser, add_advanced, add_options
+from cfsp.cli.options import Parser, add_advanced, add_options
 from cfsp.errors import UsageError
 from cfsp.settings import GOALS, Budget, Compute, Criterion, MaxLossIncrease
-
-Subparsers = Any
-
-
-def command_parser(
-    subparsers: Subparsers,
-    run: Callable[[argparse.Namespace], None],
-    name: str,
-    summary: str,
-    example: str,
-) -> Parser:
-    """Add a subcommand that can print JSON, and whose help ends with an example."""
-    parser: Parser = subparsers.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.set_defaults(parser=parser, run=run)
-    parser.add_argument("--help-all", nargs=0, action=HelpAll, help=argparse.SUPPRESS)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser
 
 
 def add_model(parser: Parser) -> None:
@@ -48,9 +24,7 @@ def add_model(parser: Parser) -> None:
 def add_budget(parser: Parser, *, has_text: bool) -> Any:
     """Add what says how much to remove and by which criterion; return the help's group.
 
-    Args:
-        parser: of the command.
-        has_text: whether the command has calibration text, of which some can be held out.
+    A bound on the loss is not among it without a text, of which some can be held out.
     """
     group = parser.add_argument_group("what to remove (one of these, of what --parts names)")
     for settings in (Budget, *GOALS, Criterion):
@@ -77,11 +51,7 @@ def add_process_timeout(parser: Parser) -> None:
 
 
 def process_timeout(args: argparse.Namespace) -> float:
-    """Return how long processes wait for each other, in seconds.
-
-    Raises:
-        UsageError: it is not positive.
-    """
+    """Return how long processes wait for each other, in seconds."""
     if not 0 < args.process_timeout < 1e6:
         raise UsageError(f"--process-timeout must be positive, found {args.process_timeout}")
     return 60 * float(args.process_timeout)
@@ -90,12 +60,7 @@ def process_timeout(args: argparse.Namespace) -> float:
 def check_texts(data: Sequence[str] | None, evaluation: Sequence[str] | None = None) -> None:
     """Open every text, before anything that is slow: imports, downloads, conversions.
 
-    Args:
-        data: what is calibrated on or trained on.
-        evaluation: what is measured on.
-
-    Raises:
-        TextError: one is missing or not readable.
+    Texts are read to calibrate or train on, or for an evaluation.
     """
     from cfsp.text import sources
 

@@ -1,4 +1,8 @@
-"""`cfsp bench`: how fast models are, beside what their sizes promise."""
+"""Time models against each other, beside the ratio that their sizes promise.
+
+cfsp bench MODEL smaller --prompt 512 --new-tokens 32
+cfsp bench --shape llama-2-7b --blocks 4 --sparsity 0.5 --dtype bfloat16
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cfsp.architecture.block_names import counted
-from cfsp.cli import arguments
-from cfsp.cli.options import kind_of
-from cfsp.cli.output import human_bytes, human_count, print_json, print_table
+from cfsp.cli.options import Parser, kind_of
+from cfsp.cli.output import Told, human_bytes, human_count, print_table
 from cfsp.errors import UsageError
 from cfsp.settings import DTYPES, fraction
 
@@ -23,16 +26,8 @@ if TYPE_CHECKING:
 ENGINES = ("transformers", "compile", "llama.cpp", "vllm")
 
 
-def add_parser(subparsers: arguments.Subparsers) -> None:
-    """Add the subcommand."""
-    parser = arguments.command_parser(
-        subparsers,
-        run,
-        "bench",
-        "time models against each other, beside the ratio that their sizes promise",
-        "cfsp bench MODEL smaller --prompt 512 --new-tokens 32\n"
-        "  cfsp bench --shape llama-2-7b --blocks 4 --sparsity 0.5 --dtype bfloat16",
-    )
+def add_options_to(parser: Parser) -> None:
+    """Add its options."""
     parser.add_argument(
         "models",
         nargs="*",
@@ -91,26 +86,14 @@ def _add_how(group: Any) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Told:
     """Time and print."""
     from cfsp.speed.bench import bench
 
-    comparison = bench(
-        _models(args),
-        batch=args.batch,
-        prompt=args.prompt,
-        new_tokens=args.new_tokens,
-        engine=args.engine,
-        rounds=args.rounds,
-        warmups=args.warmups,
-        threads=args.threads,
-        device=args.device,
-        dtype=args.dtype,
-    )
-    if args.json:
-        print_json(comparison.to_json())
-    else:
-        print_comparison(comparison)
+    names = ("batch", "prompt", "new_tokens", "engine", "rounds", "warmups", "threads", "device")
+    given = {name: getattr(args, name) for name in (*names, "dtype")}
+    comparison = bench(_models(args), **given)
+    return comparison.to_json(), lambda: print_comparison(comparison)
 
 
 def _models(args: argparse.Namespace) -> Sequence[str | ShapedModel]:

@@ -1,4 +1,7 @@
-"""`cfsp calibrate`: one forward pass over a text, saved for any number of plans."""
+"""Run a text through a model once and save the statistics that plans are made from.
+
+cfsp calibrate MODEL --data wikitext2 --data c4 --out stats.safetensors
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfsp.cli import arguments
-from cfsp.cli.options import add_options, settings_from
-from cfsp.cli.output import human_bytes, print_json, print_passes
+from cfsp.cli.options import Parser, add_options, settings_from
+from cfsp.cli.output import Told, human_bytes, print_passes
 from cfsp.processes import process_count
 from cfsp.settings import Budget, CalibrationText, Compute
 
@@ -18,15 +21,8 @@ if TYPE_CHECKING:
     from cfsp.streaming.work_dir import WorkDir
 
 
-def add_parser(subparsers: arguments.Subparsers) -> None:
-    """Add the subcommand."""
-    parser = arguments.command_parser(
-        subparsers,
-        run,
-        "calibrate",
-        "run a text through a model once and save the statistics that plans are made from",
-        "cfsp calibrate MODEL --data wikitext2 --data c4 --out stats.safetensors",
-    )
+def add_options_to(parser: Parser) -> None:
+    """Add its options."""
     arguments.add_model(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="safetensors file")
     parser.add_argument(
@@ -41,7 +37,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     arguments.add_process_timeout(parser)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Told:
     """Calibrate and save."""
     arguments.check_texts(args.data)
 
@@ -83,9 +79,10 @@ def run(args: argparse.Namespace) -> None:
         )
         if team.is_first:
             statistics.save(args.out)
-    if team.is_first:
-        paths = ["" if statistics.has_one_unit_each else unit.path for unit in source.units]
-        _report(args, statistics, paths, place)
+    if not team.is_first:
+        return None
+    paths = ["" if statistics.has_one_unit_each else unit.path for unit in source.units]
+    return _told(args.out, statistics, paths, place)
 
 
 def _check_is_new(out: Path) -> None:
@@ -95,18 +92,13 @@ def _check_is_new(out: Path) -> None:
         raise OutputError(f"{out} exists already; choose another file")
 
 
-def _report(
-    args: argparse.Namespace,
-    statistics: Statistics,
-    paths: Sequence[str],
-    place: WorkDir,
-) -> None:
+def _told(out: Path, statistics: Statistics, paths: Sequence[str], place: WorkDir) -> Told:
     from cfsp.planning.channels import LEAST_TOKENS, few_tokens
     from cfsp.planning.unit_plan import few_experts
     from cfsp.streaming.memory import peak_rss_bytes
 
     facts: dict[str, Any] = {
-        "out": str(args.out),
+        "out": str(out),
         "blocks": len(statistics.blocks),
         "calibration_tokens": statistics.tokens,
         "sources": statistics.record.sources,
@@ -120,19 +112,20 @@ def _report(
         "passes": place.times_json(),
         "peak_rss_bytes": peak_rss_bytes(),
     }
-    if args.json:
-        print_json(facts)
-        return
-    seconds = place.watch.seconds["calibrate"]
-    print(
-        f"{statistics.tokens:,} tokens through {len(statistics.blocks)} blocks in {seconds:.1f} s "
-        f"({statistics.tokens / seconds:,.0f} tokens/s); "
-        f"peak memory {human_bytes(peak_rss_bytes())}"
-    )
-    print_passes(place.times_json())
-    if few := facts["experts_with_few_tokens"]:
+
+    def say() -> None:
+        seconds = place.watch.seconds["calibrate"]
         print(
-            f"{len(few)} experts saw fewer than {LEAST_TOKENS} tokens: plans will score them by "
-            "their weights alone; give more --samples"
+            f"{statistics.tokens:,} tokens through {len(statistics.blocks)} blocks in "
+            f"{seconds:.1f} s ({statistics.tokens / seconds:,.0f} tokens/s); peak memory "
+            f"{human_bytes(facts['peak_rss_bytes'])}"
         )
-    print(f"written to {args.out}")
+        print_passes(facts["passes"])
+        if few := facts["experts_with_few_tokens"]:
+            print(
+                f"{len(few)} experts saw fewer than {LEAST_TOKENS} tokens: plans will score them "
+                "by their weights alone; give more --samples"
+            )
+        print(f"written to {out}")
+
+    return facts, say

@@ -1,4 +1,7 @@
-"""`cfsp compare`: models in pairs, window by window and document by document."""
+"""Compare measured models in pairs, with the standard error of each difference.
+
+cfsp compare a.json b.json --against dense.json
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfsp.architecture.block_names import counted
-from cfsp.cli import arguments
+from cfsp.cli.options import Parser
 from cfsp.cli.output import estimate, print_json, print_table
 from cfsp.errors import UsageError
 
@@ -20,15 +23,8 @@ if TYPE_CHECKING:
 _KEPT = "answers as the dense model's, %"
 
 
-def add_parser(subparsers: arguments.Subparsers) -> None:
-    """Add the subcommand."""
-    parser = arguments.command_parser(
-        subparsers,
-        run,
-        "compare",
-        "compare measured models in pairs, with the standard error of each difference",
-        "cfsp compare a.json b.json --against dense.json",
-    )
+def add_options_to(parser: Parser) -> None:
+    """Add its options."""
     parser.add_argument(
         "files", nargs="+", type=Path, metavar="FILE", help="what `cfsp eval --out` wrote"
     )

@@ -1,4 +1,7 @@
-"""`cfsp eval`: perplexity and task scores of several models, in one table each."""
+"""Measure the perplexity of models on texts and their scores on tasks.
+
+cfsp eval smaller --against MODEL --data wikitext2 --data c4 --tasks piqa --out a.json
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,8 @@ from cfsp.processes import process_count
 from cfsp.settings import BOS, Compute, EvaluationText
 
 
-def add_parser(subparsers: arguments.Subparsers) -> None:
-    """Add the subcommand."""
-    parser = arguments.command_parser(
-        subparsers,
-        run,
-        "eval",
-        "measure the perplexity of models on texts and their scores on tasks",
-        "cfsp eval smaller --against MODEL --data wikitext2 --data c4 --tasks piqa --out a.json",
-    )
+def add_options_to(parser: Parser) -> None:
+    """Add its options."""
     parser.add_argument("models", nargs="+", metavar="MODEL", help="as for prune")
     parser.add_argument(
         "--against",

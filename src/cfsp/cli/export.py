@@ -1,4 +1,7 @@
-"""`cfsp export`: a checkpoint in the layout that other software reads."""
+"""Write a checkpoint for llama.cpp, vLLM, mlx-lm or OpenVINO; verify the copy.
+
+cfsp export smaller --to gguf --type q8_0 --out smaller.gguf
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfsp.cli import arguments
-from cfsp.cli.output import human_bytes, print_json
+from cfsp.cli.options import Parser
+from cfsp.cli.output import Told, human_bytes
 
 if TYPE_CHECKING:
     from cfsp.exports.registry import ExportReport
@@ -17,15 +21,8 @@ if TYPE_CHECKING:
 TARGETS = ("gguf", "vllm", "mlx-lm", "openvino")
 
 
-def add_parser(subparsers: arguments.Subparsers) -> None:
-    """Add the subcommand."""
-    parser = arguments.command_parser(
-        subparsers,
-        run,
-        "export",
-        "write a checkpoint for llama.cpp, vLLM, mlx-lm or OpenVINO; verify the copy",
-        "cfsp export smaller --to gguf --type q8_0 --out smaller.gguf",
-    )
+def add_options_to(parser: Parser) -> None:
+    """Add its options."""
     arguments.add_model(parser)
     parser.add_argument("--to", required=True, choices=TARGETS, help="format of the copy")
     parser.add_argument(
@@ -49,7 +46,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Told:
     """Export."""
     from cfsp.exports.registry import export
 
@@ -63,10 +60,7 @@ def run(args: argparse.Namespace) -> None:
     )
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)
-    if args.json:
-        print_json(report.to_json())
-        return
-    print_report(report)
+    return report.to_json(), lambda: print_report(report)
 
 
 def print_report(report: ExportReport) -> None:

@@ -1,4 +1,7 @@
-"""`cfsp families`: which models can be pruned."""
+"""List what can go of each model type of the installed transformers; prove it anew.
+
+cfsp families --prove llama qwen3_5
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ import argparse
 import logging
 from typing import TYPE_CHECKING, Any
 
-from cfsp.cli import arguments
-from cfsp.cli.output import print_json, print_table
+from cfsp.cli.options import Parser
+from cfsp.cli.output import Told, print_table
 from cfsp.errors import UsageError, did_you_mean
 from cfsp.settings import Part
 
@@ -28,15 +31,8 @@ COLUMNS: dict[Part, str] = {
 _WORDS = {True: "yes", False: "no", None: "?"}
 
 
-def add_parser(subparsers: arguments.Subparsers) -> None:
-    """Add the subcommand."""
-    parser = arguments.command_parser(
-        subparsers,
-        run,
-        "families",
-        "list what can go of each model type of the installed transformers; prove it anew",
-        "cfsp families --prove llama qwen3_5",
-    )
+def add_options_to(parser: Parser) -> None:
+    """Add its options."""
     parser.add_argument(
         "--prove",
         metavar="TYPE",
@@ -46,7 +42,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Told:
     """Print what can go of each model type: as it was proved before, or with --prove now."""
     from cfsp.families.catalogue import installed_families, proved_before
 
@@ -80,22 +76,17 @@ def run(args: argparse.Namespace) -> None:
             for family, reasons in zip(families, verdicts(families), strict=True):
                 rows.append(_row(family, reasons))
                 bar.update()
-    if args.json:
-        print_json({"families": rows})
-        return
-    print_table(
-        ("model type", "class", "FFN channels", *COLUMNS.values(), "why no channels"),
-        [
-            (
-                row["model_type"],
-                row["class"],
-                *(_WORDS[row[part]] for part in ("proved", *COLUMNS)),
-                row["reason"] or "",
-            )
-            for row in rows
-        ],
-        left=4 + len(COLUMNS),
-    )
+    head = ("model type", "class", "FFN channels", *COLUMNS.values(), "why no channels")
+    cells = [
+        (
+            row["model_type"],
+            row["class"],
+            *(_WORDS[row[part]] for part in ("proved", *COLUMNS)),
+            row["reason"] or "",
+        )
+        for row in rows
+    ]
+    return {"families": rows}, lambda: print_table(head, cells, left=4 + len(COLUMNS))
 
 
 def _row(family: Family, proof: Reasons | None) -> dict[str, Any]:

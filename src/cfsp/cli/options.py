@@ -11,7 +11,9 @@ An option that only a researcher sets is not in `--help`; `--help-all` lists it,
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NoReturn, TypeVar
 
 from cfsp.errors import CfspError, UsageError, did_you_mean
@@ -93,6 +95,25 @@ class HelpAll(argparse.Action):
         parser.exit()
 
 
+def add_command(subparsers: Any, name: str, command: ModuleType) -> None:
+    """Add a command: a module whose docstring is its help, with `add_options_to` and `run`."""
+    assert command.__doc__ is not None
+    summary, _, example = command.__doc__.strip().partition("\n\n")
+    parser: Parser = subparsers.add_parser(
+        name,
+        help=summary[0].lower() + summary[1:].removesuffix("."),
+        description=summary,
+        # Python 3.13 takes the indentation of docstrings away.
+        epilog=f"example:\n{re.sub('^ *cfsp', '  cfsp', example, flags=re.MULTILINE)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(parser=parser, run=command.run)
+    parser.add_argument("--help-all", nargs=0, action=HelpAll, help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    command.add_options_to(parser)
+
+
 def add_options(
     parser: Parser,
     group: Any,
@@ -100,14 +121,7 @@ def add_options(
     *,
     fields: Sequence[str] | None = None,
 ) -> None:
-    """Add the options of a class of settings.
-
-    Args:
-        parser: of the command.
-        group: where in its help they go.
-        settings: the class.
-        fields: which of its fields; None for all that are options.
-    """
+    """Add the options of a class of settings, or of some of its fields, to a group of a parser."""
     for name, option in options_of(settings).items():
         if fields is not None and name not in fields:
             continue
@@ -134,8 +148,7 @@ def settings_from(args: argparse.Namespace, settings: type[T]) -> T:
 def expand_sets(argv: Sequence[str]) -> list[str]:
     """Return arguments with every `--set name=value` turned into `--name=value`.
 
-    Raises:
-        UsageError: one is not of that form, or an argument is empty.
+    Refuses what is not of that form, and empty arguments.
     """
     expanded: list[str] = []
     rest = list(argv)

@@ -5,8 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cfsp.result.tables import Table
+from cfsp.result.tables import estimate as estimate
+from cfsp.result.tables import human_bytes as human_bytes
+from cfsp.result.tables import human_count as human_count
+
+if TYPE_CHECKING:
+    from cfsp.result.facts import Fact
+
+# The JSON of what a command did, and what says it to people; None where there is nothing to say.
+Told = tuple[Any, Callable[[], object]] | None
 
 
 class _PlainLines(logging.Handler):
@@ -33,18 +44,26 @@ def print_json(value: Any) -> None:
     print()
 
 
+def tell(told: Told, *, as_json: bool) -> None:
+    """Print what a command did: as one JSON object, or for people."""
+    if told is not None:
+        value, say = told
+        print_json(value) if as_json else say()
+
+
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
     """Print columns: the first `left` aligned left, the others right."""
-    columns = list(zip(head, *rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    for number, row in enumerate([head, *rows]):
-        cells = [
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
-        if number == 0:
-            print("  ".join("-" * width for width in widths))
+    print(Table(head, rows, left=left).to_text())
+
+
+def print_facts(facts: Iterable[Fact]) -> None:
+    """Print numbers before and after, and what came of them; nothing without any."""
+    from cfsp.result.facts import labels
+
+    rows = [(name, *fact.row) for fact, name in labels(facts).items()]
+    if rows:
+        print_table(("", "before", "after", "change"), rows)
+        print()
 
 
 def print_passes(passes: Mapping[str, Mapping[str, float]]) -> None:
@@ -59,32 +78,3 @@ def print_passes(passes: Mapping[str, Mapping[str, float]]) -> None:
             f"{name}: {seconds['ratio']:.2f} times its pure compute time of "
             f"{seconds['compute']:.1f} s ({waits})"
         )
-
-
-def estimate(found: Mapping[str, Any], digits: int, factor: float = 1.0) -> str:
-    """Return a value with its standard error, if there is one: 27.5 ± 1.2.
-
-    Args:
-        found: `value` and `stderr`.
-        digits: after the point.
-        factor: 100 for percent.
-    """
-    error = found["stderr"]
-    shown = f"{factor * found['value']:z.{digits}f}"
-    return shown if error is None else f"{shown} ± {factor * error:.{digits}f}"
-
-
-def human_count(number: float) -> str:
-    """Return a count with a suffix: 134.5M."""
-    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= limit:
-            return f"{number / limit:.1f}{suffix}"
-    return f"{number:.0f}"
-
-
-def human_bytes(number: float) -> str:
-    """Return a size in binary units: 1.2 GiB."""
-    for limit, suffix in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if number >= limit:
-            return f"{number / limit:.1f} {suffix}"
-    return f"{number:.0f} B"

@@ -1,4 +1,7 @@
-"""`cfsp plan`: from statistics to a plan, without a forward pass."""
+"""Decide from saved statistics which channels stay.
+
+cfsp plan MODEL --statistics stats.safetensors --sparsity 0.5 --out plan.json
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfsp.cli import arguments
-from cfsp.cli.options import typed
-from cfsp.cli.output import human_count, print_json, print_table
+from cfsp.cli.options import Parser, typed
+from cfsp.cli.output import Told, print_table
 from cfsp.errors import OutputError
 from cfsp.settings import DEFAULT_PARTS, multiple_in_words, prune_settings
 
@@ -17,18 +20,8 @@ if TYPE_CHECKING:
     from cfsp.planning.plan_file import PruningPlan
 
 
-_NOUNS = {"max_loss_increase": "loss increase", "target_speedup": "predicted speed-up"}
-
-
-def add_parser(subparsers: arguments.Subparsers) -> None:
-    """Add the subcommand."""
-    parser = arguments.command_parser(
-        subparsers,
-        run,
-        "plan",
-        "decide from saved statistics which channels stay",
-        "cfsp plan MODEL --statistics stats.safetensors --sparsity 0.5 --out plan.json",
-    )
+def add_options_to(parser: Parser) -> None:
+    """Add its options."""
     arguments.add_model(parser)
     parser.add_argument(
         "--statistics", required=True, type=Path, metavar="FILE", help="from cfsp calibrate"
@@ -38,7 +31,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     arguments.add_compute(parser)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Told:
     """Make and write a plan."""
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.locating import open_checkpoint
@@ -53,42 +46,36 @@ def run(args: argparse.Namespace) -> None:
     check_is_outside(args.out, source.directory)
     plan, resolution = plan_from(source, Statistics.load(args.statistics), settings)
     plan.save(args.out)
-    if args.json:
-        print_json(
-            {
-                "out": str(args.out),
-                **removed_facts(plan),
-                "ffn_sparsity": round(plan.ffn_sparsity, 6),
-                "intermediate_sizes": plan.widths_of("ffn")[1],
-                **({} if plan.kept_experts is None else {"kept_experts": plan.kept_experts}),
-                **({} if plan.has_ffns_only else {"kv_groups": plan.widths_of("kv")[1]}),
-                "experts_with_few_tokens": plan.experts_with_few_tokens,
-                "goal": resolution,
-            }
-        )
-        return
-    print_goal(resolution)
-    print_plan(plan)
-    print(f"\nwritten to {args.out}; prune by it with:")
-    print(shlex.join(["cfsp", "prune", args.model, "--plan", str(args.out), "--out", "OUT"]))
+    told = {
+        "out": str(args.out),
+        **removed_facts(plan),
+        "ffn_sparsity": round(plan.ffn_sparsity, 6),
+        "intermediate_sizes": plan.widths_of("ffn")[1],
+        **({} if plan.kept_experts is None else {"kept_experts": plan.kept_experts}),
+        **({} if plan.has_ffns_only else {"kv_groups": plan.widths_of("kv")[1]}),
+        "experts_with_few_tokens": plan.experts_with_few_tokens,
+        "goal": resolution,
+    }
+
+    def say() -> None:
+        print_goal(resolution)
+        print_plan(plan)
+        print(f"\nwritten to {args.out}; prune by it with:")
+        print(shlex.join(["cfsp", "prune", args.model, "--plan", str(args.out), "--out", "OUT"]))
+
+    return told, say
 
 
 def print_plan(plan: PruningPlan) -> None:
     """Print importance and width of every unit."""
-    rows = [
-        (
-            unit.name,
-            f"{unit.distance:.4f}",
-            f"{unit.importance:.3f}",
-            str(unit.width),
-            unit.kept_in_words,
-            f"{unit.kept_share:.0%}",
-            "#" * round(20 * unit.kept_share),
-        )
+    from cfsp.result.facts import unit_rows
+
+    bars = [
+        (f"{unit.kept_share:.0%}", f"{'#' * round(20 * unit.kept_share):<20}")
         for unit in plan.units
     ]
-    head = ("block", "distance", "importance", "channels", "kept", "", "")
-    print_table(head, [(*row[:-1], row[-1].ljust(20)) for row in rows])
+    rows = [(*row, *bar) for row, bar in zip(unit_rows(plan.units), bars, strict=True)]
+    print_table(("block", "distance", "importance", "channels", "kept", "", ""), rows)
     what = "channels" if plan.counts_channels else "parameters"
     groups = "" if plan.has_ffns_only else f" and {plan.kv_sparsity:.1%} of the KV groups"
     if plan.kept_experts is not None:
@@ -103,31 +90,9 @@ def print_plan(plan: PruningPlan) -> None:
 
 def print_goal(resolution: dict[str, Any]) -> None:
     """Print what was tried for a goal, as its JSON has it; nothing if nothing was."""
-    if not resolution.get("tried"):
-        return
-
     from cfsp.planning.candidate import Candidate
+    from cfsp.result.facts import goal_in_words, goal_table
 
-    noun = _NOUNS[resolution["goal"]]
-    rows = [
-        (
-            f"{entry['sparsity']:.1%}",
-            human_count(entry["parameters"]),
-            f"{entry['value']:.3f}",
-            "yes" if entry["fits"] else "no",
-        )
-        for entry in sorted(resolution["tried"], key=lambda entry: entry["sparsity"])
-    ]
-    print_table(("sparsity", "parameters", noun, "fits"), rows)
-    chosen = Candidate.from_json(resolution["chosen"]).in_words
-    print(f"\n{_in_words(resolution)}: {chosen} go\n")
-
-
-def _in_words(resolution: dict[str, Any]) -> str:
-    asked, conditions = resolution["asked"], resolution["conditions"]
-    if resolution["goal"] == "target_speedup":
-        return f"at least {asked:g} times faster in {conditions['phase']}"
-    text = f"at most {asked:g} nats per token over {conditions['dense_loss']:.3f}, before repair"
-    if "result" in resolution:
-        text += f" (the result: {resolution['result']:+.3f})"
-    return text
+    if (tried := goal_table(resolution)) is not None:
+        chosen = Candidate.from_json(resolution["chosen"]).in_words
+        print(f"{tried.to_text()}\n\n{goal_in_words(resolution)}: {chosen} go\n")

@@ -1,4 +1,7 @@
-"""`cfsp prune`: a model and a text in, a smaller checkpoint out."""
+"""Remove the weakest FFN channels, or other parts, and write a smaller checkpoint.
+
+cfsp prune meta-llama/Llama-3.2-1B --sparsity 0.2 --data wikitext2 --data c4 --out small
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.cli import arguments, recover
-from cfsp.cli.options import add_advanced, add_options, typed
-from cfsp.cli.output import human_bytes, human_count, print_json, print_passes, print_table
+from cfsp.cli.options import Parser, add_advanced, add_options, typed
+from cfsp.cli.output import (
+    Told,
+    human_bytes,
+    human_count,
+    print_facts,
+    print_passes,
+    print_table,
+)
 from cfsp.cli.plan import print_goal, print_plan
 from cfsp.errors import UsageError
 from cfsp.processes import process_count
@@ -38,15 +48,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def add_parser(subparsers: arguments.Subparsers) -> None:
-    """Add the subcommand."""
-    parser = arguments.command_parser(
-        subparsers,
-        run,
-        "prune",
-        "remove the weakest FFN channels, or other parts, and write a smaller checkpoint",
-        "cfsp prune meta-llama/Llama-3.2-1B --sparsity 0.2 --data wikitext2 --data c4 --out small",
-    )
+def add_options_to(parser: Parser) -> None:
+    """Add its options."""
     arguments.add_model(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="new directory")
     parser.add_argument(
@@ -96,30 +99,26 @@ def _settings(args: argparse.Namespace) -> PruneSettings:
     Raises:
         UsageError: some arguments exclude each other, or one needs another.
     """
-    given, plan = typed(args), args.plan is not None
+    given, plan, recovers = typed(args), args.plan is not None, args.recover is not None
+    how_much, is_bound = asked(given), args.max_loss_increase is not None
     if args.out is None and not args.estimate:
         raise UsageError("expected --out, the directory to write into, found none")
     if process_count() > 1:
-        alone = {
-            "--recover": args.recover is not None,
-            "--estimate": args.estimate,
-            "--max-loss-increase": args.max_loss_increase is not None,
-        }
         _refuse(
-            alone,
+            {"--recover": recovers, "--estimate": args.estimate, "--max-loss-increase": is_bound},
             f"{{}} runs in one process, found {process_count()}; leave it out, or prune without "
             "torchrun",
         )
     if plan and args.statistics:
         raise UsageError("--plan and --statistics exclude each other: a plan is made already")
-    if plan and (found := asked(given)):
-        raise UsageError(f"--plan and {found[0]} exclude each other: a plan has its sparsity")
-    if args.max_loss_increase is not None and args.statistics and not args.held_out:
+    if plan and how_much:
+        raise UsageError(f"--plan and {how_much[0]} exclude each other: a plan has its sparsity")
+    if is_bound and args.statistics and not args.held_out:
         raise UsageError(
             "--max-loss-increase with --statistics needs a --held-out text: which windows were "
             "calibrated on before is not known"
         )
-    if args.dry_run and args.recover is not None:
+    if args.dry_run and recovers:
         raise UsageError("--dry-run and --recover exclude each other: nothing is written to train")
     settings = prune_settings(given | ({"sparsity": 0.0, "parts": DEFAULT_PARTS} if plan else {}))
     if args.estimate:
@@ -127,12 +126,12 @@ def _settings(args: argparse.Namespace) -> PruneSettings:
             "--dry-run": args.dry_run,
             "--repair local": settings.repair == "local",
             "--effort best": args.effort == BEST_EFFORT,
-            "--recover": args.recover is not None,
+            "--recover": recovers,
             "--parts blocks": "blocks" in settings.budget.parts,
             "--parts experts": "experts" in settings.budget.parts,
             "--plan": plan,
             "--statistics": args.statistics,
-            **dict.fromkeys(asked(given)[:1] if settings.goal else (), True),
+            **dict.fromkeys(how_much[:1] if settings.goal else (), True),
         }
         _refuse(unknown, "--estimate does not know what {} takes; leave one of them out")
     return settings
@@ -140,12 +139,11 @@ def _settings(args: argparse.Namespace) -> PruneSettings:
 
 def _refuse(options: Mapping[str, Any], why: str) -> None:
     """Refuse the first of some options that was given, with a sentence that has a place for it."""
-    for option, is_given in options.items():
-        if is_given:
-            raise UsageError(why.format(option))
+    for option in [option for option, is_given in options.items() if is_given]:
+        raise UsageError(why.format(option))
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Told:
     """Prune."""
     settings = _settings(args)
     arguments.check_texts(args.data, [*(args.eval or ()), *(args.held_out or ())])
@@ -173,8 +171,7 @@ def run(args: argparse.Namespace) -> None:
         cost = pruning_cost(source, args.out or Path(), settings, runtime)
         for doubt in doubts(source, settings):
             log.warning("%s", doubt)
-        _print_estimate(args, cost)
-        return
+        return cost.to_json(), lambda: _print_estimate(cost)
     limit = Limit(minutes=args.recover) if args.recover is not None else None
     if args.effort == BEST_EFFORT and limit is None and not args.dry_run:
         settings, limit = best_effort(source, settings)
@@ -185,50 +182,45 @@ def run(args: argparse.Namespace) -> None:
     }
     if limit is not None:
         report, recovery = prune_and_recover(source, args.out, settings, limit, **known)
-        _print(args, settings, report, recovery)
-        return
+        return _told(args, settings, report, recovery)
     with joined(compute_device(settings.compute.device), timeout) as team:
         report = prune_checkpoint(
             source, args.out, settings, dry_run=args.dry_run, team=team, **known
         )
-    if team.is_first:
-        _print(args, settings, report)
+    return _told(args, settings, report) if team.is_first else None
 
 
-def _print(
+def _told(
     args: argparse.Namespace,
     settings: PruneSettings,
     report: PruneReport,
     recovery: RecoverReport | None = None,
-) -> None:
-    """Print what a pruning came to, and what may cost less."""
+) -> Told:
+    """Return what a pruning came to, and what may cost less."""
     from cfsp.selection.goal import MANY_CHANNELS
 
-    if args.json:
-        print_json(report.to_json() | ({"recovery": vars(recovery)} if recovery else {}))
-        return
-    print_goal(report.goal)
-    if args.dry_run:
-        print_plan(report.plan)
-        print()
-    print_report(report)
-    if settings.more_parts and report.plan.ffn_sparsity >= MANY_CHANNELS:
-        more = f"--parts {','.join(settings.more_parts)}"
-        if settings.goal is None:  # several parts share one target
-            more += f" --target-params {1 - report.model_sparsity:.2g}"
-        print(f"this much may cost less with `{more}`, which tries whole blocks, too")
-    if args.dry_run:
-        print(f"plan written to {args.out / PLAN_FILE}")
-    if recovery is not None:
-        print()
-        recover.print_report(recovery)
+    def say() -> None:
+        print_goal(report.goal)
+        if args.dry_run:
+            print_plan(report.plan)
+            print()
+        print_report(report)
+        if settings.more_parts and report.plan.ffn_sparsity >= MANY_CHANNELS:
+            more = f"--parts {','.join(settings.more_parts)}"
+            if settings.goal is None:  # several parts share one target
+                more += f" --target-params {1 - report.model_sparsity:.2g}"
+            print(f"this much may cost less with `{more}`, which tries whole blocks, too")
+        if args.dry_run:
+            print(f"plan written to {args.out / PLAN_FILE}")
+        if recovery is not None:
+            print()
+            recover.print_report(recovery)
+
+    return report.to_json() | ({"recovery": vars(recovery)} if recovery else {}), say
 
 
-def _print_estimate(args: argparse.Namespace, cost: PruningCost) -> None:
+def _print_estimate(cost: PruningCost) -> None:
     """Print what a run will take, and what is left."""
-    if args.json:
-        print_json(cost.to_json())
-        return
     rows = {**cost.stages, "together": cost.seconds}.items()
     print_table(("", "seconds"), [(name, f"{seconds:,.0f}") for name, seconds in rows])
     print()
@@ -276,14 +268,12 @@ def describe_step(step: dict[str, Any]) -> str:
 
 def print_report(report: PruneReport) -> None:
     """Print what pruning gained and lost."""
-    from cfsp.result.facts import labels, perplexity_facts, size_facts
+    from cfsp.result.facts import perplexity_facts, size_facts
+    from cfsp.result.making import seconds_in_words
     from cfsp.result.manifest import size_before
 
     told = {**size_before(report.plan), **report.to_json()}
-    named = labels([*size_facts(told), *perplexity_facts(told)])
-    rows = [(name, *fact.row) for fact, name in named.items()]
-    print_table(("", "before", "after", "change"), rows)
-    print()
+    print_facts([*size_facts(told), *perplexity_facts(told)])
     if report.parameters_after == report.parameters_before:
         print("nothing was removed: the least that can go is more than what was asked for")
     if report.experts:
@@ -298,7 +288,6 @@ def print_report(report: PruneReport) -> None:
     for step in report.repair["steps"]:
         print(f"repaired by {describe_step(step)}")
     print_passes(report.passes)
-    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
-    print(f"{stages}; peak memory {human_bytes(report.peak_rss_bytes)}")
+    print(f"{seconds_in_words(report.seconds)}; peak memory {human_bytes(report.peak_rss_bytes)}")
     if report.out:
         print(f"written to {report.out}")

@@ -1,4 +1,9 @@
-"""`cfsp recover`: train a pruned checkpoint to win back quality."""
+"""Train a pruned checkpoint to win back quality and write it in the same layout.
+
+    cfsp recover smaller --max-minutes 30 --out recovered
+
+After a kill the same command goes on where it was.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from cfsp.architecture.block_names import counted
 from cfsp.cli import arguments
-from cfsp.cli.options import add_options, typed
-from cfsp.cli.output import human_bytes, human_count, print_json, print_table
+from cfsp.cli.options import Parser, add_options, typed
+from cfsp.cli.output import Told, human_bytes, human_count, print_facts
 from cfsp.processes import is_first_process, leave_processes
 from cfsp.recovery.settings import Adaptation, Distillation, Limit, Training
 from cfsp.settings import Compute, EvaluationText, options_of
@@ -19,16 +24,8 @@ if TYPE_CHECKING:
     from cfsp.recovery.recover import RecoverReport
 
 
-def add_parser(subparsers: arguments.Subparsers) -> None:
-    """Add the subcommand."""
-    parser = arguments.command_parser(
-        subparsers,
-        run,
-        "recover",
-        "train a pruned checkpoint to win back quality and write it in the same layout",
-        "cfsp recover smaller --max-minutes 30 --out recovered\n\n"
-        "After a kill the same command goes on where it was.",
-    )
+def add_options_to(parser: Parser) -> None:
+    """Add its options."""
     arguments.add_model(parser)
     parser.add_argument("--out", required=True, type=Path, help="new directory")
     text = parser.add_argument_group("text")
@@ -60,7 +57,7 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     add_options(parser, group, Compute, fields=("device", "dtype"))
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Told:
     """Recover."""
     # Importing torch is a part of what the user waits for.
     started = time.monotonic()
@@ -73,33 +70,20 @@ def run(args: argparse.Namespace) -> None:
     asked = {name: value for name, value in typed(args).items() if name not in own}
     report = recover(args.model, command=arguments.typed_command(args), started=started, **asked)
     leave_processes()
-    if not is_first_process():
-        return
-    if args.json:
-        print_json(vars(report))
-        return
-    print_report(report)
+    return (vars(report), lambda: print_report(report)) if is_first_process() else None
 
 
 def print_report(report: RecoverReport) -> None:
     """Print what recovery gained."""
-    rows = [
-        (
-            f"perplexity, {text}",
-            f"{value['before']:.2f}",
-            f"{value['after']:.2f}",
-            f"{value['after'] / value['before'] - 1:+.1%}",
-        )
-        for text, value in report.perplexity.items()
-    ]
-    if rows:
-        print_table(("", "before", "after", "change"), rows)
-        print()
-    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
+    from cfsp.result.facts import perplexity_facts
+    from cfsp.result.making import seconds_in_words
+
+    print_facts(perplexity_facts(vars(report)))
     print(
         f"{counted(report.steps, 'steps')} of {report.tokens_in_step:,} tokens, "
         f"{report.tokens_per_second:,.0f} tokens/s; "
         f"{human_count(report.trainable_parameters)} parameters trained; "
         f"kept the weights of step {report.best_step}\n"
-        f"{stages}; peak memory {human_bytes(report.peak_rss_bytes)}\nwritten to {report.out}"
+        f"{seconds_in_words(report.seconds)}; peak memory "
+        f"{human_bytes(report.peak_rss_bytes)}\nwritten to {report.out}"
     )

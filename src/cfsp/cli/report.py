@@ -1,23 +1,19 @@
-"""`cfsp report`: one web page that shows what pruning did."""
+"""Show one run, several side by side, or a sweep, on a self-contained web page.
+
+cfsp report smaller smallest --out report.html
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from cfsp.cli import arguments
-from cfsp.cli.output import print_json
+from cfsp.cli.options import Parser
+from cfsp.cli.output import Told
 
 
-def add_parser(subparsers: arguments.Subparsers) -> None:
-    """Add the subcommand."""
-    parser = arguments.command_parser(
-        subparsers,
-        run,
-        "report",
-        "show one run, several side by side, or a sweep, on a self-contained web page",
-        "cfsp report smaller smallest --out report.html",
-    )
+def add_options_to(parser: Parser) -> None:
+    """Add its options."""
     parser.add_argument(
         "runs",
         nargs="+",
@@ -43,12 +39,9 @@ def add_parser(subparsers: arguments.Subparsers) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
-    """Write the report."""
+def run(args: argparse.Namespace) -> Told:
+    """Write the page."""
     from cfsp.result.page.page import write_report
 
     write_report(args.runs, args.out, results=args.results)
-    if args.json:
-        print_json({"out": str(args.out)})
-    else:
-        print(f"written to {args.out}")
+    return {"out": str(args.out)}, lambda: print(f"written to {args.out}")

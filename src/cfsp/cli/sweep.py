@@ -1,4 +1,7 @@
-"""`cfsp sweep`: many methods and sparsities from one calibration, in one table."""
+"""Prune by several methods at several sparsities, and measure each.
+
+cfsp sweep MODEL --sparsity 0.1 0.3 0.5 --method cfsp wanda-sp --eval wikitext2 --out sweep
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from cfsp.cli import arguments
 from cfsp.cli.options import Parser, add_advanced, add_options, kind_of, settings_from
-from cfsp.cli.output import print_json, print_table
+from cfsp.cli.output import Told
 from cfsp.errors import UsageError
 from cfsp.settings import Budget, CalibrationText, Compute, EvaluationText, fraction
 from cfsp.sweep.methods import METHODS, method_named
@@ -19,16 +22,8 @@ if TYPE_CHECKING:
     from cfsp.sweep.recipe import Recipe
 
 
-def add_parser(subparsers: arguments.Subparsers) -> None:
-    """Add the subcommand."""
-    parser = arguments.command_parser(
-        subparsers,
-        run,
-        "sweep",
-        "prune by several methods at several sparsities, and measure each",
-        "cfsp sweep MODEL --sparsity 0.1 0.2 0.3 0.4 0.5 --method cfsp wanda-sp --data wikitext2 "
-        "--data c4 --eval wikitext2 --out sweep",
-    )
+def add_options_to(parser: Parser) -> None:
+    """Add its options."""
     others = vars(parser.parse_args([]))
     _add_recipe(parser)
     # None for what was not given: defaults are the recipe's, and beside --recipe nothing is.
@@ -73,10 +68,7 @@ def _add_recipe(parser: Parser) -> None:
     add_options(parser, parser, Budget, fields=("multiple",))
     add_options(parser, parser, CalibrationText)
     measured = parser.add_argument_group("measuring")
-    measured.add_argument(
-        "--eval", action="append", metavar="TEXT", help="perplexity on this text; repeatable"
-    )
-    add_options(parser, measured, EvaluationText, fields=("windows",))
+    add_options(parser, measured, EvaluationText)
     measured.add_argument(
         "--speed", action="store_true", help="time each model against the dense one, in turns"
     )
@@ -101,7 +93,7 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Told:
     """Sweep."""
     recipe = _recipe(args)
     arguments.check_texts(recipe.data, recipe.eval)
@@ -117,14 +109,14 @@ def run(args: argparse.Namespace) -> None:
         command=arguments.typed_command(args),
     )
     written = write_tables(rows, args.out)
-    if args.json:
-        print_json({"models": [asdict(row) for row in rows], "tables": [str(p) for p in written]})
-        return
-    for table in tables(rows):
-        print_table(table.head, table.rows)
-        print(f"\n{table.caption}\n")
-    print(f"tables: {', '.join(map(str, written))}")
-    print(f"charts: cfsp report {shlex.quote(str(args.out))}")
+
+    def say() -> None:
+        for table in tables(rows):
+            print(f"{table.to_text()}\n\n{table.caption}\n")
+        print(f"tables: {', '.join(map(str, written))}")
+        print(f"charts: cfsp report {shlex.quote(str(args.out))}")
+
+    return {"models": [asdict(row) for row in rows], "tables": [str(p) for p in written]}, say
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:

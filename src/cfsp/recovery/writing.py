@@ -25,9 +25,8 @@ from cfsp.checkpoint.writing import copy_travelling_files, digests_beside_weight
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.recovery.prepare import Prepared
 from cfsp.recovery.training import TrainingOutcome
-from cfsp.result.card import model_card
+from cfsp.result.card import model_card, origin_of
 from cfsp.result.manifest import read_manifest, write_manifest
-from cfsp.result.origin import origin_of
 from cfsp.streaming.runtime import versions
 
 if TYPE_CHECKING:

@@ -1,216 +1,153 @@
-"""The model card (README.md) of a checkpoint: metadata for the hub, and plain words for people."""
+"""The model card (README.md) of a checkpoint: metadata for the hub, and plain words for people.
+
+Its text is in card.md beside this file. What comes from elsewhere is quoted there.
+"""
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from cfsp.checkpoint.own_files import MODELING_FILE
-from cfsp.planning.allocation import channels_in_words
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from cfsp.checkpoint.locating import DEMO_NAME
+from cfsp.checkpoint.own_files import CARD_FILE, MODELING_FILE
+from cfsp.checkpoint.reading import Checkpoint
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.result.card_metadata import card_metadata
-from cfsp.result.conditions import perplexities
-from cfsp.result.facts import size_facts, what_went
-from cfsp.result.loading import load_code, needs_code
-from cfsp.result.making import Making, making, texts_in_words
-from cfsp.result.names import public_name
-from cfsp.result.origin import Origin
-from cfsp.result.repair_steps import changed_weights, repair_steps
+from cfsp.result.conditions import Conditions, perplexities
+from cfsp.result.facts import goal_in_words, goal_table, size_facts, unit_rows, what_went
+from cfsp.result.making import (
+    auto_class_of,
+    changed_weights,
+    load_code,
+    making,
+    needs_code,
+    repair_steps,
+    texts_in_words,
+)
+from cfsp.result.manifest import read_manifest
+from cfsp.result.names import is_hub_id, public_name
+from cfsp.result.tables import Table
 
-_PAPER = "[CFSP, arXiv 2409.13199](https://arxiv.org/abs/2409.13199)"
-
-_LOAD = """\
-## How to load it
-
-{why}```python
-{code}
-```
-
-`"."` is this directory; a path to it, or its name on the hub, does as well.
-"""
-_WHY_CODE = f"""\
-Blocks have different widths, or no attention, so the checkpoint brings a small file of code,
-`{MODELING_FILE}`, that builds the stock model with them. `trust_remote_code=True` runs that
-file: read it first. Without it, and by an Auto class that the file is not for (such as
-`AutoModelForSequenceClassification`), transformers stops with an
-`AmbiguousGlobalPerLayerAttributeError: ... is a per-layer attribute and may vary across layers`,
-or with a size mismatch that names `ignore_mismatched_sizes`, which would not help.
-
-"""
-
-_VERIFY = """\
-## How to verify it
-
-    cfsp verify .
-
-checks weights, config, tokenizer and code against the digests in `cfsp.json`, widths and
-parameters against the plan in `cfsp_plan.json`, and that a forward pass gives finite numbers.
-`cfsp inspect .` shows how the model was made.
-"""
-
-_LIMITS = """\
-## Limits
-
-- What the removed channels knew is gone. On text and tasks that are unlike the calibration text,
-  the model may have lost more than the numbers here show: measure it on what you use it for.
-- Nothing was measured about safety or about following instructions; what holds for the original
-  need not hold for this model.
-{only_ffns}- A perplexity compares only with one of the same text, windows and first token.
-{license}"""
+# What holds for the pruned model as it does for its original.
+_KEPT = (
+    "license", "license_name", "license_link", "language", "datasets", "tags", "pipeline_tag",
+)  # fmt: skip
 
 
-_ONLY_FFNS = """\
-- Only FFN channels were removed. Attention and the KV cache are as large as the original's.
-"""
+@dataclass(frozen=True)
+class Origin:
+    """The model that a checkpoint was made from."""
+
+    name: str  # what the user called it
+    hub_id: str | None = None  # its own owner/name, or owner/name@revision, where that is known
+    base_model: str | None = None  # the hub id, else the one that its card gives as its base
+    metadata: dict[str, Any] = field(default_factory=dict)  # that hold for the pruned model, too
+
+
+_DEMO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_DEMO = Origin(DEMO_NAME, _DEMO_ID, _DEMO_ID, {"license": "apache-2.0", "language": ["en"]})
+
+
+def origin_of(source: Checkpoint) -> Origin:
+    """Return what is known of a model; of one that cfsp wrote, what is known of its original."""
+    manifest = read_manifest(source.directory) or {}
+    name = str(manifest.get("base_model", {}).get("name", source.label))
+    if name == DEMO_NAME:
+        return _DEMO
+    card = _metadata_of(source.directory / CARD_FILE)
+    # A snapshot in the hub's cache: models--OWNER--NAME/snapshots/COMMIT.
+    cached = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots", name)
+    # What older versions of transformers wrote into config.json: whence it was loaded.
+    saved = getattr(source.config, "_name_or_path", None)
+    ids = ("/".join(cached.groups()) if cached else None, name, saved)
+    hub_id = next((each for each in ids if is_hub_id(each)), None)
+    base = next((each for each in (hub_id, card.get("base_model")) if is_hub_id(each)), None)
+    base = base and base.partition("@")[0]  # all that the hub knows there
+    return Origin(name, hub_id, base, {key: card[key] for key in _KEPT if card.get(key)})
+
+
+def _metadata_of(path: Path) -> dict[str, Any]:
+    """Return the metadata of a model card; none if there is no card, or none that can be read."""
+    from huggingface_hub import ModelCard
+
+    try:
+        card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+        found: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]
+    except Exception:  # a card may hold anything, and YAML and the hub have errors of many types
+        return {}
+    return found
 
 
 def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origin) -> str:
-    """Return the model card of a checkpoint.
-
-    Args:
-        manifest: of version 2.
-        plan: which channels were removed; None if cfsp removed none.
-        origin: the model that it was made from.
-    """
+    """Return the model card of a checkpoint; a plan is there if cfsp pruned it."""
     # A pruned model that is pruned again is not made from the original of both.
     made_from = manifest.get("base_model", {}).get("name", origin.name)
     hub_id = origin.hub_id if made_from == origin.name else None
     name = hub_id.partition("@")[0] if hub_id else public_name(made_from)
-    stages = making(manifest)
     link = _link(hub_id) if hub_id else _code(name)
     if origin.base_model not in (None, name):
         link += f" (which was made from {_link(str(origin.base_model))})"
-    why = _WHY_CODE if needs_code(manifest) else ""
-    only_ffns = "" if plan is not None and plan.has_parts else _ONLY_FFNS
-    sections = [
-        f"---\n{card_metadata(manifest, origin, name)}\n---\n",
-        f"# {_plain(name)}, {' and '.join(stage.verb for stage in stages)}\n",
-        _what_it_is(manifest, plan, link),
-        _on_which_text(manifest),
-        _size_table(manifest),
-        _quality(manifest),
-        _LOAD.format(why=why, code=load_code(manifest, ".")),
-        _VERIFY if plan else "",
-        *map(_how_it_was_made, stages),
-        _goal(manifest.get("goal")),
-        _LIMITS.format(license=_license(origin), only_ffns=only_ffns),
-        f"## What was removed\n\n{_block_table(plan)}" if plan else "",
-    ]
-    return "\n".join(section for section in sections if section)
-
-
-def _what_it_is(manifest: dict[str, Any], plan: PruningPlan | None, link: str) -> str:
-    said = f"This is {link}, trained further by cfsp.\n"
+    went, goal = "", manifest.get("goal")
     if "ffn_sparsity" in manifest:
         went = what_went(manifest, by_channels=plan is None or plan.counts_channels)
-        said = (
-            f"This is {link} without {went}. cfsp removed the weakest ({_PAPER}); what is left is "
-            "an ordinary dense checkpoint.\n"
-        )
-    if dequantised := manifest.get("dequantised"):
-        said += (
-            f"\nThe original is stored quantised ({_plain(dequantised['from'])}). These weights "
-            f"are dequantised, in {_plain(dequantised['to'])}: each is larger than there until the "
-            "model is quantised again.\n"
-        )
-    return said
+    steps = [str(step["name"]) for step in repair_steps(manifest) if changed_weights(step)]
+    environment = Environment(
+        loader=PackageLoader("cfsp", "result"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"code": _code, "quoted": _quoted, "plain": _plain}
+    return environment.get_template("card.md").render(
+        metadata=_metadata(manifest, origin, name),
+        name=name,
+        stages=making(manifest),
+        link=link,
+        went=went,
+        dequantised=manifest.get("dequantised"),
+        calibrated=texts_in_words(manifest.get("calibration")),
+        repaired=", ".join(steps),
+        recovered=texts_in_words((manifest.get("recovery") or {}).get("data")),
+        sizes=Table(
+            ("", "before", "after", "change"),
+            [
+                (fact.name + (f" ({fact.detail})" if fact.detail else ""), *fact.row)
+                for fact in size_facts(manifest)
+            ],
+        ),
+        quality=_quality(manifest),
+        needs_code=needs_code(manifest),
+        modeling_file=MODELING_FILE,
+        load_code=load_code(manifest, "."),
+        plan=plan,
+        goal=goal and goal_in_words(goal),
+        tried=goal and goal_table(goal),
+        only_ffns=plan is None or not plan.has_parts,
+        license=str(origin.metadata.get("license") or ""),
+        units=Table(
+            ("block", "distance", "importance", "channels before", "after"),
+            unit_rows(plan.units if plan else ()),
+        ),
+    )
 
 
-def _on_which_text(manifest: dict[str, Any]) -> str:
-    """Say what text made the model, and that its perplexity there flatters it."""
-    lines = []
-    if calibrated := texts_in_words(manifest.get("calibration")):
-        lines.append(f"- Calibrated on {_quoted(calibrated)}: that text decided what stays.")
-    if steps := [step["name"] for step in repair_steps(manifest) if changed_weights(step)]:
-        lines.append(
-            f"- Repaired on the same text ({', '.join(steps)}): the weights that stay were changed "
-            "so that blocks compute there what they did before."
-        )
-    if recovery := manifest.get("recovery"):
-        lines.append(f"- Recovered: trained on {_quoted(texts_in_words(recovery['data']))}.")
-    if lines:
-        lines.append(
-            "- So its perplexity on these texts, and on text like them, is **flattering**. Judge "
-            "it by text of another kind.\n"
-        )
-    return "\n".join(lines)
-
-
-def _size_table(manifest: dict[str, Any]) -> str:
-    rows = [
-        f"| {fact.name}{f' ({fact.detail})' if fact.detail else ''} | {' | '.join(fact.row)} |"
-        for fact in size_facts(manifest)
-    ]
-    head = ["| | before | after | change |", "|---|---:|---:|---:|"]
-    return "\n".join([*head, *rows, ""]) if rows else ""
-
-
-def _quality(manifest: dict[str, Any]) -> str:
+def _quality(manifest: dict[str, Any]) -> Table:
     """Return a row for each text and way to measure; only numbers in one row compare."""
-    measured = perplexities(manifest)
     models = ["dense", "pruned", *(["recovered"] if manifest.get("recovery") else [])]
-    lines = [
-        f"| perplexity on | {' | '.join(models)} | measured on |",
-        f"|---|{'---:|' * len(models)}---|",
-    ]
-    for conditions, of in measured.items():
-        numbers = " | ".join(f"{of[name]:.2f}" if name in of else "" for name in models)
-        how = conditions.beside({"the model": manifest})
-        lines.append(f"| {_cell(public_name(conditions.text))} | {numbers} | {how} |")
-    return "\n".join([*lines, ""]) if measured else ""
-
-
-def _how_it_was_made(stage: Making) -> str:
-    facts = [f"- {name}: {_quoted(value)}" for name, value in stage.facts.items()]
-    return "\n".join([f"## How it was {stage.verb}", "", f"    {stage.command}", "", *facts, ""])
-
-
-_GOALS = {
-    "target_params": "to keep {asked:g} of all parameters",
-    "target_kv_cache": "to keep {asked:g} of the KV cache",
-    "max_loss_increase": "a loss of at most {asked:g} nats per token more than the dense model's, "
-    "on held-out text, before repair",
-    "target_speedup": "to be {asked:g} times faster, as predicted from latencies",
-}
-_VALUES = {"max_loss_increase": "loss increase", "target_speedup": "predicted speed-up"}
-
-
-def _goal(resolution: dict[str, Any] | None) -> str:
-    """Say what was asked for instead of a sparsity, and what was tried."""
-    if not resolution:
-        return ""
-    name = resolution["goal"]
-    context = resolution["conditions"].get("context")
-    tokens = f" of {context:,} tokens" if context else ""
-    lines = [f"The goal was {_GOALS[name].format(asked=resolution['asked'])}{tokens}."]
-    if "result" in resolution:
-        lines.append(f"The finished model's loss is {resolution['result']:+.4f} nats higher.")
-    if resolution["tried"]:
-        channels = channels_in_words(resolution["chosen"]["parts"])
-        what = channels or "parameters that may go"
-        lines += ["", f"| {what} removed | parameters | {_VALUES[name]} | fits |"]
-        lines += ["|---:|---:|---:|---|"]
-        lines += [
-            f"| {entry['sparsity']:.1%} | {entry['parameters']:,} | {entry['value']:.4f} "
-            f"| {'yes' if entry['fits'] else 'no'} |"
-            for entry in resolution["tried"]
-        ]
-    return "\n".join([*lines, ""])
-
-
-def _license(origin: Origin) -> str:
-    name = origin.metadata.get("license")
-    known = f" ({_code(str(name))})" if name else ""
-    return f"- It is made from another model, so the license of that model{known} applies.\n"
-
-
-def _block_table(plan: PruningPlan) -> str:
     rows = [
-        f"| {unit.name} | {unit.distance:.4f} | {unit.importance:.3f} | {unit.width} "
-        f"| {unit.kept_in_words} |"
-        for unit in plan.units
+        (
+            # A bar ends a cell even in code.
+            _code(public_name(conditions.text)).replace("|", r"\|"),
+            conditions.beside({"the model": manifest}),
+            *(f"{of[name]:.2f}" if name in of else "" for name in models),
+        )
+        for conditions, of in perplexities(manifest).items()
     ]
-    head = "| block | distance | importance | channels before | after |\n|---:|---:|---:|---:|---:|"
-    return "\n".join([head, *rows, ""])
+    return Table(("perplexity on", "measured on", *models), rows, left=2)
 
 
 def _link(hub_id: str) -> str:
@@ -232,10 +169,64 @@ def _plain(text: str) -> str:
     return "".join(c if c.isalnum() or c in " ./-_,()" else "?" for c in _one_line(text))
 
 
-def _cell(text: str) -> str:
-    """Quote foreign text within a table, where a bar ends the cell even in code."""
-    return _code(text).replace("|", r"\|")
-
-
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def _metadata(manifest: dict[str, Any], origin: Origin, name: str) -> str:
+    """Return the YAML at the head of a card of what was made of a model of some name."""
+    from huggingface_hub import ModelCardData
+
+    metadata = dict(origin.metadata)
+    is_causal = auto_class_of(manifest) == "AutoModelForCausalLM"
+    task = "text-generation" if is_causal else "image-text-to-text"
+    tags = ["cfsp", *(["pruned"] if "criterion" in manifest else [])]
+    theirs = metadata.pop("tags", [])
+    tags += [str(tag) for tag in (theirs if isinstance(theirs, list) else [theirs])]
+    results = _results(manifest)
+    data = ModelCardData(
+        base_model=origin.base_model,
+        library_name="transformers",
+        pipeline_tag=metadata.pop("pipeline_tag", task),
+        tags=list(dict.fromkeys(tags)),
+        # The name belongs to the results: without them it is no key that the hub knows.
+        model_name=f"{_hub_name(name.rpartition('/')[2])}-pruned" if results else None,
+        eval_results=results or None,
+        **metadata,
+    )
+    return str(data.to_yaml())
+
+
+def _results(manifest: dict[str, Any]) -> list[Any]:
+    """Return the perplexities of the finished model, each with its conditions."""
+    from huggingface_hub import EvalResult
+
+    table = (manifest.get("recovery") or manifest).get("perplexity") or {}
+    results = []
+    for text, value in table.items():
+        conditions = Conditions.of(text, value)
+        name = _hub_name(public_name(text))
+        how = {
+            "windows": conditions.windows,
+            "seqlen": conditions.seqlen,
+            "stride": conditions.stride,
+            "bos": conditions.bos,
+            "predicted_tokens": conditions.tokens,
+        }
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=name,
+                dataset_name=name,
+                dataset_args=how,
+                metric_type="perplexity",
+                metric_name=f"perplexity, {conditions.beside({'the model': manifest})}",
+                metric_value=value["after"],
+            )
+        )
+    return results
+
+
+def _hub_name(name: str) -> str:
+    """Return a name with only such characters as names on the hub have."""
+    return re.sub(r"[^\w./:-]+", "_", name)

@@ -12,25 +12,15 @@ from cfsp.text.offline import parts_of
 
 @dataclass(frozen=True)
 class Conditions:
-    """Conditions of a perplexity.
-
-    Attributes:
-        text: name of the text.
-        tokens: predicted tokens.
-        windows: how many there were.
-        seqlen: tokens of a window.
-        stride: tokens from one window to the next; None for windows that do not overlap.
-        bos: whether every window begins with the token that the model's input begins with.
-        evaluation_part: whether they are of a part of the text that nothing is calibrated or
-            trained on; not where it was not recorded.
-    """
+    """Conditions of a perplexity."""
 
     text: str
-    tokens: int
+    tokens: int  # that were predicted
     windows: int
     seqlen: int
-    stride: int | None = None
+    stride: int | None = None  # from one window to the next; None where they do not overlap
     bos: bool = False
+    # Of a part of the text that nothing is calibrated or trained on; False if it was not recorded.
     evaluation_part: bool = field(default=False, compare=False)
 
     @classmethod
@@ -47,13 +37,9 @@ class Conditions:
         )
 
     def beside(self, models: Mapping[str, Mapping[str, Any]]) -> str:
-        """Return all but the text, and which models it made.
-
-        Args:
-            models: manifests by the names of the models that were measured.
-        """
+        """Return all but the text, and which models it made, given their manifests by name."""
         names = {self.text, *parts_of(self.text)}
-        made = [name for name, each in models.items() if not names.isdisjoint(_made_by(each))]
+        made = [name for name, each in models.items() if names & texts_that_made(each)]
         if not made:
             return str(self)
         text = "other parts of this text" if self.evaluation_part else "this text"
@@ -68,7 +54,7 @@ class Conditions:
         return f"{counted(self.windows, 'windows')} of {self.seqlen:,} tokens{stride}, {bos}"
 
 
-def _made_by(manifest: Mapping[str, Any]) -> set[str]:
+def texts_that_made(manifest: Mapping[str, Any]) -> set[str]:
     """Return the names of the texts that a model was calibrated, repaired or trained on."""
     tables = [manifest.get("calibration"), (manifest.get("recovery") or {}).get("data")]
     return {name for table in tables for name in (table or {}).get("sources", {})}
@@ -86,8 +72,3 @@ def perplexities(manifest: Mapping[str, Any]) -> dict[Conditions, dict[str, floa
             of_models = found.setdefault(Conditions.of(text, value), {})
             of_models |= {before: float(value["before"]), after: float(value["after"])}
     return found
-
-
-def sources_in_words(sources: Mapping[str, int]) -> str:
-    """Return texts with how many windows are of each: `c4 (64 windows), own.txt (1 window)`."""
-    return ", ".join(f"{name} ({counted(count, 'windows')})" for name, count in sources.items())

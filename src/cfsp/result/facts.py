@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from cfsp.architecture.block_names import blocks_in_words, removed_in_words
+from cfsp.planning.unit_plan import UnitPlan
 from cfsp.result.conditions import Conditions, perplexities
 from cfsp.result.names import short_names
+from cfsp.result.tables import Table, human_count
 
 NOTHING = "\N{EN DASH}"
 _TIMES, _MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
@@ -59,29 +61,17 @@ PERCENT = Unit(lambda share: f"{100 * share:z.1f}")
 
 @dataclass(frozen=True)
 class Fact:
-    """A number of the original and of what was made of it.
+    """A number of the original and of what was made of it; None where it is not known."""
 
-    Attributes:
-        heading: of the table that it belongs to.
-        name: what it is the number of.
-        unit: how it is written.
-        before: of the original; None where it is not known.
-        after: of the checkpoint; likewise.
-        text: name of the text that it was measured on; empty where there is none.
-        conditions: how a perplexity was measured.
-        detail: what else is to be known.
-        ratio: after / before as it was measured, where that is not the ratio of the two.
-    """
-
-    heading: str
+    heading: str  # of the table that it belongs to
     name: str
     unit: Unit
     before: Number | None = None
     after: Number | None = None
-    text: str = ""
-    conditions: Conditions | None = None
+    text: str = ""  # that it was measured on
+    conditions: Conditions | None = None  # of a perplexity
     detail: str = ""
-    ratio: float | None = None
+    ratio: float | None = None  # after / before as it was measured, where that is another
 
     @property
     def key(self) -> tuple[str, str, str, Conditions | None]:
@@ -136,9 +126,7 @@ def labels(facts: Iterable[Fact]) -> dict[Fact, str]:
 def size_facts(manifest: Mapping[str, Any], weight_bytes: int = 0) -> list[Fact]:
     """Return how large a pruned model is and its original was; nothing where that is not known.
 
-    Args:
-        manifest: of a checkpoint.
-        weight_bytes: of its weight files; 0 where they were not kept.
+    Of the weight files only where they were kept.
     """
     if "parameters_before" not in manifest:
         return []
@@ -191,10 +179,8 @@ def perplexity_facts(manifest: Mapping[str, Any]) -> list[Fact]:
 def what_went(manifest: Mapping[str, Any], *, by_channels: bool = True) -> str:
     """Return in words what went of each part that lost something, and of all parameters.
 
-    Args:
-        manifest: of a pruned checkpoint.
-        by_channels: whether the share of FFN channels is that of their parameters, too; it is not
-            where they own unlike numbers of these.
+    The share of FFN channels is that of their parameters, too, `by_channels`; else they own unlike
+    numbers of these.
     """
     experts = manifest.get("experts")
     removed = removed_in_words(
@@ -211,3 +197,49 @@ def what_went(manifest: Mapping[str, Any], *, by_channels: bool = True) -> str:
         went.append(f"{before - after} of the {before} experts of each block")
     in_all = ", ".join([*went, f"{manifest.get('model_sparsity', 0.0):.1%} of parameters"])
     return f"{removed}, in all {in_all}" if removed else in_all
+
+
+def unit_rows(units: Iterable[UnitPlan]) -> list[tuple[str, ...]]:
+    """Return of each unit of a plan: name, distance, importance, width, and how many stay."""
+    return [
+        (
+            unit.name,
+            f"{unit.distance:.4f}",
+            f"{unit.importance:.3f}",
+            str(unit.width),
+            unit.kept_in_words,
+        )
+        for unit in units
+    ]
+
+
+_GOALS = {
+    "target_params": "{asked:g} of all parameters",
+    "target_kv_cache": "at most {asked:g} of the KV cache of {context:,} tokens",
+    "target_speedup": "at least {asked:g} times faster in {phase}",
+    "max_loss_increase": "at most {asked:g} nats per token over {dense_loss:.3f}, before repair",
+}
+_VALUES = {"max_loss_increase": "loss increase", "target_speedup": "predicted speed-up"}
+
+
+def goal_in_words(resolution: Mapping[str, Any]) -> str:
+    """Return what was asked for instead of a sparsity, from the JSON of what that came to."""
+    told = {**resolution["conditions"], "asked": resolution["asked"]}
+    words = _GOALS[resolution["goal"]].format(**told)
+    result = resolution.get("result")
+    return words if result is None else f"{words} (the result: {result:+.3f})"
+
+
+def goal_table(resolution: Mapping[str, Any]) -> Table | None:
+    """Return what was tried for a goal, from the least that went to the most; None for nothing."""
+    rows = [
+        (
+            f"{entry['sparsity']:.1%}",
+            human_count(entry["parameters"]),
+            f"{entry['value']:.3f}",
+            "yes" if entry["fits"] else "no",
+        )
+        for entry in sorted(resolution.get("tried", ()), key=lambda entry: entry["sparsity"])
+    ]
+    head = ("sparsity", "parameters", _VALUES.get(resolution.get("goal", ""), ""), "fits")
+    return Table(head, rows) if rows else None

@@ -17,8 +17,7 @@ from cfsp.result.manifest import facts_for_config, read_manifest, refusing_damag
 def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the facts about a checkpoint; nothing but its headers is read."""
     units = checkpoint.architecture.of_part("ffn").units
-    stock_units = checkpoint.architecture.stock_units
-    attentions = [unit for unit in stock_units if unit.part == "kv"]
+    attentions = [unit.width for unit in checkpoint.architecture.stock_units if unit.part == "kv"]
     blocks = int(checkpoint.architecture.block_count)
     widths = [unit.width for unit in units]
     has_one_unit_each = [unit.block for unit in units] == list(range(blocks))
@@ -41,7 +40,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "pruned": None,
     }
     if attentions:
-        facts["kv_groups"] = [unit.width for unit in attentions]
+        facts["kv_groups"] = attentions
     if checkpoint.quantisation is not None:
         facts["quantised"] = checkpoint.quantisation.method
     if not has_one_unit_each or len({unit.ffns for unit in units}) > 1:

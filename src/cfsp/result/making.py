@@ -1,34 +1,39 @@
-"""How a checkpoint was made, in words: the same lines on the card, on the page and by `inspect`."""
+"""How a checkpoint was made, in words: the same lines on the card, on the page and by `inspect`.
+
+And the Python that loads it. Of repair a manifest records its steps. A step has a name and for each
+block an entry: how many blocks changed together, the error before and after, and whether the new
+weights were kept. Blocks that changed together have one entry, at the last of them; the others have
+None, as blocks without an FFN have. Where blocks have several FFNs there is an entry for each,
+which names its block and its path in that.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from cfsp.architecture.block_names import counted
+from cfsp.architecture.model_classes import auto_class_of_type
+from cfsp.checkpoint.own_files import MODELING_FILE
 from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.experts import SCORE_IN_WORDS
-from cfsp.result.conditions import sources_in_words
+from cfsp.repair.result import rejected_blocks
 from cfsp.result.names import public_command, public_name
-from cfsp.result.repair_steps import steps_in_words
 from cfsp.settings import DEFAULT_PARTS, UNIT_PARTS, block_metric_in_words, removal_in_words
+
+Step = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Making:
-    """One of the commands that made a checkpoint.
+    """One of the commands that made a checkpoint, without paths of the machine."""
 
-    Attributes:
-        verb: `pruned` or `recovered`.
-        command: what was typed, without paths of the machine.
-        facts: how, in words by what they are about.
-    """
-
-    verb: str
+    verb: str  # pruned or recovered
     command: str
-    facts: dict[str, str]
+    facts: dict[str, str]  # how, in words by what they are about
 
 
 def making(manifest: Mapping[str, Any]) -> list[Making]:
@@ -118,7 +123,7 @@ def _cost(made: Mapping[str, Any]) -> dict[str, str]:
     """Return what a command took, with which versions, and when."""
     facts = {}
     if made.get("seconds"):
-        facts["time"] = ", ".join(f"{stage} {s:.1f} s" for stage, s in made["seconds"].items())
+        facts["time"] = seconds_in_words(made["seconds"])
     if "peak_rss_bytes" in made:
         threads = f", {counted(made['threads'], 'threads')}" if made.get("threads") else ""
         facts["memory"] = f"{made['peak_rss_bytes'] / 2**30:.2f} GiB at its peak{threads}"
@@ -129,8 +134,60 @@ def _cost(made: Mapping[str, Any]) -> dict[str, str]:
     return facts
 
 
+def seconds_in_words(seconds: Mapping[str, float]) -> str:
+    """Return what stages took: `text 0.1 s, ridge 12.0 s`."""
+    return ", ".join(f"{stage} {s:.1f} s" for stage, s in seconds.items())
+
+
 def texts_in_words(table: Mapping[str, Any] | None) -> str:
-    """Return the texts of a calibration or of training, by their public names."""
+    """Return the texts of a calibration or of training: `c4 (64 windows), own.txt (1 window)`."""
     sources = (table or {}).get("sources", {})
-    # One by one: two paths may end alike.
-    return ", ".join(sources_in_words({public_name(name): n}) for name, n in sources.items())
+    return ", ".join(f"{public_name(n)} ({counted(c, 'windows')})" for n, c in sources.items())
+
+
+def repair_steps(manifest: Mapping[str, Any]) -> list[Step]:
+    """Return the steps of repair, in the order in which they were taken."""
+    steps: list[Step] = (manifest.get("repair") or {}).get("steps", [])
+    return steps
+
+
+def changed_weights(step: Step) -> bool:
+    """Return whether a step's weights were kept in any block."""
+    return not step["blocks"] or any(entry and entry["kept"] for entry in step["blocks"])
+
+
+def steps_in_words(steps: Sequence[Step]) -> str:
+    """Return the steps and what each rejected: `ridge (rejected in block 0), sequential`."""
+    told = []
+    for step in steps:
+        rejected, where = rejected_blocks(step), "every block"
+        if changed_weights(step):
+            noun = "block" if len(rejected) == 1 else "blocks"
+            where = f"{noun} {', '.join(rejected)}"
+        told.append(step["name"] + (f" (rejected in {where})" if rejected else ""))
+    return ", ".join(told) or "none"
+
+
+def needs_code(manifest: Mapping[str, Any]) -> bool:
+    """Return whether transformers needs the modelling file beside the weights."""
+    return MODELING_FILE in manifest.get("files", {})
+
+
+def auto_class_of(manifest: Mapping[str, Any]) -> str:
+    """Return the Auto class of a checkpoint's model."""
+    return auto_class_of_type(manifest.get("base_model", {}).get("model_type", ""))
+
+
+def load_code(manifest: Mapping[str, Any], where: str) -> str:
+    """Return the lines that load a model and its tokenizer or processor from a place."""
+    model = auto_class_of(manifest)
+    name, reader = ("tokenizer", "AutoTokenizer")
+    if model != "AutoModelForCausalLM":
+        name, reader = ("processor", "AutoProcessor")
+    trust = ", trust_remote_code=True" if needs_code(manifest) else ""
+    place = json.dumps(where, ensure_ascii=False)
+    return (
+        f"from transformers import {model}, {reader}\n\n"
+        f"model = {model}.from_pretrained({place}{trust})\n"
+        f"{name} = {reader}.from_pretrained({place})"
+    )

@@ -28,11 +28,7 @@ def describe_pruning(
 ) -> dict[str, Any]:
     """Return the manifest of a pruned checkpoint.
 
-    Args:
-        plan: which channels stay.
-        report: what pruning did, as JSON types.
-        digests: SHA-256 of every weight file, and of what else changes what the model says.
-        command: what the user typed.
+    The digests are those of the weight files, and of what else changes what the model says.
     """
     return {
         "operation": "prune",
@@ -57,11 +53,8 @@ def size_before(plan: PruningPlan) -> dict[str, Any]:
 
 def removed_facts(plan: PruningPlan) -> dict[str, list[int]]:
     """Return which blocks and attentions go whole, as JSON types; of each part only if some do."""
-    removed = {
-        "removed_blocks": list(plan.removed_blocks),
-        "removed_attentions": list(plan.removed_attentions),
-    }
-    return {key: blocks for key, blocks in removed.items() if blocks}
+    keys = ("removed_blocks", "removed_attentions")
+    return {key: list(getattr(plan, key)) for key in keys if getattr(plan, key)}
 
 
 # What `cfsp inspect` tells, and what a model that was pruned in memory says of it in its config.
@@ -89,22 +82,14 @@ def published(value: Any) -> Any:
 
 
 def write_manifest(directory: Path, fields: dict[str, Any]) -> None:
-    """Write the manifest into a checkpoint directory, atomically, as `published`.
-
-    Raises:
-        OutputError: the place is not writable.
-    """
+    """Write the manifest into a checkpoint directory, atomically, as `published`."""
     # Facts that were read have their version with them.
     text = json.dumps({"manifest_version": MANIFEST_VERSION, **published(fields)}, indent=2) + "\n"
     write_atomically(directory / MANIFEST_FILE, text.encode())
 
 
 def add_to_manifest(directory: Path, fields: dict[str, Any]) -> None:
-    """Add facts that were learnt after a checkpoint was written to its manifest.
-
-    Raises:
-        CheckpointError: there is no manifest, or it is damaged.
-    """
+    """Add facts that were learnt after a checkpoint was written to its manifest."""
     manifest = read_manifest(directory)
     if manifest is None:
         raise CheckpointError(f"{directory} has no {MANIFEST_FILE}")
@@ -113,11 +98,7 @@ def add_to_manifest(directory: Path, fields: dict[str, Any]) -> None:
 
 @contextmanager
 def refusing_damage(directory: Path) -> Iterator[None]:
-    """Turn what goes wrong where a manifest is read into one sentence about it.
-
-    Raises:
-        CheckpointError: something in it is missing, or is of another type.
-    """
+    """Turn what is missing in a manifest, or of another type, into one `CheckpointError`."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
@@ -128,11 +109,7 @@ def refusing_damage(directory: Path) -> Iterator[None]:
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """Return the manifest of a checkpoint, or None if cfsp did not write the checkpoint.
-
-    Raises:
-        CheckpointError: there is one, but it is damaged or of another version.
-    """
+    """Return the manifest of a checkpoint, or None if cfsp did not write the checkpoint."""
     path = directory / MANIFEST_FILE
     if not path.is_file():
         return None

@@ -22,7 +22,7 @@ Models = Sequence[Mapping[str, Any]]
 
 
 def result_facts(models: Models, side_of: Side) -> list[Fact]:
-    """Return what eval or bench measured of a run and of its original.
+    """Return what eval or bench measured of a run and of its original, as the command prints it.
 
     Args:
         models: entries of the object that the command prints.
@@ -58,9 +58,6 @@ def speed_facts(models: Models, side_of: Side) -> list[Fact]:
     """Return tokens per second by phase and workload, with the ratio to the original.
 
     Ratios are to the first model; they mean something here only if that is the original.
-
-    Raises:
-        KeyError, TypeError, ValueError, IndexError: the models are not as bench writes them.
     """
     facts = []
     compared = side_of(str(models[0]["model"])) == "before"

@@ -21,12 +21,7 @@ def is_hub_id(name: object) -> TypeGuard[str]:
 
 
 def short_names(names: Iterable[str], least: int = 2) -> dict[str, str]:
-    """Return what to call models or texts: of paths the last parts, as many as tell them apart.
-
-    Args:
-        names: as they were given.
-        least: how many parts there are at least.
-    """
+    """Return what to call models or texts: of paths the last parts, as many as tell them apart."""
     names = list(dict.fromkeys(names))
     longest = max((len(PurePath(name).parts) for name in names), default=0)
     for parts in range(least, longest + 1):

@@ -92,14 +92,6 @@ class PruneReport:
         return {k: v for k, v in vars(self).items() if k not in hidden}
 
 
-def _kv_groups(plan: PruningPlan) -> dict[str, Any]:
-    """Return what becomes of KV groups, as JSON types; empty where none may go."""
-    before, after = plan.widths_of("kv")
-    if not before:
-        return {}
-    return {"before": before, "after": after, "sparsity": round(plan.kv_sparsity, 6)}
-
-
 def _experts(plan: PruningPlan) -> dict[str, Any]:
     """Return what becomes of routed experts, as JSON types; empty where none goes whole."""
     units = [unit for unit in plan.kept_units if unit.loses_experts]
@@ -131,18 +123,11 @@ def prune_report(
     place: WorkDir,
     out: Path | None,
 ) -> PruneReport:
-    """Return what a run did.
-
-    Args:
-        source: the model.
-        repaired: what was decided and repaired.
-        goal: what a goal came to, as JSON types; empty without one.
-        measured: perplexities (see `before_and_after`).
-        place: has the time of every stage, and the times of every pass.
-        out: the new checkpoint; None if none was written.
-    """
-    plan = repaired.plan
-    before = parameter_count(source)
+    """Return what a run did; `place` has the times of stages and passes, and `out` is as there."""
+    plan, before = repaired.plan, parameter_count(source)
+    groups_before, groups_after = plan.widths_of("kv")
+    kv_sparsity = round(plan.kv_sparsity, 6)
+    groups = {"before": groups_before, "after": groups_after, "sparsity": kv_sparsity}
     after = sum(spec.elements for spec in pruned_specs(source, plan).values())
     return PruneReport(
         parameters_before=before,
@@ -151,7 +136,7 @@ def prune_report(
         ffn_sparsity=round(plan.ffn_sparsity, 6),
         model_sparsity=round(1 - after / before, 6),
         intermediate_sizes=plan.widths_of("ffn")[1],
-        kv_groups=_kv_groups(plan),
+        kv_groups=groups if groups_before else {},
         experts=_experts(plan),
         calibration_tokens=plan.calibration["windows"] * plan.calibration["seqlen"],
         repair=repaired.to_json(),

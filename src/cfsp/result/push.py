@@ -26,21 +26,13 @@ _LEFT_HERE = (".*", ".*/**", "**/.*")
 
 @dataclass(frozen=True)
 class Pushed:
-    """What was uploaded.
+    """What was uploaded."""
 
-    Attributes:
-        repository: its id, OWNER/NAME.
-        url: of its page.
-        private: whether only its owner sees it.
-        commit: of the upload.
-        notes: what the page will lack, one sentence each.
-    """
-
-    repository: str
+    repository: str  # OWNER/NAME
     url: str
     private: bool
     commit: str
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # what the page will lack, one sentence each
 
 
 def push(directory: str | Path, repository: str, *, public: bool = False) -> Pushed:
@@ -49,12 +41,8 @@ def push(directory: str | Path, repository: str, *, public: bool = False) -> Pus
     Shards and single files of safetensors that an earlier upload left there are deleted if this one
     brings others; every other file stays.
 
-    The token is that of the hub's own login (`hf auth login`, or HF_TOKEN).
-
-    Args:
-        directory: what prune, recover or export wrote.
-        repository: OWNER/NAME, or NAME for one of your own.
-        public: whether everybody may see it; of one that exists this has to be as it is.
+    The token is that of the hub's own login (`hf auth login`, or HF_TOKEN). Of a repository that
+    exists `public` has to be as it is.
 
     Raises:
         UsageError: the name cannot be one, or the repository is public and `public` was not said.

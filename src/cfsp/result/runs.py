@@ -16,14 +16,14 @@ from typing import Any
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE, RECIPE_FILE
 from cfsp.errors import ReportError
 from cfsp.planning.plan_file import PruningPlan
+from cfsp.repair.result import entry_name
 from cfsp.repair.ridge_pass import NAME as RIDGE
 from cfsp.result.conditions import Conditions
 from cfsp.result.facts import QUALITY, Fact, joined, perplexity_facts, size_facts
-from cfsp.result.making import making
+from cfsp.result.making import Step, making, repair_steps
 from cfsp.result.manifest import read_manifest, refusing_damage
 from cfsp.result.measured import comparison_facts, result_facts, speed_facts
 from cfsp.result.names import short_names
-from cfsp.result.repair_steps import Step, check_steps, repair_steps
 
 # Of the models that the demonstration and sweeps time.
 _SIDES = {"dense": "before", "pruned": "after"}
@@ -31,21 +31,13 @@ _SIDES = {"dense": "before", "pruned": "after"}
 
 @dataclass(frozen=True)
 class RunFacts:
-    """One run.
+    """One run."""
 
-    Attributes:
-        name: what the page calls it; differs between the runs of one page.
-        directory: where it lies.
-        manifest: its `cfsp.json`.
-        facts: its numbers, and the original's; one fact for each key.
-        plan: which channels stayed, if the file is there.
-    """
-
-    name: str
+    name: str  # differs between the runs of one page
     directory: Path
     manifest: dict[str, Any]
-    facts: Sequence[Fact] = ()
-    plan: PruningPlan | None = None
+    facts: Sequence[Fact] = ()  # of it and the original; one for each key
+    plan: PruningPlan | None = None  # if the file is there
 
     def under(self, heading: str) -> list[Fact]:
         """Return the facts of one table."""
@@ -121,7 +113,7 @@ def read_run(directory: Path) -> RunFacts:
         ]
         run = RunFacts(directory.resolve().name, directory, manifest, joined(facts), plan)
         _ = run.base_fingerprint, making(manifest)
-        check_steps(run.repair_steps)
+        _check_steps(run.repair_steps)
         if not all(isfinite(e["step"]) and isfinite(e["perplexity"]) for e in run.recovery_history):
             raise ValueError("history of recovery")
         if plan is not None:
@@ -130,11 +122,7 @@ def read_run(directory: Path) -> RunFacts:
 
 
 def read_runs(directories: Sequence[Path]) -> list[RunFacts]:
-    """Read several runs and give each a name of its own; a sweep stands for its runs.
-
-    Raises:
-        CfspError: as `read_run`.
-    """
+    """Read several runs and give each a name of its own; a sweep stands for its runs."""
     runs = [read_run(each) for directory in directories for each in _runs_in(directory)]
     names = short_names((str(run.directory.resolve()) for run in runs), least=1)
     return [replace(run, name=names[str(run.directory.resolve())]) for run in runs]
@@ -143,13 +131,11 @@ def read_runs(directories: Sequence[Path]) -> list[RunFacts]:
 def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunFacts]:
     """Add what `cfsp eval --json` or `cfsp bench --json` measured to the runs it measured.
 
-    Args:
-        runs: the runs of the page.
-        results: the object that the command printed. A model in it is one of the runs if it is
-            the same directory, and a run's original if it has the name that was pruned.
+    A model of the results is one of the runs if it is the same directory, and a run's original if
+    it has the name that was pruned.
 
     Raises:
-        ReportError: it is something else, or measures none of the runs.
+        ReportError: they are something else, or measure none of the runs.
     """
     try:
         names = [str(model["model"]) for model in results["models"]]
@@ -195,12 +181,30 @@ def _runs_in(directory: Path) -> list[Path]:
     return runs
 
 
-def _check_together(manifest: dict[str, Any], plan: PruningPlan, directory: Path) -> None:
-    """Check that manifest and plan speak of the same blocks.
+def _check_steps(steps: Sequence[Step]) -> None:
+    """Check that steps can be told of and drawn: JSON as Python reads it has NaN, too.
 
     Raises:
-        ReportError: they do not.
+        KeyError, TypeError, ValueError, AttributeError, ArithmeticError: they cannot.
     """
+    for step in steps:
+        for index, entry in enumerate(step["blocks"]):
+            if entry is None:
+                continue
+            where = f"{step['name']}, block {entry_name(entry, index)}"
+            # Null is what training leaves whose error is NaN; such weights are rejected.
+            after, kept = entry["error_after"], entry["kept"]
+            errors = [entry["error_before"], *([after] if kept or after is not None else [])]
+            if not all(isfinite(error) and error >= 0 for error in errors):
+                raise ValueError(f"{where}: an error is no number from 0")
+            if not 1 <= entry["blocks"] <= index + 1:
+                raise ValueError(f"{where}: {entry['blocks']} blocks changed together")
+            _ = f"{entry.get('strength') or 0:g}, {entry.get('training_steps') or 0:,}"
+            _ = [expert["kept"] for expert in entry.get("experts", ())]
+
+
+def _check_together(manifest: dict[str, Any], plan: PruningPlan, directory: Path) -> None:
+    """Check that manifest and plan speak of the same blocks."""
     fault = ""
     base = (manifest.get("base_model") or {}).get("fingerprint", plan.model.fingerprint)
     widths, kept = plan.widths_of("ffn")

@@ -7,7 +7,7 @@ than memory can be verified too.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,7 @@ _ONLY_CODE = (
 
 @dataclass(frozen=True)
 class Check:
-    """One promise of the manifest and whether it is kept.
-
-    Attributes:
-        name: what is checked.
-        problem: what is wrong, in one sentence; None if nothing is.
-    """
+    """One promise of the manifest, and what is wrong with it in one sentence; None for nothing."""
 
     name: str
     problem: str | None
@@ -53,34 +48,30 @@ class Check:
 def verify_checkpoint(source: Checkpoint, compute: Compute) -> list[Check]:
     """Check a checkpoint that cfsp wrote against its manifest.
 
-    Args:
-        source: the checkpoint; that it opens means that its shards are whole and its config is
-            one that cfsp knows.
-        compute: where and in what the forward pass computes.
+    That it opens means that its shards are whole and that cfsp knows its config.
 
     Raises:
         CheckpointError: there is no manifest, or it is damaged.
     """
-    manifest = read_manifest(source.directory)
+    directory, manifest = source.directory, read_manifest(source.directory)
     if manifest is None:
         raise CheckpointError(
             f"{source.label} has no {MANIFEST_FILE}: cfsp did not write it, so there is nothing to "
             "verify it against"
         )
-    checks: list[tuple[str, Callable[[], str | None]]] = [
-        ("weight files are those that were written", lambda: _files(source.directory, manifest)),
-        ("the plan is the one that was obeyed", lambda: _plan(source.directory, manifest)),
-        ("widths are those of the plan", lambda: _widths(source, manifest)),
-        ("the number of parameters is right", lambda: _parameters(source, manifest)),
-        (
-            _BESIDE if _has_all(manifest) else _ONLY_CODE,
-            lambda: _beside(source.directory, manifest),
-        ),
-        ("weights and activations are finite", lambda: _forward(source, compute)),
-    ]
+    # All have the digests of config and tokenizer since December 2026.
+    has_all = CONFIG_FILE in manifest.get("files", {})
+    checks: dict[str, Callable[[], str | None]] = {
+        "weight files are those that were written": lambda: _weights(directory, manifest),
+        "the plan is the one that was obeyed": lambda: _plan(directory, manifest),
+        "widths are those of the plan": lambda: next(_other_widths(source, manifest), None),
+        "the number of parameters is right": lambda: _parameters(source, manifest),
+        _BESIDE if has_all else _ONLY_CODE: lambda: _beside(directory, manifest, has_all),
+        "weights and activations are finite": lambda: _forward(source, compute),
+    }
     found = []
     with item_progress("verify", len(checks), "check") as bar:
-        for name, check in checks:
+        for name, check in checks.items():
             try:
                 problem = check()
             except CfspError as error:
@@ -92,7 +83,7 @@ def verify_checkpoint(source: Checkpoint, compute: Compute) -> list[Check]:
     return found
 
 
-def _files(directory: Path, manifest: dict[str, Any]) -> str | None:
+def _weights(directory: Path, manifest: dict[str, Any]) -> str | None:
     # Loaders read them all.
     there = {path.name for path in directory.glob("*.safetensors")}
     promised = {k: v for k, v in manifest.get("files", {}).items() if k.endswith(".safetensors")}
@@ -101,18 +92,13 @@ def _files(directory: Path, manifest: dict[str, Any]) -> str | None:
     return _difference(promised, there, lambda name: _digest(directory / name))
 
 
-def _beside(directory: Path, manifest: dict[str, Any]) -> str | None:
+def _beside(directory: Path, manifest: dict[str, Any], has_all: bool) -> str | None:
     promised = manifest.get("files", {})
     promised = {k: v for k, v in promised.items() if not k.endswith(".safetensors")}
     found = digests_beside_weights(directory)
-    if not _has_all(manifest):
+    if not has_all:
         found = {name: digest for name, digest in found.items() if name.endswith(".py")}
     return _difference(promised, set(found), found.__getitem__)
-
-
-def _has_all(manifest: dict[str, Any]) -> bool:
-    """Whether a manifest has the digests of config and tokenizer, as all do since December 2026."""
-    return CONFIG_FILE in manifest.get("files", {})
 
 
 def _difference(
@@ -134,49 +120,37 @@ def _plan(directory: Path, manifest: dict[str, Any]) -> str | None:
     return None if found == manifest.get("plan_digest") else f"{PLAN_FILE} has changed"
 
 
-def _widths(source: Checkpoint, manifest: dict[str, Any]) -> str | None:
+def _other_widths(source: Checkpoint, manifest: dict[str, Any]) -> Iterator[str]:
+    """Yield where the config or the manifest says another width than the plan."""
     plan = PruningPlan.load(source.directory / PLAN_FILE)
     nouns: dict[Part, str] = {"ffn": "FFNs", "kv": "attentions"}
-    problems = [_widths_of(part, nouns[part], source, plan, manifest) for part in nouns]
-    problems.append(_experts(source, plan))
-    return next((problem for problem in problems if problem is not None), None)
-
-
-def _experts(source: Checkpoint, plan: PruningPlan) -> str | None:
-    found = [unit.ffns for unit in source.architecture.of_part("ffn").units]
-    planned = [len(unit.kept_ffns) for unit in plan.kept_units if unit.part == "ffn"]
-    if found == planned:
-        return None
-    return f"config.json says that FFNs have {found} experts, the plan {planned}"
-
-
-def _widths_of(
-    part: Part, noun: str, source: Checkpoint, plan: PruningPlan, manifest: dict[str, Any]
-) -> str | None:
-    units = [unit for unit in plan.kept_units if unit.part == part]
-    planned = [unit.kept_width for unit in units]
-    if not units:
-        return None
-    # With equally many in all blocks the model is a stock one, which was not opened with its heads.
-    found = [unit for unit in source.architecture.stock_units if unit.part == part]
-    goes_whole = part == "kv" and "attention" in plan.criterion.get("parts", ())
-    kind: Part = "attention" if goes_whole else part
-    found = found or list(find_architecture(empty_model(source.config), kind).units)
-    widths = [unit.width for unit in found]
-    told = manifest["intermediate_sizes"] if part == "ffn" else manifest["kv_groups"]["after"]
-    for name, numbers in (("config.json", widths), (MANIFEST_FILE, told)):
-        different = [
-            i for i, pair in enumerate(zip(numbers, planned, strict=False)) if len(set(pair)) > 1
-        ]
-        if len(numbers) != len(planned):
-            return f"{name} tells of {len(numbers)} {noun}, the plan of {len(planned)}"
-        if different:
-            unit = different[0]
-            return (
-                f"block {units[unit].name} is {numbers[unit]} wide in {name}, {planned[unit]} "
-                "in the plan"
-            )
-    return None
+    for part, noun in nouns.items():
+        units = [unit for unit in plan.kept_units if unit.part == part]
+        if not units:
+            continue
+        planned = [unit.kept_width for unit in units]
+        # With equally many in all blocks it is a stock model, which was not opened with its heads.
+        found = [unit for unit in source.architecture.stock_units if unit.part == part]
+        goes_whole = part == "kv" and "attention" in plan.criterion.get("parts", ())
+        kind: Part = "attention" if goes_whole else part
+        found = found or list(find_architecture(empty_model(source.config), kind).units)
+        told = manifest["intermediate_sizes"] if part == "ffn" else manifest["kv_groups"]["after"]
+        for name, widths in (
+            ("config.json", [unit.width for unit in found]),
+            (MANIFEST_FILE, told),
+        ):
+            if len(widths) != len(planned):
+                yield f"{name} tells of {len(widths)} {noun}, the plan of {len(planned)}"
+            for unit, width in zip(units, widths, strict=False):
+                if width != unit.kept_width:
+                    yield (
+                        f"block {unit.name} is {width} wide in {name}, {unit.kept_width} in the "
+                        "plan"
+                    )
+    experts = [unit.ffns for unit in source.architecture.of_part("ffn").units]
+    kept = [len(unit.kept_ffns) for unit in plan.kept_units if unit.part == "ffn"]
+    if experts != kept:
+        yield f"config.json says that FFNs have {experts} experts, the plan {kept}"
 
 
 def _parameters(source: Checkpoint, manifest: dict[str, Any]) -> str | None:

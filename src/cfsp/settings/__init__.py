@@ -23,8 +23,6 @@ from cfsp.settings.budget import Widths as Widths
 from cfsp.settings.budget import multiple_in_words as multiple_in_words
 from cfsp.settings.budget import parse_parts as parse_parts
 from cfsp.settings.budget import unit_parts as unit_parts
-from cfsp.settings.compute import DTYPES as DTYPES
-from cfsp.settings.compute import Compute as Compute
 from cfsp.settings.criterion import ANGULAR_AND_SENSITIVITY as ANGULAR_AND_SENSITIVITY
 from cfsp.settings.criterion import AUTO_METRIC as AUTO_METRIC
 from cfsp.settings.criterion import BLOCK_METRICS as BLOCK_METRICS
@@ -52,8 +50,6 @@ from cfsp.settings.goals import Phase as Phase
 from cfsp.settings.goals import TargetKVCache as TargetKVCache
 from cfsp.settings.goals import TargetParameters as TargetParameters
 from cfsp.settings.goals import TargetSpeedup as TargetSpeedup
-from cfsp.settings.goals import field_of_goal as field_of_goal
-from cfsp.settings.goals import flag_of_goal as flag_of_goal
 from cfsp.settings.options import Option as Option
 from cfsp.settings.options import check_declared as check_declared
 from cfsp.settings.options import check_names as check_names
@@ -64,14 +60,14 @@ from cfsp.settings.options import given_of as given_of
 from cfsp.settings.options import name_of as name_of
 from cfsp.settings.options import option as option
 from cfsp.settings.options import options_of as options_of
-from cfsp.settings.options import parse_size as parse_size
 from cfsp.settings.pruning import BEST_EFFORT as BEST_EFFORT
 from cfsp.settings.pruning import BEST_WITHOUT_TRAINING as BEST_WITHOUT_TRAINING
-from cfsp.settings.pruning import DEFAULT_EFFORT as DEFAULT_EFFORT
 from cfsp.settings.pruning import DEFAULT_REPAIR as DEFAULT_REPAIR
+from cfsp.settings.pruning import DTYPES as DTYPES
 from cfsp.settings.pruning import EFFORTS as EFFORTS
 from cfsp.settings.pruning import OF_PRUNE as OF_PRUNE
 from cfsp.settings.pruning import REPAIRS as REPAIRS
+from cfsp.settings.pruning import Compute as Compute
 from cfsp.settings.pruning import LocalTraining as LocalTraining
 from cfsp.settings.pruning import PruneSettings as PruneSettings
 from cfsp.settings.pruning import Repair as Repair
@@ -87,5 +83,4 @@ from cfsp.settings.text import CalibrationText as CalibrationText
 from cfsp.settings.text import Data as Data
 from cfsp.settings.text import EvaluationText as EvaluationText
 from cfsp.settings.text import Text as Text
-from cfsp.settings.text import check_bos as check_bos
 from cfsp.settings.text import texts_of as texts_of

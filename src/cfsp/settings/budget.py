@@ -17,6 +17,7 @@ from cfsp.settings.goals import (
     flag_of_goal,
 )
 from cfsp.settings.options import (
+    advanced_option,
     check_declared,
     flag_of,
     fraction,
@@ -108,14 +109,12 @@ def multiple_in_words(multiple: int) -> str:
 
 def _number_of(part: Part, noun: str) -> Any:
     """Return the option that says how many of a part go."""
-    return option(
+    return advanced_option(
         None,
         f"with --parts {part}: how many {noun} go, instead of a share",
         kind=int,
         least=0,
-        metavar="N",
         default="as many as --sparsity says",
-        advanced=True,
     )
 
 
@@ -123,27 +122,9 @@ def _number_of(part: Part, noun: str) -> Any:
 class Budget:
     """What may go, and how much of it where that is one part.
 
-    Several parts have one target that all pay into (`cfsp.settings.goals`).
-
-    Attributes:
-        sparsity: the share of the part that goes, in [0, 1): of FFN channels (the paper's sparsity)
-            and KV groups counted by their parameters where some own more than others, of blocks
-            and attention layers by theirs, of experts by their number.
-        multiple: FFN widths become multiples of this; None for 256 where the FFN is at least 8192
-            wide, 128 from 4096 on, 64 from 1024 on, else 32, for each kind of FFN by itself.
-        parts: what may go, in the order of `PARTS` however they are given: `ffn`, channels of
-            FFNs; `kv`, KV groups; `attention`, whole attention layers; `blocks`, whole decoder
-            blocks; `experts`, whole routed experts, equally many of every block, and nothing else.
-        widths: `importance`, blocks keep channels by their importance, or `equal`, all FFNs of a
-            kind that are equally wide stay so, which stock configs can say.
-        keep: what stays as it is: numbers of blocks, and patterns of modules' names; the others
-            lose what is asked for.
-        remove_blocks: how many blocks go, instead of a share.
-        remove_attentions: the same of attention layers.
-        remove_experts: the same of the routed experts of each block.
-
-    Raises:
-        UsageError: a value is out of its range.
+    Several parts have one target that all pay into (`cfsp.settings.goals`). A share of FFN channels
+    (the paper's sparsity), KV groups, blocks and attention layers counts by their parameters, one
+    of experts by their number: as many go of every block, and nothing else.
     """
 
     sparsity: float = option(
@@ -153,21 +134,19 @@ class Budget:
         metavar="P",
         default="",
     )
-    multiple: int | None = option(
+    multiple: int | None = advanced_option(
         None,
         "FFN widths become multiples of N, or auto",
         kind=number_or_auto,
         least=1,
         metavar="N",
         default="auto: 256; 128 below 8192 channels; 64 below 4096; 32 below 1024",
-        advanced=True,
     )
-    widths: Widths = option(
+    widths: Widths = advanced_option(
         "importance",
         "blocks keep channels by their importance, or all equally many: then a stock config "
         "describes the result, and software runs it that knows one width only",
         choices=WIDTHS,
-        advanced=True,
     )
     parts: tuple[Part, ...] = option(
         DEFAULT_PARTS,
@@ -182,7 +161,6 @@ class Budget:
         "blocks that stay whole, and modules by name: 0,1,29 or 'model.layers.*.self_attn'",
         kind=parse_parts,
         metavar="WHAT,...",
-        default="",
     )
     remove_blocks: int | None = _number_of("blocks", "blocks")
     remove_attentions: int | None = _number_of("attention", "attention layers")
@@ -230,12 +208,7 @@ class Budget:
         check_declared(self)
 
     def for_goal(self, goal: Goal | None) -> Budget:
-        """Return the budget with the parts that a goal is met by.
-
-        Raises:
-            UsageError: other parts were asked for; how many go, which the goal says; or, without a
-                goal, several parts.
-        """
+        """Return the budget with the parts that a goal is met by; refuse what contradicts it."""
         if goal is None:
             if len(self.parts) > 1:
                 targets = [flag_of_goal(each) for each in GOALS if can_be_met(each, self.parts)]

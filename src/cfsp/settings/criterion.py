@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from cfsp.settings.options import check_declared, option
+from cfsp.settings.options import advanced_option, check_declared
 
 DISTANCES = ("angular", "cosine", "euclidean", "mse", "mae")
 # All blocks are alike.
@@ -62,50 +62,32 @@ def worth_in_words(metric: str, things: str, channels: str) -> str:
 
 @dataclass(frozen=True)
 class Criterion:
-    """What makes a block and a channel important.
+    """What makes a block (`cfsp.planning.coarse`) and a channel (`fine`) important."""
 
-    Attributes:
-        block_metric: one of `BLOCK_METRICS` or `SENSITIVITY_METRICS`; see `cfsp.planning.coarse`.
-            `auto` is `sensitivity` where the statistics have it, else `angular`; it is measured
-            where repair follows and the whole model fits into memory.
-        channel_metric: one of `CHANNEL_METRICS`; see `cfsp.planning.fine`.
-        clamp: what happens where a block would keep more than all (see
-            `cfsp.planning.allocation.allocate`); None for what measures best with the block metric.
-        removal: how blocks that go whole are chosen, one of `REMOVALS`; see
-            `cfsp.selection.by_statistics`. `auto` is `divergence` where the whole model fits into
-            memory, else `runs`.
-    """
-
-    block_metric: str = option(
+    block_metric: str = advanced_option(
         AUTO_METRIC,
         "what makes a block important: a distance between its input and output, or sensitivity, "
         "what pruning the block alone does to the predictions, which requires the whole model in "
         "memory; auto: sensitivity where there is repair and that memory, else angular",
         choices=(AUTO_METRIC, *BLOCK_METRICS, *SENSITIVITY_METRICS),
-        advanced=True,
     )
-    channel_metric: str = option(
-        "relative",
-        "score that makes a channel important",
-        choices=CHANNEL_METRICS,
-        advanced=True,
+    channel_metric: str = advanced_option(
+        "relative", "score that makes a channel important", choices=CHANNEL_METRICS
     )
-    clamp: Clamp | None = option(
+    clamp: Clamp | None = advanced_option(
         None,
         "a block that would keep more than all: keep it whole and give the rest to the others "
         "(water-fill), or shrink all importances as the published code does",
         choices=CLAMPS,
         default="water-fill by sensitivity, else published",
-        advanced=True,
     )
-    removal: str = option(
+    removal: str = advanced_option(
         AUTO_METRIC,
         "how whole blocks are chosen: by what the predictions lose without them (divergence, which "
         "requires the whole model in memory), by the angular distance over runs of them (runs), or "
         "each by its own cosine distance (influence); auto: divergence where there is that "
         "memory, else runs",
         choices=(AUTO_METRIC, *REMOVALS),
-        advanced=True,
     )
 
     def __post_init__(self) -> None:

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from cfsp.errors import UsageError
-from cfsp.settings.options import check_declared, flag_of, fraction, option, options_of
+from cfsp.settings.options import (
+    advanced_option,
+    check_declared,
+    flag_of,
+    fraction,
+    option,
+    options_of,
+)
 from cfsp.settings.text import Text, texts_of
 
 Phase = Literal["decode", "prefill"]
@@ -45,7 +52,7 @@ class TargetKVCache:
         fraction: of the cache of the longest context that stays at most, in (0, 1].
     """
 
-    fraction: float = option(
+    fraction: float = advanced_option(
         1.0,
         "fraction of the KV cache that stays; KV groups go, with --parts attention or "
         "kv,attention whole attentions, and nothing else",
@@ -53,7 +60,6 @@ class TargetKVCache:
         flag="target-kv-cache",
         metavar="F",
         default="",
-        advanced=True,
     )
 
     def __post_init__(self) -> None:
@@ -72,7 +78,7 @@ class TargetSpeedup:
         phase: what shall be faster.
     """
 
-    ratio: float = option(
+    ratio: float = advanced_option(
         2.0,
         "as little as is predicted to make the model X times faster on this machine, which must be "
         "quiet",
@@ -80,14 +86,9 @@ class TargetSpeedup:
         flag="target-speedup",
         metavar="X",
         default="",
-        advanced=True,
     )
-    phase: Phase = option(
-        "decode",
-        "what --target-speedup is about",
-        flag="target-speedup-of",
-        choices=PHASES,
-        advanced=True,
+    phase: Phase = advanced_option(
+        "decode", "what --target-speedup is about", flag="target-speedup-of", choices=PHASES
     )
 
     def __post_init__(self) -> None:
@@ -109,7 +110,7 @@ class MaxLossIncrease:
         windows: how many windows in all, or of each text in `held_out`.
     """
 
-    nats: float = option(
+    nats: float = advanced_option(
         0.1,
         "as much as keeps the loss on held-out text within so many nats per token of the dense "
         "model's, before repair; the model must fit into memory",
@@ -117,9 +118,8 @@ class MaxLossIncrease:
         flag="max-loss-increase",
         metavar="NATS",
         default="",
-        advanced=True,
     )
-    held_out: tuple[str | Text, ...] = option(
+    held_out: tuple[str | Text, ...] = advanced_option(
         (),
         "text for --max-loss-increase",
         kind=texts_of,
@@ -127,16 +127,9 @@ class MaxLossIncrease:
         metavar="TEXT",
         default="windows of --data that calibration leaves over",
         repeats=True,
-        advanced=True,
     )
-    windows: int = option(
-        12,
-        "windows in all, or of each --held-out text",
-        kind=int,
-        least=1,
-        flag="held-out-windows",
-        metavar="N",
-        advanced=True,
+    windows: int = advanced_option(
+        12, "windows in all, or of each --held-out text", kind=int, least=1, flag="held-out-windows"
     )
 
     def __post_init__(self) -> None:

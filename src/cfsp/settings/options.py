@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from inspect import Parameter, signature
 from typing import Any, TypeVar
 
@@ -15,31 +16,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Option:
-    """How a field is set on a command line.
-
-    Attributes:
-        help: what it does; the CLI adds the default.
-        kind: makes the value of what was typed; of all that was, where it repeats.
-        flag: `--flag`; None for the field's name.
-        choices: the only values there are.
-        least: the least value.
-        metavar: what the help calls the value.
-        default: what the help calls the default, where its value does not say it; empty for none.
-        repeats: whether it is given once for each of several values.
-        switch: whether to give it is to set it.
-        advanced: whether only a researcher sets it.
-    """
+    """How a field is set on a command line."""
 
     help: str
-    kind: Callable[[str], Any] = str
-    flag: str | None = None
+    kind: Callable[[str], Any] = str  # of all values that were typed, where it repeats
+    flag: str | None = None  # None for the field's name
     choices: tuple[str, ...] = ()
     least: int | None = None
     metavar: str | None = None
-    default: str | None = None
-    repeats: bool = False
+    default: str | None = None  # in words, where the value does not say it; empty for none
+    repeats: bool = False  # whether it is given once for each of several values
     switch: bool = False
-    advanced: bool = False
+    advanced: bool = False  # whether only a researcher sets it
 
 
 def option(value: Any, help: str, **facts: Any) -> Any:
@@ -47,22 +35,24 @@ def option(value: Any, help: str, **facts: Any) -> Any:
     return field(default=value, metadata={"option": Option(help, **facts)})
 
 
+# Of what only a researcher sets.
+advanced_option = partial(option, advanced=True)
+
+
 def options_of(settings: type[Any]) -> dict[str, Option]:
     """Return the options of a class of settings, by field, each with its default in words."""
     found = {}
     for each in fields(settings):
         if (known := each.metadata.get("option")) is not None:
-            default = str(each.default) if known.default is None else known.default
-            found[each.name] = replace(known, default=default)
+            usual = "" if each.default in (None, ()) else str(each.default)
+            default = usual if known.default is None else known.default
+            metavar = known.metavar or ("N" if known.kind is int else None)
+            found[each.name] = replace(known, default=default, metavar=metavar)
     return found
 
 
 def check_declared(settings: Any) -> None:
-    """Check values by what their options declare: choices, and the least there may be.
-
-    Raises:
-        UsageError: a value is none of the choices, or less.
-    """
+    """Refuse a value that is none of an option's choices, or less than its least."""
     for name, known in options_of(type(settings)).items():
         value, flag = getattr(settings, name), flag_of(name, known)
         if value is None and (not known.choices or getattr(type(settings), name) is None):
@@ -93,7 +83,7 @@ def from_names(settings: type[T], values: Mapping[str, Any], **others: Any) -> T
 
     Args:
         settings: a class of settings.
-        values: by name; those that belong to other classes are passed over.
+        values: by the names of options; those of other classes are passed over.
         others: values of fields that are no options, or were decided otherwise.
 
     Raises:
@@ -127,11 +117,7 @@ def given_of(settings: type[Any], values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_names(function: Callable[..., Any], given: Iterable[str], *known: type[Any]) -> None:
-    """Check that every other keyword of a call is the name of an option of some class of settings.
-
-    Raises:
-        UsageError: one is not.
-    """
+    """Refuse a keyword of a call that is no option of some classes of settings."""
     own = signature(function).parameters.values()
     names = [each.name for each in own if each.kind is Parameter.KEYWORD_ONLY]
     names += [name_of(each, option) for cls in known for each, option in options_of(cls).items()]
@@ -144,11 +130,7 @@ def check_names(function: Callable[..., Any], given: Iterable[str], *known: type
 
 
 def fraction(text: str) -> float:
-    """Return the number that `0.2` or `20%` means.
-
-    Raises:
-        UsageError: it means none.
-    """
+    """Return the number that `0.2` or `20%` means."""
     try:
         return float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
@@ -156,11 +138,7 @@ def fraction(text: str) -> float:
 
 
 def number_or_auto(text: str) -> int | None:
-    """Return the number, or None for `auto`.
-
-    Raises:
-        UsageError: it is neither.
-    """
+    """Return the number, or None for `auto`."""
     if text == "auto":
         return None
     try:
@@ -174,11 +152,7 @@ _BINARY_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def parse_size(text: str) -> int:
-    """Return the number of bytes that a text like 2GB, 512MiB or 1e9 means.
-
-    Raises:
-        UsageError: it means none.
-    """
+    """Return the number of bytes that a text like 2GB, 512MiB or 1e9 means."""
     match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
     try:
         if match is None or (match[3] and not match[2]):

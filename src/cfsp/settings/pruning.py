@@ -1,4 +1,4 @@
-"""How much repair there is, and all that a pruning is asked for."""
+"""Where to compute, how much repair there is, and all that a pruning is asked for."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ from typing import Any, Literal, get_args
 
 from cfsp.errors import UsageError, did_you_mean
 from cfsp.settings.budget import COUNTS, Budget, Part, can_be_met
-from cfsp.settings.compute import Compute
 from cfsp.settings.criterion import AUTO_METRIC, UNIFORM, Criterion
 from cfsp.settings.goals import GOALS, Goal, TargetParameters, field_of_goal, flag_of_goal
-from cfsp.settings.options import check_declared, from_names, given_of, option
+from cfsp.settings.options import (
+    advanced_option,
+    check_declared,
+    from_names,
+    given_of,
+    option,
+    parse_size,
+)
 from cfsp.settings.text import CalibrationText, EvaluationText
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 Repair = Literal["none", "ridge", "local"]
 REPAIRS: tuple[Repair, ...] = get_args(Repair)
@@ -26,63 +34,64 @@ BEST_WITHOUT_TRAINING: Repair = "local"
 
 
 @dataclass(frozen=True)
+class Compute:
+    """Where to compute and in what; `cfsp.streaming.runtime.resolve` makes `auto` definite."""
+
+    device: str = option("auto", "cpu, cuda, cuda:1, mps, ...", default="an accelerator")
+    dtype: str = advanced_option(
+        "auto", "what to compute in", choices=DTYPES, default="the model's own"
+    )
+    batch_windows: int | None = advanced_option(
+        None, "windows that pass a block together", kind=int, least=1, default="about 4096 tokens"
+    )
+    memory_budget: int | None = advanced_option(
+        None,
+        "hidden states above this size (2GB, 512MiB) go to a file beside the output",
+        kind=parse_size,
+        metavar="SIZE",
+        default="half of the available memory",
+    )
+
+    def __post_init__(self) -> None:
+        check_declared(self)
+
+
+@dataclass(frozen=True)
 class LocalTraining:
-    """How local repair trains blocks; see `cfsp.repair.local`.
+    """How local repair trains blocks; see `cfsp.repair.local`."""
 
-    Attributes:
-        steps: of Adam, in each group of blocks; twice as many in the last group.
-        blocks: how many consecutive blocks train together, towards the hidden states after the
-            last of them. The time hardly depends on it; what training holds in memory does. The
-            model's last group, whose loss is what counts in the end, is twice as large.
-        text: the part of the text itself in the last group's loss, from 0 to 1; the rest is the
-            divergence from the dense model's predictions.
-        rate: the highest learning rate of any block, as a part of the root mean square of each
-            tensor, because models differ in the size of their weights and Adam's steps do not
-            follow it.
-        rate_per_error: the highest learning rate of a block by its error before. The first
-            blocks of a model have hardly any, and steps as long as those of others only add some.
-        head_rate: the highest learning rate of the last group, whose loss at the head, of few
-            tokens and of many words, is far noisier.
-        warm_up: steps in which the rate rises; it falls along a cosine to zero.
-        tokens: about how many there are in a batch.
-
-    Raises:
-        UsageError: there are no steps, no blocks in a group, or no such part of the text.
-    """
-
-    steps: int = option(
+    steps: int = advanced_option(
         100,
         "of local repair: training steps for each group of blocks",
         kind=int,
         least=1,
         flag="local-steps",
-        metavar="N",
-        advanced=True,
     )
-    blocks: int = option(
+    blocks: int = advanced_option(
         3,
         "of local repair: how many consecutive blocks train together, twice as many at the model's "
         "end; more need more memory",
         kind=int,
         least=1,
         flag="local-blocks",
-        metavar="N",
-        advanced=True,
     )
-    text: float = option(
+    text: float = advanced_option(
         0.0,
         "of local repair: the part of the text itself in the loss of the last blocks, from 0 to 1; "
         "the rest is the divergence from the dense model",
         kind=float,
         flag="local-text",
         metavar="F",
-        advanced=True,
     )
+    # Highest learning rates, as parts of the root mean square of each tensor, because models differ
+    # in the size of their weights and Adam's steps do not follow it: of any block, of a block by
+    # its error before (the first have hardly any, and as long steps as others' only add some), and
+    # of the last group, whose loss at the head, of few tokens and many words, is far noisier.
     rate: float = 0.012
     rate_per_error: float = 0.04
     head_rate: float = 0.003
-    warm_up: int = 10
-    tokens: int = 2048
+    warm_up: int = 10  # steps in which the rate rises; it falls along a cosine to zero
+    tokens: int = 2048  # about so many in a batch
 
     def __post_init__(self) -> None:
         check_declared(self)
@@ -92,30 +101,16 @@ class LocalTraining:
 
 @dataclass(frozen=True)
 class PruneSettings:
-    """How to prune.
+    """How to prune."""
 
-    Attributes:
-        budget: how much to remove; without meaning when a plan is given.
-        criterion: what counts as important; likewise.
-        text: what to calibrate and repair on.
-        compute: where and in what.
-        repair: `none`; `ridge` repairs the down projections by least squares; `local` then
-            trains a few blocks at a time (`cfsp.repair.ladder`).
-        local: how `local` trains.
-        goal: gives the budget; of that here only the parts, the multiple and the kind of widths
-            then count.
-        leaves_parts_open: whether nobody said what may go, so that a goal for parameters may also
-            take whole blocks where many channels would go (`cfsp.selection.goal`).
-        evaluation: texts to measure perplexity on, before and after.
-    """
-
-    budget: Budget
+    budget: Budget  # without meaning beside a plan; of a goal only what it does not say itself
     criterion: Criterion = field(default_factory=Criterion)
     text: CalibrationText = field(default_factory=CalibrationText)
     compute: Compute = field(default_factory=Compute)
     repair: Repair = DEFAULT_REPAIR
     local: LocalTraining = field(default_factory=LocalTraining)
     goal: Goal | None = None
+    # Nobody said what may go: a goal for parameters may also take blocks (`selection.goal`).
     leaves_parts_open: bool = False
     evaluation: EvaluationText = field(default_factory=EvaluationText)
 
@@ -154,10 +149,6 @@ class PruneSettings:
         is_tried = self.leaves_parts_open and repairs and isinstance(self.goal, TargetParameters)
         return replace(self, criterion=criterion, leaves_parts_open=is_tried)
 
-    def without_repair(self) -> PruneSettings:
-        """Return the same settings, without repair."""
-        return replace(self, repair="none")
-
 
 # Whatever a pruning is asked for is an option of one of these.
 OF_PRUNE: tuple[type[Any], ...] = (
@@ -174,7 +165,7 @@ OF_PRUNE: tuple[type[Any], ...] = (
 def asked(given: Mapping[str, Any], goal: Goal | None = None) -> list[str]:
     """Return the flags of all that says how much goes: a share, a number, or a goal."""
     budget = given_of(Budget, given)
-    found = [budget[field] for field in ("sparsity",) if field in budget]
+    found = [budget["sparsity"]] if "sparsity" in budget else []
     found += [
         flag_of_goal(kind)
         for kind in GOALS
@@ -191,8 +182,7 @@ def prune_settings(given: Mapping[str, Any], goal: Goal | None = None) -> PruneS
         goal: an object instead of an option.
 
     Raises:
-        UsageError: a value is out of its range, two contradict each other, or not exactly one says
-            how much goes.
+        UsageError: a value is out of range, two contradict each other, or not one says how much.
     """
     found = asked(given, goal)
     if len(found) != 1:

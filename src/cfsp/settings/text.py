@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from cfsp.errors import TextError, UsageError
-from cfsp.settings.options import check_declared, option
+from cfsp.settings.options import advanced_option, check_declared, option
 
 LONGEST_WINDOW = 1 << 24
 MOST_WINDOWS = 1 << 32
@@ -60,23 +60,9 @@ def texts_of(data: Data) -> tuple[str | Text, ...]:
     return tuple(text if isinstance(text, Text) else str(text) for text in given)
 
 
-def check_bos(bos: str) -> None:
-    """Check that a choice is one of those there are."""
-    if bos not in BOS:
-        raise UsageError(f"--bos must be one of {', '.join(BOS)}, found {bos!r}")
-
-
 @dataclass(frozen=True)
 class CalibrationText:
-    """Which text to calibrate on; see `cfsp.text.drawing.draw_text`.
-
-    Attributes:
-        names: of texts, or texts themselves.
-        samples: windows in all; None for 128, or all that there are if that is less.
-        seqlen: tokens in a window, BOS included.
-        seed: of the draw of windows.
-        bos: whether windows begin with BOS.
-    """
+    """Which text to calibrate on; see `cfsp.text.drawing.draw_text`."""
 
     names: tuple[str | Text, ...] = option(
         (DEFAULT_TEXT,),
@@ -88,17 +74,12 @@ class CalibrationText:
         default=DEFAULT_TEXT,
         repeats=True,
     )
-    samples: int | None = option(
-        None,
-        "windows of text in all",
-        kind=int,
-        metavar="N",
-        default="128, or all there are",
-        advanced=True,
+    samples: int | None = advanced_option(
+        None, "windows of text in all", kind=int, default="128, or all there are"
     )
-    seqlen: int = option(DEFAULT_SEQLEN, "tokens in a window", kind=int, metavar="T", advanced=True)
-    seed: int = option(0, "of the draw of windows", kind=int, advanced=True)
-    bos: Bos = option("auto", BOS_HELP, choices=BOS, advanced=True)
+    seqlen: int = advanced_option(DEFAULT_SEQLEN, "tokens in a window", kind=int, metavar="T")
+    seed: int = advanced_option(0, "of the draw of windows", kind=int)
+    bos: Bos = advanced_option("auto", BOS_HELP, choices=BOS)
 
     def __post_init__(self) -> None:
         check_declared(self)
@@ -117,16 +98,7 @@ class CalibrationText:
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """Which texts to measure perplexity on: the first windows of each.
-
-    Attributes:
-        names: of texts, or texts themselves.
-        windows: of each text; None for all.
-        seqlen: tokens in a window, BOS included; None for 1024, or what the model can read if that
-            is less.
-        stride: tokens between the starts of windows; None for windows that stand on their own.
-        bos: whether windows begin with BOS.
-    """
+    """Which texts to measure perplexity on: the first windows of each, or all for None."""
 
     names: tuple[str | Text, ...] = option(
         (),
@@ -134,18 +106,18 @@ class EvaluationText:
         kind=texts_of,
         flag="eval",
         metavar="TEXT",
-        default="",
         repeats=True,
     )
-    windows: int | None = option(
-        12, "windows of each --eval text", kind=int, flag="eval-windows", metavar="N", advanced=True
+    windows: int | None = advanced_option(
+        12, "windows of each --eval text", kind=int, flag="eval-windows"
     )
-    seqlen: int | None = None
-    stride: int | None = None
+    seqlen: int | None = None  # of a window with BOS; None for 1024, or what the model can read
+    stride: int | None = None  # between the starts of windows; None where they do not overlap
     bos: Bos = "auto"
 
     def __post_init__(self) -> None:
-        check_bos(self.bos)
+        if self.bos not in BOS:
+            raise UsageError(f"--bos must be one of {', '.join(BOS)}, found {self.bos!r}")
         # Now, not after an hour of pruning.
         if self.windows is not None and self.windows < 1:
             raise UsageError(f"expected at least 1 window to measure on, found {self.windows}")

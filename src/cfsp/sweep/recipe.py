@@ -44,13 +44,7 @@ _NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,63}")
 
 @dataclass(frozen=True)
 class Point:
-    """One model of a sweep.
-
-    Attributes:
-        name: of its directory.
-        method: the name of how it is pruned.
-        settings: all that `cfsp prune` would be told.
-    """
+    """One model of a sweep: the name of its directory and of its method, and how it is pruned."""
 
     name: str
     method: str
@@ -69,45 +63,21 @@ class Point:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a sweep does: every method at every sparsity, by every draw of windows.
-
-    Attributes:
-        model: the model, as for prune.
-        sparsity: fractions to remove.
-        methods: how to prune: a name and options of prune by theirs; in a file also a name alone
-            (`cfsp.sweep.methods.method_named`).
-        multiple: widths become multiples of this, whatever the method; None for its own choice.
-        data: calibration texts.
-        samples: calibration windows in all.
-        seqlen: tokens of a window, BOS included.
-        seed: of the draws of windows; each is a calibration of its own.
-        bos: whether windows begin with BOS, as for prune.
-        eval: texts to measure perplexity on.
-        eval_windows: windows of each.
-        speed: also time each model against the dense one.
-        agreement: also measure how far each model is from the dense one's predictions, which
-            streams the dense model again beside each.
-        tasks: tasks to score, as for eval; the dense model is scored, too.
-        task_limit: documents of each task; None for all.
-        task_data: directory of local task files; None for the harness's own data.
-
-    Raises:
-        CfspError: a value is outside its range, or something is missing.
-    """
+    """What a sweep does: every method at every sparsity, by every draw of windows."""
 
     model: str
     sparsity: tuple[float, ...]
-    methods: tuple[Method, ...] = (METHODS["cfsp"],)
-    multiple: int | None = None
+    methods: tuple[Method, ...] = (METHODS["cfsp"],)  # in a file also a name alone
+    multiple: int | None = None  # whatever the method; None for its own choice
     data: tuple[str, ...] = (DEFAULT_TEXT,)
     samples: int | None = None
     seqlen: int = CalibrationText.seqlen
-    seed: tuple[int, ...] = (CalibrationText.seed,)
+    seed: tuple[int, ...] = (CalibrationText.seed,)  # each is a calibration of its own
     bos: Bos = CalibrationText.bos
     eval: tuple[str, ...] = ()
     eval_windows: int | None = EvaluationText.windows
     speed: bool = False
-    agreement: bool = False
+    agreement: bool = False  # it streams the dense model again beside each
     tasks: tuple[str, ...] = ()
     task_limit: int | None = None
     task_data: str | None = None
@@ -130,11 +100,7 @@ class Recipe:
             raise UsageError("--task-limit and --task-data need --tasks")
 
     def points(self, compute: Compute) -> list[Point]:
-        """Return all models, in the order in which they are made.
-
-        Args:
-            compute: where and in what.
-        """
+        """Return all models, in the order in which they are made."""
         several = len(self.seed) > 1
         return [
             Point(
@@ -169,11 +135,6 @@ class Recipe:
     def _settings(
         self, method: Method, sparsity: float, seed: int, compute: Compute
     ) -> PruneSettings:
-        """Return what `cfsp prune` is told.
-
-        Raises:
-            UsageError: a value is outside its range.
-        """
         given = {key: each for key, each in vars(self).items() if each is not None}
         return PruneSettings(
             from_names(Budget, {**method, **given}, sparsity=sparsity).for_goal(None),
@@ -205,11 +166,7 @@ class Recipe:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Read a recipe.
-
-    Raises:
-        UsageError: the file is missing, no TOML, or has other keys or types.
-    """
+    """Read a recipe; refuse a file that is missing, no TOML, or has other keys or types."""
     try:
         found = tomllib.loads(path.read_bytes().decode())
     except (OSError, ValueError, RecursionError) as error:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,6 @@ from cfsp.streaming.work_dir import output_work_dir, remove_finished_work
 from cfsp.sweep.recipe import Point, Recipe
 from cfsp.sweep.table import Row
 from cfsp.text.drawing import draw_text, processor_of
-from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
 
@@ -61,25 +61,19 @@ _WORKING = ".working"
 
 @dataclass(frozen=True)
 class _Sweep:
-    """What a sweep is made of; see `run_sweep`.
-
-    Attributes:
-        points: all its models.
-        source: the model, opened with the parts of all methods: it is calibrated.
-        source_by: the model as `cfsp prune` opens it, by the parts that may go.
-    """
+    """What a sweep is made of; see `run_sweep`."""
 
     recipe: Recipe
     points: Sequence[Point]
-    source: Checkpoint
-    source_by: Mapping[tuple[Part, ...], Checkpoint]
+    source: Checkpoint  # opened with the parts of all methods: it is calibrated
+    opened: Callable[[tuple[Part, ...]], Checkpoint]  # as `cfsp prune` opens it, by those parts
     out: Path
     compute: Compute
     tasks: TaskRunner | None
 
     def source_of(self, point: Point) -> Checkpoint:
         """Return the model as `cfsp prune` opens it for a point."""
-        return self.source_by[point.settings.budget.parts]
+        return self.opened(point.settings.budget.parts)
 
 
 def run_sweep(
@@ -93,7 +87,7 @@ def run_sweep(
     """Make every model of a recipe that is not there yet, and return the whole table.
 
     Args:
-        recipe: what to do.
+        recipe: what to do; its texts were checked.
         out: the sweep's directory, new or of the same recipe.
         compute: where and in what.
         keep_weights: keep the pruned models' weights.
@@ -102,26 +96,19 @@ def run_sweep(
     Raises:
         CfspError: anything that a user can cause; models that are finished stay.
     """
-    check_texts(recipe.data, "calibration")
-    check_texts(recipe.eval, "evaluation")
     selection, points = recipe.task_selection, recipe.points(compute)
     tasks = None if selection is None else TaskRunner.of(selection)
-    asked = dict.fromkeys(point.settings.budget.parts for point in points)
-    parts: tuple[Part, ...] = tuple(dict.fromkeys(part for each in asked for part in each))
-    source = open_checkpoint(recipe.model, parts=parts)
-    source_by = {
-        each: source if each == parts else open_checkpoint(recipe.model, parts=each)
-        for each in asked
-    }
-    check_is_outside(out, source.directory)
-    sweep = _Sweep(recipe, points, source, source_by, out, compute, tasks)
+    opened = cache(lambda parts: open_checkpoint(recipe.model, parts=parts))
+    asked = dict.fromkeys(part for point in points for part in point.settings.budget.parts)
+    sweep = _Sweep(recipe, points, opened(tuple(asked)), opened, out, compute, tasks)
+    check_is_outside(out, sweep.source.directory)
     with created_parents(out), exclusive(out), _kept(sweep):
         _claim(out, recipe)
         missing = [point for point in points if not _is_finished(out / point.name, keep_weights)]
         if missing:
             _check(sweep)
         (dense,) = evaluate_models(
-            [source.directory], recipe.evaluation, compute, tasks, out=out / _DENSE_FILE
+            [sweep.source.directory], recipe.evaluation, compute, tasks, out=out / _DENSE_FILE
         )
         if missing:
             with item_progress("sweep", len(missing), "model") as bar:
@@ -150,11 +137,7 @@ def _kept(sweep: _Sweep) -> Iterator[None]:
 
 
 def _claim(out: Path, recipe: Recipe) -> None:
-    """Write down which recipe the directory is for.
-
-    Raises:
-        OutputError: it is for another one, or holds something else.
-    """
+    """Write down which recipe the directory is for; refuse one that is for something else."""
     path, text = out / RECIPE_FILE, recipe.to_toml()
     remove_abandoned(path)
     if path.is_file():
@@ -170,11 +153,7 @@ def _claim(out: Path, recipe: Recipe) -> None:
 
 
 def _check(sweep: _Sweep) -> None:
-    """Check all that the recipe names before the first forward pass.
-
-    Raises:
-        CfspError: a text is too short, no plan meets a budget, or there is no such device.
-    """
+    """Check all that the recipe names before the first forward pass."""
     source, runtime = sweep.source, runtime_of(sweep.compute, sweep.source)
     tokenizer = load_tokenizer(source.directory)
     for point in sweep.points:
@@ -240,11 +219,8 @@ def _make(
     try:
         prune_checkpoint(own, working, point.settings, statistics=statistics, command=command)
         facts = _measured(sweep, working, dense)
-        facts["sweep"] = {
-            "method": point.method,
-            "sparsity": point.sparsity,
-            "seed": point.seed,
-        }
+        names = ("method", "sparsity", "seed")
+        facts["sweep"] = {name: getattr(point, name) for name in names}
         add_to_manifest(working, facts)
         if not keep_weights:
             for path in _weights(working):
@@ -263,9 +239,8 @@ def _measured(sweep: _Sweep, model: Path, dense: dict[str, Any]) -> dict[str, An
     if sweep.tasks is not None:  # apart: the dense model would be scored again
         (scored,) = evaluate_models([model], EvaluationText(()), compute, sweep.tasks)
         found |= {key: scored[key] for key in ("tasks", "documents")}
-    facts: dict[str, Any] = {
-        "perplexity": before_and_after(dense["perplexity"], found["perplexity"])
-    }
+    perplexity = before_and_after(dense["perplexity"], found["perplexity"])
+    facts: dict[str, Any] = {"perplexity": perplexity}
     if recipe.agreement or sweep.tasks is not None:
         first, second = measured_model("dense", dense), measured_model("pruned", found)
         facts["comparison"] = compare(first, second, first).to_json()
@@ -277,27 +252,23 @@ def _measured(sweep: _Sweep, model: Path, dense: dict[str, Any]) -> dict[str, An
 
 
 def _rows(sweep: _Sweep, dense: dict[str, Any]) -> list[Row]:
-    """Return the rows of all models, the dense one first.
-
-    Raises:
-        OutputError: a directory is none of a sweep, or was not measured as the dense model was.
-    """
+    """Return the rows of all models, the dense one first; all were measured as that was."""
     speed = dict.fromkeys(PHASES, 1.0) if sweep.recipe.speed else {}
-    rows = [
-        Row("dense", None, 0.0, None, parameter_count(sweep.source), dense["perplexity"], speed)
-    ]
-    for point in sweep.points:
-        rows.append(_row(point, sweep.out / point.name))
+    dense_row = Row(
+        "dense", None, 0.0, None, parameter_count(sweep.source), dense["perplexity"], speed
+    )
+    rows = [_row(point, sweep.out / point.name) for point in sweep.points]
+    for row in rows:
         before, after = (
-            {text: {**found, "value": None} for text, found in row.perplexity.items()}
-            for row in (rows[0], rows[-1])
+            {text: {**found, "value": None} for text, found in each.perplexity.items()}
+            for each in (dense_row, row)
         )
         if before != after:
             raise OutputError(
-                f"{rows[-1].directory} was not measured as the dense model of its sweep was, "
-                "perhaps by another version; delete it and run the sweep again"
+                f"{row.directory} was not measured as the dense model of its sweep was, perhaps by "
+                "another version; delete it and run the sweep again"
             )
-    return rows
+    return [dense_row, *rows]
 
 
 def _row(point: Point, directory: Path) -> Row:

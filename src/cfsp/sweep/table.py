@@ -12,38 +12,24 @@ from typing import Any
 
 from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.output import write_atomically
-from cfsp.result.front import pareto_front
+from cfsp.result.tables import Table, estimate, pareto_front
 
 _OF_SEVERAL = " Mean (lowest to highest) of several draws of calibration windows."
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model of a finished sweep; the first of a table is the dense one.
-
-    Attributes:
-        name: what it is called.
-        method: name of how it was pruned; None for the dense model.
-        sparsity: fraction that was asked for.
-        seed: of its calibration; None for the dense model.
-        parameters: of the model.
-        perplexity: by text `value` and its conditions, as `cfsp eval --json` has them.
-        speed: phase -> ratio to the dense model, None where the machine was too busy for a
-            verdict; empty if it was not timed.
-        directory: what `cfsp report` reads; None for the dense model.
-        comparison: with the dense model, window by window and document by document (see
-            `cfsp.quality.compare.Comparison.to_json`); None if nothing was compared.
-    """
+    """One model of a finished sweep; the first of a table is the dense one."""
 
     name: str
-    method: str | None
+    method: str | None  # None for the dense model, as its seed, directory and comparison
     sparsity: float
     seed: int | None
     parameters: int
-    perplexity: Mapping[str, Mapping[str, Any]]
-    speed: Mapping[str, float | None]
+    perplexity: Mapping[str, Mapping[str, Any]]  # by text, as `cfsp eval --json` has it
+    speed: Mapping[str, float | None]  # ratio to the dense model by phase; None if too busy
     directory: str | None = None
-    comparison: dict[str, Any] | None = None
+    comparison: dict[str, Any] | None = None  # `cfsp.quality.compare.Comparison.to_json`
 
     @property
     def values(self) -> dict[str, float]:
@@ -51,40 +37,8 @@ class Row:
         return {text: float(found["value"]) for text, found in self.perplexity.items()}
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table for people.
-
-    Attributes:
-        caption: what it shows.
-        lines: by column, the same in all of them.
-    """
-
-    caption: str
-    lines: Sequence[Mapping[str, str]]
-
-    @property
-    def head(self) -> list[str]:
-        """Names of the columns."""
-        return list(self.lines[0])
-
-    @property
-    def rows(self) -> list[list[str]]:
-        """Cells."""
-        return [list(line.values()) for line in self.lines]
-
-    def to_markdown(self) -> str:
-        """Return it as Markdown."""
-        lines = [self.head, ["---"] + ["---:"] * (len(self.head) - 1), *self.rows]
-        return "\n".join([self.caption, "", *(f"| {' | '.join(line)} |" for line in lines)]) + "\n"
-
-
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """Return the tables of a sweep; with several seeds and methods, how methods differ too.
-
-    Args:
-        rows: of the sweep, the dense model first.
-    """
+    """Return the tables of a sweep; with several seeds and methods, how methods differ too."""
     found = [_qualities(rows)]
     if any(row.comparison for row in rows):
         found.append(_comparisons(rows))
@@ -93,12 +47,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 
 def loss_rise(after: Mapping[str, float], before: Mapping[str, float]) -> float:
-    """Return by how many nats a token the loss rises, in the mean over the texts.
-
-    Args:
-        after: perplexity by text.
-        before: the same of another model.
-    """
+    """Return by how many nats a token the loss rises between perplexities, in the texts' mean."""
     return fmean(math.log(after[text] / before[text]) for text in before)
 
 
@@ -120,6 +69,10 @@ def write_tables(rows: Sequence[Row], directory: Path) -> list[Path]:
     for name, text in texts.items():
         write_atomically(directory / name, text.encode())
     return [directory / name for name in texts]
+
+
+def _table(caption: str, lines: Sequence[Mapping[str, str]]) -> Table:
+    return Table(list(lines[0]), [list(line.values()) for line in lines], caption)
 
 
 def _qualities(rows: Sequence[Row]) -> Table:
@@ -151,7 +104,7 @@ def _qualities(rows: Sequence[Row]) -> Table:
         f"Perplexity on {' or '.join(sorted(counts))} of each text; loss rise in nats a token, "
         "mean of the texts; front: texts, by number, on which nothing smaller is as good."
     )
-    return Table(caption + (_OF_SEVERAL if several else ""), lines)
+    return _table(caption + (_OF_SEVERAL if several else ""), lines)
 
 
 def _comparisons(rows: Sequence[Row]) -> Table:
@@ -164,15 +117,18 @@ def _comparisons(rows: Sequence[Row]) -> Table:
     for row, found in compared:
         line, texts = {**_names([row]), "seed": str(row.seed)}, found["texts"].values()
         if all(text["divergence"] for text in texts):
-            for column, name, scale in (
-                ("KL", "divergence", "{:.3f}"),
-                ("top-1 agreement, %", "agreed", "{:.1%}"),
+            for column, name, factor, digits in (
+                ("KL", "divergence", 1, 3),
+                ("top-1 agreement, %", "agreed", 100, 1),
             ):
-                mean = fmean(text[name]["second"]["value"] for text in texts)
-                line[column] = scale.format(mean).removesuffix("%")
+                mean = factor * fmean(text[name]["second"]["value"] for text in texts)
+                line[column] = f"{mean:.{digits}f}"
         if found["tasks"]:
-            line["accuracy - dense, %"] = _percent(found["accuracy"], "difference")
-            line["dense model's answers, %"] = _percent(found["kept"], "second")
+            for column, name, side in (
+                ("accuracy - dense, %", "accuracy", "difference"),
+                ("dense model's answers, %", "kept", "second"),
+            ):
+                line[column] = estimate(found[name][side], 1, 100) if found[name] else "-"
         lines.append(line)
     caption = (
         "Compared with the dense model in pairs: KL per token in nats and top-1 agreement in the "
@@ -180,15 +136,7 @@ def _comparisons(rows: Sequence[Row]) -> Table:
         "guess, with standard errors."
     )
     left_out = compared[0][1]["left_out"]
-    return Table(caption + (f" Left out: {', '.join(left_out)}." if left_out else ""), lines)
-
-
-def _percent(pair: Mapping[str, Mapping[str, float | None]] | None, side: str) -> str:
-    if pair is None:
-        return "-"
-    value, error = pair[side]["value"], pair[side]["stderr"]
-    assert value is not None
-    return f"{100 * value:z.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+    return _table(caption + (f" Left out: {', '.join(left_out)}." if left_out else ""), lines)
 
 
 def _differences(rows: Sequence[Row]) -> Table:
@@ -210,7 +158,7 @@ def _differences(rows: Sequence[Row]) -> Table:
         }
         for group in _alike([row for row in rows if row.method != first])
     ]
-    return Table(
+    return _table(
         f"Perplexity in percent above that of {first} by the same draw.{_OF_SEVERAL}", lines
     )
 

@@ -6,14 +6,23 @@ or one of its FFN units where blocks have several.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from markupsafe import Markup
 
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
-from cfsp.result.facts import NOTHING
-from cfsp.result.page.chart import Bands, Chart, Legend, Panel, block_table, panel_title
+from cfsp.result.facts import NOTHING, unit_rows
+from cfsp.result.page.chart import (
+    Chart,
+    Columns,
+    Draw,
+    Legend,
+    block_table,
+    by_block,
+    nothing,
+    panel_title,
+)
 from cfsp.result.page.svg import Scale, element, join, scale_from_zero
 from cfsp.result.runs import RunFacts
 from cfsp.settings import SENSITIVITY_METRICS, UNIFORM, Part, removal_in_words, worth_in_words
@@ -29,17 +38,13 @@ _NOUNS: dict[Part, tuple[str, str, str]] = {
         "block's input and output",
     ),
 }
+_HEAD = ("distance", "importance", "before", "kept")
 
 
 def block_chart(runs: Sequence[RunFacts], part: Part = "ffn") -> Chart | None:
     """Return how far blocks, or attention layers, turn the hidden state, and what they keep.
 
-    Args:
-        runs: of one model.
-        part: `ffn` for the channels of blocks, `kv` for the KV groups of attention layers.
-
-    Returns:
-        None where no run has a plan with such units.
+    The runs are of one model; None where none has a plan with units of the part.
     """
     plans = [(run, run.plan.only(part)) for run in runs if run.plan is not None]
     planned = [(run, plan) for run, plan in plans if plan.units]
@@ -56,17 +61,21 @@ def block_chart(runs: Sequence[RunFacts], part: Part = "ffn") -> Chart | None:
     columns = [columns_of(plan) for _, plan in planned]
     names = [str(i) if unit is None else unit.name for i, unit in enumerate(columns[0])]
     below = [str(i) if unit is None else str(unit.block) for i, unit in enumerate(columns[0])]
-
-    def panels(width: int) -> list[Panel]:
-        bands = Bands(below, width)
-        drawn = [_worth_panel(columns, names, bands, by_distance=by_distance)]
-        for number, ((run, _), units) in enumerate(zip(planned, columns, strict=True), start=1):
-            title = panel_title(f"{noun} that stay", run, runs)
-            drawn.append(_width_panel(title, units, bands, names, is_last=number == len(planned)))
-        return drawn
-
-    nouns = ("distance", "importance", "before", "kept")
-    several = len(planned) > 1
+    panels = [
+        _worth_panel(columns, names, by_distance),
+        *(
+            _width_panel(panel_title(f"{noun} that stay", run, runs), names, units)
+            for (run, _), units in zip(planned, columns, strict=True)
+        ),
+    ]
+    heads = [
+        [f"{run.name}: {name}" if len(planned) > 1 else name for name in _HEAD]
+        for run, _ in planned
+    ]
+    cells = [
+        [[NOTHING] * len(_HEAD) if unit is None else unit_rows([unit])[0][1:] for unit in units]
+        for units in columns
+    ]
     return Chart(
         "blocks" if part == "ffn" else "attentions",
         f"What each {thing} does, and what it keeps",
@@ -75,12 +84,8 @@ def block_chart(runs: Sequence[RunFacts], part: Part = "ffn") -> Chart | None:
         f"{'far the block turns the hidden state' if by_distance else 'much it counts'}. "
         f"Below: how many of its {noun} stay, within the full width; none of what was removed "
         "whole.",
-        panels,
-        block_table(
-            [[f"{run.name}: {noun}" if several else noun for noun in nouns] for run, _ in planned],
-            names,
-            [[_cells(unit) for unit in units] for units in columns],
-        ),
+        by_block(panels, below),
+        block_table(heads, names, cells),
         [Legend("kept", "kept"), Legend("gone", "removed")],
     )
 
@@ -94,17 +99,6 @@ def columns_of(plan: PruningPlan) -> list[UnitPlan | None]:
     if len(unit_of) < len(plan.units):
         return list(plan.units)
     return [unit_of.get(block) for block in range(plan.units[-1].block + 1)]
-
-
-def _cells(unit: UnitPlan | None) -> list[str]:
-    if unit is None:
-        return [NOTHING] * 4
-    return [
-        f"{unit.distance:.4f}",
-        f"{unit.importance:.3f}",
-        f"{unit.width:,}",
-        unit.kept_in_words,
-    ]
 
 
 def _narrows(plan: PruningPlan) -> bool:
@@ -130,13 +124,22 @@ def _what_counts(planned: Sequence[tuple[RunFacts, PruningPlan]], part: Part) ->
     return " ".join(f"{', '.join(names)}: {words}" for words, names in runs_of.items())
 
 
-def _worth_panel(
-    columns: Sequence[Sequence[UnitPlan | None]],
+def _columns(
     names: Sequence[str],
-    bands: Bands,
-    *,
-    by_distance: bool,
-) -> Panel:
+    units: Sequence[UnitPlan | None],
+    column: Callable[[int, UnitPlan], tuple[str, Draw]],
+) -> list[tuple[str, Draw]]:
+    """Return the words and the drawing of each column; without a unit there is nothing drawn."""
+    found = []
+    for i, (name, unit) in enumerate(zip(names, units, strict=True)):
+        say, draw = ("no FFN", nothing) if unit is None else column(i, unit)
+        found.append((f"Block {name}: {say}", draw))
+    return found
+
+
+def _worth_panel(
+    columns: Sequence[Sequence[UnitPlan | None]], names: Sequence[str], by_distance: bool
+) -> Columns:
     """Return a panel of the distances that plans follow, or of the importances."""
 
     def worth(unit: UnitPlan) -> float:
@@ -144,61 +147,43 @@ def _worth_panel(
 
     highest = max(worth(unit) for units in columns for unit in units if unit is not None)
     scale = scale_from_zero(highest, _WORTH_HEIGHT, 0.0)
-    drawn = []
-    for i, units in enumerate(zip(*columns, strict=True)):
-        first, x = units[0], bands.middle(i)
-        if first is None:
-            drawn.append((f"Block {i}: no FFN", Markup("")))
-            continue
-        stick = element("line", class_="stick", x1=x, x2=x, y1=scale(0.0), y2=scale(worth(first)))
-        dots = [
-            element("circle", class_="dot", cx=x, cy=scale(worth(unit)), r=3.5)
-            for unit in units
-            if unit is not None
-        ]
-        say = f"Block {names[i]}: distance {first.distance:.4f}, importance {first.importance:.3f}"
-        drawn.append((say, join([stick, *dots])))
+
+    def column(i: int, first: UnitPlan) -> tuple[str, Draw]:
+        worths = [worth(unit) for units in columns if (unit := units[i]) is not None]
+
+        def draw(x: float, _: float) -> Markup:
+            top = scale(worth(first))
+            stick = element("line", class_="stick", x1=x, x2=x, y1=scale(0.0), y2=top)
+            dots = [element("circle", class_="dot", cx=x, cy=scale(y), r=3.5) for y in worths]
+            return join([stick, *dots])
+
+        return f"distance {first.distance:.4f}, importance {first.importance:.3f}", draw
+
     title = "Distance between input and output" if by_distance else "Importance"
-    return Panel(title, _WORTH_HEIGHT, scale, bands.marks(_WORTH_HEIGHT, drawn), {}, "")
+    return Columns(title, scale, _columns(names, columns[0], column))
 
 
-def _width_panel(
-    title: str,
-    units: Sequence[UnitPlan | None],
-    bands: Bands,
-    names: Sequence[str],
-    *,
-    is_last: bool,
-) -> Panel:
+def _width_panel(title: str, names: Sequence[str], units: Sequence[UnitPlan | None]) -> Columns:
     """Return a panel of the channels that units keep, within those that they had."""
     highest = float(max(unit.width for unit in units if unit is not None))
     scale = Scale(0.0, highest, _WIDTH_HEIGHT, 0.0)
-    bar = bands.width * _BAR
-    drawn = []
-    for i, (name, unit) in enumerate(zip(names, units, strict=True)):
-        if unit is None:
-            drawn.append((f"Block {name}: no FFN", Markup("")))
-            continue
+
+    def column(_: int, unit: UnitPlan) -> tuple[str, Draw]:
         # Experts that go whole take their channels along.
         after = round(unit.width * unit.kept_share)
-        bars = [
-            element(
-                "rect",
-                class_=class_,
-                x=bands.middle(i) - bar / 2,
-                y=scale(channels),
-                width=bar,
-                height=scale(0.0) - scale(channels),
-                rx=1.5,
-            )
-            for class_, channels in (("gone", unit.width), ("kept", after))
-        ]
-        say = f"Block {name}: keeps {after:,} of {unit.width:,} channels ({after / unit.width:.0%})"
+
+        def bar(class_: str, channels: int, x: float, room: float) -> Markup:
+            width, y = _BAR * room, scale(channels)
+            place = {"x": x - width / 2, "y": y, "width": width, "height": scale(0.0) - y}
+            return element("rect", class_=class_, **place, rx=1.5)
+
+        def draw(x: float, room: float) -> Markup:
+            return bar("gone", unit.width, x, room) + bar("kept", after, x, room)
+
         if not after:  # a unit keeps some, unless it goes whole
-            say = f"Block {name}: removed"
-        drawn.append((say, join(bars)))
+            return "removed", draw
+        kept = f"keeps {after:,} of {unit.width:,} channels ({after / unit.width:.0%})"
+        return kept, draw
+
     ticks = [highest * quarter / 4 for quarter in range(5)]
-    marks = bands.marks(_WIDTH_HEIGHT, drawn)
-    return Panel(
-        title, _WIDTH_HEIGHT, scale, marks, bands.across if is_last else {}, "block", ticks
-    )
+    return Columns(title, scale, _columns(names, units, column), ticks)

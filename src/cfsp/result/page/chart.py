@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from textwrap import wrap
 
 from markupsafe import Markup
 
 from cfsp.result.page.svg import Scale, element, join, mark
 from cfsp.result.runs import RunFacts
+from cfsp.result.tables import Table
 
 # Of the page's drawings: for a wide window, and for a phone.
 WIDE, NARROW = 920, 400
@@ -17,14 +18,6 @@ WIDE, NARROW = 920, 400
 LEFT, RIGHT, LINE, FOOT, GAP = 52.0, 16.0, 16.0, 40.0, 24.0
 # Of a letter of a heading, wider than most; between labels of columns; letters of a run's name.
 _LETTER, _LEAST_GAP, _LONGEST_NAME = 7.0, 26.0, 24
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text; the first column names the row, the others are numbers."""
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -37,25 +30,15 @@ class Legend:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes.
+    """One pair of axes."""
 
-    Attributes:
-        title: the heading, as long as it likes.
-        height: from the highest value to the lowest, in pixels.
-        scale: of values, from `height` to 0.
-        marks: what is drawn.
-        across: labels of the horizontal axis by their pixels; empty where a panel below has it.
-        axis: its name.
-        ticks: labelled values; None for some round ones.
-    """
-
-    title: str
-    height: float
-    scale: Scale
+    title: str  # as long as it likes
+    height: float  # from the highest value to the lowest
+    scale: Scale  # of values, from `height` to 0
     marks: Markup
-    across: dict[float, str]
-    axis: str
-    ticks: Sequence[float] | None = None
+    across: dict[float, str] = field(default_factory=dict)  # labels by pixel, unless below has them
+    axis: str = ""
+    ticks: Sequence[float] | None = None  # None for some round values
 
     def draw(self, width: int) -> tuple[Markup, float]:
         """Return it in a drawing of this width, and its height with heading and axis."""
@@ -87,24 +70,14 @@ class Panel:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart.
+    """A chart."""
 
-    Attributes:
-        key: short name, for anchors.
-        title: the heading.
-        caption: what it shows and how to read it.
-        label: what is seen, for those who do not see it.
-        panels: gives the panels for a width in pixels, to stand under each other.
-        table: the same values as text.
-        legend: what the marks mean.
-    """
-
-    key: str
+    key: str  # for anchors
     title: str
-    caption: str
-    label: str
-    panels: Callable[[int], Sequence[Panel]]
-    table: Table
+    caption: str  # what it shows and how to read it
+    label: str  # what is seen, for those who do not see it
+    panels: Callable[[int], Sequence[Panel]]  # for a width, to stand under each other
+    table: Table  # the same values as text
     legend: Sequence[Legend] = ()
 
     @property
@@ -130,40 +103,47 @@ class Chart:
         )
 
 
+# Draws what is in a column, from its middle and its width.
+Draw = Callable[[float, float], Markup]
+
+
 @dataclass(frozen=True)
-class Bands:
-    """Equal columns side by side, and what stands below each: its block."""
+class Columns:
+    """A panel with a column for each block, side by side: the words about it, and its drawing."""
 
-    names: Sequence[str]
-    drawing: int
+    title: str
+    scale: Scale
+    columns: Sequence[tuple[str, Draw]]
+    ticks: Sequence[float] | None = None
 
-    @property
-    def width(self) -> float:
-        """Width of a column with its gap."""
-        return (self.drawing - RIGHT - LEFT) / len(self.names)
+    def panel(self, below: Sequence[str], width: int, *, is_last: bool) -> Panel:
+        """Return the panel; under the last one stands what is below each column, as has room."""
+        room, height = (width - RIGHT - LEFT) / len(below), self.scale.start
+        middle = [LEFT + (index + 0.5) * room for index in range(len(below))]
+        # Invisible behind each is what catches the pointer and shows which one is selected.
+        marks = [
+            mark(
+                say,
+                index,
+                element("rect", class_="hit", x=x - room / 2, y=-6, width=room, height=height + 6),
+                draw(x, room),
+            )
+            for index, (x, (say, draw)) in enumerate(zip(middle, self.columns, strict=True))
+        ]
+        fitting = (n for n in (1, 2, 5, 10, 20, 50) if n * room >= _LEAST_GAP)
+        step = next(fitting, len(below)) if is_last else len(below)
+        across = {middle[i]: below[i] for i in range(0, len(below), step)} if is_last else {}
+        return Panel(self.title, height, self.scale, join(marks), across, "block", self.ticks)
 
-    def middle(self, index: int) -> float:
-        """Return the middle of a column."""
-        return LEFT + (index + 0.5) * self.width
 
-    @property
-    def across(self) -> dict[float, str]:
-        """The labels that have room, by their pixels."""
-        steps = (n for n in (1, 2, 5, 10, 20, 50) if n * self.width >= _LEAST_GAP)
-        step = next(steps, len(self.names))
-        return {self.middle(i): self.names[i] for i in range(0, len(self.names), step)}
+def by_block(panels: Sequence[Columns], below: Sequence[str]) -> Callable[[int], Sequence[Panel]]:
+    """Return for any width panels under each other that share the axis of blocks."""
+    return lambda width: [each.panel(below, width, is_last=each is panels[-1]) for each in panels]
 
-    def marks(self, height: float, columns: Sequence[tuple[str, Markup]]) -> Markup:
-        """Return the marks of columns: the words about each, and what is drawn in it.
 
-        Invisible behind each is what catches the pointer and shows which one is selected.
-        """
-
-        def hit(index: int) -> Markup:
-            x = LEFT + index * self.width
-            return element("rect", class_="hit", x=x, y=-6, width=self.width, height=height + 6)
-
-        return join(mark(say, i, hit(i), drawn) for i, (say, drawn) in enumerate(columns))
+def nothing(x: float, width: float) -> Markup:
+    """Draw nothing in a column."""
+    return Markup("")
 
 
 def panel_title(title: str, run: RunFacts, runs: Sequence[RunFacts]) -> str:
@@ -181,10 +161,7 @@ def block_table(
 ) -> Table:
     """Return the table behind a chart by block.
 
-    Args:
-        heads: of each run or step, the names of its columns.
-        names: of the rows.
-        rows: of each run or step, the cells of each row.
+    Of each run or step there are the names of its columns, and the cells of each named row.
     """
     return Table(
         ["block", *(name for head in heads for name in head)],

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
-from cfsp.result.conditions import Conditions
 from cfsp.result.facts import NOTHING, SPEED
-from cfsp.result.front import pareto_front
-from cfsp.result.page.chart import (
-    LEFT,
-    RIGHT,
-    Chart,
-    Legend,
-    Panel,
-    Table,
-    panel_title,
-    short_label,
-)
+from cfsp.result.page.chart import LEFT, RIGHT, Chart, Legend, Panel, panel_title, short_label
 from cfsp.result.page.svg import element, join, mark, path, round_scale
 from cfsp.result.runs import RunFacts, measured_conditions, perplexity_of_original
+from cfsp.result.tables import Table, pareto_front
 
 _HEIGHT, _RADIUS = 220.0, 5.0
 # Of charts.css.
@@ -104,7 +95,14 @@ def pareto_chart(runs: Sequence[RunFacts]) -> Chart | None:
 
 def _planes(runs: Sequence[RunFacts], swatches: Mapping[str, str]) -> Iterator[_Plane]:
     """Yield the planes by size, then those by speed, that two runs or more are on."""
-    titles = _titles(runs)
+    every = measured_conditions(runs)
+    texts = [each.text for each in every]
+    # The text, with all else where that alone is not clear.
+    titles = {
+        each: f"Perplexity on {short_label(each.text)}"
+        + (f", {each}" if texts.count(each.text) > 1 else "")
+        for each in every
+    }
     for conditions, title in titles.items():
         dots = {
             run.name: (100 * m["parameters_after"] / m["parameters_before"], value)
@@ -117,19 +115,18 @@ def _planes(runs: Sequence[RunFacts], swatches: Mapping[str, str]) -> Iterator[_
                 dots[_ORIGINAL] = 100.0, dense
             yield _ranked(title, "% of parameters", dots, swatches)
     phases = sorted({fact.name for run in runs for fact in run.under(SPEED)})
-    for conditions, title in titles.items():
-        for phase in phases:
-            dots = {
-                run.name: (fact.ratio, value)
-                for run in runs
-                for fact in run.under(SPEED)
-                if fact.name == phase
-                and fact.ratio is not None
-                and (value := run.perplexity(conditions)) is not None
-            }
-            if len(dots) > 1:
-                axis = "times the original's speed"
-                yield _ranked(f"{title}, {phase}", axis, dots, swatches, sign=-1)
+    for (conditions, title), phase in product(titles.items(), phases):
+        dots = {
+            run.name: (fact.ratio, value)
+            for run in runs
+            for fact in run.under(SPEED)
+            if fact.name == phase
+            and fact.ratio is not None
+            and (value := run.perplexity(conditions)) is not None
+        }
+        if len(dots) > 1:
+            axis = "times the original's speed"
+            yield _ranked(f"{title}, {phase}", axis, dots, swatches, sign=-1)
 
 
 def _ranked(
@@ -139,14 +136,9 @@ def _ranked(
     swatches: Mapping[str, str],
     sign: int = 1,
 ) -> _Plane:
-    """Return the plane of models, whose line joins the best.
+    """Return the plane of models, whose line joins the best; `sign` is -1 where more is better.
 
-    Args:
-        title: the heading.
-        axis: name of the horizontal axis.
-        dots: where each model is on that, and its perplexity.
-        swatches: the models' colours; without any, they show which are best.
-        sign: -1 where more is better on that axis.
+    Without swatches, colours by name, they show which are best.
     """
     front = pareto_front([(sign * across, perplexity) for across, perplexity in dots.values()])
     points = [
@@ -163,17 +155,6 @@ def _ranked(
     ]
     points.sort(key=lambda point: point.x)
     return _Plane(title, axis, points, points[0].x)
-
-
-def _titles(runs: Sequence[RunFacts]) -> dict[Conditions, str]:
-    """Return what panels call conditions: the text, with all else where that alone is not clear."""
-    every = measured_conditions(runs)
-    texts = [each.text for each in every]
-    return {
-        each: f"Perplexity on {short_label(each.text)}"
-        + (f", {each}" if texts.count(each.text) > 1 else "")
-        for each in every
-    }
 
 
 def recovery_chart(runs: Sequence[RunFacts]) -> Chart | None:

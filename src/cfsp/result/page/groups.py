@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cfsp.result.conditions import Conditions
-from cfsp.result.front import pareto_front
 from cfsp.result.names import public_name
 from cfsp.result.page.block_chart import block_chart
 from cfsp.result.page.chart import Chart
 from cfsp.result.page.curves import pareto_chart, recovery_chart
 from cfsp.result.page.repair_chart import repair_chart
 from cfsp.result.runs import RunFacts, measured_conditions
+from cfsp.result.tables import pareto_front
 
 # More are neither columns side by side nor drawings under each other that anybody would read.
 MOST_IN_DETAIL = 8
@@ -20,18 +20,11 @@ MOST_IN_DETAIL = 8
 
 @dataclass(frozen=True)
 class ModelGroup:
-    """Runs of one original, and their charts.
-
-    Attributes:
-        base: the original.
-        runs: all of them.
-        detailed: those that charts by block and manifests are of.
-        charts: by size of all, by block of those.
-    """
+    """Runs of one original, and their charts."""
 
     base: str
     runs: Sequence[RunFacts]
-    detailed: Sequence[RunFacts]
+    detailed: Sequence[RunFacts]  # that charts by block and manifests are of
     charts: Sequence[Chart]
 
     @property

@@ -19,8 +19,8 @@ from markupsafe import Markup
 
 from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import OutputError, ReportError
-from cfsp.result.loading import load_code
-from cfsp.result.making import making
+from cfsp.result.conditions import texts_that_made
+from cfsp.result.making import load_code, making
 from cfsp.result.manifest import published
 from cfsp.result.names import public_name, short_names
 from cfsp.result.page.groups import ModelGroup, group_runs
@@ -77,7 +77,10 @@ def render_page(groups: Sequence[ModelGroup]) -> str:
         headlines=headlines,
         sections=sections,
         making=lambda run: making(run.manifest),
-        load=_load_code,
+        # From beside it; nothing where its weights were not kept.
+        load=lambda run: (
+            run.has_weights and load_code(run.manifest, public_name(str(run.directory)))
+        ),
         manifest=_manifest_text,
         version=version("cfsp-llm"),
     )
@@ -88,25 +91,13 @@ def page_file(name: str) -> str:
     return files("cfsp.result.page").joinpath("assets", name).read_text(encoding="utf-8")
 
 
-def is_page(text: str) -> bool:
-    """Return whether a file's beginning is that of a page that `render_page` made."""
-    return text.startswith("<!doctype html>") and '<meta name="generator" content="cfsp ' in text
-
-
-def _load_code(run: RunFacts) -> str:
-    """Return Python that loads a run, from beside it; nothing where its weights were not kept."""
-    return load_code(run.manifest, public_name(str(run.directory))) if run.has_weights else ""
-
-
 def _manifest_text(run: RunFacts) -> str:
     """Return the manifest as indented JSON, without paths of the machine."""
     text = json.dumps(published(run.manifest), indent=2, ensure_ascii=False)
-    recovery = run.manifest.get("recovery") or {}
-    tables = (run.manifest.get("calibration") or {}, recovery.get("data") or {})
     texts = [fact.text for fact in run.facts if fact.text]
-    texts += [name for table in tables for name in table.get("sources", {})]
+    texts += sorted(texts_that_made(run.manifest))
     names = {**short_names(texts), run.base_name: public_name(run.base_name)}
-    if teacher := recovery.get("teacher"):
+    if teacher := (run.manifest.get("recovery") or {}).get("teacher"):
         names[teacher["name"]] = public_name(teacher["name"])
     for name, short in names.items():
         written, public = (json.dumps(each, ensure_ascii=False) for each in (name, short))
@@ -115,24 +106,20 @@ def _manifest_text(run: RunFacts) -> str:
 
 
 def _check_is_replaceable(out: Path) -> None:
-    """Check that a page may go there: a report is made anew often, another page is somebody's.
-
-    Raises:
-        ReportError: it is not called *.html.
-        OutputError: something else is there.
-    """
+    """Check that a page may go there: a report is made anew often, another page is somebody's."""
     if out.suffix not in (".html", ".htm"):
         raise ReportError(f"the report is a web page: expected a name like report.html, not {out}")
     try:
         with out.open(encoding="utf-8", errors="replace") as file:
-            is_ours = is_page(file.read(2000))
+            head = file.read(2000)
     except FileNotFoundError:
         return
     except OSError as error:
         raise OutputError(
             f"cannot replace {out}: {error.strerror}; choose another --out"
         ) from error
-    if not is_ours:
+    generator = '<meta name="generator" content="cfsp '
+    if not head.startswith("<!doctype html>") or generator not in head:
         raise OutputError(
             f"{out} exists and is no report of cfsp; delete it or choose another --out"
         )

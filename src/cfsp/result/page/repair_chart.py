@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from markupsafe import Markup
 
 from cfsp.repair.result import entry_name, was_rejected
 from cfsp.result.facts import NOTHING
-from cfsp.result.page.chart import Bands, Chart, Legend, Panel, block_table, panel_title
+from cfsp.result.making import Step
+from cfsp.result.page.chart import (
+    Chart,
+    Columns,
+    Legend,
+    block_table,
+    by_block,
+    nothing,
+    panel_title,
+)
 from cfsp.result.page.svg import Scale, element, join, path, scale_from_zero
-from cfsp.result.repair_steps import Step, error_name
 from cfsp.result.runs import RunFacts
 
 Entry = dict[str, Any]
 
 _HEIGHT = 170.0
+# What the errors of a step are errors of.
+_ERRORS = {"ridge": "relative squared error of the FFN output"}
+_ERROR = "relative error of the hidden states after the block"
 _CAPTION = (
     "Each step of repair is judged on windows that were held out from it; what did not help is "
     "rejected, and the block stays as it was. Errors of hidden states are relative to the dense "
@@ -41,32 +53,25 @@ def repair_chart(runs: Sequence[RunFacts]) -> Chart | None:
         return None
     blocks = _blocks_of_units(found)
     count = len(blocks) if blocks else max(len(step["blocks"]) for _, step in found)
-    shown = [(run, step["name"], _in_columns(step, blocks, count)) for run, step in found]
+    shown = [(run, str(step["name"]), _in_columns(step, blocks, count)) for run, step in found]
     entries = [entry for *_, columns in shown for entry in columns if entry]
-    below = [str(block) for block in (blocks or range(count))]
-
-    def panels(width: int) -> list[Panel]:
-        bands = Bands(below, width)
-        drawn = []
-        for number, (run, name, columns) in enumerate(shown, start=1):
-            # One scale for all runs; the error of rejected weights, of any size, is not drawn.
-            highest = max(
-                max(entry["error_before"], entry["error_after"] if entry["kept"] else 0.0)
-                for _, other, its in shown
-                if other == name
-                for entry in its
-                if entry
-            )
-            scale = scale_from_zero(float(highest), _HEIGHT, 0.0)
-            marks = [
-                (_words(i, columns, name), _marks(entry, i, scale, bands) if entry else Markup(""))
-                for i, entry in enumerate(columns)
-            ]
-            title = panel_title(f"{name.capitalize()}: {error_name(name)}", run, runs)
-            across = bands.across if number == len(shown) else {}
-            drawn.append(Panel(title, _HEIGHT, scale, bands.marks(_HEIGHT, marks), across, "block"))
-        return drawn
-
+    panels = []
+    for run, name, columns in shown:
+        # One scale for all runs; the error of rejected weights, of any size, is not drawn.
+        highest = max(
+            max(entry["error_before"], entry["error_after"] if entry["kept"] else 0.0)
+            for _, other, its in shown
+            if other == name
+            for entry in its
+            if entry
+        )
+        scale = scale_from_zero(float(highest), _HEIGHT, 0.0)
+        marks = [
+            (_words(i, columns, name), partial(_marks, entry, scale) if entry else nothing)
+            for i, entry in enumerate(columns)
+        ]
+        title = f"{name.capitalize()}: {_ERRORS.get(name, _ERROR)}"
+        panels.append(Columns(panel_title(title, run, runs), scale, marks))
     legend = [Legend("before", "before the step"), Legend("after", "after it")]
     if any(map(was_rejected, entries)):
         legend.append(Legend("rejected", "rejected"))
@@ -80,7 +85,7 @@ def repair_chart(runs: Sequence[RunFacts]) -> Chart | None:
         "For each block an open circle, the error before a step of repair, and a filled one, the "
         "error after it, joined by a line; a cross over the open circle where the step was "
         "rejected.",
-        panels,
+        by_block(panels, [str(block) for block in (blocks or range(count))]),
         block_table(
             [[f"{name}, before", "after", "outcome"] for name in names],
             [_row_name(i, [columns[i] for *_, columns in shown]) for i in range(count)],
@@ -110,11 +115,11 @@ def _in_columns(step: Step, blocks: Sequence[int] | None, count: int) -> list[En
     return [told.get(column) for column in range(count)]
 
 
-def _marks(entry: Entry, index: int, scale: Scale, bands: Bands) -> Markup:
+def _marks(entry: Entry, scale: Scale, x: float, width: float) -> Markup:
     """Return an open circle for before and a filled one for after, or a cross; and a line over."""
-    x, before = bands.middle(index), scale(entry["error_before"])
+    before = scale(entry["error_before"])
     after = scale(entry["error_after"]) if entry["kept"] else before
-    radius = 4.0 if bands.width > 14 else 3.0
+    radius = 4.0 if width > 14 else 3.0
     parts = [element("circle", class_="before", cx=x, cy=before, r=radius)]
     if entry["kept"]:
         parts.insert(0, element("line", class_="stick", x1=x, x2=x, y1=before, y2=after))
@@ -126,7 +131,7 @@ def _marks(entry: Entry, index: int, scale: Scale, bands: Bands) -> Markup:
         strokes = path([(low, top), (high, bottom)]) + path([(low, bottom), (high, top)])
         parts.append(element("path", class_="rejected", d=strokes))
     if entry["blocks"] > 1:
-        start = bands.middle(index + 1 - entry["blocks"])
+        start = x - (entry["blocks"] - 1) * width
         parts.insert(0, element("line", class_="stick", x1=start, x2=x, y1=after, y2=after))
     return join(parts)
 

@@ -18,10 +18,7 @@ Value = str | float | int | None
 def element(tag: str, *children: str, **attributes: Value) -> Markup:
     """Return an element. Children that are not markup are escaped, as are attributes.
 
-    Args:
-        tag: its name.
-        *children: markup or plain text.
-        **attributes: `class_` is class, other underscores are hyphens; None leaves one out.
+    Of these `class_` is class, other underscores are hyphens, and None leaves one out.
     """
     names = {name: name.rstrip("_").replace("_", "-") for name in attributes}
     written = "".join(

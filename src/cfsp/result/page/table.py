@@ -23,19 +23,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A number of the original and of each run.
-
-    Attributes:
-        name: what is measured.
-        cells: the original first.
-        detail: the conditions, in small letters.
-        hint: more of them.
-    """
+    """A number of the original and of each run."""
 
     name: str
-    cells: Sequence[Cell]
-    detail: str = ""
-    hint: str = ""
+    cells: Sequence[Cell]  # the original first
+    detail: str = ""  # the conditions, in small letters
+    hint: str = ""  # more of them
 
 
 @dataclass(frozen=True)
