@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any, NoReturn, TypeVar
 
 from cfsp.errors import CfspError, UsageError, did_you_mean
-from cfsp.settings import Option, flag_of, from_names, options_of
+from cfsp.settings import Option, from_names, options_of
 
 T = TypeVar("T")
 
@@ -50,12 +50,14 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """Return the help, with a line on how to reach the rest."""
+        rest = "\n--set NAME=VALUE sets what else there is; --help-all lists it\n"
+        return self.format_listed() + (rest if self._advanced else "")
+
+    def format_listed(self) -> str:
+        """Return the help without that line."""
         # argparse would name every option in the usage, too.
         self.usage = self.format_usage().removeprefix("usage: ").rstrip()
-        text = super().format_help()
-        if not self._advanced or self._advanced[0][0].help is not argparse.SUPPRESS:
-            return text
-        return f"{text}\n--set NAME=VALUE sets what else there is; --help-all lists it\n"
+        return super().format_help()
 
     def format_advanced(self) -> str:
         """Return the help of the advanced options, as `--set` takes them; nothing without any."""
@@ -90,8 +92,7 @@ class HelpAll(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         """Print them."""
         assert isinstance(parser, Parser)
-        print(parser.format_help().rpartition("\n--set NAME")[0] or parser.format_help(), end="")
-        print(parser.format_advanced(), end="")
+        print(parser.format_listed() + parser.format_advanced(), end="")
         parser.exit()
 
 
@@ -125,7 +126,7 @@ def add_options(
     for name, option in options_of(settings).items():
         if fields is not None and name not in fields:
             continue
-        action = _add(group, flag_of(name, option), option)
+        action = _add(group, option)
         if option.advanced:
             parser.hide(action)
 
@@ -174,7 +175,7 @@ def expand_sets(argv: Sequence[str]) -> list[str]:
     return expanded
 
 
-def _add(group: Any, flag: str, option: Option) -> argparse.Action:
+def _add(group: Any, option: Option) -> argparse.Action:
     default = f" (default: {option.default})" if option.default else ""
     facts: dict[str, Any] = {"help": f"{option.help}{default}".replace("%", "%%")}
     if option.metavar:
@@ -187,7 +188,7 @@ def _add(group: Any, flag: str, option: Option) -> argparse.Action:
         facts["action"] = "append"
     elif not option.choices:
         facts["type"] = kind_of(option.kind)
-    action: argparse.Action = group.add_argument(flag, **facts)
+    action: argparse.Action = group.add_argument(option.typed, **facts)
     return action
 
 

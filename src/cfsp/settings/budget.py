@@ -19,7 +19,6 @@ from cfsp.settings.goals import (
 from cfsp.settings.options import (
     advanced_option,
     check_declared,
-    flag_of,
     fraction,
     number_or_auto,
     option,
@@ -194,7 +193,7 @@ class Budget:
             count = getattr(self, field)
             if count is None:
                 continue
-            flag = flag_of(field, options_of(Budget)[field])
+            flag = options_of(Budget)[field].typed
             if self.parts != (part,):
                 raise UsageError(
                     f"{flag} belongs to --parts {part} alone, found --parts "

@@ -9,7 +9,6 @@ from cfsp.errors import UsageError
 from cfsp.settings.options import (
     advanced_option,
     check_declared,
-    flag_of,
     fraction,
     option,
     options_of,
@@ -142,12 +141,6 @@ Goal = TargetParameters | TargetKVCache | TargetSpeedup | MaxLossIncrease
 GOALS: tuple[type[Goal], ...] = get_args(Goal)
 
 
-def field_of_goal(goal: type[Goal]) -> str:
-    """Return the field that is the goal itself; the others belong to it."""
-    return next(iter(options_of(goal)))
-
-
 def flag_of_goal(goal: type[Goal]) -> str:
-    """Return the option that asks for a goal."""
-    field = field_of_goal(goal)
-    return flag_of(field, options_of(goal)[field])
+    """Return the option that asks for a goal: the first; the others belong to it."""
+    return next(iter(options_of(goal).values())).typed

@@ -20,7 +20,7 @@ class Option:
 
     help: str
     kind: Callable[[str], Any] = str  # of all values that were typed, where it repeats
-    flag: str | None = None  # None for the field's name
+    flag: str = ""  # what follows the dashes; none for the field's name
     choices: tuple[str, ...] = ()
     least: int | None = None
     metavar: str | None = None
@@ -28,6 +28,16 @@ class Option:
     repeats: bool = False  # whether it is given once for each of several values
     switch: bool = False
     advanced: bool = False  # whether only a researcher sets it
+
+    @property
+    def name(self) -> str:
+        """What it is called in Python and by `--set`."""
+        return self.flag.replace("-", "_")
+
+    @property
+    def typed(self) -> str:
+        """What it is called on a command line."""
+        return f"--{self.flag}"
 
 
 def option(value: Any, help: str, **facts: Any) -> Any:
@@ -47,14 +57,15 @@ def options_of(settings: type[Any]) -> dict[str, Option]:
             usual = "" if each.default in (None, ()) else str(each.default)
             default = usual if known.default is None else known.default
             metavar = known.metavar or ("N" if known.kind is int else None)
-            found[each.name] = replace(known, default=default, metavar=metavar)
+            flag = known.flag or each.name.replace("_", "-")
+            found[each.name] = replace(known, flag=flag, default=default, metavar=metavar)
     return found
 
 
 def check_declared(settings: Any) -> None:
     """Refuse a value that is none of an option's choices, or less than its least."""
     for name, known in options_of(type(settings)).items():
-        value, flag = getattr(settings, name), flag_of(name, known)
+        value, flag = getattr(settings, name), known.typed
         if value is None and (not known.choices or getattr(type(settings), name) is None):
             continue
         if known.choices and value not in known.choices:
@@ -64,16 +75,6 @@ def check_declared(settings: Any) -> None:
             )
         if known.least is not None and not value >= known.least:
             raise UsageError(f"{flag} must be at least {known.least}, found {value}")
-
-
-def name_of(field: str, known: Option) -> str:
-    """Return what an option is called in Python and by `--set`."""
-    return (known.flag or field).replace("-", "_")
-
-
-def flag_of(field: str, known: Option) -> str:
-    """Return what an option is called on a command line."""
-    return f"--{name_of(field, known).replace('_', '-')}"
 
 
 def from_names(settings: type[T], values: Mapping[str, Any], **others: Any) -> T:
@@ -91,28 +92,27 @@ def from_names(settings: type[T], values: Mapping[str, Any], **others: Any) -> T
     """
     found: dict[str, Any] = {}
     for each, known in options_of(settings).items():
-        name = name_of(each, known)
-        value = others[each] if each in others else values.get(name)
+        value = others[each] if each in others else values.get(known.name)
         if value is not None:
-            found[each] = _read(value, known, name)
-        elif each in others or name in values:
+            found[each] = _read(value, known)
+        elif each in others or known.name in values:
             found[each] = None
     return settings(**{**others, **found})
 
 
-def _read(value: Any, known: Option, name: str) -> Any:
+def _read(value: Any, known: Option) -> Any:
     try:
         return known.kind(value) if known.repeats or isinstance(value, str) else value
     except ValueError:
-        raise UsageError(f"{name} must be a number, found {value!r}") from None
+        raise UsageError(f"{known.name} must be a number, found {value!r}") from None
 
 
 def given_of(settings: type[Any], values: Mapping[str, Any]) -> dict[str, str]:
     """Return the flags of a class of settings whose options are among some values, by field."""
     return {
-        each: flag_of(each, known)
+        each: known.typed
         for each, known in options_of(settings).items()
-        if values.get(name_of(each, known)) is not None
+        if values.get(known.name) is not None
     }
 
 
@@ -120,7 +120,7 @@ def check_names(function: Callable[..., Any], given: Iterable[str], *known: type
     """Refuse a keyword of a call that is no option of some classes of settings."""
     own = signature(function).parameters.values()
     names = [each.name for each in own if each.kind is Parameter.KEYWORD_ONLY]
-    names += [name_of(each, option) for cls in known for each, option in options_of(cls).items()]
+    names += [option.name for cls in known for option in options_of(cls).values()]
     names = list(dict.fromkeys(names))
     for name in given:
         if name not in names:

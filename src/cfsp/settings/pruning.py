@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from cfsp.errors import UsageError, did_you_mean
 from cfsp.settings.budget import COUNTS, Budget, Part, can_be_met
 from cfsp.settings.criterion import AUTO_METRIC, UNIFORM, Criterion
-from cfsp.settings.goals import GOALS, Goal, TargetParameters, field_of_goal, flag_of_goal
+from cfsp.settings.goals import GOALS, Goal, TargetParameters, flag_of_goal
 from cfsp.settings.options import (
     advanced_option,
     check_declared,
@@ -169,7 +169,7 @@ def asked(given: Mapping[str, Any], goal: Goal | None = None) -> list[str]:
     found += [
         flag_of_goal(kind)
         for kind in GOALS
-        if isinstance(goal, kind) or field_of_goal(kind) in given_of(kind, given)
+        if isinstance(goal, kind) or flag_of_goal(kind) in given_of(kind, given).values()
     ]
     return found + [budget[field] for field in COUNTS.values() if field in budget]
 
@@ -193,8 +193,8 @@ def prune_settings(given: Mapping[str, Any], goal: Goal | None = None) -> PruneS
         )
     for kind in GOALS:
         owner, is_asked = flag_of_goal(kind), found == [flag_of_goal(kind)] and goal is None
-        for name, flag in given_of(kind, given).items():
-            if name != field_of_goal(kind) and not is_asked:
+        for flag in given_of(kind, given).values():
+            if flag != owner and not is_asked:
                 raise UsageError(f"{flag} belongs to {owner}")
         goal = from_names(kind, given) if is_asked else goal
     effort, repair = given.get("effort") or DEFAULT_EFFORT, given.get("repair")

@@ -26,14 +26,13 @@ from cfsp.settings import (
     EvaluationText,
     PruneSettings,
     from_names,
-    name_of,
     options_of,
 )
 from cfsp.sweep.methods import METHODS, Method, method_named
 
 # What a method may say, with its type; how much goes is the recipe's.
 _OF_METHODS: dict[str, Any] = {"name": str, "repair": str} | {
-    name_of(field, option): get_type_hints(settings)[field]
+    option.name: get_type_hints(settings)[field]
     for settings in (Budget, Criterion)
     for field, option in options_of(settings).items()
     if field not in ("sparsity", *COUNTS.values())
