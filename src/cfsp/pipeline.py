@@ -44,7 +44,6 @@ from cfsp.repair.ladder import check_can_be_repaired
 from cfsp.repair.result import PruningResult
 from cfsp.result.card import model_card, origin_of
 from cfsp.result.manifest import (
-    describe_pruning,
     facts_for_config,
     write_manifest,
 )
@@ -159,7 +158,7 @@ def prune_checkpoint(
                 dense = float(facts["conditions"]["dense_loss"])
                 facts["result"] = loss_increase_of(staging, settings.goal, dense, settings)
         report = prune_report(source, repaired, facts, measured, place, out)
-        manifest = describe_pruning(repaired.plan, report.to_json(), digests, command)
+        manifest = report.to_manifest(digests, command)
         team.from_first(lambda: _describe(source, repaired.plan, manifest, staging))
     return report
 
@@ -207,8 +206,7 @@ def prune_model(
     ):
         repaired, goal = _decide(source, lambda: tokenizer, settings, place, processor=processor)
         report = prune_report(source, repaired, goal, {}, place, None)
-        manifest = describe_pruning(repaired.plan, report.to_json(), {}, "cfsp.prune")
-        facts = facts_for_config(manifest)
+        facts = facts_for_config(report.to_manifest({}, "cfsp.prune"))
         return build_pruned_model(model, source, repaired.plan, repaired.tensors, facts)
 
 

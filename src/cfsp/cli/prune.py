@@ -270,9 +270,8 @@ def print_report(report: PruneReport) -> None:
     """Print what pruning gained and lost."""
     from cfsp.result.facts import perplexity_facts, size_facts
     from cfsp.result.making import seconds_in_words
-    from cfsp.result.manifest import size_before
 
-    told = {**size_before(report.plan), **report.to_json()}
+    told = report.to_json()
     print_facts([*size_facts(told), *perplexity_facts(told)])
     if report.parameters_after == report.parameters_before:
         print("nothing was removed: the least that can go is more than what was asked for")

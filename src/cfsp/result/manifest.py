@@ -5,50 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.errors import CheckpointError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.names import public_command, public_name
-from cfsp.streaming.runtime import versions
 
 MANIFEST_VERSION = 2
-
-
-def describe_pruning(
-    plan: PruningPlan, report: dict[str, Any], digests: dict[str, str], command: str
-) -> dict[str, Any]:
-    """Return the manifest of a pruned checkpoint.
-
-    The digests are those of the weight files, and of what else changes what the model says.
-    """
-    return {
-        "operation": "prune",
-        "command": command,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "threads": torch.get_num_threads(),
-        "base_model": asdict(plan.model),
-        "criterion": plan.criterion,
-        "calibration": plan.calibration,
-        "plan_digest": sha256(plan.to_json().encode()).hexdigest(),
-        "files": digests,
-        **size_before(plan),
-        **report,
-    }
-
-
-def size_before(plan: PruningPlan) -> dict[str, Any]:
-    """Return what a plan knows of the original's size, and what goes whole, as JSON types."""
-    return {"widths_before": plan.widths_of("ffn")[0], **removed_facts(plan)}
 
 
 def removed_facts(plan: PruningPlan) -> dict[str, list[int]]:

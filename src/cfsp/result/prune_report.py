@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.own_files import PLAN_FILE
@@ -12,8 +16,9 @@ from cfsp.checkpoint.reading import Checkpoint, WeightSource, parameter_count
 from cfsp.cut.surgery import pruned_specs
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.repair.result import PruningResult
-from cfsp.result.manifest import read_manifest
+from cfsp.result.manifest import read_manifest, removed_facts
 from cfsp.streaming.memory import peak_rss_bytes
+from cfsp.streaming.runtime import versions
 from cfsp.streaming.work_dir import WorkDir
 
 # Told only where these parts may go.
@@ -87,9 +92,29 @@ class PruneReport:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything but the plan, as JSON types."""
+        """Return everything as JSON types; of the plan the widths before, and what went whole."""
         hidden = {"plan", *(name for name in _ONLY_IF_THERE if not getattr(self, name))}
-        return {k: v for k, v in vars(self).items() if k not in hidden}
+        of_plan = {"widths_before": self.plan.widths_of("ffn")[0], **removed_facts(self.plan)}
+        return of_plan | {k: v for k, v in vars(self).items() if k not in hidden}
+
+    def to_manifest(self, digests: dict[str, str], command: str) -> dict[str, Any]:
+        """Return the manifest of the checkpoint, with the command that made it.
+
+        The digests are those of the weight files, and of what else changes what the model says.
+        """
+        return {
+            "operation": "prune",
+            "command": command,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+            "base_model": asdict(self.plan.model),
+            "criterion": self.plan.criterion,
+            "calibration": self.plan.calibration,
+            "plan_digest": sha256(self.plan.to_json().encode()).hexdigest(),
+            "files": digests,
+            **self.to_json(),
+        }
 
 
 def _experts(plan: PruningPlan) -> dict[str, Any]:
