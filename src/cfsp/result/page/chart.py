@@ -148,7 +148,10 @@ def nothing(x: float, width: float) -> Markup:
 
 def panel_title(title: str, run: RunFacts, runs: Sequence[RunFacts]) -> str:
     """Return a panel's heading: with the run's name where there are several."""
-    return title if len(runs) == 1 else f"{short_label(run.name)}: {title[0].lower()}{title[1:]}"
+    if len(runs) == 1:
+        return title
+    begin = title[0] if title[1].isupper() else title[0].lower()  # FFN, KV
+    return f"{short_label(run.name)}: {begin}{title[1:]}"
 
 
 def short_label(name: str) -> str:
