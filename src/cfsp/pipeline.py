@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,13 +129,9 @@ def prune_checkpoint(
         _shared_staging(out, place) as staging,
     ):
         check_same_work(team, [source], {"command": digest_of(identity)})
+        tokenizer = partial(load_tokenizer, source.directory)
         repaired, facts = _decide(
-            source,
-            lambda: load_tokenizer(source.directory),
-            settings,
-            place,
-            statistics=statistics,
-            plan=plan,
+            source, tokenizer, settings, place, statistics=statistics, plan=plan
         )
         if dry_run:
             if asked.repair != "none" and plan is None:
