@@ -61,7 +61,6 @@ def calibrate(
     Raises:
         CalibrationError: a weight or an activation is NaN or infinite, or an FFN unit saw no token.
         CheckpointError: a tensor is missing or truncated.
-        ProcessError: a process died, or is not there in time.
         ResumeError: the work directory holds unfinished work of something else.
     """
     team = Team() if place is None else place.team
@@ -154,10 +153,8 @@ def observe(
 ) -> ObservedBlock:
     """Let the windows pass one block and return its statistics.
 
-    Args:
-        block: the block.
-        on_activations: is given all activations as well; see `StreamedBlock.advance`.
-        stride: of so many tokens the hidden states of one are kept; None for none.
+    All activations are shown besides (see `StreamedBlock.advance`); where there is a stride, the
+    hidden states of one of so many tokens are kept.
 
     Raises:
         CalibrationError: an activation is NaN or infinite.

@@ -21,13 +21,9 @@ NOT_SEEN = torch.zeros(0, dtype=torch.float64)
 
 @dataclass(frozen=True)
 class BlockStatistics:
-    """What the calibration tokens did in one block.
+    """What the calibration tokens did in one block."""
 
-    Attributes:
-        distance_sums: sum over tokens of each distance between the block's input and output.
-        tokens: number of tokens.
-    """
-
+    # Sum over tokens of each distance between the block's input and output.
     distance_sums: dict[str, float]
     tokens: int
 

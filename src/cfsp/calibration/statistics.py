@@ -31,19 +31,16 @@ from cfsp.settings import WHOLE_PARTS, Part, WholePart
 class Sensitivity:
     """What pruning one part of each block alone does to the predictions.
 
-    See `cfsp.selection.sensitivity`.
-
-    Attributes:
-        divergence_L: KL(dense || that block's FFNs pruned), in nats per token; 0 for a block
-            that has no FFN.
-        kept_L: the share of the channels of the block's FFNs that stayed; 1 where there is none.
-        windows: number of windows that it was measured on.
-        other_parts: the same of other parts by their names, such as `kv`.
+    See `cfsp.selection.sensitivity`. A block that has none of the part loses nothing.
     """
 
+    # KL(dense || that block's FFNs pruned), in nats per token.
     divergence_L: tuple[float, ...]
+    # The share of the channels of the block's FFNs that stayed.
     kept_L: tuple[float, ...]
+    # Windows that it was measured on.
     windows: int
+    # The same of other parts by their names, such as `kv`.
     other_parts: dict[str, Sensitivity] = field(default_factory=dict)
 
     @property
@@ -96,18 +93,14 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Removal:
-    """A block or an attention that goes next, after others (`cfsp.selection.drop_order`).
+    """A block or an attention that goes next, after others (`cfsp.selection.drop_order`)."""
 
-    Attributes:
-        block: its index, or that of the attention's block.
-        divergence: KL(dense || without it and those before it), in nats per token.
-        part: what goes.
-        among: the parts that it was chosen among, where these are several.
-    """
-
+    # Its index, or that of the attention's block.
     block: int
+    # KL(dense || without it and those before it), in nats per token.
     divergence: float
     part: WholePart = "blocks"
+    # The parts that it was chosen among, where these are several.
     among: tuple[WholePart, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -145,14 +138,10 @@ class Removal:
 
 @dataclass(frozen=True)
 class RunDistances:
-    """How far every run of consecutive blocks turns the hidden state.
+    """How far every run of consecutive blocks turns the hidden state."""
 
-    Attributes:
-        sums: [i][j] is the sum over some tokens of the angular distance between what enters block
-            i and what enters block j; the last j stands for what leaves the last block.
-        tokens: number of tokens.
-    """
-
+    # [i][j] is the sum over some tokens of the angular distance between what enters block i and
+    # what enters block j; the last j stands for what leaves the last block.
     sums: tuple[tuple[float, ...], ...]
     tokens: int
 

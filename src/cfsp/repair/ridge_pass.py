@@ -1,11 +1,9 @@
 """The pass of ridge repair: statistics, choice of channels and repair, block by block, in one pass.
 
 Repair needs the Gram matrix of every FFN of a block (0.8 GB at 14336 channels), so a process alone
-never holds those of two blocks: a block's channels are chosen as soon as its windows have passed,
-its down projections are repaired and written to the work directory, and the Gram matrices are
-dropped, one after the other. Of several processes each repairs a block of its own. Widths must
-therefore be known beforehand: from a plan, or from a coarse pass over a few windows. A block
-without FFN units just passes: its distances are gathered.
+never holds those of two blocks: they are dropped when its down projections are repaired. Of several
+processes each repairs a block of its own. Widths must therefore be known beforehand: from a plan,
+or from a coarse pass over a few windows.
 
 Shapes: D hidden, F FFN channels, K channels that stay, E experts, U units of the model.
 """
@@ -87,10 +85,6 @@ def choose_and_repair(
         keep_U: the channels that each unit keeps, or how many: those that score most by what the
             pass sees, and by the job's criterion.
         removed: blocks that go whole; their statistics are gathered, and nothing is repaired.
-
-    Raises:
-        CalibrationError: a weight or an activation is NaN or infinite.
-        ResumeError: the work directory holds unfinished work of something else.
     """
     check_tokens(job.source.config, windows.tokens_NT, job.source.label)
     _warn_of_memory(job)
