@@ -70,14 +70,8 @@ def test_loss_at_the_head_is_that_of_the_whole_models(name: str, text: float) ->
     loss.backward()
     assert other_BTD.grad is not None
     assert float(other_BTD.grad.abs().max()) > 0
-
-
-def test_predictions_that_are_the_dense_models_have_no_divergence() -> None:
-    model, tokens_BT = build_tiny_model("llama"), random_tokens(2, 12)
-    source = LoadedModel(model)
-    dense_BTD = leaving_hidden(model, source, tokens_BT)
-    loss_of = HeadLoss(source, RUNTIME, 0.0)
-    assert float(loss_of(dense_BTD, batch_of(dense_BTD, tokens_BT))) == 0
+    if text == 0:  # predictions that are the dense model's have no divergence
+        assert float(loss_of(dense_BTD, batch_of(dense_BTD, tokens_BT))) == 0
 
 
 def test_every_turn_is_judged_at_other_positions() -> None:

@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from cfsp.calibration.observed import (
     BlockStatistics,
     CalibrationRecord,
     ObservedBlock,
     UnitStatistics,
+    tensors_of,
+    units_from_json,
 )
 from cfsp.calibration.statistics_file import read_facts, write_facts
 from cfsp.errors import StatisticsError
@@ -268,11 +268,6 @@ class Statistics:
         Raises:
             OutputError: the place is not writable.
         """
-        tensors: dict[str, Tensor] = {}
-        for i, unit in enumerate(self.units):
-            tensors[f"units.{i}.sum_of_squares"] = unit.sum_of_squares_F.contiguous()
-            if len(unit.output_norm_E):
-                tensors[f"units.{i}.output_norm"] = unit.output_norm_E.contiguous()
         facts: dict[str, Any] = {
             "record": asdict(self.record),
             "blocks": [asdict(block) for block in self.blocks],
@@ -284,7 +279,7 @@ class Statistics:
             facts["removals"] = [each.to_json() for each in self.removals]
         if self.runs:
             facts["runs"] = asdict(self.runs)
-        write_facts(path, facts, tensors)
+        write_facts(path, facts, tensors_of(self.units))
 
     @classmethod
     def load(cls, path: Path) -> Statistics:
@@ -298,10 +293,7 @@ class Statistics:
             record = CalibrationRecord.from_json(facts["record"])
             blocks = tuple(map(BlockStatistics.from_json, facts["blocks"], range(1 << 31)))
             count = len(blocks)
-            units = tuple(
-                UnitStatistics.from_json(entry, tensors, f"units.{i}")
-                for i, entry in enumerate(facts["units"])
-            )
+            units = units_from_json(facts, tensors)
             order = [unit.block for unit in units]
             if order != sorted(order) or not all(0 <= block < count for block in order):
                 raise ValueError(f"the FFNs of {count} blocks are said to be in blocks {order}")

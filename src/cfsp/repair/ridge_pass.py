@@ -20,14 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cfsp.calibration.calibrate import (
-    calibration_record,
-    check_seen,
-    check_tokens,
-    load_observed,
-    observe,
-    save_observed,
-)
+from cfsp.calibration.calibrate import check_seen, check_tokens, observe
 from cfsp.calibration.observed import ObservedBlock
 from cfsp.calibration.together import add_up, part_of
 from cfsp.checkpoint.ffn_tensors import down_matrix, parameters_with_down
@@ -134,9 +127,6 @@ class _RidgePass(Visitor[ChosenBlock]):
         self._keep_U, self._removed = keep_U, removed
         self._is_held_out_N = windows.held_out_N[own]
         self._directory = job.place.first_directory_of(NAME)
-        self._record = calibration_record(
-            job.source, windows, job.runtime, seed=job.settings.text.seed
-        )
         # Of this turn: all blocks, and the one that this process repairs.
         self._turn: dict[int, ChosenBlock] = {}
         self._waiting: tuple[int, list[Observation]] | None = None
@@ -157,7 +147,7 @@ class _RidgePass(Visitor[ChosenBlock]):
         return chosen
 
     def save(self, result: ChosenBlock, directory: Path, block: int) -> None:
-        save_observed(result.observed, self._record, directory, block)
+        result.observed.save(directory, block)
         facts = {
             "kept": result.kept,
             "repaired": [each and each.to_json() for each in result.repaired],
@@ -167,7 +157,7 @@ class _RidgePass(Visitor[ChosenBlock]):
     def load(self, directory: Path, block: int) -> ChosenBlock:
         facts = json.loads(_chosen_path(directory, block).read_text(encoding="utf-8"))
         return ChosenBlock(
-            load_observed(directory, block),
+            ObservedBlock.load(directory, block),
             tuple(map(tuple, facts["kept"])),
             tuple(each and BlockRepair.from_json(each) for each in facts["repaired"]),
         )
