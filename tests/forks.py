@@ -32,16 +32,11 @@ IMPORTED_BY_COMMANDS = (
 
 @dataclass(frozen=True)
 class Job:
-    """A function to call in a process of its own.
+    """A function to call in a process of its own."""
 
-    Attributes:
-        function: `module.function`, of a module in tests/.
-        arguments: by name, as JSON can hold them.
-        environment: more variables; what transformers read at its import stays as it was.
-    """
-
-    function: str
-    arguments: dict[str, Any]
+    function: str  # `module.function`, of a module in tests/
+    arguments: dict[str, Any]  # by name, as JSON can hold them
+    # More variables; what transformers read at its import stays as it was.
     environment: dict[str, str] = field(default_factory=dict)
 
 

@@ -6,7 +6,7 @@ Shapes: B windows, T tokens, D hidden, F FFN channels, R rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -80,39 +80,29 @@ def whole_model_sums(case: Case) -> tuple[list[DistanceSums], dict[tuple[int, st
     architecture = case.source.architecture
     blocks = case.model.get_submodule(architecture.blocks)
     distances = [DistanceSums() for _ in blocks]
-    sums: dict[tuple[int, str], list[Tensor]] = {}
+    sums: dict[tuple[int, str], Tensor] = {}
     hooks = []
 
-    def see_block(index: int) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            after = output[0] if isinstance(output, tuple) else output
-            distances[index].add(hidden_state(args, kwargs), after)
+    def see_block(own: DistanceSums, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        own.add(hidden_state(args, kwargs), output[0] if isinstance(output, tuple) else output)
 
-        return hook
-
-    def see_act(key: tuple[int, str]) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
-            act_RF = args[0].flatten(0, -2).double()
-            sums.setdefault(key, []).append(act_RF.square().sum(0))
-
-        return hook
+    def see_act(key: tuple[int, str], module: nn.Module, args: Any) -> None:
+        sums[key] = sums.get(key, 0) + args[0].flatten(0, -2).double().square().sum(0)
 
     for index, block in enumerate(blocks):
-        hooks.append(block.register_forward_hook(see_block(index), with_kwargs=True))
+        see = partial(see_block, distances[index])
+        hooks.append(block.register_forward_hook(see, with_kwargs=True))
         for unit in architecture.units_of(index):
-            if unit.routed:
-                continue
-            down = block.get_submodule(unit.down.removesuffix(".weight"))
-            hooks.append(down.register_forward_pre_hook(see_act((index, unit.down))))
+            if not unit.routed:
+                down = block.get_submodule(unit.down.removesuffix(".weight"))
+                see_own = partial(see_act, (index, unit.down))
+                hooks.append(down.register_forward_pre_hook(see_own))
     for window in range(len(case.windows.tokens_NT)):
-        case.model(
-            input_ids=case.windows.tokens_NT[window : window + 1],
-            use_cache=False,
-            **case.windows.images_of(window),
-        )
+        tokens_BT = case.windows.tokens_NT[window : window + 1]
+        case.model(input_ids=tokens_BT, use_cache=False, **case.windows.images_of(window))
     for hook in hooks:
         hook.remove()
-    return distances, {key: torch.stack(parts).sum(0) for key, parts in sums.items()}
+    return distances, sums
 
 
 def check_statistics(case: Case) -> None:

@@ -137,7 +137,7 @@ def test_channel_sums_equal_numpy_in_batches_of_any_size(dtype: torch.dtype, bat
     exact = act_BTF.double().flatten(0, 1).numpy()
     assert sums.sum_of_squares_F is not None
     assert sums.sum_of_squares_F.dtype == torch.float64
-    assert sums.tokens == 650
+    assert sum(sums.tokens_E) == 650
     np.testing.assert_allclose(sums.sum_of_squares_F.numpy(), (exact**2).sum(0), rtol=1e-6)
     statistics = UnitStatistics(0, sums.sum_of_squares_F, sum(sums.tokens_E))
     np.testing.assert_allclose(statistics.norm_F.numpy(), np.linalg.norm(exact, axis=0), rtol=1e-6)

@@ -24,7 +24,7 @@ from cfsp.streaming.stand_in import hidden_states_entering
 from cfsp.streaming.two_streams import Batch
 from tiny_models import DENSE_CONFIGS, VOCABULARY, WIDTH, build_tiny_model
 
-ENGINE = Runtime(torch.device("cpu"), torch.float32)
+RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 
 
 def random_tokens(windows: int, length: int) -> torch.Tensor:
@@ -53,7 +53,7 @@ def batch_of(target_BTD: torch.Tensor, tokens_BT: torch.Tensor, turn: int = 0) -
 def test_loss_at_the_head_is_that_of_the_whole_models(name: str, text: float) -> None:
     model, tokens_BT = build_tiny_model(name), random_tokens(2, 12)
     source = LoadedModel(model)
-    loss_of = HeadLoss(source, ENGINE, text)
+    loss_of = HeadLoss(source, RUNTIME, text)
     dense_BTD = leaving_hidden(model, source, tokens_BT)
     with torch.no_grad():
         dense = model(tokens_BT).logits.double().numpy()
@@ -70,20 +70,14 @@ def test_loss_at_the_head_is_that_of_the_whole_models(name: str, text: float) ->
     loss.backward()
     assert other_BTD.grad is not None
     assert float(other_BTD.grad.abs().max()) > 0
-
-
-def test_predictions_that_are_the_dense_models_have_no_divergence() -> None:
-    model, tokens_BT = build_tiny_model("llama"), random_tokens(2, 12)
-    source = LoadedModel(model)
-    dense_BTD = leaving_hidden(model, source, tokens_BT)
-    loss_of = HeadLoss(source, ENGINE, 0.0)
-    assert float(loss_of(dense_BTD, batch_of(dense_BTD, tokens_BT))) == 0
+    if text == 0:  # predictions that are the dense model's have no divergence
+        assert float(loss_of(dense_BTD, batch_of(dense_BTD, tokens_BT))) == 0
 
 
 def test_every_turn_is_judged_at_other_positions() -> None:
     model, tokens_BT = build_tiny_model("llama"), random_tokens(4, 128)
     source = LoadedModel(model)
-    loss_of = HeadLoss(source, ENGINE, 0.0)
+    loss_of = HeadLoss(source, RUNTIME, 0.0)
     hidden_BTD = leaving_hidden(model, source, tokens_BT)
     changed_BTD = hidden_BTD.clone()
     changed_BTD[:, ::2] = 0  # 512 tokens: every second is judged, first those that changed
@@ -112,7 +106,7 @@ def test_a_group_computes_what_the_pruned_model_does(name: str) -> None:
     calls = record_calls(base, blocks, tokens_BT).calls
     pruned = PrunedSource(source, plan, {})
     modules = blocks_of(skeleton, source.architecture)
-    group = BlockGroup(pruned, modules, range(2), {2: calls[:2]}, ENGINE)
+    group = BlockGroup(pruned, modules, range(2), {2: calls[:2]}, RUNTIME)
     group.fill()
     with torch.no_grad():
         assert torch.equal(group(entering_L[0]), entering_L[2])

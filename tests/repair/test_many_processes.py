@@ -19,7 +19,7 @@ from cfsp.selection.latency import Curve, Latencies
 from cfsp.settings import REPAIRS
 from cfsp.streaming.pass_state import PassState
 from commands import Command, Commands, ranks
-from forks import Forks, Job
+from forks import Finished, Forks, Job
 from tiny_models import BLOCKS
 
 
@@ -27,29 +27,46 @@ from tiny_models import BLOCKS
 def argv(
     request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path], text_file: Path
 ) -> list[str]:
-    text = ["--data", str(text_file), "--samples", "18", "--seqlen", "32", "--batch-windows", "2"]
+    text = ["--data", str(text_file), "--samples", "10", "--seqlen", "32", "--batch-windows", "2"]
     budget = ["--sparsity", "0.4", "--multiple", "8", "--dtype", "float32"]
     return ["prune", str(tiny_checkpoint(request.param)), *text, *budget]
 
 
+Finish = Callable[..., list[Finished]]
+
+
 @pytest.fixture
-def check_alike(tmp_path: Path) -> Callable[[list[str]], None]:
+def finish(commands: Commands, tmp_path: Path) -> Finish:
+    """Run a command in several processes; check that it ends, with what one process makes."""
+
+    def run(argv: list[str], size: int, *options: str) -> list[Finished]:
+        ended = commands(
+            *(Command(many(argv, tmp_path, *options), environment=rank) for rank in ranks(size))
+        )
+        assert [each.status for each in ended] == [0] * size, ended
+        check_alike(argv, tmp_path)
+        return ended
+
+    return run
+
+
+def many(argv: list[str], tmp_path: Path, *options: str) -> list[str]:
+    return [*argv, *options, "--out", str(tmp_path / "many")]
+
+
+def check_alike(argv: list[str], tmp_path: Path) -> None:
     """Check that `many`, which is there, is what one process makes."""
-
-    def check(argv: list[str]) -> None:
-        assert {path.name for path in tmp_path.iterdir()} == {"many"}
-        one, many = tmp_path / "one", tmp_path / "many"
-        assert main([*argv, "--out", str(one)]) == 0
-        assert {path.name for path in one.iterdir()} == {path.name for path in many.iterdir()}
-        assert (one / PLAN_FILE).read_bytes() == (many / PLAN_FILE).read_bytes()
-        assert numbers_of(one) == pytest.approx(numbers_of(many), rel=1e-5)
-        expected, found = (load_file(path / "model.safetensors") for path in (one, many))
-        assert expected.keys() == found.keys()
-        for name, tensor in expected.items():
-            difference = torch.linalg.vector_norm(found[name] - tensor)
-            assert difference <= 1e-6 * torch.linalg.vector_norm(tensor), name
-
-    return check
+    assert {path.name for path in tmp_path.iterdir()} == {"many"}
+    one, together = tmp_path / "one", tmp_path / "many"
+    assert main([*argv, "--out", str(one)]) == 0
+    assert {path.name for path in one.iterdir()} == {path.name for path in together.iterdir()}
+    assert (one / PLAN_FILE).read_bytes() == (together / PLAN_FILE).read_bytes()
+    assert numbers_of(one) == pytest.approx(numbers_of(together), rel=1e-5)
+    expected, found = (load_file(path / "model.safetensors") for path in (one, together))
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        difference = torch.linalg.vector_norm(found[name] - tensor)
+        assert difference <= 1e-6 * torch.linalg.vector_norm(tensor), name
 
 
 def numbers_of(pruned: Path) -> list[float]:
@@ -71,18 +88,10 @@ def blocks_of(pruned: Path, name: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("argv", ["llama", "mixtral"], indirect=True)
 def test_two_processes_give_what_one_gives(
-    commands: Commands,
-    argv: list[str],
-    text_file: Path,
-    tmp_path: Path,
-    check_alike: Callable[[list[str]], None],
+    finish: Finish, argv: list[str], text_file: Path
 ) -> None:
-    argv = [*argv, "--eval", str(text_file), "--eval-windows", "5"]
-    argv_of_two = [*argv, "--out", str(tmp_path / "many")]
-    ended = commands(*(Command(argv_of_two, environment=rank) for rank in ranks(2)))
-    assert [each.status for each in ended] == [0, 0], ended
+    ended = finish([*argv, "--eval", str(text_file), "--eval-windows", "5"], 2)
     assert [bool(each.stdout) for each in ended] == [True, False]
-    check_alike(argv)
 
 
 @pytest.mark.parametrize(
@@ -94,18 +103,10 @@ def test_two_processes_give_what_one_gives(
     ],
 )
 def test_two_processes_take_the_same_parts(
-    commands: Commands,
-    argv: list[str],
-    tmp_path: Path,
-    check_alike: Callable[[list[str]], None],
-    goal: list[str],
+    finish: Finish, argv: list[str], goal: list[str]
 ) -> None:
     """The first chooses how many go whole; all calibrate and repair."""
-    argv = [*argv[: argv.index("--sparsity")], *goal, "--multiple", "8", "--dtype", "float32"]
-    argv_of_two = [*argv, "--out", str(tmp_path / "many")]
-    ended = commands(*(Command(argv_of_two, environment=rank) for rank in ranks(2)))
-    assert [each.status for each in ended] == [0, 0], ended
-    check_alike(argv)
+    finish([*argv[: argv.index("--sparsity")], *goal, "--multiple", "8", "--dtype", "float32"], 2)
 
 
 LATENCIES = Latencies(
@@ -130,48 +131,30 @@ sys.exit(main({argv}))
 
 
 def test_the_first_process_times_for_all(
-    forks: Forks,
-    argv: list[str],
-    tmp_path: Path,
-    check_alike: Callable[[list[str]], None],
-    monkeypatch: pytest.MonkeyPatch,
+    forks: Forks, argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     budget = ["--target-speedup", "1.2", "--parts", "ffn,blocks", "--multiple", "8"]
     argv = [*argv[: argv.index("--sparsity")], *budget, "--dtype", "float32"]
-    argv_of_two = [*argv, "--out", str(tmp_path / "many")]
-    code = PRUNE_WITH_LATENCIES.format(latencies=LATENCIES.to_json(), argv=argv_of_two)
+    latencies = LATENCIES.to_json()
+    code = PRUNE_WITH_LATENCIES.format(latencies=latencies, argv=many(argv, tmp_path))
     ended = forks(*(Job("forks.run_code", {"code": code}, rank) for rank in ranks(2)))
     assert [each.status for each in ended] == [0, 0], ended
     assert "1.2 times faster" in ended[0].stdout
     monkeypatch.setattr(speedup, "measure_latencies", lambda *_: LATENCIES)
-    check_alike(argv)
+    check_alike(argv, tmp_path)
 
 
 def test_after_a_death_the_same_command_goes_on(
-    commands: Commands,
-    argv: list[str],
-    text_file: Path,
-    tmp_path: Path,
-    check_alike: Callable[[list[str]], None],
+    commands: Commands, finish: Finish, argv: list[str], text_file: Path, tmp_path: Path
 ) -> None:
-    argv = [
-        *argv,
-        "--repair",
-        "local",
-        "--local-steps",
-        "2",
-        "--eval",
-        str(text_file),
-        "--eval-windows",
-        "1",
-    ]
-    argv_of_three = [*argv, "--out", str(tmp_path / "many"), "--process-timeout", "0.2"]
+    evaluation = ["--eval", str(text_file), "--eval-windows", "1"]
+    argv = [*argv, "--repair", "local", "--local-steps", "2", *evaluation]
+    patience = "--process-timeout", "0.2"
     # Windows have passed all blocks in the coarse pass and for the ridge.
-    dying: dict[str, Any] = {"dies": "after", "count": 2 * BLOCKS}
-    deaths: list[dict[str, Any]] = [{}, dying, {}]
+    deaths: list[dict[str, Any]] = [{}, {"dies": "after", "count": 2 * BLOCKS}, {}]
     ended = commands(
         *(
-            Command(argv_of_three, environment=rank, **death)
+            Command(many(argv, tmp_path, *patience), environment=rank, **death)
             for rank, death in zip(ranks(3), deaths, strict=True)
         )
     )
@@ -181,27 +164,29 @@ def test_after_a_death_the_same_command_goes_on(
         (line,) = [line for line in lines if line.startswith("cfsp prune:")]
         assert f"[process {rank}] process {rank} of 3 lost another process" in line
     assert not (tmp_path / "many").exists()
-    ended = commands(*(Command(argv_of_three, environment=rank) for rank in ranks(3)))
-    assert [each.status for each in ended] == [0, 0, 0], ended
+    ended = finish(argv, 3)
     assert all(f"sequential: going on at block 1 of {BLOCKS}" in each.stderr for each in ended)
-    check_alike(argv)
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_blocks_train_together(
-    commands: Commands,
-    argv: list[str],
-    tmp_path: Path,
-    size: int,
-    check_alike: Callable[[list[str]], None],
-) -> None:
+def test_blocks_train_together(finish: Finish, argv: list[str], tmp_path: Path, size: int) -> None:
     """Three processes share batches of 2 windows, so that one has none."""
-    argv = [*argv, "--repair", "local", "--local-steps", "3", "--local-blocks", "1"]
-    argv_of_many = [*argv, "--out", str(tmp_path / "many")]
-    ended = commands(*(Command(argv_of_many, environment=rank) for rank in ranks(size)))
-    assert [each.status for each in ended] == [0] * size, ended
+    # 18 windows: the batches of training are eighths of them.
+    finish(
+        [
+            *argv,
+            "--samples",
+            "18",
+            "--repair",
+            "local",
+            "--local-steps",
+            "3",
+            "--local-blocks",
+            "1",
+        ],
+        size,
+    )
     assert any(block["kept"] for block in blocks_of(tmp_path / "many", "local"))
-    check_alike(argv)
 
 
 def test_processes_with_different_work_are_refused(

@@ -38,7 +38,7 @@ from cfsp.text.windows import Windows
 from drawn_windows import draw_windows
 from tiny_models import build_tiny_model
 
-ENGINE = Runtime(torch.device("cpu"), torch.float32, 4)
+RUNTIME = Runtime(torch.device("cpu"), torch.float32, 4)
 BUDGET = Budget(0.4, multiple=8)
 SHARED = "mlp.shared_expert"
 EXPERTS = "mlp.experts"
@@ -74,7 +74,7 @@ def pruned(source: Any, windows: Windows, directory: Path, **changes: Any) -> Pr
 def test_statistics_are_of_units_and_distances_of_all_blocks(
     source: Any, windows: Windows, tmp_path: Path
 ) -> None:
-    statistics = calibrate(source, windows, ENGINE)
+    statistics = calibrate(source, windows, RUNTIME)
     assert [unit.block for unit in statistics.units] == [0, 0, 2]
     assert [unit.ffns for unit in statistics.units] == [4, 1, 1]
     assert [unit.width for unit in statistics.units] == [unit.width for unit in source.units]
@@ -82,7 +82,7 @@ def test_statistics_are_of_units_and_distances_of_all_blocks(
     statistics.save(tmp_path / "statistics")
     again = Statistics.load(tmp_path / "statistics")
     assert torch.equal(again.units[2].sum_of_squares_F, statistics.units[2].sum_of_squares_F)
-    measured = with_sensitivity(source, again, windows, Criterion("sensitivity"), ENGINE)
+    measured = with_sensitivity(source, again, windows, Criterion("sensitivity"), RUNTIME)
     assert measured.sensitivity is not None
     divergence_L = measured.sensitivity.divergence_L
     assert divergence_L[1] == 0 < min(divergence_L[0], divergence_L[2])

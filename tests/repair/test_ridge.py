@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -135,32 +136,33 @@ def test_nothing_to_repair_when_all_channels_stay() -> None:
 
 
 @pytest.fixture(scope="module")
-def repaired_model(
-    tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
+def text(text_file: Path) -> list[str]:
+    return ["--data", str(text_file), "--samples", "16", "--seqlen", "64"]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Callable[[str], Path]) -> str:
+    return str(tiny_checkpoint("llama"))
+
+
+@pytest.fixture(scope="module")
+def repaired_model(model: str, text: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("repaired") / "out"
-    cfsp.prune(
-        tiny_checkpoint("llama"),
-        out=out,
-        sparsity=0.5,
-        multiple=4,
-        data=[str(text_file)],
-        samples=16,
-        seqlen=64,
-    )
+    half = ["--sparsity", "0.5", "--multiple", "4"]
+    assert main(["prune", model, *half, *text, "--out", str(out)]) == 0
     return out
 
 
-def test_only_down_projections_change(
-    repaired_model: Path, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
-) -> None:
-    plain = tmp_path / "plain"
-    plan = repaired_model / "cfsp_plan.json"
-    arguments = ["prune", str(tiny_checkpoint("llama")), "--plan", str(plan), "--repair", "none"]
-    assert main([*arguments, "--out", str(plain)]) == 0
-    with_repair, without = Checkpoint(repaired_model), Checkpoint(plain)
+def by_plan(repaired_model: Path, model: str, out: Path, *options: str) -> Checkpoint:
+    """Prune by the plan that was made before."""
+    plan = str(repaired_model / "cfsp_plan.json")
+    assert main(["prune", model, "--plan", plan, *options, "--out", str(out)]) == 0
+    return Checkpoint(out)
+
+
+def test_only_down_projections_change(repaired_model: Path, model: str, tmp_path: Path) -> None:
+    with_repair = Checkpoint(repaired_model)
+    without = by_plan(repaired_model, model, tmp_path / "plain", "--repair", "none")
     assert with_repair.specs == without.specs
     repaired = {
         name
@@ -178,17 +180,12 @@ def test_only_down_projections_change(
 
 
 def test_a_plan_made_before_is_repaired_by_a_pass_of_its_own(
-    repaired_model: Path,
-    tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
-    tmp_path: Path,
+    repaired_model: Path, model: str, text: list[str], tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    text = ["--data", str(text_file), "--samples", "16", "--seqlen", "64"]
-    plan = str(repaired_model / "cfsp_plan.json")
-    model = str(tiny_checkpoint("llama"))
-    assert main(["prune", model, "--plan", plan, *text, "--out", str(out)]) == 0
-    first, second = Checkpoint(repaired_model), Checkpoint(out)
+    first, second = (
+        Checkpoint(repaired_model),
+        by_plan(repaired_model, model, tmp_path / "out", *text),
+    )
     assert all(torch.equal(first.read(name), second.read(name)) for name in first.specs)
 
 
@@ -200,52 +197,47 @@ def test_saved_statistics_hold_no_gram_matrices(repaired_model: Path) -> None:
     assert stored < 8 * sum(widths) + 8192
 
 
-def test_one_window_is_too_little(
-    tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
-) -> None:
+def test_one_window_is_too_little(model: str, text_file: Path, tmp_path: Path) -> None:
+    few: Any = {"data": [text_file], "samples": 1, "seqlen": 16}
     with pytest.raises(TextError, match="at least 2 windows"):
-        cfsp.prune(
-            tiny_checkpoint("llama"),
-            out=tmp_path / "out",
-            sparsity=0.4,
-            data=[str(text_file)],
-            samples=1,
-            seqlen=16,
-        )
+        cfsp.prune(model, out=tmp_path / "out", sparsity=0.4, **few)
+
+
+# Training after it.
+
+
+@pytest.fixture
+def arguments(model: str, text_file: Path, tmp_path: Path) -> list[str]:
+    """Prune a model by a short text of the test's own."""
+    text = tmp_path / "text.txt"
+    text.write_text(text_file.read_text(encoding="utf-8")[:20_000], encoding="utf-8")
+    windows = ["--data", str(text), "--samples", "8", "--seqlen", "64"]
+    out = ["--out", str(tmp_path / "out")]
+    return ["prune", model, "--sparsity", "0.5", "--multiple", "4", *windows, *out]
 
 
 def test_prune_and_recover_in_one(
-    tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
+    arguments: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Pruning draws the text, and nobody after it.
     monkeypatch.setattr("cfsp.prune_and_recover.draw_text", None)
-    out, text = tmp_path / "out", tmp_path / "text.txt"
-    text.write_text(text_file.read_text(encoding="utf-8")[:20_000], encoding="utf-8")
-    arguments = ["prune", str(tiny_checkpoint("llama")), "--sparsity", "0.5", "--multiple", "4"]
-    arguments += ["--data", str(text), "--samples", "8", "--seqlen", "64"]
-    assert main([*arguments, "--recover", "0.1", "--out", str(out), "--json"]) == 0
+    assert main([*arguments, "--recover", "0.1", "--json"]) == 0
     assert '"recovery"' in capsys.readouterr().out
-    assert read_manifest(out)["operation"] == "recover"
+    assert read_manifest(tmp_path / "out")["operation"] == "recover"
     assert read_manifest(tmp_path / "out-pruned")["operation"] == "prune"
 
 
 def test_best_effort_trains_and_goes_on_after_a_kill(
-    tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
+    arguments: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    out, pruned = tmp_path / "out", tmp_path / "out-pruned"
-    text = tmp_path / "text.txt"
-    text.write_text(text_file.read_text(encoding="utf-8")[:20_000], encoding="utf-8")
-    arguments = ["prune", str(tiny_checkpoint("llama")), "--sparsity", "0.5", "--multiple", "4"]
-    arguments += ["--data", str(text), "--samples", "8", "--seqlen", "64"]
-    arguments += ["--effort", "best", "--out", str(out)]
+    out, pruned, text = (tmp_path / name for name in ("out", "out-pruned", "text.txt"))
+    arguments = [*arguments, "--effort", "best"]
 
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -268,16 +260,14 @@ def test_best_effort_trains_and_goes_on_after_a_kill(
     found = json.loads(capsys.readouterr().out)
     assert (pruned / "model.safetensors").stat().st_mtime_ns == before
     assert found["ffn_sparsity"] == 0.5
-    assert (
-        found["recovery"]["history"][-1]["perplexity"]
-        < found["recovery"]["history"][0]["perplexity"]
-    )
+    first, *_, last = found["recovery"]["history"]
+    assert last["perplexity"] < first["perplexity"]
     assert read_manifest(out)["recovery"]["adaptation"]["method"] == "full"
 
 
 def test_a_revision_is_pruned_taught_and_told_of(
+    arguments: list[str],
     tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -289,11 +279,9 @@ def test_a_revision_is_pruned_taught_and_told_of(
         return str(revisions[revision])
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    out = tmp_path / "out"
-    arguments = ["prune", "owner/tiny@v1/a", "--sparsity", "0.5", "--multiple"]
-    arguments += ["4", "--data", str(text_file), "--samples", "8", "--seqlen", "64"]
-    assert main([*arguments, "--effort", "best", "--out", str(out)]) == 0
-    manifest, card = read_manifest(out), ModelCard.load(out / "README.md")
+    arguments[1] = "owner/tiny@v1/a"
+    assert main([*arguments, "--effort", "best"]) == 0
+    manifest, card = read_manifest(tmp_path / "out"), ModelCard.load(tmp_path / "out/README.md")
     assert manifest["base_model"]["name"] == "owner/tiny@v1/a"
     assert manifest["recovery"]["teacher"]["name"] == "owner/tiny@v1/a"
     assert card.data.base_model == "owner/tiny"
@@ -301,7 +289,7 @@ def test_a_revision_is_pruned_taught_and_told_of(
 
 
 def test_best_effort_without_room_to_train_repairs_locally(
-    tiny_checkpoint: Callable[[str], Path],
+    model: str,
     text_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -309,16 +297,8 @@ def test_best_effort_without_room_to_train_repairs_locally(
 ) -> None:
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     caplog.set_level("INFO", logger="cfsp")
-    report = cfsp.prune(
-        tiny_checkpoint("llama"),
-        out=tmp_path / "out",
-        sparsity=0.5,
-        multiple=4,
-        data=[str(text_file)],
-        samples=8,
-        seqlen=64,
-        effort="best",
-        local_steps=2,
-    )
+    choices: Any = {"sparsity": 0.5, "multiple": 4, "effort": "best", "local_steps": 2}
+    text: Any = {"data": [text_file], "samples": 8, "seqlen": 64}
+    report = cfsp.prune(model, out=tmp_path / "out", **choices, **text)
     assert [step["name"] for step in report.repair["steps"]] == ["ridge", "sequential", "local"]
     assert "repair by local, because there is no memory to train" in caplog.text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +10,21 @@ import numpy as np
 import pytest
 import torch
 
+import cfsp
 from builders import job_of
-from cfsp.checkpoint.reading import LoadedModel
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.cut.in_memory import build_pruned_model
 from cfsp.cut.surgery import PrunedSource
 from cfsp.decide import decide
 from cfsp.job import Job
+from cfsp.pipeline import prune_checkpoint
 from cfsp.repair.result import PruningResult
-from cfsp.repair.sequential import SequentialRepair, repair_sequentially
-from cfsp.settings import Budget, Compute, PruneSettings
-from cfsp.streaming import pass_state
+from cfsp.repair.sequential import blocks_at_gaps, repair_sequentially
+from cfsp.settings import Budget, CalibrationText, Compute, PruneSettings
 from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.windows import Windows
 from drawn_windows import draw_windows
-from tiny_models import BLOCKS, build_tiny_model
+from tiny_models import build_tiny_model
 
 HALF = Budget(0.5, multiple=4)
 
@@ -133,39 +134,6 @@ def test_only_down_projections_change_and_the_model_comes_closer(
     assert (one - dense).square().mean() < (other - dense).square().mean()
 
 
-@pytest.mark.parametrize("budget", [None, 1000], ids=["memory", "file"])
-def test_interrupted_it_goes_on_and_gives_the_same_bits(
-    job: Job,
-    ridge: PruningResult,
-    fitted: PruningResult,
-    windows: Windows,
-    budget: int | None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    caplog.set_level("INFO", logger="cfsp")
-    place = replace(job.place, directory=tmp_path)
-    if budget is not None:
-        place = replace(place, memory_budget=budget)
-    work = SequentialRepair.work
-
-    def interrupted(self: SequentialRepair, group: Any) -> Any:
-        if group.last == 2:
-            raise KeyboardInterrupt
-        return work(self, group)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pass_state, "SHARE_OF_TIME", float("inf"))
-        patch.setattr(SequentialRepair, "work", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            repair_sequentially(job.at(place), ridge, windows)
-    again = repair_sequentially(job.at(place), ridge, windows)
-    assert f"sequential: going on at block 2 of {BLOCKS}" in caplog.text
-    new, old = pruned_source(job, again), pruned_source(job, fitted)
-    assert all(torch.equal(new.read(name), old.read(name)) for name in old.specs)
-
-
 def test_with_all_channels_no_bit_changes(windows: Windows, tmp_path: Path) -> None:
     source = LoadedModel(build_tiny_model("llama"))
     job = job_for(source, windows, tmp_path, Budget(0.0, multiple=4))
@@ -173,20 +141,72 @@ def test_with_all_channels_no_bit_changes(windows: Windows, tmp_path: Path) -> N
     assert all(torch.equal(new.read(name), source.read(name)) for name in source.specs)
 
 
-# Every other one is fitted before it is trained, in test_local.py.
-@pytest.mark.parametrize("name", ["gemma3_text", "gpt2"])
-def test_fitted_is_no_worse_than_ridge(
-    name: str, tokenizer: Any, text_file: Path, tmp_path: Path
+# Blocks beside removed ones.
+
+
+def test_blocks_at_gaps() -> None:
+    assert blocks_at_gaps(6, ()) == []
+    assert blocks_at_gaps(6, (2, 3)) == [1]
+    assert blocks_at_gaps(6, (1, 4, 5)) == [0, 2]
+    # Where the first blocks go, the first that stays.
+    assert blocks_at_gaps(6, (0, 1)) == [0]
+    assert blocks_at_gaps(6, (0, 2)) == [0]
+
+
+@pytest.fixture(scope="module")
+def asked(text_file: Path) -> dict[str, Any]:
+    return {
+        "parts": "blocks", "sparsity": 0.34, "data": [text_file], "samples": 12, "seqlen": 64,
+        "device": "cpu", "removal": "influence",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
+def test_a_fit_is_kept_only_where_it_helps(
+    tiny_checkpoint: Callable[[str], Path], asked: dict[str, Any], tmp_path: Path, name: str
 ) -> None:
-    dense = build_tiny_model(name)
-    windows = draw_windows([str(text_file)], tokenizer, samples=64, seqlen=32)
-    job = job_for(LoadedModel(dense), windows, tmp_path)
-    ridge = decide(job)[0]
-    fitted = repair_sequentially(job, ridge, windows)
-    tokens = draw_windows([str(text_file)], tokenizer, samples=8, seqlen=32, seed=7).tokens_NT
-    models = dense, model_of(job, ridge), model_of(job, fitted)
-    with torch.inference_mode():
-        target, plain, better = (model(tokens).logits for model in models)
-    # In Gemma a norm follows the FFN, so least squares predict it less well.
-    error, before = (better - target).square().mean(), (plain - target).square().mean()
-    assert error < before * (1.05 if name == "gemma3_text" else 1.001)
+    source = tiny_checkpoint(name)
+    plain = cfsp.prune(source, out=tmp_path / "plain", repair="none", **asked)
+    fitted = cfsp.prune(source, out=tmp_path / "fitted", **asked)
+    assert fitted.plan == plain.plan
+    (step,) = fitted.repair["steps"]
+    assert step["name"] == "gaps"
+    (index,) = [i for i, entry in enumerate(step["blocks"]) if entry is not None]
+    entry = step["blocks"][index]
+    (removed,) = fitted.plan.removed_blocks
+    assert index == (removed - 1 if removed else 1)
+    assert entry["loss_after"] <= entry["loss_before"]
+    assert entry["kept"] is (entry["loss_after"] < entry["loss_before"])
+    before, after = (cfsp.load(tmp_path / place).state_dict() for place in ("plain", "fitted"))
+    changed = [key for key in before if not torch.equal(before[key], after[key])]
+    architecture = Checkpoint(tmp_path / "fitted").architecture
+    unit = architecture.units[index - (removed < index)]
+    assert changed == [architecture.block_prefix(unit.block) + unit.down] * entry["kept"]
+
+
+def test_local_repair_handles_gaps_itself(
+    tiny_checkpoint: Callable[[str], Path], asked: dict[str, Any], tmp_path: Path
+) -> None:
+    source = tiny_checkpoint("llama")
+    gaps = cfsp.prune(source, out=tmp_path / "gaps", **asked)
+    report = cfsp.prune(source, out=tmp_path / "out", repair="local", local_steps=2, **asked)
+    step, trained = report.repair["steps"]
+    assert (step["name"], trained["name"]) == ("sequential", "local")
+    (removed,) = report.plan.removed_blocks
+    assert [entry is None for entry in step["blocks"]] == [i == removed for i in range(3)]
+    if removed:  # before the gap both streams are the same, so there is nothing to fit
+        assert step["blocks"][removed - 1] == gaps.repair["steps"][0]["blocks"][removed - 1]
+    assert Checkpoint(tmp_path / "out").architecture.block_count == 2
+
+
+def test_a_plan_with_blocks_is_repaired_as_in_one_run(
+    tiny_checkpoint: Callable[[str], Path], asked: dict[str, Any], tmp_path: Path
+) -> None:
+    source = tiny_checkpoint("llama")
+    report = cfsp.prune(source, out=tmp_path / "once", **asked)
+    text = CalibrationText((str(asked["data"][0]),), samples=12, seqlen=64)
+    settings = PruneSettings(Budget(0.0), text=text, compute=Compute("cpu"))
+    prune_checkpoint(Checkpoint(source), tmp_path / "obeyed", settings, plan=report.plan)
+    first, second = (cfsp.load(tmp_path / place).state_dict() for place in ("once", "obeyed"))
+    for key, tensor in first.items():
+        assert torch.equal(tensor, second[key]), key

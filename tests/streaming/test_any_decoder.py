@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from any_models import REPRESENTATIVES
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.found import Architecture
+from cfsp.checkpoint.reading import LoadedModel
 from cfsp.errors import UnsupportedModelError
 from cfsp.streaming.block_calls import BlockCalls
-from cfsp.streaming.decoder_end import DecoderEnd, end_of, parameters_of_end
+from cfsp.streaming.decoder_end import Head, end_of, parameters_of_end
 from cfsp.streaming.decoder_start import DecoderStart
 from cfsp.streaming.hidden_states import HiddenStates
 from cfsp.streaming.runtime import Runtime
@@ -54,16 +55,19 @@ def started(model: nn.Module, tokens_NT: Tensor, size: int = 3) -> tuple[HiddenS
 
 def streamed_logits(model: nn.Module, tokens_NT: Tensor) -> Tensor:
     """Return the logits of all tokens, with one block after the other, two windows at a time."""
-    architecture, _, blocks = parts_of(model)
+    _, _, blocks = parts_of(model)
     hidden, calls = started(model, tokens_NT, 2)
     for index, block in enumerate(blocks):
         for first in range(0, len(tokens_NT), 2):
             windows = range(len(tokens_NT))[first : first + 2]
             batch = slice(windows.start, windows.stop)
             hidden.write(batch, calls.compute(index, block, windows, hidden.read(batch)))
-    end = DecoderEnd(model, architecture.decoder, architecture.blocks, CPU)
     hidden_PD = hidden.read(slice(0, len(tokens_NT))).flatten(0, 1)
-    return end.logits(hidden_PD).unflatten(0, tuple(tokens_NT.shape))
+    return (
+        Head(LoadedModel(model), CPU, torch.float32)
+        .logits(hidden_PD)
+        .unflatten(0, tuple(tokens_NT.shape))
+    )
 
 
 def own_logits(model: nn.Module, tokens_NT: Tensor) -> Tensor:
@@ -120,13 +124,13 @@ def test_only_the_decoder_of_a_multimodal_model_is_read(model_type: str) -> None
 def test_the_end_needs_no_more_than_its_parameters(model_type: str) -> None:
     model = tiny_model(model_type, tie_word_embeddings=False)
     architecture, _, _ = parts_of(model)
-    paths = architecture.decoder, architecture.blocks
+    source = LoadedModel(model)
     hidden_PD = torch.randn(5, 4 * 32 if model_type == "gemma3n_text" else 32)
-    want = DecoderEnd(model, *paths, CPU).logits(hidden_PD)
-    kept = set(parameters_of_end(model, *paths))
+    want = Head(source, CPU, torch.float32).logits(hidden_PD)
+    kept = set(parameters_of_end(model, architecture.decoder, architecture.blocks))
     assert not any(name.startswith(f"{architecture.blocks}.") for name in kept)
     to_meta(model, [name for name, _ in model.named_parameters() if name not in kept])
-    assert torch.equal(DecoderEnd(model, *paths, CPU).logits(hidden_PD), want)
+    assert torch.equal(Head(source, CPU, torch.float32).logits(hidden_PD), want)
 
 
 @torch.inference_mode()

@@ -37,8 +37,9 @@ def final_hidden(source: Checkpoint, batch: int | None, dtype: torch.dtype) -> l
     return [torch.cat(parts) for parts in outputs]
 
 
+# Every kind of decoder: test_any_decoder.py.
 @pytest.mark.parametrize("batch", [2, None])
-@pytest.mark.parametrize("name", TINY_CONFIGS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_hidden_states_are_those_of_the_models_own_forward(
     name: str, batch: int | None, tiny_checkpoint: Callable[[str], Path]
 ) -> None:
@@ -150,20 +151,13 @@ def test_recorder_notes_the_calls_and_puts_the_blocks_back() -> None:
     with torch.inference_mode():
         recording = record_calls(model.model, blocks, TOKENS)
     assert list(blocks) == originals
-    assert len(recording.calls) == BLOCKS
     torch.testing.assert_close(recording.entering_L[0], model.model.embed_tokens(TOKENS))
-    assert all("position_embeddings" in call.arguments[1] for call in recording.calls)
-
-
-def test_layers_of_different_attention_types_get_their_own_masks() -> None:
-    """qwen2's last block slides; full and sliding blocks must not share a mask."""
-    model = build_tiny_model("qwen2")
-    assert len(set(model.config.layer_types)) == 2
-    with torch.inference_mode():
-        calls = record_calls(model.model, model.model.layers, TOKENS).calls
-    masks = [call.arguments[1]["attention_mask"] for call in calls]
-    assert masks[0] is masks[1]
-    assert masks[0] is not masks[2]
+    given = [call.arguments[1] for call in recording.calls]
+    assert all("position_embeddings" in each for each in given)
+    # qwen2's last block slides; full and sliding blocks must not share a mask.
+    masks = [each["attention_mask"] for each in given]
+    assert len(masks) == BLOCKS
+    assert masks[0] is masks[1] is not masks[2]
 
 
 def test_an_error_of_the_model_is_not_taken_for_the_end() -> None:

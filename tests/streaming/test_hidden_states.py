@@ -16,9 +16,7 @@ import torch
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.cli import main
 from cfsp.errors import OutputError
-from cfsp.streaming import memory
 from cfsp.streaming.block_stream import read_ahead
 from cfsp.streaming.hidden_states import HiddenInFile, HiddenStates
 from cfsp.streaming.runtime import Runtime
@@ -56,21 +54,13 @@ def test_what_is_written_is_read(
     for seed in range(3):
         write_all(hidden, values(seed, dtype))
         assert torch.equal(read_all(hidden), values(seed, dtype))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("saved", [False, True])
-def test_what_was_written_can_be_read_before_the_block_ends(
-    saved: bool, kind: Callable[..., HiddenStates], tmp_path: Path
-) -> None:
-    """Local repair reads the dense half's outputs and the other half's inputs."""
-    hidden = kind(SHAPE, torch.bfloat16, tmp_path)
-    write_all(hidden, values(0))
-    if saved:
-        hidden.save()
-    hidden.write(BATCHES[0], values(1)[BATCHES[0]])
-    assert torch.equal(hidden.read_written(BATCHES[0]), values(1)[BATCHES[0]])
-    assert torch.equal(hidden.read(BATCHES[1]), values(0)[BATCHES[1]])
+    # Before the block ends too: repair reads the dense half's outputs and the other half's inputs.
+    for saved in (False, True):
+        if saved:
+            hidden.save()
+        hidden.write(BATCHES[0], values(9, dtype)[BATCHES[0]])
+        assert torch.equal(hidden.read_written(BATCHES[0]), values(9, dtype)[BATCHES[0]])
+        assert torch.equal(hidden.read(BATCHES[1]), values(2, dtype)[BATCHES[1]])
 
 
 @pytest.mark.parametrize("later", KINDS)
@@ -116,11 +106,11 @@ def test_hidden_states_in_a_file_take_no_memory(forks: Forks, tmp_path: Path) ->
         "def resident():\n"
         "    text = Path('/proc/self/status').read_text()\n"
         "    return int(text.split('VmRSS:')[1].split()[0]) * 1024\n"
-        f"hidden = HiddenInFile((64, 1024, 1024), torch.bfloat16, Path({str(tmp_path)!r}))\n"
+        f"hidden = HiddenInFile((24, 1024, 1024), torch.bfloat16, Path({str(tmp_path)!r}))\n"
         "states = torch.ones(1, 1024, 1024, dtype=torch.bfloat16)\n"
         "before, highest = resident(), 0\n"
         "for _ in range(2):\n"
-        "    for i in range(64):\n"
+        "    for i in range(24):\n"
         "        batch = slice(i, i + 1)\n"
         "        hidden.read(batch).sum()\n"
         "        hidden.write(batch, states)\n"
@@ -132,7 +122,7 @@ def test_hidden_states_in_a_file_take_no_memory(forks: Forks, tmp_path: Path) ->
     (done,) = forks(Job("forks.run_code", {"code": code}))
     assert done.status == 0, done.stderr
     grown = int(done.stdout)
-    assert grown < 32 << 20, f"{grown} of {64 << 21} bytes were resident"
+    assert grown < 16 << 20, f"{grown} of {24 << 21} bytes were resident"
 
 
 # A whole calibration.
@@ -178,18 +168,6 @@ def test_spilling_changes_no_bit(
     assert not list(tmp_path.rglob("hidden-*.bin"))
 
 
-def test_prune_with_a_small_budget_gives_the_same_checkpoint(
-    tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
-) -> None:
-    argv = ["prune", str(tiny_checkpoint("llama")), "--sparsity", "0.5", "--multiple", "4",
-            "--data", str(text_file), "--samples", "8", "--seqlen", "64"]  # fmt: skip
-    assert main([*argv, "--out", str(tmp_path / "memory")]) == 0
-    assert main([*argv, "--out", str(tmp_path / "file"), "--memory-budget", "1KB"]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"memory", "file"}
-    for name in ("model.safetensors", "cfsp_plan.json", "cfsp.statistics"):
-        assert (tmp_path / "memory" / name).read_bytes() == (tmp_path / "file" / name).read_bytes()
-
-
 # Reading ahead.
 
 
@@ -225,24 +203,3 @@ def test_what_reading_raises_is_raised_where_it_is_wanted() -> None:
         assert [ahead.take(), ahead.take()] == [0, 1]
         with pytest.raises(ZeroDivisionError):
             ahead.take()
-
-
-# The budget.
-
-
-def test_a_container_limits_what_is_available(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "own").write_text("0::/\n")
-    monkeypatch.setattr(memory, "_OWN_GROUPS", tmp_path / "own")
-    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
-    machine = memory.available_bytes()
-    assert machine > 50e6
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("3000000\n")
-    assert memory.available_bytes() == pytest.approx(machine, rel=0.2)
-    (tmp_path / "memory.max").write_text("10000000\n")
-    (tmp_path / "memory.stat").write_text("anon 2000000\nfile 1000000\n")
-    assert memory.available_bytes() == 8_000_000
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert memory.default_budget() == 1_000_000

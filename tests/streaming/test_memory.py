@@ -64,11 +64,12 @@ V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")
         ("0::/on/the/host", {"": 5000}, V2),  # a container that sees its own root only
         ("12:cpu,cpuacct:/a\n4:memory:/job/step\n0::/a", {"memory/job/step": 5000}, V1),
         ("4:memory:/job/step", {"memory": 1 << 62, "memory/job": 5000}, V1),
+        ("0::/user/run", {"": "max", "user": 5000}, V2),
     ],
 )
 def test_every_group_that_holds_this_process_limits_its_memory(
     own: str,
-    groups: dict[str, int],
+    groups: dict[str, int | str],
     names: tuple[str, str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -84,3 +85,5 @@ def test_every_group_that_holds_this_process_limits_its_memory(
         (directory / used).write_text("4000\n")
         (directory / "memory.stat").write_text(f"anon 3300\n{cached} 700\n")
     assert memory.available_bytes() == 1700
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.default_budget() == 1700 // 2 // 4

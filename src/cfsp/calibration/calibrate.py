@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cfsp.calibration.accumulators import BlockSums, run_distances, sampled, sampled_stride
 from cfsp.calibration.observed import CalibrationRecord, ObservedBlock, UnitStatistics
 from cfsp.calibration.statistics import Statistics
 from cfsp.calibration.together import add_up, part_of
-from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import fingerprint
 from cfsp.checkpoint.skeleton import architecture_of
 from cfsp.checkpoint.text_config import vocabulary_of
@@ -61,22 +59,20 @@ def calibrate(
     Raises:
         CalibrationError: a weight or an activation is NaN or infinite, or an FFN unit saw no token.
         CheckpointError: a tensor is missing or truncated.
-        ProcessError: a process died, or is not there in time.
         ResumeError: the work directory holds unfinished work of something else.
     """
     team = Team() if place is None else place.team
-    record = calibration_record(source, windows, runtime, seed=seed)
     check_tokens(source.config, windows.tokens_NT, source.label)
     own = windows.part(part_of(windows, team, runtime.batch_windows))
     if len(own.tokens_NT):
         stride = sampled_stride(own) if runs else None
-        visitor = _Calibration(name, record, stride, is_alone=team.size == 1)
+        visitor = _Calibration(name, stride, is_alone=team.size == 1)
         observed = pass_blocks(source, own, visitor, runtime, place)
     else:
         blocks = range(source.architecture.block_count)
         observed = [BlockSums(source.architecture.units_of(i)).observed(i) for i in blocks]
     total = add_up(observed, team, runtime.device)
-    statistics = Statistics.of(total, record)
+    statistics = Statistics.of(total, calibration_record(source, windows, runtime, seed=seed))
     check_seen(source.units, statistics.units)
     if not runs:
         return statistics
@@ -86,11 +82,9 @@ def calibrate(
 class _Calibration(Visitor[ObservedBlock]):
     """Gathers the statistics of every block."""
 
-    def __init__(
-        self, name: str, record: CalibrationRecord, stride: int | None, *, is_alone: bool
-    ) -> None:
+    def __init__(self, name: str, stride: int | None, *, is_alone: bool) -> None:
         super().__init__(name)
-        self._record, self._stride, self._is_alone = record, stride, is_alone
+        self._stride, self._is_alone = stride, is_alone
 
     def visit(self, block: StreamedBlock) -> ObservedBlock:
         observed = observe(block, stride=self._stride)
@@ -99,34 +93,10 @@ class _Calibration(Visitor[ObservedBlock]):
         return observed
 
     def save(self, result: ObservedBlock, directory: Path, block: int) -> None:
-        save_observed(result, self._record, directory, block)
+        result.save(directory, block)
 
     def load(self, directory: Path, block: int) -> ObservedBlock:
-        return load_observed(directory, block)
-
-
-def save_observed(
-    observed: ObservedBlock, record: CalibrationRecord, directory: Path, block: int
-) -> None:
-    """Write the statistics of one block, as those of a model that has no other."""
-    units = tuple(replace(unit, block=0) for unit in observed.units)
-    Statistics.of([replace(observed, units=units)], record).save(_path(directory, block))
-    if observed.passing is not None:
-        data = save({"passing": observed.passing.contiguous()})
-        write_atomically(_path(directory, block, "passing"), data)
-
-
-def load_observed(directory: Path, block: int) -> ObservedBlock:
-    """Read what `save_observed` wrote."""
-    read = Statistics.load(_path(directory, block))
-    units = tuple(replace(unit, block=block) for unit in read.units)
-    passing = _path(directory, block, "passing")
-    tensor = load_file(passing)["passing"] if passing.is_file() else None
-    return ObservedBlock(read.blocks[0], units, tensor)
-
-
-def _path(directory: Path, block: int, what: str = "statistics") -> Path:
-    return directory / f"{what}-{block:05d}.safetensors"
+        return ObservedBlock.load(directory, block)
 
 
 def calibration_record(
@@ -154,10 +124,8 @@ def observe(
 ) -> ObservedBlock:
     """Let the windows pass one block and return its statistics.
 
-    Args:
-        block: the block.
-        on_activations: is given all activations as well; see `StreamedBlock.advance`.
-        stride: of so many tokens the hidden states of one are kept; None for none.
+    All activations are shown besides (see `StreamedBlock.advance`); where there is a stride, the
+    hidden states of one of so many tokens are kept.
 
     Raises:
         CalibrationError: an activation is NaN or infinite.

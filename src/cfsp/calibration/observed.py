@@ -6,13 +6,15 @@ Shapes: E experts, F FFN channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cfsp.calibration.statistics_file import read_facts, write_facts
 from cfsp.settings import DISTANCES, UNIT_PARTS, Part
 
 # Of units whose experts' outputs are not looked at.
@@ -21,13 +23,9 @@ NOT_SEEN = torch.zeros(0, dtype=torch.float64)
 
 @dataclass(frozen=True)
 class BlockStatistics:
-    """What the calibration tokens did in one block.
+    """What the calibration tokens did in one block."""
 
-    Attributes:
-        distance_sums: sum over tokens of each distance between the block's input and output.
-        tokens: number of tokens.
-    """
-
+    # Sum over tokens of each distance between the block's input and output.
     distance_sums: dict[str, float]
     tokens: int
 
@@ -185,6 +183,45 @@ class ObservedBlock:
     # The hidden states of some tokens, as they enter and leave it (2 x S x D); None where runs of
     # blocks are not compared.
     passing: Tensor | None = None
+
+    def save(self, directory: Path, index: int) -> None:
+        """Write what was gathered in the block at an index, for a killed pass."""
+        tensors = tensors_of(self.units)
+        if self.passing is not None:
+            tensors["passing"] = self.passing.contiguous()
+        units = [unit.to_json() for unit in self.units]
+        write_facts(_path(directory, index), {"block": asdict(self.block), "units": units}, tensors)
+
+    @staticmethod
+    def load(directory: Path, index: int) -> ObservedBlock:
+        """Read what `save` wrote."""
+        facts, tensors = read_facts(_path(directory, index))
+        block = BlockStatistics.from_json(facts["block"], index)
+        return ObservedBlock(block, units_from_json(facts, tensors), tensors.get("passing"))
+
+
+def tensors_of(units: Sequence[UnitStatistics]) -> dict[str, Tensor]:
+    """Return what is written of units besides JSON types."""
+    tensors: dict[str, Tensor] = {}
+    for i, unit in enumerate(units):
+        tensors[f"units.{i}.sum_of_squares"] = unit.sum_of_squares_F.contiguous()
+        if len(unit.output_norm_E):
+            tensors[f"units.{i}.output_norm"] = unit.output_norm_E.contiguous()
+    return tensors
+
+
+def units_from_json(
+    facts: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[UnitStatistics, ...]:
+    """Return the units of a file."""
+    return tuple(
+        UnitStatistics.from_json(entry, tensors, f"units.{i}")
+        for i, entry in enumerate(facts["units"])
+    )
+
+
+def _path(directory: Path, block: int) -> Path:
+    return directory / f"statistics-{block:05d}.safetensors"
 
 
 def _distance_sums(found: Mapping[str, Any]) -> dict[str, float]:

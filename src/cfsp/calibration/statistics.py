@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from cfsp.calibration.observed import (
     BlockStatistics,
     CalibrationRecord,
     ObservedBlock,
     UnitStatistics,
+    tensors_of,
+    units_from_json,
 )
 from cfsp.calibration.statistics_file import read_facts, write_facts
 from cfsp.errors import StatisticsError
@@ -31,19 +31,16 @@ from cfsp.settings import WHOLE_PARTS, Part, WholePart
 class Sensitivity:
     """What pruning one part of each block alone does to the predictions.
 
-    See `cfsp.selection.sensitivity`.
-
-    Attributes:
-        divergence_L: KL(dense || that block's FFNs pruned), in nats per token; 0 for a block
-            that has no FFN.
-        kept_L: the share of the channels of the block's FFNs that stayed; 1 where there is none.
-        windows: number of windows that it was measured on.
-        other_parts: the same of other parts by their names, such as `kv`.
+    See `cfsp.selection.sensitivity`. A block that has none of the part loses nothing.
     """
 
+    # KL(dense || that block's FFNs pruned), in nats per token.
     divergence_L: tuple[float, ...]
+    # The share of the channels of the block's FFNs that stayed.
     kept_L: tuple[float, ...]
+    # Windows that it was measured on.
     windows: int
+    # The same of other parts by their names, such as `kv`.
     other_parts: dict[str, Sensitivity] = field(default_factory=dict)
 
     @property
@@ -96,18 +93,14 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Removal:
-    """A block or an attention that goes next, after others (`cfsp.selection.drop_order`).
+    """A block or an attention that goes next, after others (`cfsp.selection.drop_order`)."""
 
-    Attributes:
-        block: its index, or that of the attention's block.
-        divergence: KL(dense || without it and those before it), in nats per token.
-        part: what goes.
-        among: the parts that it was chosen among, where these are several.
-    """
-
+    # Its index, or that of the attention's block.
     block: int
+    # KL(dense || without it and those before it), in nats per token.
     divergence: float
     part: WholePart = "blocks"
+    # The parts that it was chosen among, where these are several.
     among: tuple[WholePart, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -145,14 +138,10 @@ class Removal:
 
 @dataclass(frozen=True)
 class RunDistances:
-    """How far every run of consecutive blocks turns the hidden state.
+    """How far every run of consecutive blocks turns the hidden state."""
 
-    Attributes:
-        sums: [i][j] is the sum over some tokens of the angular distance between what enters block
-            i and what enters block j; the last j stands for what leaves the last block.
-        tokens: number of tokens.
-    """
-
+    # [i][j] is the sum over some tokens of the angular distance between what enters block i and
+    # what enters block j; the last j stands for what leaves the last block.
     sums: tuple[tuple[float, ...], ...]
     tokens: int
 
@@ -279,11 +268,6 @@ class Statistics:
         Raises:
             OutputError: the place is not writable.
         """
-        tensors: dict[str, Tensor] = {}
-        for i, unit in enumerate(self.units):
-            tensors[f"units.{i}.sum_of_squares"] = unit.sum_of_squares_F.contiguous()
-            if len(unit.output_norm_E):
-                tensors[f"units.{i}.output_norm"] = unit.output_norm_E.contiguous()
         facts: dict[str, Any] = {
             "record": asdict(self.record),
             "blocks": [asdict(block) for block in self.blocks],
@@ -295,7 +279,7 @@ class Statistics:
             facts["removals"] = [each.to_json() for each in self.removals]
         if self.runs:
             facts["runs"] = asdict(self.runs)
-        write_facts(path, facts, tensors)
+        write_facts(path, facts, tensors_of(self.units))
 
     @classmethod
     def load(cls, path: Path) -> Statistics:
@@ -309,10 +293,7 @@ class Statistics:
             record = CalibrationRecord.from_json(facts["record"])
             blocks = tuple(map(BlockStatistics.from_json, facts["blocks"], range(1 << 31)))
             count = len(blocks)
-            units = tuple(
-                UnitStatistics.from_json(entry, tensors, f"units.{i}")
-                for i, entry in enumerate(facts["units"])
-            )
+            units = units_from_json(facts, tensors)
             order = [unit.block for unit in units]
             if order != sorted(order) or not all(0 <= block < count for block in order):
                 raise ValueError(f"the FFNs of {count} blocks are said to be in blocks {order}")

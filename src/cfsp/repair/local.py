@@ -3,9 +3,7 @@
 A few consecutive blocks train together. They see what the pruned blocks before them give, and learn
 what the dense stream holds after the last of them, so that they also correct the drift that they
 inherit. The model's last blocks learn what the dense model predicts and, if asked to, the text
-itself. In memory are both streams, one dense block (and the next, which is read meanwhile) and the
-pruned blocks that train, with their optimizer. There is no backward pass through more blocks than
-these.
+itself. There is no backward pass through more blocks than these.
 
 Shapes: B windows in a batch, T tokens, P positions in a window, D hidden, V vocabulary.
 """

@@ -1,8 +1,5 @@
 """Training of a few consecutive blocks alone, towards hidden states that are known.
 
-There is no backward pass through the model: gradients reach from the last block's output to the
-parameters of these blocks.
-
 Shapes: B windows in a batch, T tokens, D hidden.
 """
 

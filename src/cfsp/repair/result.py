@@ -179,11 +179,8 @@ def add_step(
 ) -> PruningResult:
     """Return what a step makes of what was there before it.
 
-    Args:
-        repaired: what was there.
-        name: of the step.
-        directory: where it wrote new tensors, of each block with any that it kept.
-        repairs: what it did with the units of each block, or with each block.
+    It wrote new tensors into a directory, of each block with any that it kept; `repairs` are what
+    it did with the units of each block, or with each block.
     """
     tensors = dict(repaired.tensors)
     for block, of_block in enumerate(repairs):

@@ -1,11 +1,9 @@
 """The pass of ridge repair: statistics, choice of channels and repair, block by block, in one pass.
 
 Repair needs the Gram matrix of every FFN of a block (0.8 GB at 14336 channels), so a process alone
-never holds those of two blocks: a block's channels are chosen as soon as its windows have passed,
-its down projections are repaired and written to the work directory, and the Gram matrices are
-dropped, one after the other. Of several processes each repairs a block of its own. Widths must
-therefore be known beforehand: from a plan, or from a coarse pass over a few windows. A block
-without FFN units just passes: its distances are gathered.
+never holds those of two blocks: they are dropped when its down projections are repaired. Of several
+processes each repairs a block of its own. Widths must therefore be known beforehand: from a plan,
+or from a coarse pass over a few windows.
 
 Shapes: D hidden, F FFN channels, K channels that stay, E experts, U units of the model.
 """
@@ -22,14 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cfsp.calibration.calibrate import (
-    calibration_record,
-    check_seen,
-    check_tokens,
-    load_observed,
-    observe,
-    save_observed,
-)
+from cfsp.calibration.calibrate import check_seen, check_tokens, observe
 from cfsp.calibration.observed import ObservedBlock
 from cfsp.calibration.together import add_up, part_of
 from cfsp.checkpoint.ffn_tensors import down_matrix, parameters_with_down
@@ -87,10 +78,6 @@ def choose_and_repair(
         keep_U: the channels that each unit keeps, or how many: those that score most by what the
             pass sees, and by the job's criterion.
         removed: blocks that go whole; their statistics are gathered, and nothing is repaired.
-
-    Raises:
-        CalibrationError: a weight or an activation is NaN or infinite.
-        ResumeError: the work directory holds unfinished work of something else.
     """
     check_tokens(job.source.config, windows.tokens_NT, job.source.label)
     _warn_of_memory(job)
@@ -140,9 +127,6 @@ class _RidgePass(Visitor[ChosenBlock]):
         self._keep_U, self._removed = keep_U, removed
         self._is_held_out_N = windows.held_out_N[own]
         self._directory = job.place.first_directory_of(NAME)
-        self._record = calibration_record(
-            job.source, windows, job.runtime, seed=job.settings.text.seed
-        )
         # Of this turn: all blocks, and the one that this process repairs.
         self._turn: dict[int, ChosenBlock] = {}
         self._waiting: tuple[int, list[Observation]] | None = None
@@ -163,7 +147,7 @@ class _RidgePass(Visitor[ChosenBlock]):
         return chosen
 
     def save(self, result: ChosenBlock, directory: Path, block: int) -> None:
-        save_observed(result.observed, self._record, directory, block)
+        result.observed.save(directory, block)
         facts = {
             "kept": result.kept,
             "repaired": [each and each.to_json() for each in result.repaired],
@@ -173,7 +157,7 @@ class _RidgePass(Visitor[ChosenBlock]):
     def load(self, directory: Path, block: int) -> ChosenBlock:
         facts = json.loads(_chosen_path(directory, block).read_text(encoding="utf-8"))
         return ChosenBlock(
-            load_observed(directory, block),
+            ObservedBlock.load(directory, block),
             tuple(map(tuple, facts["kept"])),
             tuple(each and BlockRepair.from_json(each) for each in facts["repaired"]),
         )

@@ -1,20 +1,14 @@
 """Sequential repair: each down projection is fitted on the pruned model's own hidden states.
 
 The ridge fits every block to what the dense model computes before it. But a pruned block is entered
-by what the pruned blocks before it give, which has drifted. Two streams of the same windows pass
-block by block, one through the dense model, one through the pruned, and each down projection takes
-over what it can of the difference d between the hidden states that leave the block:
+by what the pruned blocks before it give, which has drifted. Each down projection takes over what it
+can of the difference d between the hidden states of two streams that leave the block:
 
     W' = W + E[d xᵀ] (E[x xᵀ] + lambda mean(diag) I)^-1        x: channels of the pruned block
 
-Where attentions have lost KV groups, the FFN's matrix takes over what it can of that too; a block
-without an FFN is fitted by the output matrix of its attention.
-A block before blocks that were removed whole takes over what they did in the same way: d is then
-the difference to what the dense stream holds after them. Where the first blocks go, that is the
-first one that stays. A block whose attention was removed takes over what that did.
-
-No gradients. In memory are both streams, one dense block (and the next, which is read meanwhile),
-one pruned block, and a Gram matrix of its channels.
+So it takes over what attentions have lost too; a block without an FFN is fitted by the output
+matrix of its attention. A block before blocks that were removed whole takes over what they did in
+the same way, and where the first blocks go, the first one that stays does.
 
 Shapes: B windows in a batch, T tokens, R rows (tokens of a batch), D hidden, K channels of a
 pruned block.

@@ -57,7 +57,7 @@ class BlockCall:
         return replace(self, arguments=with_values(self.arguments, values)) if values else self
 
     def for_training(self) -> BlockCall:
-        """Return the same call with tensors that autograd accepts, floating ones in float32.
+        """Return the same call with tensors that autograd accepts, in float32.
 
         Those that were recorded in inference mode cannot be saved for a backward pass.
         """

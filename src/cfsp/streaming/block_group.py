@@ -21,16 +21,10 @@ if TYPE_CHECKING:
 
 
 class BlockGroup:
-    """Some blocks of a model, which compute one after the other.
+    """Some blocks of a model, which compute one after the other, called as the model calls them.
 
-    They have no weights before the first `fill` and after `unload`.
-
-    Args:
-        source: where their tensors come from.
-        modules: all blocks of the model.
-        indices: which of them.
-        calls: how the model calls each of these, by the number of windows in a batch.
-        runtime: where and in what they compute.
+    They have no weights before the first `fill` and after `unload`. Calls are by the number of
+    windows in a batch.
     """
 
     def __init__(

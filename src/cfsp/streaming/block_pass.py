@@ -2,8 +2,6 @@
 
 A visitor does what it likes with each block and gives a result. The pass spills hidden states,
 saves as it goes, resumes what was killed, shows progress and takes the time.
-
-Shapes: N windows, T tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -39,12 +37,7 @@ T = TypeVar("T")
 
 
 class Visitor(ABC, Generic[T]):
-    """Does something with every block of a pass, and keeps what came of it.
-
-    Args:
-        name: of the pass: its directory in the work directory.
-        label: what people read of the pass.
-    """
+    """Does something with every block of a pass, and keeps what came of it."""
 
     # Numbers of windows that blocks are called with besides those of batches.
     more_batch_sizes: Collection[int] = ()
@@ -55,6 +48,7 @@ class Visitor(ABC, Generic[T]):
     waits_for_others: bool = False
 
     def __init__(self, name: str, label: str | None = None) -> None:
+        # Of the pass: its directory in the work directory, and what people read of it.
         self.name, self.label = name, label or name
 
     @abstractmethod
@@ -138,10 +132,7 @@ def pass_blocks(
 
 
 def _go_back_together(state: PassState, team: Team) -> None:
-    """Go on at the last block that every process can go on at.
-
-    Processes save together, so that a kill finds them at most one time apart.
-    """
+    """Go on at the last block that every process can go on at: they save together."""
     reachable = team.gather({state.next_block, state.before[0], 0})
     state.go_back_to(max(set.intersection(*reachable)))
 

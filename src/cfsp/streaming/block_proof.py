@@ -93,12 +93,9 @@ def prove_without_blocks(stock: PreTrainedConfig, removed: Collection[int]) -> N
 def check_attentions_can_go(
     source: WeightSource, removed: Collection[int], removed_blocks: Collection[int] = ()
 ) -> None:
-    """Check that a model computes the same without some attentions as with nothing from them.
+    """Check that a model computes the same without attentions of blocks as with nothing from them.
 
-    Args:
-        source: the model, opened with its attentions.
-        removed: indices of the blocks whose attentions go.
-        removed_blocks: of blocks that go whole and can (see `check_blocks_can_go`).
+    It was opened with its attentions; beside them blocks may go that can.
 
     Raises:
         UnsupportedModelError: none of a kind would stay, or others need something of them.
@@ -148,12 +145,9 @@ def prove_without_attentions(
 def check_experts_can_go(
     source: WeightSource, kept: Mapping[int, Sequence[int]], removed_blocks: Collection[int]
 ) -> None:
-    """Check that a model with some experts only computes as if its router chose among these.
+    """Check that a model with some experts a block computes as if its router chose among these.
 
-    Args:
-        source: the model, opened with its experts.
-        kept: block -> the experts that stay.
-        removed_blocks: of blocks that go whole and can (see `check_blocks_can_go`).
+    It was opened with its experts; beside them blocks may go that can.
 
     Raises:
         UnsupportedModelError: it does not.

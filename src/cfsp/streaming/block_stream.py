@@ -4,7 +4,7 @@ All windows pass block 0, then block 1, and so on. Only the embeddings (at the s
 block, the next one (which a thread reads meanwhile) and the hidden states are in memory, so the
 model may be far larger than memory.
 
-Shapes: N windows, B windows in a batch, T tokens, D hidden, F FFN channels.
+Shapes: B windows in a batch, T tokens, D hidden, F FFN channels.
 """
 
 from __future__ import annotations
@@ -72,14 +72,12 @@ class StreamedBlock:
         The block's weights are dropped then: what comes after may need the memory.
 
         Args:
-            on_activations: is given the position of an FFN unit among those of the block, the
-                index of an FFN in the unit, rows of the input of its down projection (act_RF, see
-                `observed_activations`), and which window each row is of; None where nobody looks.
+            on_activations: is given what `observed_activations` shows, with each row's window; None
+                where nobody looks.
             on_hidden: is given the block's input and output hidden states, both BTD.
             on_sublayer: is given the position of an attention among the block's units, the block's
                 input and the hidden state after the attention, both BTD, where it can be seen.
-            on_output: is given what experts add, see `observed_activations`; looks only beside
-                `on_activations`.
+            on_output: is given what experts add; looks only beside `on_activations`.
         """
         after: dict[int, Tensor] = {}
         first_window, seqlen = 0, 1
@@ -123,11 +121,7 @@ class StreamedBlock:
         return self._calls.compute(self.index, self.module, windows, input_BTD)
 
     def call(self, index: int, windows: int) -> BlockCall:
-        """Return how the model calls one of its blocks with any batch of so many windows.
-
-        Raises:
-            UnsupportedModelError: its calls differ from window to window.
-        """
+        """Return how the model calls one of its blocks with any batch of so many windows."""
         return self._calls.of(index, windows)
 
     @property

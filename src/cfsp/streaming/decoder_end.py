@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cfsp.architecture.small_run import set_parameter
 from cfsp.checkpoint.reading import read_parameter
-from cfsp.checkpoint.skeleton import architecture_of, build_skeleton
+from cfsp.checkpoint.skeleton import architecture_of, blocks_of, build_skeleton
 from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.streaming.call_form import find_call_form
 from cfsp.streaming.stand_in import CallForm, resumed_at
@@ -89,20 +89,27 @@ def parameters_of_end(model: nn.Module, decoder: str, blocks: str) -> Iterator[s
             yield name
 
 
-class DecoderEnd:
-    """All of a model that comes after its last block.
+class Head:
+    """All of a model that comes after its last block, read from a source; `vocabulary` is V.
 
-    What of the model is on the meta device becomes zeros, which take no memory: which tokens came
-    does not matter after the blocks. Some models ask their first parameter for the device, so that
-    none may be left there. For the paths see `parameters_of_end`.
+    What this part does not compute with becomes zeros, which take no memory: which tokens came does
+    not matter after the blocks. Some models ask their first parameter for the device, so that none
+    may be left without one.
     """
 
-    def __init__(self, model: nn.Module, decoder: str, blocks: str, device: torch.device) -> None:
-        self._model = model.get_submodule(end_of(model, decoder))
-        found = model.get_submodule(blocks)
-        assert isinstance(found, nn.ModuleList)
-        self._blocks, self._device = found, device
-        of_blocks = {id(parameter) for parameter in found.parameters()}
+    def __init__(self, source: WeightSource, device: torch.device, dtype: torch.dtype) -> None:
+        found = source.architecture
+        # Autograd refuses the tensors of inference mode, which passes run in.
+        with torch.inference_mode(mode=False):
+            model = build_skeleton(source.config, dtype)
+            for name in list(parameters_of_end(model, found.decoder, found.blocks)):
+                tensor = read_parameter(source, name, dtype).to(device)
+                set_parameter(model, name, nn.Parameter(tensor, requires_grad=False))
+        self._blocks = blocks_of(model, found)
+        self._model: Any = model.get_submodule(end_of(model, found.decoder))
+        self._device, self._dtype = device, dtype
+        self.vocabulary = vocabulary_of(source.config)
+        of_blocks = {id(parameter) for parameter in self._blocks.parameters()}
         for module in self._model.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.is_meta and id(parameter) not in of_blocks:
@@ -121,30 +128,10 @@ class DecoderEnd:
 
     def logits(self, hidden_PD: Tensor) -> Tensor:
         """Return the logits of the tokens that follow, PV; gradients reach the hidden states."""
-        # Nothing after the blocks looks at other positions, so each is a window of its own.
-        hidden = self._form.layout.unpack(hidden_PD.unsqueeze(1))
-        # Which tokens they are does not matter any more.
-        tokens_P1 = torch.zeros(len(hidden_PD), 1, dtype=torch.long, device=self._device)
-        with resumed_at(self._blocks, len(self._blocks), hidden, self._form):
-            return self._run(tokens_P1)[:, 0]
-
-
-class Head:
-    """The end of a model with its weights, read from a source; `vocabulary` is V."""
-
-    def __init__(self, source: WeightSource, device: torch.device, dtype: torch.dtype) -> None:
-        # Autograd refuses the tensors of inference mode, which passes run in.
-        with torch.inference_mode(mode=False):
-            model = build_skeleton(source.config, dtype)
-            found = source.architecture
-            for name in parameters_of_end(model, found.decoder, found.blocks):
-                tensor = read_parameter(source, name, dtype).to(device)
-                set_parameter(model, name, nn.Parameter(tensor, requires_grad=False))
-        self._end = DecoderEnd(model, found.decoder, found.blocks, device)
-        self._dtype = dtype
-        self.vocabulary = vocabulary_of(source.config)
-
-    def logits(self, hidden_PD: Tensor) -> Tensor:
-        """Return the logits of the tokens that follow, PV, in the head's dtype."""
         with torch.autocast(hidden_PD.device.type, enabled=False):
-            return self._end.logits(hidden_PD.to(self._dtype))
+            # Nothing after the blocks looks at other positions, so each is a window of its own.
+            hidden = self._form.layout.unpack(hidden_PD.to(self._dtype).unsqueeze(1))
+            # Which tokens they are does not matter any more.
+            tokens_P1 = torch.zeros(len(hidden_PD), 1, dtype=torch.long, device=self._device)
+            with resumed_at(self._blocks, len(self._blocks), hidden, self._form):
+                return self._run(tokens_P1)[:, 0]

@@ -1,10 +1,8 @@
 """What a model does before its first block: what enters the blocks, and how they are called.
 
 Of text the decoder's own forward runs with stand-ins for blocks. Of windows with images that of the
-whole model does: vision tower, projector, the places of image features among those of tokens,
-positions in two dimensions, masks in which an image sees all of itself; calls are then kept window
-by window. Some models add features of images to what leaves their first blocks as well. That is
-seen by letting stand-ins return zeros, and proved to be an addition by what else they return.
+whole model does, vision tower and projector included; calls are then kept window by window. Some
+models add features of images to what leaves their first blocks as well.
 
 Shapes: N windows, B windows in a batch, T tokens, D hidden, L blocks.
 """
@@ -41,14 +39,13 @@ Room = Callable[[tuple[int, ...]], HiddenStates]
 
 
 class DecoderStart:
-    """What a model does before its first block.
+    """What a model does before its first block; it needs weights for all but its blocks.
 
     Args:
-        decoder: the module whose forward takes token ids and calls the blocks; needs weights for
-            all but its blocks.
+        decoder: the module whose forward takes token ids and calls the blocks.
         blocks: its list of decoder blocks.
         runtime: where and in what to compute.
-        multimodal: the whole model, where windows have images; needs weights likewise.
+        multimodal: the whole model, where windows have images.
     """
 
     def __init__(

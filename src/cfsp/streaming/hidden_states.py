@@ -2,8 +2,7 @@
 
 They are all that a pass carries from block to block, and the only part of its memory that grows
 with the text. Two files take turns: the one that was saved last is only read until the next is
-complete, so that a killed pass always finds one whole. In memory there is one tensor, and the
-same files hold its copies. Values are the same bits either way.
+complete, so that a killed pass always finds one whole. Values are the same bits either way.
 
 Shapes: N windows, B windows in a batch, T tokens, D hidden.
 """

@@ -168,11 +168,7 @@ class Judgement:
         return math.isfinite(self.error) and math.isfinite(self.loss)
 
     def check_finite(self, block: int) -> None:
-        """Check that a block computes no NaN as it is.
-
-        Raises:
-            CalibrationError: it does.
-        """
+        """Raise CalibrationError if a block computes NaN as it is."""
         if not self.is_finite:
             raise CalibrationError(
                 f"block {block} produced NaN or infinite activations; "
@@ -183,12 +179,8 @@ class Judgement:
 class GroupVisit:
     """A group of pruned blocks with their weights, and both streams around it.
 
-    Args:
-        blocks: the group.
-        block: the dense block that the dense stream has passed last.
-        streams: which windows are what.
-        dense_after: the dense stream's held-out windows of this process after each dense block
-            that the group stands for.
+    The dense stream has passed `block` last; `dense_after` has its held-out windows of this process
+    after each dense block that the group stands for.
     """
 
     def __init__(
@@ -291,8 +283,7 @@ class GroupVisit:
     ) -> Judgement | None:
         """Leave the group with new tensors, by stored names, if held-out windows lose less.
 
-        Returns:
-            How far it is with them; None if the group stays as it was.
+        Return how far it is with them; None if the group stays as it was.
         """
         self.blocks.fill(tensors)
         after = self.judge(loss_of)

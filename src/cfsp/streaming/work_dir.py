@@ -32,22 +32,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class WorkDir:
-    """Where one command works, on what, with whom, and what took how long.
+    """Where one command works, with whom, and what took how long."""
 
-    Attributes:
-        directory: exists as long as the command runs.
-        memory_budget: bytes of hidden states above which they go to a file.
-        identity: what the results depend on besides model and text, as JSON types; None if a
-            later run is not to resume.
-        watch: is told the time of each stage of the command.
-        times: of each pass, by its name.
-        team: the processes that work on the same thing.
-    """
-
+    # It exists as long as the command runs.
     directory: Path
+    # Bytes of hidden states above which they go to a file.
     memory_budget: int = field(default_factory=default_budget)
+    # What the results depend on besides model and text, as JSON types; None if a later run is not
+    # to resume.
     identity: dict[str, Any] | None = None
     watch: Stopwatch = field(default_factory=Stopwatch)
+    # Of each pass, by its name.
     times: dict[str, PassTimes] = field(default_factory=dict)
     team: Team = field(default_factory=Team)
 
@@ -82,13 +77,9 @@ def output_work_dir(
     memory_budget: int | None = None,
     team: Team | None = None,
 ) -> Iterator[WorkDir]:
-    """Give the work directory of an output; remove it when all is done.
+    """Give the work directory of an output, the file or directory that will be written.
 
-    Args:
-        out: the file or directory that will be written.
-        identity: see `WorkDir`.
-        memory_budget: see `WorkDir`; None for a share of the available memory.
-        team: the processes that work on this output; None for this one alone.
+    It is removed when all is done.
 
     Raises:
         OutputError: another run works there, or the place is not writable.
