@@ -30,7 +30,6 @@ from cfsp.selection import drop_order
 from cfsp.selection.constraint import Share
 from cfsp.settings import (
     PARTS,
-    WHOLE_PARTS,
     Budget,
     Criterion,
     Part,
@@ -62,16 +61,21 @@ def llama(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.mark.parametrize("parts", WHOLE_PARTS)
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("llama", "attention"), ("llama", "blocks"), ("gemma3_text", "kv"), ("mixtral", "experts")],
+)
 def test_nothing_removed_is_the_model(
-    llama: Path, text_file: Path, tmp_path: Path, parts: str
+    tokenizer: Any, text_file: Path, tmp_path: Path, name: str, parts: str
 ) -> None:
-    out, asked = tmp_path / "out", {"parts": parts, "sparsity": 0.0, **SETTINGS}
-    cfsp.prune(llama, out=out, data=[text_file], **asked)
-    check_is_the_same(llama, out)
+    source, out = tmp_path / "dense", tmp_path / "out"
+    save_with_tokenizer(tiny_model(name), tokenizer, source)
+    asked = {"parts": parts, "sparsity": 0.0, "repair": "none", **SETTINGS}
+    cfsp.prune(source, out=out, data=[text_file], **asked)
+    check_is_the_same(source, out)
     # A plan without other units than FFNs is of the first version.
     version = json.loads((out / "cfsp_plan.json").read_text())["plan_version"]
-    assert version == (1 if parts == "blocks" else 2)
+    assert version == (1 if parts in ("blocks", "experts") else 2)
 
 
 # Beside channels.
