@@ -20,7 +20,7 @@ from cfsp.checkpoint.pruned_config import pruned_config
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.cli import main
-from cfsp.cut.surgery import pruned_specs
+from cfsp.cut.surgery import PrunedSource
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
 from cfsp.pipeline import plan_from
 from cfsp.planning.candidate import Candidate, Dropped, DropSizes
@@ -290,7 +290,7 @@ def test_what_stock_would_load_with_random_attentions_is_refused_before_any_text
         Share(source, Budget(parts=ATTENTION, remove_attentions=1)).check()
     Share(source, Budget(parts=ATTENTION, remove_attentions=0)).check()
     with pytest.raises(UnsupportedModelError, match="can't go alone"):
-        pruned_specs(source, plan_without(source, Dropped((), (1,))))
+        PrunedSource(source, plan_without(source, Dropped((), (1,))))
     # Beside channels the stock class fails, as it must.
     halves = [unit.width // (2 if unit.part == "ffn" else 1) for unit in source.units]
     halves[next(i for i, unit in enumerate(source.units) if unit.part == "kv")] = 0

@@ -17,8 +17,9 @@ import cfsp
 from cfsp.checkpoint import output
 from cfsp.checkpoint.output import staged_directory, write_atomically
 from cfsp.checkpoint.reading import Checkpoint, channel_parameters
+from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.tensor_file import TensorFile
-from cfsp.cut.surgery import pruned_specs, write_pruned_weights
+from cfsp.cut.surgery import PrunedSource
 from cfsp.errors import CfspError, CheckpointError, OutputError
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
@@ -76,7 +77,7 @@ def test_shards_in_and_out(
     plan = plan_for(source)
     out.mkdir()
     limit = 20_000 if sharded_output else 10**9
-    written = write_pruned_weights(source, plan, out, max_shard_bytes=limit)
+    written = write_shards(out, list(PrunedSource(source, plan).outgoing()), limit)
 
     before, after = stored_bytes(source_directory), stored_bytes(out)
     assert before.keys() == after.keys()
@@ -91,7 +92,7 @@ def test_shards_in_and_out(
             expected = source.read(name).index_select(axis, torch.tensor(KEPT[index]))
             assert shape == tuple(expected.shape)
             assert raw == expected.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    assert {n: s.shape for n, s in pruned_specs(source, plan).items()} == {
+    assert {n: s.shape for n, s in PrunedSource(source, plan).specs.items()} == {
         n: shape for n, (_, shape, _) in after.items()
     }
     assert set(written) == {p.name for p in out.glob("*.safetensors")}
