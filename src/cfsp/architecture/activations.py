@@ -205,7 +205,6 @@ def _run_experts(watch: _Watch, hidden_RD: Tensor, expert_RK: Tensor, weight_RK:
 
 
 def _expert_linear(experts: Any, name: str, expert: int, input_RX: Tensor) -> Tensor:
-    """Return one matrix of one expert, applied to some rows."""
     weight = getattr(experts, name)[expert]
     bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
     if not experts.is_transposed:

@@ -147,7 +147,6 @@ def _says_widths_only(config: PreTrainedConfig, key: WidthKey) -> bool:
 
 
 def _widths_by_path(config: PreTrainedConfig, paths: set[str]) -> dict[str, set[int]]:
-    """Return the widths of the FFNs that the stock class builds, by their path in a block."""
     found: dict[str, set[int]] = {}
     for (_, path), width in _widths_by_place(empty_stock_model(config)).items():
         if path in paths:
