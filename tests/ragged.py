@@ -10,8 +10,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.writing import copy_travelling_files, write_config
-from cfsp.cut.surgery import write_pruned_weights
+from cfsp.cut.surgery import PrunedSource
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
 
@@ -59,7 +60,7 @@ def cut(
         for i, (unit, kept) in enumerate(zip(source.units, widths, strict=True))
     )
     plan = PruningPlan(ModelIdentity.of(source), {}, {}, blocks)
-    write_pruned_weights(source, plan, pruned)
+    write_shards(pruned, list(PrunedSource(source, plan).outgoing()))
     write_config(source, pruned, widths)
     copy_travelling_files(dense, pruned)
     return Checkpoint(pruned)

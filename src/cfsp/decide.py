@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cfsp.calibration.calibrate import calibrate, calibration_record
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import check_complete
-from cfsp.cut.surgery import pruned_specs
+from cfsp.cut.surgery import PrunedSource
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.channels import warn_of_few_tokens
 from cfsp.planning.experts import warn_of_lost_experts
@@ -133,7 +133,7 @@ def _check_plan(source: WeightSource, plan: PruningPlan) -> None:
     check_can_go(source, Dropped(plan.removed_blocks, plan.removed_attentions))
     if plan.kept_experts is not None:
         check_experts_can_go(source, plan.experts_of_blocks, plan.removed_blocks)
-    pruned_specs(source, plan)
+    PrunedSource(source, plan)  # it can be written
 
 
 def _windows_to_pass(job: Job) -> Windows:

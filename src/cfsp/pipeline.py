@@ -30,9 +30,10 @@ from cfsp.checkpoint.output import (
 )
 from cfsp.checkpoint.own_files import CARD_FILE, PLAN_FILE, STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint, WeightSource, in_memory
+from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.writing import copy_travelling_files, digests_beside_weights, write_config
 from cfsp.cut.in_memory import build_pruned_model
-from cfsp.cut.surgery import write_pruned_weights
+from cfsp.cut.surgery import PrunedSource
 from cfsp.decide import decide, plan_for
 from cfsp.errors import OutputError
 from cfsp.exports.gguf_architecture import warn_of_no_way_back
@@ -320,7 +321,8 @@ def _write_checkpoint(source: Checkpoint, repaired: PruningResult, target: Path)
     repaired.plan.save(target / PLAN_FILE)
     if repaired.statistics is not None:
         repaired.statistics.save(target / STATISTICS_FILE)
-    digests = write_pruned_weights(source, repaired.plan, target, repaired.tensors)
+    pruned = PrunedSource(source, repaired.plan, repaired.tensors)
+    digests = write_shards(target, list(pruned.outgoing()))
     plan = repaired.plan
     write_config(source, target, plan.kept_widths, plan.removed_blocks, plan.kept_experts)
     copy_travelling_files(source.directory, target)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from architecture_contract import down_of
 from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.found import Architecture, ChannelAxis, Unit
@@ -31,15 +32,6 @@ class Seen:
 
     rows: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=lambda: defaultdict(list))
     output: Tensor | None = None
-
-
-def down_of(block: nn.Module, unit: Unit, ffn: int) -> Tensor:
-    """Return the down matrix of an FFN, inputs x outputs."""
-    weight = block.get_parameter(unit.down)
-    axis = unit.axes[unit.down].axis
-    if unit.routed:
-        weight, axis = weight[ffn], axis - 1
-    return weight if axis == 0 else weight.T
 
 
 def run_observed(model: nn.Module, found: Architecture) -> tuple[dict[Unit | int, Any], Tensor]:
@@ -105,7 +97,7 @@ def check_output(block: nn.Module, unit: Unit, seen: Seen) -> None:
     for ffn, parts in seen.rows.items():
         for act_RF, token_R in parts:
             assert act_RF.shape == (len(token_R), unit.width)
-            total_RD.index_add_(0, token_R, act_RF @ down_of(block, unit, ffn))
+            total_RD.index_add_(0, token_R, act_RF @ down_of(block, unit, ffn).T)
     if len(output) == unit.ffns * tokens:  # llama4's experts give what each adds
         output = output.unflatten(0, (unit.ffns, tokens)).sum(0)
     rest_RD = output - total_RD

@@ -20,7 +20,7 @@ from cfsp.checkpoint.pruned_config import pruned_config
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.cli import main
-from cfsp.cut.surgery import pruned_specs
+from cfsp.cut.surgery import PrunedSource
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
 from cfsp.pipeline import plan_from
 from cfsp.planning.candidate import Candidate, Dropped, DropSizes
@@ -30,7 +30,6 @@ from cfsp.selection import drop_order
 from cfsp.selection.constraint import Share
 from cfsp.settings import (
     PARTS,
-    WHOLE_PARTS,
     Budget,
     Criterion,
     Part,
@@ -62,16 +61,21 @@ def llama(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.mark.parametrize("parts", WHOLE_PARTS)
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("llama", "attention"), ("llama", "blocks"), ("gemma3_text", "kv"), ("mixtral", "experts")],
+)
 def test_nothing_removed_is_the_model(
-    llama: Path, text_file: Path, tmp_path: Path, parts: str
+    tokenizer: Any, text_file: Path, tmp_path: Path, name: str, parts: str
 ) -> None:
-    out, asked = tmp_path / "out", {"parts": parts, "sparsity": 0.0, **SETTINGS}
-    cfsp.prune(llama, out=out, data=[text_file], **asked)
-    check_is_the_same(llama, out)
+    source, out = tmp_path / "dense", tmp_path / "out"
+    save_with_tokenizer(tiny_model(name), tokenizer, source)
+    asked = {"parts": parts, "sparsity": 0.0, "repair": "none", **SETTINGS}
+    cfsp.prune(source, out=out, data=[text_file], **asked)
+    check_is_the_same(source, out)
     # A plan without other units than FFNs is of the first version.
     version = json.loads((out / "cfsp_plan.json").read_text())["plan_version"]
-    assert version == (1 if parts == "blocks" else 2)
+    assert version == (1 if parts in ("blocks", "experts") else 2)
 
 
 # Beside channels.
@@ -286,7 +290,7 @@ def test_what_stock_would_load_with_random_attentions_is_refused_before_any_text
         Share(source, Budget(parts=ATTENTION, remove_attentions=1)).check()
     Share(source, Budget(parts=ATTENTION, remove_attentions=0)).check()
     with pytest.raises(UnsupportedModelError, match="can't go alone"):
-        pruned_specs(source, plan_without(source, Dropped((), (1,))))
+        PrunedSource(source, plan_without(source, Dropped((), (1,))))
     # Beside channels the stock class fails, as it must.
     halves = [unit.width // (2 if unit.part == "ffn" else 1) for unit in source.units]
     halves[next(i for i, unit in enumerate(source.units) if unit.part == "kv")] = 0

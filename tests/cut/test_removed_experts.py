@@ -52,7 +52,7 @@ from family_contract import (
     tokens_of_question,
 )
 from forks import Forks, Job
-from pruned_checks import check_is_the_same, logits_of
+from stock import logits_of
 from tiny_decoders import tiny_config, tiny_model
 
 PARTS: tuple[Part, ...] = ("experts",)
@@ -331,14 +331,6 @@ def test_experts_that_few_tokens_reached_are_told(caplog: pytest.LogCaptureFixtu
 def plan_of(unit: UnitPlan) -> PruningPlan:
     identity = ModelIdentity("a", "mixtral", "b")
     return PruningPlan(identity, {}, {}, (unit,))
-
-
-def test_nothing_removed_is_the_model(tmp_path: Path) -> None:
-    source, out = saved(tmp_path, CASES["mixtral"]), tmp_path / "out"
-    settings = settings_for(Budget(0.0, parts=PARTS))
-    prune_checkpoint(Checkpoint(source, parts=PARTS), out, settings)
-    check_is_the_same(source, out)
-    assert json.loads((out / PLAN_FILE).read_text())["plan_version"] == 1
 
 
 def test_one_plan_after_the_other_from_the_same_statistics(tmp_path: Path) -> None:

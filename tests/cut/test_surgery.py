@@ -16,14 +16,16 @@ from transformers import AutoModelForCausalLM
 import cfsp
 from cfsp.checkpoint import output
 from cfsp.checkpoint.output import staged_directory, write_atomically
-from cfsp.checkpoint.reading import Checkpoint, LoadedModel, channel_parameters
+from cfsp.checkpoint.reading import Checkpoint, channel_parameters
+from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.tensor_file import TensorFile
-from cfsp.cut.surgery import pruned_specs, write_pruned_weights
+from cfsp.cut.surgery import PrunedSource
 from cfsp.errors import CfspError, CheckpointError, OutputError
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
-from tiny_models import build_tiny_model, save_tiny_model
+from tiny_models import save_tiny_model
 
+SETTINGS: dict[str, Any] = {"sparsity": 0.4, "samples": 4, "seqlen": 32}
 KEPT = ((0, 5, 7, 95), tuple(range(96)), tuple(range(1, 96, 2)))
 
 
@@ -75,7 +77,7 @@ def test_shards_in_and_out(
     plan = plan_for(source)
     out.mkdir()
     limit = 20_000 if sharded_output else 10**9
-    written = write_pruned_weights(source, plan, out, max_shard_bytes=limit)
+    written = write_shards(out, list(PrunedSource(source, plan).outgoing()), limit)
 
     before, after = stored_bytes(source_directory), stored_bytes(out)
     assert before.keys() == after.keys()
@@ -90,7 +92,7 @@ def test_shards_in_and_out(
             expected = source.read(name).index_select(axis, torch.tensor(KEPT[index]))
             assert shape == tuple(expected.shape)
             assert raw == expected.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    assert {n: s.shape for n, s in pruned_specs(source, plan).items()} == {
+    assert {n: s.shape for n, s in PrunedSource(source, plan).specs.items()} == {
         n: shape for n, (_, shape, _) in after.items()
     }
     assert set(written) == {p.name for p in out.glob("*.safetensors")}
@@ -109,28 +111,12 @@ def test_shards_in_and_out(
         assert entries(out) == {"model.safetensors"}
 
 
-def test_model_in_memory_is_a_source_like_any_other(
-    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
-) -> None:
-    digests = []
-    for name, source in (
-        ("stored", Checkpoint(tiny_checkpoint("llama"))),
-        ("loaded", LoadedModel(build_tiny_model("llama"))),
-    ):
-        (tmp_path / name).mkdir()
-        write_pruned_weights(source, plan_for(source), tmp_path / name)
-        digests.append(stored_bytes(tmp_path / name))
-    assert digests[0] == digests[1]
-
-
 def test_sharded_result_loads(tmp_path: Path, tokenizer: Any, text_file: Path) -> None:
     """Through the whole pipeline from shards, and back through stock transformers."""
     save_tiny_model("qwen3", tmp_path / "source", max_shard_size="50KB")
     tokenizer.save_pretrained(tmp_path / "source")
-    report = cfsp.prune(
-        tmp_path / "source", out=tmp_path / "out", sparsity=0.4, multiple=1,
-        data=[str(text_file)], samples=4, seqlen=32,
-    )  # fmt: skip
+    asked = {"multiple": 1, "data": [str(text_file)], **SETTINGS}
+    report = cfsp.prune(tmp_path / "source", out=tmp_path / "out", **asked)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert sum(p.numel() for p in model.parameters()) == report.parameters_after
     # The source's index describes the source's shards: it must not travel.
@@ -143,9 +129,7 @@ def test_digests_of_the_manifest_are_those_of_the_files(
     from hashlib import sha256
 
     out = tmp_path / "out"
-    cfsp.prune(
-        tiny_checkpoint("llama"), out=out, sparsity=0.4, data=[str(text_file)], samples=4, seqlen=32
-    )
+    cfsp.prune(tiny_checkpoint("llama"), out=out, data=[str(text_file)], **SETTINGS)
     manifest = json.loads((out / "cfsp.json").read_text())
     own = {"cfsp.json", "cfsp_plan.json", "cfsp.statistics", "README.md"}
     assert {"config.json", "tokenizer.json", "modeling_cfsp.py"} < set(manifest["files"])
@@ -167,9 +151,7 @@ def pruning(tiny_checkpoint: Callable[[str], Path], text_file: Path) -> Callable
     source = tiny_checkpoint("llama")
 
     def prune(out: Path) -> object:
-        return cfsp.prune(
-            source, out=out, sparsity=0.4, data=[str(text_file)], samples=4, seqlen=32
-        )
+        return cfsp.prune(source, out=out, data=[str(text_file)], **SETTINGS)
 
     return prune
 
@@ -257,9 +239,7 @@ def test_output_inside_the_source_is_refused(
     source = Path(shutil.copytree(tiny_checkpoint("llama"), tmp_path / "source"))
     before = entries(source)
     with pytest.raises(CfspError, match="lies inside the source"):
-        cfsp.prune(
-            source, out=source / "out", sparsity=0.4, data=[str(text_file)], samples=4, seqlen=32
-        )
+        cfsp.prune(source, out=source / "out", data=[str(text_file)], **SETTINGS)
     assert entries(source) == before
 
 

@@ -21,7 +21,7 @@ from cfsp.checkpoint.reading import LoadedModel, parameter_count
 from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import TensorFile
 from cfsp.cli.plan import print_plan
-from cfsp.cut.surgery import PrunedSource, pruned_specs
+from cfsp.cut.surgery import PrunedSource
 from cfsp.decide import decide
 from cfsp.errors import PlanError, UnsupportedModelError
 from cfsp.planning.make import model_size
@@ -108,7 +108,7 @@ def test_units_of_a_block_are_chosen_and_repaired_by_themselves(
     dearest = 8 * 4 * size.parameters_per_cost
     assert abs(removed - 0.4 * ffn) <= dearest
     assert plan.ffn_sparsity == pytest.approx(removed / ffn)
-    specs = pruned_specs(source, plan)
+    specs = PrunedSource(source, plan).specs
     assert sum(spec.elements for spec in specs.values()) == parameter_count(source) - removed
     for name, spec in specs.items():
         assert PrunedSource(source, plan, {}).read(name).shape == spec.shape

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -32,12 +33,6 @@ OnRows = Callable[[int, int, Tensor, Tensor], None]
 
 # Likewise what an expert adds to the output of its unit (rows x D), and of which token each row is.
 OnOutput = Callable[[int, int, Tensor, Tensor], None]
-
-# What an expert adds, computed only where somebody looks.
-_Added = Callable[[], Tensor]
-
-# The same of one unit: the FFN, its activations, their tokens, and what an expert adds.
-_Show = Callable[[int, Tensor, Tensor, _Added | None], None]
 
 # What experts have that `transformers.integrations.moe.use_experts_implementation` made.
 _PROTOCOL = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
@@ -75,30 +70,17 @@ def observed_activations(
     tokens: list[int] = []
 
     def before_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens[:] = _token_counts(hidden_state(args, kwargs))
-
-    def check_rows(unit: Unit, rows: int) -> None:
-        if rows not in (0, *tokens):
-            raise UnsupportedModelError(
-                f"{_told(block, unit)} is given {rows} rows of {max(tokens)} tokens, and it cannot "
-                "be told which; please report the model type"
-            )
-
-    def show(
-        position: int, ffn: int, act_RF: Tensor, token_R: Tensor, added: _Added | None
-    ) -> None:
-        on_rows(position, ffn, act_RF, token_R)
-        if on_output is not None and added is not None:
-            on_output(position, ffn, added(), token_R)
+        *lengths, _hidden = hidden_state(args, kwargs).shape
+        every = math.prod(lengths)
+        # One of its axes may be that of streams.
+        tokens[:] = [every, *(every // length for length in lengths if len(lengths) > 2)]
 
     with ExitStack() as stack:
         before = block.register_forward_pre_hook(before_block, with_kwargs=True)
         stack.callback(before.remove)
         for position, unit in enumerate(units):
-            watched = _observed_unit(
-                block, unit, partial(show, position), partial(check_rows, unit)
-            )
-            stack.enter_context(watched)
+            watch = _Watch(block, unit, position, tokens, on_rows, on_output)
+            stack.enter_context(watch.while_it_runs())
         yield
 
 
@@ -124,78 +106,83 @@ def observed_sublayers(
         yield
 
 
-def _token_counts(hidden: Tensor) -> list[int]:
-    """Return how many tokens a hidden state may be of: one of its axes may be that of streams."""
-    *lengths, _hidden = hidden.shape
-    every = math.prod(lengths)
-    return [every, *(every // length for length in lengths if len(lengths) > 2)]
+@dataclass(frozen=True)
+class _Watch:
+    """One unit of a block that is watched; `tokens` may be in a batch, `seen` are the FFNs."""
 
+    block: nn.Module
+    unit: Unit
+    position: int
+    tokens: list[int]
+    on_rows: OnRows
+    on_output: OnOutput | None
+    seen: set[int] = field(default_factory=set)
 
-def _told(block: nn.Module, unit: Unit) -> str:
-    """Return a unit in words."""
-    noun = "FFN" if unit.part == "ffn" else "attention"
-    where = f"the {noun} {unit.path}" if unit.path else f"the {noun}"
-    return f"{where} ({type(block.get_submodule(unit.path)).__name__}) of block {unit.block}"
+    @property
+    def module(self) -> Any:
+        return self.block.get_submodule(self.unit.path)
 
+    def error(self, found: str) -> UnsupportedModelError:
+        noun = "FFN" if self.unit.part == "ffn" else "attention"
+        where = f"the {noun} {self.unit.path}".rstrip()
+        return UnsupportedModelError(
+            f"{where} ({type(self.module).__name__}) of block {self.unit.block} {found}; please "
+            "report the model type"
+        )
 
-@contextmanager
-def _observed_unit(
-    block: nn.Module, unit: Unit, show: _Show, check_rows: Callable[[int], None]
-) -> Iterator[None]:
-    """Show the rows of one unit; `check_rows` is told of how many tokens they are or come from."""
-    module: Any = block.get_submodule(unit.path)
-    owner = unit.down.rpartition(".")[0]
-    if unit.routed and all(hasattr(module, name) for name in _PROTOCOL):
-        module.forward = partial(_run_experts, module, show, check_rows)
-        try:
-            yield
-        finally:
-            del module.forward  # the class's own is back
-        return
-    seen: list[int] = []
-
-    def show_seen(ffn: int, act_RF: Tensor, token_R: Tensor, added: _Added | None) -> None:
-        seen.append(ffn)
-        if not unit.routed:
-            check_rows(len(act_RF))
-        show(ffn, act_RF, token_R, added)
-
-    def before_down(module: nn.Module, args: tuple[Any, ...]) -> None:
-        act_RF = args[0].flatten(0, -2)
-        show_seen(0, act_RF, torch.arange(len(act_RF)), None)
-
-    def check_seen(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not seen:
-            raise UnsupportedModelError(
-                f"{_told(block, unit)} ran without its matrix {unit.down}, or used it in a way "
-                "that cfsp cannot watch; please report the model type"
+    def check_rows(self, rows: int) -> None:
+        if rows not in (0, *self.tokens):
+            raise self.error(
+                f"is given {rows} rows of {max(self.tokens)} tokens, and it cannot be told which"
             )
-        seen.clear()
 
-    with ExitStack() as stack:
-        if unit.routed or owner == unit.path:
-            module.forward = partial(_watch_products, block, unit, show_seen)
-            stack.callback(delattr, module, "forward")
-        else:
-            down = block.get_submodule(owner)
-            stack.callback(down.register_forward_pre_hook(before_down).remove)
-        stack.callback(module.register_forward_hook(check_seen).remove)
-        yield
+    def show(
+        self, ffn: int, act_RF: Tensor, token_R: Tensor, added: Callable[[], Tensor] | None = None
+    ) -> None:
+        """Show activations, and what an expert adds: computed only where somebody looks."""
+        self.seen.add(ffn)
+        self.on_rows(self.position, ffn, act_RF, token_R)
+        if self.on_output is not None and added is not None:
+            self.on_output(self.position, ffn, added(), token_R)
+
+    def show_dense(self, act: Tensor) -> None:
+        act_RF = act.flatten(0, -2)
+        self.check_rows(len(act_RF))
+        self.show(0, act_RF, torch.arange(len(act_RF)))
+
+    def check_seen(self, *_: Any) -> None:
+        if not self.seen:
+            raise self.error(
+                f"ran without its matrix {self.unit.down}, or used it in a way that cfsp cannot "
+                "watch"
+            )
+        self.seen.clear()
+
+    @contextmanager
+    def while_it_runs(self) -> Iterator[None]:
+        module, owner = self.module, self.unit.down.rpartition(".")[0]
+        follows = self.unit.routed and all(hasattr(module, name) for name in _PROTOCOL)
+        with ExitStack() as stack:
+            if not self.unit.routed and owner != self.unit.path:
+                hook = self.block.get_submodule(owner).register_forward_pre_hook(
+                    lambda _, args: self.show_dense(args[0])
+                )
+                stack.callback(hook.remove)
+            else:
+                module.forward = partial(_run_experts if follows else _watch_products, self)
+                stack.callback(delattr, module, "forward")  # the class's own is back
+            if not follows:
+                stack.callback(module.register_forward_hook(self.check_seen).remove)
+            yield
 
 
 # Experts that follow the protocol.
 
 
-def _run_experts(
-    experts: Any,
-    show: _Show,
-    check_rows: Callable[[int], None],
-    hidden_RD: Tensor,
-    expert_RK: Tensor,
-    weight_RK: Tensor,
-) -> Tensor:
+def _run_experts(watch: _Watch, hidden_RD: Tensor, expert_RK: Tensor, weight_RK: Tensor) -> Tensor:
     """Return the experts' output, one expert after the other, and show their activations."""
-    check_rows(len(hidden_RD))
+    experts = watch.module
+    watch.check_rows(len(hidden_RD))
     if getattr(experts, "has_post_expert_norm", False):
         raise UnsupportedModelError(
             f"{type(experts).__name__} normalises what each expert gives, so that its channels "
@@ -211,17 +198,13 @@ def _run_experts(
         act_RF = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
         share_R = weight_RK[token_R, slot_R, None]
         part_RD = _expert_linear(experts, "down_proj", expert, act_RF) * share_R
-        show(expert, act_RF * share_R.to(act_RF.dtype), token_R, partial(_known, part_RD))
+        added: Callable[[], Tensor] = partial(torch.Tensor.detach, part_RD)
+        watch.show(expert, act_RF * share_R.to(act_RF.dtype), token_R, added)
         output_RD.index_add_(0, token_R, part_RD.to(output_RD.dtype))
     return output_RD
 
 
-def _known(added_RD: Tensor) -> Tensor:
-    return added_RD
-
-
 def _expert_linear(experts: Any, name: str, expert: int, input_RX: Tensor) -> Tensor:
-    """Return one matrix of one expert, applied to some rows."""
     weight = getattr(experts, name)[expert]
     bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
     if not experts.is_transposed:
@@ -265,18 +248,17 @@ def _is_part(tensor: Tensor, weight: Tensor) -> bool:
     return start <= tensor.data_ptr() < start + weight.nbytes
 
 
-def _watch_products(block: nn.Module, unit: Unit, show: _Show, *args: Any, **kwargs: Any) -> Any:
+def _watch_products(watch: _Watch, *args: Any, **kwargs: Any) -> Any:
     """Run a unit's module as it is; show what its down matrices are multiplied with, and give."""
-    module = block.get_submodule(unit.path)
-    weights = {name: block.get_parameter(name) for name in (unit.up, unit.down)}
+    unit, module = watch.unit, watch.module
+    weights = {name: watch.block.get_parameter(name) for name in (unit.up, unit.down)}
     inputs: dict[int, Tensor] = {}
     everything: list[tuple[Tensor, Tensor]] = []
 
     def on_product(name: str, part: Tensor, operand: Tensor, product: Tensor) -> None:
         if not unit.routed:
             if name == unit.down:
-                act_RF = operand.flatten(0, -2)
-                show(0, act_RF, torch.arange(len(act_RF)), None)
+                watch.show_dense(operand)
         elif part.ndim == 3:
             if name == unit.down:
                 everything.append((operand, product))
@@ -286,20 +268,20 @@ def _watch_products(block: nn.Module, unit: Unit, show: _Show, *args: Any, **kwa
             if name == unit.up:
                 inputs[expert] = operand
             else:
-                token_R, share_R = _routed_rows(block, unit, expert, inputs[expert], args)
+                token_R, share_R = _routed_rows(watch, expert, inputs[expert], args)
                 act_RF = operand * share_R[:, None].to(operand.dtype)
                 weight_R1 = share_R[:, None].to(product.dtype)
-                show(expert, act_RF, token_R, partial(torch.mul, product, weight_R1))
+                watch.show(expert, act_RF, token_R, partial(torch.mul, product, weight_R1))
 
     with Products(weights, on_product):
         output = type(module).forward(module, *args, **kwargs)
     for act_ERF, added_ERD in everything:
-        _show_all_experts(block, unit, act_ERF, added_ERD, output, show)
+        _show_all_experts(watch, act_ERF, added_ERD, output)
     return output
 
 
 def _routed_rows(
-    block: nn.Module, unit: Unit, expert: int, input_RD: Tensor, args: tuple[Any, ...]
+    watch: _Watch, expert: int, input_RD: Tensor, args: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor]:
     """Return which tokens the rows of an expert are, and the router's weights of them.
 
@@ -314,27 +296,17 @@ def _routed_rows(
         for order_R in (torch.arange(len(slot_R), device=slot_R.device), by_slot_R):
             if torch.equal(hidden_RD[token_R[order_R]], input_RD):
                 return token_R[order_R], weight_RK[token_R, slot_R][order_R]
-    raise UnsupportedModelError(
-        f"{_told(block, unit)} does not tell which tokens its experts are given and with which "
-        "weights; please report the model type"
-    )
+    raise watch.error("does not tell which tokens its experts are given and with which weights")
 
 
-def _show_all_experts(
-    block: nn.Module,
-    unit: Unit,
-    act_ERF: Tensor,
-    added_ERD: Tensor,
-    output: Any,
-    show: _Show,
-) -> None:
+def _show_all_experts(watch: _Watch, act_ERF: Tensor, added_ERD: Tensor, output: Any) -> None:
     """Show the activations of experts that are all given all tokens.
 
     The router's weight has to be in them. It is if tokens of other experts have zeros, or if the
     module gives the plain sum over experts.
     """
-    down_EFD: Tensor = block.get_parameter(unit.down)
-    if unit.axes[unit.down].axis == 2:
+    down_EFD: Tensor = watch.block.get_parameter(watch.unit.down)
+    if watch.unit.axes[watch.unit.down].axis == 2:
         down_EFD = down_EFD.transpose(1, 2)
     routed_ER = (act_ERF != 0).any(-1)
     if bool(routed_ER.all()):
@@ -342,10 +314,10 @@ def _show_all_experts(
         if output.numel() != sum_RD.numel() or not torch.allclose(
             output.float().view_as(sum_RD), sum_RD, rtol=1e-2, atol=1e-3 * float(sum_RD.abs().max())
         ):
-            raise UnsupportedModelError(
-                f"{_told(block, unit)} gives every token to every expert and weights them in a way "
-                "that cfsp cannot see; please report the model type"
+            raise watch.error(
+                "gives every token to every expert and weights them in a way that cfsp cannot see"
             )
     for expert, act_RF in enumerate(act_ERF):
         token_R = routed_ER[expert].nonzero().flatten()
-        show(expert, act_RF[token_R], token_R, partial(added_ERD[expert].__getitem__, token_R))
+        added = partial(added_ERD[expert].__getitem__, token_R)
+        watch.show(expert, act_RF[token_R], token_R, added)

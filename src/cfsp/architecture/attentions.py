@@ -91,7 +91,6 @@ def attentions_of(
 def _attention(
     module: nn.Module, path: str, index: int, hidden: int, text_config: Any
 ) -> Unit | str:
-    """Return the attention that a module is, or why it is none that can be cut."""
     matrices, output = _matrices(module, hidden)
     if output is None:
         return "heads: expected matrices of queries, keys, values and output, found " + (

@@ -79,7 +79,6 @@ def find_architecture(model: PreTrainedModel, part: Part = "ffn") -> Architectur
 
 
 def _text_decoder(model: PreTrainedModel) -> nn.Module:
-    """Return the part of a model that the blocks are in."""
     decoder: nn.Module = model.get_decoder()
     # Some call their output matrix `decoder`.
     has_blocks = any(isinstance(module, nn.ModuleList) for module in decoder.modules())
@@ -110,6 +109,5 @@ def _learnt_positions(decoder: nn.Module, text_config: Any) -> int | None:
 
 
 def _first_number(text_config: Any, *keys: str) -> int | None:
-    """Return the value of the first of some keys that has a whole number; None if none has."""
     values = (getattr(text_config, key, None) for key in keys)
     return next((value for value in values if isinstance(value, int)), None)

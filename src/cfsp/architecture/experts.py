@@ -131,7 +131,6 @@ def _find_axes(
 
 
 def _shapes(config: PreTrainedConfig, model_class: Any) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all parameters and stored buffers that a config builds, by name."""
     tensors = empty_stock_model(config, model_class).state_dict()
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 

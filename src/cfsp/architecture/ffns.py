@@ -82,7 +82,6 @@ def ffns_of(block: nn.Module, index: int, hidden: int) -> list[Unit | Refusal]:
 
 
 def _ffn(module: nn.Module, path: str, index: int, hidden: int) -> Unit | Refusal | None:
-    """Return the FFN that a module is; None if it does not look like one."""
     matrices = list(_matrices(module))
     if not 2 <= len(matrices) <= 3 or len({matrix.experts for matrix in matrices}) != 1:
         return None

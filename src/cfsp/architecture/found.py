@@ -347,15 +347,12 @@ class Architecture:
         return replace(self, units=tuple(unit for unit in self.units if unit.part == part))
 
     def without_blocks(self, removed: Collection[int]) -> Architecture:
-        """Return the architecture of the model without some blocks; the others move up."""
+        """Return the architecture of the model without some blocks; the others move up.
+
+        What was refused is said of the whole model only.
+        """
         kept = [block for block in range(self.block_count) if block not in removed]
         index_of = {block: index for index, block in enumerate(kept)}
-        refused = []
-        for refusal in self.refused:
-            block, dot, path = refusal.module.removeprefix(f"{self.blocks}.").partition(".")
-            if int(block) in index_of:
-                module = f"{self.blocks}.{index_of[int(block)]}{dot}{path}"
-                refused.append(Refusal(module, refusal.reason))
         units, gone = (
             tuple(
                 replace(unit, block=index_of[unit.block])
@@ -364,7 +361,7 @@ class Architecture:
             )
             for units in (self.units, self.gone)
         )
-        return replace(self, block_count=len(kept), units=units, gone=gone, refused=tuple(refused))
+        return replace(self, block_count=len(kept), units=units, gone=gone, refused=())
 
     def units_of(self, block: int) -> tuple[Unit, ...]:
         """Return the units of one block."""

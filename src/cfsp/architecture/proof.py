@@ -114,7 +114,6 @@ def _prove_part(
 
 
 def _verdict(run: SmallRun, unit: Unit, part: Part) -> Unit | FailedCheckError:
-    """Return a unit of a small model as it is proved, or why it can't be cut."""
     try:
         return prove_unit(run, unit, part)
     except FailedCheckError as failure:

@@ -74,7 +74,6 @@ def prove_unit(run: SmallRun, unit: Unit, part: Part) -> Unit:
 
 
 def _check_is_watched(run: SmallRun, unit: Unit) -> None:
-    """Check that the activations of a unit can be gathered."""
     try:
         with observed_activations(run.blocks[unit.block], [unit], lambda *rows: None):
             run.output(unit.block)
@@ -181,7 +180,6 @@ def _check_cut(run: SmallRun, unit: Unit, halves: list[tuple[list[list[int]], Te
 
 
 def _tensors(model: nn.Module) -> dict[str, int]:
-    """Return which tensor stands under every name."""
     return {
         name: id(tensor)
         for named in (model.named_parameters, model.named_buffers)

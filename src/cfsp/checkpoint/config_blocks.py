@@ -212,7 +212,6 @@ def _renumbered(
 
 
 def _are_blocks(value: Sequence[Any], count: int) -> bool:
-    """Return whether a list is one of blocks by their indices."""
     if not all(type(entry) is int and 0 <= entry < count for entry in value):
         return False
     return list(value) == sorted(set(value)) and len(value) > 0

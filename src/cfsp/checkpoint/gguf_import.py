@@ -155,7 +155,6 @@ def _relative_difference(one_VD: Tensor, other_VD: Tensor) -> float:
 
 
 def _bits_per_weight(path: Path) -> dict[str, float]:
-    """Return by tensor how many bits the file spends on a weight."""
     from gguf import GGUFReader
 
     return {t.name: 8 * int(t.n_bytes) / int(t.n_elements) for t in GGUFReader(path).tensors}

@@ -83,7 +83,6 @@ class ModelingFile:
 
     @property
     def _auto_model(self) -> type[PreTrainedModel] | None:
-        """What AutoModel builds from the same config."""
         from transformers import AutoModel
 
         auto: Any = AutoModel
@@ -164,7 +163,6 @@ class ModelingFile:
         return [name for name in self.auto_map if name != "AutoModel"]
 
     def _imports(self, classes: Iterable[type]) -> str:
-        """Return the lines that import classes of transformers."""
         import transformers
 
         names = defaultdict(list, transformers=list(self._auto_classes))

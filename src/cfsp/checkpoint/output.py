@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 from filelock import FileLock, Timeout
 
 from cfsp.errors import OutputError, UsageError
@@ -164,20 +165,8 @@ def remove_abandoned(target: Path) -> None:
     for leftover in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
         # An exporter adds an ending to its staging file for a second one.
         owner = leftover.name.rpartition("-")[2].partition(".")[0]
-        if owner.isdigit() and not _is_running(int(owner)):
+        if owner.isdigit() and (int(owner) == os.getpid() or not psutil.pid_exists(int(owner))):
             _remove(leftover)
-
-
-def _is_running(process: int) -> bool:
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -150,7 +150,8 @@ def _changes(
     attentions, groups = architecture.of_part("kv"), width_of["kv"]
     parts: list[Part] = []
     would_load, ffn_key = False, None
-    if (heads := stock_heads(stock, attentions, groups) if groups else {}) is not None:
+    heads = stock_heads(stock, attentions, groups) if groups else {}
+    if heads is not None:
         text |= heads
     else:
         whole[KV_GROUPS] = _by_place(attentions.units, groups)
@@ -204,7 +205,6 @@ def _of_ffns(
 
 
 def _by_place(units: Sequence[Unit], widths: Sequence[int]) -> dict[str, dict[str, int]]:
-    """Return the widths of units by their block and path."""
     width_of: dict[str, dict[str, int]] = {}
     for unit, width in zip(units, widths, strict=True):
         width_of.setdefault(str(unit.block), {})[unit.path] = width

@@ -87,7 +87,6 @@ _GPTQ = Grouping("qweight", "scales", "qzeros", "g_idx", inputs_first=True)
 # Of eight neighbours the second one is in the fifth place.
 _AWQ = replace(_GPTQ, group="", along_outputs=True, order=(0, 4, 1, 5, 2, 6, 3, 7))
 
-_METHODS = ("fp8", "mxfp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "gptq", "awq")
 _COMPRESSED_FORMATS = (
     "float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "mixed-precision",
     "dense",
@@ -107,7 +106,9 @@ def quantisation_in(fields: Mapping[str, Any], label: str) -> Quantisation | Non
     described = found[0] if isinstance(found[0], dict) else {"quant_method": found[0]}
     method = str(described.get("quant_method"))
     try:
-        return Quantisation(method, _packings(method, described))
+        if method not in _METHODS:
+            raise _NotUndoneError(method)
+        return Quantisation(method, _METHODS[method](described))
     except _NotUndoneError as error:
         what = " ".join(str(error).split())[:80]
         raise CheckpointError(
@@ -209,40 +210,27 @@ class _NotUndoneError(Exception):
     """A way to quantise that cfsp does not undo; names it."""
 
 
-def _packings(method: str, described: Mapping[str, Any]) -> tuple[Packing, ...]:
-    """Return how weights are stored by what a config says of a method."""
-    block = described.get("weight_block_size")
-    match method:
-        case "fp8":
-            return (_scaled("_scale_inv", _FP8, _block(block)),)
-        case "mxfp8":
-            return (_scaled("_scale_inv", _FP8, _block(block or [1, 32])),)
-        case "fbgemm_fp8":
-            return (_scaled("_scale", _FP8, _block(block)),)
-        case "mxfp4":
-            return (_MXFP4,)
-        case "compressed-tensors":
-            return _of_compressed_tensors(described)
-        case "gptq":
-            version = described.get("checkpoint_format") or described.get("format") or "gptq"
-            if version not in ("gptq", "gptq_v2"):
-                raise _NotUndoneError(f"gptq, format {version}")
-            if described.get("dynamic"):
-                raise _NotUndoneError("gptq, in several ways at once")
-            size, bits = _size(described.get("group_size", 128)), _bits(described.get("bits"))
-            # The first version stores a zero that lacks 1.
-            how = replace(_GPTQ, bits=bits, group_size=size, added=int(version == "gptq"))
-            return (_grouped(how, (how.zero, how.scale), (how.group,)),)
-        case "awq":
-            bits = described.get("bits", described.get("w_bit"))
-            version = str(described.get("version", described.get("format", "gemm"))).lower()
-            if bits != 4:
-                raise _NotUndoneError(f"awq, {bits} bits")
-            if version != "gemm":
-                raise _NotUndoneError(f"awq, version {version}")
-            size = _size(described.get("group_size", described.get("q_group_size", 128)))
-            return (_grouped(replace(_AWQ, group_size=size), (_AWQ.zero, _AWQ.scale), ()),)
-    raise _NotUndoneError(method)
+def _of_gptq(described: Mapping[str, Any]) -> tuple[Packing, ...]:
+    version = described.get("checkpoint_format") or described.get("format") or "gptq"
+    if version not in ("gptq", "gptq_v2"):
+        raise _NotUndoneError(f"gptq, format {version}")
+    if described.get("dynamic"):
+        raise _NotUndoneError("gptq, in several ways at once")
+    size, bits = _size(described.get("group_size", 128)), _bits(described.get("bits"))
+    # The first version stores a zero that lacks 1.
+    how = replace(_GPTQ, bits=bits, group_size=size, added=int(version == "gptq"))
+    return (_grouped(how, (how.zero, how.scale), (how.group,)),)
+
+
+def _of_awq(described: Mapping[str, Any]) -> tuple[Packing, ...]:
+    bits = described.get("bits", described.get("w_bit"))
+    version = str(described.get("version", described.get("format", "gemm"))).lower()
+    if bits != 4:
+        raise _NotUndoneError(f"awq, {bits} bits")
+    if version != "gemm":
+        raise _NotUndoneError(f"awq, version {version}")
+    size = _size(described.get("group_size", described.get("q_group_size", 128)))
+    return (_grouped(replace(_AWQ, group_size=size), (_AWQ.zero, _AWQ.scale), ()),)
 
 
 def _of_compressed_tensors(described: Mapping[str, Any]) -> tuple[Packing, ...]:
@@ -300,3 +288,17 @@ def _size(value: object) -> int:
 
 def _dict(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+# How weights are stored by what a config says of a method; others are not undone.
+_METHODS: dict[str, Callable[[Mapping[str, Any]], tuple[Packing, ...]]] = {
+    "fp8": lambda said: (_scaled("_scale_inv", _FP8, _block(said.get("weight_block_size"))),),
+    "mxfp8": lambda said: (
+        _scaled("_scale_inv", _FP8, _block(said.get("weight_block_size") or [1, 32])),
+    ),
+    "fbgemm_fp8": lambda said: (_scaled("_scale", _FP8, _block(said.get("weight_block_size"))),),
+    "mxfp4": lambda said: (_MXFP4,),
+    "compressed-tensors": _of_compressed_tensors,
+    "gptq": _of_gptq,
+    "awq": _of_awq,
+}

@@ -261,7 +261,6 @@ class StoredTensors:
 
 
 def _tied(model: PreTrainedModel, made_by: Mapping[str, Conversion]) -> dict[str, str]:
-    """Return the parameters that nothing is stored of, and those that they are tied to."""
     groups: dict[object, list[str]] = {}
     for tied, to in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         groups.setdefault(to, [to]).append(tied)

@@ -72,25 +72,18 @@ class WidthSearch:
         for unit, width in zip(architecture.units, widths, strict=True):
             wanted.setdefault(unit.path, set()).add(width)
         values: dict[str, int] = {}
-        for path, width_of_path in wanted.items():
-            if width_of_path == self.widths[path]:
-                continue
-            own = [key for key in self.keys if path in key.times]
-            if len(width_of_path) != 1 or len(own) != 1:
-                return None
-            (width,), (key,) = width_of_path, own
-            value, rest = divmod(width, key.times[path])
-            if rest or values.setdefault(key.name, value) != value:
-                return None
-        # A key that changes must suit every path that it is for.
         for key in self.keys:
-            if key.name in values:
-                for path, times in key.times.items():
-                    if wanted.get(path) != {values[key.name] * times}:
-                        return None
-        if not units_are_found(self.stock, values, architecture, widths):
-            return None
-        return values
+            if any(wanted[path] != self.widths[path] for path in key.times):
+                # A key that changes must suit every path that it is for.
+                found = {
+                    divmod(w, times) for path, times in key.times.items() for w in wanted[path]
+                }
+                value, rest = found.pop()
+                if found or rest:
+                    return None
+                values[key.name] = value
+        # Whether they are all that it takes shows what is built.
+        return values if units_are_found(self.stock, values, architecture, widths) else None
 
     def wrong_value(self, architecture: Architecture, widths: Sequence[int]) -> dict[str, int]:
         """Return a key with a value by which the stock class builds none of the widths.
@@ -154,7 +147,6 @@ def _says_widths_only(config: PreTrainedConfig, key: WidthKey) -> bool:
 
 
 def _widths_by_path(config: PreTrainedConfig, paths: set[str]) -> dict[str, set[int]]:
-    """Return the widths of the FFNs that the stock class builds, by their path in a block."""
     found: dict[str, set[int]] = {}
     for (_, path), width in _widths_by_place(empty_stock_model(config)).items():
         if path in paths:

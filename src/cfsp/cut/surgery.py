@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -22,7 +21,6 @@ from torch import Tensor
 from cfsp.checkpoint.conversion import meta
 from cfsp.checkpoint.pruned_config import pruned_config
 from cfsp.checkpoint.reading import WeightSource
-from cfsp.checkpoint.shards import MAX_SHARD_BYTES, write_shards
 from cfsp.checkpoint.stored_blocks import name_without_blocks, names_without_blocks
 from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import (
@@ -51,7 +49,10 @@ class PrunedSource(WeightSource):
     """
 
     def __init__(
-        self, source: WeightSource, plan: PruningPlan, repaired: Mapping[str, TensorFile]
+        self,
+        source: WeightSource,
+        plan: PruningPlan,
+        repaired: Mapping[str, TensorFile] | None = None,
     ) -> None:
         removed = plan.removed_blocks
         self.config = pruned_config(
@@ -62,7 +63,7 @@ class PrunedSource(WeightSource):
             architecture = architecture.with_experts(plan.kept_experts)
         self.architecture = architecture.with_widths(plan.kept_widths)
         self.label = source.label
-        self._source, self._plan, self._repaired = source, plan, repaired
+        self._source, self._plan, self._repaired = source, plan, repaired or {}
         self._cut = {
             source.architecture.block_prefix(unit.block) + path: (unit, entry, path)
             for unit, entry in zip(source.units, plan.units, strict=True)
@@ -183,23 +184,3 @@ class _Changed:
         if name not in self.left:
             self.left = self.make()
         yield from tensor_chunks(self.left.pop(name))
-
-
-def pruned_specs(source: WeightSource, plan: PruningPlan) -> dict[str, TensorSpec]:
-    """Return dtype and shape of everything in the pruned model; see `PrunedSource`."""
-    return PrunedSource(source, plan, {}).specs
-
-
-def write_pruned_weights(
-    source: WeightSource,
-    plan: PruningPlan,
-    directory: Path,
-    repaired: Mapping[str, TensorFile] | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> dict[str, str]:
-    """Write the pruned model's tensors as safetensors files; return the SHA-256 of each.
-
-    Arguments are those of `PrunedSource` and `write_shards`, which also says what it raises.
-    """
-    pruned = PrunedSource(source, plan, repaired or {})
-    return write_shards(directory, list(pruned.outgoing()), max_shard_bytes)

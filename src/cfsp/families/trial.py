@@ -88,7 +88,6 @@ def _why_not(family: Family) -> Reasons:
 
 
 def _tried(proof: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a proof returns, or in words why it failed."""
     try:
         return proof(*arguments)
     except CfspError as refusal:

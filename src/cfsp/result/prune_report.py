@@ -13,7 +13,7 @@ import torch
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint, WeightSource, parameter_count
-from cfsp.cut.surgery import pruned_specs
+from cfsp.cut.surgery import PrunedSource
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.repair.result import PruningResult
 from cfsp.result.manifest import read_manifest, removed_facts
@@ -153,7 +153,7 @@ def prune_report(
     groups_before, groups_after = plan.widths_of("kv")
     kv_sparsity = round(plan.kv_sparsity, 6)
     groups = {"before": groups_before, "after": groups_after, "sparsity": kv_sparsity}
-    after = sum(spec.elements for spec in pruned_specs(source, plan).values())
+    after = parameter_count(PrunedSource(source, plan))
     return PruneReport(
         parameters_before=before,
         parameters_after=after,

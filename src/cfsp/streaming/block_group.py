@@ -52,7 +52,7 @@ class BlockGroup:
         return hidden_BTD
 
     def fill(self, instead: Mapping[str, Tensor] | None = None) -> None:
-        """Compute with the source's tensors, but for some new ones by stored names."""
+        """Compute with the source's tensors, but for some new ones by origin."""
         self._calls = self._recorded_calls
         for index, module in zip(self.indices, self.modules, strict=True):
             prefix = self._source.architecture.block_prefix(index)

@@ -281,7 +281,7 @@ class GroupVisit:
     def accept(
         self, before: Judgement, tensors: Mapping[str, Tensor], loss_of: Loss
     ) -> Judgement | None:
-        """Leave the group with new tensors, by stored names, if held-out windows lose less.
+        """Leave the group with new tensors, by origin, if held-out windows lose less.
 
         Return how far it is with them; None if the group stays as it was.
         """
