@@ -223,7 +223,7 @@ def test_a_speedup_beyond_all_sizes_is_refused_before_any_work(
         raise AssertionError("nothing needs to be timed or calibrated")
 
     monkeypatch.setattr(speedup, "measure_latencies", work)
-    monkeypatch.setattr("cfsp.decide.calibrate_together", work)
+    monkeypatch.setattr("cfsp.decide.calibrate", work)
     arguments = ["--target-speedup", "50", "--target-speedup-of", phase]
     assert prune(model, text_file, tmp_path / "out", *arguments) == 2
     error = capsys.readouterr().err.splitlines()[-1]

@@ -140,13 +140,13 @@ def unit_from_json(entry: dict[str, Any], index: int, removed: Collection[int]) 
         f"path {path!r}": isinstance(path, str) and _PATH.fullmatch(path),
         f"part {part!r}": part in UNIT_PARTS,
         f"cost {cost!r}": type(cost) is int and cost >= 1,
+        f"distance {distance}": math.isfinite(distance),
+        f"importance {importance}": math.isfinite(importance),
         f"share {lost_output} of what experts add": 0 <= lost_output <= 1,
     }
     for value, is_sound in sound.items():
         if not is_sound:
             raise ValueError(f"a block has the impossible {value}")
-    if not math.isfinite(distance) or not math.isfinite(importance):
-        raise ValueError(f"a block has the distance {distance} and the importance {importance}")
     few = dict(entry.get("few_tokens", {}))
     return UnitPlan(
         block=block,
