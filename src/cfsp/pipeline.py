@@ -40,7 +40,7 @@ from cfsp.exports.gguf_architecture import warn_of_no_way_back
 from cfsp.job import Job
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import Team
-from cfsp.quality.evaluate import evaluation_windows, measured_before_and_after
+from cfsp.quality.evaluate import evaluation_windows, measure_both
 from cfsp.repair.ladder import check_can_be_repaired
 from cfsp.repair.result import PruningResult
 from cfsp.result.card import model_card, origin_of
@@ -147,9 +147,7 @@ def prune_checkpoint(
         measured: dict[str, dict[str, Any]] = {}
         if measured_on:
             with place.watch.stage("evaluate"):
-                measured = measured_before_and_after(
-                    source, pruned, measured_on, settings.compute, place
-                )
+                measured = measure_both(source, pruned, measured_on, settings.compute, place)
         if isinstance(settings.goal, MaxLossIncrease):
             with place.watch.stage("evaluate"):
                 dense = float(facts["conditions"]["dense_loss"])

@@ -125,16 +125,9 @@ def few_experts(block: int, path: str, few_tokens: Mapping[int, int]) -> list[di
 
 
 def unit_from_json(entry: dict[str, Any], index: int, removed: Collection[int]) -> UnitPlan:
-    """Return the unit that `UnitPlan.to_json` described.
+    """Return the unit that `UnitPlan.to_json` described, of a plan without the removed blocks.
 
-    Args:
-        entry: what it returned.
-        index: of the unit in the plan, and of its block where no other is said.
-        removed: blocks that go whole.
-
-    Raises:
-        ValueError: it is damaged.
-        KeyError: likewise.
+    Its index in the plan is that of its block where no other is said.
     """
     width, ffns = entry["width"], entry.get("experts", 1)
     block, path, cost = entry.get("block", index), entry.get("path", ""), entry.get("cost", 1)

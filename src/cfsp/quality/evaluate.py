@@ -271,7 +271,7 @@ def evaluation_windows(texts: EvaluationText, source: Checkpoint) -> dict[str, W
     return found
 
 
-def measured_before_and_after(
+def measure_both(
     before: WeightSource,
     after: WeightSource,
     windows: Mapping[str, Windows],

@@ -169,22 +169,17 @@ def _loss_and_slope(slices: list[Tensor], label_C1: Tensor, weight: float) -> tu
 
 
 class ModelLoss:
-    """A loss function for a causal LM, and for a dense teacher that may count in it.
+    """A loss function for a causal LM, in which a teacher with a head of the same kind may count.
 
-    Args:
-        head: the output embedding, which lets hidden states pass; None where logits come whole.
-        teacher: in memory, with a head of the same kind.
-        weight: of the teacher.
-
-    Attributes:
-        taught: what to distil from in the next call; None for the labels alone.
-        labels_in_window: what a window counts as having in the next call; None for what it has.
+    The head, an output embedding, lets hidden states pass; it is None where logits come whole.
     """
 
     def __init__(
         self, head: nn.Module | None, teacher: PreTrainedModel | None, weight: float
     ) -> None:
+        # What to distil from in the next call; None for the labels alone.
         self.taught: Outputs | None = None
+        # What a window counts as having in the next call; None for what it has.
         self.labels_in_window: float | None = None
         self._head = head
         self._teacher: Any = teacher

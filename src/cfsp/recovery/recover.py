@@ -298,9 +298,6 @@ def _train(
         with watch.stage("load"):
             return load_to_train(which, device, settings.compute.dtype, stays_on_cpu=sharded)
 
-    def attached(model: PreTrainedModel) -> nn.Module:
-        return attach(model, source.architecture, ready.targets)
-
     model = load(source)
     dense = None if ready.teacher is None else load(ready.teacher)
     names = trained_parameters(model, ready.targets)
@@ -308,7 +305,7 @@ def _train(
         settings.adaptation.method, size_of_weights(model, names)
     )
     torch.manual_seed(training.seed)
-    adapted = attached(model)
+    adapted = attach(model, source.architecture, ready.targets)
     blocks = trainable_in_blocks(model, source.architecture, ready.targets)
     _tell_what_is_trained(blocks, training)
 
@@ -345,7 +342,7 @@ def _train(
     if tensors:
         # The parts of this process are not all: what was trained goes into the model as it was.
         del adapted, model
-        adapted = attached(load(source))
+        adapted = attach(load(source), source.architecture, ready.targets)
         adapted.load_state_dict(tensors, strict=False)
     return adapted, blocks, training, outcome
 

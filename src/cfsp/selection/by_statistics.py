@@ -18,7 +18,7 @@ Shapes: L blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from cfsp.errors import StatisticsError, UnsupportedModelError, UsageError
@@ -28,7 +28,7 @@ from cfsp.settings import DIVERGENCE, INFLUENCE, RUNS, WHOLE_PARTS
 from cfsp.streaming.block_proof import check_attentions_can_go, check_blocks_can_go
 
 if TYPE_CHECKING:
-    from cfsp.calibration.statistics import RunDistances, Statistics
+    from cfsp.calibration.statistics import Removal, RunDistances, Statistics
     from cfsp.checkpoint.reading import WeightSource
 
 NEEDS_PREDICTIONS = (
@@ -39,11 +39,18 @@ NEEDS_PREDICTIONS = (
 
 
 def dropped_by(
-    source: WeightSource, statistics: Statistics, budget: DropBudget, removal: str
+    source: WeightSource,
+    statistics: Statistics,
+    budget: DropBudget,
+    removal: str,
+    enough: Callable[[Sequence[Removal]], Dropped] = Dropped.of,
 ) -> Dropped:
-    """Return the blocks and attentions that go, chosen in one of the ways of `REMOVALS`."""
+    """Return the blocks and attentions that go, chosen in one of the ways of `REMOVALS`.
+
+    Of an order of removal `enough` may take fewer than the budget.
+    """
     if removal == DIVERGENCE:
-        return _by_order(source, statistics, budget)
+        return _by_order(source, statistics, budget, enough)
     if budget.is_met_by(NOTHING):
         return NOTHING
     if len(budget.parts) > 1:
@@ -58,14 +65,13 @@ def dropped_by(
         dropped = _chosen(statistics, budget, removal, banned)
         try:
             check_can_go(source, dropped)
+            return dropped
         except UnsupportedModelError:
             chosen = (*dropped.blocks, *dropped.attentions)
             alone = {block for block in chosen if not _can_go_alone(source, block, budget)}
             if not alone:
                 raise
             banned |= alone
-            continue
-        return dropped
 
 
 def check_can_go(source: WeightSource, dropped: Dropped) -> None:
@@ -76,7 +82,12 @@ def check_can_go(source: WeightSource, dropped: Dropped) -> None:
         check_attentions_can_go(source, dropped.attentions, dropped.blocks)
 
 
-def _by_order(source: WeightSource, statistics: Statistics, budget: DropBudget) -> Dropped:
+def _by_order(
+    source: WeightSource,
+    statistics: Statistics,
+    budget: DropBudget,
+    enough: Callable[[Sequence[Removal]], Dropped],
+) -> Dropped:
     order = statistics.removals_of(budget.parts)
     taken = budget.first(order)
     if taken is None:
@@ -85,7 +96,7 @@ def _by_order(source: WeightSource, statistics: Statistics, budget: DropBudget) 
             "they go, and the budget needs more; make statistics that say it of more with: cfsp "
             f"calibrate --parts {','.join(budget.parts)}"
         )
-    dropped = Dropped.of(taken)
+    dropped = enough(taken)
     if taken != order[: len(taken)]:  # the first ones are proved already
         check_can_go(source, dropped)
     return dropped

@@ -36,20 +36,13 @@ STEPS = 200
 
 @dataclass(frozen=True)
 class Attempt:
-    """One sparsity that was tried.
+    """One sparsity that was tried."""
 
-    Attributes:
-        sparsity: fraction that goes: of the channels of what stays or, where none may go, of the
-            parameters of all that may go whole.
-        parameters: of the model that would be left.
-        value: what is bounded: loss increase in nats per token, or predicted speed-up.
-        fits: whether the bound holds.
-    """
-
+    # Of the channels of what stays or, where none may go, of all that may go whole.
     sparsity: float
-    parameters: int
-    value: float
-    fits: bool
+    parameters: int  # of the model that would be left
+    value: float  # what is bounded: loss increase in nats per token, or predicted speed-up
+    fits: bool  # whether the bound holds
 
 
 def highest_step(size: ModelSize, budget: Budget) -> int:

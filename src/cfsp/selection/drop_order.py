@@ -66,13 +66,9 @@ def order_of_removal(
 ) -> list[Removal]:
     """Return the blocks that go, or whose attentions do, in the order in which they are chosen.
 
-    Args:
-        source: the dense model.
-        model: the whole of it in memory, in evaluation mode.
-        tokens_NT: windows without padding.
-        wanted: how much goes, in one way or several; of the same parts.
-        check: raises UnsupportedModelError where the model cannot do without these.
-        on_removal: is called after each that is chosen.
+    How much is `wanted` may be said in several ways, of the same parts. `check` raises
+    UnsupportedModelError where the model cannot do without these, `on_removal` is called after each
+    that is chosen.
     """
     sizes, parts = wanted[0].sizes, wanted[0].parts
     among = parts if len(parts) > 1 else ()

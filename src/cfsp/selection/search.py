@@ -29,7 +29,6 @@ from cfsp.selection.score import (
     masked_model,
     masked_score,
 )
-from cfsp.settings import DIVERGENCE
 from cfsp.streaming.work_dir import load_or_compute
 
 if TYPE_CHECKING:
@@ -70,10 +69,8 @@ def only_candidate(constraint: Constraint, planner: Planner) -> Candidate | None
             raise constraint.too_much()
         return Candidate(parts=budget.channel_parts, sparsity=share)
     wanted = constraint.to_drop()
-    dropped = dropped_by(planner.source, planner.statistics, wanted, planner.criterion.removal)
-    if planner.criterion.removal == DIVERGENCE:
-        order = wanted.first(planner.statistics.removals_of(wanted.parts))
-        dropped = constraint.enough(order or [])
+    removal, enough = planner.criterion.removal, constraint.enough
+    dropped = dropped_by(planner.source, planner.statistics, wanted, removal, enough)
     share = wanted.sizes.parameters(dropped) / wanted.sizes.total
     return Candidate(dropped, sparsity=budget.sparsity or share)
 
