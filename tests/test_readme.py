@@ -17,6 +17,7 @@ from cfsp.cli.options import expand_sets
 from cfsp.settings import CalibrationText
 from cfsp.speed.process import ModelProcess
 from conftest import REPOSITORY
+from drawn_windows import draw_windows
 
 README = REPOSITORY / "README.md"
 FIRST = REPOSITORY / "docs/first-fifteen-minutes.md"
@@ -99,8 +100,6 @@ def test_the_python_runs(
 
 
 def _small_draw(text: CalibrationText, tokenizer: Any, *_: Any) -> Any:
-    from drawn_windows import draw_windows
-
     return draw_windows(text.names, tokenizer, samples=8, seqlen=64, seed=text.seed)
 
 
