@@ -65,10 +65,10 @@ def main() -> None:
     source = open_checkpoint(args.model)
     text = CalibrationText(tuple(args.data or ["python-docs"]), args.samples, args.seqlen)
     compute = Compute(dtype=args.dtype)
-    engine = runtime_of(compute, source)
+    runtime = runtime_of(compute, source)
     tokenizer = load_tokenizer(source.directory)
     windows = draw_text(text, tokenizer)
-    model = load(args.model, dtype=engine.dtype, device=engine.device)
+    model = load(args.model, dtype=runtime.dtype, device=runtime.device)
     criterion = Criterion(block_metric=args.block_metric)
     settings = PruneSettings(Budget(args.sparsity), criterion, text, compute)
     solving: list[float] = []
@@ -85,12 +85,12 @@ def main() -> None:
             tempfile.TemporaryDirectory() as work,
             patch.object(ridge_pass, "repair_down_projection", timed_solve),
         ):
-            place = WorkDir(Path(work))
-            decide(Job(source, settings, lambda: tokenizer, lambda: windows, engine, place))
+            work_dir = WorkDir(Path(work))
+            decide(Job(source, settings, lambda: tokenizer, lambda: windows, runtime, work_dir))
 
     runs: dict[str, Callable[[], object]] = {
         "plain forward": lambda: plain_forward(model, windows),
-        "calibrate": lambda: calibrate(source, windows, engine, seed=text.seed),
+        "calibrate": lambda: calibrate(source, windows, runtime, seed=text.seed),
         "calibrate and repair": repair,
     }
     clocks = {"seconds": time.perf_counter, "processor seconds": time.process_time}
@@ -106,7 +106,7 @@ def main() -> None:
 
     print(
         f"{args.model}, {windows.tokens_NT.numel()} tokens in windows of {args.seqlen}, "
-        f"{engine.dtype} on {engine.device}, {torch.get_num_threads()} threads, "
+        f"{runtime.dtype} on {runtime.device}, {torch.get_num_threads()} threads, "
         f"{platform.machine()}, {versions()}; {args.rounds} rounds"
     )
     for clock, by_name in spent.items():

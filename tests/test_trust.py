@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import resource
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,11 +27,8 @@ from cfsp.settings import Budget, CalibrationText, Compute, PruneSettings
 from cfsp.text.tokenizers import load_tokenizer
 from commands import Command, Commands
 from conftest import REPOSITORY, random_prose
-from tiny_models import save_tiny_model
-
-sys.path.insert(0, str(REPOSITORY / "fuzz"))
-
 from targets import only_our_errors
+from tiny_models import save_tiny_model
 
 FUZZ = settings(
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 
 from cfsp.families.catalogue import Family, proved_before
 from conftest import REPOSITORY
-
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-
 from families import line_of
 
 

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import REPOSITORY
-
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 pytest.importorskip("llama_cpp_py_sync", reason="the extra `llamacpp` is not installed")
 pytest.importorskip("gguf", reason="the extra `gguf` is not installed")
-
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 import choose
 import llama_cpp_tasks

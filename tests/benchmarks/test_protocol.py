@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cfsp.checkpoint.reading import Checkpoint
-from conftest import REPOSITORY
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
-
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 import protocol
 

@@ -9,12 +9,8 @@ from typing import Any
 
 import pytest
 
-from conftest import REPOSITORY
-from ragged import cut, tiny
-
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-
 import quantisers
+from ragged import cut, tiny
 
 # What a method imports; the extras of cfsp bring llama_cpp_py_sync only.
 LIBRARIES = {

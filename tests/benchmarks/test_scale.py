@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,10 +11,6 @@ import torch
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.shards import INDEX_FILE
 from cfsp.text.tokenizers import load_tokenizer
-from conftest import REPOSITORY
-
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-
 from make_checkpoint import make_checkpoint
 from scale import measure, sizes_of
 

@@ -6,10 +6,6 @@ import sys
 
 import pytest
 
-from conftest import REPOSITORY
-
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-
 import serving
 
 

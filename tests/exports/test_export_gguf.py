@@ -14,10 +14,10 @@ from cfsp.checkpoint.llama_cpp_tokens import llama_cpp_tokens
 from cfsp.checkpoint.locating import demo_gguf
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError, OutputError, UsageError
+from cfsp.exports.gguf_architecture import warn_of_no_way_back
 from cfsp.exports.gguf_tensors import neighbours_together
-from cfsp.exports.llama_cpp import LlamaCpp
 from cfsp.exports.registry import export_checkpoint
-from cfsp.exports.verification import ExportOptions, greedy_after, logits_of, reference_model
+from cfsp.exports.verification import ExportOptions, logits_of, reference_model
 from cfsp.pipeline import prune_checkpoint
 from cfsp.settings import Budget, CalibrationText, PruneSettings
 from cfsp.text.offline import KINDS, kind_documents
@@ -79,6 +79,7 @@ def test_llama_cpp_computes_the_same(
     report = export(source, tmp_path / "m.gguf", "f32")
     assert report.layout == f"{architecture} in f32"
     assert report.verification.greedy_steps == 32
+    assert report.verification.max_difference < 1e-4
 
     fields = fields_of(tmp_path / "m.gguf")
     assert fields["general.architecture"] == architecture
@@ -88,13 +89,6 @@ def test_llama_cpp_computes_the_same(
         each = model.config.num_attention_heads // model.config.num_key_value_heads
         assert fields[f"{architecture}.attention.head_count_kv"] == list(groups)
         assert fields[f"{architecture}.attention.head_count"] == [each * n for n in groups]
-
-    tokens = [5, 300, 7, 111, 42, 260, 9]
-    expected_TV = logits_of(reference_model(source), tokens)
-    with LlamaCpp(tmp_path / "m.gguf") as llama:
-        found_TV = torch.cat([llama.feed(tokens[:4]), llama.feed(tokens[4:])])
-    assert float((found_TV - expected_TV).abs().max()) < 1e-4
-    assert float(expected_TV.std()) > 0.5  # else the comparison would say nothing
 
 
 LLAMA3 = {
@@ -176,13 +170,15 @@ def test_no_way_back_to_gguf_is_said_before_pruning(
     is_said: bool,
 ) -> None:
     save_with_tokenizer(tiny(name, **ONE_WIDTH.get(name, {})), tokenizer, tmp_path / "dense")
-    settings = PruneSettings(
-        Budget(0.3, multiple=8, widths=widths),
-        text=CalibrationText((str(text_file),), samples=4, seqlen=32),
-    )
+    budget = Budget(0.3, multiple=8, widths=widths)
+    text = CalibrationText((str(text_file),), samples=4, seqlen=32)
     for label in ("dense", "dense.gguf"):
         source = Checkpoint(tmp_path / "dense", label)
-        prune_checkpoint(source, tmp_path / f"plan of {label}", settings, dry_run=True)
+        if name == "qwen3":  # any one
+            settings = PruneSettings(budget, text=text)
+            prune_checkpoint(source, tmp_path / f"plan of {label}", settings, dry_run=True)
+        else:
+            warn_of_no_way_back(source, budget)
     expected = ["dense.gguf: llama.cpp runs blocks"] if is_said else []
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert [message[:33] for message in said] == expected
@@ -335,18 +331,6 @@ def test_the_real_model(tmp_path: Path, demo: Checkpoint) -> None:
     assert report.layout == "deci in f32"
     assert report.verification.greedy_steps == 32
     assert report.verification.max_difference < 1e-3
-
-    reference = reference_model(source)
-    given = llama_cpp_tokens(tmp_path / "m.gguf", ["Once upon a time there was a king who"])
-    assert given is not None
-    (tokens,) = given
-    with LlamaCpp(tmp_path / "m.gguf") as llama:
-        logits_TV = llama.feed(tokens)
-        assert float((logits_TV - logits_of(reference, tokens)).abs().max()) < 1e-3
-        written = [int(logits_TV[-1].argmax())]
-        while len(written) < 32:
-            written.append(int(llama.feed(written[-1:])[-1].argmax()))
-    assert written == greedy_after(reference, tokens, written)
 
     texts = [text for kind in KINDS for text in kind_documents(kind, "evaluation")]
     tokenizer = load_tokenizer(demo.directory)

@@ -13,19 +13,11 @@ import torch
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError, UsageError
 from cfsp.exports.registry import export_checkpoint
-from cfsp.exports.verification import ExportOptions, greedy_after, logits_of, reference_model
+from cfsp.exports.verification import ExportOptions, logits_of, reference_model
 from ragged import cut, half_of
 from tiny_models import DENSE_CONFIGS, build_tiny_model
 
 pytest.importorskip("openvino", reason="openvino is not installed: pip install '.[openvino]'")
-
-
-def decode(runtime: Any, tokens: list[int], steps: int) -> list[int]:
-    """Return a greedy continuation."""
-    written = [int(runtime.feed(tokens)[-1].argmax())]
-    while len(written) < steps:
-        written.append(int(runtime.feed(written[-1:])[-1].argmax()))
-    return written
 
 
 # Between them: rotary and learned positions, one matrix for two, transposed matrices, biases, tied
@@ -35,11 +27,9 @@ THREE = ["gemma2", "gpt2", "phi3"]
 DECODED = sorted(DENSE_CONFIGS) if "CFSP_EVERY_FAMILY" in os.environ else THREE
 
 
-# Sliding windows of 16 and 8 tokens are left behind within these steps.
+# Sliding windows of 16 and 8 tokens are left behind within the steps of the verification.
 @pytest.mark.parametrize("name", DECODED)
 def test_decodes_as_transformers_does(tmp_path: Path, tokenizer: Any, name: str) -> None:
-    from cfsp.exports.openvino import OpenVinoRuntime
-
     source = cut(build_tiny_model(name), tokenizer, tmp_path)
     report = export_checkpoint(source, "openvino", tmp_path / "ov")
     assert report.layout == "stateful OpenVINO model in f32"
@@ -47,16 +37,7 @@ def test_decodes_as_transformers_does(tmp_path: Path, tokenizer: Any, name: str)
     assert report.verification.greedy_steps == 32
     assert report.verification.relative_error < 1e-5
 
-    reference = reference_model(source)
-    tokens = [5, 300, 7, 111, 42]
-    runtime = OpenVinoRuntime(tmp_path / "ov")
-    first = decode(runtime, tokens, 40)
-    assert first == greedy_after(reference, tokens, first)
-    runtime = OpenVinoRuntime(tmp_path / "ov")
-    found_TV = torch.cat([runtime.feed(tokens), runtime.feed(first)])
-    expected_TV = logits_of(reference, tokens + first)
-    assert float((found_TV - expected_TV).abs().max()) < 1e-4
-
+    assert report.verification.max_difference < 1e-4
     config = json.loads((tmp_path / "ov" / "config.json").read_text())
     assert config["model_type"] == source.config.model_type
     assert "auto_map" not in config

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-
-from conftest import REPOSITORY
-
-sys.path.insert(0, str(REPOSITORY / "fuzz"))
 
 from mutation import changed_document
 from targets import TARGETS, read_once

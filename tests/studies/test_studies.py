@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import REPOSITORY
-
-sys.path.insert(0, str(REPOSITORY / "studies"))
-
 import run as study
 from cfsp.errors import OutputError
+from conftest import REPOSITORY
 
 
 @pytest.mark.usefixtures("models_start_quickly")

@@ -90,18 +90,20 @@ def test_a_window_is_what_the_processor_makes_of_its_samples(
 
 
 def test_where_no_image_fits_the_window_goes_on_with_text(tmp_path: Path, processor: Any) -> None:
-    """An image has four tokens: three tokens are left in a window of two samples."""
+    """Three images have twelve tokens: two samples leave room for some texts, and no images."""
     picture(0).save(tmp_path / "a.png")
-    records = [
-        {"messages": [{"role": "user", "content": "stone"}], "images": ["a.png"]} for _ in range(9)
-    ]
-    path = written(tmp_path, *records)
-    text = "user:" + 4 * "<image>" + "stone"
-    length = len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
-    windows = draw(path, processor, samples=2, seqlen=2 * length + 4, bos="no")
-    plain = processor.tokenizer("user:stone", add_special_tokens=False)["input_ids"]
-    want = processor.tokenizer(2 * text, add_special_tokens=False)["input_ids"] + plain[:4]
-    assert windows.tokens_NT.tolist() == [want, want]
+    messages = [{"role": "user", "content": "stone"}]
+    path = written(tmp_path, *[{"messages": messages, "images": ["a.png"] * 3}] * 9)
+    text, plain = "user:" + 12 * "<image>" + "stone", "user:stone"
+
+    def ids(text: str) -> list[int]:
+        return list(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    seqlen = 2 * len(ids(text)) + 11
+    windows = draw(path, processor, samples=3, seqlen=seqlen, bos="no")
+    assert len(ids(plain)) < 11  # more than one text
+    want = (ids(2 * text) + 3 * ids(plain))[:seqlen]
+    assert windows.tokens_NT.tolist() == [want] * 3
 
 
 def test_too_large_images_are_left_out_and_told(

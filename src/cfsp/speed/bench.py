@@ -82,6 +82,8 @@ def bench(
             else each
             for each in subjects
         ]
+        for subject in subjects:  # what lay on the hub is here now
+            _check_engine_reads(subject, engine)
     return compare_speed(subjects, workloads, conditions)
 
 

@@ -156,28 +156,26 @@ class Footprint:
 
 
 def work_of(source: WeightSource, *, head: bool, itemsize: int) -> ModelWork:
-    """Return the work of a transformers model.
+    """Return the work of a transformers model, with or without its head, from config and shapes.
 
-    Args:
-        source: the model; only its config and shapes are read.
-        head: whether the language-model head is timed.
-        itemsize: bytes of an element, of weights and of the cache.
+    An element has `itemsize` bytes, in weights and cache.
     """
     config: Any = text_config_of(source.config)
-    model = empty_model(source.config)
-    blocks = blocks_of(model, source.architecture)
-    parameters = expert_parameters = 0
     channels = channel_parameters(source.architecture)
-    for name, spec in source.parameters.items():
-        if not name.startswith(f"{source.architecture.blocks}."):
-            continue
+    of_blocks = {
+        name: spec.elements
+        for name, spec in source.parameters.items()
         # Biases of experts have an axis of experts.
-        if len(spec.shape) >= 2 and not name.endswith("bias"):
-            parameters += spec.elements
-            if name in channels and source.units[channels[name][0]].routed:
-                expert_parameters += spec.elements
-    routed = next((unit for unit in source.units if unit.routed), None)
-    share = 1.0 if routed is None else experts_per_token(config, blocks, routed) / routed.ffns
+        if name.startswith(f"{source.architecture.blocks}.")
+        and len(spec.shape) >= 2
+        and not name.endswith("bias")
+    }
+    parameters, share = sum(of_blocks.values()), 1.0
+    of_experts = (n for n in of_blocks if n in channels and source.units[channels[n][0]].routed)
+    expert_parameters = sum(of_blocks[name] for name in of_experts)
+    if (routed := next((unit for unit in source.units if unit.routed), None)) is not None:
+        blocks = blocks_of(empty_model(source.config), source.architecture)
+        share = experts_per_token(config, blocks, routed) / routed.ffns
     head_parameters = config.vocab_size * config.hidden_size if head else 0
     width, cache_width = _attention_of(config)
     attentions = _attentions(config, source)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -95,8 +95,7 @@ def draw_text(
         UsageError: samples or seqlen is too small, or there is no BOS.
         CheckpointError: a text has images, and the model no processor.
     """
-    pools = _shuffled_pools(text, tokenizer, processor)
-    return _first_of([pool.windows for pool in pools], [pool.share for pool in pools])
+    return _first_of(*_shuffled_pools(text, tokenizer, processor))
 
 
 def draw_left_over(
@@ -113,40 +112,31 @@ def draw_left_over(
             "a loss is measured on text alone, and a text to calibrate on has images; give a "
             "--held-out text"
         )
-    pools = _shuffled_pools(text, tokenizer)
-    left = [pool.windows.part(slice(pool.share, None)) for pool in pools]
+    pools, drawn = _shuffled_pools(text, tokenizer)
+    left = [pool.part(slice(share, None)) for pool, share in zip(pools, drawn, strict=True)]
     even = [share for _, share in parts_with_shares(text.names, count)]
     shares = shares_within(even, [len(windows.tokens_NT) for windows in left])
     if sum(shares) < count:
-        taken = sum(pool.share for pool in pools)
         raise TextError(
-            f"{', '.join(map(name_of, text.names))}: of {taken + sum(shares)} windows of "
-            f"{text.seqlen} tokens calibration takes {taken}; {count} others are needed to measure "
-            "on: give fewer --samples, or a --held-out text"
+            f"{', '.join(map(name_of, text.names))}: of {sum(drawn) + sum(shares)} windows of "
+            f"{text.seqlen} tokens calibration takes {sum(drawn)}; {count} others are needed to "
+            "measure on: give fewer --samples, or a --held-out text"
         )
     return _first_of(left, shares)
 
 
-def _first_of(of_texts: Sequence[Windows], shares: Sequence[int]) -> Windows:
+def _first_of(pools: Sequence[Windows], shares: Sequence[int]) -> Windows:
     """Return the first windows of each text, one text after the other."""
-    pairs = zip(of_texts, shares, strict=True)
+    pairs = zip(pools, shares, strict=True)
     return joined([windows.part(slice(share)) for windows, share in pairs if share])
-
-
-@dataclass(frozen=True)
-class _Pool:
-    """The windows of one text in the order in which they are drawn, and how many are."""
-
-    name: str
-    windows: Windows
-    share: int
 
 
 def _shuffled_pools(
     text: CalibrationText,
     tokenizer: PreTrainedTokenizerBase,
     processor: ProcessorOf | None = None,
-) -> list[_Pool]:
+) -> tuple[list[Windows], list[int]]:
+    """Return the windows of each text in the order in which they are drawn, and how many are."""
     begins_with, samples, seqlen = beginning(tokenizer, text.bos), text.samples, text.seqlen
     if (samples is not None and samples < len(text.names)) or seqlen < 2 + len(begins_with[1:]):
         raise UsageError(
@@ -155,7 +145,8 @@ def _shuffled_pools(
         )
     wanted = DEFAULT_SAMPLES if samples is None else samples
     generator = torch.Generator().manual_seed(text.seed)
-    pools: list[_Pool] = []
+    pools: list[Windows] = []
+    shares: list[int] = []
     for part, share in parts_with_shares(text.names, wanted):
         source = TextSource(part, "calibration")
         if processor is not None and source.has_images:
@@ -168,35 +159,32 @@ def _shuffled_pools(
             all_NT = gather(stream_R, spans(stream_R, seqlen, begins_with), seqlen, begins_with)
             order_N = torch.randperm(len(all_NT), generator=generator)
             windows = Windows(all_NT[order_N], {source.name: len(all_NT)}, begins_with)
-        pools.append(_Pool(source.name, windows, share))
-    return _filled(pools, samples, seqlen - len(begins_with))
+        pools.append(windows)
+        shares.append(share)
+    return pools, _filled(pools, shares, samples)
 
 
-def _filled(pools: Sequence[_Pool], samples: int | None, length: int) -> list[_Pool]:
-    """Return pools of which none has a larger share than windows.
-
-    `samples` windows must be had in all, or as many as there are; each has `length` tokens of text.
-    """
-    have = [len(pool.windows.tokens_NT) for pool in pools]
-    shares = shares_within([pool.share for pool in pools], have)
-    enough = samples is None or sum(shares) == samples
-    for pool in pools:
-        windows, seqlen = pool.windows.tokens_NT.shape
-        if windows >= pool.share:
+def _filled(pools: Sequence[Windows], shares: Sequence[int], samples: int | None) -> list[int]:
+    """Return shares of which none is larger than its pool; `samples` windows must be had in all."""
+    found = shares_within(shares, [len(pool.tokens_NT) for pool in pools])
+    enough = samples is None or sum(found) == samples
+    for pool, share in zip(pools, shares, strict=True):
+        (name,), (windows, seqlen) = pool.sources, pool.tokens_NT.shape
+        if windows >= share:
             continue
         if not enough or not windows:
             raise TextError(
-                f"{pool.name} holds {windows} windows of {seqlen} tokens, {pool.share} are needed "
-                f"({pool.share * length} tokens); give more text, fewer --samples or a shorter "
-                "--seqlen"
+                f"{name} holds {windows} windows of {seqlen} tokens, {share} are needed "
+                f"({share * (seqlen - len(pool.begins_with))} tokens); give more text, fewer "
+                "--samples or a shorter --seqlen"
             )
         if len(pools) > 1:
             log.warning(
                 "%s holds %d windows of %d tokens, fewer than its share of %d; what is missing is "
                 "drawn from the other texts, as far as they have it",
-                *(pool.name, windows, seqlen, pool.share),
+                *(name, windows, seqlen, share),
             )
-    return [replace(pool, share=share) for pool, share in zip(pools, shares, strict=True)]
+    return found
 
 
 def shares_within(shares: Sequence[int], most: Sequence[int]) -> list[int]:

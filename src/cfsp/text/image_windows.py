@@ -64,17 +64,17 @@ def image_windows(
     """
     least, count = counts
     samples = _shuffled(source.samples(), generator, _SAMPLES_TOGETHER * count)
-    filler = _Filler(processor, seqlen, begins_with, samples)
-    found = list(islice(iter(filler.window, None), count))
+    left_out: list[int] = []
+    found = list(islice(_filled(samples, processor, seqlen, begins_with, left_out), count))
     cure = "give more samples, fewer --samples or a shorter --seqlen"
-    if filler.left_out:
+    if left_out:
         logger.warning(
             "%d samples were left out, whose images need up to %d tokens: more than a window "
             "has (--seqlen %d)",
-            *(filler.left_out, filler.needed, seqlen),
+            *(len(left_out), max(left_out), seqlen),
         )
         cure = (
-            f"{filler.left_out} samples have images that need up to {filler.needed} tokens: "
+            f"{len(left_out)} samples have images that need up to {max(left_out)} tokens: "
             "raise --seqlen to at least that, or give smaller images"
         )
     if len(found) < least:
@@ -122,56 +122,58 @@ class _Inputs:
         return {**by_token, **self.images}
 
 
-@dataclass
-class _Filler:
-    """Fills windows with samples, one after the other, until there are no more."""
+def _filled(
+    samples: Iterator[Sample],
+    processor: Any,
+    seqlen: int,
+    begins_with: tuple[int, ...],
+    left_out: list[int],
+) -> Iterator[_Inputs]:
+    """Yield the inputs of whole windows or more, as long as there are samples.
 
-    processor: Any
-    seqlen: int
-    begins_with: tuple[int, ...]
-    samples: Iterator[Sample]
-    left_out: int = 0
-    needed: int = 0  # tokens, by images of samples that were left out
-    _waiting: deque[Sample] = field(default_factory=deque)
+    How many tokens a sample would need that is left out is noted.
+    """
+    waiting: deque[Sample] = deque()
 
-    def window(self) -> _Inputs | None:
-        """Return the inputs of a whole window or more; None if there are not so many."""
+    def ahead(position: int) -> Sample | None:
+        """Return a sample that no window has yet, by its position among them."""
+        while len(waiting) <= position and (sample := next(samples, None)):
+            waiting.append(sample)
+        return waiting[position] if position < len(waiting) else None
+
+    while ahead(0):
         chosen: list[Sample] = []
         made = _Inputs(torch.empty(0))
-        while len(made.tokens_R) < self.seqlen and (sample := self._ahead(0)):
-            longer = self._made([*chosen, sample])
-            if longer.images_end > self.seqlen and chosen:
+        while len(made.tokens_R) < seqlen and (sample := ahead(0)):
+            longer = _together([*chosen, sample], processor, begins_with)
+            if longer.images_end > seqlen and chosen:
                 break
-            self._waiting.popleft()
-            if longer.images_end > self.seqlen:
-                self.left_out += 1
-                self.needed = max(self.needed, longer.images_end)
+            waiting.popleft()
+            if longer.images_end > seqlen:
+                left_out.append(longer.images_end)
             else:
                 chosen.append(sample)
                 made = longer
         position = 0
-        while len(made.tokens_R) < self.seqlen:
-            if (sample := self._ahead(position)) is None:
-                return None
-            plain = _rendered(sample, self.processor, with_images=False)
-            ids = self.processor.tokenizer(plain, add_special_tokens=False)["input_ids"]
+        while len(made.tokens_R) < seqlen and (sample := ahead(position)):
+            plain = _rendered(sample, processor, with_images=False)
+            ids = processor.tokenizer(plain, add_special_tokens=False)["input_ids"]
             made = made.between((), ids)
             position += 1
-        return made
+        if len(made.tokens_R) < seqlen:
+            return
+        yield made
 
-    def _ahead(self, position: int) -> Sample | None:
-        """Return a sample that no window has yet, by its position among them."""
-        self._waiting.extend(islice(self.samples, position + 1 - len(self._waiting)))
-        return self._waiting[position] if position < len(self._waiting) else None
 
-    def _made(self, chosen: Sequence[Sample]) -> _Inputs:
-        text = "".join(_rendered(sample, self.processor) for sample in chosen)
-        images = [image for sample in chosen for image in sample.images]
-        made = _inputs(text, images, chosen[-1].where, self.processor)
-        # Templates and processors write the beginning themselves, at a place of their own.
-        if self.begins_with and self.begins_with[0] not in made.tokens_R.tolist():
-            made = made.between(self.begins_with, ())
-        return made
+def _together(samples: Sequence[Sample], processor: Any, begins_with: tuple[int, ...]) -> _Inputs:
+    """Return what a processor makes of samples one after the other, begun as an input is."""
+    text = "".join(_rendered(sample, processor) for sample in samples)
+    images = [image for sample in samples for image in sample.images]
+    made = _inputs(text, images, samples[-1].where, processor)
+    # Templates and processors write the beginning themselves, at a place of their own.
+    if begins_with and begins_with[0] not in made.tokens_R.tolist():
+        made = made.between(begins_with, ())
+    return made
 
 
 def _inputs(text: str, images: Sequence[Any], where: str, processor: Any) -> _Inputs:
