@@ -95,7 +95,8 @@ PLANS: Table = {
         "a block has the impossible width", lambda f: f["blocks"][0].update(width=10**12)
     ),
     "importance that is no number": damaged(
-        "a block has the impossible distance nan", lambda f: f["blocks"][1].update(distance=float("nan"))
+        "a block has the impossible distance nan",
+        lambda f: f["blocks"][1].update(distance=float("nan")),
     ),
     "calibration without windows": damaged("'windows'", lambda f: f["calibration"].pop("windows")),
     "criterion without a multiple": damaged("'multiple'", lambda f: f["criterion"].pop("multiple")),
