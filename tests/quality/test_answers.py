@@ -269,7 +269,7 @@ def test_mistakes_are_told_before_anything_is_loaded(
         "expected a number of questions, with the models before --answers, found"
         in capsys.readouterr().err
     )
-    monkeypatch.setattr("cfsp.streaming.whole.available_bytes", lambda: 1000)
+    monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     assert main(argv) == 2
     assert "answering questions runs the whole model" in capsys.readouterr().err
     with pytest.raises(UsageError, match="at least 1 question, found 0"):
