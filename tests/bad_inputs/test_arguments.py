@@ -58,7 +58,7 @@ FLAGS: Table = {
         "bench {model} --shape llama-2-7b", "expected models or a --shape", "and not both"
     ),
     "nothing to evaluate": BadInput(
-        "eval {model}", "found neither", "expected --data, --tasks or both"
+        "eval {model}", "found none", "expected --data, --tasks, --answers or several"
     ),
 }
 

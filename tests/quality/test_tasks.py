@@ -442,7 +442,7 @@ def test_missing_task_file_is_an_error_of_the_command(
     assert main(["eval", model, "--tasks", "piqa", "--task-data", str(tmp_path)]) == 2
     assert f"cannot read the task file {tmp_path / 'piqa.jsonl'}" in capsys.readouterr().err
     assert main(["eval", model]) == 2
-    assert "expected --data, --tasks or both" in capsys.readouterr().err
+    assert "expected --data, --tasks, --answers or several" in capsys.readouterr().err
     absent = tmp_path / "absent"
     assert main(["eval", model, "--tasks", "piqa", "--task-data", str(absent)]) == 2
     assert "does not exist" in capsys.readouterr().err

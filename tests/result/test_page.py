@@ -218,6 +218,36 @@ def test_pairs_with_the_original(run: Path, text_file: Path, tmp_path: Path) -> 
     assert re.search(rf"top-1 agreement, percent, \S+\s+{NOTHING}\s+\d+\.\d\s+± ", cells)
 
 
+def test_answers_stand_side_by_side_by_kind(run: Path, tmp_path: Path) -> None:
+    base = json.loads((run / "cfsp.json").read_text())["base_model"]["name"]
+    results = tmp_path / "results.json"
+    argv = ["eval", str(run), "--against", base, "--answers", "11", "--set", "answer_tokens=3"]
+    assert main([*argv, "--out", str(results)]) == 0
+    found = json.loads(results.read_text())
+    for model in found["models"]:
+        asked = model["answers"]["documents"]
+        assert [each["stops"] for each in asked] == [False] * 11
+        asked[0] |= {"answer": f"answer of {len(found['models'])} {HOSTILE}", "loops": True}
+    copy = changed_copy(run, tmp_path / "recovered", recovered)
+    found["models"].append({**found["models"][1], "model": str(copy)})
+    results.write_text(json.dumps(found))
+    text = rendered([run, copy], tmp_path, results=[results])
+    page = _Page(text)
+    kinds = [attrs for tag, attrs in page.tags if tag == "details" and "answers" in attrs.values()]
+    assert len(kinds) == 10 and ["open" in attrs for attrs in kinds] == [True] + [False] * 9
+    assert [tag for tag, _ in page.tags].count("h4") == 11
+    assert [tag for tag, _ in page.tags].count("script") == 1
+    cells = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", text.split("What they answer")[1]))
+    first = found["models"][0]["answers"]["documents"][0]["question"]
+    said = r"\S+ cut off repeats itself answer of 2 \S+ .*?"
+    assert re.search(rf"facts \(2\) {re.escape(first)} ({said}){{3}}", cells)
+    assert re.search(
+        rf"KL per token on the original&#39;s answers, nats 11 questions {NOTHING} \d\.\d+", cells
+    )
+    # Before everything else that was measured, and after what it is of.
+    assert text.index("What they answer") < text.index("KL per token") < text.index("<figure>")
+
+
 def test_speed_that_the_demonstration_adds_to_the_manifest(run: Path, tmp_path: Path) -> None:
     copy = changed_copy(run, tmp_path / "copy", lambda manifest: None)
     add_to_manifest(copy, {"speed": timed(8, {"dense": 1.0, "pruned": 1.4})})

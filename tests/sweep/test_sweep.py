@@ -103,7 +103,7 @@ def test_it_compares_with_the_dense_model_if_asked_to(
         "sweep", str(tiny_checkpoint("llama")), "--sparsity", "25%", "--multiple", "4",
         "--data", str(text_file), "--samples", "8", "--seqlen", "32", "--eval", str(text_file),
         "--eval-windows", "2", "--agreement", "--tasks", "piqa", "--set", "task_limit=4",
-        "--set", f"task_data={tmp_path / 'tasks'}", "--out", str(out),
+        "--set", f"task_data={tmp_path / 'tasks'}", "--answers", "2", "--out", str(out),
     ]  # fmt: skip
     assert main(arguments) == 0
     dense, pruned = json.loads((out / "table.json").read_text())
@@ -114,13 +114,16 @@ def test_it_compares_with_the_dense_model_if_asked_to(
     assert found["tasks"]["piqa"]["documents"] == 4
     assert found["left_out"] == ["piqa"]  # a random model guesses
     tables = (out / "table.md").read_text()
-    assert "| method | sparsity | seed | KL | top-1 agreement, % |" in tables
+    assert found["questions"] == 2 and found["answers"]["divergence"]["second"]["value"] > 0
+    columns = "| KL | top-1 agreement, % | KL on answers | answers that loop, % |"
+    assert f"| method | sparsity | seed {columns}" in tables
     assert "Left out: piqa." in tables
     capsys.readouterr()
     page = tmp_path / "report.html"
     assert main(["report", str(out), "--out", str(page)]) == 0
     html = page.read_text()
     assert "KL per token, nats" in html
+    assert "KL per token on the original&#39;s answers, nats" in html
     assert "piqa, answers as the original" in html
     assert "the original does not beat a guess; not in the mean" in html
     manifest = out / "cfsp-0.25" / "cfsp.json"

@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 
 
 _KEPT = "answers as the dense model's, %"
+# What of answers is compared: its words, its name, digits and factor.
+_ANSWERS: tuple[tuple[str, str, int, float], ...] = (
+    ("KL per token, nats", "divergence", 4, 1),
+    ("top-1 agreement, %", "agreed", 2, 100),
+    ("stop, %", "stops", 1, 100),
+    ("loop, %", "loops", 1, 100),
+    ("first tokens alike", "alike", 1, 1),
+)
 
 
 def add_options_to(parser: Parser) -> None:
@@ -116,6 +124,11 @@ def _print(found: Comparison) -> None:
     if found.accuracy is not None:
         title = f"mean of {counted(len(found.tasks) - len(found.left_out), 'tasks')}"
         rows += _rows(title, ("accuracy, %", found.accuracy, 1, 100), (_KEPT, found.kept, 1, 100))
+    if found.answers:
+        rows += _rows(
+            f"answers to {counted(found.questions, 'questions')}",
+            *((words, found.answers[name], digits, by) for words, name, digits, by in _ANSWERS),
+        )
     print_table(("", "first", "second", "difference"), rows)
     for task in found.left_out:
         print(_why_left_out(task))

@@ -1,22 +1,29 @@
-"""Measure the perplexity of models on texts and their scores on tasks.
+"""Measure the perplexity of models on texts, their scores on tasks, and their answers.
 
-cfsp eval smaller --against MODEL --data wikitext2 --data c4 --tasks piqa --out a.json
+cfsp eval smaller --against MODEL --data wikitext2 --tasks piqa --answers --out a.json
 """
 
 from __future__ import annotations
 
 import argparse
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cfsp.architecture.block_names import counted
 from cfsp.cli import arguments
-from cfsp.cli.options import Parser, settings_from
+from cfsp.cli.options import Parser, add_advanced, settings_from
 from cfsp.cli.output import estimate, human_count, print_json, print_table
 from cfsp.errors import UsageError
 from cfsp.processes import process_count
-from cfsp.settings import BOS, Compute, EvaluationText
+from cfsp.settings import (
+    BOS,
+    DEFAULT_ANSWER_TOKENS,
+    DEFAULT_QUESTIONS,
+    Compute,
+    EvaluationText,
+)
 
 
 def add_options_to(parser: Parser) -> None:
@@ -60,6 +67,7 @@ def add_options_to(parser: Parser) -> None:
         "--bos", default="auto", choices=BOS, help="as `cfsp prune --help-all` says (default: auto)"
     )
     _add_tasks(parser)
+    _add_answers(parser)
     arguments.add_compute(parser)
     arguments.add_process_timeout(parser)
 
@@ -87,13 +95,43 @@ def _add_tasks(parser: Parser) -> None:
     )
 
 
+def _add_answers(parser: Parser) -> None:
+    answers = parser.add_argument_group("answers in the chat template, beside the dense model's")
+    answers.add_argument(
+        "--answers",
+        nargs="?",
+        type=partial(_count, "questions, with the models before --answers"),
+        const=DEFAULT_QUESTIONS,
+        metavar="N",
+        help=f"ask the first N of {DEFAULT_QUESTIONS} questions of ten kinds that come with cfsp "
+        "(default: all)",
+    )
+    answers.add_argument(
+        "--questions",
+        metavar="CHATS",
+        help="ask what the user says first in each chat of a .jsonl file instead",
+    )
+    add_advanced(
+        parser,
+        "--answer-tokens",
+        type=int,
+        default=DEFAULT_ANSWER_TOKENS,
+        metavar="T",
+        help=f"the most tokens of an answer (default: {DEFAULT_ANSWER_TOKENS})",
+    )
+
+
 def run(args: argparse.Namespace) -> None:
     """Evaluate and print."""
-    if not args.data and not args.tasks:
-        raise UsageError("expected --data, --tasks or both, found neither")
-    if args.tasks and process_count() > 1:
+    answers = "--answers" if args.answers else "--questions" if args.questions else None
+    if not (args.data or args.tasks or answers):
+        raise UsageError("expected --data, --tasks, --answers or several, found none")
+    if answers and args.against is None:
+        raise UsageError(f"{answers} compares with the dense model's answers; add --against DENSE")
+    alone = "--tasks" if args.tasks else answers
+    if alone and process_count() > 1:
         raise UsageError(
-            f"--tasks runs in one process, found {process_count()}; leave it out, or evaluate "
+            f"{alone} runs in one process, found {process_count()}; leave it out, or evaluate "
             "without torchrun"
         )
     timeout = arguments.process_timeout(args)
@@ -109,16 +147,29 @@ def run(args: argparse.Namespace) -> None:
 
     from cfsp.checkpoint.loading import compute_device
     from cfsp.processes import joined, take_own_accelerator
+    from cfsp.quality.answers import Questions
     from cfsp.quality.evaluate import evaluate_models
     from cfsp.quality.tasks.harness import TaskRunner
 
     texts = EvaluationText(tuple(args.data or ()), args.windows, args.seqlen, args.stride, args.bos)
+    questions = None
+    if answers:
+        questions = Questions.of(
+            args.answers or DEFAULT_QUESTIONS, args.questions, args.answer_tokens
+        )
     runner = TaskRunner.of(selection) if selection else None
     compute = settings_from(args, Compute)
     take_own_accelerator(compute.device)
     with joined(compute_device(compute.device), timeout) as team:
         models = evaluate_models(
-            args.models, texts, compute, runner, against=args.against, out=args.out, team=team
+            args.models,
+            texts,
+            compute,
+            runner,
+            questions=questions,
+            against=args.against,
+            out=args.out,
+            team=team,
         )
     found: dict[str, Any] = {"models": models}
     if runner:
@@ -128,29 +179,37 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print_json(found)
         return
+    _print(found, args)
+
+
+def _print(found: dict[str, Any], args: argparse.Namespace) -> None:
+    """Print a table of each thing that was measured."""
     if args.data:
         _print_perplexity(found["models"])
         _print_agreement(found["models"])
-    if args.data and runner:
-        print()
-    if runner:
+    if args.tasks:
+        print("\n" * bool(args.data), end="")
         _print_tasks(found["models"], found["tasks"])
+    if args.answers or args.questions:
+        print("\n" * bool(args.data or args.tasks), end="")
+        _print_answers(found["models"])
     if args.out is not None:
         print(f"\nall of it: {args.out}; pairs: cfsp compare {shlex.quote(str(args.out))}")
 
 
 def _windows(text: str) -> int | None:
     """Return a number of windows; None for all."""
-    if text == "all":
-        return None
+    return None if text == "all" else _count("windows from 1, or all", text)
+
+
+def _count(what: str, text: str) -> int:
+    """Return a positive number, or say of what it must be one."""
     try:
         count = int(text)
     except ValueError:
         count = 0
     if count < 1:
-        raise argparse.ArgumentTypeError(
-            f"expected a number of windows from 1, or all, found {text!r}"
-        )
+        raise argparse.ArgumentTypeError(f"expected a number of {what}, found {text!r}")
     return count
 
 
@@ -208,6 +267,28 @@ def _print_agreement(results: list[dict[str, Any]]) -> None:
         print(line)
     against = compared[0]["agreement"]["against"]
     print(f"against {models.get(against, against)}; KL in nats; standard errors of windows")
+
+
+def _print_answers(results: list[dict[str, Any]]) -> None:
+    """Print a row for each model, the dense one first."""
+    models = _short(results)[1]
+    rows = []
+    for number, result in enumerate(results):
+        found = result["answers"]["summary"]
+        apart = (estimate(found["divergence"], 3), estimate(found["agreed"], 1, 100))
+        shares = (f"{100 * found[name]['value']:.0f}" for name in ("stops", "loops"))
+        alike = f"{found['alike']['value']:.1f}"
+        rows.append((models[result["model"]], *(apart if number else ("-", "-")), *shares, alike))
+    dense = results[0]["answers"]
+    asked = counted(len(dense["documents"]), "questions")
+    head = ("KL per token", "top-1 agreement, %", "stop, %", "loop, %", "first tokens alike")
+    print_table((f"answers to {asked}", *head), rows)
+    print(
+        f"\ngreedy, up to {dense['longest']} tokens; KL in nats and agreement on the answers of "
+        f"{models[results[0]['model']]}, with standard errors\n"
+        "of questions; stop: end their turn; loop: 4 tokens in a row come 4 times; alike: before "
+        "the first other"
+    )
 
 
 def _beginnings(results: list[dict[str, Any]], text: str) -> str:

@@ -78,6 +78,9 @@ def _add_recipe(parser: Parser) -> None:
         help="KL to the dense model and top-1 agreement, on the same texts",
     )
     measured.add_argument(
+        "--answers", type=int, metavar="N", help="ask N questions, beside the dense model, as eval"
+    )
+    measured.add_argument(
         "--tasks",
         type=_names,
         metavar="A,B,...",

@@ -12,7 +12,7 @@ from typing import Any
 
 from cfsp.errors import ReportError
 from cfsp.quality.paired import Estimate, difference, mean, mean_of_tasks, per_count
-from cfsp.quality.results_file import MeasuredModel, hashes
+from cfsp.quality.results_file import MeasuredModel, answer_measures, hashes
 
 # A model whose accuracy is less than so many standard errors above a guess may be guessing.
 _ERRORS_ABOVE_CHANCE = 2.0
@@ -97,6 +97,8 @@ class Comparison:
         accuracy: the mean over the tasks on which the dense model is better than a guess; None
             without any.
         kept: likewise, of the answers that are the dense model's.
+        questions: how many both were asked.
+        answers: how theirs differ, by measure (see `answer_measures`).
     """
 
     first: str
@@ -105,6 +107,8 @@ class Comparison:
     tasks: list[TaskPair]
     accuracy: Pair | None
     kept: Pair | None
+    questions: int
+    answers: dict[str, Pair]
 
     @property
     def left_out(self) -> list[TaskPair]:
@@ -121,11 +125,13 @@ class Comparison:
             "left_out": [pair.task for pair in self.left_out],
             "accuracy": self.accuracy and self.accuracy.to_json(),
             "kept": self.kept and self.kept.to_json(),
+            "questions": self.questions,
+            "answers": {name: pair.to_json() for name, pair in self.answers.items()},
         }
 
 
 def compare(first: MeasuredModel, second: MeasuredModel, dense: MeasuredModel | None) -> Comparison:
-    """Compare two models on the texts and tasks that both were measured on.
+    """Compare two models on the texts, tasks and questions that both were measured on.
 
     Args:
         first: the one.
@@ -143,10 +149,11 @@ def compare(first: MeasuredModel, second: MeasuredModel, dense: MeasuredModel | 
         for task in first.documents
         if task in second.documents
     ]
-    if not texts and not tasks:
+    answers = _answer_pairs(first, second) if first.answers and second.answers else {}
+    if not (texts or tasks or answers):
         raise ReportError(
-            f"{first.name} and {second.name} have no text and no task in common; measure both "
-            "with the same --data or --tasks"
+            f"{first.name} and {second.name} have no text and no task in common, and no answers; "
+            "measure both with the same --data or --tasks, or --answers"
         )
     counted = [pair for pair in tasks if pair.is_above_chance is not False]
     return Comparison(
@@ -156,6 +163,8 @@ def compare(first: MeasuredModel, second: MeasuredModel, dense: MeasuredModel | 
         tasks,
         _mean([pair.accuracy for pair in counted]),
         _mean([pair.kept for pair in counted if pair.kept is not None]),
+        len(first.answers["documents"]) if answers else 0,
+        answers,
     )
 
 
@@ -262,6 +271,24 @@ def _task_pair(
         chance,
         is_above,
     )
+
+
+def _answer_pairs(first: MeasuredModel, second: MeasuredModel) -> dict[str, Pair]:
+    one, other = first.answers, second.answers
+    if one["digest"] != other["digest"]:
+        raise ReportError(
+            f"{first.name} and {second.name} were measured on other answers: of another dense "
+            "model, to other questions, or by another --dtype or answer_tokens; measure both alike"
+        )
+    sums = answer_measures(other)
+    return {
+        name: Pair(
+            per_count(mine, counts),
+            per_count(sums[name][0], counts),
+            per_count(difference(mine, sums[name][0]), counts),
+        )
+        for name, (mine, counts) in answer_measures(one).items()
+    }
 
 
 def _check_same_documents(task: str, first: MeasuredModel, second: MeasuredModel) -> None:

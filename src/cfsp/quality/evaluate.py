@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from cfsp.checkpoint.text_config import longest_input_of, vocabulary_of
 from cfsp.errors import UsageError
 from cfsp.processes import Team
 from cfsp.quality.agreement import DenseEnd, agreement_of
+from cfsp.quality.answers import Questions, answers_of, answers_result, windows_of
 from cfsp.quality.perplexity import before_and_after, perplexity_of
 from cfsp.quality.results_file import measured_into
 from cfsp.quality.streaming import (
@@ -41,22 +42,27 @@ from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
-    from cfsp.quality.tasks.harness import TaskRunner, TaskScorer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from cfsp.quality.tasks.harness import TaskRunner
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Model:
-    """A model that is measured, its windows of each text, and what its results begin with."""
+    """A model that is measured, its windows and prompts, and what its results begin with."""
 
     source: Checkpoint
     runtime: Runtime
     windows: Mapping[str, Windows]
+    prompts: Sequence[list[int]]
     facts: Mapping[str, Any]
 
     @staticmethod
-    def of(source: Checkpoint, texts: EvaluationText, compute: Compute) -> _Model:
+    def of(
+        source: Checkpoint, texts: EvaluationText, questions: Questions | None, compute: Compute
+    ) -> _Model:
         runtime = runtime_of(compute, source)
         facts = {
             "model": source.label,
@@ -64,7 +70,16 @@ class _Model:
             "parameters": parameter_count(source),
             "dtype": str(runtime.dtype).removeprefix("torch."),
         }
-        return _Model(source, runtime, evaluation_windows(texts, source), facts)
+        prompts = []
+        if questions is not None:
+            prompts = questions.prompts(source, load_tokenizer(source.directory))
+        return _Model(source, runtime, evaluation_windows(texts, source), prompts, facts)
+
+    def whole(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load it, with its tokenizer."""
+        directory, runtime = self.source.directory, self.runtime
+        loaded = load(directory, dtype=runtime.dtype, device=runtime.device)
+        return loaded, load_tokenizer(directory)
 
     def result(self, measured: Mapping[str, WindowSums]) -> dict[str, Any]:
         """Return what was measured on each text, as JSON types."""
@@ -84,20 +99,22 @@ def evaluate_models(
     compute: Compute,
     tasks: TaskRunner | None = None,
     *,
+    questions: Questions | None = None,
     against: str | Path | None = None,
     out: Path | None = None,
     team: Team | None = None,
 ) -> list[dict[str, Any]]:
     """Measure several models on the same texts and tasks, in windows of the same length.
 
-    Texts stream block by block; tasks load each model whole, one after the other. Several processes
-    share the windows of texts, and each returns the results of all.
+    Texts stream block by block; tasks and answers load each model whole, one after the other.
+    Several processes share the windows of texts, and each returns the results of all.
 
     Args:
         names: the models.
         texts: what to measure perplexity on; may be none.
         compute: how.
         tasks: what to score; None for no tasks.
+        questions: what to ask, which needs `against`; None for nothing.
         against: the dense model, which the others are compared with. It is measured too: first,
             unless it is among `names`. It streams once for each text, however many models there
             are.
@@ -108,8 +125,8 @@ def evaluate_models(
     Returns:
         For each model: `model` (its name), `fingerprint`, `parameters`, `dtype`, `perplexity` by
         text (see `Perplexity.to_json`), `windows` by text (their digest, predicted tokens and
-        `WindowSums`), `agreement` of all but the dense model, and with tasks `tasks` and
-        `documents` (see `TaskScorer.score`).
+        `WindowSums`), `agreement` of all but the dense model, with tasks `tasks` and `documents`
+        (see `TaskScorer.score`), and with questions `answers` (see `answers_result`).
 
     Raises:
         CfspError: anything that a user can cause, mostly before the first forward pass.
@@ -121,19 +138,20 @@ def evaluate_models(
         names = [against, *(name for name in names if str(name) != str(against))]
     sources = [open_checkpoint(name) for name in names]
     length = min(_window_length(texts, source) for source in sources)
-    models = [_Model.of(source, replace(texts, seqlen=length), compute) for source in sources]
+    texts = replace(texts, seqlen=length)
+    models = [_Model.of(source, texts, questions, compute) for source in sources]
     if against is None:
         _warn_of_other_tokens(models)
     else:
         _check_same_tokens(models)
-    identity = _identity(models, against, tasks, compute)
+    identity = _identity(models, against, tasks, questions, compute)
     check_same_work(team, sources, {"text": json.dumps(identity["texts"])})
 
     def measure() -> dict[str, Any]:
         budget = compute.memory_budget
         beside = output_work_dir(out, identity, budget, team) if out else nullcontext()
         with beside as place:
-            return _measure(models, tasks, against is not None, compute, place, team)
+            return _measure(models, tasks, questions, against is not None, compute, place, team)
 
     found = measure() if out is None else measured_into(out, identity, measure, team)
     results: list[dict[str, Any]] = found["models"]
@@ -143,15 +161,18 @@ def evaluate_models(
 def _measure(
     models: Sequence[_Model],
     tasks: TaskRunner | None,
+    questions: Questions | None,
     compares: bool,
     compute: Compute,
     place: WorkDir | None,
     team: Team,
 ) -> dict[str, Any]:
     """Return what the file of results has of models, and of tasks if there are any."""
+    for model in models:
+        if tasks is not None or questions is not None:
+            what = "answering questions" if tasks is None else "scoring tasks"
+            check_fits(model.source, model.runtime, what)
     if tasks is not None:
-        for model in models:
-            check_fits(model.source, model.runtime, "scoring tasks")
         tasks.read_data()
     sums = {
         text: _measure_text(models, text, number, compares, compute, place, team)
@@ -164,11 +185,23 @@ def _measure(
     if compares:
         for result in results[1:]:
             result["agreement"] = agreement_of(results[0], result)
-    if tasks is None:
-        return {"models": results}
+    answers = []
     for number, model in enumerate(models):
-        results[number].update(_score_tasks(tasks, model, number, place))
-    return {"models": results, "tasks": tasks.conditions()}
+        whole = cache(model.whole)
+        if tasks is not None:
+            results[number].update(tasks.scores_of(whole, f"task-{number}", place))
+        if questions is not None:
+            name, label = f"answers-{number}", f"{model.source.label} answers"
+            own = answers_of(model.prompts, questions.longest, whole, place, name, label)
+            answers.append(own)
+        del whole
+    if questions is not None:
+        windows = windows_of(models[0].prompts, answers[0])
+        asked = [replace(model, windows={"answers": windows}) for model in models]
+        of_models = _measure_text(asked, "answers", len(sums), compares, compute, place, team)
+        for result, own, its in zip(results, answers, of_models, strict=True):
+            result["answers"] = answers_result(questions, windows, its, own, answers[0])
+    return {"models": results} | ({} if tasks is None else {"tasks": tasks.conditions()})
 
 
 def _measure_text(
@@ -222,27 +255,6 @@ def _measure_text(
             own = load_or_compute(place, f"text-{text_number}-{number}", partial(stream, number))
             found.append(joined_sums(team.gather(own)))
         return found
-
-
-def _score_tasks(
-    tasks: TaskRunner, model: _Model, number: int, place: WorkDir | None
-) -> dict[str, Any]:
-    """Return the `tasks` and `documents` of a model, which is loaded if any are missing."""
-    scorers: list[TaskScorer] = []
-
-    def score(name: str) -> dict[str, Any]:
-        if not scorers:
-            directory, runtime = model.source.directory, model.runtime
-            loaded = load(directory, dtype=runtime.dtype, device=runtime.device)
-            scorers.append(tasks.scorer(loaded, load_tokenizer(directory)))
-        return scorers[0].score(name)
-
-    found: dict[str, Any] = {"tasks": {}, "documents": {}}
-    for position, name in enumerate(tasks.selection.task_names):
-        scored = load_or_compute(place, f"task-{number}-{position}", partial(score, name))
-        for key in found:
-            found[key].update(scored[key])
-    return found
 
 
 def evaluation_windows(texts: EvaluationText, source: Checkpoint) -> dict[str, Windows]:
@@ -308,6 +320,7 @@ def _identity(
     models: Sequence[_Model],
     against: str | Path | None,
     tasks: TaskRunner | None,
+    questions: Questions | None,
     compute: Compute,
 ) -> dict[str, Any]:
     """Return what results depend on, for what an interrupted run left."""
@@ -320,6 +333,7 @@ def _identity(
         "texts": {text: of_text.digest for text, of_text in models[0].windows.items()},
         "dense model": None if against is None else str(against),
         "tasks": None if tasks is None else tasks.identity(),
+        "answers": questions and questions.identity(load_tokenizer(models[0].source.directory)),
         "version": {name: versions()[name] for name in ("cfsp-llm", "torch", "transformers")},
     }
 
@@ -348,6 +362,11 @@ def _check_same_tokens(models: Sequence[_Model]) -> None:
                 f"--against needs models with one tokenizer, but {model.source.label} cuts "
                 f"{text} into other tokens than {dense.source.label}; measure them without "
                 "--against"
+            )
+        if model.prompts != dense.prompts:
+            raise UsageError(
+                f"--answers needs models that are asked alike, but {model.source.label} has "
+                f"another tokenizer or chat template than {dense.source.label}; leave it out"
             )
         found, expected = (vocabulary_of(each.source.config) for each in (model, dense))
         if found != expected:

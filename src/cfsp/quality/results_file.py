@@ -92,6 +92,7 @@ class MeasuredModel:
         windows: text -> sums over each window (see `cfsp.quality.evaluate`).
         tasks: task -> scores.
         documents: task -> its documents (see `cfsp.quality.tasks.scored`).
+        answers: to questions (see `cfsp.quality.answers.answers_result`); empty without.
     """
 
     name: str
@@ -101,12 +102,13 @@ class MeasuredModel:
     windows: dict[str, dict[str, Any]] = field(default_factory=dict)
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     documents: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    answers: dict[str, Any] = field(default_factory=dict)
 
     def with_more(self, other: MeasuredModel) -> MeasuredModel:
         """Add what was measured of the same model in another file.
 
         Raises:
-            ReportError: one text or task was measured otherwise there.
+            ReportError: one text or task was measured otherwise there, or other answers.
         """
         for text, sums in other.windows.items():
             known = self.windows.get(text, sums)
@@ -116,6 +118,9 @@ class MeasuredModel:
             mine = self.documents.get(task, documents)
             is_same = hashes(mine) == hashes(documents)
             _check_alike(self, other, task, is_same, mine == documents)
+        if self.answers and other.answers:
+            is_same = self.answers["digest"] == other.answers["digest"]
+            _check_alike(self, other, "answers", is_same, self.answers == other.answers)
         windows = _joined(self.windows, other.windows)
         for text, sums in other.windows.items():
             # Of two that are alike, the one that was compared with the dense model says more.
@@ -127,6 +132,7 @@ class MeasuredModel:
             windows=windows,
             tasks=_joined(self.tasks, other.tasks),
             documents=_joined(self.documents, other.documents),
+            answers=self.answers or other.answers,
         )
 
 
@@ -167,6 +173,16 @@ def hashes(documents: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     return [(document["id"], document["hash"]) for document in documents]
 
 
+def answer_measures(answers: dict[str, Any]) -> dict[str, tuple[list[float], list[int]]]:
+    """Return what is measured of answers: sums over each question, and how many they are over."""
+    documents, tokens = answers["documents"], answers["predicted"]
+    of_tokens = {name: (answers[name], tokens) for name in ("divergence", "agreed")}
+    return of_tokens | {
+        name: ([float(each[name]) for each in documents], [1] * len(documents))
+        for name in ("stops", "loops", "alike")
+    }
+
+
 def measured_model(file: str, model: dict[str, Any]) -> MeasuredModel:
     """Return one model of results, of what `cfsp eval --json` says of it in a file.
 
@@ -182,6 +198,7 @@ def measured_model(file: str, model: dict[str, Any]) -> MeasuredModel:
             dict(model["windows"]),
             dict(model.get("tasks", {})),
             dict(model.get("documents", {})),
+            dict(model.get("answers", {})),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ReportError(

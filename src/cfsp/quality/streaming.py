@@ -95,7 +95,7 @@ def streamed_sums(
 
     Args:
         source: the model.
-        windows: token windows without padding.
+        windows: token windows; what pads them at the end counts for nothing.
         runtime: where and in what to compute.
         place: where to spill and to save; None for neither.
         name: of the pass, in its work directory.
@@ -175,10 +175,12 @@ class _Sums:
         for hidden_TD in output_BTD:
             window = len(self.sums["loss"])
             tokens_T = self.windows.tokens_NT[window].to(hidden_TD.device)
-            count = int(self.windows.scored_N[window])
-            predicting = slice(-count - 1, -1)
+            padding_N = self.windows.padding_N
+            end = len(tokens_T) - (0 if padding_N is None else int(padding_N[window]))
+            start = end - int(self.windows.scored_N[window])
+            predicting = slice(start - 1, end - 1)
             dense_PD = None if self.dense is None else self.dense.hidden_of(window)[predicting]
-            found = self._window(hidden_TD[predicting], tokens_T[-count:], dense_PD)
+            found = self._window(hidden_TD[predicting], tokens_T[start:end], dense_PD)
             for values, value in zip(self.sums.values(), found, strict=False):
                 values.append(value)
 

@@ -14,11 +14,21 @@ from cfsp.quality.results_file import measured_model
 from cfsp.result.conditions import Conditions
 from cfsp.result.facts import NATS, PERCENT, PERPLEXITY, QUALITY, RATE, SPEED, Fact, Number, Unit
 
-AGREEMENT, TASKS = "Agreement with the original", "Tasks"
+ANSWERS, AGREEMENT, TASKS = "Answers", "Agreement with the original", "Tasks"
 PAIRS = "Tasks in pairs with the original"
+
+_OF_ANSWERS = {
+    "divergence": ("KL per token on the original's answers, nats", NATS),
+    "agreed": ("top-1 agreement on the original's answers, percent", PERCENT),
+    "stops": ("answers that end, percent", PERCENT),
+    "loops": ("answers that repeat 4 tokens 4 times, percent", PERCENT),
+    "alike": ("first tokens as the original's", Unit("{:.1f}".format)),
+}
 
 Side = Callable[[str], str | None]
 Models = Sequence[Mapping[str, Any]]
+# A question with its kind and an answer, as `cfsp.quality.answers` has it.
+Document = Mapping[str, Any]
 
 
 def result_facts(models: Models, side_of: Side) -> list[Fact]:
@@ -54,6 +64,23 @@ def result_facts(models: Models, side_of: Side) -> list[Fact]:
     return facts
 
 
+def answer_documents(models: Models, side_of: Side) -> list[tuple[Document, Document]]:
+    """Return what the original and a run answered to each question; nothing where none was asked.
+
+    Raises:
+        KeyError, TypeError: the models are not as eval writes them.
+    """
+    sides = {side_of(str(model["model"])): model.get("answers") for model in models}
+    both = [answers for side in ("before", "after") if (answers := sides.get(side))]
+    if len(both) < 2:
+        return []
+    keys = ("kind", "question", "answer", "stops", "loops")
+    pairs = (
+        [{key: each[key] for key in keys} for each in answers["documents"]] for answers in both
+    )
+    return list(zip(*pairs, strict=True))
+
+
 def speed_facts(models: Models, side_of: Side) -> list[Fact]:
     """Return tokens per second by phase and workload, with the ratio to the original.
 
@@ -80,6 +107,12 @@ def comparison_facts(comparison: Mapping[str, Any] | None) -> list[Fact]:
     if not comparison:
         return []
     facts = []
+    for key, pair in comparison.get("answers", {}).items():
+        name, unit = _OF_ANSWERS[key]
+        before = _number(pair["first"]) if key in ("stops", "loops") else None
+        detail = f"{comparison['questions']} questions" if key == "divergence" else ""
+        after = _number(pair["second"])
+        facts.append(Fact(ANSWERS, name, unit, before, after, detail=detail))
     for text, pairs in comparison.get("texts", {}).items():
         for key, name, unit in (
             ("divergence", "KL per token, nats", NATS),

@@ -22,7 +22,13 @@ from cfsp.result.conditions import Conditions
 from cfsp.result.facts import QUALITY, Fact, joined, perplexity_facts, size_facts
 from cfsp.result.making import Step, making, repair_steps
 from cfsp.result.manifest import read_manifest, refusing_damage
-from cfsp.result.measured import comparison_facts, result_facts, speed_facts
+from cfsp.result.measured import (
+    Document,
+    answer_documents,
+    comparison_facts,
+    result_facts,
+    speed_facts,
+)
 from cfsp.result.names import short_names
 
 # Of the models that the demonstration and sweeps time.
@@ -38,6 +44,8 @@ class RunFacts:
     manifest: dict[str, Any]
     facts: Sequence[Fact] = ()  # of it and the original; one for each key
     plan: PruningPlan | None = None  # if the file is there
+    # What the original and it answered to each question.
+    answers: Sequence[tuple[Document, Document]] = ()
 
     def under(self, heading: str) -> list[Fact]:
         """Return the facts of one table."""
@@ -139,8 +147,13 @@ def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunF
     """
     try:
         names = [str(model["model"]) for model in results["models"]]
+        models = results["models"]
         extended = [
-            replace(run, facts=joined([*run.facts, *result_facts(results["models"], run.side_of)]))
+            replace(
+                run,
+                facts=joined([*run.facts, *result_facts(models, run.side_of)]),
+                answers=answer_documents(models, run.side_of) or run.answers,
+            )
             for run in runs
         ]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:

@@ -73,6 +73,8 @@ from cfsp.settings.pruning import asked as asked
 from cfsp.settings.pruning import prune_settings as prune_settings
 from cfsp.settings.text import BOS as BOS
 from cfsp.settings.text import BOS_HELP as BOS_HELP
+from cfsp.settings.text import DEFAULT_ANSWER_TOKENS as DEFAULT_ANSWER_TOKENS
+from cfsp.settings.text import DEFAULT_QUESTIONS as DEFAULT_QUESTIONS
 from cfsp.settings.text import DEFAULT_SAMPLES as DEFAULT_SAMPLES
 from cfsp.settings.text import DEFAULT_SEQLEN as DEFAULT_SEQLEN
 from cfsp.settings.text import DEFAULT_TEXT as DEFAULT_TEXT

@@ -77,6 +77,7 @@ class Recipe:
     eval_windows: int | None = EvaluationText.windows
     speed: bool = False
     agreement: bool = False  # it streams the dense model again beside each
+    answers: int | None = None  # questions to ask it and the dense model beside it
     tasks: tuple[str, ...] = ()
     task_limit: int | None = None
     task_data: str | None = None

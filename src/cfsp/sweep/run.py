@@ -31,6 +31,7 @@ from cfsp.decide import follow_runs
 from cfsp.errors import CfspError, OutputError
 from cfsp.pipeline import calibrate_source, prune_checkpoint
 from cfsp.progress import item_progress
+from cfsp.quality.answers import Questions
 from cfsp.quality.compare import compare
 from cfsp.quality.evaluate import evaluate_models, evaluation_windows
 from cfsp.quality.perplexity import before_and_after
@@ -70,6 +71,7 @@ class _Sweep:
     out: Path
     compute: Compute
     tasks: TaskRunner | None
+    questions: Questions | None
 
     def source_of(self, point: Point) -> Checkpoint:
         """Return the model as `cfsp prune` opens it for a point."""
@@ -98,9 +100,10 @@ def run_sweep(
     """
     selection, points = recipe.task_selection, recipe.points(compute)
     tasks = None if selection is None else TaskRunner.of(selection)
+    questions = None if recipe.answers is None else Questions.of(recipe.answers)
     opened = cache(lambda parts: open_checkpoint(recipe.model, parts=parts))
     asked = dict.fromkeys(part for point in points for part in point.settings.budget.parts)
-    sweep = _Sweep(recipe, points, opened(tuple(asked)), opened, out, compute, tasks)
+    sweep = _Sweep(recipe, points, opened(tuple(asked)), opened, out, compute, tasks, questions)
     check_is_outside(out, sweep.source.directory)
     with created_parents(out), exclusive(out), _kept(sweep):
         _claim(out, recipe)
@@ -164,6 +167,9 @@ def _check(sweep: _Sweep) -> None:
     if sweep.tasks is not None:
         check_fits(source, runtime, "scoring tasks")
         sweep.tasks.read_data()
+    if sweep.questions is not None:
+        check_fits(source, runtime, "answering questions")
+        sweep.questions.prompts(source, tokenizer)
     draw_text(sweep.points[0].settings.text, tokenizer, processor_of(source))
 
 
@@ -234,14 +240,20 @@ def _make(
 def _measured(sweep: _Sweep, model: Path, dense: dict[str, Any]) -> dict[str, Any]:
     """Measure a pruned model as the recipe asks; return what its manifest will say of it."""
     recipe, compute, source = sweep.recipe, sweep.compute, sweep.source.directory
-    against = source if recipe.agreement else None
-    found = evaluate_models([model], recipe.evaluation, compute, against=against)[-1]
+    compares = recipe.agreement or sweep.questions is not None
+    against = source if compares else None
+    results = evaluate_models(
+        [model], recipe.evaluation, compute, questions=sweep.questions, against=against
+    )
+    found = results[-1]
+    if sweep.questions is not None:
+        dense = {**dense, "answers": results[0]["answers"]}
     if sweep.tasks is not None:  # apart: the dense model would be scored again
         (scored,) = evaluate_models([model], EvaluationText(()), compute, sweep.tasks)
         found |= {key: scored[key] for key in ("tasks", "documents")}
     perplexity = before_and_after(dense["perplexity"], found["perplexity"])
     facts: dict[str, Any] = {"perplexity": perplexity}
-    if recipe.agreement or sweep.tasks is not None:
+    if compares or sweep.tasks is not None:
         first, second = measured_model("dense", dense), measured_model("pruned", found)
         facts["comparison"] = compare(first, second, first).to_json()
     if recipe.speed:

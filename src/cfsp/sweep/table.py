@@ -123,6 +123,9 @@ def _comparisons(rows: Sequence[Row]) -> Table:
             ):
                 mean = factor * fmean(text[name]["second"]["value"] for text in texts)
                 line[column] = f"{mean:.{digits}f}"
+        if answers := found.get("answers"):
+            line["KL on answers"] = estimate(answers["divergence"]["second"], 3)
+            line["answers that loop, %"] = estimate(answers["loops"]["second"], 1, 100)
         if found["tasks"]:
             for column, name, side in (
                 ("accuracy - dense, %", "accuracy", "difference"),

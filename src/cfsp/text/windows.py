@@ -1,4 +1,4 @@
-"""Token windows: equally long, never padded, the same for the same seed; and what is held out.
+"""Token windows: equally long, mostly not padded, the same for the same seed; and what is held out.
 
 They begin as the model's own tokenizer begins an input: with BOS where it adds one.
 
@@ -42,6 +42,7 @@ class Windows:
         images_N: what the model is given of each window besides its tokens, such as pixel values;
             empty where no window has images.
         evaluation_part: whether nothing is calibrated or trained on this part of the text.
+        padding_N: how many tokens at the end of each are none of the text; None of full windows.
     """
 
     tokens_NT: Tensor
@@ -51,6 +52,7 @@ class Windows:
     stride: int | None = None
     images_N: tuple[Mapping[str, Tensor], ...] = ()
     evaluation_part: bool = False
+    padding_N: Tensor | None = None
 
     @property
     def has_images(self) -> bool:
@@ -76,6 +78,7 @@ class Windows:
             tokens_NT=self.tokens_NT[rows],
             sources=sources,
             counted_N=None if self.counted_N is None else self.counted_N[rows],
+            padding_N=None if self.padding_N is None else self.padding_N[rows],
             images_N=tuple(self.images_N[row] for row in rows if self.images_N),
         )
 
@@ -102,7 +105,7 @@ class Windows:
 
     @property
     def scored_N(self) -> Tensor:
-        """How many tokens at the end of each window are predicted and counted, int64."""
+        """How many tokens at the end of each window's text are predicted and counted, int64."""
         if self.counted_N is not None:
             return self.counted_N
         count, length = self.tokens_NT.shape

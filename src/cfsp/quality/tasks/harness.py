@@ -10,9 +10,10 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import cache, partial
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from cfsp.quality.tasks.documents import read_documents
 from cfsp.quality.tasks.scored import FILTERS, scored_documents, summary_of
 from cfsp.quality.tasks.selection import TaskSelection, check_known, jsonl_task_directory
 from cfsp.streaming.decoder_end import text_model
+from cfsp.streaming.work_dir import WorkDir, load_or_compute
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,6 +70,25 @@ class TaskRunner:
         check_known(selection.task_names, manager.all_tasks, where)
         selection.check_source()
         return cls(selection, manager)
+
+    def scores_of(
+        self,
+        whole: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
+        name: str,
+        work_dir: WorkDir | None,
+    ) -> dict[str, Any]:
+        """Return the `tasks` and `documents` of a model, which is loaded if any are missing."""
+        scorer = cache(lambda: self.scorer(*whole()))
+
+        def score(task: str) -> dict[str, Any]:
+            return scorer().score(task)
+
+        found: dict[str, Any] = {"tasks": {}, "documents": {}}
+        for position, task in enumerate(self.selection.task_names):
+            scored = load_or_compute(work_dir, f"{name}-{position}", partial(score, task))
+            for key in found:
+                found[key].update(scored[key])
+        return found
 
     def scorer(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TaskScorer:
         """Return what scores a model, one task after the other."""

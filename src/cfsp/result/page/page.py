@@ -24,7 +24,7 @@ from cfsp.result.making import load_code, making
 from cfsp.result.manifest import published
 from cfsp.result.names import public_name, short_names
 from cfsp.result.page.groups import ModelGroup, group_runs
-from cfsp.result.page.table import headlines, sections
+from cfsp.result.page.table import answers_by_kind, headlines, sections
 from cfsp.result.runs import RunFacts, read_runs, with_results
 
 _STYLES = ("style.css", "charts.css")
@@ -74,6 +74,7 @@ def render_page(groups: Sequence[ModelGroup]) -> str:
         script=Markup(script),
         groups=groups,
         detailed=[run for group in groups for run in group.detailed],
+        answers_by_kind=answers_by_kind,
         headlines=headlines,
         sections=sections,
         making=lambda run: making(run.manifest),

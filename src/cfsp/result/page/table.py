@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cfsp.result.facts import COUNT, NOTHING, QUALITY, SIZE, SPEED, Fact, labels
-from cfsp.result.measured import AGREEMENT, PAIRS, TASKS
+from cfsp.result.measured import AGREEMENT, ANSWERS, PAIRS, TASKS, Document
 from cfsp.result.runs import RunFacts
 
-_HEADINGS = (SIZE, QUALITY, AGREEMENT, TASKS, PAIRS, SPEED)
+_HEADINGS = (SIZE, ANSWERS, QUALITY, AGREEMENT, TASKS, PAIRS, SPEED)
 _MOST_HEADLINES = {QUALITY: 2, SPEED: 1}
 
 
@@ -79,6 +79,18 @@ def headlines(run: RunFacts) -> list[Headline]:
             told += [fact.detail] if fact.detail else []
             lines.append(Headline(change or after, names[fact], ", ".join(told)))
     return lines
+
+
+def answers_by_kind(
+    base: str, runs: Sequence[RunFacts]
+) -> dict[str, dict[str, list[tuple[str, Document]]]]:
+    """Return kind -> question -> the models and what they answered, the original first."""
+    found: dict[str, dict[str, list[tuple[str, Document]]]] = {}
+    for run in runs:
+        for dense, own in run.answers:
+            of_kind = found.setdefault(own["kind"], {})
+            of_kind.setdefault(own["question"], [(base, dense)]).append((run.name, own))
+    return found
 
 
 def _row(facts: dict[str, Fact], runs: Sequence[RunFacts], name: str) -> Row:

@@ -1,0 +1,260 @@
+"""Answers to questions in the chat template, beside those of the dense model.
+
+Every model answers greedily, one model after the other in memory. The dense model's answers are
+then read by all models, as texts are: of a window, a question and its answer, the answer counts.
+
+Shapes: B questions of a batch, N of all, T tokens, P predictions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from hashlib import sha256
+from itertools import islice, takewhile
+from operator import eq
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cfsp.checkpoint.text_config import longest_input_of
+from cfsp.errors import TextError, UsageError
+from cfsp.progress import item_progress
+from cfsp.quality.agreement import divergence_and_agreement
+from cfsp.quality.paired import per_count
+from cfsp.quality.results_file import answer_measures
+from cfsp.quality.streaming import WindowSums
+from cfsp.settings import DEFAULT_ANSWER_TOKENS
+from cfsp.streaming.decoder_end import text_model
+from cfsp.streaming.work_dir import WorkDir, load_or_compute
+from cfsp.text.chats import templated
+from cfsp.text.sources import TextSource
+from cfsp.text.windows import Windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from cfsp.checkpoint.reading import Checkpoint
+
+_FILE = Path(__file__).with_name("questions.jsonl")
+_BATCH = 8
+# A loop is a sequence of so many tokens that comes so many times.
+_LOOP_TOKENS, _LOOP_TIMES = 4, 4
+# KL in nats between a question alone and padded, by rounding: 2e-7 in float32, 0.01 in bfloat16.
+_MOST_OF_PADDING, _MOST_IN_HALF = 1e-3, 0.1
+
+# A model with its tokenizer, which are loaded where they are needed.
+Whole = Callable[[], tuple["PreTrainedModel", "PreTrainedTokenizerBase"]]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Questions with their kinds, and how many tokens an answer may have."""
+
+    asked: tuple[tuple[str, str], ...]
+    longest: int = DEFAULT_ANSWER_TOKENS
+
+    @classmethod
+    def of(
+        cls, count: int, chats: str | None = None, longest: int = DEFAULT_ANSWER_TOKENS
+    ) -> Questions:
+        """Return the first questions of those that come with cfsp, or that begin chats.
+
+        Raises:
+            UsageError: a number is not positive.
+            TextError: these are no chats, or one has no question.
+        """
+        for what, number in (("question", count), ("token of an answer", longest)):
+            if number < 1:
+                raise UsageError(f"--answers needs at least 1 {what}, found {number}")
+        if chats is not None:
+            return cls(tuple(islice(_first_turns(chats), count)), longest)
+        lines = _FILE.read_text(encoding="utf-8").splitlines()[:count]
+        found = (json.loads(line) for line in lines)
+        return cls(tuple((each["kind"], each["question"]) for each in found), longest)
+
+    def identity(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """Return what answers depend on besides the models, as JSON types."""
+        asked = json.dumps([self.asked, str(tokenizer.chat_template)])
+        digest = sha256(asked.encode()).hexdigest()
+        return {"questions": len(self.asked), "tokens": self.longest, "digest": digest}
+
+    def prompts(self, source: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """Return the tokens that ask a model each question.
+
+        Raises:
+            UsageError: it has no chat template, or does not read so many tokens.
+            TextError: the template refuses a question.
+        """
+        if not getattr(tokenizer, "chat_template", None):
+            raise UsageError(
+                f"--answers asks in the chat template, and the tokenizer of {source.label} has "
+                "none; measure an instruct model, or leave it out"
+            )
+        prompts, room = [], longest_input_of(source.config)
+        for number, (_, question) in enumerate(self.asked, start=1):
+            turn = [{"role": "user", "content": question}]
+            text = templated(turn, tokenizer, number, add_generation_prompt=True)
+            prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+            if room is not None and len(prompts[-1]) + self.longest > room:
+                raise UsageError(
+                    f"question {number} has {len(prompts[-1])} tokens and its answer up to "
+                    f"{self.longest}, but {source.label} reads {room} at once; leave it out"
+                )
+        return prompts
+
+
+def _first_turns(name: str) -> Iterator[tuple[str, str]]:
+    source = TextSource(name, "evaluation")
+    source.open()
+    if not source.is_chat:
+        raise TextError(f"{name} holds no chats, which --questions needs: a column `messages`")
+    for number, chat in enumerate(source.conversations(), start=1):
+        turns = [message["content"] for message in chat if message["role"] == "user"]
+        if not turns:
+            raise TextError(f"{name}, chat {number}: there is no message of the role `user`")
+        yield Path(name.removesuffix(":messages")).stem, turns[0]
+
+
+def answers_of(
+    prompts: Sequence[list[int]],
+    longest: int,
+    whole: Whole,
+    work_dir: WorkDir | None,
+    name: str,
+    label: str,
+) -> list[dict[str, Any]]:
+    """Return a model's greedy answers: `tokens`, their text, and whether it `stops` and `loops`.
+
+    What a killed run has answered is not asked again.
+    """
+    answering = cache(lambda: _Answering(*whole(), prompts))
+
+    def ask(some: Sequence[list[int]]) -> dict[str, Any]:
+        return {"answers": answering().answers(some, longest)}
+
+    found: list[dict[str, Any]] = []
+    with item_progress(label, len(prompts), "answer") as bar:
+        for start in range(0, len(prompts), _BATCH):
+            some = prompts[start : start + _BATCH]
+            kept = load_or_compute(work_dir, f"{name}-{start}", partial(ask, some))
+            found += kept["answers"]
+            bar.update(len(some))
+    return found
+
+
+class _Answering:
+    """A model in memory, which answers greedily whatever its own generation config says."""
+
+    def __init__(
+        self,
+        whole: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[list[int]],
+    ) -> None:
+        from transformers import GenerationConfig
+
+        self._model, self._tokenizer = text_model(whole), tokenizer
+        own = getattr(whole.generation_config, "eos_token_id", None)
+        ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+        self._ends = sorted(ends)
+        self._pad = self._ends[0] if ends else 0
+        # What a call leaves open is the model's own, such as its penalty of repetition.
+        self._model.generation_config = GenerationConfig(
+            do_sample=False, eos_token_id=self._ends or None, pad_token_id=self._pad
+        )
+        # Padded like the longest question, the shortest must be read as it is alone.
+        few = [min(prompts, key=len), max(prompts, key=len)]
+        alone_1V, padded_2V = (
+            self._generate(some, max_new_tokens=1, output_logits=True).logits[0]
+            for some in (few[:1], few)
+        )
+        off, _ = divergence_and_agreement(padded_2V[:1], alone_1V)
+        most = _MOST_OF_PADDING if self._model.dtype == torch.float32 else _MOST_IN_HALF
+        self._batch = _BATCH if off < most else 1
+
+    def answers(self, prompts: Sequence[list[int]], longest: int) -> list[dict[str, Any]]:
+        """Return the answers to some questions, each up to and with the end of its turn."""
+        found = []
+        for start in range(0, len(prompts), self._batch):
+            some = prompts[start : start + self._batch]
+            sequences_BT = self._generate(some, max_new_tokens=longest).sequences
+            for tokens in sequences_BT[:, max(map(len, some)) :].tolist():
+                words = list(takewhile(lambda token: token not in self._ends, tokens))
+                found.append(
+                    {
+                        "tokens": tokens[: len(words) + 1],
+                        "answer": self._tokenizer.decode(words, skip_special_tokens=True).strip(),
+                        "stops": len(words) < len(tokens),
+                        "loops": is_loop(words),
+                    }
+                )
+        return found
+
+    def _generate(self, prompts: Sequence[list[int]], **options: Any) -> Any:
+        length = max(map(len, prompts))
+        rows = [[self._pad] * (length - len(prompt)) + prompt for prompt in prompts]
+        mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        tokens_BT, mask_BT = torch.tensor([rows, mask], device=self._model.device)
+        with torch.inference_mode():
+            return self._model.generate(
+                tokens_BT, attention_mask=mask_BT, return_dict_in_generate=True, **options
+            )
+
+
+def is_loop(tokens: Sequence[int]) -> bool:
+    """Return whether some sequence of 4 tokens comes at least 4 times."""
+    runs = Counter(zip(*(tokens[shift:] for shift in range(_LOOP_TOKENS)), strict=False))
+    return max(runs.values(), default=0) >= _LOOP_TIMES
+
+
+def windows_of(prompts: Sequence[list[int]], answers: Sequence[dict[str, Any]]) -> Windows:
+    """Return a window for each question with its answer, of which only the answer counts."""
+    rows = [[*prompt, *each["tokens"]] for prompt, each in zip(prompts, answers, strict=True)]
+    length = max(map(len, rows))
+    return Windows(
+        torch.tensor([row + row[-1:] * (length - len(row)) for row in rows]),
+        {"answers": len(rows)},
+        counted_N=torch.tensor([len(each["tokens"]) for each in answers]),
+        padding_N=torch.tensor([length - len(row) for row in rows]),
+    )
+
+
+def answers_result(
+    questions: Questions,
+    windows: Windows,
+    sums: WindowSums,
+    own: Sequence[dict[str, Any]],
+    dense: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """Return what a model's results say of its answers, as JSON types.
+
+    Returns:
+        `digest`: of the dense model's answers; `longest`: the tokens that one may have; of each
+        answer how many were `predicted`, their `divergence` from the dense model (KL, nats), and
+        how many `agreed` in the likeliest token; `documents`: each question, its kind, the model's
+        own answer, whether it stops and loops, and how many of its first tokens are `alike` the
+        dense model's; `summary`: all of these in the mean.
+    """
+    predicted = windows.scored_N.tolist()
+    documents = [
+        {"kind": kind, "question": question}
+        | {name: each[name] for name in ("answer", "stops", "loops")}
+        | {"alike": sum(takewhile(bool, map(eq, each["tokens"], its["tokens"])))}
+        for (kind, question), each, its in zip(questions.asked, own, dense, strict=True)
+    ]
+    found = {
+        "digest": windows.digest,
+        "longest": questions.longest,
+        "predicted": predicted,
+        # The dense model agrees with itself.
+        "divergence": sums.get("divergence", [0.0] * len(predicted)),
+        "agreed": sums.get("agreed", predicted),
+        "documents": documents,
+    }
+    summary = {name: per_count(*each).to_json() for name, each in answer_measures(found).items()}
+    return {**found, "summary": summary}

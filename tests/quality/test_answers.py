@@ -1,0 +1,276 @@
+"""Answers: greedy whatever a model says, read by all models alike, and never asked twice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from cfsp.checkpoint.loading import load
+from cfsp.cli import main
+from cfsp.errors import TextError, UsageError
+from cfsp.quality import answers
+from cfsp.quality.answers import Questions, answers_of, is_loop, windows_of
+from cfsp.text.chats import templated
+
+COUNT, LONGEST = 9, 7
+
+
+@pytest.fixture(scope="module")
+def models(tiny_checkpoint: Callable[[str], Path]) -> list[str]:
+    return [str(tiny_checkpoint(name)) for name in ("qwen3", "llama")]
+
+
+@pytest.fixture(scope="module")
+def argv(models: list[str]) -> list[str]:
+    """Another model of the same tokenizer, measured against the dense one."""
+    asked = ["--answers", str(COUNT), "--set", f"answer_tokens={LONGEST}", "--dtype", "float32"]
+    return ["eval", models[0], "--against", models[1], *asked]
+
+
+@pytest.fixture(scope="module")
+def results(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("answers") / "out.json"
+    assert main([*argv, "--out", str(out)]) == 0
+    return out
+
+
+def prompts_of(tokenizer: Any) -> list[list[int]]:
+    return [
+        tokenizer(
+            templated([{"role": "user", "content": question}], tokenizer, 1),
+            add_special_tokens=False,
+        )["input_ids"]
+        for _, question in Questions.of(COUNT).asked
+    ]
+
+
+def greedy(model: Any, prompt: list[int], end: int) -> list[int]:
+    """Answer without a cache, and without `generate`."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + LONGEST and tokens[-1:] != [end]:
+        with torch.inference_mode():
+            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def test_numbers_are_those_of_numpy(models: list[str], results: Path, tokenizer: Any) -> None:
+    dense, other = (load(name, dtype="float32") for name in reversed(models))
+    end = tokenizer.eos_token_id
+    kl, agreed, counts, alike, texts = [], [], [], [], []
+    for prompt in prompts_of(tokenizer):
+        answer, own = greedy(dense, prompt, end), greedy(other, prompt, end)
+        with torch.inference_mode():
+            p, q = (
+                model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].double()
+                for model in (dense, other)
+            )
+        log_p, log_q = (
+            x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p.numpy(), q.numpy())
+        )
+        kl.append((np.exp(log_p) * (log_p - log_q)).sum())
+        agreed.append(float((log_p.argmax(-1) == log_q.argmax(-1)).sum()))
+        counts.append(len(answer))
+        alike.append(int(np.cumprod([a == b for a, b in zip(answer, own, strict=False)]).sum()))
+        texts.append(tokenizer.decode([token for token in own if token != end]).strip())
+    first, second = (each["answers"] for each in json.loads(results.read_text())["models"])
+    assert second["predicted"] == first["predicted"] == counts
+    assert second["divergence"] == pytest.approx(kl, rel=1e-3)
+    assert second["agreed"] == agreed
+    assert [each["answer"] for each in second["documents"]] == texts
+    assert [each["alike"] for each in second["documents"]] == alike
+    value = second["summary"]["divergence"]
+    assert value["value"] == pytest.approx(sum(kl) / sum(counts), rel=1e-3)
+    gaps = np.array(kl) - sum(kl) / sum(counts) * np.array(counts)
+    error = np.sqrt(COUNT / (COUNT - 1) * (gaps**2).sum()) / sum(counts)
+    assert value["stderr"] == pytest.approx(error, rel=1e-2)
+    # The dense model is as it is.
+    assert first["divergence"] == [0] * COUNT and first["agreed"] == counts
+    assert [each["alike"] for each in first["documents"]] == counts
+
+
+def test_answers_are_greedy_whatever_the_model_says_and_padding_changes_none(
+    models: list[str], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = prompts_of(tokenizer)
+    assert len({len(prompt) for prompt in prompts}) > 1
+    model = load(models[1], dtype="float32")
+
+    def ask(model: Any) -> list[dict[str, Any]]:
+        return answers_of(prompts, LONGEST, lambda: (model, tokenizer), None, "name", "label")
+
+    expected = [greedy(model, prompt, tokenizer.eos_token_id) for prompt in prompts]
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=5.0, repetition_penalty=9.0, max_length=3, num_beams=2,
+        eos_token_id=[1, expected[0][3]],
+    )  # fmt: skip
+    found = ask(model)
+    # What the model's own config ends a turn with ends it.
+    stop = expected[0].index(expected[0][3])
+    assert found[0]["tokens"] == expected[0][: stop + 1] and found[0]["stops"]
+    assert all(
+        each["tokens"] == its[: len(each["tokens"])]
+        for each, its in zip(found, expected, strict=True)
+    )
+    monkeypatch.setattr(answers, "_MOST_OF_PADDING", -1.0)  # one question at a time
+    model.generation_config = GenerationConfig(eos_token_id=[1, expected[0][3]])
+    assert ask(model) == found
+
+
+def test_loops_and_windows_are_counted() -> None:
+    assert is_loop([5, 1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4])
+    assert not is_loop([5, 1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3])
+    assert is_loop([7] * 7) and not is_loop([7] * 6) and not is_loop([])
+    windows = windows_of([[1, 2], [3]], [{"tokens": [4]}, {"tokens": [5, 6, 7]}])
+    assert windows.tokens_NT.tolist() == [[1, 2, 4, 4], [3, 5, 6, 7]]
+    assert windows.scored_N.tolist() == [1, 3]
+    part = windows.part(slice(0, 1))
+    assert part.padding_N is not None and part.padding_N.tolist() == [1]
+
+
+def test_first_questions_are_of_every_kind() -> None:
+    asked = Questions.of(100).asked
+    assert len(set(asked)) == 100
+    kinds = [kind for kind, _ in asked]
+    assert len(set(kinds)) == 10 and kinds == kinds[:10] * 10
+
+
+def test_a_killed_run_goes_on_with_the_next_questions(
+    argv: list[str], results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, seen = answers._Answering.answers, []
+
+    def killed(count: int) -> Callable[..., Any]:
+        def ask(model: Any, prompts: Any, longest: int) -> Any:
+            seen.append(len(prompts))
+            if len(seen) == count:
+                raise KeyboardInterrupt
+            return plain(model, prompts, longest)
+
+        return ask
+
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(answers._Answering, "answers", killed(2))
+    assert main([*argv, "--out", str(out)]) == 130
+    assert not out.exists()
+    monkeypatch.setattr(answers._Answering, "answers", killed(0))
+    seen.clear()
+    assert main([*argv, "--out", str(out)]) == 0
+    assert seen == [1, 8, 1]
+    assert json.loads(out.read_text()) == json.loads(results.read_text())
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+    seen.clear()  # and what is there is not measured again, unless something else is asked
+    assert main([*argv, "--out", str(out)]) == 0
+    assert main([*argv, "--answers", "3", "--out", str(out)]) == 2
+    assert not seen
+
+
+def test_tables(
+    argv: list[str], models: list[str], results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*argv, "--out", str(results)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split("  ")[0] == f"answers to {COUNT} questions"
+    assert [line.count("±") for line in lines[2:4]] == [0, 2]
+    assert main(["compare", str(results), "--json"]) == 0
+    (pair,) = json.loads(capsys.readouterr().out)["pairs"]
+    second = json.loads(results.read_text())["models"][1]["answers"]["summary"]
+    assert pair["questions"] == COUNT
+    assert pair["answers"]["divergence"]["difference"] == second["divergence"]
+    assert pair["answers"]["alike"]["second"] == second["alike"]
+    assert main(["compare", str(results)]) == 0
+    told = capsys.readouterr().out
+    assert f"answers to {COUNT} questions" in told and "first tokens alike" in told
+
+
+def test_other_answers_are_not_compared(
+    models: list[str], results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = json.loads(results.read_text())
+    found["models"] = [found["models"][1] | {"model": "other", "fingerprint": "other"}]
+    found["models"][0]["answers"]["digest"] = "other"
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(found))
+    assert main(["compare", str(results), str(other)]) == 2
+    assert "were measured on other answers" in capsys.readouterr().err
+
+
+def test_questions_of_chats(tmp_path: Path) -> None:
+    chats = tmp_path / "mine.jsonl"
+    turns = [
+        [{"role": "system", "content": "s"}, {"role": "user", "content": f"river {i}"}]
+        for i in range(4)
+    ]
+    chats.write_text("\n".join(json.dumps({"messages": each}) for each in turns))
+    assert Questions.of(3, str(chats)).asked == tuple(("mine", f"river {i}") for i in range(3))
+    chats.write_text(json.dumps({"messages": turns[0][:1]}))
+    with pytest.raises(TextError, match="chat 1: there is no message of the role `user`"):
+        Questions.of(3, str(chats))
+    chats.write_text(json.dumps({"text": "prose"}))
+    with pytest.raises(TextError, match="holds no chats"):
+        Questions.of(3, str(chats))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chat_template": None}, "asks in the chat template, and the tokenizer of"),
+        ({"chat_template": "{{ messages[0].content }}!"}, "another tokenizer or chat template"),
+        ({"chat_template": "{{ raise_exception('no') }}"}, "does not fit the chat template: no"),
+        # A template cannot reach what is outside of it.
+        ({"chat_template": "{{ messages.__class__.__mro__ }}"}, "does not fit the chat template"),
+    ],
+)
+def test_templates_that_do_not_fit(
+    models: list[str],
+    tokenizer: Any,
+    change: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = Path(shutil.copytree(models[1], tmp_path / "other"))
+    (other / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((other / "tokenizer_config.json").read_text()) | change
+    (other / "tokenizer_config.json").write_text(json.dumps(config))
+    assert main(["eval", str(other), "--against", models[1], "--answers", "1"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_mistakes_are_told_before_anything_is_loaded(
+    models: list[str],
+    argv: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cfsp.quality.evaluate.load", lambda *_, **__: pytest.fail("too late"))
+    for wrong, message in (
+        (
+            ["eval", models[0], "--answers"],
+            "--answers compares with the dense model's answers; add",
+        ),
+        (["eval", models[0], "--questions", "a.jsonl"], "--questions compares with"),
+        ([*argv, "--questions", "nowhere.jsonl"], "nowhere.jsonl is neither a file nor a known"),
+        ([*argv, "--set", "answer_tokens=0"], "needs at least 1 token of an answer, found 0"),
+        ([*argv, "--set", "answer_tokens=999"], "its answer up to 999, but"),
+    ):
+        assert main(wrong) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["eval", "--against", models[1], "--answers", models[0]])
+    assert (
+        "expected a number of questions, with the models before --answers, found"
+        in capsys.readouterr().err
+    )
+    monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
+    assert main(argv) == 2
+    assert "answering questions runs the whole model" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="at least 1 question, found 0"):
+        Questions.of(0)
