@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from cfsp.architecture.block_names import counted
 from cfsp.cli.options import Parser
-from cfsp.cli.output import estimate, print_json, print_table
+from cfsp.cli.output import Told, estimate, print_table
 from cfsp.errors import UsageError
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ def add_options_to(parser: Parser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
-    """Compare and print."""
+def run(args: argparse.Namespace) -> Told:
+    """Compare."""
     from cfsp.quality.compare import comparisons
     from cfsp.quality.results_file import joined_models, models_in
 
@@ -64,16 +64,16 @@ def run(args: argparse.Namespace) -> None:
     dense = _same(models, of_file[0]) if of_file else _dense(models, args.against)
     base = None if args.base is None else _named(models, args.base, "--base")
     found = comparisons(models, dense, base)
-    if args.json:
-        name = None if dense is None else dense.name
-        print_json({"against": name, "pairs": [each.to_json() for each in found]})
-        return
-    for number, each in enumerate(found):
-        if number:
+    against = None if dense is None else dense.name
+
+    def say() -> None:
+        for each in found:
+            _print(each)
             print()
-        _print(each)
-    against = "no dense model that is known" if dense is None else dense.name
-    print(f"\nagainst {against}; differences are second - first, with their standard errors")
+        known = against or "no dense model that is known"
+        print(f"against {known}; differences are second - first, with their standard errors")
+
+    return {"against": against, "pairs": [each.to_json() for each in found]}, say
 
 
 def _dense(models: Sequence[MeasuredModel], against: str | None) -> MeasuredModel | None:

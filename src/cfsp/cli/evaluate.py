@@ -14,7 +14,7 @@ from typing import Any
 from cfsp.architecture.block_names import counted
 from cfsp.cli import arguments
 from cfsp.cli.options import Parser, add_advanced, settings_from
-from cfsp.cli.output import estimate, human_count, print_json, print_table
+from cfsp.cli.output import Told, estimate, human_count, print_table
 from cfsp.errors import UsageError
 from cfsp.processes import process_count
 from cfsp.settings import (
@@ -76,7 +76,8 @@ def _add_tasks(parser: Parser) -> None:
     tasks = parser.add_argument_group("tasks, scored by lm-evaluation-harness")
     tasks.add_argument(
         "--tasks",
-        action="append",
+        action="extend",
+        type=arguments.names,
         metavar="A,B,...",
         help="names of the harness, such as piqa, lambada_openai, gsm8k; or cfsp-paper (HellaSwag, "
         "PIQA, WinoGrande, ARC-e, ARC-c, OpenBookQA, BoolQ, MMLU)",
@@ -121,8 +122,8 @@ def _add_answers(parser: Parser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
-    """Evaluate and print."""
+def run(args: argparse.Namespace) -> Told:
+    """Evaluate."""
     answers = "--answers" if args.answers else "--questions" if args.questions else None
     if not (args.data or args.tasks or answers):
         raise UsageError("expected --data, --tasks, --answers or several, found none")
@@ -141,9 +142,8 @@ def run(args: argparse.Namespace) -> None:
 
     selection = None
     if args.tasks:
-        names = [name.strip() for each in args.tasks for name in each.split(",") if name.strip()]
         batch = args.batch_windows or DEFAULT_BATCH
-        selection = TaskSelection(tuple(names), args.limit, args.shots, args.task_data, batch)
+        selection = TaskSelection(tuple(args.tasks), args.limit, args.shots, args.task_data, batch)
 
     from cfsp.checkpoint.loading import compute_device
     from cfsp.processes import joined, take_own_accelerator
@@ -174,12 +174,7 @@ def run(args: argparse.Namespace) -> None:
     found: dict[str, Any] = {"models": models}
     if runner:
         found["tasks"] = runner.conditions()
-    if not team.is_first:
-        return
-    if args.json:
-        print_json(found)
-        return
-    _print(found, args)
+    return (found, partial(_print, found, args)) if team.is_first else None
 
 
 def _print(found: dict[str, Any], args: argparse.Namespace) -> None:

@@ -82,7 +82,7 @@ def _add_recipe(parser: Parser) -> None:
     )
     measured.add_argument(
         "--tasks",
-        type=_names,
+        type=arguments.names,
         metavar="A,B,...",
         help="score tasks, as for eval, in pairs with the dense model",
     )
@@ -90,10 +90,6 @@ def _add_recipe(parser: Parser) -> None:
         parser, "--task-limit", type=int, metavar="N", help="first N documents of each task"
     )
     add_advanced(parser, "--task-data", metavar="DIR", help="local files of tasks, as for eval")
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def run(args: argparse.Namespace) -> Told:
