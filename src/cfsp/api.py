@@ -22,6 +22,7 @@ from cfsp.pipeline import (
 )
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.prune_and_recover import best_effort, prune_and_recover
+from cfsp.quality.answers import Questions
 from cfsp.quality.evaluate import evaluate_models
 from cfsp.result.prune_report import PruneReport
 from cfsp.settings import (
@@ -232,7 +233,7 @@ def plan(
 
 def evaluate(
     models: str | Path | Sequence[str | Path],
-    data: Data,
+    data: Data = (),
     *,
     windows: int | None = EvaluationText.windows,
     seqlen: int | None = EvaluationText.seqlen,
@@ -240,8 +241,9 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     against: str | Path | None = None,
+    answers: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Return perplexities of models on texts, as `cfsp eval --json` prints them.
+    """Return perplexities of models on texts, and answers, as `cfsp eval --json` prints them.
 
     Args:
         models: one or several directories, hub ids, .gguf files or `demo`.
@@ -255,16 +257,20 @@ def evaluate(
         dtype: what to compute in.
         against: the dense model, which is measured too, and how far the others are from its
             predictions.
+        answers: ask so many of the questions that come with cfsp; needs `against`.
     """
     compute = from_names(Compute, {}, device=device, dtype=dtype)
     texts = EvaluationText(texts_of(data), windows, seqlen, bos=bos)
-    if not texts.names:
+    if not texts.names and answers is None:
         raise UsageError(
             "there is no text to measure on; give one or several, such as wikitext2 or a .txt file"
         )
+    if answers is not None and against is None:
+        raise UsageError("answers= compares with the dense model's answers; add against=")
+    questions = None if answers is None else Questions.of(answers)
     names = list(map(str, [models] if isinstance(models, str | Path) else models))
     against = None if against is None else str(against)
-    return evaluate_models(names, texts, compute, against=against)
+    return evaluate_models(names, texts, compute, against=against, questions=questions)
 
 
 def _opened(

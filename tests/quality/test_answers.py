@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+import cfsp
 from cfsp.checkpoint.loading import load
 from cfsp.cli import main
 from cfsp.errors import TextError, UsageError
@@ -122,6 +123,14 @@ def test_answers_are_greedy_whatever_the_model_says_and_padding_changes_none(
     monkeypatch.setattr(answers, "_MOST_OF_PADDING", -1.0)  # one question at a time
     model.generation_config = GenerationConfig(eos_token_id=[1, expected[0][3]])
     assert ask(model) == found
+
+
+def test_python_measures_them_too(models: list[str]) -> None:
+    dense, other = cfsp.evaluate(models[0], answers=2, against=models[1])
+    assert dense["answers"]["summary"]["agreed"]["value"] == 1
+    assert len(other["answers"]["documents"]) == 2
+    with pytest.raises(UsageError, match="against="):
+        cfsp.evaluate(models[0], answers=2)
 
 
 def test_loops_and_windows_are_counted() -> None:
