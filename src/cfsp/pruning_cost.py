@@ -21,8 +21,8 @@ from cfsp.calibration.calibrate import observe
 from cfsp.checkpoint.reading import parameter_count
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
 from cfsp.decide import COARSE_WINDOWS
+from cfsp.repair.cholesky import factor, lower_panels
 from cfsp.repair.gram import Observation
-from cfsp.repair.ridge import LAMBDAS
 from cfsp.repair.ridge_pass import gram_bytes
 from cfsp.selection.divergence import (
     BEGINNING_TOKENS,
@@ -51,8 +51,10 @@ if TYPE_CHECKING:
 _INTERPRETER_BYTES = int(0.5e9)
 # Of a tokenizer, for each entry of its vocabulary.
 _TOKEN_BYTES = 1000
-# Size of the matrix that the speed of the solve is measured with.
-_SOLVED = 1024
+# Size of the matrix that the speed of the solve is measured with: smaller ones are slower.
+_SOLVED = 2048
+# So many strengths of the ridge are tried where the middle one or a stronger one is best.
+_STRENGTHS = 3
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ class _Asked:
             found["calibrate"] = one_pass(self.windows)
         if self.compares:
             found["sensitivity"] = one_pass(self._sensitivity_windows())
-        solve = len(LAMBDAS) * rates.solve * sum(map(self._solve_flop, self.source.units))
+        solve = _STRENGTHS * rates.solve * sum(map(self._solve_flop, self.source.units))
         if self.repairs:
             found |= {"ridge": one_pass(self.windows, 1.0), "solve": solve}
         return {**found, "cut": 2 * reading}
@@ -230,10 +232,9 @@ def measured(asked: _Asked) -> Rates:
     start = time.perf_counter()
     read = sum(source.read(name).nbytes for name in names)
     reading = time.perf_counter() - start
-    matrix = torch.eye(_SOLVED, dtype=torch.float64, device=device)
-    torch.linalg.cholesky_ex(matrix)  # warms up
+    panels = lower_panels(torch.eye(_SOLVED, device=device), torch.arange(_SOLVED, device=device))
     start = _now(device)
-    torch.linalg.cholesky_ex(matrix)
+    factor(panels)
     return Rates(
         forward * sum(asked.elements) / asked.elements[block.index] / tokens,
         gram * all_grams / gram_bytes(source, block.index) / tokens,
