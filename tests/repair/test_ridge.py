@@ -18,9 +18,15 @@ import cfsp
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import TextError
-from cfsp.repair.cholesky import PANEL, add_to_diagonal, factor, lower_panels, solve
 from cfsp.repair.gram import GramSums
-from cfsp.repair.ridge import repair_down_projection
+from cfsp.repair.ridge import (
+    PANEL,
+    add_to_diagonal,
+    factor,
+    lower_panels,
+    repair_down_projection,
+    solve,
+)
 from cfsp.result.manifest import read_manifest
 
 

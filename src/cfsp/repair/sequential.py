@@ -27,10 +27,9 @@ from torch import Tensor
 from cfsp.architecture.activations import observed_activations
 from cfsp.checkpoint.ffn_tensors import down_matrix, parameters_with_down
 from cfsp.checkpoint.reading import units_of_block
-from cfsp.repair.cholesky import SOLVE_COLUMNS, ridge_factor, solve
 from cfsp.repair.gram import GramSums
 from cfsp.repair.result import BlockRepair, PruningResult, block_repair
-from cfsp.repair.ridge import LAMBDAS
+from cfsp.repair.ridge import LAMBDAS, SOLVE_COLUMNS, ridge_factor, solve
 from cfsp.repair.stream_repair import Repaired, StreamRepair, error_of_hidden
 from cfsp.streaming.two_streams import GroupVisit, hidden_loss
 

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
-from cfsp.streaming.call_form import find_call_form
 from cfsp.streaming.decoder_end import logits_only, text_model
 from cfsp.streaming.runtime import check_fits
-from cfsp.streaming.stand_in import CallForm, resumed_at
+from cfsp.streaming.stand_in import CallForm, find_call_form, resumed_at
 from cfsp.text.windows import few_windows
 
 if TYPE_CHECKING:

@@ -44,8 +44,7 @@ from cfsp.checkpoint.config_widths import stock_config
 from cfsp.checkpoint.loading import cache_argument
 from cfsp.checkpoint.stored_blocks import name_without_blocks, names_without_blocks
 from cfsp.errors import UnsupportedModelError, first_line
-from cfsp.streaming.call_form import find_call_form
-from cfsp.streaming.stand_in import skipped
+from cfsp.streaming.stand_in import find_call_form, skipped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

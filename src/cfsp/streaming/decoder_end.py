@@ -20,8 +20,7 @@ from cfsp.architecture.small_run import set_parameter
 from cfsp.checkpoint.reading import read_parameter
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of, build_skeleton
 from cfsp.checkpoint.text_config import vocabulary_of
-from cfsp.streaming.call_form import find_call_form
-from cfsp.streaming.stand_in import CallForm, resumed_at
+from cfsp.streaming.stand_in import CallForm, find_call_form, resumed_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

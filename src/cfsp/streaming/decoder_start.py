@@ -22,9 +22,8 @@ from cfsp.checkpoint.reading import read_tensors
 from cfsp.checkpoint.skeleton import fill, unload
 from cfsp.errors import UnsupportedModelError
 from cfsp.streaming.block_calls import BlockCalls, Recording, record_calls
-from cfsp.streaming.call_form import find_call_form
 from cfsp.streaming.hidden_states import HiddenStates
-from cfsp.streaming.stand_in import CallForm
+from cfsp.streaming.stand_in import CallForm, find_call_form
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -3,19 +3,34 @@
 So no family's signature, masks, norms or heads need to be known. What changes in one block changes
 nothing before it: the forward can also be resumed at a block, on hidden states of an earlier run.
 
+Most models give a block [B, T, D] and take a tensor of the same shape. Some take a tuple, some
+give the next block what else this one returned, some have an axis of several streams. Which it is
+shows when stand-ins take the place of all blocks: only with the right form does the model's own
+forward run to its end.
+
 Shapes: B windows, T tokens, D hidden (all that a token has, if a model keeps several streams).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cfsp.architecture.activations import hidden_state
+from cfsp.errors import UnsupportedModelError
+from cfsp.streaming.call_values import differ, leaves, place_in_words
+
+# Windows and tokens of the batch that forms are tried on.
+_PROBED = (2, 3)
+
+# What blocks return: a tensor, or a tuple of the hidden state and so many values more.
+_RETURNS = (None, 0, 1, 2, 3)
 
 # What else a model calls a block with: positional arguments after the hidden state, and named ones.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -153,3 +168,140 @@ def hidden_states_entering(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
             handle = block.register_forward_pre_hook(note, with_kwargs=True)
             stack.callback(handle.remove)
         yield entering_L
+
+
+# Which form a model needs.
+
+
+class _WrongFormError(Exception):
+    """The model did not take a hidden state as it was given."""
+
+
+@dataclass(frozen=True)
+class _Called:
+    """A call of a block: the hidden states that it was given and returned, and all else."""
+
+    index: int
+    given: Tensor
+    returned: Tensor
+    arguments: Arguments
+
+
+def find_call_form(
+    run: Callable[[Tensor], Tensor], blocks: nn.ModuleList, device: torch.device
+) -> CallForm:
+    """Try forms until the model's own forward runs to its end through stand-ins.
+
+    Args:
+        run: calls the model with tokens_BT and returns what leaves it, [B, T, ...]. It needs no
+            blocks.
+        blocks: its list of decoder blocks.
+        device: of the tokens.
+
+    Raises:
+        UnsupportedModelError: it calls blocks twice or not at all, changes hidden states between
+            them, needs more of what came before than the last hidden state, or takes none of the
+            forms.
+    """
+    tokens_BT = torch.zeros(_PROBED, dtype=torch.long, device=device)
+    name, reasons = type(blocks[0]).__name__, []
+    for extras in _RETURNS:
+        form = CallForm(extras)
+        called: list[_Called] = []
+        try:
+            output = _run_through(run, tokens_BT, blocks, form, called)
+            if tuple(output.shape[:2]) != _PROBED:
+                raise _WrongFormError(f"it ends with a tensor of shape {list(output.shape)}")
+        except Exception as error:  # whatever a model does with a value that it does not expect
+            if not called:
+                raise
+            reasons.append(f"{type(error).__name__}: {error}".partition("\n")[0])
+            continue
+        _check_order(called, blocks)
+        last = called[-1].returned
+        others: list[_Called] = []
+        other = _run_through(run, tokens_BT, blocks, form, others, last=last, changed=True)
+        _check_independence(called, others, name)
+        of_text = _run_through(run, tokens_BT + 1, blocks, form, [], last=last)
+        if differ(output, other) or differ(output, of_text):
+            raise UnsupportedModelError(
+                f"what comes after the last block ({type(blocks[-1]).__name__}) needs more than "
+                "its hidden states, so that blocks cannot be run one after the other"
+            )
+        return CallForm(extras, _layout(called[0].given, name))
+    raise UnsupportedModelError(
+        f"{name} cannot be run by itself: the model takes neither a tensor nor a tuple from it "
+        f"({reasons[0]}); please report the model type"
+    )
+
+
+def _run_through(
+    run: Callable[[Tensor], Tensor],
+    tokens_BT: Tensor,
+    blocks: nn.ModuleList,
+    form: CallForm,
+    called: list[_Called],
+    *,
+    last: Tensor | None = None,
+    changed: bool = False,
+) -> Tensor:
+    """Run the model through stand-ins, and append their calls to a list.
+
+    The last stand-in returns `last`, if given; the others change the hidden state if asked to.
+    """
+
+    def answer(index: int, hidden: Any, arguments: Arguments) -> Any:
+        if not isinstance(hidden, Tensor):
+            raise _WrongFormError(f"block {index} is given a {type(hidden).__name__}")
+        if called and called[-1].returned.shape != hidden.shape:
+            raise _WrongFormError(f"block {index} is given shape {list(hidden.shape)}")
+        result = hidden / 2 + 1 if changed else hidden
+        if last is not None and index == len(blocks) - 1:
+            result = last
+        called.append(_Called(index, hidden, result, arguments))
+        return form.returned(result)
+
+    with replaced(blocks, range(len(blocks)), answer):
+        return run(tokens_BT)
+
+
+def _check_order(called: Sequence[_Called], blocks: nn.ModuleList) -> None:
+    """Check that all blocks were called, once and one after the other."""
+    name, order = type(blocks[0]).__name__, [call.index for call in called]
+    if order != list(range(len(blocks))):
+        shown = ", ".join(map(str, order[:8])) + (", ..." if len(order) > 8 else "")
+        raise UnsupportedModelError(
+            f"the model calls its blocks ({name}) in the order {shown}, not each once and "
+            "one after the other; its hidden states cannot be streamed through them"
+        )
+    for before, after in pairwise(called):
+        if differ(before.returned, after.given):
+            raise UnsupportedModelError(
+                f"the model changes the hidden states between blocks {before.index} and "
+                f"{after.index} ({name}), so that blocks cannot be run one after the other"
+            )
+
+
+def _check_independence(first: Sequence[_Called], second: Sequence[_Called], name: str) -> None:
+    """Check that nothing but the hidden state depends on what earlier blocks return."""
+    for before, after in zip(first, second, strict=True):
+        values = dict(leaves(after.arguments))
+        for place, value in leaves(before.arguments):
+            if place not in values or differ(value, values[place]):
+                raise UnsupportedModelError(
+                    f"{place_in_words(before.index, place)} ({name}) is made from hidden states of "
+                    "earlier blocks, so that blocks cannot be run one after the other"
+                )
+
+
+def _layout(given: Tensor, name: str) -> HiddenLayout:
+    """Return where the hidden states that the first block was given have their axes."""
+    shape = tuple(given.shape)
+    starts = [axis for axis in range(len(shape) - 1) if shape[axis : axis + 2] == _PROBED]
+    if starts and len(shape) > 2:
+        return HiddenLayout(starts[0], shape[: starts[0]] + shape[starts[0] + 2 :])
+    windows, tokens = _PROBED
+    raise UnsupportedModelError(
+        f"block 0 ({name}) is given hidden states of shape {list(shape)}; expected an axis of "
+        f"{windows} windows followed by one of {tokens} tokens"
+    )
