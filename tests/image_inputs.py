@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from cfsp.text.windows import Windows
+
 BEFORE, AFTER = [0, 20, 21], [30, 31, 32, 33]
 
 # How many tokens the image becomes.
@@ -32,6 +34,17 @@ def image_inputs(model_type: str, config: PreTrainedConfig) -> dict[str, Tensor]
     if model_type == "paligemma":
         inputs["token_type_ids"] = torch.zeros_like(tokens_BT)
     return inputs
+
+
+def image_windows(model_type: str, model: Any) -> Windows:
+    """Return a window with an image and one without."""
+    inputs = image_inputs(model_type, model.config)
+    tokens_BT = inputs.pop("input_ids")
+    del inputs["attention_mask"]
+    if model_type == "gemma3":
+        inputs["token_type_ids"] = (tokens_BT == model.config.image_token_id).int()
+    text_BT = tokens_BT.clamp(max=290)
+    return Windows(torch.cat([tokens_BT, text_BT]), {}, images_N=(inputs, {}))
 
 
 def _pixels(model_type: str, config: Any) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from cfsp.streaming.runtime import runtime_of
 from cfsp.text.tokenizers import load_processor, load_tokenizer
 from cfsp.text.windows import Windows
 from drawn_windows import draw_windows
-from image_inputs import image_inputs
+from image_inputs import image_windows
 from image_processors import TYPES, chats_with_images, image_tokenizer, save_multimodal
 from tiny_decoders import BLOCKS, tiny_model
 
@@ -128,12 +128,7 @@ def test_statistics_are_those_of_the_whole_model(case: Case) -> None:
 @pytest.mark.parametrize("model_type", ["gemma4", "internvl", "llama4", "glm4v", "qwen3_5"])
 def test_statistics_of_what_a_processor_might_give(model_type: str) -> None:
     model = tiny_model(model_type)
-    inputs = image_inputs(model_type, model.config)
-    tokens_BT = inputs.pop("input_ids")
-    del inputs["attention_mask"]
-    both_NT = torch.cat([tokens_BT, tokens_BT.flip(1).clamp(max=290)])
-    windows = Windows(both_NT, {}, images_N=(inputs, {}))
-    source = LoadedModel(model)
+    windows, source = image_windows(model_type, model), LoadedModel(model)
     check_statistics(Case(model, source, windows))
     # Of two processes one has the image.
     runtime = runtime_of(Compute(device="cpu", dtype="float32"), source)

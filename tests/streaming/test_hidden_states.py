@@ -1,28 +1,19 @@
-"""Hidden states in memory and in files, reading ahead, and the memory budget."""
+"""Hidden states in memory and in files, and reading ahead; whole runs are in test_resuming.py."""
 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from cfsp.calibration.calibrate import calibrate
-from cfsp.calibration.statistics import Statistics
-from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import OutputError
 from cfsp.streaming.block_stream import read_ahead
 from cfsp.streaming.hidden_states import HiddenInFile, HiddenStates
-from cfsp.streaming.runtime import Runtime
-from cfsp.streaming.work_dir import WorkDir
-from cfsp.text.windows import Windows
-from drawn_windows import draw_windows
 from forks import Forks, Job
 
 SHAPE = (5, 7, 3)
@@ -123,49 +114,6 @@ def test_hidden_states_in_a_file_take_no_memory(forks: Forks, tmp_path: Path) ->
     assert done.status == 0, done.stderr
     grown = int(done.stdout)
     assert grown < 16 << 20, f"{grown} of {24 << 21} bytes were resident"
-
-
-# A whole calibration.
-
-
-@pytest.fixture(scope="module")
-def source(tiny_checkpoint: Callable[[str], Path]) -> Checkpoint:
-    return Checkpoint(tiny_checkpoint("qwen2"))
-
-
-@pytest.fixture(scope="module")
-def windows(text_file: Path, tokenizer: Any) -> Windows:
-    return draw_windows([str(text_file)], tokenizer, samples=9, seqlen=32)
-
-
-def gather(source: Checkpoint, windows: Windows, budget: int, directory: Path) -> Statistics:
-    directory.mkdir()
-    return calibrate(
-        source,
-        windows,
-        Runtime(torch.device("cpu"), torch.bfloat16, 2),
-        place=WorkDir(directory, budget, identity={}),
-    )
-
-
-def test_spilling_changes_no_bit(
-    source: Checkpoint,
-    windows: Windows,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    caplog.set_level(logging.INFO, "cfsp")
-    gather(source, windows, 1 << 30, tmp_path / "a").save(tmp_path / "memory")
-    assert caplog.messages == []
-    gather(source, windows, 1000, tmp_path / "b").save(tmp_path / "file")
-    assert "exceed the memory budget of 1e-06 GB; they go to a file in" in caplog.text
-    # Saved after every block, the two files take turns.
-    monkeypatch.setattr("cfsp.streaming.pass_state.SHARE_OF_TIME", float("inf"))
-    gather(source, windows, 1000, tmp_path / "c").save(tmp_path / "turns")
-    assert (tmp_path / "memory").read_bytes() == (tmp_path / "file").read_bytes()
-    assert (tmp_path / "memory").read_bytes() == (tmp_path / "turns").read_bytes()
-    assert not list(tmp_path.rglob("hidden-*.bin"))
 
 
 # Reading ahead.

@@ -15,26 +15,15 @@ from cfsp.streaming.decoder_start import DecoderStart
 from cfsp.streaming.hidden_states import HiddenStates
 from cfsp.streaming.runtime import Runtime
 from cfsp.text.windows import Windows
-from image_inputs import image_inputs
+from image_inputs import image_windows
 from tiny_decoders import tiny_model
 
 CPU = torch.device("cpu")
 
 
-def windows_of(model_type: str, model: Any) -> Windows:
-    """Return a window with an image and one without."""
-    inputs = image_inputs(model_type, model.config)
-    tokens_BT = inputs.pop("input_ids")
-    del inputs["attention_mask"]
-    if model_type == "gemma3":
-        inputs["token_type_ids"] = (tokens_BT == model.config.image_token_id).int()
-    text_BT = tokens_BT.clamp(max=290)
-    return Windows(torch.cat([tokens_BT, text_BT]), {}, images_N=(inputs, {}))
-
-
 @torch.inference_mode()
 def start(model_type: str, model: Any) -> tuple[Any, Any, Windows]:
-    windows = windows_of(model_type, model)
+    windows = image_windows(model_type, model)
     found = LoadedModel(model).architecture
     decoder, blocks = (model.get_submodule(path) for path in (found.decoder, found.blocks))
     of_images = DecoderStart(decoder, blocks, Runtime(CPU, torch.float32), model)
@@ -85,7 +74,7 @@ def test_windows_pass_one_at_a_time_and_only_blocks_are_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = tiny_model("llava")
-    windows = windows_of("llava", model)
+    windows = image_windows("llava", model)
     assert windows_in_batch(windows, 8) == windows_in_batch(windows, None) == 1
     skeletons: list[nn.Module] = []
     build = stream_blocks.__globals__["build_skeleton"]

@@ -102,9 +102,11 @@ def test_calibration_killed_at_a_block_resumes_there(
     runs.kill(argv, where, block + 1)
     assert names(runs.directory) == {"stats.work"}
     done = block + (where == "after")
-    assert (f"going on at block {done} of {BLOCKS}" in runs.end(argv)) == (done > 0)
+    message = runs.end(argv)
+    assert (f"going on at block {done} of {BLOCKS}" in message) == (done > 0)
+    assert ("exceed the memory budget of 1e-06 GB; they go to a file" in message) == bool(budget)
     assert (runs.directory / "stats").read_bytes() == whole["stats"]
-    assert names(runs.directory) == {"stats"}
+    assert names(runs.directory) == {"stats"}  # no file of hidden states either
 
 
 def test_it_may_be_killed_again_and_resume_with_another_budget(runs: Runs, whole: Files) -> None:
