@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,15 @@ from torch import Tensor
 
 import cfsp
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
-from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.cli import main
+from cfsp.cut.in_memory import build_pruned_model
 from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.prune_report import PruneReport
-from cfsp.selection.divergence import call_form_of
 from cfsp.settings import Budget, CalibrationText, Compute, LocalTraining, PruneSettings, Repair
-from cfsp.streaming.stand_in import skipped
-from family_contract import question_of, save_with_tokenizer
+from family_contract import question_of, save_with_tokenizer, tokens_of_question
 from forks import Forks, Job
-from stock import Answer, logits_of
+from stock import Answer, Question, logits_of
 from tiny_decoders import tiny_model
 
 # Of a calibration that a tiny model needs.
@@ -40,8 +37,16 @@ class Case:
     source: Path
     out: Path
     report: PruneReport
-    tokens_BT: Tensor
     asked: dict[str, Any]
+
+    @cached_property
+    def question(self) -> Question:
+        """What to ask of the checkpoint, with what the masked model computes."""
+        return question_of(self.dense, self.out, self.report.plan)
+
+    @property
+    def tokens_BT(self) -> Tensor:
+        return tokens_of_question()
 
     @property
     def removed_attentions(self) -> list[int]:
@@ -57,7 +62,7 @@ def pruned_case(
     source, out = place / "dense", place / "out"
     save_with_tokenizer(dense, tokenizer, source)
     report = cfsp.prune(source, out=out, repair="none", **asked)
-    return Case(dense, source, out, report, question_of(dense, source).tokens_BT, asked)
+    return Case(dense, source, out, report, asked)
 
 
 def by_plan(
@@ -74,23 +79,13 @@ def by_plan(
     return prune_checkpoint(Checkpoint(dense, parts=plan.parts), out, settings, plan=plan)
 
 
-@contextmanager
-def nothing_from(dense: Any, plan: PruningPlan) -> Iterator[None]:
-    """Let the removed attentions of the dense model give zeros, and skip its removed blocks."""
-    source = LoadedModel(dense, plan.parts)
-    blocks = blocks_of(dense, source.architecture)
-
-    def zeros(module: Any, args: Any, output: Any) -> Any:
-        return (torch.zeros_like(output[0]), *output[1:])
-
-    form = call_form_of(dense, blocks)
-    with ExitStack() as stack:
-        for unit in source.units:
-            if unit.part == "kv" and unit.block in plan.removed_attentions:
-                attention = blocks[unit.block].get_submodule(unit.path)
-                stack.callback(attention.register_forward_hook(zeros).remove)
-        stack.enter_context(skipped(blocks, plan.removed_blocks, form))
-        yield
+def check_masked_is_cut(case: Case) -> None:
+    """What the dense model computes with masks in the place of what went is what is left."""
+    expected = case.question.expected["logits"]
+    actual = logits_of(cfsp.load(case.out), case.tokens_BT)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    # The mask bites.
+    assert (expected - logits_of(case.dense, case.tokens_BT)).abs().max() > 1e-2
 
 
 def check_is_the_same(source: Path, out: Path) -> None:
@@ -135,7 +130,8 @@ def check_caches_agree_with_none(case: Case) -> None:
 
 
 def check_a_fresh_process_keeps_the_contract(case: Case, forks: Forks, work: Path) -> None:
-    question_of(case.dense, case.out, case.report.plan).save(work / "question.pt")
+    assert not case.question.failed
+    case.question.save(work / "question.pt")
     (finished,) = forks(Job("stock.check", {"directory": str(work)}))
     assert finished.status == 0, finished.stderr
     answer = Answer(**torch.load(work / "answer.pt"))
@@ -143,7 +139,9 @@ def check_a_fresh_process_keeps_the_contract(case: Case, forks: Forks, work: Pat
     assert torch.equal(answer.tensors["logits"], logits_of(cfsp.load(case.out), case.tokens_BT))
 
 
-def check_in_memory_is_the_checkpoint(case: Case, pruned: Any, work: Path) -> None:
+def check_in_memory_is_the_checkpoint(case: Case, work: Path) -> None:
+    plan = case.report.plan
+    pruned = build_pruned_model(case.dense, LoadedModel(case.dense, plan.parts), plan, {})
     expected = cfsp.load(case.out).state_dict()
     assert pruned.state_dict().keys() == expected.keys()
     for name, tensor in pruned.state_dict().items():

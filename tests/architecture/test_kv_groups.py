@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 import cfsp
 from builders import goal_of_share
@@ -19,15 +18,13 @@ from cfsp.architecture.proof import prove
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.config_widths import KV_GROUPS
 from cfsp.checkpoint.own_files import PLAN_FILE
-from cfsp.checkpoint.reading import Checkpoint, LoadedModel
+from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of
 from cfsp.cli import main
-from cfsp.cut.in_memory import build_pruned_model
 from cfsp.errors import BudgetError, CfspError, StatisticsError, UnsupportedModelError
 from cfsp.exports.registry import export_checkpoint
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.selection.masks import masked_channels
 from cfsp.settings import Budget, Part
 from family_contract import save_with_tokenizer
 from forks import Forks
@@ -37,6 +34,7 @@ from pruned_checks import (
     check_a_fresh_process_keeps_the_contract,
     check_caches_agree_with_none,
     check_in_memory_is_the_checkpoint,
+    check_masked_is_cut,
     logits_of,
 )
 from tiny_decoders import tiny_config, tiny_model
@@ -55,17 +53,8 @@ def case(request: pytest.FixtureRequest, make_case: Callable[..., Case]) -> Case
     return found
 
 
-def masked_logits(case: Case, plan: PruningPlan) -> Tensor:
-    source = LoadedModel(case.dense, PARTS)
-    with masked_channels(source, case.dense, dict(enumerate(plan.kept_channels))):
-        return logits_of(case.dense, case.tokens_BT)
-
-
-def test_pruned_logits_are_those_of_the_masked_original(case: Case) -> None:
-    expected = masked_logits(case, case.report.plan)
-    actual = logits_of(cfsp.load(case.out), case.tokens_BT)
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-    assert (expected - logits_of(case.dense, case.tokens_BT)).abs().max() > 1e-2
+def test_masked_is_cut(case: Case) -> None:
+    check_masked_is_cut(case)
 
 
 def test_caches_agree_with_none(case: Case) -> None:
@@ -77,8 +66,7 @@ def test_a_fresh_process_keeps_the_contract(case: Case, forks: Forks, tmp_path: 
 
 
 def test_in_memory_is_the_checkpoint(case: Case, tmp_path: Path) -> None:
-    pruned = build_pruned_model(case.dense, LoadedModel(case.dense, PARTS), case.report.plan, {})
-    check_in_memory_is_the_checkpoint(case, pruned, tmp_path)
+    check_in_memory_is_the_checkpoint(case, tmp_path)
 
 
 def test_config_and_modules_say_the_numbers(case: Case) -> None:
@@ -206,9 +194,7 @@ def test_equally_many_groups_give_a_stock_checkpoint(make_case: Callable[..., Ca
     assert (fields["num_attention_heads"], fields["num_key_value_heads"]) == (2, 1)
     assert not list(case.out.glob("*.py"))
     assert main(["verify", str(case.out)]) == 0
-    expected = masked_logits(case, case.report.plan)
-    actual = logits_of(cfsp.load(case.out), case.tokens_BT)
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    check_masked_is_cut(case)
 
 
 def test_what_has_no_kv_groups_is_refused_by_name() -> None:

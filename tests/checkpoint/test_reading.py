@@ -127,17 +127,16 @@ def refused(directory: Path) -> str:
     return message
 
 
-def test_an_encoder_is_refused(copy: Path) -> None:
-    edit_config(copy, model_type="bert")
-    with pytest.raises(UnsupportedModelError, match="model type 'bert' is an encoder"):
-        Checkpoint(copy)
-
-
-def test_a_type_that_transformers_does_not_know_is_refused(copy: Path) -> None:
-    edit_config(copy, model_type="no_such_model")
-    with pytest.raises(
-        UnsupportedModelError, match=r"is not known to transformers .* cfsp families"
-    ):
+@pytest.mark.parametrize(
+    ("model_type", "said"),
+    [
+        ("bert", "model type 'bert' is an encoder"),
+        ("no_such_model", r"is not known to transformers .* cfsp families"),
+    ],
+)
+def test_other_types_are_refused(copy: Path, model_type: str, said: str) -> None:
+    edit_config(copy, model_type=model_type)
+    with pytest.raises(UnsupportedModelError, match=said):
         Checkpoint(copy)
 
 
@@ -207,17 +206,12 @@ def test_truncated_and_missing_shards_are_named(sharded: Path, tmp_path: Path) -
         ('{"weight_map": []}', "not a checkpoint index"),
         ('{"weight_map": {"a": "../../etc/passwd"}}', "outside its directory"),
         ('{"weight_map": {"a": "model-1.safetensors"}}', "model-1.safetensors, which is missing"),
+        ('{"weight_map": {"phantom": "weights.safetensors"}}', "phantom, which no shard holds"),
     ],
 )
 def test_damaged_index(indexed: Path, index: str, expected: str) -> None:
     (indexed / "model.safetensors.index.json").write_text(index)
     assert expected in refused(indexed)
-
-
-def test_index_that_names_what_no_shard_holds(indexed: Path) -> None:
-    index = {"weight_map": {"phantom.weight": "weights.safetensors"}}
-    (indexed / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "phantom.weight, which no shard holds" in refused(indexed)
 
 
 def test_tensor_in_two_shards(indexed: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 import cfsp
+import pruned_checks
 from cfsp.architecture import expert_proof
 from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.proof import prove, small_run_of
@@ -22,7 +23,6 @@ from cfsp.calibration.observed import UnitStatistics
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, check_complete
-from cfsp.cut.in_memory import build_pruned_model
 from cfsp.errors import BudgetError, ExportError, StatisticsError, UnsupportedModelError, UsageError
 from cfsp.exports.gguf_architecture import architecture_of
 from cfsp.pipeline import prune_checkpoint
@@ -37,22 +37,17 @@ from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.result.inspect import inspect_checkpoint
 from cfsp.result.page.page import write_report
-from cfsp.result.prune_report import PruneReport
 from cfsp.result.verify import verify_checkpoint
 from cfsp.selection.constraint import Parameters, Share
-from cfsp.selection.masks import masked_channels
 from cfsp.settings import Budget, CalibrationText, Compute, Part, PruneSettings
 from family_contract import (
     SAMPLES,
     SEQLEN,
-    question_of,
     save_with_tokenizer,
     tiny_text,
     tiny_tokenizer,
-    tokens_of_question,
 )
-from forks import Forks, Job
-from stock import logits_of
+from forks import Forks
 from tiny_decoders import tiny_config, tiny_model
 
 PARTS: tuple[Part, ...] = ("experts",)
@@ -86,14 +81,10 @@ CASES = {
 
 
 @dataclass(frozen=True)
-class Pruned:
+class Pruned(pruned_checks.Case):
     """A model without half of its experts, as it was and as a checkpoint."""
 
-    case: Case
-    dense: PreTrainedModel
-    source: Path
-    directory: Path
-    report: PruneReport
+    what: Case
 
 
 def settings_for(budget: Budget) -> PruneSettings:
@@ -119,19 +110,19 @@ def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     save_with_tokenizer(dense, tiny_tokenizer(), place / "dense")
     source = Checkpoint(place / "dense", parts=PARTS)
     report = prune_checkpoint(source, place / "out", settings_for(Budget(0.5, parts=PARTS)))
-    return Pruned(case, dense, place / "dense", place / "out", report)
+    return Pruned(dense, place / "dense", place / "out", report, {}, case)
 
 
 def test_the_checkpoint_is_a_stock_one(pruned: Pruned) -> None:
-    config = json.loads((pruned.directory / "config.json").read_text())
-    assert config[pruned.case.key] == pruned.case.kept
+    config = json.loads((pruned.out / "config.json").read_text())
+    assert config[pruned.what.key] == pruned.what.kept
     assert "auto_map" not in config
-    assert not list(pruned.directory.glob("*.py"))
-    smaller = Checkpoint(pruned.directory)
+    assert not list(pruned.out.glob("*.py"))
+    smaller = Checkpoint(pruned.out)
     # A loader would make up what has another name.
     model = type(pruned.dense)._from_config(smaller.config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    loaded, info = type(pruned.dense).from_pretrained(pruned.directory, output_loading_info=True)
+    loaded, info = type(pruned.dense).from_pretrained(pruned.out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert {name: tuple(t.shape) for name, t in loaded.state_dict().items()} == expected
     with pytest.raises(ExportError, match=r"a stock one: run llama\.cpp's own converter"):
@@ -139,47 +130,28 @@ def test_the_checkpoint_is_a_stock_one(pruned: Pruned) -> None:
 
 
 def test_masked_is_cut(pruned: Pruned) -> None:
-    source, plan = LoadedModel(pruned.dense, PARTS), pruned.report.plan
-    loaded = type(pruned.dense).from_pretrained(pruned.directory).eval()
-    tokens_BT = tokens_of_question()
-    dense = logits_of(pruned.dense, tokens_BT)
-    with masked_channels(source, pruned.dense, dict(enumerate(plan.kept_channels))):
-        masked = logits_of(pruned.dense, tokens_BT)
-    torch.testing.assert_close(logits_of(loaded, tokens_BT), masked, rtol=1e-5, atol=1e-5)
-    assert (masked - dense).abs().max() > 1e-2
-    torch.testing.assert_close(logits_of(pruned.dense, tokens_BT), dense)
+    pruned_checks.check_masked_is_cut(pruned)
 
 
 @pytest.mark.parametrize("pruned", ["mixtral", "deepseek_v3", "gpt_oss"], indirect=True)
 def test_stock_software_computes_what_the_masked_model_does(
     pruned: Pruned, forks: Forks, tmp_path: Path
 ) -> None:
-    """In a process without cfsp: logits, generation with a cache, saved again, adapters."""
-    question = question_of(pruned.dense, pruned.directory, pruned.report.plan)
-    assert not question.failed
-    question.save(tmp_path / "question.pt")
-    (finished,) = forks(Job("stock.check", {"directory": str(tmp_path)}))
-    assert finished.status == 0, finished.stderr
-    assert torch.load(tmp_path / "answer.pt")["problems"] == {}
+    pruned_checks.check_a_fresh_process_keeps_the_contract(pruned, forks, tmp_path)
 
 
-def test_in_memory_is_what_files_have(pruned: Pruned) -> None:
-    plan = PruningPlan.load(pruned.directory / PLAN_FILE)
-    assert plan == pruned.report.plan
-    in_memory = build_pruned_model(pruned.dense, LoadedModel(pruned.dense, PARTS), plan, {})
-    loaded = type(pruned.dense).from_pretrained(pruned.directory)
-    assert in_memory.config.get_text_config().to_dict()[pruned.case.key] == pruned.case.kept
-    for name, tensor in loaded.state_dict().items():
-        assert torch.equal(tensor, in_memory.state_dict()[name]), name
+def test_in_memory_is_what_files_have(pruned: Pruned, tmp_path: Path) -> None:
+    assert PruningPlan.load(pruned.out / PLAN_FILE) == pruned.report.plan
+    pruned_checks.check_in_memory_is_the_checkpoint(pruned, tmp_path)
 
 
 @pytest.mark.parametrize("pruned", ["qwen2_moe", "deepseek_v3"], indirect=True)
 def test_it_says_of_itself_what_went(pruned: Pruned) -> None:
     plan = pruned.report.plan
-    assert plan.kept_experts == pruned.case.kept
-    manifest = json.loads((pruned.directory / "cfsp.json").read_text())
+    assert plan.kept_experts == pruned.what.kept
+    manifest = json.loads((pruned.out / "cfsp.json").read_text())
     count = len(plan.experts_of_blocks)
-    assert manifest["experts"]["after"] == [pruned.case.kept] * count
+    assert manifest["experts"]["after"] == [pruned.what.kept] * count
     assert manifest["experts"]["lost_output"] == [
         unit.lost_output for unit in plan.units if unit.loses_experts
     ]
@@ -187,29 +159,29 @@ def test_it_says_of_itself_what_went(pruned: Pruned) -> None:
         1 - sum(len(u.kept) * u.cost / u.ffns for u in plan.units)
         / sum(u.width * u.cost for u in plan.units)
     )  # fmt: skip
-    checks = verify_checkpoint(Checkpoint(pruned.directory), Compute("cpu"))
+    checks = verify_checkpoint(Checkpoint(pruned.out), Compute("cpu"))
     assert [check.problem for check in checks] == [None] * len(checks)
-    facts = inspect_checkpoint(Checkpoint(pruned.directory))
-    assert facts["experts"] == pruned.case.kept
+    facts = inspect_checkpoint(Checkpoint(pruned.out))
+    assert facts["experts"] == pruned.what.kept
     assert facts["pruned"]["experts"] == manifest["experts"]
-    write_report([pruned.directory], pruned.directory.parent / "report.html")
+    write_report([pruned.out], pruned.out.parent / "report.html")
     before, after = (sum(manifest["experts"][when]) for when in ("before", "after"))
-    assert f"{before} to {after}" in (pruned.directory.parent / "report.html").read_text()
-    card = (pruned.directory / "README.md").read_text()
-    assert f"{manifest['experts']['before'][0] - pruned.case.kept} of the" in card
+    assert f"{before} to {after}" in (pruned.out.parent / "report.html").read_text()
+    card = (pruned.out / "README.md").read_text()
+    assert f"{manifest['experts']['before'][0] - pruned.what.kept} of the" in card
 
 
 def test_those_go_that_add_least(pruned: Pruned) -> None:
-    statistics = Statistics.load(pruned.directory / STATISTICS_FILE)
+    statistics = Statistics.load(pruned.out / STATISTICS_FILE)
     for unit, observed in zip(pruned.report.plan.units, statistics.units, strict=True):
         if unit.ffns == 1:
             continue
-        groups = pruned.case.values.get("n_group", 1)
+        groups = pruned.what.values.get("n_group", 1)
         score_GE = expert_scores(observed).view(groups, -1)
         expected = [
             group * score_GE.shape[1] + int(expert)
             for group, score_E in enumerate(score_GE)
-            for expert in sorted(np.argsort(-score_E.numpy())[: pruned.case.kept // groups])
+            for expert in sorted(np.argsort(-score_E.numpy())[: pruned.what.kept // groups])
         ]
         assert unit.kept_ffns == expected
         assert unit.kept_width == unit.width

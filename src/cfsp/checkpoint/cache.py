@@ -14,16 +14,13 @@ from cfsp.errors import OutputError
 _NAME = re.compile(r".+-[0-9a-f]{16}(-v\d+)?")
 
 
-def cache_directory() -> Path:
-    """Return where converted models are kept: $CFSP_CACHE, or cfsp in the user's cache."""
-    if explicit := os.environ.get("CFSP_CACHE"):
-        return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cfsp"
-
-
 def converted_directory() -> Path:
-    """Return the folder in which every converted model has a directory of its own."""
-    return cache_directory() / "gguf"
+    """Return the folder in which every converted model has a directory of its own.
+
+    It is in $CFSP_CACHE, or in cfsp in the user's cache.
+    """
+    users = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return Path(os.environ.get("CFSP_CACHE") or users / "cfsp") / "gguf"
 
 
 def cached_models() -> dict[Path, int]:

@@ -5,23 +5,18 @@ from __future__ import annotations
 _SECONDS = 5.0
 
 
-def is_told_to_stay_offline() -> bool:
-    """Return whether the user set HF_HUB_OFFLINE."""
+def hub_is_missed() -> bool:
+    """Return whether the hub cannot be reached, by one who did not set HF_HUB_OFFLINE."""
     from huggingface_hub import constants
 
-    return constants.is_offline_mode()
-
-
-def hub_is_missed() -> bool:
-    """Return whether the hub cannot be reached, by one who did not say to do without."""
-    return not is_told_to_stay_offline() and not hub_is_reachable()
+    return not constants.is_offline_mode() and not hub_is_reachable()
 
 
 def hub_is_reachable() -> bool:
     """Ask the hub for anything, once; False also where the user set HF_HUB_OFFLINE."""
     from huggingface_hub import constants, get_session
 
-    if is_told_to_stay_offline():
+    if constants.is_offline_mode():
         return False
     try:
         get_session().head(constants.ENDPOINT, timeout=_SECONDS)
