@@ -9,6 +9,7 @@ import shutil
 import time
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -551,11 +552,13 @@ def test_accelerate_s_own_sharding_is_refused(pruned, text_file, tmp_path, monke
 
 
 def test_what_is_typed_reaches_recovery(pruned, text_file, tmp_path, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(
-        "cfsp.recovery.recover.recover_checkpoint",
-        lambda source, out, settings, **_: seen.update(vars(settings)),
-    )
+    seen: dict[str, Any] = {}
+
+    def note(source: Any, out: Any, settings: RecoverSettings, **_: Any) -> SimpleNamespace:
+        seen.update(vars(settings))
+        return SimpleNamespace()
+
+    monkeypatch.setattr("cfsp.recovery.recover.recover_checkpoint", note)
     argv = ["recover", str(pruned), "--out", str(tmp_path / "o"), "--data", str(text_file)]
     argv += ["--steps", "3", "--rank", "4", "--gradient-checkpointing", "--set", "accumulate=2"]
     monkeypatch.setattr("cfsp.cli.recover.print_report", lambda report: None)
