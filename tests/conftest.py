@@ -44,8 +44,10 @@ _WORDS = [
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the real model: started last, it would leave the other worker idle."""
-    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+    """Begin with what takes long: started last, it would leave the other worker idle."""
+    sizes = {path: path.stat().st_size for path in {item.path for item in items}}
+    # The real model first; then long files, which take long.
+    items.sort(key=lambda item: (item.get_closest_marker("real") is None, -sizes[item.path]))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -226,11 +228,15 @@ def commands(forks: Forks) -> Commands:
 
 @pytest.fixture
 def models_start_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fork the processes that models are timed in from one that has imported torch."""
+    """Fork the processes that models are timed in from one that has imported torch.
+
+    And wait for no quiet machine: the other tests would disturb almost every round.
+    """
     # No effect where `cfsp families` has started that process: it imports the same.
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["transformers.modeling_utils", "cfsp.speed.process"])
     monkeypatch.setattr("cfsp.speed.process.PROCESSES", processes)
+    monkeypatch.setattr("cfsp.speed.measuring.PATIENCE_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="session")

@@ -106,6 +106,8 @@ def prepare(modules: Iterable[str]) -> None:
     """Import modules, and keep them from the collector, which would walk through them in forks."""
     for module in modules:
         import_module(module)
+    # A thousand patterns are compiled once.
+    import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
     gc.freeze()
 
 
