@@ -91,6 +91,11 @@ Table = dict[str, BadInput]
 ANNOUNCED = re.compile("parameters -> about|has little to spare|windows calibrate and repair")
 
 
+def rows(*commands: tuple[str, str, str]) -> Table:
+    """Return the rows of commands, what they say and the cure, where no input is spoilt."""
+    return {command: BadInput(command, says, cure) for command, says, cure in commands}
+
+
 def assert_refused(case: BadInput, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     """Run a row and check all of what it must and must not do."""
     argv = [place.fill(word) for word in shlex.split(case.command)]
