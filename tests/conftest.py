@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from commands import Commands
 from forks import Forks
-from shortcuts import take_shortcuts
 
 # transformers reads these at import, so nothing above and no module-level import imports it.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -32,7 +30,6 @@ _MODULES_CACHE = tempfile.TemporaryDirectory(prefix="cfsp-test-modules-")
 os.environ["HF_MODULES_CACHE"] = _MODULES_CACHE.name
 
 pytest.register_assert_rewrite("architecture_contract")
-take_shortcuts()
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -41,6 +38,16 @@ _WORDS = [
     "text", "layer", "river", "stone", "light", "quiet", "green", "runs", "falls", "under", "over",
     "between", "small", "large", "number", "result", "measure", "plan", "train",
 ]  # fmt: skip
+
+
+def pytest_collection() -> None:
+    """Import torch where tests are, and not where they are handed out.
+
+    transformers, which test modules import, remembers the functions of torch that it finds.
+    """
+    from shortcuts import take_shortcuts
+
+    take_shortcuts()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -53,6 +60,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """One thread in every test process: xdist gives each core a process of its own."""
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -100,44 +109,51 @@ def other_text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A byte-level BPE tokenizer of 320 entries, made offline."""
+def byte_tokenizer(directory: Path, size: int, *, bos: bool = False, **more: Any) -> Any:
+    """Return a byte-level BPE tokenizer, made offline.
+
+    Args:
+        directory: where it is saved: what comes from there is what loading a checkpoint gives.
+        size: number of entries.
+        bos: begin an input with BOS, as Llama's and Gemma's do.
+        more: of the tokenizer.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320,
+        vocab_size=size,
         special_tokens=["<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     core.train_from_iterator([random_prose(2000, seed=0)], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
-    fast.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
-    # Through files, so that it is the very object that loading a checkpoint gives.
-    directory = tmp_path_factory.mktemp("tokenizer")
-    fast.save_pretrained(directory)
+    if bos:
+        first = [("<s>", core.token_to_id("<s>"))]
+        core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=first)
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", **more
+    ).save_pretrained(directory)
     return PreTrainedTokenizerFast.from_pretrained(directory)
+
+
+CHAT = {"chat_template": "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"}
 
 
 @pytest.fixture(scope="session")
-def bos_tokenizer(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Any:
-    """The same tokenizer, but one that begins an input with BOS, as Llama's and Gemma's do."""
-    from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tokenizer of 320 entries."""
+    return byte_tokenizer(tmp_path_factory.mktemp("tokenizer"), 320, **CHAT)
 
-    directory = tmp_path_factory.mktemp("bos-tokenizer")
-    tokenizer.save_pretrained(directory)
-    changed = PreTrainedTokenizerFast.from_pretrained(directory)
-    changed.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", changed.bos_token_id)]
-    )
-    changed.save_pretrained(directory)
-    return PreTrainedTokenizerFast.from_pretrained(directory)
+
+@pytest.fixture(scope="session")
+def bos_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The same, but one that begins an input with BOS."""
+    return byte_tokenizer(tmp_path_factory.mktemp("bos-tokenizer"), 320, bos=True, **CHAT)
 
 
 @pytest.fixture(scope="session")
@@ -237,16 +253,6 @@ def models_start_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     processes.set_forkserver_preload(["transformers.modeling_utils", "cfsp.speed.process"])
     monkeypatch.setattr("cfsp.speed.process.PROCESSES", processes)
     monkeypatch.setattr("cfsp.speed.measuring.PATIENCE_SECONDS", 0.01)
-
-
-@pytest.fixture(scope="session")
-def data_directory() -> Path:
-    """The real evaluation texts: $CFSP_DATA, else shared/data beside the repository."""
-    named = os.environ.get("CFSP_DATA")
-    directory = Path(named) if named else REPOSITORY.parent / "shared" / "data"
-    if not (directory / "wikitext2" / "test.parquet").is_file():
-        pytest.skip(f"no data in {directory}: set CFSP_DATA to a directory with wikitext2 and c4")
-    return directory
 
 
 @pytest.fixture(scope="session")

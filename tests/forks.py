@@ -19,8 +19,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
-from shortcuts import take_shortcuts
-
 # What takes long to import and what most jobs need.
 IMPORTED = ("transformers.models.llama.modeling_llama", "transformers.trainer", "peft")
 COMMAND = "commands.run"
@@ -74,6 +72,8 @@ class Forks:
 
 
 def serve() -> None:
+    from shortcuts import take_shortcuts
+
     prepare(IMPORTED)
     take_shortcuts()
     of_commands: tuple[TextIO, TextIO] | None = None
