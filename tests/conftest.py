@@ -13,6 +13,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +111,10 @@ def other_text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def byte_tokenizer(directory: Path, size: int, *, bos: bool = False, **more: Any) -> Any:
-    """Return a byte-level BPE tokenizer, made offline.
+    """Return a byte-level BPE tokenizer of so many entries, made offline.
 
-    Args:
-        directory: where it is saved: what comes from there is what loading a checkpoint gives.
-        size: number of entries.
-        bos: begin an input with BOS, as Llama's and Gemma's do.
-        more: of the tokenizer.
+    It goes through the directory, so that it is the very object that loading a checkpoint gives.
+    With `bos` it begins an input with BOS, as Llama's and Gemma's do.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from tokenizers.processors import TemplateProcessing
@@ -268,31 +266,6 @@ def demo() -> Any:
 
 
 @pytest.fixture(scope="session")
-def pruned_type(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, text_file: Path
-) -> Callable[[str], Path]:
+def pruned_type(make_case: Callable[..., Any]) -> Callable[[str], Path]:
     """Gives the pruned tiny model of a type."""
-    import cfsp
-    from tiny_decoders import tiny_model
-
-    made: dict[str, Path] = {}
-
-    def make(model_type: str) -> Path:
-        if model_type not in made:
-            directory = tmp_path_factory.mktemp(model_type)
-            tiny_model(model_type).save_pretrained(directory / "dense")
-            tokenizer.save_pretrained(directory / "dense")
-            made[model_type] = directory / "pruned"
-            cfsp.prune(
-                directory / "dense",
-                out=made[model_type],
-                sparsity=0.4,
-                multiple=8,
-                repair="none",
-                data=[str(text_file)],
-                samples=4,
-                seqlen=32,
-            )
-        return made[model_type]
-
-    return make
+    return cache(lambda name: make_case(name, {}, sparsity=0.4, multiple=8, samples=4).out)
