@@ -108,6 +108,10 @@ def prepare(modules: Iterable[str]) -> None:
         import_module(module)
     # A thousand patterns are compiled once.
     import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
+    # The configs of all models, which an Auto class names where it has none for a model.
+    auto = import_module("transformers.models.auto.modeling_auto")
+    for of in ("CausalLM", "ImageTextToText", "SequenceClassification", "TokenClassification"):
+        list(getattr(auto, f"AutoModelFor{of}")._model_mapping)
     gc.freeze()
 
 
