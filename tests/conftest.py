@@ -33,6 +33,7 @@ os.environ["HF_MODULES_CACHE"] = _MODULES_CACHE.name
 pytest.register_assert_rewrite("architecture_contract")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+LONG = ("test_kills.py", "test_studies.py", "test_families_command.py", "test_together.py")
 
 _WORDS = [
     "the", "of", "a", "model", "prunes", "keeps", "channel", "block", "weight", "token", "window",
@@ -52,10 +53,17 @@ def pytest_collection() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes long: started last, it would leave the other worker idle."""
-    sizes = {path: path.stat().st_size for path in {item.path for item in items}}
-    # The real model first; then long files, which take long.
-    items.sort(key=lambda item: (item.get_closest_marker("real") is None, -sizes[item.path]))
+    """Begin with what takes long: started last, it would leave the other worker idle.
+
+    The real model, then few tests that take long; then long files, which take long.
+    """
+    size_of = {path: path.stat().st_size for path in {item.path for item in items}}
+
+    def place(item: pytest.Item) -> tuple[bool, bool, int]:
+        is_real = item.get_closest_marker("real") is not None
+        return not is_real, item.path.name not in LONG, -size_of[item.path]
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session", autouse=True)
