@@ -100,8 +100,8 @@ def command_line(name: str, inputs: Inputs) -> list[str]:
         "prune": ["prune", str(inputs.model), *drawn, "--sparsity", "0.5", "--multiple", "4",
                   "--eval", str(inputs.text), "--eval-windows", "2", *out],
         "recover": ["recover", str(inputs.scratch / "pruned"), *data, "--seqlen", "32",
-                    "--steps", "12", "--evaluations", "4", *out],
-        "sweep": ["sweep", str(inputs.model), *drawn, "--sparsity", "0.3", "0.5", "--method",
+                    "--steps", "6", "--evaluations", "3", *out],
+        "sweep": ["sweep", str(inputs.model), *drawn, "--sparsity", "0.5", "--method",
                   "cfsp", "wanda-sp", "--multiple", "4", "--eval", str(inputs.text),
                   "--eval-windows", "2", *out],
     }  # fmt: skip

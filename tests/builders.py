@@ -123,23 +123,30 @@ def job_of(
     return Job(source, settings, never, draw, runtime, place or WorkDir(Path()))
 
 
-def plan_without(source: WeightSource, dropped: Dropped) -> PruningPlan:
-    """Return the plan by which blocks and attentions go, and nothing else."""
+def plan_keeping(
+    source: WeightSource, kept_U: Sequence[tuple[int, ...]], dropped: Dropped
+) -> PruningPlan:
+    """Return the plan by which these channels of every unit stay, but for what goes whole."""
     units = tuple(
         UnitPlan(
             unit.block,
             unit.width,
-            () if dropped.takes(unit) else tuple(range(unit.ffns * unit.width)),
+            () if dropped.takes(unit) else kept,
             0.1,
             0.5,
             unit.ffns,
             path=unit.path,
             part=unit.part,
         )
-        for unit in source.units
+        for unit, kept in zip(source.units, kept_U, strict=True)
     )
     criterion = {**CRITERION, "parts": list(dropped.parts)}
     return PruningPlan(ModelIdentity.of(source), criterion, CALIBRATION, units, dropped.blocks)
+
+
+def plan_without(source: WeightSource, dropped: Dropped) -> PruningPlan:
+    """Return the plan by which blocks and attentions go, and nothing else."""
+    return plan_keeping(source, [tuple(range(u.ffns * u.width)) for u in source.units], dropped)
 
 
 def goal_of_share(

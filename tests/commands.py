@@ -17,19 +17,13 @@ from forks import Finished, Forks, Job
 
 @dataclass(frozen=True)
 class Command:
-    """One command.
-
-    Attributes:
-        argv: what follows `cfsp`.
-        dies: `within` or `after` a block, `training`, or `writing` the output; `terminated` by
-            SIGTERM after a block; None to live.
-        count: of blocks that windows have passed then, over all passes, from 1; or of the step of
-            training.
-        environment: more variables.
-    """
+    """What follows `cfsp`, and when its process dies."""
 
     argv: Sequence[str]
+    # `within` or `after` a block, `training`, or `writing` the output; `terminated` by SIGTERM
+    # after a block.
     dies: str | None = None
+    # Of blocks that windows have passed then, over all passes, from 1; or of the step of training.
     count: int = 0
     environment: dict[str, str] = field(default_factory=dict)
 

@@ -13,15 +13,14 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from commands import Commands
 from forks import Forks
-from shortcuts import take_shortcuts
 
 # transformers reads these at import, so nothing above and no module-level import imports it.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -32,9 +31,9 @@ _MODULES_CACHE = tempfile.TemporaryDirectory(prefix="cfsp-test-modules-")
 os.environ["HF_MODULES_CACHE"] = _MODULES_CACHE.name
 
 pytest.register_assert_rewrite("architecture_contract")
-take_shortcuts()
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+LONG = ("test_kills.py", "test_studies.py", "test_families_command.py", "test_together.py")
 
 _WORDS = [
     "the", "of", "a", "model", "prunes", "keeps", "channel", "block", "weight", "token", "window",
@@ -43,14 +42,35 @@ _WORDS = [
 ]  # fmt: skip
 
 
+def pytest_collection() -> None:
+    """Import torch where tests are, and not where they are handed out.
+
+    transformers, which test modules import, remembers the functions of torch that it finds.
+    """
+    from shortcuts import take_shortcuts
+
+    take_shortcuts()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the real model: started last, it would leave the other worker idle."""
-    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+    """Begin with what takes long: started last, it would leave the other worker idle.
+
+    The real model, then few tests that take long; then long files, which take long.
+    """
+    size_of = {path: path.stat().st_size for path in {item.path for item in items}}
+
+    def place(item: pytest.Item) -> tuple[bool, bool, int]:
+        is_real = item.get_closest_marker("real") is not None
+        return not is_real, item.path.name not in LONG, -size_of[item.path]
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """One thread in every test process: xdist gives each core a process of its own."""
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -98,44 +118,48 @@ def other_text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A byte-level BPE tokenizer of 320 entries, made offline."""
+def byte_tokenizer(directory: Path, size: int, *, bos: bool = False, **more: Any) -> Any:
+    """Return a byte-level BPE tokenizer of so many entries, made offline.
+
+    It goes through the directory, so that it is the very object that loading a checkpoint gives.
+    With `bos` it begins an input with BOS, as Llama's and Gemma's do.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320,
+        vocab_size=size,
         special_tokens=["<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     core.train_from_iterator([random_prose(2000, seed=0)], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
-    fast.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
-    # Through files, so that it is the very object that loading a checkpoint gives.
-    directory = tmp_path_factory.mktemp("tokenizer")
-    fast.save_pretrained(directory)
+    if bos:
+        first = [("<s>", core.token_to_id("<s>"))]
+        core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=first)
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", **more
+    ).save_pretrained(directory)
     return PreTrainedTokenizerFast.from_pretrained(directory)
+
+
+CHAT = {"chat_template": "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"}
 
 
 @pytest.fixture(scope="session")
-def bos_tokenizer(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Any:
-    """The same tokenizer, but one that begins an input with BOS, as Llama's and Gemma's do."""
-    from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tokenizer of 320 entries."""
+    return byte_tokenizer(tmp_path_factory.mktemp("tokenizer"), 320, **CHAT)
 
-    directory = tmp_path_factory.mktemp("bos-tokenizer")
-    tokenizer.save_pretrained(directory)
-    changed = PreTrainedTokenizerFast.from_pretrained(directory)
-    changed.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", changed.bos_token_id)]
-    )
-    changed.save_pretrained(directory)
-    return PreTrainedTokenizerFast.from_pretrained(directory)
+
+@pytest.fixture(scope="session")
+def bos_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The same, but one that begins an input with BOS."""
+    return byte_tokenizer(tmp_path_factory.mktemp("bos-tokenizer"), 320, bos=True, **CHAT)
 
 
 @pytest.fixture(scope="session")
@@ -226,21 +250,15 @@ def commands(forks: Forks) -> Commands:
 
 @pytest.fixture
 def models_start_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fork the processes that models are timed in from one that has imported torch."""
+    """Fork the processes that models are timed in from one that has imported torch.
+
+    And wait for no quiet machine: the other tests would disturb almost every round.
+    """
     # No effect where `cfsp families` has started that process: it imports the same.
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["transformers.modeling_utils", "cfsp.speed.process"])
     monkeypatch.setattr("cfsp.speed.process.PROCESSES", processes)
-
-
-@pytest.fixture(scope="session")
-def data_directory() -> Path:
-    """The real evaluation texts: $CFSP_DATA, else shared/data beside the repository."""
-    named = os.environ.get("CFSP_DATA")
-    directory = Path(named) if named else REPOSITORY.parent / "shared" / "data"
-    if not (directory / "wikitext2" / "test.parquet").is_file():
-        pytest.skip(f"no data in {directory}: set CFSP_DATA to a directory with wikitext2 and c4")
-    return directory
+    monkeypatch.setattr("cfsp.speed.measuring.PATIENCE_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="session")
@@ -256,31 +274,6 @@ def demo() -> Any:
 
 
 @pytest.fixture(scope="session")
-def pruned_type(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, text_file: Path
-) -> Callable[[str], Path]:
+def pruned_type(make_case: Callable[..., Any]) -> Callable[[str], Path]:
     """Gives the pruned tiny model of a type."""
-    import cfsp
-    from tiny_decoders import tiny_model
-
-    made: dict[str, Path] = {}
-
-    def make(model_type: str) -> Path:
-        if model_type not in made:
-            directory = tmp_path_factory.mktemp(model_type)
-            tiny_model(model_type).save_pretrained(directory / "dense")
-            tokenizer.save_pretrained(directory / "dense")
-            made[model_type] = directory / "pruned"
-            cfsp.prune(
-                directory / "dense",
-                out=made[model_type],
-                sparsity=0.4,
-                multiple=8,
-                repair="none",
-                data=[str(text_file)],
-                samples=4,
-                seqlen=32,
-            )
-        return made[model_type]
-
-    return make
+    return cache(lambda name: make_case(name, {}, sparsity=0.4, multiple=8, samples=4).out)

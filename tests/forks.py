@@ -19,8 +19,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
-from shortcuts import take_shortcuts
-
 # What takes long to import and what most jobs need.
 IMPORTED = ("transformers.models.llama.modeling_llama", "transformers.trainer", "peft")
 COMMAND = "commands.run"
@@ -74,6 +72,8 @@ class Forks:
 
 
 def serve() -> None:
+    from shortcuts import take_shortcuts
+
     prepare(IMPORTED)
     take_shortcuts()
     of_commands: tuple[TextIO, TextIO] | None = None
@@ -106,6 +106,12 @@ def prepare(modules: Iterable[str]) -> None:
     """Import modules, and keep them from the collector, which would walk through them in forks."""
     for module in modules:
         import_module(module)
+    # A thousand patterns are compiled once.
+    import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
+    # The configs of all models, which an Auto class names where it has none for a model.
+    auto = import_module("transformers.models.auto.modeling_auto")
+    for of in ("CausalLM", "ImageTextToText", "SequenceClassification", "TokenClassification"):
+        list(getattr(auto, f"AutoModelFor{of}")._model_mapping)
     gc.freeze()
 
 

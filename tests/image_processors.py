@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
-from conftest import random_prose
+from conftest import byte_tokenizer, random_prose
 from tiny_decoders import tiny_model
 
 # By the ids that `any_models` gives them.
@@ -44,29 +44,9 @@ def template_of(model_type: str) -> str:
 
 def image_tokenizer(directory: Path, *, bos: bool = False) -> Any:
     """Return a byte-level tokenizer with the special tokens of images."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from tokenizers.processors import TemplateProcessing
-
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=FIRST_SPECIAL,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator([random_prose(2000, seed=0)], trainer)
-    if bos:
-        core.post_processor = TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]
-        )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", extra_special_tokens=SPECIAL
-    )
-    assert fast.convert_tokens_to_ids("<image>") == FIRST_SPECIAL, len(fast)
-    fast.save_pretrained(directory)
-    return PreTrainedTokenizerFast.from_pretrained(directory)
+    found = byte_tokenizer(directory, FIRST_SPECIAL, bos=bos, extra_special_tokens=SPECIAL)
+    assert found.convert_tokens_to_ids("<image>") == FIRST_SPECIAL, len(found)
+    return found
 
 
 def tiny_processor(model_type: str, tokenizer: Any) -> Any:

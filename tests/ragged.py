@@ -9,12 +9,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from builders import plan_keeping
+from cfsp.architecture.found import Unit
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.writing import copy_travelling_files, write_config
 from cfsp.cut.surgery import PrunedSource
-from cfsp.planning.plan_file import ModelIdentity, PruningPlan
-from cfsp.planning.unit_plan import UnitPlan
+from cfsp.planning.candidate import Dropped
 
 WIDTHS = (64, 32, 96)
 
@@ -36,8 +37,7 @@ def cut(
             the same proportion.
         groups: KV groups of every attention, 0 where it goes; None if attentions stay.
     """
-    dense, pruned = directory / "dense", directory / "pruned"
-    pruned.mkdir()
+    dense = directory / "dense"
     model.save_pretrained(dense)
     tokenizer.save_pretrained(dense)
     source = Checkpoint(dense, parts=("ffn",) if groups is None else ("ffn", "kv", "attention"))
@@ -46,32 +46,35 @@ def cut(
         widths = [WIDTHS[u.block] * u.width // max(WIDTHS) // 8 * 8 for u in ffns]
     if groups is not None:  # in a block the attention comes first
         widths = [width for pair in zip(groups, widths, strict=True) for width in pair]
-    blocks = tuple(
-        UnitPlan(
-            unit.block,
-            unit.width,
-            _chosen(unit.width, kept, unit.ffns, random.Random(i)),
-            0.1,
-            0.5,
-            unit.ffns,
-            path=unit.path,
-            part=unit.part,
-        )
+    return _cut(source, widths, directory / "pruned", Dropped())
+
+
+def half_of(source: Checkpoint, out: Path, blocks: int = 6) -> Checkpoint:
+    """Return the first blocks of a model with a half or a third of their channels, whichever."""
+    widths = [unit.width // (2 + unit.block % 2) for unit in source.units]
+    others = tuple(range(blocks, source.architecture.block_count))
+    return _cut(source, widths, out, Dropped(others))
+
+
+def _cut(source: Checkpoint, widths: Sequence[int], out: Path, dropped: Dropped) -> Checkpoint:
+    kept_U = [
+        _chosen(unit, kept, random.Random(i))
         for i, (unit, kept) in enumerate(zip(source.units, widths, strict=True))
-    )
-    plan = PruningPlan(ModelIdentity.of(source), {}, {}, blocks)
-    write_shards(pruned, list(PrunedSource(source, plan).outgoing()))
-    write_config(source, pruned, widths)
-    copy_travelling_files(dense, pruned)
-    return Checkpoint(pruned)
+    ]
+    plan = plan_keeping(source, kept_U, dropped)
+    out.mkdir()
+    write_shards(out, list(PrunedSource(source, plan).outgoing()))
+    write_config(source, out, plan.kept_widths, plan.removed_blocks)
+    copy_travelling_files(source.directory, out)
+    return Checkpoint(out)
 
 
-def _chosen(width: int, kept: int, ffns: int, chance: random.Random) -> tuple[int, ...]:
+def _chosen(unit: Unit, kept: int, chance: random.Random) -> tuple[int, ...]:
     """Return channels at random, as many in each expert."""
     return tuple(
-        ffn * width + channel
-        for ffn in range(ffns)
-        for channel in sorted(chance.sample(range(width), kept))
+        ffn * unit.width + channel
+        for ffn in range(unit.ffns)
+        for channel in sorted(chance.sample(range(unit.width), kept))
     )
 
 
@@ -95,14 +98,3 @@ def tiny(name: str, **changes: Any) -> PreTrainedModel:
                 if parameter.ndim == 1:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
-
-
-def half_of(source: Checkpoint, out: Path) -> Checkpoint:
-    """Return half of a model by the quickest pruning there is: two windows, one pass, no repair."""
-    from cfsp.pipeline import prune_checkpoint
-    from cfsp.settings import Budget, CalibrationText, Criterion, PruneSettings
-
-    text = CalibrationText(("python-docs",), samples=2, seqlen=128)
-    criterion = Criterion(block_metric="angular")
-    prune_checkpoint(source, out, PruneSettings(Budget(0.5), criterion, text, repair="none"))
-    return Checkpoint(out)

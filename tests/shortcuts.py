@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
+from jinja2 import Environment
 from torch.nn import init
 
 
 def take_shortcuts() -> None:
-    """In this process wait for no disk, and draw nothing for tensors that have no data."""
+    """In this process wait for no disk, draw nothing for tensors that have no data, compile once.
+
+    Peft makes a model card for every checkpoint, from a template that it compiles anew.
+    """
     os.fsync = lambda descriptor: None
+    Environment.compile = cache(Environment.compile)
     for name in ("_no_grad_normal_", "kaiming_uniform_"):
         setattr(init, name, _only_with_data(getattr(init, name)))
 

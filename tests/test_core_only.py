@@ -1,6 +1,6 @@
-"""With nothing installed but the core dependencies, cfsp and its wheel prune a directory and load.
+"""With nothing installed but its wheel and the core dependencies, cfsp prunes and loads.
 
-A process sees only links to the distributions that the core needs, found from what is installed.
+The environment has links to the distributions that the core needs, found from what is installed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 import venv
 from collections.abc import Callable, Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -70,58 +71,55 @@ def link_distributions(name: str, directory: Path) -> None:
                 link.symlink_to(Path(str(found.locate_file(top))))
 
 
-def test_the_core_alone_prunes_and_loads(
-    tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
-) -> None:
-    packages, out = tmp_path / "packages", tmp_path / "out"
-    packages.mkdir()
-    link_distributions("cfsp-llm", packages)
+def run(*command: object) -> str:
+    """Return what a command prints; it sees no PYTHONPATH of ours."""
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = [str(word) for word in command]
     ended = subprocess.run(
-        # -S: no site-packages but ours.
-        [sys.executable, "-S", "-c", PROGRAM, tiny_checkpoint("llama"), text_file, out],
-        env={**os.environ, "PYTHONPATH": f"{REPOSITORY / 'src'}{os.pathsep}{packages}"},
-        capture_output=True,
-        text=True,
-        check=False,
+        words, env=clean, cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
     assert ended.returncode == 0, ended.stderr
-    assert int(ended.stdout.split()[-1]) > 0
-    assert PruningPlan.load(out / "cfsp_plan.json").ffn_sparsity > 0.35
+    return ended.stdout
 
 
-def test_the_wheel_prunes_from_an_environment_of_its_own(
-    tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
-) -> None:
-    pytest.importorskip("hatchling", reason="hatchling is not installed: pip install '.[dev]'")
-    environment, packages, out = tmp_path / "env", tmp_path / "packages", tmp_path / "out"
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with what the core needs, and with the wheel where one can be built."""
+    place = tmp_path_factory.mktemp("core")
+    environment, packages = place / "env", place / "packages"
     venv.create(environment, with_pip=False)
     packages.mkdir()
     link_distributions("cfsp-llm", packages)
     (site_packages,) = environment.glob("lib/python*/site-packages")
-    (site_packages / "core.pth").write_text(f"{packages}\n")
+    seen = [packages]
+    if find_spec("hatchling"):
+        build = (sys.executable, "-m", "hatchling", "build", "--target", "wheel")
+        run(*build, "--directory", place)
+        (wheel,) = place.glob("cfsp_llm-*.whl")
+        pip = (sys.executable, "-m", "pip", "--python", environment / "bin/python")
+        run(*pip, "install", "--quiet", "--no-index", "--no-deps", wheel)
+    else:
+        seen.append(REPOSITORY / "src")
+    (site_packages / "core.pth").write_text("".join(f"{path}\n" for path in seen))
+    return environment
 
-    def run(*command: object) -> str:
-        ours = command[0] == sys.executable
-        clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        ended = subprocess.run(
-            [str(word) for word in command],
-            env=None if ours else clean,
-            cwd=REPOSITORY if ours else tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert ended.returncode == 0, ended.stderr
-        return ended.stdout
 
-    run(sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", tmp_path)
-    (wheel,) = tmp_path.glob("cfsp_llm-*.whl")
-    pip = (sys.executable, "-m", "pip", "--python", environment / "bin/python")
-    run(*pip, "install", "--quiet", "--no-index", "--no-deps", wheel)
-    cfsp = environment / "bin/cfsp"
-    assert "prune" in run(cfsp, "--help")
-    small = ("--multiple", 4, "--data", text_file, "--samples", 4, "--seqlen", 32)
-    run(cfsp, "prune", tiny_checkpoint("llama"), "--sparsity", 0.4, *small, "--out", out)
+def test_the_core_alone_prunes_and_loads(
+    environment: Path, tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    python = environment / "bin/python"
+    printed = run(python, "-c", PROGRAM, tiny_checkpoint("llama"), text_file, out)
+    assert int(printed.split()[-1]) > 0
     assert PruningPlan.load(out / "cfsp_plan.json").ffn_sparsity > 0.35
     assert (out / "modeling_cfsp.py").is_file()  # from a template that lies in the wheel
-    assert (site_packages / "cfsp/families/proved.json").is_file()
+
+
+def test_the_wheel_prunes_from_an_environment_of_its_own(environment: Path) -> None:
+    pytest.importorskip("hatchling", reason="hatchling is not installed: pip install '.[dev]'")
+    assert "prune" in run(environment / "bin/cfsp", "--help")
+    (installed,) = environment.glob("lib/python*/site-packages/cfsp")
+    source = REPOSITORY / "src/cfsp"
+    paths = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
+    for path in (path for path in paths if "__pycache__" not in path.parts):
+        assert (installed / path).read_bytes() == (source / path).read_bytes(), path

@@ -48,7 +48,6 @@ LAYERS = (
 )
 
 MOST_MODULES = 12
-MOST_ROWS_OF_THE_MAP = 16
 
 
 def node_of(path: Path) -> str:
@@ -117,11 +116,3 @@ def test_every_package_has_a_folder_of_tests() -> None:
     packages = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
     tested = {path.parent.name for path in (REPOSITORY / "tests").glob("*/test_*.py")}
     assert packages - tested == set()
-
-
-def test_the_map_in_the_readme_is_short() -> None:
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    assert "\n## I want to change" in readme
-    section = readme.split("\n## I want to change")[1].split("\n## ")[0]
-    _head, _rule, *rows = [line for line in section.splitlines() if line.startswith("|")]
-    assert 0 < len(rows) <= MOST_ROWS_OF_THE_MAP

@@ -93,6 +93,12 @@ def channels_digest(plan: PruningPlan) -> str:
     return digest(json.dumps([list(unit.kept) for unit in plan.units]).encode())
 
 
+def half_by(text: Path) -> dict[str, Any]:
+    """Return how half of the channels go."""
+    drawn = {"data": [str(text)], "samples": 8, "seqlen": 32, "device": "cpu"}
+    return {"sparsity": 0.5, "multiple": 8, **drawn}
+
+
 def compare(name: str, everywhere: dict[str, str], here: dict[str, str]) -> None:
     pinned: dict[str, Any] = json.loads(PINNED.read_text()) if PINNED.is_file() else {}
     if os.environ.get("CFSP_PIN"):
@@ -140,17 +146,7 @@ def test_calibrate_plan_and_export(
     statistics = cfsp.calibrate(source, data=[str(text_file)], samples=8, seqlen=32, device="cpu")
     plan = cfsp.plan(source, statistics, sparsity=0.5, multiple=8)
     pruned = tmp_path / "pruned"
-    cfsp.prune(
-        source,
-        out=pruned,
-        sparsity=0.5,
-        multiple=8,
-        data=[str(text_file)],
-        samples=8,
-        seqlen=32,
-        repair="none",
-        device="cpu",
-    )
+    cfsp.prune(source, out=pruned, repair="none", **half_by(text_file))
     found = {"plan": channels_digest(plan), "weights": weights_digest(pruned)}
     export_checkpoint(open_checkpoint(pruned), "vllm", tmp_path / "vllm")
     found["vllm"] = weights_digest(tmp_path / "vllm")
@@ -160,17 +156,7 @@ def test_calibrate_plan_and_export(
 
 def test_recover(tmp_path: Path, tiny_checkpoint: Callable[[str], Path], text_file: Path) -> None:
     pruned, out = tmp_path / "pruned", tmp_path / "recovered"
-    cfsp.prune(
-        tiny_checkpoint("llama"),
-        out=pruned,
-        sparsity=0.5,
-        multiple=8,
-        data=[str(text_file)],
-        samples=8,
-        seqlen=32,
-        repair="none",
-        device="cpu",
-    )
+    cfsp.prune(tiny_checkpoint("llama"), out=pruned, repair="none", **half_by(text_file))
     recover_checkpoint(
         open_checkpoint(pruned),
         out,

@@ -69,26 +69,23 @@ class Place:
 
 @dataclass(frozen=True)
 class BadInput:
-    """One row.
+    """One row; names in braces are attributes of `Place`."""
 
-    Attributes:
-        command: what follows `cfsp`; names in braces are attributes of `Place`.
-        says: what the sentence must contain about the thing; likewise.
-        cure: what it must contain about what to do.
-        spoil: what is done to the inputs before.
-        prints: whether the command reports on standard output what it found, as verify does.
-    """
-
-    command: str
-    says: str
-    cure: str
-    spoil: Callable[[Place], object] | None = None
-    prints: bool = False
+    command: str  # what follows `cfsp`
+    says: str  # of the thing, in the sentence
+    cure: str  # in the sentence
+    spoil: Callable[[Place], object] | None = None  # is done before
+    prints: bool = False  # what it found, as verify does
 
 
 Table = dict[str, BadInput]
 
 ANNOUNCED = re.compile("parameters -> about|has little to spare|windows calibrate and repair")
+
+
+def rows(*commands: tuple[str, str, str]) -> Table:
+    """Return the rows of commands, what they say and the cure, where no input is spoilt."""
+    return {command: BadInput(command, says, cure) for command, says, cure in commands}
 
 
 def assert_refused(case: BadInput, place: Place, capfd: pytest.CaptureFixture[str]) -> None:

@@ -6,167 +6,117 @@ from collections.abc import Callable
 
 import pytest
 
-from bad_inputs.catalogue import CALIBRATE, EVAL, PRUNE, PRUNE_TEXT, RECOVER, TEXT, BadInput, Table
+from bad_inputs.catalogue import (
+    CALIBRATE,
+    EVAL,
+    PRUNE,
+    PRUNE_TEXT,
+    RECOVER,
+    TEXT,
+    BadInput,
+    Table,
+    rows,
+)
 
 SEE = "see: cfsp prune --help"
 BENCH = "bench --shape llama-2-7b --blocks 1"
 
-FLAGS: Table = {
-    "unknown flag of prune": BadInput(f"{PRUNE} --sparse 0.5", "unknown argument --sparse", SEE),
-    "unknown flag of families": BadInput(
-        "families --all", "unknown argument --all", "see: cfsp families --help"
-    ),
-    "unknown choice": BadInput(f"{PRUNE} --channel-metric best", "found 'best'", SEE),
-    "part that nobody knows": BadInput(
+FLAGS = rows(
+    (f"{PRUNE} --sparse 0.5", "unknown argument --sparse", SEE),
+    ("families --all", "unknown argument --all", "see: cfsp families --help"),
+    (f"{PRUNE} --channel-metric best", "found 'best'", SEE),
+    (
         f"{PRUNE} --parts ffn,bloks",
         "--parts must be of ffn, kv, attention, blocks, experts, found 'bloks'",
         "; did you mean blocks?",
     ),
-    "effort and repair": BadInput(
-        f"{PRUNE} --effort fast --repair ridge", "--effort fast is --repair none", "give one of"
-    ),
-    "plan and sparsity": BadInput(
-        f"{PRUNE} --plan p", "--plan and --sparsity exclude each other", "a plan has its sparsity"
-    ),
-    "plan and statistics": BadInput(
+    (f"{PRUNE} --effort fast --repair ridge", "--effort fast is --repair none", "give one of"),
+    (f"{PRUNE} --plan p", "--plan and --sparsity exclude each other", "a plan has its sparsity"),
+    (
         "prune {model} --out {out} --plan p --statistics s",
         "--plan and --statistics exclude each other",
         "a plan is made already",
     ),
-    "more than can go": BadInput(
-        f"prune {{model}} --out {{out}} --sparsity 0.95 {TEXT}", "cannot", "between 0 and 66.7%"
-    ),
-    "number that is none": BadInput(f"{PRUNE} --samples many", "invalid int value: 'many'", SEE),
-    "no length of training": BadInput(
+    (f"prune {{model}} --out {{out}} --sparsity 0.95 {TEXT}", "cannot", "between 0 and 66.7%"),
+    (f"{PRUNE} --samples many", "invalid int value: 'many'", SEE),
+    (
         "recover {pruned} --out {out}",
         "one of the arguments --max-minutes --steps --epochs is required",
         "--help",
     ),
-    "prune without a place": BadInput(
-        "prune {model} --sparsity 0.2", "found none", "expected --out, the directory to write into"
-    ),
-    "export without a format": BadInput(
-        "export {model} --out {out}", "the following arguments are required: --to", "--help"
-    ),
-    "verify what cfsp did not write": BadInput(
-        "verify {model}", "{model} has no cfsp.json", "cfsp did not write it"
-    ),
-    "inspect what is not there": BadInput(
-        "inspect {inputs}/absent", "{inputs}/absent does not exist", "give a directory"
-    ),
-    "models and a shape": BadInput(
-        "bench {model} --shape llama-2-7b", "expected models or a --shape", "and not both"
-    ),
-    "nothing to evaluate": BadInput(
-        "eval {model}", "found none", "expected --data, --tasks, --answers or several"
-    ),
-}
+    ("prune {model} --sparsity 0.2", "found none", "expected --out, the directory to write into"),
+    ("export {model} --out {out}", "the following arguments are required: --to", "--help"),
+    ("verify {model}", "{model} has no cfsp.json", "cfsp did not write it"),
+    ("inspect {inputs}/absent", "{inputs}/absent does not exist", "give a directory"),
+    ("bench {model} --shape llama-2-7b", "expected models or a --shape", "and not both"),
+    ("eval {model}", "found none", "expected --data, --tasks, --answers or several"),
+)
 
-NUMBERS: Table = {
-    "seed beyond all": BadInput(
-        f"{CALIBRATE} --seed {10**30}", f"found {10**30}", "--seed must be in [0, 2^63)"
-    ),
-    "negative seed": BadInput(f"{RECOVER} --seed -1", "found -1", "--seed must be in [0, 2^32)"),
-    "endless windows": BadInput(
+NUMBERS = rows(
+    (f"{CALIBRATE} --seed {10**30}", f"found {10**30}", "--seed must be in [0, 2^63)"),
+    (f"{RECOVER} --seed -1", "found -1", "--seed must be in [0, 2^32)"),
+    (
         f"calibrate {{model}} --out {{out}} --data {{text}} --seqlen {10**30}",
         f"found {10**30}",
         "--seqlen must be at most",
     ),
-    "endlessly many windows": BadInput(
+    (
         f"calibrate {{model}} --out {{out}} --data {{text}} --samples {10**30}",
         f"found {10**30}",
         "--samples must be at most",
     ),
-    "windows too long to measure on": BadInput(
+    (
         f"eval {{model}} --data {{text}} --seqlen {10**30}",
         f"found {10**30}",
         "expected windows of 2",
     ),
-    "no windows to measure on, before any work": BadInput(
-        f"{PRUNE_TEXT} --eval {{text}} --eval-windows 0", "found 0", "expected at least 1 window"
-    ),
-    "no batch": BadInput(
-        f"{CALIBRATE} --batch-windows 0", "found 0", "--batch-windows must be at least 1"
-    ),
-    "infinite memory": BadInput(
-        f"{CALIBRATE} --memory-budget 1e999", "found '1e999'", "expected a size such as 2GB"
-    ),
-    "time that is no number": BadInput(
-        f"{CALIBRATE} --process-timeout nan", "found nan", "--process-timeout must be positive"
-    ),
-    "device that computes nothing": BadInput(
-        f"{CALIBRATE} --device meta", "the device 'meta'", "choose another --device"
-    ),
-    "device that is not there": BadInput(
-        f"{EVAL} --device nonsense", "the device 'nonsense'", "choose another --device"
-    ),
-    "stride of nothing": BadInput(
-        f"{EVAL} --stride 0", "found 0", "--stride must be between 1 and"
-    ),
-    "all is to go": BadInput(
+    (f"{PRUNE_TEXT} --eval {{text}} --eval-windows 0", "found 0", "expected at least 1 window"),
+    (f"{CALIBRATE} --batch-windows 0", "found 0", "--batch-windows must be at least 1"),
+    (f"{CALIBRATE} --memory-budget 1e999", "found '1e999'", "expected a size such as 2GB"),
+    (f"{CALIBRATE} --process-timeout nan", "found nan", "--process-timeout must be positive"),
+    (f"{CALIBRATE} --device meta", "the device 'meta'", "choose another --device"),
+    (f"{EVAL} --device nonsense", "the device 'nonsense'", "choose another --device"),
+    (f"{EVAL} --stride 0", "found 0", "--stride must be between 1 and"),
+    (
         "plan {model} --statistics {statistics} --sparsity 1.0 --out {out}",
         "found 1.0",
         "sparsity must be in [0, 1)",
     ),
-    "demo that removes twice of all": BadInput(
-        "demo --sparsity 2", "found 2.0", "sparsity must be in [0, 1)"
-    ),
-    "multiple of nothing": BadInput(
-        f"{PRUNE_TEXT} --multiple 0", "found 0", "multiple must be at least 1"
-    ),
-    "multiple wider than any block": BadInput(
-        f"{PRUNE_TEXT} --multiple {10**30}", f"found {10**30}", "--multiple must be at most 96"
-    ),
-    "multiple that is no number": BadInput(
-        f"{PRUNE_TEXT} --multiple many", "--multiple: expected a number or auto", "found 'many'"
-    ),
-    "equal widths by importance": BadInput(
+    ("demo --sparsity 2", "found 2.0", "sparsity must be in [0, 1)"),
+    (f"{PRUNE_TEXT} --multiple 0", "found 0", "multiple must be at least 1"),
+    (f"{PRUNE_TEXT} --multiple {10**30}", f"found {10**30}", "--multiple must be at most 96"),
+    (f"{PRUNE_TEXT} --multiple many", "--multiple: expected a number or auto", "found 'many'"),
+    (
         f"{PRUNE_TEXT} --widths equal --set block_metric=cosine",
         "block_metric=cosine would do nothing",
         "give one of the two",
     ),
-    "minutes that are no number": BadInput(
+    (
         "recover {pruned} --data {text} --out {out} --max-minutes nan",
         "found nan",
         "the length of training must be positive",
     ),
-    "no steps": BadInput(
-        f"{RECOVER} --steps 0", "found 0", "the length of training must be positive"
-    ),
-    "learning rate that is no number": BadInput(
-        f"{RECOVER} --learning-rate nan", "found nan", "--learning-rate must be positive"
-    ),
-    "rank that is no number": BadInput(
-        f"{RECOVER} --rank nan", "found nan", "--rank must be at least 1"
-    ),
-    "nothing to accumulate": BadInput(
-        f"{RECOVER} --accumulate 0", "found 0", "--accumulate must be at least 1"
-    ),
-    "sweep without a fraction": BadInput(
+    (f"{RECOVER} --steps 0", "found 0", "the length of training must be positive"),
+    (f"{RECOVER} --learning-rate nan", "found nan", "--learning-rate must be positive"),
+    (f"{RECOVER} --rank nan", "found nan", "--rank must be at least 1"),
+    (f"{RECOVER} --accumulate 0", "found 0", "--accumulate must be at least 1"),
+    (
         f"sweep {{model}} --sparsity nan --eval {{text}} --out {{out}} {TEXT}",
         "found nan",
         "sparsity must be in [0, 1)",
     ),
-    "bench of no prompt": BadInput(f"{BENCH} --prompt 0", "found 0", "--prompt must be at least 1"),
-    "bench of no blocks": BadInput(
-        "bench --shape llama-2-7b --blocks -3", "found -3", "--blocks must be at least 1"
-    ),
-    "bench of a shape that nobody knows": BadInput(
-        "bench --shape llama-9", "no shape 'llama-9' is known", "known are: "
-    ),
-    "bench with no rounds": BadInput(f"{BENCH} --rounds 0", "found 2 and 0", "at least 1 warm-up"),
-    "tasks with no documents": BadInput(
-        "eval {model} --tasks piqa --limit 0", "found 0", "--limit must be at least 1"
-    ),
-    "limit of no tasks": BadInput(
+    (f"{BENCH} --prompt 0", "found 0", "--prompt must be at least 1"),
+    ("bench --shape llama-2-7b --blocks -3", "found -3", "--blocks must be at least 1"),
+    ("bench --shape llama-9", "no shape 'llama-9' is known", "known are: "),
+    (f"{BENCH} --rounds 0", "found 2 and 0", "at least 1 warm-up"),
+    ("eval {model} --tasks piqa --limit 0", "found 0", "--limit must be at least 1"),
+    (
         f"sweep {{model}} --sparsity 0.4 --eval {{text}} --out {{out}} {TEXT} --set task_limit=4",
         "--task-limit",
         "need --tasks",
     ),
-    "type of a format that keeps its own": BadInput(
-        "export {model} --to vllm --type f16 --out {out}", "--type belongs to", "keeps the"
-    ),
-}
+    ("export {model} --to vllm --type f16 --out {out}", "--type belongs to", "keeps the"),
+)
 
 CASES: Table = {**FLAGS, **NUMBERS}
 

@@ -1,4 +1,4 @@
-"""The benchmark for a GPU runs to its end, with a small shape on the CPU."""
+"""The benchmark for a GPU runs to its end, with a tiny shape on the CPU."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from gpu import main
+from cfsp.speed.subjects import SHAPES
+from gpu import TINY, main
 
 
 @pytest.mark.usefixtures("models_start_quickly")
-def test_all_stages_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_stages_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4}
+    tiny |= {"num_key_value_heads": 2, "vocab_size": 258}
+    monkeypatch.setitem(SHAPES, TINY.shape, SHAPES[TINY.shape] | tiny)
     out = tmp_path / "gpu.json"
     main(["--tiny", "--directory", str(tmp_path), "--out", str(out)])
     found = json.loads(capsys.readouterr().out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from conftest import REPOSITORY
 from forks import Forks, Job
 
-KILLS = 2
+KILLS = 1
 
 
 def test_killed_commands_end_in_the_same_bytes(forks: Forks) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from cfsp.errors import UsageError
 from cfsp.processes import Team, joined, take_own_accelerator
 from cfsp.text.windows import Windows
 from commands import Command, Commands, ranks
+from forks import Forks, Job
 from tiny_models import BLOCKS
 
 
@@ -34,15 +33,16 @@ def text(text_file: Path) -> list[str]:
 
 
 def test_two_processes_of_torchrun_give_what_one_gives(
-    model: Path, text: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    forks: Forks, model: Path, text: list[str], tmp_path: Path
 ) -> None:
     argv = ["calibrate", str(model), *text]
     one, two = tmp_path / "one", tmp_path / "two"
     assert main([*argv, "--out", str(one)]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node=2", "-m", "cfsp", *argv, "--out", str(two), "--json"]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert finished.returncode == 0, finished.stderr
+    command = ["--standalone", "--nproc-per-node=2", "-m", "cfsp", *argv]
+    command += ["--out", str(two), "--json"]
+    code = f"from torch.distributed.run import main\nmain({command})"
+    (finished,) = forks(Job("forks.run_code", {"code": code}))
+    assert finished.status == 0, finished.stderr
     assert finished.stdout.count('"processes": 2') == 1  # the first process alone prints
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
 

@@ -17,12 +17,12 @@ from cfsp.result.manifest import read_manifest
 from checkpoint_tensors import tensors
 from commands import Command, Commands, ranks
 
-STEPS = 6
+STEPS = 4
 
 
 @pytest.fixture
 def argv(pruned: Path, text_file: Path) -> list[str]:
-    options = {"seqlen": 32, "steps": STEPS, "evaluations": 3, "learning-rate": 3e-3, "rank": 2}
+    options = {"seqlen": 32, "steps": STEPS, "evaluations": 1, "learning-rate": 3e-3, "rank": 2}
     given = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return ["recover", str(pruned), "--data", str(text_file), *given]
 
@@ -40,7 +40,7 @@ def check_alike(one: Path, many: Path) -> None:
     expected, found = (read_manifest(path) for path in (one, many))
     assert expected is not None
     assert found is not None
-    assert len(found["recovery"]["history"]) == 4
+    assert len(found["recovery"]["history"]) > 1
     for a, b in zip(expected["recovery"]["history"], found["recovery"]["history"], strict=True):
         assert b == pytest.approx(a, rel=1e-4)
     weights = tensors(one)
@@ -95,7 +95,7 @@ def test_another_number_of_processes_goes_on(
     commands: Commands, argv: list[str], tmp_path: Path
 ) -> None:
     """Two begin and die, one goes on and dies, two finish."""
-    argv, out = [*argv, "--shard"], tmp_path / "out"
+    argv, out = [*argv, "--shard", "--steps", "6", "--evaluations", "3"], tmp_path / "out"
     ended = recovered_by(commands, argv, out, 2, dies="training", count=4)
     assert [each.status for each in ended] == [-signal.SIGKILL] * 2, ended
     ended = recovered_by(commands, argv, out, 1, dies="training", count=6)

@@ -18,6 +18,7 @@ import cfsp
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import TextError
+from cfsp.recovery.settings import Limit
 from cfsp.repair.gram import GramSums
 from cfsp.repair.ridge import (
     PANEL,
@@ -230,7 +231,9 @@ def test_prune_and_recover_in_one(
 ) -> None:
     # Pruning draws the text, and nobody after it.
     monkeypatch.setattr("cfsp.prune_and_recover.draw_text", None)
-    assert main([*arguments, "--recover", "0.1", "--json"]) == 0
+    of_minutes = {30.0: Limit(steps=2)}
+    monkeypatch.setattr("cfsp.recovery.settings.Limit", lambda minutes: of_minutes[minutes])
+    assert main([*arguments, "--recover", "30", "--json"]) == 0
     assert '"recovery"' in capsys.readouterr().out
     assert read_manifest(tmp_path / "out")["operation"] == "recover"
     assert read_manifest(tmp_path / "out-pruned")["operation"] == "prune"

@@ -282,8 +282,6 @@ def test_command_with_a_target_speedup(
 def test_latencies_of_a_real_measurement(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "ROUNDS", 1)
     monkeypatch.setattr(latency, "WORKLOAD", latency.Workload(prompt=8, new_tokens=2))
-    # Where other tests run, almost every round is disturbed.
-    monkeypatch.setattr("cfsp.speed.measuring.PATIENCE_SECONDS", 0.01)
     source = open_checkpoint(model)
     runtime = Runtime(torch.device("cpu"), torch.float32)
     found = measure_latencies(source, Budget(multiple=48), 48, "decode", runtime)
