@@ -180,9 +180,7 @@ def test_no_way_back_to_gguf_is_said_before_pruning(
         else:
             warn_of_no_way_back(source, budget)
     expected = ["dense.gguf: llama.cpp runs blocks"] if is_said else []
-    said = [
-        each for each in map(logging.LogRecord.getMessage, caplog.records) if "llama.cpp" in each
-    ]
+    said = [each for each in caplog.messages if "llama.cpp" in each]
     assert [message[:33] for message in said] == expected
 
 
