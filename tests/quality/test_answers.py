@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import GenerationConfig
 
 import cfsp
 from cfsp.checkpoint.loading import load
+from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import TextError, UsageError
 from cfsp.quality import answers
@@ -251,6 +253,16 @@ def test_templates_that_do_not_fit(
     (other / "tokenizer_config.json").write_text(json.dumps(config))
     assert main(["eval", str(other), "--against", models[1], "--answers", "1"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_model_that_thinks_answers_at_once(models: list[str], tokenizer: Any) -> None:
+    """The tokens of an answer are not spent on thoughts."""
+    thinks = "{{ '' if enable_thinking is false else '<think>' }}"
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.chat_template = "{{ messages[0].content }}" + thinks
+    questions, source = Questions.of(1), Checkpoint(Path(models[0]))
+    (prompt,) = questions.prompts(source, tokenizer)
+    assert prompt == tokenizer(questions.asked[0][1], add_special_tokens=False)["input_ids"]
 
 
 def test_mistakes_are_told_before_anything_is_loaded(

@@ -98,7 +98,8 @@ class Questions:
         prompts, room = [], longest_input_of(source.config)
         for number, (_, question) in enumerate(self.asked, start=1):
             turn = [{"role": "user", "content": question}]
-            text = templated(turn, tokenizer, number, add_generation_prompt=True)
+            asked = {"add_generation_prompt": True, "enable_thinking": False}
+            text = templated(turn, tokenizer, number, **asked)
             prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
             if room is not None and len(prompts[-1]) + self.longest > room:
                 raise UsageError(

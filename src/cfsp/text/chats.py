@@ -37,20 +37,18 @@ def templated(
     conversation: Conversation,
     tokenizer: PreTrainedTokenizerBase,
     number: int,
-    *,
-    add_generation_prompt: bool = False,
+    **asked: bool,
 ) -> str:
     """Return the text that the chat template makes of a conversation, whose number errors name.
 
-    `add_generation_prompt` ends it with what asks for an answer.
+    The template is asked for more by name: `add_generation_prompt` ends it with what asks for an
+    answer, and without `enable_thinking` a model that thinks first answers at once.
     """
     template: Any = tokenizer.apply_chat_template
 
     def render(messages: list[dict[str, Any]]) -> str:
         try:
-            text: str = template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            text: str = template(messages, tokenize=False, **asked)
         except Exception as error:  # templates raise what they like
             raise TextError(
                 f"conversation {number} does not fit the chat template: {error}"
