@@ -116,11 +116,11 @@ def job_of(
     settings: PruneSettings,
     draw: Any = never,
     *,
-    place: WorkDir | None = None,
+    work_dir: WorkDir | None = None,
 ) -> Job:
     """Return a job on given windows, at a place that nothing resumes from."""
     runtime = runtime_of(settings.compute, source)
-    return Job(source, settings, never, draw, runtime, place or WorkDir(Path()))
+    return Job(source, settings, never, draw, runtime, work_dir or WorkDir(Path()))
 
 
 def plan_keeping(

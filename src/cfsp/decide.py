@@ -78,7 +78,7 @@ def decide(
     elif job.budget.compares:
         statistics = _completed(job, constraint, statistics, job.windows())
     planner, candidate = _select(job, constraint, statistics)
-    with job.place.watch.stage("plan"):
+    with job.work_dir.watch.stage("plan"):
         plan = planner.plan_for_people(candidate)
     facts = _facts(constraint, candidate)
     return _repaired_by(job, PruningResult(plan, planner.statistics)), facts
@@ -145,13 +145,13 @@ def _windows_to_pass(job: Job) -> Windows:
 
 def _calibrated(job: Job, constraint: Constraint, seen: Windows, name: str) -> Statistics:
     """Let windows pass the blocks, and measure what else candidates are made from."""
-    with job.place.watch.stage(name):
+    with job.work_dir.watch.stage(name):
         statistics = calibrate(
             job.source,
             seen,
             job.runtime,
             seed=job.settings.text.seed,
-            place=job.place,
+            work_dir=job.work_dir,
             name=name,
             runs=follow_runs(job.source, job.settings, job.runtime),
         )
@@ -162,10 +162,10 @@ def _completed(
     job: Job, constraint: Constraint, statistics: Statistics, windows: Windows
 ) -> Statistics:
     """Add the order in which blocks go and their sensitivity, where candidates need them."""
-    source, runtime, place = job.source, job.runtime, job.place
+    source, runtime, work_dir = job.source, job.runtime, job.work_dir
     if job.budget.whole_parts and follow_divergence(source, job.criterion.removal, runtime):
         wanted = [constraint.to_drop()]
-        statistics = with_order(source, statistics, windows, wanted, runtime, place)
+        statistics = with_order(source, statistics, windows, wanted, runtime, work_dir)
     if job.budget.channel_parts:
         statistics = with_needed_sensitivity(job, statistics, windows)
     return statistics
@@ -188,7 +188,7 @@ def _choose_and_repair(job: Job, constraint: Constraint) -> tuple[PruningResult,
     coarse = _calibrated(job, constraint, few, "coarse pass")
     planner, candidate = _select(job, constraint, coarse)
     widths = planner.widths(candidate)
-    with job.place.watch.stage("ridge"):
+    with job.work_dir.watch.stage("ridge"):
         chosen = choose_and_repair(job, windows, widths.kept_U, candidate.dropped.blocks)
     record = calibration_record(job.source, windows, job.runtime, seed=job.settings.text.seed)
     statistics = replace(

@@ -28,7 +28,7 @@ class Job:
     tokenizer: Callable[[], PreTrainedTokenizerBase]  # called only if there is text to read
     draw: Callable[[], Windows]  # called only if windows are needed, and cheap again
     runtime: Runtime
-    place: WorkDir  # it outlives results, which have their repaired tensors there
+    work_dir: WorkDir  # it outlives results, which have their repaired tensors there
 
     @property
     def budget(self) -> Budget:
@@ -55,6 +55,6 @@ class Job:
             check_is_text(windows, f"--parts {','.join(parts)}")
         return windows
 
-    def at(self, place: WorkDir) -> Job:
-        """Return the same job at another place."""
-        return replace(self, place=place)
+    def at(self, work_dir: WorkDir) -> Job:
+        """Return the same job in another work directory."""
+        return replace(self, work_dir=work_dir)

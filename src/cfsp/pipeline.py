@@ -126,33 +126,33 @@ def prune_checkpoint(
     identity = pruning_identity(settings, statistics, plan)
     with (
         created_parents(out),
-        output_work_dir(out, identity, settings.compute.memory_budget, team) as place,
-        _shared_staging(out, place) as staging,
+        output_work_dir(out, identity, settings.compute.memory_budget, team) as work_dir,
+        _shared_staging(out, work_dir) as staging,
     ):
         check_same_work(team, [source], {"command": digest_of(identity)})
         tokenizer = partial(load_tokenizer, source.directory)
         repaired, facts = _decide(
-            source, tokenizer, settings, place, statistics=statistics, plan=plan
+            source, tokenizer, settings, work_dir, statistics=statistics, plan=plan
         )
         if dry_run:
             if asked.repair != "none" and plan is None:
                 _warn_of_another_choice(repaired.plan)
             if team.is_first:
                 repaired.plan.save(staging / PLAN_FILE)
-            return prune_report(source, repaired, facts, {}, place, None)
-        with place.watch.stage("cut"):
+            return prune_report(source, repaired, facts, {}, work_dir, None)
+        with work_dir.watch.stage("cut"):
             digests = team.from_first(lambda: _write_checkpoint(source, repaired, staging))
             # Also where nothing is measured: what cannot be read again is not left behind.
             pruned = Checkpoint(staging, "the pruned model")
         measured: dict[str, dict[str, Any]] = {}
         if measured_on:
-            with place.watch.stage("evaluate"):
-                measured = measure_both(source, pruned, measured_on, settings.compute, place)
+            with work_dir.watch.stage("evaluate"):
+                measured = measure_both(source, pruned, measured_on, settings.compute, work_dir)
         if isinstance(settings.goal, MaxLossIncrease):
-            with place.watch.stage("evaluate"):
+            with work_dir.watch.stage("evaluate"):
                 dense = float(facts["conditions"]["dense_loss"])
                 facts["result"] = loss_increase_of(staging, settings.goal, dense, settings)
-        report = prune_report(source, repaired, facts, measured, place, out)
+        report = prune_report(source, repaired, facts, measured, work_dir, out)
         manifest = report.to_manifest(digests, command)
         team.from_first(lambda: _describe(source, repaired.plan, manifest, staging))
     return report
@@ -168,9 +168,9 @@ def _warn_of_another_choice(plan: PruningPlan) -> None:
 
 
 @contextmanager
-def _shared_staging(out: Path, place: WorkDir) -> Iterator[Path]:
+def _shared_staging(out: Path, work_dir: WorkDir) -> Iterator[Path]:
     """Give the directory that the first process writes into, which all need to see."""
-    team = place.team
+    team = work_dir.team
     with staged_directory(out) if team.is_first else nullcontext() as own:
         staging = team.from_first(lambda: own)
         assert staging is not None
@@ -197,10 +197,10 @@ def prune_model(
     tokenizer, processor = parted(tokenizer)
     with (
         in_memory(model, settings.budget.parts) as source,
-        temporary_work_dir(settings.compute.memory_budget) as place,
+        temporary_work_dir(settings.compute.memory_budget) as work_dir,
     ):
-        repaired, goal = _decide(source, lambda: tokenizer, settings, place, processor=processor)
-        report = prune_report(source, repaired, goal, {}, place, None)
+        repaired, goal = _decide(source, lambda: tokenizer, settings, work_dir, processor=processor)
+        report = prune_report(source, repaired, goal, {}, work_dir, None)
         facts = facts_for_config(report.to_manifest({}, "cfsp.prune"))
         return build_pruned_model(model, source, repaired.plan, repaired.tensors, facts)
 
@@ -218,7 +218,7 @@ def calibrate_source(
     tokenizer: PreTrainedTokenizerBase,
     text: CalibrationText,
     compute: Compute,
-    place: WorkDir | None = None,
+    work_dir: WorkDir | None = None,
     *,
     sensitivity: bool | Callable[[Windows], bool] = False,
     wanted: Sequence[DropBudget] = (),
@@ -232,7 +232,7 @@ def calibrate_source(
         tokenizer: its own.
         text: what to draw from.
         compute: where and in what.
-        place: where to spill and to save, and the processes that share the windows; None for a
+        work_dir: where to spill and to save, and the processes that share the windows; None for a
             temporary one.
         sensitivity: also measure that of every block; in one process only. A function is asked with
             the windows.
@@ -241,22 +241,24 @@ def calibrate_source(
         processor: of a multimodal model in memory.
     """
     own: AbstractContextManager[WorkDir] = temporary_work_dir(compute.memory_budget)
-    with own if place is None else nullcontext(place) as place:
+    with own if work_dir is None else nullcontext(work_dir) as work_dir:
         runtime = runtime_of(compute, source)
-        with place.watch.stage("text"):
+        with work_dir.watch.stage("text"):
             windows = calibration_windows(source, tokenizer, text, processor)
         if callable(sensitivity):
             sensitivity = sensitivity(windows)
         if sensitivity:
             check_is_text(windows, "--sensitivity")
-        check_same_work(place.team, [source], {"calibration text": windows.digest})
-        check_enough(windows, place.team, runtime.batch_windows)
-        with place.watch.stage("calibrate"):
-            statistics = calibrate(source, windows, runtime, seed=text.seed, place=place, runs=runs)
-        statistics = with_order(source, statistics, windows, wanted, runtime, place)
+        check_same_work(work_dir.team, [source], {"calibration text": windows.digest})
+        check_enough(windows, work_dir.team, runtime.batch_windows)
+        with work_dir.watch.stage("calibrate"):
+            statistics = calibrate(
+                source, windows, runtime, seed=text.seed, work_dir=work_dir, runs=runs
+            )
+        statistics = with_order(source, statistics, windows, wanted, runtime, work_dir)
         if not sensitivity:
             return statistics
-        with place.watch.stage("sensitivity"):
+        with work_dir.watch.stage("sensitivity"):
             return with_sensitivity(source, statistics, windows, Criterion(), runtime)
 
 
@@ -277,7 +279,7 @@ def _decide(
     source: WeightSource,
     tokenizer: Callable[[], PreTrainedTokenizerBase],
     settings: PruneSettings,
-    place: WorkDir,
+    work_dir: WorkDir,
     *,
     statistics: Statistics | None = None,
     plan: PruningPlan | None = None,
@@ -291,13 +293,13 @@ def _decide(
 
     @cache
     def draw() -> Windows:
-        with place.watch.stage("text"):
+        with work_dir.watch.stage("text"):
             windows = calibration_windows(source, tokenizer(), settings.text, processor)
-        place.team.check_same({"calibration text": windows.digest})
-        check_enough(windows, place.team, runtime.batch_windows)
+        work_dir.team.check_same({"calibration text": windows.digest})
+        check_enough(windows, work_dir.team, runtime.batch_windows)
         return windows
 
-    job = Job(source, settings, tokenizer, draw, runtime, place)
+    job = Job(source, settings, tokenizer, draw, runtime, work_dir)
     return decide(job, statistics=statistics, plan=plan)
 
 
@@ -309,9 +311,9 @@ def plan_from(
     def nothing() -> Any:
         raise AssertionError("statistics are there, so no text is read")
 
-    with temporary_work_dir(settings.compute.memory_budget) as place:
+    with temporary_work_dir(settings.compute.memory_budget) as work_dir:
         runtime = runtime_of(settings.compute, source)
-        return plan_for(Job(source, settings, nothing, nothing, runtime, place), statistics)
+        return plan_for(Job(source, settings, nothing, nothing, runtime, work_dir), statistics)
 
 
 def _write_checkpoint(source: Checkpoint, repaired: PruningResult, target: Path) -> dict[str, str]:

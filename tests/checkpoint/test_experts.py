@@ -233,9 +233,9 @@ def test_what_a_killed_run_saved_of_repaired_experts_is_read_again(
     """The second pass finds all blocks done and only reads them."""
     source = Checkpoint(lonely)
     windows = draw_windows([str(text_file)], tokenizer, samples=6, seqlen=32)
-    place = WorkDir(tmp_path, identity={"command": "test"})
+    work_dir = WorkDir(tmp_path, identity={"command": "test"})
 
-    job = job_of(source, PruneSettings(Budget(0.5), compute=Compute("cpu")), place=place)
+    job = job_of(source, PruneSettings(Budget(0.5), compute=Compute("cpu")), work_dir=work_dir)
     keep = [unit.width // 2 for unit in source.units]
     # What is saved needs no widths.
     fresh, again = (choose_and_repair(job, windows, each) for each in (keep, []))

@@ -126,8 +126,8 @@ def test_a_killed_pass_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     source, windows = LoadedModel(build_tiny_model("llama")), random_windows()
     monkeypatch.setattr("cfsp.streaming.pass_state.SHARE_OF_TIME", 1e9)
 
-    def measure(place: WorkDir) -> float:
-        return streamed_perplexity(source, windows, ENGINE, place=place, name="dense").value
+    def measure(work_dir: WorkDir) -> float:
+        return streamed_perplexity(source, windows, ENGINE, work_dir=work_dir, name="dense").value
 
     entered: list[int] = []
     stream = streaming.StreamedBlock.advance

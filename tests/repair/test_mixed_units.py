@@ -67,8 +67,8 @@ def windows(text_file: Path, tokenizer: Any) -> Windows:
 
 def pruned(source: Any, windows: Windows, directory: Path, **changes: Any) -> PruningResult:
     settings = PruneSettings(BUDGET, compute=Compute("cpu", "float32", batch_windows=4), **changes)
-    place = WorkDir(directory, identity={"command": "test"})
-    return decide(job_of(source, settings, lambda: windows, place=place))[0]
+    work_dir = WorkDir(directory, identity={"command": "test"})
+    return decide(job_of(source, settings, lambda: windows, work_dir=work_dir))[0]
 
 
 def test_statistics_are_of_units_and_distances_of_all_blocks(

@@ -57,8 +57,10 @@ def job_for(
     budget: Budget = HALF,
 ) -> Job:
     compute = Compute("cpu", "float32", batch_windows=4)
-    place = WorkDir(directory, identity={"command": "test"})
-    return job_of(source, PruneSettings(budget, compute=compute), lambda: windows, place=place)
+    work_dir = WorkDir(directory, identity={"command": "test"})
+    return job_of(
+        source, PruneSettings(budget, compute=compute), lambda: windows, work_dir=work_dir
+    )
 
 
 def model_of(job: Job, result: PruningResult) -> Any:
@@ -177,7 +179,7 @@ def test_a_fit_is_kept_only_where_it_helps(
     assert index == (removed - 1 if removed else 1)
     assert entry["loss_after"] <= entry["loss_before"]
     assert entry["kept"] is (entry["loss_after"] < entry["loss_before"])
-    before, after = (cfsp.load(tmp_path / place).state_dict() for place in ("plain", "fitted"))
+    before, after = (cfsp.load(tmp_path / name).state_dict() for name in ("plain", "fitted"))
     changed = [key for key in before if not torch.equal(before[key], after[key])]
     architecture = Checkpoint(tmp_path / "fitted").architecture
     unit = architecture.units[index - (removed < index)]
@@ -207,6 +209,6 @@ def test_a_plan_with_blocks_is_repaired_as_in_one_run(
     text = CalibrationText((str(asked["data"][0]),), samples=12, seqlen=64)
     settings = PruneSettings(Budget(0.0), text=text, compute=Compute("cpu"))
     prune_checkpoint(Checkpoint(source), tmp_path / "obeyed", settings, plan=report.plan)
-    first, second = (cfsp.load(tmp_path / place).state_dict() for place in ("once", "obeyed"))
+    first, second = (cfsp.load(tmp_path / name).state_dict() for name in ("once", "obeyed"))
     for key, tensor in first.items():
         assert torch.equal(tensor, second[key]), key

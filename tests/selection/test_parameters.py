@@ -158,10 +158,10 @@ def test_a_resumed_run_keeps_what_it_had_decided(
 ) -> None:
     source = open_checkpoint(model)
     settings = replace(OPEN, goal=TargetParameters(stays_without(source, 0.6)))
-    place = WorkDir(tmp_path, identity={"of": "one command"})
+    work_dir = WorkDir(tmp_path, identity={"of": "one command"})
 
     def parts() -> tuple[str, ...]:
-        return constraint_of(job_of(source, settings, draw, place=place))[0].budget.parts
+        return constraint_of(job_of(source, settings, draw, work_dir=work_dir))[0].budget.parts
 
     assert parts() == ("ffn", "blocks")
     monkeypatch.setattr(goal, "has_room_for_two", lambda *_: False)

@@ -60,8 +60,8 @@ def test_the_best_of_all_numbers_is_chosen(
         return tried
 
     monkeypatch.setattr(search, "_all_masked", note)
-    with temporary_work_dir(None) as place:
-        result, facts = decide(job_of(source, asked, lambda: windows, place=place))
+    with temporary_work_dir(None) as work_dir:
+        result, facts = decide(job_of(source, asked, lambda: windows, work_dir=work_dir))
     best = min(tried, key=lambda each: each.masked).candidate
     assert Candidate.from_json(facts["chosen"]) == best
     assert result.plan.removed_blocks == best.dropped.blocks
@@ -138,8 +138,8 @@ def test_the_number_is_chosen_after_repair(
         return abs(len(candidate.dropped) - best)
 
     monkeypatch.setattr(search.RepairedScore, "score", score)
-    with temporary_work_dir(None) as place:
-        _, facts = decide(job_of(source, asked, lambda: windows, place=place))
+    with temporary_work_dir(None) as work_dir:
+        _, facts = decide(job_of(source, asked, lambda: windows, work_dir=work_dir))
     assert len(facts["chosen"]["dropped"]["blocks"]) <= best
 
 

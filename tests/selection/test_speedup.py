@@ -129,8 +129,8 @@ def ffn_latencies(monkeypatch: pytest.MonkeyPatch) -> Latencies:
 
 def asked_for(model: Path, goal: TargetSpeedup) -> speedup.Speedup:
     runtime = Runtime(torch.device("cpu"), torch.float32)
-    place = WorkDir(Path())
-    return speedup.Speedup(open_checkpoint(model), Budget(multiple=8), goal, runtime, place)
+    work_dir = WorkDir(Path())
+    return speedup.Speedup(open_checkpoint(model), Budget(multiple=8), goal, runtime, work_dir)
 
 
 def planner(model: Path, statistics: Path) -> Planner:
@@ -321,8 +321,8 @@ def test_a_resumed_run_does_not_measure_again(
     settings = PruneSettings(Budget(multiple=8), goal=TargetSpeedup(1.2))
 
     def latencies(identity: str) -> Latencies:
-        place = WorkDir(tmp_path, identity={"command": identity})
-        _, constraint = constraint_of(job_of(open_checkpoint(model), settings, place=place))
+        work_dir = WorkDir(tmp_path, identity={"command": identity})
+        _, constraint = constraint_of(job_of(open_checkpoint(model), settings, work_dir=work_dir))
         assert isinstance(constraint, speedup.Speedup)
         return constraint.latencies
 

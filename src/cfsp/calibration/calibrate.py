@@ -38,7 +38,7 @@ def calibrate(
     runtime: Runtime,
     *,
     seed: int = 0,
-    place: WorkDir | None = None,
+    work_dir: WorkDir | None = None,
     name: str = "calibrate",
     runs: bool = False,
 ) -> Statistics:
@@ -52,7 +52,7 @@ def calibrate(
         windows: the calibration text, the same in every process.
         runtime: where and in what blocks compute.
         seed: the seed that the windows were drawn by, for the record.
-        place: where to spill and to save, and the team; None for neither.
+        work_dir: where to spill and to save, and the team; None for neither.
         name: of the pass, in its work directory and its progress bar.
         runs: whether to compare runs of consecutive blocks as well.
 
@@ -61,13 +61,13 @@ def calibrate(
         CheckpointError: a tensor is missing or truncated.
         ResumeError: the work directory holds unfinished work of something else.
     """
-    team = Team() if place is None else place.team
+    team = Team() if work_dir is None else work_dir.team
     check_tokens(source.config, windows.tokens_NT, source.label)
     own = windows.part(part_of(windows, team, runtime.batch_windows))
     if len(own.tokens_NT):
         stride = sampled_stride(own) if runs else None
         visitor = _Calibration(name, stride, is_alone=team.size == 1)
-        observed = pass_blocks(source, own, visitor, runtime, place)
+        observed = pass_blocks(source, own, visitor, runtime, work_dir)
     else:
         blocks = range(source.architecture.block_count)
         observed = [BlockSums(source.architecture.units_of(i)).observed(i) for i in blocks]

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> Told:
     with (
         created_parents(args.out),
         joined(compute_device(compute.device), timeout) as team,
-        output_work_dir(args.out, identity, compute.memory_budget, team) as place,
+        output_work_dir(args.out, identity, compute.memory_budget, team) as work_dir,
     ):
         # Another run may have finished since the first look.
         team.from_first(lambda: _check_is_new(args.out))
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> Told:
             load_tokenizer(source.directory),
             settings_from(args, CalibrationText),
             compute,
-            place,
+            work_dir,
             sensitivity=args.sensitivity,
             **calibrate_for(source, parts, compute),
         )
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> Told:
     if not team.is_first:
         return None
     paths = ["" if statistics.has_one_unit_each else unit.path for unit in source.units]
-    return _told(args.out, statistics, paths, place)
+    return _told(args.out, statistics, paths, work_dir)
 
 
 def _check_is_new(out: Path) -> None:
@@ -92,7 +92,7 @@ def _check_is_new(out: Path) -> None:
         raise OutputError(f"{out} exists already; choose another file")
 
 
-def _told(out: Path, statistics: Statistics, paths: Sequence[str], place: WorkDir) -> Told:
+def _told(out: Path, statistics: Statistics, paths: Sequence[str], work_dir: WorkDir) -> Told:
     from cfsp.planning.channels import LEAST_TOKENS, few_tokens
     from cfsp.planning.unit_plan import few_experts
     from cfsp.streaming.memory import peak_rss_bytes
@@ -108,13 +108,13 @@ def _told(out: Path, statistics: Statistics, paths: Sequence[str], place: WorkDi
             for expert in few_experts(unit.block, path, few_tokens(unit))
         ],
         "processes": process_count(),
-        "seconds": place.watch.seconds,
-        "passes": place.times_json(),
+        "seconds": work_dir.watch.seconds,
+        "passes": work_dir.times_json(),
         "peak_rss_bytes": peak_rss_bytes(),
     }
 
     def say() -> None:
-        seconds = place.watch.seconds["calibrate"]
+        seconds = work_dir.watch.seconds["calibrate"]
         print(
             f"{statistics.tokens:,} tokens through {len(statistics.blocks)} blocks in "
             f"{seconds:.1f} s ({statistics.tokens / seconds:,.0f} tokens/s); peak memory "

@@ -150,8 +150,8 @@ def evaluate_models(
     def measure() -> dict[str, Any]:
         budget = compute.memory_budget
         beside = output_work_dir(out, identity, budget, team) if out else nullcontext()
-        with beside as place:
-            return _measure(models, tasks, questions, against is not None, compute, place, team)
+        with beside as work_dir:
+            return _measure(models, tasks, questions, against is not None, compute, work_dir, team)
 
     found = measure() if out is None else measured_into(out, identity, measure, team)
     results: list[dict[str, Any]] = found["models"]
@@ -164,7 +164,7 @@ def _measure(
     questions: Questions | None,
     compares: bool,
     compute: Compute,
-    place: WorkDir | None,
+    work_dir: WorkDir | None,
     team: Team,
 ) -> dict[str, Any]:
     """Return what the file of results has of models, and of tasks if there are any."""
@@ -175,7 +175,7 @@ def _measure(
     if tasks is not None:
         tasks.read_data()
     sums = {
-        text: _measure_text(models, text, number, compares, compute, place, team)
+        text: _measure_text(models, text, number, compares, compute, work_dir, team)
         for number, text in enumerate(models[0].windows)
     }
     results = [
@@ -189,16 +189,16 @@ def _measure(
     for number, model in enumerate(models):
         whole = cache(model.whole)
         if tasks is not None:
-            results[number].update(tasks.scores_of(whole, f"task-{number}", place))
+            results[number].update(tasks.scores_of(whole, f"task-{number}", work_dir))
         if questions is not None:
             name, label = f"answers-{number}", f"{model.source.label} answers"
-            own = answers_of(model.prompts, questions.longest, whole, place, name, label)
+            own = answers_of(model.prompts, questions.longest, whole, work_dir, name, label)
             answers.append(own)
         del whole
     if questions is not None:
         windows = windows_of(models[0].prompts, answers[0])
         asked = [replace(model, windows={"answers": windows}) for model in models]
-        of_models = _measure_text(asked, "answers", len(sums), compares, compute, place, team)
+        of_models = _measure_text(asked, "answers", len(sums), compares, compute, work_dir, team)
         for result, own, its in zip(results, answers, of_models, strict=True):
             result["answers"] = answers_result(questions, windows, its, own, answers[0])
     return {"models": results} | ({} if tasks is None else {"tasks": tasks.conditions()})
@@ -210,7 +210,7 @@ def _measure_text(
     text_number: int,
     compares: bool,
     compute: Compute,
-    place: WorkDir | None,
+    work_dir: WorkDir | None,
     team: Team,
 ) -> list[WindowSums]:
     """Return the sums of every model on one text, of which each process measures a part.
@@ -241,7 +241,7 @@ def _measure_text(
                 model.source,
                 own,
                 runtime,
-                place=passes,
+                work_dir=passes,
                 name=f"perplexity-{number}",
                 label=label,
                 dense=ends[0] if ends and is_compared else None,
@@ -252,7 +252,7 @@ def _measure_text(
 
         found = []
         for number in range(len(models)):
-            own = load_or_compute(place, f"text-{text_number}-{number}", partial(stream, number))
+            own = load_or_compute(work_dir, f"text-{text_number}-{number}", partial(stream, number))
             found.append(joined_sums(team.gather(own)))
         return found
 
@@ -288,18 +288,18 @@ def measure_both(
     after: WeightSource,
     windows: Mapping[str, Windows],
     compute: Compute,
-    place: WorkDir,
+    work_dir: WorkDir,
 ) -> dict[str, dict[str, Any]]:
     """Return the perplexities of both on each text, as the manifest has them."""
-    first = _perplexities(before, windows, compute, place, "dense")
-    return before_and_after(first, _perplexities(after, windows, compute, place, "pruned"))
+    first = _perplexities(before, windows, compute, work_dir, "dense")
+    return before_and_after(first, _perplexities(after, windows, compute, work_dir, "pruned"))
 
 
 def _perplexities(
     source: WeightSource,
     windows: Mapping[str, Windows],
     compute: Compute,
-    place: WorkDir,
+    work_dir: WorkDir,
     label: str,
 ) -> dict[str, dict[str, Any]]:
     runtime = runtime_of(compute, source)
@@ -308,7 +308,7 @@ def _perplexities(
             source,
             of_text,
             runtime,
-            place=place,
+            work_dir=work_dir,
             name=f"perplexity-{label}-{of_text.digest[:8]}",
             label=f"{label} on {text}",
         ).to_json()

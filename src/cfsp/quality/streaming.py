@@ -61,7 +61,7 @@ def streamed_perplexity(
     windows: Windows,
     runtime: Runtime,
     *,
-    place: WorkDir | None = None,
+    work_dir: WorkDir | None = None,
     name: str = "perplexity",
     label: str | None = None,
 ) -> Perplexity:
@@ -69,11 +69,11 @@ def streamed_perplexity(
 
     The processes of the work directory share the windows.
     """
-    team = Team() if place is None else place.team
+    team = Team() if work_dir is None else work_dir.team
     own = windows.part(part_of(windows, team, runtime.batch_windows))
     loss: list[float] = []
     if len(own.tokens_NT):
-        sums = streamed_sums(source, own, runtime, place=place, name=name, label=label)
+        sums = streamed_sums(source, own, runtime, work_dir=work_dir, name=name, label=label)
         loss = sums["loss"]
     return perplexity_of(sum(chain.from_iterable(team.gather(loss))), windows, label or name)
 
@@ -83,7 +83,7 @@ def streamed_sums(
     windows: Windows,
     runtime: Runtime,
     *,
-    place: WorkDir | None,
+    work_dir: WorkDir | None,
     name: str,
     label: str | None,
     dense: DenseEnd | None = None,
@@ -97,7 +97,7 @@ def streamed_sums(
         source: the model.
         windows: token windows; what pads them at the end counts for nothing.
         runtime: where and in what to compute.
-        place: where to spill and to save; None for neither.
+        work_dir: where to spill and to save; None for neither.
         name: of the pass, in its work directory.
         label: what people read of it; None for its name.
         dense: what the dense model predicts on the same windows, to compare with.
@@ -109,7 +109,7 @@ def streamed_sums(
     """
     check_tokens(source.config, windows.tokens_NT, label or name)
     visitor = _AtEnd(name, label, source, windows, runtime, dense, on_end)
-    found = pass_blocks(source, windows, visitor, runtime, place)
+    found = pass_blocks(source, windows, visitor, runtime, work_dir)
     assert found[-1] is not None
     return found[-1]
 

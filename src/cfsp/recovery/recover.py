@@ -213,9 +213,9 @@ def recover_checkpoint(
     ready = prepare(source, out, settings)
     if not is_first_process():
         return _recover(ready, None, started, command)
-    with created_parents(out), output_work_dir(out, ready.identity) as place:
+    with created_parents(out), output_work_dir(out, ready.identity) as work_dir:
         check_output_is_free(out)  # another run may have been at work meanwhile
-        report = _recover(ready, place, started, command)
+        report = _recover(ready, work_dir, started, command)
     limit = settings.training.limit.seconds
     if limit is not None and (took := time.monotonic() - started) > limit:
         logger.warning(
@@ -225,14 +225,16 @@ def recover_checkpoint(
     return report
 
 
-def _recover(ready: Prepared, place: WorkDir | None, started: float, command: str) -> RecoverReport:
-    """Do the work; only the first process has a place, and writes."""
+def _recover(
+    ready: Prepared, work_dir: WorkDir | None, started: float, command: str
+) -> RecoverReport:
+    """Do the work; only the first process has a work directory, and writes."""
     settings, watch = ready.settings, ready.watch
     before = Baseline({}, 0, 0.0)
-    if place is not None and settings.evaluation.names:
+    if work_dir is not None and settings.evaluation.names:
         with watch.stage("evaluate"):
-            before = _measured_before(ready, place)
-    adapted, blocks, training, outcome = _train(ready, place, started, before.seconds)
+            before = _measured_before(ready, work_dir)
+    adapted, blocks, training, outcome = _train(ready, work_dir, started, before.seconds)
     if not outcome.best_step:
         raise _nothing_gained(outcome, ready.source)
 
@@ -247,7 +249,7 @@ def _recover(ready: Prepared, place: WorkDir | None, started: float, command: st
             out=str(ready.out),
         )
 
-    if place is None:
+    if work_dir is None:
         return report({})
     with staged_directory(ready.out) as staging:
         with watch.stage("write"):
@@ -269,7 +271,7 @@ def _recover(ready: Prepared, place: WorkDir | None, started: float, command: st
     return done
 
 
-def _measured_before(ready: Prepared, place: WorkDir) -> Baseline:
+def _measured_before(ready: Prepared, work_dir: WorkDir) -> Baseline:
     """Return the perplexity before training, which a killed run may have measured already."""
     settings = ready.settings
     windows = settings.evaluation.windows
@@ -281,13 +283,13 @@ def _measured_before(ready: Prepared, place: WorkDir) -> Baseline:
     seconds = settings.training.limit.seconds
     return Baseline(
         **load_or_compute(
-            place, _BEFORE, lambda: asdict(measure_before(measure_windows, windows, seconds))
+            work_dir, _BEFORE, lambda: asdict(measure_before(measure_windows, windows, seconds))
         )
     )
 
 
 def _train(
-    ready: Prepared, place: WorkDir | None, started: float, seconds_to_measure: float
+    ready: Prepared, work_dir: WorkDir | None, started: float, seconds_to_measure: float
 ) -> tuple[nn.Module, list[dict[str, int | None]], Training, TrainingOutcome]:
     """Train; return the model, what is trainable in each block, the settings with their rate."""
     source, settings, watch = ready.source, ready.settings, ready.watch
@@ -336,7 +338,7 @@ def _train(
             schedule=schedule,
             loss=loss,
             directory=directory,
-            callbacks=[_Saver(PassState(directory, ready.identity))] if place else [],
+            callbacks=[_Saver(PassState(directory, ready.identity))] if work_dir else [],
         )
         tensors = trained_tensors(adapted) if sharded else {}
     if tensors:
@@ -348,7 +350,7 @@ def _train(
 
 
 class _Saver(TrainerCallback):  # type: ignore[misc]
-    """Notes in the work place that a checkpoint is complete, to go on from."""
+    """Notes in the work directory that a checkpoint is complete, to go on from."""
 
     def __init__(self, state: PassState) -> None:
         self._state = state

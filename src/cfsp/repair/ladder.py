@@ -64,7 +64,7 @@ def repair(job: Job, result: PruningResult, windows: Windows) -> PruningResult:
     taken = {step.name for step in result.steps}
     for name, step in needed_steps(job.settings.repair, result.plan).items():
         if name not in taken:
-            with job.place.watch.stage(name):
+            with job.work_dir.watch.stage(name):
                 result = step(job, result, windows)
     return result
 
@@ -92,7 +92,7 @@ def check_windows(job: Job, windows: Windows) -> None:
         )
     if job.settings.repair == "local":
         for tokens in (sequential.TOKENS_IN_BATCH, job.settings.local.tokens):
-            streams = TwoStreams.of(windows, tokens, job.place.team)
+            streams = TwoStreams.of(windows, tokens, job.work_dir.team)
             check_enough(windows, streams.team, streams.batch)
 
 

@@ -81,9 +81,9 @@ def choose_and_repair(
     """
     check_tokens(job.source.config, windows.tokens_NT, job.source.label)
     _warn_of_memory(job)
-    own = part_of(windows, job.place.team, job.runtime.batch_windows)
+    own = part_of(windows, job.work_dir.team, job.runtime.batch_windows)
     visitor = _RidgePass(job, windows, own, keep_U, frozenset(removed))
-    chosen = pass_blocks(job.source, windows.part(own), visitor, job.runtime, job.place)
+    chosen = pass_blocks(job.source, windows.part(own), visitor, job.runtime, job.work_dir)
     _warn_of_unrepaired(chosen)
     return chosen
 
@@ -101,7 +101,7 @@ def with_ridge(job: Job, result: PruningResult, chosen: Sequence[ChosenBlock]) -
     repairs = [
         block.repaired or (None,) * (len(block.kept) if has_several else 1) for block in chosen
     ]
-    return add_step(result, NAME, job.place.first_directory_of(NAME), repairs)
+    return add_step(result, NAME, job.work_dir.first_directory_of(NAME), repairs)
 
 
 class _RidgePass(Visitor[ChosenBlock]):
@@ -123,10 +123,10 @@ class _RidgePass(Visitor[ChosenBlock]):
         removed: frozenset[int],
     ) -> None:
         super().__init__(NAME)
-        self._source, self._criterion, self._team = job.source, job.criterion, job.place.team
+        self._source, self._criterion, self._team = job.source, job.criterion, job.work_dir.team
         self._keep_U, self._removed = keep_U, removed
         self._is_held_out_N = windows.held_out_N[own]
-        self._directory = job.place.first_directory_of(NAME)
+        self._directory = job.work_dir.first_directory_of(NAME)
         # Of this turn: all blocks, and the one that this process repairs.
         self._turn: dict[int, ChosenBlock] = {}
         self._waiting: tuple[int, list[Observation]] | None = None
@@ -284,7 +284,7 @@ def _warn_of_memory(job: Job) -> None:
     """
     source = job.source
     needed, block = max((gram_bytes(source, unit.block), unit.block) for unit in source.units)
-    needed *= min(job.place.team.size, 2)
+    needed *= min(job.work_dir.team.size, 2)
     available = available_bytes() / processes_on_machine()
     if job.runtime.device.type == "cpu" and needed > available:
         log.warning(

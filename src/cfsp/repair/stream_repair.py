@@ -50,7 +50,7 @@ class StreamRepair(Visitor[BlockRepair | None]):
         super().__init__(name)
         self._job, self._repaired, self._windows = job, repaired, windows
         self.pruned = PrunedSource(job.source, repaired.plan, repaired.tensors)
-        self._streams = TwoStreams.of(windows, tokens_in_batch, job.place.team)
+        self._streams = TwoStreams.of(windows, tokens_in_batch, job.work_dir.team)
         self.runtime = replace(job.runtime, batch_windows=self._streams.batch)
         self.more_batch_sizes = self._streams.batch_sizes
         skeleton = build_skeleton(self.pruned.config, job.runtime.dtype)
@@ -61,7 +61,7 @@ class StreamRepair(Visitor[BlockRepair | None]):
         # The dense stream's held-out windows after each block of the group so far, and after the
         # removed ones behind it.
         self._dense_after: list[Tensor] = []
-        self._directory = job.place.first_directory_of(name)
+        self._directory = job.work_dir.first_directory_of(name)
 
     def group_of(self, block: int) -> range:
         """Return the blocks that are one group with any of them; indices in the pruned model."""
@@ -77,8 +77,8 @@ class StreamRepair(Visitor[BlockRepair | None]):
     def step(self) -> PruningResult:
         """Return what the step makes of what was there before it; errors are those of a pass."""
         own = self._windows.part(slice(self._streams.own.start, self._streams.own.stop))
-        both, place = joined([own, own]), self._job.place
-        results = pass_blocks(self._job.source, both, self, self.runtime, place)
+        both, work_dir = joined([own, own]), self._job.work_dir
+        results = pass_blocks(self._job.source, both, self, self.runtime, work_dir)
         at_last: list[BlockRepair | None] = [None] * len(results)
         for end, group in self._group_at.items():
             at_last[self._kept[group[-1]]] = results[end]

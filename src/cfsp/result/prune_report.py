@@ -145,10 +145,10 @@ def prune_report(
     repaired: PruningResult,
     goal: dict[str, Any],
     measured: dict[str, dict[str, float]],
-    place: WorkDir,
+    work_dir: WorkDir,
     out: Path | None,
 ) -> PruneReport:
-    """Return what a run did; `place` has the times of stages and passes, and `out` is as there."""
+    """Return what a run did; `work_dir` has the times of stages and passes."""
     plan, before = repaired.plan, parameter_count(source)
     groups_before, groups_after = plan.widths_of("kv")
     kv_sparsity = round(plan.kv_sparsity, 6)
@@ -169,8 +169,8 @@ def prune_report(
         goal=goal,
         perplexity=measured,
         dequantised=dequantisation_of(source),
-        seconds=dict(place.watch.seconds),
-        passes=place.times_json(),
+        seconds=dict(work_dir.watch.seconds),
+        passes=work_dir.times_json(),
         peak_rss_bytes=peak_rss_bytes(),
         out=str(out) if out else None,
         plan=plan,

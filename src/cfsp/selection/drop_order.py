@@ -183,7 +183,7 @@ def with_order(
     windows: Windows,
     wanted: Sequence[DropBudget],
     runtime: Runtime,
-    place: WorkDir,
+    work_dir: WorkDir,
 ) -> Statistics:
     """Add the order in which blocks or attentions go, where budgets need more of it.
 
@@ -199,14 +199,14 @@ def with_order(
         removals: list[Removal] = []
         for parts in sorted(needed):
             check_is_text(windows, f"--parts {','.join(parts)}")
-            with place.watch.stage("order of removal"):
+            with work_dir.watch.stage("order of removal"):
                 budgets = [each for each in missing if each.parts == parts]
                 removals += measure_order(source, windows, budgets, runtime)
         return {"removals": [each.to_json() for each in removals]}
 
     # Other windows would be another choice.
     name = f"removals-{windows.digest[:8]}"
-    found = place.team.from_first(lambda: load_or_compute(place, name, measure)["removals"])
+    found = work_dir.team.from_first(lambda: load_or_compute(work_dir, name, measure)["removals"])
     others = [each for each in statistics.removals if (each.among or (each.part,)) not in needed]
     measured = Removal.all_from_json(found, len(statistics.blocks))
     return replace(statistics, removals=(*others, *measured))

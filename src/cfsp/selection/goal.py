@@ -57,11 +57,11 @@ def constraint_of(job: Job) -> tuple[Job, Constraint]:
     elif isinstance(goal, TargetKVCache):
         constraint = CacheFraction(source, budget, goal.fraction)
     elif isinstance(goal, TargetSpeedup):
-        constraint = Speedup(source, budget, goal, job.runtime, job.place)
+        constraint = Speedup(source, budget, goal, job.runtime, job.work_dir)
     else:
         # Too little text should be found out before the calibration.
         texts = held_out_windows(goal, job.settings.text, job.tokenizer())
-        constraint = LossIncrease(source, budget, goal, texts, job.runtime, job.place)
+        constraint = LossIncrease(source, budget, goal, texts, job.runtime, job.work_dir)
     constraint.check()
     return job, constraint
 
@@ -93,7 +93,7 @@ def _parts_for(job: Job, asked: Parameters) -> tuple[Part, ...]:
         return {"parts": (*DEFAULT_PARTS, "blocks")}
 
     # A run that is resumed may find another amount of memory.
-    found = job.place.team.from_first(lambda: load_or_compute(job.place, "parts", choose))
+    found = job.work_dir.team.from_first(lambda: load_or_compute(job.work_dir, "parts", choose))
     return tuple(found["parts"])
 
 

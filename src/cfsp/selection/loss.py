@@ -45,7 +45,7 @@ class LossIncrease(Constraint):
     goal: MaxLossIncrease
     texts: list[Windows]  # to measure on
     runtime: Runtime
-    place: WorkDir  # keeps what was found for a run that is resumed
+    work_dir: WorkDir  # keeps what was found for a run that is resumed
     found: dict[str, Any] = field(default_factory=dict)  # sparsity, dense loss, what was tried
 
     name = "max_loss_increase"
@@ -58,7 +58,7 @@ class LossIncrease(Constraint):
     def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
         """Return the largest share whose loss fits."""
         self.found.update(
-            load_or_compute(self.place, "loss", lambda: self._measured(planner, tuple(parts)))
+            load_or_compute(self.work_dir, "loss", lambda: self._measured(planner, tuple(parts)))
         )
         return float(self.found["sparsity"])
 

@@ -84,8 +84,8 @@ class RepairedScore:
         """Return KL(dense || repaired), the mean over windows."""
         model, plan = self._model, planner.plan(candidate)
         loaded = LoadedModel(model, self.job.budget.parts)
-        with temporary_work_dir(self.job.settings.compute.memory_budget) as place:
-            repaired = self.repair(self.job.at(place), planner, plan, self.fit)
+        with temporary_work_dir(self.job.settings.compute.memory_budget) as work_dir:
+            repaired = self.repair(self.job.at(work_dir), planner, plan, self.fit)
             smaller = build_pruned_model(model, loaded, plan, repaired.tensors)
         smaller.to(dtype=model.dtype).eval()
         with torch.inference_mode():

@@ -96,7 +96,7 @@ def select(
     def compare() -> list[Scored]:
         found = [
             Scored(Candidate.from_json(each["candidate"]), each["masked"])
-            for each in load_or_compute(job.place, name, masked)["candidates"]
+            for each in load_or_compute(job.work_dir, name, masked)["candidates"]
         ]
         score = _repaired_score(job, repair)
         few = [] if score is None else worth_a_repair(found)
@@ -105,8 +105,8 @@ def select(
             for each in found
         ]
 
-    with job.place.watch.stage("try"):
-        found = job.place.team.from_first(compare)
+    with job.work_dir.watch.stage("try"):
+        found = job.work_dir.team.from_first(compare)
     best = best_of(found)
     for each in found:
         after = "" if each.repaired is None else f", {each.repaired:.4f} repaired"
@@ -133,7 +133,7 @@ def _when_repaired(
     log.info("repairing on a little text: %s", candidate.in_words)
     number = f"{len(candidate.dropped)}-{'-'.join(candidate.parts)}"
     found = load_or_compute(
-        job.place,
+        job.work_dir,
         f"{name}-repaired-{number}",
         lambda: {"repaired": score.score(planner, candidate)},
     )

@@ -102,7 +102,7 @@ def with_needed_sensitivity(job: Job, statistics: Statistics, windows: Windows) 
     decided not to measure: there may be another amount of memory now. Of several processes the
     first decides and measures.
     """
-    source, runtime, place = job.source, job.runtime, job.place
+    source, runtime, work_dir = job.source, job.runtime, job.work_dir
     criterion, parts = job.criterion, {"ffn", *job.budget.channel_parts}
     if statistics.sensitivity is not None and all(map(statistics.sensitivity.of_part, parts)):
         return statistics
@@ -110,14 +110,16 @@ def with_needed_sensitivity(job: Job, statistics: Statistics, windows: Windows) 
     def measure() -> dict[str, Any]:
         if not follow_sensitivity(source, criterion, runtime, has_images=windows.has_images):
             return {"sensitivity": None}
-        with place.watch.stage("sensitivity"):
+        with work_dir.watch.stage("sensitivity"):
             found = with_sensitivity(source, statistics, windows, criterion, runtime, parts)
         assert found.sensitivity is not None
         return {"sensitivity": found.sensitivity.to_json()}
 
     # Other windows would be another measurement.
     name = f"sensitivity-{windows.digest[:8]}"
-    found = place.team.from_first(lambda: load_or_compute(place, name, measure)["sensitivity"])
+    found = work_dir.team.from_first(
+        lambda: load_or_compute(work_dir, name, measure)["sensitivity"]
+    )
     blocks = len(statistics.blocks)
     return replace(statistics, sensitivity=Sensitivity.from_json(found, blocks))
 

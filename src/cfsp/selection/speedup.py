@@ -46,7 +46,7 @@ class Speedup(Constraint):
 
     goal: TargetSpeedup
     runtime: Runtime
-    place: WorkDir  # keeps latencies for a run that is resumed
+    work_dir: WorkDir  # keeps latencies for a run that is resumed
     tried: list[Attempt] = field(default_factory=list)
 
     name = "target_speedup"
@@ -79,9 +79,9 @@ class Speedup(Constraint):
             warn_of_disturbance(found)
             return found.to_json()
 
-        with self.place.watch.stage("try"):
-            found = self.place.team.from_first(
-                lambda: load_or_compute(self.place, "latencies", measure)
+        with self.work_dir.watch.stage("try"):
+            found = self.work_dir.team.from_first(
+                lambda: load_or_compute(self.work_dir, "latencies", measure)
             )
         return Latencies.from_json(found)
 

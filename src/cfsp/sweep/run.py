@@ -194,13 +194,13 @@ def _statistics(sweep: _Sweep, seed: int) -> Statistics:
             if each.budget.channel_parts
         )
 
-    with output_work_dir(path, {"command": "sweep"}, compute.memory_budget) as place:
+    with output_work_dir(path, {"command": "sweep"}, compute.memory_budget) as work_dir:
         found = calibrate_source(
             source,
             load_tokenizer(source.directory),
             settings[0].text,
             compute,
-            place,
+            work_dir,
             sensitivity=needs_sensitivity,
             wanted=[
                 Share(source, each.budget).to_drop()
