@@ -22,7 +22,7 @@ _LITTLE = 1 / 3
 _SMALL = 300e6
 # Of a small model, which goes without a word.
 _HARMLESS = 0.05
-# Fewer windows repair less well (docs/STUDIES.md, study 7).
+# Fewer windows repair less well (docs/RESULTS.md, foreign text).
 _FEW_WINDOWS = 64
 
 
@@ -80,8 +80,8 @@ def doubts(source: WeightSource, settings: PruneSettings) -> Iterator[str]:
     windows = DEFAULT_SAMPLES if samples is None else samples
     if settings.repair != "none" and windows < _FEW_WINDOWS:
         yield (
-            f"{windows} windows calibrate and repair; with fewer than {_FEW_WINDOWS} the repair "
-            f"fits less well to other text (default: {DEFAULT_SAMPLES})"
+            f"{windows} windows calibrate and repair, by default {DEFAULT_SAMPLES}: SmolLM2-135M "
+            "without 20% had 1.45 times the dense perplexity by 8, 1.33 by 16, 1.30 by 32, 1.27 by 128"
         )
 
 
