@@ -80,9 +80,9 @@ def doubts(source: WeightSource, settings: PruneSettings) -> Iterator[str]:
     windows = DEFAULT_SAMPLES if samples is None else samples
     if settings.repair != "none" and windows < _FEW_WINDOWS:
         yield (
-            f"{windows} windows calibrate and repair, by default {DEFAULT_SAMPLES}: without a fifth of "
-            "its channels SmolLM2-135M had 1.45 times the dense perplexity by 8 windows, 1.33 by 16, "
-            "1.30 by 32 and 1.27 by 128"
+            f"{windows} windows calibrate and repair, by default {DEFAULT_SAMPLES}: "
+            "SmolLM2-135M without a fifth of its channels had 1.45 times the dense perplexity by 8 "
+            "windows, 1.33 by 16, 1.30 by 32 and 1.27 by 128"
         )
 
 
