@@ -11,7 +11,7 @@ from functools import partial
 from multiprocessing import active_children, get_context
 from multiprocessing.connection import Connection, wait
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cfsp.architecture.experts import with_experts
 from cfsp.architecture.model_classes import check_is_decoder
@@ -20,9 +20,6 @@ from cfsp.errors import CfspError, UnsupportedModelError, first_line
 from cfsp.families.catalogue import Family, Reasons
 from cfsp.settings import PARTS, Part
 from cfsp.streaming.block_proof import prove_without_attentions, prove_without_blocks
-
-if TYPE_CHECKING:
-    pass
 
 # Seconds. For a few types all proofs take more than two minutes on a slow core.
 PROOF_LIMIT = 300.0
