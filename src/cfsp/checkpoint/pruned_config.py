@@ -25,7 +25,7 @@ from cfsp.checkpoint.config_blocks import stock_without_blocks
 from cfsp.checkpoint.config_widths import PRUNED_KEY, stock_config
 from cfsp.checkpoint.modeling_code import FFN_WIDTHS, KV_GROUPS, PER_LAYER_CONFIG, ModelingFile
 from cfsp.checkpoint.text_config import text_config_of, text_fields_of, text_path
-from cfsp.checkpoint.width_keys import WidthSearch, stock_heads, units_are_found
+from cfsp.checkpoint.width_keys import WidthSearch, stock_heads
 from cfsp.errors import UnsupportedModelError
 from cfsp.settings import Part
 
@@ -192,7 +192,7 @@ def _of_ffns(
         return _Changes(stock_values, {}), None
     key = _per_layer_key(search, architecture)
     value = max(widths) * (2 if would_load else 1)
-    if key is not None and units_are_found(stock, {key: value}, architecture):
+    if key is not None and search.finds_units({key: value}, architecture):
         digits = len(str(len(widths) - 1))
         per_layer = {str(i).zfill(digits): {key: width} for i, width in enumerate(widths)}
         return _Changes({key: value}, {PER_LAYER_CONFIG: per_layer}), key

@@ -46,6 +46,7 @@ class WidthSearch:
     """The keys of a stock config that give FFNs their width, and those widths by path."""
 
     stock: PreTrainedConfig
+    model: PreTrainedModel  # that its class builds, without weights
     widths: Mapping[str, set[int]]
     keys: Sequence[WidthKey]
 
@@ -57,12 +58,13 @@ class WidthSearch:
         same proportion to the value, and is the same model in all else: a class may also scale an
         output by the number.
         """
-        widths = _widths_by_path(stock, {unit.path for unit in architecture.units})
+        model = empty_stock_model(stock)
+        widths = _widths_by_path(model, {unit.path for unit in architecture.units})
         asked = f"{type(stock).__name__} {sorted(widths)} {stock.to_json_string(use_diff=False)}"
         if asked not in _found:
             keys = _keys_by_trying(stock, widths)
             _found[asked] = [key for key in keys if _says_widths_only(stock, key)]
-        return WidthSearch(stock, widths, _found[asked])
+        return WidthSearch(stock, model, widths, _found[asked])
 
     def stock_values(
         self, architecture: Architecture, widths: Sequence[int]
@@ -83,7 +85,7 @@ class WidthSearch:
                     return None
                 values[key.name] = value
         # Whether they are all that it takes shows what is built.
-        return values if units_are_found(self.stock, values, architecture, widths) else None
+        return values if self.finds_units(values, architecture, widths) else None
 
     def wrong_value(self, architecture: Architecture, widths: Sequence[int]) -> dict[str, int]:
         """Return a key with a value by which the stock class builds none of the widths.
@@ -92,9 +94,30 @@ class WidthSearch:
         """
         for key in self.keys:
             value = 2 * max(widths) // min(key.times.values())
-            if units_are_found(self.stock, {key.name: value}, architecture):
+            if self.finds_units({key.name: value}, architecture):
                 return {key.name: value}
         return {}
+
+    def finds_units(
+        self,
+        values: Mapping[str, int],
+        architecture: Architecture,
+        widths: Sequence[int] | None = None,
+    ) -> bool:
+        """Return whether the stock config with other values has the units, of any widths given.
+
+        An FFN that is much narrower than the hidden size may not be recognised as one any more, and
+        a key may say the width of something else too, such as FFNs that the proof refused.
+        """
+        model = empty_stock_model(with_values(self.stock, values))
+        if _other_shapes(model, architecture) != _other_shapes(self.model, architecture):
+            return False
+        places = [(unit.block, unit.path) for unit in architecture.units]
+        # Those that the proof refused are found as well.
+        width_of = _widths_by_place(model)
+        if widths is None:
+            return all(place in width_of for place in places)
+        return all(width_of.get(at) == width for at, width in zip(places, widths, strict=True))
 
 
 # One command asks several times.
@@ -113,7 +136,8 @@ def _keys_by_trying(config: PreTrainedConfig, widths: Mapping[str, set[int]]) ->
         else:
             continue
         try:
-            after = _widths_by_path(with_values(config, {name: value}), set(widths))
+            model = empty_stock_model(with_values(config, {name: value}))
+            after = _widths_by_path(model, set(widths))
         except Exception:  # whatever a config or class does with a number that it does not expect
             continue
         affected = [path for path in widths if after.get(path) != widths[path]]
@@ -146,9 +170,9 @@ def _says_widths_only(config: PreTrainedConfig, key: WidthKey) -> bool:
     return difference(found, run.decoder_output()) <= TOLERANCE
 
 
-def _widths_by_path(config: PreTrainedConfig, paths: set[str]) -> dict[str, set[int]]:
+def _widths_by_path(model: PreTrainedModel, paths: set[str]) -> dict[str, set[int]]:
     found: dict[str, set[int]] = {}
-    for (_, path), width in _widths_by_place(empty_stock_model(config)).items():
+    for (_, path), width in _widths_by_place(model).items():
         if path in paths:
             found.setdefault(path, set()).add(width)
     return found
@@ -158,28 +182,6 @@ def _widths_by_place(model: PreTrainedModel, part: Part = "ffn") -> dict[tuple[i
     """Return the widths of the units that a model seems to have, by their block and path in it."""
     units = find_architecture(model, part).units
     return {(unit.block, unit.path): unit.width for unit in units}
-
-
-def units_are_found(
-    stock: PreTrainedConfig,
-    values: Mapping[str, int],
-    architecture: Architecture,
-    widths: Sequence[int] | None = None,
-) -> bool:
-    """Return whether a stock config with other values has the units, of these widths if given.
-
-    An FFN that is much narrower than the hidden size may not be recognised as one any more, and a
-    key may say the width of something else too, such as FFNs that the proof refused.
-    """
-    model = empty_stock_model(with_values(stock, values))
-    if _other_shapes(model, architecture) != _other_shapes(empty_stock_model(stock), architecture):
-        return False
-    places = [(unit.block, unit.path) for unit in architecture.units]
-    # Those that the proof refused are found as well.
-    width_of = _widths_by_place(model)
-    if widths is None:
-        return all(place in width_of for place in places)
-    return all(width_of.get(at) == width for at, width in zip(places, widths, strict=True))
 
 
 def _other_shapes(model: PreTrainedModel, architecture: Architecture) -> dict[str, torch.Size]:
