@@ -193,12 +193,10 @@ def _literal(value: Any) -> str:
     return pformat(value, width=_LINE, sort_dicts=False)
 
 
-def is_only_code(directory: Path, file: ModelingFile) -> bool:
-    """Return whether the directory's only code is a modelling file exactly as we write it."""
+def is_only_code(directory: Path, name: str, text: str) -> bool:
+    """Return whether the directory's only code is one file with a name, exactly as we write it."""
     sources = [path for path in directory.glob("*.py") if path.is_file()]
-    if [path.name for path in sources] != [MODELING_FILE]:
-        return False
-    return sources[0].read_bytes() == file.text.encode()
+    return [path.name for path in sources] == [name] and sources[0].read_bytes() == text.encode()
 
 
 def pruned_class(file: ModelingFile) -> type[PreTrainedModel]:

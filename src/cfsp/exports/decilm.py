@@ -27,6 +27,7 @@ from cfsp.architecture.resizing import Gone
 from cfsp.checkpoint.config_file import CONFIG_FILE, read_plain_fields
 from cfsp.checkpoint.config_widths import modeling_file
 from cfsp.checkpoint.loading import compute_dtype
+from cfsp.checkpoint.modeling_code import is_only_code
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor
@@ -215,9 +216,7 @@ def is_decilm(directory: Path) -> bool:
 
 def has_only_our_code(directory: Path) -> bool:
     """Return whether the directory's only code is the config class exactly as we write it."""
-    sources = [path for path in directory.glob("*.py") if path.is_file()]
-    names = [path.name for path in sources]
-    return names == [_CODE_FILE] and sources[0].read_text(encoding="utf-8") == _config_code()
+    return is_only_code(directory, _CODE_FILE, _config_code())
 
 
 def decilm_config(source: Checkpoint) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from cfsp.checkpoint.config_widths import modeling_file
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.modeling_code import is_only_code
+from cfsp.checkpoint.own_files import MODELING_FILE
 from cfsp.checkpoint.reading import parameter_count
 from cfsp.checkpoint.tensor_file import TensorFile
 from cfsp.checkpoint.text_config import vocabulary_of
@@ -63,7 +64,7 @@ def readable_by_vllm(subject: Subject, dtype_name: str) -> Loadable:
         Footprint(parameter_count(checkpoint), nbytes, work),
         str(computed_in).removeprefix("torch."),
         vocabulary_of(checkpoint.config),
-        file is not None and is_only_code(checkpoint.directory, file),
+        file is not None and is_only_code(checkpoint.directory, MODELING_FILE, file.text),
     )
 
 
