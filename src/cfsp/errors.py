@@ -7,7 +7,9 @@ do. Anything that is not a `CfspError` is a bug of ours and keeps its traceback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class CfspError(Exception):
@@ -103,6 +105,20 @@ class MissingExtraError(CfspError):
 def first_line(error: Exception) -> str:
     """Return what is wrong, in one line of bounded length."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
+@contextmanager
+def refusing_bad_json(path: Path, otherwise: str) -> Iterator[None]:
+    """Turn what goes wrong while a JSON file of a model is read into one `CheckpointError`.
+
+    `otherwise` says what the file is, and what to do, where it is read and is not as expected.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} {otherwise}") from error
 
 
 # What earlier versions had, and what to do instead; for this release only. Names of texts have a

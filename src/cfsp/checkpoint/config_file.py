@@ -20,7 +20,7 @@ from cfsp.checkpoint.quantisation import (
     plain_fields,
     quantisation_in,
 )
-from cfsp.errors import CheckpointError, UnsupportedModelError
+from cfsp.errors import CheckpointError, UnsupportedModelError, refusing_bad_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -63,16 +63,10 @@ def read_config(directory: Path) -> tuple[PreTrainedConfig, Quantisation | None]
             f"{directory} is not a model directory: it has no {CONFIG_FILE}; give one that has it "
             "beside its safetensors"
         )
-    try:
+    with refusing_bad_json(path, f"is not a model config: it names no model_type; {_CORRECT}"):
         fields = json.loads(path.read_text(encoding="utf-8"))
         model_type = fields["model_type"]
         known = model_type in CONFIG_MAPPING
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is not a model config: it names no model_type; {_CORRECT}"
-        ) from error
     if not known:
         raise UnsupportedModelError(
             f"model type {str(model_type)[:60]!r} is not known to transformers "

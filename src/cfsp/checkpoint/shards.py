@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cfsp.checkpoint.tensor_file import AGAIN, OutgoingTensor, TensorFile, write_tensor_file
-from cfsp.errors import CheckpointError
+from cfsp.errors import CheckpointError, refusing_bad_json
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -31,17 +31,12 @@ def weight_files(directory: Path) -> Sequence[TensorFile]:
             f"{directory} has no {SINGLE_FILE} and no {INDEX_FILE} (found: {found}); "
             "save the model as safetensors"
         )
-    try:
+    otherwise = "is not a checkpoint index: no weight_map; download the model again"
+    with refusing_bad_json(index, otherwise):
         weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(weight_map.values()))
         if not all(isinstance(shard, str) for shard in shards):
             raise TypeError("file names are not text")
-    except OSError as error:
-        raise CheckpointError(f"cannot read {index}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{index} is not a checkpoint index: no weight_map; download the model again"
-        ) from error
     for shard in shards:
         if Path(shard).name != shard:
             raise CheckpointError(

@@ -10,7 +10,7 @@ from typing import Any
 
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.own_files import MANIFEST_FILE
-from cfsp.errors import CheckpointError
+from cfsp.errors import CheckpointError, refusing_bad_json
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.names import public_command, public_name
 
@@ -79,13 +79,9 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     path = directory / MANIFEST_FILE
     if not path.is_file():
         return None
-    try:
+    with refusing_bad_json(path, "is damaged; prune the model again"):
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         found = fields["manifest_version"]
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged; prune the model again") from error
     if found != MANIFEST_VERSION:
         raise CheckpointError(
             f"{path} has manifest version {found}, expected {MANIFEST_VERSION}; "
