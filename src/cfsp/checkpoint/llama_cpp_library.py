@@ -28,16 +28,16 @@ def llama_cpp_version() -> str:
     return f"llama.cpp {__llama_cpp_tag__}"
 
 
-def llama_cpp_library(purpose: str, extra: str) -> tuple[Any, Any]:
+def llama_cpp_library() -> tuple[Any, Any]:
     """Return (ffi, library), ready for use, with messages kept instead of printed.
 
     Raises:
-        MissingExtraError: it is not installed; names for which purpose, and the extra that has it.
+        MissingExtraError: it is not installed.
     """
     try:
         from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
     except ImportError as error:
-        raise MissingExtraError(purpose, extra) from error
+        raise MissingExtraError("running llama.cpp", "llamacpp") from error
     ffi, lib = get_ffi(), get_lib()
     _start(ffi, lib)
     return ffi, lib

@@ -69,7 +69,7 @@ def llama_cpp_tokens(path: Path, texts: Sequence[str]) -> list[list[int]] | None
 
 def _main(path: str) -> None:
     """Read texts from standard input, and write their tokens."""
-    ffi, lib = llama_cpp_library("running llama.cpp", "export")
+    ffi, lib = llama_cpp_library()
     settings = lib.llama_model_default_params()
     settings.vocab_only = True
     model = lib.llama_model_load_from_file(path.encode(), settings)

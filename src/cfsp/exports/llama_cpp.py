@@ -32,7 +32,7 @@ class LlamaCpp:
     """
 
     def __init__(self, path: Path, context: int | None = 512, threads: int | None = None) -> None:
-        self._ffi, self._lib = llama_cpp_library("running llama.cpp", "llamacpp")
+        self._ffi, self._lib = llama_cpp_library()
         settings = self._lib.llama_model_default_params()
         settings.n_gpu_layers = 0
         self._name = path.name
@@ -125,7 +125,7 @@ class LlamaCpp:
 
 def quantise(source: Path, target: Path, file_type: int) -> None:
     """Write a quantised copy of a .gguf file; its type is a number of the enum llama_ftype."""
-    ffi, lib = llama_cpp_library("running llama.cpp", "llamacpp")
+    ffi, lib = llama_cpp_library()
     settings = ffi.new("llama_model_quantize_params *")
     settings[0] = lib.llama_model_quantize_default_params()
     settings.ftype = file_type
