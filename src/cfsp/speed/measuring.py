@@ -156,10 +156,10 @@ def compare_speed(
                     for workload, timed in rounds.items()
                 },
                 {
-                    workload: _speeds(processes, number, workload, timed, share > most)
-                    for (workload, timed), share in zip(
-                        rounds.items(), disturbance.values(), strict=True
+                    workload: _speeds(
+                        processes, number, workload, timed, disturbance[workload] > most
                     )
+                    for workload, timed in rounds.items()
                 },
                 *process.peak_bytes(),
             )
