@@ -37,13 +37,13 @@ def text_fields_of(fields: dict[str, Any], config: PreTrainedConfig) -> dict[str
 
 def text_path(config: PreTrainedConfig) -> tuple[str, ...]:
     """Return the names of the configs that lead to the one of the text decoder."""
-    wanted = config.get_text_config(decoder=True)
+    wanted = text_config_of(config)
     if wanted is config:
         return ()
     for name in config.sub_configs:
         inner = getattr(config, name, None)
         if inner is wanted:
             return (name,)
-        if inner is not None and inner.get_text_config(decoder=True) is wanted:
+        if inner is not None and text_config_of(inner) is wanted:
             return (name, *text_path(inner))
     return ()

@@ -22,6 +22,7 @@ from cfsp.architecture.small_run import (
     small_tokens,
 )
 from cfsp.checkpoint.config_blocks import facts_of
+from cfsp.checkpoint.text_config import text_config_of
 from cfsp.settings import Part
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ _found: dict[str, list[WidthKey]] = {}
 def _keys_by_trying(config: PreTrainedConfig, widths: Mapping[str, set[int]]) -> Iterator[WidthKey]:
     """Yield the keys that give FFNs their width, whatever else they may say."""
     known = set().union(*widths.values())
-    for name, old in config.get_text_config(decoder=True).to_dict().items():
+    for name, old in text_config_of(config).to_dict().items():
         like = any(word in name for word in _LIKE_A_WIDTH)
         if old is None and like:
             value = min(known) // 2
@@ -210,7 +211,7 @@ def stock_heads(
     stock_widths = [width_of.get((unit.block, unit.path), unit.width) for unit in units]
     if stock_widths == list(widths):
         return {}
-    text_config: Any = stock.get_text_config(decoder=True)
+    text_config = text_config_of(stock)
     heads = getattr(text_config, "num_attention_heads", None)
     groups = getattr(text_config, "num_key_value_heads", None) or heads
     if len(set(widths)) != 1 or type(heads) is not int or type(groups) is not int:
