@@ -32,7 +32,6 @@ from cfsp.selection.divergence import (
 )
 from cfsp.selection.sensitivity import follow_sensitivity
 from cfsp.selection.worth import size_after
-from cfsp.settings import DEFAULT_SAMPLES
 from cfsp.streaming.block_stream import StreamedBlock, stream_blocks, windows_in_batch
 from cfsp.streaming.memory import available_bytes, default_budget
 from cfsp.streaming.runtime import needed_bytes
@@ -126,8 +125,7 @@ class _Asked:
         self.repairs = settings.repair != "none"
         self.seqlen = settings.text.seqlen
         self.stays = 1 - settings.budget.sparsity
-        samples = settings.text.samples
-        self.windows = DEFAULT_SAMPLES if samples is None else samples
+        self.windows = settings.text.windows
         self.hidden = int(text_config_of(source.config).hidden_size)
         self.vocabulary = vocabulary_of(source.config)
         self.checkpoint_bytes = sum(spec.nbytes for spec in source.specs.values())
