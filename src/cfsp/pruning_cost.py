@@ -129,7 +129,9 @@ class _Asked:
         self.hidden = int(text_config_of(source.config).hidden_size)
         self.vocabulary = vocabulary_of(source.config)
         self.checkpoint_bytes = sum(spec.nbytes for spec in source.specs.values())
-        self.compares = follow_sensitivity(source, settings.criterion, runtime, has_images=False)
+        self.follows_sensitivity = follow_sensitivity(
+            source, settings.criterion, runtime, has_images=False
+        )
         prefixes = map(source.architecture.block_prefix, range(source.architecture.block_count))
         # Of every block.
         self.elements = [
@@ -159,7 +161,7 @@ class _Asked:
             found["coarse pass"] = one_pass(min(self.windows, COARSE_WINDOWS))
         else:
             found["calibrate"] = one_pass(self.windows)
-        if self.compares:
+        if self.follows_sensitivity:
             found["sensitivity"] = one_pass(self._sensitivity_windows())
         solve = _STRENGTHS * rates.solve * sum(map(self._solve_flop, self.source.units))
         if self.repairs:
@@ -200,7 +202,7 @@ class _Asked:
             peak = max(peak, 2 * block + activations + gram, block + gram + system)
         hidden, budget = self._hidden_bytes(), self.settings.compute.memory_budget
         peak += hidden if hidden <= (default_budget() if budget is None else budget) else 0
-        if self.compares:
+        if self.follows_sensitivity:
             whole = needed_bytes(source, self.runtime.dtype) + prediction_bytes(self.vocabulary)
             peak = max(peak, whole)
         return peak + _INTERPRETER_BYTES + _TOKEN_BYTES * self.vocabulary
