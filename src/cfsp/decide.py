@@ -24,12 +24,16 @@ from cfsp.repair.ladder import check_windows, needed_steps, repair, repaired_a_l
 from cfsp.repair.result import PruningResult
 from cfsp.repair.ridge_pass import choose_and_repair, with_ridge
 from cfsp.selection.by_statistics import check_can_go
-from cfsp.selection.drop_order import check_can_be_compared, follow_divergence, with_order
+from cfsp.selection.drop_order import (
+    check_can_be_compared,
+    follow_divergence,
+    follow_runs,
+    with_order,
+)
 from cfsp.selection.goal import constraint_of
 from cfsp.selection.search import check_is_definite, only_candidate, select
 from cfsp.selection.sensitivity import with_needed_sensitivity
 from cfsp.selection.worth import announce
-from cfsp.settings import AUTO_METRIC, RUNS, PruneSettings
 from cfsp.streaming.block_proof import check_experts_can_go
 from cfsp.text.windows import few_windows
 
@@ -38,7 +42,6 @@ if TYPE_CHECKING:
     from cfsp.job import Job
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.selection.constraint import Constraint
-    from cfsp.streaming.runtime import Runtime
     from cfsp.text.windows import Windows
 
 # Angular distance settles with little text; study 7 (LOG.md) shows how little.
@@ -153,7 +156,7 @@ def _calibrated(job: Job, constraint: Constraint, seen: Windows, name: str) -> S
             seed=job.settings.text.seed,
             work_dir=job.work_dir,
             name=name,
-            runs=follow_runs(job.source, job.settings, job.runtime),
+            runs=follow_runs(job.source, job.budget, job.criterion.removal, job.runtime),
         )
     return _completed(job, constraint, statistics, job.windows())
 
@@ -169,15 +172,6 @@ def _completed(
     if job.budget.channel_parts:
         statistics = with_needed_sensitivity(job, statistics, windows)
     return statistics
-
-
-def follow_runs(source: WeightSource, settings: PruneSettings, runtime: Runtime) -> bool:
-    """Return whether blocks go by how far runs of them turn the hidden state."""
-    removal = settings.criterion.removal
-    by_runs = removal == RUNS or (
-        removal == AUTO_METRIC and not follow_divergence(source, removal, runtime)
-    )
-    return "blocks" in settings.budget.parts and by_runs
 
 
 def _choose_and_repair(job: Job, constraint: Constraint) -> tuple[PruningResult, dict[str, Any]]:

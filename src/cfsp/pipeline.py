@@ -44,10 +44,7 @@ from cfsp.quality.evaluate import evaluation_windows, measure_both
 from cfsp.repair.ladder import check_can_be_repaired
 from cfsp.repair.result import PruningResult
 from cfsp.result.card import model_card, origin_of
-from cfsp.result.manifest import (
-    facts_for_config,
-    write_manifest,
-)
+from cfsp.result.manifest import facts_for_config, write_manifest
 from cfsp.result.prune_report import PruneReport, prune_report
 from cfsp.selection.constraint import half_dropped
 from cfsp.selection.drop_budget import DropBudget

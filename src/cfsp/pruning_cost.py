@@ -32,7 +32,6 @@ from cfsp.selection.divergence import (
 )
 from cfsp.selection.sensitivity import follow_sensitivity
 from cfsp.selection.worth import size_after
-from cfsp.settings import DEFAULT_SAMPLES
 from cfsp.streaming.block_stream import StreamedBlock, stream_blocks, windows_in_batch
 from cfsp.streaming.memory import available_bytes, default_budget
 from cfsp.streaming.runtime import needed_bytes
@@ -126,12 +125,13 @@ class _Asked:
         self.repairs = settings.repair != "none"
         self.seqlen = settings.text.seqlen
         self.stays = 1 - settings.budget.sparsity
-        samples = settings.text.samples
-        self.windows = DEFAULT_SAMPLES if samples is None else samples
+        self.windows = settings.text.windows
         self.hidden = int(text_config_of(source.config).hidden_size)
         self.vocabulary = vocabulary_of(source.config)
         self.checkpoint_bytes = sum(spec.nbytes for spec in source.specs.values())
-        self.compares = follow_sensitivity(source, settings.criterion, runtime, has_images=False)
+        self.follows_sensitivity = follow_sensitivity(
+            source, settings.criterion, runtime, has_images=False
+        )
         prefixes = map(source.architecture.block_prefix, range(source.architecture.block_count))
         # Of every block.
         self.elements = [
@@ -161,7 +161,7 @@ class _Asked:
             found["coarse pass"] = one_pass(min(self.windows, COARSE_WINDOWS))
         else:
             found["calibrate"] = one_pass(self.windows)
-        if self.compares:
+        if self.follows_sensitivity:
             found["sensitivity"] = one_pass(self._sensitivity_windows())
         solve = _STRENGTHS * rates.solve * sum(map(self._solve_flop, self.source.units))
         if self.repairs:
@@ -202,7 +202,7 @@ class _Asked:
             peak = max(peak, 2 * block + activations + gram, block + gram + system)
         hidden, budget = self._hidden_bytes(), self.settings.compute.memory_budget
         peak += hidden if hidden <= (default_budget() if budget is None else budget) else 0
-        if self.compares:
+        if self.follows_sensitivity:
             whole = needed_bytes(source, self.runtime.dtype) + prediction_bytes(self.vocabulary)
             peak = max(peak, whole)
         return peak + _INTERPRETER_BYTES + _TOKEN_BYTES * self.vocabulary
@@ -233,6 +233,7 @@ def measured(asked: _Asked) -> Rates:
     read = sum(source.read(name).nbytes for name in names)
     reading = time.perf_counter() - start
     panels = lower_panels(torch.eye(_SOLVED, device=device), torch.arange(_SOLVED, device=device))
+    factor(panels[-2:])  # warms up; the factor of an identity is itself
     start = _now(device)
     factor(panels)
     return Rates(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from builders import statistics_with_distances
 from cfsp.calibration.accumulators import DistanceSums
+from cfsp.calibration.observed import BlockStatistics
 from cfsp.calibration.statistics import Sensitivity
 from cfsp.errors import StatisticsError
 from cfsp.planning.coarse import block_distances, block_importance, importance_by, of_units
@@ -51,7 +52,8 @@ def test_distances_equal_numpy_in_batches_of_any_size(dtype: torch.dtype, batch:
     expected = numpy_distances(
         before.double().flatten(0, 1).numpy(), after.double().flatten(0, 1).numpy()
     )
-    assert sums.means() == pytest.approx(expected, rel=1e-5)
+    found = BlockStatistics(sums.sums, sums.tokens)
+    assert found.distances == pytest.approx(expected, rel=1e-5)
     assert tuple(expected) == DISTANCES
     assert sums.tokens == 60
     assert torch.equal(before, copies[0]) and torch.equal(after, copies[1])
@@ -62,7 +64,7 @@ def test_a_block_that_changes_nothing_and_a_zero_state_have_finite_distances() -
     before[0, 0] = 0.0
     sums = DistanceSums()
     sums.add(before, before)
-    means = sums.means()
+    means = BlockStatistics(sums.sums, sums.tokens).distances
     assert all(np.isfinite(value) for value in means.values())
     assert means["euclidean"] == means["mse"] == means["mae"] == 0.0
     # The zero state has no direction: it counts as orthogonal, the others as unmoved.

@@ -179,6 +179,18 @@ def test_another_text_model_or_dtype_is_refused(runs: Runs, model: Path) -> None
     assert "with another model fingerprint (" in runs.refused(argv)
 
 
+def test_runs_of_blocks_are_not_compared_by_a_part_of_the_blocks(
+    runs: Runs, model: Path, text: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = ["--out", str(runs.directory / "out")]
+    argv = ["prune", str(model), *text, "--parts", "blocks", "--sparsity", "0.5", *out]
+    runs.kill(argv, "after", 1)
+    monkeypatch.setattr("cfsp.selection.drop_order.fits", lambda *_: False)  # less memory now
+    message = runs.refused(argv)
+    assert "holds unfinished work that did not compare runs of blocks" in message
+    assert f"start over with: rm -r {runs.directory / 'out.work'}" in message
+
+
 def test_a_state_is_complete_and_a_damaged_one_is_refused(runs: Runs) -> None:
     runs.kill(runs.calibrate, "after", 2)
     (state,) = runs.directory.rglob("state.json")

@@ -79,10 +79,6 @@ class DistanceSums:
             return dict.fromkeys(DISTANCES, 0.0)
         return dict(zip(DISTANCES, self._total.tolist(), strict=True))
 
-    def means(self) -> dict[str, float]:
-        """Return the mean of each distance over all tokens added so far."""
-        return {name: total / self.tokens for name, total in self.sums.items()}
-
 
 class ChannelSums:
     """Sum of squares of every FFN channel's activation over all tokens, float64.

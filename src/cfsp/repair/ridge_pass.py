@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 NAME = "ridge"
 
 # An expert that saw fewer tokens outside the held-out windows, or in them, is not repaired.
-LEAST_TOKENS = 32
+LEAST_FITTED = 32
 LEAST_HELD_OUT = 8
 
 log = logging.getLogger(__name__)
@@ -238,7 +238,7 @@ def _repair_unit(
         down_DF = down_matrix(source, index, ffn).to(observed.device)
         gram, held_out_RF = observed.gram_E[ffn], observed.held_out_RF(ffn, unit.width)
         # A dense FFN has as many tokens as the user gave it; of experts some see very few.
-        few = unit.ffns > 1 and (gram.tokens < LEAST_TOKENS or len(held_out_RF) < LEAST_HELD_OUT)
+        few = unit.ffns > 1 and (gram.tokens < LEAST_FITTED or len(held_out_RF) < LEAST_HELD_OUT)
         gram_FF = None if few else gram.mean()
         found = repair_down_projection(down_DF, unit.columns_of(own_K), gram_FF, held_out_RF)
         solutions[ffn] = found
@@ -309,7 +309,7 @@ def _warn_of_unrepaired(chosen: Sequence[ChosenBlock]) -> None:
         log.warning(
             "not repaired, because they saw fewer than %d tokens in the fit or %d in the held-out "
             "windows: %s",
-            LEAST_TOKENS,
+            LEAST_FITTED,
             LEAST_HELD_OUT,
             "; ".join(few),
         )

@@ -33,7 +33,7 @@ from cfsp.selection.by_statistics import NEEDS_PREDICTIONS, check_can_go
 from cfsp.selection.divergence import few_beginnings, load_whole
 from cfsp.selection.drop_budget import DropBudget, drops_in_words
 from cfsp.selection.masks import MaskedModel
-from cfsp.settings import AUTO_METRIC, DIVERGENCE, WHOLE_PARTS
+from cfsp.settings import AUTO_METRIC, DIVERGENCE, RUNS, WHOLE_PARTS
 from cfsp.streaming.runtime import fits
 from cfsp.streaming.work_dir import load_or_compute
 from cfsp.text.windows import check_is_text
@@ -158,6 +158,12 @@ def follow_divergence(source: WeightSource, removal: str, runtime: Runtime) -> b
     Where the choice is `auto`, they do if the whole model fits into memory.
     """
     return fits(source, runtime) if removal == AUTO_METRIC else removal == DIVERGENCE
+
+
+def follow_runs(source: WeightSource, budget: Budget, removal: str, runtime: Runtime) -> bool:
+    """Return whether blocks go by how far runs of them turn the hidden state."""
+    may = "blocks" in budget.parts and removal in (AUTO_METRIC, RUNS)
+    return may and not follow_divergence(source, removal, runtime)
 
 
 def check_can_be_compared(

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import build_skeleton, empty_model
+from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import UsageError
 from cfsp.planning.make import model_size
+from cfsp.settings import unit_parts
 from cfsp.speed import Conditions, Workload, compare_speed
 from cfsp.speed.subjects import SmallerModel, Subject
 from cfsp.speed.work import work_of
@@ -106,9 +108,8 @@ class Latencies:
 
 def measured_parts(parts: Sequence[Part]) -> tuple[Part, ...]:
     """Return the parts whose time is measured: attentions are KV groups, down to none."""
-    needed = {"kv" if part == "attention" else part for part in parts}
-    ordered: tuple[Part, ...] = ("ffn", "kv", "blocks")
-    return tuple(part for part in ordered if part in needed)
+    units = unit_parts(parts)
+    return (*units, "blocks") if "blocks" in parts else units
 
 
 def widths_to_measure(widest: int, multiple: int) -> list[int]:
@@ -167,7 +168,7 @@ def models_to_time(
 
 def _every_other(source: WeightSource, attentions: Sequence[Unit]) -> list[int]:
     """Return the blocks of every other attention of each kind: the first of each stays."""
-    kinds = getattr(source.config.get_text_config(decoder=True), "layer_types", None)
+    kinds = getattr(text_config_of(source.config), "layer_types", None)
     alike: dict[object, list[int]] = {}
     for unit in attentions:
         alike.setdefault(kinds[unit.block] if kinds else None, []).append(unit.block)

@@ -25,7 +25,6 @@ _HARMLESS = 0.05
 # Fewer windows repair less well (docs/RESULTS.md, foreign text).
 _FEW_WINDOWS = 64
 
-
 log = logging.getLogger(__name__)
 
 
@@ -76,8 +75,7 @@ def doubts(source: WeightSource, settings: PruneSettings) -> Iterator[str]:
             "as much as one of 500M; 8-bit weights cost less, and `cfsp recover` wins back about "
             "half"
         )
-    samples = settings.text.samples
-    windows = DEFAULT_SAMPLES if samples is None else samples
+    windows = settings.text.windows
     if settings.repair != "none" and windows < _FEW_WINDOWS:
         yield (
             f"{windows} windows calibrate and repair, by default {DEFAULT_SAMPLES}: "

@@ -97,6 +97,11 @@ class CalibrationText:
         if self.samples is not None and self.samples > MOST_WINDOWS:
             raise UsageError(f"--samples must be at most {MOST_WINDOWS}, found {self.samples}")
 
+    @property
+    def windows(self) -> int:
+        """How many are drawn, where there are so many."""
+        return DEFAULT_SAMPLES if self.samples is None else self.samples
+
 
 @dataclass(frozen=True)
 class EvaluationText:

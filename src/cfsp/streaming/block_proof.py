@@ -43,6 +43,7 @@ from cfsp.checkpoint.config_blocks import (
 from cfsp.checkpoint.config_widths import stock_config
 from cfsp.checkpoint.loading import cache_argument
 from cfsp.checkpoint.stored_blocks import name_without_blocks, names_without_blocks
+from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import UnsupportedModelError, first_line
 from cfsp.streaming.stand_in import find_call_form, skipped
 
@@ -121,7 +122,7 @@ def prove_without_attentions(
     decoder: Any = run.model.get_submodule(run.architecture.decoder)
     attentions = [unit for unit in architecture.stock_units if unit.part == "kv"]
     gone = {unit.block for unit in architecture.gone}
-    kinds = getattr(stock.get_text_config(decoder=True), "layer_types", None)
+    kinds = getattr(text_config_of(stock), "layer_types", None)
     _check_some_stay(attentions, {*removed, *gone}, kinds, what)
     leaving = [unit for unit in attentions if unit.block in removed or unit.block in gone]
     tokens_BT = small_tokens(run.model)

@@ -94,33 +94,32 @@ class DecoderStart:
         """
         tokens_NT = windows.tokens_NT
         hidden: HiddenStates | None = None
-        calls = self._first_calls(windows)
+        calls: BlockCalls | None = None
         for batch in batches:
             own = range(batch.start, batch.stop)
             if self._multimodal is not None:
                 recording = self._record_window(windows, batch.start)
+                calls = calls or BlockCalls(recording.calls, recording.calls)
                 added_L = self._added(windows, batch.start, recording)
                 calls.add_alone(batch.start, recording.calls, added_L)
-            elif resumed and len(own) in calls and not calls.depend_on_text:
-                continue
             else:
+                calls = calls or self._calls_of_text(tokens_NT)
+                if resumed and len(own) in calls and not calls.depend_on_text:
+                    continue
                 recording = self.record(tokens_NT[batch])
                 calls.add(own, recording.calls)
             if hidden is None:
                 hidden = room((*tokens_NT.shape, recording.entering_L[0].shape[-1]))
             if not resumed:
                 hidden.write(batch, recording.entering_L[0])
-        assert hidden is not None
+        assert hidden is not None and calls is not None
         return hidden, calls
 
-    def _first_calls(self, windows: Windows) -> BlockCalls:
-        """Return the calls of the first window of text, and what differs with other tokens."""
-        if self._multimodal is not None:
-            first = self._record_window(windows, 0)
-            return BlockCalls(first.calls, first.calls)
-        one_BT = windows.tokens_NT[:1]
+    def _calls_of_text(self, tokens_NT: Tensor) -> BlockCalls:
+        """Return the calls of the first window, and what differs with other tokens."""
+        one_BT = tokens_NT[:1]
         # Other tokens of the same text: what is different then is made from them.
-        other_BT = windows.tokens_NT.flatten().roll(1)[: one_BT.numel()].view_as(one_BT)
+        other_BT = tokens_NT.flatten().roll(1)[: one_BT.numel()].view_as(one_BT)
         return BlockCalls(self.record(one_BT).calls, self.record(other_BT).calls)
 
     def _record_window(

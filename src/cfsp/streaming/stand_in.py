@@ -157,7 +157,7 @@ def resumed_at(
 
 @contextmanager
 def hidden_states_entering(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
-    """Note the hidden state (BTD) that enters every block while the model runs once."""
+    """Note the hidden state, as the model has it, that enters every block while it runs once."""
     entering_L: list[Tensor] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

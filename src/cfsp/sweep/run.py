@@ -27,7 +27,6 @@ from cfsp.checkpoint.output import (
 )
 from cfsp.checkpoint.own_files import RECIPE_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
-from cfsp.decide import follow_runs
 from cfsp.errors import CfspError, OutputError
 from cfsp.pipeline import calibrate_source, prune_checkpoint
 from cfsp.progress import item_progress
@@ -40,7 +39,7 @@ from cfsp.quality.tasks.harness import TaskRunner
 from cfsp.repair.ladder import check_can_be_repaired
 from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.selection.constraint import Share
-from cfsp.selection.drop_order import follow_divergence
+from cfsp.selection.drop_order import follow_divergence, follow_runs
 from cfsp.selection.sensitivity import follow_sensitivity
 from cfsp.settings import Compute, EvaluationText, Part
 from cfsp.speed import Conditions, Workload, compare_speed
@@ -208,7 +207,10 @@ def _statistics(sweep: _Sweep, seed: int) -> Statistics:
                 if each.budget.whole_parts
                 and follow_divergence(source, each.criterion.removal, runtime)
             ],
-            runs=any(follow_runs(source, each, runtime) for each in settings),
+            runs=any(
+                follow_runs(source, each.budget, each.criterion.removal, runtime)
+                for each in settings
+            ),
         )
         found.save(path)
     return Statistics.load(path)

@@ -19,7 +19,7 @@ import torch
 from cfsp.architecture.model_classes import auto_class_of_type
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import TextError, UsageError
-from cfsp.settings import DEFAULT_SAMPLES, DEFAULT_TEXT, Bos, Text
+from cfsp.settings import DEFAULT_TEXT, Bos, Text
 from cfsp.text.image_windows import ProcessorOf, image_windows
 from cfsp.text.offline import parts_of
 from cfsp.text.sources import TextSource, identity_of, name_of
@@ -143,11 +143,10 @@ def _shuffled_pools(
             f"expected at least one window for each text and 2 tokens in a window, "
             f"found {samples} windows for {len(text.names)} texts and {seqlen} tokens"
         )
-    wanted = DEFAULT_SAMPLES if samples is None else samples
     generator = torch.Generator().manual_seed(text.seed)
     pools: list[Windows] = []
     shares: list[int] = []
-    for part, share in parts_with_shares(text.names, wanted):
+    for part, share in parts_with_shares(text.names, text.windows):
         source = TextSource(part, "calibration")
         if processor is not None and source.has_images:
             least = 1 if samples is None else share
@@ -155,7 +154,7 @@ def _shuffled_pools(
                 source, processor(), seqlen, begins_with, (least, share), generator
             )
         else:
-            stream_R = spread_tokens(source, tokenizer, wanted * seqlen, text.seed)
+            stream_R = spread_tokens(source, tokenizer, text.windows * seqlen, text.seed)
             all_NT = gather(stream_R, spans(stream_R, seqlen, begins_with), seqlen, begins_with)
             order_N = torch.randperm(len(all_NT), generator=generator)
             windows = Windows(all_NT[order_N], {source.name: len(all_NT)}, begins_with)
