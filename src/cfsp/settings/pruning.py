@@ -35,7 +35,7 @@ BEST_WITHOUT_TRAINING: Repair = "local"
 
 @dataclass(frozen=True)
 class Compute:
-    """Where to compute and in what; `cfsp.streaming.runtime.resolve` makes `auto` definite."""
+    """Where to compute and in what; `cfsp.streaming.runtime.runtime_of` makes `auto` definite."""
 
     device: str = option("auto", "cpu, cuda, cuda:1, mps, ...", default="an accelerator")
     dtype: str = advanced_option(
