@@ -227,6 +227,9 @@ def test_questions_of_chats(tmp_path: Path) -> None:
     chats.write_text(json.dumps({"text": "prose"}))
     with pytest.raises(TextError, match="holds no chats"):
         Questions.of(3, str(chats))
+    chats.write_text("")
+    with pytest.raises(TextError, match="holds no chats"):
+        Questions.of(3, f"{chats}:messages")
 
 
 @pytest.mark.parametrize(

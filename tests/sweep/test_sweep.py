@@ -425,6 +425,21 @@ def test_only_what_was_measured_alike_is_compared(
     path.write_text(whole)
 
 
+def test_a_model_is_not_said_to_be_measured_as_an_older_dense_one_was(
+    drawn: tuple[list[str], Path], text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, out = drawn
+    made = out / "cfsp-plain-0.5-seed0"
+    whole = (out / "dense.json").read_text()
+    found = json.loads(whole)
+    found["models"][0]["perplexity"][str(text_file)]["bos"] = True
+    (out / "dense.json").write_text(json.dumps(found))
+    shutil.rmtree(made)
+    assert main(arguments) == 2
+    assert f"{made} was not measured as the dense model" in capsys.readouterr().err
+    (out / "dense.json").write_text(whole)
+
+
 def row(method: str | None, seed: int | None, value: float, speed: float | None = 1.5) -> Row:
     perplexity = {"text": {"value": value, "windows": 2, "seqlen": 32, "bos": False}}
     parameters = 50 if method else 100

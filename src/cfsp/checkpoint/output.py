@@ -31,6 +31,12 @@ def check_output_is_free(target: Path) -> None:
         raise OutputError(f"cannot write to {parent}; choose another output directory")
 
 
+def check_file_is_free(target: Path) -> None:
+    """Check that an output which is a file is not there yet."""
+    if target.exists():
+        raise OutputError(f"{target} exists already; choose another file")
+
+
 def check_is_outside(target: Path, source: Path) -> None:
     """Check that an output does not lie in the directory that it is made from."""
     if target.resolve().is_relative_to(source.resolve()):
@@ -119,8 +125,7 @@ def staged_directory(target: Path) -> Iterator[Path]:
 @contextmanager
 def staged_file(target: Path) -> Iterator[Path]:
     """Give a temporary sibling path of `target`; rename the file to `target` on success."""
-    if target.exists():
-        raise OutputError(f"{target} exists already; choose another file")
+    check_file_is_free(target)
     with _staged(target) as staging:
         yield staging
         if target.exists():

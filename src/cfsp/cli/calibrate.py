@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> Told:
 
     from cfsp.checkpoint.loading import compute_device
     from cfsp.checkpoint.locating import open_checkpoint
-    from cfsp.checkpoint.output import check_is_outside, created_parents
+    from cfsp.checkpoint.output import check_file_is_free, check_is_outside, created_parents
     from cfsp.errors import UsageError
     from cfsp.pipeline import calibrate_for, calibrate_source
     from cfsp.processes import joined, take_own_accelerator
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> Told:
     from cfsp.text.tokenizers import load_tokenizer
 
     remove_finished_work(args.out)
-    _check_is_new(args.out)
+    check_file_is_free(args.out)
     if args.sensitivity and process_count() > 1:
         raise UsageError("--sensitivity is measured in one process; calibrate without torchrun")
     timeout = arguments.process_timeout(args)
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> Told:
         output_work_dir(args.out, identity, compute.memory_budget, team) as work_dir,
     ):
         # Another run may have finished since the first look.
-        team.from_first(lambda: _check_is_new(args.out))
+        team.from_first(lambda: check_file_is_free(args.out))
         statistics = calibrate_source(
             source,
             load_tokenizer(source.directory),
@@ -83,13 +83,6 @@ def run(args: argparse.Namespace) -> Told:
         return None
     paths = ["" if statistics.has_one_unit_each else unit.path for unit in source.units]
     return _told(args.out, statistics, paths, work_dir)
-
-
-def _check_is_new(out: Path) -> None:
-    from cfsp.errors import OutputError
-
-    if out.exists():
-        raise OutputError(f"{out} exists already; choose another file")
 
 
 def _told(out: Path, statistics: Statistics, paths: Sequence[str], work_dir: WorkDir) -> Told:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from cfsp.cli import arguments
 from cfsp.cli.options import Parser, typed
 from cfsp.cli.output import Told, print_table
-from cfsp.errors import OutputError
 from cfsp.settings import DEFAULT_PARTS, multiple_in_words, prune_settings
 
 if TYPE_CHECKING:
@@ -35,12 +34,11 @@ def run(args: argparse.Namespace) -> Told:
     """Make and write a plan."""
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.locating import open_checkpoint
-    from cfsp.checkpoint.output import check_is_outside
+    from cfsp.checkpoint.output import check_file_is_free, check_is_outside
     from cfsp.pipeline import plan_from
     from cfsp.result.manifest import removed_facts
 
-    if args.out.exists():
-        raise OutputError(f"{args.out} exists already; choose another file")
+    check_file_is_free(args.out)
     settings = prune_settings({"parts": DEFAULT_PARTS} | typed(args))
     source = open_checkpoint(args.model, parts=settings.budget.parts)
     check_is_outside(args.out, source.directory)

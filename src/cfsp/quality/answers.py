@@ -112,13 +112,14 @@ class Questions:
 def _first_turns(name: str) -> Iterator[tuple[str, str]]:
     source = TextSource(name, "evaluation")
     source.open()
-    if not source.is_chat:
-        raise TextError(f"{name} holds no chats, which --questions needs: a column `messages`")
-    for number, chat in enumerate(source.conversations(), start=1):
+    number = 0
+    for number, chat in enumerate(source.conversations() if source.is_chat else (), start=1):
         turns = [message["content"] for message in chat if message["role"] == "user"]
         if not turns:
             raise TextError(f"{name}, chat {number}: there is no message of the role `user`")
         yield Path(name.removesuffix(":messages")).stem, turns[0]
+    if not number:
+        raise TextError(f"{name} holds no chats, which --questions needs: a column `messages`")
 
 
 def answers_of(

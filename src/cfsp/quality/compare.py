@@ -206,11 +206,7 @@ def _text_pair(
         sums = [_sums(model, text, name, dense) for model in (first, second)]
         if sums[0] is None or sums[1] is None:
             return None
-        return Pair(
-            per_count(sums[0], counts),
-            per_count(sums[1], counts),
-            per_count(difference(sums[0], sums[1]), counts),
-        )
+        return _pair_per_count(sums[0], sums[1], counts)
 
     loss = pair("loss")
     assert loss is not None
@@ -280,14 +276,10 @@ def _answer_pairs(first: MeasuredModel, second: MeasuredModel) -> dict[str, Pair
             f"{first.name} and {second.name} were measured on other answers: of another dense "
             "model, to other questions, or by another --dtype or answer_tokens; measure both alike"
         )
-    sums = answer_measures(other)
+    theirs = answer_measures(other)
     return {
-        name: Pair(
-            per_count(mine, counts),
-            per_count(sums[name][0], counts),
-            per_count(difference(mine, sums[name][0]), counts),
-        )
-        for name, (mine, counts) in answer_measures(one).items()
+        name: _pair_per_count(sums, theirs[name][0], counts)
+        for name, (sums, counts) in answer_measures(one).items()
     }
 
 
@@ -318,7 +310,13 @@ def _answers(documents: Sequence[dict[str, Any]], metric: str) -> list[Any]:
 
 
 def _pair(first: Sequence[float], second: Sequence[float]) -> Pair:
-    return Pair(mean(first), mean(second), mean(difference(first, second)))
+    return _pair_per_count(first, second, [1] * len(first))
+
+
+def _pair_per_count(first: Sequence[float], second: Sequence[float], counts: Sequence[int]) -> Pair:
+    """Return the means over tokens of two models' sums, which are over as many in both."""
+    apart = difference(first, second)
+    return Pair(per_count(first, counts), per_count(second, counts), per_count(apart, counts))
 
 
 def _mean(pairs: Sequence[Pair]) -> Pair | None:

@@ -168,9 +168,9 @@ def _measure(
     team: Team,
 ) -> dict[str, Any]:
     """Return what the file of results has of models, and of tasks if there are any."""
-    for model in models:
-        if tasks is not None or questions is not None:
-            what = "answering questions" if tasks is None else "scoring tasks"
+    if tasks is not None or questions is not None:
+        what = "answering questions" if tasks is None else "scoring tasks"
+        for model in models:
             check_fits(model.source, model.runtime, what)
     if tasks is not None:
         tasks.read_data()

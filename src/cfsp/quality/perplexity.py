@@ -129,9 +129,12 @@ def perplexity(model: PreTrainedModel, windows: Windows, label: str = "eval") ->
 def before_and_after(
     before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Return text -> {"before", "after"} and their conditions, of perplexities as JSON types."""
+    """Return text -> {"before", "after"} and the conditions of the latter, of perplexities as JSON.
+
+    Of the latter: a sweep compares them with the dense model's, which may be older.
+    """
     table: dict[str, dict[str, Any]] = {}
     for text, found in before.items():
-        conditions = {name: value for name, value in found.items() if name != "value"}
+        conditions = {name: value for name, value in after[text].items() if name != "value"}
         table[text] = {"before": found["value"], "after": after[text]["value"], **conditions}
     return table

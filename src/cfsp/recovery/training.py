@@ -202,11 +202,10 @@ def _without_bars() -> Iterator[None]:
 
 
 def load_to_train(
-    source: Checkpoint | str, device: torch.device, dtype: str, *, stays_on_cpu: bool = False
+    source: Checkpoint, device: torch.device, dtype: str, *, stays_on_cpu: bool
 ) -> PreTrainedModel:
     """Load a model in what its device multiplies fast: float32 where bfloat16 is emulated."""
-    name = source.directory if isinstance(source, Checkpoint) else source
-    model = load(name, dtype=dtype)
+    model = load(source.directory, dtype=dtype)
     if dtype == "auto" and model.dtype != torch.float32 and not computes_bfloat16(device):
         model = model.float()
     return model if stays_on_cpu else model.to(device)

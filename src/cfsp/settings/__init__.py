@@ -55,7 +55,6 @@ from cfsp.settings.options import check_declared as check_declared
 from cfsp.settings.options import check_names as check_names
 from cfsp.settings.options import fraction as fraction
 from cfsp.settings.options import from_names as from_names
-from cfsp.settings.options import given_of as given_of
 from cfsp.settings.options import option as option
 from cfsp.settings.options import options_of as options_of
 from cfsp.settings.pruning import BEST_EFFORT as BEST_EFFORT
