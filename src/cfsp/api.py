@@ -265,8 +265,6 @@ def evaluate(
         raise UsageError(
             "there is no text to measure on; give one or several, such as wikitext2 or a .txt file"
         )
-    if answers is not None and against is None:
-        raise UsageError("answers= compares with the dense model's answers; add against=")
     questions = None if answers is None else Questions.of(answers)
     names = list(map(str, [models] if isinstance(models, str | Path) else models))
     against = None if against is None else str(against)

@@ -131,7 +131,7 @@ def test_python_measures_them_too(models: list[str]) -> None:
     dense, other = cfsp.evaluate(models[0], answers=2, against=models[1])
     assert dense["answers"]["summary"]["agreed"]["value"] == 1
     assert len(other["answers"]["documents"]) == 2
-    with pytest.raises(UsageError, match="against="):
+    with pytest.raises(UsageError, match="--against"):
         cfsp.evaluate(models[0], answers=2)
 
 
@@ -276,11 +276,8 @@ def test_mistakes_are_told_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setattr("cfsp.quality.evaluate.load", lambda *_, **__: pytest.fail("too late"))
     for wrong, message in (
-        (
-            ["eval", models[0], "--answers"],
-            "--answers compares with the dense model's answers; add",
-        ),
-        (["eval", models[0], "--questions", "a.jsonl"], "--questions compares with"),
+        (["eval", models[0], "--answers"], "add --against DENSE"),
+        (["eval", models[0], "--data", "mixed", "--set", "answer_tokens=5"], "add --answers, or"),
         ([*argv, "--questions", "nowhere.jsonl"], "nowhere.jsonl is neither a file nor a known"),
         ([*argv, "--set", "answer_tokens=0"], "needs at least 1 token of an answer, found 0"),
         ([*argv, "--set", "answer_tokens=999"], "its answer up to 999, but"),
@@ -298,3 +295,5 @@ def test_mistakes_are_told_before_anything_is_loaded(
     assert "answering questions runs the whole model" in capsys.readouterr().err
     with pytest.raises(UsageError, match="at least 1 question, found 0"):
         Questions.of(0)
+    with pytest.raises(UsageError, match="100 questions come with cfsp, found --answers 101"):
+        Questions.of(101)

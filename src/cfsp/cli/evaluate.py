@@ -127,8 +127,8 @@ def run(args: argparse.Namespace) -> Told:
     answers = "--answers" if args.answers else "--questions" if args.questions else None
     if not (args.data or args.tasks or answers):
         raise UsageError("expected --data, --tasks, --answers or several, found none")
-    if answers and args.against is None:
-        raise UsageError(f"{answers} compares with the dense model's answers; add --against DENSE")
+    if args.answer_tokens != DEFAULT_ANSWER_TOKENS and not answers:
+        raise UsageError("--answer-tokens is about answers; add --answers, or leave it out")
     alone = "--tasks" if args.tasks else answers
     if alone and process_count() > 1:
         raise UsageError(

@@ -65,7 +65,7 @@ class Questions:
         """Return the first questions of those that come with cfsp, or that begin chats.
 
         Raises:
-            UsageError: a number is not positive.
+            UsageError: a number is not positive, or there are not so many.
             TextError: these are no chats, or one has no question.
         """
         for what, number in (("question", count), ("token of an answer", longest)):
@@ -73,8 +73,13 @@ class Questions:
                 raise UsageError(f"--answers needs at least 1 {what}, found {number}")
         if chats is not None:
             return cls(tuple(islice(_first_turns(chats), count)), longest)
-        lines = _FILE.read_text(encoding="utf-8").splitlines()[:count]
-        found = (json.loads(line) for line in lines)
+        lines = _FILE.read_text(encoding="utf-8").splitlines()
+        if count > len(lines):
+            raise UsageError(
+                f"{len(lines)} questions come with cfsp, found --answers {count}; ask fewer, or "
+                "your own with --questions CHATS"
+            )
+        found = (json.loads(line) for line in lines[:count])
         return cls(tuple((each["kind"], each["question"]) for each in found), longest)
 
     def identity(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -133,6 +133,8 @@ def evaluate_models(
         OutputError: the file is there, and of something else.
     """
     team = team or Team()
+    if questions is not None and against is None:
+        raise UsageError("answers are compared with those of the dense model; add --against DENSE")
     check_texts(texts.names, "evaluation")  # before a model is downloaded or converted
     if against is not None:
         names = [against, *(name for name in names if str(name) != str(against))]

@@ -67,7 +67,7 @@ def read_results(path: Path) -> dict[str, Any]:
     """
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ReportError(
             f"cannot read {path}: {error}; make it with: cfsp eval ... --out {path}"
         ) from error

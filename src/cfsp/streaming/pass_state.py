@@ -87,7 +87,7 @@ def read_state(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
         saved: dict[str, Any] = fields["identity"]
         fields["next_block"] = int(fields["next_block"])
         _ = fields["hidden"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise ResumeError(f"{path} is damaged; start over with: rm -r {work_dir}") from error
     for key, now in json.loads(json.dumps(identity)).items():
         if saved.get(key) != now:

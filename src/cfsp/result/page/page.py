@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import OutputError, ReportError
+from cfsp.quality.results_file import read_results
 from cfsp.result.conditions import texts_that_made
 from cfsp.result.making import load_code, making
 from cfsp.result.manifest import published
@@ -47,7 +48,7 @@ def write_report(directories: Sequence[Path], out: Path, *, results: Sequence[Pa
     _check_is_replaceable(out)
     runs = read_runs(directories)
     for path in results:
-        runs = with_results(runs, _read_results(path))
+        runs = with_results(runs, read_results(path))
     write_atomically(out, render_page(group_runs(runs)).encode())
 
 
@@ -124,18 +125,6 @@ def _check_is_replaceable(out: Path) -> None:
         raise OutputError(
             f"{out} exists and is no report of cfsp; delete it or choose another --out"
         )
-
-
-def _read_results(path: Path) -> dict[str, object]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ReportError(
-            f"cannot read {path}: {error}; make it with: cfsp eval ... --json > {path}"
-        ) from error
-    if not isinstance(value, dict):
-        raise ReportError(f"{path} is not what `cfsp eval --json` prints")
-    return value
 
 
 def _digest(text: str) -> str:
