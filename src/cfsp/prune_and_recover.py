@@ -12,13 +12,13 @@ from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import check_output_is_free
-from cfsp.checkpoint.reading import Checkpoint, fingerprint
+from cfsp.checkpoint.reading import Checkpoint, fingerprint, parameter_count
 from cfsp.pipeline import check_all_texts, digest_of, prune_checkpoint, pruning_identity
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import process_count
 from cfsp.quality.evaluate import evaluation_windows
 from cfsp.recovery.adaptation import check_installed
-from cfsp.recovery.settings import AUTO_TEACHER, Adaptation, Limit, RecoverSettings, Training
+from cfsp.recovery.settings import AUTO_TEACHER, Limit, Method, RecoverSettings, Training
 from cfsp.recovery.teacher import method_that_fits
 from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.result.prune_report import PruneReport
@@ -43,10 +43,9 @@ def best_effort(source: Checkpoint, settings: PruneSettings) -> tuple[PruneSetti
     That is one pass over the text with the dense model as the teacher, where one process has
     memory for both; else no end-to-end training, and local repair. People are told which.
     """
-    device = compute_device(settings.compute.device)
     if process_count() > 1:
         why = "several processes prune together; cfsp recover trains what they give"
-    elif method_that_fits(source, device) is None:
+    elif _method(source, settings.compute) is None:
         why = "there is no memory to train the whole model beside the dense one"
     else:
         log.info("best effort: repair by ridge, then one pass of training towards the dense model")
@@ -87,8 +86,7 @@ def prune_and_recover(
     remove_finished_work(out)
     check_output_is_free(out)
     compute, text = settings.compute, settings.text
-    method = method_that_fits(source, compute_device(compute.device)) or "lora"
-    check_installed(method)
+    check_installed(_method(source, compute) or "lora")
     check_all_texts(settings)
     pruned = out.with_name(f"{out.name}-pruned")
     asked = partial(_asked, source, settings, pruning_identity(settings, statistics, plan))
@@ -108,13 +106,18 @@ def prune_and_recover(
     how = RecoverSettings(
         data=text.names,
         training=Training(limit, seqlen=seqlen, seed=text.seed, bos=text.bos),
-        adaptation=Adaptation(method),
         teacher=AUTO_TEACHER,
         evaluation=settings.evaluation,
         # Training in float16 overflows.
         compute=Compute(compute.device, compute.dtype if compute.dtype != "float16" else "auto"),
     )
     return report, recover_checkpoint(open_checkpoint(pruned), out, how, command=command)
+
+
+def _method(source: Checkpoint, compute: Compute) -> Method | None:
+    """Return how what is left of a model can be trained beside it."""
+    parameters = parameter_count(source)
+    return method_that_fits(parameters, parameters, compute_device(compute.device))
 
 
 def _asked(

@@ -21,6 +21,7 @@ import cfsp
 import cfsp.recovery.recover
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
+from cfsp.checkpoint.reading import parameter_count
 from cfsp.cli import main
 from cfsp.errors import CfspError, RecoveryError, ResumeError, UsageError
 from cfsp.planning.plan_file import PruningPlan
@@ -30,7 +31,6 @@ from cfsp.recovery.loss import IGNORED, loss_inside, multiplies_only
 from cfsp.recovery.recover import RecoverReport, recover_checkpoint
 from cfsp.recovery.schedule import Schedule, TimeSchedule
 from cfsp.recovery.settings import (
-    METHODS,
     Adaptation,
     Distillation,
     Limit,
@@ -38,7 +38,7 @@ from cfsp.recovery.settings import (
     Training,
 )
 from cfsp.recovery.targets import allocate_ranks
-from cfsp.recovery.teacher import open_teacher
+from cfsp.recovery.teacher import teacher_and_method
 from cfsp.recovery.trainer import last_checkpoint
 from cfsp.recovery.training import train
 from cfsp.result.manifest import read_manifest
@@ -91,7 +91,7 @@ def plain(pruned: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactor
     return Plain(recover(pruned, out, text_file), out)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lora", "full"])
 def test_training_helps_and_the_result_has_the_same_layout(
     pruned, text_file, tokenizer, tmp_path, method
 ):
@@ -276,7 +276,8 @@ def test_a_teacher_is_learnt_from(pruned, text_file, tiny_checkpoint, tmp_path, 
 
 
 def teacher_of(given: str | None, source: Path, tokenizer: Any) -> str | None:
-    found = open_teacher(given, open_checkpoint(source), tokenizer, "full", CPU)
+    settings = RecoverSettings((), training(1), Adaptation("full"), given)
+    found, _ = teacher_and_method(settings, open_checkpoint(source), tokenizer, CPU)
     return found and found.label
 
 
@@ -302,6 +303,30 @@ def test_the_dense_model_teaches_where_it_is_at_hand(
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     assert teacher_of("auto", pruned, tokenizer) is None
     assert "1e-06 GB are available" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("bytes_for_each", "options", "expected"),
+    [
+        (21, {}, "full"),
+        (19, {}, "lora"),
+        (21, {"adaptation": Adaptation(rank=4)}, "lora"),
+        (21, {"keep_adapter": True}, "lora"),
+        (19, {"adaptation": Adaptation("full")}, "full"),
+    ],
+)
+def test_memory_decides_on_the_method_unless_adapters_are_asked_for(
+    pruned, tokenizer, tiny_checkpoint, monkeypatch, bytes_for_each, options, expected
+):
+    """Full training takes 16 bytes for each parameter, and 4 for each of the teacher's."""
+    source, dense = open_checkpoint(pruned), open_checkpoint(tiny_checkpoint("llama"))
+    trained, taught = parameter_count(source), parameter_count(dense)
+    free = (bytes_for_each - 4) * trained + 4 * taught
+    monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: free)
+    settings = RecoverSettings((), training(1), teacher="auto", **options)
+    teacher, method = teacher_and_method(settings, source, tokenizer, CPU)
+    assert method == expected
+    assert (teacher is None) == (bytes_for_each < 20 and expected == "full")
 
 
 def test_minutes_end_the_run_and_the_schedule(pruned, text_file, tmp_path, caplog, monkeypatch):
@@ -517,12 +542,13 @@ def must_not_load(*args: Any) -> Any:
         ({"eval": ["{text}"], "eval_windows": 10**6}, "1000000 are needed"),
         ({"teacher": "/no/such"}, "/no/such does not exist"),
         ({"teacher": "{other}"}, "the teacher must be the dense model"),
-        ({"method": "best"}, "method must be one of lora, full"),
+        ({"method": "best"}, "method must be one of auto, lora, full"),
         ({"method": "full", "keep_adapter": True}, "has no adapter"),
         ({"rank_allocation": "error"}, "--rank-allocation must be one of uniform, importance"),
         ({"rank": 0}, "--rank must be at least 1, found 0"),
         ({"dtype": "float16"}, "found --dtype float16"),
         ({"learning_rate": -1.0}, "positive, found -1.0"),
+        ({"learning_rate": 1e-3}, "suits one method; give --method lora or full"),
         ({"seqlen": 4}, "--seqlen must be at least 8, found 4"),
         ({"teacher_weight": 2.0}, "expected --teacher-weight in"),
         ({"evaluations": 0}, "--evaluations must be at least 1, found 0"),

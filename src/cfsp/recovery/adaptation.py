@@ -59,9 +59,9 @@ class BlockTargets:
 
 def check_installed(method: Method) -> None:
     """Check that the libraries that a method trains with are there."""
-    needed = ["accelerate"] if method == "full" else ["accelerate", "peft"]
+    needed = ["accelerate", "peft"] if method == "lora" else ["accelerate"]
     if not all(importlib.util.find_spec(name) for name in needed):
-        raise MissingExtraError("recovery" if method == "full" else "LoRA", "recover")
+        raise MissingExtraError("LoRA" if method == "lora" else "recovery", "recover")
 
 
 def attach(

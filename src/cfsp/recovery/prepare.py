@@ -27,7 +27,7 @@ from cfsp.recovery.adaptation import BlockTargets, check_adapter_can_be_read, ch
 from cfsp.recovery.data import RecoveryText, read_text
 from cfsp.recovery.settings import RecoverSettings
 from cfsp.recovery.targets import targets_of
-from cfsp.recovery.teacher import open_teacher
+from cfsp.recovery.teacher import teacher_and_method
 from cfsp.settings import Compute, EvaluationText
 from cfsp.streaming.stopwatch import Stopwatch
 from cfsp.text.sources import check_texts
@@ -57,7 +57,7 @@ class Prepared:
 
 def prepare(source: Checkpoint, out: Path, settings: RecoverSettings) -> Prepared:
     """Check all that a user can get wrong, the cheap first, and read the texts."""
-    training, method, watch = settings.training, settings.adaptation.method, Stopwatch()
+    training, watch = settings.training, Stopwatch()
     check_is_outside(out, source.directory)
     check_output_is_free(out)
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
@@ -66,10 +66,14 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings) -> Prepare
             "recovery does not run under accelerate's FSDP; start it with torchrun, or accelerate "
             "launch without FSDP, and give --shard if memory is short"
         )
-    check_installed(method)
+    check_installed(settings.adaptation.method)
     device = compute_device(settings.compute.device)
     check_texts(settings.data, "calibration")
     check_texts(settings.evaluation.names, "evaluation")
+    tokenizer = load_tokenizer(source.directory)
+    teacher, method = teacher_and_method(settings, source, tokenizer, device)
+    check_installed(method)
+    settings = replace(settings, adaptation=replace(settings.adaptation, method=method))
     targets = targets_of(source, settings.adaptation)
     if (plan := source.directory / PLAN_FILE).is_file():
         PruningPlan.load(plan)  # the card needs it: a damaged one is no surprise after training
@@ -79,10 +83,8 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings) -> Prepare
         )
     if settings.keep_adapter:
         check_adapter_can_be_read(source, targets)
-    tokenizer = load_tokenizer(source.directory)
     with watch.stage("text"):
         windows = evaluation_windows(settings.evaluation, source)
-        teacher = open_teacher(settings.teacher, source, tokenizer, method, device)
         text = read_text(settings.data, tokenizer, seqlen=training.seqlen, bos=training.bos)
     check_tokens(source.config, text.train.token_NT, source.label)
     if windows:

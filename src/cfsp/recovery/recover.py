@@ -122,7 +122,7 @@ def recover(
     max_minutes: float | None = None,
     steps: int | None = None,
     epochs: float | None = None,
-    method: Method = "lora",
+    method: Method = "auto",
     learning_rate: float | None = None,
     teacher: str | Path | None = AUTO_TEACHER,
     eval: Data = (),
@@ -145,7 +145,8 @@ def recover(
             epochs.
         steps: of the optimizer.
         epochs: passes over the text.
-        method: `lora`, or `full` (the projections themselves).
+        method: `lora`, or `full` (the projections themselves); `auto` is full where one process has
+            the memory.
         learning_rate: at its peak; None for what suits the method and the size of the weights.
         teacher: a dense model to distil from; `auto` is the one that was pruned, if it is still
             where its manifest says and there is memory for both; None trains on the text alone.

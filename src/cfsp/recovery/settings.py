@@ -10,7 +10,7 @@ from cfsp.errors import UsageError
 from cfsp.processes import process_count
 from cfsp.settings import BOS, BOS_HELP, Bos, Compute, EvaluationText, Text, check_declared, option
 
-Method = Literal["lora", "full"]
+Method = Literal["auto", "lora", "full"]
 Targets = Literal["mlp", "attention", "all"]
 RankAllocation = Literal["uniform", "importance", "inverse"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -33,9 +33,9 @@ class Adaptation:
     """What is trained; embeddings, norms and head stay as they are."""
 
     method: Method = option(
-        "lora",
-        "low-rank adapters (lora), or all projections in "
-        "full: better in the same time, and needs 16 bytes for each parameter",
+        "auto",
+        "low-rank adapters (lora), or all projections in full: better in the same time, and needs "
+        "16 bytes for each parameter; auto: full where one process has that memory",
         choices=METHODS,
     )
     targets: Targets = option("all", "projections to train", choices=TARGETS, advanced=True)
@@ -186,3 +186,12 @@ class RecoverSettings:
             raise UsageError("recovery trains in float32 or bfloat16, found --dtype float16")
         if self.keep_adapter and self.adaptation.method == "full":
             raise UsageError("--keep-adapter needs --method lora: full training has no adapter")
+        if self.leaves_method_open and self.training.learning_rate is not None:
+            raise UsageError("--learning-rate suits one method; give --method lora or full with it")
+
+    @property
+    def leaves_method_open(self) -> bool:
+        """Whether memory decides on the method: nothing is chosen that only adapters have."""
+        mine = self.adaptation.rank, self.adaptation.allocation
+        is_plain = mine == (Adaptation.rank, Adaptation.allocation) and not self.keep_adapter
+        return self.adaptation.method == "auto" and is_plain
