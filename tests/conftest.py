@@ -202,12 +202,14 @@ def pruned(
 def source_with_card(
     tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A tiny Llama with a model card of its own."""
+    """A tiny Llama with a model card and a chat template more."""
     from report_runs import CARD
 
     directory = tmp_path_factory.mktemp("source") / "my-model"
     shutil.copytree(tiny_checkpoint("llama"), directory)
     (directory / "README.md").write_text(CARD)
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
     return directory
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import resource
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,15 +18,19 @@ from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.gguf_header import check_gguf
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import exclusive, staged_directory, staged_file
+from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.shards import INDEX_FILE, weight_files
 from cfsp.cli import main
 from cfsp.errors import OutputError
 from cfsp.pipeline import calibrate_source, plan_from
 from cfsp.planning.plan_file import PruningPlan
+from cfsp.result.card import Origin, model_card
+from cfsp.result.manifest import read_manifest
 from cfsp.settings import Budget, CalibrationText, Compute, PruneSettings
 from cfsp.text.tokenizers import load_tokenizer
 from commands import Command, Commands
-from conftest import REPOSITORY, random_prose
+from conftest import REPOSITORY
+from report_runs import measured
 from targets import only_our_errors
 from tiny_models import save_tiny_model
 
@@ -96,21 +100,18 @@ def test_a_message_is_one_printable_line() -> None:
     assert str(error) == r"no tensor named\na\x1b[2Jb\ud800 \u202ec, größer"
 
 
-def test_a_card_quotes_foreign_text_as_code(
-    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
-) -> None:
-    model = tmp_path / "<script>`[x](y)`|"
-    shutil.copytree(tiny_checkpoint("llama"), model)
-    text = tmp_path / "<b>`text`\n# |.txt"
-    text.write_text(random_prose(2000, seed=3))
-    argv = ["prune", str(model), "--sparsity", "0.4", "--multiple", "4", "--data", str(text)]
-    argv += ["--samples", "4", "--seqlen", "32", "--eval", str(text), "--eval-windows", "1"]
-    assert main([*argv, "--out", str(tmp_path / "out")]) == 0
-    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    outside_code = re.sub(r"^ {4}.*$", "", re.sub(r"`[^`\n]*`", "", card), flags=re.MULTILINE)
-    for foreign in ("<script>", "<b>", "[x]", "# |"):
+def test_a_card_quotes_foreign_text_as_code(run: Path) -> None:
+    hostile = "x`\n---\n# <script>alert(1)</script> | [a](javascript:1)"
+    origin = Origin(hostile, metadata={"license": hostile, "tags": [hostile]})
+    manifest = read_manifest(run)
+    assert manifest is not None
+    manifest |= {"base_model": {"name": hostile}, "perplexity": measured(hostile, 1, 2)}
+    card = ModelCard(model_card(manifest, PruningPlan.load(run / PLAN_FILE), origin))
+    assert card.data.license == hostile
+    outside_code = re.sub(r"^ {4}.*$", "", re.sub(r"`[^`\n]*`", "", card.text), flags=re.M)
+    for foreign in ("<script>", "[a]", "# <", "---\n#"):
         assert foreign not in outside_code
-    (row,) = [line for line in card.splitlines() if line.startswith("| `")]
+    (row,) = [line for line in card.text.splitlines() if line.startswith("| `")]
     assert len(re.findall(r"(?<!\\)\|", row)) == 5  # four cells
 
 

@@ -67,6 +67,9 @@ class Place:
         return template.format(**{name: getattr(self, name) for name in names})
 
 
+Spoil = Callable[[Place], object]
+
+
 @dataclass(frozen=True)
 class BadInput:
     """One row; names in braces are attributes of `Place`."""
@@ -74,18 +77,27 @@ class BadInput:
     command: str  # what follows `cfsp`
     says: str  # of the thing, in the sentence
     cure: str  # in the sentence
-    spoil: Callable[[Place], object] | None = None  # is done before
-    prints: bool = False  # what it found, as verify does
+    spoil: Spoil | None = None  # is done before
 
 
-Table = dict[str, BadInput]
+Table = list[BadInput]
 
 ANNOUNCED = re.compile("parameters -> about|has little to spare|windows calibrate and repair")
 
 
-def rows(*commands: tuple[str, str, str]) -> Table:
-    """Return the rows of commands, what they say and the cure, where no input is spoilt."""
-    return {command: BadInput(command, says, cure) for command, says, cure in commands}
+def spoilt(command: str, cure: str, *rows: tuple[str, Spoil]) -> Table:
+    """Return the rows of one command with one cure: what the sentence says, and what is done."""
+    return [BadInput(command, says, cure, spoil) for says, spoil in rows]
+
+
+def refusals(table: Table) -> Callable[..., None]:
+    """Return the test of all rows of a table."""
+
+    @pytest.mark.parametrize("case", table, ids=lambda case: f"{case.command[:40]}: {case.says}")
+    def test_refused(case: BadInput, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+        assert_refused(case, place, capfd)
+
+    return test_refused
 
 
 def assert_refused(case: BadInput, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
@@ -99,7 +111,7 @@ def assert_refused(case: BadInput, place: Place, capfd: pytest.CaptureFixture[st
     status = exit_status(argv)
     out, err = capfd.readouterr()
     assert status == 2, (status, out, err)
-    assert out == "" or case.prints
+    assert out == "" or argv[0] == "verify"  # which prints what it found
     # Where only the work itself finds the fault, what it will come to is said before.
     (error,) = [line for line in err.splitlines() if not ANNOUNCED.search(line)]
     assert error.startswith(f"cfsp {argv[0]}: ") and err.endswith(f"{error}\n"), err

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bad_inputs.catalogue import BadInput, Place, assert_refused
+from bad_inputs.catalogue import Place
 from cfsp.cli import main
 from tiny_models import save_tiny_model
 
@@ -52,9 +52,3 @@ def place(originals: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("CFSP_CACHE", str(place.cache))
     monkeypatch.setattr(tempfile, "tempdir", str(place.temporary))
     return place
-
-
-@pytest.fixture
-def refused(place: Place, capfd: pytest.CaptureFixture[str]) -> Callable[[BadInput], None]:
-    """Check one row of the catalogue."""
-    return lambda case: assert_refused(case, place, capfd)

@@ -4,33 +4,43 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
-from bad_inputs.catalogue import BadInput, Place, Table, edit_header, edit_json, edit_tensors
+from bad_inputs.catalogue import (
+    RECOVER,
+    BadInput,
+    Spoil,
+    cut,
+    edit_header,
+    edit_json,
+    edit_tensors,
+    refusals,
+    spoilt,
+)
 
 # What to do.
 ANEW, AGAIN = "make a new plan", "calibrate again"
 OBEY = "prune {model} --out {out} --repair none --plan {plan}"
 PLAN = "plan {model} --statistics {statistics} --sparsity 0.4 --multiple 4 --out {out}"
 
+Change = Callable[[dict[str, Any]], object]
 
-def plan(change: Callable[[dict[str, Any]], object]) -> Callable[[Place], object]:
+
+def plan(change: Change) -> Spoil:
     return lambda place: edit_json(place.plan, change)
 
 
-def damaged(says: str, change: Callable[[dict[str, Any]], object]) -> BadInput:
+def damaged(says: str, change: Change) -> tuple[str, Spoil]:
     """Return a row of a plan with such fields."""
-    return BadInput(OBEY, f"{{plan}} is damaged: {says}", ANEW, plan(change))
+    return f"{{plan}} is damaged: {says}", plan(change)
 
 
-def stale(says: str, spoil: Callable[[Place], object]) -> BadInput:
-    """Return a row of statistics that are to be made again."""
-    return BadInput(PLAN, f"{{statistics}} {says}", AGAIN, spoil)
+def first(change: dict[str, Any]) -> Change:
+    """Change the first block of a plan."""
+    return lambda fields: fields["blocks"][0].update(change)
 
 
 def kept(*channels: int) -> str:
@@ -40,7 +50,7 @@ def kept(*channels: int) -> str:
     return base64.b64encode(np.packbits(mask, bitorder="little").tobytes()).decode()
 
 
-def facts(old: str, new: str) -> Callable[[Place], object]:
+def facts(old: str, new: str) -> Spoil:
     """Change the JSON text in the metadata of the statistics."""
 
     def change(header: dict[str, Any]) -> None:
@@ -51,143 +61,113 @@ def facts(old: str, new: str) -> Callable[[Place], object]:
     return lambda place: edit_header(place.statistics, change)
 
 
-def sums(name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Place], object]:
+def sums(block: int, make: Callable[[torch.Tensor], torch.Tensor]) -> Spoil:
+    name = f"units.{block}.sum_of_squares"
     return lambda place: edit_tensors(
         place.statistics, lambda tensors: tensors.update({name: make(tensors[name])})
     )
 
 
-def raw(name: str, data: bytes) -> Callable[[Place], object]:
-    def change(place: Place) -> None:
-        path: Path = getattr(place, name)
-        path.write_bytes(data)
-
-    return change
+def raw(name: str, data: bytes) -> Spoil:
+    return lambda place: getattr(place, name).write_bytes(data)
 
 
-PLANS: Table = {
-    "plan for another model": BadInput(
+PLANS = [
+    BadInput(
         OBEY.replace("{plan}", "{other_plan}"),
         "not for {model} (llama, ",
         "an earlier cfsp, which knew models by fewer weights, wrote it; make a plan for this model",
     ),
-    "plan of another version": BadInput(
-        OBEY, "plan version 7, expected 1", ANEW, plan(lambda f: f.update(plan_version=7))
-    ),
-    "channels out of range": damaged(
-        "kept channels do not fit a width of 96",
-        lambda f: f["blocks"][0].update(kept=kept(0, 1, 150), kept_width=3),
-    ),
-    "fewer channels than announced, as if some came twice": damaged(
-        "3 channels are kept, 4 are announced",
-        lambda f: f["blocks"][0].update(kept=kept(0, 1, 2), kept_width=4),
-    ),
-    "a list of unsorted and repeated channels": BadInput(
+    *spoilt(
         OBEY,
-        "{plan} is damaged",
         ANEW,
-        plan(lambda f: f["blocks"][0].update(kept=[5, 3, 3], kept_width=3)),
-    ),
-    "a block too few": BadInput(
-        OBEY, "the plan's widths are not those of {model}", ANEW, plan(lambda f: f["blocks"].pop())
-    ),
-    "plan that keeps a trillion channels": damaged(
-        "a block has the impossible width", lambda f: f["blocks"][0].update(width=10**12)
-    ),
-    "importance that is no number": damaged(
-        "a block has the impossible distance nan",
-        lambda f: f["blocks"][1].update(distance=float("nan")),
-    ),
-    "calibration without windows": damaged("'windows'", lambda f: f["calibration"].pop("windows")),
-    "criterion without a multiple": damaged("'multiple'", lambda f: f["criterion"].pop("multiple")),
-    "metric that is markup": damaged(
-        "it has '<script>' for block_metric",
-        lambda f: f["criterion"].update(block_metric="<script>"),
-    ),
-    "sparsity that is text": damaged(
-        "the criterion has 'half' for sparsity", lambda f: f["criterion"].update(sparsity="half")
-    ),
-    "plan of no blocks": damaged("it describes no block", lambda f: f.update(blocks=[])),
-    "fingerprint that is a list": damaged(
-        "the model's name, type and fingerprint must be text",
-        lambda f: f["model"].update(fingerprint=[1]),
-    ),
-    "plan nested too deeply": BadInput(
-        OBEY, "{plan} is not a pruning plan", "cfsp plan", raw("plan", b"[" * 100_000)
-    ),
-    "plan that is binary": BadInput(
-        OBEY, "cannot read the plan {plan}", "cfsp plan", raw("plan", b"\xff\xfe\x00")
-    ),
-    "plan that is not there": BadInput(
-        "prune {model} --out {out} --repair none --plan {inputs}/absent.json",
-        "cannot read the plan {inputs}/absent.json",
-        "cfsp plan",
-    ),
-    "plan in the checkpoint is damaged": BadInput(
-        "recover {pruned} --data {text} --steps 1 --seqlen 32 --out {out}",
-        "{pruned}/cfsp_plan.json is damaged",
-        ANEW,
-        lambda place: edit_json(
-            place.pruned / "cfsp_plan.json", lambda f: f["blocks"][0].update(importance="high")
+        ("plan version 7, expected 1", plan(lambda f: f.update(plan_version=7))),
+        damaged(
+            "kept channels do not fit a width of 96",
+            first({"kept": kept(0, 1, 150), "kept_width": 3}),
+        ),
+        # As if some came twice.
+        damaged(
+            "3 channels are kept, 4 are announced", first({"kept": kept(0, 1, 2), "kept_width": 4})
+        ),
+        ("{plan} is damaged", plan(first({"kept": [5, 3, 3], "kept_width": 3}))),
+        ("the plan's widths are not those of {model}", plan(lambda f: f["blocks"].pop())),
+        damaged("a block has the impossible width", first({"width": 10**12})),
+        damaged("a block has the impossible distance nan", first({"distance": float("nan")})),
+        damaged("'windows'", lambda f: f["calibration"].pop("windows")),
+        damaged("'multiple'", lambda f: f["criterion"].pop("multiple")),
+        damaged(
+            "it has '<script>' for block_metric",
+            lambda f: f["criterion"].update(block_metric="<script>"),
+        ),
+        damaged(
+            "the criterion has 'half' for sparsity",
+            lambda f: f["criterion"].update(sparsity="half"),
+        ),
+        damaged("it describes no block", lambda f: f.update(blocks=[])),
+        damaged(
+            "the model's name, type and fingerprint must be text",
+            lambda f: f["model"].update(fingerprint=[1]),
         ),
     ),
-}
+    BadInput(
+        RECOVER,
+        "{pruned}/cfsp_plan.json is damaged",
+        ANEW,
+        lambda place: edit_json(place.pruned / "cfsp_plan.json", first({"importance": "high"})),
+    ),
+    *spoilt(
+        OBEY,
+        "cfsp plan",
+        ("{plan} is not a pruning plan", raw("plan", b"[" * 100_000)),
+        ("cannot read the plan {plan}", raw("plan", b"\xff\xfe\x00")),
+    ),
+    BadInput(OBEY.replace("{plan}", "{inputs}/x"), "cannot read the plan {inputs}/x", "cfsp plan"),
+]
 
-STATISTICS: Table = {
-    "statistics of another model": BadInput(
+IMPOSSIBLE = "{statistics} has NaN, infinite or impossible values in block"
+NO_STATISTICS = "{statistics} is not a statistics file"
+STATISTICS = [
+    BadInput(
         PLAN.replace("{statistics}", "{other_statistics}"),
         "not for {model} (",
         "an earlier cfsp, which knew models by fewer weights, wrote them; calibrate this model",
     ),
-    "statistics of another version": stale(
-        "has statistics version 9, expected", facts('"version": 5', '"version": 9')
-    ),
-    "NaN in a sum": stale(
-        "has NaN, infinite or impossible values in block 1",
-        sums("units.1.sum_of_squares", lambda t: t * torch.nan),
-    ),
-    "a negative sum of squares": BadInput(
-        "prune {model} --out {out} --repair none --sparsity 0.4 --statistics {statistics}",
-        "{statistics} has NaN, infinite or impossible values in block 2",
+    *spoilt(
+        PLAN,
         AGAIN,
-        sums("units.2.sum_of_squares", lambda t: -t),
+        ("statistics version 9, expected", facts('"version": 5', '"version": 9')),
+        (f"{IMPOSSIBLE} 1", sums(1, lambda t: t * torch.nan)),
+        (
+            f"{IMPOSSIBLE} 0",
+            facts('"distance_sums": {"angular": ', '"distance_sums": {"angular": NaN, "x": '),
+        ),
+        ("ValueError('block 0 has seen 0 tokens')", facts('"tokens": 128', '"tokens": 0')),
+        ("is damaged: OverflowError", facts('"tokens": 128', '"tokens": Infinity')),
+        (
+            "is damaged: KeyError('units.1.sum_of_squares')",
+            lambda place: edit_tensors(place.statistics, lambda t: t.pop("units.1.sum_of_squares")),
+        ),
     ),
-    "NaN in a distance": stale(
-        "has NaN, infinite or impossible values in block 0",
-        facts('"distance_sums": {"angular": ', '"distance_sums": {"angular": NaN, "x": '),
+    BadInput(
+        "prune {model} --out {out} --repair none --sparsity 0.4 --statistics {statistics}",
+        f"{IMPOSSIBLE} 2",
+        AGAIN,
+        sums(2, lambda t: -t),
     ),
-    "no tokens": stale(
-        "is damaged: ValueError('block 0 has seen 0 tokens')", facts('"tokens": 128', '"tokens": 0')
-    ),
-    "endlessly many tokens": stale(
-        "is damaged: OverflowError", facts('"tokens": 128', '"tokens": Infinity')
-    ),
-    "a sum too few": stale(
-        "is damaged: KeyError('units.1.sum_of_squares')",
-        lambda place: edit_tensors(place.statistics, lambda t: t.pop("units.1.sum_of_squares")),
-    ),
-    "statistics cut short": BadInput(
+    *spoilt(
         PLAN,
-        "{statistics} is not a statistics file",
         "cfsp calibrate MODEL",
-        lambda place: place.statistics.write_bytes(place.statistics.read_bytes()[:-7]),
+        (NO_STATISTICS, lambda place: cut(place.statistics, 7)),
+        (NO_STATISTICS, raw("statistics", (1 << 60).to_bytes(8, "little") + b"{}")),
     ),
-    "statistics that claim an endless header": BadInput(
-        PLAN,
-        "{statistics} is not a statistics file",
-        "cfsp calibrate MODEL",
-        raw("statistics", (1 << 60).to_bytes(8, "little") + b"{}"),
-    ),
-    "weights instead of statistics": BadInput(
-        "plan {model} --statistics {model}/model.safetensors --sparsity 0.4 --out {out}",
+    BadInput(
+        PLAN.replace("{statistics}", "{model}/model.safetensors"),
         "{model}/model.safetensors is not a statistics file",
         "cfsp calibrate MODEL",
     ),
-}
+]
 
-CASES: Table = {**PLANS, **STATISTICS}
+CASES = PLANS + STATISTICS
 
-
-@pytest.mark.parametrize("name", CASES)
-def test_refused(refused: Callable[[BadInput], None], name: str) -> None:
-    refused(CASES[name])
+test_refused = refusals(CASES)

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
 from pathlib import Path
 
-import pytest
+from bad_inputs.catalogue import RECOVER, BadInput, Spoil, refusals, spoilt
 
-from bad_inputs.catalogue import BadInput, Place, Table
-
-# What to do.
-UTF8, AGAIN = "save it as UTF-8", "download it again"
-JSON = "every line must be one JSON object"
 TINY = "--out {out} --samples 4 --seqlen 32 --data"
 CALIBRATE = f"calibrate {{model}} {TINY} {{inputs}}/"
 PRUNE = f"prune {{model}} --sparsity 0.4 {TINY}"
+EVAL = "eval {model} --windows 1 --seqlen 32 --data"
 INSPECT = "inspect {inputs}/a.gguf"
 
 
-def file(name: str, data: bytes) -> Callable[[Place], object]:
+def file(name: str, data: bytes) -> Spoil:
     return lambda place: (place.inputs / name).write_bytes(data)
 
 
@@ -45,147 +40,104 @@ def without_bos(directory: Path) -> None:
     path.write_text(json.dumps(settings))
 
 
-TEXTS: Table = {
-    "empty text": BadInput(
-        f"{CALIBRATE}a.txt", "{inputs}/a.txt holds 0 windows", "give more text", file("a.txt", b"")
-    ),
-    "tiny text": BadInput(
+TEXTS = [
+    BadInput(
         f"{PRUNE} {{inputs}}/a.txt",
         "{inputs}/a.txt holds 0 windows of 32 tokens, 4 are needed",
         "give more text",
         file("a.txt", b"few words"),
     ),
-    "binary text": BadInput(
+    *spoilt(
         f"{CALIBRATE}a.txt",
-        "{inputs}/a.txt, line 1 is binary",
-        UTF8,
-        file("a.txt", b"\x00\x01\x02" * 500),
+        "save it as UTF-8",
+        ("a.txt, line 1 is binary", file("a.txt", b"\x00\x01\x02" * 500)),
+        ("a.txt, line 1 is not UTF-8 text: byte 3", file("a.txt", b"abc\xfc")),
+        ("a.txt, line 1 is not UTF-8 text: byte 0", file("a.txt", "text".encode("utf-16"))),
     ),
-    "text in Latin-1": BadInput(
-        f"{CALIBRATE}a.txt",
-        "{inputs}/a.txt, line 1 is not UTF-8 text: byte 3",
-        UTF8,
-        file("a.txt", b"abc\xfc"),
-    ),
-    "text in UTF-16": BadInput(
-        "eval {model} --windows 1 --seqlen 32 --data {inputs}/a.txt",
-        "{inputs}/a.txt, line 1 is not UTF-8 text: byte 0",
-        UTF8,
-        file("a.txt", "text".encode("utf-16")),
-    ),
-    "lines that are no JSON": BadInput(
+    BadInput(
         "recover {pruned} --steps 1 --seqlen 32 --out {out} --data {inputs}/a.jsonl",
         "{inputs}/a.jsonl, line 2: not JSON",
-        JSON,
+        "every line must be one JSON object",
         file("a.jsonl", b'{"text": "fine"}\n{"text": '),
     ),
-    "lines nested too deeply": BadInput(
+    *spoilt(
         f"{CALIBRATE}a.jsonl",
-        "{inputs}/a.jsonl, line 1: not JSON",
-        JSON,
-        file("a.jsonl", b"[" * 100_000),
+        "",
+        ("line must be one JSON object", file("a.jsonl", b"[" * 100_000)),
+        ("character 1, which is no text; leave", file("a.jsonl", b'{"text": "x\\ud800"}')),
     ),
-    "half of a surrogate pair": BadInput(
-        f"{CALIBRATE}a.jsonl",
-        "{inputs}/a.jsonl, line 1: half of a surrogate pair at character 1",
-        "leave that line out",
-        file("a.jsonl", b'{"text": "x\\ud800"}'),
-    ),
-    "parquet that is none": BadInput(
+    BadInput(
         f"{CALIBRATE}a.parquet",
         "{inputs}/a.parquet is not a readable parquet file",
         "parquet",
         file("a.parquet", b"PAR1 nothing PAR1"),
     ),
-    "ending that nobody knows": BadInput(
-        "eval {model} --data {inputs}/a.docx",
+    BadInput(
+        f"{EVAL} {{inputs}}/a.docx",
         "{inputs}/a.docx has an unknown ending",
         "expected .txt, .jsonl, .parquet",
         file("a.docx", b"x"),
     ),
-    "text that is not there": BadInput(
-        "sweep {model} --sparsity 0.4 --out {out} --eval {inputs}/absent.txt --data {text}",
-        "{inputs}/absent.txt is neither a file nor a known text",
-        "known are: ",
-    ),
-    "text to measure on that is not there": BadInput(
-        "prune no-model --sparsity 0.4 --out {out} --eval {inputs}/absent.txt",
-        "{inputs}/absent.txt is neither a file nor a known text",
-        "did you mean {inputs}/absent.jsonl?",
-        file("absent.jsonl", b'{"text": "here"}'),
-    ),
-    "BOS that a tokenizer does not have": BadInput(
+    BadInput(
         f"{PRUNE} {{text}} --bos yes",
         "--bos yes needs a tokenizer with a BOS token",
         "this one has none",
         lambda place: without_bos(place.model),
     ),
-    "text of the calibration that is not there, in a sweep": BadInput(
-        "sweep {model} --sparsity 0.4 --out {out} --eval {text} --eval-windows 1 --seqlen 32 "
-        "--data {inputs}/absent.txt",
-        "{inputs}/absent.txt is neither a file nor a known text",
-        "known are: ",
-    ),
-}
+]
 
-TOKENIZERS: Table = {
-    "tokenizer of another model": BadInput(
+TOKENIZERS = [
+    BadInput(
         f"{PRUNE} {{text}}",
         "but {model} has a vocabulary of 320",
         "use the model's own tokenizer",
         lambda place: larger_vocabulary(place.model),
     ),
-    "tokenizer of another model, to train": BadInput(
-        "recover {pruned} --teacher none --steps 1 --seqlen 32 --out {out} --data {text}",
+    BadInput(
+        f"{RECOVER} --teacher none",
         "but {pruned} has a vocabulary of 320",
         "use the model's own tokenizer",
         lambda place: larger_vocabulary(place.pruned),
     ),
-    "tokenizer that is damaged": BadInput(
-        "eval {model} --windows 1 --seqlen 32 --data {text}",
+    BadInput(
+        f"{EVAL} {{text}}",
         "{model} carries no usable tokenizer",
         "tokenizer.json",
         lambda place: (place.model / "tokenizer.json").write_text("{"),
     ),
-}
+]
 
 
-def gguf(counts: bytes, rest: bytes = b"") -> Callable[[Place], object]:
+def gguf(counts: bytes, rest: bytes = b"") -> Spoil:
     return file("a.gguf", b"GGUF" + struct.pack("<I", 3) + counts + rest)
 
 
 KEY = struct.pack("<Q", 1) + b"k"
 
-GGUF: Table = {
-    "gguf with another magic": BadInput(
-        INSPECT, "it does not begin with GGUF", AGAIN, file("a.gguf", b"GGML" * 9)
+DAMAGED = "download it again"
+GGUF = [
+    *spoilt(
+        INSPECT,
+        DAMAGED,
+        ("it does not begin with GGUF", file("a.gguf", b"GGML" * 9)),
+        ("it has version 77", file("a.gguf", b"GGUF" + struct.pack("<IQQ", 77, 0, 0))),
+        ("its header reaches beyond its", gguf(struct.pack("<QQ", 1 << 60, 0))),
     ),
-    "gguf of another version": BadInput(
-        INSPECT, "it has version 77", AGAIN, file("a.gguf", b"GGUF" + struct.pack("<IQQ", 77, 0, 0))
-    ),
-    "gguf that ends in its header": BadInput(
+    BadInput(
         "export {inputs}/a.gguf --to vllm --out {out}",
         "{inputs}/a.gguf is not a readable GGUF file",
-        AGAIN,
+        DAMAGED,
         gguf(struct.pack("<QQ", 5, 5)),
     ),
-    "gguf with an endless list": BadInput(
+    BadInput(
         "calibrate {inputs}/a.gguf --out {out} --data {text}",
         "its header reaches beyond its",
-        AGAIN,
+        DAMAGED,
         gguf(struct.pack("<QQ", 0, 1), KEY + struct.pack("<IIQ", 9, 0, 1 << 60)),
     ),
-    "gguf with endlessly many tensors": BadInput(
-        INSPECT, "its header reaches beyond its", AGAIN, gguf(struct.pack("<QQ", 1 << 60, 0))
-    ),
-    "gguf without tensors": BadInput(
-        INSPECT, "{inputs}/a.gguf holds no weight matrices", "safetensors", gguf(bytes(16))
-    ),
-}
+    BadInput(INSPECT, "{inputs}/a.gguf holds no weight matrices", "safetensors", gguf(bytes(16))),
+]
 
-CASES: Table = {**TEXTS, **TOKENIZERS, **GGUF}
+CASES = TEXTS + TOKENIZERS + GGUF
 
-
-@pytest.mark.parametrize("name", CASES)
-def test_refused(refused: Callable[[BadInput], None], name: str) -> None:
-    refused(CASES[name])
+test_refused = refusals(CASES)

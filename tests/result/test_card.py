@@ -12,16 +12,10 @@ from huggingface_hub import ModelCard
 
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.cli import main
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.card import Origin, model_card, origin_of
 from cfsp.result.manifest import read_manifest
-from report_runs import measured
-
-
-def metadata(directory: Path) -> dict[str, Any]:
-    found: dict[str, Any] = ModelCard.load(directory / "README.md").data.to_dict()
-    return found
+from report_runs import changed_copy, measured, recovered
 
 
 def card_of(run: Path, origin: Origin, **changes: Any) -> str:
@@ -31,13 +25,19 @@ def card_of(run: Path, origin: Origin, **changes: Any) -> str:
 
 
 def test_metadata_of_the_source_stay(run: Path) -> None:
-    found = metadata(run)
-    assert found["base_model"] == "someone/ancestor"
-    assert found["license"] == "other" and found["license_name"] == "tiny-community"
-    assert found["license_link"] == "LICENSE"
-    assert found["language"] == ["en", "de"] and found["datasets"] == ["someone/corpus"]
-    assert found["library_name"] == "transformers" and found["pipeline_tag"] == "text-generation"
-    assert found["tags"] == ["cfsp", "pruned", "chat"]
+    expected = {
+        "base_model": "someone/ancestor",
+        "license": "other",
+        "license_name": "tiny-community",
+        "license_link": "LICENSE",
+        "language": ["en", "de"],
+        "datasets": ["someone/corpus"],
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["cfsp", "pruned", "chat"],
+    }
+    found = ModelCard.load(run / "README.md").data.to_dict()
+    assert {key: found[key] for key in expected} == expected
     assert "widget" not in found
 
 
@@ -58,15 +58,20 @@ def test_results_have_their_conditions(run: Path, text_file: Path) -> None:
 
 def test_card_says_what_was_done_and_on_which_text(run: Path, text_file: Path) -> None:
     text = (run / "README.md").read_text()
-    assert "# my-model, pruned" in text
-    assert "`my-model` (which was made from [someone/ancestor](https://huggingface.co/" in text
-    assert "without 50.0% of FFN channels" in text
-    assert f"Calibrated on {text_file.name} (8 windows)" in text
-    assert "Repaired on the same text (ridge)" in text
-    assert "is **flattering**" in text
-    assert "trust_remote_code=True" in text and "read it first" in text
-    assert "cfsp verify ." in text and "## Limits" in text
-    assert "the license of that model (`other`) applies" in text
+    for said in (
+        "# my-model, pruned",
+        "`my-model` (which was made from [someone/ancestor](https://huggingface.co/",
+        "without 50.0% of FFN channels",
+        f"Calibrated on {text_file.name} (8 windows)",
+        "Repaired on the same text (ridge)",
+        "is **flattering**",
+        "trust_remote_code=True",
+        "cfsp verify .",
+        "the license of that model (`other`) applies",
+    ):
+        assert said in text
+    for place in (run, text_file):
+        assert str(place.parent) not in text  # the hub shows it to everybody
 
 
 def test_card_without_repair_and_of_equal_widths(run: Path) -> None:
@@ -79,20 +84,14 @@ def test_card_without_repair_and_of_equal_widths(run: Path) -> None:
     assert "model-index" not in text and "model_name" not in text
 
 
-def test_recovery_updates_the_card(run: Path, text_file: Path, tmp_path: Path) -> None:
-    out = tmp_path / "recovered"
-    train = ["--data", str(text_file), "--steps", "1", "--seqlen", "32", "--batch-windows", "1"]
-    assert main(["recover", str(run), *train, "--out", str(out)]) == 0
-    found, text = metadata(out), (out / "README.md").read_text()
-    assert found["base_model"] == "someone/ancestor" and found["license"] == "other"
+def test_card_of_a_recovered_model(run: Path, tmp_path: Path) -> None:
+    copy = changed_copy(run, tmp_path / "recovered", recovered)
+    text = card_of(copy, origin_of(Checkpoint(run)))
+    data = ModelCard(text).data
+    assert data.base_model == "someone/ancestor" and data.license == "other"
     assert "# my-model, pruned and recovered" in text
-    assert f"Recovered: trained on {text_file.name} (" in text
     assert "## How it was pruned" in text and "## How it was recovered" in text
-    assert f"cfsp recover run --data {text_file.name} --steps 1" in text
-    assert "--out recovered\n" in text
-    for place in (run, text_file, tmp_path):
-        assert str(place.parent) not in text  # the hub shows it to everybody
-    assert main(["verify", str(out)]) == 0
+    assert "cfsp recover pruned --out recovered\n" in text
 
 
 def test_the_demo_has_its_real_name(
@@ -138,14 +137,3 @@ def test_a_card_that_cannot_be_read_tells_nothing(
     shutil.copytree(source_with_card, copy)
     (copy / "README.md").write_text(card)
     assert origin_of(open_checkpoint(copy)).metadata == {}
-
-
-def test_foreign_text_cannot_format_the_card(run: Path) -> None:
-    hostile = "x`\n---\n# <script>alert(1)</script> | [a](javascript:1)"
-    origin = Origin(hostile, metadata={"license": hostile, "tags": [hostile]})
-    text = card_of(run, origin, base_model={"name": hostile}, perplexity=measured(hostile, 1, 2))
-    card = ModelCard(text)
-    assert card.data.license == hostile
-    for line in card.text.splitlines():
-        assert not any("<script>" in outside for outside in line.split("`")[::2])
-        assert line != "---"

@@ -24,9 +24,8 @@ from cfsp.result.page.groups import group_runs
 from cfsp.result.page.page import page_file, write_report
 from cfsp.result.page.svg import Scale, element, round_scale, scale_from_zero
 from cfsp.result.runs import read_run, read_runs
-from cfsp.settings import Budget
 from conftest import REPOSITORY
-from report_runs import HISTORY, changed_copy, measured, prune_tiny, recovered
+from report_runs import HISTORY, changed_copy, measured, recovered
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 HOSTILE = '"></script><script>window.hacked=1</script><img src=x onerror="window.hacked=1">'
@@ -44,10 +43,14 @@ class _Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
 
 
-def rendered(runs: list[Path], tmp_path: Path, **options: Any) -> str:
+def rendered(runs: list[Path], tmp_path: Path, *results: Path) -> str:
     out = tmp_path / "report.html"
-    write_report(runs, out, **options)
+    write_report(runs, out, results=results)
     return out.read_text()
+
+
+def words_of(page: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
 
 
 def test_page_is_complete_in_itself(run: Path, tmp_path: Path) -> None:
@@ -94,17 +97,12 @@ def test_several_runs_of_one_name_are_told_apart(run: Path, tmp_path: Path) -> N
     assert [each.name for each in read_runs(copies[:1])] == ["run"]
 
 
-def test_runs_of_different_models_get_tables_of_their_own(
-    run: Path, tiny_checkpoint: Any, text_file: Path, tmp_path: Path
-) -> None:
-    other = prune_tiny(
-        tiny_checkpoint("qwen3"),
-        text_file,
-        tmp_path / "other",
-        budget=Budget(0.25, multiple=8),
-        repair="none",
-        channel_metric="relative",
-    )
+def test_runs_of_different_models_get_tables_of_their_own(run: Path, tmp_path: Path) -> None:
+    def of_another(manifest: dict[str, Any]) -> None:
+        manifest["base_model"] |= {"name": "another", "fingerprint": "0" * 32}
+
+    other = changed_copy(run, tmp_path / "other", of_another)
+    (other / "cfsp_plan.json").unlink()
     text = rendered([run, other], tmp_path)
     assert text.count("What went in and what came out:") == 2
     assert text.count('class="section"') == 4
@@ -112,34 +110,26 @@ def test_runs_of_different_models_get_tables_of_their_own(
 
 def test_page_without_a_plan_leaves_out_what_it_shows(run: Path, tmp_path: Path) -> None:
     copy = changed_copy(run, tmp_path / "copy", lambda manifest: None)
-    assert "What each block does" in rendered([copy], tmp_path)
     (copy / "cfsp_plan.json").unlink()
+    assert "What each block does" in rendered([run], tmp_path)
     assert "What each block does" not in rendered([copy], tmp_path)
 
 
-@pytest.mark.parametrize("key", ["name", "command", "text", "version", "step", "directory"])
-def test_foreign_text_cannot_become_markup(run: Path, tmp_path: Path, key: str) -> None:
-    def poison(manifest: dict[str, Any]) -> None:
-        match key:
-            case "name":
-                manifest["base_model"]["name"] = HOSTILE
-            case "command":
-                manifest["command"] = HOSTILE
-            case "text":
-                manifest["perplexity"] = measured(HOSTILE, 1.0, 2.0)
-            case "version":
-                manifest["versions"][HOSTILE] = HOSTILE
-            case "step":
-                manifest["repair"]["steps"][0]["name"] = HOSTILE
+def test_foreign_text_cannot_become_markup(run: Path, tmp_path: Path) -> None:
+    """Neither by a name, a command, a text, a version, a step of repair nor a directory."""
 
-    name = HOSTILE.replace("/", "") if key == "directory" else "copy"
-    copy = changed_copy(run, tmp_path / name, poison)
-    clean, dirty = _Page(rendered([run], tmp_path)), _Page(rendered([copy], tmp_path))
-    assert "hacked" in (tmp_path / "report.html").read_text()
-    assert [tag for tag, _ in dirty.tags].count("img") == 0
-    scripts = [tag for tag, _ in clean.tags].count("script")
-    assert [tag for tag, _ in dirty.tags].count("script") == scripts == 1
-    assert not [name for _, attrs in dirty.tags for name in attrs if name.startswith("on")]
+    def poison(manifest: dict[str, Any]) -> None:
+        manifest["base_model"]["name"] = manifest["command"] = HOSTILE
+        manifest["perplexity"] = measured(HOSTILE, 1.0, 2.0)
+        manifest["versions"][HOSTILE] = HOSTILE
+        manifest["repair"]["steps"][0]["name"] = HOSTILE
+
+    copy = changed_copy(run, tmp_path / HOSTILE.replace("/", ""), poison)
+    text = rendered([copy], tmp_path)
+    assert text.count("hacked") > 10
+    page = _Page(text)
+    assert [tag for tag, _ in page.tags if tag in ("img", "script")] == ["script"]
+    assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
 
 
 def test_elements_escape_children_and_attributes() -> None:
@@ -181,68 +171,59 @@ def timed(prompt: int, ratios: dict[str, float]) -> dict[str, Any]:
 
 def test_results_of_eval_and_bench_are_added(run: Path, tmp_path: Path) -> None:
     how = {"tokens": 100, "windows": 2, "seqlen": 51, "stride": None, "bos": True}
-    scores = {"acc": 0.61, "acc_stderr": 0.011, "documents": 100}
     models = [read_run(run).base_name, str(run)]
-    evaluation = tmp_path / "eval.json"
-    evaluation.write_text(
-        json.dumps(
-            {
-                "models": [
-                    {
-                        "model": name,
-                        "perplexity": {"news": {"value": 20.0 + 5 * i, **how}},
-                        "tasks": {"piqa": {**scores, "acc": 0.61 - 0.1 * i}},
-                    }
-                    for i, name in enumerate(models)
-                ]
-            }
-        )
-    )
-    bench = tmp_path / "bench.json"
+    measured = [
+        {
+            "model": name,
+            "perplexity": {"news": {"value": 20.0 + 5 * i, **how}},
+            "tasks": {"piqa": {"acc": 0.61 - 0.1 * i, "acc_stderr": 0.011, "documents": 100}},
+        }
+        for i, name in enumerate(models)
+    ]
+    evaluation, bench = tmp_path / "eval.json", tmp_path / "bench.json"
+    evaluation.write_text(json.dumps({"models": measured}))
     bench.write_text(json.dumps(timed(64, dict(zip(models, (1.0, 1.9), strict=True)))))
-    text = rendered([run], tmp_path, results=[evaluation, bench])
-    cells = re.sub(r"<[^>]+>", " ", text)
-    said = "2 windows of 51 tokens, with BOS"
-    assert re.search(rf"perplexity, news\s+{said}\s+20\.00\s+25\.00\s+. 1\.25", cells)
-    assert re.search(r"piqa, acc\s+61\.0\s+51\.0\s+. 1\.1", cells)
-    assert re.search(r"decode, batch 1, prompt 64\s+10\.0\s+19\.0\s+. 1\.90", cells)
+    words = words_of(rendered([run], tmp_path, evaluation, bench))
+    assert f"perplexity, news 2 windows of 51 tokens, with BOS 20.00 25.00 {TIMES} 1.25" in words
+    assert re.search(r"piqa, acc 61\.0 51\.0 . 1\.1", words)
+    assert f"decode, batch 1, prompt 64 10.0 19.0 {TIMES} 1.90" in words
 
 
-def test_pairs_with_the_original(run: Path, text_file: Path, tmp_path: Path) -> None:
-    base = json.loads((run / "cfsp.json").read_text())["base_model"]["name"]
-    results = tmp_path / "results.json"
-    argv = ["eval", str(run), "--against", base, "--data", str(text_file), "--windows", "3"]
-    assert main([*argv, "--seqlen", "24", "--out", str(results)]) == 0
-    cells = re.sub(r"<[^>]+>", " ", rendered([run], tmp_path, results=[results]))
-    assert re.search(rf"KL per token, nats, \S+\s+{NOTHING}\s+\d\.\d+\s+± \d\.\d+", cells)
-    assert re.search(rf"top-1 agreement, percent, \S+\s+{NOTHING}\s+\d+\.\d\s+± ", cells)
+@pytest.fixture(scope="module")
+def results(run: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the run has in common with its original, on a text and in answers."""
+    out = tmp_path_factory.mktemp("results") / "results.json"
+    argv = ["eval", str(run), "--against", read_run(run).base_name, "--data", str(text_file)]
+    argv += ["--windows", "3", "--seqlen", "24", "--answers", "11", "--set", "answer_tokens=3"]
+    assert main([*argv, "--out", str(out)]) == 0
+    return out
 
 
-def test_answers_stand_side_by_side_by_kind(run: Path, tmp_path: Path) -> None:
-    base = json.loads((run / "cfsp.json").read_text())["base_model"]["name"]
-    results = tmp_path / "results.json"
-    argv = ["eval", str(run), "--against", base, "--answers", "11", "--set", "answer_tokens=3"]
-    assert main([*argv, "--out", str(results)]) == 0
+def test_pairs_with_the_original(run: Path, results: Path, tmp_path: Path) -> None:
+    words = words_of(rendered([run], tmp_path, results))
+    assert re.search(rf"KL per token, nats, \S+ {NOTHING} \d\.\d+ ± \d\.\d+", words)
+    assert re.search(rf"top-1 agreement, percent, \S+ {NOTHING} \d+\.\d ± ", words)
+
+
+def test_answers_stand_side_by_side_by_kind(run: Path, results: Path, tmp_path: Path) -> None:
     found = json.loads(results.read_text())
     for model in found["models"]:
-        asked = model["answers"]["documents"]
-        assert [each["stops"] for each in asked] == [False] * 11
-        asked[0] |= {"answer": f"answer of {len(found['models'])} {HOSTILE}", "loops": True}
+        first = model["answers"]["documents"][0]
+        first |= {"answer": f"answer of 2 {HOSTILE}", "loops": True}
     copy = changed_copy(run, tmp_path / "recovered", recovered)
     found["models"].append({**found["models"][1], "model": str(copy)})
-    results.write_text(json.dumps(found))
-    text = rendered([run, copy], tmp_path, results=[results])
+    (tmp_path / "three.json").write_text(json.dumps(found))
+    text = rendered([run, copy], tmp_path, tmp_path / "three.json")
     page = _Page(text)
     kinds = [attrs for tag, attrs in page.tags if tag == "details" and "answers" in attrs.values()]
-    assert len(kinds) == 10 and ["open" in attrs for attrs in kinds] == [True] + [False] * 9
+    assert ["open" in attrs for attrs in kinds] == [True] + [False] * 9
     assert [tag for tag, _ in page.tags].count("h4") == 11
     assert [tag for tag, _ in page.tags].count("script") == 1
-    cells = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", text.split("What they answer")[1]))
-    first = found["models"][0]["answers"]["documents"][0]["question"]
+    words = words_of(text.split("What they answer")[1])
     said = r"\S+ cut off repeats itself answer of 2 \S+ .*?"
-    assert re.search(rf"facts \(2\) {re.escape(first)} ({said}){{3}}", cells)
+    assert re.search(rf"facts \(2\) {re.escape(first['question'])} ({said}){{3}}", words)
     assert re.search(
-        rf"KL per token on the original&#39;s answers, nats 11 questions {NOTHING} \d\.\d+", cells
+        rf"KL per token on the original&#39;s answers, nats 11 questions {NOTHING} \d\.\d+", words
     )
     # Before everything else that was measured, and after what it is of.
     assert text.index("What they answer") < text.index("KL per token") < text.index("<figure>")
@@ -251,12 +232,9 @@ def test_answers_stand_side_by_side_by_kind(run: Path, tmp_path: Path) -> None:
 def test_speed_that_the_demonstration_adds_to_the_manifest(run: Path, tmp_path: Path) -> None:
     copy = changed_copy(run, tmp_path / "copy", lambda manifest: None)
     add_to_manifest(copy, {"speed": timed(8, {"dense": 1.0, "pruned": 1.4})})
-    text = rendered([copy], tmp_path)
-    cells = re.sub(r"<[^>]+>", " ", text)
-    assert re.search(
-        r". 1\.40\s+decode, batch 1, prompt 8\s+10\.0 to 14\.0, tokens per second", cells
-    )
-    assert re.search(r"prefill, batch 1, prompt 8\s+10\.0\s+14\.0\s+. 1\.40", cells)
+    words = words_of(rendered([copy], tmp_path))
+    assert f"{TIMES} 1.40 decode, batch 1, prompt 8 10.0 to 14.0, tokens per second" in words
+    assert f"prefill, batch 1, prompt 8 10.0 14.0 {TIMES} 1.40" in words
     with pytest.raises(CheckpointError, match=r"no cfsp\.json"):
         add_to_manifest(tmp_path, {})
 
@@ -276,7 +254,7 @@ def test_unusable_results_are_refused(
     file = tmp_path / "results.json"
     file.write_text(content)
     with pytest.raises(ReportError, match=message):
-        rendered([run], tmp_path, results=[file])
+        rendered([run], tmp_path, file)
     assert not (tmp_path / "report.html").exists()
 
 
@@ -372,15 +350,15 @@ def test_many_runs_stay_readable(run: Path, tmp_path: Path) -> None:
     assert len(text) < 8 * len(single)
 
 
-def test_eight_runs_are_all_shown_side_by_side(run: Path, tmp_path: Path) -> None:
-    text = rendered(many_runs(run, tmp_path, 8), tmp_path)
+def test_eight_runs_are_all_shown_and_each_has_a_colour_of_its_own(
+    run: Path, tmp_path: Path
+) -> None:
+    paths = many_runs(run, tmp_path, 9)
+    text = rendered(paths[:8], tmp_path)
     assert text.count("Manifest, cfsp.json") == 8
     assert "no other run beats" not in text
     assert text.count('<th scope="col">run-') >= 8
-
-
-def test_each_of_a_few_runs_has_a_colour_of_its_own(run: Path, tmp_path: Path) -> None:
-    runs = [read_run(each) for each in many_runs(run, tmp_path, 9)]
+    runs = [read_run(each) for each in paths]
     few, many = pareto_chart(runs[:8]), pareto_chart(runs)
     assert few is not None and many is not None
     names = {entry.name: entry.swatch for entry in few.legend}

@@ -94,7 +94,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     address = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
@@ -184,11 +184,10 @@ def test_offline_is_said(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         push(small, "me/small")
 
 
+@pytest.mark.usefixtures("no_hub")
 def test_a_hub_that_cannot_be_reached_is_one_sentence(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     with pytest.raises(OutputError, match=r"the hub cannot be reached \(.*refused\); check"):
         push(small, "me/small")

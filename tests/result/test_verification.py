@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,39 +14,14 @@ from safetensors.torch import load_file, save_file
 from cfsp.cli import main
 
 
-@pytest.fixture(scope="module")
-def pruned(
-    tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    """A checkpoint whose blocks have different widths."""
-    source = Path(shutil.copytree(tiny_checkpoint("llama"), tmp_path_factory.mktemp("s") / "s"))
-    (source / "additional_chat_templates").mkdir()
-    (source / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
-    out = tmp_path_factory.mktemp("verify") / "pruned"
-    arguments = ["--sparsity", "0.4", "--multiple", "1", "--data", str(text_file)]
-    small = ["--samples", "4", "--seqlen", "32", "--out", str(out)]
-    assert main(["prune", str(source), *arguments, *small]) == 0
-    assert (out / "modeling_cfsp.py").is_file()
-    return out
-
-
-def test_what_cfsp_wrote_passes(pruned: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", str(pruned), "--json"]) == 0
+def test_what_cfsp_wrote_passes(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(run), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["verified"] is True
     assert len(found["checks"]) == 6
     assert all(check["problem"] is None for check in found["checks"])
-    assert main(["verify", str(pruned)]) == 0
+    assert main(["verify", str(run)]) == 0
     assert capsys.readouterr().out.count("ok ") == 6
-
-
-def _weights(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    path = directory / "model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _flip_a_byte(directory: Path) -> None:
@@ -58,10 +32,9 @@ def _flip_a_byte(directory: Path) -> None:
 
 
 def _nan(directory: Path) -> None:
-    def change(tensors: dict[str, Any]) -> None:
-        tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
-
-    _weights(directory, change)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def _another_tensor(directory: Path) -> None:
@@ -77,11 +50,12 @@ def _edit(name: str, old: str, new: str) -> Callable[[Path], None]:
     return edit
 
 
-def _plan(directory: Path) -> None:
-    path = directory / "cfsp_plan.json"
-    plan = json.loads(path.read_text())
-    plan["criterion"]["sparsity"] = 0.41
-    path.write_text(json.dumps(plan))
+def _without(name: str) -> Callable[[Path], None]:
+    return lambda directory: (directory / name).unlink()
+
+
+def _with(name: str, text: str = "") -> Callable[[Path], object]:
+    return lambda directory: (directory / name).write_text(text)
 
 
 @pytest.mark.parametrize(
@@ -90,32 +64,31 @@ def _plan(directory: Path) -> None:
         (_flip_a_byte, "model.safetensors has changed"),
         (_nan, "block 1 has NaN or infinite values"),
         (_another_tensor, "model-extra.safetensors is not in cfsp.json"),
-        (_plan, "cfsp_plan.json has changed"),
-        (lambda d: (d / "cfsp_plan.json").unlink(), "cfsp_plan.json is missing"),
-        (lambda d: (d / "modeling_cfsp.py").unlink(), "modeling_cfsp.py is missing"),
+        (_edit("cfsp_plan.json", "0.5", "0.4"), "cfsp_plan.json has changed"),
+        (_without("cfsp_plan.json"), "cfsp_plan.json is missing"),
+        (_without("modeling_cfsp.py"), "modeling_cfsp.py is missing"),
         (_edit("modeling_cfsp.py", "import", "import os\nimport"), "modeling_cfsp.py has changed"),
-        (lambda d: (d / "setup.py").write_text(""), "setup.py is not in cfsp.json"),
+        (_with("setup.py"), "setup.py is not in cfsp.json"),
         (_edit("config.json", '"rms_norm_eps": ', '"rms_norm_eps": 1'), "config.json has changed"),
         (_edit("generation_config.json", "{", '{"top_k": 1, '), "generation_config.json has"),
-        (lambda d: (d / "generation_config.json").unlink(), "generation_config.json is missing"),
+        (_without("generation_config.json"), "generation_config.json is missing"),
         (_edit("tokenizer.json", '"Ġ', '"G'), "tokenizer.json has changed"),
         (_edit("chat_template.jinja", "for", "if"), "chat_template.jinja has changed"),
         (_edit("additional_chat_templates/tool.jinja", "m", "n"), "chat_templates/tool.jinja has"),
-        (lambda d: (d / "adapter_config.json").write_text("{}"), "adapter_config.json is not in"),
+        (_with("adapter_config.json", "{}"), "adapter_config.json is not in"),
         (_edit("cfsp.json", '"parameters_after": ', '"parameters_after": 1'), "were promised"),
-        (lambda d: (d / "cfsp.json").unlink(), "cfsp did not write it"),
-        (lambda d: (d / "model.safetensors").unlink(), "model.safetensors"),
+        (_without("cfsp.json"), "cfsp did not write it"),
+        (_without("model.safetensors"), "model.safetensors"),
     ],
 )  # fmt: skip
 def test_every_change_is_named(
-    pruned: Path,
+    run: Path,
     tmp_path: Path,
     damage: Callable[[Path], object],
     message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(pruned, copy)
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
     damage(copy)
     capsys.readouterr()
     assert main(["verify", str(copy)]) == 2
@@ -125,9 +98,9 @@ def test_every_change_is_named(
 
 
 def test_a_manifest_without_digests_of_the_other_files_says_so(
-    pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    copy = Path(shutil.copytree(pruned, tmp_path / "copy"))
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
     manifest = json.loads((copy / "cfsp.json").read_text())
     files = manifest["files"]
     manifest["files"] = {name: files[name] for name in ("model.safetensors", "modeling_cfsp.py")}
@@ -142,8 +115,8 @@ def test_a_manifest_without_digests_of_the_other_files_says_so(
     assert "setup.py is not in cfsp.json" in capsys.readouterr().err
 
 
-def test_notes_and_licences_may_change(pruned: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(pruned, tmp_path / "copy"))
+def test_notes_and_licences_may_change(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
     for name in ("README.md", "LICENSE.txt", "cfsp.statistics"):
         (copy / name).write_text("other")
     assert main(["verify", str(copy)]) == 0
