@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,16 +21,20 @@ from cfsp.architecture.found import Architecture, Unit
 from cfsp.calibration.calibrate import calibrate
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of
-from cfsp.cli import main
 from cfsp.cut.in_memory import build_pruned_model
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.result.prune_report import PruneReport
+from cfsp.result.verify import verify_checkpoint
+from cfsp.settings import Compute
 from cfsp.streaming.runtime import Runtime
 from cfsp.text.windows import Windows
+from checkpoint_tensors import tensors
 from drawn_windows import draw_windows
 from family_contract import (
     SAMPLES,
     SEQLEN,
+    assert_same,
+    fresh_answer,
     held_against,
     least_multiple,
     matrices_of,
@@ -39,7 +42,7 @@ from family_contract import (
     question_of,
     save_with_tokenizer,
 )
-from forks import Forks, Job
+from forks import Forks
 from stock import Answer, Question, attention_of_layers, logits_of
 from tiny_decoders import tiny_model
 from tiny_models import TINY_CONFIGS, build_tiny_model
@@ -97,10 +100,7 @@ def assert_bitwise_equal(actual: Tensor, expected: Tensor) -> None:
 
 
 def assert_same_tensors(actual: nn.Module, expected: nn.Module) -> None:
-    found, wanted = actual.state_dict(), expected.state_dict()
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert_bitwise_equal(found[name], tensor)
+    assert_same(actual.state_dict(), expected.state_dict())
 
 
 def elements_of(model: nn.Module) -> int:
@@ -140,11 +140,7 @@ class ArchitectureContract:
         """What a fresh process without cfsp found, and what of it is held against pruning."""
 
         def answer(question: Question) -> Answer:
-            work = tmp_path_factory.mktemp("stock")
-            question.save(work / "question.pt")
-            (finished,) = forks(Job("stock.check", {"directory": str(work)}))
-            assert finished.status == 0, finished.stderr
-            return Answer(**torch.load(work / "answer.pt"))
+            return fresh_answer(question, forks, tmp_path_factory.mktemp("stock"))
 
         def of_dense() -> Mapping[str, str]:
             return answer(question_of(case.dense, case.source)).problems
@@ -175,16 +171,13 @@ class ArchitectureContract:
                 full_name = case.architecture.block_prefix(unit.block) + name
                 expected[full_name] = kept_part(unit, entry, name, expected[full_name])
         for model in (case.loaded, case.in_memory):
-            found = model.state_dict()
-            assert found.keys() == expected.keys()
-            for name, tensor in expected.items():
-                assert_bitwise_equal(found[name], tensor)
-        before = load_file(case.source / "model.safetensors")
-        after = load_file(case.out / "model.safetensors")
-        assert before.keys() == after.keys()
-        for name, tensor in before.items():
-            if after[name].shape == tensor.shape:
-                assert_bitwise_equal(after[name], tensor)
+            assert_same(model.state_dict(), expected)
+        before, after = tensors(case.source), tensors(case.out)
+        changed = {name for name, tensor in before.items() if after[name].shape != tensor.shape}
+        for each in (before, after):
+            for name in changed:
+                del each[name]
+        assert_same(after, before)
 
     def test_original_in_memory_stays_as_it_was(self, case: Case) -> None:
         assert_same_tensors(case.dense, build(case.name))
@@ -279,11 +272,7 @@ class ThoroughContract(ArchitectureContract):
     def test_sparsity_zero_changes_no_bit(self, case: Case, tmp_path: Path) -> None:
         out = tmp_path / "same"
         cfsp.prune(case.source, out=out, sparsity=0.0, data=case.texts, **ANGULAR)
-        before = load_file(case.source / "model.safetensors")
-        after = load_file(out / "model.safetensors")
-        assert before.keys() == after.keys()
-        for name, tensor in before.items():
-            assert_bitwise_equal(after[name], tensor)
+        assert_same(tensors(out), tensors(case.source))
         fields, unchanged = (
             json.loads((place / "config.json").read_text()) for place in (out, case.source)
         )
@@ -292,24 +281,14 @@ class ThoroughContract(ArchitectureContract):
         assert type(in_memory) is type(case.dense)
         assert_same_tensors(in_memory, case.dense)
 
-    def test_everything_beside_the_weights_travels(self, case: Case) -> None:
-        for path in case.source.iterdir():
-            if path.name not in ("config.json", "model.safetensors"):
-                assert (case.out / path.name).read_bytes() == path.read_bytes(), path.name
-
     def test_in_memory_model_is_saved_and_reloaded(self, case: Case, tmp_path: Path) -> None:
         case.in_memory.save_pretrained(tmp_path / "saved")
         assert_same_tensors(cfsp.load(tmp_path / "saved"), case.in_memory)
         assert sorted(Checkpoint(tmp_path / "saved").specs) == sorted(Checkpoint(case.out).specs)
 
-    def test_inspect_and_verify_agree(self, case: Case, capsys: pytest.CaptureFixture[str]) -> None:
-        capsys.readouterr()
-        assert main(["inspect", str(case.out), "--json"]) == 0
-        told = json.loads(capsys.readouterr().out)
-        assert told["intermediate_sizes"] == case.report.intermediate_sizes
-        assert told["parameters"] == case.report.parameters_after
-        assert main(["verify", str(case.out), "--json"]) == 0
-        assert json.loads(capsys.readouterr().out)["verified"]
+    def test_verify_finds_what_was_promised(self, case: Case) -> None:
+        checks = verify_checkpoint(Checkpoint(case.out), Compute("cpu"))
+        assert not [check for check in checks if check.problem]
 
     def test_equal_widths_give_a_plain_stock_checkpoint(self, case: Case, tmp_path: Path) -> None:
         asked = {"sparsity": 0.5, "multiple": 16, "block_metric": "uniform", "data": case.texts}
@@ -331,14 +310,8 @@ class ThoroughContract(ArchitectureContract):
         assert_same_tensors(reloaded, in_memory)
 
     def test_pruned_model_can_be_pruned_again(self, case: Case, tmp_path: Path) -> None:
-        again = cfsp.prune(
-            case.out,
-            out=tmp_path / "again",
-            sparsity=0.2,
-            multiple=case.multiple,
-            data=case.texts,
-            **ANGULAR,
-        )
+        asked = {**ANGULAR, "sparsity": 0.2, "multiple": case.multiple, "data": case.texts}
+        again = cfsp.prune(case.out, out=tmp_path / "again", **asked)
         assert again.parameters_before == case.report.parameters_after
         widths = zip(case.report.intermediate_sizes, again.intermediate_sizes, strict=True)
         assert all(after <= before for before, after in widths)
@@ -349,15 +322,8 @@ class ThoroughContract(ArchitectureContract):
     def test_repaired_down_projection_is_the_ridge_solution(
         self, case: Case, tmp_path: Path
     ) -> None:
-        settings = {**ANGULAR, "repair": "ridge"}
-        report = cfsp.prune(
-            case.source,
-            out=tmp_path / "out",
-            sparsity=0.4,
-            multiple=case.multiple,
-            data=case.texts,
-            **settings,
-        )
+        asked = {**ANGULAR, "repair": "ridge", "sparsity": 0.4, "multiple": case.multiple}
+        report = cfsp.prune(case.source, out=tmp_path / "out", data=case.texts, **asked)
         windows = draw_windows(case.texts, case.tokenizer, samples=6, seqlen=32)
         seen = _observe_with_hooks(case, windows).units
         after = cfsp.load(tmp_path / "out")
@@ -392,11 +358,8 @@ class ThoroughContract(ArchitectureContract):
 
     def test_statistics_are_those_of_plain_hooks(self, case: Case) -> None:
         windows = draw_windows(case.texts, case.tokenizer, samples=6, seqlen=32)
-        statistics = calibrate(
-            LoadedModel(case.dense),
-            windows,
-            Runtime(torch.device("cpu"), torch.float32, 4),
-        )
+        runtime = Runtime(torch.device("cpu"), torch.float32, 4)
+        statistics = calibrate(LoadedModel(case.dense), windows, runtime)
         seen = _observe_with_hooks(case, windows)
         for unit, acts in zip(statistics.units, seen.units, strict=True):
             for ffn in range(unit.ffns):
@@ -452,12 +415,9 @@ def check_numbers(old: nn.Module, new: nn.Module, entry: UnitPlan) -> None:
 
 def down_of(block: nn.Module, unit: Unit, ffn: int) -> Tensor:
     """Return a down matrix as outputs x inputs."""
-    matrix = block.get_parameter(unit.down).detach()
-    matrix, axis = (
-        (matrix[ffn], unit.axes[unit.down].axis - 1)
-        if unit.routed
-        else (matrix, unit.axes[unit.down].axis)
-    )
+    matrix, axis = block.get_parameter(unit.down).detach(), unit.axes[unit.down].axis
+    if unit.routed:
+        matrix, axis = matrix[ffn], axis - 1
     return matrix if axis == 1 else matrix.T
 
 
@@ -498,12 +458,8 @@ def _observe_with_hooks(case: Case, windows: Windows) -> Seen:
     ]
 
     def on_block(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        at_block.append(
-            (
-                args[0] if args else kwargs["hidden_states"],
-                output[0] if isinstance(output, tuple) else output,
-            )
-        )
+        hidden_BTD = args[0] if args else kwargs["hidden_states"]
+        at_block.append((hidden_BTD, output[0] if isinstance(output, tuple) else output))
 
     with ExitStack() as stack:
         for block in blocks:
@@ -530,13 +486,9 @@ def _observe_with_hooks(case: Case, windows: Windows) -> Seen:
         with torch.inference_mode():
             decoder(input_ids=windows.tokens_NT, use_cache=False)
     nothing = (torch.zeros(0, 1), torch.zeros(0))
-    return Seen(
-        at_block,
-        [
-            [
-                tuple(torch.cat(parts) for parts in zip(*shown, strict=True)) if shown else nothing
-                for shown in of_unit
-            ]
-            for of_unit in rows
-        ],
-    )
+
+    def joined(shown: list[Rows]) -> Rows:
+        act, window = zip(*shown, strict=True) if shown else ([nothing[0]], [nothing[1]])
+        return torch.cat(tuple(act)), torch.cat(tuple(window))
+
+    return Seen(at_block, [[joined(shown) for shown in of_unit] for of_unit in rows])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,20 @@ def statistics_with_distances(metric_values: dict[str, Sequence[float]]) -> Stat
         ],
         RECORD,
     )
+
+
+def dying_at(
+    count: int, call: Callable[..., Any], note: Callable[..., Any], seen: list[Any]
+) -> Callable[..., Any]:
+    """Return a function that notes each call, and whose nth is interrupted; 0 for none."""
+
+    def dying(*args: Any, **options: Any) -> Any:
+        seen.append(note(*args, **options))
+        if len(seen) == count:
+            raise KeyboardInterrupt
+        return call(*args, **options)
+
+    return dying
 
 
 def never() -> Any:

@@ -94,7 +94,7 @@ def random_prose(words: int, seed: int) -> str:
 
 
 @pytest.fixture
-def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_hub(monkeypatch) -> None:
     """A network without a hub: nothing listens on the port for discarding."""
     import huggingface_hub.constants
 
@@ -103,7 +103,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text_file(tmp_path_factory) -> Path:
     """A text of about 6000 words."""
     path = tmp_path_factory.mktemp("text") / "prose.txt"
     path.write_text(random_prose(6000, seed=1))
@@ -111,7 +111,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def other_text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def other_text_file(tmp_path_factory) -> Path:
     """Another text, sharing no sentence with the first."""
     path = tmp_path_factory.mktemp("text") / "other.txt"
     path.write_text(random_prose(6000, seed=2).upper())
@@ -151,21 +151,19 @@ CHAT = {"chat_template": "{% for m in messages %}{{ m['content'] }}\n{% endfor %
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def tokenizer(tmp_path_factory) -> Any:
     """A tokenizer of 320 entries."""
     return byte_tokenizer(tmp_path_factory.mktemp("tokenizer"), 320, **CHAT)
 
 
 @pytest.fixture(scope="session")
-def bos_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def bos_tokenizer(tmp_path_factory) -> Any:
     """The same, but one that begins an input with BOS."""
     return byte_tokenizer(tmp_path_factory.mktemp("bos-tokenizer"), 320, bos=True, **CHAT)
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: Any
-) -> Callable[[str], Path]:
+def tiny_checkpoint(tmp_path_factory, tokenizer) -> Callable[[str], Path]:
     """Give the directory of a tiny random model by its name in `tiny_models.TINY_CONFIGS`."""
     from tiny_models import save_tiny_model
 
@@ -183,11 +181,7 @@ def tiny_checkpoint(
 
 
 @pytest.fixture(scope="session")
-def pruned(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
-) -> Path:
+def pruned(tmp_path_factory, tiny_checkpoint, text_file) -> Path:
     """A tiny Llama whose blocks have different widths."""
     import cfsp
 
@@ -199,9 +193,7 @@ def pruned(
 
 
 @pytest.fixture(scope="session")
-def source_with_card(
-    tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def source_with_card(tiny_checkpoint, tmp_path_factory) -> Path:
     """A tiny Llama with a model card and a chat template more."""
     from report_runs import CARD
 
@@ -214,7 +206,7 @@ def source_with_card(
 
 
 @pytest.fixture(scope="session")
-def run(source_with_card: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(source_with_card, text_file, tmp_path_factory) -> Path:
     """What tests of `result` look at: half of the channels gone, repaired, and measured."""
     from cfsp.settings import Budget
     from report_runs import prune_tiny
@@ -224,9 +216,7 @@ def run(source_with_card: Path, text_file: Path, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="session")
-def make_case(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, text_file: Path
-) -> Callable[..., Any]:
+def make_case(tmp_path_factory, tokenizer, text_file) -> Callable[..., Any]:
     """Prune a tiny model of a type on the prose, without repair (`pruned_checks.Case`)."""
     from pruned_checks import pruned_case
 
@@ -245,13 +235,13 @@ def forks() -> Iterator[Forks]:
 
 
 @pytest.fixture(scope="session")
-def commands(forks: Forks) -> Commands:
+def commands(forks) -> Commands:
     """Commands in processes of their own, which may die."""
     return Commands(forks)
 
 
 @pytest.fixture
-def models_start_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+def models_start_quickly(monkeypatch) -> None:
     """Fork the processes that models are timed in from one that has imported torch.
 
     And wait for no quiet machine: the other tests would disturb almost every round.
@@ -276,6 +266,6 @@ def demo() -> Any:
 
 
 @pytest.fixture(scope="session")
-def pruned_type(make_case: Callable[..., Any]) -> Callable[[str], Path]:
+def pruned_type(make_case) -> Callable[[str], Path]:
     """Gives the pruned tiny model of a type."""
     return cache(lambda name: make_case(name, {}, sparsity=0.4, multiple=8, samples=4).out)

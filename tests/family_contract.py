@@ -36,7 +36,8 @@ from cfsp.settings import (
     Text,
 )
 from cfsp.streaming.stand_in import skipped
-from stock import Question, computed
+from forks import Forks, Job
+from stock import Answer, Question, computed
 
 SPARSITY = 0.4
 SAMPLES, SEQLEN = 6, 32
@@ -112,6 +113,23 @@ def matrices_of(architecture: Architecture) -> list[str]:
         for unit in architecture.of_part("ffn").units
         for name in dict.fromkeys(name for name in (unit.gate, unit.up, unit.down) if name)
     ]
+
+
+def fresh_answer(question: Question, forks: Forks, work: Path) -> Answer:
+    """Return what a fresh process without cfsp finds, in an empty directory."""
+    question.save(work / "question.pt")
+    (finished,) = forks(Job("stock.check", {"directory": str(work)}))
+    assert finished.status == 0, finished.stderr
+    return Answer(**torch.load(work / "answer.pt"))
+
+
+def assert_same(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Compare tensors by name, bit for bit."""
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            actual[name], tensor, rtol=0, atol=0, msg=lambda said, name=name: f"{name}: {said}"
+        )
 
 
 def held_against(

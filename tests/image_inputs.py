@@ -1,4 +1,4 @@
-"""Tokens with an image among them, for the tiny multimodal models of `any_models`."""
+"""Tokens with an image among them, for the tiny multimodal models of `tiny_decoders`."""
 
 from __future__ import annotations
 

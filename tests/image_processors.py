@@ -1,4 +1,4 @@
-"""Real processors for the tiny multimodal models of `any_models`, and sets of tiny pictures."""
+"""Real processors for the tiny multimodal models of `tiny_decoders`, and sets of tiny pictures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from conftest import byte_tokenizer, random_prose
 from tiny_decoders import tiny_model
 
-# By the ids that `any_models` gives them.
+# By the ids that `tiny_decoders` gives them.
 SPECIAL = {
     "image_token": "<image>", "video_token": "<video>", "audio_token": "<audio>",
     "boi_token": "<boi>", "eoi_token": "<eoi>", "boa_token": "<boa>", "eoa_token": "<eoa>",

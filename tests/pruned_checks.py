@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 import cfsp
@@ -20,9 +19,16 @@ from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.prune_report import PruneReport
 from cfsp.settings import Budget, CalibrationText, Compute, LocalTraining, PruneSettings, Repair
-from family_contract import question_of, save_with_tokenizer, tokens_of_question
-from forks import Forks, Job
-from stock import Answer, Question, logits_of
+from checkpoint_tensors import tensors
+from family_contract import (
+    assert_same,
+    fresh_answer,
+    question_of,
+    save_with_tokenizer,
+    tokens_of_question,
+)
+from forks import Forks
+from stock import Question, logits_of
 from tiny_decoders import tiny_model
 
 # Of a calibration that a tiny model needs.
@@ -89,9 +95,7 @@ def check_masked_is_cut(case: Case) -> None:
 
 
 def check_is_the_same(source: Path, out: Path) -> None:
-    before, after = (load_file(at / "model.safetensors") for at in (source, out))
-    assert before.keys() == after.keys()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert_same(tensors(out), tensors(source))
     first, second = (json.loads((at / "config.json").read_text()) for at in (source, out))
     assert first == second
 
@@ -131,10 +135,7 @@ def check_caches_agree_with_none(case: Case) -> None:
 
 def check_a_fresh_process_keeps_the_contract(case: Case, forks: Forks, work: Path) -> None:
     assert not case.question.failed
-    case.question.save(work / "question.pt")
-    (finished,) = forks(Job("stock.check", {"directory": str(work)}))
-    assert finished.status == 0, finished.stderr
-    answer = Answer(**torch.load(work / "answer.pt"))
+    answer = fresh_answer(case.question, forks, work)
     assert not answer.problems
     assert torch.equal(answer.tensors["logits"], logits_of(cfsp.load(case.out), case.tokens_BT))
 
@@ -142,10 +143,7 @@ def check_a_fresh_process_keeps_the_contract(case: Case, forks: Forks, work: Pat
 def check_in_memory_is_the_checkpoint(case: Case, work: Path) -> None:
     plan = case.report.plan
     pruned = build_pruned_model(case.dense, LoadedModel(case.dense, plan.parts), plan, {})
-    expected = cfsp.load(case.out).state_dict()
-    assert pruned.state_dict().keys() == expected.keys()
-    for name, tensor in pruned.state_dict().items():
-        assert torch.equal(tensor, expected[name]), name
+    assert_same(pruned.state_dict(), cfsp.load(case.out).state_dict())
     pruned.save_pretrained(work / "saved")
     again = cfsp.load(work / "saved")
     assert torch.equal(logits_of(again, case.tokens_BT), logits_of(pruned, case.tokens_BT))

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import venv
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
@@ -83,7 +83,7 @@ def run(*command: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def environment(tmp_path_factory) -> Path:
     """An environment with what the core needs, and with the wheel where one can be built."""
     place = tmp_path_factory.mktemp("core")
     environment, packages = place / "env", place / "packages"
@@ -104,9 +104,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return environment
 
 
-def test_the_core_alone_prunes_and_loads(
-    environment: Path, tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
-) -> None:
+def test_the_core_alone_prunes_and_loads(environment, tiny_checkpoint, text_file, tmp_path):
     out = tmp_path / "out"
     python = environment / "bin/python"
     printed = run(python, "-c", PROGRAM, tiny_checkpoint("llama"), text_file, out)
@@ -115,7 +113,7 @@ def test_the_core_alone_prunes_and_loads(
     assert (out / "modeling_cfsp.py").is_file()  # from a template that lies in the wheel
 
 
-def test_the_wheel_prunes_from_an_environment_of_its_own(environment: Path) -> None:
+def test_the_wheel_prunes_from_an_environment_of_its_own(environment):
     pytest.importorskip("hatchling", reason="hatchling is not installed: pip install '.[dev]'")
     assert "prune" in run(environment / "bin/cfsp", "--help")
     (installed,) = environment.glob("lib/python*/site-packages/cfsp")

@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import re
-from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -111,9 +110,7 @@ def compare(name: str, everywhere: dict[str, str], here: dict[str, str]) -> None
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_prune(
-    tmp_path: Path, tiny_checkpoint: Callable[[str], Path], text_file: Path, name: str
-) -> None:
+def test_prune(tmp_path, tiny_checkpoint, text_file, name):
     out = tmp_path / "pruned"
     repair: Any = CASES[name]
     # 0.5 was the default when it was pinned.
@@ -139,9 +136,7 @@ def test_prune(
     )
 
 
-def test_calibrate_plan_and_export(
-    tmp_path: Path, tiny_checkpoint: Callable[[str], Path], text_file: Path
-) -> None:
+def test_calibrate_plan_and_export(tmp_path, tiny_checkpoint, text_file):
     source = tiny_checkpoint("llama")
     statistics = cfsp.calibrate(source, data=[str(text_file)], samples=8, seqlen=32, device="cpu")
     plan = cfsp.plan(source, statistics, sparsity=0.5, multiple=8)
@@ -154,7 +149,7 @@ def test_calibrate_plan_and_export(
     compare("plan and export", found, {})
 
 
-def test_recover(tmp_path: Path, tiny_checkpoint: Callable[[str], Path], text_file: Path) -> None:
+def test_recover(tmp_path, tiny_checkpoint, text_file):
     pruned, out = tmp_path / "pruned", tmp_path / "recovered"
     cfsp.prune(tiny_checkpoint("llama"), out=pruned, repair="none", **half_by(text_file))
     recover_checkpoint(

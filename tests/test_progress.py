@@ -19,7 +19,7 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Clock:
+def clock(monkeypatch, caplog) -> Clock:
     clock = Clock()
     caplog.set_level(logging.INFO, "cfsp.progress")
     monkeypatch.setattr(progress, "monotonic", clock)
@@ -28,7 +28,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
     return clock
 
 
-def test_blocks_tell_how_far_they_are(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+def test_blocks_tell_how_far_they_are(clock, caplog):
     with token_progress("calibrate", 10, 1000) as bar:
         for _ in range(10):
             clock.seconds += 20
@@ -43,9 +43,7 @@ def test_blocks_tell_how_far_they_are(clock: Clock, caplog: pytest.LogCaptureFix
     ]
 
 
-def test_work_that_goes_on_counts_from_where_it_was(
-    clock: Clock, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_work_that_goes_on_counts_from_where_it_was(clock, caplog):
     with token_progress("calibrate", 10, 1000, blocks_done=8) as bar:
         bar.block_done()
         clock.seconds += 40
@@ -53,7 +51,7 @@ def test_work_that_goes_on_counts_from_where_it_was(
     assert caplog.messages == ["calibrate: 90%, block 9 of 10, 00:40 left"]
 
 
-def test_work_within_work_speaks_no_oftener(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+def test_work_within_work_speaks_no_oftener(clock, caplog):
     with item_progress("sweep", 2, "model") as outer:
         for _ in range(2):
             with item_progress("plan", 30, "block") as inner:
@@ -66,7 +64,7 @@ def test_work_within_work_speaks_no_oftener(clock: Clock, caplog: pytest.LogCapt
     assert caplog.messages[0].startswith("plan: 20%, ")
 
 
-def test_short_work_is_quiet(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+def test_short_work_is_quiet(clock, caplog):
     clock.seconds += 3600
     with item_progress("plan", 8, "block") as bar:
         for _ in range(8):
@@ -75,9 +73,7 @@ def test_short_work_is_quiet(clock: Clock, caplog: pytest.LogCaptureFixture) -> 
     assert caplog.messages == []
 
 
-def test_of_several_processes_one_speaks(
-    clock: Clock, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_several_processes_one_speaks(clock, caplog, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with item_progress("plan", 8, "block") as bar:
         clock.seconds += 3600

@@ -19,14 +19,14 @@ Estimate = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def argv(tiny_checkpoint: Callable[[str], Path], text_file: Path) -> list[str]:
+def argv(tiny_checkpoint, text_file) -> list[str]:
     text = ["--data", str(text_file), "--samples", "16", "--seqlen", "32", "--dtype", "float32"]
     model = str(tiny_checkpoint("llama"))
     return ["prune", model, *text, "--estimate"]
 
 
 @pytest.fixture
-def estimate(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Estimate:
+def estimate(argv, tmp_path, capsys) -> Estimate:
     def run(*options: str) -> dict[str, Any]:
         capsys.readouterr()
         assert main([*argv, "--sparsity", "0.5", "--json", *options]) == 0
@@ -38,7 +38,7 @@ def estimate(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.fixture
-def rates(monkeypatch: pytest.MonkeyPatch) -> Rates:
+def rates(monkeypatch) -> Rates:
     """A machine that takes 1 s for a token through all blocks, and nearly nothing to read."""
     found = Rates(forward=1.0, gram=0.5, read=1e-9, solve=1e-9)
     monkeypatch.setattr("cfsp.pruning_cost.measured", lambda _: found)
@@ -49,7 +49,7 @@ def seconds(found: dict[str, Any]) -> dict[str, float]:
     return {stage["name"]: stage["seconds"] for stage in found["stages"]}
 
 
-def test_every_stage_of_a_repair_is_in_it(estimate: Estimate) -> None:
+def test_every_stage_of_a_repair_is_in_it(estimate):
     found = estimate("--block-metric", "angular")
     stages = seconds(found)
     assert list(stages) == ["coarse pass", "ridge", "solve", "cut"]
@@ -59,14 +59,14 @@ def test_every_stage_of_a_repair_is_in_it(estimate: Estimate) -> None:
 
 
 @pytest.mark.usefixtures("rates")
-def test_time_is_in_proportion_to_tokens(estimate: Estimate) -> None:
+def test_time_is_in_proportion_to_tokens(estimate):
     stages = seconds(estimate("--block-metric", "angular"))
     # The coarse pass has half of the windows, and no Gram matrices.
     assert [stages[name] for name in ("coarse pass", "ridge")] == [8 * 32, 1.5 * 16 * 32]
 
 
 @pytest.mark.usefixtures("rates")
-def test_more_repair_takes_more(estimate: Estimate) -> None:
+def test_more_repair_takes_more(estimate):
     fast, standard = estimate("--repair", "none"), estimate("--repair", "ridge")
     for name in ("seconds", "memory_bytes", "disk_bytes"):
         assert fast[name] < standard[name]
@@ -75,7 +75,7 @@ def test_more_repair_takes_more(estimate: Estimate) -> None:
 
 
 @pytest.fixture(scope="module")
-def wordy(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+def wordy(tmp_path_factory, tokenizer) -> Path:
     """A model of which nearly all is vocabulary."""
     directory = tmp_path_factory.mktemp("wordy")
     config = TINY_CONFIGS["llama"]()
@@ -86,7 +86,7 @@ def wordy(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
 
 
 @pytest.mark.usefixtures("rates")
-def test_a_large_vocabulary_is_in_it(wordy: Path, argv: list[str], estimate: Estimate) -> None:
+def test_a_large_vocabulary_is_in_it(wordy, argv, estimate):
     small = estimate()
     argv[1] = str(wordy)
     large = estimate()
@@ -103,13 +103,7 @@ def test_a_large_vocabulary_is_in_it(wordy: Path, argv: list[str], estimate: Est
     assert rise == pytest.approx(head, rel=1e-3)
 
 
-def test_what_is_left_is_told_and_that_it_is_much(
-    wordy: Path,
-    argv: list[str],
-    estimate: Estimate,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_what_is_left_is_told_and_that_it_is_much(wordy, argv, estimate, tmp_path, capsys):
     argv[1] = str(wordy)
     found = estimate()
     assert main([*argv, "--sparsity", "0.5", "--out", str(tmp_path / "new" / "out")]) == 0
@@ -137,8 +131,6 @@ def test_what_is_left_is_told_and_that_it_is_much(
         (["--target-params", "0.8"], "--target-params"),
     ],
 )
-def test_what_has_no_cost_beforehand_is_refused(
-    argv: list[str], options: list[str], named: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_has_no_cost_beforehand_is_refused(argv, options, named, capsys):
     assert main([*argv, *options]) == 2
     assert f"--estimate does not know what {named} takes" in capsys.readouterr().err

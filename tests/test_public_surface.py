@@ -11,7 +11,7 @@ import pytest
 
 import cfsp
 from conftest import REPOSITORY
-from forks import Forks, Job
+from forks import Job
 
 PACKAGE = REPOSITORY / "src" / "cfsp"
 
@@ -37,13 +37,13 @@ PUBLIC = [
 ]
 
 
-def test_public_names() -> None:
+def test_public_names():
     assert sorted(cfsp.__all__) == sorted(PUBLIC)
     assert sorted(cfsp.__all__) == sorted(dir(cfsp))
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLIC if name != "__version__"])
-def test_public_names_exist_and_are_documented(name: str) -> None:
+def test_public_names_exist_and_are_documented(name):
     value = getattr(cfsp, name)
     assert value.__name__ == name
     assert inspect.getdoc(value)
@@ -54,19 +54,19 @@ def test_public_names_exist_and_are_documented(name: str) -> None:
             assert parameter.annotation is not inspect.Parameter.empty, parameter
 
 
-def test_names_that_are_not_there_are_refused() -> None:
+def test_names_that_are_not_there_are_refused():
     with pytest.raises(AttributeError, match="no attribute 'shrink'"):
         _ = cfsp.shrink
 
 
-def test_version_is_that_of_the_distribution() -> None:
+def test_version_is_that_of_the_distribution():
     import tomllib
 
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     assert cfsp.__version__ == project["version"]
 
 
-def test_import_is_light() -> None:
+def test_import_is_light():
     code = (
         "import sys, cfsp\n"
         "heavy = {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
@@ -75,7 +75,7 @@ def test_import_is_light() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_import_touches_no_global_flag_of_torch(forks: Forks) -> None:
+def test_import_touches_no_global_flag_of_torch(forks):
     code = (
         "import sys, torch\n"
         "assert 'cfsp' not in sys.modules\n"
@@ -107,7 +107,7 @@ def named() -> set[str]:
     return set(re.findall(r"`([\w./-]+(?:\.py|/))`", "\n".join(module_map())))
 
 
-def test_readme_names_every_package_and_top_module() -> None:
+def test_readme_names_every_package_and_top_module():
     packages = {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
     modules = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py", "__main__.py"}
     assert len(packages) > 10
@@ -116,6 +116,6 @@ def test_readme_names_every_package_and_top_module() -> None:
     assert modules <= named()
 
 
-def test_readmes_map_names_nothing_that_is_gone() -> None:
+def test_readmes_map_names_nothing_that_is_gone():
     for path in named():
         assert (PACKAGE / path).exists() or (REPOSITORY / path).exists(), path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,14 +38,8 @@ def blocks(page: Path, language: str) -> list[str]:
 @pytest.mark.parametrize("page", [README, FIRST], ids=lambda page: page.stem)
 @pytest.mark.usefixtures("models_start_quickly")
 def test_the_commands_run(
-    page: Path,
-    tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
-    other_text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    page, tiny_checkpoint, text_file, other_text_file, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     timed = ModelProcess.run  # no round is measured again because the machine is busy
     monkeypatch.setattr(ModelProcess, "run", lambda *args: replace(timed(*args), disturbance=0.0))
@@ -75,13 +68,7 @@ def test_the_commands_run(
     assert len(served) == sum(" export " in command for command in commands)
 
 
-def test_the_python_runs(
-    tiny_checkpoint: Callable[[str], Path],
-    tokenizer: Any,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_python_runs(tiny_checkpoint, tokenizer, text_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(text_file.read_text())
     monkeypatch.setattr("cfsp.text.drawing.draw_text", _small_draw)
@@ -103,12 +90,12 @@ def _small_draw(text: CalibrationText, tokenizer: Any, *_: Any) -> Any:
     return draw_windows(text.names, tokenizer, samples=8, seqlen=64, seed=text.seed)
 
 
-def test_its_picture_and_pages_exist() -> None:
+def test_its_picture_and_pages_exist():
     for target in re.findall(r"\]\(((?!http)[^)#]+)\)", README.read_text(encoding="utf-8")):
         assert (REPOSITORY / target).is_file(), target
 
 
-def test_the_commands_of_all_pages_are_understood() -> None:
+def test_the_commands_of_all_pages_are_understood():
     """Each that stands in a line of its own parses, but with `...`, one capital or `a|b` in it."""
     understood = 0
     for page in [README, *sorted((REPOSITORY / "docs").glob("*.md"))]:

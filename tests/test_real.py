@@ -45,7 +45,7 @@ Perplexities = dict[str, tuple[float, float]]
 
 
 @pytest.fixture(scope="module")
-def pruned(demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def pruned(demo, tmp_path_factory) -> dict[str, Path]:
     """The model by every repair, each pass once, as `local` begins with the ridge; and `equal`."""
     directory = tmp_path_factory.mktemp("real")
     go_on = ladder.repair
@@ -81,7 +81,7 @@ def prune_by_plan(plan: cfsp.PruningPlan, out: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def measured(pruned: dict[str, Path]) -> dict[str, dict[str, Any]]:
+def measured(pruned) -> dict[str, dict[str, Any]]:
     models = {"dense": "demo", **pruned}
     found = cfsp.evaluate(list(models.values()), [DOCS, SOURCE], against="demo", **MEASURED)
     for entry in found:
@@ -91,14 +91,14 @@ def measured(pruned: dict[str, Path]) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def perplexities(measured: dict[str, dict[str, Any]]) -> Perplexities:
+def perplexities(measured) -> Perplexities:
     return {
         name: (entry["perplexity"][DOCS]["value"], entry["perplexity"][SOURCE]["value"])
         for name, entry in measured.items()
     }
 
 
-def test_statistics_of_a_trained_model(pruned: dict[str, Path]) -> None:
+def test_statistics_of_a_trained_model(pruned):
     statistics = cfsp.Statistics.load(pruned["local"] / STATISTICS_FILE)
     assert len(statistics.blocks) == 30
     assert statistics.tokens == SAMPLES * SEQLEN
@@ -109,13 +109,13 @@ def test_statistics_of_a_trained_model(pruned: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("model", FLOORS)
-def test_perplexity_is_within_its_floor(perplexities: Perplexities, model: str) -> None:
+def test_perplexity_is_within_its_floor(perplexities, model):
     docs, source = perplexities[model]
     assert docs <= FLOORS[model][0]
     assert source <= FLOORS[model][1]
 
 
-def test_every_repair_gains_on_text_like_that_it_saw(measured: dict[str, dict[str, Any]]) -> None:
+def test_every_repair_gains_on_text_like_that_it_saw(measured):
     """By nearness to the dense model."""
     none, ridge, local = (
         measured[repair]["agreement"]["texts"][DOCS]["divergence"]["value"] for repair in REPAIRS
@@ -123,14 +123,14 @@ def test_every_repair_gains_on_text_like_that_it_saw(measured: dict[str, dict[st
     assert none > ridge > local
 
 
-def test_widths_that_follow_the_blocks_beat_equal_ones(perplexities: Perplexities) -> None:
+def test_widths_that_follow_the_blocks_beat_equal_ones(perplexities):
     docs, source = map(truediv, perplexities["equal"], perplexities["none"])
     # Measured: 1.022 and 1.130.
     assert docs > 1.01
     assert source > 1.06
 
 
-def test_pruned_model_writes_english(pruned: dict[str, Path]) -> None:
+def test_pruned_model_writes_english(pruned):
     """It generates with plain transformers calls, and not just one token over and over."""
     from cfsp.text.tokenizers import load_tokenizer
 

@@ -2,105 +2,87 @@
 
 from __future__ import annotations
 
+import random
 import re
 import resource
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cfsp
-from builders import statistics_with_distances
 from cfsp.calibration.statistics import Statistics
-from cfsp.checkpoint.gguf_header import check_gguf
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import exclusive, staged_directory, staged_file
 from cfsp.checkpoint.own_files import PLAN_FILE
-from cfsp.checkpoint.shards import INDEX_FILE, weight_files
 from cfsp.cli import main
 from cfsp.errors import OutputError
-from cfsp.pipeline import calibrate_source, plan_from
+from cfsp.pipeline import plan_from
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.card import Origin, model_card
 from cfsp.result.manifest import read_manifest
-from cfsp.settings import Budget, CalibrationText, Compute, PruneSettings
-from cfsp.text.tokenizers import load_tokenizer
-from commands import Command, Commands
+from cfsp.settings import Budget, PruneSettings
+from commands import Command
 from conftest import REPOSITORY
+from mutation import changed_document
 from report_runs import measured
-from targets import only_our_errors
-from tiny_models import save_tiny_model
+from targets import TARGETS, read_once
 
-FUZZ = settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+FUZZ = settings(max_examples=100, deadline=None)
 
 
 # Any bytes.
 
 
-@st.composite
-def mutated(draw: st.DrawFn, whole: bytes) -> bytes:
-    """Return a valid file with a piece replaced, repeated or left out."""
-    begin = draw(st.integers(0, len(whole)))
-    end = draw(st.integers(begin, min(len(whole), begin + 40)))
-    return whole[:begin] + draw(st.binary(max_size=16)) + whole[end:]
-
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("sharded")
-    save_tiny_model("llama", directory, max_shard_size="50KB")
-    return directory
-
-
-@given(st.data())
-@FUZZ
-def test_any_index_is_an_index_or_a_checkpoint_error(sharded: Path, data: st.DataObject) -> None:
-    path = sharded / INDEX_FILE
-    whole = path.read_bytes()
-    try:
-        path.write_bytes(data.draw(st.one_of(st.binary(max_size=60), mutated(whole))))
-        only_our_errors(lambda: weight_files(sharded))
-    finally:
-        path.write_bytes(whole)
+def read_any(name: str, data: st.DataObject) -> None:
+    """Read any bytes, or a valid file with a piece replaced or some of its fields changed."""
+    whole = data.draw(st.sampled_from(TARGETS[name].seeds()))
+    begin = data.draw(st.integers(0, len(whole)))
+    end = data.draw(st.integers(begin, min(len(whole), begin + 40)))
+    kinds = [st.binary(max_size=300), st.just(whole[:begin] + data.draw(st.binary()) + whole[end:])]
+    changed = changed_document(whole, random.Random(begin))
+    if changed is not None:
+        again = changed_document(changed, random.Random(end))
+        kinds += [st.just(changed), st.just(again or changed)]
+    read_once(TARGETS[name], data.draw(st.one_of(kinds)))
 
 
 @given(st.data())
 @FUZZ
-def test_any_statistics_are_statistics_or_an_error(tmp_path: Path, data: st.DataObject) -> None:
-    path = tmp_path / "s.safetensors"
-    statistics_with_distances({"angular": [0.1, 0.2]}).save(path)
-    path.write_bytes(data.draw(st.one_of(st.binary(max_size=60), mutated(path.read_bytes()))))
-    only_our_errors(lambda: Statistics.load(path))
+def test_any_index_is_an_index_or_a_checkpoint_error(data):
+    read_any("checkpoint", data)
 
 
-@given(st.binary(max_size=300))
+@given(st.data())
 @FUZZ
-def test_any_plan_file_is_a_plan_or_an_error(tmp_path: Path, data: bytes) -> None:
-    (tmp_path / "plan.json").write_bytes(data)
-    only_our_errors(lambda: PruningPlan.load(tmp_path / "plan.json"))
+def test_any_statistics_are_statistics_or_an_error(data):
+    read_any("statistics", data)
 
 
-@given(st.binary(max_size=120))
+@given(st.data())
 @FUZZ
-def test_any_gguf_header_is_walked_within_the_file(tmp_path: Path, data: bytes) -> None:
-    (tmp_path / "a.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + data)
-    only_our_errors(lambda: check_gguf(tmp_path / "a.gguf"))
+def test_any_plan_file_is_a_plan_or_an_error(data):
+    read_any("plan", data)
+
+
+@given(st.data())
+@FUZZ
+def test_any_gguf_header_is_walked_within_the_file(data):
+    read_any("gguf", data)
 
 
 # What is quoted.
 
 
-def test_a_message_is_one_printable_line() -> None:
+def test_a_message_is_one_printable_line():
     error = OutputError("no tensor named\na\x1b[2Jb\ud800 \N{RIGHT-TO-LEFT OVERRIDE}c, größer")
     assert str(error) == r"no tensor named\na\x1b[2Jb\ud800 \u202ec, größer"
 
 
-def test_a_card_quotes_foreign_text_as_code(run: Path) -> None:
+def test_a_card_quotes_foreign_text_as_code(run):
     hostile = "x`\n---\n# <script>alert(1)</script> | [a](javascript:1)"
     origin = Origin(hostile, metadata={"license": hostile, "tags": [hostile]})
     manifest = read_manifest(run)
@@ -118,7 +100,7 @@ def test_a_card_quotes_foreign_text_as_code(run: Path) -> None:
 # Two runs, one output.
 
 
-def test_one_run_at_a_time_in_a_directory(tmp_path: Path) -> None:
+def test_one_run_at_a_time_in_a_directory(tmp_path):
     with exclusive(tmp_path / "place"):
         with (
             pytest.raises(OutputError, match=r"another run is working in .*place; wait for it"),
@@ -131,7 +113,7 @@ def test_one_run_at_a_time_in_a_directory(tmp_path: Path) -> None:
     assert not (tmp_path / "place").exists()
 
 
-def test_the_first_of_two_outputs_stays(tmp_path: Path) -> None:
+def test_the_first_of_two_outputs_stays(tmp_path):
     with (
         pytest.raises(OutputError, match="exists and is not empty; choose another"),
         staged_directory(tmp_path / "out") as staging,
@@ -150,12 +132,7 @@ def test_the_first_of_two_outputs_stays(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"out", "one"}
 
 
-def test_a_sweep_where_another_one_works_is_refused(
-    tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_sweep_where_another_one_works_is_refused(tiny_checkpoint, text_file, tmp_path, capsys):
     argv = ["sweep", str(tiny_checkpoint("llama")), "--sparsity", "0.4", "--data", str(text_file)]
     with exclusive(tmp_path / "out"):
         assert main([*argv, "--eval", str(text_file), "--out", str(tmp_path / "out")]) == 2
@@ -163,13 +140,7 @@ def test_a_sweep_where_another_one_works_is_refused(
 
 
 @pytest.mark.parametrize("command", ["prune", "calibrate", "recover"])
-def test_of_two_processes_one_wins(
-    command: str,
-    commands: Commands,
-    tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
-    tmp_path: Path,
-) -> None:
+def test_of_two_processes_one_wins(command, commands, tiny_checkpoint, text_file, tmp_path):
     model, out = str(tiny_checkpoint("llama")), tmp_path / "out"
     drawn = ["--data", str(text_file), "--seqlen", "32"]
     options = {
@@ -198,46 +169,25 @@ def resident_bytes() -> int:
     return int(statm.read_text().split()[1]) * resource.getpagesize()
 
 
-def test_many_prunes_do_not_grow_memory(
-    tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
-) -> None:
-    def prune(number: int) -> None:
-        cfsp.prune(
-            tiny_checkpoint("llama"),
-            out=tmp_path / str(number),
-            sparsity=0.4,
-            multiple=4,
-            data=[str(text_file)],
-            samples=4,
-            seqlen=32,
-        )
-
-    prune(0)
-    prune(1)
-    before = resident_bytes()
-    for number in range(2, 12):
-        prune(number)
+def test_many_prunes_do_not_grow_memory(tiny_checkpoint, text_file, tmp_path):
+    asked: dict[str, Any] = {"sparsity": 0.4, "multiple": 4, "samples": 4, "seqlen": 32}
+    for number in range(12):
+        if number == 2:
+            before = resident_bytes()
+        out = tmp_path / str(number)
+        cfsp.prune(tiny_checkpoint("llama"), out=out, data=[str(text_file)], **asked)
     assert resident_bytes() - before < 64 << 20
 
 
-def test_a_thousand_plans_do_not_grow_memory(
-    tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
-) -> None:
+def test_a_thousand_plans_do_not_grow_memory(tiny_checkpoint, text_file, tmp_path):
     source = open_checkpoint(tiny_checkpoint("llama"))
-    text = CalibrationText((str(text_file),), samples=2, seqlen=32)
-    compute = Compute("cpu", "float32")
-    tokenizer = load_tokenizer(source.directory)
-    calibrate_source(source, tokenizer, text, compute).save(tmp_path / "s")
-
-    def plan(number: int) -> None:
-        settings = PruneSettings(Budget(0.1 + 0.0008 * number, multiple=4), compute=compute)
-        plan_from(source, Statistics.load(tmp_path / "s"), settings)
-
-    for number in range(20):
-        plan(number)
-    before = resident_bytes()
-    for number in range(1000):
-        plan(number)
+    statistics = cfsp.calibrate(source.directory, data=str(text_file), samples=2, seqlen=32)
+    statistics.save(tmp_path / "s")
+    for number in range(1020):
+        if number == 20:
+            before = resident_bytes()
+        budget = Budget(0.1 + 0.0008 * number, multiple=4)
+        plan_from(source, Statistics.load(tmp_path / "s"), PruneSettings(budget))
     # Statistics and plans that were all kept would be more.
     assert resident_bytes() - before < 8 << 20
 
@@ -250,7 +200,7 @@ def promised_tests() -> list[str]:
     return re.findall(r"`((?:\w+/)?test_\w+\.py(?:::\w+)?)`", text)
 
 
-def test_every_test_named_in_the_document_exists() -> None:
+def test_every_test_named_in_the_document_exists():
     named = promised_tests()
     assert len(named) > 15
     for name in named:

@@ -18,11 +18,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import cfsp
-from any_models import REPRESENTATIVES
 from architecture_contract import ArchitectureContract, ThoroughContract
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import architecture_of
-from tiny_decoders import model_class, random_model, tiny_config
+from tiny_decoders import REPRESENTATIVES, model_class, random_model, tiny_config
 from tiny_models import TINY_CONFIGS
 
 # Of each kind one: fused and interleaved gates, no gate, transposed matrices, experts beside dense

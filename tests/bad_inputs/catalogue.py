@@ -94,7 +94,7 @@ def refusals(table: Table) -> Callable[..., None]:
     """Return the test of all rows of a table."""
 
     @pytest.mark.parametrize("case", table, ids=lambda case: f"{case.command[:40]}: {case.says}")
-    def test_refused(case: BadInput, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_refused(case, place, capfd):
         assert_refused(case, place, capfd)
 
     return test_refused

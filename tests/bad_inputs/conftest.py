@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,7 @@ from tiny_models import save_tiny_model
 
 
 @pytest.fixture(scope="session")
-def originals(
-    tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, Path]:
+def originals(tiny_checkpoint, text_file, tmp_path_factory) -> dict[str, Path]:
     directory = tmp_path_factory.mktemp("originals")
     llama, other = str(tiny_checkpoint("llama")), str(tiny_checkpoint("qwen3"))
     text = ["--data", str(text_file), "--samples", "4", "--seqlen", "32"]
@@ -46,7 +41,7 @@ def originals(
 
 
 @pytest.fixture
-def place(originals: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+def place(originals, tmp_path, monkeypatch) -> Place:
     place = Place(originals, tmp_path / "case")
     monkeypatch.chdir(place.work)
     monkeypatch.setenv("CFSP_CACHE", str(place.cache))

@@ -25,7 +25,6 @@ from bad_inputs.catalogue import (
     RECOVER,
     TEXT,
     BadInput,
-    Place,
     Spoil,
     assert_refused,
     edit_json,
@@ -164,26 +163,21 @@ def mounted(directory: Path, options: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("command", WRITERS)
-def test_a_read_only_disk(command: str, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_read_only_disk(command, place, capfd):
     case = BadInput(WRITERS[command], "cannot write", "choose another")
     with mounted(place.work, "ro,size=1m"):
         assert_refused(case, place, capfd)
 
 
 @pytest.mark.parametrize("command", ["prune", "calibrate", "export"])
-def test_a_full_disk(
-    command: str,
-    place: Place,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_full_disk(command, place, capfd, monkeypatch):
     monkeypatch.setattr(*NOT_SAVING)
     case = BadInput(WRITERS[command], "No space left on device", OUTPUT)
     with mounted(place.work, "size=8k"):
         assert_refused(case, place, capfd)
 
 
-def test_a_limit_on_the_size_of_files(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_limit_on_the_size_of_files(place, capfd):
     """What a quota does; needs no root."""
     case = BadInput(WRITERS["export"], "File too large", OUTPUT)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -195,7 +189,7 @@ def test_a_limit_on_the_size_of_files(place: Place, capfd: pytest.CaptureFixture
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_sweep_that_a_mistake_ended_may_be_corrected(place: Place) -> None:
+def test_a_sweep_that_a_mistake_ended_may_be_corrected(place):
     argv = ["sweep", place.model, "--sparsity", 0.4, "--multiple", 4, "--out", place.out,
             "--eval-windows", 1, "--seqlen", 32, "--samples", 4, "--data", place.text,
             "--effort", "fast"]  # fmt: skip
@@ -206,7 +200,7 @@ def test_a_sweep_that_a_mistake_ended_may_be_corrected(place: Place) -> None:
     assert json.loads((place.out / "cfsp-0.4" / "cfsp.json").read_text())["sweep"]
 
 
-def test_the_catalogue_covers_every_command() -> None:
+def test_the_catalogue_covers_every_command():
     tables = (CASES, *(each.CASES for each in (arguments, decisions, texts, weights)))
     cases = [case for table in tables for case in table]
     assert len(cases) > 130  # as docs/TRUST.md says

@@ -349,7 +349,7 @@ test_refused = refusals(CASES)
 
 
 @pytest.mark.parametrize("name", ["a--b", "a--secret"])
-def test_links_into_the_cache_of_the_hub_are_followed(place: Place, name: str) -> None:
+def test_links_into_the_cache_of_the_hub_are_followed(place, name):
     """Files of a snapshot are links into the directory of blobs beside it; no other is for it."""
     (place.sharded / TEMPLATES).mkdir()
     (place.sharded / TEMPLATES / "tool.jinja").write_text("tool")

@@ -9,7 +9,7 @@ from conftest import REPOSITORY
 from families import line_of
 
 
-def test_the_published_lines_are_what_it_writes() -> None:
+def test_the_published_lines_are_what_it_writes():
     _, before = proved_before()
     published = (REPOSITORY / "src/cfsp/families/proved.json").read_text(encoding="utf-8")
     assert published.splitlines()[1:-1] == [
@@ -18,7 +18,7 @@ def test_the_published_lines_are_what_it_writes() -> None:
     ]
 
 
-def test_a_long_reason_is_cut_and_what_can_go_has_none() -> None:
+def test_a_long_reason_is_cut_and_what_can_go_has_none():
     reasons = {"ffn": None, "kv": "a | b\n" + 200 * "c"}
     row = json.loads(line_of(Family("a", "A"), reasons))
     assert row["class"] == "A"

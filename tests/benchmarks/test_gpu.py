@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -12,9 +11,7 @@ from gpu import TINY, main
 
 
 @pytest.mark.usefixtures("models_start_quickly")
-def test_all_stages_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_stages_run(tmp_path, capsys, monkeypatch):
     tiny = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4}
     tiny |= {"num_key_value_heads": 2, "vocab_size": 258}
     monkeypatch.setitem(SHAPES, TINY.shape, SHAPES[TINY.shape] | tiny)
@@ -38,8 +35,6 @@ def test_all_stages_run(
     assert pruned["workloads"][0]["decode"]["ideal_ratio"] > 1
 
 
-def test_what_does_not_begin_in_time_is_left_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_does_not_begin_in_time_is_left_out(tmp_path, capsys):
     main(["--tiny", "--directory", str(tmp_path), "--limit", "-1"])
     assert set(json.loads(capsys.readouterr().out)["stages"].values()) == {None}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from conftest import REPOSITORY
-from forks import Forks, Job
+from forks import Job
 
 KILLS = 1
 
 
-def test_killed_commands_end_in_the_same_bytes(forks: Forks) -> None:
+def test_killed_commands_end_in_the_same_bytes(forks):
     argv = ["kills.py", "--kills", str(KILLS), "--seed", "0"]
     code = f"""
 import sys

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -26,7 +24,7 @@ DOCUMENTS = 6
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> TaskRunner:
+def tasks(tmp_path_factory) -> TaskRunner:
     """Choices of different lengths after one context, and one continuation after two contexts."""
     directory = tmp_path_factory.mktemp("tasks")
     generator = random.Random(0)
@@ -49,16 +47,14 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> TaskRunner:
 
 
 @pytest.fixture
-def file(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+def file(tiny_checkpoint, tmp_path) -> Path:
     found = tmp_path / "tiny.gguf"
     arguments = ["--to", "gguf", "--type", "f32", "--out", str(found), "--no-verify"]
     assert main(["export", str(tiny_checkpoint("llama")), *arguments]) == 0
     return found
 
 
-def test_each_document_is_scored_as_in_transformers(
-    tasks: TaskRunner, file: Path, tiny_checkpoint: Callable[[str], Path], tokenizer: Any
-) -> None:
+def test_each_document_is_scored_as_in_transformers(tasks, file, tiny_checkpoint, tokenizer):
     ours = llama_cpp_tasks.scorer(tasks, file, tokenizer)
     theirs = tasks.scorer(load(tiny_checkpoint("llama"), dtype="float32"), tokenizer)
     for name in tasks.selection.task_names:
@@ -71,13 +67,8 @@ def test_each_document_is_scored_as_in_transformers(
 
 
 def test_a_file_is_scored_once_and_compared_with_the_first(
-    tasks: TaskRunner,
-    file: Path,
-    tiny_checkpoint: Callable[[str], Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    tasks, file, tiny_checkpoint, tmp_path, monkeypatch, capsys
+):
     results, directory = tmp_path / "tasks.json", tiny_checkpoint("llama")
     copy = tmp_path / "copy.gguf"
     copy.hardlink_to(file)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ import protocol
 
 
 @pytest.fixture
-def local(tmp_path: Path, text_file: Path) -> Path:
+def local(tmp_path, text_file) -> Path:
     """A directory of local texts and of a few tasks."""
     directory = tmp_path / "local"
     prose = text_file.read_text()
@@ -41,12 +40,8 @@ def local(tmp_path: Path, text_file: Path) -> Path:
 
 
 def test_it_prints_a_row_for_each_model_and_goes_on(
-    tiny_checkpoint: Callable[[str], Path],
-    local: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    tiny_checkpoint, local, tmp_path, monkeypatch, capsys
+):
     model, out = tiny_checkpoint("llama"), tmp_path / "out"
     argv = [str(model), "--out", str(out), "--local", str(local), "--size", "quick"]
     argv += ["--of-blocks", "0.25", "--of-channels", "0.5", "--prune=--multiple 4"]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,9 +21,7 @@ LIBRARIES = {
 
 
 @pytest.mark.parametrize("method", quantisers.METHODS)
-def test_a_pruned_model_is_quantised_as_a_dense_one(
-    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
+def test_a_pruned_model_is_quantised_as_a_dense_one(tmp_path, tokenizer, monkeypatch, method):
     library = LIBRARIES[method.partition("-")[0]]
     pytest.importorskip(library, reason=f"{library} is not installed; see docs/quantise.md")
     # Rows of multiples of 128, which groups of 128 weights want.

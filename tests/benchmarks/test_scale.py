@@ -18,14 +18,14 @@ SHAPE = "smollm2-135m"
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dense(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("scale") / "dense"
     nbytes = make_checkpoint(out, SHAPE, blocks=2, shard_gigabytes=0.06)
     assert nbytes == sum(spec.nbytes for spec in Checkpoint(out).specs.values())
     return out
 
 
-def test_the_checkpoint_has_the_true_shape(dense: Path) -> None:
+def test_the_checkpoint_has_the_true_shape(dense):
     source = Checkpoint(dense)
     assert (dense / INDEX_FILE).is_file()
     assert len(list(dense.glob("*.safetensors"))) > 1
@@ -41,7 +41,7 @@ def test_the_checkpoint_has_the_true_shape(dense: Path) -> None:
     assert bool((source.read("model.norm.weight") == 1).all())
 
 
-def test_its_tokenizer_gives_bytes(dense: Path) -> None:
+def test_its_tokenizer_gives_bytes(dense):
     tokenizer = load_tokenizer(dense)
     ids = tokenizer("Bytes, ünd more.", add_special_tokens=False)["input_ids"]
     assert len(ids) == len("Bytes, ünd more.".encode())
@@ -50,7 +50,7 @@ def test_its_tokenizer_gives_bytes(dense: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="reads /proc")
-def test_pruning_is_measured_and_keeps_the_promise(dense: Path, tmp_path: Path) -> None:
+def test_pruning_is_measured_and_keeps_the_promise(dense, tmp_path):
     args = Namespace(
         directory=tmp_path, data="python-docs", seqlen=64, repair="ridge", memory_budget="1KB"
     )

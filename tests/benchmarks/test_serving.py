@@ -9,9 +9,7 @@ import pytest
 import serving
 
 
-def test_servers_that_are_not_installed_are_named_before_any_work(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_servers_that_are_not_installed_are_named_before_any_work(monkeypatch, capsys):
     monkeypatch.setattr(serving.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(serving, "_pruned", lambda name, work: pytest.fail("it started"))
     monkeypatch.setattr(sys, "argv", ["serving.py", "--server", "mlx-lm server"])

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from builders import dying_at
 from cfsp.checkpoint.loading import load
 from cfsp.cli import main
 from cfsp.quality import evaluate, streaming
@@ -44,7 +42,7 @@ def whole(dense: Path, model: Path, windows: Windows) -> tuple[list[float], list
     return losses, divergences, agreed
 
 
-def perturbed(dense: Path, directory: Path) -> Path:
+def perturbed(dense: Path, directory: Path) -> None:
     """Write a copy of a model with some noise in its weights: many most likely tokens stay."""
     shutil.copytree(dense, directory)
     model = load(dense, dtype="float32")
@@ -54,26 +52,23 @@ def perturbed(dense: Path, directory: Path) -> Path:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter += 0.3 * parameter.abs().mean() * noise
     model.save_pretrained(directory)
-    return directory
 
 
-@pytest.mark.parametrize(("other_name", "stride"), [("gemma2", None), ("perturbed", 10)])
+@pytest.mark.parametrize(
+    ("other_name", "stride"), [("gemma2", None), ("perturbed", 10), ("llama", None)]
+)
 def test_it_is_that_of_the_whole_models(
-    stride: int | None,
-    other_name: str,
-    tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    stride, other_name, tiny_checkpoint, text_file, tmp_path, monkeypatch
+):
     # Two models with heads, norms and widths of their own, a few positions at a time.
     monkeypatch.setattr(streaming, "LOGITS_AT_ONCE", 7 * VOCABULARY)
     monkeypatch.setattr("cfsp.quality.agreement._PROBABILITIES_AT_ONCE", 3 * VOCABULARY)
     dense = tiny_checkpoint("llama")
+    other = tmp_path / "other"
     if other_name == "perturbed":
-        other = perturbed(dense, tmp_path / "perturbed")
+        perturbed(dense, other)
     else:
-        other = tiny_checkpoint(other_name)
+        other.symlink_to(tiny_checkpoint(other_name))
     texts = EvaluationText((str(text_file),), 4, 24, stride)
     first, second = evaluate_models([other], texts, FLOAT32, against=dense)
     assert (first["model"], second["model"]) == (str(dense), str(other))
@@ -89,6 +84,8 @@ def test_it_is_that_of_the_whole_models(
     assert found["divergence"] == pytest.approx(divergences, rel=1e-4)
     assert found["agreed"] == agreed
     assert other_name != "perturbed" or 0 < sum(agreed) < sum(found["predicted"])
+    if other_name == "llama":  # a model agrees with itself
+        assert set(found["divergence"]) == {0} and agreed == found["predicted"]
     summary = second["agreement"]["texts"][str(text_file)]
     tokens = sum(found["predicted"])
     assert summary["divergence"]["value"] == pytest.approx(sum(divergences) / tokens, rel=1e-4)
@@ -100,39 +97,14 @@ def test_it_is_that_of_the_whole_models(
     assert second["agreement"]["perplexity_ratio"] == summary["perplexity_ratio"]
 
 
-def test_a_model_agrees_with_itself(
-    tiny_checkpoint: Callable[[str], Path], text_file: Path
-) -> None:
-    dense = tiny_checkpoint("llama")
-    same = dense.parent / "same"
-    same.symlink_to(dense)
-    texts = EvaluationText((str(text_file),), 3, 24)
-    try:
-        _, found = evaluate_models([same], texts, Compute(), against=dense)
-    finally:
-        same.unlink()
-    (of_text,) = found["agreement"]["texts"].values()
-    assert of_text["divergence"] == {"value": 0.0, "stderr": 0.0}
-    assert of_text["agreed"] == {"value": 1.0, "stderr": 0.0}
-    assert of_text["perplexity_ratio"] == 1.0
-
-
 def test_the_dense_model_streams_once_for_each_text(
-    tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
-    other_text_file: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    tiny_checkpoint, text_file, other_text_file, monkeypatch
+):
     seen: list[str] = []
-    plain = evaluate.streamed_sums
-
-    def counted(source: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(source.label)
-        return plain(source, *args, **kwargs)
-
     dense, *others = (tiny_checkpoint(name) for name in ("llama", "qwen3", "gemma2"))
     texts = EvaluationText((str(text_file), str(other_text_file)), 3, 24)
     alone = evaluate_models([dense, *others], texts, FLOAT32)
+    counted = dying_at(0, evaluate.streamed_sums, lambda source, *_, **__: source.label, seen)
     monkeypatch.setattr(evaluate, "streamed_sums", counted)
     # Also where the dense model is named among the others.
     found = evaluate_models([*others, dense], texts, FLOAT32, against=dense)
@@ -141,9 +113,7 @@ def test_the_dense_model_streams_once_for_each_text(
     assert [each["perplexity"] for each in found] == [each["perplexity"] for each in alone]
 
 
-def test_hidden_states_beyond_the_budget_go_to_a_file(
-    tiny_checkpoint: Callable[[str], Path], text_file: Path
-) -> None:
+def test_hidden_states_beyond_the_budget_go_to_a_file(tiny_checkpoint, text_file):
     dense, other = tiny_checkpoint("llama"), tiny_checkpoint("qwen3")
     texts = EvaluationText((str(text_file),), 5, 24)
     in_memory = evaluate_models([other], texts, FLOAT32, against=dense)
@@ -153,7 +123,7 @@ def test_hidden_states_beyond_the_budget_go_to_a_file(
     assert in_file == in_memory
 
 
-def test_ruled_out_tokens_count_nothing() -> None:
+def test_ruled_out_tokens_count_nothing():
     dense_PV = torch.tensor([[0.0, 1.0, -math.inf], [2.0, 0.0, -math.inf]])
     model_PV = torch.tensor([[1.0, 0.0, -math.inf], [2.0, 0.0, -math.inf]])
     divergence, agreed = divergence_and_agreement(model_PV, dense_PV)
@@ -163,67 +133,9 @@ def test_ruled_out_tokens_count_nothing() -> None:
     assert math.isnan(divergence_and_agreement(model_PV * math.nan, dense_PV)[0])
 
 
-def _killed_at(count: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Let the nth pass be interrupted; return the list that passes are noted in."""
-    seen: list[str] = []
-    plain = streaming.streamed_sums
-
-    def sums(source: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(kwargs["label"])
-        if len(seen) == count:
-            raise KeyboardInterrupt
-        return plain(source, *args, **kwargs)
-
-    monkeypatch.setattr(evaluate, "streamed_sums", sums)
-    return seen
-
-
-def test_an_interrupted_run_goes_on(
-    tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
-    other_text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    models = [str(tiny_checkpoint(name)) for name in ("llama", "qwen3", "gemma2")]
-    argv = ["eval", *models[1:], "--against", models[0], "--data", str(text_file)]
-    argv += ["--data", str(other_text_file), "--windows", "3", "--seqlen", "24"]
-    whole, out = tmp_path / "whole.json", tmp_path / "new" / "out.json"
-    assert main([*argv, "--out", str(whole)]) == 0
-    argv += ["--out", str(out)]
-    with monkeypatch.context() as patched:
-        _killed_at(6, patched)
-        assert main(argv) == 130
-    assert not out.exists()
-    # Another command is told so.
-    assert main([*argv, "--windows", "2"]) == 2
-    assert "holds unfinished work with another texts" in capsys.readouterr().err
-    with monkeypatch.context() as patched:
-        seen = _killed_at(0, patched)
-        assert main(argv) == 0
-    # The first text is there, and of the second the first two models: the dense one streams once
-    # more, to compare the last with.
-    assert seen == [f"{models[i]} on {other_text_file}" for i in (0, 2)]
-    assert [path.name for path in out.parent.iterdir()] == ["out.json"]
-    found, expected = (json.loads(path.read_text()) for path in (out, whole))
-    assert found == expected
-    capsys.readouterr()
-    with monkeypatch.context() as patched:
-        patched.setattr(evaluate, "streamed_sums", lambda *_, **__: pytest.fail("again"))
-        assert main([*argv, "--json"]) == 0
-        assert json.loads(capsys.readouterr().out) == {"models": found["models"]}
-        assert main([*argv, "--windows", "2"]) == 2
-    assert "holds something else than was asked for now" in capsys.readouterr().err
-
-
 def test_results_of_other_weights_or_texts_are_not_taken_for_these(
-    tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
-    other_text_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    tiny_checkpoint, text_file, other_text_file, tmp_path, capsys
+):
     model = tmp_path / "model"
     shutil.copytree(tiny_checkpoint("llama"), model)
     text = Path(shutil.copy(text_file, tmp_path / "text.txt"))
@@ -242,26 +154,22 @@ def test_results_of_other_weights_or_texts_are_not_taken_for_these(
     assert "than was asked for now (other weights, texts); choose" in capsys.readouterr().err
 
 
-def test_what_is_printed(
-    tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
-    other_text_file: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_what_is_printed(tiny_checkpoint, text_file, other_text_file, capsys):
     dense, other = (str(tiny_checkpoint(name)) for name in ("llama", "qwen3"))
     argv = ["eval", other, "--against", dense, "--data", str(text_file)]
-    argv += ["--data", str(other_text_file), "--windows", "3", "--seqlen", "24"]
+    argv += ["--data", str(other_text_file), "--windows", "3", "--stride", "200"]
     assert main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("perplexity")
-    assert [line.split()[0] for line in lines[2:4]] == list(short_names([dense, other]).values())
+    texts = list(short_names([str(text_file), str(other_text_file)]).values())
+    names = list(short_names([dense, other]).values())
+    assert lines[0].split() == ["perplexity", "parameters", *texts]
+    assert [line.split()[0] for line in lines[2:4]] == names
+    assert math.isfinite(float(lines[2].split()[-1]))
+    told = "3 windows of 256 tokens, stride 200, 767 predicted; no BOS"
+    assert lines[5:8] == [*(f"{text}: {told}" for text in texts), "computed in float32"]
     head = next(i for i, line in enumerate(lines) if "KL per token" in line)
     assert lines[head].split()[:2] == ["model", "text"]
-    texts = short_names([str(text_file), str(other_text_file)])
-    assert [line.split()[1] for line in lines[head + 2 : head + 4]] == list(texts.values())
+    assert [line.split()[1] for line in lines[head + 2 : head + 4]] == texts
     assert lines[head + 2].count("±") == 2
     assert " of dense in the geometric mean, " in lines[-2]
-    assert (
-        lines[-1]
-        == f"against {short_names([dense])[dense]}; KL in nats; standard errors of windows"
-    )
+    assert lines[-1].startswith(f"against {short_names([dense])[dense]}; KL in nats; standard")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ import torch
 from transformers import GenerationConfig
 
 import cfsp
+from builders import dying_at
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import TextError, UsageError
-from cfsp.quality import answers
+from cfsp.quality import answers, evaluate, streaming
 from cfsp.quality.answers import Questions, answers_of, is_loop, windows_of
 from cfsp.text.chats import templated
 
@@ -27,19 +27,29 @@ COUNT, LONGEST = 9, 7
 
 
 @pytest.fixture(scope="module")
-def models(tiny_checkpoint: Callable[[str], Path]) -> list[str]:
+def models(tiny_checkpoint) -> list[str]:
     return [str(tiny_checkpoint(name)) for name in ("qwen3", "llama")]
 
 
 @pytest.fixture(scope="module")
-def argv(models: list[str]) -> list[str]:
-    """Another model of the same tokenizer, measured against the dense one."""
-    asked = ["--answers", str(COUNT), "--set", f"answer_tokens={LONGEST}", "--dtype", "float32"]
+def argv(models, text_file, other_text_file) -> list[str]:
+    """Another model of the same tokenizer, measured against the dense one, on texts as well."""
+    asked = ["--data", str(text_file), "--data", str(other_text_file), "--windows", "3"]
+    asked += [
+        "--seqlen",
+        "24",
+        "--answers",
+        str(COUNT),
+        "--set",
+        f"answer_tokens={LONGEST}",
+        "--dtype",
+        "float32",
+    ]
     return ["eval", models[0], "--against", models[1], *asked]
 
 
 @pytest.fixture(scope="module")
-def results(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def results(argv, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("answers") / "out.json"
     assert main([*argv, "--out", str(out)]) == 0
     return out
@@ -64,7 +74,7 @@ def greedy(model: Any, prompt: list[int], end: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def test_numbers_are_those_of_numpy(models: list[str], results: Path, tokenizer: Any) -> None:
+def test_numbers_are_those_of_numpy(models, results, tokenizer):
     dense, other = (load(name, dtype="float32") for name in reversed(models))
     end = tokenizer.eos_token_id
     kl, agreed, counts, alike, texts = [], [], [], [], []
@@ -100,8 +110,8 @@ def test_numbers_are_those_of_numpy(models: list[str], results: Path, tokenizer:
 
 
 def test_answers_are_greedy_whatever_the_model_says_and_padding_changes_none(
-    models: list[str], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    models, tokenizer, monkeypatch
+):
     prompts = prompts_of(tokenizer)
     assert len({len(prompt) for prompt in prompts}) > 1
     model = load(models[1], dtype="float32")
@@ -127,7 +137,10 @@ def test_answers_are_greedy_whatever_the_model_says_and_padding_changes_none(
     assert ask(model) == found
 
 
-def test_python_measures_them_too(models: list[str]) -> None:
+def test_python_measures_them_too(models, monkeypatch):
+    whole = answers._Answering.answers
+    short = lambda it, prompts, _: whole(it, prompts, 2)  # noqa: E731
+    monkeypatch.setattr(answers._Answering, "answers", short)
     dense, other = cfsp.evaluate(models[0], answers=2, against=models[1])
     assert dense["answers"]["summary"]["agreed"]["value"] == 1
     assert len(other["answers"]["documents"]) == 2
@@ -135,7 +148,7 @@ def test_python_measures_them_too(models: list[str]) -> None:
         cfsp.evaluate(models[0], answers=2)
 
 
-def test_loops_and_windows_are_counted() -> None:
+def test_loops_and_windows_are_counted():
     assert is_loop([5, 1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4])
     assert not is_loop([5, 1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3])
     assert is_loop([7] * 7) and not is_loop([7] * 6) and not is_loop([])
@@ -146,50 +159,56 @@ def test_loops_and_windows_are_counted() -> None:
     assert part.padding_N is not None and part.padding_N.tolist() == [1]
 
 
-def test_first_questions_are_of_every_kind() -> None:
+def test_first_questions_are_of_every_kind():
     asked = Questions.of(100).asked
     assert len(set(asked)) == 100
     kinds = [kind for kind, _ in asked]
     assert len(set(kinds)) == 10 and kinds == kinds[:10] * 10
 
 
-def test_a_killed_run_goes_on_with_the_next_questions(
-    argv: list[str], results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain, seen = answers._Answering.answers, []
+def test_a_killed_run_goes_on(
+    argv, models, other_text_file, results, tmp_path, monkeypatch, capsys
+):
+    """At the fourth pass over a text, then at the second batch of questions."""
+    seen: list[Any] = []
+    out = tmp_path / "new" / "out.json"
 
-    def killed(count: int) -> Callable[..., Any]:
-        def ask(model: Any, prompts: Any, longest: int) -> Any:
-            seen.append(len(prompts))
-            if len(seen) == count:
-                raise KeyboardInterrupt
-            return plain(model, prompts, longest)
+    def run(*more: str, passes: int = 0, batches: int = 0) -> int:
+        seen.clear()
+        sums = dying_at(passes, streaming.streamed_sums, lambda *_, label, **__: label, seen)
+        ask = dying_at(batches, answers_before, lambda _, prompts, __: len(prompts), seen)
+        monkeypatch.setattr(evaluate, "streamed_sums", sums)
+        monkeypatch.setattr(answers._Answering, "answers", lambda *args: ask(*args))
+        return main([*argv, "--out", str(out), *more])
 
-        return ask
-
-    out = tmp_path / "out.json"
-    monkeypatch.setattr(answers._Answering, "answers", killed(2))
-    assert main([*argv, "--out", str(out)]) == 130
-    assert not out.exists()
-    monkeypatch.setattr(answers._Answering, "answers", killed(0))
-    seen.clear()
-    assert main([*argv, "--out", str(out)]) == 0
-    assert seen == [1, 8, 1]
+    answers_before = answers._Answering.answers
+    assert run(passes=4) == 130 and not out.exists()
+    # Another command is told so.
+    assert run("--windows", "2") == 2
+    assert "holds unfinished work with another texts" in capsys.readouterr().err
+    # The first text is there, and of the second the dense model: it streams once more, to compare
+    # the other with.
+    assert run(batches=4) == 130
+    assert seen == [*(f"{models[i]} on {other_text_file}" for i in (1, 0)), 8, 1]
+    assert run() == 0
+    assert seen == [1, 8, 1, *(f"{models[i]} on answers" for i in (1, 0))]
+    assert [path.name for path in out.parent.iterdir()] == ["out.json"]
     assert json.loads(out.read_text()) == json.loads(results.read_text())
-    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
-    seen.clear()  # and what is there is not measured again, unless something else is asked
-    assert main([*argv, "--out", str(out)]) == 0
-    assert main([*argv, "--answers", "3", "--out", str(out)]) == 2
-    assert not seen
+    # What is there is not measured again, unless something else is asked.
+    capsys.readouterr()
+    assert run("--json") == 0 and not seen
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == {"models": json.loads(out.read_text())["models"]}
+    assert run("--windows", "2") == 2 and not seen
+    assert "holds something else than was asked for now (other texts)" in capsys.readouterr().err
+    assert run("--answers", "3") == 2 and not seen
 
 
-def test_tables(
-    argv: list[str], models: list[str], results: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tables(argv, models, results, capsys):
     assert main([*argv, "--out", str(results)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split("  ")[0] == f"answers to {COUNT} questions"
-    assert [line.count("±") for line in lines[2:4]] == [0, 2]
+    (head,) = [i for i, line in enumerate(lines) if line.startswith(f"answers to {COUNT} questi")]
+    assert [line.count("±") for line in lines[head + 2 : head + 4]] == [0, 2]
     assert main(["compare", str(results), "--json"]) == 0
     (pair,) = json.loads(capsys.readouterr().out)["pairs"]
     second = json.loads(results.read_text())["models"][1]["answers"]["summary"]
@@ -201,9 +220,7 @@ def test_tables(
     assert f"answers to {COUNT} questions" in told and "first tokens alike" in told
 
 
-def test_other_answers_are_not_compared(
-    models: list[str], results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_answers_are_not_compared(models, results, tmp_path, capsys):
     found = json.loads(results.read_text())
     found["models"] = [found["models"][1] | {"model": "other", "fingerprint": "other"}]
     found["models"][0]["answers"]["digest"] = "other"
@@ -213,7 +230,7 @@ def test_other_answers_are_not_compared(
     assert "were measured on other answers" in capsys.readouterr().err
 
 
-def test_questions_of_chats(tmp_path: Path) -> None:
+def test_questions_of_chats(tmp_path):
     chats = tmp_path / "mine.jsonl"
     turns = [
         [{"role": "system", "content": "s"}, {"role": "user", "content": f"river {i}"}]
@@ -242,14 +259,7 @@ def test_questions_of_chats(tmp_path: Path) -> None:
         ({"chat_template": "{{ messages.__class__.__mro__ }}"}, "does not fit the chat template"),
     ],
 )
-def test_templates_that_do_not_fit(
-    models: list[str],
-    tokenizer: Any,
-    change: dict[str, Any],
-    message: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_templates_that_do_not_fit(models, tokenizer, change, message, tmp_path, capsys):
     other = Path(shutil.copytree(models[1], tmp_path / "other"))
     (other / "chat_template.jinja").unlink(missing_ok=True)
     config = json.loads((other / "tokenizer_config.json").read_text()) | change
@@ -258,7 +268,7 @@ def test_templates_that_do_not_fit(
     assert message in capsys.readouterr().err
 
 
-def test_a_model_that_thinks_answers_at_once(models: list[str], tokenizer: Any) -> None:
+def test_a_model_that_thinks_answers_at_once(models, tokenizer):
     """The tokens of an answer are not spent on thoughts."""
     thinks = "{{ '' if enable_thinking is false else '<think>' }}"
     tokenizer = deepcopy(tokenizer)
@@ -268,12 +278,7 @@ def test_a_model_that_thinks_answers_at_once(models: list[str], tokenizer: Any) 
     assert prompt == tokenizer(questions.asked[0][1], add_special_tokens=False)["input_ids"]
 
 
-def test_mistakes_are_told_before_anything_is_loaded(
-    models: list[str],
-    argv: list[str],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_mistakes_are_told_before_anything_is_loaded(models, argv, capsys, monkeypatch):
     monkeypatch.setattr("cfsp.quality.evaluate.load", lambda *_, **__: pytest.fail("too late"))
     for wrong, message in (
         (["eval", models[0], "--answers"], "add --against DENSE"),

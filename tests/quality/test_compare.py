@@ -90,7 +90,7 @@ def model(name: str, seed: int, *, dense: bool = False, right: float = 0.7) -> M
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> Callable[..., Path]:
+def write(tmp_path) -> Callable[..., Path]:
     def write(name: str, *models: Model) -> Path:
         path = tmp_path / name
         path.write_text(json.dumps({"models": list(models)}))
@@ -99,7 +99,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def test_differences_are_those_of_numpy(write: Callable[..., Path]) -> None:
+def test_differences_are_those_of_numpy(write):
     dense, one, two = model("dense", 0, dense=True), model("one", 1), model("two", 2, right=0.5)
     models = read_models([write("a.json", dense, one), write("b.json", dense, two)])
     assert [each.name for each in models] == ["dense", "one", "two"]
@@ -146,7 +146,7 @@ def test_differences_are_those_of_numpy(write: Callable[..., Path]) -> None:
     )
 
 
-def test_the_dense_model_agrees_with_itself(write: Callable[..., Path]) -> None:
+def test_the_dense_model_agrees_with_itself(write):
     models = read_models([write("a.json", model("dense", 0, dense=True), model("one", 1))])
     (found,) = comparisons(models, models[0], None)
     assert (found.first, found.second) == ("dense", "one")
@@ -156,7 +156,7 @@ def test_the_dense_model_agrees_with_itself(write: Callable[..., Path]) -> None:
     assert found.tasks[0].kept is not None and found.tasks[0].kept.first.value == 1
 
 
-def test_without_a_dense_model_there_are_differences_only(write: Callable[..., Path]) -> None:
+def test_without_a_dense_model_there_are_differences_only(write):
     alone = [model(name, seed) for seed, name in enumerate(("one", "two"), start=1)]
     for each in alone:
         del each["agreement"]
@@ -179,12 +179,7 @@ def test_without_a_dense_model_there_are_differences_only(write: Callable[..., P
         (lambda m: m.pop("windows"), "has no windows or documents of two"),
     ],
 )
-def test_what_does_not_compare_is_one_sentence(
-    change: Callable[[Model], Any],
-    message: str,
-    write: Callable[..., Path],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_what_does_not_compare_is_one_sentence(change, message, write, capsys):
     other = model("two", 2)
     change(other)
     argv = ["compare", str(write("a.json", model("one", 1))), str(write("b.json", other))]
@@ -194,9 +189,7 @@ def test_what_does_not_compare_is_one_sentence(
     assert printed.err.count("\n") == 1 and not printed.out
 
 
-def test_the_dense_model_may_be_named_as_a_file_is(
-    write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_dense_model_may_be_named_as_a_file_is(write, tmp_path, capsys):
     """That of a GGUF is, and no results are in it."""
     weights = tmp_path / "dense.gguf"
     weights.write_bytes(b"\x80")
@@ -206,9 +199,7 @@ def test_the_dense_model_may_be_named_as_a_file_is(
     assert f"against {weights};" in capsys.readouterr().out
 
 
-def test_the_first_model_of_the_dense_file_is_the_dense_one(
-    write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_first_model_of_the_dense_file_is_the_dense_one(write, capsys):
     """Also where another file has it as well, and its own file has others."""
     dense = model("dense", 0, dense=True)
     everything = write("all.json", dense, model("a", 1))
@@ -217,7 +208,7 @@ def test_the_first_model_of_the_dense_file_is_the_dense_one(
     assert "\nagainst dense; " in capsys.readouterr().out
 
 
-def test_what_is_printed(write: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_printed(write, capsys):
     dense = write("dense.json", model("dense", 0, dense=True))
     files = [str(write(f"{name}.json", model(name, seed))) for seed, name in ((1, "a"), (2, "b"))]
     assert main(["compare", *files, "--against", str(dense)]) == 0
@@ -239,9 +230,7 @@ def test_what_is_printed(write: Callable[..., Path], capsys: pytest.CaptureFixtu
     assert "cannot read missing.json" in capsys.readouterr().err
 
 
-def test_two_measurements_of_one_model_are_told_of(
-    write: Callable[..., Path], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_two_measurements_of_one_model_are_told_of(write, caplog):
     files = [write(f"{name}.json", model("one", 1)) for name in ("a", "b")]
     read_models(files)
     assert not caplog.messages
@@ -256,9 +245,7 @@ def test_two_measurements_of_one_model_are_told_of(
     ]
 
 
-def test_what_is_printed_is_narrow_whatever_files_are_called(
-    write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_printed_is_narrow_whatever_files_are_called(write, capsys):
     text = f"/home/{'somebody/' * 12}news/test.jsonl"
     models = [model(name, seed) for seed, name in ((1, "a"), (2, "b"))]
     for each in models:
@@ -269,13 +256,13 @@ def test_what_is_printed_is_narrow_whatever_files_are_called(
     assert "news/test.jsonl, 6 windows" in lines
 
 
-def test_models_of_one_name_are_told_apart_by_file(write: Callable[..., Path]) -> None:
+def test_models_of_one_name_are_told_apart_by_file(write):
     one, other = write("a.json", model("smaller", 1)), write("b.json", model("smaller", 2))
     names = [each.name for each in read_models([one, other])]
     assert names == [f"smaller ({one})", f"smaller ({other})"]
 
 
-def test_one_model_of_two_files_is_one(write: Callable[..., Path]) -> None:
+def test_one_model_of_two_files_is_one(write):
     texts, tasks = model("one", 1), model("one", 1)
     texts["documents"], tasks["windows"] = {}, {}
     (found,) = read_models([write("texts.json", texts), write("tasks.json", tasks)])

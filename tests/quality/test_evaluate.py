@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from builders import dying_at
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
@@ -21,7 +19,6 @@ from cfsp.quality.evaluate import evaluate_models
 from cfsp.quality.perplexity import perplexity
 from cfsp.quality.streaming import streamed_perplexity
 from cfsp.result.manifest import read_manifest
-from cfsp.result.names import short_names
 from cfsp.result.prune_report import PruneReport
 from cfsp.settings import Budget, CalibrationText, Compute, EvaluationText, PruneSettings
 from cfsp.text.drawing import consecutive_windows
@@ -31,24 +28,15 @@ CONDITIONS = {"tokens", "windows", "seqlen", "stride", "bos", "evaluation_part"}
 
 
 def test_each_value_says_how_it_was_measured(
-    tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
-    other_text_file: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    tiny_checkpoint, text_file, other_text_file, monkeypatch
+):
     directory = tiny_checkpoint("qwen2")
     texts = EvaluationText((str(text_file), str(other_text_file)), 3, 24)
     with monkeypatch.context() as patched:
         patched.setattr(evaluate, "load", lambda *_, **__: pytest.fail("the model was loaded"))
         (found,) = evaluate_models([directory], texts, Compute(dtype="float32"))
-    assert set(found) == {
-        "model",
-        "fingerprint",
-        "parameters",
-        "dtype",
-        "perplexity",
-        "windows",
-    }
+    whole = {"model", "fingerprint", "parameters", "dtype", "perplexity", "windows"}
+    assert set(found) == whole
     model = load(directory, dtype="float32")
     assert found["parameters"] == sum(p.numel() for p in model.parameters())
     tokenizer = load_tokenizer(directory)
@@ -62,11 +50,8 @@ def test_each_value_says_how_it_was_measured(
 
 
 def test_pruning_measures_in_windows_of_its_own_length(
-    tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    tiny_checkpoint, text_file, tmp_path, capsys
+):
     model, out = tiny_checkpoint("gpt2"), tmp_path / "pruned"
     argv = ["prune", model, "--sparsity", 0.5, "--data", text_file, "--samples", 4]
     argv += ["--seqlen", 16, "--eval", text_file, "--eval-windows", 2, "--out", out]
@@ -87,8 +72,8 @@ def test_pruning_measures_in_windows_of_its_own_length(
 
 
 def test_a_bounded_number_of_windows_is_read_unless_all_are_asked_for(
-    tiny_checkpoint: Callable[[str], Path], text_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    tiny_checkpoint, text_file, capsys
+):
     model = str(tiny_checkpoint("llama"))
     argv = ["eval", model, "--data", str(text_file), "--seqlen", "96"]
 
@@ -105,53 +90,24 @@ def test_a_bounded_number_of_windows_is_read_unless_all_are_asked_for(
     assert "expected a number of windows from 1, or all, found '0'" in capsys.readouterr().err
 
 
-def test_the_table_says_how_it_was_measured(
-    tiny_checkpoint: Callable[[str], Path], text_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    models = [str(tiny_checkpoint(name)) for name in ("llama", "gpt2")]
-    argv = ["eval", *models, "--data", str(text_file), "--windows", "3", "--stride", "200"]
-    assert main(argv) == 0
-    lines = capsys.readouterr().out.splitlines()
-    (text,) = short_names([str(text_file)]).values()
-    assert lines[0].split() == ["perplexity", "parameters", text]
-    assert [line.split()[0] for line in lines[2:4]] == list(short_names(models).values())
-    assert math.isfinite(float(lines[2].split()[-1]))
-    assert lines[5] == (f"{text}: 3 windows of 256 tokens, stride 200, 767 predicted; no BOS")
-    assert lines[6] == "computed in float32"
-
-
-def test_a_mistaken_text_is_told_before_the_model_is_looked_for(
-    tiny_checkpoint: Callable[[str], Path], text_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mistaken_text_is_told_before_any_work(tiny_checkpoint, text_file, tmp_path, monkeypatch):
     with pytest.raises(TextError, match="no_such"):
         evaluate_models(["no/such/model"], EvaluationText(("no_such.txt",)), Compute())
-    monkeypatch.setattr(evaluate, "streamed_sums", lambda *_, **__: pytest.fail("too late"))
+    for work in ("cfsp.quality.evaluate.streamed_sums", "cfsp.pipeline.decide"):
+        monkeypatch.setattr(work, lambda *_, **__: pytest.fail("too late"))
     models, compute = [tiny_checkpoint("llama"), tiny_checkpoint("gpt2")], Compute()
     with pytest.raises(UsageError, match="has learnt 256 positions"):
         evaluate_models(models, EvaluationText((str(text_file),), 2, 300), compute)
+    too_many = EvaluationText((str(text_file),), 1000)
     with pytest.raises(TextError, match="windows of 256 tokens, 1000 are needed"):
-        evaluate_models(models, EvaluationText((str(text_file),), 1000), compute)
-
-
-def test_pruning_reads_its_evaluation_texts_first(
-    tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
-    monkeypatch.setattr("cfsp.pipeline.decide", lambda *_, **__: pytest.fail("too late"))
+        evaluate_models(models, too_many, compute)
     with pytest.raises(TextError, match="windows of 256 tokens, 1000 are needed"):
-        prune_checkpoint(
-            Checkpoint(tiny_checkpoint("llama")),
-            tmp_path / "out",
-            PruneSettings(Budget(0.5), evaluation=EvaluationText((str(text_file),), 1000)),
-        )
+        settings = PruneSettings(Budget(0.5), evaluation=too_many)
+        prune_checkpoint(Checkpoint(models[0]), tmp_path / "out", settings)
     assert not list(tmp_path.iterdir())
 
 
-def test_models_with_other_tokens_are_told_apart(
-    tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_models_with_other_tokens_are_told_apart(tiny_checkpoint, text_file, tmp_path, caplog):
     first = tiny_checkpoint("llama")
     other = tmp_path / "other"
     shutil.copytree(first, other)
@@ -170,12 +126,7 @@ def test_models_with_other_tokens_are_told_apart(
         evaluate_models([other], texts, Compute(), against=first)
 
 
-def test_a_killed_evaluation_of_pruning_goes_on(
-    tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_killed_evaluation_of_pruning_goes_on(tiny_checkpoint, text_file, tmp_path, monkeypatch):
     source, text = Checkpoint(tiny_checkpoint("llama")), str(text_file)
     settings = PruneSettings(
         Budget(0.5, multiple=8),
@@ -187,13 +138,10 @@ def test_a_killed_evaluation_of_pruning_goes_on(
     def prune(out: Path) -> PruneReport:
         return prune_checkpoint(source, out, settings)
 
-    def killed(source: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs["label"].startswith("pruned"):
-            raise KeyboardInterrupt
-        return streamed_perplexity(source, *args, **kwargs)
-
     with monkeypatch.context() as patched:
-        patched.setattr(evaluate, "streamed_perplexity", killed)
+        # Of the dense model first.
+        second = dying_at(2, streamed_perplexity, lambda *_, **__: None, [])
+        patched.setattr(evaluate, "streamed_perplexity", second)
         with pytest.raises(KeyboardInterrupt):
             prune(tmp_path / "out")
     report, whole = prune(tmp_path / "out"), prune(tmp_path / "whole")

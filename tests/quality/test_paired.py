@@ -28,7 +28,7 @@ def draws() -> tuple[np.ndarray, np.ndarray]:
     return first, first + 0.1 * generator.standard_normal(50)
 
 
-def test_mean_and_paired_difference(draws: tuple[np.ndarray, np.ndarray]) -> None:
+def test_mean_and_paired_difference(draws):
     first, second = draws
     found = mean(difference(list(first), list(second)))
     assert (found.value, found.stderr) == pytest.approx(oracle(first, second))
@@ -37,7 +37,7 @@ def test_mean_and_paired_difference(draws: tuple[np.ndarray, np.ndarray]) -> Non
     assert found.stderr is not None and found.stderr < 0.5 * apart
 
 
-def test_windows_of_many_lengths_vary_as_said() -> None:
+def test_windows_of_many_lengths_vary_as_said():
     generator = np.random.default_rng(1)
     values, errors = [], []
     for _ in range(2000):
@@ -51,7 +51,7 @@ def test_windows_of_many_lengths_vary_as_said() -> None:
     assert np.mean(errors) == pytest.approx(np.std(values), rel=0.05)
 
 
-def test_mean_over_tasks_has_the_error_of_independent_ones() -> None:
+def test_mean_over_tasks_has_the_error_of_independent_ones():
     found = mean_of_tasks([Estimate(1.0, 0.3), Estimate(2.0, 0.4)])
     assert (found.value, found.stderr) == pytest.approx((1.5, np.hypot(0.3, 0.4) / 2))
     assert mean_of_tasks([Estimate(1.0, 0.3), Estimate(2.0, None)]).stderr is None

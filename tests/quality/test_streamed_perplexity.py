@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from builders import dying_at
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cut.in_memory import build_pruned_model
 from cfsp.errors import CalibrationError
@@ -24,7 +23,7 @@ from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.stream import gather, overlapping_spans
 from cfsp.text.windows import Windows
-from tiny_models import BLOCKS, DENSE_CONFIGS, TINY_CONFIGS, VOCABULARY, WIDTH, build_tiny_model
+from tiny_models import BLOCKS, TRAINED, VOCABULARY, WIDTH, build_tiny_model
 
 CPU = torch.device("cpu")
 ENGINE = Runtime(CPU, torch.float32)
@@ -62,10 +61,12 @@ def plain(model: Any, windows: Windows, stride: int | None = None) -> tuple[floa
     return float(loss.mean().exp()), len(loss)
 
 
-@pytest.mark.parametrize(
-    ("name", "stride"), [*((name, None) for name in sorted(TINY_CONFIGS)), ("gemma2", 5)]
-)
-def test_it_is_the_whole_models(name: str, stride: int | None) -> None:
+# Heads of all kinds: with a bias, scaled, capped, behind a projection; and routed blocks before.
+NAMES = sorted({*TRAINED, "mixtral", "phi", "qwen2"})
+
+
+@pytest.mark.parametrize(("name", "stride"), [*((name, None) for name in NAMES), ("gemma2", 5)])
+def test_it_is_the_whole_models(name, stride):
     model, windows = build_tiny_model(name), random_windows()
     expected, tokens = plain(model, windows, stride)
     runtime = Runtime(CPU, torch.float32, 2)
@@ -75,10 +76,8 @@ def test_it_is_the_whole_models(name: str, stride: int | None) -> None:
     assert (found.stride, found.bos) == (stride, False)
 
 
-@pytest.mark.parametrize("name", ["gemma2"])
-def test_a_pruned_model_is_measured_with_its_own_widths(name: str) -> None:
-    assert name in DENSE_CONFIGS
-    model, windows = build_tiny_model(name), random_windows()
+def test_a_pruned_model_is_measured_with_its_own_widths():
+    model, windows = build_tiny_model("gemma2"), random_windows()
     source = LoadedModel(model)
     plan = PruningPlan(
         ModelIdentity.of(source),
@@ -91,7 +90,7 @@ def test_a_pruned_model_is_measured_with_its_own_widths(name: str) -> None:
     assert found.value == pytest.approx(plain(pruned, windows)[0], rel=1e-5)
 
 
-def test_logits_are_never_there_for_more_than_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_are_never_there_for_more_than_a_slice(monkeypatch):
     model, windows = build_tiny_model("gemma2"), random_windows(3, 20)
     seen: list[int] = []
     logits = streaming.Head.logits
@@ -110,7 +109,7 @@ def test_logits_are_never_there_for_more_than_a_slice(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
-def test_sliced_loss_is_the_loss(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sliced_loss_is_the_loss(rows, monkeypatch):
     logits_PV = torch.randn(10, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
     next_P = torch.arange(10)
     monkeypatch.setattr(measuring, "_LOSSES_AT_ONCE", rows * 50)
@@ -118,11 +117,7 @@ def test_sliced_loss_is_the_loss(rows: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert negative_log_likelihood(logits_PV, next_P) == pytest.approx(float(expected), rel=1e-6)
 
 
-class _KilledError(Exception):
-    pass
-
-
-def test_a_killed_pass_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_pass_goes_on(tmp_path, monkeypatch):
     source, windows = LoadedModel(build_tiny_model("llama")), random_windows()
     monkeypatch.setattr("cfsp.streaming.pass_state.SHARE_OF_TIME", 1e9)
 
@@ -130,16 +125,13 @@ def test_a_killed_pass_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         return streamed_perplexity(source, windows, ENGINE, work_dir=work_dir, name="dense").value
 
     entered: list[int] = []
-    stream = streaming.StreamedBlock.advance
-
-    def killed_at_the_last(block: Any, *args: Any, **kwargs: Any) -> None:
-        entered.append(block.index)
-        if block.index == BLOCKS - 1 and len(entered) == BLOCKS:
-            raise _KilledError
-        stream(block, *args, **kwargs)
-
-    monkeypatch.setattr(streaming.StreamedBlock, "advance", killed_at_the_last)
-    with pytest.raises(_KilledError):
+    advance = dying_at(
+        BLOCKS, streaming.StreamedBlock.advance, lambda it, *_, **__: it.index, entered
+    )
+    monkeypatch.setattr(
+        streaming.StreamedBlock, "advance", lambda *args, **kw: advance(*args, **kw)
+    )
+    with pytest.raises(KeyboardInterrupt):
         measure(WorkDir(tmp_path, identity={}))
     again = measure(WorkDir(tmp_path, identity={}))
     assert entered == [0, 1, 2, 2]
@@ -148,14 +140,9 @@ def test_a_killed_pass_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert again == pytest.approx(plain(source.model, windows)[0], rel=1e-5)
 
 
-@pytest.fixture
-def broken() -> Iterator[Any]:
-    model = build_tiny_model("llama")
+def test_nan_is_an_error():
+    model: Any = build_tiny_model("llama")
     with torch.no_grad():
         model.model.norm.weight[0] = math.nan
-    return model
-
-
-def test_nan_is_an_error(broken: Any) -> None:
     with pytest.raises(CalibrationError, match="the loss is NaN; evaluate with --dtype float32"):
-        streamed_perplexity(LoadedModel(broken), random_windows(), ENGINE)
+        streamed_perplexity(LoadedModel(model), random_windows(), ENGINE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ def card_of(run: Path, origin: Origin, **changes: Any) -> str:
     return model_card(manifest | changes, PruningPlan.load(run / "cfsp_plan.json"), origin)
 
 
-def test_metadata_of_the_source_stay(run: Path) -> None:
+def test_metadata_of_the_source_stay(run):
     expected = {
         "base_model": "someone/ancestor",
         "license": "other",
@@ -41,7 +40,7 @@ def test_metadata_of_the_source_stay(run: Path) -> None:
     assert "widget" not in found
 
 
-def test_results_have_their_conditions(run: Path, text_file: Path) -> None:
+def test_results_have_their_conditions(run, text_file):
     entry = measured(str(text_file), 10.0, 12.5, seqlen=1024, bos=True)
     text = card_of(run, Origin("x", "owner/name", "owner/name"), perplexity=entry)
     card = ModelCard(text)
@@ -56,7 +55,7 @@ def test_results_have_their_conditions(run: Path, text_file: Path) -> None:
     assert result.metric_name.endswith("with BOS; this text made the model")
 
 
-def test_card_says_what_was_done_and_on_which_text(run: Path, text_file: Path) -> None:
+def test_card_says_what_was_done_and_on_which_text(run, text_file):
     text = (run / "README.md").read_text()
     for said in (
         "# my-model, pruned",
@@ -74,7 +73,7 @@ def test_card_says_what_was_done_and_on_which_text(run: Path, text_file: Path) -
         assert str(place.parent) not in text  # the hub shows it to everybody
 
 
-def test_card_without_repair_and_of_equal_widths(run: Path) -> None:
+def test_card_without_repair_and_of_equal_widths(run):
     text = card_of(run, Origin("x"), repair={"steps": []}, files={})
     assert "Repaired" not in text and "repair: none" in text
     assert "trust_remote_code" not in text
@@ -84,7 +83,7 @@ def test_card_without_repair_and_of_equal_widths(run: Path) -> None:
     assert "model-index" not in text and "model_name" not in text
 
 
-def test_card_of_a_recovered_model(run: Path, tmp_path: Path) -> None:
+def test_card_of_a_recovered_model(run, tmp_path):
     copy = changed_copy(run, tmp_path / "recovered", recovered)
     text = card_of(copy, origin_of(Checkpoint(run)))
     data = ModelCard(text).data
@@ -94,9 +93,7 @@ def test_card_of_a_recovered_model(run: Path, tmp_path: Path) -> None:
     assert "cfsp recover pruned --out recovered\n" in text
 
 
-def test_the_demo_has_its_real_name(
-    tiny_checkpoint: Callable[[str], Path], run: Path, tmp_path: Path
-) -> None:
+def test_the_demo_has_its_real_name(tiny_checkpoint, run, tmp_path):
     demo = origin_of(Checkpoint(tiny_checkpoint("llama"), label="demo"))
     assert demo.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
     text = card_of(run, demo, base_model={"name": "demo"})
@@ -121,18 +118,14 @@ def test_the_demo_has_its_real_name(
         ("./name", ["owner/name"], None),
     ],
 )
-def test_hub_id_of_a_source(
-    tiny_checkpoint: Callable[[str], Path], label: str, saved: Any, expected: str | None
-) -> None:
+def test_hub_id_of_a_source(tiny_checkpoint, label, saved, expected):
     source = Checkpoint(tiny_checkpoint("llama"), label=label)
     source.config._name_or_path = saved
     assert origin_of(source).hub_id == expected
 
 
 @pytest.mark.parametrize("card", ["", "no metadata", "---\n[\n---\n", "---\n- a\n---\n", "\0"])
-def test_a_card_that_cannot_be_read_tells_nothing(
-    source_with_card: Path, tmp_path: Path, card: str
-) -> None:
+def test_a_card_that_cannot_be_read_tells_nothing(source_with_card, tmp_path, card):
     copy = tmp_path / "copy"
     shutil.copytree(source_with_card, copy)
     (copy / "README.md").write_text(card)

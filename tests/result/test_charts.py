@@ -68,7 +68,7 @@ def gaps(name: str = "run") -> RunFacts:
     return run_of(GAPS, [FITTED, None, REJECTED], name)
 
 
-def test_a_chart_has_a_column_for_every_unit() -> None:
+def test_a_chart_has_a_column_for_every_unit():
     names = ["0 mlp", f"1 {EXPERTS} (3)", f"1 {SHARED}"]
     chart = block_chart([several()])
     assert chart is not None
@@ -135,7 +135,7 @@ LARGEST = "Importance is relative to the largest."
         ),
     ],
 )
-def test_a_caption_is_of_the_criterion_of_the_plan(runs: list[RunFacts], caption: str) -> None:
+def test_a_caption_is_of_the_criterion_of_the_plan(runs, caption):
     chart = block_chart(runs)
     assert chart is not None
     assert chart.caption == caption
@@ -144,14 +144,14 @@ def test_a_caption_is_of_the_criterion_of_the_plan(runs: list[RunFacts], caption
     assert f'class="panel" x="52" y="14">{shown}</text>' in chart.draw(920)
 
 
-def test_every_criterion_has_its_words() -> None:
+def test_every_criterion_has_its_words():
     for metric in (*BLOCK_METRICS, *SENSITIVITY_METRICS):
         said = worth_in_words(metric, "Blocks", "FFN channels")
         assert metric == "uniform" or "keep more of their FFN channels the further" in said
     assert len({removal_in_words(removal) for removal in (*REMOVALS, "")}) == 4
 
 
-def test_a_block_without_an_ffn_has_an_empty_column() -> None:
+def test_a_block_without_an_ffn_has_an_empty_column():
     chart = block_chart([gaps()])
     assert chart is not None
     assert [row[0] for row in chart.table.rows] == ["0 mlp", "1", "2 mlp"]
@@ -164,7 +164,7 @@ def test_a_block_without_an_ffn_has_an_empty_column() -> None:
     assert "Block 1, ridge: no error of its own" in repaired.draw(920)
 
 
-def test_a_card_names_units_and_says_what_the_share_is_of() -> None:
+def test_a_card_names_units_and_says_what_the_share_is_of():
     run = several()
     card = model_card(run.manifest, run.plan, Origin("m"))
     assert f"| 1 {EXPERTS} (3) | 0.3000 | 0.750 | 4 | 2 |" in card
@@ -180,9 +180,7 @@ def test_a_card_names_units_and_says_what_the_share_is_of() -> None:
         (gaps(), [FITTED, None]),
     ],
 )
-def test_steps_that_do_not_fit_the_plan_are_refused(
-    run: RunFacts, wrong: list[Any], tmp_path: Path
-) -> None:
+def test_steps_that_do_not_fit_the_plan_are_refused(run, wrong, tmp_path):
     assert run.plan is not None
     run.plan.save(tmp_path / "cfsp_plan.json")
     write_manifest(tmp_path, run.manifest)

@@ -47,9 +47,7 @@ DAMAGED = "COPY/cfsp.json is damaged ("
         (lambda m: m.update(manifest_version=99), "manifest version 99"),
     ],
 )
-def test_damaged_manifests_are_refused(
-    run: Path, tmp_path: Path, change: Change, message: str
-) -> None:
+def test_damaged_manifests_are_refused(run, tmp_path, change, message):
     assert message in refusal(run, tmp_path, change)
 
 
@@ -70,7 +68,7 @@ def test_damaged_manifests_are_refused(
         BETTER | {"block": 1},
     ],
 )
-def test_damaged_entries_of_repair_are_refused(run: Path, tmp_path: Path, entry: Any) -> None:
+def test_damaged_entries_of_repair_are_refused(run, tmp_path, entry):
     steps = [{"name": "local", "blocks": [BETTER, entry, BETTER]}]
     said = refusal(run, tmp_path, lambda m: m.update(repair={"steps": steps}))
     assert said.startswith(DAMAGED)

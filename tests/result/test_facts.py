@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +31,7 @@ def step(name: str, **kept: bool) -> dict[str, Any]:
     return {"name": name, "blocks": blocks}
 
 
-def test_steps_in_words() -> None:
+def test_steps_in_words():
     steps = [
         step("ridge", first=True, second=False),
         step("sequential", first=False, second=False),
@@ -52,7 +51,7 @@ def test_steps_in_words() -> None:
         ),
     ],
 )
-def test_conditions_in_words(entry: dict[str, Any], words: str) -> None:
+def test_conditions_in_words(entry, words):
     conditions = Conditions.of("news", {"tokens": 1023, **entry})
     assert str(conditions) == words
     assert conditions == Conditions.of("news", {"value": 3.0, "tokens": 1023, **entry})
@@ -70,9 +69,7 @@ def test_conditions_in_words(entry: dict[str, Any], words: str) -> None:
         ("c4", True, ""),
     ],
 )
-def test_conditions_say_whether_the_text_made_the_model(
-    text: str, evaluation_part: bool, words: str
-) -> None:
+def test_conditions_say_whether_the_text_made_the_model(text, evaluation_part, words):
     entry = {"tokens": 9, "windows": 1, "seqlen": 10, "evaluation_part": evaluation_part}
     manifest = {"calibration": {"sources": {"mixed/books": 3, "mine.txt": 5}}}
     trained = manifest | {"recovery": {"data": {"sources": {"python-docs": 2}}}}
@@ -83,14 +80,14 @@ def test_conditions_say_whether_the_text_made_the_model(
     assert conditions == Conditions.of(text, {**entry, "evaluation_part": False})
 
 
-def test_one_of_a_thing_is_said_as_one() -> None:
+def test_one_of_a_thing_is_said_as_one():
     assert counted(1, "windows") == "1 window"
     assert counted(2000, "steps") == "2,000 steps"
     texts = {"sources": {"c4": 64, "/mine/own.txt": 1}}
     assert texts_in_words(texts) == "c4 (64 windows), own.txt (1 window)"
 
 
-def test_names_are_short_and_stay_apart() -> None:
+def test_names_are_short_and_stay_apart():
     alike = ["/x/a/test.txt", "/y/a/test.txt"]
     assert list(short_names(alike).values()) == ["x/a/test.txt", "y/a/test.txt"]
     assert list(short_names(["/x/a/b.txt", "c4"]).values()) == ["a/b.txt", "c4"]
@@ -98,13 +95,13 @@ def test_names_are_short_and_stay_apart() -> None:
     assert short_names(["owner/name", "python-docs"], least=1)["owner/name"] == "owner/name"
 
 
-def test_a_directory_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_is_no_hub_id(tmp_path, monkeypatch):
     (tmp_path / "models" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert is_hub_id("models/other") and not is_hub_id("models/name")
 
 
-def test_no_path_of_a_command_is_public() -> None:
+def test_no_path_of_a_command_is_public():
     typed = "cfsp prune meta/name --data mixed/books --data '/my disk/a.jsonl:x' --out=../b/c"
     public = "cfsp prune meta/name --data mixed/books --data 'a.jsonl:x' --out=c"
     assert public_command(typed) == public
@@ -112,7 +109,7 @@ def test_no_path_of_a_command_is_public() -> None:
     assert public_name("mixed/books") == "mixed/books" and public_name("/a/b.txt") == "b.txt"
 
 
-def test_numbers_of_the_manifest_are_in_the_facts(run: Path, text_file: Path) -> None:
+def test_numbers_of_the_manifest_are_in_the_facts(run, text_file):
     facts = read_run(run)
     assert facts.manifest["command"] == "cfsp prune my-model --sparsity 0.5 --out run"  # no path
     assert facts.manifest["out"] == "run"
@@ -131,7 +128,7 @@ def test_numbers_of_the_manifest_are_in_the_facts(run: Path, text_file: Path) ->
     assert row.detail.endswith("without BOS; this text made the model")
 
 
-def test_every_part_that_lost_something_is_a_fact() -> None:
+def test_every_part_that_lost_something_is_a_fact():
     part = {"before": [8, 8], "after": [4, 4], "sparsity": 0.5, "lost_output": [0.1, 0.2]}
     manifest = {
         "parameters_before": 1000,
@@ -160,9 +157,7 @@ def test_every_part_that_lost_something_is_a_fact() -> None:
     assert size_facts({}) == []
 
 
-def test_inspect_card_and_page_tell_the_same_of_the_making(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_card_and_page_tell_the_same_of_the_making(run, tmp_path, capsys):
     copy = changed_copy(run, tmp_path / "copy", recovered)
     manifest = read_manifest(copy)
     assert manifest is not None
@@ -183,7 +178,7 @@ def test_inspect_card_and_page_tell_the_same_of_the_making(
 # Perplexities under different conditions.
 
 
-def test_only_equal_conditions_are_compared(run: Path, tmp_path: Path) -> None:
+def test_only_equal_conditions_are_compared(run, tmp_path):
     """The dense model at 512 tokens and a recovered one at 1024 stand in rows of their own."""
 
     def recovered_at_1024(manifest: dict[str, Any]) -> None:

@@ -53,7 +53,7 @@ def words_of(page: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
 
 
-def test_page_is_complete_in_itself(run: Path, tmp_path: Path) -> None:
+def test_page_is_complete_in_itself(run, tmp_path):
     text = rendered([run], tmp_path)
     page = _Page(text)
     loading = {"link", "img", "iframe", "object", "embed", "base", "form", "video", "audio"}
@@ -66,7 +66,7 @@ def test_page_is_complete_in_itself(run: Path, tmp_path: Path) -> None:
     assert policy is not None and "default-src 'none'" in policy and "unsafe" not in policy
 
 
-def test_every_chart_has_words_and_a_table(run: Path, tmp_path: Path) -> None:
+def test_every_chart_has_words_and_a_table(run, tmp_path):
     text = rendered([run], tmp_path)
     page = _Page(text)
     plots = [attrs for tag, attrs in page.tags if attrs.get("class") == "plot"]
@@ -78,7 +78,7 @@ def test_every_chart_has_words_and_a_table(run: Path, tmp_path: Path) -> None:
     assert text.count("<figure>") == text.count("<details>") - 1 == 2  # and the manifest's
 
 
-def test_recovered_run_shows_its_own_perplexity_and_curve(run: Path, tmp_path: Path) -> None:
+def test_recovered_run_shows_its_own_perplexity_and_curve(run, tmp_path):
     copy = changed_copy(run, tmp_path / "recovered", recovered)
     facts = read_run(copy)
     (fact,) = facts.under("Perplexity")
@@ -91,13 +91,13 @@ def test_recovered_run_shows_its_own_perplexity_and_curve(run: Path, tmp_path: P
     assert "How recovery went" in text
 
 
-def test_several_runs_of_one_name_are_told_apart(run: Path, tmp_path: Path) -> None:
+def test_several_runs_of_one_name_are_told_apart(run, tmp_path):
     copies = [changed_copy(run, tmp_path / name / "run", lambda m: None) for name in ("a", "b")]
     assert [each.name for each in read_runs(copies)] == ["a/run", "b/run"]
     assert [each.name for each in read_runs(copies[:1])] == ["run"]
 
 
-def test_runs_of_different_models_get_tables_of_their_own(run: Path, tmp_path: Path) -> None:
+def test_runs_of_different_models_get_tables_of_their_own(run, tmp_path):
     def of_another(manifest: dict[str, Any]) -> None:
         manifest["base_model"] |= {"name": "another", "fingerprint": "0" * 32}
 
@@ -108,14 +108,14 @@ def test_runs_of_different_models_get_tables_of_their_own(run: Path, tmp_path: P
     assert text.count('class="section"') == 4
 
 
-def test_page_without_a_plan_leaves_out_what_it_shows(run: Path, tmp_path: Path) -> None:
+def test_page_without_a_plan_leaves_out_what_it_shows(run, tmp_path):
     copy = changed_copy(run, tmp_path / "copy", lambda manifest: None)
     (copy / "cfsp_plan.json").unlink()
     assert "What each block does" in rendered([run], tmp_path)
     assert "What each block does" not in rendered([copy], tmp_path)
 
 
-def test_foreign_text_cannot_become_markup(run: Path, tmp_path: Path) -> None:
+def test_foreign_text_cannot_become_markup(run, tmp_path):
     """Neither by a name, a command, a text, a version, a step of repair nor a directory."""
 
     def poison(manifest: dict[str, Any]) -> None:
@@ -132,13 +132,13 @@ def test_foreign_text_cannot_become_markup(run: Path, tmp_path: Path) -> None:
     assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
 
 
-def test_elements_escape_children_and_attributes() -> None:
+def test_elements_escape_children_and_attributes():
     drawn = element("text", "<b>", class_='"x"', data_say="a&b", x=1.50, y=None)
     assert drawn == '<text class="&#34;x&#34;" data-say="a&amp;b" x="1.5">&lt;b&gt;</text>'
 
 
 @pytest.mark.parametrize("highest", [1e-9, 0.0007, 0.47, 1.0, 2.5, 1536.0, 3e9])
-def test_scales_reach_their_values_with_round_ticks(highest: float) -> None:
+def test_scales_reach_their_values_with_round_ticks(highest):
     scale = scale_from_zero(highest, 100.0, 0.0)
     assert scale(0.0) == 100.0 and 0.0 <= scale(highest) < 60.0
     ticks = scale.ticks(4)
@@ -147,7 +147,7 @@ def test_scales_reach_their_values_with_round_ticks(highest: float) -> None:
     assert between.low <= highest and between.high >= highest * 1.3
 
 
-def test_scale_of_one_value_is_no_division_by_zero() -> None:
+def test_scale_of_one_value_is_no_division_by_zero():
     assert np.isfinite(round_scale([3.0], 0.0, 1.0)(3.0))
     assert Scale(0.0, 1.0, 0.0, 10.0)(0.5) == 5.0
 
@@ -169,7 +169,7 @@ def timed(prompt: int, ratios: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def test_results_of_eval_and_bench_are_added(run: Path, tmp_path: Path) -> None:
+def test_results_of_eval_and_bench_are_added(run, tmp_path):
     how = {"tokens": 100, "windows": 2, "seqlen": 51, "stride": None, "bos": True}
     models = [read_run(run).base_name, str(run)]
     measured = [
@@ -190,7 +190,7 @@ def test_results_of_eval_and_bench_are_added(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def results(run: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def results(run, text_file, tmp_path_factory) -> Path:
     """What the run has in common with its original, on a text and in answers."""
     out = tmp_path_factory.mktemp("results") / "results.json"
     argv = ["eval", str(run), "--against", read_run(run).base_name, "--data", str(text_file)]
@@ -199,13 +199,13 @@ def results(run: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
     return out
 
 
-def test_pairs_with_the_original(run: Path, results: Path, tmp_path: Path) -> None:
+def test_pairs_with_the_original(run, results, tmp_path):
     words = words_of(rendered([run], tmp_path, results))
     assert re.search(rf"KL per token, nats, \S+ {NOTHING} \d\.\d+ ± \d\.\d+", words)
     assert re.search(rf"top-1 agreement, percent, \S+ {NOTHING} \d+\.\d ± ", words)
 
 
-def test_answers_stand_side_by_side_by_kind(run: Path, results: Path, tmp_path: Path) -> None:
+def test_answers_stand_side_by_side_by_kind(run, results, tmp_path):
     found = json.loads(results.read_text())
     for model in found["models"]:
         first = model["answers"]["documents"][0]
@@ -229,7 +229,7 @@ def test_answers_stand_side_by_side_by_kind(run: Path, results: Path, tmp_path: 
     assert text.index("What they answer") < text.index("KL per token") < text.index("<figure>")
 
 
-def test_speed_that_the_demonstration_adds_to_the_manifest(run: Path, tmp_path: Path) -> None:
+def test_speed_that_the_demonstration_adds_to_the_manifest(run, tmp_path):
     copy = changed_copy(run, tmp_path / "copy", lambda manifest: None)
     add_to_manifest(copy, {"speed": timed(8, {"dense": 1.0, "pruned": 1.4})})
     words = words_of(rendered([copy], tmp_path))
@@ -248,9 +248,7 @@ def test_speed_that_the_demonstration_adds_to_the_manifest(run: Path, tmp_path: 
         ('{"models": [{"model": "x", "perplexity": {}, "tokens": {}}]}', "of none of the runs"),
     ],
 )
-def test_unusable_results_are_refused(
-    run: Path, tmp_path: Path, content: str, message: str
-) -> None:
+def test_unusable_results_are_refused(run, tmp_path, content, message):
     file = tmp_path / "results.json"
     file.write_text(content)
     with pytest.raises(ReportError, match=message):
@@ -258,9 +256,7 @@ def test_unusable_results_are_refused(
     assert not (tmp_path / "report.html").exists()
 
 
-def test_the_chart_by_block_as_a_file_of_its_own(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_chart_by_block_as_a_file_of_its_own(run, monkeypatch, capsys):
     script = str(REPOSITORY / "benchmarks" / "block_picture.py")
     monkeypatch.setattr(sys, "argv", [script, str(run)])
     runpy.run_path(script, run_name="__main__")
@@ -271,9 +267,7 @@ def test_the_chart_by_block_as_a_file_of_its_own(
 # Sweeps.
 
 
-def test_a_sweep_stands_for_its_runs(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_sweep_stands_for_its_runs(run, tmp_path, capsys):
     sweep = tmp_path / "sweep"
     sweep.mkdir()
     (sweep / "recipe.toml").write_text("")
@@ -297,7 +291,7 @@ def test_a_sweep_stands_for_its_runs(
 # What is there already.
 
 
-def test_an_older_report_is_replaced_and_no_other_file(run: Path, tmp_path: Path) -> None:
+def test_an_older_report_is_replaced_and_no_other_file(run, tmp_path):
     out = tmp_path / "report.html"
     rendered([run], tmp_path)
     out.write_text(out.read_text().replace("<h1>", "<h1>older "))
@@ -333,7 +327,7 @@ def many_runs(run: Path, place: Path, count: int) -> list[Path]:
     ]
 
 
-def test_many_runs_stay_readable(run: Path, tmp_path: Path) -> None:
+def test_many_runs_stay_readable(run, tmp_path):
     text = rendered(many_runs(run, tmp_path, 60), tmp_path)
     single = rendered([run], tmp_path)
     # Every run is a row and a dot; what is drawn by block is of eight.
@@ -350,9 +344,7 @@ def test_many_runs_stay_readable(run: Path, tmp_path: Path) -> None:
     assert len(text) < 8 * len(single)
 
 
-def test_eight_runs_are_all_shown_and_each_has_a_colour_of_its_own(
-    run: Path, tmp_path: Path
-) -> None:
+def test_eight_runs_are_all_shown_and_each_has_a_colour_of_its_own(run, tmp_path):
     paths = many_runs(run, tmp_path, 9)
     text = rendered(paths[:8], tmp_path)
     assert text.count("Manifest, cfsp.json") == 8
@@ -368,7 +360,7 @@ def test_eight_runs_are_all_shown_and_each_has_a_colour_of_its_own(
     assert [entry.name for entry in many.legend] == ["on the front", "beaten"]
 
 
-def test_a_recovered_run_repeats_no_chart_of_its_pruned_one(run: Path, tmp_path: Path) -> None:
+def test_a_recovered_run_repeats_no_chart_of_its_pruned_one(run, tmp_path):
     other = changed_copy(run, tmp_path / "recovered", recovered)
     both, alone = (group_runs(read_runs(paths))[0].charts for paths in ([run, other], [other]))
     panels = [

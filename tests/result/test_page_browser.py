@@ -23,7 +23,7 @@ pytestmark = pytest.mark.xdist_group("browser")
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def browser(tmp_path_factory) -> Iterator[Any]:
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     from selenium.webdriver.chrome.service import Service
 
@@ -41,9 +41,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def runs(
-    tiny_checkpoint: Any, text_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> list[Path]:
+def runs(tiny_checkpoint, text_file, tmp_path_factory) -> list[Path]:
     """Two sizes, each also without repair, and a recovered one."""
     directory = tmp_path_factory.mktemp("runs")
     llama = tiny_checkpoint("llama")
@@ -59,7 +57,7 @@ def runs(
 
 
 @pytest.fixture(scope="module")
-def page(browser: Any, runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> str:
+def page(browser, runs, tmp_path_factory) -> str:
     out = tmp_path_factory.mktemp("page") / "report.html"
     write_report(runs, out)
     return out.as_uri()
@@ -74,9 +72,7 @@ def view(browser: Any, page: str, width: int = 1280, scheme: str = "light") -> N
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (360, "light")])
-def test_page_is_drawn_without_complaint(
-    browser: Any, page: str, tmp_path: Path, width: int, scheme: str
-) -> None:
+def test_page_is_drawn_without_complaint(browser, page, tmp_path, width, scheme):
     view(browser, page, width, scheme)
     assert browser.get_log("browser") == []
     colour = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
@@ -114,7 +110,7 @@ def test_page_is_drawn_without_complaint(
     assert picture.stat().st_size > 10_000
 
 
-def test_size_table_fits_a_phone(browser: Any, runs: list[Path], tmp_path: Path) -> None:
+def test_size_table_fits_a_phone(browser, runs, tmp_path):
     """Numbers of a model of 8 billion parameters, with a name and a text as long as real ones."""
 
     def large(manifest: dict[str, Any]) -> None:
@@ -131,7 +127,7 @@ def test_size_table_fits_a_phone(browser: Any, runs: list[Path], tmp_path: Path)
     ) == [328, 360]
 
 
-def test_everything_can_be_done_with_the_keyboard(browser: Any, page: str) -> None:
+def test_everything_can_be_done_with_the_keyboard(browser, page):
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys
 
@@ -167,7 +163,7 @@ def test_everything_can_be_done_with_the_keyboard(browser: Any, page: str) -> No
     assert "Block 1: keeps" in said[1] and "Block 2: keeps" in said[2]
 
 
-def test_pointer_selects_the_same_block_in_every_chart(browser: Any, page: str) -> None:
+def test_pointer_selects_the_same_block_in_every_chart(browser, page):
     view(browser, page)
     browser.execute_script(
         "document.querySelector('.plot svg.wide .mark[data-index=\"2\"]')"
@@ -179,9 +175,7 @@ def test_pointer_selects_the_same_block_in_every_chart(browser: Any, page: str) 
     assert set(lit) == {"2"} and len(lit) > 5
 
 
-def test_hostile_names_do_not_script_the_page(
-    browser: Any, runs: list[Path], tmp_path: Path
-) -> None:
+def test_hostile_names_do_not_script_the_page(browser, runs, tmp_path):
     name = HOSTILE.replace("/", "")
 
     def poison(manifest: dict[str, Any]) -> None:
@@ -197,9 +191,7 @@ def test_hostile_names_do_not_script_the_page(
     assert browser.find_elements("css selector", "img") == []
 
 
-def test_policy_stops_markup_that_was_let_through(
-    browser: Any, runs: list[Path], tmp_path: Path
-) -> None:
+def test_policy_stops_markup_that_was_let_through(browser, runs, tmp_path):
     out = tmp_path / "report.html"
     write_report(runs[:1], out)
     out.write_text(out.read_text().replace("<main>", f"<main>{HOSTILE}", 1))

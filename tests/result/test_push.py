@@ -30,7 +30,7 @@ class Hub:
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def hub(monkeypatch) -> Iterator[Hub]:
     """Yield a hub that the client talks to, with a token of its own."""
     hub = Hub()
 
@@ -106,13 +106,11 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def small(tmp_path: Path, pruned: Path) -> Path:
+def small(tmp_path, pruned) -> Path:
     return Path(shutil.copytree(pruned, tmp_path / "small"))
 
 
-def test_a_directory_becomes_a_private_repository(
-    small: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_directory_becomes_a_private_repository(small, hub, capsys):
     (small / ".half.partial-1").write_text("unfinished")
     capsys.readouterr()
     assert main(["push", str(small), "me/small"]) == 0
@@ -127,9 +125,7 @@ def test_a_directory_becomes_a_private_repository(
     assert "README.md names no license" in err
 
 
-def test_weights_of_an_earlier_upload_are_not_left_beside_the_new_ones(
-    small: Path, hub: Hub
-) -> None:
+def test_weights_of_an_earlier_upload_are_not_left_beside_the_new_ones(small, hub):
     """Transformers would read an old single file before new shards; vLLM reads every file."""
     hub.repositories["me/small"] = True
     foreign = ["notes.txt", "adapter_model.safetensors", "old/model-00001-of-00002.safetensors"]
@@ -144,7 +140,7 @@ def test_weights_of_an_earlier_upload_are_not_left_beside_the_new_ones(
     assert {"model.safetensors", "small.gguf"} <= hub.files.keys()
 
 
-def test_public_is_asked_for(small: Path, hub: Hub) -> None:
+def test_public_is_asked_for(small, hub):
     hub.repositories["me/small"] = False
     with pytest.raises(UsageError, match="me/small exists and is public; add --public"):
         push(small, "me/small")
@@ -153,7 +149,7 @@ def test_public_is_asked_for(small: Path, hub: Hub) -> None:
     assert "model.safetensors" in hub.files
 
 
-def test_what_cannot_be_uploaded_is_one_sentence(small: Path, hub: Hub, tmp_path: Path) -> None:
+def test_what_cannot_be_uploaded_is_one_sentence(small, hub, tmp_path):
     with pytest.raises(UsageError, match="called OWNER/NAME, found 'a/b/c'"):
         push(small, "a/b/c")
     with pytest.raises(OutputError, match="has no weights to upload"):
@@ -165,9 +161,7 @@ def test_what_cannot_be_uploaded_is_one_sentence(small: Path, hub: Hub, tmp_path
 
 
 @pytest.mark.parametrize("name", ["notes.md", "graphs/deep/notes.md", "graphs"])
-def test_nothing_from_elsewhere_is_uploaded(
-    small: Path, hub: Hub, tmp_path: Path, name: str
-) -> None:
+def test_nothing_from_elsewhere_is_uploaded(small, hub, tmp_path, name):
     secrets = tmp_path / "secrets"
     secrets.mkdir()
     (secrets / "notes.md").write_text("secret")
@@ -178,22 +172,20 @@ def test_nothing_from_elsewhere_is_uploaded(
     assert not hub.repositories
 
 
-def test_offline_is_said(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_is_said(small, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OutputError, match="HF_HUB_OFFLINE"):
         push(small, "me/small")
 
 
 @pytest.mark.usefixtures("no_hub")
-def test_a_hub_that_cannot_be_reached_is_one_sentence(
-    small: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_that_cannot_be_reached_is_one_sentence(small, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     with pytest.raises(OutputError, match=r"the hub cannot be reached \(.*refused\); check"):
         push(small, "me/small")
 
 
-def test_the_card_shows_the_lineage(small: Path, hub: Hub) -> None:
+def test_the_card_shows_the_lineage(small, hub):
     card = small / "README.md"
     text = card.read_text()
     assert "pipeline_tag: text-generation" in text

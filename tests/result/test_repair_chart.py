@@ -27,7 +27,7 @@ def chart_of(*runs: RunFacts) -> Chart:
     return chart
 
 
-def test_a_run_has_a_panel_for_every_step(run: Path, tmp_path: Path) -> None:
+def test_a_run_has_a_panel_for_every_step(run, tmp_path):
     local = {"name": "local", "blocks": [BETTER, None, WORSE]}
     copy = changed_copy(run, tmp_path / "copy", lambda m: m["repair"]["steps"].append(local))
     facts = read_run(copy)
@@ -46,7 +46,7 @@ def test_a_run_has_a_panel_for_every_step(run: Path, tmp_path: Path) -> None:
             assert f"{entry['error_before']:.6f}" in cells
 
 
-def test_what_was_kept_and_what_was_rejected() -> None:
+def test_what_was_kept_and_what_was_rejected():
     run = repaired(BETTER, WORSE, DIVERGED)
     chart = chart_of(run)
     assert chart.table.head == ["block", "local, before", "after", "outcome"]
@@ -65,13 +65,13 @@ def test_what_was_kept_and_what_was_rejected() -> None:
     assert steps_in_words(run.repair_steps) == "local (rejected in blocks 1, 2)"
 
 
-def test_a_fit_says_how_strong_it_was() -> None:
+def test_a_fit_says_how_strong_it_was():
     chart = chart_of(repaired(FITTED, FITTED, FITTED, name="ridge"))
     assert chart.table.rows[0][3] == "kept, strength 0.3"
     assert [entry.swatch for entry in chart.legend] == ["before", "after"]
 
 
-def test_blocks_that_changed_together_share_a_mark() -> None:
+def test_blocks_that_changed_together_share_a_mark():
     chart = chart_of(repaired(None, None, BETTER | {"blocks": 3}))
     assert [row[1:] for row in chart.table.rows[:2]] == [[NOTHING] * 3] * 2
     drawing = chart.draw(920)
@@ -83,14 +83,14 @@ def test_blocks_that_changed_together_share_a_mark() -> None:
     assert "share one error, measured after the last of them" in chart.caption
 
 
-def test_an_error_that_grew_and_was_kept_is_explained() -> None:
+def test_an_error_that_grew_and_was_kept_is_explained():
     grew = BETTER | {"error_after": 0.75}
     explained = "judged by the model's predictions"
     assert explained in chart_of(repaired(BETTER, BETTER, grew)).caption
     assert explained not in chart_of(repaired(BETTER, BETTER, WORSE)).caption
 
 
-def test_words_of_single_blocks() -> None:
+def test_words_of_single_blocks():
     assert "Block 2, local: no error of its own" in chart_of(repaired(BETTER, BETTER, None)).draw(
         400
     )
@@ -99,7 +99,7 @@ def test_words_of_single_blocks() -> None:
     assert "0.2500 after, rejected in 1 of 3 experts" in drawing
 
 
-def test_several_runs_share_a_scale() -> None:
+def test_several_runs_share_a_scale():
     runs = [
         repaired(BETTER, BETTER, BETTER, run="one"),
         repaired(BETTER, BETTER | {"error_before": 2.0}, None, run="two"),
@@ -112,7 +112,7 @@ def test_several_runs_share_a_scale() -> None:
     assert re.findall(r'class="tick end"[^>]*>([\d.]+)<', drawing).count("2") == 2
 
 
-def test_a_long_heading_is_broken_on_a_phone() -> None:
+def test_a_long_heading_is_broken_on_a_phone():
     runs = [repaired(BETTER, run=f"{'very-' * 8}{name}") for name in ("long", "name")]
     lines = re.findall(r'class="panel"[^>]*>([^<]*)<', chart_of(*runs).draw(NARROW))
     assert len(lines) == 4 and max(map(len, lines)) <= 48
@@ -122,16 +122,16 @@ def test_a_long_heading_is_broken_on_a_phone() -> None:
 @pytest.mark.parametrize(
     "repair", [{"steps": []}, {"steps": [{"name": "bias", "blocks": []}]}, None]
 )
-def test_runs_without_errors_have_no_chart(repair: Any) -> None:
+def test_runs_without_errors_have_no_chart(repair):
     assert repair_chart([RunFacts("run", Path("run"), {"repair": repair})]) is None
 
 
-def test_errors_of_zero_can_be_drawn() -> None:
+def test_errors_of_zero_can_be_drawn():
     none = WORSE | {"error_before": 0, "error_after": 0.0}
     assert chart_of(repaired(none, none, none)).table.rows[0][1:3] == ["0.000000", "0.000000"]
 
 
-def test_what_kept_all_its_channels_was_not_rejected() -> None:
+def test_what_kept_all_its_channels_was_not_rejected():
     whole = BETTER | {"error_before": 0.0, "error_after": 0.0, "kept": False, "training_steps": 0}
     chart = chart_of(repaired(whole, BETTER, BETTER, name="ridge"))
     drawing = chart.draw(920)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from cfsp.cli import main
 
 
-def test_what_cfsp_wrote_passes(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cfsp_wrote_passes(run, capsys):
     assert main(["verify", str(run), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["verified"] is True
@@ -81,13 +81,7 @@ def _with(name: str, text: str = "") -> Callable[[Path], object]:
         (_without("model.safetensors"), "model.safetensors"),
     ],
 )  # fmt: skip
-def test_every_change_is_named(
-    run: Path,
-    tmp_path: Path,
-    damage: Callable[[Path], object],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_every_change_is_named(run, tmp_path, damage, message, capsys):
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     damage(copy)
     capsys.readouterr()
@@ -97,9 +91,7 @@ def test_every_change_is_named(
     assert error.count("\n") == 1
 
 
-def test_a_manifest_without_digests_of_the_other_files_says_so(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_manifest_without_digests_of_the_other_files_says_so(run, tmp_path, capsys):
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     manifest = json.loads((copy / "cfsp.json").read_text())
     files = manifest["files"]
@@ -115,7 +107,7 @@ def test_a_manifest_without_digests_of_the_other_files_says_so(
     assert "setup.py is not in cfsp.json" in capsys.readouterr().err
 
 
-def test_notes_and_licences_may_change(run: Path, tmp_path: Path) -> None:
+def test_notes_and_licences_may_change(run, tmp_path):
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     for name in ("README.md", "LICENSE.txt", "cfsp.statistics"):
         (copy / name).write_text("other")

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from any_models import REPRESENTATIVES
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.found import Architecture
 from cfsp.checkpoint.reading import LoadedModel
@@ -22,7 +21,7 @@ from cfsp.streaming.decoder_start import DecoderStart
 from cfsp.streaming.hidden_states import HiddenStates
 from cfsp.streaming.runtime import Runtime
 from cfsp.text.windows import Windows
-from tiny_decoders import tiny_model
+from tiny_decoders import REPRESENTATIVES, tiny_model
 
 SHARED_KEYS = {
     "num_hidden_layers": 4,

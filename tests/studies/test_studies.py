@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,13 +13,7 @@ from conftest import REPOSITORY
 
 
 @pytest.mark.usefixtures("models_start_quickly")
-def test_parts(
-    tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
-    other_text_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_parts(tiny_checkpoint, text_file, other_text_file, tmp_path, capsys):
     out = tmp_path / "rows.json"
     texts = ("--data", text_file, "--eval", text_file, "--eval", other_text_file)
     size = ("--seqlen", 32, "--windows", 2, "--samples", 4, "--stays", 0.6, "--rounds", 1)
@@ -46,9 +38,7 @@ def test_parts(
     assert "| 60.0% | ffn | 1 rounds | 100% |" in printed
 
 
-def test_it_prints_what_is_published(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_prints_what_is_published(tmp_path, monkeypatch, capsys):
     command = ["9", "--texts", str(tmp_path)]
     assert study.main(command) == 2
     shown = capsys.readouterr()
@@ -70,7 +60,7 @@ def test_it_prints_what_is_published(
     assert not set(table.splitlines()) - set(printed)
 
 
-def test_results_are_measured_once(tmp_path: Path, text_file: Path) -> None:
+def test_results_are_measured_once(tmp_path, text_file):
     path = tmp_path / "rows.json"
     results = study.Results(path, {"windows": 2})
     results.add({"seed": 0}, {"value": 1.0})

@@ -11,15 +11,13 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from cfsp.calibration.statistics import Statistics
+import cfsp
 from cfsp.checkpoint.loading import load
-from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
 from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.quality.evaluate import evaluate_models
 from cfsp.recovery.data import read_text
 from cfsp.recovery.loss import IGNORED
-from cfsp.result.manifest import read_manifest
 from cfsp.selection.loss import held_out_windows
 from cfsp.settings import CalibrationText, Compute, EvaluationText, MaxLossIncrease, Text
 from cfsp.text.drawing import consecutive_windows, draw_text
@@ -40,7 +38,7 @@ def with_template(tokenizer: Any, single: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def bos_checkpoint(tmp_path_factory: pytest.TempPathFactory, bos_tokenizer: Any) -> Path:
+def bos_checkpoint(tmp_path_factory, bos_tokenizer) -> Path:
     """Save a tiny model whose tokenizer adds BOS."""
     directory = tmp_path_factory.mktemp("bos")
     save_tiny_model("llama", directory)
@@ -48,7 +46,7 @@ def bos_checkpoint(tmp_path_factory: pytest.TempPathFactory, bos_tokenizer: Any)
     return directory
 
 
-def test_the_tokenizer_says_what_a_window_begins_with(tokenizer: Any, bos_tokenizer: Any) -> None:
+def test_the_tokenizer_says_what_a_window_begins_with(tokenizer, bos_tokenizer):
     assert beginning(tokenizer) == ()
     assert beginning(tokenizer, "yes") == (BOS,)
     assert beginning(bos_tokenizer) == beginning(bos_tokenizer, "yes") == (BOS,)
@@ -61,7 +59,7 @@ def test_the_tokenizer_says_what_a_window_begins_with(tokenizer: Any, bos_tokeni
     assert beginning(with_template(tokenizer, "</s> $A")) == (1,)
 
 
-def test_bos_that_is_not_there_cannot_be_asked_for(tokenizer: Any) -> None:
+def test_bos_that_is_not_there_cannot_be_asked_for(tokenizer):
     without = copy.deepcopy(tokenizer)
     without.bos_token = None
     assert beginning(without) == ()
@@ -83,7 +81,7 @@ def every_kind(name: str, tokenizer: Any, bos: Any) -> dict[str, Windows]:
     }
 
 
-def test_every_kind_of_window_begins_with_bos(text_file: Path, bos_tokenizer: Any) -> None:
+def test_every_kind_of_window_begins_with_bos(text_file, bos_tokenizer):
     ids = bos_tokenizer(text_file.read_text(), add_special_tokens=False)["input_ids"]
     pieces = {tuple(ids[i : i + 15]) for i in range(0, len(ids), 15)}
     for kind, windows in every_kind(str(text_file), bos_tokenizer, "auto").items():
@@ -97,9 +95,7 @@ def test_every_kind_of_window_begins_with_bos(text_file: Path, bos_tokenizer: An
     assert consecutive[:, 1:].flatten().tolist() == ids[: len(ids) // 15 * 15]
 
 
-def test_without_bos_nothing_changes(
-    text_file: Path, tokenizer: Any, bos_tokenizer: Any, tmp_path: Path
-) -> None:
+def test_without_bos_nothing_changes(text_file, tokenizer, bos_tokenizer, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text(text_file.read_text()[:4000])
     plain = every_kind(str(short), tokenizer, "auto")
@@ -112,7 +108,7 @@ def test_without_bos_nothing_changes(
         assert asked[kind].digest == added[kind].digest != plain[kind].digest
 
 
-def test_a_text_that_begins_with_bos_is_not_begun_twice(bos_tokenizer: Any) -> None:
+def test_a_text_that_begins_with_bos_is_not_begun_twice(bos_tokenizer):
     text = Text("marked", "<s>" + "the river " * 40)
     tokens_NT = consecutive_windows(text, bos_tokenizer, count=3, seqlen=16).tokens_NT
     assert (tokens_NT == BOS).sum(dim=1).tolist() == [1, 1, 1]
@@ -122,9 +118,11 @@ def test_a_text_that_begins_with_bos_is_not_begun_twice(bos_tokenizer: Any) -> N
     strided = consecutive_windows(text, bos_tokenizer, count=3, seqlen=16, stride=5)
     assert (strided.tokens_NT == BOS).sum(dim=1).tolist() == [1] * len(strided.tokens_NT)
     assert int(strided.scored_N.sum()) == 45
+    with pytest.raises(UsageError, match="between 1 and the window's 15 tokens of text, found 16"):
+        consecutive_windows(text, bos_tokenizer, count=2, seqlen=16, stride=16)
 
 
-def test_two_tokens_at_the_beginning_leave_two_less(text_file: Path, tokenizer: Any) -> None:
+def test_two_tokens_at_the_beginning_leave_two_less(text_file, tokenizer):
     changed = with_template(tokenizer, "</s> <s> $A")
     windows = draw_windows([str(text_file)], changed, samples=4, seqlen=16)
     assert windows.tokens_NT[:, :2].tolist() == [[1, 0]] * 4
@@ -135,9 +133,9 @@ def test_two_tokens_at_the_beginning_leave_two_less(text_file: Path, tokenizer: 
 
 @pytest.mark.parametrize("stride", [None, 6])
 def test_perplexity_with_bos_equals_token_by_token(
-    stride: int | None, bos_checkpoint: Path, text_file: Path, bos_tokenizer: Any
-) -> None:
-    directory, length = bos_checkpoint, 15
+    stride, bos_checkpoint, text_file, bos_tokenizer
+):
+    directory, length = bos_checkpoint, 9
     texts = EvaluationText((str(text_file),), windows=3, seqlen=length + 1, stride=stride)
     (result,) = evaluate_models([directory], texts, Compute(dtype="float32"))
 
@@ -155,18 +153,13 @@ def test_perplexity_with_bos_equals_token_by_token(
             logits = model(input_ids=context[None]).logits[0, -1].double()
         losses.append(-torch.log_softmax(logits, -1)[stream[position]])
     found = result["perplexity"][str(text_file)]
-    assert found["tokens"] == len(losses) == 45
+    assert found["tokens"] == len(losses) == 27
     expected = float(torch.stack(losses).mean().exp())
     assert found["value"] == pytest.approx(expected, rel=1e-4)
     assert found["bos"]
 
 
-def test_a_stride_has_no_room_for_bos(bos_tokenizer: Any, text_file: Path) -> None:
-    with pytest.raises(UsageError, match="between 1 and the window's 15 tokens of text, found 16"):
-        consecutive_windows(str(text_file), bos_tokenizer, count=2, seqlen=16, stride=16)
-
-
-def test_recovery_windows_begin_with_bos(text_file: Path, bos_tokenizer: Any) -> None:
+def test_recovery_windows_begin_with_bos(text_file, bos_tokenizer):
     text = read_text([str(text_file)], bos_tokenizer, seqlen=16)
     assert text.bos and not read_text([str(text_file)], bos_tokenizer, seqlen=16, bos="no").bos
     for data in (text.train, text.held_out):
@@ -175,7 +168,7 @@ def test_recovery_windows_begin_with_bos(text_file: Path, bos_tokenizer: Any) ->
         assert torch.equal(data.label_NT[:, 1:], data.token_NT[:, 1:])
 
 
-def test_recovery_windows_of_chats_begin_with_bos_once(bos_tokenizer: Any, tmp_path: Path) -> None:
+def test_recovery_windows_of_chats_begin_with_bos_once(bos_tokenizer, tmp_path):
     chatty = copy.deepcopy(bos_tokenizer)
     chatty.chat_template = (
         "<s>{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -194,32 +187,19 @@ def test_recovery_windows_of_chats_begin_with_bos_once(bos_tokenizer: Any, tmp_p
     assert chatty.decode(label_NT[0][trained[0]][:8].tolist()).startswith(" green stone")
 
 
-def test_the_record_says_whether_windows_begin_with_bos(
-    bos_checkpoint: Path, text_file: Path, tmp_path: Path
-) -> None:
-    command = ["prune", str(bos_checkpoint), "--sparsity", "0.2", "--samples", "8"]
-    out, data = tmp_path / "out", ["--data", str(text_file), "--seqlen", "32"]
-    assert main([*command, *data, "--out", str(out)]) == 0
-    manifest = read_manifest(out)
-    assert manifest is not None
-    assert manifest["calibration"]["bos"] is True
-    assert Statistics.load(out / STATISTICS_FILE).record.bos is True
-    assert json.loads((out / PLAN_FILE).read_text())["calibration"]["bos"] is True
+def test_the_record_says_whether_windows_begin_with_bos(bos_checkpoint, text_file):
+    drawn: dict[str, Any] = {"data": str(text_file), "samples": 4, "seqlen": 16}
+    for bos, expected in (("auto", True), ("no", False)):
+        statistics = cfsp.calibrate(bos_checkpoint, bos=bos, **drawn)
+        assert statistics.record.bos is expected
+        plan = cfsp.plan(bos_checkpoint, statistics, sparsity=0.2, block_metric="angular")
+        assert plan.calibration["bos"] is expected
 
 
-def test_commands_take_bos(
-    bos_checkpoint: Path,
-    text_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    model = str(bos_checkpoint)
-    text = ["--data", str(text_file), "--seqlen", "16"]
-    capsys.readouterr()
-    found = {}
-    for bos in ("auto", "yes", "no"):
-        assert main(["eval", model, *text, "--windows", "3", "--bos", bos, "--json"]) == 0
+def test_eval_takes_bos(bos_checkpoint, text_file, capsys):
+    argv = ["eval", str(bos_checkpoint), "--data", str(text_file), "--seqlen", "16"]
+    for bos in ("yes", "no"):
+        capsys.readouterr()
+        assert main([*argv, "--windows", "3", "--bos", bos, "--json"]) == 0
         (result,) = json.loads(capsys.readouterr().out)["models"]
-        found[bos] = result["perplexity"][str(text_file)]
-    assert found["auto"] == found["yes"] != found["no"]
-    assert [found[bos]["bos"] for bos in ("auto", "no")] == [True, False]
+        assert result["perplexity"][str(text_file)]["bos"] is (bos == "yes")

@@ -25,7 +25,7 @@ IMAGE = 300  # the token
 
 
 @pytest.fixture(scope="module")
-def processor(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def processor(tmp_path_factory) -> Any:
     directory = tmp_path_factory.mktemp("processor")
     tokenizer = image_tokenizer(directory / "tokenizer", bos=True)
     tiny_processor("llava", tokenizer).save_pretrained(directory)
@@ -33,7 +33,7 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def chats(tmp_path_factory) -> Path:
     return chats_with_images(tmp_path_factory.mktemp("chats"), 24)
 
 
@@ -48,7 +48,7 @@ def written(directory: Path, *records: dict[str, Any]) -> Path:
     return path
 
 
-def test_windows_are_equally_long_and_have_whole_images(chats: Path, processor: Any) -> None:
+def test_windows_are_equally_long_and_have_whole_images(chats, processor):
     windows = draw(chats, processor)
     assert windows.tokens_NT.shape == (4, SEQLEN)
     assert windows.sources == {str(chats): 4}
@@ -63,9 +63,7 @@ def test_windows_are_equally_long_and_have_whole_images(chats: Path, processor: 
     assert not torch.equal(windows.tokens_NT, draw(chats, processor, seed=1).tokens_NT)
 
 
-def test_a_window_is_what_the_processor_makes_of_its_samples(
-    tmp_path: Path, processor: Any
-) -> None:
+def test_a_window_is_what_the_processor_makes_of_its_samples(tmp_path, processor):
     names = ["a.png", "b.png"]
     for seed, name in enumerate(names):
         picture(seed).save(tmp_path / name)
@@ -89,7 +87,7 @@ def test_a_window_is_what_the_processor_makes_of_its_samples(
     assert window_T[: len(begin)].tolist() == begin
 
 
-def test_where_no_image_fits_the_window_goes_on_with_text(tmp_path: Path, processor: Any) -> None:
+def test_where_no_image_fits_the_window_goes_on_with_text(tmp_path, processor):
     """Three images have twelve tokens: two samples leave room for some texts, and no images."""
     picture(0).save(tmp_path / "a.png")
     messages = [{"role": "user", "content": "stone"}]
@@ -106,9 +104,7 @@ def test_where_no_image_fits_the_window_goes_on_with_text(tmp_path: Path, proces
     assert windows.tokens_NT.tolist() == [want] * 3
 
 
-def test_too_large_images_are_left_out_and_told(
-    tmp_path: Path, processor: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_too_large_images_are_left_out_and_told(tmp_path, processor, caplog):
     picture(0).save(tmp_path / "a.png")
     large = {"messages": [{"role": "user", "content": "river"}], "images": ["a.png"] * 20}
     small = {"messages": [{"role": "user", "content": "stone " * 80}], "images": ["a.png"]}
@@ -121,7 +117,7 @@ def test_too_large_images_are_left_out_and_told(
         draw(written(tmp_path, small), processor)
 
 
-def test_the_digest_covers_every_pixel(chats: Path, processor: Any) -> None:
+def test_the_digest_covers_every_pixel(chats, processor):
     windows = draw(chats, processor)
     assert windows.digest == draw(chats, processor).digest
     pixels = windows.images_of(2)["pixel_values"].clone()
@@ -132,7 +128,7 @@ def test_the_digest_covers_every_pixel(chats: Path, processor: Any) -> None:
     assert replace(windows, images_N=()).digest != windows.digest
 
 
-def test_parts_keep_their_images(chats: Path, text_file: Path, processor: Any) -> None:
+def test_parts_keep_their_images(chats, text_file, processor):
     windows = draw(chats, processor)
     text = draw_windows([str(text_file)], processor.tokenizer, samples=3, seqlen=SEQLEN)
     both = joined([text, windows])
@@ -143,7 +139,7 @@ def test_parts_keep_their_images(chats: Path, text_file: Path, processor: Any) -
     assert not text.has_images
 
 
-def test_images_may_be_bytes_and_pictures(tmp_path: Path, processor: Any) -> None:
+def test_images_may_be_bytes_and_pictures(tmp_path, processor):
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -170,9 +166,7 @@ def test_images_may_be_bytes_and_pictures(tmp_path: Path, processor: Any) -> Non
         assert found.digest == named.digest
 
 
-def test_images_beside_plain_text_are_left_out_and_told(
-    tmp_path: Path, processor: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_images_beside_plain_text_are_left_out_and_told(tmp_path, processor, caplog):
     records = [{"text": "stone " * 90, "images": ["a.png"]}] * 4
     windows = draw(written(tmp_path, *records), processor, samples=1)
     assert not windows.has_images
@@ -189,18 +183,14 @@ def test_images_beside_plain_text_are_left_out_and_told(
         ([], r'the messages have 1 parts {"type": "image"}, the column \'images\' has 0'),
     ],
 )
-def test_what_is_no_image_is_refused(
-    images: list[Any], message: str, tmp_path: Path, processor: Any
-) -> None:
+def test_what_is_no_image_is_refused(images, message, tmp_path, processor):
     content = [{"type": "image"}, {"type": "text", "text": "stone"}]
     record = {"messages": [{"role": "user", "content": content}], "images": images}
     with pytest.raises(TextError, match=f"records.jsonl, line 1: .*{message}"):
         draw(written(tmp_path, record), processor)
 
 
-def test_what_reads_text_alone_says_so(
-    chats: Path, processor: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_reads_text_alone_says_so(chats, processor, caplog):
     with caplog.at_level(logging.WARNING):
         windows = consecutive_windows(str(chats), processor.tokenizer, count=2, seqlen=32)
     assert not windows.has_images
@@ -214,27 +204,27 @@ def test_what_reads_text_alone_says_so(
         windows_left_over([str(chats)], processor.tokenizer, samples=2, seqlen=8, seed=0, count=1)
 
 
-def test_images_in_messages_need_their_column(tmp_path: Path) -> None:
+def test_images_in_messages_need_their_column(tmp_path):
     path = written(tmp_path, {"messages": [{"role": "user", "content": [{"type": "image"}]}]})
     with pytest.raises(TextError, match="a message has an image, but there is no column 'images'"):
         TextSource(str(path), "calibration").open()
 
 
-def test_a_model_without_processor_is_told(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_model_without_processor_is_told(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="carries no usable processor, which images need"):
         load_processor(tmp_path)
     assert not is_processor(tokenizer)
 
 
-def test_pillow_is_an_extra(chats: Path, processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pillow_is_an_extra(chats, processor, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(MissingExtraError, match=r"reading images needs packages .*\[images\]"):
         draw(chats, processor)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-def test_bos_stands_where_the_processor_writes_it(tmp_path: Path, chats: Path) -> None:
+def test_bos_stands_where_the_processor_writes_it(tmp_path, chats):
     """PaliGemma's writes it behind the images; the tokenizer alone puts it first."""
     tokenizer = image_tokenizer(tmp_path / "tokenizer", bos=True)
     assert beginning(tokenizer) == (tokenizer.bos_token_id,)

@@ -27,12 +27,12 @@ def read(name: str, purpose: Any = "calibration") -> list[str]:
     return list(TextSource(name, purpose).documents())
 
 
-def test_it_is_the_default() -> None:
+def test_it_is_the_default():
     assert DEFAULT_TEXT == MIXED
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_kind_reads_in_two_disjoint_parts(kind: str) -> None:
+def test_a_kind_reads_in_two_disjoint_parts(kind):
     calibration, evaluation = read(f"mixed/{kind}"), read(f"mixed/{kind}", "evaluation")
     assert not set(calibration) & set(evaluation)
     texts = [record["text"] for record in records(kind)]
@@ -45,14 +45,14 @@ def test_a_kind_reads_in_two_disjoint_parts(kind: str) -> None:
     assert all(text == text.strip() and "\0" not in text and "\r" not in text for text in texts)
 
 
-def test_it_is_at_most_three_megabytes() -> None:
+def test_it_is_at_most_three_megabytes():
     assert sum(len(record["text"].encode()) for kind in KINDS for record in records(kind)) <= 3e6
     assert sum(path.stat().st_size for path in MIXTURE.glob("*.gz")) < 1.3e6
     assert {path.name for path in MIXTURE.glob("*.gz")} == {f"{kind}.jsonl.gz" for kind in KINDS}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_document_has_a_source_and_a_licence(kind: str) -> None:
+def test_every_document_has_a_source_and_a_licence(kind):
     listed = (MIXTURE / "SOURCES.md").read_text(encoding="utf-8")
     for record in records(kind):
         assert set(record) == {"text", "title", "author", "source", "licence"}
@@ -65,14 +65,14 @@ def test_every_document_has_a_source_and_a_licence(kind: str) -> None:
         ), record
 
 
-def test_the_licences_are_those_that_the_package_names() -> None:
+def test_the_licences_are_those_that_the_package_names():
     pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     expression = next(line for line in pyproject.splitlines() if line.startswith("license ="))
     assert set(expression.split('"')[1].split(" AND ")) == LICENCES - {"NOTICES"}
 
 
 @pytest.mark.parametrize("purpose", ["calibration", "evaluation"])
-def test_all_kinds_come_by_turns(purpose: Any) -> None:
+def test_all_kinds_come_by_turns(purpose):
     kind_of = {text: kind for kind in KINDS for text in read(f"mixed/{kind}", purpose)}
     texts = read("mixed", purpose)
     assert sorted(texts) == sorted(kind_of)
@@ -84,7 +84,7 @@ def test_all_kinds_come_by_turns(purpose: Any) -> None:
 
 
 @pytest.fixture
-def short_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_kinds(monkeypatch) -> None:
     """Few words of each kind, because the test tokenizer is slow."""
 
     def short(kind: str) -> list[dict[str, str]]:
@@ -94,7 +94,7 @@ def short_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short_kinds")
-def test_windows_are_drawn_evenly_from_each_kind(tokenizer: Any) -> None:
+def test_windows_are_drawn_evenly_from_each_kind(tokenizer):
     windows = draw_windows(["mixed"], tokenizer, samples=22, seqlen=32)
     assert list(windows.sources) == [f"mixed/{kind}" for kind in KINDS]
     assert list(windows.sources.values()) == [3] * 4 + [2] * 5
@@ -108,27 +108,25 @@ def test_windows_are_drawn_evenly_from_each_kind(tokenizer: Any) -> None:
 
 
 @pytest.mark.usefixtures("short_kinds")
-def test_the_mixed_text_has_the_share_of_one_text(tokenizer: Any) -> None:
+def test_the_mixed_text_has_the_share_of_one_text(tokenizer):
     own = Text("own", "green light falls " * 400)
     windows = draw_windows(["mixed", own], tokenizer, samples=36, seqlen=32)
     assert windows.sources == {**{f"mixed/{kind}": 2 for kind in KINDS}, "own": 18}
 
 
-def test_a_package_without_its_text_says_so(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_package_without_its_text_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(cfsp.text.offline, "_DIRECTORY", tmp_path)
     with pytest.raises(TextError, match=r"books.jsonl.gz, which is part of this package .*again"):
         read("mixed/books")
 
 
-def test_the_documents_are_the_same_everywhere() -> None:
+def test_the_documents_are_the_same_everywhere():
     digest = hashlib.sha256("\0".join(read("mixed")).encode()).hexdigest()
     assert digest == DOCUMENTS_DIGEST
 
 
 @pytest.mark.real
-def test_the_windows_are_the_same_everywhere(demo: Any) -> None:
+def test_the_windows_are_the_same_everywhere(demo):
     windows = draw_windows(["mixed"], load_tokenizer(demo.directory))
     assert sum(windows.sources.values()) == 128
     assert windows.digest == WINDOWS_DIGEST
@@ -138,7 +136,7 @@ DOCUMENTS_DIGEST = "568483f735084b826fbe84fb22f72ed9008f44f6f0da4be4ccc20bfef497
 WINDOWS_DIGEST = "5f0224793a66ea4daefc74704158e99fcdf55539bf3db572f2122ec404f480c2"
 
 
-def test_each_kind_that_gives_a_window_is_a_source() -> None:
+def test_each_kind_that_gives_a_window_is_a_source():
     for texts, samples, sources in (
         (["mixed"], 128, len(KINDS)),
         (["mixed"], 4, 4),

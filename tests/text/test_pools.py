@@ -36,7 +36,7 @@ class Counting:
 
 
 @pytest.fixture
-def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_pieces(monkeypatch) -> None:
     monkeypatch.setattr(cfsp.text.stream, "_DRAWN_CHARACTERS", 8000)
     monkeypatch.setattr(cfsp.text.stream, "_PIECE_CHARACTERS", 400)
 
@@ -54,8 +54,8 @@ def sorted_text(path: Path) -> Path:
 @pytest.mark.usefixtures("short_pieces")
 @pytest.mark.parametrize("ending", ["txt", "jsonl"])
 def test_a_long_text_is_drawn_from_all_over_and_little_of_it_made_tokens(
-    ending: str, tokenizer: Any, tmp_path: Path
-) -> None:
+    ending, tokenizer, tmp_path
+):
     path = sorted_text(tmp_path / f"sorted.{ending}")
     counting: Any = Counting(tokenizer)
     windows = draw_windows([str(path)], counting, samples=8, seqlen=24)
@@ -66,7 +66,7 @@ def test_a_long_text_is_drawn_from_all_over_and_little_of_it_made_tokens(
     assert again.digest == windows.digest
 
 
-def test_the_beginning_of_one_long_line_is_not_all_of_it(tokenizer: Any, tmp_path: Path) -> None:
+def test_the_beginning_of_one_long_line_is_not_all_of_it(tokenizer, tmp_path):
     text = "river stone light " * 20_000
     (tmp_path / "line.txt").write_text(text)
     counting: Any = Counting(tokenizer)
@@ -77,8 +77,8 @@ def test_the_beginning_of_one_long_line_is_not_all_of_it(tokenizer: Any, tmp_pat
 
 
 def test_a_short_text_beside_others_is_told_and_filled_up(
-    tokenizer: Any, text_file: Path, other_text_file: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+    tokenizer, text_file, other_text_file, caplog
+):
     short = Text("short", "river stone light " * 30)
     names = [str(text_file), short, str(other_text_file)]
     windows = draw_windows(names, tokenizer, samples=30, seqlen=16)
@@ -94,7 +94,7 @@ def test_a_short_text_beside_others_is_told_and_filled_up(
         draw_windows([names[0], empty], tokenizer, samples=8, seqlen=16)
 
 
-def test_what_some_cannot_have_others_have_evenly() -> None:
+def test_what_some_cannot_have_others_have_evenly():
     assert shares_within([4, 4, 4], [9, 9, 9]) == [4, 4, 4]
     assert shares_within([4, 4, 4], [9, 1, 9]) == [6, 1, 5]
     assert shares_within([4, 4, 4], [5, 1, 9]) == [5, 1, 6]
@@ -111,7 +111,7 @@ def drawn_once(texts: list[str | Text], tokenizer: Any) -> dict[str, int]:
     return drawn.sources
 
 
-def test_what_is_left_over_is_even_and_may_not_be_enough(tokenizer: Any) -> None:
+def test_what_is_left_over_is_even_and_may_not_be_enough(tokenizer):
     texts = [Text(name, f"{name} river stone light " * 200) for name in ("one", "two")]
     left = windows_left_over(texts, tokenizer, 7, samples=9, seqlen=16)
     assert left.sources == {"one": 4, "two": 3}
@@ -120,9 +120,7 @@ def test_what_is_left_over_is_even_and_may_not_be_enough(tokenizer: Any) -> None
         windows_left_over(texts[:1], tokenizer, 2, seqlen=64)
 
 
-def test_a_text_with_two_names_is_drawn_from_once(
-    tokenizer: Any, text_file: Path, tmp_path: Path
-) -> None:
+def test_a_text_with_two_names_is_drawn_from_once(tokenizer, text_file, tmp_path):
     short, link = tmp_path / "short.txt", tmp_path / "link.txt"
     short.write_text(text_file.read_text()[:4000])
     link.symlink_to(short)
@@ -131,9 +129,7 @@ def test_a_text_with_two_names_is_drawn_from_once(
         assert drawn_once([name, other], tokenizer) == {name: 20}
 
 
-def test_kinds_that_are_named_beside_the_mixed_text_are_drawn_from_once(
-    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kinds_that_are_named_beside_the_mixed_text_are_drawn_from_once(tokenizer, monkeypatch):
     def short(kind: str) -> list[dict[str, str]]:
         words = [str(n * n) for n in range(100, 300)]
         return [{"text": " ".join([kind, *words[i : i + 10]])} for i in range(0, 200, 10)]

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
@@ -48,7 +47,7 @@ def refused(name: str, purpose: Any = "calibration") -> str:
     return str(caught.value)
 
 
-def test_a_text_that_is_not_there_says_which_is_meant(tmp_path: Path) -> None:
+def test_a_text_that_is_not_there_says_which_is_meant(tmp_path):
     message = refused(ABSENT)
     assert message == (
         "nothing.txt is neither a file nor a known text; known are: mixed, python-docs, "
@@ -62,7 +61,7 @@ def test_a_text_that_is_not_there_says_which_is_meant(tmp_path: Path) -> None:
     assert f"did you mean {tmp_path / 'prose.txt'}?" in refused(str(tmp_path / "prosa.txt"))
 
 
-def test_texts_are_opened_but_not_read_to_the_end(tmp_path: Path) -> None:
+def test_texts_are_opened_but_not_read_to_the_end(tmp_path):
     (tmp_path / "a.txt").write_text("a river")
     (tmp_path / "late.jsonl").write_text('{"text": "fine"}\n{"text": ')
     good = [tmp_path / "a.txt", tmp_path / "late.jsonl", "python-docs", "python-source"]
@@ -76,7 +75,7 @@ def test_texts_are_opened_but_not_read_to_the_end(tmp_path: Path) -> None:
     assert "must be a list of messages" in refused(str(tmp_path / "chat.jsonl"))
 
 
-def test_a_text_on_the_hub_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_on_the_hub_is_opened_once(monkeypatch):
     opened = []
 
     def records(*place: str) -> Iterator[Record]:
@@ -105,16 +104,14 @@ def test_a_text_on_the_hub_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> No
         ["calibrate", "MODEL", "--out", "OUT", "--data", ABSENT],
         ["eval", "MODEL", "--data", ABSENT],
         ["sweep", "MODEL", "--sparsity", "0.2", "--eval", ABSENT, "--out", "OUT"],
+        ["sweep", "MODEL", "--sparsity", "0.2", "--eval", "c4", "--data", ABSENT, "--out", "OUT"],
         ["recover", "MODEL", "--steps", "1", "--data", ABSENT, "--out", "OUT"],
         ["recover", "MODEL", "--steps", "1", "--data", "c4", "--eval", ABSENT, "--out", "OUT"],
     ],
 )
 def test_commands_refuse_a_text_before_they_look_for_the_model(
-    arguments: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    arguments, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(sources, "hub_records", lambda *_: iter([({"text": "a river"}, "there")]))
     places = {"MODEL": str(tmp_path / "no-model"), "OUT": str(tmp_path / "out")}
     assert main([places.get(word, word) for word in arguments]) == 2
@@ -123,7 +120,7 @@ def test_commands_refuse_a_text_before_they_look_for_the_model(
     sources._open_on_hub.cache_clear()
 
 
-def test_a_text_is_refused_before_torch_is_imported() -> None:
+def test_a_text_is_refused_before_torch_is_imported():
     code = (
         "import sys; from cfsp.cli import main; "
         f"status = main(['prune', 'demo', '--sparsity', '0.2', '--out', 'x', '--eval', '{ABSENT}'])"
@@ -134,14 +131,9 @@ def test_a_text_is_refused_before_torch_is_imported() -> None:
     assert done.stderr.startswith("cfsp prune: nothing.txt is neither a file")
 
 
-def test_functions_refuse_a_text_before_any_work(
-    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_work(*args: Any, **options: Any) -> None:
-        raise AssertionError("worked before the texts were opened")
-
+def test_functions_refuse_a_text_before_any_work(tiny_checkpoint, tmp_path, monkeypatch):
     source = open_checkpoint(tiny_checkpoint("llama"))
-    monkeypatch.setattr(torch.nn.Module, "__call__", no_work)
+    monkeypatch.setattr(torch.nn.Module, "__call__", lambda *_, **__: pytest.fail("too late"))
     settings, out = PruneSettings(Budget(0.2)), tmp_path / "out"
     absent = CalibrationText((ABSENT,))
     evaluation = EvaluationText((ABSENT,))
@@ -170,7 +162,7 @@ def test_functions_refuse_a_text_before_any_work(
 # Texts themselves.
 
 
-def test_a_text_itself_is_a_source(tokenizer: Any, text_file: Path) -> None:
+def test_a_text_itself_is_a_source(tokenizer, text_file):
     text = Text("mine", [text_file.read_text()])
     drawn = draw_windows([text], tokenizer, samples=6, seqlen=16)
     assert drawn.sources == {"mine": 6}
@@ -180,7 +172,7 @@ def test_a_text_itself_is_a_source(tokenizer: Any, text_file: Path) -> None:
     assert not TextSource(Text("a:messages", "one"), "calibration").is_chat
 
 
-def test_no_text_is_no_text() -> None:
+def test_no_text_is_no_text():
     for documents in ((), "", "  \n", ["", " "]):
         with pytest.raises(TextError, match="the text 'mine' is empty"):
             Text("mine", documents)
@@ -190,22 +182,16 @@ def test_no_text_is_no_text() -> None:
         Text("mine", [3])  # type: ignore[list-item]
 
 
-def test_a_model_is_pruned_on_a_text_itself(
-    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, text_file: Path
-) -> None:
+def test_functions_take_a_text_itself(tiny_checkpoint, text_file):
     model, text = tiny_checkpoint("llama"), Text("mine", text_file.read_text())
-    report = cfsp.prune(
-        model, out=tmp_path / "out", sparsity=0.25, multiple=8, data=text, samples=8, seqlen=32
-    )
-    assert report.plan.calibration["sources"] == {"mine": 8}
-    (measured,) = cfsp.evaluate([tmp_path / "out"], text, windows=2, seqlen=32)
-    assert list(measured["perplexity"]) == ["mine"]
-    # One name may stand alone as well.
-    statistics = cfsp.calibrate(model, data=str(text_file), samples=4, seqlen=16)
-    assert statistics.record.sources == {str(text_file): 4}
+    for data, name in ((text, "mine"), (str(text_file), str(text_file))):  # one may stand alone
+        statistics = cfsp.calibrate(model, data=data, samples=4, seqlen=16)
+        assert statistics.record.sources == {name: 4}
+        (measured,) = cfsp.evaluate([model], data, windows=2, seqlen=32)
+        assert list(measured["perplexity"]) == [name]
 
 
-def test_an_empty_list_of_texts_is_an_error(tmp_path: Path) -> None:
+def test_an_empty_list_of_texts_is_an_error(tmp_path):
     with pytest.raises(UsageError, match="no text to calibrate on; give one or several: wikitext2"):
         cfsp.prune("no-model", out=tmp_path / "out", sparsity=0.2, data=[])
     with pytest.raises(UsageError, match="no text to calibrate on"):
@@ -217,38 +203,31 @@ def test_an_empty_list_of_texts_is_an_error(tmp_path: Path) -> None:
 # The hub.
 
 
+class Datasets:
+    @staticmethod
+    def load_dataset(*args: Any, **options: Any) -> list[dict[str, str]]:
+        return [{"text": "from the cache"}]
+
+
 @pytest.mark.usefixtures("no_hub")
-def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    class Datasets:
-        @staticmethod
-        def load_dataset(*args: Any, **options: Any) -> list[Any]:
-            asked.append(args)
-            return []
-
+def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch):
     monkeypatch.setattr(of_data, "import_datasets", lambda: Datasets)
+    monkeypatch.setattr(Datasets, "load_dataset", lambda *_, **__: pytest.fail("it was asked"))
     assert not hub_is_reachable()
     message = refused("wikitext2")
     assert message.startswith("the hub, which has Salesforce/wikitext, cannot be reached from here")
-    assert not asked
     with pytest.raises(CheckpointError, match="and the hub cannot be reached from here"):
         locate_model("no-one/nothing")
 
 
-def test_whoever_stays_offline_reads_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Datasets:
-        @staticmethod
-        def load_dataset(*args: Any, **options: Any) -> list[dict[str, str]]:
-            return [{"text": "from the cache"}]
-
+def test_whoever_stays_offline_reads_the_cache(monkeypatch):
     monkeypatch.setattr(of_data, "import_datasets", lambda: Datasets)
     assert list(TextSource("wikitext2", "evaluation").documents()) == ["from the cache"]
     with pytest.raises(CheckpointError, match="its cache has no copy either"):
         locate_model("no-one/nothing")
 
 
-def test_a_hub_that_answers_anything_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_answers_anything_is_there(monkeypatch):
     class Answer(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
             self.send_response(404)
