@@ -94,6 +94,19 @@ def random_prose(words: int, seed: int) -> str:
 
 
 @pytest.fixture
+def command(capsys) -> Callable[..., Any]:
+    """Runs a command in this process; gives what it printed, without what was printed before."""
+    from cfsp.cli import main
+
+    def run(*argv: object, status: int = 0) -> Any:
+        capsys.readouterr()
+        assert main([*map(str, argv)]) == status
+        return capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
 def no_hub(monkeypatch) -> None:
     """A network without a hub: nothing listens on the port for discarding."""
     import huggingface_hub.constants
@@ -208,11 +221,29 @@ def source_with_card(tiny_checkpoint, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def run(source_with_card, text_file, tmp_path_factory) -> Path:
     """What tests of `result` look at: half of the channels gone, repaired, and measured."""
-    from cfsp.settings import Budget
-    from report_runs import prune_tiny
+    from cfsp.checkpoint.locating import open_checkpoint
+    from cfsp.pipeline import prune_checkpoint
+    from cfsp.settings import (
+        Budget,
+        CalibrationText,
+        Compute,
+        Criterion,
+        EvaluationText,
+        PruneSettings,
+    )
 
     out = tmp_path_factory.mktemp("result") / "run"
-    return prune_tiny(source_with_card, text_file, out, budget=Budget(0.5, multiple=8))
+    settings = PruneSettings(
+        Budget(0.5, multiple=8),
+        Criterion(channel_metric="activation"),
+        CalibrationText((str(text_file),), samples=8, seqlen=32),
+        Compute("cpu", "float32"),
+        repair="ridge",
+        evaluation=EvaluationText((str(text_file),), windows=2, seqlen=32),
+    )
+    typed = f"cfsp prune {source_with_card} --sparsity 0.5 --out {out}"
+    prune_checkpoint(open_checkpoint(source_with_card), out, settings, command=typed)
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -8,18 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.pipeline import prune_checkpoint
 from cfsp.result.manifest import read_manifest
-from cfsp.settings import (
-    Budget,
-    CalibrationText,
-    Compute,
-    Criterion,
-    EvaluationText,
-    PruneSettings,
-    Repair,
-)
 
 # Of a model, before it is pruned.
 CARD = """\
@@ -53,37 +42,10 @@ HISTORY = [
 ]
 
 
-def prune_tiny(
-    model: Path,
-    text: Path,
-    out: Path,
-    *,
-    budget: Budget,
-    repair: Repair = "ridge",
-    channel_metric: str = "activation",
-) -> Path:
-    """Prune a tiny model with everything that a report shows."""
-    prune_checkpoint(
-        open_checkpoint(model),
-        out,
-        PruneSettings(
-            budget,
-            Criterion(channel_metric=channel_metric),
-            CalibrationText((str(text),), samples=8, seqlen=32),
-            Compute("cpu", "float32"),
-            repair=repair,
-            evaluation=EvaluationText((str(text),), windows=2, seqlen=32),
-        ),
-        command=f"cfsp prune {model} --sparsity {budget.sparsity} --out {out}",
-    )
-    return out
-
-
 def changed_copy(run: Path, out: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     """Copy a run and change its manifest, which is one of version 2."""
     shutil.copytree(run, out)
     manifest = read_manifest(out)
-    assert manifest is not None
     change(manifest)
     (out / "cfsp.json").write_text(json.dumps(manifest))
     return out

@@ -103,18 +103,16 @@ def test_a_large_vocabulary_is_in_it(wordy, argv, estimate):
     assert rise == pytest.approx(head, rel=1e-3)
 
 
-def test_what_is_left_is_told_and_that_it_is_much(wordy, argv, estimate, tmp_path, capsys):
+def test_what_is_left_is_told_and_that_it_is_much(wordy, argv, estimate, tmp_path, command):
     argv[1] = str(wordy)
     found = estimate()
-    assert main([*argv, "--sparsity", "0.5", "--out", str(tmp_path / "new" / "out")]) == 0
-    told = capsys.readouterr()
+    told = command(*argv, "--sparsity", "0.5", "--out", tmp_path / "new" / "out")
     assert "together" in told.out and "memory " in told.out and "available" in told.out
     sentence = "50% of the FFN channels are 0.5% of this model's parameters (0.0M of 2.6M)"
     assert sentence in told.err and "give --target-params 0.5" in told.err
     assert "(-0.5%)" in told.out and "of weights" in told.out
     run = [*argv[:-1], "--sparsity", "0.5", "--effort", "fast", "--out", str(tmp_path / "out")]
-    assert main([*run, "--json"]) == 0
-    printed = capsys.readouterr()
+    printed = command(*run, "--json")
     assert sentence in printed.err
     report = json.loads(printed.out)
     assert found["parameters_before"] == report["parameters_before"]
@@ -131,6 +129,5 @@ def test_what_is_left_is_told_and_that_it_is_much(wordy, argv, estimate, tmp_pat
         (["--target-params", "0.8"], "--target-params"),
     ],
 )
-def test_what_has_no_cost_beforehand_is_refused(argv, options, named, capsys):
-    assert main([*argv, *options]) == 2
-    assert f"--estimate does not know what {named} takes" in capsys.readouterr().err
+def test_what_has_no_cost_beforehand_is_refused(argv, options, named, command):
+    assert f"--estimate does not know what {named} takes" in command(*argv, *options, status=2).err

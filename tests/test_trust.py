@@ -86,7 +86,6 @@ def test_a_card_quotes_foreign_text_as_code(run):
     hostile = "x`\n---\n# <script>alert(1)</script> | [a](javascript:1)"
     origin = Origin(hostile, metadata={"license": hostile, "tags": [hostile]})
     manifest = read_manifest(run)
-    assert manifest is not None
     manifest |= {"base_model": {"name": hostile}, "perplexity": measured(hostile, 1, 2)}
     card = ModelCard(model_card(manifest, PruningPlan.load(run / PLAN_FILE), origin))
     assert card.data.license == hostile
@@ -132,11 +131,13 @@ def test_the_first_of_two_outputs_stays(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"out", "one"}
 
 
-def test_a_sweep_where_another_one_works_is_refused(tiny_checkpoint, text_file, tmp_path, capsys):
+def test_a_sweep_where_another_one_works_is_refused(tiny_checkpoint, text_file, tmp_path, command):
     argv = ["sweep", str(tiny_checkpoint("llama")), "--sparsity", "0.4", "--data", str(text_file)]
     with exclusive(tmp_path / "out"):
-        assert main([*argv, "--eval", str(text_file), "--out", str(tmp_path / "out")]) == 2
-    assert "another run is working in" in capsys.readouterr().err
+        assert (
+            "another run is working in"
+            in command(*argv, "--eval", text_file, "--out", tmp_path / "out", status=2).err
+        )
 
 
 @pytest.mark.parametrize("command", ["prune", "calibrate", "recover"])

@@ -134,7 +134,7 @@ def test_ruled_out_tokens_count_nothing():
 
 
 def test_results_of_other_weights_or_texts_are_not_taken_for_these(
-    tiny_checkpoint, text_file, other_text_file, tmp_path, capsys
+    tiny_checkpoint, text_file, other_text_file, tmp_path, command
 ):
     model = tmp_path / "model"
     shutil.copytree(tiny_checkpoint("llama"), model)
@@ -146,20 +146,17 @@ def test_results_of_other_weights_or_texts_are_not_taken_for_these(
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.0.self_attn.q_proj.weight"] += 0.1
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    assert main(argv) == 2
-    error = capsys.readouterr().err
+    error = command(*argv, status=2).err
     assert "holds something else than was asked for now (other weights)" in error
     shutil.copy(other_text_file, text)
-    assert main(argv) == 2
-    assert "than was asked for now (other weights, texts); choose" in capsys.readouterr().err
+    assert "than was asked for now (other weights, texts); choose" in command(*argv, status=2).err
 
 
-def test_what_is_printed(tiny_checkpoint, text_file, other_text_file, capsys):
+def test_what_is_printed(tiny_checkpoint, text_file, other_text_file, command):
     dense, other = (str(tiny_checkpoint(name)) for name in ("llama", "qwen3"))
     argv = ["eval", other, "--against", dense, "--data", str(text_file)]
     argv += ["--data", str(other_text_file), "--windows", "3", "--stride", "200"]
-    assert main(argv) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = command(*argv).out.splitlines()
     texts = list(short_names([str(text_file), str(other_text_file)]).values())
     names = list(short_names([dense, other]).values())
     assert lines[0].split() == ["perplexity", "parameters", *texts]

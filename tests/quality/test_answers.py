@@ -204,30 +204,26 @@ def test_a_killed_run_goes_on(
     assert run("--answers", "3") == 2 and not seen
 
 
-def test_tables(argv, models, results, capsys):
-    assert main([*argv, "--out", str(results)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+def test_tables(argv, models, results, command):
+    lines = command(*argv, "--out", results).out.splitlines()
     (head,) = [i for i, line in enumerate(lines) if line.startswith(f"answers to {COUNT} questi")]
     assert [line.count("±") for line in lines[head + 2 : head + 4]] == [0, 2]
-    assert main(["compare", str(results), "--json"]) == 0
-    (pair,) = json.loads(capsys.readouterr().out)["pairs"]
+    (pair,) = json.loads(command("compare", results, "--json").out)["pairs"]
     second = json.loads(results.read_text())["models"][1]["answers"]["summary"]
     assert pair["questions"] == COUNT
     assert pair["answers"]["divergence"]["difference"] == second["divergence"]
     assert pair["answers"]["alike"]["second"] == second["alike"]
-    assert main(["compare", str(results)]) == 0
-    told = capsys.readouterr().out
+    told = command("compare", results).out
     assert f"answers to {COUNT} questions" in told and "first tokens alike" in told
 
 
-def test_other_answers_are_not_compared(models, results, tmp_path, capsys):
+def test_other_answers_are_not_compared(models, results, tmp_path, command):
     found = json.loads(results.read_text())
     found["models"] = [found["models"][1] | {"model": "other", "fingerprint": "other"}]
     found["models"][0]["answers"]["digest"] = "other"
     other = tmp_path / "other.json"
     other.write_text(json.dumps(found))
-    assert main(["compare", str(results), str(other)]) == 2
-    assert "were measured on other answers" in capsys.readouterr().err
+    assert "were measured on other answers" in command("compare", results, other, status=2).err
 
 
 def test_questions_of_chats(tmp_path):
@@ -259,13 +255,12 @@ def test_questions_of_chats(tmp_path):
         ({"chat_template": "{{ messages.__class__.__mro__ }}"}, "does not fit the chat template"),
     ],
 )
-def test_templates_that_do_not_fit(models, tokenizer, change, message, tmp_path, capsys):
+def test_templates_that_do_not_fit(models, tokenizer, change, message, tmp_path, command):
     other = Path(shutil.copytree(models[1], tmp_path / "other"))
     (other / "chat_template.jinja").unlink(missing_ok=True)
     config = json.loads((other / "tokenizer_config.json").read_text()) | change
     (other / "tokenizer_config.json").write_text(json.dumps(config))
-    assert main(["eval", str(other), "--against", models[1], "--answers", "1"]) == 2
-    assert message in capsys.readouterr().err
+    assert message in command("eval", other, "--against", models[1], "--answers", "1", status=2).err
 
 
 def test_a_model_that_thinks_answers_at_once(models, tokenizer):
@@ -278,7 +273,7 @@ def test_a_model_that_thinks_answers_at_once(models, tokenizer):
     assert prompt == tokenizer(questions.asked[0][1], add_special_tokens=False)["input_ids"]
 
 
-def test_mistakes_are_told_before_anything_is_loaded(models, argv, capsys, monkeypatch):
+def test_mistakes_are_told_before_anything_is_loaded(models, argv, capsys, command, monkeypatch):
     monkeypatch.setattr("cfsp.quality.evaluate.load", lambda *_, **__: pytest.fail("too late"))
     for wrong, message in (
         (["eval", models[0], "--answers"], "add --against DENSE"),
@@ -287,8 +282,7 @@ def test_mistakes_are_told_before_anything_is_loaded(models, argv, capsys, monke
         ([*argv, "--set", "answer_tokens=0"], "needs at least 1 token of an answer, found 0"),
         ([*argv, "--set", "answer_tokens=999"], "its answer up to 999, but"),
     ):
-        assert main(wrong) == 2
-        assert message in capsys.readouterr().err
+        assert message in command(*wrong, status=2).err
     with pytest.raises(SystemExit):
         main(["eval", "--against", models[1], "--answers", models[0]])
     assert (
@@ -296,8 +290,7 @@ def test_mistakes_are_told_before_anything_is_loaded(models, argv, capsys, monke
         in capsys.readouterr().err
     )
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
-    assert main(argv) == 2
-    assert "answering questions runs the whole model" in capsys.readouterr().err
+    assert "answering questions runs the whole model" in command(*argv, status=2).err
     with pytest.raises(UsageError, match="at least 1 question, found 0"):
         Questions.of(0)
     with pytest.raises(UsageError, match="100 questions come with cfsp, found --answers 101"):

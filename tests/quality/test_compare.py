@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cfsp.cli import main
 from cfsp.errors import ReportError
 from cfsp.quality.compare import compare, comparisons
 from cfsp.quality.results_file import read_models
@@ -21,13 +20,9 @@ Model = dict[str, Any]
 
 
 def text(seed: int, *, compared: bool = True, digest: str = "same") -> dict[str, Any]:
-    generator = random.Random(seed)
-    counts = [31] * (WINDOWS - 1) + [12]
-    found: dict[str, Any] = {
-        "digest": digest,
-        "predicted": counts,
-        "loss": [count * (3 + generator.random()) for count in counts],
-    }
+    generator, counts = random.Random(seed), [31] * (WINDOWS - 1) + [12]
+    found: dict[str, Any] = {"digest": digest, "predicted": counts}
+    found["loss"] = [count * (3 + generator.random()) for count in counts]
     if compared:
         found["divergence"] = [count * generator.random() for count in counts]
         found["agreed"] = [generator.randrange(count) for count in counts]
@@ -38,55 +33,45 @@ def picked(task: str, seed: int, right: float, *, norm: bool = True) -> list[dic
     """Documents of four choices, with about so many right answers."""
     generator, golds = random.Random(f"{task}{seed}"), random.Random(task)
     found = []
-    for number in range(DOCUMENTS):
+    for _ in range(DOCUMENTS):
         gold = golds.randrange(4)
         choice = gold if generator.random() < right else (gold + generator.randrange(1, 4)) % 4
-        document = {
-            "id": f"{task}/{number}",
-            "hash": f"{task}{number}",
-            "gold": gold,
-            "choice": choice,
-            "loglikelihoods": [-1.0, -2.0, -3.0, -4.0],
-            "acc": float(choice == gold),
-            "chance": 0.25,
-        }
+        picked = {"choice": choice, "acc": float(choice == gold)}
         if norm:
-            document |= {"choice_norm": choice, "acc_norm": float(choice == gold)}
-        found.append(document)
+            picked |= {"choice_norm": choice, "acc_norm": picked["acc"]}
+        found.append({"gold": gold, "loglikelihoods": [-1.0, -2.0], "chance": 0.25, **picked})
     return found
 
 
 def continued(seed: int) -> list[dict[str, Any]]:
     generator = random.Random(seed)
     return [
-        {
-            "id": f"lambada_openai/{number}",
-            "hash": f"lambada{number}",
-            "loglikelihoods": [-5 * generator.random()],
-            "acc": float(generator.random() < 0.5),
-            "chance": 0.0,
-        }
-        for number in range(DOCUMENTS)
-    ]
+        {"loglikelihoods": [-5 * generator.random()], "acc": float(generator.random() < 0.5),
+         "chance": 0.0}
+        for _ in range(DOCUMENTS)
+    ]  # fmt: skip
 
 
-def model(name: str, seed: int, *, dense: bool = False, right: float = 0.7) -> Model:
-    found: Model = {
+def model(name: str, seed: int, *, right: float = 0.7) -> Model:
+    """Return what is measured of a model; that of seed 0 is the dense one."""
+    documents = {
+        "piqa": picked("piqa", seed, right),
+        "guessed": picked("guessed", seed, 0.25),
+        "boolq": picked("boolq", seed, right, norm=False),
+        "lambada_openai": continued(seed),
+    }
+    for task, its in documents.items():
+        for number, document in enumerate(its):
+            document |= {"id": f"{task}/{number}", "hash": f"{task}{number}"}
+    return {
         "model": name,
         "fingerprint": f"print-{seed}",
         "perplexity": {},
-        "windows": {"wiki": text(seed, compared=not dense), "code": text(seed + 100)},
-        "tasks": {task: {"shots": 0} for task in ("piqa", "guessed", "boolq", "lambada_openai")},
-        "documents": {
-            "piqa": picked("piqa", seed, right),
-            "guessed": picked("guessed", seed, 0.25),
-            "boolq": picked("boolq", seed, right, norm=False),
-            "lambada_openai": continued(seed),
-        },
+        "windows": {"wiki": text(seed, compared=seed > 0), "code": text(seed + 100)},
+        "tasks": {task: {"shots": 0} for task in documents},
+        "documents": documents,
+        **({"agreement": {"against": "dense", "fingerprint": "print-0"}} if seed else {}),
     }
-    if not dense:
-        found["agreement"] = {"against": "dense", "fingerprint": "print-0"}
-    return found
 
 
 @pytest.fixture
@@ -100,45 +85,35 @@ def write(tmp_path) -> Callable[..., Path]:
 
 
 def test_differences_are_those_of_numpy(write):
-    dense, one, two = model("dense", 0, dense=True), model("one", 1), model("two", 2, right=0.5)
+    dense, one, two = model("dense", 0), model("one", 1), model("two", 2, right=0.5)
     models = read_models([write("a.json", dense, one), write("b.json", dense, two)])
     assert [each.name for each in models] == ["dense", "one", "two"]
     found = compare(models[1], models[2], models[0])
 
-    def estimate(values: np.ndarray) -> tuple[float, float]:
-        return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
+    def check(pair: Any, gap: Any) -> None:
+        stderr = np.std(gap, ddof=1) / np.sqrt(len(gap))
+        expected = pytest.approx((np.mean(gap), stderr))
+        assert (pair.difference.value, pair.difference.stderr) == expected
+
+    def of(task: str, key: str) -> list[Any]:
+        return [np.array([d[key] for d in each["documents"][task]]) for each in (dense, one, two)]
 
     wiki = found.texts[0]
     counts = np.array(one["windows"]["wiki"]["predicted"])
     for name, pair in (("loss", wiki.loss), ("divergence", wiki.divergence)):
         gap = np.subtract(two["windows"]["wiki"][name], one["windows"]["wiki"][name])
-        assert pair is not None
         assert pair.difference.value == pytest.approx(gap.sum() / counts.sum())
     piqa = found.tasks[0]
     assert (piqa.metric, piqa.documents, piqa.is_above_chance) == ("acc_norm", DOCUMENTS, True)
-    choice = {
-        each["model"]: np.array([d["choice_norm"] for d in each["documents"]["piqa"]])
-        for each in (dense, one, two)
-    }
-    gold = np.array([d["gold"] for d in one["documents"]["piqa"]])
-    gap = (choice["two"] == gold).astype(float) - (choice["one"] == gold)
-    difference = piqa.accuracy.difference
-    assert (difference.value, difference.stderr) == pytest.approx(estimate(gap))
-    assert piqa.kept is not None
-    gap = (choice["two"] == choice["dense"]).astype(float) - (choice["one"] == choice["dense"])
-    kept = piqa.kept.difference
-    assert (kept.value, kept.stderr) == pytest.approx(estimate(gap))
+    (of_dense, of_one, of_two), (gold, *_) = of("piqa", "choice_norm"), of("piqa", "gold")
+    check(piqa.accuracy, (of_two == gold).astype(float) - (of_one == gold))
+    check(piqa.kept, (of_two == of_dense).astype(float) - (of_one == of_dense))
     lambada = found.tasks[3]
-    assert lambada.kept is None and lambada.loss is not None
-    losses = [
-        np.array([-d["loglikelihoods"][0] for d in each["documents"]["lambada_openai"]])
-        for each in (one, two)
-    ]
-    loss = lambada.loss.difference
-    assert (loss.value, loss.stderr) == pytest.approx(estimate(losses[1] - losses[0]))
+    assert lambada.kept is None
+    _, of_one, of_two = of("lambada_openai", "loglikelihoods")
+    check(lambada.loss, (of_one - of_two)[:, 0])
     # A task that the dense model guesses counts for nothing.
     assert [pair.task for pair in found.left_out] == ["guessed"]
-    assert found.accuracy is not None and found.kept is not None
     counted = [found.tasks[i].accuracy.difference for i in (0, 2, 3)]
     assert found.accuracy.difference.value == pytest.approx(np.mean([e.value for e in counted]))
     assert found.accuracy.difference.stderr == pytest.approx(
@@ -147,11 +122,10 @@ def test_differences_are_those_of_numpy(write):
 
 
 def test_the_dense_model_agrees_with_itself(write):
-    models = read_models([write("a.json", model("dense", 0, dense=True), model("one", 1))])
+    models = read_models([write("a.json", model("dense", 0), model("one", 1))])
     (found,) = comparisons(models, models[0], None)
     assert (found.first, found.second) == ("dense", "one")
     wiki = found.texts[0]
-    assert wiki.divergence is not None and wiki.agreed is not None
     assert (wiki.divergence.first.value, wiki.agreed.first.value) == (0, 1)
     assert found.tasks[0].kept is not None and found.tasks[0].kept.first.value == 1
 
@@ -179,55 +153,52 @@ def test_without_a_dense_model_there_are_differences_only(write):
         (lambda m: m.pop("windows"), "has no windows or documents of two"),
     ],
 )
-def test_what_does_not_compare_is_one_sentence(change, message, write, capsys):
+def test_what_does_not_compare_is_one_sentence(change, message, write, command):
     other = model("two", 2)
     change(other)
-    argv = ["compare", str(write("a.json", model("one", 1))), str(write("b.json", other))]
-    assert main(argv) == 2
-    printed = capsys.readouterr()
+    files = (write("a.json", model("one", 1)), write("b.json", other))
+    printed = command("compare", *files, status=2)
     assert message in printed.err
     assert printed.err.count("\n") == 1 and not printed.out
 
 
-def test_the_dense_model_may_be_named_as_a_file_is(write, tmp_path, capsys):
+def test_the_dense_model_may_be_named_as_a_file_is(write, tmp_path, command):
     """That of a GGUF is, and no results are in it."""
     weights = tmp_path / "dense.gguf"
     weights.write_bytes(b"\x80")
     names = ((str(weights), 0), ("a", 1), ("b", 2))
-    files = [str(write(f"{seed}.json", model(name, seed))) for name, seed in names]
-    assert main(["compare", *files, "--against", str(weights)]) == 0
-    assert f"against {weights};" in capsys.readouterr().out
+    files = [write(f"{seed}.json", model(name, seed)) for name, seed in names]
+    printed = command("compare", *files, "--against", weights)
+    assert f"against {weights};" in printed.out
 
 
-def test_the_first_model_of_the_dense_file_is_the_dense_one(write, capsys):
+def test_the_first_model_of_the_dense_file_is_the_dense_one(write, command):
     """Also where another file has it as well, and its own file has others."""
-    dense = model("dense", 0, dense=True)
-    everything = write("all.json", dense, model("a", 1))
-    own = write("own.json", dense, model("b", 2))
-    assert main(["compare", str(everything), "--against", str(own)]) == 0
-    assert "\nagainst dense; " in capsys.readouterr().out
+    everything = write("all.json", model("dense", 0), model("a", 1))
+    own = write("own.json", model("dense", 0), model("b", 2))
+    assert "\nagainst dense; " in command("compare", everything, "--against", own).out
 
 
-def test_what_is_printed(write, capsys):
-    dense = write("dense.json", model("dense", 0, dense=True))
-    files = [str(write(f"{name}.json", model(name, seed))) for seed, name in ((1, "a"), (2, "b"))]
-    assert main(["compare", *files, "--against", str(dense)]) == 0
-    printed = capsys.readouterr().out
+def test_what_is_printed(write, command):
+    dense = write("dense.json", model("dense", 0))
+    files = [write(f"{name}.json", model(name, seed)) for seed, name in ((1, "a"), (2, "b"))]
+    printed = command("compare", *files, "--against", dense).out
     assert printed.count("first: dense\n") == 2
-    assert "first: a\nsecond: b\n" in printed
-    assert "mean of 3 tasks\n  accuracy, %" in printed
-    assert "guessed is left out of the mean: the dense model (" in printed
-    assert "lambada_openai, 40 documents\n  acc, %" in printed and "\n  loss, nats  " in printed
+    for said in (
+        "first: a\nsecond: b\n",
+        "mean of 3 tasks\n  accuracy, %",
+        "guessed is left out of the mean: the dense model (",
+        "lambada_openai, 40 documents\n  acc, %",
+        "\n  loss, nats  ",
+    ):
+        assert said in printed
     assert printed.splitlines()[-1].startswith("against dense; differences are second - first")
-    assert main(["compare", *files, "--base", "b", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(command("compare", *files, "--base", "b", "--json").out)
     assert found["against"] is None
     (pair,) = found["pairs"]
     assert (pair["first"], pair["second"], set(pair["texts"])) == ("b", "a", {"wiki", "code"})
-    assert main(["compare", *files, "--base", "c"]) == 2
-    assert "expected a model of the files (a, b), found 'c'" in capsys.readouterr().err
-    assert main(["compare", "missing.json"]) == 2
-    assert "cannot read missing.json" in capsys.readouterr().err
+    refused = command("compare", *files, "--base", "c", status=2).err
+    assert "expected a model of the files (a, b), found 'c'" in refused
 
 
 def test_two_measurements_of_one_model_are_told_of(write, caplog):
@@ -245,13 +216,13 @@ def test_two_measurements_of_one_model_are_told_of(write, caplog):
     ]
 
 
-def test_what_is_printed_is_narrow_whatever_files_are_called(write, capsys):
+def test_what_is_printed_is_narrow_whatever_files_are_called(write, command):
     text = f"/home/{'somebody/' * 12}news/test.jsonl"
     models = [model(name, seed) for seed, name in ((1, "a"), (2, "b"))]
     for each in models:
         each["windows"][text] = each["windows"].pop("wiki")
-    assert main(["compare", *(str(write(f"{each['model']}.json", each)) for each in models)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    files = [write(f"{each['model']}.json", each) for each in models]
+    lines = command("compare", *files).out.splitlines()
     assert max(map(len, lines)) <= 100
     assert "news/test.jsonl, 6 windows" in lines
 

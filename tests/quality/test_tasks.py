@@ -241,14 +241,13 @@ def test_paper_suite_is_one_name():
 
 
 def test_an_interrupted_run_goes_on_with_the_next_task(
-    tiny_checkpoint, text_file, task_data, tmp_path, monkeypatch, capsys
+    tiny_checkpoint, text_file, task_data, tmp_path, monkeypatch, capsys, command
 ):
     models = [str(tiny_checkpoint(name)) for name in ("llama", "qwen2")]
     argv = ["eval", *models, "--tasks", "piqa,lambada_openai", "--task-data", str(task_data)]
     argv += ["--limit", "4", "--dtype", "float32", "--data", str(text_file), "--windows", "2"]
     argv += ["--seqlen", "32", "--stride", "16"]
-    assert main([*argv, "--json"]) == 0
-    whole = json.loads(capsys.readouterr().out)
+    whole = json.loads(command(*argv, "--json").out)
     first, second = whole["models"]
     assert set(first["tasks"]) == set(second["documents"]) == {"piqa", "lambada_openai"}
     assert first["tasks"]["piqa"]["version"] == 1.0
@@ -282,26 +281,22 @@ def test_an_interrupted_run_goes_on_with_the_next_task(
 
 
 @pytest.mark.usefixtures("no_hub")
-def test_a_hub_that_cannot_be_reached_is_told_before_any_data_are_asked_for(monkeypatch, capsys):
+def test_a_hub_that_cannot_be_reached_is_told_before_any_data_are_asked_for(monkeypatch, command):
     monkeypatch.setattr(TaskManager, "load", lambda *_: pytest.fail("too late"))
     # A misspelt name is not the hub's fault.
     with pytest.raises(TaskError, match="harness has no task 'piqaa'"):
         TaskRunner.of(TaskSelection(("piqaa",)))
-    assert main(["eval", "no/such/model", "--tasks", "piqa,arc_easy"]) == 2
-    told = capsys.readouterr().err
+    told = command("eval", "no/such/model", "--tasks", "piqa,arc_easy", status=2).err
     assert "the hub, which has the data of piqa, arc_easy, cannot be reached from here" in told
     with pytest.raises(TaskError, match="give local files with --task-data"):
         TaskRunner.of(TaskSelection(("piqa",)))
 
 
-def test_unknown_task_is_told_before_any_model_is_looked_for(task_data, capsys):
+def test_unknown_task_is_told_before_any_model_is_looked_for(task_data, command):
     argv = ["eval", "no/such/model", "--task-data", str(task_data), "--tasks"]
-    assert main([*argv, "arc_esy"]) == 2
-    assert "did you mean arc_easy" in capsys.readouterr().err
-    assert main([*argv, "cfsp-papr"]) == 2
-    assert "did you mean cfsp-paper?" in capsys.readouterr().err
-    assert main([*argv, "zzz"]) == 2
-    assert "it has, for example: hellaswag, piqa, " in capsys.readouterr().err
+    assert "did you mean arc_easy" in command(*argv, "arc_esy", status=2).err
+    assert "did you mean cfsp-paper?" in command(*argv, "cfsp-papr", status=2).err
+    assert "it has, for example: hellaswag, piqa, " in command(*argv, "zzz", status=2).err
 
 
 def test_unusable_task_data_and_models_too_large_are_told_before_the_first_forward_pass(
@@ -351,12 +346,13 @@ def test_damaged_task_file_is_one_sentence(line, message, tmp_path):
         read_documents(path)
 
 
-def test_missing_task_file_is_an_error_of_the_command(tiny_checkpoint, tmp_path, capsys):
+def test_missing_task_file_is_an_error_of_the_command(tiny_checkpoint, tmp_path, command):
     argv = ["eval", str(tiny_checkpoint("llama")), "--tasks", "piqa", "--task-data"]
-    assert main([*argv, str(tmp_path)]) == 2
-    assert f"cannot read the task file {tmp_path / 'piqa.jsonl'}" in capsys.readouterr().err
-    assert main([*argv, str(tmp_path / "absent")]) == 2
-    assert "does not exist" in capsys.readouterr().err
+    assert (
+        f"cannot read the task file {tmp_path / 'piqa.jsonl'}"
+        in command(*argv, tmp_path, status=2).err
+    )
+    assert "does not exist" in command(*argv, tmp_path / "absent", status=2).err
 
 
 def test_impossible_selection_is_an_error():

@@ -19,7 +19,6 @@ from report_runs import changed_copy, measured, recovered
 
 def card_of(run: Path, origin: Origin, **changes: Any) -> str:
     manifest = read_manifest(run)
-    assert manifest is not None
     return model_card(manifest | changes, PruningPlan.load(run / "cfsp_plan.json"), origin)
 
 

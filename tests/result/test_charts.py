@@ -25,6 +25,7 @@ from cfsp.settings import (
     removal_in_words,
     worth_in_words,
 )
+from report_runs import FITTED
 
 EXPERTS, SHARED = "mlp.experts", "mlp.shared_expert"
 SEVERAL = (
@@ -34,9 +35,7 @@ SEVERAL = (
 )
 # The second block has none.
 GAPS = (SEVERAL[0], replace(SEVERAL[0], block=2, distance=0.25))
-FITTED = {"blocks": 1, "error_before": 0.5, "error_after": 0.25, "kept": True, "strength": 0.1,
-          "training_steps": 0}  # fmt: skip
-REJECTED = {**FITTED, "error_after": 0.5, "kept": False, "strength": None}
+REJECTED = FITTED | {"error_after": 0.5, "kept": False, "strength": None}
 
 
 def run_of(units: tuple[UnitPlan, ...], entries: list[Any], name: str = "run") -> RunFacts:
@@ -71,7 +70,6 @@ def gaps(name: str = "run") -> RunFacts:
 def test_a_chart_has_a_column_for_every_unit():
     names = ["0 mlp", f"1 {EXPERTS} (3)", f"1 {SHARED}"]
     chart = block_chart([several()])
-    assert chart is not None
     assert [row[0] for row in chart.table.rows] == names
     drawing = chart.draw(920)
     for name in names:
@@ -80,7 +78,6 @@ def test_a_chart_has_a_column_for_every_unit():
     # Below the columns stand their blocks.
     assert ">2</text>" not in drawing
     repaired = repair_chart([several()])
-    assert repaired is not None
     assert [row[0] for row in repaired.table.rows] == ["0 mlp", f"1 {EXPERTS}", f"1 {SHARED}"]
     assert f"Block 1 {SHARED}, ridge: error 0.5000 before" in repaired.draw(920)
 
@@ -137,7 +134,6 @@ LARGEST = "Importance is relative to the largest."
 )
 def test_a_caption_is_of_the_criterion_of_the_plan(runs, caption):
     chart = block_chart(runs)
-    assert chart is not None
     assert chart.caption == caption
     assert len(runs) == 1 or "a: FFN channels that stay" in chart.draw(920)
     shown = "Importance" if caption.endswith(LARGEST) else "Distance between input and output"
@@ -153,14 +149,12 @@ def test_every_criterion_has_its_words():
 
 def test_a_block_without_an_ffn_has_an_empty_column():
     chart = block_chart([gaps()])
-    assert chart is not None
     assert [row[0] for row in chart.table.rows] == ["0 mlp", "1", "2 mlp"]
     assert chart.table.rows[1][1:] == [NOTHING] * 4
     drawing = chart.draw(920)
     assert "Block 1: no FFN" in drawing
     assert drawing.count('class="kept"') == 2
     repaired = repair_chart([gaps()])
-    assert repaired is not None
     assert "Block 1, ridge: no error of its own" in repaired.draw(920)
 
 
@@ -181,7 +175,6 @@ def test_a_card_names_units_and_says_what_the_share_is_of():
     ],
 )
 def test_steps_that_do_not_fit_the_plan_are_refused(run, wrong, tmp_path):
-    assert run.plan is not None
     run.plan.save(tmp_path / "cfsp_plan.json")
     write_manifest(tmp_path, run.manifest)
     assert read_run(tmp_path).plan == run.plan

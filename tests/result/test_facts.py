@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from cfsp.architecture.block_names import counted
-from cfsp.cli import main
 from cfsp.result.conditions import Conditions
 from cfsp.result.facts import NOTHING, size_facts, what_went
 from cfsp.result.making import making, steps_in_words, texts_in_words
@@ -157,12 +156,10 @@ def test_every_part_that_lost_something_is_a_fact():
     assert size_facts({}) == []
 
 
-def test_inspect_card_and_page_tell_the_same_of_the_making(run, tmp_path, capsys):
+def test_inspect_card_and_page_tell_the_same_of_the_making(run, tmp_path, command):
     copy = changed_copy(run, tmp_path / "copy", recovered)
     manifest = read_manifest(copy)
-    assert manifest is not None
-    assert main(["inspect", str(copy)]) == 0
-    told = capsys.readouterr().out
+    told = command("inspect", copy).out
     pruned, trained = making(manifest)
     assert (pruned.verb, trained.verb) == ("pruned", "recovered")
     assert pruned.facts["asked for"] == "50.0% of FFN channels"

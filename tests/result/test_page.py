@@ -267,14 +267,15 @@ def test_the_chart_by_block_as_a_file_of_its_own(run, monkeypatch, capsys):
 # Sweeps.
 
 
-def test_a_sweep_stands_for_its_runs(run, tmp_path, capsys):
+def test_a_sweep_stands_for_its_runs(run, tmp_path, command):
     sweep = tmp_path / "sweep"
     sweep.mkdir()
     (sweep / "recipe.toml").write_text("")
     page = tmp_path / "page.html"
     argv = ["report", str(sweep), "--out", str(page)]
-    assert main(argv) == 2
-    assert "has no finished model yet; run it on: cfsp sweep --recipe" in capsys.readouterr().err
+    assert (
+        "has no finished model yet; run it on: cfsp sweep --recipe" in command(*argv, status=2).err
+    )
     for name in ("cfsp-0.25", "wanda-sp-0.5", ".working"):
         copy = changed_copy(
             run, sweep / name, lambda m: m.update(sweep={"method": "cfsp", "sparsity": 0.25})
@@ -334,7 +335,6 @@ def test_many_runs_stay_readable(run, tmp_path):
     assert text.count('<th scope="row">run-') == 60
     assert text.count('<circle class="hit"') >= 60
     names = re.search(r"no other run beats in size and perplexity: (.*?)\.</p>", text)
-    assert names is not None
     detailed = names[1].split(", ")
     assert len(detailed) == 8
     assert all(int(name.removeprefix("run-")) % 2 == 0 for name in detailed)
@@ -352,7 +352,6 @@ def test_eight_runs_are_all_shown_and_each_has_a_colour_of_its_own(run, tmp_path
     assert text.count('<th scope="col">run-') >= 8
     runs = [read_run(each) for each in paths]
     few, many = pareto_chart(runs[:8]), pareto_chart(runs)
-    assert few is not None and many is not None
     names = {entry.name: entry.swatch for entry in few.legend}
     assert list(names) == [*(each.name for each in runs[:8]), "the original"]
     drawing, style = few.draw(920), page_file("charts.css")

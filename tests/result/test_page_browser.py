@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from cfsp.result.page.page import write_report
-from cfsp.settings import Budget
-from report_runs import changed_copy, measured, prune_tiny, recovered
+from report_runs import changed_copy, measured, recovered
 
 _FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -41,14 +40,17 @@ def browser(tmp_path_factory) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_checkpoint, text_file, tmp_path_factory) -> list[Path]:
+def runs(run, tmp_path_factory) -> list[Path]:
     """Two sizes, each also without repair, and a recovered one."""
     directory = tmp_path_factory.mktemp("runs")
-    llama = tiny_checkpoint("llama")
-    half, quarter = (
-        prune_tiny(llama, text_file, directory / name, budget=Budget(sparsity, multiple=8))
-        for name, sparsity in (("half", 0.5), ("quarter", 0.25))
-    )
+
+    def larger(manifest: dict[str, Any]) -> None:
+        manifest["parameters_after"] += 10_000
+        for value in manifest["perplexity"].values():
+            value["after"] *= 0.9
+
+    half = changed_copy(run, directory / "half", lambda manifest: None)
+    quarter = changed_copy(run, directory / "quarter", larger)
     plain = [
         changed_copy(run, directory / f"plain-{run.name}", lambda m: m.update(repair={"steps": []}))
         for run in (half, quarter)

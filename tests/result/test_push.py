@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from cfsp.cli import main
 from cfsp.errors import CheckpointError, OutputError, UsageError
 from cfsp.result.push import push
 
@@ -110,11 +109,9 @@ def small(tmp_path, pruned) -> Path:
     return Path(shutil.copytree(pruned, tmp_path / "small"))
 
 
-def test_a_directory_becomes_a_private_repository(small, hub, capsys):
+def test_a_directory_becomes_a_private_repository(small, hub, command):
     (small / ".half.partial-1").write_text("unfinished")
-    capsys.readouterr()
-    assert main(["push", str(small), "me/small"]) == 0
-    out, err = capsys.readouterr()
+    out, err = command("push", small, "me/small")
     assert out.endswith("/me/small (private), commit abc\n")
     assert hub.repositories == {"me/small": True}
     assert set(hub.tokens) == {"Bearer hf_secret"}

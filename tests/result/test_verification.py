@@ -14,14 +14,12 @@ from safetensors.torch import load_file, save_file
 from cfsp.cli import main
 
 
-def test_what_cfsp_wrote_passes(run, capsys):
-    assert main(["verify", str(run), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+def test_what_cfsp_wrote_passes(run, command):
+    found = json.loads(command("verify", run, "--json").out)
     assert found["verified"] is True
     assert len(found["checks"]) == 6
     assert all(check["problem"] is None for check in found["checks"])
-    assert main(["verify", str(run)]) == 0
-    assert capsys.readouterr().out.count("ok ") == 6
+    assert command("verify", run).out.count("ok ") == 6
 
 
 def _flip_a_byte(directory: Path) -> None:
@@ -81,30 +79,26 @@ def _with(name: str, text: str = "") -> Callable[[Path], object]:
         (_without("model.safetensors"), "model.safetensors"),
     ],
 )  # fmt: skip
-def test_every_change_is_named(run, tmp_path, damage, message, capsys):
+def test_every_change_is_named(run, tmp_path, damage, message, command):
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     damage(copy)
-    capsys.readouterr()
-    assert main(["verify", str(copy)]) == 2
-    error = capsys.readouterr().err
+    error = command("verify", copy, status=2).err
     assert message in error
     assert error.count("\n") == 1
 
 
-def test_a_manifest_without_digests_of_the_other_files_says_so(run, tmp_path, capsys):
+def test_a_manifest_without_digests_of_the_other_files_says_so(run, tmp_path, capsys, command):
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     manifest = json.loads((copy / "cfsp.json").read_text())
     files = manifest["files"]
     manifest["files"] = {name: files[name] for name in ("model.safetensors", "modeling_cfsp.py")}
     (copy / "cfsp.json").write_text(json.dumps(manifest))
-    capsys.readouterr()
     assert main(["verify", str(copy)]) == 0
     assert (
         "the manifest is too old to have those of config and tokenizer" in capsys.readouterr().out
     )
     (copy / "setup.py").write_text("")
-    assert main(["verify", str(copy)]) == 2
-    assert "setup.py is not in cfsp.json" in capsys.readouterr().err
+    assert "setup.py is not in cfsp.json" in command("verify", copy, status=2).err
 
 
 def test_notes_and_licences_may_change(run, tmp_path):

@@ -13,7 +13,6 @@ from tokenizers.processors import TemplateProcessing
 
 import cfsp
 from cfsp.checkpoint.loading import load
-from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.quality.evaluate import evaluate_models
 from cfsp.recovery.data import read_text
@@ -196,10 +195,10 @@ def test_the_record_says_whether_windows_begin_with_bos(bos_checkpoint, text_fil
         assert plan.calibration["bos"] is expected
 
 
-def test_eval_takes_bos(bos_checkpoint, text_file, capsys):
+def test_eval_takes_bos(bos_checkpoint, text_file, command):
     argv = ["eval", str(bos_checkpoint), "--data", str(text_file), "--seqlen", "16"]
     for bos in ("yes", "no"):
-        capsys.readouterr()
-        assert main([*argv, "--windows", "3", "--bos", bos, "--json"]) == 0
-        (result,) = json.loads(capsys.readouterr().out)["models"]
+        (result,) = json.loads(command(*argv, "--windows", "3", "--bos", bos, "--json").out)[
+            "models"
+        ]
         assert result["perplexity"][str(text_file)]["bos"] is (bos == "yes")

@@ -17,7 +17,6 @@ import torch
 import cfsp
 from cfsp.checkpoint.hub import hub_is_reachable
 from cfsp.checkpoint.locating import locate_model, open_checkpoint
-from cfsp.cli import main
 from cfsp.errors import CheckpointError, TextError, UsageError
 from cfsp.pipeline import prune_checkpoint
 from cfsp.quality.evaluate import evaluate_models
@@ -110,12 +109,12 @@ def test_a_text_on_the_hub_is_opened_once(monkeypatch):
     ],
 )
 def test_commands_refuse_a_text_before_they_look_for_the_model(
-    arguments, tmp_path, capsys, monkeypatch
+    arguments, tmp_path, command, monkeypatch
 ):
     monkeypatch.setattr(sources, "hub_records", lambda *_: iter([({"text": "a river"}, "there")]))
-    places = {"MODEL": str(tmp_path / "no-model"), "OUT": str(tmp_path / "out")}
-    assert main([places.get(word, word) for word in arguments]) == 2
-    assert f"{ABSENT} is neither a file nor a known text" in capsys.readouterr().err
+    places = {"MODEL": tmp_path / "no-model", "OUT": tmp_path / "out"}
+    argv = [places.get(word, word) for word in arguments]
+    assert f"{ABSENT} is neither a file nor a known text" in command(*argv, status=2).err
     assert not list(tmp_path.iterdir())
     sources._open_on_hub.cache_clear()
 
