@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import cfsp
+from builders import draw_windows, tensors
 from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.found import Architecture, Unit
 from cfsp.calibration.calibrate import calibrate
@@ -28,8 +29,6 @@ from cfsp.result.verify import verify_checkpoint
 from cfsp.settings import Compute
 from cfsp.streaming.runtime import Runtime
 from cfsp.text.windows import Windows
-from checkpoint_tensors import tensors
-from drawn_windows import draw_windows
 from family_contract import (
     SAMPLES,
     SEQLEN,

@@ -1,4 +1,4 @@
-"""Values that several tests build: random FFN weights, statistics, plans."""
+"""Values that several tests build: random FFN weights, statistics, plans, windows; tensors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from cfsp.calibration.observed import (
@@ -28,12 +30,16 @@ from cfsp.settings import (
     DISTANCES,
     UNIT_PARTS,
     WHOLE_PARTS,
+    CalibrationText,
     Part,
     PruneSettings,
     TargetParameters,
+    Text,
 )
 from cfsp.streaming.runtime import runtime_of
 from cfsp.streaming.work_dir import WorkDir
+from cfsp.text.drawing import draw_left_over, draw_text
+from cfsp.text.windows import Windows
 
 RECORD = CalibrationRecord(
     model="tiny",
@@ -173,3 +179,31 @@ def goal_of_share(
     if "blocks" not in parts:
         owned += parameters_of_channels(source, [part for part in UNIT_PARTS if part in parts])
     return TargetParameters(1 - share * owned / parameter_count(source))
+
+
+def draw_windows(
+    texts: Sequence[str | Text], tokenizer: Any, *, processor: Any = None, **choices: Any
+) -> Windows:
+    """Draw calibration windows of texts by name; `choices` are those of `CalibrationText`."""
+    return draw_text(CalibrationText(tuple(texts), **choices), tokenizer, processor)
+
+
+def windows_left_over(
+    texts: Sequence[str | Text], tokenizer: Any, count: int, **choices: Any
+) -> Windows:
+    """Draw windows that `draw_windows` with the same choices does not draw."""
+    return draw_left_over(CalibrationText(tuple(texts), **choices), tokenizer, count)
+
+
+def tensors(directory: Path) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint in one file."""
+    return load_file(directory / "model.safetensors")
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    """Return the names of the tensors that differ; names, shapes and types must be the same."""
+    old, new = tensors(before), tensors(after)
+    assert {k: (v.shape, v.dtype) for k, v in old.items()} == {
+        k: (v.shape, v.dtype) for k, v in new.items()
+    }
+    return {name for name in old if not torch.equal(old[name], new[name])}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import cfsp
+from builders import tensors
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.cli import main
 from cfsp.cut.in_memory import build_pruned_model
@@ -19,7 +20,6 @@ from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.prune_report import PruneReport
 from cfsp.settings import Budget, CalibrationText, Compute, LocalTraining, PruneSettings, Repair
-from checkpoint_tensors import tensors
 from family_contract import (
     assert_same,
     fresh_answer,

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 import cfsp
+from builders import draw_windows
 from cfsp.cli import build_parser, main
 from cfsp.cli.options import expand_sets
 from cfsp.settings import CalibrationText
 from cfsp.speed.process import ModelProcess
 from conftest import REPOSITORY
-from drawn_windows import draw_windows
 
 README = REPOSITORY / "README.md"
 FIRST = REPOSITORY / "docs/first-fifteen-minutes.md"

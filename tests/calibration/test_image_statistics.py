@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
+from builders import draw_windows
 from cfsp.architecture.activations import hidden_state
 from cfsp.calibration.accumulators import DistanceSums
 from cfsp.calibration.calibrate import calibrate
@@ -25,7 +26,6 @@ from cfsp.settings import Compute
 from cfsp.streaming.runtime import runtime_of
 from cfsp.text.tokenizers import load_processor, load_tokenizer
 from cfsp.text.windows import Windows
-from drawn_windows import draw_windows
 from image_inputs import image_windows
 from image_processors import TYPES, chats_with_images, image_tokenizer, save_multimodal
 from tiny_decoders import BLOCKS, tiny_model

@@ -11,14 +11,19 @@ import pytest
 import torch
 
 import cfsp
-from builders import RECORD, random_block, random_unit_statistics, statistics_with_distances
+from builders import (
+    RECORD,
+    draw_windows,
+    random_block,
+    random_unit_statistics,
+    statistics_with_distances,
+)
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Sensitivity, Statistics
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import CalibrationError, StatisticsError
 from cfsp.streaming.runtime import Runtime
 from cfsp.text.windows import Windows
-from drawn_windows import draw_windows
 
 
 @pytest.fixture(scope="module")

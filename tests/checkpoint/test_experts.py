@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 import cfsp
-from builders import CALIBRATION, CRITERION, job_of
+from builders import CALIBRATION, CRITERION, draw_windows, job_of
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.observed import ObservedBlock, UnitStatistics
 from cfsp.calibration.statistics import Statistics
@@ -31,7 +31,6 @@ from cfsp.result.page.page import write_report
 from cfsp.settings import Budget, Compute, PruneSettings
 from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.work_dir import WorkDir
-from drawn_windows import draw_windows
 from ragged import tiny
 
 SETTINGS: dict[str, Any] = {"sparsity": 0.4, "multiple": 8, "samples": 6, "seqlen": 32}

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import cfsp
+from builders import changed, tensors
 from cfsp.architecture.found import Unit
 from cfsp.architecture.small_run import SmallRun
 from cfsp.checkpoint.locating import open_checkpoint
@@ -33,7 +34,6 @@ from cfsp.recovery.recover import RecoverReport, recover_checkpoint
 from cfsp.recovery.settings import Adaptation, Limit, RecoverSettings, Training
 from cfsp.recovery.targets import multiplies_by_its_matrix, targets_of
 from cfsp.recovery.writing import copy_everything_else, write_recovered_weights
-from checkpoint_tensors import changed, tensors
 
 WITH_EXPERTS = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
 # Fused and transposed experts, experts in modules of their own, blocks without an FFN, several in

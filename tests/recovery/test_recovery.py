@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 
 import cfsp
 import cfsp.recovery.recover
+from builders import changed, tensors
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.checkpoint.reading import parameter_count
@@ -45,7 +46,6 @@ from cfsp.result.manifest import read_manifest
 from cfsp.settings import Compute, EvaluationText, Text
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.windows import Windows
-from checkpoint_tensors import changed, tensors
 from forks import Job
 from tiny_models import TRAINED, build_tiny_model
 

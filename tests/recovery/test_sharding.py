@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import cfsp
+from builders import tensors
 from cfsp.cli import main
 from cfsp.result.manifest import read_manifest
-from checkpoint_tensors import tensors
 from commands import Command, Commands, ranks
 
 STEPS = 4

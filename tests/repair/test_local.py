@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import cfsp
+from builders import draw_windows
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import UsageError
@@ -27,7 +28,6 @@ from cfsp.settings import Budget, CalibrationText, LocalTraining, PruneSettings
 from cfsp.streaming import pass_state
 from cfsp.streaming.two_streams import Batch, TwoStreams, hidden_loss, token_error
 from cfsp.text.windows import Windows
-from drawn_windows import draw_windows
 from tiny_models import BLOCKS, TRAINED, build_tiny_model
 
 Checkpoints = Callable[[str], Path]

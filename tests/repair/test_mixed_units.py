@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from builders import job_of
+from builders import draw_windows, job_of
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import LoadedModel, parameter_count
@@ -35,7 +35,6 @@ from cfsp.settings import Budget, Compute, Criterion, LocalTraining, PruneSettin
 from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.windows import Windows
-from drawn_windows import draw_windows
 from tiny_models import build_tiny_model
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32, 4)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import cfsp
-from builders import job_of
+from builders import draw_windows, job_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.cut.in_memory import build_pruned_model
 from cfsp.cut.surgery import PrunedSource
@@ -23,7 +23,6 @@ from cfsp.repair.sequential import blocks_at_gaps, repair_sequentially
 from cfsp.settings import Budget, CalibrationText, Compute, PruneSettings
 from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.windows import Windows
-from drawn_windows import draw_windows
 from tiny_models import build_tiny_model
 
 HALF = Budget(0.5, multiple=4)

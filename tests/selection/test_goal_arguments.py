@@ -15,7 +15,7 @@ from cfsp.result.prune_report import PruneReport
 from cfsp.settings import (
     TargetParameters,
 )
-from commands_of_goals import prune
+from commands import prune
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from cfsp.result.manifest import read_manifest
-from commands_of_goals import prune
+from commands import prune
 from tiny_models import TINY_CONFIGS
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import cfsp
+from builders import draw_windows, windows_left_over
 from cfsp.cli import main
 from cfsp.result.manifest import read_manifest
 from cfsp.selection import loss
@@ -18,8 +19,7 @@ from cfsp.selection.constraint import STEPS
 from cfsp.settings import (
     MaxLossIncrease,
 )
-from commands_of_goals import prune
-from drawn_windows import draw_windows, windows_left_over
+from commands import prune
 from tiny_models import BLOCKS, WIDTH, build_tiny_model
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import cfsp
-from builders import job_of
+from builders import draw_windows, job_of
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import LoadedModel, WeightSource
 from cfsp.cli import main
@@ -24,8 +24,7 @@ from cfsp.selection import goal
 from cfsp.selection.goal import MANY_CHANNELS, constraint_of
 from cfsp.settings import Budget, Compute, Criterion, PruneSettings, TargetParameters
 from cfsp.streaming.work_dir import WorkDir
-from commands_of_goals import prune
-from drawn_windows import draw_windows
+from commands import prune
 from tiny_decoders import tiny_config
 from tiny_models import build_tiny_model
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from builders import draw_windows
 from cfsp.calibration.calibrate import calibrate
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of
@@ -19,7 +20,6 @@ from cfsp.selection.sensitivity import block_sensitivities, with_sensitivity
 from cfsp.settings import Criterion
 from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.stand_in import hidden_states_entering, resumed_at
-from drawn_windows import draw_windows
 from tiny_decoders import tiny_model
 from tiny_models import BLOCKS, TINY_CONFIGS, VOCABULARY, WIDTH, build_tiny_model
 

@@ -47,7 +47,7 @@ from cfsp.settings.budget import parse_parts
 from cfsp.speed.work import work_of
 from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.work_dir import WorkDir
-from commands_of_goals import prune
+from commands import prune
 from tiny_models import BLOCKS, WIDTH
 
 # Half of the width saves a quarter of the time, all of it four tenths.

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import cfsp
+from builders import changed
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
@@ -27,7 +28,6 @@ from cfsp.selection import sensitivity
 from cfsp.settings import Budget, CalibrationText, Criterion, PruneSettings, Repair
 from cfsp.streaming import runtime
 from cfsp.streaming.runtime import Runtime
-from checkpoint_tensors import changed
 from tiny_models import WIDTH, build_tiny_model
 
 MULTIPLE = 8

@@ -12,6 +12,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 import cfsp
+from builders import draw_windows
 from cfsp.checkpoint.loading import load
 from cfsp.errors import UsageError
 from cfsp.quality.evaluate import evaluate_models
@@ -22,7 +23,6 @@ from cfsp.settings import CalibrationText, Compute, EvaluationText, MaxLossIncre
 from cfsp.text.drawing import consecutive_windows, draw_text
 from cfsp.text.tokenizers import beginning
 from cfsp.text.windows import Windows
-from drawn_windows import draw_windows
 from tiny_models import save_tiny_model
 
 BOS = 0

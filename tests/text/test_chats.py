@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from builders import draw_windows
 from cfsp.errors import TextError
 from cfsp.text.chats import conversation_texts
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.sources import TextSource
-from drawn_windows import draw_windows
 
 
 def conversation(number: int) -> list[dict[str, str]]:

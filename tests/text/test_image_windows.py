@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from builders import draw_windows, windows_left_over
 from cfsp.errors import CheckpointError, MissingExtraError, TextError, UsageError
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.sources import TextSource
 from cfsp.text.tokenizers import beginning, is_processor, load_processor
 from cfsp.text.windows import Windows, few_windows, joined
-from drawn_windows import draw_windows, windows_left_over
 from image_processors import chats_with_images, image_tokenizer, picture, tiny_processor
 
 SEQLEN = 64

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 import cfsp.text.offline
+from builders import draw_windows
 from cfsp.errors import TextError
 from cfsp.settings import DEFAULT_TEXT, Text
 from cfsp.text.drawing import parts_with_shares
 from cfsp.text.offline import KINDS, MIXED, records
 from cfsp.text.sources import TextSource
 from cfsp.text.tokenizers import load_tokenizer
-from drawn_windows import draw_windows
 
 MIXTURE = Path(cfsp.text.offline.__file__).with_name("mixture")
 LICENCES = {path.stem for path in (MIXTURE / "licences").glob("*.txt")}

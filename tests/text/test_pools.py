@@ -11,11 +11,11 @@ import pytest
 
 import cfsp.text.offline
 import cfsp.text.stream
+from builders import draw_windows, windows_left_over
 from cfsp.errors import TextError
 from cfsp.settings import Text
 from cfsp.text.drawing import consecutive_windows, shares_within
 from cfsp.text.offline import KINDS
-from drawn_windows import draw_windows, windows_left_over
 
 LINES = 4000
 

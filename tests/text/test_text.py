@@ -14,12 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from builders import draw_windows
 from cfsp.errors import TextError, UsageError
 from cfsp.settings import Text
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.sources import TextSource
 from cfsp.text.windows import Windows, few_windows
-from drawn_windows import draw_windows
 
 # Only Python takes the last characters for line ends.
 DOCUMENTS = ["The first document.", "The second,\nin two lines.", "Das: äöü €\u2028two\u0085three."]

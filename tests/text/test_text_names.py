@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import cfsp
+from builders import draw_windows
 from cfsp.checkpoint.hub import hub_is_reachable
 from cfsp.checkpoint.locating import locate_model, open_checkpoint
 from cfsp.errors import CheckpointError, TextError, UsageError
@@ -35,7 +36,6 @@ from cfsp.text import records as of_data
 from cfsp.text import sources
 from cfsp.text.records import Record
 from cfsp.text.sources import TextSource, check_texts
-from drawn_windows import draw_windows
 
 ABSENT = "nothing.txt"
 
