@@ -26,7 +26,7 @@ from cfsp.result.prune_report import PruneReport
 from cfsp.selection.masks import masked_channels
 from forks import Forks, Job
 from image_inputs import image_inputs
-from multimodal_process import results_of
+from stock import results_of
 from tiny_decoders import tiny_model
 
 # Other names in files, positions of three axes, experts, fused matrices, linear attention; the
@@ -97,7 +97,7 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
 def test_stock_software_runs_it_as_the_same_class(case: Case, forks: Forks, tmp_path: Path) -> None:
     torch.save(case.inputs, tmp_path / "inputs.pt")
     arguments = {"checkpoint": str(case.out), "directory": str(tmp_path)}
-    (finished,) = forks(Job("multimodal_process.check", arguments))
+    (finished,) = forks(Job("stock.check_multimodal", arguments))
     assert finished.status == 0, finished.stderr
     found = torch.load(tmp_path / "found.pt")
 
