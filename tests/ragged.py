@@ -16,6 +16,7 @@ from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.writing import copy_travelling_files, write_config
 from cfsp.cut.surgery import PrunedSource
 from cfsp.planning.candidate import Dropped
+from tiny_models import build_tiny_model
 
 WIDTHS = (64, 32, 96)
 
@@ -80,21 +81,4 @@ def _chosen(unit: Unit, kept: int, chance: random.Random) -> tuple[int, ...]:
 
 def tiny(name: str, **changes: Any) -> PreTrainedModel:
     """Return a tiny random model with some settings of its config changed."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from tiny_models import TINY_CONFIGS
-
-    config = TINY_CONFIGS[name]()
-    fields = {**config.to_dict(), **changes}
-    if "rope_parameters" in changes and "full_attention" not in changes["rope_parameters"]:
-        fields["rope_parameters"] = {"rope_theta": 10000.0, **changes["rope_parameters"]}
-    fields.pop("layer_types", None)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(type(config)(**fields))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 1:
-                    parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
+    return build_tiny_model(name, **changes)

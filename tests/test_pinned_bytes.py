@@ -92,10 +92,16 @@ def channels_digest(plan: PruningPlan) -> str:
     return digest(json.dumps([list(unit.kept) for unit in plan.units]).encode())
 
 
-def half_by(text: Path) -> dict[str, Any]:
-    """Return how half of the channels go."""
-    drawn = {"data": [str(text)], "samples": 8, "seqlen": 32, "device": "cpu"}
-    return {"sparsity": 0.5, "multiple": 8, **drawn}
+DRAWN: dict[str, Any] = {"samples": 8, "seqlen": 32, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def half(tiny_checkpoint, text_file, tmp_path_factory) -> Path:
+    """A tiny Llama with half of its channels, without repair."""
+    out = tmp_path_factory.mktemp("half") / "pruned"
+    asked = {"sparsity": 0.5, "multiple": 8, "data": [str(text_file)], **DRAWN}
+    cfsp.prune(tiny_checkpoint("llama"), out=out, repair="none", **asked)
+    return out
 
 
 def compare(name: str, everywhere: dict[str, str], here: dict[str, str]) -> None:
@@ -136,29 +142,22 @@ def test_prune(tmp_path, tiny_checkpoint, text_file, name):
     )
 
 
-def test_calibrate_plan_and_export(tmp_path, tiny_checkpoint, text_file):
+def test_calibrate_plan_and_export(tmp_path, tiny_checkpoint, text_file, half):
     source = tiny_checkpoint("llama")
-    statistics = cfsp.calibrate(source, data=[str(text_file)], samples=8, seqlen=32, device="cpu")
+    statistics = cfsp.calibrate(source, data=[str(text_file)], **DRAWN)
     plan = cfsp.plan(source, statistics, sparsity=0.5, multiple=8)
-    pruned = tmp_path / "pruned"
-    cfsp.prune(source, out=pruned, repair="none", **half_by(text_file))
-    found = {"plan": channels_digest(plan), "weights": weights_digest(pruned)}
-    export_checkpoint(open_checkpoint(pruned), "vllm", tmp_path / "vllm")
+    found = {"plan": channels_digest(plan), "weights": weights_digest(half)}
+    export_checkpoint(open_checkpoint(half), "vllm", tmp_path / "vllm")
     found["vllm"] = weights_digest(tmp_path / "vllm")
     found["vllm config"] = settings_digests(tmp_path / "vllm")["config"]
     compare("plan and export", found, {})
 
 
-def test_recover(tmp_path, tiny_checkpoint, text_file):
-    pruned, out = tmp_path / "pruned", tmp_path / "recovered"
-    cfsp.prune(tiny_checkpoint("llama"), out=pruned, repair="none", **half_by(text_file))
+def test_recover(tmp_path, text_file, half):
+    out = tmp_path / "recovered"
+    how = Training(Limit(steps=4), learning_rate=1e-3, batch_windows=2, seqlen=32, evaluations=2)
+    adaptation = Adaptation(rank=2, allocation="importance")
     recover_checkpoint(
-        open_checkpoint(pruned),
-        out,
-        RecoverSettings(
-            (str(text_file),),
-            Training(Limit(steps=4), learning_rate=1e-3, batch_windows=2, seqlen=32, evaluations=2),
-            Adaptation(rank=2, allocation="importance"),
-        ),
+        open_checkpoint(half), out, RecoverSettings((str(text_file),), how, adaptation)
     )
     compare("recover", settings_digests(out), {"weights": weights_digest(out)})

@@ -127,12 +127,21 @@ TRAINED = (
 
 
 def build_tiny_model(
-    name: str, seed: int = 0, dtype: torch.dtype = torch.float32
+    name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
 ) -> PreTrainedModel:
-    """Return a tiny random model; also norms and biases are random, so that none hides."""
+    """Return a tiny random model, with some settings of its config changed.
+
+    Also norms and biases are random, so that none hides.
+    """
+    config = TINY_CONFIGS[name]()
+    if changes:
+        rope = changes.get("rope_parameters")
+        if rope is not None and "full_attention" not in rope:
+            changes["rope_parameters"] = {"rope_theta": 10000.0, **rope}
+        config = type(config)(**{**config.to_dict(), "layer_types": None, **changes})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(TINY_CONFIGS[name](), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:
