@@ -27,14 +27,7 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.prune_report import PruneReport
 from cfsp.selection.divergence import call_form_of
 from cfsp.selection.masks import masked_unit
-from cfsp.settings import (
-    DEFAULT_PARTS,
-    Budget,
-    CalibrationText,
-    Compute,
-    PruneSettings,
-    Text,
-)
+from cfsp.settings import DEFAULT_PARTS, Budget, CalibrationText, Compute, PruneSettings, Text
 from cfsp.streaming.stand_in import skipped
 from forks import Forks, Job
 from stock import Answer, Question, computed

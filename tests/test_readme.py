@@ -73,10 +73,7 @@ def test_the_python_runs(tiny_checkpoint, tokenizer, text_file, tmp_path, monkey
     (tmp_path / "text.txt").write_text(text_file.read_text())
     monkeypatch.setattr("cfsp.text.drawing.draw_text", _small_draw)
     (code,) = blocks(README, "python")
-    names = {
-        "model_in_memory": cfsp.load(tiny_checkpoint("llama")),
-        "tokenizer": tokenizer,
-    }
+    names = {"model_in_memory": cfsp.load(tiny_checkpoint("llama")), "tokenizer": tokenizer}
     code = code.replace("path/to/model", str(tiny_checkpoint("llama")))
     exec(code, names)
     assert names["smaller"].num_parameters() < names["model_in_memory"].num_parameters()

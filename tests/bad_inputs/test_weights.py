@@ -163,10 +163,7 @@ FILES = [
     *spoilt(
         PRUNE_TEXT,
         SAVE,
-        (
-            f"{{model}}/model.safetensors is damaged: tensor {NORM}",
-            header(data_offsets=[4, 132]),
-        ),
+        (f"{{model}}/model.safetensors is damaged: tensor {NORM}", header(data_offsets=[4, 132])),
         (
             "q_proj.weight of shape [32, 16], its config asks for [32, 32]",
             replace("model.layers.0.self_attn.q_proj.weight", lambda t: t[:, :16].clone()),

@@ -1,7 +1,8 @@
-"""Texts and windows: every kind of source, drawn by seed, disjoint, never padded."""
+"""Texts and windows: every kind of source, drawn by seed, disjoint, never padded, held out."""
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,16 @@ from hypothesis import strategies as st
 from builders import draw_windows
 from cfsp.errors import TextError, UsageError
 from cfsp.settings import Text
+from cfsp.text.chats import conversation_texts
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.sources import TextSource
-from cfsp.text.windows import Windows, few_windows
+from cfsp.text.windows import (
+    HELD_OUT_WINDOWS,
+    Windows,
+    few_windows,
+    held_out_documents,
+    is_held_out,
+)
 
 # Only Python takes the last characters for line ends.
 DOCUMENTS = ["The first document.", "The second,\nin two lines.", "Das: äöü €\u2028two\u0085three."]
@@ -255,3 +263,91 @@ def test_few_windows_are_of_the_users_own_text_first_and_of_more_text_more():
     assert few_windows(windows, 1).sources == {"own.txt": 1}
     assert few_windows(windows, 10).sources == {**dict.fromkeys(kinds, 1), "own.txt": 1}
     assert few_windows(windows, 14).sources == {**dict.fromkeys(kinds, 1), "own.txt": 5}
+
+
+def conversation(number: int) -> list[dict[str, str]]:
+    return [
+        {"role": "user", "content": f"number {number} of the river"},
+        {"role": "assistant", "content": f"green stone {number}"},
+    ]
+
+
+@pytest.fixture
+def chats(tmp_path) -> Path:
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": conversation(i)}) for i in range(60)))
+    return path
+
+
+def test_a_conversation_is_what_the_template_makes_of_it(chats, tokenizer):
+    expected = [f"number {i} of the river\ngreen stone {i}\n" for i in range(60)]
+    assert list(TextSource(str(chats), "calibration").documents(tokenizer)) == expected
+    named = TextSource(f"{chats}:messages", "evaluation")
+    assert list(named.documents(tokenizer)) == expected
+    ids = tokenizer("".join(expected), add_special_tokens=False)["input_ids"]
+    windows = consecutive_windows(str(chats), tokenizer, count=None, seqlen=16)
+    assert windows.tokens_NT.flatten().tolist() == ids[: len(ids) // 16 * 16]
+    assert draw_windows([str(chats)], tokenizer, samples=8, seqlen=16).sources == {str(chats): 8}
+
+
+def test_chats_need_a_template_that_takes_them(chats, tokenizer):
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    with pytest.raises(TextError, match="no chat template, which chat data needs; give plain text"):
+        draw_windows([str(chats)], plain, samples=8, seqlen=16)
+    plain.chat_template = "{{ raise_exception('only one speaker') }}"
+    with pytest.raises(TextError, match="conversation 1 does not fit the chat template: only one"):
+        list(conversation_texts([conversation(0)], plain))
+
+
+def test_a_template_that_reads_the_parts_of_a_message(chats, tokenizer):
+    """Those of LLaVA-OneVision and SmolVLM see nothing in a message that is a text itself."""
+    of_parts = copy.deepcopy(tokenizer)
+    of_parts.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{% for part in m['content'] %}"
+        "{% if part['type'] == 'image' %}<image>{% elif part['type'] == 'text' %}"
+        "{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    expected = [f"<user>number {i} of the river<assistant>green stone {i}" for i in range(60)]
+    assert list(TextSource(str(chats), "calibration").documents(of_parts)) == expected
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(2, 64), min_size=1, max_size=6))
+def test_every_text_is_held_out_in_part_and_fitted_in_part(parts):
+    mask_N = is_held_out(parts)
+    assert len(mask_N) == sum(parts)
+    for part_N in torch.split(mask_N, parts):
+        assert part_N.any()
+        assert not part_N.all()
+    assert int(mask_N.sum()) <= HELD_OUT_WINDOWS + len(parts)
+
+
+@pytest.mark.parametrize(
+    ("windows", "expected"),
+    [(2, [1]), (16, [7, 15]), (32, [7, 15, 23, 31]), (64, [15, 31, 47, 63]), (65, [16, 33, 50])],
+)
+def test_one_text_holds_out_every_eighth_and_about_four(windows, expected):
+    assert is_held_out([windows]).nonzero().flatten().tolist() == expected
+
+
+def test_a_text_that_would_have_none_holds_out_its_last():
+    assert is_held_out([3, 3]).nonzero().flatten().tolist() == [2, 5]
+    windows = Windows(torch.zeros(6, 4, dtype=torch.int64), {"a": 3, "b": 3})
+    assert windows.held_out_N.nonzero().flatten().tolist() == [2, 5]
+    # Few of the windows that were drawn: of which texts they are is not known any more.
+    few = Windows(windows.tokens_NT[:4], windows.sources)
+    assert few.held_out_N.nonzero().flatten().tolist() == [3]
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=80), st.integers(1, 400))
+def test_held_out_documents_have_as_many_tokens_as_asked_and_at_most_one_more(sizes, least):
+    held = [size for size, own in zip(sizes, held_out_documents(sizes, least), strict=True) if own]
+    assert sum(held) >= min(least, sum(sizes))
+    assert sum(held) < least + max(sizes, default=0) or not sum(sizes)
+
+
+def test_held_out_documents_are_at_equal_distances():
+    held = held_out_documents([10] * 100, 30)
+    assert [number for number, own in enumerate(held) if own] == [33, 66, 99]

@@ -1,11 +1,19 @@
-"""benchmarks/choose.py: the table and the picture that are made of its results."""
+"""What scripts of benchmarks/ write: choose.py, families.py, and what serving.py says first."""
 
 from __future__ import annotations
 
+import json
+import sys
 import xml.etree.ElementTree as ElementTree
 from typing import Any
 
+import pytest
+
 import choose
+import serving
+from cfsp.families.catalogue import Family, proved_before
+from conftest import REPOSITORY
+from families import line_of
 
 
 def entry(model: str, weight_type: str, nbytes: int, perplexity: float) -> dict[str, Any]:
@@ -49,3 +57,31 @@ def test_the_table_compares_with_the_dense_model():
     assert lines[0].endswith("| same choice | tasks | to dense F16 |")
     assert lines[2].endswith("| 50% |  |  |")
     assert lines[3].endswith("| 50% | 43.2 | -3.1 (0.8) |")
+
+
+def test_the_published_lines_are_what_it_writes():
+    _, before = proved_before()
+    published = (REPOSITORY / "src/cfsp/families/proved.json").read_text(encoding="utf-8")
+    assert published.splitlines()[1:-1] == [
+        line_of(family, reasons) + "," * (number < len(before))
+        for number, (family, reasons) in enumerate(before.items(), 1)
+    ]
+
+
+def test_a_long_reason_is_cut_and_what_can_go_has_none():
+    reasons = {"ffn": None, "kv": "a | b\n" + 200 * "c"}
+    row = json.loads(line_of(Family("a", "A"), reasons))
+    assert row["class"] == "A"
+    assert list(row["why_not"]) == ["kv"]
+    assert row["why_not"]["kv"].startswith("a | b ccc") and len(row["why_not"]["kv"]) == 164
+
+
+def test_servers_that_are_not_installed_are_named_before_any_work(monkeypatch, capsys):
+    monkeypatch.setattr(serving.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(serving, "_pruned", lambda name, work: pytest.fail("it started"))
+    monkeypatch.setattr(sys, "argv", ["serving.py", "--server", "mlx-lm server"])
+    with pytest.raises(SystemExit) as ended:
+        serving.main()
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert "mlx_lm not installed here; `make serve-check` installs all servers" in error
