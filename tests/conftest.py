@@ -248,8 +248,8 @@ def run(source_with_card, text_file, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_case(tmp_path_factory, tokenizer, text_file) -> Callable[..., Any]:
-    """Prune a tiny model of a type on the prose, without repair (`pruned_checks.Case`)."""
-    from pruned_checks import pruned_case
+    """Prune a tiny model of a type on the prose, without repair (`family_contract.Case`)."""
+    from family_contract import pruned_case
 
     def make(name: str, config: dict[str, Any], **asked: Any) -> Any:
         asked["data"] = [str(text_file)]

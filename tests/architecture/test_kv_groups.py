@@ -26,9 +26,7 @@ from cfsp.exports.registry import export_checkpoint
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.settings import Budget, Part
-from family_contract import save_with_tokenizer
-from forks import Forks
-from pruned_checks import (
+from family_contract import (
     SETTINGS,
     Case,
     check_a_fresh_process_keeps_the_contract,
@@ -36,7 +34,9 @@ from pruned_checks import (
     check_in_memory_is_the_checkpoint,
     check_masked_is_cut,
     logits_of,
+    save_with_tokenizer,
 )
+from forks import Forks
 from tiny_decoders import tiny_config, tiny_model
 
 PARTS: tuple[Part, ...] = ("ffn", "kv")

@@ -41,12 +41,12 @@ from cfsp.streaming.block_proof import (
     check_blocks_can_go,
     prove_without_blocks,
 )
-from family_contract import save_with_tokenizer
-from pruned_checks import (
+from family_contract import (
     SETTINGS,
     by_plan,
     check_is_the_same,
     generated,
+    save_with_tokenizer,
 )
 from tiny_decoders import random_model, tiny_config, tiny_model
 

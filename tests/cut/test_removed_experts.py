@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 import cfsp
-import pruned_checks
+import family_contract
 from cfsp.architecture import expert_proof
 from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.proof import prove, small_run_of
@@ -81,7 +81,7 @@ CASES = {
 
 
 @dataclass(frozen=True)
-class Pruned(pruned_checks.Case):
+class Pruned(family_contract.Case):
     """A model without half of its experts, as it was and as a checkpoint."""
 
     what: Case
@@ -130,19 +130,19 @@ def test_the_checkpoint_is_a_stock_one(pruned: Pruned) -> None:
 
 
 def test_masked_is_cut(pruned: Pruned) -> None:
-    pruned_checks.check_masked_is_cut(pruned)
+    family_contract.check_masked_is_cut(pruned)
 
 
 @pytest.mark.parametrize("pruned", ["mixtral", "deepseek_v3", "gpt_oss"], indirect=True)
 def test_stock_software_computes_what_the_masked_model_does(
     pruned: Pruned, forks: Forks, tmp_path: Path
 ) -> None:
-    pruned_checks.check_a_fresh_process_keeps_the_contract(pruned, forks, tmp_path)
+    family_contract.check_a_fresh_process_keeps_the_contract(pruned, forks, tmp_path)
 
 
 def test_in_memory_is_what_files_have(pruned: Pruned, tmp_path: Path) -> None:
     assert PruningPlan.load(pruned.out / PLAN_FILE) == pruned.report.plan
-    pruned_checks.check_in_memory_is_the_checkpoint(pruned, tmp_path)
+    family_contract.check_in_memory_is_the_checkpoint(pruned, tmp_path)
 
 
 @pytest.mark.parametrize("pruned", ["qwen2_moe", "deepseek_v3"], indirect=True)

@@ -22,9 +22,7 @@ from cfsp.planning.candidate import Dropped
 from cfsp.settings import (
     Part,
 )
-from family_contract import save_with_tokenizer
-from forks import Forks
-from pruned_checks import (
+from family_contract import (
     Case,
     by_plan,
     check_a_fresh_process_keeps_the_contract,
@@ -33,7 +31,9 @@ from pruned_checks import (
     check_its_plan_gives_the_same,
     check_masked_is_cut,
     generated,
+    save_with_tokenizer,
 )
+from forks import Forks
 from tiny_decoders import tiny_model
 
 ATTENTION: tuple[Part, ...] = ("attention",)
