@@ -41,7 +41,6 @@ from family_contract import (
     question_of,
     save_with_tokenizer,
 )
-from forks import Forks
 from stock import Answer, Question, attention_of_layers, logits_of
 from tiny_decoders import tiny_model
 from tiny_models import TINY_CONFIGS, build_tiny_model
@@ -114,9 +113,7 @@ class ArchitectureContract:
 
     @pytest.fixture(scope="class")
     @classmethod
-    def case(
-        cls, tokenizer: Any, text_file: Path, tmp_path_factory: pytest.TempPathFactory
-    ) -> Case:
+    def case(cls, tokenizer, text_file, tmp_path_factory) -> Case:
         source, out = (tmp_path_factory.mktemp(part) / cls.name for part in ("dense", "pruned"))
         dense = build(cls.name)
         save_with_tokenizer(dense, tokenizer, source)
@@ -133,9 +130,7 @@ class ArchitectureContract:
 
     @pytest.fixture(scope="class")
     @classmethod
-    def stock(
-        cls, case: Case, forks: Forks, tmp_path_factory: pytest.TempPathFactory
-    ) -> tuple[Answer, dict[str, str]]:
+    def stock(cls, case, forks, tmp_path_factory) -> tuple[Answer, dict[str, str]]:
         """What a fresh process without cfsp found, and what of it is held against pruning."""
 
         def answer(question: Question) -> Answer:
@@ -149,7 +144,7 @@ class ArchitectureContract:
 
     # What was removed is what the plan says, and nothing else.
 
-    def test_pruned_logits_are_those_of_the_masked_original(self, case: Case) -> None:
+    def test_pruned_logits_are_those_of_the_masked_original(self, case):
         expected = logits_of(masked_original(case), case.tokens_BT)
         actual = logits_of(case.loaded, case.tokens_BT)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
@@ -159,9 +154,7 @@ class ArchitectureContract:
         dense = logits_of(case.dense, case.tokens_BT)
         assert (expected - dense).abs().max() > 1e-2
 
-    def test_kept_channels_are_copied_bit_for_bit_and_all_else_is_untouched(
-        self, case: Case
-    ) -> None:
+    def test_kept_channels_are_copied_bit_for_bit_and_all_else_is_untouched(self, case):
         expected = {
             name: tensor.detach() for name, tensor in case.dense.state_dict(keep_vars=True).items()
         }
@@ -178,13 +171,13 @@ class ArchitectureContract:
                 del each[name]
         assert_same(after, before)
 
-    def test_original_in_memory_stays_as_it_was(self, case: Case) -> None:
+    def test_original_in_memory_stays_as_it_was(self, case):
         assert_same_tensors(case.dense, build(case.name))
         assert not any(p.is_meta for p in case.in_memory.parameters())
 
     # The shape of the result.
 
-    def test_parameters_and_widths(self, case: Case) -> None:
+    def test_parameters_and_widths(self, case):
         assert elements_of(case.loaded) == case.report.parameters_after
         assert elements_of(case.dense) == case.report.parameters_before
         assert case.report.intermediate_sizes == [entry.kept_width for _, entry in case.units()]
@@ -196,7 +189,7 @@ class ArchitectureContract:
                 if unit.path:
                     check_numbers(old.get_submodule(unit.path), new.get_submodule(unit.path), entry)
 
-    def test_config_says_the_widths(self, case: Case) -> None:
+    def test_config_says_the_widths(self, case):
         fields = json.loads((case.out / "config.json").read_text())
         assert fields["model_type"] == case.dense.config.model_type
         widths = case.report.intermediate_sizes
@@ -216,7 +209,7 @@ class ArchitectureContract:
             assert sum(len(of_block) for of_block in given.values()) == len(widths)
         assert widths == case.report.intermediate_sizes
 
-    def test_tied_embeddings_stay_tied(self, case: Case) -> None:
+    def test_tied_embeddings_stay_tied(self, case):
         def is_tied(model: PreTrainedModel) -> bool:
             head = model.get_output_embeddings()
             return head is not None and head.weight is model.get_input_embeddings().weight
@@ -225,12 +218,10 @@ class ArchitectureContract:
 
     # Plain transformers and PEFT, in a process that cannot import cfsp.
 
-    def test_fresh_process_keeps_the_contract(self, stock: tuple[Answer, dict[str, str]]) -> None:
+    def test_fresh_process_keeps_the_contract(self, stock):
         assert not stock[1]
 
-    def test_fresh_process_computes_what_the_in_memory_model_does(
-        self, case: Case, stock: tuple[Answer, dict[str, str]]
-    ) -> None:
+    def test_fresh_process_computes_what_the_in_memory_model_does(self, case, stock):
         answer, _ = stock
         assert_bitwise_equal(answer.tensors["logits"], logits_of(case.in_memory, case.tokens_BT))
         assert answer.facts["elements"] == case.report.parameters_after
@@ -242,16 +233,12 @@ class ArchitectureContract:
                 base = case.in_memory.base_model(input_ids=case.tokens_BT)[0]
             assert_bitwise_equal(answer.tensors["hidden"], base)
 
-    def test_fresh_process_changes_every_attention(
-        self, case: Case, stock: tuple[Answer, dict[str, str]]
-    ) -> None:
+    def test_fresh_process_changes_every_attention(self, case, stock):
         assert not case.question.failed
         found = stock[0].facts["attention_of_layers"]
         assert found == len(attention_of_layers(case.dense)) * ["eager"]
 
-    def test_fresh_process_adapts_every_ffn_matrix(
-        self, case: Case, stock: tuple[Answer, dict[str, str]]
-    ) -> None:
+    def test_fresh_process_adapts_every_ffn_matrix(self, case, stock):
         answer, _ = stock
         if "adapters" in answer.problems:
             return
@@ -268,7 +255,7 @@ class ArchitectureContract:
 class ThoroughContract(ArchitectureContract):
     """What takes longer, for one architecture of each kind; for all where time does not matter."""
 
-    def test_sparsity_zero_changes_no_bit(self, case: Case, tmp_path: Path) -> None:
+    def test_sparsity_zero_changes_no_bit(self, case, tmp_path):
         out = tmp_path / "same"
         cfsp.prune(case.source, out=out, sparsity=0.0, data=case.texts, **ANGULAR)
         assert_same(tensors(out), tensors(case.source))
@@ -280,16 +267,16 @@ class ThoroughContract(ArchitectureContract):
         assert type(in_memory) is type(case.dense)
         assert_same_tensors(in_memory, case.dense)
 
-    def test_in_memory_model_is_saved_and_reloaded(self, case: Case, tmp_path: Path) -> None:
+    def test_in_memory_model_is_saved_and_reloaded(self, case, tmp_path):
         case.in_memory.save_pretrained(tmp_path / "saved")
         assert_same_tensors(cfsp.load(tmp_path / "saved"), case.in_memory)
         assert sorted(Checkpoint(tmp_path / "saved").specs) == sorted(Checkpoint(case.out).specs)
 
-    def test_verify_finds_what_was_promised(self, case: Case) -> None:
+    def test_verify_finds_what_was_promised(self, case):
         checks = verify_checkpoint(Checkpoint(case.out), Compute("cpu"))
         assert not [check for check in checks if check.problem]
 
-    def test_equal_widths_give_a_plain_stock_checkpoint(self, case: Case, tmp_path: Path) -> None:
+    def test_equal_widths_give_a_plain_stock_checkpoint(self, case, tmp_path):
         asked = {"sparsity": 0.5, "multiple": 16, "block_metric": "uniform", "data": case.texts}
         report = cfsp.prune(case.source, out=tmp_path / "uniform", **asked, **SETTINGS)
         fields = json.loads((tmp_path / "uniform" / "config.json").read_text())
@@ -308,7 +295,7 @@ class ThoroughContract(ArchitectureContract):
         assert type(in_memory) is type(reloaded)
         assert_same_tensors(reloaded, in_memory)
 
-    def test_pruned_model_can_be_pruned_again(self, case: Case, tmp_path: Path) -> None:
+    def test_pruned_model_can_be_pruned_again(self, case, tmp_path):
         asked = {**ANGULAR, "sparsity": 0.2, "multiple": case.multiple, "data": case.texts}
         again = cfsp.prune(case.out, out=tmp_path / "again", **asked)
         assert again.parameters_before == case.report.parameters_after
@@ -318,9 +305,7 @@ class ThoroughContract(ArchitectureContract):
 
     # Repair, whatever way round a model stores its matrices.
 
-    def test_repaired_down_projection_is_the_ridge_solution(
-        self, case: Case, tmp_path: Path
-    ) -> None:
+    def test_repaired_down_projection_is_the_ridge_solution(self, case, tmp_path):
         asked = {**ANGULAR, "repair": "ridge", "sparsity": 0.4, "multiple": case.multiple}
         report = cfsp.prune(case.source, out=tmp_path / "out", data=case.texts, **asked)
         windows = draw_windows(case.texts, case.tokenizer, samples=6, seqlen=32)
@@ -355,7 +340,7 @@ class ThoroughContract(ArchitectureContract):
 
     # The engine against the model's own forward.
 
-    def test_statistics_are_those_of_plain_hooks(self, case: Case) -> None:
+    def test_statistics_are_those_of_plain_hooks(self, case):
         windows = draw_windows(case.texts, case.tokenizer, samples=6, seqlen=32)
         runtime = Runtime(torch.device("cpu"), torch.float32, 4)
         statistics = calibrate(LoadedModel(case.dense), windows, runtime)
