@@ -11,19 +11,15 @@ from torch.nn.functional import cross_entropy
 
 from builders import dying_at
 from cfsp.checkpoint.reading import LoadedModel
-from cfsp.cut.in_memory import build_pruned_model
 from cfsp.errors import CalibrationError
-from cfsp.planning.plan_file import ModelIdentity, PruningPlan
-from cfsp.planning.unit_plan import UnitPlan
 from cfsp.quality import perplexity as measuring
 from cfsp.quality import streaming
 from cfsp.quality.perplexity import negative_log_likelihood
 from cfsp.quality.streaming import streamed_perplexity
 from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.work_dir import WorkDir
-from cfsp.text.stream import gather, overlapping_spans
 from cfsp.text.windows import Windows
-from tiny_models import BLOCKS, TRAINED, VOCABULARY, WIDTH, build_tiny_model
+from tiny_models import BLOCKS, TRAINED, VOCABULARY, build_tiny_model
 
 CPU = torch.device("cpu")
 ENGINE = Runtime(CPU, torch.float32)
@@ -35,59 +31,25 @@ def random_windows(count: int = 5, length: int = 12) -> Windows:
     return Windows(tokens_NT, {"random": count})
 
 
-def overlapping(windows: Windows, stride: int | None) -> Windows:
-    if stride is None:
-        return windows
-    stream_R, length = windows.tokens_NT.reshape(-1), windows.tokens_NT.shape[1]
-    spans = overlapping_spans(stream_R, length, stride)
-    tokens_NT = gather(stream_R, spans, length, ())
-    scored_N = torch.tensor([span.scored for span in spans])
-    return Windows(tokens_NT, windows.sources, (), scored_N, stride)
-
-
-def plain(model: Any, windows: Windows, stride: int | None = None) -> tuple[float, int]:
-    """The whole model's own logits, token by token; and how many tokens were predicted."""
-    stream, length = windows.tokens_NT.reshape(-1), windows.tokens_NT.shape[1]
-    last = len(stream) - length
-    losses, done = [], 0
-    for begin in [*range(0, last, stride or length), last]:
-        tokens_T = stream[begin : begin + length]
-        with torch.no_grad():
-            logits_TV = model(input_ids=tokens_T[None]).logits[0].double()
-        first = max(done, begin + 1) - begin
-        losses.append(cross_entropy(logits_TV[first - 1 : -1], tokens_T[first:], reduction="none"))
-        done = begin + length
-    loss = torch.cat(losses)
-    return float(loss.mean().exp()), len(loss)
+def plain(model: Any, windows: Windows) -> float:
+    """Return the perplexity by the whole model's own logits; strides are in test_agreement.py."""
+    with torch.no_grad():
+        logits_NTV = model(input_ids=windows.tokens_NT).logits.double()
+    loss = cross_entropy(logits_NTV[:, :-1].flatten(0, 1), windows.tokens_NT[:, 1:].flatten())
+    return float(loss.exp())
 
 
 # Heads of all kinds: with a bias, scaled, capped, behind a projection; and routed blocks before.
 NAMES = sorted({*TRAINED, "mixtral", "phi", "qwen2"})
 
 
-@pytest.mark.parametrize(("name", "stride"), [*((name, None) for name in NAMES), ("gemma2", 5)])
-def test_it_is_the_whole_models(name, stride):
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_the_whole_models(name):
     model, windows = build_tiny_model(name), random_windows()
-    expected, tokens = plain(model, windows, stride)
-    runtime = Runtime(CPU, torch.float32, 2)
-    found = streamed_perplexity(LoadedModel(model), overlapping(windows, stride), runtime)
-    assert found.value == pytest.approx(expected, rel=1e-5)
-    assert (found.tokens, found.windows, found.seqlen) == (tokens, 5, 12)
-    assert (found.stride, found.bos) == (stride, False)
-
-
-def test_a_pruned_model_is_measured_with_its_own_widths():
-    model, windows = build_tiny_model("gemma2"), random_windows()
-    source = LoadedModel(model)
-    plan = PruningPlan(
-        ModelIdentity.of(source),
-        {},
-        {},
-        tuple(UnitPlan(i, WIDTH, tuple(range(0, WIDTH, 2 + i)), 0.1, 0.5) for i in range(BLOCKS)),
-    )
-    pruned = build_pruned_model(model, source, plan, {})
-    found = streamed_perplexity(LoadedModel(pruned), windows, ENGINE)
-    assert found.value == pytest.approx(plain(pruned, windows)[0], rel=1e-5)
+    found = streamed_perplexity(LoadedModel(model), windows, Runtime(CPU, torch.float32, 2))
+    assert found.value == pytest.approx(plain(model, windows), rel=1e-5)
+    assert (found.tokens, found.windows, found.seqlen) == (5 * 11, 5, 12)
+    assert (found.stride, found.bos) == (None, False)
 
 
 def test_logits_are_never_there_for_more_than_a_slice(monkeypatch):
@@ -105,7 +67,7 @@ def test_logits_are_never_there_for_more_than_a_slice(monkeypatch):
     monkeypatch.setattr(measuring, "_LOSSES_AT_ONCE", 2 * VOCABULARY)
     found = streamed_perplexity(LoadedModel(model), windows, ENGINE)
     assert seen == [7 * VOCABULARY, 7 * VOCABULARY, 5 * VOCABULARY] * 3
-    assert found.value == pytest.approx(plain(model, windows)[0], rel=1e-5)
+    assert found.value == pytest.approx(plain(model, windows), rel=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
@@ -137,7 +99,7 @@ def test_a_killed_pass_goes_on(tmp_path, monkeypatch):
     assert entered == [0, 1, 2, 2]
     assert again == measure(WorkDir(tmp_path, identity={}))  # without any block
     assert len(entered) == BLOCKS + 1
-    assert again == pytest.approx(plain(source.model, windows)[0], rel=1e-5)
+    assert again == pytest.approx(plain(source.model, windows), rel=1e-5)
 
 
 def test_nan_is_an_error():
