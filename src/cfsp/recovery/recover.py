@@ -361,10 +361,10 @@ class _Saver(TrainerCallback):  # type: ignore[misc]
 
 
 def _nothing_gained(outcome: TrainingOutcome, source: Checkpoint) -> RecoveryError:
-    before, *after = (entry["perplexity"] for entry in outcome.history)
+    before, *after = (entry["held_out"] for entry in outcome.history)
     return RecoveryError(
-        f"training did not make the held-out perplexity lower ({before:.2f} before, "
-        f"{min(after):.2f} at best in {counted(outcome.steps, 'steps')}), so nothing is written, "
+        f"training did not make the loss on held-out text lower ({before:.4f} before, "
+        f"{min(after):.4f} at best in {counted(outcome.steps, 'steps')}), so nothing is written, "
         f"and {source.label} is the best there is; give it more steps or minutes, other text, or "
         "another --learning-rate"
     )

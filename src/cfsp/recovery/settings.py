@@ -153,9 +153,9 @@ class Distillation:
     """How much a teacher counts; the loss on the text gets the rest."""
 
     weight: float = option(
-        0.7,
-        "of the teacher against the text, in [0, 1]: the text wins back more perplexity, the "
-        "teacher keeps the dense model's answers",
+        1.0,
+        "of the teacher against the text, in [0, 1]: some text wins back more perplexity, and "
+        "leads away from the dense model's predictions and answers",
         kind=float,
         flag="teacher-weight",
         advanced=True,

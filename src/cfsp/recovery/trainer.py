@@ -97,14 +97,14 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the loss; the teacher counts in training only.
+        """Return the loss, of held-out text the same that training lowers.
 
         The Trainer averages an evaluation over windows, however many labels each has. With the same
         count for all of them that is the mean over labels, for batches of any size.
         """
         self._loss.labels_in_window = None if model.training else self._held_out_labels
         num_items_in_batch = num_items_in_batch if model.training else None
-        self._loss.taught = self._loss.ask(inputs["input_ids"]) if model.training else None
+        self._loss.taught = self._loss.ask(inputs["input_ids"])
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -148,7 +148,7 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
     """
 
     def __init__(self, schedule: Schedule, tokens_in_step: int) -> None:
-        # Step, held-out perplexity and loss (none before the first step) at each evaluation.
+        # Step, held-out loss, and loss (none before the first step) at each evaluation.
         self.history: list[dict[str, float]] = []
         self._schedule = schedule
         self._tokens_in_step = tokens_in_step
@@ -177,7 +177,7 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Take up an interrupted run, from the state of its Trainer."""
         saved, self._first_step = _saved_pace(vars(state)), state.global_step
         # The Trainer sorts what it saves; a run that went on writes what one in one go does.
-        order = ("step", "perplexity", "loss")
+        order = ("step", "held_out", "loss")
         self.history = [
             {key: entry[key] for key in order if key in entry} for entry in saved["history"]
         ]
@@ -232,7 +232,7 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
         schedule, loss, step = self._schedule, metrics["eval_loss"], state.global_step
         if not math.isfinite(loss):
             raise _diverged(step + 1, "the held-out loss")
-        entry = {"step": step, "perplexity": round(math.exp(min(loss, 700.0)), 4)}
+        entry = {"step": step, "held_out": round(loss, 6)}
         if math.isfinite(self._loss):
             entry["loss"] = round(self._loss, 4)
         self.history.append(entry)
@@ -245,8 +245,8 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
                 left = int(schedule.seconds_left)
                 pace = f"{self.tokens_per_second:,.0f} tokens/s, {left // 60}:{left % 60:02d} left"
             logger.info(
-                f"step {step}, {schedule.progress:.0%}: {self._loss_in_words()}held-out perplexity "
-                f"{entry['perplexity']:.2f}{pace and ', '}{pace}"
+                f"step {step}, {schedule.progress:.0%}: {self._loss_in_words()}held-out loss "
+                f"{loss:.4f}{pace and ', '}{pace}"
             )
         if not step:
             schedule.training_begins()

@@ -37,7 +37,8 @@ class TrainingOutcome:
             made it no lower than it was.
         tokens_in_step: tokens of one step, over all processes.
         tokens_per_second: of training, without evaluations.
-        history: step, held-out perplexity and loss at each evaluation, the first before training.
+        history: step, loss on held-out text (of the same kind) and of training, in nats, at each
+            evaluation, the first before training.
     """
 
     steps: int
@@ -77,7 +78,7 @@ def schedule_of(
         started,
         # Then the best weights are read again.
         after_training=after_training + trained_bytes / BYTES_PER_SECOND,
-        evaluation_steps=len(text.held_out) / windows_in_step / forwards,
+        evaluation_steps=len(text.held_out) / windows_in_step * (1 + has_teacher) / forwards,
         # The weights and AdamW's two moments.
         save_seconds=3 * trained_bytes / BYTES_PER_SECOND,
     )
@@ -124,10 +125,10 @@ def train(
         else:
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     best_step = trainer.state.best_global_step
-    perplexity = {entry["step"]: entry["perplexity"] for entry in pace.history}
+    held_out = {entry["step"]: entry["held_out"] for entry in pace.history}
     return TrainingOutcome(
         steps=trainer.state.global_step,
-        best_step=best_step if perplexity[best_step] < perplexity[0] else 0,
+        best_step=best_step if held_out[best_step] < held_out[0] else 0,
         tokens_in_step=tokens_in_step,
         tokens_per_second=round(pace.tokens_per_second, 1),
         history=pace.history,

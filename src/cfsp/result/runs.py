@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import isfinite, log
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +84,13 @@ class RunFacts:
 
     @property
     def recovery_history(self) -> list[dict[str, float]]:
-        """Step, held-out perplexity and, where there is one, loss; empty without recovery."""
+        """Step, held-out loss and, where there is one, loss; empty without recovery."""
         history: list[dict[str, float]] = (self.manifest.get("recovery") or {}).get("history", [])
-        return history
+        # Earlier manifests have the perplexity of held-out text.
+        return [
+            {"held_out": log(entry["perplexity"]), **entry} if "perplexity" in entry else entry
+            for entry in history
+        ]
 
 
 def read_run(directory: Path) -> RunFacts:
@@ -122,7 +126,7 @@ def read_run(directory: Path) -> RunFacts:
         run = RunFacts(directory.resolve().name, directory, manifest, joined(facts), plan)
         _ = run.base_fingerprint, making(manifest)
         _check_steps(run.repair_steps)
-        if not all(isfinite(e["step"]) and isfinite(e["perplexity"]) for e in run.recovery_history):
+        if not all(isfinite(e["step"]) and isfinite(e["held_out"]) for e in run.recovery_history):
             raise ValueError("history of recovery")
         if plan is not None:
             _check_together(manifest, plan, directory)

@@ -158,7 +158,7 @@ def _ranked(
 
 
 def recovery_chart(runs: Sequence[RunFacts]) -> Chart | None:
-    """Return how held-out perplexity fell while the runs were recovered; None where none was."""
+    """Return how the loss on held-out text fell in recovery; None where no run was recovered."""
     recovered = [run for run in runs if run.recovery_history]
     if not recovered:
         return None
@@ -166,19 +166,19 @@ def recovery_chart(runs: Sequence[RunFacts]) -> Chart | None:
     for run in recovered:
         points = []
         for entry in run.recovery_history:
-            step, perplexity = f"{entry['step']:.0f}", f"{entry['perplexity']:.2f}"
+            step, held_out = f"{entry['step']:.0f}", f"{entry['held_out']:.4f}"
             loss = f"{entry['loss']:.4f}" if "loss" in entry else NOTHING
-            say = f"Step {step}: perplexity {perplexity}, training loss {loss}"
-            points.append(_Point(run.name, entry["step"], entry["perplexity"], say))
-            rows.append([f"{run.name}, {step}", perplexity, loss])
-        title = panel_title("Perplexity on held-out text", run, runs)
+            say = f"Step {step}: held-out loss {held_out}, training loss {loss}"
+            points.append(_Point(run.name, entry["step"], entry["held_out"], say))
+            rows.append([f"{run.name}, {step}", held_out, loss])
+        title = panel_title("Loss on held-out text, nats", run, runs)
         planes.append(_Plane(title, _STEP, points, 0.0))
     return Chart(
         "recovery",
         "How recovery went",
-        "Perplexity is on a part of the training text that was held out. The weights of the best "
-        "evaluation were kept.",
-        "A falling line of points: perplexity on held-out text at each evaluation during recovery.",
+        "The loss is that of training, on text that was held out: the divergence from the dense "
+        "model where that teaches. The weights of the best evaluation were kept.",
+        "A falling line of points: loss on held-out text at each evaluation during recovery.",
         lambda width: [plane.panel(width) for plane in planes],
-        Table(["run, step", "perplexity", "training loss"], rows),
+        Table(["run, step", "held-out loss", "training loss"], rows),
     )
