@@ -122,11 +122,3 @@ def die_at_step(count: int, die: Callable[..., None]) -> None:
         return original(trainer, *args, **options)
 
     original, RecoveryTrainer.training_step = RecoveryTrainer.training_step, training_step
-
-
-def prune(model: object, text: object, out: object, *more: object) -> int:
-    """Prune on a little text in this process, as the tests of goals do."""
-    from cfsp.cli import main
-
-    argv = ["prune", model, "--data", text, "--samples", 8, "--seqlen", 32, "--multiple", 8]
-    return main([*map(str, argv), "--out", str(out), *map(str, more)])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,41 +40,32 @@ def run_observed(model: nn.Module, found: Architecture) -> tuple[dict[Unit | int
     """Run a model with all units observed; return what was seen of each, and the logits."""
     blocks = model.get_submodule(found.blocks)
     seen: dict[tuple[int, int], Seen] = defaultdict(Seen)
-    contexts, handles = [], []
-    for index, block in enumerate(blocks):
-        units = [unit for unit in found.units if unit.block == index]
+    with ExitStack() as stack, torch.inference_mode():
+        for index, block in enumerate(blocks):
+            units = [unit for unit in found.units if unit.block == index]
+            for position, unit in enumerate(units):
+                path = unit.path if unit.routed else unit.down.rpartition(".")[0]
 
-        def on_rows(
-            position: int, ffn: int, act_RF: Tensor, token_R: Tensor, index: int = index
-        ) -> None:
-            seen[index, position].rows[ffn].append((act_RF.clone(), token_R.clone()))
+                def note(
+                    module: nn.Module, args: Any, output: Tensor, at: Any = (index, position)
+                ) -> None:
+                    seen[at].output = output.clone()
 
-        for position, unit in enumerate(units):
-            path = unit.path if unit.routed else unit.down.rpartition(".")[0]
+                handle = block.get_submodule(path).register_forward_hook(note)
+                stack.callback(handle.remove)
 
-            def note(
-                module: nn.Module, args: Any, output: Tensor, at: Any = (index, position)
+            def on_rows(
+                position: int, ffn: int, act_RF: Tensor, token_R: Tensor, index: int = index
             ) -> None:
-                seen[at].output = output.clone()
+                seen[index, position].rows[ffn].append((act_RF.clone(), token_R.clone()))
 
-            handles.append(block.get_submodule(path).register_forward_hook(note))
-        contexts.append(observed_activations(block, units, on_rows))
-    for context in contexts:
-        context.__enter__()
-    try:
-        with torch.inference_mode():
-            logits = model(input_ids=TOKENS, use_cache=False).logits
-    finally:
-        for context in contexts:
-            context.__exit__(None, None, None)
-        for handle in handles:
-            handle.remove()
-    return seen, logits
+            stack.enter_context(observed_activations(block, units, on_rows))
+        return seen, model(input_ids=TOKENS, use_cache=False).logits
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("model_type", OBSERVED)
-def test_rows_make_up_what_the_unit_gives(model_type: str) -> None:
+def test_rows_make_up_what_the_unit_gives(model_type):
     model = tiny_model(model_type)
     found = find_architecture(model)
     blocks = model.get_submodule(found.blocks)
@@ -123,7 +116,7 @@ def is_down_bias(name: str, unit: Unit) -> bool:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe"])
-def test_observed_experts_compute_the_same_bits(model_type: str) -> None:
+def test_observed_experts_compute_the_same_bits(model_type):
     model = tiny_model(model_type).to(torch.bfloat16)
     model.set_experts_implementation("eager")
     unit = next(unit for unit in find_architecture(model).units if unit.routed)
@@ -139,7 +132,7 @@ def test_observed_experts_compute_the_same_bits(model_type: str) -> None:
     assert torch.equal(got, want)
 
 
-def test_experts_are_themselves_again_afterwards() -> None:
+def test_experts_are_themselves_again_afterwards():
     model = tiny_model("llama4_text")
     found = find_architecture(model)
     run_observed(model, found)
@@ -148,77 +141,65 @@ def test_experts_are_themselves_again_afterwards() -> None:
         assert not block._forward_hooks and not block._forward_pre_hooks
 
 
-class _Experts(nn.Module):
-    """Experts that are given all tokens and weighted afterwards, outside."""
+class FFN(nn.Module):
+    """A function of two matrices and the hidden states."""
 
-    def __init__(self) -> None:
+    def __init__(self, up: Any, down: Any, compute: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
-        self.up_proj = nn.Parameter(torch.randn(4, 32, 64))
-        self.down_proj = nn.Parameter(torch.randn(4, 64, 32))
+        self.up, self.down, self.compute = up, down, compute
 
     def forward(self, hidden_RD: Tensor) -> Tensor:
-        inner = torch.bmm(hidden_RD.expand(4, -1, -1), self.up_proj)
-        return torch.bmm(torch.nn.functional.gelu(inner), self.down_proj)
+        return self.compute(self, hidden_RD)
 
 
-class _Block(nn.Module):
-    def __init__(self, mlp: nn.Module) -> None:
-        super().__init__()
-        self.mlp = mlp
+class Block(nn.Module):
+    """A block whose FFN is given every token, or every so many."""
 
-    def forward(self, hidden_BTD: Tensor) -> Tensor:
-        each_ERD = self.mlp(hidden_BTD.flatten(0, 1))
-        share_E = torch.tensor([0.4, 0.3, 0.2, 0.1])
-        return torch.einsum("erd,e->rd", each_ERD, share_E).view_as(hidden_BTD)
-
-
-def test_weights_that_cannot_be_seen_are_refused() -> None:
-    block = _Block(_Experts())
-    unit = Unit(
-        0, "mlp", 64, 4, "mlp.up_proj", None, "mlp.down_proj",
-        {"mlp.up_proj": ChannelAxis(2), "mlp.down_proj": ChannelAxis(1)}, routed=True,
-    )  # fmt: skip
-    with (
-        observed_activations(block, [unit], lambda *rows: None),
-        pytest.raises(UnsupportedModelError, match="weights them in a way"),
-    ):
-        block(torch.randn(2, 5, 32))
-
-
-class _Half(nn.Module):
-    """An FFN that sees every other token."""
-
-    def __init__(self, unused: bool = False) -> None:
-        super().__init__()
-        self.up = nn.Linear(32, 64)
-        self.down = nn.Linear(64, 32)
-        self.unused = unused
-
-    def forward(self, hidden_RD: Tensor) -> Tensor:
-        act = self.up(hidden_RD).relu()
-        if self.unused:
-            return act @ self.down.weight.T
-        return self.down(act)
-
-
-class _HalfBlock(nn.Module):
-    def __init__(self, mlp: nn.Module, step: int) -> None:
+    def __init__(self, mlp: nn.Module, step: int = 1) -> None:
         super().__init__()
         self.mlp, self.step = mlp, step
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        return self.mlp(hidden_BTD[:, :: self.step])
+        return self.mlp(hidden_BTD[:, :: self.step].flatten(0, 1))
 
 
-@pytest.mark.parametrize(
-    ("unused", "step", "words"), [(False, 2, "rows of 12 tokens"), (True, 1, "without its matrix")]
-)
-def test_rows_of_unknown_tokens_are_refused(unused: bool, step: int, words: str) -> None:
-    block = _HalfBlock(_Half(unused), step)
-    unit = Unit(
-        0, "mlp", 64, 1, "mlp.up.weight", None, "mlp.down.weight",
-        {"mlp.up.weight": ChannelAxis(0), "mlp.down.weight": ChannelAxis(1)},
-    )  # fmt: skip
+def linear_ffn(compute: Callable[[Any, Tensor], Tensor]) -> FFN:
+    return FFN(nn.Linear(32, 64), nn.Linear(64, 32), compute)
+
+
+def weights(*sizes: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(sizes))
+
+
+def unit_of(up: str, down: str, axes: tuple[int, int], ffns: int = 1) -> Unit:
+    by_name = {up: ChannelAxis(axes[0]), down: ChannelAxis(axes[1])}
+    return Unit(0, "mlp", 64, ffns, up, None, down, by_name, routed=ffns > 1)
+
+
+LINEAR = unit_of("mlp.up.weight", "mlp.down.weight", (0, 1))
+UNSEEN = {
+    # Experts that are given all tokens and weighted afterwards, outside.
+    "weights them in a way": (
+        Block(
+            FFN(
+                weights(4, 32, 64),
+                weights(4, 64, 32),
+                lambda of, x: torch.bmm(torch.bmm(x.expand(4, -1, -1), of.up).relu(), of.down),
+            )
+        ),
+        unit_of("mlp.up", "mlp.down", (2, 1), ffns=4),
+    ),
+    "rows of 12 tokens": (Block(linear_ffn(lambda of, x: of.down(of.up(x).relu())), 2), LINEAR),
+    "without its matrix": (
+        Block(linear_ffn(lambda of, x: of.up(x).relu() @ of.down.weight.T)),
+        LINEAR,
+    ),
+}
+
+
+@pytest.mark.parametrize("words", UNSEEN)
+def test_what_cannot_be_seen_is_refused(words):
+    block, unit = UNSEEN[words]
     with (
         observed_activations(block, [unit], lambda *rows: None),
         pytest.raises(UnsupportedModelError, match=words),
@@ -226,32 +207,19 @@ def test_rows_of_unknown_tokens_are_refused(unused: bool, step: int, words: str)
         block(torch.randn(2, 6, 32))
 
 
-def test_a_bare_parameter_is_watched() -> None:
-    class Bare(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up = nn.Parameter(torch.randn(32, 64))
-            self.down = nn.Parameter(torch.randn(64, 32))
-
-        def forward(self, hidden: Tensor) -> Tensor:
-            return (hidden @ self.up).relu() @ self.down
-
-    block = _HalfBlock(Bare(), 1)
-    unit = Unit(
-        0, "mlp", 64, 1, "mlp.up", None, "mlp.down",
-        {"mlp.up": ChannelAxis(1), "mlp.down": ChannelAxis(0)},
-    )  # fmt: skip
-    hidden = torch.randn(2, 6, 32)
+def test_a_bare_parameter_is_watched():
+    block = Block(FFN(weights(32, 64), weights(64, 32), lambda of, x: (x @ of.up).relu() @ of.down))
+    unit, hidden = unit_of("mlp.up", "mlp.down", (1, 0)), torch.randn(2, 6, 32)
     shown: list[Any] = []
     with observed_activations(block, [unit], lambda *rows: shown.append(rows)):
         block(hidden)
     ((position, ffn, act_RF, token_R),) = shown
     assert (position, ffn) == (0, 0)
-    torch.testing.assert_close(act_RF, (hidden @ block.mlp.up).relu().flatten(0, 1))
+    torch.testing.assert_close(act_RF, (hidden.flatten(0, 1) @ block.mlp.up).relu())
     assert torch.equal(token_R, torch.arange(12))
 
 
-def test_experts_that_see_some_of_the_tokens_are_refused() -> None:
+def test_experts_that_see_some_of_the_tokens_are_refused():
     model = tiny_model("mixtral")
     block = model.model.layers[0]
     units = [unit for unit in find_architecture(model).units if unit.block == 0]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import dynamic_module_utils
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
 )
@@ -18,10 +22,20 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import cfsp
+import stock
 from architecture_contract import ArchitectureContract, ThoroughContract
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import architecture_of
-from tiny_decoders import REPRESENTATIVES, model_class, random_model, tiny_config
+from family_contract import (
+    held_against,
+    prune_tiny,
+    question_of,
+    save_with_tokenizer,
+    tiny_text,
+    tiny_tokenizer,
+)
+from stock import Question, ask
+from tiny_decoders import REPRESENTATIVES, model_class, random_model, tiny_config, tiny_model
 from tiny_models import TINY_CONFIGS
 
 # Of each kind one: fused and interleaved gates, no gate, transposed matrices, experts beside dense
@@ -30,11 +44,14 @@ ALWAYS = (
     "gemma3", "gemma4", "qwen3_5", "qwen3_next", "gpt_oss", "deepseek_v3", "llama4", "nemotron_h",
     "granitemoehybrid", "jamba", "lfm2", "falcon", "bloom",
 )  # fmt: skip
-# Their FFNs are Llama's.
-LIKE_LLAMA = ("mistral", "qwen2", "qwen3", "gemma", "olmo2", "smollm3", "stablelm")
+# Their FFNs are Llama's, or those of another one that is there.
+LIKE_OTHERS = (
+    "mistral", "qwen2", "qwen3", "gemma", "olmo2", "smollm3", "stablelm", "gemma3_text",
+    "gpt_neox-serial", "opt", "qwen3_moe",
+)  # fmt: skip
 THOROUGH = (
-    "llama", "llama-biased", "phi3", "gpt2", "opt-projected", "mixtral", "qwen2_moe", "gemma3",
-    "qwen3_5", "gpt_oss", "deepseek_v3", "nemotron_h", "bloom",
+    "llama-biased", "phi3", "gpt2", "opt-projected", "qwen2_moe", "gemma3", "gpt_oss",
+    "deepseek_v3", "nemotron_h", "bloom",
 )  # fmt: skip
 # .ci/versions sets the variable.
 EVERY = "CFSP_EVERY_FAMILY" in os.environ
@@ -65,7 +82,7 @@ def _proved_types() -> Iterator[str]:
 
 NAMES = dict.fromkeys(
     (
-        *(name for name in TINY_CONFIGS if EVERY or name not in LIKE_LLAMA),
+        *(name for name in TINY_CONFIGS if EVERY or name not in LIKE_OTHERS),
         *ALWAYS,
         *((*REPRESENTATIVES, "qwen3_vl_moe") if EVERY else ()),
         *(_proved_types() if EVERY_TYPE else ()),
@@ -85,9 +102,7 @@ for _name in NAMES:
 del _class
 
 
-def test_checkpoint_of_the_base_model_alone(
-    tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
-) -> None:
+def test_checkpoint_of_the_base_model_alone(tiny_checkpoint, text_file, tmp_path):
     """Such are GPT-2's on the hub: names without the base model's, and causal masks stored."""
     source = tmp_path / "base"
     shutil.copytree(tiny_checkpoint("gpt2"), source)
@@ -110,3 +125,66 @@ def test_checkpoint_of_the_base_model_alone(
     assert found.parameters_before == expected.parameters_before
     name = "model.safetensors"
     assert (tmp_path / "found" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
+
+
+# The contract itself.
+
+
+def test_what_the_dense_model_fails_too_is_not_held_against_the_type():
+    def never() -> dict[str, str]:
+        raise AssertionError("the dense model need not be asked")
+
+    assert held_against({}, never) == {}
+    problems = {"base": "others", "adapters": "none"}
+    assert held_against(problems, lambda: {"adapters": "no names"}) == {"base": "others"}
+    assert held_against({"logits": "others"}, lambda: {"logits": "others"}) == {"logits": "others"}
+
+
+@pytest.fixture(autouse=True)
+def modules_cache_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ask` has a process to itself elsewhere, and sets this."""
+    monkeypatch.setattr(
+        dynamic_module_utils, "HF_MODULES_CACHE", dynamic_module_utils.HF_MODULES_CACHE
+    )
+
+
+@pytest.fixture(scope="module")
+def question(tmp_path_factory: pytest.TempPathFactory) -> Question:
+    place = tmp_path_factory.mktemp("contract")
+    dense = tiny_model("llama")
+    save_with_tokenizer(dense, tiny_tokenizer(), place / "dense")
+    report = prune_tiny(place / "dense", place / "pruned", [tiny_text()], 1)
+    question_of(dense, place / "pruned", report.plan).save(place / "question.pt")
+    return Question.load(place / "question.pt")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_every_check_can_fail(question, tmp_path, monkeypatch):
+    assert ask(question, tmp_path / "as it is").problems == {}
+
+    wrong = {name: tensor + 1 for name, tensor in question.expected.items()}
+    other = replace(question, expected=wrong, class_name="OtherForCausalLM", matrices=["no.weight"])
+    found = ask(other, tmp_path / "wrong").problems
+    assert "PeftModule" in found.pop("adapters")
+    assert found == {
+        "loads": "expected the class PrunedOtherForCausalLM, found PrunedLlamaForCausalLM",
+        "logits": "expected what the masked original computes, found a difference of 1.0e+00",
+        "cache": "expected the tokens that the masked original generates, found others",
+        "attention": "expected what the masked original computes, found a difference of 1.0e+00",
+    }
+    # What does not load is asked no more.
+    nothing = replace(question, checkpoint=str(tmp_path / "nothing"))
+    assert list(ask(nothing, tmp_path).problems) == ["loads"]
+    # What is saved must be the same bit for bit.
+    monkeypatch.setattr(stock, "TOLERANCE", 0.1)
+    calls, original = iter(range(100)), stock.logits_of
+    monkeypatch.setattr(stock, "logits_of", lambda *args: original(*args) + 1e-3 * next(calls))
+    assert ask(question, tmp_path / "saved").problems == {
+        "saved": "expected the same logits of the model that was saved and read again, found others"
+    }
+
+
+def test_the_half_without_cfsp_imports_nothing_of_it():
+    text = Path(str(stock.__file__)).read_text(encoding="utf-8")
+    assert "import torch" in text
+    assert not re.search(r"^\s*(from|import) cfsp", text, re.MULTILINE)

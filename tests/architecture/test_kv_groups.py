@@ -9,34 +9,31 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import cfsp
 from builders import goal_of_share
 from cfsp.architecture.found import ChannelAxis
 from cfsp.architecture.proof import prove
-from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.config_widths import KV_GROUPS
-from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of
 from cfsp.cli import main
-from cfsp.errors import BudgetError, CfspError, StatisticsError, UnsupportedModelError
-from cfsp.exports.registry import export_checkpoint
+from cfsp.errors import BudgetError, UnsupportedModelError
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.settings import Budget, Part
 from family_contract import (
     SETTINGS,
     Case,
+    by_plan,
     check_a_fresh_process_keeps_the_contract,
     check_caches_agree_with_none,
     check_in_memory_is_the_checkpoint,
+    check_is_the_same,
     check_masked_is_cut,
     logits_of,
     save_with_tokenizer,
 )
-from forks import Forks
 from tiny_decoders import tiny_config, tiny_model
 
 PARTS: tuple[Part, ...] = ("ffn", "kv")
@@ -53,23 +50,24 @@ def case(request: pytest.FixtureRequest, make_case: Callable[..., Case]) -> Case
     return found
 
 
-def test_masked_is_cut(case: Case) -> None:
+def test_masked_is_cut(case):
     check_masked_is_cut(case)
 
 
-def test_caches_agree_with_none(case: Case) -> None:
+def test_caches_agree_with_none(case):
     check_caches_agree_with_none(case)
 
 
-def test_a_fresh_process_keeps_the_contract(case: Case, forks: Forks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["gemma3_text", "phi3"], indirect=True)
+def test_a_fresh_process_keeps_the_contract(case, forks, tmp_path):
     check_a_fresh_process_keeps_the_contract(case, forks, tmp_path)
 
 
-def test_in_memory_is_the_checkpoint(case: Case, tmp_path: Path) -> None:
+def test_in_memory_is_the_checkpoint(case, tmp_path):
     check_in_memory_is_the_checkpoint(case, tmp_path)
 
 
-def test_config_and_modules_say_the_numbers(case: Case) -> None:
+def test_config_and_modules_say_the_numbers(case):
     groups = case.report.kv_groups["after"]
     fields = json.loads((case.out / "config.json").read_text())
     assert [count for block in fields[KV_GROUPS].values() for count in block.values()] == groups
@@ -85,30 +83,8 @@ def test_config_and_modules_say_the_numbers(case: Case) -> None:
             assert axis.width(block.get_parameter(name).shape) == count
 
 
-@pytest.mark.parametrize("case", ["phi3"], indirect=True)
-def test_inspect_and_verify_agree(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
-    capsys.readouterr()
-    assert main(["inspect", str(case.out), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["kv_groups"] == case.report.kv_groups["after"]
-    assert told["intermediate_sizes"] == case.report.intermediate_sizes
-    assert main(["verify", str(case.out), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["verified"]
-
-
-def test_the_plan_names_each_part_and_is_read_again(case: Case) -> None:
-    plan = PruningPlan.load(case.out / PLAN_FILE)
-    assert plan == case.report.plan
-    assert json.loads(plan.to_json())["plan_version"] == 2
-    assert plan.parts == PARTS
-    kept = sum(unit.kept_width * unit.cost for unit in plan.units)
-    whole = sum(unit.width * unit.cost for unit in plan.units)
-    # A step is a KV group or a channel.
-    assert kept / whole == pytest.approx(0.6, abs=max(u.cost for u in plan.units) / whole)
-
-
 @pytest.mark.parametrize("case", ["qwen2", "gpt2"], indirect=True)
-def test_repair_lowers_the_error(case: Case, tmp_path: Path) -> None:
+def test_repair_lowers_the_error(case, tmp_path):
     # Without sensitivity: that of a random model keeps its attentions.
     asked = {**case.asked, "multiple": 8, "repair": "local", "block_metric": "angular"}
     asked["local_steps"] = 1
@@ -121,15 +97,19 @@ def test_repair_lowers_the_error(case: Case, tmp_path: Path) -> None:
     logits_of(cfsp.load(tmp_path / "out"), case.tokens_BT)
 
 
-def test_what_lost_groups_is_pruned_again(tokenizer: Any, text_file: Path, tmp_path: Path) -> None:
-    save_with_tokenizer(tiny_model("llama"), tokenizer, tmp_path / "dense")
-    asked = {"multiple": 1, "repair": "none", "block_metric": "angular", "data": [str(text_file)]}
-    first = cfsp.prune(
-        tmp_path / "dense", out=tmp_path / "once", parts="kv", sparsity=0.35, **asked, **SETTINGS
-    )
+@pytest.fixture(scope="module")
+def llama(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("llama") / "dense"
+    save_with_tokenizer(tiny_model("llama"), tokenizer, place)
+    return place
+
+
+def test_what_lost_groups_is_pruned_again(llama, text_file, tmp_path):
+    asked: dict[str, Any] = {"multiple": 1, "repair": "none", "data": [str(text_file)], **SETTINGS}
+    first = cfsp.prune(llama, out=tmp_path / "once", parts="kv", sparsity=0.35, **asked)
     groups = first.kv_groups["after"]
     assert len(set(groups)) > 1
-    again = cfsp.prune(tmp_path / "once", out=tmp_path / "twice", sparsity=0.3, **asked, **SETTINGS)
+    again = cfsp.prune(tmp_path / "once", out=tmp_path / "twice", sparsity=0.3, **asked)
     # Only FFN channels may go now; the heads stay as they are.
     assert again.kv_groups["after"] == groups
     assert sum(again.intermediate_sizes) < sum(first.intermediate_sizes)
@@ -137,55 +117,28 @@ def test_what_lost_groups_is_pruned_again(tokenizer: Any, text_file: Path, tmp_p
     logits_of(cfsp.load(tmp_path / "twice"), torch.arange(2, 26).view(2, 12))
 
 
-def test_the_report_shows_both_parts(tokenizer: Any, text_file: Path, tmp_path: Path) -> None:
-    save_with_tokenizer(tiny_model("llama"), tokenizer, tmp_path / "dense")
-    cfsp.prune(
-        tmp_path / "dense", out=tmp_path / "out", goal=cfsp.TargetParameters(0.8), parts=PARTS,
-        multiple=8, block_metric="angular", data=[str(text_file)], **SETTINGS,
-    )  # fmt: skip
-    page = tmp_path / "page.html"
-    assert main(["report", str(tmp_path / "out"), "--out", str(page)]) == 0
-    text = page.read_text()
-    assert "KV groups" in text and "FFN channels" in text
-    assert "What each attention layer" in text
-    assert "1 self_attn" in text
-    assert "KV groups" in (tmp_path / "out" / "README.md").read_text()
-
-
-def test_the_stages_one_by_one(tokenizer: Any, text_file: Path, tmp_path: Path) -> None:
-    source, saved = tmp_path / "dense", tmp_path / "stats.safetensors"
-    save_with_tokenizer(tiny_model("llama"), tokenizer, source)
-    text = ["--data", str(text_file), "--samples", "6", "--seqlen", "32", "--device", "cpu"]
-    assert main(["calibrate", str(source), "--parts", "ffn,kv", *text, "--out", str(saved)]) == 0
-    statistics = Statistics.load(saved)
+def test_the_stages_one_by_one_and_the_report(llama, text_file, tmp_path):
+    text: dict[str, Any] = {"data": [str(text_file)], **SETTINGS}
+    cfsp.calibrate(llama, parts=PARTS, **text).save(tmp_path / "statistics")
+    statistics = cfsp.Statistics.load(tmp_path / "statistics")
     (attention,) = (unit for unit in statistics.units if unit.block == 1 and unit.part == "kv")
     assert attention.distance_sums["angular"] > 0
     assert attention.distance_sums != statistics.blocks[1].distance_sums
-    plan = tmp_path / "plan.json"
-    asked = ["--statistics", str(saved), "--target-params", "0.8", "--set", "multiple=1"]
-    assert main(["plan", str(source), *asked, "--parts", "kv,ffn", "--out", str(plan)]) == 0
-    asked = ["--plan", str(plan), "--repair", "none"]
-    assert main(["prune", str(source), *asked, "--out", str(tmp_path / "by-plan")]) == 0
-    cfsp.prune(
-        source, out=tmp_path / "direct", goal=cfsp.TargetParameters(0.8), parts=PARTS, multiple=1,
-        repair="none", data=[str(text_file)], **SETTINGS,
-    )  # fmt: skip
-    first, second = (
-        load_file(tmp_path / name / "model.safetensors") for name in ("by-plan", "direct")
-    )
-    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
+    asked: dict[str, Any] = {"goal": cfsp.TargetParameters(0.8), "parts": PARTS, "multiple": 1}
+    plan = cfsp.plan(llama, statistics, **asked)
+    assert PruningPlan.from_json(plan.to_json()) == plan
+    by_plan(llama, plan, tmp_path / "by-plan", text_file)
+    out = tmp_path / "direct"
+    cfsp.prune(llama, out=out, repair="none", **asked, **text)
+    check_is_the_same(tmp_path / "by-plan", out)
+    assert main(["report", str(out), "--out", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    for said in ("KV groups", "FFN channels", "What each attention layer", "1 self_attn"):
+        assert said in page
+    assert "KV groups" in (out / "README.md").read_text()
 
 
-def test_statistics_of_other_parts_are_refused(
-    tokenizer: Any, text_file: Path, tmp_path: Path
-) -> None:
-    dense = tiny_model("llama")
-    statistics = cfsp.calibrate(dense, tokenizer, data=[str(text_file)], **SETTINGS)
-    with pytest.raises(StatisticsError, match="calibrate with the same --parts"):
-        cfsp.plan(dense, statistics, sparsity=0.2, parts="kv")
-
-
-def test_equally_many_groups_give_a_stock_checkpoint(make_case: Callable[..., Case]) -> None:
+def test_equally_many_groups_give_a_stock_checkpoint(make_case):
     case = make_case("llama", {}, sparsity=0.5, parts="kv")
     assert case.report.kv_groups["after"] == [1, 1, 1]
     assert case.report.intermediate_sizes == [96, 96, 96]
@@ -197,24 +150,27 @@ def test_equally_many_groups_give_a_stock_checkpoint(make_case: Callable[..., Ca
     check_masked_is_cut(case)
 
 
-def test_what_has_no_kv_groups_is_refused_by_name() -> None:
-    for name, reason in (
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
         ("deepseek_v3", "self_attn failed the check heads"),
         ("mamba2", "mixer failed the check heads"),
         ("olmo2", "self_attn failed the check cut"),
         ("gpt_bigcode", "expected two KV groups or more"),
-    ):
-        with pytest.raises(UnsupportedModelError, match=reason):
-            prove(tiny_config(name), None, ("kv",))
+    ],
+)
+def test_what_has_no_kv_groups_is_refused_by_name(name, reason):
+    with pytest.raises(UnsupportedModelError, match=reason):
+        prove(tiny_config(name), None, ("kv",))
 
 
-def test_attentions_of_some_blocks_are_enough() -> None:
+def test_attentions_of_some_blocks_are_enough():
     found = prove(tiny_config("qwen3_next"), None, ("kv",))
     assert [unit.path for unit in found.of_part("kv").units] == ["self_attn"]
     assert any("linear_attn" in refusal.module for refusal in found.refused)
 
 
-def test_the_hidden_state_after_attention_is_found() -> None:
+def test_the_hidden_state_after_attention_is_found():
     for name, after in (
         ("llama", "post_attention_layernorm"),
         ("gemma3_text", "pre_feedforward_layernorm"),
@@ -224,7 +180,7 @@ def test_the_hidden_state_after_attention_is_found() -> None:
         assert {unit.after for unit in found.units} == {after}
 
 
-def test_an_axis_in_sections() -> None:
+def test_an_axis_in_sections():
     axis = ChannelAxis(0, spans=(4, 2, 2))
     # Three KV groups of two query heads with a size of 2.
     rows = torch.arange(24)
@@ -233,25 +189,11 @@ def test_an_axis_in_sections() -> None:
     assert axis.in_one_section().select(rows, [1]).tolist() == list(range(8, 16))
 
 
-def test_a_budget_of_two_parts_is_met_by_channels() -> None:
+def test_one_group_of_every_attention_stays():
     units = (UnitSize(4, 1000, "attn", part="kv"), UnitSize(100, 60, "mlp")) * 2
     size = ModelSize(units, 100_000)
-    budget = Budget(0.3, multiple=1, parts=PARTS)
-    kept = allocate([0.9, 0.5, 0.3, 0.4], budget, size, "water-fill")
-    assert size.cost_of(kept) == pytest.approx(0.7 * size.cost_of(size.width_U), abs=3)
     alone = allocate([0.9, 0.5, 0.3, 0.4], Budget(0.3, parts="kv"), size, "water-fill")
     assert [alone[1], alone[3]] == [100, 100]
     assert sum(alone[::2]) == 6
     with pytest.raises(BudgetError, match="one KV group in every attention"):
         allocate([0.9, 0.5, 0.3, 0.4], Budget(0.95, parts="kv"), size)
-
-
-@pytest.mark.parametrize("case", ["qwen2"], indirect=True)
-def test_exports_that_cannot_have_own_heads_refuse(case: Case, tmp_path: Path) -> None:
-    for target, message in (
-        ("openvino", "differ in KV groups, which --to gguf can say"),
-        ("vllm", "one number of heads for all attentions|cannot express"),
-    ):
-        with pytest.raises(CfspError, match=message):
-            export_checkpoint(Checkpoint(case.out), target, tmp_path / target)
-        assert not (tmp_path / target).exists()

@@ -14,6 +14,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 import cfsp
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.planning.plan_file import PruningPlan
+from family_contract import save_with_tokenizer
 from toy_decoders import CHANNELS, ToyConfig, ToyForCausalLM, register
 
 SETTINGS: dict[str, Any] = {"samples": 4, "seqlen": 32, "repair": "none", "multiple": 1}
@@ -57,22 +58,14 @@ def load_by_its_own_class(directory: Path) -> PreTrainedModel:
     return pruned.from_pretrained(directory).eval()  # type: ignore[no-any-return]
 
 
-@pytest.fixture
-def source(tokenizer: Any, tmp_path: Path) -> Path:
-    new_model().save_pretrained(tmp_path / "source")
-    tokenizer.save_pretrained(tmp_path / "source")
-    return tmp_path / "source"
-
-
 @pytest.mark.parametrize("block_metric", ["angular", "uniform"])
-def test_it_is_pruned_saved_and_loaded(
-    source: Path, tokenizer: Any, text_file: Path, tmp_path: Path, block_metric: str
-) -> None:
+def test_it_is_pruned_saved_and_loaded(tokenizer, text_file, tmp_path, block_metric):
     asked = {"sparsity": 0.5, "block_metric": block_metric, "data": [str(text_file)], **SETTINGS}
     model = new_model()
+    save_with_tokenizer(model, tokenizer, tmp_path / "source")
     smaller = cfsp.prune(model, tokenizer, **asked)
     assert torch.equal(logits_of(model), logits_of(new_model()))
-    report = cfsp.prune(source, out=tmp_path / "out", **asked)
+    report = cfsp.prune(tmp_path / "source", out=tmp_path / "out", **asked)
     expected = logits_of(masked(report.plan))
     assert (expected - logits_of(model)).abs().max() > 1e-2
     torch.testing.assert_close(logits_of(smaller), expected, rtol=1e-5, atol=1e-5)
@@ -96,12 +89,8 @@ def test_it_is_pruned_saved_and_loaded(
 
 @pytest.mark.parametrize("block_metric", ["angular", "uniform"])
 @pytest.mark.parametrize("trick", ["scaled as it is built", "scaled while it runs"])
-def test_a_number_that_also_scales_stays(
-    trick: str, block_metric: str, tokenizer: Any, text_file: Path, tmp_path: Path
-) -> None:
-    model = new_model(trick)
-    model.save_pretrained(tmp_path / "source")
-    tokenizer.save_pretrained(tmp_path / "source")
+def test_a_number_that_also_scales_stays(trick, block_metric, tokenizer, text_file, tmp_path):
+    save_with_tokenizer(new_model(trick), tokenizer, tmp_path / "source")
     asked = {"sparsity": 0.5, "block_metric": block_metric, "data": [str(text_file)], **SETTINGS}
     plan = cfsp.prune(tmp_path / "source", out=tmp_path / "out", **asked).plan
     smaller = load_by_its_own_class(tmp_path / "out")
@@ -109,7 +98,7 @@ def test_a_number_that_also_scales_stays(
     assert smaller.config.channels == CHANNELS
 
 
-def test_ffns_that_cannot_be_cut_keep_their_width(tokenizer: Any, text_file: Path) -> None:
+def test_ffns_that_cannot_be_cut_keep_their_width(tokenizer, text_file):
     """One key of the config gives the widths of all, of which only some may change."""
     trick = "weights tied between blocks"
     model = new_model(trick)

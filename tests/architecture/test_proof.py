@@ -1,18 +1,38 @@
+"""Proof: the class of a config, a small model of it, what is found in it, and its resizing."""
+
 from __future__ import annotations
+
+import inspect
+import re
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
+    BartConfig,
+    BertConfig,
+    CLIPConfig,
+    DeepseekV3Config,
+    Gemma3Config,
+    Gemma3TextConfig,
     GemmaConfig,
+    GPT2Config,
     GptOssConfig,
+    GraniteMoeHybridConfig,
     LlamaConfig,
     OPTConfig,
     PreTrainedConfig,
     Qwen2MoeConfig,
+    Qwen3_5Config,
 )
 
+from cfsp.architecture import resizing
+from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.found import Architecture
+from cfsp.architecture.model_classes import model_class_of
 from cfsp.architecture.proof import prove
+from cfsp.architecture.resizing import resize_ffn
+from cfsp.architecture.shrinking import smaller_configs
 from cfsp.errors import CheckpointError, UnsupportedModelError
 from toy_decoders import BLOCKS, CHANNELS, ToyConfig, register
 
@@ -22,7 +42,7 @@ def _registered() -> None:
     register()
 
 
-def test_a_class_that_transformers_does_not_know_is_proved() -> None:
+def test_a_class_that_transformers_does_not_know_is_proved():
     found = prove(ToyConfig())
     assert found.class_name == "ToyForCausalLM"
     assert (found.decoder, found.blocks, found.block_count) == ("core", "core.steps", BLOCKS)
@@ -50,7 +70,7 @@ def test_a_class_that_transformers_does_not_know_is_proved() -> None:
         ("something between blocks", "core.steps.3", "order"),
     ],
 )
-def test_what_only_looks_like_an_ffn_is_refused(trick: str, module: str, check: str) -> None:
+def test_what_only_looks_like_an_ffn_is_refused(trick, module, check):
     with pytest.raises(UnsupportedModelError) as caught:
         prove(ToyConfig(trick=trick))
     message = str(caught.value)
@@ -60,7 +80,7 @@ def test_what_only_looks_like_an_ffn_is_refused(trick: str, module: str, check: 
 
 
 @pytest.mark.parametrize("trick", ["weights tied between blocks", "one module in two blocks"])
-def test_weights_of_two_blocks_are_left_alone(trick: str) -> None:
+def test_weights_of_two_blocks_are_left_alone(trick):
     found = prove(ToyConfig(trick=trick))
     assert [unit.block for unit in found.units] == [0]
     assert [refusal.module for refusal in found.refused] == [
@@ -91,9 +111,7 @@ def units(found: Architecture) -> set[tuple[str, int, int, str | None]]:
     ],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip
-def test_units_have_the_widths_of_the_real_config(
-    config: PreTrainedConfig, expected: set[tuple[str, int, int, str | None]]
-) -> None:
+def test_units_have_the_widths_of_the_real_config(config, expected):
     before = config.to_dict()
     found = prove(config)
     assert units(found) == expected
@@ -101,14 +119,159 @@ def test_units_have_the_widths_of_the_real_config(
     assert {**config.to_dict(), "dtype": None} == {**before, "dtype": None}
 
 
-def test_proving_leaves_the_random_state_alone() -> None:
+def test_proving_leaves_the_random_state_alone():
     state = torch.get_rng_state()
     prove(ToyConfig())
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_numbers_that_no_model_can_have_are_a_fault_of_the_config() -> None:
+def test_numbers_that_no_model_can_have_are_a_fault_of_the_config():
     with pytest.raises(CheckpointError, match="no llama model can be built from"):
         prove(
             LlamaConfig(hidden_size=64, num_attention_heads=4, rope_parameters={"rope_type": "x"})
         )
+
+
+# The class of a config.
+
+
+@pytest.mark.parametrize(
+    ("config", "architectures", "expected"),
+    [
+        (LlamaConfig(), None, "LlamaForCausalLM"),
+        (LlamaConfig(), ["PrunedLlamaForCausalLM"], "LlamaForCausalLM"),
+        (LlamaConfig(), ["LlamaForSequenceClassification"], "LlamaForCausalLM"),
+        (LlamaConfig(), ["NoSuchClass"], "LlamaForCausalLM"),
+        (Gemma3TextConfig(), None, "Gemma3ForCausalLM"),
+        (Gemma3Config(), None, "Gemma3ForConditionalGeneration"),
+        (Gemma3Config(), ["Gemma3ForConditionalGeneration"], "Gemma3ForConditionalGeneration"),
+        (Qwen3_5Config(), None, "Qwen3_5ForConditionalGeneration"),
+    ],
+)
+def test_the_class_of_a_config(config, architectures, expected):
+    config.architectures = architectures
+    assert model_class_of(config).__name__ == expected
+
+
+@pytest.mark.parametrize("architectures", [None, ["ToyForCausalLM"], ["PrunedToyForCausalLM"]])
+def test_a_class_that_the_user_registered(architectures):
+    register()
+    assert model_class_of(ToyConfig(architectures=architectures)).__name__ == "ToyForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (BartConfig(), "is an encoder with a decoder"),
+        (BertConfig(), "is an encoder"),
+        (CLIPConfig(), "has no class for causal language modelling"),
+    ],
+)
+def test_what_is_no_decoder_is_refused(config, reason):
+    with pytest.raises(UnsupportedModelError, match=reason):
+        model_class_of(config)
+
+
+# The small model.
+
+
+def on_meta(config: PreTrainedConfig) -> torch.nn.Module:
+    with torch.device("meta"):
+        return model_class_of(config)._from_config(config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(), GPT2Config(), DeepseekV3Config(), GraniteMoeHybridConfig(), Gemma3Config(),
+    ],
+    ids=lambda config: config.model_type,
+)  # fmt: skip
+def test_the_small_model_has_the_same_units(config):
+    before = config.to_dict()
+    smallest = next(smaller_configs(config))
+    assert config.to_dict() == before
+    small, large = on_meta(smallest), on_meta(config)
+    found, expected = find_architecture(small), find_architecture(large)
+    assert [(u.block, u.form, u.ffns) for u in found.units] == [
+        (u.block, u.form, u.ffns) for u in expected.units
+    ]
+    assert all(
+        mine.width < other.width / 4
+        for mine, other in zip(found.units, expected.units, strict=True)
+    )
+    decoder = large.get_submodule(expected.decoder)
+    few = sum(p.numel() for p in small.get_submodule(found.decoder).parameters())
+    assert few < sum(p.numel() for p in decoder.parameters()) / 50
+
+
+def test_the_last_one_has_the_widths_of_the_config():
+    config = LlamaConfig()
+    *_, last = smaller_configs(config)
+    assert last.vocab_size == 512
+    assert (last.hidden_size, last.intermediate_size) == (4096, 11008)
+
+
+def test_special_tokens_stay_in_the_vocabulary():
+    config = LlamaConfig(pad_token_id=31999, eos_token_id=[2, 30000])
+    for smaller in smaller_configs(config):
+        assert smaller.pad_token_id < smaller.vocab_size
+        assert max(smaller.eos_token_id) < smaller.vocab_size
+
+
+def test_small_models_stay_as_they_are():
+    config = LlamaConfig(hidden_size=64, intermediate_size=96, vocab_size=128)
+    [only] = smaller_configs(config)
+    assert only.to_dict() == config.to_dict()
+
+
+# Resizing.
+
+
+class Block(nn.Module):
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 6, dtype=dtype)
+        self.inside = nn.Module()
+        self.inside.width = 6
+        self.inside.gate_up = nn.Parameter(torch.ones(3, 12, 4, dtype=dtype), requires_grad=False)
+        self.inside.down = nn.Parameter(torch.ones(3, 4, 6, dtype=dtype))
+
+
+AXES = {"inside.gate_up": (1, 2), "inside.down": (2, 1)}
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(1, torch.float32), (9, torch.bfloat16)])
+def test_named_parameters_and_attributes_get_the_new_width(width, dtype):
+    block = Block(dtype)
+    untouched = dict(block.fc.named_parameters())
+    resize_ffn(block, width, AXES, [("inside", "width", 1)])
+    assert block.inside.gate_up.shape == (3, 2 * width, 4)
+    assert block.inside.down.shape == (3, 4, width)
+    assert block.inside.width == width
+    assert {p.dtype for p in block.parameters()} == {dtype}
+    assert not block.inside.gate_up.requires_grad
+    assert block.inside.down.requires_grad
+    assert all(new is untouched[name] for name, new in block.fc.named_parameters())
+    assert list(dict(block.named_parameters())) == list(dict(Block().named_parameters()))
+
+
+def test_parameters_of_the_block_itself():
+    block = Block()
+    resize_ffn(block, 5, {"fc.weight": (0, 1), "fc.bias": (0, 1)}, [("fc", "out_features", 1)])
+    assert block.fc.out_features == 5
+    assert block.fc.weight.shape == (5, 4)
+    assert block.fc.bias.shape == (5,)
+    assert block.fc.weight.requires_grad
+
+
+def test_a_name_that_is_not_there_is_an_error():
+    with pytest.raises(AttributeError):
+        resize_ffn(Block(), 2, {"inside.up": (0, 1)}, [])
+
+
+def test_its_source_needs_nothing_but_torch():
+    modules = set(
+        re.findall(r"^\s*(?:from|import) (\S+)", inspect.getsource(resizing), re.MULTILINE)
+    )
+    assert modules == {"__future__", "collections", "collections.abc", "typing", "torch"}

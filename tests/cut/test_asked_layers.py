@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import ArceeConfig, AutoModelForCausalLM, GPT2Config, PreTrainedConfig
+from transformers import ArceeConfig, GPT2Config
 
 import cfsp
-from builders import goal_of_share, plan_without
+from builders import goal_of_share, job_of, plan_without
 from cfsp.architecture.model_classes import model_class_of
 from cfsp.architecture.proof import small_run_of
-from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.pruned_config import pruned_config
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
-from cfsp.cli import main
 from cfsp.cut.surgery import PrunedSource
+from cfsp.decide import decide
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
 from cfsp.pipeline import plan_from
 from cfsp.planning.candidate import Candidate, Dropped, DropSizes
@@ -28,26 +26,13 @@ from cfsp.planning.make import Planner
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.selection import drop_order
 from cfsp.selection.constraint import Share
-from cfsp.settings import (
-    PARTS,
-    Budget,
-    Criterion,
-    Part,
-    PruneSettings,
-    Repair,
-)
+from cfsp.settings import PARTS, Budget, Criterion, Part, PruneSettings
 from cfsp.streaming.block_proof import (
     check_attentions_can_go,
     check_blocks_can_go,
     prove_without_blocks,
 )
-from family_contract import (
-    SETTINGS,
-    by_plan,
-    check_is_the_same,
-    generated,
-    save_with_tokenizer,
-)
+from family_contract import SETTINGS, by_plan, check_is_the_same, generated, save_with_tokenizer
 from tiny_decoders import random_model, tiny_config, tiny_model
 
 ATTENTION: tuple[Part, ...] = ("attention",)
@@ -65,9 +50,7 @@ def llama(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("name", "parts"),
     [("llama", "attention"), ("llama", "blocks"), ("gemma3_text", "kv"), ("mixtral", "experts")],
 )
-def test_nothing_removed_is_the_model(
-    tokenizer: Any, text_file: Path, tmp_path: Path, name: str, parts: str
-) -> None:
+def test_nothing_removed_is_the_model(tokenizer, text_file, tmp_path, name, parts):
     source, out = tmp_path / "dense", tmp_path / "out"
     save_with_tokenizer(tiny_model(name), tokenizer, source)
     asked = {"parts": parts, "sparsity": 0.0, "repair": "none", **SETTINGS}
@@ -81,45 +64,29 @@ def test_nothing_removed_is_the_model(
 # Beside channels.
 
 
-def test_blocks_and_channels_go_together(
-    llama: Path, text_file: Path, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_how_many_go_beside_channels_is_tried(llama, text_file, tokenizer, tmp_path):
+    parts: tuple[Part, ...] = ("ffn", *BOTH)
     asked: dict[str, Any] = {
-        "parts": "blocks,ffn", "goal": cfsp.TargetParameters(0.45), "multiple": 8,
-        "data": [text_file], "samples": 4, "seqlen": 32, "device": "cpu",
+        "parts": parts, "goal": goal_of_share(llama, parts, 0.45), "multiple": 1,
+        "data": [str(text_file)], **SETTINGS,
     }  # fmt: skip
     report = cfsp.prune(llama, out=tmp_path / "out", **asked)
-    plan = PruningPlan.load(tmp_path / "out" / "cfsp_plan.json")
-    assert plan == report.plan
-    assert len(plan.removed_blocks) + len(report.intermediate_sizes) == 5
-    assert plan.removed_blocks and 0 < plan.criterion["sparsity"] < 1
-    kept, whole = sum(report.intermediate_sizes), sum(unit.width for unit in plan.kept_units)
-    assert kept == pytest.approx((1 - plan.criterion["sparsity"]) * whole, abs=8)
-    assert [not unit.kept for unit in plan.units] == [
-        unit.block in plan.removed_blocks for unit in plan.units
-    ]
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    again = cfsp.prune(cfsp.load(llama), tokenizer, **asked)
-    for key, tensor in model.state_dict().items():
-        assert torch.equal(tensor, again.state_dict()[key]), key
-
-
-def test_how_many_go_beside_channels_is_tried(llama: Path, text_file: Path, tmp_path: Path) -> None:
-    parts: tuple[Part, ...] = ("ffn", *BOTH)
-    report = cfsp.prune(
-        llama, out=tmp_path / "out", parts=parts, goal=goal_of_share(llama, parts, 0.4),
-        repair="none", multiple=1, data=[str(text_file)], **SETTINGS,
-    )  # fmt: skip
+    plan = report.plan
     total = sum(parameters_of_blocks(Checkpoint(llama)))
     gone = report.parameters_before - report.parameters_after
-    assert gone == pytest.approx(0.4 * total, rel=0.02)
-    assert report.plan.has_gaps
+    assert gone == pytest.approx(0.45 * total, rel=0.02)
+    assert plan.has_gaps and 0 < plan.criterion["sparsity"] < 1
+    assert len(plan.removed_blocks) + len(report.intermediate_sizes) == 5
+    dropped = Dropped(plan.removed_blocks, plan.removed_attentions)
+    units = Checkpoint(llama, parts=plan.parts).units
+    assert [not each.kept for each in plan.units] == [dropped.takes(unit) for unit in units]
+    written = cfsp.load(tmp_path / "out").state_dict()
+    for key, tensor in cfsp.prune(cfsp.load(llama), tokenizer, **asked).state_dict().items():
+        assert torch.equal(tensor, written[key]), key
 
 
 @pytest.mark.parametrize(("parts", "repair"), [(("ffn",), "ridge"), (("ffn", "kv"), "local")])
-def test_channels_of_the_others_are_repaired(
-    llama: Path, text_file: Path, tmp_path: Path, parts: tuple[Part, ...], repair: Repair
-) -> None:
+def test_channels_of_the_others_are_repaired(llama, text_file, tmp_path, parts, repair):
     every = tuple(part for part in PARTS if part in (*parts, *BOTH))
     source = Checkpoint(llama, parts=every)
     statistics = cfsp.calibrate(llama, parts=every, data=[str(text_file)], **SETTINGS)
@@ -132,26 +99,26 @@ def test_channels_of_the_others_are_repaired(
     assert [step["name"] for step in later] == expected
     # What goes whole is not among what was repaired.
     assert [entry is None for entry in ridge["blocks"]] == [not unit.kept for unit in plan.units]
-    model, tokens_BT = cfsp.load(tmp_path / "out"), torch.arange(2, 26).view(2, 12)
-    assert torch.equal(generated(model, tokens_BT), generated(model, tokens_BT, use_cache=False))
+    check_cached(cfsp.load(tmp_path / "out"))
 
 
-def test_what_lost_attentions_is_pruned_again(llama: Path, text_file: Path, tmp_path: Path) -> None:
+def test_what_lost_attentions_is_pruned_again(llama, text_file, tmp_path):
     asked = {"repair": "none", "data": [str(text_file)], **SETTINGS}
     first = cfsp.prune(llama, out=tmp_path / "1", parts="attention", remove_attentions=1, **asked)
-    (gone,) = first.plan.removed_attentions
     asked["sparsity"] = 0.3
     second = cfsp.prune(tmp_path / "1", out=tmp_path / "2", multiple=8, **asked)
-    assert Checkpoint(tmp_path / "2").architecture.gone[0].block == gone
-    assert sum(second.intermediate_sizes) < sum(first.intermediate_sizes)
     third = cfsp.prune(tmp_path / "2", out=tmp_path / "3", parts="attention", **asked)
-    (other,) = third.plan.removed_attentions
-    found = Checkpoint(tmp_path / "3")
-    assert {unit.block for unit in found.architecture.gone} == {gone, other}
-    assert found.architecture.of_part("ffn").widths == second.intermediate_sizes
+    found = Checkpoint(tmp_path / "3").architecture
+    gone = (*first.plan.removed_attentions, *third.plan.removed_attentions)
+    assert sorted(unit.block for unit in found.gone) == sorted(gone) and len(gone) == 2
+    assert sum(second.intermediate_sizes) < sum(first.intermediate_sizes)
+    assert found.of_part("ffn").widths == second.intermediate_sizes
     last = cfsp.prune(tmp_path / "3", out=tmp_path / "4", parts="blocks", **asked)
     assert Checkpoint(tmp_path / "4").architecture.block_count == 5 - len(last.plan.removed_blocks)
-    model = cfsp.load(tmp_path / "4")
+    check_cached(cfsp.load(tmp_path / "4"))
+
+
+def check_cached(model: Any) -> None:
     tokens_BT = torch.arange(2, 26).view(2, 12)
     assert torch.equal(generated(model, tokens_BT), generated(model, tokens_BT, use_cache=False))
 
@@ -159,43 +126,24 @@ def test_what_lost_attentions_is_pruned_again(llama: Path, text_file: Path, tmp_
 # By statistics.
 
 
-def saved_statistics(llama: Path, text: Path, parts: str, place: Path) -> Statistics:
-    saved = place / "stats.safetensors"
-    asked = ["--parts", parts, "--data", str(text), "--samples", "6", "--seqlen", "32"]
-    assert main(["calibrate", str(llama), *asked, "--device", "cpu", "--out", str(saved)]) == 0
-    return Statistics.load(saved)
-
-
-def test_attention_layers_go_by_order_and_by_distances(
-    llama: Path, text_file: Path, tmp_path: Path
-) -> None:
-    statistics = saved_statistics(llama, text_file, "ffn,attention", tmp_path)
+def test_attention_layers_go_by_order_and_by_distances(llama, text_file):
+    statistics = cfsp.calibrate(
+        llama, parts=("ffn", "attention"), data=[str(text_file)], **SETTINGS
+    )
     order = [each.block for each in statistics.removals_of(ATTENTION)]
     assert len(order) == 3 and not statistics.removals_of(("blocks",))  # half of five
-    of_attentions = statistics.of_part("kv")
-    for removal, expected in (
-        ("divergence", order[:2]),
-        ("runs", nearest(of_attentions.distances("angular"))),
-        ("influence", nearest(of_attentions.distances("cosine"))),
-    ):
+    distance_L = statistics.of_part("kv").distances("angular")
+    nearest = sorted(range(5), key=distance_L.__getitem__)
+    for removal, expected in (("divergence", order[:2]), ("runs", nearest[:2])):
         plan = cfsp.plan(llama, statistics, sparsity=0.4, parts="attention", removal=removal)
         assert plan.removed_attentions == tuple(sorted(expected))
         assert plan.criterion["removal"] == removal
         assert all(unit.kept_width == unit.width for unit in plan.of_part("ffn"))
-    with pytest.raises(UsageError, match="several share one target, --target-params"):
-        cfsp.plan(llama, statistics, sparsity=0.4, parts="ffn,attention")
 
 
-def nearest(distance_L: list[float]) -> list[int]:
-    """Return the two blocks of the least distances."""
-    return sorted(range(len(distance_L)), key=distance_L.__getitem__)[:2]
-
-
-def test_blocks_and_attention_layers_go_by_one_order(
-    llama: Path, text_file: Path, tmp_path: Path
-) -> None:
+def test_blocks_and_attention_layers_go_by_one_order(llama, text_file):
     source = Checkpoint(llama, parts=BOTH)
-    statistics = saved_statistics(llama, text_file, "attention,blocks", tmp_path)
+    statistics = cfsp.calibrate(llama, parts=BOTH, data=[str(text_file)], **SETTINGS)
     order = statistics.removals_of(BOTH)
     assert order and not statistics.removals_of(("blocks",))
     sizes = DropSizes.of(source, BOTH)
@@ -220,9 +168,7 @@ def test_blocks_and_attention_layers_go_by_one_order(
         planned(0.3, ("ffn", "attention", "blocks"))
 
 
-def test_a_killed_run_goes_on_with_what_it_had_chosen(
-    llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_goes_on_with_what_it_had_chosen(llama, text_file, tmp_path, monkeypatch):
     asked: dict[str, Any] = {"parts": BOTH, "goal": goal_of_share(llama, BOTH, 0.3)}
     asked |= {"data": [str(text_file)], **SETTINGS}
 
@@ -241,21 +187,20 @@ def test_a_killed_run_goes_on_with_what_it_had_chosen(
 # Refusals.
 
 
-def test_impossible_budgets_say_what_is_possible(
-    llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = {"out": tmp_path / "o", "data": [str(text_file)], **SETTINGS}
+def test_impossible_budgets_say_what_is_possible(llama, monkeypatch):
+    def check(parts: tuple[Part, ...], goal: Any = None, **asked: Any) -> None:
+        settings = PruneSettings(Budget(parts=parts, **asked), goal=goal)
+        decide(job_of(Checkpoint(llama, parts=parts), settings))
+
     with pytest.raises(BudgetError, match="at least one of 5 attention layers must stay; between"):
-        cfsp.prune(llama, parts="attention", sparsity=0.95, **asked)
+        check(ATTENTION, sparsity=0.95)
     with pytest.raises(BudgetError, match="cannot remove 5 attention layers"):
-        cfsp.prune(llama, parts="attention", remove_attentions=5, **asked)
-    with pytest.raises(UsageError, match=r"--remove-blocks belongs to --parts blocks alone"):
-        Budget(parts=BOTH, remove_blocks=2)
+        check(ATTENTION, remove_attentions=5)
     with pytest.raises(BudgetError, match=r"at least one of 5 blocks must stay; between 0 and"):
-        cfsp.prune(llama, parts=BOTH, goal=cfsp.TargetParameters(0.25), **asked)
+        check(BOTH, cfsp.TargetParameters(0.25))
     monkeypatch.setattr(drop_order, "fits", lambda *args: False)
     with pytest.raises(UsageError, match="requires the whole model in memory"):
-        cfsp.prune(llama, parts=BOTH, goal=cfsp.TargetParameters(0.8), **asked)
+        check(BOTH, cfsp.TargetParameters(0.8))
 
 
 @pytest.mark.parametrize(
@@ -269,13 +214,13 @@ def test_impossible_budgets_say_what_is_possible(
     ],
 )
 def test_attention_layers_that_the_model_cannot_do_without_are_refused_by_name(
-    name: str, removed: tuple[int, ...], message: str
-) -> None:
+    name, removed, message
+):
     with pytest.raises(UnsupportedModelError, match=message):
         check_attentions_can_go(LoadedModel(tiny_model(name), ATTENTION), removed)
 
 
-def test_one_of_a_kind_must_stay_beside_blocks() -> None:
+def test_one_of_a_kind_must_stay_beside_blocks():
     kinds = ["full_attention" if block % 2 else "sliding_attention" for block in range(7)]
     source = LoadedModel(tiny_model("gemma3_text", num_hidden_layers=7, layer_types=kinds), BOTH)
     with pytest.raises(UnsupportedModelError, match=r"of block 1 .* beside blocks 3, 5: at least"):
@@ -284,7 +229,7 @@ def test_one_of_a_kind_must_stay_beside_blocks() -> None:
 
 
 @pytest.mark.parametrize("name", ["bloom", "mpt", "gemma3n_text"])
-def test_what_stock_would_load_with_random_attentions_is_refused_before_any_text(name: str) -> None:
+def test_what_stock_would_load_with_random_attentions_is_refused_before_any_text(name):
     source = LoadedModel(tiny_model(name), ATTENTION)
     with pytest.raises(UnsupportedModelError, match=r"can't go alone: .*--parts attention,ffn"):
         Share(source, Budget(parts=ATTENTION, remove_attentions=1)).check()
@@ -297,7 +242,7 @@ def test_what_stock_would_load_with_random_attentions_is_refused_before_any_text
     pruned_config(source.config, source.architecture, halves)
 
 
-def test_attentions_can_go_whatever_their_heads_are() -> None:
+def test_attentions_can_go_whatever_their_heads_are():
     # One KV group, beside the FFN, latent, and with norms over all heads together.
     for name in ("gpt_bigcode", "gptj", "deepseek_v3", "olmo2"):
         check_attentions_can_go(LoadedModel(tiny_model(name), ATTENTION), [0, 1])
@@ -325,15 +270,13 @@ def test_attentions_can_go_whatever_their_heads_are() -> None:
         ),
     ],
 )
-def test_blocks_that_the_model_cannot_do_without_are_refused_by_name(
-    config: Callable[[], PreTrainedConfig], removed: tuple[int, ...], message: str
-) -> None:
+def test_blocks_that_the_model_cannot_do_without_are_refused_by_name(config, removed, message):
     source = LoadedModel(random_model(model_class_of(config()), config()))
     with pytest.raises(UnsupportedModelError, match=message):
         check_blocks_can_go(source, removed)
 
 
-def test_the_small_model_of_the_proof_need_not_have_a_valid_config() -> None:
+def test_the_small_model_of_the_proof_need_not_have_a_valid_config():
     config = ArceeConfig(num_hidden_layers=3)
     # Its class checks this when it reads a config.
     with pytest.raises(ValueError, match="is not a multiple of the number of attention heads"):

@@ -1,42 +1,34 @@
-"""Surgery: shards in and out, byte-for-byte copies, and nothing half-written."""
+"""Surgery: shards in and out, byte-for-byte copies, nothing half-written; in memory the same."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import cfsp
+from builders import plan_keeping
 from cfsp.checkpoint import output
 from cfsp.checkpoint.output import staged_directory, write_atomically
+from cfsp.checkpoint.own_files import MODELING_FILE
 from cfsp.checkpoint.reading import Checkpoint, channel_parameters
 from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.tensor_file import TensorFile
 from cfsp.cut.surgery import PrunedSource
-from cfsp.errors import CfspError, CheckpointError, OutputError
-from cfsp.planning.plan_file import ModelIdentity, PruningPlan
-from cfsp.planning.unit_plan import UnitPlan
-from tiny_models import save_tiny_model
+from cfsp.errors import CheckpointError, OutputError
+from cfsp.planning.candidate import Dropped
+from cfsp.result.inspect import inspect_checkpoint
+from tiny_models import build_tiny_model, save_tiny_model
 
 SETTINGS: dict[str, Any] = {"sparsity": 0.4, "samples": 4, "seqlen": 32}
+# The first block keeps four channels, the second all, the third every other.
 KEPT = ((0, 5, 7, 95), tuple(range(96)), tuple(range(1, 96, 2)))
-
-
-def plan_for(source: Any) -> PruningPlan:
-    """The first block keeps four channels, the second all, the third every other."""
-    return PruningPlan(
-        ModelIdentity.of(source),
-        {},
-        {"windows": 1, "seqlen": 2},
-        tuple(UnitPlan(i, 96, kept, 0.1, 0.5) for i, kept in enumerate(KEPT)),
-    )
 
 
 def stored_bytes(directory: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], bytes]]:
@@ -63,9 +55,7 @@ def entries(directory: Path) -> set[str]:
         (torch.bfloat16, True, True),
     ],
 )
-def test_shards_in_and_out(
-    tmp_path: Path, dtype: torch.dtype, sharded_source: bool, sharded_output: bool
-) -> None:
+def test_shards_in_and_out(tmp_path, dtype, sharded_source, sharded_output):
     source_directory, out = tmp_path / "source", tmp_path / "out"
     save_tiny_model(
         "llama-biased",
@@ -74,7 +64,7 @@ def test_shards_in_and_out(
         max_shard_size="20KB" if sharded_source else "1GB",
     )
     source = Checkpoint(source_directory)
-    plan = plan_for(source)
+    plan = plan_keeping(source, KEPT, Dropped())
     out.mkdir()
     limit = 20_000 if sharded_output else 10**9
     written = write_shards(out, list(PrunedSource(source, plan).outgoing()), limit)
@@ -111,23 +101,18 @@ def test_shards_in_and_out(
         assert entries(out) == {"model.safetensors"}
 
 
-def test_sharded_result_loads(tmp_path: Path, tokenizer: Any, text_file: Path) -> None:
+def test_sharded_result_loads(tmp_path, tokenizer, text_file):
     """Through the whole pipeline from shards, and back through stock transformers."""
     save_tiny_model("qwen3", tmp_path / "source", max_shard_size="50KB")
     tokenizer.save_pretrained(tmp_path / "source")
-    asked = {"multiple": 1, "data": [str(text_file)], **SETTINGS}
-    report = cfsp.prune(tmp_path / "source", out=tmp_path / "out", **asked)
+    report = cfsp.prune(tmp_path / "source", out=tmp_path / "out", data=[text_file], **SETTINGS)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert sum(p.numel() for p in model.parameters()) == report.parameters_after
     # The source's index describes the source's shards: it must not travel.
     assert not list((tmp_path / "out").glob("*.index.json"))
 
 
-def test_digests_of_the_manifest_are_those_of_the_files(
-    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, text_file: Path
-) -> None:
-    from hashlib import sha256
-
+def test_digests_of_the_manifest_are_those_of_the_files(tiny_checkpoint, tmp_path, text_file):
     out = tmp_path / "out"
     cfsp.prune(tiny_checkpoint("llama"), out=out, data=[str(text_file)], **SETTINGS)
     manifest = json.loads((out / "cfsp.json").read_text())
@@ -146,21 +131,10 @@ def test_digests_of_the_manifest_are_those_of_the_files(
 # Whole or not at all.
 
 
-@pytest.fixture
-def pruning(tiny_checkpoint: Callable[[str], Path], text_file: Path) -> Callable[[Path], object]:
-    source = tiny_checkpoint("llama")
-
-    def prune(out: Path) -> object:
-        return cfsp.prune(source, out=out, data=[str(text_file)], **SETTINGS)
-
-    return prune
-
-
 def test_failure_in_the_middle_of_surgery_leaves_nothing(
-    pruning: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read = Checkpoint.chunks
-    served = []
+    tiny_checkpoint, text_file, tmp_path, monkeypatch
+):
+    source, read, served = tiny_checkpoint("llama"), Checkpoint.chunks, []
 
     def failing(self: Checkpoint, name: str) -> Any:
         served.append(name)
@@ -170,80 +144,17 @@ def test_failure_in_the_middle_of_surgery_leaves_nothing(
 
     monkeypatch.setattr(Checkpoint, "chunks", failing)
     with pytest.raises(CheckpointError, match="the source ended"):
-        pruning(tmp_path / "out")
+        cfsp.prune(source, out=tmp_path / "out", data=[text_file], **SETTINGS)
     assert len(served) == 5
     assert entries(tmp_path) == set()
-
-
-def test_full_disk_is_an_output_error_that_the_same_command_goes_on_from(
-    pruning: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import cfsp.checkpoint.tensor_file as tensor_file
-
-    written = []
-
-    def full(write: Any, chunk: memoryview) -> None:
-        written.append(chunk.nbytes)
-        if len(written) == 8:
-            raise OSError(28, "No space left on device")
-        write(chunk)
-
-    monkeypatch.setattr(tensor_file, "_write_all", full)
-    with pytest.raises(OutputError, match=r"cannot write .*out: No space left on device"):
-        pruning(tmp_path / "out")
-    assert entries(tmp_path) == {"out.work"}
-    monkeypatch.undo()
-    pruning(tmp_path / "out")
-    assert entries(tmp_path) == {"out"}
-
-
-def test_interrupt_leaves_only_the_work_so_far(
-    pruning: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(self: Checkpoint, name: str) -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Checkpoint, "chunks", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        pruning(tmp_path / "out")
-    assert entries(tmp_path) == {"out.work"}
-    monkeypatch.undo()
-    pruning(tmp_path / "out")
-    assert entries(tmp_path) == {"out"}
-
-
-def test_output_that_is_not_empty_is_refused_and_kept(
-    pruning: Callable[[Path], object], tmp_path: Path
-) -> None:
+    # Then an empty directory is there, and is used.
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").write_text("mine")
-    with pytest.raises(OutputError, match=r"out exists and is not empty; choose another"):
-        pruning(tmp_path / "out")
-    assert (tmp_path / "out" / "precious").read_text() == "mine"
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(OutputError, match="exists and is a file"):
-        pruning(tmp_path / "file")
-    assert entries(tmp_path) == {"out", "file"}
-
-
-def test_empty_output_directory_is_used(pruning: Callable[[Path], object], tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    pruning(tmp_path / "out")
+    cfsp.prune(source, out=tmp_path / "out", data=[text_file], **SETTINGS)
     assert (tmp_path / "out" / "config.json").is_file()
     assert entries(tmp_path) == {"out"}
 
 
-def test_output_inside_the_source_is_refused(
-    tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
-) -> None:
-    source = Path(shutil.copytree(tiny_checkpoint("llama"), tmp_path / "source"))
-    before = entries(source)
-    with pytest.raises(CfspError, match="lies inside the source"):
-        cfsp.prune(source, out=source / "out", data=[str(text_file)], **SETTINGS)
-    assert entries(source) == before
-
-
-def test_target_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+def test_target_that_appears_meanwhile_is_not_overwritten(tmp_path):
     target = tmp_path / "out"
     with pytest.raises(OutputError, match="not empty"), staged_directory(target) as staging:
         (staging / "ours").write_text("ours")
@@ -253,9 +164,7 @@ def test_target_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> Non
     assert entries(target) == {"theirs"}
 
 
-def test_file_is_written_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "plan.json"
     write_atomically(path, b"first")
 
@@ -267,3 +176,71 @@ def test_file_is_written_whole_or_not_at_all(
         write_atomically(path, b"second")
     assert path.read_bytes() == b"first"
     assert entries(path.parent) == {"plan.json"}
+
+
+# A model that was pruned in memory and saved by transformers: the directory that cfsp writes.
+
+
+IN_MEMORY: dict[str, Any] = {"samples": 4, "seqlen": 32, "repair": "none", "device": "cpu"}
+# Of transformers, or of models in memory only.
+_THEIRS = {"transformers_version", "dtype", "cfsp", "_name_or_path"}
+
+
+@pytest.mark.parametrize(
+    ("name", "block_metric"), [("llama", "angular"), ("gpt2", "uniform"), ("mixtral", "angular")]
+)
+def test_save_pretrained_writes_what_prune_writes(
+    tiny_checkpoint, tokenizer, text_file, tmp_path, name, block_metric
+):
+    asked = {"sparsity": 0.5, "multiple": 8, "block_metric": block_metric, **IN_MEMORY}
+    memory, files = (tmp_path / place for place in ("memory", "files"))
+    cfsp.prune(tiny_checkpoint(name), out=files, data=[text_file], **asked)
+    model = cfsp.load(tiny_checkpoint(name))
+    cfsp.prune(model, tokenizer, data=[text_file], **asked).save_pretrained(memory)
+
+    config, expected = (json.loads((at / "config.json").read_text()) for at in (memory, files))
+    for key in expected.keys() - _THEIRS - {"per_layer_config"}:
+        assert config[key] == expected[key], key
+    # transformers leaves out the blocks that are as wide as the widest.
+    assert ("per_layer_config" in config) is ("per_layer_config" in expected)
+    widths = [Checkpoint(at).architecture.widths for at in (memory, files)]
+    assert widths[0] == widths[1]
+    assert config.get("auto_map") == expected.get("auto_map")
+    if "auto_map" in expected:
+        assert set(config["auto_map"]) == {"AutoModel", "AutoModelForCausalLM"}
+        assert (memory / MODELING_FILE).read_bytes() == (files / MODELING_FILE).read_bytes()
+        base = AutoModel.from_pretrained(memory, trust_remote_code=True)
+        assert type(base).__name__.startswith("Pruned")
+
+    told, known = (inspect_checkpoint(Checkpoint(at))["pruned"] for at in (memory, files))
+    for key in known.keys() - {"command", "created"}:
+        assert told[key] == known[key], key
+    # Pruned again, it says nothing of the first time.
+    tokenizer.save_pretrained(memory)
+    cfsp.prune(memory, out=tmp_path / "again", data=[text_file], **asked)
+    assert "cfsp" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+
+def test_a_model_in_training_mode_is_measured_in_evaluation_mode(tokenizer, text_file):
+    asked: dict[str, Any] = {"data": [text_file], "samples": 4, "seqlen": 32, "device": "cpu"}
+    model: Any = build_tiny_model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.9
+    measured = cfsp.calibrate(model, tokenizer, sensitivity=True, **asked)
+    pruned = cfsp.prune(model, tokenizer, sparsity=0.5, multiple=8, **asked)
+
+    model.train()
+    frozen = model.model.layers[1].mlp.eval()
+    modes = [module.training for module in model.modules()]
+    again = cfsp.calibrate(model, tokenizer, sensitivity=True, **asked)
+    assert again.sensitivity == measured.sensitivity
+    same = cfsp.prune(model, tokenizer, sparsity=0.5, multiple=8, **asked)
+    assert same.config.to_dict() | {"cfsp": 0} == pruned.config.to_dict() | {"cfsp": 0}
+    assert not same.training
+    assert [module.training for module in model.modules()] == modes
+    assert not frozen.training
+    with pytest.raises(cfsp.CfspError):
+        cfsp.prune(model, tokenizer, sparsity=0.5, data=["missing.txt"])
+    with pytest.raises(cfsp.CfspError):
+        cfsp.prune(model, tokenizer, sparsity=0.99999, **asked)
+    assert [module.training for module in model.modules()] == modes

@@ -82,8 +82,6 @@ def sentencepiece_like(prefix: bool) -> PreTrainedTokenizerFast:
 
 def check(tokenizer: PreTrainedTokenizerFast, directory: Path) -> dict[str, Any]:
     """Export a model with a tokenizer, import it, compare tokens, and return the file's fields."""
-    from gguf import GGUFReader
-
     source = cut(tiny("llama"), tokenizer, directory, (96, 96, 96))
     # What follows is stricter than the verification, and that loads a model.
     export_checkpoint(source, "gguf", directory / "m.gguf", verify=False)
@@ -91,11 +89,17 @@ def check(tokenizer: PreTrainedTokenizerFast, directory: Path) -> dict[str, Any]
     assert expected is not None
     for loaded in (source.directory, import_gguf(directory / "m.gguf")):
         assert [load_tokenizer(loaded)(text)["input_ids"] for text in TEXTS] == expected
-    return {n: f.contents() for n, f in GGUFReader(directory / "m.gguf").fields.items()}
+    return fields_of(directory / "m.gguf")
+
+
+def fields_of(path: Path) -> dict[str, Any]:
+    from gguf import GGUFReader
+
+    return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
 
 
 @pytest.mark.parametrize("name", [known.name for known in PRE_TOKENIZERS])
-def test_byte_level(tmp_path: Path, name: str) -> None:
+def test_byte_level(tmp_path, name):
     fields = check(byte_level(name), tmp_path)
     assert fields["tokenizer.ggml.model"] == "gpt2"
     assert fields["tokenizer.ggml.pre"] == name
@@ -105,14 +109,14 @@ def test_byte_level(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("prefix", [True, False])
-def test_sentencepiece(tmp_path: Path, prefix: bool) -> None:
+def test_sentencepiece(tmp_path, prefix):
     fields = check(sentencepiece_like(prefix), tmp_path)
     assert fields["tokenizer.ggml.model"] == "llama"
     assert fields["tokenizer.ggml.add_space_prefix"] is prefix
     assert fields["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]
 
 
-def test_special_tokens_and_chat_template(tmp_path: Path) -> None:
+def test_special_tokens_and_chat_template(tmp_path):
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = byte_level("gpt-2")
@@ -131,7 +135,7 @@ def test_special_tokens_and_chat_template(tmp_path: Path) -> None:
     assert fields["tokenizer.chat_template"] == tokenizer.chat_template
 
 
-def test_an_unknown_way_of_splitting_needs_a_name(tmp_path: Path) -> None:
+def test_an_unknown_way_of_splitting_needs_a_name(tmp_path):
     tokenizer = byte_level("llama-bpe", more_text="123 456 12345 " * 2000)
     tokenizer.backend_tokenizer.pre_tokenizer = pre.Sequence(
         [
@@ -154,10 +158,8 @@ def test_an_unknown_way_of_splitting_needs_a_name(tmp_path: Path) -> None:
     ("name", "said", "expected"),
     [("llama-bpe", None, True), ("llama-bpe", False, False), ("qwen2", None, False)],
 )
-def test_bos_is_what_llama_cpp_makes_of_a_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: bool | None, expected: bool
-) -> None:
-    from gguf import GGUFReader, GGUFWriter
+def test_bos_is_what_llama_cpp_makes_of_a_file(tmp_path, monkeypatch, name, said, expected):
+    from gguf import GGUFWriter
 
     if said is None:
         monkeypatch.setattr(GGUFWriter, "add_add_bos_token", lambda *_: None)
@@ -169,20 +171,15 @@ def test_bos_is_what_llama_cpp_makes_of_a_file(
     assert [tokens] == llama_cpp_tokens(tmp_path / "m.gguf", TEXTS[:1])
     assert (tokens[0] == 0) is expected
     export_checkpoint(Checkpoint(directory), "gguf", tmp_path / "again.gguf")
-    field = GGUFReader(tmp_path / "again.gguf").get_field("tokenizer.ggml.add_bos_token")
-    assert field is not None
-    assert field.contents() is expected
+    fields = fields_of(tmp_path / "again.gguf")
+    assert fields["tokenizer.ggml.add_bos_token"] is expected
 
 
 @pytest.mark.parametrize(
     ("name", "why"),
     [("seed-coder", r"llama\.cpp splits text differently"), ("new", "cfsp does not know")],
 )
-def test_a_name_that_is_not_known_is_said_and_kept(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, why: str
-) -> None:
-    from gguf import GGUFReader
-
+def test_a_name_that_is_not_known_is_said_and_kept(tmp_path, caplog, name, why):
     # Numbers of several digits are tokens, which the first name's expression never gives.
     tokenizer = byte_level("gpt-2", more_text="123 456 12345 " * 2000)
     source = cut(tiny("llama"), tokenizer, tmp_path, (96, 96, 96))
@@ -191,6 +188,4 @@ def test_a_name_that_is_not_known_is_said_and_kept(
     (said,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert re.search(f"^m.gguf: {why}.*; so the model may get other tokens", said)
     write(Checkpoint(directory), tmp_path / "again.gguf", ExportOptions())
-    field = GGUFReader(tmp_path / "again.gguf").get_field("tokenizer.ggml.pre")
-    assert field is not None
-    assert field.contents() == name
+    assert fields_of(tmp_path / "again.gguf")["tokenizer.ggml.pre"] == name

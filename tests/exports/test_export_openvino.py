@@ -29,7 +29,7 @@ DECODED = sorted(DENSE_CONFIGS) if "CFSP_EVERY_FAMILY" in os.environ else THREE
 
 # Sliding windows of 16 and 8 tokens are left behind within the steps of the verification.
 @pytest.mark.parametrize("name", DECODED)
-def test_decodes_as_transformers_does(tmp_path: Path, tokenizer: Any, name: str) -> None:
+def test_decodes_as_transformers_does(tmp_path, tokenizer, name):
     source = cut(build_tiny_model(name), tokenizer, tmp_path)
     report = export_checkpoint(source, "openvino", tmp_path / "ov")
     assert report.layout == "stateful OpenVINO model in f32"
@@ -53,7 +53,7 @@ def llama(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Che
     return source, directory / "ov"
 
 
-def test_inputs_are_those_that_runtimes_expect(llama: tuple[Checkpoint, Path]) -> None:
+def test_inputs_are_those_that_runtimes_expect(llama):
     import openvino
 
     model = openvino.Core().read_model(llama[1] / "openvino_model.xml")
@@ -62,7 +62,7 @@ def test_inputs_are_those_that_runtimes_expect(llama: tuple[Checkpoint, Path]) -
     assert [port.get_any_name() for port in model.outputs] == ["logits"]
 
 
-def test_two_rows_and_padding(llama: tuple[Checkpoint, Path]) -> None:
+def test_two_rows_and_padding(llama):
     import numpy as np
     import openvino
 
@@ -86,7 +86,7 @@ def test_two_rows_and_padding(llama: tuple[Checkpoint, Path]) -> None:
         assert float(difference.abs().max()) < 1e-4
 
 
-def test_half_precision(tmp_path: Path, tokenizer: Any) -> None:
+def test_half_precision(tmp_path, tokenizer):
     source = cut(build_tiny_model("llama", dtype=torch.bfloat16), tokenizer, tmp_path)
     report = export_checkpoint(source, "openvino", tmp_path / "ov")
     assert report.layout == "stateful OpenVINO model in f16"
@@ -94,9 +94,7 @@ def test_half_precision(tmp_path: Path, tokenizer: Any) -> None:
         export_checkpoint(source, "openvino", tmp_path / "no", ExportOptions("q8_0"))
 
 
-def test_attention_that_it_cannot_express_is_refused(
-    llama: tuple[Checkpoint, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_it_cannot_express_or_trace_is_refused(llama, tmp_path, monkeypatch):
     from cfsp.exports.openvino import _Step
 
     attend = _Step._attention
@@ -104,29 +102,24 @@ def test_attention_that_it_cannot_express_is_refused(
     def with_sinks(*args: Any, **options: Any) -> Any:
         return attend(*args, **options, s_aux=torch.zeros(4))
 
-    monkeypatch.setattr(_Step, "_attention", with_sinks)
-    with pytest.raises(
-        ExportError, match="no attention with sinks; transformers runs the checkpoint itself"
-    ):
-        export_checkpoint(llama[0], "openvino", tmp_path / "ov")
-    assert not (tmp_path / "ov").exists()
-
-
-def test_a_model_that_cannot_be_traced_is_refused(
-    llama: tuple[Checkpoint, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no such operator\nand a long trace")
 
+    with monkeypatch.context() as patch:
+        patch.setattr(_Step, "_attention", with_sinks)
+        message = "no attention with sinks; transformers runs the checkpoint itself"
+        with pytest.raises(ExportError, match=message):
+            export_checkpoint(llama[0], "openvino", tmp_path / "ov")
     monkeypatch.setattr("openvino.convert_model", broken)
     message = "cannot trace LlamaForCausalLM: no such operator; transformers runs the checkpoint"
     with pytest.raises(ExportError, match=message):
         export_checkpoint(llama[0], "openvino", tmp_path / "ov")
+    assert not (tmp_path / "ov").exists()
 
 
 @pytest.mark.real
 @pytest.mark.skipif("CFSP_EVERY_FAMILY" not in os.environ, reason="make versions runs it")
-def test_the_real_model(tmp_path: Path, demo: Checkpoint) -> None:
+def test_the_real_model(tmp_path, demo):
     source = half_of(demo, tmp_path / "half")
     report = export_checkpoint(source, "openvino", tmp_path / "ov", ExportOptions("f32"))
     assert report.verification is not None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
 import cfsp
+import cfsp.recovery.loss
 import cfsp.recovery.recover
 from builders import changed, tensors
 from cfsp.checkpoint.locating import open_checkpoint
@@ -57,15 +60,25 @@ def training(steps: int = 6, **changes: Any) -> Training:
     return Training(Limit(steps=steps), **options)
 
 
-def recover(
-    source: Path, out: Path, text: Path, started: float | None = None, **options: Any
-) -> RecoverReport:
+def recover(source: Path, out: Path, text: Path, **options: Any) -> RecoverReport:
+    started = options.pop("started", None)
     asked: dict[str, Any] = {"data": (str(text),), "training": training()}
     asked |= {"adaptation": Adaptation(rank=2), **options}
     settings = RecoverSettings(**asked)
     return recover_checkpoint(
         open_checkpoint(source), out, settings, command="cfsp recover pruned", started=started
     )
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def recovered(pruned: Path, out: Path, text_file: Path) -> Callable[..., RecoverReport]:
+    """Recovers a model into `out`."""
+    return lambda of=pruned, **options: recover(of, out, text_file, **options)
 
 
 def work_of(out: Path) -> Path:
@@ -91,16 +104,12 @@ def plain(pruned: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactor
     return Plain(recover(pruned, out, text_file), out)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(("method", "rate"), [("lora", 1e-2), ("full", 4e-3)])
 def test_training_helps_and_the_result_has_the_same_layout(
-    pruned, text_file, tokenizer, tmp_path, method
+    pruned, recovered, text_file, tokenizer, out, method, rate
 ):
-    out = tmp_path / "out"
-    report = recover(
-        pruned,
-        out,
-        text_file,
-        training=training(16, learning_rate=1e-2 if method == "lora" else 4e-3),
+    report = recovered(
+        training=training(16, learning_rate=rate),
         adaptation=Adaptation(method, rank=4),
         evaluation=EvaluationText((str(text_file),), 4, 64),
     )
@@ -110,9 +119,9 @@ def test_training_helps_and_the_result_has_the_same_layout(
         assert (out / name).read_bytes() == (pruned / name).read_bytes()
     measured = report.perplexity[str(text_file)]
     assert measured["after"] < 0.9 * measured["before"]
-    model = cfsp.load(out)
     windows = consecutive_windows(str(text_file), tokenizer, count=4, seqlen=64)
-    assert perplexity(model, windows).value == pytest.approx(measured["after"], rel=1e-4)
+    found = perplexity(cfsp.load(out), windows).value
+    assert found == pytest.approx(measured["after"], rel=1e-4)
     conditions = {"windows": 4, "seqlen": 64, "tokens": 4 * 63, "stride": None, "bos": False}
     assert measured == measured | conditions
     assert not work_of(out).exists()
@@ -140,31 +149,29 @@ def test_manifest_and_card_say_how_it_was_recovered(pruned, plain):
     assert f"{report.trainable_parameters:,} parameters" in card
 
 
+MLP = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+ATTENTION = {f"self_attn.{x}_proj" for x in "qkvo"}
+
+
 @pytest.mark.parametrize(
-    ("method", "targets"), [("lora", "mlp"), ("full", "attention"), ("lora", "all")]
+    ("method", "targets", "names"),
+    [("lora", "mlp", MLP), ("full", "attention", ATTENTION), ("lora", "all", MLP | ATTENTION)],
 )
-def test_only_the_targets_change(pruned, text_file, tmp_path, method, targets):
-    out = tmp_path / "out"
+def test_only_the_targets_change(pruned, recovered, out, method, targets, names):
     how = training(1, evaluations=1)
-    recover(pruned, out, text_file, training=how, adaptation=Adaptation(method, targets, rank=2))
-    names = {
-        "mlp": {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"},
-        "attention": {f"self_attn.{x}_proj" for x in "qkvo"},
-    }
-    names["all"] = names["mlp"] | names["attention"]
+    recovered(training=how, adaptation=Adaptation(method, targets, rank=2))
     assert changed(pruned, out) == {
-        f"model.layers.{block}.{name}.weight" for block in range(3) for name in names[targets]
+        f"model.layers.{block}.{name}.weight" for block in range(3) for name in names
     }
 
 
 def test_ranks_follow_the_plan_and_the_adapter_attaches_in_a_fresh_process(
-    pruned, text_file, tmp_path, forks
+    pruned, recovered, out, forks
 ):
-    out, by_importance = tmp_path / "out", Adaptation(rank=5, allocation="importance")
-    report = recover(pruned, out, text_file, adaptation=by_importance, keep_adapter=True)
-    plan = PruningPlan.load(pruned / PLAN_FILE)
-    weights = [unit.importance for unit in plan.units]
-    ranks = allocate_ranks(weights, 5)
+    by_importance = Adaptation(rank=5, allocation="importance")
+    report = recovered(adaptation=by_importance, keep_adapter=True)
+    units = PruningPlan.load(pruned / PLAN_FILE).units
+    ranks = allocate_ranks([unit.importance for unit in units], 5)
     assert [block["rank"] for block in report.blocks] == ranks
     program = f"""
 import json, sys, torch
@@ -191,42 +198,35 @@ print(json.dumps(dict(gap=gap, ranks=[l.r["default"] for l in layers],
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_bfloat16_model_is_trained_and_stays_bfloat16(pruned, text_file, tmp_path, method):
+def test_a_bfloat16_model_is_trained_and_stays_bfloat16(pruned, recovered, tmp_path, out, method):
     source = tmp_path / "bfloat16"
     shutil.copytree(pruned, source)
-    save_file(
-        {k: v.to(torch.bfloat16) for k, v in tensors(pruned).items()},
-        source / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    halves = {k: v.to(torch.bfloat16) for k, v in tensors(pruned).items()}
+    save_file(halves, source / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
-    report = recover(
+    report = recovered(
         source,
-        tmp_path / "out",
-        text_file,
         adaptation=Adaptation(method, rank=2),
         # As on a machine that multiplies bfloat16 natively.
         compute=Compute(dtype="bfloat16"),
         training=training(4, learning_rate=1e-2, evaluations=1),
     )
-    assert {v.dtype for v in tensors(tmp_path / "out").values()} == {torch.bfloat16}
-    assert changed(source, tmp_path / "out")
+    assert {v.dtype for v in tensors(out).values()} == {torch.bfloat16}
+    assert changed(source, out)
     assert report.history[-1]["held_out"] < report.history[0]["held_out"]
 
 
-def test_same_seed_same_weights_and_another_seed_others(pruned, text_file, tmp_path, plain):
-    for seed in (0, 1):
-        recover(pruned, tmp_path / str(seed), text_file, training=training(seed=seed))
-    assert changed(plain.out, tmp_path / "0") == set()
-    assert changed(plain.out, tmp_path / "1")
+def test_another_seed_gives_other_weights(recovered, out, plain):
+    recovered(training=training(seed=1))
+    assert changed(plain.out, out)
 
 
 @pytest.mark.parametrize(
     "same", [{"batch_windows": 2, "accumulate": 2}, {"gradient_checkpointing": True}]
 )
-def test_accumulation_and_checkpointing_change_nothing(pruned, text_file, tmp_path, plain, same):
-    other = recover(pruned, tmp_path / "out", text_file, training=training(**same))
+def test_accumulation_and_checkpointing_change_nothing(recovered, plain, same):
+    other = recovered(training=training(**same))
     assert other.tokens_in_step == plain.report.tokens_in_step
     # Before the first step there is no loss of training.
     for a, b in zip(plain.report.history[1:], other.history[1:], strict=True):
@@ -234,28 +234,30 @@ def test_accumulation_and_checkpointing_change_nothing(pruned, text_file, tmp_pa
         assert a["held_out"] == pytest.approx(b["held_out"], abs=1e-3)
 
 
-@pytest.mark.parametrize("name", [*TRAINED, "qwen2_moe"])
+# Of Llama's kind are all other tests.
+KINDS = (
+    TRAINED
+    if "CFSP_EVERY_FAMILY" in os.environ
+    else ("gemma2", "gpt2", "granite", "llama-biased", "opt-projected")
+)
+
+
+@pytest.mark.parametrize("name", [*KINDS, "qwen2_moe"])
 def test_every_kind_of_model_recovers_by_its_stock_loss(
-    tiny_checkpoint, text_file, tokenizer, tmp_path, name
+    tiny_checkpoint, recovered, text_file, tokenizer, out, name
 ):
     dense = tiny_checkpoint(name)
     held_NT = read_text([str(text_file)], tokenizer, seqlen=32).held_out.token_NT
     with torch.inference_mode():
-        stock = cfsp.load(dense)(input_ids=held_NT, labels=held_NT).loss.exp()
-    report = recover(
-        dense,
-        tmp_path / "out",
-        text_file,
-        training=training(3, evaluations=1, learning_rate=6e-3),
-        teacher=str(dense),
-        distillation=Distillation(0.1),
-    )
+        stock = float(cfsp.load(dense)(input_ids=held_NT, labels=held_NT).loss.exp())
+    how = training(3, evaluations=1, learning_rate=6e-3)
+    report = recovered(dense, training=how, teacher=str(dense), distillation=Distillation(0.1))
     before, after = report.history
     # The teacher is the model itself: there is nothing to learn from it yet.
     assert before["held_out"] == pytest.approx(0.9 * math.log(stock), rel=1e-4)
     assert after["held_out"] < before["held_out"]
-    assert changed(dense, tmp_path / "out")
-    assert cfsp.load(tmp_path / "out")(input_ids=held_NT[:1]).logits.isfinite().all()
+    assert changed(dense, out)
+    assert cfsp.load(out)(input_ids=held_NT[:1]).logits.isfinite().all()
 
 
 def test_only_models_whose_logits_are_a_product_are_sliced(tiny_checkpoint):
@@ -266,14 +268,12 @@ def test_only_models_whose_logits_are_a_product_are_sliced(tiny_checkpoint):
     assert capped(input_ids=torch.tensor([[0, 1]])).logits.shape[-1] == 320
 
 
-def test_a_teacher_is_learnt_from(pruned, text_file, tiny_checkpoint, tmp_path, plain):
-    out, dense = tmp_path / "taught", str(tiny_checkpoint("llama"))
-    how = Distillation(0.3)
-    taught = recover(pruned, out, text_file, teacher=dense, distillation=how)
+def test_a_teacher_is_learnt_from(recovered, tiny_checkpoint, out, plain):
+    dense = str(tiny_checkpoint("llama"))
+    taught = recovered(teacher=dense, distillation=Distillation(0.3))
     assert taught.history[-1]["held_out"] < taught.history[0]["held_out"]
     assert taught.history[-1]["loss"] != plain.report.history[-1]["loss"]
-    facts = read_manifest(out)["recovery"]["teacher"]
-    assert facts == {"name": dense, "weight": 0.3}
+    assert read_manifest(out)["recovery"]["teacher"] == {"name": dense, "weight": 0.3}
 
 
 def teacher_of(given: str | None, source: Path, tokenizer: Any) -> str | None:
@@ -330,21 +330,16 @@ def test_memory_decides_on_the_method_unless_adapters_are_asked_for(
     assert (teacher is None) == (bytes_for_each < 20 and expected == "full")
 
 
-def test_minutes_end_the_run_and_the_schedule(pruned, text_file, tmp_path, caplog, monkeypatch):
+def test_minutes_end_the_run_and_the_schedule(recovered, caplog, monkeypatch):
     caplog.set_level("INFO")
     # Every look at the clock takes a thirtieth of a second, however busy the machine is.
     looks = count()
     defaults: Any = TimeSchedule.__init__.__kwdefaults__
     monkeypatch.setitem(defaults, "now", lambda: next(looks) / 30)
-    report = recover(
-        pruned,
-        tmp_path / "out",
-        text_file,
-        training=Training(
-            Limit(minutes=0.2), batch_windows=4, seqlen=32, evaluations=3, learning_rate=1e-3
-        ),
-        started=0.0,
+    how = Training(
+        Limit(minutes=0.2), batch_windows=4, seqlen=32, evaluations=3, learning_rate=1e-3
     )
+    report = recovered(training=how, started=0.0)
     assert 8 < next(looks) / 30 <= 12
     assert len(report.history) == 4
     assert report.steps > 10
@@ -356,7 +351,7 @@ def test_minutes_end_the_run_and_the_schedule(pruned, text_file, tmp_path, caplo
     assert any(line.startswith("after 2 steps: time for about") for line in said)
 
 
-@pytest.mark.parametrize("batch_windows", [1, 2, 3, 7])
+@pytest.mark.parametrize("batch_windows", [1, 7])
 def test_held_out_loss_is_the_mean_over_labels(tmp_path, batch_windows):
     model = build_tiny_model("llama")
     token_NT = torch.randint(3, 300, (6, 32), generator=torch.Generator().manual_seed(0))
@@ -374,23 +369,18 @@ def test_held_out_loss_is_the_mean_over_labels(tmp_path, batch_windows):
     assert found.history[0]["held_out"] == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_the_best_weights_are_kept(pruned, text_file, tokenizer, tmp_path, monkeypatch):
-    from cfsp.recovery import trainer as module
-
+def test_the_best_weights_are_kept(recovered, text_file, tokenizer, out, monkeypatch):
     # From half way on, training goes uphill.
-    monkeypatch.setattr(module, "rate_factor", lambda fraction: 1.0 if fraction < 0.5 else -1.0)
-    report = recover(
-        pruned,
-        tmp_path / "out",
-        text_file,
-        training=training(12, evaluations=6, learning_rate=2e-3),
-        adaptation=Adaptation("full"),
+    monkeypatch.setattr(
+        "cfsp.recovery.trainer.rate_factor", lambda fraction: 1.0 if fraction < 0.5 else -1.0
     )
+    how = training(12, evaluations=6, learning_rate=2e-3)
+    report = recovered(training=how, adaptation=Adaptation("full"))
     best = min(report.history, key=lambda entry: entry["held_out"])
     assert report.best_step == best["step"] < 12
     assert report.history[-1]["held_out"] > 0.01 + best["held_out"]
     held_NT = read_text([str(text_file)], tokenizer, seqlen=32).held_out.token_NT
-    found = perplexity(cfsp.load(tmp_path / "out"), Windows(held_NT, {})).value
+    found = perplexity(cfsp.load(out), Windows(held_NT, {})).value
     assert math.log(found) == pytest.approx(best["held_out"], rel=1e-4)
 
 
@@ -406,10 +396,10 @@ def test_a_killed_run_resumes_to_the_same_weights(
     pruned, pruned_type, text_file, tmp_path, name, method, commands
 ):
     source = pruned if name == "llama" else pruned_type(name)
-    options = ("--steps", "8", "--evaluations", "4", "--method", method)
+    options = ("--steps", "6", "--evaluations", "3", "--method", method)
     whole, out = tmp_path / "whole", tmp_path / "killed"
     assert main(command(source, text_file, whole, *options)) == 0
-    commands.kill(command(source, text_file, out, *options), "training", 6)
+    commands.kill(command(source, text_file, out, *options), "training", 5)
     assert not out.exists()
     last = last_checkpoint(checkpoints_of(out))
     assert last is not None
@@ -422,7 +412,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
     assert changed(source, out)
     recovery = [read_manifest(directory)["recovery"] for directory in (whole, out)]
     assert recovery[0]["history"] == recovery[1]["history"]
-    assert recovery[1]["steps"] == 8
+    assert recovery[1]["steps"] == 6
 
 
 def stop(model: Any) -> None:
@@ -431,23 +421,22 @@ def stop(model: Any) -> None:
 
 
 def test_a_run_that_was_stopped_after_its_last_step_is_not_trained_further(
-    pruned, text_file, tmp_path, monkeypatch, plain
+    pruned, recovered, out, text_file, monkeypatch, plain
 ):
-    out, evaluation = tmp_path / "out", EvaluationText((str(text_file),), 2, 32)
+    evaluation = EvaluationText((str(text_file),), 2, 32)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("cfsp.recovery.recover.merge", stop)
-        recover(pruned, out, text_file, evaluation=evaluation)
+        recovered(evaluation=evaluation)
     # Other arguments are refused, and the work stays.
     before = sorted(work_of(out).rglob("*"))
-    faster = training(learning_rate=0.02)
     other = r"another learning_rate \(None; now it is 0\.02\); repeat that .* rm -r .*out\.work"
     with pytest.raises(ResumeError, match=other):
-        recover(pruned, out, text_file, evaluation=evaluation, training=faster)
+        recovered(evaluation=evaluation, training=training(learning_rate=0.02))
     # As is another text of the same name.
     same_name = EvaluationText((Text(str(text_file), text_file.read_text()[500:]),), 2, 32)
     for another in (EvaluationText(), same_name):
         with pytest.raises(ResumeError, match="another eval"):
-            recover(pruned, out, text_file, evaluation=another)
+            recovered(evaluation=another)
     assert sorted(work_of(out).rglob("*")) == before
     # What was measured before training is not measured again.
     measured = []
@@ -458,12 +447,12 @@ def test_a_run_that_was_stopped_after_its_last_step_is_not_trained_further(
         return sound(directory, *args)
 
     monkeypatch.setattr("cfsp.recovery.recover.measure", measure)
-    found = recover(pruned, out, text_file, evaluation=evaluation)
+    found = recovered(evaluation=evaluation)
     assert len(measured) == 1 and pruned not in measured
     assert found.perplexity[str(text_file)]["before"] > 1
     assert (found.steps, found.best_step) == (plain.report.steps, plain.report.best_step)
     assert found.history == plain.report.history
-    assert changed(plain.out, out) == set()
+    assert changed(plain.out, out) == set()  # the same seed gives the same weights
 
 
 def test_half_a_checkpoint_is_passed_over(tmp_path):
@@ -474,13 +463,9 @@ def test_half_a_checkpoint_is_passed_over(tmp_path):
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
 
 
-def test_a_loss_that_is_nan_stops_and_a_lower_rate_begins_anew(
-    pruned, text_file, tmp_path, monkeypatch
-):
-    from cfsp.recovery import loss as module
-
+def test_a_loss_that_is_nan_stops_and_leaves_nothing(recovered, tmp_path, monkeypatch):
     steps = 0
-    sound = module.language_model_loss
+    sound = cfsp.recovery.loss.language_model_loss
 
     def breaking(*args: Any) -> Any:
         nonlocal steps
@@ -488,43 +473,38 @@ def test_a_loss_that_is_nan_stops_and_a_lower_rate_begins_anew(
         steps += torch.is_grad_enabled()
         return sound(*args) * (float("nan") if steps >= 3 else 1.0)
 
-    out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "language_model_loss", breaking)
-        with pytest.raises(RecoveryError, match=r"the loss is NaN or infinite at step 3; .*lower"):
-            recover(pruned, out, text_file, training=training(6, evaluations=6))
+    monkeypatch.setattr("cfsp.recovery.loss.language_model_loss", breaking)
+    with pytest.raises(RecoveryError, match=r"the loss is NaN or infinite at step 3; .*lower"):
+        recovered(training=training(6, evaluations=6))
     assert list(tmp_path.iterdir()) == []
-    recover(pruned, out, text_file, training=training(1, learning_rate=1e-5))
 
 
-def test_training_that_does_harm_writes_nothing(pruned, text_file, tmp_path, monkeypatch):
+def test_training_that_does_harm_writes_nothing(pruned, recovered, tmp_path, monkeypatch):
     # Training goes uphill.
     monkeypatch.setattr("cfsp.recovery.trainer.rate_factor", lambda fraction: -1.0)
-    how = training(4, learning_rate=1e-2)
     lower = (
         r"did not make the loss on held-out text lower \([\d.]+ before, [\d.]+ at best in 4 "
         rf"steps\), so nothing is written, and {pruned} is the best there is; give it more steps"
     )
     with pytest.raises(RecoveryError, match=lower):
-        recover(pruned, tmp_path / "out", text_file, training=how)
+        recovered(training=training(4, learning_rate=1e-2))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_few_minutes_are_refused_before_a_step(pruned, text_file, tmp_path, monkeypatch):
+def test_too_few_minutes_are_refused_before_a_step(recovered, tmp_path, monkeypatch):
     monkeypatch.setattr("cfsp.recovery.trainer.RecoveryTrainer.training_step", must_not_load)
     how = Training(Limit(minutes=1e-4), batch_windows=4, seqlen=32)
     with pytest.raises(UsageError, match=r"too short for one step .* give 1 or more"):
-        recover(pruned, tmp_path / "out", text_file, training=how)
+        recovered(training=how)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_that_cfsp_did_not_prune(tiny_checkpoint, text_file, tmp_path):
+def test_a_checkpoint_that_cfsp_did_not_prune(tiny_checkpoint, recovered, out):
     dense = tiny_checkpoint("qwen2")
-    out = tmp_path / "out"
     by_importance = Adaptation(rank=2, allocation="importance")
     with pytest.raises(RecoveryError, match="recover it with --rank-allocation uniform"):
-        recover(dense, out, text_file, adaptation=by_importance)
-    recover(dense, out, text_file)
+        recovered(dense, adaptation=by_importance)
+    recovered(dense, training=training(2, evaluations=1))
     assert changed(dense, out)
     assert "## How it was recovered" in (out / "README.md").read_text()
 
@@ -546,13 +526,9 @@ def must_not_load(*args: Any) -> Any:
         ({"method": "best"}, "method must be one of auto, lora, full"),
         ({"method": "full", "keep_adapter": True}, "has no adapter"),
         ({"rank_allocation": "error"}, "--rank-allocation must be one of uniform, importance"),
-        ({"rank": 0}, "--rank must be at least 1, found 0"),
         ({"dtype": "float16"}, "found --dtype float16"),
-        ({"learning_rate": -1.0}, "positive, found -1.0"),
         ({"learning_rate": 1e-3}, "suits one method; give --method lora or full"),
-        ({"seqlen": 4}, "--seqlen must be at least 8, found 4"),
         ({"teacher_weight": 2.0}, "expected --teacher-weight in"),
-        ({"evaluations": 0}, "--evaluations must be at least 1, found 0"),
     ],
 )
 def test_bad_input_is_told_before_any_work(
@@ -571,10 +547,10 @@ def test_bad_input_is_told_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_accelerate_s_own_sharding_is_refused(pruned, text_file, tmp_path, monkeypatch):
+def test_accelerate_s_own_sharding_is_refused(recovered, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UsageError, match=r"under accelerate's FSDP.*give --shard"):
-        recover(pruned, tmp_path / "out", text_file)
+        recovered()
     assert not list(tmp_path.glob("out*"))
 
 
@@ -598,12 +574,3 @@ def test_what_is_typed_reaches_recovery(pruned, text_file, tmp_path, monkeypatch
     assert seen["training"] == Training(limit, accumulate=2)
     with pytest.raises(UsageError, match="unknown argument acumulate; did you mean accumulate"):
         cfsp.recover(pruned, out="o", data=[text_file], steps=3, acumulate=2)
-
-
-def test_the_help_fits_a_screen_and_shows_an_example(capsys):
-    with pytest.raises(SystemExit):
-        main(["recover", "--help"])
-    shown = capsys.readouterr().out
-    assert len(shown.splitlines()) <= 55
-    assert "--rank-allocation" not in shown
-    assert "--max-minutes 30 --out recovered" in shown

@@ -49,9 +49,7 @@ def check_alike(one: Path, many: Path) -> None:
         torch.testing.assert_close(tensor, weights[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_two_processes_give_what_one_gives(
-    commands: Commands, argv: list[str], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_two_processes_give_what_one_gives(commands, argv, tiny_checkpoint, tmp_path):
     argv = [*argv, "--teacher", str(tiny_checkpoint("llama")), "--set", "teacher_weight=0.5"]
     assert main([*argv, "--out", str(tmp_path / "one")]) == 0
     ended = recovered_by(commands, [*argv, "--shard"], tmp_path / "two", 2)
@@ -62,43 +60,45 @@ def test_two_processes_give_what_one_gives(
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
 
 
-@pytest.mark.parametrize("options", [["--method", "lora"], ["--method", "full", "--shard"]])
-def test_two_processes_train_what_lost_other_parts(
-    commands: Commands,
-    argv: list[str],
+@pytest.fixture(scope="module")
+def without_parts(
     tiny_checkpoint: Callable[[str], Path],
     text_file: Path,
-    tmp_path: Path,
-    options: list[str],
-) -> None:
-    """A block, an attention, KV groups and channels are gone."""
-    dense = pruned = tiny_checkpoint("llama")
-    text = {"data": [str(text_file)], "samples": 8, "seqlen": 32, "repair": "none"}
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A model without a block, an attention, KV groups and channels."""
+    place, pruned = tmp_path_factory.mktemp("without"), tiny_checkpoint("llama")
     steps: list[dict[str, Any]] = [
-        {"parts": "blocks", "remove_blocks": 1},
-        {"parts": "attention", "remove_attentions": 1},
+        {"parts": "blocks", "remove_blocks": 1, "removal": "runs"},
+        {"parts": "attention", "remove_attentions": 1, "removal": "runs"},
         {"parts": "kv", "sparsity": 0.5},
         {"sparsity": 0.4, "multiple": 8},
     ]
-    for asked in steps:
-        out = tmp_path / "-".join(asked)
-        cfsp.prune(pruned, out=out, **asked, **text)
-        pruned = out
-    argv = ["recover", str(pruned), *argv[2:], *options, "--teacher", str(dense)]
+    text: dict[str, Any] = {"data": [str(text_file)], "samples": 4, "seqlen": 32, "repair": "none"}
+    for number, asked in enumerate(steps):
+        cfsp.prune(pruned, out=place / str(number), **asked, **text)
+        pruned = place / str(number)
+    return pruned
+
+
+@pytest.mark.parametrize("options", [["--method", "lora"], ["--method", "full", "--shard"]])
+def test_two_processes_train_what_lost_other_parts(
+    commands, argv, without_parts, tiny_checkpoint, tmp_path, options
+):
+    argv = ["recover", str(without_parts), *argv[2:], *options]
+    argv += ["--teacher", str(tiny_checkpoint("llama"))]
     assert main([*argv, "--out", str(tmp_path / "one")]) == 0
     ended = recovered_by(commands, argv, tmp_path / "two", 2)
     assert [each.status for each in ended] == [0, 0], ended
     check_alike(tmp_path / "one", tmp_path / "two")
 
 
-def test_another_number_of_processes_goes_on(
-    commands: Commands, argv: list[str], tmp_path: Path
-) -> None:
+def test_another_number_of_processes_goes_on(commands, argv, tmp_path):
     """Two begin and die, one goes on and dies, two finish."""
-    argv, out = [*argv, "--shard", "--steps", "6", "--evaluations", "3"], tmp_path / "out"
-    ended = recovered_by(commands, argv, out, 2, dies="training", count=4)
+    argv, out = [*argv, "--shard", "--steps", "3", "--evaluations", "3"], tmp_path / "out"
+    ended = recovered_by(commands, argv, out, 2, dies="training", count=2)
     assert [each.status for each in ended] == [-signal.SIGKILL] * 2, ended
-    ended = recovered_by(commands, argv, out, 1, dies="training", count=6)
+    ended = recovered_by(commands, argv, out, 1, dies="training", count=3)
     assert [each.status for each in ended] == [-signal.SIGKILL], ended
     ended = recovered_by(commands, argv, out, 2)
     assert [each.status for each in ended] == [0, 0], ended
@@ -107,12 +107,7 @@ def test_another_number_of_processes_goes_on(
     assert {path.name for path in tmp_path.iterdir()} == {"one", "out"}
 
 
-def test_adapters_of_experts_are_refused(
-    tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_adapters_of_experts_are_refused(tiny_checkpoint, text_file, tmp_path, capsys):
     argv = ["recover", str(tiny_checkpoint("mixtral")), "--data", str(text_file), "--steps", "1"]
     argv += ["--seqlen", "32", "--shard", "--set", "rank_allocation=uniform"]
     assert main([*argv, "--out", str(tmp_path / "out")]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from tiny_models import BLOCKS, TRAINED, build_tiny_model
 Checkpoints = Callable[[str], Path]
 
 
-def test_losses_are_relative_to_each_token_and_to_all_together() -> None:
+def test_losses_are_relative_to_each_token_and_to_all_together():
     generator = torch.Generator().manual_seed(0)
     target = torch.randn(2, 500, 8, generator=generator)
     target[:, 0] *= 1000  # as the first tokens of a window often are
@@ -50,7 +51,7 @@ def test_losses_are_relative_to_each_token_and_to_all_together() -> None:
     assert float(hidden_loss(output, target)) > 3 * before
 
 
-def test_rate_rises_and_falls_to_zero() -> None:
+def test_rates_rise_fall_to_zero_and_follow_the_error():
     parts = schedule(LocalTraining(steps=100, warm_up=10), at_head=False)
     assert len(parts) == 100
     assert parts[0] == pytest.approx(0.1)
@@ -58,16 +59,13 @@ def test_rate_rises_and_falls_to_zero() -> None:
     assert parts[9:] == sorted(parts[9:], reverse=True)
     assert parts[-1] == pytest.approx(0.0, abs=1e-3)
     assert len(schedule(LocalTraining(steps=100), at_head=True)) == 200
-
-
-def test_blocks_with_a_small_error_take_small_steps() -> None:
     training = LocalTraining(rate=0.1, rate_per_error=0.5)
     for error, expected in ((0.9, 0.1), (math.inf, 0.1), (0.01, 0.005)):
         assert highest_rate(training, error, at_head=False) == pytest.approx(expected)
     assert highest_rate(training, 0.9, at_head=True) == training.head_rate < 0.1
 
 
-def test_no_error_has_a_gradient() -> None:
+def test_no_error_has_a_gradient():
     output = torch.ones(1, 2, 3, requires_grad=True)
     token_error(output, torch.ones(1, 2, 3)).backward()
     assert output.grad is not None
@@ -93,18 +91,7 @@ def error(output_BTD: torch.Tensor, batch: Batch) -> torch.Tensor:
     return token_error(output_BTD, batch.dense_BTD)
 
 
-def test_training_reaches_a_target_that_can_be_reached() -> None:
-    torch.manual_seed(0)
-    module, other = nn.Linear(8, 8), nn.Linear(8, 8)
-    hidden = torch.randn(2, 16, 8)
-    target = other(hidden).detach()
-    before = float(token_error(module(hidden).detach(), target))
-    parts = schedule(LocalTraining(steps=300), at_head=False)
-    assert train(module, [(module, 0.5)], hidden, target, parts)
-    assert float(token_error(module(hidden).detach(), target)) < 0.01 * before
-
-
-def test_training_stops_at_a_loss_that_is_no_number() -> None:
+def test_training_stops_at_a_loss_that_is_no_number():
     module, hidden = nn.Linear(4, 4), torch.randn(1, 3, 4)
     target = torch.full_like(hidden, torch.nan)
     assert not train(module, [(module, 0.1)], hidden, target, [1.0] * 5, pytest.fail)
@@ -118,12 +105,12 @@ def test_training_stops_at_a_loss_that_is_no_number() -> None:
         ({"text": 2}, "--local-text must be from 0 to 1, found 2"),
     ],
 )
-def test_wrong_settings_are_refused(field: dict[str, Any], words: str) -> None:
+def test_wrong_settings_are_refused(field, words):
     with pytest.raises(UsageError, match=words):
         LocalTraining(**field)
 
 
-def test_blocks_that_train_together_take_steps_by_their_own_drift() -> None:
+def test_blocks_that_train_together_take_steps_by_their_own_drift():
     torch.manual_seed(0)
     module, still = nn.Linear(8, 8), nn.Linear(8, 8)
     before = [parameter.clone() for parameter in still.parameters()]
@@ -139,8 +126,8 @@ def test_blocks_that_train_together_take_steps_by_their_own_drift() -> None:
     torch.testing.assert_close(moved, torch.full_like(moved, 0.1 * size), rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("together", [1, 2, 3, 30, 100])
-def test_every_block_is_in_one_group(together: int) -> None:
+@pytest.mark.parametrize("together", [1, 3, 30, 100])
+def test_every_block_is_in_one_group(together):
     groups = [group_of(LocalTraining(blocks=together), index, 30) for index in range(30)]
     assert all(index in group for index, group in enumerate(groups))
     distinct = sorted(set(groups), key=lambda group: group.start)
@@ -179,9 +166,7 @@ def ridge(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pruned(argv, tmp_path_factory.mktemp("ridge") / "out")
 
 
-def test_it_comes_closer_to_the_dense_model_than_ridge(
-    local: Path, ridge: Path, tiny_checkpoint: Checkpoints, tokenizer: object, text_file: Path
-) -> None:
+def test_it_comes_closer_to_the_dense_model_than_ridge(local, ridge, tiny_checkpoint):
     steps = read_manifest(local)["repair"]["steps"]
     assert [step["name"] for step in steps] == ["ridge", "sequential", "local"]
     blocks = steps[-1]["blocks"]
@@ -201,9 +186,7 @@ def test_it_comes_closer_to_the_dense_model_than_ridge(
     assert (one - dense).square().mean() < (other - dense).square().mean()
 
 
-def test_shapes_and_everything_outside_of_blocks_are_those_of_ridge(
-    local: Path, ridge: Path
-) -> None:
+def test_shapes_and_everything_outside_of_blocks_are_those_of_ridge(local, ridge):
     trained, plain = Checkpoint(local), Checkpoint(ridge)
     assert trained.specs == plain.specs
     assert (local / "cfsp_plan.json").read_bytes() == (ridge / "cfsp_plan.json").read_bytes()
@@ -214,12 +197,7 @@ def test_shapes_and_everything_outside_of_blocks_are_those_of_ridge(
     )
 
 
-def test_a_block_that_training_worsens_stays_as_it_was(
-    argv: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_block_that_training_worsens_stays_as_it_was(argv, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(local_repair, "highest_rate", lambda *args, **kwargs: 100.0)
     trained = Checkpoint(pruned([*argv, *LOCAL], tmp_path / "out"))
     assert "training was rejected for blocks 0, 1, 2" in capsys.readouterr().err
@@ -229,24 +207,13 @@ def test_a_block_that_training_worsens_stays_as_it_was(
     assert all(torch.equal(trained.read(name), plain.read(name)) for name in plain.specs)
 
 
-@pytest.mark.parametrize(
-    ("group", "budget"), [(0, []), (1, ["--memory-budget", "1KB"])], ids=["memory", "file"]
-)
-def test_interrupted_it_goes_on_and_gives_the_same_bits(
-    local: Path,
-    argv: list[str],
-    group: int,
-    budget: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_interrupted_it_goes_on_and_gives_the_same_bits(local, argv, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    command = [*argv, *budget, *LOCAL, "--out", str(out)]
+    command = [*argv, "--memory-budget", "1KB", *LOCAL, "--out", str(out)]
     calls = iter(range(BLOCKS))
 
     def interrupted(*args: Any, **kwargs: Any) -> bool:
-        if next(calls) == group:
+        if next(calls) == 1:  # the second group of blocks
             raise KeyboardInterrupt
         return train_blocks(*args, **kwargs)
 
@@ -256,14 +223,20 @@ def test_interrupted_it_goes_on_and_gives_the_same_bits(
         assert main(command) == 130
     assert {path.name for path in tmp_path.iterdir()} == {"out.work"}
     assert main(command) == 0
-    # At the first block of the group that was interrupted.
-    message = f"local: going on at block 1 of {BLOCKS}"
-    assert (message in capsys.readouterr().err) == (group > 0)
+    assert f"local: going on at block 1 of {BLOCKS}" in capsys.readouterr().err
     assert (out / "model.safetensors").read_bytes() == (local / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("name", TRAINED)
-def test_every_kind_of_dense_model(name: str, tokenizer: Any, text_file: Path) -> None:
+# Of Llama's kind are all other tests.
+KINDS = (
+    TRAINED
+    if "CFSP_EVERY_FAMILY" in os.environ
+    else ("gemma2", "gpt2", "opt-projected", "stablelm-parallel")
+)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_dense_model(name, tokenizer, text_file):
     settings = PruneSettings(
         Budget(0.5, multiple=4),
         text=CalibrationText((str(text_file),), samples=32, seqlen=32),
@@ -279,9 +252,7 @@ def test_every_kind_of_dense_model(name: str, tokenizer: Any, text_file: Path) -
     assert (trained - target).square().mean() < (plain - target).square().mean()
 
 
-def test_text_in_the_loss_makes_the_text_more_likely(
-    local: Path, argv: list[str], text_file: Path, tmp_path: Path
-) -> None:
+def test_text_in_the_loss_makes_the_text_more_likely(local, argv, text_file, tmp_path):
     out = pruned([*argv, *LOCAL[:-1], "1"], tmp_path / "out")
     found = cfsp.evaluate([out, local], [text_file], windows=8, seqlen=32)
     with_text, without = (model["perplexity"][str(text_file)]["value"] for model in found)
@@ -289,7 +260,7 @@ def test_text_in_the_loss_makes_the_text_more_likely(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_it_trains_models_of_16_bits(dtype: str, argv: list[str], tmp_path: Path) -> None:
+def test_it_trains_models_of_16_bits(dtype, argv, tmp_path):
     out = pruned([*argv, *LOCAL, "--samples", "17", "--dtype", dtype], tmp_path / "out")
     _ridge, fitted, trained = (step["blocks"] for step in read_manifest(out)["repair"]["steps"])
     assert all(block["loss_after"] <= block["loss_before"] for block in fitted)
@@ -298,11 +269,8 @@ def test_it_trains_models_of_16_bits(dtype: str, argv: list[str], tmp_path: Path
 
 
 def test_a_mixture_of_experts_is_refused_before_anything_is_computed(
-    tiny_checkpoint: Checkpoints,
-    text: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    tiny_checkpoint, text, tmp_path, capsys
+):
     argv = ["prune", str(tiny_checkpoint("mixtral")), *text, "--repair", "local"]
     assert main([*argv, "--out", str(tmp_path / "out")]) == 2
     assert "(mixtral) has experts" in capsys.readouterr().err
@@ -310,16 +278,14 @@ def test_a_mixture_of_experts_is_refused_before_anything_is_computed(
 
 
 @pytest.mark.parametrize("option", ["--local-steps", "--local-blocks", "--local-text"])
-def test_options_of_local_without_it_are_refused(
-    option: str, argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_options_of_local_without_it_are_refused(option, argv, tmp_path, capsys):
     assert main([*argv, option, "1", "--out", str(tmp_path / "out")]) == 2
     assert f"{option} belongs to --repair local" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("processes", [1, 3])
-@pytest.mark.parametrize(("windows", "asked"), [(2, 2), (9, 2), (64, 2), (65, 8), (33, 5)])
-def test_every_window_is_fitted_to_or_held_out(windows: int, asked: int, processes: int) -> None:
+@pytest.mark.parametrize(("windows", "asked"), [(2, 2), (9, 2), (65, 8)])
+def test_every_window_is_fitted_to_or_held_out(windows, asked, processes):
     tokens_NT = torch.zeros(windows, 16, dtype=torch.int64)
     text = Windows(tokens_NT, {"one": windows // 2, "two": -(-windows // 2)})
     of_team = [TwoStreams.of(text, 16 * asked, Team(i, processes)) for i in range(processes)]

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from builders import plan_keeping
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of, build_skeleton
 from cfsp.cut.in_memory import build_pruned_model
 from cfsp.cut.surgery import PrunedSource
-from cfsp.planning.plan_file import ModelIdentity, PruningPlan
-from cfsp.planning.unit_plan import UnitPlan
+from cfsp.planning.candidate import Dropped
 from cfsp.repair.local import HeadLoss
 from cfsp.repair.result import BlockRepair, ExpertRepair
 from cfsp.streaming.block_calls import record_calls
@@ -48,33 +48,31 @@ def batch_of(target_BTD: torch.Tensor, tokens_BT: torch.Tensor, turn: int = 0) -
     return Batch(torch.empty(0), target_BTD, tokens_BT, turn)
 
 
-@pytest.mark.parametrize("text", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("name", sorted(DENSE_CONFIGS))
-def test_loss_at_the_head_is_that_of_the_whole_models(name: str, text: float) -> None:
+def test_loss_at_the_head_is_that_of_the_whole_models(name):
     model, tokens_BT = build_tiny_model(name), random_tokens(2, 12)
     source = LoadedModel(model)
-    loss_of = HeadLoss(source, RUNTIME, text)
-    dense_BTD = leaving_hidden(model, source, tokens_BT)
+    # Another text's hidden states are predictions from this model too.
+    other_BT = random_tokens(2, 13)[:, 1:]
     with torch.no_grad():
-        dense = model(tokens_BT).logits.double().numpy()
-        # Another text's hidden states are predictions from this model too.
-        other_BT = random_tokens(2, 13)[:, 1:]
-        other = model(other_BT).logits.double().numpy()
-    other_BTD = leaving_hidden(model, source, other_BT).clone().requires_grad_(True)
+        dense, other = (model(each).logits.double().numpy() for each in (tokens_BT, other_BT))
     p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (dense, other))
-    loss = loss_of(other_BTD, batch_of(dense_BTD, tokens_BT))
     divergence = (p * np.log(p / q)).sum(-1)[:, :-1].mean()
     following = np.take_along_axis(q[:, :-1], tokens_BT[:, 1:, None].numpy(), -1)
-    expected = (1 - text) * divergence - text * np.log(following).mean()
-    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-4)
-    loss.backward()
-    assert other_BTD.grad is not None
-    assert float(other_BTD.grad.abs().max()) > 0
-    if text == 0:  # predictions that are the dense model's have no divergence
-        assert float(loss_of(dense_BTD, batch_of(dense_BTD, tokens_BT))) == 0
+    dense_BTD, other_BTD = (leaving_hidden(model, source, each) for each in (tokens_BT, other_BT))
+    for text in (0.0, 0.3, 1.0):
+        loss_of, left_BTD = HeadLoss(source, RUNTIME, text), other_BTD.clone().requires_grad_(True)
+        loss = loss_of(left_BTD, batch_of(dense_BTD, tokens_BT))
+        expected = (1 - text) * divergence - text * np.log(following).mean()
+        assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-4)
+        loss.backward()
+        assert left_BTD.grad is not None
+        assert float(left_BTD.grad.abs().max()) > 0
+        if text == 0:  # predictions that are the dense model's have no divergence
+            assert float(loss_of(dense_BTD, batch_of(dense_BTD, tokens_BT))) == 0
 
 
-def test_every_turn_is_judged_at_other_positions() -> None:
+def test_every_turn_is_judged_at_other_positions():
     model, tokens_BT = build_tiny_model("llama"), random_tokens(4, 128)
     source = LoadedModel(model)
     loss_of = HeadLoss(source, RUNTIME, 0.0)
@@ -89,14 +87,11 @@ def test_every_turn_is_judged_at_other_positions() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi", "gemma3_text"])
-def test_a_group_computes_what_the_pruned_model_does(name: str) -> None:
+def test_a_group_computes_what_the_pruned_model_does(name):
     dense, tokens_BT = build_tiny_model(name), random_tokens(2, 12)
     source = LoadedModel(dense)
     kept = (range(0, WIDTH, 2), range(WIDTH), range(8))
-    entries = tuple(
-        UnitPlan(i, WIDTH, tuple(channels), 0.1, 0.5) for i, channels in enumerate(kept)
-    )
-    plan = PruningPlan(ModelIdentity.of(source), {}, {}, entries)
+    plan = plan_keeping(source, [tuple(channels) for channels in kept], Dropped())
     model = build_pruned_model(dense, source, plan, {})
     blocks = blocks_of(model, source.architecture)
     with torch.no_grad(), hidden_states_entering(blocks) as entering_L:
@@ -124,6 +119,6 @@ def test_a_group_computes_what_the_pruned_model_does(name: str) -> None:
 
 
 @pytest.mark.parametrize("experts", [(), (ExpertRepair(0.3, 0.2, True, 0.1, False),)])
-def test_facts_survive_json(experts: tuple[ExpertRepair, ...]) -> None:
+def test_facts_survive_json(experts):
     result = BlockRepair(3, 0.3, 0.2, True, training_steps=7, experts=experts)
     assert BlockRepair.from_json(json.loads(json.dumps(result.to_json()))) == result

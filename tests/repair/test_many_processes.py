@@ -19,17 +19,21 @@ from cfsp.selection.latency import Curve, Latencies
 from cfsp.settings import REPAIRS
 from cfsp.streaming.pass_state import PassState
 from commands import Command, Commands, ranks
-from forks import Finished, Forks, Job
+from forks import Finished, Job
 from tiny_models import BLOCKS
 
+ASKED = ["--sparsity", "0.4", "--multiple", "8", "--dtype", "float32"]
 
-@pytest.fixture(scope="module", params=["llama"])
-def argv(
-    request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path], text_file: Path
-) -> list[str]:
+
+@pytest.fixture(scope="module")
+def argv_of(tiny_checkpoint: Callable[[str], Path], text_file: Path) -> Callable[..., list[str]]:
     text = ["--data", str(text_file), "--samples", "10", "--seqlen", "32", "--batch-windows", "2"]
-    budget = ["--sparsity", "0.4", "--multiple", "8", "--dtype", "float32"]
-    return ["prune", str(tiny_checkpoint(request.param)), *text, *budget]
+    return lambda name, asked: ["prune", str(tiny_checkpoint(name)), *text, *asked]
+
+
+@pytest.fixture(scope="module")
+def argv(argv_of: Callable[..., list[str]]) -> list[str]:
+    return argv_of("llama", ASKED)
 
 
 Finish = Callable[..., list[Finished]]
@@ -86,27 +90,21 @@ def blocks_of(pruned: Path, name: str) -> list[dict[str, Any]]:
     return [block for block in blocks if block is not None]
 
 
-@pytest.mark.parametrize("argv", ["llama", "mixtral"], indirect=True)
-def test_two_processes_give_what_one_gives(
-    finish: Finish, argv: list[str], text_file: Path
-) -> None:
-    ended = finish([*argv, "--eval", str(text_file), "--eval-windows", "5"], 2)
-    assert [bool(each.stdout) for each in ended] == [True, False]
+def test_two_processes_give_what_one_gives(finish, argv_of, text_file):
+    argv = [*argv_of("mixtral", ASKED), "--eval", str(text_file), "--eval-windows", "5"]
+    assert [bool(each.stdout) for each in finish(argv, 2)] == [True, False]
 
 
 @pytest.mark.parametrize(
     "goal",
     [
         ["--target-params", "0.75", "--parts", "ffn,kv,attention,blocks"],
-        ["--target-kv-cache", "0.5", "--parts", "kv,attention"],
         ["--target-params", "0.7"],  # so much that whole blocks are tried
     ],
 )
-def test_two_processes_take_the_same_parts(
-    finish: Finish, argv: list[str], goal: list[str]
-) -> None:
+def test_two_processes_take_the_same_parts(finish, argv_of, goal):
     """The first chooses how many go whole; all calibrate and repair."""
-    finish([*argv[: argv.index("--sparsity")], *goal, "--multiple", "8", "--dtype", "float32"], 2)
+    finish(argv_of("llama", [*goal, *ASKED[2:]]), 2)
 
 
 LATENCIES = Latencies(
@@ -130,11 +128,8 @@ sys.exit(main({argv}))
 """
 
 
-def test_the_first_process_times_for_all(
-    forks: Forks, argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    budget = ["--target-speedup", "1.2", "--parts", "ffn,blocks", "--multiple", "8"]
-    argv = [*argv[: argv.index("--sparsity")], *budget, "--dtype", "float32"]
+def test_the_first_process_times_for_all(forks, argv_of, tmp_path, monkeypatch):
+    argv = argv_of("llama", ["--target-speedup", "1.2", "--parts", "ffn,blocks", *ASKED[2:]])
     latencies = LATENCIES.to_json()
     code = PRUNE_WITH_LATENCIES.format(latencies=latencies, argv=many(argv, tmp_path))
     ended = forks(*(Job("forks.run_code", {"code": code}, rank) for rank in ranks(2)))
@@ -144,9 +139,7 @@ def test_the_first_process_times_for_all(
     check_alike(argv, tmp_path)
 
 
-def test_after_a_death_the_same_command_goes_on(
-    commands: Commands, finish: Finish, argv: list[str], text_file: Path, tmp_path: Path
-) -> None:
+def test_after_a_death_the_same_command_goes_on(commands, finish, argv, text_file, tmp_path):
     evaluation = ["--eval", str(text_file), "--eval-windows", "1"]
     argv = [*argv, "--repair", "local", "--local-steps", "2", *evaluation]
     patience = "--process-timeout", "0.2"
@@ -168,30 +161,15 @@ def test_after_a_death_the_same_command_goes_on(
     assert all(f"sequential: going on at block 1 of {BLOCKS}" in each.stderr for each in ended)
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_blocks_train_together(finish: Finish, argv: list[str], tmp_path: Path, size: int) -> None:
+def test_blocks_train_together(finish, argv, tmp_path):
     """Three processes share batches of 2 windows, so that one has none."""
     # 18 windows: the batches of training are eighths of them.
-    finish(
-        [
-            *argv,
-            "--samples",
-            "18",
-            "--repair",
-            "local",
-            "--local-steps",
-            "3",
-            "--local-blocks",
-            "1",
-        ],
-        size,
-    )
+    local = ["--repair", "local", "--local-steps", "3", "--local-blocks", "1"]
+    finish([*argv, "--samples", "18", *local], 3)
     assert any(block["kept"] for block in blocks_of(tmp_path / "many", "local"))
 
 
-def test_processes_with_different_work_are_refused(
-    commands: Commands, argv: list[str], tmp_path: Path
-) -> None:
+def test_processes_with_different_work_are_refused(commands, argv, tmp_path):
     argv = [*argv, "--out", str(tmp_path / "many")]
     first, second = ranks(2)
     ended = commands(
@@ -212,13 +190,8 @@ def test_processes_with_different_work_are_refused(
     ],
 )
 def test_what_one_process_alone_can_do_is_refused(
-    argv: list[str],
-    options: list[str],
-    message: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    argv, options, message, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert main([*argv, *options, "--out", str(tmp_path / "out")]) == 2
@@ -226,7 +199,7 @@ def test_what_one_process_alone_can_do_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_pass_goes_back_to_the_state_before(tmp_path: Path) -> None:
+def test_a_pass_goes_back_to_the_state_before(tmp_path):
     state = PassState(tmp_path / "place" / "process" / "pass", {})
     state.commit(2, "hidden-0.bin")
     state.commit(5, "hidden-1.bin")

@@ -41,7 +41,7 @@ def correlated(rows: int, channels: int, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("channels", [1, 7, 50, 64])
-def test_gram_is_the_mean_of_outer_products(dtype: torch.dtype, channels: int) -> None:
+def test_gram_is_the_mean_of_outer_products(dtype, channels):
     act_RF = torch.randn(40, channels, generator=torch.Generator().manual_seed(0)).to(dtype)
     sums = GramSums()
     sums.add(act_RF[:13])
@@ -50,7 +50,7 @@ def test_gram_is_the_mean_of_outer_products(dtype: torch.dtype, channels: int) -
     np.testing.assert_allclose(sums.mean().numpy(), exact.T @ exact / 40, rtol=1e-5, atol=1e-5)
 
 
-def test_gram_leaves_the_global_precision_as_it_was() -> None:
+def test_gram_leaves_the_global_precision_as_it_was():
     before = torch.backends.mkldnn.matmul.fp32_precision
     GramSums().add(torch.ones(4, 8, dtype=torch.bfloat16))
     assert torch.backends.mkldnn.matmul.fp32_precision == before
@@ -58,9 +58,7 @@ def test_gram_leaves_the_global_precision_as_it_was() -> None:
 
 @given(size=st.integers(1, 1100), seed=st.integers(0, 5))
 @settings(max_examples=12, deadline=None)
-def test_panels_hold_the_lower_triangle_and_factor_and_solve_as_torch_does(
-    size: int, seed: int
-) -> None:
+def test_panels_hold_the_lower_triangle_and_factor_and_solve_as_torch_does(size, seed):
     generator = torch.Generator().manual_seed(seed)
     root = torch.randn(size, size, generator=generator)
     gram = root @ root.T / size
@@ -82,12 +80,12 @@ def test_panels_hold_the_lower_triangle_and_factor_and_solve_as_torch_does(
     torch.testing.assert_close(right, solution, rtol=0, atol=1e-8)
 
 
-def test_what_is_not_positive_definite_is_refused() -> None:
+def test_what_is_not_positive_definite_is_refused():
     assert not factor(lower_panels(torch.diag(torch.tensor([1.0, -1.0, 1.0])), torch.arange(3)))
 
 
 @pytest.mark.parametrize("ridge", [1e-3, 0.1])
-def test_solution_is_the_formula(ridge: float) -> None:
+def test_solution_is_the_formula(ridge):
     act = correlated(400, 24, seed=1)
     down = torch.randn(10, 24, generator=torch.Generator().manual_seed(2))
     kept = list(range(0, 24, 2))
@@ -106,7 +104,7 @@ def test_solution_is_the_formula(ridge: float) -> None:
     assert solution.error_after < 0.5 * solution.error_before
 
 
-def test_errors_are_relative_squared_errors_of_the_output() -> None:
+def test_errors_are_relative_squared_errors_of_the_output():
     act, down = correlated(50, 12, seed=3), torch.randn(4, 12)
     kept = [0, 3, 4, 8, 11]
     solution = repair_down_projection(down, kept, act.T @ act / 50, act, (0.01,))
@@ -121,7 +119,7 @@ def test_errors_are_relative_squared_errors_of_the_output() -> None:
 
 @given(seed=st.integers(0, 1000), keep=st.integers(1, 16))
 @settings(max_examples=30, deadline=None)
-def test_never_worse_on_held_out_tokens(seed: int, keep: int) -> None:
+def test_never_worse_on_held_out_tokens(seed, keep):
     # Unrelated held-out activations: what was fitted cannot help there.
     fitted = torch.randn(20, 16, generator=torch.Generator().manual_seed(seed))
     held_out = torch.randn(20, 16, generator=torch.Generator().manual_seed(seed + 1))
@@ -135,7 +133,7 @@ def test_never_worse_on_held_out_tokens(seed: int, keep: int) -> None:
         assert solution.error_after == solution.error_before
 
 
-def test_nothing_to_repair_when_all_channels_stay() -> None:
+def test_nothing_to_repair_when_all_channels_stay():
     act, down = correlated(50, 8, seed=4), torch.randn(4, 8)
     solution = repair_down_projection(down, range(8), act.T @ act / 50, act)
     assert solution.ridge is None
@@ -167,7 +165,7 @@ def by_plan(repaired_model: Path, model: str, out: Path, *options: str) -> Check
     return Checkpoint(out)
 
 
-def test_only_down_projections_change(repaired_model: Path, model: str, tmp_path: Path) -> None:
+def test_only_down_projections_change(repaired_model, model, tmp_path):
     with_repair = Checkpoint(repaired_model)
     without = by_plan(repaired_model, model, tmp_path / "plain", "--repair", "none")
     assert with_repair.specs == without.specs
@@ -186,9 +184,7 @@ def test_only_down_projections_change(repaired_model: Path, model: str, tmp_path
     assert all(block["error_after"] <= block["error_before"] for block in blocks)
 
 
-def test_a_plan_made_before_is_repaired_by_a_pass_of_its_own(
-    repaired_model: Path, model: str, text: list[str], tmp_path: Path
-) -> None:
+def test_a_plan_made_before_is_repaired_by_a_pass_of_its_own(repaired_model, model, text, tmp_path):
     first, second = (
         Checkpoint(repaired_model),
         by_plan(repaired_model, model, tmp_path / "out", *text),
@@ -196,7 +192,7 @@ def test_a_plan_made_before_is_repaired_by_a_pass_of_its_own(
     assert all(torch.equal(first.read(name), second.read(name)) for name in first.specs)
 
 
-def test_saved_statistics_hold_no_gram_matrices(repaired_model: Path) -> None:
+def test_saved_statistics_hold_no_gram_matrices(repaired_model):
     statistics = cfsp.Statistics.load(repaired_model / "cfsp.statistics")
     widths = [len(unit.sum_of_squares_F) for unit in statistics.units]
     stored = (repaired_model / "cfsp.statistics").stat().st_size
@@ -204,7 +200,7 @@ def test_saved_statistics_hold_no_gram_matrices(repaired_model: Path) -> None:
     assert stored < 8 * sum(widths) + 8192
 
 
-def test_one_window_is_too_little(model: str, text_file: Path, tmp_path: Path) -> None:
+def test_one_window_is_too_little(model, text_file, tmp_path):
     few: Any = {"data": [text_file], "samples": 1, "seqlen": 16}
     with pytest.raises(TextError, match="at least 2 windows"):
         cfsp.prune(model, out=tmp_path / "out", sparsity=0.4, **few)
@@ -223,12 +219,7 @@ def arguments(model: str, text_file: Path, tmp_path: Path) -> list[str]:
     return ["prune", model, "--sparsity", "0.5", "--multiple", "4", *windows, *out]
 
 
-def test_prune_and_recover_in_one(
-    arguments: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_prune_and_recover_in_one(arguments, tmp_path, capsys, monkeypatch):
     # Pruning draws the text, and nobody after it.
     monkeypatch.setattr("cfsp.prune_and_recover.draw_text", None)
     of_minutes = {30.0: Limit(steps=2)}
@@ -240,17 +231,21 @@ def test_prune_and_recover_in_one(
 
 
 def test_best_effort_trains_and_goes_on_after_a_kill(
-    arguments: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    arguments, tiny_checkpoint, tmp_path, capsys, monkeypatch
+):
     out, pruned, text = (tmp_path / name for name in ("out", "out-pruned", "text.txt"))
-    arguments = [*arguments, "--effort", "best"]
+    # The dense model that teaches is the revision that is pruned, not what the hub has now.
+    revisions = {"v1/a": tiny_checkpoint("llama"), None: tiny_checkpoint("qwen2")}
+
+    def download(name: str, revision: str | None, **_: object) -> str:
+        assert name == "owner/tiny"
+        return str(revisions[revision])
 
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    arguments = ["prune", "owner/tiny@v1/a", *arguments[2:], "--effort", "best"]
     with monkeypatch.context() as patch:
         patch.setattr("cfsp.recovery.recover.recover_checkpoint", killed)
         assert main(arguments) == 130
@@ -271,26 +266,8 @@ def test_best_effort_trains_and_goes_on_after_a_kill(
     assert found["ffn_sparsity"] == 0.5
     first, *_, last = found["recovery"]["history"]
     assert last["held_out"] < first["held_out"]
-    assert read_manifest(out)["recovery"]["adaptation"]["method"] == "full"
-
-
-def test_a_revision_is_pruned_taught_and_told_of(
-    arguments: list[str],
-    tiny_checkpoint: Callable[[str], Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The dense model that teaches is that revision, not what the hub has now."""
-    revisions = {"v1/a": tiny_checkpoint("llama"), None: tiny_checkpoint("qwen2")}
-
-    def download(name: str, revision: str | None, **_: object) -> str:
-        assert name == "owner/tiny"
-        return str(revisions[revision])
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    arguments[1] = "owner/tiny@v1/a"
-    assert main([*arguments, "--effort", "best"]) == 0
-    manifest, card = read_manifest(tmp_path / "out"), ModelCard.load(tmp_path / "out/README.md")
+    manifest, card = read_manifest(out), ModelCard.load(out / "README.md")
+    assert manifest["recovery"]["adaptation"]["method"] == "full"
     assert manifest["base_model"]["name"] == "owner/tiny@v1/a"
     assert manifest["recovery"]["teacher"]["name"] == "owner/tiny@v1/a"
     assert card.data.base_model == "owner/tiny"
@@ -298,12 +275,8 @@ def test_a_revision_is_pruned_taught_and_told_of(
 
 
 def test_best_effort_without_room_to_train_repairs_locally(
-    model: str,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+    model, text_file, tmp_path, monkeypatch, caplog
+):
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     caplog.set_level("INFO", logger="cfsp")
     choices: Any = {"sparsity": 0.5, "multiple": 4, "effort": "best", "local_steps": 2}

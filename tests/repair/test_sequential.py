@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +90,7 @@ def seen(model: Any, block: int, tokens: torch.Tensor) -> tuple[Any, Any]:
     return rows["left"], rows["channels"]
 
 
-def test_weights_are_the_ridge_solution_for_the_drift(
-    job: Job, ridge: PruningResult, fitted: PruningResult, windows: Windows
-) -> None:
+def test_weights_are_the_ridge_solution_for_the_drift(job, ridge, fitted, windows):
     entries = last_step(fitted)
     block = max(i for i, entry in enumerate(entries) if entry["kept"])
     assert block > 0  # it is entered by what blocks give after their repair
@@ -115,9 +112,7 @@ def test_weights_are_the_ridge_solution_for_the_drift(
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
-def test_only_down_projections_change_and_the_model_comes_closer(
-    job: Job, ridge: PruningResult, fitted: PruningResult
-) -> None:
+def test_only_down_projections_change_and_the_model_comes_closer(job, ridge, fitted):
     new, old = pruned_source(job, fitted), pruned_source(job, ridge)
     assert new.specs == old.specs
     changed = {name for name in old.specs if not torch.equal(new.read(name), old.read(name))}
@@ -135,7 +130,7 @@ def test_only_down_projections_change_and_the_model_comes_closer(
     assert (one - dense).square().mean() < (other - dense).square().mean()
 
 
-def test_with_all_channels_no_bit_changes(windows: Windows, tmp_path: Path) -> None:
+def test_with_all_channels_no_bit_changes(windows, tmp_path):
     source = LoadedModel(build_tiny_model("llama"))
     job = job_for(source, windows, tmp_path, Budget(0.0, multiple=4))
     new = pruned_source(job, repair_sequentially(job, decide(job)[0], windows))
@@ -145,7 +140,7 @@ def test_with_all_channels_no_bit_changes(windows: Windows, tmp_path: Path) -> N
 # Blocks beside removed ones.
 
 
-def test_blocks_at_gaps() -> None:
+def test_blocks_at_gaps():
     assert blocks_at_gaps(6, ()) == []
     assert blocks_at_gaps(6, (2, 3)) == [1]
     assert blocks_at_gaps(6, (1, 4, 5)) == [0, 2]
@@ -158,14 +153,12 @@ def test_blocks_at_gaps() -> None:
 def asked(text_file: Path) -> dict[str, Any]:
     return {
         "parts": "blocks", "sparsity": 0.34, "data": [text_file], "samples": 12, "seqlen": 64,
-        "device": "cpu", "removal": "influence",
+        "device": "cpu",
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
-def test_a_fit_is_kept_only_where_it_helps(
-    tiny_checkpoint: Callable[[str], Path], asked: dict[str, Any], tmp_path: Path, name: str
-) -> None:
+def test_a_fit_is_kept_only_where_it_helps(tiny_checkpoint, asked, tmp_path, name):
     source = tiny_checkpoint(name)
     plain = cfsp.prune(source, out=tmp_path / "plain", repair="none", **asked)
     fitted = cfsp.prune(source, out=tmp_path / "fitted", **asked)
@@ -185,9 +178,7 @@ def test_a_fit_is_kept_only_where_it_helps(
     assert changed == [architecture.block_prefix(unit.block) + unit.down] * entry["kept"]
 
 
-def test_local_repair_handles_gaps_itself(
-    tiny_checkpoint: Callable[[str], Path], asked: dict[str, Any], tmp_path: Path
-) -> None:
+def test_local_repair_handles_gaps_itself(tiny_checkpoint, asked, tmp_path):
     source = tiny_checkpoint("llama")
     gaps = cfsp.prune(source, out=tmp_path / "gaps", **asked)
     report = cfsp.prune(source, out=tmp_path / "out", repair="local", local_steps=2, **asked)
@@ -200,9 +191,7 @@ def test_local_repair_handles_gaps_itself(
     assert Checkpoint(tmp_path / "out").architecture.block_count == 2
 
 
-def test_a_plan_with_blocks_is_repaired_as_in_one_run(
-    tiny_checkpoint: Callable[[str], Path], asked: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_plan_with_blocks_is_repaired_as_in_one_run(tiny_checkpoint, asked, tmp_path):
     source = tiny_checkpoint("llama")
     report = cfsp.prune(source, out=tmp_path / "once", **asked)
     text = CalibrationText((str(asked["data"][0]),), samples=12, seqlen=64)

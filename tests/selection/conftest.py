@@ -1,13 +1,57 @@
-"""The model of most tests of what goes."""
+"""The model of most tests of what goes, and the command that they give."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from cfsp.cli import main
+from cfsp.planning.plan_file import PruningPlan
+from cfsp.result.manifest import read_manifest
 
 
 @pytest.fixture(scope="module")
 def model(tiny_checkpoint: Callable[[str], Path]) -> Path:
     return tiny_checkpoint("llama")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a command said, and what it wrote."""
+
+    out: Path
+    said: str
+    error: str
+
+    @property
+    def manifest(self) -> Any:
+        return read_manifest(self.out)
+
+    @property
+    def card(self) -> str:
+        return (self.out / "README.md").read_text()
+
+    @property
+    def plan(self) -> PruningPlan:
+        return PruningPlan.load(self.out / "cfsp_plan.json")
+
+
+@pytest.fixture
+def prune(
+    model: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Ended]:
+    """Prunes `model`, or another, by `cfsp prune` with a tiny calibration."""
+
+    def run(*more: object, of: Path = model, name: str = "out", status: int = 0) -> Ended:
+        capsys.readouterr()
+        text = ["--data", str(text_file), "--samples", "8", "--seqlen", "32"]
+        argv = ["prune", str(of), *text, "--multiple", "8", "--out", str(tmp_path / name)]
+        assert main([*argv, *map(str, more)]) == status
+        assert status == 0 or not list(tmp_path.glob(f"{name}*")), "it leaves nothing"
+        return Ended(tmp_path / name, *capsys.readouterr())
+
+    return run

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from itertools import combinations
-from pathlib import Path
+from itertools import accumulate, combinations
 from typing import Any
 
 import pytest
@@ -14,13 +12,13 @@ import torch
 import cfsp
 from builders import statistics_with_distances
 from cfsp.calibration.statistics import Removal, RunDistances, Statistics
-from cfsp.checkpoint.reading import Checkpoint, LoadedModel, parameter_count
+from cfsp.checkpoint.reading import LoadedModel, parameter_count
 from cfsp.checkpoint.stored_blocks import names_without_blocks, parameters_of_blocks
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError
 from cfsp.planning.candidate import NOTHING, Candidate, Dropped
 from cfsp.selection.by_statistics import cheapest_runs, dropped_by
 from cfsp.selection.drop_budget import DropBudget
-from cfsp.settings import DIVERGENCE, INFLUENCE, RUNS
+from cfsp.settings import DIVERGENCE, RUNS
 from tiny_decoders import tiny_model
 
 BLOCKS = 6
@@ -44,17 +42,17 @@ def cost_of(runs: RunDistances, removed: tuple[int, ...]) -> float:
     return total
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("banned", [(), (0, 3)])
-def test_runs_are_the_cheapest_of_all(seed: int, count: int, banned: tuple[int, ...]) -> None:
+def test_runs_are_the_cheapest_of_all(seed, count, banned):
     runs = random_runs(seed)
     free = [block for block in range(BLOCKS) if block not in banned]
     best = min(combinations(free, count), key=lambda removed: cost_of(runs, removed))
     assert tuple(cheapest_runs(runs, BLOCKS, count, banned)) == best
 
 
-def test_one_of_several_is_said_so() -> None:
+def test_one_of_several_is_said_so():
     both = Dropped((3,), (0, 1))
     assert both.in_words == "1 block and 2 attention layers"
     assert Dropped((), (4,)).in_words == "1 attention layer"
@@ -69,7 +67,7 @@ def source() -> LoadedModel:
     return LoadedModel(tiny_model("llama", num_hidden_layers=BLOCKS))
 
 
-def test_a_budget_is_met_to_within_half_a_block(source: LoadedModel) -> None:
+def test_a_budget_is_met_to_within_half_a_block(source):
     each = parameters_of_blocks(source)
     assert len(set(each)) == 1
     total = parameter_count(source)
@@ -85,7 +83,7 @@ def test_a_budget_is_met_to_within_half_a_block(source: LoadedModel) -> None:
     assert not by_count.is_met_by(Dropped((1,)))
 
 
-def test_an_impossible_budget_names_the_range(source: LoadedModel) -> None:
+def test_an_impossible_budget_names_the_range(source):
     with pytest.raises(BudgetError, match=r"between 0 and 83.3% can be removed"):
         DropBudget.of_share(source, ("blocks",), 0.95)
     with pytest.raises(BudgetError, match="of the model's parameters: at least one of 6"):
@@ -94,73 +92,63 @@ def test_an_impossible_budget_names_the_range(source: LoadedModel) -> None:
         DropBudget.of_count(source, "blocks", 6)
 
 
-def test_the_choice_follows_the_statistics(source: LoadedModel) -> None:
+def runs_of(*distance_L: float) -> RunDistances:
+    """Distances of runs that are the sums over their blocks."""
+    sums = [0.0, *accumulate(distance_L)]
+    return RunDistances(tuple(tuple(max(b - a, 0.0) for b in sums) for a in sums), 1)
+
+
+def test_the_choice_follows_the_statistics(source):
     budget = DropBudget.of_share(source, ("blocks",), 1 / 3)
-    statistics = statistics_with_distances(
-        {"cosine": [0.9, 0.1, 0.5, 0.4, 0.2, 0.8], "angular": [0.1] * BLOCKS}
-    )
-    assert dropped_by(source, statistics, budget, INFLUENCE).blocks == (1, 4)
-    nothing = DropBudget.of_share(source, ("blocks",), 0.0)
-    assert dropped_by(source, statistics, nothing, INFLUENCE) == NOTHING
-    measured = replace(
-        statistics,
-        removals=(Removal(5, 0.1), Removal(2, 0.3), Removal(0, 0.7)),
-        runs=random_runs(0),
-    )
+    plain = statistics_with_distances({"angular": [0.1] * BLOCKS})
+    order = (Removal(5, 0.1), Removal(2, 0.3), Removal(0, 0.7))
+    measured = replace(plain, removals=order, runs=random_runs(0))
     assert dropped_by(source, measured, budget, DIVERGENCE).blocks == (2, 5)
     expected = tuple(cheapest_runs(random_runs(0), BLOCKS, 2))
     assert dropped_by(source, measured, budget, RUNS).blocks == expected
+    nothing = DropBudget.of_share(source, ("blocks",), 0.0)
+    assert dropped_by(source, plain, nothing, RUNS) == NOTHING
     with pytest.raises(StatisticsError, match="cfsp calibrate --parts blocks"):
-        dropped_by(source, statistics, budget, RUNS)
+        dropped_by(source, plain, budget, RUNS)
     more = DropBudget.of_share(source, ("blocks",), 0.8)
     with pytest.raises(StatisticsError, match="say of 3 blocks in which order they go"):
         dropped_by(source, measured, more, DIVERGENCE)
 
 
-def test_a_block_that_cannot_go_is_left_out() -> None:
-    """Every second block has experts, by a rule that one block fewer breaks."""
-    model = tiny_model("qwen2_moe", num_hidden_layers=4, decoder_sparse_step=2)
-    source = LoadedModel(model)
-    statistics = statistics_with_distances({"cosine": [0.9, 0.8, 0.3, 0.1]})
+@pytest.mark.parametrize("distance_L", [(0.9, 0.8, 0.3, 0.1), (0.9, 0.1, 0.3, 0.8)])
+def test_a_block_that_cannot_go_is_left_out(distance_L):
+    """Every second block has experts, by a rule that one block fewer breaks but for the last."""
+    source = LoadedModel(tiny_model("qwen2_moe", num_hidden_layers=4, decoder_sparse_step=2))
+    plain = statistics_with_distances({"angular": distance_L})
+    statistics = replace(plain, runs=runs_of(*distance_L))
     budget = DropBudget.of_count(source, "blocks", 1)
-    # Without the last block the rule says the same of the others.
-    assert dropped_by(source, statistics, budget, INFLUENCE).blocks == (3,)
-    statistics = statistics_with_distances({"cosine": [0.9, 0.1, 0.3, 0.8]})
-    assert dropped_by(source, statistics, budget, INFLUENCE).blocks == (3,)
+    assert dropped_by(source, statistics, budget, RUNS).blocks == (3,)
 
 
-def test_statistics_keep_what_the_choice_needs(
-    tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
-) -> None:
+def test_statistics_keep_what_the_choice_needs(tiny_checkpoint, text_file, tmp_path):
     asked: dict[str, Any] = {"data": [text_file], "samples": 4, "seqlen": 32, "device": "cpu"}
     source = tiny_checkpoint("llama")
     statistics = cfsp.calibrate(source, parts="blocks", **asked)
     assert len(statistics.removals) == 2  # half of three, to within half a block
     statistics.save(tmp_path / "s")
     assert Statistics.load(tmp_path / "s").removals == statistics.removals
+    asked |= {"sparsity": 0.3, "parts": "blocks"}
     plan = cfsp.plan(source, statistics, sparsity=0.3, parts="blocks")
     assert plan.removed_blocks == (statistics.removals[0].block,)
     assert plan.criterion["of"] == "blocks"
-    report = cfsp.prune(
-        source, out=tmp_path / "o", sparsity=0.3, parts="blocks", effort="fast", **asked
-    )
+    report = cfsp.prune(source, out=tmp_path / "o", effort="fast", **asked)
     assert report.plan.removed_blocks == plan.removed_blocks
 
-    by_runs = cfsp.prune(
-        source, out=tmp_path / "r", sparsity=0.3, parts="blocks", removal="runs", **asked
-    )
+    by_runs = cfsp.prune(source, out=tmp_path / "r", effort="fast", removal="runs", **asked)
     kept = Statistics.load(tmp_path / "r" / "cfsp.statistics")
     assert kept.runs is not None and not kept.removals
     for block, distance in enumerate(kept.distances("angular")):
         # Of a part of the tokens.
         assert kept.runs.between(block, block + 1) == pytest.approx(distance, rel=0.1)
-    by_them = dropped_by(
-        own := Checkpoint(source), kept, DropBudget.of_share(own, ("blocks",), 0.3), RUNS
-    )
-    assert by_runs.plan.removed_blocks == by_them.blocks
+    assert by_runs.plan.removed_blocks == tuple(cheapest_runs(kept.runs, 3, 1))
 
 
-def test_names_of_stored_tensors_that_share_a_block_are_refused(source: LoadedModel) -> None:
+def test_names_of_stored_tensors_that_share_a_block_are_refused(source):
     of_four, of_one = (f"model.layers.{block}.mlp.up_proj.weight" for block in (4, 1))
     stored = replace(source.stored, tied={of_four: of_one})
     sharing = LoadedModel(source.model)

@@ -1,90 +1,292 @@
-"""Masking: a masked model is the pruned one, and afterwards the dense one again."""
+"""What a whole model predicts without some of its parts: masked, alone, and in an order."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import combinations
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from cfsp.architecture.found import Unit
+from builders import draw_windows, plan_keeping
+from cfsp.calibration.calibrate import calibrate
+from cfsp.calibration.statistics import Removal
 from cfsp.checkpoint.reading import LoadedModel
+from cfsp.checkpoint.skeleton import architecture_of, blocks_of
 from cfsp.cut.in_memory import build_pruned_model
-from cfsp.planning.plan_file import ModelIdentity, PruningPlan, UnitPlan
+from cfsp.errors import UnsupportedModelError
+from cfsp.planning.candidate import NOTHING, Droppable, Dropped
 from cfsp.quality.perplexity import perplexity
-from cfsp.selection.masks import masked_channels, masked_loss
+from cfsp.selection import drop_order
+from cfsp.selection.divergence import POSITION_STRIDE, dense_predictions
+from cfsp.selection.drop_budget import DropBudget
+from cfsp.selection.drop_order import order_of_removal
+from cfsp.selection.masks import masked_channels, masked_loss, masked_unit
+from cfsp.selection.sensitivity import block_sensitivities, with_sensitivity
+from cfsp.settings import Criterion
+from cfsp.streaming.runtime import Runtime
+from cfsp.streaming.stand_in import PLAIN, hidden_states_entering, resumed_at, skipped
 from cfsp.text.windows import Windows
-from tiny_models import TINY_CONFIGS, VOCABULARY, build_tiny_model
+from tiny_decoders import tiny_model
+from tiny_models import BLOCKS, TINY_CONFIGS, VOCABULARY, WIDTH, build_tiny_model
 
-KEPT = ((0, 5, 7, 95), tuple(range(96)), tuple(range(1, 96, 2)))
-
-
-def windows_of(seed: int = 0) -> Windows:
-    generator = torch.Generator().manual_seed(seed)
-    return Windows(torch.randint(VOCABULARY, (3, 12), generator=generator), {"random": 3})
+TOKENS = torch.randint(VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(0))
 
 
-def plan_for(model: Any) -> PruningPlan:
-    """The first block keeps a few channels, the second all, the third every other.
-
-    Experts keep others each: the first as many from the next channel on, and so on.
-    """
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_the_masked_loss_is_that_of_the_pruned_model(name):
+    model, windows = build_tiny_model(name), Windows(TOKENS, {"random": 3})
     source = LoadedModel(model)
-    units = tuple(
-        UnitPlan(unit.block, unit.width, kept_of_all(unit), 0.1, 0.5, unit.ffns)
-        for unit in source.units
+    every = [range(unit.ffns * unit.width) for unit in source.units]
+    plan = plan_keeping(
+        source, [tuple(every[0][::3]), tuple(every[1]), tuple(every[2][::2])], NOTHING
     )
-    return PruningPlan(ModelIdentity.of(source), {}, {"windows": 1, "seqlen": 2}, units)
-
-
-def kept_of_all(unit: Unit) -> tuple[int, ...]:
-    own = [channel for channel in KEPT[unit.block] if channel < unit.width]
-    return tuple(
-        ffn * unit.width + channel
-        for ffn in range(unit.ffns)
-        for channel in sorted((channel + ffn) % unit.width for channel in own)
-    )
-
-
-@pytest.mark.parametrize("name", TINY_CONFIGS)
-def test_the_masked_loss_is_that_of_the_pruned_model(name: str) -> None:
-    model, windows = build_tiny_model(name), windows_of()
-    plan = plan_for(model)
     dense = math.log(perplexity(model, windows).value)
-    pruned = build_pruned_model(model, LoadedModel(model), plan, {})
+    pruned = build_pruned_model(model, source, plan, {})
     expected = math.log(perplexity(pruned, windows).value)
-    assert masked_loss(LoadedModel(model), model, plan, windows) == pytest.approx(
-        expected, abs=1e-5
-    )
+    found = masked_loss(LoadedModel(model), model, plan, windows)
+    assert found == pytest.approx(expected, abs=1e-5)
     assert expected != pytest.approx(dense, abs=1e-4)
     assert math.log(perplexity(model, windows).value) == dense
 
 
-def test_blocks_that_are_not_named_stay_dense() -> None:
-    model, tokens_BT = build_tiny_model("llama"), windows_of().tokens_NT
-    with torch.inference_mode():
-        dense_BTV = model(tokens_BT).logits
-        with masked_channels(LoadedModel(model), model, {}):
-            assert torch.equal(model(tokens_BT).logits, dense_BTV)
-        with masked_channels(LoadedModel(model), model, {1: tuple(range(96))}):
-            assert torch.equal(model(tokens_BT).logits, dense_BTV)
-        with masked_channels(LoadedModel(model), model, {1: (3, 4)}):
-            one_BTV = model(tokens_BT).logits
+@torch.inference_mode()
+def test_blocks_that_are_not_named_stay_dense():
+    model = build_tiny_model("llama")
+    source, dense_BTV = LoadedModel(model), model(TOKENS).logits
+    for nothing in ({}, {1: tuple(range(WIDTH))}):
+        with masked_channels(source, model, nothing):
+            assert torch.equal(model(TOKENS).logits, dense_BTV)
+    with masked_channels(source, model, {1: (3, 4)}):
+        one_BTV = model(TOKENS).logits
+    with pytest.raises(KeyboardInterrupt), masked_channels(source, model, {0: (1,)}):
+        raise KeyboardInterrupt
+    assert torch.equal(model(TOKENS).logits, dense_BTV)
     weight_DF = model.model.layers[1].mlp.down_proj.weight
-    with torch.no_grad():
-        weight_DF[:, torch.arange(96) < 3] = 0
-        weight_DF[:, torch.arange(96) > 4] = 0
-        torch.testing.assert_close(model(tokens_BT).logits, one_BTV)
+    weight_DF[:, torch.arange(WIDTH) < 3] = 0
+    weight_DF[:, torch.arange(WIDTH) > 4] = 0
+    torch.testing.assert_close(model(TOKENS).logits, one_BTV)
 
 
-def test_an_error_leaves_the_model_dense() -> None:
-    model, tokens_BT = build_tiny_model("llama"), windows_of().tokens_NT
+# Sensitivity: one block masked at a time, from kept hidden states as from the beginning.
+
+
+def random_tokens(windows: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(VOCABULARY, (windows, 12), generator=generator)
+
+
+def numpy_divergence(dense_BTV: torch.Tensor, changed_BTV: torch.Tensor) -> float:
+    """KL(dense || changed) after every few tokens."""
+    p, q = (np.exp(x[:, ::POSITION_STRIDE].double().numpy()) for x in (dense_BTV, changed_BTV))
+    p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
+    return float((p * np.log(p / q)).sum(-1).mean())
+
+
+# Of calls that differ: by keyword or not, with tuples, with masks of two kinds.
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text", "opt-projected"])
+def test_a_resumed_forward_is_the_whole_one(name):
+    model, tokens_BT = build_tiny_model(name), random_tokens(2)
+    blocks = blocks_of(model, architecture_of(model.config))
+    originals = list(blocks)
+    with torch.inference_mode():
+        with hidden_states_entering(blocks) as entering_L:
+            whole_BTV = model(tokens_BT, use_cache=False).logits
+        assert len(entering_L) == BLOCKS
+        for first in range(BLOCKS):
+            with resumed_at(blocks, first, entering_L[first]):
+                resumed_BTV = model(tokens_BT, use_cache=False).logits
+            assert torch.equal(resumed_BTV, whole_BTV), first
+    assert list(blocks) == originals
+    assert not any(block._forward_pre_hooks for block in blocks)
+
+
+def test_divergence_is_that_of_numpy():
+    model, tokens_BT = build_tiny_model("llama"), random_tokens(2)
     with torch.inference_mode():
         dense_BTV = model(tokens_BT).logits
-        with (
-            pytest.raises(KeyboardInterrupt),
-            masked_channels(LoadedModel(model), model, {0: (1,)}),
-        ):
-            raise KeyboardInterrupt
-        assert torch.equal(model(tokens_BT).logits, dense_BTV)
+        dense = dense_predictions(model, tokens_BT)
+        assert dense.divergence(model) == pytest.approx(0, abs=1e-6)
+        with masked_channels(LoadedModel(model), model, {0: (1, 2, 3)}):
+            changed_BTV = model(tokens_BT).logits
+            found = dense.divergence(model)
+    assert found == pytest.approx(numpy_divergence(dense_BTV, changed_BTV), rel=1e-4)
+    assert found > 0.01
+
+
+# Blocks that return tuples, keys and values from an earlier block, several FFNs, blocks without.
+@pytest.mark.parametrize(
+    "name", ["llama", "falcon", "bloom", "gemma3n_text", "qwen3_next", "nemotron_h", "gemma3"]
+)
+def test_each_block_is_masked_alone(name, monkeypatch):
+    model = tiny_model(name)
+    source = LoadedModel(model)
+    tokens_NT = torch.randint(3, 250, (2, 12), generator=torch.Generator().manual_seed(1))
+    kept_U = [tuple(range(0, unit.width * unit.ffns, 2)) for unit in source.units]
+    starts: list[int] = []
+
+    def noted(blocks: object, first: int, *rest: object) -> object:
+        starts.append(first)
+        return resumed_at(blocks, first, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("cfsp.selection.masks.resumed_at", noted)
+    seen: list[None] = []
+    found_L = block_sensitivities(source, model, tokens_NT, kept_U, lambda: seen.append(None))[
+        "ffn"
+    ]
+    count = len(blocks_of(model, source.architecture))
+    with_units = sorted({unit.block for unit in source.units})
+    for block in range(count):
+        kept = {
+            index: kept_U[index] for index, unit in enumerate(source.units) if unit.block == block
+        }
+        expected = 0.0
+        with torch.inference_mode():
+            for tokens_T in tokens_NT:
+                dense = dense_predictions(model, tokens_T[None])
+                with masked_channels(source, model, kept):
+                    expected += dense.divergence(model) / len(tokens_NT)
+        assert found_L[block] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    # From the first block on is the whole model.
+    assert starts == 2 * [block for block in with_units if block and name != "gemma3n_text"]
+    assert len(seen) == 2 * len(with_units)
+
+
+def test_what_stayed_is_stored_by_part(text_file, tokenizer):
+    config = TINY_CONFIGS["llama"]()
+    config.update({"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8})
+    source = LoadedModel(AutoModelForCausalLM.from_config(config).eval(), ("ffn", "kv"))
+    windows = draw_windows([str(text_file)], tokenizer, samples=2, seqlen=16)
+    runtime = Runtime(torch.device("cpu"), torch.float32, 2)
+    statistics = with_sensitivity(
+        source, calibrate(source, windows, runtime), windows, Criterion(), runtime
+    )
+    of_ffns = statistics.sensitivity
+    assert of_ffns is not None
+    assert of_ffns.kept_L == (1 / 2,) * BLOCKS
+    assert of_ffns.other_parts["kv"].kept_L == (2 / 3,) * BLOCKS
+
+
+# Blocks that go together: each time the one whose absence changes the predictions least.
+
+
+DEPTH = 5
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(3, 300, (5, 16), generator=torch.Generator().manual_seed(0))
+
+
+def without(source: LoadedModel, removed: Dropped) -> float:
+    """Return the divergence without blocks and attentions, without resuming anywhere."""
+    model = source.model
+    blocks = blocks_of(model, source.architecture)
+    units = {unit.block: unit for unit in source.units if unit.part == "kv"}
+    with torch.inference_mode(), ExitStack() as stack:
+        dense = dense_predictions(model, tokens())
+        for block in removed.attentions:
+            stack.enter_context(masked_unit(blocks[block], units[block], ()))
+        stack.enter_context(skipped(blocks, removed.blocks, PLAIN))
+        return dense.divergence(model)
+
+
+@pytest.fixture(scope="module")
+def source() -> LoadedModel:
+    return LoadedModel(tiny_model("llama", num_hidden_layers=DEPTH))
+
+
+def order_of(
+    source: LoadedModel, count: int, check: Callable[[Dropped], None] = lambda removed: None
+) -> list[Removal]:
+    wanted = DropBudget.of_count(source, "blocks", count)
+    return order_of_removal(source, source.model, tokens(), [wanted], check)
+
+
+def test_the_first_is_the_best_of_all_and_so_on(source):
+    before = {name: tensor.clone() for name, tensor in source.model.state_dict().items()}
+    order = order_of(source, 3)
+    gone: list[int] = []
+    for count, found in enumerate(order):
+        gone.append(found.block)
+        assert found.divergence == pytest.approx(
+            without(source, Dropped(tuple(sorted(gone)))), rel=1e-4
+        )
+        if count == 0:
+            others = [without(source, Dropped((block,))) for block in range(DEPTH)]
+            assert found.block == min(range(DEPTH), key=others.__getitem__)
+    # The model is as it was.
+    for name, tensor in source.model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert without(source, NOTHING) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_what_the_model_cannot_do_without_stays(source):
+    first, second = order_of(source, 2)
+
+    def check(removed: Dropped) -> None:
+        if {first.block, second.block} & {*removed.blocks}:
+            raise UnsupportedModelError("it is needed")
+
+    assert not {first.block, second.block} & {each.block for each in order_of(source, 2, check)}
+    with pytest.raises(UnsupportedModelError, match="it is needed"):
+        order_of(source, DEPTH - 1, check)
+
+
+@pytest.fixture(scope="module")
+def both() -> LoadedModel:
+    """A model whose last attentions do little."""
+    model = tiny_model("llama", num_hidden_layers=DEPTH)
+    for block in (3, 4):
+        model.model.layers[block].self_attn.o_proj.weight.data *= 0.1
+    return LoadedModel(model, ("attention", "blocks"))
+
+
+def test_blocks_and_attentions_are_compared_for_each_parameter(both):
+    wanted = DropBudget.of_share(both, ("attention", "blocks"), 0.7)
+    order = order_of_removal(both, both.model, tokens(), [wanted], lambda removed: None)
+    gone = NOTHING
+    for count, found in enumerate(order):
+        added = {
+            droppable: without(both, gone.plus(droppable)) - without(both, gone)
+            for droppable in wanted.sizes.droppable(gone)
+            if wanted.has_room_for(gone, droppable)
+        }
+        price_of = {
+            droppable: each / wanted.sizes.parameters_with(gone, droppable)
+            for droppable, each in added.items()
+        }
+        chosen = found.part, found.block
+        if count == 0:  # later ones are not all tried again
+            assert chosen == min(price_of, key=price_of.__getitem__)
+        gone = gone.plus(chosen)
+        assert found.divergence == pytest.approx(without(both, gone), rel=1e-3)
+    assert {each.part for each in order} == {"attention", "blocks"}
+    missing = wanted.parameters - wanted.sizes.parameters(gone)
+    assert abs(missing) <= wanted.sizes.largest / 2
+    # With a block goes what is left of it.
+    assert any(
+        (each.part, other.part) == ("attention", "blocks") and each.block == other.block
+        for each, other in combinations(order, 2)
+    )
+
+
+def test_only_a_few_are_tried_again(source, monkeypatch):
+    """The price is one try for each block, and a few for each that goes."""
+    tried: list[Droppable] = []
+    original = drop_order._divergence_without
+
+    def note(masked: Any, gone: Dropped, droppable: Droppable) -> float:
+        tried.append(droppable)
+        return original(masked, gone, droppable)
+
+    monkeypatch.setattr(drop_order, "_divergence_without", note)
+    monkeypatch.setattr(drop_order, "_TRIED_AGAIN", 1)
+    order = order_of(source, 3)
+    assert len(order) == 3
+    assert len(tried) <= DEPTH + 2 * 1
+    assert order[0] == order_of(source, 1)[0]

@@ -1,4 +1,4 @@
-"""The search over plans: which candidates there are, and which one is taken."""
+"""The search over plans: which candidates there are, how they are scored, which one is taken."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,14 +18,20 @@ from cfsp.checkpoint.reading import LoadedModel, parameter_count
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.decide import decide
 from cfsp.errors import BudgetError, UsageError
+from cfsp.pipeline import calibrate_source
 from cfsp.planning.candidate import Candidate, Dropped
-from cfsp.planning.make import model_size
+from cfsp.planning.make import Planner, model_size
+from cfsp.repair.ladder import repaired_a_little
 from cfsp.selection import drop_order, search
 from cfsp.selection.constraint import STEPS, highest_step, last_that_holds
-from cfsp.selection.search import Scored, _best_numbers, best_of, worth_a_repair
+from cfsp.selection.divergence import dense_predictions, few_beginnings
+from cfsp.selection.masks import MaskedModel, masked_channels
+from cfsp.selection.score import FITTED_WINDOWS, RepairedScore, apart, masked_score
+from cfsp.selection.search import Scored, _best_numbers, _repaired_score, best_of, worth_a_repair
 from cfsp.settings import Budget, CalibrationText, Compute, Part, PruneSettings, TargetParameters
 from cfsp.streaming.work_dir import temporary_work_dir
 from cfsp.text.drawing import draw_text
+from cfsp.text.windows import Windows
 from tiny_decoders import tiny_model
 from tiny_models import WIDTH
 
@@ -47,9 +54,7 @@ def settings(text_file: Path, goal: TargetParameters, **more: Any) -> PruneSetti
     return PruneSettings(budget, text=text, compute=Compute("cpu", "float32"), goal=goal, **more)
 
 
-def test_the_best_of_all_numbers_is_chosen(
-    source: LoadedModel, text_file: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_best_of_all_numbers_is_chosen(source, text_file, tokenizer, monkeypatch):
     asked = settings(text_file, stays_without(source, 0.4), repair="none")
     windows = draw_text(asked.text, tokenizer)
     tried: list[Scored] = []
@@ -82,7 +87,7 @@ def scored(*divergences: float, parts: tuple[Part, ...] = ("ffn",)) -> list[Scor
     ]
 
 
-def test_few_are_worth_a_repair_of_each_choice_of_channels() -> None:
+def test_few_are_worth_a_repair_of_each_choice_of_channels():
     channels = scored(0.9, 0.8, 0.7, 0.6, 0.65)
     both = scored(0.3, 0.4, parts=("ffn", "kv"))
     few = [each.candidate for each in worth_a_repair([*channels, *both])]
@@ -93,7 +98,7 @@ def test_few_are_worth_a_repair_of_each_choice_of_channels() -> None:
     assert [len(each.dropped) for each in few] == [0, 1, 3]
 
 
-def test_what_was_repaired_is_compared_after_it() -> None:
+def test_what_was_repaired_is_compared_after_it():
     found = scored(0.9, 0.5, 0.4)
     assert best_of(found) is found[2]
     found[0] = replace(found[0], repaired=0.3)
@@ -102,7 +107,7 @@ def test_what_was_repaired_is_compared_after_it() -> None:
 
 
 @given(st.integers(0, 40), st.integers(0, 40))
-def test_the_best_of_many_numbers_is_found_with_few_tries(count: int, best: int) -> None:
+def test_the_best_of_many_numbers_is_found_with_few_tries(count, best):
     """Where the divergence falls up to the best number and rises from there."""
     best = min(best, count)
     tried = []
@@ -116,7 +121,7 @@ def test_the_best_of_many_numbers_is_found_with_few_tries(count: int, best: int)
     assert len(tried) == len(set(tried)) <= 15
 
 
-def test_numbers_that_are_worse_alone_than_the_best_are_not_tried() -> None:
+def test_numbers_that_are_worse_alone_than_the_best_are_not_tried():
     tried = []
 
     def score(number: int) -> Scored:
@@ -128,9 +133,7 @@ def test_numbers_that_are_worse_alone_than_the_best_are_not_tried() -> None:
 
 
 @pytest.mark.parametrize("best", [0, 2])
-def test_the_number_is_chosen_after_repair(
-    source: LoadedModel, text_file: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, best: int
-) -> None:
+def test_the_number_is_chosen_after_repair(source, text_file, tokenizer, monkeypatch, best):
     asked = settings(text_file, stays_without(source, 0.5))
     windows = draw_text(asked.text, tokenizer)
 
@@ -143,23 +146,19 @@ def test_the_number_is_chosen_after_repair(
     assert len(facts["chosen"]["dropped"]["blocks"]) <= best
 
 
-@pytest.mark.parametrize("share", [0.4, 0.75])
-def test_what_goes_together_is_what_was_asked_for(
-    source: LoadedModel, text_file: Path, tokenizer: Any, share: float
-) -> None:
+def test_more_than_the_channels_own_takes_blocks_too_where_nobody_names_parts(
+    source, text_file, tokenizer
+):
     smaller = cfsp.prune(
-        source.model, tokenizer, parts="ffn,blocks", goal=stays_without(source, share), multiple=1,
+        source.model, tokenizer, goal=stays_without(source, 0.75), multiple=1,
         data=[text_file], samples=4, seqlen=32, device="cpu",
     )  # fmt: skip
     gone = parameter_count(source) - sum(p.numel() for p in smaller.parameters())
-    assert gone == pytest.approx(share * sum(parameters_of_blocks(source)), rel=0.02)
-    # More than the channels own takes blocks too.
-    assert share < 0.5 or smaller.config.num_hidden_layers < BLOCKS
+    assert gone == pytest.approx(0.75 * sum(parameters_of_blocks(source)), rel=0.02)
+    assert smaller.config.num_hidden_layers < BLOCKS
 
 
-def test_a_model_that_does_not_fit_is_refused(
-    source: LoadedModel, text_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_does_not_fit_is_refused(source, text_file, monkeypatch):
     monkeypatch.setattr(drop_order, "fits", lambda *args: False)
     asked = settings(text_file, stays_without(source, 0.2))
     with pytest.raises(UsageError, match="tries how many blocks should go, which requires the"):
@@ -167,7 +166,7 @@ def test_a_model_that_does_not_fit_is_refused(
 
 
 @given(st.integers(1, 300), st.integers(0, 300))
-def test_bisection_finds_the_last_step(highest: int, last: int) -> None:
+def test_bisection_finds_the_last_step(highest, last):
     asked = []
 
     def holds(step: int) -> bool:
@@ -179,8 +178,78 @@ def test_bisection_finds_the_last_step(highest: int, last: int) -> None:
     assert len(asked) == len(set(asked)) <= highest.bit_length() + 1
 
 
-def test_highest_step_leaves_a_multiple(model: Path) -> None:
+def test_highest_step_leaves_a_multiple(model):
     size = model_size(open_checkpoint(model))
     assert highest_step(size, Budget(multiple=24)) == STEPS * 3 // 4
     with pytest.raises(BudgetError, match="choose a smaller --multiple"):
         highest_step(size, Budget(multiple=WIDTH))
+
+
+# A candidate that is tried with its repair.
+
+
+def windows(count: int, texts: int) -> Windows:
+    tokens_NT = torch.arange(count * 8).view(count, 8)
+    return Windows(tokens_NT, {f"text {i}": count // texts for i in range(texts)})
+
+
+@pytest.mark.parametrize(("count", "texts"), [(128, 1), (16, 2), (128, 8), (126, 9), (5, 1)])
+def test_it_is_judged_by_other_windows_than_it_is_fitted_to(count, texts):
+    fit, judged = apart(windows(count, texts))
+    firsts = [{*part.tokens_NT[:, 0].tolist()} for part in (fit, judged)]
+    assert not firsts[0] & firsts[1]
+    assert 2 <= len(firsts[1]) <= 9
+    assert len(firsts[0]) <= FITTED_WINDOWS
+    assert len(firsts[0]) >= min(count // 2, FITTED_WINDOWS - texts)
+
+
+def test_of_many_kinds_of_text_some_are_for_fitting_and_others_for_judging():
+    kinds = windows(126, 9)
+    fit, judged = (
+        {int(first) // (14 * 8) for first in part.tokens_NT[:, 0]} for part in apart(kinds)
+    )
+    assert (fit, judged) == ({0, 2, 4, 6, 8}, {1, 3, 5, 7})
+
+
+def test_of_three_windows_all_are_for_both():
+    fit, judged = apart(windows(3, 1))
+    assert len(fit.tokens_NT) == len(judged.tokens_NT) == 3
+
+
+def test_scores_are_those_of_the_plan_and_repair_brings_predictions_nearer(
+    source, text_file, tokenizer
+):
+    text = CalibrationText((str(text_file),), samples=16, seqlen=64)
+    budget = Budget(multiple=8, parts=("ffn", "blocks"))
+    settings = PruneSettings(
+        budget, text=text, compute=Compute("cpu", "float32"), goal=TargetParameters(0.9)
+    )
+    drawn, model = draw_text(text, tokenizer), source.model
+    statistics = calibrate_source(source, tokenizer, text, settings.compute)
+    planner = Planner.of(source, statistics, budget, settings.criterion)
+    job = job_of(source, settings, lambda: drawn)
+    after_repair = RepairedScore(job, *apart(drawn), repaired_a_little)
+    tokens_NT = few_beginnings(drawn).tokens_NT
+    masked = MaskedModel(source, model, torch.split(tokens_NT, 1))
+    before = [parameter.clone() for parameter in model.parameters()]
+
+    half = Candidate(parts=("ffn",), sparsity=0.5)
+    kept = dict(enumerate(planner.plan(half).kept_channels))
+    with torch.inference_mode():
+        dense = dense_predictions(model, tokens_NT)
+        with masked_channels(source, model, kept):
+            expected = dense.divergence(model)
+    found = masked_score(masked, planner, half)
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert 0 < after_repair.score(planner, half) < found
+    nothing = Candidate(parts=("ffn",), sparsity=0.0)
+    assert after_repair.score(planner, nothing) == pytest.approx(0, abs=1e-6)
+    assert masked_score(masked, planner, nothing) == pytest.approx(0, abs=1e-6)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_without_room_for_a_second_model_nothing_is_repaired(source, monkeypatch, caplog):
+    monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
+    settings = PruneSettings(Budget(), compute=Compute("cpu", "float32"))
+    assert _repaired_score(job_of(source, settings), repaired_a_little) is None
+    assert "compared before repair" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cfsp
-from builders import job_of
+from builders import job_of, never
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import parameter_count
@@ -23,7 +24,6 @@ from cfsp.cli import main
 from cfsp.errors import ResumeError, UsageError
 from cfsp.planning.candidate import NOTHING, Dropped
 from cfsp.planning.make import Planner
-from cfsp.result.manifest import read_manifest
 from cfsp.selection import latency, speedup
 from cfsp.selection.constraint import STEPS
 from cfsp.selection.goal import constraint_of
@@ -35,21 +35,14 @@ from cfsp.selection.latency import (
     models_to_time,
     widths_to_measure,
 )
-from cfsp.settings import (
-    PHASES,
-    Budget,
-    Criterion,
-    Part,
-    PruneSettings,
-    TargetSpeedup,
-)
+from cfsp.settings import PHASES, Budget, Criterion, Part, PruneSettings, TargetSpeedup
 from cfsp.settings.budget import parse_parts
 from cfsp.speed.work import work_of
 from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.work_dir import WorkDir
-from commands import prune
 from tiny_models import BLOCKS, WIDTH
 
+RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 # Half of the width saves a quarter of the time, all of it four tenths.
 FFN = Curve((8, 48, 96), (0.6, 0.75, 1.0))
 # A group of two saves a tenth, an attention three tenths; all blocks 95 hundredths.
@@ -70,7 +63,7 @@ def statistics(model: Path, text_file: Path, tmp_path_factory: pytest.TempPathFa
     return path
 
 
-def test_what_parts_save_is_added_up(model: Path) -> None:
+def test_what_parts_save_is_added_up(model):
     assert [FFN.at(width) for width in (8, 28, 48, 72, 96)] == pytest.approx(
         [0.6, 0.675, 0.75, 0.875, 1.0]
     )
@@ -92,7 +85,7 @@ def test_what_parts_save_is_added_up(model: Path) -> None:
     assert speedup(gone, Dropped((0,))) == pytest.approx(1 / (1 - 0.95 / BLOCKS))
 
 
-def test_models_to_time_have_less_of_each_part(model: Path) -> None:
+def test_models_to_time_have_less_of_each_part(model):
     parts: tuple[Part, ...] = ("ffn", "kv", "attention", "blocks")
     source = open_checkpoint(model, parts)
     whole, timed = models_to_time(source, Budget(multiple=48, parts=parts), 48)
@@ -111,7 +104,7 @@ def test_models_to_time_have_less_of_each_part(model: Path) -> None:
 
 
 @given(st.integers(1, 20000), st.sampled_from([1, 8, 32, 128, 256]))
-def test_widths_to_measure(widest: int, multiple: int) -> None:
+def test_widths_to_measure(widest, multiple):
     widest = max(widest, multiple)
     widths = widths_to_measure(widest, multiple)
     assert widths == sorted(set(widths))
@@ -121,30 +114,27 @@ def test_widths_to_measure(widest: int, multiple: int) -> None:
 
 
 @pytest.fixture
-def ffn_latencies(monkeypatch: pytest.MonkeyPatch) -> Latencies:
-    found = replace(LATENCIES, curves={"ffn": FFN})
-    monkeypatch.setattr(speedup, "measure_latencies", lambda *_: found)
-    return found
+def latencies(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Latencies]:
+    """Takes the place of a measurement, with the curves of some parts or others."""
+
+    def take(parts: str, **curves: Curve) -> Latencies:
+        measured = latency.measured_parts(Budget(parts=parse_parts(parts)).parts)
+        of_parts = {part: LATENCIES.curves[part] for part in LATENCIES.curves if part in measured}
+        found = replace(LATENCIES, curves=of_parts | curves)
+        monkeypatch.setattr(speedup, "measure_latencies", lambda *_: found)
+        monkeypatch.setattr(speedup, "most_speedup", lambda *_: 9.0)
+        return found
+
+    return take
 
 
-def asked_for(model: Path, goal: TargetSpeedup) -> speedup.Speedup:
-    runtime = Runtime(torch.device("cpu"), torch.float32)
-    work_dir = WorkDir(Path())
-    return speedup.Speedup(open_checkpoint(model), Budget(multiple=8), goal, runtime, work_dir)
-
-
-def planner(model: Path, statistics: Path) -> Planner:
-    loaded = Statistics.load(statistics)
-    return Planner.of(open_checkpoint(model), loaded, Budget(multiple=8), Criterion())
-
-
-@pytest.mark.usefixtures("ffn_latencies")
 @pytest.mark.parametrize("ratio", [1.05, 1.2, 1.5])
-def test_target_speedup_is_the_least_that_is_enough(
-    model: Path, statistics: Path, ratio: float
-) -> None:
-    found = asked_for(model, TargetSpeedup(ratio))
-    chosen = found.share(planner(model, statistics), ("ffn",), NOTHING)
+def test_target_speedup_is_the_least_that_is_enough(model, statistics, ratio, latencies):
+    latencies("ffn")
+    source, budget = open_checkpoint(model), Budget(multiple=8)
+    found = speedup.Speedup(source, budget, TargetSpeedup(ratio), RUNTIME, WorkDir(Path()))
+    planner = Planner.of(source, Statistics.load(statistics), budget, Criterion())
+    chosen = found.share(planner, ("ffn",), NOTHING)
     assert chosen is not None
     values = {entry.sparsity: entry.value for entry in found.tried}
     assert values[chosen] >= ratio
@@ -158,93 +148,52 @@ def test_target_speedup_is_the_least_that_is_enough(
     [
         ("blocks", 1.9, {"blocks": 2}, "none"),
         ("attention", 1.15, {"attentions": 2}, "none"),
-        ("attention,blocks", 1.2, None, "none"),
-        ("ffn,kv", 1.4, None, "none"),
-        ("ffn,blocks", 1.6, None, "ridge"),
-        ("ffn,attention", 1.4, None, "none"),
+        ("attention,blocks", 1.2, {}, "none"),
+        ("ffn,kv", 1.4, {}, "none"),
+        ("ffn,blocks", 1.6, {}, "ridge"),
     ],
 )
-def test_a_speed_by_other_parts(
-    model: Path, text_file: Path, tmp_path: Path, parts: str, ratio: float,
-    dropped: dict[str, int] | None, repair: str, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    source = open_checkpoint(model, tuple(parts.split(",")))  # type: ignore[arg-type]
-    curves = {
-        part: curve
-        for part, curve in LATENCIES.curves.items()
-        if part in latency.measured_parts(Budget(parts=parse_parts(parts)).parts)  # type: ignore[arg-type]
-    }
-    found = replace(LATENCIES, curves=curves)
-    monkeypatch.setattr(speedup, "measure_latencies", lambda *_: found)
-    monkeypatch.setattr(speedup, "most_speedup", lambda *_: 9.0)
-    options = ["--target-speedup", ratio, "--parts", parts, "--repair", repair]
-    assert prune(model, text_file, tmp_path / "out", *options) == 0
-    printed = capsys.readouterr().out
-    assert f"at least {ratio:g} times faster in decode: " in printed
-    goal = read_manifest(tmp_path / "out")["goal"]  # type: ignore[index]
-    if dropped is not None:
-        assert {key: len(goal["chosen"]["dropped"][key]) for key in dropped} == dropped
-    plan = cfsp.PruningPlan.load(tmp_path / "out" / "cfsp_plan.json")
-    kept_U = [unit.kept_width for unit in plan.units]
-    gone = Dropped(plan.removed_blocks, plan.removed_attentions)
-    assert found.speedup(source.units, kept_U, gone, BLOCKS) >= ratio
+def test_a_speed_by_other_parts(prune, model, latencies, parts, ratio, dropped, repair):
+    found, source = latencies(parts), open_checkpoint(model, parse_parts(parts))
+    done = prune("--target-speedup", ratio, "--parts", parts, "--repair", repair)
+    assert f"at least {ratio:g} times faster in decode: " in done.said
+    goal = done.manifest["goal"]
     assert goal["tried"]
+    assert {key: len(goal["chosen"]["dropped"][key]) for key in dropped} == dropped
+    gone = Dropped(done.plan.removed_blocks, done.plan.removed_attentions)
+    kept_U = [unit.kept_width for unit in done.plan.units]
+    assert found.speedup(source.units, kept_U, gone, BLOCKS) >= ratio
 
 
-def test_a_speed_out_of_reach_names_that_of_each_part(
-    model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    slow = replace(LATENCIES, curves={"ffn": FFN, "blocks": Curve((0, BLOCKS), (0.5, 1.0))})
-    monkeypatch.setattr(speedup, "measure_latencies", lambda *_: slow)
-    monkeypatch.setattr(speedup, "most_speedup", lambda *_: 9.0)
-    options = ["--target-speedup", 4, "--parts", "ffn,blocks"]
-    assert prune(model, text_file, tmp_path / "out", *options) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
+def test_a_speed_out_of_reach_names_that_of_each_part(prune, latencies):
+    latencies("ffn", blocks=Curve((0, BLOCKS), (0.5, 1.0)))
+    error = prune("--target-speedup", 4, "--parts", "ffn,blocks", status=2).error
     assert "cannot become 4 times faster with --parts ffn,blocks" in error
     assert "alone, FFN channels reach 1.67, blocks reach" in error
-    assert (
-        prune(model, text_file, tmp_path / "out", "--target-speedup", 4, "--parts", "experts") == 2
-    )
-    assert not (tmp_path / "out").exists()
+    prune("--target-speedup", 4, "--parts", "experts", status=2)
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_speedup_beyond_all_sizes_is_refused_before_any_work(
-    phase: str,
-    model: Path,
-    text_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def work(*_: object, **__: object) -> None:
-        raise AssertionError("nothing needs to be timed or calibrated")
-
-    monkeypatch.setattr(speedup, "measure_latencies", work)
-    monkeypatch.setattr("cfsp.decide.calibrate", work)
-    arguments = ["--target-speedup", "50", "--target-speedup-of", phase]
-    assert prune(model, text_file, tmp_path / "out", *arguments) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
+def test_a_speedup_beyond_all_sizes_is_refused_before_any_work(prune, phase, monkeypatch):
+    monkeypatch.setattr(speedup, "measure_latencies", never)
+    monkeypatch.setattr("cfsp.decide.calibrate", never)
+    error = prune("--target-speedup", 50, "--target-speedup-of", phase, status=2).error
     assert f"{phase} cannot become 50 times faster" in error
     assert "head and at least 8 channels of every block and attention stay" in error
     assert "FFN channels reach" in error and "blocks reach" in error
-    assert not list(tmp_path.iterdir())
 
 
-def test_the_most_that_sizes_allow_is_the_ratio_of_work(model: Path) -> None:
+def test_the_most_that_sizes_allow_is_the_ratio_of_work(model):
     source = open_checkpoint(model)
     before = work_of(source, head=True, itemsize=4)
     left = before.block_parameters - BLOCKS * 3 * 32 * (WIDTH - 8)
     after = replace(before, block_parameters=left, block_bytes=4 * left)
-    runtime = Runtime(torch.device("cpu"), torch.float32)
     bytes_ratio = before.decode_bytes(WORKLOAD) / after.decode_bytes(WORKLOAD)
     flops_ratio = before.prefill_flops(WORKLOAD) / after.prefill_flops(WORKLOAD)
     budget = Budget(multiple=8)
 
     def most(*asked: Any) -> float:
-        return latency.most_speedup(source, budget, *asked, runtime)
+        return latency.most_speedup(source, budget, *asked, RUNTIME)
 
     assert most(("ffn",), "decode") == pytest.approx(bytes_ratio)
     assert most(("ffn",), "prefill") == pytest.approx(flops_ratio)
@@ -253,38 +202,24 @@ def test_the_most_that_sizes_allow_is_the_ratio_of_work(model: Path) -> None:
     assert most(("blocks",), "decode") == pytest.approx(whole / (head + (whole - head) / BLOCKS))
 
 
-def test_command_with_a_target_speedup(
-    model: Path,
-    statistics: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    ffn_latencies: Latencies,
-) -> None:
-    plan = tmp_path / "plan.json"
-    command = [
-        "plan", str(model), "--statistics", str(statistics), "--multiple", "8",
-        "--target-speedup", "1.3", "--target-speedup-of", "prefill",
-    ]  # fmt: skip
-    assert main([*command, "--out", str(plan)]) == 0
-    out = capsys.readouterr().out
-    assert "predicted speed-up" in out
-    assert "at least 1.3 times faster in prefill" in out
-    kept = cfsp.PruningPlan.load(plan).kept_widths
-    units = open_checkpoint(model).units
-    assert ffn_latencies.speedup(units, kept, NOTHING, BLOCKS) >= 1.3
-    capsys.readouterr()
-    assert main([*command, "--out", str(tmp_path / "b.json"), "--json"]) == 0
+def test_a_plan_with_a_target_speedup(model, statistics, tmp_path, capsys, latencies):
+    found, plan = latencies("ffn"), tmp_path / "plan.json"
+    argv = ["plan", str(model), "--statistics", str(statistics), "--multiple", "8"]
+    argv += ["--target-speedup", "1.3", "--target-speedup-of", "prefill", "--json"]
+    assert main([*argv, "--out", str(plan)]) == 0
     conditions = json.loads(capsys.readouterr().out)["goal"]["conditions"]
+    assert conditions["phase"] == "prefill"
     assert conditions["relative_latency"] == {"ffn": {"8": 0.6, "48": 0.75, "96": 1.0}}
+    kept = cfsp.PruningPlan.load(plan).kept_widths
+    assert found.speedup(open_checkpoint(model).units, kept, NOTHING, BLOCKS) >= 1.3
 
 
 @pytest.mark.usefixtures("models_start_quickly")
-def test_latencies_of_a_real_measurement(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latencies_of_a_real_measurement(model, monkeypatch):
     monkeypatch.setattr(latency, "ROUNDS", 1)
     monkeypatch.setattr(latency, "WORKLOAD", latency.Workload(prompt=8, new_tokens=2))
     source = open_checkpoint(model)
-    runtime = Runtime(torch.device("cpu"), torch.float32)
-    found = measure_latencies(source, Budget(multiple=48), 48, "decode", runtime)
+    found = measure_latencies(source, Budget(multiple=48), 48, "decode", RUNTIME)
     assert found.curves["ffn"].kept == (48, 96)
     assert found.curves["ffn"].relative[-1] == 1.0
     assert found.curves["ffn"].relative[0] > 0
@@ -292,24 +227,21 @@ def test_latencies_of_a_real_measurement(model: Path, monkeypatch: pytest.Monkey
     assert found.conditions["dtype"] == "float32"
 
 
-def test_a_busy_machine_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_busy_machine_is_told(caplog):
     speedup.warn_of_disturbance(LATENCIES)
     assert caplog.messages == []
     speedup.warn_of_disturbance(replace(LATENCIES, conditions={"disturbance": 0.8}))
     assert "took 80% of the processors" in caplog.text
 
 
-def test_models_that_do_not_fit_are_not_timed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_that_do_not_fit_are_not_timed(model, monkeypatch):
     monkeypatch.setattr(latency, "available_bytes", lambda: 10**9)
     source = open_checkpoint(model)
-    runtime = Runtime(torch.device("cpu"), torch.float32)
     with pytest.raises(UsageError, match=r"5 models.*2\.5 GB; 1\.0 GB are available"):
-        measure_latencies(source, Budget(multiple=8), 8, "decode", runtime)
+        measure_latencies(source, Budget(multiple=8), 8, "decode", RUNTIME)
 
 
-def test_a_resumed_run_does_not_measure_again(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_does_not_measure_again(model, tmp_path, monkeypatch):
     measured = []
 
     def measure(*_: object) -> Latencies:

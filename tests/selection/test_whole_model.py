@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,25 @@ import torch
 import cfsp
 from builders import changed
 from cfsp.calibration.statistics import Statistics
-from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
+from cfsp.checkpoint.own_files import STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
-from cfsp.cli import main
 from cfsp.errors import StatisticsError, UsageError
 from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.allocation import allocate
 from cfsp.planning.coarse import importance_by
 from cfsp.planning.make import model_size
-from cfsp.planning.plan_file import PruningPlan
 from cfsp.selection import sensitivity
 from cfsp.settings import Budget, CalibrationText, Criterion, PruneSettings, Repair
 from cfsp.streaming import runtime
 from cfsp.streaming.runtime import Runtime
-from tiny_models import WIDTH, build_tiny_model
+from tiny_models import build_tiny_model
 
 MULTIPLE = 8
+
+
+@pytest.fixture
+def source(model: Path) -> Checkpoint:
+    return Checkpoint(model)
 
 
 @pytest.fixture
@@ -39,62 +41,37 @@ def settings(text_file: Path) -> PruneSettings:
     return PruneSettings(Budget(0.5, multiple=MULTIPLE), text=text, repair="none")
 
 
-@pytest.mark.parametrize(
-    ("metric", "repair"), [("angular+sensitivity", "none"), ("sensitivity", "ridge")]
-)
-def test_widths_follow_the_measured_sensitivity(
-    tiny_checkpoint: Callable[[str], Path],
-    tmp_path: Path,
-    settings: PruneSettings,
-    metric: str,
-    repair: Repair,
-) -> None:
-    source = Checkpoint(tiny_checkpoint("llama"))
-    settings = replace(settings, criterion=Criterion(metric), repair=repair)
+def test_widths_follow_the_measured_sensitivity(source, tmp_path, settings):
+    settings = replace(settings, criterion=Criterion("sensitivity"))
     report = prune_checkpoint(source, tmp_path / "out", settings)
     statistics = Statistics.load(tmp_path / "out" / STATISTICS_FILE)
     found = statistics.sensitivity
     assert found is not None
     assert (found.kept_L, found.windows) == ((0.5,) * 3, 8)
     assert min(found.divergence_L) > 0
-    if repair == "none":  # with repair the distances come from fewer windows
-        expected = allocate(
-            importance_by(statistics, metric), settings.budget, model_size(source), "water-fill"
-        )
-        assert report.intermediate_sizes == expected
-    assert abs(sum(report.intermediate_sizes) - 3 * WIDTH / 2) <= MULTIPLE
-    assert report.plan.criterion["block_metric"] == metric
-    assert report.plan.criterion["clamp"] == "water-fill"
-
-
-def block_metric_of(out: Path) -> str:
-    metric: str = PruningPlan.load(out / PLAN_FILE).criterion["block_metric"]
-    return metric
+    importance_L = importance_by(statistics, "sensitivity")
+    expected = allocate(importance_L, settings.budget, model_size(source), "water-fill")
+    assert report.intermediate_sizes == expected
+    criterion = report.plan.criterion
+    assert (criterion["block_metric"], criterion["clamp"]) == ("sensitivity", "water-fill")
 
 
 def test_blocks_are_compared_by_sensitivity_where_repair_follows_and_memory_allows(
-    tiny_checkpoint: Callable[[str], Path],
-    tmp_path: Path,
-    settings: PruneSettings,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    source = Checkpoint(tiny_checkpoint("llama"))
-    repaired = replace(settings, repair="ridge")
-    prune_checkpoint(source, tmp_path / "plain", settings)
-    assert block_metric_of(tmp_path / "plain") == "angular"
-    prune_checkpoint(source, tmp_path / "repaired", repaired)
-    assert block_metric_of(tmp_path / "repaired") == "sensitivity"
-    decided = prune_checkpoint(source, tmp_path / "decided", repaired, dry_run=True)
-    assert decided.plan.criterion["block_metric"] == "sensitivity"
+    source, tmp_path, settings, monkeypatch
+):
+    def metric_of(repair: Repair, name: str = "out") -> str:
+        asked = replace(settings, repair=repair)
+        plan = prune_checkpoint(source, tmp_path / name / repair, asked, dry_run=True).plan
+        return str(plan.criterion["block_metric"])
+
+    assert metric_of("none") == "angular"
+    assert metric_of("ridge") == "sensitivity"
     monkeypatch.setattr(runtime, "available_bytes", lambda: 1)
-    prune_checkpoint(source, tmp_path / "small machine", repaired)
-    assert block_metric_of(tmp_path / "small machine") == "angular"
+    assert metric_of("ridge", "small machine") == "angular"
 
 
-def test_what_counts_is_the_memory_where_the_model_computes(
-    tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, gpu = Checkpoint(tiny_checkpoint("llama")), torch.device("cuda", 0)
+def test_what_counts_is_the_memory_where_the_model_computes(source, monkeypatch):
+    gpu = torch.device("cuda", 0)
     needed = runtime.needed_bytes(source, torch.bfloat16)
     for on_device, on_machine in ((needed, needed), (needed - 1, needed), (needed, needed - 1)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=on_device: (free, 0))
@@ -106,12 +83,8 @@ def test_what_counts_is_the_memory_where_the_model_computes(
 
 
 def test_a_killed_run_keeps_what_it_decided_when_memory_changes(
-    tiny_checkpoint: Callable[[str], Path],
-    tmp_path: Path,
-    settings: PruneSettings,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    source = Checkpoint(tiny_checkpoint("llama"))
+    source, tmp_path, settings, monkeypatch
+):
     repaired = replace(settings, repair="ridge")
 
     def killed(*args: Any, **kwargs: Any) -> None:
@@ -123,65 +96,26 @@ def test_a_killed_run_keeps_what_it_decided_when_memory_changes(
             prune_checkpoint(source, tmp_path / "out", repaired)
     monkeypatch.setattr(sensitivity, "with_sensitivity", killed)
     monkeypatch.setattr(runtime, "available_bytes", lambda: 1)
-    prune_checkpoint(source, tmp_path / "out", repaired)
-    assert block_metric_of(tmp_path / "out") == "sensitivity"
+    plan = prune_checkpoint(source, tmp_path / "out", repaired).plan
+    assert plan.criterion["block_metric"] == "sensitivity"
 
 
-def test_saved_statistics_without_sensitivity_are_refused(
-    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, settings: PruneSettings
-) -> None:
-    source = Checkpoint(tiny_checkpoint("llama"))
-    prune_checkpoint(source, tmp_path / "plain", settings)
-    statistics = Statistics.load(tmp_path / "plain" / STATISTICS_FILE)
-    settings = replace(settings, criterion=Criterion("sensitivity"))
+def test_what_sensitivity_cannot_be_measured_on_is_refused(source, text_file, monkeypatch):
+    text: dict[str, Any] = {"data": [text_file], "samples": 4, "seqlen": 16}
+    plain = cfsp.calibrate(source.directory, **text)
     with pytest.raises(StatisticsError, match="cfsp calibrate --sensitivity"):
-        prune_checkpoint(source, tmp_path / "out", settings, statistics=statistics)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
-    tiny_checkpoint: Callable[[str], Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    settings: PruneSettings,
-) -> None:
+        cfsp.plan(source.directory, plain, sparsity=0.5, block_metric="sensitivity")
+    measured = cfsp.calibrate(source.directory, sensitivity=True, **text)
+    plan = cfsp.plan(source.directory, measured, sparsity=0.5, block_metric="sensitivity")
+    assert plan.criterion["block_metric"] == "sensitivity"
+    # A model that does not fit is not even read.
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
-    monkeypatch.setattr(
-        "cfsp.selection.divergence.load", lambda *args, **kwargs: pytest.fail("it was read")
-    )
-    source = Checkpoint(tiny_checkpoint("llama"))
+    monkeypatch.setattr("cfsp.selection.divergence.load", lambda *_, **__: pytest.fail("read"))
     with pytest.raises(UsageError, match=r"runs the whole model, .* GB are available"):
-        prune_checkpoint(
-            source, tmp_path / "out", replace(settings, criterion=Criterion("sensitivity"))
-        )
-    assert not (tmp_path / "out").exists()
+        cfsp.calibrate(source.directory, sensitivity=True, **text)
 
 
-def test_the_command_line_measures_once_and_plans_without_the_model(
-    tiny_checkpoint: Callable[[str], Path],
-    tmp_path: Path,
-    text_file: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    model, statistics = tiny_checkpoint("llama"), tmp_path / "stats.safetensors"
-
-    def run(*argv: object, status: int = 0) -> str:
-        assert main([str(arg) for arg in argv]) == status
-        return capsys.readouterr().err
-
-    text = ["--data", text_file, "--samples", 8, "--seqlen", 16]
-    run("calibrate", model, *text, "--sensitivity", "--out", statistics)
-    assert Statistics.load(statistics).sensitivity is not None
-    budget = ["--sparsity", 0.5, "--multiple", MULTIPLE, "--block-metric", "angular+sensitivity"]
-    out = tmp_path / "plan.json"
-    run("plan", model, "--statistics", statistics, *budget, "--clamp", "published", "--out", out)
-    plan = PruningPlan.load(out)
-    assert (plan.criterion["block_metric"], plan.criterion["clamp"]) == (budget[-1], "published")
-
-
-def test_a_config_may_ask_for_more_than_logits(
-    tiny_checkpoint: Callable[[str], Path], tokenizer: Any, text_file: Path, tmp_path: Path
-) -> None:
+def test_a_config_may_ask_for_more_than_logits(tiny_checkpoint, tokenizer, text_file, tmp_path):
     """Mixtures of experts that were fine-tuned often return router logits."""
     plain, asking = tiny_checkpoint("mixtral"), tmp_path / "asking"
     shutil.copytree(plain, asking)
@@ -190,7 +124,7 @@ def test_a_config_may_ask_for_more_than_logits(
     (asking / "config.json").write_text(json.dumps(config | asked))
     options: dict[str, Any] = {
         "goal": cfsp.TargetParameters(0.8), "parts": ["ffn", "blocks"], "data": [str(text_file)],
-        "samples": 4, "seqlen": 16, "multiple": 8, "device": "cpu",
+        "samples": 4, "seqlen": 16, "multiple": 8, "device": "cpu", "effort": "fast",
     }  # fmt: skip
     expected, of_path, of_memory = (tmp_path / name for name in ("plain", "path", "memory"))
     cfsp.prune(plain, out=expected, **options)

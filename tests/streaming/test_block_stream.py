@@ -5,27 +5,30 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of, build_skeleton
-from cfsp.errors import CalibrationError, CheckpointError
+from cfsp.errors import CalibrationError, UnsupportedModelError
 from cfsp.streaming import stand_in
 from cfsp.streaming.block_calls import AllBlocksRecordedError, record_calls
-from cfsp.streaming.block_stream import stream_blocks
+from cfsp.streaming.block_stream import stream_blocks, windows_in_batch
+from cfsp.streaming.decoder_start import DecoderStart
+from cfsp.streaming.hidden_states import HiddenStates
 from cfsp.streaming.runtime import Runtime
 from cfsp.text.windows import Windows
-from tiny_models import BLOCKS, TINY_CONFIGS, build_tiny_model, save_tiny_model
+from image_inputs import image_windows
+from tiny_decoders import tiny_model
+from tiny_models import BLOCKS, TINY_CONFIGS, build_tiny_model
 
 TOKENS = torch.randint(2, 320, (5, 24), generator=torch.Generator().manual_seed(0))
 
 
-def final_hidden(source: Checkpoint, batch: int | None, dtype: torch.dtype) -> list[Tensor]:
+def final_hidden(source: WeightSource, batch: int | None, dtype: torch.dtype) -> list[Tensor]:
     """The output of every block for all windows, as it is streamed."""
     outputs: list[list[Tensor]] = [[] for _ in range(BLOCKS)]
     runtime = Runtime(torch.device("cpu"), dtype, batch)
@@ -38,11 +41,8 @@ def final_hidden(source: Checkpoint, batch: int | None, dtype: torch.dtype) -> l
 
 
 # Every kind of decoder: test_any_decoder.py.
-@pytest.mark.parametrize("batch", [2, None])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
-def test_hidden_states_are_those_of_the_models_own_forward(
-    name: str, batch: int | None, tiny_checkpoint: Callable[[str], Path]
-) -> None:
+@pytest.mark.parametrize(("name", "batch"), [("llama", 2), ("gpt2", None), ("mixtral", 2)])
+def test_hidden_states_are_those_of_the_models_own_forward(name, batch, tiny_checkpoint):
     model = build_tiny_model(name)
     seen: list[Tensor] = []
     for block in blocks_of(model, architecture_of(model.config)):
@@ -58,12 +58,12 @@ def test_hidden_states_are_those_of_the_models_own_forward(
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_blocks_compute_in_the_dtype_asked_for(tiny_checkpoint: Callable[[str], Path]) -> None:
+def test_blocks_compute_in_the_dtype_asked_for(tiny_checkpoint):
     outputs = final_hidden(Checkpoint(tiny_checkpoint("llama")), None, torch.bfloat16)
     assert {output.dtype for output in outputs} == {torch.bfloat16}
 
 
-def test_one_block_at_a_time_has_weights(tiny_checkpoint: Callable[[str], Path]) -> None:
+def test_one_block_at_a_time_has_weights(tiny_checkpoint):
     """What makes a model larger than memory possible."""
     modules: list[nn.Module] = []
     source = Checkpoint(tiny_checkpoint("llama"))
@@ -77,9 +77,7 @@ def test_one_block_at_a_time_has_weights(tiny_checkpoint: Callable[[str], Path])
     assert all(p.is_meta for module in modules for p in module.parameters())
 
 
-def test_a_block_is_read_while_stand_ins_are_in_its_place(
-    tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_block_is_read_while_stand_ins_are_in_its_place(tiny_checkpoint, monkeypatch):
     """The thread that reads ahead begins before the decoder has shown how it calls its blocks."""
     standing, read = threading.Event(), threading.Event()
     submit, forward = ThreadPoolExecutor.submit, stand_in.StandIn.forward
@@ -105,9 +103,7 @@ def test_a_block_is_read_while_stand_ins_are_in_its_place(
     assert len(outputs) == BLOCKS
 
 
-def test_each_tensor_of_a_block_is_read_once(
-    tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_tensor_of_a_block_is_read_once(tiny_checkpoint, monkeypatch):
     source = Checkpoint(tiny_checkpoint("qwen2"))
     reads: list[str] = []
     original = Checkpoint.read
@@ -121,30 +117,18 @@ def test_each_tensor_of_a_block_is_read_once(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_damaged_weights_name_block_and_tensor(tmp_path: Path, value: float) -> None:
+def test_damaged_weights_name_block_and_tensor(value):
     model = build_tiny_model("llama")
     with torch.no_grad():
         model.model.layers[1].self_attn.k_proj.weight[3, 4] = value
-    model.save_pretrained(tmp_path)
     with pytest.raises(CalibrationError, match=r"block 1 .*layers\.1\.self_attn\.k_proj\.weight"):
-        final_hidden(Checkpoint(tmp_path), None, torch.float32)
-
-
-def test_missing_tensor_is_named(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    save_tiny_model("llama", tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    del tensors["model.layers.2.self_attn.q_proj.weight"]
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"lacks the tensor model\.layers\.2\.self_attn\.q"):
-        final_hidden(Checkpoint(tmp_path), None, torch.float32)
+        final_hidden(LoadedModel(model), None, torch.float32)
 
 
 # The recorder.
 
 
-def test_recorder_notes_the_calls_and_puts_the_blocks_back() -> None:
+def test_recorder_notes_the_calls_and_puts_the_blocks_back():
     model = build_tiny_model("qwen2")
     blocks = model.model.layers
     originals = list(blocks)
@@ -160,7 +144,7 @@ def test_recorder_notes_the_calls_and_puts_the_blocks_back() -> None:
     assert masks[0] is masks[1] is not masks[2]
 
 
-def test_an_error_of_the_model_is_not_taken_for_the_end() -> None:
+def test_an_error_of_the_model_is_not_taken_for_the_end():
     """Only the recorder's own exception stops the forward; no other one is swallowed."""
     assert AllBlocksRecordedError.__bases__ == (Exception,)
     model = build_tiny_model("llama")
@@ -170,7 +154,7 @@ def test_an_error_of_the_model_is_not_taken_for_the_end() -> None:
     assert list(model.model.layers) == originals
 
 
-def test_skeleton_has_no_weights_and_real_buffers() -> None:
+def test_skeleton_has_no_weights_and_real_buffers():
     model = build_skeleton(TINY_CONFIGS["llama"](), torch.bfloat16)
     assert all(p.is_meta for p in model.parameters())
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -179,3 +163,78 @@ def test_skeleton_has_no_weights_and_real_buffers() -> None:
     stock = build_tiny_model("llama")
     for name, buffer in stock.named_buffers():
         assert torch.equal(buffers[name].float(), buffer.float())
+
+
+# What a multimodal model does before and between its first blocks.
+
+
+CPU = torch.device("cpu")
+
+
+@torch.inference_mode()
+def start(model_type: str, model: Any) -> tuple[Any, Any, Windows]:
+    windows = image_windows(model_type, model)
+    found = LoadedModel(model).architecture
+    decoder, blocks = (model.get_submodule(path) for path in (found.decoder, found.blocks))
+    of_images = DecoderStart(decoder, blocks, Runtime(CPU, torch.float32), model)
+    batches = [slice(0, 1), slice(1, 2)]
+    hidden, calls = of_images.embed(
+        windows, batches, lambda shape: HiddenStates(shape, torch.float32)
+    )
+    return hidden, calls, windows
+
+
+def test_features_of_images_are_added_between_blocks():
+    """Qwen3-VL adds them to what leaves its first two blocks, where the image is."""
+    model = tiny_model("qwen3_vl")
+    hidden, calls, windows = start("qwen3_vl", model)
+    of_image_T = windows.images_of(0)["mm_token_type_ids"][0].bool()
+    for index, adds in ((0, False), (1, True), (2, True)):
+        for window in (0, 1):
+            before_BTD = hidden.read(slice(window, window + 1))
+            moved_T = (calls.entering(index, [window], before_BTD) != before_BTD).any(-1)[0]
+            assert torch.equal(moved_T, of_image_T & (adds and window == 0))
+
+
+def test_what_is_no_addition_is_refused(monkeypatch):
+    model = tiny_model("qwen3_vl")
+    decoder = type(model.model.language_model)
+    monkeypatch.setattr(
+        decoder, "_deepstack_process", lambda self, hidden, mask, images: hidden * 2
+    )
+    with pytest.raises(UnsupportedModelError, match=r"between blocks 0 and 1 .* more than an add"):
+        start("qwen3_vl", model)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "differ"), [("llava", False), ("gemma3", True), ("qwen2_5_vl", True)]
+)
+def test_what_differs_is_kept_for_each_window(model_type, differ):
+    """An image sees all of itself (Gemma 3), and has rows and columns (Qwen2.5-VL)."""
+    _, calls, _ = start(model_type, tiny_model(model_type))
+    assert calls.depend_on_text == differ
+    if differ:
+        with pytest.raises(UnsupportedModelError, match="differs from window to window"):
+            calls.of(0, 1)
+    else:
+        calls.of(0, 1)
+
+
+def test_windows_pass_one_at_a_time_and_only_blocks_are_left(monkeypatch):
+    model = tiny_model("llava")
+    windows = image_windows("llava", model)
+    assert windows_in_batch(windows, 8) == windows_in_batch(windows, None) == 1
+    skeletons: list[nn.Module] = []
+    build = stream_blocks.__globals__["build_skeleton"]
+
+    def noted(*args: Any) -> nn.Module:
+        skeletons.append(build(*args))
+        return skeletons[-1]
+
+    monkeypatch.setitem(stream_blocks.__globals__, "build_skeleton", noted)
+    for block in stream_blocks(LoadedModel(model), windows, Runtime(CPU, torch.float32)):
+        filled = {name for name, p in skeletons[0].named_parameters() if not p.is_meta}
+        assert filled
+        assert all(f".layers.{block.index}." in name for name in filled)
+        assert not any("vision" in name for name in filled)
+        block.advance()

@@ -1,20 +1,25 @@
-"""Hidden states in memory and in files, and reading ahead; whole runs are in test_resuming.py."""
+"""Hidden states in memory and in files, reading ahead, and how much memory there is."""
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
+import subprocess
+import sys
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+import cfsp
 from cfsp.errors import OutputError
+from cfsp.streaming import memory
 from cfsp.streaming.block_stream import read_ahead
 from cfsp.streaming.hidden_states import HiddenInFile, HiddenStates
-from forks import Forks, Job
+from cfsp.streaming.memory import peak_rss_bytes
+from forks import Job
 
 SHAPE = (5, 7, 3)
 BATCHES = [slice(0, 2), slice(2, 4), slice(4, 5)]
@@ -37,9 +42,7 @@ def read_all(hidden: HiddenStates) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_written_is_read(
-    kind: Callable[..., HiddenStates], dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_what_is_written_is_read(kind, dtype, tmp_path):
     hidden = kind(SHAPE, dtype, tmp_path)
     assert hidden.nbytes == 5 * 7 * 3 * dtype.itemsize
     for seed in range(3):
@@ -56,9 +59,7 @@ def test_what_is_written_is_read(
 
 @pytest.mark.parametrize("later", KINDS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_was_saved_stays_until_the_next_save(
-    kind: Callable[..., HiddenStates], later: Callable[..., HiddenStates], tmp_path: Path
-) -> None:
+def test_what_was_saved_stays_until_the_next_save(kind, later, tmp_path):
     """Blocks that pass after a save must not touch what a killed run resumes from."""
     hidden = kind(SHAPE, torch.bfloat16, tmp_path)
     write_all(hidden, values(0))
@@ -76,9 +77,7 @@ def test_what_was_saved_stays_until_the_next_save(
     assert len(set(names)) == 2
 
 
-def test_a_full_disk_is_an_error_and_not_a_crash(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_an_error_and_not_a_crash(tmp_path, monkeypatch):
     def full(descriptor: int, offset: int, length: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -89,7 +88,7 @@ def test_a_full_disk_is_an_error_and_not_a_crash(
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_hidden_states_in_a_file_take_no_memory(forks: Forks, tmp_path: Path) -> None:
+def test_hidden_states_in_a_file_take_no_memory(forks, tmp_path):
     code = (
         "import torch\n"
         "from pathlib import Path\n"
@@ -123,7 +122,7 @@ class Weights:
     """Something that can be seen to go."""
 
 
-def test_reading_is_one_ahead_in_order_and_holds_nothing_back() -> None:
+def test_reading_is_one_ahead_in_order_and_holds_nothing_back():
     begun: list[int] = []
     alive: weakref.WeakSet[Weights] = weakref.WeakSet()
 
@@ -143,7 +142,7 @@ def test_reading_is_one_ahead_in_order_and_holds_nothing_back() -> None:
     assert len(alive) == 0
 
 
-def test_what_reading_raises_is_raised_where_it_is_wanted() -> None:
+def test_what_reading_raises_is_raised_where_it_is_wanted():
     def read(index: int) -> int:
         return 1 // (2 - index)
 
@@ -151,3 +150,80 @@ def test_what_reading_raises_is_raised_where_it_is_wanted() -> None:
         assert [ahead.take(), ahead.take()] == [0, 1]
         with pytest.raises(ZeroDivisionError):
             ahead.take()
+
+
+# Memory.
+
+
+# Modules that some systems lack: whoever needs one imports it where it is needed.
+NOT_EVERYWHERE = {"fcntl", "grp", "posix", "pwd", "resource", "termios", "winreg"}
+
+PRINT_PEAK = "from cfsp.streaming.memory import peak_rss_bytes; print(peak_rss_bytes())"
+
+
+def test_the_peak_stays_when_memory_is_given_back():
+    before = peak_rss_bytes()
+    block = b"x" * 400_000_000
+    assert len(block) == 400_000_000
+    del block
+    assert peak_rss_bytes() > min(before, 1 << 30)
+    assert peak_rss_bytes() >= 400_000_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process inherits differs elsewhere")
+def test_the_peak_is_not_that_of_the_program_it_was_started_from():
+    # A process between, whose memory is large when it starts the one that is asked.
+    program = (
+        "import subprocess, sys; block = b'x' * 400_000_000; "
+        f"print(subprocess.check_output([sys.executable, '-c', {PRINT_PEAK!r}], text=True))"
+    )
+    printed = subprocess.check_output([sys.executable, "-c", program], text=True)
+    assert 5_000_000 < int(printed) < 300_000_000
+
+
+def test_nothing_at_import_time_excludes_an_operating_system():
+    source = Path(cfsp.__file__).parent
+    found = []
+    for path in sorted(source.rglob("*.py")):
+        for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+            names: set[str] = set()
+            if isinstance(statement, ast.Import):
+                names = {alias.name.partition(".")[0] for alias in statement.names}
+            elif isinstance(statement, ast.ImportFrom):
+                names = {(statement.module or "").partition(".")[0]}
+            found += [f"{path.relative_to(source)}: {name}" for name in names & NOT_EVERYWHERE]
+    assert found == []
+
+
+V2 = ("memory.max", "memory.current", "file")
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")
+
+
+@pytest.mark.parametrize(
+    ("own", "groups", "names"),
+    [
+        ("0::/", {"": 5000}, V2),
+        ("0::/user/run", {"user/run": 5000}, V2),
+        ("0::/user/run", {"user": 5000, "user/run": 9000}, V2),  # the outer one is tighter
+        ("0::/on/the/host", {"": 5000}, V2),  # a container that sees its own root only
+        ("12:cpu,cpuacct:/a\n4:memory:/job/step\n0::/a", {"memory/job/step": 5000}, V1),
+        ("4:memory:/job/step", {"memory": 1 << 62, "memory/job": 5000}, V1),
+        ("0::/user/run", {"": "max", "user": 5000}, V2),
+    ],
+)
+def test_every_group_that_holds_this_process_limits_its_memory(
+    own, groups, names, tmp_path, monkeypatch
+):
+    (tmp_path / "own").write_text(f"{own}\n")
+    monkeypatch.setattr(memory, "_OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "groups")
+    limit, used, cached = names
+    for group, most in groups.items():
+        directory = tmp_path / "groups" / group
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / limit).write_text(f"{most}\n")
+        (directory / used).write_text("4000\n")
+        (directory / "memory.stat").write_text(f"anon 3300\n{cached} 700\n")
+    assert memory.available_bytes() == 1700
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.default_budget() == 1700 // 2 // 4

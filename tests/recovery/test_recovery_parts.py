@@ -1,0 +1,280 @@
+"""The parts of recovery: its text, the ranks of adapters, the sliced loss."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import cross_entropy, log_softmax
+
+import cfsp.text.offline
+from builders import CALIBRATION, CRITERION
+from cfsp.checkpoint.own_files import PLAN_FILE
+from cfsp.errors import PlanError, TextError, UsageError
+from cfsp.planning.plan_file import ModelIdentity, PruningPlan
+from cfsp.planning.unit_plan import UnitPlan
+from cfsp.recovery import loss as module
+from cfsp.recovery.data import answer_tokens, read_text
+from cfsp.recovery.loss import IGNORED, Outputs, language_model_loss
+from cfsp.recovery.settings import Adaptation
+from cfsp.recovery.targets import allocate_ranks, ranks_of
+from cfsp.text.offline import KINDS
+from cfsp.text.sources import TextSource
+
+CHAT = (
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer: Any) -> Any:
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = CHAT
+    return changed
+
+
+def conversation(number: int) -> list[dict[str, str]]:
+    return [
+        {"role": "system", "content": "be quiet"},
+        {"role": "user", "content": f"number {number} of the river"},
+        {"role": "assistant", "content": f"green stone {number}"},
+        {"role": "user", "content": "and then"},
+        {"role": "assistant", "content": "light falls"},
+    ]
+
+
+def write_chat(path: Path, count: int) -> Path:
+    path.write_text("\n".join(json.dumps({"messages": conversation(i)}) for i in range(count)))
+    return path
+
+
+def test_all_windows_are_used_once_and_some_of_each_text_are_held_out(
+    tokenizer, text_file, other_text_file
+):
+    both = [str(text_file), str(other_text_file)]
+    text = read_text(both, tokenizer, seqlen=32)
+    assert text.sources[both[0]] == read_text(both[:1], tokenizer, seqlen=32).sources[both[0]]
+    assert len(text.train) == sum(text.sources.values())
+    train, held = (
+        {tuple(window.tolist()) for window in data.token_NT} for data in (text.train, text.held_out)
+    )
+    assert train.isdisjoint(held)
+    assert len(held) == len(text.held_out) >= 2
+    assert text.train.digest == read_text(both, tokenizer, seqlen=32).train.digest
+    item = text.train[0]
+    assert item["labels"][0] == IGNORED  # nothing predicts the first token
+    assert item["labels"][1:].tolist() == item["input_ids"][1:].tolist()
+
+
+def words_of(data, tokenizer):
+    return {word for row in data.token_NT for word in tokenizer.decode(row).split()}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "txt"])
+def test_held_out_documents_are_spread_over_a_text(ending, tokenizer, tmp_path):
+    """Of a text that is sorted, both ends are judged by, and nothing of what is trained on."""
+    documents = [f"river stone d{number} light falls\n" * 130 for number in range(100)]
+    path = tmp_path / f"sorted.{ending}"
+    lines = [json.dumps({"text": document}) for document in documents]
+    path.write_text("\n".join(lines) if ending == "jsonl" else "".join(documents))
+    text = read_text([str(path)], tokenizer, seqlen=64)
+    held, train = (
+        sorted(int(word[1:]) for word in words_of(data, tokenizer) if re.fullmatch(r"d\d+", word))
+        for data in (text.held_out, text.train)
+    )
+    assert 3 <= len(held) <= 8 and held[0] < 40 and held[-1] == 99
+    assert 0.02 < len(text.held_out) / len(text.train) < 0.06
+    if ending == "jsonl":
+        assert not set(held) & set(train)
+
+
+def test_every_kind_of_the_mixed_text_is_held_out(tokenizer, monkeypatch):
+    def short(kind):
+        return [{"text": f"{kind} number {number}\n" * 30} for number in range(40)]
+
+    monkeypatch.setattr(cfsp.text.offline, "records", short)
+    text = read_text(["mixed", "mixed/books"], tokenizer, seqlen=32)
+    assert list(text.sources) == [f"mixed/{kind}" for kind in KINDS]
+    for data in (text.held_out, text.train):
+        assert words_of(data, tokenizer) >= set(KINDS)
+
+
+def test_only_answers_are_labelled(chat_tokenizer):
+    ids, answer = answer_tokens(conversation(7), chat_tokenizer)
+    trained = chat_tokenizer.decode([i for i, keep in zip(ids, answer, strict=True) if keep])
+    assert trained.replace("</s>", "|").split("|") == [" green stone 7", "\n light falls", "\n"]
+    assert "river" in chat_tokenizer.decode(ids)
+
+
+def test_a_chat_file_is_packed_and_is_no_text(chat_tokenizer, tmp_path):
+    path = write_chat(tmp_path / "chat.jsonl", 40)
+    text = read_text([str(path)], chat_tokenizer, seqlen=64)
+    label_NT = text.train.label_NT
+    assert bool((label_NT != IGNORED).any(dim=1).all())
+    assert 0.1 < float((label_NT != IGNORED).float().mean()) < 0.6
+    with pytest.raises(TextError, match="which need a model's chat template"):
+        TextSource(str(path), "calibration").documents()
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pa.table({"messages": [conversation(i) for i in range(40)]})
+    parquet.write_table(table, tmp_path / "chat.parquet")
+    for same in (path, tmp_path / "chat.parquet"):
+        found = read_text([f"{same}:messages"], chat_tokenizer, seqlen=64)
+        assert found.train.digest == text.train.digest
+
+
+def test_bad_conversations_are_errors(chat_tokenizer, tokenizer, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"messages": [{"role": "user"}]}\n')
+    with pytest.raises(TextError, match=r"line 1: column 'messages' must be a list of messages"):
+        read_text([str(path)], chat_tokenizer, seqlen=64)
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    good = write_chat(tmp_path / "good.jsonl", 5)
+    with pytest.raises(TextError, match="no chat template"):
+        read_text([str(good)], plain, seqlen=64)
+    forgetful = copy.deepcopy(tokenizer)
+    forgetful.chat_template = "{{ messages | length }} {{ messages[-1]['content'] }}"
+    with pytest.raises(TextError, match="changes earlier messages"):
+        read_text([str(good)], forgetful, seqlen=64)
+
+
+def test_too_little_text_says_how_much_there_is(tokenizer, tmp_path):
+    path = tmp_path / "short.txt"
+    path.write_text("a river")
+    with pytest.raises(TextError, match="holds 0 windows of 64 tokens to learn from, 2 are needed"):
+        read_text([str(path)], tokenizer, seqlen=64)
+    with pytest.raises(TextError, match="give --data"):
+        read_text([], tokenizer, seqlen=64)
+
+
+# Ranks.
+
+
+importances = st.lists(st.floats(1e-3, 1.0), min_size=1, max_size=60)
+
+
+@given(importances, st.integers(1, 64))
+def test_the_total_is_kept_no_block_is_without_and_more_important_ones_have_no_less(
+    importance_L, rank
+):
+    ranks_L = allocate_ranks(importance_L, rank)
+    assert sum(ranks_L) == rank * len(importance_L)
+    assert min(ranks_L) >= 1
+    by_importance = [found for _, found in sorted(zip(importance_L, ranks_L, strict=True))]
+    assert by_importance == sorted(by_importance)
+
+
+def test_proportional_where_no_rounding_is_needed():
+    assert allocate_ranks([0.1, 0.2, 0.3], 8) == [4, 8, 12]
+    assert sum(allocate_ranks([0.5] * 4, 2.25)) == 9
+
+
+def test_blocks_without_an_ffn_get_the_mean_importance(tmp_path):
+    units = [UnitPlan(block, 8, (0, 1), 0.1, importance, path="mlp")
+             for block, importance in ((0, 0.2), (2, 0.6), (2, 0.6))]  # fmt: skip
+    plan = PruningPlan(ModelIdentity("m", "llama", "f"), CRITERION, CALIBRATION, tuple(units))
+    plan.save(tmp_path / PLAN_FILE)
+    of_ffns = SimpleNamespace(units=units)
+    architecture = SimpleNamespace(block_count=3, of_part=lambda part: of_ffns)
+    source = SimpleNamespace(directory=tmp_path, architecture=architecture, label="m")
+    for allocation, expected in (
+        ("importance", [5, 10, 15]), ("inverse", [16, 8, 6]), ("uniform", [10, 10, 10]),
+    ):  # fmt: skip
+        assert ranks_of(source, Adaptation(rank=10, allocation=allocation)) == expected
+    of_ffns.units = units[:2]
+    with pytest.raises(PlanError, match=r"describes 3 FFNs, the model has 2 in 3 blocks"):
+        ranks_of(source, Adaptation(rank=10, allocation="importance"))
+    units[0] = UnitPlan(0, 8, (0, 1), 0.1, 0.0, path="mlp")
+    PruningPlan(ModelIdentity("m", "llama", "f"), CRITERION, CALIBRATION, tuple(units[:2])).save(
+        tmp_path / PLAN_FILE
+    )
+    with pytest.raises(UsageError, match=r"found 0\.0; use --rank-allocation uniform"):
+        ranks_of(source, Adaptation(rank=10, allocation="importance"))
+
+
+# The sliced loss against what autograd makes of the plain formulas.
+
+
+N, D, V = 11, 8, 37
+
+
+@pytest.fixture(autouse=True)
+def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Four tokens a slice: the last slice is not full.
+    monkeypatch.setattr(module, "_SLICE_ELEMENTS", 4 * V)
+
+
+def inputs(seed: int = 0) -> tuple[Outputs, Tensor, Outputs]:
+    generator = torch.Generator().manual_seed(seed)
+    hidden_ND = torch.randn(N, D, generator=generator, requires_grad=True)
+    head_VD = torch.randn(V, D, generator=generator)
+    label_N = torch.randint(V, (N,), generator=generator)
+    label_N[[2, 7]] = IGNORED
+    teacher_ND = torch.randn(N, D + 1, generator=generator)
+    teacher_VD = torch.randn(V, D + 1, generator=generator)
+    return Outputs(hidden_ND, head_VD), label_N, Outputs(teacher_ND, teacher_VD)
+
+
+def whole(outputs: Outputs) -> Outputs:
+    """Return the same as logits."""
+    assert outputs.head_VD is not None
+    return Outputs(outputs.output_ND @ outputs.head_VD.T)
+
+
+def plain_loss(own: Outputs, label_N: Tensor, teacher: Outputs, weight: float | None) -> Tensor:
+    keep_N = label_N != IGNORED
+    logit_NV, teacher_NV = (whole(each).output_ND[keep_N] for each in (own, teacher))
+    labels = cross_entropy(logit_NV, label_N[keep_N], reduction="sum")
+    if weight is None:
+        return labels
+    mine, target = (log_softmax(each, 1) for each in (logit_NV, teacher_NV))
+    divergence = (target.exp() * (target - mine)).sum()
+    return weight * divergence + (1 - weight) * labels
+
+
+def gradient(loss: Tensor, own: Outputs) -> Tensor:
+    (found,) = torch.autograd.grad(3.0 * loss, own.output_ND, retain_graph=True)
+    return found
+
+
+@pytest.mark.parametrize("weight", [None, 1.0, 0.3])
+def test_loss_and_gradient_by_slices_and_by_whole_logits(weight):
+    own, label_N, teacher = inputs()
+    plain = plain_loss(own, label_N, teacher, weight)
+    for made in (lambda outputs: outputs, whole):
+        taught = (made(teacher), weight) if weight else ()
+        ours = language_model_loss(made(own), label_N, *taught)
+        torch.testing.assert_close(ours, plain)
+        torch.testing.assert_close(gradient(ours, own), gradient(plain, own))
+
+
+def test_bfloat16_autocast_stays_near_float32():
+    own, label_N, _ = inputs()
+    plain = language_model_loss(own, label_N)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = language_model_loss(own, label_N)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, plain, rtol=0.02, atol=0.02)
+    found = gradient(rounded, own)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, gradient(plain, own), rtol=0.1, atol=0.1)
+
+
+def test_without_gradient_and_without_labels():
+    own, label_N, _ = inputs()
+    with torch.no_grad():
+        quiet = language_model_loss(own, label_N)
+    torch.testing.assert_close(quiet, language_model_loss(own, label_N).detach())
+    nothing = language_model_loss(own, torch.full_like(label_N, IGNORED))
+    assert nothing.item() == 0
+    assert float(gradient(nothing, own).abs().max()) == 0

@@ -1,0 +1,273 @@
+"""Goals: what is asked for is one thing, in its range, said before any work, and met."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import cfsp
+from builders import draw_windows, windows_left_over
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.cli import main
+from cfsp.errors import UsageError
+from cfsp.selection import loss, worth
+from cfsp.selection.constraint import STEPS
+from cfsp.settings import (
+    Budget,
+    CalibrationText,
+    MaxLossIncrease,
+    PruneSettings,
+    TargetKVCache,
+    TargetParameters,
+)
+from tiny_models import BLOCKS, TINY_CONFIGS, WIDTH, build_tiny_model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "exactly one of --sparsity"),
+        (["--sparsity", "0.5", "--target-params", "0.5"], "--sparsity and --target-params"),
+        (["--target-speedup", "1.2", "--max-loss-increase", "1"], "found --target-speedup and"),
+        (
+            ["--parts", "ffn,kv", "--sparsity", "0.2"],
+            "several share one target, --target-params or --target-speedup or --max-loss-increase",
+        ),
+        (
+            ["--parts", "blocks", "--remove-blocks", "1", "--sparsity", "0.2"],
+            "found --sparsity and --remove-blocks",
+        ),
+        (["--parts", "ffn,blocks", "--remove-blocks", "1"], "belongs to --parts blocks alone"),
+        (["--remove-experts", "1"], "--remove-experts belongs to --parts experts alone"),
+        (["--parts", "experts", "--remove-experts", "-1"], "must be at least 0"),
+        (["--parts", "ffn,experts", "--target-params", "0.8"], "whole experts go alone"),
+        (["--sparsity", "0.5", "--held-out", "x"], "--held-out belongs to --max-loss-increase"),
+        (["--sparsity", "0.5", "--held-out-windows", "3"], "--held-out-windows belongs to"),
+        (["--sparsity", "0.5", "--target-speedup-of", "decode"], "belongs to --target-speedup"),
+        (["--target-params", "0"], "--target-params must be in (0, 1], such as 0.7, found 0.0"),
+        (["--target-params", "nan"], "--target-params must be in (0, 1]"),
+        (["--target-speedup", "1"], "--target-speedup must be above 1"),
+        (["--max-loss-increase", "-1"], "--max-loss-increase must be above 0"),
+        (["--max-loss-increase", "1", "--held-out-windows", "0"], "must be at least 1"),
+        (["--target-params", "0.01"], "cannot remove 99.0% of the model's parameters"),
+        (["--max-loss-increase", "1", "--statistics", "s"], "needs a --held-out text"),
+        (["--plan", "p.json", "--target-params", "0.5"], "--plan and --target-params exclude"),
+    ],
+)
+def test_impossible_goals_are_one_sentence(prune, arguments, message):
+    error = prune(*arguments, status=2).error
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_numbers_of_what_goes_whole_need_no_sparsity(prune, model, text_file, tmp_path):
+    asked: dict[str, Any] = {"parts": "blocks", "remove_blocks": 1}
+    done = prune("--parts", "blocks", "--set", "remove_blocks=1", "--effort", "fast")
+    statistics = cfsp.Statistics.load(done.out / "cfsp.statistics")
+    assert cfsp.plan(model, statistics, **asked).removed_blocks == done.plan.removed_blocks
+    text: dict[str, Any] = {"data": [str(text_file)], "samples": 2, "seqlen": 16}
+    in_python = cfsp.prune(model, out=tmp_path / "python", effort="fast", **asked, **text)
+    assert len(in_python.plan.removed_blocks) == len(done.plan.removed_blocks) == 1
+
+
+def test_python_refuses_what_the_command_line_does(model, tmp_path):
+    def refused(message: str, **asked: Any) -> None:
+        with pytest.raises(UsageError, match=message):
+            cfsp.prune(model, out=tmp_path / "out", **asked)
+
+    refused("found none")
+    refused("--sparsity and --target-params", sparsity=0.5, goal=TargetParameters(0.5))
+    refused("--effort fast is --repair none", sparsity=0.5, effort="fast", repair="ridge")
+    refused("--local-text belongs to --repair local", sparsity=0.5, local_text=0.5)
+
+
+def test_a_plan_may_have_a_goal(model, text_file):
+    statistics = cfsp.calibrate(model, data=[text_file], samples=4, seqlen=32)
+    by_name = cfsp.plan(model, statistics, target_params=0.8, multiple=8)
+    assert by_name == cfsp.plan(model, statistics, goal=TargetParameters(0.8), multiple=8)
+    assert 0.2 < by_name.ffn_sparsity < 1
+    with pytest.raises(UsageError, match="unknown argument max_loss_increase"):
+        cfsp.plan(model, statistics, max_loss_increase=0.1)
+
+
+# What is said before any work.
+
+
+def settings(samples: int = 64, sparsity: float = 0.5) -> PruneSettings:
+    text = CalibrationText(names=("mixed",), samples=samples)
+    return PruneSettings(text=text, budget=Budget(sparsity=sparsity))
+
+
+@pytest.fixture
+def source(model: Path) -> Checkpoint:
+    return Checkpoint(model)
+
+
+def test_the_size_is_that_of_the_result(prune, source):
+    after = prune("--sparsity", 0.5, "--effort", "fast").manifest["parameters_after"]
+    expected = worth.size_after(source, settings())
+    assert expected is not None
+    assert abs(after - expected[0]) < 0.01 * after
+    assert expected[1] == pytest.approx(4 * expected[0], rel=1e-3)  # float32
+
+
+def test_a_goal_says_its_size_or_nothing(source):
+    goal = replace(settings(sparsity=0), goal=TargetParameters(0.75))
+    size = worth.size_after(source, goal)
+    assert size is not None
+    assert "(-25.0%)" in worth.size_in_words(source, goal)
+    cache = replace(settings(sparsity=0), goal=TargetKVCache(0.5))
+    assert worth.size_after(source, cache) is None
+    assert worth.size_in_words(source, cache) == ""
+
+
+def test_doubts(source, monkeypatch):
+    """Each has its own reason; a large model with enough text gives none."""
+    small = "has little to spare"
+    assert [small in each for each in worth.doubts(source, settings())] == [True]
+    monkeypatch.setattr(worth, "_SMALL", 0)
+    assert not list(worth.doubts(source, settings()))
+    (few,) = worth.doubts(source, settings(samples=63))
+    assert few.startswith("63 windows")
+    monkeypatch.setattr(worth, "_LITTLE", 1.0)  # as if most were in the vocabulary
+    (little,) = worth.doubts(source, settings())
+    assert "quantise it" in little
+
+
+# A fraction of the KV cache stays.
+
+
+@pytest.mark.parametrize(
+    ("parts", "fraction"), [("kv", 0.5), ("attention", 0.7), ("kv,attention", 0.5)]
+)
+def test_a_fraction_of_the_cache_stays(prune, parts, fraction):
+    named = [] if parts == "kv" else ["--parts", parts]  # it is the default
+    done = prune("--target-kv-cache", fraction, *named, "--effort", "fast")
+    before, after = (done.manifest["kv_groups"][when] for when in ("before", "after"))
+    assert sum(after) <= fraction * sum(before) < sum(after) + (2 if parts == "attention" else 1)
+    assert parts != "attention" or {*after} == {0, 2}
+    assert done.manifest["goal"]["goal"] == "target_kv_cache"
+    assert done.manifest["ffn_sparsity"] == 0.0
+    assert f"at most {fraction} of the KV cache" in done.card
+
+
+def test_a_kv_cache_that_cannot_be_is_refused(prune, sliding):
+    said = prune("--target-kv-cache", 0.2, status=2).error
+    assert "--target-kv-cache must be at least 0.5, found 0.2" in said
+    said = prune("--target-kv-cache", 0.5, "--parts", "blocks", status=2).error
+    assert "removes KV groups (the default), whole attention layers" in said
+    # Attention layers that cache unequally are not counted.
+    said = prune("--target-kv-cache", 0.7, "--parts", "attention", of=sliding, status=2).error
+    assert "give --parts kv,attention, found --parts attention" in said
+
+
+@pytest.fixture(scope="module")
+def sliding(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of which every other block sees no further than 8 tokens back."""
+    directory = tmp_path_factory.mktemp("sliding")
+    config = TINY_CONFIGS["gemma3_text"]()
+    config.num_hidden_layers, kinds = 4, ["sliding_attention", "full_attention"]
+    config.layer_types = kinds * 2
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("parts", ["kv", "kv,attention"])
+def test_a_sliding_window_caches_no_more_than_its_tokens(prune, sliding, parts):
+    asked = ("--target-kv-cache", 0.77, "--parts", parts, "--effort", "fast")
+    done = prune(*asked, of=sliding)
+    before, after = (
+        sum(n * each for n, each in zip(groups, (8, 256, 8, 256), strict=True))
+        for groups in (done.manifest["kv_groups"]["before"], done.manifest["kv_groups"]["after"])
+    )
+    assert before == 1056 and 0.4 * before < after <= 0.77 * before
+    assert "at most 0.77 of the KV cache of 256 tokens" in done.card
+
+
+# As much goes as keeps the loss within a bound.
+
+
+@pytest.fixture(scope="module")
+def trained(tokenizer: Any, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that has learnt something: of a random one the loss may fall by pruning."""
+    windows = draw_windows([str(text_file)], tokenizer, samples=64, seqlen=32, seed=9)
+    network = build_tiny_model("llama").train()
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    for step in range(60):
+        batch_BT = windows.tokens_NT[step % 4 :: 4]
+        network(batch_BT, labels=batch_BT).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    directory = tmp_path_factory.mktemp("trained")
+    network.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def test_as_much_goes_as_fits_and_what_was_tried_is_told(trained, text_file, tmp_path, prune):
+    goal = ("--max-loss-increase", 0.2, "--held-out", text_file, "--held-out-windows", 4)
+    done = prune(*goal, "--repair", "none", of=trained)
+    found = done.manifest["goal"]
+    fitting = [entry["sparsity"] for entry in found["tried"] if entry["fits"]]
+    others = [entry["sparsity"] for entry in found["tried"] if not entry["fits"]]
+    chosen = found["chosen"]["sparsity"]
+    assert 0 < chosen == max(fitting) == pytest.approx(min(others) - 1 / STEPS)
+    assert all((entry["value"] <= 0.2) == entry["fits"] for entry in found["tried"])
+    # What was tried with masked channels is what came out.
+    (tried,) = [entry for entry in found["tried"] if entry["sparsity"] == chosen]
+    parameters = done.manifest["parameters_after"]
+    assert found["result"] == pytest.approx(tried["value"], abs=1e-4)
+    assert tried["parameters"] == parameters
+    assert done.manifest["ffn_sparsity"] == pytest.approx(chosen, abs=8 / WIDTH / BLOCKS)
+    assert "sparsity  parameters  loss increase  fits" in done.said
+    assert "at most 0.2 nats per token over" in done.said and "(the result: " in done.said
+    assert f"| {chosen:.1%} | {parameters / 1000:.1f}k |" in done.card
+    page = tmp_path / "report.html"
+    assert main(["report", str(done.out), "--out", str(page)]) == 0
+    assert f"--max-loss-increase 0.2, {len(found['tried'])} plans tried" in page.read_text()
+
+
+def test_loss_of_a_model_in_memory(trained, tokenizer, text_file):
+    dense = cfsp.load(trained)
+    small = cfsp.prune(
+        dense,
+        tokenizer,
+        goal=MaxLossIncrease(0.2, windows=4),
+        multiple=8,
+        data=[text_file],
+        samples=8,
+        seqlen=32,
+        repair="none",
+    )
+    widths = [layer.mlp.down_proj.in_features for layer in small.model.layers]
+    assert 8 * BLOCKS < sum(widths) < WIDTH * BLOCKS
+    windows = windows_left_over([str(text_file)], tokenizer, samples=8, seqlen=32, seed=0, count=4)
+    with torch.inference_mode():
+        found = {
+            name: model(windows.tokens_NT, labels=windows.tokens_NT).loss.item()
+            for name, model in {"dense": dense, "small": small}.items()
+        }
+    assert found["small"] - found["dense"] <= 0.2 + 1e-4
+
+
+def test_a_bound_that_nothing_keeps(prune, monkeypatch):
+    monkeypatch.setattr(loss, "masked_loss", lambda *_: 50.0)
+    error = prune("--max-loss-increase", 0.1, "--held-out-windows", 3, status=2).error
+    assert "cannot stay within 0.1 nats" in error
+    assert "already 0.5% of the FFN channels cost 4" in error
+
+
+def test_a_loss_is_bounded_for_experts_and_before_repair(tiny_checkpoint, prune):
+    asked = ("--max-loss-increase", 0.5, "--held-out-windows", 2)
+    done = prune(*asked, of=tiny_checkpoint("mixtral"))
+    goal = done.manifest["goal"]
+    fitting = [entry["sparsity"] for entry in goal["tried"] if entry["fits"]]
+    assert max(fitting) == goal["chosen"]["sparsity"] > 0
+    assert goal["result"] < 0.5
+    assert "repaired by least squares" in done.said
