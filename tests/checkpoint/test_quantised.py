@@ -149,7 +149,7 @@ def test_transformers_dequantises_to_the_same(
 def test_what_is_made_of_it_does_not_say_that_it_is_quantised(
     pairs: dict[str, Pair], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = pairs["gptq"].quantised
+    source = pairs["int-quantized"].quantised
     (source / "quantize_config.json").write_text("{}")
     main(["export", str(source), "--to", "vllm", "--out", str(tmp_path / "exported")])
     (tmp_path / "recovered").mkdir()
@@ -159,13 +159,13 @@ def test_what_is_made_of_it_does_not_say_that_it_is_quantised(
         assert not (tmp_path / name / "quantize_config.json").exists()
     capsys.readouterr()
     main(["inspect", str(source)])
-    assert "stored             as gptq; type and size are those dequantised" in (
+    assert "stored             as compressed-tensors; type and size are those dequantised" in (
         capsys.readouterr().out
     )
 
 
 def test_a_model_in_memory_that_is_quantised_is_refused(pairs: dict[str, Pair]) -> None:
-    model = cfsp.load(pairs["awq"].plain)
+    model = cfsp.load(pairs["mxfp8"].plain)
     model.config.quantization_config = {"quant_method": "bitsandbytes"}
     with pytest.raises(CheckpointError, match=r"is quantised.*load it with cfsp\.load"):
         LoadedModel(model)
@@ -198,24 +198,24 @@ def compressed(**changes: Any) -> dict[str, Any]:
             ),
             "in several ways at once",
         ),
-        ({"quant_method": "gptq", "bits": 3}, "3 bits"),
-        ({"quant_method": "gptq", "bits": [4]}, "[4] bits"),
-        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "format marlin"),
-        ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "in groups of 0"),
-        ({"quant_method": "gptq", "bits": 4, "dynamic": {"-:x": {}}}, "in several ways at once"),
-        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version gemv"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemm"}, "awq"),
+        (
+            compressed(config_groups={"a": {"weights": {"num_bits": 4, "group_size": 0.5}}}),
+            "in groups of 0.5",
+        ),
         ({"quant_method": "fp8", "weight_block_size": 128}, "in blocks of 128"),
     ],
 )
 def test_other_ways_are_refused_by_name(
     pairs: dict[str, Pair], tmp_path: Path, config: object, named: str
 ) -> None:
-    directory = Path(shutil.copytree(pairs["awq"].plain, tmp_path / "model"))
+    directory = Path(shutil.copytree(pairs["mxfp8"].plain, tmp_path / "model"))
     edit_config(directory, config)
     message = refused(directory)
     assert f"{directory} is quantised (" in message
-    assert f"{named})" in message
-    assert "save_pretrained()" in message
+    assert f"{named}), which cfsp cannot undo (it can: fp8, mxfp8, fbgemm_fp8, mxfp4, " in message
+    assert "prune the model that it was made from and quantise the result" in message
 
 
 def edit_config(directory: Path, quantization: object) -> None:
@@ -253,9 +253,11 @@ def refused(directory: Path) -> str:
             "model.layers.0.mlp.up_proj.weight in float32",
         ),
         (
-            "gptq",
-            lambda found: found.update({"model.layers.0.mlp.up_proj.scales": torch.ones(1, 9)}),
-            "up_proj.scales is float32 of shape [1, 9], expected shape [2, 96]",
+            "pack-quantized, in any order",
+            lambda found: found.update(
+                {"model.layers.0.mlp.up_proj.weight_scale": torch.ones(1, 9)}
+            ),
+            "up_proj.weight_scale is float32 of shape [1, 9], expected shape [96, 2]",
         ),
         (
             "mxfp4",
@@ -283,18 +285,20 @@ def test_parts_that_do_not_fit_are_refused(
 def test_a_config_that_says_so_of_plain_weights_is_refused(
     pairs: dict[str, Pair], tmp_path: Path
 ) -> None:
-    directory = Path(shutil.copytree(pairs["awq"].plain, tmp_path / "model"))
+    directory = Path(shutil.copytree(pairs["mxfp8"].plain, tmp_path / "model"))
     edit_config(directory, {"quant_method": "fp8"})
     assert "none of its tensors is; remove quantization_config there" in refused(directory)
 
 
 def test_a_group_that_is_not_there_is_refused(pairs: dict[str, Pair], tmp_path: Path) -> None:
-    directory = Path(shutil.copytree(pairs["gptq"].quantised, tmp_path / "model"))
+    directory = Path(
+        shutil.copytree(pairs["pack-quantized, in any order"].quantised, tmp_path / "model")
+    )
     name = "model.layers.1.self_attn.q_proj"
     for file in directory.glob("*.safetensors"):
         tensors = load_file(file)
-        if f"{name}.g_idx" in tensors:
-            tensors[f"{name}.g_idx"][3] = 2
+        if f"{name}.weight_g_idx" in tensors:
+            tensors[f"{name}.weight_g_idx"][3] = 2
             save_file(tensors, file)
     source = Checkpoint(directory)
     with pytest.raises(CheckpointError, match=r"g_idx has groups 0 to 2, expected 0 to 1"):

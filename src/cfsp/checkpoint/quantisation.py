@@ -7,14 +7,14 @@ whenever it is read, so that nothing above knows of it; everything else is refus
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from cfsp.checkpoint.dequantising import (
     DequantisedTensor,
-    Grouping,
     ImpossiblePartsError,
     Parts,
     StoredTensor,
@@ -61,31 +61,13 @@ class Quantisation:
     packings: tuple[Packing, ...] = field(repr=False)
 
 
-def _scaled(suffix: str, dtypes: tuple[torch.dtype, ...], block: tuple[int, int]) -> Packing:
+def _scaled(scale: str, dtypes: tuple[torch.dtype, ...], block: tuple[int, int]) -> Packing:
     """Return numbers of 8 bits with a scale for each block of a matrix."""
-    return Packing(
-        "", "", dtypes, (suffix,), ("_zero_point",),
-        lambda parts, dtype: from_scaled(
-            parts[""], parts[suffix], parts.get("_zero_point"), block, dtype
-        ),
-    )  # fmt: skip
+    dequantise = partial(from_scaled, scale=scale, block=block)
+    return Packing("", "", dtypes, (scale,), ("_zero_point",), dequantise)
 
 
-def _grouped(how: Grouping, needed: tuple[str, ...], optional: tuple[str, ...]) -> Packing:
-    return Packing(
-        how.packed, "weight", (torch.int32,), needed, optional,
-        lambda parts, dtype: from_groups(parts, how, dtype),
-    )  # fmt: skip
-
-
-_MXFP4 = Packing(
-    "_blocks", "", (torch.uint8,), ("_scales",), (),
-    lambda parts, dtype: from_mxfp4(parts["_blocks"], parts["_scales"], dtype),
-)  # fmt: skip
-_PACK_QUANTIZED = Grouping("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx")
-_GPTQ = Grouping("qweight", "scales", "qzeros", "g_idx", inputs_first=True)
-# Of eight neighbours the second one is in the fifth place.
-_AWQ = replace(_GPTQ, group="", along_outputs=True, order=(0, 4, 1, 5, 2, 6, 3, 7))
+_MXFP4 = Packing("_blocks", "", (torch.uint8,), ("_scales",), (), from_mxfp4)
 
 _COMPRESSED_FORMATS = (
     "float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "mixed-precision",
@@ -113,8 +95,9 @@ def quantisation_in(fields: Mapping[str, Any], label: str) -> Quantisation | Non
         what = " ".join(str(error).split())[:80]
         raise CheckpointError(
             f"{label} is quantised ({what}), which cfsp cannot undo (it can: "
-            f"{', '.join(_METHODS)}); prune the model that it was made from, or load it with "
-            "transformers, call dequantize() and save_pretrained(), and prune the result"
+            f"{', '.join(_METHODS)}); prune the model that it was made from and quantise the "
+            "result, or, where transformers can undo it, load it there, call dequantize() and "
+            "save_pretrained(), and prune that"
         ) from None
 
 
@@ -210,29 +193,6 @@ class _NotUndoneError(Exception):
     """A way to quantise that cfsp does not undo; names it."""
 
 
-def _of_gptq(described: Mapping[str, Any]) -> tuple[Packing, ...]:
-    version = described.get("checkpoint_format") or described.get("format") or "gptq"
-    if version not in ("gptq", "gptq_v2"):
-        raise _NotUndoneError(f"gptq, format {version}")
-    if described.get("dynamic"):
-        raise _NotUndoneError("gptq, in several ways at once")
-    size, bits = _size(described.get("group_size", 128)), _bits(described.get("bits"))
-    # The first version stores a zero that lacks 1.
-    how = replace(_GPTQ, bits=bits, group_size=size, added=int(version == "gptq"))
-    return (_grouped(how, (how.zero, how.scale), (how.group,)),)
-
-
-def _of_awq(described: Mapping[str, Any]) -> tuple[Packing, ...]:
-    bits = described.get("bits", described.get("w_bit"))
-    version = str(described.get("version", described.get("format", "gemm"))).lower()
-    if bits != 4:
-        raise _NotUndoneError(f"awq, {bits} bits")
-    if version != "gemm":
-        raise _NotUndoneError(f"awq, version {version}")
-    size = _size(described.get("group_size", described.get("q_group_size", 128)))
-    return (_grouped(replace(_AWQ, group_size=size), (_AWQ.zero, _AWQ.scale), ()),)
-
-
 def _of_compressed_tensors(described: Mapping[str, Any]) -> tuple[Packing, ...]:
     method = "compressed-tensors"
     groups = [each for each in _dict(described.get("config_groups")).values() if _dict(each)]
@@ -259,11 +219,13 @@ def _of_compressed_tensors(described: Mapping[str, Any]) -> tuple[Packing, ...]:
     if len(blocks) > 1 or len(packed) > 1:
         raise _NotUndoneError(f"{method}, in several ways at once")
     bits, group_size = packed.pop() if packed else (8, -1)
-    how = replace(_PACK_QUANTIZED, bits=bits, group_size=group_size)
-    return (
-        _scaled("_scale", (*_FP8, torch.int8), blocks.pop() if blocks else (1, 1)),
-        _grouped(how, (how.scale,), (how.zero, how.group, "weight_shape")),
-    )
+    in_groups = Packing(
+        "weight_packed", "weight", (torch.int32,), ("weight_scale",),
+        ("weight_zero_point", "weight_g_idx", "weight_shape"),
+        partial(from_groups, bits=bits, group_size=group_size),
+    )  # fmt: skip
+    block = blocks.pop() if blocks else (1, 1)
+    return _scaled("_scale", (*_FP8, torch.int8), block), in_groups
 
 
 def _bits(value: object) -> int:
@@ -299,6 +261,4 @@ _METHODS: dict[str, Callable[[Mapping[str, Any]], tuple[Packing, ...]]] = {
     "fbgemm_fp8": lambda said: (_scaled("_scale", _FP8, _block(said.get("weight_block_size"))),),
     "mxfp4": lambda said: (_MXFP4,),
     "compressed-tensors": _of_compressed_tensors,
-    "gptq": _of_gptq,
-    "awq": _of_awq,
 }
