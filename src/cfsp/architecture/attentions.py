@@ -61,8 +61,7 @@ def attentions_of(
 ) -> list[Unit | Refusal]:
     """Return the attentions of a block, and what mixes tokens in another way.
 
-    The text config counts heads. With the part `attention`, attentions whose heads are not found
-    are there too: they can go whole.
+    With the part `attention` those whose heads are not found are there too: they can go whole.
     """
     found: list[Unit | Refusal] = []
     inside: list[str] = []
@@ -122,10 +121,7 @@ def _attention(
 
 
 def _whole_attention(module: nn.Module, path: str, index: int, hidden: int) -> Unit | None:
-    """Return the attention that a module is, whatever its heads are; None if it seems to be none.
-
-    Its one KV group is the whole of it.
-    """
+    """Return the attention that a module is, its heads as one KV group; None if it is none."""
     matrices, output = _matrices(module, hidden)
     other = next((name for name in matrices if name != output), None)
     if "Attention" not in type(module).__name__ or output is None or other is None:

@@ -21,11 +21,7 @@ from cfsp.settings import Part
 def find_architecture(model: PreTrainedModel, part: Part = "ffn") -> Architecture:
     """Return the blocks of a model and the units of a part that they seem to have.
 
-    The model is a causal one, or a multimodal one with a text decoder inside. With the part
-    `attention` there are also attentions that can only go whole.
-
-    Raises:
-        UnsupportedModelError: there is no list of blocks.
+    With the part `attention` there are also attentions that can only go whole.
     """
     decoder = _text_decoder(model)
     base = next(path for path, module in model.named_modules() if module is decoder)

@@ -33,16 +33,7 @@ if TYPE_CHECKING:
 def with_experts(
     architecture: Architecture, config: PreTrainedConfig, run: SmallRun
 ) -> Architecture:
-    """Return the architecture with what has the axis of experts, proved.
-
-    Args:
-        architecture: with the FFN units that are proved.
-        config: of the stock model.
-        run: of a small one.
-
-    Raises:
-        UnsupportedModelError: it has no routed experts, or whole ones can't go.
-    """
+    """Return the architecture of a stock model with what has the axis of experts, proved."""
     routed = [unit for unit in architecture.units if unit.routed]
     if not routed:
         raise refused_experts(

@@ -53,9 +53,6 @@ def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
     It is the class that the config names, if that is one of transformers or was registered with
     an Auto class; else the one that the Auto classes have for the config's class.
-
-    Raises:
-        UnsupportedModelError: there is none, or it is an encoder or has one.
     """
     import transformers
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -88,10 +85,7 @@ def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def auto_classes_of(
     model_class: type[PreTrainedModel], config_class: type[PreTrainedConfig]
 ) -> list[str]:
-    """Return the Auto classes by which a language model is loaded; the one to name comes first.
-
-    Several types of configs may share a model class.
-    """
+    """Return the Auto classes by which a language model is loaded; the one to name comes first."""
     import transformers
 
     found = []

@@ -75,10 +75,7 @@ def prove(
 def _prove_part(
     config: PreTrainedConfig, model_class: type[PreTrainedModel], part: Part
 ) -> Architecture:
-    """Return the blocks and the units of one part that can be cut.
-
-    With `attention` an attention whose KV groups can't be cut is one that can go whole.
-    """
+    """Return the blocks and the units of one part that can be cut, or go (`attention`)."""
     architecture, shared = _guess(config, model_class, part)
     refused, alone = list(architecture.refused), []
     for number, unit in enumerate(architecture.units):

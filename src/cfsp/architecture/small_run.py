@@ -74,11 +74,7 @@ class SmallRun:
 def run_small(
     config: PreTrainedConfig, model_class: Any, architecture: Architecture, part: Part = "ffn"
 ) -> SmallRun:
-    """Run the smallest model that has the units of the large one, which are of one part.
-
-    Raises:
-        UnsupportedModelError: no small model runs, or it does not call block after block.
-    """
+    """Run the smallest model that has the units of the large one, which are of one part."""
     reason = "none has the same FFNs at the same places"
     for smaller in smaller_configs(config):
         try:
@@ -128,10 +124,7 @@ def _has_units_of(small: Architecture, large: Architecture) -> bool:
 
 
 def _fill(decoder: nn.Module, blocks: nn.ModuleList) -> bool:
-    """Give the text decoder random weights, unless they are too many: then return False.
-
-    Blocks that are built alike get the same ones.
-    """
+    """Give the text decoder random weights, unless they are too many: then return False."""
     examples: dict[object, nn.Module] = {}
     for block in blocks:
         examples.setdefault(_build(block), block)
@@ -272,11 +265,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def check_same(check: str, expected: str, compute: Callable[[], Tensor], wanted: Tensor) -> None:
-    """Check that a computation gives what it must, whatever a class does with what was cut away.
-
-    Raises:
-        FailedCheckError: it does not; `check` and `expected` name in words what was asked.
-    """
+    """Check that a computation gives what it must, whatever a class does with what was cut away."""
     try:
         error = difference(compute(), wanted)
     except Exception as problem:

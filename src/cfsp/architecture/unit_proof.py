@@ -92,11 +92,9 @@ def _check_is_read_by_no_other(run: SmallRun, unit: Unit, kept_EK: list[list[int
 
 
 def _as_entered(run: SmallRun, unit: Unit) -> Unit:
-    """Return an attention with what it returns, and the module that is entered after it.
-
-    With an output matrix of zeros nothing is added to the hidden state, so that it enters that
-    module as it entered the block.
-    """
+    """Return an attention with what it returns, and the module that is entered after it."""
+    # With an output matrix of zeros nothing is added to the hidden state, so that it enters that
+    # module as it entered the block.
     block = run.blocks[unit.block]
     bias = f"{unit.down.removesuffix('weight')}bias"
     zeros = {

@@ -34,11 +34,7 @@ _NOT_OF_BLOCKS = re.compile(r"token|section|architectures")
 
 
 def changes_without_blocks(config: PreTrainedConfig, removed: Collection[int]) -> dict[str, Any]:
-    """Return what keys of a stock config's text config become when blocks go, by name.
-
-    Raises:
-        UnsupportedModelError: no config of the class builds the blocks that stay as they are.
-    """
+    """Return what keys of a stock config's text config become when blocks go; refuse what can't."""
     fields = text_config_of(config).to_dict()
     search = _Search(config, removed)
     counts = [
@@ -72,10 +68,8 @@ def changes_without_blocks(config: PreTrainedConfig, removed: Collection[int]) -
 def same_changes(
     config: PreTrainedConfig, changes: Mapping[str, Any], kept: Sequence[int], count: int
 ) -> dict[str, Any]:
-    """Return the changes of another config of as many blocks, which may have other widths.
-
-    It is not read again: a config that was made smaller need not be one that its class accepts.
-    """
+    """Return the changes of another config of as many blocks, which may have other widths."""
+    # It is not read again: one that was made smaller need not be one that its class accepts.
     own = dict(_renumbered(text_config_of(config).to_dict(), kept, count))
     return {name: own.get(name, value) for name, value in changes.items()}
 
@@ -83,11 +77,7 @@ def same_changes(
 def stock_without_blocks(
     stock: PreTrainedConfig, architecture: Architecture, removed: Collection[int]
 ) -> tuple[PreTrainedConfig, Architecture, dict[str, Any]]:
-    """Return config and architecture of a stock model without blocks, and what keys became.
-
-    Raises:
-        UnsupportedModelError: as `changes_without_blocks` does.
-    """
+    """Return config and architecture of a stock model without blocks, and what keys became."""
     if not removed:
         return stock, architecture, {}
     changes = changes_without_blocks(stock, removed)

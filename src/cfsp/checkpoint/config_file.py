@@ -50,9 +50,7 @@ _CORRECT = "correct it or download it again"
 def read_config(directory: Path) -> tuple[PreTrainedConfig, Quantisation | None]:
     """Return the config of the plain model in a directory, and how that is stored quantised.
 
-    Raises:
-        CheckpointError: no model can be built from it, or cfsp cannot undo how it is quantised.
-        UnsupportedModelError: this transformers does not know the model type.
+    Raises a `CheckpointError` where no model can be built from it, or it cannot be dequantised.
     """
     import transformers
     from transformers import CONFIG_MAPPING

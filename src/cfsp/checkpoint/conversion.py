@@ -28,20 +28,12 @@ Placed = tuple[dict[str, Place], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Conversion:
-    """Stored tensors, and the parameters that transformers makes of them.
+    """Stored tensors, and the parameters that transformers makes of them."""
 
-    Attributes:
-        target: name of the parameter, or of the first of several.
-        sources: the stored tensors, by the pattern of the converter that took them, in the order
-            in which the converter wants them.
-        converter: what converts them (`WeightConverter`); None if the only stored tensor is the
-            parameter.
-        renamings: of transformers, that some name of the checkpoint went through.
-    """
-
-    target: str
-    sources: dict[str, list[str]]
-    converter: Any = None
+    target: str  # the parameter, or the first of several
+    sources: dict[str, list[str]]  # in the order in which the converter wants them, by its patterns
+    converter: Any = None  # `WeightConverter`; None if the only stored tensor is the parameter
+    # Of transformers, that some name of the checkpoint went through.
     renamings: list[Any] = field(default_factory=list, repr=False)
 
     @property
@@ -52,13 +44,11 @@ class Conversion:
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """What a converter asks of a model: its config, and parameters of which only shapes count.
-
-    It has the conversions that were used to load it where transformers looks for them.
-    """
+    """What a converter asks of a model: its config, and parameters of which only shapes count."""
 
     config: Any
     tensors: Mapping[str, Tensor] = field(repr=False)
+    # Where transformers looks for those that were used to load it.
     _weight_conversions: list[Any] | None = field(default=None, repr=False)
 
     def get_parameter(self, name: str) -> Tensor:
@@ -117,10 +107,8 @@ def find_conversions(
 def without_choice(
     conversion: Conversion, specs: Mapping[str, TensorSpec], shapes: ModelShapes
 ) -> Conversion:
-    """Return the same conversion, where it asks for shapes with the answer that they have now.
-
-    What is to be stored as it was before has to know whether a matrix was transposed.
-    """
+    """Return the same conversion, where it asks for shapes with the answer that they have now."""
+    # What is to be stored as it was before has to know whether a matrix was transposed.
     from transformers.core_model_loading import Transpose
 
     converter = conversion.converter
@@ -137,10 +125,7 @@ def without_choice(
 def convert(
     conversion: Conversion, tensors: Mapping[str, Tensor], shapes: ModelShapes
 ) -> dict[str, Tensor]:
-    """Return the parameters that transformers makes of stored tensors, by name.
-
-    It must have a converter. Of tensors on the meta device the result has shapes only.
-    """
+    """Return the parameters that a converter makes of stored tensors, which may be on `meta`."""
     converter = copy.deepcopy(conversion.converter)
     for pattern, names in conversion.sources.items():
         for name in names:
@@ -152,10 +137,7 @@ def convert(
 def revert(
     conversion: Conversion, parameters: Mapping[str, Tensor], config: Any
 ) -> dict[str, Tensor]:
-    """Return the stored tensors that parameters are made of: undo `convert`.
-
-    The parameters are all that the conversion makes, of any width and with any number of experts.
-    """
+    """Return the stored tensors that all parameters of a conversion are made of: undo `convert`."""
     if conversion.converter is None:
         return {conversion.stored[0]: parameters[conversion.target]}
     loaded = ModelShapes(config, parameters, [*conversion.renamings, conversion.converter])
@@ -163,10 +145,7 @@ def revert(
 
 
 def places(conversion: Conversion, specs: Mapping[str, TensorSpec]) -> Placed | None:
-    """Return the place of each stored tensor in the parameter, and the parameter's shape.
-
-    None where the conversion does more than put tensors side by side, or where they do not fit.
-    """
+    """Return where each stored tensor lies in the parameter, and its shape; None if nowhere."""
     if conversion.converter is None:
         (name,) = conversion.stored
         return {name: ()}, specs[name].shape
@@ -225,21 +204,14 @@ def specs_made(
 
 
 def as_saved(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors under the names, and in the shapes, that `save_pretrained` gives them.
-
-    The model tells how it was loaded. On the meta device nothing is copied.
-    """
+    """Return tensors under the names, and in the shapes, that `save_pretrained` gives them."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return dict(revert_weight_conversion(model, dict(state)))
 
 
 def missing_prefix(model: PreTrainedModel, stored: Iterable[str]) -> str:
-    """Return what the names lack in a checkpoint that was saved from the base model alone.
-
-    Such are those of GPT-2 on the hub; transformers loads them as well. With the prefix they are
-    the names under which the whole model is saved.
-    """
+    """Return what names lack in a checkpoint of a base model alone, such as GPT-2's on the hub."""
     prefix = f"{model.base_model_prefix}."
     names = set(stored)
     in_memory = model.state_dict()
@@ -254,10 +226,7 @@ def missing_prefix(model: PreTrainedModel, stored: Iterable[str]) -> str:
 
 
 def saved_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return what `save_pretrained` would write, by the names in memory.
-
-    Of tensors that are tied it has the one that the others take theirs from.
-    """
+    """Return what `save_pretrained` would write, by the names in memory; of tied tensors one."""
     state: dict[str, Tensor] = model.state_dict()
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         state.pop(name, None)

@@ -34,13 +34,10 @@ class ImpossiblePartsError(Exception):
 
 @dataclass(frozen=True)
 class DequantisedTensor:
-    """A tensor that is computed, when it is asked for, from the tensors that it is stored as.
-
-    `rows` gives its values, in float32, from one row of the first axis to another.
-    """
+    """A tensor that is computed, when it is asked for, from the tensors that it is stored as."""
 
     spec: TensorSpec
-    rows: Callable[[int, int], Tensor]
+    rows: Callable[[int, int], Tensor]  # in float32, from one of the first axis to another
 
     def read(self) -> Tensor:
         """Return the tensor."""

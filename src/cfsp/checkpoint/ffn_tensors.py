@@ -49,10 +49,7 @@ def _matrix(source: WeightSource, unit: Unit, path: str, ffn: int) -> Tensor:
 def parameters_with_down(
     source: WeightSource, index: int, down_of: Mapping[int, Tensor]
 ) -> dict[str, Tensor]:
-    """Return new down projections of a unit's FFNs (D x K, of all that stay) as its parameter.
-
-    By its `origin`.
-    """
+    """Return new down projections (D x K) of a unit's FFNs as its parameter, by its `origin`."""
     unit = source.units[index]
     downs = [down.T if _is_transposed(unit, unit.down) else down for down in down_of.values()]
     name = source.origin(source.architecture.block_prefix(unit.block) + unit.down)

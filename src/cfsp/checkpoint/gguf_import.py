@@ -43,7 +43,6 @@ def import_gguf(path: Path) -> Path:
     """Return a directory with the file's config, tokenizer and weights as safetensors.
 
     Weights become bfloat16, or float32 or float16 where that is what the file mostly stores.
-    The directory is named after the file's content, so it is made only once.
     """
     try:
         with path.open("rb") as file:

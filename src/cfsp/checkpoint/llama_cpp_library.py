@@ -29,11 +29,7 @@ def llama_cpp_version() -> str:
 
 
 def llama_cpp_library() -> tuple[Any, Any]:
-    """Return (ffi, library), ready for use, with messages kept instead of printed.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
+    """Return (ffi, library), ready for use, with messages kept instead of printed."""
     try:
         from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
     except ImportError as error:

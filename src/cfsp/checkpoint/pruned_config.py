@@ -76,11 +76,7 @@ def pruned_fields_and_file(
     removed: Collection[int] = (),
     experts: int | None = None,
 ) -> tuple[dict[str, Any], ModelingFile | None]:
-    """Return config.json of the pruned model, and the modelling file if it needs one.
-
-    Arguments beside `fields`, the source's config.json, are those of `pruned_config`, which fails
-    as this does.
-    """
+    """Return config.json and the modelling file that it needs, if any; see `pruned_config`."""
     changes = _changes(config, architecture, widths, removed, experts)
     changed = copy.deepcopy(fields)
     text_fields = text_fields_of(changed, config)
@@ -96,11 +92,7 @@ def pruned_fields_and_file(
 
 
 def check_attentions_can_go_alone(config: PreTrainedConfig, architecture: Architecture) -> None:
-    """Check that a model can be written without an attention layer and with all of its channels.
-
-    Raises:
-        UnsupportedModelError: it can't, because the stock class would load it.
-    """
+    """Check that the stock class would not load a model that has lost one attention layer only."""
     layers = [index for index, unit in enumerate(architecture.units) if unit.part == "kv"]
     widths = architecture.widths
     widths[layers[0]] = 0
@@ -182,8 +174,7 @@ def _of_ffns(
 ) -> tuple[_Changes, str | None]:
     """Return what the widths of FFNs say of keys, and what `per_layer_config` then calls a width.
 
-    Keys of the whole config are ours and need the modelling file. `would_load` says that the stock
-    class builds all else, although it must not.
+    `would_load` says that the stock class builds all else, although it must not.
     """
     search = WidthSearch.of(stock, architecture)
     stock_values = search.stock_values(architecture, widths)

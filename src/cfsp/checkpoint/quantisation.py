@@ -76,11 +76,7 @@ _COMPRESSED_FORMATS = (
 
 
 def quantisation_in(fields: Mapping[str, Any], label: str) -> Quantisation | None:
-    """Return how a checkpoint is quantised, by the fields of its config.json; None if it is not.
-
-    Raises:
-        CheckpointError: in a way that cfsp cannot undo.
-    """
+    """Return how a checkpoint is quantised, by its config.json; None if it is not."""
     configs = (fields, *(each for each in fields.values() if isinstance(each, dict)))
     found = [config[key] for config in configs for key in QUANTISATION_KEYS if config.get(key)]
     if not found:
@@ -116,9 +112,6 @@ def dequantised(
     """Return the tensors of the plain checkpoint that a quantised one stands for, by name.
 
     What is not quantised stays as it is stored; the rest becomes `dtype`.
-
-    Raises:
-        CheckpointError: a weight lacks a part, or its parts do not fit.
     """
     plain: dict[str, StoredTensor] = {}
     parts_of: dict[str, tuple[Packing, dict[str, FileTensor]]] = {}

@@ -43,21 +43,13 @@ _COMPUTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class WeightSource(Protocol):
-    """What the stages need of a model: config, tensor specs, and single tensors.
-
-    Attributes:
-        config: of the model.
-        architecture: its blocks and units.
-        specs: dtype and shape of every stored tensor, in the order in which they are stored.
-        stored: which parameters they make up.
-        label: what people call it.
-    """
+    """What the stages need of a model: config, tensor specs, and single tensors."""
 
     config: PreTrainedConfig
     architecture: Architecture
-    specs: Mapping[str, TensorSpec]
+    specs: Mapping[str, TensorSpec]  # of every stored tensor, in their order
     stored: StoredTensors
-    label: str
+    label: str  # what people call it
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -66,10 +58,8 @@ class WeightSource(Protocol):
 
     @property
     def parameters(self) -> Mapping[str, TensorSpec]:
-        """Dtype and shape of every parameter and buffer that is stored, by its name in the model.
-
-        Of tied ones only that which the others take their values from.
-        """
+        """Dtype and shape of every stored parameter and buffer by its name in the model."""
+        # Of tied ones only that which the others take their values from.
         return self.stored.parameters
 
     @property
@@ -89,13 +79,7 @@ class WeightSource(Protocol):
     def parameter(
         self, name: str, dtype: torch.dtype | None = None, expert: int | None = None
     ) -> Tensor:
-        """Return one of `parameters`.
-
-        Args:
-            name: in the model.
-            dtype: what it becomes; None for its own.
-            expert: the index along its first axis that is asked for alone; None for all.
-        """
+        """Return one of `parameters`, or one expert's part of it; None as dtype is its own."""
 
         def read(tensor: str, *row: int) -> Tensor:
             return self.read(tensor, *row).to(dtype)
@@ -103,10 +87,7 @@ class WeightSource(Protocol):
         return self.stored.assemble(name, read, expert)
 
     def read(self, name: str, row: int | None = None) -> Tensor:
-        """Return one stored tensor in its own dtype, or what it has at one index of its first axis.
-
-        Only that much is read where the source can.
-        """
+        """Return one stored tensor in its dtype, or what it has at an index of its first axis."""
         ...
 
     def read_parts(self, name: str, parts: Sequence[slice]) -> Tensor:
@@ -123,12 +104,7 @@ class Checkpoint(WeightSource):
     """A model directory with safetensors; opening it reads only config and headers.
 
     One that is stored quantised is seen as the plain model: config and tensors say nothing of it,
-    and a tensor is dequantised when it is read.
-
-    Args:
-        directory: the directory.
-        label: how to name the model to people (for example its hub id).
-        parts: what may be removed; nothing else of it is a unit.
+    and a tensor is dequantised when it is read. Only units of `parts` are found.
 
     Raises:
         CheckpointError: no config, no safetensors, a missing or truncated shard, or tensors
@@ -176,11 +152,7 @@ class Checkpoint(WeightSource):
 
 
 class LoadedModel(WeightSource):
-    """A transformers model in memory, seen as a weight source; nothing is copied.
-
-    Raises:
-        CheckpointError: it is no such model, or quantised.
-    """
+    """A transformers model in memory, seen as a weight source; nothing is copied."""
 
     def __init__(self, model: PreTrainedModel, parts: tuple[Part, ...] = DEFAULT_PARTS) -> None:
         if not hasattr(model, "config"):
@@ -211,10 +183,7 @@ class LoadedModel(WeightSource):
 def in_memory(
     model: PreTrainedModel, parts: tuple[Part, ...] = DEFAULT_PARTS
 ) -> Iterator[LoadedModel]:
-    """Take a user's model as a source, in evaluation mode: dropout would measure noise.
-
-    Every module gets its own mode back. Arguments and errors are those of `LoadedModel`.
-    """
+    """Take a user's model as a source, in evaluation mode: dropout would measure noise."""
     source = LoadedModel(model, parts)
     was_training = {module: module.training for module in model.modules()}
     model.eval()
@@ -228,10 +197,9 @@ def in_memory(
 def fingerprint(source: WeightSource) -> str:
     """Return a hex digest that tells models apart, cheap enough to compute at every start.
 
-    It covers the model type, and of every tensor the name, the shape and values from its beginning
-    to its end: all of a small one, else some kilobytes. So a fine-tuned copy of a model does not
-    pass for the original, whatever was tuned, unless only single rows were. Values are taken in
-    float32, and by tensor: a model and its upcast copy are the same model, in any files.
+    It covers the model type, and of every tensor the name, the shape and some kilobytes from its
+    beginning to its end, in float32: a model and its upcast copy are the same, in any files. A
+    fine-tuned copy does not pass for the original, unless only single rows were tuned.
     """
     if source not in _found:
         _found[source] = _digest(source)
@@ -295,17 +263,9 @@ def read_tensors(
 ) -> dict[str, Tensor]:
     """Read the tensors of a module from the source, by their names in the module.
 
-    Touches nothing but the file, so that a thread can read ahead.
-
-    Args:
-        module: any part of a skeleton.
-        prefix: what the module's parameter names begin with in the source.
-        source: where the tensors come from.
-        dtype: what floating-point parameters become; buffers stay as they are stored.
-        instead: parameters that take the place of the source's, by their `origin`.
-
-    Raises:
-        CheckpointError: the source lacks a tensor or has it in another shape.
+    It touches nothing but the file, so that a thread can read ahead. Parameters become `dtype`,
+    buffers stay as they are stored. `instead` has parameters that take the place of the source's,
+    by their `origin`; `prefix` is what the names of the module's begin with in the source.
     """
     parameters = dict(module.named_parameters())
     return {
@@ -321,10 +281,7 @@ def read_parameter(
     dtype: torch.dtype | None,
     instead: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """Return a parameter as the model in memory holds it, also one that is tied.
-
-    Arguments and errors are those of `read_tensors`; None as dtype is that of its tensors.
-    """
+    """Return a parameter as the model in memory holds it, also a tied one; see `read_tensors`."""
     if name in source.faults:
         raise CheckpointError(f"{source.label} {source.faults[name]}; {AGAIN}")
     origin = source.origin(name)
@@ -334,10 +291,8 @@ def read_parameter(
 
 
 def check_complete(source: WeightSource) -> None:
-    """Check that a model's file has every tensor of the model, in its shape.
-
-    Loading makes up what is missing, by chance; cutting does not look at what it does not cut.
-    """
+    """Check that a model's file has every tensor of the model, in its shape."""
+    # Loading makes up what is missing, by chance; cutting does not look at what it does not cut.
     for fault in source.faults.values():
         raise CheckpointError(f"{source.label} {fault}; {AGAIN}")
 

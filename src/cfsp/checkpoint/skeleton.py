@@ -29,13 +29,9 @@ if TYPE_CHECKING:
 def architecture_of(
     config: PreTrainedConfig, parts: tuple[Part, ...] = DEFAULT_PARTS
 ) -> Architecture:
-    """Return the blocks and units of a config's model, proved, with the widths it gives them.
+    """Return the blocks and proved units of a config's model, with the widths it gives them.
 
     The units are those of `parts`, and those to which the config gives widths of their own.
-
-    Raises:
-        CheckpointError: no model can be built from the config.
-        UnsupportedModelError: no FFN of the model can be cut, or none could be proved.
     """
     stock = stock_config(config)
     # Proving takes a part of a second, and one command asks several times.
@@ -65,10 +61,8 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the model of a config with parameters on the meta device and real buffers.
-
-    Real buffers matter: rotary frequencies are computed at construction and stored nowhere.
-    """
+    """Return the model of a config with parameters on the meta device and real buffers."""
+    # Rotary frequencies are buffers that are computed at construction and stored nowhere.
     from accelerate import init_empty_weights
 
     return _built(config, dtype, lambda: init_empty_weights(include_buffers=False)).eval()

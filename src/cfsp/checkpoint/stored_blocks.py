@@ -20,10 +20,6 @@ def names_without_blocks(source: WeightSource, removed: Collection[int]) -> dict
     The number of a tensor's block is the first in its name that is the block's. Tensors that no
     parameter takes, such as those of multi-token prediction behind the last block, stay as they
     are.
-
-    Raises:
-        UnsupportedModelError: a stored tensor is of several blocks, its name has no number, or a
-            block that stays has weights of one that goes.
     """
     if not removed:
         return {name: name for name in source.specs}

@@ -49,24 +49,14 @@ class StoredTensors:
     """Which stored tensors make up which parameters of a model in memory.
 
     Parameters here are parameters and stored buffers, by their names in the model.
-
-    Attributes:
-        specs: of the stored tensors.
-        parameters: types and shapes of all that is made of them.
-        tied: parameters that nothing is stored of, and the one whose value each has.
-        unused: stored tensors that no parameter takes: of modules that the model does not have
-            (multi-token prediction), and stale ones.
-        stale: those of `unused` that belong to a module of the model, which no longer has them.
-        faults: parameters whose stored tensors are missing or have another shape, and what is
-            wrong, as the end of a sentence.
     """
 
-    specs: Mapping[str, TensorSpec]
-    parameters: Mapping[str, TensorSpec]
-    tied: Mapping[str, str]
-    unused: tuple[str, ...]
-    stale: tuple[str, ...]
-    faults: Mapping[str, str]
+    specs: Mapping[str, TensorSpec]  # of the stored tensors
+    parameters: Mapping[str, TensorSpec]  # of all that is made of them
+    tied: Mapping[str, str]  # parameters that nothing is stored of, and the one with the value
+    unused: tuple[str, ...]  # that no parameter takes, such as those of multi-token prediction
+    stale: tuple[str, ...]  # those of a module of the model, which no longer has them
+    faults: Mapping[str, str]  # what is wrong with a parameter, as the end of a sentence
     _shapes: ModelShapes = field(repr=False)
     _made_by: Mapping[str, Conversion] = field(repr=False)
 
@@ -77,15 +67,10 @@ class StoredTensors:
         specs: Mapping[str, TensorSpec],
         label: str = "the checkpoint",
     ) -> StoredTensors:
-        """Find what becomes of the tensors of a checkpoint.
+        """Find what becomes of the tensors of a checkpoint, by the model of its class and config.
 
-        The model is of the class and config that the checkpoint is loaded with; only names and
-        shapes count, so it may be on the meta device.
-
-        Raises:
-            CheckpointError: a tensor of a unit is missing or has another shape.
-            UnsupportedModelError: a unit shares weights, or a narrower one cannot be stored in the
-                form in which it is stored now.
+        Only names and shapes count, so the model may be on the meta device. A unit that lacks a
+        tensor, shares weights or cannot be stored again is a `CheckpointError`.
         """
         shapes = ModelShapes(
             model.config,
@@ -185,16 +170,10 @@ class StoredTensors:
     def assemble(
         self, parameter: str, read: Callable[..., Tensor], expert: int | None = None
     ) -> Tensor:
-        """Return a parameter as the model in memory holds it.
+        """Return a parameter as the model in memory holds it, or one expert's part of it.
 
-        Where stored tensors lie side by side in it, one at a time is in memory beside the whole.
-
-        Args:
-            parameter: one that has sources.
-            read: gives a stored tensor by name; with a number, what it has at that index of its
-                first axis.
-            expert: the index along the parameter's first axis that is asked for alone; None for
-                all.
+        `read` gives a stored tensor by name; with a number, what it has at that index of its first
+        axis. Where stored tensors lie side by side, one at a time is in memory beside the whole.
         """
         conversion = self._made_by[parameter]
         placed = self._places_of(conversion)
@@ -221,18 +200,11 @@ class StoredTensors:
         return found
 
     def as_stored(self, parameters: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
-        """Return the stored tensors that parameters are made of; undo `assemble`.
-
-        The parameters, of a model of `config`, are all that `made_with` names for one of them; of
-        any width, and with any number of experts.
-        """
+        """Return the stored tensors of all parameters of `made_with`, of any width."""
         return revert(self._made_by[next(iter(parameters))], parameters, config)
 
     def take_apart(self, parameter: str, tensor: Tensor) -> dict[str, Tensor] | None:
-        """Return the stored tensors that a parameter's value is made of, as views.
-
-        None where the conversion does more than put them side by side.
-        """
+        """Return the stored tensors of a parameter as views; None if not side by side."""
         placed = self._places_of(self._made_by[parameter])
         if placed is None:
             return None

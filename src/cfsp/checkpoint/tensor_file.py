@@ -82,11 +82,7 @@ def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
 
 
 class TensorFile:
-    """A safetensors file whose header has been read and checked against the file's size.
-
-    Raises:
-        CheckpointError: the file is missing, truncated, or its header contradicts itself.
-    """
+    """A safetensors file whose header has been read and checked against the file's size."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -252,11 +248,8 @@ def outgoing_tensor(name: str, tensor: Tensor) -> OutgoingTensor:
 
 
 def write_tensor_file(path: Path, tensors: Sequence[OutgoingTensor]) -> str:
-    """Write tensors one after another and return the file's SHA-256 as hex.
-
-    The digest is computed on a second thread, so that it hides behind the writing. The file is
-    flushed to the disk before this returns.
-    """
+    """Write tensors one after another, flushed to the disk; return the file's SHA-256 as hex."""
+    # The digest is computed on a second thread, so that it hides behind the writing.
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:

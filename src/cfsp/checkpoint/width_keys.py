@@ -55,9 +55,8 @@ class WidthSearch:
     def of(stock: PreTrainedConfig, architecture: Architecture) -> WidthSearch:
         """Search for the keys of the FFNs at the paths of an architecture's units.
 
-        A key counts if the model that is built with another value of it has other widths, in the
-        same proportion to the value, and is the same model in all else: a class may also scale an
-        output by the number.
+        A key counts if the model that is built with another value of it has other widths, in
+        proportion, and is the same in all else: a class may also scale an output by the number.
         """
         model = empty_stock_model(stock)
         widths = _widths_by_path(model, {unit.path for unit in architecture.units})
@@ -89,10 +88,7 @@ class WidthSearch:
         return values if self.finds_units(values, architecture, widths) else None
 
     def wrong_value(self, architecture: Architecture, widths: Sequence[int]) -> dict[str, int]:
-        """Return a key with a value by which the stock class builds none of the widths.
-
-        Twice the widest: whatever must divide a width divides it. Nothing if there is no such key.
-        """
+        """Return a key with a value by which the stock class builds none of the widths, if any."""
         for key in self.keys:
             value = 2 * max(widths) // min(key.times.values())
             if self.finds_units({key.name: value}, architecture):
@@ -105,11 +101,9 @@ class WidthSearch:
         architecture: Architecture,
         widths: Sequence[int] | None = None,
     ) -> bool:
-        """Return whether the stock config with other values has the units, of any widths given.
-
-        An FFN that is much narrower than the hidden size may not be recognised as one any more, and
-        a key may say the width of something else too, such as FFNs that the proof refused.
-        """
+        """Return whether the stock config with other values has the units, of any widths given."""
+        # An FFN much narrower than the hidden size may not be recognised any more, and a key
+        # may say the width of something else too, such as FFNs that the proof refused.
         model = empty_stock_model(with_values(self.stock, values))
         if _other_shapes(model, architecture) != _other_shapes(self.model, architecture):
             return False
@@ -200,11 +194,7 @@ def _other_shapes(model: PreTrainedModel, architecture: Architecture) -> dict[st
 def stock_heads(
     stock: PreTrainedConfig, architecture: Architecture, widths: Sequence[int]
 ) -> dict[str, int] | None:
-    """Return the numbers of heads by which the stock class builds attentions with so many groups.
-
-    None if it cannot: the model that is built with these numbers must be the one that is resized,
-    in every shape and every number that a module keeps.
-    """
+    """Return the numbers of heads by which the stock class builds such groups; None if it can't."""
     units, resized = architecture.units, empty_stock_model(stock)
     width_of = _widths_by_place(resized, "kv")
     # What can only go whole has no groups that are found.

@@ -30,10 +30,7 @@ def write_config(
     removed: Collection[int] = (),
     experts: int | None = None,
 ) -> None:
-    """Write config.json of the pruned model, and its modelling file if it needs one.
-
-    Arguments are those of `pruned_config`.
-    """
+    """Write config.json of the pruned model and the modelling file it needs, if any."""
     fields = read_plain_fields(source.directory)
     pruned, file = pruned_fields_and_file(
         fields, source.config, source.architecture, widths, removed, experts
@@ -57,10 +54,7 @@ def copy_travelling_files(source_directory: Path, target: Path) -> None:
 
 
 def digests_beside_weights(directory: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file but weights that changes what the model says, by its path.
-
-    That is config, tokenizer, processor, chat templates, and any code.
-    """
+    """Return the SHA-256 of each file but weights that changes what the model says, by its path."""
     return {
         path.relative_to(directory).as_posix(): sha256(path.read_bytes()).hexdigest()
         for path in sorted([*directory.iterdir(), *(directory / TEMPLATES).rglob("*")])

@@ -81,11 +81,7 @@ MLX_LM = Reader("mlx-lm", "mlx_lm.server --model {out}")
 
 
 def write(reader: Reader, source: Checkpoint, out: Path, options: ExportOptions) -> Written:
-    """Write the checkpoint for one reader into an existing directory; one of a stock class as such.
-
-    Raises:
-        ExportError: the reader cannot run the model; nothing is written.
-    """
+    """Write the checkpoint for one reader into a directory; one of a stock class as such."""
     is_stock = modeling_file(source.config, source.architecture) is None
     if not is_stock:
         _check_runs(reader, source)

@@ -45,11 +45,8 @@ class GgufTensor:
 def gguf_tensors(
     source: Checkpoint, architecture: Architecture, kind: GGMLQuantizationType
 ) -> list[GgufTensor]:
-    """Return what a file of this architecture holds, in the checkpoint's order.
-
-    Vectors are always float32, and matrices whose rows don't divide into blocks of this type become
-    float16.
-    """
+    """Return what a file of this architecture holds, in the checkpoint's order."""
+    # Vectors are always float32; matrices whose rows don't divide into blocks become float16.
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     graph = next(each for each, name in MODEL_ARCH_NAMES.items() if name == architecture.name)

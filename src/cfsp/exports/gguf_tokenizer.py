@@ -27,11 +27,10 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 def read_tokenizer(
     tokenizer: PreTrainedTokenizerBase, vocabulary: int, pre_tokenizer: str | None
 ) -> tuple[dict[str, Any], SpecialVocab]:
-    """Translate a tokenizer, for an embedding matrix of so many rows.
+    """Translate a tokenizer, for an embedding matrix of so many rows; None is to tell its name.
 
     Returns the file's fields, by the names of the writer's methods without `add_`, and special
-    tokens, merges and chat template. Ids without a token become unused ones. `pre_tokenizer` is
-    llama.cpp's name of it; None to tell it from the tokenizer.
+    tokens, merges and chat template. Ids without a token become unused ones.
     """
     from gguf import SpecialVocab
 

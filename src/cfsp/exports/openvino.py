@@ -128,10 +128,7 @@ def _openvino() -> Any:
 
 
 class _Step(nn.Module):
-    """One call: new tokens and the past in, logits and the new past out.
-
-    The attention function of the given model is replaced.
-    """
+    """One call of a model with another attention: new tokens and past in, logits and past out."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         from transformers import AttentionInterface

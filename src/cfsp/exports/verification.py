@@ -72,16 +72,8 @@ def verified(
 ) -> Verification:
     """Compare what a runtime computes of a copy with what transformers computes of the checkpoint.
 
-    Args:
-        source: the checkpoint.
-        reader: what reads the copy.
-        feed: reads more tokens of one sequence and returns logits_TV after each of them.
-        tolerance: largest root mean square of the differences, relative to that of the logits.
-        context: how many tokens the copy can read.
-        decodes: compare greedy decoding, too.
-
-    Raises:
-        ExportError: they differ by more, or decode other tokens.
+    `feed` reads more tokens of one sequence and returns logits_TV after each; the copy can read
+    `context`. Their root mean square may differ by `tolerance`, relative to that of the logits.
     """
     tokens = probe_tokens(source, min(PROBE_TOKENS, max(1, context // 2)))
     model = reference_model(source)
@@ -139,9 +131,6 @@ def logits_of(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
 def greedy_after(
     model: PreTrainedModel, tokens: Sequence[int], continuation: Sequence[int]
 ) -> list[int]:
-    """Return the most likely token of a transformers model before each of the continuation.
-
-    They are equal exactly if the model, decoding greedily, writes the same.
-    """
+    """Return what a transformers model would write before each token of the continuation."""
     logits_TV = logits_of(model, [*tokens, *continuation[:-1]])
     return [int(token) for token in logits_TV[len(tokens) - 1 :].argmax(dim=-1)]
