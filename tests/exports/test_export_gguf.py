@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import cfsp
-from cfsp.checkpoint.llama_cpp_tokens import llama_cpp_tokens
+from cfsp.checkpoint.llama_cpp_library import llama_cpp_tokens
 from cfsp.checkpoint.locating import demo_gguf
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError, OutputError, UsageError
+from cfsp.exports.gguf import neighbours_together
 from cfsp.exports.gguf_architecture import warn_of_no_way_back
-from cfsp.exports.gguf_tensors import neighbours_together
 from cfsp.exports.registry import export_checkpoint
 from cfsp.exports.verification import ExportOptions, logits_of, reference_model
 from cfsp.pipeline import prune_checkpoint
@@ -283,9 +283,7 @@ def test_a_wrong_copy_is_noticed_and_not_kept(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = cut(tiny("llama"), tokenizer, tmp_path)
-    monkeypatch.setattr(
-        "cfsp.exports.gguf_tensors.neighbours_together", lambda tensor, heads: tensor
-    )
+    monkeypatch.setattr("cfsp.exports.gguf.neighbours_together", lambda tensor, heads: tensor)
     with pytest.raises(ExportError, match="computes something else: relative error"):
         export(source, tmp_path / "m.gguf")
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "pruned"}

@@ -116,7 +116,7 @@ def _attention(
         axes={f"{path}.{name}": axis for name, axis in axes.items()},
         attributes=(*sizes, *_own_numbers(module, path, heads)),
         part="kv",
-        config_numbers=tuple(_config_numbers(module, heads)),
+        config_numbers=dict(_config_numbers(module, heads)),
     )
 
 
@@ -219,7 +219,7 @@ def _own_numbers(module: nn.Module, path: str, heads: _Heads) -> Iterator[WidthA
             continue
         is_count = _COUNTS.search(name) and value in counts
         if is_count or (_LENGTHS.search(name) and value in lengths):
-            yield WidthAttribute(path, name, value // heads.groups)
+            yield path, name, value // heads.groups
 
 
 def _config_numbers(module: nn.Module, heads: _Heads) -> Iterator[tuple[str, int]]:

@@ -206,4 +206,4 @@ def _own_numbers(module: nn.Module, path: str, width: int, hidden: int) -> Itera
             continue
         for times in (1, 2):
             if value == times * width:
-                yield WidthAttribute(path, name, times)
+                yield path, name, times

@@ -16,6 +16,7 @@ Shapes: E experts, F FFN channels, G KV groups, D hidden.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -28,6 +29,10 @@ from cfsp.settings import Part
 
 # How gate and up share one matrix: all rows of the gate first, or row about row.
 Fusion = Literal["halves", "interleaved"]
+
+# A number that a module keeps of its own size, such as `in_features`: the module's dotted path from
+# the block, the number's name, and how often the width it is.
+WidthAttribute = tuple[str, str, int]
 
 
 @dataclass(frozen=True)
@@ -88,15 +93,6 @@ class ChannelAxis:
 
 
 @dataclass(frozen=True)
-class WidthAttribute:
-    """A number that a module keeps of its own size, such as `in_features`."""
-
-    module: str  # dotted path from the block
-    name: str
-    times: int = 1  # how often the width it is
-
-
-@dataclass(frozen=True)
 class Unit:
     """The FFNs of a block that share a width (a dense one, or all routed experts), or an attention.
 
@@ -115,7 +111,7 @@ class Unit:
     routed: bool = False  # whether its FFNs are experts that a router chooses among
     part: Part = "ffn"
     # Numbers of heads that an attention reads in its config while it runs, each in `width`s.
-    config_numbers: tuple[tuple[str, int], ...] = ()
+    config_numbers: dict[str, int] = field(default_factory=dict)
     after: str | None = None  # the module that the hidden state after an attention enters, if any
     # How many values an attention returns besides its output; None if it returns a tensor.
     extras: int | None = None
@@ -158,7 +154,7 @@ class Unit:
         """The kind without its numbers: what a smaller model of the same class has in common."""
         if self.part == "kv":
             axes = tuple((name, axis.axis, len(axis.spans)) for name, axis in self.axes.items())
-            names = tuple((a.module, a.name) for a in self.attributes)
+            names = tuple((module, name) for module, name, _ in self.attributes)
             return (self.path, self.up, self.down, axes, names)
         return (
             self.path, self.up, self.gate, self.down, tuple(self.axes.items()), self.attributes,
@@ -170,19 +166,13 @@ class Unit:
         """The axes as plain numbers, as `resize_ffn` and config.json have them."""
         return {name: (axis.axis, axis.entries) for name, axis in self.axes.items()}
 
-    @property
-    def plain_attributes(self) -> list[tuple[str, str, int]]:
-        """The attributes as plain values, as `resize_ffn` and config.json have them."""
-        return [(a.module, a.name, a.times) for a in self.attributes]
-
     def resize(self, block: nn.Module, width: int) -> None:
         """Give the unit of a block another width, as the modelling file does it."""
-        axes, attributes = self.plain_axes, self.plain_attributes
+        sizes = self.plain_axes, self.attributes
         if self.part == "kv":
-            numbers = dict(self.config_numbers)
-            resize_attention(block, self.path, width, axes, attributes, numbers)
+            resize_attention(block, self.path, width, *sizes, self.config_numbers)
         else:
-            resize_ffn(block, width, axes, attributes)
+            resize_ffn(block, width, *sizes)
 
     def select(self, name: str, parameter: Tensor, kept_EK: Sequence[Sequence[int]]) -> Tensor:
         """Return one of its parameters with the kept channels of each FFN only, as many of each."""
@@ -219,7 +209,7 @@ class Unit:
     def whole(self) -> Unit:
         """Return the same attention as one that stays or goes, whatever its heads are."""
         axes = {self.down: replace(self.axes[self.down], spans=(self.columns,))}
-        return replace(self, width=1, axes=axes, attributes=(), config_numbers=())
+        return replace(self, width=1, axes=axes, attributes=(), config_numbers={})
 
 
 @dataclass(frozen=True)
@@ -320,6 +310,11 @@ class Architecture:
     def module_name(self, unit: Unit) -> str:
         """Return the dotted path from the model to the module of a unit."""
         return f"{self.block_prefix(unit.block)}{unit.path}".removesuffix(".")
+
+    def block_of(self, name: str) -> int | None:
+        """Return the block whose number is in a parameter's name, be it one too many, if any."""
+        found = re.match(rf"{re.escape(self.blocks)}\.(\d+)\.", name)
+        return None if found is None else int(found[1])
 
     def block_prefix(self, block: int) -> str:
         """Return what the names of all parameters of one block begin with."""

@@ -52,4 +52,4 @@ def sizes_of_matrices(
             for size in _INPUTS if name == down else _OUTPUTS:
                 if getattr(module.get_submodule(owner), size, None) == axis.entries * width:
                     at = f"{path}.{owner}".removeprefix(".")
-                    yield WidthAttribute(at, size, axis.entries)
+                    yield at, size, axis.entries

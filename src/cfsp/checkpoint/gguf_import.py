@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cfsp.checkpoint.cache import converted_directory, directory_bytes
 from cfsp.checkpoint.gguf_header import check_gguf
-from cfsp.checkpoint.llama_cpp_tokens import tokens_differ
+from cfsp.checkpoint.llama_cpp_library import tokens_differ
 from cfsp.checkpoint.output import staged_directory
 from cfsp.checkpoint.pre_tokenizers import BY_NAME
 from cfsp.errors import CheckpointError, MissingExtraError, OutputError

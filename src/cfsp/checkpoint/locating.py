@@ -10,13 +10,15 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cfsp.checkpoint.hub import hub_is_reachable, why_not_written
 from cfsp.checkpoint.own_files import CARD_FILE, MODELING_FILE, STATISTICS_FILE
 from cfsp.errors import CheckpointError
 from cfsp.settings import DEFAULT_PARTS, Part
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import Checkpoint
+
+# The hub's own client tries for half a minute where none can be reached.
+_SECONDS = 5.0
 
 DEMO_NAME = "demo"
 _GIVE = "give a directory with safetensors, a .gguf file or a hub id"
@@ -107,3 +109,34 @@ def _download(name: str) -> Path:
             f"{name} is neither a local path nor a model that the hub serves to you now "
             f"({type(error).__name__}); check the name, the network and your access token"
         ) from error
+
+
+def hub_is_missed() -> bool:
+    """Return whether the hub cannot be reached, by one who did not set HF_HUB_OFFLINE."""
+    from huggingface_hub import constants
+
+    return not constants.is_offline_mode() and not hub_is_reachable()
+
+
+def hub_is_reachable() -> bool:
+    """Ask the hub for anything, once; False also where the user set HF_HUB_OFFLINE."""
+    from huggingface_hub import constants, get_session
+
+    if constants.is_offline_mode():
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_SECONDS)
+    except Exception:  # of the HTTP library, whichever the client uses
+        return False
+    return True
+
+
+def why_not_written(error: Exception) -> str:
+    """Return why the hub's client cannot write into its cache; empty if that is not what failed."""
+    # Errors of the network are of this type, too, but of no file.
+    if not isinstance(error, OSError) or error.filename is None:
+        return ""
+    return (
+        f"the hub's cache cannot be written to ({error.filename}: {error.strerror}); set HF_HOME "
+        "to a directory that can be"
+    )

@@ -309,8 +309,8 @@ def _check_stored(source: WeightSource, model: PreTrainedModel) -> None:
             )
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     for name in source.stored.unused:
-        block = re.match(rf"{re.escape(source.architecture.blocks)}\.(\d+)\.", name)
-        is_beyond = block is not None and int(block[1]) >= source.architecture.block_count
+        block = source.architecture.block_of(name)
+        is_beyond = block is not None and block >= source.architecture.block_count
         if is_beyond and not any(re.search(pattern, name) for pattern in ignored):
             raise CheckpointError(
                 f"{source.label} has a tensor {name}, but its config says that there are "

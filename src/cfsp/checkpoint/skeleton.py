@@ -51,8 +51,11 @@ _proved: dict[str, Architecture] = {}
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Return the class of a config's model: stock, or ours for what stock cannot build."""
+    if not resized_parts(config):
+        return model_class_of(config)
     file = modeling_file(config, architecture_of(config))
-    return model_class_of(config) if file is None else pruned_class(file)
+    assert file is not None
+    return pruned_class(file)
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:

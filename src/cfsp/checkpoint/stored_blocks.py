@@ -55,13 +55,13 @@ def name_without_blocks(
     architecture: Architecture, removed: Collection[int], name: str
 ) -> str | None:
     """Return what a parameter is called when some blocks are gone; None if it goes with them."""
-    prefix = f"{architecture.blocks}."
-    if not name.startswith(prefix):
+    block = architecture.block_of(name)
+    if block is None:
         return name
-    block, _, rest = name.removeprefix(prefix).partition(".")
-    if int(block) in removed:
+    if block in removed:
         return None
-    return f"{architecture.block_prefix(index_without(removed, int(block)))}{rest}"
+    rest = name.removeprefix(architecture.block_prefix(block))
+    return architecture.block_prefix(index_without(removed, block)) + rest
 
 
 def _blocks_of_stored(source: WeightSource) -> dict[str, int]:
@@ -82,8 +82,7 @@ def _blocks_of_stored(source: WeightSource) -> dict[str, int]:
 
 def _block_of(source: WeightSource, name: str) -> int | None:
     """Return the block that a name in the model is of; None if it is of none of them."""
-    found = re.match(rf"{re.escape(source.architecture.blocks)}\.(\d+)\.", name)
-    block = None if found is None else int(found[1])
+    block = source.architecture.block_of(name)
     return block if block is not None and block < source.architecture.block_count else None
 
 
