@@ -68,19 +68,21 @@ def test_we_read_what_the_library_writes(tmp_path: Path) -> None:
     for name, tensor in tensors.items():
         assert file.specs[name] == TensorSpec(tensor.dtype, tuple(tensor.shape))
         assert same_bytes(file.read(name), tensor)
-        raw = b"".join(bytes(piece) for piece in file.chunks(name))
+        raw = b"".join(bytes(piece) for piece in file.tensors[name].chunks())
         assert raw == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
         for start, stop in ((0, 7), (3, 9), (0, tensor.numel())):
             stop = min(stop, tensor.numel())
             if start <= stop:
-                part = file.read_part(name, start, stop)
+                part = file.tensors[name].read_part(start, stop)
                 assert same_bytes(part, tensor.reshape(-1)[start:stop])
 
 
 def test_large_tensors_come_in_pieces(tmp_path: Path) -> None:
     big = torch.arange(9_000_000, dtype=torch.float32)
     save_file({"big": big}, tmp_path / "a.safetensors")
-    pieces = [piece.nbytes for piece in TensorFile(tmp_path / "a.safetensors").chunks("big")]
+    pieces = [
+        piece.nbytes for piece in TensorFile(tmp_path / "a.safetensors").tensors["big"].chunks()
+    ]
     assert len(pieces) > 1
     assert max(pieces) <= 16 << 20
     assert sum(pieces) == big.nbytes
@@ -207,11 +209,11 @@ def test_file_that_changes_after_opening_is_an_error(
     path = tmp_path / "a.safetensors"
     save_file({"t": torch.zeros(1000)}, path)
     os.utime(path, ns=(0, 1))  # it was written long ago
-    file = TensorFile(path)
-    pieces = file.chunks("t")
-    assert not file.read("t").any()
+    tensor = TensorFile(path).tensors["t"]
+    pieces = tensor.chunks()
+    assert not tensor.read().any()
     save_file({"t": torch.ones(1000)}, tmp_path / "b.safetensors")
     change(path, (tmp_path / "b.safetensors").read_bytes()[:length])
-    for read in (lambda: file.read("t"), lambda: file.read_part("t", 0, 4), lambda: list(pieces)):
+    for read in (tensor.read, lambda: tensor.read_part(0, 4), lambda: list(pieces)):
         with pytest.raises(CheckpointError, match=r"a.safetensors was changed while it was read"):
             read()

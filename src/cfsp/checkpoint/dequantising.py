@@ -182,7 +182,7 @@ def _read_groups(group_of_input: FileTensor, groups: int) -> Tensor:
     found = group_of_input.read().long()
     if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < groups:
         raise CheckpointError(
-            f"{group_of_input.file.path}: {group_of_input.name} has groups {int(found.min())} "
+            f"{group_of_input.path}: {group_of_input.name} has groups {int(found.min())} "
             f"to {int(found.max())}, expected 0 to {groups - 1}; {AGAIN}"
         )
     return found

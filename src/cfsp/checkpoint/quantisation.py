@@ -93,7 +93,7 @@ def quantisation_in(fields: Mapping[str, Any], label: str) -> Quantisation | Non
             f"{label} is quantised ({what}), which cfsp cannot undo (it can: "
             f"{', '.join(_METHODS)}); prune the model that it was made from and quantise the "
             "result, or, where transformers can undo it, load it there, call dequantize() and "
-            "save_pretrained(), and prune that"
+            "save_pretrained(), and prune the result"
         ) from None
 
 
@@ -114,33 +114,28 @@ def dequantised(
     What is not quantised stays as it is stored; the rest becomes `dtype`.
     """
     plain: dict[str, StoredTensor] = {}
-    parts_of: dict[str, tuple[Packing, dict[str, FileTensor]]] = {}
+    taken: set[str] = set()
     for name, tensor in tensors.items():
         packing = next((each for each in how.packings if _is_values(name, tensor, each)), None)
         if packing is None:
             plain[name] = tensor
-        else:
-            stem = name.removesuffix(packing.holder)
-            parts_of[stem + packing.plain] = packing, _parts(stem, packing, tensors, label)
-            # In the place of its values, so that tensors keep their order.
-            plain[stem + packing.plain] = tensor
-    if not parts_of:
+            continue
+        stem = name.removesuffix(packing.holder)
+        weight = stem + packing.plain
+        parts = _parts(stem, packing, tensors, label)
+        try:
+            plain[weight] = packing.dequantise(parts, dtype)
+        except ImpossiblePartsError as error:
+            raise CheckpointError(f"{label}: {error}; {AGAIN}") from None
+        taken |= {part.name for part in parts.values()} - {weight}
+        for ending in _OF_ACTIVATIONS:
+            taken |= {weight.removesuffix("weight") + ending, f"{weight}_{ending}"}
+    if not taken:
         raise CheckpointError(
             f"{label} is quantised ({how.method}) by its config.json, but none of its tensors is; "
             f"remove {QUANTISATION_KEYS[0]} there, or download it again"
         )
-    for name, (packing, parts) in parts_of.items():
-        try:
-            plain[name] = packing.dequantise(parts, dtype)
-        except ImpossiblePartsError as error:
-            raise CheckpointError(f"{label}: {error}; {AGAIN}") from None
-        for part in parts.values():
-            if part.name != name:
-                plain.pop(part.name, None)
-        stem = name.removesuffix("weight")
-        for ending in _OF_ACTIVATIONS:
-            plain.pop(stem + ending, None)
-            plain.pop(f"{name}_{ending}", None)
+    plain = {name: tensor for name, tensor in plain.items() if name not in taken}
     _check_is_plain(plain, how, label)
     return plain
 
@@ -166,14 +161,13 @@ def _parts(
 def _check_is_plain(tensors: Mapping[str, StoredTensor], how: Quantisation, label: str) -> None:
     """Check that nothing quantised is left, and no scale of something that is not."""
     endings = [ending for packing in how.packings for ending in packing.needed]
-    found_in = {name: str(t.spec.dtype).removeprefix("torch.") for name, t in tensors.items()}
     for name, tensor in tensors.items():
-        owners = [name.removesuffix(ending) for ending in endings if name.endswith(ending)]
-        owned = [owner for owner in owners if owner in tensors]
-        found = found_in[owned[0] if owned else name]
-        if owned:
+        owners = (name.removesuffix(ending) for ending in endings if name.endswith(ending))
+        owner = next((owner for owner in owners if owner in tensors), None)
+        found = str(tensors[owner or name].spec.dtype).removeprefix("torch.")
+        if owner is not None:
             raise CheckpointError(
-                f"{label} has {name} beside {owned[0]} in {found}, which is not quantised; {AGAIN}"
+                f"{label} has {name} beside {owner} in {found}, which is not quantised; {AGAIN}"
             )
         if tensor.spec.dtype in _PACKED and len(tensor.spec.shape) > 1:
             raise CheckpointError(
@@ -184,6 +178,12 @@ def _check_is_plain(tensors: Mapping[str, StoredTensor], how: Quantisation, labe
 
 class _NotUndoneError(Exception):
     """A way to quantise that cfsp does not undo; names it."""
+
+
+def _of_fp8(
+    scale: str, block: tuple[int, int], described: Mapping[str, Any]
+) -> tuple[Packing, ...]:
+    return (_scaled(scale, _FP8, _block(described.get("weight_block_size") or block)),)
 
 
 def _of_compressed_tensors(described: Mapping[str, Any]) -> tuple[Packing, ...]:
@@ -228,8 +228,6 @@ def _bits(value: object) -> int:
 
 
 def _block(size: object) -> tuple[int, int]:
-    if size is None:
-        return 1, 1
     if not isinstance(size, list | tuple) or len(size) != 2:
         raise _NotUndoneError(f"in blocks of {size!r}")
     return _size(size[0]), _size(size[1])
@@ -247,11 +245,9 @@ def _dict(value: object) -> dict[str, Any]:
 
 # How weights are stored by what a config says of a method; others are not undone.
 _METHODS: dict[str, Callable[[Mapping[str, Any]], tuple[Packing, ...]]] = {
-    "fp8": lambda said: (_scaled("_scale_inv", _FP8, _block(said.get("weight_block_size"))),),
-    "mxfp8": lambda said: (
-        _scaled("_scale_inv", _FP8, _block(said.get("weight_block_size") or [1, 32])),
-    ),
-    "fbgemm_fp8": lambda said: (_scaled("_scale", _FP8, _block(said.get("weight_block_size"))),),
+    "fp8": partial(_of_fp8, "_scale_inv", (1, 1)),
+    "mxfp8": partial(_of_fp8, "_scale_inv", (1, 32)),
+    "fbgemm_fp8": partial(_of_fp8, "_scale", (1, 1)),
     "mxfp4": lambda said: (_MXFP4,),
     "compressed-tensors": _of_compressed_tensors,
 }

@@ -324,12 +324,11 @@ def _plain_tensors(
     """Return the plain tensors of a directory by their names in its files."""
     tensors: dict[str, FileTensor] = {}
     for file in weight_files(directory):
-        for name in file.specs:
-            if name in tensors:
-                raise CheckpointError(
-                    f"{directory}: tensor {name} is stored in two shards; {AGAIN}"
-                )
-            tensors[name] = FileTensor(file, name)
+        if twice := tensors.keys() & file.tensors.keys():
+            raise CheckpointError(
+                f"{directory}: tensor {min(twice)} is stored in two shards; {AGAIN}"
+            )
+        tensors |= file.tensors
     if quantisation is None:
         return tensors
     # What dequantised weights become is what the config says, else bfloat16.
