@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedConfig
 
 from cfsp.architecture.expert_proof import (
     check_experts,
@@ -25,9 +27,6 @@ from cfsp.architecture.found import Architecture, RoutedExperts, Unit
 from cfsp.architecture.model_classes import empty_stock_model, with_values
 from cfsp.architecture.small_run import FailedCheckError, SmallRun
 from cfsp.errors import UnsupportedModelError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 
 def with_experts(

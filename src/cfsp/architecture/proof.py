@@ -13,10 +13,11 @@ and the blocks are in
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.experts import with_experts
@@ -26,9 +27,6 @@ from cfsp.architecture.small_run import FailedCheckError, SmallRun, run_small
 from cfsp.architecture.unit_proof import prove_unit
 from cfsp.errors import UnsupportedModelError
 from cfsp.settings import DEFAULT_PARTS, UNIT_PARTS, Part, unit_parts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @torch.no_grad()

@@ -11,21 +11,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from cfsp.architecture.block_names import blocks_in_words
 from cfsp.architecture.discovery import find_architecture
+from cfsp.architecture.found import Architecture
 from cfsp.architecture.model_classes import empty_stock_model, with_values
 from cfsp.architecture.proof import may_matter
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import UnsupportedModelError, first_line
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-    from cfsp.architecture.found import Architecture
 
 # What keys that count or number blocks are called, as opposed to experts, tokens or sections.
 _OF_BLOCKS = re.compile(r"layer|block|depth|idx|indices|index")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch.nn import Module
+from transformers import PreTrainedModel
 
 from cfsp.checkpoint.locating import locate_model
 from cfsp.checkpoint.reading import Checkpoint, check_complete, read_tensors
@@ -16,10 +18,6 @@ from cfsp.checkpoint.skeleton import (
     model_class,
 )
 from cfsp.progress import library_progress
-
-if TYPE_CHECKING:
-    from torch.nn import Module
-    from transformers import PreTrainedModel
 
 
 def load(

@@ -18,8 +18,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from transformers import PreTrainedConfig
+
+from cfsp.architecture.found import Architecture, Unit
 from cfsp.architecture.model_classes import PRUNED, model_class_of, with_values
 from cfsp.checkpoint.config_blocks import stock_without_blocks
 from cfsp.checkpoint.config_widths import PRUNED_KEY, stock_config
@@ -28,11 +31,6 @@ from cfsp.checkpoint.text_config import text_config_of, text_fields_of, text_pat
 from cfsp.checkpoint.width_keys import WidthSearch, stock_heads
 from cfsp.errors import UnsupportedModelError
 from cfsp.settings import Part
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-    from cfsp.architecture.found import Architecture, Unit
 
 
 def pruned_config(

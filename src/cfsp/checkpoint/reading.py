@@ -11,11 +11,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from cfsp.architecture.found import Architecture, Unit
 from cfsp.checkpoint.config_file import read_config
@@ -30,9 +31,6 @@ from cfsp.checkpoint.tensor_file import AGAIN, FileTensor, TensorSpec, specs_of,
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import CheckpointError
 from cfsp.settings import DEFAULT_PARTS, Part
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 # What of each tensor tells models apart: so many runs of so many values.
 _RUNS, _RUN_VALUES = 4, 1024

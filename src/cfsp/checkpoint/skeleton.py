@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from cfsp.architecture.found import Architecture
 from cfsp.architecture.model_classes import build_model, model_class_of
 from cfsp.architecture.proof import prove
 from cfsp.checkpoint.config_widths import (
@@ -19,11 +21,6 @@ from cfsp.checkpoint.config_widths import (
 )
 from cfsp.checkpoint.modeling_code import pruned_class
 from cfsp.settings import DEFAULT_PARTS, PROVED_PARTS, Part
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
-
-    from cfsp.architecture.found import Architecture
 
 
 def architecture_of(

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from cfsp.architecture.discovery import find_architecture
+from cfsp.architecture.found import Architecture
 from cfsp.architecture.model_classes import empty_stock_model, with_values
 from cfsp.architecture.proof import small_run_of
 from cfsp.architecture.small_run import (
@@ -24,11 +26,6 @@ from cfsp.architecture.small_run import (
 from cfsp.checkpoint.config_blocks import facts_of
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.settings import Part
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
-
-    from cfsp.architecture.found import Architecture
 
 # Names of keys that may give a width although their value is none, or a part of one.
 _LIKE_A_WIDTH = ("intermediate", "ffn", "inner", "mlp", "expan", "ff_dim", "dim_ff")

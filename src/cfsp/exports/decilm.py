@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from cfsp.architecture.resizing import Gone
 from cfsp.checkpoint.config_file import CONFIG_FILE, read_plain_fields
@@ -42,9 +43,6 @@ from cfsp.exports.verification import (
     reference_model,
     verified,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 ARCHITECTURE = "DeciLMForCausalLM"
 _CODE_FILE = "configuration_decilm.py"

@@ -18,10 +18,11 @@ import weakref
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from cfsp.checkpoint.config_file import CONFIG_FILE
 from cfsp.checkpoint.config_widths import stock_config
@@ -32,9 +33,6 @@ from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.errors import CfspError, ExportError, MissingExtraError, UsageError
 from cfsp.exports.verification import ExportOptions, Written, reference_model, verified
 from cfsp.text.tokenizers import load_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _MODEL_FILE = "openvino_model.xml"
 _ATTENTION = "cfsp_keys_and_values_outside"

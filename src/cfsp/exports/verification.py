@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint
@@ -19,9 +19,6 @@ from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.errors import CheckpointError, ExportError
 from cfsp.streaming.decoder_end import text_model
 from cfsp.text.tokenizers import load_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PROBE_TOKENS = 24
 GREEDY_STEPS = 32
