@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import cfsp
 from builders import statistics_with_distances
 from cfsp.calibration.statistics import Statistics
-from cfsp.checkpoint.gguf_header import check_gguf
+from cfsp.checkpoint.gguf_import import check_gguf
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import exclusive, staged_directory, staged_file
 from cfsp.checkpoint.shards import INDEX_FILE, weight_files

@@ -22,8 +22,14 @@ from transformers.core_model_loading import (
 
 from cfsp.architecture.discovery import find_architecture
 from cfsp.checkpoint.conversion import missing_prefix, saved_state, stored_from_memory
-from cfsp.checkpoint.ffn_tensors import down_matrix, input_matrices, parameters_with_down
-from cfsp.checkpoint.reading import Checkpoint, LoadedModel, channel_parameters
+from cfsp.checkpoint.reading import (
+    Checkpoint,
+    LoadedModel,
+    channel_parameters,
+    down_matrix,
+    input_matrices,
+    parameters_with_down,
+)
 from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import FileTensor, TensorFile, specs_of
 from cfsp.errors import CheckpointError, UnsupportedModelError

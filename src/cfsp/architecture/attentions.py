@@ -104,6 +104,8 @@ def _attention(
         )
         return f"heads: expected queries, keys and values of whole heads, found {names}"
     axes = dict(_axes(module, output, inputs, heads))
+    counts = {_HEADS: heads.query // heads.groups, _GROUPS: 1}
+    code = _code_of_forward(type(module))  # type: ignore[arg-type]
     sizes = sizes_of_matrices(module, path, axes, output, heads.groups)
     return Unit(
         block=index,
@@ -116,7 +118,8 @@ def _attention(
         axes={f"{path}.{name}": axis for name, axis in axes.items()},
         attributes=(*sizes, *_own_numbers(module, path, heads)),
         part="kv",
-        config_numbers=dict(_config_numbers(module, heads)),
+        # What it reads in its config while it runs.
+        config_numbers={name: n for name, n in counts.items() if f"self.config.{name}" in code},
     )
 
 
@@ -220,14 +223,6 @@ def _own_numbers(module: nn.Module, path: str, heads: _Heads) -> Iterator[WidthA
         is_count = _COUNTS.search(name) and value in counts
         if is_count or (_LENGTHS.search(name) and value in lengths):
             yield path, name, value // heads.groups
-
-
-def _config_numbers(module: nn.Module, heads: _Heads) -> Iterator[tuple[str, int]]:
-    """Yield the numbers of heads that a module reads in its config while it runs."""
-    code = _code_of_forward(type(module))  # type: ignore[arg-type]
-    for name, count in ((_HEADS, heads.query), (_GROUPS, heads.groups)):
-        if f"self.config.{name}" in code:
-            yield name, count // heads.groups
 
 
 @cache

@@ -1,6 +1,4 @@
-"""The proof, by execution, that whole experts of a model can go.
-
-A small random model of the same class runs on a few tokens:
+"""The proof, by execution, that whole experts of a model can go, on a small random model.
 
     outputs    what its experts add, as it is seen while a block runs, is what the block's experts
                give together

@@ -1,11 +1,9 @@
 """Whole experts as something that can go: what has their axis, and the proof that they can.
 
-What has the axis of experts is found by building the stock model with another number of them: the
-key of the config that says it is the one that does that, and every tensor that becomes shorter has
-the axis. `cfsp.architecture.expert_proof` then proves on a small model that experts can go.
-
-Some routers choose the best groups of experts first. Then equally many of each group must stay, and
-how many groups there are is found by trying.
+It is found by building the stock model with another number of them: the key of the config that says
+it is the one that does that, and every tensor that becomes shorter has the axis. Where the router
+chooses the best groups of experts first, equally many of each must stay; how many is found by
+trying.
 """
 
 from __future__ import annotations

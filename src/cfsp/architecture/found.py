@@ -182,11 +182,7 @@ class Unit:
         return axis.select_of_experts(parameter, kept_EK)
 
     def other_fusion(self) -> Unit | None:
-        """Return the same unit with its shared matrix shared in the other way; None if it has none.
-
-        Channels of gate and up are interleaved instead of in halves, and the other way round; the
-        entries of each KV group are side by side.
-        """
+        """Return the same unit with its shared matrix shared in the other way, if it has one."""
         if not self.is_fused:
             return None
         if self.part == "kv":

@@ -1,13 +1,8 @@
 """The proof, by execution, that the units of a model are what discovery takes them for.
 
 A small random model of the same class runs on a few tokens. One unit of every kind is proved, as
-`cfsp.architecture.unit_proof` does, if it stands
-
-    alone        none of its parameters is also used elsewhere
-
-and the blocks are in
-
-    order        the decoder calls each once, in order, each on the output of the one before
+`cfsp.architecture.unit_proof` does, if none of its parameters is also used elsewhere, and if the
+decoder calls each block once, in order, each on the output of the one before.
 """
 
 from __future__ import annotations
@@ -37,15 +32,8 @@ def prove(
 ) -> Architecture:
     """Return the blocks of a config's model and those of its units that can be cut.
 
-    Args:
-        config: of the model as it is; not changed.
-        model_class: what is built from it; by default that of `model_class_of`.
-        parts: whose units must be there. FFNs are found in any case.
-
-    Raises:
-        CheckpointError: no model can be built from the config.
-        UnsupportedModelError: the model has no blocks that can be run one by one, or no unit of a
-            part that can be cut.
+    Units of `parts` must be there, and the blocks must run one by one: else it is an
+    `UnsupportedModelError`. FFNs are found in any case.
     """
     model_class = model_class or model_class_of(config)
     proved = []

@@ -1,10 +1,9 @@
 """The config of a model without some of its blocks.
 
-Lists with an entry for every block lose those of the removed ones, lists of blocks are numbered
-anew, and a number that says how many of the first or last blocks are something else counts those
-that stay. None of that is taken on trust: the stock model is built from the new config, and every
-block that stays must be built as it was. What a config says by a rule that cannot say it any more
-(every n-th block) is refused.
+Lists with an entry for every block, lists of blocks, and numbers of first or last blocks change.
+None of that is taken on trust: the stock model is built from the new config, and every block that
+stays must be built as it was. What a config says by a rule that cannot say it any more (every n-th
+block) is refused.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The C library of llama.cpp, through the bindings of llama-cpp-py-sync, and its tokens.
 
-The library calls back with its messages for as long as the process lives, so the callback is
-set here, once, for all who use it: a callback that belongs to one user is freed with that user,
-and the next message crashes the process. Tokens come from a process of its own: on a damaged
-vocabulary llama.cpp ends the process that it is in.
+It calls back with its messages for as long as the process lives, so the callback is set here, once:
+one that belongs to a user is freed with that user, and the next message crashes the process. On a
+damaged vocabulary it ends the process that it is in, so tokens come from one of their own.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from cfsp.checkpoint.skeleton import (
     fill,
     model_class,
 )
+from cfsp.errors import UsageError
 from cfsp.progress import library_progress
 
 
@@ -91,8 +92,6 @@ def compute_dtype(source: Any, name: str = "auto") -> torch.dtype:
 
 def compute_device(name: str) -> torch.device:
     """Return a device by name; `auto` is an accelerator if there is one, else the CPU."""
-    from cfsp.errors import UsageError
-
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator or torch.device("cpu")

