@@ -27,16 +27,6 @@ BLOCK = (40, 24)  # neither divides the matrices of the tiny models
 GROUP = 16
 
 
-def fp8_values() -> Array:
-    """Return the number that each byte is as E4M3, without the two that are NaN."""
-    byte = np.arange(256)
-    sign, exponent, mantissa = byte >> 7, (byte >> 3) & 15, byte & 7
-    small = mantissa / 8 * 2.0**-6
-    normal = (1 + mantissa / 8) * 2.0 ** (exponent - 7.0)
-    values = np.where(exponent == 0, small, normal) * np.where(sign == 1, -1, 1)
-    return np.where((byte & 127) == 127, 0, values).astype(np.float32)
-
-
 def nearest(values: Array, table: Array) -> Array:
     """Return the index of the number in a table that is nearest to each value."""
     order = np.argsort(table, kind="stable")
@@ -50,13 +40,9 @@ def in_grid(grid: Array, shape: tuple[int, ...], block: tuple[int, int]) -> Arra
 
 
 def block_maxima(weight: Array, block: tuple[int, int]) -> Array:
-    rows, columns = (-(-n // size) for n, size in zip(weight.shape, block, strict=True))
-    grid = np.zeros((rows, columns), np.float32)
-    for row in range(rows):
-        for column in range(columns):
-            part = weight[row * block[0] :, column * block[1] :][: block[0], : block[1]]
-            grid[row, column] = np.abs(part).max()
-    return grid
+    edges = [(0, -n % size) for n, size in zip(weight.shape, block, strict=True)]
+    padded = np.pad(np.abs(weight), edges)
+    return padded.reshape(len(padded) // block[0], block[0], -1, block[1]).max((1, 3))
 
 
 def of_bytes(data: Array) -> torch.Tensor:
@@ -64,12 +50,9 @@ def of_bytes(data: Array) -> torch.Tensor:
 
 
 def fp8(weight: Array, scale: Array, per_value: Array, ending: str) -> Quantised:
-    codes = nearest(weight / per_value, fp8_values()).astype(np.uint8)
-    parts = {
-        "weight": of_bytes(codes).view(torch.float8_e4m3fn),
-        f"weight_{ending}": torch.from_numpy(scale),
-    }
-    return parts, fp8_values()[codes] * per_value
+    codes = torch.from_numpy(weight / per_value).to(torch.float8_e4m3fn)
+    parts = {"weight": codes, f"weight_{ending}": torch.from_numpy(scale)}
+    return parts, codes.float().numpy() * per_value
 
 
 def fp8_in_blocks(weight: Array, block: tuple[int, int] = BLOCK) -> Quantised:
