@@ -31,7 +31,7 @@ class ModelShapes:
 
     config: Any
     tensors: Mapping[str, Tensor] = field(repr=False)
-    # Where transformers looks for those that were used to load it.
+    # Where transformers looks for the conversions that loaded it.
     _weight_conversions: list[Any] | None = field(default=None, repr=False)
 
     def get_parameter(self, name: str) -> Tensor:
