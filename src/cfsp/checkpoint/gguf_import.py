@@ -10,7 +10,6 @@ dimensions, type and offset of every tensor
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import struct
 from collections import Counter
@@ -24,6 +23,7 @@ from cfsp.checkpoint.cache import converted_directory, directory_bytes
 from cfsp.checkpoint.llama_cpp_library import tokens_differ
 from cfsp.checkpoint.output import staged_directory
 from cfsp.checkpoint.pre_tokenizers import BY_NAME
+from cfsp.checkpoint.writing import sha256_of
 from cfsp.errors import CheckpointError, MissingExtraError, OutputError
 from cfsp.progress import library_progress
 
@@ -54,12 +54,7 @@ def import_gguf(path: Path) -> Path:
 
     Weights become bfloat16, or float32 or float16 where that is what the file mostly stores.
     """
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    target = converted_directory() / f"{path.stem}-{digest[:16]}-v{_CONVERSION}"
+    target = converted_directory() / f"{path.stem}-{sha256_of(path)[:16]}-v{_CONVERSION}"
     if not (target / "config.json").is_file():
         check_gguf(path)
         dtype = _stored_dtype(path)

@@ -87,13 +87,11 @@ def _block_of(source: WeightSource, name: str) -> int | None:
 
 def parameters_of_attentions(source: WeightSource) -> dict[int, int]:
     """Return how many parameters the attention of every block has that can go whole, by block."""
-    found: dict[int, int] = {}
-    for unit in source.units:
-        if unit.part == "kv":
-            found[unit.block] = parameters_within(
-                source, f"{source.architecture.module_name(unit)}."
-            )
-    return found
+    return {
+        unit.block: parameters_within(source, f"{source.architecture.module_name(unit)}.")
+        for unit in source.units
+        if unit.part == "kv"
+    }
 
 
 def parameters_within(source: WeightSource, prefix: str) -> int:
