@@ -105,7 +105,7 @@ def _write_file(
     tensors: list[GgufTensor],
 ) -> None:
     import numpy as np
-    from gguf import GGUFWriter
+    from gguf import GGUFWriter, quant_shape_to_byte_shape
     from gguf.quants import quantize
 
     writer = GGUFWriter(out, architecture)
@@ -115,8 +115,9 @@ def _write_file(
                 getattr(writer, f"add_{field}")(value)
         special.add_to_gguf(writer, quiet=True)
         for tensor in tensors:
+            nbytes = math.prod(quant_shape_to_byte_shape(tensor.shape, tensor.kind))
             writer.add_tensor_info(
-                tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.kind
+                tensor.name, tensor.shape, np.dtype(np.float32), nbytes, tensor.kind
             )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -227,13 +228,6 @@ class GgufTensor:
     shape: tuple[int, ...]  # rows first, as in the checkpoint
     kind: GGMLQuantizationType  # as it is stored
     read: Callable[[], Tensor]  # in float32
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file."""
-        from gguf import quant_shape_to_byte_shape
-
-        return math.prod(quant_shape_to_byte_shape(self.shape, self.kind))
 
 
 def gguf_tensors(
