@@ -27,7 +27,7 @@ from cfsp.calibration.statistics import (
     Statistics,
     UnitStatistics,
 )
-from cfsp.checkpoint.gguf_header import check_gguf
+from cfsp.checkpoint.gguf_import import check_gguf
 from cfsp.checkpoint.shards import INDEX_FILE, weight_files
 from cfsp.errors import CfspError
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan

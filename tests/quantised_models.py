@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,6 @@ BLOCK = (40, 24)  # neither divides the matrices of the tiny models
 GROUP = 16
 
 
-def fp8_values() -> Array:
-    """Return the number that each byte is as E4M3, without the two that are NaN."""
-    byte = np.arange(256)
-    sign, exponent, mantissa = byte >> 7, (byte >> 3) & 15, byte & 7
-    small = mantissa / 8 * 2.0**-6
-    normal = (1 + mantissa / 8) * 2.0 ** (exponent - 7.0)
-    values = np.where(exponent == 0, small, normal) * np.where(sign == 1, -1, 1)
-    return np.where((byte & 127) == 127, 0, values).astype(np.float32)
-
-
 def nearest(values: Array, table: Array) -> Array:
     """Return the index of the number in a table that is nearest to each value."""
     order = np.argsort(table, kind="stable")
@@ -49,13 +40,9 @@ def in_grid(grid: Array, shape: tuple[int, ...], block: tuple[int, int]) -> Arra
 
 
 def block_maxima(weight: Array, block: tuple[int, int]) -> Array:
-    rows, columns = (-(-n // size) for n, size in zip(weight.shape, block, strict=True))
-    grid = np.zeros((rows, columns), np.float32)
-    for row in range(rows):
-        for column in range(columns):
-            part = weight[row * block[0] :, column * block[1] :][: block[0], : block[1]]
-            grid[row, column] = np.abs(part).max()
-    return grid
+    edges = [(0, -n % size) for n, size in zip(weight.shape, block, strict=True)]
+    padded = np.pad(np.abs(weight), edges)
+    return padded.reshape(len(padded) // block[0], block[0], -1, block[1]).max((1, 3))
 
 
 def of_bytes(data: Array) -> torch.Tensor:
@@ -63,12 +50,9 @@ def of_bytes(data: Array) -> torch.Tensor:
 
 
 def fp8(weight: Array, scale: Array, per_value: Array, ending: str) -> Quantised:
-    codes = nearest(weight / per_value, fp8_values()).astype(np.uint8)
-    parts = {
-        "weight": of_bytes(codes).view(torch.float8_e4m3fn),
-        f"weight_{ending}": torch.from_numpy(scale),
-    }
-    return parts, fp8_values()[codes] * per_value
+    codes = torch.from_numpy(weight / per_value).to(torch.float8_e4m3fn)
+    parts = {"weight": codes, f"weight_{ending}": torch.from_numpy(scale)}
+    return parts, codes.float().numpy() * per_value
 
 
 def fp8_in_blocks(weight: Array, block: tuple[int, int] = BLOCK) -> Quantised:
@@ -108,13 +92,13 @@ def int8_per_row(weight: Array) -> Quantised:
     return parts, ((codes - zero) * scale).astype(np.float32)
 
 
-def pack(codes: Array, bits: int, axis: int, order: tuple[int, ...] | None = None) -> torch.Tensor:
+def pack(codes: Array, bits: int, axis: int) -> torch.Tensor:
     """Put small numbers into integers of 32 bits, the first in the lowest bits."""
     codes = np.moveaxis(codes.astype(np.uint32), axis, -1)
     words = codes.reshape(*codes.shape[:-1], -1, 32 // bits)
     packed = np.zeros(words.shape[:-1], np.uint32)
-    for place, index in enumerate(order or range(32 // bits)):
-        packed |= words[..., index] << np.uint32(bits * place)
+    for place in range(32 // bits):
+        packed |= words[..., place] << np.uint32(bits * place)
     return of_bytes(np.moveaxis(packed, -1, axis)).view(torch.int32)
 
 
@@ -131,20 +115,21 @@ def in_groups(weight: Array, group_of: Array, most: int) -> tuple[Array, Array, 
     return np.clip(codes, 0, most), scale, zero
 
 
-def plain_of(codes: Array, scale: Array, zero: Array, group_of: Array) -> Array:
-    return ((codes - zero[:, group_of]) * scale[:, group_of].astype(np.float64)).astype(np.float32)
-
-
-def packed_int4(weight: Array) -> Quantised:
+def packed_int4(weight: Array, *, are_neighbours: bool = True) -> Quantised:
     group_of = np.arange(weight.shape[1]) // GROUP
+    if not are_neighbours:
+        group_of = np.random.default_rng(0).permutation(group_of)
     codes, scale, zero = in_groups(weight, group_of, 15)
     parts = {
         "weight_packed": pack(codes, 4, axis=1),
-        "weight_scale": torch.from_numpy(scale).to(torch.float16),
+        "weight_scale": torch.from_numpy(scale),
         "weight_zero_point": pack(zero, 4, axis=0),
         "weight_shape": torch.tensor(weight.shape),
     }
-    return parts, plain_of(codes, scale, zero, group_of)
+    if not are_neighbours:
+        parts["weight_g_idx"] = torch.from_numpy(group_of.astype(np.int32))
+    values = (codes - zero[:, group_of]) * scale[:, group_of].astype(np.float64)
+    return parts, values.astype(np.float32)
 
 
 def packed_int8_symmetric(weight: Array) -> Quantised:
@@ -156,35 +141,6 @@ def packed_int8_symmetric(weight: Array) -> Quantised:
         "weight_shape": torch.tensor(weight.shape),
     }
     return parts, (codes * scale.astype(np.float64)).astype(np.float32)
-
-
-def gptq(weight: Array, lacks: int = 1) -> Quantised:
-    # As with `desc_act`: groups are not neighbours.
-    group_of = np.random.default_rng(0).permutation(np.arange(weight.shape[1]) // GROUP)
-    codes, scale, zero = in_groups(weight, group_of, 15)
-    parts = {
-        "qweight": pack(codes.T, 4, axis=0),
-        "qzeros": pack(zero.T - lacks, 4, axis=1),
-        "scales": of_bytes(scale.T),
-        "g_idx": torch.from_numpy(group_of.astype(np.int32)),
-    }
-    return parts, plain_of(codes, scale, zero, group_of)
-
-
-def gptq_v2(weight: Array) -> Quantised:
-    return gptq(weight, lacks=0)
-
-
-def awq(weight: Array) -> Quantised:
-    group_of = np.arange(weight.shape[1]) // GROUP
-    codes, scale, zero = in_groups(weight, group_of, 15)
-    order = (0, 2, 4, 6, 1, 3, 5, 7)
-    parts = {
-        "qweight": pack(codes.T, 4, axis=1, order=order),
-        "qzeros": pack(zero.T, 4, axis=1, order=order),
-        "scales": of_bytes(scale.T),
-    }
-    return parts, plain_of(codes, scale, zero, group_of)
 
 
 def mxfp4(weight: Array) -> Quantised:
@@ -224,7 +180,9 @@ def compressed(quantised_as: str, **weights: Any) -> dict[str, Any]:
 
 
 _FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
-_GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": True, "sym": False}
+_PACKED = compressed(
+    "pack-quantized", num_bits=4, type="int", strategy="group", group_size=GROUP, symmetric=False
+)
 
 WAYS = {
     "fp8 in blocks": Way("llama", {**_FP8, "weight_block_size": list(BLOCK)}, fp8_in_blocks),
@@ -248,25 +206,14 @@ WAYS = {
         compressed("int-quantized", num_bits=8, type="int", strategy="channel", symmetric=False),
         int8_per_row,
     ),
-    "pack-quantized": Way(
-        "qwen3_moe",
-        compressed(
-            "pack-quantized", num_bits=4, type="int", strategy="group", group_size=GROUP,
-            symmetric=False,
-        ),
-        packed_int4,
+    "pack-quantized": Way("qwen3_moe", _PACKED, packed_int4),
+    "pack-quantized, in any order": Way(
+        "llama", _PACKED, partial(packed_int4, are_neighbours=False)
     ),
     "pack-quantized, 8 bits": Way(
         "llama",
         compressed("pack-quantized", num_bits=8, type="int", strategy="channel", symmetric=True),
         packed_int8_symmetric,
-    ),
-    "gptq": Way("llama", _GPTQ, gptq),
-    "gptq_v2": Way("llama", {**_GPTQ, "checkpoint_format": "gptq_v2"}, gptq_v2),
-    "awq": Way(
-        "llama",
-        {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"},
-        awq,
     ),
     "mxfp4": Way("gpt_oss", {"quant_method": "mxfp4"}, mxfp4, ending="experts"),
 }  # fmt: skip

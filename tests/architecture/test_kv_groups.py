@@ -76,9 +76,8 @@ def test_config_and_modules_say_the_numbers(case):
     model, architecture = cfsp.load(case.out), architecture_of(case.dense.config, PARTS)
     for unit, count in zip(architecture.of_part("kv").units, groups, strict=True):
         block = blocks_of(model, architecture)[unit.block]
-        for attribute in unit.attributes:
-            value = getattr(block.get_submodule(attribute.module), attribute.name)
-            assert value == attribute.times * count
+        for path, number, times in unit.attributes:
+            assert getattr(block.get_submodule(path), number) == times * count
         for name, axis in unit.axes.items():
             assert axis.width(block.get_parameter(name).shape) == count
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ from transformers import pipeline
 
 import cfsp
 from cfsp.checkpoint import gguf_import, locating
-from cfsp.checkpoint.own_files import MODELING_FILE, STATISTICS_FILE
+from cfsp.checkpoint.own_files import MODELING_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.cli import main
@@ -46,16 +45,6 @@ def test_a_pipeline_does_not_complain(pruned: Path, monkeypatch: pytest.MonkeyPa
     write = pipeline("text-generation", model=str(pruned), trust_remote_code=True)
     assert write("a", max_new_tokens=1)
     assert complaints == ["seen"]
-
-
-def test_statistics_travel_under_an_ending_of_their_own(
-    pruned: Path, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
-) -> None:
-    plan = tmp_path / "plan.json"
-    asked = ["--sparsity", "0.5", "--multiple", "4", "--out", str(plan)]
-    statistics = ["--statistics", str(pruned / STATISTICS_FILE)]
-    assert main(["plan", str(tiny_checkpoint("llama")), *statistics, *asked]) == 0
-    assert plan.is_file()
 
 
 def test_verify_names_a_file_that_a_loader_would_take_for_weights(
@@ -102,8 +91,8 @@ def test_no_cache_of_the_hub_has_to_be_writable(
     assert cfsp.load(pruned).config.model_type == "llama"
 
 
-def test_a_download_that_cannot_be_written_says_what_to_set(
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_place_that_cannot_be_written_to_says_what_to_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object, **_more: object) -> None:
         raise PermissionError(13, "Permission denied", "/read-only/hub")
@@ -115,11 +104,6 @@ def test_a_download_that_cannot_be_written_says_what_to_set(
     monkeypatch.setattr("cfsp.text.records.import_datasets", lambda: datasets)
     with pytest.raises(TextError, match=r"Salesforce/wikitext cannot be read.*set HF_HOME"):
         list(TextSource("wikitext2", "evaluation").documents())
-
-
-def test_a_conversion_that_cannot_be_written_says_what_to_set(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("CFSP_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr(gguf_import, "check_gguf", lambda _: None)

@@ -95,25 +95,19 @@ def test_experts_that_see_too_few_tokens_are_reported_and_scored_by_weights(
 def test_commands_report_experts_with_few_tokens(
     lonely: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "statistics.safetensors"
+    file, plan = str(tmp_path / "statistics"), str(tmp_path / "plan.json")
     text = ["--data", str(text_file), "--samples", "6", "--seqlen", "32"]
-    assert main(["calibrate", str(lonely), "--out", str(file), *text, "--json"]) == 0
-    calibrated = json.loads(capsys.readouterr().out)
-    asked = ["--sparsity", "0.4", "--multiple", "8", "--out", str(tmp_path / "plan.json")]
-    assert main(["plan", str(lonely), "--statistics", str(file), *asked, "--json"]) == 0
-    planned = json.loads(capsys.readouterr().out)
-    alone = expected_alone(Statistics.load(file))
-    assert calibrated["experts_with_few_tokens"] == planned["experts_with_few_tokens"] == alone
-    assert alone
+    asked = ["--statistics", file, "--sparsity", "0.4", "--multiple", "8", "--out", plan]
+    for command in (["calibrate", "--out", file, *text], ["plan", *asked]):
+        assert main([command[0], str(lonely), *command[1:], "--json"]) == 0
+        alone = json.loads(capsys.readouterr().out)["experts_with_few_tokens"]
+        assert alone and alone == expected_alone(Statistics.load(Path(file)))
 
 
-@pytest.mark.parametrize(
-    ("changes", "dense"), [({"mlp_only_layers": [1]}, [1]), ({"decoder_sparse_step": 2}, [0, 2])]
-)
 def test_dense_blocks_among_experts_are_pruned_too(
-    changes: dict[str, Any], dense: list[int], tokenizer: Any, text_file: Path, tmp_path: Path
+    tokenizer: Any, text_file: Path, tmp_path: Path
 ) -> None:
-    model = tiny("qwen3_moe", **changes)
+    model, dense = tiny("qwen3_moe", decoder_sparse_step=2), [0, 2]
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     out = tmp_path / "out"
@@ -146,19 +140,16 @@ def test_experts_that_the_config_does_not_announce_are_refused(
             Checkpoint(directory)
 
 
-@pytest.mark.parametrize("parts", [["ffn"], ["ffn", "blocks"]])
+@pytest.mark.parametrize(
+    "asked", [{"sparsity": 0.4}, {"parts": ["ffn", "blocks"], "target_params": 0.8}]
+)
 def test_multiples_that_groups_of_experts_cannot_have_are_refused(
-    parts: list[str], tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
+    asked: dict[str, Any], tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
     """Before a text is read, also where it is open how many blocks go."""
-    settings = {**SETTINGS, "multiple": 4, "parts": parts}
-    if len(parts) > 1:
-        del settings["sparsity"]
-        settings["target_params"] = 0.8
+    settings = {**asked, "multiple": 4, "samples": 6, "seqlen": 32, "data": [str(text_file)]}
     with pytest.raises(UsageError, match=r"--multiple must be a multiple of 8 .* found 4"):
-        cfsp.prune(
-            tiny_checkpoint("mixtral"), out=tmp_path / "out", data=[str(text_file)], **settings
-        )
+        cfsp.prune(tiny_checkpoint("mixtral"), out=tmp_path / "out", **settings)
     assert not list(tmp_path.iterdir())
 
 
@@ -193,8 +184,7 @@ def test_plan_and_statistics_of_experts_survive_their_files(tmp_path: Path) -> N
         with pytest.raises(PlanError, match="damaged"):
             PruningPlan.from_json(json.dumps(fields))
     # As many channels in all, but not in each expert.
-    block = UnitPlan(0, 5, (0, 1, 2, 6, 12, 13), 0, 0, ffns=3)
-    uneven = PruningPlan(identity, CRITERION, CALIBRATION, (block,))
+    uneven = replace(plan, units=(replace(entry, kept=(0, 1, 2, 6, 12, 13)),))
     with pytest.raises(PlanError, match=r"channels are kept, 2 are announced"):
         PruningPlan.from_json(uneven.to_json())
 
@@ -205,25 +195,19 @@ def test_sums_of_parts_of_the_text_are_those_of_the_whole(
     """What several processes rely on: tokens of each expert are sums too."""
     source = Checkpoint(tiny_checkpoint("qwen3_moe"))
     windows = draw_windows([str(text_file)], tokenizer, samples=8, seqlen=32)
-
-    def observed(tokens_NT: torch.Tensor) -> Statistics:
-        return calibrate(
-            source,
-            replace(windows, tokens_NT=tokens_NT),
-            Runtime(torch.device("cpu"), torch.float32, 2),
-        )
-
-    whole, *parts = map(observed, (windows.tokens_NT, windows.tokens_NT[:4], windows.tokens_NT[4:]))
+    runtime, tokens_NT = Runtime(torch.device("cpu"), torch.float32, 2), windows.tokens_NT
+    whole, *parts = (
+        calibrate(source, replace(windows, tokens_NT=some), runtime)
+        for some in (tokens_NT, tokens_NT[:4], tokens_NT[4:])
+    )
     # A team of one: sums go through the numbers that are exchanged and come back.
     (again,) = add_up([ObservedBlock(whole.blocks[0], whole.units)], Team(), torch.device("cpu"))
     assert again.units[0].routed_E == whole.units[0].routed_E
     for block, first, second in zip(*(s.units for s in (whole, *parts)), strict=True):
         routed = [a + b for a, b in zip(first.routed_E, second.routed_E, strict=True)]
-        assert list(block.routed_E) == routed
-        assert sum(routed) == 3 * block.tokens == 3 * windows.tokens_NT.numel()
-        torch.testing.assert_close(
-            first.sum_of_squares_F + second.sum_of_squares_F, block.sum_of_squares_F
-        )
+        assert list(block.routed_E) == routed and sum(routed) == 3 * tokens_NT.numel()
+        squares_F = first.sum_of_squares_F + second.sum_of_squares_F
+        torch.testing.assert_close(squares_F, block.sum_of_squares_F)
 
 
 def test_what_a_killed_run_saved_of_repaired_experts_is_read_again(

@@ -31,7 +31,7 @@ from tiny_decoders import tiny_model
 
 # Other names in files, positions of three axes, experts, fused matrices, linear attention; the
 # contract of architectures is kept by others as well.
-TYPES = ("gemma3", "gemma4", "qwen2_5_vl", "smolvlm", "llama4", "glm4v", "qwen3_5")
+TYPES = ("gemma3", "qwen2_5_vl", "llama4", "glm4v", "qwen3_5")
 SETTINGS: dict[str, Any] = {
     "sparsity": 0.4, "multiple": 8, "samples": 4, "seqlen": 32, "repair": "none", "device": "cpu",
 }  # fmt: skip

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 import cfsp
 from cfsp.checkpoint import dequantising
+from cfsp.checkpoint.quantisation import quantisation_in
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, fingerprint
 from cfsp.cli import main
 from cfsp.errors import CheckpointError
@@ -67,41 +68,29 @@ def test_it_reads_like_the_plain_checkpoint(
     assert not hasattr(found.config, "quantization_config")
 
 
-# What is read of the others is the same, so that they need not be pruned and loaded, too.
-SOME = ("fp8 experts", "pack-quantized", "mxfp4")
-
-
-@pytest.mark.parametrize("name", SOME)
 def test_it_is_pruned_like_the_plain_checkpoint(
-    pairs: dict[str, Pair],
-    name: str,
-    text_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    pairs: dict[str, Pair], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """What is read of the others is the same, so that they need not be pruned, too."""
     asked = ["--data", str(text_file), "--samples", "4", "--seqlen", "32", "--sparsity", "0.25"]
-    directories, method = {}, WAYS[name].config["quant_method"]
-    for kind, source in (("found", pairs[name].quantised), ("expected", pairs[name].plain)):
-        directories[kind] = tmp_path / kind
-        main(["prune", str(source), "--out", str(tmp_path / kind), *asked])
-        said = f"dequantised from {method} to bfloat16: larger per weight"
-        assert (said in capsys.readouterr().out) == (kind == "found")
-    found, expected = (load_file(d / "model.safetensors") for d in directories.values())
+    pair, out = pairs["fp8 experts"], [tmp_path / "found", tmp_path / "expected"]
+    for source, target in zip((pair.quantised, pair.plain), out, strict=True):
+        main(["prune", str(source), "--out", str(target), *asked])
+        said = "dequantised from fp8 to bfloat16: larger per weight"
+        assert (said in capsys.readouterr().out) == (source == pair.quantised)
+        card = (target / "README.md").read_text()
+        assert ("stored quantised (fp8)" in card) == (source == pair.quantised)
+    found, expected = (load_file(directory / "model.safetensors") for directory in out)
     assert found.keys() == expected.keys()
-    for tensor in expected:
-        bits = [weights[tensor].view(torch.uint8) for weights in (found, expected)]
-        assert torch.equal(*bits), tensor
-    configs = [json.loads((d / "config.json").read_text()) for d in directories.values()]
-    assert configs[0] == configs[1]
-    assert configs[0]["dtype"] == "bfloat16"
-    directory, plain = directories.values()
-    manifest = json.loads((directory / "cfsp.json").read_text())
-    assert manifest["dequantised"] == {"from": method, "to": "bfloat16"}
-    assert f"stored quantised ({method})" in (directory / "README.md").read_text()
-    assert "stored quantised" not in (plain / "README.md").read_text()
+    for name, tensor in found.items():
+        assert tensor.view(torch.uint8).equal(expected[name].view(torch.uint8)), name
+    configs = [(directory / "config.json").read_text() for directory in out]
+    assert configs[0] == configs[1] and json.loads(configs[0])["dtype"] == "bfloat16"
+    manifest = json.loads((out[0] / "cfsp.json").read_text())
+    assert manifest["dequantised"] == {"from": "fp8", "to": "bfloat16"}
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", ["pack-quantized", "mxfp4"])
 def test_it_loads_like_the_plain_checkpoint(pairs: dict[str, Pair], name: str) -> None:
     found, expected = cfsp.load(pairs[name].quantised), cfsp.load(pairs[name].plain)
     assert type(found) is type(expected)
@@ -149,7 +138,7 @@ def test_transformers_dequantises_to_the_same(
 def test_what_is_made_of_it_does_not_say_that_it_is_quantised(
     pairs: dict[str, Pair], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = pairs["gptq"].quantised
+    source = pairs["int-quantized"].quantised
     (source / "quantize_config.json").write_text("{}")
     main(["export", str(source), "--to", "vllm", "--out", str(tmp_path / "exported")])
     (tmp_path / "recovered").mkdir()
@@ -159,146 +148,117 @@ def test_what_is_made_of_it_does_not_say_that_it_is_quantised(
         assert not (tmp_path / name / "quantize_config.json").exists()
     capsys.readouterr()
     main(["inspect", str(source)])
-    assert "stored             as gptq; type and size are those dequantised" in (
+    assert "stored             as compressed-tensors; type and size are those dequantised" in (
         capsys.readouterr().out
     )
 
 
 def test_a_model_in_memory_that_is_quantised_is_refused(pairs: dict[str, Pair]) -> None:
-    model = cfsp.load(pairs["awq"].plain)
+    model = cfsp.load(pairs["mxfp8"].plain)
     model.config.quantization_config = {"quant_method": "bitsandbytes"}
     with pytest.raises(CheckpointError, match=r"is quantised.*load it with cfsp\.load"):
         LoadedModel(model)
 
 
-def compressed(**changes: Any) -> dict[str, Any]:
+def compressed(*weights: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    groups = {str(number): {"weights": each} for number, each in enumerate(weights)}
+    changes |= {"config_groups": groups} if weights else {}
     return {**WAYS["pack-quantized"].config, **changes}
+
+
+INT4: dict[str, Any] = {"num_bits": 4, "type": "int"}
 
 
 @pytest.mark.parametrize(
     ("config", "named"),
     [
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
-        ({"quant_method": "hqq"}, "hqq"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemm"}, "awq"),
         ("int8", "int8"),
         ({"quant_method": {}}, "{}"),
         (compressed(format="nvfp4-pack-quantized"), "compressed-tensors, nvfp4-pack-quantized"),
         (compressed(sparsity_config={"format": "sparse-24-bitmask"}), "compressed-tensors, sparse"),
         (compressed(transform_config={"config_groups": {"R1": {}}}), "transformed"),
+        (compressed({**INT4, "num_bits": 3}), "3 bits"),
+        (compressed({**INT4, "group_size": 0.5}), "in groups of 0.5"),
         (
-            compressed(config_groups={"a": {"weights": {"num_bits": 3, "type": "int"}}}),
-            "3 bits",
-        ),
-        (
-            compressed(
-                config_groups={
-                    "a": {"weights": {"num_bits": 4, "type": "int", "group_size": 32}},
-                    "b": {"weights": {"num_bits": 4, "type": "int", "group_size": 64}},
-                }
-            ),
+            compressed({**INT4, "group_size": 32}, {**INT4, "group_size": 64}),
             "in several ways at once",
         ),
-        ({"quant_method": "gptq", "bits": 3}, "3 bits"),
-        ({"quant_method": "gptq", "bits": [4]}, "[4] bits"),
-        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "format marlin"),
-        ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "in groups of 0"),
-        ({"quant_method": "gptq", "bits": 4, "dynamic": {"-:x": {}}}, "in several ways at once"),
-        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version gemv"),
         ({"quant_method": "fp8", "weight_block_size": 128}, "in blocks of 128"),
     ],
 )
-def test_other_ways_are_refused_by_name(
-    pairs: dict[str, Pair], tmp_path: Path, config: object, named: str
-) -> None:
-    directory = Path(shutil.copytree(pairs["awq"].plain, tmp_path / "model"))
-    edit_config(directory, config)
-    message = refused(directory)
-    assert f"{directory} is quantised (" in message
-    assert f"{named})" in message
-    assert "save_pretrained()" in message
-
-
-def edit_config(directory: Path, quantization: object) -> None:
-    path = directory / "config.json"
-    fields = {**json.loads(path.read_text()), "quantization_config": quantization}
-    path.write_text(json.dumps(fields))
-
-
-def refused(directory: Path) -> str:
+def test_other_ways_are_refused_by_name(config: object, named: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        Checkpoint(directory)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+        quantisation_in({"quantization_config": config}, "the model")
+    message = str(caught.value)
+    assert message.startswith("the model is quantised (") and "\n" not in message
+    assert f"{named}), which cfsp cannot undo (it can: fp8, mxfp8, fbgemm_fp8, mxfp4, " in message
+    assert "prune the model that it was made from and quantise the result" in message
+
+
+UP, QUERIES = "model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"
+IN_ANY_ORDER = "pack-quantized, in any order"
+
+
+def changed(source: Path, target: Path, changes: dict[str, torch.Tensor | None]) -> Path:
+    """Return a copy in which tensors are others, or gone."""
+    shutil.copytree(source, target)
+    tensors: dict[str, Any] = {}
+    for file in target.glob("*.safetensors*"):
+        tensors |= load_file(file) if file.suffix == ".safetensors" else {}
+        file.unlink()
+    tensors |= changes
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, target / "model.safetensors")
+    return target
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "said"),
+    ("name", "changes", "said"),
     [
         (
             "fp8 in blocks",
-            lambda found: found.pop("model.layers.0.mlp.up_proj.weight_scale_inv"),
-            "lacks the tensor model.layers.0.mlp.up_proj.weight_scale_inv, the scale of",
+            {f"{UP}_scale_inv": None},
+            f"lacks the tensor {UP}_scale_inv, the scale of",
         ),
         (
             "fp8 in blocks",
-            lambda found: found.update(
-                {"model.layers.0.mlp.up_proj.weight_scale_inv": torch.ones(5, 5)}
-            ),
+            {f"{UP}_scale_inv": torch.ones(5, 5)},
             "up_proj.weight_scale_inv is float32 of shape [5, 5], expected one number",
         ),
         (
             "fp8 in blocks",
-            lambda found: found.update({"model.layers.0.mlp.up_proj.weight": torch.ones(96, 32)}),
-            "has model.layers.0.mlp.up_proj.weight_scale_inv beside "
-            "model.layers.0.mlp.up_proj.weight in float32",
+            {UP: torch.ones(96, 32)},
+            f"has {UP}_scale_inv beside {UP} in float32",
         ),
         (
-            "gptq",
-            lambda found: found.update({"model.layers.0.mlp.up_proj.scales": torch.ones(1, 9)}),
-            "up_proj.scales is float32 of shape [1, 9], expected shape [2, 96]",
+            IN_ANY_ORDER,
+            {f"{UP}_scale": torch.ones(1, 9)},
+            "up_proj.weight_scale is float32 of shape [1, 9], expected shape [96, 2]",
         ),
         (
             "mxfp4",
-            lambda found: found.update(
-                {"model.layers.0.self_attn.q_proj.weight": torch.ones(64, 32).to(torch.int8)}
-            ),
+            {QUERIES: torch.ones(64, 32).to(torch.int8)},
             "q_proj.weight is stored as int8, which mxfp4 weights of its config are not",
         ),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(
-    pairs: dict[str, Pair], tmp_path: Path, name: str, change: Any, said: str
+    pairs: dict[str, Pair], tmp_path: Path, name: str, changes: Any, said: str
 ) -> None:
-    directory = tmp_path / "model"
-    shutil.copytree(pairs[name].quantised, directory)
-    tensors = {}
-    for file in directory.glob("*.safetensors*"):
-        tensors |= load_file(file) if file.suffix == ".safetensors" else {}
-        file.unlink()
-    change(tensors)
-    save_file(tensors, directory / "model.safetensors")
-    assert said in refused(directory)
-
-
-def test_a_config_that_says_so_of_plain_weights_is_refused(
-    pairs: dict[str, Pair], tmp_path: Path
-) -> None:
-    directory = Path(shutil.copytree(pairs["awq"].plain, tmp_path / "model"))
-    edit_config(directory, {"quant_method": "fp8"})
-    assert "none of its tensors is; remove quantization_config there" in refused(directory)
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint(changed(pairs[name].quantised, tmp_path / "model", changes))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_group_that_is_not_there_is_refused(pairs: dict[str, Pair], tmp_path: Path) -> None:
-    directory = Path(shutil.copytree(pairs["gptq"].quantised, tmp_path / "model"))
-    name = "model.layers.1.self_attn.q_proj"
-    for file in directory.glob("*.safetensors"):
-        tensors = load_file(file)
-        if f"{name}.g_idx" in tensors:
-            tensors[f"{name}.g_idx"][3] = 2
-            save_file(tensors, file)
-    source = Checkpoint(directory)
+    groups = torch.arange(32, dtype=torch.int32) % 3
+    quantised = pairs[IN_ANY_ORDER].quantised
+    source = Checkpoint(changed(quantised, tmp_path / "model", {f"{QUERIES}_g_idx": groups}))
     with pytest.raises(CheckpointError, match=r"g_idx has groups 0 to 2, expected 0 to 1"):
-        source.read(f"{name}.weight")
+        source.read(QUERIES)
 
 
 def test_without_a_dtype_in_the_config_weights_become_bfloat16(
@@ -306,7 +266,6 @@ def test_without_a_dtype_in_the_config_weights_become_bfloat16(
 ) -> None:
     directory = Path(shutil.copytree(pairs["mxfp4"].quantised, tmp_path / "model"))
     fields = json.loads((directory / "config.json").read_text())
-    del fields["dtype"]
-    (directory / "config.json").write_text(json.dumps(fields))
+    (directory / "config.json").write_text(json.dumps({**fields, "dtype": None}))
     name = "model.layers.0.mlp.experts.down_proj"
     assert Checkpoint(directory).specs[name].dtype == torch.bfloat16

@@ -21,9 +21,16 @@ from transformers.core_model_loading import (
 )
 
 from cfsp.architecture.discovery import find_architecture
+from cfsp.architecture.found import Unit
 from cfsp.checkpoint.conversion import missing_prefix, saved_state, stored_from_memory
-from cfsp.checkpoint.ffn_tensors import down_matrix, input_matrices, parameters_with_down
-from cfsp.checkpoint.reading import Checkpoint, LoadedModel, channel_parameters
+from cfsp.checkpoint.reading import (
+    Checkpoint,
+    LoadedModel,
+    channel_parameters,
+    down_matrix,
+    input_matrices,
+    parameters_with_down,
+)
 from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import FileTensor, TensorFile, specs_of
 from cfsp.errors import CheckpointError, UnsupportedModelError
@@ -103,24 +110,14 @@ def test_what_is_cut_is_stored_as_transformers_would_save_it(saved: Saved) -> No
     assert not expected
 
 
-def matrix_in_memory(
-    model: PreTrainedModel, unit: Any, prefix: str, role: str, ffn: int
-) -> Tensor | None:
-    """Return gate (or None), up or down of one FFN of a unit, as outputs x inputs."""
+def channel_in_memory(
+    model: PreTrainedModel, unit: Unit, prefix: str, role: str, ffn: int
+) -> Tensor:
+    """Return what a matrix of one FFN has of the last channel; of two in one, first the gate."""
     name = getattr(unit, role)
-    if name is None:
-        return None
-    matrix = model.get_parameter(prefix + name)
-    matrix = matrix[ffn] if unit.routed else matrix
-    axis = unit.axes[name]
-    dim = axis.axis - unit.routed
-    if role == "down":
-        return matrix if dim == 1 else matrix.T
-    matrix = matrix if dim == 0 else matrix.T
-    part = ("gate", "up").index(role)
-    if axis.fusion == "halves":
-        return matrix.chunk(2)[part]
-    return matrix[part::2] if axis.fusion == "interleaved" else matrix
+    chosen = unit.select(name, model.get_parameter(prefix + name), [[unit.width - 1]] * unit.ffns)
+    chosen = chosen[ffn] if unit.routed else chosen
+    return chosen.movedim(unit.axes[name].axis - unit.routed, 0).flatten()
 
 
 def test_matrices_are_read_and_written(saved: Saved) -> None:
@@ -128,18 +125,20 @@ def test_matrices_are_read_and_written(saved: Saved) -> None:
     hidden = saved.model.config.get_text_config().hidden_size
     for index, unit in enumerate(source.units):
         prefix = source.architecture.block_prefix(unit.block)
-        for ffn in range(unit.ffns):
-            gate, up = input_matrices(source, index, ffn)
-            found_of = {"gate": gate, "up": up, "down": down_matrix(source, index, ffn)}
-            for role, found in found_of.items():
-                expected = matrix_in_memory(saved.model, unit, prefix, role, ffn)
-                if expected is None:
-                    assert found is None
-                    continue
-                assert found is not None and torch.equal(found, expected)
-                shape = (hidden, unit.width) if role == "down" else (unit.width, hidden)
-                assert found.shape == shape
         downs = [down_matrix(source, index, ffn) for ffn in range(unit.ffns)]
+        for ffn, down in enumerate(downs):
+            gate, up = input_matrices(source, index, ffn)
+            assert up.shape == (unit.width, hidden) and down.shape == (hidden, unit.width)
+            found = {"up": up[-1], "down": down[:, -1]}
+            if gate is None:
+                assert unit.gate is None
+            elif unit.gate == unit.up:
+                found["up"] = torch.cat([gate[-1], up[-1]])
+            else:
+                found["gate"] = gate[-1]
+            for role, values in found.items():
+                expected = channel_in_memory(saved.model, unit, prefix, role, ffn)
+                assert torch.equal(values, expected), role
         narrow = {ffn: down[:, ::2] for ffn, down in enumerate(downs)}
         ((name, parameter),) = parameters_with_down(source, index, narrow).items()
         every_second = [list(range(0, unit.width, 2))] * unit.ffns

@@ -38,7 +38,11 @@ def stored_bytes(directory: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...
         file = TensorFile(path)
         for name, spec in file.specs.items():
             assert name not in result
-            result[name] = (spec.dtype, spec.shape, b"".join(map(bytes, file.chunks(name))))
+            result[name] = (
+                spec.dtype,
+                spec.shape,
+                b"".join(map(bytes, file.tensors[name].chunks())),
+            )
     return result
 
 

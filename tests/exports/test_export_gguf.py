@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import cfsp
-from cfsp.checkpoint.llama_cpp_tokens import llama_cpp_tokens
+from cfsp.checkpoint.llama_cpp_library import llama_cpp_tokens
 from cfsp.checkpoint.locating import demo_gguf
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError, OutputError, UsageError
@@ -244,9 +244,7 @@ def test_k_quants_come_from_llama_cpp(tmp_path, tokenizer):
 
 def test_a_wrong_copy_is_noticed_and_not_kept(tmp_path, tokenizer, monkeypatch):
     source = cut(tiny("llama"), tokenizer, tmp_path)
-    monkeypatch.setattr(
-        "cfsp.exports.gguf_tensors.neighbours_together", lambda tensor, heads: tensor
-    )
+    monkeypatch.setattr("cfsp.exports.gguf.neighbours_together", lambda tensor, heads: tensor)
     with pytest.raises(ExportError, match="computes something else: relative error"):
         export(source, tmp_path / "m.gguf")
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "pruned"}

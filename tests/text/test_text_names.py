@@ -16,8 +16,7 @@ import torch
 
 import cfsp
 from builders import draw_windows
-from cfsp.checkpoint.hub import hub_is_reachable
-from cfsp.checkpoint.locating import locate_model, open_checkpoint
+from cfsp.checkpoint.locating import hub_is_reachable, locate_model, open_checkpoint
 from cfsp.errors import CheckpointError, TextError, UsageError
 from cfsp.pipeline import prune_checkpoint
 from cfsp.quality.evaluate import evaluate_models

@@ -51,21 +51,11 @@ def hidden_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def observed_activations(
     block: nn.Module, units: Sequence[Unit], on_rows: OnRows, on_output: OnOutput | None = None
 ) -> Iterator[None]:
-    """Show the input of every down matrix of a block whenever the block runs.
+    """Show the input of every down matrix of a block's FFN units whenever the block runs.
 
-    Args:
-        block: a decoder block.
-        units: its FFN units.
-        on_rows: is given the position of the unit in `units`, the index of the FFN in the unit,
-            act_RF, and the index of each row's token in the flattened batch (of a dense FFN on the
-            CPU). The activations of an expert are those of the tokens that are routed to it, times
-            the router's weight: what they are worth in the block's output.
-        on_output: is given likewise what every expert that has tokens adds to the output of its
-            unit, times the router's weight; None where nobody looks.
-
-    Raises:
-        UnsupportedModelError: while the block runs: it cannot be told which token a row is of, or
-            a down matrix is used in a way that is not seen.
+    `on_output` is given what every expert that has tokens adds to the output of its unit, times the
+    router's weight; so are the activations of experts that `on_rows` is given: what they are worth
+    in the block's output. What cannot be seen is an `UnsupportedModelError` while the block runs.
     """
     tokens: list[int] = []
 
@@ -88,10 +78,7 @@ def observed_activations(
 def observed_sublayers(
     block: nn.Module, units: Sequence[Unit], seen: dict[int, Tensor]
 ) -> Iterator[None]:
-    """Keep the hidden state after each attention of a block whenever the block runs.
-
-    It is kept in `seen` by the position of the unit; after some there is none.
-    """
+    """Keep in `seen`, by the position of its unit, the hidden state after each attention."""
 
     def before(position: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         seen[position] = hidden_state(args, kwargs)
@@ -283,11 +270,9 @@ def _watch_products(watch: _Watch, *args: Any, **kwargs: Any) -> Any:
 def _routed_rows(
     watch: _Watch, expert: int, input_RD: Tensor, args: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Return which tokens the rows of an expert are, and the router's weights of them.
-
-    The module is called with all tokens, the experts of each and their weights. Both orders in
-    which an expert's tokens may come are tried on what its first matrix is multiplied with.
-    """
+    """Return which tokens the rows of an expert are, and the router's weights of them."""
+    # The module is called with all tokens, the experts of each and their weights. Both orders in
+    # which an expert's tokens may come are tried on what its first matrix is multiplied with.
     if len(args) == 3 and args[1].shape == args[2].shape and not args[1].is_floating_point():
         hidden_RD, expert_RK, weight_RK = args
         hidden_RD = hidden_RD.flatten(0, -2)
@@ -300,11 +285,9 @@ def _routed_rows(
 
 
 def _show_all_experts(watch: _Watch, act_ERF: Tensor, added_ERD: Tensor, output: Any) -> None:
-    """Show the activations of experts that are all given all tokens.
-
-    The router's weight has to be in them. It is if tokens of other experts have zeros, or if the
-    module gives the plain sum over experts.
-    """
+    """Show the activations of experts that are all given all tokens."""
+    # The router's weight has to be in them. It is if tokens of other experts have zeros, or if the
+    # module gives the plain sum over experts.
     down_EFD: Tensor = watch.block.get_parameter(watch.unit.down)
     if watch.unit.axes[watch.unit.down].axis == 2:
         down_EFD = down_EFD.transpose(1, 2)

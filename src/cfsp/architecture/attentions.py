@@ -61,8 +61,7 @@ def attentions_of(
 ) -> list[Unit | Refusal]:
     """Return the attentions of a block, and what mixes tokens in another way.
 
-    The text config counts heads. With the part `attention`, attentions whose heads are not found
-    are there too: they can go whole.
+    With the part `attention` those whose heads are not found are there too: they can go whole.
     """
     found: list[Unit | Refusal] = []
     inside: list[str] = []
@@ -105,6 +104,8 @@ def _attention(
         )
         return f"heads: expected queries, keys and values of whole heads, found {names}"
     axes = dict(_axes(module, output, inputs, heads))
+    counts = {_HEADS: heads.query // heads.groups, _GROUPS: 1}
+    code = _code_of_forward(type(module))  # type: ignore[arg-type]
     sizes = sizes_of_matrices(module, path, axes, output, heads.groups)
     return Unit(
         block=index,
@@ -117,15 +118,13 @@ def _attention(
         axes={f"{path}.{name}": axis for name, axis in axes.items()},
         attributes=(*sizes, *_own_numbers(module, path, heads)),
         part="kv",
-        config_numbers=tuple(_config_numbers(module, heads)),
+        # What it reads in its config while it runs.
+        config_numbers={name: n for name, n in counts.items() if f"self.config.{name}" in code},
     )
 
 
 def _whole_attention(module: nn.Module, path: str, index: int, hidden: int) -> Unit | None:
-    """Return the attention that a module is, whatever its heads are; None if it seems to be none.
-
-    Its one KV group is the whole of it.
-    """
+    """Return the attention that a module is, its heads as one KV group; None if it is none."""
     matrices, output = _matrices(module, hidden)
     other = next((name for name in matrices if name != output), None)
     if "Attention" not in type(module).__name__ or output is None or other is None:
@@ -223,15 +222,7 @@ def _own_numbers(module: nn.Module, path: str, heads: _Heads) -> Iterator[WidthA
             continue
         is_count = _COUNTS.search(name) and value in counts
         if is_count or (_LENGTHS.search(name) and value in lengths):
-            yield WidthAttribute(path, name, value // heads.groups)
-
-
-def _config_numbers(module: nn.Module, heads: _Heads) -> Iterator[tuple[str, int]]:
-    """Yield the numbers of heads that a module reads in its config while it runs."""
-    code = _code_of_forward(type(module))  # type: ignore[arg-type]
-    for name, count in ((_HEADS, heads.query), (_GROUPS, heads.groups)):
-        if f"self.config.{name}" in code:
-            yield name, count // heads.groups
+            yield path, name, value // heads.groups
 
 
 @cache

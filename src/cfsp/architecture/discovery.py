@@ -21,13 +21,12 @@ from cfsp.settings import Part
 def find_architecture(model: PreTrainedModel, part: Part = "ffn") -> Architecture:
     """Return the blocks of a model and the units of a part that they seem to have.
 
-    The model is a causal one, or a multimodal one with a text decoder inside. With the part
-    `attention` there are also attentions that can only go whole.
-
-    Raises:
-        UnsupportedModelError: there is no list of blocks.
+    With the part `attention` there are also attentions that can only go whole.
     """
-    decoder = _text_decoder(model)
+    decoder: nn.Module = model.get_decoder()
+    # Some call their output matrix `decoder`.
+    if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
+        decoder = model.base_model
     base = next(path for path, module in model.named_modules() if module is decoder)
     text_config: Any = model.config.get_text_config(decoder=True)
     hidden = _first_number(text_config, "hidden_size", "d_model", "n_embd", "dim")
@@ -76,14 +75,6 @@ def find_architecture(model: PreTrainedModel, part: Part = "ffn") -> Architectur
         refused=tuple(refused),
         learnt_positions=_learnt_positions(decoder, text_config),
     )
-
-
-def _text_decoder(model: PreTrainedModel) -> nn.Module:
-    decoder: nn.Module = model.get_decoder()
-    # Some call their output matrix `decoder`.
-    has_blocks = any(isinstance(module, nn.ModuleList) for module in decoder.modules())
-    base_model: nn.Module = model.base_model
-    return decoder if has_blocks else base_model
 
 
 def _innermost_model(model: PreTrainedModel, blocks: str) -> str:

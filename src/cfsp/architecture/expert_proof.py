@@ -1,6 +1,4 @@
-"""The proof, by execution, that whole experts of a model can go.
-
-A small random model of the same class runs on a few tokens:
+"""The proof, by execution, that whole experts of a model can go, on a small random model.
 
     outputs    what its experts add, as it is seen while a block runs, is what the block's experts
                give together
@@ -83,10 +81,8 @@ def check_outputs(run: SmallRun, unit: Unit) -> None:
 
 
 def staying_experts(experts: RoutedExperts, kept: int, *, at_random: bool = False) -> list[int]:
-    """Return as many experts of each group, ascending: random ones, or the last.
-
-    Without the first ones most groups go whole, where groups matter.
-    """
+    """Return as many experts of each group, ascending: random ones, or the last."""
+    # Without the first ones most groups go whole, where groups matter.
     size, each = experts.count // experts.groups, kept // experts.groups
     generator, staying = torch.Generator().manual_seed(kept), []
     for group in range(experts.groups):
@@ -108,11 +104,7 @@ def runs_with(architecture: Architecture, run: SmallRun, count: int) -> bool:
 
 @torch.no_grad()
 def try_with(architecture: Architecture, run: SmallRun, count: int) -> None:
-    """Run the small model with so many experts in every block, a multiple of the groups.
-
-    Raises:
-        FailedCheckError: it does not run, or gives no numbers.
-    """
+    """Run the small model with so many experts in every block; it must give numbers."""
     assert architecture.experts is not None
     blocks = [unit.block for unit in architecture.units if unit.expert_axes]
     kept = dict.fromkeys(blocks, staying_experts(architecture.experts, count))
@@ -133,8 +125,8 @@ def check_experts(
     """Check that the model computes the same with experts cut as with them masked.
 
     `kept` names those of each block that stay, equally many everywhere and in every group. Every
-    block must, from the input of the run. The decoder as a whole must too, to the sum of what its
-    blocks may differ by: rounding adds up from block to block.
+    block must, from the input of the run, and the decoder, to the sum of what its blocks may differ
+    by: rounding adds up from block to block.
     """
     with _filled_buffers(architecture, run):
         with ExitStack() as stack:
@@ -163,10 +155,7 @@ def check_experts(
 
 @contextmanager
 def masked_experts(block: nn.Module, unit: Unit, kept: Sequence[int]) -> Iterator[None]:
-    """Let the router of a block choose among some of its experts only, whenever the block runs.
-
-    The block must compute in the dtype of its router.
-    """
+    """Let the router of a block, which computes in its dtype, choose among some experts only."""
     gone = [expert for expert in range(unit.ffns) if expert not in set(kept)]
     tensors = block.state_dict(keep_vars=True)
     of_experts = [tensors[name].detach() for name in unit.expert_axes]

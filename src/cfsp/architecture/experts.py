@@ -1,18 +1,18 @@
 """Whole experts as something that can go: what has their axis, and the proof that they can.
 
-What has the axis of experts is found by building the stock model with another number of them: the
-key of the config that says it is the one that does that, and every tensor that becomes shorter has
-the axis. `cfsp.architecture.expert_proof` then proves on a small model that experts can go.
-
-Some routers choose the best groups of experts first. Then equally many of each group must stay, and
-how many groups there are is found by trying.
+It is found by building the stock model with another number of them: the key of the config that says
+it is the one that does that, and every tensor that becomes shorter has the axis. Where the router
+chooses the best groups of experts first, equally many of each must stay; how many is found by
+trying.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedConfig
 
 from cfsp.architecture.expert_proof import (
     check_experts,
@@ -26,23 +26,11 @@ from cfsp.architecture.model_classes import empty_stock_model, with_values
 from cfsp.architecture.small_run import FailedCheckError, SmallRun
 from cfsp.errors import UnsupportedModelError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
 
 def with_experts(
     architecture: Architecture, config: PreTrainedConfig, run: SmallRun
 ) -> Architecture:
-    """Return the architecture with what has the axis of experts, proved.
-
-    Args:
-        architecture: with the FFN units that are proved.
-        config: of the stock model.
-        run: of a small one.
-
-    Raises:
-        UnsupportedModelError: it has no routed experts, or whole ones can't go.
-    """
+    """Return the architecture of a stock model with what has the axis of experts, proved."""
     routed = [unit for unit in architecture.units if unit.routed]
     if not routed:
         raise refused_experts(

@@ -86,7 +86,12 @@ def _ffn(module: nn.Module, path: str, index: int, hidden: int) -> Unit | Refusa
     if not 2 <= len(matrices) <= 3 or len({matrix.experts for matrix in matrices}) != 1:
         return None
     roles = _roles(matrices, hidden)
-    if roles is None or _is_something_else(matrices, roles, hidden):
+    if roles is None:
+        return None
+    # Attention and bottlenecks are cheap to tell from an FFN.
+    names = {matrix.name.removesuffix(".weight") for matrix in matrices}
+    is_bottleneck = roles.gate is None and roles.lead == 0 and 2 * roles.width < hidden
+    if names == {"query", "key", "value"} or is_bottleneck:
         return None
     axes = _axes(module, roles, hidden)
     if isinstance(axes, str):
@@ -107,13 +112,6 @@ def _ffn(module: nn.Module, path: str, index: int, hidden: int) -> Unit | Refusa
         attributes=(*sizes, *own),
         routed=roles.up.experts is not None,
     )
-
-
-def _is_something_else(matrices: list[_Matrix], roles: _Roles, hidden: int) -> bool:
-    """Return whether it is attention or a bottleneck, which it is cheap to tell from an FFN."""
-    names = {matrix.name.removesuffix(".weight") for matrix in matrices}
-    is_bottleneck = roles.gate is None and roles.lead == 0 and 2 * roles.width < hidden
-    return names == {"query", "key", "value"} or is_bottleneck
 
 
 def _matrices(module: nn.Module) -> Iterator[_Matrix]:
@@ -206,4 +204,4 @@ def _own_numbers(module: nn.Module, path: str, width: int, hidden: int) -> Itera
             continue
         for times in (1, 2):
             if value == times * width:
-                yield WidthAttribute(path, name, times)
+                yield path, name, times

@@ -16,6 +16,7 @@ Shapes: E experts, F FFN channels, G KV groups, D hidden.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -29,21 +30,20 @@ from cfsp.settings import Part
 # How gate and up share one matrix: all rows of the gate first, or row about row.
 Fusion = Literal["halves", "interleaved"]
 
+# A number that a module keeps of its own size, such as `in_features`: the module's dotted path from
+# the block, the number's name, and how often the width it is.
+WidthAttribute = tuple[str, str, int]
+
 
 @dataclass(frozen=True)
 class ChannelAxis:
-    """Where a parameter has the channels of its unit.
-
-    Attributes:
-        axis: the axis that channels lie along.
-        fusion: how gate and up share that axis; None if each channel is there once.
-        spans: the axis is made of that many sections one after the other, and in each a channel has
-            so many entries side by side: (64,) of keys with a head size of 64, (192, 64, 64) of
-            three query heads, keys and values in one matrix.
-    """
+    """Where a parameter has the channels of its unit."""
 
     axis: int
-    fusion: Fusion | None = None
+    fusion: Fusion | None = None  # how gate and up share the axis; None if they don't
+    # The axis has that many sections one after the other, and in each a channel has so many entries
+    # side by side: (64,) of keys with a head size of 64, (192, 64, 64) of three query heads, keys
+    # and values in one matrix.
     spans: tuple[int, ...] = (1,)
 
     @property
@@ -80,10 +80,7 @@ class ChannelAxis:
         return tensor.index_select(self.axis, self.index(kept_K, self.width(tensor.shape)))
 
     def select_of_experts(self, tensor: Tensor, kept_EK: Sequence[Sequence[int]]) -> Tensor:
-        """Return a tensor E x ... with the kept channels of each expert only, as many of each.
-
-        An expert of which none is kept goes.
-        """
+        """Return a tensor E x ... with the kept channels of each expert, without those of none."""
         staying = [expert for expert, kept_K in enumerate(kept_EK) if kept_K]
         shape = list(tensor.shape)
         shape[0] = len(staying)
@@ -96,57 +93,30 @@ class ChannelAxis:
 
 
 @dataclass(frozen=True)
-class WidthAttribute:
-    """A number that a module keeps of its own size, such as `in_features`."""
-
-    module: str  # dotted path from the block
-    name: str
-    times: int = 1  # how often the width it is
-
-
-@dataclass(frozen=True)
 class Unit:
     """The FFNs of a block that share a width (a dense one, or all routed experts), or an attention.
 
-    Attributes:
-        block: index of the decoder block.
-        path: dotted path from the block to the module; empty if the block itself holds the FFN.
-        width: channels of each FFN; KV groups of an attention.
-        ffns: how many FFNs: 1, or the number of experts.
-        up: the parameter whose outputs are channels, by its dotted path from the block; of an
-            attention that of the queries.
-        gate: that of the gate; the same as `up` where they are one matrix, None without a gate.
-        down: that of the parameter whose inputs are channels; of an attention that of its output.
-        axes: every parameter that has a channel axis, by its dotted path from the block. Those of
-            experts are three-dimensional and begin with the expert.
-        attributes: numbers in the modules that tell the width.
-        routed: whether its FFNs are experts that a router chooses among.
-        part: `ffn` or `kv`.
-        config_numbers: of an attention that reads them in its config while it runs: the numbers of
-            heads by their names there, each as how often the width it is.
-        after: of an attention, the module that is entered by the hidden state after it, by its
-            dotted path from the block; None if there is none.
-        extras: of an attention, how many values it returns besides its output, in a tuple; None if
-            it returns a tensor.
-        expert_axes: what else has the axis of its experts, such as the router's rows and the biases
-            of outputs: parameters and buffers by their dotted path from the block, and which axis
-            it is. Only there where whole experts can go.
+    Parameters and modules are named by their dotted paths from the block.
     """
 
     block: int
-    path: str
-    width: int
-    ffns: int
-    up: str
-    gate: str | None
-    down: str
-    axes: dict[str, ChannelAxis]
+    path: str  # of its module; empty if the block itself holds the FFN
+    width: int  # channels of each FFN; KV groups of an attention
+    ffns: int  # 1, or the number of experts
+    up: str  # the parameter whose outputs are channels; of an attention that of the queries
+    gate: str | None  # the same as `up` where they are one matrix; None without a gate
+    down: str  # the parameter whose inputs are channels; of an attention its output matrix
+    axes: dict[str, ChannelAxis]  # of parameters with channels; of experts the first axis is theirs
     attributes: tuple[WidthAttribute, ...] = ()
-    routed: bool = False
+    routed: bool = False  # whether its FFNs are experts that a router chooses among
     part: Part = "ffn"
-    config_numbers: tuple[tuple[str, int], ...] = ()
-    after: str | None = None
+    # Numbers of heads that an attention reads in its config while it runs, each in `width`s.
+    config_numbers: dict[str, int] = field(default_factory=dict)
+    after: str | None = None  # the module that the hidden state after an attention enters, if any
+    # How many values an attention returns besides its output; None if it returns a tensor.
     extras: int | None = None
+    # What else has the axis of experts, such as the router's rows, and which it is; where whole
+    # experts can go.
     expert_axes: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -184,7 +154,7 @@ class Unit:
         """The kind without its numbers: what a smaller model of the same class has in common."""
         if self.part == "kv":
             axes = tuple((name, axis.axis, len(axis.spans)) for name, axis in self.axes.items())
-            names = tuple((a.module, a.name) for a in self.attributes)
+            names = tuple((module, name) for module, name, _ in self.attributes)
             return (self.path, self.up, self.down, axes, names)
         return (
             self.path, self.up, self.gate, self.down, tuple(self.axes.items()), self.attributes,
@@ -196,19 +166,13 @@ class Unit:
         """The axes as plain numbers, as `resize_ffn` and config.json have them."""
         return {name: (axis.axis, axis.entries) for name, axis in self.axes.items()}
 
-    @property
-    def plain_attributes(self) -> list[tuple[str, str, int]]:
-        """The attributes as plain values, as `resize_ffn` and config.json have them."""
-        return [(a.module, a.name, a.times) for a in self.attributes]
-
     def resize(self, block: nn.Module, width: int) -> None:
         """Give the unit of a block another width, as the modelling file does it."""
-        axes, attributes = self.plain_axes, self.plain_attributes
+        sizes = self.plain_axes, self.attributes
         if self.part == "kv":
-            numbers = dict(self.config_numbers)
-            resize_attention(block, self.path, width, axes, attributes, numbers)
+            resize_attention(block, self.path, width, *sizes, self.config_numbers)
         else:
-            resize_ffn(block, width, axes, attributes)
+            resize_ffn(block, width, *sizes)
 
     def select(self, name: str, parameter: Tensor, kept_EK: Sequence[Sequence[int]]) -> Tensor:
         """Return one of its parameters with the kept channels of each FFN only, as many of each."""
@@ -218,11 +182,7 @@ class Unit:
         return axis.select_of_experts(parameter, kept_EK)
 
     def other_fusion(self) -> Unit | None:
-        """Return the same unit with what shares a matrix sharing it in the other way, if it does.
-
-        Channels of gate and up are interleaved instead of in halves, and the other way round; the
-        entries of each KV group are side by side.
-        """
+        """Return the same unit with its shared matrix shared in the other way, if it has one."""
         if not self.is_fused:
             return None
         if self.part == "kv":
@@ -245,7 +205,7 @@ class Unit:
     def whole(self) -> Unit:
         """Return the same attention as one that stays or goes, whatever its heads are."""
         axes = {self.down: replace(self.axes[self.down], spans=(self.columns,))}
-        return replace(self, width=1, axes=axes, attributes=(), config_numbers=())
+        return replace(self, width=1, axes=axes, attributes=(), config_numbers={})
 
 
 @dataclass(frozen=True)
@@ -258,17 +218,12 @@ class Refusal:
 
 @dataclass(frozen=True)
 class RoutedExperts:
-    """How a model says how many routed experts its blocks have, where whole ones can go.
+    """How a model says how many routed experts its blocks have, where whole ones can go."""
 
-    Attributes:
-        key: of the text config.
-        count: how many each block has.
-        groups: of how many groups, one after the other, the router chooses the best before it
-            chooses experts: equally many of each must stay. 1 where any may go.
-    """
-
-    key: str
-    count: int
+    key: str  # of the text config
+    count: int  # of each block
+    # Of so many, one after the other, the router chooses the best first: equally many of each must
+    # stay.
     groups: int = 1
 
 
@@ -276,31 +231,18 @@ class RoutedExperts:
 class Architecture:
     """The blocks of a model and their units, of the parts that are asked for.
 
-    Attributes:
-        class_name: of the transformers class.
-        decoder: dotted path from the model to the text decoder, which takes token ids and whose
-            forward calls the blocks.
-        blocks: dotted path from the model to the list of blocks.
-        block_count: how many blocks.
-        units: in the order of blocks, and within a block as they are registered.
-        refused: modules that look like FFNs or attentions but are none that can be cut.
-        learnt_positions: the longest input, where each position has an embedding that was learnt;
-            None where any input can be read.
-        gone: attentions that a stock model of the config has and this one does not: no KV group of
-            theirs is left.
-        experts: of the routed experts, where whole ones can go; None where they can't, or were not
-            asked for.
+    Modules are named by their dotted paths from the model.
     """
 
-    class_name: str
-    decoder: str
-    blocks: str
+    class_name: str  # of transformers
+    decoder: str  # the text decoder, which takes token ids and whose forward calls the blocks
+    blocks: str  # the list of blocks
     block_count: int
-    units: tuple[Unit, ...]
-    refused: tuple[Refusal, ...] = field(default=())
-    learnt_positions: int | None = None
-    gone: tuple[Unit, ...] = ()
-    experts: RoutedExperts | None = None
+    units: tuple[Unit, ...]  # in the order of blocks, and within a block as they are registered
+    refused: tuple[Refusal, ...] = ()
+    learnt_positions: int | None = None  # the longest input, where each position's is learnt
+    gone: tuple[Unit, ...] = ()  # attentions of the stock model that have no KV group left
+    experts: RoutedExperts | None = None  # where whole ones can go and were asked for
 
     @property
     def stock_units(self) -> tuple[Unit, ...]:
@@ -323,10 +265,7 @@ class Architecture:
         return [unit.width for unit in self.units]
 
     def with_widths(self, widths: Sequence[int]) -> Architecture:
-        """Return the same architecture with other numbers of channels.
-
-        Attentions without KV groups are gone.
-        """
+        """Return the same architecture with other widths; attentions without KV groups are gone."""
         units = [replace(unit, width=width) for unit, width in zip(self.units, widths, strict=True)]
         return replace(
             self,
@@ -347,10 +286,7 @@ class Architecture:
         return replace(self, units=tuple(unit for unit in self.units if unit.part == part))
 
     def without_blocks(self, removed: Collection[int]) -> Architecture:
-        """Return the architecture of the model without some blocks; the others move up.
-
-        What was refused is said of the whole model only.
-        """
+        """Return the architecture of the model without some blocks; the others move up."""
         kept = [block for block in range(self.block_count) if block not in removed]
         index_of = {block: index for index, block in enumerate(kept)}
         units, gone = (
@@ -370,6 +306,11 @@ class Architecture:
     def module_name(self, unit: Unit) -> str:
         """Return the dotted path from the model to the module of a unit."""
         return f"{self.block_prefix(unit.block)}{unit.path}".removesuffix(".")
+
+    def block_of(self, name: str) -> int | None:
+        """Return the block whose number is in a parameter's name, be it one too many, if any."""
+        found = re.match(rf"{re.escape(self.blocks)}\.(\d+)\.", name)
+        return None if found is None else int(found[1])
 
     def block_prefix(self, block: int) -> str:
         """Return what the names of all parameters of one block begin with."""

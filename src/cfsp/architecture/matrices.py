@@ -45,15 +45,11 @@ def is_bias_of(name: str, matrix: str) -> bool:
 def sizes_of_matrices(
     module: nn.Module, path: str, axes: Mapping[str, ChannelAxis], down: str, width: int
 ) -> Iterator[WidthAttribute]:
-    """Yield the numbers by which the children of a module tell the width.
-
-    The module is an FFN or an attention at a path of the block, `down` the parameter whose inputs
-    are channels.
-    """
+    """Yield the numbers by which the children of a module at a path of the block tell the width."""
     for name, axis in axes.items():
         owner = name.rpartition(".")[0]
         if owner and not name.endswith("bias"):
             for size in _INPUTS if name == down else _OUTPUTS:
                 if getattr(module.get_submodule(owner), size, None) == axis.entries * width:
                     at = f"{path}.{owner}".removeprefix(".")
-                    yield WidthAttribute(at, size, axis.entries)
+                    yield at, size, axis.entries

@@ -53,9 +53,6 @@ def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
     It is the class that the config names, if that is one of transformers or was registered with
     an Auto class; else the one that the Auto classes have for the config's class.
-
-    Raises:
-        UnsupportedModelError: there is none, or it is an encoder or has one.
     """
     import transformers
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -70,12 +67,14 @@ def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
         name = name.removeprefix(PRUNED)
         if name in known:
             return known[name] or getattr(transformers, name)  # type: ignore[no-any-return]
+    text = config.sub_configs.get("text_config")
     for mapping in mappings:
         found = mapping.get(type(config), None)
         # The first of several is the one that AutoModel builds unless told otherwise.
         found = found[0] if isinstance(found, tuple | list) else found
         # A multimodal config is in both mappings; in the first for its text decoder alone.
-        if found is not None and not _is_of_text_alone(found, config):
+        is_of_text_alone = text is not None and getattr(found, "config_class", None) is text
+        if found is not None and not is_of_text_alone:
             return found  # type: ignore[no-any-return]
     raise UnsupportedModelError(
         f"model type {config.model_type!r} has no class for causal language modelling or for text "
@@ -88,10 +87,7 @@ def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def auto_classes_of(
     model_class: type[PreTrainedModel], config_class: type[PreTrainedConfig]
 ) -> list[str]:
-    """Return the Auto classes by which a language model is loaded; the one to name comes first.
-
-    Several types of configs may share a model class.
-    """
+    """Return the Auto classes by which a language model is loaded; the one to name comes first."""
     import transformers
 
     found = []
@@ -119,11 +115,6 @@ def _classes_by_name(mappings: tuple[Any, ...]) -> dict[str, Any]:
             known |= dict.fromkeys([names] if isinstance(names, str) else names)
         known |= {found.__name__: found for found in mapping._extra_content.values()}
     return known
-
-
-def _is_of_text_alone(found: Any, config: PreTrainedConfig) -> bool:
-    text = config.sub_configs.get("text_config")
-    return text is not None and getattr(found, "config_class", None) is text
 
 
 def check_is_decoder(config: PreTrainedConfig) -> None:

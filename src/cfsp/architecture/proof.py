@@ -1,22 +1,18 @@
 """The proof, by execution, that the units of a model are what discovery takes them for.
 
 A small random model of the same class runs on a few tokens. One unit of every kind is proved, as
-`cfsp.architecture.unit_proof` does, if it stands
-
-    alone        none of its parameters is also used elsewhere
-
-and the blocks are in
-
-    order        the decoder calls each once, in order, each on the output of the one before
+`cfsp.architecture.unit_proof` does, if none of its parameters is also used elsewhere, and if the
+decoder calls each block once, in order, each on the output of the one before.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.experts import with_experts
@@ -27,9 +23,6 @@ from cfsp.architecture.unit_proof import prove_unit
 from cfsp.errors import UnsupportedModelError
 from cfsp.settings import DEFAULT_PARTS, UNIT_PARTS, Part, unit_parts
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
-
 
 @torch.no_grad()
 def prove(
@@ -39,15 +32,8 @@ def prove(
 ) -> Architecture:
     """Return the blocks of a config's model and those of its units that can be cut.
 
-    Args:
-        config: of the model as it is; not changed.
-        model_class: what is built from it; by default that of `model_class_of`.
-        parts: whose units must be there. FFNs are found in any case.
-
-    Raises:
-        CheckpointError: no model can be built from the config.
-        UnsupportedModelError: the model has no blocks that can be run one by one, or no unit of a
-            part that can be cut.
+    Units of `parts` must be there, and the blocks must run one by one: else it is an
+    `UnsupportedModelError`. FFNs are found in any case.
     """
     model_class = model_class or model_class_of(config)
     proved = []
@@ -75,10 +61,7 @@ def prove(
 def _prove_part(
     config: PreTrainedConfig, model_class: type[PreTrainedModel], part: Part
 ) -> Architecture:
-    """Return the blocks and the units of one part that can be cut.
-
-    With `attention` an attention whose KV groups can't be cut is one that can go whole.
-    """
+    """Return the blocks and the units of one part that can be cut, or go (`attention`)."""
     architecture, shared = _guess(config, model_class, part)
     refused, alone = list(architecture.refused), []
     for number, unit in enumerate(architecture.units):

@@ -35,10 +35,7 @@ _NO_WIDTH = re.compile(
 
 
 def smaller_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """Yield copies of a config, the smallest first and the last with its widths as they are.
-
-    Whether a model can be built from one of them is for the caller to try.
-    """
+    """Yield copies of a config, the smallest first and the last with its widths as they are."""
     text_config: Any = config.get_text_config(decoder=True)
     hidden = getattr(text_config, "hidden_size", 0)
     divisors = [number for number in DIVISORS if hidden // number >= LEAST_HIDDEN_SIZE]

@@ -13,19 +13,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.found import Architecture
 from cfsp.architecture.shrinking import smaller_configs
 from cfsp.errors import UnsupportedModelError, first_line
 from cfsp.settings import Part
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 WINDOWS, TOKENS = 2, 12
 LEAST_CHANNELS = 8
@@ -74,11 +72,7 @@ class SmallRun:
 def run_small(
     config: PreTrainedConfig, model_class: Any, architecture: Architecture, part: Part = "ffn"
 ) -> SmallRun:
-    """Run the smallest model that has the units of the large one, which are of one part.
-
-    Raises:
-        UnsupportedModelError: no small model runs, or it does not call block after block.
-    """
+    """Run the smallest model that has the units of the large one, which are of one part."""
     reason = "none has the same FFNs at the same places"
     for smaller in smaller_configs(config):
         try:
@@ -128,10 +122,7 @@ def _has_units_of(small: Architecture, large: Architecture) -> bool:
 
 
 def _fill(decoder: nn.Module, blocks: nn.ModuleList) -> bool:
-    """Give the text decoder random weights, unless they are too many: then return False.
-
-    Blocks that are built alike get the same ones.
-    """
+    """Give the text decoder random weights, unless they are too many: then return False."""
     examples: dict[object, nn.Module] = {}
     for block in blocks:
         examples.setdefault(_build(block), block)
@@ -272,11 +263,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def check_same(check: str, expected: str, compute: Callable[[], Tensor], wanted: Tensor) -> None:
-    """Check that a computation gives what it must, whatever a class does with what was cut away.
-
-    Raises:
-        FailedCheckError: it does not; `check` and `expected` name in words what was asked.
-    """
+    """Check that a computation gives what it must, whatever a class does with what was cut away."""
     try:
         error = difference(compute(), wanted)
     except Exception as problem:

@@ -69,7 +69,12 @@ def prove_unit(run: SmallRun, unit: Unit, part: Part) -> Unit:
     _check_is_watched(run, unit)
     if unit.part == "ffn":
         return unit
-    _check_is_read_by_no_other(run, unit, halves[0][0])
+    # No other block may depend on its keys and values.
+    kept_EK = halves[0][0]
+    with _masked(run, unit, kept_EK):
+        masked = run.decoder_output()
+    with _cut(run.blocks[unit.block], unit, kept_EK):
+        check_same("whole", "the decoder's output with masked groups", run.decoder_output, masked)
     return _as_entered(run, unit)
 
 
@@ -83,20 +88,10 @@ def _check_is_watched(run: SmallRun, unit: Unit) -> None:
         ) from error
 
 
-def _check_is_read_by_no_other(run: SmallRun, unit: Unit, kept_EK: list[list[int]]) -> None:
-    """Check that no other block depends on an attention's keys and values."""
-    with _masked(run, unit, kept_EK):
-        masked = run.decoder_output()
-    with _cut(run.blocks[unit.block], unit, kept_EK):
-        check_same("whole", "the decoder's output with masked groups", run.decoder_output, masked)
-
-
 def _as_entered(run: SmallRun, unit: Unit) -> Unit:
-    """Return an attention with what it returns, and the module that is entered after it.
-
-    With an output matrix of zeros nothing is added to the hidden state, so that it enters that
-    module as it entered the block.
-    """
+    """Return an attention with what it returns, and the module that is entered after it."""
+    # With an output matrix of zeros nothing is added to the hidden state, so that it enters that
+    # module as it entered the block.
     block = run.blocks[unit.block]
     bias = f"{unit.down.removesuffix('weight')}bias"
     zeros = {

@@ -15,10 +15,7 @@ _NAME = re.compile(r".+-[0-9a-f]{16}(-v\d+)?")
 
 
 def converted_directory() -> Path:
-    """Return the folder in which every converted model has a directory of its own.
-
-    It is in $CFSP_CACHE, or in cfsp in the user's cache.
-    """
+    """Return the folder of all converted models: in $CFSP_CACHE, or in cfsp in the user's cache."""
     users = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     return Path(os.environ.get("CFSP_CACHE") or users / "cfsp") / "gguf"
 

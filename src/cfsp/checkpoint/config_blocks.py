@@ -1,31 +1,27 @@
 """The config of a model without some of its blocks.
 
-Lists with an entry for every block lose those of the removed ones, lists of blocks are numbered
-anew, and a number that says how many of the first or last blocks are something else counts those
-that stay. None of that is taken on trust: the stock model is built from the new config, and every
-block that stays must be built as it was. What a config says by a rule that cannot say it any more
-(every n-th block) is refused.
+Lists with an entry for every block, lists of blocks, and numbers of first or last blocks change.
+None of that is taken on trust: the stock model is built from the new config, and every block that
+stays must be built as it was. What a config says by a rule that cannot say it any more (every n-th
+block) is refused.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from cfsp.architecture.block_names import blocks_in_words
 from cfsp.architecture.discovery import find_architecture
+from cfsp.architecture.found import Architecture
 from cfsp.architecture.model_classes import empty_stock_model, with_values
 from cfsp.architecture.proof import may_matter
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import UnsupportedModelError, first_line
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-    from cfsp.architecture.found import Architecture
 
 # What keys that count or number blocks are called, as opposed to experts, tokens or sections.
 _OF_BLOCKS = re.compile(r"layer|block|depth|idx|indices|index")
@@ -34,11 +30,7 @@ _NOT_OF_BLOCKS = re.compile(r"token|section|architectures")
 
 
 def changes_without_blocks(config: PreTrainedConfig, removed: Collection[int]) -> dict[str, Any]:
-    """Return what keys of a stock config's text config become when blocks go, by name.
-
-    Raises:
-        UnsupportedModelError: no config of the class builds the blocks that stay as they are.
-    """
+    """Return what keys of a stock config's text config become when blocks go; refuse what can't."""
     fields = text_config_of(config).to_dict()
     search = _Search(config, removed)
     counts = [
@@ -72,10 +64,8 @@ def changes_without_blocks(config: PreTrainedConfig, removed: Collection[int]) -
 def same_changes(
     config: PreTrainedConfig, changes: Mapping[str, Any], kept: Sequence[int], count: int
 ) -> dict[str, Any]:
-    """Return the changes of another config of as many blocks, which may have other widths.
-
-    It is not read again: a config that was made smaller need not be one that its class accepts.
-    """
+    """Return the changes of another config of as many blocks, which may have other widths."""
+    # It is not read again: one that was made smaller need not be one that its class accepts.
     own = dict(_renumbered(text_config_of(config).to_dict(), kept, count))
     return {name: own.get(name, value) for name, value in changes.items()}
 
@@ -83,11 +73,7 @@ def same_changes(
 def stock_without_blocks(
     stock: PreTrainedConfig, architecture: Architecture, removed: Collection[int]
 ) -> tuple[PreTrainedConfig, Architecture, dict[str, Any]]:
-    """Return config and architecture of a stock model without blocks, and what keys became.
-
-    Raises:
-        UnsupportedModelError: as `changes_without_blocks` does.
-    """
+    """Return config and architecture of a stock model without blocks, and what keys became."""
     if not removed:
         return stock, architecture, {}
     changes = changes_without_blocks(stock, removed)

@@ -50,9 +50,7 @@ _CORRECT = "correct it or download it again"
 def read_config(directory: Path) -> tuple[PreTrainedConfig, Quantisation | None]:
     """Return the config of the plain model in a directory, and how that is stored quantised.
 
-    Raises:
-        CheckpointError: no model can be built from it, or cfsp cannot undo how it is quantised.
-        UnsupportedModelError: this transformers does not know the model type.
+    Raises a `CheckpointError` where no model can be built from it, or it cannot be dequantised.
     """
     import transformers
     from transformers import CONFIG_MAPPING
@@ -115,9 +113,12 @@ def _check_code(directory: Path, fields: dict[str, Any]) -> None:
 def _check_numbers(path: Path, fields: dict[str, Any]) -> None:
     for key, value in _numbers(fields):
         most = next((most for name, most in _LARGEST if name.fullmatch(key)), None)
+        if most is None:
+            continue
+        least = 0 if most == _MOST_EXPERTS else 1
         # Some types give a list with a number for each block.
         for number in value if isinstance(value, list) else [value]:
-            if most is not None and not _is_count(number, most, least=most != _MOST_EXPERTS):
+            if type(number) is not int or not least <= number <= most:
                 raise _unusable(
                     path, fields, f"{key} is {value!r}, expected a whole number from 1 to {most}"
                 )
@@ -141,10 +142,6 @@ def _numbers(fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from _numbers(value)
         elif value is not None:
             yield key, value
-
-
-def _is_count(value: Any, most: int, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _unusable(path: Path, fields: dict[str, Any], why: str) -> CheckpointError:

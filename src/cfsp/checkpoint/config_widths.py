@@ -83,10 +83,8 @@ def _given_widths(
 
 
 def width_key_of(config: PreTrainedConfig) -> str | None:
-    """Return what `per_layer_config` of a config of ours calls the width; None if it has none.
-
-    A few stock classes have a `per_layer_config` of their own, for attention.
-    """
+    """Return what `per_layer_config` of a config of ours calls the width; None if it has none."""
+    # A few stock classes have a `per_layer_config` of their own, for attention.
     is_ours = any(name.startswith(PRUNED) for name in config.architectures or ())
     if not is_ours or getattr(config, FFN_WIDTHS, None) is not None:
         return None

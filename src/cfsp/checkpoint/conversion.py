@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,43 +23,15 @@ if TYPE_CHECKING:
 
 # Index into a parameter.
 Place = tuple[int | slice, ...]
-# The place of each stored tensor in a parameter, and its shape.
-Placed = tuple[dict[str, Place], tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """Stored tensors, and the parameters that transformers makes of them.
-
-    Attributes:
-        target: name of the parameter, or of the first of several.
-        sources: the stored tensors, by the pattern of the converter that took them, in the order
-            in which the converter wants them.
-        converter: what converts them (`WeightConverter`); None if the only stored tensor is the
-            parameter.
-        renamings: of transformers, that some name of the checkpoint went through.
-    """
-
-    target: str
-    sources: dict[str, list[str]]
-    converter: Any = None
-    renamings: list[Any] = field(default_factory=list, repr=False)
-
-    @property
-    def stored(self) -> tuple[str, ...]:
-        """The names of all its stored tensors."""
-        return tuple(name for names in self.sources.values() for name in names)
 
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """What a converter asks of a model: its config, and parameters of which only shapes count.
-
-    It has the conversions that were used to load it where transformers looks for them.
-    """
+    """What a converter asks of a model: its config, and parameters of which only shapes count."""
 
     config: Any
     tensors: Mapping[str, Tensor] = field(repr=False)
+    # Where transformers looks for the conversions that loaded it.
     _weight_conversions: list[Any] | None = field(default=None, repr=False)
 
     def get_parameter(self, name: str) -> Tensor:
@@ -66,8 +39,112 @@ class ModelShapes:
         return self.tensors[name]
 
 
+@dataclass(frozen=True, eq=False)
+class Conversion:
+    """Stored tensors, and the parameters that transformers makes of them."""
+
+    target: str  # the parameter, or the first of several
+    sources: dict[str, list[str]]  # in the order in which the converter wants them, by its patterns
+    specs: Mapping[str, TensorSpec] = field(repr=False)  # of the stored tensors
+    model: ModelShapes = field(repr=False)
+    converter: Any = None  # `WeightConverter`; None if the only stored tensor is the parameter
+    # Of transformers, that some name of the checkpoint went through.
+    renamings: list[Any] = field(default_factory=list, repr=False)
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """The names of all its stored tensors."""
+        return tuple(name for names in self.sources.values() for name in names)
+
+    def convert(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the parameters that the converter makes of stored tensors, which may be empty."""
+        converter = copy.deepcopy(self.converter)
+        for pattern, names in self.sources.items():
+            for name in names:
+                converter.add_tensor(self.target, name, pattern, tensors[name])
+        made = converter.convert(self.target, model=self.model, config=self.model.config)
+        return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
+
+    def revert(self, parameters: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """Return the stored tensors that all of its parameters are made of: undo `convert`."""
+        if self.converter is None:
+            return {self.stored[0]: parameters[self.target]}
+        loaded = ModelShapes(config, parameters, [*self.renamings, self.converter])
+        return as_saved(loaded, parameters)
+
+    def made(self) -> dict[str, TensorSpec]:
+        """Return types and shapes of the parameters that it makes; of none if it cannot."""
+        if self.placed is not None:
+            return {self.target: TensorSpec(self.specs[self.stored[0]].dtype, self.placed[1])}
+        try:
+            return specs_of(self.convert(meta(self.specs, self.stored)))
+        except Exception:  # whatever a converter says to shapes that do not fit
+            return {}
+
+    def without_choice(self) -> Conversion:
+        """Return the same, where it asks for shapes with the answer that they have now."""
+        # What is to be stored as it was before has to know whether a matrix was transposed.
+        from transformers.core_model_loading import Transpose
+
+        operations = [] if self.converter is None else self.converter.operations
+        if [getattr(step, "check_dims", 0) for step in operations] != [True]:
+            return self
+        (name,), (step,) = self.stored, operations
+        if self.specs[name].shape == tuple(self.model.get_parameter(self.target).shape):
+            return replace(self, sources={name: [name]}, converter=None)
+        always = copy.deepcopy(self.converter)
+        always.operations = [Transpose(step.dim0, step.dim1)]
+        return replace(self, converter=always)
+
+    @cached_property
+    def placed(self) -> tuple[dict[str, Place], tuple[int, ...]] | None:
+        """Where each stored tensor lies in the only parameter, and its shape; None if nowhere."""
+        if self.converter is None:
+            (name,) = self.stored
+            return {name: ()}, self.specs[name].shape
+        operations = self.converter.operations
+        match [(type(step).__name__, getattr(step, "dim", None)) for step in operations]:
+            case [("MergeModulelist", 0)] if len(self.sources) == 1:
+                stacks, axis = True, 1
+            case [("MergeModulelist", 0), ("Concatenate", int(axis))] if axis > 0:
+                stacks = True
+            case [("Concatenate", int(axis))] if axis >= 0:
+                stacks = False
+            case _:
+                return None
+        if len(self.converter.target_patterns) > 1:
+            return None
+        runs = [
+            self.sources[pattern]
+            for pattern in self.converter.source_patterns
+            if pattern in self.sources
+        ]
+        joined = axis - 1 if stacks else axis  # the same axis in a stored tensor
+        shapes = [[self.specs[name].shape for name in run] for run in runs]
+        if any(len(shape) <= joined for run in shapes for shape in run):
+            return None
+        others = {(*shape[:joined], *shape[joined + 1 :]) for run in shapes for shape in run}
+        uneven = stacks and (
+            len({len(run) for run in runs}) > 1 or any(len(set(s)) > 1 for s in shapes)
+        )
+        if len(others) != 1 or uneven:
+            return None
+        found: dict[str, Place] = {}
+        end = 0
+        for run in runs:
+            start = end
+            for index, name in enumerate(run):
+                start = start if stacks else end
+                end = start + self.specs[name].shape[joined]
+                expert: Place = (index,) if stacks else ()
+                found[name] = (*expert, *(slice(None),) * joined, slice(start, end))
+        (other,) = others
+        shape = (*other[:joined], end, *other[joined:])
+        return found, (len(runs[0]), *shape) if stacks else shape
+
+
 def find_conversions(
-    model: PreTrainedModel, stored: Iterable[str]
+    model: PreTrainedModel, specs: Mapping[str, TensorSpec]
 ) -> tuple[list[Conversion], dict[str, str]]:
     """Return what becomes of the names of stored tensors when transformers loads them.
 
@@ -86,13 +163,14 @@ def find_conversions(
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     converter_of = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    in_memory = model.state_dict()
+    in_memory = {name: tensor.detach().to("meta") for name, tensor in model.state_dict().items()}
+    shapes = ModelShapes(model.config, in_memory)
     prefix = model.base_model_prefix
     found: dict[str, Conversion] = {}
     unused: dict[str, str] = {}
     used: list[Any] = []
     # As transformers goes through them: expert 2 before expert 10.
-    for name in sorted(stored, key=dot_natural_key):
+    for name in sorted(specs, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, in_memory)
         if target not in in_memory and name in in_memory:
             target, pattern = name, None
@@ -100,7 +178,7 @@ def find_conversions(
             unused[name] = target
         elif pattern is not None:
             conversion = found.setdefault(
-                target, Conversion(target, {}, converter_of[pattern], used)
+                target, Conversion(target, {}, specs, shapes, converter_of[pattern], used)
             )
             if conversion.converter is None:  # the parameter itself is stored as well
                 unused[name] = target
@@ -109,137 +187,20 @@ def find_conversions(
         elif target in found:  # a second name of the same parameter
             unused[name] = target
         else:
-            found[target] = Conversion(target, {name: [name]})
+            found[target] = Conversion(target, {name: [name]}, specs, shapes)
     used += [entry for entry in renamings if entry.was_used()]
     return list(found.values()), unused
 
 
-def without_choice(
-    conversion: Conversion, specs: Mapping[str, TensorSpec], shapes: ModelShapes
-) -> Conversion:
-    """Return the same conversion, where it asks for shapes with the answer that they have now.
-
-    What is to be stored as it was before has to know whether a matrix was transposed.
-    """
-    from transformers.core_model_loading import Transpose
-
-    converter = conversion.converter
-    if converter is None or [getattr(op, "check_dims", 0) for op in converter.operations] != [True]:
-        return conversion
-    (name,), (step,) = conversion.stored, converter.operations
-    if specs[name].shape == tuple(shapes.get_parameter(conversion.target).shape):
-        return replace(conversion, sources={name: [name]}, converter=None)
-    always = copy.deepcopy(converter)
-    always.operations = [Transpose(step.dim0, step.dim1)]
-    return replace(conversion, converter=always)
-
-
-def convert(
-    conversion: Conversion, tensors: Mapping[str, Tensor], shapes: ModelShapes
-) -> dict[str, Tensor]:
-    """Return the parameters that transformers makes of stored tensors, by name.
-
-    It must have a converter. Of tensors on the meta device the result has shapes only.
-    """
-    converter = copy.deepcopy(conversion.converter)
-    for pattern, names in conversion.sources.items():
-        for name in names:
-            converter.add_tensor(conversion.target, name, pattern, tensors[name])
-    made = converter.convert(conversion.target, model=shapes, config=shapes.config)
-    return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
-
-
-def revert(
-    conversion: Conversion, parameters: Mapping[str, Tensor], config: Any
-) -> dict[str, Tensor]:
-    """Return the stored tensors that parameters are made of: undo `convert`.
-
-    The parameters are all that the conversion makes, of any width and with any number of experts.
-    """
-    if conversion.converter is None:
-        return {conversion.stored[0]: parameters[conversion.target]}
-    loaded = ModelShapes(config, parameters, [*conversion.renamings, conversion.converter])
-    return as_saved(loaded, parameters)
-
-
-def places(conversion: Conversion, specs: Mapping[str, TensorSpec]) -> Placed | None:
-    """Return the place of each stored tensor in the parameter, and the parameter's shape.
-
-    None where the conversion does more than put tensors side by side, or where they do not fit.
-    """
-    if conversion.converter is None:
-        (name,) = conversion.stored
-        return {name: ()}, specs[name].shape
-    operations = conversion.converter.operations
-    match [(type(step).__name__, getattr(step, "dim", None)) for step in operations]:
-        case [("MergeModulelist", 0)] if len(conversion.sources) == 1:
-            stacks, axis = True, 1
-        case [("MergeModulelist", 0), ("Concatenate", int(axis))] if axis > 0:
-            stacks = True
-        case [("Concatenate", int(axis))] if axis >= 0:
-            stacks = False
-        case _:
-            return None
-    if len(conversion.converter.target_patterns) > 1:
-        return None
-    runs = [
-        conversion.sources[pattern]
-        for pattern in conversion.converter.source_patterns
-        if pattern in conversion.sources
-    ]
-    joined = axis - 1 if stacks else axis  # the same axis in a stored tensor
-    shapes = [[specs[name].shape for name in run] for run in runs]
-    if any(len(shape) <= joined for run in shapes for shape in run):
-        return None
-    others = {(*shape[:joined], *shape[joined + 1 :]) for run in shapes for shape in run}
-    uneven = stacks and (
-        len({len(run) for run in runs}) > 1 or any(len(set(s)) > 1 for s in shapes)
-    )
-    if len(others) != 1 or uneven:
-        return None
-    found: dict[str, Place] = {}
-    end = 0
-    for run in runs:
-        start = end
-        for index, name in enumerate(run):
-            start = start if stacks else end
-            end = start + specs[name].shape[joined]
-            expert: Place = (index,) if stacks else ()
-            found[name] = (*expert, *(slice(None),) * joined, slice(start, end))
-    (other,) = others
-    shape = (*other[:joined], end, *other[joined:])
-    return found, (len(runs[0]), *shape) if stacks else shape
-
-
-def specs_made(
-    conversion: Conversion, specs: Mapping[str, TensorSpec], shapes: ModelShapes
-) -> dict[str, TensorSpec]:
-    """Return types and shapes of the parameters that a conversion makes; of none if it cannot."""
-    placed = places(conversion, specs)
-    if placed is not None:
-        return {conversion.target: TensorSpec(specs[conversion.stored[0]].dtype, placed[1])}
-    try:
-        return specs_of(convert(conversion, meta(specs, conversion.stored), shapes))
-    except Exception:  # whatever a converter says to shapes that do not fit
-        return {}
-
-
 def as_saved(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors under the names, and in the shapes, that `save_pretrained` gives them.
-
-    The model tells how it was loaded. On the meta device nothing is copied.
-    """
+    """Return tensors under the names, and in the shapes, that `save_pretrained` gives them."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return dict(revert_weight_conversion(model, dict(state)))
 
 
 def missing_prefix(model: PreTrainedModel, stored: Iterable[str]) -> str:
-    """Return what the names lack in a checkpoint that was saved from the base model alone.
-
-    Such are those of GPT-2 on the hub; transformers loads them as well. With the prefix they are
-    the names under which the whole model is saved.
-    """
+    """Return what names lack in a checkpoint of a base model alone, such as GPT-2's on the hub."""
     prefix = f"{model.base_model_prefix}."
     names = set(stored)
     in_memory = model.state_dict()
@@ -254,10 +215,7 @@ def missing_prefix(model: PreTrainedModel, stored: Iterable[str]) -> str:
 
 
 def saved_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return what `save_pretrained` would write, by the names in memory.
-
-    Of tensors that are tied it has the one that the others take theirs from.
-    """
+    """Return what `save_pretrained` would write, by the names in memory; of tied tensors one."""
     state: dict[str, Tensor] = model.state_dict()
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         state.pop(name, None)
@@ -280,10 +238,9 @@ def stored_from_memory(model: PreTrainedModel) -> dict[str, Tensor]:
     specs = specs_of(as_saved(model, empty))
     tensors: dict[str, Tensor] = {}
     for conversion in find_conversions(model, specs)[0]:
-        placed = places(conversion, specs)
-        if placed is not None and conversion.target in state:
+        if conversion.placed is not None and conversion.target in state:
             whole = state.pop(conversion.target)
-            tensors |= {name: whole[place] for name, place in placed[0].items()}
+            tensors |= {name: whole[place] for name, place in conversion.placed[0].items()}
     if len(tensors) < len(specs):
         tensors |= as_saved(model, state)
     return {name: tensors[name] for name in specs}

@@ -1,7 +1,8 @@
 """The arithmetic of quantised weights: from the tensors that one is stored as to its values.
 
-Each function takes these parts, of which nothing is read yet, and returns the plain tensor, of
-which nothing is computed yet. Values are computed in float32 and rounded once.
+Each function is a format: it takes these parts, of which nothing is read yet, and the dtype of the
+plain tensor that it returns, of which nothing is computed yet. Values are computed in float32 and
+rounded once.
 
 Shapes: E experts, O outputs, I inputs, G groups of inputs, R rows of the first axis.
 """
@@ -33,13 +34,10 @@ class ImpossiblePartsError(Exception):
 
 @dataclass(frozen=True)
 class DequantisedTensor:
-    """A tensor that is computed, when it is asked for, from the tensors that it is stored as.
-
-    `rows` gives its values, in float32, from one row of the first axis to another.
-    """
+    """A tensor that is computed, when it is asked for, from the tensors that it is stored as."""
 
     spec: TensorSpec
-    rows: Callable[[int, int], Tensor]
+    rows: Callable[[int, int], Tensor]  # in float32, from one of the first axis to another
 
     def read(self) -> Tensor:
         """Return the tensor."""
@@ -72,12 +70,13 @@ class DequantisedTensor:
 StoredTensor = FileTensor | DequantisedTensor
 
 
-def from_mxfp4(blocks: FileTensor, scales: FileTensor, dtype: torch.dtype) -> DequantisedTensor:
+def from_mxfp4(parts: Parts, dtype: torch.dtype) -> DequantisedTensor:
     """Return experts that are stored as pairs of FP4 numbers, 32 with a common exponent.
 
     Stored outputs x inputs, they are inputs x outputs in memory, as in gpt-oss: from E x O x G x 16
     bytes and E x O x G exponents to E x I x O.
     """
+    blocks, scales = parts["_blocks"], parts["_scales"]
     shape = blocks.spec.shape
     if len(shape) != 4 or shape[-1] != 16:
         raise _impossible(blocks, "experts x outputs x groups x 16")
@@ -95,20 +94,17 @@ def from_mxfp4(blocks: FileTensor, scales: FileTensor, dtype: torch.dtype) -> De
 
 
 def from_scaled(
-    values: FileTensor,
-    scale: FileTensor,
-    zero_point: FileTensor | None,
-    block: tuple[int, int],
-    dtype: torch.dtype,
+    parts: Parts, dtype: torch.dtype, *, scale: str, block: tuple[int, int]
 ) -> DequantisedTensor:
     """Return numbers of 8 bits, of any shape, each times the scale of its block.
 
     The scale is one, one for each row, or one for each block (height and width) of the last two
     axes; bytes are exponents. A zero point of its shape is subtracted before.
     """
+    values, scales, zero_point = parts[""], parts[scale], parts.get("_zero_point")
     shape = values.spec.shape
     sizes = (*(1,) * (len(shape) - 2), *block)[-len(shape) :]  # of a block along every axis
-    for part in (scale, *([zero_point] if zero_point else [])):
+    for part in (scales, *([zero_point] if zero_point else [])):
         grid = _grid(part.spec.shape, len(shape))
         if len(grid) != len(shape) or any(
             length not in (1, count, ceil(count / size))
@@ -130,99 +126,63 @@ def from_scaled(
         numbers = values.rows(start, stop).float()
         if zero_point is not None:
             numbers -= of_rows(zero_point.read().float(), start, stop)
-        return numbers.mul_(of_rows(_scales(scale.read()), start, stop))
+        return numbers.mul_(of_rows(_scales(scales.read()), start, stop))
 
     return DequantisedTensor(TensorSpec(dtype, shape), rows)
 
 
-@dataclass(frozen=True)
-class Grouping:
-    """How numbers of few bits are stored, several in an integer, with scales for groups of inputs.
+def from_groups(
+    parts: Parts, dtype: torch.dtype, *, bits: int, group_size: int
+) -> DequantisedTensor:
+    """Return a matrix O x I of few bits, less the zero of its group of inputs, times its scale.
 
-    Attributes:
-        packed: what the name of the numbers ends with, outputs x inputs.
-        scale: the same of the scales, outputs x groups.
-        zero: of what is subtracted before, packed along the outputs; half of what there is if not
-            stored.
-        group: of the group of each input; those of neighbours if not stored.
-        bits: of a number; divides 32.
-        group_size: inputs of a group; -1 for all.
-        added: what the stored zero lacks.
-        inputs_first: all matrices are stored the other way round.
-        along_outputs: outputs share an integer, not inputs.
-        order: which place in an integer each neighbour has; one after the other if empty.
+    Several neighbours are in an integer, the first in the lowest bits. Scales are O x G. Zeros are
+    packed along the outputs; without them half of what there is is subtracted. A group is of so
+    many inputs that are neighbours (of all where -1), unless the group of each is stored.
     """
-
-    packed: str
-    scale: str
-    zero: str
-    group: str
-    bits: int = 4
-    group_size: int = -1
-    added: int = 0
-    inputs_first: bool = False
-    along_outputs: bool = False
-    order: tuple[int, ...] = ()
-
-
-def from_groups(parts: Parts, how: Grouping, dtype: torch.dtype) -> DequantisedTensor:
-    """Return numbers of few bits, outputs x inputs, less their zero and times their scale."""
-    packed, scale = parts[how.packed], parts[how.scale]
-    zero, group = parts.get(how.zero), parts.get(how.group)
-    in_a_word = 32 // how.bits
+    packed, scale = parts["weight_packed"], parts["weight_scale"]
+    zero, group = parts.get("weight_zero_point"), parts.get("weight_g_idx")
+    in_a_word = 32 // bits
     if len(packed.spec.shape) != 2:
         raise _impossible(packed, "a matrix")
-    outputs, inputs = packed.spec.shape[:: -1 if how.inputs_first else 1]
-    outputs *= in_a_word if how.along_outputs else 1
-    inputs *= 1 if how.along_outputs else in_a_word
-    groups = 1 if how.group_size < 0 else ceil(inputs / how.group_size)
-    grids = [
-        (part, (groups, length) if how.inputs_first else (length, groups))
-        for part, length in ((scale, outputs), (zero, ceil(outputs / in_a_word)))
-    ]
-    for part, shape in (*grids, (group, (inputs,))):
+    outputs, inputs = packed.spec.shape[0], packed.spec.shape[1] * in_a_word
+    groups = 1 if group_size < 0 else ceil(inputs / group_size)
+    expected = (
+        (scale, (outputs, groups)),
+        (zero, (ceil(outputs / in_a_word), groups)),
+        (group, (inputs,)),
+    )
+    for part, shape in expected:
         if part is not None and part.spec.shape != shape:
             raise _impossible(part, f"shape {list(shape)}")
 
-    def of_outputs(part: FileTensor, chosen: slice) -> Tensor:
-        if how.inputs_first:
-            return part.read()[:, chosen].T
-        return part.rows(chosen.start, chosen.stop)
+    def unpacked(words: Tensor, axis: int) -> Tensor:
+        shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+        numbers = words.unsqueeze(axis + 1) >> (shifts[:, None] if axis == 0 else shifts)
+        return (numbers & ((1 << bits) - 1)).flatten(axis, axis + 1).float()
 
     def rows(start: int, stop: int) -> Tensor:
-        group_I = _groups(group, inputs, how.group_size, groups)
-        words = slice(start // in_a_word, ceil(stop / in_a_word))
-        chosen = slice(start - words.start * in_a_word, stop - words.start * in_a_word)
-        if how.along_outputs:
-            values_RI = _unpacked(of_outputs(packed, words), 0, how)[chosen].float()
-        else:
-            values_RI = _unpacked(of_outputs(packed, slice(start, stop)), 1, how).float()
+        group_I = torch.arange(inputs) // (group_size if group_size > 0 else inputs)
+        group_I = group_I if group is None else _read_groups(group, groups)
+        values_RI = unpacked(packed.rows(start, stop), 1)
         if zero is None:
-            values_RI -= 1 << (how.bits - 1)
+            values_RI -= 1 << (bits - 1)
         else:
-            zeros_RG = _unpacked(of_outputs(zero, words), 0, how)[chosen].float() + how.added
-            values_RI -= zeros_RG[:, group_I]
-        return values_RI.mul_(of_outputs(scale, slice(start, stop)).float()[:, group_I])
+            first = start // in_a_word
+            zeros_OG = unpacked(zero.rows(first, ceil(stop / in_a_word)), 0)
+            before = first * in_a_word
+            values_RI -= zeros_OG[start - before : stop - before, group_I]
+        return values_RI.mul_(scale.rows(start, stop).float()[:, group_I])
 
     return DequantisedTensor(TensorSpec(dtype, (outputs, inputs)), rows)
 
 
-def _unpacked(words: Tensor, axis: int, how: Grouping) -> Tensor:
-    """Return the numbers in the integers of a matrix, the lowest bits of each first."""
-    shifts = torch.arange(0, 32, how.bits, dtype=torch.int32)
-    shifts = shifts[list(how.order)] if how.order else shifts
-    parts = words.unsqueeze(axis + 1) >> (shifts[:, None] if axis == 0 else shifts)
-    return (parts & ((1 << how.bits) - 1)).flatten(axis, axis + 1)
-
-
-def _groups(group_of_input: FileTensor | None, inputs: int, group_size: int, groups: int) -> Tensor:
+def _read_groups(group_of_input: FileTensor, groups: int) -> Tensor:
     """Return the group of every input, which must be there."""
-    if group_of_input is None:
-        return torch.arange(inputs) // (group_size if group_size > 0 else inputs)
     found = group_of_input.read().long()
     if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < groups:
         raise CheckpointError(
-            f"{group_of_input.file.path}: {group_of_input.name} has groups {int(found.min())} "
+            f"{group_of_input.path}: {group_of_input.name} has groups {int(found.min())} "
             f"to {int(found.max())}, expected 0 to {groups - 1}; {AGAIN}"
         )
     return found

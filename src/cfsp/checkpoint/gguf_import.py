@@ -2,24 +2,28 @@
 
 Of its tokenizer a file says little: tokens, merges, and a name for the rest. transformers builds
 it; BOS and how text is split are llama.cpp's rules (`pre_tokenizers`).
+
+Format: magic, version, number of tensors, number of key-value pairs, the pairs, then name,
+dimensions, type and offset of every tensor
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import struct
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from cfsp.checkpoint.cache import converted_directory, directory_bytes
-from cfsp.checkpoint.gguf_header import check_gguf
-from cfsp.checkpoint.llama_cpp_tokens import tokens_differ
+from cfsp.checkpoint.llama_cpp_library import tokens_differ
 from cfsp.checkpoint.output import staged_directory
 from cfsp.checkpoint.pre_tokenizers import BY_NAME
+from cfsp.checkpoint.writing import sha256_of
 from cfsp.errors import CheckpointError, MissingExtraError, OutputError
 from cfsp.progress import library_progress
 
@@ -38,19 +42,19 @@ _ROWS_AT_ONCE = 4096
 PRE_TOKENIZER_KEY = "gguf_pre_tokenizer"
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 
+_MAGIC = b"GGUF"
+_STRING, _ARRAY = 8, 9
+# Type -> bytes of one value.
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_MOST_DIMENSIONS = 8
+
 
 def import_gguf(path: Path) -> Path:
     """Return a directory with the file's config, tokenizer and weights as safetensors.
 
     Weights become bfloat16, or float32 or float16 where that is what the file mostly stores.
-    The directory is named after the file's content, so it is made only once.
     """
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    target = converted_directory() / f"{path.stem}-{digest[:16]}-v{_CONVERSION}"
+    target = converted_directory() / f"{path.stem}-{sha256_of(path)[:16]}-v{_CONVERSION}"
     if not (target / "config.json").is_file():
         check_gguf(path)
         dtype = _stored_dtype(path)
@@ -219,3 +223,59 @@ def _warn_of_other_tokens(path: Path, directory: Path) -> None:
             path.name,
             difference,
         )
+
+
+def check_gguf(path: Path) -> None:
+    """Check that everything that the header announces is in the file."""
+    # Readers take its counts and lengths at their word: one that claims 2^60 entries would keep
+    # them busy, and growing, for ever.
+    try:
+        with path.open("rb") as file:
+            _walk(file, path.stat().st_size)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is not a readable GGUF file: {error}; download it again"
+        ) from error
+
+
+def _walk(file: BinaryIO, size: int) -> None:
+    def skip(nbytes: int) -> None:
+        if file.tell() + nbytes > size:
+            raise ValueError(f"its header reaches beyond its {size} bytes")
+        file.seek(nbytes, 1)
+
+    def number(form: str) -> int:
+        data = file.read(struct.calcsize(form))
+        if len(data) < struct.calcsize(form):
+            raise ValueError(f"its header reaches beyond its {size} bytes")
+        return int(struct.unpack(form, data)[0])
+
+    def values(kind: int, count: int) -> None:
+        if kind == _STRING:
+            for _ in range(count):
+                skip(number("<Q"))
+        elif kind in _SIZES:
+            skip(count * _SIZES[kind])
+        else:
+            raise ValueError(f"a value has the unknown type {kind}")
+
+    if file.read(4) != _MAGIC:
+        raise ValueError("it does not begin with GGUF")
+    version = number("<I")
+    if not 2 <= version <= 3:
+        raise ValueError(f"it has version {version}, expected 2 or 3")
+    tensors, pairs = number("<Q"), number("<Q")
+    for _ in range(pairs):
+        values(_STRING, 1)
+        kind, count = number("<I"), 1
+        if kind == _ARRAY:
+            kind, count = number("<I"), number("<Q")
+        values(kind, count)
+    for _ in range(tensors):
+        values(_STRING, 1)
+        dimensions = number("<I")
+        if dimensions > _MOST_DIMENSIONS:
+            raise ValueError(f"a tensor has {dimensions} dimensions")
+        skip(8 * dimensions + 4 + 8)

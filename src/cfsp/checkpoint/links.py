@@ -24,10 +24,6 @@ def check_links(directory: Path, folders: Iterable[str] | None = (TEMPLATES,)) -
     """Check that no file in a model directory is one from elsewhere, but from the hub's cache.
 
     Of the folders in it those that are named are read as well, None for all that are not hidden.
-    They are directories themselves, and so is all in them.
-
-    Raises:
-        CheckpointError: a link leads out of the directory, or stands for a folder.
     """
     home = directory.resolve()
     for place, names, files in os.walk(directory):

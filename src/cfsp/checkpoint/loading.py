@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch.nn import Module
+from transformers import PreTrainedModel
 
 from cfsp.checkpoint.locating import locate_model
 from cfsp.checkpoint.reading import Checkpoint, check_complete, read_tensors
@@ -15,11 +17,8 @@ from cfsp.checkpoint.skeleton import (
     fill,
     model_class,
 )
+from cfsp.errors import UsageError
 from cfsp.progress import library_progress
-
-if TYPE_CHECKING:
-    from torch.nn import Module
-    from transformers import PreTrainedModel
 
 
 def load(
@@ -92,13 +91,7 @@ def compute_dtype(source: Any, name: str = "auto") -> torch.dtype:
 
 
 def compute_device(name: str) -> torch.device:
-    """Return a device by name; `auto` is an accelerator if there is one, else the CPU.
-
-    Raises:
-        UsageError: torch cannot use that device here.
-    """
-    from cfsp.errors import UsageError
-
+    """Return a device by name; `auto` is an accelerator if there is one, else the CPU."""
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator or torch.device("cpu")

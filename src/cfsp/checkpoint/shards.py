@@ -16,11 +16,7 @@ _LONGEST_NAME = 200
 
 
 def weight_files(directory: Path) -> Sequence[TensorFile]:
-    """Return the files that transformers reads: a single one goes before an index.
-
-    Raises:
-        CheckpointError: one is missing or damaged, or they are not what the index says.
-    """
+    """Return the files that transformers reads: a single one goes before an index."""
     single, index = directory / SINGLE_FILE, directory / INDEX_FILE
     if single.is_file():
         return [TensorFile(single)]
@@ -65,10 +61,6 @@ def write_shards(
     """Write tensors as one or more safetensors files; return the SHA-256 of each by its name.
 
     Bytes are made one tensor at a time. A tensor that is larger than a shard gets one of its own.
-
-    Raises:
-        OSError: the disk is full or not writable.
-        CheckpointError: the source of a tensor ended or changed.
     """
     shards: list[list[OutgoingTensor]] = [[]]
     size = 0

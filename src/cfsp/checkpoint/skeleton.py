@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from cfsp.architecture.found import Architecture
 from cfsp.architecture.model_classes import build_model, model_class_of
 from cfsp.architecture.proof import prove
 from cfsp.checkpoint.config_widths import (
@@ -20,22 +22,13 @@ from cfsp.checkpoint.config_widths import (
 from cfsp.checkpoint.modeling_code import pruned_class
 from cfsp.settings import DEFAULT_PARTS, PROVED_PARTS, Part
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
-
-    from cfsp.architecture.found import Architecture
-
 
 def architecture_of(
     config: PreTrainedConfig, parts: tuple[Part, ...] = DEFAULT_PARTS
 ) -> Architecture:
-    """Return the blocks and units of a config's model, proved, with the widths it gives them.
+    """Return the blocks and proved units of a config's model, with the widths it gives them.
 
     The units are those of `parts`, and those to which the config gives widths of their own.
-
-    Raises:
-        CheckpointError: no model can be built from the config.
-        UnsupportedModelError: no FFN of the model can be cut, or none could be proved.
     """
     stock = stock_config(config)
     # Proving takes a part of a second, and one command asks several times.
@@ -55,8 +48,11 @@ _proved: dict[str, Architecture] = {}
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Return the class of a config's model: stock, or ours for what stock cannot build."""
+    if not resized_parts(config):
+        return model_class_of(config)
     file = modeling_file(config, architecture_of(config))
-    return model_class_of(config) if file is None else pruned_class(file)
+    assert file is not None
+    return pruned_class(file)
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -65,10 +61,8 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the model of a config with parameters on the meta device and real buffers.
-
-    Real buffers matter: rotary frequencies are computed at construction and stored nowhere.
-    """
+    """Return the model of a config with parameters on the meta device and real buffers."""
+    # Rotary frequencies are buffers that are computed at construction and stored nowhere.
     from accelerate import init_empty_weights
 
     return _built(config, dtype, lambda: init_empty_weights(include_buffers=False)).eval()

@@ -18,12 +18,7 @@ def names_without_blocks(source: WeightSource, removed: Collection[int]) -> dict
     """Return the new names of the stored tensors that stay when some blocks go.
 
     The number of a tensor's block is the first in its name that is the block's. Tensors that no
-    parameter takes, such as those of multi-token prediction behind the last block, stay as they
-    are.
-
-    Raises:
-        UnsupportedModelError: a stored tensor is of several blocks, its name has no number, or a
-            block that stays has weights of one that goes.
+    parameter takes, such as those of multi-token prediction, stay as they are.
     """
     if not removed:
         return {name: name for name in source.specs}
@@ -59,13 +54,13 @@ def name_without_blocks(
     architecture: Architecture, removed: Collection[int], name: str
 ) -> str | None:
     """Return what a parameter is called when some blocks are gone; None if it goes with them."""
-    prefix = f"{architecture.blocks}."
-    if not name.startswith(prefix):
+    block = architecture.block_of(name)
+    if block is None:
         return name
-    block, _, rest = name.removeprefix(prefix).partition(".")
-    if int(block) in removed:
+    if block in removed:
         return None
-    return f"{architecture.block_prefix(index_without(removed, int(block)))}{rest}"
+    rest = name.removeprefix(architecture.block_prefix(block))
+    return architecture.block_prefix(index_without(removed, block)) + rest
 
 
 def _blocks_of_stored(source: WeightSource) -> dict[str, int]:
@@ -86,20 +81,17 @@ def _blocks_of_stored(source: WeightSource) -> dict[str, int]:
 
 def _block_of(source: WeightSource, name: str) -> int | None:
     """Return the block that a name in the model is of; None if it is of none of them."""
-    found = re.match(rf"{re.escape(source.architecture.blocks)}\.(\d+)\.", name)
-    block = None if found is None else int(found[1])
+    block = source.architecture.block_of(name)
     return block if block is not None and block < source.architecture.block_count else None
 
 
 def parameters_of_attentions(source: WeightSource) -> dict[int, int]:
     """Return how many parameters the attention of every block has that can go whole, by block."""
-    found: dict[int, int] = {}
-    for unit in source.units:
-        if unit.part == "kv":
-            found[unit.block] = parameters_within(
-                source, f"{source.architecture.module_name(unit)}."
-            )
-    return found
+    return {
+        unit.block: parameters_within(source, f"{source.architecture.module_name(unit)}.")
+        for unit in source.units
+        if unit.part == "kv"
+    }
 
 
 def parameters_within(source: WeightSource, prefix: str) -> int:

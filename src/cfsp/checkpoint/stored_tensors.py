@@ -23,16 +23,10 @@ from cfsp.architecture.found import Architecture
 from cfsp.checkpoint.conversion import (
     Conversion,
     ModelShapes,
-    Placed,
     as_saved,
-    convert,
     find_conversions,
     meta,
-    places,
-    revert,
     saved_state,
-    specs_made,
-    without_choice,
 )
 from cfsp.checkpoint.tensor_file import AGAIN, TensorSpec, specs_of
 from cfsp.errors import CheckpointError, UnsupportedModelError
@@ -49,25 +43,14 @@ class StoredTensors:
     """Which stored tensors make up which parameters of a model in memory.
 
     Parameters here are parameters and stored buffers, by their names in the model.
-
-    Attributes:
-        specs: of the stored tensors.
-        parameters: types and shapes of all that is made of them.
-        tied: parameters that nothing is stored of, and the one whose value each has.
-        unused: stored tensors that no parameter takes: of modules that the model does not have
-            (multi-token prediction), and stale ones.
-        stale: those of `unused` that belong to a module of the model, which no longer has them.
-        faults: parameters whose stored tensors are missing or have another shape, and what is
-            wrong, as the end of a sentence.
     """
 
-    specs: Mapping[str, TensorSpec]
-    parameters: Mapping[str, TensorSpec]
-    tied: Mapping[str, str]
-    unused: tuple[str, ...]
-    stale: tuple[str, ...]
-    faults: Mapping[str, str]
-    _shapes: ModelShapes = field(repr=False)
+    specs: Mapping[str, TensorSpec]  # of the stored tensors
+    parameters: Mapping[str, TensorSpec]  # of all that is made of them
+    tied: Mapping[str, str]  # parameters that nothing is stored of, and the one with the value
+    unused: tuple[str, ...]  # that no parameter takes, such as those of multi-token prediction
+    stale: tuple[str, ...]  # those of a module of the model, which no longer has them
+    faults: Mapping[str, str]  # what is wrong with a parameter, as the end of a sentence
     _made_by: Mapping[str, Conversion] = field(repr=False)
 
     @staticmethod
@@ -77,26 +60,16 @@ class StoredTensors:
         specs: Mapping[str, TensorSpec],
         label: str = "the checkpoint",
     ) -> StoredTensors:
-        """Find what becomes of the tensors of a checkpoint.
+        """Find what becomes of the tensors of a checkpoint, by the model of its class and config.
 
-        The model is of the class and config that the checkpoint is loaded with; only names and
-        shapes count, so it may be on the meta device.
-
-        Raises:
-            CheckpointError: a tensor of a unit is missing or has another shape.
-            UnsupportedModelError: a unit shares weights, or a narrower one cannot be stored in the
-                form in which it is stored now.
+        Only names and shapes count, so the model may be on the meta device. A unit that lacks a
+        tensor, shares weights or cannot be stored again is a `CheckpointError`.
         """
-        shapes = ModelShapes(
-            model.config,
-            {name: tensor.detach().to("meta") for name, tensor in model.state_dict().items()},
-        )
         conversions, unused = find_conversions(model, specs)
         made_by: dict[str, Conversion] = {}
         parameters: dict[str, TensorSpec] = {}
-        for conversion in conversions:
-            conversion = without_choice(conversion, specs, shapes)
-            for name, spec in specs_made(conversion, specs, shapes).items():
+        for conversion in (each.without_choice() for each in conversions):
+            for name, spec in conversion.made().items():
                 made_by[name], parameters[name] = conversion, spec
         tied = _tied(model, made_by)
         stored = StoredTensors(
@@ -105,8 +78,7 @@ class StoredTensors:
             tied=tied,
             unused=tuple(unused),
             stale=tuple(_stale(model, unused)),
-            faults=_faults_of(model, shapes, specs, made_by, parameters, tied),
-            _shapes=shapes,
+            faults=_faults_of(model, specs, made_by, parameters, tied),
             _made_by=made_by,
         )
         stored._check_can_be_cut(architecture, label)
@@ -121,9 +93,9 @@ class StoredTensors:
     ) -> StoredTensors:
         """Return those of a model each of whose parameters is a stored tensor of the same name."""
         parameters = {name: spec for name, spec in specs.items() if name not in unused}
-        made_by = {name: Conversion(name, {name: [name]}) for name in parameters}
         nothing = ModelShapes(None, {})
-        return StoredTensors(specs, parameters, tied, tuple(unused), (), faults, nothing, made_by)
+        made_by = {name: Conversion(name, {name: [name]}, specs, nothing) for name in parameters}
+        return StoredTensors(specs, parameters, tied, tuple(unused), (), faults, made_by)
 
     def _check_can_be_cut(self, architecture: Architecture, label: str) -> None:
         """Check that all parameters that have channels or experts can be stored again."""
@@ -156,8 +128,8 @@ class StoredTensors:
         found: dict[str, TensorSpec] = {}
         problem: Exception | None = None
         try:
-            made = convert(conversion, meta(self.specs, conversion.stored), self._shapes)
-            found = specs_of(revert(conversion, made, self._shapes.config))
+            made = conversion.convert(meta(self.specs, conversion.stored))
+            found = specs_of(conversion.revert(made, conversion.model.config))
         except Exception as error:  # whatever a converter says to shapes that it did not expect
             problem = error
         if found != {name: self.specs[name] for name in conversion.stored}:
@@ -185,27 +157,19 @@ class StoredTensors:
     def assemble(
         self, parameter: str, read: Callable[..., Tensor], expert: int | None = None
     ) -> Tensor:
-        """Return a parameter as the model in memory holds it.
+        """Return a parameter as the model in memory holds it, or one expert's part of it.
 
-        Where stored tensors lie side by side in it, one at a time is in memory beside the whole.
-
-        Args:
-            parameter: one that has sources.
-            read: gives a stored tensor by name; with a number, what it has at that index of its
-                first axis.
-            expert: the index along the parameter's first axis that is asked for alone; None for
-                all.
+        `read` gives a stored tensor by name; with a number, what it has at that index of its first
+        axis. Where stored tensors lie side by side, one at a time is in memory beside the whole.
         """
         conversion = self._made_by[parameter]
-        placed = self._places_of(conversion)
         if conversion.converter is None:
             (name,) = conversion.stored
             return read(name) if expert is None else read(name, expert)
-        if placed is None:
-            tensors = {name: read(name) for name in conversion.stored}
-            whole = convert(conversion, tensors, self._shapes)[parameter]
+        if conversion.placed is None:
+            whole = conversion.convert({name: read(name) for name in conversion.stored})[parameter]
             return whole if expert is None else whole[expert]
-        place_of, shape = placed
+        place_of, shape = conversion.placed
         if expert is not None:
             if not all(isinstance(place[0], int) for place in place_of.values()):
                 return self.assemble(parameter, read)[expert]
@@ -221,43 +185,26 @@ class StoredTensors:
         return found
 
     def as_stored(self, parameters: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
-        """Return the stored tensors that parameters are made of; undo `assemble`.
-
-        The parameters, of a model of `config`, are all that `made_with` names for one of them; of
-        any width, and with any number of experts.
-        """
-        return revert(self._made_by[next(iter(parameters))], parameters, config)
+        """Return the stored tensors of all parameters of `made_with`, of any width."""
+        return self._made_by[next(iter(parameters))].revert(parameters, config)
 
     def take_apart(self, parameter: str, tensor: Tensor) -> dict[str, Tensor] | None:
-        """Return the stored tensors that a parameter's value is made of, as views.
-
-        None where the conversion does more than put them side by side.
-        """
-        placed = self._places_of(self._made_by[parameter])
+        """Return the stored tensors of a parameter as views; None if not side by side."""
+        placed = self._made_by[parameter].placed
         if placed is None:
             return None
         return {name: tensor[place] for name, place in placed[0].items()}
 
     def made_with(self, parameter: str) -> list[str]:
         """Return the parameters that are made of the same stored tensors, itself among them."""
-        return self._targets[id(self._made_by[parameter])]
+        return self._targets[self._made_by[parameter]]
 
     @cached_property
-    def _targets(self) -> dict[int, list[str]]:
-        found: dict[int, list[str]] = {}
+    def _targets(self) -> dict[Conversion, list[str]]:
+        found: dict[Conversion, list[str]] = {}
         for name, conversion in self._made_by.items():
-            found.setdefault(id(conversion), []).append(name)
+            found.setdefault(conversion, []).append(name)
         return found
-
-    def _places_of(self, conversion: Conversion) -> Placed | None:
-        """Return `places`, found once: it is asked for of every expert."""
-        if id(conversion) not in self._places:
-            self._places[id(conversion)] = places(conversion, self.specs)
-        return self._places[id(conversion)]
-
-    @cached_property
-    def _places(self) -> dict[int, Placed | None]:
-        return {}
 
 
 def _tied(model: PreTrainedModel, made_by: Mapping[str, Conversion]) -> dict[str, str]:
@@ -286,7 +233,6 @@ def _stale(model: PreTrainedModel, unused: Mapping[str, str]) -> Iterator[str]:
 
 def _faults_of(
     model: PreTrainedModel,
-    shapes: ModelShapes,
     specs: Mapping[str, TensorSpec],
     made_by: Mapping[str, Conversion],
     made: Mapping[str, TensorSpec],
@@ -294,20 +240,22 @@ def _faults_of(
 ) -> dict[str, str]:
     """Return what is wrong with the parameters that the stored tensors do not make up."""
     optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    tensors = {name: tensor.detach().to("meta") for name, tensor in model.state_dict().items()}
     faulty = [
         name
-        for name, tensor in shapes.tensors.items()
+        for name, tensor in tensors.items()
         if name not in tied
         and not (name in made and made[name].shape == tuple(tensor.shape))
         and (name in made or not any(re.search(pattern, name) for pattern in optional))
     ]
     if not faulty:
         return {}
-    expected = as_saved(model, {name: shapes.tensors[name] for name in saved_state(model)})
-    saved_as = {}
-    for conversion in find_conversions(model, expected)[0]:
-        for name in specs_made(conversion, specs_of(expected), shapes):
-            saved_as[name] = conversion.stored
+    expected = as_saved(model, {name: tensors[name] for name in saved_state(model)})
+    saved_as = {
+        name: conversion.stored
+        for conversion in find_conversions(model, specs_of(expected))[0]
+        for name in conversion.made()
+    }
     faults = {}
     for name in faulty:
         of_this = made_by[name].stored if name in made_by else ()
@@ -316,12 +264,12 @@ def _faults_of(
         if name in made:
             faults[name] = (
                 f"has tensors for {name} of shape {list(made[name].shape)}, its config asks for "
-                f"{list(shapes.tensors[name].shape)}"
+                f"{list(tensors[name].shape)}"
             )
         for stored in (*of_this, *saved_as.get(name, (name,))):
             if stored in specs and stored not in expected and is_converted:
                 continue  # one of too many, or stored as it would not be saved now
-            wanted = expected.get(stored, shapes.tensors[name])
+            wanted = expected.get(stored, tensors[name])
             if stored not in specs:
                 faults[name] = f"lacks the tensor {stored}"
                 break

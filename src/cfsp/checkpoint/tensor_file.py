@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,23 +80,76 @@ def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
     return {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
 
 
-class TensorFile:
-    """A safetensors file whose header has been read and checked against the file's size.
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor in a file; nothing is read before it is asked for."""
 
-    Raises:
-        CheckpointError: the file is missing, truncated, or its header contradicts itself.
-    """
+    path: Path
+    name: str
+    spec: TensorSpec
+    _start: int  # its first byte
+    _version: tuple[int, ...]  # of the file
+
+    def read(self) -> Tensor:
+        """Return the tensor in the dtype in which it is stored."""
+        return self.read_part(0, self.spec.elements).reshape(self.spec.shape)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return what is from one index of the first axis to another."""
+        before, found = (self.spec.with_length(0, n) for n in (start, stop - start))
+        part = self.read_part(before.elements, before.elements + found.elements)
+        return part.reshape(found.shape)
+
+    def read_part(self, start: int, stop: int) -> Tensor:
+        """Return the elements from one to another, flattened."""
+        dtype = self.spec.dtype
+        data = torch.empty((stop - start) * dtype.itemsize, dtype=torch.uint8)
+        view = data.numpy().data
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self._start + start * dtype.itemsize)
+            done = 0
+            while done < len(data):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise self._changed()
+                done += count
+            self._check_unchanged(file.fileno())
+        return data.view(dtype)
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield the raw bytes in pieces of at most 16 MB."""
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self._start)
+            left = self.spec.nbytes
+            while left:
+                piece = file.read(min(left, _CHUNK_BYTES))
+                if not piece:
+                    raise self._changed()
+                left -= len(piece)
+                self._check_unchanged(file.fileno())
+                yield memoryview(piece)
+
+    def _check_unchanged(self, handle: int) -> None:
+        if _version(handle) != self._version:
+            raise self._changed()
+
+    def _changed(self) -> CheckpointError:
+        return CheckpointError(f"{self.path} was changed while it was read; start again")
+
+
+class TensorFile:
+    """A safetensors file whose header has been read and checked against the file's size."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._offsets: dict[str, int] = {}
-        self.specs: dict[str, TensorSpec] = {}
+        self.tensors: dict[str, FileTensor] = {}
         try:
             with path.open("rb") as file:
                 self._version = _version(file.fileno())
-                self._read_header(file.read(8), file.read, self._version.nbytes)
+                self._read_header(file.read(8), file.read, self._version[0])
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        self.specs = {name: tensor.spec for name, tensor in self.tensors.items()}
 
     def _read_header(self, prefix: bytes, read: Callable[[int], bytes], file_bytes: int) -> None:
         length = int.from_bytes(prefix, "little")
@@ -132,8 +184,8 @@ class TensorFile:
                     f"bytes from {end}, its header says {start} to {stop}"
                 )
             end = stop
-            self.specs[name] = spec
-            self._offsets[name] = 8 + length + start
+            at = 8 + length + start
+            self.tensors[name] = FileTensor(self.path, name, spec, at, self._version)
         if 8 + length + end != file_bytes:
             raise self._damaged(
                 f"is truncated or damaged: its header describes {8 + length + end} bytes, the file "
@@ -145,88 +197,13 @@ class TensorFile:
 
     def read(self, name: str) -> Tensor:
         """Return one tensor in the dtype in which it is stored."""
-        spec = self.specs[name]
-        return self.read_part(name, 0, spec.elements).reshape(spec.shape)
-
-    def read_part(self, name: str, start: int, stop: int) -> Tensor:
-        """Return the elements of one tensor from one to another, flattened."""
-        dtype = self.specs[name].dtype
-        data = torch.empty((stop - start) * dtype.itemsize, dtype=torch.uint8)
-        view = data.numpy().data
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self._offsets[name] + start * dtype.itemsize)
-            done = 0
-            while done < len(data):
-                count = file.readinto(view[done:])
-                if not count:
-                    raise self._changed()
-                done += count
-            self._check_unchanged(file.fileno())
-        return data.view(dtype)
-
-    def chunks(self, name: str) -> Iterator[memoryview]:
-        """Yield the raw bytes of one tensor in pieces of at most 16 MB."""
-        spec = self.specs[name]
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self._offsets[name])
-            left = spec.nbytes
-            while left:
-                piece = file.read(min(left, _CHUNK_BYTES))
-                if not piece:
-                    raise self._changed()
-                left -= len(piece)
-                self._check_unchanged(file.fileno())
-                yield memoryview(piece)
-
-    def _check_unchanged(self, handle: int) -> None:
-        if _version(handle) != self._version:
-            raise self._changed()
-
-    def _changed(self) -> CheckpointError:
-        return CheckpointError(f"{self.path} was changed while it was read; start again")
+        return self.tensors[name].read()
 
 
-@dataclass(frozen=True)
-class FileTensor:
-    """A tensor in a file; nothing is read before it is asked for."""
-
-    file: TensorFile
-    name: str
-
-    @property
-    def spec(self) -> TensorSpec:
-        """Dtype and shape."""
-        return self.file.specs[self.name]
-
-    def read(self) -> Tensor:
-        """Return the tensor in the dtype in which it is stored."""
-        return self.file.read(self.name)
-
-    def read_part(self, start: int, stop: int) -> Tensor:
-        """Return the elements from one to another, flattened."""
-        return self.file.read_part(self.name, start, stop)
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Return what is from one index of the first axis to another."""
-        before, found = (self.spec.with_length(0, n) for n in (start, stop - start))
-        part = self.read_part(before.elements, before.elements + found.elements)
-        return part.reshape(found.shape)
-
-    def chunks(self) -> Iterator[memoryview]:
-        """Yield the raw bytes."""
-        return self.file.chunks(self.name)
-
-
-class _Version(NamedTuple):
-    inode: int
-    nbytes: int
-    changed_ns: int
-
-
-def _version(handle: int) -> _Version:
-    """Return what differs after an open file has been written to or replaced."""
+def _version(handle: int) -> tuple[int, int, int]:
+    """Return what differs after an open file has been written to or replaced; first its bytes."""
     found = os.fstat(handle)
-    return _Version(found.st_ino, found.st_size, found.st_mtime_ns)
+    return found.st_size, found.st_ino, found.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -252,11 +229,8 @@ def outgoing_tensor(name: str, tensor: Tensor) -> OutgoingTensor:
 
 
 def write_tensor_file(path: Path, tensors: Sequence[OutgoingTensor]) -> str:
-    """Write tensors one after another and return the file's SHA-256 as hex.
-
-    The digest is computed on a second thread, so that it hides behind the writing. The file is
-    flushed to the disk before this returns.
-    """
+    """Write tensors one after another, flushed to the disk; return the file's SHA-256 as hex."""
+    # The digest is computed on a second thread, so that it hides behind the writing.
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from cfsp.architecture.discovery import find_architecture
+from cfsp.architecture.found import Architecture
 from cfsp.architecture.model_classes import empty_stock_model, with_values
 from cfsp.architecture.proof import small_run_of
 from cfsp.architecture.small_run import (
@@ -25,21 +27,8 @@ from cfsp.checkpoint.config_blocks import facts_of
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.settings import Part
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
-
-    from cfsp.architecture.found import Architecture
-
 # Names of keys that may give a width although their value is none, or a part of one.
 _LIKE_A_WIDTH = ("intermediate", "ffn", "inner", "mlp", "expan", "ff_dim", "dim_ff")
-
-
-@dataclass(frozen=True)
-class WidthKey:
-    """A key of a text config that gives FFNs their width."""
-
-    name: str
-    times: dict[str, int]  # path -> the width of the FFNs there, as a multiple of the value
 
 
 @dataclass(frozen=True)
@@ -49,22 +38,25 @@ class WidthSearch:
     stock: PreTrainedConfig
     model: PreTrainedModel  # that its class builds, without weights
     widths: Mapping[str, set[int]]
-    keys: Sequence[WidthKey]
+    # By their names: path -> the width of the FFNs there, as a multiple of the value.
+    keys: Mapping[str, dict[str, int]]
 
     @staticmethod
     def of(stock: PreTrainedConfig, architecture: Architecture) -> WidthSearch:
         """Search for the keys of the FFNs at the paths of an architecture's units.
 
-        A key counts if the model that is built with another value of it has other widths, in the
-        same proportion to the value, and is the same model in all else: a class may also scale an
-        output by the number.
+        A key counts if the model that is built with another value of it has other widths, in
+        proportion, and is the same in all else: a class may also scale an output by the number.
         """
         model = empty_stock_model(stock)
         widths = _widths_by_path(model, {unit.path for unit in architecture.units})
         asked = f"{type(stock).__name__} {sorted(widths)} {stock.to_json_string(use_diff=False)}"
         if asked not in _found:
-            keys = _keys_by_trying(stock, widths)
-            _found[asked] = [key for key in keys if _says_widths_only(stock, key)]
+            _found[asked] = {
+                key: times
+                for key, times in _keys_by_trying(stock, widths)
+                if _says_widths_only(stock, key, times)
+            }
         return WidthSearch(stock, model, widths, _found[asked])
 
     def stock_values(
@@ -75,28 +67,23 @@ class WidthSearch:
         for unit, width in zip(architecture.units, widths, strict=True):
             wanted.setdefault(unit.path, set()).add(width)
         values: dict[str, int] = {}
-        for key in self.keys:
-            if any(wanted[path] != self.widths[path] for path in key.times):
+        for key, times in self.keys.items():
+            if any(wanted[path] != self.widths[path] for path in times):
                 # A key that changes must suit every path that it is for.
-                found = {
-                    divmod(w, times) for path, times in key.times.items() for w in wanted[path]
-                }
+                found = {divmod(width, n) for path, n in times.items() for width in wanted[path]}
                 value, rest = found.pop()
                 if found or rest:
                     return None
-                values[key.name] = value
+                values[key] = value
         # Whether they are all that it takes shows what is built.
         return values if self.finds_units(values, architecture, widths) else None
 
     def wrong_value(self, architecture: Architecture, widths: Sequence[int]) -> dict[str, int]:
-        """Return a key with a value by which the stock class builds none of the widths.
-
-        Twice the widest: whatever must divide a width divides it. Nothing if there is no such key.
-        """
-        for key in self.keys:
-            value = 2 * max(widths) // min(key.times.values())
-            if self.finds_units({key.name: value}, architecture):
-                return {key.name: value}
+        """Return a key with a value by which the stock class builds none of the widths, if any."""
+        for key, times in self.keys.items():
+            value = 2 * max(widths) // min(times.values())
+            if self.finds_units({key: value}, architecture):
+                return {key: value}
         return {}
 
     def finds_units(
@@ -105,11 +92,9 @@ class WidthSearch:
         architecture: Architecture,
         widths: Sequence[int] | None = None,
     ) -> bool:
-        """Return whether the stock config with other values has the units, of any widths given.
-
-        An FFN that is much narrower than the hidden size may not be recognised as one any more, and
-        a key may say the width of something else too, such as FFNs that the proof refused.
-        """
+        """Return whether the stock config with other values has the units, of any widths given."""
+        # An FFN much narrower than the hidden size may not be recognised any more, and a key
+        # may say the width of something else too, such as FFNs that the proof refused.
         model = empty_stock_model(with_values(self.stock, values))
         if _other_shapes(model, architecture) != _other_shapes(self.model, architecture):
             return False
@@ -122,10 +107,12 @@ class WidthSearch:
 
 
 # One command asks several times.
-_found: dict[str, list[WidthKey]] = {}
+_found: dict[str, dict[str, dict[str, int]]] = {}
 
 
-def _keys_by_trying(config: PreTrainedConfig, widths: Mapping[str, set[int]]) -> Iterator[WidthKey]:
+def _keys_by_trying(
+    config: PreTrainedConfig, widths: Mapping[str, set[int]]
+) -> Iterator[tuple[str, dict[str, int]]]:
     """Yield the keys that give FFNs their width, whatever else they may say."""
     known = set().union(*widths.values())
     for name, old in text_config_of(config).to_dict().items():
@@ -149,18 +136,18 @@ def _keys_by_trying(config: PreTrainedConfig, widths: Mapping[str, set[int]]) ->
             if len(after[path]) == 1 and width % value == 0
         }
         if affected and len(times) == len(affected):
-            yield WidthKey(name, times)
+            yield name, times
 
 
 @torch.no_grad()
-def _says_widths_only(config: PreTrainedConfig, key: WidthKey) -> bool:
+def _says_widths_only(config: PreTrainedConfig, key: str, times: Mapping[str, int]) -> bool:
     """Return whether a small model, built with twice the value and cut back, computes the same."""
     run = small_run_of(config)
     architecture, model = run.architecture, run.model
-    units = [unit for unit in architecture.units if unit.path in key.times]
-    value = 2 * units[0].width // key.times[units[0].path]
+    units = [unit for unit in architecture.units if unit.path in times]
+    value = 2 * units[0].width // times[units[0].path]
     try:
-        built = small_skeleton(with_values(model.config, {key.name: value}), type(model))
+        built = small_skeleton(with_values(model.config, {key: value}), type(model))
         for unit in units:
             unit.resize(built.get_submodule(architecture.blocks)[unit.block], unit.width)
         decoder, same = (each.get_submodule(architecture.decoder) for each in (built, model))
@@ -200,11 +187,7 @@ def _other_shapes(model: PreTrainedModel, architecture: Architecture) -> dict[st
 def stock_heads(
     stock: PreTrainedConfig, architecture: Architecture, widths: Sequence[int]
 ) -> dict[str, int] | None:
-    """Return the numbers of heads by which the stock class builds attentions with so many groups.
-
-    None if it cannot: the model that is built with these numbers must be the one that is resized,
-    in every shape and every number that a module keeps.
-    """
+    """Return the numbers of heads by which the stock class builds such groups; None if it can't."""
     units, resized = architecture.units, empty_stock_model(stock)
     width_of = _widths_by_place(resized, "kv")
     # What can only go whole has no groups that are found.

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
-from hashlib import sha256
+from hashlib import file_digest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from cfsp.checkpoint.locating import READ, TERMS
 from cfsp.checkpoint.own_files import CARD_FILE, MANIFEST_FILE, MODELING_FILE, PLAN_FILE
 from cfsp.checkpoint.pruned_config import pruned_fields_and_file
 from cfsp.checkpoint.quantisation import QUANTISATION_FILES
+from cfsp.errors import CheckpointError
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import Checkpoint
@@ -30,10 +31,7 @@ def write_config(
     removed: Collection[int] = (),
     experts: int | None = None,
 ) -> None:
-    """Write config.json of the pruned model, and its modelling file if it needs one.
-
-    Arguments are those of `pruned_config`.
-    """
+    """Write config.json of the pruned model and the modelling file it needs, if any."""
     fields = read_plain_fields(source.directory)
     pruned, file = pruned_fields_and_file(
         fields, source.config, source.architecture, widths, removed, experts
@@ -57,18 +55,24 @@ def copy_travelling_files(source_directory: Path, target: Path) -> None:
 
 
 def digests_beside_weights(directory: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file but weights that changes what the model says, by its path.
-
-    That is config, tokenizer, processor, chat templates, and any code.
-    """
+    """Return the SHA-256 of each file but weights that changes what the model says, by its path."""
     return {
-        path.relative_to(directory).as_posix(): sha256(path.read_bytes()).hexdigest()
+        path.relative_to(directory).as_posix(): sha256_of(path)
         for path in sorted([*directory.iterdir(), *(directory / TEMPLATES).rglob("*")])
         if _is_one_of((*READ, "*.py"), path)
         and path.name not in _OURS - {CONFIG_FILE}
         and not _is_one_of(TERMS, path)
         and path.is_file()
     }
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file as hex."""
+    try:
+        with path.open("rb") as file:
+            return file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _is_one_of(patterns: Collection[str], path: Path) -> bool:

@@ -1,5 +1,1 @@
-"""Pruned checkpoints in the layouts that other software reads.
-
-One module a layout: `gguf`, `decilm` (for vLLM and mlx-lm), `openvino`; `registry` lists
-the targets.
-"""
+"""Pruned checkpoints in the layouts that other software reads; one module a layout."""

@@ -8,11 +8,8 @@ from cfsp.checkpoint.reading import Checkpoint
 
 
 def context_limit(config: Any, *, has_windows: bool = False) -> tuple[int, str | None]:
-    """Return how many tokens the copy may read, and why if it is less than the model may.
-
-    A sliding window changes nothing as long as the text fits into it; graphs that have none
-    are right up to there.
-    """
+    """Return how many tokens the copy may read, and why if it is less than the model may."""
+    # A window changes nothing as long as the text fits into it: graphs without it are right then.
     length = int(config.max_position_embeddings)
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
@@ -44,9 +41,6 @@ def head_size(config: Any) -> int:
 
 
 def unread_norms(source: Checkpoint) -> set[str]:
-    """Return the norms of a Llama-like model before attention layers that are gone.
-
-    Nothing reads them; transformers keeps them, because the stock block calls them.
-    """
+    """Return the norms before attention layers that are gone: stored, and read by nobody."""
     prefixes = (source.architecture.block_prefix(unit.block) for unit in source.architecture.gone)
     return {f"{prefix}input_layernorm.weight" for prefix in prefixes}

@@ -1,14 +1,11 @@
 """Targets `vllm` and `mlx-lm`: DeciLM's layout, which both read.
 
-DeciLM is a Llama whose blocks have widths of their own, or no attention. Weights are copied byte
-for byte. The config names the width of every block in `block_configs`: as `ffn_mult` where all
-widths are multiples of 256, which readers turn into exactly these widths; otherwise as
-`intermediate_size`, which only vLLM reads. An attention that is gone is `no_op`. The number of
-query heads is that of the whole model, so a block that has lost KV groups, with their query heads,
-cannot be said. A small config class beside it makes the blocks readable as attributes, as vLLM
-wants them.
-
-Without this export vLLM runs the checkpoint itself through its Transformers backend.
+DeciLM is a Llama whose blocks have widths of their own, or no attention (`no_op`). Weights are
+copied byte for byte. `block_configs` has each width: as `ffn_mult` where all are multiples of 256,
+which readers turn into exactly these; otherwise as `intermediate_size`, which only vLLM reads. The
+number of query heads is that of the whole model, so a block that has lost KV groups, with their
+query heads, cannot be said. A small config class beside it makes the blocks readable as attributes,
+as vLLM wants them.
 """
 
 from __future__ import annotations
@@ -19,9 +16,10 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from cfsp.architecture.resizing import Gone
 from cfsp.checkpoint.config_file import CONFIG_FILE, read_plain_fields
@@ -42,9 +40,6 @@ from cfsp.exports.verification import (
     reference_model,
     verified,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 ARCHITECTURE = "DeciLMForCausalLM"
 _CODE_FILE = "configuration_decilm.py"
@@ -81,11 +76,7 @@ MLX_LM = Reader("mlx-lm", "mlx_lm.server --model {out}")
 
 
 def write(reader: Reader, source: Checkpoint, out: Path, options: ExportOptions) -> Written:
-    """Write the checkpoint for one reader into an existing directory; one of a stock class as such.
-
-    Raises:
-        ExportError: the reader cannot run the model; nothing is written.
-    """
+    """Write the checkpoint for one reader into a directory; one of a stock class as such."""
     is_stock = modeling_file(source.config, source.architecture) is None
     if not is_stock:
         _check_runs(reader, source)

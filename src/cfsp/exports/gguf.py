@@ -2,25 +2,30 @@
 
 The file is written by the package `gguf`, tensor by tensor. Types that it can't make (K-quants
 and the like) come from llama.cpp's own quantiser, from a temporary file in the checkpoint's type.
+
+Shapes: D hidden, N heads, H head size; q and k are (N H, D).
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from cfsp.checkpoint.llama_cpp_library import has_llama_cpp, llama_cpp_version
-from cfsp.checkpoint.llama_cpp_tokens import tokens_differ
+from cfsp.checkpoint.llama_cpp_library import has_llama_cpp, llama_cpp_version, tokens_differ
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError, MissingExtraError, UsageError
-from cfsp.exports.context import context_limit, head_size, heads_of_blocks
+from cfsp.exports.context import context_limit, head_size, heads_of_blocks, unread_norms
 from cfsp.exports.gguf_architecture import Architecture, architecture_of, rope_of
-from cfsp.exports.gguf_tensors import GgufTensor, gguf_tensors
 from cfsp.exports.gguf_tokenizer import read_tokenizer
 from cfsp.exports.llama_cpp import LlamaCpp, quantise
 from cfsp.exports.verification import ExportOptions, Verification, Written, verified
@@ -100,7 +105,7 @@ def _write_file(
     tensors: list[GgufTensor],
 ) -> None:
     import numpy as np
-    from gguf import GGUFWriter
+    from gguf import GGUFWriter, quant_shape_to_byte_shape
     from gguf.quants import quantize
 
     writer = GGUFWriter(out, architecture)
@@ -110,8 +115,9 @@ def _write_file(
                 getattr(writer, f"add_{field}")(value)
         special.add_to_gguf(writer, quiet=True)
         for tensor in tensors:
+            nbytes = math.prod(quant_shape_to_byte_shape(tensor.shape, tensor.kind))
             writer.add_tensor_info(
-                tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.kind
+                tensor.name, tensor.shape, np.dtype(np.float32), nbytes, tensor.kind
             )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -212,3 +218,73 @@ def _verified(
             context=context,
             decodes=type_name == "f32",
         )
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """A tensor that will be written."""
+
+    name: str
+    shape: tuple[int, ...]  # rows first, as in the checkpoint
+    kind: GGMLQuantizationType  # as it is stored
+    read: Callable[[], Tensor]  # in float32
+
+
+def gguf_tensors(
+    source: Checkpoint, architecture: Architecture, kind: GGMLQuantizationType
+) -> list[GgufTensor]:
+    """Return what a file of this architecture holds, in the checkpoint's order."""
+    # Vectors are always float32; matrices whose rows don't divide into blocks become float16.
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    graph = next(each for each, name in MODEL_ARCH_NAMES.items() if name == architecture.name)
+    known = get_tensor_name_map(graph, source.architecture.block_count)
+    unread, found = unread_norms(source), []
+    for name in source.specs:
+        if name in unread or (architecture.fused and re.search(r"\.[kv]_proj\.", name)):
+            continue
+        is_fused = architecture.fused and ".q_proj." in name
+        asked = name.replace(".q_proj", ".qkv_proj") if is_fused else name
+        gguf_name = known.get_name(asked, try_suffixes=(".weight", ".bias"))
+        if gguf_name is None:
+            raise ExportError(f"llama.cpp has no place for the tensor {name}")
+        parts = [name.replace(".q_proj.", f".{m}_proj.") for m in "qkv"] if is_fused else [name]
+        found.append(_tensor(source, architecture, parts, gguf_name, kind))
+    return found
+
+
+def _tensor(
+    source: Checkpoint,
+    architecture: Architecture,
+    parts: list[str],
+    gguf_name: str,
+    kind: GGMLQuantizationType,
+) -> GgufTensor:
+    """Return the tensor that some of the checkpoint's make, one below the other."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    rest = source.specs[parts[0]].shape[1:]
+    shape = (sum(source.specs[part].shape[0] for part in parts), *rest)
+    if len(shape) == 1:
+        kind = GGMLQuantizationType.F32
+    elif shape[-1] % GGML_QUANT_SIZES[kind][0] != 0:
+        kind = GGMLQuantizationType.F16
+    block = source.architecture.block_of(parts[0])
+    turned = re.search(r"\.self_attn\.([qk])_proj\.", parts[0])
+
+    def read() -> Tensor:
+        tensor = torch.cat([source.read(part).float() for part in parts])
+        if architecture.rhythm and parts[0].endswith("norm.weight"):
+            tensor = tensor + 1
+        if architecture.is_llama and block is not None and turned is not None:
+            heads = heads_of_blocks(source)[block][turned[1] == "k"]
+            tensor = neighbours_together(tensor, heads)
+        return tensor
+
+    return GgufTensor(gguf_name, shape, kind, read)
+
+
+def neighbours_together(tensor: Tensor, heads: int) -> Tensor:
+    """Reorder rows of q or k, head by head, so that element i + half follows element i."""
+    halves = tensor.reshape(heads, 2, -1, *tensor.shape[1:])
+    return halves.transpose(1, 2).reshape(tensor.shape)

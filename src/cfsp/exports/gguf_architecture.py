@@ -2,13 +2,11 @@
 
 llama.cpp gives every block its own FFN width only in a few of its graphs. `deci` (Nemotron's)
 is a Llama with per-block widths and optional biases; `openelm` is a tied Qwen3 with per-block
-widths, once q, k and v are one matrix. With equal widths the ordinary architecture is used.
+widths, once q, k and v are one matrix. Gemma 2 and 3 have graphs for one width only, with sliding
+windows in a fixed rhythm. With equal widths the ordinary architecture is used.
 
-Rotary embedding: transformers turns element i together with i + half (as `qwen2`, `qwen3`,
-`openelm` and `gemma2` do); `llama` and `deci` turn neighbours, so rows of q and k must be
-reordered.
-
-Gemma 2 and 3 have graphs for one width only, with sliding windows in a fixed rhythm.
+transformers' rotary embedding turns element i together with i + half (as `qwen2`, `qwen3`,
+`openelm` and `gemma2` do); `llama` and `deci` turn neighbours: rows of q and k are reordered.
 
 Shapes: R half the elements of a head, one for each frequency.
 """
@@ -174,10 +172,9 @@ def _obstacles_of_gemma(config: Any, architecture: Architecture, graph: str) -> 
 
 
 def rope_of(config: Any, architecture: Architecture) -> tuple[dict[str, Any], Tensor | None]:
-    """Translate a config's rope parameters: base, scaling, and per-frequency factors.
+    """Translate a config's rope parameters into fields, by the writer's methods without `add_`.
 
-    Returns the file's fields, by the names of the writer's methods without `add_`, and factors_R by
-    which each frequency is divided, in float32; None for not at all.
+    Second come factors_R by which each frequency is divided, in float32; None for not at all.
     """
     from gguf import RopeScalingType
 

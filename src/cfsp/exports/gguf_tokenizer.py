@@ -27,12 +27,8 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 def read_tokenizer(
     tokenizer: PreTrainedTokenizerBase, vocabulary: int, pre_tokenizer: str | None
 ) -> tuple[dict[str, Any], SpecialVocab]:
-    """Translate a tokenizer, for an embedding matrix of so many rows.
-
-    Returns the file's fields, by the names of the writer's methods without `add_`, and special
-    tokens, merges and chat template. Ids without a token become unused ones. `pre_tokenizer` is
-    llama.cpp's name of it; None to tell it from the tokenizer.
-    """
+    """Translate a tokenizer, for an embedding matrix of so many rows."""
+    # Fields are called as the writer's methods without `add_`. Ids without a token become unused.
     from gguf import SpecialVocab
 
     with tempfile.TemporaryDirectory() as directory:

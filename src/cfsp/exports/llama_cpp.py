@@ -27,8 +27,7 @@ _F32 = 0  # ggml_type
 class LlamaCpp:
     """A .gguf file, loaded; a context manager, because its memory belongs to the library.
 
-    `context` tokens of one sequence fit, prompt and continuation together; None is to `start`
-    later. There are `threads`, or torch's number, which wait for each other busily.
+    `context` tokens of one sequence fit, prompt and what follows; None is to `start` later.
     """
 
     def __init__(self, path: Path, context: int | None = 512, threads: int | None = None) -> None:
@@ -59,10 +58,7 @@ class LlamaCpp:
         self._lib.llama_model_free(self._model)
 
     def start(self, context: int, sequences: int = 1, **settings: Any) -> None:
-        """Make room for new sequences of so many tokens together, in place of what there was.
-
-        `settings` are the library's; by default keys and values are in float16.
-        """
+        """Make room for new sequences of so many tokens together, by the library's settings."""
         if self._context != self._ffi.NULL:
             self._lib.llama_free(self._context)
         asked = self._lib.llama_context_default_params()
@@ -97,10 +93,8 @@ class LlamaCpp:
         return torch.from_numpy(logits_TV.copy())
 
     def decode(self, tokens_BT: Sequence[Sequence[int]], last: int = 1) -> NDArray[np.float32]:
-        """Read more tokens of every sequence.
-
-        Returns the logits after the last tokens of every one, (B * last, V), until the next call.
-        """
+        """Read more tokens of every sequence; return the logits after the last, (B * last, V)."""
+        # They are the library's memory: until the next call.
         length = len(tokens_BT[0])
         batch = self._lib.llama_batch_init(len(tokens_BT) * length, 0, 1)
         try:

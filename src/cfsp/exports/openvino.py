@@ -1,12 +1,9 @@
 """Target `openvino`: an OpenVINO model with its own cache, for OpenVINO GenAI or optimum-intel.
 
 optimum-intel, which makes such models, allows no transformers that reads per-block widths (its
-2.2 wants at most 5.5), so the model is made here, with the interface that both expect: inputs
-`input_ids`, `attention_mask`, `position_ids` and `beam_idx`, output `logits`, the cache as state.
-
-The model is traced through transformers' public attention interface: an attention function of
-ours gets each block's new keys and values, puts the past ones before them, and hands back what
-the next call needs. No cache class and no mask code of transformers takes part.
+2.2 wants at most 5.5), so the model is made here, with the interface that both expect. It is traced
+through transformers' public attention interface: an attention function of ours gets each block's
+new keys and values, puts the past ones before them, and hands back what the next call needs.
 
 Shapes: B batch, N heads, T new tokens, S all tokens, H head size, V vocabulary.
 """
@@ -18,10 +15,11 @@ import weakref
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from cfsp.checkpoint.config_file import CONFIG_FILE
 from cfsp.checkpoint.config_widths import stock_config
@@ -32,9 +30,6 @@ from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.errors import CfspError, ExportError, MissingExtraError, UsageError
 from cfsp.exports.verification import ExportOptions, Written, reference_model, verified
 from cfsp.text.tokenizers import load_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _MODEL_FILE = "openvino_model.xml"
 _ATTENTION = "cfsp_keys_and_values_outside"
@@ -128,10 +123,7 @@ def _openvino() -> Any:
 
 
 class _Step(nn.Module):
-    """One call: new tokens and the past in, logits and the new past out.
-
-    The attention function of the given model is replaced.
-    """
+    """One call of a model with another attention: new tokens and past in, logits and past out."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         from transformers import AttentionInterface

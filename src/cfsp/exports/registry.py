@@ -31,27 +31,16 @@ _TYPED = ("gguf", "openvino")
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export did.
-
-    Attributes:
-        target: its name.
-        out: the new file or directory.
-        layout: what software will see.
-        nbytes: bytes on disk.
-        notes: what the user should know.
-        verification: the comparison; None if it was not asked for, or no llama.cpp is installed.
-        seconds: stage -> seconds.
-        serve: the command that serves the copy; empty if there is none.
-    """
+    """What an export did."""
 
     target: str
     out: str
-    layout: str
-    nbytes: int
-    notes: tuple[str, ...]
-    verification: Verification | None
-    seconds: dict[str, float]
-    serve: str
+    layout: str  # what software will see
+    nbytes: int  # on disk
+    notes: tuple[str, ...]  # what the user should know
+    verification: Verification | None  # None if it was not asked for, or no llama.cpp is installed
+    seconds: dict[str, float]  # by stage
+    serve: str  # the command that serves the copy; empty if there is none
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON types."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint
@@ -19,9 +19,6 @@ from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.errors import CheckpointError, ExportError
 from cfsp.streaming.decoder_end import text_model
 from cfsp.text.tokenizers import load_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PROBE_TOKENS = 24
 GREEDY_STEPS = 32
@@ -72,16 +69,8 @@ def verified(
 ) -> Verification:
     """Compare what a runtime computes of a copy with what transformers computes of the checkpoint.
 
-    Args:
-        source: the checkpoint.
-        reader: what reads the copy.
-        feed: reads more tokens of one sequence and returns logits_TV after each of them.
-        tolerance: largest root mean square of the differences, relative to that of the logits.
-        context: how many tokens the copy can read.
-        decodes: compare greedy decoding, too.
-
-    Raises:
-        ExportError: they differ by more, or decode other tokens.
+    `feed` reads more tokens of one sequence and returns logits_TV after each; the copy can read
+    `context`. Their root mean square may differ by `tolerance`, relative to that of the logits.
     """
     tokens = probe_tokens(source, min(PROBE_TOKENS, max(1, context // 2)))
     model = reference_model(source)
@@ -139,9 +128,6 @@ def logits_of(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
 def greedy_after(
     model: PreTrainedModel, tokens: Sequence[int], continuation: Sequence[int]
 ) -> list[int]:
-    """Return the most likely token of a transformers model before each of the continuation.
-
-    They are equal exactly if the model, decoding greedily, writes the same.
-    """
+    """Return what a transformers model would write before each token of the continuation."""
     logits_TV = logits_of(model, [*tokens, *continuation[:-1]])
     return [int(token) for token in logits_TV[len(tokens) - 1 :].argmax(dim=-1)]

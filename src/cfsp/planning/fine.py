@@ -27,8 +27,7 @@ import torch
 from torch import Tensor
 
 from cfsp.calibration.observed import UnitStatistics
-from cfsp.checkpoint.ffn_tensors import down_matrix, input_matrices
-from cfsp.checkpoint.reading import WeightSource
+from cfsp.checkpoint.reading import WeightSource, down_matrix, input_matrices
 
 
 @dataclass(frozen=True)

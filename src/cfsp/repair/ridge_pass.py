@@ -23,9 +23,8 @@ import torch
 from cfsp.calibration.calibrate import check_seen, check_tokens, observe
 from cfsp.calibration.observed import ObservedBlock
 from cfsp.calibration.together import add_up, part_of
-from cfsp.checkpoint.ffn_tensors import down_matrix, parameters_with_down
 from cfsp.checkpoint.output import write_atomically
-from cfsp.checkpoint.reading import units_of_block
+from cfsp.checkpoint.reading import down_matrix, parameters_with_down, units_of_block
 from cfsp.planning.channels import choose_channels
 from cfsp.processes import processes_on_machine
 from cfsp.repair.gram import Observation

@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 
 from cfsp.architecture.activations import observed_activations
-from cfsp.checkpoint.ffn_tensors import down_matrix, parameters_with_down
-from cfsp.checkpoint.reading import units_of_block
+from cfsp.checkpoint.reading import down_matrix, parameters_with_down, units_of_block
 from cfsp.repair.gram import GramSums
 from cfsp.repair.result import BlockRepair, PruningResult, block_repair
 from cfsp.repair.ridge import LAMBDAS, SOLVE_COLUMNS, ridge_factor, solve

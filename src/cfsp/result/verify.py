@@ -21,7 +21,7 @@ from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.checkpoint.skeleton import empty_model
 from cfsp.checkpoint.text_config import vocabulary_of
-from cfsp.checkpoint.writing import digests_beside_weights
+from cfsp.checkpoint.writing import digests_beside_weights, sha256_of
 from cfsp.errors import CfspError, CheckpointError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.progress import item_progress
@@ -89,7 +89,7 @@ def _weights(directory: Path, manifest: dict[str, Any]) -> str | None:
     promised = {k: v for k, v in manifest.get("files", {}).items() if k.endswith(".safetensors")}
     if not promised:
         return f"{MANIFEST_FILE} names no weight files"
-    return _difference(promised, there, lambda name: _digest(directory / name))
+    return _difference(promised, there, lambda name: sha256_of(directory / name))
 
 
 def _beside(directory: Path, manifest: dict[str, Any], has_all: bool) -> str | None:
@@ -165,11 +165,3 @@ def _forward(source: Checkpoint, compute: Compute) -> str | None:
     token_NT = torch.randint(vocabulary_of(source.config), (1, _TOKENS), generator=generator)
     calibrate(source, Windows(token_NT, {}), runtime)
     return None
-
-
-def _digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error

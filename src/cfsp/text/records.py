@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cfsp.checkpoint.hub import hub_is_missed, why_not_written
+from cfsp.checkpoint.locating import hub_is_missed, why_not_written
 from cfsp.errors import MissingExtraError, TextError
 from cfsp.text.chats import CHAT_COLUMN, checked_conversation
 

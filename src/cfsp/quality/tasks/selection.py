@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from cfsp.checkpoint.hub import hub_is_missed
+from cfsp.checkpoint.locating import hub_is_missed
 from cfsp.errors import TaskError, UsageError
 
 # The tasks of the paper's tables, by their names in the harness.
