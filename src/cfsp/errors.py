@@ -143,6 +143,20 @@ GONE = {
         "it went, because nothing was ever measured with another value than the default; --rank, "
         "--learning-rate and --set teacher_weight stay",
     ),
+    **dict.fromkeys(
+        ("cosine", "euclidean", "mse", "mae"),
+        "no distance was better than the angular one everywhere (docs/STUDIES.md): use angular",
+    ),
+    "angular+sensitivity": "it went, because it was hardly ever better: use sensitivity or angular",
+    **dict.fromkeys(
+        ("wanda", "magnitude", "random"),
+        "it went, because it was worse (docs/STUDIES.md): use relative",
+    ),
+    "influence": "it went, because it was far worse (docs/STUDIES.md): use divergence or runs",
+    **dict.fromkeys(
+        ("wanda-sp", "magnitude-sp", "blocks-alone"),
+        "it went, because it was far worse (docs/STUDIES.md): use cfsp, or blocks",
+    ),
     "sequential": "sequential went as a choice of its own: it is a step of --repair local",
 }
 

@@ -159,8 +159,8 @@ def test_the_stages_one_by_one(tokenizer: Any, text_file: Path, tmp_path: Path) 
     assert main(["calibrate", str(source), "--parts", "ffn,kv", *text, "--out", str(saved)]) == 0
     statistics = Statistics.load(saved)
     (attention,) = (unit for unit in statistics.units if unit.block == 1 and unit.part == "kv")
-    assert attention.distance_sums["angular"] > 0
-    assert attention.distance_sums != statistics.blocks[1].distance_sums
+    assert attention.distance_sum is not None and attention.distance_sum > 0
+    assert attention.distance_sum != statistics.blocks[1].distance_sum
     plan = tmp_path / "plan.json"
     asked = ["--statistics", str(saved), "--target-params", "0.8", "--set", "multiple=1"]
     assert main(["plan", str(source), *asked, "--parts", "kv,ffn", "--out", str(plan)]) == 0

@@ -87,8 +87,8 @@ NUMBERS = rows(
     (f"{PRUNE_TEXT} --multiple {10**30}", f"found {10**30}", "--multiple must be at most 96"),
     (f"{PRUNE_TEXT} --multiple many", "--multiple: expected a number or auto", "found 'many'"),
     (
-        f"{PRUNE_TEXT} --widths equal --set block_metric=cosine",
-        "block_metric=cosine would do nothing",
+        f"{PRUNE_TEXT} --widths equal --set block_metric=angular",
+        "block_metric=angular would do nothing",
         "give one of the two",
     ),
     (

@@ -184,7 +184,7 @@ def test_help_fits_a_screen_and_help_all_names_the_rest(
     [
         ("block_metrik=x", "unknown argument --block-metrik=x; did you mean --block-metric?"),
         ("foo=1", "unknown argument --foo=1; see: cfsp prune --help"),
-        ("block_metric=cosin", "found 'cosin'; did you mean cosine?"),
+        ("block_metric=unifom", "found 'unifom'; did you mean uniform?"),
         ("multiple", "--set needs NAME=VALUE, found 'multiple'"),
         ("multiple=", "expected a value after --multiple, found nothing"),
         ("memory_budget=much", "expected a size such as 2GB or 512MiB, found 'much'"),

@@ -175,8 +175,7 @@ def test_attention_layers_go_by_order_and_by_distances(
     of_attentions = statistics.of_part("kv")
     for removal, expected in (
         ("divergence", order[:2]),
-        ("runs", nearest(of_attentions.distances("angular"))),
-        ("influence", nearest(of_attentions.distances("cosine"))),
+        ("runs", nearest(of_attentions.distance_L)),
     ):
         plan = cfsp.plan(llama, statistics, sparsity=0.4, parts="attention", removal=removal)
         assert plan.removed_attentions == tuple(sorted(expected))

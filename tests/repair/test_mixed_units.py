@@ -78,7 +78,7 @@ def test_statistics_are_of_units_and_distances_of_all_blocks(
     assert [unit.block for unit in statistics.units] == [0, 0, 2]
     assert [unit.ffns for unit in statistics.units] == [4, 1, 1]
     assert [unit.width for unit in statistics.units] == [unit.width for unit in source.units]
-    assert len(statistics.blocks) == len(statistics.distances("angular")) == 3
+    assert len(statistics.blocks) == len(statistics.distance_L) == 3
     statistics.save(tmp_path / "statistics")
     again = Statistics.load(tmp_path / "statistics")
     assert torch.equal(again.units[2].sum_of_squares_F, statistics.units[2].sum_of_squares_F)

@@ -21,7 +21,6 @@ from cfsp.result.runs import RunFacts, read_run
 from cfsp.settings import (
     BLOCK_METRICS,
     REMOVALS,
-    SENSITIVITY_METRICS,
     removal_in_words,
     worth_in_words,
 )
@@ -112,10 +111,8 @@ LARGEST = "Importance is relative to the largest."
         ),
         ([planned(block_metric="uniform")], f"Blocks count alike. {ANGLE}"),
         (
-            [planned(block_metric="cosine")],
-            "Blocks keep more of their FFN channels the further they move the hidden state, by "
-            "cosine distance. Distance is between a block's input and output, on the scale of the "
-            "mean angle, in half turns.",
+            [planned(block_metric="mse")],  # by an earlier version
+            f"Blocks keep more of their FFN channels by mse. {ANGLE}",
         ),
         (
             [planned("a", block_metric="sensitivity"), planned("b", block_metric="sensitivity")],
@@ -145,10 +142,10 @@ def test_a_caption_is_of_the_criterion_of_the_plan(runs: list[RunFacts], caption
 
 
 def test_every_criterion_has_its_words() -> None:
-    for metric in (*BLOCK_METRICS, *SENSITIVITY_METRICS):
+    for metric in BLOCK_METRICS:
         said = worth_in_words(metric, "Blocks", "FFN channels")
         assert metric == "uniform" or "keep more of their FFN channels the further" in said
-    assert len({removal_in_words(removal) for removal in (*REMOVALS, "")}) == 4
+    assert len({removal_in_words(removal) for removal in (*REMOVALS, "")}) == 3
 
 
 def test_a_block_without_an_ffn_has_an_empty_column() -> None:

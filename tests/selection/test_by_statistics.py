@@ -20,7 +20,7 @@ from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError
 from cfsp.planning.candidate import NOTHING, Candidate, Dropped
 from cfsp.selection.by_statistics import cheapest_runs, dropped_by
 from cfsp.selection.drop_budget import DropBudget
-from cfsp.settings import DIVERGENCE, INFLUENCE, RUNS
+from cfsp.settings import DIVERGENCE, RUNS
 from tiny_decoders import tiny_model
 
 BLOCKS = 6
@@ -96,12 +96,9 @@ def test_an_impossible_budget_names_the_range(source: LoadedModel) -> None:
 
 def test_the_choice_follows_the_statistics(source: LoadedModel) -> None:
     budget = DropBudget.of_share(source, ("blocks",), 1 / 3)
-    statistics = statistics_with_distances(
-        {"cosine": [0.9, 0.1, 0.5, 0.4, 0.2, 0.8], "angular": [0.1] * BLOCKS}
-    )
-    assert dropped_by(source, statistics, budget, INFLUENCE).blocks == (1, 4)
+    statistics = statistics_with_distances([0.1] * BLOCKS)
     nothing = DropBudget.of_share(source, ("blocks",), 0.0)
-    assert dropped_by(source, statistics, nothing, INFLUENCE) == NOTHING
+    assert dropped_by(source, statistics, nothing, RUNS) == NOTHING
     measured = replace(
         statistics,
         removals=(Removal(5, 0.1), Removal(2, 0.3), Removal(0, 0.7)),
@@ -121,12 +118,14 @@ def test_a_block_that_cannot_go_is_left_out() -> None:
     """Every second block has experts, by a rule that one block fewer breaks."""
     model = tiny_model("qwen2_moe", num_hidden_layers=4, decoder_sparse_step=2)
     source = LoadedModel(model)
-    statistics = statistics_with_distances({"cosine": [0.9, 0.8, 0.3, 0.1]})
     budget = DropBudget.of_count(source, "blocks", 1)
     # Without the last block the rule says the same of the others.
-    assert dropped_by(source, statistics, budget, INFLUENCE).blocks == (3,)
-    statistics = statistics_with_distances({"cosine": [0.9, 0.1, 0.3, 0.8]})
-    assert dropped_by(source, statistics, budget, INFLUENCE).blocks == (3,)
+    for distance_L in ([0.9, 0.8, 0.3, 0.1], [0.9, 0.1, 0.3, 0.8]):
+        sums = torch.zeros(5, 5)
+        sums[range(4), range(1, 5)] = torch.tensor(distance_L)
+        runs = RunDistances(tuple(map(tuple, sums.tolist())), 1)
+        statistics = replace(statistics_with_distances(distance_L), runs=runs)
+        assert dropped_by(source, statistics, budget, RUNS).blocks == (3,)
 
 
 def test_statistics_keep_what_the_choice_needs(
@@ -151,7 +150,7 @@ def test_statistics_keep_what_the_choice_needs(
     )
     kept = Statistics.load(tmp_path / "r" / "cfsp.statistics")
     assert kept.runs is not None and not kept.removals
-    for block, distance in enumerate(kept.distances("angular")):
+    for block, distance in enumerate(kept.distance_L):
         # Of a part of the tokens.
         assert kept.runs.between(block, block + 1) == pytest.approx(distance, rel=0.1)
     by_them = dropped_by(

@@ -86,7 +86,7 @@ def test_a_command_that_keeps_blocks(
     assert plan.criterion["keep"] == ["0"]
 
 
-@pytest.mark.parametrize("removal", ["divergence", "runs", "influence"])
+@pytest.mark.parametrize("removal", ["divergence", "runs"])
 def test_blocks_that_stay_are_not_dropped(
     source: LoadedModel, tokenizer: Any, text_file: Path, removal: str
 ) -> None:

@@ -24,7 +24,7 @@ from cfsp.planning.coarse import importance_by
 from cfsp.planning.make import model_size
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.selection import sensitivity
-from cfsp.settings import Budget, CalibrationText, Criterion, PruneSettings, Repair
+from cfsp.settings import SENSITIVITY, Budget, CalibrationText, Criterion, PruneSettings, Repair
 from cfsp.streaming import runtime
 from cfsp.streaming.runtime import Runtime
 from checkpoint_tensors import changed
@@ -39,18 +39,15 @@ def settings(text_file: Path) -> PruneSettings:
     return PruneSettings(Budget(0.5, multiple=MULTIPLE), text=text, repair="none")
 
 
-@pytest.mark.parametrize(
-    ("metric", "repair"), [("angular+sensitivity", "none"), ("sensitivity", "ridge")]
-)
+@pytest.mark.parametrize("repair", ["none", "ridge"])
 def test_widths_follow_the_measured_sensitivity(
     tiny_checkpoint: Callable[[str], Path],
     tmp_path: Path,
     settings: PruneSettings,
-    metric: str,
     repair: Repair,
 ) -> None:
     source = Checkpoint(tiny_checkpoint("llama"))
-    settings = replace(settings, criterion=Criterion(metric), repair=repair)
+    settings = replace(settings, criterion=Criterion(SENSITIVITY), repair=repair)
     report = prune_checkpoint(source, tmp_path / "out", settings)
     statistics = Statistics.load(tmp_path / "out" / STATISTICS_FILE)
     found = statistics.sensitivity
@@ -59,11 +56,14 @@ def test_widths_follow_the_measured_sensitivity(
     assert min(found.divergence_L) > 0
     if repair == "none":  # with repair the distances come from fewer windows
         expected = allocate(
-            importance_by(statistics, metric), settings.budget, model_size(source), "water-fill"
+            importance_by(statistics, SENSITIVITY),
+            settings.budget,
+            model_size(source),
+            "water-fill",
         )
         assert report.intermediate_sizes == expected
     assert abs(sum(report.intermediate_sizes) - 3 * WIDTH / 2) <= MULTIPLE
-    assert report.plan.criterion["block_metric"] == metric
+    assert report.plan.criterion["block_metric"] == SENSITIVITY
     assert report.plan.criterion["clamp"] == "water-fill"
 
 
@@ -172,7 +172,7 @@ def test_the_command_line_measures_once_and_plans_without_the_model(
     text = ["--data", text_file, "--samples", 8, "--seqlen", 16]
     run("calibrate", model, *text, "--sensitivity", "--out", statistics)
     assert Statistics.load(statistics).sensitivity is not None
-    budget = ["--sparsity", 0.5, "--multiple", MULTIPLE, "--block-metric", "angular+sensitivity"]
+    budget = ["--sparsity", 0.5, "--multiple", MULTIPLE, "--block-metric", SENSITIVITY]
     out = tmp_path / "plan.json"
     run("plan", model, "--statistics", statistics, *budget, "--clamp", "published", "--out", out)
     plan = PruningPlan.load(out)

@@ -150,7 +150,7 @@ def test_another_command_is_refused(runs: Runs) -> None:
     for change, key in (
         (["--sparsity", "0.4"], "sparsity"),
         (["--repair", "none"], "--repair"),
-        (["--channel-metric", "wanda"], "channel_metric"),
+        (["--channel-metric", "eq8"], "channel_metric"),
     ):
         message = runs.refused([*runs.prune, *change]).splitlines()[-1]
         assert f"holds unfinished work with another {key}" in message

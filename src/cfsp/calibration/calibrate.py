@@ -147,7 +147,7 @@ def observe(
             on_activations(unit, ffn, act_RF, window_R)
 
     def on_hidden(input_BTD: Tensor, output_BTD: Tensor) -> None:
-        sums.distances.add(input_BTD, output_BTD)
+        sums.distance.add(input_BTD, output_BTD)
         if stride is not None:
             passing.append(sampled(stride, input_BTD, output_BTD))
 

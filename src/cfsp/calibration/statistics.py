@@ -222,8 +222,8 @@ class Statistics:
         units = tuple(unit for unit in self.units if unit.part == part)
         blocks = list(self.blocks)
         for unit in units:
-            if unit.distance_sums:
-                blocks[unit.block] = BlockStatistics(unit.distance_sums, unit.tokens)
+            if unit.distance_sum is not None:
+                blocks[unit.block] = BlockStatistics(unit.distance_sum, unit.tokens)
         sensitivity = self.sensitivity and self.sensitivity.of_part(part)
         return replace(self, blocks=tuple(blocks), units=units, sensitivity=sensitivity)
 
@@ -258,9 +258,10 @@ class Statistics:
             runs=None,
         )
 
-    def distances(self, metric: str) -> list[float]:
-        """Return one distance for every block."""
-        return [block.distances[metric] for block in self.blocks]
+    @property
+    def distance_L(self) -> list[float]:
+        """The mean angular distance of every block."""
+        return [block.distance for block in self.blocks]
 
     def save(self, path: Path) -> None:
         """Write the statistics to one file, atomically.

@@ -17,9 +17,10 @@ from torch import Tensor
 from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import StatisticsError
 
-STATISTICS_VERSION = 5
-# Version 4 has the sum of each activation besides, which nothing is made from.
-_READ = (4, STATISTICS_VERSION)
+STATISTICS_VERSION = 6
+# Version 4 has the sum of each activation besides, and both have distances besides the angular one,
+# which nothing is made from.
+_READ = (4, 5, STATISTICS_VERSION)
 _METADATA_KEY = "cfsp_statistics"
 
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 # What is summed over tokens.
 _SUMS: dict[type, tuple[str, ...]] = {
-    BlockStatistics: ("distance_sums", "tokens"),
-    UnitStatistics: ("sum_of_squares_F", "tokens", "routed_E", "distance_sums", "output_norm_E"),
+    BlockStatistics: ("distance_sum", "tokens"),
+    UnitStatistics: ("sum_of_squares_F", "tokens", "routed_E", "distance_sum", "output_norm_E"),
 }
 
 
@@ -100,15 +100,12 @@ def _with(part: Any, sums: Iterator[Tensor]) -> Any:
 def _numbers(value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value.double().reshape(-1)
-    values = list(value.values()) if isinstance(value, dict) else value
-    return torch.tensor(values, dtype=torch.float64).reshape(-1)
+    return torch.tensor(() if value is None else value, dtype=torch.float64).reshape(-1)
 
 
 def _like(value: Any, numbers: Tensor) -> Any:
     if isinstance(value, Tensor):
         return numbers.reshape(value.shape).to(value.dtype).clone()
-    if isinstance(value, dict):
-        return dict(zip(value, numbers.tolist(), strict=True))
     if isinstance(value, tuple):
         return tuple(int(number) for number in numbers.tolist())
-    return type(value)(numbers.item())
+    return None if value is None else type(value)(numbers.item())

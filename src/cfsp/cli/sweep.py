@@ -1,6 +1,6 @@
 """Prune by several methods at several sparsities, and measure each.
 
-cfsp sweep MODEL --sparsity 0.1 0.3 0.5 --method cfsp wanda-sp --eval wikitext2 --out sweep
+cfsp sweep MODEL --sparsity 0.1 0.3 0.5 --method cfsp blocks --eval wikitext2 --out sweep
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _add_recipe(parser: Parser) -> None:
         dest="methods",
         type=kind_of(method_named),
         metavar="NAME",
-        help=f"of {', '.join(METHODS)}, or a part as `cfsp prune --parts` has it, such as kv "
+        help=f"of {', '.join(METHODS)}, or a part as `cfsp prune --parts` has it, such as blocks "
         "(default: cfsp)",
     )
     add_options(parser, parser, Budget, fields=("multiple",))

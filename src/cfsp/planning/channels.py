@@ -12,13 +12,17 @@ from typing import Any
 from cfsp.calibration.observed import UnitStatistics
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.planning.experts import expert_scores, strongest_experts
-from cfsp.planning.fine import channel_scores, read_ffn_weights, strongest_channels
+from cfsp.planning.fine import (
+    channel_scores,
+    read_ffn_weights,
+    strongest_channels,
+    weight_norms,
+)
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.settings import Criterion
 
 # The relative error of a root mean square over n tokens is about 1 / sqrt(2 n): one in eight here.
 LEAST_TOKENS = 32
-WEIGHTS_ALONE = "magnitude"
 
 _MOST_NAMED = 8
 
@@ -56,9 +60,11 @@ def choose_channels(
     kept: list[int] = []
     few = few_tokens(statistics)
     for ffn in staying if width else ():
-        metric = WEIGHTS_ALONE if ffn in few else criterion.channel_metric
         weights = read_ffn_weights(source, unit, ffn)
-        score_F = channel_scores(metric, statistics.of_ffn(ffn), weights)
+        if ffn in few:
+            score_F = weight_norms(weights)
+        else:
+            score_F = channel_scores(criterion.channel_metric, statistics.of_ffn(ffn), weights)
         # The columns of a KV group lie side by side.
         score_F = score_F.view(found.width, -1).sum(1)
         kept += [ffn * found.width + i for i in strongest_channels(score_F, width)]
@@ -72,7 +78,7 @@ def warn_of_few_tokens(plan: PruningPlan) -> None:
     more = f" and {len(few) - _MOST_NAMED} more" if len(few) > _MOST_NAMED else ""
     consequences = ["whether they go is decided by noisy scores"] if plan.kept_experts else []
     if any(unit.few_tokens and unit.kept_width < unit.width for unit in plan.kept_units):
-        consequences.append(f"their channels are chosen by their weights alone ({WEIGHTS_ALONE})")
+        consequences.append("their channels are chosen by their weights alone")
     if not (few and consequences):
         return
     log.warning(

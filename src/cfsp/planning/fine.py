@@ -10,9 +10,6 @@ calibration tokens (`UnitStatistics.norm_F`); Wd is D x F, Wu and Wg are F x D.
                   up_i   = sum_j |Wu_ij| / sum_i' |Wu_i'j|        gate_i alike
     eq8         X_i * (down_i + 1 + 1): the paper's Eq. 8 as others cite it, which normalises
                 up and gate within a channel, where they are constant.
-    wanda       mean_j |Wd_ji| * X_i                              (Sun et al. 2306.11695)
-    magnitude   |Wd_.i|, the L2 norm of a column of the down projection
-    random      drawn by chance, again alike for the same calibration: what any other must beat
 
 An attention is scored in the same way at its output matrix, column by column, without the terms of
 matrices that make channels; a KV group's score is the sum over the columns of its query heads.
@@ -21,7 +18,6 @@ matrices that make channels; a KV group's score is the sum over the columns of i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from hashlib import sha256
 
 import torch
 from torch import Tensor
@@ -69,19 +65,15 @@ def channel_scores(metric: str, statistics: UnitStatistics, weights: FFNWeights)
             for input_FD in inputs:
                 share_F = share_F + _shares(_magnitudes(input_FD), across=0)
         score_F = share_F * norm_F
-    elif metric == "wanda":
-        score_F = _magnitudes(down_DF).mean(0) * norm_F
-    elif metric == "magnitude":
-        score_F = torch.linalg.vector_norm(down_DF.float(), dim=0)
-    elif metric == "random":
-        # Seeded by the activations: the same calibration gives the same draw, another seed of its
-        # windows another one, and no two blocks share theirs.
-        digest = sha256(statistics.sum_of_squares_F.cpu().numpy().tobytes()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        score_F = torch.rand(down_DF.shape[1], generator=generator)
     else:
         assert metric == "activation", metric
     return score_F
+
+
+def weight_norms(weights: FFNWeights) -> Tensor:
+    """Return the L2 norm of every column of the down projection, float32."""
+    norm_F: Tensor = torch.linalg.vector_norm(weights.down_DF.float(), dim=0)
+    return norm_F
 
 
 def _shares(magnitudes: Tensor, across: int) -> Tensor:

@@ -27,6 +27,7 @@ from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.progress import item_progress
 from cfsp.settings import (
+    ANGULAR,
     AUTO_METRIC,
     DEFAULT_PARTS,
     DIVERGENCE,
@@ -106,7 +107,7 @@ class Planner:
         if budget.widths == "equal":
             criterion = replace(criterion, block_metric=UNIFORM)
         elif criterion.block_metric == AUTO_METRIC:
-            metric = SENSITIVITY if statistics.sensitivity else "angular"
+            metric = SENSITIVITY if statistics.sensitivity else ANGULAR
             criterion = replace(criterion, block_metric=metric)
         return Planner(source, statistics, budget, criterion)
 
@@ -128,8 +129,8 @@ class Planner:
             kept_U = allocate(importance_U, asked, size, self.criterion.chosen_clamp)
         if not dropped:
             return UnitWidths(distance_U, importance_U, kept_U)
-        block_L = self.statistics.distances("angular")
-        attention_L = self.statistics.of_part("kv").distances("angular")
+        block_L = self.statistics.distance_L
+        attention_L = self.statistics.of_part("kv").distance_L
         planned = zip(distance_U, importance_U, kept_U, strict=True)
         rows = []
         for unit in self.source.units:

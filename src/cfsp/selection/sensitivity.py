@@ -24,7 +24,7 @@ from cfsp.planning.channels import choose_channels
 from cfsp.progress import item_progress
 from cfsp.selection.divergence import few_beginnings, load_whole
 from cfsp.selection.masks import MaskedModel
-from cfsp.settings import AUTO_METRIC, SENSITIVITY_METRICS, UNIT_PARTS
+from cfsp.settings import AUTO_METRIC, SENSITIVITY, UNIT_PARTS
 from cfsp.streaming.runtime import fits
 from cfsp.streaming.work_dir import load_or_compute
 
@@ -91,7 +91,7 @@ def follow_sensitivity(
     and the whole model fits into memory.
     """
     if criterion.block_metric != AUTO_METRIC:
-        return criterion.block_metric in SENSITIVITY_METRICS
+        return criterion.block_metric == SENSITIVITY
     return not has_images and fits(source, runtime)
 
 

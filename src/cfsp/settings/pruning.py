@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from cfsp.errors import UsageError, did_you_mean
 from cfsp.settings.budget import COUNTS, Budget, Part, can_be_met
-from cfsp.settings.criterion import AUTO_METRIC, UNIFORM, Criterion
+from cfsp.settings.criterion import ANGULAR, AUTO_METRIC, UNIFORM, Criterion
 from cfsp.settings.goals import GOALS, Goal, TargetParameters, flag_of_goal
 from cfsp.settings.options import (
     advanced_option,
@@ -145,7 +145,7 @@ class PruneSettings:
         if self.budget.widths == "equal":
             criterion = replace(criterion, block_metric=UNIFORM)
         elif not repairs and criterion.block_metric == AUTO_METRIC:
-            criterion = replace(criterion, block_metric="angular")
+            criterion = replace(criterion, block_metric=ANGULAR)
         is_tried = self.leaves_parts_open and repairs and isinstance(self.goal, TargetParameters)
         return replace(self, criterion=criterion, leaves_parts_open=is_tried)
 
