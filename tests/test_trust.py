@@ -104,7 +104,7 @@ def test_a_card_quotes_foreign_text_as_code(
     text = tmp_path / "<b>`text`\n# |.txt"
     text.write_text(random_prose(2000, seed=3))
     argv = ["prune", str(model), "--sparsity", "0.4", "--multiple", "4", "--data", str(text)]
-    argv += ["--samples", "4", "--seqlen", "32", "--eval", str(text), "--eval-windows", "1"]
+    argv += ["--samples", "4", "--seqlen", "32", "--eval", str(text), "--windows", "1"]
     assert main([*argv, "--out", str(tmp_path / "out")]) == 0
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     outside_code = re.sub(r"^ {4}.*$", "", re.sub(r"`[^`\n]*`", "", card), flags=re.MULTILINE)

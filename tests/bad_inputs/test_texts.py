@@ -121,7 +121,7 @@ TEXTS: Table = {
         lambda place: without_bos(place.model),
     ),
     "text of the calibration that is not there, in a sweep": BadInput(
-        "sweep {model} --sparsity 0.4 --out {out} --eval {text} --eval-windows 1 --seqlen 32 "
+        "sweep {model} --sparsity 0.4 --out {out} --eval {text} --windows 1 --seqlen 32 "
         "--data {inputs}/absent.txt",
         "{inputs}/absent.txt is neither a file nor a known text",
         "known are: ",

@@ -251,7 +251,7 @@ def test_prune_reports_all_that_the_readme_promises(
     out = tmp_path / "out"
     argv = [
         "prune", model, "--out", out, "--sparsity", 0.4, "--set", "multiple=4", *text,
-        "--eval", text_file, "--eval-windows", 2,
+        "--eval", text_file, "--windows", 2,
     ]  # fmt: skip
     report = cli.json(*argv)
     before = sum(p.numel() for p in build_tiny_model("llama").parameters())

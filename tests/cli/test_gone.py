@@ -31,12 +31,10 @@ ASKING = {
         metric: f"prune {{model}} --sparsity 0.2 --set channel_metric={metric} --out smaller"
         for metric in ("wanda", "magnitude", "random")
     },
-    "influence": "prune {model} --sparsity 0.2 --set removal=influence --out smaller",
     **{
         method: f"sweep {{model}} --sparsity 0.2 --method {method} --eval t --out sweep"
         for method in ("wanda-sp", "magnitude-sp", "blocks-alone")
     },
-    "remove_blocks": "prune {model} --parts ffn,blocks --set remove_blocks=1 --out smaller",
 }
 
 

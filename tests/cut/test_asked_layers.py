@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.cli import main
 from cfsp.cut.surgery import PrunedSource
-from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
+from cfsp.errors import BudgetError, UnsupportedModelError, UsageError
 from cfsp.pipeline import plan_from
 from cfsp.planning.candidate import Candidate, Dropped, DropSizes
 from cfsp.planning.make import Planner
@@ -138,7 +139,7 @@ def test_channels_of_the_others_are_repaired(
 
 def test_what_lost_attentions_is_pruned_again(llama: Path, text_file: Path, tmp_path: Path) -> None:
     asked = {"repair": "none", "data": [str(text_file)], **SETTINGS}
-    first = cfsp.prune(llama, out=tmp_path / "1", parts="attention", remove_attentions=1, **asked)
+    first = cfsp.prune(llama, out=tmp_path / "1", parts="attention", remove=1, **asked)
     (gone,) = first.plan.removed_attentions
     asked["sparsity"] = 0.3
     second = cfsp.prune(tmp_path / "1", out=tmp_path / "2", multiple=8, **asked)
@@ -173,11 +174,11 @@ def test_attention_layers_go_by_order_and_by_distances(
     order = [each.block for each in statistics.removals_of(ATTENTION)]
     assert len(order) == 3 and not statistics.removals_of(("blocks",))  # half of five
     of_attentions = statistics.of_part("kv")
-    for removal, expected in (
-        ("divergence", order[:2]),
-        ("runs", nearest(of_attentions.distance_L)),
+    for removal, known, expected in (
+        ("divergence", statistics, order[:2]),
+        ("runs", replace(statistics, removals=()), nearest(of_attentions.distance_L)),
     ):
-        plan = cfsp.plan(llama, statistics, sparsity=0.4, parts="attention", removal=removal)
+        plan = cfsp.plan(llama, known, sparsity=0.4, parts="attention")
         assert plan.removed_attentions == tuple(sorted(expected))
         assert plan.criterion["removal"] == removal
         assert all(unit.kept_width == unit.width for unit in plan.of_part("ffn"))
@@ -199,9 +200,9 @@ def test_blocks_and_attention_layers_go_by_one_order(
     assert order and not statistics.removals_of(("blocks",))
     sizes = DropSizes.of(source, BOTH)
 
-    def planned(share: float, parts: tuple[Part, ...] = BOTH, removal: str = "auto") -> PruningPlan:
+    def planned(share: float, parts: tuple[Part, ...] = BOTH) -> PruningPlan:
         goal = goal_of_share(llama, parts, share)
-        settings = PruneSettings(Budget(parts=parts), Criterion(removal=removal), goal=goal)
+        settings = PruneSettings(Budget(parts=parts), goal=goal)
         return plan_from(source, statistics, settings)[0]
 
     for share in (0.05, 0.3, 0.51):
@@ -211,10 +212,6 @@ def test_blocks_and_attention_layers_go_by_one_order(
     # What was measured up to half of the blocks is the plan for half of them.
     assert dropped == Dropped.of(order)
     assert plan.criterion["of"] == "blocks"
-    with pytest.raises(StatisticsError, match="cfsp calibrate --parts attention"):
-        cfsp.plan(llama, statistics, sparsity=0.3, parts="attention", removal="divergence")
-    with pytest.raises(UsageError, match="prune blocks, then attention layers of the result"):
-        planned(0.3, removal="runs")
     with pytest.raises(UsageError, match="should go, which requires the model and a text"):
         planned(0.3, ("ffn", "attention", "blocks"))
 
@@ -247,9 +244,9 @@ def test_impossible_budgets_say_what_is_possible(
     with pytest.raises(BudgetError, match="at least one of 5 attention layers must stay; between"):
         cfsp.prune(llama, parts="attention", sparsity=0.95, **asked)
     with pytest.raises(BudgetError, match="cannot remove 5 attention layers"):
-        cfsp.prune(llama, parts="attention", remove_attentions=5, **asked)
-    with pytest.raises(UsageError, match=r"--remove-blocks belongs to --parts blocks alone"):
-        Budget(parts=BOTH, remove_blocks=2)
+        cfsp.prune(llama, parts="attention", remove=5, **asked)
+    with pytest.raises(UsageError, match=r"--remove belongs to one of --parts attention, blocks"):
+        Budget(parts=BOTH, remove=2)
     with pytest.raises(BudgetError, match=r"at least one of 5 blocks must stay; between 0 and"):
         cfsp.prune(llama, parts=BOTH, goal=cfsp.TargetParameters(0.25), **asked)
     monkeypatch.setattr(drop_order, "fits", lambda *args: False)
@@ -286,8 +283,8 @@ def test_one_of_a_kind_must_stay_beside_blocks() -> None:
 def test_what_stock_would_load_with_random_attentions_is_refused_before_any_text(name: str) -> None:
     source = LoadedModel(tiny_model(name), ATTENTION)
     with pytest.raises(UnsupportedModelError, match=r"can't go alone: .*--parts attention,ffn"):
-        Share(source, Budget(parts=ATTENTION, remove_attentions=1)).check()
-    Share(source, Budget(parts=ATTENTION, remove_attentions=0)).check()
+        Share(source, Budget(parts=ATTENTION, remove=1)).check()
+    Share(source, Budget(parts=ATTENTION, remove=0)).check()
     with pytest.raises(UnsupportedModelError, match="can't go alone"):
         PrunedSource(source, plan_without(source, Dropped((), (1,))))
     # Beside channels the stock class fails, as it must.

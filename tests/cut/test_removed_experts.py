@@ -254,7 +254,7 @@ def test_what_a_router_needs_stays(tmp_path: Path) -> None:
         prune_checkpoint(source, tmp_path / "out", settings_for(Budget(0.8, parts=PARTS)))
     assert not (tmp_path / "out").exists()
     for removed in (0, 1, 2):
-        assert Share(source, Budget(parts=PARTS, remove_experts=removed)).experts() == removed
+        assert Share(source, Budget(parts=PARTS, remove=removed)).experts() == removed
     assert Share(source, Budget(0.3, parts=PARTS)).experts() == 1
     # 2 of 4 experts are 55,296 of 150,112 parameters with their rows of the router.
     assert Parameters(source, Budget(parts=PARTS), 0.63).experts() == 2
@@ -264,7 +264,7 @@ def test_what_a_router_needs_stays(tmp_path: Path) -> None:
     assert grouped.architecture.experts.groups == 2
     assert Share(grouped, Budget(0.3, parts=PARTS)).experts() == 2
     with pytest.raises(BudgetError, match="does not run with 5"):
-        Share(grouped, Budget(parts=PARTS, remove_experts=3)).experts()
+        Share(grouped, Budget(parts=PARTS, remove=3)).experts()
 
 
 def test_a_fault_in_one_of_many_blocks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +314,7 @@ def test_one_plan_after_the_other_from_the_same_statistics(tmp_path: Path) -> No
     statistics.save(tmp_path / "statistics")
     again = Statistics.load(tmp_path / "statistics")
     for removed in (1, 2):
-        plan = cfsp.plan(source, again, parts=PARTS, remove_experts=removed)
+        plan = cfsp.plan(source, again, parts=PARTS, remove=removed)
         assert plan.kept_experts == 4 - removed
         assert PruningPlan.from_json(plan.to_json()) == plan
     by_channels = cfsp.calibrate(source, **text)

@@ -222,11 +222,10 @@ def test_same_seed_same_weights_and_another_seed_others(pruned, text_file, tmp_p
     assert changed(plain.out, tmp_path / "1")
 
 
-@pytest.mark.parametrize(
-    "same", [{"batch_windows": 2, "accumulate": 2}, {"gradient_checkpointing": True}]
-)
-def test_accumulation_and_checkpointing_change_nothing(pruned, text_file, tmp_path, plain, same):
-    other = recover(pruned, tmp_path / "out", text_file, training=training(**same))
+def test_checkpointing_changes_nothing(pruned, text_file, tmp_path, plain):
+    other = recover(
+        pruned, tmp_path / "out", text_file, training=training(gradient_checkpointing=True)
+    )
     assert other.tokens_in_step == plain.report.tokens_in_step
     # Before the first step there is no loss of training.
     for a, b in zip(plain.report.history[1:], other.history[1:], strict=True):
@@ -539,7 +538,7 @@ def must_not_load(*args: Any) -> Any:
         ({"data": ["no_such.txt"]}, "no_such.txt"),
         ({"data": ()}, "give --data"),
         ({"eval": ["no_such.txt"]}, "no_such.txt"),
-        ({"eval": ["{text}"], "eval_windows": 10**6}, "1000000 are needed"),
+        ({"eval": ["{text}"], "windows": 10**6}, "1000000 are needed"),
         ({"teacher": "/no/such"}, "/no/such does not exist"),
         ({"teacher": "{other}"}, "the teacher must be the dense model"),
         ({"method": "best"}, "method must be one of auto, lora, full"),
@@ -586,17 +585,17 @@ def test_what_is_typed_reaches_recovery(pruned, text_file, tmp_path, monkeypatch
 
     monkeypatch.setattr("cfsp.recovery.recover.recover_checkpoint", note)
     argv = ["recover", str(pruned), "--out", str(tmp_path / "o"), "--data", str(text_file)]
-    argv += ["--steps", "3", "--rank", "4", "--gradient-checkpointing", "--set", "accumulate=2"]
+    argv += ["--steps", "3", "--rank", "4", "--gradient-checkpointing", "--set", "seed=2"]
     monkeypatch.setattr("cfsp.cli.recover.print_report", lambda report: None)
     assert main(argv) == 0
     assert seen["adaptation"] == Adaptation(rank=4)
     limit = Limit(steps=3)
-    assert seen["training"] == Training(limit, accumulate=2, gradient_checkpointing=True)
+    assert seen["training"] == Training(limit, seed=2, gradient_checkpointing=True)
     seen.clear()
-    cfsp.recover(pruned, out="o", data=[text_file], steps=3, rank=4, accumulate=2)
-    assert seen["training"] == Training(limit, accumulate=2)
-    with pytest.raises(UsageError, match="unknown argument acumulate; did you mean accumulate"):
-        cfsp.recover(pruned, out="o", data=[text_file], steps=3, acumulate=2)
+    cfsp.recover(pruned, out="o", data=[text_file], steps=3, rank=4, seed=2)
+    assert seen["training"] == Training(limit, seed=2)
+    with pytest.raises(UsageError, match="unknown argument sed; did you mean seed"):
+        cfsp.recover(pruned, out="o", data=[text_file], steps=3, sed=2)
 
 
 def test_the_help_fits_a_screen_and_shows_an_example(capsys):

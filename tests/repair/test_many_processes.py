@@ -90,7 +90,7 @@ def blocks_of(pruned: Path, name: str) -> list[dict[str, Any]]:
 def test_two_processes_give_what_one_gives(
     finish: Finish, argv: list[str], text_file: Path
 ) -> None:
-    ended = finish([*argv, "--eval", str(text_file), "--eval-windows", "5"], 2)
+    ended = finish([*argv, "--eval", str(text_file), "--windows", "5"], 2)
     assert [bool(each.stdout) for each in ended] == [True, False]
 
 
@@ -147,7 +147,7 @@ def test_the_first_process_times_for_all(
 def test_after_a_death_the_same_command_goes_on(
     commands: Commands, finish: Finish, argv: list[str], text_file: Path, tmp_path: Path
 ) -> None:
-    evaluation = ["--eval", str(text_file), "--eval-windows", "1"]
+    evaluation = ["--eval", str(text_file), "--windows", "1"]
     argv = [*argv, "--repair", "local", "--local-steps", "2", *evaluation]
     patience = "--process-timeout", "0.2"
     # Windows have passed all blocks in the coarse pass and for the ridge.

@@ -159,7 +159,7 @@ def test_blocks_at_gaps() -> None:
 def asked(text_file: Path) -> dict[str, Any]:
     return {
         "parts": "blocks", "sparsity": 0.34, "data": [text_file], "samples": 12, "seqlen": 64,
-        "device": "cpu", "removal": "runs",
+        "device": "cpu",
     }  # fmt: skip
 
 

@@ -20,7 +20,8 @@ from cfsp.result.page.repair_chart import repair_chart
 from cfsp.result.runs import RunFacts, read_run
 from cfsp.settings import (
     BLOCK_METRICS,
-    REMOVALS,
+    DIVERGENCE,
+    RUNS,
     removal_in_words,
     worth_in_words,
 )
@@ -145,7 +146,7 @@ def test_every_criterion_has_its_words() -> None:
     for metric in BLOCK_METRICS:
         said = worth_in_words(metric, "Blocks", "FFN channels")
         assert metric == "uniform" or "keep more of their FFN channels the further" in said
-    assert len({removal_in_words(removal) for removal in (*REMOVALS, "")}) == 3
+    assert len({removal_in_words(removal) for removal in (DIVERGENCE, RUNS, "")}) == 3
 
 
 def test_a_block_without_an_ffn_has_an_empty_column() -> None:

@@ -20,7 +20,6 @@ from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError
 from cfsp.planning.candidate import NOTHING, Candidate, Dropped
 from cfsp.selection.by_statistics import cheapest_runs, dropped_by
 from cfsp.selection.drop_budget import DropBudget
-from cfsp.settings import DIVERGENCE, RUNS
 from tiny_decoders import tiny_model
 
 BLOCKS = 6
@@ -98,20 +97,20 @@ def test_the_choice_follows_the_statistics(source: LoadedModel) -> None:
     budget = DropBudget.of_share(source, ("blocks",), 1 / 3)
     statistics = statistics_with_distances([0.1] * BLOCKS)
     nothing = DropBudget.of_share(source, ("blocks",), 0.0)
-    assert dropped_by(source, statistics, nothing, RUNS) == NOTHING
+    assert dropped_by(source, statistics, nothing) == NOTHING
     measured = replace(
         statistics,
         removals=(Removal(5, 0.1), Removal(2, 0.3), Removal(0, 0.7)),
         runs=random_runs(0),
     )
-    assert dropped_by(source, measured, budget, DIVERGENCE).blocks == (2, 5)
+    assert dropped_by(source, measured, budget).blocks == (2, 5)
     expected = tuple(cheapest_runs(random_runs(0), BLOCKS, 2))
-    assert dropped_by(source, measured, budget, RUNS).blocks == expected
+    assert dropped_by(source, replace(measured, removals=()), budget).blocks == expected
     with pytest.raises(StatisticsError, match="cfsp calibrate --parts blocks"):
-        dropped_by(source, statistics, budget, RUNS)
+        dropped_by(source, statistics, budget)
     more = DropBudget.of_share(source, ("blocks",), 0.8)
     with pytest.raises(StatisticsError, match="say of 3 blocks in which order they go"):
-        dropped_by(source, measured, more, DIVERGENCE)
+        dropped_by(source, measured, more)
 
 
 def test_a_block_that_cannot_go_is_left_out() -> None:
@@ -125,11 +124,14 @@ def test_a_block_that_cannot_go_is_left_out() -> None:
         sums[range(4), range(1, 5)] = torch.tensor(distance_L)
         runs = RunDistances(tuple(map(tuple, sums.tolist())), 1)
         statistics = replace(statistics_with_distances(distance_L), runs=runs)
-        assert dropped_by(source, statistics, budget, RUNS).blocks == (3,)
+        assert dropped_by(source, statistics, budget).blocks == (3,)
 
 
 def test_statistics_keep_what_the_choice_needs(
-    tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
+    tiny_checkpoint: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: dict[str, Any] = {"data": [text_file], "samples": 4, "seqlen": 32, "device": "cpu"}
     source = tiny_checkpoint("llama")
@@ -145,16 +147,15 @@ def test_statistics_keep_what_the_choice_needs(
     )
     assert report.plan.removed_blocks == plan.removed_blocks
 
-    by_runs = cfsp.prune(
-        source, out=tmp_path / "r", sparsity=0.3, parts="blocks", removal="runs", **asked
-    )
+    monkeypatch.setattr("cfsp.selection.drop_order.fits", lambda *_: False)
+    by_runs = cfsp.prune(source, out=tmp_path / "r", sparsity=0.3, parts="blocks", **asked)
     kept = Statistics.load(tmp_path / "r" / "cfsp.statistics")
     assert kept.runs is not None and not kept.removals
     for block, distance in enumerate(kept.distance_L):
         # Of a part of the tokens.
         assert kept.runs.between(block, block + 1) == pytest.approx(distance, rel=0.1)
     by_them = dropped_by(
-        own := Checkpoint(source), kept, DropBudget.of_share(own, ("blocks",), 0.3), RUNS
+        own := Checkpoint(source), kept, DropBudget.of_share(own, ("blocks",), 0.3)
     )
     assert by_runs.plan.removed_blocks == by_them.blocks
 

@@ -88,11 +88,16 @@ def test_a_command_that_keeps_blocks(
 
 @pytest.mark.parametrize("removal", ["divergence", "runs"])
 def test_blocks_that_stay_are_not_dropped(
-    source: LoadedModel, tokenizer: Any, text_file: Path, removal: str
+    source: LoadedModel,
+    tokenizer: Any,
+    text_file: Path,
+    removal: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("cfsp.selection.drop_order.fits", lambda *_: removal == "divergence")
     found = [
         cfsp.prune(
-            source.model, tokenizer, parts="blocks", remove_blocks=2, keep=keep, removal=removal,
+            source.model, tokenizer, parts="blocks", remove=2, keep=keep,
             data=[text_file], samples=4, seqlen=32, device="cpu", effort="fast",
         ).config.cfsp["removed_blocks"]
         for keep in ((), (1, 2, 3))
@@ -116,7 +121,7 @@ def test_more_than_the_others_own_is_refused(
 ) -> None:
     asked: dict[str, Any] = {"data": [text_file], "samples": 4, "seqlen": 32, "multiple": 8}
     with pytest.raises(BudgetError, match="what --keep names must stay; between 0 and 2"):
-        cfsp.prune(source.model, tokenizer, parts="blocks", remove_blocks=3, keep="0,1,2", **asked)
+        cfsp.prune(source.model, tokenizer, parts="blocks", remove=3, keep="0,1,2", **asked)
     with pytest.raises(BudgetError, match="can be removed"):
         cfsp.prune(source.model, tokenizer, sparsity=0.5, keep="0,1,2,3", **asked)
     with pytest.raises(UsageError, match="--keep is not for --parts experts"):

@@ -40,6 +40,11 @@ def trained(tokenizer: Any, text_file: Path, tmp_path_factory: pytest.TempPathFa
     return directory
 
 
+@pytest.fixture(autouse=True)
+def few_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "HELD_OUT_WINDOWS", 4)
+
+
 def test_max_loss_increase_prunes_as_much_as_fits(
     trained: Path,
     text_file: Path,
@@ -47,7 +52,7 @@ def test_max_loss_increase_prunes_as_much_as_fits(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    goal = ("--max-loss-increase", 0.2, "--held-out", text_file, "--held-out-windows", 4)
+    goal = ("--max-loss-increase", 0.2)
     capsys.readouterr()
     assert prune(trained, text_file, out, *goal, "--repair", "none", "--json") == 0
     report = json.loads(capsys.readouterr().out)
@@ -74,7 +79,7 @@ def test_max_loss_increase_prints_what_it_tried(
     trained: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    goal = ("--max-loss-increase", 0.2, "--held-out-windows", 3, "--repair", "ridge")
+    goal = ("--max-loss-increase", 0.2, "--repair", "ridge")
     assert prune(trained, text_file, tmp_path / "out", *goal) == 0
     out = capsys.readouterr().out
     assert "sparsity  parameters  loss increase  fits" in out
@@ -88,7 +93,7 @@ def test_loss_of_a_model_in_memory(trained: Path, tokenizer: Any, text_file: Pat
     small = cfsp.prune(
         dense,
         tokenizer,
-        goal=MaxLossIncrease(0.2, windows=4),
+        goal=MaxLossIncrease(0.2),
         multiple=8,
         data=[text_file],
         samples=8,
@@ -114,7 +119,7 @@ def test_a_bound_that_nothing_keeps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(loss, "masked_loss", lambda *_: 50.0)
-    goal = ("--max-loss-increase", 0.1, "--held-out-windows", 3)
+    goal = ("--max-loss-increase", 0.1)
     assert prune(model, text_file, tmp_path / "out", *goal) == 2
     error = capsys.readouterr().err
     assert "cannot stay within 0.1 nats" in error
@@ -126,7 +131,7 @@ def test_a_loss_is_bounded_for_experts_too(
     tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    goal = ("--max-loss-increase", 0.5, "--held-out-windows", 2)
+    goal = ("--max-loss-increase", 0.5)
     assert prune(tiny_checkpoint("mixtral"), text_file, out, *goal) == 0
     manifest = read_manifest(out)
     assert manifest is not None

@@ -174,9 +174,9 @@ def test_the_command_line_measures_once_and_plans_without_the_model(
     assert Statistics.load(statistics).sensitivity is not None
     budget = ["--sparsity", 0.5, "--multiple", MULTIPLE, "--block-metric", SENSITIVITY]
     out = tmp_path / "plan.json"
-    run("plan", model, "--statistics", statistics, *budget, "--clamp", "published", "--out", out)
+    run("plan", model, "--statistics", statistics, *budget, "--out", out)
     plan = PruningPlan.load(out)
-    assert (plan.criterion["block_metric"], plan.criterion["clamp"]) == (budget[-1], "published")
+    assert (plan.criterion["block_metric"], plan.criterion["clamp"]) == (budget[-1], "water-fill")
 
 
 def test_a_config_may_ask_for_more_than_logits(

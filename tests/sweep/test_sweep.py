@@ -36,7 +36,7 @@ def sweep(
     arguments = [
         "sweep", str(tiny_checkpoint("llama")), "--sparsity", "25%", "0.5",
         "--method", "cfsp", "cfsp-plain", "--multiple", "4", "--data", str(text_file),
-        "--samples", "8", "--seqlen", "32", "--eval", str(text_file), "--eval-windows", "2",
+        "--samples", "8", "--seqlen", "32", "--eval", str(text_file), "--windows", "2",
         "--out", str(out),
     ]  # fmt: skip
     assert main(arguments) == 0
@@ -98,7 +98,7 @@ def test_it_compares_with_the_dense_model_if_asked_to(
     arguments = [
         "sweep", str(tiny_checkpoint("llama")), "--sparsity", "25%", "--multiple", "4",
         "--data", str(text_file), "--samples", "8", "--seqlen", "32", "--eval", str(text_file),
-        "--eval-windows", "2", "--agreement", "--tasks", "piqa", "--set", "task_limit=4",
+        "--windows", "2", "--agreement", "--tasks", "piqa", "--set", "limit=4",
         "--set", f"task_data={tmp_path / 'tasks'}", "--answers", "2", "--out", str(out),
     ]  # fmt: skip
     assert main(arguments) == 0
@@ -212,11 +212,11 @@ def test_a_recipe_names_its_own_methods(tmp_path: Path) -> None:
     path.write_text(
         'model = "m"\nsparsity = [0.5]\neval = ["t"]\nseed = [0, 1]\n'
         'methods = ["cfsp-plain", {name = "equal", block_metric = "uniform", repair = "none"}, '
-        '{name = "two", parts = ["attention"], removal = "runs"}]'
+        '{name = "two", parts = ["attention"]}]'
     )
     recipe = read_recipe(path)
     equal = {"name": "equal", "block_metric": "uniform", "repair": "none"}
-    two = {"name": "two", "parts": ("attention",), "removal": "runs"}
+    two = {"name": "two", "parts": ("attention",)}
     assert recipe.methods == (METHODS["cfsp-plain"], equal, two)
     points = recipe.points(Compute())
     assert [point.name for point in points] == [
@@ -285,7 +285,7 @@ def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     "more",
     [
         ["m"], ["--seqlen", "1024"], ["--seed", "0"], ["--method", "cfsp"],
-        ["--data", "t"], ["--sparsity", "0.5"], ["--eval-windows", "12"], ["--speed"],
+        ["--data", "t"], ["--sparsity", "0.5"], ["--windows", "12"], ["--speed"],
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -303,7 +303,7 @@ def test_nothing_that_a_recipe_decides_is_ignored(
     [
         (["--eval", "nothing.txt"], "nothing.txt is neither a file nor a known text"),
         (["--data", "nothing.txt"], "nothing.txt is neither a file nor a known text"),
-        (["--eval-windows", "9999"], "9999 are needed"),
+        (["--windows", "9999"], "9999 are needed"),
         (["--sparsity", "0.99"], "can be removed"),
         (["--device", "nowhere"], "nowhere"),
         (["--samples", "0"], "expected at least one window"),
@@ -351,12 +351,12 @@ def drawn(
     recipe = Recipe(
         str(tiny_checkpoint("llama")), (0.5,), (METHODS["cfsp-plain"], method), multiple=4,
         data=(str(text_file),), samples=4, seqlen=32, seed=(0, 1), eval=(str(text_file),),
-        eval_windows=2,
+        windows=2,
     )  # fmt: skip
     (directory / "recipe.toml").write_text(recipe.to_toml())
     arguments = [
         *("sweep", "--recipe", str(directory / "recipe.toml")),
-        *("--out", str(directory / "out"), "--keep-weights"),
+        *("--out", str(directory / "out")),
     ]
     assert main(arguments) == 0
     return arguments, directory / "out"
@@ -377,19 +377,6 @@ def test_every_seed_is_a_calibration_of_its_own(
     assert "percent above that of cfsp-plain by the same draw" in quality
     assert "| by sensitivity | 50% | 2 |" in difference
     assert "cfsp-plain" not in difference
-
-
-def test_weights_that_were_not_kept_are_made_again(
-    drawn: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments, out = drawn
-    weights = out / "cfsp-plain-0.5-seed1" / "model.safetensors"
-    before = weights.read_bytes()
-    weights.unlink()
-    assert main(arguments[:-1]) == 0
-    assert not weights.exists()
-    assert main(arguments) == 0
-    assert weights.read_bytes() == before
 
 
 def test_only_what_was_measured_alike_is_compared(
@@ -461,7 +448,7 @@ def test_parts_are_pruned_as_alone(
     asked = ["--data", str(text_file), "--samples", "8", "--seqlen", "32", "--sparsity", "0.3"]
     asked += ["--set", "multiple=8"]
     methods = ["kv", "blocks"]
-    measured = ["--eval", str(text_file), "--eval-windows", "1", "--method", *methods]
+    measured = ["--eval", str(text_file), "--windows", "1", "--method", *methods]
     assert main(["sweep", model, *asked, *measured, "--out", str(out)]) == 0
     _dense, *rows = json.loads((out / "table.json").read_text())
     assert [row["method"] for row in rows] == methods

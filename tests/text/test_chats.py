@@ -58,7 +58,7 @@ def test_a_model_is_pruned_and_measured_on_chats(
     chats: Path, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    text = ["--data", str(chats), "--eval", str(chats), "--eval-windows", "2", "--seqlen", "32"]
+    text = ["--data", str(chats), "--eval", str(chats), "--windows", "2", "--seqlen", "32"]
     command = ["prune", str(tiny_checkpoint("llama")), "--sparsity", "0.2", "--out", str(out)]
     assert main([*command, *text, "--samples", "8"]) == 0
     manifest = read_manifest(out)

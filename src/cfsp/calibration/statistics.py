@@ -236,6 +236,10 @@ class Statistics:
         among = tuple(parts) if len(parts) > 1 else ()
         return [each for each in self.removals if each.among == among and each.part in parts]
 
+    def has_order_of(self, parts: Sequence[WholePart]) -> bool:
+        """Return whether these go by an order: several always do."""
+        return len(parts) > 1 or bool(self.removals_of(parts))
+
     def without_attentions(self, removed: Collection[int]) -> Statistics:
         """Return the statistics without the attentions of some blocks."""
         units = (unit for unit in self.units if unit.part != "kv" or unit.block not in removed)

@@ -100,10 +100,6 @@ class Planner:
     ) -> Planner:
         """Return what plans by these statistics; of metrics that are `auto`, by what they allow."""
         check_statistics_fit(source, statistics)
-        if criterion.removal == AUTO_METRIC:
-            parts = budget.whole_parts
-            has_order = len(parts) > 1 or statistics.removals_of(parts)
-            criterion = replace(criterion, removal=DIVERGENCE if has_order else RUNS)
         if budget.widths == "equal":
             criterion = replace(criterion, block_metric=UNIFORM)
         elif criterion.block_metric == AUTO_METRIC:
@@ -126,7 +122,7 @@ class Planner:
         kept_U = size.width_U
         if candidate.parts:
             asked = replace(budget, sparsity=candidate.sparsity, parts=candidate.parts)
-            kept_U = allocate(importance_U, asked, size, self.criterion.chosen_clamp)
+            kept_U = allocate(importance_U, asked, size, self.criterion.clamp)
         if not dropped:
             return UnitWidths(distance_U, importance_U, kept_U)
         block_L = self.statistics.distance_L
@@ -217,12 +213,11 @@ class Planner:
         elif "blocks" in budget.parts:  # an attention is a part of its block
             of = "blocks"
         parts = [part for part in budget.parts if part in candidate.parts or part not in UNIT_PARTS]
-        fields = asdict(self.criterion)
-        if not budget.whole_parts:
-            del fields["removal"]
+        removal = DIVERGENCE if self.statistics.has_order_of(budget.whole_parts) else RUNS
         return {
-            **fields,
-            "clamp": self.criterion.chosen_clamp,
+            **asdict(self.criterion),
+            "clamp": self.criterion.clamp,
+            **({"removal": removal} if budget.whole_parts else {}),
             "sparsity": candidate.sparsity,
             "of": of,
             # Of which all new FFN widths are multiples.

@@ -102,8 +102,7 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings) -> Prepare
         "dtype": settings.compute.dtype,
     }
     if training.shard:  # any number of processes that makes the same steps reads its checkpoints
-        identity |= {"windows in a step": training.windows_in_step}
-        identity |= {"batch_windows": 0, "accumulate": 0}
+        identity |= {"windows in a step": training.windows_in_step, "batch_windows": 0}
     else:
         identity["processes"] = process_count()
     return Prepared(source, out, settings, watch, text, targets, teacher, identity)

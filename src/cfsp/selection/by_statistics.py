@@ -19,40 +19,30 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
-from cfsp.errors import StatisticsError, UnsupportedModelError, UsageError
+from cfsp.errors import StatisticsError, UnsupportedModelError
 from cfsp.planning.candidate import NOTHING, Dropped
 from cfsp.selection.drop_budget import DropBudget, drops_in_words
-from cfsp.settings import DIVERGENCE, WHOLE_PARTS
 from cfsp.streaming.block_proof import check_attentions_can_go, check_blocks_can_go
 
 if TYPE_CHECKING:
     from cfsp.calibration.statistics import Removal, RunDistances, Statistics
     from cfsp.checkpoint.reading import WeightSource
 
-NEEDS_PREDICTIONS = (
-    f"--parts {','.join(WHOLE_PARTS)} compares blocks with attention layers by the predictions, "
-    "which requires the whole model in memory and --set removal=divergence; prune blocks, then "
-    "attention layers of the result"
-)
-
 
 def dropped_by(
     source: WeightSource,
     statistics: Statistics,
     budget: DropBudget,
-    removal: str,
     enough: Callable[[Sequence[Removal]], Dropped] = Dropped.of,
 ) -> Dropped:
-    """Return the blocks and attentions that go, chosen in one of the ways of `REMOVALS`.
+    """Return the blocks and attentions that go, by their order where statistics have one.
 
-    Of an order of removal `enough` may take fewer than the budget.
+    Of that `enough` may take fewer than the budget.
     """
-    if removal == DIVERGENCE:
+    if statistics.has_order_of(budget.parts):
         return _by_order(source, statistics, budget, enough)
     if budget.is_met_by(NOTHING):
         return NOTHING
-    if len(budget.parts) > 1:
-        raise UsageError(NEEDS_PREDICTIONS)
     if "blocks" in budget.parts and statistics.runs is None:
         raise StatisticsError(
             "the removal of blocks by runs needs their distances, which these statistics do not "

@@ -140,7 +140,7 @@ class Share(Constraint):
 
     def to_drop(self) -> DropBudget:
         """Return how much goes."""
-        (part,), count = self.budget.whole_parts, self.budget.count
+        (part,), count = self.budget.whole_parts, self.budget.remove
         if count is not None:
             return DropBudget.of_count(self.source, part, count, self.budget.keep)
         return DropBudget.of_share(self.source, [part], self.budget.sparsity, keep=self.budget.keep)
@@ -148,7 +148,7 @@ class Share(Constraint):
     def experts(self) -> int:
         """Return the number that is nearest to the share, or that was asked for."""
         have = _experts_of(self.source)
-        count = self.budget.count
+        count = self.budget.remove
         wanted = have * (1 - self.budget.sparsity) if count is None else float(have - count)
         return experts_to_remove(self.source, wanted, exactly=count is not None)
 

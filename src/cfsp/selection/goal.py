@@ -18,9 +18,7 @@ from cfsp.selection.loss import LossIncrease, held_out_windows
 from cfsp.selection.score import has_room_for_two
 from cfsp.selection.speedup import Speedup
 from cfsp.settings import (
-    AUTO_METRIC,
     DEFAULT_PARTS,
-    DIVERGENCE,
     TargetKVCache,
     TargetParameters,
     TargetSpeedup,
@@ -60,8 +58,8 @@ def constraint_of(job: Job) -> tuple[Job, Constraint]:
         constraint = Speedup(source, budget, goal, job.runtime, job.work_dir)
     else:
         # Too little text should be found out before the calibration.
-        texts = held_out_windows(goal, job.settings.text, job.tokenizer())
-        constraint = LossIncrease(source, budget, goal, texts, job.runtime, job.work_dir)
+        held_out = held_out_windows(job.settings.text, job.tokenizer())
+        constraint = LossIncrease(source, budget, goal, held_out, job.runtime, job.work_dir)
     constraint.check()
     return job, constraint
 
@@ -99,9 +97,6 @@ def _parts_for(job: Job, asked: Parameters) -> tuple[Part, ...]:
 
 def _obstacle(job: Job, asked: Parameters) -> str:
     """Return why it cannot be tried how many blocks go; nothing if it can."""
-    removal = job.criterion.removal
-    if removal not in (AUTO_METRIC, DIVERGENCE):
-        return f"--set removal={removal} compares no predictions"
     if not has_room_for_two(job.source, job.runtime):
         return "there is no memory for a pruned model beside the dense one"
     if job.draw().has_images:

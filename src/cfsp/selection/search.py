@@ -69,8 +69,7 @@ def only_candidate(constraint: Constraint, planner: Planner) -> Candidate | None
             raise constraint.too_much()
         return Candidate(parts=budget.channel_parts, sparsity=share)
     wanted = constraint.to_drop()
-    removal, enough = planner.criterion.removal, constraint.enough
-    dropped = dropped_by(planner.source, planner.statistics, wanted, removal, enough)
+    dropped = dropped_by(planner.source, planner.statistics, wanted, constraint.enough)
     share = wanted.sizes.parameters(dropped) / wanted.sizes.total
     return Candidate(dropped, sparsity=budget.sparsity or share)
 

@@ -9,7 +9,7 @@ takes them as `--set name=value`. Importing this module does not import torch.
 
 from __future__ import annotations
 
-from cfsp.settings.budget import COUNTS as COUNTS
+from cfsp.settings.budget import COUNTED as COUNTED
 from cfsp.settings.budget import DEFAULT_PARTS as DEFAULT_PARTS
 from cfsp.settings.budget import PARTS as PARTS
 from cfsp.settings.budget import PROVED_PARTS as PROVED_PARTS
@@ -27,10 +27,8 @@ from cfsp.settings.criterion import ANGULAR as ANGULAR
 from cfsp.settings.criterion import AUTO_METRIC as AUTO_METRIC
 from cfsp.settings.criterion import BLOCK_METRICS as BLOCK_METRICS
 from cfsp.settings.criterion import CHANNEL_METRICS as CHANNEL_METRICS
-from cfsp.settings.criterion import CLAMPS as CLAMPS
 from cfsp.settings.criterion import DEFAULT_CLAMP as DEFAULT_CLAMP
 from cfsp.settings.criterion import DIVERGENCE as DIVERGENCE
-from cfsp.settings.criterion import REMOVALS as REMOVALS
 from cfsp.settings.criterion import RUNS as RUNS
 from cfsp.settings.criterion import SENSITIVITY as SENSITIVITY
 from cfsp.settings.criterion import UNIFORM as UNIFORM

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from cfsp.settings.options import advanced_option, check_declared
 
@@ -13,13 +13,12 @@ AUTO_METRIC = "auto"
 # predictions, for which the whole model must be in memory; all blocks alike.
 ANGULAR, SENSITIVITY, UNIFORM = "angular", "sensitivity", "uniform"
 BLOCK_METRICS = (ANGULAR, SENSITIVITY, UNIFORM)
-# Which blocks go whole: by the predictions, or by how far runs of them turn the hidden state.
+# Which blocks go whole: by the predictions where the whole model fits into memory, else by how far
+# runs of them turn the hidden state.
 DIVERGENCE, RUNS = "divergence", "runs"
-REMOVALS = (DIVERGENCE, RUNS)
 CHANNEL_METRICS = ("relative", "eq8", "activation")
 
 Clamp = Literal["water-fill", "published"]
-CLAMPS: tuple[Clamp, ...] = get_args(Clamp)
 DEFAULT_CLAMP: Clamp = "published"
 
 
@@ -61,26 +60,15 @@ class Criterion:
     channel_metric: str = advanced_option(
         "relative", "score that makes a channel important", choices=CHANNEL_METRICS
     )
-    clamp: Clamp | None = advanced_option(
-        None,
-        "a block that would keep more than all: keep it whole and give the rest to the others "
-        "(water-fill), or shrink all importances as the published code does",
-        choices=CLAMPS,
-        default="water-fill by sensitivity, else published",
-    )
-    removal: str = advanced_option(
-        AUTO_METRIC,
-        "how whole blocks are chosen: by what the predictions lose without them (divergence, which "
-        "requires the whole model in memory), or by the angular distance over runs of them (runs); "
-        "auto: divergence where there is that memory, else runs",
-        choices=(AUTO_METRIC, *REMOVALS),
-    )
 
     def __post_init__(self) -> None:
         check_declared(self)
 
     @property
-    def chosen_clamp(self) -> Clamp:
-        """The clamp, also where none is named: `water-fill` by sensitivity, else `published`."""
-        by_sensitivity = self.block_metric == SENSITIVITY
-        return self.clamp or ("water-fill" if by_sensitivity else DEFAULT_CLAMP)
+    def clamp(self) -> Clamp:
+        """What becomes of a block that would keep more than all.
+
+        By sensitivity it stays whole and the others get the rest (`water-fill`), else all
+        importances shrink, as the published code has it.
+        """
+        return "water-fill" if self.block_metric == SENSITIVITY else DEFAULT_CLAMP

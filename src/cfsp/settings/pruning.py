@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from cfsp.errors import UsageError, did_you_mean
-from cfsp.settings.budget import COUNTS, Budget, Part, can_be_met
+from cfsp.settings.budget import Budget, Part, can_be_met
 from cfsp.settings.criterion import ANGULAR, AUTO_METRIC, UNIFORM, Criterion
 from cfsp.settings.goals import GOALS, Goal, TargetParameters, flag_of_goal
 from cfsp.settings.options import (
@@ -67,14 +67,6 @@ class LocalTraining:
         least=1,
         flag="local-steps",
     )
-    blocks: int = advanced_option(
-        3,
-        "of local repair: how many consecutive blocks train together, twice as many at the model's "
-        "end; more need more memory",
-        kind=int,
-        least=1,
-        flag="local-blocks",
-    )
     text: float = advanced_option(
         0.0,
         "of local repair: the part of the text itself in the loss of the last blocks, from 0 to 1; "
@@ -83,6 +75,7 @@ class LocalTraining:
         flag="local-text",
         metavar="F",
     )
+    blocks: int = 3  # consecutive ones train together, twice as many at the model's end
     # Highest learning rates, as parts of the root mean square of each tensor, because models differ
     # in the size of their weights and Adam's steps do not follow it: of any block, of a block by
     # its error before (the first have hardly any, and as long steps as others' only add some), and
@@ -171,7 +164,7 @@ def asked(given: Mapping[str, Any], goal: Goal | None = None) -> list[str]:
         for kind in GOALS
         if isinstance(goal, kind) or flag_of_goal(kind) in given_of(kind, given).values()
     ]
-    return found + [budget[field] for field in COUNTS.values() if field in budget]
+    return found + ([budget["remove"]] if "remove" in budget else [])
 
 
 def prune_settings(given: Mapping[str, Any], goal: Goal | None = None) -> PruneSettings:

@@ -73,10 +73,8 @@ class Conditions:
                 f"the engine is one of {', '.join(ENGINES)}, found {self.engine!r}"
                 f"{did_you_mean(self.engine, ENGINES)}"
             )
-        if self.warmups < 1 or self.rounds < 1:
-            raise UsageError(
-                f"expected at least 1 warm-up and 1 round, found {self.warmups} and {self.rounds}"
-            )
+        if self.rounds < 1:
+            raise UsageError(f"expected at least 1 round, found {self.rounds}")
         if not self.disturbance >= 0:
             raise UsageError(f"disturbance must be at least 0, found {self.disturbance}")
         if self.threads is not None and self.threads < 1:

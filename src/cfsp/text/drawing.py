@@ -109,8 +109,8 @@ def draw_left_over(
     """
     if any(TextSource(name, "calibration").has_images for name in text.names):
         raise UsageError(
-            "a loss is measured on text alone, and a text to calibrate on has images; give a "
-            "--held-out text"
+            "a loss is measured on text alone, and a text to calibrate on has images; say how "
+            "much goes by another goal, or --sparsity"
         )
     pools, drawn = _shuffled_pools(text, tokenizer)
     left = [pool.part(slice(share, None)) for pool, share in zip(pools, drawn, strict=True)]
@@ -120,7 +120,7 @@ def draw_left_over(
         raise TextError(
             f"{', '.join(map(name_of, text.names))}: of {sum(drawn) + sum(shares)} windows of "
             f"{text.seqlen} tokens calibration takes {sum(drawn)}; {count} others are needed to "
-            "measure on: give fewer --samples, or a --held-out text"
+            "measure on: give fewer --samples, or more text"
         )
     return _first_of(left, shares)
 
