@@ -46,8 +46,7 @@ from cfsp.repair.result import PruningResult
 from cfsp.result.card import model_card, origin_of
 from cfsp.result.manifest import facts_for_config, write_manifest
 from cfsp.result.prune_report import PruneReport, prune_report
-from cfsp.selection.constraint import half_dropped
-from cfsp.selection.drop_budget import DropBudget
+from cfsp.selection.constraint import DropBudget, half_dropped
 from cfsp.selection.drop_order import check_can_be_compared, follow_divergence, with_order
 from cfsp.selection.loss import loss_increase_of
 from cfsp.selection.sensitivity import with_sensitivity

@@ -162,7 +162,7 @@ def test_help_fits_a_screen_and_help_all_names_the_rest(
         texts.append(capsys.readouterr().out)
     short, long = texts
     assert f"example:\n  cfsp {command}" in short
-    assert command not in ("prune", "recover", "sweep") or "\neval_windows=... " in long
+    assert command not in ("prune", "recover", "sweep") or "\nwindows=... " in long
     positional = {
         "eval": "MODEL ...",
         "bench": "[MODEL ...]",

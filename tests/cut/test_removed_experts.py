@@ -325,9 +325,9 @@ def test_one_plan_after_the_other_from_the_same_statistics(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"parts": "ffn", "remove_experts": 1}, "belongs to --parts experts alone"),
-        ({"parts": "experts", "remove_experts": -1}, "at least 0"),
-        ({"parts": "experts", "remove_experts": 1, "sparsity": 0.5}, "give one of them"),
+        ({"parts": "ffn", "remove": 1}, "one of --parts attention, blocks, experts alone"),
+        ({"parts": "experts", "remove": -1}, "at least 0"),
+        ({"parts": "experts", "remove": 1, "sparsity": 0.5}, "give one of them"),
     ],
 )
 def test_what_makes_no_sense_is_refused(values: dict[str, Any], expected: str) -> None:

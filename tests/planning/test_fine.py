@@ -13,7 +13,7 @@ from cfsp.calibration.accumulators import ChannelSums
 from cfsp.calibration.observed import UnitStatistics
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.planning import channels
-from cfsp.planning.fine import (
+from cfsp.planning.channels import (
     FFNWeights,
     channel_scores,
     read_ffn_weights,

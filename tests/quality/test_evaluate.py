@@ -27,7 +27,7 @@ from cfsp.settings import Budget, CalibrationText, Compute, EvaluationText, Prun
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.tokenizers import load_tokenizer
 
-CONDITIONS = {"tokens", "windows", "seqlen", "stride", "bos", "evaluation_part"}
+CONDITIONS = {"tokens", "windows", "seqlen", "bos", "evaluation_part"}
 
 
 def test_each_value_says_how_it_was_measured(
@@ -57,7 +57,7 @@ def test_each_value_says_how_it_was_measured(
         windows = consecutive_windows(text, tokenizer, count=3, seqlen=24)
         assert value["value"] == pytest.approx(perplexity(model, windows).value, rel=1e-5)
         assert (value["tokens"], value["windows"], value["seqlen"]) == (3 * 23, 3, 24)
-        assert (value["stride"], value["bos"]) == (None, False)
+        assert not value["bos"]
     assert list(found["perplexity"]) == list(texts.names)
 
 
@@ -109,14 +109,14 @@ def test_the_table_says_how_it_was_measured(
     tiny_checkpoint: Callable[[str], Path], text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     models = [str(tiny_checkpoint(name)) for name in ("llama", "gpt2")]
-    argv = ["eval", *models, "--data", str(text_file), "--windows", "3", "--stride", "200"]
+    argv = ["eval", *models, "--data", str(text_file), "--windows", "3"]
     assert main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
     (text,) = short_names([str(text_file)]).values()
     assert lines[0].split() == ["perplexity", "parameters", text]
     assert [line.split()[0] for line in lines[2:4]] == list(short_names(models).values())
     assert math.isfinite(float(lines[2].split()[-1]))
-    assert lines[5] == (f"{text}: 3 windows of 256 tokens, stride 200, 767 predicted; no BOS")
+    assert lines[5] == (f"{text}: 3 windows of 256 tokens, 765 predicted; no BOS")
     assert lines[6] == "computed in float32"
 
 

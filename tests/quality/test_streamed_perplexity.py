@@ -22,7 +22,6 @@ from cfsp.quality.perplexity import negative_log_likelihood
 from cfsp.quality.streaming import streamed_perplexity
 from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.work_dir import WorkDir
-from cfsp.text.stream import gather, overlapping_spans
 from cfsp.text.windows import Windows
 from tiny_models import BLOCKS, DENSE_CONFIGS, TINY_CONFIGS, VOCABULARY, WIDTH, build_tiny_model
 
@@ -36,43 +35,26 @@ def random_windows(count: int = 5, length: int = 12) -> Windows:
     return Windows(tokens_NT, {"random": count})
 
 
-def overlapping(windows: Windows, stride: int | None) -> Windows:
-    if stride is None:
-        return windows
-    stream_R, length = windows.tokens_NT.reshape(-1), windows.tokens_NT.shape[1]
-    spans = overlapping_spans(stream_R, length, stride)
-    tokens_NT = gather(stream_R, spans, length, ())
-    scored_N = torch.tensor([span.scored for span in spans])
-    return Windows(tokens_NT, windows.sources, (), scored_N, stride)
-
-
-def plain(model: Any, windows: Windows, stride: int | None = None) -> tuple[float, int]:
+def plain(model: Any, windows: Windows) -> tuple[float, int]:
     """The whole model's own logits, token by token; and how many tokens were predicted."""
-    stream, length = windows.tokens_NT.reshape(-1), windows.tokens_NT.shape[1]
-    last = len(stream) - length
-    losses, done = [], 0
-    for begin in [*range(0, last, stride or length), last]:
-        tokens_T = stream[begin : begin + length]
+    losses = []
+    for tokens_T in windows.tokens_NT:
         with torch.no_grad():
             logits_TV = model(input_ids=tokens_T[None]).logits[0].double()
-        first = max(done, begin + 1) - begin
-        losses.append(cross_entropy(logits_TV[first - 1 : -1], tokens_T[first:], reduction="none"))
-        done = begin + length
+        losses.append(cross_entropy(logits_TV[:-1], tokens_T[1:], reduction="none"))
     loss = torch.cat(losses)
     return float(loss.mean().exp()), len(loss)
 
 
-@pytest.mark.parametrize(
-    ("name", "stride"), [*((name, None) for name in sorted(TINY_CONFIGS)), ("gemma2", 5)]
-)
-def test_it_is_the_whole_models(name: str, stride: int | None) -> None:
+@pytest.mark.parametrize("name", sorted(TINY_CONFIGS))
+def test_it_is_the_whole_models(name: str) -> None:
     model, windows = build_tiny_model(name), random_windows()
-    expected, tokens = plain(model, windows, stride)
+    expected, tokens = plain(model, windows)
     runtime = Runtime(CPU, torch.float32, 2)
-    found = streamed_perplexity(LoadedModel(model), overlapping(windows, stride), runtime)
+    found = streamed_perplexity(LoadedModel(model), windows, runtime)
     assert found.value == pytest.approx(expected, rel=1e-5)
     assert (found.tokens, found.windows, found.seqlen) == (tokens, 5, 12)
-    assert (found.stride, found.bos) == (stride, False)
+    assert not found.bos
 
 
 @pytest.mark.parametrize("name", ["gemma2"])

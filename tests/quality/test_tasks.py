@@ -295,7 +295,7 @@ def test_texts_and_tasks_together_in_json(
 ) -> None:
     arguments = ["eval", str(tiny_checkpoint("llama")), "--tasks", "piqa,boolq", "--json"]
     arguments += ["--task-data", str(task_data), "--limit", "4", "--dtype", "float32"]
-    arguments += ["--data", str(text_file), "--windows", "2", "--seqlen", "32", "--stride", "16"]
+    arguments += ["--data", str(text_file), "--windows", "2", "--seqlen", "32"]
     assert main(arguments) == 0
     printed = json.loads(capsys.readouterr().out)
     (model,) = printed["models"]
@@ -304,8 +304,8 @@ def test_texts_and_tasks_together_in_json(
     assert "acc_norm" in model["tasks"]["piqa"]
     assert "acc_norm" not in model["tasks"]["boolq"]
     perplexity = model["perplexity"][str(text_file)]
-    assert perplexity["tokens"] == 2 * 32 - 1
-    assert (perplexity["stride"], perplexity["seqlen"], model["dtype"]) == (16, 32, "float32")
+    assert perplexity["tokens"] == 2 * 31
+    assert (perplexity["seqlen"], model["dtype"]) == (32, "float32")
     assert printed["tasks"]["limit"] == 4
 
 

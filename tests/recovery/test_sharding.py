@@ -75,8 +75,8 @@ def test_two_processes_train_what_lost_other_parts(
     dense = pruned = tiny_checkpoint("llama")
     text = {"data": [str(text_file)], "samples": 8, "seqlen": 32, "repair": "none"}
     steps: list[dict[str, Any]] = [
-        {"parts": "blocks", "remove_blocks": 1},
-        {"parts": "attention", "remove_attentions": 1},
+        {"parts": "blocks", "remove": 1},
+        {"parts": "attention", "remove": 1},
         {"parts": "kv", "sparsity": 0.5},
         {"sparsity": 0.4, "multiple": 8},
     ]

@@ -180,7 +180,7 @@ def timed(prompt: int, ratios: dict[str, float]) -> dict[str, Any]:
 
 
 def test_results_of_eval_and_bench_are_added(run: Path, tmp_path: Path) -> None:
-    how = {"tokens": 100, "windows": 2, "seqlen": 51, "stride": None, "bos": True}
+    how = {"tokens": 100, "windows": 2, "seqlen": 51, "bos": True}
     scores = {"acc": 0.61, "acc_stderr": 0.011, "documents": 100}
     models = [read_run(run).base_name, str(run)]
     evaluation = tmp_path / "eval.json"

@@ -16,8 +16,8 @@ from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.errors import UnsupportedModelError
 from cfsp.planning.candidate import NOTHING, Droppable, Dropped
 from cfsp.selection import drop_order
+from cfsp.selection.constraint import DropBudget
 from cfsp.selection.divergence import dense_predictions
-from cfsp.selection.drop_budget import DropBudget
 from cfsp.selection.drop_order import order_of_removal
 from cfsp.selection.masks import masked_unit
 from cfsp.streaming.stand_in import PLAIN, skipped

@@ -16,8 +16,13 @@ from cfsp.planning.make import Planner
 from cfsp.repair.ladder import repaired_a_little
 from cfsp.selection.divergence import dense_predictions, few_beginnings
 from cfsp.selection.masks import MaskedModel, masked_channels
-from cfsp.selection.score import FITTED_WINDOWS, RepairedScore, apart, masked_score
-from cfsp.selection.search import _repaired_score
+from cfsp.selection.search import (
+    FITTED_WINDOWS,
+    RepairedScore,
+    _repaired_score,
+    apart,
+    masked_score,
+)
 from cfsp.settings import Budget, CalibrationText, Compute, PruneSettings, TargetParameters
 from cfsp.text.drawing import draw_text
 from cfsp.text.windows import Windows

@@ -187,7 +187,6 @@ def test_front_holds_exactly_what_nothing_beats(points: list[tuple[int, int]]) -
 OWN = {
     "name": "own",
     "block_metric": "uniform",
-    "clamp": "water-fill",
     "multiple": 8,
     "parts": ("kv",),
 }

@@ -119,9 +119,6 @@ def test_a_text_that_begins_with_bos_is_not_begun_twice(bos_tokenizer: Any) -> N
     ids = bos_tokenizer(text.documents[0], add_special_tokens=False)["input_ids"]
     assert tokens_NT[0].tolist() == ids[:16]
     assert tokens_NT[1].tolist() == [BOS, *ids[16:31]]
-    strided = consecutive_windows(text, bos_tokenizer, count=3, seqlen=16, stride=5)
-    assert (strided.tokens_NT == BOS).sum(dim=1).tolist() == [1] * len(strided.tokens_NT)
-    assert int(strided.scored_N.sum()) == 45
 
 
 def test_two_tokens_at_the_beginning_leave_two_less(text_file: Path, tokenizer: Any) -> None:
@@ -133,23 +130,20 @@ def test_two_tokens_at_the_beginning_leave_two_less(text_file: Path, tokenizer: 
         draw_windows([str(text_file)], changed, samples=4, seqlen=2)
 
 
-@pytest.mark.parametrize("stride", [None, 6])
 def test_perplexity_with_bos_equals_token_by_token(
-    stride: int | None, bos_checkpoint: Path, text_file: Path, bos_tokenizer: Any
+    bos_checkpoint: Path, text_file: Path, bos_tokenizer: Any
 ) -> None:
     directory, length = bos_checkpoint, 15
-    texts = EvaluationText((str(text_file),), windows=3, seqlen=length + 1, stride=stride)
+    texts = EvaluationText((str(text_file),), windows=3, seqlen=length + 1)
     (result,) = evaluate_models([directory], texts, Compute(dtype="float32"))
 
     ids = bos_tokenizer(text_file.read_text(), add_special_tokens=False)["input_ids"]
     stream = torch.tensor(ids[: 3 * length])
     model = load(directory, dtype="float32")
     losses = []
-    last = len(stream) - length
-    starts = [*range(0, last, stride or length), last]
     for position in range(len(stream)):
-        # The first window that holds the token; BOS stands before its part of the text.
-        start = next(s for s in starts if s <= position < s + length)
+        # BOS stands before the window's part of the text.
+        start = position - position % length
         context = torch.cat([torch.tensor([BOS]), stream[start:position]])
         with torch.no_grad():
             logits = model(input_ids=context[None]).logits[0, -1].double()
@@ -159,11 +153,6 @@ def test_perplexity_with_bos_equals_token_by_token(
     expected = float(torch.stack(losses).mean().exp())
     assert found["value"] == pytest.approx(expected, rel=1e-4)
     assert found["bos"]
-
-
-def test_a_stride_has_no_room_for_bos(bos_tokenizer: Any, text_file: Path) -> None:
-    with pytest.raises(UsageError, match="between 1 and the window's 15 tokens of text, found 16"):
-        consecutive_windows(str(text_file), bos_tokenizer, count=2, seqlen=16, stride=16)
 
 
 def test_recovery_windows_begin_with_bos(text_file: Path, bos_tokenizer: Any) -> None:

@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from cfsp.architecture.found import Unit
 from cfsp.calibration.observed import BlockStatistics, ObservedBlock, UnitStatistics
 from cfsp.calibration.statistics import RunDistances
 from cfsp.calibration.together import added_up
 from cfsp.errors import CalibrationError
-
-if TYPE_CHECKING:
-    from cfsp.architecture.found import Unit
-    from cfsp.processes import Team
-    from cfsp.text.windows import Windows
+from cfsp.processes import Team
+from cfsp.text.windows import Windows
 
 # Rows of activations that are summed at once: on a CPU their float32 copy should stay in the cache,
 # an accelerator is given few and large things to do.
@@ -120,11 +117,7 @@ class BlockSums:
         self.outputs = OutputNorms([unit.removable_experts for unit in units])
 
     def observed(self, block: int, passing: Tensor | None = None) -> ObservedBlock:
-        """Return the statistics of the block at an index; for `passing` see `ObservedBlock`.
-
-        Raises:
-            CalibrationError: an activation was NaN or infinite.
-        """
+        """Return the statistics of the block at an index; for `passing` see `ObservedBlock`."""
         distance_sum, tokens = self.distance.total, self.distance.tokens
         units = []
         for unit, sums, sublayer, norm_E in zip(

@@ -1,10 +1,13 @@
-"""What calibration gathers in each block and each unit of it, as values and as JSON.
+"""What calibration gathers in each block and each unit of it, as values and in a file.
+
+A file is one calibration: sums of channels as tensors, all else as JSON in its metadata.
 
 Shapes: E experts, F FFN channels.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,10 +15,55 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from cfsp.calibration.statistics_file import read_facts, write_facts
+from cfsp.checkpoint.output import write_atomically
+from cfsp.errors import StatisticsError
 from cfsp.settings import UNIT_PARTS, Part
+
+STATISTICS_VERSION = 6
+# Version 4 has the sum of each activation besides, and both have distances besides the angular one,
+# which nothing is made from.
+_READ = (4, 5, STATISTICS_VERSION)
+_METADATA_KEY = "cfsp_statistics"
+
+
+def write_facts(path: Path, facts: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write JSON types and tensors to one file, atomically."""
+    # One entry only: the library writes several in random order, and the same statistics
+    # shall give the same bytes.
+    metadata = {_METADATA_KEY: json.dumps({"version": STATISTICS_VERSION, **facts})}
+    write_atomically(path, save(tensors, metadata=metadata))
+
+
+def read_facts(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what `write_facts` wrote; nothing but the version is checked."""
+    if not path.is_file():
+        raise StatisticsError(f"{path} does not exist; make it with: cfsp calibrate MODEL")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise StatisticsError(
+            f"{path} is not a statistics file: {error}; make one with: cfsp calibrate MODEL"
+        ) from error
+    try:
+        facts: dict[str, Any] = json.loads(metadata[_METADATA_KEY])
+        version = facts["version"]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise StatisticsError(
+            f"{path} is not a statistics file; make one with: cfsp calibrate MODEL"
+        ) from error
+    if version not in _READ:
+        raise StatisticsError(
+            f"{path} has statistics version {version}, expected {STATISTICS_VERSION}; "
+            "calibrate again"
+        )
+    return facts, tensors
+
 
 # Of units whose experts' outputs are not looked at.
 NOT_SEEN = torch.zeros(0, dtype=torch.float64)

@@ -19,10 +19,11 @@ from cfsp.calibration.observed import (
     CalibrationRecord,
     ObservedBlock,
     UnitStatistics,
+    read_facts,
     tensors_of,
     units_from_json,
+    write_facts,
 )
-from cfsp.calibration.statistics_file import read_facts, write_facts
 from cfsp.errors import StatisticsError
 from cfsp.settings import WHOLE_PARTS, Part, WholePart
 

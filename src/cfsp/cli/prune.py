@@ -94,11 +94,7 @@ def add_options_to(parser: Parser) -> None:
 
 
 def _settings(args: argparse.Namespace) -> PruneSettings:
-    """Return all that a pruning is asked for; a plan has its own budget.
-
-    Raises:
-        UsageError: some arguments exclude each other, or one needs another.
-    """
+    """Return all that a pruning is asked for; a plan has its own budget."""
     given, plan, recovers = typed(args), args.plan is not None, args.recover is not None
     how_much, is_bound = asked(given), args.max_loss_increase is not None
     if args.out is None and not args.estimate:

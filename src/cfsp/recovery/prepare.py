@@ -118,7 +118,7 @@ class Baseline:
 
 
 def measure(directory: Path, texts: EvaluationText, compute: Compute, windows: int) -> Perplexities:
-    """Return text -> {"value", "tokens", "windows", "seqlen", "stride", "bos"} of a checkpoint."""
+    """Return text -> {"value", "tokens", "windows", "seqlen", "bos"} of a checkpoint."""
     (found,) = evaluate_models([directory], replace(texts, windows=windows), compute)
     perplexity: Perplexities = found["perplexity"]
     return perplexity

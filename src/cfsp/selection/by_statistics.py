@@ -17,16 +17,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING
 
+from cfsp.calibration.statistics import Removal, RunDistances, Statistics
+from cfsp.checkpoint.reading import WeightSource
 from cfsp.errors import StatisticsError, UnsupportedModelError
 from cfsp.planning.candidate import NOTHING, Dropped
-from cfsp.selection.drop_budget import DropBudget, drops_in_words
+from cfsp.selection.constraint import DropBudget, drops_in_words
 from cfsp.streaming.block_proof import check_attentions_can_go, check_blocks_can_go
-
-if TYPE_CHECKING:
-    from cfsp.calibration.statistics import Removal, RunDistances, Statistics
-    from cfsp.checkpoint.reading import WeightSource
 
 
 def dropped_by(

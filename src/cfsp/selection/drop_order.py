@@ -26,28 +26,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cfsp.calibration.statistics import Removal, Statistics
+from cfsp.checkpoint.reading import WeightSource
 from cfsp.errors import BudgetError, UnsupportedModelError, UsageError
-from cfsp.planning.candidate import NOTHING, Droppable, Dropped
+from cfsp.planning.candidate import NOTHING, Droppable, Dropped, DropSizes
 from cfsp.progress import item_progress
 from cfsp.selection.by_statistics import check_can_go
+from cfsp.selection.constraint import DropBudget, drops_in_words
 from cfsp.selection.divergence import few_beginnings, load_whole
-from cfsp.selection.drop_budget import DropBudget, drops_in_words
 from cfsp.selection.masks import MaskedModel
-from cfsp.settings import WHOLE_PARTS
-from cfsp.streaming.runtime import fits
-from cfsp.streaming.work_dir import load_or_compute
-from cfsp.text.windows import check_is_text
+from cfsp.settings import WHOLE_PARTS, Budget
+from cfsp.streaming.runtime import Runtime, fits
+from cfsp.streaming.work_dir import WorkDir, load_or_compute
+from cfsp.text.windows import Windows, check_is_text
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
-
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.planning.candidate import DropSizes
-    from cfsp.settings import Budget
-    from cfsp.streaming.runtime import Runtime
-    from cfsp.streaming.work_dir import WorkDir
-    from cfsp.text.windows import Windows
 
 _WINDOWS_IN_BATCH = 4
 # How many are tried again before one goes, and the tokens of each window that is read for it: one

@@ -12,7 +12,7 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import BudgetError
 from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.candidate import Candidate, Dropped
-from cfsp.planning.make import model_size
+from cfsp.planning.make import Planner, model_size
 from cfsp.quality.perplexity import perplexity
 from cfsp.selection.constraint import (
     STEPS,
@@ -23,19 +23,15 @@ from cfsp.selection.constraint import (
 )
 from cfsp.selection.divergence import load_whole
 from cfsp.selection.masks import masked_loss
-from cfsp.streaming.runtime import runtime_of
-from cfsp.streaming.work_dir import load_or_compute
+from cfsp.settings import CalibrationText, MaxLossIncrease, Part, PruneSettings
+from cfsp.streaming.runtime import Runtime, runtime_of
+from cfsp.streaming.work_dir import WorkDir, load_or_compute
 from cfsp.text.drawing import draw_left_over
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from cfsp.planning.make import Planner
-    from cfsp.settings import CalibrationText, MaxLossIncrease, Part, PruneSettings
-    from cfsp.streaming.runtime import Runtime
-    from cfsp.streaming.work_dir import WorkDir
 
 HELD_OUT_WINDOWS = 12
 

@@ -168,15 +168,7 @@ def asked(given: Mapping[str, Any], goal: Goal | None = None) -> list[str]:
 
 
 def prune_settings(given: Mapping[str, Any], goal: Goal | None = None) -> PruneSettings:
-    """Return what a pruning is asked for, by the names of its options: a command's or a call's.
-
-    Args:
-        given: what was typed, or the arguments of a call; the rest has its default.
-        goal: an object instead of an option.
-
-    Raises:
-        UsageError: a value is out of range, two contradict each other, or not one says how much.
-    """
+    """Return what a pruning is asked for, by the names of its options: a command's or a call's."""
     found = asked(given, goal)
     if len(found) != 1:
         raise UsageError(

@@ -117,7 +117,6 @@ class EvaluationText:
     )
     windows: int | None = advanced_option(12, "windows of each --eval text", kind=int)
     seqlen: int | None = None  # of a window with BOS; None for 1024, or what the model can read
-    stride: int | None = None  # between the starts of windows; None where they do not overlap
     bos: Bos = "auto"
 
     def __post_init__(self) -> None:

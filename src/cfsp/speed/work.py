@@ -12,19 +12,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from cfsp.checkpoint.reading import channel_parameters
+from cfsp.architecture.found import Unit
+from cfsp.checkpoint.reading import WeightSource, channel_parameters
 from cfsp.checkpoint.skeleton import blocks_of, empty_model
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import UsageError, did_you_mean
 from cfsp.exports.context import head_size
-
-if TYPE_CHECKING:
-    from cfsp.architecture.found import Unit
-    from cfsp.checkpoint.reading import WeightSource
 
 # For how long rounds that other programs disturb are measured again, all workloads together.
 PATIENCE_SECONDS = 30.0

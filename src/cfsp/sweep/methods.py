@@ -34,11 +34,7 @@ METHODS: dict[str, Method] = {
 
 
 def method_named(name: str) -> Method:
-    """Return the method of a name, or what `cfsp prune` does with a part.
-
-    Raises:
-        UsageError: there is no such method.
-    """
+    """Return the method of a name, or what `cfsp prune` does with a part."""
     if name in METHODS:
         return METHODS[name]
     given = parse_parts(name)

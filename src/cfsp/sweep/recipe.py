@@ -119,11 +119,7 @@ class Recipe:
 
     @property
     def task_selection(self) -> TaskSelection | None:
-        """Which tasks to score; None for none.
-
-        Raises:
-            CfspError: the limit or the directory is none.
-        """
+        """Which tasks to score; None for none."""
         data = None if self.task_data is None else Path(self.task_data)
         return TaskSelection(self.tasks, self.limit, data=data) if self.tasks else None
 

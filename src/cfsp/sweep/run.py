@@ -77,24 +77,8 @@ class _Sweep:
         return self.opened(point.settings.budget.parts)
 
 
-def run_sweep(
-    recipe: Recipe,
-    out: Path,
-    compute: Compute,
-    *,
-    command: str = "",
-) -> list[Row]:
-    """Make every model of a recipe that is not there yet, and return the whole table.
-
-    Args:
-        recipe: what to do; its texts were checked.
-        out: the sweep's directory, new or of the same recipe.
-        compute: where and in what.
-        command: what the user typed, for the manifests.
-
-    Raises:
-        CfspError: anything that a user can cause; models that are finished stay.
-    """
+def run_sweep(recipe: Recipe, out: Path, compute: Compute, *, command: str = "") -> list[Row]:
+    """Make every model of a recipe that is not there yet, and return the whole table."""
     selection, points = recipe.task_selection, recipe.points(compute)
     tasks = None if selection is None else TaskRunner.of(selection)
     questions = None if recipe.answers is None else Questions.of(recipe.answers)
