@@ -9,17 +9,14 @@ takes them as `--set name=value`. Importing this module does not import torch.
 
 from __future__ import annotations
 
-from cfsp.settings.budget import COUNTED as COUNTED
 from cfsp.settings.budget import DEFAULT_PARTS as DEFAULT_PARTS
 from cfsp.settings.budget import PARTS as PARTS
 from cfsp.settings.budget import PROVED_PARTS as PROVED_PARTS
 from cfsp.settings.budget import UNIT_PARTS as UNIT_PARTS
 from cfsp.settings.budget import WHOLE_PARTS as WHOLE_PARTS
-from cfsp.settings.budget import WIDTHS as WIDTHS
 from cfsp.settings.budget import Budget as Budget
 from cfsp.settings.budget import Part as Part
 from cfsp.settings.budget import WholePart as WholePart
-from cfsp.settings.budget import Widths as Widths
 from cfsp.settings.budget import multiple_in_words as multiple_in_words
 from cfsp.settings.budget import parse_parts as parse_parts
 from cfsp.settings.budget import unit_parts as unit_parts
