@@ -18,6 +18,11 @@ Phase = Literal["decode", "prefill"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
+def _check_fraction(flag: str, found: float, such_as: str) -> None:
+    if not 0 < found <= 1:
+        raise UsageError(f"{flag} must be in (0, 1], such as {such_as}, found {found}")
+
+
 @dataclass(frozen=True)
 class TargetParameters:
     """The goal to keep a fraction of the whole model's parameters.
@@ -36,10 +41,7 @@ class TargetParameters:
     )
 
     def __post_init__(self) -> None:
-        if not 0 < self.fraction <= 1:
-            raise UsageError(
-                f"--target-params must be in (0, 1], such as 0.7, found {self.fraction}"
-            )
+        _check_fraction("--target-params", self.fraction, "0.7")
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,7 @@ class TargetKVCache:
     )
 
     def __post_init__(self) -> None:
-        if not 0 < self.fraction <= 1:
-            raise UsageError(
-                f"--target-kv-cache must be in (0, 1], such as 0.5, found {self.fraction}"
-            )
+        _check_fraction("--target-kv-cache", self.fraction, "0.5")
 
 
 @dataclass(frozen=True)
