@@ -20,9 +20,8 @@ from cfsp.quality.evaluate import evaluate_models
 from cfsp.recovery.data import read_text
 from cfsp.recovery.loss import IGNORED
 from cfsp.result.manifest import read_manifest
-from cfsp.selection.loss import held_out_windows
-from cfsp.settings import CalibrationText, Compute, EvaluationText, MaxLossIncrease, Text
-from cfsp.text.drawing import consecutive_windows, draw_text
+from cfsp.settings import CalibrationText, Compute, EvaluationText, Text
+from cfsp.text.drawing import consecutive_windows, draw_left_over, draw_text
 from cfsp.text.tokenizers import beginning
 from cfsp.text.windows import Windows
 from drawn_windows import draw_windows
@@ -72,14 +71,11 @@ def test_bos_that_is_not_there_cannot_be_asked_for(tokenizer: Any) -> None:
 
 
 def every_kind(name: str, tokenizer: Any, bos: Any) -> dict[str, Windows]:
-    goal = MaxLossIncrease(1.0, windows=3)
     text = CalibrationText((name,), samples=4, seqlen=16, bos=bos)
-    named = MaxLossIncrease(1.0, (name,), windows=3)
     return {
         "calibration": draw_text(text, tokenizer),
         "evaluation": consecutive_windows(name, tokenizer, count=3, seqlen=16, bos=bos),
-        "left over": held_out_windows(goal, text, tokenizer)[0],
-        "held out": held_out_windows(named, text, tokenizer)[0],
+        "left over": draw_left_over(text, tokenizer, 3),
     }
 
 
