@@ -153,7 +153,6 @@ GONE = {
     "held-out": "it went: the loss is bounded on windows of --data that calibration leaves over",
     "held-out-windows": "it went, because nobody set it: the loss is bounded on 12 windows",
     "keep-weights": "it went: cfsp prune --plan makes the model of a sweep's directory again",
-    "local-blocks": "it went, because nobody set it: 3 blocks train together",
     "stride": "it went, because nobody set it: windows do not overlap",
     "task-limit": "it is --limit now, as cfsp eval has it",
     "warmups": "it went, because nobody set it: 2 runs come before those that are timed",

@@ -114,6 +114,7 @@ def test_training_stops_at_a_loss_that_is_no_number() -> None:
     ("field", "words"),
     [
         ({"steps": 0}, "--local-steps must be at least 1, found 0"),
+        ({"blocks": 0}, "--local-blocks must be at least 1, found 0"),
         ({"text": 2}, "--local-text must be from 0 to 1, found 2"),
     ],
 )

@@ -100,7 +100,6 @@ def test_a_text_on_the_hub_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> No
     [
         ["prune", "MODEL", "--sparsity", "0.2", "--out", "OUT", "--eval", ABSENT],
         ["prune", "MODEL", "--sparsity", "0.2", "--out", "OUT", "--data", ABSENT],
-        ["prune", "MODEL", "--max-loss-increase", "1", "--held-out", ABSENT, "--out", "OUT"],
         ["calibrate", "MODEL", "--out", "OUT", "--data", ABSENT],
         ["eval", "MODEL", "--data", ABSENT],
         ["sweep", "MODEL", "--sparsity", "0.2", "--eval", ABSENT, "--out", "OUT"],

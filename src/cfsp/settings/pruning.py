@@ -67,6 +67,14 @@ class LocalTraining:
         least=1,
         flag="local-steps",
     )
+    blocks: int = advanced_option(
+        3,
+        "of local repair: how many consecutive blocks train together, twice as many at the model's "
+        "end; more need more memory",
+        kind=int,
+        least=1,
+        flag="local-blocks",
+    )
     text: float = advanced_option(
         0.0,
         "of local repair: the part of the text itself in the loss of the last blocks, from 0 to 1; "
@@ -75,7 +83,6 @@ class LocalTraining:
         flag="local-text",
         metavar="F",
     )
-    blocks: int = 3  # consecutive ones train together, twice as many at the model's end
     # Highest learning rates, as parts of the root mean square of each tensor, because models differ
     # in the size of their weights and Adam's steps do not follow it: of any block, of a block by
     # its error before (the first have hardly any, and as long steps as others' only add some), and
