@@ -160,7 +160,7 @@ GONE = {
         ("cosine", "euclidean", "mse", "mae"),
         "no distance was better than the angular one everywhere (docs/STUDIES.md): use angular",
     ),
-    "angular+sensitivity": "it went, because it was hardly ever better: use sensitivity or angular",
+    "angular+sensitivity": "it went: sensitivity alone is the default where it can be measured",
     **dict.fromkeys(
         ("wanda", "magnitude", "random"),
         "it went, because it was worse (docs/STUDIES.md): use relative",
