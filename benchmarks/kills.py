@@ -98,12 +98,12 @@ def command_line(name: str, inputs: Inputs) -> list[str]:
     drawn = [*data, "--samples", "8", "--seqlen", "32"]
     lines = {
         "prune": ["prune", str(inputs.model), *drawn, "--sparsity", "0.5", "--multiple", "4",
-                  "--eval", str(inputs.text), "--eval-windows", "2", *out],
+                  "--eval", str(inputs.text), "--windows", "2", *out],
         "recover": ["recover", str(inputs.scratch / "pruned"), *data, "--seqlen", "32",
                     "--steps", "6", "--evaluations", "3", *out],
         "sweep": ["sweep", str(inputs.model), *drawn, "--sparsity", "0.5", "--method",
-                  "cfsp", "wanda-sp", "--multiple", "4", "--eval", str(inputs.text),
-                  "--eval-windows", "2", *out],
+                  "cfsp", "cfsp-plain", "--multiple", "4", "--eval", str(inputs.text),
+                  "--windows", "2", *out],
     }  # fmt: skip
     return lines[name]
 

@@ -55,6 +55,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "ffn,kv": ("--parts", "ffn,kv"),
     "ffn,attention": ("--parts", "ffn,attention"),
     "blocks": ("--parts", "blocks"),
+    # No longer an option: its published rows are printed, and not measured anew.
     "blocks by influence": ("--parts", "blocks", "--set", "removal=influence"),
     "ffn,blocks": ("--parts", "ffn,blocks"),
     "all": ("--parts", "ffn,kv,attention,blocks"),

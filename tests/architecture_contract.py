@@ -355,7 +355,7 @@ class ThoroughContract(ArchitectureContract):
         for block, (input_BTD, output_BTD) in zip(statistics.blocks, seen.blocks, strict=True):
             cosine = nn.functional.cosine_similarity(input_BTD, output_BTD, dim=-1)
             angular = (cosine.clamp(-1, 1).double().arccos() / torch.pi).mean()
-            assert block.distances["angular"] == pytest.approx(angular.item(), rel=1e-5)
+            assert block.distance == pytest.approx(angular.item(), rel=1e-5)
             assert block.tokens == windows.tokens_NT.numel()
 
 

@@ -22,12 +22,11 @@ from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource, parameter_count
 from cfsp.job import Job
 from cfsp.planning.candidate import Dropped, DropSizes
-from cfsp.planning.fine import FFNWeights
+from cfsp.planning.channels import FFNWeights
 from cfsp.planning.make import parameters_of_channels
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.settings import (
-    DISTANCES,
     UNIT_PARTS,
     WHOLE_PARTS,
     CalibrationText,
@@ -83,33 +82,16 @@ def random_unit_statistics(width: int, seed: int = 0, block: int = 0) -> UnitSta
     return UnitStatistics(block, act_TF.square().sum(0), 64)
 
 
-def random_block(
-    width: int, seed: int = 0, distances: dict[str, float] | None = None, block: int = 0
-) -> ObservedBlock:
+def random_block(width: int, seed: int = 0, distance: float = 0.1, block: int = 0) -> ObservedBlock:
     """Return the statistics of a block with one FFN."""
-    means = distances or dict.fromkeys(DISTANCES, 0.1)
-    sums = {name: 64 * value for name, value in means.items()}  # 64: exact
-    return ObservedBlock(BlockStatistics(sums, 64), (random_unit_statistics(width, seed, block),))
+    own = BlockStatistics(64 * distance, 64)  # 64: exact
+    return ObservedBlock(own, (random_unit_statistics(width, seed, block),))
 
 
-def statistics_with_distances(metric_values: dict[str, Sequence[float]]) -> Statistics:
-    """Return statistics whose blocks have these distances (others are 0.1)."""
-    blocks = len(next(iter(metric_values.values())))
-    return Statistics.of(
-        [
-            random_block(
-                8,
-                seed=block,
-                distances={
-                    **dict.fromkeys(DISTANCES, 0.1),
-                    **{name: values[block] for name, values in metric_values.items()},
-                },
-                block=block,
-            )
-            for block in range(blocks)
-        ],
-        RECORD,
-    )
+def statistics_with_distances(distance_L: Sequence[float]) -> Statistics:
+    """Return statistics whose blocks have these angular distances."""
+    blocks = [random_block(8, block, distance, block) for block, distance in enumerate(distance_L)]
+    return Statistics.of(blocks, RECORD)
 
 
 def dying_at(

@@ -35,7 +35,7 @@ from cfsp.cli import main
 
 model, text, out = sys.argv[1:]
 argv = ["prune", model, "--sparsity", "0.4", "--multiple", "4", "--data", text, "--samples", "4",
-        "--seqlen", "32", "--eval", text, "--eval-windows", "1", "--out", out]
+        "--seqlen", "32", "--eval", text, "--windows", "1", "--out", out]
 assert main(argv) == 0
 assert main(["inspect", out]) == 0
 assert main(["verify", out]) == 0

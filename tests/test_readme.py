@@ -26,7 +26,7 @@ _SMALLER = {
     "prune": ["--samples", "8", "--seqlen", "64", "--multiple", "4"],
     "eval": ["--windows", "2", "--seqlen", "64"],
     "recover": ["--seqlen", "64", "--batch-windows", "2"],
-    "bench": ["--rounds", "1", "--warmups", "1", "--prompt", "8", "--new-tokens", "2"],
+    "bench": ["--rounds", "1", "--prompt", "8", "--new-tokens", "2"],
 }
 
 

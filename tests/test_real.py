@@ -102,7 +102,7 @@ def test_statistics_of_a_trained_model(pruned):
     statistics = cfsp.Statistics.load(pruned["local"] / STATISTICS_FILE)
     assert len(statistics.blocks) == 30
     assert statistics.tokens == SAMPLES * SEQLEN
-    angular_L = statistics.distances("angular")
+    angular_L = statistics.distance_L
     # The first block makes something else of the embeddings; no later one moves so far.
     assert max(angular_L) == angular_L[0]
     assert all(0 < distance < 1 for distance in angular_L)

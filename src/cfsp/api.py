@@ -95,7 +95,7 @@ def prune(
             processor in its place reads images too.
         out: the new directory; needed for a path, and for nothing else.
         sparsity: share of the part that goes, in [0, 1). Of blocks, attention layers and experts a
-            number may be said instead: `parts="blocks", remove_blocks=4`.
+            number may be said instead: `parts="blocks", remove=4`.
         parts: what may go: `ffn`, `kv`, `attention`, `blocks`, `experts`, or with a goal several;
             None for `ffn` and, with `TargetParameters` that takes many channels, blocks too if
             they fit.

@@ -68,7 +68,7 @@ def decide(
     if statistics is not None:
         check_statistics_fit(job.source, statistics)
     else:
-        check_can_be_compared(job.source, job.budget, job.criterion.removal, job.runtime)
+        check_can_be_compared(job.source, job.budget, job.runtime)
     job, constraint = constraint_of(job)
     if statistics is None:
         job.draw()  # what is wrong with the text is said first
@@ -156,7 +156,7 @@ def _calibrated(job: Job, constraint: Constraint, seen: Windows, name: str) -> S
             seed=job.settings.text.seed,
             work_dir=job.work_dir,
             name=name,
-            runs=follow_runs(job.source, job.budget, job.criterion.removal, job.runtime),
+            runs=follow_runs(job.source, job.budget, job.runtime),
         )
     return _completed(job, constraint, statistics, job.windows())
 
@@ -166,7 +166,7 @@ def _completed(
 ) -> Statistics:
     """Add the order in which blocks go and their sensitivity, where candidates need them."""
     source, runtime, work_dir = job.source, job.runtime, job.work_dir
-    if job.budget.whole_parts and follow_divergence(source, job.criterion.removal, runtime):
+    if follow_divergence(source, job.budget, runtime):
         wanted = [constraint.to_drop()]
         statistics = with_order(source, statistics, windows, wanted, runtime, work_dir)
     if job.budget.channel_parts:

@@ -143,6 +143,33 @@ GONE = {
         "it went, because nothing was ever measured with another value than the default; --rank, "
         "--learning-rate and --set teacher_weight stay",
     ),
+    **dict.fromkeys(
+        ("remove-blocks", "remove-attentions", "remove-experts"),
+        "it is --set remove=N now, of what --parts names",
+    ),
+    "accumulate": "it went, because nobody set it: --batch-windows says how much a step reads",
+    "clamp": "it went, because it follows from the block metric",
+    "eval-windows": "it is --windows now, as cfsp eval has it",
+    "held-out": "it went: the loss is bounded on windows of --data that calibration leaves over",
+    "held-out-windows": "it went, because nobody set it: the loss is bounded on 12 windows",
+    "keep-weights": "it went: cfsp prune --plan makes the model of a sweep's directory again",
+    "stride": "it went, because nobody set it: windows do not overlap",
+    "task-limit": "it is --limit now, as cfsp eval has it",
+    "warmups": "it went, because nobody set it: 2 runs come before those that are timed",
+    **dict.fromkeys(
+        ("cosine", "euclidean", "mse", "mae"),
+        "no distance was better than the angular one everywhere (docs/STUDIES.md): use angular",
+    ),
+    "angular+sensitivity": "it went: sensitivity alone is the default where it can be measured",
+    **dict.fromkeys(
+        ("wanda", "magnitude", "random"),
+        "it went, because it was worse (docs/STUDIES.md): use relative",
+    ),
+    "removal": "it went: blocks go by the predictions if the model fits into memory, else by runs",
+    **dict.fromkeys(
+        ("wanda-sp", "magnitude-sp", "blocks-alone"),
+        "it went, because it was far worse (docs/STUDIES.md): use cfsp, or blocks",
+    ),
     "sequential": "sequential went as a choice of its own: it is a step of --repair local",
 }
 

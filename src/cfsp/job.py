@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from cfsp.settings import SENSITIVITY_METRICS
+from cfsp.settings import SENSITIVITY
 from cfsp.text.windows import check_is_text
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ class Job:
             UsageError: they have images, and the settings ask for what reads text alone.
         """
         windows, parts = self.draw(), self.budget.whole_parts
-        if self.criterion.block_metric in SENSITIVITY_METRICS:
-            check_is_text(windows, f"the block metric {self.criterion.block_metric}")
+        if self.criterion.block_metric == SENSITIVITY:
+            check_is_text(windows, f"the block metric {SENSITIVITY}")
         if self.settings.repair == "local":
             check_is_text(windows, f"--repair {self.settings.repair}")
         if parts:

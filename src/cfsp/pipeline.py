@@ -46,13 +46,11 @@ from cfsp.repair.result import PruningResult
 from cfsp.result.card import model_card, origin_of
 from cfsp.result.manifest import facts_for_config, write_manifest
 from cfsp.result.prune_report import PruneReport, prune_report
-from cfsp.selection.constraint import half_dropped
-from cfsp.selection.drop_budget import DropBudget
+from cfsp.selection.constraint import DropBudget, half_dropped
 from cfsp.selection.drop_order import check_can_be_compared, follow_divergence, with_order
 from cfsp.selection.loss import loss_increase_of
 from cfsp.selection.sensitivity import with_sensitivity
 from cfsp.settings import (
-    AUTO_METRIC,
     DEFAULT_PARTS,
     Budget,
     CalibrationText,
@@ -148,7 +146,7 @@ def prune_checkpoint(
         if isinstance(settings.goal, MaxLossIncrease):
             with work_dir.watch.stage("evaluate"):
                 dense = float(facts["conditions"]["dense_loss"])
-                facts["result"] = loss_increase_of(staging, settings.goal, dense, settings)
+                facts["result"] = loss_increase_of(staging, dense, settings)
         report = prune_report(source, repaired, facts, measured, work_dir, out)
         manifest = report.to_manifest(digests, command)
         team.from_first(lambda: _describe(source, repaired.plan, manifest, staging))
@@ -206,8 +204,6 @@ def check_all_texts(settings: PruneSettings) -> None:
     """Open every text that pruning will read, before any work is done."""
     check_texts(settings.text.names, "calibration")
     check_texts(settings.evaluation.names, "evaluation")
-    if isinstance(settings.goal, MaxLossIncrease):
-        check_texts(settings.goal.held_out, "evaluation")
 
 
 def calibrate_source(
@@ -266,8 +262,8 @@ def calibrate_for(source: WeightSource, parts: Sequence[Part], compute: Compute)
         UsageError: the two are to be compared, and the model does not fit into memory.
     """
     budget, runtime = Budget(parts=tuple(parts)), runtime_of(compute, source)
-    check_can_be_compared(source, budget, AUTO_METRIC, runtime)
-    if not budget.whole_parts or not follow_divergence(source, AUTO_METRIC, runtime):
+    check_can_be_compared(source, budget, runtime)
+    if not follow_divergence(source, budget, runtime):
         return {"runs": "blocks" in parts}
     return {"wanted": [half_dropped(source, budget)]}
 

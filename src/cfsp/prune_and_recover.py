@@ -130,7 +130,7 @@ def _asked(
     tokenizer = load_tokenizer(source.directory)
     windows = [*evaluation_windows(settings.evaluation, source).values()]
     if isinstance(settings.goal, MaxLossIncrease):
-        windows += held_out_windows(settings.goal, settings.text, tokenizer)
+        windows.append(held_out_windows(settings.text, tokenizer))
     return digest_of(
         {
             **pruning,

@@ -47,11 +47,11 @@ FLAGS = [
     BadInput("bench {model} --shape llama-2-7b", "expected models or a --shape", "and not both"),
     BadInput("eval {model}", "found none", "expected --data, --tasks, --answers or several"),
     BadInput(
-        f"{PRUNE_TEXT} --widths equal --set block_metric=cosine",
-        "block_metric=cosine would do nothing",
+        f"{PRUNE_TEXT} --widths equal --set block_metric=angular",
+        "block_metric=angular would do nothing",
         "give one of the two",
     ),
-    BadInput(f"{SWEEP} 0.4 --set task_limit=4", "--task-limit", "need --tasks"),
+    BadInput(f"{SWEEP} 0.4 --set limit=4", "--limit", "need --tasks"),
     BadInput("export {model} --to vllm --type f16 --out {out}", "--type belongs to", "keeps the"),
 ]
 
@@ -61,7 +61,7 @@ NUMBERS = [
     BadInput(f"{CALIBRATE} --seqlen {MANY}", f"found {MANY}", "--seqlen must be at most"),
     BadInput(f"{CALIBRATE} --samples {MANY}", f"found {MANY}", "--samples must be at most"),
     BadInput(f"{EVAL} --seqlen {MANY}", f"found {MANY}", "expected windows of 2"),
-    BadInput(f"{PRUNE_TEXT} --eval {{text}} --eval-windows 0", "found 0", "at least 1 window"),
+    BadInput(f"{PRUNE_TEXT} --eval {{text}} --windows 0", "found 0", "at least 1 window"),
     BadInput(f"{CALIBRATE} --batch-windows 0", "found 0", "--batch-windows must be at least 1"),
     BadInput(f"{CALIBRATE} --memory-budget 1e999", "found '1e999'", "expected a size such as 2GB"),
     BadInput(
@@ -84,7 +84,7 @@ NUMBERS = [
     BadInput(f"{BENCH} --prompt 0", "found 0", "--prompt must be at least 1"),
     BadInput("bench --shape llama-2-7b --blocks -3", "found -3", "--blocks must be at least 1"),
     BadInput("bench --shape llama-9", "no shape 'llama-9' is known", "known are: "),
-    BadInput(f"{BENCH} --rounds 0", "found 2 and 0", "at least 1 warm-up"),
+    BadInput(f"{BENCH} --rounds 0", "found 0", "at least 1 round"),
     BadInput("eval {model} --tasks piqa --limit 0", "found 0", "--limit must be at least 1"),
 ]
 

@@ -136,11 +136,11 @@ STATISTICS = [
     *spoilt(
         PLAN,
         AGAIN,
-        ("statistics version 9, expected", facts('"version": 5', '"version": 9')),
+        ("statistics version 9, expected", facts('"version": 6', '"version": 9')),
         (f"{IMPOSSIBLE} 1", sums(1, lambda t: t * torch.nan)),
         (
             f"{IMPOSSIBLE} 0",
-            facts('"distance_sums": {"angular": ', '"distance_sums": {"angular": NaN, "x": '),
+            facts('"distance_sum": ', '"distance_sum": NaN, "x": '),
         ),
         ("ValueError('block 0 has seen 0 tokens')", facts('"tokens": 128', '"tokens": 0')),
         ("is damaged: OverflowError", facts('"tokens": 128', '"tokens": Infinity')),

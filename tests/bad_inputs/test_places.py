@@ -191,7 +191,7 @@ def test_a_limit_on_the_size_of_files(place, capfd):
 
 def test_a_sweep_that_a_mistake_ended_may_be_corrected(place):
     argv = ["sweep", place.model, "--sparsity", 0.4, "--multiple", 4, "--out", place.out,
-            "--eval-windows", 1, "--seqlen", 32, "--samples", 4, "--data", place.text]  # fmt: skip
+            "--windows", 1, "--seqlen", 32, "--samples", 4, "--data", place.text]  # fmt: skip
     words = [str(word) for word in argv]
     assert main([*words, "--eval", str(place.inputs / "absent.txt")]) == 2
     assert everything_in(place.work) == []

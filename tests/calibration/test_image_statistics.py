@@ -17,7 +17,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from builders import draw_windows
 from cfsp.architecture.activations import hidden_state
-from cfsp.calibration.accumulators import DistanceSums
+from cfsp.calibration.accumulators import DistanceSum
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.together import part_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
@@ -75,15 +75,15 @@ def case(
 
 
 @torch.inference_mode()
-def whole_model_sums(case: Case) -> tuple[list[DistanceSums], dict[tuple[int, str], Tensor]]:
+def whole_model_sums(case: Case) -> tuple[list[DistanceSum], dict[tuple[int, str], Tensor]]:
     """Return distances of blocks, and sums of squares of channels, by hooks."""
     architecture = case.source.architecture
     blocks = case.model.get_submodule(architecture.blocks)
-    distances = [DistanceSums() for _ in blocks]
+    distances = [DistanceSum() for _ in blocks]
     sums: dict[tuple[int, str], Tensor] = {}
     hooks = []
 
-    def see_block(own: DistanceSums, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+    def see_block(own: DistanceSum, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         own.add(hidden_state(args, kwargs), output[0] if isinstance(output, tuple) else output)
 
     def see_act(key: tuple[int, str], module: nn.Module, args: Any) -> None:
@@ -112,7 +112,7 @@ def check_statistics(case: Case) -> None:
     assert len(found.blocks) == BLOCKS
     for block, want in zip(found.blocks, distances, strict=True):
         assert block.tokens == case.windows.tokens_NT.numel()
-        assert block.distance_sums == pytest.approx(want.sums, rel=1e-5)
+        assert block.distance_sum == pytest.approx(want.total, rel=1e-5)
     for unit, of_unit in zip(case.source.units, found.units, strict=True):
         if not unit.routed:
             square_F = sums[unit.block, unit.down]

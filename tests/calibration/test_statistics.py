@@ -46,7 +46,7 @@ def gather(source: Checkpoint, windows: Windows, batch: int | None = None) -> St
 
 def assert_statistics_close(actual: Statistics, expected: Statistics, scale: float = 1.0) -> None:
     for got, want in zip(actual.blocks, expected.blocks, strict=True):
-        assert got.distances == pytest.approx(want.distances, rel=1e-4)
+        assert got.distance == pytest.approx(want.distance, rel=1e-4)
     for got, want in zip(actual.units, expected.units, strict=True):
         torch.testing.assert_close(
             got.sum_of_squares_F, want.sum_of_squares_F * scale, rtol=1e-4, atol=1e-6
@@ -126,7 +126,7 @@ def test_statistics_survive_a_file(source: Checkpoint, windows: Windows, tmp_pat
 
 
 def test_a_sensitivity_that_cannot_be_is_refused(tmp_path: Path) -> None:
-    plain = statistics_with_distances({"angular": [0.2, 0.1]})
+    plain = statistics_with_distances([0.2, 0.1])
     path = tmp_path / "stats.safetensors"
     plain.save(path)
     assert Statistics.load(path).sensitivity is None
@@ -137,7 +137,7 @@ def test_a_sensitivity_that_cannot_be_is_refused(tmp_path: Path) -> None:
 
 
 def test_damaged_statistics_are_refused(tmp_path: Path) -> None:
-    statistics = statistics_with_distances({"angular": [0.1, 0.2]})
+    statistics = statistics_with_distances([0.1, 0.2])
     path, damaged = tmp_path / "s.safetensors", tmp_path / "damaged.safetensors"
     statistics.save(path)
     content = path.read_bytes()
@@ -145,14 +145,16 @@ def test_damaged_statistics_are_refused(tmp_path: Path) -> None:
         Statistics.load(damaged)
     for changed, said in (
         (content[:-9], r"damaged\.safetensors"),
-        (content.replace(b'version\\": 5', b'version\\": 9'), "version 9"),
+        (content.replace(b'version\\": 6', b'version\\": 9'), "version 9"),
     ):
         damaged.write_bytes(changed)
         with pytest.raises(StatisticsError, match=said):
             Statistics.load(damaged)
-    # Version 4 had sums besides, which nothing read.
-    damaged.write_bytes(content.replace(b'version\\": 5', b'version\\": 4'))
-    assert_same(Statistics.load(damaged), statistics)
+    # Up to version 5 there were sums and distances besides, which nothing reads.
+    older = content.replace(b'version\\": 6', b'version\\": 5').replace(
+        b'"distance_sum\\": ', b'"distance_sums\\": {\\"mse\\": 1.0, \\"angular\\": '
+    )
+    damaged.write_bytes(older)
     bad = random_unit_statistics(8, block=1)
     bad.sum_of_squares_F[2] = torch.nan
     replace(statistics, units=(statistics.units[0], bad)).save(damaged)

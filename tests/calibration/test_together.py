@@ -50,7 +50,7 @@ def test_two_processes_of_torchrun_give_what_one_gives(
     assert together.record == alone.record
     for a, b in zip(alone.blocks, together.blocks, strict=True):
         assert b.tokens == a.tokens == 9 * 32
-        assert b.distance_sums == pytest.approx(a.distance_sums, rel=1e-6)
+        assert b.distance_sum == pytest.approx(a.distance_sum, rel=1e-6)
     for a, b in zip(alone.units, together.units, strict=True):
         torch.testing.assert_close(b.sum_of_squares_F, a.sum_of_squares_F, rtol=1e-6, atol=0)
     for statistics in (one, two):

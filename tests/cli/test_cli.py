@@ -162,7 +162,7 @@ def test_help_fits_a_screen_and_help_all_names_the_rest(
         texts.append(capsys.readouterr().out)
     short, long = texts
     assert f"example:\n  cfsp {command}" in short
-    assert command not in ("prune", "recover", "sweep") or "\neval_windows=... " in long
+    assert command not in ("prune", "recover", "sweep") or "\nwindows=... " in long
     positional = {
         "eval": "MODEL ...",
         "bench": "[MODEL ...]",
@@ -184,7 +184,7 @@ def test_help_fits_a_screen_and_help_all_names_the_rest(
     [
         ("block_metrik=x", "unknown argument --block-metrik=x; did you mean --block-metric?"),
         ("foo=1", "unknown argument --foo=1; see: cfsp prune --help"),
-        ("block_metric=cosin", "found 'cosin'; did you mean cosine?"),
+        ("block_metric=unifom", "found 'unifom'; did you mean uniform?"),
         ("multiple", "--set needs NAME=VALUE, found 'multiple'"),
         ("multiple=", "expected a value after --multiple, found nothing"),
         ("memory_budget=much", "expected a size such as 2GB or 512MiB, found 'much'"),
@@ -251,7 +251,7 @@ def test_prune_reports_all_that_the_readme_promises(
     out = tmp_path / "out"
     argv = [
         "prune", model, "--out", out, "--sparsity", 0.4, "--set", "multiple=4", *text,
-        "--eval", text_file, "--eval-windows", 2,
+        "--eval", text_file, "--windows", 2,
     ]  # fmt: skip
     report = cli.json(*argv)
     before = sum(p.numel() for p in build_tiny_model("llama").parameters())

@@ -23,7 +23,18 @@ ASKING = {
     "dora": "recover pruned --method dora --out recovered",
     "of": "prune {model} --sparsity 0.2 --of model --out smaller",
     "sequential": "prune {model} --sparsity 0.2 --repair sequential --out smaller",
-    "remove_blocks": "prune {model} --parts ffn,blocks --set remove_blocks=1 --out smaller",
+    **{
+        metric: f"prune {{model}} --sparsity 0.2 --set block_metric={metric} --out smaller"
+        for metric in ("cosine", "euclidean", "mse", "mae", "angular+sensitivity")
+    },
+    **{
+        metric: f"prune {{model}} --sparsity 0.2 --set channel_metric={metric} --out smaller"
+        for metric in ("wanda", "magnitude", "random")
+    },
+    **{
+        method: f"sweep {{model}} --sparsity 0.2 --method {method} --eval t --out sweep"
+        for method in ("wanda-sp", "magnitude-sp", "blocks-alone")
+    },
 }
 
 

@@ -104,7 +104,7 @@ def test_channels_of_the_others_are_repaired(llama, text_file, tmp_path, parts, 
 
 def test_what_lost_attentions_is_pruned_again(llama, text_file, tmp_path):
     asked = {"repair": "none", "data": [str(text_file)], **SETTINGS}
-    first = cfsp.prune(llama, out=tmp_path / "1", parts="attention", remove_attentions=1, **asked)
+    first = cfsp.prune(llama, out=tmp_path / "1", parts="attention", remove=1, **asked)
     asked["sparsity"] = 0.3
     second = cfsp.prune(tmp_path / "1", out=tmp_path / "2", multiple=8, **asked)
     third = cfsp.prune(tmp_path / "2", out=tmp_path / "3", parts="attention", **asked)
@@ -195,7 +195,7 @@ def test_impossible_budgets_say_what_is_possible(llama, monkeypatch):
     with pytest.raises(BudgetError, match="at least one of 5 attention layers must stay; between"):
         check(ATTENTION, sparsity=0.95)
     with pytest.raises(BudgetError, match="cannot remove 5 attention layers"):
-        check(ATTENTION, remove_attentions=5)
+        check(ATTENTION, remove=5)
     with pytest.raises(BudgetError, match=r"at least one of 5 blocks must stay; between 0 and"):
         check(BOTH, cfsp.TargetParameters(0.25))
     monkeypatch.setattr(drop_order, "fits", lambda *args: False)
@@ -232,8 +232,8 @@ def test_one_of_a_kind_must_stay_beside_blocks():
 def test_what_stock_would_load_with_random_attentions_is_refused_before_any_text(name):
     source = LoadedModel(tiny_model(name), ATTENTION)
     with pytest.raises(UnsupportedModelError, match=r"can't go alone: .*--parts attention,ffn"):
-        Share(source, Budget(parts=ATTENTION, remove_attentions=1)).check()
-    Share(source, Budget(parts=ATTENTION, remove_attentions=0)).check()
+        Share(source, Budget(parts=ATTENTION, remove=1)).check()
+    Share(source, Budget(parts=ATTENTION, remove=0)).check()
     with pytest.raises(UnsupportedModelError, match="can't go alone"):
         PrunedSource(source, plan_without(source, Dropped((), (1,))))
     # Beside channels the stock class fails, as it must.

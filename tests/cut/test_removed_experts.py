@@ -249,7 +249,7 @@ def test_what_a_router_needs_stays(model_of_experts, tmp_path):
     with pytest.raises(BudgetError, match=r"needs 2; between 0 and 2 can be removed \(50.0%\)"):
         Share(source, Budget(0.8, parts=PARTS)).check()
     for removed in (0, 1, 2):
-        assert Share(source, Budget(parts=PARTS, remove_experts=removed)).experts() == removed
+        assert Share(source, Budget(parts=PARTS, remove=removed)).experts() == removed
     assert Share(source, Budget(0.3, parts=PARTS)).experts() == 1
     # 2 of 4 experts are 55,296 of 150,112 parameters with their rows of the router.
     assert Parameters(source, Budget(parts=PARTS), 0.63).experts() == 2
@@ -259,7 +259,7 @@ def test_what_a_router_needs_stays(model_of_experts, tmp_path):
     assert grouped.architecture.experts.groups == 2
     assert Share(grouped, Budget(0.3, parts=PARTS)).experts() == 2
     with pytest.raises(BudgetError, match="does not run with 5"):
-        Share(grouped, Budget(parts=PARTS, remove_experts=3)).experts()
+        Share(grouped, Budget(parts=PARTS, remove=3)).experts()
 
 
 def test_a_fault_in_one_of_many_blocks_is_found(monkeypatch):
@@ -305,7 +305,7 @@ def test_one_plan_after_the_other_from_the_same_statistics(model_of_experts, tmp
     statistics.save(tmp_path / "statistics")
     again = Statistics.load(tmp_path / "statistics")
     for removed in (1, 2):
-        plan = cfsp.plan(model_of_experts, again, parts=PARTS, remove_experts=removed)
+        plan = cfsp.plan(model_of_experts, again, parts=PARTS, remove=removed)
         assert plan.kept_experts == 4 - removed
     by_channels = cfsp.calibrate(model_of_experts, **TEXT)
     with pytest.raises(StatisticsError, match="calibrate with the same --parts"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from cfsp.planning.allocation import (
     water_fill,
 )
 from cfsp.planning.coarse import block_importance
-from cfsp.settings import CLAMPS, Budget, Clamp
+from cfsp.settings import Budget, Clamp
 
 WIDTHS = (11008, 14336, 1536, 4864, 8960, 18944)
 MULTIPLES = (1, 32, 64, 128, 256)
@@ -152,7 +153,7 @@ def test_nothing_removed_keeps_all_widths() -> None:
     ),
     st.data(),
     st.floats(0.0, 0.95),
-    st.sampled_from(CLAMPS),
+    st.sampled_from(get_args(Clamp)),
     st.sampled_from(MULTIPLES),
 )
 @settings(max_examples=150, deadline=None)
@@ -236,7 +237,7 @@ def mixed_sizes(draw: st.DrawFn) -> tuple[ModelSize, list[float]]:
 @given(
     mixed_sizes(),
     st.floats(0.01, 0.9),
-    st.sampled_from(CLAMPS),
+    st.sampled_from(get_args(Clamp)),
     st.sampled_from([None, 8, 64]),
 )
 @settings(max_examples=150, deadline=None)

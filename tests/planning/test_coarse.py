@@ -11,26 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import statistics_with_distances
-from cfsp.calibration.accumulators import DistanceSums
+from cfsp.calibration.accumulators import DistanceSum
 from cfsp.calibration.observed import BlockStatistics
 from cfsp.calibration.statistics import Sensitivity
 from cfsp.errors import StatisticsError
 from cfsp.planning.coarse import block_distances, block_importance, importance_by, of_units
-from cfsp.settings import BLOCK_METRICS, DISTANCES, SENSITIVITY_METRICS
 
 
-def numpy_distances(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
-    """The definitions, in float64, for hidden states of shape (tokens, D)."""
-    norm = np.linalg.norm(before, axis=1)
-    cosine = (before * after).sum(1) / (norm * np.linalg.norm(after, axis=1))
-    difference = after - before
-    return {
-        "angular": float(np.mean(np.arccos(np.clip(cosine, -1, 1)) / np.pi)),
-        "cosine": float(np.mean(1 - cosine)),
-        "euclidean": float(np.mean(np.linalg.norm(difference, axis=1) / norm)),
-        "mse": float(np.mean(difference**2)),
-        "mae": float(np.mean(np.abs(difference))),
-    }
+def numpy_distance(before: np.ndarray, after: np.ndarray) -> float:
+    """The definition, in float64, for hidden states of shape (tokens, D)."""
+    norms = np.linalg.norm(before, axis=1) * np.linalg.norm(after, axis=1)
+    return float(np.mean(np.arccos(np.clip((before * after).sum(1) / norms, -1, 1)) / np.pi))
 
 
 def hidden_states(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,15 +37,14 @@ def hidden_states(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, tor
 def test_distances_equal_numpy_in_batches_of_any_size(dtype: torch.dtype, batch: int) -> None:
     before, after = hidden_states(dtype)
     copies = before.clone(), after.clone()
-    sums = DistanceSums()
+    sums = DistanceSum()
     for start in range(0, 6, batch):
         sums.add(before[start : start + batch], after[start : start + batch])
-    expected = numpy_distances(
+    expected = numpy_distance(
         before.double().flatten(0, 1).numpy(), after.double().flatten(0, 1).numpy()
     )
-    found = BlockStatistics(sums.sums, sums.tokens)
-    assert found.distances == pytest.approx(expected, rel=1e-5)
-    assert tuple(expected) == DISTANCES
+    found = BlockStatistics(sums.total, sums.tokens)
+    assert found.distance == pytest.approx(expected, rel=1e-5)
     assert sums.tokens == 60
     assert torch.equal(before, copies[0]) and torch.equal(after, copies[1])
 
@@ -62,13 +52,10 @@ def test_distances_equal_numpy_in_batches_of_any_size(dtype: torch.dtype, batch:
 def test_a_block_that_changes_nothing_and_a_zero_state_have_finite_distances() -> None:
     before, _ = hidden_states()
     before[0, 0] = 0.0
-    sums = DistanceSums()
+    sums = DistanceSum()
     sums.add(before, before)
-    means = BlockStatistics(sums.sums, sums.tokens).distances
-    assert all(np.isfinite(value) for value in means.values())
-    assert means["euclidean"] == means["mse"] == means["mae"] == 0.0
     # The zero state has no direction: it counts as orthogonal, the others as unmoved.
-    assert means["angular"] == pytest.approx(0.5 / 60, abs=1e-3)
+    assert sums.total / sums.tokens == pytest.approx(0.5 / 60, abs=1e-3)
 
 
 def test_importance_is_the_published_sigmoid() -> None:
@@ -87,31 +74,22 @@ def test_importance_is_ordered_like_distance_and_never_overflows(distance_L: lis
     assert np.all(np.diff(np.array(importance_L)[order]) >= -1e-12)
 
 
-def test_metrics_other_than_angular_are_on_its_scale() -> None:
-    angular_L, mse_L = [0.2, 0.1, 0.3], [40.0, 20.0, 90.0]
-    statistics = statistics_with_distances({"angular": angular_L, "mse": mse_L})
-    assert block_distances(statistics, "angular") == angular_L
-    expected = (np.array(mse_L) / np.mean(mse_L) * np.mean(angular_L)).tolist()
-    assert block_distances(statistics, "mse") == pytest.approx(expected)
+def test_equal_widths_are_by_equal_distances() -> None:
+    statistics = statistics_with_distances([0.2, 0.1, 0.3])
+    assert block_distances(statistics, "angular") == [0.2, 0.1, 0.3]
     assert block_distances(statistics, "uniform") == pytest.approx([0.2] * 3)
-    assert set(BLOCK_METRICS) == {*DISTANCES, "uniform"}
 
 
 def test_importance_by_sensitivity_is_that_of_numpy() -> None:
     angular_L, divergence_L = [0.2, 0.1, 0.3], (0.4, 0.01, 0.0)
     statistics = replace(
-        statistics_with_distances({"angular": angular_L}),
+        statistics_with_distances(angular_L),
         sensitivity=Sensitivity(divergence_L, (0.5,) * 3, 4),
     )
     root = np.sqrt(np.maximum(divergence_L, 0.4e-6))
-    angular = np.array(block_importance(angular_L))
-    mixed = angular / angular.mean() + root / root.mean()
     np.testing.assert_allclose(importance_by(statistics, "sensitivity"), root / root.max())
-    found_L = importance_by(statistics, "angular+sensitivity")
-    np.testing.assert_allclose(found_L, mixed / mixed.max())
     assert importance_by(statistics, "angular") == block_importance(angular_L)
-    for metric in SENSITIVITY_METRICS:
-        assert block_distances(statistics, metric) == angular_L
+    assert block_distances(statistics, "sensitivity") == angular_L
 
 
 def test_sensitivity_counts_what_was_really_kept() -> None:
@@ -121,28 +99,27 @@ def test_sensitivity_counts_what_was_really_kept() -> None:
     divergence_L = tuple(cost * (1 / k - 1) for k in kept_L)
     sensitivity = Sensitivity(divergence_L, kept_L, 4)
     np.testing.assert_allclose(sensitivity.halved_L, [cost, cost, cost, 0])
-    statistics = replace(statistics_with_distances({"angular": [0.1] * 4}), sensitivity=sensitivity)
+    statistics = replace(statistics_with_distances([0.1] * 4), sensitivity=sensitivity)
     np.testing.assert_allclose(importance_by(statistics, "sensitivity")[:3], 1)
 
 
 def test_blocks_that_nothing_depends_on_are_equally_important() -> None:
     statistics = replace(
-        statistics_with_distances({"angular": [0.2, 0.1]}),
+        statistics_with_distances([0.2, 0.1]),
         sensitivity=Sensitivity((0.0, 0.0), (0.5, 0.5), 4),
     )
     assert importance_by(statistics, "sensitivity") == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("metric", SENSITIVITY_METRICS)
-def test_sensitivity_that_was_not_measured_is_missed(metric: str) -> None:
-    statistics = statistics_with_distances({"angular": [0.2, 0.1]})
+def test_sensitivity_that_was_not_measured_is_missed() -> None:
+    statistics = statistics_with_distances([0.2, 0.1])
     with pytest.raises(StatisticsError, match="cfsp calibrate --sensitivity"):
-        importance_by(statistics, metric)
+        importance_by(statistics, "sensitivity")
 
 
 def test_importance_is_that_of_the_block_and_blocks_without_an_ffn_do_not_count() -> None:
     """The last block moves hidden states most, and has nothing that could be pruned."""
-    whole = statistics_with_distances({"angular": [0.1, 0.3, 0.9], "mse": [1.0, 2.0, 7.0]})
+    whole = statistics_with_distances([0.1, 0.3, 0.9])
     first, second, _ = whole.units
     statistics = replace(
         whole,
@@ -151,7 +128,6 @@ def test_importance_is_that_of_the_block_and_blocks_without_an_ffn_do_not_count(
     )
     assert statistics.blocks_with_units == [0, 1]
     assert block_distances(statistics, "angular") == [0.1, 0.3]
-    assert block_distances(statistics, "mse") == pytest.approx([0.2 * 2 / 3, 0.2 * 4 / 3])
     importance_U = of_units(statistics, importance_by(statistics, "angular"))
     assert importance_U[1] == importance_U[2]
     assert importance_U[:2] == block_importance([0.1, 0.3])

@@ -13,12 +13,15 @@ from cfsp.calibration.accumulators import ChannelSums
 from cfsp.calibration.observed import UnitStatistics
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.planning import channels
-from cfsp.planning.fine import FFNWeights, channel_scores, read_ffn_weights, strongest_channels
+from cfsp.planning.channels import (
+    FFNWeights,
+    channel_scores,
+    read_ffn_weights,
+    strongest_channels,
+    weight_norms,
+)
 from cfsp.settings import CHANNEL_METRICS, Criterion
 from tiny_decoders import tiny_model
-
-# By formula; `random` has none, and its own test in sweep/test_sweep.py.
-FORMULAS = tuple(metric for metric in CHANNEL_METRICS if metric != "random")
 
 
 def numpy_scores(metric: str, statistics: UnitStatistics, weights: FFNWeights) -> np.ndarray:
@@ -29,10 +32,6 @@ def numpy_scores(metric: str, statistics: UnitStatistics, weights: FFNWeights) -
     F, D = len(X), down.shape[0]
     if metric == "activation":
         return X
-    if metric == "magnitude":
-        return np.sqrt((down**2).sum(0))
-    if metric == "wanda":
-        return down.mean(0) * X
     share = np.zeros(F)
     for j in range(D):
         share += down[j] * X / (down[j] * X).sum()
@@ -47,13 +46,15 @@ def numpy_scores(metric: str, statistics: UnitStatistics, weights: FFNWeights) -
 
 
 @pytest.mark.parametrize("gate", [True, False])
-@pytest.mark.parametrize("metric", FORMULAS)
+@pytest.mark.parametrize("metric", CHANNEL_METRICS)
 def test_scores_equal_numpy(metric: str, gate: bool) -> None:
     statistics, weights = random_unit_statistics(24), random_weights(10, 24, gate=gate)
     expected = numpy_scores(metric, statistics, weights)
     scores_F = channel_scores(metric, statistics, weights)
     assert scores_F.dtype == torch.float32
     np.testing.assert_allclose(scores_F.numpy(), expected, rtol=2e-5)
+    by_weights = np.linalg.norm(weights.down_DF.double().numpy(), axis=0)
+    np.testing.assert_allclose(weight_norms(weights).numpy(), by_weights, rtol=2e-5)
 
 
 def test_metrics_differ() -> None:
@@ -66,7 +67,7 @@ def test_metrics_differ() -> None:
     assert len(set(kept.values())) == len(CHANNEL_METRICS)
 
 
-@pytest.mark.parametrize("metric", FORMULAS)
+@pytest.mark.parametrize("metric", CHANNEL_METRICS)
 def test_scores_follow_a_permutation_of_the_channels(metric: str) -> None:
     statistics, weights = random_unit_statistics(24), random_weights(10, 24)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
@@ -80,7 +81,7 @@ def test_scores_follow_a_permutation_of_the_channels(metric: str) -> None:
     torch.testing.assert_close(permuted, expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("metric", FORMULAS)
+@pytest.mark.parametrize("metric", CHANNEL_METRICS)
 def test_dead_channels_and_rows_of_zeros_give_no_nan_and_go_first(metric: str) -> None:
     statistics, weights = random_unit_statistics(24), random_weights(10, 24)
     assert weights.gate_FD is not None

@@ -54,7 +54,7 @@ def test_pruning_measures_in_windows_of_its_own_length(
 ):
     model, out = tiny_checkpoint("gpt2"), tmp_path / "pruned"
     argv = ["prune", model, "--sparsity", 0.5, "--data", text_file, "--samples", 4]
-    argv += ["--seqlen", 16, "--eval", text_file, "--eval-windows", 2, "--out", out]
+    argv += ["--seqlen", 16, "--eval", text_file, "--windows", 2, "--out", out]
     assert main([*map(str, argv)]) == 0
     manifest = read_manifest(out)
     value = manifest["perplexity"][str(text_file)]

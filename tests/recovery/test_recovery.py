@@ -520,7 +520,7 @@ def must_not_load(*args: Any) -> Any:
         ({"data": ["no_such.txt"]}, "no_such.txt"),
         ({"data": ()}, "give --data"),
         ({"eval": ["no_such.txt"]}, "no_such.txt"),
-        ({"eval": ["{text}"], "eval_windows": 10**6}, "1000000 are needed"),
+        ({"eval": ["{text}"], "windows": 10**6}, "1000000 are needed"),
         ({"teacher": "/no/such"}, "/no/such does not exist"),
         ({"teacher": "{other}"}, "the teacher must be the dense model"),
         ({"method": "best"}, "method must be one of auto, lora, full"),

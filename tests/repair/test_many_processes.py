@@ -91,7 +91,7 @@ def blocks_of(pruned: Path, name: str) -> list[dict[str, Any]]:
 
 
 def test_two_processes_give_what_one_gives(finish, argv_of, text_file):
-    argv = [*argv_of("mixtral", ASKED), "--eval", str(text_file), "--eval-windows", "5"]
+    argv = [*argv_of("mixtral", ASKED), "--eval", str(text_file), "--windows", "5"]
     assert [bool(each.stdout) for each in finish(argv, 2)] == [True, False]
 
 
@@ -140,7 +140,7 @@ def test_the_first_process_times_for_all(forks, argv_of, tmp_path, monkeypatch):
 
 
 def test_after_a_death_the_same_command_goes_on(commands, finish, argv, text_file, tmp_path):
-    evaluation = ["--eval", str(text_file), "--eval-windows", "1"]
+    evaluation = ["--eval", str(text_file), "--windows", "1"]
     argv = [*argv, "--repair", "local", "--local-steps", "2", *evaluation]
     patience = "--process-timeout", "0.2"
     # Windows have passed all blocks in the coarse pass and for the ridge.

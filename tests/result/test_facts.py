@@ -48,17 +48,14 @@ def test_steps_in_words():
     ("entry", "words"),
     [
         ({"windows": 12, "seqlen": 1024, "bos": True}, "12 windows of 1,024 tokens, with BOS"),
-        (
-            {"windows": 1, "seqlen": 512, "stride": 256},
-            "1 window of 512 tokens, stride 256, without BOS",
-        ),
+        ({"windows": 1, "seqlen": 512}, "1 window of 512 tokens, without BOS"),
     ],
 )
 def test_conditions_in_words(entry, words):
     conditions = Conditions.of("news", {"tokens": 1023, **entry})
     assert str(conditions) == words
     assert conditions == Conditions.of("news", {"value": 3.0, "tokens": 1023, **entry})
-    for other in ({"windows": 13}, {"seqlen": 2048}, {"stride": 128}, {"bos": "bos" not in entry}):
+    for other in ({"windows": 13}, {"seqlen": 2048}, {"bos": "bos" not in entry}):
         assert conditions != Conditions.of("news", {"tokens": 1023, **entry, **other})
 
 

@@ -17,7 +17,7 @@ from cfsp.checkpoint.stored_blocks import names_without_blocks, parameters_of_bl
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError
 from cfsp.planning.candidate import NOTHING, Candidate, Dropped
 from cfsp.selection.by_statistics import cheapest_runs, dropped_by
-from cfsp.selection.drop_budget import DropBudget
+from cfsp.selection.constraint import DropBudget
 from cfsp.settings import DIVERGENCE, RUNS
 from tiny_decoders import tiny_model
 

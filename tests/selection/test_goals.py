@@ -39,12 +39,12 @@ from tiny_models import BLOCKS, TINY_CONFIGS, WIDTH, build_tiny_model
             "several share one target, --target-params or --target-speedup or --max-loss-increase",
         ),
         (
-            ["--parts", "blocks", "--remove-blocks", "1", "--sparsity", "0.2"],
-            "found --sparsity and --remove-blocks",
+            ["--parts", "blocks", "--remove", "1", "--sparsity", "0.2"],
+            "found --sparsity and --remove",
         ),
-        (["--parts", "ffn,blocks", "--remove-blocks", "1"], "belongs to --parts blocks alone"),
-        (["--remove-experts", "1"], "--remove-experts belongs to --parts experts alone"),
-        (["--parts", "experts", "--remove-experts", "-1"], "must be at least 0"),
+        (["--parts", "ffn,blocks", "--remove", "1"], "belongs to --parts blocks alone"),
+        (["--remove", "1"], "--remove belongs to --parts experts alone"),
+        (["--parts", "experts", "--remove", "-1"], "must be at least 0"),
         (["--parts", "ffn,experts", "--target-params", "0.8"], "whole experts go alone"),
         (["--sparsity", "0.5", "--held-out", "x"], "--held-out belongs to --max-loss-increase"),
         (["--sparsity", "0.5", "--held-out-windows", "3"], "--held-out-windows belongs to"),
@@ -66,8 +66,8 @@ def test_impossible_goals_are_one_sentence(prune, arguments, message):
 
 
 def test_numbers_of_what_goes_whole_need_no_sparsity(prune, model, text_file, tmp_path):
-    asked: dict[str, Any] = {"parts": "blocks", "remove_blocks": 1}
-    done = prune("--parts", "blocks", "--set", "remove_blocks=1", "--effort", "fast")
+    asked: dict[str, Any] = {"parts": "blocks", "remove": 1}
+    done = prune("--parts", "blocks", "--set", "remove=1", "--effort", "fast")
     statistics = cfsp.Statistics.load(done.out / "cfsp.statistics")
     assert cfsp.plan(model, statistics, **asked).removed_blocks == done.plan.removed_blocks
     text: dict[str, Any] = {"data": [str(text_file)], "samples": 2, "seqlen": 16}

@@ -79,7 +79,7 @@ def test_a_command_that_keeps_blocks(prune, repair):
 def test_blocks_that_stay_are_not_dropped(source, tokenizer, text_file, removal):
     found = [
         cfsp.prune(
-            source.model, tokenizer, parts="blocks", remove_blocks=2, keep=keep, removal=removal,
+            source.model, tokenizer, parts="blocks", remove=2, keep=keep, removal=removal,
             data=[text_file], samples=4, seqlen=32, device="cpu", effort="fast",
         ).config.cfsp["removed_blocks"]
         for keep in ((), (1, 2, 3))
@@ -101,7 +101,7 @@ def test_an_ffn_that_stays_keeps_its_block_and_not_its_attention(source):
 def test_more_than_the_others_own_is_refused(source, tokenizer, text_file):
     asked: dict[str, Any] = {"data": [text_file], "samples": 4, "seqlen": 32, "multiple": 8}
     with pytest.raises(BudgetError, match="what --keep names must stay; between 0 and 2"):
-        cfsp.prune(source.model, tokenizer, parts="blocks", remove_blocks=3, keep="0,1,2", **asked)
+        cfsp.prune(source.model, tokenizer, parts="blocks", remove=3, keep="0,1,2", **asked)
     with pytest.raises(BudgetError, match="can be removed"):
         cfsp.prune(source.model, tokenizer, sparsity=0.5, keep="0,1,2,3", **asked)
     with pytest.raises(UsageError, match="--keep is not for --parts experts"):

@@ -23,8 +23,8 @@ from cfsp.errors import UnsupportedModelError
 from cfsp.planning.candidate import NOTHING, Droppable, Dropped
 from cfsp.quality.perplexity import perplexity
 from cfsp.selection import drop_order
+from cfsp.selection.constraint import DropBudget
 from cfsp.selection.divergence import POSITION_STRIDE, dense_predictions
-from cfsp.selection.drop_budget import DropBudget
 from cfsp.selection.drop_order import order_of_removal
 from cfsp.selection.masks import masked_channels, masked_loss, masked_unit
 from cfsp.selection.sensitivity import block_sensitivities, with_sensitivity

@@ -18,7 +18,7 @@ from cfsp.errors import BudgetError
 from cfsp.planning.make import model_size
 from cfsp.selection import goal
 from cfsp.selection.goal import MANY_CHANNELS, constraint_of
-from cfsp.settings import Budget, Compute, Criterion, PruneSettings, TargetParameters
+from cfsp.settings import Budget, Compute, PruneSettings, TargetParameters
 from cfsp.streaming.work_dir import WorkDir
 from tiny_decoders import tiny_config
 
@@ -69,15 +69,13 @@ def test_channels_go_alone_where_blocks_cannot_be_compared_and_it_is_said(
         assert parts_of(source, stays, draw, **settings) == ("ffn",)
         assert f"{why}: whole blocks are not tried" in caplog.text
 
-    by_runs = {"criterion": Criterion(removal="runs")}
-    check(
-        "60% of the FFN channels would go alone, and --set removal=runs compares no predictions",
-        **by_runs,
-    )
     with_images = replace(draw(), images_N=({"pixels": torch.zeros(1)},) * 4)
     check("the text has images", draw=lambda: with_images)
     monkeypatch.setattr(goal, "has_room_for_two", lambda *_: False)
-    check("there is no memory for a pruned model beside the dense one")
+    check(
+        "60% of the FFN channels would go alone, and there is no memory for a pruned model beside "
+        "the dense one"
+    )
 
 
 @pytest.mark.parametrize(

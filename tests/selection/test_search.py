@@ -26,8 +26,17 @@ from cfsp.selection import drop_order, search
 from cfsp.selection.constraint import STEPS, highest_step, last_that_holds
 from cfsp.selection.divergence import dense_predictions, few_beginnings
 from cfsp.selection.masks import MaskedModel, masked_channels
-from cfsp.selection.score import FITTED_WINDOWS, RepairedScore, apart, masked_score
-from cfsp.selection.search import Scored, _best_numbers, _repaired_score, best_of, worth_a_repair
+from cfsp.selection.search import (
+    FITTED_WINDOWS,
+    RepairedScore,
+    Scored,
+    _best_numbers,
+    _repaired_score,
+    apart,
+    best_of,
+    masked_score,
+    worth_a_repair,
+)
 from cfsp.settings import Budget, CalibrationText, Compute, Part, PruneSettings, TargetParameters
 from cfsp.streaming.work_dir import temporary_work_dir
 from cfsp.text.drawing import draw_text

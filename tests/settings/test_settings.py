@@ -107,8 +107,8 @@ def test_a_call_asks_by_the_names_of_options() -> None:
     assert (
         found.leaves_parts_open and not prune_settings(given | {"parts": "ffn"}).leaves_parts_open
     )
-    with pytest.raises(UsageError, match="--held-out belongs to --max-loss-increase"):
-        prune_settings(given | {"held_out": "c.txt"})
+    with pytest.raises(UsageError, match="--target-speedup-of belongs to --target-speedup"):
+        prune_settings(given | {"target_speedup_of": "prefill"})
 
 
 @pytest.mark.parametrize("sparsity", [1.0, -0.1, float("nan"), 20])

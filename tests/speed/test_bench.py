@@ -141,12 +141,12 @@ def test_comparison_reports_every_round_of_every_model(
     tiny_checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     models = [str(tiny_checkpoint("llama")), str(tiny_checkpoint("qwen3"))]
-    comparison = bench(models, rounds=3, warmups=1, prompt=[4, 8], new_tokens=2)
+    comparison = bench(models, rounds=3, prompt=[4, 8], new_tokens=2)
     bench_command.print_comparison(comparison)
     out = capsys.readouterr().out
     assert "batch 1, prompt 4, 2 new tokens, 3 rounds; other programs took 0%" in out
     assert f"prefill  {Path(models[0]).name}" in out and f"decode  {Path(models[1]).name}" in out
-    assert "1.000x" in out and "medians of rounds in turns after 1 warm-up" in out
+    assert "1.000x" in out and "medians of rounds in turns after 2 warm-ups" in out
     report = json.loads(json.dumps(comparison.to_json()))
     assert report["conditions"]["rounds"] == 3
     assert len(report["rounds_given_up"]) == len(report["disturbance"]) == 2
@@ -258,9 +258,9 @@ def test_bench_times_every_combination(
     assert [subject.head for subject in subjects] == [True, False]
     assert workloads == [Workload(1, 4, 32), Workload(2, 4, 32)]
     assert conditions == Conditions("compile", warmups=3)
-    bench([model, model.parent / "." / model.name], warmups=1)
+    bench([model, model.parent / "." / model.name])
     assert [s.label for s in asked[1][0]] == [model.name] * 2
-    assert asked[1][2].warmups == 1
+    assert asked[1][2].warmups == 2
 
 
 def test_bench_takes_a_gguf_file_as_prune_does(
@@ -347,7 +347,7 @@ def test_missing_engine_names_the_extra(
         (["--shape", "llama-2-7b", "--blocks", "0"], "--blocks must be at least 1, found 0"),
         (["demo", "--prompt", "0"], "--prompt must be at least 1, found 0"),
         (["demo", "--new-tokens", "0"], "--new-tokens must be at least 1, found 0"),
-        (["demo", "--rounds", "0"], "at least 1 warm-up and 1 round, found 2 and 0"),
+        (["demo", "--rounds", "0"], "at least 1 round, found 0"),
         (["demo", "--engine", "llama.cpp"], "it runs .gguf files; make one with: cfsp export"),
         (["a.gguf"], "a.gguf does not exist; give a directory with safetensors"),
     ],
@@ -392,7 +392,7 @@ def test_vllm_itself_times_an_export(tokenizer: Any, tmp_path: Path) -> None:
     source = cut(tiny("llama", hidden_size=128, head_dim=32), tokenizer, tmp_path)
     export_checkpoint(source, "vllm", tmp_path / "export", verify=False)
     models = [str(tmp_path / "dense"), str(source.directory), str(tmp_path / "export")]
-    how = "--engine vllm --prompt 16 --new-tokens 4 --rounds 1 --warmups 1 --dtype float32 --json"
+    how = "--engine vllm --prompt 16 --new-tokens 4 --rounds 1 --dtype float32 --json"
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(SOURCE)}
     done = subprocess.run(
         [python, "-m", "cfsp", "bench", *models, *how.split()],

@@ -256,7 +256,7 @@ def test_a_sweep_that_was_killed_while_it_wrote_its_recipe_begins(model, text, t
     abandoned = out / f".recipe.toml.partial-{2**22 + 1}"  # no process has this number
     abandoned.write_text("model =")
     argv = ["sweep", str(model), *text[:6], "--sparsity", "0.4", "--multiple", "4"]
-    assert main([*argv, "--eval", text[1], "--eval-windows", "1", "--out", str(out)]) == 0
+    assert main([*argv, "--eval", text[1], "--windows", "1", "--out", str(out)]) == 0
     assert not abandoned.exists()
     assert names(out / "cfsp-0.4") >= {"cfsp.json", "config.json"}
     assert not list(out.rglob("model*.safetensors"))

@@ -14,19 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.cli import main
 from cfsp.errors import UsageError
-from cfsp.pipeline import calibrate_source
-from cfsp.planning.fine import channel_scores, read_ffn_weights
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.manifest import read_manifest
 from cfsp.result.tables import pareto_front
-from cfsp.settings import Budget, CalibrationText, Compute
+from cfsp.settings import Budget, Compute
 from cfsp.sweep.methods import METHODS, method_named
 from cfsp.sweep.recipe import Recipe, read_recipe
 from cfsp.sweep.table import Row, loss_rise, tables
-from cfsp.text.tokenizers import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +35,8 @@ def sweep(
     out = tmp_path_factory.mktemp("sweep") / "out"
     arguments = [
         "sweep", str(tiny_checkpoint("llama")), "--sparsity", "25%", "0.5",
-        "--method", "cfsp", "random", "--multiple", "4", "--data", str(text_file),
-        "--samples", "8", "--seqlen", "32", "--eval", str(text_file), "--eval-windows", "2",
+        "--method", "cfsp", "cfsp-plain", "--multiple", "4", "--data", str(text_file),
+        "--samples", "8", "--seqlen", "32", "--eval", str(text_file), "--windows", "2",
         "--out", str(out),
     ]  # fmt: skip
     assert main(arguments) == 0
@@ -53,10 +49,10 @@ def test_every_method_makes_every_sparsity_at_the_same_size(
     _, out = sweep
     rows = json.loads((out / "table.json").read_text())
     assert [row["name"] for row in rows] == [
-        "dense", "cfsp-0.25", "cfsp-0.5", "random-0.25", "random-0.5",
+        "dense", "cfsp-0.25", "cfsp-0.5", "cfsp-plain-0.25", "cfsp-plain-0.5",
     ]  # fmt: skip
     size = {row["name"]: row["parameters"] for row in rows}
-    assert size["dense"] > size["cfsp-0.25"] == size["random-0.25"] > size["cfsp-0.5"]
+    assert size["dense"] > size["cfsp-0.25"] == size["cfsp-plain-0.25"] > size["cfsp-0.5"]
     for row in rows[1:]:
         directory = Path(row["directory"])
         plan = PruningPlan.load(directory / "cfsp_plan.json")
@@ -71,7 +67,7 @@ def test_every_method_makes_every_sparsity_at_the_same_size(
         assert set(compared) == {"before", "after", *measured}
     kept = [
         PruningPlan.load(out / f"{name}-0.5" / "cfsp_plan.json").units[0].kept
-        for name in ("cfsp", "random")
+        for name in ("cfsp", "cfsp-plain")
     ]
     assert kept[0] != kept[1]
     caption, _, head, rule, *lines = (out / "table.md").read_text().splitlines()
@@ -81,7 +77,7 @@ def test_every_method_makes_every_sparsity_at_the_same_size(
     assert [line.split("|")[1].strip() for line in lines] == [
         "dense",
         *2 * ["cfsp"],
-        *2 * ["random"],
+        *2 * ["cfsp-plain"],
     ]
 
 
@@ -102,7 +98,7 @@ def test_it_compares_with_the_dense_model_if_asked_to(
     arguments = [
         "sweep", str(tiny_checkpoint("llama")), "--sparsity", "25%", "--multiple", "4",
         "--data", str(text_file), "--samples", "8", "--seqlen", "32", "--eval", str(text_file),
-        "--eval-windows", "2", "--agreement", "--tasks", "piqa", "--set", "task_limit=4",
+        "--windows", "2", "--agreement", "--tasks", "piqa", "--set", "limit=4",
         "--set", f"task_data={tmp_path / 'tasks'}", "--answers", "2", "--out", str(out),
     ]  # fmt: skip
     assert main(arguments) == 0
@@ -140,7 +136,7 @@ def test_a_sweep_goes_on_where_it_stopped(
     arguments, out = sweep
     before = (out / "table.json").read_bytes()
     untouched = (out / "cfsp-0.25" / "cfsp.json").stat().st_mtime_ns
-    shutil.rmtree(out / "random-0.25")
+    shutil.rmtree(out / "cfsp-plain-0.25")
     (out / ".working").mkdir()
     (out / ".working" / "half").write_text("left by a kill")
     assert main(arguments) == 0
@@ -166,7 +162,7 @@ def test_its_recipe_gives_the_same_sweep(sweep: tuple[list[str], Path], tmp_path
 
 def test_report_shows_the_front(sweep: tuple[list[str], Path], tmp_path: Path) -> None:
     _, out = sweep
-    runs = [str(out / name) for name in ("cfsp-0.25", "cfsp-0.5", "random-0.5")]
+    runs = [str(out / name) for name in ("cfsp-0.25", "cfsp-0.5", "cfsp-plain-0.5")]
     page = tmp_path / "report.html"
     assert main(["report", *runs, "--out", str(page)]) == 0
     html = page.read_text()
@@ -188,33 +184,19 @@ def test_front_holds_exactly_what_nothing_beats(points: list[tuple[int, int]]) -
         assert best != beaten
 
 
-def test_random_is_the_same_for_the_same_calibration(
-    tiny_checkpoint: Callable[[str], Path], text_file: Path
-) -> None:
-    source = open_checkpoint(tiny_checkpoint("llama"))
-    tokenizer = load_tokenizer(source.directory)
-    scores = []
-    for seed in (0, 0, 1):
-        text = CalibrationText((str(text_file),), 4, 32, seed)
-        statistics = calibrate_source(source, tokenizer, text, Compute())
-        scores += [
-            channel_scores("random", statistics.units[b], read_ffn_weights(source, b)).tolist()
-            for b in (0, 1)
-        ]
-    assert scores[0] == scores[2]
-    assert scores[1] == scores[3]
-    assert scores[0] != scores[1]
-    assert scores[0] != scores[4]
-
-
-OWN = {"name": "own", "block_metric": "mse", "clamp": "water-fill", "multiple": 8, "parts": ("kv",)}
+OWN = {
+    "name": "own",
+    "block_metric": "uniform",
+    "multiple": 8,
+    "parts": ("kv",),
+}
 
 
 @pytest.mark.parametrize(
     "recipe",
     [
         Recipe("\U0001f600", (0.5,), eval=("\U0001f600.txt", 'a "b"\n')),
-        Recipe("m", (0.1, 0.5), (METHODS["random"], OWN), samples=9, seed=(0, 1 << 40),
+        Recipe("m", (0.1, 0.5), (METHODS["cfsp-plain"], OWN), samples=9, seed=(0, 1 << 40),
                data=("\x7f", ""), eval=("t",), speed=True),
     ],
 )  # fmt: skip
@@ -228,20 +210,20 @@ def test_a_recipe_names_its_own_methods(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(
         'model = "m"\nsparsity = [0.5]\neval = ["t"]\nseed = [0, 1]\n'
-        'methods = ["random", {name = "by mse", block_metric = "mse", repair = "none"}, '
-        '{name = "two", parts = ["attention"], removal = "runs"}]'
+        'methods = ["cfsp-plain", {name = "equal", block_metric = "uniform", repair = "none"}, '
+        '{name = "two", parts = ["attention"]}]'
     )
     recipe = read_recipe(path)
-    by_mse = {"name": "by mse", "block_metric": "mse", "repair": "none"}
-    two = {"name": "two", "parts": ("attention",), "removal": "runs"}
-    assert recipe.methods == (METHODS["random"], by_mse, two)
+    equal = {"name": "equal", "block_metric": "uniform", "repair": "none"}
+    two = {"name": "two", "parts": ("attention",)}
+    assert recipe.methods == (METHODS["cfsp-plain"], equal, two)
     points = recipe.points(Compute())
     assert [point.name for point in points] == [
-        "random-0.5-seed0", "random-0.5-seed1", "by mse-0.5-seed0", "by mse-0.5-seed1",
+        "cfsp-plain-0.5-seed0", "cfsp-plain-0.5-seed1", "equal-0.5-seed0", "equal-0.5-seed1",
         "two-0.5-seed0", "two-0.5-seed1",
     ]  # fmt: skip
     assert points[-1].settings.budget == Budget(0.5, parts=("attention",))
-    assert points[2].settings.criterion.block_metric == "mse"
+    assert points[2].settings.criterion.block_metric == "uniform"
     assert [points[i].settings.repair for i in (2, 4)] == ["none", "ridge"]
 
 
@@ -274,7 +256,7 @@ def test_a_bad_recipe_is_one_sentence(tmp_path: Path, text: str, message: str) -
     ("method", "message"),
     [
         ('name = "cfsp", repair = "none"', "cfsp is another method than the one of that name"),
-        ('name = "wanda-sp"', "or the name alone, as a string"),
+        ('name = "cfsp-plain"', "or the name alone, as a string"),
         ('name = "a/b"', "must do as that of a directory"),
         ('name = ".working"', "must do as that of a directory"),
         ('name = "a", block_metric = "x"', "a: --block-metric must be one of auto.*, found 'x'"),
@@ -302,7 +284,7 @@ def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     "more",
     [
         ["m"], ["--seqlen", "1024"], ["--seed", "0"], ["--method", "cfsp"],
-        ["--data", "t"], ["--sparsity", "0.5"], ["--eval-windows", "12"], ["--speed"],
+        ["--data", "t"], ["--sparsity", "0.5"], ["--windows", "12"], ["--speed"],
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -320,7 +302,7 @@ def test_nothing_that_a_recipe_decides_is_ignored(
     [
         (["--eval", "nothing.txt"], "nothing.txt is neither a file nor a known text"),
         (["--data", "nothing.txt"], "nothing.txt is neither a file nor a known text"),
-        (["--eval-windows", "9999"], "9999 are needed"),
+        (["--windows", "9999"], "9999 are needed"),
         (["--sparsity", "0.99"], "can be removed"),
         (["--device", "nowhere"], "nowhere"),
         (["--samples", "0"], "expected at least one window"),
@@ -362,18 +344,18 @@ def drawn(
     """The arguments of a sweep of two methods by two draws, and its directory."""
     directory = tmp_path_factory.mktemp("drawn")
     method = {
-        "name": "by sensitivity", "block_metric": "angular+sensitivity",
-        "channel_metric": "wanda", "repair": "none",
+        "name": "by sensitivity", "block_metric": "sensitivity",
+        "channel_metric": "eq8", "repair": "none",
     }  # fmt: skip
     recipe = Recipe(
         str(tiny_checkpoint("llama")), (0.5,), (METHODS["cfsp-plain"], method), multiple=4,
         data=(str(text_file),), samples=4, seqlen=32, seed=(0, 1), eval=(str(text_file),),
-        eval_windows=2,
+        windows=2,
     )  # fmt: skip
     (directory / "recipe.toml").write_text(recipe.to_toml())
     arguments = [
         *("sweep", "--recipe", str(directory / "recipe.toml")),
-        *("--out", str(directory / "out"), "--keep-weights"),
+        *("--out", str(directory / "out")),
     ]
     assert main(arguments) == 0
     return arguments, directory / "out"
@@ -388,25 +370,12 @@ def test_every_seed_is_a_calibration_of_its_own(
         for seed in (0, 1)
     ]
     assert [plan.calibration["seed"] for plan in plans] == [0, 1]
-    assert plans[0].criterion["channel_metric"] == "wanda"
+    assert plans[0].criterion["channel_metric"] == "eq8"
     quality, difference = (out / "table.md").read_text().split("\n\n|")[1:]
     assert "| by sensitivity | 50% | 2 |" in quality
     assert "percent above that of cfsp-plain by the same draw" in quality
     assert "| by sensitivity | 50% | 2 |" in difference
     assert "cfsp-plain" not in difference
-
-
-def test_weights_that_were_not_kept_are_made_again(
-    drawn: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments, out = drawn
-    weights = out / "cfsp-plain-0.5-seed1" / "model.safetensors"
-    before = weights.read_bytes()
-    weights.unlink()
-    assert main(arguments[:-1]) == 0
-    assert not weights.exists()
-    assert main(arguments) == 0
-    assert weights.read_bytes() == before
 
 
 def test_only_what_was_measured_alike_is_compared(
@@ -464,7 +433,7 @@ def test_loss_rise_is_in_nats() -> None:
 
 
 def test_a_method_is_a_name_or_a_part() -> None:
-    assert method_named("blocks-alone") is METHODS["blocks-alone"]
+    assert method_named("cfsp-published") is METHODS["cfsp-published"]
     assert method_named("kv") == {"name": "kv", "parts": ("kv",)}
     with pytest.raises(UsageError, match=r"unknown method 'fnn'.*known are: cfsp, .*--parts"):
         method_named("fnn")
@@ -478,7 +447,7 @@ def test_parts_are_pruned_as_alone(
     asked = ["--data", str(text_file), "--samples", "8", "--seqlen", "32", "--sparsity", "0.3"]
     asked += ["--set", "multiple=8"]
     methods = ["kv", "blocks"]
-    measured = ["--eval", str(text_file), "--eval-windows", "1", "--method", *methods]
+    measured = ["--eval", str(text_file), "--windows", "1", "--method", *methods]
     assert main(["sweep", model, *asked, *measured, "--out", str(out)]) == 0
     _dense, *rows = json.loads((out / "table.json").read_text())
     assert [row["method"] for row in rows] == methods

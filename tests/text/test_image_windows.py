@@ -200,7 +200,7 @@ def test_what_reads_text_alone_says_so(chats, processor, caplog):
     with caplog.at_level(logging.WARNING):
         assert not draw_windows([str(chats)], processor.tokenizer, samples=2, seqlen=8).has_images
     assert "its images are left out" in caplog.text
-    with pytest.raises(UsageError, match="a text to calibrate on has images; give a --held-out"):
+    with pytest.raises(UsageError, match="a text to calibrate on has images; say how much"):
         windows_left_over([str(chats)], processor.tokenizer, samples=2, seqlen=8, seed=0, count=1)
 
 

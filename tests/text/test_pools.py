@@ -116,7 +116,7 @@ def test_what_is_left_over_is_even_and_may_not_be_enough(tokenizer):
     left = windows_left_over(texts, tokenizer, 7, samples=9, seqlen=16)
     assert left.sources == {"one": 4, "two": 3}
     have = len(draw_windows(texts[:1], tokenizer, seqlen=64).tokens_NT)
-    with pytest.raises(TextError, match=rf"calibration takes {have}; 2 others.*--held-out"):
+    with pytest.raises(TextError, match=rf"calibration takes {have}; 2 others.*or more text"):
         windows_left_over(texts[:1], tokenizer, 2, seqlen=64)
 
 

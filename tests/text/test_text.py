@@ -205,9 +205,8 @@ def test_evaluation_windows_are_the_first_ones_in_order(tmp_path, tokenizer):
 def test_windows_say_whether_they_are_of_an_evaluation_part(tokenizer, text_file):
     """Of a file, what is measured on may have been calibrated on."""
     for text, expected in (("python-docs", True), (str(text_file), False)):
-        for stride in (None, 8):
-            windows = consecutive_windows(text, tokenizer, count=2, seqlen=16, stride=stride)
-            assert windows.evaluation_part is expected
+        windows = consecutive_windows(text, tokenizer, count=2, seqlen=16)
+        assert windows.evaluation_part is expected
 
 
 def test_text_longer_than_a_chunk_is_joined_by_empty_lines(tmp_path, tokenizer, monkeypatch):

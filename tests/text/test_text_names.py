@@ -27,7 +27,6 @@ from cfsp.settings import (
     CalibrationText,
     Compute,
     EvaluationText,
-    MaxLossIncrease,
     PruneSettings,
     Text,
 )
@@ -98,7 +97,6 @@ def test_a_text_on_the_hub_is_opened_once(monkeypatch):
     [
         ["prune", "MODEL", "--sparsity", "0.2", "--out", "OUT", "--eval", ABSENT],
         ["prune", "MODEL", "--sparsity", "0.2", "--out", "OUT", "--data", ABSENT],
-        ["prune", "MODEL", "--max-loss-increase", "1", "--held-out", ABSENT, "--out", "OUT"],
         ["calibrate", "MODEL", "--out", "OUT", "--data", ABSENT],
         ["eval", "MODEL", "--data", ABSENT],
         ["sweep", "MODEL", "--sparsity", "0.2", "--eval", ABSENT, "--out", "OUT"],
@@ -135,16 +133,13 @@ def test_functions_refuse_a_text_before_any_work(tiny_checkpoint, tmp_path, monk
     settings, out = PruneSettings(Budget(0.2)), tmp_path / "out"
     absent = CalibrationText((ABSENT,))
     evaluation = EvaluationText((ABSENT,))
-    goal = MaxLossIncrease(1.0, (ABSENT,))
     training = Training(Limit(steps=1))
     refusals: list[Callable[[], object]] = [
         lambda: cfsp.prune("no-model", out=out, sparsity=0.2, data=[ABSENT]),
-        lambda: cfsp.prune("no-model", out=out, goal=goal),
         lambda: cfsp.calibrate("no-model", data=[ABSENT]),
         lambda: cfsp.evaluate(["no-model"], [ABSENT]),
         lambda: prune_checkpoint(source, out, PruneSettings(Budget(0.2), text=absent)),
         lambda: prune_checkpoint(source, out, replace(settings, evaluation=evaluation)),
-        lambda: prune_checkpoint(source, out, replace(settings, goal=goal)),
         lambda: recover_checkpoint(source, out, RecoverSettings((ABSENT,), training)),
         lambda: recover_checkpoint(
             source, out, RecoverSettings(("python-docs",), training, evaluation=evaluation)

@@ -10,21 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from cfsp.architecture.found import Unit
 from cfsp.calibration.observed import BlockStatistics, ObservedBlock, UnitStatistics
 from cfsp.calibration.statistics import RunDistances
 from cfsp.calibration.together import added_up
 from cfsp.errors import CalibrationError
-from cfsp.settings import DISTANCES
-
-if TYPE_CHECKING:
-    from cfsp.architecture.found import Unit
-    from cfsp.processes import Team
-    from cfsp.text.windows import Windows
+from cfsp.processes import Team
+from cfsp.text.windows import Windows
 
 # Rows of activations that are summed at once: on a CPU their float32 copy should stay in the cache,
 # an accelerator is given few and large things to do.
@@ -33,16 +29,12 @@ _ROWS, _ROWS_ELSEWHERE = 256, 4096
 SAMPLED_TOKENS = 1024
 
 
-class DistanceSums:
-    """Distances between a block's input and output hidden states, summed over tokens.
+class DistanceSum:
+    """Angular distance between a block's input and output hidden states, summed over tokens.
 
     Per token, in float32, with h the input and h' the output (D values each):
 
-        angular    arccos(clamp(cos(h, h'), -1, 1)) / pi   (CFSP Eq. 3, in [0, 1])
-        cosine     1 - cos(h, h')
-        euclidean  |h' - h| / |h|
-        mse        mean over D of (h' - h)^2
-        mae        mean over D of |h' - h|
+        arccos(clamp(cos(h, h'), -1, 1)) / pi   (CFSP Eq. 3, in [0, 1])
     """
 
     def __init__(self) -> None:
@@ -53,31 +45,20 @@ class DistanceSums:
         """Add the tokens of one batch."""
         before = input_BTD.flatten(0, 1).float()
         after = output_BTD.flatten(0, 1).float()
-        difference = after - before
         before_norm = torch.linalg.vector_norm(before, dim=1)
         after_norm = torch.linalg.vector_norm(after, dim=1)
         tiny = torch.finfo(torch.float32).tiny
         cosine = (before * after).sum(1) / (before_norm * after_norm).clamp_min(tiny)
-        cosine = cosine.clamp(-1.0, 1.0)
-        squares = difference.square()
-        values = {
-            "angular": torch.arccos(cosine) / math.pi,
-            "cosine": 1.0 - cosine,
-            "euclidean": squares.sum(1).sqrt() / before_norm.clamp_min(tiny),
-            "mse": squares.mean(1),
-            "mae": difference.abs().mean(1),
-        }
+        angular = torch.arccos(cosine.clamp(-1.0, 1.0)) / math.pi
         # Kept where it was computed: to ask an accelerator for a number is to wait for it.
-        added = torch.stack([values[name].sum(dtype=torch.float64).float() for name in DISTANCES])
+        added = angular.sum(dtype=torch.float64).float()
         self._total = added.double() if self._total is None else self._total + added
         self.tokens += before.shape[0]
 
     @property
-    def sums(self) -> dict[str, float]:
-        """Sum of each distance over all tokens added so far."""
-        if self._total is None:
-            return dict.fromkeys(DISTANCES, 0.0)
-        return dict(zip(DISTANCES, self._total.tolist(), strict=True))
+    def total(self) -> float:
+        """Sum over all tokens added so far."""
+        return 0.0 if self._total is None else float(self._total)
 
 
 class ChannelSums:
@@ -129,19 +110,15 @@ class BlockSums:
 
     def __init__(self, units: Sequence[Unit]) -> None:
         self._units = units
-        self.distances = DistanceSums()
+        self.distance = DistanceSum()
         self.channels = [ChannelSums(unit.ffns) for unit in units]
         # Where it is an attention.
-        self.sublayers = [DistanceSums() for _ in units]
+        self.sublayers = [DistanceSum() for _ in units]
         self.outputs = OutputNorms([unit.removable_experts for unit in units])
 
     def observed(self, block: int, passing: Tensor | None = None) -> ObservedBlock:
-        """Return the statistics of the block at an index; for `passing` see `ObservedBlock`.
-
-        Raises:
-            CalibrationError: an activation was NaN or infinite.
-        """
-        distance_sums, tokens = self.distances.sums, self.distances.tokens
+        """Return the statistics of the block at an index; for `passing` see `ObservedBlock`."""
+        distance_sum, tokens = self.distance.total, self.distance.tokens
         units = []
         for unit, sums, sublayer, norm_E in zip(
             self._units, self.channels, self.sublayers, self.outputs.norm_UE, strict=True
@@ -156,18 +133,18 @@ class BlockSums:
                     tokens=tokens,
                     routed_E=tuple(sums.tokens_E) if unit.ffns > 1 else (),
                     part=unit.part,
-                    distance_sums=sublayer.sums if unit.after is not None else {},
+                    distance_sum=sublayer.total if unit.after is not None else None,
                     output_norm_E=norm_E.cpu(),
                 )
             )
-        if not all(map(math.isfinite, distance_sums.values())) or not all(
+        if not math.isfinite(distance_sum) or not all(
             bool(torch.isfinite(unit.sum_of_squares_F).all()) for unit in units
         ):
             raise CalibrationError(
                 f"block {block} produced NaN or infinite activations; "
                 "calibrate with --dtype float32 or bfloat16"
             )
-        return ObservedBlock(BlockStatistics(distance_sums, tokens), tuple(units), passing)
+        return ObservedBlock(BlockStatistics(distance_sum, tokens), tuple(units), passing)
 
 
 # How far runs of blocks turn the hidden state. What enters the first block of a run and what leaves

@@ -10,26 +10,24 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cfsp.architecture.found import Unit
 from cfsp.calibration.accumulators import BlockSums, run_distances, sampled, sampled_stride
 from cfsp.calibration.observed import CalibrationRecord, ObservedBlock, UnitStatistics
 from cfsp.calibration.statistics import Statistics
 from cfsp.calibration.together import add_up, part_of
-from cfsp.checkpoint.reading import fingerprint
+from cfsp.checkpoint.reading import WeightSource, fingerprint
 from cfsp.checkpoint.skeleton import architecture_of
 from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.errors import CalibrationError, ResumeError, UsageError
 from cfsp.processes import Team
 from cfsp.streaming.block_pass import Visitor, pass_blocks
 from cfsp.streaming.block_stream import OnActivations, StreamedBlock
+from cfsp.streaming.runtime import Runtime
+from cfsp.streaming.work_dir import WorkDir
+from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-    from cfsp.architecture.found import Unit
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.streaming.runtime import Runtime
-    from cfsp.streaming.work_dir import WorkDir
-    from cfsp.text.windows import Windows
 
 
 def calibrate(
@@ -46,20 +44,6 @@ def calibrate(
 
     Each process of a team has a part of the windows; where there are fewer batches than processes,
     some have nothing to do.
-
-    Args:
-        source: the model.
-        windows: the calibration text, the same in every process.
-        runtime: where and in what blocks compute.
-        seed: the seed that the windows were drawn by, for the record.
-        work_dir: where to spill and to save, and the team; None for neither.
-        name: of the pass, in its work directory and its progress bar.
-        runs: whether to compare runs of consecutive blocks as well.
-
-    Raises:
-        CalibrationError: a weight or an activation is NaN or infinite, or an FFN unit saw no token.
-        CheckpointError: a tensor is missing or truncated.
-        ResumeError: the work directory holds unfinished work of something else.
     """
     team = Team() if work_dir is None else work_dir.team
     check_tokens(source.config, windows.tokens_NT, source.label)
@@ -134,9 +118,6 @@ def observe(
 
     All activations are shown besides (see `StreamedBlock.advance`); where there is a stride, the
     hidden states of one of so many tokens are kept.
-
-    Raises:
-        CalibrationError: an activation is NaN or infinite.
     """
     sums = BlockSums(block.units)
     passing: list[Tensor] = []
@@ -147,7 +128,7 @@ def observe(
             on_activations(unit, ffn, act_RF, window_R)
 
     def on_hidden(input_BTD: Tensor, output_BTD: Tensor) -> None:
-        sums.distances.add(input_BTD, output_BTD)
+        sums.distance.add(input_BTD, output_BTD)
         if stride is not None:
             passing.append(sampled(stride, input_BTD, output_BTD))
 
@@ -161,11 +142,7 @@ def observe(
 
 
 def check_seen(units: Sequence[Unit], statistics: Sequence[UnitStatistics]) -> None:
-    """Check that tokens have reached every unit, by its statistics.
-
-    Raises:
-        CalibrationError: none has reached one.
-    """
+    """Check that tokens have reached every unit, by its statistics."""
     for unit, found in zip(units, statistics, strict=True):
         if not bool(found.sum_of_squares_F.any()):
             raise CalibrationError(
@@ -175,12 +152,7 @@ def check_seen(units: Sequence[Unit], statistics: Sequence[UnitStatistics]) -> N
 
 
 def check_tokens(config: PreTrainedConfig, tokens_NT: Tensor, label: str) -> None:
-    """Check that every token id, and every position, has an embedding.
-
-    Raises:
-        CalibrationError: the tokenizer belongs to another model.
-        UsageError: the windows are longer than any text that the model can read.
-    """
+    """Check that every token id, and every position, has an embedding."""
     highest, vocabulary = int(tokens_NT.max()), vocabulary_of(config)
     if highest >= vocabulary:
         raise CalibrationError(

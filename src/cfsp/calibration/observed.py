@@ -1,21 +1,69 @@
-"""What calibration gathers in each block and each unit of it, as values and as JSON.
+"""What calibration gathers in each block and each unit of it, as values and in a file.
+
+A file is one calibration: sums of channels as tensors, all else as JSON in its metadata.
 
 Shapes: E experts, F FFN channels.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from cfsp.calibration.statistics_file import read_facts, write_facts
-from cfsp.settings import DISTANCES, UNIT_PARTS, Part
+from cfsp.checkpoint.output import write_atomically
+from cfsp.errors import StatisticsError
+from cfsp.settings import UNIT_PARTS, Part
+
+STATISTICS_VERSION = 6
+# Version 4 has the sum of each activation besides, and both have distances besides the angular one,
+# which nothing is made from.
+_READ = (4, 5, STATISTICS_VERSION)
+_METADATA_KEY = "cfsp_statistics"
+
+
+def write_facts(path: Path, facts: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write JSON types and tensors to one file, atomically."""
+    # One entry only: the library writes several in random order, and the same statistics
+    # shall give the same bytes.
+    metadata = {_METADATA_KEY: json.dumps({"version": STATISTICS_VERSION, **facts})}
+    write_atomically(path, save(tensors, metadata=metadata))
+
+
+def read_facts(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what `write_facts` wrote; nothing but the version is checked."""
+    if not path.is_file():
+        raise StatisticsError(f"{path} does not exist; make it with: cfsp calibrate MODEL")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise StatisticsError(
+            f"{path} is not a statistics file: {error}; make one with: cfsp calibrate MODEL"
+        ) from error
+    try:
+        facts: dict[str, Any] = json.loads(metadata[_METADATA_KEY])
+        version = facts["version"]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise StatisticsError(
+            f"{path} is not a statistics file; make one with: cfsp calibrate MODEL"
+        ) from error
+    if version not in _READ:
+        raise StatisticsError(
+            f"{path} has statistics version {version}, expected {STATISTICS_VERSION}; "
+            "calibrate again"
+        )
+    return facts, tensors
+
 
 # Of units whose experts' outputs are not looked at.
 NOT_SEEN = torch.zeros(0, dtype=torch.float64)
@@ -25,19 +73,18 @@ NOT_SEEN = torch.zeros(0, dtype=torch.float64)
 class BlockStatistics:
     """What the calibration tokens did in one block."""
 
-    # Sum over tokens of each distance between the block's input and output.
-    distance_sums: dict[str, float]
+    distance_sum: float  # over tokens, of the angular distance between its input and output
     tokens: int
 
     @property
-    def distances(self) -> dict[str, float]:
-        """Mean of each distance over all tokens."""
-        return {name: total / self.tokens for name, total in self.distance_sums.items()}
+    def distance(self) -> float:
+        """Mean angular distance over all tokens."""
+        return self.distance_sum / self.tokens
 
     @property
     def is_possible(self) -> bool:
-        """Whether no sum is NaN or infinite."""
-        return all(map(math.isfinite, self.distance_sums.values()))
+        """Whether the sum is not NaN or infinite."""
+        return math.isfinite(self.distance_sum)
 
     @staticmethod
     def from_json(entry: Mapping[str, Any], index: int) -> BlockStatistics:
@@ -45,7 +92,7 @@ class BlockStatistics:
         tokens = int(entry["tokens"])
         if tokens < 1:
             raise ValueError(f"block {index} has seen {tokens} tokens")
-        return BlockStatistics(_distance_sums(entry["distance_sums"]), tokens)
+        return BlockStatistics(_distance_sum(entry), tokens)
 
 
 @dataclass(frozen=True)
@@ -61,8 +108,8 @@ class UnitStatistics:
             are then numbered through, expert after expert, and sums are over the tokens that
             were routed to the expert, activations weighted as the router weights its output.
         part: what it is a unit of.
-        distance_sums: of an attention, sum over tokens of each distance between the hidden state
-            before it and that after it; empty where these are not seen.
+        distance_sum: of an attention, sum over tokens of the angular distance between the hidden
+            state before it and that after it; None where these are not seen.
         output_norm_E: sum over the tokens routed to each expert of the L2 norm of what it adds,
             its output times the router's weight, float64; empty where whole experts can't go.
     """
@@ -72,7 +119,7 @@ class UnitStatistics:
     tokens: int
     routed_E: tuple[int, ...] = ()
     part: Part = "ffn"
-    distance_sums: dict[str, float] = field(default_factory=dict)
+    distance_sum: float | None = None
     output_norm_E: Tensor = NOT_SEEN
 
     @property
@@ -107,7 +154,7 @@ class UnitStatistics:
         """Whether no sum is NaN, infinite, or negative where it cannot be."""
         sums = torch.cat([self.sum_of_squares_F, self.output_norm_E])
         possible = bool(((sums >= 0) & torch.isfinite(sums)).all())
-        return possible and all(map(math.isfinite, self.distance_sums.values()))
+        return possible and math.isfinite(self.distance_sum or 0.0)
 
     def to_json(self) -> dict[str, Any]:
         """Return what is written of a unit besides its tensors."""
@@ -116,8 +163,8 @@ class UnitStatistics:
             entry["routed"] = self.routed_E
         if self.part != "ffn":
             entry["part"] = self.part
-        if self.distance_sums:
-            entry["distance_sums"] = self.distance_sums
+        if self.distance_sum is not None:
+            entry["distance_sum"] = self.distance_sum
         return entry
 
     @staticmethod
@@ -140,9 +187,9 @@ class UnitStatistics:
         part = entry.get("part", "ffn")
         if part not in UNIT_PARTS:
             raise ValueError(f"{name} is of the part {part!r}")
-        sums = entry.get("distance_sums") or {}
-        distances = _distance_sums(sums) if sums else {}
-        return UnitStatistics(block, squares_F.double(), tokens, routed_E, part, distances, norm_E)
+        seen = entry.keys() & {"distance_sum", "distance_sums"}
+        distance = _distance_sum(entry) if seen else None
+        return UnitStatistics(block, squares_F.double(), tokens, routed_E, part, distance, norm_E)
 
 
 @dataclass(frozen=True)
@@ -224,5 +271,7 @@ def _path(directory: Path, block: int) -> Path:
     return directory / f"statistics-{block:05d}.safetensors"
 
 
-def _distance_sums(found: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(found[name]) for name in DISTANCES}
+def _distance_sum(entry: Mapping[str, Any]) -> float:
+    # Up to version 5 there were other distances besides.
+    found = entry["distance_sums"]["angular"] if "distance_sums" in entry else entry["distance_sum"]
+    return float(found)

@@ -19,10 +19,11 @@ from cfsp.calibration.observed import (
     CalibrationRecord,
     ObservedBlock,
     UnitStatistics,
+    read_facts,
     tensors_of,
     units_from_json,
+    write_facts,
 )
-from cfsp.calibration.statistics_file import read_facts, write_facts
 from cfsp.errors import StatisticsError
 from cfsp.settings import WHOLE_PARTS, Part, WholePart
 
@@ -222,8 +223,8 @@ class Statistics:
         units = tuple(unit for unit in self.units if unit.part == part)
         blocks = list(self.blocks)
         for unit in units:
-            if unit.distance_sums:
-                blocks[unit.block] = BlockStatistics(unit.distance_sums, unit.tokens)
+            if unit.distance_sum is not None:
+                blocks[unit.block] = BlockStatistics(unit.distance_sum, unit.tokens)
         sensitivity = self.sensitivity and self.sensitivity.of_part(part)
         return replace(self, blocks=tuple(blocks), units=units, sensitivity=sensitivity)
 
@@ -235,6 +236,10 @@ class Statistics:
         """Return the order in which blocks go, attentions, or both together."""
         among = tuple(parts) if len(parts) > 1 else ()
         return [each for each in self.removals if each.among == among and each.part in parts]
+
+    def has_order_of(self, parts: Sequence[WholePart]) -> bool:
+        """Return whether these go by an order: several always do."""
+        return len(parts) > 1 or bool(self.removals_of(parts))
 
     def without_attentions(self, removed: Collection[int]) -> Statistics:
         """Return the statistics without the attentions of some blocks."""
@@ -258,9 +263,10 @@ class Statistics:
             runs=None,
         )
 
-    def distances(self, metric: str) -> list[float]:
-        """Return one distance for every block."""
-        return [block.distances[metric] for block in self.blocks]
+    @property
+    def distance_L(self) -> list[float]:
+        """The mean angular distance of every block."""
+        return [block.distance for block in self.blocks]
 
     def save(self, path: Path) -> None:
         """Write the statistics to one file, atomically.

@@ -9,26 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cfsp.calibration.observed import BlockStatistics, ObservedBlock, UnitStatistics
-from cfsp.checkpoint.reading import fingerprint
+from cfsp.checkpoint.reading import WeightSource, fingerprint
 from cfsp.errors import UsageError
 from cfsp.processes import Team
 from cfsp.streaming.block_stream import windows_in_batch
 from cfsp.streaming.runtime import versions
 from cfsp.text.windows import Windows
 
-if TYPE_CHECKING:
-    from cfsp.checkpoint.reading import WeightSource
-
 # What is summed over tokens.
 _SUMS: dict[type, tuple[str, ...]] = {
-    BlockStatistics: ("distance_sums", "tokens"),
-    UnitStatistics: ("sum_of_squares_F", "tokens", "routed_E", "distance_sums", "output_norm_E"),
+    BlockStatistics: ("distance_sum", "tokens"),
+    UnitStatistics: ("sum_of_squares_F", "tokens", "routed_E", "distance_sum", "output_norm_E"),
 }
 
 
@@ -38,11 +35,7 @@ def part_of(windows: Windows, team: Team, batch_windows: int | None) -> slice:
 
 
 def check_enough(windows: Windows, team: Team, batch_windows: int | None) -> None:
-    """Check that every process has windows.
-
-    Raises:
-        UsageError: there are fewer batches than processes.
-    """
+    """Check that every process has windows."""
     size, count = windows_in_batch(windows, batch_windows), len(windows.tokens_NT)
     batches = math.ceil(count / size)
     if batches < team.size:
@@ -54,11 +47,7 @@ def check_enough(windows: Windows, team: Team, batch_windows: int | None) -> Non
 
 
 def check_same_work(team: Team, sources: Sequence[WeightSource], more: Mapping[str, str]) -> None:
-    """Check that all processes have the same models and software, and what else is named.
-
-    Raises:
-        UsageError: one has another.
-    """
+    """Check that all processes have the same models and software, and what else is named."""
     if team.size > 1:
         software = {f"version of {name}": found for name, found in versions().items()}
         models = ", ".join(map(fingerprint, sources))
@@ -100,15 +89,12 @@ def _with(part: Any, sums: Iterator[Tensor]) -> Any:
 def _numbers(value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value.double().reshape(-1)
-    values = list(value.values()) if isinstance(value, dict) else value
-    return torch.tensor(values, dtype=torch.float64).reshape(-1)
+    return torch.tensor(() if value is None else value, dtype=torch.float64).reshape(-1)
 
 
 def _like(value: Any, numbers: Tensor) -> Any:
     if isinstance(value, Tensor):
         return numbers.reshape(value.shape).to(value.dtype).clone()
-    if isinstance(value, dict):
-        return dict(zip(value, numbers.tolist(), strict=True))
     if isinstance(value, tuple):
         return tuple(int(number) for number in numbers.tolist())
-    return type(value)(numbers.item())
+    return None if value is None else type(value)(numbers.item())

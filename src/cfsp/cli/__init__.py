@@ -109,11 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def step(*arguments: object) -> None:
-    """Print and run one command of a script that is made of them.
-
-    Raises:
-        SystemExit: it failed; what it did is kept.
-    """
+    """Print and run one command of a script that is made of them."""
     argv = [str(argument) for argument in arguments]
     print(f"\n$ {shlex.join(['cfsp', *argv])}", file=sys.stderr, flush=True)
     if status := main(argv):

@@ -72,9 +72,6 @@ def _add_how(group: Any) -> None:
         help=f"{', '.join(ENGINES)}",
     )
     group.add_argument("--rounds", type=int, metavar="N", default=7, help="(default: 7)")
-    group.add_argument(
-        "--warmups", type=int, metavar="N", help="untimed runs (default: 2; compile: 3)"
-    )
     group.add_argument("--threads", type=int, metavar="N", help="(default: the engine's own)")
     group.add_argument("--device", default="cpu", help="cpu, cuda, mps, auto (default: cpu)")
     group.add_argument(
@@ -90,7 +87,7 @@ def run(args: argparse.Namespace) -> Told:
     """Time and print."""
     from cfsp.speed.bench import bench
 
-    names = ("batch", "prompt", "new_tokens", "engine", "rounds", "warmups", "threads", "device")
+    names = ("batch", "prompt", "new_tokens", "engine", "rounds", "threads", "device")
     given = {name: getattr(args, name) for name in (*names, "dtype")}
     comparison = bench(_models(args), **given)
     return comparison.to_json(), lambda: print_comparison(comparison)

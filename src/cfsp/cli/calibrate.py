@@ -29,7 +29,7 @@ def add_options_to(parser: Parser) -> None:
         "--sensitivity",
         action="store_true",
         help="also measure what pruning each block alone does to the predictions, for the block "
-        "metrics sensitivity and angular+sensitivity; this runs the whole model in memory",
+        "metric sensitivity; this runs the whole model in memory",
     )
     add_options(parser, parser, Budget, fields=("parts",))
     add_options(parser, parser, CalibrationText)

@@ -57,13 +57,6 @@ def add_options_to(parser: Parser) -> None:
         help="tokens in a window (default: 1024, or what the models can read if that is less)",
     )
     text.add_argument(
-        "--stride",
-        type=int,
-        metavar="S",
-        help="let windows of the same text overlap: each begins S tokens after the last one and "
-        "counts only tokens not counted yet (default: no overlap)",
-    )
-    text.add_argument(
         "--bos", default="auto", choices=BOS, help="as `cfsp prune --help-all` says (default: auto)"
     )
     _add_tasks(parser)
@@ -151,7 +144,7 @@ def run(args: argparse.Namespace) -> Told:
     from cfsp.quality.evaluate import evaluate_models
     from cfsp.quality.tasks.harness import TaskRunner
 
-    texts = EvaluationText(tuple(args.data or ()), args.windows, args.seqlen, args.stride, args.bos)
+    texts = EvaluationText(tuple(args.data or ()), args.windows, args.seqlen, args.bos)
     questions = None
     if answers:
         questions = Questions.of(
@@ -222,10 +215,9 @@ def _print_perplexity(results: list[dict[str, Any]]) -> None:
     print_table(("perplexity", "parameters", *texts.values()), rows)
     print()
     for text, value in results[0]["perplexity"].items():
-        stride = f", stride {value['stride']}" if value["stride"] else ""
         print(
             f"{texts[text]}: {counted(value['windows'], 'windows')} of {value['seqlen']} "
-            f"tokens{stride}, {value['tokens']:,} predicted; {_beginnings(results, text)}"
+            f"tokens, {value['tokens']:,} predicted; {_beginnings(results, text)}"
         )
     print(f"computed in {_dtypes(results)}")
 

@@ -38,17 +38,11 @@ def show_messages() -> None:
         logger.addHandler(_PlainLines())
 
 
-def print_json(value: Any) -> None:
-    """Print one JSON object on standard output."""
-    json.dump(value, sys.stdout, indent=2)
-    print()
-
-
 def tell(told: Told, *, as_json: bool) -> None:
     """Print what a command did: as one JSON object, or for people."""
     if told is not None:
         value, say = told
-        print_json(value) if as_json else say()
+        print(json.dumps(value, indent=2)) if as_json else say()
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:

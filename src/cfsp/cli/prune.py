@@ -94,11 +94,7 @@ def add_options_to(parser: Parser) -> None:
 
 
 def _settings(args: argparse.Namespace) -> PruneSettings:
-    """Return all that a pruning is asked for; a plan has its own budget.
-
-    Raises:
-        UsageError: some arguments exclude each other, or one needs another.
-    """
+    """Return all that a pruning is asked for; a plan has its own budget."""
     given, plan, recovers = typed(args), args.plan is not None, args.recover is not None
     how_much, is_bound = asked(given), args.max_loss_increase is not None
     if args.out is None and not args.estimate:
@@ -113,10 +109,10 @@ def _settings(args: argparse.Namespace) -> PruneSettings:
         raise UsageError("--plan and --statistics exclude each other: a plan is made already")
     if plan and how_much:
         raise UsageError(f"--plan and {how_much[0]} exclude each other: a plan has its sparsity")
-    if is_bound and args.statistics and not args.held_out:
+    if is_bound and args.statistics:
         raise UsageError(
-            "--max-loss-increase with --statistics needs a --held-out text: which windows were "
-            "calibrated on before is not known"
+            "--max-loss-increase and --statistics exclude each other: which windows were "
+            "calibrated on before is not known, and it measures on others"
         )
     if args.dry_run and recovers:
         raise UsageError("--dry-run and --recover exclude each other: nothing is written to train")
@@ -146,7 +142,7 @@ def _refuse(options: Mapping[str, Any], why: str) -> None:
 def run(args: argparse.Namespace) -> Told:
     """Prune."""
     settings = _settings(args)
-    arguments.check_texts(args.data, [*(args.eval or ()), *(args.held_out or ())])
+    arguments.check_texts(args.data, args.eval)
 
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.loading import compute_device

@@ -1,6 +1,6 @@
 """Prune by several methods at several sparsities, and measure each.
 
-cfsp sweep MODEL --sparsity 0.1 0.3 0.5 --method cfsp wanda-sp --eval wikitext2 --out sweep
+cfsp sweep MODEL --sparsity 0.1 0.3 0.5 --method cfsp blocks --eval wikitext2 --out sweep
 """
 
 from __future__ import annotations
@@ -35,11 +35,7 @@ def add_options_to(parser: Parser) -> None:
         type=Path,
         metavar="FILE",
         help="model, texts, methods and all that is measured, as TOML, as --out has one; a method "
-        "is a table there: name, block_metric, channel_metric, clamp, repair, multiple, widths, "
-        "parts, removal",
-    )
-    parser.add_argument(
-        "--keep-weights", action="store_true", help="keep the pruned models, not only their plans"
+        "is a table there: name, block_metric, channel_metric, repair, multiple, widths, parts",
     )
     arguments.add_compute(parser)
 
@@ -62,7 +58,7 @@ def _add_recipe(parser: Parser) -> None:
         dest="methods",
         type=kind_of(method_named),
         metavar="NAME",
-        help=f"of {', '.join(METHODS)}, or a part as `cfsp prune --parts` has it, such as kv "
+        help=f"of {', '.join(METHODS)}, or a part as `cfsp prune --parts` has it, such as blocks "
         "(default: cfsp)",
     )
     add_options(parser, parser, Budget, fields=("multiple",))
@@ -86,9 +82,7 @@ def _add_recipe(parser: Parser) -> None:
         metavar="A,B,...",
         help="score tasks, as for eval, in pairs with the dense model",
     )
-    add_advanced(
-        parser, "--task-limit", type=int, metavar="N", help="first N documents of each task"
-    )
+    add_advanced(parser, "--limit", type=int, metavar="N", help="first N documents of each task")
     add_advanced(parser, "--task-data", metavar="DIR", help="local files of tasks, as for eval")
 
 
@@ -104,7 +98,6 @@ def run(args: argparse.Namespace) -> Told:
         recipe,
         args.out,
         settings_from(args, Compute),
-        keep_weights=args.keep_weights,
         command=arguments.typed_command(args),
     )
     written = write_tables(rows, args.out)

@@ -9,18 +9,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cfsp.architecture.block_names import counted
+from cfsp.architecture.found import Unit
+from cfsp.calibration.statistics import Removal
+from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.stored_blocks import parameters_of_attentions, parameters_of_blocks
 from cfsp.errors import UsageError
 from cfsp.planning.allocation import channels_in_words
-
-if TYPE_CHECKING:
-    from cfsp.architecture.found import Unit
-    from cfsp.calibration.statistics import Removal
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.settings import Part, WholePart
+from cfsp.settings import Part, WholePart
 
 # A block, or the attention of one, that may be dropped.
 Droppable = tuple["WholePart", int]

@@ -15,12 +15,7 @@ from statistics import fmean
 from cfsp.calibration.statistics import Statistics
 from cfsp.errors import StatisticsError
 from cfsp.planning.allocation import ModelSize
-from cfsp.settings import (
-    ANGULAR_AND_SENSITIVITY,
-    SENSITIVITY_METRICS,
-    UNIFORM,
-    Part,
-)
+from cfsp.settings import ANGULAR, SENSITIVITY, UNIFORM, Part
 
 # The published code sums angular distances over 128 windows of 1024 tokens and divides by 1e4
 # before the sigmoid. With means instead of sums that is this gain, at any calibration size.
@@ -30,22 +25,9 @@ _LEAST_SHARE = 1e-3
 
 
 def block_distances(statistics: Statistics, metric: str) -> list[float]:
-    """Return the distance of every block with a unit, on the scale of angular distance.
-
-    `cosine`, `euclidean`, `mse` and `mae` have other units than the angular distance that the
-    sigmoid's gain was made for; they are scaled to its mean over the blocks. `uniform` gives
-    every block the same distance. The metrics by sensitivity need none and get the angular one,
-    to be told.
-    """
-    angular_L = _of_blocks_with_units(statistics, statistics.distances("angular"))
-    if metric == UNIFORM:
-        return [fmean(angular_L)] * len(angular_L)
-    if metric in ("angular", *SENSITIVITY_METRICS):
-        return angular_L
-    distance_L = _of_blocks_with_units(statistics, statistics.distances(metric))
-    mean = fmean(distance_L)
-    scale = fmean(angular_L) / mean if mean > 0 else 0.0
-    return [distance * scale for distance in distance_L]
+    """Return the angular distance of every block with a unit; by `uniform` all have the mean."""
+    distance_L = _of_blocks_with_units(statistics, statistics.distance_L)
+    return [fmean(distance_L)] * len(distance_L) if metric == UNIFORM else distance_L
 
 
 def block_importance(distance_L: Sequence[float]) -> list[float]:
@@ -60,16 +42,12 @@ def block_importance(distance_L: Sequence[float]) -> list[float]:
 def importance_by(statistics: Statistics, metric: str) -> list[float]:
     """Return the normalised importance of every block with a unit by one metric, in (0, 1].
 
-        sensitivity           s_l = sqrt(KL_l)
-        angular+sensitivity   the mean of that and the angular importance, each divided by its mean
-
-    both divided by the largest, where KL_l is what halving the block would cost. If removing a
-    share 1 - k of a block costs KL_l (1/k - 1), widths in proportion to sqrt(KL_l) cost least:
-    hence the root.
+    By sensitivity it is sqrt(KL_l) over the largest, where KL_l is what halving the block would
+    cost. If removing a share 1 - k of a block costs KL_l (1/k - 1), widths in proportion to
+    sqrt(KL_l) cost least: hence the root.
     """
-    importance_L = block_importance(block_distances(statistics, metric))
-    if metric not in SENSITIVITY_METRICS:
-        return importance_L
+    if metric != SENSITIVITY:
+        return block_importance(block_distances(statistics, metric))
     if statistics.sensitivity is None:
         raise StatisticsError(
             f"the block metric {metric} needs the blocks' sensitivity, which these statistics do "
@@ -79,10 +57,8 @@ def importance_by(statistics: Statistics, metric: str) -> list[float]:
     root_L = [math.sqrt(divergence) for divergence in halved_L]
     # A block that nothing depends on still counts a little: importance is positive.
     least = max(root_L) * _LEAST_SHARE or 1.0
-    mixed_L = _over_mean([max(root, least) for root in root_L])
-    if metric == ANGULAR_AND_SENSITIVITY:
-        mixed_L = [a + s for a, s in zip(_over_mean(importance_L), mixed_L, strict=True)]
-    return [value / max(mixed_L) for value in mixed_L]
+    largest = max(*root_L, least)
+    return [max(root, least) / largest for root in root_L]
 
 
 def importance_of_units(
@@ -97,14 +73,14 @@ def importance_of_units(
     which lose no channels, is not needed.
     """
     parts = list(dict.fromkeys(unit.part for unit in statistics.units))
-    compared = metric in SENSITIVITY_METRICS and len([part for part in parts if part in spent]) > 1
+    compared = metric == SENSITIVITY and len([part for part in parts if part in spent]) > 1
     distance_U, importance_U = ([0.0] * len(statistics.units) for _ in range(2))
     for part in parts:
         own = statistics.of_part(part)
         numbers = [index for index, unit in enumerate(statistics.units) if unit.part == part]
         distances = of_units(own, block_distances(own, metric))
         is_needed = part in spent or own.sensitivity is not None
-        importances = of_units(own, importance_by(own, metric if is_needed else "angular"))
+        importances = of_units(own, importance_by(own, metric if is_needed else ANGULAR))
         if compared and own.sensitivity is not None:
             largest = max(_of_blocks_with_units(own, own.sensitivity.halved_L))
             each = fmean(size.units[i].width * size.units[i].channel_parameters for i in numbers)
@@ -127,11 +103,6 @@ def of_units(statistics: Statistics, value_L: Sequence[float]) -> list[float]:
 
 def _of_blocks_with_units(statistics: Statistics, values: Sequence[float]) -> list[float]:
     return [values[block] for block in statistics.blocks_with_units]
-
-
-def _over_mean(value_L: Sequence[float]) -> list[float]:
-    mean = fmean(value_L)
-    return [value / mean for value in value_L]
 
 
 def _sigmoid(x: float) -> float:

@@ -6,7 +6,6 @@ Shapes: E experts.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,13 +13,11 @@ from torch import Tensor
 from cfsp.architecture import expert_proof
 from cfsp.architecture.experts import counts_near
 from cfsp.architecture.proof import small_run_of
+from cfsp.calibration.observed import UnitStatistics
 from cfsp.checkpoint.config_widths import stock_config
+from cfsp.checkpoint.reading import WeightSource
 from cfsp.errors import BudgetError, StatisticsError
-
-if TYPE_CHECKING:
-    from cfsp.calibration.observed import UnitStatistics
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.planning.plan_file import PruningPlan
+from cfsp.planning.plan_file import PruningPlan
 
 # Where experts are redundant, those that go add much less than their share of all experts.
 _MUCH_OF_THEIR_SHARE = 0.5

@@ -27,6 +27,7 @@ from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.progress import item_progress
 from cfsp.settings import (
+    ANGULAR,
     AUTO_METRIC,
     DEFAULT_PARTS,
     DIVERGENCE,
@@ -99,14 +100,10 @@ class Planner:
     ) -> Planner:
         """Return what plans by these statistics; of metrics that are `auto`, by what they allow."""
         check_statistics_fit(source, statistics)
-        if criterion.removal == AUTO_METRIC:
-            parts = budget.whole_parts
-            has_order = len(parts) > 1 or statistics.removals_of(parts)
-            criterion = replace(criterion, removal=DIVERGENCE if has_order else RUNS)
         if budget.widths == "equal":
             criterion = replace(criterion, block_metric=UNIFORM)
         elif criterion.block_metric == AUTO_METRIC:
-            metric = SENSITIVITY if statistics.sensitivity else "angular"
+            metric = SENSITIVITY if statistics.sensitivity else ANGULAR
             criterion = replace(criterion, block_metric=metric)
         return Planner(source, statistics, budget, criterion)
 
@@ -125,11 +122,11 @@ class Planner:
         kept_U = size.width_U
         if candidate.parts:
             asked = replace(budget, sparsity=candidate.sparsity, parts=candidate.parts)
-            kept_U = allocate(importance_U, asked, size, self.criterion.chosen_clamp)
+            kept_U = allocate(importance_U, asked, size, self.criterion.clamp)
         if not dropped:
             return UnitWidths(distance_U, importance_U, kept_U)
-        block_L = self.statistics.distances("angular")
-        attention_L = self.statistics.of_part("kv").distances("angular")
+        block_L = self.statistics.distance_L
+        attention_L = self.statistics.of_part("kv").distance_L
         planned = zip(distance_U, importance_U, kept_U, strict=True)
         rows = []
         for unit in self.source.units:
@@ -216,12 +213,11 @@ class Planner:
         elif "blocks" in budget.parts:  # an attention is a part of its block
             of = "blocks"
         parts = [part for part in budget.parts if part in candidate.parts or part not in UNIT_PARTS]
-        fields = asdict(self.criterion)
-        if not budget.whole_parts:
-            del fields["removal"]
+        removal = DIVERGENCE if self.statistics.has_order_of(budget.whole_parts) else RUNS
         return {
-            **fields,
-            "clamp": self.criterion.chosen_clamp,
+            **asdict(self.criterion),
+            "clamp": self.criterion.clamp,
+            **({"removal": removal} if budget.whole_parts else {}),
             "sparsity": candidate.sparsity,
             "of": of,
             # Of which all new FFN widths are multiples.

@@ -197,11 +197,7 @@ class PruningPlan:
         ]
 
     def check_fits(self, source: WeightSource) -> None:
-        """Check that the plan was made for this model.
-
-        Raises:
-            PlanError: it was made for another one.
-        """
+        """Check that the plan was made for this model."""
         found = ModelIdentity.of(source)
         if (found.model_type, found.fingerprint) != (self.model.model_type, self.model.fingerprint):
             raise PlanError(
@@ -249,11 +245,7 @@ class PruningPlan:
 
     @classmethod
     def from_json(cls, text: str, where: str = "the plan") -> PruningPlan:
-        """Return the plan that `to_json` wrote; errors call it `where`.
-
-        Raises:
-            PlanError: it is damaged or of another version.
-        """
+        """Return the plan that `to_json` wrote; errors call it `where`."""
         try:
             fields = json.loads(text)
             version = fields["plan_version"]

@@ -198,7 +198,7 @@ def _text_pair(
     if one["digest"] != other["digest"]:
         raise ReportError(
             f"{first.name} and {second.name} were measured on other windows of {text}: another "
-            "tokenizer, --windows, --seqlen, --stride or --bos; measure both alike"
+            "tokenizer, --windows, --seqlen or --bos; measure both alike"
         )
     counts = one["predicted"]
 

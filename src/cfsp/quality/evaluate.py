@@ -277,7 +277,6 @@ def evaluation_windows(texts: EvaluationText, source: Checkpoint) -> dict[str, W
             tokenizer,
             count=texts.windows,
             seqlen=length,
-            stride=texts.stride,
             bos=texts.bos,
         )
         check_tokens(source.config, windows.tokens_NT, source.label)

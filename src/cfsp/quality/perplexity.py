@@ -38,9 +38,8 @@ class Perplexity:
     Attributes:
         value: exp of the mean negative log-likelihood.
         tokens: how many tokens were predicted.
-        windows: how many windows of text were read, without overlap.
+        windows: how many windows of text were read.
         seqlen: tokens in a window.
-        stride: tokens from one window's start to the next one's; None without overlap.
         bos: whether every window begins with BOS.
         evaluation_part: whether the text has a part that nothing is calibrated or trained on, and
             they are of it.
@@ -50,7 +49,6 @@ class Perplexity:
     tokens: int
     windows: int
     seqlen: int
-    stride: int | None
     bos: bool
     evaluation_part: bool = False
 
@@ -83,7 +81,6 @@ def perplexity_of(loss: float, windows: Windows, label: str) -> Perplexity:
         tokens,
         sum(windows.sources.values()) or len(windows.tokens_NT),
         windows.tokens_NT.shape[1],
-        windows.stride,
         windows.bos,
         windows.evaluation_part,
     )

@@ -102,8 +102,7 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings) -> Prepare
         "dtype": settings.compute.dtype,
     }
     if training.shard:  # any number of processes that makes the same steps reads its checkpoints
-        identity |= {"windows in a step": training.windows_in_step}
-        identity |= {"batch_windows": 0, "accumulate": 0}
+        identity |= {"windows in a step": training.windows_in_step, "batch_windows": 0}
     else:
         identity["processes"] = process_count()
     return Prepared(source, out, settings, watch, text, targets, teacher, identity)
@@ -119,7 +118,7 @@ class Baseline:
 
 
 def measure(directory: Path, texts: EvaluationText, compute: Compute, windows: int) -> Perplexities:
-    """Return text -> {"value", "tokens", "windows", "seqlen", "stride", "bos"} of a checkpoint."""
+    """Return text -> {"value", "tokens", "windows", "seqlen", "bos"} of a checkpoint."""
     (found,) = evaluate_models([directory], replace(texts, windows=windows), compute)
     perplexity: Perplexities = found["perplexity"]
     return perplexity

@@ -99,7 +99,7 @@ class RecoverReport(TrainingOutcome):
     Attributes:
         trainable_parameters: in all.
         blocks: rank and trainable parameters of each block.
-        perplexity: text -> {"before", "after", "tokens", "windows", "seqlen", "stride", "bos"}, if
+        perplexity: text -> {"before", "after", "tokens", "windows", "seqlen", "bos"}, if
             it was measured.
         seconds: stage -> seconds.
         peak_rss_bytes: largest resident memory of the process.

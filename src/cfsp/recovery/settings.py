@@ -110,7 +110,6 @@ class Training:
     batch_windows: int = option(
         4, "windows in a step, of each process", kind=int, least=1, metavar="N"
     )
-    accumulate: int = option(1, "batches in a step", kind=int, least=1, advanced=True)
     seqlen: int = option(512, "tokens in a window to train on", kind=int, least=8, metavar="T")
     evaluations: int = option(
         10, "on held-out windows in the run, at most", kind=int, least=1, advanced=True
@@ -139,7 +138,7 @@ class Training:
     @property
     def windows_in_step(self) -> int:
         """The windows of an optimizer step, over all processes."""
-        return self.batch_windows * self.accumulate * process_count()
+        return self.batch_windows * process_count()
 
     def with_rate_for(self, method: Method, weights: float) -> Training:
         """Return the same with the rate that suits the root mean square of weights, if none is."""

@@ -154,7 +154,6 @@ def training_arguments(
         max_steps=steps,
         per_device_train_batch_size=training.batch_windows,
         per_device_eval_batch_size=training.batch_windows,
-        gradient_accumulation_steps=training.accumulate,
         **checkpointing,
         learning_rate=training.learning_rate,
         max_grad_norm=1.0,

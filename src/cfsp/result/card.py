@@ -209,7 +209,6 @@ def _results(manifest: dict[str, Any]) -> list[Any]:
         how = {
             "windows": conditions.windows,
             "seqlen": conditions.seqlen,
-            "stride": conditions.stride,
             "bos": conditions.bos,
             "predicted_tokens": conditions.tokens,
         }

@@ -18,7 +18,6 @@ class Conditions:
     tokens: int  # that were predicted
     windows: int
     seqlen: int
-    stride: int | None = None  # from one window to the next; None where they do not overlap
     bos: bool = False
     # Of a part of the text that nothing is calibrated or trained on; False if it was not recorded.
     evaluation_part: bool = field(default=False, compare=False)
@@ -31,7 +30,6 @@ class Conditions:
             int(entry["tokens"]),
             int(entry["windows"]),
             int(entry["seqlen"]),
-            entry.get("stride"),
             bool(entry.get("bos", False)),
             bool(entry.get("evaluation_part", False)),
         )
@@ -50,8 +48,7 @@ class Conditions:
     def __str__(self) -> str:
         """Return all but the text: `12 windows of 1,024 tokens, with BOS`."""
         bos = "with BOS" if self.bos else "without BOS"
-        stride = "" if self.stride is None else f", stride {self.stride:,}"
-        return f"{counted(self.windows, 'windows')} of {self.seqlen:,} tokens{stride}, {bos}"
+        return f"{counted(self.windows, 'windows')} of {self.seqlen:,} tokens, {bos}"
 
 
 def texts_that_made(manifest: Mapping[str, Any]) -> set[str]:

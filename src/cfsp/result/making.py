@@ -22,7 +22,7 @@ from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.experts import SCORE_IN_WORDS
 from cfsp.repair.result import rejected_blocks
 from cfsp.result.names import public_command, public_name
-from cfsp.settings import DEFAULT_PARTS, UNIT_PARTS, block_metric_in_words, removal_in_words
+from cfsp.settings import ANGULAR, DEFAULT_PARTS, UNIT_PARTS, removal_in_words
 
 Step = dict[str, Any]
 
@@ -75,7 +75,8 @@ def _criterion(manifest: Mapping[str, Any]) -> dict[str, str]:
         tried = f", {len(goal['tried'])} plans tried" if goal["tried"] else ""
         facts["goal"] = f"--{name} {goal['asked']:g}{tried}"
     facts["asked for"] = f"{criterion['sparsity']:.1%} of {of}"
-    facts["blocks by"] = block_metric_in_words(criterion["block_metric"])
+    metric = criterion["block_metric"]
+    facts["blocks by"] = f"{metric} distance" if metric == ANGULAR else metric
     facts["channels by"] = criterion["channel_metric"]
     if any(manifest.get(key) for key in ("removed_blocks", "removed_attentions")):
         facts["removed whole"] = f"those {removal_in_words(criterion.get('removal', ''))}"

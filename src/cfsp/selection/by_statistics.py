@@ -4,8 +4,6 @@
                  (`cfsp.selection.drop_order`)
     runs         the runs of consecutive blocks that turn the hidden state least: the sum of the
                  angular distances between what enters each run and what leaves it
-    influence    the blocks that turn it least, each by itself: 1 - cosine (ShortGPT, arXiv
-                 2403.03853)
 
 Blocks and attentions together go by the divergence alone: distances of the two are not comparable.
 Distances of attentions are over the sublayer, from its hidden state before to that after; `runs` is
@@ -19,50 +17,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING
 
-from cfsp.errors import StatisticsError, UnsupportedModelError, UsageError
+from cfsp.calibration.statistics import Removal, RunDistances, Statistics
+from cfsp.checkpoint.reading import WeightSource
+from cfsp.errors import StatisticsError, UnsupportedModelError
 from cfsp.planning.candidate import NOTHING, Dropped
-from cfsp.selection.drop_budget import DropBudget, drops_in_words
-from cfsp.settings import DIVERGENCE, INFLUENCE, RUNS, WHOLE_PARTS
+from cfsp.selection.constraint import DropBudget, drops_in_words
 from cfsp.streaming.block_proof import check_attentions_can_go, check_blocks_can_go
-
-if TYPE_CHECKING:
-    from cfsp.calibration.statistics import Removal, RunDistances, Statistics
-    from cfsp.checkpoint.reading import WeightSource
-
-NEEDS_PREDICTIONS = (
-    f"--parts {','.join(WHOLE_PARTS)} compares blocks with attention layers by the predictions, "
-    "which requires the whole model in memory and --set removal=divergence; prune blocks, then "
-    "attention layers of the result"
-)
 
 
 def dropped_by(
     source: WeightSource,
     statistics: Statistics,
     budget: DropBudget,
-    removal: str,
     enough: Callable[[Sequence[Removal]], Dropped] = Dropped.of,
 ) -> Dropped:
-    """Return the blocks and attentions that go, chosen in one of the ways of `REMOVALS`.
+    """Return the blocks and attentions that go, by their order where statistics have one.
 
-    Of an order of removal `enough` may take fewer than the budget.
+    Of that `enough` may take fewer than the budget.
     """
-    if removal == DIVERGENCE:
+    if statistics.has_order_of(budget.parts):
         return _by_order(source, statistics, budget, enough)
     if budget.is_met_by(NOTHING):
         return NOTHING
-    if len(budget.parts) > 1:
-        raise UsageError(NEEDS_PREDICTIONS)
-    if removal == RUNS and "blocks" in budget.parts and statistics.runs is None:
+    if "blocks" in budget.parts and statistics.runs is None:
         raise StatisticsError(
             "the removal of blocks by runs needs their distances, which these statistics do not "
             "have; make them with: cfsp calibrate --parts blocks"
         )
     banned: set[int] = set()
     while True:
-        dropped = _chosen(statistics, budget, removal, banned)
+        dropped = _chosen(statistics, budget, banned)
         try:
             check_can_go(source, dropped)
             return dropped
@@ -102,22 +87,18 @@ def _by_order(
     return dropped
 
 
-def _chosen(
-    statistics: Statistics, budget: DropBudget, removal: str, banned: Collection[int]
-) -> Dropped:
+def _chosen(statistics: Statistics, budget: DropBudget, banned: Collection[int]) -> Dropped:
     """Return the blocks that go by a distance, or whose attentions do, none of which is banned."""
-    of_blocks = "blocks" in budget.parts
     every = budget.sizes.block_of or budget.sizes.attention_of
     candidates = [block for block in every if block not in banned]
-    seen = statistics if of_blocks else statistics.of_part("kv")
+    distance_L = statistics.of_part("kv").distance_L
     for count in range(1, len(candidates) + 1):
-        if removal == INFLUENCE or not of_blocks:
-            distance_L = seen.distances("cosine" if removal == INFLUENCE else "angular")
-            chosen = sorted(sorted(candidates, key=distance_L.__getitem__)[:count])
-        else:
+        if "blocks" in budget.parts:
             assert statistics.runs is not None
             stay = [block for block in range(len(statistics.blocks)) if block not in candidates]
             chosen = cheapest_runs(statistics.runs, len(statistics.blocks), count, stay)
+        else:
+            chosen = sorted(sorted(candidates, key=distance_L.__getitem__)[:count])
         dropped = _of_one_part(budget, chosen)
         if budget.is_met_by(dropped):
             return dropped

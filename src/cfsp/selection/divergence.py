@@ -16,19 +16,15 @@ import torch
 from torch import Tensor
 
 from cfsp.checkpoint.loading import load
-from cfsp.checkpoint.reading import Checkpoint, LoadedModel
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.streaming.decoder_end import logits_only, text_model
-from cfsp.streaming.runtime import check_fits
+from cfsp.streaming.runtime import Runtime, check_fits
 from cfsp.streaming.stand_in import CallForm, find_call_form, resumed_at
-from cfsp.text.windows import few_windows
+from cfsp.text.windows import Windows, few_windows
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
-
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.streaming.runtime import Runtime
-    from cfsp.text.windows import Windows
 
 # At least so many windows are compared, or as many as texts, and of each this beginning. The
 # divergence has little noise (LOG.md), and each window costs a forward pass for every change.

@@ -26,28 +26,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cfsp.calibration.statistics import Removal, Statistics
+from cfsp.checkpoint.reading import WeightSource
 from cfsp.errors import BudgetError, UnsupportedModelError, UsageError
-from cfsp.planning.candidate import NOTHING, Droppable, Dropped
+from cfsp.planning.candidate import NOTHING, Droppable, Dropped, DropSizes
 from cfsp.progress import item_progress
-from cfsp.selection.by_statistics import NEEDS_PREDICTIONS, check_can_go
+from cfsp.selection.by_statistics import check_can_go
+from cfsp.selection.constraint import DropBudget, drops_in_words
 from cfsp.selection.divergence import few_beginnings, load_whole
-from cfsp.selection.drop_budget import DropBudget, drops_in_words
 from cfsp.selection.masks import MaskedModel
-from cfsp.settings import AUTO_METRIC, DIVERGENCE, RUNS, WHOLE_PARTS
-from cfsp.streaming.runtime import fits
-from cfsp.streaming.work_dir import load_or_compute
-from cfsp.text.windows import check_is_text
+from cfsp.settings import WHOLE_PARTS, Budget
+from cfsp.streaming.runtime import Runtime, fits
+from cfsp.streaming.work_dir import WorkDir, load_or_compute
+from cfsp.text.windows import Windows, check_is_text
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
-
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.planning.candidate import DropSizes
-    from cfsp.settings import Budget
-    from cfsp.streaming.runtime import Runtime
-    from cfsp.streaming.work_dir import WorkDir
-    from cfsp.text.windows import Windows
 
 _WINDOWS_IN_BATCH = 4
 # How many are tried again before one goes, and the tokens of each window that is read for it: one
@@ -152,30 +146,28 @@ def _cheapest(
     return min(sorted(left), key=price)
 
 
-def follow_divergence(source: WeightSource, removal: str, runtime: Runtime) -> bool:
-    """Return whether blocks or attentions go by what the predictions lose.
-
-    Where the choice is `auto`, they do if the whole model fits into memory.
-    """
-    return fits(source, runtime) if removal == AUTO_METRIC else removal == DIVERGENCE
+def follow_divergence(source: WeightSource, budget: Budget, runtime: Runtime) -> bool:
+    """Return whether blocks or attentions go by what the predictions lose."""
+    return bool(budget.whole_parts) and fits(source, runtime)
 
 
-def follow_runs(source: WeightSource, budget: Budget, removal: str, runtime: Runtime) -> bool:
+def follow_runs(source: WeightSource, budget: Budget, runtime: Runtime) -> bool:
     """Return whether blocks go by how far runs of them turn the hidden state."""
-    may = "blocks" in budget.parts and removal in (AUTO_METRIC, RUNS)
-    return may and not follow_divergence(source, removal, runtime)
+    return "blocks" in budget.parts and not fits(source, runtime)
 
 
-def check_can_be_compared(
-    source: WeightSource, budget: Budget, removal: str, runtime: Runtime
-) -> None:
+def check_can_be_compared(source: WeightSource, budget: Budget, runtime: Runtime) -> None:
     """Check that what is compared with other parts, or in number, goes by what predictions lose."""
     if not budget.whole_parts or len(budget.parts) == 1:
         return
-    if follow_divergence(source, removal, runtime):
+    if fits(source, runtime):
         return
     if budget.whole_parts == WHOLE_PARTS:
-        raise UsageError(NEEDS_PREDICTIONS)
+        raise UsageError(
+            f"--parts {','.join(WHOLE_PARTS)} compares blocks with attention layers by the "
+            "predictions, which requires the whole model in memory; prune blocks, then attention "
+            "layers of the result"
+        )
     raise UsageError(
         f"--parts {','.join(budget.parts)} tries how many {drops_in_words(budget.whole_parts)} "
         "should go, which requires the whole model in memory; prune one part, then another of "

@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cfsp.checkpoint.reading import parameter_count
+from cfsp.checkpoint.reading import WeightSource, parameter_count
 from cfsp.errors import BudgetError, UnsupportedModelError
+from cfsp.job import Job
 from cfsp.planning.candidate import NOTHING
 from cfsp.planning.make import parameters_of_channels
 from cfsp.selection.by_statistics import check_can_go
-from cfsp.selection.constraint import Constraint, Parameters, Share
-from cfsp.selection.drop_budget import DropBudget
+from cfsp.selection.constraint import Constraint, DropBudget, Parameters, Share
 from cfsp.selection.kv_cache import CacheFraction
 from cfsp.selection.loss import LossIncrease, held_out_windows
-from cfsp.selection.score import has_room_for_two
+from cfsp.selection.search import has_room_for_two
 from cfsp.selection.speedup import Speedup
 from cfsp.settings import (
-    AUTO_METRIC,
     DEFAULT_PARTS,
-    DIVERGENCE,
+    Part,
     TargetKVCache,
     TargetParameters,
     TargetSpeedup,
 )
 from cfsp.streaming.work_dir import load_or_compute
-
-if TYPE_CHECKING:
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.job import Job
-    from cfsp.settings import Part
 
 # From about this share of the FFN channels on, whole blocks beside fewer channels were better on
 # one of two models: not at 29% or 33%, but at 43% (docs/STUDIES.md, study 9).
@@ -60,8 +54,8 @@ def constraint_of(job: Job) -> tuple[Job, Constraint]:
         constraint = Speedup(source, budget, goal, job.runtime, job.work_dir)
     else:
         # Too little text should be found out before the calibration.
-        texts = held_out_windows(goal, job.settings.text, job.tokenizer())
-        constraint = LossIncrease(source, budget, goal, texts, job.runtime, job.work_dir)
+        held_out = held_out_windows(job.settings.text, job.tokenizer())
+        constraint = LossIncrease(source, budget, goal, held_out, job.runtime, job.work_dir)
     constraint.check()
     return job, constraint
 
@@ -99,9 +93,6 @@ def _parts_for(job: Job, asked: Parameters) -> tuple[Part, ...]:
 
 def _obstacle(job: Job, asked: Parameters) -> str:
     """Return why it cannot be tried how many blocks go; nothing if it can."""
-    removal = job.criterion.removal
-    if removal not in (AUTO_METRIC, DIVERGENCE):
-        return f"--set removal={removal} compares no predictions"
     if not has_room_for_two(job.source, job.runtime):
         return "there is no memory for a pruned model beside the dense one"
     if job.draw().has_images:

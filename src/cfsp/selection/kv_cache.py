@@ -12,17 +12,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cfsp.checkpoint.text_config import longest_input_of, text_config_of
 from cfsp.errors import BudgetError
 from cfsp.planning.candidate import Candidate, Dropped
-from cfsp.selection.constraint import Constraint, last_that_holds
-from cfsp.selection.drop_budget import DropBudget
-
-if TYPE_CHECKING:
-    from cfsp.planning.make import Planner
-    from cfsp.settings import Part
+from cfsp.planning.make import Planner
+from cfsp.selection.constraint import Constraint, DropBudget, last_that_holds
+from cfsp.settings import Part
 
 # Of models that name no longest input.
 _CONTEXT = 8192

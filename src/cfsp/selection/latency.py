@@ -16,25 +16,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cfsp.checkpoint.reading import LoadedModel
+from cfsp.architecture.found import Unit
+from cfsp.checkpoint.reading import LoadedModel, WeightSource
 from cfsp.checkpoint.skeleton import build_skeleton, empty_model
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import UsageError
+from cfsp.planning.candidate import Dropped
 from cfsp.planning.make import model_size
-from cfsp.settings import unit_parts
+from cfsp.settings import Budget, Part, Phase, unit_parts
 from cfsp.speed import Conditions, Workload, compare_speed
 from cfsp.speed.subjects import SmallerModel, Subject
 from cfsp.speed.work import work_of
 from cfsp.streaming.memory import available_bytes
-
-if TYPE_CHECKING:
-    from cfsp.architecture.found import Unit
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.planning.candidate import Dropped
-    from cfsp.settings import Budget, Part, Phase
-    from cfsp.streaming.runtime import Runtime
+from cfsp.streaming.runtime import Runtime
 
 WORKLOAD = Workload()
 ROUNDS = 5

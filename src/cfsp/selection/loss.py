@@ -12,7 +12,7 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import BudgetError
 from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.candidate import Candidate, Dropped
-from cfsp.planning.make import model_size
+from cfsp.planning.make import Planner, model_size
 from cfsp.quality.perplexity import perplexity
 from cfsp.selection.constraint import (
     STEPS,
@@ -23,19 +23,17 @@ from cfsp.selection.constraint import (
 )
 from cfsp.selection.divergence import load_whole
 from cfsp.selection.masks import masked_loss
-from cfsp.streaming.runtime import runtime_of
-from cfsp.streaming.work_dir import load_or_compute
-from cfsp.text.drawing import consecutive_windows, draw_left_over
+from cfsp.settings import CalibrationText, MaxLossIncrease, Part, PruneSettings
+from cfsp.streaming.runtime import Runtime, runtime_of
+from cfsp.streaming.work_dir import WorkDir, load_or_compute
+from cfsp.text.drawing import draw_left_over
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from cfsp.planning.make import Planner
-    from cfsp.settings import CalibrationText, MaxLossIncrease, Part, PruneSettings
-    from cfsp.streaming.runtime import Runtime
-    from cfsp.streaming.work_dir import WorkDir
+HELD_OUT_WINDOWS = 12
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class LossIncrease(Constraint):
     """The loss before repair stays within a bound over the dense model's: as much goes as fits."""
 
     goal: MaxLossIncrease
-    texts: list[Windows]  # to measure on
+    held_out: Windows  # to measure on
     runtime: Runtime
     work_dir: WorkDir  # keeps what was found for a run that is resumed
     found: dict[str, Any] = field(default_factory=dict)  # sparsity, dense loss, what was tried
@@ -66,8 +64,8 @@ class LossIncrease(Constraint):
         """Return what was asked for, tried, and what it was measured on."""
         conditions = {
             "dense_loss": self.found["dense"],
-            "held_out": {name: n for each in self.texts for name, n in each.sources.items()},
-            "tokens_digests": [windows.digest for windows in self.texts],
+            "held_out": self.held_out.sources,
+            "tokens_digests": [self.held_out.digest],
             "repair": "measured before any",
         }
         asked = {"goal": self.name, "asked": self.goal.nats}
@@ -76,15 +74,17 @@ class LossIncrease(Constraint):
     def _measured(self, planner: Planner, parts: tuple[Part, ...]) -> dict[str, Any]:
         source, goal = self.source, self.goal
         model = load_whole(source, self.runtime, "--max-loss-increase")
-        dense, size = loss_of(model, self.texts, "dense"), model_size(source, keep=self.budget.keep)
+        dense, size = (
+            _loss(model, self.held_out, "dense"),
+            model_size(source, keep=self.budget.keep),
+        )
         tried: list[Attempt] = []
 
         def holds(step: int) -> bool:
             candidate = Candidate(parts=parts, sparsity=step / STEPS)
             plan = planner.plan(candidate)
             label = f"{candidate.sparsity:.1%} pruned"
-            losses = [masked_loss(source, model, plan, each, label) for each in self.texts]
-            increase = sum(losses) / len(losses) - dense
+            increase = masked_loss(source, model, plan, self.held_out, label) - dense
             parameters = size.parameters_with(plan.kept_widths)
             fits = increase <= goal.nats
             tried.append(Attempt(candidate.sparsity, parameters, increase, fits))
@@ -105,32 +105,22 @@ class LossIncrease(Constraint):
         }
 
 
-def held_out_windows(
-    goal: MaxLossIncrease, text: CalibrationText, tokenizer: PreTrainedTokenizerBase
-) -> list[Windows]:
-    """Return the windows that a loss is bounded on, text by text; calibration has none of them."""
-    if not goal.held_out:
-        return [draw_left_over(text, tokenizer, goal.windows)]
-    return [
-        consecutive_windows(name, tokenizer, count=goal.windows, seqlen=text.seqlen, bos=text.bos)
-        for name in goal.held_out
-    ]
+def held_out_windows(text: CalibrationText, tokenizer: PreTrainedTokenizerBase) -> Windows:
+    """Return the windows that a loss is bounded on; calibration has none of them."""
+    return draw_left_over(text, tokenizer, HELD_OUT_WINDOWS)
 
 
-def loss_of(model: PreTrainedModel, texts: list[Windows], label: str) -> float:
-    """Return the loss of a model in nats per token, the mean over texts."""
-    losses = [math.log(perplexity(model, windows, label).value) for windows in texts]
-    return sum(losses) / len(losses)
+def _loss(model: PreTrainedModel, windows: Windows, label: str) -> float:
+    """Return the loss of a model in nats per token."""
+    return math.log(perplexity(model, windows, label).value)
 
 
-def loss_increase_of(
-    directory: Path, goal: MaxLossIncrease, dense: float, settings: PruneSettings
-) -> float:
+def loss_increase_of(directory: Path, dense: float, settings: PruneSettings) -> float:
     """Return how much the loss of a finished checkpoint is above the dense model's.
 
     It is measured on the windows of the bound, in nats per token.
     """
-    texts = held_out_windows(goal, settings.text, load_tokenizer(directory))
+    held_out = held_out_windows(settings.text, load_tokenizer(directory))
     result = Checkpoint(directory)
     model = load_whole(result, runtime_of(settings.compute, result), "measuring the loss")
-    return loss_of(model, texts, "result") - dense
+    return _loss(model, held_out, "result") - dense

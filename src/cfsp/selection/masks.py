@@ -18,36 +18,28 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.architecture.expert_proof import masked_experts
+from cfsp.architecture.found import Unit
 from cfsp.architecture.resizing import Gone
+from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.planning.candidate import NOTHING, Dropped
+from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.perplexity import perplexity
 from cfsp.selection.divergence import call_form_of, can_resume, dense_predictions
-from cfsp.streaming.stand_in import hidden_states_entering, resumed_at, skipped
+from cfsp.streaming.stand_in import CallForm, hidden_states_entering, resumed_at, skipped
+from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cfsp.architecture.found import Unit
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.planning.plan_file import PruningPlan
-    from cfsp.streaming.stand_in import CallForm
-    from cfsp.text.windows import Windows
-
-    # FFN unit -> channels that stay, numbered through over the unit's FFNs.
     KeptChannels = Mapping[int, Sequence[int]]
 
 
 class MaskedModel:
     """A whole model that runs on the same windows again and again, without some of its parts.
 
-    Args:
-        source: the dense model.
-        model: the whole of it in memory, in evaluation mode.
-        batches: windows without padding, as they pass together.
-        resumes: whether to keep what enters every block, so that those before a changed one need
-            not compute again. Models whose blocks need more of earlier ones compute all the same.
-        form: how the model takes hidden states from its blocks; None to find out.
+    With `resumes` it keeps what enters every block, so that those before a changed one need not
+    compute again; models whose blocks need more of earlier ones compute all the same.
     """
 
     def __init__(

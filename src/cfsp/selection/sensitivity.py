@@ -19,24 +19,21 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from cfsp.calibration.statistics import Sensitivity, Statistics
+from cfsp.checkpoint.reading import WeightSource
 from cfsp.errors import CalibrationError
+from cfsp.job import Job
 from cfsp.planning.channels import choose_channels
 from cfsp.progress import item_progress
 from cfsp.selection.divergence import few_beginnings, load_whole
 from cfsp.selection.masks import MaskedModel
-from cfsp.settings import AUTO_METRIC, SENSITIVITY_METRICS, UNIT_PARTS
-from cfsp.streaming.runtime import fits
+from cfsp.settings import AUTO_METRIC, SENSITIVITY, UNIT_PARTS, Criterion, Part
+from cfsp.streaming.runtime import Runtime, fits
 from cfsp.streaming.work_dir import load_or_compute
+from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
-
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.job import Job
-    from cfsp.settings import Criterion, Part
-    from cfsp.streaming.runtime import Runtime
-    from cfsp.text.windows import Windows
 
 # Half of every block's channels: the ranking of blocks hardly depends on how many go (LOG.md), so
 # that one measurement serves every budget.
@@ -91,7 +88,7 @@ def follow_sensitivity(
     and the whole model fits into memory.
     """
     if criterion.block_metric != AUTO_METRIC:
-        return criterion.block_metric in SENSITIVITY_METRICS
+        return criterion.block_metric == SENSITIVITY
     return not has_images and fits(source, runtime)
 
 

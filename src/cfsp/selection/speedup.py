@@ -6,29 +6,25 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from cfsp.calibration.statistics import Removal
 from cfsp.errors import BudgetError, UsageError
 from cfsp.planning.candidate import NOTHING, Candidate, Dropped, DropSizes
-from cfsp.planning.make import model_size
+from cfsp.planning.make import Planner, model_size
 from cfsp.selection.constraint import (
     STEPS,
     Attempt,
     Constraint,
+    DropBudget,
     highest_step,
     last_that_holds,
 )
-from cfsp.selection.drop_budget import DropBudget
 from cfsp.selection.latency import Latencies, least_widths, measure_latencies, most_speedup
+from cfsp.settings import Part, TargetSpeedup
 from cfsp.speed import Conditions
-from cfsp.streaming.work_dir import load_or_compute
-
-if TYPE_CHECKING:
-    from cfsp.calibration.statistics import Removal
-    from cfsp.planning.make import Planner
-    from cfsp.settings import Part, TargetSpeedup
-    from cfsp.streaming.runtime import Runtime
-    from cfsp.streaming.work_dir import WorkDir
+from cfsp.streaming.runtime import Runtime
+from cfsp.streaming.work_dir import WorkDir, load_or_compute
 
 logger = logging.getLogger(__name__)
 

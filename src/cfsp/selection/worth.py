@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-from cfsp.checkpoint.reading import parameter_count
+from cfsp.checkpoint.reading import WeightSource, parameter_count
 from cfsp.planning.allocation import channels_in_words
 from cfsp.selection.constraint import parameters_to_go
-from cfsp.settings import DEFAULT_SAMPLES, TargetParameters
-
-if TYPE_CHECKING:
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.settings import Budget, PruneSettings
+from cfsp.settings import DEFAULT_SAMPLES, Budget, PruneSettings, TargetParameters
 
 # Of the share that was asked for, which goes of the model where most of it is elsewhere.
 _LITTLE = 1 / 3

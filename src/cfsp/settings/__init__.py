@@ -9,37 +9,28 @@ takes them as `--set name=value`. Importing this module does not import torch.
 
 from __future__ import annotations
 
-from cfsp.settings.budget import COUNTS as COUNTS
 from cfsp.settings.budget import DEFAULT_PARTS as DEFAULT_PARTS
 from cfsp.settings.budget import PARTS as PARTS
 from cfsp.settings.budget import PROVED_PARTS as PROVED_PARTS
 from cfsp.settings.budget import UNIT_PARTS as UNIT_PARTS
 from cfsp.settings.budget import WHOLE_PARTS as WHOLE_PARTS
-from cfsp.settings.budget import WIDTHS as WIDTHS
 from cfsp.settings.budget import Budget as Budget
 from cfsp.settings.budget import Part as Part
 from cfsp.settings.budget import WholePart as WholePart
-from cfsp.settings.budget import Widths as Widths
 from cfsp.settings.budget import multiple_in_words as multiple_in_words
 from cfsp.settings.budget import parse_parts as parse_parts
 from cfsp.settings.budget import unit_parts as unit_parts
-from cfsp.settings.criterion import ANGULAR_AND_SENSITIVITY as ANGULAR_AND_SENSITIVITY
+from cfsp.settings.criterion import ANGULAR as ANGULAR
 from cfsp.settings.criterion import AUTO_METRIC as AUTO_METRIC
 from cfsp.settings.criterion import BLOCK_METRICS as BLOCK_METRICS
 from cfsp.settings.criterion import CHANNEL_METRICS as CHANNEL_METRICS
-from cfsp.settings.criterion import CLAMPS as CLAMPS
 from cfsp.settings.criterion import DEFAULT_CLAMP as DEFAULT_CLAMP
-from cfsp.settings.criterion import DISTANCES as DISTANCES
 from cfsp.settings.criterion import DIVERGENCE as DIVERGENCE
-from cfsp.settings.criterion import INFLUENCE as INFLUENCE
-from cfsp.settings.criterion import REMOVALS as REMOVALS
 from cfsp.settings.criterion import RUNS as RUNS
 from cfsp.settings.criterion import SENSITIVITY as SENSITIVITY
-from cfsp.settings.criterion import SENSITIVITY_METRICS as SENSITIVITY_METRICS
 from cfsp.settings.criterion import UNIFORM as UNIFORM
 from cfsp.settings.criterion import Clamp as Clamp
 from cfsp.settings.criterion import Criterion as Criterion
-from cfsp.settings.criterion import block_metric_in_words as block_metric_in_words
 from cfsp.settings.criterion import removal_in_words as removal_in_words
 from cfsp.settings.criterion import worth_in_words as worth_in_words
 from cfsp.settings.goals import GOALS as GOALS

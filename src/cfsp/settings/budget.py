@@ -22,7 +22,6 @@ from cfsp.settings.options import (
     fraction,
     number_or_auto,
     option,
-    options_of,
 )
 
 Part = Literal["ffn", "kv", "attention", "blocks", "experts"]
@@ -35,12 +34,8 @@ DEFAULT_PARTS: tuple[Part, ...] = ("ffn",)
 # Those that go whole or stay, one by one.
 WholePart = Literal["attention", "blocks"]
 WHOLE_PARTS: tuple[WholePart, ...] = get_args(WholePart)
-# The field of a budget that says how many of a part go, instead of a share.
-COUNTS: dict[Part, str] = {
-    "blocks": "remove_blocks",
-    "attention": "remove_attentions",
-    "experts": "remove_experts",
-}
+# Those of which a number may be said instead of a share.
+COUNTED: tuple[Part, ...] = ("attention", "blocks", "experts")
 
 # By which parts each goal can be met, and why by no others.
 _MET_BY: dict[type[Goal], tuple[tuple[Part, ...], str]] = {
@@ -106,17 +101,6 @@ def multiple_in_words(multiple: int) -> str:
     return text
 
 
-def _number_of(part: Part, noun: str) -> Any:
-    """Return the option that says how many of a part go."""
-    return advanced_option(
-        None,
-        f"with --parts {part}: how many {noun} go, instead of a share",
-        kind=int,
-        least=0,
-        default="as many as --sparsity says",
-    )
-
-
 @dataclass(frozen=True)
 class Budget:
     """What may go, and how much of it where that is one part.
@@ -161,9 +145,14 @@ class Budget:
         kind=parse_parts,
         metavar="WHAT,...",
     )
-    remove_blocks: int | None = _number_of("blocks", "blocks")
-    remove_attentions: int | None = _number_of("attention", "attention layers")
-    remove_experts: int | None = _number_of("experts", "experts of each block")
+    remove: int | None = advanced_option(
+        None,
+        "with --parts attention, blocks or experts: how many of it go, instead of a share; experts "
+        "of each block",
+        kind=int,
+        least=0,
+        default="as many as --sparsity says",
+    )
 
     def __post_init__(self) -> None:
         given = parse_parts(self.parts) if isinstance(self.parts, str) else self.parts
@@ -189,19 +178,15 @@ class Budget:
                 "--keep is not for --parts experts: equally many go of every block, so that a "
                 "stock config says it"
             )
-        for part, field in COUNTS.items():
-            count = getattr(self, field)
-            if count is None:
-                continue
-            flag = options_of(Budget)[field].typed
-            if self.parts != (part,):
+        if self.remove is not None:
+            if self.parts not in [(part,) for part in COUNTED]:
                 raise UsageError(
-                    f"{flag} belongs to --parts {part} alone, found --parts "
-                    f"{','.join(self.parts)}; numbers beside other parts went: prune one part, "
-                    "then the other of the result, or give all of them one --target-params"
+                    f"--remove belongs to one of --parts {', '.join(COUNTED)} alone, found --parts "
+                    f"{','.join(self.parts)}: prune one part, then the other of the result, or "
+                    "give all of them one --target-params"
                 )
             if self.sparsity:
-                raise UsageError(f"{flag} and --sparsity both say how much goes; give one of them")
+                raise UsageError("--remove and --sparsity both say how much goes; give one of them")
         if not 0.0 <= self.sparsity < 1.0:
             raise UsageError(f"sparsity must be in [0, 1), such as 0.2, found {self.sparsity}")
         check_declared(self)
@@ -217,11 +202,8 @@ class Budget:
                     "--target-params 0.8 keeps 80% of all parameters"
                 )
             return self
-        if self.count is not None:
-            raise UsageError(
-                f"{flag_of_goal(type(goal))} says how many go; leave out --set "
-                f"{COUNTS[self.parts[0]]}"
-            )
+        if self.remove is not None:
+            raise UsageError(f"{flag_of_goal(type(goal))} says how many go; leave out --remove")
         if isinstance(goal, TargetKVCache) and self.parts == DEFAULT_PARTS:
             return replace(self, parts=("kv",))
         if not can_be_met(type(goal), self.parts):
@@ -233,12 +215,6 @@ class Budget:
                 f"{', '.join(parts)} alone, or give {' or '.join(others)}"
             )
         return self
-
-    @property
-    def count(self) -> int | None:
-        """How many of its one part go, where the budget says that instead of a share."""
-        name = COUNTS.get(self.parts[0])
-        return getattr(self, name) if name else None
 
     @property
     def whole_parts(self) -> tuple[WholePart, ...]:

@@ -13,10 +13,14 @@ from cfsp.settings.options import (
     option,
     options_of,
 )
-from cfsp.settings.text import Text, texts_of
 
 Phase = Literal["decode", "prefill"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
+
+
+def _check_fraction(flag: str, found: float, such_as: str) -> None:
+    if not 0 < found <= 1:
+        raise UsageError(f"{flag} must be in (0, 1], such as {such_as}, found {found}")
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,7 @@ class TargetParameters:
     )
 
     def __post_init__(self) -> None:
-        if not 0 < self.fraction <= 1:
-            raise UsageError(
-                f"--target-params must be in (0, 1], such as 0.7, found {self.fraction}"
-            )
+        _check_fraction("--target-params", self.fraction, "0.7")
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,7 @@ class TargetKVCache:
     )
 
     def __post_init__(self) -> None:
-        if not 0 < self.fraction <= 1:
-            raise UsageError(
-                f"--target-kv-cache must be in (0, 1], such as 0.5, found {self.fraction}"
-            )
+        _check_fraction("--target-kv-cache", self.fraction, "0.5")
 
 
 @dataclass(frozen=True)
@@ -104,9 +102,6 @@ class MaxLossIncrease:
 
     Attributes:
         nats: by how much the mean negative log-likelihood of a token may rise.
-        held_out: texts to measure it on; none for windows of the calibration texts that
-            calibration leaves over.
-        windows: how many windows in all, or of each text in `held_out`.
     """
 
     nats: float = advanced_option(
@@ -118,23 +113,10 @@ class MaxLossIncrease:
         metavar="NATS",
         default="",
     )
-    held_out: tuple[str | Text, ...] = advanced_option(
-        (),
-        "text for --max-loss-increase",
-        kind=texts_of,
-        flag="held-out",
-        metavar="TEXT",
-        default="windows of --data that calibration leaves over",
-        repeats=True,
-    )
-    windows: int = advanced_option(
-        12, "windows in all, or of each --held-out text", kind=int, least=1, flag="held-out-windows"
-    )
 
     def __post_init__(self) -> None:
         if not 0 < self.nats < float("inf"):
             raise UsageError(f"--max-loss-increase must be above 0 nats, found {self.nats}")
-        check_declared(self)
 
 
 Goal = TargetParameters | TargetKVCache | TargetSpeedup | MaxLossIncrease

@@ -81,14 +81,6 @@ def from_names(settings: type[T], values: Mapping[str, Any], **others: Any) -> T
     """Return settings with some values by the names of their options; the rest has its default.
 
     A text is read as on a command line, such as 20% or 2GB.
-
-    Args:
-        settings: a class of settings.
-        values: by the names of options; those of other classes are passed over.
-        others: values of fields that are no options, or were decided otherwise.
-
-    Raises:
-        UsageError: a text means no value of its option, or a value is out of range.
     """
     found: dict[str, Any] = {}
     for each, known in options_of(settings).items():

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from cfsp.errors import UsageError, did_you_mean
-from cfsp.settings.budget import COUNTS, Budget, Part, can_be_met
-from cfsp.settings.criterion import AUTO_METRIC, UNIFORM, Criterion
+from cfsp.settings.budget import Budget, Part, can_be_met
+from cfsp.settings.criterion import ANGULAR, AUTO_METRIC, UNIFORM, Criterion
 from cfsp.settings.goals import GOALS, Goal, TargetParameters, flag_of_goal
 from cfsp.settings.options import (
     advanced_option,
@@ -145,7 +145,7 @@ class PruneSettings:
         if self.budget.widths == "equal":
             criterion = replace(criterion, block_metric=UNIFORM)
         elif not repairs and criterion.block_metric == AUTO_METRIC:
-            criterion = replace(criterion, block_metric="angular")
+            criterion = replace(criterion, block_metric=ANGULAR)
         is_tried = self.leaves_parts_open and repairs and isinstance(self.goal, TargetParameters)
         return replace(self, criterion=criterion, leaves_parts_open=is_tried)
 
@@ -171,19 +171,11 @@ def asked(given: Mapping[str, Any], goal: Goal | None = None) -> list[str]:
         for kind in GOALS
         if isinstance(goal, kind) or flag_of_goal(kind) in given_of(kind, given).values()
     ]
-    return found + [budget[field] for field in COUNTS.values() if field in budget]
+    return found + ([budget["remove"]] if "remove" in budget else [])
 
 
 def prune_settings(given: Mapping[str, Any], goal: Goal | None = None) -> PruneSettings:
-    """Return what a pruning is asked for, by the names of its options: a command's or a call's.
-
-    Args:
-        given: what was typed, or the arguments of a call; the rest has its default.
-        goal: an object instead of an option.
-
-    Raises:
-        UsageError: a value is out of range, two contradict each other, or not one says how much.
-    """
+    """Return what a pruning is asked for, by the names of its options: a command's or a call's."""
     found = asked(given, goal)
     if len(found) != 1:
         raise UsageError(

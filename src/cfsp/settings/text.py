@@ -115,11 +115,8 @@ class EvaluationText:
         metavar="TEXT",
         repeats=True,
     )
-    windows: int | None = advanced_option(
-        12, "windows of each --eval text", kind=int, flag="eval-windows"
-    )
+    windows: int | None = advanced_option(12, "windows of each --eval text", kind=int)
     seqlen: int | None = None  # of a window with BOS; None for 1024, or what the model can read
-    stride: int | None = None  # between the starts of windows; None where they do not overlap
     bos: Bos = "auto"
 
     def __post_init__(self) -> None:

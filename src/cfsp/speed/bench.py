@@ -28,7 +28,6 @@ def bench(
     new_tokens: int | Sequence[int] = 32,
     engine: str = "transformers",
     rounds: int = Conditions.rounds,
-    warmups: int | None = None,
     disturbance: float = Conditions.disturbance,
     threads: int | None = None,
     device: str = "cpu",
@@ -46,7 +45,6 @@ def bench(
         new_tokens: tokens generated for each; likewise.
         engine: transformers, compile, llama.cpp or vllm.
         rounds: timed runs of each model.
-        warmups: untimed runs before them; None for 2, or 3 where they compile.
         disturbance: a round is measured again while other programs take more than this fraction
             of the processors.
         threads: of each process; None for the engine's own choice.
@@ -67,8 +65,7 @@ def bench(
         raise UsageError("expected at least one model to time")
     axes = [(v,) if isinstance(v, int) else tuple(v) for v in (batch, prompt, new_tokens)]
     workloads = [Workload(*values) for values in product(*axes)]
-    if warmups is None:
-        warmups = _WARMUPS.get(engine, Conditions.warmups)
+    warmups = _WARMUPS.get(engine, Conditions.warmups)
     conditions = Conditions(engine, warmups, rounds, disturbance, device, dtype, threads)
     names = [m.label if isinstance(m, ShapedModel) else str(m) for m in models]
     short = short_names(names, least=1)

@@ -12,19 +12,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from cfsp.checkpoint.reading import channel_parameters
+from cfsp.architecture.found import Unit
+from cfsp.checkpoint.reading import WeightSource, channel_parameters
 from cfsp.checkpoint.skeleton import blocks_of, empty_model
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import UsageError, did_you_mean
 from cfsp.exports.context import head_size
-
-if TYPE_CHECKING:
-    from cfsp.architecture.found import Unit
-    from cfsp.checkpoint.reading import WeightSource
 
 # For how long rounds that other programs disturb are measured again, all workloads together.
 PATIENCE_SECONDS = 30.0
@@ -73,10 +70,8 @@ class Conditions:
                 f"the engine is one of {', '.join(ENGINES)}, found {self.engine!r}"
                 f"{did_you_mean(self.engine, ENGINES)}"
             )
-        if self.warmups < 1 or self.rounds < 1:
-            raise UsageError(
-                f"expected at least 1 warm-up and 1 round, found {self.warmups} and {self.rounds}"
-            )
+        if self.rounds < 1:
+            raise UsageError(f"expected at least 1 round, found {self.rounds}")
         if not self.disturbance >= 0:
             raise UsageError(f"disturbance must be at least 0, found {self.disturbance}")
         if self.threads is not None and self.threads < 1:

@@ -15,7 +15,6 @@ import tomli_w
 from cfsp.errors import UsageError
 from cfsp.quality.tasks.selection import TaskSelection
 from cfsp.settings import (
-    COUNTS,
     DEFAULT_REPAIR,
     DEFAULT_TEXT,
     Bos,
@@ -35,7 +34,7 @@ _OF_METHODS: dict[str, Any] = {"name": str, "repair": str} | {
     option.name: get_type_hints(settings)[field]
     for settings in (Budget, Criterion)
     for field, option in options_of(settings).items()
-    if field not in ("sparsity", *COUNTS.values())
+    if field not in ("sparsity", "remove")
 }
 # A method's name begins that of a directory.
 _NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,63}")
@@ -74,12 +73,12 @@ class Recipe:
     seed: tuple[int, ...] = (CalibrationText.seed,)  # each is a calibration of its own
     bos: Bos = CalibrationText.bos
     eval: tuple[str, ...] = ()
-    eval_windows: int | None = EvaluationText.windows
+    windows: int | None = EvaluationText.windows
     speed: bool = False
     agreement: bool = False  # it streams the dense model again beside each
     answers: int | None = None  # questions to ask it and the dense model beside it
     tasks: tuple[str, ...] = ()
-    task_limit: int | None = None
+    limit: int | None = None  # documents of each task
     task_data: str | None = None
 
     def __post_init__(self) -> None:
@@ -96,8 +95,8 @@ class Recipe:
         if len(set(names)) < len(names):
             raise UsageError("a sweep has every method, every sparsity and every seed once")
         _ = self.evaluation  # checks its values
-        if not self.tasks and (self.task_limit is not None or self.task_data is not None):
-            raise UsageError("--task-limit and --task-data need --tasks")
+        if not self.tasks and (self.limit is not None or self.task_data is not None):
+            raise UsageError("--limit and --task-data need --tasks")
 
     def points(self, compute: Compute) -> list[Point]:
         """Return all models, in the order in which they are made."""
@@ -120,13 +119,9 @@ class Recipe:
 
     @property
     def task_selection(self) -> TaskSelection | None:
-        """Which tasks to score; None for none.
-
-        Raises:
-            CfspError: the limit or the directory is none.
-        """
+        """Which tasks to score; None for none."""
         data = None if self.task_data is None else Path(self.task_data)
-        return TaskSelection(self.tasks, self.task_limit, data=data) if self.tasks else None
+        return TaskSelection(self.tasks, self.limit, data=data) if self.tasks else None
 
     def to_toml(self) -> str:
         """Return the file's text; what is None is left out."""

@@ -1,8 +1,8 @@
 """The flow of a sweep: calibrate once a seed, then prune and measure each of a list of settings.
 
 A sweep's directory holds `recipe.toml`, the statistics of each seed, and a directory for each
-model: what `cfsp prune` writes, without the weights unless they are to be kept. A model whose
-directory is there is not made again, so a sweep that was interrupted goes on.
+model: what `cfsp prune` writes, without the weights; `cfsp prune --plan` makes them again. A model
+whose directory is there is not made again, so a sweep that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -77,26 +77,8 @@ class _Sweep:
         return self.opened(point.settings.budget.parts)
 
 
-def run_sweep(
-    recipe: Recipe,
-    out: Path,
-    compute: Compute,
-    *,
-    keep_weights: bool = False,
-    command: str = "",
-) -> list[Row]:
-    """Make every model of a recipe that is not there yet, and return the whole table.
-
-    Args:
-        recipe: what to do; its texts were checked.
-        out: the sweep's directory, new or of the same recipe.
-        compute: where and in what.
-        keep_weights: keep the pruned models' weights.
-        command: what the user typed, for the manifests.
-
-    Raises:
-        CfspError: anything that a user can cause; models that are finished stay.
-    """
+def run_sweep(recipe: Recipe, out: Path, compute: Compute, *, command: str = "") -> list[Row]:
+    """Make every model of a recipe that is not there yet, and return the whole table."""
     selection, points = recipe.task_selection, recipe.points(compute)
     tasks = None if selection is None else TaskRunner.of(selection)
     questions = None if recipe.answers is None else Questions.of(recipe.answers)
@@ -106,7 +88,7 @@ def run_sweep(
     check_is_outside(out, sweep.source.directory)
     with created_parents(out), exclusive(out), _kept(sweep):
         _claim(out, recipe)
-        missing = [point for point in points if not _is_finished(out / point.name, keep_weights)]
+        missing = [point for point in points if not (out / point.name).is_dir()]
         if missing:
             _check(sweep)
         (dense,) = evaluate_models(
@@ -115,7 +97,7 @@ def run_sweep(
         if missing:
             with item_progress("sweep", len(missing), "model") as bar:
                 for point in missing:
-                    _make(sweep, point, dense, keep_weights, command)
+                    _make(sweep, point, dense, command)
                     bar.update()
         return _rows(sweep, dense)
 
@@ -204,21 +186,15 @@ def _statistics(sweep: _Sweep, seed: int) -> Statistics:
             wanted=[
                 Share(source, each.budget).to_drop()
                 for each in settings
-                if each.budget.whole_parts
-                and follow_divergence(source, each.criterion.removal, runtime)
+                if follow_divergence(source, each.budget, runtime)
             ],
-            runs=any(
-                follow_runs(source, each.budget, each.criterion.removal, runtime)
-                for each in settings
-            ),
+            runs=any(follow_runs(source, each.budget, runtime) for each in settings),
         )
         found.save(path)
     return Statistics.load(path)
 
 
-def _make(
-    sweep: _Sweep, point: Point, dense: dict[str, Any], keep_weights: bool, command: str
-) -> None:
+def _make(sweep: _Sweep, point: Point, dense: dict[str, Any], command: str) -> None:
     """Prune and measure one model, in a place that is empty even after a kill."""
     statistics, own = _statistics(sweep, point.seed), sweep.source_of(point)
     statistics = statistics.of_units({unit.part for unit in own.units})
@@ -230,10 +206,8 @@ def _make(
         names = ("method", "sparsity", "seed")
         facts["sweep"] = {name: getattr(point, name) for name in names}
         add_to_manifest(working, facts)
-        if not keep_weights:
-            for path in _weights(working):
-                path.unlink()
-        shutil.rmtree(finished, ignore_errors=True)  # one that kept no weights
+        for path in working.glob("*.safetensors"):
+            path.unlink()
         working.rename(finished)
     finally:
         shutil.rmtree(working, ignore_errors=True)
@@ -312,12 +286,3 @@ def _row(point: Point, directory: Path) -> Row:
         str(directory),
         manifest.get("comparison"),
     )
-
-
-def _is_finished(directory: Path, keep_weights: bool) -> bool:
-    """Return whether a model is there, with its weights if they are to be kept."""
-    return directory.is_dir() and (not keep_weights or bool(_weights(directory)))
-
-
-def _weights(directory: Path) -> list[Path]:
-    return list(directory.glob("*.safetensors"))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from cfsp.settings import DEFAULT_TEXT, Bos, Text
 from cfsp.text.image_windows import ProcessorOf, image_windows
 from cfsp.text.offline import parts_of
 from cfsp.text.sources import TextSource, identity_of, name_of
-from cfsp.text.stream import first_tokens, gather, overlapping_spans, spans, spread_tokens
+from cfsp.text.stream import first_tokens, gather, spans, spread_tokens
 from cfsp.text.tokenizers import beginning, load_processor
 from cfsp.text.windows import Windows, joined
 
@@ -109,8 +108,8 @@ def draw_left_over(
     """
     if any(TextSource(name, "calibration").has_images for name in text.names):
         raise UsageError(
-            "a loss is measured on text alone, and a text to calibrate on has images; give a "
-            "--held-out text"
+            "a loss is measured on text alone, and a text to calibrate on has images; say how "
+            "much goes by another goal, or --sparsity"
         )
     pools, drawn = _shuffled_pools(text, tokenizer)
     left = [pool.part(slice(share, None)) for pool, share in zip(pools, drawn, strict=True)]
@@ -120,7 +119,7 @@ def draw_left_over(
         raise TextError(
             f"{', '.join(map(name_of, text.names))}: of {sum(drawn) + sum(shares)} windows of "
             f"{text.seqlen} tokens calibration takes {sum(drawn)}; {count} others are needed to "
-            "measure on: give fewer --samples, or a --held-out text"
+            "measure on: give fewer --samples, or more text"
         )
     return _first_of(left, shares)
 
@@ -222,7 +221,6 @@ def consecutive_windows(
     *,
     count: int | None,
     seqlen: int,
-    stride: int | None = None,
     bos: Bos = "auto",
 ) -> Windows:
     """Return the first `count` windows of a text's evaluation part.
@@ -230,15 +228,13 @@ def consecutive_windows(
     Args:
         text: see `cfsp.text.sources`.
         tokenizer: the model's own.
-        count: windows N; None for all. With a stride, what N windows have without overlap.
+        count: windows N; None for all.
         seqlen: tokens in a window, BOS included.
-        stride: tokens from one window's start to the next one's; None for windows that do not
-            overlap.
         bos: whether windows begin with BOS; see `cfsp.text.tokenizers.beginning`.
 
     Raises:
         TextError: the text is missing or too short.
-        UsageError: count, seqlen or stride is out of range, or there is no BOS.
+        UsageError: count or seqlen is out of range, or there is no BOS.
     """
     begins_with = beginning(tokenizer, bos)
     if (count is not None and count < 1) or seqlen < 2 + len(begins_with[1:]):
@@ -255,19 +251,9 @@ def consecutive_windows(
             f"({needed * (seqlen - len(begins_with))} tokens); give more text, fewer windows or a "
             "shorter --seqlen"
         )
-    windows = Windows(
+    return Windows(
         gather(stream_R, whole, seqlen, begins_with),
         {source.name: have},
         begins_with,
         evaluation_part=source.has_evaluation_part,
-    )
-    if stride is None:
-        return windows
-    stream_R = stream_R[: whole[-1].end]
-    overlapping = overlapping_spans(stream_R, seqlen, stride, begins_with)
-    return replace(
-        windows,
-        tokens_NT=gather(stream_R, overlapping, seqlen, begins_with),
-        counted_N=torch.tensor([span.scored for span in overlapping]),
-        stride=stride,
     )

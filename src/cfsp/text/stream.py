@@ -22,8 +22,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cfsp.errors import UsageError
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -136,7 +134,6 @@ class Span:
 
     begin: int
     end: int
-    scored: int  # how many tokens at the end are predicted and counted
 
 
 def spans(
@@ -144,45 +141,16 @@ def spans(
 ) -> list[Span]:
     """Return windows one after the other, without overlap, at most `count` of them if it is given.
 
-    What is left at the end is dropped. Every token is scored that has another before it in its
-    window, but for the beginning.
+    What is left at the end is dropped.
     """
-    scored = seqlen - max(1, len(begins_with))
     found: list[Span] = []
     begin = 0
     while count is None or len(found) < count:
         end = begin + seqlen - _added(stream_R, begin, begins_with)
         if end > len(stream_R):
             break
-        found.append(Span(begin, end, scored))
+        found.append(Span(begin, end))
         begin = end
-    return found
-
-
-def overlapping_spans(
-    stream_R: Tensor, seqlen: int, stride: int, begins_with: Sequence[int] = ()
-) -> list[Span]:
-    """Return windows that begin `stride` tokens after one another, over the whole stream.
-
-    Every token is scored once, but for a first one that has nothing before it. The last window
-    ends with the stream and so may advance by less than the stride.
-    """
-    most = seqlen - len(begins_with)
-    if not 1 <= stride <= most:
-        raise UsageError(
-            f"--stride must be between 1 and the window's {most} tokens of text, found {stride}"
-        )
-    last = len(stream_R) - most
-    found: list[Span] = []
-    done = 0
-    for begin in [*range(0, last, stride), last]:
-        added = _added(stream_R, begin, begins_with)
-        if begin + seqlen - added > len(stream_R):
-            added = len(begins_with)
-        end = begin + seqlen - added
-        first = max(done, begin + (0 if added else max(1, len(begins_with))))
-        found.append(Span(begin, end, end - first))
-        done = end
     return found
 
 

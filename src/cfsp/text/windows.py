@@ -37,8 +37,7 @@ class Windows:
         tokens_NT: token ids, int64.
         sources: name of each source and how many windows it gave.
         begins_with: token ids that every window begins with: BOS, or none.
-        counted_N: of windows that overlap, how many tokens at the end of each no earlier one
-            has; None, as `stride` between their starts, of windows that do not.
+        counted_N: how many tokens at the end of each count; None for all that are predicted.
         images_N: what the model is given of each window besides its tokens, such as pixel values;
             empty where no window has images.
         evaluation_part: whether nothing is calibrated or trained on this part of the text.
@@ -49,7 +48,6 @@ class Windows:
     sources: dict[str, int]
     begins_with: tuple[int, ...] = ()
     counted_N: Tensor | None = None
-    stride: int | None = None
     images_N: tuple[Mapping[str, Tensor], ...] = ()
     evaluation_part: bool = False
     padding_N: Tensor | None = None

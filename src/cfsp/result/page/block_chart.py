@@ -25,7 +25,7 @@ from cfsp.result.page.chart import (
 )
 from cfsp.result.page.svg import Scale, element, join, scale_from_zero
 from cfsp.result.runs import RunFacts
-from cfsp.settings import SENSITIVITY_METRICS, UNIFORM, Part, removal_in_words, worth_in_words
+from cfsp.settings import SENSITIVITY, Part, removal_in_words, worth_in_words
 
 _WORTH_HEIGHT, _WIDTH_HEIGHT, _BAR = 110.0, 170.0, 0.72
 # What has the units of a part, what these are, and between what distances are.
@@ -52,12 +52,10 @@ def block_chart(runs: Sequence[RunFacts], part: Part = "ffn") -> Chart | None:
         return None
     thing, noun, between = _NOUNS[part]
     metrics = {plan.criterion["block_metric"] for _, plan in planned if _narrows(plan)}
-    by_distance = metrics.isdisjoint(SENSITIVITY_METRICS)
+    by_distance = SENSITIVITY not in metrics
     scale = "Importance is relative to the largest."
     if by_distance:
         scale = f"Distance is the mean angle between {between}, in half turns."
-        if not metrics <= {"angular", UNIFORM}:
-            scale = f"Distance is between {between}, on the scale of the mean angle, in half turns."
     columns = [columns_of(plan) for _, plan in planned]
     names = [str(i) if unit is None else unit.name for i, unit in enumerate(columns[0])]
     below = [str(i) if unit is None else str(unit.block) for i, unit in enumerate(columns[0])]
