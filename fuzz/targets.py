@@ -32,7 +32,6 @@ from cfsp.checkpoint.shards import INDEX_FILE, weight_files
 from cfsp.errors import CfspError
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
-from cfsp.settings import DISTANCES
 
 MEMORY_BYTES = 256 << 20
 _DATA_BYTES = 1 << 16
@@ -135,7 +134,7 @@ def read_statistics(data: bytes, directory: Path) -> object:
     path.write_bytes(_file_from(data, _statistics_header))
     statistics = Statistics.load(path)
     statistics.save(directory / "again")
-    return [statistics.distances(metric) for metric in DISTANCES]
+    return statistics.distance_L
 
 
 def _statistics_header(described: dict[str, Any]) -> dict[str, Any]:
@@ -158,7 +157,7 @@ def statistics_seeds() -> list[bytes]:
             ((_unit(0), _unit(1)), (_unit(0, (40, 24)), _unit(1, (40, 24))), (_unit(1),))
         ):
             path = Path(directory) / f"{number}"
-            blocks = (BlockStatistics(dict.fromkeys(DISTANCES, 6.4), 64),) * 2
+            blocks = (BlockStatistics(6.4, 64),) * 2
             Statistics(blocks, units, record).save(path)
             with safe_open(path, framework="pt") as file:
                 facts = json.loads(file.metadata()[_STATISTICS_KEY])

@@ -121,8 +121,8 @@ def test_the_stages_one_by_one_and_the_report(llama, text_file, tmp_path):
     cfsp.calibrate(llama, parts=PARTS, **text).save(tmp_path / "statistics")
     statistics = cfsp.Statistics.load(tmp_path / "statistics")
     (attention,) = (unit for unit in statistics.units if unit.block == 1 and unit.part == "kv")
-    assert attention.distance_sums["angular"] > 0
-    assert attention.distance_sums != statistics.blocks[1].distance_sums
+    assert attention.distance_sum is not None and attention.distance_sum > 0
+    assert attention.distance_sum != statistics.blocks[1].distance_sum
     asked: dict[str, Any] = {"goal": cfsp.TargetParameters(0.8), "parts": PARTS, "multiple": 1}
     plan = cfsp.plan(llama, statistics, **asked)
     assert PruningPlan.from_json(plan.to_json()) == plan

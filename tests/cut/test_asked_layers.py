@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.cut.surgery import PrunedSource
 from cfsp.decide import decide
-from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
+from cfsp.errors import BudgetError, UnsupportedModelError, UsageError
 from cfsp.pipeline import plan_from
 from cfsp.planning.candidate import Candidate, Dropped, DropSizes
 from cfsp.planning.make import Planner
@@ -132,10 +133,13 @@ def test_attention_layers_go_by_order_and_by_distances(llama, text_file):
     )
     order = [each.block for each in statistics.removals_of(ATTENTION)]
     assert len(order) == 3 and not statistics.removals_of(("blocks",))  # half of five
-    distance_L = statistics.of_part("kv").distances("angular")
+    distance_L = statistics.of_part("kv").distance_L
     nearest = sorted(range(5), key=distance_L.__getitem__)
-    for removal, expected in (("divergence", order[:2]), ("runs", nearest[:2])):
-        plan = cfsp.plan(llama, statistics, sparsity=0.4, parts="attention", removal=removal)
+    for removal, known, expected in (
+        ("divergence", statistics, order[:2]),
+        ("runs", replace(statistics, removals=()), nearest[:2]),
+    ):
+        plan = cfsp.plan(llama, known, sparsity=0.4, parts="attention")
         assert plan.removed_attentions == tuple(sorted(expected))
         assert plan.criterion["removal"] == removal
         assert all(unit.kept_width == unit.width for unit in plan.of_part("ffn"))
@@ -148,9 +152,9 @@ def test_blocks_and_attention_layers_go_by_one_order(llama, text_file):
     assert order and not statistics.removals_of(("blocks",))
     sizes = DropSizes.of(source, BOTH)
 
-    def planned(share: float, parts: tuple[Part, ...] = BOTH, removal: str = "auto") -> PruningPlan:
+    def planned(share: float, parts: tuple[Part, ...] = BOTH) -> PruningPlan:
         goal = goal_of_share(llama, parts, share)
-        settings = PruneSettings(Budget(parts=parts), Criterion(removal=removal), goal=goal)
+        settings = PruneSettings(Budget(parts=parts), goal=goal)
         return plan_from(source, statistics, settings)[0]
 
     for share in (0.05, 0.3, 0.51):
@@ -160,10 +164,6 @@ def test_blocks_and_attention_layers_go_by_one_order(llama, text_file):
     # What was measured up to half of the blocks is the plan for half of them.
     assert dropped == Dropped.of(order)
     assert plan.criterion["of"] == "blocks"
-    with pytest.raises(StatisticsError, match="cfsp calibrate --parts attention"):
-        cfsp.plan(llama, statistics, sparsity=0.3, parts="attention", removal="divergence")
-    with pytest.raises(UsageError, match="prune blocks, then attention layers of the result"):
-        planned(0.3, removal="runs")
     with pytest.raises(UsageError, match="should go, which requires the model and a text"):
         planned(0.3, ("ffn", "attention", "blocks"))
 

@@ -24,7 +24,7 @@ from cfsp.settings import Budget, CalibrationText, Compute, EvaluationText, Prun
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.tokenizers import load_tokenizer
 
-CONDITIONS = {"tokens", "windows", "seqlen", "stride", "bos", "evaluation_part"}
+CONDITIONS = {"tokens", "windows", "seqlen", "bos", "evaluation_part"}
 
 
 def test_each_value_says_how_it_was_measured(
@@ -45,7 +45,7 @@ def test_each_value_says_how_it_was_measured(
         windows = consecutive_windows(text, tokenizer, count=3, seqlen=24)
         assert value["value"] == pytest.approx(perplexity(model, windows).value, rel=1e-5)
         assert (value["tokens"], value["windows"], value["seqlen"]) == (3 * 23, 3, 24)
-        assert (value["stride"], value["bos"]) == (None, False)
+        assert value["bos"] is False
     assert list(found["perplexity"]) == list(texts.names)
 
 

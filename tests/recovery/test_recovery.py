@@ -122,7 +122,7 @@ def test_training_helps_and_the_result_has_the_same_layout(
     windows = consecutive_windows(str(text_file), tokenizer, count=4, seqlen=64)
     found = perplexity(cfsp.load(out), windows).value
     assert found == pytest.approx(measured["after"], rel=1e-4)
-    conditions = {"windows": 4, "seqlen": 64, "tokens": 4 * 63, "stride": None, "bos": False}
+    conditions = {"windows": 4, "seqlen": 64, "tokens": 4 * 63, "bos": False}
     assert measured == measured | conditions
     assert not work_of(out).exists()
 
@@ -222,11 +222,8 @@ def test_another_seed_gives_other_weights(recovered, out, plain):
     assert changed(plain.out, out)
 
 
-@pytest.mark.parametrize(
-    "same", [{"batch_windows": 2, "accumulate": 2}, {"gradient_checkpointing": True}]
-)
-def test_accumulation_and_checkpointing_change_nothing(recovered, plain, same):
-    other = recovered(training=training(**same))
+def test_checkpointing_changes_nothing(recovered, plain):
+    other = recovered(training=training(gradient_checkpointing=True))
     assert other.tokens_in_step == plain.report.tokens_in_step
     # Before the first step there is no loss of training.
     for a, b in zip(plain.report.history[1:], other.history[1:], strict=True):
@@ -563,14 +560,14 @@ def test_what_is_typed_reaches_recovery(pruned, text_file, tmp_path, monkeypatch
 
     monkeypatch.setattr("cfsp.recovery.recover.recover_checkpoint", note)
     argv = ["recover", str(pruned), "--out", str(tmp_path / "o"), "--data", str(text_file)]
-    argv += ["--steps", "3", "--rank", "4", "--gradient-checkpointing", "--set", "accumulate=2"]
+    argv += ["--steps", "3", "--rank", "4", "--gradient-checkpointing", "--set", "seed=2"]
     monkeypatch.setattr("cfsp.cli.recover.print_report", lambda report: None)
     assert main(argv) == 0
     assert seen["adaptation"] == Adaptation(rank=4)
     limit = Limit(steps=3)
-    assert seen["training"] == Training(limit, accumulate=2, gradient_checkpointing=True)
+    assert seen["training"] == Training(limit, seed=2, gradient_checkpointing=True)
     seen.clear()
-    cfsp.recover(pruned, out="o", data=[text_file], steps=3, rank=4, accumulate=2)
-    assert seen["training"] == Training(limit, accumulate=2)
-    with pytest.raises(UsageError, match="unknown argument acumulate; did you mean accumulate"):
-        cfsp.recover(pruned, out="o", data=[text_file], steps=3, acumulate=2)
+    cfsp.recover(pruned, out="o", data=[text_file], steps=3, rank=4, seed=2)
+    assert seen["training"] == Training(limit, seed=2)
+    with pytest.raises(UsageError, match="unknown argument sed; did you mean seed"):
+        cfsp.recover(pruned, out="o", data=[text_file], steps=3, sed=2)

@@ -69,8 +69,8 @@ def without_parts(
     """A model without a block, an attention, KV groups and channels."""
     place, pruned = tmp_path_factory.mktemp("without"), tiny_checkpoint("llama")
     steps: list[dict[str, Any]] = [
-        {"parts": "blocks", "remove": 1, "removal": "runs"},
-        {"parts": "attention", "remove": 1, "removal": "runs"},
+        {"parts": "blocks", "remove": 1},
+        {"parts": "attention", "remove": 1},
         {"parts": "kv", "sparsity": 0.5},
         {"sparsity": 0.4, "multiple": 8},
     ]

@@ -21,13 +21,7 @@ from cfsp.result.page.block_chart import block_chart
 from cfsp.result.page.chart import NARROW
 from cfsp.result.page.repair_chart import repair_chart
 from cfsp.result.runs import RunFacts, read_run
-from cfsp.settings import (
-    BLOCK_METRICS,
-    REMOVALS,
-    SENSITIVITY_METRICS,
-    removal_in_words,
-    worth_in_words,
-)
+from cfsp.settings import BLOCK_METRICS, DIVERGENCE, RUNS, removal_in_words, worth_in_words
 from report_runs import BETTER, DIVERGED, FITTED, WORSE, changed_copy
 
 EXPERTS, SHARED = "mlp.experts", "mlp.shared_expert"
@@ -107,7 +101,8 @@ SENSITIVE = {"block_metric": "sensitivity"}
     [
         ([planned()], ("further they turn the hidden state", "is the mean angle between")),
         ([planned(block_metric="uniform")], ("Blocks count alike", "is the mean angle between")),
-        ([planned(block_metric="cosine")], ("by cosine distance", "scale of the mean angle")),
+        # By an earlier version.
+        ([planned(block_metric="mse")], ("of their FFN channels by mse.", "is the mean angle")),
         ([planned("a", **SENSITIVE), planned("b", **SENSITIVE)], ("Blocks keep more", LARGEST)),
         (
             [planned(removed=(1,), removal="divergence", parts=["blocks"])],
@@ -130,10 +125,10 @@ def test_a_caption_is_of_the_criterion_of_the_plan(runs, said):
 
 
 def test_every_criterion_has_its_words():
-    for metric in (*BLOCK_METRICS, *SENSITIVITY_METRICS):
+    for metric in BLOCK_METRICS:
         said = worth_in_words(metric, "Blocks", "FFN channels")
         assert metric == "uniform" or "keep more of their FFN channels the further" in said
-    assert len({removal_in_words(removal) for removal in (*REMOVALS, "")}) == 4
+    assert len({removal_in_words(removal) for removal in (DIVERGENCE, RUNS, "")}) == 3
 
 
 def test_a_block_without_an_ffn_has_an_empty_column():

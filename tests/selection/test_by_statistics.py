@@ -18,7 +18,6 @@ from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError
 from cfsp.planning.candidate import NOTHING, Candidate, Dropped
 from cfsp.selection.by_statistics import cheapest_runs, dropped_by
 from cfsp.selection.constraint import DropBudget
-from cfsp.settings import DIVERGENCE, RUNS
 from tiny_decoders import tiny_model
 
 BLOCKS = 6
@@ -100,32 +99,32 @@ def runs_of(*distance_L: float) -> RunDistances:
 
 def test_the_choice_follows_the_statistics(source):
     budget = DropBudget.of_share(source, ("blocks",), 1 / 3)
-    plain = statistics_with_distances({"angular": [0.1] * BLOCKS})
+    plain = statistics_with_distances([0.1] * BLOCKS)
     order = (Removal(5, 0.1), Removal(2, 0.3), Removal(0, 0.7))
     measured = replace(plain, removals=order, runs=random_runs(0))
-    assert dropped_by(source, measured, budget, DIVERGENCE).blocks == (2, 5)
+    assert dropped_by(source, measured, budget).blocks == (2, 5)
     expected = tuple(cheapest_runs(random_runs(0), BLOCKS, 2))
-    assert dropped_by(source, measured, budget, RUNS).blocks == expected
+    assert dropped_by(source, replace(measured, removals=()), budget).blocks == expected
     nothing = DropBudget.of_share(source, ("blocks",), 0.0)
-    assert dropped_by(source, plain, nothing, RUNS) == NOTHING
+    assert dropped_by(source, plain, nothing) == NOTHING
     with pytest.raises(StatisticsError, match="cfsp calibrate --parts blocks"):
-        dropped_by(source, plain, budget, RUNS)
+        dropped_by(source, plain, budget)
     more = DropBudget.of_share(source, ("blocks",), 0.8)
     with pytest.raises(StatisticsError, match="say of 3 blocks in which order they go"):
-        dropped_by(source, measured, more, DIVERGENCE)
+        dropped_by(source, measured, more)
 
 
 @pytest.mark.parametrize("distance_L", [(0.9, 0.8, 0.3, 0.1), (0.9, 0.1, 0.3, 0.8)])
 def test_a_block_that_cannot_go_is_left_out(distance_L):
     """Every second block has experts, by a rule that one block fewer breaks but for the last."""
     source = LoadedModel(tiny_model("qwen2_moe", num_hidden_layers=4, decoder_sparse_step=2))
-    plain = statistics_with_distances({"angular": distance_L})
+    plain = statistics_with_distances(distance_L)
     statistics = replace(plain, runs=runs_of(*distance_L))
     budget = DropBudget.of_count(source, "blocks", 1)
-    assert dropped_by(source, statistics, budget, RUNS).blocks == (3,)
+    assert dropped_by(source, statistics, budget).blocks == (3,)
 
 
-def test_statistics_keep_what_the_choice_needs(tiny_checkpoint, text_file, tmp_path):
+def test_statistics_keep_what_the_choice_needs(tiny_checkpoint, text_file, tmp_path, monkeypatch):
     asked: dict[str, Any] = {"data": [text_file], "samples": 4, "seqlen": 32, "device": "cpu"}
     source = tiny_checkpoint("llama")
     statistics = cfsp.calibrate(source, parts="blocks", **asked)
@@ -139,10 +138,11 @@ def test_statistics_keep_what_the_choice_needs(tiny_checkpoint, text_file, tmp_p
     report = cfsp.prune(source, out=tmp_path / "o", effort="fast", **asked)
     assert report.plan.removed_blocks == plan.removed_blocks
 
-    by_runs = cfsp.prune(source, out=tmp_path / "r", effort="fast", removal="runs", **asked)
+    monkeypatch.setattr("cfsp.selection.drop_order.fits", lambda *_: False)
+    by_runs = cfsp.prune(source, out=tmp_path / "r", effort="fast", **asked)
     kept = Statistics.load(tmp_path / "r" / "cfsp.statistics")
     assert kept.runs is not None and not kept.removals
-    for block, distance in enumerate(kept.distances("angular")):
+    for block, distance in enumerate(kept.distance_L):
         # Of a part of the tokens.
         assert kept.runs.between(block, block + 1) == pytest.approx(distance, rel=0.1)
     assert by_runs.plan.removed_blocks == tuple(cheapest_runs(kept.runs, 3, 1))

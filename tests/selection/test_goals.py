@@ -42,20 +42,17 @@ from tiny_models import BLOCKS, TINY_CONFIGS, WIDTH, build_tiny_model
             ["--parts", "blocks", "--remove", "1", "--sparsity", "0.2"],
             "found --sparsity and --remove",
         ),
-        (["--parts", "ffn,blocks", "--remove", "1"], "belongs to --parts blocks alone"),
-        (["--remove", "1"], "--remove belongs to --parts experts alone"),
+        (["--parts", "ffn,blocks", "--remove", "1"], "belongs to one of --parts attention"),
+        (["--remove", "1"], "one of --parts attention, blocks, experts alone"),
         (["--parts", "experts", "--remove", "-1"], "must be at least 0"),
         (["--parts", "ffn,experts", "--target-params", "0.8"], "whole experts go alone"),
-        (["--sparsity", "0.5", "--held-out", "x"], "--held-out belongs to --max-loss-increase"),
-        (["--sparsity", "0.5", "--held-out-windows", "3"], "--held-out-windows belongs to"),
         (["--sparsity", "0.5", "--target-speedup-of", "decode"], "belongs to --target-speedup"),
         (["--target-params", "0"], "--target-params must be in (0, 1], such as 0.7, found 0.0"),
         (["--target-params", "nan"], "--target-params must be in (0, 1]"),
         (["--target-speedup", "1"], "--target-speedup must be above 1"),
         (["--max-loss-increase", "-1"], "--max-loss-increase must be above 0"),
-        (["--max-loss-increase", "1", "--held-out-windows", "0"], "must be at least 1"),
         (["--target-params", "0.01"], "cannot remove 99.0% of the model's parameters"),
-        (["--max-loss-increase", "1", "--statistics", "s"], "needs a --held-out text"),
+        (["--max-loss-increase", "1", "--statistics", "s"], "--statistics exclude each other"),
         (["--plan", "p.json", "--target-params", "0.5"], "--plan and --target-params exclude"),
     ],
 )
@@ -210,9 +207,14 @@ def trained(tokenizer: Any, text_file: Path, tmp_path_factory: pytest.TempPathFa
     return directory
 
 
-def test_as_much_goes_as_fits_and_what_was_tried_is_told(trained, text_file, tmp_path, prune):
-    goal = ("--max-loss-increase", 0.2, "--held-out", text_file, "--held-out-windows", 4)
-    done = prune(*goal, "--repair", "none", of=trained)
+@pytest.fixture
+def few_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "HELD_OUT_WINDOWS", 4)
+
+
+@pytest.mark.usefixtures("few_held_out")
+def test_as_much_goes_as_fits_and_what_was_tried_is_told(trained, tmp_path, prune):
+    done = prune("--max-loss-increase", 0.2, "--repair", "none", of=trained)
     found = done.manifest["goal"]
     fitting = [entry["sparsity"] for entry in found["tried"] if entry["fits"]]
     others = [entry["sparsity"] for entry in found["tried"] if not entry["fits"]]
@@ -233,12 +235,13 @@ def test_as_much_goes_as_fits_and_what_was_tried_is_told(trained, text_file, tmp
     assert f"--max-loss-increase 0.2, {len(found['tried'])} plans tried" in page.read_text()
 
 
+@pytest.mark.usefixtures("few_held_out")
 def test_loss_of_a_model_in_memory(trained, tokenizer, text_file):
     dense = cfsp.load(trained)
     small = cfsp.prune(
         dense,
         tokenizer,
-        goal=MaxLossIncrease(0.2, windows=4),
+        goal=MaxLossIncrease(0.2),
         multiple=8,
         data=[text_file],
         samples=8,
@@ -256,16 +259,17 @@ def test_loss_of_a_model_in_memory(trained, tokenizer, text_file):
     assert found["small"] - found["dense"] <= 0.2 + 1e-4
 
 
+@pytest.mark.usefixtures("few_held_out")
 def test_a_bound_that_nothing_keeps(prune, monkeypatch):
     monkeypatch.setattr(loss, "masked_loss", lambda *_: 50.0)
-    error = prune("--max-loss-increase", 0.1, "--held-out-windows", 3, status=2).error
+    error = prune("--max-loss-increase", 0.1, status=2).error
     assert "cannot stay within 0.1 nats" in error
     assert "already 0.5% of the FFN channels cost 4" in error
 
 
+@pytest.mark.usefixtures("few_held_out")
 def test_a_loss_is_bounded_for_experts_and_before_repair(tiny_checkpoint, prune):
-    asked = ("--max-loss-increase", 0.5, "--held-out-windows", 2)
-    done = prune(*asked, of=tiny_checkpoint("mixtral"))
+    done = prune("--max-loss-increase", 0.5, of=tiny_checkpoint("mixtral"))
     goal = done.manifest["goal"]
     fitting = [entry["sparsity"] for entry in goal["tried"] if entry["fits"]]
     assert max(fitting) == goal["chosen"]["sparsity"] > 0

@@ -76,10 +76,11 @@ def test_a_command_that_keeps_blocks(prune, repair):
 
 
 @pytest.mark.parametrize("removal", ["divergence", "runs"])
-def test_blocks_that_stay_are_not_dropped(source, tokenizer, text_file, removal):
+def test_blocks_that_stay_are_not_dropped(source, tokenizer, text_file, removal, monkeypatch):
+    monkeypatch.setattr("cfsp.selection.drop_order.fits", lambda *_: removal == "divergence")
     found = [
         cfsp.prune(
-            source.model, tokenizer, parts="blocks", remove=2, keep=keep, removal=removal,
+            source.model, tokenizer, parts="blocks", remove=2, keep=keep,
             data=[text_file], samples=4, seqlen=32, device="cpu", effort="fast",
         ).config.cfsp["removed_blocks"]
         for keep in ((), (1, 2, 3))

@@ -18,9 +18,8 @@ from cfsp.errors import UsageError
 from cfsp.quality.evaluate import evaluate_models
 from cfsp.recovery.data import read_text
 from cfsp.recovery.loss import IGNORED
-from cfsp.selection.loss import held_out_windows
-from cfsp.settings import CalibrationText, Compute, EvaluationText, MaxLossIncrease, Text
-from cfsp.text.drawing import consecutive_windows, draw_text
+from cfsp.settings import CalibrationText, Compute, EvaluationText, Text
+from cfsp.text.drawing import consecutive_windows, draw_left_over, draw_text
 from cfsp.text.tokenizers import beginning
 from cfsp.text.windows import Windows
 from tiny_models import save_tiny_model
@@ -69,14 +68,11 @@ def test_bos_that_is_not_there_cannot_be_asked_for(tokenizer):
 
 
 def every_kind(name: str, tokenizer: Any, bos: Any) -> dict[str, Windows]:
-    goal = MaxLossIncrease(1.0, windows=3)
     text = CalibrationText((name,), samples=4, seqlen=16, bos=bos)
-    named = MaxLossIncrease(1.0, (name,), windows=3)
     return {
         "calibration": draw_text(text, tokenizer),
         "evaluation": consecutive_windows(name, tokenizer, count=3, seqlen=16, bos=bos),
-        "left over": held_out_windows(goal, text, tokenizer)[0],
-        "held out": held_out_windows(named, text, tokenizer)[0],
+        "left over": draw_left_over(text, tokenizer, 3),
     }
 
 
@@ -114,11 +110,6 @@ def test_a_text_that_begins_with_bos_is_not_begun_twice(bos_tokenizer):
     ids = bos_tokenizer(text.documents[0], add_special_tokens=False)["input_ids"]
     assert tokens_NT[0].tolist() == ids[:16]
     assert tokens_NT[1].tolist() == [BOS, *ids[16:31]]
-    strided = consecutive_windows(text, bos_tokenizer, count=3, seqlen=16, stride=5)
-    assert (strided.tokens_NT == BOS).sum(dim=1).tolist() == [1] * len(strided.tokens_NT)
-    assert int(strided.scored_N.sum()) == 45
-    with pytest.raises(UsageError, match="between 1 and the window's 15 tokens of text, found 16"):
-        consecutive_windows(text, bos_tokenizer, count=2, seqlen=16, stride=16)
 
 
 def test_two_tokens_at_the_beginning_leave_two_less(text_file, tokenizer):
@@ -130,23 +121,18 @@ def test_two_tokens_at_the_beginning_leave_two_less(text_file, tokenizer):
         draw_windows([str(text_file)], changed, samples=4, seqlen=2)
 
 
-@pytest.mark.parametrize("stride", [None, 6])
-def test_perplexity_with_bos_equals_token_by_token(
-    stride, bos_checkpoint, text_file, bos_tokenizer
-):
+def test_perplexity_with_bos_equals_token_by_token(bos_checkpoint, text_file, bos_tokenizer):
     directory, length = bos_checkpoint, 9
-    texts = EvaluationText((str(text_file),), windows=3, seqlen=length + 1, stride=stride)
+    texts = EvaluationText((str(text_file),), windows=3, seqlen=length + 1)
     (result,) = evaluate_models([directory], texts, Compute(dtype="float32"))
 
     ids = bos_tokenizer(text_file.read_text(), add_special_tokens=False)["input_ids"]
     stream = torch.tensor(ids[: 3 * length])
     model = load(directory, dtype="float32")
     losses = []
-    last = len(stream) - length
-    starts = [*range(0, last, stride or length), last]
     for position in range(len(stream)):
-        # The first window that holds the token; BOS stands before its part of the text.
-        start = next(s for s in starts if s <= position < s + length)
+        # BOS stands before the window's part of the text.
+        start = position - position % length
         context = torch.cat([torch.tensor([BOS]), stream[start:position]])
         with torch.no_grad():
             logits = model(input_ids=context[None]).logits[0, -1].double()
