@@ -67,8 +67,8 @@ def doubts(source: WeightSource, settings: PruneSettings) -> Iterator[str]:
     if size is not None and before < _SMALL and size[0] < (1 - _HARMLESS) * before:
         yield (
             f"a model of {before / 1e6:,.0f}M parameters has little to spare: it loses about twice "
-            "as much as one of 500M; 8-bit weights cost less, and `cfsp recover` wins back about "
-            "half"
+            "as much as one of 500M; 8-bit weights cost less, and `cfsp recover` wins back some "
+            "of it"
         )
     windows = settings.text.windows
     if settings.repair != "none" and windows < _FEW_WINDOWS:
