@@ -34,6 +34,12 @@ class ModelShapes:
     # Where transformers looks for the conversions that loaded it.
     _weight_conversions: list[Any] | None = field(default=None, repr=False)
 
+    @staticmethod
+    def of(model: PreTrainedModel) -> ModelShapes:
+        """Return those of a model."""
+        tensors = {name: tensor.detach().to("meta") for name, tensor in model.state_dict().items()}
+        return ModelShapes(model.config, tensors)
+
     def get_parameter(self, name: str) -> Tensor:
         """Return a parameter without values."""
         return self.tensors[name]
@@ -163,18 +169,17 @@ def find_conversions(
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     converter_of = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    in_memory = {name: tensor.detach().to("meta") for name, tensor in model.state_dict().items()}
-    shapes = ModelShapes(model.config, in_memory)
+    shapes = ModelShapes.of(model)
     prefix = model.base_model_prefix
     found: dict[str, Conversion] = {}
     unused: dict[str, str] = {}
     used: list[Any] = []
     # As transformers goes through them: expert 2 before expert 10.
     for name in sorted(specs, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, prefix, in_memory)
-        if target not in in_memory and name in in_memory:
+        target, pattern = rename_source_key(name, renamings, converters, prefix, shapes.tensors)
+        if target not in shapes.tensors and name in shapes.tensors:
             target, pattern = name, None
-        if target not in in_memory:
+        if target not in shapes.tensors:
             unused[name] = target
         elif pattern is not None:
             conversion = found.setdefault(

@@ -240,7 +240,7 @@ def _faults_of(
 ) -> dict[str, str]:
     """Return what is wrong with the parameters that the stored tensors do not make up."""
     optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
-    tensors = {name: tensor.detach().to("meta") for name, tensor in model.state_dict().items()}
+    tensors = ModelShapes.of(model).tensors
     faulty = [
         name
         for name, tensor in tensors.items()

@@ -33,6 +33,13 @@ from cfsp.planning.experts import expert_scores, strongest_experts
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.settings import Criterion
 
+# The relative error of a root mean square over n tokens is about 1 / sqrt(2 n): one in eight here.
+LEAST_TOKENS = 32
+
+_MOST_NAMED = 8
+
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class FFNWeights:
@@ -100,14 +107,6 @@ def strongest_channels(score_F: Tensor, count: int) -> list[int]:
     """Return the indices of the `count` highest scores, ascending; ties go to lower indices."""
     order = torch.sort(score_F, descending=True, stable=True).indices
     return sorted(order[:count].tolist())
-
-
-# The relative error of a root mean square over n tokens is about 1 / sqrt(2 n): one in eight here.
-LEAST_TOKENS = 32
-
-_MOST_NAMED = 8
-
-log = logging.getLogger(__name__)
 
 
 def choose_channels(

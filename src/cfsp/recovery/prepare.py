@@ -70,13 +70,13 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings) -> Prepare
     device = compute_device(settings.compute.device)
     check_texts(settings.data, "calibration")
     check_texts(settings.evaluation.names, "evaluation")
+    if (plan := source.directory / PLAN_FILE).is_file():
+        PruningPlan.load(plan)  # the card needs it: a damaged one is no surprise after training
     tokenizer = load_tokenizer(source.directory)
     teacher, method = teacher_and_method(settings, source, tokenizer, device)
     check_installed(method)
     settings = replace(settings, adaptation=replace(settings.adaptation, method=method))
     targets = targets_of(source, settings.adaptation)
-    if (plan := source.directory / PLAN_FILE).is_file():
-        PruningPlan.load(plan)  # the card needs it: a damaged one is no surprise after training
     if training.shard and any(block.experts for block in targets):
         raise UsageError(
             "--shard cannot shard the adapters of experts; leave it out, or use --targets attention"

@@ -91,13 +91,13 @@ def _chosen(statistics: Statistics, budget: DropBudget, banned: Collection[int])
     """Return the blocks that go by a distance, or whose attentions do, none of which is banned."""
     every = budget.sizes.block_of or budget.sizes.attention_of
     candidates = [block for block in every if block not in banned]
-    distance_L = statistics.of_part("kv").distance_L
     for count in range(1, len(candidates) + 1):
         if "blocks" in budget.parts:
             assert statistics.runs is not None
             stay = [block for block in range(len(statistics.blocks)) if block not in candidates]
             chosen = cheapest_runs(statistics.runs, len(statistics.blocks), count, stay)
         else:
+            distance_L = statistics.of_part("kv").distance_L
             chosen = sorted(sorted(candidates, key=distance_L.__getitem__)[:count])
         dropped = _of_one_part(budget, chosen)
         if budget.is_met_by(dropped):

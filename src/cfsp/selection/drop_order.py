@@ -153,7 +153,7 @@ def follow_divergence(source: WeightSource, budget: Budget, runtime: Runtime) ->
 
 def follow_runs(source: WeightSource, budget: Budget, runtime: Runtime) -> bool:
     """Return whether blocks go by how far runs of them turn the hidden state."""
-    return "blocks" in budget.parts and not fits(source, runtime)
+    return "blocks" in budget.parts and not follow_divergence(source, budget, runtime)
 
 
 def check_can_be_compared(source: WeightSource, budget: Budget, runtime: Runtime) -> None:

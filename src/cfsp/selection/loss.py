@@ -74,10 +74,8 @@ class LossIncrease(Constraint):
     def _measured(self, planner: Planner, parts: tuple[Part, ...]) -> dict[str, Any]:
         source, goal = self.source, self.goal
         model = load_whole(source, self.runtime, "--max-loss-increase")
-        dense, size = (
-            _loss(model, self.held_out, "dense"),
-            model_size(source, keep=self.budget.keep),
-        )
+        dense = _loss(model, self.held_out, "dense")
+        size = model_size(source, keep=self.budget.keep)
         tried: list[Attempt] = []
 
         def holds(step: int) -> bool:
