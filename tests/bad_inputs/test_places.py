@@ -109,7 +109,6 @@ RUNS = [
         ("{pruned}/cfsp.json is damaged", manifest(lambda f: f.update(criterion=[]))),
     ),
     BadInput("report {model}", "{model} has no cfsp.json", "needs a directory that cfsp prune"),
-    BadInput("push {text} me/x", "{text} has no weights to upload", "expected a directory that"),
     BadInput("compare {text}", "cannot read {text}", "make it with: cfsp eval"),
     BadInput("report {pruned} --results {text}", "cannot read {text}", "make it with: cfsp eval"),
     BadInput(

@@ -167,7 +167,6 @@ def test_help_fits_a_screen_and_help_all_names_the_rest(
         "eval": "MODEL ...",
         "bench": "[MODEL ...]",
         "sweep": "[MODEL]",
-        "push": "DIR REPO",
     }
     if command in positional:
         assert short.startswith(f"usage: cfsp {command} [options] {positional[command]}\n")
