@@ -14,7 +14,7 @@ from bad_inputs.catalogue import (
 )
 
 SEE = "see: cfsp prune --help"
-PLAN = "plan {model} --statistics {statistics} --out {out}"
+PLAN = "prune {model} --statistics {statistics} --dry-run --out {out}"
 TRAIN = "recover {pruned} --data {text} --out {out}"
 BENCH = "bench --shape llama-2-7b --blocks 1"
 NOTHING = "prune {model} --out {out}"

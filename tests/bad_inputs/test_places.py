@@ -36,7 +36,7 @@ from cfsp.cli import build_parser, main
 
 SMALL = "--sparsity 0.4 --multiple 4"
 SWEEP = f"sweep {{model}} --sparsity 0.4 --eval {{text}} {TEXT} --out"
-PLAN = f"plan {{model}} --statistics {{statistics}} {SMALL} --out"
+PLAN = f"prune {{model}} --statistics {{statistics}} {SMALL} --dry-run --out"
 INTO = f"prune {{model}} {SMALL} {TEXT} --out"
 TRAIN = "recover {pruned} --data {text} --steps 1 --seqlen 32 --out"
 OUTPUT, DIRECTORY = "choose another output", "choose another output directory"
@@ -47,7 +47,6 @@ INSIDE = [
     for command, out in (
         (INTO, "{model}/new/out"),
         (f"calibrate {{model}} {TEXT} --out", "{model}/config.safetensors"),
-        (PLAN, "{model}/plan.json"),
         (TRAIN, "{pruned}/out"),
         ("export {model} --to gguf --out", "{model}/out.gguf"),
         (SWEEP, "{model}/sweep"),
@@ -58,7 +57,6 @@ EXISTING = [
     BadInput(f"{command} {out}", f"{out} {says}", cure)
     for command, out, says, cure in (
         (INTO, "{pruned}", "exists and is not empty", DIRECTORY),
-        (PLAN, "{model}/config.json", "exists already", "choose another file"),
         (f"calibrate {{model}} {TEXT} --out", "{text}", "exists already", "choose another file"),
         ("export {model} --to vllm --out", "{pruned}", "exists and is not empty", DIRECTORY),
         (TRAIN, "{model}", "exists and is not empty", DIRECTORY),

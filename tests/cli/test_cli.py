@@ -219,15 +219,15 @@ def test_the_default_text_is_told_of_when_it_is_read(
 def test_calibrate_plan_prune_is_prune_in_three_steps(
     cli: Cli, model: Path, text: list[object], tmp_path: Path
 ) -> None:
-    statistics, plan = tmp_path / "s.safetensors", tmp_path / "plan.json"
+    statistics, plan = tmp_path / "s.safetensors", tmp_path / "dry" / "cfsp_plan.json"
     budget: list[object] = ["--sparsity", 0.4, "--multiple", 1]
 
     facts = cli.json("calibrate", model, "--out", statistics, *text)
     assert facts["out"] == str(statistics)
     assert facts["calibration_tokens"] == 6 * 32
     assert facts["blocks"] == 3
-    planned = cli.json("plan", model, "--statistics", statistics, "--out", plan, *budget)
-    assert planned["out"] == str(plan)
+    dry: list[object] = ["--statistics", statistics, "--repair", "none", "--dry-run", *budget]
+    planned = cli.json("prune", model, "--out", tmp_path / "dry", *dry)
 
     outs = {
         "by plan": ["--plan", plan],
