@@ -133,6 +133,7 @@ GONE = {
     "sglang": "the target sglang went, because nobody had run it; use --to vllm or --to gguf",
     "tensorrt-llm": "the target tensorrt-llm went, because nobody had run it; use --to gguf",
     "padded": "the padded copy went: prune with --widths equal, which stock classes run as it is",
+    "recipe": "it went: the same command goes on with a sweep, and --set multiple=8 is said there",
     "png": "the charts are in the page as SVG; a browser saves or prints them",
     "dora": "DoRA went: nothing ever showed that it gains on LoRA; use --method lora, or full",
     "of": "a sparsity is the share of one part; --target-params 0.8 keeps 80% of all parameters",

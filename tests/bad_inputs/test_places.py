@@ -1,4 +1,4 @@
-"""Outputs that exist, lie in the input, or cannot be written; manifests, recipes and reports."""
+"""Outputs that exist, lie in the input, or cannot be written; manifests and reports."""
 
 from __future__ import annotations
 
@@ -82,10 +82,6 @@ def manifest(change: Callable[[dict[str, Any]], object]) -> Spoil:
     return lambda place: edit_json(place.pruned / "cfsp.json", change)
 
 
-def recipe(text: str) -> Spoil:
-    return lambda place: (place.inputs / "r.toml").write_text(text)
-
-
 RUNS = [
     *spoilt(
         "verify {pruned}",
@@ -114,12 +110,6 @@ RUNS = [
         "speak of different models",
         "they are of different runs",
         lambda place: shutil.copyfile(place.other_plan, place.pruned / "cfsp_plan.json"),
-    ),
-    *spoilt(
-        "sweep --recipe {inputs}/r.toml --out {out}",
-        "",
-        ("unknown keys: colour; known are: model", recipe('model = "m"\ncolour = 1')),
-        ("cannot read the recipe {inputs}/r.toml", recipe("a = " + "[" * 100_000)),
     ),
 ]
 

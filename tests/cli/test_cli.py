@@ -166,7 +166,7 @@ def test_help_fits_a_screen_and_help_all_names_the_rest(
     positional = {
         "eval": "MODEL ...",
         "bench": "[MODEL ...]",
-        "sweep": "[MODEL]",
+        "sweep": "MODEL",
     }
     if command in positional:
         assert short.startswith(f"usage: cfsp {command} [options] {positional[command]}\n")

@@ -271,12 +271,10 @@ def test_the_chart_by_block_as_a_file_of_its_own(run, monkeypatch, capsys):
 def test_a_sweep_stands_for_its_runs(run, tmp_path, command):
     sweep = tmp_path / "sweep"
     sweep.mkdir()
-    (sweep / "recipe.toml").write_text("")
+    (sweep / "sweep.json").write_text("{}")
     page = tmp_path / "page.html"
     argv = ["report", str(sweep), "--out", str(page)]
-    assert (
-        "has no finished model yet; run it on: cfsp sweep --recipe" in command(*argv, status=2).err
-    )
+    assert "has no finished model yet; its command goes on" in command(*argv, status=2).err
     for name in ("cfsp-0.25", "wanda-sp-0.5", ".working"):
         copy = changed_copy(
             run, sweep / name, lambda m: m.update(sweep={"method": "cfsp", "sparsity": 0.25})

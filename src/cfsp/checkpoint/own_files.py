@@ -13,4 +13,4 @@ STATISTICS_FILE = "cfsp.statistics"
 CARD_FILE = "README.md"
 MODELING_FILE = "modeling_cfsp.py"
 # In the directory of a sweep, beside those of its models.
-RECIPE_FILE = "recipe.toml"
+SWEEP_FILE = "sweep.json"

@@ -13,7 +13,7 @@ from math import isfinite, log
 from pathlib import Path
 from typing import Any
 
-from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE, RECIPE_FILE
+from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE, SWEEP_FILE
 from cfsp.errors import ReportError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.repair.result import entry_name
@@ -186,14 +186,13 @@ def perplexity_of_original(runs: Sequence[RunFacts], conditions: Conditions) -> 
 
 def _runs_in(directory: Path) -> list[Path]:
     """Return the finished runs of a sweep's directory; another directory is a run itself."""
-    if not (directory / RECIPE_FILE).is_file() or (directory / MANIFEST_FILE).is_file():
+    if not (directory / SWEEP_FILE).is_file() or (directory / MANIFEST_FILE).is_file():
         return [directory]
     found = sorted(path.parent for path in directory.glob(f"*/{MANIFEST_FILE}"))
     runs = [run for run in found if not run.name.startswith(".")]
     if not runs:
         raise ReportError(
-            f"the sweep in {directory} has no finished model yet; run it on: "
-            f"cfsp sweep --recipe {directory / RECIPE_FILE} --out {directory}"
+            f"the sweep in {directory} has no finished model yet; its command goes on with it"
         )
     return runs
 
