@@ -127,6 +127,7 @@ GONE_TEXTS = {
     "self": "text that the model writes went: real text calibrates better; use mixed, or your own"
 }
 GONE = {
+    "cache": "cfsp cache went: models converted from .gguf are in $CFSP_CACHE or ~/.cache/cfsp",
     "plan": "cfsp plan went: cfsp prune --set statistics=FILE --dry-run writes the same plan",
     "push": "cfsp push went: hf upload OWNER/NAME DIR --private does the same",
     "openvino": "bench by OpenVINO went; its export stays: time that with OpenVINO's own tools",

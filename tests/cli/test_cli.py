@@ -131,8 +131,8 @@ def wait(args):
     os.read(reads, 5)
     os.kill(child, signal.SIGTERM)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-cfsp.cli.cache.run = wait
-cfsp.cli.main(["cache"])
+cfsp.cli.families.run = wait
+cfsp.cli.main(["families"])
 """
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
