@@ -40,7 +40,7 @@ from cfsp.quality.paired import geometric_mean
 from cfsp.quality.results_file import measured_model
 from cfsp.quality.tasks.harness import TaskRunner
 from cfsp.quality.tasks.selection import TaskSelection
-from cfsp.result.page.svg import element
+from cfsp.result.page.chart import element
 from cfsp.settings import EvaluationText
 from cfsp.speed.llama_cpp_engine import LlamaCppEngine
 from cfsp.speed.subjects import Subject

@@ -107,7 +107,7 @@ RUNS = [
     BadInput("report {pruned} --results {text}", "cannot read {text}", "make it with: cfsp eval"),
     BadInput(
         "report {pruned}",
-        "speak of different models",
+        "is not the plan that cfsp.json tells of",
         "they are of different runs",
         lambda place: shutil.copyfile(place.other_plan, place.pruned / "cfsp_plan.json"),
     ),

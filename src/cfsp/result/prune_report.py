@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from cfsp.checkpoint.reading import Checkpoint, WeightSource, parameter_count
 from cfsp.cut.surgery import PrunedSource
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.repair.result import PruningResult
-from cfsp.result.manifest import read_manifest, removed_facts
+from cfsp.result.manifest import digest_of_plan, read_manifest, removed_facts
 from cfsp.streaming.memory import peak_rss_bytes
 from cfsp.streaming.runtime import versions
 from cfsp.streaming.work_dir import WorkDir
@@ -111,7 +110,7 @@ class PruneReport:
             "base_model": asdict(self.plan.model),
             "criterion": self.plan.criterion,
             "calibration": self.plan.calibration,
-            "plan_digest": sha256(self.plan.to_json().encode()).hexdigest(),
+            "plan_digest": digest_of_plan(self.plan),
             "files": digests,
             **self.to_json(),
         }

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import isfinite, log
+from math import log
 from pathlib import Path
 from typing import Any
 
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE, SWEEP_FILE
 from cfsp.errors import ReportError
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.repair.result import entry_name
-from cfsp.repair.ridge_pass import NAME as RIDGE
 from cfsp.result.conditions import Conditions
 from cfsp.result.facts import QUALITY, Fact, joined, perplexity_facts, size_facts
-from cfsp.result.making import Step, making, repair_steps
-from cfsp.result.manifest import read_manifest, refusing_damage
+from cfsp.result.making import Step, repair_steps
+from cfsp.result.manifest import digest_of_plan, read_manifest, refusing_damage
 from cfsp.result.measured import (
     Document,
     answer_documents,
@@ -112,9 +110,13 @@ def read_run(directory: Path) -> RunFacts:
         )
     path = directory / PLAN_FILE
     plan = PruningPlan.load(path) if path.is_file() else None
+    if plan is not None and manifest.get("plan_digest") != digest_of_plan(plan):
+        raise ReportError(
+            f"{directory}: {PLAN_FILE} is not the plan that {MANIFEST_FILE} tells of; they are of "
+            "different runs"
+        )
     weights = sum(file.stat().st_size for file in directory.glob("model*.safetensors"))
     speed = manifest.get("speed")
-    # All that the page will tell is made here once, so that damage is found with its file.
     with refusing_damage(directory):
         facts = [
             *size_facts(manifest, weights),
@@ -123,14 +125,7 @@ def read_run(directory: Path) -> RunFacts:
             # Where the demonstration or a sweep has put it.
             *(speed_facts(speed["models"], _SIDES.get) if speed else []),
         ]
-        run = RunFacts(directory.resolve().name, directory, manifest, joined(facts), plan)
-        _ = run.base_fingerprint, making(manifest)
-        _check_steps(run.repair_steps)
-        if not all(isfinite(e["step"]) and isfinite(e["held_out"]) for e in run.recovery_history):
-            raise ValueError("history of recovery")
-        if plan is not None:
-            _check_together(manifest, plan, directory)
-    return run
+        return RunFacts(directory.resolve().name, directory, manifest, joined(facts), plan)
 
 
 def read_runs(directories: Sequence[Path]) -> list[RunFacts]:
@@ -195,64 +190,3 @@ def _runs_in(directory: Path) -> list[Path]:
             f"the sweep in {directory} has no finished model yet; its command goes on with it"
         )
     return runs
-
-
-def _check_steps(steps: Sequence[Step]) -> None:
-    """Check that steps can be told of and drawn: JSON as Python reads it has NaN, too.
-
-    Raises:
-        KeyError, TypeError, ValueError, AttributeError, ArithmeticError: they cannot.
-    """
-    for step in steps:
-        for index, entry in enumerate(step["blocks"]):
-            if entry is None:
-                continue
-            where = f"{step['name']}, block {entry_name(entry, index)}"
-            # Null is what training leaves whose error is NaN; such weights are rejected.
-            after, kept = entry["error_after"], entry["kept"]
-            errors = [entry["error_before"], *([after] if kept or after is not None else [])]
-            if not all(isfinite(error) and error >= 0 for error in errors):
-                raise ValueError(f"{where}: an error is no number from 0")
-            if not 1 <= entry["blocks"] <= index + 1:
-                raise ValueError(f"{where}: {entry['blocks']} blocks changed together")
-            _ = f"{entry.get('strength') or 0:g}, {entry.get('training_steps') or 0:,}"
-            _ = [expert["kept"] for expert in entry.get("experts", ())]
-
-
-def _check_together(manifest: dict[str, Any], plan: PruningPlan, directory: Path) -> None:
-    """Check that manifest and plan speak of the same blocks."""
-    fault = ""
-    base = (manifest.get("base_model") or {}).get("fingerprint", plan.model.fingerprint)
-    widths, kept = plan.widths_of("ffn")
-    if plan.model.fingerprint != base:
-        fault = f"{PLAN_FILE} and {MANIFEST_FILE} speak of different models"
-    elif (
-        manifest.get("widths_before", widths) != widths
-        or manifest.get("intermediate_sizes", kept) != kept
-    ):
-        fault = f"{PLAN_FILE} and {MANIFEST_FILE} give different widths"
-    else:
-        for step in repair_steps(manifest):
-            if step["blocks"] and not _speaks_of_same(step, plan):
-                fault = (
-                    f"{MANIFEST_FILE} tells of {len(step['blocks'])} blocks that {step['name']} "
-                    f"repaired, the plan of {len(plan.units)}"
-                )
-    if fault:
-        raise ReportError(f"{directory}: {fault}; they are of different runs")
-
-
-def _speaks_of_same(step: Step, plan: PruningPlan) -> bool:
-    """Return whether a step of repair has an entry for every unit of a plan."""
-    blocks = [unit.block for unit in plan.units]
-    is_by_unit = any("block" in entry for entry in step["blocks"] if entry)
-    # Other steps speak of blocks also where these have several.
-    has_several = plan.has_ffns_only and len(set(blocks)) < len(blocks)
-    if is_by_unit or (has_several and step["name"] == RIDGE):
-        pairs = zip(step["blocks"], blocks, strict=False)
-        return len(step["blocks"]) == len(blocks) and all(
-            entry is None or entry.get("block") == block for entry, block in pairs
-        )
-    if plan.has_one_unit_each:
-        return len(step["blocks"]) == len(blocks)
-    return len(step["blocks"]) > blocks[-1]

@@ -6,7 +6,6 @@ than memory can be verified too.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from cfsp.checkpoint.writing import digests_beside_weights, sha256_of
 from cfsp.errors import CfspError, CheckpointError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.progress import item_progress
-from cfsp.result.manifest import read_manifest
+from cfsp.result.manifest import digest_of_plan, read_manifest
 from cfsp.settings import Compute, Part
 from cfsp.streaming.runtime import runtime_of
 from cfsp.text.windows import Windows
@@ -115,8 +114,7 @@ def _difference(
 def _plan(directory: Path, manifest: dict[str, Any]) -> str | None:
     if not (directory / PLAN_FILE).is_file():
         return f"{PLAN_FILE} is missing"
-    text = PruningPlan.load(directory / PLAN_FILE).to_json()
-    found = hashlib.sha256(text.encode()).hexdigest()
+    found = digest_of_plan(PruningPlan.load(directory / PLAN_FILE))
     return None if found == manifest.get("plan_digest") else f"{PLAN_FILE} has changed"
 
 
