@@ -39,8 +39,7 @@ def run(args: argparse.Namespace) -> Told:
 
 
 def _lines(facts: dict[str, Any]) -> Iterator[tuple[str, object]]:
-    from cfsp.result.conditions import perplexities
-    from cfsp.result.facts import what_went
+    from cfsp.result.facts import perplexities, what_went
     from cfsp.result.making import making
 
     yield "hidden size", facts["hidden_size"]

@@ -16,8 +16,15 @@ from cfsp.checkpoint.locating import DEMO_NAME
 from cfsp.checkpoint.own_files import CARD_FILE, MODELING_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.result.conditions import Conditions, perplexities
-from cfsp.result.facts import goal_in_words, goal_table, size_facts, unit_rows, what_went
+from cfsp.result.facts import (
+    Conditions,
+    goal_in_words,
+    goal_table,
+    perplexities,
+    size_facts,
+    unit_rows,
+    what_went,
+)
 from cfsp.result.making import (
     auto_class_of,
     changed_weights,

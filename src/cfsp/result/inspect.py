@@ -8,8 +8,7 @@ from typing import Any
 from cfsp.checkpoint.config_widths import PRUNED_KEY
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.checkpoint.text_config import text_config_of
-from cfsp.result.conditions import perplexities
-from cfsp.result.facts import what_went
+from cfsp.result.facts import perplexities, what_went
 from cfsp.result.making import making
 from cfsp.result.manifest import facts_for_config, read_manifest, refusing_damage
 

@@ -1,13 +1,13 @@
-"""All that the page says about one run, read from its directory: no model is loaded.
+"""What the page says about a run: its facts, read from its directory without a model, and results.
 
 A run is a directory that cfsp wrote. Its manifest must be there; the plan may be missing, and
-the page then leaves out what it would have shown. The directory of a sweep stands
-for its runs.
+the page then leaves out what it would have shown. The directory of a sweep stands for its runs.
+Results are those of `cfsp eval --json` and `cfsp bench --json`, in files or in a manifest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import log
 from pathlib import Path
@@ -16,18 +16,52 @@ from typing import Any
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE, SWEEP_FILE
 from cfsp.errors import ReportError
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.result.conditions import Conditions
-from cfsp.result.facts import QUALITY, Fact, joined, perplexity_facts, size_facts
+from cfsp.quality.compare import compare
+from cfsp.quality.results_file import measured_model
+from cfsp.result.facts import (
+    NATS,
+    PERCENT,
+    QUALITY,
+    RATE,
+    SPEED,
+    Conditions,
+    Fact,
+    Number,
+    Unit,
+    joined,
+    perplexity_fact,
+    perplexity_facts,
+    size_facts,
+)
 from cfsp.result.making import Step, repair_steps
 from cfsp.result.manifest import digest_of_plan, read_manifest, refusing_damage
-from cfsp.result.measured import (
-    Document,
-    answer_documents,
-    comparison_facts,
-    result_facts,
-    speed_facts,
-)
 from cfsp.result.names import short_names
+
+ANSWERS, AGREEMENT, TASKS = "Answers", "Agreement with the original", "Tasks"
+PAIRS = "Tasks in pairs with the original"
+_OF_ANSWERS = {
+    "divergence": ("KL per token on the original's answers, nats", NATS),
+    "agreed": ("top-1 agreement on the original's answers, percent", PERCENT),
+    "stops": ("answers that end, percent", PERCENT),
+    "loops": ("answers that repeat 4 tokens 4 times, percent", PERCENT),
+    "alike": ("first tokens as the original's", Unit("{:.1f}".format)),
+}
+_OF_TEXTS = {
+    "divergence": ("KL per token, nats", NATS),
+    "agreed": ("top-1 agreement, percent", PERCENT),
+}
+# Of a task, what of a pair it is, and how it is called.
+_OF_TASKS = {
+    "accuracy": ("difference", "accuracy - original's, percent", PERCENT),
+    "kept": ("second", "answers as the original's, percent", PERCENT),
+    "loss": ("difference", "loss - original's, nats", NATS),
+}
+
+# A model measured is one side of a run: `before`, the original, `after`, the run itself, or None.
+Side = Callable[[str], str | None]
+Models = Sequence[Mapping[str, Any]]
+# A question with its kind and an answer, as `cfsp.quality.answers` has it.
+Document = Mapping[str, Any]
 
 # Of the models that the demonstration and sweeps time.
 _SIDES = {"dense": "before", "pruned": "after"}
@@ -64,16 +98,6 @@ class RunFacts:
     def base_name(self) -> str:
         """How the user called the model that was pruned."""
         return str(self.manifest.get("base_model", {}).get("name", "the original"))
-
-    @property
-    def base_fingerprint(self) -> str:
-        """Digest of the model that was pruned; the name where there is none."""
-        return str(self.manifest.get("base_model", {}).get("fingerprint", self.base_name))
-
-    @property
-    def has_weights(self) -> bool:
-        """Whether its weights were kept: a sweep keeps none."""
-        return any(self.directory.glob("model*.safetensors"))
 
     @property
     def repair_steps(self) -> list[Step]:
@@ -121,9 +145,9 @@ def read_run(directory: Path) -> RunFacts:
         facts = [
             *size_facts(manifest, weights),
             *perplexity_facts(manifest),
-            *comparison_facts(manifest.get("comparison")),
+            *_comparison_facts(manifest.get("comparison") or {}),
             # Where the demonstration or a sweep has put it.
-            *(speed_facts(speed["models"], _SIDES.get) if speed else []),
+            *(_speed_facts(speed["models"], _SIDES.get) if speed else []),
         ]
         return RunFacts(directory.resolve().name, directory, manifest, joined(facts), plan)
 
@@ -133,50 +157,6 @@ def read_runs(directories: Sequence[Path]) -> list[RunFacts]:
     runs = [read_run(each) for directory in directories for each in _runs_in(directory)]
     names = short_names((str(run.directory.resolve()) for run in runs), least=1)
     return [replace(run, name=names[str(run.directory.resolve())]) for run in runs]
-
-
-def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunFacts]:
-    """Add what `cfsp eval --json` or `cfsp bench --json` measured to the runs it measured.
-
-    A model of the results is one of the runs if it is the same directory, and a run's original if
-    it has the name that was pruned.
-
-    Raises:
-        ReportError: they are something else, or measure none of the runs.
-    """
-    try:
-        names = [str(model["model"]) for model in results["models"]]
-        models = results["models"]
-        extended = [
-            replace(
-                run,
-                facts=joined([*run.facts, *result_facts(models, run.side_of)]),
-                answers=answer_documents(models, run.side_of) or run.answers,
-            )
-            for run in runs
-        ]
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise ReportError(
-            "the results are not what `cfsp eval --json` or `cfsp bench --json` prints: "
-            f"{error!r} is missing or of another type"
-        ) from error
-    if not any(run.side_of(name) == "after" for run in runs for name in names):
-        raise ReportError(f"the results are of none of the runs; they are of: {', '.join(names)}")
-    return extended
-
-
-def measured_conditions(runs: Sequence[RunFacts]) -> list[Conditions]:
-    """Return all conditions of perplexities, those of one text one after the other."""
-    facts = [fact for run in runs for fact in run.under(QUALITY)]
-    found = dict.fromkeys(fact.conditions for fact in facts if fact.conditions is not None)
-    texts = list(dict.fromkeys(each.text for each in found))
-    return sorted(found, key=lambda each: texts.index(each.text))
-
-
-def perplexity_of_original(runs: Sequence[RunFacts], conditions: Conditions) -> float | None:
-    """Return the original's perplexity under the same conditions; None if it was not measured."""
-    facts = [fact for run in runs for fact in run.under(QUALITY) if fact.conditions == conditions]
-    return next((fact.before.value for fact in facts if fact.before is not None), None)
 
 
 def _runs_in(directory: Path) -> list[Path]:
@@ -190,3 +170,132 @@ def _runs_in(directory: Path) -> list[Path]:
             f"the sweep in {directory} has no finished model yet; its command goes on with it"
         )
     return runs
+
+
+def measured_conditions(runs: Sequence[RunFacts]) -> list[Conditions]:
+    """Return all conditions of perplexities, those of one text one after the other."""
+    facts = [fact for run in runs for fact in run.under(QUALITY)]
+    found = dict.fromkeys(fact.conditions for fact in facts if fact.conditions is not None)
+    texts = list(dict.fromkeys(each.text for each in found))
+    return sorted(found, key=lambda each: texts.index(each.text))
+
+
+def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunFacts]:
+    """Add what `cfsp eval --json` or `cfsp bench --json` measured to the runs it measured.
+
+    A model of the results is one of the runs if it is the same directory, and a run's original if
+    it has the name that was pruned.
+
+    Raises:
+        ReportError: they are something else, or measure none of the runs.
+    """
+    try:
+        models = results["models"]
+        names = [str(model["model"]) for model in models]
+        facts_of = _speed_facts if "workloads" in models[0] else _quality_facts
+        extended = [
+            replace(
+                run,
+                facts=joined([*run.facts, *facts_of(models, run.side_of)]),
+                answers=_answer_documents(models, run.side_of) or run.answers,
+            )
+            for run in runs
+        ]
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise ReportError(
+            "the results are not what `cfsp eval --json` or `cfsp bench --json` prints: "
+            f"{error!r} is missing or of another type"
+        ) from error
+    if not any(run.side_of(name) == "after" for run in runs for name in names):
+        raise ReportError(f"the results are of none of the runs; they are of: {', '.join(names)}")
+    return extended
+
+
+def _quality_facts(models: Models, side_of: Side) -> list[Fact]:
+    """Return what eval measured of a run and of its original, as the command prints it."""
+    facts = []
+    sides = {side_of(str(model["model"])): model for model in models}
+    for side, model in sides.items():
+        if side is None:
+            continue
+        for text, entry in model["perplexity"].items():
+            fact = perplexity_fact(Conditions.of(text, entry))
+            facts.append(_on(side, Number(float(entry["value"])), fact))
+        for task, scores in model.get("tasks", {}).items():
+            for metric in ("acc", "acc_norm"):
+                if metric in scores:
+                    error = scores.get(f"{metric}_stderr")
+                    number = _number({"value": scores[metric], "stderr": error})
+                    facts.append(_on(side, number, Fact(TASKS, f"{task}, {metric}", PERCENT)))
+    before, after = (sides.get(side, {}) for side in ("before", "after"))
+    if "windows" in before and "windows" in after:
+        dense, pruned = (measured_model("the results", dict(each)) for each in (before, after))
+        facts += _comparison_facts(compare(dense, pruned, dense).to_json())
+    return facts
+
+
+def _answer_documents(models: Models, side_of: Side) -> list[tuple[Document, Document]]:
+    """Return what the original and a run answered to each question; nothing if none was asked."""
+    sides = {side_of(str(model["model"])): model.get("answers") for model in models}
+    both = [answers for side in ("before", "after") if (answers := sides.get(side))]
+    if len(both) < 2:
+        return []
+    keys = ("kind", "question", "answer", "stops", "loops")
+    pairs = (
+        [{key: each[key] for key in keys} for each in answers["documents"]] for answers in both
+    )
+    return list(zip(*pairs, strict=True))
+
+
+def _speed_facts(models: Models, side_of: Side) -> list[Fact]:
+    """Return tokens per second by phase and workload, with the ratio to the original.
+
+    Ratios are to the first model; they mean something here only if that is the original.
+    """
+    facts = []
+    compared = side_of(str(models[0]["model"])) == "before"
+    for model in models:
+        side = side_of(str(model["model"]))
+        for workload in model["workloads"] if side else ():
+            shape = f"batch {workload['batch']}, prompt {workload['prompt']}"
+            for phase in ("prefill", "decode"):
+                figures = workload[phase]
+                has_ratio = side == "after" and compared and not figures.get("too_busy")
+                ratio = float(figures["ratio"]) if has_ratio else None
+                fact = Fact(SPEED, f"{phase}, {shape}", RATE, ratio=ratio)
+                facts.append(_on(side, Number(float(figures["tokens_per_second"])), fact))
+    return facts
+
+
+def _comparison_facts(comparison: Mapping[str, Any]) -> list[Fact]:
+    """Return what pairs with the original say, from `Comparison.to_json`."""
+    facts = []
+    for key, pair in comparison.get("answers", {}).items():
+        name, unit = _OF_ANSWERS[key]
+        before = _number(pair["first"]) if key in ("stops", "loops") else None
+        detail = f"{comparison['questions']} questions" if key == "divergence" else ""
+        facts.append(Fact(ANSWERS, name, unit, before, _number(pair["second"]), detail=detail))
+    for text, pairs in comparison.get("texts", {}).items():
+        for key, (name, unit) in _OF_TEXTS.items():
+            if pair := pairs.get(key):
+                after = _number(pair["second"])
+                facts.append(Fact(AGREEMENT, name, unit, after=after, text=text))
+    for task, pairs in [*comparison.get("tasks", {}).items(), ("mean of tasks", comparison)]:
+        is_guess = pairs.get("is_above_chance") is False
+        guess = "the original does not beat a guess; not in the mean" if is_guess else ""
+        for key, (of, name, unit) in _OF_TASKS.items():
+            if pair := pairs.get(key):
+                detail = guess if key == "accuracy" else ""
+                after = _number(pair[of])
+                facts.append(Fact(PAIRS, f"{task}, {name}", unit, after=after, detail=detail))
+    return facts
+
+
+def _number(estimate: Mapping[str, Any]) -> Number:
+    error = estimate.get("stderr")
+    return Number(float(estimate["value"]), None if error is None else float(error))
+
+
+def _on(side: str | None, number: Number, fact: Fact) -> Fact:
+    """Return a fact with the number of one side."""
+    return replace(fact, before=number) if side == "before" else replace(fact, after=number)

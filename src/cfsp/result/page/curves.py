@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 
-from cfsp.result.facts import NOTHING, SPEED
+from cfsp.result.facts import NOTHING, QUALITY, SPEED
 from cfsp.result.names import short_names
 from cfsp.result.page.chart import Chart, Mark, Panel, panel_title, round_scale, short_label
-from cfsp.result.runs import RunFacts, measured_conditions, perplexity_of_original
+from cfsp.result.runs import RunFacts, measured_conditions
 from cfsp.result.tables import Table, pareto_front
 
 _HEIGHT = 220.0
@@ -83,8 +83,9 @@ def _planes(runs: Sequence[RunFacts]) -> Iterator[tuple[str, str, int, Dots]]:
             and (value := run.perplexity(conditions)) is not None
         }
         if len(dots) > 1:
-            if (dense := perplexity_of_original(runs, conditions)) is not None:
-                dots[_ORIGINAL] = 100.0, dense
+            for fact in (fact for run in runs for fact in run.under(QUALITY)):
+                if fact.conditions == conditions and fact.before is not None:
+                    dots[_ORIGINAL] = 100.0, fact.before.value
             yield title, "% of parameters", 1, dots
     phases = sorted({fact.name for run in runs for fact in run.under(SPEED)})
     for (conditions, title), phase in product(titles.items(), phases):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib.metadata import version
 from importlib.resources import files
@@ -21,20 +21,41 @@ from markupsafe import Markup
 from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import OutputError, ReportError
 from cfsp.quality.results_file import read_results
-from cfsp.result.conditions import Conditions, texts_that_made
+from cfsp.result.facts import (
+    COUNT,
+    NOTHING,
+    QUALITY,
+    SIZE,
+    SPEED,
+    Conditions,
+    Fact,
+    labels,
+    texts_that_made,
+)
 from cfsp.result.making import load_code, making
 from cfsp.result.manifest import published, refusing_damage
 from cfsp.result.names import public_name, short_names
 from cfsp.result.page.by_block import block_chart, repair_chart
 from cfsp.result.page.chart import Chart
 from cfsp.result.page.curves import pareto_chart, recovery_chart
-from cfsp.result.page.table import answers_by_kind, headlines, sections
-from cfsp.result.runs import RunFacts, measured_conditions, read_runs, with_results
+from cfsp.result.runs import (
+    AGREEMENT,
+    ANSWERS,
+    PAIRS,
+    TASKS,
+    Document,
+    RunFacts,
+    measured_conditions,
+    read_runs,
+    with_results,
+)
 from cfsp.result.tables import pareto_front
 
 _STYLES = ("style.css", "charts.css")
 # More are neither columns side by side nor drawings under each other that anybody would read.
 MOST_IN_DETAIL = 8
+_HEADINGS = (SIZE, ANSWERS, QUALITY, AGREEMENT, TASKS, PAIRS, SPEED)
+_MOST_HEADLINES = {QUALITY: 2, SPEED: 1}
 
 
 @dataclass(frozen=True)
@@ -107,7 +128,8 @@ def render_page(groups: Sequence[ModelGroup]) -> str:
         making=lambda run: making(run.manifest),
         # From beside it; nothing where its weights were not kept.
         load=lambda run: (
-            run.has_weights and load_code(run.manifest, public_name(str(run.directory)))
+            any(run.directory.glob("model*.safetensors"))
+            and load_code(run.manifest, public_name(str(run.directory)))
         ),
         manifest=_manifest_text,
         version=version("cfsp-llm"),
@@ -118,7 +140,8 @@ def group_runs(runs: Sequence[RunFacts]) -> list[ModelGroup]:
     """Put runs of the same original together, and draw each group's charts."""
     by_base: dict[str, list[RunFacts]] = {}
     for run in runs:
-        by_base.setdefault(run.base_fingerprint, []).append(run)
+        base = run.manifest.get("base_model", {}).get("fingerprint", run.base_name)
+        by_base.setdefault(base, []).append(run)
     groups = []
     for group in by_base.values():
         detailed = runs_in_detail(group)
@@ -218,3 +241,105 @@ def _check_is_replaceable(out: Path) -> None:
 def _digest(text: str) -> str:
     """Return the source expression that allows exactly this inline text."""
     return "sha256-" + base64.b64encode(sha256(text.encode()).digest()).decode()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number and a remark about it."""
+
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A number of the original and of each run."""
+
+    name: str
+    cells: Sequence[Cell]  # the original first
+    detail: str = ""  # the conditions, in small letters
+    hint: str = ""  # more of them
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A number in large type."""
+
+    value: str
+    noun: str
+    detail: str
+
+
+def sections(runs: Sequence[RunFacts]) -> dict[str, list[Row]]:
+    """Return the rows of runs of one model, under headings; headings without rows are left out."""
+    found: dict[object, dict[str, Fact]] = {}
+    for run in runs:
+        for fact in run.facts:
+            found.setdefault(fact.key, {})[run.name] = fact
+    rows: dict[str, list[tuple[str, Row]]] = {heading: [] for heading in _HEADINGS}
+    names = labels(fact for run in runs for fact in run.facts)
+    for facts in found.values():
+        first = next(iter(facts.values()))
+        rows[first.heading].append((first.text, _row(facts, runs, names[first])))
+    order = list(dict.fromkeys(fact.text for fact in names))
+    # What was measured on one text stands together.
+    return {
+        heading: [row for _, row in sorted(of, key=lambda pair: order.index(pair[0]))]
+        for heading, of in rows.items()
+        if of
+    }
+
+
+def headlines(run: RunFacts) -> list[Headline]:
+    """Return the few numbers that sum up a run."""
+    names, lines = labels(run.facts), []
+    for heading in (SIZE, QUALITY, SPEED):
+        facts = [
+            fact
+            for fact in run.under(heading)
+            if fact.change or (fact.unit is COUNT and fact.before is None)
+        ]
+        if heading == SPEED:
+            facts = [fact for fact in facts if fact.name.startswith("decode")]
+        for fact in facts[: _MOST_HEADLINES.get(heading)]:
+            before, after, change = fact.row
+            told = [f"{before} to {after}"] if fact.before else []
+            told += [SPEED.lower()] if heading == SPEED else []
+            told += [str(fact.conditions)] if fact.conditions else []
+            told += [fact.detail] if fact.detail else []
+            lines.append(Headline(change or after, names[fact], ", ".join(told)))
+    return lines
+
+
+def answers_by_kind(
+    base: str, runs: Sequence[RunFacts]
+) -> dict[str, dict[str, list[tuple[str, Document]]]]:
+    """Return kind -> question -> the models and what they answered, the original first."""
+    found: dict[str, dict[str, list[tuple[str, Document]]]] = {}
+    for run in runs:
+        for dense, own in run.answers:
+            of_kind = found.setdefault(own["kind"], {})
+            of_kind.setdefault(own["question"], [(base, dense)]).append((run.name, own))
+    return found
+
+
+def _row(facts: dict[str, Fact], runs: Sequence[RunFacts], name: str) -> Row:
+    """Return the row of one fact of several runs; the original is known from any of them."""
+    first = next(iter(facts.values()))
+    before = next((fact.before for fact in facts.values() if fact.before is not None), None)
+    cells = [Cell(first.unit(before), first.note(before))]
+    for run in runs:
+        fact = facts.get(run.name)
+        if fact is not None and fact.after is not None:
+            fact = replace(fact, before=before)
+            cells.append(Cell(fact.unit(fact.after), fact.change or fact.note(fact.after)))
+        elif first.unit is COUNT and run.under(SIZE):
+            cells.append(Cell(first.unit(before)))  # a part of which nothing could go
+        else:
+            cells.append(Cell(NOTHING))
+    details = {fact.detail for fact in facts.values()}
+    detail = details.pop() if len(details) == 1 else ""
+    if first.conditions is None:
+        return Row(name, cells, detail)
+    how = first.conditions.beside({run.name: run.manifest for run in runs})
+    return Row(name, cells, how, f"{first.conditions.tokens:,} predicted tokens")
