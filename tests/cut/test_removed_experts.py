@@ -23,6 +23,7 @@ from cfsp.calibration.observed import UnitStatistics
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, check_complete
+from cfsp.cli.inspect import inspect_checkpoint
 from cfsp.errors import BudgetError, ExportError, StatisticsError, UnsupportedModelError
 from cfsp.exports.gguf_architecture import architecture_of
 from cfsp.planning.channels import warn_of_few_tokens
@@ -34,7 +35,6 @@ from cfsp.planning.experts import (
 )
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
-from cfsp.result.inspect import inspect_checkpoint
 from cfsp.result.verify import verify_checkpoint
 from cfsp.selection.constraint import Parameters, Share
 from cfsp.settings import Budget, Compute, Part

@@ -20,6 +20,7 @@ NOTHING = "\N{EN DASH}"
 _TIMES, _MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
 # Headings of tables.
 SIZE, QUALITY, SPEED = "Size", "Perplexity", "Tokens per second"
+PARAMETERS = "parameters"
 # What a manifest says of the same form, and what it is called.
 _OTHER_PARTS = {"kv_groups": "KV groups", "experts": "experts"}
 
@@ -197,7 +198,7 @@ def size_facts(manifest: Mapping[str, Any], weight_bytes: int = 0) -> list[Fact]
         return Fact(SIZE, name, COUNT, *numbers, detail=detail)
 
     before, after = manifest["parameters_before"], manifest["parameters_after"]
-    facts = [fact("parameters", before, after)]
+    facts = [fact(PARAMETERS, before, after)]
     if removed := manifest.get("removed_blocks"):
         blocks = manifest["blocks_before"]
         detail = f"without {blocks_in_words(removed)}"

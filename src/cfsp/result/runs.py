@@ -21,7 +21,6 @@ from cfsp.quality.results_file import measured_model
 from cfsp.result.facts import (
     NATS,
     PERCENT,
-    QUALITY,
     RATE,
     SPEED,
     Conditions,
@@ -82,11 +81,6 @@ class RunFacts:
     def under(self, heading: str) -> list[Fact]:
         """Return the facts of one table."""
         return [fact for fact in self.facts if fact.heading == heading]
-
-    def perplexity(self, conditions: Conditions) -> float | None:
-        """Return its perplexity under some conditions; None if it was not measured."""
-        found = (fact.after for fact in self.under(QUALITY) if fact.conditions == conditions)
-        return next((number.value for number in found if number is not None), None)
 
     def side_of(self, model: str) -> str | None:
         """Return which side of this run a model is, by its name: before, after, or None."""
@@ -172,12 +166,23 @@ def _runs_in(directory: Path) -> list[Path]:
     return runs
 
 
-def measured_conditions(runs: Sequence[RunFacts]) -> list[Conditions]:
-    """Return all conditions of perplexities, those of one text one after the other."""
-    facts = [fact for run in runs for fact in run.under(QUALITY)]
-    found = dict.fromkeys(fact.conditions for fact in facts if fact.conditions is not None)
-    texts = list(dict.fromkeys(each.text for each in found))
-    return sorted(found, key=lambda each: texts.index(each.text))
+def side_by_side(runs: Sequence[RunFacts], *headings: str) -> list[dict[str, Fact]]:
+    """Return what compares under some headings: one fact of each run, by its name.
+
+    What was measured on one text stands together.
+    """
+    found: dict[object, dict[str, Fact]] = {}
+    for run in runs:
+        for fact in run.facts:
+            if fact.heading in headings:
+                found.setdefault(fact.key, {})[run.name] = fact
+    texts = list(dict.fromkeys(fact.text for run in runs for fact in run.facts))
+    return sorted(found.values(), key=lambda facts: texts.index(any_of(facts).text))
+
+
+def any_of(facts: Mapping[str, Fact]) -> Fact:
+    """Return one of facts that compare."""
+    return next(iter(facts.values()))
 
 
 def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunFacts]:

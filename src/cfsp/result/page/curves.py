@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 
-from cfsp.result.facts import NOTHING, QUALITY, SPEED
+from cfsp.result.facts import NOTHING, PARAMETERS, QUALITY, SPEED, Fact
 from cfsp.result.names import short_names
 from cfsp.result.page.chart import Chart, Mark, Panel, panel_title, round_scale, short_label
-from cfsp.result.runs import RunFacts, measured_conditions
+from cfsp.result.runs import RunFacts, any_of, side_by_side
 from cfsp.result.tables import Table, pareto_front
 
 _HEIGHT = 220.0
@@ -17,7 +17,7 @@ _COLOURS = 8
 _ORIGINAL, _STEP = "the original", "step"
 
 # Of each model its name, where it lies, and its perplexity there.
-Dots = Mapping[str, tuple[float, float]]
+Dots = dict[str, tuple[float, float]]
 
 
 def pareto_chart(runs: Sequence[RunFacts]) -> Chart | None:
@@ -32,10 +32,7 @@ def pareto_chart(runs: Sequence[RunFacts]) -> Chart | None:
         swatches[_ORIGINAL] = "before"
     panels, rows = [], []
     for title, axis, sign, dots in _planes(runs):
-        # The line joins the best.
-        front = pareto_front([(sign * across, perplexity) for across, perplexity in dots.values()])
-        best = {name for name, is_best in zip(dots, front, strict=True) if is_best}
-        points = []
+        best, points = front_of(dots, sign), []  # the line joins the best
         for name in sorted(dots, key=lambda name: dots[name][0]):
             (across, perplexity), is_best = dots[name], name in best
             say = f"{name}: {across:.4g} {axis}, perplexity {perplexity:.2f}"
@@ -61,44 +58,51 @@ def pareto_chart(runs: Sequence[RunFacts]) -> Chart | None:
     )
 
 
+def front_of(dots: Dots, sign: int = 1) -> set[str]:
+    """Return the models that no other beats in both; `sign` is -1 where more is better across."""
+    best = pareto_front([(sign * across, perplexity) for across, perplexity in dots.values()])
+    return {name for name, is_best in zip(dots, best, strict=True) if is_best}
+
+
+def sized(runs: Sequence[RunFacts]) -> list[tuple[dict[str, Fact], Dots]]:
+    """Return for each way to measure its facts, and the runs: percent of parameters, perplexity."""
+    found = []
+    for facts in side_by_side(runs, QUALITY):
+        dots = {}
+        for run in runs:
+            size = next((fact for fact in run.facts if fact.name == PARAMETERS), None)
+            fact = facts.get(run.name)
+            if size and size.before and size.after and fact and fact.after:
+                dots[run.name] = 100 * size.after.value / size.before.value, fact.after.value
+        found.append((facts, dots))
+    return found
+
+
 def _planes(runs: Sequence[RunFacts]) -> Iterator[tuple[str, str, int, Dots]]:
     """Yield title, axis, sign (-1 where more is better) and the models of each panel.
 
     Those by size come first, then those by speed; each has two runs or more.
     """
-    every = measured_conditions(runs)
-    texts = [each.text for each in every]
-    names = short_names(texts)
-    # The text, with all else where that alone is not clear.
-    titles = {
-        each: f"Perplexity on {short_label(names[each.text])}"
-        + (f", {each}" if texts.count(each.text) > 1 else "")
-        for each in every
-    }
-    for conditions, title in titles.items():
+    every = sized(runs)
+    texts = [any_of(facts).text for facts, _ in every]
+    names, titles = short_names(texts), []
+    for (facts, dots), text in zip(every, texts, strict=True):
+        # The text, with all else where that alone is not clear.
+        how = f", {any_of(facts).conditions}" if texts.count(text) > 1 else ""
+        titles.append(f"Perplexity on {short_label(names[text])}{how}")
+        if len(dots) > 1:
+            dense = [fact.before.value for fact in facts.values() if fact.before is not None]
+            original = {_ORIGINAL: (100.0, dense[-1])} if dense else {}
+            yield titles[-1], "% of parameters", 1, {**dots, **original}
+    speeds = sorted(side_by_side(runs, SPEED), key=lambda facts: any_of(facts).name)
+    for ((facts, _), title), speed in product(zip(every, titles, strict=True), speeds):
         dots = {
-            run.name: (100 * m["parameters_after"] / m["parameters_before"], value)
-            for run in runs
-            if "parameters_before" in (m := run.manifest)
-            and (value := run.perplexity(conditions)) is not None
+            name: (timed.ratio, fact.after.value)
+            for name, timed in speed.items()
+            if timed.ratio is not None and (fact := facts.get(name)) and fact.after
         }
         if len(dots) > 1:
-            for fact in (fact for run in runs for fact in run.under(QUALITY)):
-                if fact.conditions == conditions and fact.before is not None:
-                    dots[_ORIGINAL] = 100.0, fact.before.value
-            yield title, "% of parameters", 1, dots
-    phases = sorted({fact.name for run in runs for fact in run.under(SPEED)})
-    for (conditions, title), phase in product(titles.items(), phases):
-        dots = {
-            run.name: (fact.ratio, value)
-            for run in runs
-            for fact in run.under(SPEED)
-            if fact.name == phase
-            and fact.ratio is not None
-            and (value := run.perplexity(conditions)) is not None
-        }
-        if len(dots) > 1:
-            yield f"{title}, {phase}", "times the original's speed", -1, dots
+            yield f"{title}, {any_of(speed).name}", "times the original's speed", -1, dots
 
 
 def _panel(

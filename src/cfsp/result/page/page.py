@@ -14,6 +14,7 @@ from hashlib import sha256
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -27,7 +28,6 @@ from cfsp.result.facts import (
     QUALITY,
     SIZE,
     SPEED,
-    Conditions,
     Fact,
     labels,
     texts_that_made,
@@ -37,7 +37,7 @@ from cfsp.result.manifest import published, refusing_damage
 from cfsp.result.names import public_name, short_names
 from cfsp.result.page.by_block import block_chart, repair_chart
 from cfsp.result.page.chart import Chart
-from cfsp.result.page.curves import pareto_chart, recovery_chart
+from cfsp.result.page.curves import front_of, pareto_chart, recovery_chart, sized
 from cfsp.result.runs import (
     AGREEMENT,
     ANSWERS,
@@ -45,11 +45,11 @@ from cfsp.result.runs import (
     TASKS,
     Document,
     RunFacts,
-    measured_conditions,
+    any_of,
     read_runs,
+    side_by_side,
     with_results,
 )
-from cfsp.result.tables import pareto_front
 
 _STYLES = ("style.css", "charts.css")
 # More are neither columns side by side nor drawings under each other that anybody would read.
@@ -176,27 +176,12 @@ def runs_in_detail(runs: Sequence[RunFacts]) -> list[RunFacts]:
     """
     if len(runs) <= MOST_IN_DETAIL:
         return list(runs)
-    best = {index for each in measured_conditions(runs) for index in _front(runs, each)}
-    chosen = [runs[index] for index in sorted(best)] or list(runs)
-    chosen.sort(key=_parameters)
+    best = {name for _, dots in sized(runs) for name in front_of(dots)}
+    chosen = [run for run in runs if run.name in best] or list(runs)
+    chosen.sort(key=lambda run: float(run.manifest.get("parameters_after", 0)))
     last = len(chosen) - 1
     count = min(MOST_IN_DETAIL, len(chosen))
     return [chosen[round(step * last / max(1, count - 1))] for step in range(count)]
-
-
-def _front(runs: Sequence[RunFacts], conditions: Conditions) -> list[int]:
-    """Return the numbers of the runs on the front under some conditions."""
-    measured = [
-        (index, (_parameters(run), perplexity))
-        for index, run in enumerate(runs)
-        if (perplexity := run.perplexity(conditions)) is not None and _parameters(run)
-    ]
-    front = pareto_front([values for _, values in measured])
-    return [index for (index, _), best in zip(measured, front, strict=True) if best]
-
-
-def _parameters(run: RunFacts) -> float:
-    return float(run.manifest.get("parameters_after", 0))
 
 
 def page_file(name: str) -> str:
@@ -243,16 +228,14 @@ def _digest(text: str) -> str:
     return "sha256-" + base64.b64encode(sha256(text.encode()).digest()).decode()
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A number and a remark about it."""
 
     value: str
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A number of the original and of each run."""
 
     name: str
@@ -261,8 +244,7 @@ class Row:
     hint: str = ""  # more of them
 
 
-@dataclass(frozen=True)
-class Headline:
+class Headline(NamedTuple):
     """A number in large type."""
 
     value: str
@@ -272,22 +254,12 @@ class Headline:
 
 def sections(runs: Sequence[RunFacts]) -> dict[str, list[Row]]:
     """Return the rows of runs of one model, under headings; headings without rows are left out."""
-    found: dict[object, dict[str, Fact]] = {}
-    for run in runs:
-        for fact in run.facts:
-            found.setdefault(fact.key, {})[run.name] = fact
-    rows: dict[str, list[tuple[str, Row]]] = {heading: [] for heading in _HEADINGS}
     names = labels(fact for run in runs for fact in run.facts)
-    for facts in found.values():
-        first = next(iter(facts.values()))
-        rows[first.heading].append((first.text, _row(facts, runs, names[first])))
-    order = list(dict.fromkeys(fact.text for fact in names))
-    # What was measured on one text stands together.
-    return {
-        heading: [row for _, row in sorted(of, key=lambda pair: order.index(pair[0]))]
-        for heading, of in rows.items()
-        if of
+    found = {
+        heading: [_row(facts, runs, names[any_of(facts)]) for facts in side_by_side(runs, heading)]
+        for heading in _HEADINGS
     }
+    return {heading: rows for heading, rows in found.items() if rows}
 
 
 def headlines(run: RunFacts) -> list[Headline]:
@@ -325,7 +297,7 @@ def answers_by_kind(
 
 def _row(facts: dict[str, Fact], runs: Sequence[RunFacts], name: str) -> Row:
     """Return the row of one fact of several runs; the original is known from any of them."""
-    first = next(iter(facts.values()))
+    first = any_of(facts)
     before = next((fact.before for fact in facts.values() if fact.before is not None), None)
     cells = [Cell(first.unit(before), first.note(before))]
     for run in runs:
