@@ -19,7 +19,7 @@ from cfsp.cli import main
 from cfsp.errors import CheckpointError, OutputError, ReportError
 from cfsp.result.facts import NOTHING
 from cfsp.result.manifest import add_to_manifest
-from cfsp.result.page.chart import Scale, element, round_scale, scale_from_zero
+from cfsp.result.page.chart import Scale, round_scale, scale_from_zero
 from cfsp.result.page.curves import pareto_chart
 from cfsp.result.page.page import group_runs, page_file, write_report
 from cfsp.result.runs import read_run, read_runs
@@ -129,11 +129,6 @@ def test_foreign_text_cannot_become_markup(run, tmp_path):
     page = _Page(text)
     assert [tag for tag, _ in page.tags if tag in ("img", "script")] == ["script"]
     assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
-
-
-def test_elements_escape_children_and_attributes():
-    drawn = element("text", "<b>", class_='"x"', data_say="a&b", x=1.50, y=None)
-    assert drawn == '<text class="&#34;x&#34;" data-say="a&amp;b" x="1.5">&lt;b&gt;</text>'
 
 
 @pytest.mark.parametrize("highest", [1e-9, 0.0007, 0.47, 1.0, 2.5, 1536.0, 3e9])

@@ -22,7 +22,7 @@ from cfsp.settings import SENSITIVITY, Part, removal_in_words, worth_in_words
 
 Entry = dict[str, Any]
 
-_WORTH_HEIGHT, _HEIGHT = 110.0, 170.0
+_WORTH_HEIGHT, _HEIGHT = 110, 170
 # What has the units of a part, what these are, and between what distances are.
 _NOUNS: dict[Part, tuple[str, str, str]] = {
     "ffn": ("block", "FFN channels", "a block's input and output"),
@@ -186,8 +186,8 @@ def _width_panel(title: str, names: Sequence[str], units: Sequence[UnitPlan | No
             kept = f"keeps {after:,} of {unit.width:,} channels ({after / unit.width:.0%})"
         bars = [("gone", unit.width), *([("kept", after)] if after else [])]
         marks.append(Mark(f"Block {name}: {kept}", bars=bars))
-    highest = float(max(unit.width for unit in units if unit is not None))
-    ticks = [highest * quarter / 4 for quarter in range(5)]
+    highest = max(unit.width for unit in units if unit is not None)
+    ticks = sorted({round(highest * quarter / 4) for quarter in range(5)})
     return Panel(title, _HEIGHT, Scale(0.0, highest), marks, ticks)
 
 
@@ -266,6 +266,8 @@ def _repair_mark(index: int, columns: Sequence[Entry | None], step: str) -> Mark
         if last - of_last["blocks"] >= index:
             return Mark(f"Block {index}, {step}: no error of its own")
         return Mark(f"Block {index}, {step}: shares the error of block {last}")
+    if not 1 <= entry["blocks"] <= index + 1:
+        raise ValueError(f"block {index} cannot have changed with {entry['blocks']} blocks")
     before, after = entry["error_before"], entry["error_after"]
     say = f"error {before:.4f} before, {_number(after, 4)} after"
     experts = entry.get("experts", [])
@@ -279,7 +281,7 @@ def _repair_mark(index: int, columns: Sequence[Entry | None], step: str) -> Mark
         f"Block {entry_name(entry, index)}, {step}: {say}",
         dots=[("before", before), *([("after", after)] if entry["kept"] else [])],
         stick=(before, after) if entry["kept"] else None,
-        cross=before if was_rejected(entry) else None,
+        is_crossed=was_rejected(entry),
         columns=entry["blocks"],
     )
 

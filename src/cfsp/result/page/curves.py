@@ -11,7 +11,7 @@ from cfsp.result.page.chart import Chart, Mark, Panel, panel_title, round_scale,
 from cfsp.result.runs import RunFacts, any_of, side_by_side
 from cfsp.result.tables import Table, pareto_front
 
-_HEIGHT = 220.0
+_HEIGHT = 220
 # Of charts.css.
 _COLOURS = 8
 _ORIGINAL, _STEP = "the original", "step"

@@ -16,7 +16,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from cfsp.checkpoint.output import write_atomically
@@ -36,7 +35,7 @@ from cfsp.result.making import load_code, making
 from cfsp.result.manifest import published, refusing_damage
 from cfsp.result.names import public_name, short_names
 from cfsp.result.page.by_block import block_chart, repair_chart
-from cfsp.result.page.chart import Chart
+from cfsp.result.page.chart import TEMPLATES, Chart
 from cfsp.result.page.curves import front_of, pareto_chart, recovery_chart, sized
 from cfsp.result.runs import (
     AGREEMENT,
@@ -105,14 +104,7 @@ def render_page(groups: Sequence[ModelGroup]) -> str:
     script = page_file("charts.js")
     runs = [run for group in groups for run in group.runs]
     bases = ", ".join(group.base for group in groups)
-    environment = Environment(
-        loader=PackageLoader("cfsp.result.page", "assets"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html").render(
+    return TEMPLATES.get_template("report.html").render(
         title=f"{bases}, pruned" if len(runs) == 1 else f"{bases}: {len(runs)} runs",
         policy=(
             f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
