@@ -17,10 +17,10 @@ from cfsp.checkpoint.own_files import CARD_FILE, MODELING_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.facts import (
-    Conditions,
     goal_in_words,
     goal_table,
     perplexities,
+    perplexity_facts,
     size_facts,
     unit_rows,
     what_went,
@@ -208,11 +208,10 @@ def _results(manifest: dict[str, Any]) -> list[Any]:
     """Return the perplexities of the finished model, each with its conditions."""
     from huggingface_hub import EvalResult
 
-    table = (manifest.get("recovery") or manifest).get("perplexity") or {}
     results = []
-    for text, value in table.items():
-        conditions = Conditions.of(text, value)
-        name = _hub_name(public_name(text))
+    for fact in perplexity_facts(manifest):
+        conditions, name = fact.conditions, _hub_name(public_name(fact.text))
+        assert conditions is not None and fact.after is not None
         how = {
             "windows": conditions.windows,
             "seqlen": conditions.seqlen,
@@ -227,7 +226,7 @@ def _results(manifest: dict[str, Any]) -> list[Any]:
                 dataset_args=how,
                 metric_type="perplexity",
                 metric_name=f"perplexity, {conditions.beside({'the model': manifest})}",
-                metric_value=value["after"],
+                metric_value=fact.after.value,
             )
         )
     return results

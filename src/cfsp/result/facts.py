@@ -163,18 +163,16 @@ class Fact:
             "" if number is None or number.error is None else f"± {self.unit.write(number.error)}"
         )
 
-    def with_more(self, other: Fact) -> Fact:
-        """Return it with what another fact of the same key knows better."""
-        known = {"before": other.before, "after": other.after, "ratio": other.ratio}
-        return replace(self, **{name: it for name, it in known.items() if it is not None})  # type: ignore[arg-type]
-
 
 def joined(facts: Iterable[Fact]) -> list[Fact]:
     """Return one fact for each key; what comes later counts."""
     found: dict[Any, Fact] = {}
     for fact in facts:
-        known = found.get(fact.key)
-        found[fact.key] = fact if known is None else known.with_more(fact)
+        known = found.setdefault(fact.key, fact)
+        before, after = fact.before or known.before, fact.after or known.after
+        found[fact.key] = replace(
+            known, before=before, after=after, ratio=fact.ratio or known.ratio
+        )
     return list(found.values())
 
 
