@@ -20,7 +20,6 @@ from cfsp.result.facts import (
     goal_in_words,
     goal_table,
     perplexities,
-    perplexity_facts,
     size_facts,
     unit_rows,
     what_went,
@@ -67,9 +66,7 @@ def origin_of(source: Checkpoint) -> Origin:
     card = _metadata_of(source.directory / CARD_FILE)
     # A snapshot in the hub's cache: models--OWNER--NAME/snapshots/COMMIT.
     cached = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots", name)
-    # What older versions of transformers wrote into config.json: whence it was loaded.
-    saved = getattr(source.config, "_name_or_path", None)
-    ids = ("/".join(cached.groups()) if cached else None, name, saved)
+    ids = ("/".join(cached.groups()) if cached else None, name)
     hub_id = next((each for each in ids if is_hub_id(each)), None)
     base = next((each for each in (hub_id, card.get("base_model")) if is_hub_id(each)), None)
     base = base and base.partition("@")[0]  # all that the hub knows there
@@ -110,7 +107,7 @@ def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origi
     )
     environment.filters |= {"code": _code, "quoted": _quoted, "plain": _plain}
     return environment.get_template("card.md").render(
-        metadata=_metadata(manifest, origin, name),
+        metadata=_metadata(manifest, origin),
         name=name,
         stages=making(manifest),
         link=link,
@@ -180,8 +177,8 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _metadata(manifest: dict[str, Any], origin: Origin, name: str) -> str:
-    """Return the YAML at the head of a card of what was made of a model of some name."""
+def _metadata(manifest: dict[str, Any], origin: Origin) -> str:
+    """Return the YAML at the head of a card."""
     from huggingface_hub import ModelCardData
 
     metadata = dict(origin.metadata)
@@ -190,48 +187,11 @@ def _metadata(manifest: dict[str, Any], origin: Origin, name: str) -> str:
     tags = ["cfsp", *(["pruned"] if "criterion" in manifest else [])]
     theirs = metadata.pop("tags", [])
     tags += [str(tag) for tag in (theirs if isinstance(theirs, list) else [theirs])]
-    results = _results(manifest)
     data = ModelCardData(
         base_model=origin.base_model,
         library_name="transformers",
         pipeline_tag=metadata.pop("pipeline_tag", task),
         tags=list(dict.fromkeys(tags)),
-        # The name belongs to the results: without them it is no key that the hub knows.
-        model_name=f"{_hub_name(name.rpartition('/')[2])}-pruned" if results else None,
-        eval_results=results or None,
         **metadata,
     )
     return str(data.to_yaml())
-
-
-def _results(manifest: dict[str, Any]) -> list[Any]:
-    """Return the perplexities of the finished model, each with its conditions."""
-    from huggingface_hub import EvalResult
-
-    results = []
-    for fact in perplexity_facts(manifest):
-        conditions, name = fact.conditions, _hub_name(public_name(fact.text))
-        assert conditions is not None and fact.after is not None
-        how = {
-            "windows": conditions.windows,
-            "seqlen": conditions.seqlen,
-            "bos": conditions.bos,
-            "predicted_tokens": conditions.tokens,
-        }
-        results.append(
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=name,
-                dataset_name=name,
-                dataset_args=how,
-                metric_type="perplexity",
-                metric_name=f"perplexity, {conditions.beside({'the model': manifest})}",
-                metric_value=fact.after.value,
-            )
-        )
-    return results
-
-
-def _hub_name(name: str) -> str:
-    """Return a name with only such characters as names on the hub have."""
-    return re.sub(r"[^\w./:-]+", "_", name)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import log
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +101,7 @@ class RunFacts:
     def recovery_history(self) -> list[dict[str, float]]:
         """Step, held-out loss and, where there is one, loss; empty without recovery."""
         history: list[dict[str, float]] = (self.manifest.get("recovery") or {}).get("history", [])
-        # Earlier manifests have the perplexity of held-out text.
-        return [
-            {"held_out": log(entry["perplexity"]), **entry} if "perplexity" in entry else entry
-            for entry in history
-        ]
+        return history
 
 
 def read_run(directory: Path) -> RunFacts:
