@@ -49,7 +49,7 @@ def making(manifest: Mapping[str, Any]) -> list[Making]:
         stages.append(
             Making("recovered", _command(run), _recovery(recovery) | _cost(recovery | run))
         )
-    return stages or [Making("made", _command(manifest), _cost(manifest))]
+    return stages
 
 
 def _command(made: Mapping[str, Any]) -> str:

@@ -20,7 +20,9 @@ from cfsp.quality.results_file import measured_model
 from cfsp.result.facts import (
     NATS,
     PERCENT,
+    QUALITY,
     RATE,
+    SIZE,
     SPEED,
     Conditions,
     Fact,
@@ -37,6 +39,8 @@ from cfsp.result.names import short_names
 
 ANSWERS, AGREEMENT, TASKS = "Answers", "Agreement with the original", "Tasks"
 PAIRS = "Tasks in pairs with the original"
+# Of tables, in their order.
+HEADINGS = (SIZE, ANSWERS, QUALITY, AGREEMENT, TASKS, PAIRS, SPEED)
 _OF_ANSWERS = {
     "divergence": ("KL per token on the original's answers, nats", NATS),
     "agreed": ("top-1 agreement on the original's answers, percent", PERCENT),

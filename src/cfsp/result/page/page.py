@@ -38,10 +38,7 @@ from cfsp.result.page.by_block import block_chart, repair_chart
 from cfsp.result.page.chart import TEMPLATES, Chart
 from cfsp.result.page.curves import front_of, pareto_chart, recovery_chart, sized
 from cfsp.result.runs import (
-    AGREEMENT,
-    ANSWERS,
-    PAIRS,
-    TASKS,
+    HEADINGS,
     Document,
     RunFacts,
     any_of,
@@ -53,7 +50,6 @@ from cfsp.result.runs import (
 _STYLES = ("style.css", "charts.css")
 # More are neither columns side by side nor drawings under each other that anybody would read.
 MOST_IN_DETAIL = 8
-_HEADINGS = (SIZE, ANSWERS, QUALITY, AGREEMENT, TASKS, PAIRS, SPEED)
 _MOST_HEADLINES = {QUALITY: 2, SPEED: 1}
 
 
@@ -249,7 +245,7 @@ def sections(runs: Sequence[RunFacts]) -> dict[str, list[Row]]:
     names = labels(fact for run in runs for fact in run.facts)
     found = {
         heading: [_row(facts, runs, names[any_of(facts)]) for facts in side_by_side(runs, heading)]
-        for heading in _HEADINGS
+        for heading in HEADINGS
     }
     return {heading: rows for heading, rows in found.items() if rows}
 
