@@ -90,12 +90,6 @@ def test_recovered_run_shows_its_own_perplexity_and_curve(run, tmp_path):
     assert "How recovery went" in text
 
 
-def test_several_runs_of_one_name_are_told_apart(run, tmp_path):
-    copies = [changed_copy(run, tmp_path / name / "run", lambda m: None) for name in ("a", "b")]
-    assert [each.name for each in read_runs(copies)] == ["a/run", "b/run"]
-    assert [each.name for each in read_runs(copies[:1])] == ["run"]
-
-
 def test_runs_of_different_models_get_tables_of_their_own(run, tmp_path):
     def of_another(manifest: dict[str, Any]) -> None:
         manifest["base_model"] |= {"name": "another", "fingerprint": "0" * 32}

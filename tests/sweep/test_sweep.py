@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,7 @@ from cfsp.sweep.table import Row, loss_rise, tables
 
 
 @pytest.fixture(scope="module")
-def sweep(
-    tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[list[str], Path]:
+def sweep(tiny_checkpoint, text_file, tmp_path_factory):
     """The arguments of a sweep of two methods at two sparsities, and its directory."""
     out = tmp_path_factory.mktemp("sweep") / "out"
     arguments = [
@@ -41,9 +36,7 @@ def sweep(
     return arguments, out
 
 
-def test_every_method_makes_every_sparsity_at_the_same_size(
-    sweep: tuple[list[str], Path], text_file: Path
-) -> None:
+def test_every_method_makes_every_sparsity_at_the_same_size(sweep, text_file):
     _, out = sweep
     rows = json.loads((out / "table.json").read_text())
     assert [row["name"] for row in rows] == [
@@ -79,12 +72,7 @@ def test_every_method_makes_every_sparsity_at_the_same_size(
     ]
 
 
-def test_it_compares_with_the_dense_model_if_asked_to(
-    tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_it_compares_with_the_dense_model_if_asked_to(tiny_checkpoint, text_file, tmp_path, capsys):
     pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
     (tmp_path / "tasks").mkdir()
     lines = [
@@ -128,9 +116,7 @@ def test_it_compares_with_the_dense_model_if_asked_to(
     assert "cfsp.json is damaged" in capsys.readouterr().err
 
 
-def test_a_sweep_goes_on_where_it_stopped(
-    sweep: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_sweep_goes_on_where_it_stopped(sweep, capsys):
     arguments, out = sweep
     before = (out / "table.json").read_bytes()
     untouched = (out / "cfsp-0.25" / "cfsp.json").stat().st_mtime_ns
@@ -148,23 +134,9 @@ def test_a_sweep_goes_on_where_it_stopped(
     assert error.count("\n") == 1
 
 
-def test_report_shows_the_front(sweep: tuple[list[str], Path], tmp_path: Path) -> None:
-    _, out = sweep
-    runs = [str(out / name) for name in ("cfsp-0.25", "cfsp-0.5", "cfsp-plain-0.5")]
-    page = tmp_path / "report.html"
-    assert main(["report", *runs, "--out", str(page)]) == 0
-    html = page.read_text()
-    assert "Quality against size and speed" in html
-    assert "the original: 100 % of parameters" in html
-    assert "weights on disk" not in html
-    single = tmp_path / "single.html"
-    assert main(["report", runs[0], "--out", str(single)]) == 0
-    assert "Quality against size and speed" not in single.read_text()
-
-
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))
-def test_front_holds_exactly_what_nothing_beats(points: list[tuple[int, int]]) -> None:
+def test_front_holds_exactly_what_nothing_beats(points):
     front = pareto_front(points)
     assert any(front)
     for point, best in zip(points, front, strict=True):
@@ -172,7 +144,7 @@ def test_front_holds_exactly_what_nothing_beats(points: list[tuple[int, int]]) -
         assert best != beaten
 
 
-def test_every_method_has_every_sparsity() -> None:
+def test_every_method_has_every_sparsity():
     methods = ("cfsp-plain", "cfsp-published", "attention")
     asked = SweepSettings("m", (0.5, 0.25), ("t",), methods, multiple=8)
     points = asked.points(Compute())
@@ -199,7 +171,7 @@ def test_every_method_has_every_sparsity() -> None:
         ({"limit": 3}, "need --tasks"),
     ],
 )
-def test_wrong_settings(more: dict[str, Any], message: str) -> None:
+def test_wrong_settings(more, message):
     with pytest.raises(UsageError, match=message):
         SweepSettings(**{"model": "m", "sparsity": (0.5,), "eval": ("t",), **more})
 
@@ -216,14 +188,8 @@ def test_wrong_settings(more: dict[str, Any], message: str) -> None:
     ],
 )
 def test_all_that_is_named_is_checked_before_anything_is_computed(
-    tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    more: list[str],
-    message: str,
-) -> None:
+    tiny_checkpoint, text_file, tmp_path, monkeypatch, capsys, more, message
+):
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was run")
 
@@ -242,9 +208,7 @@ def test_all_that_is_named_is_checked_before_anything_is_computed(
     assert not out.parent.exists()
 
 
-def test_only_what_was_measured_alike_is_compared(
-    sweep: tuple[list[str], Path], text_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_only_what_was_measured_alike_is_compared(sweep, text_file, capsys):
     arguments, out = sweep
     assert main([*arguments, "--dtype", "bfloat16"]) == 2
     assert "something else than was asked for now (other dtypes)" in capsys.readouterr().err
@@ -258,9 +222,7 @@ def test_only_what_was_measured_alike_is_compared(
     path.write_text(whole)
 
 
-def test_a_model_is_not_said_to_be_measured_as_an_older_dense_one_was(
-    sweep: tuple[list[str], Path], text_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_is_not_said_to_be_measured_as_an_older_dense_one_was(sweep, text_file, capsys):
     arguments, out = sweep
     made = out / "cfsp-0.25"
     whole = (out / "dense.json").read_text()
@@ -273,7 +235,7 @@ def test_a_model_is_not_said_to_be_measured_as_an_older_dense_one_was(
     (out / "dense.json").write_text(whole)
 
 
-def test_a_row_says_how_much_faster_and_whether_that_was_seen() -> None:
+def test_a_row_says_how_much_faster_and_whether_that_was_seen():
     def row(method: str | None, value: float, speed: float | None) -> Row:
         perplexity = {"text": {"value": value, "windows": 2, "seqlen": 32, "bos": False}}
         parameters = 50 if method else 100
@@ -285,21 +247,19 @@ def test_a_row_says_how_much_faster_and_whether_that_was_seen() -> None:
     assert table.rows[1][:4] == ["a", "50%", "50.0%", "10.00"]
 
 
-def test_loss_rise_is_in_nats() -> None:
+def test_loss_rise_is_in_nats():
     before = {"a": 10.0, "b": 20.0}
     assert loss_rise({"a": 20.0, "b": 20.0}, before) == pytest.approx(math.log(2) / 2)
 
 
-def test_a_method_is_a_name_or_a_part() -> None:
+def test_a_method_is_a_name_or_a_part():
     assert method_named("cfsp-published") == "cfsp-published"
     assert method_named("kv,ffn") == "ffn,kv"
     with pytest.raises(UsageError, match=r"unknown method 'fnn'.*known are: cfsp, .*--parts"):
         method_named("fnn")
 
 
-def test_parts_are_pruned_as_alone(
-    tiny_checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path
-) -> None:
+def test_parts_are_pruned_as_alone(tiny_checkpoint, text_file, tmp_path):
     out, model = tmp_path / "out", str(tiny_checkpoint("llama"))
     # So few windows that all are those of the coarse pass.
     asked = ["--data", str(text_file), "--samples", "8", "--seqlen", "32", "--sparsity", "0.3"]
@@ -319,9 +279,7 @@ def test_parts_are_pruned_as_alone(
         assert chosen.removed_blocks == expected.removed_blocks
 
 
-def test_several_parts_are_refused_before_any_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_several_parts_are_refused_before_any_work(tmp_path, monkeypatch, capsys):
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was run")
 
