@@ -109,12 +109,7 @@ class RunFacts:
 
 
 def read_run(directory: Path) -> RunFacts:
-    """Read the facts about one run.
-
-    Raises:
-        ReportError: cfsp did not write the directory, or its files are of different runs.
-        CfspError: a file in it is damaged.
-    """
+    """Read the facts about one run."""
     if not directory.is_dir():
         raise ReportError(
             f"{directory} is not a directory; expected one that cfsp prune, recover or sweep wrote"
@@ -189,9 +184,6 @@ def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunF
 
     A model of the results is one of the runs if it is the same directory, and a run's original if
     it has the name that was pruned.
-
-    Raises:
-        ReportError: they are something else, or measure none of the runs.
     """
     try:
         models = results["models"]

@@ -15,7 +15,7 @@ from cfsp.planning.unit_plan import UnitPlan
 from cfsp.repair.result import entry_name, was_rejected
 from cfsp.result.facts import NOTHING, unit_rows
 from cfsp.result.making import Step
-from cfsp.result.page.chart import Chart, Mark, Panel, Scale, panel_title, scale_from_zero
+from cfsp.result.page.chart import Chart, Mark, Panel, Scale, panel_title, round_scale
 from cfsp.result.runs import RunFacts
 from cfsp.result.tables import Table
 from cfsp.settings import SENSITIVITY, Part, removal_in_words, worth_in_words
@@ -168,7 +168,7 @@ def _worth_panel(
             say = f"distance {first.distance:.4f}, importance {first.importance:.3f}"
         dots, stick = [("dot", worth) for worth in worths], (0.0, worths[0]) if worths else None
         marks.append(Mark(f"Block {name}: {say}", dots=dots, stick=stick))
-    scale = scale_from_zero(max(worth for mark in marks for _, worth in mark.dots))
+    scale = round_scale([0.0, max(worth for mark in marks for _, worth in mark.dots) or 1.0])
     title = "Distance between input and output" if by_distance else "Importance"
     return Panel(title, _WORTH_HEIGHT, scale, marks)
 
@@ -202,16 +202,13 @@ def repair_chart(runs: Sequence[RunFacts]) -> Chart | None:
     panels = []
     for run, name, columns in shown:
         # One scale for all runs; the error of rejected weights, of any size, is not drawn.
-        highest = max(
-            max(entry["error_before"], entry["error_after"] if entry["kept"] else 0.0)
-            for _, other, its in shown
-            if other == name
-            for entry in its
-            if entry is not None
-        )
+        entries = [each for _, other, its in shown if other == name for each in its if each]
+        errors = [each["error_before"] for each in entries]
+        errors += [each["error_after"] for each in entries if each["kept"]]
+        scale = round_scale([0.0, max(map(float, errors)) or 1.0])
         marks = [_repair_mark(i, columns, name) for i in range(count)]
         title = panel_title(f"{name.capitalize()}: {_ERRORS.get(name, _ERROR)}", run, runs)
-        panels.append(Panel(title, _HEIGHT, scale_from_zero(float(highest)), marks))
+        panels.append(Panel(title, _HEIGHT, scale, marks))
     entries = [entry for *_, columns in shown for entry in columns if entry is not None]
     legend = [("before", "before the step"), ("after", "after it")]
     if any(map(was_rejected, entries)):

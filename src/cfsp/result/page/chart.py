@@ -31,7 +31,8 @@ TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-TEMPLATES.globals |= {"LEFT": _LEFT, "RIGHT": _RIGHT, "LINE": _LINE, "BAR": _BAR, "WIDE": WIDE}
+TEMPLATES.globals |= {"LEFT": _LEFT, "RIGHT": _RIGHT, "LINE": _LINE, "BAR": _BAR}
+TEMPLATES.globals |= {"WIDE": WIDE, "NARROW": NARROW}
 TEMPLATES.filters["px"] = lambda pixels: f"{pixels:.2f}".rstrip("0").rstrip(".")
 
 
@@ -57,18 +58,8 @@ class Scale:
         return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def scale_from_zero(highest: float) -> Scale:
-    """Return a scale from zero to a round value above the highest."""
-    highest = highest if highest > 0 else 1.0
-    step = _round_step(highest / 4)
-    return Scale(0.0, math.ceil(highest / step - 1e-9) * step)
-
-
 def round_scale(values: Sequence[float]) -> Scale:
-    """Return a scale from a round value below the lowest to one above the highest.
-
-    It need not begin at zero: for curves, whose height is not a quantity.
-    """
+    """Return a scale from a round value below the lowest to one above the highest."""
     lowest, highest = min(values), max(values)
     step = _round_step(max(highest - lowest, abs(highest) * 0.02, 1e-9) / 4)
     low = math.floor(lowest / step + 1e-9) * step
@@ -125,13 +116,6 @@ class Panel:
         return self.labels[:: next(steps, len(self.labels))]
 
 
-class Placed(NamedTuple):
-    """The panels of a chart in a drawing: where each begins, and the lines of its heading."""
-
-    panels: Sequence[tuple[Panel, int, list[str]]]
-    height: int
-
-
 @dataclass(frozen=True)
 class Chart:
     """A chart."""
@@ -144,23 +128,18 @@ class Chart:
     table: Table  # the same values as text
     legend: Sequence[tuple[str, str]] = ()  # the class of a swatch, and what it means
 
-    @property
-    def drawings(self) -> list[Markup]:
-        """The drawings of the page: for a wide window and for a phone."""
-        return [self.draw(WIDE), self.draw(NARROW)]
-
     def draw(self, width: int) -> Markup:
         """Return the drawing, an SVG image."""
         return Markup(TEMPLATES.get_template("chart.svg").render(chart=self, width=width).strip())
 
-    def placed(self, width: int) -> Placed:
-        """Return where the panels stand in a drawing of this width."""
+    def placed(self, width: int) -> tuple[list[tuple[Panel, int, list[str]]], int]:
+        """Return where each panel begins in a drawing, the lines of its heading; and the height."""
         panels, top = [], 0
         for panel in self.panels:
             lines = wrap(panel.title, int((width - _RIGHT - _LEFT) / _LETTER))
             panels.append((panel, top, lines))
             top += _LINE * len(lines) + 10 + panel.height + _FOOT * bool(panel.labels) + _GAP
-        return Placed(panels, top - _GAP)
+        return panels, top - _GAP
 
 
 def panel_title(title: str, run: RunFacts, runs: Sequence[RunFacts]) -> str:

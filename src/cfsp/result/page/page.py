@@ -70,18 +70,9 @@ class ModelGroup:
 
 
 def write_report(directories: Sequence[Path], out: Path, *, results: Sequence[Path] = ()) -> None:
-    """Write the page of one run or several.
+    """Write the page of one run or several, or in the place of an older one.
 
-    Args:
-        directories: that cfsp prune, cfsp recover or cfsp sweep wrote.
-        out: the page, *.html. An older report there is replaced, and no other file.
-        results: JSON files from `cfsp eval --json` or `cfsp bench --json`, of these runs and
-            their originals.
-
-    Raises:
-        ReportError: a directory is none of ours, or `out` is not called *.html.
-        OutputError: `out` is a file that is no report, or nothing can be written there.
-        CfspError: a file in a directory is damaged.
+    Results are files of `cfsp eval --json` or `cfsp bench --json`, of the runs and their originals.
     """
     _check_is_replaceable(out)
     runs = read_runs(directories)
