@@ -73,7 +73,7 @@ class Conditions:
     evaluation_part: bool = field(default=False, compare=False)
 
     @classmethod
-    def of(cls, text: str, entry: dict[str, Any]) -> Conditions:
+    def of(cls, text: str, entry: Mapping[str, Any]) -> Conditions:
         """Return those of an entry of a manifest or of `cfsp eval --json`."""
         return cls(
             text,

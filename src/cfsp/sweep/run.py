@@ -37,13 +37,16 @@ from cfsp.quality.evaluate import evaluate_models, evaluation_windows
 from cfsp.quality.perplexity import before_and_after
 from cfsp.quality.results_file import measured_model
 from cfsp.quality.tasks.harness import TaskRunner
+from cfsp.quality.tasks.selection import TaskSelection
 from cfsp.repair.ladder import check_can_be_repaired
+from cfsp.result.facts import Conditions
 from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.selection.constraint import Share
 from cfsp.selection.drop_order import follow_divergence, follow_runs
 from cfsp.selection.sensitivity import follow_sensitivity
 from cfsp.settings import Compute, EvaluationText, Part
-from cfsp.speed import Conditions, Workload, compare_speed
+from cfsp.speed import Conditions as Timing
+from cfsp.speed import Workload, compare_speed
 from cfsp.speed.measuring import PHASES
 from cfsp.speed.subjects import Subject
 from cfsp.streaming.runtime import check_fits, runtime_of
@@ -78,9 +81,12 @@ def run_sweep(
     settings: SweepSettings, out: Path, compute: Compute, *, command: str = ""
 ) -> list[Row]:
     """Make every model of a sweep that is not there yet, and return the whole table."""
-    selection, points = settings.task_selection, settings.points(compute)
-    tasks = None if selection is None else TaskRunner.of(selection)
-    questions = None if settings.answers is None else Questions.of(settings.answers)
+    tasks, questions, points = None, None, settings.points(compute)
+    if settings.tasks:
+        data = None if settings.task_data is None else Path(settings.task_data)
+        tasks = TaskRunner.of(TaskSelection(tuple(settings.tasks), settings.limit, data=data))
+    if settings.answers is not None:
+        questions = Questions.of(settings.answers)
     opened = cache(lambda parts: open_checkpoint(settings.model, parts=parts))
     asked = dict.fromkeys(part for point in points for part in point.settings.budget.parts)
     sweep = _Sweep(settings, points, opened(tuple(asked)), opened, out, compute, tasks, questions)
@@ -232,7 +238,7 @@ def _measured(sweep: _Sweep, model: Path, dense: dict[str, Any]) -> dict[str, An
         facts["comparison"] = compare(first, second, first).to_json()
     if settings.speed:
         subjects = [Subject(source, "dense"), Subject(model, "pruned")]
-        timed = compare_speed(subjects, [Workload(prompt=128)], Conditions(rounds=5))
+        timed = compare_speed(subjects, [Workload(prompt=128)], Timing(rounds=5))
         facts["speed"] = timed.to_json()
     return facts
 
@@ -244,16 +250,17 @@ def _rows(sweep: _Sweep, dense: dict[str, Any]) -> list[Row]:
     dense_row = Row("dense", None, 0.0, parameters, dense["perplexity"], speed)
     rows = [_row(point, sweep.out / point.name) for point in sweep.points]
     for row in rows:
-        before, after = (
-            {text: {**found, "value": None} for text, found in each.perplexity.items()}
-            for each in (dense_row, row)
-        )
-        if before != after:
+        if _how(row) != _how(dense_row):
             raise OutputError(
                 f"{row.directory} was not measured as the dense model of its sweep was, perhaps by "
                 "another version; delete it and run the sweep again"
             )
     return [dense_row, *rows]
+
+
+def _how(row: Row) -> set[Conditions]:
+    """Return under which conditions a model's perplexities were measured."""
+    return {Conditions.of(text, found) for text, found in row.perplexity.items()}
 
 
 def _row(point: Point, directory: Path) -> Row:

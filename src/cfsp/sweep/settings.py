@@ -16,11 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cfsp.errors import UsageError, did_you_mean
-from cfsp.quality.tasks.selection import TaskSelection
 from cfsp.settings import (
     ANGULAR,
     DEFAULT_REPAIR,
@@ -123,9 +121,3 @@ class SweepSettings:
     def evaluation(self) -> EvaluationText:
         """What to measure on."""
         return from_names(EvaluationText, vars(self), seqlen=self.seqlen, bos=self.bos)
-
-    @property
-    def task_selection(self) -> TaskSelection | None:
-        """Which tasks to score; None for none."""
-        data = None if self.task_data is None else Path(self.task_data)
-        return TaskSelection(tuple(self.tasks), self.limit, data=data) if self.tasks else None
