@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cfsp.checkpoint.locating import DEMO_NAME
-from cfsp.checkpoint.own_files import CARD_FILE, MODELING_FILE
+from cfsp.checkpoint.own_files import CARD_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.facts import (
@@ -94,7 +94,7 @@ def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origi
     link = _link(hub_id) if hub_id else _code(name)
     if origin.base_model not in (None, name):
         link += f" (which was made from {_link(str(origin.base_model))})"
-    went, goal = "", manifest.get("goal")
+    went = ""
     if "ffn_sparsity" in manifest:
         went = what_went(manifest, by_channels=plan is None or plan.counts_channels)
     steps = [str(step["name"]) for step in repair_steps(manifest) if changed_weights(step)]
@@ -112,7 +112,7 @@ def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origi
         stages=making(manifest),
         link=link,
         went=went,
-        dequantised=manifest.get("dequantised"),
+        manifest=manifest,
         calibrated=texts_in_words(manifest.get("calibration")),
         repaired=", ".join(steps),
         recovered=texts_in_words((manifest.get("recovery") or {}).get("data")),
@@ -125,12 +125,10 @@ def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origi
         ),
         quality=_quality(manifest),
         needs_code=needs_code(manifest),
-        modeling_file=MODELING_FILE,
         load_code=load_code(manifest, "."),
         plan=plan,
-        goal=goal and goal_in_words(goal),
-        tried=goal and goal_table(goal),
-        only_ffns=plan is None or not plan.has_parts,
+        goal_in_words=goal_in_words,
+        goal_table=goal_table,
         license=str(origin.metadata.get("license") or ""),
         units=Table(
             ("block", "distance", "importance", "channels before", "after"),
