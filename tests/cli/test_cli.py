@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ import torch
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import build_parser, main
 from cfsp.cli.options import expand_sets, settings_from
+from cfsp.cli.output import show_messages
 from cfsp.errors import UsageError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.manifest import read_manifest
@@ -414,3 +416,15 @@ def test_threads_of_the_demo_do_not_spin(monkeypatch):
     monkeypatch.setattr("cfsp.demo.run_demo", stop)
     assert main(["demo"]) == 2
     assert waits == ["passive"]
+
+
+def test_messages_are_plain_lines_on_standard_error(capsys):
+    show_messages()
+    show_messages()  # of a second command in one process
+    logging.getLogger("cfsp.streaming.block_pass").info("calibrate: going on at block 3 of 5")
+    logging.getLogger("cfsp.selection").warning("100%% of %s", "it")
+    logging.getLogger("cfsp").debug("for nobody")
+    logging.getLogger("other").info("not ours")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "calibrate: going on at block 3 of 5\n100% of it\n"

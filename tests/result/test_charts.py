@@ -255,13 +255,10 @@ def test_runs_without_errors_have_no_chart(repair):
     assert repair_chart([RunFacts("run", Path("run"), {"repair": repair})]) is None
 
 
-def test_errors_of_zero_can_be_drawn():
-    none = WORSE | {"error_before": 0, "error_after": 0.0}
-    assert chart_of(repaired(none, none, none)).table.rows[0][1:3] == ["0.000000", "0.000000"]
-
-
 def test_what_kept_all_its_channels_was_not_rejected():
     whole = BETTER | {"error_before": 0.0, "error_after": 0.0, "kept": False, "training_steps": 0}
+    (zeros,) = chart_of(repaired(whole, whole, name="ridge")).panels
+    assert zeros.grid[-1] == (1.0, "1")
     chart = chart_of(repaired(whole, BETTER, BETTER, name="ridge"))
     drawing = chart.draw(920)
     assert 'class="rejected"' not in drawing and drawing.count('class="before"') == 3
