@@ -50,7 +50,6 @@ from cfsp.result.runs import (
 _STYLES = ("style.css", "charts.css")
 # More are neither columns side by side nor drawings under each other that anybody would read.
 MOST_IN_DETAIL = 8
-_MOST_HEADLINES = {QUALITY: 2, SPEED: 1}
 
 
 @dataclass(frozen=True)
@@ -243,22 +242,20 @@ def sections(runs: Sequence[RunFacts]) -> dict[str, list[Row]]:
 
 def headlines(run: RunFacts) -> list[Headline]:
     """Return the few numbers that sum up a run."""
+    told = [fact for fact in run.under(SIZE) if fact.change or fact.before is None]
+    told += [fact for fact in run.under(QUALITY) if fact.change][:2]
+    decoded = [fact for fact in run.under(SPEED) if fact.name.startswith("decode")]
+    told += [fact for fact in decoded if fact.change][:1]
     names, lines = labels(run.facts), []
-    for heading in (SIZE, QUALITY, SPEED):
-        facts = [
-            fact
-            for fact in run.under(heading)
-            if fact.change or (fact.unit is COUNT and fact.before is None)
-        ]
-        if heading == SPEED:
-            facts = [fact for fact in facts if fact.name.startswith("decode")]
-        for fact in facts[: _MOST_HEADLINES.get(heading)]:
-            before, after, change = fact.row
-            told = [f"{before} to {after}"] if fact.before else []
-            told += [SPEED.lower()] if heading == SPEED else []
-            told += [str(fact.conditions)] if fact.conditions else []
-            told += [fact.detail] if fact.detail else []
-            lines.append(Headline(change or after, names[fact], ", ".join(told)))
+    for fact in told:
+        before, after, change = fact.row
+        details = (
+            f"{before} to {after}" if fact.before else "",
+            SPEED.lower() if fact.heading == SPEED else "",
+            str(fact.conditions or ""),
+            fact.detail,
+        )
+        lines.append(Headline(change or after, names[fact], ", ".join(filter(None, details))))
     return lines
 
 
