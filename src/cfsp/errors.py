@@ -127,14 +127,14 @@ GONE_TEXTS = {
     "self": "text that the model writes went: real text calibrates better; use mixed, or your own"
 }
 GONE = {
-    "cache": "cfsp cache went: models converted from .gguf are in $CFSP_CACHE or ~/.cache/cfsp",
+    "cache": "cfsp cache went: what .gguf files became is in $CFSP_CACHE or ~/.cache/cfsp; delete it",
     "plan": "cfsp plan went: cfsp prune --set statistics=FILE --dry-run writes the same plan",
     "push": "cfsp push went: hf upload OWNER/NAME DIR --private does the same",
     "openvino": "bench by OpenVINO went; its export stays: time that with OpenVINO's own tools",
     "sglang": "the target sglang went, because nobody had run it; use --to vllm or --to gguf",
     "tensorrt-llm": "the target tensorrt-llm went, because nobody had run it; use --to gguf",
     "padded": "the padded copy went: prune with --widths equal, which stock classes run as it is",
-    "recipe": "it went: the same command goes on with a sweep, and --set multiple=8 is said there",
+    "recipe": "it went: a sweep is its command, which goes on with it; its methods have names",
     "png": "the charts are in the page as SVG; a browser saves or prints them",
     "dora": "DoRA went: nothing ever showed that it gains on LoRA; use --method lora, or full",
     "of": "a sparsity is the share of one part; --target-params 0.8 keeps 80% of all parameters",
