@@ -127,7 +127,7 @@ GONE_TEXTS = {
     "self": "text that the model writes went: real text calibrates better; use mixed, or your own"
 }
 GONE = {
-    "cache": "cfsp cache went: what .gguf files became is in $CFSP_CACHE or ~/.cache/cfsp; delete it",
+    "cache": "cfsp cache went: what .gguf files became is in $CFSP_CACHE, or in ~/.cache/cfsp",
     "plan": "cfsp plan went: cfsp prune --set statistics=FILE --dry-run writes the same plan",
     "push": "cfsp push went: hf upload OWNER/NAME DIR --private does the same",
     "openvino": "bench by OpenVINO went; its export stays: time that with OpenVINO's own tools",
