@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.cli import main
 from cfsp.selection import speedup
-from cfsp.selection.latency import Curve, Latencies
 from cfsp.settings import REPAIRS
 from cfsp.streaming.pass_state import PassState
 from commands import Command, Commands, ranks
@@ -107,21 +106,20 @@ def test_two_processes_take_the_same_parts(finish, argv_of, goal):
     finish(argv_of("llama", [*goal, *ASKED[2:]]), 2)
 
 
-LATENCIES = Latencies(
-    {"ffn": Curve((8, 96), (0.6, 1.0)), "blocks": Curve((0, BLOCKS), (0.05, 1.0))},
-    {"disturbance": 0.0},
-)
+LATENCIES = {
+    "curves": {"ffn": [[8, 0.6], [96, 1.0]], "blocks": [[0, 0.05], [BLOCKS, 1.0]]},
+    "conditions": {"disturbance": 0.0},
+}
 PRUNE_WITH_LATENCIES = """
 import os
 import sys
 
 import cfsp.selection.speedup as speedup
 from cfsp.cli import main
-from cfsp.selection.latency import Latencies
 
 def measure(*_):
     assert os.environ["RANK"] == "0", "another process would measure something else"
-    return Latencies.from_json({latencies})
+    return {latencies}
 
 speedup.measure_latencies = measure
 sys.exit(main({argv}))
@@ -130,8 +128,7 @@ sys.exit(main({argv}))
 
 def test_the_first_process_times_for_all(forks, argv_of, tmp_path, monkeypatch):
     argv = argv_of("llama", ["--target-speedup", "1.2", "--parts", "ffn,blocks", *ASKED[2:]])
-    latencies = LATENCIES.to_json()
-    code = PRUNE_WITH_LATENCIES.format(latencies=latencies, argv=many(argv, tmp_path))
+    code = PRUNE_WITH_LATENCIES.format(latencies=LATENCIES, argv=many(argv, tmp_path))
     ended = forks(*(Job("forks.run_code", {"code": code}, rank) for rank in ranks(2)))
     assert [each.status for each in ended] == [0, 0], ended
     assert "1.2 times faster" in ended[0].stdout

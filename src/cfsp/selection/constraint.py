@@ -122,7 +122,7 @@ class DropBudget:
         return taken if self.is_met_by(dropped) else None
 
 
-def drops_in_words(parts: Sequence[WholePart]) -> str:
+def drops_in_words(parts: Sequence[Part]) -> str:
     """Return what may be dropped."""
     return " and ".join(noun for part, noun in _NOUNS.items() if part in parts)
 

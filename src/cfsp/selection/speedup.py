@@ -1,39 +1,86 @@
-"""Prune as little as makes the model so much faster, from latencies measured on this machine."""
+"""Prune as little as makes the model so much faster, by times measured on this machine.
+
+Models of the same shapes with random weights and one number in all blocks are timed in turns: of
+several FFN widths, of fewer KV groups, without half of the attentions, with half of the blocks. A
+model's time is a sum over its blocks, so what each saves is added up:
+
+    t = 1 - sum over parts of mean over units (1 - t_part(what the unit keeps))
+
+where t_part is the time of a model whose units of the part all keep that, relative to the whole
+model. Head and overhead are in every t. Between measured points t is taken to be linear.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
+from cfsp.architecture.found import Unit
 from cfsp.calibration.statistics import Removal
+from cfsp.checkpoint.reading import WeightSource
+from cfsp.checkpoint.skeleton import empty_model
+from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import BudgetError, UsageError
-from cfsp.planning.candidate import NOTHING, Candidate, Dropped, DropSizes
+from cfsp.planning.allocation import channels_in_words
+from cfsp.planning.candidate import NOTHING, Candidate, Droppable, Dropped, DropSizes
 from cfsp.planning.make import Planner, model_size
 from cfsp.selection.constraint import (
     STEPS,
     Attempt,
     Constraint,
     DropBudget,
+    drops_in_words,
     highest_step,
     last_that_holds,
 )
-from cfsp.selection.latency import Latencies, least_widths, measure_latencies, most_speedup
-from cfsp.settings import Part, TargetSpeedup
-from cfsp.speed import Conditions
+from cfsp.settings import Budget, Part, Phase, TargetSpeedup, unit_parts
+from cfsp.speed import Conditions, Workload, compare_speed
+from cfsp.speed.subjects import SmallerModel, Subject
+from cfsp.streaming.memory import available_bytes
 from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.work_dir import WorkDir, load_or_compute
 
-logger = logging.getLogger(__name__)
+WORKLOAD = Workload()
+ROUNDS = 5
+_FRACTIONS = (0.75, 0.5, 0.25)
+# What a process takes besides its weights.
+_PROCESS_BYTES = 500_000_000
+# Of the whole model's time; sums of noisy savings may exceed it.
+_LEAST_TIME = 0.01
 
-_NOUNS: dict[Part, str] = {
-    "ffn": "FFN channels",
-    "kv": "KV groups",
-    "attention": "attention layers",
-    "blocks": "blocks",
-}
+# Part -> what every unit of it keeps, ascending, and the time of a model whose units keep that,
+# relative to the whole one's. `kv` is of attentions too, which keep 0; `blocks` is of their number.
+Curves = Mapping[str, Sequence[Sequence[float]]]
+
+log = logging.getLogger(__name__)
+
+
+def times_faster(
+    curves: Curves, source: WeightSource, kept_U: Sequence[int], dropped: Dropped = NOTHING
+) -> float:
+    """Return how many times faster a model is that keeps this of every unit."""
+    blocks = source.architecture.block_count
+
+    def time(kept_U: Sequence[int], count: int) -> float:
+        saved = 0.0
+        for part, points in curves.items():
+            kept = [
+                # What a block saves is measured whole.
+                unit.width if unit.block in dropped.blocks else kept
+                for unit, kept in zip(source.units, kept_U, strict=True)
+                if unit.part == part
+            ]
+            asked, (known, times) = [count] if part == "blocks" else kept, np.transpose(points)
+            saved += float((1 - np.interp(asked, known, times)).mean())
+        return max(_LEAST_TIME, 1 - saved)
+
+    whole_U = [unit.width for unit in source.units]
+    return time(whole_U, blocks) / time(kept_U, blocks - len(dropped.blocks))
 
 
 @dataclass(frozen=True)
@@ -56,15 +103,8 @@ class Speedup(Constraint):
     def _is_one_whole_part(self) -> bool:
         return len(self.budget.parts) == 1 and bool(self.budget.whole_parts)
 
-    def to_drop(self) -> DropBudget:
-        """Return how many are enough of one part, whichever go; of several, half."""
-        if not self._is_one_whole_part:
-            return super().to_drop()
-        part, keep = self.budget.whole_parts[0], self.budget.keep
-        return DropBudget.of_count(self.source, part, self._fewest, keep)
-
     @cached_property
-    def latencies(self) -> Latencies:
+    def latencies(self) -> dict[str, Any]:
         """What each part takes, measured by a killed run or now; in the first process alone."""
 
         def measure() -> dict[str, Any]:
@@ -72,163 +112,250 @@ class Speedup(Constraint):
             found = measure_latencies(
                 self.source, self.budget, multiple, self.goal.phase, self.runtime
             )
-            warn_of_disturbance(found)
-            return found.to_json()
+            warn_of_disturbance(found["conditions"]["disturbance"])
+            return found
 
         with self.work_dir.watch.stage("try"):
-            found = self.work_dir.team.from_first(
+            return self.work_dir.team.from_first(
                 lambda: load_or_compute(self.work_dir, "latencies", measure)
             )
-        return Latencies.from_json(found)
 
     def check(self) -> None:
-        """Check that sizes allow it, then time the models, in every process."""
-        source, budget, phase = self.source, self.budget, self.goal.phase
-        kinds = sorted({unit.path for unit in source.units if unit.part == "ffn"})
-        if "ffn" in budget.parts and len(kinds) > 1:
+        """Check what can be without timing; then time the models, in every process."""
+        kinds = sorted({unit.path for unit in self.source.units if unit.part == "ffn"})
+        if "ffn" in self.budget.parts and len(kinds) > 1:
             raise UsageError(
                 "--target-speedup times models with one FFN width in all blocks, and the FFNs of "
-                f"{source.label} are of several kinds ({', '.join(kinds)}); name other parts, such "
-                "as --parts blocks, or give --sparsity and measure with cfsp bench"
-            )
-        reached = most_speedup(source, budget, budget.parts, phase, self.runtime)
-        if self.goal.ratio > reached:
-            # Blocks reach furthest, so it is said even where they may not go.
-            alone = {
-                part: most_speedup(source, budget, (part,), phase, self.runtime)
-                for part in dict.fromkeys((*budget.parts, "blocks"))
-            }
-            raise self._out_of_reach(
-                f"by its size it would be {reached:.2f} times faster at best, because the head "
-                f"and {self._least_left} stay; in theory {_in_words(alone)}"
+                f"{self.source.label} are of several kinds ({', '.join(kinds)}); name other parts, "
+                "such as --parts blocks, or give --sparsity and measure with cfsp bench"
             )
         super().check()
-        _ = self.latencies
+        if self.goal.ratio > self._reach(self.budget.parts):
+            raise self.too_much()
 
-    def of(self, kept_U: Sequence[int], dropped: Dropped = NOTHING) -> float:
-        """Return how many times faster the model is with what it keeps of every unit."""
-        blocks = self.source.architecture.block_count
-        return self.latencies.speedup(self.source.units, kept_U, dropped, blocks)
+    def to_drop(self) -> DropBudget:
+        """Return how many are enough of one part, whichever go; of several, half."""
+        if not self._is_one_whole_part:
+            return super().to_drop()
+        part, keep = self.budget.whole_parts[0], self.budget.keep
+        sizes = DropSizes.of(self.source, (part,), keep)
+        droppable = sizes.droppable(NOTHING)
+        fewest = self._first_enough(droppable[: len(droppable) - (not sizes.some_stay)])
+        return DropBudget.of_count(self.source, part, len(fewest), keep)
 
     def enough(self, order: Sequence[Removal]) -> Dropped:
         """Return the fewest of an order that are enough."""
         if self._is_one_whole_part:
-            return Dropped.of(order)
-        for count in range(1, len(order) + 1):
-            if self._is_met_without(dropped := Dropped.of(order[:count])):
-                return dropped
-        raise self.too_much()
+            return super().enough(order)
+        return self._first_enough((each.part, each.block) for each in order)
 
-    @cached_property
-    def _fewest(self) -> int:
-        """How many blocks, or attentions, are enough, whichever go."""
+    def _first_enough(self, order: Iterable[Droppable]) -> Dropped:
+        sizes = DropSizes.of(self.source, self.budget.whole_parts)
         dropped = NOTHING
-        sizes = DropSizes.of(self.source, self.budget.whole_parts, self.budget.keep)
-        droppable = sizes.droppable(dropped)
-        for count, each in enumerate(droppable[: len(droppable) - (not sizes.some_stay)], 1):
+        for each in order:
             dropped = dropped.plus(each)
-            if self._is_met_without(dropped):
-                return count
+            kept_U = [0 if dropped.takes(unit) else unit.width for unit in self.source.units]
+            share = sizes.parameters(dropped) / sizes.total
+            if self._is_fast(Candidate(dropped, sparsity=share), kept_U):
+                return dropped
         raise self.too_much()
 
     def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
         """Return the least share that is enough."""
-        whole = model_size(self.source, dropped, self.budget.keep)
 
         def is_too_slow(step: int) -> bool:
             candidate = Candidate(dropped, 0, tuple(parts), step / STEPS)
-            kept_U = planner.widths(candidate).kept_U
-            left = [
-                kept
-                for unit, kept in zip(self.source.units, kept_U, strict=True)
-                if not dropped.takes(unit)
-            ]
-            parameters = whole.parameters_with(left)
-            return not self._note(candidate.sparsity, parameters, self.of(kept_U, dropped))
+            return not self._is_fast(candidate, planner.widths(candidate).kept_U)
 
         if dropped and not is_too_slow(0):
             return 0.0
-        highest = highest_step(whole.of_parts(parts), self.budget)
+        size = model_size(self.source, dropped, self.budget.keep)
+        highest = highest_step(size.of_parts(parts), self.budget)
         if is_too_slow(highest):
             return None
         return (last_that_holds(highest, is_too_slow) + 1) / STEPS
 
+    def _is_fast(self, candidate: Candidate, kept_U: Sequence[int]) -> bool:
+        """Predict what becomes of the model with a candidate, and note it."""
+        dropped, pairs = candidate.dropped, zip(self.source.units, kept_U, strict=True)
+        left = [kept for unit, kept in pairs if not dropped.takes(unit)]
+        parameters = model_size(self.source, dropped).parameters_with(left)
+        value = times_faster(self.latencies["curves"], self.source, kept_U, dropped)
+        fits = value >= self.goal.ratio
+        self.tried.append(Attempt(candidate.sparsity, parameters, value, fits))
+        return fits
+
     def facts(self) -> dict[str, Any]:
         """Return what was asked for, predicted and measured."""
         latency = {
-            part: {
-                str(kept): round(value, 4)
-                for kept, value in zip(curve.kept, curve.relative, strict=True)
-            }
-            for part, curve in self.latencies.curves.items()
+            part: {str(kept): round(time, 4) for kept, time in points}
+            for part, points in self.latencies["curves"].items()
         }
+        conditions = {"relative_latency": latency, **self.latencies["conditions"]}
         return {
             "goal": self.name,
             "asked": self.goal.ratio,
             "tried": [vars(each) for each in self.tried],
-            "conditions": {
-                "phase": self.goal.phase,
-                "relative_latency": latency,
-                **self.latencies.conditions,
-            },
+            "conditions": {"phase": self.goal.phase, **conditions},
         }
 
     def too_much(self) -> BudgetError:
         """Return the error that says how far each part reaches."""
-        reach: dict[Part, float] = {}
-        for part in self.budget.parts:
-            gone = range(1, self.source.architecture.block_count) if part == "blocks" else ()
-            kept = least_widths(self.source, self.budget, (part,))
-            reach[part] = self.of(kept, Dropped(tuple(gone)))
-        most = max((each.value for each in self.tried), default=1.0)
-        return self._out_of_reach(
-            f"it is predicted to be {most:.2f} times faster at most, and head and "
-            f"{self._least_left} stay; alone, {_in_words(reach)}"
+        parts = self.budget.parts
+        most = max((each.value for each in self.tried), default=self._reach(parts))
+        alone = ", ".join(
+            f"{channels_in_words((part,)) or drops_in_words((part,))} reach "
+            f"{self._reach((part,)):.2f}"
+            for part in parts
         )
-
-    def _is_met_without(self, dropped: Dropped) -> bool:
-        """Predict what becomes of the model if some blocks or attentions go, and nothing else."""
-        units, sizes = self.source.units, DropSizes.of(self.source, self.budget.whole_parts)
-        gone = sizes.parameters(dropped)
-        value = self.of([0 if dropped.takes(unit) else unit.width for unit in units], dropped)
-        left = model_size(self.source).parameters - gone
-        return self._note(gone / sizes.total, left, value)
-
-    def _note(self, sparsity: float, parameters: int, value: float) -> bool:
-        self.tried.append(Attempt(sparsity, parameters, value, value >= self.goal.ratio))
-        return self.tried[-1].fits
-
-    def _out_of_reach(self, why: str) -> BudgetError:
         return BudgetError(
             f"{self.goal.phase} cannot become {self.goal.ratio:g} times faster with --parts "
-            f"{','.join(self.budget.parts)}: {why}; ask for less, or name other parts"
+            f"{','.join(parts)}: it is predicted to be {most:.2f} times faster at most, because "
+            f"the rest stays (alone, {alone}); ask for less, or name other parts"
         )
 
-    @property
-    def _least_left(self) -> str:
-        """What stays of every block, or of all, in words."""
-        parts = self.budget.parts
-        if "blocks" in parts:
-            return "one block"
-        left = ["the FFNs"]
-        if "ffn" in parts:
-            ffns = model_size(self.source).of_parts(("ffn",))
-            left = [f"at least {min(ffns.least_U(self.budget))} channels of every block"]
-        if "attention" not in parts:
-            left.append("one KV group of every attention layer" if "kv" in parts else "attention")
-        return " and ".join(left)
+    def _reach(self, parts: Sequence[Part]) -> float:
+        """Return how many times faster it is at best, if these parts go as far as they may."""
+        measured, kv = measured_parts(parts), 0 if "attention" in parts else 1
+        multiples = model_size(self.source).multiple_U(self.budget)
+        least_U = [
+            min(unit.width, multiple if unit.part == "ffn" else kv)
+            if unit.part in measured
+            else unit.width
+            for unit, multiple in zip(self.source.units, multiples, strict=True)
+        ]
+        gone = range(1, self.source.architecture.block_count) if "blocks" in parts else ()
+        return times_faster(self.latencies["curves"], self.source, least_U, Dropped(tuple(gone)))
 
 
-def warn_of_disturbance(latencies: Latencies) -> None:
+def warn_of_disturbance(share: float) -> None:
     """Tell people that other programs took so much of the machine that little can be predicted."""
-    share = float(latencies.conditions["disturbance"])
     if share > Conditions.disturbance:
-        logger.warning(
+        log.warning(
             f"other programs took {share:.0%} of the processors while latencies were measured: the "
             "prediction is unreliable; repeat it on a quiet machine"
         )
 
 
-def _in_words(reach: Mapping[Part, float]) -> str:
-    """Return how far each part reaches alone."""
-    return ", ".join(f"{_NOUNS[part]} reach {value:.2f}" for part, value in reach.items())
+def measured_parts(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """Return the parts whose time is measured: attentions are KV groups, down to none."""
+    units = unit_parts(parts)
+    return (*units, "blocks") if "blocks" in parts else units
+
+
+def widths_to_measure(widest: int, multiple: int) -> list[int]:
+    """Return the least width that a block may have, the widest, and some between, ascending."""
+    between = {round(f * widest / multiple) * multiple for f in _FRACTIONS}
+    return sorted({multiple, *(w for w in between if multiple < w < widest), widest})
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A smaller model to time."""
+
+    part: Part  # of which it has less than the whole one
+    kept: int  # by a share of the part's units
+    share: float
+    model: SmallerModel
+
+
+def models_to_time(
+    source: WeightSource, budget: Budget, multiple: int
+) -> tuple[SmallerModel, list[Timed]]:
+    """Return the whole model, and those with less of each part that a budget may take."""
+    parts, units = measured_parts(budget.parts), source.units
+    widest = max((unit.width for unit in units if unit.part == "ffn"), default=0)
+    widths = [widest if unit.part == "ffn" and "ffn" in parts else unit.width for unit in units]
+
+    def with_at_most(part: Part, kept: int, blocks: Iterable[int] | None = None) -> SmallerModel:
+        fewer = tuple(
+            min(width, kept)
+            if unit.part == part and (blocks is None or unit.block in blocks)
+            else width
+            for unit, width in zip(units, widths, strict=True)
+        )
+        return SmallerModel(source.config, budget.parts, fewer)
+
+    timed = []
+    if "ffn" in parts:
+        timed += [
+            Timed("ffn", width, 1.0, with_at_most("ffn", width))
+            for width in reversed(widths_to_measure(widest, multiple)[:-1])
+        ]
+    attentions = [unit for unit in units if unit.part == "kv"]
+    if "kv" in budget.parts and max(unit.width for unit in attentions) > 1:
+        timed.append(Timed("kv", 1, 1.0, with_at_most("kv", 1)))
+    if "attention" in budget.parts and (without := _every_other(source, attentions)):
+        share = len(without) / len(attentions)
+        timed.append(Timed("kv", 0, share, with_at_most("kv", 0, without)))
+    count = source.architecture.block_count
+    if "blocks" in parts and count > 1:
+        gone = range((count + 1) // 2, count)
+        stay = tuple(w for unit, w in zip(units, widths, strict=True) if unit.block not in gone)
+        model = SmallerModel(source.config, budget.parts, stay, tuple(gone))
+        timed.append(Timed("blocks", 0, len(gone) / count, model))
+    return SmallerModel(source.config, budget.parts, tuple(widths)), timed
+
+
+def _every_other(source: WeightSource, attentions: Sequence[Unit]) -> list[int]:
+    """Return the blocks of every other attention of each kind: the first of each stays."""
+    kinds = getattr(text_config_of(source.config), "layer_types", None)
+    alike: dict[object, list[int]] = {}
+    for unit in attentions:
+        alike.setdefault(kinds[unit.block] if kinds else None, []).append(unit.block)
+    return sorted(block for blocks in alike.values() for block in blocks[1::2])
+
+
+def measure_latencies(
+    source: WeightSource, budget: Budget, multiple: int, phase: Phase, runtime: Runtime
+) -> dict[str, Any]:
+    """Time models of the same shapes with less of each part; only config and shapes are read.
+
+    Returns:
+        The `Curves`, and the conditions in which they were measured, as JSON types.
+    """
+    whole, timed = models_to_time(source, budget, multiple)
+    # The whole one first: it is what the others are compared to.
+    subjects = [
+        Subject(whole, "the whole model"),
+        *(Subject(each.model, f"{each.part} {each.kept} of {each.share:.0%}") for each in timed),
+    ]
+    _check_memory([whole, *(each.model for each in timed)], runtime)
+    dtype = str(runtime.dtype).removeprefix("torch.")
+    conditions = Conditions(warmups=1, rounds=ROUNDS, device=str(runtime.device), dtype=dtype)
+    comparison = compare_speed(subjects, [WORKLOAD], conditions)
+    ratios = [model.speeds[WORKLOAD][phase].median_ratio for model in comparison.models[1:]]
+    most: dict[str, int] = {"blocks": source.architecture.block_count}
+    for unit, width in zip(source.units, whole.widths, strict=True):
+        most[unit.part] = max(width, most.get(unit.part, 0))
+    curves: dict[str, list[list[float]]] = {}
+    for each, ratio in zip(timed, ratios, strict=True):
+        # As if all units of the part had lost what a share of them did.
+        time = 1 - (1 - 1 / ratio) / each.share
+        curves.setdefault(each.part, [[most[each.part], 1.0]]).append([each.kept, time])
+    return {
+        "curves": {part: sorted(points) for part, points in curves.items()},
+        "conditions": {
+            **vars(WORKLOAD),
+            **comparison.models[0].facts,
+            "rounds": ROUNDS,
+            "disturbance": round(comparison.disturbance[WORKLOAD], 4),
+        },
+    }
+
+
+def _check_memory(models: Sequence[SmallerModel], runtime: Runtime) -> None:
+    if runtime.device.type != "cpu":
+        return
+    parameters = sum(
+        parameter.numel()
+        for each in models
+        for parameter in empty_model(each.config()).parameters()
+    )
+    needed = parameters * runtime.dtype.itemsize + len(models) * _PROCESS_BYTES
+    if needed > (available := available_bytes()):
+        raise UsageError(
+            f"--target-speedup times {len(models)} models of different sizes in turns, which "
+            f"takes {needed / 1e9:.1f} GB; {available / 1e9:.1f} GB are available: give --sparsity "
+            "and measure with cfsp bench"
+        )
