@@ -33,8 +33,7 @@ from cfsp.cut.in_memory import build_pruned_model
 from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.prune_report import PruneReport
-from cfsp.selection.divergence import call_form_of
-from cfsp.selection.masks import masked_unit
+from cfsp.selection.divergence import call_form_of, masked_unit
 from cfsp.settings import (
     DEFAULT_PARTS,
     Budget,

@@ -23,9 +23,9 @@ from cfsp.planning.make import Planner, check_statistics_fit
 from cfsp.repair.ladder import check_windows, needed_steps, repair, repaired_a_little
 from cfsp.repair.result import PruningResult
 from cfsp.repair.ridge_pass import choose_and_repair, with_ridge
-from cfsp.selection.by_statistics import check_can_go
 from cfsp.selection.drop_order import (
     check_can_be_compared,
+    check_can_go,
     follow_divergence,
     follow_runs,
     with_order,

@@ -23,7 +23,7 @@ from cfsp.cli import main
 from cfsp.errors import UnsupportedModelError
 from cfsp.recovery.loss import loss_inside
 from cfsp.result.prune_report import PruneReport
-from cfsp.selection.masks import masked_channels
+from cfsp.selection.divergence import masked_channels
 from forks import Forks, Job
 from image_inputs import image_inputs
 from stock import results_of

@@ -180,7 +180,7 @@ def test_a_killed_run_goes_on_with_what_it_had_chosen(llama, text_file, tmp_path
         with pytest.raises(KeyboardInterrupt):
             cfsp.prune(llama, out=tmp_path / "out", **asked)
     expected = cfsp.prune(llama, out=tmp_path / "at-once", **asked)
-    monkeypatch.setattr(drop_order, "measure_order", killed)
+    monkeypatch.setattr(drop_order, "order_of_removal", killed)
     assert cfsp.prune(llama, out=tmp_path / "out", **asked).plan == expected.plan
 
 

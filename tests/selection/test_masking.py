@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import combinations
 from typing import Any
@@ -24,9 +23,13 @@ from cfsp.planning.candidate import NOTHING, Droppable, Dropped
 from cfsp.quality.perplexity import perplexity
 from cfsp.selection import drop_order
 from cfsp.selection.constraint import DropBudget
-from cfsp.selection.divergence import POSITION_STRIDE, dense_predictions
+from cfsp.selection.divergence import (
+    POSITION_STRIDE,
+    dense_predictions,
+    masked_channels,
+    masked_unit,
+)
 from cfsp.selection.drop_order import order_of_removal
-from cfsp.selection.masks import masked_channels, masked_loss, masked_unit
 from cfsp.selection.sensitivity import block_sensitivities, with_sensitivity
 from cfsp.settings import Criterion
 from cfsp.streaming.runtime import Runtime
@@ -49,7 +52,8 @@ def test_the_masked_loss_is_that_of_the_pruned_model(name):
     dense = math.log(perplexity(model, windows).value)
     pruned = build_pruned_model(model, source, plan, {})
     expected = math.log(perplexity(pruned, windows).value)
-    found = masked_loss(LoadedModel(model), model, plan, windows)
+    with masked_channels(source, model, dict(enumerate(plan.kept_channels))):
+        found = math.log(perplexity(model, windows).value)
     assert found == pytest.approx(expected, abs=1e-5)
     assert expected != pytest.approx(dense, abs=1e-4)
     assert math.log(perplexity(model, windows).value) == dense
@@ -134,7 +138,7 @@ def test_each_block_is_masked_alone(name, monkeypatch):
         starts.append(first)
         return resumed_at(blocks, first, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("cfsp.selection.masks.resumed_at", noted)
+    monkeypatch.setattr("cfsp.selection.divergence.resumed_at", noted)
     seen: list[None] = []
     found_L = block_sensitivities(source, model, tokens_NT, kept_U, lambda: seen.append(None))[
         "ffn"
@@ -152,8 +156,9 @@ def test_each_block_is_masked_alone(name, monkeypatch):
                 with masked_channels(source, model, kept):
                     expected += dense.divergence(model) / len(tokens_NT)
         assert found_L[block] == pytest.approx(expected, rel=1e-3, abs=1e-6)
-    # From the first block on is the whole model.
-    assert starts == 2 * [block for block in with_units if block and name != "gemma3n_text"]
+    # From the first block on is the whole model; at the last it is tried whether that can be.
+    resumed = [block for block in with_units if block and name != "gemma3n_text"]
+    assert starts == 2 * [count - 1, *resumed]
     assert len(seen) == 2 * len(with_units)
 
 
@@ -200,11 +205,9 @@ def source() -> LoadedModel:
     return LoadedModel(tiny_model("llama", num_hidden_layers=DEPTH))
 
 
-def order_of(
-    source: LoadedModel, count: int, check: Callable[[Dropped], None] = lambda removed: None
-) -> list[Removal]:
+def order_of(source: LoadedModel, count: int) -> list[Removal]:
     wanted = DropBudget.of_count(source, "blocks", count)
-    return order_of_removal(source, source.model, tokens(), [wanted], check)
+    return order_of_removal(source, source.model, tokens(), [wanted])
 
 
 def test_the_first_is_the_best_of_all_and_so_on(source):
@@ -225,16 +228,17 @@ def test_the_first_is_the_best_of_all_and_so_on(source):
     assert without(source, NOTHING) == pytest.approx(0.0, abs=1e-5)
 
 
-def test_what_the_model_cannot_do_without_stays(source):
+def test_what_the_model_cannot_do_without_stays(source, monkeypatch):
     first, second = order_of(source, 2)
 
-    def check(removed: Dropped) -> None:
+    def check(source: LoadedModel, removed: Dropped) -> None:
         if {first.block, second.block} & {*removed.blocks}:
             raise UnsupportedModelError("it is needed")
 
-    assert not {first.block, second.block} & {each.block for each in order_of(source, 2, check)}
+    monkeypatch.setattr(drop_order, "check_can_go", check)
+    assert not {first.block, second.block} & {each.block for each in order_of(source, 2)}
     with pytest.raises(UnsupportedModelError, match="it is needed"):
-        order_of(source, DEPTH - 1, check)
+        order_of(source, DEPTH - 1)
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +252,7 @@ def both() -> LoadedModel:
 
 def test_blocks_and_attentions_are_compared_for_each_parameter(both):
     wanted = DropBudget.of_share(both, ("attention", "blocks"), 0.7)
-    order = order_of_removal(both, both.model, tokens(), [wanted], lambda removed: None)
+    order = order_of_removal(both, both.model, tokens(), [wanted])
     gone = NOTHING
     for count, found in enumerate(order):
         added = {

@@ -24,8 +24,12 @@ from cfsp.planning.make import Planner, model_size
 from cfsp.repair.ladder import repaired_a_little
 from cfsp.selection import drop_order, search
 from cfsp.selection.constraint import STEPS, highest_step, last_that_holds
-from cfsp.selection.divergence import dense_predictions, few_beginnings
-from cfsp.selection.masks import MaskedModel, masked_channels
+from cfsp.selection.divergence import (
+    MaskedModel,
+    dense_predictions,
+    few_beginnings,
+    masked_channels,
+)
 from cfsp.selection.search import (
     FITTED_WINDOWS,
     RepairedScore,

@@ -1,40 +1,57 @@
-"""The whole model in memory, and how far a changed one's predictions are from its own.
+"""The whole model in memory, without some of its parts, and how far its predictions are from dense.
 
 The Kullback-Leibler divergence of the next-token distribution, KL(dense || changed), in nats per
 token. It is never negative and has far less noise than a difference of losses, so that few
 windows tell small changes apart.
 
-Shapes: B windows, T tokens, P positions in a window, V vocabulary.
+The model is uncut: weights that read pruned channels are zero meanwhile, and blocks that go are
+skipped, so that what a plan costs is measured plan after plan, without writing a checkpoint. All
+other weights stay as they are: the result is that of `--repair none`.
+
+Shapes: B windows, T tokens, P positions in a window (pruned channels in masks), V vocabulary, D
+hidden, F FFN channels, K kept, L blocks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from cfsp.architecture.expert_proof import masked_experts
+from cfsp.architecture.found import Unit
+from cfsp.architecture.resizing import Gone
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
+from cfsp.checkpoint.skeleton import blocks_of
+from cfsp.planning.candidate import NOTHING, Dropped
 from cfsp.streaming.decoder_end import logits_only, text_model
 from cfsp.streaming.runtime import Runtime, check_fits
-from cfsp.streaming.stand_in import CallForm, find_call_form, resumed_at
+from cfsp.streaming.stand_in import (
+    CallForm,
+    find_call_form,
+    hidden_states_entering,
+    resumed_at,
+    skipped,
+)
 from cfsp.text.windows import Windows, few_windows
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
+
+    KeptChannels = Mapping[int, Sequence[int]]
 
 # At least so many windows are compared, or as many as texts, and of each this beginning. The
 # divergence has little noise (LOG.md), and each window costs a forward pass for every change.
 LEAST_WINDOWS = 8
 BEGINNING_TOKENS = 256
-
 # Predictions of neighbours are alike: of every few tokens one is compared, which keeps the cost
 # of a large vocabulary small.
 POSITION_STRIDE = 4
-
 # In nats: equal predictions, but for rounding.
 _SAME = 1e-4
 
@@ -103,25 +120,6 @@ def few_beginnings(windows: Windows, tokens: int = BEGINNING_TOKENS) -> Windows:
     return replace(few, tokens_NT=few.tokens_NT[:, :tokens])
 
 
-def can_resume(
-    model: PreTrainedModel,
-    blocks: nn.ModuleList,
-    entering_BTD: Tensor,
-    form: CallForm,
-    dense: DensePredictions,
-) -> bool:
-    """Return whether the last block needs nothing of those before but a hidden state.
-
-    Some models take keys and values from an earlier block. `entering_BTD` enters the last one of
-    the dense model, which predicts `dense`.
-    """
-    try:
-        with resumed_at(blocks, len(blocks) - 1, entering_BTD, form):
-            return abs(dense.divergence(model)) < _SAME
-    except Exception:  # however a model misses what its stand-ins do not leave
-        return False
-
-
 def _logits(model: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
     position_P = torch.arange(0, tokens_BT.shape[1], POSITION_STRIDE, device=model.device)
     output = text_model(model)(
@@ -129,3 +127,145 @@ def _logits(model: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
     )
     logits_BPV: Tensor = output.logits.float()
     return logits_BPV
+
+
+class MaskedModel:
+    """A whole model that runs on the same windows again and again, without some of its parts.
+
+    It keeps what enters every block, so that those before a changed one need not compute again;
+    models whose blocks need more of earlier ones compute all the same.
+    """
+
+    def __init__(
+        self,
+        source: WeightSource,
+        model: PreTrainedModel,
+        batches: Iterable[Tensor],
+        form: CallForm | None = None,
+    ) -> None:
+        self._source, self._model = source, model
+        self._blocks = blocks_of(model, source.architecture)
+        self.form = form or call_form_of(model, self._blocks)
+        self._dense, self._entering = [], []
+        with torch.inference_mode():
+            for tokens_BT in batches:
+                with hidden_states_entering(self._blocks) as entering_L:
+                    self._dense.append(dense_predictions(model, tokens_BT))
+                self._entering.append(entering_L)
+            self._resumes = self._can_resume()
+
+    def _can_resume(self) -> bool:
+        """Return whether the last block needs nothing of those before but a hidden state.
+
+        Some models take keys and values from an earlier block.
+        """
+        entering_BTD, last = self._entering[0][-1], len(self._blocks) - 1
+        try:
+            with resumed_at(self._blocks, last, entering_BTD, self.form):
+                return abs(self._dense[0].divergence(self._model)) < _SAME
+        except Exception:  # however a model misses what its stand-ins do not leave
+            return False
+
+    @contextmanager
+    def _without(self, dropped: Dropped, kept: KeptChannels) -> Iterator[None]:
+        units = self._source.units
+        gone = {
+            index: ()
+            for index, unit in enumerate(units)
+            if unit.part == "kv" and unit.block in dropped.attentions
+        }
+        masks = {
+            index: kept_K
+            for index, kept_K in {**gone, **kept}.items()
+            if units[index].block not in dropped.blocks
+            and len(kept_K) < units[index].ffns * units[index].width
+        }
+        with (
+            masked_channels(self._source, self._model, masks),
+            skipped(self._blocks, dropped.blocks, self.form),
+        ):
+            yield
+
+    def note_entering(self, dropped: Dropped) -> None:
+        """Note what enters every block when some are gone."""
+        with torch.inference_mode(), self._without(dropped, {}):
+            for index, dense in enumerate(self._dense):
+                with hidden_states_entering(self._blocks) as entering_L:
+                    dense.divergence(self._model)
+                self._entering[index] = entering_L
+
+    def divergence(
+        self, dropped: Dropped = NOTHING, kept: KeptChannels | None = None, first: int = 0
+    ) -> float:
+        """Return KL(dense || without what goes), the mean over windows, in nats per token.
+
+        Nothing that was not gone when hidden states were noted goes before the block `first`.
+        """
+        total, windows = 0.0, 0
+        first = first if self._resumes else 0
+        with torch.inference_mode(), self._without(dropped, kept or {}):
+            for dense, entering_L in zip(self._dense, self._entering, strict=True):
+                with ExitStack() as stack:
+                    if first:
+                        resumed = resumed_at(self._blocks, first, entering_L[first], self.form)
+                        stack.enter_context(resumed)
+                    total += dense.divergence(self._model) * len(dense.tokens_BT)
+                windows += len(dense.tokens_BT)
+        return total / windows
+
+
+@contextmanager
+def masked_channels(
+    source: WeightSource, model: PreTrainedModel, kept: KeptChannels
+) -> Iterator[None]:
+    """Let a model compute as if units had some of their channels only; others have all."""
+    blocks = blocks_of(model, source.architecture)
+    with ExitStack() as stack:
+        for index, kept_K in kept.items():
+            unit = source.units[index]
+            stack.enter_context(masked_unit(blocks[unit.block], unit, kept_K))
+        yield
+
+
+@contextmanager
+def masked_unit(block: nn.Module, unit: Unit, kept_K: Sequence[int]) -> Iterator[None]:
+    """Let one unit of a decoder block compute as if it had the kept channels only.
+
+    The pruned columns of its down projections are zero meanwhile, and kept elsewhere. To experts
+    that keep none the router sends no token, and an attention that keeps none is not there.
+    """
+    if unit.part == "kv" and not kept_K:
+        attention = block.get_submodule(unit.path)
+        block.set_submodule(unit.path, Gone(unit.extras))
+        try:
+            yield
+        finally:
+            block.set_submodule(unit.path, attention)
+        return
+    axis = unit.axes[unit.down].axis
+    down = block.get_parameter(unit.down).detach()
+    matrices = [down]
+    if down.ndim == 3:  # those of all experts
+        matrices, axis = list(down), axis - 1
+    is_pruned_EF = torch.ones(unit.ffns, unit.width, dtype=torch.bool)
+    is_pruned_EF.view(-1)[list(kept_K)] = False
+    pruned = [
+        unit.axes[unit.down].index(is_pruned_F.nonzero().flatten(), unit.width).to(down.device)
+        for is_pruned_F in is_pruned_EF
+    ]
+    saved: list[Tensor] = []
+
+    def put_back() -> None:
+        # Fewer are saved than there are where the loop was interrupted.
+        for matrix, pruned_P, columns in zip(matrices, pruned, saved, strict=False):
+            matrix.index_copy_(axis, pruned_P, columns)
+
+    staying = (~is_pruned_EF).any(1).nonzero().flatten().tolist()
+    with ExitStack() as stack:
+        stack.callback(put_back)
+        if 0 < len(staying) < unit.ffns and unit.expert_axes:
+            stack.enter_context(masked_experts(block, unit, staying))
+        for matrix, pruned_P in zip(matrices, pruned, strict=True):
+            saved.append(matrix.index_select(axis, pruned_P))
+            matrix.index_fill_(axis, pruned_P, 0)
+        yield

@@ -1,18 +1,23 @@
-"""Which blocks and attentions are dropped, where the whole model fits into memory.
+"""Which blocks and attentions are dropped: by the predictions, or by what statistics say.
 
-One after the other the block goes whose removal, together with those that are gone, changes the
-predictions least. A dropped block is skipped: the hidden state passes it unchanged. What enters a
-block does not depend on later ones, so only the blocks behind a tried one are computed again. The
-same of attentions, whose own blocks are computed again as well.
-
-Where blocks and attentions may go, and where blocks differ in size, the change is compared for each
-parameter that goes. A block whose attention is gone may go later, with what is left of it.
+By the predictions, where the whole model fits into memory: one after the other the block goes whose
+removal, together with those that are gone, changes them least. A dropped block is skipped: the
+hidden state passes it unchanged. What enters a block does not depend on later ones, so only the
+blocks behind a tried one are computed again. The same of attentions, whose own blocks are computed
+again as well. Where blocks and attentions may go, and where blocks differ in size, the change is
+compared for each parameter that goes. A block whose attention is gone may go later, with what is
+left of it.
 
 A block that did more harm than another before rarely does less once more blocks are gone: each time
 only the few that did least are tried again (lazy greedy), so that the price is one pass for each
 block and a few for each that goes.
 
-Shapes: N windows, T tokens.
+Else by distances: the runs of consecutive blocks go that turn the hidden state least, by the sum of
+the angular distances between what enters each run and what leaves it; of attentions those over
+which it turns least. Only what the model can be written without can go, and the others must compute
+what they did then.
+
+Shapes: N windows, T tokens, L blocks.
 """
 
 from __future__ import annotations
@@ -20,21 +25,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cfsp.calibration.statistics import Removal, Statistics
+from cfsp.calibration.statistics import Removal, RunDistances, Statistics
 from cfsp.checkpoint.reading import WeightSource
-from cfsp.errors import BudgetError, UnsupportedModelError, UsageError
+from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
 from cfsp.planning.candidate import NOTHING, Droppable, Dropped, DropSizes
 from cfsp.progress import item_progress
-from cfsp.selection.by_statistics import check_can_go
 from cfsp.selection.constraint import DropBudget, drops_in_words
-from cfsp.selection.divergence import few_beginnings, load_whole
-from cfsp.selection.masks import MaskedModel
+from cfsp.selection.divergence import MaskedModel, few_beginnings, load_whole
 from cfsp.settings import WHOLE_PARTS, Budget
+from cfsp.streaming.block_proof import check_attentions_can_go, check_blocks_can_go
 from cfsp.streaming.runtime import Runtime, fits
 from cfsp.streaming.work_dir import WorkDir, load_or_compute
 from cfsp.text.windows import Windows, check_is_text
@@ -55,14 +58,10 @@ def order_of_removal(
     model: PreTrainedModel,
     tokens_NT: Tensor,
     wanted: Sequence[DropBudget],
-    check: Callable[[Dropped], None],
-    on_removal: Callable[[], object] = lambda: None,
 ) -> list[Removal]:
     """Return the blocks that go, or whose attentions do, in the order in which they are chosen.
 
-    How much is `wanted` may be said in several ways, of the same parts. `check` raises
-    UnsupportedModelError where the model cannot do without these, `on_removal` is called after each
-    that is chosen.
+    How much is `wanted` may be said in several ways, of the same parts.
     """
     sizes, parts = wanted[0].sizes, wanted[0].parts
     among = parts if len(parts) > 1 else ()
@@ -71,7 +70,8 @@ def order_of_removal(
     refusals: dict[Droppable, UnsupportedModelError] = {}
     # What each added to the divergence when it was last tried.
     added: dict[Droppable, float] = {}
-    masked = MaskedModel(source, model, torch.split(tokens_NT, _WINDOWS_IN_BATCH), resumes=True)
+    masked = MaskedModel(source, model, torch.split(tokens_NT, _WINDOWS_IN_BATCH))
+    bar = item_progress(f"choosing {drops_in_words(parts)}", _about(wanted), "removal")
     while True:
         left = _room(wanted, gone) - refusals.keys()
         fresh: set[Droppable] = set()
@@ -88,7 +88,7 @@ def order_of_removal(
                 fresh.add(cheapest)
                 continue
             try:
-                check(gone.plus(cheapest))
+                check_can_go(source, gone.plus(cheapest))
                 best = cheapest
             except UnsupportedModelError as error:
                 refusals[cheapest] = error
@@ -100,8 +100,9 @@ def order_of_removal(
         removed.append(Removal(block, divergence, part, among))
         # A block without its attention is another one than was tried.
         added.pop(("blocks", block), None)
-        on_removal()
+        bar.update()
         masked.note_entering(gone)
+    bar.close()
     if not all(each.is_met_by(gone) for each in wanted):
         raise next(
             iter(refusals.values()),
@@ -129,6 +130,14 @@ def _room(wanted: Sequence[DropBudget], gone: Dropped) -> set[Droppable]:
         for droppable in wanted[0].sizes.droppable(gone)
         if any(each.has_room_for(gone, droppable) for each in wanted)
     }
+
+
+def _about(wanted: Sequence[DropBudget]) -> int:
+    """Return about how many go."""
+    gone = NOTHING
+    while room := _room(wanted, gone):
+        gone = gone.plus(max(room))
+    return len(gone)
 
 
 def _cheapest(
@@ -195,11 +204,14 @@ def with_order(
 
     def measure() -> dict[str, Any]:
         removals: list[Removal] = []
+        few = few_beginnings(windows, _TOKENS)
         for parts in sorted(needed):
             check_is_text(windows, f"--parts {','.join(parts)}")
+            what = f"choosing the {drops_in_words(parts)} that go"
             with work_dir.watch.stage("order of removal"):
                 budgets = [each for each in missing if each.parts == parts]
-                removals += measure_order(source, windows, budgets, runtime)
+                model = load_whole(source, runtime, what)
+                removals += order_of_removal(source, model, few.tokens_NT, budgets)
         return {"removals": [each.to_json() for each in removals]}
 
     # Other windows would be another choice.
@@ -210,18 +222,130 @@ def with_order(
     return replace(statistics, removals=(*others, *measured))
 
 
-def measure_order(
-    source: WeightSource, windows: Windows, wanted: Sequence[DropBudget], runtime: Runtime
-) -> list[Removal]:
-    """Return what goes, in the order in which it is chosen, on a little of the text."""
-    if not _room(wanted, NOTHING):
-        return []
-    what = drops_in_words(wanted[0].parts)
-    few = few_beginnings(windows, _TOKENS)
-    model = load_whole(source, runtime, f"choosing the {what} that go")
-    gone, about = NOTHING, 0
-    while room := _room(wanted, gone):
-        gone, about = gone.plus(max(room)), about + 1
-    with item_progress(f"choosing {what}", about, "removal") as bar:
-        check = partial(check_can_go, source)
-        return order_of_removal(source, model, few.tokens_NT, wanted, check, bar.update)
+def dropped_by(
+    source: WeightSource,
+    statistics: Statistics,
+    budget: DropBudget,
+    enough: Callable[[Sequence[Removal]], Dropped] = Dropped.of,
+) -> Dropped:
+    """Return the blocks and attentions that go, by their order where statistics have one.
+
+    Of that `enough` may take fewer than the budget.
+    """
+    if statistics.has_order_of(budget.parts):
+        return _by_order(source, statistics, budget, enough)
+    if budget.is_met_by(NOTHING):
+        return NOTHING
+    if "blocks" in budget.parts and statistics.runs is None:
+        raise StatisticsError(
+            "the removal of blocks by runs needs their distances, which these statistics do not "
+            "have; make them with: cfsp calibrate --parts blocks"
+        )
+    banned: set[int] = set()
+    while True:
+        dropped = _chosen(statistics, budget, banned)
+        try:
+            check_can_go(source, dropped)
+            return dropped
+        except UnsupportedModelError:
+            chosen = (*dropped.blocks, *dropped.attentions)
+            alone = {block for block in chosen if not _can_go_alone(source, block, budget)}
+            if not alone:
+                raise
+            banned |= alone
+
+
+def check_can_go(source: WeightSource, dropped: Dropped) -> None:
+    """Check that a model can do without some blocks, and without the attentions of others."""
+    if dropped.blocks:
+        check_blocks_can_go(source, dropped.blocks)
+    if dropped.attentions:
+        check_attentions_can_go(source, dropped.attentions, dropped.blocks)
+
+
+def _by_order(
+    source: WeightSource,
+    statistics: Statistics,
+    budget: DropBudget,
+    enough: Callable[[Sequence[Removal]], Dropped],
+) -> Dropped:
+    order = statistics.removals_of(budget.parts)
+    taken = budget.first(order)
+    if taken is None:
+        raise StatisticsError(
+            f"the statistics say of {len(order)} {drops_in_words(budget.parts)} in which order "
+            "they go, and the budget needs more; make statistics that say it of more with: cfsp "
+            f"calibrate --parts {','.join(budget.parts)}"
+        )
+    dropped = enough(taken)
+    if taken != order[: len(taken)]:  # the first ones are proved already
+        check_can_go(source, dropped)
+    return dropped
+
+
+def _chosen(statistics: Statistics, budget: DropBudget, banned: Collection[int]) -> Dropped:
+    """Return the blocks that go by a distance, or whose attentions do, none of which is banned."""
+    every = budget.sizes.block_of or budget.sizes.attention_of
+    candidates = [block for block in every if block not in banned]
+    for count in range(1, len(candidates) + 1):
+        if "blocks" in budget.parts:
+            assert statistics.runs is not None
+            stay = [block for block in range(len(statistics.blocks)) if block not in candidates]
+            chosen = cheapest_runs(statistics.runs, len(statistics.blocks), count, stay)
+        else:
+            distance_L = statistics.of_part("kv").distance_L
+            chosen = sorted(sorted(candidates, key=distance_L.__getitem__)[:count])
+        dropped = _of_one_part(budget, chosen)
+        if budget.is_met_by(dropped):
+            return dropped
+    stays = f"that of block {min(banned)} is one that cannot; " if banned else ""
+    raise UnsupportedModelError(
+        f"only {len(candidates)} of {len(every)} {drops_in_words(budget.parts)} can go, "
+        f"which is less than the budget asks for; {stays}"
+        f"remove FFN channels too (--target-params with --parts {','.join(budget.parts)},ffn)"
+    )
+
+
+def _of_one_part(budget: DropBudget, blocks: Collection[int]) -> Dropped:
+    """Return blocks as those that go, or as those whose attentions do."""
+    chosen = tuple(blocks)
+    return Dropped(chosen) if "blocks" in budget.parts else Dropped((), chosen)
+
+
+def _can_go_alone(source: WeightSource, block: int, budget: DropBudget) -> bool:
+    try:
+        check_can_go(source, _of_one_part(budget, [block]))
+    except UnsupportedModelError:
+        return False
+    return True
+
+
+def cheapest_runs(
+    runs: RunDistances, blocks: int, count: int, banned: Collection[int] = ()
+) -> list[int]:
+    """Return `count` of so many blocks that go, in the runs whose distances have the least sum.
+
+    Two runs have a block between them that stays, as all that are banned do: without it they would
+    be one.
+    """
+    # The least sum for the blocks before one, of which so many go and the last stays.
+    best: dict[tuple[int, int], tuple[float, list[int]]] = {(0, 0): (0.0, [])}
+    result: tuple[float, list[int]] = (math.inf, [])
+    for start in range(blocks + 1):
+        for gone in range(count + 1):
+            if (start, gone) not in best:
+                continue
+            total, removed = best[start, gone]
+            for end in range(start, blocks + 1):
+                if end > start and (end - 1 in banned or gone + end - start > count):
+                    break
+                cost = total + (runs.between(start, end) if end > start else 0.0)
+                chosen = [*removed, *range(start, end)]
+                if end == blocks:
+                    if len(chosen) == count and cost < result[0]:
+                        result = cost, chosen
+                    continue
+                key = end + 1, len(chosen)
+                if key not in best or cost < best[key][0]:
+                    best[key] = cost, chosen
+    return result[1]

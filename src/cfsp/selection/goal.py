@@ -11,8 +11,8 @@ from cfsp.errors import BudgetError, UnsupportedModelError
 from cfsp.job import Job
 from cfsp.planning.candidate import NOTHING
 from cfsp.planning.make import parameters_of_channels
-from cfsp.selection.by_statistics import check_can_go
 from cfsp.selection.constraint import Constraint, DropBudget, Parameters, Share
+from cfsp.selection.drop_order import check_can_go
 from cfsp.selection.kv_cache import CacheFraction
 from cfsp.selection.loss import LossIncrease, held_out_windows
 from cfsp.selection.search import has_room_for_two

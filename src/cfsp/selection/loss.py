@@ -21,8 +21,7 @@ from cfsp.selection.constraint import (
     highest_step,
     last_that_holds,
 )
-from cfsp.selection.divergence import load_whole
-from cfsp.selection.masks import masked_loss
+from cfsp.selection.divergence import load_whole, masked_channels
 from cfsp.settings import CalibrationText, MaxLossIncrease, Part, PruneSettings
 from cfsp.streaming.runtime import Runtime, runtime_of
 from cfsp.streaming.work_dir import WorkDir, load_or_compute
@@ -82,7 +81,8 @@ class LossIncrease(Constraint):
             candidate = Candidate(parts=parts, sparsity=step / STEPS)
             plan = planner.plan(candidate)
             label = f"{candidate.sparsity:.1%} pruned"
-            increase = masked_loss(source, model, plan, self.held_out, label) - dense
+            with masked_channels(source, model, dict(enumerate(plan.kept_channels))):
+                increase = _loss(model, self.held_out, label) - dense
             parameters = size.parameters_with(plan.kept_widths)
             fits = increase <= goal.nats
             tried.append(Attempt(candidate.sparsity, parameters, increase, fits))

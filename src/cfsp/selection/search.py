@@ -35,15 +35,15 @@ from cfsp.planning.make import Planner
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.progress import item_progress
 from cfsp.repair.result import PruningResult
-from cfsp.selection.by_statistics import dropped_by
 from cfsp.selection.constraint import Constraint, Parameters, Share, drops_in_words
 from cfsp.selection.divergence import (
     DensePredictions,
+    MaskedModel,
     dense_predictions,
     few_beginnings,
     load_whole,
 )
-from cfsp.selection.masks import MaskedModel
+from cfsp.selection.drop_order import dropped_by
 from cfsp.settings import Budget, Part
 from cfsp.streaming.runtime import Runtime, free_bytes, needed_bytes
 from cfsp.streaming.work_dir import load_or_compute, temporary_work_dir
@@ -61,13 +61,6 @@ FITTED_WINDOWS = 36
 _MASKED_TOKENS = 128
 # Kinds of text, or windows, so that there are two to fit on and two to judge by.
 _LEAST_APART = 4
-
-
-def masked_model(source: WeightSource, runtime: Runtime, windows: Windows) -> MaskedModel:
-    """Return the model that candidates are masked on, on the beginnings of a few windows."""
-    model = load_whole(source, runtime, "comparing plans")
-    few = few_beginnings(windows, _MASKED_TOKENS)
-    return MaskedModel(source, model, torch.split(few.tokens_NT, 1))
 
 
 def masked_score(masked: MaskedModel, planner: Planner, candidate: Candidate) -> float:
@@ -233,7 +226,9 @@ def _all_masked(
     job: Job, constraint: Constraint, planner: Planner, order: Sequence[Removal]
 ) -> list[Scored]:
     """Score every number of what is dropped that may be the best one, before repair."""
-    model = masked_model(job.source, job.runtime, job.windows())
+    model = load_whole(job.source, job.runtime, "comparing plans")
+    few = few_beginnings(job.windows(), _MASKED_TOKENS)
+    masked = MaskedModel(job.source, model, torch.split(few.tokens_NT, 1))
     channels = job.budget.channel_parts
     choices = [("ffn",), channels] if len(channels) > 1 else [channels]
     found: list[Scored] = []
@@ -248,7 +243,7 @@ def _all_masked(
                 candidate = Candidate(dropped, 0, parts, share)
                 bar.update()
                 try:
-                    return Scored(candidate, masked_score(model, planner, candidate))
+                    return Scored(candidate, masked_score(masked, planner, candidate))
                 except BudgetError:
                     return None  # or cannot lose it
 

@@ -24,8 +24,7 @@ from cfsp.errors import CalibrationError
 from cfsp.job import Job
 from cfsp.planning.channels import choose_channels
 from cfsp.progress import item_progress
-from cfsp.selection.divergence import few_beginnings, load_whole
-from cfsp.selection.masks import MaskedModel
+from cfsp.selection.divergence import MaskedModel, few_beginnings, load_whole
 from cfsp.settings import AUTO_METRIC, SENSITIVITY, UNIT_PARTS, Criterion, Part
 from cfsp.streaming.runtime import Runtime, fits
 from cfsp.streaming.work_dir import load_or_compute
@@ -59,7 +58,7 @@ def block_sensitivities(
     total_of: dict[Part, list[float]] = {part: [0.0] * blocks for _, part in places}
     form = None
     for tokens_T in tokens_NT:  # apart: what enters all blocks is kept of one window
-        masked = MaskedModel(source, model, [tokens_T[None]], resumes=True, form=form)
+        masked = MaskedModel(source, model, [tokens_T[None]], form)
         form = masked.form
         for block, part in places:
             kept = {

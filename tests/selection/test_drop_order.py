@@ -16,8 +16,8 @@ from cfsp.checkpoint.reading import LoadedModel, parameter_count
 from cfsp.checkpoint.stored_blocks import names_without_blocks, parameters_of_blocks
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError
 from cfsp.planning.candidate import NOTHING, Candidate, Dropped
-from cfsp.selection.by_statistics import cheapest_runs, dropped_by
 from cfsp.selection.constraint import DropBudget
+from cfsp.selection.drop_order import cheapest_runs, dropped_by
 from tiny_decoders import tiny_model
 
 BLOCKS = 6
