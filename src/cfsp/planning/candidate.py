@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property
 from typing import Any
 
 from cfsp.architecture.block_names import counted
@@ -164,16 +163,16 @@ class DropSizes:
         some_stay = len(block_of) < len(blocks) if blocks else attentions_stay
         return DropSizes(block_of, attention_of, total, some_stay, attentions_stay)
 
-    @cached_property
+    @property
+    def of_one(self) -> Mapping[int, int]:
+        """Those of blocks, or of attentions where blocks may not go."""
+        return self.block_of or self.attention_of
+
+    @property
     def most(self) -> int:
         """The parameters of all that may go but the smallest, which stays where no other does."""
-        sizes = list((self.block_of or self.attention_of).values())
-        return sum(sizes) - (0 if self.some_stay else min(sizes, default=0))
-
-    @cached_property
-    def largest(self) -> int:
-        """The parameters of the largest that may go."""
-        return max((self.block_of or self.attention_of).values(), default=0)
+        smallest = 0 if self.some_stay else min(self.of_one.values(), default=0)
+        return sum(self.of_one.values()) - smallest
 
     def droppable(self, dropped: Dropped) -> list[Droppable]:
         """Return what may go next, in a definite order."""

@@ -50,14 +50,9 @@ class DropBudget:
     ) -> DropBudget:
         """Return the budget by which so many blocks, or attentions, go."""
         sizes = DropSizes.of(source, [part], keep)
-        have, noun = len(sizes.block_of or sizes.attention_of), _NOUNS[part]
-        most = have if sizes.some_stay else have - 1
+        most = len(sizes.of_one) - (not sizes.some_stay)
         if count > most:
-            stay = "what --keep names" if sizes.some_stay else "at least one"
-            raise BudgetError(
-                f"cannot remove {counted(count, noun)}: of the {noun} of {source.label} {stay} "
-                f"must stay; between 0 and {most} can be removed"
-            )
+            raise _too_many(sizes, counted(count, _NOUNS[part]), str(most))
         return DropBudget((part,), sizes, 0.0, count)
 
     @staticmethod
@@ -74,18 +69,11 @@ class DropBudget:
         With `of_model` it is a share of all parameters of the model.
         """
         sizes = DropSizes.of(source, parts, keep)
-        of_one = sizes.block_of or sizes.attention_of
         total = parameter_count(source) if of_model else sizes.total
-        if share * total > sizes.most + min(of_one.values(), default=0) / 2:
-            owner = "block" if sizes.block_of else "attention"
-            noun = "model's parameters" if of_model else f"{owner} parameters"
-            things = _NOUNS["blocks" if sizes.block_of else "attention"]
-            stay = f"at least one of {len(of_one)} {things}"
-            raise BudgetError(
-                f"cannot remove {share:.1%} of the {noun}: "
-                f"{'what --keep names' if sizes.some_stay else stay} must stay; between 0 and "
-                f"{sizes.most / total:.1%} can be removed"
-            )
+        if share * total > sizes.most + min(sizes.of_one.values(), default=0) / 2:
+            whose = "model's" if of_model else "block" if sizes.block_of else "attention"
+            what = f"{share:.1%} of the {whose} parameters"
+            raise _too_many(sizes, what, f"{sizes.most / total:.1%}")
         return DropBudget(tuple(parts), sizes, share * total)
 
     def has_room_for(self, dropped: Dropped, droppable: Droppable) -> bool:
@@ -120,6 +108,14 @@ class DropBudget:
                 taken.append(each)
                 dropped = dropped.plus((each.part, each.block))
         return taken if self.is_met_by(dropped) else None
+
+
+def _too_many(sizes: DropSizes, what: str, most: str) -> BudgetError:
+    noun = _NOUNS["blocks" if sizes.block_of else "attention"]
+    stay = "what --keep names" if sizes.some_stay else f"at least one of {len(sizes.of_one)} {noun}"
+    return BudgetError(
+        f"cannot remove {what}: {stay} must stay; between 0 and {most} can be removed"
+    )
 
 
 def drops_in_words(parts: Sequence[Part]) -> str:

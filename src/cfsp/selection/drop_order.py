@@ -149,8 +149,7 @@ def _cheapest(
     """Return what adds the least for each parameter that goes with it, or was not tried yet."""
 
     def price(droppable: Droppable) -> float:
-        share = sizes.parameters_with(gone, droppable) / sizes.largest
-        return added.get(droppable, -math.inf) / share
+        return added.get(droppable, -math.inf) / sizes.parameters_with(gone, droppable)
 
     return min(sorted(left), key=price)
 
@@ -285,7 +284,7 @@ def _by_order(
 
 def _chosen(statistics: Statistics, budget: DropBudget, banned: Collection[int]) -> Dropped:
     """Return the blocks that go by a distance, or whose attentions do, none of which is banned."""
-    every = budget.sizes.block_of or budget.sizes.attention_of
+    every = budget.sizes.of_one
     candidates = [block for block in every if block not in banned]
     for count in range(1, len(candidates) + 1):
         if "blocks" in budget.parts:
