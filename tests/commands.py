@@ -26,6 +26,7 @@ class Command:
     # Of blocks that windows have passed then, over all passes, from 1; or of the step of training.
     count: int = 0
     environment: dict[str, str] = field(default_factory=dict)
+    patience: float = 1800  # seconds that it waits for the other processes
 
 
 class Commands:
@@ -40,7 +41,12 @@ class Commands:
             *(
                 Job(
                     "commands.run",
-                    {"argv": list(command.argv), "dies": command.dies, "count": command.count},
+                    {
+                        "argv": list(command.argv),
+                        "dies": command.dies,
+                        "count": command.count,
+                        "patience": command.patience,
+                    },
                     command.environment,
                 )
                 for command in commands
@@ -64,10 +70,13 @@ def ranks(size: int) -> list[dict[str, str]]:
     return [{**team, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
 
 
-def run(argv: list[str], dies: str | None, count: int) -> int:
+def run(argv: list[str], dies: str | None, count: int, patience: float) -> int:
     """Run one command in this process: called in a fork."""
     prepare(dies, count)
+    from cfsp import processes
     from cfsp.cli import main
+
+    processes.PATIENCE_SECONDS = patience
 
     return main(argv)
 

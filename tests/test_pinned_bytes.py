@@ -28,9 +28,18 @@ import cfsp
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.exports.registry import export_checkpoint
+from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.recovery.recover import recover_checkpoint
 from cfsp.recovery.settings import Adaptation, Limit, RecoverSettings, Training
+from cfsp.settings import (
+    Budget,
+    CalibrationText,
+    Compute,
+    Criterion,
+    LocalTraining,
+    PruneSettings,
+)
 
 PINNED = Path(__file__).parent / "pinned_bytes.json"
 
@@ -119,21 +128,15 @@ def compare(name: str, everywhere: dict[str, str], here: dict[str, str]) -> None
 def test_prune(tmp_path, tiny_checkpoint, text_file, name):
     out = tmp_path / "pruned"
     repair: Any = CASES[name]
-    # 0.5 was the default when it was pinned.
-    how: dict[str, Any] = {"local_steps": 3, "local_text": 0.5} if repair == "local" else {}
-    cfsp.prune(
-        tiny_checkpoint(name),
-        out=out,
-        sparsity=0.4,
-        multiple=8,
-        data=[str(text_file)],
-        samples=16,
-        seqlen=32,
-        repair=repair,
-        block_metric="angular",  # by sensitivity, widths depend on the machine's arithmetic
-        device="cpu",
-        **how,
+    settings = PruneSettings(
+        Budget(0.4, multiple=8),
+        Criterion("angular"),  # by sensitivity, widths depend on the machine's arithmetic
+        CalibrationText((str(text_file),), samples=16, seqlen=32),
+        Compute("cpu"),
+        repair,
+        LocalTraining(steps=3, text=0.5),  # as much of the text as when it was pinned
     )
+    prune_checkpoint(open_checkpoint(tiny_checkpoint(name)), out, settings)
     plan = PruningPlan.load(out / PLAN_FILE)
     compare(
         f"prune {name} {repair}",

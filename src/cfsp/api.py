@@ -160,12 +160,12 @@ def _prune_path(
     """Prune a path into a new directory; train the result too if asked to, and if that fits."""
     # Before a model is downloaded or converted.
     check_all_texts(settings)
-    source, limit = open_checkpoint(model, parts=settings.budget.parts), None
+    source = open_checkpoint(model, parts=settings.budget.parts)
     if trains:
-        settings, limit = best_effort(source, settings)
-    if limit is None:
-        return prune_checkpoint(source, out, settings, command=command)
-    return prune_and_recover(source, out, settings, limit, command=command)[0]
+        settings, trains = best_effort(source, settings)
+    if trains:
+        return prune_and_recover(source, out, settings, command=command)[0]
+    return prune_checkpoint(source, out, settings, command=command)
 
 
 def calibrate(

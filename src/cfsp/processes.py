@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# The fastest process waits so long for the slowest.
+PATIENCE_SECONDS = 1800.0
 # Machines may begin this long after each other, however little they may differ at the end.
 _START_SECONDS = 300.0
 
@@ -54,8 +56,6 @@ class Team:
 
     rank: int = 0
     size: int = 1
-    # Seconds that the fastest process waits for the slowest.
-    timeout: float = 1800.0
     # The group that they wait in; on the CPU also where they compute elsewhere, because only that
     # one names who is missing.
     barrier: ProcessGroup | None = None
@@ -184,14 +184,14 @@ class Team:
         import torch.distributed as dist
 
         try:
-            timeout = timedelta(seconds=self.timeout)
-            dist.monitored_barrier(self.barrier, timeout, wait_all_ranks=True)
+            patience = timedelta(seconds=PATIENCE_SECONDS)
+            dist.monitored_barrier(self.barrier, patience, wait_all_ranks=True)
             yield dist
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise ProcessError(
                 f"process {self.rank} of {self.size} lost another process, or waited for it longer "
-                f"than {self.timeout:.0f} s ({reason}); see what that one printed"
+                f"than {PATIENCE_SECONDS:.0f} s ({reason}); see what that one printed"
             ) from error
 
 
@@ -219,10 +219,8 @@ def take_own_accelerator(device: str) -> None:
 
 
 @contextmanager
-def joined(device: torch.device, timeout: float) -> Iterator[Team]:
+def joined(device: torch.device) -> Iterator[Team]:
     """Give the team that torchrun started; without torchrun a team of one.
-
-    The fastest process waits for the slowest for `timeout` seconds.
 
     Raises:
         ProcessError: the processes cannot reach each other.
@@ -236,8 +234,9 @@ def joined(device: torch.device, timeout: float) -> Iterator[Team]:
     if device.type != "cpu":
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=max(timeout, _START_SECONDS)))
-        team = Team(rank, size, timeout, dist.new_group(backend="gloo"))
+        patience = timedelta(seconds=max(PATIENCE_SECONDS, _START_SECONDS))
+        dist.init_process_group(backend, timeout=patience)
+        team = Team(rank, size, dist.new_group(backend="gloo"))
     except (RuntimeError, ValueError) as error:
         raise ProcessError(
             f"process {rank} of {size} cannot reach the others: "

@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 _ASKED = "asked_digest"
 
 
-def best_effort(source: Checkpoint, settings: PruneSettings) -> tuple[PruneSettings, Limit | None]:
-    """Return how to prune with the best effort, and how long to train afterwards.
+def best_effort(source: Checkpoint, settings: PruneSettings) -> tuple[PruneSettings, bool]:
+    """Return how to prune with the best effort, and whether to train afterwards.
 
     That is one pass over the text with the dense model as the teacher, where one process has
     memory for both; else no end-to-end training, and local repair. People are told which.
@@ -49,22 +49,21 @@ def best_effort(source: Checkpoint, settings: PruneSettings) -> tuple[PruneSetti
         why = "there is no memory to train the whole model beside the dense one"
     else:
         log.info("best effort: repair by ridge, then one pass of training towards the dense model")
-        return settings, Limit(epochs=1)
+        return settings, True
     log.info("best effort: repair by %s, because %s", BEST_WITHOUT_TRAINING, why)
-    return replace(settings, repair=BEST_WITHOUT_TRAINING), None
+    return replace(settings, repair=BEST_WITHOUT_TRAINING), False
 
 
 def prune_and_recover(
     source: Checkpoint,
     out: Path,
     settings: PruneSettings,
-    limit: Limit,
     *,
     statistics: Statistics | None = None,
     plan: PruningPlan | None = None,
     command: str = "",
 ) -> tuple[PruneReport, RecoverReport]:
-    """Prune a checkpoint, then train the result on the same texts towards the dense model.
+    """Prune a checkpoint, then train the result once on the same texts towards the dense model.
 
     The pruned model stays in `OUT-pruned`. A call that was killed while it trained goes on there.
 
@@ -72,7 +71,6 @@ def prune_and_recover(
         source: the model.
         out: where the trained model goes; must not exist, or be empty.
         settings: how to prune; perplexity is measured before and after each of the two.
-        limit: how long to train.
         statistics: as for `prune_checkpoint`, like all that follow.
         plan: an earlier decision.
         command: what the user typed.
@@ -105,7 +103,7 @@ def prune_and_recover(
     seqlen = min(text.seqlen, Training.seqlen)
     how = RecoverSettings(
         data=text.names,
-        training=Training(limit, seqlen=seqlen, seed=text.seed, bos=text.bos),
+        training=Training(Limit(epochs=1), seqlen=seqlen, seed=text.seed, bos=text.bos),
         teacher=AUTO_TEACHER,
         evaluation=settings.evaluation,
         # Training in float16 overflows.

@@ -64,9 +64,6 @@ NUMBERS = [
     BadInput(f"{PRUNE_TEXT} --eval {{text}} --windows 0", "found 0", "at least 1 window"),
     BadInput(f"{CALIBRATE} --batch-windows 0", "found 0", "--batch-windows must be at least 1"),
     BadInput(f"{CALIBRATE} --memory-budget 1e999", "found '1e999'", "expected a size such as 2GB"),
-    BadInput(
-        f"{CALIBRATE} --process-timeout nan", "found nan", "--process-timeout must be positive"
-    ),
     BadInput(f"{CALIBRATE} --device meta", "the device 'meta'", "choose another --device"),
     BadInput(f"{EVAL} --device nonsense", "the device 'nonsense'", "choose another --device"),
     BadInput(f"{PLAN} --sparsity 1.0", "found 1.0", "sparsity must be in [0, 1)"),

@@ -90,7 +90,7 @@ def test_the_survivor_waits_no_longer_than_it_was_told_and_both_go_on(
     argv_of_two = [*argv, "--out", str(out)]
     first, second = ranks(2)
     ended = commands(
-        Command([*argv_of_two, "--process-timeout", "0.05"], environment=first),
+        Command(argv_of_two, environment=first, patience=3),
         Command(argv_of_two, dies="after", count=2, environment=second),
     )
     assert [each.status for each in ended] == [2, -signal.SIGKILL], ended
@@ -149,7 +149,7 @@ def test_one_process_adds_up_to_itself() -> None:
 
 
 def test_without_torchrun_there_is_a_team_of_one() -> None:
-    with joined(torch.device("cpu"), 1.0) as team:
+    with joined(torch.device("cpu")) as team:
         assert team.is_first
         assert team.size == 1
 

@@ -45,7 +45,7 @@ def test_after_a_death_the_same_command_goes_on(commands, argv, tmp_path):
     deaths: list[dict[str, Any]] = [{}, {}, dying]
     ended = commands(
         *(
-            Command([*argv_of_three, "--process-timeout", "0.3"], environment=rank, **death)
+            Command(argv_of_three, environment=rank, patience=18, **death)
             for rank, death in zip(ranks(3), deaths, strict=True)
         )
     )

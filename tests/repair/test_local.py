@@ -102,7 +102,6 @@ def test_training_stops_at_a_loss_that_is_no_number():
     [
         ({"steps": 0}, "--local-steps must be at least 1, found 0"),
         ({"blocks": 0}, "--local-blocks must be at least 1, found 0"),
-        ({"text": 2}, "--local-text must be from 0 to 1, found 2"),
     ],
 )
 def test_wrong_settings_are_refused(field, words):
@@ -143,7 +142,7 @@ def text(text_file: Path) -> list[str]:
 
 
 # Three blocks: one, and the last two. A random model has nothing to do with the text.
-LOCAL = ["--repair", "local", "--local-steps", "20", "--local-blocks", "1", "--local-text", "0"]
+LOCAL = ["--repair", "local", "--local-steps", "20", "--local-blocks", "1"]
 
 
 def pruned(argv: list[str], out: Path) -> Path:
@@ -277,7 +276,7 @@ def test_a_mixture_of_experts_is_refused_before_anything_is_computed(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("option", ["--local-steps", "--local-blocks", "--local-text"])
+@pytest.mark.parametrize("option", ["--local-steps", "--local-blocks"])
 def test_options_of_local_without_it_are_refused(option, argv, tmp_path, capsys):
     assert main([*argv, option, "1", "--out", str(tmp_path / "out")]) == 2
     assert f"{option} belongs to --repair local" in capsys.readouterr().err

@@ -139,12 +139,11 @@ def test_the_first_process_times_for_all(forks, argv_of, tmp_path, monkeypatch):
 def test_after_a_death_the_same_command_goes_on(commands, finish, argv, text_file, tmp_path):
     evaluation = ["--eval", str(text_file), "--windows", "1"]
     argv = [*argv, "--repair", "local", "--local-steps", "2", *evaluation]
-    patience = "--process-timeout", "0.2"
     # Windows have passed all blocks in the coarse pass and for the ridge.
     deaths: list[dict[str, Any]] = [{}, {"dies": "after", "count": 2 * BLOCKS}, {}]
     ended = commands(
         *(
-            Command(many(argv, tmp_path, *patience), environment=rank, **death)
+            Command(many(argv, tmp_path), environment=rank, patience=12, **death)
             for rank, death in zip(ranks(3), deaths, strict=True)
         )
     )
@@ -181,9 +180,7 @@ def test_processes_with_different_work_are_refused(commands, argv, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--recover", "1"], "--recover runs in one process, found 2"),
         (["--max-loss-increase", "1"], "--max-loss-increase runs in one process, found 2"),
-        (["--process-timeout", "0"], "--process-timeout must be positive"),
     ],
 )
 def test_what_one_process_alone_can_do_is_refused(

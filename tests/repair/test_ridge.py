@@ -18,7 +18,6 @@ import cfsp
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import TextError
-from cfsp.recovery.settings import Limit
 from cfsp.repair.gram import GramSums
 from cfsp.repair.ridge import (
     PANEL,
@@ -219,17 +218,6 @@ def arguments(model: str, text_file: Path, tmp_path: Path) -> list[str]:
     return ["prune", model, "--sparsity", "0.5", "--multiple", "4", *windows, *out]
 
 
-def test_prune_and_recover_in_one(arguments, tmp_path, capsys, monkeypatch):
-    # Pruning draws the text, and nobody after it.
-    monkeypatch.setattr("cfsp.prune_and_recover.draw_text", None)
-    of_minutes = {30.0: Limit(steps=2)}
-    monkeypatch.setattr("cfsp.recovery.settings.Limit", lambda minutes: of_minutes[minutes])
-    assert main([*arguments, "--recover", "30", "--json"]) == 0
-    assert '"recovery"' in capsys.readouterr().out
-    assert read_manifest(tmp_path / "out")["operation"] == "recover"
-    assert read_manifest(tmp_path / "out-pruned")["operation"] == "prune"
-
-
 def test_best_effort_trains_and_goes_on_after_a_kill(
     arguments, tiny_checkpoint, tmp_path, capsys, monkeypatch
 ):
@@ -248,6 +236,8 @@ def test_best_effort_trains_and_goes_on_after_a_kill(
     arguments = ["prune", "owner/tiny@v1/a", *arguments[2:], "--effort", "best"]
     with monkeypatch.context() as patch:
         patch.setattr("cfsp.recovery.recover.recover_checkpoint", killed)
+        # Pruning draws the text, and nobody after it.
+        patch.setattr("cfsp.prune_and_recover.draw_text", None)
         assert main(arguments) == 130
     assert not out.exists()
     before = (pruned / "model.safetensors").stat().st_mtime_ns

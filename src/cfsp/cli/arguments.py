@@ -7,8 +7,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from cfsp.cli.options import Parser, add_advanced, add_options
-from cfsp.errors import UsageError
+from cfsp.cli.options import Parser, add_options
 from cfsp.settings import GOALS, Budget, Compute, Criterion, MaxLossIncrease
 
 
@@ -41,25 +40,6 @@ def names(text: str) -> tuple[str, ...]:
 def add_compute(parser: Parser) -> None:
     """Add where to compute and in what."""
     add_options(parser, parser, Compute, fields=("device", "dtype", "batch_windows"))
-
-
-def add_process_timeout(parser: Parser) -> None:
-    """Add how long processes that torchrun started wait for each other."""
-    add_advanced(
-        parser,
-        "--process-timeout",
-        type=float,
-        default=30.0,
-        metavar="MINUTES",
-        help="under torchrun: how long the fastest process waits for the slowest (default: 30)",
-    )
-
-
-def process_timeout(args: argparse.Namespace) -> float:
-    """Return how long processes wait for each other, in seconds."""
-    if not 0 < args.process_timeout < 1e6:
-        raise UsageError(f"--process-timeout must be positive, found {args.process_timeout}")
-    return 60 * float(args.process_timeout)
 
 
 def check_texts(data: Sequence[str] | None, evaluation: Sequence[str] | None = None) -> None:

@@ -34,7 +34,6 @@ def add_options_to(parser: Parser) -> None:
     add_options(parser, parser, Budget, fields=("parts",))
     add_options(parser, parser, CalibrationText)
     add_options(parser, parser, Compute)
-    arguments.add_process_timeout(parser)
 
 
 def run(args: argparse.Namespace) -> Told:
@@ -54,7 +53,6 @@ def run(args: argparse.Namespace) -> Told:
     check_file_is_free(args.out)
     if args.sensitivity and process_count() > 1:
         raise UsageError("--sensitivity is measured in one process; calibrate without torchrun")
-    timeout = arguments.process_timeout(args)
     compute = settings_from(args, Compute)
     take_own_accelerator(compute.device)
     parts = settings_from(args, Budget).parts
@@ -63,7 +61,7 @@ def run(args: argparse.Namespace) -> Told:
     identity = {"command": "calibrate", "--parts": list(parts)}
     with (
         created_parents(args.out),
-        joined(compute_device(compute.device), timeout) as team,
+        joined(compute_device(compute.device)) as team,
         output_work_dir(args.out, identity, compute.memory_budget, team) as work_dir,
     ):
         # Another run may have finished since the first look.

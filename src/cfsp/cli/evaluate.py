@@ -62,7 +62,6 @@ def add_options_to(parser: Parser) -> None:
     _add_tasks(parser)
     _add_answers(parser)
     arguments.add_compute(parser)
-    arguments.add_process_timeout(parser)
 
 
 def _add_tasks(parser: Parser) -> None:
@@ -128,7 +127,6 @@ def run(args: argparse.Namespace) -> Told:
             f"{alone} runs in one process, found {process_count()}; leave it out, or evaluate "
             "without torchrun"
         )
-    timeout = arguments.process_timeout(args)
     arguments.check_texts(None, args.data)
 
     from cfsp.quality.tasks.selection import DEFAULT_BATCH, TaskSelection
@@ -153,7 +151,7 @@ def run(args: argparse.Namespace) -> Told:
     runner = TaskRunner.of(selection) if selection else None
     compute = settings_from(args, Compute)
     take_own_accelerator(compute.device)
-    with joined(compute_device(compute.device), timeout) as team:
+    with joined(compute_device(compute.device)) as team:
         models = evaluate_models(
             args.models,
             texts,

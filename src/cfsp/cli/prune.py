@@ -74,12 +74,6 @@ def add_options_to(parser: Parser) -> None:
         help="the repair by its name, instead of --effort: each includes those before it",
     )
     parser.hide(by_name)
-    parser.add_argument(
-        "--recover",
-        type=float,
-        metavar="MINUTES",
-        help="then train for so long, as `cfsp recover` does; the pruned model stays in OUT-pruned",
-    )
     add_options(parser, parser, LocalTraining)
     add_options(parser, parser, Compute)
     add_advanced(
@@ -89,20 +83,19 @@ def add_options_to(parser: Parser) -> None:
         metavar="FILE",
         help="plan from these (cfsp calibrate made them), without a forward pass",
     )
-    arguments.add_process_timeout(parser)
     removed = arguments.add_budget(parser, has_text=True)
     removed.add_argument("--plan", type=Path, metavar="FILE", help="what this plan says")
 
 
 def _settings(args: argparse.Namespace) -> PruneSettings:
     """Return all that a pruning is asked for; a plan has its own budget."""
-    given, plan, recovers = typed(args), args.plan is not None, args.recover is not None
+    given, plan = typed(args), args.plan is not None
     how_much, is_bound = asked(given), args.max_loss_increase is not None
     if args.out is None and not args.estimate:
         raise UsageError("expected --out, the directory to write into, found none")
     if process_count() > 1:
         _refuse(
-            {"--recover": recovers, "--estimate": args.estimate, "--max-loss-increase": is_bound},
+            {"--estimate": args.estimate, "--max-loss-increase": is_bound},
             f"{{}} runs in one process, found {process_count()}; leave it out, or prune without "
             "torchrun",
         )
@@ -115,15 +108,12 @@ def _settings(args: argparse.Namespace) -> PruneSettings:
             "--max-loss-increase and --statistics exclude each other: which windows were "
             "calibrated on before is not known, and it measures on others"
         )
-    if args.dry_run and recovers:
-        raise UsageError("--dry-run and --recover exclude each other: nothing is written to train")
     settings = prune_settings(given | ({"sparsity": 0.0, "parts": DEFAULT_PARTS} if plan else {}))
     if args.estimate:
         unknown = {
             "--dry-run": args.dry_run,
             "--repair local": settings.repair == "local",
             "--effort best": args.effort == BEST_EFFORT,
-            "--recover": recovers,
             "--parts blocks": "blocks" in settings.budget.parts,
             "--parts experts": "experts" in settings.budget.parts,
             "--plan": plan,
@@ -153,13 +143,11 @@ def run(args: argparse.Namespace) -> Told:
     from cfsp.processes import joined, take_own_accelerator
     from cfsp.prune_and_recover import best_effort, prune_and_recover
     from cfsp.pruning_cost import pruning_cost
-    from cfsp.recovery.settings import Limit
     from cfsp.selection.worth import doubts
     from cfsp.streaming.runtime import runtime_of
 
     plan = PruningPlan.load(args.plan) if args.plan else None
     statistics = Statistics.load(args.statistics) if args.statistics else None
-    timeout = arguments.process_timeout(args)
     take_own_accelerator(settings.compute.device)
     parts = plan.parts if plan else settings.budget.parts
     source = open_checkpoint(args.model, parts=parts)
@@ -169,18 +157,18 @@ def run(args: argparse.Namespace) -> Told:
         for doubt in doubts(source, settings):
             log.warning("%s", doubt)
         return cost.to_json(), lambda: _print_estimate(cost)
-    limit = Limit(minutes=args.recover) if args.recover is not None else None
-    if args.effort == BEST_EFFORT and limit is None and not args.dry_run:
-        settings, limit = best_effort(source, settings)
+    trains = False
+    if args.effort == BEST_EFFORT and not args.dry_run:
+        settings, trains = best_effort(source, settings)
     known: dict[str, Any] = {
         "statistics": statistics,
         "plan": plan,
         "command": arguments.typed_command(args),
     }
-    if limit is not None:
-        report, recovery = prune_and_recover(source, args.out, settings, limit, **known)
+    if trains:
+        report, recovery = prune_and_recover(source, args.out, settings, **known)
         return _told(args, settings, report, recovery)
-    with joined(compute_device(settings.compute.device), timeout) as team:
+    with joined(compute_device(settings.compute.device)) as team:
         report = prune_checkpoint(
             source, args.out, settings, dry_run=args.dry_run, team=team, **known
         )

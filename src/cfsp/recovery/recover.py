@@ -86,8 +86,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 ADAPTER_DIRECTORY = "adapter"
-# Seconds that processes wait for each other, as the Trainer lets them.
-_PATIENCE = 1800.0
 # Names of places in the work directory.
 _TRAIN, _BEFORE = "train", "before"
 
@@ -325,7 +323,7 @@ def _train(
     directory = directory_of_process(ready.out) / _TRAIN
     with (
         watch.stage("train"),
-        joined(device, _PATIENCE) if sharded else nullcontext(),
+        joined(device) if sharded else nullcontext(),
         loss_inside(model, dense, settings.distillation.weight) as loss,
     ):
         if sharded:

@@ -75,14 +75,9 @@ class LocalTraining:
         least=1,
         flag="local-blocks",
     )
-    text: float = advanced_option(
-        0.0,
-        "of local repair: the part of the text itself in the loss of the last blocks, from 0 to 1; "
-        "the rest is the divergence from the dense model",
-        kind=float,
-        flag="local-text",
-        metavar="F",
-    )
+    # The part of the text itself in the loss of the last blocks; the rest is the divergence from
+    # the dense model. More of it was never better by answers (docs/RESULTS.md).
+    text: float = 0.0
     # Highest learning rates, as parts of the root mean square of each tensor, because models differ
     # in the size of their weights and Adam's steps do not follow it: of any block, of a block by
     # its error before (the first have hardly any, and as long steps as others' only add some), and
@@ -95,8 +90,6 @@ class LocalTraining:
 
     def __post_init__(self) -> None:
         check_declared(self)
-        if not 0 <= self.text <= 1:
-            raise UsageError(f"--local-text must be from 0 to 1, found {self.text}")
 
 
 @dataclass(frozen=True)
