@@ -259,18 +259,6 @@ def test_nothing_removed_is_said(command, model, text, tmp_path):
     assert "cut " in told and "evaluate" not in told  # no stage that did not run
 
 
-@pytest.mark.parametrize(
-    ("options", "is_said"),
-    [
-        (["--sparsity", 0.5], True),
-        (["--sparsity", 0.5, "--parts", "ffn"], False),
-    ],
-)
-def test_where_many_channels_go_blocks_are_named(options, is_said, command, model, text, tmp_path):
-    told = command("prune", model, "--out", tmp_path / "out", *text, *options).out
-    assert ("--parts ffn,blocks" in told) is is_said
-
-
 @pytest.mark.parametrize("repair", ["none", "ridge"])
 def test_dry_run_writes_only_the_plan(command, told, model, text, tmp_path, repair):
     argv = ["prune", model, "--out", tmp_path / "dry", "--sparsity", 0.4, "--dry-run",

@@ -525,7 +525,7 @@ def must_not_load(*args: Any) -> Any:
         ({"rank_allocation": "error"}, "--rank-allocation must be one of uniform, importance"),
         ({"dtype": "float16"}, "found --dtype float16"),
         ({"learning_rate": 1e-3}, "suits one method; give --method lora or full"),
-        ({"teacher_weight": 2.0}, "expected --teacher-weight in"),
+        ({"teacher_weight": 2.0}, "--teacher-weight must be at least 0 and at most 1"),
     ],
 )
 def test_bad_input_is_told_before_any_work(

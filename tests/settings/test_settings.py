@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -12,16 +11,12 @@ import cfsp
 from cfsp.errors import UsageError
 from cfsp.settings import (
     PARTS,
-    REPAIRS,
     Budget,
     CalibrationText,
     Compute,
     EvaluationText,
     Goal,
     MaxLossIncrease,
-    Part,
-    PruneSettings,
-    Repair,
     TargetKVCache,
     TargetParameters,
     TargetSpeedup,
@@ -75,20 +70,6 @@ def test_what_is_hinted_at_is_accepted(flag: str) -> None:
             for other in re.split(", | or ", hint[3]):
                 Budget(parts=parts).for_goal(GOALS_BY_FLAG[other])
     assert (refused > 0) is (flag != "--target-params")
-    for repair in REPAIRS:
-        asked = PruneSettings(Budget().for_goal(goal), repair=repair, goal=goal)
-        assert asked.more_parts == ()
-        if more := replace(asked, leaves_parts_open=True).more_parts:
-            Budget(parts=more).for_goal(goal or TargetParameters(0.5))
-
-
-def test_whole_blocks_are_hinted_at_where_they_are_not_tried() -> None:
-    def more(goal: Goal | None, repair: Repair = "ridge") -> tuple[Part, ...]:
-        return PruneSettings(Budget(), repair=repair, goal=goal, leaves_parts_open=True).more_parts
-
-    assert more(None) == more(TargetSpeedup(1.5)) == ("ffn", "blocks")
-    assert more(TargetParameters(0.5)) == more(MaxLossIncrease(0.5)) == ()
-    assert more(TargetParameters(0.5), "none") == ("ffn", "blocks")
 
 
 def test_a_call_asks_by_the_names_of_options() -> None:

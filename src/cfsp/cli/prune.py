@@ -167,22 +167,20 @@ def run(args: argparse.Namespace) -> Told:
     }
     if trains:
         report, recovery = prune_and_recover(source, args.out, settings, **known)
-        return _told(args, settings, report, recovery)
+        return _told(args, report, recovery)
     with joined(compute_device(settings.compute.device)) as team:
         report = prune_checkpoint(
             source, args.out, settings, dry_run=args.dry_run, team=team, **known
         )
-    return _told(args, settings, report) if team.is_first else None
+    return _told(args, report) if team.is_first else None
 
 
 def _told(
     args: argparse.Namespace,
-    settings: PruneSettings,
     report: PruneReport,
     recovery: RecoverReport | None = None,
 ) -> Told:
-    """Return what a pruning came to, and what may cost less."""
-    from cfsp.selection.goal import MANY_CHANNELS
+    """Return what a pruning came to."""
 
     def say() -> None:
         print_goal(report.goal)
@@ -190,11 +188,6 @@ def _told(
             print_plan(report.plan)
             print()
         print_report(report)
-        if settings.more_parts and report.plan.ffn_sparsity >= MANY_CHANNELS:
-            more = f"--parts {','.join(settings.more_parts)}"
-            if settings.goal is None:  # several parts share one target
-                more += f" --target-params {1 - report.model_sparsity:.2g}"
-            print(f"this much may cost less with `{more}`, which tries whole blocks, too")
         if args.dry_run:
             print(f"plan written to {args.out / PLAN_FILE}")
         if recovery is not None:

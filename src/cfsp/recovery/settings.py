@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from cfsp.errors import UsageError
 from cfsp.processes import process_count
-from cfsp.settings import BOS, BOS_HELP, Bos, Compute, EvaluationText, Text, check_declared, option
+from cfsp.settings import BOS, BOS_HELP, Bos, Compute, Declared, EvaluationText, Text, option
 
 Method = Literal["auto", "lora", "full"]
 Targets = Literal["mlp", "attention", "all"]
@@ -25,11 +24,10 @@ AUTO_TEACHER, NO_TEACHER = "auto", "none"
 
 # Far beyond any run; what a run that the clock ends reports to the Trainer as its steps.
 ENDLESS_STEPS = 1_000_000_000
-_MOST_RANKS = 1 << 24
 
 
 @dataclass(frozen=True)
-class Adaptation:
+class Adaptation(Declared):
     """What is trained; embeddings, norms and head stay as they are."""
 
     method: Method = option(
@@ -39,7 +37,9 @@ class Adaptation:
         choices=METHODS,
     )
     targets: Targets = option("all", "projections to train", choices=TARGETS, advanced=True)
-    rank: float = option(8.0, "of the adapters, mean over blocks", kind=float, metavar="R")
+    rank: float = option(
+        8.0, "of the adapters, mean over blocks", kind=float, least=1, most=1 << 24, metavar="R"
+    )
     allocation: RankAllocation = option(
         "uniform",
         "ranks are equal, follow the blocks' importance, or follow its inverse",
@@ -47,11 +47,6 @@ class Adaptation:
         choices=RANK_ALLOCATIONS,
         advanced=True,
     )
-
-    def __post_init__(self) -> None:
-        check_declared(self)
-        if not 1 <= self.rank < _MOST_RANKS:
-            raise UsageError(f"--rank must be at least 1, found {self.rank}")
 
 
 @dataclass(frozen=True)
@@ -95,7 +90,7 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(Declared):
     """How to train; without a learning rate by what suits the method and the weights' size."""
 
     limit: Limit
@@ -103,6 +98,7 @@ class Training:
         None,
         "at its peak",
         kind=float,
+        above=0,
         metavar="LR",
         default="of the weights' root mean square "
         + ", ".join(f"{rate:.1%} for {method}" for method, rate in RELATIVE_RATES.items()),
@@ -124,16 +120,14 @@ class Training:
         default="",
     )
     seed: int = option(
-        0, "of the order of windows and of the adapters' start", kind=int, advanced=True
+        0,
+        "of the order of windows and of the adapters' start",
+        kind=int,
+        least=0,
+        most=(1 << 32) - 1,
+        advanced=True,
     )
     bos: Bos = option("auto", BOS_HELP, choices=BOS, advanced=True)
-
-    def __post_init__(self) -> None:
-        check_declared(self)
-        if not 0 <= self.seed < 1 << 32:
-            raise UsageError(f"--seed must be in [0, 2^32), found {self.seed}")
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise UsageError(f"--learning-rate must be positive, found {self.learning_rate}")
 
     @property
     def windows_in_step(self) -> int:
@@ -148,7 +142,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Distillation:
+class Distillation(Declared):
     """How much a teacher counts; the loss on the text gets the rest."""
 
     weight: float = option(
@@ -156,13 +150,11 @@ class Distillation:
         "of the teacher against the text, in [0, 1]: some text wins back more perplexity, and "
         "leads away from the dense model's predictions and answers",
         kind=float,
+        least=0,
+        most=1,
         flag="teacher-weight",
         advanced=True,
     )
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.weight <= 1:
-            raise UsageError(f"expected --teacher-weight in [0, 1], found {self.weight}")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How much is removed, and of what."""
+"""How much is removed, and of what: a share of one part, or a goal instead of it."""
 
 from __future__ import annotations
 
@@ -7,21 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from cfsp.errors import UsageError, did_you_mean
-from cfsp.settings.goals import (
-    GOALS,
-    Goal,
-    MaxLossIncrease,
-    TargetKVCache,
-    TargetParameters,
-    TargetSpeedup,
-    flag_of_goal,
-)
 from cfsp.settings.options import (
+    Declared,
     advanced_option,
-    check_declared,
     fraction,
     number_or_auto,
     option,
+    options_of,
 )
 
 Part = Literal["ffn", "kv", "attention", "blocks", "experts"]
@@ -36,6 +28,106 @@ WholePart = Literal["attention", "blocks"]
 WHOLE_PARTS: tuple[WholePart, ...] = get_args(WholePart)
 # Those of which a number may be said instead of a share.
 COUNTED: tuple[Part, ...] = ("attention", "blocks", "experts")
+
+Phase = Literal["decode", "prefill"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+
+@dataclass(frozen=True)
+class TargetParameters(Declared):
+    """The goal to keep a fraction of the whole model's parameters.
+
+    Attributes:
+        fraction: of all parameters that stays, in (0, 1].
+    """
+
+    fraction: float = option(
+        1.0,
+        "fraction of all parameters that stays; without --parts blocks may go, too",
+        kind=fraction,
+        above=0,
+        most=1,
+        flag="target-params",
+        metavar="F",
+        default="",
+    )
+
+
+@dataclass(frozen=True)
+class TargetKVCache(Declared):
+    """The goal to keep a fraction of the KV cache, by KV groups, whole attentions, or both.
+
+    Attributes:
+        fraction: of the cache of the longest context that stays at most, in (0, 1].
+    """
+
+    fraction: float = advanced_option(
+        1.0,
+        "fraction of the KV cache that stays; KV groups go, with --parts attention or "
+        "kv,attention whole attentions, and nothing else",
+        kind=fraction,
+        above=0,
+        most=1,
+        flag="target-kv-cache",
+        metavar="F",
+        default="",
+    )
+
+
+@dataclass(frozen=True)
+class TargetSpeedup(Declared):
+    """The goal to prune as little as makes the model this much faster on this machine.
+
+    Attributes:
+        ratio: tokens per second over those of the model as it is, above 1.
+        phase: what shall be faster.
+    """
+
+    ratio: float = advanced_option(
+        2.0,
+        "as little as is predicted to make the model X times faster on this machine, which must be "
+        "quiet",
+        kind=float,
+        above=1,
+        flag="target-speedup",
+        metavar="X",
+        default="",
+    )
+    phase: Phase = advanced_option(
+        "decode", "what --target-speedup is about", flag="target-speedup-of", choices=PHASES
+    )
+
+
+@dataclass(frozen=True)
+class MaxLossIncrease(Declared):
+    """The goal to prune as much as keeps the loss within a bound.
+
+    The bound holds for the pruned model before repair, on text that calibration has not seen.
+
+    Attributes:
+        nats: by how much the mean negative log-likelihood of a token may rise.
+    """
+
+    nats: float = advanced_option(
+        0.1,
+        "as much as keeps the loss on held-out text within so many nats per token of the dense "
+        "model's, before repair; the model must fit into memory",
+        kind=float,
+        above=0,
+        flag="max-loss-increase",
+        metavar="NATS",
+        default="",
+    )
+
+
+Goal = TargetParameters | TargetKVCache | TargetSpeedup | MaxLossIncrease
+GOALS: tuple[type[Goal], ...] = get_args(Goal)
+
+
+def flag_of_goal(goal: type[Goal]) -> str:
+    """Return the option that asks for a goal: the first; the others belong to it."""
+    return next(iter(options_of(goal).values())).typed
+
 
 # By which parts each goal can be met, and why by no others.
 _MET_BY: dict[type[Goal], tuple[tuple[Part, ...], str]] = {
@@ -102,10 +194,10 @@ def multiple_in_words(multiple: int) -> str:
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(Declared):
     """What may go, and how much of it where that is one part.
 
-    Several parts have one target that all pay into (`cfsp.settings.goals`). A share of FFN channels
+    Several parts have one target that all pay into, a goal. A share of FFN channels
     (the paper's sparsity), KV groups, blocks and attention layers counts by their parameters, one
     of experts by their number: as many go of every block, and nothing else.
     """
@@ -189,7 +281,7 @@ class Budget:
                 raise UsageError("--remove and --sparsity both say how much goes; give one of them")
         if not 0.0 <= self.sparsity < 1.0:
             raise UsageError(f"sparsity must be in [0, 1), such as 0.2, found {self.sparsity}")
-        check_declared(self)
+        super().__post_init__()
 
     def for_goal(self, goal: Goal | None) -> Budget:
         """Return the budget with the parts that a goal is met by; refuse what contradicts it."""

@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from inspect import Parameter, signature
+from math import inf
+from operator import ge, gt, le
 from typing import Any, TypeVar
 
 from cfsp.errors import UsageError, did_you_mean
 
 T = TypeVar("T")
+
+_BOUNDS = (("above", "above", gt), ("least", "at least", ge), ("most", "at most", le))
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,9 @@ class Option:
     kind: Callable[[str], Any] = str  # of all values that were typed, where it repeats
     flag: str = ""  # what follows the dashes; none for the field's name
     choices: tuple[str, ...] = ()
-    least: int | None = None
+    above: float | None = None
+    least: float | None = None
+    most: float | None = None
     metavar: str | None = None
     default: str | None = None  # in words, where the value does not say it; empty for none
     repeats: bool = False  # whether it is given once for each of several values
@@ -62,19 +68,24 @@ def options_of(settings: type[Any]) -> dict[str, Option]:
     return found
 
 
-def check_declared(settings: Any) -> None:
-    """Refuse a value that is none of an option's choices, or less than its least."""
-    for name, known in options_of(type(settings)).items():
-        value, flag = getattr(settings, name), known.typed
-        if value is None and (not known.choices or getattr(type(settings), name) is None):
-            continue
-        if known.choices and value not in known.choices:
-            raise UsageError(
-                f"{flag} must be one of {', '.join(known.choices)}, found {value!r}"
-                f"{did_you_mean(str(value), known.choices)}"
-            )
-        if known.least is not None and not value >= known.least:
-            raise UsageError(f"{flag} must be at least {known.least}, found {value}")
+class Declared:
+    """Settings that refuse a value that is none of an option's choices, or beyond its bounds."""
+
+    def __post_init__(self) -> None:
+        for name, known in options_of(type(self)).items():
+            value, flag = getattr(self, name), known.typed
+            if value is None and (not known.choices or getattr(type(self), name) is None):
+                continue
+            if known.choices and value not in known.choices:
+                raise UsageError(
+                    f"{flag} must be one of {', '.join(known.choices)}, found {value!r}"
+                    f"{did_you_mean(str(value), known.choices)}"
+                )
+            every = ((words, getattr(known, field), holds) for field, words, holds in _BOUNDS)
+            bounds = [bound for bound in every if bound[1] is not None]
+            if bounds and not (value < inf and all(holds(value, b) for _, b, holds in bounds)):
+                said = [f"{words} {b}" for words, b, _ in bounds]
+                raise UsageError(f"{flag} must be {' and '.join(said)}, found {value}")
 
 
 def from_names(settings: type[T], values: Mapping[str, Any], **others: Any) -> T:

@@ -1,4 +1,4 @@
-"""Where to compute, how much repair there is, and all that a pruning is asked for."""
+"""What counts as important, where to compute, how to repair; and all that is asked of a pruning."""
 
 from __future__ import annotations
 
@@ -7,18 +7,80 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from cfsp.errors import UsageError, did_you_mean
-from cfsp.settings.budget import Budget, Part, can_be_met
-from cfsp.settings.criterion import ANGULAR, AUTO_METRIC, UNIFORM, Criterion
-from cfsp.settings.goals import GOALS, Goal, TargetParameters, flag_of_goal
+from cfsp.settings.budget import GOALS, Budget, Goal, TargetParameters, flag_of_goal
 from cfsp.settings.options import (
+    Declared,
     advanced_option,
-    check_declared,
     from_names,
     given_of,
     option,
     parse_size,
 )
 from cfsp.settings.text import CalibrationText, EvaluationText
+
+# By sensitivity where it was measured, else by angular distance.
+AUTO_METRIC = "auto"
+# How far a block turns the hidden state (the paper's); what pruning it alone does to the
+# predictions, for which the whole model must be in memory; all blocks alike.
+ANGULAR, SENSITIVITY, UNIFORM = "angular", "sensitivity", "uniform"
+BLOCK_METRICS = (ANGULAR, SENSITIVITY, UNIFORM)
+# Which blocks go whole: by the predictions where the whole model fits into memory, else by how far
+# runs of them turn the hidden state.
+DIVERGENCE, RUNS = "divergence", "runs"
+CHANNEL_METRICS = ("relative", "eq8", "activation")
+
+Clamp = Literal["water-fill", "published"]
+DEFAULT_CLAMP: Clamp = "published"
+
+
+# What went whole, by `removal`: that without which ...
+_REMOVED_IN_WORDS = {
+    DIVERGENCE: "without which its predictions change least",
+    RUNS: "over which its hidden states turn least",
+}
+_WORTH_IN_WORDS = {
+    ANGULAR: "the further they turn the hidden state",
+    SENSITIVITY: "the further the predictions move when one alone loses about half of them",
+}
+
+
+def removal_in_words(removal: str) -> str:
+    """Return by what the parts of a model were chosen that went whole, as `its` relative clause."""
+    return _REMOVED_IN_WORDS.get(removal, "which cfsp was told to remove")
+
+
+def worth_in_words(metric: str, things: str, channels: str) -> str:
+    """Return the sentence that says which of some things, such as blocks, keep more channels."""
+    if metric == UNIFORM:
+        return f"{things} count alike."
+    # Plans of earlier versions have other metrics.
+    return f"{things} keep more of their {channels} {_WORTH_IN_WORDS.get(metric, f'by {metric}')}."
+
+
+@dataclass(frozen=True)
+class Criterion(Declared):
+    """What makes a block (`cfsp.planning.coarse`) and a channel (`fine`) important."""
+
+    block_metric: str = advanced_option(
+        AUTO_METRIC,
+        "what makes a block important: the angle between its input and output, or sensitivity, "
+        "what pruning the block alone does to the predictions, which requires the whole model in "
+        "memory; auto: sensitivity where there is repair and that memory, else angular",
+        choices=(AUTO_METRIC, *BLOCK_METRICS),
+    )
+    channel_metric: str = advanced_option(
+        "relative", "score that makes a channel important", choices=CHANNEL_METRICS
+    )
+
+    @property
+    def clamp(self) -> Clamp:
+        """What becomes of a block that would keep more than all.
+
+        By sensitivity it stays whole and the others get the rest (`water-fill`), else all
+        importances shrink, as the published code has it.
+        """
+        return "water-fill" if self.block_metric == SENSITIVITY else DEFAULT_CLAMP
+
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -34,7 +96,7 @@ BEST_WITHOUT_TRAINING: Repair = "local"
 
 
 @dataclass(frozen=True)
-class Compute:
+class Compute(Declared):
     """Where to compute and in what; `cfsp.streaming.runtime.runtime_of` makes `auto` definite."""
 
     device: str = option("auto", "cpu, cuda, cuda:1, mps, ...", default="an accelerator")
@@ -52,12 +114,9 @@ class Compute:
         default="half of the available memory",
     )
 
-    def __post_init__(self) -> None:
-        check_declared(self)
-
 
 @dataclass(frozen=True)
-class LocalTraining:
+class LocalTraining(Declared):
     """How local repair trains blocks; see `cfsp.repair.local`."""
 
     steps: int = advanced_option(
@@ -88,9 +147,6 @@ class LocalTraining:
     warm_up: int = 10  # steps in which the rate rises; it falls along a cosine to zero
     tokens: int = 2048  # about so many in a batch
 
-    def __post_init__(self) -> None:
-        check_declared(self)
-
 
 @dataclass(frozen=True)
 class PruneSettings:
@@ -119,13 +175,6 @@ class PruneSettings:
                 f"--widths equal makes all blocks alike, so --set block_metric={metric} would do "
                 "nothing; give one of the two"
             )
-
-    @property
-    def more_parts(self) -> tuple[Part, ...]:
-        """Parts by which as much may cost less, where neither the user nor we chose which go."""
-        tries, more = self.suited_to_repair().leaves_parts_open, (*self.budget.parts, "blocks")
-        is_met = self.goal is None or can_be_met(type(self.goal), more)
-        return more if self.leaves_parts_open and not tries and is_met else ()
 
     def suited_to_repair(self) -> PruneSettings:
         """Return the same settings, with what is left open as it is best with this repair.

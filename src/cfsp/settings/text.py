@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from cfsp.errors import TextError, UsageError
-from cfsp.settings.options import advanced_option, check_declared, option
+from cfsp.settings.options import Declared, advanced_option, option
 
 LONGEST_WINDOW = 1 << 24
 MOST_WINDOWS = 1 << 32
@@ -63,7 +63,7 @@ def texts_of(data: Data) -> tuple[str | Text, ...]:
 
 
 @dataclass(frozen=True)
-class CalibrationText:
+class CalibrationText(Declared):
     """Which text to calibrate on; see `cfsp.text.drawing.draw_text`."""
 
     names: tuple[str | Text, ...] = option(
@@ -77,25 +77,25 @@ class CalibrationText:
         repeats=True,
     )
     samples: int | None = advanced_option(
-        None, "windows of text in all", kind=int, default="128, or all there are"
+        None,
+        "windows of text in all",
+        kind=int,
+        most=MOST_WINDOWS,
+        default="128, or all there are",
     )
-    seqlen: int = advanced_option(DEFAULT_SEQLEN, "tokens in a window", kind=int, metavar="T")
-    seed: int = advanced_option(0, "of the draw of windows", kind=int)
+    seqlen: int = advanced_option(
+        DEFAULT_SEQLEN, "tokens in a window", kind=int, most=LONGEST_WINDOW, metavar="T"
+    )
+    seed: int = advanced_option(0, "of the draw of windows", kind=int, least=0, most=(1 << 63) - 1)
     bos: Bos = advanced_option("auto", BOS_HELP, choices=BOS)
 
     def __post_init__(self) -> None:
-        check_declared(self)
+        super().__post_init__()
         if not self.names:
             raise UsageError(
                 "there is no text to calibrate on; give one or several: wikitext2, c4, "
                 "mixed, a .txt, .jsonl or .parquet file, or Text(name, documents)"
             )
-        if not 0 <= self.seed < 1 << 63:
-            raise UsageError(f"--seed must be in [0, 2^63), found {self.seed}")
-        if self.seqlen > LONGEST_WINDOW:
-            raise UsageError(f"--seqlen must be at most {LONGEST_WINDOW}, found {self.seqlen}")
-        if self.samples is not None and self.samples > MOST_WINDOWS:
-            raise UsageError(f"--samples must be at most {MOST_WINDOWS}, found {self.samples}")
 
     @property
     def windows(self) -> int:
@@ -104,7 +104,7 @@ class CalibrationText:
 
 
 @dataclass(frozen=True)
-class EvaluationText:
+class EvaluationText(Declared):
     """Which texts to measure perplexity on: the first windows of each, or all for None."""
 
     names: tuple[str | Text, ...] = option(
@@ -115,16 +115,14 @@ class EvaluationText:
         metavar="TEXT",
         repeats=True,
     )
-    windows: int | None = advanced_option(12, "windows of each --eval text", kind=int)
+    windows: int | None = advanced_option(12, "windows of each --eval text", kind=int, least=1)
     seqlen: int | None = None  # of a window with BOS; None for 1024, or what the model can read
     bos: Bos = "auto"
 
     def __post_init__(self) -> None:
         if self.bos not in BOS:
             raise UsageError(f"--bos must be one of {', '.join(BOS)}, found {self.bos!r}")
-        # Now, not after an hour of pruning.
-        if self.windows is not None and self.windows < 1:
-            raise UsageError(f"expected at least 1 window to measure on, found {self.windows}")
+        super().__post_init__()  # now, not after an hour of pruning
         if self.seqlen is not None and not 2 <= self.seqlen <= LONGEST_WINDOW:
             raise UsageError(
                 f"expected windows of 2 to {LONGEST_WINDOW} tokens to measure on, found "
