@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, overload
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint, WeightSource, in_memory
+from cfsp.decide import plan_from
 from cfsp.errors import UsageError
 from cfsp.pipeline import (
     calibrate_for,
     calibrate_source,
     check_all_texts,
-    plan_from,
     prune_checkpoint,
     prune_model,
 )

@@ -16,6 +16,8 @@ from cfsp.calibration.calibrate import calibrate, calibration_record
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import check_complete
 from cfsp.cut.surgery import PrunedSource
+from cfsp.errors import UsageError
+from cfsp.job import Job
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.channels import warn_of_few_tokens
 from cfsp.planning.experts import warn_of_lost_experts
@@ -23,6 +25,7 @@ from cfsp.planning.make import Planner, check_statistics_fit
 from cfsp.repair.ladder import check_windows, needed_steps, repair, repaired_a_little
 from cfsp.repair.result import PruningResult
 from cfsp.repair.ridge_pass import choose_and_repair, with_ridge
+from cfsp.selection.constraint import drops_in_words
 from cfsp.selection.drop_order import (
     check_can_be_compared,
     check_can_go,
@@ -31,17 +34,19 @@ from cfsp.selection.drop_order import (
     with_order,
 )
 from cfsp.selection.goal import constraint_of
-from cfsp.selection.search import check_is_definite, only_candidate, select
+from cfsp.selection.search import only_candidate, select
 from cfsp.selection.sensitivity import with_needed_sensitivity
 from cfsp.selection.worth import announce
 from cfsp.streaming.block_proof import check_experts_can_go
+from cfsp.streaming.runtime import runtime_of
+from cfsp.streaming.work_dir import temporary_work_dir
 from cfsp.text.windows import few_windows
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.job import Job
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.selection.constraint import Constraint
+    from cfsp.settings import PruneSettings
     from cfsp.text.windows import Windows
 
 # Angular distance settles with little text; study 7 (LOG.md) shows how little.
@@ -87,19 +92,26 @@ def decide(
     return _repaired_by(job, PruningResult(plan, planner.statistics)), facts
 
 
-def plan_for(job: Job, statistics: Statistics) -> PruningPlan:
-    """Return the plan that statistics and settings give; no text is read.
+def plan_from(source: WeightSource, statistics: Statistics, settings: PruneSettings) -> PruningPlan:
+    """Return the plan that statistics and settings give; no text is read."""
 
-    Raises:
-        CfspError: the statistics do not fit, or the goal cannot be met.
-    """
-    check_is_definite(job.budget)
-    check_statistics_fit(job.source, statistics)
-    job, constraint = constraint_of(job)
-    planner = Planner.of(job.source, statistics, job.budget, job.criterion)
-    candidate = only_candidate(constraint, planner)
-    assert candidate is not None
-    return planner.plan_for_people(candidate)
+    def no_text() -> Any:
+        raise AssertionError("statistics are there, so no text is read")
+
+    if settings.budget.compares:
+        raise UsageError(
+            f"--parts {','.join(settings.budget.parts)} tries how many "
+            f"{drops_in_words(settings.budget.parts)} should go, which requires the model and a "
+            "text; make the plan with cfsp prune"
+        )
+    check_statistics_fit(source, statistics)
+    with temporary_work_dir(settings.compute.memory_budget) as work_dir:
+        runtime = runtime_of(settings.compute, source)
+        job, constraint = constraint_of(Job(source, settings, no_text, no_text, runtime, work_dir))
+        planner = Planner.of(source, statistics, job.budget, job.criterion)
+        candidate = only_candidate(constraint, planner)
+        assert candidate is not None
+        return planner.plan_for_people(candidate)
 
 
 def _facts(constraint: Constraint, candidate: Candidate) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.writing import copy_travelling_files, digests_beside_weights, write_config
 from cfsp.cut.in_memory import build_pruned_model
 from cfsp.cut.surgery import PrunedSource
-from cfsp.decide import decide, plan_for
+from cfsp.decide import decide
 from cfsp.errors import OutputError
 from cfsp.exports.gguf_architecture import warn_of_no_way_back
 from cfsp.job import Job
@@ -294,17 +294,6 @@ def _decide(
 
     job = Job(source, settings, tokenizer, draw, runtime, work_dir)
     return decide(job, statistics=statistics, plan=plan)
-
-
-def plan_from(source: WeightSource, statistics: Statistics, settings: PruneSettings) -> PruningPlan:
-    """Return the plan of settings; see `plan_for`. No text is read."""
-
-    def nothing() -> Any:
-        raise AssertionError("statistics are there, so no text is read")
-
-    with temporary_work_dir(settings.compute.memory_budget) as work_dir:
-        runtime = runtime_of(settings.compute, source)
-        return plan_for(Job(source, settings, nothing, nothing, runtime, work_dir), statistics)
 
 
 def _write_checkpoint(source: Checkpoint, repaired: PruningResult, target: Path) -> dict[str, str]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Sequence
-from typing import Any
 
 from cfsp.cli.options import Parser, add_options
-from cfsp.settings import GOALS, Budget, Compute, Criterion, MaxLossIncrease
+from cfsp.settings import Compute
 
 
 def add_model(parser: Parser) -> None:
@@ -18,18 +17,6 @@ def add_model(parser: Parser) -> None:
         metavar="MODEL",
         help="directory, hub id (or ID@REVISION), .gguf file, or `demo`",
     )
-
-
-def add_budget(parser: Parser, *, has_text: bool) -> Any:
-    """Add what says how much to remove and by which criterion; return the help's group.
-
-    A bound on the loss is not among it without a text, of which some can be held out.
-    """
-    group = parser.add_argument_group("what to remove (one of these, of what --parts names)")
-    for settings in (Budget, *GOALS, Criterion):
-        if has_text or settings is not MaxLossIncrease:
-            add_options(parser, group, settings)
-    return group
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -31,9 +31,12 @@ from cfsp.settings import (
     BEST_EFFORT,
     DEFAULT_PARTS,
     EFFORTS,
+    GOALS,
     REPAIRS,
+    Budget,
     CalibrationText,
     Compute,
+    Criterion,
     EvaluationText,
     LocalTraining,
     PruneSettings,
@@ -83,7 +86,9 @@ def add_options_to(parser: Parser) -> None:
         metavar="FILE",
         help="plan from these (cfsp calibrate made them), without a forward pass",
     )
-    removed = arguments.add_budget(parser, has_text=True)
+    removed = parser.add_argument_group("what to remove (one of these, of what --parts names)")
+    for settings in (Budget, *GOALS, Criterion):
+        add_options(parser, removed, settings)
     removed.add_argument("--plan", type=Path, metavar="FILE", help="what this plan says")
 
 

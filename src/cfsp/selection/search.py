@@ -28,14 +28,14 @@ import torch
 from cfsp.calibration.statistics import Removal, Statistics
 from cfsp.checkpoint.reading import LoadedModel, WeightSource
 from cfsp.cut.in_memory import build_pruned_model
-from cfsp.errors import BudgetError, UsageError
+from cfsp.errors import BudgetError
 from cfsp.job import Job
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.make import Planner
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.progress import item_progress
 from cfsp.repair.result import PruningResult
-from cfsp.selection.constraint import Constraint, Parameters, Share, drops_in_words
+from cfsp.selection.constraint import Constraint, Parameters, Share
 from cfsp.selection.divergence import (
     DensePredictions,
     MaskedModel,
@@ -44,7 +44,7 @@ from cfsp.selection.divergence import (
     load_whole,
 )
 from cfsp.selection.drop_order import dropped_by
-from cfsp.settings import Budget, Part
+from cfsp.settings import Part
 from cfsp.streaming.runtime import Runtime, free_bytes, needed_bytes
 from cfsp.streaming.work_dir import load_or_compute, temporary_work_dir
 from cfsp.text.windows import Windows, few_windows, joined
@@ -134,6 +134,11 @@ class Scored:
     candidate: Candidate
     masked: float  # before repair
     repaired: float | None = None  # after one on a little text, where that was tried
+
+    @property
+    def score(self) -> float:
+        """After repair, where that was tried."""
+        return self.masked if self.repaired is None else self.repaired
 
 
 def only_candidate(constraint: Constraint, planner: Planner) -> Candidate | None:
@@ -285,14 +290,9 @@ def _best_numbers(alone: Sequence[float], scored: Callable[[int], Scored | None]
 
 
 def best_of(found: Sequence[Scored]) -> Scored:
-    """Return the candidate whose predictions are nearest to the dense model's.
-
-    Only those that were repaired count, if some were.
-    """
-    repaired = [(each.repaired, each) for each in found if each.repaired is not None]
-    if not repaired:
-        return _nearest(found)
-    return min(repaired, key=lambda pair: pair[0])[1]
+    """Return the nearest to the dense model; of those that were repaired, if some were."""
+    repaired = [each for each in found if each.repaired is not None]
+    return min(repaired or found, key=lambda each: each.score)
 
 
 def worth_a_repair(found: Sequence[Scored]) -> list[Scored]:
@@ -305,21 +305,7 @@ def worth_a_repair(found: Sequence[Scored]) -> list[Scored]:
     few: list[Scored] = []
     for parts in choices:
         alike = [each for each in found if each.candidate.parts == parts]
-        last = alike.index(_nearest(alike))
+        last = alike.index(best_of(alike))
         wanted = {0, last} if len(choices) > 1 else {0, last // 2, last}
         few += [alike[index] for index in sorted(wanted)]
     return few
-
-
-def _nearest(found: Sequence[Scored]) -> Scored:
-    """Return the nearest before repair; of equal ones the first."""
-    return min(found, key=lambda each: each.masked)
-
-
-def check_is_definite(budget: Budget) -> None:
-    """Check that what goes of a budget follows from statistics alone."""
-    if budget.compares:
-        raise UsageError(
-            f"--parts {','.join(budget.parts)} tries how many {drops_in_words(budget.whole_parts)} "
-            "should go, which requires the model and a text; make the plan with cfsp prune"
-        )
