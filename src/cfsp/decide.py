@@ -19,8 +19,7 @@ from cfsp.cut.surgery import PrunedSource
 from cfsp.errors import UsageError
 from cfsp.job import Job
 from cfsp.planning.candidate import Candidate, Dropped
-from cfsp.planning.channels import warn_of_few_tokens
-from cfsp.planning.experts import warn_of_lost_experts
+from cfsp.planning.experts import warn_of_experts
 from cfsp.planning.make import Planner, check_statistics_fit
 from cfsp.repair.ladder import check_windows, needed_steps, repair, repaired_a_little
 from cfsp.repair.result import PruningResult
@@ -87,7 +86,8 @@ def decide(
         statistics = _completed(job, constraint, statistics, job.windows())
     planner, candidate = _select(job, constraint, statistics)
     with job.work_dir.watch.stage("plan"):
-        plan = planner.plan_for_people(candidate)
+        plan = planner.plan(candidate)
+    warn_of_experts(plan)
     facts = _facts(constraint, candidate)
     return _repaired_by(job, PruningResult(plan, planner.statistics)), facts
 
@@ -111,7 +111,9 @@ def plan_from(source: WeightSource, statistics: Statistics, settings: PruneSetti
         planner = Planner.of(source, statistics, job.budget, job.criterion)
         candidate = only_candidate(constraint, planner)
         assert candidate is not None
-        return planner.plan_for_people(candidate)
+        plan = planner.plan(candidate)
+    warn_of_experts(plan)
+    return plan
 
 
 def _facts(constraint: Constraint, candidate: Candidate) -> dict[str, Any]:
@@ -202,7 +204,6 @@ def _choose_and_repair(job: Job, constraint: Constraint) -> tuple[PruningResult,
     )
     kept = [kept_K for block in chosen for kept_K in block.kept]
     plan = replace(planner, statistics=statistics).assemble(candidate, widths, kept)
-    warn_of_few_tokens(plan)
-    warn_of_lost_experts(plan)
+    warn_of_experts(plan)
     result = with_ridge(job, PruningResult(plan, statistics), chosen)
     return repair(job, result, windows), _facts(constraint, candidate)

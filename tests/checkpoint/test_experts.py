@@ -22,7 +22,7 @@ from cfsp.calibration.together import add_up
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import CheckpointError, PlanError, UsageError
-from cfsp.planning.channels import LEAST_TOKENS
+from cfsp.planning.experts import LEAST_TOKENS
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.processes import Team

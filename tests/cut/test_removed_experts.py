@@ -26,12 +26,11 @@ from cfsp.checkpoint.reading import Checkpoint, LoadedModel, check_complete
 from cfsp.cli.inspect import inspect_checkpoint
 from cfsp.errors import BudgetError, ExportError, StatisticsError, UnsupportedModelError
 from cfsp.exports.gguf_architecture import architecture_of
-from cfsp.planning.channels import warn_of_few_tokens
 from cfsp.planning.experts import (
     expert_scores,
     lost_output,
     strongest_experts,
-    warn_of_lost_experts,
+    warn_of_experts,
 )
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
@@ -285,13 +284,13 @@ def test_experts_that_few_tokens_reached_are_told(caplog):
     """Whole experts go by scores that are then noisy."""
     kept = tuple(range(8)) + tuple(range(16, 24))
     unit = UnitPlan(0, 8, kept, 0.1, 0.5, ffns=3, few_tokens={1: 3, 2: 9})
-    warn_of_few_tokens(plan_of(unit))
+    warn_of_experts(plan_of(unit))
     assert (
         "2 of 3 experts saw fewer than 32 calibration tokens, so whether they go is decided by "
         "noisy scores: block 0 expert 1 (3), block 0 expert 2 (9); give more --samples"
     ) in caplog.text
     caplog.clear()
-    warn_of_few_tokens(plan_of(replace(unit, kept=(0, 1, 16, 17))))
+    warn_of_experts(plan_of(replace(unit, kept=(0, 1, 16, 17))))
     assert "noisy scores, and their channels are chosen by their weights alone" in caplog.text
 
 
@@ -336,12 +335,12 @@ def test_what_cannot_go_is_refused_by_name(name):
 @pytest.mark.parametrize("pruned", ["mixtral"], indirect=True)
 def test_experts_that_are_not_redundant_are_told(pruned, caplog):
     plan = pruned.report.plan
-    warn_of_lost_experts(plan)
+    warn_of_experts(plan)
     assert "not redundant on this text: 2 of 4 experts of each block go (50.0%)" in caplog.text
     caplog.clear()
     units = tuple(replace(unit, lost_output=0.1) for unit in plan.units)
-    warn_of_lost_experts(replace(plan, units=units))
-    assert not caplog.text
+    warn_of_experts(replace(plan, units=units))
+    assert "redundant" not in caplog.text
 
 
 def test_a_config_keeps_the_name_that_it_has_for_the_number(tmp_path):

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> Told:
 
 
 def _told(out: Path, statistics: Statistics, paths: Sequence[str], work_dir: WorkDir) -> Told:
-    from cfsp.planning.channels import LEAST_TOKENS, few_tokens
+    from cfsp.planning.experts import LEAST_TOKENS, few_tokens
     from cfsp.planning.unit_plan import few_experts
     from cfsp.streaming.memory import peak_rss_bytes
 

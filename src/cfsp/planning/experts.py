@@ -19,6 +19,9 @@ from cfsp.checkpoint.reading import WeightSource
 from cfsp.errors import BudgetError, StatisticsError
 from cfsp.planning.plan_file import PruningPlan
 
+# The relative error of a root mean square over n tokens is about 1 / sqrt(2 n): one in eight here.
+LEAST_TOKENS = 32
+_MOST_NAMED = 8
 # Where experts are redundant, those that go add much less than their share of all experts.
 _MUCH_OF_THEIR_SHARE = 0.5
 
@@ -100,8 +103,34 @@ def lost_output(statistics: UnitStatistics, kept: list[int]) -> float:
     return 1 - float(statistics.output_norm_E[kept].sum()) / total if total else 0.0
 
 
-def warn_of_lost_experts(plan: PruningPlan) -> None:
-    """Tell people where the experts that go do nearly as much as the others."""
+def few_tokens(statistics: UnitStatistics) -> dict[int, int]:
+    """Return the experts that saw too few tokens to be scored by them, and how many they saw."""
+    return {expert: seen for expert, seen in enumerate(statistics.routed_E) if seen < LEAST_TOKENS}
+
+
+def warn_of_experts(plan: PruningPlan) -> None:
+    """Tell people which experts saw too few tokens, and where those that go do much."""
+    few = plan.experts_with_few_tokens
+    consequences = ["whether they go is decided by noisy scores"] if plan.kept_experts else []
+    if any(unit.few_tokens and unit.kept_width < unit.width for unit in plan.kept_units):
+        consequences.append("their channels are chosen by their weights alone")
+    if few and consequences:
+        named = ", ".join(
+            f"block {each['block']}{' ' + each['path'] if 'path' in each else ''} expert "
+            f"{each['expert']} ({each['tokens']})"
+            for each in few[:_MOST_NAMED]
+        )
+        more = f" and {len(few) - _MOST_NAMED} more" if len(few) > _MOST_NAMED else ""
+        log.warning(
+            "%d of %d experts saw fewer than %d calibration tokens, so %s: %s%s; give more "
+            "--samples",
+            len(few),
+            sum(unit.ffns for unit in plan.kept_units if unit.ffns > 1),
+            LEAST_TOKENS,
+            ", and ".join(consequences),
+            named,
+            more,
+        )
     if plan.kept_experts is None:
         return
     gone = 1 - plan.kept_experts / max(unit.ffns for unit in plan.units)

@@ -6,7 +6,7 @@ how many channels units keep -> which (`channels`) -> the plan (`plan_file`)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from cfsp.calibration.statistics import Statistics
@@ -20,9 +20,9 @@ from cfsp.checkpoint.reading import (
 from cfsp.errors import StatisticsError
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate
 from cfsp.planning.candidate import NOTHING, Candidate, Dropped, kept_by, parameters_dropped
-from cfsp.planning.channels import choose_channels, few_tokens, warn_of_few_tokens
+from cfsp.planning.channels import choose_channels
 from cfsp.planning.coarse import importance_of_units
-from cfsp.planning.experts import lost_output, warn_of_lost_experts
+from cfsp.planning.experts import few_tokens, lost_output
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.progress import item_progress
@@ -145,23 +145,14 @@ class Planner:
                 self.source, unit, observed, width, self.criterion, candidate.experts
             )
 
-    def plan(
-        self, candidate: Candidate, on_unit: Callable[[], object] = lambda: None
-    ) -> PruningPlan:
-        """Return the plan of a candidate; `on_unit` is called after each unit."""
+    def plan(self, candidate: Candidate) -> PruningPlan:
+        """Return the plan of a candidate."""
         widths, kept = self.widths(candidate), []
-        for kept_K in self.channels(candidate, widths):
-            kept.append(kept_K)
-            on_unit()
-        return self.assemble(candidate, widths, kept)
-
-    def plan_for_people(self, candidate: Candidate) -> PruningPlan:
-        """Return the plan of a candidate, showing progress and what people should know of it."""
         with item_progress("plan", len(self.source.units), "FFN") as bar:
-            plan = self.plan(candidate, bar.update)
-        warn_of_few_tokens(plan)
-        warn_of_lost_experts(plan)
-        return plan
+            for kept_K in self.channels(candidate, widths):
+                kept.append(kept_K)
+                bar.update()
+        return self.assemble(candidate, widths, kept)
 
     def assemble(
         self, candidate: Candidate, widths: UnitWidths, kept: Sequence[tuple[int, ...]]
