@@ -168,10 +168,6 @@ FILES = [
             "q_proj.weight of shape [32, 16], its config asks for [32, 32]",
             replace("model.layers.0.self_attn.q_proj.weight", lambda t: t[:, :16].clone()),
         ),
-        (
-            "{model} has a tensor model.layers.3.mlp.up_proj.weight",
-            tensors(lambda found: found.update({UP.format(3): torch.zeros(96, 32)})),
-        ),
     ),
     BadInput(EXPORT, f"tensor {NORM} has dtype F1", "expected one of F64", header(dtype="F1")),
     BadInput(EVAL, f"tensor {NORM} [32] F16", SAVE, header(dtype="F16")),
@@ -193,21 +189,9 @@ FILES = [
         "save the model as safetensors",
         weights(lambda path: path.rename(path.with_name("pytorch_model.bin"))),
     ),
-    BadInput(
-        RECOVER,
-        f"lacks the tensor {GATE}",
-        SAVE,
-        lambda place: edit_tensors(place.pruned / "model.safetensors", drop(GATE)),
-    ),
     *(
         BadInput(command, f"{{model}} lacks the tensor {NORM}", SAVE, tensors(drop(NORM)))
-        for command in (CALIBRATE, EVAL, EXPORT)
-    ),
-    BadInput(
-        "export {model} --to gguf --out {work}/out.gguf",
-        "{model} lacks the tensor model.embed_tokens.weight",
-        SAVE,
-        tensors(drop("model.embed_tokens.weight")),
+        for command in (CALIBRATE, EVAL, EXPORT, RECOVER.replace("pruned", "model"))
     ),
     BadInput(
         CALIBRATE.replace("model", "mixtral"),
@@ -223,10 +207,8 @@ INDEXES = [
         AGAIN,
         (f"{INDEX} names a file outside its directory: ../elsewhere", all_in("../elsewhere")),
         (f"{INDEX} names a file outside its directory: /etc/passwd", all_in("/etc/passwd")),
-        (f"{INDEX} is not a checkpoint index", all_in(7)),
         (f"{INDEX} names xxxx", all_in("x" * 5000)),
         (f"{INDEX} is not a checkpoint index", index(b"[" * 100_000)),
-        (f"{INDEX} is not a checkpoint index", index(b"\xff\x00\xfe")),
         (
             f"holds {GATE}, which {INDEX} does not name",
             lambda place: edit_json(place.sharded / INDEX, lambda f: f["weight_map"].pop(GATE)),
@@ -260,22 +242,17 @@ CONFIGS = [
     *spoilt(
         INSPECT,
         AGAIN,
-        *(
-            (
-                "{model}/config.json is not a model config",
-                lambda place, text=text: (place.model / "config.json").write_text(text),
-            )
-            for text in ("{", "[]", '{"a":' * 100_000)
+        (
+            "{model}/config.json is not a model config",
+            lambda place: (place.model / "config.json").write_text('{"a":' * 100_000),
         ),
         ("hidden_size is 1", config(hidden_size=10**30)),
         ("intermediate_size is -96", config(intermediate_size=-96)),
-        ("intermediate_size is 'wide'", config(intermediate_size="wide")),
     ),
     *spoilt(
         PRUNE_TEXT,
         AGAIN,
         ("num_hidden_layers is 1000000000", config(num_hidden_layers=10**9)),
-        ("num_hidden_layers is 0", config(num_hidden_layers=0)),
         ("num_hidden_layers is 2.5", config(num_hidden_layers=2.5)),
         ("no llama model can be built from the numbers and names in", config(hidden_act="magic")),
     ),
@@ -301,10 +278,6 @@ CONFIGS = [
             "{pruned}/config.json",
             of_config("pruned", lambda f: f["per_layer_config"].update({"999": {WIDTH: 8}})),
         ),
-        (
-            "{pruned}/config.json",
-            of_config("pruned", lambda f: f["per_layer_config"].update({"0": {WIDTH: "x"}})),
-        ),
         ("is not a usable llama config: ffn_widths is ", width({"0": 8})),
         ("gives a width for 'moe' of block 0, which the model does", width({"0": {"moe": 8}})),
         ("gives block 0 'x' FFN channels, expected 1 to ", width({"0": {"mlp": "x"}})),
@@ -316,21 +289,9 @@ CONFIGS = [
         config(auto_map={"AutoModelForCausalLM": "evil.Model"}),
     ),
     BadInput(
-        INSPECT,
-        "{model} brings its own modelling code",
-        STOCK_ONLY,
-        config(auto_map=["evil.Model"]),
-    ),
-    BadInput(
         "calibrate {gpt2} --out {out} --data {text} --samples 4 --seqlen 512",
         "{gpt2} has learnt 256 positions, the windows have 512 tokens",
         "give a --seqlen of at most 256",
-    ),
-    BadInput(
-        CALIBRATE.replace("model", "gpt2"),
-        "transformer.wpe.weight of shape [256, 32], its config asks for [1000000, 32]",
-        SAVE,
-        config("gpt2", n_positions=1_000_000),
     ),
     BadInput(
         "verify {model}",
