@@ -33,8 +33,6 @@ FLAGS = [
         "--parts must be of ffn, kv, attention, blocks, experts, found 'bloks'",
         "; did you mean blocks?",
     ),
-    BadInput(f"{PRUNE} --effort fast --repair ridge", "--effort fast is --repair none", "give one"),
-    BadInput(f"{PRUNE} --plan p", "--plan and --sparsity exclude each other", "has its sparsity"),
     BadInput(
         f"{NOTHING} --plan p --statistics s", "--plan and --statistics exclude", "made already"
     ),
@@ -72,7 +70,6 @@ NUMBERS = [
     BadInput(f"{EVAL} --device nonsense", "the device 'nonsense'", "choose another --device"),
     BadInput(f"{PLAN} --sparsity 1.0", "found 1.0", "sparsity must be in [0, 1)"),
     BadInput("demo --sparsity 2", "found 2.0", "sparsity must be in [0, 1)"),
-    BadInput(f"{SWEEP} nan", "found nan", "sparsity must be in [0, 1)"),
     BadInput(f"{PRUNE_TEXT} --multiple 0", "found 0", "multiple must be at least 1"),
     BadInput(f"{PRUNE_TEXT} --multiple {MANY}", f"found {MANY}", "--multiple must be at most 96"),
     BadInput(f"{PRUNE_TEXT} --multiple many", "--multiple: expected a number or auto", "'many'"),
@@ -80,8 +77,6 @@ NUMBERS = [
     BadInput(f"{RECOVER} --steps 0", "found 0", "the length of training must be positive"),
     BadInput(f"{RECOVER} --learning-rate nan", "found nan", "--learning-rate must be above 0"),
     BadInput(f"{RECOVER} --rank nan", "found nan", "--rank must be at least 1"),
-    BadInput(f"{BENCH} --prompt 0", "found 0", "--prompt must be at least 1"),
-    BadInput("bench --shape llama-2-7b --blocks -3", "found -3", "--blocks must be at least 1"),
     BadInput("bench --shape llama-9", "no shape 'llama-9' is known", "known are: "),
     BadInput(f"{BENCH} --rounds 0", "found 0", "at least 1 round"),
     BadInput("eval {model} --tasks piqa --limit 0", "found 0", "--limit must be at least 1"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import ExitStack
 from itertools import combinations
 from typing import Any
@@ -12,15 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from builders import draw_windows, plan_keeping
+from builders import draw_windows
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Removal
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of
-from cfsp.cut.in_memory import build_pruned_model
 from cfsp.errors import UnsupportedModelError
 from cfsp.planning.candidate import NOTHING, Droppable, Dropped
-from cfsp.quality.perplexity import perplexity
 from cfsp.selection import drop_order
 from cfsp.selection.constraint import DropBudget
 from cfsp.selection.divergence import (
@@ -34,29 +31,10 @@ from cfsp.selection.sensitivity import block_sensitivities, with_sensitivity
 from cfsp.settings import Criterion
 from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.stand_in import PLAIN, hidden_states_entering, resumed_at, skipped
-from cfsp.text.windows import Windows
 from tiny_decoders import tiny_model
 from tiny_models import BLOCKS, TINY_CONFIGS, VOCABULARY, WIDTH, build_tiny_model
 
 TOKENS = torch.randint(VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
-def test_the_masked_loss_is_that_of_the_pruned_model(name):
-    model, windows = build_tiny_model(name), Windows(TOKENS, {"random": 3})
-    source = LoadedModel(model)
-    every = [range(unit.ffns * unit.width) for unit in source.units]
-    plan = plan_keeping(
-        source, [tuple(every[0][::3]), tuple(every[1]), tuple(every[2][::2])], NOTHING
-    )
-    dense = math.log(perplexity(model, windows).value)
-    pruned = build_pruned_model(model, source, plan, {})
-    expected = math.log(perplexity(pruned, windows).value)
-    with masked_channels(source, model, dict(enumerate(plan.kept_channels))):
-        found = math.log(perplexity(model, windows).value)
-    assert found == pytest.approx(expected, abs=1e-5)
-    assert expected != pytest.approx(dense, abs=1e-4)
-    assert math.log(perplexity(model, windows).value) == dense
 
 
 @torch.inference_mode()
@@ -125,7 +103,7 @@ def test_divergence_is_that_of_numpy():
 
 # Blocks that return tuples, keys and values from an earlier block, several FFNs, blocks without.
 @pytest.mark.parametrize(
-    "name", ["llama", "falcon", "bloom", "gemma3n_text", "qwen3_next", "nemotron_h", "gemma3"]
+    "name", ["llama", "falcon", "gemma3n_text", "qwen3_next", "nemotron_h", "gemma3"]
 )
 def test_each_block_is_masked_alone(name, monkeypatch):
     model = tiny_model(name)

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import cfsp
 from builders import job_of
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import LoadedModel, parameter_count
@@ -157,18 +156,6 @@ def test_the_number_is_chosen_after_repair(source, text_file, tokenizer, monkeyp
     with temporary_work_dir(None) as work_dir:
         _, facts = decide(job_of(source, asked, lambda: windows, work_dir=work_dir))
     assert len(facts["chosen"]["dropped"]["blocks"]) <= best
-
-
-def test_more_than_the_channels_own_takes_blocks_too_where_nobody_names_parts(
-    source, text_file, tokenizer
-):
-    smaller = cfsp.prune(
-        source.model, tokenizer, goal=stays_without(source, 0.75), multiple=1,
-        data=[text_file], samples=4, seqlen=32, device="cpu",
-    )  # fmt: skip
-    gone = parameter_count(source) - sum(p.numel() for p in smaller.parameters())
-    assert gone == pytest.approx(0.75 * sum(parameters_of_blocks(source)), rel=0.02)
-    assert smaller.config.num_hidden_layers < BLOCKS
 
 
 def test_a_model_that_does_not_fit_is_refused(source, text_file, monkeypatch):

@@ -126,11 +126,8 @@ def test_a_config_may_ask_for_more_than_logits(tiny_checkpoint, tokenizer, text_
         "goal": cfsp.TargetParameters(0.8), "parts": ["ffn", "blocks"], "data": [str(text_file)],
         "samples": 4, "seqlen": 16, "multiple": 8, "device": "cpu", "effort": "fast",
     }  # fmt: skip
-    expected, of_path, of_memory = (tmp_path / name for name in ("plain", "path", "memory"))
+    expected, found = tmp_path / "plain", tmp_path / "asking's"
     cfsp.prune(plain, out=expected, **options)
-    cfsp.prune(asking, out=of_path, **options)
-    cfsp.prune(cfsp.load(asking), tokenizer, **options).save_pretrained(of_memory)
-    for out in (of_path, of_memory):
-        assert changed(expected, out) == set()
-        assert json.loads((out / "config.json").read_text())["output_router_logits"]
-    assert not json.loads((expected / "config.json").read_text()).get("output_router_logits")
+    cfsp.prune(cfsp.load(asking), tokenizer, **options).save_pretrained(found)
+    assert changed(expected, found) == set()
+    assert json.loads((found / "config.json").read_text())["output_router_logits"]
