@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders import job_of
+from builders import job_of, never
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import LoadedModel, parameter_count
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
@@ -31,13 +31,12 @@ from cfsp.selection.divergence import (
 )
 from cfsp.selection.search import (
     FITTED_WINDOWS,
-    RepairedScore,
     Scored,
     _best_numbers,
-    _repaired_score,
     apart,
     best_of,
     masked_score,
+    repaired_scorer,
     worth_a_repair,
 )
 from cfsp.settings import Budget, CalibrationText, Compute, Part, PruneSettings, TargetParameters
@@ -149,10 +148,10 @@ def test_the_number_is_chosen_after_repair(source, text_file, tokenizer, monkeyp
     asked = settings(text_file, stays_without(source, 0.5))
     windows = draw_text(asked.text, tokenizer)
 
-    def score(self: Any, planner: Any, candidate: Candidate) -> float:
+    def score(candidate: Candidate) -> float:
         return abs(len(candidate.dropped) - best)
 
-    monkeypatch.setattr(search.RepairedScore, "score", score)
+    monkeypatch.setattr(search, "repaired_scorer", lambda *_: score)
     with temporary_work_dir(None) as work_dir:
         _, facts = decide(job_of(source, asked, lambda: windows, work_dir=work_dir))
     assert len(facts["chosen"]["dropped"]["blocks"]) <= best
@@ -228,7 +227,8 @@ def test_scores_are_those_of_the_plan_and_repair_brings_predictions_nearer(
     statistics = calibrate_source(source, tokenizer, text, settings.compute)
     planner = Planner.of(source, statistics, budget, settings.criterion)
     job = job_of(source, settings, lambda: drawn)
-    after_repair = RepairedScore(job, *apart(drawn), repaired_a_little)
+    after_repair = repaired_scorer(job, planner, repaired_a_little)
+    assert after_repair is not None
     tokens_NT = few_beginnings(drawn).tokens_NT
     masked = MaskedModel(source, model, torch.split(tokens_NT, 1))
     before = [parameter.clone() for parameter in model.parameters()]
@@ -241,9 +241,9 @@ def test_scores_are_those_of_the_plan_and_repair_brings_predictions_nearer(
             expected = dense.divergence(model)
     found = masked_score(masked, planner, half)
     assert found == pytest.approx(expected, rel=1e-4)
-    assert 0 < after_repair.score(planner, half) < found
+    assert 0 < after_repair(half) < found
     nothing = Candidate(parts=("ffn",), sparsity=0.0)
-    assert after_repair.score(planner, nothing) == pytest.approx(0, abs=1e-6)
+    assert after_repair(nothing) == pytest.approx(0, abs=1e-6)
     assert masked_score(masked, planner, nothing) == pytest.approx(0, abs=1e-6)
     assert all(map(torch.equal, before, model.parameters()))
 
@@ -251,5 +251,5 @@ def test_scores_are_those_of_the_plan_and_repair_brings_predictions_nearer(
 def test_without_room_for_a_second_model_nothing_is_repaired(source, monkeypatch, caplog):
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     settings = PruneSettings(Budget(), compute=Compute("cpu", "float32"))
-    assert _repaired_score(job_of(source, settings), repaired_a_little) is None
+    assert repaired_scorer(job_of(source, settings), never, repaired_a_little) is None
     assert "compared before repair" in caplog.text

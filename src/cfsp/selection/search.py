@@ -20,7 +20,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,7 +36,6 @@ from cfsp.progress import item_progress
 from cfsp.repair.result import PruningResult
 from cfsp.selection.constraint import Constraint, Parameters, Share
 from cfsp.selection.divergence import (
-    DensePredictions,
     MaskedModel,
     dense_predictions,
     few_beginnings,
@@ -50,9 +48,8 @@ from cfsp.streaming.work_dir import load_or_compute, temporary_work_dir
 from cfsp.text.windows import Windows, few_windows, joined
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     Repairer = Callable[[Job, Planner, PruningPlan, Windows], PruningResult]
+    Scorer = Callable[[Candidate], float]
 
 # On as few windows as it is judged by a ridge fits noise, most of all where most channels go, and
 # other parts seem cheaper than they are (LOG.md).
@@ -61,6 +58,10 @@ FITTED_WINDOWS = 36
 _MASKED_TOKENS = 128
 # Kinds of text, or windows, so that there are two to fit on and two to judge by.
 _LEAST_APART = 4
+# Of more numbers than these, those between are tried only beside the best.
+_NUMBERS_AT_ONCE = 8
+
+log = logging.getLogger(__name__)
 
 
 def masked_score(masked: MaskedModel, planner: Planner, candidate: Candidate) -> float:
@@ -69,33 +70,33 @@ def masked_score(masked: MaskedModel, planner: Planner, candidate: Candidate) ->
     return masked.divergence(candidate.dropped, dict(kept))
 
 
-@dataclass(frozen=True)
-class RepairedScore:
-    """The score after a repair on a little text; the model and a pruned one are in memory."""
+def repaired_scorer(job: Job, planner: Planner, repair: Repairer | None) -> Scorer | None:
+    """Return what gives KL(dense || repaired on a little text); None without repair, or room.
 
-    job: Job
-    fit: Windows  # to fit on
-    judged: Windows  # the beginnings of others to judge by
-    repair: Repairer
+    The model and a pruned one are in memory.
+    """
+    if repair is None:
+        return None
+    if not has_room_for_two(job.source, job.runtime):
+        log.warning("no memory for a pruned model beside the dense one: compared before repair")
+        return None
+    fit, judged = apart(job.windows())
+    model = load_whole(job.source, job.runtime, "trying a repair")
+    with torch.inference_mode():
+        dense = [dense_predictions(model, token_T[None]) for token_T in judged.tokens_NT]
 
-    @cached_property
-    def _model(self) -> PreTrainedModel:
-        return load_whole(self.job.source, self.job.runtime, "trying a repair")
-
-    @cached_property
-    def _dense(self) -> list[DensePredictions]:
-        return [dense_predictions(self._model, token_T[None]) for token_T in self.judged.tokens_NT]
-
-    def score(self, planner: Planner, candidate: Candidate) -> float:
-        """Return KL(dense || repaired), the mean over windows."""
-        model, plan = self._model, planner.plan(candidate)
-        loaded = LoadedModel(model, self.job.budget.parts)
-        with temporary_work_dir(self.job.settings.compute.memory_budget) as work_dir:
-            repaired = self.repair(self.job.at(work_dir), planner, plan, self.fit)
+    def score(candidate: Candidate) -> float:
+        log.info("repairing on a little text: %s", candidate.in_words)
+        plan = planner.plan(candidate)
+        with temporary_work_dir(job.settings.compute.memory_budget) as work_dir:
+            repaired = repair(job.at(work_dir), planner, plan, fit)
+            loaded = LoadedModel(model, job.budget.parts)
             smaller = build_pruned_model(model, loaded, plan, repaired.tensors)
         smaller.to(dtype=model.dtype).eval()
         with torch.inference_mode():
-            return sum(each.divergence(smaller) for each in self._dense) / len(self._dense)
+            return sum(each.divergence(smaller) for each in dense) / len(dense)
+
+    return score
 
 
 def apart(windows: Windows) -> tuple[Windows, Windows]:
@@ -119,12 +120,6 @@ def has_room_for_two(source: WeightSource, runtime: Runtime) -> bool:
     """Return whether there is memory for the model and for a pruned one beside it."""
     missing = 1 if isinstance(source, LoadedModel) else 2
     return missing * needed_bytes(source, runtime.dtype) <= free_bytes(runtime.device)
-
-
-# Of more numbers than these, those between are tried only beside the best.
-_NUMBERS_AT_ONCE = 8
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -185,12 +180,16 @@ def select(
             Scored(Candidate.from_json(each["candidate"]), each["masked"])
             for each in load_or_compute(job.work_dir, name, masked)["candidates"]
         ]
-        score = _repaired_score(job, repair)
-        few = [] if score is None else worth_a_repair(found)
-        return [
-            _when_repaired(job, name, each, planner, score) if score and each in few else each
-            for each in found
-        ]
+        if (score := repaired_scorer(job, planner, repair)) is None:
+            return found
+        few = worth_a_repair(found)
+        return [after_repair(each, score) if each in few else each for each in found]
+
+    def after_repair(scored: Scored, score: Scorer) -> Scored:
+        candidate = scored.candidate
+        number = f"{name}-repaired-{len(candidate.dropped)}-{'-'.join(candidate.parts)}"
+        found = load_or_compute(job.work_dir, number, lambda: {"repaired": score(candidate)})
+        return replace(scored, **found)
 
     with job.work_dir.watch.stage("try"):
         found = job.work_dir.team.from_first(compare)
@@ -200,31 +199,6 @@ def select(
         chosen = " (chosen)" if each is best else ""
         log.info("%s: divergence %.4f%s%s", each.candidate.in_words, each.masked, after, chosen)
     return planner, best.candidate
-
-
-def _repaired_score(job: Job, repair: Repairer | None) -> RepairedScore | None:
-    """Return the score after repair; None where there is none, or no room for it."""
-    if repair is None:
-        return None
-    if not has_room_for_two(job.source, job.runtime):
-        log.warning("no memory for a pruned model beside the dense one: compared before repair")
-        return None
-    return RepairedScore(job, *apart(job.windows()), repair)
-
-
-def _when_repaired(
-    job: Job, name: str, scored: Scored, planner: Planner, score: RepairedScore
-) -> Scored:
-    """Return a candidate that was repaired as well, now or before a kill."""
-    candidate = scored.candidate
-    log.info("repairing on a little text: %s", candidate.in_words)
-    number = f"{len(candidate.dropped)}-{'-'.join(candidate.parts)}"
-    found = load_or_compute(
-        job.work_dir,
-        f"{name}-repaired-{number}",
-        lambda: {"repaired": score.score(planner, candidate)},
-    )
-    return replace(scored, **found)
 
 
 def _all_masked(
