@@ -13,7 +13,7 @@ Shapes: N windows, T tokens, L blocks, U units.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -44,38 +44,29 @@ def block_sensitivities(
     model: PreTrainedModel,
     tokens_NT: Tensor,
     kept_U: Sequence[Sequence[int]],
-    on_block: Callable[[], object] = lambda: None,
     parts: Collection[Part] = UNIT_PARTS,
 ) -> dict[Part, list[float]]:
     """Return how far pruning a part of each block alone moves the predictions, in nats per token.
 
     KL(dense || one block pruned), the mean over tokens; see `cfsp.selection.divergence`. All
     units of one part of a block are pruned together; a block without any moves nothing.
-    `on_block` is called after each block of each window.
     """
-    places = _places(source, parts)
-    blocks = source.architecture.block_count
-    total_of: dict[Part, list[float]] = {part: [0.0] * blocks for _, part in places}
-    form = None
-    for tokens_T in tokens_NT:  # apart: what enters all blocks is kept of one window
-        masked = MaskedModel(source, model, [tokens_T[None]], form)
-        form = masked.form
-        for block, part in places:
-            kept = {
-                index: kept_U[index]
-                for index, unit in enumerate(source.units)
-                if (unit.block, unit.part) == (block, part)
-            }
-            total_of[part][block] += masked.divergence(kept=kept, first=block)
-            on_block()
-    return {
-        part: [total / len(tokens_NT) for total in total_L] for part, total_L in total_of.items()
+    kept_of: dict[tuple[int, Part], dict[int, Sequence[int]]] = {}
+    for index, unit in enumerate(source.units):
+        if unit.part in parts:
+            kept_of.setdefault((unit.block, unit.part), {})[index] = kept_U[index]
+    total: dict[Part, list[float]] = {
+        part: [0.0] * source.architecture.block_count for _, part in kept_of
     }
-
-
-def _places(source: WeightSource, parts: Collection[Part]) -> list[tuple[int, Part]]:
-    """Return the parts of blocks that are pruned alone, block by block."""
-    return sorted({(unit.block, unit.part) for unit in source.units if unit.part in parts})
+    form = None
+    with item_progress("sensitivity", len(tokens_NT) * len(kept_of), "pass") as bar:
+        for tokens_T in tokens_NT:  # apart: what enters all blocks is kept of one window
+            masked = MaskedModel(source, model, [tokens_T[None]], form)
+            form = masked.form
+            for (block, part), kept in sorted(kept_of.items()):
+                total[part][block] += masked.divergence(kept=kept, first=block)
+                bar.update()
+    return {part: [each / len(tokens_NT) for each in total_L] for part, total_L in total.items()}
 
 
 def follow_sensitivity(
@@ -141,9 +132,7 @@ def with_sensitivity(
         for unit, observed in enumerate(statistics.units)
     ]
     model = load_whole(source, runtime, "measuring the sensitivity of blocks")
-    total = len(tokens_NT) * len(_places(source, parts))
-    with item_progress("sensitivity", total, "pass") as bar:
-        found = block_sensitivities(source, model, tokens_NT, kept_U, bar.update, parts)
+    found = block_sensitivities(source, model, tokens_NT, kept_U, parts)
     if not all(map(math.isfinite, chain(*found.values()))):
         raise CalibrationError("the model predicts NaN; use --dtype float32 or bfloat16")
     of_part: dict[str, Sensitivity] = {}
