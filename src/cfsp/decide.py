@@ -57,13 +57,8 @@ def decide(
 ) -> tuple[PruningResult, dict[str, Any]]:
     """Decide which blocks and channels stay, and repair what is left as the settings ask for.
 
-    Statistics, or a plan, are of an earlier run on this model.
-
-    Returns:
-        All that the cut needs, and what the goal came to, as JSON types; empty without one.
-
-    Raises:
-        CfspError: as calibration, selection and repair do.
+    Statistics, or a plan, are of an earlier run on this model. With all that the cut needs comes
+    what the goal came to, as JSON types; empty without one.
     """
     check_complete(job.source)
     if plan is not None:
@@ -138,12 +133,7 @@ def _repaired_by(job: Job, result: PruningResult) -> PruningResult:
 
 
 def _check_plan(source: WeightSource, plan: PruningPlan) -> None:
-    """Check a plan that was made before.
-
-    Raises:
-        PlanError: it is of another model.
-        UnsupportedModelError: the model cannot do without what goes whole, or not be written.
-    """
+    """Check that a plan that was made before is of this model, which can do without what goes."""
     plan.check_fits(source)
     check_can_go(source, Dropped(plan.removed_blocks, plan.removed_attentions))
     if plan.kept_experts is not None:

@@ -225,10 +225,8 @@ def calibrate_source(
         tokenizer: its own.
         text: what to draw from.
         compute: where and in what.
-        work_dir: where to spill and to save, and the processes that share the windows; None for a
-            temporary one.
-        sensitivity: also measure that of every block; in one process only. A function is asked with
-            the windows.
+        work_dir: where to spill and to save; None for a temporary one.
+        sensitivity: also measure that of every block, or ask a function of the windows whether to.
         wanted: also measure in which order so much goes whole by what the predictions lose.
         runs: also compare how far runs of blocks turn the hidden state.
         processor: of a multimodal model in memory.
@@ -256,11 +254,7 @@ def calibrate_source(
 
 
 def calibrate_for(source: WeightSource, parts: Sequence[Part], compute: Compute) -> dict[str, Any]:
-    """Return what `calibrate_source` is to measure for plans that may drop these parts, up to half.
-
-    Raises:
-        UsageError: the two are to be compared, and the model does not fit into memory.
-    """
+    """Return what `calibrate_source` is to measure for plans that may drop these, up to half."""
     budget, runtime = Budget(parts=tuple(parts)), runtime_of(compute, source)
     check_can_be_compared(source, budget, runtime)
     if not follow_divergence(source, budget, runtime):

@@ -49,9 +49,8 @@ def processes_on_machine() -> int:
 class Team:
     """The processes of a job, seen from one of them.
 
-    What is exchanged has an order that does not change from run to run: that of the processes, or
-    for sums that of the library, which depends on nothing but their number. Whoever waits for a
-    process that died, or is not there in time, raises ProcessError.
+    What is exchanged has an order that does not change from run to run. Whoever waits for a process
+    that died, or is not there in time, raises ProcessError.
     """
 
     rank: int = 0
@@ -66,10 +65,7 @@ class Team:
         return self.rank == 0
 
     def add_up(self, numbers: Tensor) -> Tensor:
-        """Return the sum over all processes, in the same memory; every process must call this once.
-
-        Tensors have the same shape everywhere, and are on the device that the process computes on.
-        """
+        """Return the sum over all processes, in the same memory; every process calls this once."""
         self.add_up_each([numbers])
         return numbers
 
@@ -88,10 +84,7 @@ class Team:
         return slice(first * batch, min(end * batch, count))
 
     def add_up_at(self, rank: int, tensors: Iterable[Tensor]) -> None:
-        """Replace tensors of one process by their sums over all; others' are used up.
-
-        They are contiguous; the next one is asked for when one has its sum.
-        """
+        """Replace tensors of one process, which are contiguous, by their sums over all."""
         if self.size == 1:
             return
         with self._exchange() as dist:
@@ -99,10 +92,7 @@ class Team:
                 dist.reduce(numbers, dst=rank)
 
     def gather_at(self, rank: int, value: T) -> list[T]:
-        """Return what every process has, in their order; nothing in all but one of them.
-
-        It can be anything that can be pickled; tensors are on the CPU.
-        """
+        """Return what every process has, in their order; nothing in all but one of them."""
         if self.size == 1:
             return [value]
         found: list[Any] | None = [None] * self.size if self.rank == rank else None
@@ -120,10 +110,7 @@ class Team:
         return found
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """Return what the first process makes; the others wait for it, and fail as it does.
-
-        It must be possible to pickle what it makes.
-        """
+        """Return what the first process makes; the others wait for it, and fail as it does."""
         if self.size == 1:
             return make()
         outcome: list[Any] = [None, None]
@@ -140,11 +127,7 @@ class Team:
         return made
 
     def each_does(self, do: Callable[[], T]) -> list[T]:
-        """Do something of this process's own; if it fails in one process, it fails in all.
-
-        Returns:
-            What every process made, in their order; it must be possible to pickle it.
-        """
+        """Return what every process made, in their order; if one fails, all do."""
         if self.size == 1:
             return [do()]
         outcome: list[Any]
@@ -159,11 +142,7 @@ class Team:
         return [made for made, _failure in found]
 
     def check_same(self, facts: Mapping[str, str]) -> None:
-        """Check that all processes work on the same thing: facts by name.
-
-        Raises:
-            UsageError: one has something else.
-        """
+        """Check that all processes work on the same thing: facts by name."""
         of_all = self.gather(dict(facts))
         for rank, found in enumerate(of_all):
             for name, expected in of_all[0].items():
@@ -176,11 +155,7 @@ class Team:
 
     @contextmanager
     def _exchange(self) -> Iterator[Any]:
-        """Wait for all processes before they exchange something; give `torch.distributed`.
-
-        Raises:
-            ProcessError: one died, or is not there in time.
-        """
+        """Wait for all processes before they exchange something; give `torch.distributed`."""
         import torch.distributed as dist
 
         try:
@@ -198,11 +173,7 @@ class Team:
 def take_own_accelerator(device: str) -> None:
     """Let each process of a machine compute on an accelerator of its own, if there are enough.
 
-    To be called before anything touches the accelerator, with what the user named: `auto`, or a
-    device that torch knows.
-
-    Raises:
-        UsageError: one accelerator is named for several processes.
+    To be called before anything touches it, with what the user named: `auto`, or a device.
     """
     if process_count() == 1 or device == "cpu":
         return
@@ -220,11 +191,7 @@ def take_own_accelerator(device: str) -> None:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Team]:
-    """Give the team that torchrun started; without torchrun a team of one.
-
-    Raises:
-        ProcessError: the processes cannot reach each other.
-    """
+    """Give the team that torchrun started; without torchrun a team of one."""
     if process_count() == 1:
         yield Team()
         return
