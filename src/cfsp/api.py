@@ -21,7 +21,7 @@ from cfsp.pipeline import (
     prune_model,
 )
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.prune_and_recover import best_effort, prune_and_recover
+from cfsp.prune_and_recover import prune_and_recover
 from cfsp.quality.answers import Questions
 from cfsp.quality.evaluate import evaluate_models
 from cfsp.result.prune_report import PruneReport
@@ -161,8 +161,6 @@ def _prune_path(
     # Before a model is downloaded or converted.
     check_all_texts(settings)
     source = open_checkpoint(model, parts=settings.budget.parts)
-    if trains:
-        settings, trains = best_effort(source, settings)
     if trains:
         return prune_and_recover(source, out, settings, command=command)[0]
     return prune_checkpoint(source, out, settings, command=command)

@@ -15,7 +15,7 @@ from cfsp.checkpoint.output import check_output_is_free
 from cfsp.checkpoint.reading import Checkpoint, fingerprint, parameter_count
 from cfsp.pipeline import check_all_texts, digest_of, prune_checkpoint, pruning_identity
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.processes import process_count
+from cfsp.processes import Team, process_count
 from cfsp.quality.evaluate import evaluation_windows
 from cfsp.recovery.adaptation import check_installed
 from cfsp.recovery.settings import AUTO_TEACHER, Limit, Method, RecoverSettings, Training
@@ -37,21 +37,13 @@ log = logging.getLogger(__name__)
 _ASKED = "asked_digest"
 
 
-def best_effort(source: Checkpoint, settings: PruneSettings) -> tuple[PruneSettings, bool]:
-    """Return how to prune with the best effort, and whether to train afterwards.
-
-    That is one pass over the text with the dense model as the teacher, where one process has
-    memory for both; else no end-to-end training, and local repair. People are told which.
-    """
+def _why_not_trained(source: Checkpoint, compute: Compute) -> str:
+    """Return why what is left cannot be trained whole beside the dense model; nothing if it can."""
     if process_count() > 1:
-        why = "several processes prune together; cfsp recover trains what they give"
-    elif _method(source, settings.compute) is None:
-        why = "there is no memory to train the whole model beside the dense one"
-    else:
-        log.info("best effort: repair by ridge, then one pass of training towards the dense model")
-        return settings, True
-    log.info("best effort: repair by %s, because %s", BEST_WITHOUT_TRAINING, why)
-    return replace(settings, repair=BEST_WITHOUT_TRAINING), False
+        return "several processes prune together; cfsp recover trains what they give"
+    if _method(source, compute) is None:
+        return "there is no memory to train the whole model beside the dense one"
+    return ""
 
 
 def prune_and_recover(
@@ -62,10 +54,13 @@ def prune_and_recover(
     statistics: Statistics | None = None,
     plan: PruningPlan | None = None,
     command: str = "",
-) -> tuple[PruneReport, RecoverReport]:
+    team: Team | None = None,
+) -> tuple[PruneReport, RecoverReport | None]:
     """Prune a checkpoint, then train the result once on the same texts towards the dense model.
 
     The pruned model stays in `OUT-pruned`. A call that was killed while it trained goes on there.
+    Where one process has no memory for both models, it is repaired locally and not trained; people
+    are told which.
 
     Args:
         source: the model.
@@ -74,6 +69,7 @@ def prune_and_recover(
         statistics: as for `prune_checkpoint`, like all that follow.
         plan: an earlier decision.
         command: what the user typed.
+        team: the processes that prune together.
 
     Raises:
         CfspError: anything that a user can cause.
@@ -81,9 +77,14 @@ def prune_and_recover(
     # It imports the Trainer, and with it much that pruning alone does without.
     from cfsp.recovery.recover import recover_checkpoint
 
+    compute, text = settings.compute, settings.text
+    prune = partial(prune_checkpoint, source, statistics=statistics, plan=plan, command=command)
+    if why := _why_not_trained(source, compute):
+        log.info("best effort: repair by %s, because %s", BEST_WITHOUT_TRAINING, why)
+        return prune(out, replace(settings, repair=BEST_WITHOUT_TRAINING), team=team), None
     remove_finished_work(out)
     check_output_is_free(out)
-    compute, text = settings.compute, settings.text
+    log.info("best effort: repair by ridge, then one pass of training towards the dense model")
     check_installed(_method(source, compute) or "lora")
     check_all_texts(settings)
     pruned = out.with_name(f"{out.name}-pruned")
@@ -93,9 +94,7 @@ def prune_and_recover(
         log.info("%s was pruned before by the same command; going on from it", pruned)
         report = PruneReport.of_checkpoint(pruned)
     else:
-        report = prune_checkpoint(
-            source, pruned, settings, statistics=statistics, plan=plan, command=command
-        )
+        report = prune(pruned, settings)
         drawn = None
         if statistics is None and plan is None:
             drawn = (read_manifest(pruned) or {})["calibration"]["tokens_digest"]

@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> Told:
     from cfsp.pipeline import prune_checkpoint
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.processes import joined, take_own_accelerator
-    from cfsp.prune_and_recover import best_effort, prune_and_recover
+    from cfsp.prune_and_recover import prune_and_recover
     from cfsp.pruning_cost import pruning_cost
     from cfsp.selection.worth import doubts
     from cfsp.streaming.runtime import runtime_of
@@ -162,28 +162,24 @@ def run(args: argparse.Namespace) -> Told:
         for doubt in doubts(source, settings):
             log.warning("%s", doubt)
         return cost.to_json(), lambda: _print_estimate(cost)
-    trains = False
-    if args.effort == BEST_EFFORT and not args.dry_run:
-        settings, trains = best_effort(source, settings)
     known: dict[str, Any] = {
         "statistics": statistics,
         "plan": plan,
         "command": arguments.typed_command(args),
     }
-    if trains:
-        report, recovery = prune_and_recover(source, args.out, settings, **known)
-        return _told(args, report, recovery)
     with joined(compute_device(settings.compute.device)) as team:
-        report = prune_checkpoint(
-            source, args.out, settings, dry_run=args.dry_run, team=team, **known
-        )
-    return _told(args, report) if team.is_first else None
+        known["team"], recovery = team, None
+        if args.effort == BEST_EFFORT and not args.dry_run:
+            report, recovery = prune_and_recover(source, args.out, settings, **known)
+        else:
+            report = prune_checkpoint(source, args.out, settings, dry_run=args.dry_run, **known)
+    return _told(args, report, recovery) if team.is_first else None
 
 
 def _told(
     args: argparse.Namespace,
     report: PruneReport,
-    recovery: RecoverReport | None = None,
+    recovery: RecoverReport | None,
 ) -> Told:
     """Return what a pruning came to."""
 
