@@ -18,7 +18,7 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import Team, process_count
 from cfsp.quality.evaluate import evaluation_windows
 from cfsp.recovery.adaptation import check_installed
-from cfsp.recovery.settings import AUTO_TEACHER, Limit, Method, RecoverSettings, Training
+from cfsp.recovery.settings import AUTO_TEACHER, Limit, RecoverSettings, Training
 from cfsp.recovery.teacher import method_that_fits
 from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.result.prune_report import PruneReport
@@ -35,15 +35,6 @@ log = logging.getLogger(__name__)
 
 # The digest of what a run was asked for, in the manifest of the pruned model that it trains.
 _ASKED = "asked_digest"
-
-
-def _why_not_trained(source: Checkpoint, compute: Compute) -> str:
-    """Return why what is left cannot be trained whole beside the dense model; nothing if it can."""
-    if process_count() > 1:
-        return "several processes prune together; cfsp recover trains what they give"
-    if _method(source, compute) is None:
-        return "there is no memory to train the whole model beside the dense one"
-    return ""
 
 
 def prune_and_recover(
@@ -70,22 +61,24 @@ def prune_and_recover(
         plan: an earlier decision.
         command: what the user typed.
         team: the processes that prune together.
-
-    Raises:
-        CfspError: anything that a user can cause.
     """
     # It imports the Trainer, and with it much that pruning alone does without.
     from cfsp.recovery.recover import recover_checkpoint
 
     compute, text = settings.compute, settings.text
     prune = partial(prune_checkpoint, source, statistics=statistics, plan=plan, command=command)
-    if why := _why_not_trained(source, compute):
+    parameters = parameter_count(source)
+    method = method_that_fits(parameters, parameters, compute_device(compute.device))
+    if method is None or process_count() > 1:
+        why = "there is no memory to train the whole model beside the dense one"
+        if process_count() > 1:
+            why = "several processes prune together; cfsp recover trains what they give"
         log.info("best effort: repair by %s, because %s", BEST_WITHOUT_TRAINING, why)
         return prune(out, replace(settings, repair=BEST_WITHOUT_TRAINING), team=team), None
     remove_finished_work(out)
     check_output_is_free(out)
     log.info("best effort: repair by ridge, then one pass of training towards the dense model")
-    check_installed(_method(source, compute) or "lora")
+    check_installed(method)
     check_all_texts(settings)
     pruned = out.with_name(f"{out.name}-pruned")
     asked = partial(_asked, source, settings, pruning_identity(settings, statistics, plan))
@@ -109,12 +102,6 @@ def prune_and_recover(
         compute=Compute(compute.device, compute.dtype if compute.dtype != "float16" else "auto"),
     )
     return report, recover_checkpoint(open_checkpoint(pruned), out, how, command=command)
-
-
-def _method(source: Checkpoint, compute: Compute) -> Method | None:
-    """Return how what is left of a model can be trained beside it."""
-    parameters = parameter_count(source)
-    return method_that_fits(parameters, parameters, compute_device(compute.device))
 
 
 def _asked(
