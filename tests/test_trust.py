@@ -19,8 +19,8 @@ from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import exclusive, staged_directory, staged_file
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.cli import main
+from cfsp.decide import plan_from
 from cfsp.errors import OutputError
-from cfsp.pipeline import plan_from
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.card import Origin, model_card
 from cfsp.result.manifest import read_manifest

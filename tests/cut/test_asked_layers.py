@@ -19,9 +19,8 @@ from cfsp.checkpoint.pruned_config import pruned_config
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.cut.surgery import PrunedSource
-from cfsp.decide import decide
+from cfsp.decide import decide, plan_from
 from cfsp.errors import BudgetError, UnsupportedModelError, UsageError
-from cfsp.pipeline import plan_from
 from cfsp.planning.candidate import Candidate, Dropped, DropSizes
 from cfsp.planning.make import Planner
 from cfsp.planning.plan_file import PruningPlan

@@ -14,7 +14,6 @@ from builders import statistics_with_distances
 from cfsp.calibration.accumulators import DistanceSum
 from cfsp.calibration.observed import BlockStatistics
 from cfsp.calibration.statistics import Sensitivity
-from cfsp.errors import StatisticsError
 from cfsp.planning.coarse import block_distances, block_importance, importance_by, of_units
 
 
@@ -109,12 +108,6 @@ def test_blocks_that_nothing_depends_on_are_equally_important() -> None:
         sensitivity=Sensitivity((0.0, 0.0), (0.5, 0.5), 4),
     )
     assert importance_by(statistics, "sensitivity") == [1.0, 1.0]
-
-
-def test_sensitivity_that_was_not_measured_is_missed() -> None:
-    statistics = statistics_with_distances([0.2, 0.1])
-    with pytest.raises(StatisticsError, match="cfsp calibrate --sensitivity"):
-        importance_by(statistics, "sensitivity")
 
 
 def test_importance_is_that_of_the_block_and_blocks_without_an_ffn_do_not_count() -> None:

@@ -22,6 +22,7 @@ from cfsp.planning.channels import (
 )
 from cfsp.settings import CHANNEL_METRICS, Criterion
 from tiny_decoders import tiny_model
+from tiny_models import build_tiny_model
 
 
 def numpy_scores(metric: str, statistics: UnitStatistics, weights: FFNWeights) -> np.ndarray:
@@ -57,30 +58,6 @@ def test_scores_equal_numpy(metric: str, gate: bool) -> None:
     np.testing.assert_allclose(weight_norms(weights).numpy(), by_weights, rtol=2e-5)
 
 
-def test_metrics_differ() -> None:
-    """No metric is an alias of another: they keep different channels."""
-    statistics, weights = random_unit_statistics(64), random_weights(16, 64)
-    kept = {
-        metric: tuple(strongest_channels(channel_scores(metric, statistics, weights), 32))
-        for metric in CHANNEL_METRICS
-    }
-    assert len(set(kept.values())) == len(CHANNEL_METRICS)
-
-
-@pytest.mark.parametrize("metric", CHANNEL_METRICS)
-def test_scores_follow_a_permutation_of_the_channels(metric: str) -> None:
-    statistics, weights = random_unit_statistics(24), random_weights(10, 24)
-    order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
-    assert weights.gate_FD is not None
-    permuted = channel_scores(
-        metric,
-        UnitStatistics(0, statistics.sum_of_squares_F[order], 64),
-        FFNWeights(weights.down_DF[:, order], weights.up_FD[order], weights.gate_FD[order]),
-    )
-    expected = channel_scores(metric, statistics, weights)[order]
-    torch.testing.assert_close(permuted, expected, rtol=1e-5, atol=0)
-
-
 @pytest.mark.parametrize("metric", CHANNEL_METRICS)
 def test_dead_channels_and_rows_of_zeros_give_no_nan_and_go_first(metric: str) -> None:
     statistics, weights = random_unit_statistics(24), random_weights(10, 24)
@@ -103,10 +80,7 @@ def test_strongest_channels_are_the_highest_scores(scores: list[int], data: st.D
     assert kept == expected
 
 
-def test_weights_are_read_from_the_model(tiny_checkpoint: object) -> None:
-    from cfsp.checkpoint.reading import LoadedModel
-    from tiny_models import build_tiny_model
-
+def test_weights_are_read_from_the_model() -> None:
     model = build_tiny_model("llama")
     weights = read_ffn_weights(LoadedModel(model), 1)
     mlp = model.model.layers[1].mlp
