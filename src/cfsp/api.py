@@ -42,7 +42,6 @@ from cfsp.settings import (
     EvaluationText,
     Goal,
     MaxLossIncrease,
-    PruneSettings,
     Repair,
     asked,
     check_names,
@@ -138,7 +137,11 @@ def prune(
         name = asked(given, goal)[0].removeprefix("--").replace("-", "_")
         how_much = f"{name}={given[name]}" if goal is None else f"goal={goal}"
         command = f"cfsp.prune({str(model)!r}, {how_much}, ...)"
-        return _prune_path(model, Path(out), settings, trains, command)
+        check_all_texts(settings)  # before a model is downloaded or converted
+        source = open_checkpoint(model, parts=settings.budget.parts)
+        if trains:
+            return prune_and_recover(source, Path(out), settings, command=command)[0]
+        return prune_checkpoint(source, Path(out), settings, command=command)
     if tokenizer is None or out is not None or eval:
         raise UsageError(
             "pruning a model in memory needs its tokenizer, no out= and no eval=; "
@@ -152,18 +155,6 @@ def prune(
 def _said(**choices: Any) -> dict[str, Any]:
     """Return the choices that were made: None is left to what the settings say."""
     return {name: value for name, value in choices.items() if value is not None}
-
-
-def _prune_path(
-    model: str | Path, out: Path, settings: PruneSettings, trains: bool, command: str
-) -> PruneReport:
-    """Prune a path into a new directory; train the result too if asked to, and if that fits."""
-    # Before a model is downloaded or converted.
-    check_all_texts(settings)
-    source = open_checkpoint(model, parts=settings.budget.parts)
-    if trains:
-        return prune_and_recover(source, out, settings, command=command)[0]
-    return prune_checkpoint(source, out, settings, command=command)
 
 
 def calibrate(

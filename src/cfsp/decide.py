@@ -21,7 +21,7 @@ from cfsp.job import Job
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.experts import warn_of_experts
 from cfsp.planning.make import Planner, check_statistics_fit
-from cfsp.repair.ladder import check_windows, needed_steps, repair, repaired_a_little
+from cfsp.repair.ladder import check_windows, needed_steps, repair
 from cfsp.repair.result import PruningResult
 from cfsp.repair.ridge_pass import choose_and_repair, with_ridge
 from cfsp.selection.constraint import drops_in_words
@@ -79,7 +79,7 @@ def decide(
         statistics = _calibrated(job, constraint, _windows_to_pass(job), "calibrate")
     elif job.budget.compares:
         statistics = _completed(job, constraint, statistics, job.windows())
-    planner, candidate = _select(job, constraint, statistics)
+    planner, candidate = select(job, constraint, statistics)
     with job.work_dir.watch.stage("plan"):
         plan = planner.plan(candidate)
     warn_of_experts(plan)
@@ -115,12 +115,6 @@ def _facts(constraint: Constraint, candidate: Candidate) -> dict[str, Any]:
     """Return what a goal came to, as JSON types; empty without one."""
     facts = constraint.facts()
     return {**facts, "chosen": asdict(candidate)} if facts else {}
-
-
-def _select(job: Job, constraint: Constraint, statistics: Statistics) -> tuple[Planner, Candidate]:
-    """Return the best candidate, compared after repair where there will be one."""
-    repairs = job.settings.repair != "none"
-    return select(job, constraint, statistics, repaired_a_little if repairs else None)
 
 
 def _repaired_by(job: Job, result: PruningResult) -> PruningResult:
@@ -182,7 +176,7 @@ def _choose_and_repair(job: Job, constraint: Constraint) -> tuple[PruningResult,
     check_windows(job, windows)
     few = few_windows(windows, COARSE_WINDOWS)
     coarse = _calibrated(job, constraint, few, "coarse pass")
-    planner, candidate = _select(job, constraint, coarse)
+    planner, candidate = select(job, constraint, coarse)
     widths = planner.widths(candidate)
     with job.work_dir.watch.stage("ridge"):
         chosen = choose_and_repair(job, windows, widths.kept_U, candidate.dropped.blocks)

@@ -20,7 +20,6 @@ from cfsp.errors import BudgetError, UsageError
 from cfsp.pipeline import calibrate_source
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.make import Planner, model_size
-from cfsp.repair.ladder import repaired_a_little
 from cfsp.selection import drop_order, search
 from cfsp.selection.constraint import STEPS, highest_step, last_that_holds
 from cfsp.selection.divergence import (
@@ -227,7 +226,7 @@ def test_scores_are_those_of_the_plan_and_repair_brings_predictions_nearer(
     statistics = calibrate_source(source, tokenizer, text, settings.compute)
     planner = Planner.of(source, statistics, budget, settings.criterion)
     job = job_of(source, settings, lambda: drawn)
-    after_repair = repaired_scorer(job, planner, repaired_a_little)
+    after_repair = repaired_scorer(job, planner)
     assert after_repair is not None
     tokens_NT = few_beginnings(drawn).tokens_NT
     masked = MaskedModel(source, model, torch.split(tokens_NT, 1))
@@ -251,5 +250,5 @@ def test_scores_are_those_of_the_plan_and_repair_brings_predictions_nearer(
 def test_without_room_for_a_second_model_nothing_is_repaired(source, monkeypatch, caplog):
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     settings = PruneSettings(Budget(), compute=Compute("cpu", "float32"))
-    assert repaired_scorer(job_of(source, settings), never, repaired_a_little) is None
+    assert repaired_scorer(job_of(source, settings), never) is None
     assert "compared before repair" in caplog.text

@@ -23,7 +23,7 @@ Shapes: N windows, T tokens, L blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +32,11 @@ import torch
 from cfsp.calibration.statistics import Removal, RunDistances, Statistics
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
-from cfsp.planning.candidate import NOTHING, Droppable, Dropped, DropSizes
+from cfsp.planning.candidate import NOTHING, Droppable, Dropped
 from cfsp.progress import item_progress
 from cfsp.selection.constraint import DropBudget, drops_in_words
 from cfsp.selection.divergence import MaskedModel, few_beginnings, load_whole
-from cfsp.settings import WHOLE_PARTS, Budget
+from cfsp.settings import Budget
 from cfsp.streaming.block_proof import check_attentions_can_go, check_blocks_can_go
 from cfsp.streaming.runtime import Runtime, fits
 from cfsp.streaming.work_dir import WorkDir, load_or_compute
@@ -72,6 +72,11 @@ def order_of_removal(
     added: dict[Droppable, float] = {}
     masked = MaskedModel(source, model, torch.split(tokens_NT, _WINDOWS_IN_BATCH))
     bar = item_progress(f"choosing {drops_in_words(parts)}", _about(wanted), "removal")
+
+    def price(droppable: Droppable) -> float:
+        """For each parameter that goes with it; least of what was not tried yet."""
+        return added.get(droppable, -math.inf) / sizes.parameters_with(gone, droppable)
+
     while True:
         left = _room(wanted, gone) - refusals.keys()
         fresh: set[Droppable] = set()
@@ -79,9 +84,7 @@ def order_of_removal(
         best = None
         while left and best is None:
             tried = left & fresh
-            cheapest = _cheapest(
-                tried if tried and again >= _TRIED_AGAIN else left, added, sizes, gone
-            )
+            cheapest = min(sorted(tried if tried and again >= _TRIED_AGAIN else left), key=price)
             if cheapest not in fresh:
                 again += cheapest in added
                 added[cheapest] = _divergence_without(masked, gone, cheapest) - divergence
@@ -140,20 +143,6 @@ def _about(wanted: Sequence[DropBudget]) -> int:
     return len(gone)
 
 
-def _cheapest(
-    left: Collection[Droppable],
-    added: Mapping[Droppable, float],
-    sizes: DropSizes,
-    gone: Dropped,
-) -> Droppable:
-    """Return what adds the least for each parameter that goes with it, or was not tried yet."""
-
-    def price(droppable: Droppable) -> float:
-        return added.get(droppable, -math.inf) / sizes.parameters_with(gone, droppable)
-
-    return min(sorted(left), key=price)
-
-
 def follow_divergence(source: WeightSource, budget: Budget, runtime: Runtime) -> bool:
     """Return whether blocks or attentions go by what the predictions lose."""
     return bool(budget.whole_parts) and fits(source, runtime)
@@ -166,21 +155,12 @@ def follow_runs(source: WeightSource, budget: Budget, runtime: Runtime) -> bool:
 
 def check_can_be_compared(source: WeightSource, budget: Budget, runtime: Runtime) -> None:
     """Check that what is compared with other parts, or in number, goes by what predictions lose."""
-    if not budget.whole_parts or len(budget.parts) == 1:
-        return
-    if fits(source, runtime):
-        return
-    if budget.whole_parts == WHOLE_PARTS:
+    if budget.whole_parts and len(budget.parts) > 1 and not fits(source, runtime):
         raise UsageError(
-            f"--parts {','.join(WHOLE_PARTS)} compares blocks with attention layers by the "
-            "predictions, which requires the whole model in memory; prune blocks, then attention "
-            "layers of the result"
+            f"--parts {','.join(budget.parts)} tries how many {drops_in_words(budget.whole_parts)} "
+            "should go, which requires the whole model in memory; prune one part, then another of "
+            "the result"
         )
-    raise UsageError(
-        f"--parts {','.join(budget.parts)} tries how many {drops_in_words(budget.whole_parts)} "
-        "should go, which requires the whole model in memory; prune one part, then another of "
-        "the result"
-    )
 
 
 def with_order(

@@ -31,9 +31,8 @@ from cfsp.errors import BudgetError
 from cfsp.job import Job
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.make import Planner
-from cfsp.planning.plan_file import PruningPlan
 from cfsp.progress import item_progress
-from cfsp.repair.result import PruningResult
+from cfsp.repair.ladder import repaired_a_little
 from cfsp.selection.constraint import Constraint, Parameters, Share
 from cfsp.selection.divergence import (
     MaskedModel,
@@ -48,7 +47,6 @@ from cfsp.streaming.work_dir import load_or_compute, temporary_work_dir
 from cfsp.text.windows import Windows, few_windows, joined
 
 if TYPE_CHECKING:
-    Repairer = Callable[[Job, Planner, PruningPlan, Windows], PruningResult]
     Scorer = Callable[[Candidate], float]
 
 # On as few windows as it is judged by a ridge fits noise, most of all where most channels go, and
@@ -70,12 +68,12 @@ def masked_score(masked: MaskedModel, planner: Planner, candidate: Candidate) ->
     return masked.divergence(candidate.dropped, dict(kept))
 
 
-def repaired_scorer(job: Job, planner: Planner, repair: Repairer | None) -> Scorer | None:
+def repaired_scorer(job: Job, planner: Planner) -> Scorer | None:
     """Return what gives KL(dense || repaired on a little text); None without repair, or room.
 
     The model and a pruned one are in memory.
     """
-    if repair is None:
+    if job.settings.repair == "none":
         return None
     if not has_room_for_two(job.source, job.runtime):
         log.warning("no memory for a pruned model beside the dense one: compared before repair")
@@ -89,7 +87,7 @@ def repaired_scorer(job: Job, planner: Planner, repair: Repairer | None) -> Scor
         log.info("repairing on a little text: %s", candidate.in_words)
         plan = planner.plan(candidate)
         with temporary_work_dir(job.settings.compute.memory_budget) as work_dir:
-            repaired = repair(job.at(work_dir), planner, plan, fit)
+            repaired = repaired_a_little(job.at(work_dir), planner, plan, fit)
             loaded = LoadedModel(model, job.budget.parts)
             smaller = build_pruned_model(model, loaded, plan, repaired.tensors)
         smaller.to(dtype=model.dtype).eval()
@@ -157,13 +155,11 @@ def only_candidate(constraint: Constraint, planner: Planner) -> Candidate | None
     return Candidate(dropped, sparsity=budget.sparsity or share)
 
 
-def select(
-    job: Job, constraint: Constraint, statistics: Statistics, repair: Repairer | None
-) -> tuple[Planner, Candidate]:
-    """Return the best candidate, and what makes its plan.
+def select(job: Job, constraint: Constraint, statistics: Statistics) -> tuple[Planner, Candidate]:
+    """Return the best candidate, compared after repair if there is one, and what makes its plan.
 
     A killed run goes on with what it had compared. Of several processes the first compares. Windows
-    are drawn only if something is compared; without `repair` nothing is repaired.
+    are drawn only if something is compared.
     """
     planner = Planner.of(job.source, statistics, job.budget, job.criterion)
     if only := only_candidate(constraint, planner):
@@ -180,7 +176,7 @@ def select(
             Scored(Candidate.from_json(each["candidate"]), each["masked"])
             for each in load_or_compute(job.work_dir, name, masked)["candidates"]
         ]
-        if (score := repaired_scorer(job, planner, repair)) is None:
+        if (score := repaired_scorer(job, planner)) is None:
             return found
         few = worth_a_repair(found)
         return [after_repair(each, score) if each in few else each for each in found]
