@@ -14,7 +14,6 @@ from cfsp.checkpoint.reading import Checkpoint, WeightSource, in_memory
 from cfsp.decide import plan_from
 from cfsp.errors import UsageError
 from cfsp.pipeline import (
-    calibrate_for,
     calibrate_source,
     check_all_texts,
     prune_checkpoint,
@@ -44,6 +43,7 @@ from cfsp.settings import (
     MaxLossIncrease,
     Repair,
     asked,
+    calibration_settings,
     check_names,
     from_names,
     prune_settings,
@@ -181,21 +181,14 @@ def calibrate(
     check_texts(text.names, "calibration")
     budget = from_names(Budget, {}, parts=parts)
     compute = from_names(Compute, advanced, device=device)
+    settings = calibration_settings(budget, text, compute, sensitivity=sensitivity)
     tokenizer, processor = parted(tokenizer)
     with _opened(model, budget) as source:
         if tokenizer is None:
             if not isinstance(source, Checkpoint):
                 raise UsageError("calibrating a model in memory needs its tokenizer")
             tokenizer = load_tokenizer(source.directory)
-        return calibrate_source(
-            source,
-            tokenizer,
-            text,
-            compute,
-            sensitivity=sensitivity,
-            processor=processor,
-            **calibrate_for(source, budget.parts, compute),
-        )
+        return calibrate_source(source, tokenizer, [settings], processor=processor)
 
 
 def plan(

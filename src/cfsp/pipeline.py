@@ -46,18 +46,21 @@ from cfsp.repair.result import PruningResult
 from cfsp.result.card import model_card, origin_of
 from cfsp.result.manifest import facts_for_config, write_manifest
 from cfsp.result.prune_report import PruneReport, prune_report
-from cfsp.selection.constraint import DropBudget, half_dropped
-from cfsp.selection.drop_order import check_can_be_compared, follow_divergence, with_order
+from cfsp.selection.constraint import Share, half_dropped
+from cfsp.selection.drop_order import (
+    check_can_be_compared,
+    follow_divergence,
+    follow_runs,
+    with_order,
+)
 from cfsp.selection.loss import loss_increase_of
-from cfsp.selection.sensitivity import with_sensitivity
+from cfsp.selection.sensitivity import follow_sensitivity, with_sensitivity
 from cfsp.settings import (
     DEFAULT_PARTS,
+    SENSITIVITY,
     Budget,
-    CalibrationText,
-    Compute,
     Criterion,
     MaxLossIncrease,
-    Part,
     PruneSettings,
 )
 from cfsp.streaming.runtime import runtime_of
@@ -209,57 +212,50 @@ def check_all_texts(settings: PruneSettings) -> None:
 def calibrate_source(
     source: WeightSource,
     tokenizer: PreTrainedTokenizerBase,
-    text: CalibrationText,
-    compute: Compute,
+    prunings: Sequence[PruneSettings],
     work_dir: WorkDir | None = None,
-    *,
-    sensitivity: bool | Callable[[Windows], bool] = False,
-    wanted: Sequence[DropBudget] = (),
-    runs: bool = False,
     processor: Any = None,
 ) -> Statistics:
-    """Draw windows and run them through the model once.
+    """Draw windows, run them through the model once, and measure what else some prunings need.
 
-    Args:
-        source: the model.
-        tokenizer: its own.
-        text: what to draw from.
-        compute: where and in what.
-        work_dir: where to spill and to save; None for a temporary one.
-        sensitivity: also measure that of every block, or ask a function of the windows whether to.
-        wanted: also measure in which order so much goes whole by what the predictions lose.
-        runs: also compare how far runs of blocks turn the hidden state.
-        processor: of a multimodal model in memory.
+    They have one text. Where one says of blocks or attention layers not how many go, in which order
+    they do is measured up to half. The processor is that of a multimodal model in memory.
     """
+    text, compute, budgets = prunings[0].text, prunings[0].compute, [p.budget for p in prunings]
     own: AbstractContextManager[WorkDir] = temporary_work_dir(compute.memory_budget)
     with own if work_dir is None else nullcontext(work_dir) as work_dir:
         runtime = runtime_of(compute, source)
+        for budget in budgets:
+            check_can_be_compared(source, budget, runtime)
         with work_dir.watch.stage("text"):
             windows = calibration_windows(source, tokenizer, text, processor)
-        if callable(sensitivity):
-            sensitivity = sensitivity(windows)
+        sensitivity = any(
+            follow_sensitivity(source, criterion, runtime, has_images=windows.has_images)
+            for pruning in prunings
+            if (criterion := pruning.suited_to_repair().criterion).block_metric == SENSITIVITY
+            or pruning.budget.channel_parts
+        )
         if sensitivity:
             check_is_text(windows, "--sensitivity")
         check_same_work(work_dir.team, [source], {"calibration text": windows.digest})
         check_enough(windows, work_dir.team, runtime.batch_windows)
+        runs = any(follow_runs(source, budget, runtime) for budget in budgets)
         with work_dir.watch.stage("calibrate"):
             statistics = calibrate(
                 source, windows, runtime, seed=text.seed, work_dir=work_dir, runs=runs
             )
+        wanted = [
+            Share(source, budget).to_drop()
+            if budget.sparsity or budget.remove
+            else half_dropped(source, budget)
+            for budget in budgets
+            if follow_divergence(source, budget, runtime)
+        ]
         statistics = with_order(source, statistics, windows, wanted, runtime, work_dir)
         if not sensitivity:
             return statistics
         with work_dir.watch.stage("sensitivity"):
             return with_sensitivity(source, statistics, windows, Criterion(), runtime)
-
-
-def calibrate_for(source: WeightSource, parts: Sequence[Part], compute: Compute) -> dict[str, Any]:
-    """Return what `calibrate_source` is to measure for plans that may drop these, up to half."""
-    budget, runtime = Budget(parts=tuple(parts)), runtime_of(compute, source)
-    check_can_be_compared(source, budget, runtime)
-    if not follow_divergence(source, budget, runtime):
-        return {"runs": "blocks" in parts}
-    return {"wanted": [half_dropped(source, budget)]}
 
 
 def _decide(

@@ -38,7 +38,15 @@ from cfsp.selection.search import (
     repaired_scorer,
     worth_a_repair,
 )
-from cfsp.settings import Budget, CalibrationText, Compute, Part, PruneSettings, TargetParameters
+from cfsp.settings import (
+    Budget,
+    CalibrationText,
+    Compute,
+    Criterion,
+    Part,
+    PruneSettings,
+    TargetParameters,
+)
 from cfsp.streaming.work_dir import temporary_work_dir
 from cfsp.text.drawing import draw_text
 from cfsp.text.windows import Windows
@@ -223,7 +231,9 @@ def test_scores_are_those_of_the_plan_and_repair_brings_predictions_nearer(
         budget, text=text, compute=Compute("cpu", "float32"), goal=TargetParameters(0.9)
     )
     drawn, model = draw_text(text, tokenizer), source.model
-    statistics = calibrate_source(source, tokenizer, text, settings.compute)
+    statistics = calibrate_source(
+        source, tokenizer, [replace(settings, criterion=Criterion("angular"))]
+    )
     planner = Planner.of(source, statistics, budget, settings.criterion)
     job = job_of(source, settings, lambda: drawn)
     after_repair = repaired_scorer(job, planner)

@@ -167,7 +167,7 @@ def test_every_method_has_every_sparsity():
         ({"eval": ()}, "give --eval"),
         ({"sparsity": (1.5,)}, r"must be in \[0, 1\)"),
         ({"sparsity": (0.5, 0.5)}, "every method and every sparsity once"),
-        ({"windows": 0}, "at least 1 window"),
+        ({"windows": 0}, "must be at least 1"),
         ({"limit": 3}, "need --tasks"),
     ],
 )

@@ -14,7 +14,7 @@ from cfsp.cli import arguments
 from cfsp.cli.options import Parser, add_options, settings_from
 from cfsp.cli.output import Told, human_bytes, print_passes
 from cfsp.processes import process_count
-from cfsp.settings import Budget, CalibrationText, Compute
+from cfsp.settings import Budget, CalibrationText, Compute, calibration_settings
 
 if TYPE_CHECKING:
     from cfsp.calibration.statistics import Statistics
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> Told:
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.checkpoint.output import check_file_is_free, check_is_outside, created_parents
     from cfsp.errors import UsageError
-    from cfsp.pipeline import calibrate_for, calibrate_source
+    from cfsp.pipeline import calibrate_source
     from cfsp.processes import joined, take_own_accelerator
     from cfsp.streaming.work_dir import output_work_dir, remove_finished_work
     from cfsp.text.tokenizers import load_tokenizer
@@ -53,9 +53,14 @@ def run(args: argparse.Namespace) -> Told:
     check_file_is_free(args.out)
     if args.sensitivity and process_count() > 1:
         raise UsageError("--sensitivity is measured in one process; calibrate without torchrun")
-    compute = settings_from(args, Compute)
+    settings = calibration_settings(
+        settings_from(args, Budget),
+        settings_from(args, CalibrationText),
+        settings_from(args, Compute),
+        sensitivity=args.sensitivity,
+    )
+    compute, parts = settings.compute, settings.budget.parts
     take_own_accelerator(compute.device)
-    parts = settings_from(args, Budget).parts
     source = open_checkpoint(args.model, parts=parts)
     check_is_outside(args.out, source.directory)
     identity = {"command": "calibrate", "--parts": list(parts)}
@@ -69,11 +74,8 @@ def run(args: argparse.Namespace) -> Told:
         statistics = calibrate_source(
             source,
             load_tokenizer(source.directory),
-            settings_from(args, CalibrationText),
-            compute,
+            [settings],
             work_dir,
-            sensitivity=args.sensitivity,
-            **calibrate_for(source, parts, compute),
         )
         if team.is_first:
             statistics.save(args.out)

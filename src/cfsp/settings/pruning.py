@@ -192,6 +192,14 @@ class PruneSettings:
         return replace(self, criterion=criterion, leaves_parts_open=is_tried)
 
 
+def calibration_settings(
+    budget: Budget, text: CalibrationText, compute: Compute, *, sensitivity: bool
+) -> PruneSettings:
+    """Return the pruning that a calibration is for, which says not how much goes."""
+    metric = SENSITIVITY if sensitivity else ANGULAR
+    return PruneSettings(budget, Criterion(metric), text, compute)
+
+
 # Whatever a pruning is asked for is an option of one of these.
 OF_PRUNE: tuple[type[Any], ...] = (
     Budget,

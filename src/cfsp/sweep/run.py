@@ -42,8 +42,6 @@ from cfsp.repair.ladder import check_can_be_repaired
 from cfsp.result.facts import Conditions
 from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.selection.constraint import Share
-from cfsp.selection.drop_order import follow_divergence, follow_runs
-from cfsp.selection.sensitivity import follow_sensitivity
 from cfsp.settings import Compute, EvaluationText, Part
 from cfsp.speed import Conditions as Timing
 from cfsp.speed import Workload, compare_speed
@@ -55,7 +53,6 @@ from cfsp.sweep.settings import Point, SweepSettings
 from cfsp.sweep.table import Row
 from cfsp.text.drawing import draw_text, processor_of
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.text.windows import Windows
 
 logger = logging.getLogger(__name__)
 
@@ -165,36 +162,10 @@ def _statistics(sweep: _Sweep) -> Statistics:
     remove_finished_work(path)
     if path.is_file():
         return Statistics.load(path)
-    runtime = runtime_of(compute, source)
-    settings = [point.settings for point in sweep.points]
-
-    def needs_sensitivity(windows: Windows) -> bool:
-        return any(
-            follow_sensitivity(
-                source,
-                each.suited_to_repair().criterion,
-                runtime,
-                has_images=windows.has_images,
-            )
-            for each in settings
-            if each.budget.channel_parts
-        )
-
+    prunings = [point.settings for point in sweep.points]
     with output_work_dir(path, {"command": "sweep"}, compute.memory_budget) as work_dir:
-        found = calibrate_source(
-            source,
-            load_tokenizer(source.directory),
-            settings[0].text,
-            compute,
-            work_dir,
-            sensitivity=needs_sensitivity,
-            wanted=[
-                Share(source, each.budget).to_drop()
-                for each in settings
-                if follow_divergence(source, each.budget, runtime)
-            ],
-            runs=any(follow_runs(source, each.budget, runtime) for each in settings),
-        )
+        tokenizer = load_tokenizer(source.directory)
+        found = calibrate_source(source, tokenizer, prunings, work_dir)
         found.save(path)
     return Statistics.load(path)
 
