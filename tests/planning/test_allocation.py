@@ -51,7 +51,7 @@ def model_of(width: int, blocks: int) -> ModelSize:
 
 
 @given(distances, st.floats(0.01, 0.95))
-def test_keep_fractions_are_the_published_rule(distance_L: list[float], p: float) -> None:
+def test_keep_fractions_are_the_published_rule(distance_L, p):
     importance_L = block_importance(distance_L)
     # Where all blocks matter alike the published code divides zero by zero.
     assume(max(importance_L) - min(importance_L) > 1e-6)
@@ -63,9 +63,7 @@ def test_keep_fractions_are_the_published_rule(distance_L: list[float], p: float
 
 # So little goes that a multiple stays of each width.
 @given(distances, st.floats(0.0, 0.8), st.sampled_from(WIDTHS), st.sampled_from(MULTIPLES))
-def test_equal_widths_are_equal_and_within_half_a_multiple(
-    distance_L: list[float], p: float, width: int, multiple: int
-) -> None:
+def test_equal_widths_are_equal_and_within_half_a_multiple(distance_L, p, width, multiple):
     budget = Budget(p, multiple=multiple, widths="equal")
     size = model_of(width, len(distance_L))
     kept_L = allocate(block_importance(distance_L), budget, size)
@@ -74,7 +72,7 @@ def test_equal_widths_are_equal_and_within_half_a_multiple(
     assert abs(kept_L[0] - (1 - p) * width) <= multiple / 2 + 1e-6
 
 
-def test_equal_widths_of_kinds_of_their_own() -> None:
+def test_equal_widths_of_kinds_of_their_own():
     expert, shared = UnitSize(768, 3 * 64 * 8, "experts"), UnitSize(2048, 3 * 64, "shared")
     size = ModelSize((expert, shared, expert, shared), 10_000_000)
     kept_U = allocate([0.9, 0.1, 0.2, 0.3], Budget(0.5, widths="equal"), size)
@@ -85,9 +83,7 @@ def test_equal_widths_of_kinds_of_their_own() -> None:
     st.lists(st.tuples(st.floats(1e-4, 1.0), st.integers(1, 20000)), min_size=1, max_size=48),
     st.floats(0.0, 1.0),
 )
-def test_water_filling_meets_the_total_under_caps(
-    blocks: list[tuple[float, int]], keep: float
-) -> None:
+def test_water_filling_meets_the_total_under_caps(blocks, keep):
     importance_L, width_L = [b[0] for b in blocks], [b[1] for b in blocks]
     total = keep * sum(width_L)
     kept_L = water_fill(importance_L, width_L, [1] * len(width_L), total)
@@ -104,9 +100,7 @@ def test_water_filling_meets_the_total_under_caps(
 
 @given(distances, st.floats(0.05, 0.9), st.sampled_from(WIDTHS))
 @settings(deadline=None)
-def test_clamps_differ_only_where_a_block_would_overflow(
-    distance_L: list[float], sparsity: float, width: int
-) -> None:
+def test_clamps_differ_only_where_a_block_would_overflow(distance_L, sparsity, width):
     size, budget = model_of(width, len(distance_L)), Budget(sparsity, multiple=1)
     importance_L = block_importance(distance_L)
     highest = max(importance_L) / np.mean(importance_L) * (1 - sparsity)
@@ -121,7 +115,7 @@ def test_clamps_differ_only_where_a_block_would_overflow(
         assert max(filled_L) == width
 
 
-def test_water_filling_gives_the_rest_to_the_others() -> None:
+def test_water_filling_gives_the_rest_to_the_others():
     assert water_fill([0.9, 0.5, 0.1], [100, 100, 100], [1, 1, 1], 200) == pytest.approx(
         [100, 100 * 5 / 6, 100 / 6]
     )
@@ -130,9 +124,7 @@ def test_water_filling_gives_the_rest_to_the_others() -> None:
 
 @given(distances, st.floats(0.05, 0.9), st.sampled_from(WIDTHS))
 @settings(deadline=None)
-def test_more_important_blocks_keep_no_less(
-    distance_L: list[float], sparsity: float, width: int
-) -> None:
+def test_more_important_blocks_keep_no_less(distance_L, sparsity, width):
     size = model_of(width, len(distance_L))
     kept_L = allocate(block_importance(distance_L), Budget(sparsity, multiple=1), size)
     order = np.argsort(distance_L, kind="stable")
@@ -140,7 +132,7 @@ def test_more_important_blocks_keep_no_less(
     assert np.all(np.diff(np.array(kept_L)[order]) >= -1)
 
 
-def test_nothing_removed_keeps_all_widths() -> None:
+def test_nothing_removed_keeps_all_widths():
     size = model_of(4864, 3)
     assert allocate([0.9, 0.5, 0.1], Budget(0.0, multiple=256), size) == size.width_U
 
@@ -157,9 +149,7 @@ def test_nothing_removed_keeps_all_widths() -> None:
     st.sampled_from(MULTIPLES),
 )
 @settings(max_examples=150, deadline=None)
-def test_budget_holds_to_one_multiple(
-    width_L: list[int], data: st.DataObject, sparsity: float, clamp: Clamp, multiple: int
-) -> None:
+def test_budget_holds_to_one_multiple(width_L, data, sparsity, clamp, multiple):
     assume(multiple <= max(width_L))  # others are refused, which has a test of its own
     distance_L = data.draw(
         st.lists(st.floats(0.01, 0.6), min_size=len(width_L), max_size=len(width_L))
@@ -180,14 +170,14 @@ def test_budget_holds_to_one_multiple(
         assert kept % multiple == 0 or kept == width
 
 
-def test_largest_remainder_gives_to_those_who_lost_most() -> None:
+def test_largest_remainder_gives_to_those_who_lost_most():
     for total, expected in ((160.0, [32, 64, 64]), (128.0, [32, 64, 32])):
         ideal = [40.0, 61.0, 59.0]
         assert round_widths(ideal, [96, 96, 96], [1, 1, 1], [32, 32, 32], total) == expected
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_impossible_budget_names_what_can_be_reached(width: int) -> None:
+def test_impossible_budget_names_what_can_be_reached(width):
     size = model_of(width, 4)
     with pytest.raises(BudgetError) as caught:
         allocate([0.5] * 4, Budget(0.9999, 128), size)
@@ -205,7 +195,7 @@ def test_impossible_budget_names_what_can_be_reached(width: int) -> None:
     ("width", "multiple"),
     [(11008, 256), (8192, 256), (8191, 128), (4096, 128), (4095, 64), (1536, 64), (1023, 32)],
 )
-def test_multiple_is_chosen_by_width(width: int, multiple: int) -> None:
+def test_multiple_is_chosen_by_width(width, multiple):
     assert Budget(0.5).multiple_for([width, width]) == multiple
     assert Budget(0.5, multiple=7).multiple_for([width]) == 7
 
@@ -241,12 +231,7 @@ def mixed_sizes(draw: st.DrawFn) -> tuple[ModelSize, list[float]]:
     st.sampled_from([None, 8, 64]),
 )
 @settings(max_examples=150, deadline=None)
-def test_budget_of_mixed_units_is_met_in_parameters(
-    drawn: tuple[ModelSize, list[float]],
-    sparsity: float,
-    clamp: Clamp,
-    multiple: int | None,
-) -> None:
+def test_budget_of_mixed_units_is_met_in_parameters(drawn, sparsity, clamp, multiple):
     size, importance_U = drawn
     budget = Budget(sparsity, multiple)
     try:
@@ -268,14 +253,14 @@ def test_budget_of_mixed_units_is_met_in_parameters(
     assert abs(removed - sparsity * ffn) <= dearest
 
 
-def test_units_of_one_kind_share_a_multiple_and_kinds_do_not() -> None:
+def test_units_of_one_kind_share_a_multiple_and_kinds_do_not():
     units = [("mlp", 2000), ("mlp.experts", 768), ("mlp", 900), ("mlp.experts", 512)]
     size = ModelSize(tuple(UnitSize(width, 3, kind) for kind, width in units), 10**6)
     assert size.multiple_U(Budget(0.5)) == [64, 32, 64, 32]
     assert size.multiple_U(Budget(0.5, multiple=8)) == [8] * 4
 
 
-def test_widths_of_mixed_units_follow_importance() -> None:
+def test_widths_of_mixed_units_follow_importance():
     """What is equally important keeps the same share, whatever its channels own."""
     units = (UnitSize(1024, 128, "experts", 8), UnitSize(4096, 1, "shared"))
     size = ModelSize(units * 2, 10**9)
@@ -284,7 +269,7 @@ def test_widths_of_mixed_units_follow_importance() -> None:
     assert share_U == pytest.approx([0.4, 0.4, 0.6, 0.6], abs=8 / 1024)
 
 
-def test_cheap_units_do_not_make_up_for_costly_ones() -> None:
+def test_cheap_units_do_not_make_up_for_costly_ones():
     """One dense FFN beside many experts: it stays within a multiple of its share."""
     units = (UnitSize(512, 1, "mlp"), *[UnitSize(512, 128, "experts")] * 3)
     size = ModelSize(units, 10**9)

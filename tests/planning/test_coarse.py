@@ -33,7 +33,7 @@ def hidden_states(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, tor
 @pytest.mark.parametrize(
     ("dtype", "batch"), [(torch.float32, 6), (torch.float32, 4), (torch.bfloat16, 1)]
 )
-def test_distances_equal_numpy_in_batches_of_any_size(dtype: torch.dtype, batch: int) -> None:
+def test_distances_equal_numpy_in_batches_of_any_size(dtype, batch):
     before, after = hidden_states(dtype)
     copies = before.clone(), after.clone()
     sums = DistanceSum()
@@ -48,7 +48,7 @@ def test_distances_equal_numpy_in_batches_of_any_size(dtype: torch.dtype, batch:
     assert torch.equal(before, copies[0]) and torch.equal(after, copies[1])
 
 
-def test_a_block_that_changes_nothing_and_a_zero_state_have_finite_distances() -> None:
+def test_a_block_that_changes_nothing_and_a_zero_state_have_finite_distances():
     before, _ = hidden_states()
     before[0, 0] = 0.0
     sums = DistanceSum()
@@ -57,7 +57,7 @@ def test_a_block_that_changes_nothing_and_a_zero_state_have_finite_distances() -
     assert sums.total / sums.tokens == pytest.approx(0.5 / 60, abs=1e-3)
 
 
-def test_importance_is_the_published_sigmoid() -> None:
+def test_importance_is_the_published_sigmoid():
     """The published code sums over 128 x 1024 tokens, divides by 1e4 and centres."""
     distance_L = [0.31, 0.12, 0.08, 0.07, 0.15]
     sums = np.array(distance_L) * 128 * 1024 / 1e4
@@ -66,20 +66,20 @@ def test_importance_is_the_published_sigmoid() -> None:
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=80))
-def test_importance_is_ordered_like_distance_and_never_overflows(distance_L: list[float]) -> None:
+def test_importance_is_ordered_like_distance_and_never_overflows(distance_L):
     importance_L = block_importance(distance_L)
     assert all(0 <= s <= 1 for s in importance_L)
     order = np.argsort(distance_L, kind="stable")
     assert np.all(np.diff(np.array(importance_L)[order]) >= -1e-12)
 
 
-def test_equal_widths_are_by_equal_distances() -> None:
+def test_equal_widths_are_by_equal_distances():
     statistics = statistics_with_distances([0.2, 0.1, 0.3])
     assert block_distances(statistics, "angular") == [0.2, 0.1, 0.3]
     assert block_distances(statistics, "uniform") == pytest.approx([0.2] * 3)
 
 
-def test_importance_by_sensitivity_is_that_of_numpy() -> None:
+def test_importance_by_sensitivity_is_that_of_numpy():
     angular_L, divergence_L = [0.2, 0.1, 0.3], (0.4, 0.01, 0.0)
     statistics = replace(
         statistics_with_distances(angular_L),
@@ -91,7 +91,7 @@ def test_importance_by_sensitivity_is_that_of_numpy() -> None:
     assert block_distances(statistics, "sensitivity") == angular_L
 
 
-def test_sensitivity_counts_what_was_really_kept() -> None:
+def test_sensitivity_counts_what_was_really_kept():
     """Of three KV groups two stay: what that costs is half of what a half would."""
     cost = 0.4
     kept_L = (1 / 2, 2 / 3, 1 / 3, 1.0)
@@ -102,7 +102,7 @@ def test_sensitivity_counts_what_was_really_kept() -> None:
     np.testing.assert_allclose(importance_by(statistics, "sensitivity")[:3], 1)
 
 
-def test_blocks_that_nothing_depends_on_are_equally_important() -> None:
+def test_blocks_that_nothing_depends_on_are_equally_important():
     statistics = replace(
         statistics_with_distances([0.2, 0.1]),
         sensitivity=Sensitivity((0.0, 0.0), (0.5, 0.5), 4),
@@ -110,7 +110,7 @@ def test_blocks_that_nothing_depends_on_are_equally_important() -> None:
     assert importance_by(statistics, "sensitivity") == [1.0, 1.0]
 
 
-def test_importance_is_that_of_the_block_and_blocks_without_an_ffn_do_not_count() -> None:
+def test_importance_is_that_of_the_block_and_blocks_without_an_ffn_do_not_count():
     """The last block moves hidden states most, and has nothing that could be pruned."""
     whole = statistics_with_distances([0.1, 0.3, 0.9])
     first, second, _ = whole.units

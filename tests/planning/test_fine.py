@@ -48,7 +48,7 @@ def numpy_scores(metric: str, statistics: UnitStatistics, weights: FFNWeights) -
 
 @pytest.mark.parametrize("gate", [True, False])
 @pytest.mark.parametrize("metric", CHANNEL_METRICS)
-def test_scores_equal_numpy(metric: str, gate: bool) -> None:
+def test_scores_equal_numpy(metric, gate):
     statistics, weights = random_unit_statistics(24), random_weights(10, 24, gate=gate)
     expected = numpy_scores(metric, statistics, weights)
     scores_F = channel_scores(metric, statistics, weights)
@@ -59,7 +59,7 @@ def test_scores_equal_numpy(metric: str, gate: bool) -> None:
 
 
 @pytest.mark.parametrize("metric", CHANNEL_METRICS)
-def test_dead_channels_and_rows_of_zeros_give_no_nan_and_go_first(metric: str) -> None:
+def test_dead_channels_and_rows_of_zeros_give_no_nan_and_go_first(metric):
     statistics, weights = random_unit_statistics(24), random_weights(10, 24)
     assert weights.gate_FD is not None
     statistics.sum_of_squares_F[5] = 0.0
@@ -72,7 +72,7 @@ def test_dead_channels_and_rows_of_zeros_give_no_nan_and_go_first(metric: str) -
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.data())
-def test_strongest_channels_are_the_highest_scores(scores: list[int], data: st.DataObject) -> None:
+def test_strongest_channels_are_the_highest_scores(scores, data):
     count = data.draw(st.integers(1, len(scores)))
     kept = strongest_channels(torch.tensor(scores, dtype=torch.float32), count)
     # Ties go to lower indices: a stable sort by falling score.
@@ -80,7 +80,7 @@ def test_strongest_channels_are_the_highest_scores(scores: list[int], data: st.D
     assert kept == expected
 
 
-def test_weights_are_read_from_the_model() -> None:
+def test_weights_are_read_from_the_model():
     model = build_tiny_model("llama")
     weights = read_ffn_weights(LoadedModel(model), 1)
     mlp = model.model.layers[1].mlp
@@ -101,7 +101,7 @@ def activations(dtype: torch.dtype = torch.float32) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("dtype", "batch"), [(torch.float32, 5), (torch.float32, 2), (torch.bfloat16, 1)]
 )
-def test_channel_sums_equal_numpy_in_batches_of_any_size(dtype: torch.dtype, batch: int) -> None:
+def test_channel_sums_equal_numpy_in_batches_of_any_size(dtype, batch):
     act_BTF = activations(dtype)
     before = act_BTF.clone()
     sums = ChannelSums()
@@ -118,7 +118,7 @@ def test_channel_sums_equal_numpy_in_batches_of_any_size(dtype: torch.dtype, bat
     np.testing.assert_allclose(statistics.norm_F.numpy(), np.linalg.norm(exact, axis=0), rtol=1e-6)
 
 
-def test_sums_of_many_tokens_keep_their_precision() -> None:
+def test_sums_of_many_tokens_keep_their_precision():
     """A float32 running sum would stall: 1 + 2^24 x 1 is not representable there."""
     sums = ChannelSums()
     sums.add(torch.full((1, 1, 1), 4096.0))
@@ -128,7 +128,7 @@ def test_sums_of_many_tokens_keep_their_precision() -> None:
     assert sums.sum_of_squares_F.item() == 4096.0**2 + 1024
 
 
-def test_a_unit_that_keeps_all_is_not_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_unit_that_keeps_all_is_not_scored(monkeypatch):
     source = LoadedModel(tiny_model("llama"), ("ffn", "kv"))
     monkeypatch.setattr(channels, "read_ffn_weights", lambda *_: pytest.fail("nothing to choose"))
     for index, unit in enumerate(source.units):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,7 +61,7 @@ plans = st.builds(
 
 @given(plans)
 @settings(deadline=None, max_examples=40)
-def test_round_trip(plan: PruningPlan) -> None:
+def test_round_trip(plan):
     text = plan.to_json()
     again = PruningPlan.from_json(text)
     assert again == plan
@@ -73,14 +72,14 @@ def test_round_trip(plan: PruningPlan) -> None:
     assert plan.ffn_sparsity == pytest.approx(removed / total)
 
 
-def test_plan_of_a_large_model_stays_small() -> None:
+def test_plan_of_a_large_model_stays_small():
     wide = (UnitPlan(i, 18944, tuple(range(0, 18944, 2)), 0.1, 0.5) for i in range(80))
     plan = PruningPlan(ModelIdentity("m", "llama", "a"), {}, {}, tuple(wide))
     assert len(plan.to_json()) < 1_000_000
 
 
 @pytest.fixture(scope="module")
-def plan(tiny_checkpoint: Callable[[str], Path], text_file: Path) -> PruningPlan:
+def plan(tiny_checkpoint, text_file) -> PruningPlan:
     directory = tiny_checkpoint("llama")
     statistics = cfsp.calibrate(directory, data=[str(text_file)], samples=4, seqlen=32)
     return cfsp.plan(directory, statistics, sparsity=0.4, multiple=1)
@@ -119,7 +118,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damaged_plan_is_refused(plan: PruningPlan, kind: str) -> None:
+def test_damaged_plan_is_refused(plan, kind):
     change, expected = DAMAGE[kind]
     with pytest.raises(PlanError) as caught:
         PruningPlan.from_json(damaged(plan, change), "plan.json")
@@ -129,16 +128,14 @@ def test_damaged_plan_is_refused(plan: PruningPlan, kind: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "7", "null", '"plan"', "{ not json"])
-def test_what_is_no_plan_is_refused(text: str) -> None:
+def test_what_is_no_plan_is_refused(text):
     with pytest.raises(PlanError, match="is not a pruning plan"):
         PruningPlan.from_json(text)
 
 
 @given(st.data())
 @settings(max_examples=100, deadline=None)
-def test_a_plan_with_a_changed_byte_is_refused_or_still_a_plan(
-    plan: PruningPlan, data: st.DataObject
-) -> None:
+def test_a_plan_with_a_changed_byte_is_refused_or_still_a_plan(plan, data):
     """Whatever happens to a file, the answer is a plan or a PlanError, nothing else."""
     text = plan.to_json()
     position = data.draw(st.integers(0, len(text) - 1))
@@ -151,9 +148,7 @@ def test_a_plan_with_a_changed_byte_is_refused_or_still_a_plan(
     assert all(0 < len(block.kept) <= block.width for block in read.units)
 
 
-def test_plan_fits_its_model_and_refuses_another(
-    plan: PruningPlan, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_plan_fits_its_model_and_refuses_another(plan, tiny_checkpoint, tmp_path):
     plan.check_fits(Checkpoint(tiny_checkpoint("llama")))
     with pytest.raises(PlanError, match=r"made for .* \(llama, .*not for .* \(qwen3, "):
         plan.check_fits(Checkpoint(tiny_checkpoint("qwen3")))
@@ -163,7 +158,7 @@ def test_plan_fits_its_model_and_refuses_another(
         plan.check_fits(Checkpoint(tmp_path / "tuned"))
 
 
-def test_upcast_copy_is_the_same_model(plan: PruningPlan, tmp_path: Path) -> None:
+def test_upcast_copy_is_the_same_model(plan, tmp_path):
     """A plan for a bfloat16 model fits its float32 copy, and the other way round."""
     narrow = build_tiny_model("llama", dtype=torch.bfloat16)
     narrow.save_pretrained(tmp_path / "narrow")

@@ -15,7 +15,7 @@ from cfsp.result.manifest import read_manifest
 
 
 @pytest.fixture(scope="module")
-def model(tiny_checkpoint: Callable[[str], Path]) -> Path:
+def model(tiny_checkpoint) -> Path:
     return tiny_checkpoint("llama")
 
 
@@ -41,9 +41,7 @@ class Ended:
 
 
 @pytest.fixture
-def prune(
-    model: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Ended]:
+def prune(model, text_file, tmp_path, capsys) -> Callable[..., Ended]:
     """Prunes `model`, or another, by `cfsp prune` with a tiny calibration."""
 
     def run(*more: object, of: Path = model, name: str = "out", status: int = 0) -> Ended:

@@ -100,7 +100,7 @@ def settings(samples: int = 64, sparsity: float = 0.5) -> PruneSettings:
 
 
 @pytest.fixture
-def source(model: Path) -> Checkpoint:
+def source(model) -> Checkpoint:
     return Checkpoint(model)
 
 
@@ -163,7 +163,7 @@ def test_a_kv_cache_that_cannot_be_is_refused(prune, sliding):
 
 
 @pytest.fixture(scope="module")
-def sliding(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sliding(tokenizer, tmp_path_factory) -> Path:
     """A model of which every other block sees no further than 8 tokens back."""
     directory = tmp_path_factory.mktemp("sliding")
     config = TINY_CONFIGS["gemma3_text"]()
@@ -190,7 +190,7 @@ def test_a_sliding_window_caches_no_more_than_its_tokens(prune, sliding, parts):
 
 
 @pytest.fixture(scope="module")
-def trained(tokenizer: Any, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tokenizer, text_file, tmp_path_factory) -> Path:
     """A tiny model that has learnt something: of a random one the loss may fall by pruning."""
     windows = draw_windows([str(text_file)], tokenizer, samples=64, seqlen=32, seed=9)
     network = build_tiny_model("llama").train()
@@ -207,7 +207,7 @@ def trained(tokenizer: Any, text_file: Path, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture
-def few_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_held_out(monkeypatch) -> None:
     monkeypatch.setattr(loss, "HELD_OUT_WINDOWS", 4)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +25,7 @@ OPEN = PruneSettings(Budget(multiple=8), compute=Compute("cpu", "float32"), leav
 
 
 @pytest.fixture
-def draw(tokenizer: Any, text_file: Path) -> Any:
+def draw(tokenizer, text_file) -> Any:
     windows = draw_windows([str(text_file)], tokenizer, samples=4, seqlen=16)
     return lambda: windows
 

@@ -48,7 +48,7 @@ CURVES = {
 
 
 @pytest.fixture(scope="module")
-def statistics(model: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def statistics(model, text_file, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("statistics") / "stats.safetensors"
     cfsp.calibrate(model, data=[text_file], samples=8, seqlen=32).save(path)
     return path
@@ -103,7 +103,7 @@ def test_widths_to_measure(widest, multiple):
 
 
 @pytest.fixture
-def latencies(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+def latencies(monkeypatch) -> Callable[..., dict[str, Any]]:
     """Takes the place of a measurement, with the curves of some parts or others."""
 
     def take(parts: str, **curves: Any) -> dict[str, Any]:

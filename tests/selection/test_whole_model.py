@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,12 +30,12 @@ MULTIPLE = 8
 
 
 @pytest.fixture
-def source(model: Path) -> Checkpoint:
+def source(model) -> Checkpoint:
     return Checkpoint(model)
 
 
 @pytest.fixture
-def settings(text_file: Path) -> PruneSettings:
+def settings(text_file) -> PruneSettings:
     text = CalibrationText((str(text_file),), samples=16, seqlen=24)
     return PruneSettings(Budget(0.5, multiple=MULTIPLE), text=text, repair="none")
 

@@ -28,13 +28,13 @@ from cfsp.settings import (
 from cfsp.settings.options import parse_size
 
 
-def test_parts_are_kept_in_one_order() -> None:
+def test_parts_are_kept_in_one_order():
     assert Budget().parts == ("ffn",)
     assert Budget(parts="blocks, ffn").parts == Budget(parts=["blocks", "ffn"]).parts
     assert Budget(parts=("blocks", "ffn")).parts == ("ffn", "blocks")
 
 
-def test_a_goal_brings_the_parts_that_it_is_met_by() -> None:
+def test_a_goal_brings_the_parts_that_it_is_met_by():
     assert Budget().for_goal(TargetParameters(0.5)) == Budget()
     assert Budget().for_goal(TargetKVCache(0.5)) == Budget(parts="kv")
     with pytest.raises(UsageError, match="and nothing else; found --parts ffn,kv"):
@@ -53,7 +53,7 @@ SOME_PARTS = [parts for n in range(1, 5) for parts in combinations(PARTS[:4], n)
 
 
 @pytest.mark.parametrize("flag", GOALS_BY_FLAG)
-def test_what_is_hinted_at_is_accepted(flag: str) -> None:
+def test_what_is_hinted_at_is_accepted(flag):
     goal, refused = GOALS_BY_FLAG[flag], 0
     for parts in SOME_PARTS:
         try:
@@ -72,7 +72,7 @@ def test_what_is_hinted_at_is_accepted(flag: str) -> None:
     assert (refused > 0) is (flag != "--target-params")
 
 
-def test_a_call_asks_by_the_names_of_options() -> None:
+def test_a_call_asks_by_the_names_of_options():
     given = {
         "target_params": "70%",
         "bos": "yes",
@@ -93,12 +93,12 @@ def test_a_call_asks_by_the_names_of_options() -> None:
 
 
 @pytest.mark.parametrize("sparsity", [1.0, -0.1, float("nan"), 20])
-def test_a_sparsity_is_a_share(sparsity: float) -> None:
+def test_a_sparsity_is_a_share(sparsity):
     with pytest.raises(UsageError, match=r"sparsity must be in \[0, 1\)"):
         Budget(sparsity)
 
 
-def test_options_are_found_by_their_names() -> None:
+def test_options_are_found_by_their_names():
     asked = {"device": "cpu", "batch_windows": 2, "of_another": 1}
     assert from_names(Compute, asked) == Compute("cpu", batch_windows=2)
     with pytest.raises(UsageError, match="unknown argument devise; did you mean device"):
@@ -107,7 +107,7 @@ def test_options_are_found_by_their_names() -> None:
         check_names(cfsp.recover, {"stpes": 2}, Compute)
 
 
-def test_a_text_is_read_as_on_a_command_line() -> None:
+def test_a_text_is_read_as_on_a_command_line():
     found = from_names(Budget, {"multiple": "auto"}, sparsity="20%", parts="ffn,kv")
     assert found == Budget(0.2, parts=("ffn", "kv"))
     assert from_names(Compute, {"memory_budget": "2GB"}).memory_budget == 2_000_000_000
@@ -123,7 +123,7 @@ def test_a_text_is_read_as_on_a_command_line() -> None:
             cfsp.prune("no-model", out="out", **wrong)
 
 
-def test_a_multiple_says_for_whom_it_is() -> None:
+def test_a_multiple_says_for_whom_it_is():
     right, wrong = multiple_in_words(64).split(";")
     assert right.startswith("widths are multiples of 64, right for nf4")
     assert "K-quants" in wrong
@@ -137,11 +137,11 @@ def test_a_multiple_says_for_whom_it_is() -> None:
     [("2GB", 2_000_000_000), ("512MiB", 512 << 20), ("0", 0), ("1.5 kb", 1500), ("1e9", 10**9),
      ("3g", 3_000_000_000), ("1TiB", 1 << 40)],
 )  # fmt: skip
-def test_sizes(text: str, size: int) -> None:
+def test_sizes(text, size):
     assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "2XB", "-1GB", "1.2.3", "5iB", "many"])
-def test_what_is_no_size(text: str) -> None:
+def test_what_is_no_size(text):
     with pytest.raises(UsageError, match=r"expected a size such as 2GB or 512MiB, found"):
         parse_size(text)
