@@ -44,20 +44,6 @@ class _Lines:
 _LINES = _Lines()
 
 
-def _bar(label: str, total: int, unit: str, **options: Any) -> tqdm:  # type: ignore[type-arg]
-    """Return a bar; of several processes only the first shows it."""
-    if not sys.stderr.isatty():
-        options |= {
-            "file": _LINES,
-            "bar_format": "{desc}: {percentage:.0f}%{postfix}, {remaining} left",
-            "delay": _QUIET_SECONDS,
-            "position": 0,  # tqdm would move the cursor for a second bar
-        }
-    return tqdm(
-        desc=label, total=total, unit=unit, disable=not is_first_process(), leave=False, **options
-    )
-
-
 class TokenProgress:
     """A bar over blocks and tokens."""
 
@@ -82,13 +68,22 @@ def token_progress(
 ) -> Iterator[TokenProgress]:
     """Show progress over blocks, and over tokens that pass them, all blocks together."""
     initial = token_passes * blocks_done // blocks
-    with _bar(label, token_passes, "tok", unit_scale=True, initial=initial) as bar:
+    with item_progress(label, token_passes, "tok", unit_scale=True, initial=initial) as bar:
         yield TokenProgress(bar, blocks, blocks_done)
 
 
-def item_progress(label: str, total: int, unit: str, *, done: int = 0) -> tqdm:  # type: ignore[type-arg]
-    """Return a bar over `total` items of a named unit, some of which are done."""
-    return _bar(label, total, unit, initial=done)
+def item_progress(label: str, total: int, unit: str, **options: Any) -> tqdm:  # type: ignore[type-arg]
+    """Return a bar over items of a named unit; of several processes only the first shows it."""
+    if not sys.stderr.isatty():
+        options |= {
+            "file": _LINES,
+            "bar_format": "{desc}: {percentage:.0f}%{postfix}, {remaining} left",
+            "delay": _QUIET_SECONDS,
+            "position": 0,  # tqdm would move the cursor for a second bar
+        }
+    return tqdm(
+        desc=label, total=total, unit=unit, disable=not is_first_process(), leave=False, **options
+    )
 
 
 @contextmanager

@@ -22,7 +22,6 @@ from cfsp.settings import (
     TargetSpeedup,
     check_names,
     from_names,
-    multiple_in_words,
     prune_settings,
 )
 from cfsp.settings.options import parse_size
@@ -121,15 +120,6 @@ def test_a_text_is_read_as_on_a_command_line():
     ):
         with pytest.raises(UsageError, match=message):
             cfsp.prune("no-model", out="out", **wrong)
-
-
-def test_a_multiple_says_for_whom_it_is():
-    right, wrong = multiple_in_words(64).split(";")
-    assert right.startswith("widths are multiples of 64, right for nf4")
-    assert "K-quants" in wrong
-    assert "Marlin" in wrong
-    assert ";" not in multiple_in_words(512)
-    assert "right" not in multiple_in_words(1)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from cfsp.result.tables import Table
 from cfsp.result.tables import estimate as estimate
 from cfsp.result.tables import human_bytes as human_bytes
 from cfsp.result.tables import human_count as human_count
-from cfsp.settings import multiple_in_words
 
 if TYPE_CHECKING:
     from cfsp.planning.plan_file import PruningPlan
@@ -81,7 +80,7 @@ def print_plan(plan: PruningPlan) -> None:
     print(f"\n{plan.ffn_sparsity:.1%} of the FFN {what}{groups} go")
     multiple = plan.criterion.get("multiple")
     if multiple and any(unit.kept_width < unit.width for unit in plan.kept_units):
-        print(multiple_in_words(multiple))
+        print(f"widths are multiples of {multiple}; docs/quantise.md says for whom that is right")
 
 
 def print_goal(resolution: dict[str, Any]) -> None:

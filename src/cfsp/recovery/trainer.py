@@ -189,7 +189,7 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
         if state.global_step:
             self.take_up(state)
         if self._shown:
-            self._bar = item_progress("recover", _PARTS, "‰", done=self._parts_done())
+            self._bar = item_progress("recover", _PARTS, "‰", initial=self._parts_done())
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any

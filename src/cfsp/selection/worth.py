@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from cfsp.checkpoint.reading import WeightSource, parameter_count
 from cfsp.planning.allocation import channels_in_words
 from cfsp.selection.constraint import parameters_to_go
-from cfsp.settings import DEFAULT_SAMPLES, Budget, PruneSettings, TargetParameters
+from cfsp.settings import DEFAULT_SAMPLES, PruneSettings, TargetParameters
 
 # Of the share that was asked for, which goes of the model where most of it is elsewhere.
 _LITTLE = 1 / 3
@@ -61,12 +61,20 @@ def size_in_words(source: WeightSource, settings: PruneSettings) -> str:
 
 def doubts(source: WeightSource, settings: PruneSettings) -> Iterator[str]:
     """Yield a sentence for each reason why pruning like this may be worth little."""
-    if settings.goal is None:
-        yield from _little(source, settings.budget)
-    before, size = parameter_count(source), size_after(source, settings)
-    if size is not None and before < _SMALL and size[0] < (1 - _HARMLESS) * before:
+    budget, asked, every = settings.budget, settings.budget.sparsity, parameter_count(source)
+    if settings.goal is None and "ffn" in budget.parts:
+        gone = parameters_to_go(source, budget)
+        if gone < _LITTLE * asked * every:
+            yield (
+                f"{asked:.0%} of the {channels_in_words(budget.parts)} are {gone / every:.1%} of "
+                f"this model's parameters ({gone / 1e6:,.1f}M of {every / 1e6:,.1f}M), most of "
+                "which are elsewhere, as in its vocabulary; for a smaller model give "
+                f"--target-params {1 - asked:.2g}, name more --parts, or quantise it"
+            )
+    size = size_after(source, settings)
+    if size is not None and every < _SMALL and size[0] < (1 - _HARMLESS) * every:
         yield (
-            f"a model of {before / 1e6:,.0f}M parameters has little to spare: it loses about twice "
+            f"a model of {every / 1e6:,.0f}M parameters has little to spare: it loses about twice "
             "as much as one of 500M; 8-bit weights cost less, and `cfsp recover` wins back some "
             "of it"
         )
@@ -77,18 +85,3 @@ def doubts(source: WeightSource, settings: PruneSettings) -> Iterator[str]:
             "SmolLM2-135M without a fifth of its channels had 1.45 times the dense perplexity by 8 "
             "windows, 1.33 by 16, 1.30 by 32 and 1.27 by 128"
         )
-
-
-def _little(source: WeightSource, budget: Budget) -> Iterator[str]:
-    """Yield a sentence if FFN channels own so little that few parameters go."""
-    asked, every = budget.sparsity, parameter_count(source)
-    if "ffn" not in budget.parts or (gone := parameters_to_go(source, budget)) >= (
-        _LITTLE * asked * every
-    ):
-        return
-    yield (
-        f"{asked:.0%} of the {channels_in_words(budget.parts)} are {gone / every:.1%} of this "
-        f"model's parameters ({gone / 1e6:,.1f}M of {every / 1e6:,.1f}M), most of which are "
-        f"elsewhere, as in its vocabulary; for a smaller model give --target-params "
-        f"{1 - asked:.2g}, name more --parts, or quantise it"
-    )

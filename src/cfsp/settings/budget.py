@@ -172,25 +172,6 @@ WIDTHS: tuple[Widths, ...] = get_args(Widths)
 # importance matter more there.
 _MULTIPLES = ((8192, 256), (4096, 128), (1024, 64))
 MULTIPLE_OF_NARROW = 32
-# Multiple -> who works best on widths that are multiples of it; docs/quantise.md.
-_WANTED = {
-    256: "K-quants and the export for mlx-lm",
-    128: "4-bit Marlin kernels",
-    64: "nf4 and tensor cores",
-    32: "Q8_0 and Q4_0",
-}
-
-
-def multiple_in_words(multiple: int) -> str:
-    """Return for whom widths in these multiples are right, and who wants larger ones."""
-    right = [f"{who} ({of})" for of, who in _WANTED.items() if multiple % of == 0]
-    wrong = [f"{who} ({of})" for of, who in _WANTED.items() if multiple % of]
-    text = f"widths are multiples of {multiple}"
-    if right:
-        text += f", right for {', '.join(right)}"
-    if wrong:
-        text += f"; --set multiple=N makes them fit {', '.join(wrong)}"
-    return text
 
 
 @dataclass(frozen=True)
