@@ -135,7 +135,7 @@ class LocalTraining(Declared):
         flag="local-blocks",
     )
     # The part of the text itself in the loss of the last blocks; the rest is the divergence from
-    # the dense model. More of it was never better by answers (docs/RESULTS.md).
+    # the dense model. Half of it leads away from that on other text (LOG.md).
     text: float = 0.0
     # Highest learning rates, as parts of the root mean square of each tensor, because models differ
     # in the size of their weights and Adam's steps do not follow it: of any block, of a block by
