@@ -15,7 +15,6 @@ from cfsp.decide import plan_from
 from cfsp.errors import UsageError
 from cfsp.pipeline import (
     calibrate_source,
-    check_all_texts,
     prune_checkpoint,
     prune_model,
 )
@@ -137,7 +136,8 @@ def prune(
         name = asked(given, goal)[0].removeprefix("--").replace("-", "_")
         how_much = f"{name}={given[name]}" if goal is None else f"goal={goal}"
         command = f"cfsp.prune({str(model)!r}, {how_much}, ...)"
-        check_all_texts(settings)  # before a model is downloaded or converted
+        # Before a model is downloaded or converted.
+        check_texts(settings.text.names, settings.evaluation.names)
         source = open_checkpoint(model, parts=settings.budget.parts)
         if trains:
             return prune_and_recover(source, Path(out), settings, command=command)[0]
@@ -178,7 +178,7 @@ def calibrate(
     """
     check_names(calibrate, advanced, CalibrationText, Compute)
     text = from_names(CalibrationText, advanced, names=data, samples=samples, seqlen=seqlen)
-    check_texts(text.names, "calibration")
+    check_texts(text.names)
     budget = from_names(Budget, {}, parts=parts)
     compute = from_names(Compute, advanced, device=device)
     settings = calibration_settings(budget, text, compute, sensitivity=sensitivity)

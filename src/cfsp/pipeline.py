@@ -111,7 +111,7 @@ def prune_checkpoint(
         CfspError: anything that a user can cause; nothing is left behind.
     """
     team = team or Team()
-    check_all_texts(settings)
+    check_texts(settings.text.names, settings.evaluation.names)
     check_is_outside(out, source.directory)
     remove_finished_work(out)
     check_output_is_free(out)
@@ -191,7 +191,7 @@ def prune_model(
     The processor that has its tokenizer does as well; nothing is evaluated.
     """
     settings = settings.suited_to_repair()
-    check_all_texts(settings)
+    check_texts(settings.text.names, settings.evaluation.names)
     tokenizer, processor = parted(tokenizer)
     with (
         in_memory(model, settings.budget.parts) as source,
@@ -201,12 +201,6 @@ def prune_model(
         report = prune_report(source, repaired, goal, {}, work_dir, None)
         facts = facts_for_config(report.to_manifest({}, "cfsp.prune"))
         return build_pruned_model(model, source, repaired.plan, repaired.tensors, facts)
-
-
-def check_all_texts(settings: PruneSettings) -> None:
-    """Open every text that pruning will read, before any work is done."""
-    check_texts(settings.text.names, "calibration")
-    check_texts(settings.evaluation.names, "evaluation")
 
 
 def calibrate_source(

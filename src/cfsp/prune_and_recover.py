@@ -13,7 +13,7 @@ from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import check_output_is_free
 from cfsp.checkpoint.reading import Checkpoint, fingerprint, parameter_count
-from cfsp.pipeline import check_all_texts, digest_of, prune_checkpoint, pruning_identity
+from cfsp.pipeline import digest_of, prune_checkpoint, pruning_identity
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import Team, process_count
 from cfsp.quality.evaluate import evaluation_windows
@@ -26,6 +26,7 @@ from cfsp.selection.loss import held_out_windows
 from cfsp.settings import BEST_WITHOUT_TRAINING, Compute, MaxLossIncrease, PruneSettings
 from cfsp.streaming.work_dir import remove_finished_work
 from cfsp.text.drawing import draw_text, processor_of
+from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def prune_and_recover(
     check_output_is_free(out)
     log.info("best effort: repair by ridge, then one pass of training towards the dense model")
     check_installed(method)
-    check_all_texts(settings)
+    check_texts(settings.text.names, settings.evaluation.names)
     pruned = out.with_name(f"{out.name}-pruned")
     asked = partial(_asked, source, settings, pruning_identity(settings, statistics, plan))
     before = (read_manifest(pruned) or {}).get(_ASKED) if pruned.is_dir() else None

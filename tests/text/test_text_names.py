@@ -40,7 +40,7 @@ ABSENT = "nothing.txt"
 
 def refused(name: str, purpose: Any = "calibration") -> str:
     with pytest.raises(TextError) as caught:
-        check_texts([name], purpose)
+        check_texts(**{purpose: [name]})
     return str(caught.value)
 
 
@@ -62,7 +62,7 @@ def test_texts_are_opened_but_not_read_to_the_end(tmp_path):
     (tmp_path / "a.txt").write_text("a river")
     (tmp_path / "late.jsonl").write_text('{"text": "fine"}\n{"text": ')
     good = [tmp_path / "a.txt", tmp_path / "late.jsonl", "python-docs", "python-source"]
-    check_texts([*map(str, good), Text("mine", "a river")], "calibration")
+    check_texts([*map(str, good), Text("mine", "a river")])
     (tmp_path / "late.jsonl").write_bytes(b'{"text": "fine"}\n' * 99 + b"\xff")
     with pytest.raises(TextError, match=r"late.jsonl, line 100 is not UTF-8 text: byte 0"):
         list(TextSource(str(tmp_path / "late.jsonl"), "calibration").documents())
@@ -82,8 +82,8 @@ def test_a_text_on_the_hub_is_opened_once(monkeypatch):
     sources._open_on_hub.cache_clear()
     monkeypatch.setattr(sources, "hub_records", records)
     for _ in range(2):
-        check_texts(["c4", "someone/texts:default:train:body"], "calibration")
-    check_texts(["c4"], "evaluation")
+        check_texts(["c4", "someone/texts:default:train:body"])
+    check_texts(evaluation=["c4"])
     sources._open_on_hub.cache_clear()
     assert opened == [
         ("allenai/c4", "en", "train"),

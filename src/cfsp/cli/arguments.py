@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Sequence
 
 from cfsp.cli.options import Parser, add_options
 from cfsp.settings import Compute
@@ -27,17 +26,6 @@ def names(text: str) -> tuple[str, ...]:
 def add_compute(parser: Parser) -> None:
     """Add where to compute and in what."""
     add_options(parser, parser, Compute, fields=("device", "dtype", "batch_windows"))
-
-
-def check_texts(data: Sequence[str] | None, evaluation: Sequence[str] | None = None) -> None:
-    """Open every text, before anything that is slow: imports, downloads, conversions.
-
-    Texts are read to calibrate or train on, or for an evaluation.
-    """
-    from cfsp.text import sources
-
-    sources.check_texts(data or (), "calibration")
-    sources.check_texts(evaluation or (), "evaluation")
 
 
 def typed_command(args: argparse.Namespace) -> str:

@@ -38,7 +38,9 @@ def add_options_to(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> Told:
     """Calibrate and save."""
-    arguments.check_texts(args.data)
+    from cfsp.text.sources import check_texts
+
+    check_texts(args.data)
 
     from cfsp.checkpoint.loading import compute_device
     from cfsp.checkpoint.locating import open_checkpoint

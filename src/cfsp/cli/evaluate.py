@@ -127,7 +127,9 @@ def run(args: argparse.Namespace) -> Told:
             f"{alone} runs in one process, found {process_count()}; leave it out, or evaluate "
             "without torchrun"
         )
-    arguments.check_texts(None, args.data)
+    from cfsp.text.sources import check_texts
+
+    check_texts(evaluation=args.data)
 
     from cfsp.quality.tasks.selection import DEFAULT_BATCH, TaskSelection
 

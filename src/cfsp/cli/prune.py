@@ -138,7 +138,9 @@ def _refuse(options: Mapping[str, Any], why: str) -> None:
 def run(args: argparse.Namespace) -> Told:
     """Prune."""
     settings = _settings(args)
-    arguments.check_texts(args.data, args.eval)
+    from cfsp.text.sources import check_texts
+
+    check_texts(args.data, args.eval)
 
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.loading import compute_device

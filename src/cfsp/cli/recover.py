@@ -61,7 +61,9 @@ def run(args: argparse.Namespace) -> Told:
     """Recover."""
     # Importing torch is a part of what the user waits for.
     started = time.monotonic()
-    arguments.check_texts(args.data, args.eval)
+    from cfsp.text.sources import check_texts
+
+    check_texts(args.data, args.eval)
 
     from cfsp.recovery.recover import recover
 

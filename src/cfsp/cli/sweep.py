@@ -68,7 +68,9 @@ def run(args: argparse.Namespace) -> Told:
     """Sweep."""
     names = {field.name for field in fields(SweepSettings)}
     settings = SweepSettings(**{key: each for key, each in typed(args).items() if key in names})
-    arguments.check_texts(settings.data, settings.eval)
+    from cfsp.text.sources import check_texts
+
+    check_texts(settings.data, settings.eval)
 
     from cfsp.sweep.run import run_sweep
     from cfsp.sweep.table import tables, write_tables

@@ -135,7 +135,7 @@ def evaluate_models(
     team = team or Team()
     if questions is not None and against is None:
         raise UsageError("answers are compared with those of the dense model; add --against DENSE")
-    check_texts(texts.names, "evaluation")  # before a model is downloaded or converted
+    check_texts(evaluation=texts.names)  # before a model is downloaded or converted
     if against is not None:
         names = [against, *(name for name in names if str(name) != str(against))]
     sources = [open_checkpoint(name) for name in names]

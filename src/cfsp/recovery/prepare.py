@@ -68,8 +68,7 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings) -> Prepare
         )
     check_installed(settings.adaptation.method)
     device = compute_device(settings.compute.device)
-    check_texts(settings.data, "calibration")
-    check_texts(settings.evaluation.names, "evaluation")
+    check_texts(settings.data, settings.evaluation.names)
     if (plan := source.directory / PLAN_FILE).is_file():
         PruningPlan.load(plan)  # the card needs it: a damaged one is no surprise after training
     tokenizer = load_tokenizer(source.directory)

@@ -178,8 +178,7 @@ def recover(
         keep_adapter=keep_adapter,
     )
     # Before the model: it may have to be downloaded or converted.
-    check_texts(settings.data, "calibration")
-    check_texts(settings.evaluation.names, "evaluation")
+    check_texts(settings.data, settings.evaluation.names)
     return recover_checkpoint(
         open_checkpoint(model),
         Path(out),

@@ -226,15 +226,15 @@ def identity_of(text: str | Text) -> object:
     return (where.resolve() if isinstance(where, Path) else where), column
 
 
-def check_texts(texts: Sequence[str | Text], purpose: Purpose) -> None:
-    """Open every text and read its beginning, before any work is done on the others.
+def check_texts(
+    calibration: Sequence[str | Text] | None = None, evaluation: Sequence[str | Text] | None = None
+) -> None:
+    """Open every text to calibrate or train on, or for an evaluation, and read its beginning.
 
-    Raises:
-        TextError: one does not exist or is not readable as text.
-        MissingExtraError: one needs the package datasets or pyarrow.
+    This comes before anything that is slow: imports, downloads, conversions, passes.
     """
-    for text in texts:
-        source = TextSource(text, purpose)
+    sources = [TextSource(text, "calibration") for text in calibration or ()]
+    for source in (*sources, *(TextSource(text, "evaluation") for text in evaluation or ())):
         if source.on_hub:
             _open_on_hub(source)
         else:
