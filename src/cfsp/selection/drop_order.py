@@ -71,18 +71,14 @@ def order_of_removal(
     # What each added to the divergence when it was last tried.
     added: dict[Droppable, float] = {}
     masked = MaskedModel(source, model, torch.split(tokens_NT, _WINDOWS_IN_BATCH))
-    bar = item_progress(f"choosing {drops_in_words(parts)}", _about(wanted), "removal")
 
     def price(droppable: Droppable) -> float:
         """For each parameter that goes with it; least of what was not tried yet."""
         return added.get(droppable, -math.inf) / sizes.parameters_with(gone, droppable)
 
-    while True:
-        left = _room(wanted, gone) - refusals.keys()
-        fresh: set[Droppable] = set()
-        again = 0
-        best = None
-        while left and best is None:
+    def cheapest_that_can_go() -> Droppable | None:
+        left, fresh, again = _room(wanted, gone) - refusals.keys(), set[Droppable](), 0
+        while left:
             tried = left & fresh
             cheapest = min(sorted(tried if tried and again >= _TRIED_AGAIN else left), key=price)
             if cheapest not in fresh:
@@ -92,20 +88,21 @@ def order_of_removal(
                 continue
             try:
                 check_can_go(source, gone.plus(cheapest))
-                best = cheapest
+                return cheapest
             except UnsupportedModelError as error:
                 refusals[cheapest] = error
                 left.discard(cheapest)
-        if best is None:
-            break
-        part, block = best
-        gone, divergence = gone.plus(best), divergence + added[best]
-        removed.append(Removal(block, divergence, part, among))
-        # A block without its attention is another one than was tried.
-        added.pop(("blocks", block), None)
-        bar.update()
-        masked.note_entering(gone)
-    bar.close()
+        return None
+
+    with item_progress(f"choosing {drops_in_words(parts)}", _about(wanted), "removal") as bar:
+        while (best := cheapest_that_can_go()) is not None:
+            part, block = best
+            gone, divergence = gone.plus(best), divergence + added[best]
+            removed.append(Removal(block, divergence, part, among))
+            # A block without its attention is another one than was tried.
+            added.pop(("blocks", block), None)
+            bar.update()
+            masked.note_entering(gone)
     if not all(each.is_met_by(gone) for each in wanted):
         raise next(
             iter(refusals.values()),
