@@ -71,12 +71,12 @@ def add_options_to(parser: Parser) -> None:
         help="fast: no repair; standard (default): least squares; best: training, too (135M "
         "parameters: half an hour)",
     )
-    by_name = parser.add_argument(
+    add_advanced(
+        parser,
         "--repair",
         choices=REPAIRS,
         help="the repair by its name, instead of --effort: each includes those before it",
     )
-    parser.hide(by_name)
     add_options(parser, parser, LocalTraining)
     add_options(parser, parser, Compute)
     add_advanced(
