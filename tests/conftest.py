@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from commands import Commands
 from forks import Forks
@@ -31,6 +32,9 @@ _MODULES_CACHE = tempfile.TemporaryDirectory(prefix="cfsp-test-modules-")
 os.environ["HF_MODULES_CACHE"] = _MODULES_CACHE.name
 
 pytest.register_assert_rewrite("architecture_contract")
+# A busy machine is no fault of a test.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LONG = ("test_kills.py", "test_studies.py", "test_families_command.py", "test_together.py")

@@ -31,7 +31,7 @@ from mutation import changed_document
 from report_runs import measured
 from targets import TARGETS, read_once
 
-FUZZ = settings(max_examples=100, deadline=None)
+FUZZ = settings(max_examples=100)
 
 
 # Any bytes.

@@ -99,7 +99,6 @@ def test_water_filling_meets_the_total_under_caps(blocks, keep):
 
 
 @given(distances, st.floats(0.05, 0.9), st.sampled_from(WIDTHS))
-@settings(deadline=None)
 def test_clamps_differ_only_where_a_block_would_overflow(distance_L, sparsity, width):
     size, budget = model_of(width, len(distance_L)), Budget(sparsity, multiple=1)
     importance_L = block_importance(distance_L)
@@ -123,7 +122,6 @@ def test_water_filling_gives_the_rest_to_the_others():
 
 
 @given(distances, st.floats(0.05, 0.9), st.sampled_from(WIDTHS))
-@settings(deadline=None)
 def test_more_important_blocks_keep_no_less(distance_L, sparsity, width):
     size = model_of(width, len(distance_L))
     kept_L = allocate(block_importance(distance_L), Budget(sparsity, multiple=1), size)
@@ -148,7 +146,7 @@ def test_nothing_removed_keeps_all_widths():
     st.sampled_from(get_args(Clamp)),
     st.sampled_from(MULTIPLES),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_budget_holds_to_one_multiple(width_L, data, sparsity, clamp, multiple):
     assume(multiple <= max(width_L))  # others are refused, which has a test of its own
     distance_L = data.draw(
@@ -230,7 +228,7 @@ def mixed_sizes(draw: st.DrawFn) -> tuple[ModelSize, list[float]]:
     st.sampled_from(get_args(Clamp)),
     st.sampled_from([None, 8, 64]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_budget_of_mixed_units_is_met_in_parameters(drawn, sparsity, clamp, multiple):
     size, importance_U = drawn
     budget = Budget(sparsity, multiple)

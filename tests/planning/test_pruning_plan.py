@@ -60,7 +60,7 @@ plans = st.builds(
 
 
 @given(plans)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_round_trip(plan):
     text = plan.to_json()
     again = PruningPlan.from_json(text)
@@ -134,7 +134,7 @@ def test_what_is_no_plan_is_refused(text):
 
 
 @given(st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_plan_with_a_changed_byte_is_refused_or_still_a_plan(plan, data):
     """Whatever happens to a file, the answer is a plan or a PlanError, nothing else."""
     text = plan.to_json()
