@@ -8,7 +8,6 @@ import math
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,13 +35,10 @@ from cfsp.speed.process import (
 )
 from cfsp.speed.subjects import SHAPES, ShapedModel, Subject, build_model, random_prompt
 from cfsp.speed.transformers_engine import TransformersEngine
-from cfsp.speed.vllm_engine import readable_by_vllm
 from cfsp.speed.work import ENGINES, work_of
-from conftest import REPOSITORY
 from ragged import cut, tiny
 from tiny_models import build_tiny_model
 
-SOURCE = REPOSITORY / "src"
 WORKLOAD = Workload(batch=2, prompt=9, new_tokens=5)
 
 # Parameters as published by the models' makers.
@@ -286,9 +282,8 @@ def test_bench_knows_before_it_starts_what_it_cannot_time(
     file.touch()
     with pytest.raises(CheckpointError, match=r"b\.gguf does not exist; make it with: cfsp export"):
         bench([file, tmp_path / "b.gguf"], engine="llama.cpp")
-    for engine in ("llama.cpp", "vllm"):
-        with pytest.raises(UsageError, match="llama-2-7b: a true shape runs in transformers and"):
-            bench([ShapedModel("llama-2-7b", 2)], engine=engine)
+    with pytest.raises(UsageError, match="llama-2-7b: a true shape runs in transformers and"):
+        bench([ShapedModel("llama-2-7b", 2)], engine="llama.cpp")
     with pytest.raises(UsageError, match="at least one model"):
         bench([])
     with pytest.raises(UsageError, match="disturbance must be at least 0, found nan"):
@@ -322,19 +317,12 @@ def test_process_has_memory_of_its_own_and_its_death_is_one_sentence(
             process.run(WORKLOAD)
 
 
-@pytest.mark.parametrize("engine", ["vllm", "llama.cpp"])
-def test_missing_engine_names_the_extra(
-    engine: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: Any
-) -> None:
-    for module in ("vllm", "llama_cpp_py_sync", "llama_cpp_py_sync._cffi_bindings"):
+def test_missing_engine_names_the_extra(tmp_path: Path, monkeypatch: Any) -> None:
+    for module in ("llama_cpp_py_sync", "llama_cpp_py_sync._cffi_bindings"):
         monkeypatch.setitem(sys.modules, module, None)
-    model: Path = tiny_checkpoint("llama")
-    if engine == "llama.cpp":
-        model = tmp_path / "model.gguf"
-        model.touch()
-    extra = engine.replace(".", "")
-    with pytest.raises(MissingExtraError, match=rf"pip install '\.\[{extra}\]' in the clone"):
-        start_engine(Subject(model, "m"), Conditions(engine))
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(MissingExtraError, match=r"pip install '\.\[llamacpp\]' in the clone"):
+        start_engine(Subject(tmp_path / "model.gguf", "m"), Conditions("llama.cpp"))
 
 
 @pytest.mark.parametrize(
@@ -367,46 +355,15 @@ def test_parser_knows_every_engine() -> None:
         Conditions(engine="tgi")
 
 
-def test_an_export_for_vllm_weighs_what_it_was_made_of(
+def test_an_export_for_vllm_is_for_its_own_bench(
     tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = cut(build_tiny_model("qwen2"), tokenizer, tmp_path)
+    source = cut(build_tiny_model("llama"), tokenizer, tmp_path)
     export_checkpoint(source, "vllm", tmp_path / "out", verify=False)
-    plain = readable_by_vllm(Subject(source.directory, "plain"), "auto")
-    export = readable_by_vllm(Subject(tmp_path / "out", "export"), "auto")
-    assert plain.has_our_code
-    assert export == replace(plain, directory=tmp_path / "out")
-
-    (tmp_path / "out" / "more.py").write_text("")
-    assert not readable_by_vllm(Subject(tmp_path / "out", "export"), "auto").has_our_code
     assert main(["bench", str(tmp_path / "out")]) == 2
-    assert "an export for vLLM; give --engine vllm" in capsys.readouterr().err
-
-
-def test_vllm_itself_times_an_export(tokenizer: Any, tmp_path: Path) -> None:
-    """Opt in: CFSP_VLLM_PYTHON names the Python of an environment with vLLM and what cfsp needs."""
-    python = os.environ.get("CFSP_VLLM_PYTHON")
-    if not python:
-        pytest.skip("CFSP_VLLM_PYTHON names no Python with vLLM")
-    # vLLM's CPU attention wants heads of at least 32.
-    source = cut(tiny("llama", hidden_size=128, head_dim=32), tokenizer, tmp_path)
-    export_checkpoint(source, "vllm", tmp_path / "export", verify=False)
-    models = [str(tmp_path / "dense"), str(source.directory), str(tmp_path / "export")]
-    how = "--engine vllm --prompt 16 --new-tokens 4 --rounds 1 --dtype float32 --json"
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(SOURCE)}
-    done = subprocess.run(
-        [python, "-m", "cfsp", "bench", *models, *how.split()],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    dense, plain, export = json.loads(done.stdout)["models"]
-    assert export["parameters"] == plain["parameters"] < dense["parameters"]
-    for model in (dense, plain, export):
-        assert model["engine"] == "vllm"
-        assert model["workloads"][0]["decode"]["tokens_per_second"] > 0
+    assert "an export for vLLM; time it with vllm bench latency --model" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="found 'vllm'; bench by vLLM went"):
+        Conditions(engine="vllm")
 
 
 def test_llama_cpp_generates_what_transformers_generates(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cfsp.speed.subjects import ShapedModel
 
 # Spelled out here, because their home is imported with torch; a test compares.
-ENGINES = ("transformers", "compile", "llama.cpp", "vllm")
+ENGINES = ("transformers", "compile", "llama.cpp")
 
 
 def add_options_to(parser: Parser) -> None:

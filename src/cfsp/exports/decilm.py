@@ -25,7 +25,6 @@ from cfsp.architecture.resizing import Gone
 from cfsp.checkpoint.config_file import CONFIG_FILE, read_plain_fields
 from cfsp.checkpoint.config_widths import modeling_file
 from cfsp.checkpoint.loading import compute_dtype
-from cfsp.checkpoint.modeling_code import is_only_code
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor
@@ -203,11 +202,6 @@ def is_decilm(directory: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(fields, dict) and fields.get("architectures") == [ARCHITECTURE]
-
-
-def has_only_our_code(directory: Path) -> bool:
-    """Return whether the directory's only code is the config class exactly as we write it."""
-    return is_only_code(directory, _CODE_FILE, _config_code())
 
 
 def decilm_config(source: Checkpoint) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def bench(
         batch: sequences at once; several are timed one after the other.
         prompt: prompt tokens of each; likewise.
         new_tokens: tokens generated for each; likewise.
-        engine: transformers, compile, llama.cpp or vllm.
+        engine: transformers, compile or llama.cpp.
         rounds: timed runs of each model.
         disturbance: a round is measured again while other programs take more than this fraction
             of the processors.
@@ -104,8 +104,9 @@ def _check_engine_reads(subject: Subject, engine: str) -> None:
         raise CheckpointError(
             f"{path} does not exist; make it with: cfsp export DIR --to gguf --out {path}"
         )
-    if engine != "vllm" and is_decilm(path):
+    if is_decilm(path):
         raise UsageError(
-            f"the engine {engine} cannot run {label}, which is an export for vLLM; give --engine "
-            "vllm, or the checkpoint that was exported"
+            f"the engine {engine} cannot run {label}, which is an export for vLLM; time it with "
+            f"vllm bench latency --model {path} --trust-remote-code, or give the checkpoint that "
+            "was exported"
         )

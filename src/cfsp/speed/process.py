@@ -60,13 +60,9 @@ def start_engine(subject: Subject, conditions: Conditions) -> Engine:
         from cfsp.speed.transformers_engine import TransformersEngine
 
         return TransformersEngine(subject, conditions)
-    if conditions.engine == "llama.cpp":
-        from cfsp.speed.llama_cpp_engine import LlamaCppEngine
+    from cfsp.speed.llama_cpp_engine import LlamaCppEngine
 
-        return LlamaCppEngine(subject, conditions)
-    from cfsp.speed.vllm_engine import VllmEngine
-
-    return VllmEngine(subject, conditions)
+    return LlamaCppEngine(subject, conditions)
 
 
 @dataclass(frozen=True)
@@ -102,7 +98,7 @@ class ModelProcess:
 def model_process(subject: Subject, conditions: Conditions) -> Iterator[ModelProcess]:
     """Start a process, load the model in it, and end it afterwards; its errors are raised here."""
     ours, theirs = PROCESSES.Pipe()
-    # Not a daemon: vLLM starts processes of its own. It ends when the connection closes.
+    # Not a daemon: compiling starts processes of its own. It ends when the connection closes.
     process = PROCESSES.Process(target=_serve, args=(theirs, subject, conditions))
     with _interrupts_held_back():
         process.start()

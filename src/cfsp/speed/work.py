@@ -27,7 +27,7 @@ from cfsp.exports.context import head_size
 PATIENCE_SECONDS = 30.0
 # Which fraction of the processors others may take where a ratio is still said.
 TOO_BUSY = 0.2
-ENGINES = ("transformers", "compile", "llama.cpp", "vllm")
+ENGINES = ("transformers", "compile", "llama.cpp")
 
 
 @dataclass(frozen=True)
