@@ -42,7 +42,7 @@ from cfsp.quality.tasks.harness import TaskRunner
 from cfsp.quality.tasks.selection import TaskSelection
 from cfsp.result.page.svg import element
 from cfsp.settings import EvaluationText
-from cfsp.speed.llama_cpp_engine import LlamaCppEngine
+from cfsp.speed.engines import LlamaCppEngine
 from cfsp.speed.subjects import Subject
 from cfsp.speed.work import Conditions, Workload
 from cfsp.text.tokenizers import load_tokenizer

@@ -21,9 +21,8 @@ from transformers import PreTrainedTokenizerFast
 
 from cfsp.architecture.model_classes import model_class_of
 from cfsp.checkpoint.output import staged_directory
-from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.skeleton import build_skeleton
-from cfsp.checkpoint.tensor_file import OutgoingTensor, TensorSpec, tensor_chunks
+from cfsp.checkpoint.tensor_file import OutgoingTensor, TensorSpec, tensor_chunks, write_shards
 from cfsp.speed.subjects import SHAPES, ShapedModel
 
 DEVIATION = 0.02

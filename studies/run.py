@@ -41,8 +41,7 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.compare import Comparison, compare
 from cfsp.quality.paired import Estimate, geometric_mean, mean_of_tasks
 from cfsp.quality.results_file import MeasuredModel, read_models
-from cfsp.speed.measuring import PHASES
-from cfsp.speed.work import work_of
+from cfsp.speed.work import PHASES, work_of
 
 TEXTS = (
     "wikitext2/test.parquet", "c4/validation.jsonl", "domains/arxiv.jsonl",

@@ -28,10 +28,16 @@ from cfsp.checkpoint.output import (
     created_parents,
     staged_directory,
 )
-from cfsp.checkpoint.own_files import CARD_FILE, PLAN_FILE, STATISTICS_FILE
+from cfsp.checkpoint.own_files import (
+    CARD_FILE,
+    PLAN_FILE,
+    STATISTICS_FILE,
+    copy_travelling_files,
+    digests_beside_weights,
+)
+from cfsp.checkpoint.pruned_config import write_config
 from cfsp.checkpoint.reading import Checkpoint, WeightSource, in_memory
-from cfsp.checkpoint.shards import write_shards
-from cfsp.checkpoint.writing import copy_travelling_files, digests_beside_weights, write_config
+from cfsp.checkpoint.tensor_file import write_shards
 from cfsp.cut.in_memory import build_pruned_model
 from cfsp.cut.surgery import PrunedSource
 from cfsp.decide import decide, plan_for

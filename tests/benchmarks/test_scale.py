@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.checkpoint.shards import INDEX_FILE
+from cfsp.checkpoint.tensor_file import INDEX_FILE
 from cfsp.text.tokenizers import load_tokenizer
 from make_checkpoint import make_checkpoint
 from scale import measure, sizes_of

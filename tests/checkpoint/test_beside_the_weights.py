@@ -14,9 +14,8 @@ from transformers import pipeline
 
 import cfsp
 from cfsp.checkpoint import gguf_import, locating
-from cfsp.checkpoint.own_files import MODELING_FILE
+from cfsp.checkpoint.own_files import MODELING_FILE, copy_travelling_files
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.cli import main
 from cfsp.errors import CheckpointError, OutputError, TextError
 from cfsp.text.sources import TextSource

@@ -32,7 +32,7 @@ from cfsp.checkpoint.reading import (
     parameters_with_down,
 )
 from cfsp.checkpoint.stored_tensors import StoredTensors
-from cfsp.checkpoint.tensor_file import FileTensor, TensorFile, specs_of
+from cfsp.checkpoint.tensor_file import FileTensor, read_tensor_file, specs_of
 from cfsp.errors import CheckpointError, UnsupportedModelError
 from tiny_decoders import model_class, tiny_config, tiny_model
 
@@ -52,11 +52,12 @@ class Saved:
         self.directory = directory
         self.model: Any = tiny_model(model_type)
         self.model.save_pretrained(directory)
-        self.file = TensorFile(directory / "model.safetensors")
+        self.file = read_tensor_file(directory / "model.safetensors")
+        self.specs = {name: tensor.spec for name, tensor in self.file.items()}
         with init_empty_weights(include_buffers=False):
             self.empty: Any = model_class(model_type)._from_config(tiny_config(model_type))
         self.architecture = find_architecture(self.empty)
-        self.stored = StoredTensors.of(self.empty, self.architecture, self.file.specs)
+        self.stored = StoredTensors.of(self.empty, self.architecture, self.specs)
 
 
 @pytest.fixture(scope="module", params=TYPES)
@@ -68,8 +69,8 @@ def test_every_tensor_is_accounted_for(saved: Saved) -> None:
     stored, state = saved.stored, saved.model.state_dict()
     for name, value in state.items():
         name = stored.tied.get(name, name)
-        assert torch.equal(stored.assemble(name, saved.file.read), value), name
-    assert {source for name in state for source in stored.sources(name)} == set(saved.file.specs)
+        assert torch.equal(stored.assemble(name, lambda each: saved.file[each].read()), value), name
+    assert {source for name in state for source in stored.sources(name)} == set(saved.file)
     assert stored.unused == stored.stale == ()
     assert not stored.faults
 
@@ -77,9 +78,9 @@ def test_every_tensor_is_accounted_for(saved: Saved) -> None:
 def test_memory_is_seen_as_it_would_be_stored(saved: Saved) -> None:
     for model in (saved.model, type(saved.model).from_pretrained(saved.directory)):
         tensors = stored_from_memory(model)
-        assert set(tensors) == set(saved.file.specs)
+        assert set(tensors) == set(saved.file)
         for name, tensor in tensors.items():
-            assert torch.equal(tensor, saved.file.read(name)), name
+            assert torch.equal(tensor, saved.file[name].read()), name
     own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     for name in channel_parameters(saved.architecture):
         views = saved.stored.take_apart(name, model.state_dict()[name])

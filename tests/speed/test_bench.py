@@ -25,7 +25,8 @@ from cfsp.cli import main
 from cfsp.errors import CfspError, CheckpointError, MissingExtraError, UsageError
 from cfsp.exports.registry import export_checkpoint
 from cfsp.speed import Conditions, Workload
-from cfsp.speed.bench import bench
+from cfsp.speed.bench import _rounds, bench
+from cfsp.speed.engines import LlamaCppEngine, TransformersEngine, random_prompt
 from cfsp.speed.process import (
     ModelProcess,
     busy_seconds,
@@ -33,9 +34,8 @@ from cfsp.speed.process import (
     share_of_others,
     start_engine,
 )
-from cfsp.speed.subjects import SHAPES, ShapedModel, Subject, build_model, random_prompt
-from cfsp.speed.transformers_engine import TransformersEngine
-from cfsp.speed.work import ENGINES, work_of
+from cfsp.speed.subjects import SHAPES, ShapedModel, Subject, build_model
+from cfsp.speed.work import ENGINES, Timing, work_of
 from ragged import cut, tiny
 from tiny_models import build_tiny_model
 
@@ -104,7 +104,6 @@ def test_engine_generates_what_the_model_generates(engine: str, tmp_path: Path) 
     # The third run of the compiled engine reuses its cache and its code.
     for _ in range(3 if engine == "compile" else 2):
         timing = timed.run(WORKLOAD)
-        assert timed.tokens_BN is not None
         assert timed.tokens_BN.tolist() == expected_BN.tolist()
         assert timing.prefill > 0
         assert timing.decode > 0
@@ -181,11 +180,8 @@ def test_a_machine_that_is_too_busy_gives_no_verdict(
 
 
 def test_rounds_that_others_disturb_are_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cfsp.speed.measuring import _rounds
-    from cfsp.speed.work import Timing
-
     now = iter(range(1000))
-    monkeypatch.setattr("cfsp.speed.measuring.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("cfsp.speed.bench.time.monotonic", lambda: next(now))
 
     class Fake:
         """Takes as many seconds for a prefill as there were runs before."""
@@ -372,7 +368,6 @@ def test_llama_cpp_generates_what_transformers_generates(
     pytest.importorskip("llama_cpp_py_sync", reason="the extra `llamacpp` is not installed")
     pytest.importorskip("gguf", reason="the extra `gguf` is not installed")
     from cfsp.exports.llama_cpp import LlamaCpp
-    from cfsp.speed.llama_cpp_engine import LlamaCppEngine
 
     directory, file = tiny_checkpoint("llama"), tmp_path / "tiny.gguf"
     arguments = ["--to", "gguf", "--type", "f32", "--out", str(file), "--no-verify"]
@@ -383,7 +378,7 @@ def test_llama_cpp_generates_what_transformers_generates(
     expected_BN = generated(model, prompt_BP)
     for _ in range(2):
         timing = timed.run(WORKLOAD)
-        assert timed.tokens_BN == expected_BN.tolist()
+        assert timed.tokens_BN.tolist() == expected_BN.tolist()
         assert timing.prefill > 0
         assert timing.decode > 0
     # The same model weighs the same, whichever engine runs it; only the cache is in F16 here.

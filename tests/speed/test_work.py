@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cli.bench import _ratios
-from cfsp.speed.measuring import Speed
+from cfsp.speed.bench import Speed
 from cfsp.speed.work import Workload, experts_per_token, work_of
 from tiny_decoders import tiny_model
 from tiny_models import build_tiny_model
@@ -89,7 +89,7 @@ def test_what_nothing_says_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     unknown = work_of(source, head=True, itemsize=4)
     assert math.isnan(unknown.prefill_flops(WORKLOAD))
     assert math.isnan(unknown.decode_bytes(WORKLOAD))
-    speed = Speed((1.0,), (1.0,), unknown.prefill_flops(WORKLOAD))
+    speed = Speed(1, (1.0,), (1.0,), unknown.prefill_flops(WORKLOAD))
     assert json.loads(json.dumps(speed.to_json()))["ideal_ratio"] is None
     assert _ratios(speed)[2:] == ("unknown", "")
     assert _ratios(replace(speed, ideal_ratio=2.0))[2:] == ("2.000x", "50%")

@@ -22,8 +22,8 @@ from torch import Tensor
 from cfsp.checkpoint.cache import converted_directory, directory_bytes
 from cfsp.checkpoint.llama_cpp_library import tokens_differ
 from cfsp.checkpoint.output import staged_directory
+from cfsp.checkpoint.own_files import sha256_of
 from cfsp.checkpoint.pre_tokenizers import BY_NAME
-from cfsp.checkpoint.writing import sha256_of
 from cfsp.errors import CheckpointError, MissingExtraError, OutputError
 from cfsp.progress import library_progress
 

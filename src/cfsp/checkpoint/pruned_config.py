@@ -13,21 +13,28 @@ differs, the stock key says another width than the FFNs have.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
 from cfsp.architecture.found import Architecture, Unit
 from cfsp.architecture.model_classes import PRUNED, model_class_of, with_values
 from cfsp.checkpoint.config_blocks import stock_without_blocks
+from cfsp.checkpoint.config_file import read_plain_fields
 from cfsp.checkpoint.config_widths import PRUNED_KEY, stock_config
 from cfsp.checkpoint.modeling_code import FFN_WIDTHS, KV_GROUPS, PER_LAYER_CONFIG, ModelingFile
+from cfsp.checkpoint.own_files import CONFIG_FILE, MODELING_FILE
 from cfsp.checkpoint.text_config import text_config_of, text_fields_of, text_path
 from cfsp.checkpoint.width_keys import WidthSearch, stock_heads
 from cfsp.errors import UnsupportedModelError
 from cfsp.settings import Part
+
+if TYPE_CHECKING:
+    from cfsp.checkpoint.reading import Checkpoint
 
 
 def pruned_config(
@@ -78,6 +85,23 @@ def pruned_fields_and_file(
     whole = changes.whole
     kept = {k: v for k, v in changed.items() if whole.get(k, v) is not None or v is None}
     return kept | {k: v for k, v in whole.items() if v is not None}, changes.file
+
+
+def write_config(
+    source: Checkpoint,
+    target: Path,
+    widths: Sequence[int],
+    removed: Collection[int] = (),
+    experts: int | None = None,
+) -> None:
+    """Write config.json of the pruned model and the modelling file it needs, if any."""
+    fields = read_plain_fields(source.directory)
+    pruned, file = pruned_fields_and_file(
+        fields, source.config, source.architecture, widths, removed, experts
+    )
+    (target / CONFIG_FILE).write_text(json.dumps(pruned, indent=2) + "\n", encoding="utf-8")
+    if file is not None:
+        (target / MODELING_FILE).write_text(file.text, encoding="utf-8")
 
 
 def check_attentions_can_go_alone(config: PreTrainedConfig, architecture: Architecture) -> None:

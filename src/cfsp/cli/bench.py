@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from cfsp.architecture.block_names import counted
@@ -19,7 +20,7 @@ from cfsp.settings import DTYPES, fraction
 
 if TYPE_CHECKING:
     from cfsp.speed import Comparison, Workload
-    from cfsp.speed.measuring import Speed
+    from cfsp.speed.bench import Speed
     from cfsp.speed.subjects import ShapedModel
 
 # Spelled out here, because their home is imported with torch; a test compares.
@@ -146,12 +147,11 @@ def _print_workload(comparison: Comparison, workload: Workload) -> None:
     for phase in ("prefill", "decode"):
         for model in comparison.models:
             speed = model.speeds[workload][phase]
-            first_token = 1000 * model.seconds_to_first_token[workload]
-            rates = speed.tokens_per_second
+            rates, first_token = speed.tokens_per_second, 1000 * median(speed.seconds)
             rows.append(
                 (
                     f"{phase}  {model.label}",
-                    f"{speed.median_tokens_per_second:,.1f}",
+                    f"{median(rates):,.1f}",
                     f"{min(rates):,.1f} - {max(rates):,.1f}",
                     f"{first_token:,.0f} ms" if phase == "prefill" else "",
                     *_ratios(speed),

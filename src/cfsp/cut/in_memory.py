@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cfsp.checkpoint.reading import LoadedModel
-    from cfsp.checkpoint.tensor_file import TensorFile
+    from cfsp.checkpoint.tensor_file import FileTensor
     from cfsp.planning.plan_file import PruningPlan
 
 
@@ -22,7 +22,7 @@ def build_pruned_model(
     model: PreTrainedModel,
     source: LoadedModel,
     plan: PruningPlan,
-    repaired: Mapping[str, TensorFile],
+    repaired: Mapping[str, FileTensor],
     facts: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Return the pruned model that a plan describes.

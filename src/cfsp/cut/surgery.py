@@ -24,8 +24,8 @@ from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.stored_blocks import name_without_blocks, names_without_blocks
 from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import (
+    FileTensor,
     OutgoingTensor,
-    TensorFile,
     TensorSpec,
     specs_of,
     tensor_chunks,
@@ -52,7 +52,7 @@ class PrunedSource(WeightSource):
         self,
         source: WeightSource,
         plan: PruningPlan,
-        repaired: Mapping[str, TensorFile] | None = None,
+        repaired: Mapping[str, FileTensor] | None = None,
     ) -> None:
         removed = plan.removed_blocks
         self.config = pruned_config(
@@ -130,7 +130,7 @@ class PrunedSource(WeightSource):
 
     def _value(self, origin: str) -> Tensor:
         if origin in self._repaired:
-            return self._repaired[origin].read(origin)
+            return self._repaired[origin].read()
         tensor = self._source.parameter(origin)
         if tensor.shape == self._spec(origin).shape:
             return tensor

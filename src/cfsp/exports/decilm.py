@@ -22,13 +22,12 @@ import torch
 from transformers import PreTrainedModel
 
 from cfsp.architecture.resizing import Gone
-from cfsp.checkpoint.config_file import CONFIG_FILE, read_plain_fields
+from cfsp.checkpoint.config_file import read_plain_fields
 from cfsp.checkpoint.config_widths import modeling_file
 from cfsp.checkpoint.loading import compute_dtype
+from cfsp.checkpoint.own_files import CONFIG_FILE, copy_travelling_files
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.checkpoint.shards import write_shards
-from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor
-from cfsp.checkpoint.writing import copy_travelling_files
+from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor, write_shards
 from cfsp.errors import ExportError
 from cfsp.exports.context import context_limit, head_size, heads_of_blocks, unread_norms
 from cfsp.exports.verification import (

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cfsp.checkpoint.config_file import CONFIG_FILE
 from cfsp.checkpoint.config_widths import stock_config
 from cfsp.checkpoint.loading import compute_dtype
+from cfsp.checkpoint.own_files import CONFIG_FILE, copy_travelling_files
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import text_config_of
-from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.errors import CfspError, ExportError, MissingExtraError, UsageError
 from cfsp.exports.verification import ExportOptions, Written, reference_model, verified
 from cfsp.text.tokenizers import load_tokenizer

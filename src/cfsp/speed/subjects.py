@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from cfsp.checkpoint.loading import compute_dtype, load
 from cfsp.checkpoint.locating import open_checkpoint
@@ -20,7 +19,7 @@ from cfsp.checkpoint.skeleton import architecture_of, build_skeleton
 from cfsp.errors import UsageError
 from cfsp.planning.allocation import round_widths
 from cfsp.settings import Budget, Part
-from cfsp.speed.work import Footprint, Workload, work_of
+from cfsp.speed.work import Footprint, work_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -132,12 +131,6 @@ class Subject:
         does in the whole model.
         """
         return not isinstance(self.model, ShapedModel) or self.model.whole
-
-
-def random_prompt(vocabulary: int, workload: Workload) -> Tensor:
-    """Return tokens_BP of a workload, the same each time."""
-    shape, generator = (workload.batch, workload.prompt), torch.Generator().manual_seed(0)
-    return torch.randint(vocabulary, shape, generator=generator)
 
 
 def build_model(

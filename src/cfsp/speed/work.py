@@ -23,10 +23,7 @@ from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import UsageError, did_you_mean
 from cfsp.exports.context import head_size
 
-# For how long rounds that other programs disturb are measured again, all workloads together.
-PATIENCE_SECONDS = 30.0
-# Which fraction of the processors others may take where a ratio is still said.
-TOO_BUSY = 0.2
+PHASES = ("prefill", "decode")
 ENGINES = ("transformers", "compile", "llama.cpp")
 
 
@@ -56,8 +53,8 @@ class Conditions:
     engine: str = "transformers"  # one of `ENGINES`
     warmups: int = 2  # untimed runs of each workload before the rounds; their first is reported
     rounds: int = 7  # timed runs of each model, in turns
-    # A round is measured again while other programs take more than this fraction of the
-    # processors, but no longer than `PATIENCE_SECONDS`.
+    # A round is measured again, for half a minute in all, while other programs take more than this
+    # fraction of the processors.
     disturbance: float = 0.05
     # As for prune; of the engines transformers and compile only.
     device: str = "cpu"
@@ -93,27 +90,16 @@ _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk")
 
 @dataclass(frozen=True)
 class ModelWork:
-    """The numbers of a model that its work follows from.
+    """The numbers of a model that its work follows from."""
 
-    Attributes:
-        block_parameters: elements of all matrices in the blocks.
-        block_bytes: their bytes, as they are read.
-        head_parameters: elements of the language-model head; 0 if it is not timed.
-        head_bytes: its bytes.
-        attention_width: heads times head dimension, summed over the blocks.
-        cache_bytes: bytes of keys and values of one token in all blocks.
-        expert_parameters: elements of the experts' matrices, of those in the blocks.
-        routed_share: fraction of the experts that one token passes; NaN if that is unknown, and
-            with it all that follows from it.
-    """
-
-    block_parameters: int
-    block_bytes: float
-    head_parameters: int
+    block_parameters: int  # elements of all matrices in the blocks
+    block_bytes: float  # as they are read
+    head_parameters: int  # 0 if it is not timed
     head_bytes: float
-    attention_width: int
-    cache_bytes: float
-    expert_parameters: int = 0
+    attention_width: int  # heads times head dimension, summed over the blocks
+    cache_bytes: float  # of keys and values of one token in all blocks
+    expert_parameters: int = 0  # of those in the blocks
+    # Fraction of the experts that one token passes; NaN if unknown, as all that follows from it.
     routed_share: float = 1.0
 
     def prefill_flops(self, workload: Workload) -> float:
