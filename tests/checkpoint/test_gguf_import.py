@@ -14,8 +14,8 @@ from cfsp.checkpoint.cache import cached_models
 from cfsp.checkpoint.gguf_import import import_gguf
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
+from cfsp.exports.common import ExportOptions
 from cfsp.exports.gguf import write
-from cfsp.exports.verification import ExportOptions
 from ragged import tiny
 
 pytest.importorskip("gguf", reason="gguf is not installed: pip install '.[gguf]'")

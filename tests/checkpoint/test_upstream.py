@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from cfsp.exports.verification import logits_of, reference_model
+from cfsp.exports.common import logits_of, reference_model
 from ragged import cut, tiny
 
 TOKENS = torch.tensor([5, 300, 7, 111, 42, 260, 9, 77])

@@ -23,7 +23,7 @@ from cfsp.checkpoint.skeleton import build_skeleton
 from cfsp.cli import bench as bench_command
 from cfsp.cli import main
 from cfsp.errors import CfspError, CheckpointError, MissingExtraError, UsageError
-from cfsp.exports.registry import export_checkpoint
+from cfsp.exports.registry import export
 from cfsp.speed import Conditions, Workload
 from cfsp.speed.bench import _rounds, bench
 from cfsp.speed.engines import LlamaCppEngine, TransformersEngine, random_prompt
@@ -355,7 +355,7 @@ def test_an_export_for_vllm_is_for_its_own_bench(
     tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = cut(build_tiny_model("llama"), tokenizer, tmp_path)
-    export_checkpoint(source, "vllm", tmp_path / "out", verify=False)
+    export(source, "vllm", tmp_path / "out", verify=False)
     assert main(["bench", str(tmp_path / "out")]) == 2
     assert "an export for vLLM; time it with vllm bench latency --model" in capsys.readouterr().err
     with pytest.raises(UsageError, match="found 'vllm'; bench by vLLM went"):

@@ -29,13 +29,16 @@ from cfsp.checkpoint.own_files import CONFIG_FILE, copy_travelling_files
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor, write_shards
 from cfsp.errors import ExportError
-from cfsp.exports.context import context_limit, head_size, heads_of_blocks, unread_norms
-from cfsp.exports.verification import (
+from cfsp.exports.common import (
     ExportOptions,
     Verification,
     Written,
+    context_limit,
+    head_size,
+    heads_of_blocks,
     logits_of,
     reference_model,
+    unread_norms,
     verified,
 )
 

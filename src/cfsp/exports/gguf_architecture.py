@@ -28,7 +28,7 @@ from torch import Tensor
 from cfsp.checkpoint.config_widths import resized_parts
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError
-from cfsp.exports.context import head_size, heads_of_blocks
+from cfsp.exports.common import head_size, heads_of_blocks
 from cfsp.settings import Budget
 
 _logger = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ from cfsp.checkpoint.own_files import CONFIG_FILE, copy_travelling_files
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import CfspError, ExportError, MissingExtraError, UsageError
-from cfsp.exports.verification import ExportOptions, Written, reference_model, verified
+from cfsp.exports.common import ExportOptions, Written, reference_model, verified
 from cfsp.text.tokenizers import load_tokenizer
 
 _MODEL_FILE = "openvino_model.xml"

@@ -21,7 +21,7 @@ from cfsp.checkpoint.reading import WeightSource, channel_parameters
 from cfsp.checkpoint.skeleton import blocks_of, empty_model
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import UsageError, did_you_mean
-from cfsp.exports.context import head_size
+from cfsp.exports.common import head_size
 
 PHASES = ("prefill", "decode")
 ENGINES = ("transformers", "compile", "llama.cpp")
