@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import cfsp
-from cfsp.checkpoint.llama_cpp_library import llama_cpp_tokens
+from cfsp.checkpoint.llama_cpp import llama_cpp_tokens
 from cfsp.checkpoint.locating import demo_gguf
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError, OutputError, UsageError

@@ -13,7 +13,7 @@ from tokenizers import pre_tokenizers as pre
 from transformers import PreTrainedTokenizerFast
 
 from cfsp.checkpoint.gguf_import import import_gguf
-from cfsp.checkpoint.llama_cpp_library import llama_cpp_tokens
+from cfsp.checkpoint.llama_cpp import llama_cpp_tokens
 from cfsp.checkpoint.pre_tokenizers import BY_NAME, PRE_TOKENIZERS
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError

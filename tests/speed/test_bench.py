@@ -367,7 +367,7 @@ def test_llama_cpp_generates_what_transformers_generates(
 ) -> None:
     pytest.importorskip("llama_cpp_py_sync", reason="the extra `llamacpp` is not installed")
     pytest.importorskip("gguf", reason="the extra `gguf` is not installed")
-    from cfsp.exports.llama_cpp import LlamaCpp
+    from cfsp.checkpoint.llama_cpp import LlamaCpp
 
     directory, file = tiny_checkpoint("llama"), tmp_path / "tiny.gguf"
     arguments = ["--to", "gguf", "--type", "f32", "--out", str(file), "--no-verify"]

@@ -25,9 +25,9 @@ from cfsp.architecture.found import Architecture, Unit
 from cfsp.architecture.model_classes import PRUNED, model_class_of, with_values
 from cfsp.checkpoint.config_blocks import stock_without_blocks
 from cfsp.checkpoint.config_file import read_plain_fields
-from cfsp.checkpoint.config_widths import PRUNED_KEY, stock_config
 from cfsp.checkpoint.modeling_code import FFN_WIDTHS, KV_GROUPS, PER_LAYER_CONFIG, ModelingFile
 from cfsp.checkpoint.own_files import CONFIG_FILE, MODELING_FILE
+from cfsp.checkpoint.skeleton import PRUNED_KEY, stock_config
 from cfsp.checkpoint.text_config import text_config_of, text_fields_of, text_path
 from cfsp.checkpoint.width_keys import WidthSearch, stock_heads
 from cfsp.errors import UnsupportedModelError

@@ -6,8 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from cfsp.checkpoint.config_widths import PRUNED_KEY
-from cfsp.checkpoint.skeleton import build_skeleton
+from cfsp.checkpoint.skeleton import PRUNED_KEY, build_skeleton
 from cfsp.cut.surgery import PrunedSource
 
 if TYPE_CHECKING:

@@ -23,10 +23,10 @@ from transformers import PreTrainedModel
 
 from cfsp.architecture.resizing import Gone
 from cfsp.checkpoint.config_file import read_plain_fields
-from cfsp.checkpoint.config_widths import modeling_file
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.own_files import CONFIG_FILE, copy_travelling_files
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.skeleton import resized_parts
 from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor, write_shards
 from cfsp.errors import ExportError
 from cfsp.exports.common import (
@@ -78,7 +78,7 @@ MLX_LM = Reader("mlx-lm", "mlx_lm.server --model {out}")
 
 def write(reader: Reader, source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     """Write the checkpoint for one reader into a directory; one of a stock class as such."""
-    is_stock = modeling_file(source.config, source.architecture) is None
+    is_stock = not resized_parts(source.config)
     if not is_stock:
         _check_runs(reader, source)
     fields = _stock_fields(reader, source) if is_stock else decilm_config(source)

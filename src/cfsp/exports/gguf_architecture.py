@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfsp.checkpoint.config_widths import resized_parts
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.skeleton import resized_parts
 from cfsp.errors import ExportError
 from cfsp.exports.common import head_size, heads_of_blocks
 from cfsp.settings import Budget

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cfsp.checkpoint.config_widths import stock_config
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.own_files import CONFIG_FILE, copy_travelling_files
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.skeleton import stock_config
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import CfspError, ExportError, MissingExtraError, UsageError
 from cfsp.exports.common import ExportOptions, Written, reference_model, verified

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cfsp.checkpoint.gguf_import import gguf_reader
+from cfsp.checkpoint.llama_cpp import LlamaCpp
 from cfsp.checkpoint.loading import cache_argument, compute_device
 from cfsp.checkpoint.text_config import vocabulary_of
-from cfsp.errors import CheckpointError, ExportError, MissingExtraError
-from cfsp.exports.llama_cpp import LlamaCpp
+from cfsp.errors import CheckpointError, ExportError
 from cfsp.speed.subjects import Subject, build_model
 from cfsp.speed.work import Conditions, Footprint, ModelWork, Timing, Workload
 from cfsp.streaming.decoder_end import text_model
@@ -179,12 +180,8 @@ def random_prompt(vocabulary: int, workload: Workload) -> Tensor:
 
 def gguf_footprint(path: Path) -> Footprint:
     """Return parameters, size and work of a .gguf file, in whatever types it stores."""
+    reader = gguf_reader(path)
     try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise MissingExtraError("reading a .gguf file", "gguf") from error
-    try:
-        reader = GGUFReader(path)
         return Footprint(
             sum(int(tensor.n_elements) for tensor in reader.tensors),
             path.stat().st_size,
