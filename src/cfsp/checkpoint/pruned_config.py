@@ -12,7 +12,6 @@ differs, the stock key says another width than the FFNs have.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from cfsp.checkpoint.config_file import read_plain_fields
 from cfsp.checkpoint.modeling_code import FFN_WIDTHS, KV_GROUPS, PER_LAYER_CONFIG, ModelingFile
 from cfsp.checkpoint.own_files import CONFIG_FILE, MODELING_FILE
 from cfsp.checkpoint.skeleton import PRUNED_KEY, stock_config
-from cfsp.checkpoint.text_config import text_config_of, text_fields_of, text_path
+from cfsp.checkpoint.text_config import text_config_of, text_path
 from cfsp.checkpoint.width_keys import WidthSearch, stock_heads
 from cfsp.errors import UnsupportedModelError
 from cfsp.settings import Part
@@ -64,29 +63,6 @@ def pruned_config(
     return changed
 
 
-def pruned_fields_and_file(
-    fields: dict[str, Any],
-    config: PreTrainedConfig,
-    architecture: Architecture,
-    widths: Sequence[int],
-    removed: Collection[int] = (),
-    experts: int | None = None,
-) -> tuple[dict[str, Any], ModelingFile | None]:
-    """Return config.json and the modelling file that it needs, if any; see `pruned_config`."""
-    changes = _changes(config, architecture, widths, removed, experts)
-    changed = copy.deepcopy(fields)
-    text_fields = text_fields_of(changed, config)
-    # What a class calls a key now may stand there under an older name, and both under one.
-    names = text_config_of(config).attribute_map
-    for key, value in changes.text.items():
-        given = {key, *(old for old, new in names.items() if new == key)} & text_fields.keys()
-        text_fields.update(dict.fromkeys(sorted(given) or [key], value))
-    # The order of what stays is that of the source.
-    whole = changes.whole
-    kept = {k: v for k, v in changed.items() if whole.get(k, v) is not None or v is None}
-    return kept | {k: v for k, v in whole.items() if v is not None}, changes.file
-
-
 def write_config(
     source: Checkpoint,
     target: Path,
@@ -94,14 +70,25 @@ def write_config(
     removed: Collection[int] = (),
     experts: int | None = None,
 ) -> None:
-    """Write config.json of the pruned model and the modelling file it needs, if any."""
+    """Write config.json and the modelling file that it needs, if any; see `pruned_config`."""
+    config = source.config
+    changes = _changes(config, source.architecture, widths, removed, experts)
     fields = read_plain_fields(source.directory)
-    pruned, file = pruned_fields_and_file(
-        fields, source.config, source.architecture, widths, removed, experts
-    )
-    (target / CONFIG_FILE).write_text(json.dumps(pruned, indent=2) + "\n", encoding="utf-8")
-    if file is not None:
-        (target / MODELING_FILE).write_text(file.text, encoding="utf-8")
+    text_fields = fields
+    for name in text_path(config):
+        text_fields = text_fields.setdefault(name, {})
+    # What a class calls a key now may stand there under an older name, and both under one.
+    names = text_config_of(config).attribute_map
+    for key, value in changes.text.items():
+        given = {key, *(old for old, new in names.items() if new == key)} & text_fields.keys()
+        text_fields.update(dict.fromkeys(sorted(given) or [key], value))
+    # The order of what stays is that of the source.
+    whole = changes.whole
+    fields = {k: v for k, v in fields.items() if whole.get(k, v) is not None or v is None}
+    fields |= {k: v for k, v in whole.items() if v is not None}
+    (target / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    if changes.file is not None:
+        (target / MODELING_FILE).write_text(changes.file.text, encoding="utf-8")
 
 
 def check_attentions_can_go_alone(config: PreTrainedConfig, architecture: Architecture) -> None:
@@ -109,7 +96,7 @@ def check_attentions_can_go_alone(config: PreTrainedConfig, architecture: Archit
     layers = [index for index, unit in enumerate(architecture.units) if unit.part == "kv"]
     widths = architecture.widths
     widths[layers[0]] = 0
-    _changes(config, architecture, widths, (), None)
+    pruned_config(config, architecture, widths)
 
 
 @dataclass(frozen=True)

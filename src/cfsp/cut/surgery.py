@@ -10,17 +10,19 @@ in memory at a time, at most the experts of one block.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from cfsp.checkpoint.conversion import meta
 from cfsp.checkpoint.pruned_config import pruned_config
-from cfsp.checkpoint.reading import WeightSource
+from cfsp.checkpoint.reading import LoadedModel, WeightSource
+from cfsp.checkpoint.skeleton import PRUNED_KEY, build_skeleton
 from cfsp.checkpoint.stored_blocks import name_without_blocks, names_without_blocks
 from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import (
@@ -31,6 +33,9 @@ from cfsp.checkpoint.tensor_file import (
     tensor_chunks,
 )
 from cfsp.planning.plan_file import PruningPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 T = TypeVar("T")
 
@@ -184,3 +189,37 @@ class _Changed:
         if name not in self.left:
             self.left = self.make()
         yield from tensor_chunks(self.left.pop(name))
+
+
+def build_pruned_model(
+    source: LoadedModel,
+    plan: PruningPlan,
+    repaired: Mapping[str, FileTensor],
+    facts: dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Return the pruned model that a plan describes.
+
+    `in_features` and `out_features` are right, so PEFT attaches; `save_pretrained` writes what
+    `cfsp prune` writes but for the files that only cfsp reads. What `cfsp inspect` tells of those
+    (`facts`, as JSON types) travels in the config, as `cfsp`.
+
+    The original stays as it is and shares its unpruned tensors.
+    """
+    model, smaller = source.model, PrunedSource(source, plan, repaired)
+    config = smaller.config
+    if facts is not None:
+        setattr(config, PRUNED_KEY, facts)
+    pruned = build_skeleton(config, model.dtype)
+    tensors = {
+        name: smaller.parameter(name)
+        for name in pruned.state_dict()
+        if name in smaller.parameters  # tied weights are not
+    }
+    pruned.load_state_dict(tensors, strict=False, assign=True)
+    pruned.tie_weights()
+    still_empty = [name for name, p in pruned.named_parameters() if p.is_meta]
+    assert not still_empty, still_empty
+    pruned.to(model.device)
+    if model.can_generate():
+        pruned.generation_config = copy.deepcopy(model.generation_config)
+    return pruned
