@@ -214,7 +214,7 @@ def _costs_of(args: argparse.Namespace, results: Results, stays: float) -> list[
 
 def _cache_bytes(model: str | Path) -> float:
     """Return the bytes of keys and values of a token, in 16 bits."""
-    return work_of(open_checkpoint(model), head=False, itemsize=2).cache_bytes
+    return work_of(open_checkpoint(model), itemsize=2).cache_bytes
 
 
 def _timed(args: argparse.Namespace, directories: Sequence[Path]) -> list[dict[str, float]]:

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from cfsp.speed.subjects import SHAPES
 from gpu import TINY, main
+from make_checkpoint import SHAPES
 
 
 @pytest.mark.usefixtures("models_start_quickly")

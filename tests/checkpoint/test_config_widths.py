@@ -29,7 +29,7 @@ def written_and_read(
 
 
 @pytest.mark.parametrize("widths", [[88, 96, 64], [64, 64, 64]])
-def test_what_a_stock_config_says_of_single_blocks_stays(widths: list[int], tmp_path: Path) -> None:
+def test_what_a_stock_config_says_of_single_blocks_stays(widths, tmp_path):
     config = tiny_config("gemma4_text")
     heads = config.to_dict()["per_layer_config"]
     assert heads
@@ -42,9 +42,7 @@ def test_what_a_stock_config_says_of_single_blocks_stays(widths: list[int], tmp_
 
 
 @pytest.mark.parametrize("widths", [[8, 8, 8], [8, 12, 8]])
-def test_ffns_that_nobody_would_take_for_one_are_found_again(
-    widths: list[int], tmp_path: Path
-) -> None:
+def test_ffns_that_nobody_would_take_for_one_are_found_again(widths, tmp_path):
     config = tiny_config("opt")
     assert 2 * max(widths) < config.hidden_size
     _, found = written_and_read(config, widths, tmp_path)

@@ -39,7 +39,7 @@ def make_pair(way: Way, place: Path, tokenizer: Any) -> Pair:
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> dict[str, Pair]:
+def pairs(tmp_path_factory, tokenizer):
     """Give, for every way to quantise, a quantised checkpoint and the plain one."""
     return {
         name: make_pair(way, tmp_path_factory.mktemp("quantised"), tokenizer)
@@ -49,9 +49,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> dict[str,
 
 @pytest.mark.parametrize("at_once", [1 << 24, 300])
 @pytest.mark.parametrize("name", WAYS)
-def test_it_reads_like_the_plain_checkpoint(
-    pairs: dict[str, Pair], name: str, at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_reads_like_the_plain_checkpoint(pairs, name, at_once, monkeypatch):
     monkeypatch.setattr(quantisation, "_VALUES_AT_ONCE", at_once)
     found, expected = Checkpoint(pairs[name].quantised), Checkpoint(pairs[name].plain)
     assert found.specs == expected.specs
@@ -68,9 +66,7 @@ def test_it_reads_like_the_plain_checkpoint(
     assert not hasattr(found.config, "quantization_config")
 
 
-def test_it_is_pruned_like_the_plain_checkpoint(
-    pairs: dict[str, Pair], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_is_pruned_like_the_plain_checkpoint(pairs, text_file, tmp_path, capsys):
     """What is read of the others is the same, so that they need not be pruned, too."""
     asked = ["--data", str(text_file), "--samples", "4", "--seqlen", "32", "--sparsity", "0.25"]
     pair, out = pairs["fp8 experts"], [tmp_path / "found", tmp_path / "expected"]
@@ -91,7 +87,7 @@ def test_it_is_pruned_like_the_plain_checkpoint(
 
 
 @pytest.mark.parametrize("name", ["int-quantized", "mxfp4"])
-def test_it_loads_like_the_plain_checkpoint(pairs: dict[str, Pair], name: str) -> None:
+def test_it_loads_like_the_plain_checkpoint(pairs, name):
     found, expected = cfsp.load(pairs[name].quantised), cfsp.load(pairs[name].plain)
     assert type(found) is type(expected)
     assert not found.training
@@ -120,9 +116,7 @@ WHOLE_BLOCKS = Way(
         (WAYS["mxfp4"], Mxfp4Config),
     ],
 )
-def test_transformers_dequantises_to_the_same(
-    way: Way, config: Any, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_transformers_dequantises_to_the_same(way, config, tokenizer, tmp_path):
     pair = make_pair(way, tmp_path, tokenizer)
     expected = AutoModelForCausalLM.from_pretrained(
         pair.quantised, quantization_config=config(dequantize=True), dtype=torch.bfloat16
@@ -135,9 +129,7 @@ def test_transformers_dequantises_to_the_same(
         assert torch.equal(tensor.to(state[name].dtype), state[name]), name
 
 
-def test_what_is_made_of_it_does_not_say_that_it_is_quantised(
-    pairs: dict[str, Pair], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_made_of_it_does_not_say_that_it_is_quantised(pairs, tmp_path, capsys):
     source = pairs["int-quantized"].quantised
     (source / "quantize_config.json").write_text("{}")
     main(["export", str(source), "--to", "vllm", "--out", str(tmp_path / "exported")])
@@ -153,7 +145,7 @@ def test_what_is_made_of_it_does_not_say_that_it_is_quantised(
     )
 
 
-def test_a_model_in_memory_that_is_quantised_is_refused(pairs: dict[str, Pair]) -> None:
+def test_a_model_in_memory_that_is_quantised_is_refused(pairs):
     model = cfsp.load(pairs["mxfp8"].plain)
     model.config.quantization_config = {"quant_method": "bitsandbytes"}
     with pytest.raises(CheckpointError, match=r"is quantised.*load it with cfsp\.load"):
@@ -189,7 +181,7 @@ INT8: dict[str, Any] = {"num_bits": 8, "type": "int"}
         ({"quant_method": "fp8", "weight_block_size": 128}, "in blocks of 128"),
     ],
 )
-def test_other_ways_are_refused_by_name(config: object, named: str) -> None:
+def test_other_ways_are_refused_by_name(config, named):
     with pytest.raises(CheckpointError) as caught:
         quantisation_in({"quantization_config": config}, "the model")
     message = str(caught.value)
@@ -239,17 +231,13 @@ def changed(source: Path, target: Path, changes: dict[str, torch.Tensor | None])
         ),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(
-    pairs: dict[str, Pair], tmp_path: Path, name: str, changes: Any, said: str
-) -> None:
+def test_parts_that_do_not_fit_are_refused(pairs, tmp_path, name, changes, said):
     with pytest.raises(CheckpointError) as caught:
         Checkpoint(changed(pairs[name].quantised, tmp_path / "model", changes))
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_without_a_dtype_in_the_config_weights_become_bfloat16(
-    pairs: dict[str, Pair], tmp_path: Path
-) -> None:
+def test_without_a_dtype_in_the_config_weights_become_bfloat16(pairs, tmp_path):
     directory = Path(shutil.copytree(pairs["mxfp4"].quantised, tmp_path / "model"))
     fields = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**fields, "dtype": None}))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,9 +17,7 @@ TOKENS = torch.tensor([5, 300, 7, 111, 42, 260, 9, 77])
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
-def test_stock_classes_do_not_read_per_layer_config_yet(
-    tmp_path: Path, tokenizer: Any, name: str
-) -> None:
+def test_stock_classes_do_not_read_per_layer_config_yet(tmp_path, tokenizer, name):
     """Skips while they do not; fails as soon as one does: docs/UPSTREAM.md says what then."""
     source = cut(tiny(name), tokenizer, tmp_path)
     stock_name = source.architecture.class_name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -128,12 +127,7 @@ IN_A_FRESH_PROCESS = [
 
 
 @pytest.fixture(scope="module", params=REMOVALS)
-def case(
-    request: pytest.FixtureRequest,
-    tokenizer: Any,
-    text_file: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Case:
+def case(request, tokenizer, text_file, tmp_path_factory):
     place, removal = tmp_path_factory.mktemp("case"), REMOVALS[request.param]
     dense = tiny_model(removal.model_type, **removal.config)
     generator = torch.Generator().manual_seed(5)

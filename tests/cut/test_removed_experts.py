@@ -109,7 +109,7 @@ def saved(place: Path, name: str, **config: Any) -> Path:
 
 
 @pytest.fixture
-def model_of_experts(tmp_path: Path) -> Path:
+def model_of_experts(tmp_path):
     return saved(tmp_path, "mixtral")
 
 

@@ -35,7 +35,7 @@ TEXTS = [
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("CFSP_CACHE", str(tmp_path / "cache"))
 
 

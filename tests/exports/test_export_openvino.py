@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError, UsageError
 from cfsp.exports.common import logits_of, reference_model
 from cfsp.exports.registry import export
@@ -45,7 +43,7 @@ def test_decodes_as_transformers_does(tmp_path, tokenizer, name):
 
 
 @pytest.fixture(scope="module")
-def llama(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Path]:
+def llama(tokenizer, tmp_path_factory):
     """A checkpoint and its export."""
     directory = tmp_path_factory.mktemp("llama")
     source = cut(build_tiny_model("llama"), tokenizer, directory)

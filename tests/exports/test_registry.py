@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from tiny_models import build_tiny_model
 
 
 @pytest.fixture
-def source(tmp_path: Path, tokenizer: Any) -> Checkpoint:
+def source(tmp_path, tokenizer):
     return cut(build_tiny_model("llama"), tokenizer, tmp_path)
 
 

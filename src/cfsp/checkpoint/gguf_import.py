@@ -140,7 +140,7 @@ def _tie_again(model: PreTrainedModel, path: Path, reader: GGUFReader) -> None:
     apart = _relative_difference(embedding, head)
     if apart > _SAME_MATRIX:
         return
-    bits = {each.name: int(each.n_bytes) / int(each.n_elements) for each in reader.tensors}
+    bits = _bits_per_weight(reader)
     if bits.get(_HEAD, 0) > bits.get(_EMBEDDING, 0):
         embedding.data.copy_(head.data)
     model.config.tie_word_embeddings = True
@@ -153,6 +153,10 @@ def _tie_again(model: PreTrainedModel, path: Path, reader: GGUFReader) -> None:
         model.num_parameters() / 1e6,
         (model.num_parameters() + head.numel()) / 1e6,
     )
+
+
+def _bits_per_weight(reader: GGUFReader) -> dict[str, float]:
+    return {each.name: 8 * int(each.n_bytes) / int(each.n_elements) for each in reader.tensors}
 
 
 def _relative_difference(one_VD: Tensor, other_VD: Tensor) -> float:

@@ -22,7 +22,7 @@ from cfsp.exports.decilm import is_decilm
 from cfsp.progress import item_progress
 from cfsp.result.names import short_names
 from cfsp.speed.process import ModelProcess, model_process
-from cfsp.speed.subjects import ShapedModel, Subject
+from cfsp.speed.subjects import Subject
 from cfsp.speed.work import Conditions, Footprint, Timing, Workload
 
 # With a static cache the second run compiles once more: the cache then exists already.
@@ -130,7 +130,7 @@ class Comparison:
 
 
 def bench(
-    models: str | Path | ShapedModel | Sequence[str | Path | ShapedModel],
+    models: str | Path | Sequence[str | Path],
     *,
     batch: int | Sequence[int] = 1,
     prompt: int | Sequence[int] = 512,
@@ -147,8 +147,8 @@ def bench(
     The processes import the script that calls this: call it under `if __name__ == "__main__":`.
 
     Args:
-        models: one or several: as for prune (for llama.cpp .gguf files only), or shapes
-            (`ShapedModel`); ratios are to the first.
+        models: one or several, as for prune (for llama.cpp .gguf files only); ratios are to the
+            first.
         batch: sequences at once; several are timed one after the other.
         prompt: prompt tokens of each; likewise.
         new_tokens: tokens generated for each; likewise.
@@ -158,7 +158,7 @@ def bench(
             of the processors.
         threads: of each process; None for the engine's own choice.
         device: cpu, cuda, mps or auto.
-        dtype: auto for the model's own, or bfloat16 for a shape.
+        dtype: auto for the model's own.
 
     Returns:
         Sizes, speeds with their ratios round by round, and peak memory; `to_json()` for a file.
@@ -168,31 +168,22 @@ def bench(
         CheckpointError: there is no such model, or it is damaged.
         MissingExtraError: the engine is not installed.
     """
-    if isinstance(models, str | Path | ShapedModel):
-        models = [models]
-    if not models:
+    names = list(map(str, [models] if isinstance(models, str | Path) else models))
+    if not names:
         raise UsageError("expected at least one model to time")
     axes = [(v,) if isinstance(v, int) else tuple(v) for v in (batch, prompt, new_tokens)]
     workloads = [Workload(*values) for values in product(*axes)]
     warmups = _WARMUPS.get(engine, Conditions.warmups)
     conditions = Conditions(engine, warmups, rounds, disturbance, device, dtype, threads)
-    names = [m.label if isinstance(m, ShapedModel) else str(m) for m in models]
     short = short_names(names, least=1)
-    subjects = [
-        Subject(_found_for(engine, model, short[name]), short[name])
-        for model, name in zip(models, names, strict=True)
-    ]
+    subjects = [Subject(_found_for(engine, name, short[name]), short[name]) for name in names]
     return compare_speed(subjects, workloads, conditions)
 
 
-def _found_for(engine: str, model: str | Path | ShapedModel, label: str) -> Path | ShapedModel:
+def _found_for(engine: str, name: str, label: str) -> Path:
     """Return what an engine is given for a model, if it can run that as far as files tell."""
     refused = f"the engine {engine} cannot run {label}"
-    if isinstance(model, ShapedModel):
-        if engine == "llama.cpp":
-            raise UsageError(f"{refused}: a true shape runs in transformers and compile only")
-        return model
-    path = Path(model)
+    path = Path(name)
     if engine == "llama.cpp":  # it reads a .gguf file itself; for others it is converted once
         if path.suffix != ".gguf":
             raise UsageError(
@@ -203,7 +194,7 @@ def _found_for(engine: str, model: str | Path | ShapedModel, label: str) -> Path
                 f"{path} does not exist; make it with: cfsp export DIR --to gguf --out {path}"
             )
         return path
-    path = locate_model(model)
+    path = locate_model(name)
     if is_decilm(path):
         raise UsageError(
             f"{refused}, which is an export for vLLM; time it with vllm bench latency --model "

@@ -80,10 +80,9 @@ class TransformersEngine(Engine):
         self._device = compute_device(conditions.device)
         self._model, self.footprint = build_model(subject, conditions.dtype, self._device)
         self.vocabulary = vocabulary_of(self._model.config)
-        self._head = subject.head
         self._compiled = conditions.engine == "compile"
         self._static: dict[Workload, Any] = {}
-        module = text_model(self._model) if self._head else self._model.base_model
+        module = text_model(self._model)
         self._forward: Callable[..., Any] = (
             torch.compile(module.forward, dynamic=False) if self._compiled else module
         )
@@ -126,12 +125,8 @@ class TransformersEngine(Engine):
             self._cache_argument: self._cache,
             "use_cache": True,
         }
-        if self._head:
-            output = self._forward(**arguments, logits_to_keep=1)
-            return output.logits[:, -1:].argmax(-1)  # type: ignore[no-any-return]
-        self._forward(**arguments)
-        # Without a head any token does: looking up its embedding costs the same.
-        return tokens_BT[:, -1:]
+        output = self._forward(**arguments, logits_to_keep=1)
+        return output.logits[:, -1:].argmax(-1)  # type: ignore[no-any-return]
 
     def _now(self) -> float:
         if self._device.type != "cpu":

@@ -112,7 +112,7 @@ def _receive(connection: Connection) -> Any:
     except (EOFError, ConnectionError) as error:
         raise CfspError(
             "the process that ran the model ended without an answer, most likely for lack of "
-            "memory; bench fewer --blocks or a smaller model"
+            "memory; bench a smaller model"
         ) from error
     if kind is None:
         return answer

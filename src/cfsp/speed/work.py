@@ -94,7 +94,7 @@ class ModelWork:
 
     block_parameters: int  # elements of all matrices in the blocks
     block_bytes: float  # as they are read
-    head_parameters: int  # 0 if it is not timed
+    head_parameters: int
     head_bytes: float
     attention_width: int  # heads times head dimension, summed over the blocks
     cache_bytes: float  # of keys and values of one token in all blocks
@@ -131,13 +131,13 @@ class ModelWork:
 class Footprint:
     """What a model weighs."""
 
-    parameters: int  # of what is timed; tied embeddings count once
+    parameters: int  # tied embeddings count once
     disk_bytes: int  # of the weight files; of the tensors where there is no file
     work: ModelWork
 
 
-def work_of(source: WeightSource, *, head: bool, itemsize: int) -> ModelWork:
-    """Return the work of a transformers model, with or without its head, from config and shapes.
+def work_of(source: WeightSource, itemsize: int) -> ModelWork:
+    """Return the work of a transformers model, from config and shapes.
 
     An element has `itemsize` bytes, in weights and cache.
     """
@@ -157,7 +157,7 @@ def work_of(source: WeightSource, *, head: bool, itemsize: int) -> ModelWork:
     if (routed := next((unit for unit in source.units if unit.routed), None)) is not None:
         blocks = blocks_of(empty_model(source.config), source.architecture)
         share = experts_per_token(config, blocks, routed) / routed.ffns
-    head_parameters = config.vocab_size * config.hidden_size if head else 0
+    head_parameters = config.vocab_size * config.hidden_size
     width, cache_width = _attention_of(config)
     attentions = _attentions(config, source)
     return ModelWork(
