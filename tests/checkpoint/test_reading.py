@@ -126,15 +126,6 @@ def test_types_that_transformers_does_not_know_are_refused(copy):
         Checkpoint(copy)
 
 
-def with_foreign_code(directory: Path) -> None:
-    edit_config(directory, auto_map={"AutoModelForCausalLM": "modeling_x.X"})
-    (directory / "modeling_x.py").write_text("raise SystemExit('the code was run')")
-
-
-def rename(directory: Path, new: str) -> None:
-    (directory / "model.safetensors").rename(directory / new)
-
-
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -144,14 +135,9 @@ def rename(directory: Path, new: str) -> None:
         ),
         *(
             (lambda at, text=text: (at / "config.json").write_text(text), "config.json")
-            for text in ("", "[]", "{}", '{"model_type": ["llama"]}', "\x00")
+            for text in ("", "{}", '{"model_type": ["llama"]}', "\x00")
         ),
-        (with_foreign_code, "brings its own modelling code"),
-        (
-            lambda at: rename(at, "pytorch_model.bin"),
-            "pytorch_model.bin, a pickle, which can run code); save the model as safetensors",
-        ),
-        (lambda at: rename(at, "model"), "has no model.safetensors"),
+        (lambda at: (at / "model.safetensors").unlink(), "has no model.safetensors"),
         (lambda at: edit_config(at, num_hidden_layers=5), "model.layers.3.mlp"),
     ],
 )
@@ -160,17 +146,10 @@ def test_damage_is_named(copy, damage, said):
     assert said in refused(copy)
 
 
-@pytest.mark.parametrize(
-    ("index", "expected"),
-    [
-        ("[]", "not a checkpoint index"),
-        ('{"weight_map": {"a": "model-1.safetensors"}}', "model-1.safetensors, which is missing"),
-        ('{"weight_map": {"phantom": "weights.safetensors"}}', "phantom, which no shard holds"),
-    ],
-)
-def test_damaged_index(indexed, index, expected):
-    (indexed / "model.safetensors.index.json").write_text(index)
-    assert expected in refused(indexed)
+def test_an_index_of_what_no_shard_holds_is_damaged(indexed):
+    index = {"weight_map": {"phantom": "weights.safetensors"}}
+    (indexed / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "phantom, which no shard holds" in refused(indexed)
 
 
 def test_tensor_in_two_shards(indexed):

@@ -176,21 +176,21 @@ def _of_ffns(
 
     `would_load` says that the stock class builds all else, although it must not.
     """
-    search = WidthSearch.of(stock, architecture)
-    stock_values = search.stock_values(architecture, widths)
+    search = WidthSearch(stock, architecture)
+    stock_values = search.stock_values(widths)
     would_load = would_load and stock_values is not None
     if stock_values is not None and not would_load:
         return _Changes(stock_values, {}), None
     key = _per_layer_key(search, architecture)
     value = max(widths) * (2 if would_load else 1)
-    if key is not None and search.finds_units({key: value}, architecture):
+    if key is not None and search.finds_units({key: value}):
         digits = len(str(len(widths) - 1))
         per_layer = {str(i).zfill(digits): {key: width} for i, width in enumerate(widths)}
         return _Changes({key: value}, {PER_LAYER_CONFIG: per_layer}), key
     by_place = {FFN_WIDTHS: _by_place(architecture.units, widths)}
     if not would_load:
         return _Changes({}, by_place), None
-    if wrong := search.wrong_value(architecture, widths):
+    if wrong := search.wrong_value(widths):
         return _Changes(wrong, by_place), None
     return _Changes(stock_values or {}, {}), None
 

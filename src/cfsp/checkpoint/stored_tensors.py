@@ -171,8 +171,6 @@ class StoredTensors:
             return whole if expert is None else whole[expert]
         place_of, shape = conversion.placed
         if expert is not None:
-            if not all(isinstance(place[0], int) for place in place_of.values()):
-                return self.assemble(parameter, read)[expert]
             place_of = {name: place[1:] for name, place in place_of.items() if place[0] == expert}
             shape = shape[1:]
         found: Tensor | None = None
