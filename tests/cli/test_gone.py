@@ -17,6 +17,7 @@ ASKING = {
     "self": "prune {model} --sparsity 0.2 --data self --out smaller",
     "png": "report smaller --png charts",
     "vllm": "bench copy --engine vllm",
+    "compile": "bench copy --engine compile",
     "shape": "bench --shape llama-2-7b",
     "openvino": "bench copy --engine openvino",
     "sglang": "export pruned --to sglang --out copy",

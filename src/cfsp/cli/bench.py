@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cfsp.speed.bench import Speed
 
 # Spelled out here, because their home is imported with torch; a test compares.
-ENGINES = ("transformers", "compile", "llama.cpp")
+ENGINES = ("transformers", "llama.cpp")
 
 
 def add_options_to(parser: Parser) -> None:

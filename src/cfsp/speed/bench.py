@@ -25,8 +25,6 @@ from cfsp.speed.process import ModelProcess, model_process
 from cfsp.speed.subjects import Subject
 from cfsp.speed.work import Conditions, Footprint, Timing, Workload
 
-# With a static cache the second run compiles once more: the cache then exists already.
-_WARMUPS = {"compile": 3}
 # For how long rounds that other programs disturb are measured again, all workloads together.
 PATIENCE_SECONDS = 30.0
 # Which fraction of the processors others may take where a ratio is still said.
@@ -46,7 +44,6 @@ class Speed:
     ratios: tuple[float, ...]  # to the first model in the same round
     # What the models' sizes promise: FLOPs for prefill, bytes for decoding; NaN if unknown.
     ideal_ratio: float
-    first_run_seconds: float = math.nan
     too_busy: bool = False  # other programs took so much meanwhile that the ratios say nothing
 
     @property
@@ -97,9 +94,6 @@ class ModelSpeed:
                 {
                     **vars(workload),
                     "seconds_to_first_token": round(median(speeds["prefill"].seconds), 5),
-                    "first_run_seconds": {
-                        phase: round(speed.first_run_seconds, 4) for phase, speed in speeds.items()
-                    },
                     **{phase: speed.to_json() for phase, speed in speeds.items()},
                 }
                 for workload, speeds in self.speeds.items()
@@ -152,7 +146,7 @@ def bench(
         batch: sequences at once; several are timed one after the other.
         prompt: prompt tokens of each; likewise.
         new_tokens: tokens generated for each; likewise.
-        engine: transformers, compile or llama.cpp.
+        engine: transformers or llama.cpp.
         rounds: timed runs of each model.
         disturbance: a round is measured again while other programs take more than this fraction
             of the processors.
@@ -173,8 +167,7 @@ def bench(
         raise UsageError("expected at least one model to time")
     axes = [(v,) if isinstance(v, int) else tuple(v) for v in (batch, prompt, new_tokens)]
     workloads = [Workload(*values) for values in product(*axes)]
-    warmups = _WARMUPS.get(engine, Conditions.warmups)
-    conditions = Conditions(engine, warmups, rounds, disturbance, device, dtype, threads)
+    conditions = Conditions(engine, Conditions.warmups, rounds, disturbance, device, dtype, threads)
     short = short_names(names, least=1)
     subjects = [Subject(_found_for(engine, name, short[name]), short[name]) for name in names]
     return compare_speed(subjects, workloads, conditions)
@@ -207,7 +200,7 @@ def compare_speed(
     subjects: Sequence[Subject], workloads: Sequence[Workload], conditions: Conditions
 ) -> Comparison:
     """Time models against each other, each in a process of its own; ratios are to the first."""
-    timed: dict[Workload, list[_Round]] = {}  # the first warm-up, then the rounds
+    timed: dict[Workload, list[_Round]] = {}
     given_up: dict[Workload, int] = {}
     disturbance: dict[Workload, float] = {}
     with ExitStack() as stack:
@@ -215,17 +208,16 @@ def compare_speed(
         total = len(workloads) * (conditions.warmups + conditions.rounds)
         bar = stack.enter_context(item_progress("bench", total, "round"))
         for workload in workloads:
-            warmups = []
             for _ in range(conditions.warmups):
-                warmups.append([process.run(workload) for process in processes])
+                for process in processes:
+                    process.run(workload)
                 bar.update()
             patience = PATIENCE_SECONDS / len(workloads)
-            rounds, given_up[workload] = _rounds(
+            timed[workload], given_up[workload] = _rounds(
                 processes, workload, conditions, patience, bar.update
             )
-            timed[workload] = [warmups[0], *rounds]
             disturbance[workload] = median(
-                each.disturbance for timings in rounds for each in timings
+                timing.disturbance for timings in timed[workload] for timing in timings
             )
         most = max(_TOO_BUSY, conditions.disturbance)
         busy = {workload: share > most for workload, share in disturbance.items()}
@@ -280,7 +272,7 @@ def _speeds(
     timed: Sequence[_Round],
     too_busy: bool,
 ) -> dict[str, Speed]:
-    """Return the speed of one of the models in each phase, from the first run and the rounds."""
+    """Return the speed of one of the models in each phase."""
     first, own = (processes[i].footprint.work for i in (0, number))
     phases = {
         "prefill": (workload.prompt, first.prefill_flops(workload) / own.prefill_flops(workload)),
@@ -288,11 +280,7 @@ def _speeds(
     }
     found = {}
     for phase, (tokens, ideal_ratio) in phases.items():
-        of_first, (first_run, *seconds) = (
-            [getattr(each[i], phase) for each in timed] for i in (0, number)
-        )
-        ratios = tuple(one / other for one, other in zip(of_first[1:], seconds, strict=True))
-        found[phase] = Speed(
-            workload.batch * tokens, tuple(seconds), ratios, ideal_ratio, first_run, too_busy
-        )
+        of_first, seconds = (tuple(getattr(each[i], phase) for each in timed) for i in (0, number))
+        ratios = tuple(one / other for one, other in zip(of_first, seconds, strict=True))
+        found[phase] = Speed(workload.batch * tokens, seconds, ratios, ideal_ratio, too_busy)
     return found

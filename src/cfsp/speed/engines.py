@@ -1,4 +1,4 @@
-"""What runs a model: transformers (eager, growing cache), torch.compile (static cache), llama.cpp.
+"""What runs a model: transformers (eager, growing cache), or llama.cpp.
 
 Shapes: B sequences, P prompt tokens, T tokens at once, N new tokens, L blocks.
 """
@@ -8,10 +8,9 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +24,6 @@ from cfsp.errors import CheckpointError, ExportError
 from cfsp.speed.subjects import Subject, build_model
 from cfsp.speed.work import Conditions, Footprint, ModelWork, Timing, Workload
 from cfsp.streaming.decoder_end import text_model
-
-if TYPE_CHECKING:
-    from transformers import Cache
 
 # llama.cpp keeps keys and values in F16 unless told otherwise.
 _CACHE_ITEMSIZE = 2
@@ -72,7 +68,7 @@ class Engine(ABC):
 
 
 class TransformersEngine(Engine):
-    """A transformers model, as it is or compiled."""
+    """A transformers model, eager, with a growing cache."""
 
     def __init__(self, subject: Subject, conditions: Conditions) -> None:
         if conditions.threads is not None:
@@ -80,15 +76,10 @@ class TransformersEngine(Engine):
         self._device = compute_device(conditions.device)
         self._model, self.footprint = build_model(subject, conditions.dtype, self._device)
         self.vocabulary = vocabulary_of(self._model.config)
-        self._compiled = conditions.engine == "compile"
-        self._static: dict[Workload, Any] = {}
-        module = text_model(self._model)
-        self._forward: Callable[..., Any] = (
-            torch.compile(module.forward, dynamic=False) if self._compiled else module
-        )
-        self._cache_argument = cache_argument(module)
+        self._forward: Any = text_model(self._model)
+        self._cache_argument = cache_argument(self._forward)
         self.facts = {
-            "engine": "torch.compile, static cache" if self._compiled else "transformers, eager",
+            "engine": "transformers, eager",
             "torch": torch.__version__,
             "dtype": str(self._model.dtype).removeprefix("torch."),
             "device": str(self._device),
@@ -103,18 +94,9 @@ class TransformersEngine(Engine):
         return int(torch.accelerator.max_memory_allocated(self._device))
 
     def _prepare(self, workload: Workload) -> None:
-        from transformers import DynamicCache, StaticCache
+        from transformers import DynamicCache
 
-        self._position = 0
-        self._cache: Cache
-        if not self._compiled:
-            self._cache = DynamicCache(config=self._model.config)
-            return
-        if workload not in self._static:
-            length = workload.prompt + workload.new_tokens
-            self._static[workload] = StaticCache(config=self._model.config, max_cache_len=length)
-        self._cache = self._static[workload]
-        self._cache.reset()
+        self._position, self._cache = 0, DynamicCache(config=self._model.config)
 
     def _step(self, tokens_BT: Tensor) -> Tensor:
         tokens_BT = tokens_BT.to(self._device)

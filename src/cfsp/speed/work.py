@@ -24,7 +24,7 @@ from cfsp.errors import UsageError, did_you_mean
 from cfsp.exports.common import head_size
 
 PHASES = ("prefill", "decode")
-ENGINES = ("transformers", "compile", "llama.cpp")
+ENGINES = ("transformers", "llama.cpp")
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Conditions:
     """How to measure."""
 
     engine: str = "transformers"  # one of `ENGINES`
-    warmups: int = 2  # untimed runs of each workload before the rounds; their first is reported
+    warmups: int = 2  # untimed runs of each workload before the rounds
     rounds: int = 7  # timed runs of each model, in turns
     # A round is measured again, for half a minute in all, while other programs take more than this
     # fraction of the processors.
     disturbance: float = 0.05
-    # As for prune; of the engines transformers and compile only.
+    # As for prune; of the engine transformers only.
     device: str = "cpu"
     dtype: str = "auto"
     threads: int | None = None  # of each process; None for the engine's own choice
