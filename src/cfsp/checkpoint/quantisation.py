@@ -11,7 +11,7 @@ Shapes: E experts, O outputs, I inputs, G groups of inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from math import ceil
 from typing import Any
@@ -81,10 +81,6 @@ class DequantisedTensor:
 
 # A tensor of a checkpoint; nothing is read before it is asked for.
 StoredTensor = FileTensor | DequantisedTensor
-
-
-class _ImpossiblePartsError(Exception):
-    """The parts do not fit each other; says what was expected and found."""
 
 
 class _NotUndoneError(Exception):
@@ -164,41 +160,42 @@ def _grid(scale: tuple[int, ...], axes: int) -> tuple[int, ...]:
     return (*scale, *(1,) * (axes - len(scale)))
 
 
-def _impossible(part: FileTensor, expected: str) -> _ImpossiblePartsError:
+def _impossible(part: FileTensor, expected: str) -> CheckpointError:
     dtype = str(part.spec.dtype).removeprefix("torch.")
     shape = list(part.spec.shape)
-    return _ImpossiblePartsError(f"{part.name} is {dtype} of shape {shape}, expected {expected}")
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How one weight is stored: parts are known by what their names end with."""
-
-    values: str  # ends the name of the part with the values, and is not in the weight's
-    scale: str  # ends that of its scale
-    dtypes: tuple[torch.dtype, ...]  # of the values
-    # Takes the parts, of which nothing is read yet, and the dtype of the plain tensor.
-    dequantise: Callable[[Parts, torch.dtype], DequantisedTensor]
+    return CheckpointError(
+        f"{part.path}: {part.name} is {dtype} of shape {shape}, expected {expected}; {AGAIN}"
+    )
 
 
 @dataclass(frozen=True)
 class Quantisation:
-    """How the weights of a checkpoint are quantised; `method` is what transformers calls it."""
+    """How the weights of a checkpoint are quantised: parts are known by what their names end with.
 
-    method: str
-    packing: Packing = field(repr=False)
+    `dequantise` takes the parts, of which nothing is read yet, and the dtype of the plain tensor.
+    """
 
-
-def _scaled(scale: str, dtypes: tuple[torch.dtype, ...], block: tuple[int, int]) -> Packing:
-    return Packing("", scale, dtypes, partial(_from_scaled, scale=scale, block=block))
-
-
-def _of_fp8(scale: str, block: tuple[int, int], described: Mapping[str, Any]) -> Packing:
-    return _scaled(scale, _FP8, _block(described.get("weight_block_size") or block))
+    method: str  # as transformers calls it
+    values: str  # ends the name of the part with the values, and is not in the weight's
+    scale: str  # ends that of its scale
+    dtypes: tuple[torch.dtype, ...]  # of the values
+    dequantise: Callable[[Parts, torch.dtype], DequantisedTensor]
 
 
-def _of_compressed_tensors(described: Mapping[str, Any]) -> Packing:
-    method = "compressed-tensors"
+def _scaled(
+    method: str, scale: str, dtypes: tuple[torch.dtype, ...], block: tuple[int, int]
+) -> Quantisation:
+    dequantise = partial(_from_scaled, scale=scale, block=block)
+    return Quantisation(method, "", scale, dtypes, dequantise)
+
+
+def _of_fp8(
+    scale: str, block: tuple[int, int], method: str, described: Mapping[str, Any]
+) -> Quantisation:
+    return _scaled(method, scale, _FP8, _block(described.get("weight_block_size") or block))
+
+
+def _of_compressed_tensors(method: str, described: Mapping[str, Any]) -> Quantisation:
     groups = [each for each in _dict(described.get("config_groups")).values() if _dict(each)]
     for name in (described.get("format"), *(group.get("format") for group in groups)):
         if name is not None and name not in _COMPRESSED_FORMATS:
@@ -212,7 +209,8 @@ def _of_compressed_tensors(described: Mapping[str, Any]) -> Packing:
     blocks |= {(1, _size(each["group_size"])) for each in weights if each.get("group_size")}
     if len(blocks) > 1:
         raise _NotUndoneError(f"{method}, in several ways at once")
-    return _scaled("_scale", (*_FP8, torch.int8), blocks.pop() if blocks else (1, 1))
+    block = blocks.pop() if blocks else (1, 1)
+    return _scaled(method, "_scale", (*_FP8, torch.int8), block)
 
 
 def _block(size: object) -> tuple[int, int]:
@@ -232,11 +230,13 @@ def _dict(value: object) -> dict[str, Any]:
 
 
 # How weights are stored by what a config says of a method; others are not undone.
-_METHODS: dict[str, Callable[[Mapping[str, Any]], Packing]] = {
+_METHODS: dict[str, Callable[[str, Mapping[str, Any]], Quantisation]] = {
     "fp8": partial(_of_fp8, "_scale_inv", (1, 1)),
     "mxfp8": partial(_of_fp8, "_scale_inv", (1, 32)),
     "fbgemm_fp8": partial(_of_fp8, "_scale", (1, 1)),
-    "mxfp4": lambda said: Packing("_blocks", "_scales", (torch.uint8,), _from_mxfp4),
+    "mxfp4": lambda method, _: Quantisation(
+        method, "_blocks", "_scales", (torch.uint8,), _from_mxfp4
+    ),
     "compressed-tensors": _of_compressed_tensors,
 }
 
@@ -252,7 +252,7 @@ def quantisation_in(fields: Mapping[str, Any], label: str) -> Quantisation | Non
     try:
         if method not in _METHODS:
             raise _NotUndoneError(method)
-        return Quantisation(method, _METHODS[method](described))
+        return _METHODS[method](method, described)
     except _NotUndoneError as error:
         what = " ".join(str(error).split())[:80]
         raise CheckpointError(
@@ -279,28 +279,24 @@ def dequantised(
 
     What is not quantised stays as it is stored; the rest becomes `dtype`.
     """
-    packing = how.packing
     plain: dict[str, StoredTensor] = {}
     taken: set[str] = set()
     for name, tensor in tensors.items():
-        of_another = name.endswith((packing.scale, "_zero_point"))
-        is_one = name.endswith(packing.values) and tensor.spec.dtype in packing.dtypes
+        of_another = name.endswith((how.scale, "_zero_point"))
+        is_one = name.endswith(how.values) and tensor.spec.dtype in how.dtypes
         if of_another or not is_one:
             plain[name] = tensor
             continue
-        weight = name.removesuffix(packing.values)
-        if weight + packing.scale not in tensors:
+        weight = name.removesuffix(how.values)
+        if weight + how.scale not in tensors:
             raise CheckpointError(
-                f"{label} lacks the tensor {weight}{packing.scale}, the scale of {name}; {AGAIN}"
+                f"{label} lacks the tensor {weight}{how.scale}, the scale of {name}; {AGAIN}"
             )
-        endings = (packing.values, packing.scale, "_zero_point")
+        endings = (how.values, how.scale, "_zero_point")
         parts = {
             ending: tensors[weight + ending] for ending in endings if weight + ending in tensors
         }
-        try:
-            plain[weight] = packing.dequantise(parts, dtype)
-        except _ImpossiblePartsError as error:
-            raise CheckpointError(f"{label}: {error}; {AGAIN}") from None
+        plain[weight] = how.dequantise(parts, dtype)
         taken |= {part.name for part in parts.values()} - {weight}
         for ending in _OF_ACTIVATIONS:
             taken |= {weight.removesuffix("weight") + ending, f"{weight}_{ending}"}
@@ -316,9 +312,8 @@ def dequantised(
 
 def _check_is_plain(tensors: Mapping[str, StoredTensor], how: Quantisation, label: str) -> None:
     """Check that nothing quantised is left, and no scale of something that is not."""
-    scale = how.packing.scale
     for name, tensor in tensors.items():
-        owner = name.removesuffix(scale)
+        owner = name.removesuffix(how.scale)
         if owner != name and owner in tensors:
             found = str(tensors[owner].spec.dtype).removeprefix("torch.")
             raise CheckpointError(

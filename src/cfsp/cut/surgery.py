@@ -11,8 +11,7 @@ in memory at a time, at most the experts of one block.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -153,42 +152,31 @@ class PrunedSource(WeightSource):
             for origin in self._origin.values()
             for name in source.stored.sources(origin)
         }
-        changed: dict[str, _Changed] = {}
+        specs_of_changed: dict[str, dict[str, TensorSpec]] = {}
+        # What shares stored tensors is made anew together, when the first of them is written.
+        made: dict[str, Tensor] = {}
+
+        def chunks(name: str, origins: Sequence[str]) -> Iterator[memoryview]:
+            if name not in made:
+                values = {origin: self._value(origin) for origin in origins}
+                made.update(source.stored.as_stored(values, self.config))
+            yield from tensor_chunks(made.pop(name))
+
         for name, new in self._names.items():
             origins = source.stored.made_with(origin_of[name]) if name in origin_of else []
             if not any(map(self._changes, origins)):
                 yield OutgoingTensor(new, source.specs[name], partial(source.chunks, name))
                 continue
-            if origins[0] not in changed:
-                specs = {origin: self._spec(origin) for origin in origins}
-                empty = source.stored.as_stored(meta(specs, origins), self.config)
-                make = partial(self._values_as_stored, origins)
-                changed[origins[0]] = _Changed(specs_of(empty), make)
-            group = changed[origins[0]]
-            if name in group.specs:  # else of an expert too many
-                yield OutgoingTensor(new, group.specs[name], partial(group.chunks, name))
+            if origins[0] not in specs_of_changed:
+                empty = meta({origin: self._spec(origin) for origin in origins}, origins)
+                specs = specs_of(source.stored.as_stored(empty, self.config))
+                specs_of_changed[origins[0]] = specs
+            specs = specs_of_changed[origins[0]]
+            if name in specs:  # else of an expert too many
+                yield OutgoingTensor(new, specs[name], partial(chunks, name, origins))
 
     def _changes(self, origin: str) -> bool:
         return origin in self._repaired or self._spec(origin) != self._source.parameters[origin]
-
-    def _values_as_stored(self, origins: Sequence[str]) -> dict[str, Tensor]:
-        values = {origin: self._value(origin) for origin in origins}
-        return self._source.stored.as_stored(values, self.config)
-
-
-@dataclass
-class _Changed:
-    """Stored tensors that are made anew together, when the first of them is written."""
-
-    specs: Mapping[str, TensorSpec]  # by their names in the source
-    make: Callable[[], dict[str, Tensor]]
-    left: dict[str, Tensor] = field(default_factory=dict)
-
-    def chunks(self, name: str) -> Iterator[memoryview]:
-        """Yield the raw bytes of one of them."""
-        if name not in self.left:
-            self.left = self.make()
-        yield from tensor_chunks(self.left.pop(name))
 
 
 def build_pruned_model(
