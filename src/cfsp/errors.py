@@ -129,7 +129,7 @@ GONE_TEXTS = {
 GONE = {
     "openvino": "bench by OpenVINO went; its export stays: time that with OpenVINO's own tools",
     "vllm": "bench by vLLM went; its export stays: time that with vllm bench latency --model DIR",
-    "compile": "bench by torch.compile went: nobody had timed with it; vllm bench latency does",
+    "compile": "bench by torch.compile went, because nobody timed with it: use vllm bench latency",
     "shape": "bench --shape went: benchmarks/make_checkpoint.py --shape NAME writes such a model",
     "sglang": "the target sglang went, because nobody had run it; use --to vllm or --to gguf",
     "tensorrt-llm": "the target tensorrt-llm went, because nobody had run it; use --to gguf",
