@@ -199,7 +199,11 @@ def test_bench_times_every_combination(asked, tiny_checkpoint):
     assert asked[1][2].warmups == 2
 
 
-def test_bench_takes_a_gguf_file_as_prune_does(asked, monkeypatch, tmp_path):
+def test_bench_takes_names_as_prune_does(asked, monkeypatch, tmp_path):
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    bench(Path("demo"))  # of that name, and not the demo's model
+    assert asked[-1][0] == [Subject(Path("demo"), "demo")]
     converted, file = tmp_path / "converted", tmp_path / "a.gguf"
     file.touch()
     monkeypatch.setattr("cfsp.speed.bench.locate_model", lambda name: converted)

@@ -162,21 +162,22 @@ def bench(
         CheckpointError: there is no such model, or it is damaged.
         MissingExtraError: the engine is not installed.
     """
-    names = list(map(str, [models] if isinstance(models, str | Path) else models))
-    if not names:
+    models = [models] if isinstance(models, str | Path) else models
+    if not models:
         raise UsageError("expected at least one model to time")
     axes = [(v,) if isinstance(v, int) else tuple(v) for v in (batch, prompt, new_tokens)]
     workloads = [Workload(*values) for values in product(*axes)]
     conditions = Conditions(engine, Conditions.warmups, rounds, disturbance, device, dtype, threads)
-    short = short_names(names, least=1)
-    subjects = [Subject(_found_for(engine, name, short[name]), short[name]) for name in names]
+    short = short_names(list(map(str, models)), least=1)
+    labelled = [(each, short[str(each)]) for each in models]
+    subjects = [Subject(_found_for(engine, each, label), label) for each, label in labelled]
     return compare_speed(subjects, workloads, conditions)
 
 
-def _found_for(engine: str, name: str, label: str) -> Path:
+def _found_for(engine: str, model: str | Path, label: str) -> Path:
     """Return what an engine is given for a model, if it can run that as far as files tell."""
     refused = f"the engine {engine} cannot run {label}"
-    path = Path(name)
+    path = Path(model)
     if engine == "llama.cpp":  # it reads a .gguf file itself; for others it is converted once
         if path.suffix != ".gguf":
             raise UsageError(
@@ -187,7 +188,7 @@ def _found_for(engine: str, name: str, label: str) -> Path:
                 f"{path} does not exist; make it with: cfsp export DIR --to gguf --out {path}"
             )
         return path
-    path = locate_model(name)
+    path = locate_model(model)
     if is_decilm(path):
         raise UsageError(
             f"{refused}, which is an export for vLLM; time it with vllm bench latency --model "
