@@ -206,7 +206,8 @@ def _of_compressed_tensors(method: str, described: Mapping[str, Any]) -> Quantis
         raise _NotUndoneError(f"{method}, transformed")
     weights = [_dict(group.get("weights")) for group in groups]
     blocks = {_block(each["block_structure"]) for each in weights if each.get("block_structure")}
-    blocks |= {(1, _size(each["group_size"])) for each in weights if each.get("group_size")}
+    sizes = [each.get("group_size") for each in weights]
+    blocks |= {(1, _size(size)) for size in sizes if size not in (None, 0, -1)}
     if len(blocks) > 1:
         raise _NotUndoneError(f"{method}, in several ways at once")
     block = blocks.pop() if blocks else (1, 1)
