@@ -126,6 +126,11 @@ def test_types_that_transformers_does_not_know_are_refused(copy):
         Checkpoint(copy)
 
 
+def with_foreign_code(directory: Path) -> None:
+    edit_config(directory, auto_map={"AutoModelForCausalLM": "modeling_x.X"})
+    (directory / "modeling_x.py").write_text("raise SystemExit('the code was run')")
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -137,6 +142,7 @@ def test_types_that_transformers_does_not_know_are_refused(copy):
             (lambda at, text=text: (at / "config.json").write_text(text), "config.json")
             for text in ("", "{}", '{"model_type": ["llama"]}', "\x00")
         ),
+        (with_foreign_code, "brings its own modelling code"),
         (lambda at: (at / "model.safetensors").unlink(), "has no model.safetensors"),
         (lambda at: edit_config(at, num_hidden_layers=5), "model.layers.3.mlp"),
     ],
