@@ -144,6 +144,10 @@ def with_foreign_code(directory: Path) -> None:
         ),
         (with_foreign_code, "brings its own modelling code"),
         (lambda at: (at / "model.safetensors").unlink(), "has no model.safetensors"),
+        (
+            lambda at: (at / "model.safetensors").rename(at / "pytorch_model.bin"),
+            "pytorch_model.bin, a pickle, which can run code); save the model as safetensors",
+        ),
         (lambda at: edit_config(at, num_hidden_layers=5), "model.layers.3.mlp"),
     ],
 )
