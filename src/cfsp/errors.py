@@ -128,6 +128,9 @@ GONE_TEXTS = {
 }
 GONE = {
     "openvino": "bench by OpenVINO went; its export stays: time that with OpenVINO's own tools",
+    "vllm": "bench by vLLM went; its export stays: time that with vllm bench latency --model DIR",
+    "compile": "bench by torch.compile went, because nobody timed with it: use vllm bench latency",
+    "shape": "bench --shape went: benchmarks/make_checkpoint.py --shape NAME writes such a model",
     "sglang": "the target sglang went, because nobody had run it; use --to vllm or --to gguf",
     "tensorrt-llm": "the target tensorrt-llm went, because nobody had run it; use --to gguf",
     "padded": "the padded copy went: prune with --widths equal, which stock classes run as it is",

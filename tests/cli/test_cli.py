@@ -165,7 +165,7 @@ def test_help_fits_a_screen_and_help_all_names_the_rest(
     assert command not in ("prune", "recover", "sweep") or "\nwindows=... " in long
     positional = {
         "eval": "MODEL ...",
-        "bench": "[MODEL ...]",
+        "bench": "MODEL ...",
         "sweep": "[MODEL]",
         "push": "DIR REPO",
     }

@@ -16,6 +16,9 @@ from cfsp.errors import GONE, GONE_TEXTS, UsageError
 ASKING = {
     "self": "prune {model} --sparsity 0.2 --data self --out smaller",
     "png": "report smaller --png charts",
+    "vllm": "bench copy --engine vllm",
+    "compile": "bench copy --engine compile",
+    "shape": "bench --shape llama-2-7b",
     "openvino": "bench copy --engine openvino",
     "sglang": "export pruned --to sglang --out copy",
     "tensorrt-llm": "export pruned --to tensorrt-llm --out copy",

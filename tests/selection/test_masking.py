@@ -18,7 +18,7 @@ from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Removal
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of
-from cfsp.cut.in_memory import build_pruned_model
+from cfsp.cut.surgery import build_pruned_model
 from cfsp.errors import UnsupportedModelError
 from cfsp.planning.candidate import NOTHING, Droppable, Dropped
 from cfsp.quality.perplexity import perplexity
@@ -47,7 +47,7 @@ def test_the_masked_loss_is_that_of_the_pruned_model(name):
         source, [tuple(every[0][::3]), tuple(every[1]), tuple(every[2][::2])], NOTHING
     )
     dense = math.log(perplexity(model, windows).value)
-    pruned = build_pruned_model(model, source, plan, {})
+    pruned = build_pruned_model(source, plan, {})
     expected = math.log(perplexity(pruned, windows).value)
     found = masked_loss(LoadedModel(model), model, plan, windows)
     assert found == pytest.approx(expected, abs=1e-5)

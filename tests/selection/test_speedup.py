@@ -185,7 +185,7 @@ def test_a_speedup_beyond_all_sizes_is_refused_before_any_work(prune, phase, mon
 
 def test_the_most_that_sizes_allow_is_the_ratio_of_work(model):
     source = open_checkpoint(model)
-    before = work_of(source, head=True, itemsize=4)
+    before = work_of(source, itemsize=4)
     left = before.block_parameters - BLOCKS * 3 * 32 * (WIDTH - 8)
     after = replace(before, block_parameters=left, block_bytes=4 * left)
     bytes_ratio = before.decode_bytes(WORKLOAD) / after.decode_bytes(WORKLOAD)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from cfsp.checkpoint.config_widths import PRUNED_KEY
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
+from cfsp.checkpoint.skeleton import PRUNED_KEY
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.result.conditions import perplexities
 from cfsp.result.facts import what_went

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfsp.checkpoint.links import check_links
+from cfsp.checkpoint.own_files import check_links
 from cfsp.errors import CfspError, OutputError, UsageError, first_line
 
 # Weights, or what stands for them, of the layouts that prune, recover and export write.

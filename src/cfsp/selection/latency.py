@@ -196,7 +196,7 @@ def most_speedup(
     smallest = LoadedModel(build_skeleton(config, runtime.dtype))
 
     def amount(each: WeightSource, *, blocks: float = 1.0) -> float:
-        work = work_of(each, head=True, itemsize=runtime.dtype.itemsize)
+        work = work_of(each, runtime.dtype.itemsize)
         if phase == "decode":
             whole, head = work.decode_bytes(WORKLOAD), work.head_bytes
         else:

@@ -27,7 +27,7 @@ import torch
 
 from cfsp.calibration.statistics import Removal, Statistics
 from cfsp.checkpoint.reading import LoadedModel, WeightSource
-from cfsp.cut.in_memory import build_pruned_model
+from cfsp.cut.surgery import build_pruned_model
 from cfsp.errors import BudgetError, UsageError
 from cfsp.job import Job
 from cfsp.planning.candidate import Candidate, Dropped
@@ -99,7 +99,7 @@ class RepairedScore:
         loaded = LoadedModel(model, self.job.budget.parts)
         with temporary_work_dir(self.job.settings.compute.memory_budget) as work_dir:
             repaired = self.repair(self.job.at(work_dir), planner, plan, self.fit)
-            smaller = build_pruned_model(model, loaded, plan, repaired.tensors)
+            smaller = build_pruned_model(loaded, plan, repaired.tensors)
         smaller.to(dtype=model.dtype).eval()
         with torch.inference_mode():
             return sum(each.divergence(smaller) for each in self._dense) / len(self._dense)

@@ -43,8 +43,8 @@ from cfsp.selection.drop_order import follow_divergence, follow_runs
 from cfsp.selection.sensitivity import follow_sensitivity
 from cfsp.settings import Compute, EvaluationText, Part
 from cfsp.speed import Conditions, Workload, compare_speed
-from cfsp.speed.measuring import PHASES
 from cfsp.speed.subjects import Subject
+from cfsp.speed.work import PHASES
 from cfsp.streaming.runtime import check_fits, runtime_of
 from cfsp.streaming.work_dir import output_work_dir, remove_finished_work
 from cfsp.sweep.recipe import Point, Recipe
