@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from cfsp.result.page.block_chart import block_chart
+from cfsp.result.page.by_block import block_chart
 from cfsp.result.page.chart import WIDE
 from cfsp.result.page.page import page_file
 from cfsp.result.runs import read_run

@@ -27,7 +27,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 import cfsp
 from cfsp.checkpoint.llama_cpp import LlamaCpp, llama_cpp_version
@@ -39,7 +39,6 @@ from cfsp.quality.paired import geometric_mean
 from cfsp.quality.results_file import measured_model
 from cfsp.quality.tasks.harness import TaskRunner
 from cfsp.quality.tasks.selection import TaskSelection
-from cfsp.result.page.svg import element
 from cfsp.settings import EvaluationText
 from cfsp.speed.engines import LlamaCppEngine
 from cfsp.speed.subjects import Subject
@@ -249,6 +248,13 @@ def _task_cells(tasks: dict[str, Any] | None) -> list[str]:
     # A single document has no standard error.
     error = "" if change["stderr"] is None else f" ({100 * change['stderr']:.1f})"
     return [f"{100 * tasks['accuracy']['value']:.1f}", f"{100 * change['value']:+.1f}{error}"]
+
+
+def element(tag: str, *children: str, **attributes: Any) -> Markup:
+    """Return an element of SVG, whose children and attributes are escaped."""
+    values = {name.replace("_", "-"): value for name, value in attributes.items()}
+    written = "".join(f' {name}="{escape(value)}"' for name, value in values.items())
+    return Markup(f"<{tag}{written}>{''.join(map(escape, children))}</{tag}>")
 
 
 def picture(files: list[dict[str, Any]]) -> str:

@@ -228,7 +228,7 @@ def plan(
     check_names(plan, advanced, Budget, *known, Criterion, Compute)
     settings = prune_settings(advanced | _said(sparsity=sparsity, parts=parts), goal)
     with _opened(model, settings.budget) as source:
-        return plan_from(source, statistics, settings)[0]
+        return plan_from(source, statistics, settings)
 
 
 def evaluate(

@@ -87,10 +87,8 @@ def decide(
     return _repaired_by(job, PruningResult(plan, planner.statistics)), facts
 
 
-def plan_for(job: Job, statistics: Statistics) -> tuple[PruningPlan, dict[str, Any]]:
-    """Return the plan that statistics and settings give, and what its goal came to, as JSON types.
-
-    No text is read.
+def plan_for(job: Job, statistics: Statistics) -> PruningPlan:
+    """Return the plan that statistics and settings give; no text is read.
 
     Raises:
         CfspError: the statistics do not fit, or the goal cannot be met.
@@ -101,7 +99,7 @@ def plan_for(job: Job, statistics: Statistics) -> tuple[PruningPlan, dict[str, A
     planner = Planner.of(job.source, statistics, job.budget, job.criterion)
     candidate = only_candidate(constraint, planner)
     assert candidate is not None
-    return planner.plan_for_people(candidate), _facts(constraint, candidate)
+    return planner.plan_for_people(candidate)
 
 
 def _facts(constraint: Constraint, candidate: Candidate) -> dict[str, Any]:

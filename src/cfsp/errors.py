@@ -127,6 +127,9 @@ GONE_TEXTS = {
     "self": "text that the model writes went: real text calibrates better; use mixed, or your own"
 }
 GONE = {
+    "cache": "cfsp cache went: what .gguf files became is in $CFSP_CACHE, or in ~/.cache/cfsp",
+    "plan": "cfsp plan went: cfsp prune --set statistics=FILE --dry-run writes the same plan",
+    "push": "cfsp push went: hf upload OWNER/NAME DIR --private does the same",
     "openvino": "bench by OpenVINO went; its export stays: time that with OpenVINO's own tools",
     "vllm": "bench by vLLM went; its export stays: time that with vllm bench latency --model DIR",
     "compile": "bench by torch.compile went, because nobody timed with it: use vllm bench latency",
@@ -134,6 +137,7 @@ GONE = {
     "sglang": "the target sglang went, because nobody had run it; use --to vllm or --to gguf",
     "tensorrt-llm": "the target tensorrt-llm went, because nobody had run it; use --to gguf",
     "padded": "the padded copy went: prune with --widths equal, which stock classes run as it is",
+    "recipe": "it went: a sweep is its command, which goes on with it; its methods have names",
     "png": "the charts are in the page as SVG; a browser saves or prints them",
     "dora": "DoRA went: nothing ever showed that it gains on LoRA; use --method lora, or full",
     "of": "a sparsity is the share of one part; --target-params 0.8 keeps 80% of all parameters",

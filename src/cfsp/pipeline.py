@@ -301,10 +301,8 @@ def _decide(
     return decide(job, statistics=statistics, plan=plan)
 
 
-def plan_from(
-    source: WeightSource, statistics: Statistics, settings: PruneSettings
-) -> tuple[PruningPlan, dict[str, Any]]:
-    """Return the plan of settings, and what its goal came to; see `plan_for`. No text is read."""
+def plan_from(source: WeightSource, statistics: Statistics, settings: PruneSettings) -> PruningPlan:
+    """Return the plan of settings; see `plan_for`. No text is read."""
 
     def nothing() -> Any:
         raise AssertionError("statistics are there, so no text is read")

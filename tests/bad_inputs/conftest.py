@@ -24,8 +24,8 @@ def originals(tiny_checkpoint, text_file, tmp_path_factory) -> dict[str, Path]:
     save_tiny_model("llama", sharded, max_shard_size="50KB")
     pruned = ["prune", llama, *text, *budget, "--out", str(directory / "pruned")]
     calibrated = ["calibrate", other, *text, "--out", str(directory / "statistics")]
-    planned = ["plan", other, "--statistics", str(directory / "statistics"), *budget]
-    for argv in (pruned, calibrated, [*planned, "--out", str(directory / "plan.json")]):
+    planned = ["prune", other, "--statistics", str(directory / "statistics"), *budget, "--dry-run"]
+    for argv in (pruned, calibrated, [*planned, "--out", str(directory / "plan")]):
         assert main(argv) == 0
     return {
         **{name: tiny_checkpoint(name) for name in ("gpt2", "mixtral")},
@@ -35,7 +35,7 @@ def originals(tiny_checkpoint, text_file, tmp_path_factory) -> dict[str, Path]:
         "text": text_file,
         "plan": directory / "pruned" / "cfsp_plan.json",
         "statistics": directory / "pruned" / "cfsp.statistics",
-        "other_plan": directory / "plan.json",
+        "other_plan": directory / "plan" / "cfsp_plan.json",
         "other_statistics": directory / "statistics",
     }
 

@@ -14,7 +14,7 @@ from bad_inputs.catalogue import (
 )
 
 SEE = "see: cfsp prune --help"
-PLAN = "plan {model} --statistics {statistics} --out {out}"
+PLAN = "prune {model} --statistics {statistics} --dry-run --out {out}"
 TRAIN = "recover {pruned} --data {text} --out {out}"
 BENCH = "bench {model}"
 NOTHING = "prune {model} --out {out}"

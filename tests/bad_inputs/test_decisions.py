@@ -24,7 +24,7 @@ from bad_inputs.catalogue import (
 # What to do.
 ANEW, AGAIN = "make a new plan", "calibrate again"
 OBEY = "prune {model} --out {out} --repair none --plan {plan}"
-PLAN = "plan {model} --statistics {statistics} --sparsity 0.4 --multiple 4 --out {out}"
+PLAN = "prune {model} --statistics {statistics} --sparsity 0.4 --dry-run --out {out}"
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -118,11 +118,15 @@ PLANS = [
     ),
     *spoilt(
         OBEY,
-        "cfsp plan",
+        "cfsp prune --dry-run",
         ("{plan} is not a pruning plan", raw("plan", b"[" * 100_000)),
         ("cannot read the plan {plan}", raw("plan", b"\xff\xfe\x00")),
     ),
-    BadInput(OBEY.replace("{plan}", "{inputs}/x"), "cannot read the plan {inputs}/x", "cfsp plan"),
+    BadInput(
+        OBEY.replace("{plan}", "{inputs}/x"),
+        "cannot read the plan {inputs}/x",
+        "cfsp prune --dry-run",
+    ),
 ]
 
 IMPOSSIBLE = "{statistics} has NaN, infinite or impossible values in block"

@@ -1,4 +1,4 @@
-"""Outputs that exist, lie in the input, or cannot be written; manifests, recipes and reports."""
+"""Outputs that exist, lie in the input, or cannot be written; manifests and reports."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from cfsp.cli import build_parser, main
 
 SMALL = "--sparsity 0.4 --multiple 4"
 SWEEP = f"sweep {{model}} --sparsity 0.4 --eval {{text}} {TEXT} --out"
-PLAN = f"plan {{model}} --statistics {{statistics}} {SMALL} --out"
+PLAN = f"prune {{model}} --statistics {{statistics}} {SMALL} --dry-run --out"
 INTO = f"prune {{model}} {SMALL} {TEXT} --out"
 TRAIN = "recover {pruned} --data {text} --steps 1 --seqlen 32 --out"
 OUTPUT, DIRECTORY = "choose another output", "choose another output directory"
@@ -47,7 +47,6 @@ INSIDE = [
     for command, out in (
         (INTO, "{model}/new/out"),
         (f"calibrate {{model}} {TEXT} --out", "{model}/config.safetensors"),
-        (PLAN, "{model}/plan.json"),
         (TRAIN, "{pruned}/out"),
         ("export {model} --to gguf --out", "{model}/out.gguf"),
         (SWEEP, "{model}/sweep"),
@@ -58,7 +57,6 @@ EXISTING = [
     BadInput(f"{command} {out}", f"{out} {says}", cure)
     for command, out, says, cure in (
         (INTO, "{pruned}", "exists and is not empty", DIRECTORY),
-        (PLAN, "{model}/config.json", "exists already", "choose another file"),
         (f"calibrate {{model}} {TEXT} --out", "{text}", "exists already", "choose another file"),
         ("export {model} --to vllm --out", "{pruned}", "exists and is not empty", DIRECTORY),
         (TRAIN, "{model}", "exists and is not empty", DIRECTORY),
@@ -84,10 +82,6 @@ def manifest(change: Callable[[dict[str, Any]], object]) -> Spoil:
     return lambda place: edit_json(place.pruned / "cfsp.json", change)
 
 
-def recipe(text: str) -> Spoil:
-    return lambda place: (place.inputs / "r.toml").write_text(text)
-
-
 RUNS = [
     *spoilt(
         "verify {pruned}",
@@ -109,20 +103,13 @@ RUNS = [
         ("{pruned}/cfsp.json is damaged", manifest(lambda f: f.update(criterion=[]))),
     ),
     BadInput("report {model}", "{model} has no cfsp.json", "needs a directory that cfsp prune"),
-    BadInput("push {text} me/x", "{text} has no weights to upload", "expected a directory that"),
     BadInput("compare {text}", "cannot read {text}", "make it with: cfsp eval"),
     BadInput("report {pruned} --results {text}", "cannot read {text}", "make it with: cfsp eval"),
     BadInput(
         "report {pruned}",
-        "speak of different models",
+        "is not the plan that cfsp.json tells of",
         "they are of different runs",
         lambda place: shutil.copyfile(place.other_plan, place.pruned / "cfsp_plan.json"),
-    ),
-    *spoilt(
-        "sweep --recipe {inputs}/r.toml --out {out}",
-        "",
-        ("unknown keys: colour; known are: model", recipe('model = "m"\ncolour = 1')),
-        ("cannot read the recipe {inputs}/r.toml", recipe("a = " + "[" * 100_000)),
     ),
 ]
 
@@ -204,4 +191,4 @@ def test_the_catalogue_covers_every_command():
     cases = [case for table in tables for case in table]
     assert len(cases) > 130  # as docs/TRUST.md says
     commands = build_parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
-    assert {case.command.split()[0] for case in cases} == set(commands) - {"cache"}  # type: ignore[arg-type]
+    assert {case.command.split()[0] for case in cases} == set(commands)  # type: ignore[arg-type]

@@ -86,10 +86,11 @@ def test_experts_that_see_too_few_tokens_are_reported_and_scored_by_weights(
 
 
 def test_commands_report_experts_with_few_tokens(lonely, text_file, tmp_path, capsys):
-    file, plan = str(tmp_path / "statistics"), str(tmp_path / "plan.json")
+    file, plan = str(tmp_path / "statistics"), str(tmp_path / "plan")
     text = ["--data", str(text_file), "--samples", "6", "--seqlen", "32"]
-    asked = ["--statistics", file, "--sparsity", "0.4", "--multiple", "8", "--out", plan]
-    for command in (["calibrate", "--out", file, *text], ["plan", *asked]):
+    asked = ["--statistics", file, "--sparsity", "0.4", "--multiple", "8"]
+    asked += ["--dry-run", "--out", plan]
+    for command in (["calibrate", "--out", file, *text], ["prune", *asked]):
         assert main([command[0], str(lonely), *command[1:], "--json"]) == 0
         alone = json.loads(capsys.readouterr().out)["experts_with_few_tokens"]
         assert alone and alone == expected_alone(Statistics.load(Path(file)))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import build_parser, main
 from cfsp.cli.options import expand_sets, settings_from
+from cfsp.cli.output import show_messages
 from cfsp.errors import UsageError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.manifest import read_manifest
@@ -30,38 +31,19 @@ from cfsp.text.windows import Windows
 from tiny_models import build_tiny_model
 
 
-class Cli:
-    """Runs commands in this process."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
-
-    def __call__(self, *argv: object, status: int = 0) -> tuple[str, str]:
-        self._capsys.readouterr()
-        found = main([str(arg) for arg in argv])
-        captured = self._capsys.readouterr()
-        assert found == status, captured.err
-        return captured.out, captured.err
-
-    def json(self, *argv: object) -> dict[str, Any]:
-        out, _ = self(*argv, "--json")
-        value: dict[str, Any] = json.loads(out)  # fails unless it is exactly one value
-        assert isinstance(value, dict)
-        return value
+@pytest.fixture
+def told(command):
+    """What a command says as JSON, which fails unless it is exactly one value."""
+    return lambda *argv: json.loads(command(*argv, "--json").out)
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
-    return Cli(capsys)
-
-
-@pytest.fixture
-def model(tiny_checkpoint: Callable[[str], Path]) -> Path:
+def model(tiny_checkpoint):
     return tiny_checkpoint("llama")
 
 
 @pytest.fixture
-def text(text_file: Path) -> list[object]:
+def text(text_file):
     """The calibration arguments of all tests here."""
     return ["--data", text_file, "--samples", 6, "--seqlen", 32]
 
@@ -81,7 +63,7 @@ def commands() -> list[str]:
 @pytest.mark.parametrize(
     "argv", [["--help"], ["prune", "--help"], ["--version"], ["inspect", "./no/such"]]
 )
-def test_what_answers_at_once_does_not_import_torch(argv: list[str]) -> None:
+def test_what_answers_at_once_does_not_import_torch(argv):
     code = (
         "import sys\nfrom cfsp.cli import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit as stop:\n    assert not stop.code\n"
@@ -95,7 +77,7 @@ def test_what_answers_at_once_does_not_import_torch(argv: list[str]) -> None:
     assert "cfsp" in finished.stdout + finished.stderr
 
 
-def test_a_shell_can_complete_it() -> None:
+def test_a_shell_can_complete_it():
     shtab = pytest.importorskip("shtab", reason="shtab is not installed")
     script = shtab.complete(build_parser(), shell="bash")
     assert script.rstrip().endswith(" -F _shtab_cfsp cfsp")  # README adds file names to it
@@ -103,7 +85,7 @@ def test_a_shell_can_complete_it() -> None:
     assert {"--sparsity", "--data"} <= set(options.split())
 
 
-def test_module_runs_like_the_script() -> None:
+def test_module_runs_like_the_script():
     finished = subprocess.run(
         [sys.executable, "-m", "cfsp", "calibrate", "m", "--out", "o", "--data", "./no/such.txt"],
         capture_output=True,
@@ -116,7 +98,7 @@ def test_module_runs_like_the_script() -> None:
     assert finished.stdout == ""
 
 
-def test_a_process_that_a_library_forked_dies_of_a_polite_kill_in_silence() -> None:
+def test_a_process_that_a_library_forked_dies_of_a_polite_kill_in_silence():
     script = """
 import os, signal, time
 import cfsp.cli
@@ -131,8 +113,8 @@ def wait(args):
     os.read(reads, 5)
     os.kill(child, signal.SIGTERM)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-cfsp.cli.cache.run = wait
-cfsp.cli.main(["cache"])
+cfsp.cli.families.run = wait
+cfsp.cli.main(["families"])
 """
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
@@ -140,7 +122,7 @@ cfsp.cli.main(["cache"])
     assert (done.stdout, done.stderr) == ("-15\n", "")
 
 
-def test_what_is_typed_becomes_settings_and_the_rest_is_theirs() -> None:
+def test_what_is_typed_becomes_settings_and_the_rest_is_theirs():
     argv = ["prune", "m", "--out", "o", "--sparsity", "20%", "--data", "a", "--data", "b"]
     args = build_parser().parse_args(expand_sets([*argv, "--set", "multiple=8"]))
     assert settings_from(args, Budget) == Budget(0.2, multiple=8)
@@ -151,9 +133,7 @@ def test_what_is_typed_becomes_settings_and_the_rest_is_theirs() -> None:
 
 
 @pytest.mark.parametrize("command", commands())
-def test_help_fits_a_screen_and_help_all_names_the_rest(
-    capsys: pytest.CaptureFixture[str], command: str
-) -> None:
+def test_help_fits_a_screen_and_help_all_names_the_rest(capsys, command):
     texts = []
     for option in ("--help", "--help-all"):
         with pytest.raises(SystemExit) as ended:
@@ -166,8 +146,7 @@ def test_help_fits_a_screen_and_help_all_names_the_rest(
     positional = {
         "eval": "MODEL ...",
         "bench": "MODEL ...",
-        "sweep": "[MODEL]",
-        "push": "DIR REPO",
+        "sweep": "MODEL",
     }
     if command in positional:
         assert short.startswith(f"usage: cfsp {command} [options] {positional[command]}\n")
@@ -191,9 +170,7 @@ def test_help_fits_a_screen_and_help_all_names_the_rest(
         ("target_kv_cache=0,5", "expected a fraction such as 0.2 or 20%, found '0,5'"),
     ],
 )
-def test_advanced_options_are_checked_as_others_are(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], typed: str, message: str
-) -> None:
+def test_advanced_options_are_checked_as_others_are(tmp_path, capsys, typed, message):
     with pytest.raises(SystemExit) as ended:
         main(["prune", "demo", "--out", str(tmp_path / "o"), "--sparsity", "0.2", "--set", typed])
     assert ended.value.code == 2
@@ -201,8 +178,8 @@ def test_advanced_options_are_checked_as_others_are(
 
 
 def test_the_default_text_is_told_of_when_it_is_read(
-    cli: Cli, model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    command, model, text_file, tmp_path, monkeypatch
+):
     def draw(text: CalibrationText, *others: Any) -> Windows:
         return draw_text(replace(text, names=(str(text_file),)), *others)
 
@@ -210,25 +187,25 @@ def test_the_default_text_is_told_of_when_it_is_read(
     prune = ("prune", model, "--sparsity", 0.3, "--samples", 6, "--seqlen", 32, "--out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a-file").touch()
-    assert "calibrating on" not in cli(*prune, tmp_path / "full", status=2)[1]
-    assert cli(*prune, tmp_path / "out")[1].count("calibrating on mixed, text of many kinds") == 1
+    assert "calibrating on" not in command(*prune, tmp_path / "full", status=2).err
+    assert (
+        command(*prune, tmp_path / "out").err.count("calibrating on mixed, text of many kinds") == 1
+    )
 
 
 # The flow.
 
 
-def test_calibrate_plan_prune_is_prune_in_three_steps(
-    cli: Cli, model: Path, text: list[object], tmp_path: Path
-) -> None:
-    statistics, plan = tmp_path / "s.safetensors", tmp_path / "plan.json"
+def test_calibrate_plan_prune_is_prune_in_three_steps(told, model, text, tmp_path):
+    statistics, plan = tmp_path / "s.safetensors", tmp_path / "dry" / "cfsp_plan.json"
     budget: list[object] = ["--sparsity", 0.4, "--multiple", 1]
 
-    facts = cli.json("calibrate", model, "--out", statistics, *text)
+    facts = told("calibrate", model, "--out", statistics, *text)
     assert facts["out"] == str(statistics)
     assert facts["calibration_tokens"] == 6 * 32
     assert facts["blocks"] == 3
-    planned = cli.json("plan", model, "--statistics", statistics, "--out", plan, *budget)
-    assert planned["out"] == str(plan)
+    dry: list[object] = ["--statistics", statistics, "--repair", "none", "--dry-run", *budget]
+    planned = told("prune", model, "--out", tmp_path / "dry", *dry)
 
     outs = {
         "by plan": ["--plan", plan],
@@ -237,7 +214,7 @@ def test_calibrate_plan_prune_is_prune_in_three_steps(
     }
     weights = set()
     for name, options in outs.items():
-        report = cli.json("prune", model, "--out", tmp_path / name, "--repair", "none", *options)
+        report = told("prune", model, "--out", tmp_path / name, "--repair", "none", *options)
         assert report["intermediate_sizes"] == planned["intermediate_sizes"]
         assert report["calibration_tokens"] == 6 * 32
         weights.add((tmp_path / name / "model.safetensors").read_bytes())
@@ -245,15 +222,13 @@ def test_calibrate_plan_prune_is_prune_in_three_steps(
     assert len(weights) == 1
 
 
-def test_prune_reports_all_that_the_readme_promises(
-    cli: Cli, model: Path, text: list[object], text_file: Path, tmp_path: Path
-) -> None:
+def test_prune_reports_all_that_the_readme_promises(told, model, text, text_file, tmp_path):
     out = tmp_path / "out"
     argv = [
         "prune", model, "--out", out, "--sparsity", 0.4, "--set", "multiple=4", *text,
         "--eval", text_file, "--windows", 2,
     ]  # fmt: skip
-    report = cli.json(*argv)
+    report = told(*argv)
     before = sum(p.numel() for p in build_tiny_model("llama").parameters())
     removed = 3 * 96 - sum(report["intermediate_sizes"])
     assert report["parameters_before"] == before
@@ -277,9 +252,9 @@ def test_prune_reports_all_that_the_readme_promises(
     assert str(tmp_path) not in manifest["command"]
 
 
-def test_nothing_removed_is_said(cli: Cli, model: Path, text: list[object], tmp_path: Path) -> None:
+def test_nothing_removed_is_said(command, model, text, tmp_path):
     argv = ["--out", tmp_path / "out", "--sparsity", 0.01, "--repair", "none", *text]
-    told, _ = cli("prune", model, *argv)
+    told = command("prune", model, *argv).out
     assert "nothing was removed: the least that can go is more" in told
     assert "cut " in told and "evaluate" not in told  # no stage that did not run
 
@@ -291,44 +266,33 @@ def test_nothing_removed_is_said(cli: Cli, model: Path, text: list[object], tmp_
         (["--sparsity", 0.5, "--parts", "ffn"], False),
     ],
 )
-def test_where_many_channels_go_blocks_are_named(
-    options: list[object],
-    is_said: bool,
-    cli: Cli,
-    model: Path,
-    text: list[object],
-    tmp_path: Path,
-) -> None:
-    told, _ = cli("prune", model, "--out", tmp_path / "out", *text, *options)
+def test_where_many_channels_go_blocks_are_named(options, is_said, command, model, text, tmp_path):
+    told = command("prune", model, "--out", tmp_path / "out", *text, *options).out
     assert ("--parts ffn,blocks" in told) is is_said
 
 
 @pytest.mark.parametrize("repair", ["none", "ridge"])
-def test_dry_run_writes_only_the_plan(
-    cli: Cli, model: Path, text: list[object], tmp_path: Path, repair: str
-) -> None:
+def test_dry_run_writes_only_the_plan(command, told, model, text, tmp_path, repair):
     argv = ["prune", model, "--out", tmp_path / "dry", "--sparsity", 0.4, "--dry-run",
             "--repair", repair, *text]  # fmt: skip
-    out, _ = cli(*argv)
+    out = command(*argv).out
     assert entries(tmp_path / "dry") == {"cfsp_plan.json"}
     assert f"plan written to {tmp_path}/dry/cfsp_plan.json" in out
     plan = PruningPlan.load(tmp_path / "dry" / "cfsp_plan.json")
     for unit in plan.units:
         assert f"{unit.distance:.4f}" in out
         assert str(len(unit.kept)) in out
-    report = cli.json(*[tmp_path / "json" if arg == tmp_path / "dry" else arg for arg in argv])
+    report = told(*[tmp_path / "json" if arg == tmp_path / "dry" else arg for arg in argv])
     assert report["out"] is None
     assert report["intermediate_sizes"] == plan.kept_widths
 
 
-def test_eval_of_several_models(
-    cli: Cli, model: Path, pruned: Path, text_file: Path, other_text_file: Path
-) -> None:
+def test_eval_of_several_models(command, told, model, pruned, text_file, other_text_file):
     report = read_manifest(pruned)
     assert report is not None
     data: list[object] = ["--data", text_file, "--data", other_text_file]
     argv = ["eval", model, pruned, *data, "--windows", 3, "--seqlen", 24]
-    models = cli.json(*argv)["models"]
+    models = told(*argv)["models"]
     assert [entry["model"] for entry in models] == [str(model), str(pruned)]
     assert [entry["parameters"] for entry in models] == [
         report["parameters_before"], report["parameters_after"],
@@ -338,7 +302,7 @@ def test_eval_of_several_models(
         assert {value["tokens"] for value in entry["perplexity"].values()} == {3 * 23}
     dense = models[0]["perplexity"][str(text_file)]["value"]
     assert dense == pytest.approx(_plain_perplexity(model, text_file, 3, 24), rel=1e-4)
-    out, _ = cli(*argv)
+    out = command(*argv).out
     assert f"{dense:.2f}" in out
     assert "69" in out
 
@@ -357,27 +321,27 @@ def _plain_perplexity(model: Path, text_file: Path, windows: int, seqlen: int) -
     return torch.stack(losses).mean().exp().item()
 
 
-def test_inspect(cli: Cli, model: Path, pruned: Path) -> None:
-    dense = cli.json("inspect", model)
+def test_inspect(command, told, model, pruned):
+    dense = told("inspect", model)
     assert dense["family"] == "llama"
     assert dense["blocks"] == 3
     assert dense["intermediate_sizes"] == [96, 96, 96]
     assert dense["pruned"] is None
     assert dense["parameters"] == sum(p.numel() for p in build_tiny_model("llama").parameters())
-    manifest, found = read_manifest(pruned), cli.json("inspect", pruned)
+    manifest, found = read_manifest(pruned), told("inspect", pruned)
     assert manifest is not None
     assert found["intermediate_sizes"] == manifest["intermediate_sizes"]
     assert found["parameters"] == manifest["parameters_after"]
     assert found["pruned"]["ffn_sparsity"] == manifest["ffn_sparsity"]
     assert found["pruned"]["criterion"]["sparsity"] == 0.5
-    out, _ = cli("inspect", pruned)
+    out = command("inspect", pruned).out
     assert "llama, 3 blocks" in out
     assert str(model) in out
 
 
 def test_inspect_shows_blocks_with_several_ffns_and_with_none(
-    cli: Cli, tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    command, told, tiny_checkpoint, monkeypatch
+):
     source = Checkpoint(tiny_checkpoint("mixtral"))
     experts = replace(source.units[0], path="mlp.experts")
     shared = replace(experts, path="mlp.shared_expert", width=40, ffns=1)
@@ -388,10 +352,10 @@ def test_inspect_shows_blocks_with_several_ffns_and_with_none(
     )
     source.architecture = replace(source.architecture, units=units)
     monkeypatch.setattr("cfsp.checkpoint.locating.open_checkpoint", lambda *_: source)
-    facts = cli.json("inspect", "any")
+    facts = told("inspect", "any")
     assert facts["units"][1] == {"block": 2, "path": "mlp.experts", "width": 96, "ffns": 4}
     assert facts["intermediate_sizes"] == [40, 96, 40]
-    out, _ = cli("inspect", "any")
+    out = command("inspect", "any").out
     lines = [line.strip() for line in out.splitlines()]
     for line in (
         "intermediate size  mlp in block 0: 40",
@@ -405,8 +369,8 @@ def test_inspect_shows_blocks_with_several_ffns_and_with_none(
 # Bad input: exit 2, one sentence, nothing left behind.
 
 
-def test_unknown_argument_exits_with_two(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "COMMAND" in cli(status=2)[0]
+def test_unknown_argument_exits_with_two(command, capsys):
+    assert "COMMAND" in command(status=2).out
     empty = ["prune", "demo", "--sparsity", "0.2", "--out", ""]
     for argv in (["prune", "m", "--out", "o", "--sparse", "0.5"], ["purge"], empty):
         with pytest.raises(SystemExit) as stop:
@@ -415,21 +379,21 @@ def test_unknown_argument_exits_with_two(cli: Cli, capsys: pytest.CaptureFixture
         assert "error:" in capsys.readouterr().err
 
 
-def test_interrupt_says_that_nothing_was_written(
-    cli: Cli, model: Path, text: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupt_says_that_nothing_was_written(command, model, text, tmp_path, monkeypatch):
     from cfsp.checkpoint.reading import Checkpoint
 
     def interrupt(self: Checkpoint, name: str) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Checkpoint, "read", interrupt)
-    _, err = cli("prune", model, "--out", tmp_path / "out", "--sparsity", 0.4, *text, status=130)
+    err = command(
+        "prune", model, "--out", tmp_path / "out", "--sparsity", 0.4, *text, status=130
+    ).err
     assert "interrupted; nothing is half-written" in err
     assert entries(tmp_path) == set()
 
 
-def test_each_step_of_repair_is_one_line() -> None:
+def test_each_step_of_repair_is_one_line():
     from cfsp.cli.prune import describe_step
 
     kept = {"error_before": 0.4, "error_after": 0.2, "kept": True}
@@ -440,7 +404,7 @@ def test_each_step_of_repair_is_one_line() -> None:
     assert line.endswith("on held-out windows 0.300 -> 0.200; rejected in 1 of 2 blocks")
 
 
-def test_threads_of_the_demo_do_not_spin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_of_the_demo_do_not_spin(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # so that it is put back afterwards
     monkeypatch.delenv("OMP_WAIT_POLICY")
     waits = []
@@ -452,3 +416,15 @@ def test_threads_of_the_demo_do_not_spin(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("cfsp.demo.run_demo", stop)
     assert main(["demo"]) == 2
     assert waits == ["passive"]
+
+
+def test_messages_are_plain_lines_on_standard_error(capsys):
+    show_messages()
+    show_messages()  # of a second command in one process
+    logging.getLogger("cfsp.streaming.block_pass").info("calibrate: going on at block 3 of 5")
+    logging.getLogger("cfsp.selection").warning("100%% of %s", "it")
+    logging.getLogger("cfsp").debug("for nobody")
+    logging.getLogger("other").info("not ours")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "calibrate: going on at block 3 of 5\n100% of it\n"

@@ -14,6 +14,9 @@ from cfsp.errors import GONE, GONE_TEXTS, UsageError
 
 # A command that still asks for it.
 ASKING = {
+    "cache": "cache",
+    "plan": "plan model --statistics s --sparsity 0.2 --out plan.json",
+    "push": "push smaller owner/name",
     "self": "prune {model} --sparsity 0.2 --data self --out smaller",
     "png": "report smaller --png charts",
     "vllm": "bench copy --engine vllm",

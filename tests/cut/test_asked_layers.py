@@ -154,7 +154,7 @@ def test_blocks_and_attention_layers_go_by_one_order(llama, text_file):
     def planned(share: float, parts: tuple[Part, ...] = BOTH) -> PruningPlan:
         goal = goal_of_share(llama, parts, share)
         settings = PruneSettings(Budget(parts=parts), goal=goal)
-        return plan_from(source, statistics, settings)[0]
+        return plan_from(source, statistics, settings)
 
     for share in (0.05, 0.3, 0.51):
         plan = planned(share)

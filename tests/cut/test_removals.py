@@ -24,10 +24,10 @@ from cfsp.checkpoint.stored_blocks import (
     parameters_of_blocks,
 )
 from cfsp.cli import main
+from cfsp.cli.inspect import inspect_checkpoint
 from cfsp.planning.candidate import Dropped
 from cfsp.planning.experts import expert_scores, warn_of_lost_experts
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.result.inspect import inspect_checkpoint
 from cfsp.result.verify import verify_checkpoint
 from cfsp.settings import Compute
 from family_contract import (

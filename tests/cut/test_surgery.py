@@ -19,10 +19,10 @@ from cfsp.checkpoint.output import staged_directory, write_atomically
 from cfsp.checkpoint.own_files import MODELING_FILE
 from cfsp.checkpoint.reading import Checkpoint, channel_parameters
 from cfsp.checkpoint.tensor_file import read_tensor_file, write_shards
+from cfsp.cli.inspect import inspect_checkpoint
 from cfsp.cut.surgery import PrunedSource
 from cfsp.errors import CheckpointError, OutputError
 from cfsp.planning.candidate import Dropped
-from cfsp.result.inspect import inspect_checkpoint
 from tiny_models import build_tiny_model, save_tiny_model
 
 SETTINGS: dict[str, Any] = {"sparsity": 0.4, "samples": 4, "seqlen": 32}

@@ -17,7 +17,7 @@ from builders import draw_windows, job_of
 from cfsp.checkpoint.reading import LoadedModel, parameter_count
 from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import FileTensor
-from cfsp.cli.plan import print_plan
+from cfsp.cli.output import print_plan
 from cfsp.cut.surgery import PrunedSource
 from cfsp.decide import decide
 from cfsp.errors import PlanError, UnsupportedModelError

@@ -10,16 +10,13 @@ from typing import Any
 import pytest
 
 from builders import CALIBRATION, CRITERION
-from cfsp.errors import ReportError
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.result.card import Origin, model_card
 from cfsp.result.facts import NOTHING
 from cfsp.result.making import steps_in_words
-from cfsp.result.manifest import write_manifest
-from cfsp.result.page.block_chart import block_chart
+from cfsp.result.page.by_block import block_chart, repair_chart
 from cfsp.result.page.chart import NARROW
-from cfsp.result.page.repair_chart import repair_chart
 from cfsp.result.runs import RunFacts, read_run
 from cfsp.settings import BLOCK_METRICS, DIVERGENCE, RUNS, removal_in_words, worth_in_words
 from report_runs import BETTER, DIVERGED, FITTED, WORSE, changed_copy
@@ -150,24 +147,6 @@ def test_a_card_names_units_and_says_what_the_share_is_of():
     assert "(rejected in block 1 mlp.shared_expert)" in card
 
 
-@pytest.mark.parametrize(
-    ("run", "wrong"),
-    [
-        (several(), [FITTED, FITTED, REJECTED]),
-        (several(), [{**FITTED, "block": 0, "path": "mlp"}] * 3),
-        (gaps(), [FITTED, None]),
-    ],
-)
-def test_steps_that_do_not_fit_the_plan_are_refused(run, wrong, tmp_path):
-    run.plan.save(tmp_path / "cfsp_plan.json")
-    write_manifest(tmp_path, run.manifest)
-    assert read_run(tmp_path).plan == run.plan
-    write_manifest(tmp_path, {**run.manifest, "repair": {"steps": [
-        {"name": "ridge", "blocks": wrong}]}})  # fmt: skip
-    with pytest.raises(ReportError, match="they are of different runs"):
-        read_run(tmp_path)
-
-
 def repaired(*entries: Any, name: str = "local", run: str = "run") -> RunFacts:
     steps = [{"name": name, "blocks": list(entries)}] if entries else []
     return RunFacts(run, Path(run), {"repair": {"steps": steps}})
@@ -211,14 +190,14 @@ def test_what_was_kept_and_what_was_rejected():
     assert "error 0.3750 before, NaN after, rejected" in drawing
     # What was rejected does not stretch the scale.
     assert max(map(float, re.findall(r'class="tick end"[^>]*>([\d.]+)<', drawing))) <= 0.6
-    assert [entry.swatch for entry in chart.legend] == ["before", "after", "rejected"]
+    assert [swatch for swatch, _ in chart.legend] == ["before", "after", "rejected"]
     assert steps_in_words(run.repair_steps) == "local (rejected in blocks 1, 2)"
 
 
 def test_a_fit_says_how_strong_it_was():
     chart = chart_of(repaired(FITTED, FITTED, FITTED, name="ridge"))
     assert chart.table.rows[0][3] == "kept, strength 0.3"
-    assert [entry.swatch for entry in chart.legend] == ["before", "after"]
+    assert [swatch for swatch, _ in chart.legend] == ["before", "after"]
 
 
 def test_blocks_that_changed_together_share_a_mark():
@@ -276,16 +255,13 @@ def test_runs_without_errors_have_no_chart(repair):
     assert repair_chart([RunFacts("run", Path("run"), {"repair": repair})]) is None
 
 
-def test_errors_of_zero_can_be_drawn():
-    none = WORSE | {"error_before": 0, "error_after": 0.0}
-    assert chart_of(repaired(none, none, none)).table.rows[0][1:3] == ["0.000000", "0.000000"]
-
-
 def test_what_kept_all_its_channels_was_not_rejected():
     whole = BETTER | {"error_before": 0.0, "error_after": 0.0, "kept": False, "training_steps": 0}
+    (zeros,) = chart_of(repaired(whole, whole, name="ridge")).panels
+    assert zeros.grid[-1] == (1.0, "1")
     chart = chart_of(repaired(whole, BETTER, BETTER, name="ridge"))
     drawing = chart.draw(920)
     assert 'class="rejected"' not in drawing and drawing.count('class="before"') == 3
     assert "Block 0, ridge: nothing was cut" in drawing
     assert chart.table.rows[0][3] == "nothing was cut"
-    assert [entry.swatch for entry in chart.legend] == ["before", "after"]
+    assert [swatch for swatch, _ in chart.legend] == ["before", "after"]

@@ -12,15 +12,14 @@ import pytest
 
 from cfsp.architecture.block_names import counted
 from cfsp.errors import CheckpointError, ReportError
-from cfsp.result.conditions import Conditions
-from cfsp.result.facts import NOTHING, size_facts, what_went
+from cfsp.result.facts import NOTHING, Conditions, size_facts, what_went
 from cfsp.result.making import making, steps_in_words, texts_in_words
 from cfsp.result.manifest import read_manifest
 from cfsp.result.names import is_hub_id, public_command, public_name, short_names
 from cfsp.result.page.curves import pareto_chart
-from cfsp.result.page.table import headlines, sections
+from cfsp.result.page.page import headlines, sections, write_report
 from cfsp.result.runs import read_run
-from report_runs import BETTER, DIVERGED, WORSE, changed_copy, measured, recovered
+from report_runs import BETTER, DIVERGED, FITTED, WORSE, changed_copy, measured, recovered
 
 TIMES, MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
 
@@ -215,7 +214,8 @@ Change = Callable[[dict[str, Any]], object]
 def refusal(run: Path, place: Path, change: Change) -> str:
     copy = changed_copy(run, place / "copy", change)
     with pytest.raises((CheckpointError, ReportError)) as caught:
-        read_run(copy)
+        write_report([copy], place / "report.html")
+    assert not (place / "report.html").exists()
     said = str(caught.value)
     assert "\n" not in said
     return said.replace(str(copy), "COPY")
@@ -233,13 +233,12 @@ DAMAGED = "COPY/cfsp.json is damaged ("
         (lambda m: m.update(perplexity={"x": {"before": 1}}), "'tokens'"),
         (lambda m: m.update(perplexity=measured("x", 1, 2) | {"y": 3}), "'int' object"),
         (lambda m: m.update(comparison={"kept": {"second": {"value": "x"}}}), "'x'"),
-        (lambda m: m.update(recovery={"history": [{"step": 0}]}), "'adaptation'"),
+        (lambda m: m.update(recovery={"history": [{"step": 0}]}), "'held_out'"),
         (lambda m: m.update(speed={"models": [{}]}), "'model'"),
         (lambda m: m.update(repair={"steps": 3}), "'int' object"),
         (lambda m: m.update(repair={"steps": [3]}), "'int' object"),
         (lambda m: m.update(repair={"steps": [{"name": "x"}]}), "'blocks'"),
-        (lambda m: m.update(intermediate_sizes=[8, 8, 8]), "give different widths; they are of"),
-        (lambda m: m["repair"]["steps"][0]["blocks"].pop(), "2 blocks that ridge repaired, the "),
+        (lambda m: m.update(plan_digest="0"), "is not the plan that cfsp.json tells of; they are"),
         (lambda m: m.update(manifest_version=99), "manifest version 99"),
     ],
 )
@@ -259,7 +258,7 @@ def test_damaged_manifests_are_refused(run, tmp_path, change, message):
         WORSE | {"error_after": "large"},
         {k: v for k, v in DIVERGED.items() if k != "error_after"},
         BETTER | {"experts": [{}]},
-        BETTER | {"strength": "x"},
+        FITTED | {"strength": "x"},
         BETTER | {"training_steps": "many"},
         BETTER | {"block": 1},
     ],

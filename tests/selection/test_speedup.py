@@ -203,14 +203,14 @@ def test_the_most_that_sizes_allow_is_the_ratio_of_work(model):
 
 
 def test_a_plan_with_a_target_speedup(model, statistics, tmp_path, capsys, latencies):
-    found, plan = latencies("ffn"), tmp_path / "plan.json"
-    argv = ["plan", str(model), "--statistics", str(statistics), "--multiple", "8"]
+    found, plan = latencies("ffn"), tmp_path / "plan"
+    argv = ["prune", str(model), "--dry-run", "--statistics", str(statistics), "--multiple", "8"]
     argv += ["--target-speedup", "1.3", "--target-speedup-of", "prefill", "--json"]
     assert main([*argv, "--out", str(plan)]) == 0
     conditions = json.loads(capsys.readouterr().out)["goal"]["conditions"]
     assert conditions["phase"] == "prefill"
     assert conditions["relative_latency"] == {"ffn": {"8": 0.6, "48": 0.75, "96": 1.0}}
-    kept = cfsp.PruningPlan.load(plan).kept_widths
+    kept = cfsp.PruningPlan.load(plan / "cfsp_plan.json").kept_widths
     assert found.speedup(open_checkpoint(model).units, kept, NOTHING, BLOCKS) >= 1.3
 
 

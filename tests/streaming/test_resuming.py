@@ -250,11 +250,11 @@ def test_work_beside_a_finished_output_goes(runs):
     assert names(runs.directory) == {"stats", "out"}
 
 
-def test_a_sweep_that_was_killed_while_it_wrote_its_recipe_begins(model, text, tmp_path):
+def test_a_sweep_that_was_killed_while_it_wrote_its_settings_begins(model, text, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    abandoned = out / f".recipe.toml.partial-{2**22 + 1}"  # no process has this number
-    abandoned.write_text("model =")
+    abandoned = out / f".sweep.json.partial-{2**22 + 1}"  # no process has this number
+    abandoned.write_text("{")
     argv = ["sweep", str(model), *text[:6], "--sparsity", "0.4", "--multiple", "4"]
     assert main([*argv, "--eval", text[1], "--windows", "1", "--out", str(out)]) == 0
     assert not abandoned.exists()

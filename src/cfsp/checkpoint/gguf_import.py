@@ -76,7 +76,7 @@ def import_gguf(path: Path) -> Path:
                     "a directory that can be, with room for it"
                 ) from error
         _logger.info(
-            "the converted model has %.2f GB in %s (see: cfsp cache)",
+            "the converted model has %.2f GB in %s; without that it is converted again",
             directory_bytes(target) / 1e9,
             target,
         )

@@ -28,7 +28,7 @@ STATISTICS_FILE = "cfsp.statistics"
 CARD_FILE = "README.md"
 MODELING_FILE = "modeling_cfsp.py"
 # In the directory of a sweep, beside those of its models.
-RECIPE_FILE = "recipe.toml"
+SWEEP_FILE = "sweep.json"
 
 # What of a model goes with it wherever it goes: what is read beside its weights, and its terms.
 READ = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")

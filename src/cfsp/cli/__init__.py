@@ -22,8 +22,7 @@ from cfsp.processes import process_count
 
 # In the order of the help; each in the file of its name, but `eval` is in evaluate.py.
 _NAMES = (
-    "prune recover calibrate plan eval compare inspect families bench export push report sweep "
-    "verify cache demo"
+    "prune recover calibrate eval compare inspect families bench export report sweep verify demo"
 )
 COMMANDS = {
     name: import_module(f"cfsp.cli.{'evaluate' if name == 'eval' else name}")

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from cfsp.cli.bench import print_comparison
 from cfsp.cli.options import Parser, kind_of
-from cfsp.cli.output import Told
-from cfsp.cli.plan import print_plan
+from cfsp.cli.output import Told, print_plan
 from cfsp.cli.prune import print_report
 from cfsp.settings import fraction
 

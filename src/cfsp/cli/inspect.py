@@ -6,13 +6,17 @@ cfsp inspect smaller
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cfsp.architecture.block_names import blocks_in_words
 from cfsp.cli import arguments
 from cfsp.cli.options import Parser
 from cfsp.cli.output import Told, human_bytes, human_count
+
+if TYPE_CHECKING:
+    from cfsp.checkpoint.reading import Checkpoint
 
 
 def add_options_to(parser: Parser) -> None:
@@ -24,11 +28,7 @@ def run(args: argparse.Namespace) -> Told:
     """Inspect."""
     from cfsp.checkpoint.locating import open_checkpoint
 
-    checkpoint = open_checkpoint(args.model)
-    # It imports torch, which a wrong name does not wait for.
-    from cfsp.result.inspect import inspect_checkpoint
-
-    facts = inspect_checkpoint(checkpoint)
+    facts = inspect_checkpoint(open_checkpoint(args.model))
 
     def say() -> None:
         print(f"{facts['model']}: {facts['family']}, {facts['blocks']} blocks, {facts['dtype']}")
@@ -38,9 +38,60 @@ def run(args: argparse.Namespace) -> Told:
     return facts, say
 
 
+def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the facts about a checkpoint; nothing but its headers is read."""
+    from cfsp.checkpoint.reading import parameter_count
+    from cfsp.checkpoint.skeleton import PRUNED_KEY
+    from cfsp.checkpoint.text_config import text_config_of
+    from cfsp.result.facts import perplexities, what_went
+    from cfsp.result.making import making
+    from cfsp.result.manifest import facts_for_config, read_manifest, refusing_damage
+
+    units = checkpoint.architecture.of_part("ffn").units
+    attentions = [unit.width for unit in checkpoint.architecture.stock_units if unit.part == "kv"]
+    blocks = int(checkpoint.architecture.block_count)
+    widths = [unit.width for unit in units]
+    has_one_unit_each = [unit.block for unit in units] == list(range(blocks))
+    manifest = read_manifest(checkpoint.directory)
+    if manifest is None:  # it was pruned in memory and saved by transformers
+        manifest = getattr(checkpoint.config, PRUNED_KEY, None)
+    dtypes = Counter(str(s.dtype).removeprefix("torch.") for s in checkpoint.specs.values())
+    facts: dict[str, Any] = {
+        "model": checkpoint.label,
+        "directory": str(checkpoint.directory),
+        "family": checkpoint.config.model_type,
+        "blocks": blocks,
+        "hidden_size": text_config_of(checkpoint.config).hidden_size,
+        "experts": max(unit.ffns for unit in units),
+        "intermediate_sizes": widths,
+        "uniform": len(set(widths)) == 1,
+        "parameters": parameter_count(checkpoint),
+        "bytes": sum(spec.nbytes for spec in checkpoint.specs.values()),
+        "dtype": dtypes.most_common(1)[0][0],
+        "pruned": None,
+    }
+    if attentions:
+        facts["kv_groups"] = attentions
+    if checkpoint.quantisation is not None:
+        facts["quantised"] = checkpoint.quantisation.method
+    if not has_one_unit_each or len({unit.ffns for unit in units}) > 1:
+        facts["units"] = [
+            {"block": unit.block, "path": unit.path, "width": unit.width, "ffns": unit.ffns}
+            for unit in units
+        ]
+    # Recovery also takes models that cfsp did not prune.
+    if manifest is not None and (
+        manifest.get("operation") != "recover" or "base_model" in manifest
+    ):
+        facts["pruned"] = pruned = facts_for_config(manifest)
+        with refusing_damage(checkpoint.directory):
+            _ = pruned["base_model"]["name"], what_went(pruned)
+            _ = making(pruned), perplexities(pruned)
+    return facts
+
+
 def _lines(facts: dict[str, Any]) -> Iterator[tuple[str, object]]:
-    from cfsp.result.conditions import perplexities
-    from cfsp.result.facts import what_went
+    from cfsp.result.facts import perplexities, what_went
     from cfsp.result.making import making
 
     yield "hidden size", facts["hidden_size"]

@@ -12,8 +12,10 @@ from cfsp.result.tables import Table
 from cfsp.result.tables import estimate as estimate
 from cfsp.result.tables import human_bytes as human_bytes
 from cfsp.result.tables import human_count as human_count
+from cfsp.settings import multiple_in_words
 
 if TYPE_CHECKING:
+    from cfsp.planning.plan_file import PruningPlan
     from cfsp.result.facts import Fact
 
 # The JSON of what a command did, and what says it to people; None where there is nothing to say.
@@ -58,6 +60,38 @@ def print_facts(facts: Iterable[Fact]) -> None:
     if rows:
         print_table(("", "before", "after", "change"), rows)
         print()
+
+
+def print_plan(plan: PruningPlan) -> None:
+    """Print importance and width of every unit."""
+    from cfsp.result.facts import unit_rows
+
+    bars = [
+        (f"{unit.kept_share:.0%}", f"{'#' * round(20 * unit.kept_share):<20}")
+        for unit in plan.units
+    ]
+    rows = [(*row, *bar) for row, bar in zip(unit_rows(plan.units), bars, strict=True)]
+    print_table(("block", "distance", "importance", "channels", "kept", "", ""), rows)
+    what = "channels" if plan.counts_channels else "parameters"
+    groups = "" if plan.has_ffns_only else f" and {plan.kv_sparsity:.1%} of the KV groups"
+    if plan.kept_experts is not None:
+        print(f"\n{plan.experts_in_words}", end="")
+    if plan.has_gaps:
+        print(f"\n{plan.removed_in_words}: removed", end="")
+    print(f"\n{plan.ffn_sparsity:.1%} of the FFN {what}{groups} go")
+    multiple = plan.criterion.get("multiple")
+    if multiple and any(unit.kept_width < unit.width for unit in plan.kept_units):
+        print(multiple_in_words(multiple))
+
+
+def print_goal(resolution: dict[str, Any]) -> None:
+    """Print what was tried for a goal, as its JSON has it; nothing if nothing was."""
+    from cfsp.planning.candidate import Candidate
+    from cfsp.result.facts import goal_in_words, goal_table
+
+    if (tried := goal_table(resolution)) is not None:
+        chosen = Candidate.from_json(resolution["chosen"]).in_words
+        print(f"{tried.to_text()}\n\n{goal_in_words(resolution)}: {chosen} go\n")
 
 
 def print_passes(passes: Mapping[str, Mapping[str, float]]) -> None:

@@ -20,10 +20,11 @@ from cfsp.cli.output import (
     human_bytes,
     human_count,
     print_facts,
+    print_goal,
     print_passes,
+    print_plan,
     print_table,
 )
-from cfsp.cli.plan import print_goal, print_plan
 from cfsp.errors import UsageError
 from cfsp.processes import process_count
 from cfsp.settings import (

@@ -7,46 +7,22 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cfsp.cli import arguments
-from cfsp.cli.options import Parser, add_advanced, add_options, kind_of, settings_from
+from cfsp.cli.options import Parser, add_advanced, add_options, kind_of, settings_from, typed
 from cfsp.cli.output import Told
-from cfsp.errors import UsageError
 from cfsp.settings import Budget, CalibrationText, Compute, EvaluationText, fraction
-from cfsp.sweep.methods import METHODS, method_named
-
-if TYPE_CHECKING:
-    from cfsp.sweep.recipe import Recipe
+from cfsp.sweep.settings import METHODS, SweepSettings, method_named
 
 
 def add_options_to(parser: Parser) -> None:
-    """Add its options."""
-    others = vars(parser.parse_args([]))
-    _add_recipe(parser)
-    # None for what was not given: defaults are the recipe's, and beside --recipe nothing is.
-    names = [name for name in vars(parser.parse_args([])) if name not in others]
-    parser.set_defaults(in_recipe=names, **dict.fromkeys(names))
-    parser.add_argument("--out", required=True, type=Path, help="directory; a sweep there goes on")
-    parser.add_argument(
-        "--recipe",
-        type=Path,
-        metavar="FILE",
-        help="model, texts, methods and all that is measured, as TOML, as --out has one; a method "
-        "is a table there: name, block_metric, channel_metric, repair, multiple, widths, parts",
-    )
-    arguments.add_compute(parser)
-
-
-def _add_recipe(parser: Parser) -> None:
-    """Add what a recipe decides; each is a field of `Recipe`."""
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="as for prune; or it is in the recipe"
-    )
+    """Add its options; those that `SweepSettings` has are called as there."""
+    arguments.add_model(parser)
     parser.add_argument(
         "--sparsity",
+        required=True,
         nargs="+",
         type=kind_of(fraction),
         metavar="P",
@@ -61,6 +37,7 @@ def _add_recipe(parser: Parser) -> None:
         help=f"of {', '.join(METHODS)}, or a part as `cfsp prune --parts` has it, such as blocks "
         "(default: cfsp)",
     )
+    parser.add_argument("--out", required=True, type=Path, help="directory; a sweep there goes on")
     add_options(parser, parser, Budget, fields=("multiple",))
     add_options(parser, parser, CalibrationText)
     measured = parser.add_argument_group("measuring")
@@ -84,18 +61,20 @@ def _add_recipe(parser: Parser) -> None:
     )
     add_advanced(parser, "--limit", type=int, metavar="N", help="first N documents of each task")
     add_advanced(parser, "--task-data", metavar="DIR", help="local files of tasks, as for eval")
+    arguments.add_compute(parser)
 
 
 def run(args: argparse.Namespace) -> Told:
     """Sweep."""
-    recipe = _recipe(args)
-    arguments.check_texts(recipe.data, recipe.eval)
+    names = {field.name for field in fields(SweepSettings)}
+    settings = SweepSettings(**{key: each for key, each in typed(args).items() if key in names})
+    arguments.check_texts(settings.data, settings.eval)
 
     from cfsp.sweep.run import run_sweep
     from cfsp.sweep.table import tables, write_tables
 
     rows = run_sweep(
-        recipe,
+        settings,
         args.out,
         settings_from(args, Compute),
         command=arguments.typed_command(args),
@@ -109,23 +88,3 @@ def run(args: argparse.Namespace) -> Told:
         print(f"charts: cfsp report {shlex.quote(str(args.out))}")
 
     return {"models": [asdict(row) for row in rows], "tables": [str(p) for p in written]}, say
-
-
-def _recipe(args: argparse.Namespace) -> Recipe:
-    from cfsp.sweep.recipe import Recipe, read_recipe
-
-    given = {name: getattr(args, name) for name in args.in_recipe}
-    given = {name: value for name, value in given.items() if value is not None}
-    if args.recipe:
-        if given:
-            raise UsageError(
-                f"{args.recipe} decides {', '.join(given)} as well; change it there, or leave out "
-                "--recipe"
-            )
-        return read_recipe(args.recipe)
-    if "model" not in given:
-        raise UsageError("expected a model or a --recipe, found neither")
-    if "seed" in given:
-        given["seed"] = [given["seed"]]
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    return Recipe(**{"sparsity": (), **given})

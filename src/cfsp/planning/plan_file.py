@@ -250,7 +250,9 @@ class PruningPlan:
             fields = json.loads(text)
             version = fields["plan_version"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise PlanError(f"{where} is not a pruning plan; make one with: cfsp plan") from error
+            raise PlanError(
+                f"{where} is not a pruning plan; make one with: cfsp prune --dry-run"
+            ) from error
         if version not in (PLAN_VERSION, VERSION_WITH_PARTS):
             raise PlanError(
                 f"{where} has plan version {version}, expected {PLAN_VERSION} or "
@@ -287,7 +289,7 @@ class PruningPlan:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(
-                f"cannot read the plan {path}: {error}; make one with: cfsp plan"
+                f"cannot read the plan {path}: {error}; make one with: cfsp prune --dry-run"
             ) from error
         return cls.from_json(text, str(path))
 

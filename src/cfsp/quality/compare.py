@@ -20,17 +20,11 @@ _ERRORS_ABOVE_CHANCE = 2.0
 
 @dataclass(frozen=True)
 class Pair:
-    """A measure of two models on the same windows or documents.
-
-    Attributes:
-        first: of the first model.
-        second: of the second.
-        difference: the mean of the differences.
-    """
+    """A measure of two models on the same windows or documents."""
 
     first: Estimate
     second: Estimate
-    difference: Estimate
+    difference: Estimate  # the mean of the differences
 
     def to_json(self) -> dict[str, Any]:
         """Return all three."""
@@ -39,67 +33,33 @@ class Pair:
 
 @dataclass(frozen=True)
 class TextPair:
-    """Two models on one text.
-
-    Attributes:
-        text: its name.
-        windows: how many there are.
-        loss: negative log-likelihood per token in nats.
-        divergence: KL(dense || model) per token in nats; None without a dense model.
-        agreed: top-1 agreement, the share of tokens whose most likely one is the dense model's;
-            likewise.
-    """
+    """Two models on one text; what needs a dense model is None without one."""
 
     text: str
     windows: int
-    loss: Pair
-    divergence: Pair | None
-    agreed: Pair | None
+    loss: Pair  # negative log-likelihood per token in nats
+    divergence: Pair | None  # KL(dense || model) per token in nats
+    agreed: Pair | None  # top-1 agreement: share of tokens whose most likely one is the dense one's
 
 
 @dataclass(frozen=True)
 class TaskPair:
-    """Two models on one task, by one metric.
-
-    Attributes:
-        task: its name.
-        metric: `acc_norm` where the task has it, else `acc`.
-        documents: how many there are.
-        accuracy: share of right answers.
-        kept: share of answers that are the dense model's; None without a dense model, or where
-            the answer is not one of several.
-        loss: of a free continuation, in nats; None of other tasks.
-        dense: the dense model's accuracy; None without a dense model.
-        chance: the accuracy of a guess.
-        is_above_chance: whether the dense model is better than a guess; None without one.
-    """
+    """Two models on one task, by one metric; what needs a dense model is None without one."""
 
     task: str
-    metric: str
+    metric: str  # `acc_norm` where the task has it, else `acc`
     documents: int
     accuracy: Pair
-    kept: Pair | None
-    loss: Pair | None
-    dense: Estimate | None
-    chance: float
-    is_above_chance: bool | None
+    kept: Pair | None  # share of answers that are the dense model's, where one of several is picked
+    loss: Pair | None  # of a free continuation, in nats; None of other tasks
+    dense: Estimate | None  # the dense model's accuracy
+    chance: float  # the accuracy of a guess
+    is_above_chance: bool | None  # whether the dense model is better than that
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models compared.
-
-    Attributes:
-        first: name of the one.
-        second: name of the other.
-        texts: on each text that both were measured on.
-        tasks: on each task.
-        accuracy: the mean over the tasks on which the dense model is better than a guess; None
-            without any.
-        kept: likewise, of the answers that are the dense model's.
-        questions: how many both were asked.
-        answers: how theirs differ, by measure (see `answer_measures`).
-    """
+    """Two models compared; means are over the tasks on which the dense model beats a guess."""
 
     first: str
     second: str
@@ -107,8 +67,8 @@ class Comparison:
     tasks: list[TaskPair]
     accuracy: Pair | None
     kept: Pair | None
-    questions: int
-    answers: dict[str, Pair]
+    questions: int  # how many both were asked
+    answers: dict[str, Pair]  # how theirs differ, by measure (see `answer_measures`)
 
     @property
     def left_out(self) -> list[TaskPair]:
@@ -133,10 +93,7 @@ class Comparison:
 def compare(first: MeasuredModel, second: MeasuredModel, dense: MeasuredModel | None) -> Comparison:
     """Compare two models on the texts, tasks and questions that both were measured on.
 
-    Args:
-        first: the one.
-        second: the other.
-        dense: the dense model, which may be one of them; None for none.
+    The dense model may be one of them.
 
     Raises:
         ReportError: there is nothing that both were measured on, or other windows or documents.

@@ -13,11 +13,17 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cfsp.checkpoint.locating import DEMO_NAME
-from cfsp.checkpoint.own_files import CARD_FILE, MODELING_FILE
+from cfsp.checkpoint.own_files import CARD_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.result.conditions import Conditions, perplexities
-from cfsp.result.facts import goal_in_words, goal_table, size_facts, unit_rows, what_went
+from cfsp.result.facts import (
+    goal_in_words,
+    goal_table,
+    perplexities,
+    size_facts,
+    unit_rows,
+    what_went,
+)
 from cfsp.result.making import (
     auto_class_of,
     changed_weights,
@@ -60,9 +66,7 @@ def origin_of(source: Checkpoint) -> Origin:
     card = _metadata_of(source.directory / CARD_FILE)
     # A snapshot in the hub's cache: models--OWNER--NAME/snapshots/COMMIT.
     cached = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots", name)
-    # What older versions of transformers wrote into config.json: whence it was loaded.
-    saved = getattr(source.config, "_name_or_path", None)
-    ids = ("/".join(cached.groups()) if cached else None, name, saved)
+    ids = ("/".join(cached.groups()) if cached else None, name)
     hub_id = next((each for each in ids if is_hub_id(each)), None)
     base = next((each for each in (hub_id, card.get("base_model")) if is_hub_id(each)), None)
     base = base and base.partition("@")[0]  # all that the hub knows there
@@ -90,7 +94,7 @@ def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origi
     link = _link(hub_id) if hub_id else _code(name)
     if origin.base_model not in (None, name):
         link += f" (which was made from {_link(str(origin.base_model))})"
-    went, goal = "", manifest.get("goal")
+    went = ""
     if "ffn_sparsity" in manifest:
         went = what_went(manifest, by_channels=plan is None or plan.counts_channels)
     steps = [str(step["name"]) for step in repair_steps(manifest) if changed_weights(step)]
@@ -103,12 +107,12 @@ def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origi
     )
     environment.filters |= {"code": _code, "quoted": _quoted, "plain": _plain}
     return environment.get_template("card.md").render(
-        metadata=_metadata(manifest, origin, name),
+        metadata=_metadata(manifest, origin),
         name=name,
         stages=making(manifest),
         link=link,
         went=went,
-        dequantised=manifest.get("dequantised"),
+        manifest=manifest,
         calibrated=texts_in_words(manifest.get("calibration")),
         repaired=", ".join(steps),
         recovered=texts_in_words((manifest.get("recovery") or {}).get("data")),
@@ -121,12 +125,10 @@ def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origi
         ),
         quality=_quality(manifest),
         needs_code=needs_code(manifest),
-        modeling_file=MODELING_FILE,
         load_code=load_code(manifest, "."),
         plan=plan,
-        goal=goal and goal_in_words(goal),
-        tried=goal and goal_table(goal),
-        only_ffns=plan is None or not plan.has_parts,
+        goal_in_words=goal_in_words,
+        goal_table=goal_table,
         license=str(origin.metadata.get("license") or ""),
         units=Table(
             ("block", "distance", "importance", "channels before", "after"),
@@ -173,8 +175,8 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _metadata(manifest: dict[str, Any], origin: Origin, name: str) -> str:
-    """Return the YAML at the head of a card of what was made of a model of some name."""
+def _metadata(manifest: dict[str, Any], origin: Origin) -> str:
+    """Return the YAML at the head of a card."""
     from huggingface_hub import ModelCardData
 
     metadata = dict(origin.metadata)
@@ -183,49 +185,11 @@ def _metadata(manifest: dict[str, Any], origin: Origin, name: str) -> str:
     tags = ["cfsp", *(["pruned"] if "criterion" in manifest else [])]
     theirs = metadata.pop("tags", [])
     tags += [str(tag) for tag in (theirs if isinstance(theirs, list) else [theirs])]
-    results = _results(manifest)
     data = ModelCardData(
         base_model=origin.base_model,
         library_name="transformers",
         pipeline_tag=metadata.pop("pipeline_tag", task),
         tags=list(dict.fromkeys(tags)),
-        # The name belongs to the results: without them it is no key that the hub knows.
-        model_name=f"{_hub_name(name.rpartition('/')[2])}-pruned" if results else None,
-        eval_results=results or None,
         **metadata,
     )
     return str(data.to_yaml())
-
-
-def _results(manifest: dict[str, Any]) -> list[Any]:
-    """Return the perplexities of the finished model, each with its conditions."""
-    from huggingface_hub import EvalResult
-
-    table = (manifest.get("recovery") or manifest).get("perplexity") or {}
-    results = []
-    for text, value in table.items():
-        conditions = Conditions.of(text, value)
-        name = _hub_name(public_name(text))
-        how = {
-            "windows": conditions.windows,
-            "seqlen": conditions.seqlen,
-            "bos": conditions.bos,
-            "predicted_tokens": conditions.tokens,
-        }
-        results.append(
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=name,
-                dataset_name=name,
-                dataset_args=how,
-                metric_type="perplexity",
-                metric_name=f"perplexity, {conditions.beside({'the model': manifest})}",
-                metric_value=value["after"],
-            )
-        )
-    return results
-
-
-def _hub_name(name: str) -> str:
-    """Return a name with only such characters as names on the hub have."""
-    return re.sub(r"[^\w./:-]+", "_", name)

@@ -1,25 +1,26 @@
 """The facts about a checkpoint: terminal, model card, `inspect` and page print the same ones.
 
 Numbers are a list of `Fact`, from a manifest here, from results of eval and bench in
-`cfsp.result.measured`; how it was made, in words, is in `cfsp.result.making`.
+`cfsp.result.runs`; how it was made, in words, is in `cfsp.result.making`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from cfsp.architecture.block_names import blocks_in_words, removed_in_words
+from cfsp.architecture.block_names import blocks_in_words, counted, removed_in_words
 from cfsp.planning.unit_plan import UnitPlan
-from cfsp.result.conditions import Conditions, perplexities
 from cfsp.result.names import short_names
 from cfsp.result.tables import Table, human_count
+from cfsp.text.offline import parts_of
 
 NOTHING = "\N{EN DASH}"
 _TIMES, _MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
 # Headings of tables.
 SIZE, QUALITY, SPEED = "Size", "Perplexity", "Tokens per second"
+PARAMETERS = "parameters"
 # What a manifest says of the same form, and what it is called.
 _OTHER_PARTS = {"kv_groups": "KV groups", "experts": "experts"}
 
@@ -57,6 +58,67 @@ PERPLEXITY = Unit("{:.2f}".format, "ratio")
 RATE = Unit("{:,.1f}".format)
 NATS = Unit("{:z.3f}".format)
 PERCENT = Unit(lambda share: f"{100 * share:z.1f}")
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Conditions of a perplexity."""
+
+    text: str
+    tokens: int  # that were predicted
+    windows: int
+    seqlen: int
+    bos: bool = False
+    # Of a part of the text that nothing is calibrated or trained on; False if it was not recorded.
+    evaluation_part: bool = field(default=False, compare=False)
+
+    @classmethod
+    def of(cls, text: str, entry: Mapping[str, Any]) -> Conditions:
+        """Return those of an entry of a manifest or of `cfsp eval --json`."""
+        return cls(
+            text,
+            int(entry["tokens"]),
+            int(entry["windows"]),
+            int(entry["seqlen"]),
+            bool(entry.get("bos", False)),
+            bool(entry.get("evaluation_part", False)),
+        )
+
+    def beside(self, models: Mapping[str, Mapping[str, Any]]) -> str:
+        """Return all but the text, and which models it made, given their manifests by name."""
+        names = {self.text, *parts_of(self.text)}
+        made = [name for name, each in models.items() if names & texts_that_made(each)]
+        if not made:
+            return str(self)
+        text = "other parts of this text" if self.evaluation_part else "this text"
+        return (
+            f"{self}; {text} made {' and '.join(made) if len(made) < len(models) else 'the model'}"
+        )
+
+    def __str__(self) -> str:
+        """Return all but the text: `12 windows of 1,024 tokens, with BOS`."""
+        bos = "with BOS" if self.bos else "without BOS"
+        return f"{counted(self.windows, 'windows')} of {self.seqlen:,} tokens, {bos}"
+
+
+def texts_that_made(manifest: Mapping[str, Any]) -> set[str]:
+    """Return the names of the texts that a model was calibrated, repaired or trained on."""
+    tables = [manifest.get("calibration"), (manifest.get("recovery") or {}).get("data")]
+    return {name for table in tables for name in (table or {}).get("sources", {})}
+
+
+def perplexities(manifest: Mapping[str, Any]) -> dict[Conditions, dict[str, float]]:
+    """Return what a manifest has by conditions: of the `dense`, `pruned` and `recovered` model.
+
+    Only numbers under the same conditions compare.
+    """
+    found: dict[Conditions, dict[str, float]] = {}
+    recovery = manifest.get("recovery") or {}
+    for before, after, table in (("dense", "pruned", manifest), ("pruned", "recovered", recovery)):
+        for text, value in (table.get("perplexity") or {}).items():
+            of_models = found.setdefault(Conditions.of(text, value), {})
+            of_models |= {before: float(value["before"]), after: float(value["after"])}
+    return found
 
 
 @dataclass(frozen=True)
@@ -101,18 +163,16 @@ class Fact:
             "" if number is None or number.error is None else f"± {self.unit.write(number.error)}"
         )
 
-    def with_more(self, other: Fact) -> Fact:
-        """Return it with what another fact of the same key knows better."""
-        known = {"before": other.before, "after": other.after, "ratio": other.ratio}
-        return replace(self, **{name: it for name, it in known.items() if it is not None})  # type: ignore[arg-type]
-
 
 def joined(facts: Iterable[Fact]) -> list[Fact]:
     """Return one fact for each key; what comes later counts."""
     found: dict[Any, Fact] = {}
     for fact in facts:
-        known = found.get(fact.key)
-        found[fact.key] = fact if known is None else known.with_more(fact)
+        known = found.setdefault(fact.key, fact)
+        before, after = fact.before or known.before, fact.after or known.after
+        found[fact.key] = replace(
+            known, before=before, after=after, ratio=fact.ratio or known.ratio
+        )
     return list(found.values())
 
 
@@ -136,7 +196,7 @@ def size_facts(manifest: Mapping[str, Any], weight_bytes: int = 0) -> list[Fact]
         return Fact(SIZE, name, COUNT, *numbers, detail=detail)
 
     before, after = manifest["parameters_before"], manifest["parameters_after"]
-    facts = [fact("parameters", before, after)]
+    facts = [fact(PARAMETERS, before, after)]
     if removed := manifest.get("removed_blocks"):
         blocks = manifest["blocks_before"]
         detail = f"without {blocks_in_words(removed)}"
@@ -162,18 +222,19 @@ def perplexity_facts(manifest: Mapping[str, Any]) -> list[Fact]:
     """Return the perplexities of a finished model, each beside the dense model's if it is known."""
     last = "recovered" if manifest.get("recovery") else "pruned"
     return [
-        Fact(
-            QUALITY,
-            "perplexity",
-            PERPLEXITY,
-            Number(of["dense"]) if "dense" in of else None,
-            Number(of[last]),
-            conditions.text,
-            conditions,
+        replace(
+            perplexity_fact(conditions),
+            before=Number(of["dense"]) if "dense" in of else None,
+            after=Number(of[last]),
         )
         for conditions, of in perplexities(manifest).items()
         if last in of
     ]
+
+
+def perplexity_fact(conditions: Conditions) -> Fact:
+    """Return the fact of a perplexity, still without numbers."""
+    return Fact(QUALITY, "perplexity", PERPLEXITY, text=conditions.text, conditions=conditions)
 
 
 def what_went(manifest: Mapping[str, Any], *, by_channels: bool = True) -> str:

@@ -42,23 +42,21 @@ def making(manifest: Mapping[str, Any]) -> list[Making]:
     if "criterion" in manifest:
         # What recovery has of its own, it put in the place of what pruning had.
         own = {**manifest, **(manifest.get("pruned") or {})}
-        facts = {**_criterion(manifest), **_calibration(manifest), **_cost(own)}
-        stages.append(Making("pruned", _command(own), facts))
+        stages.append(Making("pruned", _command(own), _pruning(manifest) | _cost(own)))
     if recovery := manifest.get("recovery"):
-        own = {**recovery, **{key: manifest[key] for key in _OF_RUN if key in manifest}}
-        stages.append(Making("recovered", _command(own), {**_recovery(recovery), **_cost(own)}))
-    return stages or [Making("made", _command(manifest), _cost(manifest))]
-
-
-# Of the last command, at the top of a manifest.
-_OF_RUN = ("command", "created", "versions")
+        # Of the last command, at the top of a manifest.
+        run = {key: manifest.get(key) for key in ("command", "created", "versions")}
+        stages.append(
+            Making("recovered", _command(run), _recovery(recovery) | _cost(recovery | run))
+        )
+    return stages
 
 
 def _command(made: Mapping[str, Any]) -> str:
     return public_command(str(made.get("command") or "not recorded"))
 
 
-def _criterion(manifest: Mapping[str, Any]) -> dict[str, str]:
+def _pruning(manifest: Mapping[str, Any]) -> dict[str, str]:
     criterion = manifest["criterion"]
     parts = criterion.get("parts", DEFAULT_PARTS)
     channels = channels_in_words(parts)
@@ -84,11 +82,6 @@ def _criterion(manifest: Mapping[str, Any]) -> dict[str, str]:
         lost = f"{fmean(experts['lost_output']):.1%} of what all experts add to the hidden states"
         facts["experts by"] = f"{SCORE_IN_WORDS}; those that went added {lost}"
     facts["widths"] = f"multiples of {criterion['multiple']}"
-    return facts
-
-
-def _calibration(manifest: Mapping[str, Any]) -> dict[str, str]:
-    facts = {}
     if calibration := manifest.get("calibration"):
         facts["calibration text"] = texts_in_words(calibration)
         facts["calibration"] = (
@@ -128,9 +121,9 @@ def _cost(made: Mapping[str, Any]) -> dict[str, str]:
     if "peak_rss_bytes" in made:
         threads = f", {counted(made['threads'], 'threads')}" if made.get("threads") else ""
         facts["memory"] = f"{made['peak_rss_bytes'] / 2**30:.2f} GiB at its peak{threads}"
-    if "versions" in made:
+    if made.get("versions"):
         facts["versions"] = ", ".join(f"{name} {v}" for name, v in made["versions"].items())
-    if "created" in made:
+    if made.get("created"):
         facts["made"] = str(made["created"])
     return facts
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,18 @@ def removed_facts(plan: PruningPlan) -> dict[str, list[int]]:
 _IN_CONFIG = (
     "operation", "base_model", "criterion", "calibration", "removed_blocks", "removed_attentions",
     "ffn_sparsity", "kv_groups", "experts", "model_sparsity", "parameters_before", "repair",
-    "recovery", "perplexity", "command", "created", "versions",
+    "recovery", "pruned", "perplexity", "command", "created", "versions",
 )  # fmt: skip
 
 
 def facts_for_config(manifest: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a manifest that travels in the config of a model in memory."""
     return {key: manifest[key] for key in _IN_CONFIG if key in manifest}
+
+
+def digest_of_plan(plan: PruningPlan) -> str:
+    """Return what a manifest has of the plan beside it."""
+    return sha256(plan.to_json().encode()).hexdigest()
 
 
 def published(value: Any) -> Any:

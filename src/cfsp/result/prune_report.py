@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,10 @@ from cfsp.checkpoint.reading import Checkpoint, WeightSource, parameter_count
 from cfsp.cut.surgery import PrunedSource
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.repair.result import PruningResult
-from cfsp.result.manifest import read_manifest, removed_facts
+from cfsp.result.manifest import digest_of_plan, read_manifest, removed_facts
 from cfsp.streaming.memory import peak_rss_bytes
 from cfsp.streaming.runtime import versions
 from cfsp.streaming.work_dir import WorkDir
-
-# Told only where these parts may go.
-_ONLY_IF_THERE = ("kv_groups", "experts")
 
 
 @dataclass(frozen=True)
@@ -30,9 +26,9 @@ class PruneReport:
     """What pruning did. Everything but `plan` is also in the manifest.
 
     Attributes:
-        parameters_before: parameters of the source; tied embeddings count once.
-        parameters_after: parameters of the result.
-        blocks_before: blocks of the source.
+        parameters_before: of the source; tied embeddings count once.
+        parameters_after: of the result.
+        blocks_before: of the source.
         ffn_sparsity: fraction of FFN channels removed, counted by the parameters that they own.
         model_sparsity: fraction of all parameters removed.
         intermediate_sizes: channels of every FFN unit of the result, in the order of blocks.
@@ -41,7 +37,7 @@ class PruneReport:
         experts: routed experts of every block that has them `before` and `after`, the `sparsity`,
             and by block that stays the share of what all add that those added which went
             (`lost_output`); empty where none went but with their block.
-        calibration_tokens: tokens that the statistics were gathered over.
+        calibration_tokens: that the statistics were gathered over.
         repair: what each step of repair did with each block (see `PruningResult.to_json`).
         experts_with_few_tokens: block, expert and tokens of each expert that saw too few
             calibration tokens to be scored by them: its channels were scored by its weights alone,
@@ -83,19 +79,16 @@ class PruneReport:
     @staticmethod
     def of_checkpoint(directory: Path) -> PruneReport:
         """Return what pruning did to the checkpoint that it left in a directory."""
-        absent: dict[str, Any] = {name: {} for name in _ONLY_IF_THERE}
-        manifest = absent | (read_manifest(directory) or {}) | {"out": str(directory)}
-        names = {each.name for each in fields(PruneReport)} - {"plan"}
-        return PruneReport(
-            **{name: manifest[name] for name in names},
-            plan=PruningPlan.load(directory / PLAN_FILE),
-        )
+        told = (read_manifest(directory) or {}) | {
+            "out": str(directory),
+            "plan": PruningPlan.load(directory / PLAN_FILE),
+        }
+        return PruneReport(**{each.name: told[each.name] for each in fields(PruneReport)})
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON types; of the plan the widths before, and what went whole."""
-        hidden = {"plan", *(name for name in _ONLY_IF_THERE if not getattr(self, name))}
         of_plan = {"widths_before": self.plan.widths_of("ffn")[0], **removed_facts(self.plan)}
-        return of_plan | {k: v for k, v in vars(self).items() if k not in hidden}
+        return of_plan | {name: value for name, value in vars(self).items() if name != "plan"}
 
     def to_manifest(self, digests: dict[str, str], command: str) -> dict[str, Any]:
         """Return the manifest of the checkpoint, with the command that made it.
@@ -111,7 +104,7 @@ class PruneReport:
             "base_model": asdict(self.plan.model),
             "criterion": self.plan.criterion,
             "calibration": self.plan.calibration,
-            "plan_digest": sha256(self.plan.to_json().encode()).hexdigest(),
+            "plan_digest": digest_of_plan(self.plan),
             "files": digests,
             **self.to_json(),
         }
@@ -132,14 +125,6 @@ def _experts(plan: PruningPlan) -> dict[str, Any]:
     }
 
 
-def dequantisation_of(source: WeightSource) -> dict[str, str]:
-    """Return how a source is stored quantised, and in what it is written; empty if it is not."""
-    if not isinstance(source, Checkpoint) or source.quantisation is None:
-        return {}
-    dtype = str(compute_dtype(source)).removeprefix("torch.")
-    return {"from": source.quantisation.method, "to": dtype}
-
-
 def prune_report(
     source: WeightSource,
     repaired: PruningResult,
@@ -154,6 +139,10 @@ def prune_report(
     kv_sparsity = round(plan.kv_sparsity, 6)
     groups = {"before": groups_before, "after": groups_after, "sparsity": kv_sparsity}
     after = parameter_count(PrunedSource(source, plan))
+    dequantised = {}
+    if isinstance(source, Checkpoint) and source.quantisation is not None:
+        dtype = str(compute_dtype(source)).removeprefix("torch.")
+        dequantised = {"from": source.quantisation.method, "to": dtype}
     return PruneReport(
         parameters_before=before,
         parameters_after=after,
@@ -168,7 +157,7 @@ def prune_report(
         experts_with_few_tokens=plan.experts_with_few_tokens,
         goal=goal,
         perplexity=measured,
-        dequantised=dequantisation_of(source),
+        dequantised=dequantised,
         seconds=dict(work_dir.watch.seconds),
         passes=work_dir.times_json(),
         peak_rss_bytes=peak_rss_bytes(),

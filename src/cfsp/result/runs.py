@@ -1,35 +1,69 @@
-"""All that the page says about one run, read from its directory: no model is loaded.
+"""What the page says about a run: its facts, read from its directory without a model, and results.
 
 A run is a directory that cfsp wrote. Its manifest must be there; the plan may be missing, and
-the page then leaves out what it would have shown. The directory of a sweep stands
-for its runs.
+the page then leaves out what it would have shown. The directory of a sweep stands for its runs.
+Results are those of `cfsp eval --json` and `cfsp bench --json`, in files or in a manifest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite, log
 from pathlib import Path
 from typing import Any
 
-from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE, RECIPE_FILE
+from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE, SWEEP_FILE
 from cfsp.errors import ReportError
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.repair.result import entry_name
-from cfsp.repair.ridge_pass import NAME as RIDGE
-from cfsp.result.conditions import Conditions
-from cfsp.result.facts import QUALITY, Fact, joined, perplexity_facts, size_facts
-from cfsp.result.making import Step, making, repair_steps
-from cfsp.result.manifest import read_manifest, refusing_damage
-from cfsp.result.measured import (
-    Document,
-    answer_documents,
-    comparison_facts,
-    result_facts,
-    speed_facts,
+from cfsp.quality.compare import compare
+from cfsp.quality.results_file import measured_model
+from cfsp.result.facts import (
+    NATS,
+    PERCENT,
+    QUALITY,
+    RATE,
+    SIZE,
+    SPEED,
+    Conditions,
+    Fact,
+    Number,
+    Unit,
+    joined,
+    perplexity_fact,
+    perplexity_facts,
+    size_facts,
 )
+from cfsp.result.making import Step, repair_steps
+from cfsp.result.manifest import digest_of_plan, read_manifest, refusing_damage
 from cfsp.result.names import short_names
+
+ANSWERS, AGREEMENT, TASKS = "Answers", "Agreement with the original", "Tasks"
+PAIRS = "Tasks in pairs with the original"
+# Of tables, in their order.
+HEADINGS = (SIZE, ANSWERS, QUALITY, AGREEMENT, TASKS, PAIRS, SPEED)
+_OF_ANSWERS = {
+    "divergence": ("KL per token on the original's answers, nats", NATS),
+    "agreed": ("top-1 agreement on the original's answers, percent", PERCENT),
+    "stops": ("answers that end, percent", PERCENT),
+    "loops": ("answers that repeat 4 tokens 4 times, percent", PERCENT),
+    "alike": ("first tokens as the original's", Unit("{:.1f}".format)),
+}
+_OF_TEXTS = {
+    "divergence": ("KL per token, nats", NATS),
+    "agreed": ("top-1 agreement, percent", PERCENT),
+}
+# Of a task, what of a pair it is, and how it is called.
+_OF_TASKS = {
+    "accuracy": ("difference", "accuracy - original's, percent", PERCENT),
+    "kept": ("second", "answers as the original's, percent", PERCENT),
+    "loss": ("difference", "loss - original's, nats", NATS),
+}
+
+# A model measured is one side of a run: `before`, the original, `after`, the run itself, or None.
+Side = Callable[[str], str | None]
+Models = Sequence[Mapping[str, Any]]
+# A question with its kind and an answer, as `cfsp.quality.answers` has it.
+Document = Mapping[str, Any]
 
 # Of the models that the demonstration and sweeps time.
 _SIDES = {"dense": "before", "pruned": "after"}
@@ -51,11 +85,6 @@ class RunFacts:
         """Return the facts of one table."""
         return [fact for fact in self.facts if fact.heading == heading]
 
-    def perplexity(self, conditions: Conditions) -> float | None:
-        """Return its perplexity under some conditions; None if it was not measured."""
-        found = (fact.after for fact in self.under(QUALITY) if fact.conditions == conditions)
-        return next((number.value for number in found if number is not None), None)
-
     def side_of(self, model: str) -> str | None:
         """Return which side of this run a model is, by its name: before, after, or None."""
         if Path(model).resolve() == self.directory.resolve():
@@ -68,16 +97,6 @@ class RunFacts:
         return str(self.manifest.get("base_model", {}).get("name", "the original"))
 
     @property
-    def base_fingerprint(self) -> str:
-        """Digest of the model that was pruned; the name where there is none."""
-        return str(self.manifest.get("base_model", {}).get("fingerprint", self.base_name))
-
-    @property
-    def has_weights(self) -> bool:
-        """Whether its weights were kept: a sweep keeps none."""
-        return any(self.directory.glob("model*.safetensors"))
-
-    @property
     def repair_steps(self) -> list[Step]:
         """The steps of repair; empty without repair."""
         return repair_steps(self.manifest)
@@ -86,20 +105,11 @@ class RunFacts:
     def recovery_history(self) -> list[dict[str, float]]:
         """Step, held-out loss and, where there is one, loss; empty without recovery."""
         history: list[dict[str, float]] = (self.manifest.get("recovery") or {}).get("history", [])
-        # Earlier manifests have the perplexity of held-out text.
-        return [
-            {"held_out": log(entry["perplexity"]), **entry} if "perplexity" in entry else entry
-            for entry in history
-        ]
+        return history
 
 
 def read_run(directory: Path) -> RunFacts:
-    """Read the facts about one run.
-
-    Raises:
-        ReportError: cfsp did not write the directory, or its files are of different runs.
-        CfspError: a file in it is damaged.
-    """
+    """Read the facts about one run."""
     if not directory.is_dir():
         raise ReportError(
             f"{directory} is not a directory; expected one that cfsp prune, recover or sweep wrote"
@@ -112,25 +122,22 @@ def read_run(directory: Path) -> RunFacts:
         )
     path = directory / PLAN_FILE
     plan = PruningPlan.load(path) if path.is_file() else None
+    if plan is not None and manifest.get("plan_digest") != digest_of_plan(plan):
+        raise ReportError(
+            f"{directory}: {PLAN_FILE} is not the plan that {MANIFEST_FILE} tells of; they are of "
+            "different runs"
+        )
     weights = sum(file.stat().st_size for file in directory.glob("model*.safetensors"))
     speed = manifest.get("speed")
-    # All that the page will tell is made here once, so that damage is found with its file.
     with refusing_damage(directory):
         facts = [
             *size_facts(manifest, weights),
             *perplexity_facts(manifest),
-            *comparison_facts(manifest.get("comparison")),
+            *_comparison_facts(manifest.get("comparison") or {}),
             # Where the demonstration or a sweep has put it.
-            *(speed_facts(speed["models"], _SIDES.get) if speed else []),
+            *(_speed_facts(speed["models"], _SIDES.get) if speed else []),
         ]
-        run = RunFacts(directory.resolve().name, directory, manifest, joined(facts), plan)
-        _ = run.base_fingerprint, making(manifest)
-        _check_steps(run.repair_steps)
-        if not all(isfinite(e["step"]) and isfinite(e["held_out"]) for e in run.recovery_history):
-            raise ValueError("history of recovery")
-        if plan is not None:
-            _check_together(manifest, plan, directory)
-    return run
+        return RunFacts(directory.resolve().name, directory, manifest, joined(facts), plan)
 
 
 def read_runs(directories: Sequence[Path]) -> list[RunFacts]:
@@ -140,23 +147,53 @@ def read_runs(directories: Sequence[Path]) -> list[RunFacts]:
     return [replace(run, name=names[str(run.directory.resolve())]) for run in runs]
 
 
+def _runs_in(directory: Path) -> list[Path]:
+    """Return the finished runs of a sweep's directory; another directory is a run itself."""
+    if not (directory / SWEEP_FILE).is_file() or (directory / MANIFEST_FILE).is_file():
+        return [directory]
+    found = sorted(path.parent for path in directory.glob(f"*/{MANIFEST_FILE}"))
+    runs = [run for run in found if not run.name.startswith(".")]
+    if not runs:
+        raise ReportError(
+            f"the sweep in {directory} has no finished model yet; its command goes on with it"
+        )
+    return runs
+
+
+def side_by_side(runs: Sequence[RunFacts], *headings: str) -> list[dict[str, Fact]]:
+    """Return what compares under some headings: one fact of each run, by its name.
+
+    What was measured on one text stands together.
+    """
+    found: dict[object, dict[str, Fact]] = {}
+    for run in runs:
+        for fact in run.facts:
+            if fact.heading in headings:
+                found.setdefault(fact.key, {})[run.name] = fact
+    texts = list(dict.fromkeys(fact.text for run in runs for fact in run.facts))
+    return sorted(found.values(), key=lambda facts: texts.index(any_of(facts).text))
+
+
+def any_of(facts: Mapping[str, Fact]) -> Fact:
+    """Return one of facts that compare."""
+    return next(iter(facts.values()))
+
+
 def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunFacts]:
     """Add what `cfsp eval --json` or `cfsp bench --json` measured to the runs it measured.
 
     A model of the results is one of the runs if it is the same directory, and a run's original if
     it has the name that was pruned.
-
-    Raises:
-        ReportError: they are something else, or measure none of the runs.
     """
     try:
-        names = [str(model["model"]) for model in results["models"]]
         models = results["models"]
+        names = [str(model["model"]) for model in models]
+        facts_of = _speed_facts if "workloads" in models[0] else _quality_facts
         extended = [
             replace(
                 run,
-                facts=joined([*run.facts, *result_facts(models, run.side_of)]),
-                answers=answer_documents(models, run.side_of) or run.answers,
+                facts=joined([*run.facts, *facts_of(models, run.side_of)]),
+                answers=_answer_documents(models, run.side_of) or run.answers,
             )
             for run in runs
         ]
@@ -170,90 +207,91 @@ def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunF
     return extended
 
 
-def measured_conditions(runs: Sequence[RunFacts]) -> list[Conditions]:
-    """Return all conditions of perplexities, those of one text one after the other."""
-    facts = [fact for run in runs for fact in run.under(QUALITY)]
-    found = dict.fromkeys(fact.conditions for fact in facts if fact.conditions is not None)
-    texts = list(dict.fromkeys(each.text for each in found))
-    return sorted(found, key=lambda each: texts.index(each.text))
+def _quality_facts(models: Models, side_of: Side) -> list[Fact]:
+    """Return what eval measured of a run and of its original, as the command prints it."""
+    facts = []
+    sides = {side_of(str(model["model"])): model for model in models}
+    for side, model in sides.items():
+        if side is None:
+            continue
+        for text, entry in model["perplexity"].items():
+            fact = perplexity_fact(Conditions.of(text, entry))
+            facts.append(_on(side, Number(float(entry["value"])), fact))
+        for task, scores in model.get("tasks", {}).items():
+            for metric in ("acc", "acc_norm"):
+                if metric in scores:
+                    error = scores.get(f"{metric}_stderr")
+                    number = _number({"value": scores[metric], "stderr": error})
+                    facts.append(_on(side, number, Fact(TASKS, f"{task}, {metric}", PERCENT)))
+    before, after = (sides.get(side, {}) for side in ("before", "after"))
+    if "windows" in before and "windows" in after:
+        dense, pruned = (measured_model("the results", dict(each)) for each in (before, after))
+        facts += _comparison_facts(compare(dense, pruned, dense).to_json())
+    return facts
 
 
-def perplexity_of_original(runs: Sequence[RunFacts], conditions: Conditions) -> float | None:
-    """Return the original's perplexity under the same conditions; None if it was not measured."""
-    facts = [fact for run in runs for fact in run.under(QUALITY) if fact.conditions == conditions]
-    return next((fact.before.value for fact in facts if fact.before is not None), None)
+def _answer_documents(models: Models, side_of: Side) -> list[tuple[Document, Document]]:
+    """Return what the original and a run answered to each question; nothing if none was asked."""
+    sides = {side_of(str(model["model"])): model.get("answers") for model in models}
+    both = [answers for side in ("before", "after") if (answers := sides.get(side))]
+    if len(both) < 2:
+        return []
+    keys = ("kind", "question", "answer", "stops", "loops")
+    pairs = (
+        [{key: each[key] for key in keys} for each in answers["documents"]] for answers in both
+    )
+    return list(zip(*pairs, strict=True))
 
 
-def _runs_in(directory: Path) -> list[Path]:
-    """Return the finished runs of a sweep's directory; another directory is a run itself."""
-    if not (directory / RECIPE_FILE).is_file() or (directory / MANIFEST_FILE).is_file():
-        return [directory]
-    found = sorted(path.parent for path in directory.glob(f"*/{MANIFEST_FILE}"))
-    runs = [run for run in found if not run.name.startswith(".")]
-    if not runs:
-        raise ReportError(
-            f"the sweep in {directory} has no finished model yet; run it on: "
-            f"cfsp sweep --recipe {directory / RECIPE_FILE} --out {directory}"
-        )
-    return runs
+def _speed_facts(models: Models, side_of: Side) -> list[Fact]:
+    """Return tokens per second by phase and workload, with the ratio to the original.
 
-
-def _check_steps(steps: Sequence[Step]) -> None:
-    """Check that steps can be told of and drawn: JSON as Python reads it has NaN, too.
-
-    Raises:
-        KeyError, TypeError, ValueError, AttributeError, ArithmeticError: they cannot.
+    Ratios are to the first model; they mean something here only if that is the original.
     """
-    for step in steps:
-        for index, entry in enumerate(step["blocks"]):
-            if entry is None:
-                continue
-            where = f"{step['name']}, block {entry_name(entry, index)}"
-            # Null is what training leaves whose error is NaN; such weights are rejected.
-            after, kept = entry["error_after"], entry["kept"]
-            errors = [entry["error_before"], *([after] if kept or after is not None else [])]
-            if not all(isfinite(error) and error >= 0 for error in errors):
-                raise ValueError(f"{where}: an error is no number from 0")
-            if not 1 <= entry["blocks"] <= index + 1:
-                raise ValueError(f"{where}: {entry['blocks']} blocks changed together")
-            _ = f"{entry.get('strength') or 0:g}, {entry.get('training_steps') or 0:,}"
-            _ = [expert["kept"] for expert in entry.get("experts", ())]
+    facts = []
+    compared = side_of(str(models[0]["model"])) == "before"
+    for model in models:
+        side = side_of(str(model["model"]))
+        for workload in model["workloads"] if side else ():
+            shape = f"batch {workload['batch']}, prompt {workload['prompt']}"
+            for phase in ("prefill", "decode"):
+                figures = workload[phase]
+                has_ratio = side == "after" and compared and not figures.get("too_busy")
+                ratio = float(figures["ratio"]) if has_ratio else None
+                fact = Fact(SPEED, f"{phase}, {shape}", RATE, ratio=ratio)
+                facts.append(_on(side, Number(float(figures["tokens_per_second"])), fact))
+    return facts
 
 
-def _check_together(manifest: dict[str, Any], plan: PruningPlan, directory: Path) -> None:
-    """Check that manifest and plan speak of the same blocks."""
-    fault = ""
-    base = (manifest.get("base_model") or {}).get("fingerprint", plan.model.fingerprint)
-    widths, kept = plan.widths_of("ffn")
-    if plan.model.fingerprint != base:
-        fault = f"{PLAN_FILE} and {MANIFEST_FILE} speak of different models"
-    elif (
-        manifest.get("widths_before", widths) != widths
-        or manifest.get("intermediate_sizes", kept) != kept
-    ):
-        fault = f"{PLAN_FILE} and {MANIFEST_FILE} give different widths"
-    else:
-        for step in repair_steps(manifest):
-            if step["blocks"] and not _speaks_of_same(step, plan):
-                fault = (
-                    f"{MANIFEST_FILE} tells of {len(step['blocks'])} blocks that {step['name']} "
-                    f"repaired, the plan of {len(plan.units)}"
-                )
-    if fault:
-        raise ReportError(f"{directory}: {fault}; they are of different runs")
+def _comparison_facts(comparison: Mapping[str, Any]) -> list[Fact]:
+    """Return what pairs with the original say, from `Comparison.to_json`."""
+    facts = []
+    for key, pair in comparison.get("answers", {}).items():
+        name, unit = _OF_ANSWERS[key]
+        before = _number(pair["first"]) if key in ("stops", "loops") else None
+        detail = f"{comparison['questions']} questions" if key == "divergence" else ""
+        facts.append(Fact(ANSWERS, name, unit, before, _number(pair["second"]), detail=detail))
+    for text, pairs in comparison.get("texts", {}).items():
+        for key, (name, unit) in _OF_TEXTS.items():
+            if pair := pairs.get(key):
+                after = _number(pair["second"])
+                facts.append(Fact(AGREEMENT, name, unit, after=after, text=text))
+    for task, pairs in [*comparison.get("tasks", {}).items(), ("mean of tasks", comparison)]:
+        is_guess = pairs.get("is_above_chance") is False
+        guess = "the original does not beat a guess; not in the mean" if is_guess else ""
+        for key, (of, name, unit) in _OF_TASKS.items():
+            if pair := pairs.get(key):
+                detail = guess if key == "accuracy" else ""
+                after = _number(pair[of])
+                facts.append(Fact(PAIRS, f"{task}, {name}", unit, after=after, detail=detail))
+    return facts
 
 
-def _speaks_of_same(step: Step, plan: PruningPlan) -> bool:
-    """Return whether a step of repair has an entry for every unit of a plan."""
-    blocks = [unit.block for unit in plan.units]
-    is_by_unit = any("block" in entry for entry in step["blocks"] if entry)
-    # Other steps speak of blocks also where these have several.
-    has_several = plan.has_ffns_only and len(set(blocks)) < len(blocks)
-    if is_by_unit or (has_several and step["name"] == RIDGE):
-        pairs = zip(step["blocks"], blocks, strict=False)
-        return len(step["blocks"]) == len(blocks) and all(
-            entry is None or entry.get("block") == block for entry, block in pairs
-        )
-    if plan.has_one_unit_each:
-        return len(step["blocks"]) == len(blocks)
-    return len(step["blocks"]) > blocks[-1]
+def _number(estimate: Mapping[str, Any]) -> Number:
+    error = estimate.get("stderr")
+    return Number(float(estimate["value"]), None if error is None else float(error))
+
+
+def _on(side: str | None, number: Number, fact: Fact) -> Fact:
+    """Return a fact with the number of one side."""
+    return replace(fact, before=number) if side == "before" else replace(fact, after=number)

@@ -6,8 +6,7 @@ than memory can be verified too.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 from cfsp.architecture.discovery import find_architecture
 from cfsp.calibration.calibrate import calibrate
 from cfsp.checkpoint.own_files import (
-    CONFIG_FILE,
     MANIFEST_FILE,
     PLAN_FILE,
     digests_beside_weights,
@@ -29,16 +27,12 @@ from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.errors import CfspError, CheckpointError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.progress import item_progress
-from cfsp.result.manifest import read_manifest
-from cfsp.settings import Compute, Part
+from cfsp.result.manifest import digest_of_plan, read_manifest
+from cfsp.settings import UNIT_PARTS, Compute, Part
 from cfsp.streaming.runtime import runtime_of
 from cfsp.text.windows import Windows
 
 _TOKENS = 16
-_BESIDE = "config, tokenizer, chat templates and code are those that were written"
-_ONLY_CODE = (
-    "code is what was written (the manifest is too old to have those of config and tokenizer)"
-)
 
 
 @dataclass(frozen=True)
@@ -63,14 +57,14 @@ def verify_checkpoint(source: Checkpoint, compute: Compute) -> list[Check]:
             f"{source.label} has no {MANIFEST_FILE}: cfsp did not write it, so there is nothing to "
             "verify it against"
         )
-    # All have the digests of config and tokenizer since December 2026.
-    has_all = CONFIG_FILE in manifest.get("files", {})
     checks: dict[str, Callable[[], str | None]] = {
         "weight files are those that were written": lambda: _weights(directory, manifest),
         "the plan is the one that was obeyed": lambda: _plan(directory, manifest),
-        "widths are those of the plan": lambda: next(_other_widths(source, manifest), None),
+        "widths are those of the plan": lambda: _other_width(source, manifest),
         "the number of parameters is right": lambda: _parameters(source, manifest),
-        _BESIDE if has_all else _ONLY_CODE: lambda: _beside(directory, manifest, has_all),
+        "config, tokenizer, chat templates and code are those that were written": lambda: _beside(
+            directory, manifest
+        ),
         "weights and activations are finite": lambda: _forward(source, compute),
     }
     found = []
@@ -88,20 +82,17 @@ def verify_checkpoint(source: Checkpoint, compute: Compute) -> list[Check]:
 
 
 def _weights(directory: Path, manifest: dict[str, Any]) -> str | None:
-    # Loaders read them all.
-    there = {path.name for path in directory.glob("*.safetensors")}
     promised = {k: v for k, v in manifest.get("files", {}).items() if k.endswith(".safetensors")}
     if not promised:
         return f"{MANIFEST_FILE} names no weight files"
+    # Loaders read them all.
+    there = {path.name for path in directory.glob("*.safetensors")}
     return _difference(promised, there, lambda name: sha256_of(directory / name))
 
 
-def _beside(directory: Path, manifest: dict[str, Any], has_all: bool) -> str | None:
-    promised = manifest.get("files", {})
+def _beside(directory: Path, manifest: dict[str, Any]) -> str | None:
+    promised, found = manifest.get("files", {}), digests_beside_weights(directory)
     promised = {k: v for k, v in promised.items() if not k.endswith(".safetensors")}
-    found = digests_beside_weights(directory)
-    if not has_all:
-        found = {name: digest for name, digest in found.items() if name.endswith(".py")}
     return _difference(promised, set(found), found.__getitem__)
 
 
@@ -119,20 +110,17 @@ def _difference(
 def _plan(directory: Path, manifest: dict[str, Any]) -> str | None:
     if not (directory / PLAN_FILE).is_file():
         return f"{PLAN_FILE} is missing"
-    text = PruningPlan.load(directory / PLAN_FILE).to_json()
-    found = hashlib.sha256(text.encode()).hexdigest()
+    found = digest_of_plan(PruningPlan.load(directory / PLAN_FILE))
     return None if found == manifest.get("plan_digest") else f"{PLAN_FILE} has changed"
 
 
-def _other_widths(source: Checkpoint, manifest: dict[str, Any]) -> Iterator[str]:
-    """Yield where the config or the manifest says another width than the plan."""
+def _other_width(source: Checkpoint, manifest: dict[str, Any]) -> str | None:
+    """Return where the config or the manifest says another width than the plan."""
     plan = PruningPlan.load(source.directory / PLAN_FILE)
-    nouns: dict[Part, str] = {"ffn": "FFNs", "kv": "attentions"}
-    for part, noun in nouns.items():
-        units = [unit for unit in plan.kept_units if unit.part == part]
-        if not units:
+    for part in UNIT_PARTS:
+        planned = plan.widths_of(part)[1]
+        if not planned:
             continue
-        planned = [unit.kept_width for unit in units]
         # With equally many in all blocks it is a stock model, which was not opened with its heads.
         found = [unit for unit in source.architecture.stock_units if unit.part == part]
         goes_whole = part == "kv" and "attention" in plan.criterion.get("parts", ())
@@ -143,18 +131,13 @@ def _other_widths(source: Checkpoint, manifest: dict[str, Any]) -> Iterator[str]
             ("config.json", [unit.width for unit in found]),
             (MANIFEST_FILE, told),
         ):
-            if len(widths) != len(planned):
-                yield f"{name} tells of {len(widths)} {noun}, the plan of {len(planned)}"
-            for unit, width in zip(units, widths, strict=False):
-                if width != unit.kept_width:
-                    yield (
-                        f"block {unit.name} is {width} wide in {name}, {unit.kept_width} in the "
-                        "plan"
-                    )
+            if widths != planned:
+                return f"{name} gives the units of {part} the widths {widths}, the plan {planned}"
     experts = [unit.ffns for unit in source.architecture.of_part("ffn").units]
     kept = [len(unit.kept_ffns) for unit in plan.kept_units if unit.part == "ffn"]
     if experts != kept:
-        yield f"config.json says that FFNs have {experts} experts, the plan {kept}"
+        return f"config.json says that FFNs have {experts} experts, the plan {kept}"
+    return None
 
 
 def _parameters(source: Checkpoint, manifest: dict[str, Any]) -> str | None:

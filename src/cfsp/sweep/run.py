@@ -1,12 +1,13 @@
-"""The flow of a sweep: calibrate once a seed, then prune and measure each of a list of settings.
+"""The flow of a sweep: calibrate once, then prune and measure each of a list of settings.
 
-A sweep's directory holds `recipe.toml`, the statistics of each seed, and a directory for each
-model: what `cfsp prune` writes, without the weights; `cfsp prune --plan` makes them again. A model
-whose directory is there is not made again, so a sweep that was interrupted goes on.
+A sweep's directory holds `sweep.json`, the statistics, and a directory for each model: what `cfsp
+prune` writes, without the weights; `cfsp prune --plan` makes them again. A model whose directory is
+there is not made again, so a sweep that was interrupted goes on.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ from cfsp.checkpoint.output import (
     remove_abandoned,
     write_atomically,
 )
-from cfsp.checkpoint.own_files import RECIPE_FILE
+from cfsp.checkpoint.own_files import STATISTICS_FILE, SWEEP_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.errors import CfspError, OutputError
 from cfsp.pipeline import calibrate_source, prune_checkpoint
@@ -36,18 +37,21 @@ from cfsp.quality.evaluate import evaluate_models, evaluation_windows
 from cfsp.quality.perplexity import before_and_after
 from cfsp.quality.results_file import measured_model
 from cfsp.quality.tasks.harness import TaskRunner
+from cfsp.quality.tasks.selection import TaskSelection
 from cfsp.repair.ladder import check_can_be_repaired
+from cfsp.result.facts import Conditions
 from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.selection.constraint import Share
 from cfsp.selection.drop_order import follow_divergence, follow_runs
 from cfsp.selection.sensitivity import follow_sensitivity
 from cfsp.settings import Compute, EvaluationText, Part
-from cfsp.speed import Conditions, Workload, compare_speed
+from cfsp.speed import Conditions as Timing
+from cfsp.speed import Workload, compare_speed
 from cfsp.speed.subjects import Subject
 from cfsp.speed.work import PHASES
 from cfsp.streaming.runtime import check_fits, runtime_of
 from cfsp.streaming.work_dir import output_work_dir, remove_finished_work
-from cfsp.sweep.recipe import Point, Recipe
+from cfsp.sweep.settings import Point, SweepSettings
 from cfsp.sweep.table import Row
 from cfsp.text.drawing import draw_text, processor_of
 from cfsp.text.tokenizers import load_tokenizer
@@ -63,36 +67,37 @@ _WORKING = ".working"
 class _Sweep:
     """What a sweep is made of; see `run_sweep`."""
 
-    recipe: Recipe
+    settings: SweepSettings
     points: Sequence[Point]
     source: Checkpoint  # opened with the parts of all methods: it is calibrated
-    opened: Callable[[tuple[Part, ...]], Checkpoint]  # as `cfsp prune` opens it, by those parts
+    opened: Callable[[tuple[Part, ...]], Checkpoint]  # as `cfsp prune` opens it for a point
     out: Path
     compute: Compute
     tasks: TaskRunner | None
     questions: Questions | None
 
-    def source_of(self, point: Point) -> Checkpoint:
-        """Return the model as `cfsp prune` opens it for a point."""
-        return self.opened(point.settings.budget.parts)
 
-
-def run_sweep(recipe: Recipe, out: Path, compute: Compute, *, command: str = "") -> list[Row]:
-    """Make every model of a recipe that is not there yet, and return the whole table."""
-    selection, points = recipe.task_selection, recipe.points(compute)
-    tasks = None if selection is None else TaskRunner.of(selection)
-    questions = None if recipe.answers is None else Questions.of(recipe.answers)
-    opened = cache(lambda parts: open_checkpoint(recipe.model, parts=parts))
+def run_sweep(
+    settings: SweepSettings, out: Path, compute: Compute, *, command: str = ""
+) -> list[Row]:
+    """Make every model of a sweep that is not there yet, and return the whole table."""
+    tasks, questions, points = None, None, settings.points(compute)
+    if settings.tasks:
+        data = None if settings.task_data is None else Path(settings.task_data)
+        tasks = TaskRunner.of(TaskSelection(tuple(settings.tasks), settings.limit, data=data))
+    if settings.answers is not None:
+        questions = Questions.of(settings.answers)
+    opened = cache(lambda parts: open_checkpoint(settings.model, parts=parts))
     asked = dict.fromkeys(part for point in points for part in point.settings.budget.parts)
-    sweep = _Sweep(recipe, points, opened(tuple(asked)), opened, out, compute, tasks, questions)
+    sweep = _Sweep(settings, points, opened(tuple(asked)), opened, out, compute, tasks, questions)
     check_is_outside(out, sweep.source.directory)
     with created_parents(out), exclusive(out), _kept(sweep):
-        _claim(out, recipe)
+        _claim(out, settings)
         missing = [point for point in points if not (out / point.name).is_dir()]
         if missing:
             _check(sweep)
         (dense,) = evaluate_models(
-            [sweep.source.directory], recipe.evaluation, compute, tasks, out=out / _DENSE_FILE
+            [sweep.source.directory], settings.evaluation, compute, tasks, out=out / _DENSE_FILE
         )
         if missing:
             with item_progress("sweep", len(missing), "model") as bar:
@@ -105,30 +110,30 @@ def run_sweep(recipe: Recipe, out: Path, compute: Compute, *, command: str = "")
 @contextmanager
 def _kept(sweep: _Sweep) -> Iterator[None]:
     """Say that an interrupted sweep goes on; leave nothing of one that a mistake ended at once."""
-    out, recipe_file = sweep.out, sweep.out / RECIPE_FILE
-    is_new = not any(out.iterdir())
+    out, is_new = sweep.out, not any(sweep.out.iterdir())
     try:
         yield
-    except BaseException as error:
+    except CfspError as error:
         finished = any((out / point.name).is_dir() for point in sweep.points)
-        if isinstance(error, CfspError) and not error.keeps_work:
-            if is_new and not finished:
-                for path in (recipe_file, out / _DENSE_FILE, *out.glob("seed-*.statistics")):
-                    path.unlink(missing_ok=True)
-        elif recipe_file.is_file() and not isinstance(error, CfspError):
+        if is_new and not finished and not error.keeps_work:
+            for name in (SWEEP_FILE, _DENSE_FILE, STATISTICS_FILE):
+                (out / name).unlink(missing_ok=True)
+        raise
+    except BaseException:
+        if (out / SWEEP_FILE).is_file():
             logger.info("what is finished is kept in %s; the same command goes on from it", out)
         raise
 
 
-def _claim(out: Path, recipe: Recipe) -> None:
-    """Write down which recipe the directory is for; refuse one that is for something else."""
-    path, text = out / RECIPE_FILE, recipe.to_toml()
+def _claim(out: Path, settings: SweepSettings) -> None:
+    """Write down what the directory is for; refuse one that is for something else."""
+    path, text = out / SWEEP_FILE, json.dumps(vars(settings), indent=2) + "\n"
     remove_abandoned(path)
     if path.is_file():
         if path.read_text(encoding="utf-8") != text:
             raise OutputError(
-                f"{out} holds a sweep of another recipe ({path}); choose another --out, or give "
-                f"--recipe {path} to go on with it"
+                f"{out} holds a sweep by other settings ({path}); choose another --out, or repeat "
+                "that command to go on with it"
             )
         return
     if any(out.iterdir()):
@@ -137,14 +142,14 @@ def _claim(out: Path, recipe: Recipe) -> None:
 
 
 def _check(sweep: _Sweep) -> None:
-    """Check all that the recipe names before the first forward pass."""
+    """Check all that the settings name before the first forward pass."""
     source, runtime = sweep.source, runtime_of(sweep.compute, sweep.source)
     tokenizer = load_tokenizer(source.directory)
     for point in sweep.points:
-        own = sweep.source_of(point)
+        own = sweep.opened(point.settings.budget.parts)
         Share(own, point.settings.budget).check()
         check_can_be_repaired(own, point.settings)
-    evaluation_windows(sweep.recipe.evaluation, source)
+    evaluation_windows(sweep.settings.evaluation, source)
     if sweep.tasks is not None:
         check_fits(source, runtime, "scoring tasks")
         sweep.tasks.read_data()
@@ -154,14 +159,14 @@ def _check(sweep: _Sweep) -> None:
     draw_text(sweep.points[0].settings.text, tokenizer, processor_of(source))
 
 
-def _statistics(sweep: _Sweep, seed: int) -> Statistics:
-    """Return the statistics of one draw, with all that any of the settings asks for."""
-    path, source, compute = sweep.out / f"seed-{seed}.statistics", sweep.source, sweep.compute
+def _statistics(sweep: _Sweep) -> Statistics:
+    """Return the statistics, with all that any of the settings asks for."""
+    path, source, compute = sweep.out / STATISTICS_FILE, sweep.source, sweep.compute
     remove_finished_work(path)
     if path.is_file():
         return Statistics.load(path)
     runtime = runtime_of(compute, source)
-    settings = [point.settings for point in sweep.points if point.seed == seed]
+    settings = [point.settings for point in sweep.points]
 
     def needs_sensitivity(windows: Windows) -> bool:
         return any(
@@ -196,15 +201,14 @@ def _statistics(sweep: _Sweep, seed: int) -> Statistics:
 
 def _make(sweep: _Sweep, point: Point, dense: dict[str, Any], command: str) -> None:
     """Prune and measure one model, in a place that is empty even after a kill."""
-    statistics, own = _statistics(sweep, point.seed), sweep.source_of(point)
-    statistics = statistics.of_units({unit.part for unit in own.units})
+    own = sweep.opened(point.settings.budget.parts)
+    statistics = _statistics(sweep).of_units({unit.part for unit in own.units})
     working, finished = sweep.out / _WORKING, sweep.out / point.name
     shutil.rmtree(working, ignore_errors=True)
     try:
         prune_checkpoint(own, working, point.settings, statistics=statistics, command=command)
         facts = _measured(sweep, working, dense)
-        names = ("method", "sparsity", "seed")
-        facts["sweep"] = {name: getattr(point, name) for name in names}
+        facts["sweep"] = {"method": point.method, "sparsity": point.sparsity}
         add_to_manifest(working, facts)
         for path in working.glob("*.safetensors"):
             path.unlink()
@@ -214,12 +218,12 @@ def _make(sweep: _Sweep, point: Point, dense: dict[str, Any], command: str) -> N
 
 
 def _measured(sweep: _Sweep, model: Path, dense: dict[str, Any]) -> dict[str, Any]:
-    """Measure a pruned model as the recipe asks; return what its manifest will say of it."""
-    recipe, compute, source = sweep.recipe, sweep.compute, sweep.source.directory
-    compares = recipe.agreement or sweep.questions is not None
+    """Measure a pruned model as asked; return what its manifest will say of it."""
+    settings, compute, source = sweep.settings, sweep.compute, sweep.source.directory
+    compares = settings.agreement or sweep.questions is not None
     against = source if compares else None
     results = evaluate_models(
-        [model], recipe.evaluation, compute, questions=sweep.questions, against=against
+        [model], settings.evaluation, compute, questions=sweep.questions, against=against
     )
     found = results[-1]
     if sweep.questions is not None:
@@ -232,31 +236,31 @@ def _measured(sweep: _Sweep, model: Path, dense: dict[str, Any]) -> dict[str, An
     if compares or sweep.tasks is not None:
         first, second = measured_model("dense", dense), measured_model("pruned", found)
         facts["comparison"] = compare(first, second, first).to_json()
-    if recipe.speed:
+    if settings.speed:
         subjects = [Subject(source, "dense"), Subject(model, "pruned")]
-        timed = compare_speed(subjects, [Workload(prompt=128)], Conditions(rounds=5))
+        timed = compare_speed(subjects, [Workload(prompt=128)], Timing(rounds=5))
         facts["speed"] = timed.to_json()
     return facts
 
 
 def _rows(sweep: _Sweep, dense: dict[str, Any]) -> list[Row]:
     """Return the rows of all models, the dense one first; all were measured as that was."""
-    speed = dict.fromkeys(PHASES, 1.0) if sweep.recipe.speed else {}
-    dense_row = Row(
-        "dense", None, 0.0, None, parameter_count(sweep.source), dense["perplexity"], speed
-    )
+    speed = dict.fromkeys(PHASES, 1.0) if sweep.settings.speed else {}
+    parameters = parameter_count(sweep.source)
+    dense_row = Row("dense", None, 0.0, parameters, dense["perplexity"], speed)
     rows = [_row(point, sweep.out / point.name) for point in sweep.points]
     for row in rows:
-        before, after = (
-            {text: {**found, "value": None} for text, found in each.perplexity.items()}
-            for each in (dense_row, row)
-        )
-        if before != after:
+        if _how(row) != _how(dense_row):
             raise OutputError(
                 f"{row.directory} was not measured as the dense model of its sweep was, perhaps by "
                 "another version; delete it and run the sweep again"
             )
     return [dense_row, *rows]
+
+
+def _how(row: Row) -> set[Conditions]:
+    """Return under which conditions a model's perplexities were measured."""
+    return {Conditions.of(text, found) for text, found in row.perplexity.items()}
 
 
 def _row(point: Point, directory: Path) -> Row:
@@ -279,7 +283,6 @@ def _row(point: Point, directory: Path) -> Row:
         point.name,
         point.method,
         point.sparsity,
-        point.seed,
         int(manifest["parameters_after"]),
         perplexity,
         speed,

@@ -1,4 +1,4 @@
-"""The tables of a sweep: what every method leaves, and how methods differ on the same windows."""
+"""The tables of a sweep: what every method leaves, and how far that is from the dense model."""
 
 from __future__ import annotations
 
@@ -14,17 +14,14 @@ from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.output import write_atomically
 from cfsp.result.tables import Table, estimate, pareto_front
 
-_OF_SEVERAL = " Mean (lowest to highest) of several draws of calibration windows."
-
 
 @dataclass(frozen=True)
 class Row:
     """One model of a finished sweep; the first of a table is the dense one."""
 
     name: str
-    method: str | None  # None for the dense model, as its seed, directory and comparison
+    method: str | None  # None for the dense model, as its directory and comparison
     sparsity: float
-    seed: int | None
     parameters: int
     perplexity: Mapping[str, Mapping[str, Any]]  # by text, as `cfsp eval --json` has it
     speed: Mapping[str, float | None]  # ratio to the dense model by phase; None if too busy
@@ -38,26 +35,14 @@ class Row:
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """Return the tables of a sweep; with several seeds and methods, how methods differ too."""
-    found = [_qualities(rows)]
-    if any(row.comparison for row in rows):
-        found.append(_comparisons(rows))
-    methods, seeds = ({getattr(row, name) for row in rows[1:]} for name in ("method", "seed"))
-    return [*found, _differences(rows[1:])] if min(len(methods), len(seeds)) > 1 else found
+    """Return the tables of a sweep."""
+    compared = any(row.comparison for row in rows)
+    return [_qualities(rows), *([_comparisons(rows)] if compared else [])]
 
 
 def loss_rise(after: Mapping[str, float], before: Mapping[str, float]) -> float:
     """Return by how many nats a token the loss rises between perplexities, in the texts' mean."""
     return fmean(math.log(after[text] / before[text]) for text in before)
-
-
-def spread(values: Sequence[float | None]) -> str:
-    """Return the mean and, of several, in brackets the lowest and the highest; None is no value."""
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
-        return "too busy"
-    mean = f"{fmean(known):z,.2f}"
-    return mean if len(known) == 1 else f"{mean} ({min(known):z,.2f} to {max(known):z,.2f})"
 
 
 def write_tables(rows: Sequence[Row], directory: Path) -> list[Path]:
@@ -76,24 +61,23 @@ def _table(caption: str, lines: Sequence[Mapping[str, str]]) -> Table:
 
 
 def _qualities(rows: Sequence[Row]) -> Table:
-    dense, groups = rows[0], _alike(rows)
-    several = max(map(len, groups)) > 1
-    size = [fmean(row.parameters for row in group) for group in groups]
-    fronts = []
-    for text in dense.values:
-        loss = [fmean(row.values[text] for row in group) for group in groups]
-        fronts.append(pareto_front(list(zip(size, loss, strict=True))))
+    dense = rows[0]
+    fronts = [
+        pareto_front([(row.parameters, row.values[text]) for row in rows]) for text in dense.values
+    ]
     lines = [
         {
-            **_names(group),
-            **({"draws": str(len(group))} if several else {}),
-            "parameters removed": f"{1 - size[number] / dense.parameters:.1%}",
-            **{text: spread([row.values[text] for row in group]) for text in dense.values},
-            "loss rise": spread([loss_rise(row.values, dense.values) for row in group]),
-            **{f"{at} speed-up": spread([row.speed[at] for row in group]) for at in dense.speed},
+            **_names(row),
+            "parameters removed": f"{1 - row.parameters / dense.parameters:.1%}",
+            **{text: f"{row.values[text]:z,.2f}" for text in dense.values},
+            "loss rise": f"{loss_rise(row.values, dense.values):z,.2f}",
+            **{
+                f"{at} speed-up": "too busy" if row.speed[at] is None else f"{row.speed[at]:z,.2f}"
+                for at in dense.speed
+            },
             "front": " ".join(str(i + 1) for i, best in enumerate(fronts) if best[number]) or "-",
         }
-        for number, group in enumerate(groups)
+        for number, row in enumerate(rows)
     ]
     counts = {
         f"{counted(found['windows'], 'windows')} of {found['seqlen']} tokens"
@@ -104,18 +88,15 @@ def _qualities(rows: Sequence[Row]) -> Table:
         f"Perplexity on {' or '.join(sorted(counts))} of each text; loss rise in nats a token, "
         "mean of the texts; front: texts, by number, on which nothing smaller is as good."
     )
-    return _table(caption + (_OF_SEVERAL if several else ""), lines)
+    return _table(caption, lines)
 
 
 def _comparisons(rows: Sequence[Row]) -> Table:
-    """Return a line for each model: how far it is from the dense one, and how its answers differ.
-
-    Different draws have lines of their own: a standard error is that of one comparison.
-    """
+    """Return a line for each model: how far it is from the dense one."""
     compared = [(row, row.comparison) for row in rows if row.comparison]
     lines = []
     for row, found in compared:
-        line, texts = {**_names([row]), "seed": str(row.seed)}, found["texts"].values()
+        line, texts = _names(row), found["texts"].values()
         if all(text["divergence"] for text in texts):
             for column, name, factor, digits in (
                 ("KL", "divergence", 1, 3),
@@ -142,40 +123,5 @@ def _comparisons(rows: Sequence[Row]) -> Table:
     return _table(caption + (f" Left out: {', '.join(left_out)}." if left_out else ""), lines)
 
 
-def _differences(rows: Sequence[Row]) -> Table:
-    """Return by how many percent each perplexity is above the first method's of the same draw.
-
-    Models of one draw saw the same windows, so that what the windows do to all of them cancels.
-    """
-    first = rows[0].method
-    base = {(row.sparsity, row.seed): row.values for row in rows if row.method == first}
-
-    def above(row: Row, text: str) -> float:
-        return 100 * (row.values[text] / base[row.sparsity, row.seed][text] - 1)
-
-    lines = [
-        {
-            **_names(group),
-            "draws": str(len(group)),
-            **{text: spread([above(row, text) for row in group]) for text in rows[0].values},
-        }
-        for group in _alike([row for row in rows if row.method != first])
-    ]
-    return _table(
-        f"Perplexity in percent above that of {first} by the same draw.{_OF_SEVERAL}", lines
-    )
-
-
-def _alike(rows: Sequence[Row]) -> list[list[Row]]:
-    """Return the rows that differ in nothing but the seed, together."""
-    found: dict[tuple[str | None, float], list[Row]] = {}
-    for row in rows:
-        found.setdefault((row.method, row.sparsity), []).append(row)
-    return list(found.values())
-
-
-def _names(group: Sequence[Row]) -> dict[str, str]:
-    return {
-        "method": group[0].method or group[0].name,
-        "sparsity": f"{100 * group[0].sparsity:.4g}%",
-    }
+def _names(row: Row) -> dict[str, str]:
+    return {"method": row.method or row.name, "sparsity": f"{100 * row.sparsity:.4g}%"}

@@ -1,31 +1,87 @@
-"""A chart as a value: its words, its panels at any width, and the table behind them."""
+"""A chart as a value: its words, its panels, the table behind them; `assets/chart.svg` draws it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from textwrap import wrap
+from typing import NamedTuple
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from cfsp.result.page.svg import Scale, element, join, mark
 from cfsp.result.runs import RunFacts
 from cfsp.result.tables import Table
 
 # Of the page's drawings: for a wide window, and for a phone.
 WIDE, NARROW = 920, 400
 # Of a drawing: its margins, a line of a heading, the room below an axis and between panels.
-LEFT, RIGHT, LINE, FOOT, GAP = 52.0, 16.0, 16.0, 40.0, 24.0
-# Of a letter of a heading, wider than most; between labels of columns; letters of a run's name.
-_LETTER, _LEAST_GAP, _LONGEST_NAME = 7.0, 26.0, 24
+_LEFT, _RIGHT, _LINE, _FOOT, _GAP = 52, 16, 16, 40, 24
+# Of a letter of a heading, wider than most; between labels; letters of a run's name.
+_LETTER, _LEAST_GAP, _LONGEST_NAME = 7, 26, 24
+# Share of a column that its bar fills.
+_BAR = 0.72
+
+# Of the page and its drawings. Every value is escaped.
+TEMPLATES = Environment(
+    loader=PackageLoader("cfsp.result.page", "assets"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+TEMPLATES.globals |= {"LEFT": _LEFT, "RIGHT": _RIGHT, "LINE": _LINE, "BAR": _BAR}
+TEMPLATES.globals |= {"WIDE": WIDE, "NARROW": NARROW}
+TEMPLATES.filters["px"] = lambda pixels: f"{pixels:.2f}".rstrip("0").rstrip(".")
 
 
 @dataclass(frozen=True)
-class Legend:
-    """What the marks mean: the class of a swatch, and its name."""
+class Scale:
+    """A linear map from values to the share of an axis."""
 
-    swatch: str
-    name: str
+    low: float
+    high: float
+
+    def __call__(self, value: float) -> float:
+        """Return where a value lies; a `ValueError` where that is outside, as of NaN."""
+        share = (value - self.low) / (self.high - self.low)
+        if not -1e-6 <= share <= 1 + 1e-6:
+            raise ValueError(f"{value} is no number from {self.low:g} to {self.high:g}")
+        return share
+
+    def ticks(self, count: int) -> list[float]:
+        """Return about `count` round values within the scale."""
+        step = _round_step((self.high - self.low) / max(1, count))
+        first = math.ceil(self.low / step - 1e-9)
+        last = math.floor(self.high / step + 1e-9)
+        return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def round_scale(values: Sequence[float]) -> Scale:
+    """Return a scale from a round value below the lowest to one above the highest."""
+    lowest, highest = min(values), max(values)
+    step = _round_step(max(highest - lowest, abs(highest) * 0.02, 1e-9) / 4)
+    low = math.floor(lowest / step + 1e-9) * step
+    high = math.ceil(highest / step - 1e-9) * step
+    return Scale(low, high if high > low else low + step)
+
+
+def _round_step(least: float) -> float:
+    magnitude = 10.0 ** math.floor(math.log10(least))
+    return next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= least * 0.999)
+
+
+class Mark(NamedTuple):
+    """What stands for one block or model: the words about it, and values, each with its class."""
+
+    say: str
+    at: float | None = None  # share of the axis; None for a column of its own, side by side
+    dots: Sequence[tuple[str, float]] = ()
+    bars: Sequence[tuple[str, float]] = ()  # from the axis
+    stick: tuple[float, float] | None = None  # a line between two values
+    is_crossed: bool = False  # its last dot
+    columns: int = 1  # that it speaks for, up to its own: a line at the last dot goes over them
 
 
 @dataclass(frozen=True)
@@ -33,39 +89,31 @@ class Panel:
     """One pair of axes."""
 
     title: str  # as long as it likes
-    height: float  # from the highest value to the lowest
-    scale: Scale  # of values, from `height` to 0
-    marks: Markup
-    across: dict[float, str] = field(default_factory=dict)  # labels by pixel, unless below has them
-    axis: str = ""
+    height: int  # from the highest value to the lowest
+    scale: Scale
+    marks: Sequence[Mark]
     ticks: Sequence[float] | None = None  # None for some round values
+    curve: Sequence[tuple[float, float]] = ()  # shares of the axis and values that a line joins
+    labels: Sequence[tuple[float, str]] = ()  # below, by shares of the axis, as many as have room
+    axis: str = "block"
 
-    def draw(self, width: int) -> tuple[Markup, float]:
-        """Return it in a drawing of this width, and its height with heading and axis."""
-        right = width - RIGHT
-        lines = wrap(self.title, int((right - LEFT) / _LETTER))
-        heading = [
-            element("text", line, class_="panel", x=LEFT, y=LINE * number - 2)
-            for number, line in enumerate(lines, start=1)
-        ]
-        parts = []
-        for value in self.scale.ticks(4) if self.ticks is None else self.ticks:
-            y = self.scale(value)
-            parts.append(element("line", class_="grid", x1=LEFT, x2=right, y1=y, y2=y))
-            label = f"{value:g}" if self.ticks is None else f"{value:,.0f}"
-            parts.append(element("text", label, class_="tick end", x=LEFT - 8, y=y + 4))
-        parts.append(self.marks)
-        if self.across:
-            y = self.height
-            parts.append(element("line", class_="axis", x1=LEFT, x2=right, y1=y, y2=y))
-            parts += [
-                element("text", label, class_="tick middle", x=x, y=y + 16)
-                for x, label in self.across.items()
-            ]
-            parts.append(element("text", self.axis, class_="tick end", x=right, y=y + 32))
-        top = LINE * len(lines) + 10
-        inner = element("g", *parts, transform=f"translate(0 {top:g})")
-        return join([*heading, inner]), top + self.height + (FOOT if self.across else 0)
+    def y(self, value: float) -> float:
+        """Return where a value lies."""
+        return self.height * (1 - self.scale(value))
+
+    @property
+    def grid(self) -> list[tuple[float, str]]:
+        """The values of the horizontal lines, and what stands beside them."""
+        if self.ticks is None:
+            return [(value, f"{value:g}") for value in self.scale.ticks(4)]
+        return [(value, f"{value:,.0f}") for value in self.ticks]
+
+    def fitting_labels(self, span: float) -> Sequence[tuple[float, str]]:
+        """Return every label, or every second, fifth, ... as has room on an axis."""
+        room = span / len(self.labels)
+        least = max(_LEAST_GAP, _LETTER * max(len(label) for _, label in self.labels))
+        steps = (n for n in (1, 2, 5, 10, 20, 50) if n * room >= least)
+        return self.labels[:: next(steps, len(self.labels))]
 
 
 @dataclass(frozen=True)
@@ -76,74 +124,22 @@ class Chart:
     title: str
     caption: str  # what it shows and how to read it
     label: str  # what is seen, for those who do not see it
-    panels: Callable[[int], Sequence[Panel]]  # for a width, to stand under each other
+    panels: Sequence[Panel]  # to stand under each other
     table: Table  # the same values as text
-    legend: Sequence[Legend] = ()
-
-    @property
-    def drawings(self) -> list[Markup]:
-        """The drawings of the page: for a wide window and for a phone."""
-        return [self.draw(WIDE), self.draw(NARROW)]
+    legend: Sequence[tuple[str, str]] = ()  # the class of a swatch, and what it means
 
     def draw(self, width: int) -> Markup:
         """Return the drawing, an SVG image."""
-        parts, top = [], 0.0
-        for panel in self.panels(width):
-            drawn, height = panel.draw(width)
-            parts.append(element("g", drawn, transform=f"translate(0 {top:g})"))
-            top += height + GAP
-        return element(
-            "svg",
-            *parts,
-            xmlns="http://www.w3.org/2000/svg",
-            viewBox=f"0 0 {width} {top - GAP:g}",
-            role="img",
-            aria_label=self.label,
-            class_="wide" if width >= WIDE else "narrow",
-        )
+        return Markup(TEMPLATES.get_template("chart.svg").render(chart=self, width=width).strip())
 
-
-# Draws what is in a column, from its middle and its width.
-Draw = Callable[[float, float], Markup]
-
-
-@dataclass(frozen=True)
-class Columns:
-    """A panel with a column for each block, side by side: the words about it, and its drawing."""
-
-    title: str
-    scale: Scale
-    columns: Sequence[tuple[str, Draw]]
-    ticks: Sequence[float] | None = None
-
-    def panel(self, below: Sequence[str], width: int, *, is_last: bool) -> Panel:
-        """Return the panel; under the last one stands what is below each column, as has room."""
-        room, height = (width - RIGHT - LEFT) / len(below), self.scale.start
-        middle = [LEFT + (index + 0.5) * room for index in range(len(below))]
-        # Invisible behind each is what catches the pointer and shows which one is selected.
-        marks = [
-            mark(
-                say,
-                index,
-                element("rect", class_="hit", x=x - room / 2, y=-6, width=room, height=height + 6),
-                draw(x, room),
-            )
-            for index, (x, (say, draw)) in enumerate(zip(middle, self.columns, strict=True))
-        ]
-        fitting = (n for n in (1, 2, 5, 10, 20, 50) if n * room >= _LEAST_GAP)
-        step = next(fitting, len(below)) if is_last else len(below)
-        across = {middle[i]: below[i] for i in range(0, len(below), step)} if is_last else {}
-        return Panel(self.title, height, self.scale, join(marks), across, "block", self.ticks)
-
-
-def by_block(panels: Sequence[Columns], below: Sequence[str]) -> Callable[[int], Sequence[Panel]]:
-    """Return for any width panels under each other that share the axis of blocks."""
-    return lambda width: [each.panel(below, width, is_last=each is panels[-1]) for each in panels]
-
-
-def nothing(x: float, width: float) -> Markup:
-    """Draw nothing in a column."""
-    return Markup("")
+    def placed(self, width: int) -> tuple[list[tuple[Panel, int, list[str]]], int]:
+        """Return where each panel begins in a drawing, the lines of its heading; and the height."""
+        panels, top = [], 0
+        for panel in self.panels:
+            lines = wrap(panel.title, int((width - _RIGHT - _LEFT) / _LETTER))
+            panels.append((panel, top, lines))
+            top += _LINE * len(lines) + 10 + panel.height + _FOOT * bool(panel.labels) + _GAP
+        return panels, top - _GAP
 
 
 def panel_title(title: str, run: RunFacts, runs: Sequence[RunFacts]) -> str:
@@ -157,19 +153,3 @@ def panel_title(title: str, run: RunFacts, runs: Sequence[RunFacts]) -> str:
 def short_label(name: str) -> str:
     """Return the end of a long name, which tells paths apart better than the beginning."""
     return name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"
-
-
-def block_table(
-    heads: Sequence[Sequence[str]], names: Sequence[str], rows: Sequence[Sequence[Sequence[str]]]
-) -> Table:
-    """Return the table behind a chart by block.
-
-    Of each run or step there are the names of its columns, and the cells of each named row.
-    """
-    return Table(
-        ["block", *(name for head in heads for name in head)],
-        [
-            [name, *(cell for cells in each for cell in cells)]
-            for name, each in zip(names, zip(*rows, strict=True), strict=True)
-        ],
-    )

@@ -2,62 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import product
 
-from cfsp.result.facts import NOTHING, SPEED
-from cfsp.result.page.chart import LEFT, RIGHT, Chart, Legend, Panel, panel_title, short_label
-from cfsp.result.page.svg import element, join, mark, path, round_scale
-from cfsp.result.runs import RunFacts, measured_conditions, perplexity_of_original
+from cfsp.result.facts import NOTHING, PARAMETERS, QUALITY, SPEED, Fact
+from cfsp.result.names import short_names
+from cfsp.result.page.chart import Chart, Mark, Panel, panel_title, round_scale, short_label
+from cfsp.result.runs import RunFacts, any_of, side_by_side
 from cfsp.result.tables import Table, pareto_front
 
-_HEIGHT, _RADIUS = 220.0, 5.0
+_HEIGHT = 220
 # Of charts.css.
 _COLOURS = 8
 _ORIGINAL, _STEP = "the original", "step"
 
-
-@dataclass(frozen=True)
-class _Point:
-    """A named value, the words about it, whether the line goes through, and its colour's class."""
-
-    name: str
-    x: float
-    y: float
-    say: str
-    is_joined: bool = True
-    swatch: str = "dot"
-
-
-@dataclass(frozen=True)
-class _Plane:
-    """What one panel shows, points from left to right, on an axis that reaches to `start`."""
-
-    title: str
-    axis: str
-    points: Sequence[_Point]
-    start: float
-
-    def panel(self, width: int) -> Panel:
-        """Return the panel in a drawing of this width."""
-        reach = [self.start, *(point.x for point in self.points)]
-        across = round_scale(reach, LEFT, width - RIGHT)
-        scale = round_scale([point.y for point in self.points], _HEIGHT, 0.0)
-        line = [(across(point.x), scale(point.y)) for point in self.points if point.is_joined]
-        marks = [element("path", class_="curve", d=path(line))]
-        for index, point in enumerate(self.points):
-            circles = [
-                element("circle", class_=class_, cx=across(point.x), cy=scale(point.y), r=radius)
-                for class_, radius in (("hit", 3 * _RADIUS), (point.swatch, _RADIUS))
-            ]
-            marks.append(mark(point.say, index, *circles))
-        ticks = {
-            across(value): f"{value:,g}"
-            for value in across.ticks(5 if width < 600 else 8)
-            if self.axis != _STEP or value == int(value)
-        }
-        return Panel(self.title, _HEIGHT, scale, join(marks), ticks, self.axis)
+# Of each model its name, where it lies, and its perplexity there.
+Dots = dict[str, tuple[float, float]]
 
 
 def pareto_chart(runs: Sequence[RunFacts]) -> Chart | None:
@@ -70,15 +30,20 @@ def pareto_chart(runs: Sequence[RunFacts]) -> Chart | None:
     if len(runs) <= _COLOURS:
         swatches = {run.name: f"run-{number}" for number, run in enumerate(runs, start=1)}
         swatches[_ORIGINAL] = "before"
-    planes = list(_planes(runs, swatches))
-    if not planes:
+    panels, rows = [], []
+    for title, axis, sign, dots in _planes(runs):
+        best, points = front_of(dots, sign), []  # the line joins the best
+        for name in sorted(dots, key=lambda name: dots[name][0]):
+            (across, perplexity), is_best = dots[name], name in best
+            say = f"{name}: {across:.4g} {axis}, perplexity {perplexity:.2f}"
+            say += ", on the front" if is_best else ""
+            swatch = swatches.get(name, "kept" if is_best else "gone")
+            points.append((across, perplexity, swatch, say, is_best))
+            value = [f"{across:.4g}", f"{perplexity:.2f}", "yes" if is_best else NOTHING]
+            rows.append([f"{title}, {name}", *value])
+        panels.append(_panel(title, axis, points))
+    if not panels:
         return None
-    rows = [
-        [f"{plane.title}, {point.name}", f"{point.x:.4g}", f"{point.y:.2f}",
-         "yes" if point.is_joined else NOTHING]
-        for plane in planes
-        for point in plane.points
-    ]  # fmt: skip
     return Chart(
         "pareto",
         "Quality against size and speed",
@@ -86,75 +51,77 @@ def pareto_chart(runs: Sequence[RunFacts]) -> Chart | None:
         "among them.",
         "Points, one for each model: perplexity against size, and against speed where it was "
         "measured. A line joins those that no other model beats in both.",
-        lambda width: [plane.panel(width) for plane in planes],
+        panels,
         Table(["panel, model", "horizontal", "perplexity", "on the front"], rows),
-        [Legend(swatch, name) for name, swatch in swatches.items()]
-        or [Legend("kept", "on the front"), Legend("gone", "beaten")],
+        [(swatch, name) for name, swatch in swatches.items()]
+        or [("kept", "on the front"), ("gone", "beaten")],
     )
 
 
-def _planes(runs: Sequence[RunFacts], swatches: Mapping[str, str]) -> Iterator[_Plane]:
-    """Yield the planes by size, then those by speed, that two runs or more are on."""
-    every = measured_conditions(runs)
-    texts = [each.text for each in every]
-    # The text, with all else where that alone is not clear.
-    titles = {
-        each: f"Perplexity on {short_label(each.text)}"
-        + (f", {each}" if texts.count(each.text) > 1 else "")
-        for each in every
-    }
-    for conditions, title in titles.items():
-        dots = {
-            run.name: (100 * m["parameters_after"] / m["parameters_before"], value)
-            for run in runs
-            if "parameters_before" in (m := run.manifest)
-            and (value := run.perplexity(conditions)) is not None
-        }
-        if len(dots) > 1:
-            if (dense := perplexity_of_original(runs, conditions)) is not None:
-                dots[_ORIGINAL] = 100.0, dense
-            yield _ranked(title, "% of parameters", dots, swatches)
-    phases = sorted({fact.name for run in runs for fact in run.under(SPEED)})
-    for (conditions, title), phase in product(titles.items(), phases):
-        dots = {
-            run.name: (fact.ratio, value)
-            for run in runs
-            for fact in run.under(SPEED)
-            if fact.name == phase
-            and fact.ratio is not None
-            and (value := run.perplexity(conditions)) is not None
-        }
-        if len(dots) > 1:
-            axis = "times the original's speed"
-            yield _ranked(f"{title}, {phase}", axis, dots, swatches, sign=-1)
+def front_of(dots: Dots, sign: int = 1) -> set[str]:
+    """Return the models that no other beats in both; `sign` is -1 where more is better across."""
+    best = pareto_front([(sign * across, perplexity) for across, perplexity in dots.values()])
+    return {name for name, is_best in zip(dots, best, strict=True) if is_best}
 
 
-def _ranked(
-    title: str,
-    axis: str,
-    dots: Mapping[str, tuple[float, float]],
-    swatches: Mapping[str, str],
-    sign: int = 1,
-) -> _Plane:
-    """Return the plane of models, whose line joins the best; `sign` is -1 where more is better.
+def sized(runs: Sequence[RunFacts]) -> list[tuple[dict[str, Fact], Dots]]:
+    """Return for each way to measure its facts, and the runs: percent of parameters, perplexity."""
+    found = []
+    for facts in side_by_side(runs, QUALITY):
+        dots = {}
+        for run in runs:
+            size = next((fact for fact in run.facts if fact.name == PARAMETERS), None)
+            fact = facts.get(run.name)
+            if size and size.before and size.after and fact and fact.after:
+                dots[run.name] = 100 * size.after.value / size.before.value, fact.after.value
+        found.append((facts, dots))
+    return found
 
-    Without swatches, colours by name, they show which are best.
+
+def _planes(runs: Sequence[RunFacts]) -> Iterator[tuple[str, str, int, Dots]]:
+    """Yield title, axis, sign (-1 where more is better) and the models of each panel.
+
+    Those by size come first, then those by speed; each has two runs or more.
     """
-    front = pareto_front([(sign * across, perplexity) for across, perplexity in dots.values()])
-    points = [
-        _Point(
-            name,
-            across,
-            perplexity,
-            f"{name}: {across:.4g} {axis}, perplexity {perplexity:.2f}"
-            + (", on the front" if best else ""),
-            best,
-            swatches.get(name, "kept" if best else "gone"),
-        )
-        for (name, (across, perplexity)), best in zip(dots.items(), front, strict=True)
+    every = sized(runs)
+    texts = [any_of(facts).text for facts, _ in every]
+    names, titles = short_names(texts), []
+    for (facts, dots), text in zip(every, texts, strict=True):
+        # The text, with all else where that alone is not clear.
+        how = f", {any_of(facts).conditions}" if texts.count(text) > 1 else ""
+        titles.append(f"Perplexity on {short_label(names[text])}{how}")
+        if len(dots) > 1:
+            dense = [fact.before.value for fact in facts.values() if fact.before is not None]
+            original = {_ORIGINAL: (100.0, dense[-1])} if dense else {}
+            yield titles[-1], "% of parameters", 1, {**dots, **original}
+    speeds = sorted(side_by_side(runs, SPEED), key=lambda facts: any_of(facts).name)
+    for ((facts, _), title), speed in product(zip(every, titles, strict=True), speeds):
+        dots = {
+            name: (timed.ratio, fact.after.value)
+            for name, timed in speed.items()
+            if timed.ratio is not None and (fact := facts.get(name)) and fact.after
+        }
+        if len(dots) > 1:
+            yield f"{title}, {any_of(speed).name}", "times the original's speed", -1, dots
+
+
+def _panel(
+    title: str, axis: str, points: Sequence[tuple[float, float, str, str, bool]], *also: float
+) -> Panel:
+    """Return a panel of points from left to right, on an axis that reaches to some values, too.
+
+    Of each there is where it lies, its class, its words, and whether the line goes through it.
+    """
+    across = round_scale([*also, *(point[0] for point in points)])
+    scale = round_scale([point[1] for point in points])
+    marks = [Mark(say, across(x), dots=[(class_, y)]) for x, y, class_, say, _ in points]
+    curve = [(across(x), y) for x, y, _, _, is_joined in points if is_joined]
+    labels = [
+        (across(value), f"{value:,g}")
+        for value in across.ticks(8)
+        if axis != _STEP or value == int(value)
     ]
-    points.sort(key=lambda point: point.x)
-    return _Plane(title, axis, points, points[0].x)
+    return Panel(title, _HEIGHT, scale, marks, None, curve, labels, axis)
 
 
 def recovery_chart(runs: Sequence[RunFacts]) -> Chart | None:
@@ -162,23 +129,23 @@ def recovery_chart(runs: Sequence[RunFacts]) -> Chart | None:
     recovered = [run for run in runs if run.recovery_history]
     if not recovered:
         return None
-    planes, rows = [], []
+    panels, rows = [], []
     for run in recovered:
         points = []
         for entry in run.recovery_history:
             step, held_out = f"{entry['step']:.0f}", f"{entry['held_out']:.4f}"
             loss = f"{entry['loss']:.4f}" if "loss" in entry else NOTHING
             say = f"Step {step}: held-out loss {held_out}, training loss {loss}"
-            points.append(_Point(run.name, entry["step"], entry["held_out"], say))
+            points.append((entry["step"], entry["held_out"], "dot", say, True))
             rows.append([f"{run.name}, {step}", held_out, loss])
         title = panel_title("Loss on held-out text, nats", run, runs)
-        planes.append(_Plane(title, _STEP, points, 0.0))
+        panels.append(_panel(title, _STEP, points, 0.0))
     return Chart(
         "recovery",
         "How recovery went",
         "The loss is that of training, on text that was held out: the divergence from the dense "
         "model where that teaches. The weights of the best evaluation were kept.",
         "A falling line of points: loss on held-out text at each evaluation during recovery.",
-        lambda width: [plane.panel(width) for plane in planes],
+        panels,
         Table(["run, step", "held-out loss", "training loss"], rows),
     )

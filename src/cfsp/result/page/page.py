@@ -9,44 +9,76 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import OutputError, ReportError
 from cfsp.quality.results_file import read_results
-from cfsp.result.conditions import texts_that_made
+from cfsp.result.facts import (
+    COUNT,
+    NOTHING,
+    QUALITY,
+    SIZE,
+    SPEED,
+    Fact,
+    labels,
+    texts_that_made,
+)
 from cfsp.result.making import load_code, making
-from cfsp.result.manifest import published
+from cfsp.result.manifest import published, refusing_damage
 from cfsp.result.names import public_name, short_names
-from cfsp.result.page.groups import ModelGroup, group_runs
-from cfsp.result.page.table import answers_by_kind, headlines, sections
-from cfsp.result.runs import RunFacts, read_runs, with_results
+from cfsp.result.page.by_block import block_chart, repair_chart
+from cfsp.result.page.chart import TEMPLATES, Chart
+from cfsp.result.page.curves import front_of, pareto_chart, recovery_chart, sized
+from cfsp.result.runs import (
+    HEADINGS,
+    Document,
+    RunFacts,
+    any_of,
+    read_runs,
+    side_by_side,
+    with_results,
+)
 
 _STYLES = ("style.css", "charts.css")
+# More are neither columns side by side nor drawings under each other that anybody would read.
+MOST_IN_DETAIL = 8
+
+
+@dataclass(frozen=True)
+class ModelGroup:
+    """Runs of one original, and their charts."""
+
+    base: str
+    runs: Sequence[RunFacts]
+    detailed: Sequence[RunFacts]  # that charts by block and manifests are of
+    charts: Sequence[Chart]
+
+    @property
+    def brief(self) -> list[RunFacts]:
+        """The runs that are not shown in detail."""
+        shown = {run.name for run in self.detailed}
+        return [run for run in self.runs if run.name not in shown]
 
 
 def write_report(directories: Sequence[Path], out: Path, *, results: Sequence[Path] = ()) -> None:
-    """Write the page of one run or several.
+    """Write the page of one run or several, or in the place of an older one.
 
-    Args:
-        directories: that cfsp prune, cfsp recover or cfsp sweep wrote.
-        out: the page, *.html. An older report there is replaced, and no other file.
-        results: JSON files from `cfsp eval --json` or `cfsp bench --json`, of these runs and
-            their originals.
-
-    Raises:
-        ReportError: a directory is none of ours, or `out` is not called *.html.
-        OutputError: `out` is a file that is no report, or nothing can be written there.
-        CfspError: a file in a directory is damaged.
+    Results are files of `cfsp eval --json` or `cfsp bench --json`, of the runs and their originals.
     """
     _check_is_replaceable(out)
     runs = read_runs(directories)
+    for run in runs:
+        # Each alone at first, so that damage is found with its file.
+        with refusing_damage(run.directory):
+            render_page(group_runs([run]))
     for path in results:
         runs = with_results(runs, read_results(path))
     write_atomically(out, render_page(group_runs(runs)).encode())
@@ -58,14 +90,7 @@ def render_page(groups: Sequence[ModelGroup]) -> str:
     script = page_file("charts.js")
     runs = [run for group in groups for run in group.runs]
     bases = ", ".join(group.base for group in groups)
-    environment = Environment(
-        loader=PackageLoader("cfsp.result.page", "assets"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html").render(
+    return TEMPLATES.get_template("report.html").render(
         title=f"{bases}, pruned" if len(runs) == 1 else f"{bases}: {len(runs)} runs",
         policy=(
             f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
@@ -81,11 +106,60 @@ def render_page(groups: Sequence[ModelGroup]) -> str:
         making=lambda run: making(run.manifest),
         # From beside it; nothing where its weights were not kept.
         load=lambda run: (
-            run.has_weights and load_code(run.manifest, public_name(str(run.directory)))
+            any(run.directory.glob("model*.safetensors"))
+            and load_code(run.manifest, public_name(str(run.directory)))
         ),
         manifest=_manifest_text,
         version=version("cfsp-llm"),
     )
+
+
+def group_runs(runs: Sequence[RunFacts]) -> list[ModelGroup]:
+    """Put runs of the same original together, and draw each group's charts."""
+    by_base: dict[str, list[RunFacts]] = {}
+    for run in runs:
+        base = run.manifest.get("base_model", {}).get("fingerprint", run.base_name)
+        by_base.setdefault(base, []).append(run)
+    groups = []
+    for group in by_base.values():
+        detailed = runs_in_detail(group)
+        pruned = _without_recovered_twins(detailed)
+        charts = (
+            pareto_chart(group),
+            block_chart(pruned),
+            block_chart(pruned, "kv"),
+            repair_chart(pruned),
+            recovery_chart(detailed),
+        )
+        shown = [chart for chart in charts if chart is not None]
+        groups.append(ModelGroup(public_name(group[0].base_name), group, detailed, shown))
+    return groups
+
+
+def _without_recovered_twins(runs: Sequence[RunFacts]) -> list[RunFacts]:
+    """Leave out recovered runs whose plan and repair another run has: recovery changes neither."""
+    shown: list[RunFacts] = []
+    for run in sorted(runs, key=lambda each: bool(each.recovery_history)):
+        known = [(other.plan, other.repair_steps) for other in shown]
+        if not run.recovery_history or (run.plan, run.repair_steps) not in known:
+            shown.append(run)
+    return shown
+
+
+def runs_in_detail(runs: Sequence[RunFacts]) -> list[RunFacts]:
+    """Return all runs, or `MOST_IN_DETAIL` of them, from the smallest to the largest.
+
+    Those come from the runs that no other beats in size and in perplexity under some conditions;
+    where nothing was measured, from all.
+    """
+    if len(runs) <= MOST_IN_DETAIL:
+        return list(runs)
+    best = {name for _, dots in sized(runs) for name in front_of(dots)}
+    chosen = [run for run in runs if run.name in best] or list(runs)
+    chosen.sort(key=lambda run: float(run.manifest.get("parameters_after", 0)))
+    last = len(chosen) - 1
+    count = min(MOST_IN_DETAIL, len(chosen))
+    return [chosen[round(step * last / max(1, count - 1))] for step in range(count)]
 
 
 def page_file(name: str) -> str:
@@ -130,3 +204,90 @@ def _check_is_replaceable(out: Path) -> None:
 def _digest(text: str) -> str:
     """Return the source expression that allows exactly this inline text."""
     return "sha256-" + base64.b64encode(sha256(text.encode()).digest()).decode()
+
+
+class Cell(NamedTuple):
+    """A number and a remark about it."""
+
+    value: str
+    note: str = ""
+
+
+class Row(NamedTuple):
+    """A number of the original and of each run."""
+
+    name: str
+    cells: Sequence[Cell]  # the original first
+    detail: str = ""  # the conditions, in small letters
+    hint: str = ""  # more of them
+
+
+class Headline(NamedTuple):
+    """A number in large type."""
+
+    value: str
+    noun: str
+    detail: str
+
+
+def sections(runs: Sequence[RunFacts]) -> dict[str, list[Row]]:
+    """Return the rows of runs of one model, under headings; headings without rows are left out."""
+    names = labels(fact for run in runs for fact in run.facts)
+    found = {
+        heading: [_row(facts, runs, names[any_of(facts)]) for facts in side_by_side(runs, heading)]
+        for heading in HEADINGS
+    }
+    return {heading: rows for heading, rows in found.items() if rows}
+
+
+def headlines(run: RunFacts) -> list[Headline]:
+    """Return the few numbers that sum up a run."""
+    told = [fact for fact in run.under(SIZE) if fact.change or fact.before is None]
+    told += [fact for fact in run.under(QUALITY) if fact.change][:2]
+    decoded = [fact for fact in run.under(SPEED) if fact.name.startswith("decode")]
+    told += [fact for fact in decoded if fact.change][:1]
+    names, lines = labels(run.facts), []
+    for fact in told:
+        before, after, change = fact.row
+        details = (
+            f"{before} to {after}" if fact.before else "",
+            SPEED.lower() if fact.heading == SPEED else "",
+            str(fact.conditions or ""),
+            fact.detail,
+        )
+        lines.append(Headline(change or after, names[fact], ", ".join(filter(None, details))))
+    return lines
+
+
+def answers_by_kind(
+    base: str, runs: Sequence[RunFacts]
+) -> dict[str, dict[str, list[tuple[str, Document]]]]:
+    """Return kind -> question -> the models and what they answered, the original first."""
+    found: dict[str, dict[str, list[tuple[str, Document]]]] = {}
+    for run in runs:
+        for dense, own in run.answers:
+            of_kind = found.setdefault(own["kind"], {})
+            of_kind.setdefault(own["question"], [(base, dense)]).append((run.name, own))
+    return found
+
+
+def _row(facts: dict[str, Fact], runs: Sequence[RunFacts], name: str) -> Row:
+    """Return the row of one fact of several runs; the original is known from any of them."""
+    first = any_of(facts)
+    before = next((fact.before for fact in facts.values() if fact.before is not None), None)
+    cells = [Cell(first.unit(before), first.note(before))]
+    for run in runs:
+        fact = facts.get(run.name)
+        if fact is not None and fact.after is not None:
+            fact = replace(fact, before=before)
+            cells.append(Cell(fact.unit(fact.after), fact.change or fact.note(fact.after)))
+        elif first.unit is COUNT and run.under(SIZE):
+            cells.append(Cell(first.unit(before)))  # a part of which nothing could go
+        else:
+            cells.append(Cell(NOTHING))
+    details = {fact.detail for fact in facts.values()}
+    detail = details.pop() if len(details) == 1 else ""
+    if first.conditions is None:
+        return Row(name, cells, detail)
+    how = first.conditions.beside({run.name: run.manifest for run in runs})
+    return Row(name, cells, how, f"{first.conditions.tokens:,} predicted tokens")
