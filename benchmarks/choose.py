@@ -30,10 +30,9 @@ import torch
 from markupsafe import Markup, escape
 
 import cfsp
-from cfsp.checkpoint.llama_cpp_library import llama_cpp_version
+from cfsp.checkpoint.llama_cpp import LlamaCpp, llama_cpp_version
 from cfsp.checkpoint.locating import locate_model
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.exports.llama_cpp import LlamaCpp
 from cfsp.quality.compare import compare
 from cfsp.quality.evaluate import evaluation_windows
 from cfsp.quality.paired import geometric_mean
@@ -41,7 +40,7 @@ from cfsp.quality.results_file import measured_model
 from cfsp.quality.tasks.harness import TaskRunner
 from cfsp.quality.tasks.selection import TaskSelection
 from cfsp.settings import EvaluationText
-from cfsp.speed.llama_cpp_engine import LlamaCppEngine
+from cfsp.speed.engines import LlamaCppEngine
 from cfsp.speed.subjects import Subject
 from cfsp.speed.work import Conditions, Workload
 from cfsp.text.tokenizers import load_tokenizer

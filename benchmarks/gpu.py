@@ -6,8 +6,8 @@
 Makes a checkpoint of Llama 3 8B's shape with random weights (16 GB; `make_checkpoint.py`), then, on
 128 windows of 1024 tokens: calibration alone, ridge repair at 20% and 50%, local repair of one step
 of training at 50%. Each says its seconds by stage and pass and the peak of the device's memory. The
-dense model and those two are then timed against each other, prefill and decoding, plainly and with
-torch.compile. What does not begin within the limit is left out and is null. SCRATCH needs 45 GB.
+dense model and those two are then timed against each other, prefill and decoding. What does not
+begin within the limit is left out and is null. SCRATCH needs 45 GB.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ class Size:
     windows: int = 128
     seqlen: int = 1024
     device: str = "cuda"
-    engines: tuple[str, ...] = ("transformers", "compile")
     prompt: int = 2048
     new_tokens: int = 64
     rounds: int = 5
@@ -60,7 +59,7 @@ class Size:
 
 
 FULL = Size()
-TINY = Size("smollm2-135m", 2, 8, 64, "cpu", ("transformers",), 8, 2, 1, ("dense", "50"))
+TINY = Size("smollm2-135m", 2, 8, 64, "cpu", 8, 2, 1, ("dense", "50"))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -86,9 +85,8 @@ def measure(size: Size, scratch: Path, limit: float, out: Path | None) -> dict[s
         "ridge 20%": lambda: _prune(size, dense, scratch / "20", 0.2, "ridge"),
         "ridge 50%": lambda: _prune(size, dense, scratch / "50", 0.5, "ridge"),
         "local 50%": lambda: _prune(size, dense, scratch / "local", 0.5, "local"),
+        "speed": lambda: _speed(size, scratch),
     }
-    for engine in size.engines:
-        stages[f"speed, {engine}"] = lambda engine=engine: _speed(size, scratch, engine)
     found: dict[str, Any] = {
         "shape": size.shape,
         "tokens": size.windows * size.seqlen,
@@ -148,14 +146,13 @@ def _prune(size: Size, dense: Path, out: Path, sparsity: float, repair: Repair) 
     return {name: getattr(report, name) for name in kept}
 
 
-def _speed(size: Size, scratch: Path, engine: str) -> dict[str, Any]:
+def _speed(size: Size, scratch: Path) -> dict[str, Any]:
     models = [scratch / name for name in size.timed if (scratch / name).is_dir()]
     # Other programs do not compute where the models do.
     comparison = bench(
         models,
         prompt=size.prompt,
         new_tokens=size.new_tokens,
-        engine=engine,
         rounds=size.rounds,
         disturbance=1.0,
         device=size.device,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lm_eval.api.model import TemplateLM
 
-from cfsp.exports.llama_cpp import LlamaCpp
+from cfsp.checkpoint.llama_cpp import LlamaCpp
 from cfsp.quality.tasks.harness import TaskRunner, TaskScorer
 
 # The strings, and the tokens of the context and of the continuation.

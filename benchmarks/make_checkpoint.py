@@ -15,16 +15,31 @@ import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerFast
 
 from cfsp.architecture.model_classes import model_class_of
 from cfsp.checkpoint.output import staged_directory
-from cfsp.checkpoint.shards import write_shards
 from cfsp.checkpoint.skeleton import build_skeleton
-from cfsp.checkpoint.tensor_file import OutgoingTensor, TensorSpec, tensor_chunks
-from cfsp.speed.subjects import SHAPES, ShapedModel
+from cfsp.checkpoint.tensor_file import OutgoingTensor, TensorSpec, tensor_chunks, write_shards
+
+_KEYS = (
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "vocab_size", "tie_word_embeddings", "rope_theta",
+)  # fmt: skip
+# The published numbers that say how large the matrices of well-known models are.
+SHAPES: dict[str, dict[str, Any]] = {
+    name: dict(zip(_KEYS, numbers, strict=True))
+    for name, numbers in {
+        "smollm2-135m": ("llama", 576, 1536, 30, 9, 3, 49152, True, 10000.0),
+        "llama-3.2-1b": ("llama", 2048, 8192, 16, 32, 8, 128256, True, 500000.0),
+        "llama-2-7b": ("llama", 4096, 11008, 32, 32, 32, 32000, False, 10000.0),
+        "llama-3-8b": ("llama", 4096, 14336, 32, 32, 8, 128256, False, 500000.0),
+        "llama-3-70b": ("llama", 8192, 28672, 80, 64, 8, 128256, False, 500000.0),
+    }.items()
+}
 
 DEVIATION = 0.02
 _CHUNK = 4 << 20
@@ -56,7 +71,7 @@ def make_checkpoint(
     Random numbers are made on the device, and others there.
     """
     device = device or torch.device("cpu")
-    config = ShapedModel(shape, blocks).config()
+    config = config_of(shape, blocks)
     skeleton = build_skeleton(config, torch.bfloat16)
     tied = set(skeleton.all_tied_weights_keys)
     outgoing = []
@@ -74,6 +89,13 @@ def make_checkpoint(
         byte_tokenizer().save_pretrained(staging)
         write_shards(staging, outgoing, int(shard_gigabytes * 1e9))
     return sum(tensor.spec.nbytes for tensor in outgoing)
+
+
+def config_of(shape: str, blocks: int | None = None) -> PreTrainedConfig:
+    """Return the config of a shape with so many blocks; None for all."""
+    fields = dict(SHAPES[shape])
+    fields["num_hidden_layers"] = blocks or fields["num_hidden_layers"]
+    return CONFIG_MAPPING[fields.pop("model_type")](**fields)
 
 
 def _chunks_of(name: str, spec: TensorSpec, seed: int, device: torch.device):

@@ -247,7 +247,7 @@ def _openvino(mode: str, **how: Any) -> Callable[[Path, Path], tuple[Predict, in
 def _gguf(weight_type: str) -> Callable[[Path, Path], tuple[Predict, int]]:
     def quantise(directory: Path, work: Path) -> tuple[Predict, int]:
         import cfsp
-        from cfsp.exports.llama_cpp import LlamaCpp
+        from cfsp.checkpoint.llama_cpp import LlamaCpp
 
         file = work / "model.gguf"
         cfsp.export(directory, "gguf", file, weight_type=weight_type, verify=False)

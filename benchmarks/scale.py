@@ -27,9 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.speed.subjects import SHAPES
 from cfsp.streaming.runtime import versions
-from make_checkpoint import make_checkpoint
+from make_checkpoint import SHAPES, make_checkpoint
 
 # Runs a command and adds what the system knows of the process.
 _CHILD = """

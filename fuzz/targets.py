@@ -28,7 +28,7 @@ from cfsp.calibration.statistics import (
     UnitStatistics,
 )
 from cfsp.checkpoint.gguf_import import check_gguf
-from cfsp.checkpoint.shards import INDEX_FILE, weight_files
+from cfsp.checkpoint.tensor_file import INDEX_FILE, read_weights
 from cfsp.errors import CfspError
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
@@ -182,7 +182,7 @@ def read_checkpoint(data: bytes, directory: Path) -> object:
         index = json.dumps({"weight_map": {"weight": _SHARD}}).encode()
     (directory / INDEX_FILE).write_bytes(index)
     (directory / _SHARD).write_bytes(_file_from(data, lambda described: described["header"]))
-    return [file.read(name) for file in weight_files(directory) for name in file.specs]
+    return [tensor.read() for tensor in read_weights(directory).values()]
 
 
 def checkpoint_seeds() -> list[bytes]:

@@ -41,8 +41,7 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.compare import Comparison, compare
 from cfsp.quality.paired import Estimate, geometric_mean, mean_of_tasks
 from cfsp.quality.results_file import MeasuredModel, read_models
-from cfsp.speed.measuring import PHASES
-from cfsp.speed.work import work_of
+from cfsp.speed.work import PHASES, work_of
 
 TEXTS = (
     "wikitext2/test.parquet", "c4/validation.jsonl", "domains/arxiv.jsonl",
@@ -215,7 +214,7 @@ def _costs_of(args: argparse.Namespace, results: Results, stays: float) -> list[
 
 def _cache_bytes(model: str | Path) -> float:
     """Return the bytes of keys and values of a token, in 16 bits."""
-    return work_of(open_checkpoint(model), head=False, itemsize=2).cache_bytes
+    return work_of(open_checkpoint(model), itemsize=2).cache_bytes
 
 
 def _timed(args: argparse.Namespace, directories: Sequence[Path]) -> list[dict[str, float]]:

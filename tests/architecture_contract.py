@@ -22,7 +22,7 @@ from cfsp.architecture.found import Architecture, Unit
 from cfsp.calibration.calibrate import calibrate
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of
-from cfsp.cut.in_memory import build_pruned_model
+from cfsp.cut.surgery import build_pruned_model
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.result.prune_report import PruneReport
 from cfsp.result.verify import verify_checkpoint
@@ -121,7 +121,7 @@ class ArchitectureContract:
         multiple = least_multiple(architecture)
         texts = [str(text_file)]
         report = prune_tiny(source, out, texts, multiple)
-        in_memory = build_pruned_model(dense, LoadedModel(dense), report.plan, {})
+        in_memory = build_pruned_model(LoadedModel(dense), report.plan, {})
         assert len(set(report.intermediate_sizes)) > 1, "the case must have different widths"
         return Case(
             cls.name, tokenizer, texts, source, dense, architecture, multiple, out, report,

@@ -285,7 +285,7 @@ def models_start_quickly(monkeypatch) -> None:
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["transformers.modeling_utils", "cfsp.speed.process"])
     monkeypatch.setattr("cfsp.speed.process.PROCESSES", processes)
-    monkeypatch.setattr("cfsp.speed.measuring.PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr("cfsp.speed.bench.PATIENCE_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="session")

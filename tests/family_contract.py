@@ -29,7 +29,7 @@ from cfsp.architecture.model_classes import auto_classes_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of
 from cfsp.cli import main
-from cfsp.cut.in_memory import build_pruned_model
+from cfsp.cut.surgery import build_pruned_model
 from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.prune_report import PruneReport
@@ -284,7 +284,7 @@ def check_a_fresh_process_keeps_the_contract(case: Case, forks: Forks, work: Pat
 
 def check_in_memory_is_the_checkpoint(case: Case, work: Path) -> None:
     plan = case.report.plan
-    pruned = build_pruned_model(case.dense, LoadedModel(case.dense, plan.parts), plan, {})
+    pruned = build_pruned_model(LoadedModel(case.dense, plan.parts), plan, {})
     assert_same(pruned.state_dict(), cfsp.load(case.out).state_dict())
     pruned.save_pretrained(work / "saved")
     again = cfsp.load(work / "saved")

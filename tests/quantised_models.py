@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ Quantised = tuple[dict[str, torch.Tensor], Array]
 
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 BLOCK = (40, 24)  # neither divides the matrices of the tiny models
-GROUP = 16
 
 
 def nearest(values: Array, table: Array) -> Array:
@@ -92,57 +90,6 @@ def int8_per_row(weight: Array) -> Quantised:
     return parts, ((codes - zero) * scale).astype(np.float32)
 
 
-def pack(codes: Array, bits: int, axis: int) -> torch.Tensor:
-    """Put small numbers into integers of 32 bits, the first in the lowest bits."""
-    codes = np.moveaxis(codes.astype(np.uint32), axis, -1)
-    words = codes.reshape(*codes.shape[:-1], -1, 32 // bits)
-    packed = np.zeros(words.shape[:-1], np.uint32)
-    for place in range(32 // bits):
-        packed |= words[..., place] << np.uint32(bits * place)
-    return of_bytes(np.moveaxis(packed, -1, axis)).view(torch.int32)
-
-
-def in_groups(weight: Array, group_of: Array, most: int) -> tuple[Array, Array, Array]:
-    """Return codes O x I from 0 to a number, scales O x G in half precision and zeros O x G."""
-    groups = group_of.max() + 1
-    scale = np.zeros((len(weight), groups), np.float16)
-    zero = np.zeros((len(weight), groups))
-    for group in range(groups):
-        part = weight[:, group_of == group]
-        scale[:, group] = (part.max(1) - part.min(1)) / most
-        zero[:, group] = np.clip(np.round(-part.min(1) / scale[:, group]), 1, most)
-    codes = np.round(weight / scale[:, group_of].astype(np.float32)) + zero[:, group_of]
-    return np.clip(codes, 0, most), scale, zero
-
-
-def packed_int4(weight: Array, *, are_neighbours: bool = True) -> Quantised:
-    group_of = np.arange(weight.shape[1]) // GROUP
-    if not are_neighbours:
-        group_of = np.random.default_rng(0).permutation(group_of)
-    codes, scale, zero = in_groups(weight, group_of, 15)
-    parts = {
-        "weight_packed": pack(codes, 4, axis=1),
-        "weight_scale": torch.from_numpy(scale),
-        "weight_zero_point": pack(zero, 4, axis=0),
-        "weight_shape": torch.tensor(weight.shape),
-    }
-    if not are_neighbours:
-        parts["weight_g_idx"] = torch.from_numpy(group_of.astype(np.int32))
-    values = (codes - zero[:, group_of]) * scale[:, group_of].astype(np.float64)
-    return parts, values.astype(np.float32)
-
-
-def packed_int8_symmetric(weight: Array) -> Quantised:
-    scale = (np.abs(weight).max(1, keepdims=True) / 127).astype(np.float16)
-    codes = np.clip(np.round(weight / scale.astype(np.float32)), -128, 127) + 0  # no -0
-    parts = {
-        "weight_packed": pack(codes + 128, 8, axis=1),
-        "weight_scale": torch.from_numpy(scale),
-        "weight_shape": torch.tensor(weight.shape),
-    }
-    return parts, (codes * scale.astype(np.float64)).astype(np.float32)
-
-
 def mxfp4(weight: Array) -> Quantised:
     """Quantise experts x inputs x outputs, which are stored experts x outputs x inputs."""
     stored = weight.transpose(0, 2, 1)
@@ -180,9 +127,6 @@ def compressed(quantised_as: str, **weights: Any) -> dict[str, Any]:
 
 
 _FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
-_PACKED = compressed(
-    "pack-quantized", num_bits=4, type="int", strategy="group", group_size=GROUP, symmetric=False
-)
 
 WAYS = {
     "fp8 in blocks": Way("llama", {**_FP8, "weight_block_size": list(BLOCK)}, fp8_in_blocks),
@@ -205,15 +149,6 @@ WAYS = {
         "llama",
         compressed("int-quantized", num_bits=8, type="int", strategy="channel", symmetric=False),
         int8_per_row,
-    ),
-    "pack-quantized": Way("qwen3_moe", _PACKED, packed_int4),
-    "pack-quantized, in any order": Way(
-        "llama", _PACKED, partial(packed_int4, are_neighbours=False)
-    ),
-    "pack-quantized, 8 bits": Way(
-        "llama",
-        compressed("pack-quantized", num_bits=8, type="int", strategy="channel", symmetric=True),
-        packed_int8_symmetric,
     ),
     "mxfp4": Way("gpt_oss", {"quant_method": "mxfp4"}, mxfp4, ending="experts"),
 }  # fmt: skip

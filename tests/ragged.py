@@ -11,9 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from builders import plan_keeping
 from cfsp.architecture.found import Unit
+from cfsp.checkpoint.own_files import copy_travelling_files
+from cfsp.checkpoint.pruned_config import write_config
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.checkpoint.shards import write_shards
-from cfsp.checkpoint.writing import copy_travelling_files, write_config
+from cfsp.checkpoint.tensor_file import write_shards
 from cfsp.cut.surgery import PrunedSource
 from cfsp.planning.candidate import Dropped
 from tiny_models import build_tiny_model

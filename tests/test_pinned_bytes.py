@@ -27,7 +27,7 @@ from safetensors import safe_open
 import cfsp
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import PLAN_FILE
-from cfsp.exports.registry import export_checkpoint
+from cfsp.exports.registry import export
 from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.recovery.recover import recover_checkpoint
@@ -150,7 +150,7 @@ def test_calibrate_plan_and_export(tmp_path, tiny_checkpoint, text_file, half):
     statistics = cfsp.calibrate(source, data=[str(text_file)], **DRAWN)
     plan = cfsp.plan(source, statistics, sparsity=0.5, multiple=8)
     found = {"plan": channels_digest(plan), "weights": weights_digest(half)}
-    export_checkpoint(open_checkpoint(half), "vllm", tmp_path / "vllm")
+    export(open_checkpoint(half), "vllm", tmp_path / "vllm")
     found["vllm"] = weights_digest(tmp_path / "vllm")
     found["vllm config"] = settings_digests(tmp_path / "vllm")["config"]
     compare("plan and export", found, {})

@@ -28,12 +28,17 @@ from cfsp.checkpoint.output import (
     created_parents,
     staged_directory,
 )
-from cfsp.checkpoint.own_files import CARD_FILE, PLAN_FILE, STATISTICS_FILE
+from cfsp.checkpoint.own_files import (
+    CARD_FILE,
+    PLAN_FILE,
+    STATISTICS_FILE,
+    copy_travelling_files,
+    digests_beside_weights,
+)
+from cfsp.checkpoint.pruned_config import write_config
 from cfsp.checkpoint.reading import Checkpoint, WeightSource, in_memory
-from cfsp.checkpoint.shards import write_shards
-from cfsp.checkpoint.writing import copy_travelling_files, digests_beside_weights, write_config
-from cfsp.cut.in_memory import build_pruned_model
-from cfsp.cut.surgery import PrunedSource
+from cfsp.checkpoint.tensor_file import write_shards
+from cfsp.cut.surgery import PrunedSource, build_pruned_model
 from cfsp.decide import decide
 from cfsp.errors import OutputError
 from cfsp.exports.gguf_architecture import warn_of_no_way_back
@@ -200,7 +205,7 @@ def prune_model(
         repaired, goal = _decide(source, lambda: tokenizer, settings, work_dir, processor=processor)
         report = prune_report(source, repaired, goal, {}, work_dir, None)
         facts = facts_for_config(report.to_manifest({}, "cfsp.prune"))
-        return build_pruned_model(model, source, repaired.plan, repaired.tensors, facts)
+        return build_pruned_model(source, repaired.plan, repaired.tensors, facts)
 
 
 def calibrate_source(

@@ -14,9 +14,8 @@ import cfsp
 from builders import goal_of_share
 from cfsp.architecture.found import ChannelAxis
 from cfsp.architecture.proof import prove
-from cfsp.checkpoint.config_widths import KV_GROUPS
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.checkpoint.skeleton import architecture_of, blocks_of
+from cfsp.checkpoint.skeleton import KV_GROUPS, architecture_of, blocks_of
 from cfsp.cli import main
 from cfsp.errors import BudgetError, UnsupportedModelError
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate

@@ -16,7 +16,7 @@ from bad_inputs.catalogue import (
 SEE = "see: cfsp prune --help"
 PLAN = "prune {model} --statistics {statistics} --dry-run --out {out}"
 TRAIN = "recover {pruned} --data {text} --out {out}"
-BENCH = "bench --shape llama-2-7b --blocks 1"
+BENCH = "bench {model}"
 NOTHING = "prune {model} --out {out}"
 SWEEP = f"sweep {{model}} --eval {{text}} --out {{out}} {TEXT} --sparsity"
 MANY = 10**30
@@ -42,7 +42,6 @@ FLAGS = [
     ),
     BadInput("verify {model}", "{model} has no cfsp.json", "cfsp did not write it"),
     BadInput("inspect {inputs}/absent", "{inputs}/absent does not exist", "give a directory"),
-    BadInput("bench {model} --shape llama-2-7b", "expected models or a --shape", "and not both"),
     BadInput("eval {model}", "found none", "expected --data, --tasks, --answers or several"),
     BadInput(
         f"{PRUNE_TEXT} --widths equal --set block_metric=angular",
@@ -77,7 +76,6 @@ NUMBERS = [
     BadInput(f"{RECOVER} --steps 0", "found 0", "the length of training must be positive"),
     BadInput(f"{RECOVER} --learning-rate nan", "found nan", "--learning-rate must be above 0"),
     BadInput(f"{RECOVER} --rank nan", "found nan", "--rank must be at least 1"),
-    BadInput("bench --shape llama-9", "no shape 'llama-9' is known", "known are: "),
     BadInput(f"{BENCH} --rounds 0", "found 0", "at least 1 round"),
     BadInput("eval {model} --tasks piqa --limit 0", "found 0", "--limit must be at least 1"),
 ]

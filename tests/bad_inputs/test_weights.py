@@ -26,7 +26,7 @@ from bad_inputs.catalogue import (
     refusals,
     spoilt,
 )
-from cfsp.checkpoint.links import TEMPLATES
+from cfsp.checkpoint.own_files import TEMPLATES
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import CheckpointError
 

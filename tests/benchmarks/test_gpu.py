@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from cfsp.speed.subjects import SHAPES
 from gpu import TINY, main
+from make_checkpoint import SHAPES
 
 
 @pytest.mark.usefixtures("models_start_quickly")
@@ -23,13 +23,13 @@ def test_all_stages_run(tmp_path, capsys, monkeypatch):
     stages = found["stages"]
     assert list(stages) == [
         *("checkpoint", "calibrate", "ridge 20%", "ridge 50%", "local 50%"),
-        "speed, transformers",
+        "speed",
     ]
     assert all(stage["seconds"] > 0 for stage in stages.values())
     assert set(stages["local 50%"]["result"]["passes"]) == {
         *("coarse pass", "ridge", "sequential", "local")
     }
-    dense, pruned = stages["speed, transformers"]["result"]["models"]
+    dense, pruned = stages["speed"]["result"]["models"]
     assert pruned["model"] == "50"
     assert pruned["parameters"] < dense["parameters"]
     assert pruned["workloads"][0]["decode"]["ideal_ratio"] > 1

@@ -9,12 +9,33 @@ import pytest
 import torch
 
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.checkpoint.shards import INDEX_FILE
+from cfsp.checkpoint.skeleton import empty_model
+from cfsp.checkpoint.tensor_file import INDEX_FILE
 from cfsp.text.tokenizers import load_tokenizer
-from make_checkpoint import make_checkpoint
+from make_checkpoint import SHAPES, config_of, make_checkpoint
 from scale import measure, sizes_of
 
 SHAPE = "smollm2-135m"
+# Parameters as published by the models' makers.
+PUBLISHED = {
+    "smollm2-135m": 134_515_008,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-2-7b": 6_738_415_616,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shape_has_the_published_number_of_parameters(name):
+    def parameters(blocks):
+        model = empty_model(config_of(name, blocks))
+        model.tie_weights()
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    first, second = parameters(1), parameters(2)
+    more = SHAPES[name]["num_hidden_layers"] - 1
+    assert first + more * (second - first) == PUBLISHED[name]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +13,8 @@ from transformers import pipeline
 
 import cfsp
 from cfsp.checkpoint import gguf_import, locating
-from cfsp.checkpoint.own_files import MODELING_FILE
+from cfsp.checkpoint.own_files import MODELING_FILE, copy_travelling_files
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.cli import main
 from cfsp.errors import CheckpointError, OutputError, TextError
 from cfsp.text.sources import TextSource
@@ -25,7 +23,7 @@ from cfsp.text.sources import TextSource
 WEIGHTS = ("safetensors", "bin", "pt", "pth", "npz", "gguf", "h5", "msgpack", "ckpt")
 
 
-def test_every_weight_file_holds_tensors_of_the_model_only(pruned: Path) -> None:
+def test_every_weight_file_holds_tensors_of_the_model_only(pruned):
     files = [path for ending in WEIGHTS for path in pruned.rglob(f"*.{ending}")]
     assert {path.suffix for path in files} == {".safetensors"}
     found: dict[str, torch.Tensor] = {}
@@ -36,7 +34,7 @@ def test_every_weight_file_holds_tensors_of_the_model_only(pruned: Path) -> None
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in found.items())
 
 
-def test_a_pipeline_does_not_complain(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipeline_does_not_complain(pruned, monkeypatch):
     from transformers.pipelines import base
 
     complaints: list[str] = []
@@ -47,9 +45,7 @@ def test_a_pipeline_does_not_complain(pruned: Path, monkeypatch: pytest.MonkeyPa
     assert complaints == ["seen"]
 
 
-def test_verify_names_a_file_that_a_loader_would_take_for_weights(
-    pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_names_a_file_that_a_loader_would_take_for_weights(pruned, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(pruned, copy)
     save_file({"blocks.0.sum": torch.zeros(1)}, copy / "more.safetensors")
@@ -57,9 +53,7 @@ def test_verify_names_a_file_that_a_loader_would_take_for_weights(
     assert "more.safetensors is not in cfsp.json" in capsys.readouterr().err
 
 
-def test_what_travels_is_fetched_from_a_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_travels_is_fetched_from_a_hub(tmp_path, monkeypatch):
     texts = ["LICENSE.txt", "NOTICE", "NOTICE.md", "USE_POLICY.md", "qwen.tiktoken"]
     names = [*texts, "tokenizer.json", "tokenizer.model", "chat_template.jinja"]
     kept, repository = tmp_path / "kept", tmp_path / "repository"
@@ -81,9 +75,7 @@ def test_what_travels_is_fetched_from_a_hub(
     assert MODELING_FILE in fetched
 
 
-def test_no_cache_of_the_hub_has_to_be_writable(
-    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_cache_of_the_hub_has_to_be_writable(pruned, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     unwritable = str(tmp_path / "file" / "modules")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", unwritable)
@@ -91,9 +83,7 @@ def test_no_cache_of_the_hub_has_to_be_writable(
     assert cfsp.load(pruned).config.model_type == "llama"
 
 
-def test_a_place_that_cannot_be_written_to_says_what_to_set(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_place_that_cannot_be_written_to_says_what_to_set(tmp_path, monkeypatch):
     def fails(*_: object, **_more: object) -> None:
         raise PermissionError(13, "Permission denied", "/read-only/hub")
 
@@ -107,7 +97,8 @@ def test_a_place_that_cannot_be_written_to_says_what_to_set(
     (tmp_path / "file").touch()
     monkeypatch.setenv("CFSP_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr(gguf_import, "check_gguf", lambda _: None)
-    monkeypatch.setattr(gguf_import, "_stored_dtype", lambda _: torch.float32)
+    monkeypatch.setattr(gguf_import, "gguf_reader", lambda _: None)
+    monkeypatch.setattr(gguf_import, "_stored_dtype", lambda *_: torch.float32)
     (tmp_path / "model.gguf").touch()
     with pytest.raises(OutputError, match="set CFSP_CACHE to a directory"):
         gguf_import.import_gguf(tmp_path / "model.gguf")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import PreTrainedConfig
 
 from cfsp.checkpoint.config_file import read_config
-from cfsp.checkpoint.pruned_config import pruned_config, pruned_fields_and_file
+from cfsp.checkpoint.pruned_config import pruned_config, write_config
 from cfsp.checkpoint.skeleton import architecture_of
 from tiny_decoders import tiny_config
 
@@ -20,17 +21,15 @@ def written_and_read(
 ) -> tuple[dict[str, Any], PreTrainedConfig]:
     """Return config.json of a model with other widths, and the config that it is read as."""
     config.save_pretrained(directory)
-    path = directory / "config.json"
     before, _ = read_config(directory)
-    fields, _ = pruned_fields_and_file(
-        json.loads(path.read_text()), before, architecture_of(before), widths
-    )
-    path.write_text(json.dumps(fields))
-    return fields, read_config(directory)[0]
+    architecture = architecture_of(before)
+    source: Any = SimpleNamespace(directory=directory, config=before, architecture=architecture)
+    write_config(source, directory, widths)
+    return json.loads((directory / "config.json").read_text()), read_config(directory)[0]
 
 
 @pytest.mark.parametrize("widths", [[88, 96, 64], [64, 64, 64]])
-def test_what_a_stock_config_says_of_single_blocks_stays(widths: list[int], tmp_path: Path) -> None:
+def test_what_a_stock_config_says_of_single_blocks_stays(widths, tmp_path):
     config = tiny_config("gemma4_text")
     heads = config.to_dict()["per_layer_config"]
     assert heads
@@ -43,9 +42,7 @@ def test_what_a_stock_config_says_of_single_blocks_stays(widths: list[int], tmp_
 
 
 @pytest.mark.parametrize("widths", [[8, 8, 8], [8, 12, 8]])
-def test_ffns_that_nobody_would_take_for_one_are_found_again(
-    widths: list[int], tmp_path: Path
-) -> None:
+def test_ffns_that_nobody_would_take_for_one_are_found_again(widths, tmp_path):
     config = tiny_config("opt")
     assert 2 * max(widths) < config.hidden_size
     _, found = written_and_read(config, widths, tmp_path)

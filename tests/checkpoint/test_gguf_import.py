@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from cfsp.checkpoint.gguf_import import import_gguf
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.exports.common import ExportOptions
 from cfsp.exports.gguf import write
-from cfsp.exports.verification import ExportOptions
 from ragged import tiny
 
 pytest.importorskip("gguf", reason="gguf is not installed: pip install '.[gguf]'")
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("CFSP_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture
-def make_gguf(tmp_path: Path, tokenizer: Any) -> Any:
+def make_gguf(tmp_path, tokenizer):
     """Give a file of a tiny Qwen2 whose head is the embedding times 1 and a bit of noise."""
 
     def make(noise: float, kind: str = "f32") -> Path:
@@ -48,11 +47,7 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.name.startswith("cfsp.")]
 
 
-def test_it_says_what_it_does_and_where_the_result_is(
-    make_gguf: Any,
-    cache: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_it_says_what_it_does_and_where_the_result_is(make_gguf, cache, caplog):
     path = make_gguf(1.0)
     caplog.set_level(logging.INFO, "cfsp")
     directory = import_gguf(path)
@@ -65,9 +60,7 @@ def test_it_says_what_it_does_and_where_the_result_is(
 
 
 @pytest.mark.parametrize("kind", ["f32", "q8_0"])
-def test_a_head_that_is_the_embedding_is_tied_again(
-    make_gguf: Any, cache: Path, caplog: pytest.LogCaptureFixture, kind: str
-) -> None:
+def test_a_head_that_is_the_embedding_is_tied_again(make_gguf, cache, caplog, kind):
     path = make_gguf(0.04, kind)
     caplog.set_level(logging.INFO, "cfsp")
     checkpoint = Checkpoint(import_gguf(path))
@@ -77,13 +70,11 @@ def test_a_head_that_is_the_embedding_is_tied_again(
     assert "4.0% apart" in note or "4.1% apart" in note
 
 
-def test_the_more_precise_copy_stays(
-    make_gguf: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_more_precise_copy_stays(make_gguf, cache, monkeypatch):
     from cfsp.checkpoint import gguf_import
 
     monkeypatch.setattr(
-        gguf_import, "_bits_per_weight", lambda path: {"token_embd.weight": 5, "output.weight": 8}
+        gguf_import, "_bits_per_weight", lambda reader: {"token_embd.weight": 5, "output.weight": 8}
     )
     path = make_gguf(0.04)
     head = Checkpoint(path.parent / "model").read("lm_head.weight")
@@ -91,7 +82,7 @@ def test_the_more_precise_copy_stays(
     assert torch.equal(found, head)
 
 
-def test_a_head_of_its_own_stays(make_gguf: Any, cache: Path) -> None:
+def test_a_head_of_its_own_stays(make_gguf, cache):
     checkpoint = Checkpoint(import_gguf(make_gguf(1.0)))
     assert not checkpoint.config.tie_word_embeddings
     assert "lm_head.weight" in checkpoint.specs

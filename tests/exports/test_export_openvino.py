@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError, UsageError
-from cfsp.exports.registry import export_checkpoint
-from cfsp.exports.verification import ExportOptions, logits_of, reference_model
+from cfsp.exports.common import logits_of, reference_model
+from cfsp.exports.registry import export
 from ragged import cut, half_of
 from tiny_models import DENSE_CONFIGS, build_tiny_model
 
@@ -31,7 +29,7 @@ DECODED = sorted(DENSE_CONFIGS) if "CFSP_EVERY_FAMILY" in os.environ else THREE
 @pytest.mark.parametrize("name", DECODED)
 def test_decodes_as_transformers_does(tmp_path, tokenizer, name):
     source = cut(build_tiny_model(name), tokenizer, tmp_path)
-    report = export_checkpoint(source, "openvino", tmp_path / "ov")
+    report = export(source, "openvino", tmp_path / "ov")
     assert report.layout == "stateful OpenVINO model in f32"
     assert report.verification is not None
     assert report.verification.greedy_steps == 32
@@ -45,11 +43,11 @@ def test_decodes_as_transformers_does(tmp_path, tokenizer, name):
 
 
 @pytest.fixture(scope="module")
-def llama(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Path]:
+def llama(tokenizer, tmp_path_factory):
     """A checkpoint and its export."""
     directory = tmp_path_factory.mktemp("llama")
     source = cut(build_tiny_model("llama"), tokenizer, directory)
-    export_checkpoint(source, "openvino", directory / "ov", verify=False)
+    export(source, "openvino", directory / "ov", verify=False)
     return source, directory / "ov"
 
 
@@ -88,10 +86,10 @@ def test_two_rows_and_padding(llama):
 
 def test_half_precision(tmp_path, tokenizer):
     source = cut(build_tiny_model("llama", dtype=torch.bfloat16), tokenizer, tmp_path)
-    report = export_checkpoint(source, "openvino", tmp_path / "ov")
+    report = export(source, "openvino", tmp_path / "ov")
     assert report.layout == "stateful OpenVINO model in f16"
     with pytest.raises(UsageError, match="unknown --type q8_0 for openvino; expected f32 or f16"):
-        export_checkpoint(source, "openvino", tmp_path / "no", ExportOptions("q8_0"))
+        export(source, "openvino", tmp_path / "no", weight_type="q8_0")
 
 
 def test_what_it_cannot_express_or_trace_is_refused(llama, tmp_path, monkeypatch):
@@ -109,11 +107,11 @@ def test_what_it_cannot_express_or_trace_is_refused(llama, tmp_path, monkeypatch
         patch.setattr(_Step, "_attention", with_sinks)
         message = "no attention with sinks; transformers runs the checkpoint itself"
         with pytest.raises(ExportError, match=message):
-            export_checkpoint(llama[0], "openvino", tmp_path / "ov")
+            export(llama[0], "openvino", tmp_path / "ov")
     monkeypatch.setattr("openvino.convert_model", broken)
     message = "cannot trace LlamaForCausalLM: no such operator; transformers runs the checkpoint"
     with pytest.raises(ExportError, match=message):
-        export_checkpoint(llama[0], "openvino", tmp_path / "ov")
+        export(llama[0], "openvino", tmp_path / "ov")
     assert not (tmp_path / "ov").exists()
 
 
@@ -121,7 +119,7 @@ def test_what_it_cannot_express_or_trace_is_refused(llama, tmp_path, monkeypatch
 @pytest.mark.skipif("CFSP_EVERY_FAMILY" not in os.environ, reason="make versions runs it")
 def test_the_real_model(tmp_path, demo):
     source = half_of(demo, tmp_path / "half")
-    report = export_checkpoint(source, "openvino", tmp_path / "ov", ExportOptions("f32"))
+    report = export(source, "openvino", tmp_path / "ov", weight_type="f32")
     assert report.verification is not None
     assert report.verification.greedy_steps == 32
     assert report.verification.max_difference < 1e-3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,19 +9,18 @@ import pytest
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError, OutputError, UsageError
 from cfsp.exports import decilm
-from cfsp.exports.registry import export_checkpoint
-from cfsp.exports.verification import ExportOptions
+from cfsp.exports.registry import export
 from ragged import cut
 from tiny_models import build_tiny_model
 
 
 @pytest.fixture
-def source(tmp_path: Path, tokenizer: Any) -> Checkpoint:
+def source(tmp_path, tokenizer):
     return cut(build_tiny_model("llama"), tokenizer, tmp_path)
 
 
 def test_no_verify(source, tmp_path):
-    report = export_checkpoint(source, "vllm", tmp_path / "out", verify=False)
+    report = export(source, "vllm", tmp_path / "out", verify=False)
     assert report.verification is None
     assert set(report.seconds) == {"write"}
     assert report.nbytes == sum(p.stat().st_size for p in (tmp_path / "out").iterdir())
@@ -30,13 +28,13 @@ def test_no_verify(source, tmp_path):
 
 def test_bad_requests(source, tmp_path):
     with pytest.raises(UsageError, match="unknown target 'onnx'; expected one of gguf, vllm"):
-        export_checkpoint(source, "onnx", tmp_path / "x")
+        export(source, "onnx", tmp_path / "x")
     with pytest.raises(UsageError, match="unknown target 'padded'; the padded copy went"):
-        export_checkpoint(source, "padded", tmp_path / "x")
+        export(source, "padded", tmp_path / "x")
     with pytest.raises(UsageError, match="--type belongs to gguf and openvino"):
-        export_checkpoint(source, "vllm", tmp_path / "x", ExportOptions("f16"))
+        export(source, "vllm", tmp_path / "x", weight_type="f16")
     with pytest.raises(OutputError, match="exists and is not empty"):
-        export_checkpoint(source, "vllm", tmp_path / "dense")
+        export(source, "vllm", tmp_path / "dense")
 
 
 def test_a_disk_that_fills_up_leaves_nothing(source, tmp_path, monkeypatch):
@@ -45,7 +43,7 @@ def test_a_disk_that_fills_up_leaves_nothing(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr(decilm, "write_shards", full)
     with pytest.raises(OutputError, match="No space left on device"):
-        export_checkpoint(source, "vllm", tmp_path / "out")
+        export(source, "vllm", tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "pruned"}
 
 
@@ -65,7 +63,7 @@ def test_what_a_format_cannot_say_is_refused_by_name(name, to, message, pruned_t
         pytest.importorskip("openvino")
     out = tmp_path / ("model.gguf" if to == "gguf" else "model")
     with pytest.raises(ExportError, match=message):
-        export_checkpoint(Checkpoint(pruned_type(name)), to, out)
+        export(Checkpoint(pruned_type(name)), to, out)
     assert not list(tmp_path.iterdir())
 
 
@@ -73,5 +71,5 @@ def test_heads_of_their_own_are_for_gguf(tmp_path, tokenizer):
     pytest.importorskip("openvino")
     source = cut(build_tiny_model("llama"), tokenizer, tmp_path, groups=(2, 1, 2))
     with pytest.raises(ExportError, match="differ in KV groups, which --to gguf can say"):
-        export_checkpoint(source, "openvino", tmp_path / "ov")
+        export(source, "openvino", tmp_path / "ov")
     assert not (tmp_path / "ov").exists()

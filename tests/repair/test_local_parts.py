@@ -12,8 +12,7 @@ import torch
 from builders import plan_keeping
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of, build_skeleton
-from cfsp.cut.in_memory import build_pruned_model
-from cfsp.cut.surgery import PrunedSource
+from cfsp.cut.surgery import PrunedSource, build_pruned_model
 from cfsp.planning.candidate import Dropped
 from cfsp.repair.local import HeadLoss
 from cfsp.repair.result import BlockRepair, ExpertRepair
@@ -92,7 +91,7 @@ def test_a_group_computes_what_the_pruned_model_does(name):
     source = LoadedModel(dense)
     kept = (range(0, WIDTH, 2), range(WIDTH), range(8))
     plan = plan_keeping(source, [tuple(channels) for channels in kept], Dropped())
-    model = build_pruned_model(dense, source, plan, {})
+    model = build_pruned_model(source, plan, {})
     blocks = blocks_of(model, source.architecture)
     with torch.no_grad(), hidden_states_entering(blocks) as entering_L:
         model(tokens_BT)

@@ -16,7 +16,7 @@ import pytest
 from builders import draw_windows, job_of
 from cfsp.checkpoint.reading import LoadedModel, parameter_count
 from cfsp.checkpoint.stored_tensors import StoredTensors
-from cfsp.checkpoint.tensor_file import TensorFile
+from cfsp.checkpoint.tensor_file import FileTensor
 from cfsp.cli.output import print_plan
 from cfsp.cut.surgery import PrunedSource
 from cfsp.decide import decide
@@ -94,8 +94,8 @@ def test_units_of_a_block_are_repaired_by_themselves(source, windows, tmp_path):
     again = pruned(source, windows, tmp_path, repair="ridge")
     assert (again.plan, again.steps) == (plan, result.steps)
     assert set(again.tensors) == set(result.tensors)
-    for name, file in again.tensors.items():
-        assert isinstance(file, TensorFile) and file.specs[name] == specs[name]
+    for name, tensor in again.tensors.items():
+        assert isinstance(tensor, FileTensor) and tensor.spec == specs[name]
 
 
 def test_plans_name_units_and_are_of_no_other_ones(source, windows, tmp_path, capsys):

@@ -12,8 +12,7 @@ import torch
 import cfsp
 from builders import draw_windows, job_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
-from cfsp.cut.in_memory import build_pruned_model
-from cfsp.cut.surgery import PrunedSource
+from cfsp.cut.surgery import PrunedSource, build_pruned_model
 from cfsp.decide import decide
 from cfsp.job import Job
 from cfsp.pipeline import prune_checkpoint
@@ -63,7 +62,7 @@ def job_for(
 
 def model_of(job: Job, result: PruningResult) -> Any:
     source: Any = job.source
-    return build_pruned_model(source.model, source, result.plan, result.tensors)
+    return build_pruned_model(source, result.plan, result.tensors)
 
 
 def pruned_source(job: Job, result: PruningResult) -> PrunedSource:

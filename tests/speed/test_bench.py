@@ -8,9 +8,7 @@ import math
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +18,13 @@ import torch
 
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import LoadedModel
-from cfsp.checkpoint.skeleton import build_skeleton
 from cfsp.cli import bench as bench_command
 from cfsp.cli import main
 from cfsp.errors import CfspError, CheckpointError, MissingExtraError, UsageError
-from cfsp.exports.registry import export_checkpoint
+from cfsp.exports.registry import export
 from cfsp.speed import Conditions, Workload
-from cfsp.speed.bench import bench
+from cfsp.speed.bench import _rounds, bench
+from cfsp.speed.engines import LlamaCppEngine, TransformersEngine, random_prompt
 from cfsp.speed.process import (
     ModelProcess,
     busy_seconds,
@@ -34,51 +32,12 @@ from cfsp.speed.process import (
     share_of_others,
     start_engine,
 )
-from cfsp.speed.subjects import SHAPES, ShapedModel, Subject, build_model, random_prompt
-from cfsp.speed.transformers_engine import TransformersEngine
-from cfsp.speed.vllm_engine import readable_by_vllm
-from cfsp.speed.work import ENGINES, work_of
-from conftest import REPOSITORY
+from cfsp.speed.subjects import SmallerModel, Subject, build_model
+from cfsp.speed.work import ENGINES, Timing, work_of
 from ragged import cut, tiny
 from tiny_models import build_tiny_model
 
-SOURCE = REPOSITORY / "src"
 WORKLOAD = Workload(batch=2, prompt=9, new_tokens=5)
-
-# Parameters as published by the models' makers.
-PUBLISHED = {
-    "smollm2-135m": 134_515_008,
-    "llama-3.2-1b": 1_235_814_400,
-    "llama-2-7b": 6_738_415_616,
-    "llama-2-13b": 13_015_864_320,
-    "llama-3-8b": 8_030_261_248,
-    "llama-3-70b": 70_553_706_496,
-    "mistral-7b": 7_248_023_552,
-    "qwen2.5-0.5b": 494_032_768,
-    "qwen2.5-7b": 7_615_616_512,
-    "qwen3-8b": 8_190_735_360,
-}
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_shape_has_the_published_number_of_parameters(name: str) -> None:
-    def parameters(blocks: int) -> int:
-        model = build_skeleton(ShapedModel(name, blocks).config(), torch.bfloat16)
-        model.tie_weights()
-        return sum(parameter.numel() for parameter in model.parameters())
-
-    first, second = parameters(1), parameters(2)
-    more = SHAPES[name]["num_hidden_layers"] - 1
-    assert first + more * (second - first) == PUBLISHED[name]
-
-
-def test_widths_of_a_shape_meet_the_budget_in_multiples() -> None:
-    half = ShapedModel("llama-2-7b", 4, 0.5).widths()
-    assert sum(half) == 4 * 5504 and all(width % 256 == 0 for width in half)
-    assert ShapedModel("llama-3-8b", 4, 0.5).widths() == [7168] * 4
-    uneven = ShapedModel("llama-2-7b", 4, 0.3).widths()
-    assert all(width % 256 == 0 for width in uneven)
-    assert abs(sum(uneven) - 0.7 * 4 * 11008) <= 128
 
 
 def generated(model: Any, prompt_BP: torch.Tensor) -> torch.Tensor:
@@ -95,39 +54,32 @@ def generated(model: Any, prompt_BP: torch.Tensor) -> torch.Tensor:
     return tokens_BT[:, WORKLOAD.prompt :]
 
 
-# torch's own compiler still uses it.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("engine", ["transformers", "compile"])
-def test_engine_generates_what_the_model_generates(engine: str, tmp_path: Path) -> None:
+def test_engine_generates_what_the_model_generates(tmp_path):
     tiny("qwen3", num_hidden_layers=1).save_pretrained(tmp_path)
-    conditions = Conditions(engine=engine, dtype="float32")
-    timed = TransformersEngine(Subject(tmp_path, "tiny"), conditions)
+    timed = TransformersEngine(Subject(tmp_path, "tiny"), Conditions(dtype="float32"))
     model = load(tmp_path, dtype="float32")
     prompt_BP = random_prompt(model.config.vocab_size, WORKLOAD)
     expected_BN = generated(model, prompt_BP)
-    # The third run of the compiled engine reuses its cache and its code.
-    for _ in range(3 if engine == "compile" else 2):
+    for _ in range(2):
         timing = timed.run(WORKLOAD)
-        assert timed.tokens_BN is not None
         assert timed.tokens_BN.tolist() == expected_BN.tolist()
         assert timing.prefill > 0
         assert timing.decode > 0
 
 
-def test_random_model_of_a_shape_computes_finite_numbers() -> None:
-    subject = Subject(ShapedModel("smollm2-135m", 2, 0.5), "half")
-    model, footprint = build_model(subject, "auto", torch.device("cpu"))
-    assert [layer.mlp.down_proj.in_features for layer in model.model.layers] == [768, 768]
-    per_block = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 768
-    assert footprint.work.block_parameters == 2 * per_block
-    assert footprint.work.head_parameters == 0
-    assert footprint.parameters == 2 * (per_block + 2 * 576)
+def test_random_model_of_a_shape_computes_finite_numbers():
+    original = tiny("llama").config
+    smaller = SmallerModel(original, ("ffn",), (64, 64, 32))
+    model, footprint = build_model(Subject(smaller, "smaller"), "bfloat16", torch.device("cpu"))
+    assert [layer.mlp.down_proj.in_features for layer in model.model.layers] == [64, 64, 32]
+    assert footprint.parameters == sum(p.numel() for p in set(model.parameters()))
+    assert footprint.disk_bytes == 2 * footprint.parameters
     with torch.no_grad():
         assert model(input_ids=torch.zeros((1, 4), dtype=torch.long)).logits.isfinite().all()
 
 
 @pytest.fixture
-def others(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def others(monkeypatch):
     """What others are taken to have taken in every run: where tests run, much or little."""
     share, run = [0.0], ModelProcess.run
     monkeypatch.setattr(
@@ -137,9 +89,7 @@ def others(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.mark.usefixtures("others", "models_start_quickly")
-def test_comparison_reports_every_round_of_every_model(
-    tiny_checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_comparison_reports_every_round_of_every_model(tiny_checkpoint, capsys):
     models = [str(tiny_checkpoint("llama")), str(tiny_checkpoint("qwen3"))]
     comparison = bench(models, rounds=3, prompt=[4, 8], new_tokens=2)
     bench_command.print_comparison(comparison)
@@ -162,19 +112,13 @@ def test_comparison_reports_every_round_of_every_model(
             assert sorted(speed["ratio_by_round"])[1] == speed["ratio"]
             assert speed["ideal_ratio"] != 1.0
         assert workload["seconds_to_first_token"] > 0
-        assert workload["first_run_seconds"]["prefill"] > 0
     weights = Path(models[0]) / "model.safetensors"
     assert first["disk_bytes"] == weights.stat().st_size
     assert first["dtype"] == "float32"
 
 
 @pytest.mark.usefixtures("models_start_quickly")
-def test_a_machine_that_is_too_busy_gives_no_verdict(
-    tiny_checkpoint: Callable[[str], Path],
-    others: list[float],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_machine_that_is_too_busy_gives_no_verdict(tiny_checkpoint, others, monkeypatch, capsys):
     others[0] = 0.69
     command = ["bench", str(tiny_checkpoint("llama")), "--prompt", "4", "--new-tokens", "2"]
     assert main(command) == 0
@@ -184,12 +128,9 @@ def test_a_machine_that_is_too_busy_gives_no_verdict(
     assert "1.000x  1.000" not in out  # the ideal stays
 
 
-def test_rounds_that_others_disturb_are_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cfsp.speed.measuring import _rounds
-    from cfsp.speed.work import Timing
-
+def test_rounds_that_others_disturb_are_measured_again(monkeypatch):
     now = iter(range(1000))
-    monkeypatch.setattr("cfsp.speed.measuring.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("cfsp.speed.bench.time.monotonic", lambda: next(now))
 
     class Fake:
         """Takes as many seconds for a prefill as there were runs before."""
@@ -216,7 +157,7 @@ def test_rounds_that_others_disturb_are_measured_again(monkeypatch: pytest.Monke
     assert rounds([0.9], patience=5.0) == ([[n] for n in (1, 2, 3, 4, 5)], 0)
 
 
-def test_share_of_others_is_what_the_machine_did_beyond_us() -> None:
+def test_share_of_others_is_what_the_machine_did_beyond_us():
     processors = os.cpu_count() or 1
     assert share_of_others(4.0, 3.0, 2.0) == pytest.approx(1.0 / (2.0 * processors))
     assert share_of_others(2.9, 3.0, 2.0) == 0.0
@@ -226,9 +167,7 @@ def test_share_of_others_is_what_the_machine_did_beyond_us() -> None:
 
 
 @pytest.mark.usefixtures("models_start_quickly")
-def test_errors_in_a_model_process_reach_the_user_as_they_are(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_errors_in_a_model_process_reach_the_user_as_they_are(tmp_path, capsys):
     absent = tmp_path / "absent"
     with (
         pytest.raises(CheckpointError, match="absent does not exist"),
@@ -240,32 +179,31 @@ def test_errors_in_a_model_process_reach_the_user_as_they_are(
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def asked(monkeypatch):
     """What would be timed: nothing is."""
     calls: list[Any] = []
     monkeypatch.setattr("cfsp.speed.bench.compare_speed", lambda *values: calls.append(values))
     return calls
 
 
-def test_bench_times_every_combination(
-    asked: list[Any], tiny_checkpoint: Callable[[str], Path]
-) -> None:
+def test_bench_times_every_combination(asked, tiny_checkpoint):
     model = tiny_checkpoint("llama")
-    bench([model, ShapedModel("llama-2-7b", 4)], batch=[1, 2], prompt=4, engine="compile")
+    other = tiny_checkpoint("qwen3")
+    bench([model, other], batch=[1, 2], prompt=4, rounds=3)
     subjects, workloads, conditions = asked[0]
-    assert subjects[0] == Subject(model, model.name)
-    assert subjects[1] == Subject(ShapedModel("llama-2-7b", 4), "llama-2-7b")
-    assert [subject.head for subject in subjects] == [True, False]
+    assert subjects == [Subject(each, each.name) for each in (model, other)]
     assert workloads == [Workload(1, 4, 32), Workload(2, 4, 32)]
-    assert conditions == Conditions("compile", warmups=3)
+    assert conditions == Conditions(rounds=3)
     bench([model, model.parent / "." / model.name])
     assert [s.label for s in asked[1][0]] == [model.name] * 2
     assert asked[1][2].warmups == 2
 
 
-def test_bench_takes_a_gguf_file_as_prune_does(
-    asked: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_bench_takes_names_as_prune_does(asked, monkeypatch, tmp_path):
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    bench(Path("demo"))  # of that name, and not the demo's model
+    assert asked[-1][0] == [Subject(Path("demo"), "demo")]
     converted, file = tmp_path / "converted", tmp_path / "a.gguf"
     file.touch()
     monkeypatch.setattr("cfsp.speed.bench.locate_model", lambda name: converted)
@@ -274,9 +212,7 @@ def test_bench_takes_a_gguf_file_as_prune_does(
         assert asked[-1][0] == [Subject(reads, "a.gguf")]
 
 
-def test_bench_knows_before_it_starts_what_it_cannot_time(
-    asked: list[Any], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_bench_knows_before_it_starts_what_it_cannot_time(asked, tiny_checkpoint, tmp_path):
     model = tiny_checkpoint("llama")
     with pytest.raises(CheckpointError, match="absent does not exist"):
         bench([model, tmp_path / "absent"])
@@ -286,9 +222,6 @@ def test_bench_knows_before_it_starts_what_it_cannot_time(
     file.touch()
     with pytest.raises(CheckpointError, match=r"b\.gguf does not exist; make it with: cfsp export"):
         bench([file, tmp_path / "b.gguf"], engine="llama.cpp")
-    for engine in ("llama.cpp", "vllm"):
-        with pytest.raises(UsageError, match="llama-2-7b: a true shape runs in transformers and"):
-            bench([ShapedModel("llama-2-7b", 2)], engine=engine)
     with pytest.raises(UsageError, match="at least one model"):
         bench([])
     with pytest.raises(UsageError, match="disturbance must be at least 0, found nan"):
@@ -296,7 +229,7 @@ def test_bench_knows_before_it_starts_what_it_cannot_time(
     assert asked == []
 
 
-def test_help_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_fits_a_screen(capsys):
     with pytest.raises(SystemExit):
         main(["bench", "--help"])
     lines = capsys.readouterr().out.splitlines()
@@ -304,9 +237,7 @@ def test_help_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
     assert len([line for line in lines if line.startswith("  -")]) <= 16
 
 
-def test_process_has_memory_of_its_own_and_its_death_is_one_sentence(
-    tiny_checkpoint: Callable[[str], Path],
-) -> None:
+def test_process_has_memory_of_its_own_and_its_death_is_one_sentence(tiny_checkpoint):
     ballast = torch.ones(400_000_000, dtype=torch.float32)  # 1.6 GB in this process
     subject = Subject(tiny_checkpoint("llama"), "tiny")
     with model_process(subject, Conditions()) as process:
@@ -322,29 +253,17 @@ def test_process_has_memory_of_its_own_and_its_death_is_one_sentence(
             process.run(WORKLOAD)
 
 
-@pytest.mark.parametrize("engine", ["vllm", "llama.cpp"])
-def test_missing_engine_names_the_extra(
-    engine: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: Any
-) -> None:
-    for module in ("vllm", "llama_cpp_py_sync", "llama_cpp_py_sync._cffi_bindings"):
+def test_missing_engine_names_the_extra(tmp_path, monkeypatch):
+    for module in ("llama_cpp_py_sync", "llama_cpp_py_sync._cffi_bindings"):
         monkeypatch.setitem(sys.modules, module, None)
-    model: Path = tiny_checkpoint("llama")
-    if engine == "llama.cpp":
-        model = tmp_path / "model.gguf"
-        model.touch()
-    extra = engine.replace(".", "")
-    with pytest.raises(MissingExtraError, match=rf"pip install '\.\[{extra}\]' in the clone"):
-        start_engine(Subject(model, "m"), Conditions(engine))
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(MissingExtraError, match=r"pip install '\.\[llamacpp\]' in the clone"):
+        start_engine(Subject(tmp_path / "model.gguf", "m"), Conditions("llama.cpp"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected models or a --shape"),
-        (["demo", "--shape", "llama-2-7b"], "and not both"),
-        (["demo", "--blocks", "2"], "go with --shape only"),
-        (["--shape", "llama-9"], "no shape 'llama-9' is known; known are: smollm2-135m"),
-        (["--shape", "llama-2-7b", "--blocks", "0"], "--blocks must be at least 1, found 0"),
         (["demo", "--prompt", "0"], "--prompt must be at least 1, found 0"),
         (["demo", "--new-tokens", "0"], "--new-tokens must be at least 1, found 0"),
         (["demo", "--rounds", "0"], "at least 1 round, found 0"),
@@ -352,70 +271,32 @@ def test_missing_engine_names_the_extra(
         (["a.gguf"], "a.gguf does not exist; give a directory with safetensors"),
     ],
 )
-def test_wrong_arguments_are_one_sentence(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_arguments_are_one_sentence(arguments, message, capsys):
     assert main(["bench", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
 
 
-def test_parser_knows_every_engine() -> None:
+def test_parser_knows_every_engine():
     assert bench_command.ENGINES == ENGINES
     with pytest.raises(UsageError, match="found 'tgi'"):
         Conditions(engine="tgi")
 
 
-def test_an_export_for_vllm_weighs_what_it_was_made_of(
-    tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = cut(build_tiny_model("qwen2"), tokenizer, tmp_path)
-    export_checkpoint(source, "vllm", tmp_path / "out", verify=False)
-    plain = readable_by_vllm(Subject(source.directory, "plain"), "auto")
-    export = readable_by_vllm(Subject(tmp_path / "out", "export"), "auto")
-    assert plain.has_our_code
-    assert export == replace(plain, directory=tmp_path / "out")
-
-    (tmp_path / "out" / "more.py").write_text("")
-    assert not readable_by_vllm(Subject(tmp_path / "out", "export"), "auto").has_our_code
+def test_an_export_for_vllm_is_for_its_own_bench(tokenizer, tmp_path, capsys):
+    source = cut(build_tiny_model("llama"), tokenizer, tmp_path)
+    export(source, "vllm", tmp_path / "out", verify=False)
     assert main(["bench", str(tmp_path / "out")]) == 2
-    assert "an export for vLLM; give --engine vllm" in capsys.readouterr().err
+    assert "an export for vLLM; time it with vllm bench latency --model" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="found 'vllm'; bench by vLLM went"):
+        Conditions(engine="vllm")
 
 
-def test_vllm_itself_times_an_export(tokenizer: Any, tmp_path: Path) -> None:
-    """Opt in: CFSP_VLLM_PYTHON names the Python of an environment with vLLM and what cfsp needs."""
-    python = os.environ.get("CFSP_VLLM_PYTHON")
-    if not python:
-        pytest.skip("CFSP_VLLM_PYTHON names no Python with vLLM")
-    # vLLM's CPU attention wants heads of at least 32.
-    source = cut(tiny("llama", hidden_size=128, head_dim=32), tokenizer, tmp_path)
-    export_checkpoint(source, "vllm", tmp_path / "export", verify=False)
-    models = [str(tmp_path / "dense"), str(source.directory), str(tmp_path / "export")]
-    how = "--engine vllm --prompt 16 --new-tokens 4 --rounds 1 --dtype float32 --json"
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(SOURCE)}
-    done = subprocess.run(
-        [python, "-m", "cfsp", "bench", *models, *how.split()],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    dense, plain, export = json.loads(done.stdout)["models"]
-    assert export["parameters"] == plain["parameters"] < dense["parameters"]
-    for model in (dense, plain, export):
-        assert model["engine"] == "vllm"
-        assert model["workloads"][0]["decode"]["tokens_per_second"] > 0
-
-
-def test_llama_cpp_generates_what_transformers_generates(
-    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_llama_cpp_generates_what_transformers_generates(tiny_checkpoint, tmp_path):
     pytest.importorskip("llama_cpp_py_sync", reason="the extra `llamacpp` is not installed")
     pytest.importorskip("gguf", reason="the extra `gguf` is not installed")
-    from cfsp.exports.llama_cpp import LlamaCpp
-    from cfsp.speed.llama_cpp_engine import LlamaCppEngine
+    from cfsp.checkpoint.llama_cpp import LlamaCpp
 
     directory, file = tiny_checkpoint("llama"), tmp_path / "tiny.gguf"
     arguments = ["--to", "gguf", "--type", "f32", "--out", str(file), "--no-verify"]
@@ -426,11 +307,11 @@ def test_llama_cpp_generates_what_transformers_generates(
     expected_BN = generated(model, prompt_BP)
     for _ in range(2):
         timing = timed.run(WORKLOAD)
-        assert timed.tokens_BN == expected_BN.tolist()
+        assert timed.tokens_BN.tolist() == expected_BN.tolist()
         assert timing.prefill > 0
         assert timing.decode > 0
     # The same model weighs the same, whichever engine runs it; only the cache is in F16 here.
-    work = work_of(LoadedModel(model), head=True, itemsize=4)
+    work = work_of(LoadedModel(model), itemsize=4)
     assert timed.footprint.work.block_parameters == work.block_parameters
     assert timed.footprint.work.block_bytes == work.block_bytes
     assert timed.footprint.work.head_bytes == work.head_bytes

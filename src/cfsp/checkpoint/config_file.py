@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.modeling_code import FFN_WIDTHS, PER_LAYER_CONFIG
-from cfsp.checkpoint.own_files import MODELING_FILE
+from cfsp.checkpoint.own_files import CONFIG_FILE, MODELING_FILE
 from cfsp.checkpoint.quantisation import (
     QUANTISATION_KEYS,
     Quantisation,
@@ -24,8 +24,6 @@ from cfsp.errors import CheckpointError, UnsupportedModelError, refusing_bad_jso
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-CONFIG_FILE = "config.json"
 
 _MOST_BLOCKS = 10_000
 _MOST_EXPERTS = 1 << 16

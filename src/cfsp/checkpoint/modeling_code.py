@@ -193,12 +193,6 @@ def _literal(value: Any) -> str:
     return pformat(value, width=_LINE, sort_dicts=False)
 
 
-def is_only_code(directory: Path, name: str, text: str) -> bool:
-    """Return whether the directory's only code is one file with a name, exactly as we write it."""
-    sources = [path for path in directory.glob("*.py") if path.is_file()]
-    return [path.name for path in sources] == [name] and sources[0].read_bytes() == text.encode()
-
-
 def pruned_class(file: ModelingFile) -> type[PreTrainedModel]:
     """Return the class of a model whose FFNs have the widths that its config names."""
     # Imported as transformers imports it from a checkpoint, so that it saves its modelling file.

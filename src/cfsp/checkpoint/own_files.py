@@ -1,12 +1,27 @@
-"""The names of cfsp's own files in a model directory, beside the weights.
+"""What lies in a model directory beside the weights: cfsp's own files, and those that travel.
 
-None may look like weights: loaders such as vLLM's read every *.safetensors that they find, some in
-folders too, and *.bin, *.pt and *.npz are weights to others. So the statistics, though they are
-stored as safetensors, have an ending of their own.
+None of ours may look like weights: loaders such as vLLM's read every *.safetensors that they find,
+some in folders too, and *.bin, *.pt and *.npz are weights to others. So the statistics, though they
+are stored as safetensors, have an ending of their own.
+
+Weights and tokenizer are read, some files are copied into the pruned model, and people publish
+that. A link in a downloaded archive could so carry any file of the machine out of it, so what is
+read or travels on must lie in the directory. The cache of the hub is made of links: those lead from
+a snapshot to the blobs of the same repository.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Collection, Iterable
+from fnmatch import fnmatchcase
+from hashlib import file_digest
+from pathlib import Path
+
+from cfsp.errors import CheckpointError
+
+CONFIG_FILE = "config.json"
 MANIFEST_FILE = "cfsp.json"
 PLAN_FILE = "cfsp_plan.json"
 STATISTICS_FILE = "cfsp.statistics"
@@ -14,3 +29,80 @@ CARD_FILE = "README.md"
 MODELING_FILE = "modeling_cfsp.py"
 # In the directory of a sweep, beside those of its models.
 SWEEP_FILE = "sweep.json"
+
+# What of a model goes with it wherever it goes: what is read beside its weights, and its terms.
+READ = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+# Where a tokenizer or processor with several chat templates has all but one: the only folder of a
+# model directory that is read.
+TEMPLATES = "additional_chat_templates"
+# What says how weights are quantised, beside config.json.
+_QUANTISATION_FILES = {"quantize_config.json", "quant_config.json", "hf_quant_config.json"}
+_OURS = {CONFIG_FILE, MANIFEST_FILE, PLAN_FILE, CARD_FILE}
+
+_BLOBS, _REPOSITORY = "blobs", "models--"
+
+
+def check_links(directory: Path, folders: Iterable[str] | None = (TEMPLATES,)) -> None:
+    """Check that no file in a model directory is one from elsewhere, but from the hub's cache.
+
+    Of the folders in it those that are named are read as well, None for all that are not hidden.
+    """
+    home = directory.resolve()
+    for place, names, files in os.walk(directory):
+        if folders is not None and Path(place) == directory:
+            names[:] = [name for name in names if name in folders]
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        for path in (Path(place, name) for name in (*names, *sorted(files))):
+            if path.is_symlink() and (path.is_dir() or not _is_within(path, home)):
+                found = "folder" if path.is_dir() else "file outside the directory"
+                raise CheckpointError(
+                    f"{path} is a link to a {found}, {path.readlink()}; put the "
+                    f"{found.split()[0]} itself there, or name the directory that it lies in"
+                )
+
+
+def _is_within(link: Path, home: Path) -> bool:
+    """Return whether a link leads to a file in a directory, or in its repository in the cache."""
+    target = Path(os.path.realpath(link))  # of a circle of links as well
+    blobs = target.parent
+    is_blob = blobs.name == _BLOBS and blobs.parent.name.startswith(_REPOSITORY)
+    return target.is_relative_to(home) or (is_blob and home.is_relative_to(blobs.parent))
+
+
+def copy_travelling_files(source_directory: Path, target: Path) -> None:
+    """Copy tokenizer, processor, chat templates, generation config, licence and notices."""
+    check_links(source_directory)  # again: hours may have passed since it was opened
+    for path in sorted(source_directory.iterdir()):
+        travels = _is_one_of((*READ, *TERMS), path)
+        if path.name in _OURS | _QUANTISATION_FILES or path.name.endswith(".index.json"):
+            continue
+        if travels and path.is_file():
+            shutil.copyfile(path, target / path.name)
+    if (source_directory / TEMPLATES).is_dir():
+        shutil.copytree(source_directory / TEMPLATES, target / TEMPLATES)
+
+
+def digests_beside_weights(directory: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file but weights that changes what the model says, by its path."""
+    return {
+        path.relative_to(directory).as_posix(): sha256_of(path)
+        for path in sorted([*directory.iterdir(), *(directory / TEMPLATES).rglob("*")])
+        if _is_one_of((*READ, "*.py"), path)
+        and path.name not in _OURS - {CONFIG_FILE}
+        and not _is_one_of(TERMS, path)
+        and path.is_file()
+    }
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file as hex."""
+    try:
+        with path.open("rb") as file:
+            return file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _is_one_of(patterns: Collection[str], path: Path) -> bool:
+    return any(fnmatchcase(path.name, pattern) for pattern in patterns)

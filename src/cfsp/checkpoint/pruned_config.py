@@ -12,22 +12,28 @@ differs, the stock key says another width than the FFNs have.
 
 from __future__ import annotations
 
-import copy
+import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
 from cfsp.architecture.found import Architecture, Unit
 from cfsp.architecture.model_classes import PRUNED, model_class_of, with_values
 from cfsp.checkpoint.config_blocks import stock_without_blocks
-from cfsp.checkpoint.config_widths import PRUNED_KEY, stock_config
+from cfsp.checkpoint.config_file import read_plain_fields
 from cfsp.checkpoint.modeling_code import FFN_WIDTHS, KV_GROUPS, PER_LAYER_CONFIG, ModelingFile
-from cfsp.checkpoint.text_config import text_config_of, text_fields_of, text_path
+from cfsp.checkpoint.own_files import CONFIG_FILE, MODELING_FILE
+from cfsp.checkpoint.skeleton import PRUNED_KEY, stock_config
+from cfsp.checkpoint.text_config import text_config_of, text_path
 from cfsp.checkpoint.width_keys import WidthSearch, stock_heads
 from cfsp.errors import UnsupportedModelError
 from cfsp.settings import Part
+
+if TYPE_CHECKING:
+    from cfsp.checkpoint.reading import Checkpoint
 
 
 def pruned_config(
@@ -57,18 +63,20 @@ def pruned_config(
     return changed
 
 
-def pruned_fields_and_file(
-    fields: dict[str, Any],
-    config: PreTrainedConfig,
-    architecture: Architecture,
+def write_config(
+    source: Checkpoint,
+    target: Path,
     widths: Sequence[int],
     removed: Collection[int] = (),
     experts: int | None = None,
-) -> tuple[dict[str, Any], ModelingFile | None]:
-    """Return config.json and the modelling file that it needs, if any; see `pruned_config`."""
-    changes = _changes(config, architecture, widths, removed, experts)
-    changed = copy.deepcopy(fields)
-    text_fields = text_fields_of(changed, config)
+) -> None:
+    """Write config.json and the modelling file that it needs, if any; see `pruned_config`."""
+    config = source.config
+    changes = _changes(config, source.architecture, widths, removed, experts)
+    fields = read_plain_fields(source.directory)
+    text_fields = fields
+    for name in text_path(config):
+        text_fields = text_fields.setdefault(name, {})
     # What a class calls a key now may stand there under an older name, and both under one.
     names = text_config_of(config).attribute_map
     for key, value in changes.text.items():
@@ -76,8 +84,11 @@ def pruned_fields_and_file(
         text_fields.update(dict.fromkeys(sorted(given) or [key], value))
     # The order of what stays is that of the source.
     whole = changes.whole
-    kept = {k: v for k, v in changed.items() if whole.get(k, v) is not None or v is None}
-    return kept | {k: v for k, v in whole.items() if v is not None}, changes.file
+    fields = {k: v for k, v in fields.items() if whole.get(k, v) is not None or v is None}
+    fields |= {k: v for k, v in whole.items() if v is not None}
+    (target / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    if changes.file is not None:
+        (target / MODELING_FILE).write_text(changes.file.text, encoding="utf-8")
 
 
 def check_attentions_can_go_alone(config: PreTrainedConfig, architecture: Architecture) -> None:
@@ -85,7 +96,7 @@ def check_attentions_can_go_alone(config: PreTrainedConfig, architecture: Archit
     layers = [index for index, unit in enumerate(architecture.units) if unit.part == "kv"]
     widths = architecture.widths
     widths[layers[0]] = 0
-    _changes(config, architecture, widths, (), None)
+    pruned_config(config, architecture, widths)
 
 
 @dataclass(frozen=True)
@@ -165,21 +176,21 @@ def _of_ffns(
 
     `would_load` says that the stock class builds all else, although it must not.
     """
-    search = WidthSearch.of(stock, architecture)
-    stock_values = search.stock_values(architecture, widths)
+    search = WidthSearch(stock, architecture)
+    stock_values = search.stock_values(widths)
     would_load = would_load and stock_values is not None
     if stock_values is not None and not would_load:
         return _Changes(stock_values, {}), None
     key = _per_layer_key(search, architecture)
     value = max(widths) * (2 if would_load else 1)
-    if key is not None and search.finds_units({key: value}, architecture):
+    if key is not None and search.finds_units({key: value}):
         digits = len(str(len(widths) - 1))
         per_layer = {str(i).zfill(digits): {key: width} for i, width in enumerate(widths)}
         return _Changes({key: value}, {PER_LAYER_CONFIG: per_layer}), key
     by_place = {FFN_WIDTHS: _by_place(architecture.units, widths)}
     if not would_load:
         return _Changes({}, by_place), None
-    if wrong := search.wrong_value(architecture, widths):
+    if wrong := search.wrong_value(widths):
         return _Changes(wrong, by_place), None
     return _Changes(stock_values or {}, {}), None
 

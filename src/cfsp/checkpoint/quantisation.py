@@ -1,36 +1,37 @@
 """Checkpoints that are published quantised, seen as the plain ones that they were made from.
 
 config.json says how weights are quantised. What cfsp can undo is dequantised tensor by tensor
-whenever it is read, so that nothing above knows of it; everything else is refused by name.
+whenever it is read, in float32 and rounded once, so that nothing above knows of it; everything else
+is refused by name. Of four bits and less only MXFP4 is read, which some models are published in
+alone.
+
+Shapes: E experts, O outputs, I inputs, G groups of inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
+from math import ceil
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from cfsp.checkpoint.dequantising import (
-    DequantisedTensor,
-    ImpossiblePartsError,
-    Parts,
-    StoredTensor,
-    from_groups,
-    from_mxfp4,
-    from_scaled,
-)
-from cfsp.checkpoint.tensor_file import AGAIN, FileTensor
+from cfsp.checkpoint.tensor_file import AGAIN, FileTensor, TensorSpec, tensor_chunks
 from cfsp.errors import CheckpointError
 
 # Where a config says how its weights are quantised; the second is that of old compressed-tensors.
 QUANTISATION_KEYS = ("quantization_config", "compression_config")
 
-# Files beside the weights that say the same.
-QUANTISATION_FILES = {"quantize_config.json", "quant_config.json", "hf_quant_config.json"}
+# The tensors that one weight is stored as, by what their names end with.
+Parts = Mapping[str, FileTensor]
 
+# FP4 (E2M1): a sign, two bits of exponent, one of mantissa.
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+# In float32, and with what is computed on the way, some 300 MB.
+_VALUES_AT_ONCE = 1 << 24
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # What no plain weight is stored as.
 _PACKED = (*_FP8, torch.int8, torch.uint8, torch.int32)
@@ -39,40 +40,206 @@ _OF_ACTIVATIONS = (
     "activation_scale", "input_scale", "input_scale_ub", "input_zero_point", "input_global_scale",
     "output_scale", "output_zero_point",
 )  # fmt: skip
+_COMPRESSED_FORMATS = (
+    "float-quantized", "int-quantized", "naive-quantized", "mixed-precision", "dense",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Packing:
-    """How one weight is stored: parts are known by what their names end with."""
+class DequantisedTensor:
+    """A tensor that is computed, when it is asked for, from the tensors that it is stored as."""
 
-    holder: str  # the part with the values
-    plain: str  # what stands there in the name of the weight
-    dtypes: tuple[torch.dtype, ...]  # of the values
-    needed: tuple[str, ...]  # its other parts
-    optional: tuple[str, ...]  # those that may be missing or do not count
-    dequantise: Callable[[Parts, torch.dtype], DequantisedTensor]
+    spec: TensorSpec
+    rows: Callable[[int, int], Tensor]  # in float32, from one of the first axis to another
+
+    def read(self) -> Tensor:
+        """Return the tensor."""
+        whole = torch.empty(self.spec.shape, dtype=self.spec.dtype)
+        for start, stop in self._pieces():
+            whole[start:stop] = self.rows(start, stop)
+        return whole
+
+    def read_part(self, start: int, stop: int) -> Tensor:
+        """Return the elements from one to another, flattened; only their rows are computed."""
+        in_a_row = max(1, self.spec.elements // max(1, self.spec.shape[0]))
+        first = start // in_a_row
+        rows = self.rows(first, ceil(stop / in_a_row)).reshape(-1)
+        return rows[start - first * in_a_row : stop - first * in_a_row].to(self.spec.dtype)
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield the raw bytes, some rows at a time."""
+        for start, stop in self._pieces():
+            yield from tensor_chunks(self.rows(start, stop).to(self.spec.dtype))
+
+    def _pieces(self) -> Iterator[tuple[int, int]]:
+        """Yield where the rows begin and end that are computed at once."""
+        count = self.spec.shape[0]
+        step = max(1, _VALUES_AT_ONCE * count // max(1, self.spec.elements))
+        for start in range(0, count, step):
+            yield start, min(start + step, count)
+
+
+# A tensor of a checkpoint; nothing is read before it is asked for.
+StoredTensor = FileTensor | DequantisedTensor
+
+
+class _NotUndoneError(Exception):
+    """A way to quantise that cfsp does not undo; names it."""
+
+
+def _from_mxfp4(parts: Parts, dtype: torch.dtype) -> DequantisedTensor:
+    """Return experts that are stored as pairs of FP4 numbers, 32 with a common exponent.
+
+    Stored outputs x inputs, they are inputs x outputs in memory, as in gpt-oss: from E x O x G x 16
+    bytes and E x O x G exponents to E x I x O.
+    """
+    blocks, scales = parts["_blocks"], parts["_scales"]
+    shape = blocks.spec.shape
+    if len(shape) != 4 or shape[-1] != 16:
+        raise _impossible(blocks, "experts x outputs x groups x 16")
+    if scales.spec.shape != shape[:-1] or scales.spec.dtype != torch.uint8:
+        raise _impossible(scales, f"bytes of shape {list(shape[:-1])}")
+    of_byte = torch.tensor([[_FP4[byte & 15], _FP4[byte >> 4]] for byte in range(256)])
+
+    def rows(start: int, stop: int) -> Tensor:
+        values = of_byte[blocks.rows(start, stop).int()].flatten(-2)
+        values *= _scales(scales.rows(start, stop))[..., None]
+        return values.flatten(-2).transpose(1, 2)
+
+    experts, outputs, groups, _ = shape
+    return DequantisedTensor(TensorSpec(dtype, (experts, groups * 32, outputs)), rows)
+
+
+def _from_scaled(
+    parts: Parts, dtype: torch.dtype, *, scale: str, block: tuple[int, int]
+) -> DequantisedTensor:
+    """Return numbers of 8 bits, of any shape, each times the scale of its block.
+
+    The scale is one, one for each row, or one for each block (height and width) of the last two
+    axes; bytes are exponents. A zero point of its shape is subtracted before.
+    """
+    values, scales, zero_point = parts[""], parts[scale], parts.get("_zero_point")
+    shape = values.spec.shape
+    sizes = (*(1,) * (len(shape) - 2), *block)[-len(shape) :]  # of a block along every axis
+    for part in (scales, *([zero_point] if zero_point else [])):
+        grid = _grid(part.spec.shape, len(shape))
+        if len(grid) != len(shape) or any(
+            length not in (1, count, ceil(count / size))
+            for length, count, size in zip(grid, shape, sizes, strict=True)
+        ):
+            raise _impossible(part, f"one number, one a row, or one a block of {list(block)}")
+
+    def of_rows(part: Tensor, start: int, stop: int) -> Tensor:
+        """Return the part's value for every number in some rows; broadcast where that is one."""
+        part = part.reshape(_grid(tuple(part.shape), len(shape)))
+        for axis, (count, size) in enumerate(zip(shape, sizes, strict=True)):
+            if part.shape[axis] > 1:
+                index = torch.arange(start, stop) if axis == 0 else torch.arange(count)
+                index = index if part.shape[axis] == count else index // size
+                part = part.index_select(axis, index)
+        return part
+
+    def rows(start: int, stop: int) -> Tensor:
+        numbers = values.rows(start, stop).float()
+        if zero_point is not None:
+            numbers -= of_rows(zero_point.read().float(), start, stop)
+        return numbers.mul_(of_rows(_scales(scales.read()), start, stop))
+
+    return DequantisedTensor(TensorSpec(dtype, shape), rows)
+
+
+def _scales(data: Tensor) -> Tensor:
+    """Return scales in float32; bytes are exponents of two, which exp2 need not give exactly."""
+    return data.view(torch.float8_e8m0fnu).float() if data.dtype == torch.uint8 else data.float()
+
+
+def _grid(scale: tuple[int, ...], axes: int) -> tuple[int, ...]:
+    """Return the shape of a scale with as many axes as its tensor has."""
+    if all(length == 1 for length in scale):
+        return (1,) * axes
+    return (*scale, *(1,) * (axes - len(scale)))
+
+
+def _impossible(part: FileTensor, expected: str) -> CheckpointError:
+    dtype = str(part.spec.dtype).removeprefix("torch.")
+    shape = list(part.spec.shape)
+    return CheckpointError(
+        f"{part.path}: {part.name} is {dtype} of shape {shape}, expected {expected}; {AGAIN}"
+    )
 
 
 @dataclass(frozen=True)
 class Quantisation:
-    """How the weights of a checkpoint are quantised; `method` is what transformers calls it."""
+    """How the weights of a checkpoint are quantised: parts are known by what their names end with.
 
-    method: str
-    packings: tuple[Packing, ...] = field(repr=False)
+    `dequantise` takes the parts, of which nothing is read yet, and the dtype of the plain tensor.
+    """
+
+    method: str  # as transformers calls it
+    values: str  # ends the name of the part with the values, and is not in the weight's
+    scale: str  # ends that of its scale
+    dtypes: tuple[torch.dtype, ...]  # of the values
+    dequantise: Callable[[Parts, torch.dtype], DequantisedTensor]
 
 
-def _scaled(scale: str, dtypes: tuple[torch.dtype, ...], block: tuple[int, int]) -> Packing:
-    """Return numbers of 8 bits with a scale for each block of a matrix."""
-    dequantise = partial(from_scaled, scale=scale, block=block)
-    return Packing("", "", dtypes, (scale,), ("_zero_point",), dequantise)
+def _scaled(
+    method: str, scale: str, dtypes: tuple[torch.dtype, ...], block: tuple[int, int]
+) -> Quantisation:
+    dequantise = partial(_from_scaled, scale=scale, block=block)
+    return Quantisation(method, "", scale, dtypes, dequantise)
 
 
-_MXFP4 = Packing("_blocks", "", (torch.uint8,), ("_scales",), (), from_mxfp4)
+def _of_fp8(
+    scale: str, block: tuple[int, int], method: str, described: Mapping[str, Any]
+) -> Quantisation:
+    return _scaled(method, scale, _FP8, _block(described.get("weight_block_size") or block))
 
-_COMPRESSED_FORMATS = (
-    "float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "mixed-precision",
-    "dense",
-)  # fmt: skip
+
+def _of_compressed_tensors(method: str, described: Mapping[str, Any]) -> Quantisation:
+    groups = [each for each in _dict(described.get("config_groups")).values() if _dict(each)]
+    for name in (described.get("format"), *(group.get("format") for group in groups)):
+        if name is not None and name not in _COMPRESSED_FORMATS:
+            raise _NotUndoneError(f"{method}, {name}")
+    if _dict(described.get("sparsity_config")).get("format", "dense") != "dense":
+        raise _NotUndoneError(f"{method}, sparse")
+    if _dict(_dict(described.get("transform_config")).get("config_groups")):
+        raise _NotUndoneError(f"{method}, transformed")
+    weights = [_dict(group.get("weights")) for group in groups]
+    blocks = {_block(each["block_structure"]) for each in weights if each.get("block_structure")}
+    sizes = [each.get("group_size") for each in weights]
+    blocks |= {(1, _size(size)) for size in sizes if size not in (None, 0, -1)}
+    if len(blocks) > 1:
+        raise _NotUndoneError(f"{method}, in several ways at once")
+    block = blocks.pop() if blocks else (1, 1)
+    return _scaled(method, "_scale", (*_FP8, torch.int8), block)
+
+
+def _block(size: object) -> tuple[int, int]:
+    if not isinstance(size, list | tuple) or len(size) != 2:
+        raise _NotUndoneError(f"in blocks of {size!r}")
+    return _size(size[0]), _size(size[1])
+
+
+def _size(value: object) -> int:
+    if type(value) is not int or value < 1:
+        raise _NotUndoneError(f"in groups of {value!r}")
+    return value
+
+
+def _dict(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+# How weights are stored by what a config says of a method; others are not undone.
+_METHODS: dict[str, Callable[[str, Mapping[str, Any]], Quantisation]] = {
+    "fp8": partial(_of_fp8, "_scale_inv", (1, 1)),
+    "mxfp8": partial(_of_fp8, "_scale_inv", (1, 32)),
+    "fbgemm_fp8": partial(_of_fp8, "_scale", (1, 1)),
+    "mxfp4": lambda method, _: Quantisation(
+        method, "_blocks", "_scales", (torch.uint8,), _from_mxfp4
+    ),
+    "compressed-tensors": _of_compressed_tensors,
+}
 
 
 def quantisation_in(fields: Mapping[str, Any], label: str) -> Quantisation | None:
@@ -86,7 +253,7 @@ def quantisation_in(fields: Mapping[str, Any], label: str) -> Quantisation | Non
     try:
         if method not in _METHODS:
             raise _NotUndoneError(method)
-        return Quantisation(method, _METHODS[method](described))
+        return _METHODS[method](method, described)
     except _NotUndoneError as error:
         what = " ".join(str(error).split())[:80]
         raise CheckpointError(
@@ -116,17 +283,21 @@ def dequantised(
     plain: dict[str, StoredTensor] = {}
     taken: set[str] = set()
     for name, tensor in tensors.items():
-        packing = next((each for each in how.packings if _is_values(name, tensor, each)), None)
-        if packing is None:
+        of_another = name.endswith((how.scale, "_zero_point"))
+        is_one = name.endswith(how.values) and tensor.spec.dtype in how.dtypes
+        if of_another or not is_one:
             plain[name] = tensor
             continue
-        stem = name.removesuffix(packing.holder)
-        weight = stem + packing.plain
-        parts = _parts(stem, packing, tensors, label)
-        try:
-            plain[weight] = packing.dequantise(parts, dtype)
-        except ImpossiblePartsError as error:
-            raise CheckpointError(f"{label}: {error}; {AGAIN}") from None
+        weight = name.removesuffix(how.values)
+        if weight + how.scale not in tensors:
+            raise CheckpointError(
+                f"{label} lacks the tensor {weight}{how.scale}, the scale of {name}; {AGAIN}"
+            )
+        endings = (how.values, how.scale, "_zero_point")
+        parts = {
+            ending: tensors[weight + ending] for ending in endings if weight + ending in tensors
+        }
+        plain[weight] = how.dequantise(parts, dtype)
         taken |= {part.name for part in parts.values()} - {weight}
         for ending in _OF_ACTIVATIONS:
             taken |= {weight.removesuffix("weight") + ending, f"{weight}_{ending}"}
@@ -140,114 +311,18 @@ def dequantised(
     return plain
 
 
-def _is_values(name: str, tensor: FileTensor, packing: Packing) -> bool:
-    is_other = name.endswith((*packing.needed, *packing.optional))
-    return name.endswith(packing.holder) and tensor.spec.dtype in packing.dtypes and not is_other
-
-
-def _parts(
-    stem: str, packing: Packing, tensors: Mapping[str, FileTensor], label: str
-) -> dict[str, FileTensor]:
-    for ending in packing.needed:
-        if stem + ending not in tensors:
-            raise CheckpointError(
-                f"{label} lacks the tensor {stem}{ending}, the scale of {stem}{packing.holder}; "
-                f"{AGAIN}"
-            )
-    endings = (packing.holder, *packing.needed, *packing.optional)
-    return {ending: tensors[stem + ending] for ending in endings if stem + ending in tensors}
-
-
 def _check_is_plain(tensors: Mapping[str, StoredTensor], how: Quantisation, label: str) -> None:
     """Check that nothing quantised is left, and no scale of something that is not."""
-    endings = [ending for packing in how.packings for ending in packing.needed]
     for name, tensor in tensors.items():
-        owners = (name.removesuffix(ending) for ending in endings if name.endswith(ending))
-        owner = next((owner for owner in owners if owner in tensors), None)
-        found = str(tensors[owner or name].spec.dtype).removeprefix("torch.")
-        if owner is not None:
+        owner = name.removesuffix(how.scale)
+        if owner != name and owner in tensors:
+            found = str(tensors[owner].spec.dtype).removeprefix("torch.")
             raise CheckpointError(
                 f"{label} has {name} beside {owner} in {found}, which is not quantised; {AGAIN}"
             )
         if tensor.spec.dtype in _PACKED and len(tensor.spec.shape) > 1:
+            found = str(tensor.spec.dtype).removeprefix("torch.")
             raise CheckpointError(
                 f"{label}: {name} is stored as {found}, which {how.method} weights of its config "
                 f"are not; {AGAIN}"
             )
-
-
-class _NotUndoneError(Exception):
-    """A way to quantise that cfsp does not undo; names it."""
-
-
-def _of_fp8(
-    scale: str, block: tuple[int, int], described: Mapping[str, Any]
-) -> tuple[Packing, ...]:
-    return (_scaled(scale, _FP8, _block(described.get("weight_block_size") or block)),)
-
-
-def _of_compressed_tensors(described: Mapping[str, Any]) -> tuple[Packing, ...]:
-    method = "compressed-tensors"
-    groups = [each for each in _dict(described.get("config_groups")).values() if _dict(each)]
-    formats = [described.get("format"), *(group.get("format") for group in groups)]
-    for name in formats:
-        if name is not None and name not in _COMPRESSED_FORMATS:
-            raise _NotUndoneError(f"{method}, {name}")
-    if _dict(described.get("sparsity_config")).get("format", "dense") != "dense":
-        raise _NotUndoneError(f"{method}, sparse")
-    if _dict(_dict(described.get("transform_config")).get("config_groups")):
-        raise _NotUndoneError(f"{method}, transformed")
-    weights = [_dict(group.get("weights")) for group in groups if group.get("weights")]
-    blocks = {_block(each["block_structure"]) for each in weights if each.get("block_structure")}
-    blocks |= {
-        (1, _size(each["group_size"]))
-        for each in weights
-        if each.get("group_size") and "pack-quantized" not in formats
-    }
-    packed = {
-        (_bits(each.get("num_bits")), _size(each.get("group_size") or -1))
-        for each in weights
-        if each.get("type", "int") == "int"
-    }
-    if len(blocks) > 1 or len(packed) > 1:
-        raise _NotUndoneError(f"{method}, in several ways at once")
-    bits, group_size = packed.pop() if packed else (8, -1)
-    in_groups = Packing(
-        "weight_packed", "weight", (torch.int32,), ("weight_scale",),
-        ("weight_zero_point", "weight_g_idx", "weight_shape"),
-        partial(from_groups, bits=bits, group_size=group_size),
-    )  # fmt: skip
-    block = blocks.pop() if blocks else (1, 1)
-    return _scaled("_scale", (*_FP8, torch.int8), block), in_groups
-
-
-def _bits(value: object) -> int:
-    if type(value) is not int or value not in (2, 4, 8):
-        raise _NotUndoneError(f"{value!r} bits")
-    return value
-
-
-def _block(size: object) -> tuple[int, int]:
-    if not isinstance(size, list | tuple) or len(size) != 2:
-        raise _NotUndoneError(f"in blocks of {size!r}")
-    return _size(size[0]), _size(size[1])
-
-
-def _size(value: object) -> int:
-    if type(value) is not int or (value != -1 and value < 1):
-        raise _NotUndoneError(f"in groups of {value!r}")
-    return value
-
-
-def _dict(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-# How weights are stored by what a config says of a method; others are not undone.
-_METHODS: dict[str, Callable[[Mapping[str, Any]], tuple[Packing, ...]]] = {
-    "fp8": partial(_of_fp8, "_scale_inv", (1, 1)),
-    "mxfp8": partial(_of_fp8, "_scale_inv", (1, 32)),
-    "fbgemm_fp8": partial(_of_fp8, "_scale", (1, 1)),
-    "mxfp4": lambda said: (_MXFP4,),
-    "compressed-tensors": _of_compressed_tensors,
-}

@@ -23,13 +23,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from cfsp.architecture.found import Architecture, Unit
 from cfsp.checkpoint.config_file import read_config
 from cfsp.checkpoint.conversion import missing_prefix, stored_from_memory
-from cfsp.checkpoint.dequantising import StoredTensor
-from cfsp.checkpoint.links import check_links
-from cfsp.checkpoint.quantisation import Quantisation, dequantised
-from cfsp.checkpoint.shards import weight_files
+from cfsp.checkpoint.own_files import check_links
+from cfsp.checkpoint.quantisation import Quantisation, StoredTensor, dequantised
 from cfsp.checkpoint.skeleton import architecture_of, empty_model
 from cfsp.checkpoint.stored_tensors import StoredTensors
-from cfsp.checkpoint.tensor_file import AGAIN, FileTensor, TensorSpec, specs_of, tensor_chunks
+from cfsp.checkpoint.tensor_file import (
+    AGAIN,
+    TensorSpec,
+    read_weights,
+    specs_of,
+    tensor_chunks,
+)
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import CheckpointError
 from cfsp.settings import DEFAULT_PARTS, Part
@@ -366,13 +370,7 @@ def _plain_tensors(
     directory: Path, quantisation: Quantisation | None, config: PreTrainedConfig, label: str
 ) -> Mapping[str, StoredTensor]:
     """Return the plain tensors of a directory by their names in its files."""
-    tensors: dict[str, FileTensor] = {}
-    for file in weight_files(directory):
-        if twice := tensors.keys() & file.tensors.keys():
-            raise CheckpointError(
-                f"{directory}: tensor {min(twice)} is stored in two shards; {AGAIN}"
-            )
-        tensors |= file.tensors
+    tensors = read_weights(directory)
     if quantisation is None:
         return tensors
     # What dequantised weights become is what the config says, else bfloat16.

@@ -171,8 +171,6 @@ class StoredTensors:
             return whole if expert is None else whole[expert]
         place_of, shape = conversion.placed
         if expert is not None:
-            if not all(isinstance(place[0], int) for place in place_of.values()):
-                return self.assemble(parameter, read)[expert]
             place_of = {name: place[1:] for name, place in place_of.items() if place[0] == expert}
             shape = shape[1:]
         found: Tensor | None = None
@@ -258,25 +256,24 @@ def _faults_of(
     }
     faults = {}
     for name in faulty:
-        of_this = made_by[name].stored if name in made_by else ()
-        is_converted = name in made_by and made_by[name].converter is not None
-        faults[name] = f"has no tensors that {name} can be made of"
-        if name in made:
-            faults[name] = (
-                f"has tensors for {name} of shape {list(made[name].shape)}, its config asks for "
-                f"{list(tensors[name].shape)}"
-            )
-        for stored in (*of_this, *saved_as.get(name, (name,))):
-            if stored in specs and stored not in expected and is_converted:
-                continue  # one of too many, or stored as it would not be saved now
-            wanted = expected.get(stored, tensors[name])
+        own = made_by.get(name)
+        for stored in (*(own.stored if own else ()), *saved_as.get(name, (name,))):
+            # One of too many, or stored as it would not be saved now, where it is converted.
+            wanted = expected.get(stored, None if own and own.converter else tensors[name])
             if stored not in specs:
                 faults[name] = f"lacks the tensor {stored}"
                 break
-            if specs[stored].shape != tuple(wanted.shape):
-                faults[name] = (
-                    f"has {stored} of shape {list(specs[stored].shape)}, its config asks for "
-                    f"{list(wanted.shape)}"
-                )
+            if wanted is not None and specs[stored].shape != tuple(wanted.shape):
+                faults[name] = _shape_fault(stored, specs[stored], wanted)
                 break
+        else:
+            faults[name] = (
+                _shape_fault(f"tensors for {name}", made[name], tensors[name])
+                if name in made
+                else f"has no tensors that {name} can be made of"
+            )
     return faults
+
+
+def _shape_fault(what: str, found: TensorSpec, wanted: Tensor) -> str:
+    return f"has {what} of shape {list(found.shape)}, its config asks for {list(wanted.shape)}"

@@ -1,4 +1,4 @@
-"""One safetensors file, read and written as a stream.
+"""The safetensors files of a checkpoint, read and written as a stream: one, or several by an index.
 
 Reading goes through `read`, not through a memory map: resident memory is then exactly what
 the caller holds, and a file that shrinks under us is an error instead of a crash. Writing
@@ -23,7 +23,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cfsp.errors import CheckpointError
+from cfsp.errors import CheckpointError, refusing_bad_json
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+MAX_SHARD_BYTES = 5_000_000_000
+_LONGEST_NAME = 200
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -113,91 +118,123 @@ class FileTensor:
                 if not count:
                     raise self._changed()
                 done += count
-            self._check_unchanged(file.fileno())
+            if _version(file.fileno()) != self._version:
+                raise self._changed()
         return data.view(dtype)
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the raw bytes in pieces of at most 16 MB."""
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self._start)
-            left = self.spec.nbytes
-            while left:
-                piece = file.read(min(left, _CHUNK_BYTES))
-                if not piece:
-                    raise self._changed()
-                left -= len(piece)
-                self._check_unchanged(file.fileno())
-                yield memoryview(piece)
-
-    def _check_unchanged(self, handle: int) -> None:
-        if _version(handle) != self._version:
-            raise self._changed()
+        step = _CHUNK_BYTES // self.spec.dtype.itemsize
+        for start in range(0, self.spec.elements, step):
+            yield from tensor_chunks(self.read_part(start, min(start + step, self.spec.elements)))
 
     def _changed(self) -> CheckpointError:
         return CheckpointError(f"{self.path} was changed while it was read; start again")
 
 
-class TensorFile:
-    """A safetensors file whose header has been read and checked against the file's size."""
+def read_weights(directory: Path) -> dict[str, FileTensor]:
+    """Return the tensors of the files that transformers reads: a single one goes before an index.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.tensors: dict[str, FileTensor] = {}
-        try:
-            with path.open("rb") as file:
-                self._version = _version(file.fileno())
-                self._read_header(file.read(8), file.read, self._version[0])
-        except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-        self.specs = {name: tensor.spec for name, tensor in self.tensors.items()}
-
-    def _read_header(self, prefix: bytes, read: Callable[[int], bytes], file_bytes: int) -> None:
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(_MAX_HEADER_BYTES, file_bytes - 8):
-            raise self._damaged(
-                f"is not a complete safetensors file: it has {file_bytes} bytes and announces a "
-                f"header of {length}"
+    Only headers are read.
+    """
+    single, index = directory / SINGLE_FILE, directory / INDEX_FILE
+    if single.is_file():
+        return read_tensor_file(single)
+    if not index.is_file():
+        pickles = sorted(p.name for p in directory.glob("*.bin"))
+        found = f"only {pickles[0]}, a pickle, which can run code" if pickles else "none"
+        raise CheckpointError(
+            f"{directory} has no {SINGLE_FILE} and no {INDEX_FILE} (found: {found}); "
+            "save the model as safetensors"
+        )
+    otherwise = "is not a checkpoint index: no weight_map; download the model again"
+    with refusing_bad_json(index, otherwise):
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+        if not all(isinstance(shard, str) for shard in shards):
+            raise TypeError("file names are not text")
+    tensors: dict[str, FileTensor] = {}
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise CheckpointError(
+                f"{index} names a file outside its directory: {shard[:_LONGEST_NAME]}; "
+                "download the model again"
             )
-        try:
-            header = json.loads(read(length))
-            entries = [
-                (*entry["data_offsets"], name, entry["dtype"], tuple(entry["shape"]))
-                for name, entry in header.items()
-                if name != "__metadata__"
-            ]
-            entries.sort()
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise self._damaged("is not a safetensors file: its header is not readable") from error
-        end = 0
-        for start, stop, name, dtype_name, shape in entries:
-            if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
-                raise CheckpointError(
-                    f"{self.path}: tensor {name} has dtype {dtype_name}, "
-                    f"expected one of {', '.join(DTYPES)}"
-                )
-            if not all(isinstance(n, int) and 0 <= n < _MOST_BYTES for n in (start, stop, *shape)):
-                raise self._damaged(f"has a tensor {name} of impossible shape {shape}")
-            spec = TensorSpec(DTYPES[dtype_name], shape)
-            if start != end or stop - start != spec.nbytes:
-                raise self._damaged(
-                    f"is damaged: tensor {name} {list(shape)} {dtype_name} needs {spec.nbytes} "
-                    f"bytes from {end}, its header says {start} to {stop}"
-                )
-            end = stop
-            at = 8 + length + start
-            self.tensors[name] = FileTensor(self.path, name, spec, at, self._version)
-        if 8 + length + end != file_bytes:
-            raise self._damaged(
-                f"is truncated or damaged: its header describes {8 + length + end} bytes, the file "
-                f"has {file_bytes}"
+        if len(shard) > _LONGEST_NAME or not (directory / shard).is_file():
+            raise CheckpointError(
+                f"{index} names {shard[:_LONGEST_NAME]}, which is missing; download it again"
             )
+        of_shard = read_tensor_file(directory / shard)
+        if twice := tensors.keys() & of_shard.keys():
+            raise CheckpointError(
+                f"{directory}: tensor {min(twice)} is stored in two shards; {AGAIN}"
+            )
+        tensors |= of_shard
+    if missing := weight_map.keys() - tensors.keys():
+        raise CheckpointError(f"{index} names {min(missing)}, which no shard holds; {AGAIN}")
+    if extra := sorted(tensors.keys() - weight_map.keys()):
+        raise CheckpointError(
+            f"{tensors[extra[0]].path} holds {extra[0]}, which {INDEX_FILE} does not name; {AGAIN}"
+        )
+    return tensors
 
-    def _damaged(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.path} {what}; {AGAIN}")
 
-    def read(self, name: str) -> Tensor:
-        """Return one tensor in the dtype in which it is stored."""
-        return self.tensors[name].read()
+def read_tensor_file(path: Path) -> dict[str, FileTensor]:
+    """Return the tensors of a file; its header is read and checked against the file's size."""
+    try:
+        with path.open("rb") as file:
+            version = _version(file.fileno())
+            return _read_header(path, file.read, version)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _read_header(
+    path: Path, read: Callable[[int], bytes], version: tuple[int, int, int]
+) -> dict[str, FileTensor]:
+    def damaged(what: str) -> CheckpointError:
+        return CheckpointError(f"{path} {what}; {AGAIN}")
+
+    prefix, file_bytes = read(8), version[0]
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > min(_MAX_HEADER_BYTES, file_bytes - 8):
+        raise damaged(
+            f"is not a complete safetensors file: it has {file_bytes} bytes and announces a "
+            f"header of {length}"
+        )
+    try:
+        header = json.loads(read(length))
+        entries = [
+            (*entry["data_offsets"], name, entry["dtype"], tuple(entry["shape"]))
+            for name, entry in header.items()
+            if name != "__metadata__"
+        ]
+        entries.sort()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise damaged("is not a safetensors file: its header is not readable") from error
+    tensors: dict[str, FileTensor] = {}
+    end = 0
+    for start, stop, name, dtype_name, shape in entries:
+        if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
+            raise CheckpointError(
+                f"{path}: tensor {name} has dtype {dtype_name}, expected one of {', '.join(DTYPES)}"
+            )
+        if not all(isinstance(n, int) and 0 <= n < _MOST_BYTES for n in (start, stop, *shape)):
+            raise damaged(f"has a tensor {name} of impossible shape {shape}")
+        spec = TensorSpec(DTYPES[dtype_name], shape)
+        if start != end or stop - start != spec.nbytes:
+            raise damaged(
+                f"is damaged: tensor {name} {list(shape)} {dtype_name} needs {spec.nbytes} "
+                f"bytes from {end}, its header says {start} to {stop}"
+            )
+        end = stop
+        tensors[name] = FileTensor(path, name, spec, 8 + length + start, version)
+    if 8 + length + end != file_bytes:
+        raise damaged(
+            f"is truncated or damaged: its header describes {8 + length + end} bytes, the file "
+            f"has {file_bytes}"
+        )
+    return tensors
 
 
 def _version(handle: int) -> tuple[int, int, int]:
@@ -245,15 +282,16 @@ def write_tensor_file(path: Path, tensors: Sequence[OutgoingTensor]) -> str:
     text += b" " * (-len(text) % 8)
 
     digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(max_workers=1) as pool:
+    with path.open("wb") as file, ThreadPoolExecutor(max_workers=1) as pool:
         pending: Future[None] | None = None
         for chunk in _file_chunks(text, tensors):
             if pending is not None:
                 pending.result()
             pending = pool.submit(digest.update, chunk)
-            _write_all(file.write, chunk)
+            file.write(chunk)
         if pending is not None:
             pending.result()
+        file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
 
@@ -269,6 +307,30 @@ def _file_chunks(header: bytes, tensors: Sequence[OutgoingTensor]) -> Iterator[m
         assert written == tensor.spec.nbytes, (tensor.name, written, tensor.spec)
 
 
-def _write_all(write: Callable[[memoryview], int | None], chunk: memoryview) -> None:
-    while chunk.nbytes:
-        chunk = chunk[write(chunk) or 0 :]
+def write_shards(
+    directory: Path, tensors: Sequence[OutgoingTensor], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> dict[str, str]:
+    """Write tensors as one or more safetensors files; return the SHA-256 of each by its name.
+
+    Bytes are made one tensor at a time. A tensor that is larger than a shard gets one of its own.
+    """
+    shards: list[list[OutgoingTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.spec.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.spec.nbytes
+    digests, weight_map = {}, {}
+    for number, shard in enumerate(shards, start=1):
+        file_name = SINGLE_FILE
+        if len(shards) > 1:
+            file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        digests[file_name] = write_tensor_file(directory / file_name, shard)
+        weight_map.update({tensor.name: file_name for tensor in shard})
+    if len(shards) > 1:
+        nbytes = sum(tensor.spec.nbytes for tensor in tensors)
+        index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    return digests

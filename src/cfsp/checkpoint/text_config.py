@@ -28,13 +28,6 @@ def longest_input_of(config: PreTrainedConfig) -> int | None:
     return None if found is None else int(found)
 
 
-def text_fields_of(fields: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the part of a config's config.json that is of the text decoder, made if it lacks."""
-    for name in text_path(config):
-        fields = fields.setdefault(name, {})
-    return fields
-
-
 def text_path(config: PreTrainedConfig) -> tuple[str, ...]:
     """Return the names of the configs that lead to the one of the text decoder."""
     wanted = text_config_of(config)

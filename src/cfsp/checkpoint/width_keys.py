@@ -6,7 +6,6 @@ What is tried are models without weights.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from cfsp.architecture.small_run import (
     small_tokens,
 )
 from cfsp.checkpoint.config_blocks import facts_of
+from cfsp.checkpoint.reading import channel_parameters
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.settings import Part
 
@@ -31,44 +31,37 @@ from cfsp.settings import Part
 _LIKE_A_WIDTH = ("intermediate", "ffn", "inner", "mlp", "expan", "ff_dim", "dim_ff")
 
 
-@dataclass(frozen=True)
 class WidthSearch:
-    """The keys of a stock config that give FFNs their width, and those widths by path."""
+    """The keys of a stock config that give the FFNs of an architecture's units their width.
 
-    stock: PreTrainedConfig
-    model: PreTrainedModel  # that its class builds, without weights
-    widths: Mapping[str, set[int]]
-    # By their names: path -> the width of the FFNs there, as a multiple of the value.
-    keys: Mapping[str, dict[str, int]]
+    A key counts if the model that is built with another value of it has other widths, in
+    proportion, and is the same in all else: a class may also scale an output by the number.
+    """
 
-    @staticmethod
-    def of(stock: PreTrainedConfig, architecture: Architecture) -> WidthSearch:
-        """Search for the keys of the FFNs at the paths of an architecture's units.
-
-        A key counts if the model that is built with another value of it has other widths, in
-        proportion, and is the same in all else: a class may also scale an output by the number.
-        """
-        model = empty_stock_model(stock)
-        widths = _widths_by_path(model, {unit.path for unit in architecture.units})
-        asked = f"{type(stock).__name__} {sorted(widths)} {stock.to_json_string(use_diff=False)}"
+    def __init__(self, stock: PreTrainedConfig, architecture: Architecture) -> None:
+        self.stock = stock
+        self._architecture = architecture
+        self._model = empty_stock_model(stock)
+        self._widths = _widths_by_path(self._model, {unit.path for unit in architecture.units})
+        names = sorted(self._widths)
+        asked = f"{type(stock).__name__} {names} {stock.to_json_string(use_diff=False)}"
         if asked not in _found:
             _found[asked] = {
                 key: times
-                for key, times in _keys_by_trying(stock, widths)
+                for key, times in _keys_by_trying(stock, self._widths)
                 if _says_widths_only(stock, key, times)
             }
-        return WidthSearch(stock, model, widths, _found[asked])
+        # By their names: path -> the width of the FFNs there, as a multiple of the value.
+        self.keys: Mapping[str, dict[str, int]] = _found[asked]
 
-    def stock_values(
-        self, architecture: Architecture, widths: Sequence[int]
-    ) -> dict[str, int] | None:
+    def stock_values(self, widths: Sequence[int]) -> dict[str, int] | None:
         """Return the values of keys by which the stock class builds widths; None if it can't."""
         wanted: dict[str, set[int]] = {}
-        for unit, width in zip(architecture.units, widths, strict=True):
+        for unit, width in zip(self._architecture.units, widths, strict=True):
             wanted.setdefault(unit.path, set()).add(width)
         values: dict[str, int] = {}
         for key, times in self.keys.items():
-            if any(wanted[path] != self.widths[path] for path in times):
+            if any(wanted[path] != self._widths[path] for path in times):
                 # A key that changes must suit every path that it is for.
                 found = {divmod(width, n) for path, n in times.items() for width in wanted[path]}
                 value, rest = found.pop()
@@ -76,34 +69,35 @@ class WidthSearch:
                     return None
                 values[key] = value
         # Whether they are all that it takes shows what is built.
-        return values if self.finds_units(values, architecture, widths) else None
+        return values if self.finds_units(values, widths) else None
 
-    def wrong_value(self, architecture: Architecture, widths: Sequence[int]) -> dict[str, int]:
+    def wrong_value(self, widths: Sequence[int]) -> dict[str, int]:
         """Return a key with a value by which the stock class builds none of the widths, if any."""
         for key, times in self.keys.items():
             value = 2 * max(widths) // min(times.values())
-            if self.finds_units({key: value}, architecture):
+            if self.finds_units({key: value}):
                 return {key: value}
         return {}
 
-    def finds_units(
-        self,
-        values: Mapping[str, int],
-        architecture: Architecture,
-        widths: Sequence[int] | None = None,
-    ) -> bool:
+    def finds_units(self, values: Mapping[str, int], widths: Sequence[int] | None = None) -> bool:
         """Return whether the stock config with other values has the units, of any widths given."""
         # An FFN much narrower than the hidden size may not be recognised any more, and a key
         # may say the width of something else too, such as FFNs that the proof refused.
         model = empty_stock_model(with_values(self.stock, values))
-        if _other_shapes(model, architecture) != _other_shapes(self.model, architecture):
+        if self._other_shapes(model) != self._other_shapes(self._model):
             return False
-        places = [(unit.block, unit.path) for unit in architecture.units]
+        places = [(unit.block, unit.path) for unit in self._architecture.units]
         # Those that the proof refused are found as well.
         width_of = _widths_by_place(model)
         if widths is None:
             return all(place in width_of for place in places)
         return all(width_of.get(at) == width for at, width in zip(places, widths, strict=True))
+
+    def _other_shapes(self, model: PreTrainedModel) -> dict[str, torch.Size]:
+        """Return the shapes of all tensors of a model that have no channels of its FFN units."""
+        channels = channel_parameters(self._architecture)
+        state = model.state_dict()
+        return {name: tensor.shape for name, tensor in state.items() if name not in channels}
 
 
 # One command asks several times.
@@ -170,18 +164,6 @@ def _widths_by_place(model: PreTrainedModel, part: Part = "ffn") -> dict[tuple[i
     """Return the widths of the units that a model seems to have, by their block and path in it."""
     units = find_architecture(model, part).units
     return {(unit.block, unit.path): unit.width for unit in units}
-
-
-def _other_shapes(model: PreTrainedModel, architecture: Architecture) -> dict[str, torch.Size]:
-    """Return the shapes of all tensors of a model that have no channels of its FFN units."""
-    channels = {
-        architecture.block_prefix(unit.block) + name
-        for unit in architecture.units
-        for name in unit.axes
-    }
-    return {
-        name: tensor.shape for name, tensor in model.state_dict().items() if name not in channels
-    }
 
 
 def stock_heads(

@@ -1,50 +1,35 @@
 """Time models against each other, beside the ratio that their sizes promise.
 
 cfsp bench MODEL smaller --prompt 512 --new-tokens 32
-cfsp bench --shape llama-2-7b --blocks 4 --sparsity 0.5 --dtype bfloat16
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from cfsp.architecture.block_names import counted
-from cfsp.cli.options import Parser, kind_of
+from cfsp.cli.options import Parser
 from cfsp.cli.output import Told, human_bytes, human_count, print_table
-from cfsp.errors import UsageError
-from cfsp.settings import DTYPES, fraction
+from cfsp.settings import DTYPES
 
 if TYPE_CHECKING:
     from cfsp.speed import Comparison, Workload
-    from cfsp.speed.measuring import Speed
-    from cfsp.speed.subjects import ShapedModel
+    from cfsp.speed.bench import Speed
 
 # Spelled out here, because their home is imported with torch; a test compares.
-ENGINES = ("transformers", "compile", "llama.cpp", "vllm")
+ENGINES = ("transformers", "llama.cpp")
 
 
 def add_options_to(parser: Parser) -> None:
     """Add its options."""
     parser.add_argument(
         "models",
-        nargs="*",
+        nargs="+",
         metavar="MODEL",
         help="as for prune (llama.cpp runs .gguf files only); ratios are to the first",
-    )
-    shape = parser.add_argument_group("true shapes with random weights, instead of models")
-    shape.add_argument("--shape", metavar="NAME", help="llama-2-7b, llama-3-8b, qwen2.5-7b, ...")
-    shape.add_argument(
-        "--blocks", type=int, metavar="N", help="fewer blocks, then without head (default: all)"
-    )
-    shape.add_argument(
-        "--sparsity",
-        type=kind_of(fraction),
-        nargs="+",
-        metavar="P",
-        help="FFN channels to leave out, against the dense shape",
     )
     work = parser.add_argument_group("what to time; several are timed one after the other")
     for name, default, what in (
@@ -89,21 +74,8 @@ def run(args: argparse.Namespace) -> Told:
 
     names = ("batch", "prompt", "new_tokens", "engine", "rounds", "threads", "device")
     given = {name: getattr(args, name) for name in (*names, "dtype")}
-    comparison = bench(_models(args), **given)
+    comparison = bench(args.models, **given)
     return comparison.to_json(), lambda: print_comparison(comparison)
-
-
-def _models(args: argparse.Namespace) -> Sequence[str | ShapedModel]:
-    from cfsp.speed.subjects import ShapedModel
-
-    if bool(args.models) == bool(args.shape):
-        raise UsageError("expected models or a --shape, and not both")
-    if not args.shape:
-        if args.blocks or args.sparsity:
-            raise UsageError("--blocks and --sparsity go with --shape only")
-        models: list[str] = args.models
-        return models
-    return [ShapedModel(args.shape, args.blocks, p) for p in (0.0, *(args.sparsity or ()))]
 
 
 def print_comparison(comparison: Comparison) -> None:
@@ -146,12 +118,11 @@ def _print_workload(comparison: Comparison, workload: Workload) -> None:
     for phase in ("prefill", "decode"):
         for model in comparison.models:
             speed = model.speeds[workload][phase]
-            first_token = 1000 * model.seconds_to_first_token[workload]
-            rates = speed.tokens_per_second
+            rates, first_token = speed.tokens_per_second, 1000 * median(speed.seconds)
             rows.append(
                 (
                     f"{phase}  {model.label}",
-                    f"{speed.median_tokens_per_second:,.1f}",
+                    f"{median(rates):,.1f}",
                     f"{min(rates):,.1f} - {max(rates):,.1f}",
                     f"{first_token:,.0f} ms" if phase == "prefill" else "",
                     *_ratios(speed),

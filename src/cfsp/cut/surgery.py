@@ -10,27 +10,31 @@ in memory at a time, at most the experts of one block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from cfsp.checkpoint.conversion import meta
 from cfsp.checkpoint.pruned_config import pruned_config
-from cfsp.checkpoint.reading import WeightSource
+from cfsp.checkpoint.reading import LoadedModel, WeightSource
+from cfsp.checkpoint.skeleton import PRUNED_KEY, build_skeleton
 from cfsp.checkpoint.stored_blocks import name_without_blocks, names_without_blocks
 from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import (
+    FileTensor,
     OutgoingTensor,
-    TensorFile,
     TensorSpec,
     specs_of,
     tensor_chunks,
 )
 from cfsp.planning.plan_file import PruningPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 T = TypeVar("T")
 
@@ -52,7 +56,7 @@ class PrunedSource(WeightSource):
         self,
         source: WeightSource,
         plan: PruningPlan,
-        repaired: Mapping[str, TensorFile] | None = None,
+        repaired: Mapping[str, FileTensor] | None = None,
     ) -> None:
         removed = plan.removed_blocks
         self.config = pruned_config(
@@ -130,7 +134,7 @@ class PrunedSource(WeightSource):
 
     def _value(self, origin: str) -> Tensor:
         if origin in self._repaired:
-            return self._repaired[origin].read(origin)
+            return self._repaired[origin].read()
         tensor = self._source.parameter(origin)
         if tensor.shape == self._spec(origin).shape:
             return tensor
@@ -148,39 +152,62 @@ class PrunedSource(WeightSource):
             for origin in self._origin.values()
             for name in source.stored.sources(origin)
         }
-        changed: dict[str, _Changed] = {}
+        specs_of_changed: dict[str, dict[str, TensorSpec]] = {}
+        # What shares stored tensors is made anew together, when the first of them is written.
+        made: dict[str, Tensor] = {}
+
+        def chunks(name: str, origins: Sequence[str]) -> Iterator[memoryview]:
+            if name not in made:
+                values = {origin: self._value(origin) for origin in origins}
+                made.update(source.stored.as_stored(values, self.config))
+            yield from tensor_chunks(made.pop(name))
+
         for name, new in self._names.items():
             origins = source.stored.made_with(origin_of[name]) if name in origin_of else []
             if not any(map(self._changes, origins)):
                 yield OutgoingTensor(new, source.specs[name], partial(source.chunks, name))
                 continue
-            if origins[0] not in changed:
-                specs = {origin: self._spec(origin) for origin in origins}
-                empty = source.stored.as_stored(meta(specs, origins), self.config)
-                make = partial(self._values_as_stored, origins)
-                changed[origins[0]] = _Changed(specs_of(empty), make)
-            group = changed[origins[0]]
-            if name in group.specs:  # else of an expert too many
-                yield OutgoingTensor(new, group.specs[name], partial(group.chunks, name))
+            if origins[0] not in specs_of_changed:
+                empty = meta({origin: self._spec(origin) for origin in origins}, origins)
+                specs = specs_of(source.stored.as_stored(empty, self.config))
+                specs_of_changed[origins[0]] = specs
+            specs = specs_of_changed[origins[0]]
+            if name in specs:  # else of an expert too many
+                yield OutgoingTensor(new, specs[name], partial(chunks, name, origins))
 
     def _changes(self, origin: str) -> bool:
         return origin in self._repaired or self._spec(origin) != self._source.parameters[origin]
 
-    def _values_as_stored(self, origins: Sequence[str]) -> dict[str, Tensor]:
-        values = {origin: self._value(origin) for origin in origins}
-        return self._source.stored.as_stored(values, self.config)
 
+def build_pruned_model(
+    source: LoadedModel,
+    plan: PruningPlan,
+    repaired: Mapping[str, FileTensor],
+    facts: dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Return the pruned model that a plan describes.
 
-@dataclass
-class _Changed:
-    """Stored tensors that are made anew together, when the first of them is written."""
+    `in_features` and `out_features` are right, so PEFT attaches; `save_pretrained` writes what
+    `cfsp prune` writes but for the files that only cfsp reads. What `cfsp inspect` tells of those
+    (`facts`, as JSON types) travels in the config, as `cfsp`.
 
-    specs: Mapping[str, TensorSpec]  # by their names in the source
-    make: Callable[[], dict[str, Tensor]]
-    left: dict[str, Tensor] = field(default_factory=dict)
-
-    def chunks(self, name: str) -> Iterator[memoryview]:
-        """Yield the raw bytes of one of them."""
-        if name not in self.left:
-            self.left = self.make()
-        yield from tensor_chunks(self.left.pop(name))
+    The original stays as it is and shares its unpruned tensors.
+    """
+    model, smaller = source.model, PrunedSource(source, plan, repaired)
+    config = smaller.config
+    if facts is not None:
+        setattr(config, PRUNED_KEY, facts)
+    pruned = build_skeleton(config, model.dtype)
+    tensors = {
+        name: smaller.parameter(name)
+        for name in pruned.state_dict()
+        if name in smaller.parameters  # tied weights are not
+    }
+    pruned.load_state_dict(tensors, strict=False, assign=True)
+    pruned.tie_weights()
+    still_empty = [name for name, p in pruned.named_parameters() if p.is_meta]
+    assert not still_empty, still_empty
+    pruned.to(model.device)
+    if model.can_generate():
+        pruned.generation_config = copy.deepcopy(model.generation_config)
+    return pruned

@@ -22,22 +22,23 @@ import torch
 from transformers import PreTrainedModel
 
 from cfsp.architecture.resizing import Gone
-from cfsp.checkpoint.config_file import CONFIG_FILE, read_plain_fields
-from cfsp.checkpoint.config_widths import modeling_file
+from cfsp.checkpoint.config_file import read_plain_fields
 from cfsp.checkpoint.loading import compute_dtype
-from cfsp.checkpoint.modeling_code import is_only_code
+from cfsp.checkpoint.own_files import CONFIG_FILE, copy_travelling_files
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.checkpoint.shards import write_shards
-from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor
-from cfsp.checkpoint.writing import copy_travelling_files
+from cfsp.checkpoint.skeleton import resized_parts
+from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor, write_shards
 from cfsp.errors import ExportError
-from cfsp.exports.context import context_limit, head_size, heads_of_blocks, unread_norms
-from cfsp.exports.verification import (
+from cfsp.exports.common import (
     ExportOptions,
     Verification,
     Written,
+    context_limit,
+    head_size,
+    heads_of_blocks,
     logits_of,
     reference_model,
+    unread_norms,
     verified,
 )
 
@@ -77,7 +78,7 @@ MLX_LM = Reader("mlx-lm", "mlx_lm.server --model {out}")
 
 def write(reader: Reader, source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     """Write the checkpoint for one reader into a directory; one of a stock class as such."""
-    is_stock = modeling_file(source.config, source.architecture) is None
+    is_stock = not resized_parts(source.config)
     if not is_stock:
         _check_runs(reader, source)
     fields = _stock_fields(reader, source) if is_stock else decilm_config(source)
@@ -203,11 +204,6 @@ def is_decilm(directory: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(fields, dict) and fields.get("architectures") == [ARCHITECTURE]
-
-
-def has_only_our_code(directory: Path) -> bool:
-    """Return whether the directory's only code is the config class exactly as we write it."""
-    return is_only_code(directory, _CODE_FILE, _config_code())
 
 
 def decilm_config(source: Checkpoint) -> dict[str, Any]:

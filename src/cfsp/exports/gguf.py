@@ -20,15 +20,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cfsp.checkpoint.llama_cpp_library import has_llama_cpp, llama_cpp_version, tokens_differ
+from cfsp.checkpoint.llama_cpp import (
+    LlamaCpp,
+    has_llama_cpp,
+    llama_cpp_version,
+    quantise,
+    tokens_differ,
+)
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError, MissingExtraError, UsageError
-from cfsp.exports.context import context_limit, head_size, heads_of_blocks, unread_norms
+from cfsp.exports.common import (
+    ExportOptions,
+    Verification,
+    Written,
+    context_limit,
+    head_size,
+    heads_of_blocks,
+    unread_norms,
+    verified,
+)
 from cfsp.exports.gguf_architecture import Architecture, architecture_of, rope_of
 from cfsp.exports.gguf_tokenizer import read_tokenizer
-from cfsp.exports.llama_cpp import LlamaCpp, quantise
-from cfsp.exports.verification import ExportOptions, Verification, Written, verified
 from cfsp.progress import item_progress
 from cfsp.text.tokenizers import load_tokenizer
 

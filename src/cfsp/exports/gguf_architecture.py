@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfsp.checkpoint.config_widths import resized_parts
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.skeleton import resized_parts
 from cfsp.errors import ExportError
-from cfsp.exports.context import head_size, heads_of_blocks
+from cfsp.exports.common import head_size, heads_of_blocks
 from cfsp.settings import Budget
 
 _logger = logging.getLogger(__name__)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cfsp.checkpoint.config_file import CONFIG_FILE
-from cfsp.checkpoint.config_widths import stock_config
 from cfsp.checkpoint.loading import compute_dtype
+from cfsp.checkpoint.own_files import CONFIG_FILE, copy_travelling_files
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.skeleton import stock_config
 from cfsp.checkpoint.text_config import text_config_of
-from cfsp.checkpoint.writing import copy_travelling_files
 from cfsp.errors import CfspError, ExportError, MissingExtraError, UsageError
-from cfsp.exports.verification import ExportOptions, Written, reference_model, verified
-from cfsp.text.tokenizers import load_tokenizer
+from cfsp.exports.common import ExportOptions, Written, reference_model, verified
 
 _MODEL_FILE = "openvino_model.xml"
 _ATTENTION = "cfsp_keys_and_values_outside"
@@ -59,18 +56,6 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
         del config.auto_map
     config.to_json_file(out / CONFIG_FILE)
     copy_travelling_files(source.directory, out)
-    notes: tuple[str, ...] = ()
-    if find_spec("openvino_tokenizers") is None:
-        notes = (
-            "openvino-tokenizers is not installed, so the tokenizer stays as it is: optimum-intel "
-            "reads it, OpenVINO GenAI needs it converted (convert_tokenizer)",
-        )
-    else:
-        from openvino_tokenizers import convert_tokenizer
-
-        models = convert_tokenizer(load_tokenizer(source.directory), with_detokenizer=True)
-        for model, name in zip(models, ("tokenizer", "detokenizer"), strict=True):
-            openvino.save_model(model, out / f"openvino_{name}.xml")
     return Written(
         f"stateful OpenVINO model in {kind}",
         lambda: verified(
@@ -81,7 +66,10 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
             context=int(getattr(source.config, "max_position_embeddings", 4096)),
             decodes=kind == "f32",
         ),
-        notes,
+        (
+            "the tokenizer stays as it is: optimum-intel reads it, GenAI wants it converted by "
+            "openvino-tokenizers (convert_tokenizer DIR --with-detokenizer -o DIR)",
+        ),
     )
 
 

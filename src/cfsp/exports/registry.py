@@ -14,7 +14,7 @@ from cfsp.checkpoint.output import check_is_outside, staged_directory, staged_fi
 from cfsp.checkpoint.reading import Checkpoint, check_complete
 from cfsp.errors import UsageError, did_you_mean
 from cfsp.exports import decilm, gguf, openvino
-from cfsp.exports.verification import ExportOptions, Verification, Written
+from cfsp.exports.common import ExportOptions, Verification, Written
 from cfsp.streaming.stopwatch import Stopwatch
 
 # Each writes a new directory, gguf a new file, and raises ExportError for what the format cannot
@@ -48,7 +48,7 @@ class ExportReport:
 
 
 def export(
-    model: str | Path,
+    model: str | Path | Checkpoint,
     to: str,
     out: str | Path,
     *,
@@ -61,7 +61,7 @@ def export(
         cfsp.export("smaller", "gguf", "smaller.gguf", weight_type="q8_0")
 
     Args:
-        model: a directory, hub id, .gguf file, or `demo`; pruned or not.
+        model: a directory, hub id, .gguf file, or `demo`; pruned or not. Or one that is open.
         to: `gguf`, `vllm`, `mlx-lm` or `openvino` (see docs/export.md).
         out: the new directory, or the new .gguf file; must not exist.
         weight_type: gguf: f32, f16, bf16, q8_0, q4_k_m, ...; openvino: f32 or f16; None for the
@@ -72,43 +72,25 @@ def export(
     Raises:
         CfspError: anything that a user can cause; nothing is left behind.
     """
-    return export_checkpoint(
-        open_checkpoint(model),
-        to,
-        Path(out),
-        ExportOptions(weight_type, pre_tokenizer),
-        verify=verify,
-    )
-
-
-def export_checkpoint(
-    source: Checkpoint,
-    to: str,
-    out: Path,
-    options: ExportOptions | None = None,
-    *,
-    verify: bool = True,
-) -> ExportReport:
-    """Write a checkpoint in another format; see `export`."""
     if to not in TARGETS:
         raise UsageError(
             f"unknown target {to!r}{did_you_mean(to, TARGETS)}; expected one of "
             f"{', '.join(TARGETS)}"
         )
-    is_file = to == "gguf"
+    out, is_file = Path(out), to == "gguf"
     if is_file and out.suffix != _FILE:
         raise UsageError(f"{to} writes one file: expected a name in {_FILE}, found {out}")
-    options = options or ExportOptions()
-    if options.weight_type is not None and to not in _TYPED:
+    if weight_type is not None and to not in _TYPED:
         raise UsageError(
             f"--type belongs to {' and '.join(_TYPED)}; {to} keeps the checkpoint's own type"
         )
+    source = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     check_is_outside(out, source.directory)
     check_complete(source)
     watch = Stopwatch()
     with staged_file(out) if is_file else staged_directory(out) as staging:
         with watch.stage("write"):
-            written = TARGETS[to](source, staging, options)
+            written = TARGETS[to](source, staging, ExportOptions(weight_type, pre_tokenizer))
         verification = None
         if verify and written.verify is not None:
             with watch.stage("verify"):

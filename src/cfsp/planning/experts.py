@@ -14,8 +14,8 @@ from cfsp.architecture import expert_proof
 from cfsp.architecture.experts import counts_near
 from cfsp.architecture.proof import small_run_of
 from cfsp.calibration.observed import UnitStatistics
-from cfsp.checkpoint.config_widths import stock_config
 from cfsp.checkpoint.reading import WeightSource
+from cfsp.checkpoint.skeleton import stock_config
 from cfsp.errors import BudgetError, StatisticsError
 from cfsp.planning.plan_file import PruningPlan
 

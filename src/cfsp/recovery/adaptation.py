@@ -30,9 +30,8 @@ from transformers.pytorch_utils import Conv1D
 
 from cfsp.architecture.model_classes import model_class_of
 from cfsp.architecture.small_run import SmallRun, run_small
-from cfsp.checkpoint.config_widths import stock_config
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.checkpoint.skeleton import blocks_of, empty_model
+from cfsp.checkpoint.skeleton import blocks_of, empty_model, stock_config
 from cfsp.errors import MissingExtraError, UsageError, first_line
 
 if TYPE_CHECKING:

@@ -14,14 +14,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cfsp.checkpoint.config_file import CONFIG_FILE, read_plain_fields
+from cfsp.checkpoint.config_file import read_plain_fields
 from cfsp.checkpoint.conversion import stored_from_memory
 from cfsp.checkpoint.loading import compute_device
-from cfsp.checkpoint.own_files import CARD_FILE, MODELING_FILE, PLAN_FILE
+from cfsp.checkpoint.own_files import (
+    CARD_FILE,
+    CONFIG_FILE,
+    MODELING_FILE,
+    PLAN_FILE,
+    copy_travelling_files,
+    digests_beside_weights,
+)
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.checkpoint.shards import write_shards
-from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor
-from cfsp.checkpoint.writing import copy_travelling_files, digests_beside_weights
+from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor, write_shards
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.recovery.prepare import Prepared
 from cfsp.recovery.training import TrainingOutcome

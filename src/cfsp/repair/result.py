@@ -10,7 +10,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfsp.checkpoint.tensor_file import TensorFile, outgoing_tensor, write_tensor_file
+from cfsp.checkpoint.tensor_file import (
+    FileTensor,
+    outgoing_tensor,
+    read_tensor_file,
+    write_tensor_file,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,7 +126,7 @@ class PruningResult:
     # Of the calibration; None where a plan was given.
     statistics: Statistics | None = None
     # The files with repaired tensors, by the tensors' names.
-    tensors: Mapping[str, TensorFile] = field(default_factory=dict)
+    tensors: Mapping[str, FileTensor] = field(default_factory=dict)
     # What repaired them, in order.
     steps: tuple[Step, ...] = ()
 
@@ -162,9 +167,9 @@ def write_tensors(directory: Path, block: int, tensors: Mapping[str, Tensor]) ->
     write_tensor_file(path, [outgoing_tensor(name, tensor) for name, tensor in tensors.items()])
 
 
-def new_tensors(directory: Path, block: int) -> TensorFile:
+def new_tensors(directory: Path, block: int) -> dict[str, FileTensor]:
     """Return what `write_tensors` wrote."""
-    return TensorFile(_tensors_path(directory, block))
+    return read_tensor_file(_tensors_path(directory, block))
 
 
 def _tensors_path(directory: Path, block: int) -> Path:
@@ -185,7 +190,6 @@ def add_step(
     tensors = dict(repaired.tensors)
     for block, of_block in enumerate(repairs):
         if any(repair is not None and repair.kept for repair in of_block):
-            file = new_tensors(directory, block)
-            tensors |= dict.fromkeys(file.specs, file)
+            tensors |= new_tensors(directory, block)
     step = Step(name, tuple(repair for of_block in repairs for repair in of_block))
     return replace(repaired, tensors=tensors, steps=(*repaired.steps, step))

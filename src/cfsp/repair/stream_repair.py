@@ -159,8 +159,8 @@ class StreamRepair(Visitor[BlockRepair | None]):
         if not group.team.is_first:
             tensors = {}
             if done.kept:
-                file = new_tensors(self._directory, block)
-                tensors = {name: file.read(name) for name in file.specs}
+                written = new_tensors(self._directory, block)
+                tensors = {name: tensor.read() for name, tensor in written.items()}
             group.blocks.fill(tensors)
         return done
 

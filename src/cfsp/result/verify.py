@@ -15,11 +15,15 @@ import torch
 
 from cfsp.architecture.discovery import find_architecture
 from cfsp.calibration.calibrate import calibrate
-from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
+from cfsp.checkpoint.own_files import (
+    MANIFEST_FILE,
+    PLAN_FILE,
+    digests_beside_weights,
+    sha256_of,
+)
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.checkpoint.skeleton import empty_model
 from cfsp.checkpoint.text_config import vocabulary_of
-from cfsp.checkpoint.writing import digests_beside_weights, sha256_of
 from cfsp.errors import CfspError, CheckpointError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.progress import item_progress

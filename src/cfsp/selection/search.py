@@ -26,7 +26,7 @@ import torch
 
 from cfsp.calibration.statistics import Removal, Statistics
 from cfsp.checkpoint.reading import LoadedModel, WeightSource
-from cfsp.cut.in_memory import build_pruned_model
+from cfsp.cut.surgery import build_pruned_model
 from cfsp.errors import BudgetError
 from cfsp.job import Job
 from cfsp.planning.candidate import Candidate, Dropped
@@ -89,7 +89,7 @@ def repaired_scorer(job: Job, planner: Planner) -> Scorer | None:
         with temporary_work_dir(job.settings.compute.memory_budget) as work_dir:
             repaired = repaired_a_little(job.at(work_dir), planner, plan, fit)
             loaded = LoadedModel(model, job.budget.parts)
-            smaller = build_pruned_model(model, loaded, plan, repaired.tensors)
+            smaller = build_pruned_model(loaded, plan, repaired.tensors)
         smaller.to(dtype=model.dtype).eval()
         with torch.inference_mode():
             return sum(each.divergence(smaller) for each in dense) / len(dense)

@@ -3,7 +3,7 @@
 subjects (checkpoints or true shapes) -> one process each -> interleaved rounds -> Comparison
 """
 
-from cfsp.speed.measuring import Comparison, ModelSpeed, Speed, compare_speed
+from cfsp.speed.bench import Comparison, ModelSpeed, Speed, compare_speed
 from cfsp.speed.work import Conditions, Workload
 
 __all__ = ["Comparison", "Conditions", "ModelSpeed", "Speed", "Workload", "compare_speed"]

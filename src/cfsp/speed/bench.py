@@ -1,27 +1,130 @@
-"""Time models by name against each other: what `cfsp bench` and `cfsp.bench` do."""
+"""Models timed against each other, in interleaved rounds, and what comes out of them.
+
+Machines drift. Models therefore take turns, round after round, and the figure to quote is the
+median of the ratios within a round. Warm-up runs are not part of the rounds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 from cfsp.checkpoint.locating import locate_model
 from cfsp.errors import CheckpointError, UsageError
 from cfsp.exports.decilm import is_decilm
+from cfsp.progress import item_progress
 from cfsp.result.names import short_names
-from cfsp.speed.measuring import Comparison, compare_speed
-from cfsp.speed.process import OF_TRANSFORMERS
-from cfsp.speed.subjects import ShapedModel, Subject
-from cfsp.speed.work import Conditions, Workload
+from cfsp.speed.process import ModelProcess, model_process
+from cfsp.speed.subjects import Subject
+from cfsp.speed.work import Conditions, Footprint, Timing, Workload
 
-# With a static cache the second run compiles once more: the cache then exists already.
-_WARMUPS = {"compile": 3}
+# For how long rounds that other programs disturb are measured again, all workloads together.
+PATIENCE_SECONDS = 30.0
+# Which fraction of the processors others may take where a ratio is still said.
+_TOO_BUSY = 0.2
+# So many rounds that nobody disturbs say enough where there is no patience for all.
+_ENOUGH = 3
+# A round has one timing of every model.
+_Round = list[Timing]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Throughput of one model in one phase and its ratio to the first model, round by round."""
+
+    tokens: int  # of all sequences in one run
+    seconds: tuple[float, ...]
+    ratios: tuple[float, ...]  # to the first model in the same round
+    # What the models' sizes promise: FLOPs for prefill, bytes for decoding; NaN if unknown.
+    ideal_ratio: float
+    too_busy: bool = False  # other programs took so much meanwhile that the ratios say nothing
+
+    @property
+    def tokens_per_second(self) -> tuple[float, ...]:
+        """By round."""
+        return tuple(self.tokens / seconds for seconds in self.seconds)
+
+    @property
+    def median_ratio(self) -> float:
+        """Median over rounds; above 1 is faster than the first model."""
+        return median(self.ratios)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON types."""
+        return {
+            "tokens_per_second": round(median(self.tokens_per_second), 3),
+            "ratio": round(self.median_ratio, 4),
+            "too_busy": self.too_busy,
+            "ideal_ratio": None if math.isnan(self.ideal_ratio) else round(self.ideal_ratio, 4),
+            "tokens_per_second_by_round": [round(v, 3) for v in self.tokens_per_second],
+            "ratio_by_round": [round(v, 4) for v in self.ratios],
+        }
+
+
+@dataclass(frozen=True)
+class ModelSpeed:
+    """All that was measured of one model."""
+
+    label: str
+    footprint: Footprint
+    facts: dict[str, Any]  # of its engine
+    load_seconds: float  # from start to ready
+    speeds: dict[Workload, dict[str, Speed]]  # by phase
+    peak_rss_bytes: int  # over everything; mapped files and libraries are in it
+    peak_device_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON types."""
+        return {
+            "model": self.label,
+            "parameters": self.footprint.parameters,
+            "disk_bytes": self.footprint.disk_bytes,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "peak_device_bytes": self.peak_device_bytes,
+            "load_seconds": round(self.load_seconds, 3),
+            **self.facts,
+            "workloads": [
+                {
+                    **vars(workload),
+                    "seconds_to_first_token": round(median(speeds["prefill"].seconds), 5),
+                    **{phase: speed.to_json() for phase, speed in speeds.items()},
+                }
+                for workload, speeds in self.speeds.items()
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Models on the same workloads; the first is what the others are compared to."""
+
+    models: tuple[ModelSpeed, ...]
+    workloads: tuple[Workload, ...]
+    conditions: Conditions
+    # Rounds that other programs disturbed are no part of the results, unless nearly all were.
+    rounds_given_up: dict[Workload, int]
+    # Median fraction of the processors that other programs took in the rounds that count.
+    disturbance: dict[Workload, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON types."""
+        return {
+            "conditions": vars(self.conditions),
+            "rounds_given_up": list(self.rounds_given_up.values()),
+            "disturbance": [round(value, 4) for value in self.disturbance.values()],
+            "models": [model.to_json() for model in self.models],
+        }
 
 
 def bench(
-    models: str | Path | ShapedModel | Sequence[str | Path | ShapedModel],
+    models: str | Path | Sequence[str | Path],
     *,
     batch: int | Sequence[int] = 1,
     prompt: int | Sequence[int] = 512,
@@ -38,18 +141,18 @@ def bench(
     The processes import the script that calls this: call it under `if __name__ == "__main__":`.
 
     Args:
-        models: one or several: as for prune (for llama.cpp .gguf files only), or shapes
-            (`ShapedModel`); ratios are to the first.
+        models: one or several, as for prune (for llama.cpp .gguf files only); ratios are to the
+            first.
         batch: sequences at once; several are timed one after the other.
         prompt: prompt tokens of each; likewise.
         new_tokens: tokens generated for each; likewise.
-        engine: transformers, compile, llama.cpp or vllm.
+        engine: transformers or llama.cpp.
         rounds: timed runs of each model.
         disturbance: a round is measured again while other programs take more than this fraction
             of the processors.
         threads: of each process; None for the engine's own choice.
         device: cpu, cuda, mps or auto.
-        dtype: auto for the model's own, or bfloat16 for a shape.
+        dtype: auto for the model's own.
 
     Returns:
         Sizes, speeds with their ratios round by round, and peak memory; `to_json()` for a file.
@@ -59,53 +162,126 @@ def bench(
         CheckpointError: there is no such model, or it is damaged.
         MissingExtraError: the engine is not installed.
     """
-    if isinstance(models, str | Path | ShapedModel):
-        models = [models]
+    models = [models] if isinstance(models, str | Path) else models
     if not models:
         raise UsageError("expected at least one model to time")
     axes = [(v,) if isinstance(v, int) else tuple(v) for v in (batch, prompt, new_tokens)]
     workloads = [Workload(*values) for values in product(*axes)]
-    warmups = _WARMUPS.get(engine, Conditions.warmups)
-    conditions = Conditions(engine, warmups, rounds, disturbance, device, dtype, threads)
-    names = [m.label if isinstance(m, ShapedModel) else str(m) for m in models]
-    short = short_names(names, least=1)
-    subjects = [Subject(model, short[name]) for model, name in zip(models, names, strict=True)]
-    for subject in subjects:
-        _check_engine_reads(subject, engine)
-    if engine != "llama.cpp":  # it reads a .gguf file itself; for others it is converted once
-        subjects = [
-            replace(each, model=locate_model(each.model))
-            if isinstance(each.model, str | Path)
-            else each
-            for each in subjects
-        ]
-        for subject in subjects:  # what lay on the hub is here now
-            _check_engine_reads(subject, engine)
+    conditions = Conditions(engine, Conditions.warmups, rounds, disturbance, device, dtype, threads)
+    short = short_names(list(map(str, models)), least=1)
+    labelled = [(each, short[str(each)]) for each in models]
+    subjects = [Subject(_found_for(engine, each, label), label) for each, label in labelled]
     return compare_speed(subjects, workloads, conditions)
 
 
-def _check_engine_reads(subject: Subject, engine: str) -> None:
-    """Check that an engine can run a model, as far as names and files tell."""
-    model, label = subject.model, subject.label
-    if not isinstance(model, str | Path):
-        if engine not in OF_TRANSFORMERS:
-            raise UsageError(
-                f"the engine {engine} cannot run {label}: a true shape runs in "
-                f"{' and '.join(OF_TRANSFORMERS)} only"
-            )
-        return
+def _found_for(engine: str, model: str | Path, label: str) -> Path:
+    """Return what an engine is given for a model, if it can run that as far as files tell."""
+    refused = f"the engine {engine} cannot run {label}"
     path = Path(model)
-    if engine == "llama.cpp" and path.suffix != ".gguf":
+    if engine == "llama.cpp":  # it reads a .gguf file itself; for others it is converted once
+        if path.suffix != ".gguf":
+            raise UsageError(
+                f"{refused}: it runs .gguf files; make one with: cfsp export DIR --to gguf"
+            )
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path} does not exist; make it with: cfsp export DIR --to gguf --out {path}"
+            )
+        return path
+    path = locate_model(model)
+    if is_decilm(path):
         raise UsageError(
-            f"the engine {engine} cannot run {label}: it runs .gguf files; make one with: cfsp "
-            "export DIR --to gguf"
+            f"{refused}, which is an export for vLLM; time it with vllm bench latency --model "
+            f"{path} --trust-remote-code, or give the checkpoint that was exported"
         )
-    if engine == "llama.cpp" and not path.is_file():
-        raise CheckpointError(
-            f"{path} does not exist; make it with: cfsp export DIR --to gguf --out {path}"
+    return path
+
+
+def compare_speed(
+    subjects: Sequence[Subject], workloads: Sequence[Workload], conditions: Conditions
+) -> Comparison:
+    """Time models against each other, each in a process of its own; ratios are to the first."""
+    timed: dict[Workload, list[_Round]] = {}
+    given_up: dict[Workload, int] = {}
+    disturbance: dict[Workload, float] = {}
+    with ExitStack() as stack:
+        processes = [stack.enter_context(model_process(s, conditions)) for s in subjects]
+        total = len(workloads) * (conditions.warmups + conditions.rounds)
+        bar = stack.enter_context(item_progress("bench", total, "round"))
+        for workload in workloads:
+            for _ in range(conditions.warmups):
+                for process in processes:
+                    process.run(workload)
+                bar.update()
+            patience = PATIENCE_SECONDS / len(workloads)
+            timed[workload], given_up[workload] = _rounds(
+                processes, workload, conditions, patience, bar.update
+            )
+            disturbance[workload] = median(
+                timing.disturbance for timings in timed[workload] for timing in timings
+            )
+        most = max(_TOO_BUSY, conditions.disturbance)
+        busy = {workload: share > most for workload, share in disturbance.items()}
+        models = tuple(
+            ModelSpeed(
+                subject.label,
+                process.footprint,
+                process.facts,
+                process.load_seconds,
+                {
+                    workload: _speeds(processes, number, workload, timed[workload], too_busy)
+                    for workload, too_busy in busy.items()
+                },
+                *process.peak_bytes(),
+            )
+            for number, (subject, process) in enumerate(zip(subjects, processes, strict=True))
         )
-    if engine != "vllm" and is_decilm(path):
-        raise UsageError(
-            f"the engine {engine} cannot run {label}, which is an export for vLLM; give --engine "
-            "vllm, or the checkpoint that was exported"
-        )
+    return Comparison(models, tuple(workloads), conditions, given_up, disturbance)
+
+
+def _rounds(
+    processes: Sequence[ModelProcess],
+    workload: Workload,
+    conditions: Conditions,
+    patience: float,
+    on_round: Callable[[], object],
+) -> tuple[list[_Round], int]:
+    """Run rounds, again where other programs took part of the machine, for so many seconds.
+
+    What counts is what the others did, never the timing itself: that would choose results. Where
+    they hardly let a round through, all count. Returns the rounds, and how many were given up.
+    """
+    every: list[_Round] = []
+    kept: list[_Round] = []
+    while len(kept) < conditions.rounds and patience > 0:
+        start = time.monotonic()
+        every.append([process.run(workload) for process in processes])
+        if max(timing.disturbance for timing in every[-1]) > conditions.disturbance:
+            patience -= time.monotonic() - start
+        else:
+            kept.append(every[-1])
+            on_round()
+    if len(kept) < min(_ENOUGH, conditions.rounds):
+        return every, 0
+    return kept, len(every) - len(kept)
+
+
+def _speeds(
+    processes: Sequence[ModelProcess],
+    number: int,
+    workload: Workload,
+    timed: Sequence[_Round],
+    too_busy: bool,
+) -> dict[str, Speed]:
+    """Return the speed of one of the models in each phase."""
+    first, own = (processes[i].footprint.work for i in (0, number))
+    phases = {
+        "prefill": (workload.prompt, first.prefill_flops(workload) / own.prefill_flops(workload)),
+        "decode": (workload.new_tokens, first.decode_bytes(workload) / own.decode_bytes(workload)),
+    }
+    found = {}
+    for phase, (tokens, ideal_ratio) in phases.items():
+        of_first, seconds = (tuple(getattr(each[i], phase) for each in timed) for i in (0, number))
+        ratios = tuple(one / other for one, other in zip(of_first, seconds, strict=True))
+        found[phase] = Speed(workload.batch * tokens, seconds, ratios, ideal_ratio, too_busy)
+    return found

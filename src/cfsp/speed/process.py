@@ -14,11 +14,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from cfsp.errors import CfspError
+from cfsp.speed.engines import Engine, LlamaCppEngine, TransformersEngine
 from cfsp.speed.subjects import Subject
 from cfsp.speed.work import Conditions, Footprint, Timing, Workload
 from cfsp.streaming.memory import peak_rss_bytes
@@ -26,47 +27,12 @@ from cfsp.streaming.memory import peak_rss_bytes
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext
 
-OF_TRANSFORMERS = ("transformers", "compile")
-
 # A fresh interpreter: a forked one would carry this process's memory.
 PROCESSES: SpawnContext | ForkServerContext = multiprocessing.get_context("spawn")
 _STOP_SECONDS = 30.0
 _INTERRUPTED_SECONDS = 1.0
 # Not idle, not waiting for a disk, not taken by another virtual machine. Some systems lack some.
 _WORK = ("user", "nice", "system", "irq", "softirq")
-
-
-class Engine(Protocol):
-    """A loaded model that runs workloads."""
-
-    footprint: Footprint
-
-    def facts(self) -> dict[str, Any]:
-        """Return what the timings hold for: versions, dtype, device, threads."""
-        ...
-
-    def run(self, workload: Workload) -> Timing:
-        """Time one prefill and the decoding after it."""
-        ...
-
-    def peak_device_bytes(self) -> int:
-        """Return the largest memory of an accelerator; 0 on the CPU."""
-        ...
-
-
-def start_engine(subject: Subject, conditions: Conditions) -> Engine:
-    """Load a subject into an engine."""
-    if conditions.engine in OF_TRANSFORMERS:
-        from cfsp.speed.transformers_engine import TransformersEngine
-
-        return TransformersEngine(subject, conditions)
-    if conditions.engine == "llama.cpp":
-        from cfsp.speed.llama_cpp_engine import LlamaCppEngine
-
-        return LlamaCppEngine(subject, conditions)
-    from cfsp.speed.vllm_engine import VllmEngine
-
-    return VllmEngine(subject, conditions)
 
 
 @dataclass(frozen=True)
@@ -102,7 +68,7 @@ class ModelProcess:
 def model_process(subject: Subject, conditions: Conditions) -> Iterator[ModelProcess]:
     """Start a process, load the model in it, and end it afterwards; its errors are raised here."""
     ours, theirs = PROCESSES.Pipe()
-    # Not a daemon: vLLM starts processes of its own. It ends when the connection closes.
+    # Not a daemon: compiling starts processes of its own. It ends when the connection closes.
     process = PROCESSES.Process(target=_serve, args=(theirs, subject, conditions))
     with _interrupts_held_back():
         process.start()
@@ -146,13 +112,19 @@ def _receive(connection: Connection) -> Any:
     except (EOFError, ConnectionError) as error:
         raise CfspError(
             "the process that ran the model ended without an answer, most likely for lack of "
-            "memory; bench fewer --blocks or a smaller model"
+            "memory; bench a smaller model"
         ) from error
     if kind is None:
         return answer
     raised = kind.__new__(kind)
     Exception.__init__(raised, answer)
     raise raised
+
+
+def start_engine(subject: Subject, conditions: Conditions) -> Engine:
+    """Load a subject into an engine."""
+    build = LlamaCppEngine if conditions.engine == "llama.cpp" else TransformersEngine
+    return build(subject, conditions)
 
 
 def _serve(connection: Connection, subject: Subject, conditions: Conditions) -> None:
@@ -166,7 +138,7 @@ def _serve(connection: Connection, subject: Subject, conditions: Conditions) -> 
         start = time.perf_counter()
         engine = start_engine(subject, conditions)
         seconds = time.perf_counter() - start
-        connection.send((None, (engine.footprint, engine.facts(), seconds)))
+        connection.send((None, (engine.footprint, engine.facts, seconds)))
         while True:
             request = connection.recv()
             if request is None:

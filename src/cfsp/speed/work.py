@@ -21,13 +21,10 @@ from cfsp.checkpoint.reading import WeightSource, channel_parameters
 from cfsp.checkpoint.skeleton import blocks_of, empty_model
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import UsageError, did_you_mean
-from cfsp.exports.context import head_size
+from cfsp.exports.common import head_size
 
-# For how long rounds that other programs disturb are measured again, all workloads together.
-PATIENCE_SECONDS = 30.0
-# Which fraction of the processors others may take where a ratio is still said.
-TOO_BUSY = 0.2
-ENGINES = ("transformers", "compile", "llama.cpp", "vllm")
+PHASES = ("prefill", "decode")
+ENGINES = ("transformers", "llama.cpp")
 
 
 @dataclass(frozen=True)
@@ -54,12 +51,12 @@ class Conditions:
     """How to measure."""
 
     engine: str = "transformers"  # one of `ENGINES`
-    warmups: int = 2  # untimed runs of each workload before the rounds; their first is reported
+    warmups: int = 2  # untimed runs of each workload before the rounds
     rounds: int = 7  # timed runs of each model, in turns
-    # A round is measured again while other programs take more than this fraction of the
-    # processors, but no longer than `PATIENCE_SECONDS`.
+    # A round is measured again, for half a minute in all, while other programs take more than this
+    # fraction of the processors.
     disturbance: float = 0.05
-    # As for prune; of the engines transformers and compile only.
+    # As for prune; of the engine transformers only.
     device: str = "cpu"
     dtype: str = "auto"
     threads: int | None = None  # of each process; None for the engine's own choice
@@ -93,27 +90,16 @@ _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk")
 
 @dataclass(frozen=True)
 class ModelWork:
-    """The numbers of a model that its work follows from.
+    """The numbers of a model that its work follows from."""
 
-    Attributes:
-        block_parameters: elements of all matrices in the blocks.
-        block_bytes: their bytes, as they are read.
-        head_parameters: elements of the language-model head; 0 if it is not timed.
-        head_bytes: its bytes.
-        attention_width: heads times head dimension, summed over the blocks.
-        cache_bytes: bytes of keys and values of one token in all blocks.
-        expert_parameters: elements of the experts' matrices, of those in the blocks.
-        routed_share: fraction of the experts that one token passes; NaN if that is unknown, and
-            with it all that follows from it.
-    """
-
-    block_parameters: int
-    block_bytes: float
+    block_parameters: int  # elements of all matrices in the blocks
+    block_bytes: float  # as they are read
     head_parameters: int
     head_bytes: float
-    attention_width: int
-    cache_bytes: float
-    expert_parameters: int = 0
+    attention_width: int  # heads times head dimension, summed over the blocks
+    cache_bytes: float  # of keys and values of one token in all blocks
+    expert_parameters: int = 0  # of those in the blocks
+    # Fraction of the experts that one token passes; NaN if unknown, as all that follows from it.
     routed_share: float = 1.0
 
     def prefill_flops(self, workload: Workload) -> float:
@@ -145,13 +131,13 @@ class ModelWork:
 class Footprint:
     """What a model weighs."""
 
-    parameters: int  # of what is timed; tied embeddings count once
+    parameters: int  # tied embeddings count once
     disk_bytes: int  # of the weight files; of the tensors where there is no file
     work: ModelWork
 
 
-def work_of(source: WeightSource, *, head: bool, itemsize: int) -> ModelWork:
-    """Return the work of a transformers model, with or without its head, from config and shapes.
+def work_of(source: WeightSource, itemsize: int) -> ModelWork:
+    """Return the work of a transformers model, from config and shapes.
 
     An element has `itemsize` bytes, in weights and cache.
     """
@@ -171,7 +157,7 @@ def work_of(source: WeightSource, *, head: bool, itemsize: int) -> ModelWork:
     if (routed := next((unit for unit in source.units if unit.routed), None)) is not None:
         blocks = blocks_of(empty_model(source.config), source.architecture)
         share = experts_per_token(config, blocks, routed) / routed.ffns
-    head_parameters = config.vocab_size * config.hidden_size if head else 0
+    head_parameters = config.vocab_size * config.hidden_size
     width, cache_width = _attention_of(config)
     attentions = _attentions(config, source)
     return ModelWork(

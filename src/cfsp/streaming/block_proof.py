@@ -40,8 +40,8 @@ from cfsp.checkpoint.config_blocks import (
     same_changes,
     stock_without_blocks,
 )
-from cfsp.checkpoint.config_widths import stock_config
 from cfsp.checkpoint.loading import cache_argument
+from cfsp.checkpoint.skeleton import stock_config
 from cfsp.checkpoint.stored_blocks import name_without_blocks, names_without_blocks
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import UnsupportedModelError, first_line

@@ -45,8 +45,8 @@ from cfsp.selection.constraint import Share
 from cfsp.settings import Compute, EvaluationText, Part
 from cfsp.speed import Conditions as Timing
 from cfsp.speed import Workload, compare_speed
-from cfsp.speed.measuring import PHASES
 from cfsp.speed.subjects import Subject
+from cfsp.speed.work import PHASES
 from cfsp.streaming.runtime import check_fits, runtime_of
 from cfsp.streaming.work_dir import output_work_dir, remove_finished_work
 from cfsp.sweep.settings import Point, SweepSettings

@@ -1,12 +1,12 @@
-"""Whole blocks and attention layers go, alone and together: what is masked or skipped is cut."""
+"""Blocks, attention layers and experts go whole: what is masked or skipped is cut."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,12 +14,24 @@ from safetensors.torch import load_file
 import cfsp
 from builders import plan_without
 from cfsp.architecture.resizing import Gone
+from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint, check_complete
 from cfsp.checkpoint.skeleton import blocks_of
-from cfsp.checkpoint.stored_blocks import parameters_of_attentions, parameters_of_blocks
+from cfsp.checkpoint.stored_blocks import (
+    parameters_of_an_expert,
+    parameters_of_attentions,
+    parameters_of_blocks,
+)
 from cfsp.cli import main
+from cfsp.cli.inspect import inspect_checkpoint
 from cfsp.planning.candidate import Dropped
+from cfsp.planning.experts import expert_scores, warn_of_experts
+from cfsp.planning.plan_file import PruningPlan
+from cfsp.result.verify import verify_checkpoint
+from cfsp.settings import Compute
 from family_contract import (
+    SETTINGS,
     Case,
     by_plan,
     check_a_fresh_process_keeps_the_contract,
@@ -37,11 +49,11 @@ _SLIDING, _FULL, _LINEAR = "sliding_attention", "full_attention", "linear_attent
 
 @dataclass(frozen=True)
 class Removal:
-    """A type with a config of so many blocks, what goes, and what its config then says."""
+    """A type with its config, what goes (None: half of the experts), and what its config says."""
 
     model_type: str
     config: dict[str, Any]
-    dropped: Dropped
+    dropped: Dropped | None
     says: dict[str, Any] = field(default_factory=dict)
 
 
@@ -91,29 +103,46 @@ WITHOUT_BLOCKS = {
         {"layer_types": [_FULL, _LINEAR]},
     ),
 }
-REMOVALS = {**WITHOUT_ATTENTION, **WITHOUT_BLOCKS}
+WITHOUT_EXPERTS = {
+    "mixtral": Removal("mixtral", {}, None, {"num_local_experts": 2}),
+    "qwen2_moe": Removal("qwen2_moe", {}, None, {"num_experts": 2}),
+    "qwen3_moe": Removal("qwen3_moe", {"num_experts": 6}, None, {"num_local_experts": 3}),
+    "granitemoe": Removal("granitemoe", {}, None, {"num_local_experts": 2}),
+    "gpt_oss": Removal("gpt_oss", {}, None, {"num_local_experts": 2}),
+    "llama4_text": Removal("llama4_text", {}, None, {"num_local_experts": 2}),
+    # Groups of experts are chosen first: as many of each must stay.
+    "deepseek_v3": Removal(
+        "deepseek_v3",
+        {"n_routed_experts": 8, "n_group": 2, "topk_group": 1},
+        None,
+        {"n_routed_experts": 4},
+    ),
+}
+LAYERS = {**WITHOUT_ATTENTION, **WITHOUT_BLOCKS}
+REMOVALS = {**LAYERS, **WITHOUT_EXPERTS}
 IN_A_FRESH_PROCESS = [
-    "phi3",
-    "gemma3_text and a block",
-    "gpt2 and a block",
-    "blocks of deepseek_v3",
-]
+    "phi3", "gemma3_text and a block", "gpt2 and a block", "blocks of deepseek_v3", "gpt_oss",
+    "deepseek_v3",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=REMOVALS)
-def case(
-    request: pytest.FixtureRequest,
-    tokenizer: Any,
-    text_file: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Case:
+def case(request, tokenizer, text_file, tmp_path_factory):
     place, removal = tmp_path_factory.mktemp("case"), REMOVALS[request.param]
     dense = tiny_model(removal.model_type, **removal.config)
+    generator = torch.Generator().manual_seed(5)
+    for name, buffer in dense.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.05 * torch.randn(buffer.shape, generator=generator))
     source, out = place / "dense", place / "out"
     save_with_tokenizer(dense, tokenizer, source)
-    parts = removal.dropped.parts
-    plan = plan_without(Checkpoint(source, parts=parts), removal.dropped)
-    report = by_plan(source, plan, out, text_file)
+    if removal.dropped is None:
+        asked = {"parts": "experts", "sparsity": 0.5, "data": [text_file], **SETTINGS}
+        report = cfsp.prune(source, out=out, **asked)
+    else:
+        parts = removal.dropped.parts
+        plan = plan_without(Checkpoint(source, parts=parts), removal.dropped)
+        report = by_plan(source, plan, out, text_file)
     return Case(dense, source, out, report, {"says": removal.says})
 
 
@@ -124,17 +153,25 @@ def test_what_is_masked_is_cut(case):
     gone = sum(parameters_of_blocks(source)[block] for block in plan.removed_blocks)
     if plan.removed_attentions:
         gone += sum(parameters_of_attentions(source)[block] for block in plan.removed_attentions)
+    if plan.kept_experts is not None:
+        of_an_expert = parameters_of_an_expert(source)
+        gone += sum(
+            of_an_expert.get(unit.block, 0) * (unit.ffns - len(unit.kept_ffns))
+            for unit in plan.units
+        )
     assert case.report.parameters_before - case.report.parameters_after == gone
     staying = source.architecture.block_count - len(plan.removed_blocks)
     assert pruned.architecture.block_count == staying
     check_complete(pruned)
 
 
+@pytest.mark.parametrize("case", LAYERS, indirect=True)
 def test_caches_agree_with_none(case):
     check_caches_agree_with_none(case)
 
 
 def test_in_memory_is_the_checkpoint(case, tmp_path):
+    assert PruningPlan.load(case.out / PLAN_FILE) == case.report.plan
     check_in_memory_is_the_checkpoint(case, tmp_path)
 
 
@@ -143,13 +180,16 @@ def test_a_fresh_process_keeps_the_contract(case, forks, tmp_path):
     check_a_fresh_process_keeps_the_contract(case, forks, tmp_path)
 
 
-@pytest.mark.parametrize("case", WITHOUT_BLOCKS, indirect=True)
-def test_without_blocks_it_is_a_stock_checkpoint(case):
+@pytest.mark.parametrize("case", WITHOUT_BLOCKS | WITHOUT_EXPERTS, indirect=True)
+def test_without_blocks_or_experts_it_is_a_stock_checkpoint(case):
     config = json.loads((case.out / "config.json").read_text())
     assert {key: config[key] for key in case.asked["says"]} == case.asked["says"]
     assert config["architectures"] == [type(case.dense).__name__]
     assert not {"auto_map", "per_layer_config", "ffn_widths"} & config.keys()
     assert not list(case.out.glob("*.py"))
+    # A loader would make up what has another name.
+    _, info = type(case.dense).from_pretrained(case.out, output_loading_info=True)
+    assert not any(info.values())
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma3_text and a block"], indirect=True)
@@ -225,3 +265,64 @@ def test_blocks_make_up_for_what_went(case, text_file, tmp_path):
         if unit.block in fitted and step["blocks"][unit.block]["kept"]
     }
     assert changed
+
+
+# Experts.
+
+
+@pytest.mark.parametrize("case", ["qwen2_moe", "deepseek_v3"], indirect=True)
+def test_it_says_of_itself_what_went(case):
+    plan = case.report.plan
+    (kept,) = case.asked["says"].values()
+    assert plan.kept_experts == kept
+    manifest = json.loads((case.out / "cfsp.json").read_text())
+    count = len(plan.experts_of_blocks)
+    assert manifest["experts"]["after"] == [kept] * count
+    assert manifest["experts"]["lost_output"] == [
+        unit.lost_output for unit in plan.units if unit.loses_experts
+    ]
+    assert manifest["ffn_sparsity"] == pytest.approx(
+        1 - sum(len(u.kept) * u.cost / u.ffns for u in plan.units)
+        / sum(u.width * u.cost for u in plan.units)
+    )  # fmt: skip
+    checks = verify_checkpoint(Checkpoint(case.out), Compute("cpu"))
+    assert [check.problem for check in checks] == [None] * len(checks)
+    facts = inspect_checkpoint(Checkpoint(case.out))
+    assert (facts["experts"], facts["pruned"]["experts"]) == (
+        plan.kept_experts,
+        manifest["experts"],
+    )
+    card = (case.out / "README.md").read_text()
+    assert f"{manifest['experts']['before'][0] - kept} of the" in card
+
+
+@pytest.mark.parametrize("case", WITHOUT_EXPERTS, indirect=True)
+def test_those_go_that_add_least(case):
+    statistics = Statistics.load(case.out / STATISTICS_FILE)
+    (kept,) = case.asked["says"].values()
+    for unit, observed in zip(case.report.plan.units, statistics.units, strict=True):
+        if unit.ffns == 1:
+            continue
+        groups = getattr(case.dense.config, "n_group", 1)
+        score_GE = expert_scores(observed).view(groups, -1)
+        expected = [
+            group * score_GE.shape[1] + int(expert)
+            for group, score_E in enumerate(score_GE)
+            for expert in sorted(np.argsort(-score_E.numpy())[: kept // groups])
+        ]
+        assert unit.kept_ffns == expected
+        assert unit.kept_width == unit.width
+        gone = [expert for expert in range(unit.ffns) if expert not in expected]
+        share = observed.output_norm_E[gone].sum() / observed.output_norm_E.sum()
+        assert unit.lost_output == pytest.approx(float(share), abs=1e-6)
+
+
+@pytest.mark.parametrize("case", ["mixtral"], indirect=True)
+def test_experts_that_are_not_redundant_are_told(case, caplog):
+    plan = case.report.plan
+    warn_of_experts(plan)
+    assert "not redundant on this text: 2 of 4 experts of each block go (50.0%)" in caplog.text
+    caplog.clear()
+    units = tuple(replace(unit, lost_output=0.1) for unit in plan.units)
+    warn_of_experts(replace(plan, units=units))
+    assert "redundant" not in caplog.text
