@@ -159,6 +159,7 @@ GONE = {
     "eval-windows": "it is --windows now, as cfsp eval has it",
     "held-out": "it went: the loss is bounded on windows of --data that calibration leaves over",
     "held-out-windows": "it went, because nobody set it: the loss is bounded on 12 windows",
+    "keep-adapter": "it went: what is written has the adapters merged, as every server reads it",
     "keep-weights": "it went: cfsp prune --plan makes the model of a sweep's directory again",
     "process-timeout": "it went, because nobody set it: processes wait 30 minutes for each other",
     "local-text": "it went: the dense model alone teaches, which is nearer to it on other text",

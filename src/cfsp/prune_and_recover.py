@@ -18,8 +18,8 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import Team, process_count
 from cfsp.quality.evaluate import evaluation_windows
 from cfsp.recovery.adaptation import check_installed
+from cfsp.recovery.prepare import method_that_fits
 from cfsp.recovery.settings import AUTO_TEACHER, Limit, RecoverSettings, Training
-from cfsp.recovery.teacher import method_that_fits
 from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.result.prune_report import PruneReport
 from cfsp.selection.loss import held_out_windows

@@ -23,10 +23,10 @@ from cfsp.errors import PlanError, TextError, UsageError
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.recovery import loss as module
+from cfsp.recovery.adaptation import allocate_ranks, ranks_of
 from cfsp.recovery.data import answer_tokens, read_text
 from cfsp.recovery.loss import IGNORED, Outputs, language_model_loss
 from cfsp.recovery.settings import Adaptation
-from cfsp.recovery.targets import allocate_ranks, ranks_of
 from cfsp.text.offline import KINDS
 from cfsp.text.sources import TextSource
 

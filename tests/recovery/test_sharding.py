@@ -107,8 +107,10 @@ def test_another_number_of_processes_goes_on(commands, argv, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"one", "out"}
 
 
-def test_adapters_of_experts_are_refused(tiny_checkpoint, text_file, tmp_path, capsys):
-    argv = ["recover", str(tiny_checkpoint("mixtral")), "--data", str(text_file), "--steps", "1"]
-    argv += ["--seqlen", "32", "--shard", "--set", "rank_allocation=uniform"]
-    assert main([*argv, "--out", str(tmp_path / "out")]) == 2
-    assert "--shard cannot shard the adapters of experts" in capsys.readouterr().err
+def test_experts_are_sharded(commands, argv, tiny_checkpoint, tmp_path):
+    mixtral = str(tiny_checkpoint("mixtral"))
+    argv = ["recover", mixtral, *argv[2:], "--method", "full"]
+    assert main([*argv, "--out", str(tmp_path / "one")]) == 0
+    ended = recovered_by(commands, [*argv, "--shard"], tmp_path / "two", 2)
+    assert [each.status for each in ended] == [0, 0], ended
+    check_alike(tmp_path / "one", tmp_path / "two")

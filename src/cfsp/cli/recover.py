@@ -51,9 +51,6 @@ def add_options_to(parser: Parser) -> None:
         "was pruned, if it is still where the manifest says and there is memory for both)",
     )
     add_options(parser, group, Distillation)
-    group.add_argument(
-        "--keep-adapter", action="store_true", help="also write the PEFT adapter, into OUT/adapter"
-    )
     add_options(parser, group, Compute, fields=("device", "dtype"))
 
 

@@ -1,50 +1,49 @@
-"""How the weights of a pruned model are trained: by low-rank adapters, or themselves.
+"""Which weights of a pruned model are trained, by low-rank adapters or themselves, and how.
 
-LoRA: W + (alpha / r) B A (Hu et al., arXiv 2106.09685). The scale alpha / r is the same in every
+LoRA: W + (alpha / r) B A (Hu et al., arXiv 2106.09685). Adapters of a block have a rank of their
+own (CFSP, Eq. 9: r_l proportional to s_l), or equal ones. The scale alpha / r is the same in every
 block whatever its rank, so both PEFT's `rank_pattern` and its `alpha_pattern` are set.
 
-Routed experts are parameters and not modules: PEFT adapts one as W + (alpha / r) B A with a B and
-an A for every expert. Whether it can for a class is tried on a small random model of it: the
-adapted block computes what the merged one does, and gradients reach the adapter. PEFT also takes
-names such as `gate_proj` for matrices of experts in older versions of transformers and trains the
-experts instead (https://github.com/huggingface/peft/issues/3711).
+Routed experts are parameters and not modules. Full training trains them; adapters leave them as
+they are, because PEFT would hold W + (alpha / r) B A of all experts once more in every step.
+
+Shapes: L blocks.
 """
 
 from __future__ import annotations
 
-import copy
 import importlib.util
+import logging
 import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from cfsp.architecture.model_classes import model_class_of
-from cfsp.architecture.small_run import SmallRun, run_small
-from cfsp.checkpoint.reading import Checkpoint
-from cfsp.checkpoint.skeleton import blocks_of, empty_model, stock_config
-from cfsp.errors import MissingExtraError, UsageError, first_line
+from cfsp.checkpoint.own_files import PLAN_FILE
+from cfsp.checkpoint.skeleton import blocks_of, empty_model
+from cfsp.errors import MissingExtraError, PlanError, RecoveryError, UsageError
+from cfsp.planning.plan_file import PruningPlan
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from cfsp.architecture.found import Architecture, Unit
-    from cfsp.recovery.settings import Method
+    from cfsp.checkpoint.reading import Checkpoint
+    from cfsp.recovery.settings import Adaptation, Method
 
+logger = logging.getLogger(__name__)
 # alpha / r.
 SCALE = 2.0
-# Of the adapters of experts that are tried.
-_TOLERANCE = 1e-4
-_RANK = 2
+# GPT-2 keeps its matrices transposed, in a class of its own.
+_MATRICES = (nn.Linear, Conv1D)
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,162 @@ def check_installed(method: Method) -> None:
         raise MissingExtraError("LoRA" if method == "lora" else "recovery", "recover")
 
 
+def targets_of(source: Checkpoint, adaptation: Adaptation) -> list[BlockTargets]:
+    """Return what is trained in each block; it is known before a weight is read."""
+    rank_L, is_full = ranks_of(source, adaptation), adaptation.method == "full"
+    model, architecture = empty_model(source.config), source.architecture
+    has_experts = architecture.has_experts and adaptation.targets != "attention"
+    found = []
+    for index, block in enumerate(blocks_of(model, architecture)):
+        units, prefix = architecture.units_of(index), architecture.block_prefix(index)
+        routed = [unit for unit in units if unit.routed and has_experts and is_full]
+        experts = dict.fromkeys(name for u in routed for name in (u.gate, u.up, u.down) if name)
+        matrices = _matrices_of(block, units, adaptation)
+        found.append(
+            BlockTargets(
+                tuple(prefix + name for name in matrices),
+                tuple(prefix + name for name in experts),
+                rank_L[index],
+            )
+        )
+    if not any(block.matrices or block.experts for block in found):
+        raise UsageError(
+            f"the FFN of a {source.config.model_type} model is all experts, which have no "
+            "adapters; use --method full, or --targets attention"
+        )
+    if has_experts and not is_full:
+        logger.info("experts stay as they are, everything else is trained: they have no adapters")
+    return found
+
+
+def _matrices_of(block: nn.Module, units: Sequence[Unit], adaptation: Adaptation) -> list[str]:
+    """Return the modules of a block, by their paths from it, that are trained."""
+    names = [name for name, module in block.named_modules() if multiplies_by_its_matrix(module)]
+    if adaptation.method != "full":
+        names = [name for name in names if not _may_be_bypassed(block, name)]
+    if adaptation.targets == "all":
+        return names
+    in_ffn = _in_ffn(names, [unit for unit in units if unit.part == "ffn"])
+    return [name for name in names if (name in in_ffn) == (adaptation.targets == "mlp")]
+
+
+def multiplies_by_its_matrix(module: nn.Module) -> bool:
+    """Return whether a module's output is its input times its matrix, plus its bias if any.
+
+    Of a class made from `nn.Linear` that is tried: some routers also choose, and some matrices
+    are of groups.
+    """
+    if not isinstance(module, _MATRICES):
+        return False
+    if type(module) not in _tried:
+        _tried[type(module)] = type(module) in _MATRICES or _is_linear(module)
+    return _tried[type(module)]
+
+
+_tried: dict[type[nn.Module], bool] = {}
+
+
+def _is_linear(module: nn.Linear | Conv1D) -> bool:
+    values = {name: torch.randn(p.shape) for name, p in module.named_parameters()}
+    matrix, bias = values["weight"], values.get("bias")
+    if isinstance(module, Conv1D):
+        matrix = matrix.T
+    input_BI = torch.randn(2, matrix.shape[1])
+    try:
+        found = torch.func.functional_call(module, values, (input_BI,))
+    except Exception:  # whatever a class wants of its input
+        return False
+    expected = nn.functional.linear(input_BI, matrix, bias)
+    return (
+        isinstance(found, Tensor)
+        and found.shape == expected.shape
+        and torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
+    )
+
+
+def _may_be_bypassed(block: nn.Module, name: str) -> bool:
+    """Return whether it is the last matrix of a state-space mixer.
+
+    Fused kernels take its weight and never call the module, so that an adapter would not count;
+    PEFT refuses to adapt it.
+    """
+    owner, _, leaf = name.rpartition(".")
+    parameters = dict(block.get_submodule(owner).named_parameters(recurse=False))
+    return leaf == "out_proj" and {"A_log", "D"} <= parameters.keys()
+
+
+def _in_ffn(names: Sequence[str], units: Sequence[Unit]) -> set[str]:
+    """Return the matrices of FFNs, and what lies beside these in the same module."""
+    matrices = {name.removesuffix(".weight") for unit in units for name in unit.axes}
+    modules = tuple(f"{unit.path.partition('.')[0]}." for unit in units if unit.path)
+    return {name for name in names if name in matrices or name.startswith(modules)}
+
+
+def ranks_of(source: Checkpoint, adaptation: Adaptation) -> list[int | None]:
+    """Return the rank of every block's adapters; full training has none."""
+    blocks, allocation = int(source.architecture.block_count), adaptation.allocation
+    if adaptation.method == "full":
+        return [None] * blocks
+    weight_L = [1.0] * blocks
+    if allocation != "uniform":
+        weight_L = _importances(source)
+        if min(weight_L) <= 0:
+            raise UsageError(
+                f"--rank-allocation {allocation} needs a positive importance for every block, "
+                f"found {min(weight_L)}; use --rank-allocation uniform"
+            )
+    if allocation == "inverse":
+        weight_L = [1 / weight for weight in weight_L]
+    return [*allocate_ranks(weight_L, adaptation.rank)]
+
+
+def _importances(source: Checkpoint) -> list[float]:
+    """Return the normalised coarse importance of every block, from the plan."""
+    path = source.directory / PLAN_FILE
+    blocks = int(source.architecture.block_count)
+    if not path.is_file():
+        raise RecoveryError(
+            f"{source.label} was not pruned by cfsp: it has no {PLAN_FILE} with the importance of "
+            "its blocks; recover it with --rank-allocation uniform"
+        )
+    # Attentions of a stock model are not opened, those of others are.
+    plan = PruningPlan.load(path).only("ffn")
+    expected = [unit.block for unit in source.architecture.of_part("ffn").units]
+    planned = [plan.index_of_block(unit.block) for unit in plan.kept_units]
+    if planned != expected:
+        raise PlanError(
+            f"{path} describes {len(planned)} FFNs, the model has {len(expected)} in {blocks} "
+            "blocks; recover it with --rank-allocation uniform"
+        )
+    importance_of = {plan.index_of_block(unit.block): unit.importance for unit in plan.kept_units}
+    # Of blocks without an FFN nothing was removed, and no importance is known.
+    mean = fmean(importance_of.values())
+    return [importance_of.get(block, mean) for block in range(blocks)]
+
+
+def allocate_ranks(weight_L: Sequence[float], mean_rank: float) -> list[int]:
+    """Return ranks in proportion to positive weights, each at least 1, with a mean."""
+    total, poor = round(mean_rank * len(weight_L)), set[int]()
+    while True:
+        # Blocks that would get less than 1 get exactly 1, the others share what is left.
+        weight = sum(value for block, value in enumerate(weight_L) if block not in poor)
+        left = total - len(poor)
+        share_L = [
+            1.0 if block in poor else left * value / weight for block, value in enumerate(weight_L)
+        ]
+        newly_poor = {block for block, share in enumerate(share_L) if share < 1}
+        if not newly_poor:
+            break
+        poor |= newly_poor
+    # By largest remainder.
+    rank_L = [int(share) for share in share_L]
+    by_remainder = sorted(range(len(rank_L)), key=lambda b: (rank_L[b] - share_L[b], b))
+    for block in by_remainder[: total - sum(rank_L)]:
+        rank_L[block] += 1
+    assert sum(rank_L) == total, (rank_L, total)
+    return rank_L
+
+
 def attach(
     model: PreTrainedModel, architecture: Architecture, targets: Sequence[BlockTargets]
 ) -> nn.Module:
@@ -72,7 +227,6 @@ def attach(
     The plain model is changed in place.
     """
     matrices = [name for block in targets for name in block.matrices]
-    experts = [name for block in targets for name in block.experts]
     model.requires_grad_(False)
     rank_of = {
         rf"{re.escape(architecture.blocks)}\.{index}\..*": block.rank
@@ -81,7 +235,8 @@ def attach(
     }
     if not rank_of:
         trained = [p for name in matrices for p in model.get_submodule(name).parameters()]
-        for parameter in (*trained, *map(model.get_parameter, experts)):
+        experts = [model.get_parameter(name) for block in targets for name in block.experts]
+        for parameter in trained + experts:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
         return cast(nn.Module, model)
@@ -93,7 +248,6 @@ def attach(
         r=largest,
         lora_alpha=SCALE * largest,
         target_modules=matrices,
-        **({"target_parameters": experts} if experts else {}),
         rank_pattern=rank_of,
         alpha_pattern={pattern: SCALE * rank for pattern, rank in rank_of.items()},
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
@@ -101,8 +255,6 @@ def attach(
     with warnings.catch_warnings(), _names_as_they_are():
         # PEFT asks transformers for an attribute whose name is going away.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        # It does not look at parameters when it says so.
-        warnings.filterwarnings("ignore", ".*keys did not match any targeted", RuntimeWarning)
         return cast(nn.Module, peft.get_peft_model(model, config))
 
 
@@ -145,77 +297,12 @@ def size_of_weights(model: PreTrainedModel, names: Sequence[str]) -> float:
     return math.sqrt(squares / count)
 
 
-def save_adapter(adapted: Any, source: Checkpoint, directory: Path) -> None:
-    """Write the adapters of a PEFT model, to be put onto the pruned checkpoint."""
-    for config in adapted.peft_config.values():
-        config.base_model_name_or_path = str(source.directory)
-    adapted.save_pretrained(str(directory))
-
-
 def merge(model: nn.Module) -> PreTrainedModel:
     """Return the plain model with its adapters merged into its weights."""
     unload: Any = getattr(model, "merge_and_unload", None)
     merged: PreTrainedModel = unload(safe_merge=True) if unload is not None else model
     merged.requires_grad_(False)
     return merged
-
-
-def why_experts_stay(
-    config: PreTrainedConfig, architecture: Architecture, method: Method
-) -> str | None:
-    """Return why the experts of a model cannot be trained, in a few words; None if they can."""
-    if method == "full":
-        return None
-    stock = stock_config(config)
-    run = run_small(stock, model_class_of(stock), architecture)
-    tried: set[tuple[object, ...]] = set()
-    for unit in run.architecture.units:
-        if unit.routed and unit.form not in tried:
-            tried.add(unit.form)
-            if (reason := _fails(run, unit)) is not None:
-                return f"PEFT {version('peft')} cannot adapt those of this class ({reason})"
-    return None
-
-
-def _fails(run: SmallRun, unit: Unit) -> str | None:
-    """Return what goes wrong when the experts of a unit are adapted; None if nothing does."""
-    import peft
-
-    original = run.blocks[unit.block]
-    # Blocks of the small model share their weights.
-    block: Any = copy.deepcopy(original)
-    names = [name for name in dict.fromkeys((unit.gate, unit.up, unit.down)) if name]
-    try:
-        config = peft.LoraConfig(r=_RANK, target_modules=[], target_parameters=names)
-        adapted: Any = peft.LoraModel(block, config, "default")
-        trained = [p for p in adapted.parameters() if p.requires_grad]
-        if len(trained) != 2 * len(names):
-            return f"{len(trained)} of {2 * len(names)} adapters were made"
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in trained:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-        run.blocks[unit.block] = block
-        with torch.enable_grad():
-            output = run.output(unit.block)
-            torch.autograd.backward(output.square().sum())
-        if not all(p.grad is not None and bool(p.grad.any()) for p in trained):
-            return "gradients do not reach the adapters"
-        with torch.no_grad():
-            run.blocks[unit.block] = adapted.merge_and_unload(safe_merge=True)
-            merged = run.output(unit.block)
-            run.blocks[unit.block] = original
-            plain = run.output(unit.block)
-    except Exception as error:  # whatever PEFT or the class make of it
-        return first_line(error)
-    finally:
-        run.blocks[unit.block] = original
-    largest = output.abs().max()
-    if not bool((merged - output).abs().max() <= _TOLERANCE * largest):
-        return "the merged experts compute something else"
-    if not bool((plain - output).abs().max() > _TOLERANCE * largest):
-        return "the adapters change nothing"
-    return None
 
 
 @contextmanager
@@ -232,29 +319,3 @@ def _names_as_they_are() -> Iterator[None]:
         yield
     finally:
         conversion.convert_peft_config_for_transformers = original
-
-
-def check_adapter_can_be_read(source: Checkpoint, targets: Sequence[BlockTargets]) -> None:
-    """Refuse to keep an adapter that PEFT would put in the wrong place."""
-    try:
-        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-    except ImportError:  # older ones leave names alone
-        return
-    import peft
-
-    names = [name for block in targets for name in block.matrices]
-    config = peft.LoraConfig(target_modules=list(names))
-    try:
-        convert_peft_config_for_transformers(
-            config, model=empty_model(source.config), conversions=None
-        )
-        left = set(config.target_modules)
-    except ValueError:  # only some of what it takes for parts of one matrix
-        left = set()
-    misread = next((name for name in names if name not in left), None)
-    if misread is not None:
-        raise UsageError(
-            f"PEFT {version('peft')} cannot read such an adapter of a {source.config.model_type} "
-            f"model again: it takes {misread} for a matrix of experts (huggingface/peft issue "
-            "3711); leave --keep-adapter out, the recovered model has the adapter merged"
-        )

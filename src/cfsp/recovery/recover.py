@@ -28,7 +28,6 @@ from cfsp.quality.perplexity import before_and_after
 from cfsp.recovery.adaptation import (
     attach,
     merge,
-    save_adapter,
     size_of_weights,
     trainable_in_blocks,
     trained_parameters,
@@ -85,7 +84,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
-ADAPTER_DIRECTORY = "adapter"
 # Names of places in the work directory.
 _TRAIN, _BEFORE = "train", "before"
 
@@ -125,7 +123,6 @@ def recover(
     teacher: str | Path | None = AUTO_TEACHER,
     eval: Data = (),
     seqlen: int = Training.seqlen,
-    keep_adapter: bool = False,
     device: str = "auto",
     command: str | None = None,
     started: float | None = None,
@@ -150,7 +147,6 @@ def recover(
             where its manifest says and there is memory for both; None trains on the text alone.
         eval: texts to measure perplexity on, before and after.
         seqlen: tokens in a window to train on.
-        keep_adapter: also write the PEFT adapter, into `out/adapter`.
         device: where to train; `auto` is an accelerator if there is one.
         command: what the manifest gives as the command; None for this call.
         started: when `max_minutes` began, in seconds of `time.monotonic()`; None for now.
@@ -175,7 +171,6 @@ def recover(
         distillation=from_names(Distillation, advanced),
         evaluation=from_names(EvaluationText, advanced, names=texts_of(eval)),
         compute=from_names(Compute, others, device=device),
-        keep_adapter=keep_adapter,
     )
     # Before the model: it may have to be downloaded or converted.
     check_texts(settings.data, settings.evaluation.names)
@@ -251,8 +246,6 @@ def _recover(
         return report({})
     with staged_directory(ready.out) as staging:
         with watch.stage("write"):
-            if settings.keep_adapter:
-                save_adapter(adapted, ready.source, staging / ADAPTER_DIRECTORY)
             merged = merge(adapted)
             names = trained_parameters(merged, ready.targets)
             digests = write_recovered_weights(ready.source, merged, names, staging)

@@ -170,19 +170,14 @@ class RecoverSettings:
     distillation: Distillation = Distillation()
     evaluation: EvaluationText = EvaluationText()  # before and after
     compute: Compute = Compute()  # also the dtype of the weights that are not trained
-    keep_adapter: bool = False  # also write it, into `out/adapter`
 
     def __post_init__(self) -> None:
         if self.compute.dtype == "float16":
             raise UsageError("recovery trains in float32 or bfloat16, found --dtype float16")
-        if self.keep_adapter and self.adaptation.method == "full":
-            raise UsageError("--keep-adapter needs --method lora: full training has no adapter")
         if self.leaves_method_open and self.training.learning_rate is not None:
             raise UsageError("--learning-rate suits one method; give --method lora or full with it")
 
     @property
     def leaves_method_open(self) -> bool:
         """Whether memory decides on the method: nothing is chosen that only adapters have."""
-        mine = self.adaptation.rank, self.adaptation.allocation
-        is_plain = mine == (Adaptation.rank, Adaptation.allocation) and not self.keep_adapter
-        return self.adaptation.method == "auto" and is_plain
+        return self.adaptation == Adaptation(targets=self.adaptation.targets)
