@@ -19,7 +19,7 @@ from cfsp.architecture.model_classes import auto_class_of_type
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import TextError, UsageError
 from cfsp.settings import DEFAULT_TEXT, Bos, Text
-from cfsp.text.image_windows import ProcessorOf, image_windows
+from cfsp.text.images import ProcessorOf, image_windows
 from cfsp.text.offline import parts_of
 from cfsp.text.sources import TextSource, identity_of, name_of
 from cfsp.text.stream import first_tokens, gather, spans, spread_tokens

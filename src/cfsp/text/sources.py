@@ -14,7 +14,7 @@ The column `messages` holds conversations: lists of {"role", "content"}, which b
 model's chat template. Of a local file it need not be named where there is no `text`.
 
 The column `images` beside it holds the images that belong there; a multimodal model is calibrated
-on both (`cfsp.text.image_windows`). Everything else reads the text alone, and says so.
+on both (`cfsp.text.images`). Everything else reads the text alone, and says so.
 """
 
 from __future__ import annotations
