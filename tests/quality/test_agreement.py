@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from builders import dying_at
 from cfsp.checkpoint.loading import load
 from cfsp.cli import main
-from cfsp.quality import evaluate, streaming
+from cfsp.quality import evaluate, perplexity
 from cfsp.quality.agreement import divergence_and_agreement
 from cfsp.quality.evaluate import evaluate_models
 from cfsp.result.names import short_names
@@ -59,7 +59,7 @@ def test_it_is_that_of_the_whole_models(
     other_name, tiny_checkpoint, text_file, tmp_path, monkeypatch
 ):
     # Two models with heads, norms and widths of their own, a few positions at a time.
-    monkeypatch.setattr(streaming, "LOGITS_AT_ONCE", 7 * VOCABULARY)
+    monkeypatch.setattr(perplexity, "LOGITS_AT_ONCE", 7 * VOCABULARY)
     monkeypatch.setattr("cfsp.quality.agreement._PROBABILITIES_AT_ONCE", 3 * VOCABULARY)
     dense = tiny_checkpoint("llama")
     other = tmp_path / "other"

@@ -19,7 +19,7 @@ from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import TextError, UsageError
-from cfsp.quality import answers, evaluate, streaming
+from cfsp.quality import answers, evaluate, perplexity
 from cfsp.quality.answers import Questions, answers_of, is_loop, windows_of
 from cfsp.text.chats import templated
 
@@ -175,7 +175,7 @@ def test_a_killed_run_goes_on(
 
     def run(*more: str, passes: int = 0, batches: int = 0) -> int:
         seen.clear()
-        sums = dying_at(passes, streaming.streamed_sums, lambda *_, label, **__: label, seen)
+        sums = dying_at(passes, perplexity.streamed_sums, lambda *_, label, **__: label, seen)
         ask = dying_at(batches, answers_before, lambda _, prompts, __: len(prompts), seen)
         monkeypatch.setattr(evaluate, "streamed_sums", sums)
         monkeypatch.setattr(answers._Answering, "answers", lambda *args: ask(*args))

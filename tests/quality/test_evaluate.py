@@ -16,8 +16,7 @@ from cfsp.errors import TextError, UsageError
 from cfsp.pipeline import prune_checkpoint
 from cfsp.quality import evaluate
 from cfsp.quality.evaluate import evaluate_models
-from cfsp.quality.perplexity import perplexity
-from cfsp.quality.streaming import streamed_perplexity
+from cfsp.quality.perplexity import perplexity, streamed_perplexity
 from cfsp.result.manifest import read_manifest
 from cfsp.result.prune_report import PruneReport
 from cfsp.settings import Budget, CalibrationText, Compute, EvaluationText, PruneSettings

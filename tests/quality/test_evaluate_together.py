@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cfsp.cli import main
-from cfsp.quality.streaming import joined_sums
+from cfsp.quality.perplexity import joined_sums
 from commands import Command, ranks
 from tiny_models import BLOCKS
 

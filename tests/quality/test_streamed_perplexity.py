@@ -13,9 +13,7 @@ from builders import dying_at
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.errors import CalibrationError
 from cfsp.quality import perplexity as measuring
-from cfsp.quality import streaming
-from cfsp.quality.perplexity import negative_log_likelihood
-from cfsp.quality.streaming import streamed_perplexity
+from cfsp.quality.perplexity import negative_log_likelihood, streamed_perplexity
 from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.windows import Windows
@@ -55,15 +53,15 @@ def test_it_is_the_whole_models(name):
 def test_logits_are_never_there_for_more_than_a_slice(monkeypatch):
     model, windows = build_tiny_model("gemma2"), random_windows(3, 20)
     seen: list[int] = []
-    logits = streaming.Head.logits
+    logits = measuring.Head.logits
 
     def counted(head: Any, hidden_PD: torch.Tensor) -> torch.Tensor:
         logits_PV = logits(head, hidden_PD)
         seen.append(logits_PV.numel())
         return logits_PV
 
-    monkeypatch.setattr(streaming.Head, "logits", counted)
-    monkeypatch.setattr(streaming, "LOGITS_AT_ONCE", 7 * VOCABULARY)
+    monkeypatch.setattr(measuring.Head, "logits", counted)
+    monkeypatch.setattr(measuring, "LOGITS_AT_ONCE", 7 * VOCABULARY)
     monkeypatch.setattr(measuring, "_LOSSES_AT_ONCE", 2 * VOCABULARY)
     found = streamed_perplexity(LoadedModel(model), windows, ENGINE)
     assert seen == [7 * VOCABULARY, 7 * VOCABULARY, 5 * VOCABULARY] * 3
@@ -88,10 +86,10 @@ def test_a_killed_pass_goes_on(tmp_path, monkeypatch):
 
     entered: list[int] = []
     advance = dying_at(
-        BLOCKS, streaming.StreamedBlock.advance, lambda it, *_, **__: it.index, entered
+        BLOCKS, measuring.StreamedBlock.advance, lambda it, *_, **__: it.index, entered
     )
     monkeypatch.setattr(
-        streaming.StreamedBlock, "advance", lambda *args, **kw: advance(*args, **kw)
+        measuring.StreamedBlock, "advance", lambda *args, **kw: advance(*args, **kw)
     )
     with pytest.raises(KeyboardInterrupt):
         measure(WorkDir(tmp_path, identity={}))

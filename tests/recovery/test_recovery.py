@@ -470,6 +470,17 @@ def test_too_few_minutes_are_refused_before_a_step(recovered, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_minutes_are_for_training(recovered, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("cfsp.recovery.recover.load_to_train", must_not_load)
+    measured = {"perplexity": {}, "seconds": 40.0}
+    monkeypatch.setattr("cfsp.recovery.recover.load_or_compute", lambda *_: measured)
+    how = Training(Limit(minutes=2), batch_windows=4, seqlen=32)
+    evaluation = EvaluationText((str(text_file),), 2, 32)
+    with pytest.raises(UsageError, match=r"--eval takes 80 s, .* give --max-minutes 3 or more, "):
+        recovered(training=how, evaluation=evaluation)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_checkpoint_that_cfsp_did_not_prune(tiny_checkpoint, recovered, out):
     dense = tiny_checkpoint("qwen2")
     by_importance = Adaptation(rank=2, allocation="importance")

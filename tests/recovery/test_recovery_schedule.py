@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cfsp.errors import UsageError
-from cfsp.recovery.prepare import Baseline, Perplexities, measure_before
 from cfsp.recovery.schedule import Schedule, TimeSchedule, rate_factor
 from cfsp.recovery.settings import Limit
 
@@ -234,49 +233,3 @@ def test_a_killed_run_has_only_what_is_left():
         schedule.step_done(step, CPU)
     assert schedule.is_over
     assert schedule.evaluates
-
-
-# Perplexity before and after.
-
-
-def baseline(
-    minutes: float, *, loading: float, window: float, wanted: int = 12
-) -> tuple[Baseline, float]:
-    """Measure with a clock that we move; return it and the seconds that measuring took."""
-    clock = Clock()
-
-    def measure(windows: int) -> Perplexities:
-        clock.seconds += loading + windows * window
-        return {"text": {"value": 1.0, "windows": windows}}
-
-    return measure_before(measure, wanted, minutes * 60, clock), clock.seconds
-
-
-@pytest.mark.parametrize(
-    ("minutes", "loading", "window", "seconds"),
-    # Time is plenty; loading is not taken for windows.
-    [(30, 5, 1, 17), (2, 2.3, 0.3, 5.9)],
-)
-def test_all_windows_where_they_fit(minutes, loading, window, seconds):
-    found, _ = baseline(minutes, loading=loading, window=window)
-    assert found.windows == found.perplexity["text"]["windows"] == 12
-    assert found.seconds == pytest.approx(seconds)
-
-
-def test_fewer_windows_or_none_where_half_of_the_minutes_is_too_short(caplog):
-    found, _ = baseline(2, loading=3, window=6)
-    assert 1 < found.windows < 12
-    assert f"measures on {found.windows} of 12 windows of each text" in caplog.text
-    with pytest.raises(UsageError, match=r"takes 80 s .* give --max-minutes 3 or more, or no"):
-        baseline(1, loading=10, window=30)
-
-
-@given(st.floats(0, 30), st.floats(0.01, 10), st.integers(1, 40), st.floats(1, 10))
-def test_measuring_takes_half_at_most(loading, window, wanted, minutes):
-    try:
-        found, before = baseline(minutes, loading=loading, window=window, wanted=wanted)
-    except UsageError:
-        assert 2 * (loading + window) > minutes * 30
-        return
-    assert 1 <= found.windows <= wanted
-    assert before + found.seconds <= minutes * 30 + 1e-6

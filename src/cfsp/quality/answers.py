@@ -26,8 +26,8 @@ from cfsp.errors import TextError, UsageError
 from cfsp.progress import item_progress
 from cfsp.quality.agreement import divergence_and_agreement
 from cfsp.quality.paired import per_count
+from cfsp.quality.perplexity import WindowSums
 from cfsp.quality.results_file import answer_measures
-from cfsp.quality.streaming import WindowSums
 from cfsp.settings import DEFAULT_ANSWER_TOKENS
 from cfsp.streaming.decoder_end import text_model
 from cfsp.streaming.work_dir import WorkDir, load_or_compute

@@ -21,15 +21,16 @@ from cfsp.errors import UsageError
 from cfsp.processes import Team
 from cfsp.quality.agreement import DenseEnd, agreement_of
 from cfsp.quality.answers import Questions, answers_of, answers_result, windows_of
-from cfsp.quality.perplexity import before_and_after, perplexity_of
-from cfsp.quality.results_file import measured_into
-from cfsp.quality.streaming import (
+from cfsp.quality.perplexity import (
     WindowSums,
+    before_and_after,
     joined_sums,
     no_sums,
+    perplexity_of,
     streamed_perplexity,
     streamed_sums,
 )
+from cfsp.quality.results_file import measured_into
 from cfsp.settings import DEFAULT_SEQLEN, Compute, EvaluationText
 from cfsp.streaming.decoder_end import Head
 from cfsp.streaming.hidden_states import HiddenStates
@@ -142,10 +143,14 @@ def evaluate_models(
     length = min(_window_length(texts, source) for source in sources)
     texts = replace(texts, seqlen=length)
     models = [_Model.of(source, texts, questions, compute) for source in sources]
-    if against is None:
-        _warn_of_other_tokens(models)
-    else:
+    if against is not None:
         _check_same_tokens(models)
+    for each in models if against is None else ():
+        if _other_tokens(each, models[0]):
+            logger.warning(
+                "%s cuts text into other tokens than %s: their perplexities do not compare",
+                *(each.source.label, models[0].source.label),
+            )
     identity = _identity(models, against, tasks, questions, compute)
     check_same_work(team, sources, {"text": json.dumps(identity["texts"])})
 
@@ -292,29 +297,22 @@ def measure_both(
     work_dir: WorkDir,
 ) -> dict[str, dict[str, Any]]:
     """Return the perplexities of both on each text, as the manifest has them."""
-    first = _perplexities(before, windows, compute, work_dir, "dense")
-    return before_and_after(first, _perplexities(after, windows, compute, work_dir, "pruned"))
 
+    def measure(source: WeightSource, label: str) -> dict[str, dict[str, Any]]:
+        runtime = runtime_of(compute, source)
+        return {
+            text: streamed_perplexity(
+                source,
+                of_text,
+                runtime,
+                work_dir=work_dir,
+                name=f"perplexity-{label}-{of_text.digest[:8]}",
+                label=f"{label} on {text}",
+            ).to_json()
+            for text, of_text in windows.items()
+        }
 
-def _perplexities(
-    source: WeightSource,
-    windows: Mapping[str, Windows],
-    compute: Compute,
-    work_dir: WorkDir,
-    label: str,
-) -> dict[str, dict[str, Any]]:
-    runtime = runtime_of(compute, source)
-    return {
-        text: streamed_perplexity(
-            source,
-            of_text,
-            runtime,
-            work_dir=work_dir,
-            name=f"perplexity-{label}-{of_text.digest[:8]}",
-            label=f"{label} on {text}",
-        ).to_json()
-        for text, of_text in windows.items()
-    }
+    return before_and_after(measure(before, "dense"), measure(after, "pruned"))
 
 
 def _identity(
@@ -375,14 +373,4 @@ def _check_same_tokens(models: Sequence[_Model]) -> None:
                 f"--against needs models with one vocabulary, but {model.source.label} predicts "
                 f"{found} tokens and {dense.source.label} {expected}; measure them without "
                 "--against"
-            )
-
-
-def _warn_of_other_tokens(models: Sequence[_Model]) -> None:
-    for model in models[1:]:
-        if _other_tokens(model, models[0]):
-            logger.warning(
-                "%s cuts text into other tokens than %s: their perplexities do not compare",
-                model.source.label,
-                models[0].source.label,
             )

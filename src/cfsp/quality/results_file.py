@@ -110,17 +110,20 @@ class MeasuredModel:
         Raises:
             ReportError: one text or task was measured otherwise there, or other answers.
         """
-        for text, sums in other.windows.items():
-            known = self.windows.get(text, sums)
-            is_same = known["digest"] == sums["digest"]
-            _check_alike(self, other, text, is_same, known["loss"] == sums["loss"])
-        for task, documents in other.documents.items():
-            mine = self.documents.get(task, documents)
-            is_same = hashes(mine) == hashes(documents)
-            _check_alike(self, other, task, is_same, mine == documents)
-        if self.answers and other.answers:
-            is_same = self.answers["digest"] == other.answers["digest"]
-            _check_alike(self, other, "answers", is_same, self.answers == other.answers)
+        mine = self._parts()
+        for place, (parts, results) in other._parts().items():
+            known, gave = mine.get(place, (parts, results))
+            if known != parts:
+                raise ReportError(
+                    f"{self.file} and {other.file} measured {self.name} on other parts of "
+                    f"{place[1]}; compare one of them"
+                )
+            if gave != results:
+                logger.warning(
+                    "%s and %s differ in the results of %s on %s, of which one is compared; name "
+                    "one file",
+                    *(self.file, other.file, self.name, place[1]),
+                )
         windows = _joined(self.windows, other.windows)
         for text, sums in other.windows.items():
             # Of two that are alike, the one that was compared with the dense model says more.
@@ -134,6 +137,14 @@ class MeasuredModel:
             documents=_joined(self.documents, other.documents),
             answers=self.answers or other.answers,
         )
+
+    def _parts(self) -> dict[tuple[str, str], tuple[Any, Any]]:
+        """Return of each text and task, and of answers, what was read and what it gave."""
+        return {
+            **{("text", text): (x["digest"], x["loss"]) for text, x in self.windows.items()},
+            **{("task", task): (hashes(x), x) for task, x in self.documents.items()},
+            **({("", "answers"): (self.answers["digest"], self.answers)} if self.answers else {}),
+        }
 
 
 def _joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
@@ -205,19 +216,3 @@ def measured_model(file: str, model: dict[str, Any]) -> MeasuredModel:
             f"{file} has no windows or documents of {model['model']}, which pairs are compared "
             "by; measure it again with: cfsp eval ... --out FILE"
         ) from error
-
-
-def _check_alike(
-    model: MeasuredModel, other: MeasuredModel, what: str, is_same: bool, gave_same: bool
-) -> None:
-    """Refuse two measurements of different things, and tell of those with different results."""
-    if not is_same:
-        raise ReportError(
-            f"{model.file} and {other.file} measured {model.name} on other parts of {what}; "
-            "compare one of them"
-        )
-    if not gave_same:
-        logger.warning(
-            "%s and %s differ in the results of %s on %s, of which one is compared; name one file",
-            *(model.file, other.file, model.name, what),
-        )

@@ -1,16 +1,10 @@
-"""All that is checked, read and measured before a recovery loads a model, and who teaches it.
-
-Perplexity before and after is paid for from the minutes of a recovery.
-"""
+"""All that is checked, read and measured before a recovery loads a model, and who teaches it."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-import math
 import os
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,10 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-# Of the minutes, for measuring before and after together; training is what they are for.
-_SHARE_OF_MINUTES = 0.5
-_FEW_WINDOWS = 4
-
 # What training holds for each parameter: weights, gradients, AdamW's moments in float32. Adapters
 # leave the weights in the model's dtype and have little else.
 _BYTES_TO_TRAIN: dict[Method, int] = {"full": 16, "lora": 4}
@@ -59,7 +49,7 @@ class Prepared:
 
     source: Checkpoint  # the pruned model
     out: Path
-    settings: RecoverSettings  # with a number of evaluation windows that every text holds
+    settings: RecoverSettings
     watch: Stopwatch
     text: RecoveryText
     targets: list[BlockTargets]
@@ -92,9 +82,6 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings) -> Prepare
         windows = evaluation_windows(settings.evaluation, source)
         text = read_text(settings.data, tokenizer, seqlen=training.seqlen, bos=training.bos)
     check_tokens(source.config, text.train.token_NT, source.label)
-    if windows:
-        count = min(len(of_text.tokens_NT) for of_text in windows.values())
-        settings = replace(settings, evaluation=replace(settings.evaluation, windows=count))
     identity = {
         "command": "recover",
         "model": fingerprint(source),
@@ -207,63 +194,8 @@ def check_teacher(
         )
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """Perplexity before training."""
-
-    perplexity: Perplexities  # text -> its value and its conditions
-    windows: int  # of each text
-    seconds: float  # that measuring took, and will take again after training
-
-
-def measure(directory: Path, texts: EvaluationText, compute: Compute, windows: int) -> Perplexities:
+def measure(directory: Path, texts: EvaluationText, compute: Compute) -> Perplexities:
     """Return text -> {"value", "tokens", "windows", "seqlen", "bos"} of a checkpoint."""
-    (found,) = evaluate_models([directory], replace(texts, windows=windows), compute)
+    (found,) = evaluate_models([directory], texts, compute)
     perplexity: Perplexities = found["perplexity"]
     return perplexity
-
-
-def measure_before(
-    measure_windows: Callable[[int], Perplexities],
-    windows: int,
-    seconds: float | None,
-    now: Callable[[], float] = time.monotonic,
-) -> Baseline:
-    """Measure on as many windows as half of the time is enough for, before and after.
-
-    That is of the `seconds` of the whole recovery; None without a limit.
-    """
-
-    def timed(count: int) -> Baseline:
-        begin = now()
-        perplexity = measure_windows(count)
-        return Baseline(perplexity, count, now() - begin)
-
-    if seconds is None:
-        return timed(windows)
-    allowed, begin = _SHARE_OF_MINUTES * seconds, now()
-    found = timed(1)
-    if 2 * found.seconds > allowed:
-        raise UsageError(
-            f"--eval takes {2 * found.seconds:.0f} s for one window of each text, before and after "
-            f"training, more than half of --max-minutes {seconds / 60:g}; give --max-minutes "
-            f"{math.ceil(2 * found.seconds / _SHARE_OF_MINUTES / 60)} or more, or no --eval"
-        )
-    # As if a window had taken all the time, and loading the model none of it.
-    a_window, loading = found.seconds, 0.0
-
-    def fit() -> int:
-        left = (allowed - (now() - begin)) / 2
-        return int(max(left - loading, 0.0) / max(a_window, 1e-9))
-
-    if 2 * _FEW_WINDOWS <= fit() < windows:
-        one, found = found, timed(_FEW_WINDOWS)
-        a_window = max((found.seconds - one.seconds) / (_FEW_WINDOWS - 1), found.seconds / 8)
-        loading = max(found.seconds - _FEW_WINDOWS * a_window, 0.0)
-    count = min(max(fit(), found.windows), windows)
-    if count < windows:
-        logger.warning(
-            f"--eval measures on {count} of {windows} windows of each text: more "
-            f"would take over half of --max-minutes {seconds / 60:g}"
-        )
-    return found if count == found.windows else timed(count)

@@ -6,6 +6,7 @@ pruned checkpoint + text -> windows -> ATTACH -> TRAIN -> MERGE -> checkpoint of
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -22,7 +23,7 @@ from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import check_output_is_free, created_parents, staged_directory
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.errors import RecoveryError
+from cfsp.errors import RecoveryError, UsageError
 from cfsp.processes import is_first_process, joined, take_own_accelerator
 from cfsp.quality.perplexity import before_and_after
 from cfsp.recovery.adaptation import (
@@ -34,11 +35,9 @@ from cfsp.recovery.adaptation import (
 )
 from cfsp.recovery.loss import loss_inside
 from cfsp.recovery.prepare import (
-    Baseline,
     Perplexities,
     Prepared,
     measure,
-    measure_before,
     prepare,
 )
 from cfsp.recovery.schedule import MARGIN
@@ -84,6 +83,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
+# Of the minutes, for measuring before and after together; training is what they are for.
+_SHARE_TO_MEASURE = 0.5
 # Names of places in the work directory.
 _TRAIN, _BEFORE = "train", "before"
 
@@ -223,11 +224,12 @@ def _recover(
 ) -> RecoverReport:
     """Do the work; only the first process has a work directory, and writes."""
     settings, watch = ready.settings, ready.watch
-    before = Baseline({}, 0, 0.0)
+    before: Perplexities = {}
+    seconds_to_measure = 0.0
     if work_dir is not None and settings.evaluation.names:
         with watch.stage("evaluate"):
-            before = _measured_before(ready, work_dir)
-    adapted, blocks, training, outcome = _train(ready, work_dir, started, before.seconds)
+            before, seconds_to_measure = _measured_before(ready, work_dir)
+    adapted, blocks, training, outcome = _train(ready, work_dir, started, seconds_to_measure)
     if not outcome.best_step:
         raise _nothing_gained(outcome, ready.source)
 
@@ -252,31 +254,33 @@ def _recover(
             copy_everything_else(ready.source, staging)
         del adapted, merged
         perplexity: Perplexities = {}
-        if before.windows:
+        if before:
             with watch.stage("evaluate"):
-                after = measure(staging, settings.evaluation, settings.compute, before.windows)
-                perplexity = before_and_after(before.perplexity, after)
+                after = measure(staging, settings.evaluation, settings.compute)
+                perplexity = before_and_after(before, after)
         done = report(perplexity)
         ready = replace(ready, settings=replace(settings, training=training))
         write_record(ready, done, staging, digests, command)
     return done
 
 
-def _measured_before(ready: Prepared, work_dir: WorkDir) -> Baseline:
-    """Return the perplexity before training, which a killed run may have measured already."""
-    settings = ready.settings
-    windows = settings.evaluation.windows
-    assert windows is not None
+def _measured_before(ready: Prepared, work_dir: WorkDir) -> tuple[Perplexities, float]:
+    """Return the perplexity before training and the seconds that it took, for a killed run too."""
 
-    def measure_windows(count: int) -> Perplexities:
-        return measure(ready.source.directory, settings.evaluation, settings.compute, count)
+    def timed() -> dict[str, Any]:
+        begin = time.monotonic()
+        found = measure(ready.source.directory, ready.settings.evaluation, ready.settings.compute)
+        return {"perplexity": found, "seconds": time.monotonic() - begin}
 
-    seconds = settings.training.limit.seconds
-    return Baseline(
-        **load_or_compute(
-            work_dir, _BEFORE, lambda: asdict(measure_before(measure_windows, windows, seconds))
+    before = load_or_compute(work_dir, _BEFORE, timed)
+    limit, needed = ready.settings.training.limit, 2 * before["seconds"]
+    if limit.seconds is not None and needed > _SHARE_TO_MEASURE * limit.seconds:
+        raise UsageError(
+            f"--eval takes {needed:.0f} s, before and after training, more than half of "
+            f"--max-minutes {limit.minutes:g}; give --max-minutes "
+            f"{math.ceil(needed / _SHARE_TO_MEASURE / 60)} or more, --set windows=N, or no --eval"
         )
-    )
+    return before["perplexity"], before["seconds"]
 
 
 def _train(
