@@ -25,17 +25,11 @@ _PROBABILITIES_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True)
 class DenseEnd:
-    """What the dense model predicts on the windows of a text.
-
-    Attributes:
-        head: its norm and head.
-        hidden: what leaves its last block, of all windows.
-        device: where its head computes.
-    """
+    """What the dense model predicts on the windows of a text."""
 
     head: Head
-    hidden: HiddenStates
-    device: torch.device
+    hidden: HiddenStates  # what leaves its last block, of all windows
+    device: torch.device  # of the head
 
     def hidden_of(self, window: int) -> Tensor:
         """Return the hidden states of one window, TD."""
@@ -48,13 +42,8 @@ class DenseEnd:
 def divergence_and_agreement(logits_PV: Tensor, dense_PV: Tensor) -> tuple[float, int]:
     """Compare the predictions of a model with the dense model's, in float32.
 
-    Args:
-        logits_PV: of the model.
-        dense_PV: of the dense model.
-
-    Returns:
-        The sum of KL(dense || model) over the positions in nats, and at how many of them the most
-        likely token is the dense model's (top-1 agreement).
+    Returns the sum of KL(dense || model) over the positions in nats, and at how many of them the
+    most likely token is the dense model's (top-1 agreement).
     """
     rows = max(1, _PROBABILITIES_AT_ONCE // logits_PV.shape[1])
     divergence = torch.zeros((), dtype=torch.float64, device=logits_PV.device)

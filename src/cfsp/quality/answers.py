@@ -62,12 +62,7 @@ class Questions:
     def of(
         cls, count: int, chats: str | None = None, longest: int = DEFAULT_ANSWER_TOKENS
     ) -> Questions:
-        """Return the first questions of those that come with cfsp, or that begin chats.
-
-        Raises:
-            UsageError: a number is not positive, or there are not so many.
-            TextError: these are no chats, or one has no question.
-        """
+        """Return the first questions of those that come with cfsp, or that begin chats."""
         for what, number in (("question", count), ("token of an answer", longest)):
             if number < 1:
                 raise UsageError(f"--answers needs at least 1 {what}, found {number}")
@@ -89,12 +84,7 @@ class Questions:
         return {"questions": len(self.asked), "tokens": self.longest, "digest": digest}
 
     def prompts(self, source: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        """Return the tokens that ask a model each question.
-
-        Raises:
-            UsageError: it has no chat template, or does not read so many tokens.
-            TextError: the template refuses a question.
-        """
+        """Return the tokens that ask a model each question."""
         if not getattr(tokenizer, "chat_template", None):
             raise UsageError(
                 f"--answers asks in the chat template, and the tokenizer of {source.label} has "

@@ -93,10 +93,7 @@ class Comparison:
 def compare(first: MeasuredModel, second: MeasuredModel, dense: MeasuredModel | None) -> Comparison:
     """Compare two models on the texts, tasks and questions that both were measured on.
 
-    The dense model may be one of them.
-
-    Raises:
-        ReportError: there is nothing that both were measured on, or other windows or documents.
+    The dense model may be one of them. Other windows or documents are refused.
     """
     texts = [
         _text_pair(text, first, second, dense) for text in first.windows if text in second.windows
@@ -128,11 +125,7 @@ def compare(first: MeasuredModel, second: MeasuredModel, dense: MeasuredModel | 
 def comparisons(
     models: Sequence[MeasuredModel], dense: MeasuredModel | None, base: MeasuredModel | None
 ) -> list[Comparison]:
-    """Compare all models with one, or with the dense one and then with the first of the others.
-
-    Raises:
-        ReportError: there are less than two models, or see `compare`.
-    """
+    """Compare all models with one, or with the dense one and then with the first of the others."""
     if base is not None:
         pairs = [(base, each) for each in models if each is not base]
     else:

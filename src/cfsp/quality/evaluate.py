@@ -265,13 +265,7 @@ def _measure_text(
 
 
 def evaluation_windows(texts: EvaluationText, source: Checkpoint) -> dict[str, Windows]:
-    """Read the windows of every evaluation text, so that no mistake is left for later.
-
-    Raises:
-        TextError: a text is missing or too short.
-        UsageError: the windows are longer than what the model can read.
-        CalibrationError: the tokenizer belongs to another model.
-    """
+    """Read the windows of every evaluation text, so that no mistake is left for later."""
     if not texts.names:
         return {}
     tokenizer, length = load_tokenizer(source.directory), _window_length(texts, source)

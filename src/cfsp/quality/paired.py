@@ -15,15 +15,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean.
-
-    Attributes:
-        value: the mean.
-        stderr: its standard error; None of a single window or document.
-    """
+    """A mean and its standard error."""
 
     value: float
-    stderr: float | None
+    stderr: float | None  # None of a single window or document
 
     def to_json(self) -> dict[str, Any]:
         """Return both, rounded."""
@@ -42,14 +37,10 @@ def mean(values: Sequence[float]) -> Estimate:
 
 
 def per_count(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
-    """Return the mean over tokens of sums over windows, which may count different numbers.
+    """Return the mean over tokens of sums s over W windows, each over a number n of tokens.
 
     It is r = sum(s) / sum(n). Windows are independent, tokens in a window are not, so the
     standard error is that of a ratio: sqrt(W / (W - 1) sum((s - r n)^2)) / sum(n).
-
-    Args:
-        sums: s, one of each of W windows.
-        counts: n, how many tokens each sum is over.
     """
     total = sum(counts)
     ratio = math.fsum(sums) / total

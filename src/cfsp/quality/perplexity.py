@@ -60,24 +60,14 @@ WindowSums = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Perplexity over windows, with its conditions: only what has the same ones compares.
+    """Perplexity over windows, with its conditions: only what has the same ones compares."""
 
-    Attributes:
-        value: exp of the mean negative log-likelihood.
-        tokens: how many tokens were predicted.
-        windows: how many windows of text were read.
-        seqlen: tokens in a window.
-        bos: whether every window begins with BOS.
-        evaluation_part: whether the text has a part that nothing is calibrated or trained on, and
-            they are of it.
-    """
-
-    value: float
-    tokens: int
+    value: float  # exp of the mean negative log-likelihood
+    tokens: int  # that were predicted
     windows: int
-    seqlen: int
-    bos: bool
-    evaluation_part: bool = False
+    seqlen: int  # tokens in a window
+    bos: bool  # whether every window begins with it
+    evaluation_part: bool = False  # whether nothing is calibrated or trained on that of the text
 
     @property
     def conditions(self) -> dict[str, Any]:
@@ -90,15 +80,9 @@ class Perplexity:
 
 
 def perplexity_of(loss: float, windows: Windows, label: str) -> Perplexity:
-    """Return the perplexity that a sum of losses over windows amounts to.
+    """Return the perplexity that a sum of losses in nats over windows amounts to.
 
-    Args:
-        loss: nats, over all counted tokens of the windows.
-        windows: read.
-        label: what an error calls the measurement.
-
-    Raises:
-        CalibrationError: it is NaN.
+    Or raise CalibrationError, which calls it by its label: it is NaN.
     """
     if math.isnan(loss):
         raise CalibrationError(f"{label}: the loss is NaN; evaluate with --dtype float32")
@@ -127,15 +111,8 @@ def negative_log_likelihood(logits_PV: Tensor, next_P: Tensor) -> float:
 def perplexity(model: PreTrainedModel, windows: Windows, label: str = "eval") -> Perplexity:
     """Measure the perplexity of a model in memory, one window at a time.
 
-    For what holds the whole model anyway; `streamed_perplexity` gives the same for any model.
-
-    Args:
-        model: a causal LM in evaluation mode.
-        windows: token windows without padding.
-        label: what the progress bar says.
-
-    Raises:
-        CalibrationError: token ids exceed the vocabulary, or the loss is NaN.
+    For what holds the whole model anyway, a causal LM in evaluation mode; `streamed_perplexity`
+    gives the same for any model. The windows have no padding.
     """
     check_tokens(model.config, windows.tokens_NT, label)
     scored_N = windows.scored_N.tolist()
@@ -183,7 +160,7 @@ def streamed_perplexity(
     name: str = "perplexity",
     label: str | None = None,
 ) -> Perplexity:
-    """Measure the perplexity of a model; the arguments and errors are those of `streamed_sums`.
+    """Measure the perplexity of a model; the arguments are those of `streamed_sums`.
 
     The processes of the work directory share the windows.
     """
@@ -211,19 +188,9 @@ def streamed_sums(
 
     Logits are in the dtype that the model computes in, their log-softmax is in float32.
 
-    Args:
-        source: the model.
-        windows: token windows; what pads them at the end counts for nothing.
-        runtime: where and in what to compute.
-        work_dir: where to spill and to save; None for neither.
-        name: of the pass, in its work directory.
-        label: what people read of it; None for its name.
-        dense: what the dense model predicts on the same windows, to compare with.
-        on_end: is given what left the last block; a pass that resumes a finished one has none.
-
-    Raises:
-        CalibrationError: token ids exceed the vocabulary.
-        ResumeError: the work directory holds unfinished work of something else.
+    What pads windows at their end counts for nothing. The pass has a name in its work directory,
+    and a label that people read. `on_end` is given what left the last block; a pass that resumes a
+    finished one has none.
     """
     check_tokens(source.config, windows.tokens_NT, label or name)
     visitor = _AtEnd(name, label, source, windows, runtime, dense, on_end)

@@ -22,11 +22,8 @@ def measured_into(
 ) -> dict[str, Any]:
     """Return results from a file, which the first process writes if it is not there yet.
 
-    The file appears when all is measured. It must be of the same identity: what results depend on,
-    as JSON types.
-
-    Raises:
-        OutputError: the file is there and of something else, or it cannot be written.
+    The file appears when all is measured. One of another identity, what results depend on as JSON
+    types, is refused.
     """
     there = team.from_first(lambda: _read_again(out, identity))
     if there is not None:
@@ -60,11 +57,7 @@ def _read_again(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Read what `cfsp eval --out` wrote, or `--json` printed.
-
-    Raises:
-        ReportError: it is missing, or something else.
-    """
+    """Read what `cfsp eval --out` wrote, or `--json` printed."""
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -82,34 +75,21 @@ def read_results(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """One model of one or more files.
+    """One model of one or more files."""
 
-    Attributes:
-        name: what it was called; with its file, where two models had one name.
-        fingerprint: tells it from others of the same name.
-        file: the first that it is in.
-        against: fingerprint of the dense model that it was compared with; None without.
-        windows: text -> sums over each window (see `cfsp.quality.evaluate`).
-        tasks: task -> scores.
-        documents: task -> its documents (see `cfsp.quality.tasks.scored`).
-        answers: to questions (see `cfsp.quality.answers.answers_result`); empty without.
-    """
-
-    name: str
+    name: str  # with its file, where two models have one name
     fingerprint: str
-    file: str
-    against: str | None = None
+    file: str  # the first that it is in
+    against: str | None = None  # fingerprint of the dense model that it was compared with
+    # By text sums over each window, by task scores and documents, and answers to questions: see
+    # `evaluate_models`.
     windows: dict[str, dict[str, Any]] = field(default_factory=dict)
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     documents: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     answers: dict[str, Any] = field(default_factory=dict)
 
     def with_more(self, other: MeasuredModel) -> MeasuredModel:
-        """Add what was measured of the same model in another file.
-
-        Raises:
-            ReportError: one text or task was measured otherwise there, or other answers.
-        """
+        """Add what was measured of the same model in another file; of other parts it is refused."""
         mine = self._parts()
         for place, (parts, results) in other._parts().items():
             known, gave = mine.get(place, (parts, results))
@@ -153,21 +133,17 @@ def _joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_models(paths: Sequence[Path]) -> list[MeasuredModel]:
-    """Read the models of several files; errors are those of `models_in` and `joined_models`."""
+    """Read the models of several files."""
     return joined_models(each for path in paths for each in models_in(path))
 
 
 def models_in(path: Path) -> list[MeasuredModel]:
-    """Read the models of one file, or raise ReportError: `cfsp eval --out` did not write it."""
+    """Read the models of one file."""
     return [measured_model(str(path), model) for model in read_results(path)["models"]]
 
 
 def joined_models(models: Iterable[MeasuredModel]) -> list[MeasuredModel]:
-    """Return models of several files; what is in several of them is one model.
-
-    Raises:
-        ReportError: two files disagree.
-    """
+    """Return models of several files; what is in several of them is one model."""
     found: dict[tuple[str, str], MeasuredModel] = {}
     for each in models:
         key = (each.name, each.fingerprint)
@@ -195,11 +171,7 @@ def answer_measures(answers: dict[str, Any]) -> dict[str, tuple[list[float], lis
 
 
 def measured_model(file: str, model: dict[str, Any]) -> MeasuredModel:
-    """Return one model of results, of what `cfsp eval --json` says of it in a file.
-
-    Raises:
-        ReportError: it has no windows or documents.
-    """
+    """Return one model of results, of what `cfsp eval --json` says of it in a file."""
     try:
         return MeasuredModel(
             model["model"],

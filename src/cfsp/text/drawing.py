@@ -82,17 +82,8 @@ def draw_text(
     """Draw calibration windows evenly from each text, without overlap, by seed.
 
     The kinds of the mixed text are drawn from evenly too, each as a source of its own. What a text
-    has too few windows for is drawn from the others; a long one is drawn from all over.
-
-    Args:
-        text: what to draw from, and how much.
-        tokenizer: the model's own.
-        processor: loads that of the model, for texts with images; None if it reads text alone.
-
-    Raises:
-        TextError: a text is missing or holds no window, or all hold too few.
-        UsageError: samples or seqlen is too small, or there is no BOS.
-        CheckpointError: a text has images, and the model no processor.
+    has too few windows for is drawn from the others; a long one is drawn from all over. Without a
+    processor images are left out.
     """
     return _first_of(*_shuffled_pools(text, tokenizer, processor))
 
@@ -100,12 +91,7 @@ def draw_text(
 def draw_left_over(
     text: CalibrationText, tokenizer: PreTrainedTokenizerBase, count: int
 ) -> Windows:
-    """Draw `count` windows that `draw_text` does not draw, as evenly from each text as there are.
-
-    Raises:
-        TextError: the texts have not so many windows left.
-        UsageError: a text has images.
-    """
+    """Draw `count` windows that `draw_text` does not draw, as evenly from each text as it has."""
     if any(TextSource(name, "calibration").has_images for name in text.names):
         raise UsageError(
             "a loss is measured on text alone, and a text to calibrate on has images; say how "
@@ -223,18 +209,9 @@ def consecutive_windows(
     seqlen: int,
     bos: Bos = "auto",
 ) -> Windows:
-    """Return the first `count` windows of a text's evaluation part.
+    """Return the first `count` windows of a text's evaluation part, or all of them for None.
 
-    Args:
-        text: see `cfsp.text.sources`.
-        tokenizer: the model's own.
-        count: windows N; None for all.
-        seqlen: tokens in a window, BOS included.
-        bos: whether windows begin with BOS; see `cfsp.text.tokenizers.beginning`.
-
-    Raises:
-        TextError: the text is missing or too short.
-        UsageError: count or seqlen is out of range, or there is no BOS.
+    BOS counts as one of the tokens of a window.
     """
     begins_with = beginning(tokenizer, bos)
     if (count is not None and count < 1) or seqlen < 2 + len(begins_with[1:]):

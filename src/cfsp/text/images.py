@@ -1,8 +1,5 @@
 """Windows with images: what a model's own processor makes of conversations that have some.
 
-Beside its messages a record has a column `images`: paths, relative to the file that names them;
-{"bytes", "path"}, as parquet files and data sets store them; or pictures of Pillow.
-
 All windows are equally long and none is padded, with images or without. A window has as many whole
 samples as fit, and is cut after T tokens where the last one goes on; an image is never cut. Where
 the next sample's image does not fit any more, the window goes on with the text of the samples that
@@ -27,8 +24,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from cfsp.errors import MissingExtraError, TextError
-from cfsp.text.chats import CHAT_COLUMN, Conversation, checked_messages
-from cfsp.text.records import IMAGE_COLUMN, value_of
+from cfsp.text.chats import CHAT_COLUMN
+from cfsp.text.records import Sample
 from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
@@ -43,61 +40,6 @@ ProcessorOf = Callable[[], Any]
 _NOT_NEEDED = ("input_ids", "attention_mask", "labels")
 # How many samples are held to be drawn from, for each window: images are too large to hold all.
 _SAMPLES_TOGETHER = 4
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A conversation, and the images that belong to it."""
-
-    messages: Conversation  # contents are lists of parts
-    images: tuple[Any, ...]  # paths, bytes or pictures, in the order of their places
-    where: str  # file and line, for errors
-
-
-def sample_of(record: Any, where: str, directory: Path | None) -> Sample:
-    """Return what a record has in its columns of messages and of images.
-
-    Paths of images are relative to `directory`; where it is None, images are no paths.
-    """
-    messages = checked_messages(value_of(record, CHAT_COLUMN, where), where)
-    found = record.get(IMAGE_COLUMN)
-    if found is None:
-        found = []
-    values = list(found) if isinstance(found, list | tuple) else [found]
-    images = tuple(_image(value, where, directory) for value in values)
-    return Sample(_with_places(messages, images, where), images, where)
-
-
-def _image(value: Any, where: str, directory: Path | None) -> Any:
-    if isinstance(value, dict):
-        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
-    if isinstance(value, str):
-        if "://" in value or directory is None:
-            raise TextError(
-                f"{where}: image {value[:60]!r} is not a local file; download it and name its path"
-            )
-        return directory / value
-    if isinstance(value, bytes) or hasattr(value, "convert"):
-        return value
-    raise TextError(
-        f"{where}: column {IMAGE_COLUMN!r} has a {type(value).__name__}, expected paths, "
-        '{"bytes", "path"} or pictures'
-    )
-
-
-def _with_places(messages: Conversation, images: Sequence[Any], where: str) -> Conversation:
-    """Return a conversation that says where each image is; first of all if nothing is said."""
-    places = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if places == len(images):
-        return messages
-    first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
-    if places or first is None:
-        raise TextError(
-            f'{where}: the messages have {places} parts {{"type": "image"}}, the column '
-            f"{IMAGE_COLUMN!r} has {len(images)}; there must be one for each"
-        )
-    added = [{"type": "image"} for _ in images] + messages[first]["content"]
-    return [*messages[:first], {**messages[first], "content": added}, *messages[first + 1 :]]
 
 
 def open_image(value: Any, where: str) -> Any:
@@ -133,10 +75,6 @@ def image_windows(
     """Return windows of a text's conversations in an order by chance.
 
     `counts` are how many there must be, and how many are wanted.
-
-    Raises:
-        TextError: there are too few, or a sample is not what the processor takes.
-        MissingExtraError: the processor needs Pillow or torchvision.
     """
     least, count = counts
     samples = _shuffled(source.samples(), generator, _SAMPLES_TOGETHER * count)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -14,7 +15,12 @@ from typing import Any
 
 from cfsp.checkpoint.locating import hub_is_missed, why_not_written
 from cfsp.errors import MissingExtraError, TextError
-from cfsp.text.chats import CHAT_COLUMN, checked_conversation
+from cfsp.text.chats import (
+    CHAT_COLUMN,
+    Conversation,
+    checked_conversation,
+    checked_messages,
+)
 
 IMAGE_COLUMN = "images"
 
@@ -56,6 +62,62 @@ def document_of(record: Any, column: str, where: str, *, beside_images: bool = F
     return value
 
 
+@dataclass(frozen=True)
+class Sample:
+    """A conversation, and the images that belong to it."""
+
+    messages: Conversation  # contents are lists of parts
+    images: tuple[Any, ...]  # paths, bytes or pictures, in the order of their places
+    where: str  # file and line, for errors
+
+
+def sample_of(record: Any, where: str, directory: Path | None) -> Sample:
+    """Return what a record has in its columns of messages and of images.
+
+    An image is a path, relative to `directory` (where that is None, images are no paths); or
+    {"bytes", "path"}, as parquet files and data sets store it; or a picture of Pillow.
+    """
+    messages = checked_messages(value_of(record, CHAT_COLUMN, where), where)
+    found = record.get(IMAGE_COLUMN)
+    if found is None:
+        found = []
+    values = list(found) if isinstance(found, list | tuple) else [found]
+    images = tuple(_image(value, where, directory) for value in values)
+    return Sample(_with_places(messages, images, where), images, where)
+
+
+def _image(value: Any, where: str, directory: Path | None) -> Any:
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, str):
+        if "://" in value or directory is None:
+            raise TextError(
+                f"{where}: image {value[:60]!r} is not a local file; download it and name its path"
+            )
+        return directory / value
+    if isinstance(value, bytes) or hasattr(value, "convert"):
+        return value
+    raise TextError(
+        f"{where}: column {IMAGE_COLUMN!r} has a {type(value).__name__}, expected paths, "
+        '{"bytes", "path"} or pictures'
+    )
+
+
+def _with_places(messages: Conversation, images: Sequence[Any], where: str) -> Conversation:
+    """Return a conversation that says where each image is; first of all if nothing is said."""
+    places = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if places == len(images):
+        return messages
+    first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
+    if places or first is None:
+        raise TextError(
+            f'{where}: the messages have {places} parts {{"type": "image"}}, the column '
+            f"{IMAGE_COLUMN!r} has {len(images)}; there must be one for each"
+        )
+    added = [{"type": "image"} for _ in images] + messages[first]["content"]
+    return [*messages[:first], {**messages[first], "content": added}, *messages[first + 1 :]]
+
+
 # Local files and directories.
 
 
@@ -89,12 +151,7 @@ def column_names(path: Path, lines: int = _LINES_LOOKED_AT) -> set[str]:
 
 
 def local_records(path: Path, columns: Sequence[str]) -> Iterator[Record]:
-    """Return the records of a file or directory that exists: the first column must be there.
-
-    Raises:
-        TextError: it is not readable as text.
-        MissingExtraError: it needs the package datasets or pyarrow.
-    """
+    """Return the records of a file or directory that exists: the first column must be there."""
     if path.is_dir():
         return _saved_dataset(path, columns)
     if path.suffix == ".jsonl":
@@ -202,18 +259,13 @@ def _checked(decode: Callable[[], str], where: str) -> str:
 
 @cache
 def hub_columns(hub_id: str, config: str, split: str) -> frozenset[str]:
-    """Return the columns of a data set; errors are those of `hub_records`."""
+    """Return the columns of a data set."""
     record, _ = next(hub_records(hub_id, config, split), ({}, ""))
     return frozenset(record)
 
 
 def hub_records(hub_id: str, config: str, split: str) -> Iterator[Record]:
-    """Yield the records of a data set, in its own order.
-
-    Raises:
-        TextError: the hub cannot be reached, or does not serve it.
-        MissingExtraError: the package datasets is not installed.
-    """
+    """Yield the records of a data set, in its own order."""
     datasets = import_datasets()
     if hub_is_missed():
         raise TextError(

@@ -30,17 +30,18 @@ from typing import TYPE_CHECKING, Any
 from cfsp.errors import GONE_TEXTS, TextError
 from cfsp.settings import Text
 from cfsp.text.chats import CHAT_COLUMN, Conversation, conversation_texts
-from cfsp.text.images import Sample, sample_of
 from cfsp.text.offline import MIXED, OFFLINE, Purpose
 from cfsp.text.records import (
     IMAGE_COLUMN,
     Record,
+    Sample,
     column_names,
     document_of,
     hub_columns,
     hub_records,
     is_text_file,
     local_records,
+    sample_of,
     text_file,
 )
 
@@ -69,15 +70,10 @@ _HUB: dict[str, tuple[str, str, dict[Purpose, str], str]] = {
 
 @dataclass(frozen=True)
 class TextSource:
-    """A stream of documents.
+    """A stream of documents."""
 
-    Attributes:
-        text: what the user called it, or the text itself.
-        purpose: what it is read for; sources with several parts give disjoint ones.
-    """
-
-    text: str | Text
-    purpose: Purpose
+    text: str | Text  # what the user called it, or the text itself
+    purpose: Purpose  # sources with several parts give disjoint ones
 
     @property
     def name(self) -> str:
@@ -152,12 +148,7 @@ class TextSource:
     def documents(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[str]:
         """Yield the documents, in the source's own order.
 
-        Args:
-            tokenizer: its chat template makes conversations into text; needed for these only.
-
-        Raises:
-            TextError: the source does not exist or is not readable as text.
-            MissingExtraError: it needs the package datasets or pyarrow.
+        The tokenizer's chat template makes conversations into text; it is needed for these only.
         """
         if not self.is_chat:
             self._tell_of_images()

@@ -31,11 +31,7 @@ def load_documents(directory: str, file: str, **_: Any) -> dict[str, Any]:
 
 
 def read_documents(path: Path) -> list[dict[str, Any]]:
-    """Return the documents of a file.
-
-    Raises:
-        TaskError: the file is missing or empty, or a line is not a document.
-    """
+    """Return the documents of a file."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -37,24 +37,14 @@ _FEWEST_DRAWS = 2
 
 @dataclass(frozen=True)
 class TaskRunner:
-    """The harness with its index of tasks, ready to score one model after the other.
-
-    Attributes:
-        selection: which tasks, and how.
-        manager: the harness's `TaskManager`.
-    """
+    """The harness with its index of tasks, ready to score one model after the other."""
 
     selection: TaskSelection
-    manager: Any
+    manager: Any  # the harness's `TaskManager`
 
     @classmethod
     def of(cls, selection: TaskSelection) -> TaskRunner:
-        """Index the tasks and check that all those selected exist, before any model is loaded.
-
-        Raises:
-            TaskError: a task is unknown, or the hub cannot be reached, which has its data.
-            MissingExtraError: the harness is not installed.
-        """
+        """Index the tasks and check that all those selected exist, before any model is loaded."""
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
@@ -107,11 +97,7 @@ class TaskRunner:
         return TaskScorer(self, lm)
 
     def read_data(self) -> None:
-        """Read the data of every task once, before any model is loaded.
-
-        Raises:
-            TaskError: the harness cannot get it.
-        """
+        """Read the data of every task once, before any model is loaded."""
         with _quiet():
             for name in self.selection.task_names:
                 self.load(name)
@@ -130,11 +116,7 @@ class TaskRunner:
         }
 
     def identity(self) -> dict[str, Any]:
-        """Return what scores depend on, as JSON types.
-
-        Raises:
-            TaskError: a local file of documents cannot be read.
-        """
+        """Return what scores depend on, as JSON types."""
         names, data = list(self.selection.names), self.selection.data
         digest = sha256()
         for name in self.selection.task_names if data is not None else ():
@@ -152,8 +134,7 @@ class TaskRunner:
     def load(self, name: str) -> tuple[list[Any], list[str]]:
         """Load one name's data anew: the harness keeps a run's requests in its task objects.
 
-        Returns:
-            The harness's objects to run (of a group, that alone), and the names of single tasks.
+        Returns its objects to run (of a group, that alone), and the names of single tasks.
         """
         try:
             loaded = self.manager.load([name])
@@ -171,15 +152,10 @@ class TaskRunner:
 
 @dataclass(frozen=True)
 class TaskScorer:
-    """Scores one model.
-
-    Attributes:
-        runner: the tasks.
-        lm: the model, as the harness runs it.
-    """
+    """Scores one model."""
 
     runner: TaskRunner
-    lm: Any
+    lm: Any  # the model, as the harness runs it
 
     def score(self, name: str) -> dict[str, Any]:
         """Score the model on one task, or on all of a group.
@@ -188,9 +164,6 @@ class TaskScorer:
             `tasks`: task or group -> {version, shots, documents, chance, and each metric with its
             standard error}. `documents`: task or group -> its documents, see
             `cfsp.quality.tasks.scored`.
-
-        Raises:
-            TaskError: the harness cannot get the task's data.
         """
         from lm_eval import evaluate
 

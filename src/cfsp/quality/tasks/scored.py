@@ -35,8 +35,7 @@ def scored_documents(
 ) -> list[ScoredDocument]:
     """Return the documents of a task, or of all tasks of a group, in their order.
 
-    Args:
-        tasks: the harness's, each with what it logged: of each filter one sample of each document.
+    Each of the harness's tasks comes with what it logged: of each filter a sample of each document.
     """
     found: list[ScoredDocument] = []
     picked: list[list[str]] = []
@@ -70,9 +69,8 @@ def scored_documents(
 def summary_of(documents: Sequence[ScoredDocument]) -> dict[str, Any]:
     """Return what the documents say beyond the harness's own numbers.
 
-    Returns:
-        `chance`, the accuracy of a guess; and of continuations `loss`, the mean negative
-        log-likelihood in nats, with its standard error.
+    That is `chance`, the accuracy of a guess; and of continuations `loss`, the mean negative
+    log-likelihood in nats, with its standard error.
     """
     if not documents:
         return {}

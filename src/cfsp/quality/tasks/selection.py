@@ -27,21 +27,13 @@ DEFAULT_BATCH = 8
 
 @dataclass(frozen=True)
 class TaskSelection:
-    """Tasks and how to run them.
+    """Tasks and how to run them."""
 
-    Attributes:
-        names: task, group or tag names of the harness, or a suite of `SUITES`.
-        limit: documents of each task; None for all.
-        shots: solved examples before each question; None for what the task says (mostly 0).
-        data: directory of JSONL files; None to let the harness get its own data from the hub.
-        batch: requests that pass together.
-    """
-
-    names: tuple[str, ...]
-    limit: int | None = None
-    shots: int | None = None
-    data: Path | None = None
-    batch: int = DEFAULT_BATCH
+    names: tuple[str, ...]  # of tasks, groups or tags of the harness, or of `SUITES`
+    limit: int | None = None  # documents of each task; None for all
+    shots: int | None = None  # solved examples first; None for what the task says (mostly 0)
+    data: Path | None = None  # directory of JSONL files; None for the harness's own, from the hub
+    batch: int = DEFAULT_BATCH  # requests that pass together
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -64,9 +56,6 @@ class TaskSelection:
 
         The hub's client itself tries for half a minute. A misspelt name is no matter of the hub:
         `check_known` comes first.
-
-        Raises:
-            TaskError: it cannot.
         """
         if self.data is None and hub_is_missed():
             raise TaskError(
@@ -82,11 +71,7 @@ def jsonl_task_directory() -> Path:
 
 
 def check_known(names: list[str], known: list[str], where: str) -> None:
-    """Check that every task is known.
-
-    Raises:
-        TaskError: one is not; the message has names that look alike.
-    """
+    """Check that every task is known, or tell of names that look alike."""
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, [*known, *SUITES], n=3)
