@@ -35,16 +35,8 @@ def models(tiny_checkpoint) -> list[str]:
 def argv(models, text_file, other_text_file) -> list[str]:
     """Another model of the same tokenizer, measured against the dense one, on texts as well."""
     asked = ["--data", str(text_file), "--data", str(other_text_file), "--windows", "3"]
-    asked += [
-        "--seqlen",
-        "24",
-        "--answers",
-        str(COUNT),
-        "--set",
-        f"answer_tokens={LONGEST}",
-        "--dtype",
-        "float32",
-    ]
+    asked += ["--seqlen", "24", "--dtype", "float32"]
+    asked += ["--answers", str(COUNT), "--set", f"answer_tokens={LONGEST}"]
     return ["eval", models[0], "--against", models[1], *asked]
 
 

@@ -299,14 +299,11 @@ def test_unknown_task_is_told_before_any_model_is_looked_for(task_data, command)
     assert "it has, for example: hellaswag, piqa, " in command(*argv, "zzz", status=2).err
 
 
-def test_unusable_task_data_and_models_too_large_are_told_before_the_first_forward_pass(
-    tiny_checkpoint, text_file, task_data, tmp_path, monkeypatch
+def test_models_too_large_are_told_before_the_first_forward_pass(
+    tiny_checkpoint, text_file, task_data, monkeypatch
 ):
     monkeypatch.setattr(evaluate, "streamed_sums", lambda *_, **__: pytest.fail("too late"))
     directory, texts = tiny_checkpoint("llama"), EvaluationText((str(text_file),), 2, 32)
-    runner = TaskRunner.of(TaskSelection(("piqa",), data=tmp_path))
-    with pytest.raises(TaskError, match="cannot read the task file"):
-        evaluate_models([directory], texts, Compute(), runner)
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     runner = TaskRunner.of(TaskSelection(("piqa",), data=task_data))
     with pytest.raises(UsageError, match="scoring tasks runs the whole model, which takes about"):
@@ -346,12 +343,14 @@ def test_damaged_task_file_is_one_sentence(line, message, tmp_path):
         read_documents(path)
 
 
-def test_missing_task_file_is_an_error_of_the_command(tiny_checkpoint, tmp_path, command):
-    argv = ["eval", str(tiny_checkpoint("llama")), "--tasks", "piqa", "--task-data"]
-    assert (
-        f"cannot read the task file {tmp_path / 'piqa.jsonl'}"
-        in command(*argv, tmp_path, status=2).err
-    )
+def test_missing_task_file_is_told_before_the_first_forward_pass(
+    tiny_checkpoint, text_file, tmp_path, command, monkeypatch
+):
+    monkeypatch.setattr(evaluate, "streamed_sums", lambda *_, **__: pytest.fail("too late"))
+    argv = ["eval", tiny_checkpoint("llama"), "--data", text_file, "--windows", "1"]
+    argv += ["--tasks", "piqa", "--task-data"]
+    missing = f"cannot read the task file {tmp_path / 'piqa.jsonl'}"
+    assert missing in command(*argv, tmp_path, status=2).err
     assert "does not exist" in command(*argv, tmp_path / "absent", status=2).err
 
 
