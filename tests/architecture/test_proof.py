@@ -32,7 +32,7 @@ from cfsp.architecture.found import Architecture
 from cfsp.architecture.model_classes import model_class_of
 from cfsp.architecture.proof import prove
 from cfsp.architecture.resizing import resize_ffn
-from cfsp.architecture.shrinking import smaller_configs
+from cfsp.architecture.small_run import smaller_configs
 from cfsp.errors import CheckpointError, UnsupportedModelError
 from toy_decoders import BLOCKS, CHANNELS, ToyConfig, register
 
@@ -68,6 +68,7 @@ def test_a_class_that_transformers_does_not_know_is_proved():
         ("a neighbour looks", "core.steps.0.thinker", "neighbours"),
         ("a block called twice", "core.steps.2", "order"),
         ("something between blocks", "core.steps.3", "order"),
+        ("windows and tokens are one axis", "core.steps.0", "order"),
     ],
 )
 def test_what_only_looks_like_an_ffn_is_refused(trick, module, check):
@@ -254,20 +255,6 @@ def test_named_parameters_and_attributes_get_the_new_width(width, dtype):
     assert block.inside.down.requires_grad
     assert all(new is untouched[name] for name, new in block.fc.named_parameters())
     assert list(dict(block.named_parameters())) == list(dict(Block().named_parameters()))
-
-
-def test_parameters_of_the_block_itself():
-    block = Block()
-    resize_ffn(block, 5, {"fc.weight": (0, 1), "fc.bias": (0, 1)}, [("fc", "out_features", 1)])
-    assert block.fc.out_features == 5
-    assert block.fc.weight.shape == (5, 4)
-    assert block.fc.bias.shape == (5,)
-    assert block.fc.weight.requires_grad
-
-
-def test_a_name_that_is_not_there_is_an_error():
-    with pytest.raises(AttributeError):
-        resize_ffn(Block(), 2, {"inside.up": (0, 1)}, [])
 
 
 def test_its_source_needs_nothing_but_torch():

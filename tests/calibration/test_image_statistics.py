@@ -17,8 +17,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from builders import draw_windows
 from cfsp.architecture.activations import hidden_state
-from cfsp.calibration.accumulators import DistanceSum
-from cfsp.calibration.calibrate import calibrate
+from cfsp.calibration.calibrate import DistanceSum, calibrate
 from cfsp.calibration.together import part_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.processes import Team

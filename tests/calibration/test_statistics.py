@@ -150,11 +150,6 @@ def test_damaged_statistics_are_refused(tmp_path: Path) -> None:
         damaged.write_bytes(changed)
         with pytest.raises(StatisticsError, match=said):
             Statistics.load(damaged)
-    # Up to version 5 there were sums and distances besides, which nothing reads.
-    older = content.replace(b'version\\": 6', b'version\\": 5').replace(
-        b'"distance_sum\\": ', b'"distance_sums\\": {\\"mse\\": 1.0, \\"angular\\": '
-    )
-    damaged.write_bytes(older)
     bad = random_unit_statistics(8, block=1)
     bad.sum_of_squares_F[2] = torch.nan
     replace(statistics, units=(statistics.units[0], bad)).save(damaged)

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import cfsp
 from cfsp.architecture import expert_proof
 from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.proof import prove, small_run_of
 from cfsp.architecture.small_run import FailedCheckError
-from cfsp.calibration.accumulators import OutputNorms
+from cfsp.calibration.calibrate import UnitSums
 from cfsp.calibration.observed import UnitStatistics
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, check_complete
@@ -59,8 +60,12 @@ def test_scores_are_those_of_the_published_formula():
     )
     source = LoadedModel(model, PARTS)
     (unit,) = source.units
-    outputs = OutputNorms([unit.ffns])
-    with torch.no_grad(), observed_activations(block, [unit], lambda *_: None, outputs.add):
+    outputs = UnitSums(unit.ffns, unit.ffns)
+
+    def add(_unit: int, expert: int, added_RD: Tensor, _token_R: Tensor) -> None:
+        outputs.add_output(expert, added_RD)
+
+    with torch.no_grad(), observed_activations(block, [unit], lambda *_: None, add):
         # The pre-hook of the block is what tells how many tokens there are.
         for hook in block._forward_pre_hooks.values():
             hook(block, (hidden_RD[None],), {})
@@ -82,7 +87,7 @@ def test_scores_are_those_of_the_published_formula():
             count_E[expert] += 1
     seen = tuple(int(count) for count in count_E)
     zeros = torch.zeros(unit.ffns * unit.width, dtype=torch.float64)
-    statistics = UnitStatistics(0, zeros, 40, seen, output_norm_E=outputs.norm_UE[0])
+    statistics = UnitStatistics(0, zeros, 40, seen, output_norm_E=outputs.output_norm_E)
     expected_E = sum_E / np.maximum(count_E, 1)
     np.testing.assert_allclose(expert_scores(statistics).numpy(), expected_E, rtol=1e-5)
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import statistics_with_distances
-from cfsp.calibration.accumulators import DistanceSum
+from cfsp.calibration.calibrate import DistanceSum
 from cfsp.calibration.observed import BlockStatistics
 from cfsp.calibration.statistics import Sensitivity
 from cfsp.planning.coarse import block_distances, block_importance, importance_by, of_units

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import random_unit_statistics, random_weights
-from cfsp.calibration.accumulators import ChannelSums
+from cfsp.calibration.calibrate import UnitSums
 from cfsp.calibration.observed import UnitStatistics
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.planning import channels
@@ -104,7 +104,7 @@ def activations(dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def test_channel_sums_equal_numpy_in_batches_of_any_size(dtype, batch):
     act_BTF = activations(dtype)
     before = act_BTF.clone()
-    sums = ChannelSums()
+    sums = UnitSums()
     for start in range(0, 5, batch):
         sums.add(act_BTF[start : start + batch])
     # What is given is what the down projection is about to read.
@@ -120,7 +120,7 @@ def test_channel_sums_equal_numpy_in_batches_of_any_size(dtype, batch):
 
 def test_sums_of_many_tokens_keep_their_precision():
     """A float32 running sum would stall: 1 + 2^24 x 1 is not representable there."""
-    sums = ChannelSums()
+    sums = UnitSums()
     sums.add(torch.full((1, 1, 1), 4096.0))
     for _ in range(4):
         sums.add(torch.full((1, 256, 1), 1.0))

@@ -23,7 +23,7 @@ from cfsp.pipeline import prune_model
 from cfsp.processes import Team
 from cfsp.repair import ladder
 from cfsp.repair import local as local_repair
-from cfsp.repair.local_training import group_of, highest_rate, schedule, train_blocks
+from cfsp.repair.local import group_of, highest_rate, schedule, train_blocks
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Budget, CalibrationText, LocalTraining, PruneSettings
 from cfsp.streaming import pass_state
@@ -267,12 +267,6 @@ def test_a_mixture_of_experts_is_refused_before_anything_is_computed(
     assert main([*argv, "--out", str(tmp_path / "out")]) == 2
     assert "(mixtral) has experts" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("option", ["--local-steps", "--local-blocks"])
-def test_options_of_local_without_it_are_refused(option, argv, tmp_path, capsys):
-    assert main([*argv, option, "1", "--out", str(tmp_path / "out")]) == 2
-    assert f"{option} belongs to --repair local" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("processes", [1, 3])

@@ -17,10 +17,9 @@ from cfsp.planning.candidate import Dropped
 from cfsp.repair.local import HeadLoss
 from cfsp.repair.result import BlockRepair, ExpertRepair
 from cfsp.streaming.block_calls import record_calls
-from cfsp.streaming.block_group import BlockGroup
 from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.stand_in import hidden_states_entering
-from cfsp.streaming.two_streams import Batch
+from cfsp.streaming.two_streams import Batch, BlockGroup
 from tiny_models import DENSE_CONFIGS, VOCABULARY, WIDTH, build_tiny_model
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of, build_skeleton
-from cfsp.errors import CalibrationError, UnsupportedModelError
+from cfsp.errors import UnsupportedModelError
 from cfsp.streaming import stand_in
 from cfsp.streaming.block_calls import AllBlocksRecordedError, record_calls
 from cfsp.streaming.block_stream import stream_blocks, windows_in_batch
@@ -116,13 +116,23 @@ def test_each_tensor_of_a_block_is_read_once(tiny_checkpoint, monkeypatch):
     assert "lm_head.weight" not in reads
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_damaged_weights_name_block_and_tensor(value):
-    model = build_tiny_model("llama")
-    with torch.no_grad():
-        model.model.layers[1].self_attn.k_proj.weight[3, 4] = value
-    with pytest.raises(CalibrationError, match=r"block 1 .*layers\.1\.self_attn\.k_proj\.weight"):
-        final_hidden(LoadedModel(model), None, torch.float32)
+def test_one_block_is_read_ahead_and_what_reading_raises_is_raised(tiny_checkpoint, monkeypatch):
+    begun: list[str] = []
+    read = stream_blocks.__globals__["read_tensors"]
+
+    def failing(module: nn.Module, prefix: str, *more: Any) -> Any:
+        begun.append(prefix)
+        return read(module, prefix, *more) if len(begun) < BLOCKS else 1 // 0
+
+    monkeypatch.setitem(stream_blocks.__globals__, "read_tensors", failing)
+    source = Checkpoint(tiny_checkpoint("llama"))
+    runtime = Runtime(torch.device("cpu"), torch.float32)
+    with pytest.raises(ZeroDivisionError):
+        for block in stream_blocks(source, Windows(TOKENS, {}), runtime):
+            assert block.index < BLOCKS - 1
+            block.advance()
+            assert len(begun) <= block.index + 2
+    assert begun == [f"model.layers.{index}." for index in range(BLOCKS)]
 
 
 # The recorder.

@@ -1,4 +1,4 @@
-"""Hidden states in memory and in files, reading ahead, and how much memory there is."""
+"""Hidden states in memory and in files, and how much memory there is."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import errno
 import os
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ import torch
 import cfsp
 from cfsp.errors import OutputError
 from cfsp.streaming import memory
-from cfsp.streaming.block_stream import read_ahead
 from cfsp.streaming.hidden_states import HiddenInFile, HiddenStates
 from cfsp.streaming.memory import peak_rss_bytes
 from forks import Job
@@ -113,43 +111,6 @@ def test_hidden_states_in_a_file_take_no_memory(forks, tmp_path):
     assert done.status == 0, done.stderr
     grown = int(done.stdout)
     assert grown < 32 << 20, f"{grown} of {64 << 21} bytes were resident"
-
-
-# Reading ahead.
-
-
-class Weights:
-    """Something that can be seen to go."""
-
-
-def test_reading_is_one_ahead_in_order_and_holds_nothing_back():
-    begun: list[int] = []
-    alive: weakref.WeakSet[Weights] = weakref.WeakSet()
-
-    def read(index: int) -> Weights:
-        begun.append(index)
-        weights = Weights()
-        alive.add(weights)
-        return weights
-
-    with read_ahead(read, range(2, 7)) as ahead:
-        for index in range(2, 7):
-            weights = ahead.take()
-            assert begun[:1] == [2] and len(begun) <= index
-            assert len(alive) <= 2
-            del weights
-    assert begun == [2, 3, 4, 5, 6]
-    assert len(alive) == 0
-
-
-def test_what_reading_raises_is_raised_where_it_is_wanted():
-    def read(index: int) -> int:
-        return 1 // (2 - index)
-
-    with read_ahead(read, range(4)) as ahead:
-        assert [ahead.take(), ahead.take()] == [0, 1]
-        with pytest.raises(ZeroDivisionError):
-            ahead.take()
 
 
 # Memory.

@@ -1,4 +1,9 @@
-"""The proof, by execution, that whole experts of a model can go, on a small random model.
+"""Whole experts as something that can go: what has their axis, and the proof by execution.
+
+The axis is found by building the stock model with another number of experts: the key of the config
+that says it is the one that does that, and every tensor that becomes shorter has the axis. Where
+the router chooses the best groups of experts first, equally many of each must stay; how many groups
+there are is found by trying. The proof, on a small random model:
 
     outputs    what its experts add, as it is seen while a block runs, is what the block's experts
                give together
@@ -22,10 +27,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from cfsp.architecture.activations import Products, observed_activations
 from cfsp.architecture.found import Architecture, RoutedExperts, Unit
-from cfsp.architecture.model_classes import with_values
+from cfsp.architecture.model_classes import empty_stock_model, with_values
 from cfsp.architecture.small_run import (
     TOLERANCE,
     FailedCheckError,
@@ -34,8 +40,7 @@ from cfsp.architecture.small_run import (
     check_same,
     difference,
     first_tensor,
-    set_parameter,
-    small_skeleton,
+    rebuilt,
 )
 from cfsp.errors import UnsupportedModelError, first_line
 
@@ -214,29 +219,169 @@ def _cut(architecture: Architecture, run: SmallRun, kept: Mapping[int, Sequence[
     """Return the run of the small model, built with fewer experts and the others' weights."""
     assert architecture.experts is not None
     count = len(next(iter(kept.values())))
-    config = with_values(run.model.config, {architecture.experts.key: count})
-    model: Any = small_skeleton(config, type(run.model))
+    config: Any = run.model.config
     axes = {
         architecture.block_prefix(unit.block) + name: (unit.block, axis)
         for unit in architecture.units
         if unit.expert_axes
         for name, axis in {**dict.fromkeys(unit.axes, 0), **unit.expert_axes}.items()
     }
-    whole: Any = run.model
     # Blocks that are built alike have the same tensors, and mostly the same experts stay.
     selected: dict[object, Tensor] = {}
-    for named in (whole.named_parameters, whole.named_buffers):
-        for name, tensor in named(remove_duplicate=False):
-            if tensor.is_meta:
+
+    def place_of(name: str, tensor: Tensor) -> tuple[str, Tensor] | None:
+        is_parameter = isinstance(tensor, nn.Parameter)
+        if name not in axes:
+            return (name, tensor) if is_parameter else None
+        block, axis = axes[name]
+        key = (id(tensor), tuple(kept[block]))
+        if key not in selected:
+            fewer = tensor.index_select(axis, torch.tensor(kept[block]))
+            selected[key] = nn.Parameter(fewer, False) if is_parameter else fewer
+        return name, selected[key]
+
+    return rebuilt(run, with_values(config, {architecture.experts.key: count}), place_of)
+
+
+def with_experts(
+    architecture: Architecture, config: PreTrainedConfig, run: SmallRun
+) -> Architecture:
+    """Return the architecture of a stock model with what has the axis of experts, proved."""
+    routed = [unit for unit in architecture.units if unit.routed]
+    if not routed:
+        raise refused_experts(
+            architecture, "it has no routed experts whose matrices cfsp could find"
+        )
+    counts = {unit.ffns for unit in routed}
+    if len(counts) > 1:
+        raise refused_experts(
+            architecture, f"its blocks have {sorted(counts)} experts, expected as many"
+        )
+    key, axes_of = _find_axes(architecture, config, type(run.model), routed)
+    units = tuple(
+        replace(unit, expert_axes=axes_of[unit.block]) if unit.routed else unit
+        for unit in architecture.units
+    )
+    experts = RoutedExperts(key, routed[0].ffns)
+    architecture = replace(architecture, units=units, experts=experts)
+    examples: dict[object, Unit] = {}
+    for unit in units:
+        if unit.expert_axes:
+            examples.setdefault(unit.kind, unit)
+    for unit in examples.values():
+        try:
+            check_outputs(run, unit)
+        except FailedCheckError as failure:
+            name = architecture.module_name(unit)
+            raise refused_experts(architecture, f"{name} failed the check {failure}") from failure
+    try:
+        groups = _find_groups(architecture, config, run)
+    except FailedCheckError as failure:
+        raise refused_experts(architecture, f"they failed the check {failure}") from failure
+    return replace(architecture, experts=replace(experts, groups=groups))
+
+
+def refused_experts(architecture: Architecture, reason: str) -> UnsupportedModelError:
+    """Return the error that whole experts of a model can't go."""
+    return UnsupportedModelError(
+        f"whole experts of {architecture.class_name} can't be removed: {reason}; prune it without "
+        "the part experts"
+    )
+
+
+def _find_axes(
+    architecture: Architecture, config: PreTrainedConfig, model_class: Any, routed: Sequence[Unit]
+) -> tuple[str, dict[int, dict[str, int]]]:
+    """Return the key that says how many experts there are, and what has their axis, by block."""
+    count = routed[0].ffns
+    fields = config.get_text_config(decoder=True).to_dict()
+    before, fewer = _shapes(config, model_class), count // 2
+    matrices = [
+        architecture.block_prefix(unit.block) + name for unit in routed for name in unit.axes
+    ]
+    for key in (key for key, value in fields.items() if value == count and type(value) is int):
+        try:
+            changed = with_values(config, {key: fewer})
+            after = _shapes(type(config).from_dict(changed.to_dict()), model_class)
+        except Exception:  # whatever a config or class does with a number that it does not expect
+            continue
+        if before.keys() == after.keys() and all(
+            _axis_between(before[name], after[name], count, fewer) == 0 for name in matrices
+        ):
+            break
+    else:
+        raise refused_experts(
+            architecture, f"no key of its config says alone that there are {count} experts"
+        )
+    unit_of = {architecture.block_prefix(unit.block): unit for unit in routed}
+    if len(unit_of) < len(routed):
+        raise refused_experts(
+            architecture, "a block has several routers, and its config one number"
+        )
+    axes: dict[int, dict[str, int]] = {unit.block: {} for unit in routed}
+    for name in (name for name in before if before[name] != after[name]):
+        prefix = next((prefix for prefix in unit_of if name.startswith(prefix)), None)
+        axis = _axis_between(before[name], after[name], count, fewer)
+        own = prefix is not None and name.removeprefix(prefix) in unit_of[prefix].axes
+        if prefix is None or axis is None or (not own and len(before[name]) > 2):
+            raise refused_experts(
+                architecture,
+                f"{name} of shape {list(before[name])} would have the shape {list(after[name])} "
+                f"with {fewer} experts, and cfsp cannot tell what it is",
+            )
+        if not own:
+            axes[unit_of[prefix].block][name.removeprefix(prefix)] = axis
+    return key, axes
+
+
+def _shapes(config: PreTrainedConfig, model_class: Any) -> dict[str, tuple[int, ...]]:
+    tensors = empty_stock_model(config, model_class).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _axis_between(
+    before: Sequence[int], after: Sequence[int], count: int, fewer: int
+) -> int | None:
+    """Return the only axis that has become shorter, from `count` to `fewer`; None if it is none."""
+    axes = [
+        axis for axis, pair in enumerate(zip(before, after, strict=False)) if len(set(pair)) > 1
+    ]
+    if len(before) != len(after) or len(axes) != 1:
+        return None
+    return axes[0] if (before[axes[0]], after[axes[0]]) == (count, fewer) else None
+
+
+def _find_groups(architecture: Architecture, config: PreTrainedConfig, run: SmallRun) -> int:
+    """Return how many groups keep equally many experts."""
+    assert architecture.experts is not None
+    count = architecture.experts.count
+    first: FailedCheckError | None = None
+    blocks = [unit.block for unit in architecture.units if unit.expert_axes]
+    fields = config.get_text_config(decoder=True).to_dict()
+    numbers = {
+        value
+        for name, value in fields.items()
+        if "group" in name and type(value) is int and 1 < value < count and count % value == 0
+    }
+    for groups in (1, *sorted(numbers)):
+        experts = replace(architecture.experts, groups=groups)
+        tried = replace(architecture, experts=experts)
+        near = counts_near(count // 2, experts)
+        kept = next((fewer for fewer in near if runs_with(tried, run, fewer)), None)
+        try:
+            if kept is None:
+                try_with(tried, run, count - groups)
                 continue
-            is_parameter = isinstance(tensor, nn.Parameter)
-            if name in axes:
-                block, axis = axes[name]
-                key = (id(tensor), tuple(kept[block]))
-                if key not in selected:
-                    fewer = tensor.index_select(axis, torch.tensor(kept[block]))
-                    selected[key] = nn.Parameter(fewer, False) if is_parameter else fewer
-                set_parameter(model, name, selected[key])
-            elif is_parameter:
-                set_parameter(model, name, tensor)
-    return replace(run, model=model, blocks=model.get_submodule(run.architecture.blocks))
+            for at_random in (False, True):
+                staying = staying_experts(experts, kept, at_random=at_random)
+                check_experts(tried, run, dict.fromkeys(blocks, staying))
+            return groups
+        except FailedCheckError as failure:
+            first = first or failure
+    raise first or FailedCheckError(f"runs: expected fewer than {count} experts, found none")
+
+
+def counts_near(wanted: int, experts: RoutedExperts) -> list[int]:
+    """Return the numbers of experts that may stay, those near one first and more before fewer."""
+    counts = range(experts.groups, experts.count, experts.groups)
+    return sorted(counts, key=lambda count: (abs(count - wanted), -count))

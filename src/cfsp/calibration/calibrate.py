@@ -1,7 +1,14 @@
-"""Calibration: one forward pass over the windows, giving Statistics."""
+"""Calibration: one forward pass over the windows, giving Statistics of streaming sums.
+
+Shapes: B windows, T tokens, S tokens of a sample, D hidden, F FFN channels, E experts, U units.
+
+Sums of a batch are kept as float32 and added up in float64, which is exact while they differ by
+less than 2^29: the order in which batches come, and so the number of processes, leaves no trace.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +18,14 @@ import torch
 from torch import Tensor
 
 from cfsp.architecture.found import Unit
-from cfsp.calibration.accumulators import BlockSums, run_distances, sampled, sampled_stride
-from cfsp.calibration.observed import CalibrationRecord, ObservedBlock, UnitStatistics
-from cfsp.calibration.statistics import Statistics
-from cfsp.calibration.together import add_up, part_of
+from cfsp.calibration.observed import (
+    BlockStatistics,
+    CalibrationRecord,
+    ObservedBlock,
+    UnitStatistics,
+)
+from cfsp.calibration.statistics import RunDistances, Statistics
+from cfsp.calibration.together import add_up, added_up, part_of
 from cfsp.checkpoint.reading import WeightSource, fingerprint
 from cfsp.checkpoint.skeleton import architecture_of
 from cfsp.checkpoint.text_config import vocabulary_of
@@ -28,6 +39,141 @@ from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+
+# Rows of activations that are summed at once: on a CPU their float32 copy should stay in the cache,
+# an accelerator is given few and large things to do.
+_ROWS, _ROWS_ELSEWHERE = 256, 4096
+# In all: their hidden states at every block are in memory.
+SAMPLED_TOKENS = 1024
+
+
+class DistanceSum:
+    """Angular distance between a block's input and output hidden states, summed over tokens.
+
+    Per token, in float32, with h the input and h' the output (D values each):
+
+        arccos(clamp(cos(h, h'), -1, 1)) / pi   (CFSP Eq. 3, in [0, 1])
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._total: Tensor | None = None
+
+    def add(self, input_BTD: Tensor, output_BTD: Tensor) -> None:
+        """Add the tokens of one batch."""
+        before = input_BTD.flatten(0, 1).float()
+        after = output_BTD.flatten(0, 1).float()
+        before_norm = torch.linalg.vector_norm(before, dim=1)
+        after_norm = torch.linalg.vector_norm(after, dim=1)
+        tiny = torch.finfo(torch.float32).tiny
+        cosine = (before * after).sum(1) / (before_norm * after_norm).clamp_min(tiny)
+        angular = torch.arccos(cosine.clamp(-1.0, 1.0)) / math.pi
+        # Kept where it was computed: to ask an accelerator for a number is to wait for it.
+        added = angular.sum(dtype=torch.float64).float()
+        self._total = added.double() if self._total is None else self._total + added
+        self.tokens += before.shape[0]
+
+    @property
+    def total(self) -> float:
+        """Sum over all tokens added so far."""
+        return 0.0 if self._total is None else float(self._total)
+
+
+class UnitSums:
+    """Sums of one unit: squares of every channel's activation, L2 norms of what every expert adds.
+
+    Both are float64. Channels of several FFNs (experts) are numbered through, one FFN after the
+    other. What an expert adds to a token is its output times the router's weight.
+    """
+
+    def __init__(self, ffns: int = 1, removable_experts: int = 0) -> None:
+        self.tokens_E = [0] * ffns
+        self.sum_of_squares_F: Tensor | None = None
+        self.output_norm_E = torch.zeros(removable_experts, dtype=torch.float64)
+        self.sublayer = DistanceSum()  # of an attention
+
+    def add(self, act_BTF: Tensor, ffn: int = 0) -> None:
+        """Add tokens of one batch: the input of the down projection of one FFN."""
+        rows = act_BTF.flatten(0, -2)
+        width = rows.shape[1]
+        if self.sum_of_squares_F is None:
+            channels = len(self.tokens_E) * width
+            self.sum_of_squares_F = torch.zeros(channels, dtype=torch.float64, device=rows.device)
+        own = slice(ffn * width, (ffn + 1) * width)
+        for part in torch.split(rows, _ROWS if rows.device.type == "cpu" else _ROWS_ELSEWHERE):
+            # Not in place: of float32 activations `float` gives the block's own tensor, no copy.
+            self.sum_of_squares_F[own] += part.float().square().sum(0)
+        self.tokens_E[ffn] += rows.shape[0]
+
+    def add_output(self, expert: int, output_RD: Tensor) -> None:
+        """Add tokens of one batch: what one expert adds."""
+        if len(self.output_norm_E):
+            norm_R = torch.linalg.vector_norm(output_RD.float(), dim=1)
+            self.output_norm_E = self.output_norm_E.to(norm_R.device)
+            self.output_norm_E[expert] += norm_R.sum(dtype=torch.float64).float()
+
+
+class BlockSums:
+    """All sums of one block."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self._units = units
+        self.distance = DistanceSum()
+        self.units = [UnitSums(unit.ffns, unit.removable_experts) for unit in units]
+
+    def observed(self, block: int, passing: Tensor | None = None) -> ObservedBlock:
+        """Return the statistics of the block at an index; for `passing` see `ObservedBlock`."""
+        distance_sum, tokens = self.distance.total, self.distance.tokens
+        units = []
+        for unit, sums in zip(self._units, self.units, strict=True):
+            squares_F = sums.sum_of_squares_F
+            if squares_F is None:
+                squares_F = torch.zeros(unit.ffns * unit.columns, dtype=torch.float64)
+            units.append(
+                UnitStatistics(
+                    block=block,
+                    sum_of_squares_F=squares_F.cpu(),
+                    tokens=tokens,
+                    routed_E=tuple(sums.tokens_E) if unit.ffns > 1 else (),
+                    part=unit.part,
+                    distance_sum=sums.sublayer.total if unit.after is not None else None,
+                    output_norm_E=sums.output_norm_E.cpu(),
+                )
+            )
+        if not math.isfinite(distance_sum) or not all(
+            bool(torch.isfinite(unit.sum_of_squares_F).all()) for unit in units
+        ):
+            raise CalibrationError(
+                f"block {block} produced NaN or infinite activations; "
+                "calibrate with --dtype float32 or bfloat16"
+            )
+        return ObservedBlock(BlockStatistics(distance_sum, tokens), tuple(units), passing)
+
+
+def run_distances(
+    observed: Sequence[ObservedBlock], team: Team, device: torch.device
+) -> RunDistances:
+    """Return the angular distances over all runs of blocks, of the tokens of all processes.
+
+    What enters the first block of a run and what leaves the last are many blocks apart, so the
+    hidden states of some tokens are kept at every block.
+    """
+    passing_L = [block.passing for block in observed if block.passing is not None]
+    sums = torch.zeros(len(observed) + 1, len(observed) + 1, dtype=torch.float64)
+    tokens = 0
+    if passing_L:  # else this process has no window
+        states = [passing_L[0][0], *(passing[1] for passing in passing_L)]
+        unit = [torch.nn.functional.normalize(state.float(), dim=-1) for state in states]
+        tokens = len(unit[0])
+        for first, before_SD in enumerate(unit):
+            for end in range(first + 1, len(unit)):
+                cosine_S = (before_SD * unit[end]).sum(-1).clamp(-1.0, 1.0)
+                sums[first, end] = (torch.arccos(cosine_S) / math.pi).double().sum()
+    own = torch.cat([sums.flatten(), torch.tensor([tokens], dtype=torch.float64)])
+    total = added_up(own, team, device)
+    rows = total[:-1].view(sums.shape).tolist()
+    return RunDistances(tuple(map(tuple, rows)), int(total[-1]))
 
 
 def calibrate(
@@ -49,7 +195,8 @@ def calibrate(
     check_tokens(source.config, windows.tokens_NT, source.label)
     own = windows.part(part_of(windows, team, runtime.batch_windows))
     if len(own.tokens_NT):
-        stride = sampled_stride(own) if runs else None
+        count, seqlen = own.tokens_NT.shape
+        stride = max(1, min(seqlen, count * seqlen // SAMPLED_TOKENS)) if runs else None
         visitor = _Calibration(name, stride, is_alone=team.size == 1)
         observed = pass_blocks(source, own, visitor, runtime, work_dir)
     else:
@@ -123,20 +270,24 @@ def observe(
     passing: list[Tensor] = []
 
     def on_act(unit: int, ffn: int, act_RF: Tensor, window_R: Tensor) -> None:
-        sums.channels[unit].add(act_RF, ffn)
+        sums.units[unit].add(act_RF, ffn)
         if on_activations is not None:
             on_activations(unit, ffn, act_RF, window_R)
 
     def on_hidden(input_BTD: Tensor, output_BTD: Tensor) -> None:
         sums.distance.add(input_BTD, output_BTD)
         if stride is not None:
-            passing.append(sampled(stride, input_BTD, output_BTD))
+            # From amid the first so many on: the first token of a window is unlike all others.
+            rows = [
+                each[:, stride // 2 :: stride].flatten(0, 1) for each in (input_BTD, output_BTD)
+            ]
+            passing.append(torch.stack(rows).cpu())
 
     block.advance(
         on_act,
         on_hidden,
-        lambda unit, before_BTD, after_BTD: sums.sublayers[unit].add(before_BTD, after_BTD),
-        sums.outputs.add,
+        lambda unit, before_BTD, after_BTD: sums.units[unit].sublayer.add(before_BTD, after_BTD),
+        lambda unit, expert, output_RD, _: sums.units[unit].add_output(expert, output_RD),
     )
     return sums.observed(block.index, torch.cat(passing, dim=1) if passing else None)
 

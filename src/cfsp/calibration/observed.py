@@ -24,9 +24,6 @@ from cfsp.errors import StatisticsError
 from cfsp.settings import UNIT_PARTS, Part
 
 STATISTICS_VERSION = 6
-# Version 4 has the sum of each activation besides, and both have distances besides the angular one,
-# which nothing is made from.
-_READ = (4, 5, STATISTICS_VERSION)
 _METADATA_KEY = "cfsp_statistics"
 
 
@@ -57,7 +54,7 @@ def read_facts(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise StatisticsError(
             f"{path} is not a statistics file; make one with: cfsp calibrate MODEL"
         ) from error
-    if version not in _READ:
+    if version != STATISTICS_VERSION:
         raise StatisticsError(
             f"{path} has statistics version {version}, expected {STATISTICS_VERSION}; "
             "calibrate again"
@@ -92,7 +89,7 @@ class BlockStatistics:
         tokens = int(entry["tokens"])
         if tokens < 1:
             raise ValueError(f"block {index} has seen {tokens} tokens")
-        return BlockStatistics(_distance_sum(entry), tokens)
+        return BlockStatistics(float(entry["distance_sum"]), tokens)
 
 
 @dataclass(frozen=True)
@@ -187,8 +184,7 @@ class UnitStatistics:
         part = entry.get("part", "ffn")
         if part not in UNIT_PARTS:
             raise ValueError(f"{name} is of the part {part!r}")
-        seen = entry.keys() & {"distance_sum", "distance_sums"}
-        distance = _distance_sum(entry) if seen else None
+        distance = float(entry["distance_sum"]) if "distance_sum" in entry else None
         return UnitStatistics(block, squares_F.double(), tokens, routed_E, part, distance, norm_E)
 
 
@@ -269,9 +265,3 @@ def units_from_json(
 
 def _path(directory: Path, block: int) -> Path:
     return directory / f"statistics-{block:05d}.safetensors"
-
-
-def _distance_sum(entry: Mapping[str, Any]) -> float:
-    # Up to version 5 there were other distances besides.
-    found = entry["distance_sums"]["angular"] if "distance_sums" in entry else entry["distance_sum"]
-    return float(found)

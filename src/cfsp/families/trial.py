@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from threading import Lock
 from typing import Any
 
-from cfsp.architecture.experts import with_experts
+from cfsp.architecture.expert_proof import with_experts
 from cfsp.architecture.model_classes import check_is_decoder
 from cfsp.architecture.proof import prove, small_run_of
 from cfsp.errors import CfspError, UnsupportedModelError, first_line

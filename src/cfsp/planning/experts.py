@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cfsp.architecture import expert_proof
-from cfsp.architecture.experts import counts_near
+from cfsp.architecture.expert_proof import counts_near
 from cfsp.architecture.proof import small_run_of
 from cfsp.calibration.observed import UnitStatistics
 from cfsp.checkpoint.reading import WeightSource

@@ -56,11 +56,7 @@ def needed_steps(repair: Repair, plan: PruningPlan) -> dict[str, Step]:
 
 
 def repair(job: Job, result: PruningResult, windows: Windows) -> PruningResult:
-    """Take the steps that the settings ask for, the plan needs, and that were not taken yet.
-
-    Raises:
-        CfspError: as the steps do.
-    """
+    """Take the steps that the settings ask for, the plan needs, and that were not taken yet."""
     taken = {step.name for step in result.steps}
     for name, step in needed_steps(job.settings.repair, result.plan).items():
         if name not in taken:
@@ -80,11 +76,7 @@ def repaired_a_little(
 
 
 def check_windows(job: Job, windows: Windows) -> None:
-    """Check that there are enough windows for the steps, and for every process.
-
-    Raises:
-        TextError: there are too few.
-    """
+    """Check that there are enough windows for the steps, and for every process."""
     if len(windows.tokens_NT) < 2:
         raise TextError(
             "repair needs at least 2 windows, one of them held out, found 1; give more text, more "
@@ -97,12 +89,7 @@ def check_windows(job: Job, windows: Windows) -> None:
 
 
 def check_can_be_repaired(source: WeightSource, settings: PruneSettings) -> None:
-    """Check that a model's blocks can be repaired as the settings ask for.
-
-    Raises:
-        UnsupportedModelError: some have experts or several FFN units, and more than the ridge is
-            asked for.
-    """
+    """Check that no block has experts or several FFN units where more than a ridge is asked for."""
     if settings.repair != "local":
         return
     experts = [unit.block for unit in source.units if unit.routed]

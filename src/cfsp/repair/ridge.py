@@ -55,16 +55,10 @@ def repair_down_projection(
 ) -> RidgeSolution:
     """Return the repaired down projection of one FFN.
 
-    The strength is chosen on tokens that the Gram matrix has not seen. If every strength does
-    worse there than no repair, the weights stay as they are.
-
-    Args:
-        down_DF: the weights before pruning.
-        kept: indices of the channels that stay, ascending.
-        gram_FF: E[x xᵀ] over calibration tokens, float32; None to leave the weights as they are.
-        held_out_RF: activations of held-out tokens.
-        lambdas: relative strengths to choose from, ascending; the middle one is tried first, and
-            in either direction no more once one does worse than the one before.
+    The strength is chosen on held-out tokens, which the Gram matrix E[x xᵀ] has not seen: the
+    middle one is tried first, and in either direction no more once one does worse than the one
+    before. If every one does worse than no repair, the weights stay as they are; so they do without
+    a Gram matrix.
     """
     mask_F = torch.zeros(down_DF.shape[1], dtype=torch.bool, device=down_DF.device)
     mask_F[torch.tensor(kept, dtype=torch.long, device=down_DF.device)] = True

@@ -68,15 +68,11 @@ def choose_and_repair(
     keep_U: Sequence[int | Sequence[int]],
     removed: Collection[int] = (),
 ) -> list[ChosenBlock]:
-    """Pass all windows through the model once; choose and repair in every block.
+    """Pass all windows, of which some are held out, through the model once; repair every block.
 
-    Args:
-        job: what is pruned; sums are float32, the solve is float64. New tensors go to its work
-            directory, until they are in the new checkpoint.
-        windows: two or more; some are held out from the fit (see `cfsp.text.windows`).
-        keep_U: the channels that each unit keeps, or how many: those that score most by what the
-            pass sees, and by the job's criterion.
-        removed: blocks that go whole; their statistics are gathered, and nothing is repaired.
+    `keep_U` are the channels that each unit keeps, or how many: those that score most by what the
+    pass sees. Of blocks that go whole statistics are gathered alone. Sums are float32, the solve is
+    float64. New tensors go to the job's work directory, until they are in the new checkpoint.
     """
     check_tokens(job.source.config, windows.tokens_NT, job.source.label)
     _warn_of_memory(job)

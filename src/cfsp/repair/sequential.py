@@ -143,11 +143,15 @@ def _best_fit(down_DK: Tensor, seen: _Seen, least: float) -> tuple[float, Tensor
     """
     best: tuple[float, Tensor] | None = None
     gram_KK, cross_KD = seen.means()
+    every_K = torch.arange(len(gram_KK), device=gram_KK.device)
     for ridge in LAMBDAS:
-        change_DK = _solve(gram_KK, cross_KD, ridge)
-        if change_DK is None:
+        system = ridge_factor(gram_KK, every_K, ridge)
+        if system is None:
             continue
-        new_DK = (down_DK.double() + change_DK).to(down_DK.dtype)
+        columns = [part_KC.double() for part_KC in torch.split(cross_KD, SOLVE_COLUMNS, dim=1)]
+        for column_KC in columns:
+            solve(system, column_KC)
+        new_DK = (down_DK.double() + torch.cat(columns, dim=1).T).to(down_DK.dtype)
         loss = seen.loss_with((new_DK.double() - down_DK.double()).float())
         if loss >= least and best is not None:
             break
@@ -156,30 +160,15 @@ def _best_fit(down_DK: Tensor, seen: _Seen, least: float) -> tuple[float, Tensor
     return best
 
 
-def _solve(gram_KK: Tensor, cross_KD: Tensor, ridge: float) -> Tensor | None:
-    """Return the change of the down projection; None if the matrix is not positive definite."""
-    every_K = torch.arange(len(gram_KK), device=gram_KK.device)
-    system = ridge_factor(gram_KK, every_K, ridge)
-    if system is None:
-        return None
-    columns = [part_KC.double() for part_KC in torch.split(cross_KD, SOLVE_COLUMNS, dim=1)]
-    for column_KC in columns:
-        solve(system, column_KC)
-    return torch.cat(columns, dim=1).T
-
-
 def _observe(group: GroupVisit, unit: Unit) -> _Seen:
     """Let the pruned stream pass the block once; gather sums, and held-out tokens whole."""
     seen = _Seen()
     act: list[Tensor] = []
     (module,) = group.blocks.modules
-    with observed_activations(
-        module, [unit], lambda position, ffn, act_RF, token_R: act.append(act_RF)
-    ):
+    with observed_activations(module, [unit], lambda *rows: act.append(rows[2])):
         for batch, is_held_out_B in group.own_batches():
-            act.clear()
             output_BTD = group.blocks(batch.input_BTD)
-            act_BTK = act[0].view(*output_BTD.shape[:2], -1)
+            act_BTK = act.pop().view(*output_BTD.shape[:2], -1)
             for part, add in ((~is_held_out_B, seen.add), (is_held_out_B, seen.add_held_out)):
                 if bool(part.any()):
                     chosen_B = part.to(group.device)

@@ -25,10 +25,9 @@ from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, unload
 from cfsp.cut.surgery import PrunedSource
 from cfsp.repair.result import BlockRepair, PruningResult, add_step, new_tensors, write_tensors
-from cfsp.streaming.block_group import BlockGroup
 from cfsp.streaming.block_pass import Visitor, pass_blocks
 from cfsp.streaming.block_stream import StreamedBlock
-from cfsp.streaming.two_streams import Batch, GroupVisit, TwoStreams, hidden_loss
+from cfsp.streaming.two_streams import Batch, BlockGroup, GroupVisit, TwoStreams, hidden_loss
 from cfsp.text.windows import joined
 
 if TYPE_CHECKING:

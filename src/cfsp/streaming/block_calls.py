@@ -10,23 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cfsp.errors import UnsupportedModelError
-from cfsp.streaming.call_values import (
+from cfsp.streaming.stand_in import (
+    PLAIN,
+    Arguments,
+    CallForm,
+    Extra,
+    HiddenLayout,
     Place,
-    WindowValues,
     differ,
     is_shared,
     leaves,
     mapped,
     place_in_words,
+    replaced,
     with_values,
 )
-from cfsp.streaming.stand_in import PLAIN, Arguments, CallForm, Extra, HiddenLayout, replaced
 
 
 @dataclass(frozen=True)
@@ -92,14 +97,8 @@ def record_calls(
 ) -> Recording:
     """Run a model's embeddings and masks on tokens; note how it would call its blocks.
 
-    Args:
-        decoder: the module whose forward takes token ids and calls the blocks, which alone need no
-            weights.
-        blocks: its list of decoder blocks.
-        tokens_BT: token ids.
-        form: how it takes hidden states from its blocks.
-        more: what else the forward is given, such as pixel values.
-        returns_zeros: whether stand-ins return zeros instead of the hidden state.
+    The blocks need no weights. `more` is what else the forward is given, such as pixel values;
+    stand-ins return the hidden state, or zeros.
     """
     recording = Recording()
 
@@ -118,10 +117,66 @@ def record_calls(
     raise AssertionError("the model's forward did not reach its last block")
 
 
+class WindowValues:
+    """Nested values whose tensors begin with the axis of windows, kept for each window."""
+
+    def __init__(self) -> None:
+        self._value_W: dict[int, Any] = {}
+
+    def write(self, windows: Sequence[int], value: Any, what: str) -> None:
+        """Keep nested tuples, lists and dictionaries of tensors [B, ...] and constants."""
+
+        def check(tensor: Tensor) -> Tensor:
+            if tensor.ndim == 0 or tensor.shape[0] != len(windows):
+                raise UnsupportedModelError(
+                    f"{what} has shape {list(tensor.shape)} for {len(windows)} windows; expected "
+                    "an axis of windows first, without which blocks cannot be run on windows of "
+                    "their own choice"
+                )
+            return tensor
+
+        mapped(value, check)
+        for row, window in enumerate(windows):
+            self._value_W[window] = mapped(value, partial(_row, row))
+
+    def keep(self, window: int, value: Any) -> None:
+        """Keep the value of a window that passes alone; its tensors need no axis of windows."""
+        self._value_W[window] = value
+
+    def read(self, windows: Sequence[int], device: torch.device) -> Any:
+        """Return the value of some windows in one batch; None where none was kept."""
+        parts = [self._value_W.get(window) for window in windows]
+        together = parts[0] if len(parts) == 1 or parts[0] is None else _together(parts)
+        return mapped(together, lambda tensor: tensor.to(device))
+
+
+def _row(row: int, tensor: Tensor) -> Tensor:
+    return tensor[row : row + 1].cpu()
+
+
+def _together(parts: Sequence[Any]) -> Any:
+    """Return the nested values of several windows with their tensors concatenated."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(parts))
+    if isinstance(first, dict):
+        return {key: _together([part[key] for part in parts]) for key in first}
+    if isinstance(first, tuple | list):
+        return type(first)(_together(items) for items in zip(*parts, strict=True))
+    return first
+
+
 class BlockCalls:
     """The calls of every block: one for each number of windows, and what differs between windows.
 
-    It is made from calls that were recorded with some tokens, and with as many other tokens.
+    What a model passes to a block depends on the shape of a batch only, with two exceptions:
+
+        of the text   a value made from token ids, such as an embedding of each layer
+        carried       what earlier blocks left for later ones: keys and values that blocks share, or
+                      what the block before returned beside the hidden state
+
+    Both are kept window by window, so that blocks can be called with any windows. It is made from
+    calls that were recorded with some tokens, and with as many other tokens.
     """
 
     def __init__(self, first: Sequence[BlockCall], second: Sequence[BlockCall]) -> None:
@@ -172,9 +227,6 @@ class BlockCalls:
 
         Windows before it were added before. What is not as in the calls that were added first is
         kept for each window; `added_L` is what the model adds to what enters a block, 1TD.
-
-        Raises:
-            UnsupportedModelError: blocks are called with other arguments.
         """
         first = self._by_size.setdefault(1, calls)
         same: dict[tuple[int, int], bool] = {}
@@ -218,11 +270,7 @@ class BlockCalls:
         return hidden_BTD
 
     def of(self, index: int, windows: int) -> BlockCall:
-        """Return how the model calls one of its blocks with any batch of so many windows.
-
-        Raises:
-            UnsupportedModelError: calls of this block differ from window to window.
-        """
+        """Return how the model calls one of its blocks with any batch of so many windows."""
         needs = [*self._text_L[index], *self._extra_L[index]]
         needs += [place for place in self._shared_L[index] if place in self._written]
         if needs:

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -24,9 +24,8 @@ from cfsp.streaming.runtime import versions
 from cfsp.streaming.stopwatch import PassTimes
 
 if TYPE_CHECKING:
-    import torch
-
     from cfsp.checkpoint.reading import WeightSource
+    from cfsp.streaming.decoder_start import Room
     from cfsp.streaming.runtime import Runtime
     from cfsp.streaming.work_dir import WorkDir
     from cfsp.text.windows import Windows
@@ -80,17 +79,8 @@ def pass_blocks(
 ) -> list[T]:
     """Let all windows pass all blocks, or those that a killed run left; return all results.
 
-    Args:
-        source: the model.
-        windows: without padding.
-        visitor: sees every block.
-        runtime: where and in what blocks compute, and how many windows pass together.
-        work_dir: where to spill and to save, and the processes that do the same with other
-            windows; None for none of these.
-
-    Raises:
-        ResumeError: the work directory holds unfinished work of something else.
-        OutputError: the disk is full.
+    The work directory is where to spill and to save, with the processes that do the same with other
+    windows; None for none of these.
     """
     label, blocks = visitor.label, source.architecture.block_count
     state = None
@@ -99,7 +89,9 @@ def pass_blocks(
         state = PassState(work_dir.directory / visitor.name, {**identity, **work_dir.identity})
     team = work_dir.team if work_dir is not None and visitor.waits_for_others else Team()
     if state is not None and team.size > 1:
-        _go_back_together(state, team)
+        # They save together: on at the last block that every process can go on at.
+        reachable = team.gather({state.next_block, state.before[0], 0})
+        state.go_back_to(max(set.intersection(*reachable)))
     results: list[T] = []
     if state is not None and state.next_block:
         results = [visitor.load(state.directory, block) for block in range(state.next_block)]
@@ -114,7 +106,7 @@ def pass_blocks(
             source,
             windows,
             runtime,
-            open_hidden=_hidden_opener(visitor.name, state, work_dir, runtime),
+            room=_room(visitor.name, state, work_dir, runtime),
             first_block=len(results),
             more_batch_sizes=visitor.more_batch_sizes,
             times=times,
@@ -129,12 +121,6 @@ def pass_blocks(
         if saver is not None:
             saver.all_done()
     return results
-
-
-def _go_back_together(state: PassState, team: Team) -> None:
-    """Go on at the last block that every process can go on at: they save together."""
-    reachable = team.gather({state.next_block, state.before[0], 0})
-    state.go_back_to(max(set.intersection(*reachable)))
 
 
 class _Saver:
@@ -178,13 +164,11 @@ class _Saver:
             self._visitor.save(self._results[block], self._state.directory, block)
 
 
-def _hidden_opener(
-    name: str, state: PassState | None, work_dir: WorkDir | None, runtime: Runtime
-) -> Callable[[tuple[int, ...], torch.dtype], HiddenStates]:
+def _room(name: str, state: PassState | None, work_dir: WorkDir | None, runtime: Runtime) -> Room:
     """Return what makes room for hidden states: in memory, or beyond the budget in a file."""
-    pinned = runtime.device.type == "cuda"
+    pinned, dtype = runtime.device.type == "cuda", runtime.dtype
 
-    def open_hidden(shape_NTD: tuple[int, ...], dtype: torch.dtype) -> HiddenStates:
+    def open_hidden(shape_NTD: tuple[int, ...]) -> HiddenStates:
         if work_dir is None:
             return HiddenStates(shape_NTD, dtype, pinned=pinned)
         directory, saved = work_dir.directory_of(name), state.hidden if state else None

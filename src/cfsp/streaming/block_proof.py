@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.architecture.block_names import blocks_in_words, index_without
-from cfsp.architecture.expert_proof import check_experts
-from cfsp.architecture.experts import refused_experts
+from cfsp.architecture.expert_proof import check_experts, refused_experts
 from cfsp.architecture.model_classes import with_values
 from cfsp.architecture.proof import small_run_of
 from cfsp.architecture.resizing import remove_attentions
@@ -30,9 +29,8 @@ from cfsp.architecture.small_run import (
     check_same,
     difference,
     first_tensor,
+    rebuilt,
     run_decoder,
-    set_parameter,
-    small_skeleton,
     small_tokens,
 )
 from cfsp.checkpoint.config_blocks import (
@@ -59,9 +57,8 @@ _CPU = torch.device("cpu")
 def check_blocks_can_go(source: WeightSource, removed: Collection[int]) -> None:
     """Check that a model can be written without some blocks, and computes as if they were skipped.
 
-    Raises:
-        UnsupportedModelError: its config cannot say it, blocks that stay need something of them
-            besides the hidden state, or tensors cannot be told apart.
+    It is an `UnsupportedModelError` where its config cannot say it, blocks that stay need something
+    of them besides the hidden state, or tensors cannot be told apart.
     """
     names_without_blocks(source, removed)
     prove_without_blocks(stock_config(source.config), removed)
@@ -86,8 +83,8 @@ def prove_without_blocks(stock: PreTrainedConfig, removed: Collection[int]) -> N
         ) from error
     with _refused(what):
         check_bites("without them", run_decoder(decoder, tokens_BT), expected)
-        compute = partial(run_decoder, _cut(run, changes, removed), tokens_BT)
-        check_same("cut", "the output with these blocks skipped", compute, expected)
+        cut = _cut(run, changes, removed)
+        check_same("cut", "the output with these blocks skipped", cut.decoder_output, expected)
 
 
 def check_attentions_can_go(
@@ -95,10 +92,7 @@ def check_attentions_can_go(
 ) -> None:
     """Check that a model computes the same without attentions of blocks as with nothing from them.
 
-    It was opened with its attentions; beside them blocks may go that can.
-
-    Raises:
-        UnsupportedModelError: none of a kind would stay, or others need something of them.
+    It was opened with its attentions; beside them blocks may go that can. One of a kind must stay.
     """
     stock = stock_config(source.config)
     prove_without_attentions(stock, source.architecture, removed, removed_blocks)
@@ -148,9 +142,6 @@ def check_experts_can_go(
     """Check that a model with some experts a block computes as if its router chose among these.
 
     It was opened with its experts; beside them blocks may go that can.
-
-    Raises:
-        UnsupportedModelError: it does not.
     """
     stock, architecture, _ = stock_without_blocks(
         stock_config(source.config), source.architecture, removed_blocks
@@ -227,19 +218,14 @@ def _run_with_cache(decoder: Any, tokens_BT: Tensor) -> Tensor:
     return torch.cat([first_tensor(first), first_tensor(second)], dim=1)
 
 
-def _cut(run: SmallRun, changes: Mapping[str, Any], removed: Collection[int]) -> nn.Module:
-    """Return the decoder of the small model, built without some blocks and with its weights.
-
-    `changes` are those of the large model's config.
-    """
+def _cut(run: SmallRun, changes: Mapping[str, Any], removed: Collection[int]) -> SmallRun:
+    """Return the small model without some blocks; `changes` are those of the large one's config."""
     config: Any = run.model.config
     count = run.architecture.block_count
     kept = [block for block in range(count) if block not in removed]
-    smaller = with_values(config, same_changes(config, changes, kept, count))
-    model: Any = small_skeleton(smaller, type(run.model))
-    for name, parameter in run.model.named_parameters(remove_duplicate=False):
+
+    def place_of(name: str, tensor: Tensor) -> tuple[str, Tensor] | None:
         new = name_without_blocks(run.architecture, removed, name)
-        if new is not None and not parameter.is_meta:
-            set_parameter(model, new, parameter)
-    decoder: nn.Module = model.get_submodule(run.architecture.decoder)
-    return decoder
+        return (new, tensor) if new and isinstance(tensor, nn.Parameter) else None
+
+    return rebuilt(run, with_values(config, same_changes(config, changes, kept, count)), place_of)

@@ -9,11 +9,12 @@ Shapes: B windows in a batch, T tokens, D hidden, F FFN channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from cfsp.checkpoint.reading import read_tensors
 from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, fill, unload
 from cfsp.errors import CalibrationError
 from cfsp.streaming.block_calls import BlockCall, BlockCalls
-from cfsp.streaming.decoder_start import DecoderStart, weights_of_start
+from cfsp.streaming.decoder_start import DecoderStart, Room, weights_of_start
 from cfsp.streaming.hidden_states import HiddenStates
 from cfsp.streaming.stopwatch import PassTimes
 
@@ -33,15 +34,12 @@ if TYPE_CHECKING:
     from cfsp.streaming.runtime import Runtime
     from cfsp.text.windows import Windows
 
-T = TypeVar("T")
-
 # Batches of about this many tokens: large enough for full speed, small enough for a cache.
 TOKENS_IN_BATCH = 4096
 
 OnActivations = Callable[[int, int, Tensor, Tensor], None]
 OnHidden = Callable[[Tensor, Tensor], None]
 OnSublayer = Callable[[int, Tensor, Tensor], None]
-OpenHidden = Callable[[tuple[int, ...], torch.dtype], HiddenStates]
 
 
 @dataclass
@@ -67,17 +65,12 @@ class StreamedBlock:
         on_sublayer: OnSublayer | None = None,
         on_output: OnOutput | None = None,
     ) -> None:
-        """Let all windows pass the block; the hidden states become its outputs.
+        """Let all windows pass the block, and drop its weights; its outputs are in `hidden` then.
 
-        The block's weights are dropped then: what comes after may need the memory.
-
-        Args:
-            on_activations: is given what `observed_activations` shows, with each row's window; None
-                where nobody looks.
-            on_hidden: is given the block's input and output hidden states, both BTD.
-            on_sublayer: is given the position of an attention among the block's units, the block's
-                input and the hidden state after the attention, both BTD, where it can be seen.
-            on_output: is given what experts add; looks only beside `on_activations`.
+        Shown are what `observed_activations` shows, with the window of each row instead of its
+        token; the hidden states before and after the block, both BTD; the position of an attention
+        among its units, with the hidden states before the block and after that; and what experts
+        add, but only beside activations.
         """
         after: dict[int, Tensor] = {}
         first_window, seqlen = 0, 1
@@ -165,27 +158,15 @@ def stream_blocks(
     windows: Windows,
     runtime: Runtime,
     *,
-    open_hidden: OpenHidden = HiddenStates,
+    room: Room | None = None,
     first_block: int = 0,
     more_batch_sizes: Iterable[int] = (),
     times: PassTimes | None = None,
 ) -> Iterator[StreamedBlock]:
     """Yield every block in turn; the caller must `advance` each before it asks for the next.
 
-    Args:
-        source: the model.
-        windows: without padding.
-        runtime: where and in what blocks compute, and how many windows pass together.
-        open_hidden: makes room for the hidden states, from their shape NTD and dtype.
-        first_block: the block to begin with; if it is not 0, `open_hidden` gives the states
-            that enter it.
-        more_batch_sizes: numbers of windows that blocks are called with besides those of batches.
-        times: is told what the time went into.
-
-    Raises:
-        CalibrationError: a weight is NaN or infinite.
-        CheckpointError: a tensor is missing.
-        UnsupportedModelError: blocks cannot be run one after the other.
+    The room for hidden states has those that enter the first block where that is not 0. Blocks may
+    be called with more numbers of windows than those of batches.
     """
     times = times or PassTimes()
     tokens_NT, architecture = windows.tokens_NT, source.architecture
@@ -203,14 +184,14 @@ def stream_blocks(
             return tensors
         return {name: tensor.pin_memory() for name, tensor in tensors.items()}
 
-    def room(shape_NTD: tuple[int, ...]) -> HiddenStates:
-        return open_hidden(shape_NTD, dtype)
-
-    with torch.inference_mode(), read_ahead(read, range(first_block, len(modules))) as ahead:
+    with torch.inference_mode(), ThreadPoolExecutor(1, "read-ahead") as pool:
+        # One block is read ahead and never two. It is gone from here when it is taken.
+        ahead = [pool.submit(read, first_block)]
         with weights_of_start(skeleton, source, runtime, has_images=windows.has_images):
             decoder = skeleton.get_submodule(architecture.decoder)
             multimodal = skeleton if windows.has_images else None
             start = DecoderStart(decoder, blocks, runtime, multimodal)
+            room = room or partial(HiddenStates, dtype=dtype)
             hidden, calls = start.embed(windows, batches, room, resumed=first_block > 0)
             for count in set(more_batch_sizes):
                 if count not in calls:
@@ -218,7 +199,11 @@ def stream_blocks(
         for index in range(first_block, len(modules)):
             module, units = modules[index], architecture.units_of(index)
             with times.part("weights"):
-                fill(module, ahead.take(), device)
+                tensors = ahead.pop().result()
+                if index + 1 < len(modules):
+                    ahead.append(pool.submit(read, index + 1))
+                fill(module, tensors, device)
+                del tensors
                 _check_finite(module, source, index)
             yield StreamedBlock(index, module, units, hidden, device, batches, calls, times)
             unload(module)
@@ -231,36 +216,3 @@ def _check_finite(module: nn.Module, source: WeightSource, block: int) -> None:
                 f"{source.label}: block {block} has NaN or infinite values in "
                 f"{source.architecture.block_prefix(block)}{name}; the checkpoint is damaged"
             )
-
-
-class ReadAhead(Generic[T]):
-    """Gives what a thread reads, in order; always one thing ahead and never two."""
-
-    def __init__(
-        self, pool: ThreadPoolExecutor, read: Callable[[int], T], indices: Sequence[int]
-    ) -> None:
-        self._pool, self._read, self._left = pool, read, list(indices)
-        self._pending: Future[T] | None = None
-        self._begin()
-
-    def take(self) -> T:
-        """Return the next thing, or raise what reading it raised, and begin to read the one after.
-
-        Nothing of it is kept here: it is gone when the caller drops it.
-        """
-        assert self._pending is not None
-        done, self._pending = self._pending, None
-        value = done.result()
-        self._begin()
-        return value
-
-    def _begin(self) -> None:
-        if self._left:
-            self._pending = self._pool.submit(self._read, self._left.pop(0))
-
-
-@contextmanager
-def read_ahead(read: Callable[[int], T], indices: Sequence[int]) -> Iterator[ReadAhead[T]]:
-    """Read things by index, one ahead of the caller, in one thread."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
-        yield ReadAhead(pool, read, indices)

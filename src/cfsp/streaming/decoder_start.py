@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,11 +39,7 @@ Room = Callable[[tuple[int, ...]], HiddenStates]
 class DecoderStart:
     """What a model does before its first block; it needs weights for all but its blocks.
 
-    Args:
-        decoder: the module whose forward takes token ids and calls the blocks.
-        blocks: its list of decoder blocks.
-        runtime: where and in what to compute.
-        multimodal: the whole model, where windows have images.
+    `multimodal` is the whole model, where windows have images.
     """
 
     def __init__(
@@ -59,16 +54,7 @@ class DecoderStart:
 
     @cached_property
     def form(self) -> CallForm:
-        """How the decoder takes hidden states from its blocks.
-
-        Raises:
-            UnsupportedModelError: they cannot be run one after the other.
-        """
-        if "input_ids" not in signature(self._decoder.forward).parameters:
-            raise UnsupportedModelError(
-                f"{type(self._decoder).__name__}, which calls the blocks, takes no token ids; "
-                "expected a decoder that begins with its own embeddings"
-            )
+        """How the decoder takes hidden states from its blocks."""
 
         def run(tokens_BT: Tensor) -> Tensor:
             output: Tensor = self._decoder(input_ids=tokens_BT, use_cache=False)[0]
@@ -88,9 +74,6 @@ class DecoderStart:
 
         Windows are never padded, so the calls depend on the shape of a batch, and in some models
         on the tokens; with images, on the window. A resumed pass has its hidden states already.
-
-        Raises:
-            UnsupportedModelError: blocks cannot be run one after the other.
         """
         tokens_NT = windows.tokens_NT
         hidden: HiddenStates | None = None
@@ -145,10 +128,7 @@ class DecoderStart:
         """Return what the model adds to what leaves a block, 1TD, by the index of the next block.
 
         Mostly nothing. It shows where stand-ins that return zeros are compared with a recording of
-        those that leave the hidden state as it is.
-
-        Raises:
-            UnsupportedModelError: the model does something else there than to add.
+        those that leave the hidden state as it is; all but an addition is refused.
         """
         entering_L = recording.entering_L
         if all(torch.equal(entering_L[0], each) for each in entering_L[1:]):

@@ -20,20 +20,14 @@ from torch import Tensor
 from cfsp.errors import OutputError
 
 _FILES = ("hidden-0.bin", "hidden-1.bin")
-_COPY_BYTES = 64 << 20
 
 
 class HiddenStates:
     """Hidden states of all windows, read and written batch by batch: one tensor.
 
-    Within a block every batch is read before it is written; `swap_buffers` ends the block.
-
-    Args:
-        shape_NTD: their shape.
-        dtype: their dtype.
-        directory: where `save` puts copies; None if it is never called.
-        saved: name of a file that `save` returned in an earlier process, to go on from.
-        pinned: whether a GPU copies from and to it.
+    Within a block every batch is read before it is written; `swap_buffers` ends the block. `save`
+    puts copies into a directory; `saved` is what it returned in an earlier process, to go on from.
+    A GPU copies from and to pinned memory.
     """
 
     def __init__(
@@ -50,12 +44,9 @@ class HiddenStates:
         self._directory, self._saved = directory, saved
         if saved is not None:
             assert directory is not None
-            with (directory / saved).open("rb", buffering=0) as file:
-                view = self._bytes()
-                done = 0
-                while done < len(view) and (count := file.readinto(view[done:])):
-                    done += count
-                assert done == len(view), (saved, done)
+            with (directory / saved).open("rb") as file:
+                count = file.readinto(self._bytes())
+                assert count == self.nbytes, (saved, count)
 
     def read(self, batch: slice) -> Tensor:
         """Return the windows of a batch, BTD; to be used before they are written."""
@@ -79,12 +70,9 @@ class HiddenStates:
         """Put the states on disk, after `swap_buffers`; return the name of their file."""
         assert self._directory is not None
         self._saved = _other(self._saved)
-        view = self._bytes()
-        with (self._directory / self._saved).open("wb", buffering=0) as file:
-            for start in range(0, len(view), _COPY_BYTES):
-                left = view[start : start + _COPY_BYTES]
-                while left:
-                    left = left[file.write(left) or 0 :]
+        with (self._directory / self._saved).open("wb") as file:
+            file.write(self._bytes())
+            file.flush()
             os.fsync(file.fileno())
         return self._saved
 

@@ -26,12 +26,8 @@ _LEAST_SECONDS = 0.01
 class PassState:
     """The state of one pass, in a directory of its own.
 
-    Args:
-        directory: is created.
-        identity: everything that the results depend on, as JSON types.
-
-    Raises:
-        ResumeError: the directory holds unfinished work of something else.
+    `identity` is everything that the results depend on, as JSON types; unfinished work of another
+    is refused.
     """
 
     def __init__(self, directory: Path, identity: dict[str, Any]) -> None:
@@ -76,11 +72,7 @@ class PassState:
 
 
 def read_state(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Return what WORK_DIR/PROCESS/PASS/state.json says.
-
-    Raises:
-        ResumeError: it belongs to work of another identity, or is damaged.
-    """
+    """Return what WORK_DIR/PROCESS/PASS/state.json says, if it is whole and of an identity."""
     work_dir = path.parents[2]
     try:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -34,11 +34,7 @@ class Runtime:
 
 
 def runtime_of(compute: Compute, source: WeightSource) -> Runtime:
-    """Return what `auto` comes to for a model on this machine.
-
-    Raises:
-        UsageError: torch cannot use the device here.
-    """
+    """Return what `auto` comes to for a model on this machine."""
     return Runtime(
         compute_device(compute.device), compute_dtype(source, compute.dtype), compute.batch_windows
     )
@@ -51,11 +47,7 @@ def fits(source: WeightSource, runtime: Runtime) -> bool:
 
 
 def check_fits(source: WeightSource, runtime: Runtime, purpose: str) -> None:
-    """Check that a whole model fits, for a purpose that the error names.
-
-    Raises:
-        UsageError: it does not.
-    """
+    """Check that a whole model fits, for a purpose that the error names."""
     needed, available = needed_bytes(source, runtime.dtype), free_bytes(runtime.device)
     if needed > available:
         raise UsageError(

@@ -13,18 +13,23 @@ Shapes: B windows, T tokens, D hidden (all that a token has, if a model keeps se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cfsp.architecture.activations import hidden_state
 from cfsp.errors import UnsupportedModelError
-from cfsp.streaming.call_values import differ, leaves, place_in_words
 
 # Windows and tokens of the batch that forms are tried on.
 _PROBED = (2, 3)
@@ -37,6 +42,64 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 # What a block returns, from its index, the hidden state as the model has it, and all else.
 Answer = Callable[[int, Tensor, Arguments], Any]
+
+
+# Where a value is in the arguments of a call: 0 (positional) or 1 (named), then keys and indices.
+Place = tuple[Any, ...]
+
+
+def leaves(value: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
+    """Yield everything in nested tuples, lists and dictionaries, with its place."""
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from leaves(item, (*place, key))
+    elif isinstance(value, tuple | list):
+        for index, item in enumerate(value):
+            yield from leaves(item, (*place, index))
+    else:
+        yield place, value
+
+
+def place_in_words(block: int, place: Place) -> str:
+    """Return where a value is, in words."""
+    return f"argument {'.'.join(str(key) for key in place[1:])} of block {block}"
+
+
+def with_values(value: Any, values: Mapping[Place, Any], place: Place = ()) -> Any:
+    """Return nested tuples, lists and dictionaries with other values in some places."""
+    if place in values:
+        return values[place]
+    if isinstance(value, dict) and value:
+        return {key: with_values(item, values, (*place, key)) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        items = [with_values(item, values, (*place, i)) for i, item in enumerate(value)]
+        return type(value)(items)
+    return value
+
+
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return nested tuples, lists and dictionaries with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: mapped(item, change) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(mapped(item, change) for item in value)
+    return value
+
+
+def is_shared(value: Any) -> bool:
+    """Return whether a value is a place where blocks leave something for later blocks."""
+    return isinstance(value, MutableMapping) and (not isinstance(value, dict) or not value)
+
+
+def differ(first: Any, second: Any) -> bool:
+    """Return whether two values at one place of two calls are different, if they are tensors."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        if first is second or first.shape != second.shape:
+            return first.shape != second.shape
+        return not torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
+    return isinstance(first, Tensor) != isinstance(second, Tensor)
 
 
 @dataclass(frozen=True)
@@ -177,11 +240,9 @@ class _WrongFormError(Exception):
     """The model did not take a hidden state as it was given."""
 
 
-@dataclass(frozen=True)
-class _Called:
+class _Called(NamedTuple):
     """A call of a block: the hidden states that it was given and returned, and all else."""
 
-    index: int
     given: Tensor
     returned: Tensor
     arguments: Arguments
@@ -192,16 +253,12 @@ def find_call_form(
 ) -> CallForm:
     """Try forms until the model's own forward runs to its end through stand-ins.
 
-    Args:
-        run: calls the model with tokens_BT and returns what leaves it, [B, T, ...]. It needs no
-            blocks.
-        blocks: its list of decoder blocks.
-        device: of the tokens.
+    `run` calls the model with tokens_BT and returns what leaves it, [B, T, ...]. That it calls each
+    block once, on what the one before gives, `cfsp.architecture.proof` has proved.
 
     Raises:
-        UnsupportedModelError: it calls blocks twice or not at all, changes hidden states between
-            them, needs more of what came before than the last hidden state, or takes none of the
-            forms.
+        UnsupportedModelError: it needs more of what came before than the last hidden state, or
+            takes none of the forms.
     """
     tokens_BT = torch.zeros(_PROBED, dtype=torch.long, device=device)
     name, reasons = type(blocks[0]).__name__, []
@@ -217,7 +274,6 @@ def find_call_form(
                 raise
             reasons.append(f"{type(error).__name__}: {error}".partition("\n")[0])
             continue
-        _check_order(called, blocks)
         last = called[-1].returned
         others: list[_Called] = []
         other = _run_through(run, tokens_BT, blocks, form, others, last=last, changed=True)
@@ -228,7 +284,7 @@ def find_call_form(
                 f"what comes after the last block ({type(blocks[-1]).__name__}) needs more than "
                 "its hidden states, so that blocks cannot be run one after the other"
             )
-        return CallForm(extras, _layout(called[0].given, name))
+        return CallForm(extras, _layout(called[0].given))
     raise UnsupportedModelError(
         f"{name} cannot be run by itself: the model takes neither a tensor nor a tuple from it "
         f"({reasons[0]}); please report the model type"
@@ -258,50 +314,27 @@ def _run_through(
         result = hidden / 2 + 1 if changed else hidden
         if last is not None and index == len(blocks) - 1:
             result = last
-        called.append(_Called(index, hidden, result, arguments))
+        called.append(_Called(hidden, result, arguments))
         return form.returned(result)
 
     with replaced(blocks, range(len(blocks)), answer):
         return run(tokens_BT)
 
 
-def _check_order(called: Sequence[_Called], blocks: nn.ModuleList) -> None:
-    """Check that all blocks were called, once and one after the other."""
-    name, order = type(blocks[0]).__name__, [call.index for call in called]
-    if order != list(range(len(blocks))):
-        shown = ", ".join(map(str, order[:8])) + (", ..." if len(order) > 8 else "")
-        raise UnsupportedModelError(
-            f"the model calls its blocks ({name}) in the order {shown}, not each once and "
-            "one after the other; its hidden states cannot be streamed through them"
-        )
-    for before, after in pairwise(called):
-        if differ(before.returned, after.given):
-            raise UnsupportedModelError(
-                f"the model changes the hidden states between blocks {before.index} and "
-                f"{after.index} ({name}), so that blocks cannot be run one after the other"
-            )
-
-
 def _check_independence(first: Sequence[_Called], second: Sequence[_Called], name: str) -> None:
     """Check that nothing but the hidden state depends on what earlier blocks return."""
-    for before, after in zip(first, second, strict=True):
+    for index, (before, after) in enumerate(zip(first, second, strict=True)):
         values = dict(leaves(after.arguments))
         for place, value in leaves(before.arguments):
             if place not in values or differ(value, values[place]):
                 raise UnsupportedModelError(
-                    f"{place_in_words(before.index, place)} ({name}) is made from hidden states of "
+                    f"{place_in_words(index, place)} ({name}) is made from hidden states of "
                     "earlier blocks, so that blocks cannot be run one after the other"
                 )
 
 
-def _layout(given: Tensor, name: str) -> HiddenLayout:
+def _layout(given: Tensor) -> HiddenLayout:
     """Return where the hidden states that the first block was given have their axes."""
     shape = tuple(given.shape)
-    starts = [axis for axis in range(len(shape) - 1) if shape[axis : axis + 2] == _PROBED]
-    if starts and len(shape) > 2:
-        return HiddenLayout(starts[0], shape[: starts[0]] + shape[starts[0] + 2 :])
-    windows, tokens = _PROBED
-    raise UnsupportedModelError(
-        f"block 0 ({name}) is given hidden states of shape {list(shape)}; expected an axis of "
-        f"{windows} windows followed by one of {tokens} tokens"
-    )
+    axis = next(i for i in range(len(shape) - 1) if shape[i : i + 2] == _PROBED)
+    return HiddenLayout(axis, shape[:axis] + shape[axis + 2 :])

@@ -77,13 +77,10 @@ def output_work_dir(
     memory_budget: int | None = None,
     team: Team | None = None,
 ) -> Iterator[WorkDir]:
-    """Give the work directory of an output, the file or directory that will be written.
+    """Give the work directory of an output, a file or directory; it is removed when all is done.
 
-    It is removed when all is done.
-
-    Raises:
-        OutputError: another run works there, or the place is not writable.
-        ResumeError: unfinished work of another command or number of processes is there.
+    What another run uses, or an unfinished one of another command or number of processes, is
+    refused.
     """
     team = team or Team()
     directory = directory_of_process(out, team.rank, team.size)
