@@ -134,7 +134,7 @@ def test_prune(tmp_path, tiny_checkpoint, text_file, name):
         CalibrationText((str(text_file),), samples=16, seqlen=32),
         Compute("cpu"),
         repair,
-        LocalTraining(steps=3, text=0.5),  # as much of the text as when it was pinned
+        LocalTraining(steps=3),
     )
     prune_checkpoint(open_checkpoint(tiny_checkpoint(name)), out, settings)
     plan = PruningPlan.load(out / PLAN_FILE)

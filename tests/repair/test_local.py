@@ -81,7 +81,7 @@ def train(
     on_step: Callable[[], object] = lambda: None,
 ) -> bool:
     """Train modules with their rates on one batch."""
-    batch = Batch(hidden_BTD, target_BTD, torch.empty(0))
+    batch = Batch(hidden_BTD, target_BTD)
     parameters = [(list(each.parameters()), rate) for each, rate in trained]
     steps = [(part, batch) for part in parts]
     return train_blocks(module, parameters, steps, error, torch.float32, Team(), on_step)
@@ -240,7 +240,7 @@ def test_every_kind_of_dense_model(name, tokenizer, text_file):
         Budget(0.5, multiple=4),
         text=CalibrationText((str(text_file),), samples=32, seqlen=32),
         repair="local",
-        local=LocalTraining(steps=15, text=0),
+        local=LocalTraining(steps=15),
     )
     dense = build_tiny_model(name)
     ridge = prune_model(dense, tokenizer, replace(settings, repair="ridge"))

@@ -2,8 +2,8 @@
 
 A few consecutive blocks train together. They see what the pruned blocks before them give, and learn
 what the dense stream holds after the last of them, so that they also correct the drift that they
-inherit. The model's last blocks learn what the dense model predicts and, if asked to, the text
-itself. There is no backward pass through more blocks than these.
+inherit. The model's last blocks learn what the dense model predicts. There is no backward pass
+through more blocks than these.
 
 Shapes: B windows in a batch, T tokens, P positions in a window, D hidden, V vocabulary.
 """
@@ -187,7 +187,7 @@ class _LocalRepair(StreamRepair):
         at_head = group.last + 1 == self.pruned.architecture.block_count
         loss_of: Loss = error_of_hidden
         if at_head:
-            loss_of = HeadLoss(self._job.source, self.runtime, training.text)
+            loss_of = HeadLoss(self._job.source, self.runtime)
         group.gather_held_out()
         before, error_L = group.team.from_first(lambda: (group.judge(loss_of), group.errors()))
         before.check_finite(group.dense_last)
@@ -247,25 +247,21 @@ class _LocalRepair(StreamRepair):
 
 
 class HeadLoss:
-    """How far predictions from what leaves the last block are from the dense model's, and the text.
+    """How far predictions from what leaves the last block are from the dense model's.
 
-    The head computes in the runtime's dtype, the loss is in float32; `text` is the part of the text
-    in it, from 0 to 1.
+    The head computes in the runtime's dtype, the loss is in float32.
     """
 
-    def __init__(self, source: WeightSource, runtime: Runtime, text: float) -> None:
+    def __init__(self, source: WeightSource, runtime: Runtime) -> None:
         self._head = Head(source, runtime.device, runtime.dtype)
-        self._text = text
 
     def __call__(self, output_BTD: Tensor, batch: Batch) -> Tensor:
-        """Return the loss of the next token's predictions, the mean over some positions, in nats.
-
-            (1 - text) KL(dense || output) - text log p(next token)
+        """Return KL(dense || output) of the next token, the mean over some positions, in nats.
 
         Neighbours are alike, so that every batch is judged at a few positions, others in each
         turn. Gradients reach the hidden states.
         """
-        windows, length = batch.tokens_BT.shape
+        windows, length = output_BTD.shape[:2]
         # What follows the last token is not known.
         stride = min(length - 1, max(1, windows * length // _PREDICTIONS))
         first = batch.turn % stride
@@ -274,10 +270,7 @@ class HeadLoss:
         with torch.no_grad():
             expected_BPV = self._log_probabilities(batch.dense_BTD, position_P)
         divergence_BP = torch.linalg.vecdot(expected_BPV.exp(), expected_BPV - log_probability_BPV)
-        next_BP1 = batch.tokens_BT[:, position_P + 1].unsqueeze(-1)
-        text_BP = -log_probability_BPV.gather(-1, next_BP1).squeeze(-1)
-        loss_BP = (1 - self._text) * divergence_BP + self._text * text_BP
-        loss: Tensor = loss_BP.mean()
+        loss: Tensor = divergence_BP.mean()
         return loss
 
     def _log_probabilities(self, hidden_BTD: Tensor, position_P: Tensor) -> Tensor:

@@ -134,9 +134,6 @@ class LocalTraining(Declared):
         least=1,
         flag="local-blocks",
     )
-    # The part of the text itself in the loss of the last blocks; the rest is the divergence from
-    # the dense model. Half of it leads away from that on other text (LOG.md).
-    text: float = 0.0
     # Highest learning rates, as parts of the root mean square of each tensor, because models differ
     # in the size of their weights and Adam's steps do not follow it: of any block, of a block by
     # its error before (the first have hardly any, and as long steps as others' only add some), and

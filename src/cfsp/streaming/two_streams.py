@@ -189,21 +189,19 @@ class Batch(NamedTuple):
     input_BTD: Tensor
     # Of the dense stream, as they leave the last of them.
     dense_BTD: Tensor
-    # The text.
-    tokens_BT: Tensor
     # Number of the batch among those of its kind, from 0.
     turn: int = 0
 
     def on(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
-        input_BTD, dense_BTD, tokens_BT = (tensor.to(device) for tensor in self[:3])
-        return Batch(input_BTD, dense_BTD, tokens_BT, self.turn)
+        return Batch(self.input_BTD.to(device), self.dense_BTD.to(device), self.turn)
 
     @staticmethod
     def joined(parts: Sequence[Batch], turn: int) -> Batch:
         """Return the windows of several batches as one."""
-        input_BTD, dense_BTD, tokens_BT = map(torch.cat, list(zip(*parts, strict=True))[:3])
-        return Batch(input_BTD, dense_BTD, tokens_BT, turn)
+        input_BTD = torch.cat([part.input_BTD for part in parts])
+        dense_BTD = torch.cat([part.dense_BTD for part in parts])
+        return Batch(input_BTD, dense_BTD, turn)
 
 
 # Of the hidden states that the blocks give for a batch, BTD.
@@ -287,7 +285,6 @@ class GroupVisit:
         return Batch(
             torch.cat([hidden.read(streams.pruned_rows(part)) for part in parts]),
             torch.cat([hidden.read_written(streams.dense_rows(part)) for part in parts]),
-            streams.tokens_NT[list(windows)],
             turn,
         ).on(self.device)
 
@@ -304,8 +301,7 @@ class GroupVisit:
             states_2BTD[0, rows] = of_own.input_BTD.float()
             states_2BTD[1, rows] = of_own.dense_BTD.float()
         input_BTD, dense_BTD = self.team.add_up(states_2BTD)
-        tokens_BT = self.streams.tokens_NT[list(windows)].to(self.device)
-        return Batch(input_BTD, dense_BTD, tokens_BT, turn)
+        return Batch(input_BTD, dense_BTD, turn)
 
     def own_batches(self) -> Iterator[tuple[Batch, Tensor]]:
         """Yield every window of this process once, with which of each batch are held out, [B]."""
