@@ -71,7 +71,7 @@ def arithmetic() -> dict[str, str]:
     return {
         "processor": processor(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__.partition("+")[0],
+        "torch": torch.__version__,  # builds may multiply by other libraries
         "transformers": transformers.__version__,
     }
 
