@@ -67,6 +67,7 @@ def test_a_class_that_transformers_does_not_know_is_proved():
         ("output not used", "core.steps.0.thinker", "bites"),
         ("a neighbour looks", "core.steps.0.thinker", "neighbours"),
         ("a block called twice", "core.steps.2", "order"),
+        ("a block skipped", "core.steps.2", "order"),
         ("something between blocks", "core.steps.3", "order"),
         ("windows and tokens are one axis", "core.steps.0", "order"),
     ],
@@ -78,6 +79,11 @@ def test_what_only_looks_like_an_ffn_is_refused(trick, module, check):
     assert f"{module} failed the check {check}: expected" in message
     assert "found" in message
     assert "please report" in message
+
+
+def test_a_decoder_that_takes_no_token_ids_is_refused():
+    with pytest.raises(UnsupportedModelError, match="could not be tried on random weights"):
+        prove(ToyConfig(trick="takes no token ids"))
 
 
 @pytest.mark.parametrize("trick", ["weights tied between blocks", "one module in two blocks"])

@@ -149,7 +149,7 @@ FILES = [
         "",
         (
             f"block 2 has NaN or infinite values in {UP.format(2)}",
-            replace(UP.format(2), lambda t: t * torch.nan),
+            replace(UP.format(2), lambda t: torch.full_like(t, torch.inf)),
         ),
         (
             "block 1 produced NaN or infinite activations",

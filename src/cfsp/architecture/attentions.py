@@ -16,7 +16,6 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -104,23 +103,6 @@ def _attention(
             f"{name.removesuffix('.weight')} {list(shape)}" for name, shape in matrices.items()
         )
         return f"heads: expected queries, keys and values of whole heads, found {names}"
-    return _unit(module, path, index, output, inputs, heads)
-
-
-def _whole_attention(module: nn.Module, path: str, index: int, hidden: int) -> Unit | None:
-    """Return the attention that a module is, its heads as one KV group; None if it is none."""
-    matrices, output = _matrices(module, hidden)
-    inputs = {name: out for name, (out, into) in matrices.items() if name != output}
-    if "Attention" not in type(module).__name__ or output is None or not inputs:
-        return None
-    whole = _unit(module, path, index, output, inputs, _Heads(1, 1, matrices[output][1])).whole()
-    # In a smaller model another one may be the largest.
-    return replace(whole, up=f"{path}.{next(iter(inputs))}")
-
-
-def _unit(
-    module: nn.Module, path: str, index: int, output: str, inputs: dict[str, int], heads: _Heads
-) -> Unit:
     axes = dict(_axes(module, output, inputs, heads))
     counts = {_HEADS: heads.query // heads.groups, _GROUPS: 1}
     code = _code_of_forward(type(module))  # type: ignore[arg-type]
@@ -138,6 +120,26 @@ def _unit(
         part="kv",
         # What it reads in its config while it runs.
         config_numbers={name: n for name, n in counts.items() if f"self.config.{name}" in code},
+    )
+
+
+def _whole_attention(module: nn.Module, path: str, index: int, hidden: int) -> Unit | None:
+    """Return the attention that a module is, its heads as one KV group; None if it is none."""
+    matrices, output = _matrices(module, hidden)
+    other = next((name for name in matrices if name != output), None)
+    if "Attention" not in type(module).__name__ or output is None or other is None:
+        return None
+    axis = _axis(module, output, of_outputs=False, spans=(matrices[output][1],))
+    return Unit(
+        block=index,
+        path=path,
+        width=1,
+        ffns=1,
+        up=f"{path}.{other}",
+        gate=None,
+        down=f"{path}.{output}",
+        axes={f"{path}.{output}": axis},
+        part="kv",
     )
 
 

@@ -48,7 +48,7 @@ from cfsp.errors import UnsupportedModelError, first_line
 _NEVER = -1e9
 
 
-def check_outputs(run: SmallRun, unit: Unit) -> None:
+def _check_outputs(run: SmallRun, unit: Unit) -> None:
     """Check that it is seen what the experts of a unit add."""
     block = run.blocks[unit.block]
     given: list[Tensor] = []
@@ -85,7 +85,7 @@ def check_outputs(run: SmallRun, unit: Unit) -> None:
     check_same("outputs", expected, lambda: found_RD, expected_RD)
 
 
-def staying_experts(experts: RoutedExperts, kept: int, *, at_random: bool = False) -> list[int]:
+def _staying_experts(experts: RoutedExperts, kept: int, *, at_random: bool = False) -> list[int]:
     """Return as many experts of each group, ascending: random ones, or the last."""
     # Without the first ones most groups go whole, where groups matter.
     size, each = experts.count // experts.groups, kept // experts.groups
@@ -99,20 +99,20 @@ def staying_experts(experts: RoutedExperts, kept: int, *, at_random: bool = Fals
 
 
 def runs_with(architecture: Architecture, run: SmallRun, count: int) -> bool:
-    """Return whether the model runs with so many experts in every block; see `try_with`."""
+    """Return whether the model runs with so many experts in every block; see `_try_with`."""
     try:
-        try_with(architecture, run, count)
+        _try_with(architecture, run, count)
     except FailedCheckError:
         return False
     return True
 
 
 @torch.no_grad()
-def try_with(architecture: Architecture, run: SmallRun, count: int) -> None:
+def _try_with(architecture: Architecture, run: SmallRun, count: int) -> None:
     """Run the small model with so many experts in every block; it must give numbers."""
     assert architecture.experts is not None
     blocks = [unit.block for unit in architecture.units if unit.expert_axes]
-    kept = dict.fromkeys(blocks, staying_experts(architecture.experts, count))
+    kept = dict.fromkeys(blocks, _staying_experts(architecture.experts, count))
     try:
         output = _cut(architecture, run, kept).decoder_output()
     except Exception as error:  # whatever a router does with too few experts
@@ -270,7 +270,7 @@ def with_experts(
             examples.setdefault(unit.kind, unit)
     for unit in examples.values():
         try:
-            check_outputs(run, unit)
+            _check_outputs(run, unit)
         except FailedCheckError as failure:
             name = architecture.module_name(unit)
             raise refused_experts(architecture, f"{name} failed the check {failure}") from failure
@@ -370,10 +370,10 @@ def _find_groups(architecture: Architecture, config: PreTrainedConfig, run: Smal
         kept = next((fewer for fewer in near if runs_with(tried, run, fewer)), None)
         try:
             if kept is None:
-                try_with(tried, run, count - groups)
+                _try_with(tried, run, count - groups)
                 continue
             for at_random in (False, True):
-                staying = staying_experts(experts, kept, at_random=at_random)
+                staying = _staying_experts(experts, kept, at_random=at_random)
                 check_experts(tried, run, dict.fromkeys(blocks, staying))
             return groups
         except FailedCheckError as failure:

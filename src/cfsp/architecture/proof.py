@@ -124,12 +124,12 @@ def _prove_part(
 
 def _verdict(run: SmallRun, unit: Unit, part: Part) -> Unit | FailedCheckError:
     try:
-        return prove_unit(run, unit, part)
+        return _prove_unit(run, unit, part)
     except FailedCheckError as failure:
         if part != "attention":
             return failure
     try:
-        return prove_unit(run, unit.whole(), part)
+        return _prove_unit(run, unit.whole(), part)
     except FailedCheckError as failure:
         return failure
 
@@ -206,7 +206,7 @@ def _guess(
     return find_architecture(model, part), shared
 
 
-def prove_unit(run: SmallRun, unit: Unit, part: Part) -> Unit:
+def _prove_unit(run: SmallRun, unit: Unit, part: Part) -> Unit:
     """Return the unit with its fusion settled, or raise FailedCheckError: it can't be cut."""
     if unit.part == "kv" and unit.width == 1 and part == "kv":
         raise FailedCheckError("heads: expected two KV groups or more, found one")

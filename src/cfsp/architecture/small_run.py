@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,6 @@ from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.found import Architecture
 from cfsp.errors import UnsupportedModelError, first_line
 from cfsp.settings import Part
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
 
 WINDOWS, TOKENS = 2, 12
 LEAST_CHANNELS = 8

@@ -1,6 +1,6 @@
 """Calibration: one forward pass over the windows, giving Statistics of streaming sums.
 
-Shapes: B windows, T tokens, S tokens of a sample, D hidden, F FFN channels, E experts, U units.
+Shapes: B windows, T tokens, S tokens of a sample, D hidden, F FFN channels, E experts, R rows.
 
 Sums of a batch are kept as float32 and added up in float64, which is exact while they differ by
 less than 2^29: the order in which batches come, and so the number of processes, leaves no trace.

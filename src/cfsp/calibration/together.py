@@ -1,7 +1,8 @@
 """Several processes that calibrate: each takes a part of the windows, sums are added at the end.
 
 Windows are split between batches, never within one, so that every batch is computed as one
-process would compute it. The sums then add up to the same numbers (see `accumulators`).
+process would compute it. The sums then add up to the same numbers; `cfsp.calibration.calibrate`
+says why.
 """
 
 from __future__ import annotations

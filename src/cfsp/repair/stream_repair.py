@@ -108,7 +108,7 @@ class StreamRepair(Visitor[BlockRepair | None]):
                 del self._dense_after[-1:]
             if block.index >= self._kept[0]:
                 self._dense_after.append(torch.cat(held_out))
-        block.tokens_done(len(streams.own) * streams.tokens_NT.shape[1])
+        block.tokens_done(len(streams.own) * streams.seqlen)
         waiting = map(streams.pruned_rows, streams.own_batches)
         indices = self._group_at.get(block.index)
         result = None

@@ -70,19 +70,18 @@ def prove_without_blocks(stock: PreTrainedConfig, removed: Collection[int]) -> N
     changes = changes_without_blocks(stock, removed)
     run = small_run_of(stock)
     decoder: Any = run.model.get_submodule(run.architecture.decoder)
-    tokens_BT = small_tokens(run.model)
     what = f"{blocks_in_words(removed)} of {run.architecture.class_name} can't be removed"
     try:
         form = find_call_form(lambda tokens: run_decoder(decoder, tokens), run.blocks, _CPU)
         with skipped(run.blocks, removed, form):
-            expected = run_decoder(decoder, tokens_BT)
+            expected = run.decoder_output()
     except Exception as error:  # however a model misses what its stand-ins do not leave
         raise UnsupportedModelError(
             f"{what}: they failed the check skipped: expected that the others need nothing of them "
             f"but a hidden state, found {first_line(error)}"
         ) from error
     with _refused(what):
-        check_bites("without them", run_decoder(decoder, tokens_BT), expected)
+        check_bites("without them", run.decoder_output(), expected)
         cut = _cut(run, changes, removed)
         check_same("cut", "the output with these blocks skipped", cut.decoder_output, expected)
 
@@ -120,12 +119,12 @@ def prove_without_attentions(
     _check_some_stay(attentions, {*removed, *gone}, kinds, what)
     leaving = [unit for unit in attentions if unit.block in removed or unit.block in gone]
     tokens_BT = small_tokens(run.model)
-    dense = run_decoder(decoder, tokens_BT)
+    dense = run.decoder_output()
     with ExitStack() as stack:
         for unit in leaving:
             attention = run.blocks[unit.block].get_submodule(unit.path)
             stack.callback(attention.register_forward_hook(_nothing).remove)
-        expected = run_decoder(decoder, tokens_BT)
+        expected = run.decoder_output()
     with _refused(what):
         check_bites("without them", dense, expected)
         caches = difference(_run_with_cache(decoder, tokens_BT), dense) <= TOLERANCE

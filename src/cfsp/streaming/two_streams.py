@@ -122,7 +122,8 @@ class TwoStreams:
     dense stream, then all of the pruned.
     """
 
-    tokens_NT: Tensor
+    count: int  # of windows
+    seqlen: int
     # Windows that nothing is fitted to.
     held_out: tuple[int, ...]
     # Windows that pass together, at most.
@@ -135,13 +136,13 @@ class TwoStreams:
         count, seqlen = windows.tokens_NT.shape
         batch = max(1, min(tokens_in_batch // seqlen, count // _LEAST_BATCHES))
         held_out = windows.held_out_N.nonzero().flatten().tolist()
-        return TwoStreams(windows.tokens_NT, tuple(held_out), batch, team)
+        return TwoStreams(count, seqlen, tuple(held_out), batch, team)
 
     @property
     def fitted(self) -> list[int]:
         """Windows that are not held out."""
         held_out = set(self.held_out)
-        return [window for window in range(len(self.tokens_NT)) if window not in held_out]
+        return [window for window in range(self.count) if window not in held_out]
 
     @property
     def judged(self) -> list[tuple[int, ...]]:
@@ -152,8 +153,7 @@ class TwoStreams:
     @cached_property
     def own(self) -> range:
         """The windows of this process."""
-        count = len(self.tokens_NT)
-        return range(count)[self.team.share(count, self.batch)]
+        return range(self.count)[self.team.share(self.count, self.batch)]
 
     @property
     def own_held_out(self) -> list[int]:
@@ -372,7 +372,7 @@ class GroupVisit:
 
     def progress(self, done: float) -> None:
         """Report which part of the work on the group is done, from 0 to 1."""
-        tokens_of_window = self.streams.tokens_NT.shape[1] * len(self.blocks.modules)
+        tokens_of_window = self.streams.seqlen * len(self.blocks.modules)
         tokens = round(done * len(self.streams.own) * tokens_of_window)
         self._block.tokens_done(tokens - self._reported)
         self._reported = tokens
