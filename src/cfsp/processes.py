@@ -27,7 +27,7 @@ T = TypeVar("T")
 # The fastest process waits so long for the slowest.
 PATIENCE_SECONDS = 1800.0
 # Machines may begin this long after each other, however little they may differ at the end.
-_START_SECONDS = 300.0
+_START_SECONDS = 1800.0
 
 
 def is_first_process() -> bool:
@@ -201,7 +201,7 @@ def joined(device: torch.device) -> Iterator[Team]:
     if device.type != "cpu":
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
     try:
-        patience = timedelta(seconds=max(PATIENCE_SECONDS, _START_SECONDS))
+        patience = timedelta(seconds=_START_SECONDS)
         dist.init_process_group(backend, timeout=patience)
         team = Team(rank, size, dist.new_group(backend="gloo"))
     except (RuntimeError, ValueError) as error:

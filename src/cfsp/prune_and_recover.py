@@ -63,9 +63,6 @@ def prune_and_recover(
         command: what the user typed.
         team: the processes that prune together.
     """
-    # It imports the Trainer, and with it much that pruning alone does without.
-    from cfsp.recovery.recover import recover_checkpoint
-
     compute, text = settings.compute, settings.text
     prune = partial(prune_checkpoint, source, statistics=statistics, plan=plan, command=command)
     parameters = parameter_count(source)
@@ -76,6 +73,9 @@ def prune_and_recover(
             why = "several processes prune together; cfsp recover trains what they give"
         log.info("best effort: repair by %s, because %s", BEST_WITHOUT_TRAINING, why)
         return prune(out, replace(settings, repair=BEST_WITHOUT_TRAINING), team=team), None
+    # It imports the Trainer, and with it much that pruning alone does without.
+    from cfsp.recovery.recover import recover_checkpoint
+
     remove_finished_work(out)
     check_output_is_free(out)
     log.info("best effort: repair by ridge, then one pass of training towards the dense model")

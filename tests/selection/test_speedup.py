@@ -149,6 +149,8 @@ def test_a_speed_by_other_parts(prune, model, latencies, parts, ratio, dropped, 
     assert goal["tried"] and goal["conditions"]["phase"] == "decode"
     assert goal["conditions"]["relative_latency"].keys() == found.keys()
     assert {key: len(goal["chosen"]["dropped"][key]) for key in dropped} == dropped
+    if dropped:  # each number is predicted, and told, once
+        assert len(goal["tried"]) == sum(dropped.values())
     gone = Dropped(done.plan.removed_blocks, done.plan.removed_attentions)
     kept_U = [unit.kept_width for unit in done.plan.units]
     assert times_faster(found, source, kept_U, gone) >= ratio

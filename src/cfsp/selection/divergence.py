@@ -15,7 +15,7 @@ hidden, F FFN channels, K kept, L blocks.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -132,8 +132,8 @@ def _logits(model: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
 class MaskedModel:
     """A whole model that runs on the same windows again and again, without some of its parts.
 
-    It keeps what enters every block, so that those before a changed one need not compute again;
-    models whose blocks need more of earlier ones compute all the same.
+    Where it `resumes`, it keeps what enters every block, so that those before a changed one need
+    not compute again; models whose blocks need more of earlier ones compute all the same.
     """
 
     def __init__(
@@ -142,17 +142,23 @@ class MaskedModel:
         model: PreTrainedModel,
         batches: Iterable[Tensor],
         form: CallForm | None = None,
+        *,
+        resumes: bool = True,
     ) -> None:
         self._source, self._model = source, model
         self._blocks = blocks_of(model, source.architecture)
         self.form = form or call_form_of(model, self._blocks)
-        self._dense, self._entering = [], []
+        self._dense: list[DensePredictions] = []
+        self._entering: list[list[Tensor]] = []
         with torch.inference_mode():
             for tokens_BT in batches:
-                with hidden_states_entering(self._blocks) as entering_L:
+                noting: AbstractContextManager[list[Tensor]] = (
+                    hidden_states_entering(self._blocks) if resumes else nullcontext([])
+                )
+                with noting as entering_L:
                     self._dense.append(dense_predictions(model, tokens_BT))
                 self._entering.append(entering_L)
-            self._resumes = self._can_resume()
+            self._resumes = resumes and self._can_resume()
 
     def _can_resume(self) -> bool:
         """Return whether the last block needs nothing of those before but a hidden state.

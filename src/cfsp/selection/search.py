@@ -20,6 +20,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +36,7 @@ from cfsp.progress import item_progress
 from cfsp.repair.ladder import repaired_a_little
 from cfsp.selection.constraint import Constraint, Parameters, Share
 from cfsp.selection.divergence import (
+    DensePredictions,
     MaskedModel,
     dense_predictions,
     few_beginnings,
@@ -47,6 +49,8 @@ from cfsp.streaming.work_dir import load_or_compute, temporary_work_dir
 from cfsp.text.windows import Windows, few_windows, joined
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     Scorer = Callable[[Candidate], float]
 
 # On as few windows as it is judged by a ridge fits noise, most of all where most channels go, and
@@ -78,12 +82,18 @@ def repaired_scorer(job: Job, planner: Planner) -> Scorer | None:
     if not has_room_for_two(job.source, job.runtime):
         log.warning("no memory for a pruned model beside the dense one: compared before repair")
         return None
-    fit, judged = apart(job.windows())
-    model = load_whole(job.source, job.runtime, "trying a repair")
-    with torch.inference_mode():
-        dense = [dense_predictions(model, token_T[None]) for token_T in judged.tokens_NT]
+
+    @cache
+    def dense() -> tuple[PreTrainedModel, Windows, list[DensePredictions]]:
+        """Load and run the dense model, unless a killed run has scored all."""
+        fit, judged = apart(job.windows())
+        model = load_whole(job.source, job.runtime, "trying a repair")
+        with torch.inference_mode():
+            predicted = [dense_predictions(model, token_T[None]) for token_T in judged.tokens_NT]
+        return model, fit, predicted
 
     def score(candidate: Candidate) -> float:
+        model, fit, predicted = dense()
         log.info("repairing on a little text: %s", candidate.in_words)
         plan = planner.plan(candidate)
         with temporary_work_dir(job.settings.compute.memory_budget) as work_dir:
@@ -92,7 +102,7 @@ def repaired_scorer(job: Job, planner: Planner) -> Scorer | None:
             smaller = build_pruned_model(loaded, plan, repaired.tensors)
         smaller.to(dtype=model.dtype).eval()
         with torch.inference_mode():
-            return sum(each.divergence(smaller) for each in dense) / len(dense)
+            return sum(each.divergence(smaller) for each in predicted) / len(predicted)
 
     return score
 
@@ -203,7 +213,7 @@ def _all_masked(
     """Score every number of what is dropped that may be the best one, before repair."""
     model = load_whole(job.source, job.runtime, "comparing plans")
     few = few_beginnings(job.windows(), _MASKED_TOKENS)
-    masked = MaskedModel(job.source, model, torch.split(few.tokens_NT, 1))
+    masked = MaskedModel(job.source, model, torch.split(few.tokens_NT, 1), resumes=False)
     channels = job.budget.channel_parts
     choices = [("ffn",), channels] if len(channels) > 1 else [channels]
     found: list[Scored] = []

@@ -138,10 +138,14 @@ class Speedup(Constraint):
         if not self._is_one_whole_part:
             return super().to_drop()
         part, keep = self.budget.whole_parts[0], self.budget.keep
-        sizes = DropSizes.of(self.source, (part,), keep)
+        return DropBudget.of_count(self.source, part, self._fewest, keep)
+
+    @cached_property
+    def _fewest(self) -> int:
+        """How many are enough of the one part that goes; asked often, predicted and noted once."""
+        sizes = DropSizes.of(self.source, self.budget.whole_parts, self.budget.keep)
         droppable = sizes.droppable(NOTHING)
-        fewest = self._first_enough(droppable[: len(droppable) - (not sizes.some_stay)])
-        return DropBudget.of_count(self.source, part, len(fewest), keep)
+        return len(self._first_enough(droppable[: len(droppable) - (not sizes.some_stay)]))
 
     def enough(self, order: Sequence[Removal]) -> Dropped:
         """Return the fewest of an order that are enough."""
