@@ -129,7 +129,7 @@ GONE_TEXTS = {
 GONE = {
     "cache": "cfsp cache went: what .gguf files became is in $CFSP_CACHE, or in ~/.cache/cfsp",
     "plan": "cfsp plan went: cfsp prune --set statistics=FILE --dry-run writes the same plan",
-    "push": "cfsp push went: hf upload OWNER/NAME DIR --private does the same",
+    "push": "cfsp push went: use hf upload OWNER/NAME DIR --private --delete '*.safetensors*'",
     "openvino": "bench by OpenVINO went; its export stays: time that with OpenVINO's own tools",
     "vllm": "bench by vLLM went; its export stays: time that with vllm bench latency --model DIR",
     "compile": "bench by torch.compile went, because nobody timed with it: use vllm bench latency",

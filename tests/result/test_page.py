@@ -243,6 +243,17 @@ def test_unusable_results_are_refused(run, tmp_path, content, message):
     assert not (tmp_path / "report.html").exists()
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_a_number_that_is_none_is_damage_of_its_run(run, tmp_path, several):
+    def spoil(manifest: dict[str, Any]) -> None:
+        manifest["perplexity"] = measured("prose", 20.0, float("nan"))
+
+    copy = changed_copy(run, tmp_path / "copy", spoil)
+    with pytest.raises(CheckpointError, match=r"copy/cfsp\.json is damaged"):
+        rendered([run, copy] if several else [copy], tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_the_chart_by_block_as_a_file_of_its_own(run, monkeypatch, capsys):
     script = str(REPOSITORY / "benchmarks" / "block_picture.py")
     monkeypatch.setattr(sys, "argv", [script, str(run)])
@@ -269,6 +280,8 @@ def test_a_sweep_stands_for_its_runs(run, tmp_path, command):
             weights.unlink()
     assert main(argv) == 0
     assert [each.name for each in read_runs([sweep, run])] == ["cfsp-0.25", "wanda-sp-0.5", "run"]
+    (sweep / "sweep.json").unlink()  # as a sweep of an earlier state
+    assert [each.name for each in read_runs([sweep])] == ["cfsp-0.25", "wanda-sp-0.5"]
     text = page.read_text()
     assert "Its weights were not kept" in text and "from_pretrained" not in text
     assert "wanda-sp-0.5" in text and ".working" not in text and "weights on disk" not in text

@@ -11,6 +11,7 @@ dimensions, type and offset of every tensor
 from __future__ import annotations
 
 import logging
+import os
 import struct
 from collections import Counter
 from pathlib import Path
@@ -19,7 +20,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import Tensor
 
-from cfsp.checkpoint.cache import converted_directory, directory_bytes
 from cfsp.checkpoint.llama_cpp import tokens_differ
 from cfsp.checkpoint.output import staged_directory
 from cfsp.checkpoint.own_files import sha256_of
@@ -55,7 +55,7 @@ def import_gguf(path: Path) -> Path:
 
     Weights become bfloat16, or float32 or float16 where that is what the file mostly stores.
     """
-    target = converted_directory() / f"{path.stem}-{sha256_of(path)[:16]}-v{_CONVERSION}"
+    target = _converted_directory() / f"{path.stem}-{sha256_of(path)[:16]}-v{_CONVERSION}"
     if not (target / "config.json").is_file():
         check_gguf(path)
         reader = gguf_reader(path)
@@ -77,7 +77,7 @@ def import_gguf(path: Path) -> Path:
                 ) from error
         _logger.info(
             "the converted model has %.2f GB in %s; without that it is converted again",
-            directory_bytes(target) / 1e9,
+            sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) / 1e9,
             target,
         )
     return target
@@ -281,3 +281,9 @@ def _walk(file: BinaryIO, size: int) -> None:
         if dimensions > _MOST_DIMENSIONS:
             raise ValueError(f"a tensor has {dimensions} dimensions")
         skip(8 * dimensions + 4 + 8)
+
+
+def _converted_directory() -> Path:
+    """Return the folder of all converted models: in $CFSP_CACHE, or in cfsp in the user's cache."""
+    users = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return Path(os.environ.get("CFSP_CACHE") or users / "cfsp") / "gguf"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 from hashlib import file_digest
 from pathlib import Path
@@ -43,15 +43,15 @@ _OURS = {CONFIG_FILE, MANIFEST_FILE, PLAN_FILE, CARD_FILE}
 _BLOBS, _REPOSITORY = "blobs", "models--"
 
 
-def check_links(directory: Path, folders: Iterable[str] | None = (TEMPLATES,)) -> None:
+def check_links(directory: Path) -> None:
     """Check that no file in a model directory is one from elsewhere, but from the hub's cache.
 
-    Of the folders in it those that are named are read as well, None for all that are not hidden.
+    Of the folders in it that of chat templates alone is read.
     """
     home = directory.resolve()
     for place, names, files in os.walk(directory):
-        if folders is not None and Path(place) == directory:
-            names[:] = [name for name in names if name in folders]
+        if Path(place) == directory:
+            names[:] = [name for name in names if name == TEMPLATES]
         names[:] = sorted(name for name in names if not name.startswith("."))
         for path in (Path(place, name) for name in (*names, *sorted(files))):
             if path.is_symlink() and (path.is_dir() or not _is_within(path, home)):

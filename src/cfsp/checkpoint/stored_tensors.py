@@ -63,7 +63,8 @@ class StoredTensors:
         """Find what becomes of the tensors of a checkpoint, by the model of its class and config.
 
         Only names and shapes count, so the model may be on the meta device. A unit that lacks a
-        tensor, shares weights or cannot be stored again is a `CheckpointError`.
+        tensor is a `CheckpointError`, one that shares weights or cannot be stored again an
+        `UnsupportedModelError`.
         """
         conversions, unused = find_conversions(model, specs)
         made_by: dict[str, Conversion] = {}

@@ -28,6 +28,13 @@ def longest_input_of(config: PreTrainedConfig) -> int | None:
     return None if found is None else int(found)
 
 
+def head_size(config: Any) -> int:
+    """Return the number of elements of one attention head."""
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+
+
 def text_path(config: PreTrainedConfig) -> tuple[str, ...]:
     """Return the names of the configs that lead to the one of the text decoder."""
     wanted = text_config_of(config)

@@ -164,13 +164,14 @@ def run(args: argparse.Namespace) -> Told:
         for doubt in doubts(source, settings):
             log.warning("%s", doubt)
         return cost.to_json(), lambda: _print_estimate(cost)
-    known: dict[str, Any] = {
-        "statistics": statistics,
-        "plan": plan,
-        "command": arguments.typed_command(args),
-    }
+    recovery = None
     with joined(compute_device(settings.compute.device)) as team:
-        known["team"], recovery = team, None
+        known: dict[str, Any] = {
+            "statistics": statistics,
+            "plan": plan,
+            "command": arguments.typed_command(args),
+            "team": team,
+        }
         if args.effort == BEST_EFFORT and not args.dry_run:
             report, recovery = prune_and_recover(source, args.out, settings, **known)
         else:

@@ -160,13 +160,6 @@ def heads_of_blocks(source: Checkpoint) -> list[tuple[int, int]]:
     return found
 
 
-def head_size(config: Any) -> int:
-    """Return the number of elements of one attention head."""
-    return int(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-
-
 def unread_norms(source: Checkpoint) -> set[str]:
     """Return the norms before attention layers that are gone: stored, and read by nobody."""
     prefixes = (source.architecture.block_prefix(unit.block) for unit in source.architecture.gone)

@@ -28,13 +28,13 @@ from cfsp.checkpoint.own_files import CONFIG_FILE, copy_travelling_files
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import resized_parts
 from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor, write_shards
+from cfsp.checkpoint.text_config import head_size
 from cfsp.errors import ExportError
 from cfsp.exports.common import (
     ExportOptions,
     Verification,
     Written,
     context_limit,
-    head_size,
     heads_of_blocks,
     logits_of,
     reference_model,

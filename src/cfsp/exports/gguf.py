@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cfsp.checkpoint.gguf_import import gguf_reader
 from cfsp.checkpoint.llama_cpp import (
     LlamaCpp,
     has_llama_cpp,
@@ -29,13 +30,13 @@ from cfsp.checkpoint.llama_cpp import (
 )
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.text_config import head_size
 from cfsp.errors import ExportError, MissingExtraError, UsageError
 from cfsp.exports.common import (
     ExportOptions,
     Verification,
     Written,
     context_limit,
-    head_size,
     heads_of_blocks,
     unread_norms,
     verified,
@@ -187,9 +188,7 @@ def _fallback_notes(tensors: list[GgufTensor], kind: GGMLQuantizationType) -> li
 
 def _mixture_notes(path: Path, name: str) -> list[str]:
     """Say which types llama.cpp chose: rows that 256 doesn't divide can't be K-quants."""
-    from gguf import GGUFReader
-
-    tensors = [tensor for tensor in GGUFReader(path).tensors if len(tensor.shape) > 1]
+    tensors = [tensor for tensor in gguf_reader(path).tensors if len(tensor.shape) > 1]
     counts = Counter(tensor.tensor_type.name.lower() for tensor in tensors)
     notes = [f"{name} as llama.cpp mixes it: {', '.join(f'{n} {t}' for t, n in counts.items())}"]
     odd = sorted({int(t.shape[0]) for t in tensors if int(t.shape[0]) % 256})

@@ -27,8 +27,9 @@ from torch import Tensor
 
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import resized_parts
+from cfsp.checkpoint.text_config import head_size
 from cfsp.errors import ExportError
-from cfsp.exports.common import head_size, heads_of_blocks
+from cfsp.exports.common import heads_of_blocks
 from cfsp.settings import Budget
 
 _logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """Perplexity over windows of a text: of a model in memory, or of one that streams block by block.
 
-Windows stand each on their own, or overlap; the windows say how many tokens at the end of each are
-counted (see `cfsp.text.windows`).
+Windows stand each on their own, and say how many tokens at the end of each are counted (see
+`cfsp.text.windows`).
 
 A model need not fit into memory: all windows pass block by block, and what leaves the last one goes
 through the model's own norm and head, some positions at a time, so that the logits of a large
@@ -90,7 +90,7 @@ def perplexity_of(loss: float, windows: Windows, label: str) -> Perplexity:
     return Perplexity(
         math.exp(min(loss / tokens, 700.0)),
         tokens,
-        sum(windows.sources.values()) or len(windows.tokens_NT),
+        len(windows.tokens_NT),
         windows.tokens_NT.shape[1],
         windows.bos,
         windows.evaluation_part,

@@ -9,8 +9,8 @@ forward pass: nothing of vocabulary size outlives its slice, and nothing is comp
     cross-entropy         dL/dz = p - onehot(label)    p = softmax(z)
     KL(teacher || model)  dL/dz = p - q                q of the teacher
 
-It is computed inside the model's forward, through transformers' own hook for that, so that gradient
-accumulation, DDP and FSDP work as for any model. Where logits are the head's product and nothing
+It is computed inside the model's forward, through transformers' own hook for that, so that DDP
+and FSDP work as for any model. Where logits are the head's product and nothing
 more, the head is made to let the hidden states pass. A model that caps, scales or shifts its logits
 keeps its head and pays for whole ones, which are cut into slices.
 

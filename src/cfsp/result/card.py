@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cfsp.checkpoint.locating import DEMO_NAME
-from cfsp.checkpoint.own_files import CARD_FILE
+from cfsp.checkpoint.own_files import CARD_FILE, MODELING_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.facts import (
@@ -66,7 +66,9 @@ def origin_of(source: Checkpoint) -> Origin:
     card = _metadata_of(source.directory / CARD_FILE)
     # A snapshot in the hub's cache: models--OWNER--NAME/snapshots/COMMIT.
     cached = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots", name)
-    ids = ("/".join(cached.groups()) if cached else None, name)
+    # What older versions of transformers wrote into config.json: whence it was loaded.
+    saved = getattr(source.config, "_name_or_path", None)
+    ids = ("/".join(cached.groups()) if cached else None, name, saved)
     hub_id = next((each for each in ids if is_hub_id(each)), None)
     base = next((each for each in (hub_id, card.get("base_model")) if is_hub_id(each)), None)
     base = base and base.partition("@")[0]  # all that the hub knows there
@@ -125,6 +127,7 @@ def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origi
         ),
         quality=_quality(manifest),
         needs_code=needs_code(manifest),
+        modeling_file=MODELING_FILE,
         load_code=load_code(manifest, "."),
         plan=plan,
         goal_in_words=goal_in_words,

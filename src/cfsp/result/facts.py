@@ -6,6 +6,7 @@ Numbers are a list of `Fact`, from a manifest here, from results of eval and ben
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -165,9 +166,15 @@ class Fact:
 
 
 def joined(facts: Iterable[Fact]) -> list[Fact]:
-    """Return one fact for each key; what comes later counts."""
+    """Return one fact for each key; what comes later counts.
+
+    A number that is none is a ValueError: no chart has a place for it.
+    """
     found: dict[Any, Fact] = {}
     for fact in facts:
+        told = [number.value for number in (fact.before, fact.after) if number is not None]
+        if not all(map(math.isfinite, [*told, fact.ratio or 0.0])):
+            raise ValueError(f"{fact.name} is no number")
         known = found.setdefault(fact.key, fact)
         before, after = fact.before or known.before, fact.after or known.after
         found[fact.key] = replace(

@@ -149,15 +149,15 @@ def read_runs(directories: Sequence[Path]) -> list[RunFacts]:
 
 def _runs_in(directory: Path) -> list[Path]:
     """Return the finished runs of a sweep's directory; another directory is a run itself."""
-    if not (directory / SWEEP_FILE).is_file() or (directory / MANIFEST_FILE).is_file():
+    if (directory / MANIFEST_FILE).is_file():
         return [directory]
     found = sorted(path.parent for path in directory.glob(f"*/{MANIFEST_FILE}"))
     runs = [run for run in found if not run.name.startswith(".")]
-    if not runs:
+    if not runs and (directory / SWEEP_FILE).is_file():
         raise ReportError(
             f"the sweep in {directory} has no finished model yet; its command goes on with it"
         )
-    return runs
+    return runs or [directory]
 
 
 def side_by_side(runs: Sequence[RunFacts], *headings: str) -> list[dict[str, Fact]]:

@@ -131,8 +131,13 @@ def _other_width(source: Checkpoint, manifest: dict[str, Any]) -> str | None:
             ("config.json", [unit.width for unit in found]),
             (MANIFEST_FILE, told),
         ):
-            if widths != planned:
-                return f"{name} gives the units of {part} the widths {widths}, the plan {planned}"
+            if len(widths) != len(planned):
+                return f"{name} has {len(widths)} units of {part}, the plan {len(planned)}"
+            for unit, (width, expected) in enumerate(zip(widths, planned, strict=True)):
+                if width != expected:
+                    return (
+                        f"unit {unit} of {part} is {width} wide in {name}, {expected} in the plan"
+                    )
     experts = [unit.ffns for unit in source.architecture.of_part("ffn").units]
     kept = [len(unit.kept_ffns) for unit in plan.kept_units if unit.part == "ffn"]
     if experts != kept:

@@ -68,7 +68,7 @@ class ModelProcess:
 def model_process(subject: Subject, conditions: Conditions) -> Iterator[ModelProcess]:
     """Start a process, load the model in it, and end it afterwards; its errors are raised here."""
     ours, theirs = PROCESSES.Pipe()
-    # Not a daemon: compiling starts processes of its own. It ends when the connection closes.
+    # It ends when the connection closes.
     process = PROCESSES.Process(target=_serve, args=(theirs, subject, conditions))
     with _interrupts_held_back():
         process.start()

@@ -19,9 +19,8 @@ from torch import nn
 from cfsp.architecture.found import Unit
 from cfsp.checkpoint.reading import WeightSource, channel_parameters
 from cfsp.checkpoint.skeleton import blocks_of, empty_model
-from cfsp.checkpoint.text_config import text_config_of
+from cfsp.checkpoint.text_config import head_size, text_config_of
 from cfsp.errors import UsageError, did_you_mean
-from cfsp.exports.common import head_size
 
 PHASES = ("prefill", "decode")
 ENGINES = ("transformers", "llama.cpp")

@@ -92,7 +92,7 @@ def _planes(runs: Sequence[RunFacts]) -> Iterator[tuple[str, str, int, Dots]]:
         titles.append(f"Perplexity on {short_label(names[text])}{how}")
         if len(dots) > 1:
             dense = [fact.before.value for fact in facts.values() if fact.before is not None]
-            original = {_ORIGINAL: (100.0, dense[-1])} if dense else {}
+            original = {_ORIGINAL: (100.0, dense[0])} if dense else {}
             yield titles[-1], "% of parameters", 1, {**dots, **original}
     speeds = sorted(side_by_side(runs, SPEED), key=lambda facts: any_of(facts).name)
     for ((facts, _), title), speed in product(zip(every, titles, strict=True), speeds):

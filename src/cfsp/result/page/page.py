@@ -74,14 +74,16 @@ def write_report(directories: Sequence[Path], out: Path, *, results: Sequence[Pa
     Results are files of `cfsp eval --json` or `cfsp bench --json`, of the runs and their originals.
     """
     _check_is_replaceable(out)
-    runs = read_runs(directories)
+    runs, page = read_runs(directories), ""
     for run in runs:
         # Each alone at first, so that damage is found with its file.
         with refusing_damage(run.directory):
-            render_page(group_runs([run]))
+            page = render_page(group_runs([run]))
     for path in results:
         runs = with_results(runs, read_results(path))
-    write_atomically(out, render_page(group_runs(runs)).encode())
+    if results or len(runs) > 1:
+        page = render_page(group_runs(runs))
+    write_atomically(out, page.encode())
 
 
 def render_page(groups: Sequence[ModelGroup]) -> str:
