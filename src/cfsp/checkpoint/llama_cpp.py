@@ -180,6 +180,13 @@ class LlamaCpp:
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
         self._past = 0
 
+    def rewind(self, length: int) -> None:
+        """Forget all tokens of a single sequence but the first ones."""
+        memory = self._lib.llama_get_memory(self._context)
+        removed = self._lib.llama_memory_seq_rm(memory, 0, length, -1)
+        assert removed, "a cache of keys and values can be cut anywhere"
+        self._past = length
+
     def feed(self, tokens: Sequence[int], last: int | None = None) -> Tensor:
         """Read more tokens of a single sequence; return logits_TV after the last ones, or all."""
         import torch
