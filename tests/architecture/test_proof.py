@@ -260,6 +260,8 @@ def test_named_parameters_and_attributes_get_the_new_width(width, dtype):
     assert not block.inside.gate_up.requires_grad
     assert block.inside.down.requires_grad
     assert all(new is untouched[name] for name, new in block.fc.named_parameters())
+    with pytest.raises(AttributeError, match="other"):
+        resize_ffn(block, width, {"inside.other": (0, 1)}, [])
     assert list(dict(block.named_parameters())) == list(dict(Block().named_parameters()))
 
 

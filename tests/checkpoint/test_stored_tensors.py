@@ -285,6 +285,9 @@ def test_damaged_checkpoints_are_refused():
         found_in(model, missing)
     with pytest.raises(CheckpointError, match=rf"{expert} of shape \[7, 32\].* asks for \["):
         found_in(model, tensors | {expert: tensors[expert][:7]})
+    fewer = tiny_model("mixtral", num_local_experts=3)  # than are stored
+    with pytest.raises(CheckpointError, match=r"of shape \[4, .* asks for \[3, "):
+        found_in(fewer, tensors)
     norm = "model.layers.1.input_layernorm.weight"
     stored = found_in(model, {name: tensors[name] for name in tensors if name != norm})
     assert stored.faults == {norm: f"lacks the tensor {norm}"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -118,11 +119,14 @@ def test_each_tensor_of_a_block_is_read_once(tiny_checkpoint, monkeypatch):
 
 def test_one_block_is_read_ahead_and_what_reading_raises_is_raised(tiny_checkpoint, monkeypatch):
     begun: list[str] = []
+    read_of: list[list[weakref.ref[torch.Tensor]]] = []
     read = stream_blocks.__globals__["read_tensors"]
 
     def failing(module: nn.Module, prefix: str, *more: Any) -> Any:
         begun.append(prefix)
-        return read(module, prefix, *more) if len(begun) < BLOCKS else 1 // 0
+        tensors = read(module, prefix, *more) if len(begun) < BLOCKS else 1 // 0
+        read_of.append([weakref.ref(tensor) for tensor in tensors.values()])
+        return tensors
 
     monkeypatch.setitem(stream_blocks.__globals__, "read_tensors", failing)
     source = Checkpoint(tiny_checkpoint("llama"))
@@ -132,6 +136,8 @@ def test_one_block_is_read_ahead_and_what_reading_raises_is_raised(tiny_checkpoi
             assert block.index < BLOCKS - 1
             block.advance()
             assert len(begun) <= block.index + 2
+            # Of blocks that are passed nothing is held.
+            assert not any(ref() is not None for of in read_of[: block.index] for ref in of)
     assert begun == [f"model.layers.{index}." for index in range(BLOCKS)]
 
 
