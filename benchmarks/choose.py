@@ -202,7 +202,8 @@ def _read(file: Path, texts: dict[str, torch.Tensor]) -> tuple[dict[str, float],
 
 def _speed(file: Path) -> tuple[float, float]:
     """Return prompt and new tokens for each CPU second of one thread, medians of rounds."""
-    engine = LlamaCppEngine(Subject(file, file.name), Conditions("llama.cpp", threads=1))
+    torch.set_num_threads(1)
+    engine = LlamaCppEngine(Subject(file, file.name), Conditions("llama.cpp"))
     seconds = []
     for workload in (Workload(1, PROMPT, 1), Workload(1, PROMPT, 1 + NEW_TOKENS)):
         found = []

@@ -160,7 +160,7 @@ def test_after_a_death_the_same_command_goes_on(commands, finish, argv, text_fil
 def test_blocks_train_together(finish, argv, tmp_path):
     """Three processes share batches of 2 windows, so that one has none."""
     # 18 windows: the batches of training are eighths of them.
-    local = ["--repair", "local", "--local-steps", "3", "--local-blocks", "1"]
+    local = ["--repair", "local", "--local-steps", "3"]
     finish([*argv, "--samples", "18", *local], 3)
     assert any(block["kept"] for block in blocks_of(tmp_path / "many", "local"))
 

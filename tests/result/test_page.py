@@ -44,7 +44,7 @@ class _Page(HTMLParser):
 
 def rendered(runs: list[Path], tmp_path: Path, *results: Path) -> str:
     out = tmp_path / "report.html"
-    write_report(runs, out, results=results)
+    write_report([*runs, *results], out)
     return out.read_text()
 
 
@@ -172,7 +172,7 @@ def test_results_of_eval_and_bench_are_added(run, tmp_path):
     bench.write_text(json.dumps(timed(64, dict(zip(models, (1.0, 1.9), strict=True)))))
     words = words_of(rendered([run], tmp_path, evaluation, bench))
     assert f"perplexity, news 2 windows of 51 tokens, with BOS 20.00 25.00 {TIMES} 1.25" in words
-    assert re.search(r"piqa, acc 61\.0 51\.0 . 1\.1", words)
+    assert re.search(r"piqa, acc 100 documents 61\.0 51\.0 . 1\.1", words)
     assert f"decode, batch 1, prompt 64 10.0 19.0 {TIMES} 1.90" in words
 
 
@@ -181,8 +181,10 @@ def results(run, text_file, tmp_path_factory) -> Path:
     """What the run has in common with its original, on a text and in answers."""
     out = tmp_path_factory.mktemp("results") / "results.json"
     argv = ["eval", str(run), "--against", read_run(run).base_name, "--data", str(text_file)]
-    argv += ["--windows", "3", "--seqlen", "24", "--answers", "11", "--set", "answer_tokens=3"]
-    assert main([*argv, "--out", str(out)]) == 0
+    argv += ["--windows", "3", "--seqlen", "24", "--answers", "11"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cfsp.quality.answers.ANSWER_TOKENS", 3)
+        assert main([*argv, "--out", str(out)]) == 0
     return out
 
 

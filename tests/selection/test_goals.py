@@ -80,7 +80,6 @@ def test_python_refuses_what_the_command_line_does(model, tmp_path):
     refused("--sparsity and --target-params", sparsity=0.5, goal=TargetParameters(0.5))
     refused("--effort fast is --repair none", sparsity=0.5, effort="fast", repair="ridge")
     refused("--local-steps belongs to --repair local", sparsity=0.5, local_steps=5)
-    refused("--local-blocks belongs to --repair local", sparsity=0.5, local_blocks=1)
 
 
 def test_a_plan_may_have_a_goal(model, text_file):

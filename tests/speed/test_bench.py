@@ -301,7 +301,7 @@ def test_llama_cpp_generates_what_transformers_generates(tiny_checkpoint, tmp_pa
     directory, file = tiny_checkpoint("llama"), tmp_path / "tiny.gguf"
     arguments = ["--to", "gguf", "--type", "f32", "--out", str(file), "--no-verify"]
     assert main(["export", str(directory), *arguments]) == 0
-    timed = LlamaCppEngine(Subject(file, "tiny"), Conditions(engine="llama.cpp", threads=1))
+    timed = LlamaCppEngine(Subject(file, "tiny"), Conditions(engine="llama.cpp"))
     model = load(directory, dtype="float32")
     prompt_BP = random_prompt(model.config.vocab_size, WORKLOAD)
     expected_BN = generated(model, prompt_BP)

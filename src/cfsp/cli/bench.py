@@ -57,7 +57,6 @@ def _add_how(group: Any) -> None:
         help=f"{', '.join(ENGINES)}",
     )
     group.add_argument("--rounds", type=int, metavar="N", default=7, help="(default: 7)")
-    group.add_argument("--threads", type=int, metavar="N", help="(default: the engine's own)")
     group.add_argument("--device", default="cpu", help="cpu, cuda, mps, auto (default: cpu)")
     group.add_argument(
         "--dtype",
@@ -72,7 +71,7 @@ def run(args: argparse.Namespace) -> Told:
     """Time and print."""
     from cfsp.speed.bench import bench
 
-    names = ("batch", "prompt", "new_tokens", "engine", "rounds", "threads", "device")
+    names = ("batch", "prompt", "new_tokens", "engine", "rounds", "device")
     given = {name: getattr(args, name) for name in (*names, "dtype")}
     comparison = bench(args.models, **given)
     return comparison.to_json(), lambda: print_comparison(comparison)

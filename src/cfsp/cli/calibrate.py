@@ -14,7 +14,7 @@ from cfsp.cli import arguments
 from cfsp.cli.options import Parser, add_options, settings_from
 from cfsp.cli.output import Told, human_bytes, print_passes
 from cfsp.processes import process_count
-from cfsp.settings import Budget, CalibrationText, Compute, calibration_settings
+from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings
 
 if TYPE_CHECKING:
     from cfsp.calibration.statistics import Statistics
@@ -25,13 +25,8 @@ def add_options_to(parser: Parser) -> None:
     """Add its options."""
     arguments.add_model(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="safetensors file")
-    parser.add_argument(
-        "--sensitivity",
-        action="store_true",
-        help="also measure what pruning each block alone does to the predictions, for the block "
-        "metric sensitivity; this runs the whole model in memory",
-    )
     add_options(parser, parser, Budget, fields=("parts",))
+    add_options(parser, parser, Criterion, fields=("block_metric",))
     add_options(parser, parser, CalibrationText)
     add_options(parser, parser, Compute)
 
@@ -45,7 +40,6 @@ def run(args: argparse.Namespace) -> Told:
     from cfsp.checkpoint.loading import compute_device
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.checkpoint.output import check_file_is_free, check_is_outside, created_parents
-    from cfsp.errors import UsageError
     from cfsp.pipeline import calibrate_source
     from cfsp.processes import joined, take_own_accelerator
     from cfsp.streaming.work_dir import output_work_dir, remove_finished_work
@@ -53,13 +47,11 @@ def run(args: argparse.Namespace) -> Told:
 
     remove_finished_work(args.out)
     check_file_is_free(args.out)
-    if args.sensitivity and process_count() > 1:
-        raise UsageError("--sensitivity is measured in one process; calibrate without torchrun")
-    settings = calibration_settings(
+    settings = PruneSettings(
         settings_from(args, Budget),
+        settings_from(args, Criterion),
         settings_from(args, CalibrationText),
         settings_from(args, Compute),
-        sensitivity=args.sensitivity,
     )
     compute, parts = settings.compute, settings.budget.parts
     take_own_accelerator(compute.device)

@@ -199,7 +199,7 @@ def _measure(
             results[number].update(tasks.scores_of(whole, f"task-{number}", work_dir))
         if questions is not None:
             name, label = f"answers-{number}", f"{model.source.label} answers"
-            own = answers_of(model.prompts, questions.longest, whole, work_dir, name, label)
+            own = answers_of(model.prompts, whole, work_dir, name, label)
             answers.append(own)
         del whole
     if questions is not None:

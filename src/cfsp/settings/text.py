@@ -16,8 +16,7 @@ MOST_WINDOWS = 1 << 32
 DEFAULT_TEXT = "mixed"
 DEFAULT_SAMPLES = 128
 DEFAULT_SEQLEN = 1024
-# What models are asked: how many questions, and how many tokens an answer may have.
-DEFAULT_QUESTIONS, DEFAULT_ANSWER_TOKENS = 100, 96
+DEFAULT_QUESTIONS = 100  # that models are asked
 
 # Whether windows begin with BOS: as the tokenizer begins an input, always, never.
 Bos = Literal["auto", "yes", "no"]

@@ -5,7 +5,6 @@ Shapes: B sequences, P prompt tokens, T tokens at once, N new tokens, L blocks.
 
 from __future__ import annotations
 
-import os
 import time
 from abc import ABC, abstractmethod
 from importlib.metadata import version
@@ -71,8 +70,6 @@ class TransformersEngine(Engine):
     """A transformers model, eager, with a growing cache."""
 
     def __init__(self, subject: Subject, conditions: Conditions) -> None:
-        if conditions.threads is not None:
-            torch.set_num_threads(conditions.threads)
         self._device = compute_device(conditions.device)
         self._model, self.footprint = build_model(subject, conditions.dtype, self._device)
         self.vocabulary = vocabulary_of(self._model.config)
@@ -120,7 +117,7 @@ class LlamaCppEngine(Engine):
     """llama.cpp on the CPU, of a .gguf file; its types are its own."""
 
     def __init__(self, subject: Subject, conditions: Conditions) -> None:
-        path, threads = Path(str(subject.model)), conditions.threads or os.cpu_count() or 1
+        path, threads = Path(str(subject.model)), torch.get_num_threads()
         try:
             self._llama = LlamaCpp(path, None, threads)
         except ExportError as error:

@@ -58,7 +58,6 @@ class Conditions:
     # As for prune; of the engine transformers only.
     device: str = "cpu"
     dtype: str = "auto"
-    threads: int | None = None  # of each process; None for the engine's own choice
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -70,8 +69,6 @@ class Conditions:
             raise UsageError(f"expected at least 1 round, found {self.rounds}")
         if not self.disturbance >= 0:
             raise UsageError(f"disturbance must be at least 0, found {self.disturbance}")
-        if self.threads is not None and self.threads < 1:
-            raise UsageError(f"--threads must be at least 1, found {self.threads}")
 
 
 @dataclass(frozen=True)

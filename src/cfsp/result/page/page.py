@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
 from importlib.resources import files
@@ -22,12 +22,9 @@ from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import OutputError, ReportError
 from cfsp.quality.results_file import read_results
 from cfsp.result.facts import (
-    COUNT,
-    NOTHING,
     QUALITY,
     SIZE,
     SPEED,
-    Fact,
     labels,
     texts_that_made,
 )
@@ -38,12 +35,10 @@ from cfsp.result.page.by_block import block_chart, repair_chart
 from cfsp.result.page.chart import TEMPLATES, Chart
 from cfsp.result.page.curves import front_of, pareto_chart, recovery_chart, sized
 from cfsp.result.runs import (
-    HEADINGS,
     Document,
     RunFacts,
-    any_of,
     read_runs,
-    side_by_side,
+    sections,
     with_results,
 )
 
@@ -68,13 +63,17 @@ class ModelGroup:
         return [run for run in self.runs if run.name not in shown]
 
 
-def write_report(directories: Sequence[Path], out: Path, *, results: Sequence[Path] = ()) -> None:
+def write_report(given: Sequence[Path], out: Path) -> None:
     """Write the page of one run or several, or in the place of an older one.
 
-    Results are files of `cfsp eval --json` or `cfsp bench --json`, of the runs and their originals.
+    Beside directories of runs there may be files of `cfsp eval --out` or `cfsp bench --json`, of
+    the runs and their originals.
     """
     _check_is_replaceable(out)
-    runs, page = read_runs(directories), ""
+    results = [path for path in given if path.is_file()]
+    runs, page = read_runs([path for path in given if path not in results]), ""
+    if not runs:
+        raise ReportError(f"expected the directory of a run beside {results[0]}, found none")
     for run in runs:
         # Each alone at first, so that damage is found with its file.
         with refusing_damage(run.directory):
@@ -208,38 +207,12 @@ def _digest(text: str) -> str:
     return "sha256-" + base64.b64encode(sha256(text.encode()).digest()).decode()
 
 
-class Cell(NamedTuple):
-    """A number and a remark about it."""
-
-    value: str
-    note: str = ""
-
-
-class Row(NamedTuple):
-    """A number of the original and of each run."""
-
-    name: str
-    cells: Sequence[Cell]  # the original first
-    detail: str = ""  # the conditions, in small letters
-    hint: str = ""  # more of them
-
-
 class Headline(NamedTuple):
     """A number in large type."""
 
     value: str
     noun: str
     detail: str
-
-
-def sections(runs: Sequence[RunFacts]) -> dict[str, list[Row]]:
-    """Return the rows of runs of one model, under headings; headings without rows are left out."""
-    names = labels(fact for run in runs for fact in run.facts)
-    found = {
-        heading: [_row(facts, runs, names[any_of(facts)]) for facts in side_by_side(runs, heading)]
-        for heading in HEADINGS
-    }
-    return {heading: rows for heading, rows in found.items() if rows}
 
 
 def headlines(run: RunFacts) -> list[Headline]:
@@ -271,25 +244,3 @@ def answers_by_kind(
             of_kind = found.setdefault(own["kind"], {})
             of_kind.setdefault(own["question"], [(base, dense)]).append((run.name, own))
     return found
-
-
-def _row(facts: dict[str, Fact], runs: Sequence[RunFacts], name: str) -> Row:
-    """Return the row of one fact of several runs; the original is known from any of them."""
-    first = any_of(facts)
-    before = next((fact.before for fact in facts.values() if fact.before is not None), None)
-    cells = [Cell(first.unit(before), first.note(before))]
-    for run in runs:
-        fact = facts.get(run.name)
-        if fact is not None and fact.after is not None:
-            fact = replace(fact, before=before)
-            cells.append(Cell(fact.unit(fact.after), fact.change or fact.note(fact.after)))
-        elif first.unit is COUNT and run.under(SIZE):
-            cells.append(Cell(first.unit(before)))  # a part of which nothing could go
-        else:
-            cells.append(Cell(NOTHING))
-    details = {fact.detail for fact in facts.values()}
-    detail = details.pop() if len(details) == 1 else ""
-    if first.conditions is None:
-        return Row(name, cells, detail)
-    how = first.conditions.beside({run.name: run.manifest for run in runs})
-    return Row(name, cells, how, f"{first.conditions.tokens:,} predicted tokens")
