@@ -381,17 +381,6 @@ def test_interrupt_says_that_nothing_was_written(command, model, text, tmp_path,
     assert entries(tmp_path) == set()
 
 
-def test_each_step_of_repair_is_one_line():
-    from cfsp.cli.prune import describe_step
-
-    kept = {"error_before": 0.4, "error_after": 0.2, "kept": True}
-    rejected = {"error_before": 0.2, "error_after": 0.3, "kept": False}
-    line = describe_step({"name": "ridge", "blocks": [kept, kept]})
-    assert line == "least squares: error of the FFN output on held-out windows 0.400 -> 0.200"
-    line = describe_step({"name": "local", "blocks": [None, rejected, kept]})
-    assert line.endswith("on held-out windows 0.300 -> 0.200; rejected in 1 of 2 blocks")
-
-
 def test_threads_of_the_demo_do_not_spin(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # so that it is put back afterwards
     monkeypatch.delenv("OMP_WAIT_POLICY")

@@ -191,7 +191,8 @@ def test_what_was_kept_and_what_was_rejected():
     # What was rejected does not stretch the scale.
     assert max(map(float, re.findall(r'class="tick end"[^>]*>([\d.]+)<', drawing))) <= 0.6
     assert [swatch for swatch, _ in chart.legend] == ["before", "after", "rejected"]
-    assert steps_in_words(run.repair_steps) == "local (rejected in blocks 1, 2)"
+    errors = "error of hidden states 0.333 to 0.250"
+    assert steps_in_words(run.repair_steps) == f"local ({errors}, rejected in blocks 1, 2)"
 
 
 def test_a_fit_says_how_strong_it_was():

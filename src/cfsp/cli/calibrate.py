@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfsp.cli import arguments
-from cfsp.cli.options import Parser, add_options, settings_from
+from cfsp.cli.options import Parser, add_model, add_options, settings_from
 from cfsp.cli.output import Told, human_bytes, print_passes
 from cfsp.processes import process_count
 from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 def add_options_to(parser: Parser) -> None:
     """Add its options."""
-    arguments.add_model(parser)
+    add_model(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="safetensors file")
     add_options(parser, parser, Budget, fields=("parts",))
     add_options(parser, parser, Criterion, fields=("block_metric",))

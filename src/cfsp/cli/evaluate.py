@@ -11,8 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cfsp.cli import arguments
-from cfsp.cli.options import Parser, settings_from
+from cfsp.cli.options import Parser, add_compute, names, settings_from
 from cfsp.cli.output import Told, print_table
 from cfsp.errors import UsageError
 from cfsp.processes import process_count
@@ -59,7 +58,7 @@ def add_options_to(parser: Parser) -> None:
     )
     _add_tasks(parser)
     _add_answers(parser)
-    arguments.add_compute(parser)
+    add_compute(parser)
 
 
 def _add_tasks(parser: Parser) -> None:
@@ -67,7 +66,7 @@ def _add_tasks(parser: Parser) -> None:
     tasks.add_argument(
         "--tasks",
         action="extend",
-        type=arguments.names,
+        type=names,
         metavar="A,B,...",
         help="names of the harness, such as piqa, lambada_openai, gsm8k; or cfsp-paper (HellaSwag, "
         "PIQA, WinoGrande, ARC-e, ARC-c, OpenBookQA, BoolQ, MMLU)",

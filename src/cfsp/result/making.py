@@ -151,14 +151,23 @@ def changed_weights(step: Step) -> bool:
 
 
 def steps_in_words(steps: Sequence[Step]) -> str:
-    """Return the steps and what each rejected: `ridge (rejected in block 0), sequential`."""
+    """Return the steps, the mean error of each on held-out windows, and what it rejected."""
     told = []
     for step in steps:
         rejected, where = rejected_blocks(step), "every block"
         if changed_weights(step):
             noun = "block" if len(rejected) == 1 else "blocks"
             where = f"{noun} {', '.join(rejected)}"
-        told.append(step["name"] + (f" (rejected in {where})" if rejected else ""))
+        remarks = [f"rejected in {where}"] if rejected else []
+        # Blocks that change together share one error, so not every block has its own.
+        if blocks := [block for block in step["blocks"] if block is not None]:
+            before = fmean(block["error_before"] for block in blocks)
+            after = fmean(
+                block["error_after" if block["kept"] else "error_before"] for block in blocks
+            )
+            of = "FFN outputs" if step["name"] == "ridge" else "hidden states"
+            remarks.insert(0, f"error of {of} {before:.3f} to {after:.3f}")
+        told.append(step["name"] + (f" ({', '.join(remarks)})" if remarks else ""))
     return ", ".join(told) or "none"
 
 
