@@ -41,9 +41,9 @@ def test_steps_in_words():
     ]
     words = (
         "ridge (error of FFN outputs 1.000 to 0.750, rejected in block 1), sequential (error of "
+        "hidden states 1.000 to 1.000, rejected in every block), local (error of hidden states "
+        "0.500 to 0.250)"
     )
-    words += "hidden states 1.000 to 1.000, rejected in every block), "
-    words += "local (error of hidden states 0.500 to 0.250)"
     assert steps_in_words(steps) == words
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import product
 
-from cfsp.result.facts import NOTHING, PARAMETERS, QUALITY, SPEED, Fact
+from cfsp.result.facts import NOTHING, PARAMETERS, QUALITY, SPEED
 from cfsp.result.names import short_names
 from cfsp.result.page.chart import Chart, Mark, Panel, panel_title, round_scale, short_label
 from cfsp.result.runs import RunFacts, any_of, side_by_side
@@ -32,9 +32,11 @@ def pareto_chart(runs: Sequence[RunFacts]) -> Chart | None:
         swatches[_ORIGINAL] = "before"
     panels, rows = [], []
     for title, axis, sign, dots in _planes(runs):
-        best, points = front_of(dots, sign), []  # the line joins the best
+        best = pareto_front([(sign * across, perplexity) for across, perplexity in dots.values()])
+        on_front = dict(zip(dots, best, strict=True))  # the line joins these
+        points = []
         for name in sorted(dots, key=lambda name: dots[name][0]):
-            (across, perplexity), is_best = dots[name], name in best
+            (across, perplexity), is_best = dots[name], on_front[name]
             say = f"{name}: {across:.4g} {axis}, perplexity {perplexity:.2f}"
             say += ", on the front" if is_best else ""
             swatch = swatches.get(name, "kept" if is_best else "gone")
@@ -58,35 +60,21 @@ def pareto_chart(runs: Sequence[RunFacts]) -> Chart | None:
     )
 
 
-def front_of(dots: Dots, sign: int = 1) -> set[str]:
-    """Return the models that no other beats in both; `sign` is -1 where more is better across."""
-    best = pareto_front([(sign * across, perplexity) for across, perplexity in dots.values()])
-    return {name for name, is_best in zip(dots, best, strict=True) if is_best}
-
-
-def sized(runs: Sequence[RunFacts]) -> list[tuple[dict[str, Fact], Dots]]:
-    """Return for each way to measure its facts, and the runs: percent of parameters, perplexity."""
-    found = []
-    for facts in side_by_side(runs, QUALITY):
-        dots = {}
-        for run in runs:
-            size = next((fact for fact in run.facts if fact.name == PARAMETERS), None)
-            fact = facts.get(run.name)
-            if size and size.before and size.after and fact and fact.after:
-                dots[run.name] = 100 * size.after.value / size.before.value, fact.after.value
-        found.append((facts, dots))
-    return found
-
-
 def _planes(runs: Sequence[RunFacts]) -> Iterator[tuple[str, str, int, Dots]]:
     """Yield title, axis, sign (-1 where more is better) and the models of each panel.
 
     Those by size come first, then those by speed; each has two runs or more.
     """
-    every = sized(runs)
-    texts = [any_of(facts).text for facts, _ in every]
+    every = side_by_side(runs, QUALITY)
+    sizes = {run.name: fact for run in runs for fact in run.facts if fact.name == PARAMETERS}
+    texts = [any_of(facts).text for facts in every]
     names, titles = short_names(texts), []
-    for (facts, dots), text in zip(every, texts, strict=True):
+    for facts, text in zip(every, texts, strict=True):
+        dots = {
+            name: (100 * size.after.value / size.before.value, fact.after.value)
+            for name, fact in facts.items()
+            if (size := sizes.get(name)) and size.before and size.after and fact.after
+        }
         # The text, with all else where that alone is not clear.
         how = f", {any_of(facts).conditions}" if texts.count(text) > 1 else ""
         titles.append(f"Perplexity on {short_label(names[text])}{how}")
@@ -95,7 +83,7 @@ def _planes(runs: Sequence[RunFacts]) -> Iterator[tuple[str, str, int, Dots]]:
             original = {_ORIGINAL: (100.0, dense[0])} if dense else {}
             yield titles[-1], "% of parameters", 1, {**dots, **original}
     speeds = sorted(side_by_side(runs, SPEED), key=lambda facts: any_of(facts).name)
-    for ((facts, _), title), speed in product(zip(every, titles, strict=True), speeds):
+    for (facts, title), speed in product(zip(every, titles, strict=True), speeds):
         dots = {
             name: (timed.ratio, fact.after.value)
             for name, timed in speed.items()

@@ -33,7 +33,7 @@ from cfsp.result.manifest import published, refusing_damage
 from cfsp.result.names import public_name, short_names
 from cfsp.result.page.by_block import block_chart, repair_chart
 from cfsp.result.page.chart import TEMPLATES, Chart
-from cfsp.result.page.curves import front_of, pareto_chart, recovery_chart, sized
+from cfsp.result.page.curves import pareto_chart, recovery_chart
 from cfsp.result.runs import (
     Document,
     RunFacts,
@@ -57,10 +57,9 @@ class ModelGroup:
     charts: Sequence[Chart]
 
     @property
-    def brief(self) -> list[RunFacts]:
+    def brief(self) -> Sequence[RunFacts]:
         """The runs that are not shown in detail."""
-        shown = {run.name for run in self.detailed}
-        return [run for run in self.runs if run.name not in shown]
+        return self.runs[len(self.detailed) :]
 
 
 def write_report(given: Sequence[Path], out: Path) -> None:
@@ -123,7 +122,7 @@ def group_runs(runs: Sequence[RunFacts]) -> list[ModelGroup]:
         by_base.setdefault(base, []).append(run)
     groups = []
     for group in by_base.values():
-        detailed = runs_in_detail(group)
+        detailed = group[:MOST_IN_DETAIL]
         pruned = _without_recovered_twins(detailed)
         charts = (
             pareto_chart(group),
@@ -145,22 +144,6 @@ def _without_recovered_twins(runs: Sequence[RunFacts]) -> list[RunFacts]:
         if not run.recovery_history or (run.plan, run.repair_steps) not in known:
             shown.append(run)
     return shown
-
-
-def runs_in_detail(runs: Sequence[RunFacts]) -> list[RunFacts]:
-    """Return all runs, or `MOST_IN_DETAIL` of them, from the smallest to the largest.
-
-    Those come from the runs that no other beats in size and in perplexity under some conditions;
-    where nothing was measured, from all.
-    """
-    if len(runs) <= MOST_IN_DETAIL:
-        return list(runs)
-    best = {name for _, dots in sized(runs) for name in front_of(dots)}
-    chosen = [run for run in runs if run.name in best] or list(runs)
-    chosen.sort(key=lambda run: float(run.manifest.get("parameters_after", 0)))
-    last = len(chosen) - 1
-    count = min(MOST_IN_DETAIL, len(chosen))
-    return [chosen[round(step * last / max(1, count - 1))] for step in range(count)]
 
 
 def page_file(name: str) -> str:
