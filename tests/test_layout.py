@@ -41,7 +41,6 @@ LAYERS = (
     ("pipeline", "pruning_cost"),
     ("prune_and_recover",),
     ("api", "families", "sweep"),
-    ("demo",),
     # `import cfsp` gives what its modules have.
     ("__init__",),
     ("cli",),

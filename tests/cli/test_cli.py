@@ -390,7 +390,7 @@ def test_threads_of_the_demo_do_not_spin(monkeypatch):
         waits.append(os.environ.get("OMP_WAIT_POLICY"))
         raise UsageError("enough")
 
-    monkeypatch.setattr("cfsp.demo.run_demo", stop)
+    monkeypatch.setattr("cfsp.checkpoint.output.check_output_is_free", stop)
     assert main(["demo"]) == 2
     assert waits == ["passive"]
 

@@ -144,7 +144,7 @@ def test_a_card_names_units_and_says_what_the_share_is_of():
     card = model_card(run.manifest, run.plan, Origin("m"))
     assert f"| 1 {EXPERTS} (3) | 0.3000 | 0.750 | 4 | 2 |" in card
     assert "of FFN parameters" in card
-    assert "(rejected in block 1 mlp.shared_expert)" in card
+    assert "rejected in block 1 mlp.shared_expert)" in card
 
 
 def repaired(*entries: Any, name: str = "local", run: str = "run") -> RunFacts:
