@@ -22,7 +22,7 @@ from cfsp.cli import main
 from cfsp.errors import TextError, UsageError
 from cfsp.quality import answers, evaluate, perplexity
 from cfsp.quality.answers import Questions, answers_of, is_loop, windows_of
-from cfsp.text.chats import templated
+from cfsp.text.records import templated
 
 COUNT, LONGEST = 9, 7
 

@@ -30,7 +30,7 @@ from cfsp.quality.perplexity import WindowSums
 from cfsp.quality.results_file import answer_measures
 from cfsp.streaming.decoder_end import text_model
 from cfsp.streaming.work_dir import WorkDir, load_or_compute
-from cfsp.text.chats import templated
+from cfsp.text.records import templated
 from cfsp.text.sources import TextSource
 from cfsp.text.windows import Windows
 

@@ -24,8 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from cfsp.errors import MissingExtraError, TextError
-from cfsp.text.chats import CHAT_COLUMN
-from cfsp.text.records import Sample
+from cfsp.text.records import CHAT_COLUMN, Sample
 from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@
     wikitext2, c4                the usual data sets, from the hub
     NAME:CONFIG:SPLIT:COLUMN     any other data set on the hub
     PATH.txt, .jsonl, .parquet   local files (PATH:COLUMN for another column than `text`)
-    DIRECTORY                    written by `datasets.Dataset.save_to_disk`
     Text(name, documents)        in Python: the text itself
 
 The column `messages` holds conversations: lists of {"role", "content"}, which become text by the
@@ -29,13 +28,15 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import GONE_TEXTS, TextError
 from cfsp.settings import Text
-from cfsp.text.chats import CHAT_COLUMN, Conversation, conversation_texts
 from cfsp.text.offline import MIXED, OFFLINE, Purpose
 from cfsp.text.records import (
+    CHAT_COLUMN,
     IMAGE_COLUMN,
+    Conversation,
     Record,
     Sample,
     column_names,
+    conversation_texts,
     document_of,
     hub_columns,
     hub_records,
@@ -139,9 +140,7 @@ class TextSource:
         """Yield the conversations with the images beside them, in the source's own order."""
         assert self.has_images, self.name
         where = self.place[0]
-        directory = None
-        if isinstance(where, Path):
-            directory = where if where.is_dir() else where.parent
+        directory = where.parent if isinstance(where, Path) else None
         for record, at in self._records(CHAT_COLUMN, IMAGE_COLUMN):
             yield sample_of(record, at, directory)
 
