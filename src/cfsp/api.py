@@ -153,7 +153,6 @@ def prune(
 
 
 def _said(**choices: Any) -> dict[str, Any]:
-    """Return the choices that were made: None is left to what the settings say."""
     return {name: value for name, value in choices.items() if value is not None}
 
 

@@ -156,12 +156,10 @@ def run(args: argparse.Namespace) -> Told:
 
 
 def _windows(text: str) -> int | None:
-    """Return a number of windows; None for all."""
     return None if text == "all" else _count("windows from 1, or all", text)
 
 
 def _count(what: str, text: str) -> int:
-    """Return a positive number, or say of what it must be one."""
     try:
         count = int(text)
     except ValueError:

@@ -148,10 +148,7 @@ def settings_from(args: argparse.Namespace, settings: type[T]) -> T:
 
 
 def expand_sets(argv: Sequence[str]) -> list[str]:
-    """Return arguments with every `--set name=value` turned into `--name=value`.
-
-    Refuses what is not of that form, and empty arguments.
-    """
+    """Return arguments with `--name=value` for `--set name=value`; refuse empty ones."""
     expanded: list[str] = []
     rest = list(argv)
     while rest:

@@ -183,7 +183,6 @@ def _told(
     report: PruneReport,
     recovery: RecoverReport | None,
 ) -> Told:
-    """Return what a pruning came to."""
 
     def say() -> None:
         print_goal(report.goal)
@@ -201,7 +200,6 @@ def _told(
 
 
 def _print_estimate(cost: PruningCost) -> None:
-    """Print what a run will take, and what is left."""
     rows = {**cost.stages, "together": cost.seconds}.items()
     print_table(("", "seconds"), [(name, f"{seconds:,.0f}") for name, seconds in rows])
     print()

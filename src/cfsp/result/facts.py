@@ -109,10 +109,7 @@ def texts_that_made(manifest: Mapping[str, Any]) -> set[str]:
 
 
 def perplexities(manifest: Mapping[str, Any]) -> dict[Conditions, dict[str, float]]:
-    """Return what a manifest has by conditions: of the `dense`, `pruned` and `recovered` model.
-
-    Only numbers under the same conditions compare.
-    """
+    """Return those of a manifest by conditions: of the `dense`, `pruned` and `recovered` model."""
     found: dict[Conditions, dict[str, float]] = {}
     recovery = manifest.get("recovery") or {}
     for before, after, table in (("dense", "pruned", manifest), ("pruned", "recovered", recovery)):
@@ -191,10 +188,7 @@ def labels(facts: Iterable[Fact]) -> dict[Fact, str]:
 
 
 def size_facts(manifest: Mapping[str, Any], weight_bytes: int = 0) -> list[Fact]:
-    """Return how large a pruned model is and its original was; nothing where that is not known.
-
-    Of the weight files only where they were kept.
-    """
+    """Return how large a pruned model and its original are, as far as that is known."""
     if "parameters_before" not in manifest:
         return []
 

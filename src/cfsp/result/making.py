@@ -114,7 +114,6 @@ def _recovery(recovery: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _cost(made: Mapping[str, Any]) -> dict[str, str]:
-    """Return what a command took, with which versions, and when."""
     facts = {}
     if made.get("seconds"):
         facts["time"] = seconds_in_words(made["seconds"])

@@ -166,10 +166,7 @@ def _runs_in(directory: Path) -> list[Path]:
 
 
 def side_by_side(runs: Sequence[RunFacts], *headings: str) -> list[dict[str, Fact]]:
-    """Return what compares under some headings: one fact of each run, by its name.
-
-    What was measured on one text stands together.
-    """
+    """Return what compares under some headings, text by text: one fact of each run, by its name."""
     found: dict[object, dict[str, Fact]] = {}
     for run in runs:
         for fact in run.facts:
@@ -317,10 +314,7 @@ def _answer_documents(models: Models, side_of: Side) -> list[tuple[Document, Doc
 
 
 def _speed_facts(models: Models, side_of: Side) -> list[Fact]:
-    """Return tokens per second by phase and workload, with the ratio to the original.
-
-    Ratios are to the first model; they mean something here only if that is the original.
-    """
+    """Return tokens per second by phase and workload; ratios if the first is the original."""
     facts = []
     compared = side_of(str(models[0]["model"])) == "before"
     for model in models:
@@ -337,7 +331,6 @@ def _speed_facts(models: Models, side_of: Side) -> list[Fact]:
 
 
 def _comparison_facts(comparison: Mapping[str, Any]) -> list[Fact]:
-    """Return what pairs with the original say, from `Comparison.to_json`."""
     facts = []
     for key, pair in comparison.get("answers", {}).items():
         name, unit = _OF_ANSWERS[key]
@@ -366,5 +359,4 @@ def _number(estimate: Mapping[str, Any]) -> Number:
 
 
 def _on(side: str | None, number: Number, fact: Fact) -> Fact:
-    """Return a fact with the number of one side."""
     return replace(fact, before=number) if side == "before" else replace(fact, after=number)

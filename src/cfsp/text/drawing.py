@@ -111,7 +111,6 @@ def draw_left_over(
 
 
 def _first_of(pools: Sequence[Windows], shares: Sequence[int]) -> Windows:
-    """Return the first windows of each text, one text after the other."""
     pairs = zip(pools, shares, strict=True)
     return joined([windows.part(slice(share)) for windows, share in pairs if share])
 
@@ -183,10 +182,7 @@ def shares_within(shares: Sequence[int], most: Sequence[int]) -> list[int]:
 
 
 def parts_with_shares(texts: Sequence[str | Text], total: int) -> list[tuple[str | Text, int]]:
-    """Return what windows are drawn from, each once, and how many of each.
-
-    The kinds of the mixed text are apart.
-    """
+    """Return what windows are drawn from, kinds of the mixed text apart, and how many."""
     found: dict[object, tuple[str | Text, int]] = {}
     for text, share in zip(texts, _shares(total, len(texts)), strict=True):
         parts: Sequence[str | Text] = parts_of(text) if isinstance(text, str) else (text,)
@@ -197,7 +193,6 @@ def parts_with_shares(texts: Sequence[str | Text], total: int) -> list[tuple[str
 
 
 def _shares(total: int, parts: int) -> list[int]:
-    """Share a number out as evenly as possible."""
     return [total // parts + (i < total % parts) for i in range(parts)]
 
 

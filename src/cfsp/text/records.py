@@ -43,10 +43,7 @@ def value_of(record: Any, column: str, where: str) -> Any:
 
 
 def document_of(record: Any, column: str, where: str, *, beside_images: bool = False) -> Any:
-    """Return the document in a record: text, or a conversation in the column `messages`.
-
-    `beside_images` says that there is a column of images, of which nothing is taken.
-    """
+    """Return the document in a record: text, or a conversation without its images."""
     value = value_of(record, column, where)
     if column == CHAT_COLUMN:
         beside_images = beside_images or record.get(IMAGE_COLUMN) is not None
@@ -187,10 +184,7 @@ def checked_conversation(value: Any, where: str, *, beside_images: bool) -> Conv
 
 
 def checked_messages(value: Any, where: str) -> Conversation:
-    """Return messages, each with a role and a content, with all contents as lists of parts.
-
-    A content is a text, or a list of {"type": "text", "text"} and {"type": "image"}.
-    """
+    """Return messages with their contents as lists of text and image parts."""
     found = value if isinstance(value, list) and all(isinstance(m, dict) for m in value) else None
     contents = [_parts(message.get("content")) for message in found or ()]
     roles = [message.get("role") for message in found or ()]
@@ -203,7 +197,6 @@ def checked_messages(value: Any, where: str) -> Conversation:
 
 
 def _parts(content: Any) -> list[dict[str, str]] | None:
-    """Return the parts of a message's content; None if it is none."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, list):
@@ -321,7 +314,6 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
 
 
 def _checked(decode: Callable[[], str], where: str) -> str:
-    """Return the text that a function decodes, or raise TextError."""
     try:
         text = decode()
     except UnicodeDecodeError as error:

@@ -83,10 +83,7 @@ class TextSource:
 
     @cached_property
     def place(self) -> tuple[_Place | None, str]:
-        """Where its records are, and the column of documents.
-
-        A text that is given itself, or comes with cfsp or Python, is nowhere.
-        """
+        """Where its records are, None for no file and no hub, and the column of documents."""
         text = self.text
         if isinstance(text, Text) or text in OFFLINE:
             return None, "text"
@@ -116,10 +113,7 @@ class TextSource:
 
     @property
     def separator(self) -> str:
-        """What stands between two documents.
-
-        Nothing between conversations, where the template writes it, and pieces of one text.
-        """
+        """What stands between two documents, unless a template or the text itself writes it."""
         where = self.place[0]
         in_pieces = isinstance(where, Path) and is_text_file(where)
         return "" if in_pieces or self.is_chat else "\n\n"
@@ -145,10 +139,7 @@ class TextSource:
             yield sample_of(record, at, directory)
 
     def documents(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[str]:
-        """Yield the documents, in the source's own order.
-
-        The tokenizer's chat template makes conversations into text; it is needed for these only.
-        """
+        """Yield the documents; of conversations the text that the chat template makes."""
         if not self.is_chat:
             self._tell_of_images()
             return self._values()
@@ -178,7 +169,6 @@ class TextSource:
         next(self._values(), None)
 
     def _values(self) -> Iterator[Any]:
-        """Return the documents or conversations."""
         if isinstance(self.text, Text):
             return iter(self.text.documents)
         if self.text in OFFLINE:
@@ -219,10 +209,7 @@ def identity_of(text: str | Text) -> object:
 def check_texts(
     calibration: Sequence[str | Text] | None = None, evaluation: Sequence[str | Text] | None = None
 ) -> None:
-    """Open every text to calibrate or train on, or for an evaluation, and read its beginning.
-
-    This comes before anything that is slow: imports, downloads, conversions, passes.
-    """
+    """Open every text and read its beginning, before anything that is slow."""
     sources = [TextSource(text, "calibration") for text in calibration or ()]
     for source in (*sources, *(TextSource(text, "evaluation") for text in evaluation or ())):
         if source.on_hub:

@@ -37,10 +37,7 @@ _CHARACTERS_OF_TOKEN = 32
 def first_tokens(
     source: TextSource, tokenizer: PreTrainedTokenizerBase, limit: int | None
 ) -> Tensor:
-    """Return the tokens that a text begins with, as int64 [R].
-
-    After `limit` tokens no more is read; None is for the whole text.
-    """
+    """Return the tokens that a text begins with, int64 [R]: all, or `limit` and few more."""
     pieces: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
     total = 0
     characters = _CHUNK_CHARACTERS
@@ -131,10 +128,7 @@ Span = tuple[int, int]
 def spans(
     stream_R: Tensor, seqlen: int, begins_with: Sequence[int] = (), count: int | None = None
 ) -> list[Span]:
-    """Return windows one after the other, without overlap, at most `count` of them if it is given.
-
-    What is left at the end is dropped.
-    """
+    """Return windows one after the other, without overlap and without what is left at the end."""
     found: list[Span] = []
     begin = 0
     while count is None or len(found) < count:

@@ -82,7 +82,6 @@ class Windows:
 
     @property
     def _is_by_source(self) -> bool:
-        """Whether it is known which windows are of which source."""
         return sum(self.sources.values()) == len(self.tokens_NT)
 
     def by_source(self) -> list[Windows]:

@@ -56,10 +56,7 @@ _GREW = (
 
 
 def block_chart(runs: Sequence[RunFacts], part: Part = "ffn") -> Chart | None:
-    """Return how far blocks, or attention layers, turn the hidden state, and what they keep.
-
-    The runs are of one model; None where none has a plan with units of the part.
-    """
+    """Return what blocks, or attention layers, of one model do and keep; None without a plan."""
     plans = [(run, run.plan.only(part)) for run in runs if run.plan is not None]
     planned = [(run, plan) for run, plan in plans if plan.units]
     if not planned:
@@ -101,7 +98,6 @@ def block_chart(runs: Sequence[RunFacts], part: Part = "ffn") -> Chart | None:
 
 
 def _under_each_other(panels: Sequence[Panel], below: Sequence[int]) -> list[Panel]:
-    """Return panels that share an axis of blocks, which stands below the last one."""
     labels = [((i + 0.5) / len(below), str(block)) for i, block in enumerate(below)]
     return [*panels[:-1], replace(panels[-1], labels=labels)]
 
@@ -109,10 +105,7 @@ def _under_each_other(panels: Sequence[Panel], below: Sequence[int]) -> list[Pan
 def _table(
     heads: Sequence[Sequence[str]], names: Sequence[str], cells: Sequence[Sequence[Sequence[str]]]
 ) -> Table:
-    """Return the table behind a chart.
-
-    Of each run or step there are the names of its columns, and the cells of each named row.
-    """
+    """Return the table behind a chart, from the heads and rows of each run or step."""
     return Table(
         ["block", *(name for head in heads for name in head)],
         [
@@ -123,10 +116,7 @@ def _table(
 
 
 def _columns_of(plan: PruningPlan) -> list[UnitPlan | None]:
-    """Return the unit of each column: all of them where a block has several, else of each block.
-
-    None stands for a block that has none.
-    """
+    """Return the unit of each column: of blocks with one at most, of each block that or None."""
     unit_of = {unit.block: unit for unit in plan.units}
     if len(unit_of) < len(plan.units):
         return list(plan.units)
@@ -134,7 +124,6 @@ def _columns_of(plan: PruningPlan) -> list[UnitPlan | None]:
 
 
 def _narrows(plan: PruningPlan) -> bool:
-    """Return whether units that stay lose channels."""
     return any(unit.kept_width < unit.width for unit in plan.kept_units if unit.kept)
 
 
@@ -174,7 +163,6 @@ def _worth_panel(
 
 
 def _width_panel(title: str, names: Sequence[str], units: Sequence[UnitPlan | None]) -> Panel:
-    """Return a panel of the channels that units keep, within those that they had."""
     marks = []
     for name, unit in zip(names, units, strict=True):
         if unit is None:

@@ -21,11 +21,7 @@ Dots = dict[str, tuple[float, float]]
 
 
 def pareto_chart(runs: Sequence[RunFacts]) -> Chart | None:
-    """Return perplexity against parameters and against speed; None for fewer than two runs.
-
-    There is a panel for each text on which two runs or more were measured in the same way, and one
-    for each speed of theirs that was measured.
-    """
+    """Return perplexity against parameters and against speed; None for fewer than two runs."""
     swatches: dict[str, str] = {}
     if len(runs) <= _COLOURS:
         swatches = {run.name: f"run-{number}" for number, run in enumerate(runs, start=1)}
@@ -61,10 +57,7 @@ def pareto_chart(runs: Sequence[RunFacts]) -> Chart | None:
 
 
 def _planes(runs: Sequence[RunFacts]) -> Iterator[tuple[str, str, int, Dots]]:
-    """Yield title, axis, sign (-1 where more is better) and the models of each panel.
-
-    Those by size come first, then those by speed; each has two runs or more.
-    """
+    """Yield title, axis, sign (-1 where more is better) and two models or more of a panel."""
     every = side_by_side(runs, QUALITY)
     sizes = {run.name: fact for run in runs for fact in run.facts if fact.name == PARAMETERS}
     texts = [any_of(facts).text for facts in every]
@@ -96,10 +89,7 @@ def _planes(runs: Sequence[RunFacts]) -> Iterator[tuple[str, str, int, Dots]]:
 def _panel(
     title: str, axis: str, points: Sequence[tuple[float, float, str, str, bool]], *also: float
 ) -> Panel:
-    """Return a panel of points from left to right, on an axis that reaches to some values, too.
-
-    Of each there is where it lies, its class, its words, and whether the line goes through it.
-    """
+    """Return a panel of points: place, class, words, and whether the line goes through."""
     across = round_scale([*also, *(point[0] for point in points)])
     scale = round_scale([point[1] for point in points])
     marks = [Mark(say, across(x), dots=[(class_, y)]) for x, y, class_, say, _ in points]

@@ -152,7 +152,6 @@ def page_file(name: str) -> str:
 
 
 def _manifest_text(run: RunFacts) -> str:
-    """Return the manifest as indented JSON, without paths of the machine."""
     text = json.dumps(published(run.manifest), indent=2, ensure_ascii=False)
     texts = [fact.text for fact in run.facts if fact.text]
     texts += sorted(texts_that_made(run.manifest))
@@ -186,7 +185,6 @@ def _check_is_replaceable(out: Path) -> None:
 
 
 def _digest(text: str) -> str:
-    """Return the source expression that allows exactly this inline text."""
     return "sha256-" + base64.b64encode(sha256(text.encode()).digest()).decode()
 
 
