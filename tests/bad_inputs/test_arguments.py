@@ -49,6 +49,8 @@ FLAGS = [
         "give one of the two",
     ),
     BadInput(f"{SWEEP} 0.4 --set limit=4", "--limit", "need --tasks"),
+    BadInput(f"{EVAL} --limit 4", "--limit is about tasks", "add --tasks"),
+    BadInput(f"{NOTHING} --plan p --keep 0", "--plan and --keep exclude", "made already"),
     BadInput("export {model} --to vllm --type f16 --out {out}", "--type belongs to", "keeps the"),
 ]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfsp.cli.options import Parser, add_model, add_options, settings_from
-from cfsp.cli.output import Told, human_bytes, print_passes
+from cfsp.cli.output import Told, human_bytes
 from cfsp.processes import process_count
 from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings
 
@@ -106,7 +106,6 @@ def _told(out: Path, statistics: Statistics, paths: Sequence[str], work_dir: Wor
             f"{seconds:.1f} s ({statistics.tokens / seconds:,.0f} tokens/s); peak memory "
             f"{human_bytes(facts['peak_rss_bytes'])}"
         )
-        print_passes(facts["passes"])
         if few := facts["experts_with_few_tokens"]:
             print(
                 f"{len(few)} experts saw fewer than {LEAST_TOKENS} tokens: plans will score them "

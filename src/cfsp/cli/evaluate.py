@@ -108,6 +108,9 @@ def run(args: argparse.Namespace) -> Told:
     answers = "--answers" if args.answers else "--questions" if args.questions else None
     if not (args.data or args.tasks or answers):
         raise UsageError("expected --data, --tasks, --answers or several, found none")
+    for name in ("limit", "shots", "task_data"):
+        if getattr(args, name) is not None and not args.tasks:
+            raise UsageError(f"--{name.replace('_', '-')} is about tasks; add --tasks")
     alone = "--tasks" if args.tasks else answers
     if alone and process_count() > 1:
         raise UsageError(

@@ -20,7 +20,6 @@ from cfsp.cli.output import (
     human_count,
     print_facts,
     print_goal,
-    print_passes,
     print_plan,
     print_table,
 )
@@ -40,6 +39,7 @@ from cfsp.settings import (
     LocalTraining,
     PruneSettings,
     asked,
+    given_of,
     prune_settings,
 )
 
@@ -105,8 +105,9 @@ def _settings(args: argparse.Namespace) -> PruneSettings:
         )
     if plan and args.statistics:
         raise UsageError("--plan and --statistics exclude each other: a plan is made already")
-    if plan and how_much:
-        raise UsageError(f"--plan and {how_much[0]} exclude each other: a plan has its sparsity")
+    chosen = [flag for of in (Budget, *GOALS, Criterion) for flag in given_of(of, given).values()]
+    if plan and chosen:
+        raise UsageError(f"--plan and {chosen[0]} exclude each other: a plan is made already")
     if is_bound and args.statistics:
         raise UsageError(
             "--max-loss-increase and --statistics exclude each other: which windows were "
@@ -240,7 +241,6 @@ def print_report(report: PruneReport) -> None:
         )
     if steps := report.repair["steps"]:
         print(f"repaired by {steps_in_words(steps)}")
-    print_passes(report.passes)
     print(f"{seconds_in_words(report.seconds)}; peak memory {human_bytes(report.peak_rss_bytes)}")
     if report.out:
         print(f"written to {report.out}")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from cfsp.architecture.block_names import blocks_in_words, counted, removed_in_words
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.result.names import short_names
-from cfsp.result.tables import Table, human_count
+from cfsp.result.tables import Table, human_bytes, human_count
 from cfsp.text.offline import parts_of
 
 NOTHING = "\N{EN DASH}"
@@ -45,16 +45,8 @@ class Unit:
         return NOTHING if number is None else self.write(number.value).replace("-", _MINUS)
 
 
-def _size(number: float) -> str:
-    """Return a size in decimal units, as file managers and the hub show it: 189.4 MB."""
-    for limit, suffix in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= limit:
-            return f"{number / limit:.1f} {suffix}"
-    return f"{number:.0f} B"
-
-
 COUNT = Unit("{:,.0f}".format, "share")
-BYTES = Unit(_size)
+BYTES = Unit(human_bytes)
 PERPLEXITY = Unit("{:.2f}".format, "ratio")
 RATE = Unit("{:,.1f}".format)
 NATS = Unit("{:z.3f}".format)

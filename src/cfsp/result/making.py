@@ -22,6 +22,7 @@ from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.experts import SCORE_IN_WORDS
 from cfsp.repair.result import rejected_blocks
 from cfsp.result.names import public_command, public_name
+from cfsp.result.tables import human_bytes
 from cfsp.settings import ANGULAR, DEFAULT_PARTS, UNIT_PARTS, removal_in_words
 
 Step = dict[str, Any]
@@ -119,7 +120,7 @@ def _cost(made: Mapping[str, Any]) -> dict[str, str]:
         facts["time"] = seconds_in_words(made["seconds"])
     if "peak_rss_bytes" in made:
         threads = f", {counted(made['threads'], 'threads')}" if made.get("threads") else ""
-        facts["memory"] = f"{made['peak_rss_bytes'] / 2**30:.2f} GiB at its peak{threads}"
+        facts["memory"] = f"{human_bytes(made['peak_rss_bytes'])} at its peak{threads}"
     if made.get("versions"):
         facts["versions"] = ", ".join(f"{name} {v}" for name, v in made["versions"].items())
     if made.get("created"):

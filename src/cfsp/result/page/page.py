@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
 from importlib.resources import files
@@ -47,19 +46,14 @@ _STYLES = ("style.css", "charts.css")
 MOST_IN_DETAIL = 8
 
 
-@dataclass(frozen=True)
-class ModelGroup:
-    """Runs of one original, and their charts."""
+class ModelGroup(NamedTuple):
+    """Runs of one original, those that are drawn by block and those that are not, and charts."""
 
     base: str
     runs: Sequence[RunFacts]
-    detailed: Sequence[RunFacts]  # that charts by block and manifests are of
+    detailed: Sequence[RunFacts]
+    brief: Sequence[RunFacts]
     charts: Sequence[Chart]
-
-    @property
-    def brief(self) -> Sequence[RunFacts]:
-        """The runs that are not shown in detail."""
-        return self.runs[len(self.detailed) :]
 
 
 def write_report(given: Sequence[Path], out: Path) -> None:
@@ -122,7 +116,7 @@ def group_runs(runs: Sequence[RunFacts]) -> list[ModelGroup]:
         by_base.setdefault(base, []).append(run)
     groups = []
     for group in by_base.values():
-        detailed = group[:MOST_IN_DETAIL]
+        detailed, brief = group[:MOST_IN_DETAIL], group[MOST_IN_DETAIL:]
         pruned = _without_recovered_twins(detailed)
         charts = (
             pareto_chart(group),
@@ -132,7 +126,8 @@ def group_runs(runs: Sequence[RunFacts]) -> list[ModelGroup]:
             recovery_chart(detailed),
         )
         shown = [chart for chart in charts if chart is not None]
-        groups.append(ModelGroup(public_name(group[0].base_name), group, detailed, shown))
+        base = public_name(group[0].base_name)
+        groups.append(ModelGroup(base, group, detailed, brief, shown))
     return groups
 
 
