@@ -75,7 +75,7 @@ TEXTS = [
     BadInput(
         f"{EVAL} {{inputs}}/a.docx",
         "{inputs}/a.docx has an unknown ending",
-        "expected .txt, .jsonl, .parquet",
+        "expected .txt, .jsonl or .parquet",
         file("a.docx", b"x"),
     ),
     BadInput(

@@ -16,7 +16,7 @@ from cfsp.result.facts import NOTHING, Conditions, size_facts, what_went
 from cfsp.result.making import making, steps_in_words, texts_in_words
 from cfsp.result.manifest import read_manifest
 from cfsp.result.names import is_hub_id, public_command, public_name, short_names
-from cfsp.result.page.curves import pareto_chart
+from cfsp.result.page.chart import pareto_chart
 from cfsp.result.page.page import headlines, sections, write_report
 from cfsp.result.runs import read_run
 from report_runs import BETTER, DIVERGED, FITTED, WORSE, changed_copy, measured, recovered

@@ -19,8 +19,7 @@ from cfsp.cli import main
 from cfsp.errors import CheckpointError, OutputError, ReportError
 from cfsp.result.facts import NOTHING
 from cfsp.result.manifest import add_to_manifest
-from cfsp.result.page.chart import round_scale
-from cfsp.result.page.curves import pareto_chart
+from cfsp.result.page.chart import pareto_chart, round_scale
 from cfsp.result.page.page import group_runs, page_file, write_report
 from cfsp.result.runs import read_run, read_runs
 from conftest import REPOSITORY

@@ -117,7 +117,7 @@ def test_two_tokens_at_the_beginning_leave_two_less(text_file, tokenizer):
     windows = draw_windows([str(text_file)], changed, samples=4, seqlen=16)
     assert windows.tokens_NT[:, :2].tolist() == [[1, 0]] * 4
     assert windows.scored_N.tolist() == [14] * 4
-    with pytest.raises(UsageError, match="found 4 windows for 1 texts and 2 tokens"):
+    with pytest.raises(UsageError, match="found 4 windows for 1 text and 2 tokens"):
         draw_windows([str(text_file)], changed, samples=4, seqlen=2)
 
 

@@ -178,6 +178,8 @@ def test_bad_counts_are_refused(text_file, tokenizer):
     for samples, seqlen in ((0, 16), (-1, 16), (1, 16), (4, 1), (4, 0)):
         with pytest.raises(UsageError, match=f"found {samples} windows.*{seqlen} tokens"):
             draw_windows([name, name], tokenizer, samples=samples, seqlen=seqlen)
+    with pytest.raises(UsageError, match="found 128 windows for 1 text and 1 tokens"):
+        draw_windows([name], tokenizer, seqlen=1)
     with pytest.raises(UsageError, match="found 0 windows"):
         consecutive_windows(name, tokenizer, count=0, seqlen=16)
 

@@ -193,7 +193,7 @@ def _print(found: dict[str, Any], args: argparse.Namespace) -> None:
         if row.detail:
             print(f"{row.name}: {', '.join(filter(None, (row.detail, row.hint)))}")
     for model in models:
-        if "agreement" in model:
+        if args.data and "agreement" in model:
             ratio, worst = model["agreement"]["perplexity_ratio"], model["agreement"]["worst"]
             print(
                 f"{names[model['model']]}: perplexity {ratio:.3f} of dense in the geometric mean, "

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cfsp.architecture.block_names import counted
 from cfsp.architecture.model_classes import auto_class_of_type
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import TextError, UsageError
@@ -125,7 +126,8 @@ def _shuffled_pools(
     if (samples is not None and samples < len(text.names)) or seqlen < 2 + len(begins_with[1:]):
         raise UsageError(
             f"expected at least one window for each text and 2 tokens in a window, "
-            f"found {samples} windows for {len(text.names)} texts and {seqlen} tokens"
+            f"found {text.windows} windows for {counted(len(text.names), 'texts')} and "
+            f"{seqlen} tokens"
         )
     generator = torch.Generator().manual_seed(text.seed)
     pools: list[Windows] = []

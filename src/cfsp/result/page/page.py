@@ -31,8 +31,7 @@ from cfsp.result.making import load_code, making
 from cfsp.result.manifest import published, refusing_damage
 from cfsp.result.names import public_name, short_names
 from cfsp.result.page.by_block import block_chart, repair_chart
-from cfsp.result.page.chart import TEMPLATES, Chart
-from cfsp.result.page.curves import pareto_chart, recovery_chart
+from cfsp.result.page.chart import TEMPLATES, Chart, pareto_chart, recovery_chart
 from cfsp.result.runs import (
     Document,
     RunFacts,
