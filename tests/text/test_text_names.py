@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -114,17 +112,6 @@ def test_commands_refuse_a_text_before_they_look_for_the_model(
     assert f"{ABSENT} is neither a file nor a known text" in command(*argv, status=2).err
     assert not list(tmp_path.iterdir())
     sources._open_on_hub.cache_clear()
-
-
-def test_a_text_is_refused_before_torch_is_imported():
-    code = (
-        "import sys; from cfsp.cli import main; "
-        f"status = main(['prune', 'demo', '--sparsity', '0.2', '--out', 'x', '--eval', '{ABSENT}'])"
-        "; assert 'torch' not in sys.modules; sys.exit(status)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("cfsp prune: nothing.txt is neither a file")
 
 
 def test_functions_refuse_a_text_before_any_work(tiny_checkpoint, tmp_path, monkeypatch):
