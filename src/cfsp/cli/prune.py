@@ -105,7 +105,7 @@ def _settings(args: argparse.Namespace) -> PruneSettings:
         )
     if plan and args.statistics:
         raise UsageError("--plan and --statistics exclude each other: a plan is made already")
-    chosen = [flag for of in (Budget, *GOALS, Criterion) for flag in given_of(of, given).values()]
+    chosen = [flag for of in (*GOALS, Budget, Criterion) for flag in given_of(of, given).values()]
     if plan and chosen:
         raise UsageError(f"--plan and {chosen[0]} exclude each other: a plan is made already")
     if is_bound and args.statistics:
