@@ -221,7 +221,7 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     against: str | Path | None = None,
-    answers: int | None = None,
+    answers: int | str | None = None,
 ) -> list[dict[str, Any]]:
     """Return perplexities of models on texts, and answers, as `cfsp eval --json` prints them.
 
@@ -237,7 +237,8 @@ def evaluate(
         dtype: what to compute in.
         against: the dense model, which is measured too, and how far the others are from its
             predictions.
-        answers: ask so many of the questions that come with cfsp; needs `against`.
+        answers: ask so many of the questions that come with cfsp, or those that begin the chats of
+            a .jsonl file; needs `against`.
     """
     compute = from_names(Compute, {}, device=device, dtype=dtype)
     texts = EvaluationText(texts_of(data), windows, seqlen, bos=bos)

@@ -157,6 +157,7 @@ GONE = {
     "accumulate": "it went, because nobody set it: --batch-windows says how much a step reads",
     "answer-tokens": "it went: an answer has 96 tokens at most",
     "local-blocks": "it went, because nobody set it: 3 blocks train together",
+    "questions": "--questions went: give the file to --answers, as in --answers chats.jsonl",
     "results": "it went: name the file beside the runs, as in cfsp report smaller results.json",
     "sensitivity": "it went: prune's default measures it where the model fits into memory, and so "
     "does calibrate; --set block_metric=angular does without",

@@ -231,16 +231,16 @@ def test_questions_of_chats(tmp_path):
         for i in range(4)
     ]
     chats.write_text("\n".join(json.dumps({"messages": each}) for each in turns))
-    assert Questions.of(3, str(chats)).asked == tuple(("mine", f"river {i}") for i in range(3))
+    assert Questions.of(str(chats)).asked == tuple(("mine", f"river {i}") for i in range(4))
     chats.write_text(json.dumps({"messages": turns[0][:1]}))
     with pytest.raises(TextError, match="chat 1: there is no message of the role `user`"):
-        Questions.of(3, str(chats))
+        Questions.of(str(chats))
     chats.write_text(json.dumps({"text": "prose"}))
     with pytest.raises(TextError, match="holds no chats"):
-        Questions.of(3, str(chats))
+        Questions.of(str(chats))
     chats.write_text("")
     with pytest.raises(TextError, match="holds no chats"):
-        Questions.of(3, f"{chats}:messages")
+        Questions.of(f"{chats}:messages")
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_mistakes_are_told_before_anything_is_loaded(models, argv, capsys, comma
     monkeypatch.setattr("cfsp.quality.evaluate.load", lambda *_, **__: pytest.fail("too late"))
     for wrong, message in (
         (["eval", models[0], "--answers"], "add --against DENSE"),
-        ([*argv, "--questions", "nowhere.jsonl"], "nowhere.jsonl is neither a file nor a known"),
+        ([*argv, "--answers", "nowhere.jsonl"], "nowhere.jsonl is neither a file nor a known"),
     ):
         assert message in command(*wrong, status=2).err
     with monkeypatch.context() as patch:
@@ -284,7 +284,7 @@ def test_mistakes_are_told_before_anything_is_loaded(models, argv, capsys, comma
     with pytest.raises(SystemExit):
         main(["eval", "--against", models[1], "--answers", models[0]])
     assert (
-        "expected a number of questions, with the models before --answers, found"
+        "expected a number of questions or a .jsonl file, with the models before --answers, found"
         in capsys.readouterr().err
     )
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)

@@ -90,29 +90,23 @@ def _add_answers(parser: Parser) -> None:
     answers.add_argument(
         "--answers",
         nargs="?",
-        type=partial(_count, "questions, with the models before --answers"),
+        type=_asked,
         const=DEFAULT_QUESTIONS,
-        metavar="N",
+        metavar="N|CHATS",
         help=f"ask the first N of {DEFAULT_QUESTIONS} questions of ten kinds that come with cfsp "
-        "(default: all)",
-    )
-    answers.add_argument(
-        "--questions",
-        metavar="CHATS",
-        help="ask what the user says first in each chat of a .jsonl file instead",
+        "(default: all), or what the user says first in as many chats of a .jsonl file",
     )
 
 
 def run(args: argparse.Namespace) -> Told:
     """Evaluate."""
-    answers = "--answers" if args.answers else "--questions" if args.questions else None
-    if not (args.data or args.tasks or answers):
+    if not (args.data or args.tasks or args.answers):
         raise UsageError("expected --data, --tasks, --answers or several, found none")
     for name in ("limit", "shots", "task_data"):
         if getattr(args, name) is not None and not args.tasks:
             raise UsageError(f"--{name.replace('_', '-')} is about tasks; add --tasks")
-    alone = "--tasks" if args.tasks else answers
-    if alone and process_count() > 1:
+    if (args.tasks or args.answers) and process_count() > 1:
+        alone = "--tasks" if args.tasks else "--answers"
         raise UsageError(
             f"{alone} runs in one process, found {process_count()}; leave it out, or evaluate "
             "without torchrun"
@@ -135,9 +129,7 @@ def run(args: argparse.Namespace) -> Told:
     from cfsp.quality.tasks.harness import TaskRunner
 
     texts = EvaluationText(tuple(args.data or ()), args.windows, args.seqlen, args.bos)
-    questions = None
-    if answers:
-        questions = Questions.of(args.answers or DEFAULT_QUESTIONS, args.questions)
+    questions = Questions.of(args.answers) if args.answers else None
     runner = TaskRunner.of(selection) if selection else None
     compute = settings_from(args, Compute)
     take_own_accelerator(compute.device)
@@ -160,6 +152,12 @@ def run(args: argparse.Namespace) -> Told:
 
 def _windows(text: str) -> int | None:
     return None if text == "all" else _count("windows from 1, or all", text)
+
+
+def _asked(text: str) -> int | str:
+    if text.endswith((".jsonl", ".parquet", ":messages")):
+        return text
+    return _count("questions or a .jsonl file, with the models before --answers", text)
 
 
 def _count(what: str, text: str) -> int:
@@ -202,7 +200,7 @@ def _print(found: dict[str, Any], args: argparse.Namespace) -> None:
     dtypes = ", ".join(dict.fromkeys(model["dtype"] for model in models))
     against = f"against {names[models[0]['model']]}; " if compares else ""
     print(f"{against}computed in {dtypes}; standard errors of windows, documents and questions")
-    if args.answers or args.questions:
+    if args.answers:
         print(f"answers: greedy, up to {models[0]['answers']['longest']} tokens")
     if conditions := found.get("tasks"):
         versions = ", ".join(

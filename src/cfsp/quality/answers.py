@@ -28,6 +28,7 @@ from cfsp.quality.agreement import divergence_and_agreement
 from cfsp.quality.paired import per_count
 from cfsp.quality.perplexity import WindowSums
 from cfsp.quality.results_file import answer_measures
+from cfsp.settings import DEFAULT_QUESTIONS
 from cfsp.streaming.decoder_end import text_model
 from cfsp.streaming.work_dir import WorkDir, load_or_compute
 from cfsp.text.records import templated
@@ -58,19 +59,19 @@ class Questions:
     asked: tuple[tuple[str, str], ...]
 
     @classmethod
-    def of(cls, count: int, chats: str | None = None) -> Questions:
-        """Return the first questions of those that come with cfsp, or that begin chats."""
-        if count < 1:
-            raise UsageError(f"--answers needs at least 1 question, found {count}")
-        if chats is not None:
-            return cls(tuple(islice(_first_turns(chats), count)))
+    def of(cls, asked: int | str) -> Questions:
+        """Return so many questions of those that come with cfsp, or those that begin chats."""
+        if isinstance(asked, str):
+            return cls(tuple(islice(_first_turns(asked), DEFAULT_QUESTIONS)))
+        if asked < 1:
+            raise UsageError(f"--answers needs at least 1 question, found {asked}")
         lines = _FILE.read_text(encoding="utf-8").splitlines()
-        if count > len(lines):
+        if asked > len(lines):
             raise UsageError(
-                f"{len(lines)} questions come with cfsp, found --answers {count}; ask fewer, or "
-                "your own with --questions CHATS"
+                f"{len(lines)} questions come with cfsp, found --answers {asked}; ask fewer, or "
+                "your own with --answers CHATS"
             )
-        found = (json.loads(line) for line in lines[:count])
+        found = (json.loads(line) for line in lines[:asked])
         return cls(tuple((each["kind"], each["question"]) for each in found))
 
     def identity(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -110,7 +111,7 @@ def _first_turns(name: str) -> Iterator[tuple[str, str]]:
             raise TextError(f"{name}, chat {number}: there is no message of the role `user`")
         yield Path(name.removesuffix(":messages")).stem, turns[0]
     if not number:
-        raise TextError(f"{name} holds no chats, which --questions needs: a column `messages`")
+        raise TextError(f"{name} holds no chats, which --answers needs: a column `messages`")
 
 
 def answers_of(
