@@ -27,6 +27,7 @@ from cfsp.settings import (
     EvaluationText,
     PruneSettings,
     Text,
+    texts_of,
 )
 from cfsp.text import records as of_data
 from cfsp.text import sources
@@ -160,6 +161,16 @@ def test_no_text_is_no_text():
         Text("", "a river")
     with pytest.raises(TextError, match="needs a name and strings, found 'mine' and"):
         Text("mine", [3])  # type: ignore[list-item]
+
+
+def test_two_texts_with_one_name_are_told_apart_by_nothing(tmp_path):
+    one, other = Text("mine", "a river"), Text("mine", "a stone")
+    assert texts_of([one, Text("mine", "a river"), "c4", "c4"]) == (one, one, "c4", "c4")
+    for data in ([one, "c4", other], [one, "mine"]):
+        with pytest.raises(UsageError, match="two texts are called 'mine'; give each a name"):
+            cfsp.prune("no-model", out=tmp_path / "out", sparsity=0.2, data=data)
+        with pytest.raises(UsageError, match="two texts are called 'mine'"):
+            cfsp.evaluate(["no-model"], data)
 
 
 def test_functions_take_a_text_itself(tiny_checkpoint, text_file):
