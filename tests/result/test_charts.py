@@ -76,6 +76,19 @@ def test_a_chart_has_a_column_for_every_unit():
     assert f"Block 1 {SHARED}, ridge: error 0.5000 before" in repaired.draw(920)
 
 
+def test_what_is_told_of_a_block_stands_at_its_last_unit_with_its_number():
+    run = several()
+    run.repair_steps.append({"name": "sequential", "blocks": [BETTER, WORSE]})
+    drawing = repair_chart([run]).draw(920)
+    for said in (
+        "0, sequential: error 0.5000",
+        "1, sequential: no error of",
+        "1, sequential: error",
+    ):
+        assert f"Block {said}" in drawing
+    assert "Block 2, sequential" not in drawing
+
+
 def planned(name: str = "run", removed: tuple[int, ...] = (), **criterion: Any) -> RunFacts:
     """Return a run of two blocks that lose channels, or of which one goes whole."""
     units = [UnitPlan(block, 4, (0, 1), 0.25 + block, 0.5 + block / 2) for block in range(2)]

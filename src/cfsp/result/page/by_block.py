@@ -194,7 +194,7 @@ def repair_chart(runs: Sequence[RunFacts]) -> Chart | None:
         errors = [each["error_before"] for each in entries]
         errors += [each["error_after"] for each in entries if each["kept"]]
         scale = round_scale([0.0, max(map(float, errors)) or 1.0])
-        marks = [_repair_mark(i, columns, name) for i in range(count)]
+        marks = [_repair_mark(i, columns, name, blocks or range(count)) for i in range(count)]
         title = panel_title(f"{name.capitalize()}: {_ERRORS.get(name, _ERROR)}", run, runs)
         panels.append(Panel(title, _HEIGHT, scale, marks))
     entries = [entry for *_, columns in shown for entry in columns if entry is not None]
@@ -238,19 +238,22 @@ def _in_columns(step: Step, blocks: Sequence[int] | None, count: int) -> list[En
     told = {index: entry for index, entry in enumerate(step["blocks"]) if entry is not None}
     if blocks is not None and not any("block" in entry for entry in told.values()):
         last = {block: column for column, block in enumerate(blocks)}
-        told = {last[block]: entry for block, entry in told.items()}
+        told = {last[at]: {**entry, "block": at, "path": ""} for at, entry in told.items()}
     return [told.get(column) for column in range(count)]
 
 
-def _repair_mark(index: int, columns: Sequence[Entry | None], step: str) -> Mark:
+def _repair_mark(
+    index: int, columns: Sequence[Entry | None], step: str, block_of: Sequence[int]
+) -> Mark:
     """Return an open circle for before and a filled one for after, or a cross; and the words."""
     entry = columns[index]
     if entry is None:
         later = ((i, each) for i, each in enumerate(columns) if each is not None and i > index)
         last, of_last = next(later, (index, {"blocks": 0}))
+        say = f"shares the error of block {block_of[last]}"
         if last - of_last["blocks"] >= index:
-            return Mark(f"Block {index}, {step}: no error of its own")
-        return Mark(f"Block {index}, {step}: shares the error of block {last}")
+            say = "no error of its own"
+        return Mark(f"Block {block_of[index]}, {step}: {say}")
     if not 1 <= entry["blocks"] <= index + 1:
         raise ValueError(f"block {index} cannot have changed with {entry['blocks']} blocks")
     before, after = entry["error_before"], entry["error_after"]
