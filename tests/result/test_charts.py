@@ -177,7 +177,7 @@ def test_a_run_has_a_panel_for_every_step(run, tmp_path):
     chart = chart_of(facts)
     drawing = chart.draw(920)
     titles = re.findall(r'class="panel"[^>]*>([^<]*)<', drawing)
-    assert "Ridge: relative squared error of the FFN output" in titles[0]
+    assert "Ridge: relative squared error of the output" in titles[0]
     assert "Local: relative error of the hidden states" in titles[1]
     entries = [entry for step in facts.repair_steps for entry in step["blocks"]]
     assert drawing.count('class="before"') == sum(entry is not None for entry in entries)

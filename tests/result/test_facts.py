@@ -40,7 +40,7 @@ def test_steps_in_words():
         step("local", idle=False, first=True),
     ]
     words = (
-        "ridge (error of FFN outputs 1.000 to 0.750, rejected in block 1), sequential (error of "
+        "ridge (error of outputs 1.000 to 0.750, rejected in block 1), sequential (error of "
         "hidden states 1.000 to 1.000, rejected in every block), local (error of hidden states "
         "0.500 to 0.250)"
     )
@@ -160,6 +160,14 @@ def test_every_part_that_lost_something_is_a_fact():
     assert size_facts({}) == []
 
 
+def test_what_nothing_follows_is_not_told(run):
+    manifest = read_manifest(run)
+    for parts, told in ((["ffn"], True), (["kv"], True), (["blocks"], False)):
+        criterion = manifest["criterion"] | {"parts": parts}
+        (made,) = making(manifest | {"criterion": criterion})
+        assert ("channels by" in made.facts, "widths" in made.facts) == (told, parts == ["ffn"])
+
+
 def test_inspect_card_and_page_tell_the_same_of_the_making(run, tmp_path, command):
     copy = changed_copy(run, tmp_path / "copy", recovered)
     manifest = read_manifest(copy)
@@ -168,7 +176,8 @@ def test_inspect_card_and_page_tell_the_same_of_the_making(run, tmp_path, comman
     assert (pruned.verb, trained.verb) == ("pruned", "recovered")
     assert pruned.facts["asked for"] == "50.0% of FFN channels"
     assert (
-        pruned.facts["repair"].startswith("ridge (error of FFN") and "teacher" not in trained.facts
+        pruned.facts["repair"].startswith("ridge (error of outputs")
+        and "teacher" not in trained.facts
     )
     for name, value in {**pruned.facts, **trained.facts}.items():
         if name not in ("time", "memory"):  # `inspect` does not tell what it took

@@ -249,4 +249,4 @@ def test_a_loss_is_bounded_for_experts_and_before_repair(tiny_checkpoint, prune)
     fitting = [entry["sparsity"] for entry in goal["tried"] if entry["fits"]]
     assert max(fitting) == goal["chosen"]["sparsity"] > 0
     assert goal["result"] < 0.5
-    assert "repaired by ridge (error of FFN outputs" in done.said
+    assert "repaired by ridge (error of outputs" in done.said

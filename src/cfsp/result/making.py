@@ -74,15 +74,17 @@ def _pruning(manifest: Mapping[str, Any]) -> dict[str, str]:
         tried = f", {len(goal['tried'])} plans tried" if goal["tried"] else ""
         facts["goal"] = f"--{name} {goal['asked']:g}{tried}"
     facts["asked for"] = f"{criterion['sparsity']:.1%} of {of}"
-    metric = criterion["block_metric"]
-    facts["blocks by"] = f"{metric} distance" if metric == ANGULAR else metric
-    facts["channels by"] = criterion["channel_metric"]
+    if {*parts} & {*UNIT_PARTS}:
+        metric = criterion["block_metric"]
+        facts["blocks by"] = f"{metric} distance" if metric == ANGULAR else metric
+        facts["channels by"] = criterion["channel_metric"]
     if any(manifest.get(key) for key in ("removed_blocks", "removed_attentions")):
         facts["removed whole"] = f"those {removal_in_words(criterion.get('removal', ''))}"
     if experts := manifest.get("experts"):
         lost = f"{fmean(experts['lost_output']):.1%} of what all experts add to the hidden states"
         facts["experts by"] = f"{SCORE_IN_WORDS}; those that went added {lost}"
-    facts["widths"] = f"multiples of {criterion['multiple']}"
+    if "ffn" in parts:
+        facts["widths"] = f"multiples of {criterion['multiple']}"
     if calibration := manifest.get("calibration"):
         facts["calibration text"] = texts_in_words(calibration)
         facts["calibration"] = (
@@ -165,7 +167,7 @@ def steps_in_words(steps: Sequence[Step]) -> str:
             after = fmean(
                 block["error_after" if block["kept"] else "error_before"] for block in blocks
             )
-            of = "FFN outputs" if step["name"] == "ridge" else "hidden states"
+            of = "outputs" if step["name"] == "ridge" else "hidden states"
             remarks.insert(0, f"error of {of} {before:.3f} to {after:.3f}")
         told.append(step["name"] + (f" ({', '.join(remarks)})" if remarks else ""))
     return ", ".join(told) or "none"

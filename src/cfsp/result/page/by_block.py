@@ -36,7 +36,7 @@ _NOUNS: dict[Part, tuple[str, str, str]] = {
 _HEAD = ("distance", "importance", "before", "kept")
 
 # What the errors of a step of repair are errors of.
-_ERRORS = {"ridge": "relative squared error of the FFN output"}
+_ERRORS = {"ridge": "relative squared error of the output"}
 _ERROR = "relative error of the hidden states after the block"
 _REPAIR = (
     "Each step of repair is judged on windows that were held out from it; what did not help is "
