@@ -44,13 +44,7 @@ class Check:
 
 
 def verify_checkpoint(source: Checkpoint, compute: Compute) -> list[Check]:
-    """Check a checkpoint that cfsp wrote against its manifest.
-
-    That it opens means that its shards are whole and that cfsp knows its config.
-
-    Raises:
-        CheckpointError: there is no manifest, or it is damaged.
-    """
+    """Check a checkpoint that cfsp wrote, whose shards are whole for it opens, by its manifest."""
     directory, manifest = source.directory, read_manifest(source.directory)
     if manifest is None:
         raise CheckpointError(

@@ -47,7 +47,17 @@ def document_of(record: Any, column: str, where: str, *, beside_images: bool = F
     value = value_of(record, column, where)
     if column == CHAT_COLUMN:
         beside_images = beside_images or record.get(IMAGE_COLUMN) is not None
-        return checked_conversation(value, where, beside_images=beside_images)
+        messages = checked_messages(value, where)
+        parts = [part for message in messages for part in message["content"]]
+        if not beside_images and any(part["type"] == "image" for part in parts):
+            raise TextError(
+                f"{where}: a message has an image, but there is no column 'images' beside the "
+                "messages"
+            )
+        return [
+            {**message, "content": "".join(part.get("text", "") for part in message["content"])}
+            for message in messages
+        ]
     if not isinstance(value, str):
         raise TextError(f"{where}: column {column!r} is {type(value).__name__}, expected text")
     try:
@@ -167,20 +177,6 @@ def templated(
     return render(
         [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in conversation]
     )
-
-
-def checked_conversation(value: Any, where: str, *, beside_images: bool) -> Conversation:
-    """Return messages with their contents as texts, without the places of images beside them."""
-    messages = checked_messages(value, where)
-    parts = [part for message in messages for part in message["content"]]
-    if not beside_images and any(part["type"] == "image" for part in parts):
-        raise TextError(
-            f"{where}: a message has an image, but there is no column 'images' beside the messages"
-        )
-    return [
-        {**message, "content": "".join(part.get("text", "") for part in message["content"])}
-        for message in messages
-    ]
 
 
 def checked_messages(value: Any, where: str) -> Conversation:
