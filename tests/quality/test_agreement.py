@@ -153,7 +153,7 @@ KL = "KL per token, nats"
 
 def test_what_is_printed(tiny_checkpoint, text_file, other_text_file, command):
     dense, other = (str(tiny_checkpoint(name)) for name in ("llama", "qwen3"))
-    argv = ["eval", other, "--against", dense, "--data", str(text_file)]
+    argv = ["eval", other, other, "--against", dense, "--data", str(text_file)]
     argv += ["--data", str(other_text_file), "--windows", "3"]
     lines = command(*argv).out.splitlines()
     texts = list(short_names([str(text_file), str(other_text_file)]).values())

@@ -281,6 +281,7 @@ def test_a_sweep_stands_for_its_runs(run, tmp_path, command):
             weights.unlink()
     assert main(argv) == 0
     assert [each.name for each in read_runs([sweep, run])] == ["cfsp-0.25", "wanda-sp-0.5", "run"]
+    assert len(read_runs([sweep / "cfsp-0.25", sweep])) == 2  # each once
     (sweep / "sweep.json").unlink()  # as a sweep of an earlier state
     assert [each.name for each in read_runs([sweep])] == ["cfsp-0.25", "wanda-sp-0.5"]
     text = page.read_text()

@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> Told:
     take_own_accelerator(compute.device)
     with joined(compute_device(compute.device)) as team:
         models = evaluate_models(
-            args.models,
+            list(dict.fromkeys(args.models)),
             texts,
             compute,
             runner,

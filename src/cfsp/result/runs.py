@@ -147,7 +147,8 @@ def read_run(directory: Path) -> RunFacts:
 
 def read_runs(directories: Sequence[Path]) -> list[RunFacts]:
     """Read several runs and give each a name of its own; a sweep stands for its runs."""
-    runs = [read_run(each) for directory in directories for each in _runs_in(directory)]
+    found = [each for directory in directories for each in _runs_in(directory)]
+    runs = [read_run(each) for each in {path.resolve(): path for path in found}.values()]
     names = short_names((str(run.directory.resolve()) for run in runs), least=1)
     return [replace(run, name=names[str(run.directory.resolve())]) for run in runs]
 
