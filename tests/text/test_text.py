@@ -44,7 +44,7 @@ def rows(windows: Windows) -> list[tuple[int, ...]]:
 # Sources.
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a:b.txt"])
+@pytest.mark.parametrize("name", ["a.txt", "a:b.txt", "A.TXT"])
 def test_text_file_is_one_document(name, tmp_path):
     (tmp_path / name).write_text("\n\n".join(DOCUMENTS), encoding="utf-8")
     assert read(tmp_path / name) == ["\n\n".join(DOCUMENTS)]

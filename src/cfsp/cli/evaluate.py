@@ -199,7 +199,8 @@ def _print(found: dict[str, Any], args: argparse.Namespace) -> None:
             )
     dtypes = ", ".join(dict.fromkeys(model["dtype"] for model in models))
     against = f"against {names[models[0]['model']]}; " if compares else ""
-    print(f"{against}computed in {dtypes}; standard errors of windows, documents and questions")
+    errors = "; standard errors of windows, documents and questions"
+    print(f"{against}computed in {dtypes}{errors if compares or args.tasks else ''}")
     if args.answers:
         print(f"answers: greedy, up to {models[0]['answers']['longest']} tokens")
     if conditions := found.get("tasks"):

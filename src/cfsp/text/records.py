@@ -214,7 +214,7 @@ def _parts(content: Any) -> list[dict[str, str]] | None:
 
 def is_text_file(path: Path) -> bool:
     """Return whether a path is that of a file of plain text, which is one document in pieces."""
-    return path.suffix == ".txt" and not path.is_dir()
+    return path.suffix.lower() == ".txt" and not path.is_dir()
 
 
 def column_names(path: Path, lines: int = _LINES_LOOKED_AT) -> set[str]:
@@ -224,11 +224,11 @@ def column_names(path: Path, lines: int = _LINES_LOOKED_AT) -> set[str]:
     reading it will say what is wrong.
     """
     try:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             import pyarrow.parquet as pq
 
             return set(pq.read_schema(path).names)
-        if path.suffix != ".jsonl" or not path.is_file():
+        if path.suffix.lower() != ".jsonl" or not path.is_file():
             return set()
         with path.open("rb") as file:
             records = [json.loads(line) for line in islice(file, lines) if line.strip()]
@@ -240,9 +240,9 @@ def column_names(path: Path, lines: int = _LINES_LOOKED_AT) -> set[str]:
 
 def local_records(path: Path, columns: Sequence[str]) -> Iterator[Record]:
     """Return the records of a file that exists: the first column must be there."""
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         return _json_lines(path)
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return _parquet(path, columns)
     raise TextError(
         f"{path} has an unknown ending; expected .txt, .jsonl or .parquet, which datasets write by "
