@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> Told:
 def _told(out: Path, statistics: Statistics, paths: Sequence[str], work_dir: WorkDir) -> Told:
     from cfsp.planning.experts import LEAST_TOKENS, few_tokens
     from cfsp.planning.unit_plan import few_experts
+    from cfsp.result.making import seconds_in_words
     from cfsp.streaming.memory import peak_rss_bytes
 
     facts: dict[str, Any] = {
@@ -100,10 +101,9 @@ def _told(out: Path, statistics: Statistics, paths: Sequence[str], work_dir: Wor
     }
 
     def say() -> None:
-        seconds = work_dir.watch.seconds["calibrate"]
         print(
-            f"{statistics.tokens:,} tokens through {len(statistics.blocks)} blocks in "
-            f"{seconds:.1f} s ({statistics.tokens / seconds:,.0f} tokens/s); peak memory "
+            f"{statistics.tokens:,} tokens through {len(statistics.blocks)} blocks: "
+            f"{seconds_in_words(facts['seconds'])}; peak memory "
             f"{human_bytes(facts['peak_rss_bytes'])}"
         )
         if few := facts["experts_with_few_tokens"]:
