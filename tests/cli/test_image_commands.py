@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import cfsp
-from cfsp.calibration.statistics import Statistics
 from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.result.manifest import read_manifest
@@ -56,19 +54,6 @@ def test_a_model_is_pruned_from_images_and_text(model_type, multimodal, chats, t
         assert bool(torch.isfinite(model(**inputs).logits).all())
 
 
-def test_images_change_what_is_kept(multimodal, chats, tmp_path):
-    """Other pixels are another text: other statistics, another digest."""
-    other = chats_with_images(tmp_path, 24)
-    for path in sorted((tmp_path / "pictures").iterdir()):
-        picture(7).save(path)
-    found = [
-        cfsp.calibrate(multimodal("llava"), data=[data], samples=4, seqlen=64, device="cpu")
-        for data in (chats, other)
-    ]
-    assert found[0].record.tokens_digest != found[1].record.tokens_digest
-    assert not torch.equal(*(each.units[0].sum_of_squares_F for each in found))
-
-
 def test_a_killed_calibration_goes_on_with_the_same_bits(multimodal, chats, commands, tmp_path):
     """Qwen3-VL adds features of images to what leaves its first blocks: also after a kill."""
     argv = ["calibrate", str(multimodal("qwen3_vl")), "--data", str(chats), *SIZES, "--out"]
@@ -76,17 +61,6 @@ def test_a_killed_calibration_goes_on_with_the_same_bits(multimodal, chats, comm
     commands.kill([*argv, str(tmp_path / "resumed")], "after", 1)
     assert main([*argv, str(tmp_path / "resumed")]) == 0
     assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
-
-
-def test_a_killed_calibration_refuses_other_pixels(multimodal, commands, tmp_path, capsys):
-    data = chats_with_images(tmp_path / "data", 24)
-    out = tmp_path / "statistics"
-    argv = ["calibrate", str(multimodal("llava")), "--data", str(data), *SIZES, "--out", str(out)]
-    commands.kill(argv, "after", 1)
-    for path in sorted((tmp_path / "data" / "pictures").iterdir()):
-        picture(7).save(path)
-    assert main(argv) == 2
-    assert "unfinished work with another calibration text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -106,23 +80,6 @@ def test_what_reads_text_alone_is_refused(options, message, multimodal, chats, t
         capsys.readouterr().err
     )
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_model_of_text_alone_leaves_images_out_and_says_so(
-    chats, tiny_checkpoint, tmp_path, capsys
-):
-    argv = ["calibrate", str(tiny_checkpoint("llama")), "--data", str(chats), "--samples", "4"]
-    assert main([*argv, "--seqlen", "16", "--out", str(tmp_path / "statistics")]) == 0
-    assert f"{chats}: its images are left out here" in capsys.readouterr().err
-    assert Statistics.load(tmp_path / "statistics").record.sources == {str(chats): 4}
-
-
-def test_perplexity_is_of_text_alone_and_says_so(multimodal, chats, capsys):
-    argv = ["eval", str(multimodal("llava")), "--data", str(chats), "--windows", "2", "--json"]
-    assert main([*argv, "--seqlen", "32"]) == 0
-    captured = capsys.readouterr()
-    assert f"{chats}: its images are left out here" in captured.err
-    assert json.loads(captured.out)
 
 
 def test_a_model_in_memory_is_given_its_processor(multimodal, chats):

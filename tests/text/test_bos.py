@@ -179,12 +179,3 @@ def test_the_record_says_whether_windows_begin_with_bos(bos_checkpoint, text_fil
         assert statistics.record.bos is expected
         plan = cfsp.plan(bos_checkpoint, statistics, sparsity=0.2, block_metric="angular")
         assert plan.calibration["bos"] is expected
-
-
-def test_eval_takes_bos(bos_checkpoint, text_file, command):
-    argv = ["eval", str(bos_checkpoint), "--data", str(text_file), "--seqlen", "16"]
-    for bos in ("yes", "no"):
-        (result,) = json.loads(command(*argv, "--windows", "3", "--bos", bos, "--json").out)[
-            "models"
-        ]
-        assert result["perplexity"][str(text_file)]["bos"] is (bos == "yes")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -22,7 +21,6 @@ from cfsp.recovery.recover import recover_checkpoint
 from cfsp.recovery.settings import Limit, RecoverSettings, Training
 from cfsp.settings import (
     Budget,
-    CalibrationText,
     Compute,
     EvaluationText,
     PruneSettings,
@@ -118,17 +116,14 @@ def test_commands_refuse_a_text_before_they_look_for_the_model(
 def test_functions_refuse_a_text_before_any_work(tiny_checkpoint, tmp_path, monkeypatch):
     source = open_checkpoint(tiny_checkpoint("llama"))
     monkeypatch.setattr(torch.nn.Module, "__call__", lambda *_, **__: pytest.fail("too late"))
-    settings, out = PruneSettings(Budget(0.2)), tmp_path / "out"
-    absent = CalibrationText((ABSENT,))
+    out = tmp_path / "out"
     evaluation = EvaluationText((ABSENT,))
     training = Training(Limit(steps=1))
     refusals: list[Callable[[], object]] = [
         lambda: cfsp.prune("no-model", out=out, sparsity=0.2, data=[ABSENT]),
         lambda: cfsp.calibrate("no-model", data=[ABSENT]),
         lambda: cfsp.evaluate(["no-model"], [ABSENT]),
-        lambda: prune_checkpoint(source, out, PruneSettings(Budget(0.2), text=absent)),
-        lambda: prune_checkpoint(source, out, replace(settings, evaluation=evaluation)),
-        lambda: recover_checkpoint(source, out, RecoverSettings((ABSENT,), training)),
+        lambda: prune_checkpoint(source, out, PruneSettings(Budget(0.2), evaluation=evaluation)),
         lambda: recover_checkpoint(
             source, out, RecoverSettings(("python-docs",), training, evaluation=evaluation)
         ),
