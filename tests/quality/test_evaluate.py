@@ -16,7 +16,7 @@ from cfsp.errors import TextError, UsageError
 from cfsp.pipeline import prune_checkpoint
 from cfsp.quality import evaluate
 from cfsp.quality.evaluate import evaluate_models
-from cfsp.quality.perplexity import perplexity, streamed_perplexity
+from cfsp.quality.perplexity import perplexity, streamed_sums
 from cfsp.result.manifest import read_manifest
 from cfsp.result.prune_report import PruneReport
 from cfsp.settings import Budget, CalibrationText, Compute, EvaluationText, PruneSettings
@@ -135,8 +135,8 @@ def test_a_killed_evaluation_of_pruning_goes_on(tiny_checkpoint, text_file, tmp_
 
     with monkeypatch.context() as patched:
         # Of the dense model first.
-        second = dying_at(2, streamed_perplexity, lambda *_, **__: None, [])
-        patched.setattr(evaluate, "streamed_perplexity", second)
+        second = dying_at(2, streamed_sums, lambda *_, **__: None, [])
+        patched.setattr(evaluate, "streamed_sums", second)
         with pytest.raises(KeyboardInterrupt):
             prune(tmp_path / "out")
     report, whole = prune(tmp_path / "out"), prune(tmp_path / "whole")

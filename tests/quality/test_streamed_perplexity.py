@@ -13,14 +13,14 @@ from builders import dying_at
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.errors import CalibrationError
 from cfsp.quality import perplexity as measuring
-from cfsp.quality.perplexity import negative_log_likelihood, streamed_perplexity
-from cfsp.streaming.runtime import Runtime
-from cfsp.streaming.work_dir import WorkDir
+from cfsp.quality.evaluate import perplexities
+from cfsp.quality.perplexity import negative_log_likelihood
+from cfsp.settings import Compute
+from cfsp.streaming.work_dir import WorkDir, temporary_work_dir
 from cfsp.text.windows import Windows
 from tiny_models import BLOCKS, TRAINED, VOCABULARY, build_tiny_model
 
-CPU = torch.device("cpu")
-ENGINE = Runtime(CPU, torch.float32)
+COMPUTE = Compute("cpu", "float32", batch_windows=2)
 
 
 def random_windows(count: int = 5, length: int = 12) -> Windows:
@@ -37,6 +37,15 @@ def plain(model: Any, windows: Windows) -> float:
     return float(loss.exp())
 
 
+def streamed(source: Any, windows: Windows, work_dir: WorkDir | None = None) -> dict[str, Any]:
+    """Return the perplexity block by block, with its conditions."""
+    with temporary_work_dir() as own:
+        (found,) = perplexities(
+            source, {"text": windows}, COMPUTE, work_dir or own, "dense"
+        ).values()
+    return found
+
+
 # Heads of all kinds: with a bias, scaled, capped, behind a projection; and routed blocks before.
 NAMES = sorted({*TRAINED, "mixtral", "phi", "qwen2"})
 
@@ -44,10 +53,10 @@ NAMES = sorted({*TRAINED, "mixtral", "phi", "qwen2"})
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_the_whole_models(name):
     model, windows = build_tiny_model(name), random_windows()
-    found = streamed_perplexity(LoadedModel(model), windows, Runtime(CPU, torch.float32, 2))
-    assert found.value == pytest.approx(plain(model, windows), rel=1e-5)
-    assert (found.tokens, found.windows, found.seqlen) == (5 * 11, 5, 12)
-    assert not found.bos
+    found = streamed(LoadedModel(model), windows)
+    assert found.pop("value") == pytest.approx(plain(model, windows), rel=1e-5)
+    conditions = {"tokens": 5 * 11, "windows": 5, "seqlen": 12, "bos": False}
+    assert found == {**conditions, "evaluation_part": False}
 
 
 def test_logits_are_never_there_for_more_than_a_slice(monkeypatch):
@@ -63,9 +72,9 @@ def test_logits_are_never_there_for_more_than_a_slice(monkeypatch):
     monkeypatch.setattr(measuring.Head, "logits", counted)
     monkeypatch.setattr(measuring, "LOGITS_AT_ONCE", 7 * VOCABULARY)
     monkeypatch.setattr(measuring, "_LOSSES_AT_ONCE", 2 * VOCABULARY)
-    found = streamed_perplexity(LoadedModel(model), windows, ENGINE)
+    found = streamed(LoadedModel(model), windows)
     assert seen == [7 * VOCABULARY, 7 * VOCABULARY, 5 * VOCABULARY] * 3
-    assert found.value == pytest.approx(plain(model, windows), rel=1e-5)
+    assert found["value"] == pytest.approx(plain(model, windows), rel=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
@@ -82,7 +91,7 @@ def test_a_killed_pass_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr("cfsp.streaming.pass_state.SHARE_OF_TIME", 1e9)
 
     def measure(work_dir: WorkDir) -> float:
-        return streamed_perplexity(source, windows, ENGINE, work_dir=work_dir, name="dense").value
+        return float(streamed(source, windows, work_dir)["value"])
 
     entered: list[int] = []
     advance = dying_at(
@@ -105,4 +114,4 @@ def test_nan_is_an_error():
     with torch.no_grad():
         model.model.norm.weight[0] = math.nan
     with pytest.raises(CalibrationError, match="the loss is NaN; evaluate with --dtype float32"):
-        streamed_perplexity(LoadedModel(model), random_windows(), ENGINE)
+        streamed(LoadedModel(model), random_windows())

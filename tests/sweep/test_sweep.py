@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from builders import dying_at
 from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.planning.plan_file import PruningPlan
+from cfsp.quality import evaluate
 from cfsp.result.manifest import read_manifest
 from cfsp.result.tables import pareto_front
 from cfsp.settings import Budget, Compute
@@ -72,7 +74,9 @@ def test_every_method_makes_every_sparsity_at_the_same_size(sweep, text_file):
     ]
 
 
-def test_it_compares_with_the_dense_model_if_asked_to(tiny_checkpoint, text_file, tmp_path, capsys):
+def test_it_asks_the_dense_model_once_and_compares_with_it_if_asked_to(
+    tiny_checkpoint, text_file, tmp_path, capsys, monkeypatch
+):
     pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
     (tmp_path / "tasks").mkdir()
     lines = [
@@ -82,13 +86,25 @@ def test_it_compares_with_the_dense_model_if_asked_to(tiny_checkpoint, text_file
     (tmp_path / "tasks" / "piqa.jsonl").write_text("\n".join(map(json.dumps, lines)))
     out = tmp_path / "out"
     arguments = [
-        "sweep", str(tiny_checkpoint("llama")), "--sparsity", "25%", "--multiple", "4",
+        "sweep", str(tiny_checkpoint("llama")), "--sparsity", "25%", "50%", "--multiple", "4",
         "--data", str(text_file), "--samples", "8", "--seqlen", "32", "--eval", str(text_file),
         "--windows", "2", "--agreement", "--tasks", "piqa", "--set", "limit=4",
         "--set", f"task_data={tmp_path / 'tasks'}", "--answers", "2", "--out", str(out),
     ]  # fmt: skip
+    streamed: list[str] = []
+    sums = dying_at(0, evaluate.streamed_sums, lambda *given, **_: given[-1], streamed)
+    monkeypatch.setattr(evaluate, "streamed_sums", sums)
+    answering: list[str] = []
+    asked = dying_at(0, evaluate.answers_of, lambda *given: given[-1], answering)
+    monkeypatch.setattr(evaluate, "answers_of", asked)
     assert main(arguments) == 0
-    dense, pruned = json.loads((out / "table.json").read_text())
+    of_dense, of_others = (
+        [label for label in streamed if label.startswith(arguments[1]) is is_dense]
+        for is_dense in (True, False)
+    )
+    assert (len(of_dense), len(of_others)) == (2, 4)  # a text and the answers
+    assert len(answering) == 3 and answering[0].startswith(arguments[1])
+    dense, pruned, _more = json.loads((out / "table.json").read_text())
     assert dense["comparison"] is None
     found = pruned["comparison"]
     divergence = found["texts"][str(text_file)]["divergence"]

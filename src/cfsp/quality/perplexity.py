@@ -31,7 +31,6 @@ from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.stored_blocks import parameters_within
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
 from cfsp.errors import CalibrationError
-from cfsp.processes import Team
 from cfsp.progress import item_progress
 from cfsp.quality.agreement import DenseEnd, divergence_and_agreement
 from cfsp.streaming.block_pass import Visitor, pass_blocks
@@ -69,14 +68,9 @@ class Perplexity:
     bos: bool  # whether every window begins with it
     evaluation_part: bool = False  # whether nothing is calibrated or trained on that of the text
 
-    @property
-    def conditions(self) -> dict[str, Any]:
-        """Everything but the value, as JSON types."""
-        return {name: field for name, field in vars(self).items() if name != "value"}
-
     def to_json(self) -> dict[str, Any]:
         """Return the rounded value and the conditions."""
-        return {"value": round(self.value, 4), **self.conditions}
+        return {**vars(self), "value": round(self.value, 4)}
 
 
 def perplexity_of(loss: float, windows: Windows, label: str) -> Perplexity:
@@ -111,8 +105,8 @@ def negative_log_likelihood(logits_PV: Tensor, next_P: Tensor) -> float:
 def perplexity(model: PreTrainedModel, windows: Windows, label: str = "eval") -> Perplexity:
     """Measure the perplexity of a model in memory, one window at a time.
 
-    For what holds the whole model anyway, a causal LM in evaluation mode; `streamed_perplexity`
-    gives the same for any model. The windows have no padding.
+    For what holds the whole model anyway, a causal LM in evaluation mode; `streamed_sums` gives the
+    same for any model. The windows have no padding.
     """
     check_tokens(model.config, windows.tokens_NT, label)
     scored_N = windows.scored_N.tolist()
@@ -141,50 +135,27 @@ def before_and_after(
     return table
 
 
-def no_sums(*, compared: bool) -> WindowSums:
-    """Return the sums of no windows."""
-    return {name: [] for name in (("loss", "divergence", "agreed") if compared else ("loss",))}
-
-
 def joined_sums(parts: Sequence[WindowSums]) -> WindowSums:
     """Return the sums of all windows, from those of parts of them in their order."""
-    return {name: list(chain.from_iterable(part[name] for part in parts)) for name in parts[0]}
-
-
-def streamed_perplexity(
-    source: WeightSource,
-    windows: Windows,
-    runtime: Runtime,
-    *,
-    work_dir: WorkDir | None = None,
-    name: str = "perplexity",
-    label: str | None = None,
-) -> Perplexity:
-    """Measure the perplexity of a model; the arguments are those of `streamed_sums`.
-
-    The processes of the work directory share the windows.
-    """
-    team = Team() if work_dir is None else work_dir.team
-    own = windows.part(part_of(windows, team, runtime.batch_windows))
-    loss: list[float] = []
-    if len(own.tokens_NT):
-        sums = streamed_sums(source, own, runtime, work_dir=work_dir, name=name, label=label)
-        loss = sums["loss"]
-    return perplexity_of(sum(chain.from_iterable(team.gather(loss))), windows, label or name)
+    # Who has no windows has no sums.
+    names = max(parts, key=len)
+    return {name: list(chain.from_iterable(part.get(name, ()) for part in parts)) for name in names}
 
 
 def streamed_sums(
     source: WeightSource,
     windows: Windows,
     runtime: Runtime,
-    *,
-    work_dir: WorkDir | None,
+    work_dir: WorkDir,
     name: str,
-    label: str | None,
+    label: str,
+    *,
     dense: DenseEnd | None = None,
     on_end: Callable[[HiddenStates], None] = lambda hidden: None,
 ) -> WindowSums:
-    """Add up the loss of every window, with two of the model's blocks in memory at a time.
+    """Add up the loss of this process's windows, with two blocks of the model in memory at a time.
+
+    The processes of the work directory share the windows; one that has none has no sums.
 
     Logits are in the dtype that the model computes in, their log-softmax is in float32.
 
@@ -192,11 +163,15 @@ def streamed_sums(
     and a label that people read. `on_end` is given what left the last block; a pass that resumes a
     finished one has none.
     """
-    check_tokens(source.config, windows.tokens_NT, label or name)
-    visitor = _AtEnd(name, label, source, windows, runtime, dense, on_end)
-    found = pass_blocks(source, windows, visitor, runtime, work_dir)
-    assert found[-1] is not None
-    return found[-1]
+    own = windows.part(part_of(windows, work_dir.team, runtime.batch_windows))
+    if not len(own.tokens_NT):
+        return {}
+    check_tokens(source.config, own.tokens_NT, label)
+    visitor = _AtEnd(name, label, source, own, runtime, dense, on_end)
+    found = pass_blocks(source, own, visitor, runtime, work_dir)[-1]
+    assert found is not None
+    perplexity_of(sum(found["loss"]), own, label)  # no NaN
+    return found
 
 
 class _AtEnd(Visitor[WindowSums | None]):
@@ -205,7 +180,7 @@ class _AtEnd(Visitor[WindowSums | None]):
     def __init__(
         self,
         name: str,
-        label: str | None,
+        label: str,
         source: WeightSource,
         windows: Windows,
         runtime: Runtime,
@@ -227,7 +202,8 @@ class _AtEnd(Visitor[WindowSums | None]):
             block.advance()
             return None
         head = Head(self._source, self._runtime.device, self._runtime.dtype)
-        sums = no_sums(compared=self._dense is not None)
+        names = ("loss",) if self._dense is None else ("loss", "divergence", "agreed")
+        sums: WindowSums = {name: [] for name in names}
 
         def add(input_BTD: Tensor, output_BTD: Tensor) -> None:
             """Add what is measured of a batch; batches come in their order."""

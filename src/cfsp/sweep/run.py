@@ -12,7 +12,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from cfsp.pipeline import calibrate_source, prune_checkpoint
 from cfsp.progress import item_progress
 from cfsp.quality.answers import Questions
 from cfsp.quality.compare import compare
-from cfsp.quality.evaluate import evaluate_models, evaluation_windows
+from cfsp.quality.evaluate import Dense, evaluate_models, evaluation_windows
 from cfsp.quality.perplexity import before_and_after
 from cfsp.quality.results_file import measured_model
 from cfsp.quality.tasks.harness import TaskRunner
@@ -42,13 +42,14 @@ from cfsp.repair.ladder import check_can_be_repaired
 from cfsp.result.facts import Conditions
 from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.selection.constraint import Share
-from cfsp.settings import Compute, EvaluationText, Part
+from cfsp.settings import Compute, Part
 from cfsp.speed import Conditions as Timing
 from cfsp.speed import Workload, compare_speed
 from cfsp.speed.subjects import Subject
 from cfsp.speed.work import PHASES
+from cfsp.streaming.memory import default_budget
 from cfsp.streaming.runtime import check_fits, runtime_of
-from cfsp.streaming.work_dir import output_work_dir, remove_finished_work
+from cfsp.streaming.work_dir import output_work_dir, remove_finished_work, temporary_work_dir
 from cfsp.sweep.settings import Point, SweepSettings
 from cfsp.sweep.table import Row
 from cfsp.text.drawing import draw_text, processor_of
@@ -93,15 +94,26 @@ def run_sweep(
         missing = [point for point in points if not (out / point.name).is_dir()]
         if missing:
             _check(sweep)
-        (dense,) = evaluate_models(
-            [sweep.source.directory], settings.evaluation, compute, tasks, out=out / _DENSE_FILE
-        )
-        if missing:
-            with item_progress("sweep", len(missing), "model") as bar:
-                for point in missing:
-                    _make(sweep, point, dense, command)
-                    bar.update()
-        return _rows(sweep, dense)
+        compares = settings.agreement or questions is not None
+        budget = compute.memory_budget or default_budget()
+        with temporary_work_dir(budget // (4 * (len(settings.eval) + 1))) as passes:
+            dense = Dense(sweep.source, {}, passes)
+            (found,) = evaluate_models(
+                [] if compares else [sweep.source.directory],
+                settings.evaluation,
+                compute,
+                tasks,
+                questions=questions,
+                against=dense if compares else None,
+                out=out / _DENSE_FILE,
+            )
+            dense = replace(dense, result=found)
+            if missing:
+                with item_progress("sweep", len(missing), "model") as bar:
+                    for point in missing:
+                        _make(sweep, point, dense, compares, command)
+                        bar.update()
+        return _rows(sweep, found)
 
 
 @contextmanager
@@ -170,7 +182,7 @@ def _statistics(sweep: _Sweep) -> Statistics:
     return Statistics.load(path)
 
 
-def _make(sweep: _Sweep, point: Point, dense: dict[str, Any], command: str) -> None:
+def _make(sweep: _Sweep, point: Point, dense: Dense, compares: bool, command: str) -> None:
     """Prune and measure one model, in a place that is empty even after a kill."""
     own = sweep.opened(point.settings.budget.parts)
     statistics = _statistics(sweep).of_units({unit.part for unit in own.units})
@@ -178,7 +190,7 @@ def _make(sweep: _Sweep, point: Point, dense: dict[str, Any], command: str) -> N
     shutil.rmtree(working, ignore_errors=True)
     try:
         prune_checkpoint(own, working, point.settings, statistics=statistics, command=command)
-        facts = _measured(sweep, working, dense)
+        facts = _measured(sweep, working, dense, compares)
         facts["sweep"] = {"method": point.method, "sparsity": point.sparsity}
         add_to_manifest(working, facts)
         for path in working.glob("*.safetensors"):
@@ -188,27 +200,24 @@ def _make(sweep: _Sweep, point: Point, dense: dict[str, Any], command: str) -> N
         shutil.rmtree(working, ignore_errors=True)
 
 
-def _measured(sweep: _Sweep, model: Path, dense: dict[str, Any]) -> dict[str, Any]:
+def _measured(sweep: _Sweep, model: Path, dense: Dense, compares: bool) -> dict[str, Any]:
     """Measure a pruned model as asked; return what its manifest will say of it."""
-    settings, compute, source = sweep.settings, sweep.compute, sweep.source.directory
-    compares = settings.agreement or sweep.questions is not None
-    against = source if compares else None
-    results = evaluate_models(
-        [model], settings.evaluation, compute, questions=sweep.questions, against=against
+    settings, compute, before = sweep.settings, sweep.compute, dense.result
+    *_, found = evaluate_models(
+        [model],
+        settings.evaluation,
+        compute,
+        sweep.tasks,
+        questions=sweep.questions,
+        against=dense if compares else None,
     )
-    found = results[-1]
-    if sweep.questions is not None:
-        dense = {**dense, "answers": results[0]["answers"]}
-    if sweep.tasks is not None:  # apart: the dense model would be scored again
-        (scored,) = evaluate_models([model], EvaluationText(()), compute, sweep.tasks)
-        found |= {key: scored[key] for key in ("tasks", "documents")}
-    perplexity = before_and_after(dense["perplexity"], found["perplexity"])
+    perplexity = before_and_after(before["perplexity"], found["perplexity"])
     facts: dict[str, Any] = {"perplexity": perplexity}
     if compares or sweep.tasks is not None:
-        first, second = measured_model("dense", dense), measured_model("pruned", found)
+        first, second = measured_model("dense", before), measured_model("pruned", found)
         facts["comparison"] = compare(first, second, first).to_json()
     if settings.speed:
-        subjects = [Subject(source, "dense"), Subject(model, "pruned")]
+        subjects = [Subject(sweep.source.directory, "dense"), Subject(model, "pruned")]
         timed = compare_speed(subjects, [Workload(prompt=128)], Timing(rounds=5))
         facts["speed"] = timed.to_json()
     return facts

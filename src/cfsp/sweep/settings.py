@@ -87,8 +87,8 @@ class SweepSettings:
     bos: Bos = CalibrationText.bos
     windows: int | None = EvaluationText.windows
     speed: bool = False
-    agreement: bool = False  # it streams the dense model again beside each
-    answers: int | None = None  # questions to ask it and the dense model beside it
+    agreement: bool = False  # with the dense model
+    answers: int | None = None  # questions to ask all models
     tasks: Sequence[str] = ()
     limit: int | None = None  # documents of each task
     task_data: str | None = None
