@@ -11,8 +11,8 @@ from cfsp.result.manifest import add_to_manifest
 from cfsp.result.page.page import write_report
 from cfsp.result.prune_report import PruneReport
 from cfsp.settings import Budget, CalibrationText, EvaluationText, PruneSettings
-from cfsp.speed import Comparison, Conditions, Workload, compare_speed
-from cfsp.speed.subjects import Subject
+from cfsp.speed.bench import Comparison, compare_speed
+from cfsp.speed.subjects import Conditions, Subject, Workload
 from cfsp.text.offline import MIXED
 
 

@@ -24,9 +24,8 @@ import torch
 from cfsp.checkpoint.text_config import longest_input_of
 from cfsp.errors import TextError, UsageError
 from cfsp.progress import item_progress
-from cfsp.quality.agreement import divergence_and_agreement
 from cfsp.quality.paired import per_count
-from cfsp.quality.perplexity import WindowSums
+from cfsp.quality.perplexity import WindowSums, divergence_and_agreement
 from cfsp.quality.results_file import answer_measures
 from cfsp.settings import DEFAULT_ANSWER_TOKENS
 from cfsp.streaming.decoder_end import text_model

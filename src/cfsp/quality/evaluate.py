@@ -18,9 +18,10 @@ from cfsp.checkpoint.reading import Checkpoint, WeightSource, fingerprint, param
 from cfsp.checkpoint.text_config import longest_input_of, vocabulary_of
 from cfsp.errors import UsageError
 from cfsp.processes import Team
-from cfsp.quality.agreement import DenseEnd, agreement_of
 from cfsp.quality.answers import Questions, answers_of, answers_result, windows_of
+from cfsp.quality.compare import agreement_of
 from cfsp.quality.perplexity import (
+    DenseEnd,
     WindowSums,
     joined_sums,
     perplexity_of,
@@ -84,7 +85,7 @@ class _Model:
         for text, sums in measured.items():
             label = f"{self.source.label} on {text}"
             of_text = self.windows[text]
-            perplexity[text] = perplexity_of(sum(sums["loss"]), of_text, label).to_json()
+            perplexity[text] = perplexity_of(sum(sums["loss"]), of_text, label)
             predicted = of_text.scored_N.tolist()
             windows[text] = {"digest": of_text.digest, "predicted": predicted, **sums}
         return {**self.facts, "perplexity": perplexity, "windows": windows}
@@ -97,7 +98,7 @@ class Dense:
     source: Checkpoint
     result: dict[str, Any]  # what `evaluate_models` gave, asked the same; empty before
     passes: WorkDir  # outlives it, and has what is too large for memory
-    # What leaves its last block, of texts that some other model was compared on.
+    # What leaves its last block, by the digest of windows.
     hidden: dict[str, HiddenStates] = field(default_factory=dict)
 
 
@@ -135,28 +136,19 @@ def evaluate_models(
     Texts stream block by block; tasks and answers load each model whole, one after the other.
     Several processes share the windows of texts, and each returns the results of all.
 
-    Args:
-        names: the models.
-        texts: what to measure perplexity on; may be none.
-        compute: how.
-        tasks: what to score; None for no tasks.
-        questions: what to ask, which needs `against`; None for nothing.
-        against: the dense model, which the others are compared with. It is measured too: first,
-            unless it is among `names`. It streams once for each text, however many models there
-            are. Of a `Dense`, which is not among them, what it gave before is taken.
-        out: a file for the results, which are read from it if it is there already. What is
-            finished is kept beside it until then, and an interrupted run goes on.
-        team: the processes that measure together, of texts alone; None for this one.
+    `against` is the dense model, which the others are compared with, and which questions need. It
+    is measured too: first, unless it is among the names. Of a `Dense`, which is not among them,
+    what it gave before is taken. `out` is a file for the results, which are read from it if it is
+    there already. What is finished is kept beside it until then, and an interrupted run goes on.
 
     Returns:
         For each model: `model` (its name), `fingerprint`, `parameters`, `dtype`, `perplexity` by
-        text (see `Perplexity.to_json`), `windows` by text (their digest, predicted tokens and
+        text (see `perplexity_of`), `windows` by text (their digest, predicted tokens and
         `WindowSums`), `agreement` of all but the dense model, with tasks `tasks` and `documents`
-        (see `TaskScorer.score`), and with questions `answers` (see `answers_result`).
+        (see `TaskRunner.score`), and with questions `answers` (see `answers_result`).
 
     Raises:
         CfspError: anything that a user can cause, mostly before the first forward pass.
-        OutputError: the file is there, and of something else.
     """
     team = team or Team()
     if questions is not None and against is None:
@@ -249,20 +241,19 @@ def _measure_text(models: Sequence[_Model], text: str, asked: _Asked) -> list[Wi
             runtime, windows = model.runtime, model.windows[text]
             is_dense = compares and number == 0
             if compares and not is_dense:
-                if text not in dense.hidden:  # it, or an earlier run, had its sums already
+                if windows.digest not in dense.hidden:  # an earlier run had its sums already
                     stream(0)
-                if text in dense.hidden:  # else this process has no windows
+                if windows.digest in dense.hidden:  # else this process has no windows
                     head = Head(models[0].source, models[0].runtime.device, models[0].runtime.dtype)
-                    end = DenseEnd(head, dense.hidden[text], models[0].runtime.device)
+                    end = DenseEnd(head, dense.hidden[windows.digest], models[0].runtime.device)
             return streamed_sums(
                 model.source,
                 windows,
                 runtime,
                 dense.passes if is_dense else passes,
-                f"perplexity-{number}-{windows.digest[:8]}",
                 f"{model.source.label} on {text}",
                 dense=end,
-                on_end=partial(dense.hidden.__setitem__, text) if is_dense else lambda hidden: None,
+                on_end=partial(dense.hidden.__setitem__, windows.digest) if is_dense else None,
             )
 
         found = []
@@ -281,11 +272,7 @@ def evaluation_windows(texts: EvaluationText, source: Checkpoint) -> dict[str, W
     found = {}
     for text in texts.names:
         windows = consecutive_windows(
-            text,
-            tokenizer,
-            count=texts.windows,
-            seqlen=length,
-            bos=texts.bos,
+            text, tokenizer, count=texts.windows, seqlen=length, bos=texts.bos
         )
         check_tokens(source.config, windows.tokens_NT, source.label)
         found[name_of(text)] = windows
@@ -307,10 +294,9 @@ def perplexities(
     runtime, found = runtime_of(compute, source), {}
     for text, of_text in windows.items():
         label = f"{name} on {text}"
-        place = f"perplexity-{name}-{of_text.digest[:8]}"
-        sums = streamed_sums(source, of_text, runtime, work_dir, place, label)
+        sums = streamed_sums(source, of_text, runtime, work_dir, label)
         loss = sum(joined_sums(work_dir.team.gather(sums))["loss"])
-        found[text] = perplexity_of(loss, of_text, label).to_json()
+        found[text] = perplexity_of(loss, of_text, label)
     return found
 
 
