@@ -13,7 +13,7 @@ picture are made of them. What each file made of each document is in DIR/tasks.j
 was; tasks that are asked for later are added.
 
 Speeds are CPU time, not time on the clock, because one thread's CPU time hardly depends on what
-other programs do. On a quiet machine, for several threads, use `cfsp bench --engine llama.cpp`.
+other programs do. On a quiet machine, for several threads, use llama.cpp's own `llama-bench`.
 """
 
 from __future__ import annotations
@@ -40,9 +40,7 @@ from cfsp.quality.results_file import measured_model
 from cfsp.quality.tasks.harness import TaskRunner
 from cfsp.quality.tasks.selection import TaskSelection
 from cfsp.settings import EvaluationText
-from cfsp.speed.engines import LlamaCppEngine
-from cfsp.speed.subjects import Subject
-from cfsp.speed.work import Conditions, Workload
+from cfsp.speed.subjects import Workload, random_prompt
 from cfsp.text.tokenizers import load_tokenizer
 
 TYPES = ("f16", "q8_0", "q4_k_m")
@@ -166,14 +164,14 @@ def _scored(tasks: TaskRunner, file: Path, directory: Path, results: Path) -> di
         model |= {"tasks": {}, "documents": {}}
         scores = scorer(tasks, file, load_tokenizer(directory))
         for name in tasks.selection.task_names:
-            for part, value in scores.score(name).items():
+            for part, value in scores(name).items():
                 model[part] |= value
         models[file.name] = model
         found["models"].append(model)
         results.write_text(json.dumps(found) + "\n")
     first = measured_model(results.name, found["models"][0])
     pairs = compare(first, measured_model(results.name, models[file.name]), first)
-    counted = [pair.task for pair in pairs.tasks if pair.is_above_chance]
+    counted = [task for task, pair in pairs.tasks.items() if pair.is_above_chance]
     if pairs.accuracy is None or pairs.kept is None:
         return {"counted": counted, "accuracy": None, "difference": None, "kept": None}
     return {
@@ -202,17 +200,21 @@ def _read(file: Path, texts: dict[str, torch.Tensor]) -> tuple[dict[str, float],
 
 def _speed(file: Path) -> tuple[float, float]:
     """Return prompt and new tokens for each CPU second of one thread, medians of rounds."""
-    torch.set_num_threads(1)
-    engine = LlamaCppEngine(Subject(file, file.name), Conditions("llama.cpp"))
     seconds = []
-    for workload in (Workload(1, PROMPT, 1), Workload(1, PROMPT, 1 + NEW_TOKENS)):
-        found = []
-        for _ in range(1 + ROUNDS):
-            start = time.process_time()
-            engine.run(workload)
-            found.append(time.process_time() - start)
-        # The first run warms up.
-        seconds.append(median(found[1:]))
+    with LlamaCpp(file, None, threads=1) as model:
+        model.start(PROMPT + NEW_TOKENS + 2)
+        (prompt_P,) = random_prompt(model.vocabulary, Workload(1, PROMPT))
+        for new_tokens in (1, 1 + NEW_TOKENS):
+            found = []
+            for _ in range(1 + ROUNDS):
+                model.forget()
+                start = time.process_time()
+                logits_1V = model.feed(prompt_P.tolist(), 1)
+                for _ in range(new_tokens):
+                    logits_1V = model.feed([int(logits_1V.argmax())], 1)
+                found.append(time.process_time() - start)
+            # The first run warms up.
+            seconds.append(median(found[1:]))
     short, long = seconds
     return PROMPT / short, NEW_TOKENS / (long - short)
 

@@ -7,6 +7,8 @@ Shapes: T tokens of a continuation, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,15 @@ import torch
 from lm_eval.api.model import TemplateLM
 
 from cfsp.checkpoint.llama_cpp import LlamaCpp
-from cfsp.quality.tasks.harness import TaskRunner, TaskScorer
+from cfsp.quality.tasks.harness import TaskRunner
 
 # The strings, and the tokens of the context and of the continuation.
 Request = tuple[tuple[str, str], list[int], list[int]]
 
 
-def scorer(runner: TaskRunner, file: Path, tokenizer: Any) -> TaskScorer:
+def scorer(runner: TaskRunner, file: Path, tokenizer: Any) -> Callable[[str], dict[str, Any]]:
     """Return what scores a .gguf file, with the tokenizer of the checkpoint it was made of."""
-    return TaskScorer(runner, GgufModel(file, tokenizer))
+    return partial(runner.score, GgufModel(file, tokenizer))
 
 
 class GgufModel(TemplateLM):

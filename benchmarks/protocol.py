@@ -187,16 +187,16 @@ def table(
         result = results[each.name]
         found = compare(dense, each, dense)
         row = [title, f"{result['parameters']:,}"]
-        for pair in found.texts:
+        for text, pair in found.texts.items():
             divergence = "" if pair.divergence is None else f", {pair.divergence.second.value:.3f}"
-            row.append(f"{result['perplexity'][pair.text]['value']:.2f}{divergence}")
+            row.append(f"{result['perplexity'][text]['value']:.2f}{divergence}")
         for task, metrics in tasks.items():
             scores = each.tasks[task]
             row.append("/".join(f"{100 * scores[metric]:.1f}" for metric in metrics))
         row += [_percent(found.accuracy, "difference"), _percent(found.kept, "second")]
         rows.append(row)
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    left_out = [pair.task for pair in compare(dense, dense, dense).left_out]
+    left_out = compare(dense, dense, dense).left_out
     notes = [
         "Perplexity without BOS. Tasks in percent. Tasks - dense and answers kept: paired, mean of "
         "the tasks"

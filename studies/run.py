@@ -41,7 +41,7 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.compare import Comparison, compare
 from cfsp.quality.paired import Estimate, geometric_mean, mean_of_tasks
 from cfsp.quality.results_file import MeasuredModel, read_models
-from cfsp.speed.work import PHASES, work_of
+from cfsp.speed.subjects import PHASES
 
 TEXTS = (
     "wikitext2/test.parquet", "c4/validation.jsonl", "domains/arxiv.jsonl",
@@ -205,16 +205,17 @@ def _costs_of(args: argparse.Namespace, results: Results, stays: float) -> list[
         return known
     directories = [_pruned(args, stays, parts, _AFTER) for parts in args.choices]
     timed = _timed(args, directories) if args.rounds else [{} for _ in directories]
-    caches = [_cache_bytes(each) / _cache_bytes(args.model) for each in directories]
+    caches = [_kv_groups(each) / _kv_groups(args.model) for each in directories]
     return [
         results.add(key, {"KV cache": f"{cache:.0%}", **speed})
         for key, cache, speed in zip(keys, caches, timed, strict=True)
     ]
 
 
-def _cache_bytes(model: str | Path) -> float:
-    """Return the bytes of keys and values of a token, in 16 bits."""
-    return work_of(open_checkpoint(model), itemsize=2).cache_bytes
+def _kv_groups(model: str | Path) -> int:
+    """Return how many KV groups the attention layers have together."""
+    units = open_checkpoint(model, parts=("kv",)).units
+    return sum(unit.width for unit in units if unit.part == "kv")
 
 
 def _timed(args: argparse.Namespace, directories: Sequence[Path]) -> list[dict[str, float]]:
@@ -290,8 +291,8 @@ def _figures(
 ) -> Row:
     """Return what a row says of a model beside the dense one and `ffn` alone."""
     found = compare(dense, model, dense)
-    ratios = [math.exp(pair.loss.difference.value) for pair in found.texts]
-    agreed = mean_of_tasks([pair.agreed.second for pair in found.texts if pair.agreed])
+    ratios = [math.exp(pair.loss.difference.value) for pair in found.texts.values()]
+    agreed = mean_of_tasks([pair.agreed.second for pair in found.texts.values() if pair.agreed])
     figures: Row = {
         "what goes": _in_words(PruningPlan.load(directory / PLAN_FILE)),
         "parameters": parameter_count(open_checkpoint(directory)),
@@ -308,7 +309,7 @@ def _figures(
 
 
 def _divergence(found: Comparison, side: str) -> list[float | None]:
-    pairs = [pair.divergence for pair in found.texts if pair.divergence is not None]
+    pairs = [pair.divergence for pair in found.texts.values() if pair.divergence is not None]
     return _rounded(mean_of_tasks([getattr(pair, side) for pair in pairs]))
 
 

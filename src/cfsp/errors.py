@@ -100,6 +100,11 @@ class MissingExtraError(CfspError):
             f"{feature} needs packages that are not installed; "
             f"install them with: pip install '.[{extra}]' in the clone of cfsp"
         )
+        self._made_of = feature, extra
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
+        """Let it pass from a process to another."""
+        return type(self), self._made_of
 
 
 def first_line(error: Exception) -> str:
@@ -130,9 +135,10 @@ GONE = {
     "cache": "cfsp cache went: what .gguf files became is in $CFSP_CACHE, or in ~/.cache/cfsp",
     "plan": "cfsp plan went: cfsp prune --set statistics=FILE --dry-run writes the same plan",
     "push": "cfsp push went: use hf upload OWNER/NAME DIR --private --delete '*.safetensors*'",
-    "openvino": "bench by OpenVINO went; its export stays: time that with OpenVINO's own tools",
-    "vllm": "bench by vLLM went; its export stays: time that with vllm bench latency --model DIR",
-    "compile": "bench by torch.compile went, because nobody timed with it: use vllm bench latency",
+    "engine": "bench times transformers; time a .gguf file with llama.cpp's own llama-bench, "
+    "and other exports with vllm bench latency --model DIR or OpenVINO's own tools",
+    "epochs": "it went: recovery is one pass over the text, unless --steps or --max-minutes end it",
+    "targets": "it went, because nothing was ever better than to train all projections",
     "shape": "bench --shape went: benchmarks/make_checkpoint.py --shape NAME writes such a model",
     "sglang": "the target sglang went, because nobody had run it; use --to vllm or --to gguf",
     "tensorrt-llm": "the target tensorrt-llm went, because nobody had run it; use --to gguf",
@@ -172,6 +178,7 @@ GONE = {
     "local-text": "it went: the dense model alone teaches, which is nearer to it on other text",
     "recover": "it went: cfsp recover trains what cfsp prune gives, and --effort best does both",
     "stride": "it went, because nobody set it: windows do not overlap",
+    "speed": "it went: cfsp bench times models, and cfsp prune --plan makes those of a sweep again",
     "task-limit": "it is --limit now, as cfsp eval has it",
     "warmups": "it went, because nobody set it: 2 runs come before those that are timed",
     **dict.fromkeys(

@@ -45,7 +45,8 @@ from cfsp.exports.gguf_architecture import warn_of_no_way_back
 from cfsp.job import Job
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import Team
-from cfsp.quality.evaluate import evaluation_windows, measure_both
+from cfsp.quality.evaluate import evaluation_windows, perplexities
+from cfsp.quality.perplexity import before_and_after
 from cfsp.repair.ladder import check_can_be_repaired
 from cfsp.repair.result import PruningResult
 from cfsp.result.card import model_card, origin_of
@@ -150,7 +151,10 @@ def prune_checkpoint(
         measured: dict[str, dict[str, Any]] = {}
         if measured_on:
             with work_dir.watch.stage("evaluate"):
-                measured = measure_both(source, pruned, measured_on, settings.compute, work_dir)
+                measured = before_and_after(
+                    perplexities(source, measured_on, settings.compute, work_dir, "dense"),
+                    perplexities(pruned, measured_on, settings.compute, work_dir, "pruned"),
+                )
         if isinstance(settings.goal, MaxLossIncrease):
             with work_dir.watch.stage("evaluate"):
                 dense = float(facts["conditions"]["dense_loss"])

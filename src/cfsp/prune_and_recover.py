@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from cfsp.processes import Team, process_count
 from cfsp.quality.evaluate import evaluation_windows
 from cfsp.recovery.adaptation import check_installed
 from cfsp.recovery.prepare import method_that_fits
-from cfsp.recovery.settings import AUTO_TEACHER, Limit, RecoverSettings, Training
+from cfsp.recovery.settings import AUTO_TEACHER, RecoverSettings, Training
 from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.result.prune_report import PruneReport
 from cfsp.selection.loss import held_out_windows
@@ -54,23 +55,17 @@ def prune_and_recover(
     Where one process has no memory for both models, it is repaired locally and not trained; people
     are told which.
 
-    Args:
-        source: the model.
-        out: where the trained model goes; must not exist, or be empty.
-        settings: how to prune; perplexity is measured before and after each of the two.
-        statistics: as for `prune_checkpoint`, like all that follow.
-        plan: an earlier decision.
-        command: what the user typed.
-        team: the processes that prune together.
+    The arguments are those of `prune_checkpoint`; perplexity is measured before and after each of
+    the two.
     """
     compute, text = settings.compute, settings.text
     prune = partial(prune_checkpoint, source, statistics=statistics, plan=plan, command=command)
     parameters = parameter_count(source)
     method = method_that_fits(parameters, parameters, compute_device(compute.device))
     if method is None or process_count() > 1:
-        why = "there is no memory to train the whole model beside the dense one"
-        if process_count() > 1:
-            why = "several processes prune together; cfsp recover trains what they give"
+        alone = "there is no memory to train the whole model beside the dense one"
+        several = "several processes prune together; cfsp recover trains what they give"
+        why = several if process_count() > 1 else alone
         log.info("best effort: repair by %s, because %s", BEST_WITHOUT_TRAINING, why)
         return prune(out, replace(settings, repair=BEST_WITHOUT_TRAINING), team=team), None
     # It imports the Trainer, and with it much that pruning alone does without.
@@ -82,7 +77,8 @@ def prune_and_recover(
     check_installed(method)
     check_texts(settings.text.names, settings.evaluation.names)
     pruned = out.with_name(f"{out.name}-pruned")
-    asked = partial(_asked, source, settings, pruning_identity(settings, statistics, plan))
+    # Before pruning: a kill between its end and this would leave what nobody goes on from.
+    asked = _asked(source, settings, pruning_identity(settings, statistics, plan))
     before = (read_manifest(pruned) or {}).get(_ASKED) if pruned.is_dir() else None
     if before is not None and before == asked(None):
         log.info("%s was pruned before by the same command; going on from it", pruned)
@@ -96,7 +92,7 @@ def prune_and_recover(
     seqlen = min(text.seqlen, Training.seqlen)
     how = RecoverSettings(
         data=text.names,
-        training=Training(Limit(epochs=1), seqlen=seqlen, seed=text.seed, bos=text.bos),
+        training=Training(seqlen=seqlen, seed=text.seed, bos=text.bos),
         teacher=AUTO_TEACHER,
         evaluation=settings.evaluation,
         # Training in float16 overflows.
@@ -106,22 +102,22 @@ def prune_and_recover(
 
 
 def _asked(
-    source: Checkpoint, settings: PruneSettings, pruning: dict[str, Any], drawn: str | None
-) -> str:
-    """Return the digest of what a run was asked for and of every text that pruning reads.
+    source: Checkpoint, settings: PruneSettings, pruning: dict[str, Any]
+) -> Callable[[str | None], str]:
+    """Return what digests what a run was asked for and every text that pruning reads.
 
-    `drawn` is the digest of the calibration windows; None to draw them.
+    It takes the digest of the calibration windows; None to draw them.
     """
     tokenizer = load_tokenizer(source.directory)
     windows = [*evaluation_windows(settings.evaluation, source).values()]
     if isinstance(settings.goal, MaxLossIncrease):
         windows.append(held_out_windows(settings.text, tokenizer))
-    return digest_of(
-        {
-            **pruning,
-            "model": fingerprint(source),
-            "drawn": drawn or draw_text(settings.text, tokenizer, processor_of(source)).digest,
-            "texts": [of_text.digest for of_text in windows],
-            "dtype": settings.compute.dtype,
-        }
-    )
+    texts = [of_text.digest for of_text in windows]
+    known = {**pruning, "model": fingerprint(source), "texts": texts}
+    known["dtype"] = settings.compute.dtype
+
+    def of(drawn: str | None) -> str:
+        drawn = drawn or draw_text(settings.text, tokenizer, processor_of(source)).digest
+        return digest_of({**known, "drawn": drawn})
+
+    return of

@@ -24,7 +24,11 @@ FLAGS = [
     BadInput(f"{PRUNE} --channel-metric best", "found 'best'", SEE),
     BadInput(f"{PRUNE} --samples many", "invalid int value: 'many'", SEE),
     BadInput("families --all", "unknown argument --all", "--help"),
-    BadInput("recover {pruned} --out {out}", "arguments --max-minutes --steps --epochs", "--help"),
+    BadInput(
+        "recover {pruned} --out {out} --steps 1 --max-minutes 1",
+        "--max-minutes: not allowed with argument --steps",
+        "--help",
+    ),
     BadInput("export {model} --out {out}", "arguments are required: --to", "--help"),
     BadInput(
         f"{PRUNE} --parts ffn,bloks",

@@ -58,7 +58,7 @@ def test_each_document_is_scored_as_in_transformers(tasks, file, tiny_checkpoint
     ours = llama_cpp_tasks.scorer(tasks, file, tokenizer)
     theirs = tasks.scorer(load(tiny_checkpoint("llama"), dtype="float32"), tokenizer)
     for name in tasks.selection.task_names:
-        found, expected = ours.score(name), theirs.score(name)
+        found, expected = ours(name), theirs(name)
         assert found["tasks"] == expected["tasks"]
         for one, other in zip(found["documents"][name], expected["documents"][name], strict=True):
             near = pytest.approx(other["loglikelihoods"], abs=1e-3)

@@ -173,7 +173,7 @@ def test_a_killed_run_goes_on(
 
     def run(*more: str, passes: int = 0, batches: int = 0) -> int:
         seen.clear()
-        sums = dying_at(passes, perplexity.streamed_sums, lambda *_, label, **__: label, seen)
+        sums = dying_at(passes, perplexity.streamed_sums, lambda *given, **_: given[-1], seen)
         ask = dying_at(batches, answers_before, lambda _, prompts: len(prompts), seen)
         monkeypatch.setattr(evaluate, "streamed_sums", sums)
         monkeypatch.setattr(answers._Answering, "answers", lambda *args: ask(*args))

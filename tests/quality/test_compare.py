@@ -13,7 +13,7 @@ import pytest
 
 from cfsp.errors import ReportError
 from cfsp.quality.compare import compare, comparisons
-from cfsp.quality.paired import Estimate, difference, geometric_mean, mean, mean_of_tasks, per_count
+from cfsp.quality.paired import Estimate, geometric_mean, mean, mean_of_tasks
 from cfsp.quality.results_file import read_models
 
 WINDOWS, DOCUMENTS = 6, 40
@@ -99,23 +99,23 @@ def test_differences_are_those_of_numpy(write):
     def of(task: str, key: str) -> list[Any]:
         return [np.array([d[key] for d in each["documents"][task]]) for each in (dense, one, two)]
 
-    wiki = found.texts[0]
+    wiki = found.texts["wiki"]
     counts = np.array(one["windows"]["wiki"]["predicted"])
     for name, pair in (("loss", wiki.loss), ("divergence", wiki.divergence)):
         gap = np.subtract(two["windows"]["wiki"][name], one["windows"]["wiki"][name])
         assert pair.difference.value == pytest.approx(gap.sum() / counts.sum())
-    piqa = found.tasks[0]
+    piqa = found.tasks["piqa"]
     assert (piqa.metric, piqa.documents, piqa.is_above_chance) == ("acc_norm", DOCUMENTS, True)
     (of_dense, of_one, of_two), (gold, *_) = of("piqa", "choice_norm"), of("piqa", "gold")
     check(piqa.accuracy, (of_two == gold).astype(float) - (of_one == gold))
     check(piqa.kept, (of_two == of_dense).astype(float) - (of_one == of_dense))
-    lambada = found.tasks[3]
+    lambada = found.tasks["lambada_openai"]
     assert lambada.kept is None
     _, of_one, of_two = of("lambada_openai", "loglikelihoods")
     check(lambada.loss, (of_one - of_two)[:, 0])
     # A task that the dense model guesses counts for nothing.
-    assert [pair.task for pair in found.left_out] == ["guessed"]
-    counted = [found.tasks[i].accuracy.difference for i in (0, 2, 3)]
+    assert found.left_out == ["guessed"]
+    counted = [found.tasks[i].accuracy.difference for i in ("piqa", "boolq", "lambada_openai")]
     assert found.accuracy.difference.value == pytest.approx(np.mean([e.value for e in counted]))
     assert found.accuracy.difference.stderr == pytest.approx(
         np.sqrt(sum((e.stderr or 0) ** 2 for e in counted)) / 3
@@ -126,9 +126,19 @@ def test_the_dense_model_agrees_with_itself(write):
     models = read_models([write("a.json", model("dense", 0), model("one", 1))])
     (found,) = comparisons(models, models[0], None)
     assert (found.first, found.second) == ("dense", "one")
-    wiki = found.texts[0]
+    wiki = found.texts["wiki"]
     assert (wiki.divergence.first.value, wiki.agreed.first.value) == (0, 1)
-    assert found.tasks[0].kept is not None and found.tasks[0].kept.first.value == 1
+    kept = found.tasks["piqa"].kept
+    assert kept is not None and kept.first.value == 1
+
+
+def test_a_dense_model_that_was_scored_by_other_metrics_is_refused(write):
+    dense = model("dense", 0)
+    for document in dense["documents"]["piqa"]:
+        del document["acc_norm"]
+    models = read_models([write("a.json", dense, model("one", 1), model("two", 2))])
+    with pytest.raises(ReportError, match="one and dense were scored on piqa by other metrics"):
+        compare(models[1], models[2], models[0])
 
 
 def test_without_a_dense_model_there_are_differences_only(write):
@@ -137,7 +147,7 @@ def test_without_a_dense_model_there_are_differences_only(write):
         del each["agreement"]
     models = read_models([write(f"{each['model']}.json", each) for each in alone])
     (found,) = comparisons(models, None, None)
-    assert found.kept is None and found.texts[0].divergence is None
+    assert found.kept is None and found.texts["wiki"].divergence is None
     assert found.accuracy is not None and not found.left_out
     with pytest.raises(ReportError, match="a comparison needs two models, found one; give"):
         comparisons(models[:1], None, None)
@@ -245,45 +255,7 @@ def test_one_model_of_two_files_is_one(write):
         read_models([write("texts.json", texts), write("tasks.json", tasks)])
 
 
-def oracle(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """Mean of second - first, and its standard error."""
-    gap = second - first
-    return float(gap.mean()), float(gap.std(ddof=1) / np.sqrt(len(gap)))
-
-
-@pytest.fixture
-def draws() -> tuple[np.ndarray, np.ndarray]:
-    generator = np.random.default_rng(0)
-    first = generator.random(50)
-    return first, first + 0.1 * generator.standard_normal(50)
-
-
-def test_mean_and_paired_difference(draws):
-    first, second = draws
-    found = mean(difference(list(first), list(second)))
-    assert (found.value, found.stderr) == pytest.approx(oracle(first, second))
-    # In pairs what both have in common cancels.
-    apart = np.hypot(*(each.std(ddof=1) / np.sqrt(50) for each in draws))
-    assert found.stderr is not None and found.stderr < 0.5 * apart
-
-
-def test_windows_of_many_lengths_vary_as_said():
-    generator = np.random.default_rng(1)
-    values, errors = [], []
-    for _ in range(2000):
-        counts = generator.integers(10, 100, 40)
-        # Tokens of one window share what makes it easy or hard.
-        sums = counts * (2 + 0.3 * generator.standard_normal(40))
-        found = per_count(list(sums), list(counts))
-        values.append(found.value)
-        errors.append(found.stderr)
-    assert np.mean(values) == pytest.approx(2, abs=0.01)
-    assert np.mean(errors) == pytest.approx(np.std(values), rel=0.05)
-
-
-def test_mean_over_tasks_has_the_error_of_independent_ones():
-    found = mean_of_tasks([Estimate(1.0, 0.3), Estimate(2.0, 0.4)])
-    assert (found.value, found.stderr) == pytest.approx((1.5, np.hypot(0.3, 0.4) / 2))
+def test_of_a_single_document_or_task_there_is_no_error():
     assert mean_of_tasks([Estimate(1.0, 0.3), Estimate(2.0, None)]).stderr is None
     assert mean([1.0]) == Estimate(1.0, None)
     assert geometric_mean([1.0, 4.0]) == pytest.approx(2)

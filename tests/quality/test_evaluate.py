@@ -1,14 +1,16 @@
-"""Perplexities of several models, and of one before and after, carry their conditions."""
+"""Perplexities of several models, by one process or several, carry their conditions."""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from builders import dying_at
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
@@ -16,12 +18,13 @@ from cfsp.errors import TextError, UsageError
 from cfsp.pipeline import prune_checkpoint
 from cfsp.quality import evaluate
 from cfsp.quality.evaluate import evaluate_models
-from cfsp.quality.perplexity import perplexity, streamed_perplexity
+from cfsp.quality.perplexity import joined_sums, loss_in_memory
 from cfsp.result.manifest import read_manifest
-from cfsp.result.prune_report import PruneReport
-from cfsp.settings import Budget, CalibrationText, Compute, EvaluationText, PruneSettings
+from cfsp.settings import Budget, Compute, EvaluationText, PruneSettings
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.tokenizers import load_tokenizer
+from commands import Command, ranks
+from tiny_models import BLOCKS
 
 CONDITIONS = {"tokens", "windows", "seqlen", "bos", "evaluation_part"}
 
@@ -42,7 +45,8 @@ def test_each_value_says_how_it_was_measured(
     for text, value in found["perplexity"].items():
         assert set(value) == {"value", *CONDITIONS}
         windows = consecutive_windows(text, tokenizer, count=3, seqlen=24)
-        assert value["value"] == pytest.approx(perplexity(model, windows).value, rel=1e-5)
+        expected = math.exp(loss_in_memory(model, windows))
+        assert value["value"] == pytest.approx(expected, rel=1e-5)
         assert (value["tokens"], value["windows"], value["seqlen"]) == (3 * 23, 3, 24)
         assert value["bos"] is False
     assert list(found["perplexity"]) == list(texts.names)
@@ -121,26 +125,63 @@ def test_models_with_other_tokens_are_told_apart(tiny_checkpoint, text_file, tmp
         evaluate_models([other], texts, Compute(), against=first)
 
 
-def test_a_killed_evaluation_of_pruning_goes_on(tiny_checkpoint, text_file, tmp_path, monkeypatch):
-    source, text = Checkpoint(tiny_checkpoint("llama")), str(text_file)
-    settings = PruneSettings(
-        Budget(0.5, multiple=8),
-        text=CalibrationText((text,), samples=4, seqlen=16),
-        compute=Compute(dtype="float32"),
-        evaluation=EvaluationText((text,), 2, 24),
+@pytest.fixture
+def argv(tiny_checkpoint, text_file, other_text_file) -> list[str]:
+    models = ["eval", str(tiny_checkpoint("qwen3")), "--against", str(tiny_checkpoint("llama"))]
+    windows = ["--windows", "4", "--seqlen", "32", "--batch-windows", "2", "--dtype", "float32"]
+    return [*models, "--data", str(text_file), "--data", str(other_text_file), *windows]
+
+
+def approximately(found: Any) -> Any:
+    """Return results whose sums of window may differ by rounding."""
+    if isinstance(found, dict):
+        return {name: approximately(value) for name, value in found.items()}
+    if isinstance(found, list) and found and not isinstance(found[0], float):
+        return [approximately(value) for value in found]
+    is_number = isinstance(found, float | list) and found != []
+    return pytest.approx(found, rel=1e-5) if is_number else found
+
+
+def of(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def test_after_a_death_the_same_command_goes_on(commands, argv, tmp_path):
+    """To what one process measures; also where one has nothing to do: of 4 windows in twos."""
+    out = tmp_path / "many"
+    argv_of_three = [*argv, "--out", str(out)]
+    # Windows of the first text have passed both models.
+    dying: dict[str, Any] = {"dies": "within", "count": 2 * BLOCKS + 1}
+    deaths: list[dict[str, Any]] = [{}, {}, dying]
+    ended = commands(
+        *(
+            Command(argv_of_three, environment=rank, patience=18, **death)
+            for rank, death in zip(ranks(3), deaths, strict=True)
+        )
     )
+    assert [each.status for each in ended] == [2, 2, -signal.SIGKILL], ended
+    assert not out.exists()
+    ended = commands(*(Command(argv_of_three, environment=rank) for rank in ranks(3)))
+    assert [each.status for each in ended] == [0, 0, 0], ended
+    assert [bool(each.stdout) for each in ended] == [True, False, False]
+    assert {path.name for path in tmp_path.iterdir()} == {"many"}
+    assert main([*argv, "--out", str(tmp_path / "one")]) == 0
+    assert of(out) == approximately(of(tmp_path / "one"))
+    (ended,) = commands(Command(argv_of_three))
+    assert ended.status == 0
+    assert "is there already; nothing is measured again" in ended.stderr
 
-    def prune(out: Path) -> PruneReport:
-        return prune_checkpoint(source, out, settings)
 
-    with monkeypatch.context() as patched:
-        # Of the dense model first.
-        second = dying_at(2, streamed_perplexity, lambda *_, **__: None, [])
-        patched.setattr(evaluate, "streamed_perplexity", second)
-        with pytest.raises(KeyboardInterrupt):
-            prune(tmp_path / "out")
-    report, whole = prune(tmp_path / "out"), prune(tmp_path / "whole")
-    assert report.perplexity == whole.perplexity
-    passes = {f"dense on {text}", f"pruned on {text}"}
-    assert passes & set(whole.passes) == passes
-    assert passes & set(report.passes) == {f"pruned on {text}"}
+def test_tasks_are_refused(argv, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main([*argv, "--tasks", "piqa", "--out", str(tmp_path / "out")]) == 2
+    message = "cfsp eval: [process 1] --tasks runs in one process, found 2"
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_sums_of_parts_are_those_of_all():
+    parts = [{"loss": [1.0, 2.0], "agreed": [3, 4]}, {"loss": [], "agreed": []}]
+    whole = joined_sums([*parts, {"loss": [4.0], "agreed": [5]}])
+    assert whole == {"loss": [1.0, 2.0, 4.0], "agreed": [3, 4, 5]}

@@ -25,9 +25,13 @@ from cfsp.cli import main
 from cfsp.errors import TaskError, UsageError
 from cfsp.quality import evaluate
 from cfsp.quality.evaluate import evaluate_models
-from cfsp.quality.tasks.documents import read_documents
-from cfsp.quality.tasks.harness import TaskRunner, TaskScorer
-from cfsp.quality.tasks.selection import PAPER_SUITE, TaskSelection, jsonl_task_directory
+from cfsp.quality.tasks.harness import TaskRunner
+from cfsp.quality.tasks.selection import (
+    PAPER_SUITE,
+    TaskSelection,
+    jsonl_task_directory,
+    read_documents,
+)
 from cfsp.result.names import short_names
 from cfsp.settings import Compute, EvaluationText
 
@@ -179,7 +183,7 @@ def test_number_is_exactly_the_harnesss_own_for_a_stock_checkpoint(
     scorer = runner.scorer(load(directory, dtype="float32"), tokenizer)
     right = 0.0
     for task in SCORED:
-        scored = scorer.score(task)
+        scored = scorer(task)
         (scores,), (documents,) = scored["tasks"].values(), scored["documents"].values()
         right += scores["acc"]
         assert (scores["documents"], scores["shots"]) == (DOCUMENTS, 0)
@@ -211,7 +215,7 @@ def test_number_is_exactly_the_harnesss_own_for_a_stock_checkpoint(
 def test_second_model_is_scored_as_if_it_were_the_first(tiny_checkpoint, tokenizer, task_data):
     runner = TaskRunner.of(TaskSelection(("piqa",), limit=4, data=task_data))
     first, other, again = (
-        runner.scorer(load(tiny_checkpoint(name)), tokenizer).score("piqa")
+        runner.scorer(load(tiny_checkpoint(name)), tokenizer)("piqa")
         for name in ("llama", "qwen3", "llama")
     )
     assert first == again
@@ -223,7 +227,7 @@ def test_shots_and_limit_reach_the_harness_which_asks_git_nothing(
 ):
     monkeypatch.chdir(tmp_path)
     runner = TaskRunner.of(TaskSelection(("winogrande",), limit=5, shots=2, data=task_data))
-    found = runner.scorer(load(tiny_checkpoint("llama")), tokenizer).score("winogrande")
+    found = runner.scorer(load(tiny_checkpoint("llama")), tokenizer)("winogrande")
     scores = found["tasks"]["winogrande"]
     assert (scores["shots"], scores["documents"]) == (2, 5)
     conditions = runner.conditions()
@@ -258,12 +262,12 @@ def test_an_interrupted_run_goes_on_with_the_next_task(
     assert (perplexity["seqlen"], first["dtype"]) == (32, "float32")
     assert whole["tasks"]["limit"] == 4
 
-    out, plain = tmp_path / "out.json", TaskScorer.score
+    out, plain = tmp_path / "out.json", TaskRunner.score
     seen: list[str] = []
     for count, status, scored in ((3, 130, 3), (0, 0, 2), (0, 0, 0)):
         seen.clear()
-        score = dying_at(count, plain, lambda _, name: name, seen)
-        monkeypatch.setattr(TaskScorer, "score", lambda *args, score=score: score(*args))
+        score = dying_at(count, plain, lambda *given: given[-1], seen)
+        monkeypatch.setattr(TaskRunner, "score", lambda *args, score=score: score(*args))
         assert main([*argv, "--out", str(out)]) == status
         assert len(seen) == scored and out.exists() == (status == 0)
     found = json.loads(out.read_text())

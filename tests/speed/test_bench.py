@@ -1,40 +1,42 @@
-"""Speed: what is counted, what is timed, and that engines generate what the model says."""
+"""Speed: what a size promises, what is timed, and that engines generate what the model says."""
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import multiprocessing
 import os
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cli import bench as bench_command
 from cfsp.cli import main
-from cfsp.errors import CfspError, CheckpointError, MissingExtraError, UsageError
+from cfsp.cli.bench import _ratios
+from cfsp.errors import CfspError, CheckpointError, UsageError
 from cfsp.exports.registry import export
-from cfsp.speed import Conditions, Workload
-from cfsp.speed.bench import _rounds, bench
-from cfsp.speed.engines import LlamaCppEngine, TransformersEngine, random_prompt
-from cfsp.speed.process import (
-    ModelProcess,
-    busy_seconds,
-    model_process,
-    share_of_others,
-    start_engine,
+from cfsp.speed.bench import Speed, _rounds, bench
+from cfsp.speed.process import ModelProcess, busy_seconds, model_process, share_of_others
+from cfsp.speed.subjects import (
+    Conditions,
+    Engine,
+    Footprint,
+    SmallerModel,
+    Subject,
+    Timing,
+    Workload,
+    build_model,
+    random_prompt,
 )
-from cfsp.speed.subjects import SmallerModel, Subject, build_model
-from cfsp.speed.work import ENGINES, Timing, work_of
 from ragged import cut, tiny
+from tiny_decoders import tiny_model
 from tiny_models import build_tiny_model
 
 WORKLOAD = Workload(batch=2, prompt=9, new_tokens=5)
@@ -56,13 +58,13 @@ def generated(model: Any, prompt_BP: torch.Tensor) -> torch.Tensor:
 
 def test_engine_generates_what_the_model_generates(tmp_path):
     tiny("qwen3", num_hidden_layers=1).save_pretrained(tmp_path)
-    timed = TransformersEngine(Subject(tmp_path, "tiny"), Conditions(dtype="float32"))
+    timed = Engine(Subject(tmp_path, "tiny"), Conditions(dtype="float32"))
     model = load(tmp_path, dtype="float32")
     prompt_BP = random_prompt(model.config.vocab_size, WORKLOAD)
     expected_BN = generated(model, prompt_BP)
     for _ in range(2):
-        timing = timed.run(WORKLOAD)
-        assert timed.tokens_BN.tolist() == expected_BN.tolist()
+        timing, tokens_BN = timed.run(WORKLOAD)
+        assert tokens_BN.tolist() == expected_BN.tolist()
         assert timing.prefill > 0
         assert timing.decode > 0
 
@@ -145,7 +147,7 @@ def test_rounds_that_others_disturb_are_measured_again(monkeypatch):
         def run(self, workload: Workload) -> Timing:
             share = self.shares[self.count % len(self.shares)]
             self.count += 1
-            return Timing(self.count, 1.0, share)
+            return Timing(self.count, 1.0, disturbance=share)
 
     def rounds(*shares: list[float], patience: float = 10.0) -> tuple[list[Any], int]:
         processes: Any = [Fake(each) for each in shares]
@@ -171,15 +173,13 @@ def test_share_of_others_is_what_the_machine_did_beyond_us():
 
 
 @pytest.mark.usefixtures("models_start_quickly")
-def test_errors_in_a_model_process_reach_the_user_as_they_are(tmp_path, capsys):
+def test_errors_in_a_model_process_reach_the_user_as_they_are(tmp_path):
     absent = tmp_path / "absent"
     with (
         pytest.raises(CheckpointError, match="absent does not exist"),
         model_process(Subject(absent, "absent"), Conditions()),
     ):
         pass
-    assert main(["bench", str(absent)]) == 2
-    assert "absent does not exist" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -208,37 +208,19 @@ def test_bench_takes_names_as_prune_does(asked, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     bench(Path("demo"))  # of that name, and not the demo's model
     assert asked[-1][0] == [Subject(Path("demo"), "demo")]
-    converted, file = tmp_path / "converted", tmp_path / "a.gguf"
-    file.touch()
+    converted = tmp_path / "converted"
     monkeypatch.setattr("cfsp.speed.bench.locate_model", lambda name: converted)
-    for engine, reads in (("transformers", converted), ("llama.cpp", file)):
-        bench(file, engine=engine)
-        assert asked[-1][0] == [Subject(reads, "a.gguf")]
+    bench(tmp_path / "a.gguf")
+    assert asked[-1][0] == [Subject(converted, "a.gguf")]
 
 
-def test_bench_knows_before_it_starts_what_it_cannot_time(asked, tiny_checkpoint, tmp_path):
+def test_bench_knows_before_it_starts_what_it_cannot_time(asked, tiny_checkpoint):
     model = tiny_checkpoint("llama")
-    with pytest.raises(CheckpointError, match="absent does not exist"):
-        bench([model, tmp_path / "absent"])
-    with pytest.raises(UsageError, match=r"llama\.cpp cannot run .*llama"):
-        bench([model], engine="llama.cpp")
-    file = tmp_path / "a.gguf"
-    file.touch()
-    with pytest.raises(CheckpointError, match=r"b\.gguf does not exist; make it with: cfsp export"):
-        bench([file, tmp_path / "b.gguf"], engine="llama.cpp")
     with pytest.raises(UsageError, match="at least one model"):
         bench([])
     with pytest.raises(UsageError, match="disturbance must be at least 0, found nan"):
         bench([model], disturbance=math.nan)
     assert asked == []
-
-
-def test_help_fits_a_screen(capsys):
-    with pytest.raises(SystemExit):
-        main(["bench", "--help"])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 40
-    assert len([line for line in lines if line.startswith("  -")]) <= 16
 
 
 def test_process_has_memory_of_its_own_and_its_death_is_one_sentence(tiny_checkpoint):
@@ -257,21 +239,11 @@ def test_process_has_memory_of_its_own_and_its_death_is_one_sentence(tiny_checkp
             process.run(WORKLOAD)
 
 
-def test_missing_engine_names_the_extra(tmp_path, monkeypatch):
-    for module in ("llama_cpp_py_sync", "llama_cpp_py_sync._cffi_bindings"):
-        monkeypatch.setitem(sys.modules, module, None)
-    (tmp_path / "model.gguf").touch()
-    with pytest.raises(MissingExtraError, match=r"pip install '\.\[llamacpp\]' in the clone"):
-        start_engine(Subject(tmp_path / "model.gguf", "m"), Conditions("llama.cpp"))
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["demo", "--prompt", "0"], "--prompt must be at least 1, found 0"),
         (["demo", "--new-tokens", "0"], "--new-tokens must be at least 1, found 0"),
-        (["demo", "--rounds", "0"], "at least 1 round, found 0"),
-        (["demo", "--engine", "llama.cpp"], "it runs .gguf files; make one with: cfsp export"),
         (["a.gguf"], "a.gguf does not exist; give a directory with safetensors"),
     ],
 )
@@ -282,47 +254,49 @@ def test_wrong_arguments_are_one_sentence(arguments, message, capsys):
     assert error.count("\n") == 1
 
 
-def test_parser_knows_every_engine():
-    assert bench_command.ENGINES == ENGINES
-    with pytest.raises(UsageError, match="found 'tgi'"):
-        Conditions(engine="tgi")
-
-
 def test_an_export_for_vllm_is_for_its_own_bench(tokenizer, tmp_path, capsys):
     source = cut(build_tiny_model("llama"), tokenizer, tmp_path)
     export(source, "vllm", tmp_path / "out", verify=False)
     assert main(["bench", str(tmp_path / "out")]) == 2
     assert "an export for vLLM; time it with vllm bench latency --model" in capsys.readouterr().err
-    with pytest.raises(UsageError, match="found 'vllm'; bench by vLLM went"):
-        Conditions(engine="vllm")
 
 
-def test_llama_cpp_generates_what_transformers_generates(tiny_checkpoint, tmp_path):
-    pytest.importorskip("llama_cpp_py_sync", reason="the extra `llamacpp` is not installed")
-    pytest.importorskip("gguf", reason="the extra `gguf` is not installed")
-    from cfsp.checkpoint.llama_cpp import LlamaCpp
+WORKLOAD = Workload(batch=2, prompt=8, new_tokens=4)
 
-    directory, file = tiny_checkpoint("llama"), tmp_path / "tiny.gguf"
-    arguments = ["--to", "gguf", "--type", "f32", "--out", str(file), "--no-verify"]
-    assert main(["export", str(directory), *arguments]) == 0
-    timed = LlamaCppEngine(Subject(file, "tiny"), Conditions(engine="llama.cpp"))
-    model = load(directory, dtype="float32")
-    prompt_BP = random_prompt(model.config.vocab_size, WORKLOAD)
-    expected_BN = generated(model, prompt_BP)
-    for _ in range(2):
-        timing = timed.run(WORKLOAD)
-        assert timed.tokens_BN.tolist() == expected_BN.tolist()
-        assert timing.prefill > 0
-        assert timing.decode > 0
-    # The same model weighs the same, whichever engine runs it; only the cache is in F16 here.
-    work = work_of(LoadedModel(model), itemsize=4)
-    assert timed.footprint.work.block_parameters == work.block_parameters
-    assert timed.footprint.work.block_bytes == work.block_bytes
-    assert timed.footprint.work.head_bytes == work.head_bytes
-    assert timed.footprint.work.attention_width == work.attention_width
-    assert timed.footprint.work.cache_bytes == work.cache_bytes / 2
-    del timed
-    gc.collect()
-    # A message goes to a callback: one that was freed with the engine would crash the process.
-    with LlamaCpp(file) as again:
-        assert again.feed([1, 2]).isfinite().all()
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "phi3", "falcon"])
+def test_prefill_work_is_what_torch_counts_besides_attention(name):
+    model: Any = tiny_model(name) if name == "falcon" else build_tiny_model(name)
+    model.set_attn_implementation("eager")
+    found = Footprint.of(LoadedModel(model), 0, 4)
+    tokens_BT = torch.zeros((WORKLOAD.batch, WORKLOAD.prompt), dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=tokens_BT, logits_to_keep=1)
+    counts = counter.get_flop_counts()["Global"].items()
+    matrices = sum(count for operator, count in counts if "bmm" not in str(operator))
+    assert 2 * found.prefill_work(WORKLOAD) == pytest.approx(matrices, rel=1e-2)
+
+
+def test_decode_work_is_all_weights_but_embeddings_and_the_cache(tmp_path):
+    model: Any = tiny("qwen3", num_hidden_layers=1)
+    model.save_pretrained(tmp_path)
+    engine = Engine(Subject(tmp_path, "tiny"), Conditions(dtype="bfloat16"))
+    timing, tokens_BN = engine.run(WORKLOAD)
+    weights = sum(
+        p.numel() * 2 for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n
+    )
+    weights += 2 * model.get_input_embeddings().weight.numel() * model.config.tie_word_embeddings
+    with torch.no_grad():
+        cache = model(tokens_BN[:, :1], use_cache=True).past_key_values
+    held = cache.layers[0].keys.nbytes + cache.layers[0].values.nbytes  # of a token, in 32 bits
+    assert timing.cache_bytes == (WORKLOAD.prompt + WORKLOAD.new_tokens) * held / 2
+    assert engine.footprint.decode_work(timing.cache_bytes) == weights + timing.cache_bytes
+
+
+def test_what_nothing_says_is_unknown():
+    unknown = Footprint.of(LoadedModel(tiny_model("mixtral")), 0, 4)
+    assert math.isnan(unknown.prefill_work(WORKLOAD)) and math.isnan(unknown.decode_work(1))
+    speed = Speed(1, (1.0,), (1.0,), unknown.prefill_work(WORKLOAD))
+    assert json.loads(json.dumps(speed.to_json()))["ideal_ratio"] is None
+    assert _ratios(speed)[2:] == ("unknown", "")
+    assert _ratios(replace(speed, ideal_ratio=2.0))[2:] == ("2.000x", "50%")

@@ -12,14 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from builders import dying_at
 from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.planning.plan_file import PruningPlan
+from cfsp.quality import evaluate
 from cfsp.result.manifest import read_manifest
 from cfsp.result.tables import pareto_front
 from cfsp.settings import Budget, Compute
 from cfsp.sweep.settings import SweepSettings, method_named
-from cfsp.sweep.table import Row, loss_rise, tables
+from cfsp.sweep.table import loss_rise
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,9 @@ def test_every_method_makes_every_sparsity_at_the_same_size(sweep, text_file):
     ]
 
 
-def test_it_compares_with_the_dense_model_if_asked_to(tiny_checkpoint, text_file, tmp_path, capsys):
+def test_it_asks_the_dense_model_once_and_compares_with_it_if_asked_to(
+    tiny_checkpoint, text_file, tmp_path, capsys, monkeypatch
+):
     pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
     (tmp_path / "tasks").mkdir()
     lines = [
@@ -82,13 +86,25 @@ def test_it_compares_with_the_dense_model_if_asked_to(tiny_checkpoint, text_file
     (tmp_path / "tasks" / "piqa.jsonl").write_text("\n".join(map(json.dumps, lines)))
     out = tmp_path / "out"
     arguments = [
-        "sweep", str(tiny_checkpoint("llama")), "--sparsity", "25%", "--multiple", "4",
+        "sweep", str(tiny_checkpoint("llama")), "--sparsity", "25%", "50%", "--multiple", "4",
         "--data", str(text_file), "--samples", "8", "--seqlen", "32", "--eval", str(text_file),
         "--windows", "2", "--agreement", "--tasks", "piqa", "--set", "limit=4",
         "--set", f"task_data={tmp_path / 'tasks'}", "--answers", "2", "--out", str(out),
     ]  # fmt: skip
+    streamed: list[str] = []
+    sums = dying_at(0, evaluate.streamed_sums, lambda *given, **_: given[-1], streamed)
+    monkeypatch.setattr(evaluate, "streamed_sums", sums)
+    answering: list[str] = []
+    asked = dying_at(0, evaluate.answers_of, lambda *given: given[-1], answering)
+    monkeypatch.setattr(evaluate, "answers_of", asked)
     assert main(arguments) == 0
-    dense, pruned = json.loads((out / "table.json").read_text())
+    of_dense, of_others = (
+        [label for label in streamed if label.startswith(arguments[1]) is is_dense]
+        for is_dense in (True, False)
+    )
+    assert (len(of_dense), len(of_others)) == (2, 4)  # a text and the answers
+    assert len(answering) == 3 and answering[0].startswith(arguments[1])
+    dense, pruned, _more = json.loads((out / "table.json").read_text())
     assert dense["comparison"] is None
     found = pruned["comparison"]
     divergence = found["texts"][str(text_file)]["divergence"]
@@ -167,8 +183,6 @@ def test_every_method_has_every_sparsity():
         ({"eval": ()}, "give --eval"),
         ({"sparsity": (1.5,)}, r"must be in \[0, 1\)"),
         ({"sparsity": (0.5, 0.5)}, "every method and every sparsity once"),
-        ({"windows": 0}, "must be at least 1"),
-        ({"limit": 3}, "need --tasks"),
     ],
 )
 def test_wrong_settings(more, message):
@@ -193,8 +207,9 @@ def test_all_that_is_named_is_checked_before_anything_is_computed(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was run")
 
-    for name in ("evaluate_models", "calibrate_source", "prune_checkpoint"):
-        monkeypatch.setattr(f"cfsp.sweep.run.{name}", never)
+    for name in ("sweep.run.calibrate_source", "sweep.run.prune_checkpoint"):
+        monkeypatch.setattr(f"cfsp.{name}", never)
+    monkeypatch.setattr(evaluate, "streamed_sums", never)
     model, out = tiny_checkpoint("llama"), tmp_path / "made" / "out"
     capsys.readouterr()  # a model that is saved here for the first time shows its progress
     arguments = [
@@ -233,18 +248,6 @@ def test_a_model_is_not_said_to_be_measured_as_an_older_dense_one_was(sweep, tex
     assert main(arguments) == 2
     assert f"{made} was not measured as the dense model" in capsys.readouterr().err
     (out / "dense.json").write_text(whole)
-
-
-def test_a_row_says_how_much_faster_and_whether_that_was_seen():
-    def row(method: str | None, value: float, speed: float | None) -> Row:
-        perplexity = {"text": {"value": value, "windows": 2, "seqlen": 32, "bos": False}}
-        parameters = 50 if method else 100
-        return Row("name", method, 0.5, parameters, perplexity, {"decode": speed})
-
-    (table,) = tables([row(None, 5.0, 1.0), row("a", 10.0, 1.5), row("b", 20.0, None)])
-    assert table.head[-2:] == ["decode speed-up", "front"]
-    assert [line[-2] for line in table.rows] == ["1.00", "1.50", "too busy"]
-    assert table.rows[1][:4] == ["a", "50%", "50.0%", "10.00"]
 
 
 def test_loss_rise_is_in_nats():

@@ -16,11 +16,8 @@ from cfsp.cli.output import Told, human_bytes, human_count, print_table
 from cfsp.settings import DTYPES
 
 if TYPE_CHECKING:
-    from cfsp.speed import Comparison, Workload
-    from cfsp.speed.bench import Speed
-
-# Spelled out here, because their home is imported with torch; a test compares.
-ENGINES = ("transformers", "llama.cpp")
+    from cfsp.speed.bench import Comparison, Speed
+    from cfsp.speed.subjects import Workload
 
 
 def add_options_to(parser: Parser) -> None:
@@ -29,7 +26,7 @@ def add_options_to(parser: Parser) -> None:
         "models",
         nargs="+",
         metavar="MODEL",
-        help="as for prune (llama.cpp runs .gguf files only); ratios are to the first",
+        help="as for prune; ratios are to the first",
     )
     work = parser.add_argument_group("what to time; several are timed one after the other")
     for name, default, what in (
@@ -49,13 +46,6 @@ def add_options_to(parser: Parser) -> None:
 
 
 def _add_how(group: Any) -> None:
-    group.add_argument(
-        "--engine",
-        default="transformers",
-        choices=ENGINES,
-        metavar="NAME",
-        help=f"{', '.join(ENGINES)}",
-    )
     group.add_argument("--rounds", type=int, metavar="N", default=7, help="(default: 7)")
     group.add_argument("--device", default="cpu", help="cpu, cuda, mps, auto (default: cpu)")
     group.add_argument(
@@ -71,8 +61,8 @@ def run(args: argparse.Namespace) -> Told:
     """Time and print."""
     from cfsp.speed.bench import bench
 
-    names = ("batch", "prompt", "new_tokens", "engine", "rounds", "device")
-    given = {name: getattr(args, name) for name in (*names, "dtype")}
+    names = ("batch", "prompt", "new_tokens", "rounds", "device", "dtype")
+    given = {name: getattr(args, name) for name in names}
     comparison = bench(args.models, **given)
     return comparison.to_json(), lambda: print_comparison(comparison)
 
@@ -107,8 +97,8 @@ def print_comparison(comparison: Comparison) -> None:
     print(
         f"\n{facts}; medians of rounds in turns after "
         f"{counted(comparison.conditions.warmups, 'warm-ups')}, with the lowest and highest; "
-        "ratio: median of the ratios within a round; ideal: by FLOPs (prefill) and by bytes read "
-        "(decode)"
+        "ratio: median of the ratios within a round; ideal: by matrices (prefill) and by bytes "
+        "read (decode)"
     )
 
 

@@ -105,17 +105,17 @@ def _print(found: Comparison) -> None:
     from cfsp.result.names import short_names
 
     print(f"first: {found.first}\nsecond: {found.second}\n")
-    names, rows = short_names(pair.text for pair in found.texts), []
-    for pair in found.texts:
+    names, rows = short_names(found.texts), []
+    for text, pair in found.texts.items():
         rows += _rows(
-            f"{names[pair.text]}, {counted(pair.windows, 'windows')}",
+            f"{names[text]}, {counted(pair.windows, 'windows')}",
             ("loss, nats", pair.loss, 4, 1),
             ("KL per token, nats", pair.divergence, 4, 1),
             ("top-1 agreement, %", pair.agreed, 2, 100),
         )
-    for task in found.tasks:
+    for name, task in found.tasks.items():
         rows += _rows(
-            f"{task.task}, {counted(task.documents, 'documents')}",
+            f"{name}, {counted(task.documents, 'documents')}",
             (f"{task.metric}, %", task.accuracy, 1, 100),
             (_KEPT, task.kept, 1, 100),
             ("loss, nats", task.loss, 4, 1),
@@ -129,8 +129,8 @@ def _print(found: Comparison) -> None:
             *((words, found.answers[name], digits, by) for words, name, digits, by in _ANSWERS),
         )
     print_table(("", "first", "second", "difference"), rows)
-    for task in found.left_out:
-        print(_why_left_out(task))
+    for name in found.left_out:
+        print(_why_left_out(name, found.tasks[name]))
 
 
 def _rows(title: str, *measures: tuple[str, Pair | None, int, float]) -> list[tuple[str, ...]]:
@@ -147,10 +147,10 @@ def _rows(title: str, *measures: tuple[str, Pair | None, int, float]) -> list[tu
     return [(title, "", "", ""), *lines]
 
 
-def _why_left_out(pair: TaskPair) -> str:
+def _why_left_out(task: str, pair: TaskPair) -> str:
     assert pair.dense is not None
     dense = estimate(pair.dense.to_json(), 1, 100)
     return (
-        f"\n{pair.task} is left out of the mean: the dense model ({dense}) is not better than a "
+        f"\n{task} is left out of the mean: the dense model ({dense}) is not better than a "
         f"guess ({100 * pair.chance:.1f})"
     )

@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> Told:
     from cfsp.pipeline import prune_checkpoint
     from cfsp.result.manifest import add_to_manifest
     from cfsp.result.page.page import write_report
-    from cfsp.speed import Conditions, Workload, compare_speed
-    from cfsp.speed.subjects import Subject
+    from cfsp.speed.bench import compare_speed
+    from cfsp.speed.subjects import Conditions, Subject, Workload
 
     # Before the model is converted, which takes a while.
     check_output_is_free(args.out)

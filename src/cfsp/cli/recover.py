@@ -16,7 +16,7 @@ from cfsp.architecture.block_names import counted
 from cfsp.cli.options import Parser, add_model, add_options, typed, typed_command
 from cfsp.cli.output import Told, human_bytes, human_count, print_facts
 from cfsp.processes import is_first_process, leave_processes
-from cfsp.recovery.settings import Adaptation, Distillation, Limit, Training
+from cfsp.recovery.settings import Adaptation, Limit, Training
 from cfsp.settings import Compute, EvaluationText, options_of
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ def add_options_to(parser: Parser) -> None:
     )
     add_options(parser, text, EvaluationText)
     add_options(parser, text, Training, fields=("seqlen",))
-    length = parser.add_argument_group("how long (one of these)")
-    add_options(parser, length.add_mutually_exclusive_group(required=True), Limit)
+    length = parser.add_argument_group("how long").add_mutually_exclusive_group()
+    add_options(parser, length, Limit)
     group = parser.add_argument_group("training")
     add_options(parser, group, Adaptation)
     others = [field for field in options_of(Training) if field != "seqlen"]
@@ -49,7 +49,6 @@ def add_options_to(parser: Parser) -> None:
         help="the dense model to distil from, or none for the text alone (default: the one that "
         "was pruned, if it is still where the manifest says and there is memory for both)",
     )
-    add_options(parser, group, Distillation)
     add_options(parser, group, Compute, fields=("device", "dtype"))
 
 

@@ -53,9 +53,6 @@ def add_options_to(parser: Parser) -> None:
     measured = parser.add_argument_group("measuring")
     add_options(parser, measured, EvaluationText)
     measured.add_argument(
-        "--speed", action="store_true", help="time each model against the dense one, in turns"
-    )
-    measured.add_argument(
         "--agreement",
         action="store_true",
         help="KL to the dense model and top-1 agreement, on the same texts",

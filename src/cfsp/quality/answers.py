@@ -24,9 +24,8 @@ import torch
 from cfsp.checkpoint.text_config import longest_input_of
 from cfsp.errors import TextError, UsageError
 from cfsp.progress import item_progress
-from cfsp.quality.agreement import divergence_and_agreement
 from cfsp.quality.paired import per_count
-from cfsp.quality.perplexity import WindowSums
+from cfsp.quality.perplexity import WindowSums, divergence_and_agreement
 from cfsp.quality.results_file import answer_measures
 from cfsp.settings import DEFAULT_QUESTIONS
 from cfsp.streaming.decoder_end import text_model
@@ -230,13 +229,13 @@ def answers_result(
         `digest`: of the dense model's answers; `longest`: the tokens that one may have; of each
         answer how many were `predicted`, their `divergence` from the dense model (KL, nats), and
         how many `agreed` in the likeliest token; `documents`: each question, its kind, the model's
-        own answer, whether it stops and loops, and how many of its first tokens are `alike` the
-        dense model's; `summary`: all of these in the mean.
+        own answer and its tokens, whether it stops and loops, and how many of its first tokens are
+        `alike` the dense model's; `summary`: all of these in the mean.
     """
     predicted = windows.scored_N.tolist()
     documents = [
         {"kind": kind, "question": question}
-        | {name: each[name] for name in ("answer", "stops", "loops")}
+        | {name: each[name] for name in ("answer", "tokens", "stops", "loops")}
         | {"alike": sum(takewhile(bool, map(eq, each["tokens"], its["tokens"])))}
         for (kind, question), each, its in zip(questions.asked, own, dense, strict=True)
     ]

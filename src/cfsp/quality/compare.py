@@ -5,14 +5,24 @@ Every difference is second - first. `cfsp.quality.paired` has the formulas.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from operator import eq
 from typing import Any
 
 from cfsp.errors import ReportError
-from cfsp.quality.paired import Estimate, difference, mean, mean_of_tasks, per_count
-from cfsp.quality.results_file import MeasuredModel, answer_measures, hashes
+from cfsp.quality.paired import (
+    Estimate,
+    difference,
+    geometric_mean,
+    mean,
+    mean_of_tasks,
+    per_count,
+    rounded,
+)
+from cfsp.quality.results_file import MeasuredModel, Measures, answer_measures, hashes
+from cfsp.quality.tasks.harness import ScoredDocument
 
 # A model whose accuracy is less than so many standard errors above a guess may be guessing.
 _ERRORS_ABOVE_CHANCE = 2.0
@@ -26,35 +36,31 @@ class Pair:
     second: Estimate
     difference: Estimate  # the mean of the differences
 
-    def to_json(self) -> dict[str, Any]:
-        """Return all three."""
-        return {name: estimate.to_json() for name, estimate in vars(self).items()}
-
 
 @dataclass(frozen=True)
 class TextPair:
     """Two models on one text; what needs a dense model is None without one."""
 
-    text: str
     windows: int
     loss: Pair  # negative log-likelihood per token in nats
-    divergence: Pair | None  # KL(dense || model) per token in nats
-    agreed: Pair | None  # top-1 agreement: share of tokens whose most likely one is the dense one's
+    divergence: Pair | None = None  # KL(dense || model) per token in nats
+    # Top-1 agreement: share of tokens whose most likely one is the dense one's.
+    agreed: Pair | None = None
 
 
 @dataclass(frozen=True)
 class TaskPair:
     """Two models on one task, by one metric; what needs a dense model is None without one."""
 
-    task: str
     metric: str  # `acc_norm` where the task has it, else `acc`
     documents: int
-    accuracy: Pair
-    kept: Pair | None  # share of answers that are the dense model's, where one of several is picked
-    loss: Pair | None  # of a free continuation, in nats; None of other tasks
     dense: Estimate | None  # the dense model's accuracy
     chance: float  # the accuracy of a guess
     is_above_chance: bool | None  # whether the dense model is better than that
+    accuracy: Pair
+    # Share of answers that are the dense model's, where one of several is picked.
+    kept: Pair | None = None
+    loss: Pair | None = None  # of a free continuation, in nats; None of other tasks
 
 
 @dataclass(frozen=True)
@@ -63,31 +69,17 @@ class Comparison:
 
     first: str
     second: str
-    texts: list[TextPair]
-    tasks: list[TaskPair]
+    texts: dict[str, TextPair]
+    tasks: dict[str, TaskPair]
+    left_out: list[str]  # the tasks on which the dense model is not better than a guess
     accuracy: Pair | None
     kept: Pair | None
     questions: int  # how many both were asked
     answers: dict[str, Pair]  # how theirs differ, by measure (see `answer_measures`)
 
-    @property
-    def left_out(self) -> list[TaskPair]:
-        """The tasks on which the dense model is not better than a guess."""
-        return [pair for pair in self.tasks if pair.is_above_chance is False]
-
     def to_json(self) -> dict[str, Any]:
-        """Return everything as JSON types."""
-        return {
-            "first": self.first,
-            "second": self.second,
-            "texts": {pair.text: _fields(pair, "text") for pair in self.texts},
-            "tasks": {pair.task: _fields(pair, "task") for pair in self.tasks},
-            "left_out": [pair.task for pair in self.left_out],
-            "accuracy": self.accuracy and self.accuracy.to_json(),
-            "kept": self.kept and self.kept.to_json(),
-            "questions": self.questions,
-            "answers": {name: pair.to_json() for name, pair in self.answers.items()},
-        }
+        """Return everything as JSON types, rounded."""
+        return asdict(self, dict_factory=rounded)
 
 
 def compare(first: MeasuredModel, second: MeasuredModel, dense: MeasuredModel | None) -> Comparison:
@@ -95,31 +87,63 @@ def compare(first: MeasuredModel, second: MeasuredModel, dense: MeasuredModel | 
 
     The dense model may be one of them. Other windows or documents are refused.
     """
-    texts = [
-        _text_pair(text, first, second, dense) for text in first.windows if text in second.windows
-    ]
-    tasks = [
-        _task_pair(task, first, second, dense)
+    texts = {
+        text: _text_pair(text, first, second, dense)
+        for text in first.windows
+        if text in second.windows
+    }
+    tasks = {
+        task: _task_pair(task, first, second, dense)
         for task in first.documents
         if task in second.documents
-    ]
+    }
     answers = _answer_pairs(first, second) if first.answers and second.answers else {}
     if not (texts or tasks or answers):
         raise ReportError(
             f"{first.name} and {second.name} have no text and no task in common, and no answers; "
             "measure both with the same --data or --tasks, or --answers"
         )
-    counted = [pair for pair in tasks if pair.is_above_chance is not False]
+    left_out = [task for task, pair in tasks.items() if pair.is_above_chance is False]
+    counted = [pair for task, pair in tasks.items() if task not in left_out]
     return Comparison(
         first.name,
         second.name,
         texts,
         tasks,
+        left_out,
         _mean([pair.accuracy for pair in counted]),
         _mean([pair.kept for pair in counted if pair.kept is not None]),
         len(first.answers["documents"]) if answers else 0,
         answers,
     )
+
+
+def agreement_of(dense: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    """Return how far a model is from the dense one, by text and in sum."""
+    by_text: dict[str, Any] = {}
+    ratios: dict[str, float] = {}
+    for text, sums in model["windows"].items():
+        counts = sums["predicted"]
+        rise = per_count(difference(dense["windows"][text]["loss"], sums["loss"]), counts)
+        ratios[text] = math.exp(min(rise.value, 700.0))
+        by_text[text] = {
+            "perplexity_ratio": round(ratios[text], 6),
+            "loss_rise": rise.to_json(),
+            "divergence": per_count(sums["divergence"], counts).to_json(),
+            "agreed": per_count(sums["agreed"], counts).to_json(),
+        }
+    found: dict[str, Any] = {
+        "against": dense["model"],
+        "fingerprint": dense["fingerprint"],
+        "texts": by_text,
+    }
+    if ratios:
+        worst = max(ratios, key=lambda text: ratios[text])
+        found |= {
+            "perplexity_ratio": round(geometric_mean(list(ratios.values())), 6),
+            "worst": {"text": worst, "perplexity_ratio": round(ratios[worst], 6)},
+        }
+    return found
 
 
 def comparisons(
@@ -150,73 +174,61 @@ def _text_pair(
             f"{first.name} and {second.name} were measured on other windows of {text}: another "
             "tokenizer, --windows, --seqlen or --bos; measure both alike"
         )
-    counts = one["predicted"]
-
-    def pair(name: str) -> Pair | None:
-        sums = [_sums(model, text, name, dense) for model in (first, second)]
-        if sums[0] is None or sums[1] is None:
-            return None
-        return _pair_per_count(sums[0], sums[1], counts)
-
-    loss = pair("loss")
-    assert loss is not None
-    return TextPair(text, len(counts), loss, pair("divergence"), pair("agreed"))
+    pairs = _pairs(*(_of_text(model, text, dense) for model in (first, second)))
+    return TextPair(len(one["predicted"]), **pairs)
 
 
-def _sums(
-    model: MeasuredModel, text: str, name: str, dense: MeasuredModel | None
-) -> list[float] | None:
-    """Return the sums over windows of one measure; None if it was not measured.
-
-    The dense model agrees with itself.
-    """
+def _of_text(model: MeasuredModel, text: str, dense: MeasuredModel | None) -> Measures:
+    """Return what was measured on a text; the dense model agrees with itself."""
     sums = model.windows[text]
-    if name == "loss":
-        return list(sums["loss"])
-    if dense is None:
-        return None
-    if model is dense:
-        return [0.0] * len(sums["predicted"]) if name == "divergence" else list(sums["predicted"])
-    return list(sums[name]) if name in sums and model.against == dense.fingerprint else None
+    counts = sums["predicted"]
+    found = {"loss": (sums["loss"], counts)}
+    if dense is not None and model is dense:
+        found |= {"divergence": ([0.0] * len(counts), counts), "agreed": (counts, counts)}
+    elif dense is not None and model.against == dense.fingerprint:
+        found |= {name: (sums[name], counts) for name in ("divergence", "agreed") if name in sums}
+    return found
 
 
 def _task_pair(
     task: str, first: MeasuredModel, second: MeasuredModel, dense: MeasuredModel | None
 ) -> TaskPair:
     of_dense = None if dense is None else dense.documents.get(task)
-    for model in (second, dense):
-        if model is not None and task in model.documents:
-            _check_same_documents(task, first, model)
     one, other = first.documents[task], second.documents[task]
     metric = "acc_norm" if all("acc_norm" in each for each in one) else "acc"
-    if any(metric not in each for each in other):
-        raise ReportError(
-            f"{first.name} and {second.name} were scored on {task} by other metrics, perhaps by "
-            "another version of the harness; score both alike"
-        )
-    kept = loss = accuracy_of_dense = is_above = None
-    chance = mean([each["chance"] for each in one]).value
+    for model in (second, dense):
+        if model is not None and task in model.documents:
+            _check_same_documents(task, metric, first, model)
+    accuracy_of_dense = is_above = None
     if of_dense is not None:
         accuracy_of_dense = mean([each[metric] for each in of_dense])
         above = mean([each[metric] - each["chance"] for each in of_dense])
         is_above = above.value > _ERRORS_ABOVE_CHANCE * (above.stderr or 0.0)
-        dense_answers = _answers(of_dense, metric)
-        answers = [_answers(each, metric) for each in (one, other)]
-        if None not in (*dense_answers, *answers[0], *answers[1]):
-            kept = _pair(*(list(map(float, map(eq, each, dense_answers))) for each in answers))
-    if all("gold" not in each and "loglikelihoods" in each for each in one):
-        loss = _pair(*([-each["loglikelihoods"][0] for each in some] for some in (one, other)))
     return TaskPair(
-        task,
         metric,
         len(one),
-        _pair(*([each[metric] for each in some] for some in (one, other))),
-        kept,
-        loss,
         accuracy_of_dense,
-        chance,
+        mean([each["chance"] for each in one]).value,
         is_above,
+        **_pairs(*(_of_task(each, metric, of_dense) for each in (one, other))),
     )
+
+
+def _of_task(
+    documents: Sequence[ScoredDocument], metric: str, of_dense: Sequence[ScoredDocument] | None
+) -> Measures:
+    """Return what was measured on the documents of a task."""
+    found = {"accuracy": [each[metric] for each in documents]}
+    if of_dense is not None:
+        name = "choice_norm" if metric == "acc_norm" else "choice"
+        own, expected = (
+            [each.get(name, each.get("answer")) for each in some] for some in (documents, of_dense)
+        )
+        if None not in (*own, *expected):  # there is something that can be the same
+            found["kept"] = list(map(float, map(eq, own, expected)))
+    if all("gold" not in each and "loglikelihoods" in each for each in documents):
+        found["loss"] = [-each["loglikelihoods"][0] for each in documents]
+    return {name: (values, [1] * len(documents)) for name, values in found.items()}
 
 
 def _answer_pairs(first: MeasuredModel, second: MeasuredModel) -> dict[str, Pair]:
@@ -226,14 +238,28 @@ def _answer_pairs(first: MeasuredModel, second: MeasuredModel) -> dict[str, Pair
             f"{first.name} and {second.name} were measured on other answers: of another dense "
             "model, to other questions, or by another --dtype; measure both alike"
         )
-    theirs = answer_measures(other)
+    return _pairs(answer_measures(one), answer_measures(other))
+
+
+def _pairs(first: Measures, second: Measures) -> dict[str, Pair]:
+    """Return the means of what was measured of both models, and of their differences.
+
+    Sums are over as many tokens in both.
+    """
     return {
-        name: _pair_per_count(sums, theirs[name][0], counts)
-        for name, (sums, counts) in answer_measures(one).items()
+        name: Pair(
+            per_count(sums, counts),
+            per_count(second[name][0], counts),
+            per_count(difference(sums, second[name][0]), counts),
+        )
+        for name, (sums, counts) in first.items()
+        if name in second
     }
 
 
-def _check_same_documents(task: str, first: MeasuredModel, second: MeasuredModel) -> None:
+def _check_same_documents(
+    task: str, metric: str, first: MeasuredModel, second: MeasuredModel
+) -> None:
     shots = [model.tasks.get(task, {}).get("shots") for model in (first, second)]
     if shots[0] != shots[1]:
         raise ReportError(
@@ -251,37 +277,15 @@ def _check_same_documents(task: str, first: MeasuredModel, second: MeasuredModel
             f"{first.name} and {second.name} were scored on other documents of {task}; score both "
             "with the same --task-data"
         )
-
-
-def _answers(documents: Sequence[dict[str, Any]], metric: str) -> list[Any]:
-    """Return what was answered to each; None where there is nothing that can be the same."""
-    name = "choice_norm" if metric == "acc_norm" else "choice"
-    return [each.get(name, each.get("answer")) for each in documents]
-
-
-def _pair(first: Sequence[float], second: Sequence[float]) -> Pair:
-    return _pair_per_count(first, second, [1] * len(first))
-
-
-def _pair_per_count(first: Sequence[float], second: Sequence[float], counts: Sequence[int]) -> Pair:
-    """Return the means over tokens of two models' sums, which are over as many in both."""
-    apart = difference(first, second)
-    return Pair(per_count(first, counts), per_count(second, counts), per_count(apart, counts))
+    if any(metric not in each for each in other):
+        raise ReportError(
+            f"{first.name} and {second.name} were scored on {task} by other metrics, perhaps by "
+            "another version of the harness; score both alike"
+        )
 
 
 def _mean(pairs: Sequence[Pair]) -> Pair | None:
     if not pairs:
         return None
-    return Pair(
-        mean_of_tasks([pair.first for pair in pairs]),
-        mean_of_tasks([pair.second for pair in pairs]),
-        mean_of_tasks([pair.difference for pair in pairs]),
-    )
-
-
-def _fields(pair: TextPair | TaskPair, without: str) -> dict[str, Any]:
-    return {
-        name: each.to_json() if isinstance(each, Pair | Estimate) else each
-        for name, each in vars(pair).items()
-        if name != without
-    }
+    sides = ("first", "second", "difference")
+    return Pair(*(mean_of_tasks([getattr(pair, side) for pair in pairs]) for side in sides))

@@ -1,33 +1,30 @@
-"""Several models on the same texts and tasks; a model before and after."""
+"""Models on the same texts, tasks and questions, beside a dense one; a model before and after."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfsp.calibration.calibrate import check_tokens
-from cfsp.calibration.together import check_same_work, part_of
+from cfsp.calibration.together import check_same_work
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint, WeightSource, fingerprint, parameter_count
 from cfsp.checkpoint.text_config import longest_input_of, vocabulary_of
 from cfsp.errors import UsageError
 from cfsp.processes import Team
-from cfsp.quality.agreement import DenseEnd, agreement_of
 from cfsp.quality.answers import Questions, answers_of, answers_result, windows_of
+from cfsp.quality.compare import agreement_of
 from cfsp.quality.perplexity import (
+    DenseEnd,
     WindowSums,
-    before_and_after,
     joined_sums,
-    no_sums,
     perplexity_of,
-    streamed_perplexity,
     streamed_sums,
 )
 from cfsp.quality.results_file import measured_into
@@ -88,10 +85,39 @@ class _Model:
         for text, sums in measured.items():
             label = f"{self.source.label} on {text}"
             of_text = self.windows[text]
-            perplexity[text] = perplexity_of(sum(sums["loss"]), of_text, label).to_json()
+            perplexity[text] = perplexity_of(sum(sums["loss"]), of_text, label)
             predicted = of_text.scored_N.tolist()
             windows[text] = {"digest": of_text.digest, "predicted": predicted, **sums}
         return {**self.facts, "perplexity": perplexity, "windows": windows}
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The dense model of a sweep: asked once for all that are compared with it later."""
+
+    source: Checkpoint
+    result: dict[str, Any]  # what `evaluate_models` gave, asked the same; empty before
+    passes: WorkDir  # outlives it, and has what is too large for memory
+    # What leaves its last block, by the digest of windows.
+    hidden: dict[str, HiddenStates] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What models are asked, and what keeps the results of a killed run."""
+
+    compute: Compute
+    tasks: TaskRunner | None
+    questions: Questions | None
+    compares: bool  # the first model is the dense one
+    dense: Dense | None
+    team: Team
+    work_dir: WorkDir | None = None
+
+    @property
+    def known(self) -> list[dict[str, Any]]:
+        """The results of the dense model, if it was measured before."""
+        return [self.dense.result] if self.dense is not None and self.dense.result else []
 
 
 def evaluate_models(
@@ -101,7 +127,7 @@ def evaluate_models(
     tasks: TaskRunner | None = None,
     *,
     questions: Questions | None = None,
-    against: str | Path | None = None,
+    against: str | Path | Dense | None = None,
     out: Path | None = None,
     team: Team | None = None,
 ) -> list[dict[str, Any]]:
@@ -110,36 +136,29 @@ def evaluate_models(
     Texts stream block by block; tasks and answers load each model whole, one after the other.
     Several processes share the windows of texts, and each returns the results of all.
 
-    Args:
-        names: the models.
-        texts: what to measure perplexity on; may be none.
-        compute: how.
-        tasks: what to score; None for no tasks.
-        questions: what to ask, which needs `against`; None for nothing.
-        against: the dense model, which the others are compared with. It is measured too: first,
-            unless it is among `names`. It streams once for each text, however many models there
-            are.
-        out: a file for the results, which are read from it if it is there already. What is
-            finished is kept beside it until then, and an interrupted run goes on.
-        team: the processes that measure together, of texts alone; None for this one.
+    `against` is the dense model, which the others are compared with, and which questions need. It
+    is measured too: first, unless it is among the names. Of a `Dense`, which is not among them,
+    what it gave before is taken. `out` is a file for the results, which are read from it if it is
+    there already. What is finished is kept beside it until then, and an interrupted run goes on.
 
     Returns:
         For each model: `model` (its name), `fingerprint`, `parameters`, `dtype`, `perplexity` by
-        text (see `Perplexity.to_json`), `windows` by text (their digest, predicted tokens and
+        text (see `perplexity_of`), `windows` by text (their digest, predicted tokens and
         `WindowSums`), `agreement` of all but the dense model, with tasks `tasks` and `documents`
-        (see `TaskScorer.score`), and with questions `answers` (see `answers_result`).
+        (see `TaskRunner.score`), and with questions `answers` (see `answers_result`).
 
     Raises:
         CfspError: anything that a user can cause, mostly before the first forward pass.
-        OutputError: the file is there, and of something else.
     """
     team = team or Team()
     if questions is not None and against is None:
         raise UsageError("answers are compared with those of the dense model; add --against DENSE")
     check_texts(evaluation=texts.names)  # before a model is downloaded or converted
-    if against is not None:
+    dense = against if isinstance(against, Dense) else None
+    first = [] if dense is None else [dense.source]
+    if isinstance(against, str | Path):
         names = [against, *(name for name in names if str(name) != str(against))]
-    sources = [open_checkpoint(name) for name in names]
+    sources = [*first, *(open_checkpoint(name) for name in names)]
     length = min(_window_length(texts, source) for source in sources)
     texts = replace(texts, seqlen=length)
     models = [_Model.of(source, texts, questions, compute) for source in sources]
@@ -151,49 +170,43 @@ def evaluate_models(
                 "%s cuts text into other tokens than %s: their perplexities do not compare",
                 *(each.source.label, models[0].source.label),
             )
-    identity = _identity(models, against, tasks, questions, compute)
+    asked = _Asked(compute, tasks, questions, against is not None, dense, team)
+    identity = _identity(models, asked)
     check_same_work(team, sources, {"text": json.dumps(identity["texts"])})
+    if out is None:
+        found = _measure(models, asked)
+    else:
+        beside = partial(output_work_dir, out, identity, compute.memory_budget, team)
 
-    def measure() -> dict[str, Any]:
-        budget = compute.memory_budget
-        beside = output_work_dir(out, identity, budget, team) if out else nullcontext()
-        with beside as work_dir:
-            return _measure(models, tasks, questions, against is not None, compute, work_dir, team)
+        def measure() -> dict[str, Any]:
+            with beside() as work_dir:
+                return _measure(models, replace(asked, work_dir=work_dir))
 
-    found = measure() if out is None else measured_into(out, identity, measure, team)
+        found = measured_into(out, identity, measure, team)
     results: list[dict[str, Any]] = found["models"]
     return results
 
 
-def _measure(
-    models: Sequence[_Model],
-    tasks: TaskRunner | None,
-    questions: Questions | None,
-    compares: bool,
-    compute: Compute,
-    work_dir: WorkDir | None,
-    team: Team,
-) -> dict[str, Any]:
+def _measure(models: Sequence[_Model], asked: _Asked) -> dict[str, Any]:
     """Return what the file of results has of models, and of tasks if there are any."""
+    tasks, questions, work_dir = asked.tasks, asked.questions, asked.work_dir
+    known, new = asked.known, models[len(asked.known) :]
     if tasks is not None or questions is not None:
         what = "answering questions" if tasks is None else "scoring tasks"
-        for model in models:
+        for model in new:
             check_fits(model.source, model.runtime, what)
     if tasks is not None:
         tasks.read_data()
-    sums = {
-        text: _measure_text(models, text, number, compares, compute, work_dir, team)
-        for number, text in enumerate(models[0].windows)
-    }
-    results = [
+    sums = {text: _measure_text(models, text, asked) for text in models[0].windows}
+    results = known + [
         model.result({text: of_models[number] for text, of_models in sums.items()})
-        for number, model in enumerate(models)
+        for number, model in enumerate(new)
     ]
-    if compares:
+    if asked.compares:
         for result in results[1:]:
             result["agreement"] = agreement_of(results[0], result)
-    answers = []
-    for number, model in enumerate(models):
+    answers = [each["answers"]["documents"] for each in known if questions is not None]
+    for number, model in enumerate(new, start=len(known)):
         whole = cache(model.whole)
         if tasks is not None:
             results[number].update(tasks.scores_of(whole, f"task-{number}", work_dir))
@@ -204,63 +217,50 @@ def _measure(
         del whole
     if questions is not None:
         windows = windows_of(models[0].prompts, answers[0])
-        asked = [replace(model, windows={"answers": windows}) for model in models]
-        of_models = _measure_text(asked, "answers", len(sums), compares, compute, work_dir, team)
-        for result, own, its in zip(results, answers, of_models, strict=True):
-            result["answers"] = answers_result(questions, windows, its, own, answers[0])
+        reading = [replace(model, windows={"answers": windows}) for model in models]
+        of_models = _measure_text(reading, "answers", asked)
+        for number, its in enumerate(of_models, start=len(known)):
+            results[number]["answers"] = answers_result(
+                questions, windows, its, answers[number], answers[0]
+            )
     return {"models": results} | ({} if tasks is None else {"tasks": tasks.conditions()})
 
 
-def _measure_text(
-    models: Sequence[_Model],
-    text: str,
-    text_number: int,
-    compares: bool,
-    compute: Compute,
-    work_dir: WorkDir | None,
-    team: Team,
-) -> list[WindowSums]:
-    """Return the sums of every model on one text, of which each process measures a part.
+def _measure_text(models: Sequence[_Model], text: str, asked: _Asked) -> list[WindowSums]:
+    """Return the sums on one text of every model that is not known, in parts by process.
 
-    With `compares` the first model is the dense one: what leaves its last block stays until the
-    others have passed.
+    What leaves the last block of the dense model, the first, stays until the others have passed.
     """
-    budget = compute.memory_budget or default_budget()
-    with temporary_work_dir(budget // 2 if compares else budget) as passes:
-        ends: list[DenseEnd] = []
+    compares, budget = asked.compares, asked.compute.memory_budget or default_budget()
+    with temporary_work_dir(budget // 2 if compares else budget) as place:
+        passes = replace(place, team=asked.team)
+        dense = asked.dense or Dense(models[0].source, {}, passes)
 
         def stream(number: int) -> WindowSums:
-            model, is_compared = models[number], compares and number > 0
-            runtime, label = model.runtime, f"{model.source.label} on {text}"
-            windows = model.windows[text]
-            own = windows.part(part_of(windows, team, runtime.batch_windows))
-            if not len(own.tokens_NT):
-                return no_sums(compared=is_compared)
-
-            def keep(hidden: HiddenStates) -> None:
-                if compares and number == 0:
-                    head = Head(model.source, runtime.device, runtime.dtype)
-                    ends.append(DenseEnd(head, hidden, runtime.device))
-
-            if is_compared and not ends:  # an earlier run had its sums already
-                stream(0)
-            sums = streamed_sums(
+            model, end = models[number], None
+            runtime, windows = model.runtime, model.windows[text]
+            is_dense = compares and number == 0
+            if compares and not is_dense:
+                if windows.digest not in dense.hidden:  # an earlier run had its sums already
+                    stream(0)
+                if windows.digest in dense.hidden:  # else this process has no windows
+                    head = Head(models[0].source, models[0].runtime.device, models[0].runtime.dtype)
+                    end = DenseEnd(head, dense.hidden[windows.digest], models[0].runtime.device)
+            return streamed_sums(
                 model.source,
-                own,
+                windows,
                 runtime,
-                work_dir=passes,
-                name=f"perplexity-{number}",
-                label=label,
-                dense=ends[0] if ends and is_compared else None,
-                on_end=keep,
+                dense.passes if is_dense else passes,
+                f"{model.source.label} on {text}",
+                dense=end,
+                on_end=partial(dense.hidden.__setitem__, windows.digest) if is_dense else None,
             )
-            perplexity_of(sum(sums["loss"]), own, label)  # no NaN
-            return sums
 
         found = []
-        for number in range(len(models)):
-            own = load_or_compute(work_dir, f"text-{text_number}-{number}", partial(stream, number))
-            found.append(joined_sums(team.gather(own)))
+        for number in range(len(asked.known), len(models)):
+            name = f"text-{models[0].windows[text].digest[:16]}-{number}"
+            own = load_or_compute(asked.work_dir, name, partial(stream, number))
+            found.append(joined_sums(asked.team.gather(own)))
         return found
 
 
@@ -272,59 +272,45 @@ def evaluation_windows(texts: EvaluationText, source: Checkpoint) -> dict[str, W
     found = {}
     for text in texts.names:
         windows = consecutive_windows(
-            text,
-            tokenizer,
-            count=texts.windows,
-            seqlen=length,
-            bos=texts.bos,
+            text, tokenizer, count=texts.windows, seqlen=length, bos=texts.bos
         )
         check_tokens(source.config, windows.tokens_NT, source.label)
         found[name_of(text)] = windows
     return found
 
 
-def measure_both(
-    before: WeightSource,
-    after: WeightSource,
+def perplexities(
+    source: WeightSource,
     windows: Mapping[str, Windows],
     compute: Compute,
     work_dir: WorkDir,
+    name: str,
 ) -> dict[str, dict[str, Any]]:
-    """Return the perplexities of both on each text, as the manifest has them."""
+    """Return the perplexity of a model on each text, as JSON types.
 
-    def measure(source: WeightSource, label: str) -> dict[str, dict[str, Any]]:
-        runtime = runtime_of(compute, source)
-        return {
-            text: streamed_perplexity(
-                source,
-                of_text,
-                runtime,
-                work_dir=work_dir,
-                name=f"perplexity-{label}-{of_text.digest[:8]}",
-                label=f"{label} on {text}",
-            ).to_json()
-            for text, of_text in windows.items()
-        }
-
-    return before_and_after(measure(before, "dense"), measure(after, "pruned"))
+    It has a name in the work directory, whose processes share the windows: what a killed run
+    measured there is not measured again.
+    """
+    runtime, found = runtime_of(compute, source), {}
+    for text, of_text in windows.items():
+        label = f"{name} on {text}"
+        sums = streamed_sums(source, of_text, runtime, work_dir, label)
+        loss = sum(joined_sums(work_dir.team.gather(sums))["loss"])
+        found[text] = perplexity_of(loss, of_text, label)
+    return found
 
 
-def _identity(
-    models: Sequence[_Model],
-    against: str | Path | None,
-    tasks: TaskRunner | None,
-    questions: Questions | None,
-    compute: Compute,
-) -> dict[str, Any]:
+def _identity(models: Sequence[_Model], asked: _Asked) -> dict[str, Any]:
     """Return what results depend on, for what an interrupted run left."""
+    tasks, questions = asked.tasks, asked.questions
     return {
         "command": "eval",
         "models": [each.facts["model"] for each in models],
         "weights": [each.facts["fingerprint"] for each in models],
-        "batch of windows": compute.batch_windows,
+        "batch of windows": asked.compute.batch_windows,
         "dtypes": [each.facts["dtype"] for each in models],
         "texts": {text: of_text.digest for text, of_text in models[0].windows.items()},
-        "dense model": None if against is None else str(against),
+        "dense model": models[0].facts["model"] if asked.compares else None,
         "tasks": None if tasks is None else tasks.identity(),
         "answers": questions and questions.identity(load_tokenizer(models[0].source.directory)),
         "version": {name: versions()[name] for name in ("cfsp-llm", "torch", "transformers")},

@@ -7,7 +7,7 @@ window by window, or document by document, before its standard error is.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -22,13 +22,17 @@ class Estimate:
 
     def to_json(self) -> dict[str, Any]:
         """Return both, rounded."""
-        error = None if self.stderr is None else round(self.stderr, 6)
-        return {"value": round(self.value, 6), "stderr": error}
+        return rounded(vars(self).items())
 
     def times(self, factor: float) -> Estimate:
         """Return it in another unit, such as percent."""
         error = None if self.stderr is None else abs(factor) * self.stderr
         return Estimate(factor * self.value, error)
+
+
+def rounded(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the fields of a value as JSON types."""
+    return {name: round(each, 6) if isinstance(each, float) else each for name, each in fields}
 
 
 def mean(values: Sequence[float]) -> Estimate:

@@ -5,10 +5,12 @@ Windows stand each on their own, and say how many tokens at the end of each are 
 
 A model need not fit into memory: all windows pass block by block, and what leaves the last one goes
 through the model's own norm and head, some positions at a time, so that the logits of a large
-vocabulary take little memory. The dense model's predictions may be there to compare with (see
-`cfsp.quality.agreement`).
+vocabulary take little memory. The dense model's predictions may be there to compare with: its last
+hidden states wait, in memory or in a file, while other models stream, and the two heads are applied
+to the same positions. Two models are never in memory as a whole.
 
-Shapes: N windows, B windows in a batch, T tokens, P predictions, D hidden, V vocabulary.
+Shapes: N windows, B windows in a batch, T tokens, P predictions, R some of them, D hidden,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,9 +34,7 @@ from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.stored_blocks import parameters_within
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
 from cfsp.errors import CalibrationError
-from cfsp.processes import Team
 from cfsp.progress import item_progress
-from cfsp.quality.agreement import DenseEnd, divergence_and_agreement
 from cfsp.streaming.block_pass import Visitor, pass_blocks
 from cfsp.streaming.block_stream import StreamedBlock
 from cfsp.streaming.decoder_end import Head, text_model
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 
 # Of a float32 log-softmax. Three times faster than without slices: they stay in the cache.
 _LOSSES_AT_ONCE = 1 << 21
+# Of two of them.
+_PROBABILITIES_AT_ONCE = 1 << 20
 # Enough positions for a fast product with the head, where the vocabulary is not huge.
 LOGITS_AT_ONCE = 1 << 25
 
@@ -58,43 +61,28 @@ LOGITS_AT_ONCE = 1 << 25
 WindowSums = dict[str, list[float]]
 
 
-@dataclass(frozen=True)
-class Perplexity:
-    """Perplexity over windows, with its conditions: only what has the same ones compares."""
-
-    value: float  # exp of the mean negative log-likelihood
-    tokens: int  # that were predicted
-    windows: int
-    seqlen: int  # tokens in a window
-    bos: bool  # whether every window begins with it
-    evaluation_part: bool = False  # whether nothing is calibrated or trained on that of the text
-
-    @property
-    def conditions(self) -> dict[str, Any]:
-        """Everything but the value, as JSON types."""
-        return {name: field for name, field in vars(self).items() if name != "value"}
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the rounded value and the conditions."""
-        return {"value": round(self.value, 4), **self.conditions}
-
-
-def perplexity_of(loss: float, windows: Windows, label: str) -> Perplexity:
-    """Return the perplexity that a sum of losses in nats over windows amounts to.
-
-    Or raise CalibrationError, which calls it by its label: it is NaN.
-    """
+def mean_loss(loss: float, windows: Windows, label: str) -> float:
+    """Return a sum of losses in nats over windows per predicted token; NaN is an error."""
     if math.isnan(loss):
         raise CalibrationError(f"{label}: the loss is NaN; evaluate with --dtype float32")
-    tokens = int(windows.scored_N.sum())
-    return Perplexity(
-        math.exp(min(loss / tokens, 700.0)),
-        tokens,
-        len(windows.tokens_NT),
-        windows.tokens_NT.shape[1],
-        windows.bos,
-        windows.evaluation_part,
-    )
+    return loss / int(windows.scored_N.sum())
+
+
+def perplexity_of(loss: float, windows: Windows, label: str) -> dict[str, Any]:
+    """Return the perplexity that a sum of losses amounts to, as JSON types, with its conditions.
+
+    Only what has the same conditions compares: how many `tokens` were predicted, in how many
+    `windows` of `seqlen` tokens, whether each begins with `bos`, and whether nothing is calibrated
+    or trained on that part of the text, the `evaluation_part`.
+    """
+    return {
+        "value": round(math.exp(min(mean_loss(loss, windows, label), 700.0)), 4),
+        "tokens": int(windows.scored_N.sum()),
+        "windows": len(windows.tokens_NT),
+        "seqlen": windows.tokens_NT.shape[1],
+        "bos": windows.bos,
+        "evaluation_part": windows.evaluation_part,
+    }
 
 
 def negative_log_likelihood(logits_PV: Tensor, next_P: Tensor) -> float:
@@ -108,11 +96,32 @@ def negative_log_likelihood(logits_PV: Tensor, next_P: Tensor) -> float:
     return float(total)
 
 
-def perplexity(model: PreTrainedModel, windows: Windows, label: str = "eval") -> Perplexity:
-    """Measure the perplexity of a model in memory, one window at a time.
+def divergence_and_agreement(logits_PV: Tensor, dense_PV: Tensor) -> tuple[float, int]:
+    """Compare the predictions of a model with the dense model's, in float32.
 
-    For what holds the whole model anyway, a causal LM in evaluation mode; `streamed_perplexity`
-    gives the same for any model. The windows have no padding.
+    Returns the sum of KL(dense || model) over the positions in nats, and at how many of them the
+    most likely token is the dense model's (top-1 agreement).
+    """
+    rows = max(1, _PROBABILITIES_AT_ONCE // logits_PV.shape[1])
+    divergence = torch.zeros((), dtype=torch.float64, device=logits_PV.device)
+    agreed = torch.zeros((), dtype=torch.int64, device=logits_PV.device)
+    for logits_RV, dense_RV in zip(
+        torch.split(logits_PV, rows), torch.split(dense_PV, rows), strict=True
+    ):
+        log_dense_RV = dense_RV.float().log_softmax(-1)
+        probability_RV = log_dense_RV.exp()
+        difference_RV = log_dense_RV - logits_RV.float().log_softmax(-1)
+        # A token that the dense model rules out counts nothing, also if both rule it out.
+        difference_RV.masked_fill_(probability_RV == 0, 0)
+        divergence += torch.linalg.vecdot(probability_RV, difference_RV).sum(dtype=torch.float64)
+        agreed += (logits_RV.argmax(-1) == dense_RV.argmax(-1)).sum()
+    return float(divergence), int(agreed)
+
+
+def loss_in_memory(model: PreTrainedModel, windows: Windows, label: str = "eval") -> float:
+    """Return the loss in nats per token of a causal LM in evaluation mode, a window at a time.
+
+    `streamed_sums` gives the same for any model. The windows have no padding.
     """
     check_tokens(model.config, windows.tokens_NT, label)
     scored_N = windows.scored_N.tolist()
@@ -124,7 +133,23 @@ def perplexity(model: PreTrainedModel, windows: Windows, label: str = "eval") ->
             output = predictor(input_ids=tokens_T[None], use_cache=False, logits_to_keep=count + 1)
             loss += negative_log_likelihood(output.logits[0, :-1], tokens_T[-count:])
             bar.update()
-    return perplexity_of(loss, windows, label)
+    return mean_loss(loss, windows, label)
+
+
+@dataclass(frozen=True)
+class DenseEnd:
+    """What the dense model predicts on the windows of a text."""
+
+    head: Head
+    hidden: HiddenStates  # what leaves its last block, of all windows
+    device: torch.device  # of the head
+
+    def hidden_of(self, window: int) -> Tensor:
+        """Return the hidden states of one window, TD."""
+        batch = slice(window, window + 1)
+        hidden_TD = self.hidden.read(batch)[0].clone().to(self.device)
+        self.hidden.forget(batch)
+        return hidden_TD
 
 
 def before_and_after(
@@ -141,62 +166,40 @@ def before_and_after(
     return table
 
 
-def no_sums(*, compared: bool) -> WindowSums:
-    """Return the sums of no windows."""
-    return {name: [] for name in (("loss", "divergence", "agreed") if compared else ("loss",))}
-
-
 def joined_sums(parts: Sequence[WindowSums]) -> WindowSums:
     """Return the sums of all windows, from those of parts of them in their order."""
-    return {name: list(chain.from_iterable(part[name] for part in parts)) for name in parts[0]}
-
-
-def streamed_perplexity(
-    source: WeightSource,
-    windows: Windows,
-    runtime: Runtime,
-    *,
-    work_dir: WorkDir | None = None,
-    name: str = "perplexity",
-    label: str | None = None,
-) -> Perplexity:
-    """Measure the perplexity of a model; the arguments are those of `streamed_sums`.
-
-    The processes of the work directory share the windows.
-    """
-    team = Team() if work_dir is None else work_dir.team
-    own = windows.part(part_of(windows, team, runtime.batch_windows))
-    loss: list[float] = []
-    if len(own.tokens_NT):
-        sums = streamed_sums(source, own, runtime, work_dir=work_dir, name=name, label=label)
-        loss = sums["loss"]
-    return perplexity_of(sum(chain.from_iterable(team.gather(loss))), windows, label or name)
+    # Who has no windows has no sums.
+    names = max(parts, key=len)
+    return {name: list(chain.from_iterable(part.get(name, ()) for part in parts)) for name in names}
 
 
 def streamed_sums(
     source: WeightSource,
     windows: Windows,
     runtime: Runtime,
+    work_dir: WorkDir,
+    label: str,
     *,
-    work_dir: WorkDir | None,
-    name: str,
-    label: str | None,
     dense: DenseEnd | None = None,
-    on_end: Callable[[HiddenStates], None] = lambda hidden: None,
+    on_end: Callable[[HiddenStates], None] | None = None,
 ) -> WindowSums:
-    """Add up the loss of every window, with two of the model's blocks in memory at a time.
+    """Add up the loss of this process's windows, with two blocks of the model in memory at a time.
 
-    Logits are in the dtype that the model computes in, their log-softmax is in float32.
-
-    What pads windows at their end counts for nothing. The pass has a name in its work directory,
-    and a label that people read. `on_end` is given what left the last block; a pass that resumes a
+    The processes of the work directory share the windows; one that has none has no sums. Logits are
+    in the dtype that the model computes in, their log-softmax is in float32. What pads windows at
+    their end counts for nothing. `on_end` is given what left the last block; a pass that resumes a
     finished one has none.
     """
-    check_tokens(source.config, windows.tokens_NT, label or name)
-    visitor = _AtEnd(name, label, source, windows, runtime, dense, on_end)
-    found = pass_blocks(source, windows, visitor, runtime, work_dir)
-    assert found[-1] is not None
-    return found[-1]
+    own = windows.part(part_of(windows, work_dir.team, runtime.batch_windows))
+    if not len(own.tokens_NT):
+        return {}
+    check_tokens(source.config, own.tokens_NT, label)
+    name = f"perplexity-{sha256(label.encode()).hexdigest()[:8]}-{windows.digest[:8]}"
+    visitor = _AtEnd(name, label, source, own, runtime, dense, on_end)
+    found = pass_blocks(source, own, visitor, runtime, work_dir)[-1]
+    assert found is not None
+    mean_loss(sum(found["loss"]), own, label)  # no NaN
+    return found
 
 
 class _AtEnd(Visitor[WindowSums | None]):
@@ -205,12 +208,12 @@ class _AtEnd(Visitor[WindowSums | None]):
     def __init__(
         self,
         name: str,
-        label: str | None,
+        label: str,
         source: WeightSource,
         windows: Windows,
         runtime: Runtime,
         dense: DenseEnd | None,
-        on_end: Callable[[HiddenStates], None],
+        on_end: Callable[[HiddenStates], None] | None,
     ) -> None:
         super().__init__(name, label)
         self._source, self._windows, self._runtime = source, windows, runtime
@@ -227,7 +230,8 @@ class _AtEnd(Visitor[WindowSums | None]):
             block.advance()
             return None
         head = Head(self._source, self._runtime.device, self._runtime.dtype)
-        sums = no_sums(compared=self._dense is not None)
+        names = ("loss",) if self._dense is None else ("loss", "divergence", "agreed")
+        sums: WindowSums = {name: [] for name in names}
 
         def add(input_BTD: Tensor, output_BTD: Tensor) -> None:
             """Add what is measured of a batch; batches come in their order."""
@@ -237,7 +241,8 @@ class _AtEnd(Visitor[WindowSums | None]):
                     values.append(value)
 
         block.advance(on_hidden=add)
-        self._on_end(block.hidden)
+        if self._on_end is not None:
+            self._on_end(block.hidden)
         return sums
 
     def _of_window(

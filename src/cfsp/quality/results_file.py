@@ -16,6 +16,9 @@ from cfsp.streaming.work_dir import remove_finished_work
 
 logger = logging.getLogger(__name__)
 
+# Sums over each window, document or question, and over how many tokens or things each is, by name.
+Measures = dict[str, tuple[list[float], list[int]]]
+
 
 def measured_into(
     out: Path, identity: dict[str, Any], measure: Callable[[], dict[str, Any]], team: Team
@@ -160,8 +163,8 @@ def hashes(documents: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     return [(document["id"], document["hash"]) for document in documents]
 
 
-def answer_measures(answers: dict[str, Any]) -> dict[str, tuple[list[float], list[int]]]:
-    """Return what is measured of answers: sums over each question, and how many they are over."""
+def answer_measures(answers: dict[str, Any]) -> Measures:
+    """Return what is measured of answers, by name."""
     documents, tokens = answers["documents"], answers["predicted"]
     of_tokens = {name: (answers[name], tokens) for name in ("divergence", "agreed")}
     return of_tokens | {

@@ -27,31 +27,30 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.skeleton import blocks_of, empty_model
 from cfsp.errors import MissingExtraError, PlanError, RecoveryError, UsageError
+from cfsp.planning.allocation import round_widths
 from cfsp.planning.plan_file import PruningPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cfsp.architecture.found import Architecture, Unit
+    from cfsp.architecture.found import Architecture
     from cfsp.checkpoint.reading import Checkpoint
     from cfsp.recovery.settings import Adaptation, Method
 
 logger = logging.getLogger(__name__)
 # alpha / r.
 SCALE = 2.0
-# GPT-2 keeps its matrices transposed, in a class of its own.
-_MATRICES = (nn.Linear, Conv1D)
 
 
 @dataclass(frozen=True)
 class BlockTargets:
-    """What is trained in one block, by full names in the model."""
+    """What training changes in one block."""
 
-    matrices: tuple[str, ...]  # modules that multiply by one matrix
-    experts: tuple[str, ...]  # parameters that hold a matrix of every routed expert
+    parameters: tuple[str, ...]  # by full names in the model
     rank: int | None  # of the adapters; None in full training
 
 
@@ -63,42 +62,29 @@ def check_installed(method: Method) -> None:
 
 
 def targets_of(source: Checkpoint, adaptation: Adaptation) -> list[BlockTargets]:
-    """Return what is trained in each block; it is known before a weight is read."""
+    """Return what training changes in each block; it is known before a weight is read.
+
+    Adapters leave biases as they are, and what may be computed without them.
+    """
     rank_L, is_full = ranks_of(source, adaptation), adaptation.method == "full"
     model, architecture = empty_model(source.config), source.architecture
-    has_experts = architecture.has_experts and adaptation.targets != "attention"
     found = []
     for index, block in enumerate(blocks_of(model, architecture)):
-        units, prefix = architecture.units_of(index), architecture.block_prefix(index)
-        routed = [unit for unit in units if unit.routed and has_experts and is_full]
-        experts = dict.fromkeys(name for u in routed for name in (u.gate, u.up, u.down) if name)
-        matrices = _matrices_of(block, units, adaptation)
-        found.append(
-            BlockTargets(
-                tuple(prefix + name for name in matrices),
-                tuple(prefix + name for name in experts),
-                rank_L[index],
-            )
-        )
-    if not any(block.matrices or block.experts for block in found):
-        raise UsageError(
-            f"the FFN of a {source.config.model_type} model is all experts, which have no "
-            "adapters; use --method full, or --targets attention"
-        )
-    if has_experts and not is_full:
+        matrices = [n for n, each in block.named_modules() if multiplies_by_its_matrix(each)]
+        if is_full:
+            names = [
+                f"{m}.{n}" for m in matrices for n, _ in block.get_submodule(m).named_parameters()
+            ]
+            routed = [unit for unit in architecture.units_of(index) if unit.routed]
+            names += [name for u in routed for name in (u.gate, u.up, u.down) if name]
+        else:
+            names = [f"{name}.weight" for name in matrices if not _may_be_bypassed(block, name)]
+        prefix = architecture.block_prefix(index)
+        unique = tuple(prefix + name for name in dict.fromkeys(names))
+        found.append(BlockTargets(unique, rank_L[index]))
+    if architecture.has_experts and not is_full:
         logger.info("experts stay as they are, everything else is trained: they have no adapters")
     return found
-
-
-def _matrices_of(block: nn.Module, units: Sequence[Unit], adaptation: Adaptation) -> list[str]:
-    """Return the modules of a block, by their paths from it, that are trained."""
-    names = [name for name, module in block.named_modules() if multiplies_by_its_matrix(module)]
-    if adaptation.method != "full":
-        names = [name for name in names if not _may_be_bypassed(block, name)]
-    if adaptation.targets == "all":
-        return names
-    in_ffn = _in_ffn(names, [unit for unit in units if unit.part == "ffn"])
-    return [name for name in names if (name in in_ffn) == (adaptation.targets == "mlp")]
 
 
 def multiplies_by_its_matrix(module: nn.Module) -> bool:
@@ -107,21 +93,19 @@ def multiplies_by_its_matrix(module: nn.Module) -> bool:
     Of a class made from `nn.Linear` that is tried: some routers also choose, and some matrices
     are of groups.
     """
-    if not isinstance(module, _MATRICES):
-        return False
-    if type(module) not in _tried:
-        _tried[type(module)] = type(module) in _MATRICES or _is_linear(module)
-    return _tried[type(module)]
+    kind = type(module)
+    if kind not in _multiplies and isinstance(module, nn.Linear):
+        _multiplies[kind] = _is_linear(module)
+    return _multiplies.get(kind, False)
 
 
-_tried: dict[type[nn.Module], bool] = {}
+# GPT-2 keeps its matrices transposed, in a class of its own.
+_multiplies: dict[type[nn.Module], bool] = {nn.Linear: True, Conv1D: True}
 
 
-def _is_linear(module: nn.Linear | Conv1D) -> bool:
+def _is_linear(module: nn.Linear) -> bool:
     values = {name: torch.randn(p.shape) for name, p in module.named_parameters()}
     matrix, bias = values["weight"], values.get("bias")
-    if isinstance(module, Conv1D):
-        matrix = matrix.T
     input_BI = torch.randn(2, matrix.shape[1])
     try:
         found = torch.func.functional_call(module, values, (input_BI,))
@@ -144,13 +128,6 @@ def _may_be_bypassed(block: nn.Module, name: str) -> bool:
     owner, _, leaf = name.rpartition(".")
     parameters = dict(block.get_submodule(owner).named_parameters(recurse=False))
     return leaf == "out_proj" and {"A_log", "D"} <= parameters.keys()
-
-
-def _in_ffn(names: Sequence[str], units: Sequence[Unit]) -> set[str]:
-    """Return the matrices of FFNs, and what lies beside these in the same module."""
-    matrices = {name.removesuffix(".weight") for unit in units for name in unit.axes}
-    modules = tuple(f"{unit.path.partition('.')[0]}." for unit in units if unit.path)
-    return {name for name in names if name in matrices or name.startswith(modules)}
 
 
 def ranks_of(source: Checkpoint, adaptation: Adaptation) -> list[int | None]:
@@ -197,25 +174,29 @@ def _importances(source: Checkpoint) -> list[float]:
 
 def allocate_ranks(weight_L: Sequence[float], mean_rank: float) -> list[int]:
     """Return ranks in proportion to positive weights, each at least 1, with a mean."""
-    total, poor = round(mean_rank * len(weight_L)), set[int]()
-    while True:
-        # Blocks that would get less than 1 get exactly 1, the others share what is left.
-        weight = sum(value for block, value in enumerate(weight_L) if block not in poor)
-        left = total - len(poor)
-        share_L = [
-            1.0 if block in poor else left * value / weight for block, value in enumerate(weight_L)
-        ]
-        newly_poor = {block for block, share in enumerate(share_L) if share < 1}
-        if not newly_poor:
-            break
-        poor |= newly_poor
-    # By largest remainder.
-    rank_L = [int(share) for share in share_L]
-    by_remainder = sorted(range(len(rank_L)), key=lambda b: (rank_L[b] - share_L[b], b))
-    for block in by_remainder[: total - sum(rank_L)]:
-        rank_L[block] += 1
-    assert sum(rank_L) == total, (rank_L, total)
-    return rank_L
+    blocks, total = len(weight_L), round(mean_rank * len(weight_L))
+    share_L = [total * weight / sum(weight_L) for weight in weight_L]
+    return round_widths(share_L, [total] * blocks, [1] * blocks, [1] * blocks, total)
+
+
+def load_to_train(
+    source: Checkpoint, device: torch.device, dtype: str, *, stays_on_cpu: bool
+) -> PreTrainedModel:
+    """Load a model in what its device multiplies fast: float32 where bfloat16 is emulated."""
+    model = load(source.directory, dtype=dtype)
+    if dtype == "auto" and model.dtype != torch.float32 and not computes_bfloat16(device):
+        model = model.float()
+    return model if stays_on_cpu else model.to(device)
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Return whether the device multiplies bfloat16 natively; emulation is slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+    return False
 
 
 def attach(
@@ -226,7 +207,7 @@ def attach(
     Trained tensors are float32 whatever the model is: updates are smaller than bfloat16 resolves.
     The plain model is changed in place.
     """
-    matrices = [name for block in targets for name in block.matrices]
+    names = [name for block in targets for name in block.parameters]
     model.requires_grad_(False)
     rank_of = {
         rf"{re.escape(architecture.blocks)}\.{index}\..*": block.rank
@@ -234,9 +215,7 @@ def attach(
         if block.rank is not None
     }
     if not rank_of:
-        trained = [p for name in matrices for p in model.get_submodule(name).parameters()]
-        experts = [model.get_parameter(name) for block in targets for name in block.experts]
-        for parameter in trained + experts:
+        for parameter in map(model.get_parameter, names):
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
         return cast(nn.Module, model)
@@ -247,7 +226,7 @@ def attach(
         task_type="CAUSAL_LM",
         r=largest,
         lora_alpha=SCALE * largest,
-        target_modules=matrices,
+        target_modules=[name.removesuffix(".weight") for name in names],
         rank_pattern=rank_of,
         alpha_pattern={pattern: SCALE * rank for pattern, rank in rank_of.items()},
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
@@ -256,34 +235,6 @@ def attach(
         # PEFT asks transformers for an attribute whose name is going away.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         return cast(nn.Module, peft.get_peft_model(model, config))
-
-
-def trainable_in_blocks(
-    model: PreTrainedModel, architecture: Architecture, targets: Sequence[BlockTargets]
-) -> list[dict[str, int | None]]:
-    """Return `rank` and number of trainable `parameters` of each block of a plain model."""
-    return [
-        {
-            "rank": of_block.rank,
-            "parameters": sum(p.numel() for p in block.parameters() if p.requires_grad),
-        }
-        for of_block, block in zip(targets, blocks_of(model, architecture), strict=True)
-    ]
-
-
-def trained_parameters(model: PreTrainedModel, targets: Sequence[BlockTargets]) -> list[str]:
-    """Return the names of the parameters of a plain model that training changes.
-
-    Adapters leave biases as they are, full training does not.
-    """
-    names: list[str] = []
-    for block in targets:
-        for matrix in block.matrices:
-            of_matrix = dict(model.get_submodule(matrix).named_parameters())
-            keys = of_matrix if block.rank is None else ("weight",)
-            names += [f"{matrix}.{key}" for key in keys]
-        names += block.experts
-    return names
 
 
 def size_of_weights(model: PreTrainedModel, names: Sequence[str]) -> float:

@@ -62,8 +62,8 @@ class WindowData(Dataset[dict[str, Tensor]]):
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the exact token ids."""
-        return Windows(self.token_NT, {}).digest
+        """SHA-256 over the exact token ids and labels."""
+        return Windows(torch.cat([self.token_NT, self.label_NT], dim=1), {}).digest
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _documents(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Iterat
     if source.is_chat:
         check_has_template(tokenizer)
         numbered = enumerate(source.conversations(), start=1)
-        documents = (_with_answers(*answer_tokens(c, tokenizer, number)) for number, c in numbered)
+        documents = (answer_tokens(chat, tokenizer, number) for number, chat in numbered)
     else:
         documents = (token_R.expand(2, -1) for token_R in document_tokens(source, tokenizer))
     for document in documents:
@@ -156,16 +156,10 @@ def _windows(documents: Sequence[Tensor], seqlen: int, begins_with: tuple[int, .
     return torch.stack([token_NT, label_NT])[:, useful_N]
 
 
-def _with_answers(ids: list[int], answer: list[bool]) -> Tensor:
-    """Return tokens and labels as [2, R]; labels are the tokens of answers, `IGNORED` elsewhere."""
-    token_R = torch.tensor(ids, dtype=torch.int64)
-    return torch.stack([token_R, token_R.where(torch.tensor(answer, dtype=torch.bool), IGNORED)])
-
-
 def answer_tokens(
     conversation: Conversation, tokenizer: PreTrainedTokenizerBase, number: int = 1
-) -> tuple[list[int], list[bool]]:
-    """Return the token ids of a conversation and whether each belongs to an answer."""
+) -> Tensor:
+    """Return the tokens and labels of a conversation as [2, R]: only answers have labels."""
     answers: list[tuple[int, int]] = []
     whole = templated(conversation, tokenizer, number)
     for index, message in enumerate(conversation):
@@ -179,7 +173,13 @@ def answer_tokens(
                 )
             answers.append((len(before), len(after)))
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids: list[int] = encoded["input_ids"]
-    offsets: list[tuple[int, int]] = encoded["offset_mapping"]
+    token_R = torch.tensor(encoded["input_ids"], dtype=torch.int64)
     # A token that begins with the space before an answer belongs to the answer.
-    return ids, [any(max(start, a) < min(stop, b) for a, b in answers) for start, stop in offsets]
+    answer_R = torch.tensor(
+        [
+            any(max(start, a) < min(stop, b) for a, b in answers)
+            for start, stop in encoded["offset_mapping"]
+        ],
+        dtype=torch.bool,
+    )
+    return torch.stack([token_R, token_R.where(answer_R, IGNORED)])

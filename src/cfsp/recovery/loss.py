@@ -25,11 +25,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from cfsp.architecture.discovery import find_architecture
 from cfsp.errors import UnsupportedModelError
-from cfsp.streaming.decoder_end import text_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,25 +94,19 @@ class _SlicedLoss(torch.autograd.Function):
                 output_ND.new_empty(shape, dtype=torch.float32)
                 for _ in range(1 if teacher is None else 3)
             ]
-            is_narrow = head_VD is not None and output_ND.dtype != torch.float32
-            narrow_CV = output_ND.new_empty(shape if is_narrow else 0)
             for start in range(0, len(label_N), size):
                 rows = slice(start, start + size)
                 label_C1 = label_N[rows, None]
                 slices = [each_CV[: len(label_C1)] for each_CV in wide]
-                _write_logits(own.rows(rows), slices[0], narrow_CV)
+                _write_logits(own.rows(rows), slices[0])
                 if teacher is not None:
-                    _write_logits(teacher.rows(rows), slices[1], narrow_CV)
+                    _write_logits(teacher.rows(rows), slices[1])
                 loss, slope_CV = _loss_and_slope(slices, label_C1, weight)
                 total += loss
-                if gradient_ND is None:
-                    continue
-                if head_VD is None:
+                if gradient_ND is not None and head_VD is None:
                     gradient_ND[rows] = slope_CV
-                    continue
-                if is_narrow:
-                    slope_CV = narrow_CV[: len(label_C1)].copy_(slope_CV)
-                torch.mm(slope_CV, head_VD, out=gradient_ND[rows])
+                elif gradient_ND is not None and head_VD is not None:
+                    torch.mm(slope_CV.to(head_VD.dtype), head_VD, out=gradient_ND[rows])
         ctx.gradient_ND = gradient_ND
         return total
 
@@ -122,19 +116,15 @@ class _SlicedLoss(torch.autograd.Function):
         return (gradient_ND * slopes[0].to(gradient_ND.dtype), None, None, None, None)
 
 
-def _write_logits(made_of: Outputs, logit_CV: Tensor, narrow_CV: Tensor) -> None:
-    """Write float32 logits of a slice; through memory of their own dtype, if that is another."""
+def _write_logits(made_of: Outputs, logit_CV: Tensor) -> None:
+    """Write float32 logits of a slice."""
     output_CD, head_VD = made_of.output_ND, made_of.head_VD
     if head_VD is None:
         logit_CV.copy_(output_CD)
-        return
-    head_DV = head_VD.to(output_CD.dtype).T
-    if output_CD.dtype == logit_CV.dtype:
-        torch.mm(output_CD, head_DV, out=logit_CV)
-    elif output_CD.dtype == narrow_CV.dtype:
-        logit_CV.copy_(torch.mm(output_CD, head_DV, out=narrow_CV[: len(output_CD)]))
+    elif output_CD.dtype == logit_CV.dtype:
+        torch.mm(output_CD, head_VD.to(output_CD.dtype).T, out=logit_CV)
     else:
-        logit_CV.copy_(output_CD @ head_DV)
+        logit_CV.copy_(output_CD @ head_VD.to(output_CD.dtype).T)
 
 
 def _loss_and_slope(slices: list[Tensor], label_C1: Tensor, weight: float) -> tuple[Tensor, Tensor]:
@@ -230,8 +220,6 @@ def loss_inside(
 ) -> Iterator[ModelLoss]:
     """Give a causal LM our loss function for as long as the context lasts."""
     models = [model] if teacher is None else [model, teacher]
-    for each in models:
-        _check_runs_on_text(each)
     heads: list[Any] = [each.get_output_embeddings() for each in models]
     if not all(multiplies_only(each) for each in models):
         heads = []
@@ -247,31 +235,17 @@ def loss_inside(
             del head.forward
 
 
-def _check_runs_on_text(model: PreTrainedModel) -> None:
-    """Check that a multimodal model runs on text alone, as Llama 4 of 5.24 does not."""
-    import transformers
-
-    whole: Any = model
-    if text_model(model) is model:
-        return
-    try:
-        with torch.no_grad():
-            whole(input_ids=torch.tensor([[0, 1]], device=model.device), use_cache=False)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be trained on text: its own forward fails in "
-            f"transformers {transformers.__version__} ({type(error).__name__}: {error})"
-        ) from error
-
-
 def multiplies_only(model: PreTrainedModel) -> bool:
     """Return whether a model's logits are its last hidden states times its head's weight.
 
-    It is asked, with two tokens, rather than known by its name.
+    It is asked, with two tokens, rather than known by its name. A multimodal model that does not
+    run on text alone, as Llama 4 of 5.24, is refused.
     """
     head: Any = model.get_output_embeddings()
     callable_model: Any = model
-    base = _without_head(model)
+    base = model.base_model
+    if base is model:  # where the prefix of its names is that of a multimodal model around it
+        base = model.get_submodule(find_architecture(model).decoder)
     if getattr(head, "bias", None) is not None or model.training:
         return False
     token_BT = torch.tensor([[0, 1]], device=model.device)
@@ -282,16 +256,14 @@ def multiplies_only(model: PreTrainedModel) -> bool:
         with torch.no_grad(), mixed:
             passed_BTD = callable_model(input_ids=token_BT, use_cache=False).logits
             hidden_BTD = base(input_ids=token_BT, use_cache=False).last_hidden_state
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be trained on text: its own forward fails in "
+            f"transformers {transformers.__version__} ({type(error).__name__}: {error})"
+        ) from error
     finally:
         del head.forward
     return torch.equal(passed_BTD, hidden_BTD)
-
-
-def _without_head(model: PreTrainedModel) -> Any:
-    """Return the part of a causal LM that gives the last hidden states."""
-    base = model.base_model
-    # Where the prefix of its names is that of a multimodal model around it, it is its own base.
-    return model.get_submodule(find_architecture(model).decoder) if base is model else base
 
 
 def _pass(hidden_BTD: Tensor) -> Tensor:

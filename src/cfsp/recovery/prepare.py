@@ -1,4 +1,4 @@
-"""All that is checked, read and measured before a recovery loads a model, and who teaches it."""
+"""All that is checked and read before a recovery loads a model, and who teaches it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.errors import CheckpointError, RecoveryError, UnsupportedModelError, UsageError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import process_count
-from cfsp.quality.evaluate import evaluate_models, evaluation_windows
+from cfsp.quality.evaluate import evaluation_windows
 from cfsp.recovery.adaptation import BlockTargets, check_installed, targets_of
 from cfsp.recovery.data import RecoveryText, read_text
 from cfsp.recovery.settings import AUTO_TEACHER, NO_TEACHER, Method, RecoverSettings
 from cfsp.result.manifest import read_manifest
-from cfsp.settings import Compute, EvaluationText
 from cfsp.streaming.runtime import free_bytes
 from cfsp.streaming.stopwatch import Stopwatch
-from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
+from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +39,6 @@ logger = logging.getLogger(__name__)
 _BYTES_TO_TRAIN: dict[Method, int] = {"full": 16, "lora": 4}
 _BYTES_OF_TEACHER = 4
 
-Perplexities = dict[str, dict[str, Any]]
-
 
 @dataclass(frozen=True)
 class Prepared:
@@ -52,6 +49,7 @@ class Prepared:
     settings: RecoverSettings
     watch: Stopwatch
     text: RecoveryText
+    windows: dict[str, Windows]  # to measure perplexity on, before and after
     targets: list[BlockTargets]
     teacher: Checkpoint | None
     identity: dict[str, Any]  # what the result depends on, as JSON types
@@ -68,9 +66,7 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings) -> Prepare
             "recovery does not run under accelerate's FSDP; start it with torchrun, or accelerate "
             "launch without FSDP, and give --shard if memory is short"
         )
-    check_installed(settings.adaptation.method)
     device = compute_device(settings.compute.device)
-    check_texts(settings.data, settings.evaluation.names)
     if (plan := source.directory / PLAN_FILE).is_file():
         PruningPlan.load(plan)  # the card needs it: a damaged one is no surprise after training
     tokenizer = load_tokenizer(source.directory)
@@ -85,11 +81,11 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings) -> Prepare
     identity = {
         "command": "recover",
         "model": fingerprint(source),
-        "text": text.train.digest,
+        "text": [text.train.digest, text.held_out.digest],
         **asdict(settings.adaptation),
         **asdict(training.limit),
         **{name: value for name, value in asdict(training).items() if name != "limit"},
-        "teacher": teacher and [teacher.label, asdict(settings.distillation)],
+        "teacher": teacher and fingerprint(teacher),
         "eval": {name: of_text.digest for name, of_text in windows.items()},
         "dtype": settings.compute.dtype,
     }
@@ -97,7 +93,7 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings) -> Prepare
         identity |= {"windows in a step": training.windows_in_step, "batch_windows": 0}
     else:
         identity["processes"] = process_count()
-    return Prepared(source, out, settings, watch, text, targets, teacher, identity)
+    return Prepared(source, out, settings, watch, text, windows, targets, teacher, identity)
 
 
 def training_bytes(method: Method, parameters: int, parameters_of_teacher: int) -> int:
@@ -106,11 +102,7 @@ def training_bytes(method: Method, parameters: int, parameters_of_teacher: int) 
 
 
 def method_that_fits(parameters: int, of_teacher: int, device: torch.device) -> Method | None:
-    """Return how a model of so many parameters can be trained with such a teacher.
-
-    All projections in full where there is memory for that, which recovers more in the same time;
-    else adapters. Not even those: None.
-    """
+    """Return how there is memory to train: in full, which recovers more, by adapters, or not."""
     available = free_bytes(device)
     if training_bytes("full", parameters, of_teacher) <= available:
         return "full"
@@ -192,10 +184,3 @@ def check_teacher(
             f"the teacher {teacher.label} predicts {sizes[1]} tokens, the model {sizes[0]}; the "
             "teacher must have the same vocabulary size"
         )
-
-
-def measure(directory: Path, texts: EvaluationText, compute: Compute) -> Perplexities:
-    """Return text -> {"value", "tokens", "windows", "seqlen", "bos"} of a checkpoint."""
-    (found,) = evaluate_models([directory], texts, compute)
-    perplexity: Perplexities = found["perplexity"]
-    return perplexity

@@ -6,58 +6,44 @@ pruned checkpoint + text -> windows -> ATTACH -> TRAIN -> MERGE -> checkpoint of
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
 
 from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import check_output_is_free, created_parents, staged_directory
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.errors import RecoveryError, UsageError
+from cfsp.errors import RecoveryError
 from cfsp.processes import is_first_process, joined, take_own_accelerator
+from cfsp.quality.evaluate import perplexities
 from cfsp.quality.perplexity import before_and_after
 from cfsp.recovery.adaptation import (
     attach,
+    load_to_train,
     merge,
     size_of_weights,
-    trainable_in_blocks,
-    trained_parameters,
 )
 from cfsp.recovery.loss import loss_inside
-from cfsp.recovery.prepare import (
-    Perplexities,
-    Prepared,
-    measure,
-    prepare,
-)
-from cfsp.recovery.schedule import MARGIN
+from cfsp.recovery.prepare import Prepared, prepare
+from cfsp.recovery.schedule import MARGIN, Schedule
 from cfsp.recovery.settings import (
     AUTO_TEACHER,
+    RELATIVE_RATES,
     Adaptation,
-    Distillation,
     Limit,
     Method,
     RecoverSettings,
     Training,
 )
-from cfsp.recovery.sharding import shard, trained_tensors
-from cfsp.recovery.training import (
-    BYTES_PER_SECOND,
-    TrainingOutcome,
-    load_to_train,
-    schedule_of,
-    train,
-)
+from cfsp.recovery.trainer import TrainingOutcome, shard, train, trained_tensors
 from cfsp.recovery.writing import copy_everything_else, write_record, write_recovered_weights
 from cfsp.settings import (
     DEFAULT_TEXT,
@@ -83,32 +69,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
-# Of the minutes, for measuring before and after together; training is what they are for.
-_SHARE_TO_MEASURE = 0.5
+# A slow disk writes so much; better is measured as soon as something is written.
+BYTES_PER_SECOND = 200e6
 # Names of places in the work directory.
 _TRAIN, _BEFORE = "train", "before"
 
 
 @dataclass(frozen=True)
 class RecoverReport(TrainingOutcome):
-    """What recovery did. Everything is also in the manifest.
+    """What recovery did. Everything is also in the manifest."""
 
-    Attributes:
-        trainable_parameters: in all.
-        blocks: rank and trainable parameters of each block.
-        perplexity: text -> {"before", "after", "tokens", "windows", "seqlen", "bos"}, if
-            it was measured.
-        seconds: stage -> seconds.
-        peak_rss_bytes: largest resident memory of the process.
-        out: the new checkpoint.
-    """
-
-    trainable_parameters: int
-    blocks: list[dict[str, int | None]]
-    perplexity: Perplexities
-    seconds: dict[str, float]
-    peak_rss_bytes: int
-    out: str
+    trainable_parameters: int  # in all
+    ranks: list[int | None]  # of the adapters in each block; None in full training
+    # Text -> {"before", "after", "tokens", "windows", "seqlen", "bos"}, if it was measured.
+    perplexity: dict[str, dict[str, Any]]
+    seconds: dict[str, float]  # by stage
+    peak_rss_bytes: int  # of the process
+    out: str  # the new checkpoint
 
 
 def recover(
@@ -118,7 +95,6 @@ def recover(
     data: Data = DEFAULT_TEXT,
     max_minutes: float | None = None,
     steps: int | None = None,
-    epochs: float | None = None,
     method: Method = "auto",
     learning_rate: float | None = None,
     teacher: str | Path | None = AUTO_TEACHER,
@@ -137,10 +113,9 @@ def recover(
         model: a directory that `prune` wrote; also a hub id or any other model.
         out: the new directory.
         data: texts and conversations to train on (see `cfsp.text.sources`).
-        max_minutes: of the whole recovery, evaluations and writing included; give this, steps or
-            epochs.
+        max_minutes: of the whole recovery, evaluations and writing included; without this and
+            without steps it is one pass over the text.
         steps: of the optimizer.
-        epochs: passes over the text.
         method: `lora`, or `full` (the projections themselves); `auto` is full where one process has
             the memory.
         learning_rate: at its peak; None for what suits the method and the size of the weights.
@@ -161,15 +136,14 @@ def recover(
     """
     started = time.monotonic() if started is None else started
     take_own_accelerator(device)
-    check_names(recover, advanced, Adaptation, Training, Distillation, EvaluationText, Compute)
+    check_names(recover, advanced, Adaptation, Training, EvaluationText, Compute)
     others = {name: value for name, value in advanced.items() if name != "batch_windows"}
     how = {"learning_rate": learning_rate, "seqlen": seqlen, **advanced}
     settings = RecoverSettings(
         data=texts_of(data),
-        training=from_names(Training, how, limit=Limit(max_minutes, steps, epochs)),
+        training=from_names(Training, how, limit=Limit(max_minutes, steps)),
         adaptation=from_names(Adaptation, advanced, method=method),
         teacher=None if teacher is None else str(teacher),
-        distillation=from_names(Distillation, advanced),
         evaluation=from_names(EvaluationText, advanced, names=texts_of(eval)),
         compute=from_names(Compute, others, device=device),
     )
@@ -194,12 +168,8 @@ def recover_checkpoint(
 ) -> RecoverReport:
     """Train a pruned checkpoint and write the result as a plain checkpoint of the same layout.
 
-    A run that was killed left its work beside `out`; the same call goes on from it. Under torchrun
-    every process calls this with the same arguments; the first one writes. `started` is as for
-    `recover`.
-
-    Raises:
-        CfspError: anything that a user can cause; no output is left behind.
+    Under torchrun every process calls this with the same arguments; the first one writes.
+    `started` is as for `recover`.
     """
     started = time.monotonic() if started is None else started
     if is_first_process():
@@ -210,10 +180,10 @@ def recover_checkpoint(
     with created_parents(out), output_work_dir(out, ready.identity) as work_dir:
         check_output_is_free(out)  # another run may have been at work meanwhile
         report = _recover(ready, work_dir, started, command)
-    limit = settings.training.limit.seconds
-    if limit is not None and (took := time.monotonic() - started) > limit:
+    limit, took = settings.training.limit.minutes, (time.monotonic() - started) / 60
+    if limit is not None and took > limit:
         logger.warning(
-            f"recovery took {took / 60:.1f} minutes, more than --max-minutes {limit / 60:g}; it "
+            f"recovery took {took:.1f} minutes, more than --max-minutes {limit:g}; it "
             f"made {report.steps} training steps: give it more, or smaller --batch-windows"
         )
     return report
@@ -224,20 +194,20 @@ def _recover(
 ) -> RecoverReport:
     """Do the work; only the first process has a work directory, and writes."""
     settings, watch = ready.settings, ready.watch
-    before: Perplexities = {}
-    seconds_to_measure = 0.0
-    if work_dir is not None and settings.evaluation.names:
+    before: dict[str, Any] = {"seconds": 0.0}
+    if work_dir is not None and ready.windows:
         with watch.stage("evaluate"):
-            before, seconds_to_measure = _measured_before(ready, work_dir)
-    adapted, blocks, training, outcome = _train(ready, work_dir, started, seconds_to_measure)
+            measure = partial(_measured_before, ready, work_dir)
+            before = load_or_compute(work_dir, _BEFORE, measure)
+    adapted, trainable, training, outcome = _train(ready, started, before["seconds"])
     if not outcome.best_step:
         raise _nothing_gained(outcome, ready.source)
 
-    def report(perplexity: Perplexities) -> RecoverReport:
+    def report(perplexity: dict[str, dict[str, Any]]) -> RecoverReport:
         return RecoverReport(
             **asdict(outcome),
-            trainable_parameters=sum(block["parameters"] or 0 for block in blocks),
-            blocks=blocks,
+            trainable_parameters=trainable,
+            ranks=[block.rank for block in ready.targets],
             perplexity=perplexity,
             seconds=dict(watch.seconds),
             peak_rss_bytes=peak_rss_bytes(),
@@ -249,44 +219,36 @@ def _recover(
     with staged_directory(ready.out) as staging:
         with watch.stage("write"):
             merged = merge(adapted)
-            names = trained_parameters(merged, ready.targets)
+            names = [name for block in ready.targets for name in block.parameters]
             digests = write_recovered_weights(ready.source, merged, names, staging)
             copy_everything_else(ready.source, staging)
         del adapted, merged
-        perplexity: Perplexities = {}
-        if before:
+        perplexity: dict[str, dict[str, Any]] = {}
+        if ready.windows:
             with watch.stage("evaluate"):
-                after = measure(staging, settings.evaluation, settings.compute)
-                perplexity = before_and_after(before, after)
+                found, compute = Checkpoint(staging, "the recovered model"), settings.compute
+                after = perplexities(found, ready.windows, compute, work_dir, "recovered")
+                perplexity = before_and_after(before["perplexity"], after)
         done = report(perplexity)
         ready = replace(ready, settings=replace(settings, training=training))
         write_record(ready, done, staging, digests, command)
     return done
 
 
-def _measured_before(ready: Prepared, work_dir: WorkDir) -> tuple[Perplexities, float]:
-    """Return the perplexity before training and the seconds that it took, for a killed run too."""
+def _measured_before(ready: Prepared, work_dir: WorkDir) -> dict[str, Any]:
+    """Return the `perplexity` before training and the `seconds` that it took: it takes them again.
 
-    def timed() -> dict[str, Any]:
-        begin = time.monotonic()
-        found = measure(ready.source.directory, ready.settings.evaluation, ready.settings.compute)
-        return {"perplexity": found, "seconds": time.monotonic() - begin}
-
-    before = load_or_compute(work_dir, _BEFORE, timed)
-    limit, needed = ready.settings.training.limit, 2 * before["seconds"]
-    if limit.seconds is not None and needed > _SHARE_TO_MEASURE * limit.seconds:
-        raise UsageError(
-            f"--eval takes {needed:.0f} s, before and after training, more than half of "
-            f"--max-minutes {limit.minutes:g}; give --max-minutes "
-            f"{math.ceil(needed / _SHARE_TO_MEASURE / 60)} or more, --set windows=N, or no --eval"
-        )
-    return before["perplexity"], before["seconds"]
+    They are no time to train in.
+    """
+    begin, compute = time.monotonic(), ready.settings.compute
+    found = perplexities(ready.source, ready.windows, compute, work_dir, "pruned")
+    return {"perplexity": found, "seconds": time.monotonic() - begin}
 
 
 def _train(
-    ready: Prepared, work_dir: WorkDir | None, started: float, seconds_to_measure: float
-) -> tuple[nn.Module, list[dict[str, int | None]], Training, TrainingOutcome]:
-    """Train; return the model, what is trainable in each block, the settings with their rate."""
+    ready: Prepared, started: float, seconds_to_measure: float
+) -> tuple[nn.Module, int, Training, TrainingOutcome]:
+    """Train; return the model, how many parameters are trained, the settings with their rate."""
     source, settings, watch = ready.source, ready.settings, ready.watch
     device = compute_device(settings.compute.device)
     sharded, nbytes = settings.training.shard, sum(s.nbytes for s in source.specs.values())
@@ -297,30 +259,33 @@ def _train(
 
     model = load(source)
     dense = None if ready.teacher is None else load(ready.teacher)
-    names = trained_parameters(model, ready.targets)
-    training = settings.training.with_rate_for(
-        settings.adaptation.method, size_of_weights(model, names)
-    )
+    names = [name for block in ready.targets for name in block.parameters]
+    usual = RELATIVE_RATES[settings.adaptation.method] * size_of_weights(model, names)
+    rate = settings.training.learning_rate or float(f"{usual:.3g}")
+    training = replace(settings.training, learning_rate=rate)
     torch.manual_seed(training.seed)
     adapted = attach(model, source.architecture, ready.targets)
-    blocks = trainable_in_blocks(model, source.architecture, ready.targets)
-    _tell_what_is_trained(blocks, training)
+    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    if is_first_process():
+        ranks = sorted({block.rank for block in ready.targets if block.rank is not None})
+        of_rank = (
+            f" of rank {' to '.join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))}"
+            if ranks
+            else ""
+        )
+        logger.info(
+            f"training {trainable:,d} parameters{of_rank} in {len(ready.targets)} blocks, learning "
+            f"rate {training.learning_rate:g}"
+        )
 
     # What merging, writing and loading again may take, by what loading took.
     later = watch.seconds["load"] + nbytes / BYTES_PER_SECOND + seconds_to_measure
-    schedule = schedule_of(
-        adapted,
-        ready.text,
-        training,
-        has_teacher=dense is not None,
-        started=started,
-        after_training=MARGIN * later,
-    )
-    directory = directory_of_process(ready.out) / _TRAIN
+    schedule = _schedule(ready, training, adapted, started, MARGIN * later)
+    work = PassState(directory_of_process(ready.out) / _TRAIN, ready.identity)
     with (
         watch.stage("train"),
         joined(device) if sharded else nullcontext(),
-        loss_inside(model, dense, settings.distillation.weight) as loss,
+        loss_inside(model, dense, training.teacher_weight) as loss,
     ):
         if sharded:
             shard(adapted, model, source.architecture, device)
@@ -332,8 +297,7 @@ def _train(
             training,
             schedule=schedule,
             loss=loss,
-            directory=directory,
-            callbacks=[_Saver(PassState(directory, ready.identity))] if work_dir else [],
+            work=work,
         )
         tensors = trained_tensors(adapted) if sharded else {}
     if tensors:
@@ -341,17 +305,33 @@ def _train(
         del adapted, model
         adapted = attach(load(source), source.architecture, ready.targets)
         adapted.load_state_dict(tensors, strict=False)
-    return adapted, blocks, training, outcome
+    return adapted, trainable, training, outcome
 
 
-class _Saver(TrainerCallback):  # type: ignore[misc]
-    """Notes in the work directory that a checkpoint is complete, to go on from."""
-
-    def __init__(self, state: PassState) -> None:
-        self._state = state
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._state.commit(state.global_step, None)
+def _schedule(
+    ready: Prepared, training: Training, adapted: nn.Module, started: float, after_training: float
+) -> Schedule:
+    """Return when to evaluate and to stop; of the minutes some seconds are needed afterwards."""
+    text, limit, has_teacher = ready.text, training.limit, ready.teacher is not None
+    # Backward through frozen weights takes as long as forward, and once more for the gradients of
+    # all weights.
+    trains_all = ready.settings.adaptation.method == "full"
+    forwards = 2.5 + 0.5 * trains_all + has_teacher + training.gradient_checkpointing
+    trained_bytes = sum(p.nbytes for p in adapted.parameters() if p.requires_grad)
+    return Schedule(
+        limit.in_steps(len(text.train), training.windows_in_step),
+        training.evaluations,
+        started,
+        seconds=None if limit.minutes is None else 60 * limit.minutes,
+        # Then the best weights are read again.
+        after_training=after_training + trained_bytes / BYTES_PER_SECOND,
+        evaluation_steps=len(text.held_out)
+        / training.windows_in_step
+        * (1 + has_teacher)
+        / forwards,
+        # The weights and AdamW's two moments.
+        save_seconds=3 * trained_bytes / BYTES_PER_SECOND,
+    )
 
 
 def _nothing_gained(outcome: TrainingOutcome, source: Checkpoint) -> RecoveryError:
@@ -361,17 +341,4 @@ def _nothing_gained(outcome: TrainingOutcome, source: Checkpoint) -> RecoveryErr
         f"{min(after):.4f} at best in {counted(outcome.steps, 'steps')}), so nothing is written, "
         f"and {source.label} is the best there is; give it more steps or minutes, other text, or "
         "another --learning-rate"
-    )
-
-
-def _tell_what_is_trained(blocks: Sequence[dict[str, int | None]], training: Training) -> None:
-    """Say how many parameters are trained, and how fast; the report has those of each block."""
-    if not is_first_process():
-        return
-    ranks = [block["rank"] or 0 for block in blocks]
-    low, high = min(ranks), max(ranks)
-    of_rank = f" of rank {low}" + f" to {high}" * (low != high) if high else ""
-    logger.info(
-        f"training {sum(block['parameters'] or 0 for block in blocks):,d} parameters{of_rank} in "
-        f"{len(blocks)} blocks, learning rate {training.learning_rate:g}"
     )

@@ -13,26 +13,36 @@ will take; if it and its evaluation do not fit, the run ends there.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from cfsp.architecture.block_names import counted
-from cfsp.errors import UsageError
-from cfsp.recovery.settings import ENDLESS_STEPS
+from cfsp.errors import RecoveryError, UsageError
+from cfsp.processes import is_first_process
+from cfsp.progress import item_progress
+from cfsp.streaming.pass_state import PassState
+
+logger = logging.getLogger(__name__)
 
 # The part of the run in which the learning rate rises, and where it begins.
 _WARM_UP = 0.05
 _LOWEST_WARM_UP = 0.05
 # Of the time for training; evaluations that would take more are left out.
 _EVALUATIONS_SHARE = 0.25
-# The first batch is slow: others may take this part of its time.
-_LEAST_OF_FIRST = 0.25
 # Nothing takes the same time twice: so much more time is advised than was predicted.
 MARGIN = 1.15
+# Of the progress bar.
+_PARTS = 1000
+# The first step is slow, and no measure of the others.
+_WARM_STEPS = 2
 
 
 def rate_factor(fraction: float) -> float:
@@ -43,47 +53,67 @@ def rate_factor(fraction: float) -> float:
 
 
 class Schedule:
-    """What a run of a number of steps does after each of them, the same on every process.
+    """What a run does after each of its steps, the same on every process.
 
-    There are so many `evaluations` at most, the one at the end included; `now` is a clock that
-    never goes back, at which the work of this process `started`.
+    It ends after so many steps or, where there are `seconds`, when these are over: they are for the
+    whole recovery, of which some are needed after training. What an evaluation takes is estimated
+    in steps, what saving takes in seconds. There are so many `evaluations` at most, the one at the
+    end included. By the clock `now` the work of this process `started`.
     """
-
-    # What will be done, in words, where that depends on how long it takes.
-    what_fits: str = ""
 
     def __init__(
         self,
         steps: int,
         evaluations: int,
         started: float,
-        now: Callable[[], float] = time.monotonic,
+        *,
+        seconds: float | None = None,
+        after_training: float = 0.0,
+        evaluation_steps: float = 1.0,
+        save_seconds: float = 0.0,
     ) -> None:
+        self.now: Callable[[], float] = time.monotonic
         self.most_steps = steps
         self.fraction = 0.0  # of the run that is over
         # Whether to evaluate and save after the step that was noted last, and to stop.
         self.evaluates = self.is_over = False
         self.training_seconds = 0.0  # of the steps that this process saw
-        self._most_evaluations = evaluations
-        self._started = started
-        self._now = now
-        # When what is measured now began.
-        self._mark = 0.0
+        self._most_evaluations, self._started = evaluations, started
+        self._seconds, self._after_training = seconds, after_training
+        self._evaluation_steps, self._save_seconds = evaluation_steps, save_seconds
+        # When training began, what is measured now, and the batches of an evaluation but the first.
+        self._begin = self._mark = self._warm = 0.0
+        # Of the last few: the first step is slow, and machines change.
+        self._step_seconds: deque[float] = deque(maxlen=3)
+        self._evaluation_seconds: deque[float] = deque(maxlen=3)
 
     @property
     def elapsed(self) -> float:
         """Seconds of work so far, those before an interruption included."""
-        return self._now() - self._started
+        return self.now() - self._started
 
     @property
     def seconds_left(self) -> float:
         """Estimate of the seconds until the end."""
-        return self.elapsed * (1 - self.fraction) / max(self.fraction, 1e-6)
+        if self._seconds is None:
+            return self.elapsed * (1 - self.fraction) / max(self.fraction, 1e-6)
+        return max(0.0, self._seconds - self.elapsed)
 
     @property
     def progress(self) -> float:
         """Part of the whole work that is over, in [0, 1]."""
-        return self.fraction
+        return self.fraction if self._seconds is None else min(1.0, self.elapsed / self._seconds)
+
+    @property
+    def what_fits(self) -> str:
+        """How many more steps and evaluations the time is enough for, if that is the limit."""
+        if self._seconds is None or self.is_over:
+            return ""
+        left, evaluations = self._left(self._seconds)
+        left -= (evaluations - 1) * self._seconds_of_evaluation()
+        steps = max(1, int(left / self._seconds_of_step()))
+        evaluations -= math.floor(self.fraction * evaluations)
+        return f"time for about {counted(steps, 'steps')} and {counted(evaluations, 'evaluations')}"
 
     def go_on_from(self, elapsed: float, fraction: float) -> None:
         """Count what an interrupted run had done: seconds, and the part that was over."""
@@ -93,99 +123,25 @@ class Schedule:
 
     def training_begins(self) -> None:
         """Note that the first step begins, or the evaluation before it."""
-        self._mark = self.elapsed
+        self._begin = self._mark = self._warm = self.elapsed
 
     def batch_evaluated(self, done: int, batches: int, device: torch.device) -> None:
-        """Note that so many batches of the evaluation before the first step are done."""
+        """Note how far the evaluation before the first step is: it tells what a step will take.
 
-    def evaluated(self) -> None:
-        """Note that evaluating and saving are done and the next step begins."""
-        self._mark = self.elapsed
-
-    def step_done(self, step: int, device: torch.device) -> None:
-        """Note that so many steps are done, and decide; processes talk on `device`."""
-        before, self._mark = self._mark, self.elapsed
-        self.training_seconds += self._mark - before
-        fraction, evaluates, is_over = self._decide(step, self._mark - before, device)
-        assert fraction >= self.fraction
-        self.fraction, self.evaluates, self.is_over = fraction, bool(evaluates), bool(is_over)
-
-    def _decide(self, step: int, seconds: float, device: torch.device) -> tuple[float, ...]:
-        """Return the fraction that is over, whether to evaluate, and whether this is the end."""
-        fraction = min(1.0, step / self.most_steps)
-        is_over = fraction >= 1
-        passes = _passes_mark(self.fraction, fraction, self._most_evaluations)
-        return fraction, is_over or passes, is_over
-
-
-class TimeSchedule(Schedule):
-    """An amount of time for the whole recovery, of which some is needed after training.
-
-    What an evaluation takes is estimated in steps, what saving takes in seconds.
-    """
-
-    def __init__(
-        self,
-        seconds: float,
-        evaluations: int,
-        started: float,
-        *,
-        after_training: float,
-        evaluation_steps: float,
-        save_seconds: float,
-        now: Callable[[], float] = time.monotonic,
-    ) -> None:
-        super().__init__(ENDLESS_STEPS, evaluations, started, now)
-        self._seconds = seconds
-        self._after_training = after_training
-        self._evaluation_steps = evaluation_steps
-        self._save_seconds = save_seconds
-        self._begin = 0.0
-        # When the first batch of the evaluation before the first step was done.
-        self._warm = 0.0
-        # Of the last few: the first step is slow, and machines change.
-        self._step_seconds: deque[float] = deque(maxlen=3)
-        self._evaluation_seconds: deque[float] = deque(maxlen=3)
-
-    @property
-    def seconds_left(self) -> float:
-        """Estimate of the seconds until the end."""
-        return max(0.0, self._seconds - self.elapsed)
-
-    @property
-    def progress(self) -> float:
-        """Part of the time that is over, in [0, 1]."""
-        return min(1.0, self.elapsed / self._seconds)
-
-    @property
-    def what_fits(self) -> str:  # type: ignore[override]
-        """How many more steps and evaluations the time is enough for."""
-        if self.is_over:
-            return ""
-        left, evaluations = self._left()
-        left -= (evaluations - 1) * self._seconds_of_evaluation()
-        steps = max(1, int(left / self._seconds_of_step()))
-        evaluations -= math.floor(self.fraction * evaluations)
-        return f"time for about {counted(steps, 'steps')} and {counted(evaluations, 'evaluations')}"
-
-    def training_begins(self) -> None:
-        """Note that the first step begins, or the evaluation before it."""
-        super().training_begins()
-        self._begin = self._warm = self._mark
-
-    def batch_evaluated(self, done: int, batches: int, device: torch.device) -> None:
-        """Note how far the evaluation before the first step is."""
+        Refuses a time that is too short. The first of several batches is slow, and tells nothing.
+        """
+        if self._seconds is None:
+            return
+        if done == 1 < batches:
+            self._warm = self.elapsed
+            return
         batch = (self.elapsed - self._warm) / max(1, done - 1)
         forward = batches * batch
         self._evaluation_seconds.clear()
         self._evaluation_seconds.append(forward + self._save_seconds)
         known = self.elapsed + self._after_training + self._save_seconds
         expected = (batches - done) * batch + forward / self._evaluation_steps + forward
-        least = expected
-        if done == 1 < batches:
-            self._warm = self.elapsed
-            least *= _LEAST_OF_FIRST
-        (too_short,) = _from_first_process((float(known + least > self._seconds),), device)
+        (too_short,) = _from_first_process((float(known + expected > self._seconds),), device)
         if too_short:
             raise UsageError(
                 f"{self._seconds / 60:g} minutes are too short for one step of training and its "
@@ -196,23 +152,31 @@ class TimeSchedule(Schedule):
     def evaluated(self) -> None:
         """Note that evaluating and saving are done and the next step begins."""
         self._evaluation_seconds.append(self.elapsed - self._mark)
-        super().evaluated()
+        self._mark = self.elapsed
 
-    def _decide(self, step: int, seconds: float, device: torch.device) -> tuple[float, ...]:
-        self._step_seconds.append(seconds)
-        step_seconds, trained = self._seconds_of_step(), self._mark - self._begin
-        left, evaluations = self._left()
-        if is_over := left < step_seconds:
-            fraction, evaluates = 1.0, True
-        else:
-            fraction = max(self.fraction, trained / (trained + left))
+    def step_done(self, step: int, device: torch.device) -> None:
+        """Note that so many steps are done, and decide; processes talk on `device`."""
+        before, self._mark = self._mark, self.elapsed
+        self._step_seconds.append(self._mark - before)
+        self.training_seconds += self._mark - before
+        fraction = min(1.0, step / self.most_steps)
+        evaluates = _passes_mark(self.fraction, fraction, self._most_evaluations)
+        is_over = fraction >= 1
+        if self._seconds is not None:
+            step_seconds, trained = self._seconds_of_step(), self._mark - self._begin
+            left, evaluations = self._left(self._seconds)
+            is_over = left < step_seconds
+            fraction = 1.0 if is_over else max(self.fraction, trained / (trained + left))
             evaluates = _passes_mark(self.fraction, fraction, evaluations)
             evaluates &= left >= self._seconds_of_evaluation() + step_seconds
-        return _from_first_process((fraction, evaluates, is_over), device)
+            decision = _from_first_process((fraction, evaluates, is_over), device)
+            fraction, evaluates, is_over = decision[0], bool(decision[1]), bool(decision[2])
+        assert fraction >= self.fraction
+        self.fraction, self.evaluates, self.is_over = fraction, evaluates or is_over, is_over
 
-    def _left(self) -> tuple[float, int]:
+    def _left(self, seconds: float) -> tuple[float, int]:
         """Return the seconds until the last evaluation, and how many there are in the whole run."""
-        left = self._seconds - self._after_training - self._mark
+        left = seconds - self._after_training - self._mark
         evaluation = self._seconds_of_evaluation()
         worth = int(_EVALUATIONS_SHARE * (self._mark - self._begin + left) / evaluation)
         # The last weights are compared with those from before training.
@@ -244,3 +208,141 @@ def _from_first_process(decision: tuple[float, ...], device: torch.device) -> tu
     numbers = torch.tensor(decision, dtype=torch.float32, device=device)
     torch.distributed.broadcast(numbers, src=0)
     return tuple(numbers.tolist())
+
+
+class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Evaluates, saves and stops when the schedule says so, and shows how far the run is.
+
+    The Trainer saves its `state` with every checkpoint; when one is complete the first process
+    notes it in the work directory, to go on from. A step has so many tokens over all processes.
+    """
+
+    def __init__(self, schedule: Schedule, tokens_in_step: int, work: PassState) -> None:
+        # Step, held-out loss, and loss (none before the first step) at each evaluation.
+        self.history: list[dict[str, float]] = []
+        self._schedule, self._tokens_in_step, self._work = schedule, tokens_in_step, work
+        self._shown = is_first_process()
+        self._bar: Any = None  # while it trains
+        self._loss = math.nan
+        self._first_step = self._steps = 0
+        # Of the evaluation before the first step, so far.
+        self._batches = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Rate of training in this process's part of the run, without evaluations."""
+        return self._steps * self._tokens_in_step / max(self._schedule.training_seconds, 1e-6)
+
+    def state(self) -> dict[str, Any]:
+        """Return what an interrupted run goes on from."""
+        elapsed, fraction = round(self._schedule.elapsed, 3), self._schedule.fraction
+        return {"elapsed": elapsed, "fraction": fraction, "history": self.history}
+
+    def take_up(self, state: Any) -> None:
+        """Take up an interrupted run, from the state of its Trainer."""
+        saved, self._first_step = saved_pace(state), state.global_step
+        # The Trainer sorts what it saves; a run that went on writes what one in one go does.
+        order = ("step", "held_out", "loss")
+        self.history = [
+            {key: entry[key] for key in order if key in entry} for entry in saved["history"]
+        ]
+        self._schedule.go_on_from(saved["elapsed"], saved["fraction"])
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar."""
+        self._schedule.training_begins()
+        if state.global_step:
+            self.take_up(state)
+        done = round(self._schedule.progress * _PARTS)
+        self._bar = item_progress("recover", _PARTS, "‰", initial=done)
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Note how long the evaluation before the first step takes."""
+        if not state.global_step:
+            self._batches += 1
+            self._schedule.batch_evaluated(self._batches, len(eval_dataloader), args.device)
+        self._move_bar()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell the time of an evaluation from that of a step."""
+        if self._schedule.evaluates:
+            self._schedule.evaluated()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the step, which the Trainer counts later; the learning rate is asked for next."""
+        self._schedule.step_done(state.global_step + 1, args.device)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for what is due."""
+        schedule, self._steps = self._schedule, state.global_step - self._first_step
+        control.should_log |= schedule.evaluates
+        control.should_save |= schedule.evaluates
+        control.should_evaluate |= schedule.evaluates
+        control.should_training_stop |= schedule.is_over
+        rate = f"{self._loss_in_words()}{self.tokens_per_second:,.0f} tok/s"
+        self._move_bar(f"step {state.global_step}, {rate}")
+        if self._shown and self._steps == _WARM_STEPS and (fits := schedule.what_fits):
+            logger.info(f"after {counted(state.global_step, 'steps')}: {fits} more")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note that there is a checkpoint."""
+        if self._shown:
+            self._work.commit(state.global_step, None)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Remember the loss."""
+        self._loss = logs.get("loss", self._loss)
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        """Say where the run is, and begin to train after the evaluation before the first step."""
+        schedule, loss, step = self._schedule, metrics["eval_loss"], state.global_step
+        if not math.isfinite(loss):
+            raise diverged(step + 1, "the held-out loss")
+        entry = {"step": step, "held_out": round(loss, 6)}
+        if math.isfinite(self._loss):
+            entry["loss"] = round(self._loss, 4)
+        self.history.append(entry)
+        if self._shown:
+            self._bar.clear()
+            # Before the first step only the clock says how much there will be.
+            pace = schedule.what_fits
+            if self._steps:
+                left = int(schedule.seconds_left)
+                pace = f"{self.tokens_per_second:,.0f} tokens/s, {left // 60}:{left % 60:02d} left"
+            logger.info(
+                f"step {step}, {schedule.progress:.0%}: {self._loss_in_words()}held-out loss "
+                f"{loss:.4f}{pace and ', '}{pace}"
+            )
+        if not step:
+            schedule.training_begins()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        self._bar.close()
+
+    def _loss_in_words(self) -> str:
+        """Return the loss of the last steps that were logged; nothing before the first."""
+        return "" if math.isnan(self._loss) else f"loss {self._loss:.3f}, "
+
+    def _move_bar(self, said: str = "") -> None:
+        if said:
+            self._bar.set_postfix_str(said, refresh=False)
+        self._bar.update(round(self._schedule.progress * _PARTS) - self._bar.n)
+
+
+def saved_pace(state: Any) -> dict[str, Any]:
+    """Return the state of the pace that a Trainer saved with its own."""
+    saved: dict[str, Any] = state.stateful_callbacks[Pace.__name__]
+    return saved
+
+
+def diverged(step: int, what: str) -> RecoveryError:
+    """Return the error of a loss that is not finite."""
+    return RecoveryError(
+        f"{what} is NaN or infinite at step {step}; "
+        "start again with a lower --learning-rate, or in --dtype float32"
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from cfsp.errors import UsageError
@@ -10,11 +10,7 @@ from cfsp.processes import process_count
 from cfsp.settings import BOS, BOS_HELP, Bos, Compute, Declared, EvaluationText, Text, option
 
 Method = Literal["auto", "lora", "full"]
-Targets = Literal["mlp", "attention", "all"]
 RankAllocation = Literal["uniform", "importance", "inverse"]
-METHODS: tuple[Method, ...] = get_args(Method)
-TARGETS: tuple[Targets, ...] = get_args(Targets)
-RANK_ALLOCATIONS: tuple[RankAllocation, ...] = get_args(RankAllocation)
 # Peak learning rates, relative to the root mean square of the weights. Adam moves a weight by about
 # the rate in a step, however large its gradient is; what that does depends on how large weights
 # are: .19 in SmolLM2-135M, .019 in Qwen2.5-0.5B, which a rate that suits the first destroys.
@@ -34,9 +30,8 @@ class Adaptation(Declared):
         "auto",
         "low-rank adapters (lora), or all projections in full: better in the same time, and needs "
         "16 bytes for each parameter; auto: full where one process has that memory",
-        choices=METHODS,
+        choices=get_args(Method),
     )
-    targets: Targets = option("all", "projections to train", choices=TARGETS, advanced=True)
     rank: float = option(
         8.0, "of the adapters, mean over blocks", kind=float, least=1, most=1 << 24, metavar="R"
     )
@@ -44,14 +39,14 @@ class Adaptation(Declared):
         "uniform",
         "ranks are equal, follow the blocks' importance, or follow its inverse",
         flag="rank-allocation",
-        choices=RANK_ALLOCATIONS,
+        choices=get_args(RankAllocation),
         advanced=True,
     )
 
 
 @dataclass(frozen=True)
 class Limit:
-    """When training ends: exactly one of the three."""
+    """When training ends: after so many steps or minutes, or after one pass over the text."""
 
     minutes: float | None = option(
         None,
@@ -59,41 +54,31 @@ class Limit:
         kind=float,
         flag="max-minutes",
         metavar="M",
-        default="",
     )
-    steps: int | None = option(None, "optimizer steps", kind=int, metavar="N", default="")
-    epochs: float | None = option(None, "passes over the text", kind=float, metavar="N", default="")
+    steps: int | None = option(None, "optimizer steps", kind=int, default="one pass over the text")
 
     def __post_init__(self) -> None:
-        given = [v for v in (self.steps, self.epochs, self.minutes) if v is not None]
-        if len(given) != 1:
-            raise UsageError(
-                "expected exactly one of --steps, --epochs and --max-minutes, "
-                f"found {len(given)} of them"
-            )
-        if not 0 < given[0] < ENDLESS_STEPS:
-            raise UsageError(
-                f"the length of training must be positive and below {ENDLESS_STEPS:,}, "
-                f"found {given[0]}"
-            )
+        if self.minutes is not None and self.steps is not None:
+            raise UsageError("--steps and --max-minutes are both given; give one of them")
+        for given in (self.minutes, self.steps):
+            if given is not None and not 0 < given < ENDLESS_STEPS:
+                raise UsageError(
+                    f"the length of training must be positive and below {ENDLESS_STEPS:,}, "
+                    f"found {given}"
+                )
 
-    @property
-    def seconds(self) -> float | None:
-        """The minutes in seconds."""
-        return None if self.minutes is None else self.minutes * 60
-
-    def in_steps(self, windows: int, windows_in_step: int) -> int | None:
-        """Return the number of optimizer steps; None if only the clock decides."""
-        if self.epochs is not None:
-            return max(1, round(self.epochs * windows / windows_in_step))
-        return self.steps
+    def in_steps(self, windows: int, windows_in_step: int) -> int:
+        """Return the most optimizer steps."""
+        if self.minutes is not None:
+            return ENDLESS_STEPS
+        return self.steps or max(1, round(windows / windows_in_step))
 
 
 @dataclass(frozen=True)
 class Training(Declared):
     """How to train; without a learning rate by what suits the method and the weights' size."""
 
-    limit: Limit
+    limit: Limit = Limit()
     learning_rate: float | None = option(
         None,
         "at its peak",
@@ -128,33 +113,20 @@ class Training(Declared):
         advanced=True,
     )
     bos: Bos = option("auto", BOS_HELP, choices=BOS, advanced=True)
-
-    @property
-    def windows_in_step(self) -> int:
-        """The windows of an optimizer step, over all processes."""
-        return self.batch_windows * process_count()
-
-    def with_rate_for(self, method: Method, weights: float) -> Training:
-        """Return the same with the rate that suits the root mean square of weights, if none is."""
-        if self.learning_rate is not None:
-            return self
-        return replace(self, learning_rate=float(f"{RELATIVE_RATES[method] * weights:.3g}"))
-
-
-@dataclass(frozen=True)
-class Distillation(Declared):
-    """How much a teacher counts; the loss on the text gets the rest."""
-
-    weight: float = option(
+    teacher_weight: float = option(
         1.0,
         "of the teacher against the text, in [0, 1]: some text wins back more perplexity, and "
         "leads away from the dense model's predictions and answers",
         kind=float,
         least=0,
         most=1,
-        flag="teacher-weight",
         advanced=True,
     )
+
+    @property
+    def windows_in_step(self) -> int:
+        """The windows of an optimizer step, over all processes."""
+        return self.batch_windows * process_count()
 
 
 @dataclass(frozen=True)
@@ -167,7 +139,6 @@ class RecoverSettings:
     # A dense model to distil from; `auto` for the one that was pruned, if it is at hand and there
     # is memory for both; `none` or None for nobody.
     teacher: str | None = None
-    distillation: Distillation = Distillation()
     evaluation: EvaluationText = EvaluationText()  # before and after
     compute: Compute = Compute()  # also the dtype of the weights that are not trained
 
@@ -180,4 +151,4 @@ class RecoverSettings:
     @property
     def leaves_method_open(self) -> bool:
         """Whether memory decides on the method: nothing is chosen that only adapters have."""
-        return self.adaptation == Adaptation(targets=self.adaptation.targets)
+        return self.adaptation == Adaptation()

@@ -1,43 +1,74 @@
-"""Training, through transformers' Trainer: what differs from its defaults, and nothing else.
+"""One training run, from an adapted model and windows to trained weights, by transformers' Trainer.
+
+What differs from its defaults, and nothing else:
 
 - The model's loss function is ours (`loss.py`).
 - A `Schedule` says when to evaluate, to save and to stop; it may count minutes.
 - A loss that is not finite stops the run.
+- With `shard` every process holds a part of all weights (torch's FSDP2). A block is whole only
+  while it computes, so that a model and its optimizer take the memory of all processes together.
+  Any number of processes reads the checkpoints that another wrote.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import math
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
+from transformers import PrinterCallback, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from cfsp.architecture.block_names import counted
-from cfsp.errors import RecoveryError
-from cfsp.processes import is_first_process
-from cfsp.progress import item_progress
+from cfsp.checkpoint.skeleton import blocks_of
+from cfsp.processes import process_count
+from cfsp.progress import without_library_bars
 from cfsp.recovery.loss import IGNORED, ModelLoss
-from cfsp.recovery.schedule import Schedule, rate_factor
+from cfsp.recovery.schedule import Pace, Schedule, diverged, rate_factor, saved_pace
+from cfsp.recovery.settings import ENDLESS_STEPS, Training
+from cfsp.streaming.pass_state import PassState
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    from transformers import PreTrainedModel, TrainingArguments
 
+    from cfsp.architecture.found import Architecture
     from cfsp.recovery.data import RecoveryText
 
-logger = logging.getLogger(__name__)
-_PARTS = 1000
-# The first step is slow, and no measure of the others.
-_WARM_STEPS = 2
+_WEIGHTS, _OPTIMIZER = "weights", "optimizer"
+# Frozen weights are those of the model that is recovered.
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
+_WHOLE = replace(_TRAINED, full_state_dict=True, cpu_offload=True)
+
+
+@dataclass(frozen=True)
+class TrainingOutcome:
+    """What training did."""
+
+    steps: int  # of the optimizer, those before an interruption included
+    # The step with the lowest held-out loss, whose weights were kept; 0 where none was lower than
+    # before training.
+    best_step: int
+    tokens_in_step: int  # over all processes
+    tokens_per_second: float  # of training, without evaluations
+    # Step, loss on held-out text (of the same kind) and of training, in nats, at each evaluation,
+    # the first before training.
+    history: list[dict[str, float]]
 
 
 class RecoveryTrainer(Trainer):  # type: ignore[misc]
@@ -51,14 +82,14 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         *,
         schedule: Schedule,
         loss: ModelLoss,
-        callbacks: list[TrainerCallback],
+        pace: Pace,
     ) -> None:
         super().__init__(
             model,
             args,
             train_dataset=text.train,
             eval_dataset=text.held_out,
-            callbacks=callbacks,
+            callbacks=[pace],
         )
         # `Pace` prints instead.
         self.remove_callback(PrinterCallback)
@@ -66,13 +97,13 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         self._loss = loss
         self._held_out_labels = float((text.held_out.label_NT != IGNORED).sum(1).float().mean())
 
-    def take_up_finished(self, checkpoint: Path, pace: Pace) -> None:
-        """Load the best weights of a run that was stopped after its last step, and its state.
+    def take_up_finished(self, checkpoint: Path, state: TrainerState, pace: Pace) -> None:
+        """Load the best weights of a run that was stopped after its last step.
 
         The Trainer itself would train for one more step.
         """
-        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        pace.take_up(self.state)
+        self.state = state
+        pace.take_up(state)
         if self.state.best_model_checkpoint is not None:
             self._load_best_model()
         else:
@@ -111,173 +142,192 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         """Train on one batch, and stop if the loss is not finite."""
         loss: Tensor = super().training_step(*args, **kwargs)
         if not math.isfinite(float(loss)):
-            raise _diverged(self.state.global_step + 1, "the loss")
+            raise diverged(self.state.global_step + 1, "the loss")
         return loss
 
 
-def last_checkpoint(directory: Path) -> Path | None:
+def last_checkpoint(directory: Path) -> tuple[Path, TrainerState] | None:
     """Return the newest complete checkpoint; a killed process may have left half of one."""
-    numbered = [
-        (path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"), path) for path in directory.glob("*")
-    ]
-    complete = [(int(n), path) for n, path in numbered if n.isdigit() and _state(path) is not None]
-    return max(complete)[1] if complete else None
+    complete = {}
+    for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        with suppress(OSError, ValueError, TypeError):  # the state is written last
+            state = TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))
+            complete[state.global_step] = path, state
+    return complete[max(complete)] if complete else None
 
 
-def is_finished(checkpoint: Path) -> bool:
-    """Return whether a complete checkpoint was saved after the last step of its run."""
-    state = _state(checkpoint)
-    assert state is not None, checkpoint
-    return bool(_saved_pace(state)["fraction"] >= 1)
+def shard(
+    whole: nn.Module, model: PreTrainedModel, architecture: Architecture, device: torch.device
+) -> None:
+    """Leave every process a part of each weight; one process alone keeps them all.
+
+    `whole` is what is called, the model itself or a PEFT model around it. The model is on the CPU;
+    its blocks go to the device one after the other.
+    """
+    if process_count() == 1:
+        whole.to(device)
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (process_count(),))
+    for block in blocks_of(model, architecture):
+        fully_shard(block, mesh=mesh)
+    # Embeddings, the last norm and the head: what a loss function inside the forward finds whole.
+    fully_shard(whole, mesh=mesh)
 
 
-def _state(checkpoint: Path) -> dict[str, Any] | None:
-    """Return the Trainer's state, which it writes last; None if it is not whole."""
-    try:
-        state: dict[str, Any] = json.loads((checkpoint / TRAINER_STATE_NAME).read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    return state
+def trained_tensors(whole: nn.Module) -> dict[str, Any]:
+    """Return what training changed, whole and on the CPU, to the first process; all must ask."""
+    return get_model_state_dict(whole, options=_WHOLE)
 
 
-class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Evaluates, saves and stops when the schedule says so, and shows how far the run is.
+class ShardedTrainer(RecoveryTrainer):
+    """A trainer of a model that is sharded already; the arguments are those of its base.
 
-    The Trainer saves its `state` with every checkpoint. A step has so many tokens over all
-    processes.
+    Learning rates need no state: they follow the schedule.
     """
 
-    def __init__(self, schedule: Schedule, tokens_in_step: int) -> None:
-        # Step, held-out loss, and loss (none before the first step) at each evaluation.
-        self.history: list[dict[str, float]] = []
-        self._schedule = schedule
-        self._tokens_in_step = tokens_in_step
-        self._shown = is_first_process()
-        self._bar: tqdm | None = None  # type: ignore[type-arg]
-        self._loss = math.nan
-        self._first_step = self._steps = 0
-        # Of the evaluation before the first step, so far.
-        self._batches = 0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Rate of training in this process's part of the run, without evaluations."""
-        return self._steps * self._tokens_in_step / max(self._schedule.training_seconds, 1e-6)
-
-    def state(self) -> dict[str, Any]:
-        """Return what an interrupted run goes on from."""
-        schedule = self._schedule
-        return {
-            "elapsed": round(schedule.elapsed, 3),
-            "fraction": schedule.fraction,
-            "history": self.history,
-        }
-
-    def take_up(self, state: Any) -> None:
-        """Take up an interrupted run, from the state of its Trainer."""
-        saved, self._first_step = _saved_pace(vars(state)), state.global_step
-        # The Trainer sorts what it saves; a run that went on writes what one in one go does.
-        order = ("step", "held_out", "loss")
-        self.history = [
-            {key: entry[key] for key in order if key in entry} for entry in saved["history"]
-        ]
-        self._schedule.go_on_from(saved["elapsed"], saved["fraction"])
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar."""
-        self._schedule.training_begins()
-        if state.global_step:
-            self.take_up(state)
-        if self._shown:
-            self._bar = item_progress("recover", _PARTS, "‰", initial=self._parts_done())
-
-    def on_prediction_step(
-        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
-    ) -> None:
-        """Note how long the evaluation before the first step takes."""
-        if not state.global_step:
-            self._batches += 1
-            self._schedule.batch_evaluated(self._batches, len(eval_dataloader), args.device)
-        self._move_bar()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tell the time of an evaluation from that of a step."""
-        if self._schedule.evaluates:
-            self._schedule.evaluated()
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the step, which the Trainer counts later; the learning rate is asked for next."""
-        self._schedule.step_done(state.global_step + 1, args.device)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for what is due."""
-        schedule, self._steps = self._schedule, state.global_step - self._first_step
-        control.should_log |= schedule.evaluates or schedule.is_over
-        control.should_save |= schedule.evaluates or schedule.is_over
-        control.should_evaluate |= schedule.evaluates
-        control.should_training_stop |= schedule.is_over
-        rate = f"{self._loss_in_words()}{self.tokens_per_second:,.0f} tok/s"
-        self._move_bar(f"step {state.global_step}, {rate}")
-        if self._shown and self._steps == _WARM_STEPS and (fits := schedule.what_fits):
-            logger.info(f"after {counted(state.global_step, 'steps')}: {fits} more")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Remember the loss."""
-        self._loss = logs.get("loss", self._loss)
-
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
-    ) -> None:
-        """Say where the run is, and begin to train after the evaluation before the first step."""
-        schedule, loss, step = self._schedule, metrics["eval_loss"], state.global_step
-        if not math.isfinite(loss):
-            raise _diverged(step + 1, "the held-out loss")
-        entry = {"step": step, "held_out": round(loss, 6)}
-        if math.isfinite(self._loss):
-            entry["loss"] = round(self._loss, 4)
-        self.history.append(entry)
-        if self._shown:
-            if self._bar is not None:
-                self._bar.clear()
-            # Before the first step only the clock says how much there will be.
-            pace = schedule.what_fits
-            if self._steps:
-                left = int(schedule.seconds_left)
-                pace = f"{self.tokens_per_second:,.0f} tokens/s, {left // 60}:{left % 60:02d} left"
-            logger.info(
-                f"step {step}, {schedule.progress:.0%}: {self._loss_in_words()}held-out loss "
-                f"{loss:.4f}{pace and ', '}{pace}"
+    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        """Return the model in mixed precision, and not in DDP."""
+        if not getattr(model, "_is_accelerate_prepared", False):
+            model = self.accelerator.prepare_model(
+                model, device_placement=False, evaluation_mode=True
             )
-        if not step:
-            schedule.training_begins()
+            model._is_accelerate_prepared = True  # type: ignore[assignment]
+        return model
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the bar."""
-        if self._bar is not None:
-            self._bar.close()
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what is trained."""
+        assert output_dir is not None
+        _exchange(save, get_model_state_dict(self.model, options=_TRAINED), output_dir, _WEIGHTS)
 
-    def _loss_in_words(self) -> str:
-        """Return the loss of the last steps that were logged; nothing before the first."""
-        return "" if math.isnan(self._loss) else f"loss {self._loss:.3f}, "
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        _exchange(save, self._optimizer_state(), output_dir, _OPTIMIZER)
 
-    def _parts_done(self) -> int:
-        return round(self._schedule.progress * _PARTS)
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        state = get_model_state_dict(self.model, options=_TRAINED)
+        _exchange(load, state, resume_from_checkpoint, _WEIGHTS)
+        set_model_state_dict(self.model, state, options=_TRAINED)
 
-    def _move_bar(self, said: str = "") -> None:
-        if self._bar is not None:
-            if said:
-                self._bar.set_postfix_str(said, refresh=False)
-            self._bar.update(self._parts_done() - self._bar.n)
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            state = self._optimizer_state()
+            _exchange(load, state, checkpoint, _OPTIMIZER)
+            set_optimizer_state_dict(self.model, self._plain(), state, options=_TRAINED)
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        return get_optimizer_state_dict(self.model, self._plain(), options=_TRAINED)
+
+    def _plain(self) -> torch.optim.Optimizer:
+        """Return the optimizer itself, not accelerate's around it."""
+        optimizer: Any = self.optimizer
+        found: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+        return found
 
 
-def _saved_pace(trainer_state: dict[str, Any]) -> dict[str, Any]:
-    """Return the state of the pace that a Trainer saved with its own."""
-    saved: dict[str, Any] = trainer_state["stateful_callbacks"][Pace.__name__]
-    return saved
+def _exchange(do: Callable[..., Any], state: dict[str, Any], directory: str, name: str) -> None:
+    """Write a state, or fill this process's parts of it from what any number of them wrote."""
+    with warnings.catch_warnings():
+        # It warns of a process that is alone.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        do(state, checkpoint_id=Path(directory) / name, no_dist=process_count() == 1)
 
 
-def _diverged(step: int, what: str) -> RecoveryError:
-    return RecoveryError(
-        f"{what} is NaN or infinite at step {step}; "
-        "start again with a lower --learning-rate, or in --dtype float32"
+def train(
+    adapted: Any,
+    text: RecoveryText,
+    training: Training,
+    *,
+    schedule: Schedule,
+    loss: ModelLoss,
+    work: PassState,
+) -> TrainingOutcome:
+    """Train, and leave the model with the weights of its best evaluation.
+
+    That is a causal LM, or a PEFT model around it, sharded if that is asked, which was given the
+    loss function. The Trainer's checkpoints are in the directory of `work`; those of a killed run
+    go on.
+    """
+    # Without a state, what lies there is not complete, and the first process removes it.
+    last = last_checkpoint(work.directory) if work.next_block else None
+    tokens_in_step = training.windows_in_step * training.seqlen
+    pace = Pace(schedule, tokens_in_step, work)
+    adapted.config.use_cache = False
+    with without_library_bars():
+        trainer = (ShardedTrainer if training.shard else RecoveryTrainer)(
+            adapted,
+            training_arguments(
+                training, work.directory, schedule.most_steps, adapted, begins=last is None
+            ),
+            text,
+            schedule=schedule,
+            loss=loss,
+            pace=pace,
+        )
+        if last is not None and saved_pace(last[1])["fraction"] >= 1:
+            trainer.take_up_finished(*last, pace)
+        else:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last[0]))
+    best_step = trainer.state.best_global_step
+    held_out = {entry["step"]: entry["held_out"] for entry in pace.history}
+    return TrainingOutcome(
+        steps=trainer.state.global_step,
+        best_step=best_step if held_out[best_step] < held_out[0] else 0,
+        tokens_in_step=tokens_in_step,
+        tokens_per_second=round(pace.tokens_per_second, 1),
+        history=pace.history,
+    )
+
+
+def training_arguments(
+    training: Training, directory: Path, steps: int, model: PreTrainedModel, *, begins: bool
+) -> TrainingArguments:
+    """Return the Trainer's arguments for a run of at most `steps` steps that begins or goes on."""
+    from transformers import TrainingArguments
+
+    on_cpu = model.device.type == "cpu"
+    checkpointing: dict[str, Any] = {}
+    if training.gradient_checkpointing:
+        # The newer name is there in versions that warn of the older one.
+        known = {field.name for field in fields(TrainingArguments)}
+        name = "activation_checkpointing"
+        name = name if name in known else "gradient_checkpointing"
+        checkpointing = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+    return TrainingArguments(
+        output_dir=str(directory),
+        max_steps=steps,
+        per_device_train_batch_size=training.batch_windows,
+        per_device_eval_batch_size=training.batch_windows,
+        **checkpointing,
+        learning_rate=training.learning_rate,
+        optim="adamw_torch_fused",
+        bf16=model.dtype == torch.bfloat16,
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and process_count() > 1 else None,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=not on_cpu,
+        remove_unused_columns=False,
+        prediction_loss_only=True,
+        # The held-out loss before training is what every later one is compared with.
+        eval_on_start=begins,
+        # The clock decides when; the Trainer only needs to know that it may.
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=ENDLESS_STEPS,
+        save_steps=ENDLESS_STEPS,
+        logging_steps=10,
+        logging_nan_inf_filter=False,
+        load_best_model_at_end=True,
+        save_total_limit=2,
+        seed=training.seed,
+        data_seed=training.seed,
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
     )

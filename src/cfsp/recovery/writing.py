@@ -29,7 +29,7 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor, write_shards
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.recovery.prepare import Prepared
-from cfsp.recovery.training import TrainingOutcome
+from cfsp.recovery.trainer import TrainingOutcome
 from cfsp.result.card import model_card, origin_of
 from cfsp.result.manifest import read_manifest, write_manifest
 from cfsp.streaming.runtime import versions
@@ -103,7 +103,7 @@ def write_record(
     recovery = {
         "adaptation": asdict(settings.adaptation),
         "training": asdict(settings.training),
-        "teacher": teacher and {"name": teacher.label, **asdict(settings.distillation)},
+        "teacher": teacher and {"name": teacher.label, "weight": settings.training.teacher_weight},
         "data": {
             "sources": ready.text.sources,
             "tokens_digest": ready.text.train.digest,

@@ -104,7 +104,7 @@ def _recovery(recovery: Mapping[str, Any]) -> dict[str, str]:
         ranks = "equal in all blocks" if equal else f"ranks by {how['allocation']}"
         trained = f"{how['method']} of mean rank {how['rank']:g}, {ranks}"
     facts = {
-        "trained": f"{trained}; targets: {how['targets']}; "
+        "trained": f"{trained}; targets: {how.get('targets', 'all')}; "
         f"{recovery['trainable_parameters']:,} parameters",
         "recovery text": f"{texts_in_words(recovery['data'])} of {training['seqlen']} tokens",
         "training": f"{counted(recovery['steps'], 'steps')} of {recovery['tokens_in_step']:,} "

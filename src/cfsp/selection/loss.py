@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from cfsp.errors import BudgetError
 from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.make import Planner, model_size
-from cfsp.quality.perplexity import perplexity
+from cfsp.quality.perplexity import loss_in_memory
 from cfsp.selection.constraint import (
     STEPS,
     Attempt,
@@ -30,7 +29,7 @@ from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 HELD_OUT_WINDOWS = 12
 
@@ -73,7 +72,7 @@ class LossIncrease(Constraint):
     def _measured(self, planner: Planner, parts: tuple[Part, ...]) -> dict[str, Any]:
         source, goal = self.source, self.goal
         model = load_whole(source, self.runtime, "--max-loss-increase")
-        dense = _loss(model, self.held_out, "dense")
+        dense = loss_in_memory(model, self.held_out, "dense")
         size = model_size(source, keep=self.budget.keep)
         tried: list[Attempt] = []
 
@@ -82,7 +81,7 @@ class LossIncrease(Constraint):
             plan = planner.plan(candidate)
             label = f"{candidate.sparsity:.1%} pruned"
             with masked_channels(source, model, dict(enumerate(plan.kept_channels))):
-                increase = _loss(model, self.held_out, label) - dense
+                increase = loss_in_memory(model, self.held_out, label) - dense
             parameters = size.parameters_with(plan.kept_widths)
             fits = increase <= goal.nats
             tried.append(Attempt(candidate.sparsity, parameters, increase, fits))
@@ -108,11 +107,6 @@ def held_out_windows(text: CalibrationText, tokenizer: PreTrainedTokenizerBase) 
     return draw_left_over(text, tokenizer, HELD_OUT_WINDOWS)
 
 
-def _loss(model: PreTrainedModel, windows: Windows, label: str) -> float:
-    """Return the loss of a model in nats per token."""
-    return math.log(perplexity(model, windows, label).value)
-
-
 def loss_increase_of(directory: Path, dense: float, settings: PruneSettings) -> float:
     """Return how much the loss of a finished checkpoint is above the dense model's.
 
@@ -121,4 +115,4 @@ def loss_increase_of(directory: Path, dense: float, settings: PruneSettings) -> 
     held_out = held_out_windows(settings.text, load_tokenizer(directory))
     result = Checkpoint(directory)
     model = load_whole(result, runtime_of(settings.compute, result), "measuring the loss")
-    return _loss(model, held_out, "result") - dense
+    return loss_in_memory(model, held_out, "result") - dense

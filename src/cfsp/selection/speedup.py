@@ -39,8 +39,8 @@ from cfsp.selection.constraint import (
     last_that_holds,
 )
 from cfsp.settings import Budget, Part, Phase, TargetSpeedup, unit_parts
-from cfsp.speed import Conditions, Workload, compare_speed
-from cfsp.speed.subjects import SmallerModel, Subject
+from cfsp.speed.bench import compare_speed
+from cfsp.speed.subjects import Conditions, SmallerModel, Subject, Workload
 from cfsp.streaming.memory import available_bytes
 from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.work_dir import WorkDir, load_or_compute

@@ -17,13 +17,12 @@ from statistics import median
 from typing import Any
 
 from cfsp.checkpoint.locating import locate_model
-from cfsp.errors import CheckpointError, UsageError
+from cfsp.errors import UsageError
 from cfsp.exports.decilm import is_decilm
 from cfsp.progress import item_progress
 from cfsp.result.names import short_names
 from cfsp.speed.process import ModelProcess, model_process
-from cfsp.speed.subjects import Subject
-from cfsp.speed.work import Conditions, Footprint, Timing, Workload
+from cfsp.speed.subjects import Conditions, Footprint, Subject, Timing, Workload
 
 # For how long rounds that other programs disturb are measured again, all workloads together.
 PATIENCE_SECONDS = 30.0
@@ -31,8 +30,6 @@ PATIENCE_SECONDS = 30.0
 _TOO_BUSY = 0.2
 # So many rounds that nobody disturbs say enough where there is no patience for all.
 _ENOUGH = 3
-# A round has one timing of every model.
-_Round = list[Timing]
 
 
 @dataclass(frozen=True)
@@ -42,8 +39,7 @@ class Speed:
     tokens: int  # of all sequences in one run
     seconds: tuple[float, ...]
     ratios: tuple[float, ...]  # to the first model in the same round
-    # What the models' sizes promise: FLOPs for prefill, bytes for decoding; NaN if unknown.
-    ideal_ratio: float
+    ideal_ratio: float  # what the models' sizes promise; NaN if unknown
     too_busy: bool = False  # other programs took so much meanwhile that the ratios say nothing
 
     @property
@@ -129,7 +125,6 @@ def bench(
     batch: int | Sequence[int] = 1,
     prompt: int | Sequence[int] = 512,
     new_tokens: int | Sequence[int] = 32,
-    engine: str = "transformers",
     rounds: int = Conditions.rounds,
     disturbance: float = Conditions.disturbance,
     device: str = "cpu",
@@ -141,12 +136,10 @@ def bench(
     They compute with as many threads as `OMP_NUM_THREADS` says, and the result names.
 
     Args:
-        models: one or several, as for prune (for llama.cpp .gguf files only); ratios are to the
-            first.
+        models: one or several, as for prune; ratios are to the first.
         batch: sequences at once; several are timed one after the other.
         prompt: prompt tokens of each; likewise.
         new_tokens: tokens generated for each; likewise.
-        engine: transformers or llama.cpp.
         rounds: timed runs of each model.
         disturbance: a round is measured again while other programs take more than this fraction
             of the processors.
@@ -157,50 +150,31 @@ def bench(
         Sizes, speeds with their ratios round by round, and peak memory; `to_json()` for a file.
 
     Raises:
-        UsageError: a number is out of range, or the engine does not read such models.
+        UsageError: a number is out of range, or a model is an export for vLLM.
         CheckpointError: there is no such model, or it is damaged.
-        MissingExtraError: the engine is not installed.
     """
     models = [models] if isinstance(models, str | Path) else models
     if not models:
         raise UsageError("expected at least one model to time")
     axes = [(v,) if isinstance(v, int) else tuple(v) for v in (batch, prompt, new_tokens)]
     workloads = [Workload(*values) for values in product(*axes)]
-    conditions = Conditions(engine, Conditions.warmups, rounds, disturbance, device, dtype)
+    conditions = Conditions(Conditions.warmups, rounds, disturbance, device, dtype)
     short = short_names(list(map(str, models)), least=1)
-    labelled = [(each, short[str(each)]) for each in models]
-    subjects = [Subject(_found_for(engine, each, label), label) for each, label in labelled]
-    return compare_speed(subjects, workloads, conditions)
-
-
-def _found_for(engine: str, model: str | Path, label: str) -> Path:
-    """Return what an engine is given for a model, if it can run that as far as files tell."""
-    refused = f"the engine {engine} cannot run {label}"
-    path = Path(model)
-    if engine == "llama.cpp":  # it reads a .gguf file itself; for others it is converted once
-        if path.suffix != ".gguf":
+    subjects = [Subject(locate_model(each), short[str(each)]) for each in models]
+    for subject in subjects:
+        if is_decilm(Path(str(subject.model))):
             raise UsageError(
-                f"{refused}: it runs .gguf files; make one with: cfsp export DIR --to gguf"
+                f"{subject.label} is an export for vLLM; time it with vllm bench latency --model "
+                f"{subject.model} --trust-remote-code, or give the checkpoint that was exported"
             )
-        if not path.is_file():
-            raise CheckpointError(
-                f"{path} does not exist; make it with: cfsp export DIR --to gguf --out {path}"
-            )
-        return path
-    path = locate_model(model)
-    if is_decilm(path):
-        raise UsageError(
-            f"{refused}, which is an export for vLLM; time it with vllm bench latency --model "
-            f"{path} --trust-remote-code, or give the checkpoint that was exported"
-        )
-    return path
+    return compare_speed(subjects, workloads, conditions)
 
 
 def compare_speed(
     subjects: Sequence[Subject], workloads: Sequence[Workload], conditions: Conditions
 ) -> Comparison:
     """Time models against each other, each in a process of its own; ratios are to the first."""
-    timed: dict[Workload, list[_Round]] = {}
+    timed: dict[Workload, list[list[Timing]]] = {}
     given_up: dict[Workload, int] = {}
     disturbance: dict[Workload, float] = {}
     with ExitStack() as stack:
@@ -244,14 +218,15 @@ def _rounds(
     conditions: Conditions,
     patience: float,
     on_round: Callable[[], object],
-) -> tuple[list[_Round], int]:
+) -> tuple[list[list[Timing]], int]:
     """Run rounds, again where other programs took part of the machine, for so many seconds.
 
     What counts is what the others did, never the timing itself: that would choose results. Where
-    they hardly let a round through, all count. Returns the rounds, and how many were given up.
+    they hardly let a round through, all count. Returns the rounds, each with one timing of every
+    model, and how many were given up.
     """
-    every: list[_Round] = []
-    kept: list[_Round] = []
+    every: list[list[Timing]] = []
+    kept: list[list[Timing]] = []
     while len(kept) < conditions.rounds and patience > 0:
         start = time.monotonic()
         every.append([process.run(workload) for process in processes])
@@ -269,14 +244,15 @@ def _speeds(
     processes: Sequence[ModelProcess],
     number: int,
     workload: Workload,
-    timed: Sequence[_Round],
+    timed: Sequence[list[Timing]],
     too_busy: bool,
 ) -> dict[str, Speed]:
     """Return the speed of one of the models in each phase."""
-    first, own = (processes[i].footprint.work for i in (0, number))
+    first, own = (processes[i].footprint for i in (0, number))
+    read = [processes[i].footprint.decode_work(timed[0][i].cache_bytes) for i in (0, number)]
     phases = {
-        "prefill": (workload.prompt, first.prefill_flops(workload) / own.prefill_flops(workload)),
-        "decode": (workload.new_tokens, first.decode_bytes(workload) / own.decode_bytes(workload)),
+        "prefill": (workload.prompt, first.prefill_work(workload) / own.prefill_work(workload)),
+        "decode": (workload.new_tokens, read[0] / read[1]),
     }
     found = {}
     for phase, (tokens, ideal_ratio) in phases.items():

@@ -6,22 +6,18 @@ import gc
 import multiprocessing
 import os
 import signal
-import sys
 import time
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from cfsp.errors import CfspError
-from cfsp.speed.engines import Engine, LlamaCppEngine, TransformersEngine
-from cfsp.speed.subjects import Subject
-from cfsp.speed.work import Conditions, Footprint, Timing, Workload
+from cfsp.speed.subjects import Conditions, Engine, Footprint, Subject, Timing, Workload
 from cfsp.streaming.memory import peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -29,8 +25,6 @@ if TYPE_CHECKING:
 
 # A fresh interpreter: a forked one would carry this process's memory.
 PROCESSES: SpawnContext | ForkServerContext = multiprocessing.get_context("spawn")
-_STOP_SECONDS = 30.0
-_INTERRUPTED_SECONDS = 1.0
 # Not idle, not waiting for a disk, not taken by another virtual machine. Some systems lack some.
 _WORK = ("user", "nice", "system", "irq", "softirq")
 
@@ -39,127 +33,74 @@ _WORK = ("user", "nice", "system", "irq", "softirq")
 class ModelProcess:
     """A process that holds one model; runs happen only when asked for."""
 
-    connection: Connection
+    executor: ProcessPoolExecutor
     footprint: Footprint
     facts: dict[str, Any]  # of the engine
     load_seconds: float  # from start to ready
 
     def run(self, workload: Workload) -> Timing:
         """Time one run; no other model runs meanwhile."""
-        timing: Timing = self._ask(workload)
+        timing: Timing = _asked(self.executor, _run, workload)
         return timing
 
     def peak_bytes(self) -> tuple[int, int]:
-        """Return the peak so far, of host memory and of an accelerator's.
-
-        Weights mapped from files and libraries are in it.
-        """
-        peak: tuple[int, int] = self._ask(None)
+        """Return the peak so far, of host memory (mapped files too) and of an accelerator's."""
+        peak: tuple[int, int] = _asked(self.executor, _peak_bytes)
         return peak
-
-    def _ask(self, request: Workload | None) -> Any:
-        # A process that has ended is found out when its answer is awaited.
-        with suppress(ConnectionError):
-            self.connection.send(request)
-        return _receive(self.connection)
 
 
 @contextmanager
 def model_process(subject: Subject, conditions: Conditions) -> Iterator[ModelProcess]:
     """Start a process, load the model in it, and end it afterwards; its errors are raised here."""
-    ours, theirs = PROCESSES.Pipe()
-    # It ends when the connection closes.
-    process = PROCESSES.Process(target=_serve, args=(theirs, subject, conditions))
-    with _interrupts_held_back():
-        process.start()
-    theirs.close()
-    patience = _STOP_SECONDS
+    # Ctrl-C goes to all processes of a terminal: this one ends the others.
+    executor = ProcessPoolExecutor(1, PROCESSES, signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
-        yield ModelProcess(ours, *_receive(ours))
+        ready = executor.submit(os.getpid)
+        yield ModelProcess(executor, *_asked(executor, _load, subject, conditions))
     except BaseException:
-        patience = _INTERRUPTED_SECONDS
+        own = None if ready.exception() else ready.result()
+        for process in multiprocessing.active_children():
+            if process.pid == own:
+                process.kill()  # it may be in the middle of a run
         raise
     finally:
-        ours.close()
-        process.join(patience)
-        if process.is_alive():
-            process.kill()
-            process.join()
-        process.close()
+        executor.shutdown()
 
 
-@contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Let what is started meanwhile never see Ctrl-C, which goes to all processes of a terminal.
-
-    It would only add a traceback: this process ends the others. Here a Ctrl-C comes afterwards.
-    """
-    if sys.platform == "win32":
-        yield
-        return
-    # Starting this helper of multiprocessing would let signals through again.
-    resource_tracker.ensure_running()
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _asked(executor: ProcessPoolExecutor, ask: Callable[..., Any], *given: Any) -> Any:
+    """Return what a function gives in the process; its errors are raised here."""
     try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-
-
-def _receive(connection: Connection) -> Any:
-    try:
-        kind, answer = connection.recv()
-    except (EOFError, ConnectionError) as error:
+        return executor.submit(ask, *given).result()
+    except BrokenProcessPool as error:
         raise CfspError(
             "the process that ran the model ended without an answer, most likely for lack of "
             "memory; bench a smaller model"
         ) from error
-    if kind is None:
-        return answer
-    raised = kind.__new__(kind)
-    Exception.__init__(raised, answer)
-    raise raised
 
 
-def start_engine(subject: Subject, conditions: Conditions) -> Engine:
-    """Load a subject into an engine."""
-    build = LlamaCppEngine if conditions.engine == "llama.cpp" else TransformersEngine
-    return build(subject, conditions)
+# The engine of a process that holds one.
+_engine: list[Engine] = []
 
 
-def _serve(connection: Connection, subject: Subject, conditions: Conditions) -> None:
-    """Answer with (None, what was asked for) or, as not every error survives pickling, with text.
-
-    First comes what a `ModelProcess` knows of its model.
-    """
+def _load(subject: Subject, conditions: Conditions) -> tuple[Footprint, dict[str, Any], float]:
+    """Load the model, in the process; return what a `ModelProcess` knows of it."""
     # Runtimes print as they like; standard output is for the results.
     os.dup2(2, 1)
-    try:
-        start = time.perf_counter()
-        engine = start_engine(subject, conditions)
-        seconds = time.perf_counter() - start
-        connection.send((None, (engine.footprint, engine.facts, seconds)))
-        while True:
-            request = connection.recv()
-            if request is None:
-                connection.send((None, (peak_rss_bytes(), engine.peak_device_bytes())))
-            else:
-                connection.send((None, _run(engine, request)))
-    except (EOFError, ConnectionError):
-        # The other side has gone.
-        return
-    except CfspError as error:
-        connection.send((type(error), str(error)))
-    except Exception as error:
-        connection.send((RuntimeError, "".join(traceback.format_exception(error))))
+    start = time.perf_counter()
+    _engine.append(Engine(subject, conditions))
+    return _engine[0].footprint, _engine[0].facts, time.perf_counter() - start
 
 
-def _run(engine: Engine, workload: Workload) -> Timing:
+def _peak_bytes() -> tuple[int, int]:
+    return peak_rss_bytes(), _engine[0].peak_device_bytes()
+
+
+def _run(workload: Workload) -> Timing:
     # A collection in the middle of a run would be timed with it.
     gc.collect()
     gc.disable()
     busy, cpu, wall = busy_seconds(), time.process_time(), time.perf_counter()
-    timing = engine.run(workload)
+    timing, _ = _engine[0].run(workload)
     own, spent = time.process_time() - cpu, time.perf_counter() - wall
     share = share_of_others(busy_seconds() - busy, own, spent)
     gc.enable()

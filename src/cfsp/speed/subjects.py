@@ -1,25 +1,127 @@
-"""What can be timed: a model by name, a .gguf file, or the shapes of one that lost something."""
+"""What can be timed, and what runs it: transformers, eager, with a growing cache.
+
+That is a model by name, or the shapes of one that lost something. Prefill is bound by arithmetic,
+decoding of few sequences by reading weights and cache. The ideal ratio of two models is therefore
+that of the matrices that tokens pass in prefill, and of the bytes of these and of the cache in
+decoding. Embedding rows are looked up and cost nothing; attention itself, norms, and matrices
+between the blocks and the head (OPT-350M has two) are not counted.
+
+Shapes: B sequences, P prompt tokens, T tokens at once, N new tokens.
+"""
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from cfsp.checkpoint.loading import compute_dtype, load
+from cfsp.checkpoint.loading import cache_argument, compute_device, compute_dtype, load
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.pruned_config import pruned_config
-from cfsp.checkpoint.reading import LoadedModel, parameter_count
+from cfsp.checkpoint.reading import LoadedModel, WeightSource, parameter_count
 from cfsp.checkpoint.skeleton import architecture_of, build_skeleton
+from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
+from cfsp.errors import UsageError
 from cfsp.settings import Part
-from cfsp.speed.work import Footprint, work_of
+from cfsp.streaming.decoder_end import text_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _INITIAL_RANGE = 0.02
+PHASES = ("prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Prefill of a prompt, then generation of new tokens, one by one for each sequence."""
+
+    batch: int = 1  # sequences at once
+    prompt: int = 512  # tokens of each
+    new_tokens: int = 32  # generated for each after the first, which the prefill gives
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} must be at least 1, found {value}")
+
+    def describe(self) -> str:
+        """Return one line for people."""
+        return f"batch {self.batch}, prompt {self.prompt}, {self.new_tokens} new tokens"
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How to measure."""
+
+    warmups: int = 2  # untimed runs of each workload before the rounds
+    rounds: int = 7  # timed runs of each model, in turns
+    # A round is measured again, for half a minute in all, while other programs take more than this
+    # fraction of the processors.
+    disturbance: float = 0.05
+    device: str = "cpu"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise UsageError(f"expected at least 1 round, found {self.rounds}")
+        if not self.disturbance >= 0:
+            raise UsageError(f"disturbance must be at least 0, found {self.disturbance}")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one run of a workload."""
+
+    prefill: float  # until the first new token is known, so also the time to first token
+    decode: float  # of all further tokens
+    cache_bytes: int = 0  # of keys and values of all sequences at the end
+    disturbance: float = 0.0  # fraction of all processors that other programs took meanwhile
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a model weighs."""
+
+    parameters: int  # tied embeddings count once
+    disk_bytes: int  # of the weight files; of the tensors where there is no file
+    # Elements of the matrices in the blocks; NaN where experts are routed: it is not known how many
+    # of them a token passes.
+    block_parameters: float
+    head_parameters: int
+    itemsize: int  # bytes of each
+
+    @staticmethod
+    def of(source: WeightSource, disk_bytes: int, itemsize: int) -> Footprint:
+        """Return that of a model, from config and shapes."""
+        config: Any = text_config_of(source.config)
+        blocks = f"{source.architecture.blocks}."
+        of_blocks = [
+            s.elements
+            for n, s in source.parameters.items()
+            if n.startswith(blocks) and len(s.shape) >= 2
+        ]
+        return Footprint(
+            parameter_count(source),
+            disk_bytes,
+            math.nan if source.architecture.has_experts else sum(of_blocks),
+            config.vocab_size * config.hidden_size,
+            itemsize,
+        )
+
+    def prefill_work(self, workload: Workload) -> float:
+        """Return how many matrix elements tokens pass; only the last of each passes the head."""
+        return workload.batch * (workload.prompt * self.block_parameters + self.head_parameters)
+
+    def decode_work(self, cache_bytes: int) -> float:
+        """Return the bytes that are read for one new token of every sequence."""
+        return self.itemsize * (self.block_parameters + self.head_parameters) + cache_bytes
 
 
 @dataclass(frozen=True)
@@ -55,8 +157,7 @@ def build_model(
     dtype = compute_dtype(checkpoint, dtype_name)
     model = load(checkpoint.directory, dtype=dtype, device=device)
     size = sum(path.stat().st_size for path in checkpoint.directory.glob("*.safetensors"))
-    work = work_of(checkpoint, dtype.itemsize)
-    return model, Footprint(parameter_count(checkpoint), size, work)
+    return model, Footprint.of(checkpoint, size, dtype.itemsize)
 
 
 def _random_model(
@@ -76,4 +177,69 @@ def _random_model(
     model.to(device)
     source = LoadedModel(model)
     size = sum(spec.nbytes for spec in source.specs.values())
-    return model, Footprint(parameter_count(source), size, work_of(source, dtype.itemsize))
+    return model, Footprint.of(source, size, dtype.itemsize)
+
+
+class Engine:
+    """A loaded model that generates greedily, step by step."""
+
+    def __init__(self, subject: Subject, conditions: Conditions) -> None:
+        self._device = compute_device(conditions.device)
+        self._model, self.footprint = build_model(subject, conditions.dtype, self._device)
+        self._forward: Any = text_model(self._model)
+        self._cache_argument = cache_argument(self._forward)
+        # What the timings hold for.
+        self.facts = {
+            "engine": "transformers, eager",
+            "torch": torch.__version__,
+            "dtype": str(self._model.dtype).removeprefix("torch."),
+            "device": str(self._device),
+            "threads": torch.get_num_threads(),
+            "attention": self._model.config._attn_implementation,
+        }
+
+    @torch.inference_mode()
+    def run(self, workload: Workload) -> tuple[Timing, Tensor]:
+        """Time one prefill and the decoding after it; return also the tokens, BN."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self._model.config)
+        prompt_BP = random_prompt(vocabulary_of(self._model.config), workload)
+        start = self._now()
+        tokens = [self._step(prompt_BP, 0, cache)]
+        first = self._now()
+        for number in range(workload.new_tokens):
+            tokens.append(self._step(tokens[-1], workload.prompt + number, cache))
+        end = self._now()
+        kept = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+        cached = sum(each.nbytes for each in kept if each is not None)
+        return Timing(first - start, end - first, cached), torch.cat(tokens, dim=1)
+
+    def peak_device_bytes(self) -> int:
+        """Return the largest memory of an accelerator; 0 on the CPU."""
+        if self._device.type == "cpu":
+            return 0
+        return int(torch.accelerator.max_memory_allocated(self._device))
+
+    def _step(self, tokens_BT: Tensor, start: int, cache: Any) -> Tensor:
+        """Read more tokens of every sequence and return the next of each (B x 1)."""
+        positions_1T = torch.arange(start, start + tokens_BT.shape[1], device=self._device)[None]
+        arguments: dict[str, Any] = {
+            "input_ids": tokens_BT.to(self._device),
+            "position_ids": positions_1T,
+            self._cache_argument: cache,
+            "use_cache": True,
+        }
+        output = self._forward(**arguments, logits_to_keep=1)
+        return output.logits[:, -1:].argmax(-1)  # type: ignore[no-any-return]
+
+    def _now(self) -> float:
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+        return time.perf_counter()
+
+
+def random_prompt(vocabulary: int, workload: Workload) -> Tensor:
+    """Return tokens_BP of a workload, the same each time."""
+    shape, generator = (workload.batch, workload.prompt), torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary, shape, generator=generator)

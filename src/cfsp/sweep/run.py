@@ -12,7 +12,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,24 +33,19 @@ from cfsp.pipeline import calibrate_source, prune_checkpoint
 from cfsp.progress import item_progress
 from cfsp.quality.answers import Questions
 from cfsp.quality.compare import compare
-from cfsp.quality.evaluate import evaluate_models, evaluation_windows
+from cfsp.quality.evaluate import Dense, evaluate_models
 from cfsp.quality.perplexity import before_and_after
 from cfsp.quality.results_file import measured_model
 from cfsp.quality.tasks.harness import TaskRunner
 from cfsp.quality.tasks.selection import TaskSelection
 from cfsp.repair.ladder import check_can_be_repaired
-from cfsp.result.facts import Conditions
-from cfsp.result.manifest import add_to_manifest, read_manifest
+from cfsp.result.manifest import add_to_manifest
 from cfsp.selection.constraint import Share
-from cfsp.settings import Compute, EvaluationText, Part
-from cfsp.speed import Conditions as Timing
-from cfsp.speed import Workload, compare_speed
-from cfsp.speed.subjects import Subject
-from cfsp.speed.work import PHASES
-from cfsp.streaming.runtime import check_fits, runtime_of
-from cfsp.streaming.work_dir import output_work_dir, remove_finished_work
+from cfsp.settings import Compute, Part
+from cfsp.streaming.memory import default_budget
+from cfsp.streaming.work_dir import output_work_dir, remove_finished_work, temporary_work_dir
 from cfsp.sweep.settings import Point, SweepSettings
-from cfsp.sweep.table import Row
+from cfsp.sweep.table import Row, read_rows
 from cfsp.text.drawing import draw_text, processor_of
 from cfsp.text.tokenizers import load_tokenizer
 
@@ -93,15 +88,33 @@ def run_sweep(
         missing = [point for point in points if not (out / point.name).is_dir()]
         if missing:
             _check(sweep)
-        (dense,) = evaluate_models(
-            [sweep.source.directory], settings.evaluation, compute, tasks, out=out / _DENSE_FILE
-        )
-        if missing:
+        budget = compute.memory_budget or default_budget()
+        with temporary_work_dir(budget // (4 * (len(settings.eval) + 1))) as passes:
+            dense = Dense(sweep.source, {}, passes)
+            names = () if settings.compares else (sweep.source.directory,)
+            (found,) = _evaluated(sweep, names, dense, out / _DENSE_FILE)
+            dense = replace(dense, result=found)
             with item_progress("sweep", len(missing), "model") as bar:
                 for point in missing:
                     _make(sweep, point, dense, command)
                     bar.update()
-        return _rows(sweep, dense)
+        parameters = parameter_count(sweep.source)
+        return read_rows(found, parameters, [(point, out / point.name) for point in points])
+
+
+def _evaluated(
+    sweep: _Sweep, names: Sequence[Path], dense: Dense, out: Path | None = None
+) -> list[dict[str, Any]]:
+    """Measure models as the sweep asks for; beside the dense one if that is asked."""
+    return evaluate_models(
+        names,
+        sweep.settings.evaluation,
+        sweep.compute,
+        sweep.tasks,
+        questions=sweep.questions,
+        against=dense if sweep.settings.compares else None,
+        out=out,
+    )
 
 
 @contextmanager
@@ -139,21 +152,13 @@ def _claim(out: Path, settings: SweepSettings) -> None:
 
 
 def _check(sweep: _Sweep) -> None:
-    """Check all that the settings name before the first forward pass."""
-    source, runtime = sweep.source, runtime_of(sweep.compute, sweep.source)
-    tokenizer = load_tokenizer(source.directory)
+    """Check all that is not checked when the dense model is measured, before that."""
+    source, text = sweep.source, sweep.points[0].settings.text
     for point in sweep.points:
         own = sweep.opened(point.settings.budget.parts)
         Share(own, point.settings.budget).check()
         check_can_be_repaired(own, point.settings)
-    evaluation_windows(sweep.settings.evaluation, source)
-    if sweep.tasks is not None:
-        check_fits(source, runtime, "scoring tasks")
-        sweep.tasks.read_data()
-    if sweep.questions is not None:
-        check_fits(source, runtime, "answering questions")
-        sweep.questions.prompts(source, tokenizer)
-    draw_text(sweep.points[0].settings.text, tokenizer, processor_of(source))
+    draw_text(text, load_tokenizer(source.directory), processor_of(source))
 
 
 def _statistics(sweep: _Sweep) -> Statistics:
@@ -170,7 +175,7 @@ def _statistics(sweep: _Sweep) -> Statistics:
     return Statistics.load(path)
 
 
-def _make(sweep: _Sweep, point: Point, dense: dict[str, Any], command: str) -> None:
+def _make(sweep: _Sweep, point: Point, dense: Dense, command: str) -> None:
     """Prune and measure one model, in a place that is empty even after a kill."""
     own = sweep.opened(point.settings.budget.parts)
     statistics = _statistics(sweep).of_units({unit.part for unit in own.units})
@@ -179,7 +184,7 @@ def _make(sweep: _Sweep, point: Point, dense: dict[str, Any], command: str) -> N
     try:
         prune_checkpoint(own, working, point.settings, statistics=statistics, command=command)
         facts = _measured(sweep, working, dense)
-        facts["sweep"] = {"method": point.method, "sparsity": point.sparsity}
+        facts["sweep"] = {"method": point.method, "sparsity": point.settings.budget.sparsity}
         add_to_manifest(working, facts)
         for path in working.glob("*.safetensors"):
             path.unlink()
@@ -188,75 +193,13 @@ def _make(sweep: _Sweep, point: Point, dense: dict[str, Any], command: str) -> N
         shutil.rmtree(working, ignore_errors=True)
 
 
-def _measured(sweep: _Sweep, model: Path, dense: dict[str, Any]) -> dict[str, Any]:
+def _measured(sweep: _Sweep, model: Path, dense: Dense) -> dict[str, Any]:
     """Measure a pruned model as asked; return what its manifest will say of it."""
-    settings, compute, source = sweep.settings, sweep.compute, sweep.source.directory
-    compares = settings.agreement or sweep.questions is not None
-    against = source if compares else None
-    results = evaluate_models(
-        [model], settings.evaluation, compute, questions=sweep.questions, against=against
-    )
-    found = results[-1]
-    if sweep.questions is not None:
-        dense = {**dense, "answers": results[0]["answers"]}
-    if sweep.tasks is not None:  # apart: the dense model would be scored again
-        (scored,) = evaluate_models([model], EvaluationText(()), compute, sweep.tasks)
-        found |= {key: scored[key] for key in ("tasks", "documents")}
-    perplexity = before_and_after(dense["perplexity"], found["perplexity"])
+    settings, before = sweep.settings, dense.result
+    found = _evaluated(sweep, [model], dense)[-1]
+    perplexity = before_and_after(before["perplexity"], found["perplexity"])
     facts: dict[str, Any] = {"perplexity": perplexity}
-    if compares or sweep.tasks is not None:
-        first, second = measured_model("dense", dense), measured_model("pruned", found)
+    if settings.compares or sweep.tasks is not None:
+        first, second = measured_model("dense", before), measured_model("pruned", found)
         facts["comparison"] = compare(first, second, first).to_json()
-    if settings.speed:
-        subjects = [Subject(source, "dense"), Subject(model, "pruned")]
-        timed = compare_speed(subjects, [Workload(prompt=128)], Timing(rounds=5))
-        facts["speed"] = timed.to_json()
     return facts
-
-
-def _rows(sweep: _Sweep, dense: dict[str, Any]) -> list[Row]:
-    """Return the rows of all models, the dense one first; all were measured as that was."""
-    speed = dict.fromkeys(PHASES, 1.0) if sweep.settings.speed else {}
-    parameters = parameter_count(sweep.source)
-    dense_row = Row("dense", None, 0.0, parameters, dense["perplexity"], speed)
-    rows = [_row(point, sweep.out / point.name) for point in sweep.points]
-    for row in rows:
-        if _how(row) != _how(dense_row):
-            raise OutputError(
-                f"{row.directory} was not measured as the dense model of its sweep was, perhaps by "
-                "another version; delete it and run the sweep again"
-            )
-    return [dense_row, *rows]
-
-
-def _how(row: Row) -> set[Conditions]:
-    """Return under which conditions a model's perplexities were measured."""
-    return {Conditions.of(text, found) for text, found in row.perplexity.items()}
-
-
-def _row(point: Point, directory: Path) -> Row:
-    """Read what the manifest of a model says."""
-    manifest = read_manifest(directory)
-    if manifest is None or "sweep" not in manifest:
-        raise OutputError(f"{directory} is no model of a sweep; delete it and run the sweep again")
-    speed: dict[str, float | None] = {}
-    if "speed" in manifest:
-        timed = manifest["speed"]["models"][1]["workloads"][0]
-        speed = {
-            phase: None if timed[phase].get("too_busy") else timed[phase]["ratio"]
-            for phase in PHASES
-        }
-    perplexity = {}
-    for text, found in manifest["perplexity"].items():
-        conditions = {name: found[name] for name in found if name not in ("before", "after")}
-        perplexity[text] = {"value": found["after"], **conditions}
-    return Row(
-        point.name,
-        point.method,
-        point.sparsity,
-        int(manifest["parameters_after"]),
-        perplexity,
-        speed,
-        str(directory),
-        manifest.get("comparison"),
-    )

@@ -65,11 +65,6 @@ class Point:
     method: str
     settings: PruneSettings
 
-    @property
-    def sparsity(self) -> float:
-        """Fraction to remove."""
-        return self.settings.budget.sparsity
-
 
 @dataclass(frozen=True)
 class SweepSettings:
@@ -86,9 +81,8 @@ class SweepSettings:
     seed: int = CalibrationText.seed
     bos: Bos = CalibrationText.bos
     windows: int | None = EvaluationText.windows
-    speed: bool = False
-    agreement: bool = False  # it streams the dense model again beside each
-    answers: int | None = None  # questions to ask it and the dense model beside it
+    agreement: bool = False  # with the dense model
+    answers: int | None = None  # questions to ask all models
     tasks: Sequence[str] = ()
     limit: int | None = None  # documents of each task
     task_data: str | None = None
@@ -116,6 +110,11 @@ class SweepSettings:
                 settings = PruneSettings(budget, criterion, text, compute, repair)
                 found.append(Point(f"{name}-{sparsity:.4g}", name, settings))
         return found
+
+    @property
+    def compares(self) -> bool:
+        """Whether models are compared with the dense one's predictions."""
+        return self.agreement or self.answers is not None
 
     @property
     def evaluation(self) -> EvaluationText:

@@ -12,7 +12,11 @@ from typing import Any
 
 from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.output import write_atomically
+from cfsp.errors import OutputError
+from cfsp.result.facts import Conditions
+from cfsp.result.manifest import read_manifest
 from cfsp.result.tables import Table, estimate, pareto_front
+from cfsp.sweep.settings import Point
 
 
 @dataclass(frozen=True)
@@ -24,14 +28,55 @@ class Row:
     sparsity: float
     parameters: int
     perplexity: Mapping[str, Mapping[str, Any]]  # by text, as `cfsp eval --json` has it
-    speed: Mapping[str, float | None]  # ratio to the dense model by phase; None if too busy
     directory: str | None = None
     comparison: dict[str, Any] | None = None  # `cfsp.quality.compare.Comparison.to_json`
+
+    @staticmethod
+    def of(point: Point, directory: Path) -> Row:
+        """Return what the manifest of a model says."""
+        manifest = read_manifest(directory)
+        if manifest is None or "sweep" not in manifest:
+            raise OutputError(
+                f"{directory} is no model of a sweep; delete it and run the sweep again"
+            )
+        return Row(
+            point.name,
+            point.method,
+            point.settings.budget.sparsity,
+            int(manifest["parameters_after"]),
+            {
+                text: {"value": found["after"]}
+                | {name: found[name] for name in found if name not in ("before", "after")}
+                for text, found in manifest["perplexity"].items()
+            },
+            str(directory),
+            manifest.get("comparison"),
+        )
 
     @property
     def values(self) -> dict[str, float]:
         """Perplexity by text."""
         return {text: float(found["value"]) for text, found in self.perplexity.items()}
+
+    @property
+    def conditions(self) -> set[Conditions]:
+        """Under which perplexities were measured."""
+        return {Conditions.of(text, found) for text, found in self.perplexity.items()}
+
+
+def read_rows(
+    dense: dict[str, Any], parameters: int, points: Sequence[tuple[Point, Path]]
+) -> list[Row]:
+    """Return the rows of all models, the dense one first; all were measured as that was."""
+    rows = [Row.of(*point) for point in points]
+    first = Row("dense", None, 0.0, parameters, dense["perplexity"])
+    for row in rows:
+        if row.conditions != first.conditions:
+            raise OutputError(
+                f"{row.directory} was not measured as the dense model of its sweep was, perhaps by "
+                "another version; delete it and run the sweep again"
+            )
+    return [first, *rows]
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
@@ -71,10 +116,6 @@ def _qualities(rows: Sequence[Row]) -> Table:
             "parameters removed": f"{1 - row.parameters / dense.parameters:.1%}",
             **{text: f"{row.values[text]:z,.2f}" for text in dense.values},
             "loss rise": f"{loss_rise(row.values, dense.values):z,.2f}",
-            **{
-                f"{at} speed-up": "too busy" if row.speed[at] is None else f"{row.speed[at]:z,.2f}"
-                for at in dense.speed
-            },
             "front": " ".join(str(i + 1) for i, best in enumerate(fronts) if best[number]) or "-",
         }
         for number, row in enumerate(rows)

@@ -1,6 +1,22 @@
 """Running tasks through lm-evaluation-harness on a model that is already loaded.
 
-Requests, scoring and standard errors are all the harness's own; here is only the wiring.
+Requests, scoring and standard errors are all the harness's own; here is only the wiring, and what
+a model made of each document, so that models are compared in pairs.
+
+There are three kinds of documents: choices to pick from, a text to continue (as LAMBADA's last
+word), and an answer to write (as GSM8K's). A scored document has of these fields what applies:
+
+    id              number in its task, after the task's name where a group has several
+    hash            of its content, so that only the same ones are compared
+    acc             1 if it is right (the likeliest choice, every token of the continuation, or the
+                    answer), else 0
+    chance          probability that a guess is right
+    gold            number of the right choice, or of several
+    loglikelihoods  of each choice, or of the one continuation, in nats
+    choice          number of the likeliest choice
+    choice_norm     number of the likeliest choice by character
+    answer          what was written
+    acc_norm        1 if the likeliest choice by character is right, else 0
 """
 
 from __future__ import annotations
@@ -10,7 +26,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache, partial
@@ -19,9 +36,13 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.text_config import longest_input_of
 from cfsp.errors import CfspError, MissingExtraError, TaskError
-from cfsp.quality.tasks.documents import read_documents
-from cfsp.quality.tasks.scored import FILTERS, scored_documents, summary_of
-from cfsp.quality.tasks.selection import TaskSelection, check_known, jsonl_task_directory
+from cfsp.quality.paired import mean
+from cfsp.quality.tasks.selection import (
+    TaskSelection,
+    check_known,
+    jsonl_task_directory,
+    read_documents,
+)
 from cfsp.streaming.decoder_end import text_model
 from cfsp.streaming.work_dir import WorkDir, load_or_compute
 
@@ -29,6 +50,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HARNESS_METRICS = ("acc", "acc_norm", "exact_match")
+# How the harness takes an answer from what was written; the first that a task has is taken.
+FILTERS = ("none", "strict-match", "flexible-extract")
+
+ScoredDocument = dict[str, Any]
 # That of the harness's own command.
 _FEWSHOT_SEED = 1234
 # With none it computes no standard error at all.
@@ -71,7 +96,7 @@ class TaskRunner:
         scorer = cache(lambda: self.scorer(*whole()))
 
         def score(task: str) -> dict[str, Any]:
-            return scorer().score(task)
+            return scorer()(task)
 
         found: dict[str, Any] = {"tasks": {}, "documents": {}}
         for position, task in enumerate(self.selection.task_names):
@@ -80,8 +105,10 @@ class TaskRunner:
                 found[key].update(scored[key])
         return found
 
-    def scorer(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TaskScorer:
-        """Return what scores a model, one task after the other."""
+    def scorer(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> Callable[[str], dict[str, Any]]:
+        """Return what scores a model on tasks by name; see `score`."""
         from lm_eval.models.huggingface import HFLM
 
         with _quiet():
@@ -94,7 +121,7 @@ class TaskRunner:
                 # It does not look for it in the text config of a multimodal one.
                 max_length=longest_input_of(model.config),
             )
-        return TaskScorer(self, lm)
+        return partial(self.score, lm)
 
     def read_data(self) -> None:
         """Read the data of every task once, before any model is loaded."""
@@ -149,37 +176,28 @@ class TaskRunner:
         groups, tasks = loaded["groups"], loaded["tasks"]
         return [groups[name]] if name in groups else list(tasks.values()), list(tasks)
 
-
-@dataclass(frozen=True)
-class TaskScorer:
-    """Scores one model."""
-
-    runner: TaskRunner
-    lm: Any  # the model, as the harness runs it
-
-    def score(self, name: str) -> dict[str, Any]:
-        """Score the model on one task, or on all of a group.
+    def score(self, lm: Any, name: str) -> dict[str, Any]:
+        """Score a model, as the harness runs it, on one task, or on all of a group.
 
         Returns:
             `tasks`: task or group -> {version, shots, documents, chance, and each metric with its
-            standard error}. `documents`: task or group -> its documents, see
-            `cfsp.quality.tasks.scored`.
+            standard error}. `documents`: task or group -> its documents.
         """
         from lm_eval import evaluate
 
         # The harness would fork for its bootstrap: a fork of many threads can hang for ever.
         os.environ["DISABLE_MULTIPROC"] = "1"
         with _quiet():
-            roots, leaves = self.runner.load(name)
-            everything = self.runner.manager.load(roots)
+            roots, leaves = self.load(name)
+            everything = self.manager.load(roots)
             for task in everything["tasks"].values():
-                self.runner.set_shots(task)
+                self.set_shots(task)
             # Not simple_evaluate: it also asks git and every package for versions, for reports
             # of its own, and git complains where there is no repository.
             results = evaluate(
-                lm=self.lm,
+                lm=lm,
                 task_dict=everything,
-                limit=self.runner.selection.limit,
+                limit=self.selection.limit,
                 log_samples=True,
                 # Errors that nothing here reports, such as that of a perplexity, are by bootstrap.
                 bootstrap_iters=_FEWEST_DRAWS,
@@ -209,6 +227,80 @@ def _scores(name: str, members: list[str], results: dict[str, Any]) -> dict[str,
                 # Of a single document there is none: the harness says "N/A".
                 scores[f"{metric}_stderr"] = float(error) if isinstance(error, float) else None
     return scores
+
+
+def scored_documents(
+    tasks: Sequence[tuple[Any, Sequence[dict[str, Any]]]],
+) -> list[ScoredDocument]:
+    """Return the documents of a task, or of all tasks of a group, in their order.
+
+    Each of the harness's tasks comes with what it logged: of each filter a sample of each document.
+    """
+    found: list[ScoredDocument] = []
+    picked: list[list[str]] = []
+    for task, logged in tasks:
+        filters = {sample["filter"] for sample in logged}
+        chosen = next((each for each in FILTERS if each in filters), None)
+        for sample in logged:
+            if sample["filter"] != chosen:
+                continue
+            document = {
+                "id": f"{task.config.task}/{sample['doc_id']}",
+                "hash": sample["doc_hash"][:16],
+            }
+            if task.OUTPUT_TYPE == "multiple_choice":
+                picked.append(task.doc_to_choice(sample["doc"]))
+                found.append(document | _multiple_choice(task, sample, picked[-1]))
+            elif task.OUTPUT_TYPE == "loglikelihood" and "acc" in sample:
+                likelihoods = [round(float(sample["filtered_resps"][0][0]), 5)]
+                right = {"acc": float(sample["acc"]), "chance": 0.0}
+                found.append(document | right | {"loglikelihoods": likelihoods})
+            elif "exact_match" in sample:
+                right = {"acc": float(sample["exact_match"]), "chance": 0.0}
+                found.append(document | right | {"answer": str(sample["filtered_resps"][0])})
+    if len(picked) > 1 and all(choices == picked[0] for choices in picked):
+        # To say yes to everything is right in most documents of BoolQ: the best constant guess.
+        _, times = Counter(str(each.get("gold")) for each in found).most_common(1)[0]
+        return [{**each, "chance": times / len(found)} for each in found]
+    return found
+
+
+def summary_of(documents: Sequence[ScoredDocument]) -> dict[str, Any]:
+    """Return the accuracy of a guess, and of continuations the mean loss in nats with its error."""
+    if not documents:
+        return {}
+    found: dict[str, Any] = {"chance": round(mean([each["chance"] for each in documents]).value, 6)}
+    if all("gold" not in each and "loglikelihoods" in each for each in documents):
+        loss = mean([-each["loglikelihoods"][0] for each in documents])
+        found |= {"loss": loss.value, "loss_stderr": loss.stderr}
+    return found
+
+
+def _multiple_choice(task: Any, sample: dict[str, Any], choices: list[str]) -> ScoredDocument:
+    # Of documents with a context for each choice, the harness calls the right one the text.
+    gold_of = task.doc_to_text if task.multiple_input else task.doc_to_target
+    gold = _gold(gold_of(sample["doc"]), choices)
+    golds = gold if isinstance(gold, list) else [gold]
+    likelihoods = [float(each[0]) for each in sample["filtered_resps"]][: len(choices)]
+    by_character = [
+        each / max(1, len(choice)) for each, choice in zip(likelihoods, choices, strict=True)
+    ]
+    choice = likelihoods.index(max(likelihoods))
+    found = {
+        "acc": float(choice in golds),
+        "chance": len(golds) / len(choices),
+        "gold": gold,
+        "loglikelihoods": [round(each, 5) for each in likelihoods],
+        "choice": choice,
+        "choice_norm": by_character.index(max(by_character)),
+    }
+    return found | ({"acc_norm": float(sample["acc_norm"])} if "acc_norm" in sample else {})
+
+
+def _gold(found: Any, choices: Sequence[str]) -> int | list[int]:
+    if isinstance(found, list):
+        return [int(each) for each in found]
+    return choices.index(found) if isinstance(found, str) else int(found)
 
 
 @contextmanager
