@@ -22,13 +22,12 @@ from transformers import PreTrainedConfig
 
 from cfsp.architecture.found import Architecture, Unit
 from cfsp.architecture.model_classes import PRUNED, model_class_of, with_values
-from cfsp.checkpoint.config_blocks import stock_without_blocks
 from cfsp.checkpoint.config_file import read_plain_fields
 from cfsp.checkpoint.modeling_code import FFN_WIDTHS, KV_GROUPS, PER_LAYER_CONFIG, ModelingFile
 from cfsp.checkpoint.own_files import CONFIG_FILE, MODELING_FILE
 from cfsp.checkpoint.skeleton import PRUNED_KEY, stock_config
+from cfsp.checkpoint.stock_keys import WidthSearch, stock_heads, stock_without_blocks
 from cfsp.checkpoint.text_config import text_config_of, text_path
-from cfsp.checkpoint.width_keys import WidthSearch, stock_heads
 from cfsp.errors import UnsupportedModelError
 from cfsp.settings import Part
 
@@ -183,7 +182,7 @@ def _of_ffns(
         return _Changes(stock_values, {}), None
     key = _per_layer_key(search, architecture)
     value = max(widths) * (2 if would_load else 1)
-    if key is not None and search.finds_units({key: value}):
+    if key is not None and search.is_width_alone(key, value):
         digits = len(str(len(widths) - 1))
         per_layer = {str(i).zfill(digits): {key: width} for i, width in enumerate(widths)}
         return _Changes({key: value}, {PER_LAYER_CONFIG: per_layer}), key

@@ -33,13 +33,13 @@ from cfsp.architecture.small_run import (
     run_decoder,
     small_tokens,
 )
-from cfsp.checkpoint.config_blocks import (
+from cfsp.checkpoint.loading import cache_argument
+from cfsp.checkpoint.skeleton import stock_config
+from cfsp.checkpoint.stock_keys import (
     changes_without_blocks,
     same_changes,
     stock_without_blocks,
 )
-from cfsp.checkpoint.loading import cache_argument
-from cfsp.checkpoint.skeleton import stock_config
 from cfsp.checkpoint.stored_blocks import name_without_blocks, names_without_blocks
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import UnsupportedModelError, first_line
