@@ -75,7 +75,7 @@ def wide(
 
 def exported(source: Checkpoint, target: str, out: Path) -> tuple[ExportReport, dict[str, Any]]:
     """Export, and return the report and the config of a copy that computes the very same."""
-    report = export(source, target, out)
+    report = export(source.directory, target, out)
     assert report.verification is not None
     assert report.verification.max_difference == 0.0
     return report, json.loads((out / "config.json").read_text())
@@ -179,7 +179,7 @@ def test_what_a_reader_cannot_run_is_refused_by_name(
 ):
     source = wide(name, tokenizer, tmp_path, groups, **changes)
     with pytest.raises(ExportError, match=message):
-        export(source, target, tmp_path / "out")
+        export(source.directory, target, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -210,10 +210,10 @@ def test_other_widths_are_for_vllm_and_equal_ones_for_all(tmp_path, tokenizer):
     (tmp_path / "ragged").mkdir()
     with pytest.raises(ExportError, match=message):
         ragged = cut(tiny("llama"), tokenizer, tmp_path / "ragged")
-        export(ragged, "mlx-lm", tmp_path / "out")
+        export(ragged.directory, "mlx-lm", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     source = cut(tiny("llama"), tokenizer, tmp_path, (64, 64, 64))
-    export(source, "mlx-lm", tmp_path / "mlx")
+    export(source.directory, "mlx-lm", tmp_path / "mlx")
     fields = json.loads((tmp_path / "mlx" / "config.json").read_text())
     assert fields["architectures"] == ["LlamaForCausalLM"]
     # Positions are said in the old words too.
@@ -265,7 +265,7 @@ def test_a_config_that_describes_other_tensors_is_noticed(tmp_path, tokenizer, m
 
     monkeypatch.setattr(decilm, "decilm_config", wrong)
     with pytest.raises(ExportError, match="the config describes other tensors"):
-        export(source, "vllm", tmp_path / "vllm")
+        export(source.directory, "vllm", tmp_path / "vllm")
     assert not (tmp_path / "vllm").exists()
 
 
@@ -298,6 +298,6 @@ def test_the_reader_itself(tmp_path, tokenizer, target, name, widths, groups):
         "vllm": {"hidden_size": 128, "head_dim": 32},  # its attention wants heads of at least 32
     }
     source = cut(tiny(name, **asked[target]), tokenizer, tmp_path, widths, groups)
-    export(source, target, tmp_path / "out")
+    export(source.directory, target, tmp_path / "out")
     found = found_by(python, code, tmp_path / "out")
     assert found == greedy_after(reference_model(source), TOKENS, found)

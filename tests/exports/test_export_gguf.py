@@ -30,7 +30,7 @@ EQUAL = (64, 64, 64)
 
 
 def to_gguf(source: Checkpoint, out: Path, kind: str | None = None, **more: Any) -> Any:
-    return export(source, "gguf", out, weight_type=kind, **more)
+    return export(source.directory, "gguf", out, weight_type=kind, **more)
 
 
 def fields_of(path: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError, OutputError, UsageError
 from cfsp.exports import decilm
 from cfsp.exports.registry import export
@@ -20,7 +19,7 @@ def source(tmp_path, tokenizer):
 
 
 def test_no_verify(source, tmp_path):
-    report = export(source, "vllm", tmp_path / "out", verify=False)
+    report = export(source.directory, "vllm", tmp_path / "out", verify=False)
     assert report.verification is None
     assert set(report.seconds) == {"write"}
     assert report.nbytes == sum(p.stat().st_size for p in (tmp_path / "out").iterdir())
@@ -28,13 +27,15 @@ def test_no_verify(source, tmp_path):
 
 def test_bad_requests(source, tmp_path):
     with pytest.raises(UsageError, match="unknown target 'onnx'; expected one of gguf, vllm"):
-        export(source, "onnx", tmp_path / "x")
+        export(source.directory, "onnx", tmp_path / "x")
     with pytest.raises(UsageError, match="unknown target 'padded'; the padded copy went"):
-        export(source, "padded", tmp_path / "x")
+        export(source.directory, "padded", tmp_path / "x")
     with pytest.raises(UsageError, match="--type belongs to gguf and openvino"):
-        export(source, "vllm", tmp_path / "x", weight_type="f16")
+        export(source.directory, "vllm", tmp_path / "x", weight_type="f16")
+    with pytest.raises(UsageError, match="--pre-tokenizer belongs to gguf; openvino keeps"):
+        export(source.directory, "openvino", tmp_path / "x", pre_tokenizer="qwen2")
     with pytest.raises(OutputError, match="exists and is not empty"):
-        export(source, "vllm", tmp_path / "dense")
+        export(source.directory, "vllm", tmp_path / "dense")
 
 
 def test_a_disk_that_fills_up_leaves_nothing(source, tmp_path, monkeypatch):
@@ -43,7 +44,7 @@ def test_a_disk_that_fills_up_leaves_nothing(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr(decilm, "write_shards", full)
     with pytest.raises(OutputError, match="No space left on device"):
-        export(source, "vllm", tmp_path / "out")
+        export(source.directory, "vllm", tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "pruned"}
 
 
@@ -63,7 +64,7 @@ def test_what_a_format_cannot_say_is_refused_by_name(name, to, message, pruned_t
         pytest.importorskip("openvino")
     out = tmp_path / ("model.gguf" if to == "gguf" else "model")
     with pytest.raises(ExportError, match=message):
-        export(Checkpoint(pruned_type(name)), to, out)
+        export(pruned_type(name), to, out)
     assert not list(tmp_path.iterdir())
 
 
@@ -71,5 +72,5 @@ def test_heads_of_their_own_are_for_gguf(tmp_path, tokenizer):
     pytest.importorskip("openvino")
     source = cut(build_tiny_model("llama"), tokenizer, tmp_path, groups=(2, 1, 2))
     with pytest.raises(ExportError, match="differ in KV groups, which --to gguf can say"):
-        export(source, "openvino", tmp_path / "ov")
+        export(source.directory, "openvino", tmp_path / "ov")
     assert not (tmp_path / "ov").exists()

@@ -29,6 +29,7 @@ from cfsp.checkpoint.skeleton import architecture_of, empty_model
 from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import (
     AGAIN,
+    OutgoingTensor,
     TensorSpec,
     read_weights,
     specs_of,
@@ -102,6 +103,10 @@ class WeightSource(Protocol):
     def chunks(self, name: str) -> Iterator[memoryview]:
         """Yield the raw bytes of one stored tensor."""
         return tensor_chunks(self.read(name))
+
+    def outgoing(self) -> Iterator[OutgoingTensor]:
+        """Yield the tensors to be written."""
+        return self.stored.outgoing(self.chunks, {}, self.parameter, self.config)
 
 
 class Checkpoint(WeightSource):

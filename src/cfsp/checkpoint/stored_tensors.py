@@ -12,9 +12,9 @@ parameters as they are in memory; this module goes between the two, by transform
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -28,7 +28,13 @@ from cfsp.checkpoint.conversion import (
     meta,
     saved_state,
 )
-from cfsp.checkpoint.tensor_file import AGAIN, TensorSpec, specs_of
+from cfsp.checkpoint.tensor_file import (
+    AGAIN,
+    OutgoingTensor,
+    TensorSpec,
+    specs_of,
+    tensor_chunks,
+)
 from cfsp.errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -187,12 +193,42 @@ class StoredTensors:
         """Return the stored tensors of all parameters of `made_with`, of any width."""
         return self._made_by[next(iter(parameters))].revert(parameters, config)
 
-    def take_apart(self, parameter: str, tensor: Tensor) -> dict[str, Tensor] | None:
-        """Return the stored tensors of a parameter as views; None if not side by side."""
-        placed = self._made_by[parameter].placed
-        if placed is None:
-            return None
-        return {name: tensor[place] for name, place in placed[0].items()}
+    def outgoing(
+        self,
+        copied: Callable[[str], Iterator[memoryview]],
+        changed: Mapping[str, TensorSpec],
+        value: Callable[[str], Tensor],
+        config: Any,
+        names: Mapping[str, str] | None = None,
+    ) -> Iterator[OutgoingTensor]:
+        """Yield the stored tensors to be written, in their order and form, some of them anew.
+
+        `copied` gives the bytes of those that stay as they are. `changed` has what the new
+        parameters are, `value` gives them and those that share stored tensors with them; `config`
+        is that of the new model. `names` has the tensors that are written, if no expert goes, and
+        their new names; None for all under their own.
+        """
+        parameter_of = {name: each for each in changed for name in self.sources(each)}
+        specs_of_group: dict[str, dict[str, TensorSpec]] = {}
+        # What shares stored tensors is made anew together, when the first of them is written.
+        made: dict[str, Tensor] = {}
+
+        def chunks(name: str, group: Sequence[str]) -> Iterator[memoryview]:
+            if name not in made:
+                made.update(self.as_stored({each: value(each) for each in group}, config))
+            yield from tensor_chunks(made.pop(name))
+
+        for name, new in (names or {name: name for name in self.specs}).items():
+            if name not in parameter_of:
+                yield OutgoingTensor(new, self.specs[name], partial(copied, name))
+                continue
+            group = self.made_with(parameter_of[name])
+            if group[0] not in specs_of_group:
+                empty = meta({**self.parameters, **changed}, group)
+                specs_of_group[group[0]] = specs_of(self.as_stored(empty, config))
+            specs = specs_of_group[group[0]]
+            if name in specs:  # else of an expert too many
+                yield OutgoingTensor(new, specs[name], partial(chunks, name, group))
 
     def made_with(self, parameter: str) -> list[str]:
         """Return the parameters that are made of the same stored tensors, itself among them."""

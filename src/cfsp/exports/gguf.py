@@ -33,7 +33,6 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import head_size
 from cfsp.errors import ExportError, MissingExtraError, UsageError
 from cfsp.exports.common import (
-    ExportOptions,
     Verification,
     Written,
     context_limit,
@@ -63,17 +62,22 @@ _OTHER_TYPES = 1.2
 _LEAST_WITH_GELU = 3e-3
 
 
-def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
+def write(
+    source: Checkpoint,
+    out: Path,
+    weight_type: str | None = None,
+    pre_tokenizer: str | None = None,
+) -> Written:
     """Write the file."""
     try:
         from gguf import GGMLQuantizationType, LlamaFileType
     except ImportError as error:
         raise MissingExtraError("gguf export", "export") from error
     own = _OWN_TYPES.get(compute_dtype(source), "bf16")
-    name = (options.weight_type or own).lower()
+    name = (weight_type or own).lower()
     if name not in WRITTEN_HERE + BY_LLAMA_CPP:
         raise UsageError(
-            f"unknown --type {options.weight_type}; expected one of "
+            f"unknown --type {weight_type}; expected one of "
             f"{', '.join(WRITTEN_HERE + BY_LLAMA_CPP)}"
         )
     architecture = architecture_of(source)
@@ -83,7 +87,7 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     fields, factors_R = rope_of(source.config, architecture)
     fields = _fields(source, architecture, context, in_file) | fields
     words, special = read_tokenizer(
-        load_tokenizer(source.directory), source.config.vocab_size, options.pre_tokenizer
+        load_tokenizer(source.directory), source.config.vocab_size, pre_tokenizer
     )
     tensors = gguf_tensors(source, architecture, kind)
     if factors_R is not None:
@@ -106,7 +110,7 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     return Written(
         f"{architecture.name} in {name}",
         partial(_verified, source, out, name, architecture, context) if has_llama_cpp() else None,
-        tuple(notes),
+        notes,
         "llama-server -m {out}",
     )
 
