@@ -196,9 +196,9 @@ def test_a_state_is_complete_and_a_damaged_one_is_refused(runs):
 
 def test_two_runs_do_not_share_a_place(runs):
     fcntl = pytest.importorskip("fcntl")
-    directory = runs.directory / "stats.work" / "process-0-of-1"
-    directory.mkdir(parents=True)
-    with (directory / "lock").open("w") as lock:
+    work_dir = runs.directory / "stats.work"
+    work_dir.mkdir()
+    with (work_dir / ".process-0-of-1.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "another run is working in" in runs.refused(runs.calibrate)
     runs.end(runs.calibrate)

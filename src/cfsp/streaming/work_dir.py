@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cfsp.checkpoint.output import lock_out_others, write_atomically
+from cfsp.checkpoint.output import exclusive, write_atomically
 from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.errors import CfspError, OutputError, ResumeError
 from cfsp.processes import Team
@@ -86,13 +86,7 @@ def output_work_dir(
     directory = directory_of_process(out, team.rank, team.size)
     work_dir = directory.parent
     _check_processes(work_dir, team.size)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write to {directory}: {error.strerror}; choose another output"
-        ) from error
-    with lock_out_others(directory / "lock", work_dir):
+    with _working(directory):
         for state in sorted(directory.glob(f"*/{STATE_FILE}")):
             read_state(state, identity)
         _remove_unfinished(directory)
@@ -109,6 +103,17 @@ def output_work_dir(
                 _remove(directory)
             raise
         _remove(directory)
+
+
+@contextmanager
+def _working(directory: Path) -> Iterator[None]:
+    """Keep other runs out of where a process works; at the end no empty directory stays."""
+    try:
+        with exclusive(directory):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # others are still working there
+            directory.parent.rmdir()
 
 
 def load_or_compute(
@@ -170,11 +175,10 @@ def remove_finished_work(out: Path) -> None:
     work_dir = out.parent / f"{out.name}.work"
     if not work_dir.is_dir() or not (out.is_file() or (out / MANIFEST_FILE).is_file()):
         return
-    for directory in sorted(work_dir.iterdir()):
-        with (
-            contextlib.suppress(OSError, OutputError),
-            lock_out_others(directory / "lock", work_dir),
-        ):
+    # A directory has its lock beside it.
+    names = {path.name.removeprefix(".").removesuffix(".lock") for path in work_dir.iterdir()}
+    for directory in sorted(work_dir / name for name in names):
+        with contextlib.suppress(OSError, OutputError), _working(directory):
             _remove(directory)
 
 
@@ -183,5 +187,3 @@ def _remove(directory: Path) -> None:
     for state in sorted(directory.glob(f"*/{STATE_FILE}")):
         state.unlink()
     shutil.rmtree(directory, ignore_errors=True)
-    with contextlib.suppress(OSError):  # others are still working there
-        directory.parent.rmdir()
