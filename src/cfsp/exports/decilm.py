@@ -68,11 +68,24 @@ class Reader:
 
     name: str
     serve: str  # the command that serves a directory `{out}`
-    trust: str = ""  # what it needs besides, where a class of config lies in the directory
+    trust: str  # what it needs besides, where a class of config lies in the directory
+    otherwise: str  # what to do with a model that is no Llama
 
 
-VLLM = Reader("vLLM", "vllm serve {out}", "--trust-remote-code")
-MLX_LM = Reader("mlx-lm", "mlx_lm.server --model {out}")
+VLLM = Reader(
+    "vLLM",
+    "vllm serve {out}",
+    "--trust-remote-code",
+    "prune with --widths equal for vLLM's own class, or use its Transformers backend, which runs "
+    "the checkpoint itself where it can: vllm serve {directory} --trust-remote-code --model-impl "
+    "transformers",
+)
+MLX_LM = Reader(
+    "mlx-lm",
+    "mlx_lm.server --model {out}",
+    "",
+    "prune with --widths equal for mlx-lm's own class, or use --to gguf",
+)
 
 
 def write(reader: Reader, source: Checkpoint, out: Path) -> Written:
@@ -124,26 +137,17 @@ def _verified(
 
 def _check_runs(reader: Reader, source: Checkpoint) -> None:
     model_type = source.config.model_type
-    if model_type in _LIKE_LLAMA:
-        if reason := _obstacle(reader, source):
-            able = reader is not VLLM and _obstacle(VLLM, source) is None
-            raise ExportError(
-                f"{reader.name} reads DeciLM with {reason}; use "
-                + ("--to vllm or --to gguf" if able else "--to gguf")
-            )
-        return
-    ways = []
-    if not source.architecture.has_attentions:
-        ways.append(f"prune with --widths equal for {reader.name}'s own class")
-    if reader is VLLM:
-        ways.append(
-            "use its Transformers backend, which runs the checkpoint itself where it can: vllm "
-            f"serve {source.directory} --trust-remote-code --model-impl transformers"
+    if model_type not in _LIKE_LLAMA:
+        raise ExportError(
+            f"{reader.name}'s DeciLM class is a Llama and cannot express {model_type}; "
+            + reader.otherwise.format(directory=source.directory)
         )
-    raise ExportError(
-        f"{reader.name}'s DeciLM class is a Llama and cannot express {model_type}; "
-        f"{', or '.join(ways or ['use --to gguf'])}"
-    )
+    if reason := _obstacle(reader, source):
+        able = reader is not VLLM and _obstacle(VLLM, source) is None
+        raise ExportError(
+            f"{reader.name} reads DeciLM with {reason}; use "
+            + ("--to vllm or --to gguf" if able else "--to gguf")
+        )
 
 
 def _obstacle(reader: Reader, source: Checkpoint) -> str | None:
@@ -168,9 +172,7 @@ def _obstacle(reader: Reader, source: Checkpoint) -> str | None:
         )
     if config.hidden_act != "silu":
         return f"the activation silu only, and the model has {config.hidden_act}"
-    if getattr(config, "sliding_window", None) and "sliding_attention" in (
-        getattr(config, "layer_types", None) or ["sliding_attention"]
-    ):
+    if context_limit(config)[1] is not None:
         return "no sliding window, and the model has one"
     if head_size(config) * max(heads) != config.hidden_size:
         return "heads that are together as wide as the hidden state only, and the model has others"

@@ -98,7 +98,6 @@ def write(
         notes.append("not verified, because no llama.cpp is installed: pip install '.[llamacpp]'")
     if name in WRITTEN_HERE:
         _write_file(out, architecture.name, fields | words, special, tensors)
-        notes += _fallback_notes(tensors, kind)
     else:
         full = out.with_name(out.name + ".full")
         try:
@@ -106,7 +105,7 @@ def write(
             quantise(full, out, int(LlamaFileType[f"MOSTLY_{name.upper()}"]))
         finally:
             full.unlink(missing_ok=True)
-        notes += _mixture_notes(out, name)
+    notes += _notes(out, name)
     return Written(
         f"{architecture.name} in {name}",
         partial(_verified, source, out, name, architecture, context) if has_llama_cpp() else None,
@@ -178,35 +177,22 @@ def _fields(
     }
 
 
-def _fallback_notes(tensors: list[GgufTensor], kind: GGMLQuantizationType) -> list[str]:
-    kept = [each for each in tensors if len(each.shape) > 1 and each.kind != kind]
-    if not kept:
-        return []
-    lengths = sorted({tensor.shape[-1] for tensor in kept})
-    return [
-        f"{len(kept)} matrices are stored in f16, because their rows of "
-        f"{_some(lengths)} do not divide into blocks of {kind.name.lower()} (32 weights); "
-        "prune with --set multiple=32 to avoid it"
-    ]
-
-
-def _mixture_notes(path: Path, name: str) -> list[str]:
-    """Say which types llama.cpp chose: rows that 256 doesn't divide can't be K-quants."""
+def _notes(path: Path, name: str) -> list[str]:
+    """Say which types llama.cpp chose, and which rows do not divide into blocks of weights."""
     tensors = [tensor for tensor in gguf_reader(path).tensors if len(tensor.shape) > 1]
-    counts = Counter(tensor.tensor_type.name.lower() for tensor in tensors)
-    notes = [f"{name} as llama.cpp mixes it: {', '.join(f'{n} {t}' for t, n in counts.items())}"]
-    odd = sorted({int(t.shape[0]) for t in tensors if int(t.shape[0]) % 256})
-    if odd and "_k" in name:
+    counts, notes = Counter(tensor.tensor_type.name.lower() for tensor in tensors), []
+    if name in BY_LLAMA_CPP:
+        types = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        notes.append(f"{name} as llama.cpp mixes it: {types}")
+    block = 1 if name in _OWN_TYPES.values() else 256 if "_k" in name else 32
+    odd = sorted({int(t.shape[0]) for t in tensors if int(t.shape[0]) % block})
+    if odd:
+        shown = ", ".join(map(str, odd[:6])) + (", ..." if len(odd) > 6 else "")
         notes.append(
-            f"rows of {_some(odd)} weights do not divide into blocks of 256, so llama.cpp stores "
-            "them in a larger type; prune with --set multiple=256 to avoid it in the FFN"
+            f"rows of {shown} weights do not divide into blocks of {block}, so they are stored in "
+            f"a larger type; prune with --set multiple={block} to avoid it in the FFN"
         )
     return notes
-
-
-def _some(numbers: list[int]) -> str:
-    shown = ", ".join(str(n) for n in numbers[:6])
-    return shown if len(numbers) <= 6 else f"{shown}, ..."
 
 
 def _verified(
