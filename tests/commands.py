@@ -118,7 +118,7 @@ def prepare(dies: str | None, count: int) -> None:
     if dies == "training":
         die_at_step(count, die)
     if dies == "writing":
-        pipeline.write_config = die
+        pipeline.copy_travelling_files = die
 
 
 def die_at_step(count: int, die: Callable[..., None]) -> None:

@@ -35,7 +35,6 @@ from cfsp.checkpoint.own_files import (
     copy_travelling_files,
     digests_beside_weights,
 )
-from cfsp.checkpoint.pruned_config import write_config
 from cfsp.checkpoint.reading import Checkpoint, WeightSource, in_memory
 from cfsp.checkpoint.tensor_file import write_shards
 from cfsp.cut.surgery import PrunedSource, build_pruned_model
@@ -296,8 +295,7 @@ def _write_checkpoint(source: Checkpoint, repaired: PruningResult, target: Path)
         repaired.statistics.save(target / STATISTICS_FILE)
     pruned = PrunedSource(source, repaired.plan, repaired.tensors)
     digests = write_shards(target, list(pruned.outgoing()))
-    plan = repaired.plan
-    write_config(source, target, plan.kept_widths, plan.removed_blocks, plan.kept_experts)
+    pruned.changes.write(source, target)
     copy_travelling_files(source.directory, target)
     return digests | digests_beside_weights(target)
 

@@ -12,25 +12,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from cfsp.checkpoint.pruned_config import pruned_config
+from cfsp.checkpoint.pruned_config import config_changes
 from cfsp.checkpoint.reading import LoadedModel, WeightSource
 from cfsp.checkpoint.skeleton import PRUNED_KEY, build_skeleton
 from cfsp.checkpoint.stored_blocks import name_without_blocks, names_without_blocks
 from cfsp.checkpoint.stored_tensors import StoredTensors
-from cfsp.checkpoint.tensor_file import (
-    FileTensor,
-    OutgoingTensor,
-    TensorSpec,
-)
+from cfsp.checkpoint.tensor_file import FileTensor, OutgoingTensor, TensorSpec
 from cfsp.planning.plan_file import PruningPlan
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 T = TypeVar("T")
 
@@ -55,9 +49,10 @@ class PrunedSource(WeightSource):
         repaired: Mapping[str, FileTensor] | None = None,
     ) -> None:
         removed = plan.removed_blocks
-        self.config = pruned_config(
+        self.changes = config_changes(
             source.config, source.architecture, plan.kept_widths, removed, plan.kept_experts
         )
+        self.config = self.changes.applied_to(source.config)
         architecture = source.architecture.without_blocks(removed)
         if plan.kept_experts is not None:
             architecture = architecture.with_experts(plan.kept_experts)
