@@ -282,10 +282,9 @@ def test_damaged_checkpoints_are_refused():
     tensors = stored_from_memory(model)
     expert = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
     missing = {name: tensor for name, tensor in tensors.items() if name != expert}
-    with pytest.raises(CheckpointError, match=f"lacks the tensor {expert}"):
-        found_in(model, missing)
-    with pytest.raises(CheckpointError, match=rf"{expert} of shape \[7, 32\].* asks for \["):
-        found_in(model, tensors | {expert: tensors[expert][:7]})
+    for damaged in (missing, tensors | {expert: tensors[expert][:7]}):
+        with pytest.raises(CheckpointError, match=r"no tensors that .*gate_up_proj can be made of"):
+            found_in(model, damaged)
     fewer = tiny_model("mixtral", num_local_experts=3)  # than are stored
     with pytest.raises(CheckpointError, match=r"of shape \[4, .* asks for \[3, "):
         found_in(fewer, tensors)

@@ -20,10 +20,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from pprint import pformat
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import transformers
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from transformers import PreTrainedConfig, PreTrainedModel, dynamic_module_utils
 
+from cfsp.architecture.found import Architecture
 from cfsp.architecture.model_classes import PRUNED, auto_classes_of
 from cfsp.architecture.resizing import (
     ConfigWith,
@@ -34,12 +37,7 @@ from cfsp.architecture.resizing import (
 )
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.own_files import MODELING_FILE
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
-
-    from cfsp.architecture.found import Architecture
-    from cfsp.settings import Part
+from cfsp.settings import Part
 
 # Keys of config.json that give every FFN a width of its own: the one that transformers defines,
 # for one FFN in each block, and ours for everything else.
@@ -85,9 +83,7 @@ class ModelingFile:
     @cached_property
     def _base_class(self) -> type[PreTrainedModel] | None:
         """The class that AutoModel builds; None where the blocks are not in it."""
-        from transformers import AutoModel
-
-        auto: Any = AutoModel
+        auto: Any = transformers.AutoModel
         found = auto._model_mapping.get(self.config_class, None)
         built: type[PreTrainedModel] | None = found[0] if isinstance(found, tuple) else found
         in_base = self.architecture.blocks.startswith(f"{self.model_class.base_model_prefix}.")
@@ -96,8 +92,6 @@ class ModelingFile:
     @cached_property
     def text(self) -> str:
         """The content of the file."""
-        import transformers
-
         stock, blocks = self.model_class, self.architecture.blocks
         placed = {stock: blocks}
         if self._base_class is not None:
@@ -163,8 +157,6 @@ def _literal(value: Any) -> str:
 def pruned_class(file: ModelingFile) -> type[PreTrainedModel]:
     """Return the class of a model whose FFNs have the widths that its config names."""
     # Imported as transformers imports it from a checkpoint, so that it saves its modelling file.
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
     code = file.text.encode()
     # Kept in the cache that it is imported through; a temporary place would outlive a kill.
     name = f"cfsp_{file.model_class.__name__}_{hashlib.sha256(code).hexdigest()[:12]}"
@@ -172,15 +164,15 @@ def pruned_class(file: ModelingFile) -> type[PreTrainedModel]:
     if not path.is_file() or path.read_bytes() != code:
         write_atomically(path, code)
     auto_class = file._auto_classes[0]
-    loaded: Any = get_class_from_dynamic_module(file.auto_map[auto_class], str(path.parent))
+    loaded: Any = dynamic_module_utils.get_class_from_dynamic_module(
+        file.auto_map[auto_class], str(path.parent)
+    )
     loaded.register_for_auto_class(auto_class)
     return loaded  # type: ignore[no-any-return]
 
 
 def _modules_cache() -> Path:
     """Return where transformers imports code from; a place of our own if nobody can write there."""
-    from transformers import dynamic_module_utils
-
     place = Path(dynamic_module_utils.HF_MODULES_CACHE)
     with contextlib.suppress(OSError):
         place.mkdir(parents=True, exist_ok=True)

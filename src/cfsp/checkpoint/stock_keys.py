@@ -245,13 +245,14 @@ def changes_without_blocks(config: PreTrainedConfig, removed: Collection[int]) -
     )
 
 
-def same_changes(
-    config: PreTrainedConfig, changes: Mapping[str, Any], kept: Sequence[int], count: int
-) -> dict[str, Any]:
-    """Return the changes of another config of as many blocks, which may have other widths."""
+def with_same_changes(
+    config: PreTrainedConfig, changes: Mapping[str, Any], removed: Collection[int], count: int
+) -> PreTrainedConfig:
+    """Return another config of as many blocks, which may have other widths, with the changes."""
     # It is not read again: one that was made smaller need not be one that its class accepts.
+    kept = [block for block in range(count) if block not in removed]
     own = dict(_renumbered(text_config_of(config).to_dict(), kept, count))
-    return {name: own.get(name, value) for name, value in changes.items()}
+    return with_values(config, {name: own.get(name, value) for name, value in changes.items()})
 
 
 def stock_without_blocks(
@@ -368,9 +369,9 @@ def _renumbered(
 
 
 def _are_blocks(value: Sequence[Any], count: int) -> bool:
-    if not all(type(entry) is int and 0 <= entry < count for entry in value):
+    if not value or not all(type(entry) is int and 0 <= entry < count for entry in value):
         return False
-    return list(value) == sorted(set(value)) and len(value) > 0
+    return list(value) == sorted(set(value))
 
 
 def _alternatives(

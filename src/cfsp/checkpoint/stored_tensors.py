@@ -15,18 +15,17 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from cfsp.architecture.found import Architecture
 from cfsp.checkpoint.conversion import (
     Conversion,
     ModelShapes,
-    as_saved,
     find_conversions,
     meta,
-    saved_state,
 )
 from cfsp.checkpoint.tensor_file import (
     AGAIN,
@@ -36,9 +35,6 @@ from cfsp.checkpoint.tensor_file import (
     tensor_chunks,
 )
 from cfsp.errors import CheckpointError, UnsupportedModelError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # What every old checkpoint may hold in its layers and transformers keeps elsewhere.
 _OLD_BUFFER = "rotary_emb.inv_freq"
@@ -85,7 +81,7 @@ class StoredTensors:
             tied=tied,
             unused=tuple(unused),
             stale=tuple(_stale(model, unused)),
-            faults=_faults_of(model, specs, made_by, parameters, tied),
+            faults=_faults_of(model, conversions, made_by, parameters, tied),
             _made_by=made_by,
         )
         stored._check_can_be_cut(architecture, label)
@@ -268,49 +264,25 @@ def _stale(model: PreTrainedModel, unused: Mapping[str, str]) -> Iterator[str]:
 
 def _faults_of(
     model: PreTrainedModel,
-    specs: Mapping[str, TensorSpec],
+    conversions: Sequence[Conversion],
     made_by: Mapping[str, Conversion],
     made: Mapping[str, TensorSpec],
     tied: Mapping[str, str],
 ) -> dict[str, str]:
     """Return what is wrong with the parameters that the stored tensors do not make up."""
     optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
-    tensors = ModelShapes.of(model).tensors
-    faulty = [
-        name
-        for name, tensor in tensors.items()
-        if name not in tied
-        and not (name in made and made[name].shape == tuple(tensor.shape))
-        and (name in made or not any(re.search(pattern, name) for pattern in optional))
-    ]
-    if not faulty:
-        return {}
-    expected = as_saved(model, {name: tensors[name] for name in saved_state(model)})
-    saved_as = {
-        name: conversion.stored
-        for conversion in find_conversions(model, specs_of(expected))[0]
-        for name in conversion.made()
-    }
+    incomplete = {conversion.target for conversion in conversions}
     faults = {}
-    for name in faulty:
-        own = made_by.get(name)
-        for stored in (*(own.stored if own else ()), *saved_as.get(name, (name,))):
-            # One of too many, or stored as it would not be saved now, where it is converted.
-            wanted = expected.get(stored, None if own and own.converter else tensors[name])
-            if stored not in specs:
-                faults[name] = f"lacks the tensor {stored}"
-                break
-            if wanted is not None and specs[stored].shape != tuple(wanted.shape):
-                faults[name] = _shape_fault(stored, specs[stored], wanted)
-                break
-        else:
-            faults[name] = (
-                _shape_fault(f"tensors for {name}", made[name], tensors[name])
-                if name in made
-                else f"has no tensors that {name} can be made of"
-            )
+    for name, tensor in model.state_dict().items():
+        shape = tuple(tensor.shape)
+        if name in made and made[name].shape != shape:
+            own = made_by[name]
+            what = own.stored[0] if own.converter is None else f"tensors for {name}"
+            found = list(made[name].shape)
+            faults[name] = f"has {what} of shape {found}, its config asks for {list(shape)}"
+        elif name not in (made.keys() | tied.keys()):
+            if name in incomplete:
+                faults[name] = f"has no tensors that {name} can be made of"
+            elif not any(re.search(pattern, name) for pattern in optional):
+                faults[name] = f"lacks the tensor {name}"
     return faults
-
-
-def _shape_fault(what: str, found: TensorSpec, wanted: Tensor) -> str:
-    return f"has {what} of shape {list(found.shape)}, its config asks for {list(wanted.shape)}"
