@@ -137,17 +137,22 @@ def test_no_way_back_to_gguf_is_said_before_pruning(tmp_path, tokenizer, text_fi
     for name in ("llama", *ONE_WIDTH):
         at = tmp_path / name
         save_with_tokenizer(tiny(name, **ONE_WIDTH.get(name, {})), tokenizer, at)
-        for label, widths in (
-            ("dense", "importance"),
-            ("a.gguf", "equal"),
-            ("a.gguf", "importance"),
-        ):
-            warn_of_no_way_back(Checkpoint(at, label), Budget(0.3, multiple=8, widths=widths))
-    said = ["what is pruned of a.gguf cannot become a .gguf file: llama.cpp runs no"]
-    assert [message[:70] for message in caplog.messages] == said * len(ONE_WIDTH)
+        source = Checkpoint(at, "a.gguf")
+        warn_of_no_way_back(Checkpoint(at, "dense"), Budget(0.3, multiple=8))
+        warn_of_no_way_back(source, Budget(0.3, multiple=8, widths="equal"))
+        for more in ({}, {"widths": "equal", "parts": ("ffn", "kv")}):
+            warn_of_no_way_back(source, Budget(0.3, multiple=8, **more))
+    said = ["a.gguf becomes no .gguf file again if blocks differ: llama.cpp runs no"]
+    assert [message[:70] for message in caplog.messages] == said * 2 * len(ONE_WIDTH)
+    caplog.clear()
+    save_with_tokenizer(tiny("qwen3"), tokenizer, tmp_path / "tied")
+    for parts in (("ffn", "kv"), ("attention",)):
+        warn_of_no_way_back(Checkpoint(tmp_path / "tied", "a.gguf"), Budget(0.3, parts=parts))
+    (message,) = caplog.messages
+    assert "without attention only through its deci graph" in message
     caplog.clear()
     settings = PruneSettings(Budget(0.3, multiple=8), text=text)
-    prune_checkpoint(Checkpoint(at, "a.gguf"), tmp_path / "plan", settings, dry_run=True)
+    prune_checkpoint(source, tmp_path / "plan", settings, dry_run=True)
     assert [each[:70] for each in caplog.messages if "llama.cpp" in each] == said
 
 

@@ -199,7 +199,6 @@ def _widths(source: Checkpoint) -> list[int]:
 
 
 def _has_multiples(source: Checkpoint) -> bool:
-    """Return whether all widths can be given as `ffn_mult`."""
     return all(width % ROUNDING == 0 for width in _widths(source))
 
 

@@ -77,20 +77,15 @@ def architecture_of(source: Checkpoint) -> Architecture:
     architecture = _graph_for(source.config)
     widths = source.architecture.of_part("ffn").widths
     if len(set(widths)) > 1 or len(set(heads_of_blocks(source))) > 1:
-        architecture = _graph_for(source.config, differ=True)
-    if source.architecture.gone and architecture is not _DECI:
-        raise ExportError(
-            f"llama.cpp runs blocks without attention only through its {_DECI.name} graph, and "
-            f"this {source.config.model_type} model needs {architecture.name}; prune it without "
-            "--parts attention"
-        )
+        gone = bool(source.architecture.gone)
+        architecture = _graph_for(source.config, differ=True, gone=gone)
     for obstacle in _obstacles(source, architecture):
         raise ExportError(obstacle)
     return architecture
 
 
-def _graph_for(config: Any, *, differ: bool = False) -> Architecture:
-    """Return the graph for blocks that are alike or differ, or raise ExportError."""
+def _graph_for(config: Any, *, differ: bool = False, gone: bool = False) -> Architecture:
+    """Return the graph for blocks that are alike, differ, or lack attention, or raise an error."""
     if config.model_type not in ARCHITECTURES:
         raise ExportError(
             f"gguf export of {config.model_type} models is not supported; supported are: "
@@ -103,20 +98,28 @@ def _graph_for(config: Any, *, differ: bool = False) -> Architecture:
     if ragged is None or (ragged.tied_only and not config.tie_word_embeddings):
         which = " whose output matrix is not tied to the embeddings" if ragged else ""
         raise ExportError(
-            f"llama.cpp runs no {config.model_type} model{which} with blocks of different widths; "
-            f"{_INSTEAD}"
+            f"llama.cpp runs no {config.model_type} model{which} with blocks of different widths "
+            f"or heads; {_INSTEAD}, and FFN channels alone"
+        )
+    if gone and ragged is not _DECI:
+        raise ExportError(
+            f"llama.cpp runs blocks without attention only through its {_DECI.name} graph, and "
+            f"this {config.model_type} model needs {ragged.name}; prune it without --parts "
+            "attention"
         )
     return ragged
 
 
 def warn_of_no_way_back(source: Checkpoint, budget: Budget) -> None:
     """Warn where a model from a .gguf file cannot become one again once it is pruned like this."""
-    path = Path(source.label)
-    if path.suffix == ".gguf" and "ffn" in budget.parts and budget.widths != "equal":
+    path, parts = Path(source.label), set(budget.parts)
+    gone = "attention" in parts
+    differ = gone or "kv" in parts or ("ffn" in parts and budget.widths != "equal")
+    if path.suffix == ".gguf" and differ:
         try:
-            _graph_for(source.config, differ=True)
+            _graph_for(source.config, differ=True, gone=gone)
         except ExportError as error:
-            _logger.warning("what is pruned of %s cannot become a .gguf file: %s", path.name, error)
+            _logger.warning("%s becomes no .gguf file again if blocks differ: %s", path.name, error)
 
 
 def _obstacles(source: Checkpoint, architecture: Architecture) -> Iterator[str]:
