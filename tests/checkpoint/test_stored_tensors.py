@@ -275,6 +275,8 @@ def test_stale_and_unknown_tensors_are_unused():
     stored = found_in(model, stored_from_memory(model) | unknown)
     assert set(stored.unused) == set(unknown)
     assert set(stored.stale) == set(list(unknown)[:2])
+    written = {each.name for each in stored.outgoing(lambda _: iter(()), {}, lambda _: None, None)}
+    assert written == stored.specs.keys() - set(stored.stale)
 
 
 def test_damaged_checkpoints_are_refused():

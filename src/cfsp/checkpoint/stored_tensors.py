@@ -202,7 +202,7 @@ class StoredTensors:
         `copied` gives the bytes of those that stay as they are. `changed` has what the new
         parameters are, `value` gives them and those that share stored tensors with them; `config`
         is that of the new model. `names` has the tensors that are written, if no expert goes, and
-        their new names; None for all under their own.
+        their new names; None for all but the stale ones under their own.
         """
         parameter_of = {name: each for each in changed for name in self.sources(each)}
         specs_of_group: dict[str, dict[str, TensorSpec]] = {}
@@ -214,7 +214,9 @@ class StoredTensors:
                 made.update(self.as_stored({each: value(each) for each in group}, config))
             yield from tensor_chunks(made.pop(name))
 
-        for name, new in (names or {name: name for name in self.specs}).items():
+        if names is None:
+            names = {name: name for name in self.specs if name not in self.stale}
+        for name, new in names.items():
             if name not in parameter_of:
                 yield OutgoingTensor(new, self.specs[name], partial(copied, name))
                 continue
