@@ -12,7 +12,7 @@ import cfsp
 from cfsp.checkpoint.llama_cpp import llama_cpp_tokens
 from cfsp.checkpoint.locating import demo_gguf
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.errors import ExportError, OutputError, UsageError
+from cfsp.errors import ExportError, MissingExtraError, OutputError, UsageError
 from cfsp.exports.common import logits_of, reference_model
 from cfsp.exports.gguf_architecture import warn_of_no_way_back
 from cfsp.exports.registry import export
@@ -259,6 +259,9 @@ def test_without_llama_cpp_nothing_is_verified_which_is_said(tmp_path, tokenizer
     report = to_gguf(source, tmp_path / "m.gguf")
     assert report.verification is None
     assert "no llama.cpp is installed" in report.notes[0]
+    monkeypatch.setattr("cfsp.exports.gguf._write_file", None)  # what would take minutes
+    with pytest.raises(MissingExtraError, match="gguf export in q4_k_m needs packages"):
+        to_gguf(source, tmp_path / "q4.gguf", "q4_k_m")
 
 
 def test_bad_requests(tmp_path, tokenizer):

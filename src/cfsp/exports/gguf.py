@@ -80,6 +80,8 @@ def write(
             f"unknown --type {weight_type}; expected one of "
             f"{', '.join(WRITTEN_HERE + BY_LLAMA_CPP)}"
         )
+    if name in BY_LLAMA_CPP and not has_llama_cpp():
+        raise MissingExtraError(f"gguf export in {name}", "llamacpp")
     architecture = architecture_of(source)
     context, limited = context_limit(source.config, has_windows=bool(architecture.rhythm))
     in_file = name if name in WRITTEN_HERE else own
