@@ -16,16 +16,17 @@ from cfsp.calibration.calibrate import calibrate, calibration_record
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import check_complete
 from cfsp.cut.surgery import PrunedSource
-from cfsp.errors import UsageError
 from cfsp.job import Job
 from cfsp.planning.candidate import Candidate, Dropped
+from cfsp.planning.coarse import COARSE_WINDOWS
 from cfsp.planning.experts import warn_of_experts
 from cfsp.planning.make import Planner, check_statistics_fit
+from cfsp.pruning_cost import announce
 from cfsp.repair.ladder import check_windows, needed_steps, repair
 from cfsp.repair.result import PruningResult
 from cfsp.repair.ridge_pass import choose_and_repair, with_ridge
-from cfsp.selection.constraint import drops_in_words
 from cfsp.selection.drop_order import (
+    cannot_be_tried,
     check_can_be_compared,
     check_can_go,
     follow_divergence,
@@ -35,7 +36,6 @@ from cfsp.selection.drop_order import (
 from cfsp.selection.goal import constraint_of
 from cfsp.selection.search import only_candidate, select
 from cfsp.selection.sensitivity import with_needed_sensitivity
-from cfsp.selection.worth import announce
 from cfsp.streaming.block_proof import check_experts_can_go
 from cfsp.streaming.runtime import runtime_of
 from cfsp.streaming.work_dir import temporary_work_dir
@@ -47,9 +47,6 @@ if TYPE_CHECKING:
     from cfsp.selection.constraint import Constraint
     from cfsp.settings import PruneSettings
     from cfsp.text.windows import Windows
-
-# Angular distance settles with little text; study 7 (LOG.md) shows how little.
-COARSE_WINDOWS = 8
 
 
 def decide(
@@ -94,11 +91,8 @@ def plan_from(source: WeightSource, statistics: Statistics, settings: PruneSetti
         raise AssertionError("statistics are there, so no text is read")
 
     if settings.budget.compares:
-        raise UsageError(
-            f"--parts {','.join(settings.budget.parts)} tries how many "
-            f"{drops_in_words(settings.budget.parts)} should go, which requires the model and a "
-            "text; make the plan with cfsp prune"
-        )
+        needed = "the model and a text; make the plan with cfsp prune"
+        raise cannot_be_tried(settings.budget, needed)
     check_statistics_fit(source, statistics)
     with temporary_work_dir(settings.compute.memory_budget) as work_dir:
         runtime = runtime_of(settings.compute, source)

@@ -1,4 +1,4 @@
-"""What a prune will take, before it starts: time, memory and disk; and what it will leave.
+"""What is said before any work: what a prune takes, how small the model becomes, and doubts.
 
 Sizes follow from shapes (docs/SCALE.md has the formulas). For the time one block of the model
 computes one batch of random tokens, and everything else is taken to be proportional.
@@ -8,8 +8,10 @@ Shapes: N windows, T tokens.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +22,10 @@ import torch
 from cfsp.calibration.calibrate import observe
 from cfsp.checkpoint.reading import parameter_count
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
-from cfsp.decide import COARSE_WINDOWS
+from cfsp.planning.allocation import channels_in_words
+from cfsp.planning.candidate import DropSizes
+from cfsp.planning.coarse import COARSE_WINDOWS
+from cfsp.planning.make import parameters_of_channels
 from cfsp.repair.gram import Observation
 from cfsp.repair.ridge import factor, lower_panels
 from cfsp.repair.ridge_pass import gram_bytes
@@ -31,7 +36,7 @@ from cfsp.selection.divergence import (
     windows_compared,
 )
 from cfsp.selection.sensitivity import follow_sensitivity
-from cfsp.selection.worth import size_after
+from cfsp.settings import DEFAULT_SAMPLES, TargetParameters
 from cfsp.streaming.block_stream import StreamedBlock, stream_blocks, windows_in_batch
 from cfsp.streaming.memory import available_bytes, default_budget
 from cfsp.streaming.runtime import needed_bytes
@@ -43,7 +48,7 @@ if TYPE_CHECKING:
 
     from cfsp.architecture.found import Unit
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.settings import PruneSettings
+    from cfsp.settings import Budget, PruneSettings
     from cfsp.streaming.runtime import Runtime
 
 # Python, torch and transformers.
@@ -54,6 +59,17 @@ _TOKEN_BYTES = 1000
 _SOLVED = 2048
 # So many strengths of the ridge are tried where the middle one or a stronger one is best.
 _STRENGTHS = 3
+# Of the share that was asked for, which goes of the model where most of it is elsewhere.
+_LITTLE = 1 / 3
+# Below so many parameters a model lost about twice as much: without 20% of their channels
+# SmolLM2-135M has 1.27 times the perplexity and Qwen2.5-Coder-0.5B 1.15 (docs/RESULTS.md).
+_SMALL = 300e6
+# Of a small model, which goes without a word.
+_HARMLESS = 0.05
+# Fewer windows repair less well (docs/RESULTS.md, foreign text).
+_FEW_WINDOWS = 64
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -268,3 +284,66 @@ def _now(device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter()
+
+
+def announce(source: WeightSource, settings: PruneSettings) -> None:
+    """Say what a pruning will come to, and where it is worth little."""
+    if (size := size_after(source, settings)) is not None:
+        before = parameter_count(source)
+        log.info(
+            f"{before / 1e6:,.1f}M parameters -> about {size[0] / 1e6:,.1f}M "
+            f"({size[0] / before - 1:+.1%}), {size[1] / 1e9:.2f} GB of weights"
+        )
+    for doubt in doubts(source, settings):
+        log.warning("%s", doubt)
+
+
+def size_after(source: WeightSource, settings: PruneSettings) -> tuple[int, int] | None:
+    """Return parameters and bytes of what is left, before widths are rounded to multiples.
+
+    None where only the work says how much goes.
+    """
+    before, budget, goal = parameter_count(source), settings.budget, settings.goal
+    if isinstance(goal, TargetParameters):
+        after = round(before * goal.fraction)
+    elif goal is None and budget.sparsity and "experts" not in budget.parts:
+        after = before - round(_parameters_to_go(source, budget))
+    else:
+        return None
+    stored = sum(spec.nbytes for spec in source.specs.values())
+    return after, round(stored * after / before)
+
+
+def _parameters_to_go(source: WeightSource, budget: Budget) -> float:
+    """Return how many parameters go with a share of one part."""
+    if budget.whole_parts:
+        return budget.sparsity * DropSizes.of(source, budget.whole_parts).total
+    return budget.sparsity * parameters_of_channels(source, budget.channel_parts)
+
+
+def doubts(source: WeightSource, settings: PruneSettings) -> Iterator[str]:
+    """Yield a sentence for each reason why pruning like this may be worth little."""
+    budget, asked, every = settings.budget, settings.budget.sparsity, parameter_count(source)
+    if settings.goal is None and "ffn" in budget.parts:
+        gone = _parameters_to_go(source, budget)
+        if gone < _LITTLE * asked * every:
+            yield (
+                f"{asked:.0%} of the {channels_in_words(budget.parts)} are {gone / every:.1%} of "
+                f"this model's parameters ({gone / 1e6:,.1f}M of {every / 1e6:,.1f}M), most of "
+                "which are elsewhere, as in its vocabulary; for a smaller model give "
+                f"--target-params {1 - asked:.2g}, name more --parts, or quantise it"
+            )
+    size = size_after(source, settings)
+    if size is not None and every < _SMALL and size[0] < (1 - _HARMLESS) * every:
+        yield (
+            f"a model of {every / 1e6:,.0f}M parameters has little to spare: it loses about twice "
+            "as much as one of 500M; 8-bit weights cost less, and `cfsp recover` wins back some "
+            "of it"
+        )
+    windows = settings.text.windows
+    if settings.repair != "none" and windows < _FEW_WINDOWS:
+        yield (
+            f"{windows} windows calibrate and repair, by default {DEFAULT_SAMPLES}: "
+            "SmolLM2-135M without a fifth of its channels had 1.45 times the dense perplexity by 8 "
+            "windows, 1.33 by 16, 1.30 by 32 and 1.27 by 128"
+        )

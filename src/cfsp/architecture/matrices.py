@@ -5,7 +5,7 @@ An FFN and an attention are both a module whose matrices have an axis in common:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -53,3 +53,12 @@ def sizes_of_matrices(
                 if getattr(module.get_submodule(owner), size, None) == axis.entries * width:
                     at = f"{path}.{owner}".removeprefix(".")
                     yield at, size, axis.entries
+
+
+def own_numbers(
+    module: nn.Module, path: str, width: int, tells: Callable[[str, int], object]
+) -> Iterator[WidthAttribute]:
+    """Yield the numbers of a module that tell its width, by their names and values."""
+    for name, value in vars(module).items():
+        if type(value) is int and tells(name, value):
+            yield path, name, value // width

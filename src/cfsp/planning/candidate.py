@@ -46,15 +46,6 @@ class Dropped:
         return Dropped(tuple(sorted(blocks)), tuple(sorted(attentions - blocks)))
 
     @property
-    def parts(self) -> tuple[WholePart, ...]:
-        """Of which parts something goes."""
-        gone: dict[WholePart, tuple[int, ...]] = {
-            "attention": self.attentions,
-            "blocks": self.blocks,
-        }
-        return tuple(part for part, blocks in gone.items() if blocks)
-
-    @property
     def in_words(self) -> str:
         """How many go; empty if none does."""
         numbers = {"blocks": len(self.blocks), "attention layers": len(self.attentions)}
@@ -202,4 +193,7 @@ class DropSizes:
 
 def parameters_dropped(source: WeightSource, dropped: Dropped) -> int:
     """Return how many parameters go with blocks and attentions of a model."""
-    return DropSizes.of(source, dropped.parts).parameters(dropped) if dropped else 0
+    block_of = parameters_of_blocks(source) if dropped.blocks else []
+    attention_of = parameters_of_attentions(source) if dropped.attentions else {}
+    gone = [block_of[block] for block in dropped.blocks]
+    return sum(gone) + sum(attention_of[block] for block in dropped.attentions)

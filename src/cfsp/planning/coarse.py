@@ -23,6 +23,9 @@ SIGMOID_GAIN = 128 * 1024 / 1e4
 
 _LEAST_SHARE = 1e-3
 
+# Angular distance settles with little text; study 7 (LOG.md) shows how little.
+COARSE_WINDOWS = 8
+
 
 def block_distances(statistics: Statistics, metric: str) -> list[float]:
     """Return the angular distance of every block with a unit; by `uniform` all have the mean."""

@@ -109,6 +109,11 @@ class DropBudget:
                 dropped = dropped.plus((each.part, each.block))
         return taken if self.is_met_by(dropped) else None
 
+    def of_blocks(self, blocks: Sequence[int]) -> Dropped:
+        """Return blocks of the one part as those that go, or as those whose attentions do."""
+        chosen = tuple(blocks)
+        return Dropped(chosen) if "blocks" in self.parts else Dropped((), chosen)
+
 
 def _too_many(sizes: DropSizes, what: str, most: str) -> BudgetError:
     noun = _NOUNS["blocks" if sizes.block_of else "attention"]
@@ -197,10 +202,6 @@ class Constraint(ABC):
     def to_drop(self) -> DropBudget:
         """Return how much may go whole, at most; of a budget that has such parts."""
         return half_dropped(self.source, self.budget)
-
-    def enough(self, order: Sequence[Removal]) -> Dropped:
-        """Return what of an order is enough where no channels go."""
-        return Dropped.of(order)
 
     @abstractmethod
     def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
@@ -320,13 +321,6 @@ def half_dropped(source: WeightSource, budget: Budget) -> DropBudget:
     sizes = DropSizes.of(source, parts, keep)
     share = min(MOST_DROPPED, sizes.most / sizes.total)
     return DropBudget.of_share(source, parts, share, keep=keep)
-
-
-def parameters_to_go(source: WeightSource, budget: Budget) -> float:
-    """Return how many parameters go with a share of one part."""
-    if budget.whole_parts:
-        return budget.sparsity * DropSizes.of(source, budget.whole_parts).total
-    return budget.sparsity * parameters_of_channels(source, budget.channel_parts, NOTHING)
 
 
 def _experts_of(source: WeightSource) -> int:

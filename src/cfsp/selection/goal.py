@@ -6,10 +6,11 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from cfsp.checkpoint.reading import WeightSource, parameter_count
+from cfsp.calibration.statistics import Removal
+from cfsp.checkpoint.reading import parameter_count
 from cfsp.errors import BudgetError, UnsupportedModelError
 from cfsp.job import Job
-from cfsp.planning.candidate import NOTHING
+from cfsp.planning.candidate import Dropped
 from cfsp.planning.make import parameters_of_channels
 from cfsp.selection.constraint import Constraint, DropBudget, Parameters, Share
 from cfsp.selection.drop_order import check_can_go
@@ -68,15 +69,15 @@ def _parts_for(job: Job, asked: Parameters) -> tuple[Part, ...]:
     """
     if not job.settings.leaves_parts_open:
         return job.budget.parts
-    source, gone = job.source, asked.share_of_all * parameter_count(job.source)
-    share = gone / parameters_of_channels(source, DEFAULT_PARTS)
+    gone = asked.share_of_all * parameter_count(job.source)
+    share = gone / parameters_of_channels(job.source, DEFAULT_PARTS)
     if share < MANY_CHANNELS:
         return DEFAULT_PARTS
     if share < 1:
         would = f"{share:.0%} of the FFN channels would go alone"
     else:
         would = "all FFN channels would not be enough"
-        _of_blocks(source, asked)  # nor may blocks be
+        _of_blocks(asked)  # nor may blocks be
     job.draw()  # in every process: they compare what they drew
 
     def choose() -> dict[str, Any]:
@@ -97,29 +98,19 @@ def _obstacle(job: Job, asked: Parameters) -> str:
         return "there is no memory for a pruned model beside the dense one"
     if job.draw().has_images:
         return "the text has images"
-    can = _can_lose_blocks(job.source, asked)
-    return "" if can else "the model cannot do without enough of them"
-
-
-def _can_lose_blocks(source: WeightSource, asked: Parameters) -> bool:
-    """Return whether a model can do without a block, and without as many as would go alone."""
     try:
-        wanted = _of_blocks(source, asked)
-        droppable = wanted.sizes.droppable(NOTHING)
-        dropped = NOTHING
-        for each in droppable[1:]:
-            if wanted.has_room_for(dropped, each):
-                dropped = dropped.plus(each)
-        if not dropped.blocks:
-            return False  # it has one block
-        for some in (NOTHING.plus(droppable[-1]), dropped):
-            check_can_go(source, some)
+        wanted = _of_blocks(asked)
+        *others, last = sorted(wanted.sizes.block_of)
+        # As many as would go alone, but for the first; none of a model with one block.
+        if not (gone := wanted.first([Removal(block, 0.0) for block in (*others[1:], last)])):
+            raise UnsupportedModelError
+        for some in (Dropped((last,)), Dropped.of(gone)):
+            check_can_go(job.source, some)
     except (BudgetError, UnsupportedModelError):
-        return False
-    return True
+        return "the model cannot do without enough of them"
+    return ""
 
 
-def _of_blocks(source: WeightSource, asked: Parameters) -> DropBudget:
-    return DropBudget.of_share(
-        source, ("blocks",), asked.share_of_all, of_model=True, keep=asked.budget.keep
-    )
+def _of_blocks(asked: Parameters) -> DropBudget:
+    share, keep = asked.share_of_all, asked.budget.keep
+    return DropBudget.of_share(asked.source, ("blocks",), share, of_model=True, keep=keep)

@@ -160,7 +160,7 @@ def only_candidate(constraint: Constraint, planner: Planner) -> Candidate | None
             raise constraint.too_much()
         return Candidate(parts=budget.channel_parts, sparsity=share)
     wanted = constraint.to_drop()
-    dropped = dropped_by(planner.source, planner.statistics, wanted, constraint.enough)
+    dropped = dropped_by(planner.source, planner.statistics, wanted)
     share = wanted.sizes.parameters(dropped) / wanted.sizes.total
     return Candidate(dropped, sparsity=budget.sparsity or share)
 
