@@ -77,7 +77,6 @@ from cfsp.streaming.work_dir import (
     temporary_work_dir,
 )
 from cfsp.text.drawing import calibration_windows
-from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer, parted
 from cfsp.text.windows import Windows, check_is_text
 
@@ -117,7 +116,6 @@ def prune_checkpoint(
         CfspError: anything that a user can cause; nothing is left behind.
     """
     team = team or Team()
-    check_texts(settings.text.names, settings.evaluation.names)
     check_is_outside(out, source.directory)
     remove_finished_work(out)
     check_output_is_free(out)
@@ -139,8 +137,12 @@ def prune_checkpoint(
             source, tokenizer, settings, work_dir, statistics=statistics, plan=plan
         )
         if dry_run:
-            if asked.repair != "none" and plan is None:
-                _warn_of_another_choice(repaired.plan)
+            parts = tuple(repaired.plan.criterion.get("parts", DEFAULT_PARTS))
+            if asked.repair != "none" and plan is None and Budget(parts=parts).compares:
+                log.warning(
+                    "--dry-run compared plans before repair; the run itself repairs a few of them "
+                    "and may choose another"
+                )
             if team.is_first:
                 repaired.plan.save(staging / PLAN_FILE)
             return prune_report(source, repaired, facts, {}, work_dir, None)
@@ -163,15 +165,6 @@ def prune_checkpoint(
         manifest = report.to_manifest(digests, command)
         team.from_first(lambda: _describe(source, repaired.plan, manifest, staging))
     return report
-
-
-def _warn_of_another_choice(plan: PruningPlan) -> None:
-    """Say that a dry run compares plans otherwise than a run that repairs them, where it does."""
-    if Budget(parts=tuple(plan.criterion.get("parts", DEFAULT_PARTS))).compares:
-        log.warning(
-            "--dry-run compared plans before repair; the run itself repairs a few of them and may "
-            "choose another"
-        )
 
 
 @contextmanager
@@ -200,7 +193,6 @@ def prune_model(
     The processor that has its tokenizer does as well; nothing is evaluated.
     """
     settings = settings.suited_to_repair()
-    check_texts(settings.text.names, settings.evaluation.names)
     tokenizer, processor = parted(tokenizer)
     with (
         in_memory(model, settings.budget.parts) as source,

@@ -24,7 +24,7 @@ from cfsp.checkpoint.reading import parameter_count
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
 from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.candidate import DropSizes
-from cfsp.planning.coarse import COARSE_WINDOWS
+from cfsp.planning.importance import COARSE_WINDOWS
 from cfsp.planning.make import parameters_of_channels
 from cfsp.repair.gram import Observation
 from cfsp.repair.ridge import factor, lower_panels

@@ -20,7 +20,7 @@ from cfsp.planning.allocation import (
     round_widths,
     water_fill,
 )
-from cfsp.planning.coarse import block_importance
+from cfsp.planning.importance import block_importance
 from cfsp.settings import Budget, Clamp
 
 WIDTHS = (11008, 14336, 1536, 4864, 8960, 18944)

@@ -14,7 +14,7 @@ from builders import statistics_with_distances
 from cfsp.calibration.calibrate import DistanceSum
 from cfsp.calibration.observed import BlockStatistics
 from cfsp.calibration.statistics import Sensitivity
-from cfsp.planning.coarse import block_distances, block_importance, importance_by, of_units
+from cfsp.planning.importance import block_distances, block_importance, importance_by, of_units
 
 
 def numpy_distance(before: np.ndarray, after: np.ndarray) -> float:

@@ -12,8 +12,8 @@ from builders import random_unit_statistics, random_weights
 from cfsp.calibration.calibrate import UnitSums
 from cfsp.calibration.observed import UnitStatistics
 from cfsp.checkpoint.reading import LoadedModel
-from cfsp.planning import channels
-from cfsp.planning.channels import (
+from cfsp.planning import importance
+from cfsp.planning.importance import (
     FFNWeights,
     channel_scores,
     read_ffn_weights,
@@ -130,8 +130,8 @@ def test_sums_of_many_tokens_keep_their_precision():
 
 def test_a_unit_that_keeps_all_is_not_scored(monkeypatch):
     source = LoadedModel(tiny_model("llama"), ("ffn", "kv"))
-    monkeypatch.setattr(channels, "read_ffn_weights", lambda *_: pytest.fail("nothing to choose"))
+    monkeypatch.setattr(importance, "read_ffn_weights", lambda *_: pytest.fail("nothing to choose"))
     for index, unit in enumerate(source.units):
         observed = random_unit_statistics(unit.columns)
-        kept = channels.choose_channels(source, index, observed, unit.width, Criterion())
+        kept = importance.choose_channels(source, index, observed, unit.width, Criterion())
         assert kept == tuple(range(unit.width))

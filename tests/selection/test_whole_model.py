@@ -18,7 +18,7 @@ from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.errors import StatisticsError, UsageError
 from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.allocation import allocate
-from cfsp.planning.coarse import importance_by
+from cfsp.planning.importance import importance_by
 from cfsp.planning.make import model_size
 from cfsp.selection import sensitivity
 from cfsp.settings import Budget, CalibrationText, Criterion, PruneSettings, Repair

@@ -22,15 +22,14 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from cfsp.architecture.found import ChannelAxis, Refusal, Unit
-from cfsp.architecture.matrices import (
+from cfsp.architecture.ffns import (
     is_bias_of,
     is_transposed,
-    own_numbers,
     own_parameters,
     owner_of,
-    sizes_of_matrices,
+    width_attributes,
 )
+from cfsp.architecture.found import ChannelAxis, Refusal, Unit
 from cfsp.settings import Part
 
 # Names of classes and modules that mix tokens.
@@ -121,12 +120,12 @@ def _attention(
     axes = dict(_axes(module, output, inputs, heads))
     counts = {_HEADS: heads.query // heads.groups, _GROUPS: 1}
     code = _code_of_forward(type(module))  # type: ignore[arg-type]
-    sizes = sizes_of_matrices(module, path, axes, output, heads.groups)
+    tells = partial(_tells_heads, heads)
     return replace(
         unit,
         width=heads.groups,
         axes={f"{path}.{name}": axis for name, axis in axes.items()},
-        attributes=(*sizes, *own_numbers(module, path, heads.groups, partial(_tells_heads, heads))),
+        attributes=tuple(width_attributes(module, path, axes, output, heads.groups, tells)),
         # What it reads in its config while it runs.
         config_numbers={name: n for name, n in counts.items() if f"self.config.{name}" in code},
     )

@@ -14,25 +14,21 @@ Shapes: E experts, F FFN channels, D hidden.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from cfsp.architecture.found import ChannelAxis, Fusion, Refusal, Unit
-from cfsp.architecture.matrices import (
-    is_bias_of,
-    is_transposed,
-    own_numbers,
-    own_parameters,
-    owner_of,
-    sizes_of_matrices,
-)
+from cfsp.architecture.found import ChannelAxis, Fusion, Refusal, Unit, WidthAttribute
 
 # Attributes that nothing computes with although they may equal a width by chance.
 _NO_WIDTHS = frozenset({"layer_idx", "padding_idx", "num_experts", "top_k"})
 # Attributes that may be widths even where the hidden size is the same number.
 _SURELY_WIDTHS = re.compile(r"intermediate|ffn|inner|expert_dim")
+
+# What modules call the numbers of inputs and outputs of a matrix of theirs.
+_INPUTS = ("in_features", "nx", "input_size")
+_OUTPUTS = ("out_features", "nf", "output_size")
 
 
 class _Matrix(NamedTuple):
@@ -97,7 +93,6 @@ def _ffn(module: nn.Module, path: str, index: int, hidden: int) -> Unit | Refusa
         is_width = bool(path) and value in (width, 2 * width) and name not in _NO_WIDTHS
         return is_width and (value != hidden or bool(_SURELY_WIDTHS.search(name)))
 
-    sizes = sizes_of_matrices(module, path, axes, down.name, width)
     return Unit(
         block=index,
         path=path,
@@ -107,7 +102,7 @@ def _ffn(module: nn.Module, path: str, index: int, hidden: int) -> Unit | Refusa
         gate=None if gate is None else prefix + gate.name,
         down=prefix + down.name,
         axes={prefix + name: axis for name, axis in axes.items()},
-        attributes=(*sizes, *own_numbers(module, path, width, tells)),
+        attributes=tuple(width_attributes(module, path, axes, down.name, width, tells)),
         routed=experts is not None,
     )
 
@@ -188,3 +183,55 @@ def _axes(module: nn.Module, roles: _Roles, hidden: int) -> dict[str, ChannelAxi
                 f"{list(parameter.shape)}"
             )
     return axes
+
+
+# What FFNs and attentions have in common: matrices with an axis of channels, or of heads.
+
+
+def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of a module and of its children that have no children."""
+    yield from module.named_parameters(recurse=False)
+    for name, child in module.named_children():
+        if next(child.children(), None) is None:
+            for key, parameter in child.named_parameters(recurse=False):
+                yield f"{name}.{key}", parameter
+
+
+def owner_of(module: nn.Module, name: str) -> Any:
+    """Return the module whose parameter a dotted path names."""
+    return module.get_submodule(name.rpartition(".")[0])
+
+
+def is_transposed(owner: nn.Module) -> bool:
+    """Return whether a module stores its matrix inputs x outputs, as Conv1D of gpt2 does."""
+    return hasattr(owner, "nf")
+
+
+def is_bias_of(name: str, matrix: str) -> bool:
+    """Return whether a parameter is the bias of a matrix, by what both are called."""
+    stem = matrix.removesuffix("weight")
+    return name in (f"{stem}bias", f"{stem.removesuffix('.')}_bias", f"{matrix}_bias")
+
+
+def width_attributes(
+    module: nn.Module,
+    path: str,
+    axes: Mapping[str, ChannelAxis],
+    down: str,
+    width: int,
+    tells: Callable[[str, int], object],
+) -> Iterator[WidthAttribute]:
+    """Yield the numbers by which a module at a path of the block, and its matrices, tell the width.
+
+    Whether one of the module's own does, its name and value say.
+    """
+    for name, axis in axes.items():
+        owner = name.rpartition(".")[0]
+        if owner and not name.endswith("bias"):
+            for size in _INPUTS if name == down else _OUTPUTS:
+                if getattr(module.get_submodule(owner), size, None) == axis.entries * width:
+                    at = f"{path}.{owner}".removeprefix(".")
+                    yield at, size, axis.entries
+    for name, value in vars(module).items():
+        if type(value) is int and tells(name, value):
+            yield path, name, value // width

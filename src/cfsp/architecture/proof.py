@@ -42,6 +42,7 @@ from cfsp.architecture.small_run import (
     SmallRun,
     check_bites,
     check_same,
+    checking,
     replaced,
     run_small,
     set_parameter,
@@ -123,15 +124,13 @@ def _prove_part(
 
 
 def _verdict(run: SmallRun, unit: Unit, part: Part) -> Unit | FailedCheckError:
-    try:
-        return _prove_unit(run, unit, part)
-    except FailedCheckError as failure:
-        if part != "attention":
-            return failure
-    try:
-        return _prove_unit(run, unit.whole(), part)
-    except FailedCheckError as failure:
-        return failure
+    failure = FailedCheckError()
+    for tried in (unit, unit.whole()) if part == "attention" else (unit,):
+        try:
+            return _prove_unit(run, tried, part)
+        except FailedCheckError as error:
+            failure = error
+    return failure
 
 
 # Of one command, which asks about one set of blocks or experts after the other.
@@ -172,19 +171,16 @@ def _unsupported(
     name = architecture.class_name
     first = f"{refused[0].module} failed the check {refused[0].reason}" if refused else ""
     if part != "ffn":
-        what = "lose KV groups" if part == "kv" else "go"
         return UnsupportedModelError(
-            f"no attention of {name} can {what}: {first or 'none'}; prune it without the part "
-            f"{part}"
-        )
-    if not refused:
-        return UnsupportedModelError(
-            f"{name} has no FFN in its {architecture.block_count} blocks {architecture.blocks} "
-            "that cfsp could find; expected modules whose matrices lead from the hidden size to "
-            "channels and back; if it has some, please report the model type"
+            f"no attention of {name} can {'lose KV groups' if part == 'kv' else 'go'}: "
+            f"{first or 'none'}; prune it without the part {part}"
         )
     return UnsupportedModelError(
         f"no FFN of {name} can be cut: {first}; please report the model type with this sentence"
+        if refused
+        else f"{name} has no FFN in its {architecture.block_count} blocks {architecture.blocks} "
+        "that cfsp could find; expected modules whose matrices lead from the hidden size to "
+        "channels and back; if it has some, please report the model type"
     )
 
 
@@ -226,8 +222,7 @@ def _prove_unit(run: SmallRun, unit: Unit, part: Part) -> Unit:
     try:
         _check_cut(run, unit, halves)
     except FailedCheckError:
-        other = unit.other_fusion()
-        if other is None:
+        if (other := unit.other_fusion()) is None:
             raise
         unit = other
         _check_cut(run, unit, halves)
@@ -244,27 +239,19 @@ def _prove_unit(run: SmallRun, unit: Unit, part: Part) -> Unit:
 
 
 def _check_is_watched(run: SmallRun, unit: Unit) -> None:
-    try:
-        with observed_activations(run.blocks[unit.block], [unit], lambda *rows: None):
-            run.output(unit.block)
-    except UnsupportedModelError as error:
-        raise FailedCheckError(
-            f"watched: expected to see its activations, found that {error}"
-        ) from error
+    observed = observed_activations(run.blocks[unit.block], [unit], lambda *rows: None)
+    with checking("watched", "to see its activations"), observed:
+        run.output(unit.block)
 
 
 def _as_entered(run: SmallRun, unit: Unit) -> Unit:
     """Return an attention with what it returns, and the module that is entered after it."""
     # With an output matrix of zeros nothing is added to the hidden state, so that it enters that
     # module as it entered the block.
-    block = run.blocks[unit.block]
-    bias = f"{unit.down.removesuffix('weight')}bias"
-    zeros = {
-        name: torch.zeros_like(parameter)
-        for name, parameter in block.named_parameters()
-        if name in (unit.down, bias)
-    }
-    hidden = run.calls[unit.block].hidden
+    block, hidden = run.blocks[unit.block], run.calls[unit.block].hidden
+    outputs = (unit.down, f"{unit.down.removesuffix('weight')}bias")
+    parameters = block.named_parameters()
+    zeros = {name: torch.zeros_like(each) for name, each in parameters if name in outputs}
     found: list[str] = []
     ran: list[Any] = []
 
@@ -273,12 +260,10 @@ def _as_entered(run: SmallRun, unit: Unit) -> Unit:
         if ran and inputs and inputs[0].shape == hidden.shape and torch.equal(inputs[0], hidden):
             found.append(path)
 
-    def after(_module: nn.Module, _args: Any, output: Any) -> None:
-        ran.append(output)
-
     with ExitStack() as stack, replaced(block, zeros):
         attention = block.get_submodule(unit.path)
-        stack.callback(attention.register_forward_hook(after).remove)
+        ends = attention.register_forward_hook(lambda _m, _a, output: ran.append(output))
+        stack.callback(ends.remove)
         for path, module in block.named_modules():
             if path and not f"{path}.".startswith(f"{unit.path}."):
                 entered = partial(before, path)

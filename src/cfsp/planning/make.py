@@ -20,9 +20,8 @@ from cfsp.checkpoint.reading import (
 from cfsp.errors import StatisticsError
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate
 from cfsp.planning.candidate import NOTHING, Candidate, Dropped, kept_by, parameters_dropped
-from cfsp.planning.channels import choose_channels
-from cfsp.planning.coarse import importance_of_units
 from cfsp.planning.experts import few_tokens, lost_output
+from cfsp.planning.importance import choose_channels, importance_of_units
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.progress import item_progress

@@ -22,7 +22,7 @@ from cfsp.calibration.statistics import Sensitivity, Statistics
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.errors import CalibrationError
 from cfsp.job import Job
-from cfsp.planning.channels import choose_channels
+from cfsp.planning.importance import choose_channels
 from cfsp.progress import item_progress
 from cfsp.selection.divergence import MaskedModel, few_beginnings, load_whole
 from cfsp.settings import AUTO_METRIC, SENSITIVITY, UNIT_PARTS, Criterion, Part
