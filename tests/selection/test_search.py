@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders import job_of, never
+from builders import job_of
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import LoadedModel, parameter_count
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
@@ -28,6 +28,7 @@ from cfsp.selection.divergence import (
     few_beginnings,
     masked_channels,
 )
+from cfsp.selection.goal import constraint_of
 from cfsp.selection.search import (
     FITTED_WINDOWS,
     Scored,
@@ -47,7 +48,7 @@ from cfsp.settings import (
     PruneSettings,
     TargetParameters,
 )
-from cfsp.streaming.work_dir import temporary_work_dir
+from cfsp.streaming.work_dir import WorkDir, temporary_work_dir
 from cfsp.text.drawing import draw_text
 from cfsp.text.windows import Windows
 from tiny_decoders import tiny_model
@@ -164,6 +165,25 @@ def test_the_number_is_chosen_after_repair(source, text_file, tokenizer, monkeyp
     assert len(facts["chosen"]["dropped"]["blocks"]) <= best
 
 
+@pytest.mark.parametrize("had_room", [True, False])
+def test_a_resumed_run_compares_as_the_killed_one_did(
+    source, text_file, tokenizer, tmp_path, monkeypatch, had_room
+):
+    """Whatever memory there is now: another choice would not fit to what was kept of the first."""
+    asked = settings(text_file, stays_without(source, 0.5))
+    windows = draw_text(asked.text, tokenizer)
+    monkeypatch.setattr(search, "repaired_scorer", lambda *_: lambda found: len(found.dropped))
+    monkeypatch.setattr(search, "best_of", lambda found: (compared.append(found), found[0])[1])
+    compared: list[list[Scored]] = []
+    for has_room in (had_room, not had_room):
+        monkeypatch.setattr(search, "has_room_for_two", lambda *_, room=has_room: room)
+        work_dir = WorkDir(tmp_path, identity={"of": "one command"})
+        job = job_of(source, replace(asked, repair="ridge"), lambda: windows, work_dir=work_dir)
+        statistics = calibrate_source(source, tokenizer, [asked])
+        search.select(job, constraint_of(job)[1], statistics)
+        assert any(each.repaired is not None for each in compared[-1]) == had_room
+
+
 def test_a_model_that_does_not_fit_is_refused(source, text_file, monkeypatch):
     monkeypatch.setattr(drop_order, "fits", lambda *args: False)
     asked = settings(text_file, stays_without(source, 0.2))
@@ -237,7 +257,6 @@ def test_scores_are_those_of_the_plan_and_repair_brings_predictions_nearer(
     planner = Planner.of(source, statistics, budget, settings.criterion)
     job = job_of(source, settings, lambda: drawn)
     after_repair = repaired_scorer(job, planner)
-    assert after_repair is not None
     tokens_NT = few_beginnings(drawn).tokens_NT
     masked = MaskedModel(source, model, torch.split(tokens_NT, 1))
     before = [parameter.clone() for parameter in model.parameters()]
@@ -260,5 +279,5 @@ def test_scores_are_those_of_the_plan_and_repair_brings_predictions_nearer(
 def test_without_room_for_a_second_model_nothing_is_repaired(source, monkeypatch, caplog):
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     settings = PruneSettings(Budget(), compute=Compute("cpu", "float32"))
-    assert repaired_scorer(job_of(source, settings), never) is None
+    assert not search.can_be_repaired(job_of(source, settings))
     assert "compared before repair" in caplog.text

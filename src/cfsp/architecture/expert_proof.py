@@ -80,11 +80,9 @@ def _staying_experts(experts: RoutedExperts, kept: int, *, at_random: bool = Fal
     # Without the first ones most groups go whole, where groups matter.
     size, each = experts.count // experts.groups, kept // experts.groups
     generator, staying = torch.Generator().manual_seed(kept), []
-    for group in range(experts.groups):
-        order = torch.arange(size).flip(0)
-        if at_random:
-            order = torch.randperm(size, generator=generator)
-        staying += [group * size + expert for expert in order[:each].tolist()]
+    for first in range(0, experts.count, size):
+        order = torch.randperm(size, generator=generator) if at_random else range(size)[::-1]
+        staying += [first + int(expert) for expert in order[:each]]
     return sorted(staying)
 
 
@@ -165,41 +163,32 @@ def masked_experts(block: nn.Module, unit: Unit, kept: Sequence[int]) -> Iterato
             tensor.copy_(values)
 
     # Other blocks may have the same tensors, and lose other experts.
-    hooks = [
-        block.register_forward_pre_hook(before),
-        block.register_forward_hook(after, always_call=True),
-    ]
+    begins = block.register_forward_pre_hook(before)
+    ends = block.register_forward_hook(after, always_call=True)
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        begins.remove()
+        ends.remove()
 
 
 @contextmanager
 def _filled_buffers(architecture: Architecture, run: SmallRun) -> Iterator[None]:
     """Give buffers with the axis of experts values for a while: zeros would hide an error."""
     generator = torch.Generator().manual_seed(2)
-    originals: list[tuple[Tensor, Tensor]] = []
-    for unit in architecture.units:
-        buffers = dict(run.blocks[unit.block].named_buffers())
-        for name in unit.expert_axes:
-            if name in buffers and buffers[name].is_floating_point():
-                originals.append((buffers[name], buffers[name].clone()))
-                values = torch.randn(buffers[name].shape, generator=generator)
-                buffers[name].copy_(0.1 * values)
-    try:
+    with ExitStack() as stack:
+        for unit in architecture.units:
+            for name, buffer in run.blocks[unit.block].named_buffers():
+                if name in unit.expert_axes and buffer.is_floating_point():
+                    stack.callback(buffer.copy_, buffer.clone())
+                    buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
         yield
-    finally:
-        for buffer, original in originals:
-            buffer.copy_(original)
 
 
 def _cut(architecture: Architecture, run: SmallRun, kept: Mapping[int, Sequence[int]]) -> SmallRun:
     """Return the run of the small model, built with fewer experts and the others' weights."""
     assert architecture.experts is not None
     count = len(next(iter(kept.values())))
-    config: Any = run.model.config
     axes = {
         architecture.block_prefix(unit.block) + name: (unit.block, axis)
         for unit in architecture.units
@@ -220,6 +209,7 @@ def _cut(architecture: Architecture, run: SmallRun, kept: Mapping[int, Sequence[
             selected[key] = nn.Parameter(fewer, False) if is_parameter else fewer
         return name, selected[key]
 
+    config: Any = run.model.config
     return rebuilt(run, with_values(config, {architecture.experts.key: count}), place_of)
 
 
@@ -232,8 +222,7 @@ def with_experts(
         raise refused_experts(
             architecture, "it has no routed experts whose matrices cfsp could find"
         )
-    counts = {unit.ffns for unit in routed}
-    if len(counts) > 1:
+    if len(counts := {unit.ffns for unit in routed}) > 1:
         raise refused_experts(
             architecture, f"its blocks have {sorted(counts)} experts, expected as many"
         )
@@ -244,10 +233,7 @@ def with_experts(
     )
     experts = RoutedExperts(key, routed[0].ffns)
     architecture = replace(architecture, units=units, experts=experts)
-    examples: dict[object, Unit] = {}
-    for unit in units:
-        if unit.expert_axes:
-            examples.setdefault(unit.kind, unit)
+    examples = {unit.kind: unit for unit in reversed(units) if unit.expert_axes}
     for unit in examples.values():
         try:
             _check_outputs(run, unit)

@@ -66,20 +66,20 @@ def prove(
     proved = []
     for part in UNIT_PARTS:
         if part in (*unit_parts(parts), "ffn"):
+            goes_whole = part == "kv" and "attention" in parts
             try:
-                goes_whole = part == "kv" and "attention" in parts
-                found = _prove_part(config, model_class, "attention" if goes_whole else part)
-                proved.append(found)
+                proved.append(_prove_part(config, model_class, "attention" if goes_whole else part))
             except UnsupportedModelError:
                 # Where only blocks go, FFNs are what they are known by.
                 if part != "ffn" or part in parts or not set(parts) & set(UNIT_PARTS):
                     raise
     # Attention comes before the FFN, or beside it.
-    units = sorted(
-        (unit for found in reversed(proved) for unit in found.units), key=lambda unit: unit.block
+    units = [unit for found in reversed(proved) for unit in found.units]
+    architecture = replace(
+        proved[0],
+        units=tuple(sorted(units, key=lambda unit: unit.block)),
+        refused=tuple(refusal for found in proved for refusal in found.refused),
     )
-    refused = tuple(refusal for found in proved for refusal in found.refused)
-    architecture = replace(proved[0], units=tuple(units), refused=refused)
     if "experts" not in parts:
         return architecture
     return with_experts(architecture, config, small_run_of(config, model_class))
@@ -90,29 +90,23 @@ def _prove_part(
 ) -> Architecture:
     """Return the blocks and the units of one part that can be cut, or go (`attention`)."""
     architecture, shared = _guess(config, model_class, part)
-    refused, alone = list(architecture.refused), []
-    for number, unit in enumerate(architecture.units):
-        names = [architecture.block_prefix(unit.block) + name for name in unit.axes]
-        elsewhere = next((name for name in names if name in shared), None)
-        if elsewhere is None:
-            alone.append(number)
-            continue
-        reason = (
-            f"alone: expected weights that are used nowhere else, found that {elsewhere} is "
-            f"{shared[elsewhere]} too"
-        )
-        refused.append(Refusal(architecture.module_name(unit), reason))
-    if not alone:
-        raise _unsupported(architecture, refused, part)
-    run = run_small(config, model_class, architecture, part)
+    refused, run = list(architecture.refused), None
     verdicts: dict[object, Unit | FailedCheckError] = {}
     units: list[Unit] = []
-    for number in alone:
-        unit, small = architecture.units[number], run.architecture.units[number]
-        kind = unit.kind, _conduct(run.blocks[unit.block], small)
-        if kind not in verdicts:
-            verdicts[kind] = _verdict(run, small, part)
-        verdict = verdicts[kind]
+    for number, unit in enumerate(architecture.units):
+        names = [architecture.block_prefix(unit.block) + name for name in unit.axes]
+        if elsewhere := next((name for name in names if name in shared), None):
+            verdict: Unit | FailedCheckError = FailedCheckError(
+                f"alone: expected weights that are used nowhere else, found that {elsewhere} is "
+                f"{shared[elsewhere]} too"
+            )
+        else:
+            run = run or run_small(config, model_class, architecture, part)
+            small = run.architecture.units[number]
+            kind = unit.kind, _conduct(run.blocks[unit.block], small)
+            if kind not in verdicts:
+                verdicts[kind] = _verdict(run, small, part)
+            verdict = verdicts[kind]
         if isinstance(verdict, FailedCheckError):
             refused.append(Refusal(architecture.module_name(unit), str(verdict)))
         else:
@@ -278,19 +272,16 @@ def _random_halves(unit: Unit) -> list[list[list[int]]]:
     """Return channels to keep of each FFN and all others, in ascending order (2 x E lists of K)."""
     generator = torch.Generator().manual_seed(unit.width)
     half = max(1, unit.width // 2)
-    order_EF = [torch.randperm(unit.width, generator=generator) for _ in range(unit.ffns)]
-    return [
-        [order_F[part].sort().values.tolist() for order_F in order_EF]
-        for part in (slice(half), slice(half, None))
-    ]
+    order_EF = [torch.randperm(unit.width, generator=generator).tolist() for _ in range(unit.ffns)]
+    parts = slice(half), slice(half, None)
+    return [[sorted(order_F[part]) for order_F in order_EF] for part in parts]
 
 
 @contextmanager
 def _masked(run: SmallRun, unit: Unit, kept_EK: list[list[int]]) -> Iterator[None]:
     """Let the columns of down that are not kept be zeros for a while."""
-    block = run.blocks[unit.block]
+    block, axis = run.blocks[unit.block], unit.axes[unit.down].axis
     down = block.get_parameter(unit.down)
-    axis = unit.axes[unit.down].axis
     masked = torch.zeros_like(down)
     # A single matrix has no axis of experts.
     lead = down.ndim - 2
@@ -317,11 +308,9 @@ def _check_cut(run: SmallRun, unit: Unit, halves: list[tuple[list[list[int]], Te
                 )
             output = partial(run.output, unit.block)
             check_same("cut", "the output with masked channels", output, masked)
-            for neighbour in (unit.block - 1, unit.block + 1):
-                if 0 <= neighbour < len(run.blocks):
-                    expected = f"the same output of block {neighbour}"
-                    output, same = partial(run.output, neighbour), run.calls[neighbour].output
-                    check_same("neighbours", expected, output, same)
+            for other in {unit.block - 1, unit.block + 1} & {*range(len(run.blocks))}:
+                output, same = partial(run.output, other), run.calls[other].output
+                check_same("neighbours", f"the same output of block {other}", output, same)
 
 
 def _tensors(model: nn.Module) -> dict[str, int]:

@@ -72,16 +72,17 @@ def masked_score(masked: MaskedModel, planner: Planner, candidate: Candidate) ->
     return masked.divergence(candidate.dropped, dict(kept))
 
 
-def repaired_scorer(job: Job, planner: Planner) -> Scorer | None:
-    """Return what gives KL(dense || repaired on a little text); None without repair, or room.
-
-    The model and a pruned one are in memory.
-    """
+def can_be_repaired(job: Job) -> bool:
+    """Return whether candidates are compared after repair; people are told if there is no room."""
     if job.settings.repair == "none":
-        return None
-    if not has_room_for_two(job.source, job.runtime):
+        return False
+    if not (has_room := has_room_for_two(job.source, job.runtime)):
         log.warning("no memory for a pruned model beside the dense one: compared before repair")
-        return None
+    return has_room
+
+
+def repaired_scorer(job: Job, planner: Planner) -> Scorer:
+    """Return what gives KL(dense || repaired on a little text), with both models in memory."""
 
     @cache
     def dense() -> tuple[PreTrainedModel, Windows, list[DensePredictions]]:
@@ -138,11 +139,6 @@ class Scored:
     masked: float  # before repair
     repaired: float | None = None  # after one on a little text, where that was tried
 
-    @property
-    def score(self) -> float:
-        """After repair, where that was tried."""
-        return self.masked if self.repaired is None else self.repaired
-
 
 def only_candidate(constraint: Constraint, planner: Planner) -> Candidate | None:
     """Return the candidate that meets a constraint where nothing is open; None if some is."""
@@ -186,9 +182,13 @@ def select(job: Job, constraint: Constraint, statistics: Statistics) -> tuple[Pl
             Scored(Candidate.from_json(each["candidate"]), each["masked"])
             for each in load_or_compute(job.work_dir, name, masked)["candidates"]
         ]
-        if (score := repaired_scorer(job, planner)) is None:
+        # A run that is resumed may find another amount of memory.
+        repairs = load_or_compute(
+            job.work_dir, f"{name}-repairs", lambda: {"repairs": can_be_repaired(job)}
+        )
+        if not repairs["repairs"]:
             return found
-        few = worth_a_repair(found)
+        few, score = worth_a_repair(found), repaired_scorer(job, planner)
         return [after_repair(each, score) if each in few else each for each in found]
 
     def after_repair(scored: Scored, score: Scorer) -> Scored:
@@ -271,8 +271,8 @@ def _best_numbers(alone: Sequence[float], scored: Callable[[int], Scored | None]
 
 def best_of(found: Sequence[Scored]) -> Scored:
     """Return the nearest to the dense model; of those that were repaired, if some were."""
-    repaired = [each for each in found if each.repaired is not None]
-    return min(repaired or found, key=lambda each: each.score)
+    repaired = {each.repaired: each for each in reversed(found) if each.repaired is not None}
+    return repaired[min(repaired)] if repaired else min(found, key=lambda each: each.masked)
 
 
 def worth_a_repair(found: Sequence[Scored]) -> list[Scored]:
