@@ -73,7 +73,10 @@ def decide(
         repairs = job.settings.repair != "none"
         if repairs and job.budget.channel_parts and not constraint.needs_statistics:
             return _choose_and_repair(job, constraint)
-        statistics = _calibrated(job, constraint, _windows_to_pass(job), "calibrate")
+        windows = job.windows()
+        if not job.budget.channel_parts and "experts" not in job.budget.parts:
+            windows = few_windows(windows, COARSE_WINDOWS)  # nothing that is chosen needs them all
+        statistics = _calibrated(job, constraint, windows, "calibrate")
     elif job.budget.compares:
         statistics = _completed(job, constraint, statistics, job.windows())
     planner, candidate = select(job, constraint, statistics)
@@ -127,13 +130,6 @@ def _check_plan(source: WeightSource, plan: PruningPlan) -> None:
     if plan.kept_experts is not None:
         check_experts_can_go(source, plan.experts_of_blocks, plan.removed_blocks)
     PrunedSource(source, plan)  # it can be written
-
-
-def _windows_to_pass(job: Job) -> Windows:
-    """Return all windows, or a few where nothing that is chosen needs them all."""
-    windows = job.windows()
-    needs_all = job.budget.channel_parts or "experts" in job.budget.parts
-    return windows if needs_all else few_windows(windows, COARSE_WINDOWS)
 
 
 def _calibrated(job: Job, constraint: Constraint, seen: Windows, name: str) -> Statistics:

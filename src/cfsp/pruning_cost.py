@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -97,8 +97,7 @@ class PruningCost:
         return {**asdict(self), "stages": stages, "seconds": round(self.seconds, 1)}
 
 
-@dataclass(frozen=True)
-class Rates:
+class Rates(NamedTuple):
     """Seconds on this machine."""
 
     forward: float  # of one token through all blocks, with the sums of a calibration
@@ -116,10 +115,8 @@ def pruning_cost(
     The settings are without local repair; a text with fewer windows than asked for is not noticed.
     """
     asked = _Asked(source, settings.suited_to_repair(), runtime)
-    out = out.absolute()
-    place = next(path for path in (out, *out.parents) if path.exists())
+    place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     before = parameter_count(source)
-    after, bytes_after = size_after(source, settings) or (before, asked.checkpoint_bytes)
     return PruningCost(
         asked.stages(measured(asked)),
         asked.memory_bytes(),
@@ -127,8 +124,7 @@ def pruning_cost(
         asked.disk_bytes(),
         shutil.disk_usage(place).free,
         before,
-        after,
-        bytes_after,
+        *(size_after(source, settings) or (before, asked.checkpoint_bytes)),
         asked.batch.tokens_NT.numel(),
     )
 
@@ -148,12 +144,16 @@ class _Asked:
         self.follows_sensitivity = follow_sensitivity(
             source, settings.criterion, runtime, has_images=False
         )
-        prefixes = map(source.architecture.block_prefix, range(source.architecture.block_count))
+        architecture = source.architecture
         # Of every block.
         self.elements = [
             sum(source.specs[name].elements for name in source.stored.within(prefix))
-            for prefix in prefixes
+            for prefix in map(architecture.block_prefix, range(architecture.block_count))
         ]
+        tokens = self.windows * self.seqlen
+        self.hidden_bytes = tokens * self.hidden * runtime.dtype.itemsize
+        units = source.units
+        self.down_names = [architecture.block_prefix(unit.block) + unit.down for unit in units]
 
     @cached_property
     def batch(self) -> Windows:
@@ -172,15 +172,12 @@ class _Asked:
             """A pass of so many windows, with Gram matrices of a share of their full size."""
             return max(windows * self.seqlen * (rates.forward + gram * rates.gram), reading)
 
-        found = {}
-        if self.repairs:
-            found["coarse pass"] = one_pass(min(self.windows, COARSE_WINDOWS))
-        else:
-            found["calibrate"] = one_pass(self.windows)
+        first = min(self.windows, COARSE_WINDOWS) if self.repairs else self.windows
+        found = {"coarse pass" if self.repairs else "calibrate": one_pass(first)}
         if self.follows_sensitivity:
             found["sensitivity"] = one_pass(self._sensitivity_windows())
-        solve = _STRENGTHS * rates.solve * sum(map(self._solve_flop, self.source.units))
         if self.repairs:
+            solve = _STRENGTHS * rates.solve * sum(map(self._solve_flop, self.source.units))
             found |= {"ridge": one_pass(self.windows, 1.0), "solve": solve}
         return {**found, "cut": 2 * reading}
 
@@ -200,10 +197,6 @@ class _Asked:
         factor = kept**3 / 3 + 2.0 * self.hidden * kept**2
         return unit.ffns * (factor + 2.0 * self.hidden * kept * (unit.columns - kept))
 
-    def _hidden_bytes(self) -> int:
-        tokens = self.windows * self.seqlen
-        return tokens * self.hidden * self.runtime.dtype.itemsize
-
     def memory_bytes(self) -> int:
         """Return the peak, as docs/SCALE.md works it out."""
         source, itemsize = self.source, self.runtime.dtype.itemsize
@@ -216,7 +209,7 @@ class _Asked:
             gram = max(gram_bytes(source, index) for index in {u.block for u in source.units})
             system = max(4 * round(width * self.stays) ** 2, 10 * self.hidden * width)
             peak = max(peak, 2 * block + activations + gram, block + gram + system)
-        hidden, budget = self._hidden_bytes(), self.settings.compute.memory_budget
+        hidden, budget = self.hidden_bytes, self.settings.compute.memory_budget
         peak += hidden if hidden <= (default_budget() if budget is None else budget) else 0
         if self.follows_sensitivity:
             whole = needed_bytes(source, self.runtime.dtype) + prediction_bytes(self.vocabulary)
@@ -225,12 +218,8 @@ class _Asked:
 
     def disk_bytes(self) -> int:
         """Return the output as if nothing were removed, two copies of hidden states, repairs."""
-        down = sum(self.source.parameters[name].nbytes for name in _down_names(self.source))
-        return self.checkpoint_bytes + 2 * self._hidden_bytes() + (down if self.repairs else 0)
-
-
-def _down_names(source: WeightSource) -> list[str]:
-    return [source.architecture.block_prefix(unit.block) + unit.down for unit in source.units]
+        down = sum(self.source.parameters[name].nbytes for name in self.down_names)
+        return self.checkpoint_bytes + 2 * self.hidden_bytes + (down if self.repairs else 0)
 
 
 def measured(asked: _Asked) -> Rates:
@@ -244,7 +233,7 @@ def measured(asked: _Asked) -> Rates:
         block.advance()
     all_grams = sum(gram_bytes(source, i) for i in {unit.block for unit in source.units})
     tokens = windows.tokens_NT.numel()
-    names = source.stored.sources(_down_names(source)[-1])
+    names = source.stored.sources(asked.down_names[-1])
     start = time.perf_counter()
     read = sum(source.read(name).nbytes for name in names)
     reading = time.perf_counter() - start

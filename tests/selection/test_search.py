@@ -106,7 +106,7 @@ def scored(*divergences: float, parts: tuple[Part, ...] = ("ffn",)) -> list[Scor
     ]
 
 
-def test_few_are_worth_a_repair_of_each_choice_of_channels():
+def test_few_are_worth_a_repair_and_what_was_repaired_is_compared_after_it():
     channels = scored(0.9, 0.8, 0.7, 0.6, 0.65)
     both = scored(0.3, 0.4, parts=("ffn", "kv"))
     few = [each.candidate for each in worth_a_repair([*channels, *both])]
@@ -115,14 +115,9 @@ def test_few_are_worth_a_repair_of_each_choice_of_channels():
     ]  # fmt: skip
     few = [each.candidate for each in worth_a_repair(channels)]
     assert [len(each.dropped) for each in few] == [0, 1, 3]
-
-
-def test_what_was_repaired_is_compared_after_it():
-    found = scored(0.9, 0.5, 0.4)
-    assert best_of(found) is found[2]
-    found[0] = replace(found[0], repaired=0.3)
-    found[1] = replace(found[1], repaired=0.35)
-    assert best_of(found) is found[0]
+    assert best_of(channels) is channels[3]
+    channels[:2] = [replace(channels[0], repaired=0.7), replace(channels[1], repaired=0.75)]
+    assert best_of(channels) is channels[0]
 
 
 @given(st.integers(0, 40), st.integers(0, 40))
@@ -235,11 +230,8 @@ def test_of_many_kinds_of_text_some_are_for_fitting_and_others_for_judging():
         {int(first) // (14 * 8) for first in part.tokens_NT[:, 0]} for part in apart(kinds)
     )
     assert (fit, judged) == ({0, 2, 4, 6, 8}, {1, 3, 5, 7})
-
-
-def test_of_three_windows_all_are_for_both():
-    fit, judged = apart(windows(3, 1))
-    assert len(fit.tokens_NT) == len(judged.tokens_NT) == 3
+    # Of three windows all are for both.
+    assert [len(part.tokens_NT) for part in apart(windows(3, 1))] == [3, 3]
 
 
 def test_scores_are_those_of_the_plan_and_repair_brings_predictions_nearer(

@@ -220,16 +220,11 @@ class Products(TorchFunctionMode):
     ) -> Any:
         product = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") in _PRODUCTS and len(args) >= 2:
-            for name, weight in self._weights.items():
-                if isinstance(args[1], Tensor) and _is_part(args[1], weight):
+            for name, weight in self._weights.items() if isinstance(args[1], Tensor) else ():
+                # Whether it is a view of a part of the weight, or of the whole.
+                if 0 <= args[1].data_ptr() - weight.data_ptr() < weight.nbytes:
                     self._on_product(name, args[1], args[0], product)
         return product
-
-
-def _is_part(tensor: Tensor, weight: Tensor) -> bool:
-    """Return whether a tensor is a view of a part of another one, or of the whole."""
-    start = weight.data_ptr()
-    return start <= tensor.data_ptr() < start + weight.nbytes
 
 
 def _watch_products(watch: _Watch, *args: Any, **kwargs: Any) -> Any:

@@ -1,12 +1,9 @@
 """The whole model in memory, without some of its parts, and how far its predictions are from dense.
 
 The Kullback-Leibler divergence of the next-token distribution, KL(dense || changed), in nats per
-token. It is never negative and has far less noise than a difference of losses, so that few
-windows tell small changes apart.
-
-The model is uncut: weights that read pruned channels are zero meanwhile, and blocks that go are
-skipped, so that what a plan costs is measured plan after plan, without writing a checkpoint. All
-other weights stay as they are: the result is that of `--repair none`.
+token, has far less noise than a difference of losses: few windows tell small changes apart. The
+model is uncut: weights that read pruned channels are zero meanwhile, and blocks that go are
+skipped. All other weights stay as they are: the result is that of `--repair none`.
 
 Shapes: B windows, T tokens, P positions in a window (pruned channels in masks), V vocabulary, D
 hidden, F FFN channels, K kept, L blocks.
@@ -106,11 +103,9 @@ def windows_compared(sources: int) -> int:
 
 
 def prediction_bytes(vocabulary: int) -> int:
-    """Return what comparing the predictions of one window takes in memory, at most.
-
-    Probabilities of the dense model, logits of the changed one as computed and in float32, and
-    their exponentials.
-    """
+    """Return what comparing the predictions of one window takes in memory, at most."""
+    # Probabilities of the dense model, logits of the changed one as computed and in float32, and
+    # their exponentials.
     return 4 * 4 * (BEGINNING_TOKENS // POSITION_STRIDE) * vocabulary
 
 
@@ -132,8 +127,8 @@ def _logits(model: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
 class MaskedModel:
     """A whole model that runs on the same windows again and again, without some of its parts.
 
-    Where it `resumes`, it keeps what enters every block, so that those before a changed one need
-    not compute again; models whose blocks need more of earlier ones compute all the same.
+    Where it `resumes`, it keeps what enters every block, which no later one changes: only those
+    behind a changed one compute again. Models whose blocks need more of earlier ones compute all.
     """
 
     def __init__(

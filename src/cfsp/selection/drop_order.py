@@ -1,21 +1,15 @@
 """Which blocks and attentions are dropped: by the predictions, or by what statistics say.
 
 By the predictions, where the whole model fits into memory: one after the other the block goes whose
-removal, together with those that are gone, changes them least. A dropped block is skipped: the
-hidden state passes it unchanged. What enters a block does not depend on later ones, so only the
-blocks behind a tried one are computed again. The same of attentions, whose own blocks are computed
-again as well. Where blocks and attentions may go, and where blocks differ in size, the change is
-compared for each parameter that goes. A block whose attention is gone may go later, with what is
-left of it.
-
-A block that did more harm than another before rarely does less once more blocks are gone: each time
-only the few that did least are tried again (lazy greedy), so that the price is one pass for each
-block and a few for each that goes.
+removal, together with those that are gone, changes them least (for each parameter that goes, where
+attentions may go too or blocks differ in size). A dropped block is skipped: the hidden state passes
+it unchanged. A block whose attention is gone may go later, with what is left of it. A block that
+did more harm than another before rarely does less once more blocks are gone: each time only the few
+that did least are tried again (lazy greedy).
 
 Else by distances: the runs of consecutive blocks go that turn the hidden state least, by the sum of
 the angular distances between what enters each run and what leaves it; of attentions those over
-which it turns least. Only what the model can be written without can go, and the others must compute
-what they did then.
+which it turns least. Only what the model can be written without can go.
 
 Shapes: N windows, T tokens, L blocks.
 """

@@ -123,8 +123,7 @@ def _obstacle(job: Job, asked: Parameters) -> str:
 
 
 def _of_blocks(asked: Parameters) -> DropBudget:
-    share, keep = asked.share_of_all, asked.budget.keep
-    return DropBudget.of_share(asked.source, ("blocks",), share, of_model=True, keep=keep)
+    return replace(asked, budget=replace(asked.budget, parts=("blocks",))).to_drop()
 
 
 @dataclass(frozen=True)

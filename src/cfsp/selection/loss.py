@@ -63,11 +63,11 @@ class LossIncrease(Constraint):
         conditions = {
             "dense_loss": self.found["dense"],
             "held_out": self.held_out.sources,
-            "tokens_digests": [self.held_out.digest],
+            "tokens_digest": self.held_out.digest,
             "repair": "measured before any",
         }
-        asked = {"goal": self.name, "asked": self.goal.nats}
-        return {**asked, "tried": self.found["tried"], "conditions": conditions}
+        asked = {"goal": self.name, "asked": self.goal.nats, "tried": self.found["tried"]}
+        return {**asked, "conditions": conditions}
 
     def _measured(self, planner: Planner, parts: tuple[Part, ...]) -> dict[str, Any]:
         source, goal = self.source, self.goal

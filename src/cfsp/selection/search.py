@@ -4,13 +4,10 @@
     blocks or attentions       as many of their order as are enough
     channels beside these      for each number of what is dropped, the share of channels left over
 
-Of several candidates all that may be best are masked, the few that are worth it repaired on a
-little text, and of these the nearest to the dense model is taken.
-
-A score is how far the pruned model's predictions are from the dense model's, in nats. What is
-compared is the whole, not a sum of damages that were measured apart: parts that are hardly missed
-alone are missed together (LOG.md). Repair is fitted on some kinds of text and judged by others,
-because it wins back more of what channels lose than of what blocks or KV groups do.
+A score is how far the predictions are from the dense model's, in nats. All candidates that may be
+best are masked, the few that are worth it repaired on a little text. What is compared is the whole:
+parts that are hardly missed alone are missed together (LOG.md). Repair is fitted on some kinds of
+text and judged by others, because it wins back more of what channels lose than of what blocks do.
 
 Shapes: T tokens.
 """

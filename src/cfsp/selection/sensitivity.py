@@ -1,11 +1,7 @@
 """Sensitivity of a block: how far the model's predictions move when its FFNs alone are pruned.
 
-The same is measured of its attention alone, where that may lose KV groups.
-
-Angular distance says how much a block does, sensitivity how much of that its weakest channels do.
-It is measured by masking, forward passes only, on the whole model in memory: no block can be
-dropped while others are tried. What enters a block does not depend on its own pruning, so only
-the blocks from it on are computed again: half a forward pass for each block on average.
+The same is measured of its attention alone, where that may lose KV groups. Angular distance says
+how much a block does, sensitivity how much of that its weakest channels do.
 
 Shapes: N windows, T tokens, L blocks, U units.
 """
@@ -15,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from cfsp.calibration.statistics import Sensitivity, Statistics
@@ -48,8 +43,8 @@ def block_sensitivities(
 ) -> dict[Part, list[float]]:
     """Return how far pruning a part of each block alone moves the predictions, in nats per token.
 
-    KL(dense || one block pruned), the mean over tokens; see `cfsp.selection.divergence`. All
-    units of one part of a block are pruned together; a block without any moves nothing.
+    KL(dense || one block pruned), the mean over tokens. All units of one part of a block are pruned
+    together; a block without any moves nothing.
     """
     kept_of: dict[tuple[int, Part], dict[int, Sequence[int]]] = {}
     for index, unit in enumerate(source.units):
@@ -72,10 +67,9 @@ def block_sensitivities(
 def follow_sensitivity(
     source: WeightSource, criterion: Criterion, runtime: Runtime, *, has_images: bool
 ) -> bool:
-    """Return whether widths will follow the sensitivity of blocks.
+    """Return whether widths will follow the sensitivity of blocks: by `auto` if it can be measured.
 
-    Where the block metric is `auto`, they do if it can be measured: the windows are of text alone,
-    and the whole model fits into memory.
+    For that the windows are of text alone, and the whole model fits into memory.
     """
     if criterion.block_metric != AUTO_METRIC:
         return criterion.block_metric == SENSITIVITY
@@ -124,19 +118,18 @@ def with_sensitivity(
     kept_U = [
         choose_channels(
             source,
-            unit,
-            observed,
-            max(1, round(source.units[unit].width * (1 - SENSITIVITY_SPARSITY))),
+            index,
+            statistics.units[index],
+            max(1, round(unit.width * (1 - SENSITIVITY_SPARSITY))),
             criterion,
         )
-        for unit, observed in enumerate(statistics.units)
+        for index, unit in enumerate(source.units)
     ]
     model = load_whole(source, runtime, "measuring the sensitivity of blocks")
-    found = block_sensitivities(source, model, tokens_NT, kept_U, parts)
-    if not all(map(math.isfinite, chain(*found.values()))):
-        raise CalibrationError("the model predicts NaN; use --dtype float32 or bfloat16")
     of_part: dict[str, Sensitivity] = {}
-    for part, found_L in found.items():
+    for part, found_L in block_sensitivities(source, model, tokens_NT, kept_U, parts).items():
+        if not all(map(math.isfinite, found_L)):
+            raise CalibrationError("the model predicts NaN; use --dtype float32 or bfloat16")
         kept_L, all_L = ([0] * len(found_L) for _ in range(2))
         for unit, kept_K in zip(source.units, kept_U, strict=True):
             if unit.part == part:
