@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders import job_of
+from builders import goal_of_share, job_of
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.checkpoint.reading import LoadedModel, parameter_count
+from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.decide import decide
 from cfsp.errors import BudgetError, UsageError
@@ -62,11 +62,6 @@ def source() -> LoadedModel:
     return LoadedModel(tiny_model("llama", num_hidden_layers=BLOCKS))
 
 
-def stays_without(source: LoadedModel, share: float) -> TargetParameters:
-    """Return the goal by which a share of the blocks' parameters goes."""
-    return TargetParameters(1 - share * sum(parameters_of_blocks(source)) / parameter_count(source))
-
-
 def settings(text_file: Path, goal: TargetParameters, **more: Any) -> PruneSettings:
     text = CalibrationText((str(text_file),), samples=4, seqlen=32)
     budget = Budget(parts=("ffn", "blocks"), multiple=8)
@@ -74,7 +69,7 @@ def settings(text_file: Path, goal: TargetParameters, **more: Any) -> PruneSetti
 
 
 def test_the_best_of_all_numbers_is_chosen(source, text_file, tokenizer, monkeypatch):
-    asked = settings(text_file, stays_without(source, 0.4), repair="none")
+    asked = settings(text_file, goal_of_share(source.model, ("blocks",), 0.4), repair="none")
     windows = draw_text(asked.text, tokenizer)
     tried: list[Scored] = []
     original = search._all_masked
@@ -148,7 +143,7 @@ def test_numbers_that_are_worse_alone_than_the_best_are_not_tried():
 
 @pytest.mark.parametrize("best", [0, 2])
 def test_the_number_is_chosen_after_repair(source, text_file, tokenizer, monkeypatch, best):
-    asked = settings(text_file, stays_without(source, 0.5))
+    asked = settings(text_file, goal_of_share(source.model, ("blocks",), 0.5))
     windows = draw_text(asked.text, tokenizer)
 
     def score(candidate: Candidate) -> float:
@@ -165,7 +160,7 @@ def test_a_resumed_run_compares_as_the_killed_one_did(
     source, text_file, tokenizer, tmp_path, monkeypatch, had_room
 ):
     """Whatever memory there is now: another choice would not fit to what was kept of the first."""
-    asked = settings(text_file, stays_without(source, 0.5))
+    asked = settings(text_file, goal_of_share(source.model, ("blocks",), 0.5))
     windows = draw_text(asked.text, tokenizer)
     monkeypatch.setattr(search, "repaired_scorer", lambda *_: lambda found: len(found.dropped))
     monkeypatch.setattr(search, "best_of", lambda found: (compared.append(found), found[0])[1])
@@ -181,7 +176,7 @@ def test_a_resumed_run_compares_as_the_killed_one_did(
 
 def test_a_model_that_does_not_fit_is_refused(source, text_file, monkeypatch):
     monkeypatch.setattr(drop_order, "fits", lambda *args: False)
-    asked = settings(text_file, stays_without(source, 0.2))
+    asked = settings(text_file, goal_of_share(source.model, ("blocks",), 0.2))
     with pytest.raises(UsageError, match="tries how many blocks should go, which requires the"):
         decide(job_of(source, asked))
 

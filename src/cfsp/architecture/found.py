@@ -148,19 +148,15 @@ class Unit:
     @property
     def kind(self) -> tuple[object, ...]:
         """All but the place: units of a kind are proved once."""
-        return (self.width, self.ffns, tuple(self.axes.items()), *self.form)
+        return (self.width, self.ffns, tuple(self.axes.items()), self.attributes, *self.form)
 
     @property
     def form(self) -> tuple[object, ...]:
         """The kind without its numbers: what a smaller model of the same class has in common."""
-        if self.part == "kv":
-            axes = tuple((name, axis.axis, len(axis.spans)) for name, axis in self.axes.items())
-            names = tuple((module, name) for module, name, _ in self.attributes)
-            return (self.path, self.up, self.down, axes, names)
-        return (
-            self.path, self.up, self.gate, self.down, tuple(self.axes.items()), self.attributes,
-            self.routed,
-        )  # fmt: skip
+        axes = ((name, axis.axis, axis.fusion, len(axis.spans)) for name, axis in self.axes.items())
+        numbers = ((module, name) for module, name, _ in self.attributes)
+        paths = self.path, self.up, self.gate, self.down
+        return (*paths, self.routed, tuple(axes), tuple(numbers))
 
     @property
     def plain_axes(self) -> dict[str, tuple[int, int]]:

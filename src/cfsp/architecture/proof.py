@@ -36,7 +36,7 @@ from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.expert_proof import with_experts
 from cfsp.architecture.found import Architecture, Refusal, Unit
-from cfsp.architecture.model_classes import build_model, model_class_of
+from cfsp.architecture.model_classes import empty_stock_model, model_class_of
 from cfsp.architecture.small_run import (
     FailedCheckError,
     SmallRun,
@@ -182,8 +182,7 @@ def _guess(
     config: PreTrainedConfig, model_class: Any, part: Part
 ) -> tuple[Architecture, dict[str, str]]:
     """Return what discovery finds, and for every shared parameter another name of it."""
-    with torch.device("meta"):
-        model = build_model(model_class, config, torch.float32)
+    model = empty_stock_model(config, model_class)
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

@@ -149,32 +149,26 @@ class FFNWeights(NamedTuple):
 
 def read_ffn_weights(source: WeightSource, unit: int, ffn: int = 0) -> FFNWeights:
     """Read the matrices of one FFN of a unit from a model, however its checkpoint stores them."""
+    down_DF = down_matrix(source, unit, ffn).cpu()
     if source.units[unit].part == "kv":
-        return FFNWeights(down_matrix(source, unit).cpu(), None, None)
+        return FFNWeights(down_DF, None, None)
     gate_FD, up_FD = input_matrices(source, unit, ffn)
-    return FFNWeights(
-        down_matrix(source, unit, ffn).cpu(),
-        up_FD.cpu(),
-        None if gate_FD is None else gate_FD.cpu(),
-    )
+    return FFNWeights(down_DF, up_FD.cpu(), None if gate_FD is None else gate_FD.cpu())
 
 
 def channel_scores(metric: str, statistics: UnitStatistics, weights: FFNWeights) -> Tensor:
     """Return the score of every channel of one FFN by a metric, float32, higher = keep."""
-    norm_F, down_DF = statistics.norm_F.float(), weights.down_DF
+    norm_F: Tensor = statistics.norm_F.float()
+    if metric == "activation":
+        return norm_F
+    assert metric in ("relative", "eq8"), metric
     inputs = [matrix for matrix in (weights.up_FD, weights.gate_FD) if matrix is not None]
-    score_F: Tensor = norm_F
-    if metric in ("relative", "eq8"):
-        share_F = _shares(_magnitudes(down_DF).mul_(norm_F), across=1)
-        if metric == "eq8":
-            share_F = share_F + len(inputs)
-        else:
-            for input_FD in inputs:
-                share_F = share_F + _shares(_magnitudes(input_FD), across=0)
-        score_F = share_F * norm_F
-    else:
-        assert metric == "activation", metric
-    return score_F
+    share_F = _shares(_magnitudes(weights.down_DF).mul_(norm_F), across=1)
+    if metric == "eq8":
+        return (share_F + len(inputs)) * norm_F
+    for input_FD in inputs:
+        share_F = share_F + _shares(_magnitudes(input_FD), across=0)
+    return share_F * norm_F
 
 
 def weight_norms(weights: FFNWeights) -> Tensor:

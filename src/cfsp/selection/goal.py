@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import mul
 from typing import Any
 
 from cfsp.calibration.statistics import Removal
@@ -160,9 +161,8 @@ class CacheFraction(Constraint):
         }
         found = []
         for unit in self.source.units:
-            kind = kinds[unit.block] if kinds else "sliding_attention"
-            window = windows.get(kind) or self.context
-            found.append(min(self.context, window) if unit.part == "kv" else 0)
+            window = windows.get(kinds[unit.block] if kinds else "sliding_attention")
+            found.append(min(self.context, window or self.context) if unit.part == "kv" else 0)
         return found
 
     @cached_property
@@ -177,7 +177,7 @@ class CacheFraction(Constraint):
 
     def size(self, kept_U: Sequence[int]) -> int:
         """Return the tokens that all groups cache together if units keep so many."""
-        return sum(kept * tokens for kept, tokens in zip(kept_U, self.tokens_U, strict=True))
+        return sum(map(mul, kept_U, self.tokens_U))
 
     @cached_property
     def stay(self) -> int:
