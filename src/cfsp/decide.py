@@ -25,6 +25,7 @@ from cfsp.pruning_cost import announce
 from cfsp.repair.ladder import check_windows, needed_steps, repair
 from cfsp.repair.result import PruningResult
 from cfsp.repair.ridge_pass import choose_and_repair, with_ridge
+from cfsp.selection.divergence import with_needed_sensitivity
 from cfsp.selection.drop_order import (
     cannot_be_tried,
     check_can_be_compared,
@@ -35,7 +36,6 @@ from cfsp.selection.drop_order import (
 )
 from cfsp.selection.goal import constraint_of
 from cfsp.selection.search import only_candidate, select
-from cfsp.selection.sensitivity import with_needed_sensitivity
 from cfsp.streaming.block_proof import check_experts_can_go
 from cfsp.streaming.runtime import runtime_of
 from cfsp.streaming.work_dir import temporary_work_dir

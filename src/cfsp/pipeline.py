@@ -53,14 +53,14 @@ from cfsp.result.card import model_card, origin_of
 from cfsp.result.manifest import facts_for_config, write_manifest
 from cfsp.result.prune_report import PruneReport, prune_report
 from cfsp.selection.constraint import Share, half_dropped
+from cfsp.selection.divergence import follow_sensitivity, with_sensitivity
 from cfsp.selection.drop_order import (
     check_can_be_compared,
     follow_divergence,
     follow_runs,
     with_order,
 )
-from cfsp.selection.loss import loss_increase_of
-from cfsp.selection.sensitivity import follow_sensitivity, with_sensitivity
+from cfsp.selection.goal import loss_increase_of
 from cfsp.settings import (
     DEFAULT_PARTS,
     SENSITIVITY,

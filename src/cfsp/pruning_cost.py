@@ -32,10 +32,10 @@ from cfsp.repair.ridge_pass import gram_bytes
 from cfsp.selection.divergence import (
     BEGINNING_TOKENS,
     POSITION_STRIDE,
+    follow_sensitivity,
     prediction_bytes,
     windows_compared,
 )
-from cfsp.selection.sensitivity import follow_sensitivity
 from cfsp.settings import DEFAULT_SAMPLES, TargetParameters
 from cfsp.streaming.block_stream import StreamedBlock, stream_blocks, windows_in_batch
 from cfsp.streaming.memory import available_bytes, default_budget

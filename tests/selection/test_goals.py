@@ -17,7 +17,7 @@ from cfsp import pruning_cost as cost
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import UsageError
-from cfsp.selection import loss
+from cfsp.selection import goal as goals
 from cfsp.selection.constraint import STEPS
 from cfsp.settings import (
     Budget,
@@ -215,7 +215,7 @@ def trained(tokenizer, text_file, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def few_held_out(monkeypatch) -> None:
-    monkeypatch.setattr(loss, "HELD_OUT_WINDOWS", 4)
+    monkeypatch.setattr(goals, "HELD_OUT_WINDOWS", 4)
 
 
 @pytest.mark.usefixtures("few_held_out")
@@ -244,7 +244,7 @@ def test_as_much_goes_as_fits_and_what_was_tried_is_told(trained, tmp_path, prun
 @pytest.mark.usefixtures("few_held_out")
 def test_a_bound_that_nothing_keeps(prune, monkeypatch):
     measured = lambda model, windows, label: 5.0 + 45 * (label != "dense")  # noqa: E731
-    monkeypatch.setattr(loss, "loss_in_memory", measured)
+    monkeypatch.setattr(goals, "loss_in_memory", measured)
     error = prune("--max-loss-increase", 0.1, status=2).error
     assert "cannot stay within 0.1 nats" in error
     assert "already 0.5% of the FFN channels cost 4" in error

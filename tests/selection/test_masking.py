@@ -22,12 +22,13 @@ from cfsp.selection import drop_order
 from cfsp.selection.constraint import DropBudget
 from cfsp.selection.divergence import (
     POSITION_STRIDE,
+    block_sensitivities,
     dense_predictions,
     masked_channels,
     masked_unit,
+    with_sensitivity,
 )
 from cfsp.selection.drop_order import order_of_removal
-from cfsp.selection.sensitivity import block_sensitivities, with_sensitivity
 from cfsp.settings import Criterion
 from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.stand_in import PLAIN, resumed_at, skipped
