@@ -98,15 +98,18 @@ class DropBudget:
         return not sizes or self.parameters - self.sizes.parameters(dropped) < max(sizes) / 2
 
     def first(self, order: Iterable[Removal]) -> list[Removal] | None:
-        """Return the first of an order that come closer to the budget, each in its turn.
+        """Return the first of an order that may go and come closer to the budget, each in its turn.
 
         None if the order is too short.
         """
         dropped, taken = NOTHING, []
         for each in order:
-            if self.has_room_for(dropped, (each.part, each.block)):
+            droppable = each.part, each.block
+            # Of statistics it may be of what was not told to stay then.
+            may_go = droppable in self.sizes.droppable(dropped)
+            if may_go and self.has_room_for(dropped, droppable):
                 taken.append(each)
-                dropped = dropped.plus((each.part, each.block))
+                dropped = dropped.plus(droppable)
         return taken if self.is_met_by(dropped) else None
 
     def of_blocks(self, blocks: Sequence[int]) -> Dropped:

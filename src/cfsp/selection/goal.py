@@ -276,11 +276,7 @@ class LossIncrease(Constraint):
     found: dict[str, Any] = field(default_factory=dict)  # sparsity, dense loss, what was tried
 
     name = "max_loss_increase"
-
-    @property
-    def needs_statistics(self) -> bool:
-        """They are what plans are made from."""
-        return True
+    needs_statistics = True  # plans are made from them
 
     def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
         """Return the largest share whose loss fits."""

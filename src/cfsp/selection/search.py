@@ -214,7 +214,7 @@ def _all_masked(
     channels = job.budget.channel_parts
     choices = [("ffn",), channels] if len(channels) > 1 else [channels]
     found: list[Scored] = []
-    with item_progress("choosing how many", len(choices) * len(order), "plan") as bar:
+    with item_progress("choosing how many", len(choices) * (len(order) + 1), "plan") as bar:
         for parts in choices:
 
             def scored(count: int, parts: tuple[Part, ...] = parts) -> Scored | None:
