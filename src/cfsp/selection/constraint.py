@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -165,14 +166,7 @@ def last_that_holds(highest: int, holds: Callable[[int], bool]) -> int:
 
     It is taken to hold at 0, where nothing is pruned, and asked about log2(highest) times.
     """
-    low, high = 0, highest + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        if holds(middle):
-            low = middle
-        else:
-            high = middle
-    return low
+    return bisect_left(range(1, highest + 1), True, key=lambda step: not holds(step))
 
 
 @dataclass(frozen=True)
