@@ -83,6 +83,11 @@ from cfsp.text.windows import Windows, check_is_text
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_ANOTHER_CHOICE = (
+    "--dry-run compared plans before repair; the run itself repairs a few of them and may choose "
+    "another"
+)
+
 log = logging.getLogger(__name__)
 
 
@@ -139,10 +144,7 @@ def prune_checkpoint(
         if dry_run:
             parts = tuple(repaired.plan.criterion.get("parts", DEFAULT_PARTS))
             if asked.repair != "none" and plan is None and Budget(parts=parts).compares:
-                log.warning(
-                    "--dry-run compared plans before repair; the run itself repairs a few of them "
-                    "and may choose another"
-                )
+                log.warning(_ANOTHER_CHOICE)
             if team.is_first:
                 repaired.plan.save(staging / PLAN_FILE)
             return prune_report(source, repaired, facts, {}, work_dir, None)
