@@ -52,14 +52,14 @@ from cfsp.result.card import model_card, origin_of
 from cfsp.result.manifest import facts_for_config, write_manifest
 from cfsp.result.prune_report import PruneReport, prune_report
 from cfsp.selection.constraint import Share, half_dropped
+from cfsp.selection.divergence import follow_sensitivity, with_sensitivity
 from cfsp.selection.drop_order import (
     check_can_be_compared,
     follow_divergence,
     follow_runs,
     with_order,
 )
-from cfsp.selection.loss import loss_increase_of
-from cfsp.selection.sensitivity import follow_sensitivity, with_sensitivity
+from cfsp.selection.goal import loss_increase_of
 from cfsp.settings import (
     DEFAULT_PARTS,
     SENSITIVITY,
@@ -76,12 +76,16 @@ from cfsp.streaming.work_dir import (
     temporary_work_dir,
 )
 from cfsp.text.drawing import calibration_windows
-from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer, parted
 from cfsp.text.windows import Windows, check_is_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_ANOTHER_CHOICE = (
+    "--dry-run compared plans before repair; the run itself repairs a few of them and may choose "
+    "another"
+)
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +120,6 @@ def prune_checkpoint(
         CfspError: anything that a user can cause; nothing is left behind.
     """
     team = team or Team()
-    check_texts(settings.text.names, settings.evaluation.names)
     check_is_outside(out, source.directory)
     remove_finished_work(out)
     check_output_is_free(out)
@@ -138,8 +141,9 @@ def prune_checkpoint(
             source, tokenizer, settings, work_dir, statistics=statistics, plan=plan
         )
         if dry_run:
-            if asked.repair != "none" and plan is None:
-                _warn_of_another_choice(repaired.plan)
+            parts = tuple(repaired.plan.criterion.get("parts", DEFAULT_PARTS))
+            if asked.repair != "none" and plan is None and Budget(parts=parts).compares:
+                log.warning(_ANOTHER_CHOICE)
             if team.is_first:
                 repaired.plan.save(staging / PLAN_FILE)
             return prune_report(source, repaired, facts, {}, work_dir, None)
@@ -162,15 +166,6 @@ def prune_checkpoint(
         manifest = report.to_manifest(digests, command)
         team.from_first(lambda: _describe(source, repaired.plan, manifest, staging))
     return report
-
-
-def _warn_of_another_choice(plan: PruningPlan) -> None:
-    """Say that a dry run compares plans otherwise than a run that repairs them, where it does."""
-    if Budget(parts=tuple(plan.criterion.get("parts", DEFAULT_PARTS))).compares:
-        log.warning(
-            "--dry-run compared plans before repair; the run itself repairs a few of them and may "
-            "choose another"
-        )
 
 
 @contextmanager
@@ -199,7 +194,6 @@ def prune_model(
     The processor that has its tokenizer does as well; nothing is evaluated.
     """
     settings = settings.suited_to_repair()
-    check_texts(settings.text.names, settings.evaluation.names)
     tokenizer, processor = parted(tokenizer)
     with (
         in_memory(model, settings.budget.parts) as source,

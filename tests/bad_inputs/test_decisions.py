@@ -68,7 +68,10 @@ PLANS = [
         OBEY,
         ANEW,
         ("plan version 7, expected 1", plan(lambda f: f.update(plan_version=7))),
-        ("the plan's widths are not those of {model}", plan(lambda f: f["blocks"].pop())),
+        (
+            "the plan's widths or experts are not those of {model}",
+            plan(lambda f: f["blocks"].pop()),
+        ),
         (
             "{plan} is damaged: it has '<script>' for block_metric",
             plan(lambda f: f["criterion"].update(block_metric="<script>")),

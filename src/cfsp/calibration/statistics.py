@@ -32,7 +32,7 @@ from cfsp.settings import WHOLE_PARTS, Part, WholePart
 class Sensitivity:
     """What pruning one part of each block alone does to the predictions.
 
-    See `cfsp.selection.sensitivity`. A block that has none of the part loses nothing.
+    See `cfsp.selection.divergence`. A block that has none of the part loses nothing.
     """
 
     # KL(dense || that block's FFNs pruned), in nats per token.

@@ -25,7 +25,7 @@ from cfsp.calibration.observed import ObservedBlock
 from cfsp.calibration.together import add_up, part_of
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import down_matrix, parameters_with_down, units_of_block
-from cfsp.planning.channels import choose_channels
+from cfsp.planning.importance import choose_channels
 from cfsp.processes import processes_on_machine
 from cfsp.repair.gram import Observation
 from cfsp.repair.result import BlockRepair, ExpertRepair, PruningResult, add_step, write_tensors

@@ -136,7 +136,7 @@ def prune_report(
     """Return what a run did; `work_dir` has the times of stages and passes."""
     plan, before = repaired.plan, parameter_count(source)
     groups_before, groups_after = plan.widths_of("kv")
-    kv_sparsity = round(plan.kv_sparsity, 6)
+    kv_sparsity = round(plan.sparsity_of("kv"), 6)
     groups = {"before": groups_before, "after": groups_after, "sparsity": kv_sparsity}
     after = parameter_count(PrunedSource(source, plan))
     dequantised = {}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cfsp.architecture.activations import OnOutput, observed_activations, observed_sublayers
+from cfsp.architecture.activations import OnRows, observed_activations, observed_sublayers
 from cfsp.checkpoint.reading import read_tensors
 from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, fill, unload
 from cfsp.errors import CalibrationError
@@ -63,7 +63,7 @@ class StreamedBlock:
         on_activations: OnActivations | None = None,
         on_hidden: OnHidden = lambda input_BTD, output_BTD: None,
         on_sublayer: OnSublayer | None = None,
-        on_output: OnOutput | None = None,
+        on_output: OnRows | None = None,
     ) -> None:
         """Let all windows pass the block, and drop its weights; its outputs are in `hidden` then.
 
