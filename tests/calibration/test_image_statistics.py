@@ -18,10 +18,10 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from builders import draw_windows
 from cfsp.architecture.activations import hidden_state
 from cfsp.calibration.calibrate import DistanceSum, calibrate
-from cfsp.calibration.together import part_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.processes import Team
 from cfsp.settings import Compute
+from cfsp.streaming.block_stream import part_of
 from cfsp.streaming.runtime import runtime_of
 from cfsp.text.tokenizers import load_processor, load_tokenizer
 from cfsp.text.windows import Windows

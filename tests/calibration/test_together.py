@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from builders import RECORD, random_block
+from cfsp.calibration.calibrate import added_up
 from cfsp.calibration.statistics import Statistics
-from cfsp.calibration.together import add_up, check_enough, part_of
 from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.processes import Team, joined, take_own_accelerator
+from cfsp.streaming.block_stream import check_enough, part_of
 from cfsp.text.windows import Windows
 from commands import Command, Commands, ranks
 from forks import Forks, Job
@@ -109,6 +110,22 @@ def test_the_survivor_waits_no_longer_than_it_was_told_and_both_go_on(
     assert out.read_bytes() == (tmp_path / "one").read_bytes()
 
 
+WAITING = """
+import time
+import torch
+from cfsp import processes
+
+processes.PATIENCE_SECONDS = 1
+with processes.joined(torch.device("cpu")) as team:
+    print(team.from_first(lambda: time.sleep(2) or 7), team.gather(team.rank, at=1))
+"""
+
+
+def test_what_the_first_does_alone_may_take_longer_than_the_others_wait(forks: Forks) -> None:
+    ended = forks(*(Job("forks.run_code", {"code": WAITING}, rank) for rank in ranks(2)))
+    assert [each.stdout for each in ended] == ["7 []\n", "7 [0, 1]\n"], ended
+
+
 # The parts.
 
 
@@ -139,7 +156,7 @@ def test_one_process_adds_up_to_itself() -> None:
     units = (*observed[0].units, experts)
     none = replace(random_block(8), units=())
     blocks = [replace(observed[0], units=units), none, observed[1]]
-    total = Statistics.of(add_up(blocks, Team(), torch.device("cpu")), RECORD)
+    total = Statistics.of([added_up(Team(), each) for each in blocks], RECORD)
     statistics = Statistics.of(blocks, RECORD)
     assert total.blocks == statistics.blocks
     for got, want in zip(total.units, statistics.units, strict=True):

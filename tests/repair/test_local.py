@@ -20,14 +20,13 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.pipeline import prune_model
-from cfsp.processes import Team
 from cfsp.repair import ladder
 from cfsp.repair import local as local_repair
 from cfsp.repair.local import group_of, highest_rate, schedule, train_blocks
+from cfsp.repair.two_streams import Batch, Split, hidden_loss, token_error
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Budget, CalibrationText, LocalTraining, PruneSettings
 from cfsp.streaming import pass_state
-from cfsp.streaming.two_streams import Batch, TwoStreams, hidden_loss, token_error
 from cfsp.text.windows import Windows
 from tiny_models import BLOCKS, TRAINED, build_tiny_model
 
@@ -84,7 +83,7 @@ def train(
     batch = Batch(hidden_BTD, target_BTD)
     parameters = [(list(each.parameters()), rate) for each, rate in trained]
     steps = [(part, batch) for part in parts]
-    return train_blocks(module, parameters, steps, error, torch.float32, Team(), on_step)
+    return train_blocks(module, parameters, steps, error, torch.float32, on_step)
 
 
 def error(output_BTD: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -269,23 +268,15 @@ def test_a_mixture_of_experts_is_refused_before_anything_is_computed(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("processes", [1, 3])
 @pytest.mark.parametrize(("windows", "asked"), [(2, 2), (9, 2), (65, 8)])
-def test_every_window_is_fitted_to_or_held_out(windows, asked, processes):
+def test_every_window_is_fitted_to_or_held_out(windows, asked):
     tokens_NT = torch.zeros(windows, 16, dtype=torch.int64)
     text = Windows(tokens_NT, {"one": windows // 2, "two": -(-windows // 2)})
-    of_team = [TwoStreams.of(text, 16 * asked, Team(i, processes)) for i in range(processes)]
-    streams = of_team[0]
-    assert streams.fitted
-    assert sorted([*streams.held_out, *streams.fitted]) == list(range(windows))
+    split = Split(text, 16 * asked)
+    assert split.fitted
+    assert sorted([*split.held_out, *split.fitted]) == list(range(windows))
     if windows >= 4:  # some of both texts
-        assert min(streams.held_out) < windows // 2 <= max(streams.held_out)
-    assert [i for batch in streams.judged for i in batch] == list(streams.held_out)
-    # Each has some, in two rows of its hidden states.
-    assert [window for each in of_team for window in each.own] == list(range(windows))
-    for own in of_team:
-        rows = range(2 * len(own.own))
-        dense = [i for batch in own.own_batches for i in rows[own.dense_rows(batch)]]
-        pruned = [i for batch in own.own_batches for i in rows[own.pruned_rows(batch)]]
-        assert dense + pruned == list(rows)
-        assert {len(batch) for batch in (*own.judged, *own.own_batches)} <= own.batch_sizes
+        assert min(split.held_out) < windows // 2 <= max(split.held_out)
+    assert [i for batch in split.judged for i in batch] == split.held_out
+    assert [i for batch in split.batches for i in batch] == list(range(windows))
+    assert {len(batch) for batch in (*split.judged, *split.batches)} <= split.batch_sizes

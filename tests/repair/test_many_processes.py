@@ -136,33 +136,36 @@ def test_the_first_process_times_for_all(forks, argv_of, tmp_path, monkeypatch):
     check_alike(argv, tmp_path)
 
 
-def test_after_a_death_the_same_command_goes_on(commands, finish, argv, text_file, tmp_path):
+@pytest.mark.parametrize(
+    ("dying", "count", "said"),
+    [
+        (1, BLOCKS + 2, f"ridge: going on at block 2 of {BLOCKS}"),
+        # The others wait for what the first does alone, and see it end.
+        (0, 2 * BLOCKS, f"sequential: going on at block 1 of {BLOCKS}"),
+    ],
+)
+def test_after_a_death_the_same_command_goes_on(
+    commands, finish, argv, text_file, tmp_path, dying, count, said
+):
     evaluation = ["--eval", str(text_file), "--windows", "1"]
     argv = [*argv, "--repair", "local", "--local-steps", "2", *evaluation]
-    # Windows have passed all blocks in the coarse pass and for the ridge.
-    deaths: list[dict[str, Any]] = [{}, {"dies": "after", "count": 2 * BLOCKS}, {}]
+    deaths = [{"dies": "after", "count": count} if rank == dying else {} for rank in range(2)]
     ended = commands(
         *(
             Command(many(argv, tmp_path), environment=rank, patience=12, **death)
-            for rank, death in zip(ranks(3), deaths, strict=True)
+            for rank, death in zip(ranks(2), deaths, strict=True)
         )
     )
-    assert [each.status for each in ended] == [2, -signal.SIGKILL, 2], ended
-    for rank in (0, 2):
-        lines = ended[rank].stderr.splitlines()
-        (line,) = [line for line in lines if line.startswith("cfsp prune:")]
-        assert f"[process {rank}] process {rank} of 3 lost another process" in line
+    left = 1 - dying
+    assert (ended[dying].status, ended[left].status) == (-signal.SIGKILL, 2), ended
+    lines = ended[left].stderr.splitlines()
+    (line,) = [line for line in lines if line.startswith("cfsp prune:")]
+    assert f"[process {left}] process {left} of 2 lost another process" in line
     assert not (tmp_path / "many").exists()
-    ended = finish(argv, 3)
-    assert all(f"sequential: going on at block 1 of {BLOCKS}" in each.stderr for each in ended)
-
-
-def test_blocks_train_together(finish, argv, tmp_path):
-    """Three processes share batches of 2 windows, so that one has none."""
-    # 18 windows: the batches of training are eighths of them.
-    local = ["--repair", "local", "--local-steps", "3", "--local-blocks", "1"]
-    finish([*argv, "--samples", "18", *local], 3)
-    assert any(block["kept"] for block in blocks_of(tmp_path / "many", "local"))
+    first, other = finish(argv, 2)
+    assert said in first.stderr
+    assert (said in other.stderr) == (dying == 1)
+    assert "sequential: process 0 repairs alone, the others wait" in first.stderr
 
 
 def test_processes_with_different_work_are_refused(commands, argv, tmp_path):

@@ -78,11 +78,6 @@ class BlockStatistics:
         """Mean angular distance over all tokens."""
         return self.distance_sum / self.tokens
 
-    @property
-    def is_possible(self) -> bool:
-        """Whether the sum is not NaN or infinite."""
-        return math.isfinite(self.distance_sum)
-
     @staticmethod
     def from_json(entry: Mapping[str, Any], index: int) -> BlockStatistics:
         """Return those of a block whose fields were written as JSON."""
@@ -226,6 +221,11 @@ class ObservedBlock:
     # The hidden states of some tokens, as they enter and leave it (2 x S x D); None where runs of
     # blocks are not compared.
     passing: Tensor | None = None
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether no sum is NaN, infinite, or negative where it cannot be."""
+        return math.isfinite(self.block.distance_sum) and all(u.is_possible for u in self.units)
 
     def save(self, directory: Path, index: int) -> None:
         """Write what was gathered in the block at an index, for a killed pass."""

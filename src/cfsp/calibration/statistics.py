@@ -315,7 +315,7 @@ class Statistics:
             raise StatisticsError(f"{path} is damaged: {error!r}; calibrate again") from error
         if not blocks:
             raise StatisticsError(f"{path} describes no block; calibrate again")
-        wrong = [i for i, block in enumerate(blocks) if not block.is_possible]
+        wrong = [i for i, block in enumerate(blocks) if not math.isfinite(block.distance_sum)]
         wrong += [unit.block for unit in units if not unit.is_possible]
         if wrong:
             raise StatisticsError(

@@ -109,7 +109,7 @@ class Observation:
             gram.add_up_at(rank, team, width, device)
         own_E = [[part.cpu() for part in parts] for parts in self._held_out_E]
         self._held_out_E = [[] for _ in self._held_out_E]
-        for of_process in team.gather_at(rank, own_E):
+        for of_process in team.gather(own_E, at=rank):
             for parts, more in zip(self._held_out_E, of_process, strict=True):
                 parts += [part.to(device) for part in more]
 

@@ -12,11 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from cfsp.calibration.together import check_enough
 from cfsp.errors import TextError, UnsupportedModelError
 from cfsp.repair import local, ridge_pass, sequential
 from cfsp.repair.result import PruningResult
-from cfsp.streaming.two_streams import TwoStreams
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
@@ -57,7 +55,7 @@ def needed_steps(repair: Repair, plan: PruningPlan) -> dict[str, Step]:
 
 def repair(job: Job, result: PruningResult, windows: Windows) -> PruningResult:
     """Take the steps that the settings ask for, the plan needs, and that were not taken yet."""
-    taken = {step.name for step in result.steps}
+    taken = {step["name"] for step in result.steps}
     for name, step in needed_steps(job.settings.repair, result.plan).items():
         if name not in taken:
             with job.work_dir.watch.stage(name):
@@ -75,17 +73,13 @@ def repaired_a_little(
     return result
 
 
-def check_windows(job: Job, windows: Windows) -> None:
-    """Check that there are enough windows for the steps, and for every process."""
+def check_windows(windows: Windows) -> None:
+    """Check that there are enough windows for the steps."""
     if len(windows.tokens_NT) < 2:
         raise TextError(
             "repair needs at least 2 windows, one of them held out, found 1; give more text, more "
             "--samples or shorter windows (--seqlen), or --effort fast"
         )
-    if job.settings.repair == "local":
-        for tokens in (sequential.TOKENS_IN_BATCH, job.settings.local.tokens):
-            streams = TwoStreams.of(windows, tokens, job.work_dir.team)
-            check_enough(windows, streams.team, streams.batch)
 
 
 def check_can_be_repaired(source: WeightSource, settings: PruneSettings) -> None:

@@ -70,10 +70,18 @@ def repair_down_projection(
     if gram_FF is None or len(pruned_P) == 0:
         return best
 
+    def lost(part: slice) -> Tensor:
+        """Return G_KP W_Pᵀ in float64, one panel of rows at a time."""
+        pruned_CP = down_DF[part].index_select(1, pruned_P).double()
+        panels = torch.split(kept_K, PANEL)
+        return torch.cat(
+            [gram_FF[rows].index_select(1, pruned_P).double() @ pruned_CP.T for rows in panels]
+        )
+
     def error_with(number: int) -> float:
         """Return the error with one strength, and keep the weights if they are the best so far."""
         nonlocal best
-        candidate_DK = _solve(down_DF, gram_FF, kept_K, pruned_P, lambdas[number])
+        candidate_DK = solved(plain_DK, gram_FF, kept_K, lambdas[number], lost)
         if candidate_DK is None:
             return math.inf
         error = error_of(candidate_DK)
@@ -123,28 +131,29 @@ def _output(act_RF: Tensor, down_DF: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _solve(
-    down_DF: Tensor, gram_FF: Tensor, kept_K: Tensor, pruned_P: Tensor, ridge: float
+def solved(
+    old_DK: Tensor,
+    gram_FF: Tensor,
+    index_K: Tensor,
+    ridge: float,
+    right_of: Callable[[slice], Tensor],
 ) -> Tensor | None:
-    """Return W' for one strength; None if the matrix is not positive definite."""
-    system = ridge_factor(gram_FF, kept_K, ridge)
-    if system is None:
+    """Return old + Rᵀ (G_KK + ridge mean(diag G_KK) I)^-1 in the dtype of the old weights.
+
+    `right_of` gives some columns of R, of the outputs in a slice, K x C in float64, to be written
+    over. None if the matrix is not positive definite.
+    """
+    system = lower_panels(gram_FF, index_K)
+    add_to_diagonal(system, ridge * float(gram_FF.diagonal()[index_K].double().mean()))
+    if not factor(system):
         return None
-    repaired_DK = down_DF.new_empty(down_DF.shape[0], len(kept_K))
-    for start in range(0, down_DF.shape[0], SOLVE_COLUMNS):
+    new_DK = torch.empty_like(old_DK)
+    for start in range(0, len(old_DK), SOLVE_COLUMNS):
         part = slice(start, start + SOLVE_COLUMNS)
-        pruned_CP = down_DF[part].index_select(1, pruned_P).double()
-        # G_KP W_Pᵀ in float64, one panel of rows at a time.
-        lost_KC = torch.cat(
-            [
-                gram_FF[rows].index_select(1, pruned_P).double() @ pruned_CP.T
-                for rows in torch.split(kept_K, PANEL)
-            ]
-        )
-        solve(system, lost_KC)
-        plain_CK = down_DF[part].index_select(1, kept_K)
-        repaired_DK[part] = (plain_CK.double() + lost_KC.T).to(down_DF.dtype)
-    return repaired_DK
+        right_KC = right_of(part)
+        solve(system, right_KC)
+        new_DK[part] = (old_DK[part].double() + right_KC.T).to(old_DK.dtype)
+    return new_DK
 
 
 # Cholesky factor and solve of a large symmetric system, with half of its matrix in memory: the
@@ -167,13 +176,6 @@ def add_to_diagonal(panels: Sequence[Tensor], value: float) -> None:
     """Add a number to every diagonal element."""
     for panel in panels:
         panel[: panel.shape[1]].diagonal().add_(value)
-
-
-def ridge_factor(gram_FF: Tensor, index_K: Tensor, ridge: float) -> list[Tensor] | None:
-    """Return the factor of G_KK + ridge mean(diag G_KK) I; None if it is not positive definite."""
-    system = lower_panels(gram_FF, index_K)
-    add_to_diagonal(system, ridge * float(gram_FF.diagonal()[index_K].double().mean()))
-    return system if factor(system) else None
 
 
 def factor(panels: Sequence[Tensor]) -> bool:

@@ -27,16 +27,21 @@ from torch import Tensor
 from cfsp.architecture.activations import observed_activations
 from cfsp.checkpoint.reading import down_matrix, parameters_with_down, units_of_block
 from cfsp.repair.gram import GramSums
-from cfsp.repair.result import BlockRepair, PruningResult, block_repair
-from cfsp.repair.ridge import LAMBDAS, SOLVE_COLUMNS, ridge_factor, solve
-from cfsp.repair.stream_repair import Repaired, StreamRepair, error_of_hidden
-from cfsp.streaming.two_streams import GroupVisit, hidden_loss
+from cfsp.repair.ridge import LAMBDAS, solved
+from cfsp.repair.two_streams import (
+    GroupVisit,
+    Repaired,
+    TwoStreams,
+    block_repair,
+    error_of_hidden,
+    hidden_loss,
+)
 
 if TYPE_CHECKING:
     from cfsp.architecture.found import Unit
     from cfsp.cut.surgery import PrunedSource
     from cfsp.job import Job
-    from cfsp.processes import Team
+    from cfsp.repair.result import PruningResult
     from cfsp.text.windows import Windows
 
 NAME = "sequential"
@@ -87,13 +92,13 @@ def blocks_at_gaps(count: int, removed: Collection[int]) -> list[int]:
     ]
 
 
-class SequentialRepair(StreamRepair):
+class SequentialRepair(TwoStreams):
     """Fits the down projections of some blocks of the pruned model, or of all."""
 
     blocks: Collection[int] | None = None
 
-    def work(self, group: GroupVisit) -> BlockRepair | None:
-        """Repair the down projection of a block; the first process does it for all.
+    def work(self, group: GroupVisit) -> Repaired | None:
+        """Repair the down projection of a block.
 
         Nothing is done to a block without a dense FFN, or with several, or one that is to stay.
         """
@@ -101,25 +106,15 @@ class SequentialRepair(StreamRepair):
         if unit is None or (self.blocks is not None and group.last not in self.blocks):
             return None
         seen = _observe(group, self.pruned.units[unit])
+        before = group.judge_unchanged(error_of_hidden)
         down_DK = down_matrix(self.pruned, unit).to(group.device)
-        seen.gather_at_first(group.team, down_DK)
-        group.gather_held_out()
-
-        def fit() -> Repaired:
-            """Leave the block with the better of both weights."""
-            before = group.judge(error_of_hidden)
-            before.check_finite(group.dense_last)
-            best = _best_fit(down_DK, seen, before.loss)
-            if best is None:
-                return block_repair(1, before, None), {}
-            ridge, new_DK = best
-            tensors = parameters_with_down(self.pruned, unit, {0: new_DK})
-            # Where something follows the down projection, a norm for one, it is not as predicted.
-            after = group.accept(before, tensors, error_of_hidden)
-            strength = None if after is None else ridge
-            return block_repair(1, before, after, strength=strength), tensors
-
-        return self.done_by_first(group, fit)
+        if (best := _best_fit(down_DK, seen, before.loss)) is None:
+            return block_repair(before, None), {}
+        ridge, new_DK = best
+        tensors = parameters_with_down(self.pruned, unit, {0: new_DK})
+        # Where something follows the down projection, a norm for one, it is not as predicted.
+        after = group.accept(before, tensors, error_of_hidden)
+        return block_repair(before, after, strength=None if after is None else ridge), tensors
 
 
 def _last_to_write(pruned: PrunedSource, block: int) -> int | None:
@@ -145,13 +140,9 @@ def _best_fit(down_DK: Tensor, seen: _Seen, least: float) -> tuple[float, Tensor
     gram_KK, cross_KD = seen.means()
     every_K = torch.arange(len(gram_KK), device=gram_KK.device)
     for ridge in LAMBDAS:
-        system = ridge_factor(gram_KK, every_K, ridge)
-        if system is None:
+        new_DK = solved(down_DK, gram_KK, every_K, ridge, lambda part: cross_KD[:, part].double())
+        if new_DK is None:
             continue
-        columns = [part_KC.double() for part_KC in torch.split(cross_KD, SOLVE_COLUMNS, dim=1)]
-        for column_KC in columns:
-            solve(system, column_KC)
-        new_DK = (down_DK.double() + torch.cat(columns, dim=1).T).to(down_DK.dtype)
         loss = seen.loss_with((new_DK.double() - down_DK.double()).float())
         if loss >= least and best is not None:
             break
@@ -166,9 +157,11 @@ def _observe(group: GroupVisit, unit: Unit) -> _Seen:
     act: list[Tensor] = []
     (module,) = group.blocks.modules
     with observed_activations(module, [unit], lambda *rows: act.append(rows[2])):
-        for batch, is_held_out_B in group.own_batches():
+        for windows in group.split.batches:
+            batch = group.batch(windows)
             output_BTD = group.blocks(batch.input_BTD)
             act_BTK = act.pop().view(*output_BTD.shape[:2], -1)
+            is_held_out_B = torch.tensor([window in group.split.held_out for window in windows])
             for part, add in ((~is_held_out_B, seen.add), (is_held_out_B, seen.add_held_out)):
                 if bool(part.any()):
                     chosen_B = part.to(group.device)
@@ -201,22 +194,6 @@ class _Seen:
     def add_held_out(self, *rows: Tensor) -> None:
         """Add rows that it is not fitted to."""
         self._held_out.append(rows)
-
-    def gather_at_first(self, team: Team, down_DK: Tensor) -> None:
-        """Bring what all processes have together at the first; the weights tell shape and place."""
-        if team.size == 1:
-            return
-        (outputs, channels), device = down_DK.shape, down_DK.device
-        if self._cross_KD is None:
-            self._cross_KD = torch.zeros(channels, outputs, device=device)
-        self._gram.add_up_at(0, team, channels, device)
-        team.add_up_at(0, [self._cross_KD])
-        own = [[each.cpu() for each in rows] for rows in self._held_out]
-        self._held_out = [
-            tuple(each.to(device) for each in rows)
-            for of_process in team.gather_at(0, own)
-            for rows in of_process
-        ]
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Return both means; the sums are used up."""

@@ -6,6 +6,7 @@ saves as it goes, resumes what was killed, shows progress and takes the time.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -14,6 +15,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import fingerprint
 from cfsp.processes import Team
 from cfsp.progress import token_progress
@@ -54,13 +56,14 @@ class Visitor(ABC, Generic[T]):
     def visit(self, block: StreamedBlock) -> T:
         """Advance a block and return its result."""
 
-    @abstractmethod
     def save(self, result: T, directory: Path, block: int) -> None:
-        """Write the result of one block; it is complete on disk when this returns."""
+        """Write the result of one block, here JSON types; it is on disk when this returns."""
+        write_atomically(directory / f"result-{block:05d}.json", json.dumps(result).encode())
 
-    @abstractmethod
     def load(self, directory: Path, block: int) -> T:
         """Read what `save` wrote, the same bit for bit."""
+        result: T = json.loads((directory / f"result-{block:05d}.json").read_text("utf-8"))
+        return result
 
     def may_stop_after(self, block: int) -> bool:
         """Return whether hidden states and results are all that the next visit needs.

@@ -9,6 +9,7 @@ Shapes: B windows in a batch, T tokens, D hidden, F FFN channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from cfsp.architecture.activations import OnOutput, observed_activations, observed_sublayers
 from cfsp.checkpoint.reading import read_tensors
 from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, fill, unload
-from cfsp.errors import CalibrationError
+from cfsp.errors import CalibrationError, UsageError
 from cfsp.streaming.block_calls import BlockCall, BlockCalls
 from cfsp.streaming.decoder_start import DecoderStart, Room, weights_of_start
 from cfsp.streaming.hidden_states import HiddenStates
@@ -31,6 +32,7 @@ from cfsp.streaming.stopwatch import PassTimes
 if TYPE_CHECKING:
     from cfsp.architecture.found import Unit
     from cfsp.checkpoint.reading import WeightSource
+    from cfsp.processes import Team
     from cfsp.streaming.runtime import Runtime
     from cfsp.text.windows import Windows
 
@@ -151,6 +153,23 @@ def windows_in_batch(windows: Windows, batch_windows: int | None) -> int:
     if windows.has_images:
         return 1
     return batch_windows or max(1, TOKENS_IN_BATCH // windows.tokens_NT.shape[1])
+
+
+def part_of(windows: Windows, team: Team, batch_windows: int | None) -> slice:
+    """Return which windows one process has: whole batches, which compute as one's, or none."""
+    return team.share(len(windows.tokens_NT), windows_in_batch(windows, batch_windows))
+
+
+def check_enough(windows: Windows, team: Team, batch_windows: int | None) -> None:
+    """Check that every process has windows."""
+    size, count = windows_in_batch(windows, batch_windows), len(windows.tokens_NT)
+    batches = math.ceil(count / size)
+    if batches < team.size:
+        raise UsageError(
+            f"{count} windows in batches of {size} are {batches} batches, too few for "
+            f"{team.size} processes; take more --samples, fewer processes, or "
+            f"--batch-windows {max(1, count // team.size)}"
+        )
 
 
 def stream_blocks(
