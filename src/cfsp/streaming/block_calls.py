@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map, tree_map_only, tree_map_with_path
 
 from cfsp.errors import UnsupportedModelError
 from cfsp.streaming.stand_in import (
@@ -27,10 +28,8 @@ from cfsp.streaming.stand_in import (
     differ,
     is_shared,
     leaves,
-    mapped,
     place_in_words,
     replaced,
-    with_values,
 )
 
 
@@ -59,7 +58,10 @@ class BlockCall:
 
     def with_values(self, values: Mapping[Place, Any]) -> BlockCall:
         """Return the same call with other values in some places of its arguments."""
-        return replace(self, arguments=with_values(self.arguments, values)) if values else self
+        arguments = tree_map_with_path(
+            lambda place, value: values.get(place, value), self.arguments, is_leaf=is_shared
+        )
+        return replace(self, arguments=arguments)
 
     def for_training(self) -> BlockCall:
         """Return the same call with tensors that autograd accepts, in float32.
@@ -71,7 +73,7 @@ class BlockCall:
             dtype = torch.float32 if value.is_floating_point() else value.dtype
             return value.to(dtype, copy=True)
 
-        return replace(self, arguments=mapped(self.arguments, trainable))
+        return replace(self, arguments=tree_map_only(Tensor, trainable, self.arguments))
 
 
 @dataclass
@@ -126,18 +128,17 @@ class WindowValues:
     def write(self, windows: Sequence[int], value: Any, what: str) -> None:
         """Keep nested tuples, lists and dictionaries of tensors [B, ...] and constants."""
 
-        def check(tensor: Tensor) -> Tensor:
+        def of_row(row: int, tensor: Tensor) -> Tensor:
             if tensor.ndim == 0 or tensor.shape[0] != len(windows):
                 raise UnsupportedModelError(
                     f"{what} has shape {list(tensor.shape)} for {len(windows)} windows; expected "
                     "an axis of windows first, without which blocks cannot be run on windows of "
                     "their own choice"
                 )
-            return tensor
+            return tensor[row : row + 1].cpu()
 
-        mapped(value, check)
         for row, window in enumerate(windows):
-            self._value_W[window] = mapped(value, partial(_row, row))
+            self._value_W[window] = tree_map_only(Tensor, partial(of_row, row), value)
 
     def keep(self, window: int, value: Any) -> None:
         """Keep the value of a window that passes alone; its tensors need no axis of windows."""
@@ -145,25 +146,14 @@ class WindowValues:
 
     def read(self, windows: Sequence[int], device: torch.device) -> Any:
         """Return the value of some windows in one batch; None where none was kept."""
+
+        def together(first: Any, *others: Any) -> Any:
+            if not isinstance(first, Tensor):
+                return first
+            return (torch.cat([first, *others]) if others else first).to(device)
+
         parts = [self._value_W.get(window) for window in windows]
-        together = parts[0] if len(parts) == 1 or parts[0] is None else _together(parts)
-        return mapped(together, lambda tensor: tensor.to(device))
-
-
-def _row(row: int, tensor: Tensor) -> Tensor:
-    return tensor[row : row + 1].cpu()
-
-
-def _together(parts: Sequence[Any]) -> Any:
-    """Return the nested values of several windows with their tensors concatenated."""
-    first = parts[0]
-    if isinstance(first, Tensor):
-        return torch.cat(list(parts))
-    if isinstance(first, dict):
-        return {key: _together([part[key] for part in parts]) for key in first}
-    if isinstance(first, tuple | list):
-        return type(first)(_together(items) for items in zip(*parts, strict=True))
-    return first
+        return None if parts[0] is None else tree_map(together, *parts)
 
 
 class BlockCalls:
@@ -250,7 +240,7 @@ class BlockCalls:
                         own[place].keep(earlier, known[place])
                 if place in own:
                     if id(value) not in kept:
-                        kept[id(value)] = mapped(value, Tensor.cpu)
+                        kept[id(value)] = tree_map_only(Tensor, Tensor.cpu, value)
                     own[place].keep(window, kept[id(value)])
         for index, added_BTD in added_L.items():
             row_R = added_BTD[0].any(-1).nonzero().flatten()

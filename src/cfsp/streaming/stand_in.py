@@ -13,20 +13,14 @@ Shapes: B windows, T tokens, D hidden (all that a token has, if a model keeps se
 
 from __future__ import annotations
 
-from collections.abc import (
-    Callable,
-    Collection,
-    Iterator,
-    Mapping,
-    MutableMapping,
-    Sequence,
-)
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import MappingKey, tree_flatten_with_path
 
 from cfsp.architecture.activations import hidden_state
 from cfsp.errors import UnsupportedModelError
@@ -44,48 +38,19 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Answer = Callable[[int, Tensor, Arguments], Any]
 
 
-# Where a value is in the arguments of a call: 0 (positional) or 1 (named), then keys and indices.
+# Where a value is in the arguments of a call: the keys of `torch.utils._pytree`.
 Place = tuple[Any, ...]
 
 
-def leaves(value: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
-    """Yield everything in nested tuples, lists and dictionaries, with its place."""
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from leaves(item, (*place, key))
-    elif isinstance(value, tuple | list):
-        for index, item in enumerate(value):
-            yield from leaves(item, (*place, index))
-    else:
-        yield place, value
+def leaves(arguments: Arguments) -> list[tuple[Place, Any]]:
+    """Return everything in nested tuples, lists and dictionaries, with its place."""
+    return tree_flatten_with_path(arguments, is_leaf=is_shared)[0]
 
 
 def place_in_words(block: int, place: Place) -> str:
     """Return where a value is, in words."""
-    return f"argument {'.'.join(str(key) for key in place[1:])} of block {block}"
-
-
-def with_values(value: Any, values: Mapping[Place, Any], place: Place = ()) -> Any:
-    """Return nested tuples, lists and dictionaries with other values in some places."""
-    if place in values:
-        return values[place]
-    if isinstance(value, dict) and value:
-        return {key: with_values(item, values, (*place, key)) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        items = [with_values(item, values, (*place, i)) for i, item in enumerate(value)]
-        return type(value)(items)
-    return value
-
-
-def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return nested tuples, lists and dictionaries with every tensor changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: mapped(item, change) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(mapped(item, change) for item in value)
-    return value
+    names = [key.key if isinstance(key, MappingKey) else key.idx for key in place[1:]]
+    return f"argument {'.'.join(map(str, names))} of block {block}"
 
 
 def is_shared(value: Any) -> bool:
