@@ -21,8 +21,7 @@ from cfsp.calibration.calibrate import observe
 from cfsp.checkpoint.reading import parameter_count
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
 from cfsp.decide import COARSE_WINDOWS
-from cfsp.repair.gram import Observation
-from cfsp.repair.ridge import factor, lower_panels
+from cfsp.repair.ridge import Observation, factor, lower_panels
 from cfsp.repair.ridge_pass import gram_bytes
 from cfsp.selection.divergence import (
     BEGINNING_TOKENS,

@@ -18,9 +18,9 @@ import cfsp
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import TextError
-from cfsp.repair.gram import GramSums
 from cfsp.repair.ridge import (
     PANEL,
+    GramSums,
     add_to_diagonal,
     factor,
     lower_panels,

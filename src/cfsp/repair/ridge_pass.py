@@ -26,9 +26,8 @@ from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import down_matrix, parameters_with_down, units_of_block
 from cfsp.planning.channels import choose_channels
 from cfsp.processes import processes_on_machine
-from cfsp.repair.gram import Observation
 from cfsp.repair.result import BlockRepair, ExpertRepair, PruningResult, add_step, write_tensors
-from cfsp.repair.ridge import RidgeSolution, repair_down_projection
+from cfsp.repair.ridge import Observation, RidgeSolution, repair_down_projection
 from cfsp.streaming.block_pass import Visitor, pass_blocks
 from cfsp.streaming.block_stream import StreamedBlock, part_of
 from cfsp.streaming.memory import available_bytes
@@ -49,16 +48,19 @@ LEAST_HELD_OUT = 8
 log = logging.getLogger(__name__)
 
 
+# The channels that stay in each unit of a block, ascending.
+Kept = tuple[tuple[int, ...], ...]
+# What repair did with each, None of an attention that goes whole; of none in a block that does.
+Repairs = tuple[BlockRepair | None, ...]
+
+
 @dataclass
 class ChosenBlock:
     """What the pass did with one block."""
 
-    # Of all windows, as calibration gathers them.
-    observed: ObservedBlock
-    # The channels that stay in each of its units, ascending.
-    kept: tuple[tuple[int, ...], ...] = ()
-    # What repair did with each, None of an attention that goes whole; of none in a block that does.
-    repaired: tuple[BlockRepair | None, ...] = ()
+    observed: ObservedBlock  # of all windows, as calibration gathers them
+    kept: Kept = ()
+    repaired: Repairs = ()
 
 
 def choose_and_repair(
@@ -202,11 +204,6 @@ class _RidgePass(Visitor[ChosenBlock]):
         return {block: (tuple(kept_U), tuple(repairs))}
 
 
-# Of the units of a block.
-Kept = tuple[tuple[int, ...], ...]
-Repairs = tuple[BlockRepair | None, ...]
-
-
 def _chosen_path(directory: Path, block: int) -> Path:
     return directory / f"chosen-{block:05d}.json"
 
@@ -241,33 +238,22 @@ def _repair_unit(
                 "few_tokens": few,
             }
         )
-    repair = _of_unit(list(solutions.values()))
-    if len(experts) > 1:
-        repair["experts"] = experts
-    return repair, {ffn: solution.down_DK for ffn, solution in solutions.items()}
-
-
-def _of_unit(solutions: Sequence[RidgeSolution]) -> BlockRepair:
-    """Return what was done with all FFNs of a unit together."""
-    strengths = [solution.ridge for solution in solutions if solution.ridge is not None]
-    energy = sum(solution.energy for solution in solutions) or 1.0
-
-    def mean(errors: Sequence[float]) -> float:
-        if len(errors) == 1:
-            return round(errors[0], 6)
-        pairs = zip(errors, solutions, strict=True)
-        return round(sum(error * solution.energy for error, solution in pairs) / energy, 6)
-
-    return {
+    of_all = solutions.values()
+    energy = sum(each.energy for each in of_all) or 1.0
+    strengths = [each.ridge for each in of_all if each.ridge is not None]
+    repair: BlockRepair = {
         "blocks": 1,
-        "error_before": mean([solution.error_before for solution in solutions]),
-        "error_after": mean([solution.error_after for solution in solutions]),
+        "error_before": round(sum(each.error_before * each.energy for each in of_all) / energy, 6),
+        "error_after": round(sum(each.error_after * each.energy for each in of_all) / energy, 6),
         "kept": bool(strengths),
         "strength": median_low(strengths) if strengths else None,
         "training_steps": 0,
         "loss_before": None,
         "loss_after": None,
     }
+    if len(experts) > 1:
+        repair["experts"] = experts
+    return repair, {ffn: solution.down_DK for ffn, solution in solutions.items()}
 
 
 def gram_bytes(source: WeightSource, block: int) -> int:
