@@ -26,7 +26,7 @@ from cfsp.repair.local import group_of, highest_rate, schedule, train_blocks
 from cfsp.repair.two_streams import Batch, Split, hidden_loss, token_error
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Budget, CalibrationText, LocalTraining, PruneSettings
-from cfsp.streaming import pass_state
+from cfsp.streaming import work_dir
 from cfsp.text.windows import Windows
 from tiny_models import BLOCKS, TRAINED, build_tiny_model
 
@@ -216,7 +216,7 @@ def test_interrupted_it_goes_on_and_gives_the_same_bits(local, argv, tmp_path, m
         return train_blocks(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pass_state, "SHARE_OF_TIME", float("inf"))
+        patch.setattr(work_dir, "SHARE_OF_TIME", float("inf"))
         patch.setattr(local_repair, "train_blocks", interrupted)
         assert main(command) == 130
     assert {path.name for path in tmp_path.iterdir()} == {"out.work"}

@@ -16,7 +16,7 @@ from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.cli import main
 from cfsp.selection import speedup
 from cfsp.settings import REPAIRS
-from cfsp.streaming.pass_state import PassState
+from cfsp.streaming.work_dir import PassState
 from commands import Command, Commands, ranks
 from forks import Finished, Job
 from tiny_models import BLOCKS

@@ -14,7 +14,7 @@ import torch
 
 from cfsp.cli import main
 from cfsp.streaming.block_stream import StreamedBlock
-from cfsp.streaming.pass_state import Pace
+from cfsp.streaming.work_dir import Pace
 from commands import Commands
 from tiny_models import BLOCKS, build_tiny_model
 
@@ -226,7 +226,7 @@ def test_an_interrupted_run_keeps_its_work_and_says_so(stop, runs, whole, monkey
         original(block, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr("cfsp.streaming.pass_state.SHARE_OF_TIME", float("inf"))
+        patch.setattr("cfsp.streaming.work_dir.SHARE_OF_TIME", float("inf"))
         patch.setattr(StreamedBlock, "advance", interrupted)
         if stop is KeyboardInterrupt:
             assert main(runs.calibrate) == 130

@@ -21,9 +21,8 @@ from cfsp.processes import Team
 from cfsp.progress import token_progress
 from cfsp.streaming.block_stream import StreamedBlock, stream_blocks, windows_in_batch
 from cfsp.streaming.hidden_states import HiddenInFile, HiddenStates
-from cfsp.streaming.pass_state import Pace, PassState
 from cfsp.streaming.runtime import versions
-from cfsp.streaming.stopwatch import PassTimes
+from cfsp.streaming.work_dir import Pace, PassState, PassTimes
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource

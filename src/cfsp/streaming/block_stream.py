@@ -27,7 +27,7 @@ from cfsp.errors import CalibrationError, UsageError
 from cfsp.streaming.block_calls import BlockCall, BlockCalls
 from cfsp.streaming.decoder_start import DecoderStart, Room, weights_of_start
 from cfsp.streaming.hidden_states import HiddenStates
-from cfsp.streaming.stopwatch import PassTimes
+from cfsp.streaming.work_dir import PassTimes
 
 if TYPE_CHECKING:
     from cfsp.architecture.found import Unit
