@@ -41,13 +41,13 @@ def test_losses_are_relative_to_each_token_and_to_all_together():
     t, o = target.double().numpy(), output.double().numpy()
     each = np.mean(np.linalg.norm(o - t, axis=-1) / np.linalg.norm(t, axis=-1))
     expected = each + np.linalg.norm(o - t) / np.linalg.norm(t)
-    before = float(hidden_loss(output, target))
+    before = float(hidden_loss(output, Batch(output, target)))
     assert float(token_error(output, target)) == pytest.approx(each, rel=1e-5)
     assert before == pytest.approx(expected, rel=1e-5)
     # The one that all others attend to is lost: a thousandth of the tokens.
     output[:, 0] *= 0.5
     assert float(token_error(output, target)) < 1.02 * each
-    assert float(hidden_loss(output, target)) > 3 * before
+    assert float(hidden_loss(output, Batch(output, target))) > 3 * before
 
 
 def test_rates_rise_fall_to_zero_and_follow_the_error():

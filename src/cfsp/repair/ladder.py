@@ -19,7 +19,6 @@ from cfsp.repair.result import PruningResult
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.job import Job
-    from cfsp.planning.make import Planner
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.settings import PruneSettings, Repair
     from cfsp.text.windows import Windows
@@ -60,16 +59,6 @@ def repair(job: Job, result: PruningResult, windows: Windows) -> PruningResult:
         if name not in taken:
             with job.work_dir.watch.stage(name):
                 result = step(job, result, windows)
-    return result
-
-
-def repaired_a_little(
-    job: Job, planner: Planner, plan: PruningPlan, windows: Windows
-) -> PruningResult:
-    """Repair what a plan leaves by least squares, to see what it is worth then."""
-    result = PruningResult(plan, planner.statistics)
-    for step in needed_steps("ridge", plan).values():
-        result = step(job, result, windows)
     return result
 
 

@@ -27,7 +27,7 @@ from cfsp.repair.two_streams import (
     Repaired,
     TwoStreams,
     block_repair,
-    error_of_hidden,
+    hidden_loss,
 )
 from cfsp.settings import LocalTraining
 from cfsp.streaming.decoder_end import Head
@@ -146,7 +146,7 @@ class _LocalRepair(TwoStreams):
             return None
         training = self._job.settings.local
         at_head = group.last + 1 == self.pruned.architecture.block_count
-        loss_of: Loss = error_of_hidden
+        loss_of: Loss = hidden_loss
         if at_head:
             loss_of = HeadLoss(self._job.source, self.runtime)
         before = group.judge_unchanged(loss_of)

@@ -205,9 +205,15 @@ def repair_down_projection(
     mask_F[torch.tensor(kept, dtype=torch.long, device=down_DF.device)] = True
     kept_K, pruned_P = mask_F.nonzero().flatten(), (~mask_F).nonzero().flatten()
     plain_DK = down_DF.index_select(1, kept_K)
-    error_of = _HeldOutError(down_DF, held_out_RF, kept_K)
+    kept_RK, target_RD = held_out_RF.index_select(1, kept_K), _output(held_out_RF, down_DF)
+    energy = float(target_RD.double().square().sum())
+
+    def error_of(new_DK: Tensor) -> float:
+        squares = float((_output(kept_RK, new_DK) - target_RD).double().square().sum())
+        return squares / energy if energy > 0 else 0.0
+
     error = error_of(plain_DK)
-    best = RidgeSolution(plain_DK, None, error, error, error_of.energy)
+    best = RidgeSolution(plain_DK, None, error, error, energy)
     if gram_FF is None or len(pruned_P) == 0:
         return best
 
@@ -247,20 +253,6 @@ def _descend(error_with: Callable[[int], float], count: int) -> None:
             previous = error
         if previous < at_middle:
             break
-
-
-class _HeldOutError:
-    """Relative squared error of the FFN's output on held-out tokens."""
-
-    def __init__(self, down_DF: Tensor, held_out_RF: Tensor, kept_K: Tensor) -> None:
-        self._kept_RK = held_out_RF.index_select(1, kept_K)
-        self._target_RD = _output(held_out_RF, down_DF)
-        self.energy = float(self._target_RD.double().square().sum())
-
-    def __call__(self, down_DK: Tensor) -> float:
-        output_RD = _output(self._kept_RK, down_DK)
-        squares = float((output_RD - self._target_RD).double().square().sum())
-        return squares / self.energy if self.energy > 0 else 0.0
 
 
 def _output(act_RF: Tensor, down_DF: Tensor) -> Tensor:

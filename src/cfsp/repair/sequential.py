@@ -28,11 +28,11 @@ from cfsp.architecture.activations import observed_activations
 from cfsp.checkpoint.reading import down_matrix, parameters_with_down, units_of_block
 from cfsp.repair.ridge import LAMBDAS, GramSums, solved
 from cfsp.repair.two_streams import (
+    Batch,
     GroupVisit,
     Repaired,
     TwoStreams,
     block_repair,
-    error_of_hidden,
     hidden_loss,
 )
 from cfsp.streaming.block_stream import TOKENS_IN_BATCH
@@ -105,7 +105,7 @@ class SequentialRepair(TwoStreams):
             return None
         down_DK = down_matrix(self.pruned, unit).to(group.device)
         gram_KK, cross_KD, held_out = _observe(group, self.pruned.units[unit], down_DK)
-        before = group.judge_unchanged(error_of_hidden)
+        before = group.judge_unchanged(hidden_loss)
         strength, best_DK, least = None, down_DK, before.loss
         every_K = torch.arange(len(gram_KK), device=gram_KK.device)
         for ridge in LAMBDAS:
@@ -123,7 +123,7 @@ class SequentialRepair(TwoStreams):
             return block_repair(before, None), {}
         tensors = parameters_with_down(self.pruned, unit, {0: best_DK})
         # Where something follows the down projection, a norm for one, it is not as predicted.
-        after = group.accept(before, tensors, error_of_hidden)
+        after = group.accept(before, tensors, hidden_loss)
         return block_repair(before, after, strength=strength if after else None), tensors
 
 
@@ -183,5 +183,5 @@ def _loss_with(change_DK: Tensor, held_out: Sequence[Rows]) -> float:
         output_RD.float() + act_RK.float() @ change_DK.T for act_RK, output_RD, _ in held_out
     ]
     dense = [dense_RD for _, _, dense_RD in held_out]
-    loss = float(hidden_loss(torch.cat(changed), torch.cat(dense)))
+    loss = float(hidden_loss(torch.cat(changed), Batch(torch.empty(0), torch.cat(dense))))
     return loss if math.isfinite(loss) else math.inf

@@ -170,22 +170,17 @@ def token_error(output_BTD: Tensor, dense_BTD: Tensor) -> Tensor:
     return (difference.square().sum(-1) / energy + _LEAST_SQUARE).sqrt().mean()
 
 
-def hidden_loss(output_BTD: Tensor, dense_BTD: Tensor) -> Tensor:
+def hidden_loss(output_BTD: Tensor, batch: Batch) -> Tensor:
     """Return the error of each token, averaged, and that of all together, added.
 
     The second guards the few tokens of huge energy, which attention of other tokens rests on: if
     they lose it, or others gain it, all later blocks break, and one in a thousand hardly shows in
     the first.
     """
-    difference = output_BTD.float() - dense_BTD.float()
-    energy = dense_BTD.float().square().sum().clamp_min(torch.finfo(torch.float32).tiny)
-    whole = (difference.square().sum() / energy + _LEAST_SQUARE).sqrt()
-    return token_error(output_BTD, dense_BTD) + whole
-
-
-def error_of_hidden(output_BTD: Tensor, batch: Batch) -> Tensor:
-    """Return how far hidden states are from the dense stream's (see `hidden_loss`)."""
-    return hidden_loss(output_BTD, batch.dense_BTD)
+    dense = batch.dense_BTD.float()
+    energy = dense.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+    whole = ((output_BTD.float() - dense).square().sum() / energy + _LEAST_SQUARE).sqrt()
+    return token_error(output_BTD, batch.dense_BTD) + whole
 
 
 @dataclass(frozen=True)

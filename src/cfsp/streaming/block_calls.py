@@ -93,7 +93,6 @@ def record_calls(
     blocks: nn.ModuleList,
     tokens_BT: Tensor,
     form: CallForm = PLAIN,
-    *,
     more: Mapping[str, Any] | None = None,
     returns_zeros: bool = False,
 ) -> Recording:
