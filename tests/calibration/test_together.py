@@ -126,6 +126,33 @@ def test_what_the_first_does_alone_may_take_longer_than_the_others_wait(forks: F
     assert [each.stdout for each in ended] == ["7 []\n", "7 [0, 1]\n"], ended
 
 
+RUNS = """
+import torch
+from pathlib import Path
+from cfsp.calibration.calibrate import calibrate
+from cfsp.checkpoint.reading import LoadedModel
+from cfsp.processes import joined
+from cfsp.streaming.runtime import Runtime
+from cfsp.streaming.work_dir import WorkDir
+from cfsp.text.windows import Windows
+from tiny_models import build_tiny_model
+
+source, cpu = LoadedModel(build_tiny_model("llama")), torch.device("cpu")
+windows = Windows(torch.arange(36 * 128).view(36, 128) % 320, {"text": 36})
+with joined(cpu) as team:
+    work_dir, runtime = WorkDir(Path("DIRECTORY"), team=team), Runtime(cpu, torch.float32, 4)
+    runs = calibrate(source, windows, runtime, work_dir=work_dir, runs=True).runs
+print(runs.tokens, [round(value, 4) for row in runs.sums for value in row])
+"""
+
+
+def test_runs_of_blocks_are_compared_on_the_same_tokens(forks: Forks, tmp_path: Path) -> None:
+    arguments = {"code": RUNS.replace("DIRECTORY", str(tmp_path))}
+    ended = forks(*(Job("forks.run_code", arguments, each) for each in ({}, *ranks(2))))
+    assert [each.status for each in ended] == [0] * 3, ended
+    assert len({each.stdout for each in ended}) == 1, ended
+
+
 # The parts.
 
 

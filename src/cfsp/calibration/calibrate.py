@@ -191,7 +191,8 @@ def calibrate(
     own = windows.part(part_of(windows, team, runtime.batch_windows))
     observed: list[ObservedBlock | None] = [None] * source.architecture.block_count
     if len(own.tokens_NT):
-        count, seqlen = own.tokens_NT.shape
+        # Of all windows, so that the number of processes leaves no trace.
+        count, seqlen = windows.tokens_NT.shape
         stride = max(1, min(seqlen, count * seqlen // SAMPLED_TOKENS)) if runs else None
         visitor = _Calibration(name, stride, is_alone=team.size == 1)
         observed = [*pass_blocks(source, own, visitor, runtime, work_dir)]

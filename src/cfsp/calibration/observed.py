@@ -78,40 +78,31 @@ class BlockStatistics:
         """Mean angular distance over all tokens."""
         return self.distance_sum / self.tokens
 
-    @staticmethod
-    def from_json(entry: Mapping[str, Any], index: int) -> BlockStatistics:
-        """Return those of a block whose fields were written as JSON."""
-        tokens = int(entry["tokens"])
-        if tokens < 1:
-            raise ValueError(f"block {index} has seen {tokens} tokens")
-        return BlockStatistics(float(entry["distance_sum"]), tokens)
+    @property
+    def is_possible(self) -> bool:
+        """Whether tokens were seen, and the sum is not NaN or infinite."""
+        return type(self.tokens) is int and self.tokens > 0 and math.isfinite(self.distance_sum)
 
 
 @dataclass(frozen=True)
 class UnitStatistics:
-    """What the calibration tokens did in one unit.
-
-    Attributes:
-        block: index of its block.
-        sum_of_squares_F: sum over all tokens of the square of each activation that enters the
-            unit's down matrix, float64: of an FFN one for each channel.
-        tokens: number of tokens that passed the block.
-        routed_E: tokens that were routed to each expert; empty in a unit with one FFN. Channels
-            are then numbered through, expert after expert, and sums are over the tokens that
-            were routed to the expert, activations weighted as the router weights its output.
-        part: what it is a unit of.
-        distance_sum: of an attention, sum over tokens of the angular distance between the hidden
-            state before it and that after it; None where these are not seen.
-        output_norm_E: sum over the tokens routed to each expert of the L2 norm of what it adds,
-            its output times the router's weight, float64; empty where whole experts can't go.
-    """
+    """What the calibration tokens did in one unit; sums of tensors are float64."""
 
     block: int
+    # Over tokens, of the square of each activation that enters the unit's down matrix: of an FFN
+    # one for each channel.
     sum_of_squares_F: Tensor
-    tokens: int
+    tokens: int  # that passed the block
+    # Tokens that were routed to each expert; empty in a unit with one FFN. Channels are then
+    # numbered through, expert after expert, and sums are over the tokens that were routed to the
+    # expert, activations weighted as the router weights its output.
     routed_E: tuple[int, ...] = ()
     part: Part = "ffn"
+    # Of an attention, over tokens, of the angular distance between the hidden state before it and
+    # that after it; None where these are not seen.
     distance_sum: float | None = None
+    # Over the tokens routed to each expert, of the L2 norm of what it adds, its output times the
+    # router's weight; empty where whole experts can't go.
     output_norm_E: Tensor = NOT_SEEN
 
     @property
@@ -143,10 +134,17 @@ class UnitStatistics:
 
     @property
     def is_possible(self) -> bool:
-        """Whether no sum is NaN, infinite, or negative where it cannot be."""
-        sums = torch.cat([self.sum_of_squares_F, self.output_norm_E])
-        possible = bool(((sums >= 0) & torch.isfinite(sums)).all())
-        return possible and math.isfinite(self.distance_sum or 0.0)
+        """Whether tokens were seen, and no sum is NaN, infinite, negative or of another shape."""
+        sums = torch.cat([self.sum_of_squares_F.flatten(), self.output_norm_E])
+        return (
+            BlockStatistics(self.distance_sum or 0.0, self.tokens).is_possible
+            and self.sum_of_squares_F.ndim == 1
+            and min(self.routed_E, default=0) >= 0
+            and len(self.sum_of_squares_F) % self.ffns == 0
+            and len(self.output_norm_E) in (0, len(self.routed_E))
+            and self.part in UNIT_PARTS
+            and bool(((sums >= 0) & torch.isfinite(sums)).all())
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return what is written of a unit besides its tensors."""
@@ -164,36 +162,25 @@ class UnitStatistics:
         entry: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str
     ) -> UnitStatistics:
         """Return those of a unit, whose tensors begin with a name."""
-        squares_F = tensors[f"{name}.sum_of_squares"]
-        if squares_F.ndim != 1:
-            raise ValueError(f"{name} has sums of shape {squares_F.shape}")
-        block, tokens = int(entry["block"]), int(entry["tokens"])
-        if tokens < 1:
-            raise ValueError(f"{name} has seen {tokens} tokens")
-        routed_E = tuple(int(seen) for seen in entry.get("routed", ()))
-        if routed_E and (min(routed_E) < 0 or len(squares_F) % len(routed_E)):
-            raise ValueError(f"{name} has {len(squares_F)} channels in {len(routed_E)} experts")
-        norm_E = tensors.get(f"{name}.output_norm", NOT_SEEN).double()
-        if len(norm_E) not in (0, len(routed_E)):
-            raise ValueError(f"{name} has outputs of {len(norm_E)} experts")
-        part = entry.get("part", "ffn")
-        if part not in UNIT_PARTS:
-            raise ValueError(f"{name} is of the part {part!r}")
-        distance = float(entry["distance_sum"]) if "distance_sum" in entry else None
-        return UnitStatistics(block, squares_F.double(), tokens, routed_E, part, distance, norm_E)
+        return UnitStatistics(
+            block=int(entry["block"]),
+            sum_of_squares_F=tensors[f"{name}.sum_of_squares"].double(),
+            tokens=entry["tokens"],
+            routed_E=tuple(int(seen) for seen in entry.get("routed", ())),
+            part=entry.get("part", "ffn"),
+            distance_sum=entry.get("distance_sum"),
+            output_norm_E=tensors.get(f"{name}.output_norm", NOT_SEEN).double(),
+        )
 
 
 @dataclass(frozen=True)
 class CalibrationRecord:
     """The conditions of a calibration, for the manifest and for refusing what doesn't fit."""
 
-    # How the user called it.
-    model: str
+    model: str  # as the user called it
     fingerprint: str
-    # Windows from each source of text.
-    sources: dict[str, int]
-    # SHA-256 of the exact token ids.
-    tokens_digest: str
+    sources: dict[str, int]  # windows from each source of text
+    tokens_digest: str  # SHA-256 of the exact token ids
     windows: int
     seqlen: int
     seed: int
@@ -224,8 +211,8 @@ class ObservedBlock:
 
     @property
     def is_possible(self) -> bool:
-        """Whether no sum is NaN, infinite, or negative where it cannot be."""
-        return math.isfinite(self.block.distance_sum) and all(u.is_possible for u in self.units)
+        """Whether all that was gathered is."""
+        return self.block.is_possible and all(unit.is_possible for unit in self.units)
 
     def save(self, directory: Path, index: int) -> None:
         """Write what was gathered in the block at an index, for a killed pass."""
@@ -239,7 +226,7 @@ class ObservedBlock:
     def load(directory: Path, index: int) -> ObservedBlock:
         """Read what `save` wrote."""
         facts, tensors = read_facts(_path(directory, index))
-        block = BlockStatistics.from_json(facts["block"], index)
+        block = BlockStatistics(**facts["block"])
         return ObservedBlock(block, units_from_json(facts, tensors), tensors.get("passing"))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +127,8 @@ class Removal:
             for each in fields
         )
         places = {(each.among, each.part, each.block) for each in found}
-        possible = {
-            (among, part, block)
-            for among in ((), WHOLE_PARTS)
-            for part in WHOLE_PARTS
-            for block in range(blocks)
-        }
-        if len(places) < len(found) or not places <= possible:
+        possible = product(((), WHOLE_PARTS), WHOLE_PARTS, range(blocks))
+        if len(places) < len(found) or not places <= {*possible}:
             raise ValueError(f"of {blocks} blocks those that go are {sorted(places)}")
         return found
 
@@ -297,7 +293,9 @@ class Statistics:
         facts, tensors = read_facts(path)
         try:
             record = CalibrationRecord.from_json(facts["record"])
-            blocks = tuple(map(BlockStatistics.from_json, facts["blocks"], range(1 << 31)))
+            blocks = tuple(
+                BlockStatistics(each["distance_sum"], each["tokens"]) for each in facts["blocks"]
+            )
             count = len(blocks)
             units = units_from_json(facts, tensors)
             order = [unit.block for unit in units]
@@ -311,12 +309,12 @@ class Statistics:
                 Removal.all_from_json(facts.get("removals", ()), count),
                 RunDistances.from_json(facts.get("runs"), count),
             )
+            wrong = [i for i, block in enumerate(blocks) if not block.is_possible]
+            wrong += [unit.block for unit in units if not unit.is_possible]
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise StatisticsError(f"{path} is damaged: {error!r}; calibrate again") from error
         if not blocks:
             raise StatisticsError(f"{path} describes no block; calibrate again")
-        wrong = [i for i, block in enumerate(blocks) if not math.isfinite(block.distance_sum)]
-        wrong += [unit.block for unit in units if not unit.is_possible]
         if wrong:
             raise StatisticsError(
                 f"{path} has NaN, infinite or impossible values in block {min(wrong)}; "
