@@ -290,7 +290,7 @@ def observe(
     if not found.is_possible:
         raise CalibrationError(
             f"block {block.index} produced NaN or infinite activations; "
-            "calibrate with --dtype float32 or bfloat16"
+            "use --dtype float32 or bfloat16"
         )
     return found
 

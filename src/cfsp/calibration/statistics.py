@@ -38,10 +38,8 @@ class Sensitivity:
 
     # KL(dense || that block's FFNs pruned), in nats per token.
     divergence_L: tuple[float, ...]
-    # The share of the channels of the block's FFNs that stayed.
-    kept_L: tuple[float, ...]
-    # Windows that it was measured on.
-    windows: int
+    kept_L: tuple[float, ...]  # the share of the channels of the block's FFNs that stayed
+    windows: int  # windows that it was measured on
     # The same of other parts by their names, such as `kv`.
     other_parts: dict[str, Sensitivity] = field(default_factory=dict)
 
@@ -70,13 +68,9 @@ class Sensitivity:
             other_parts={part: each.of_blocks(blocks) for part, each in self.other_parts.items()},
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """Return JSON types."""
-        return asdict(self)
-
     @staticmethod
     def from_json(fields: Mapping[str, Any] | None, blocks: int) -> Sensitivity | None:
-        """Return that of so many blocks, of what `to_json` made; ValueError if it cannot be."""
+        """Return that of so many blocks, of its fields as JSON; ValueError if it cannot be."""
         if fields is None:
             return None
         divergence_L = tuple(map(float, fields["divergence_L"]))
@@ -97,13 +91,11 @@ class Sensitivity:
 class Removal:
     """A block or an attention that goes next, after others (`cfsp.selection.drop_order`)."""
 
-    # Its index, or that of the attention's block.
-    block: int
+    block: int  # its index, or that of the attention's block
     # KL(dense || without it and those before it), in nats per token.
     divergence: float
     part: WholePart = "blocks"
-    # The parts that it was chosen among, where these are several.
-    among: tuple[WholePart, ...] = ()
+    among: tuple[WholePart, ...] = ()  # the parts that it was chosen among, where these are several
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON types."""
@@ -276,7 +268,7 @@ class Statistics:
             "units": [unit.to_json() for unit in self.units],
         }
         if self.sensitivity:
-            facts["sensitivity"] = self.sensitivity.to_json()
+            facts["sensitivity"] = asdict(self.sensitivity)
         if self.removals:
             facts["removals"] = [each.to_json() for each in self.removals]
         if self.runs:

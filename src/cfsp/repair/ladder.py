@@ -75,16 +75,13 @@ def check_can_be_repaired(source: WeightSource, settings: PruneSettings) -> None
     """Check that no block has experts or several FFN units where more than a ridge is asked for."""
     if settings.repair != "local":
         return
-    experts = [unit.block for unit in source.units if unit.routed]
     ffns = [unit.block for unit in source.units if unit.part == "ffn"]
-    several = [block for block in ffns if ffns.count(block) > 1]
-    for blocks, found in (
-        (experts, "has experts, each of which sees few tokens"),
-        (several, "has several"),
-    ):
-        if blocks:
-            raise UnsupportedModelError(
-                f"--repair {settings.repair} is for blocks with at most one FFN, and block "
-                f"{blocks[0]} of {source.label} ({source.config.model_type}) {found}; use "
-                "--effort standard (--repair ridge)"
-            )
+    refused = {block: "has several" for block in ffns if ffns.count(block) > 1}
+    experts = [unit.block for unit in source.units if unit.routed]
+    refused |= dict.fromkeys(experts, "has experts, each of which sees few tokens")
+    for block, found in refused.items():
+        raise UnsupportedModelError(
+            f"--repair {settings.repair} is for blocks with at most one FFN, and block {block} of "
+            f"{source.label} ({source.config.model_type}) {found}; use --effort standard "
+            "(--repair ridge)"
+        )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,14 @@ if TYPE_CHECKING:
 
 # Biases of zeros could never move.
 _LEAST_SIZE = 1e-3
+_MOST_SEEDS = 1 << 63
+# Predictions that count in a batch, at least. The head is a large part of a small model's
+# arithmetic.
+_PREDICTIONS = 256
+
+NAME = "local"
+
+log = logging.getLogger(__name__)
 
 
 def group_of(training: LocalTraining, index: int, blocks: int) -> range:
@@ -67,14 +75,9 @@ def schedule(training: LocalTraining, *, at_head: bool) -> list[float]:
     ]
 
 
-# Parameters of one block, which require gradients, and their highest learning rate: as a part of
-# the root mean square of each.
-Trained = tuple[Sequence[nn.Parameter], float]
-
-
 def train_blocks(
     compute: Callable[[Tensor], Tensor],
-    trained: Iterable[Trained],
+    trained: Iterable[tuple[Iterable[nn.Parameter], float]],
     steps: Iterable[tuple[float, Batch]],
     loss_of: Loss,
     dtype: torch.dtype,
@@ -82,15 +85,17 @@ def train_blocks(
 ) -> bool:
     """Train blocks to give the target hidden states, or what a loss makes of them.
 
-    A step is a learning rate, as a part of the highest, and a batch. Weights are float32, products
-    in bfloat16 where the blocks will compute in that.
-
-    Returns:
-        Whether every loss was a number; training stops at one that is not.
+    `trained` are parameters of one block with their highest learning rate, as a part of the root
+    mean square that each has before any step; a step is a part of that rate, and a batch. Weights
+    are float32, products in bfloat16 where the blocks will compute in that. Return whether every
+    loss was a number; training stops at one that is not.
     """
-    # Before any step: a tensor's size is that of the pruned model.
+
+    def size(parameter: nn.Parameter) -> float:
+        return max(_LEAST_SIZE, float(parameter.detach().square().mean().sqrt()))
+
     groups = [
-        {"params": [parameter], "highest": rate * _size(parameter)}
+        {"params": [parameter], "highest": rate * size(parameter)}
         for parameters, rate in trained
         for parameter in parameters
     ]
@@ -109,20 +114,6 @@ def train_blocks(
         optimizer.step()
         on_step()
     return True
-
-
-def _size(parameter: nn.Parameter) -> float:
-    return max(_LEAST_SIZE, float(parameter.detach().square().mean().sqrt()))
-
-
-NAME = "local"
-
-_MOST_SEEDS = 1 << 63
-# Predictions that count in a batch, at least. The head is a large part of a small model's
-# arithmetic.
-_PREDICTIONS = 256
-
-log = logging.getLogger(__name__)
 
 
 def repair_locally(job: Job, repaired: PruningResult, windows: Windows) -> PruningResult:
@@ -169,7 +160,7 @@ class _LocalRepair(TwoStreams):
             parameters_L = group.blocks.fill_for_training()
             converged = train_blocks(
                 group.blocks,
-                [(list(parameters_L[i].values()), rate) for i, rate in enumerate(rates)],
+                [(own.values(), rate) for own, rate in zip(parameters_L, rates, strict=True)],
                 zip(parts, self._batches(group), strict=False),
                 loss_of,
                 self.runtime.dtype,
@@ -198,10 +189,7 @@ class _LocalRepair(TwoStreams):
 
 
 class HeadLoss:
-    """How far predictions from what leaves the last block are from the dense model's.
-
-    The head computes in the runtime's dtype, the loss is in float32.
-    """
+    """How far predictions from the last block's hidden states are from the dense model's."""
 
     def __init__(self, source: WeightSource, runtime: Runtime) -> None:
         self._head = Head(source, runtime.device, runtime.dtype)

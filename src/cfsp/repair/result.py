@@ -30,12 +30,9 @@ class ExpertRepair(TypedDict):
     # Relative squared error of its output on held-out tokens, which never becomes larger.
     error_before: float
     error_after: float
-    # Whether the new weights were kept.
-    kept: bool
-    # The ridge that was chosen; None if the expert stays as it was.
-    strength: float | None
-    # Whether it stays as it was because it saw too few tokens.
-    few_tokens: bool
+    kept: bool  # whether the new weights were kept
+    strength: float | None  # the ridge that was chosen; None if the expert stays as it was
+    few_tokens: bool  # whether it stays as it was because it saw too few tokens
 
 
 class BlockRepair(TypedDict):
@@ -45,23 +42,17 @@ class BlockRepair(TypedDict):
     # have several FFN units.
     block: NotRequired[int]
     path: NotRequired[str]
-    # How many they are; the last is the one that this stands for.
-    blocks: int
+    blocks: int  # how many they are; the last is the one that this stands for
     # How far they were from the dense model on held-out windows: of `ridge` the relative squared
     # error of the FFN's output, else the relative error of hidden states.
     error_before: float
     error_after: float
-    # New weights are rejected where held-out windows are no better for them.
-    kept: bool
-    # The ridge that was chosen, of experts the median; None if none was.
-    strength: float | None
-    # 0 of a least-squares fit.
-    training_steps: int
-    # What held-out windows were judged by, where that is not the error.
-    loss_before: float | None
+    kept: bool  # new weights are rejected where held-out windows are no better for them
+    strength: float | None  # the ridge that was chosen, of experts the median; None if none was
+    training_steps: int  # 0 of a least-squares fit
+    loss_before: float | None  # what held-out windows were judged by, where that is not the error
     loss_after: float | None
-    # Of a unit that has experts, what was done with each.
-    experts: NotRequired[list[ExpertRepair]]
+    experts: NotRequired[list[ExpertRepair]]  # of a unit that has experts, what was done with each
 
 
 class Step(TypedDict):
@@ -101,12 +92,10 @@ class PruningResult:
     """All that the cut needs."""
 
     plan: PruningPlan
-    # Of the calibration; None where a plan was given.
-    statistics: Statistics | None = None
+    statistics: Statistics | None = None  # of the calibration; None where a plan was given
     # The files with repaired tensors, by the tensors' names.
     tensors: Mapping[str, FileTensor] = field(default_factory=dict)
-    # What repaired them, in order.
-    steps: tuple[Step, ...] = ()
+    steps: tuple[Step, ...] = ()  # what repaired them, in order
 
 
 def write_tensors(directory: Path, block: int, tensors: Mapping[str, Tensor]) -> None:

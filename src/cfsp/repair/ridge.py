@@ -175,16 +175,13 @@ def exact_fast_matmul(dtype: torch.dtype, device: torch.device) -> Iterator[None
 class RidgeSolution:
     """A repaired down projection and how well it does."""
 
-    # The new weights, in the dtype of the old.
-    down_DK: Tensor
-    # The chosen lambda; None if no strength was better than none at all.
-    ridge: float | None
+    down_DK: Tensor  # the new weights, in the dtype of the old
+    ridge: float | None  # the chosen lambda; None if no strength was better than none at all
     # Relative squared error of the FFN's output on held-out tokens, with the channels removed and
     # nothing else done, and with the new weights, which is never larger.
     error_before: float
     error_after: float
-    # Sum of squares of the FFN's output on held-out tokens.
-    energy: float
+    energy: float  # sum of squares of the FFN's output on held-out tokens
 
 
 def repair_down_projection(

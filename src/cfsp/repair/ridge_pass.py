@@ -10,19 +10,17 @@ Shapes: D hidden, F FFN channels, K channels that stay, E experts, U units of th
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_low
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cfsp.calibration.calibrate import added_up, check_seen, check_tokens, observe
 from cfsp.calibration.observed import ObservedBlock
-from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import down_matrix, parameters_with_down, units_of_block
 from cfsp.planning.channels import choose_channels
 from cfsp.processes import processes_on_machine
@@ -144,11 +142,11 @@ class _RidgePass(Visitor[ChosenBlock]):
 
     def save(self, result: ChosenBlock, directory: Path, block: int) -> None:
         result.observed.save(directory, block)
-        facts = {"kept": result.kept, "repaired": result.repaired}
-        write_atomically(_chosen_path(directory, block), json.dumps(facts).encode())
+        facts: Any = {"kept": result.kept, "repaired": result.repaired}
+        super().save(facts, directory, block)
 
     def load(self, directory: Path, block: int) -> ChosenBlock:
-        facts = json.loads(_chosen_path(directory, block).read_text(encoding="utf-8"))
+        facts: Any = super().load(directory, block)
         return ChosenBlock(
             ObservedBlock.load(directory, block),
             tuple(map(tuple, facts["kept"])),
@@ -204,17 +202,10 @@ class _RidgePass(Visitor[ChosenBlock]):
         return {block: (tuple(kept_U), tuple(repairs))}
 
 
-def _chosen_path(directory: Path, block: int) -> Path:
-    return directory / f"chosen-{block:05d}.json"
-
-
 def _repair_unit(
     source: WeightSource, index: int, kept: Sequence[int], observed: Observation
 ) -> tuple[BlockRepair, dict[int, Tensor]]:
-    """Return what was done with the FFNs of a unit, and their repaired down projections.
-
-    Of experts that go whole there are none.
-    """
+    """Return what was done with the FFNs of a unit that stay, and their down projections."""
     unit = source.units[index]
     kept_of: dict[int, list[int]] = {}
     for channel in kept:
@@ -263,12 +254,10 @@ def gram_bytes(source: WeightSource, block: int) -> int:
 
 
 def _warn_of_memory(job: Job) -> None:
-    """Tell people where the Gram matrices of a block are more than there is memory.
-
-    Of several processes each has those of the block that it is to repair beside the next one's.
-    """
+    """Tell people where the Gram matrices of a block are more than there is memory."""
     source = job.source
     needed, block = max((gram_bytes(source, unit.block), unit.block) for unit in source.units)
+    # Of several processes each has those that it is to repair beside the next block's.
     needed *= min(job.work_dir.team.size, 2)
     available = available_bytes() / processes_on_machine()
     if job.runtime.device.type == "cpu" and needed > available:

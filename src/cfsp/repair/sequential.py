@@ -52,10 +52,7 @@ log = logging.getLogger(__name__)
 
 
 def repair_sequentially(job: Job, repaired: PruningResult, windows: Windows) -> PruningResult:
-    """Fit the down projection of every block of a pruned model, one after the other.
-
-    Blocks have one dense FFN each, or none. Sums are float32, the solve is float64.
-    """
+    """Fit the down projection of every block of a pruned model, one after the other."""
     return SequentialRepair(NAME, job, repaired, windows, TOKENS_IN_BATCH).step()
 
 
@@ -96,10 +93,7 @@ class SequentialRepair(TwoStreams):
     blocks: Collection[int] | None = None
 
     def work(self, group: GroupVisit) -> Repaired | None:
-        """Repair the down projection of a block.
-
-        Nothing is done to a block without a dense FFN, or with several, or one that is to stay.
-        """
+        """Repair the down projection of a block, if it has one and is not to stay."""
         unit = _last_to_write(self.pruned, group.last)
         if unit is None or (self.blocks is not None and group.last not in self.blocks):
             return None

@@ -51,8 +51,7 @@ log = logging.getLogger(__name__)
 class BlockGroup:
     """Some blocks of a model, which compute one after the other, called as the model calls them.
 
-    They have no weights before the first `fill` and after `unload`. Calls are by the number of
-    windows in a batch.
+    They have no weights before the first `fill`. Calls are by the number of windows in a batch.
     """
 
     def __init__(
@@ -87,10 +86,9 @@ class BlockGroup:
             fill(module, tensors, self._runtime.device)
 
     def fill_for_training(self) -> list[dict[str, nn.Parameter]]:
-        """Compute in float32 and for autograd; return what is trained in each block, by names.
+        """Compute in float32; return what is trained, and alone has gradients, of each block.
 
-        It is the parameters of its units, the bias of the down projection too. Only they require
-        gradients.
+        It is the parameters of its units, the bias of the down projection too.
         """
         self._calls = {
             size: [call.for_training() for call in calls]
@@ -118,11 +116,6 @@ class BlockGroup:
             trained.append(of_units)
         return trained
 
-    def unload(self) -> None:
-        """Drop the weights."""
-        for module in self.modules:
-            unload(module)
-
 
 class Split:
     """The windows of a text in batches of about so many tokens; some are held out.
@@ -146,12 +139,9 @@ class Split:
 class Batch(NamedTuple):
     """Some windows of both streams at a group of blocks."""
 
-    # Of the pruned stream, as they enter the first of the blocks.
-    input_BTD: Tensor
-    # Of the dense stream, as they leave the last of them.
-    dense_BTD: Tensor
-    # Number of the batch among those of its kind, from 0.
-    turn: int = 0
+    input_BTD: Tensor  # of the pruned stream, as they enter the first of the blocks
+    dense_BTD: Tensor  # of the dense stream, as they leave the last of them
+    turn: int = 0  # number of the batch among those of its kind, from 0
 
 
 # Of the hidden states that the blocks give for a batch, BTD.
@@ -189,8 +179,7 @@ class Judgement:
 
     # Of each block's output hidden states, relative to the dense stream (see `token_error`).
     error_L: list[float]
-    # What is to become less, such as `hidden_loss`.
-    loss: float
+    loss: float  # what is to become less, such as `hidden_loss`
 
     @property
     def is_finite(self) -> bool:
@@ -205,10 +194,7 @@ def block_repair(
     strength: float | None = None,
     training_steps: int = 0,
 ) -> BlockRepair:
-    """Return what a step on the pruned stream did with blocks; `after` is None if it did not help.
-
-    `before` and `after` say how far they are from the dense model.
-    """
+    """Return what a step did with blocks of the pruned stream; `after` is None if they stay."""
     left = before if after is None else after
     return {
         "blocks": len(before.error_L),
@@ -263,7 +249,7 @@ class GroupVisit:
         if not judgement.is_finite:
             raise CalibrationError(
                 f"block {self._block.index} produced NaN or infinite activations; "
-                "prune with --set dtype=float32 or bfloat16"
+                "use --dtype float32 or bfloat16"
             )
         return judgement
 
@@ -380,7 +366,8 @@ class TwoStreams(Visitor[BlockRepair | None]):
             write_tensors(self._directory, self._kept[group.last], tensors)
         block.pass_through(lambda rows, hidden_BTD: blocks(hidden_BTD), waiting)
         group.progress(1.0)
-        blocks.unload()
+        for module in blocks.modules:
+            unload(module)
         self._dense_after.clear()
         hidden.swap_buffers()
         return result

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +100,7 @@ def with_needed_sensitivity(job: Job, statistics: Statistics, windows: Windows) 
         with work_dir.watch.stage("sensitivity"):
             found = with_sensitivity(source, statistics, windows, criterion, runtime, parts)
         assert found.sensitivity is not None
-        return {"sensitivity": found.sensitivity.to_json()}
+        return {"sensitivity": asdict(found.sensitivity)}
 
     # Other windows would be another measurement.
     name = f"sensitivity-{windows.digest[:8]}"

@@ -38,8 +38,7 @@ class BlockCall:
     """Everything but the hidden state that a model passes to one of its blocks."""
 
     arguments: Arguments
-    # How the model has its hidden states.
-    layout: HiddenLayout = PLAIN.layout
+    layout: HiddenLayout = PLAIN.layout  # how the model has its hidden states
 
     def __call__(self, block: nn.Module, hidden_BTD: Tensor) -> Tensor:
         """Call a block as the model would, and return its output hidden state."""
@@ -64,10 +63,7 @@ class BlockCall:
         return replace(self, arguments=arguments)
 
     def for_training(self) -> BlockCall:
-        """Return the same call with tensors that autograd accepts, in float32.
-
-        Those that were recorded in inference mode cannot be saved for a backward pass.
-        """
+        """Return the same call in float32, and with no tensor of inference mode."""
 
         def trainable(value: Tensor) -> Tensor:
             dtype = torch.float32 if value.is_floating_point() else value.dtype
@@ -96,10 +92,9 @@ def record_calls(
     more: Mapping[str, Any] | None = None,
     returns_zeros: bool = False,
 ) -> Recording:
-    """Run a model's embeddings and masks on tokens; note how it would call its blocks.
+    """Run a model's embeddings and masks on tokens, and what `more` it is given, to its last block.
 
-    The blocks need no weights. `more` is what else the forward is given, such as pixel values;
-    stand-ins return the hidden state, or zeros.
+    Stand-ins return the hidden state, or zeros.
     """
     recording = Recording()
 
@@ -212,10 +207,10 @@ class BlockCalls:
     def add_alone(
         self, window: int, calls: Sequence[BlockCall], added_L: Mapping[int, Tensor]
     ) -> None:
-        """Add the recorded calls of a window that passes by itself, such as one with images.
+        """Add the recorded calls of the next window, where each passes alone.
 
-        Windows before it were added before. What is not as in the calls that were added first is
-        kept for each window; `added_L` is what the model adds to what enters a block, 1TD.
+        What is not as in the calls that were added first is kept for each window; `added_L` is what
+        the model adds to what enters a block, 1TD.
         """
         first = self._by_size.setdefault(1, calls)
         same: dict[tuple[int, int], bool] = {}

@@ -51,8 +51,7 @@ class StreamedBlock:
     index: int
     module: nn.Module
     units: tuple[Unit, ...]
-    # What enters the block, and after `advance` what leaves it.
-    hidden: HiddenStates
+    hidden: HiddenStates  # what enters the block, and after `advance` what leaves it
     device: torch.device
     _batches: list[slice]
     _calls: BlockCalls
@@ -127,9 +126,8 @@ class StreamedBlock:
     def pass_through(
         self, compute: Callable[[slice, Tensor], Tensor], batches: Iterable[slice]
     ) -> None:
-        """Let some windows pass a function in this block's place.
+        """Let some windows pass a function of batch and BTD in this block's place.
 
-        It gives what leaves the block, from the windows of a batch and what enters (BTD).
         `hidden.swap_buffers` then ends the block.
         """
         on_gpu = self.device.type == "cuda"
@@ -145,12 +143,8 @@ class StreamedBlock:
 
 
 def windows_in_batch(windows: Windows, batch_windows: int | None) -> int:
-    """Return how many windows pass a block together; by default about 4096 tokens.
-
-    Where some have images, each passes alone: how a model calls its blocks then differs from window
-    to window.
-    """
-    if windows.has_images:
+    """Return how many windows pass a block together; by default about 4096 tokens."""
+    if windows.has_images:  # calls of blocks then differ from window to window
         return 1
     return batch_windows or max(1, TOKENS_IN_BATCH // windows.tokens_NT.shape[1])
 

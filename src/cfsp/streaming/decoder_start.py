@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -36,31 +37,24 @@ if TYPE_CHECKING:
 Room = Callable[[tuple[int, ...]], HiddenStates]
 
 
+@dataclass
 class DecoderStart:
-    """What a model does before its first block; it needs weights for all but its blocks.
+    """What a model does before its first block; it needs weights for all but its blocks."""
 
-    `multimodal` is the whole model, where windows have images.
-    """
-
-    def __init__(
-        self,
-        decoder: nn.Module,
-        blocks: nn.ModuleList,
-        runtime: Runtime,
-        multimodal: nn.Module | None = None,
-    ) -> None:
-        self._decoder, self._blocks, self._runtime = decoder, blocks, runtime
-        self._multimodal = multimodal
+    decoder: nn.Module
+    blocks: nn.ModuleList
+    runtime: Runtime
+    multimodal: nn.Module | None = None  # the whole model, where windows have images
 
     @cached_property
     def form(self) -> CallForm:
         """How the decoder takes hidden states from its blocks."""
 
         def run(tokens_BT: Tensor) -> Tensor:
-            output: Tensor = self._decoder(input_ids=tokens_BT, use_cache=False)[0]
+            output: Tensor = self.decoder(input_ids=tokens_BT, use_cache=False)[0]
             return output
 
-        return find_call_form(run, self._blocks, self._runtime.device)
+        return find_call_form(run, self.blocks, self.runtime.device)
 
     def record(
         self,
@@ -70,14 +64,14 @@ class DecoderStart:
         returns_zeros: bool = False,
     ) -> Recording:
         """Return what enters the blocks, and how they are called; `images` are of one window."""
-        device, dtype = self._runtime.device, self._runtime.dtype
+        device, dtype = self.runtime.device, self.runtime.dtype
         more = {
             name: value.to(device, dtype if value.is_floating_point() else None)
             for name, value in (images or {}).items()
         }
-        model = self._multimodal or self._decoder
+        model = self.multimodal or self.decoder
         tokens_BT = tokens_BT.to(device)
-        return record_calls(model, self._blocks, tokens_BT, self.form, more, returns_zeros)
+        return record_calls(model, self.blocks, tokens_BT, self.form, more, returns_zeros)
 
     def embed(
         self, windows: Windows, batches: Iterable[slice], room: Room, *, resumed: bool = False
@@ -92,7 +86,7 @@ class DecoderStart:
         calls: BlockCalls | None = None
         for batch in batches:
             own, tokens_BT = range(batch.start, batch.stop), tokens_NT[batch]
-            if self._multimodal is not None:
+            if self.multimodal is not None:
                 images = windows.images_of(batch.start)
                 recording = self.record(tokens_BT, images)
                 calls = calls or BlockCalls(recording.calls, recording.calls)
@@ -134,7 +128,7 @@ class DecoderStart:
             if not torch.equal(entering_L[index - 1] + added_L[index], entering_L[index]):
                 raise UnsupportedModelError(
                     f"with images the model changes the hidden states between blocks {index - 1} "
-                    f"and {index} ({type(self._blocks[0]).__name__}) by more than an addition, so "
+                    f"and {index} ({type(self.blocks[0]).__name__}) by more than an addition, so "
                     "that blocks cannot be run one after the other; calibrate on text alone"
                 )
         return {index: each for index, each in enumerate(added_L) if index and bool(each.any())}

@@ -71,10 +71,8 @@ def differ(first: Any, second: Any) -> bool:
 class HiddenLayout:
     """Where a model's hidden states have windows, tokens and the rest; here they are [B, T, D]."""
 
-    # Of the windows; the next is that of the tokens.
-    axis: int = 0
-    # Lengths of the other axes.
-    rest: tuple[int, ...] = ()
+    axis: int = 0  # of the windows; the next is that of the tokens
+    rest: tuple[int, ...] = ()  # lengths of the other axes
 
     @property
     def is_plain(self) -> bool:
@@ -170,11 +168,7 @@ def skipped(blocks: nn.ModuleList, indices: Collection[int], form: CallForm) -> 
 def resumed_at(
     blocks: nn.ModuleList, first: int, hidden: Tensor, form: CallForm = PLAIN
 ) -> Iterator[None]:
-    """Let the model compute its blocks from `first` on only, on a given hidden state.
-
-    That is of the tokens that the model is then called with, and as the model has it (see
-    `HiddenLayout`).
-    """
+    """Let the model compute its blocks from `first` on only, on a hidden state as it has them."""
 
     def answer(index: int, own: Tensor, arguments: Arguments) -> Any:
         return form.returned(hidden if index == first - 1 else own)
@@ -199,10 +193,6 @@ def hidden_states_entering(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
 
 
 # Which form a model needs.
-
-
-class _WrongFormError(Exception):
-    """The model did not take a hidden state as it was given."""
 
 
 class _Called(NamedTuple):
@@ -233,7 +223,7 @@ def find_call_form(
         try:
             output = _run_through(run, tokens_BT, blocks, form, called)
             if tuple(output.shape[:2]) != _PROBED:
-                raise _WrongFormError(f"it ends with a tensor of shape {list(output.shape)}")
+                raise ValueError(f"it ends with a tensor of shape {list(output.shape)}")
         except Exception as error:  # whatever a model does with a value that it does not expect
             if not called:
                 raise
@@ -273,9 +263,9 @@ def _run_through(
 
     def answer(index: int, hidden: Any, arguments: Arguments) -> Any:
         if not isinstance(hidden, Tensor):
-            raise _WrongFormError(f"block {index} is given a {type(hidden).__name__}")
+            raise ValueError(f"block {index} is given a {type(hidden).__name__}")
         if called and called[-1].returned.shape != hidden.shape:
-            raise _WrongFormError(f"block {index} is given shape {list(hidden.shape)}")
+            raise ValueError(f"block {index} is given shape {list(hidden.shape)}")
         result = hidden / 2 + 1 if changed else hidden
         if last is not None and index == len(blocks) - 1:
             result = last

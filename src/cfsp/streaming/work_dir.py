@@ -42,11 +42,7 @@ _LEAST_SECONDS = 0.01
 
 
 class PassState:
-    """The state of one pass, in a directory of its own.
-
-    `identity` is everything that the results depend on, as JSON types; unfinished work of another
-    is refused.
-    """
+    """The state of one pass, in a directory of its own; unfinished work of another is refused."""
 
     def __init__(self, directory: Path, identity: dict[str, Any]) -> None:
         self.directory, self._identity = directory, identity
@@ -61,32 +57,22 @@ class PassState:
         if (directory / STATE_FILE).is_file():
             fields = read_state(directory / STATE_FILE, identity)
             self.next_block, self.hidden = fields["next_block"], fields["hidden"]
-            self.before = tuple(fields.get("before", self.before))
+            self.before = tuple(fields["before"])
 
     def commit(self, next_block: int, hidden: str | None) -> None:
         """Note that all before `next_block` is on disk."""
-        self.before = self.next_block, self.hidden
-        self.next_block, self.hidden = next_block, hidden
-        self._write()
+        self._write(next_block, hidden, (self.next_block, self.hidden))
 
     def go_back_to(self, block: int) -> None:
         """Begin with `next_block`, that of `before`, or the first."""
-        if block == self.next_block:
-            return
-        hidden = self.before[1] if block == self.before[0] else None
-        self.next_block, self.hidden, self.before = block, hidden, (0, None)
-        self._write()
+        if block != self.next_block:
+            self._write(block, self.before[1] if block == self.before[0] else None, (0, None))
 
-    def _write(self) -> None:
-        fields = {
-            "identity": self._identity,
-            "next_block": self.next_block,
-            "hidden": self.hidden,
-            "before": self.before,
-        }
-        write_atomically(
-            self.directory / STATE_FILE, (json.dumps(fields, indent=2) + "\n").encode()
-        )
+    def _write(self, next_block: int, hidden: str | None, before: tuple[int, str | None]) -> None:
+        self.next_block, self.hidden, self.before = next_block, hidden, before
+        fields = {"next_block": next_block, "hidden": hidden, "before": before}
+        text = json.dumps({"identity": self._identity, **fields}, indent=2) + "\n"
+        write_atomically(self.directory / STATE_FILE, text.encode())
 
 
 def read_state(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +82,7 @@ def read_state(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         saved: dict[str, Any] = fields["identity"]
         fields["next_block"] = int(fields["next_block"])
-        _ = fields["hidden"]
+        _ = fields["hidden"], fields["before"]
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise ResumeError(f"{path} is damaged; start over with: rm -r {work_dir}") from error
     for key, now in json.loads(json.dumps(identity)).items():
@@ -178,16 +164,14 @@ class PassTimes:
 class WorkDir:
     """Where one command works, with whom, and what took how long."""
 
-    # It exists as long as the command runs.
-    directory: Path
+    directory: Path  # it exists as long as the command runs
     # Bytes of hidden states above which they go to a file.
     memory_budget: int = field(default_factory=default_budget)
     # What the results depend on besides model and text, as JSON types; None if a later run is not
     # to resume.
     identity: dict[str, Any] | None = None
     watch: Stopwatch = field(default_factory=Stopwatch)
-    # Of each pass, by its name.
-    times: dict[str, PassTimes] = field(default_factory=dict)
+    times: dict[str, PassTimes] = field(default_factory=dict)  # of each pass, by its name
     team: Team = field(default_factory=Team)
 
     def directory_of(self, name: str) -> Path:
