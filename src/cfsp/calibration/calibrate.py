@@ -150,11 +150,7 @@ def _unit_added_up(parts: Sequence[UnitStatistics]) -> UnitStatistics:
 
 
 def run_distances(observed: Sequence[ObservedBlock | None], team: Team) -> RunDistances:
-    """Return the angular distances over all runs of blocks, of the tokens of all processes.
-
-    What enters the first block of a run and what leaves the last are many blocks apart, so the
-    hidden states of some tokens are kept at every block.
-    """
+    """Return the angular distances over all runs of blocks, of some tokens of all processes."""
     passing_L = [each.passing for each in observed if each is not None and each.passing is not None]
     sums = torch.zeros(len(observed) + 1, len(observed) + 1, dtype=torch.float64)
     tokens = 0

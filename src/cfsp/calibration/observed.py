@@ -27,41 +27,6 @@ STATISTICS_VERSION = 6
 _METADATA_KEY = "cfsp_statistics"
 
 
-def write_facts(path: Path, facts: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write JSON types and tensors to one file, atomically."""
-    # One entry only: the library writes several in random order, and the same statistics
-    # shall give the same bytes.
-    metadata = {_METADATA_KEY: json.dumps({"version": STATISTICS_VERSION, **facts})}
-    write_atomically(path, save(tensors, metadata=metadata))
-
-
-def read_facts(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return what `write_facts` wrote; nothing but the version is checked."""
-    if not path.is_file():
-        raise StatisticsError(f"{path} does not exist; make it with: cfsp calibrate MODEL")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise StatisticsError(
-            f"{path} is not a statistics file: {error}; make one with: cfsp calibrate MODEL"
-        ) from error
-    try:
-        facts: dict[str, Any] = json.loads(metadata[_METADATA_KEY])
-        version = facts["version"]
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise StatisticsError(
-            f"{path} is not a statistics file; make one with: cfsp calibrate MODEL"
-        ) from error
-    if version != STATISTICS_VERSION:
-        raise StatisticsError(
-            f"{path} has statistics version {version}, expected {STATISTICS_VERSION}; "
-            "calibrate again"
-        )
-    return facts, tensors
-
-
 # Of units whose experts' outputs are not looked at.
 NOT_SEEN = torch.zeros(0, dtype=torch.float64)
 
@@ -146,32 +111,6 @@ class UnitStatistics:
             and bool(((sums >= 0) & torch.isfinite(sums)).all())
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """Return what is written of a unit besides its tensors."""
-        entry: dict[str, Any] = {"block": self.block, "tokens": self.tokens}
-        if self.routed_E:
-            entry["routed"] = self.routed_E
-        if self.part != "ffn":
-            entry["part"] = self.part
-        if self.distance_sum is not None:
-            entry["distance_sum"] = self.distance_sum
-        return entry
-
-    @staticmethod
-    def from_json(
-        entry: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str
-    ) -> UnitStatistics:
-        """Return those of a unit, whose tensors begin with a name."""
-        return UnitStatistics(
-            block=int(entry["block"]),
-            sum_of_squares_F=tensors[f"{name}.sum_of_squares"].double(),
-            tokens=entry["tokens"],
-            routed_E=tuple(int(seen) for seen in entry.get("routed", ())),
-            part=entry.get("part", "ffn"),
-            distance_sum=entry.get("distance_sum"),
-            output_norm_E=tensors.get(f"{name}.output_norm", NOT_SEEN).double(),
-        )
-
 
 @dataclass(frozen=True)
 class CalibrationRecord:
@@ -216,37 +155,85 @@ class ObservedBlock:
 
     def save(self, directory: Path, index: int) -> None:
         """Write what was gathered in the block at an index, for a killed pass."""
-        tensors = tensors_of(self.units)
-        if self.passing is not None:
-            tensors["passing"] = self.passing.contiguous()
-        units = [unit.to_json() for unit in self.units]
-        write_facts(_path(directory, index), {"block": asdict(self.block), "units": units}, tensors)
+        more = {} if self.passing is None else {"passing": self.passing.contiguous()}
+        write_facts(_path(directory, index), {"block": asdict(self.block)}, self.units, more)
 
     @staticmethod
     def load(directory: Path, index: int) -> ObservedBlock:
         """Read what `save` wrote."""
         facts, tensors = read_facts(_path(directory, index))
         block = BlockStatistics(**facts["block"])
-        return ObservedBlock(block, units_from_json(facts, tensors), tensors.get("passing"))
+        return ObservedBlock(block, units_from(facts, tensors), tensors.get("passing"))
 
 
-def tensors_of(units: Sequence[UnitStatistics]) -> dict[str, Tensor]:
-    """Return what is written of units besides JSON types."""
-    tensors: dict[str, Tensor] = {}
-    for i, unit in enumerate(units):
-        tensors[f"units.{i}.sum_of_squares"] = unit.sum_of_squares_F.contiguous()
+def write_facts(
+    path: Path,
+    facts: Mapping[str, Any],
+    units: Sequence[UnitStatistics],
+    more: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write JSON types, units and more tensors to one file, atomically."""
+    tensors, entries = dict(more or {}), []
+    for number, unit in enumerate(units):
+        entry: dict[str, Any] = {"block": unit.block, "tokens": unit.tokens}
+        if unit.routed_E:
+            entry["routed"] = unit.routed_E
+        if unit.part != "ffn":
+            entry["part"] = unit.part
+        if unit.distance_sum is not None:
+            entry["distance_sum"] = unit.distance_sum
+        entries.append(entry)
+        tensors[f"units.{number}.sum_of_squares"] = unit.sum_of_squares_F.contiguous()
         if len(unit.output_norm_E):
-            tensors[f"units.{i}.output_norm"] = unit.output_norm_E.contiguous()
-    return tensors
+            tensors[f"units.{number}.output_norm"] = unit.output_norm_E.contiguous()
+    # One entry only: the library writes several in random order, and the same statistics
+    # shall give the same bytes.
+    text = json.dumps({"version": STATISTICS_VERSION, **facts, "units": entries})
+    write_atomically(path, save(tensors, metadata={_METADATA_KEY: text}))
 
 
-def units_from_json(
+def read_facts(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what `write_facts` wrote; nothing but the version is checked."""
+    if not path.is_file():
+        raise StatisticsError(f"{path} does not exist; make it with: cfsp calibrate MODEL")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise StatisticsError(
+            f"{path} is not a statistics file: {error}; make one with: cfsp calibrate MODEL"
+        ) from error
+    try:
+        facts: dict[str, Any] = json.loads(metadata[_METADATA_KEY])
+        version = facts["version"]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise StatisticsError(
+            f"{path} is not a statistics file; make one with: cfsp calibrate MODEL"
+        ) from error
+    if version != STATISTICS_VERSION:
+        raise StatisticsError(
+            f"{path} has statistics version {version}, expected {STATISTICS_VERSION}; "
+            "calibrate again"
+        )
+    return facts, tensors
+
+
+def units_from(
     facts: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[UnitStatistics, ...]:
-    """Return the units of a file."""
+    """Return the units of a file; see `UnitStatistics.is_possible`."""
     return tuple(
-        UnitStatistics.from_json(entry, tensors, f"units.{i}")
-        for i, entry in enumerate(facts["units"])
+        UnitStatistics(
+            block=int(entry["block"]),
+            sum_of_squares_F=tensors[f"units.{number}.sum_of_squares"].double(),
+            tokens=entry["tokens"],
+            routed_E=tuple(int(seen) for seen in entry.get("routed", ())),
+            part=entry.get("part", "ffn"),
+            distance_sum=entry.get("distance_sum"),
+            output_norm_E=tensors.get(f"units.{number}.output_norm", NOT_SEEN).double(),
+        )
+        for number, entry in enumerate(facts["units"])
     )
 
 

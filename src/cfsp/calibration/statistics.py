@@ -21,8 +21,7 @@ from cfsp.calibration.observed import (
     ObservedBlock,
     UnitStatistics,
     read_facts,
-    tensors_of,
-    units_from_json,
+    units_from,
     write_facts,
 )
 from cfsp.errors import StatisticsError
@@ -31,10 +30,7 @@ from cfsp.settings import WHOLE_PARTS, Part, WholePart
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What pruning one part of each block alone does to the predictions.
-
-    See `cfsp.selection.sensitivity`. A block that has none of the part loses nothing.
-    """
+    """What pruning one part of each block alone does to the predictions; without any, nothing."""
 
     # KL(dense || that block's FFNs pruned), in nats per token.
     divergence_L: tuple[float, ...]
@@ -265,7 +261,6 @@ class Statistics:
         facts: dict[str, Any] = {
             "record": asdict(self.record),
             "blocks": [asdict(block) for block in self.blocks],
-            "units": [unit.to_json() for unit in self.units],
         }
         if self.sensitivity:
             facts["sensitivity"] = asdict(self.sensitivity)
@@ -273,7 +268,7 @@ class Statistics:
             facts["removals"] = [each.to_json() for each in self.removals]
         if self.runs:
             facts["runs"] = asdict(self.runs)
-        write_facts(path, facts, tensors_of(self.units))
+        write_facts(path, facts, self.units)
 
     @classmethod
     def load(cls, path: Path) -> Statistics:
@@ -289,9 +284,10 @@ class Statistics:
                 BlockStatistics(each["distance_sum"], each["tokens"]) for each in facts["blocks"]
             )
             count = len(blocks)
-            units = units_from_json(facts, tensors)
+            units = units_from(facts, tensors)
             order = [unit.block for unit in units]
-            if order != sorted(order) or not all(0 <= block < count for block in order):
+            in_order = order == sorted(order) and all(0 <= block < count for block in order)
+            if not (blocks and in_order):
                 raise ValueError(f"the FFNs of {count} blocks are said to be in blocks {order}")
             found = cls(
                 blocks,
@@ -305,8 +301,6 @@ class Statistics:
             wrong += [unit.block for unit in units if not unit.is_possible]
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise StatisticsError(f"{path} is damaged: {error!r}; calibrate again") from error
-        if not blocks:
-            raise StatisticsError(f"{path} describes no block; calibrate again")
         if wrong:
             raise StatisticsError(
                 f"{path} has NaN, infinite or impossible values in block {min(wrong)}; "

@@ -118,10 +118,7 @@ class BlockGroup:
 
 
 class Split:
-    """The windows of a text in batches of about so many tokens; some are held out.
-
-    Nothing is fitted to the held-out windows, which say whether a repair helps.
-    """
+    """The windows of a text in batches of about so many tokens; to some nothing is fitted."""
 
     def __init__(self, windows: Windows, tokens_in_batch: int) -> None:
         self.count, self.seqlen = windows.tokens_NT.shape
@@ -256,10 +253,7 @@ class GroupVisit:
     def accept(
         self, before: Judgement, tensors: Mapping[str, Tensor], loss_of: Loss
     ) -> Judgement | None:
-        """Leave the group with new tensors, by origin, if held-out windows lose less.
-
-        Return how far it is with them; None if the group stays as it was.
-        """
+        """Take new tensors, by origin, if held-out windows lose less; None if it stays as it was."""
         self.blocks.fill(tensors)
         after = self.judge(loss_of)
         if after.is_finite and after.loss < before.loss:

@@ -165,11 +165,16 @@ class BlockCalls:
 
     def __init__(self, first: Sequence[BlockCall], second: Sequence[BlockCall]) -> None:
         self._by_size: dict[int, Sequence[BlockCall]] = {}
+        places_L = [leaves(call.arguments) for call in first]
+        others_L = [dict(leaves(call.arguments)) for call in second]
         self._text_L = [
-            {place: WindowValues() for place in _differing(a, b)}
-            for a, b in zip(first, second, strict=True)
+            {
+                place: WindowValues()
+                for place, value in places
+                if place in others and differ(value, others[place])
+            }
+            for places, others in zip(places_L, others_L, strict=True)
         ]
-        places_L = [list(leaves(call.arguments)) for call in first]
         self._extra_L = [
             {place: value.position for place, value in places if isinstance(value, Extra)}
             for places in places_L
@@ -291,16 +296,6 @@ class BlockCalls:
     def carry(self, after: int) -> bool:
         """Return whether blocks after one need more than its hidden states."""
         return bool(self._written) or any(self._extra_L[after + 1 :])
-
-
-def _differing(first: BlockCall, second: BlockCall) -> list[Place]:
-    """Return the places where two calls with different tokens have different values."""
-    others = dict(leaves(second.arguments))
-    return [
-        place
-        for place, value in leaves(first.arguments)
-        if place in others and differ(value, others[place])
-    ]
 
 
 def _differ(first: Any, second: Any) -> bool:

@@ -93,6 +93,7 @@ class StreamedBlock:
                 position, after_BTD = after.popitem()
                 assert on_sublayer is not None
                 on_sublayer(position, input_BTD, after_BTD)
+            self.tokens_done(len(windows) * seqlen)
             return output_BTD
 
         with (
@@ -103,9 +104,7 @@ class StreamedBlock:
             if on_sublayer is None
             else observed_sublayers(self.module, self.units, after),
         ):
-            for batch in self._batches:
-                self.pass_through(compute, [batch])
-                self.tokens_done((batch.stop - batch.start) * seqlen)
+            self.pass_through(compute, self._batches)
         self.hidden.swap_buffers()
         unload(self.module)
 

@@ -49,12 +49,11 @@ class DecoderStart:
     @cached_property
     def form(self) -> CallForm:
         """How the decoder takes hidden states from its blocks."""
-
-        def run(tokens_BT: Tensor) -> Tensor:
-            output: Tensor = self.decoder(input_ids=tokens_BT, use_cache=False)[0]
-            return output
-
-        return find_call_form(run, self.blocks, self.runtime.device)
+        return find_call_form(
+            lambda tokens_BT: self.decoder(input_ids=tokens_BT, use_cache=False)[0],
+            self.blocks,
+            self.runtime.device,
+        )
 
     def record(
         self,
