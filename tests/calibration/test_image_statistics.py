@@ -118,14 +118,14 @@ def check_statistics(case: Case) -> None:
             torch.testing.assert_close(of_unit.sum_of_squares_F, square_F, rtol=1e-5, atol=1e-5)
 
 
-def test_statistics_are_those_of_the_whole_model(case: Case) -> None:
+def test_statistics_are_those_of_the_whole_model(case):
     """Half of the windows have images, and the others none: they pass together."""
     assert [bool(images) for images in case.windows.images_N] == [True, True, False, False]
     check_statistics(case)
 
 
 @pytest.mark.parametrize("model_type", ["gemma4", "internvl", "llama4", "glm4v", "qwen3_5"])
-def test_statistics_of_what_a_processor_might_give(model_type: str) -> None:
+def test_statistics_of_what_a_processor_might_give(model_type):
     model = tiny_model(model_type)
     windows, source = image_windows(model_type, model), LoadedModel(model)
     check_statistics(Case(model, source, windows))

@@ -253,7 +253,7 @@ class GroupVisit:
     def accept(
         self, before: Judgement, tensors: Mapping[str, Tensor], loss_of: Loss
     ) -> Judgement | None:
-        """Take new tensors, by origin, if held-out windows lose less; None if it stays as it was."""
+        """Take new tensors, by origin, if held-out windows lose less; else return None."""
         self.blocks.fill(tensors)
         after = self.judge(loss_of)
         if after.is_finite and after.loss < before.loss:
