@@ -53,12 +53,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=TYPES)
-def case(
-    request: pytest.FixtureRequest,
-    chats: Path,
-    text_file: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Case:
+def case(request, chats, text_file, tmp_path_factory) -> Case:
     directory = tmp_path_factory.mktemp(request.param)
     tokenizer = image_tokenizer(directory / "tokenizer")
     model = save_multimodal(request.param, tokenizer, directory / "model")

@@ -72,18 +72,12 @@ def test_no_error_has_a_gradient():
 
 
 def train(
-    module: nn.Module,
-    trained: list[tuple[nn.Module, float]],
-    hidden_BTD: torch.Tensor,
-    target_BTD: torch.Tensor,
-    parts: list[float],
-    on_step: Callable[[], object] = lambda: None,
+    compute: Any, trained: Any, hidden: torch.Tensor, target: torch.Tensor, *more: Any
 ) -> bool:
-    """Train modules with their rates on one batch."""
-    batch = Batch(hidden_BTD, target_BTD)
+    """Train modules with their rates on one batch, in one step."""
     parameters = [(list(each.parameters()), rate) for each, rate in trained]
-    steps = [(part, batch) for part in parts]
-    return train_blocks(module, parameters, steps, error, torch.float32, on_step)
+    steps = [(1.0, Batch(hidden, target))]
+    return train_blocks(compute, parameters, steps, error, torch.float32, *more)
 
 
 def error(output_BTD: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -93,19 +87,13 @@ def error(output_BTD: torch.Tensor, batch: Batch) -> torch.Tensor:
 def test_training_stops_at_a_loss_that_is_no_number():
     module, hidden = nn.Linear(4, 4), torch.randn(1, 3, 4)
     target = torch.full_like(hidden, torch.nan)
-    assert not train(module, [(module, 0.1)], hidden, target, [1.0] * 5, pytest.fail)
+    assert not train(module, [(module, 0.1)], hidden, target, pytest.fail)
 
 
-@pytest.mark.parametrize(
-    ("field", "words"),
-    [
-        ({"steps": 0}, "--local-steps must be at least 1, found 0"),
-        ({"blocks": 0}, "--local-blocks must be at least 1, found 0"),
-    ],
-)
-def test_wrong_settings_are_refused(field, words):
-    with pytest.raises(UsageError, match=words):
-        LocalTraining(**field)
+@pytest.mark.parametrize("field", ["steps", "blocks"])
+def test_wrong_settings_are_refused(field):
+    with pytest.raises(UsageError, match=f"--local-{field} must be at least 1, found 0"):
+        LocalTraining(**{field: 0})
 
 
 def test_blocks_that_train_together_take_steps_by_their_own_drift():
@@ -117,7 +105,7 @@ def test_blocks_that_train_together_take_steps_by_their_own_drift():
     size = float(module.weight.detach().square().mean().sqrt())
     first = module.weight.detach().clone()
     compute = nn.Sequential(module, still)
-    assert train(compute, [(module, 0.1), (still, 0.0)], hidden, target, [1.0])
+    assert train(compute, [(module, 0.1), (still, 0.0)], hidden, target)
     assert all(torch.equal(a, b) for a, b in zip(before, still.parameters(), strict=True))
     # Adam's first step is as long as its rate.
     moved = (module.weight.detach() - first).abs()
