@@ -6,7 +6,6 @@ import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from safetensors.torch import load_file
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.cli import main
 from cfsp.selection import speedup
-from cfsp.settings import REPAIRS
 from cfsp.streaming.work_dir import PassState
 from commands import Command, Commands, ranks
 from forks import Finished, Job
@@ -78,15 +76,8 @@ def numbers_of(pruned: Path) -> list[float]:
     measured = [
         each[side] for each in manifest["perplexity"].values() for side in ("before", "after")
     ]
-    blocks = [block for step in REPAIRS for block in blocks_of(pruned, step)]
+    blocks = [block for step in manifest["repair"]["steps"] for block in step["blocks"] if block]
     return measured + [block[key] for block in blocks for key in ("error_before", "error_after")]
-
-
-def blocks_of(pruned: Path, name: str) -> list[dict[str, Any]]:
-    """Return what a step of repair did with each block; nothing if it was not asked for."""
-    steps = json.loads((pruned / MANIFEST_FILE).read_text())["repair"]["steps"]
-    blocks = [block for step in steps if step["name"] == name for block in step["blocks"]]
-    return [block for block in blocks if block is not None]
 
 
 def test_two_processes_give_what_one_gives(finish, argv_of, text_file):
