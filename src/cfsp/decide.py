@@ -119,7 +119,7 @@ def _repaired_by(job: Job, result: PruningResult) -> PruningResult:
     if not needed_steps(job.settings.repair, result.plan):
         return result
     windows = job.windows()
-    check_windows(job, windows)
+    check_windows(windows)
     return repair(job, result, windows)
 
 
@@ -163,7 +163,7 @@ def _completed(
 def _choose_and_repair(job: Job, constraint: Constraint) -> tuple[PruningResult, dict[str, Any]]:
     """Fix the widths from a few windows, then choose and repair in one pass over all."""
     windows = job.windows()
-    check_windows(job, windows)
+    check_windows(windows)
     few = few_windows(windows, COARSE_WINDOWS)
     coarse = _calibrated(job, constraint, few, "coarse pass")
     planner, candidate = select(job, constraint, coarse)

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Statistics
-from cfsp.calibration.together import check_enough, check_same_work
 from cfsp.checkpoint.output import (
     check_is_outside,
     check_output_is_free,
@@ -68,7 +67,8 @@ from cfsp.settings import (
     MaxLossIncrease,
     PruneSettings,
 )
-from cfsp.streaming.runtime import runtime_of
+from cfsp.streaming.block_stream import check_enough
+from cfsp.streaming.runtime import check_same_work, runtime_of
 from cfsp.streaming.work_dir import (
     WorkDir,
     output_work_dir,

@@ -26,8 +26,7 @@ from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.candidate import DropSizes
 from cfsp.planning.importance import COARSE_WINDOWS
 from cfsp.planning.make import parameters_of_channels
-from cfsp.repair.gram import Observation
-from cfsp.repair.ridge import factor, lower_panels
+from cfsp.repair.ridge import Observation, factor, lower_panels
 from cfsp.repair.ridge_pass import gram_bytes
 from cfsp.selection.divergence import (
     BEGINNING_TOKENS,

@@ -15,7 +15,7 @@ from cfsp.checkpoint.reading import check_complete
 from cfsp.errors import UsageError, did_you_mean
 from cfsp.exports import decilm, gguf, openvino
 from cfsp.exports.common import Verification, Written
-from cfsp.streaming.stopwatch import Stopwatch
+from cfsp.streaming.work_dir import Stopwatch
 
 # Each writes a new directory, gguf a new file, and raises ExportError for what the format cannot
 # express before anything is written.

@@ -38,7 +38,7 @@ class PruneReport:
             and by block that stays the share of what all add that those added which went
             (`lost_output`); empty where none went but with their block.
         calibration_tokens: that the statistics were gathered over.
-        repair: what each step of repair did with each block (see `PruningResult.to_json`).
+        repair: what each step of repair did with each block (see `cfsp.repair.result`).
         experts_with_few_tokens: block, expert and tokens of each expert that saw too few
             calibration tokens to be scored by them: its channels were scored by its weights alone,
             and whether it went whole was decided by these few.
@@ -153,7 +153,7 @@ def prune_report(
         kv_groups=groups if groups_before else {},
         experts=_experts(plan),
         calibration_tokens=plan.calibration["windows"] * plan.calibration["seqlen"],
-        repair=repaired.to_json(),
+        repair={"steps": list(repaired.steps)},
         experts_with_few_tokens=plan.experts_with_few_tokens,
         goal=goal,
         perplexity=measured,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -347,7 +347,7 @@ def with_needed_sensitivity(job: Job, statistics: Statistics, windows: Windows) 
         with work_dir.watch.stage("sensitivity"):
             found = with_sensitivity(source, statistics, windows, criterion, runtime, parts)
         assert found.sensitivity is not None
-        return {"sensitivity": found.sensitivity.to_json()}
+        return {"sensitivity": asdict(found.sensitivity)}
 
     # Other windows would be another measurement.
     name = f"sensitivity-{windows.digest[:8]}"

@@ -30,7 +30,8 @@ from cfsp.job import Job
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.make import Planner
 from cfsp.progress import item_progress
-from cfsp.repair.ladder import repaired_a_little
+from cfsp.repair.ladder import repair
+from cfsp.repair.result import PruningResult
 from cfsp.selection.constraint import Constraint, Parameters, Share
 from cfsp.selection.divergence import (
     DensePredictions,
@@ -95,7 +96,8 @@ def repaired_scorer(job: Job, planner: Planner) -> Scorer:
         log.info("repairing on a little text: %s", candidate.in_words)
         plan = planner.plan(candidate)
         with temporary_work_dir(job.settings.compute.memory_budget) as work_dir:
-            repaired = repaired_a_little(job.at(work_dir), planner, plan, fit)
+            ridge = replace(job.at(work_dir), settings=replace(job.settings, repair="ridge"))
+            repaired = repair(ridge, PruningResult(plan), fit)
             loaded = LoadedModel(model, job.budget.parts)
             smaller = build_pruned_model(loaded, plan, repaired.tensors)
         smaller.to(dtype=model.dtype).eval()

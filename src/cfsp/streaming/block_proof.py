@@ -54,11 +54,7 @@ _CPU = torch.device("cpu")
 
 
 def check_blocks_can_go(source: WeightSource, removed: Collection[int]) -> None:
-    """Check that a model can be written without some blocks, and computes as if they were skipped.
-
-    It is an `UnsupportedModelError` where its config cannot say it, blocks that stay need something
-    of them besides the hidden state, or tensors cannot be told apart.
-    """
+    """Check that a model can be written without blocks, and computes as if they were skipped."""
     names_without_blocks(source, removed)
     prove_without_blocks(stock_config(source.config), removed)
 
