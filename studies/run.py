@@ -322,8 +322,8 @@ def _in_words(plan: PruningPlan) -> str:
     words = [plan.removed_in_words] if plan.removed_blocks or plan.removed_attentions else []
     if "ffn" in plan.parts and plan.ffn_sparsity:
         words.append(f"{plan.ffn_sparsity:.1%} of all FFN channels")
-    if "kv" in plan.parts and plan.kv_sparsity:
-        words.append(f"{plan.kv_sparsity:.1%} of all KV groups")
+    if "kv" in plan.parts and plan.sparsity_of("kv"):
+        words.append(f"{plan.sparsity_of('kv'):.1%} of all KV groups")
     return ", ".join(words)
 
 

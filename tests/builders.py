@@ -22,7 +22,7 @@ from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource, parameter_count
 from cfsp.job import Job
 from cfsp.planning.candidate import Dropped, DropSizes
-from cfsp.planning.channels import FFNWeights
+from cfsp.planning.importance import FFNWeights
 from cfsp.planning.make import parameters_of_channels
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
@@ -125,6 +125,12 @@ def job_of(
     return Job(source, settings, never, draw, runtime, work_dir or WorkDir(Path()))
 
 
+def parts_of(dropped: Dropped) -> tuple[Part, ...]:
+    """Return of which parts something goes."""
+    gone: dict[Part, tuple[int, ...]] = {"attention": dropped.attentions, "blocks": dropped.blocks}
+    return tuple(part for part, blocks in gone.items() if blocks)
+
+
 def plan_keeping(
     source: WeightSource, kept_U: Sequence[tuple[int, ...]], dropped: Dropped
 ) -> PruningPlan:
@@ -142,7 +148,7 @@ def plan_keeping(
         )
         for unit, kept in zip(source.units, kept_U, strict=True)
     )
-    criterion = {**CRITERION, "parts": list(dropped.parts)}
+    criterion = {**CRITERION, "parts": list(parts_of(dropped))}
     return PruningPlan(ModelIdentity.of(source), criterion, CALIBRATION, units, dropped.blocks)
 
 

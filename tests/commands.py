@@ -85,10 +85,10 @@ def prepare(dies: str | None, count: int) -> None:
     """Make this process save after every block and die where it is to."""
     import cfsp.pipeline as pipeline
     import cfsp.streaming.block_pass as block_pass
-    import cfsp.streaming.pass_state as pass_state
+    import cfsp.streaming.work_dir as work_dir
     from cfsp.streaming.block_stream import StreamedBlock
 
-    pass_state.SHARE_OF_TIME = float("inf")
+    work_dir.SHARE_OF_TIME = float("inf")
     passed = 0
 
     def die(*args: object, **options: object) -> None:
@@ -118,7 +118,7 @@ def prepare(dies: str | None, count: int) -> None:
     if dies == "training":
         die_at_step(count, die)
     if dies == "writing":
-        pipeline.write_config = die
+        pipeline.copy_travelling_files = die
 
 
 def die_at_step(count: int, die: Callable[..., None]) -> None:

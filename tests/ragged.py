@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from builders import plan_keeping
 from cfsp.architecture.found import Unit
 from cfsp.checkpoint.own_files import copy_travelling_files
-from cfsp.checkpoint.pruned_config import write_config
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.tensor_file import write_shards
 from cfsp.cut.surgery import PrunedSource
@@ -65,8 +64,9 @@ def _cut(source: Checkpoint, widths: Sequence[int], out: Path, dropped: Dropped)
     ]
     plan = plan_keeping(source, kept_U, dropped)
     out.mkdir()
-    write_shards(out, list(PrunedSource(source, plan).outgoing()))
-    write_config(source, out, plan.kept_widths, plan.removed_blocks)
+    pruned = PrunedSource(source, plan)
+    write_shards(out, list(pruned.outgoing()))
+    pruned.changes.write(source, out)
     copy_travelling_files(source.directory, out)
     return Checkpoint(out)
 

@@ -37,8 +37,9 @@ LAYERS = (
     ("exports",),
     ("speed",),
     ("selection", "recovery"),
+    ("pruning_cost",),
     ("decide",),
-    ("pipeline", "pruning_cost"),
+    ("pipeline",),
     ("prune_and_recover",),
     ("api", "families", "sweep"),
     # `import cfsp` gives what its modules have.

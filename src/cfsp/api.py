@@ -129,6 +129,7 @@ def prune(
         effort=effort, repair=repair, device=device,
     )  # fmt: skip
     settings = prune_settings(given, goal)
+    check_texts(settings.text.names, settings.evaluation.names)  # before a model is downloaded
     trains = effort == BEST_EFFORT
     if isinstance(model, str | Path):
         if out is None:
@@ -136,8 +137,6 @@ def prune(
         name = asked(given, goal)[0].removeprefix("--").replace("-", "_")
         how_much = f"{name}={given[name]}" if goal is None else f"goal={goal}"
         command = f"cfsp.prune({str(model)!r}, {how_much}, ...)"
-        # Before a model is downloaded or converted.
-        check_texts(settings.text.names, settings.evaluation.names)
         source = open_checkpoint(model, parts=settings.budget.parts)
         if trains:
             return prune_and_recover(source, Path(out), settings, command=command)[0]

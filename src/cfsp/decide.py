@@ -16,16 +16,18 @@ from cfsp.calibration.calibrate import calibrate, calibration_record
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import check_complete
 from cfsp.cut.surgery import PrunedSource
-from cfsp.errors import UsageError
 from cfsp.job import Job
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.experts import warn_of_experts
+from cfsp.planning.importance import COARSE_WINDOWS
 from cfsp.planning.make import Planner, check_statistics_fit
+from cfsp.pruning_cost import announce
 from cfsp.repair.ladder import check_windows, needed_steps, repair
 from cfsp.repair.result import PruningResult
 from cfsp.repair.ridge_pass import choose_and_repair, with_ridge
-from cfsp.selection.constraint import drops_in_words
+from cfsp.selection.divergence import with_needed_sensitivity
 from cfsp.selection.drop_order import (
+    cannot_be_tried,
     check_can_be_compared,
     check_can_go,
     follow_divergence,
@@ -34,8 +36,6 @@ from cfsp.selection.drop_order import (
 )
 from cfsp.selection.goal import constraint_of
 from cfsp.selection.search import only_candidate, select
-from cfsp.selection.sensitivity import with_needed_sensitivity
-from cfsp.selection.worth import announce
 from cfsp.streaming.block_proof import check_experts_can_go
 from cfsp.streaming.runtime import runtime_of
 from cfsp.streaming.work_dir import temporary_work_dir
@@ -47,9 +47,6 @@ if TYPE_CHECKING:
     from cfsp.selection.constraint import Constraint
     from cfsp.settings import PruneSettings
     from cfsp.text.windows import Windows
-
-# Angular distance settles with little text; study 7 (LOG.md) shows how little.
-COARSE_WINDOWS = 8
 
 
 def decide(
@@ -76,7 +73,10 @@ def decide(
         repairs = job.settings.repair != "none"
         if repairs and job.budget.channel_parts and not constraint.needs_statistics:
             return _choose_and_repair(job, constraint)
-        statistics = _calibrated(job, constraint, _windows_to_pass(job), "calibrate")
+        windows = job.windows()
+        if not job.budget.channel_parts and "experts" not in job.budget.parts:
+            windows = few_windows(windows, COARSE_WINDOWS)  # nothing that is chosen needs them all
+        statistics = _calibrated(job, constraint, windows, "calibrate")
     elif job.budget.compares:
         statistics = _completed(job, constraint, statistics, job.windows())
     planner, candidate = select(job, constraint, statistics)
@@ -94,11 +94,8 @@ def plan_from(source: WeightSource, statistics: Statistics, settings: PruneSetti
         raise AssertionError("statistics are there, so no text is read")
 
     if settings.budget.compares:
-        raise UsageError(
-            f"--parts {','.join(settings.budget.parts)} tries how many "
-            f"{drops_in_words(settings.budget.parts)} should go, which requires the model and a "
-            "text; make the plan with cfsp prune"
-        )
+        needed = "the model and a text; make the plan with cfsp prune"
+        raise cannot_be_tried(settings.budget, needed)
     check_statistics_fit(source, statistics)
     with temporary_work_dir(settings.compute.memory_budget) as work_dir:
         runtime = runtime_of(settings.compute, source)
@@ -122,7 +119,7 @@ def _repaired_by(job: Job, result: PruningResult) -> PruningResult:
     if not needed_steps(job.settings.repair, result.plan):
         return result
     windows = job.windows()
-    check_windows(job, windows)
+    check_windows(windows)
     return repair(job, result, windows)
 
 
@@ -133,13 +130,6 @@ def _check_plan(source: WeightSource, plan: PruningPlan) -> None:
     if plan.kept_experts is not None:
         check_experts_can_go(source, plan.experts_of_blocks, plan.removed_blocks)
     PrunedSource(source, plan)  # it can be written
-
-
-def _windows_to_pass(job: Job) -> Windows:
-    """Return all windows, or a few where nothing that is chosen needs them all."""
-    windows = job.windows()
-    needs_all = job.budget.channel_parts or "experts" in job.budget.parts
-    return windows if needs_all else few_windows(windows, COARSE_WINDOWS)
 
 
 def _calibrated(job: Job, constraint: Constraint, seen: Windows, name: str) -> Statistics:
@@ -173,7 +163,7 @@ def _completed(
 def _choose_and_repair(job: Job, constraint: Constraint) -> tuple[PruningResult, dict[str, Any]]:
     """Fix the widths from a few windows, then choose and repair in one pass over all."""
     windows = job.windows()
-    check_windows(job, windows)
+    check_windows(windows)
     few = few_windows(windows, COARSE_WINDOWS)
     coarse = _calibrated(job, constraint, few, "coarse pass")
     planner, candidate = select(job, constraint, coarse)

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Statistics
-from cfsp.calibration.together import check_enough, check_same_work
 from cfsp.checkpoint.output import (
     check_is_outside,
     check_output_is_free,
@@ -35,7 +34,6 @@ from cfsp.checkpoint.own_files import (
     copy_travelling_files,
     digests_beside_weights,
 )
-from cfsp.checkpoint.pruned_config import write_config
 from cfsp.checkpoint.reading import Checkpoint, WeightSource, in_memory
 from cfsp.checkpoint.tensor_file import write_shards
 from cfsp.cut.surgery import PrunedSource, build_pruned_model
@@ -53,14 +51,14 @@ from cfsp.result.card import model_card, origin_of
 from cfsp.result.manifest import facts_for_config, write_manifest
 from cfsp.result.prune_report import PruneReport, prune_report
 from cfsp.selection.constraint import Share, half_dropped
+from cfsp.selection.divergence import with_needed_sensitivity
 from cfsp.selection.drop_order import (
     check_can_be_compared,
     follow_divergence,
     follow_runs,
     with_order,
 )
-from cfsp.selection.loss import loss_increase_of
-from cfsp.selection.sensitivity import with_needed_sensitivity
+from cfsp.selection.goal import loss_increase_of
 from cfsp.settings import (
     AUTO_METRIC,
     DEFAULT_PARTS,
@@ -69,7 +67,8 @@ from cfsp.settings import (
     MaxLossIncrease,
     PruneSettings,
 )
-from cfsp.streaming.runtime import runtime_of
+from cfsp.streaming.block_stream import check_enough
+from cfsp.streaming.runtime import check_same_work, runtime_of
 from cfsp.streaming.work_dir import (
     WorkDir,
     output_work_dir,
@@ -77,12 +76,16 @@ from cfsp.streaming.work_dir import (
     temporary_work_dir,
 )
 from cfsp.text.drawing import calibration_windows
-from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer, parted
 from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_ANOTHER_CHOICE = (
+    "--dry-run compared plans before repair; the run itself repairs a few of them and may choose "
+    "another"
+)
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +120,6 @@ def prune_checkpoint(
         CfspError: anything that a user can cause; nothing is left behind.
     """
     team = team or Team()
-    check_texts(settings.text.names, settings.evaluation.names)
     check_is_outside(out, source.directory)
     remove_finished_work(out)
     check_output_is_free(out)
@@ -139,8 +141,9 @@ def prune_checkpoint(
             source, tokenizer, settings, work_dir, statistics=statistics, plan=plan
         )
         if dry_run:
-            if asked.repair != "none" and plan is None:
-                _warn_of_another_choice(repaired.plan)
+            parts = tuple(repaired.plan.criterion.get("parts", DEFAULT_PARTS))
+            if asked.repair != "none" and plan is None and Budget(parts=parts).compares:
+                log.warning(_ANOTHER_CHOICE)
             if team.is_first:
                 repaired.plan.save(staging / PLAN_FILE)
             return prune_report(source, repaired, facts, {}, work_dir, None)
@@ -163,15 +166,6 @@ def prune_checkpoint(
         manifest = report.to_manifest(digests, command)
         team.from_first(lambda: _describe(source, repaired.plan, manifest, staging))
     return report
-
-
-def _warn_of_another_choice(plan: PruningPlan) -> None:
-    """Say that a dry run compares plans otherwise than a run that repairs them, where it does."""
-    if Budget(parts=tuple(plan.criterion.get("parts", DEFAULT_PARTS))).compares:
-        log.warning(
-            "--dry-run compared plans before repair; the run itself repairs a few of them and may "
-            "choose another"
-        )
 
 
 @contextmanager
@@ -200,7 +194,6 @@ def prune_model(
     The processor that has its tokenizer does as well; nothing is evaluated.
     """
     settings = settings.suited_to_repair()
-    check_texts(settings.text.names, settings.evaluation.names)
     tokenizer, processor = parted(tokenizer)
     with (
         in_memory(model, settings.budget.parts) as source,
@@ -298,8 +291,7 @@ def _write_checkpoint(source: Checkpoint, repaired: PruningResult, target: Path)
         repaired.statistics.save(target / STATISTICS_FILE)
     pruned = PrunedSource(source, repaired.plan, repaired.tensors)
     digests = write_shards(target, list(pruned.outgoing()))
-    plan = repaired.plan
-    write_config(source, target, plan.kept_widths, plan.removed_blocks, plan.kept_experts)
+    pruned.changes.write(source, target)
     copy_travelling_files(source.directory, target)
     return digests | digests_beside_weights(target)
 

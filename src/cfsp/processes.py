@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from cfsp.errors import CfspError, ProcessError, UsageError
 
@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 # The fastest process waits so long for the slowest.
 PATIENCE_SECONDS = 1800.0
+# The others wait so long for what the first does alone.
+_FIRST_SECONDS = 7 * 86400.0
 # Machines may begin this long after each other, however little they may differ at the end.
 _START_SECONDS = 1800.0
 
@@ -64,19 +66,6 @@ class Team:
         """Whether this process writes the output."""
         return self.rank == 0
 
-    def add_up(self, numbers: Tensor) -> Tensor:
-        """Return the sum over all processes, in the same memory; every process calls this once."""
-        self.add_up_each([numbers])
-        return numbers
-
-    def add_up_each(self, tensors: Iterable[Tensor]) -> None:
-        """Replace tensors by their sums over all processes, as `add_up` does."""
-        if self.size == 1:
-            return
-        with self._exchange() as dist:
-            for numbers in tensors:
-                dist.all_reduce(numbers)
-
     def share(self, count: int, batch: int = 1) -> slice:
         """Return which of so many things are this process's: whole batches, shared evenly."""
         batches = -(-count // batch)
@@ -91,51 +80,36 @@ class Team:
             for numbers in tensors:
                 dist.reduce(numbers, dst=rank)
 
-    def gather_at(self, rank: int, value: T) -> list[T]:
-        """Return what every process has, in their order; nothing in all but one of them."""
-        if self.size == 1:
-            return [value]
-        found: list[Any] | None = [None] * self.size if self.rank == rank else None
-        with self._exchange() as dist:
-            dist.gather_object(value, found, dst=rank, group=self.barrier)
-        return found or []
-
-    def gather(self, value: T) -> list[T]:
-        """Return what every process has, in their order; see `gather_at`."""
+    def gather(self, value: T, at: int | None = None, patience: float | None = None) -> list[T]:
+        """Return what every process has, in their order; if one is named, nothing in the others."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        with self._exchange() as dist:
-            dist.all_gather_object(found, value, group=self.barrier)
-        return found
+        is_here = at in (None, self.rank)
+        with self._exchange(patience) as dist:
+            if at is None:
+                dist.all_gather_object(found, value, group=self.barrier)
+            else:
+                own = found if is_here else None
+                dist.gather_object(value, own, dst=at, group=self.barrier)
+        return found if is_here else []
 
     def from_first(self, make: Callable[[], T]) -> T:
         """Return what the first process makes; the others wait for it, and fail as it does."""
-        if self.size == 1:
-            return make()
-        outcome: list[Any] = [None, None]
-        if self.is_first:
-            try:
-                outcome[0] = make()
-            except CfspError as error:
-                outcome[1] = error
-        with self._exchange() as dist:
-            dist.broadcast_object_list(outcome, src=0, group=self.barrier)
-        if outcome[1] is not None:
-            raise outcome[1]
-        made: T = outcome[0]
-        return made
+        return self.each_does(lambda: make() if self.is_first else cast("T", None))[0]
 
     def each_does(self, do: Callable[[], T]) -> list[T]:
         """Return what every process made, in their order; if one fails, all do."""
         if self.size == 1:
             return [do()]
-        outcome: list[Any]
+        outcome: Any
         try:
-            outcome = [do(), None]
+            outcome = do(), None
         except CfspError as error:
-            outcome = [None, error]
-        found = self.gather(outcome)
+            outcome = None, error
+        # The first may work for hours where the others have nothing to do. It waits no longer than
+        # ever, and they see it end.
+        found = self.gather(outcome, patience=None if self.is_first else _FIRST_SECONDS)
         for _made, failure in found:
             if failure is not None:
                 raise failure
@@ -154,19 +128,19 @@ class Team:
                     )
 
     @contextmanager
-    def _exchange(self) -> Iterator[Any]:
+    def _exchange(self, patience: float | None = None) -> Iterator[Any]:
         """Wait for all processes before they exchange something; give `torch.distributed`."""
         import torch.distributed as dist
 
+        seconds = PATIENCE_SECONDS if patience is None else patience
         try:
-            patience = timedelta(seconds=PATIENCE_SECONDS)
-            dist.monitored_barrier(self.barrier, patience, wait_all_ranks=True)
+            dist.monitored_barrier(self.barrier, timedelta(seconds=seconds), wait_all_ranks=True)
             yield dist
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise ProcessError(
                 f"process {self.rank} of {self.size} lost another process, or waited for it longer "
-                f"than {PATIENCE_SECONDS:.0f} s ({reason}); see what that one printed"
+                f"than {seconds:.0f} s ({reason}); see what that one printed"
             ) from error
 
 

@@ -23,7 +23,7 @@ from cfsp.recovery.prepare import method_that_fits
 from cfsp.recovery.settings import AUTO_TEACHER, RecoverSettings, Training
 from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.result.prune_report import PruneReport
-from cfsp.selection.loss import held_out_windows
+from cfsp.selection.goal import held_out_windows
 from cfsp.settings import BEST_WITHOUT_TRAINING, Compute, MaxLossIncrease, PruneSettings
 from cfsp.streaming.work_dir import remove_finished_work
 from cfsp.text.drawing import draw_text, processor_of

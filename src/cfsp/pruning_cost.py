@@ -1,4 +1,4 @@
-"""What a prune will take, before it starts: time, memory and disk; and what it will leave.
+"""What is said before any work: what a prune takes, how small the model becomes, and doubts.
 
 Sizes follow from shapes (docs/SCALE.md has the formulas). For the time one block of the model
 computes one batch of random tokens, and everything else is taken to be proportional.
@@ -8,30 +8,34 @@ Shapes: N windows, T tokens.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from cfsp.calibration.calibrate import observe
 from cfsp.checkpoint.reading import parameter_count
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
-from cfsp.decide import COARSE_WINDOWS
-from cfsp.repair.gram import Observation
-from cfsp.repair.ridge import factor, lower_panels
+from cfsp.planning.allocation import channels_in_words
+from cfsp.planning.candidate import DropSizes
+from cfsp.planning.importance import COARSE_WINDOWS
+from cfsp.planning.make import parameters_of_channels
+from cfsp.repair.ridge import Observation, factor, lower_panels
 from cfsp.repair.ridge_pass import gram_bytes
 from cfsp.selection.divergence import (
     BEGINNING_TOKENS,
     POSITION_STRIDE,
+    follow_sensitivity,
     prediction_bytes,
     windows_compared,
 )
-from cfsp.selection.sensitivity import follow_sensitivity
-from cfsp.selection.worth import size_after
+from cfsp.settings import DEFAULT_SAMPLES, TargetParameters
 from cfsp.streaming.block_stream import StreamedBlock, stream_blocks, windows_in_batch
 from cfsp.streaming.memory import available_bytes, default_budget
 from cfsp.streaming.runtime import needed_bytes
@@ -43,7 +47,7 @@ if TYPE_CHECKING:
 
     from cfsp.architecture.found import Unit
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.settings import PruneSettings
+    from cfsp.settings import Budget, PruneSettings
     from cfsp.streaming.runtime import Runtime
 
 # Python, torch and transformers.
@@ -54,6 +58,17 @@ _TOKEN_BYTES = 1000
 _SOLVED = 2048
 # So many strengths of the ridge are tried where the middle one or a stronger one is best.
 _STRENGTHS = 3
+# Of the share that was asked for, which goes of the model where most of it is elsewhere.
+_LITTLE = 1 / 3
+# Below so many parameters a model lost about twice as much: without 20% of their channels
+# SmolLM2-135M has 1.27 times the perplexity and Qwen2.5-Coder-0.5B 1.15 (docs/RESULTS.md).
+_SMALL = 300e6
+# Of a small model, which goes without a word.
+_HARMLESS = 0.05
+# Fewer windows repair less well (docs/RESULTS.md, foreign text).
+_FEW_WINDOWS = 64
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,8 +96,7 @@ class PruningCost:
         return {**asdict(self), "stages": stages, "seconds": round(self.seconds, 1)}
 
 
-@dataclass(frozen=True)
-class Rates:
+class Rates(NamedTuple):
     """Seconds on this machine."""
 
     forward: float  # of one token through all blocks, with the sums of a calibration
@@ -100,10 +114,8 @@ def pruning_cost(
     The settings are without local repair; a text with fewer windows than asked for is not noticed.
     """
     asked = _Asked(source, settings.suited_to_repair(), runtime)
-    out = out.absolute()
-    place = next(path for path in (out, *out.parents) if path.exists())
+    place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     before = parameter_count(source)
-    after, bytes_after = size_after(source, settings) or (before, asked.checkpoint_bytes)
     return PruningCost(
         asked.stages(measured(asked)),
         asked.memory_bytes(),
@@ -111,8 +123,7 @@ def pruning_cost(
         asked.disk_bytes(),
         shutil.disk_usage(place).free,
         before,
-        after,
-        bytes_after,
+        *(size_after(source, settings) or (before, asked.checkpoint_bytes)),
         asked.batch.tokens_NT.numel(),
     )
 
@@ -132,12 +143,16 @@ class _Asked:
         self.follows_sensitivity = follow_sensitivity(
             source, settings.criterion, runtime, has_images=False
         )
-        prefixes = map(source.architecture.block_prefix, range(source.architecture.block_count))
+        architecture = source.architecture
         # Of every block.
         self.elements = [
             sum(source.specs[name].elements for name in source.stored.within(prefix))
-            for prefix in prefixes
+            for prefix in map(architecture.block_prefix, range(architecture.block_count))
         ]
+        tokens = self.windows * self.seqlen
+        self.hidden_bytes = tokens * self.hidden * runtime.dtype.itemsize
+        units = source.units
+        self.down_names = [architecture.block_prefix(unit.block) + unit.down for unit in units]
 
     @cached_property
     def batch(self) -> Windows:
@@ -156,15 +171,12 @@ class _Asked:
             """A pass of so many windows, with Gram matrices of a share of their full size."""
             return max(windows * self.seqlen * (rates.forward + gram * rates.gram), reading)
 
-        found = {}
-        if self.repairs:
-            found["coarse pass"] = one_pass(min(self.windows, COARSE_WINDOWS))
-        else:
-            found["calibrate"] = one_pass(self.windows)
+        first = min(self.windows, COARSE_WINDOWS) if self.repairs else self.windows
+        found = {"coarse pass" if self.repairs else "calibrate": one_pass(first)}
         if self.follows_sensitivity:
             found["sensitivity"] = one_pass(self._sensitivity_windows())
-        solve = _STRENGTHS * rates.solve * sum(map(self._solve_flop, self.source.units))
         if self.repairs:
+            solve = _STRENGTHS * rates.solve * sum(map(self._solve_flop, self.source.units))
             found |= {"ridge": one_pass(self.windows, 1.0), "solve": solve}
         return {**found, "cut": 2 * reading}
 
@@ -184,10 +196,6 @@ class _Asked:
         factor = kept**3 / 3 + 2.0 * self.hidden * kept**2
         return unit.ffns * (factor + 2.0 * self.hidden * kept * (unit.columns - kept))
 
-    def _hidden_bytes(self) -> int:
-        tokens = self.windows * self.seqlen
-        return tokens * self.hidden * self.runtime.dtype.itemsize
-
     def memory_bytes(self) -> int:
         """Return the peak, as docs/SCALE.md works it out."""
         source, itemsize = self.source, self.runtime.dtype.itemsize
@@ -200,7 +208,7 @@ class _Asked:
             gram = max(gram_bytes(source, index) for index in {u.block for u in source.units})
             system = max(4 * round(width * self.stays) ** 2, 10 * self.hidden * width)
             peak = max(peak, 2 * block + activations + gram, block + gram + system)
-        hidden, budget = self._hidden_bytes(), self.settings.compute.memory_budget
+        hidden, budget = self.hidden_bytes, self.settings.compute.memory_budget
         peak += hidden if hidden <= (default_budget() if budget is None else budget) else 0
         if self.follows_sensitivity:
             whole = needed_bytes(source, self.runtime.dtype) + prediction_bytes(self.vocabulary)
@@ -209,12 +217,8 @@ class _Asked:
 
     def disk_bytes(self) -> int:
         """Return the output as if nothing were removed, two copies of hidden states, repairs."""
-        down = sum(self.source.parameters[name].nbytes for name in _down_names(self.source))
-        return self.checkpoint_bytes + 2 * self._hidden_bytes() + (down if self.repairs else 0)
-
-
-def _down_names(source: WeightSource) -> list[str]:
-    return [source.architecture.block_prefix(unit.block) + unit.down for unit in source.units]
+        down = sum(self.source.parameters[name].nbytes for name in self.down_names)
+        return self.checkpoint_bytes + 2 * self.hidden_bytes + (down if self.repairs else 0)
 
 
 def measured(asked: _Asked) -> Rates:
@@ -228,7 +232,7 @@ def measured(asked: _Asked) -> Rates:
         block.advance()
     all_grams = sum(gram_bytes(source, i) for i in {unit.block for unit in source.units})
     tokens = windows.tokens_NT.numel()
-    names = source.stored.sources(_down_names(source)[-1])
+    names = source.stored.sources(asked.down_names[-1])
     start = time.perf_counter()
     read = sum(source.read(name).nbytes for name in names)
     reading = time.perf_counter() - start
@@ -268,3 +272,66 @@ def _now(device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter()
+
+
+def announce(source: WeightSource, settings: PruneSettings) -> None:
+    """Say what a pruning will come to, and where it is worth little."""
+    if (size := size_after(source, settings)) is not None:
+        before = parameter_count(source)
+        log.info(
+            f"{before / 1e6:,.1f}M parameters -> about {size[0] / 1e6:,.1f}M "
+            f"({size[0] / before - 1:+.1%}), {size[1] / 1e9:.2f} GB of weights"
+        )
+    for doubt in doubts(source, settings):
+        log.warning("%s", doubt)
+
+
+def size_after(source: WeightSource, settings: PruneSettings) -> tuple[int, int] | None:
+    """Return parameters and bytes of what is left, before widths are rounded to multiples.
+
+    None where only the work says how much goes.
+    """
+    before, budget, goal = parameter_count(source), settings.budget, settings.goal
+    if isinstance(goal, TargetParameters):
+        after = round(before * goal.fraction)
+    elif goal is None and budget.sparsity and "experts" not in budget.parts:
+        after = before - round(_parameters_to_go(source, budget))
+    else:
+        return None
+    stored = sum(spec.nbytes for spec in source.specs.values())
+    return after, round(stored * after / before)
+
+
+def _parameters_to_go(source: WeightSource, budget: Budget) -> float:
+    """Return how many parameters go with a share of one part."""
+    if budget.whole_parts:
+        return budget.sparsity * DropSizes.of(source, budget.whole_parts).total
+    return budget.sparsity * parameters_of_channels(source, budget.channel_parts)
+
+
+def doubts(source: WeightSource, settings: PruneSettings) -> Iterator[str]:
+    """Yield a sentence for each reason why pruning like this may be worth little."""
+    budget, asked, every = settings.budget, settings.budget.sparsity, parameter_count(source)
+    if settings.goal is None and "ffn" in budget.parts:
+        gone = _parameters_to_go(source, budget)
+        if gone < _LITTLE * asked * every:
+            yield (
+                f"{asked:.0%} of the {channels_in_words(budget.parts)} are {gone / every:.1%} of "
+                f"this model's parameters ({gone / 1e6:,.1f}M of {every / 1e6:,.1f}M), most of "
+                "which are elsewhere, as in its vocabulary; for a smaller model give "
+                f"--target-params {1 - asked:.2g}, name more --parts, or quantise it"
+            )
+    size = size_after(source, settings)
+    if size is not None and every < _SMALL and size[0] < (1 - _HARMLESS) * every:
+        yield (
+            f"a model of {every / 1e6:,.0f}M parameters has little to spare: it loses about twice "
+            "as much as one of 500M; 8-bit weights cost less, and `cfsp recover` wins back some "
+            "of it"
+        )
+    windows = settings.text.windows
+    if settings.repair != "none" and windows < _FEW_WINDOWS:
+        yield (
+            f"{windows} windows calibrate and repair, by default {DEFAULT_SAMPLES}: "
+            "SmolLM2-135M without a fifth of its channels had 1.45 times the dense perplexity by 8 "
+            "windows, 1.33 by 16, 1.30 by 32 and 1.27 by 128"
+        )

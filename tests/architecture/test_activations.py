@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -28,36 +27,30 @@ OBSERVED = (
 )  # fmt: skip
 
 
-@dataclass
-class Seen:
-    """The rows shown of each FFN of a unit, and what its module, or its down matrix, gave."""
-
-    rows: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=lambda: defaultdict(list))
-    output: Tensor | None = None
+# Of each FFN of a unit the rows that were shown, and which tokens they are.
+Rows = dict[int, list[tuple[Tensor, Tensor]]]
 
 
-def run_observed(model: nn.Module, found: Architecture) -> tuple[dict[Unit | int, Any], Tensor]:
-    """Run a model with all units observed; return what was seen of each, and the logits."""
-    blocks = model.get_submodule(found.blocks)
-    seen: dict[tuple[int, int], Seen] = defaultdict(Seen)
+def run_observed(model: nn.Module, found: Architecture) -> tuple[list[tuple[Unit, Any]], Tensor]:
+    """Run a model with all units observed; return each with its rows and output, and the logits."""
+    rows: dict[tuple[int, int], Rows] = defaultdict(lambda: defaultdict(list))
+    seen: list[tuple[Unit, Any]] = []
     with ExitStack() as stack, torch.inference_mode():
-        for index, block in enumerate(blocks):
-            units = [unit for unit in found.units if unit.block == index]
+        for index, block in enumerate(model.get_submodule(found.blocks)):
+            units = found.units_of(index)
             for position, unit in enumerate(units):
                 path = unit.path if unit.routed else unit.down.rpartition(".")[0]
-
-                def note(
-                    module: nn.Module, args: Any, output: Tensor, at: Any = (index, position)
-                ) -> None:
-                    seen[at].output = output.clone()
-
-                handle = block.get_submodule(path).register_forward_hook(note)
+                outputs: list[Tensor] = []
+                seen.append((unit, (rows[index, position], outputs)))
+                handle = block.get_submodule(path).register_forward_hook(
+                    lambda _m, _a, output, outputs=outputs: outputs.append(output.clone())
+                )
                 stack.callback(handle.remove)
 
             def on_rows(
                 position: int, ffn: int, act_RF: Tensor, token_R: Tensor, index: int = index
             ) -> None:
-                seen[index, position].rows[ffn].append((act_RF.clone(), token_R.clone()))
+                rows[index, position][ffn].append((act_RF.clone(), token_R.clone()))
 
             stack.enter_context(observed_activations(block, units, on_rows))
         return seen, model(input_ids=TOKENS, use_cache=False).logits
@@ -72,22 +65,17 @@ def test_rows_make_up_what_the_unit_gives(model_type):
     plain = model(input_ids=TOKENS, use_cache=False).logits
     seen, observed = run_observed(model, found)
     torch.testing.assert_close(observed, plain, rtol=1e-5, atol=1e-5)
-    for index, block in enumerate(blocks):
-        units = [unit for unit in found.units if unit.block == index]
-        for position, unit in enumerate(units):
-            unit_seen = seen[index, position]
-            assert unit_seen.output is not None
-            assert unit_seen.rows, unit.path
-            check_output(block, unit, unit_seen)
+    for unit, (rows, (output,)) in seen:
+        assert rows, unit.path
+        check_output(blocks[unit.block], unit, rows, output.flatten(0, -2))
 
 
-def check_output(block: nn.Module, unit: Unit, seen: Seen) -> None:
+def check_output(block: nn.Module, unit: Unit, rows: Rows, output: Tensor) -> None:
     """Check that the rows, at their tokens, add up to the unit's output but for its bias."""
-    output = seen.output.flatten(0, -2)
     tokens = TOKENS.numel()
-    assert set(seen.rows) <= set(range(unit.ffns))
+    assert set(rows) <= set(range(unit.ffns))
     total_RD = output.new_zeros(tokens, output.shape[-1])
-    for ffn, parts in seen.rows.items():
+    for ffn, parts in rows.items():
         for act_RF, token_R in parts:
             assert act_RF.shape == (len(token_R), unit.width)
             total_RD.index_add_(0, token_R, act_RF @ down_of(block, unit, ffn).T)
@@ -101,7 +89,7 @@ def check_output(block: nn.Module, unit: Unit, seen: Seen) -> None:
         share_RE = torch.linalg.lstsq(bias_ED.T, rest_RD.T).solution.T
         rest_RD = rest_RD - share_RE @ bias_ED
         chosen_RE = torch.zeros_like(share_RE)
-        for ffn, parts in seen.rows.items():
+        for ffn, parts in rows.items():
             chosen_RE[parts[0][1], ffn] = 1
         torch.testing.assert_close(share_RE * (1 - chosen_RE), share_RE * 0, rtol=0, atol=1e-3)
     elif bias:

@@ -212,24 +212,15 @@ def test_the_small_model_has_the_same_units(config):
     assert few < sum(p.numel() for p in decoder.parameters()) / 50
 
 
-def test_the_last_one_has_the_widths_of_the_config():
-    config = LlamaConfig()
-    *_, last = smaller_configs(config)
+def test_the_last_one_has_the_widths_of_the_config_and_all_have_its_special_tokens():
+    config = LlamaConfig(pad_token_id=31999, eos_token_id=[2, 30000])
+    *_, last = configs = list(smaller_configs(config))
     assert last.vocab_size == 512
     assert (last.hidden_size, last.intermediate_size) == (4096, 11008)
-
-
-def test_special_tokens_stay_in_the_vocabulary():
-    config = LlamaConfig(pad_token_id=31999, eos_token_id=[2, 30000])
-    for smaller in smaller_configs(config):
-        assert smaller.pad_token_id < smaller.vocab_size
-        assert max(smaller.eos_token_id) < smaller.vocab_size
-
-
-def test_small_models_stay_as_they_are():
+    assert all(max(each.pad_token_id, *each.eos_token_id) < each.vocab_size for each in configs)
+    # Small models stay as they are.
     config = LlamaConfig(hidden_size=64, intermediate_size=96, vocab_size=128)
-    [only] = smaller_configs(config)
-    assert only.to_dict() == config.to_dict()
+    assert [each.to_dict() for each in smaller_configs(config)] == [config.to_dict()]
 
 
 # Resizing.

@@ -133,7 +133,7 @@ WRITERS = {
 }
 
 # Else the work may be kept for the same command to go on from, which the message then says.
-NOT_SAVING = ("cfsp.streaming.pass_state.SHARE_OF_TIME", 0)
+NOT_SAVING = ("cfsp.streaming.work_dir.SHARE_OF_TIME", 0)
 
 
 @contextmanager

@@ -210,7 +210,7 @@ INDEXES = [
         (f"{INDEX} names xxxx", all_in("x" * 5000)),
         (f"{INDEX} is not a checkpoint index", index(b"[" * 100_000)),
         (
-            f"holds {GATE}, which {INDEX} does not name",
+            f"{INDEX} and the files that it names disagree about {GATE}",
             lambda place: edit_json(place.sharded / INDEX, lambda f: f["weight_map"].pop(GATE)),
         ),
     ),
@@ -254,6 +254,7 @@ CONFIGS = [
         AGAIN,
         ("num_hidden_layers is 1000000000", config(num_hidden_layers=10**9)),
         ("num_hidden_layers is 2.5", config(num_hidden_layers=2.5)),
+        ("architectures is [1], expected names of classes", config(architectures=[1])),
         ("no llama model can be built from the numbers and names in", config(hidden_act="magic")),
     ),
     *spoilt(
@@ -281,6 +282,8 @@ CONFIGS = [
         ("is not a usable llama config: ffn_widths is ", width({"0": 8})),
         ("gives a width for 'moe' of block 0, which the model does", width({"0": {"moe": 8}})),
         ("gives block 0 'x' FFN channels, expected 1 to ", width({"0": {"mlp": "x"}})),
+        ("is not a usable llama config: kv_groups is [1, 2]", config("pruned", kv_groups=[1, 2])),
+        ("kv_groups speaks of a block 'x'", config("pruned", kv_groups={"x": {"self_attn": 1}})),
     ),
     BadInput(
         "recover {model} --data {text} --steps 1 --out {out}",

@@ -18,10 +18,10 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from builders import draw_windows
 from cfsp.architecture.activations import hidden_state
 from cfsp.calibration.calibrate import DistanceSum, calibrate
-from cfsp.calibration.together import part_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.processes import Team
 from cfsp.settings import Compute
+from cfsp.streaming.block_stream import part_of
 from cfsp.streaming.runtime import runtime_of
 from cfsp.text.tokenizers import load_processor, load_tokenizer
 from cfsp.text.windows import Windows
@@ -53,12 +53,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=TYPES)
-def case(
-    request: pytest.FixtureRequest,
-    chats: Path,
-    text_file: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Case:
+def case(request, chats, text_file, tmp_path_factory) -> Case:
     directory = tmp_path_factory.mktemp(request.param)
     tokenizer = image_tokenizer(directory / "tokenizer")
     model = save_multimodal(request.param, tokenizer, directory / "model")
@@ -118,14 +113,14 @@ def check_statistics(case: Case) -> None:
             torch.testing.assert_close(of_unit.sum_of_squares_F, square_F, rtol=1e-5, atol=1e-5)
 
 
-def test_statistics_are_those_of_the_whole_model(case: Case) -> None:
+def test_statistics_are_those_of_the_whole_model(case):
     """Half of the windows have images, and the others none: they pass together."""
     assert [bool(images) for images in case.windows.images_N] == [True, True, False, False]
     check_statistics(case)
 
 
 @pytest.mark.parametrize("model_type", ["gemma4", "internvl", "llama4", "glm4v", "qwen3_5"])
-def test_statistics_of_what_a_processor_might_give(model_type: str) -> None:
+def test_statistics_of_what_a_processor_might_give(model_type):
     model = tiny_model(model_type)
     windows, source = image_windows(model_type, model), LoadedModel(model)
     check_statistics(Case(model, source, windows))

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from builders import RECORD, random_block
 from cfsp.calibration.statistics import Statistics
-from cfsp.calibration.together import add_up, check_enough, part_of
 from cfsp.cli import main
 from cfsp.errors import UsageError
-from cfsp.processes import Team, joined, take_own_accelerator
+from cfsp.processes import Team, take_own_accelerator
+from cfsp.streaming.block_stream import check_enough, part_of
 from cfsp.text.windows import Windows
-from commands import Command, Commands, ranks
-from forks import Forks, Job
+from commands import Command, ranks
+from forks import Job
 from tiny_models import BLOCKS
 
 
@@ -32,9 +30,7 @@ def text(text_file: Path) -> list[str]:
     return ["--data", str(text_file), "--samples", "9", "--seqlen", "32", "--batch-windows", "2"]
 
 
-def test_two_processes_of_torchrun_give_what_one_gives(
-    forks: Forks, model: Path, text: list[str], tmp_path: Path
-) -> None:
+def test_two_processes_of_torchrun_give_what_one_gives(forks, model, text, tmp_path):
     argv = ["calibrate", str(model), *text]
     one, two = tmp_path / "one", tmp_path / "two"
     assert main([*argv, "--out", str(one)]) == 0
@@ -61,9 +57,7 @@ def test_two_processes_of_torchrun_give_what_one_gives(
     assert plans[0].read_bytes() == plans[1].read_bytes()
 
 
-def test_a_process_that_torchrun_ends_leaves_no_output(
-    commands: Commands, model: Path, text: list[str], tmp_path: Path
-) -> None:
+def test_a_process_that_torchrun_ends_leaves_no_output(commands, model, text, tmp_path):
     """Process 1 is killed, and process 0 is told to end as torchrun then tells it."""
     out = tmp_path / "out" / "stats"
     argv = ["calibrate", str(model), *text, "--out", str(out)]
@@ -78,12 +72,8 @@ def test_a_process_that_torchrun_ends_leaves_no_output(
 
 
 def test_the_survivor_waits_no_longer_than_it_was_told_and_both_go_on(
-    commands: Commands,
-    model: Path,
-    text: list[str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    commands, model, text, tmp_path, capsys
+):
     """As on another machine, where no torchrun sees the death."""
     argv = ["calibrate", str(model), *text]
     out = tmp_path / "stats"
@@ -109,10 +99,53 @@ def test_the_survivor_waits_no_longer_than_it_was_told_and_both_go_on(
     assert out.read_bytes() == (tmp_path / "one").read_bytes()
 
 
+WAITING = """
+import time
+import torch
+from cfsp import processes
+
+processes.PATIENCE_SECONDS = 1
+with processes.joined(torch.device("cpu")) as team:
+    print(team.from_first(lambda: time.sleep(2) or 7), team.gather(team.rank, at=1))
+"""
+
+
+def test_what_the_first_does_alone_may_take_longer_than_the_others_wait(forks):
+    ended = forks(*(Job("forks.run_code", {"code": WAITING}, rank) for rank in ranks(2)))
+    assert [each.stdout for each in ended] == ["7 []\n", "7 [0, 1]\n"], ended
+
+
+RUNS = """
+import torch
+from pathlib import Path
+from cfsp.calibration.calibrate import calibrate
+from cfsp.checkpoint.reading import LoadedModel
+from cfsp.processes import joined
+from cfsp.streaming.runtime import Runtime
+from cfsp.streaming.work_dir import WorkDir
+from cfsp.text.windows import Windows
+from tiny_models import build_tiny_model
+
+source, cpu = LoadedModel(build_tiny_model("llama")), torch.device("cpu")
+windows = Windows(torch.arange(36 * 128).view(36, 128) % 320, {"text": 36})
+with joined(cpu) as team:
+    work_dir, runtime = WorkDir(Path("DIRECTORY"), team=team), Runtime(cpu, torch.float32, 4)
+    runs = calibrate(source, windows, runtime, work_dir=work_dir, runs=True).runs
+print(runs.tokens, [round(value, 4) for row in runs.sums for value in row])
+"""
+
+
+def test_runs_of_blocks_are_compared_on_the_same_tokens(forks, tmp_path):
+    arguments = {"code": RUNS.replace("DIRECTORY", str(tmp_path))}
+    ended = forks(*(Job("forks.run_code", arguments, each) for each in ({}, *ranks(2))))
+    assert [each.status for each in ended] == [0] * 3, ended
+    assert len({each.stdout for each in ended}) == 1, ended
+
+
 # The parts.
 
 
-def test_windows_are_split_between_batches() -> None:
+def test_windows_are_split_between_batches():
     windows = Windows(torch.arange(9)[:, None].expand(9, 4), {"text": 9})
 
     def parts(processes: int, batch: int) -> list[list[int]]:
@@ -124,37 +157,14 @@ def test_windows_are_split_between_batches() -> None:
     assert parts(3, 5) == [[], [0, 1, 2, 3, 4], [5, 6, 7, 8]]
 
 
-def test_more_processes_than_batches_are_refused() -> None:
+def test_more_processes_than_batches_are_refused():
     windows = Windows(torch.zeros(9, 4, dtype=torch.int64), {"text": 9})
     message = r"9 windows in batches of 4 are 3 batches, too few for 4 processes.*batch-windows 2"
     with pytest.raises(UsageError, match=message):
         check_enough(windows, Team(0, 4), 4)
 
 
-def test_one_process_adds_up_to_itself() -> None:
-    observed = [random_block(8), random_block(12, block=1)]
-    # A block without FFNs, and one with two, of which one has experts.
-    norm_E = torch.tensor([1.5, 0.0], dtype=torch.float64)
-    experts = replace(random_block(6, block=0).units[0], routed_E=(3, 0), output_norm_E=norm_E)
-    units = (*observed[0].units, experts)
-    none = replace(random_block(8), units=())
-    blocks = [replace(observed[0], units=units), none, observed[1]]
-    total = Statistics.of(add_up(blocks, Team(), torch.device("cpu")), RECORD)
-    statistics = Statistics.of(blocks, RECORD)
-    assert total.blocks == statistics.blocks
-    for got, want in zip(total.units, statistics.units, strict=True):
-        assert (got.block, got.tokens) == (want.block, want.tokens)
-        assert torch.equal(got.sum_of_squares_F, want.sum_of_squares_F)
-        assert torch.equal(got.output_norm_E, want.output_norm_E)
-
-
-def test_without_torchrun_there_is_a_team_of_one() -> None:
-    with joined(torch.device("cpu")) as team:
-        assert team.is_first
-        assert team.size == 1
-
-
-def test_one_accelerator_for_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_accelerator_for_several_processes_is_refused(monkeypatch):
     take_own_accelerator("cuda:1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     take_own_accelerator("cpu")

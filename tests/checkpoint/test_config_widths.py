@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedConfig
 
 from cfsp.checkpoint.config_file import read_config
-from cfsp.checkpoint.pruned_config import pruned_config, write_config
+from cfsp.checkpoint.pruned_config import config_changes
 from cfsp.checkpoint.skeleton import architecture_of
 from tiny_decoders import tiny_config
 
@@ -24,7 +24,7 @@ def written_and_read(
     before, _ = read_config(directory)
     architecture = architecture_of(before)
     source: Any = SimpleNamespace(directory=directory, config=before, architecture=architecture)
-    write_config(source, directory, widths)
+    config_changes(before, architecture, widths).write(source, directory)
     return json.loads((directory / "config.json").read_text()), read_config(directory)[0]
 
 
@@ -36,7 +36,7 @@ def test_what_a_stock_config_says_of_single_blocks_stays(widths, tmp_path):
     fields, found = written_and_read(config, widths, tmp_path)
     assert fields["per_layer_config"] == heads
     assert architecture_of(found).widths == widths
-    in_memory = pruned_config(config, architecture_of(config), widths)
+    in_memory = config_changes(config, architecture_of(config), widths).applied_to(config)
     assert architecture_of(in_memory).widths == widths
     assert in_memory.to_dict()["per_layer_config"] == heads
 

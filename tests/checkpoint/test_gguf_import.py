@@ -10,7 +10,6 @@ import torch
 
 from cfsp.checkpoint.gguf_import import import_gguf
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.exports.common import ExportOptions
 from cfsp.exports.gguf import write
 from ragged import tiny
 
@@ -36,7 +35,7 @@ def make_gguf(tmp_path, tokenizer):
         model.save_pretrained(tmp_path / "model")
         tokenizer.save_pretrained(tmp_path / "model")
         path = tmp_path / "tiny.gguf"
-        write(Checkpoint(tmp_path / "model"), path, ExportOptions(kind))
+        write(Checkpoint(tmp_path / "model"), path, kind)
         return path
 
     return make

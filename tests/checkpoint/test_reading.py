@@ -31,13 +31,6 @@ def copy(tiny_checkpoint, tmp_path):
     return Path(shutil.copytree(tiny_checkpoint("llama"), tmp_path / "model"))
 
 
-@pytest.fixture
-def indexed(copy):
-    """One whose weights are found by an index, which is still to be written."""
-    (copy / "model.safetensors").rename(copy / "weights.safetensors")
-    return copy
-
-
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     directory = tmp_path_factory.mktemp("sharded")
@@ -156,19 +149,19 @@ def test_damage_is_named(copy, damage, said):
     assert said in refused(copy)
 
 
-def test_an_index_of_what_no_shard_holds_is_damaged(indexed):
-    index = {"weight_map": {"phantom": "weights.safetensors"}}
-    (indexed / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "phantom, which no shard holds" in refused(indexed)
-
-
-def test_tensor_in_two_shards(indexed):
-    shutil.copyfile(indexed / "weights.safetensors", indexed / "again.safetensors")
-    names = list(load_file(indexed / "weights.safetensors"))
-    weight_map = dict.fromkeys(names, "weights.safetensors")
-    weight_map[names[0]] = "again.safetensors"
-    (indexed / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert "stored in two shards" in refused(indexed)
+def test_an_index_names_each_tensor_of_its_files_which_is_in_one_of_them(copy):
+    (copy / "model.safetensors").rename(copy / "1.safetensors")
+    shutil.copyfile(copy / "1.safetensors", copy / "2.safetensors")
+    (name, *_), file = sorted(load_file(copy / "1.safetensors")), "1.safetensors"
+    whole = dict.fromkeys(load_file(copy / "1.safetensors"), file)
+    for weight_map, odd in (
+        (whole | {"phantom": file}, "phantom"),
+        ({each: file for each in whole if each != name}, name),
+        (whole | {name: "2.safetensors"}, name),
+    ):
+        index = json.dumps({"weight_map": weight_map})
+        (copy / "model.safetensors.index.json").write_text(index)
+        assert f"disagree about {odd}" in refused(copy)
 
 
 def test_paths_that_are_no_model(tmp_path):

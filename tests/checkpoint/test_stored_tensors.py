@@ -83,8 +83,9 @@ def test_memory_is_seen_as_it_would_be_stored(saved):
             assert torch.equal(tensor, saved.file[name].read()), name
     own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     for name in channel_parameters(saved.architecture):
-        views = saved.stored.take_apart(name, model.state_dict()[name])
-        for source in views or ():
+        if saved.stored._made_by[name].placed is None:
+            continue
+        for source in saved.stored.sources(name):
             assert tensors[source].untyped_storage().data_ptr() in own, source
 
 
@@ -274,6 +275,8 @@ def test_stale_and_unknown_tensors_are_unused():
     stored = found_in(model, stored_from_memory(model) | unknown)
     assert set(stored.unused) == set(unknown)
     assert set(stored.stale) == set(list(unknown)[:2])
+    written = {each.name for each in stored.outgoing(lambda _: iter(()), {}, lambda _: None, None)}
+    assert written == stored.specs.keys() - set(stored.stale)
 
 
 def test_damaged_checkpoints_are_refused():
@@ -281,10 +284,9 @@ def test_damaged_checkpoints_are_refused():
     tensors = stored_from_memory(model)
     expert = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
     missing = {name: tensor for name, tensor in tensors.items() if name != expert}
-    with pytest.raises(CheckpointError, match=f"lacks the tensor {expert}"):
-        found_in(model, missing)
-    with pytest.raises(CheckpointError, match=rf"{expert} of shape \[7, 32\].* asks for \["):
-        found_in(model, tensors | {expert: tensors[expert][:7]})
+    for damaged in (missing, tensors | {expert: tensors[expert][:7]}):
+        with pytest.raises(CheckpointError, match=r"no tensors that .*gate_up_proj can be made of"):
+            found_in(model, damaged)
     fewer = tiny_model("mixtral", num_local_experts=3)  # than are stored
     with pytest.raises(CheckpointError, match=r"of shape \[4, .* asks for \[3, "):
         found_in(fewer, tensors)

@@ -14,7 +14,7 @@ import cfsp
 from builders import goal_of_share, job_of, plan_without
 from cfsp.architecture.model_classes import model_class_of
 from cfsp.architecture.proof import small_run_of
-from cfsp.checkpoint.pruned_config import pruned_config
+from cfsp.checkpoint.pruned_config import config_changes
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.cut.surgery import PrunedSource
@@ -239,7 +239,7 @@ def test_what_stock_would_load_with_random_attentions_is_refused_before_any_text
     # Beside channels the stock class fails, as it must.
     halves = [unit.width // (2 if unit.part == "ffn" else 1) for unit in source.units]
     halves[next(i for i, unit in enumerate(source.units) if unit.part == "kv")] = 0
-    pruned_config(source.config, source.architecture, halves)
+    config_changes(source.config, source.architecture, halves)
 
 
 def test_attentions_can_go_whatever_their_heads_are():

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import cfsp
-from builders import plan_without
+from builders import parts_of, plan_without
 from cfsp.architecture.resizing import Gone
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
@@ -140,7 +140,7 @@ def case(request, tokenizer, text_file, tmp_path_factory):
         asked = {"parts": "experts", "sparsity": 0.5, "data": [text_file], **SETTINGS}
         report = cfsp.prune(source, out=out, **asked)
     else:
-        parts = removal.dropped.parts
+        parts = parts_of(removal.dropped)
         plan = plan_without(Checkpoint(source, parts=parts), removal.dropped)
         report = by_plan(source, plan, out, text_file)
     return Case(dense, source, out, report, {"says": removal.says})

@@ -12,7 +12,7 @@ import cfsp
 from cfsp.checkpoint.llama_cpp import llama_cpp_tokens
 from cfsp.checkpoint.locating import demo_gguf
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.errors import ExportError, OutputError, UsageError
+from cfsp.errors import ExportError, MissingExtraError, OutputError, UsageError
 from cfsp.exports.common import logits_of, reference_model
 from cfsp.exports.gguf_architecture import warn_of_no_way_back
 from cfsp.exports.registry import export
@@ -30,7 +30,7 @@ EQUAL = (64, 64, 64)
 
 
 def to_gguf(source: Checkpoint, out: Path, kind: str | None = None, **more: Any) -> Any:
-    return export(source, "gguf", out, weight_type=kind, **more)
+    return export(source.directory, "gguf", out, weight_type=kind, **more)
 
 
 def fields_of(path: Path) -> dict[str, Any]:
@@ -137,18 +137,23 @@ def test_no_way_back_to_gguf_is_said_before_pruning(tmp_path, tokenizer, text_fi
     for name in ("llama", *ONE_WIDTH):
         at = tmp_path / name
         save_with_tokenizer(tiny(name, **ONE_WIDTH.get(name, {})), tokenizer, at)
-        for label, widths in (
-            ("dense", "importance"),
-            ("a.gguf", "equal"),
-            ("a.gguf", "importance"),
-        ):
-            warn_of_no_way_back(Checkpoint(at, label), Budget(0.3, multiple=8, widths=widths))
-    said = ["a.gguf: llama.cpp runs blocks"] * len(ONE_WIDTH)
-    assert [message[:29] for message in caplog.messages] == said
+        source = Checkpoint(at, "a.gguf")
+        warn_of_no_way_back(Checkpoint(at, "dense"), Budget(0.3, multiple=8))
+        warn_of_no_way_back(source, Budget(0.3, multiple=8, widths="equal"))
+        for more in ({}, {"widths": "equal", "parts": ("ffn", "kv")}):
+            warn_of_no_way_back(source, Budget(0.3, multiple=8, **more))
+    said = ["a.gguf becomes no .gguf file again if blocks differ: llama.cpp runs no"]
+    assert [message[:70] for message in caplog.messages] == said * 2 * len(ONE_WIDTH)
+    caplog.clear()
+    save_with_tokenizer(tiny("qwen3"), tokenizer, tmp_path / "tied")
+    for parts in (("ffn", "kv"), ("attention",)):
+        warn_of_no_way_back(Checkpoint(tmp_path / "tied", "a.gguf"), Budget(0.3, parts=parts))
+    (message,) = caplog.messages
+    assert "without attention only through its deci graph" in message
     caplog.clear()
     settings = PruneSettings(Budget(0.3, multiple=8), text=text)
-    prune_checkpoint(Checkpoint(at, "a.gguf"), tmp_path / "plan", settings, dry_run=True)
-    assert [each[:29] for each in caplog.messages if "llama.cpp" in each] == said[:1]
+    prune_checkpoint(source, tmp_path / "plan", settings, dry_run=True)
+    assert [each[:70] for each in caplog.messages if "llama.cpp" in each] == said
 
 
 @pytest.mark.parametrize(
@@ -156,7 +161,7 @@ def test_no_way_back_to_gguf_is_said_before_pruning(tmp_path, tokenizer, text_fi
     [
         ("gemma", None, {}, r"gemma models is not .*: gemma2, gemma3_text, llama"),
         ("qwen3", (2, 0, 2), {}, "without attention only through its deci graph"),
-        ("qwen3", None, {"tie_word_embeddings": False}, "openelm.*not tied.*--widths equal"),
+        ("qwen3", None, {"tie_word_embeddings": False}, "no qwen3 model whose .* is not tied"),
         ("llama", None, {"hidden_act": "gelu"}, "silu, the model gelu"),
         (
             "llama", None, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
@@ -216,14 +221,13 @@ def test_types_written_here(tmp_path, tokenizer, kind, error):
     assert types["blk.0.ffn_down.weight"] == (kind or "bf16").upper()
     assert types["blk.0.attn_norm.weight"] == "F32"
     assert report.layout == f"deci in {kind or 'bf16'}"
-    assert report.notes == ()
+    assert not report.notes
 
 
 def test_odd_widths_fall_back_to_f16(tmp_path, tokenizer):
     source = cut(tiny("llama"), tokenizer, tmp_path, (64, 40, 50))
     report = to_gguf(source, tmp_path / "m.gguf", "q8_0")
-    assert "2 matrices are stored in f16" in report.notes[0]
-    assert "rows of 40, 50" in report.notes[0]
+    assert "rows of 40, 50 weights do not divide into blocks of 32" in report.notes[0]
     types = types_of(tmp_path / "m.gguf")
     assert [types[f"blk.{i}.ffn_down.weight"] for i in range(3)] == ["Q8_0", "F16", "F16"]
     assert types["blk.1.ffn_up.weight"] == "Q8_0"
@@ -255,6 +259,9 @@ def test_without_llama_cpp_nothing_is_verified_which_is_said(tmp_path, tokenizer
     report = to_gguf(source, tmp_path / "m.gguf")
     assert report.verification is None
     assert "no llama.cpp is installed" in report.notes[0]
+    monkeypatch.setattr("cfsp.exports.gguf._write_file", None)  # what would take minutes
+    with pytest.raises(MissingExtraError, match="gguf export in q4_k_m needs packages"):
+        to_gguf(source, tmp_path / "q4.gguf", "q4_k_m")
 
 
 def test_bad_requests(tmp_path, tokenizer):

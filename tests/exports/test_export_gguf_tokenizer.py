@@ -17,7 +17,6 @@ from cfsp.checkpoint.llama_cpp import llama_cpp_tokens
 from cfsp.checkpoint.pre_tokenizers import BY_NAME, PRE_TOKENIZERS
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError
-from cfsp.exports.common import ExportOptions
 from cfsp.exports.gguf import write
 from cfsp.exports.registry import export
 from cfsp.text.tokenizers import load_tokenizer
@@ -84,7 +83,7 @@ def check(tokenizer: PreTrainedTokenizerFast, directory: Path) -> dict[str, Any]
     """Export a model with a tokenizer, import it, compare tokens, and return the file's fields."""
     source = cut(tiny("llama"), tokenizer, directory, (96, 96, 96))
     # What follows is stricter than the verification, and that loads a model.
-    export(source, "gguf", directory / "m.gguf", verify=False)
+    export(source.directory, "gguf", directory / "m.gguf", verify=False)
     expected = llama_cpp_tokens(directory / "m.gguf", TEXTS)
     assert expected is not None
     for loaded in (source.directory, import_gguf(directory / "m.gguf")):
@@ -145,10 +144,10 @@ def test_an_unknown_way_of_splitting_needs_a_name(tmp_path):
     )
     source = cut(tiny("llama"), tokenizer, tmp_path)
     with pytest.raises(ExportError, match="give it with --pre-tokenizer"):
-        export(source, "gguf", tmp_path / "m.gguf")
+        export(source.directory, "gguf", tmp_path / "m.gguf")
     # A name that is known but wrong splits numbers in another way, which is noticed.
     with pytest.raises(ExportError, match=r"llama\.cpp splits text differently"):
-        export(source, "gguf", tmp_path / "m.gguf", pre_tokenizer="smollm")
+        export(source.directory, "gguf", tmp_path / "m.gguf", pre_tokenizer="smollm")
     assert not (tmp_path / "m.gguf").exists()
 
 
@@ -162,13 +161,13 @@ def test_bos_is_what_llama_cpp_makes_of_a_file(tmp_path, monkeypatch, name, said
     if said is None:
         monkeypatch.setattr(GGUFWriter, "add_add_bos_token", lambda *_: None)
     source = cut(tiny("llama"), byte_level(name), tmp_path, (96, 96, 96))
-    write(source, tmp_path / "m.gguf", ExportOptions())
+    write(source, tmp_path / "m.gguf")
     monkeypatch.undo()
     directory = import_gguf(tmp_path / "m.gguf")
     tokens = load_tokenizer(directory)(TEXTS[0])["input_ids"]
     assert [tokens] == llama_cpp_tokens(tmp_path / "m.gguf", TEXTS[:1])
     assert (tokens[0] == 0) is expected
-    export(Checkpoint(directory), "gguf", tmp_path / "again.gguf")
+    export(directory, "gguf", tmp_path / "again.gguf")
     fields = fields_of(tmp_path / "again.gguf")
     assert fields["tokenizer.ggml.add_bos_token"] is expected
 
@@ -181,9 +180,9 @@ def test_a_name_that_is_not_known_is_said_and_kept(tmp_path, caplog, name, why):
     # Numbers of several digits are tokens, which the first name's expression never gives.
     tokenizer = byte_level("gpt-2", more_text="123 456 12345 " * 2000)
     source = cut(tiny("llama"), tokenizer, tmp_path, (96, 96, 96))
-    write(source, tmp_path / "m.gguf", ExportOptions(pre_tokenizer=name))
+    write(source, tmp_path / "m.gguf", pre_tokenizer=name)
     directory = import_gguf(tmp_path / "m.gguf")
     (said,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert re.search(f"^m.gguf: {why}.*; so the model may get other tokens", said)
-    write(Checkpoint(directory), tmp_path / "again.gguf", ExportOptions())
+    write(Checkpoint(directory), tmp_path / "again.gguf")
     assert fields_of(tmp_path / "again.gguf")["tokenizer.ggml.pre"] == name

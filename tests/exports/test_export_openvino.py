@@ -29,7 +29,7 @@ DECODED = sorted(DENSE_CONFIGS) if "CFSP_EVERY_FAMILY" in os.environ else THREE
 @pytest.mark.parametrize("name", DECODED)
 def test_decodes_as_transformers_does(tmp_path, tokenizer, name):
     source = cut(build_tiny_model(name), tokenizer, tmp_path)
-    report = export(source, "openvino", tmp_path / "ov")
+    report = export(source.directory, "openvino", tmp_path / "ov")
     assert report.layout == "stateful OpenVINO model in f32"
     assert report.verification is not None
     assert report.verification.greedy_steps == 32
@@ -47,7 +47,7 @@ def llama(tokenizer, tmp_path_factory):
     """A checkpoint and its export."""
     directory = tmp_path_factory.mktemp("llama")
     source = cut(build_tiny_model("llama"), tokenizer, directory)
-    export(source, "openvino", directory / "ov", verify=False)
+    export(source.directory, "openvino", directory / "ov", verify=False)
     return source, directory / "ov"
 
 
@@ -86,10 +86,10 @@ def test_two_rows_and_padding(llama):
 
 def test_half_precision(tmp_path, tokenizer):
     source = cut(build_tiny_model("llama", dtype=torch.bfloat16), tokenizer, tmp_path)
-    report = export(source, "openvino", tmp_path / "ov")
+    report = export(source.directory, "openvino", tmp_path / "ov")
     assert report.layout == "stateful OpenVINO model in f16"
     with pytest.raises(UsageError, match="unknown --type q8_0 for openvino; expected f32 or f16"):
-        export(source, "openvino", tmp_path / "no", weight_type="q8_0")
+        export(source.directory, "openvino", tmp_path / "no", weight_type="q8_0")
 
 
 def test_what_it_cannot_express_or_trace_is_refused(llama, tmp_path, monkeypatch):
@@ -107,11 +107,11 @@ def test_what_it_cannot_express_or_trace_is_refused(llama, tmp_path, monkeypatch
         patch.setattr(_Step, "_attention", with_sinks)
         message = "no attention with sinks; transformers runs the checkpoint itself"
         with pytest.raises(ExportError, match=message):
-            export(llama[0], "openvino", tmp_path / "ov")
+            export(llama[0].directory, "openvino", tmp_path / "ov")
     monkeypatch.setattr("openvino.convert_model", broken)
     message = "cannot trace LlamaForCausalLM: no such operator; transformers runs the checkpoint"
     with pytest.raises(ExportError, match=message):
-        export(llama[0], "openvino", tmp_path / "ov")
+        export(llama[0].directory, "openvino", tmp_path / "ov")
     assert not (tmp_path / "ov").exists()
 
 
@@ -119,7 +119,7 @@ def test_what_it_cannot_express_or_trace_is_refused(llama, tmp_path, monkeypatch
 @pytest.mark.skipif("CFSP_EVERY_FAMILY" not in os.environ, reason="make versions runs it")
 def test_the_real_model(tmp_path, demo):
     source = half_of(demo, tmp_path / "half")
-    report = export(source, "openvino", tmp_path / "ov", weight_type="f32")
+    report = export(source.directory, "openvino", tmp_path / "ov", weight_type="f32")
     assert report.verification is not None
     assert report.verification.greedy_steps == 32
     assert report.verification.max_difference < 1e-3

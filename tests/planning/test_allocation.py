@@ -16,11 +16,11 @@ from cfsp.planning.allocation import (
     UnitSize,
     allocate,
     channels_to_keep,
-    keep_fractions,
     round_widths,
+    shrunk,
     water_fill,
 )
-from cfsp.planning.coarse import block_importance
+from cfsp.planning.importance import block_importance
 from cfsp.settings import Budget, Clamp
 
 WIDTHS = (11008, 14336, 1536, 4864, 8960, 18944)
@@ -51,11 +51,12 @@ def model_of(width: int, blocks: int) -> ModelSize:
 
 
 @given(distances, st.floats(0.01, 0.95))
-def test_keep_fractions_are_the_published_rule(distance_L, p):
+def test_shrunk_importances_give_the_published_rule(distance_L, p):
     importance_L = block_importance(distance_L)
     # Where all blocks matter alike the published code divides zero by zero.
     assume(max(importance_L) - min(importance_L) > 1e-6)
-    keep_L = keep_fractions(importance_L, p)
+    ones = [1] * len(distance_L)
+    keep_L = water_fill(shrunk(importance_L, p), ones, ones, (1 - p) * len(ones))
     np.testing.assert_allclose(keep_L, numpy_keep(importance_L, p), rtol=1e-9)
     assert np.mean(keep_L) == pytest.approx(1 - p)
     assert max(keep_L) < 1
@@ -114,13 +115,6 @@ def test_clamps_differ_only_where_a_block_would_overflow(distance_L, sparsity, w
         assert max(filled_L) == width
 
 
-def test_water_filling_gives_the_rest_to_the_others():
-    assert water_fill([0.9, 0.5, 0.1], [100, 100, 100], [1, 1, 1], 200) == pytest.approx(
-        [100, 100 * 5 / 6, 100 / 6]
-    )
-    assert water_fill([0.9, 0.5, 0.1], [100, 100, 100], [1, 1, 1], 300) == [100, 100, 100]
-
-
 @given(distances, st.floats(0.05, 0.9), st.sampled_from(WIDTHS))
 def test_more_important_blocks_keep_no_less(distance_L, sparsity, width):
     size = model_of(width, len(distance_L))
@@ -133,39 +127,6 @@ def test_more_important_blocks_keep_no_less(distance_L, sparsity, width):
 def test_nothing_removed_keeps_all_widths():
     size = model_of(4864, 3)
     assert allocate([0.9, 0.5, 0.1], Budget(0.0, multiple=256), size) == size.width_U
-
-
-@given(
-    # Of a model that was pruned before, or of equal blocks.
-    st.lists(st.integers(40, 3000), min_size=2, max_size=40)
-    | st.tuples(st.sampled_from(WIDTHS), st.integers(2, 48)).map(
-        lambda drawn: [drawn[0]] * drawn[1]
-    ),
-    st.data(),
-    st.floats(0.0, 0.95),
-    st.sampled_from(get_args(Clamp)),
-    st.sampled_from(MULTIPLES),
-)
-@settings(max_examples=150)
-def test_budget_holds_to_one_multiple(width_L, data, sparsity, clamp, multiple):
-    assume(multiple <= max(width_L))  # others are refused, which has a test of its own
-    distance_L = data.draw(
-        st.lists(st.floats(0.01, 0.6), min_size=len(width_L), max_size=len(width_L))
-    )
-    size = ModelSize(tuple(UnitSize(width, 96) for width in width_L), 200 * sum(width_L))
-    budget = Budget(sparsity, multiple)
-    try:
-        wanted = channels_to_keep(budget, size)
-    except BudgetError:
-        assume(False)
-    kept_L = allocate(block_importance(distance_L), budget, size, clamp)
-    assert abs(sum(kept_L) - wanted) <= multiple
-    removed = sum(width_L) - sum(kept_L)
-    assert size.parameters_with(kept_L) == size.parameters - removed * size.parameters_per_cost
-    for kept, width in zip(kept_L, width_L, strict=True):
-        assert min(multiple, width) <= kept <= width
-        # A width that is no multiple is only that of a block that stays whole.
-        assert kept % multiple == 0 or kept == width
 
 
 def test_largest_remainder_gives_to_those_who_lost_most():
@@ -222,14 +183,24 @@ def mixed_sizes(draw: st.DrawFn) -> tuple[ModelSize, list[float]]:
     return ModelSize(tuple(units), 2 * ffn), importance_U
 
 
+@st.composite
+def plain_sizes(draw: st.DrawFn) -> tuple[ModelSize, list[float]]:
+    """Return a model of one unit in a block, pruned before or of equal blocks."""
+    equal = st.tuples(st.sampled_from(WIDTHS), st.integers(2, 48)).map(lambda d: [d[0]] * d[1])
+    width_L = draw(st.lists(st.integers(40, 3000), min_size=2, max_size=40) | equal)
+    distances = st.lists(st.floats(0.01, 0.6), min_size=len(width_L), max_size=len(width_L))
+    size = ModelSize(tuple(UnitSize(width, 96) for width in width_L), 200 * sum(width_L))
+    return size, block_importance(draw(distances))
+
+
 @given(
-    mixed_sizes(),
-    st.floats(0.01, 0.9),
+    plain_sizes() | mixed_sizes(),
+    st.floats(0.0, 0.95),
     st.sampled_from(get_args(Clamp)),
-    st.sampled_from([None, 8, 64]),
+    st.sampled_from([None, *MULTIPLES]),
 )
-@settings(max_examples=150)
-def test_budget_of_mixed_units_is_met_in_parameters(drawn, sparsity, clamp, multiple):
+@settings(max_examples=300)
+def test_a_budget_is_met_to_one_multiple_in_parameters(drawn, sparsity, clamp, multiple):
     size, importance_U = drawn
     budget = Budget(sparsity, multiple)
     try:

@@ -45,7 +45,7 @@ from cfsp.recovery.settings import (
 from cfsp.recovery.trainer import last_checkpoint, train
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Compute, EvaluationText, Text
-from cfsp.streaming.pass_state import PassState
+from cfsp.streaming.work_dir import PassState
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.windows import Windows
 from tiny_models import TRAINED, build_tiny_model

@@ -20,14 +20,13 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.pipeline import prune_model
-from cfsp.processes import Team
 from cfsp.repair import ladder
 from cfsp.repair import local as local_repair
 from cfsp.repair.local import group_of, highest_rate, schedule, train_blocks
+from cfsp.repair.two_streams import Batch, Split, hidden_loss, token_error
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Budget, CalibrationText, LocalTraining, PruneSettings
-from cfsp.streaming import pass_state
-from cfsp.streaming.two_streams import Batch, TwoStreams, hidden_loss, token_error
+from cfsp.streaming import work_dir
 from cfsp.text.windows import Windows
 from tiny_models import BLOCKS, TRAINED, build_tiny_model
 
@@ -42,13 +41,13 @@ def test_losses_are_relative_to_each_token_and_to_all_together():
     t, o = target.double().numpy(), output.double().numpy()
     each = np.mean(np.linalg.norm(o - t, axis=-1) / np.linalg.norm(t, axis=-1))
     expected = each + np.linalg.norm(o - t) / np.linalg.norm(t)
-    before = float(hidden_loss(output, target))
+    before = float(hidden_loss(output, Batch(output, target)))
     assert float(token_error(output, target)) == pytest.approx(each, rel=1e-5)
     assert before == pytest.approx(expected, rel=1e-5)
     # The one that all others attend to is lost: a thousandth of the tokens.
     output[:, 0] *= 0.5
     assert float(token_error(output, target)) < 1.02 * each
-    assert float(hidden_loss(output, target)) > 3 * before
+    assert float(hidden_loss(output, Batch(output, target))) > 3 * before
 
 
 def test_rates_rise_fall_to_zero_and_follow_the_error():
@@ -73,18 +72,12 @@ def test_no_error_has_a_gradient():
 
 
 def train(
-    module: nn.Module,
-    trained: list[tuple[nn.Module, float]],
-    hidden_BTD: torch.Tensor,
-    target_BTD: torch.Tensor,
-    parts: list[float],
-    on_step: Callable[[], object] = lambda: None,
+    compute: Any, trained: Any, hidden: torch.Tensor, target: torch.Tensor, *more: Any
 ) -> bool:
-    """Train modules with their rates on one batch."""
-    batch = Batch(hidden_BTD, target_BTD)
+    """Train modules with their rates on one batch, in one step."""
     parameters = [(list(each.parameters()), rate) for each, rate in trained]
-    steps = [(part, batch) for part in parts]
-    return train_blocks(module, parameters, steps, error, torch.float32, Team(), on_step)
+    steps = [(1.0, Batch(hidden, target))]
+    return train_blocks(compute, parameters, steps, error, torch.float32, *more)
 
 
 def error(output_BTD: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -94,7 +87,7 @@ def error(output_BTD: torch.Tensor, batch: Batch) -> torch.Tensor:
 def test_training_stops_at_a_loss_that_is_no_number():
     module, hidden = nn.Linear(4, 4), torch.randn(1, 3, 4)
     target = torch.full_like(hidden, torch.nan)
-    assert not train(module, [(module, 0.1)], hidden, target, [1.0] * 5, pytest.fail)
+    assert not train(module, [(module, 0.1)], hidden, target, pytest.fail)
 
 
 def test_wrong_settings_are_refused():
@@ -111,7 +104,7 @@ def test_blocks_that_train_together_take_steps_by_their_own_drift():
     size = float(module.weight.detach().square().mean().sqrt())
     first = module.weight.detach().clone()
     compute = nn.Sequential(module, still)
-    assert train(compute, [(module, 0.1), (still, 0.0)], hidden, target, [1.0])
+    assert train(compute, [(module, 0.1), (still, 0.0)], hidden, target)
     assert all(torch.equal(a, b) for a, b in zip(before, still.parameters(), strict=True))
     # Adam's first step is as long as its rate.
     moved = (module.weight.detach() - first).abs()
@@ -213,7 +206,7 @@ def test_interrupted_it_goes_on_and_gives_the_same_bits(local, argv, tmp_path, m
         return train_blocks(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pass_state, "SHARE_OF_TIME", float("inf"))
+        patch.setattr(work_dir, "SHARE_OF_TIME", float("inf"))
         patch.setattr(local_repair, "train_blocks", interrupted)
         assert main(command) == 130
     assert {path.name for path in tmp_path.iterdir()} == {"out.work"}
@@ -265,23 +258,15 @@ def test_a_mixture_of_experts_is_refused_before_anything_is_computed(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("processes", [1, 3])
 @pytest.mark.parametrize(("windows", "asked"), [(2, 2), (9, 2), (65, 8)])
-def test_every_window_is_fitted_to_or_held_out(windows, asked, processes):
+def test_every_window_is_fitted_to_or_held_out(windows, asked):
     tokens_NT = torch.zeros(windows, 16, dtype=torch.int64)
     text = Windows(tokens_NT, {"one": windows // 2, "two": -(-windows // 2)})
-    of_team = [TwoStreams.of(text, 16 * asked, Team(i, processes)) for i in range(processes)]
-    streams = of_team[0]
-    assert streams.fitted
-    assert sorted([*streams.held_out, *streams.fitted]) == list(range(windows))
+    split = Split(text, 16 * asked)
+    assert split.fitted
+    assert sorted([*split.held_out, *split.fitted]) == list(range(windows))
     if windows >= 4:  # some of both texts
-        assert min(streams.held_out) < windows // 2 <= max(streams.held_out)
-    assert [i for batch in streams.judged for i in batch] == list(streams.held_out)
-    # Each has some, in two rows of its hidden states.
-    assert [window for each in of_team for window in each.own] == list(range(windows))
-    for own in of_team:
-        rows = range(2 * len(own.own))
-        dense = [i for batch in own.own_batches for i in rows[own.dense_rows(batch)]]
-        pruned = [i for batch in own.own_batches for i in rows[own.pruned_rows(batch)]]
-        assert dense + pruned == list(rows)
-        assert {len(batch) for batch in (*own.judged, *own.own_batches)} <= own.batch_sizes
+        assert min(split.held_out) < windows // 2 <= max(split.held_out)
+    assert [i for batch in split.judged for i in batch] == split.held_out
+    assert [i for batch in split.batches for i in batch] == list(range(windows))
+    assert {len(batch) for batch in (*split.judged, *split.batches)} <= split.batch_sizes

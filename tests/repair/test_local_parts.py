@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,10 @@ from cfsp.checkpoint.skeleton import blocks_of, build_skeleton
 from cfsp.cut.surgery import PrunedSource, build_pruned_model
 from cfsp.planning.candidate import Dropped
 from cfsp.repair.local import HeadLoss
-from cfsp.repair.result import BlockRepair, ExpertRepair
+from cfsp.repair.two_streams import Batch, BlockGroup
 from cfsp.streaming.block_calls import record_calls
 from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.stand_in import hidden_states_entering
-from cfsp.streaming.two_streams import Batch, BlockGroup
 from tiny_models import DENSE_CONFIGS, VOCABULARY, WIDTH, build_tiny_model
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
@@ -108,9 +106,3 @@ def test_a_group_computes_what_the_pruned_model_does(name):
     group.fill(changed)
     with torch.no_grad():
         assert not torch.equal(group(entering_L[0]), entering_L[2])
-
-
-@pytest.mark.parametrize("experts", [(), (ExpertRepair(0.3, 0.2, True, 0.1, False),)])
-def test_facts_survive_json(experts):
-    result = BlockRepair(3, 0.3, 0.2, True, training_steps=7, experts=experts)
-    assert BlockRepair.from_json(json.loads(json.dumps(result.to_json()))) == result

@@ -6,7 +6,6 @@ import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,8 +14,7 @@ from safetensors.torch import load_file
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.cli import main
 from cfsp.selection import speedup
-from cfsp.settings import REPAIRS
-from cfsp.streaming.pass_state import PassState
+from cfsp.streaming.work_dir import PassState
 from commands import Command, Commands, ranks
 from forks import Finished, Job
 from tiny_models import BLOCKS
@@ -78,15 +76,8 @@ def numbers_of(pruned: Path) -> list[float]:
     measured = [
         each[side] for each in manifest["perplexity"].values() for side in ("before", "after")
     ]
-    blocks = [block for step in REPAIRS for block in blocks_of(pruned, step)]
+    blocks = [block for step in manifest["repair"]["steps"] for block in step["blocks"] if block]
     return measured + [block[key] for block in blocks for key in ("error_before", "error_after")]
-
-
-def blocks_of(pruned: Path, name: str) -> list[dict[str, Any]]:
-    """Return what a step of repair did with each block; nothing if it was not asked for."""
-    steps = json.loads((pruned / MANIFEST_FILE).read_text())["repair"]["steps"]
-    blocks = [block for step in steps if step["name"] == name for block in step["blocks"]]
-    return [block for block in blocks if block is not None]
 
 
 def test_two_processes_give_what_one_gives(finish, argv_of, text_file):
@@ -136,33 +127,36 @@ def test_the_first_process_times_for_all(forks, argv_of, tmp_path, monkeypatch):
     check_alike(argv, tmp_path)
 
 
-def test_after_a_death_the_same_command_goes_on(commands, finish, argv, text_file, tmp_path):
+@pytest.mark.parametrize(
+    ("dying", "count", "said"),
+    [
+        (1, BLOCKS + 2, f"ridge: going on at block 2 of {BLOCKS}"),
+        # The others wait for what the first does alone, and see it end.
+        (0, 2 * BLOCKS, f"sequential: going on at block 1 of {BLOCKS}"),
+    ],
+)
+def test_after_a_death_the_same_command_goes_on(
+    commands, finish, argv, text_file, tmp_path, dying, count, said
+):
     evaluation = ["--eval", str(text_file), "--windows", "1"]
     argv = [*argv, "--repair", "local", "--local-steps", "2", *evaluation]
-    # Windows have passed all blocks in the coarse pass and for the ridge.
-    deaths: list[dict[str, Any]] = [{}, {"dies": "after", "count": 2 * BLOCKS}, {}]
+    deaths = [{"dies": "after", "count": count} if rank == dying else {} for rank in range(2)]
     ended = commands(
         *(
             Command(many(argv, tmp_path), environment=rank, patience=12, **death)
-            for rank, death in zip(ranks(3), deaths, strict=True)
+            for rank, death in zip(ranks(2), deaths, strict=True)
         )
     )
-    assert [each.status for each in ended] == [2, -signal.SIGKILL, 2], ended
-    for rank in (0, 2):
-        lines = ended[rank].stderr.splitlines()
-        (line,) = [line for line in lines if line.startswith("cfsp prune:")]
-        assert f"[process {rank}] process {rank} of 3 lost another process" in line
+    left = 1 - dying
+    assert (ended[dying].status, ended[left].status) == (-signal.SIGKILL, 2), ended
+    lines = ended[left].stderr.splitlines()
+    (line,) = [line for line in lines if line.startswith("cfsp prune:")]
+    assert f"[process {left}] process {left} of 2 lost another process" in line
     assert not (tmp_path / "many").exists()
-    ended = finish(argv, 3)
-    assert all(f"sequential: going on at block 1 of {BLOCKS}" in each.stderr for each in ended)
-
-
-def test_blocks_train_together(finish, argv, tmp_path):
-    """Three processes share batches of 2 windows, so that one has none."""
-    # 18 windows: the batches of training are eighths of them.
-    local = ["--repair", "local", "--local-steps", "3"]
-    finish([*argv, "--samples", "18", *local], 3)
-    assert any(block["kept"] for block in blocks_of(tmp_path / "many", "local"))
+    first, other = finish(argv, 2)
+    assert said in first.stderr
+    assert (said in other.stderr) == (dying == 1)
+    assert "sequential: process 0 repairs alone, the others wait" in first.stderr
 
 
 def test_processes_with_different_work_are_refused(commands, argv, tmp_path):
@@ -177,19 +171,12 @@ def test_processes_with_different_work_are_refused(commands, argv, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--max-loss-increase", "1"], "--max-loss-increase runs in one process, found 2"),
-    ],
-)
-def test_what_one_process_alone_can_do_is_refused(
-    argv, options, message, tmp_path, capsys, monkeypatch
-):
+def test_what_one_process_alone_can_do_is_refused(argv, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert main([*argv, *options, "--out", str(tmp_path / "out")]) == 2
-    assert f"cfsp prune: [process 1] {message}" in capsys.readouterr().err
+    assert main([*argv, "--max-loss-increase", "1", "--out", str(tmp_path / "out")]) == 2
+    said = "cfsp prune: [process 1] --max-loss-increase runs in one process, found 2"
+    assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -5,7 +5,6 @@ It is a mixture of experts, some of whose FFN units are left out.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -82,7 +81,7 @@ def test_units_of_a_block_are_repaired_by_themselves(source, windows, tmp_path):
     block_1 = [name for name in specs if name.startswith("model.layers.1.")]
     assert all(specs[name] == source.parameters[name] for name in block_1)
 
-    (step,) = result.to_json()["steps"]
+    (step,) = result.steps
     assert [(entry["block"], entry["path"]) for entry in step["blocks"]] == PLACES
     assert all(entry["error_after"] <= entry["error_before"] for entry in step["blocks"])
     assert len(step["blocks"][0]["experts"]) == 4
@@ -114,12 +113,6 @@ def test_plans_name_units_and_are_of_no_other_ones(source, windows, tmp_path, ca
     ):
         with pytest.raises(PlanError, match=said):
             replace(plan, units=units).check_fits(source)
-    fields = json.loads(plan.to_json())
-    for damage in ({"block": -1}, {"block": 2}, {"path": "a|b"}, {"cost": 0}):
-        entry = {**fields["blocks"][0], **damage}
-        text = json.dumps({**fields, "blocks": [entry, *fields["blocks"][1:]]})
-        with pytest.raises(PlanError, match="damaged"):
-            PruningPlan.from_json(text)
 
 
 def test_more_than_the_ridge_is_for_one_dense_ffn_in_a_block(source):
@@ -158,8 +151,10 @@ def test_a_block_without_an_ffn_passes_every_repair(windows, tmp_path, gap):
     assert [unit.block for unit in result.plan.units] == blocks
     ridge, sequential, trained = result.steps
     for step in (ridge, sequential):
-        assert [block for block, repair in enumerate(step.blocks) if repair is not None] == blocks
-    assert (trained.blocks[0] is None) == (gap == 0)
-    assert trained.blocks[1] is None
-    assert trained.blocks[2] is not None
+        assert [
+            block for block, repair in enumerate(step["blocks"]) if repair is not None
+        ] == blocks
+    assert (trained["blocks"][0] is None) == (gap == 0)
+    assert trained["blocks"][1] is None
+    assert trained["blocks"][2] is not None
     assert not any(name.startswith(f"model.layers.{gap}.") for name in result.tensors)

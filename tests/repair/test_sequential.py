@@ -69,9 +69,9 @@ def pruned_source(job: Job, result: PruningResult) -> PrunedSource:
     return PrunedSource(job.source, result.plan, result.tensors)
 
 
-def last_step(result: PruningResult) -> list[dict[str, Any]]:
+def last_step(result: PruningResult) -> list[Any]:
     """Return what the last step did with each block."""
-    blocks: list[dict[str, Any]] = result.to_json()["steps"][-1]["blocks"]
+    blocks: list[Any] = result.steps[-1]["blocks"]
     return blocks
 
 
@@ -117,7 +117,7 @@ def test_only_down_projections_change_and_the_model_comes_closer(job, ridge, fit
     changed = {name for name in old.specs if not torch.equal(new.read(name), old.read(name))}
     assert changed
     assert all(name.endswith("down_proj.weight") for name in changed)
-    assert [step.name for step in fitted.steps] == ["ridge", "sequential"]
+    assert [step["name"] for step in fitted.steps] == ["ridge", "sequential"]
     for entry in last_step(fitted):
         assert entry["training_steps"] == 0
         assert (entry["strength"] is not None) == entry["kept"]

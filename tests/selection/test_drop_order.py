@@ -109,6 +109,12 @@ def test_the_choice_follows_the_statistics(source):
     assert dropped_by(source, plain, nothing) == NOTHING
     with pytest.raises(StatisticsError, match="cfsp calibrate --parts blocks"):
         dropped_by(source, plain, budget)
+    # The order may be of a run without --keep.
+    for kept in (
+        DropBudget.of_count(source, "blocks", 2, keep=("5",)),
+        DropBudget.of_share(source, ("blocks",), 1 / 3, keep=("5",)),
+    ):
+        assert dropped_by(source, measured, kept).blocks == (0, 2)
     more = DropBudget.of_share(source, ("blocks",), 0.8)
     with pytest.raises(StatisticsError, match="say of 3 blocks in which order they go"):
         dropped_by(source, measured, more)

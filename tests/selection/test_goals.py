@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from transformers import AutoModelForCausalLM
 
 import cfsp
 from builders import draw_windows
+from cfsp import pruning_cost as cost
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import UsageError
-from cfsp.selection import loss, worth
+from cfsp.selection import goal as goals
 from cfsp.selection.constraint import STEPS
 from cfsp.settings import (
     Budget,
@@ -35,7 +37,7 @@ from tiny_models import BLOCKS, TINY_CONFIGS, WIDTH, build_tiny_model
         (["--target-speedup", "1.2", "--max-loss-increase", "1"], "found --target-speedup and"),
         (
             ["--parts", "ffn,kv", "--sparsity", "0.2"],
-            "several share one target, --target-params or --target-speedup or --max-loss-increase",
+            "several share one target, --target-params or --max-loss-increase",
         ),
         (
             ["--parts", "blocks", "--remove", "1", "--sparsity", "0.2"],
@@ -106,32 +108,36 @@ def source(model) -> Checkpoint:
 
 def test_the_size_is_that_of_the_result(prune, source):
     after = prune("--sparsity", 0.5, "--effort", "fast").manifest["parameters_after"]
-    expected = worth.size_after(source, settings())
+    expected = cost.size_after(source, settings())
     assert expected is not None
     assert abs(after - expected[0]) < 0.01 * after
     assert expected[1] == pytest.approx(4 * expected[0], rel=1e-3)  # float32
 
 
-def test_a_goal_says_its_size_or_nothing(source):
+def test_a_goal_says_its_size_or_nothing(source, caplog):
     goal = replace(settings(sparsity=0), goal=TargetParameters(0.75))
-    size = worth.size_after(source, goal)
+    size = cost.size_after(source, goal)
     assert size is not None
-    assert "(-25.0%)" in worth.size_in_words(source, goal)
+    caplog.set_level(logging.INFO)
+    cost.announce(source, goal)
+    assert "(-25.0%)" in caplog.text
+    caplog.clear()
     cache = replace(settings(sparsity=0), goal=TargetKVCache(0.5))
-    assert worth.size_after(source, cache) is None
-    assert worth.size_in_words(source, cache) == ""
+    assert cost.size_after(source, cache) is None
+    cost.announce(source, cache)
+    assert "parameters ->" not in caplog.text
 
 
 def test_doubts(source, monkeypatch):
     """Each has its own reason; a large model with enough text gives none."""
     small = "has little to spare"
-    assert [small in each for each in worth.doubts(source, settings())] == [True]
-    monkeypatch.setattr(worth, "_SMALL", 0)
-    assert not list(worth.doubts(source, settings()))
-    (few,) = worth.doubts(source, settings(samples=63))
+    assert [small in each for each in cost.doubts(source, settings())] == [True]
+    monkeypatch.setattr(cost, "_SMALL", 0)
+    assert not list(cost.doubts(source, settings()))
+    (few,) = cost.doubts(source, settings(samples=63))
     assert few.startswith("63 windows")
-    monkeypatch.setattr(worth, "_LITTLE", 1.0)  # as if most were in the vocabulary
-    (little,) = worth.doubts(source, settings())
+    monkeypatch.setattr(cost, "_LITTLE", 1.0)  # as if most were in the vocabulary
+    (little,) = cost.doubts(source, settings())
     assert "quantise it" in little
 
 
@@ -208,7 +214,7 @@ def trained(tokenizer, text_file, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def few_held_out(monkeypatch) -> None:
-    monkeypatch.setattr(loss, "HELD_OUT_WINDOWS", 4)
+    monkeypatch.setattr(goals, "HELD_OUT_WINDOWS", 4)
 
 
 @pytest.mark.usefixtures("few_held_out")
@@ -237,7 +243,7 @@ def test_as_much_goes_as_fits_and_what_was_tried_is_told(trained, tmp_path, prun
 @pytest.mark.usefixtures("few_held_out")
 def test_a_bound_that_nothing_keeps(prune, monkeypatch):
     measured = lambda model, windows, label: 5.0 + 45 * (label != "dense")  # noqa: E731
-    monkeypatch.setattr(loss, "loss_in_memory", measured)
+    monkeypatch.setattr(goals, "loss_in_memory", measured)
     error = prune("--max-loss-increase", 0.1, status=2).error
     assert "cannot stay within 0.1 nats" in error
     assert "already 0.5% of the FFN channels cost 4" in error

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders import job_of, never
+from builders import goal_of_share, job_of
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.checkpoint.reading import LoadedModel, parameter_count
+from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.decide import decide
 from cfsp.errors import BudgetError, UsageError
@@ -28,6 +28,7 @@ from cfsp.selection.divergence import (
     few_beginnings,
     masked_channels,
 )
+from cfsp.selection.goal import constraint_of
 from cfsp.selection.search import (
     FITTED_WINDOWS,
     Scored,
@@ -47,7 +48,7 @@ from cfsp.settings import (
     PruneSettings,
     TargetParameters,
 )
-from cfsp.streaming.work_dir import temporary_work_dir
+from cfsp.streaming.work_dir import WorkDir, temporary_work_dir
 from cfsp.text.drawing import draw_text
 from cfsp.text.windows import Windows
 from tiny_decoders import tiny_model
@@ -61,11 +62,6 @@ def source() -> LoadedModel:
     return LoadedModel(tiny_model("llama", num_hidden_layers=BLOCKS))
 
 
-def stays_without(source: LoadedModel, share: float) -> TargetParameters:
-    """Return the goal by which a share of the blocks' parameters goes."""
-    return TargetParameters(1 - share * sum(parameters_of_blocks(source)) / parameter_count(source))
-
-
 def settings(text_file: Path, goal: TargetParameters, **more: Any) -> PruneSettings:
     text = CalibrationText((str(text_file),), samples=4, seqlen=32)
     budget = Budget(parts=("ffn", "blocks"), multiple=8)
@@ -73,7 +69,7 @@ def settings(text_file: Path, goal: TargetParameters, **more: Any) -> PruneSetti
 
 
 def test_the_best_of_all_numbers_is_chosen(source, text_file, tokenizer, monkeypatch):
-    asked = settings(text_file, stays_without(source, 0.4), repair="none")
+    asked = settings(text_file, goal_of_share(source.model, ("blocks",), 0.4), repair="none")
     windows = draw_text(asked.text, tokenizer)
     tried: list[Scored] = []
     original = search._all_masked
@@ -105,7 +101,7 @@ def scored(*divergences: float, parts: tuple[Part, ...] = ("ffn",)) -> list[Scor
     ]
 
 
-def test_few_are_worth_a_repair_of_each_choice_of_channels():
+def test_few_are_worth_a_repair_and_what_was_repaired_is_compared_after_it():
     channels = scored(0.9, 0.8, 0.7, 0.6, 0.65)
     both = scored(0.3, 0.4, parts=("ffn", "kv"))
     few = [each.candidate for each in worth_a_repair([*channels, *both])]
@@ -114,14 +110,9 @@ def test_few_are_worth_a_repair_of_each_choice_of_channels():
     ]  # fmt: skip
     few = [each.candidate for each in worth_a_repair(channels)]
     assert [len(each.dropped) for each in few] == [0, 1, 3]
-
-
-def test_what_was_repaired_is_compared_after_it():
-    found = scored(0.9, 0.5, 0.4)
-    assert best_of(found) is found[2]
-    found[0] = replace(found[0], repaired=0.3)
-    found[1] = replace(found[1], repaired=0.35)
-    assert best_of(found) is found[0]
+    assert best_of(channels) is channels[3]
+    channels[:2] = [replace(channels[0], repaired=0.7), replace(channels[1], repaired=0.75)]
+    assert best_of(channels) is channels[0]
 
 
 @given(st.integers(0, 40), st.integers(0, 40))
@@ -152,7 +143,7 @@ def test_numbers_that_are_worse_alone_than_the_best_are_not_tried():
 
 @pytest.mark.parametrize("best", [0, 2])
 def test_the_number_is_chosen_after_repair(source, text_file, tokenizer, monkeypatch, best):
-    asked = settings(text_file, stays_without(source, 0.5))
+    asked = settings(text_file, goal_of_share(source.model, ("blocks",), 0.5))
     windows = draw_text(asked.text, tokenizer)
 
     def score(candidate: Candidate) -> float:
@@ -164,9 +155,28 @@ def test_the_number_is_chosen_after_repair(source, text_file, tokenizer, monkeyp
     assert len(facts["chosen"]["dropped"]["blocks"]) <= best
 
 
+@pytest.mark.parametrize("had_room", [True, False])
+def test_a_resumed_run_compares_as_the_killed_one_did(
+    source, text_file, tokenizer, tmp_path, monkeypatch, had_room
+):
+    """Whatever memory there is now: another choice would not fit to what was kept of the first."""
+    asked = settings(text_file, goal_of_share(source.model, ("blocks",), 0.5))
+    windows = draw_text(asked.text, tokenizer)
+    monkeypatch.setattr(search, "repaired_scorer", lambda *_: lambda found: len(found.dropped))
+    monkeypatch.setattr(search, "best_of", lambda found: (compared.append(found), found[0])[1])
+    compared: list[list[Scored]] = []
+    for has_room in (had_room, not had_room):
+        monkeypatch.setattr(search, "has_room_for_two", lambda *_, room=has_room: room)
+        work_dir = WorkDir(tmp_path, identity={"of": "one command"})
+        job = job_of(source, replace(asked, repair="ridge"), lambda: windows, work_dir=work_dir)
+        statistics = calibrate_source(source, tokenizer, [asked])
+        search.select(job, constraint_of(job)[1], statistics)
+        assert any(each.repaired is not None for each in compared[-1]) == had_room
+
+
 def test_a_model_that_does_not_fit_is_refused(source, text_file, monkeypatch):
     monkeypatch.setattr(drop_order, "fits", lambda *args: False)
-    asked = settings(text_file, stays_without(source, 0.2))
+    asked = settings(text_file, goal_of_share(source.model, ("blocks",), 0.2))
     with pytest.raises(UsageError, match="tries how many blocks should go, which requires the"):
         decide(job_of(source, asked))
 
@@ -215,11 +225,8 @@ def test_of_many_kinds_of_text_some_are_for_fitting_and_others_for_judging():
         {int(first) // (14 * 8) for first in part.tokens_NT[:, 0]} for part in apart(kinds)
     )
     assert (fit, judged) == ({0, 2, 4, 6, 8}, {1, 3, 5, 7})
-
-
-def test_of_three_windows_all_are_for_both():
-    fit, judged = apart(windows(3, 1))
-    assert len(fit.tokens_NT) == len(judged.tokens_NT) == 3
+    # Of three windows all are for both.
+    assert [len(part.tokens_NT) for part in apart(windows(3, 1))] == [3, 3]
 
 
 def test_scores_are_those_of_the_plan_and_repair_brings_predictions_nearer(
@@ -237,7 +244,6 @@ def test_scores_are_those_of_the_plan_and_repair_brings_predictions_nearer(
     planner = Planner.of(source, statistics, budget, settings.criterion)
     job = job_of(source, settings, lambda: drawn)
     after_repair = repaired_scorer(job, planner)
-    assert after_repair is not None
     tokens_NT = few_beginnings(drawn).tokens_NT
     masked = MaskedModel(source, model, torch.split(tokens_NT, 1))
     before = [parameter.clone() for parameter in model.parameters()]
@@ -260,5 +266,5 @@ def test_scores_are_those_of_the_plan_and_repair_brings_predictions_nearer(
 def test_without_room_for_a_second_model_nothing_is_repaired(source, monkeypatch, caplog):
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     settings = PruneSettings(Budget(), compute=Compute("cpu", "float32"))
-    assert repaired_scorer(job_of(source, settings), never) is None
+    assert not search.can_be_repaired(job_of(source, settings))
     assert "compared before repair" in caplog.text

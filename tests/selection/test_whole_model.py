@@ -18,9 +18,9 @@ from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.errors import StatisticsError, UsageError
 from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.allocation import allocate
-from cfsp.planning.coarse import importance_by
+from cfsp.planning.importance import importance_by
 from cfsp.planning.make import model_size
-from cfsp.selection import sensitivity
+from cfsp.selection import divergence
 from cfsp.settings import Budget, CalibrationText, Criterion, PruneSettings, Repair
 from cfsp.streaming import runtime
 from cfsp.streaming.runtime import Runtime
@@ -93,7 +93,7 @@ def test_a_killed_run_keeps_what_it_decided_when_memory_changes(
         patch.setattr("cfsp.decide.choose_and_repair", killed)
         with pytest.raises(KeyboardInterrupt):
             prune_checkpoint(source, tmp_path / "out", repaired)
-    monkeypatch.setattr(sensitivity, "with_sensitivity", killed)
+    monkeypatch.setattr(divergence, "with_sensitivity", killed)
     monkeypatch.setattr(runtime, "available_bytes", lambda: 1)
     plan = prune_checkpoint(source, tmp_path / "out", repaired).plan
     assert plan.criterion["block_metric"] == "sensitivity"

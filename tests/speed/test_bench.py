@@ -256,7 +256,7 @@ def test_wrong_arguments_are_one_sentence(arguments, message, capsys):
 
 def test_an_export_for_vllm_is_for_its_own_bench(tokenizer, tmp_path, capsys):
     source = cut(build_tiny_model("llama"), tokenizer, tmp_path)
-    export(source, "vllm", tmp_path / "out", verify=False)
+    export(source.directory, "vllm", tmp_path / "out", verify=False)
     assert main(["bench", str(tmp_path / "out")]) == 2
     assert "an export for vLLM; time it with vllm bench latency --model" in capsys.readouterr().err
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
-from cfsp.checkpoint.skeleton import architecture_of, blocks_of, build_skeleton
+from cfsp.checkpoint.skeleton import architecture_of, blocks_of
 from cfsp.errors import UnsupportedModelError
 from cfsp.streaming import stand_in
 from cfsp.streaming.block_calls import AllBlocksRecordedError, record_calls
@@ -24,7 +24,7 @@ from cfsp.streaming.runtime import Runtime
 from cfsp.text.windows import Windows
 from image_inputs import image_windows
 from tiny_decoders import tiny_model
-from tiny_models import BLOCKS, TINY_CONFIGS, build_tiny_model
+from tiny_models import BLOCKS, build_tiny_model
 
 TOKENS = torch.randint(2, 320, (5, 24), generator=torch.Generator().manual_seed(0))
 
@@ -168,17 +168,6 @@ def test_an_error_of_the_model_is_not_taken_for_the_end():
     with pytest.raises(IndexError):
         record_calls(model.model, model.model.layers, torch.tensor([[1000]]))
     assert list(model.model.layers) == originals
-
-
-def test_skeleton_has_no_weights_and_real_buffers():
-    model = build_skeleton(TINY_CONFIGS["llama"](), torch.bfloat16)
-    assert all(p.is_meta for p in model.parameters())
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    buffers = dict(model.named_buffers())
-    assert buffers and not any(b.is_meta for b in buffers.values())
-    stock = build_tiny_model("llama")
-    for name, buffer in stock.named_buffers():
-        assert torch.equal(buffers[name].float(), buffer.float())
 
 
 # What a multimodal model does before and between its first blocks.

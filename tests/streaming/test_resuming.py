@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,74 +13,49 @@ import torch
 
 from cfsp.cli import main
 from cfsp.streaming.block_stream import StreamedBlock
-from cfsp.streaming.pass_state import Pace
-from commands import Commands
+from cfsp.streaming.work_dir import Pace
 from tiny_models import BLOCKS, build_tiny_model
-
-Files = dict[str, bytes]
 
 
 def names(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
 
 
-@dataclass
-class Runs:
-    """Commands that calibrate or prune a model into a directory; some are killed."""
-
-    commands: Commands
-    capsys: pytest.CaptureFixture[str]
-    directory: Path
-    calibrate: list[str]
-    prune: list[str]
-
-    def kill(self, argv: list[str], where: str, count: int) -> None:
-        self.commands.kill(argv, where, count)
-
-    def end(self, argv: list[str]) -> str:
-        """Let a command end well; return what it said."""
-        assert main(argv) == 0
-        return self.capsys.readouterr().err
-
-    def refused(self, argv: list[str]) -> str:
-        assert main(argv) == 2
-        return self.capsys.readouterr().err
-
-
 @pytest.fixture(scope="module")
-def model(tiny_checkpoint: Callable[[str], Path]) -> Path:
+def model(tiny_checkpoint):
     return tiny_checkpoint("llama")
 
 
 @pytest.fixture(scope="module")
-def text(text_file: Path) -> list[str]:
+def text(text_file):
     return ["--data", str(text_file), "--samples", "9", "--seqlen", "32", "--batch-windows", "2"]
 
 
-def argv_of(model: Path, text: list[str], out: Path) -> tuple[list[str], list[str]]:
+def argv_of(model: Path, text: list[str], out: Path) -> dict[str, list[str]]:
     half = ["--sparsity", "0.5", "--multiple", "4"]
-    return (
-        ["calibrate", str(model), *text, "--out", str(out / "stats")],
-        ["prune", str(model), *text, *half, "--out", str(out / "out")],
-    )
+    return {
+        "calibrate": ["calibrate", str(model), *text, "--out", str(out / "stats")],
+        "prune": ["prune", str(model), *text, *half, "--out", str(out / "out")],
+    }
 
 
 @pytest.fixture
-def runs(
-    commands: Commands,
-    capsys: pytest.CaptureFixture[str],
-    model: Path,
-    text: list[str],
-    tmp_path: Path,
-) -> Runs:
-    return Runs(commands, capsys, tmp_path, *argv_of(model, text, tmp_path))
+def runs(commands, command, model, text, tmp_path):
+    """Commands that calibrate or prune a model into a directory; some are killed."""
+    return SimpleNamespace(
+        kill=commands.kill,
+        end=lambda argv: command(*argv).err,
+        refused=lambda argv: command(*argv, status=2).err,
+        directory=tmp_path,
+        **argv_of(model, text, tmp_path),
+    )
 
 
 @pytest.fixture(scope="module")
-def whole(model: Path, text: list[str], tmp_path_factory: pytest.TempPathFactory) -> Files:
+def whole(model, text, tmp_path_factory) -> dict[str, bytes]:
     """What runs without interruption write."""
     directory = tmp_path_factory.mktemp("whole")
-    for argv in argv_of(model, text, directory):
+    for argv in argv_of(model, text, directory).values():
         assert main(argv) == 0
     files = {"stats": (directory / "stats").read_bytes()}
     for name in ("model.safetensors", "cfsp_plan.json", "cfsp.statistics"):
@@ -91,27 +65,21 @@ def whole(model: Path, text: list[str], tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.parametrize(
-    ("where", "block", "budget"),
-    [("after", 0, ["--memory-budget", "1KB"]), ("within", 2, [])],
-    ids=["file", "memory"],
+    "budget", [["--memory-budget", "1KB"], []], ids=["file after memory after file", "memory"]
 )
-def test_calibration_killed_at_a_block_resumes_there(runs, where, block, budget, whole):
+def test_calibration_killed_at_a_block_resumes_there(runs, budget, whole):
     argv = [*runs.calibrate, *budget]
-    runs.kill(argv, where, block + 1)
+    if budget:
+        runs.kill(argv, "after", 1)
+        runs.kill(runs.calibrate, "within", 2)
+    else:
+        runs.kill(argv, "within", 3)
     assert names(runs.directory) == {"stats.work"}
-    done = block + (where == "after")
     message = runs.end(argv)
-    assert f"going on at block {done} of {BLOCKS}" in message
+    assert f"going on at block 2 of {BLOCKS}" in message
     assert ("exceed the memory budget of 1e-06 GB; they go to a file" in message) == bool(budget)
     assert (runs.directory / "stats").read_bytes() == whole["stats"]
     assert names(runs.directory) == {"stats"}  # no file of hidden states either
-
-
-def test_it_may_be_killed_again_and_resume_with_another_budget(runs, whole):
-    runs.kill(runs.calibrate, "after", 1)
-    runs.kill([*runs.calibrate, "--memory-budget", "1KB"], "within", 2)
-    runs.end(runs.calibrate)
-    assert (runs.directory / "stats").read_bytes() == whole["stats"]
 
 
 @pytest.mark.parametrize(
@@ -196,9 +164,9 @@ def test_a_state_is_complete_and_a_damaged_one_is_refused(runs):
 
 def test_two_runs_do_not_share_a_place(runs):
     fcntl = pytest.importorskip("fcntl")
-    directory = runs.directory / "stats.work" / "process-0-of-1"
-    directory.mkdir(parents=True)
-    with (directory / "lock").open("w") as lock:
+    work_dir = runs.directory / "stats.work"
+    work_dir.mkdir()
+    with (work_dir / ".process-0-of-1.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "another run is working in" in runs.refused(runs.calibrate)
     runs.end(runs.calibrate)
@@ -217,7 +185,7 @@ def test_leftovers_that_nothing_resumes_from_go(runs, whole):
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
-def test_an_interrupted_run_keeps_its_work_and_says_so(stop, runs, whole, monkeypatch):
+def test_an_interrupted_run_keeps_its_work_and_says_so(stop, runs, whole, monkeypatch, capsys):
     original = StreamedBlock.advance
 
     def interrupted(block: StreamedBlock, *args: Any) -> None:
@@ -226,7 +194,7 @@ def test_an_interrupted_run_keeps_its_work_and_says_so(stop, runs, whole, monkey
         original(block, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr("cfsp.streaming.pass_state.SHARE_OF_TIME", float("inf"))
+        patch.setattr("cfsp.streaming.work_dir.SHARE_OF_TIME", float("inf"))
         patch.setattr(StreamedBlock, "advance", interrupted)
         if stop is KeyboardInterrupt:
             assert main(runs.calibrate) == 130
@@ -234,7 +202,7 @@ def test_an_interrupted_run_keeps_its_work_and_says_so(stop, runs, whole, monkey
             with pytest.raises(OSError):
                 main(runs.calibrate)
     kept = f"the work so far is kept in {runs.directory / 'stats.work'}; the same command goes on"
-    assert kept in runs.capsys.readouterr().err
+    assert kept in capsys.readouterr().err
     runs.end(runs.calibrate)
     assert (runs.directory / "stats").read_bytes() == whole["stats"]
 

@@ -28,11 +28,8 @@ from cfsp.architecture.found import Unit
 from cfsp.errors import UnsupportedModelError
 
 # The position of a unit among those of the block, the index of an FFN in it, its activations
-# (rows x F), and which token of the batch each row is.
+# (rows x F) or what it adds to the output of its unit (rows x D), and which token each row is.
 OnRows = Callable[[int, int, Tensor, Tensor], None]
-
-# Likewise what an expert adds to the output of its unit (rows x D), and of which token each row is.
-OnOutput = Callable[[int, int, Tensor, Tensor], None]
 
 # What experts have that `transformers.integrations.moe.use_experts_implementation` made.
 _PROTOCOL = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
@@ -49,7 +46,7 @@ def hidden_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 @contextmanager
 def observed_activations(
-    block: nn.Module, units: Sequence[Unit], on_rows: OnRows, on_output: OnOutput | None = None
+    block: nn.Module, units: Sequence[Unit], on_rows: OnRows, on_output: OnRows | None = None
 ) -> Iterator[None]:
     """Show the input of every down matrix of a block's FFN units whenever the block runs.
 
@@ -102,7 +99,7 @@ class _Watch:
     position: int
     tokens: list[int]
     on_rows: OnRows
-    on_output: OnOutput | None
+    on_output: OnRows | None
     seen: set[int] = field(default_factory=set)
 
     @property
@@ -223,16 +220,11 @@ class Products(TorchFunctionMode):
     ) -> Any:
         product = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") in _PRODUCTS and len(args) >= 2:
-            for name, weight in self._weights.items():
-                if isinstance(args[1], Tensor) and _is_part(args[1], weight):
+            for name, weight in self._weights.items() if isinstance(args[1], Tensor) else ():
+                # Whether it is a view of a part of the weight, or of the whole.
+                if 0 <= args[1].data_ptr() - weight.data_ptr() < weight.nbytes:
                     self._on_product(name, args[1], args[0], product)
         return product
-
-
-def _is_part(tensor: Tensor, weight: Tensor) -> bool:
-    """Return whether a tensor is a view of a part of another one, or of the whole."""
-    start = weight.data_ptr()
-    return start <= tensor.data_ptr() < start + weight.nbytes
 
 
 def _watch_products(watch: _Watch, *args: Any, **kwargs: Any) -> Any:

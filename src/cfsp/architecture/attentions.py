@@ -16,19 +16,20 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from cfsp.architecture.found import ChannelAxis, Refusal, Unit, WidthAttribute
-from cfsp.architecture.matrices import (
+from cfsp.architecture.ffns import (
     is_bias_of,
     is_transposed,
     own_parameters,
     owner_of,
-    sizes_of_matrices,
+    width_attributes,
 )
+from cfsp.architecture.found import ChannelAxis, Refusal, Unit
 from cfsp.settings import Part
 
 # Names of classes and modules that mix tokens.
@@ -72,24 +73,23 @@ def attentions_of(
             continue
         if not any(parameter.ndim > 1 for parameter in module.parameters()):
             continue
-        unit = _attention(module, path, index, hidden, text_config)
         has_inner = any(
             child and _MIXES.search(type(part).__name__)
             for child, part in module.named_modules()
             if next(part.children(), None) is not None
         )
-        if isinstance(unit, str) and has_inner:
+        unit = _attention(module, path, index, hidden, text_config, part)
+        if has_inner and (isinstance(unit, str) or unit.is_whole):
             continue  # what is inside it may be one
-        if isinstance(unit, str) and part == "attention":
-            unit = _whole_attention(module, path, index, hidden) or unit
-        inside.append(f"{path}.")
         found.append(Refusal(f"{index}.{path}", unit) if isinstance(unit, str) else unit)
+        inside.append(f"{path}.")
     return found
 
 
 def _attention(
-    module: nn.Module, path: str, index: int, hidden: int, text_config: Any
+    module: nn.Module, path: str, index: int, hidden: int, text_config: Any, part: Part
 ) -> Unit | str:
+    """Return the attention that a module is, or why it is none that can lose heads, or go."""
     matrices, output = _matrices(module, hidden)
     if output is None:
         return "heads: expected matrices of queries, keys, values and output, found " + (
@@ -98,7 +98,21 @@ def _attention(
     inputs = {name: out for name, (out, into) in matrices.items() if name != output}
     heads = _heads(module, text_config, matrices[output][1], list(inputs.values()))
     odd = [name for name, (_, into) in matrices.items() if name != output and into != hidden]
+    whole = _axis(module, output, of_outputs=False, spans=(matrices[output][1],))
+    unit = Unit(
+        block=index,
+        path=path,
+        width=1,
+        ffns=1,
+        up=f"{path}.{max(inputs, key=lambda name: inputs[name], default='')}",
+        gate=None,
+        down=f"{path}.{output}",
+        axes={f"{path}.{output}": whole},
+        part="kv",
+    )
     if heads is None or odd:
+        if part == "attention" and inputs and "Attention" in type(module).__name__:
+            return unit
         names = ", ".join(
             f"{name.removesuffix('.weight')} {list(shape)}" for name, shape in matrices.items()
         )
@@ -106,40 +120,14 @@ def _attention(
     axes = dict(_axes(module, output, inputs, heads))
     counts = {_HEADS: heads.query // heads.groups, _GROUPS: 1}
     code = _code_of_forward(type(module))  # type: ignore[arg-type]
-    sizes = sizes_of_matrices(module, path, axes, output, heads.groups)
-    return Unit(
-        block=index,
-        path=path,
+    tells = partial(_tells_heads, heads)
+    return replace(
+        unit,
         width=heads.groups,
-        ffns=1,
-        up=f"{path}.{max(inputs, key=lambda name: inputs[name])}",
-        gate=None,
-        down=f"{path}.{output}",
         axes={f"{path}.{name}": axis for name, axis in axes.items()},
-        attributes=(*sizes, *_own_numbers(module, path, heads)),
-        part="kv",
+        attributes=tuple(width_attributes(module, path, axes, output, heads.groups, tells)),
         # What it reads in its config while it runs.
         config_numbers={name: n for name, n in counts.items() if f"self.config.{name}" in code},
-    )
-
-
-def _whole_attention(module: nn.Module, path: str, index: int, hidden: int) -> Unit | None:
-    """Return the attention that a module is, its heads as one KV group; None if it is none."""
-    matrices, output = _matrices(module, hidden)
-    other = next((name for name in matrices if name != output), None)
-    if "Attention" not in type(module).__name__ or output is None or other is None:
-        return None
-    axis = _axis(module, output, of_outputs=False, spans=(matrices[output][1],))
-    return Unit(
-        block=index,
-        path=path,
-        width=1,
-        ffns=1,
-        up=f"{path}.{other}",
-        gate=None,
-        down=f"{path}.{output}",
-        axes={f"{path}.{output}": axis},
-        part="kv",
     )
 
 
@@ -213,16 +201,12 @@ def _axis(module: nn.Module, name: str, *, of_outputs: bool, spans: tuple[int, .
     return ChannelAxis(int(of_outputs == is_transposed(owner_of(module, name))), spans=spans)
 
 
-def _own_numbers(module: nn.Module, path: str, heads: _Heads) -> Iterator[WidthAttribute]:
-    """Yield the numbers of an attention's own module that tell how many heads there are."""
-    counts = heads.query, heads.groups
+def _tells_heads(heads: _Heads, name: str, value: int) -> bool:
+    """Return whether a number of an attention's own module tells how many heads there are."""
     lengths = heads.inputs, heads.inputs // heads.query * heads.groups
-    for name, value in vars(module).items():
-        if type(value) is not int or _NOT_THEM.search(name):
-            continue
-        is_count = _COUNTS.search(name) and value in counts
-        if is_count or (_LENGTHS.search(name) and value in lengths):
-            yield path, name, value // heads.groups
+    is_count = _COUNTS.search(name) and value in (heads.query, heads.groups)
+    tells = is_count or (_LENGTHS.search(name) and value in lengths)
+    return bool(tells) and not _NOT_THEM.search(name)
 
 
 @cache

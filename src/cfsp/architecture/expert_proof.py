@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,16 +34,15 @@ from cfsp.architecture.activations import Products, observed_activations
 from cfsp.architecture.found import Architecture, RoutedExperts, Unit
 from cfsp.architecture.model_classes import empty_stock_model, with_values
 from cfsp.architecture.small_run import (
-    TOLERANCE,
     FailedCheckError,
     SmallRun,
     check_bites,
     check_same,
-    difference,
+    checking,
     first_tensor,
     rebuilt,
 )
-from cfsp.errors import UnsupportedModelError, first_line
+from cfsp.errors import UnsupportedModelError
 
 # Below whatever a choice looks at. Infinity times a weight of zero would be NaN.
 _NEVER = -1e9
@@ -53,28 +53,18 @@ def _check_outputs(run: SmallRun, unit: Unit) -> None:
     block = run.blocks[unit.block]
     given: list[Tensor] = []
     parts: list[tuple[Tensor, Tensor]] = []
-    module = block.get_submodule(unit.path)
-    hook = module.register_forward_hook(lambda _m, _a, output: given.append(first_tensor(output)))
     # The number of channels of the small model is another one.
-    small = next(
-        each
-        for each in run.architecture.units
-        if (each.block, each.path) == (unit.block, unit.path)
-    )
-    try:
-        with observed_activations(
-            block,
-            [small],
-            lambda *_: None,
-            lambda _unit, _expert, added_RD, token_R: parts.append((added_RD, token_R)),
-        ):
+    place = unit.block, unit.path
+    small = next(each for each in run.architecture.units if (each.block, each.path) == place)
+    module = block.get_submodule(unit.path)
+    with ExitStack() as stack, checking("outputs", "to see what its experts add"):
+        hook = module.register_forward_hook(lambda _m, _a, out: given.append(first_tensor(out)))
+        stack.callback(hook.remove)
+        observed = observed_activations(
+            block, [small], lambda *_: None, lambda _u, _e, *added: parts.append(added)
+        )
+        with observed:
             run.output(unit.block)
-    except UnsupportedModelError as error:
-        raise FailedCheckError(
-            f"outputs: expected to see what its experts add, found that {error}"
-        ) from error
-    finally:
-        hook.remove()
     # Some give what each expert adds to every token, one expert after the other.
     rows, hidden = run.calls[unit.block].hidden.flatten(0, -2).shape
     expected_RD = given[0].reshape(-1, rows, hidden).sum(0)
@@ -90,11 +80,9 @@ def _staying_experts(experts: RoutedExperts, kept: int, *, at_random: bool = Fal
     # Without the first ones most groups go whole, where groups matter.
     size, each = experts.count // experts.groups, kept // experts.groups
     generator, staying = torch.Generator().manual_seed(kept), []
-    for group in range(experts.groups):
-        order = torch.arange(size).flip(0)
-        if at_random:
-            order = torch.randperm(size, generator=generator)
-        staying += [group * size + expert for expert in order[:each].tolist()]
+    for first in range(0, experts.count, size):
+        order = torch.randperm(size, generator=generator) if at_random else range(size)[::-1]
+        staying += [first + int(expert) for expert in order[:each]]
     return sorted(staying)
 
 
@@ -113,12 +101,8 @@ def _try_with(architecture: Architecture, run: SmallRun, count: int) -> None:
     assert architecture.experts is not None
     blocks = [unit.block for unit in architecture.units if unit.expert_axes]
     kept = dict.fromkeys(blocks, _staying_experts(architecture.experts, count))
-    try:
+    with checking("runs", f"that it runs with {count} experts"):
         output = _cut(architecture, run, kept).decoder_output()
-    except Exception as error:  # whatever a router does with too few experts
-        raise FailedCheckError(
-            f"runs: expected that it runs with {count} experts, found {first_line(error)}"
-        ) from error
     if not bool(torch.isfinite(output).all()):
         raise FailedCheckError(f"runs: expected numbers with {count} experts, found NaN")
 
@@ -133,6 +117,7 @@ def check_experts(
     block must, from the input of the run, and the decoder, to the sum of what its blocks may differ
     by: rounding adds up from block to block.
     """
+    expected = "the output with masked experts"
     with _filled_buffers(architecture, run):
         with ExitStack() as stack:
             for unit in architecture.units:
@@ -142,20 +127,13 @@ def check_experts(
             masked = run.decoder_output()
             masked_of = {block: run.output(block) for block in kept}
         check_bites("with experts masked", run.decoder_output(), masked)
-        expected = "cut: expected the output with masked experts, found"
-        try:
+        with checking("cut", expected):
             cut = _cut(architecture, run, kept)
-            errors = {
-                f" in block {block}": difference(cut.output(block), masked_of[block])
-                for block in kept
-            }
-            # Of each block in the mean, so that one bound is for all.
-            whole = difference(cut.decoder_output(), masked) / len(run.blocks)
-        except Exception as problem:  # whatever a router does with fewer experts
-            raise FailedCheckError(f"{expected} {first_line(problem)}") from problem
-    for where, error in (*errors.items(), (" after all blocks", whole)):
-        if not error <= TOLERANCE:
-            raise FailedCheckError(f"{expected} a relative difference of {error:.1e}{where}")
+        for number, wanted in masked_of.items():
+            check_same("cut", f"{expected} in block {number}", partial(cut.output, number), wanted)
+        # Of each block in the mean, so that one bound is for all.
+        steps = len(run.blocks)
+        check_same("cut", f"{expected} after all blocks", cut.decoder_output, masked, steps)
 
 
 @contextmanager
@@ -185,41 +163,32 @@ def masked_experts(block: nn.Module, unit: Unit, kept: Sequence[int]) -> Iterato
             tensor.copy_(values)
 
     # Other blocks may have the same tensors, and lose other experts.
-    hooks = [
-        block.register_forward_pre_hook(before),
-        block.register_forward_hook(after, always_call=True),
-    ]
+    begins = block.register_forward_pre_hook(before)
+    ends = block.register_forward_hook(after, always_call=True)
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        begins.remove()
+        ends.remove()
 
 
 @contextmanager
 def _filled_buffers(architecture: Architecture, run: SmallRun) -> Iterator[None]:
     """Give buffers with the axis of experts values for a while: zeros would hide an error."""
     generator = torch.Generator().manual_seed(2)
-    originals: list[tuple[Tensor, Tensor]] = []
-    for unit in architecture.units:
-        buffers = dict(run.blocks[unit.block].named_buffers())
-        for name in unit.expert_axes:
-            if name in buffers and buffers[name].is_floating_point():
-                originals.append((buffers[name], buffers[name].clone()))
-                values = torch.randn(buffers[name].shape, generator=generator)
-                buffers[name].copy_(0.1 * values)
-    try:
+    with ExitStack() as stack:
+        for unit in architecture.units:
+            for name, buffer in run.blocks[unit.block].named_buffers():
+                if name in unit.expert_axes and buffer.is_floating_point():
+                    stack.callback(buffer.copy_, buffer.clone())
+                    buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
         yield
-    finally:
-        for buffer, original in originals:
-            buffer.copy_(original)
 
 
 def _cut(architecture: Architecture, run: SmallRun, kept: Mapping[int, Sequence[int]]) -> SmallRun:
     """Return the run of the small model, built with fewer experts and the others' weights."""
     assert architecture.experts is not None
     count = len(next(iter(kept.values())))
-    config: Any = run.model.config
     axes = {
         architecture.block_prefix(unit.block) + name: (unit.block, axis)
         for unit in architecture.units
@@ -240,6 +209,7 @@ def _cut(architecture: Architecture, run: SmallRun, kept: Mapping[int, Sequence[
             selected[key] = nn.Parameter(fewer, False) if is_parameter else fewer
         return name, selected[key]
 
+    config: Any = run.model.config
     return rebuilt(run, with_values(config, {architecture.experts.key: count}), place_of)
 
 
@@ -252,8 +222,7 @@ def with_experts(
         raise refused_experts(
             architecture, "it has no routed experts whose matrices cfsp could find"
         )
-    counts = {unit.ffns for unit in routed}
-    if len(counts) > 1:
+    if len(counts := {unit.ffns for unit in routed}) > 1:
         raise refused_experts(
             architecture, f"its blocks have {sorted(counts)} experts, expected as many"
         )
@@ -264,10 +233,7 @@ def with_experts(
     )
     experts = RoutedExperts(key, routed[0].ffns)
     architecture = replace(architecture, units=units, experts=experts)
-    examples: dict[object, Unit] = {}
-    for unit in units:
-        if unit.expert_axes:
-            examples.setdefault(unit.kind, unit)
+    examples = {unit.kind: unit for unit in reversed(units) if unit.expert_axes}
     for unit in examples.values():
         try:
             _check_outputs(run, unit)

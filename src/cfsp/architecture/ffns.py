@@ -14,28 +14,24 @@ Shapes: E experts, F FFN channels, D hidden.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from cfsp.architecture.found import ChannelAxis, Fusion, Refusal, Unit, WidthAttribute
-from cfsp.architecture.matrices import (
-    is_bias_of,
-    is_transposed,
-    own_parameters,
-    owner_of,
-    sizes_of_matrices,
-)
 
 # Attributes that nothing computes with although they may equal a width by chance.
 _NO_WIDTHS = frozenset({"layer_idx", "padding_idx", "num_experts", "top_k"})
 # Attributes that may be widths even where the hidden size is the same number.
 _SURELY_WIDTHS = re.compile(r"intermediate|ffn|inner|expert_dim")
 
+# What modules call the numbers of inputs and outputs of a matrix of theirs.
+_INPUTS = ("in_features", "nx", "input_size")
+_OUTPUTS = ("out_features", "nf", "output_size")
 
-@dataclass(frozen=True)
-class _Matrix:
+
+class _Matrix(NamedTuple):
     """A matrix of a module, or one for each of its experts."""
 
     name: str  # dotted path of the parameter from the module
@@ -45,12 +41,10 @@ class _Matrix:
 
     def ends(self, transposed: bool) -> tuple[int, int]:
         """Return outputs and inputs."""
-        first, second = self.shape
-        return (second, first) if transposed else (first, second)
+        return self.shape[::-1] if transposed else self.shape
 
 
-@dataclass(frozen=True)
-class _Roles:
+class _Roles(NamedTuple):
     """What the matrices of an FFN are; `gate` is `up` where they are one."""
 
     gate: _Matrix | None
@@ -58,11 +52,6 @@ class _Roles:
     down: _Matrix
     width: int
     transposed: bool
-
-    @property
-    def lead(self) -> int:
-        """How many axes come before those of a matrix."""
-        return 0 if self.up.experts is None else 1
 
 
 def ffns_of(block: nn.Module, index: int, hidden: int) -> list[Unit | Refusal]:
@@ -85,47 +74,50 @@ def _ffn(module: nn.Module, path: str, index: int, hidden: int) -> Unit | Refusa
     matrices = list(_matrices(module))
     if not 2 <= len(matrices) <= 3 or len({matrix.experts for matrix in matrices}) != 1:
         return None
-    roles = _roles(matrices, hidden)
+    experts, roles = matrices[0].experts, _roles(matrices, hidden)
     if roles is None:
         return None
+    gate, up, down, width, _ = roles
     # Attention and bottlenecks are cheap to tell from an FFN.
     names = {matrix.name.removesuffix(".weight") for matrix in matrices}
-    is_bottleneck = roles.gate is None and roles.lead == 0 and 2 * roles.width < hidden
+    is_bottleneck = gate is None and experts is None and 2 * width < hidden
     if names == {"query", "key", "value"} or is_bottleneck:
         return None
     axes = _axes(module, roles, hidden)
     if isinstance(axes, str):
         return Refusal(f"{index}.{path}".removesuffix("."), axes)
     prefix = f"{path}." if path else ""
-    sizes = sizes_of_matrices(module, path, axes, roles.down.name, roles.width)
-    # The numbers of a block may be those of its attention.
-    own = _own_numbers(module, path, roles.width, hidden) if path else ()
+
+    def tells(name: str, value: int) -> bool:
+        # The numbers of a block may be those of its attention.
+        is_width = bool(path) and value in (width, 2 * width) and name not in _NO_WIDTHS
+        return is_width and (value != hidden or bool(_SURELY_WIDTHS.search(name)))
+
     return Unit(
         block=index,
         path=path,
-        width=roles.width,
-        ffns=roles.up.experts or 1,
-        up=prefix + roles.up.name,
-        gate=None if roles.gate is None else prefix + roles.gate.name,
-        down=prefix + roles.down.name,
+        width=width,
+        ffns=experts or 1,
+        up=prefix + up.name,
+        gate=None if gate is None else prefix + gate.name,
+        down=prefix + down.name,
         axes={prefix + name: axis for name, axis in axes.items()},
-        attributes=(*sizes, *own),
-        routed=roles.up.experts is not None,
+        attributes=tuple(width_attributes(module, path, axes, down.name, width, tells)),
+        routed=experts is not None,
     )
 
 
 def _matrices(module: nn.Module) -> Iterator[_Matrix]:
-    experts_flag = getattr(module, "is_transposed", None)
     for name, parameter in own_parameters(module):
         owner = owner_of(module, name)
         if isinstance(owner, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             continue
-        if parameter.ndim == 3 and parameter.shape[1] > 1:
-            experts, first, second = parameter.shape
-            transposed = experts_flag if isinstance(experts_flag, bool) else None
-            yield _Matrix(name, (first, second), experts, transposed)
+        first, second = parameter.shape[-2:] if parameter.ndim > 1 else (0, 0)
+        if parameter.ndim == 3 and first > 1:
+            flag = getattr(module, "is_transposed", None)
+            transposed = flag if isinstance(flag, bool) else None
+            yield _Matrix(name, (first, second), len(parameter), transposed)
         elif parameter.ndim == 2 and "bias" not in name.rpartition(".")[2]:
-            first, second = parameter.shape
             is_known = isinstance(owner, nn.Linear) or is_transposed(owner)
             transposed = is_transposed(owner) if is_known else None
             yield _Matrix(name, (first, second), None, transposed)
@@ -138,7 +130,7 @@ def _roles(matrices: list[_Matrix], hidden: int) -> _Roles | None:
     for transposed in orders:
         for down in reversed(matrices):
             roles = _roles_with(down, matrices, transposed)
-            if roles is not None and (down.ends(transposed)[0] == hidden or roles.lead):
+            if roles and (down.ends(transposed)[0] == hidden or down.experts is not None):
                 return roles
     return None
 
@@ -152,10 +144,8 @@ def _roles_with(down: _Matrix, matrices: list[_Matrix], transposed: bool) -> _Ro
     if widths == [width, width]:
         gate, up = sorted(ups, key=lambda matrix: not _sounds_like_gate(matrix.name))
         return _Roles(gate, up, down, width, transposed)
-    if widths == [width]:
-        return _Roles(None, ups[0], down, width, transposed)
-    if widths == [2 * width]:
-        return _Roles(ups[0], ups[0], down, width, transposed)
+    if widths in ([width], [2 * width]):
+        return _Roles(None if widths == [width] else ups[0], ups[0], down, width, transposed)
     return None
 
 
@@ -166,7 +156,7 @@ def _sounds_like_gate(name: str) -> bool:
 
 def _axes(module: nn.Module, roles: _Roles, hidden: int) -> dict[str, ChannelAxis] | str:
     """Return where the parameters of an FFN have channels, or why that cannot be said."""
-    lead, width = roles.lead, roles.width
+    lead, width = int(roles.down.experts is not None), roles.width
     fusion: Fusion = "halves" if getattr(module, "is_concatenated", True) else "interleaved"
     out_axis, in_axis = (lead + 1, lead) if roles.transposed else (lead, lead + 1)
     axes = {
@@ -195,13 +185,53 @@ def _axes(module: nn.Module, roles: _Roles, hidden: int) -> dict[str, ChannelAxi
     return axes
 
 
-def _own_numbers(module: nn.Module, path: str, width: int, hidden: int) -> Iterator[WidthAttribute]:
-    """Yield the numbers of an FFN's own module that tell the width."""
+# What FFNs and attentions have in common: matrices with an axis of channels, or of heads.
+
+
+def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of a module and of its children that have no children."""
+    yield from module.named_parameters(recurse=False)
+    for name, child in module.named_children():
+        if next(child.children(), None) is None:
+            for key, parameter in child.named_parameters(recurse=False):
+                yield f"{name}.{key}", parameter
+
+
+def owner_of(module: nn.Module, name: str) -> Any:
+    """Return the module whose parameter a dotted path names."""
+    return module.get_submodule(name.rpartition(".")[0])
+
+
+def is_transposed(owner: nn.Module) -> bool:
+    """Return whether a module stores its matrix inputs x outputs, as Conv1D of gpt2 does."""
+    return hasattr(owner, "nf")
+
+
+def is_bias_of(name: str, matrix: str) -> bool:
+    """Return whether a parameter is the bias of a matrix, by what both are called."""
+    stem = matrix.removesuffix("weight")
+    return name in (f"{stem}bias", f"{stem.removesuffix('.')}_bias", f"{matrix}_bias")
+
+
+def width_attributes(
+    module: nn.Module,
+    path: str,
+    axes: Mapping[str, ChannelAxis],
+    down: str,
+    width: int,
+    tells: Callable[[str, int], object],
+) -> Iterator[WidthAttribute]:
+    """Yield the numbers by which a module at a path of the block, and its matrices, tell the width.
+
+    Whether one of the module's own does, its name and value say.
+    """
+    for name, axis in axes.items():
+        owner = name.rpartition(".")[0]
+        if owner and not name.endswith("bias"):
+            for size in _INPUTS if name == down else _OUTPUTS:
+                if getattr(module.get_submodule(owner), size, None) == axis.entries * width:
+                    at = f"{path}.{owner}".removeprefix(".")
+                    yield at, size, axis.entries
     for name, value in vars(module).items():
-        if type(value) is not int or name in _NO_WIDTHS:
-            continue
-        if value == hidden and not _SURELY_WIDTHS.search(name):
-            continue
-        for times in (1, 2):
-            if value == times * width:
-                yield path, name, times
+        if type(value) is int and tells(name, value):
+            yield path, name, value // width

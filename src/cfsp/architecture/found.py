@@ -70,9 +70,11 @@ class ChannelAxis:
             start += width * span
         return torch.cat(places)
 
-    def in_one_section(self) -> ChannelAxis:
-        """Return the same axis, if each channel has all of its entries side by side."""
-        return replace(self, spans=(sum(self.spans),))
+    def other_fusion(self) -> ChannelAxis:
+        """Return the same axis shared in the other way; of heads with each one's side by side."""
+        if self.fusion is None:
+            return replace(self, spans=(sum(self.spans),))
+        return replace(self, fusion="interleaved" if self.fusion == "halves" else "halves")
 
     def select(self, tensor: Tensor, kept: Sequence[int]) -> Tensor:
         """Return the tensor with the kept channels only."""
@@ -83,8 +85,7 @@ class ChannelAxis:
         """Return a tensor E x ... with the kept channels of each expert, without those of none."""
         staying = [expert for expert, kept_K in enumerate(kept_EK) if kept_K]
         shape = list(tensor.shape)
-        shape[0] = len(staying)
-        shape[self.axis] = self.entries * len(kept_EK[staying[0]])
+        shape[0], shape[self.axis] = len(staying), self.entries * len(kept_EK[staying[0]])
         selected = tensor.new_empty(shape)
         of_one = replace(self, axis=self.axis - 1)
         for index, expert in enumerate(staying):
@@ -147,19 +148,15 @@ class Unit:
     @property
     def kind(self) -> tuple[object, ...]:
         """All but the place: units of a kind are proved once."""
-        return (self.width, self.ffns, tuple(self.axes.items()), *self.form)
+        return (self.width, self.ffns, tuple(self.axes.items()), self.attributes, *self.form)
 
     @property
     def form(self) -> tuple[object, ...]:
         """The kind without its numbers: what a smaller model of the same class has in common."""
-        if self.part == "kv":
-            axes = tuple((name, axis.axis, len(axis.spans)) for name, axis in self.axes.items())
-            names = tuple((module, name) for module, name, _ in self.attributes)
-            return (self.path, self.up, self.down, axes, names)
-        return (
-            self.path, self.up, self.gate, self.down, tuple(self.axes.items()), self.attributes,
-            self.routed,
-        )  # fmt: skip
+        axes = ((name, axis.axis, axis.fusion, len(axis.spans)) for name, axis in self.axes.items())
+        numbers = ((module, name) for module, name, _ in self.attributes)
+        paths = self.path, self.up, self.gate, self.down
+        return (*paths, self.routed, tuple(axes), tuple(numbers))
 
     @property
     def plain_axes(self) -> dict[str, tuple[int, int]]:
@@ -185,14 +182,7 @@ class Unit:
         """Return the same unit with its shared matrix shared in the other way, if it has one."""
         if not self.is_fused:
             return None
-        if self.part == "kv":
-            axes = {name: axis.in_one_section() for name, axis in self.axes.items()}
-            return replace(self, axes=axes)
-        other: Fusion = "interleaved" if self.axes[self.up].fusion == "halves" else "halves"
-        axes = {
-            name: replace(axis, fusion=other) if axis.fusion else axis
-            for name, axis in self.axes.items()
-        }
+        axes = {name: axis.other_fusion() for name, axis in self.axes.items()}
         return replace(self, axes=axes)
 
     def as_fused_as(self, other: Unit) -> Unit:
@@ -288,15 +278,12 @@ class Architecture:
     def without_blocks(self, removed: Collection[int]) -> Architecture:
         """Return the architecture of the model without some blocks; the others move up."""
         kept = [block for block in range(self.block_count) if block not in removed]
-        index_of = {block: index for index, block in enumerate(kept)}
-        units, gone = (
-            tuple(
-                replace(unit, block=index_of[unit.block])
-                for unit in units
-                if unit.block in index_of
-            )
-            for units in (self.units, self.gone)
-        )
+
+        def of_kept(units: Sequence[Unit]) -> tuple[Unit, ...]:
+            staying = (unit for unit in units if unit.block in kept)
+            return tuple(replace(unit, block=kept.index(unit.block)) for unit in staying)
+
+        units, gone = of_kept(self.units), of_kept(self.gone)
         return replace(self, block_count=len(kept), units=units, gone=gone, refused=())
 
     def units_of(self, block: int) -> tuple[Unit, ...]:

@@ -33,10 +33,7 @@ def empty_stock_model(config: PreTrainedConfig, model_class: Any = None) -> PreT
     import torch
 
     with torch.device("meta"):
-        model: PreTrainedModel = (model_class or model_class_of(config))._from_config(
-            copy.deepcopy(config)
-        )
-    return model
+        return build_model(model_class or model_class_of(config), config, torch.float32)
 
 
 def with_values(config: PreTrainedConfig, values: Mapping[str, Any]) -> PreTrainedConfig:

@@ -36,12 +36,13 @@ from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.expert_proof import with_experts
 from cfsp.architecture.found import Architecture, Refusal, Unit
-from cfsp.architecture.model_classes import build_model, model_class_of
+from cfsp.architecture.model_classes import empty_stock_model, model_class_of
 from cfsp.architecture.small_run import (
     FailedCheckError,
     SmallRun,
     check_bites,
     check_same,
+    checking,
     replaced,
     run_small,
     set_parameter,
@@ -65,20 +66,20 @@ def prove(
     proved = []
     for part in UNIT_PARTS:
         if part in (*unit_parts(parts), "ffn"):
+            goes_whole = part == "kv" and "attention" in parts
             try:
-                goes_whole = part == "kv" and "attention" in parts
-                found = _prove_part(config, model_class, "attention" if goes_whole else part)
-                proved.append(found)
+                proved.append(_prove_part(config, model_class, "attention" if goes_whole else part))
             except UnsupportedModelError:
                 # Where only blocks go, FFNs are what they are known by.
                 if part != "ffn" or part in parts or not set(parts) & set(UNIT_PARTS):
                     raise
     # Attention comes before the FFN, or beside it.
-    units = sorted(
-        (unit for found in reversed(proved) for unit in found.units), key=lambda unit: unit.block
+    units = [unit for found in reversed(proved) for unit in found.units]
+    architecture = replace(
+        proved[0],
+        units=tuple(sorted(units, key=lambda unit: unit.block)),
+        refused=tuple(refusal for found in proved for refusal in found.refused),
     )
-    refused = tuple(refusal for found in proved for refusal in found.refused)
-    architecture = replace(proved[0], units=tuple(units), refused=refused)
     if "experts" not in parts:
         return architecture
     return with_experts(architecture, config, small_run_of(config, model_class))
@@ -89,29 +90,23 @@ def _prove_part(
 ) -> Architecture:
     """Return the blocks and the units of one part that can be cut, or go (`attention`)."""
     architecture, shared = _guess(config, model_class, part)
-    refused, alone = list(architecture.refused), []
-    for number, unit in enumerate(architecture.units):
-        names = [architecture.block_prefix(unit.block) + name for name in unit.axes]
-        elsewhere = next((name for name in names if name in shared), None)
-        if elsewhere is None:
-            alone.append(number)
-            continue
-        reason = (
-            f"alone: expected weights that are used nowhere else, found that {elsewhere} is "
-            f"{shared[elsewhere]} too"
-        )
-        refused.append(Refusal(architecture.module_name(unit), reason))
-    if not alone:
-        raise _unsupported(architecture, refused, part)
-    run = run_small(config, model_class, architecture, part)
+    refused, run = list(architecture.refused), None
     verdicts: dict[object, Unit | FailedCheckError] = {}
     units: list[Unit] = []
-    for number in alone:
-        unit, small = architecture.units[number], run.architecture.units[number]
-        kind = unit.kind, _conduct(run.blocks[unit.block], small)
-        if kind not in verdicts:
-            verdicts[kind] = _verdict(run, small, part)
-        verdict = verdicts[kind]
+    for number, unit in enumerate(architecture.units):
+        names = [architecture.block_prefix(unit.block) + name for name in unit.axes]
+        if elsewhere := next((name for name in names if name in shared), None):
+            verdict: Unit | FailedCheckError = FailedCheckError(
+                f"alone: expected weights that are used nowhere else, found that {elsewhere} is "
+                f"{shared[elsewhere]} too"
+            )
+        else:
+            run = run or run_small(config, model_class, architecture, part)
+            small = run.architecture.units[number]
+            kind = unit.kind, _conduct(run.blocks[unit.block], small)
+            if kind not in verdicts:
+                verdicts[kind] = _verdict(run, small, part)
+            verdict = verdicts[kind]
         if isinstance(verdict, FailedCheckError):
             refused.append(Refusal(architecture.module_name(unit), str(verdict)))
         else:
@@ -123,15 +118,13 @@ def _prove_part(
 
 
 def _verdict(run: SmallRun, unit: Unit, part: Part) -> Unit | FailedCheckError:
-    try:
-        return _prove_unit(run, unit, part)
-    except FailedCheckError as failure:
-        if part != "attention":
-            return failure
-    try:
-        return _prove_unit(run, unit.whole(), part)
-    except FailedCheckError as failure:
-        return failure
+    failure = FailedCheckError()
+    for tried in (unit, unit.whole()) if part == "attention" else (unit,):
+        try:
+            return _prove_unit(run, tried, part)
+        except FailedCheckError as error:
+            failure = error
+    return failure
 
 
 # Of one command, which asks about one set of blocks or experts after the other.
@@ -172,19 +165,16 @@ def _unsupported(
     name = architecture.class_name
     first = f"{refused[0].module} failed the check {refused[0].reason}" if refused else ""
     if part != "ffn":
-        what = "lose KV groups" if part == "kv" else "go"
         return UnsupportedModelError(
-            f"no attention of {name} can {what}: {first or 'none'}; prune it without the part "
-            f"{part}"
-        )
-    if not refused:
-        return UnsupportedModelError(
-            f"{name} has no FFN in its {architecture.block_count} blocks {architecture.blocks} "
-            "that cfsp could find; expected modules whose matrices lead from the hidden size to "
-            "channels and back; if it has some, please report the model type"
+            f"no attention of {name} can {'lose KV groups' if part == 'kv' else 'go'}: "
+            f"{first or 'none'}; prune it without the part {part}"
         )
     return UnsupportedModelError(
         f"no FFN of {name} can be cut: {first}; please report the model type with this sentence"
+        if refused
+        else f"{name} has no FFN in its {architecture.block_count} blocks {architecture.blocks} "
+        "that cfsp could find; expected modules whose matrices lead from the hidden size to "
+        "channels and back; if it has some, please report the model type"
     )
 
 
@@ -192,8 +182,7 @@ def _guess(
     config: PreTrainedConfig, model_class: Any, part: Part
 ) -> tuple[Architecture, dict[str, str]]:
     """Return what discovery finds, and for every shared parameter another name of it."""
-    with torch.device("meta"):
-        model = build_model(model_class, config, torch.float32)
+    model = empty_stock_model(config, model_class)
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -226,8 +215,7 @@ def _prove_unit(run: SmallRun, unit: Unit, part: Part) -> Unit:
     try:
         _check_cut(run, unit, halves)
     except FailedCheckError:
-        other = unit.other_fusion()
-        if other is None:
+        if (other := unit.other_fusion()) is None:
             raise
         unit = other
         _check_cut(run, unit, halves)
@@ -244,27 +232,19 @@ def _prove_unit(run: SmallRun, unit: Unit, part: Part) -> Unit:
 
 
 def _check_is_watched(run: SmallRun, unit: Unit) -> None:
-    try:
-        with observed_activations(run.blocks[unit.block], [unit], lambda *rows: None):
-            run.output(unit.block)
-    except UnsupportedModelError as error:
-        raise FailedCheckError(
-            f"watched: expected to see its activations, found that {error}"
-        ) from error
+    observed = observed_activations(run.blocks[unit.block], [unit], lambda *rows: None)
+    with checking("watched", "to see its activations"), observed:
+        run.output(unit.block)
 
 
 def _as_entered(run: SmallRun, unit: Unit) -> Unit:
     """Return an attention with what it returns, and the module that is entered after it."""
     # With an output matrix of zeros nothing is added to the hidden state, so that it enters that
     # module as it entered the block.
-    block = run.blocks[unit.block]
-    bias = f"{unit.down.removesuffix('weight')}bias"
-    zeros = {
-        name: torch.zeros_like(parameter)
-        for name, parameter in block.named_parameters()
-        if name in (unit.down, bias)
-    }
-    hidden = run.calls[unit.block].hidden
+    block, hidden = run.blocks[unit.block], run.calls[unit.block].hidden
+    outputs = (unit.down, f"{unit.down.removesuffix('weight')}bias")
+    parameters = block.named_parameters()
+    zeros = {name: torch.zeros_like(each) for name, each in parameters if name in outputs}
     found: list[str] = []
     ran: list[Any] = []
 
@@ -273,12 +253,10 @@ def _as_entered(run: SmallRun, unit: Unit) -> Unit:
         if ran and inputs and inputs[0].shape == hidden.shape and torch.equal(inputs[0], hidden):
             found.append(path)
 
-    def after(_module: nn.Module, _args: Any, output: Any) -> None:
-        ran.append(output)
-
     with ExitStack() as stack, replaced(block, zeros):
         attention = block.get_submodule(unit.path)
-        stack.callback(attention.register_forward_hook(after).remove)
+        ends = attention.register_forward_hook(lambda _m, _a, output: ran.append(output))
+        stack.callback(ends.remove)
         for path, module in block.named_modules():
             if path and not f"{path}.".startswith(f"{unit.path}."):
                 entered = partial(before, path)
@@ -293,19 +271,16 @@ def _random_halves(unit: Unit) -> list[list[list[int]]]:
     """Return channels to keep of each FFN and all others, in ascending order (2 x E lists of K)."""
     generator = torch.Generator().manual_seed(unit.width)
     half = max(1, unit.width // 2)
-    order_EF = [torch.randperm(unit.width, generator=generator) for _ in range(unit.ffns)]
-    return [
-        [order_F[part].sort().values.tolist() for order_F in order_EF]
-        for part in (slice(half), slice(half, None))
-    ]
+    order_EF = [torch.randperm(unit.width, generator=generator).tolist() for _ in range(unit.ffns)]
+    parts = slice(half), slice(half, None)
+    return [[sorted(order_F[part]) for order_F in order_EF] for part in parts]
 
 
 @contextmanager
 def _masked(run: SmallRun, unit: Unit, kept_EK: list[list[int]]) -> Iterator[None]:
     """Let the columns of down that are not kept be zeros for a while."""
-    block = run.blocks[unit.block]
+    block, axis = run.blocks[unit.block], unit.axes[unit.down].axis
     down = block.get_parameter(unit.down)
-    axis = unit.axes[unit.down].axis
     masked = torch.zeros_like(down)
     # A single matrix has no axis of experts.
     lead = down.ndim - 2
@@ -332,11 +307,9 @@ def _check_cut(run: SmallRun, unit: Unit, halves: list[tuple[list[list[int]], Te
                 )
             output = partial(run.output, unit.block)
             check_same("cut", "the output with masked channels", output, masked)
-            for neighbour in (unit.block - 1, unit.block + 1):
-                if 0 <= neighbour < len(run.blocks):
-                    expected = f"the same output of block {neighbour}"
-                    output, same = partial(run.output, neighbour), run.calls[neighbour].output
-                    check_same("neighbours", expected, output, same)
+            for other in {unit.block - 1, unit.block + 1} & {*range(len(run.blocks))}:
+                output, same = partial(run.output, other), run.calls[other].output
+                check_same("neighbours", f"the same output of block {other}", output, same)
 
 
 def _tensors(model: nn.Module) -> dict[str, int]:

@@ -15,8 +15,9 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -28,6 +29,23 @@ from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.found import Architecture
 from cfsp.errors import UnsupportedModelError, first_line
 from cfsp.settings import Part
+
+DIVISORS = (32, 16, 8, 4, 2)
+LEAST_HIDDEN_SIZE = 64
+MOST_TOKEN_IDS = 512
+# Of a state-space block: it computes with whole chunks however few tokens there are.
+CHUNK = 16
+
+_WIDTH = re.compile(
+    r"(^|_)(size|sizes|dim|dims|rank|width|inner|embd|channels|rotary_ndims|mrope_section"
+    r"|d_model|d_ff|d_kv|d_head|d_ssm|d_inner|d_state)($|_)"
+)
+_FFN_WIDTH = re.compile(r"intermediate|ffn|n_inner|d_ff|inner_dim")
+_HEADS = re.compile(rf"^(hidden_size|d_model|n_embd|dim|.*heads?)$|{_FFN_WIDTH.pattern}")
+_NO_WIDTH = re.compile(
+    r"vocab|window|chunk|patch|image|kernel|block_size|batch|group|position|token|cache"
+    r"|pad|context|conv_size|vision|audio"
+)
 
 WINDOWS, TOKENS = 2, 12
 LEAST_CHANNELS = 8
@@ -85,16 +103,13 @@ def run_small(
             if not _has_units_of(found, architecture):
                 continue
             blocks: Any = model.get_submodule(found.blocks)
-            if not _fill(model.get_submodule(found.decoder), blocks):
-                reason = f"it takes more than {MOST_BYTES / 1e9:.0f} GB"
-                continue
-            calls = _record(model, found)
+            if _fill(model.get_submodule(found.decoder), blocks):
+                return SmallRun(found, model, blocks, _record(model, found))
+            reason = f"it takes more than {MOST_BYTES / 1e9:.0f} GB"
         except UnsupportedModelError:
             raise
         except Exception as error:  # a size that does not fit the others: the next one may
             reason = first_line(error)
-            continue
-        return SmallRun(found, model, blocks, calls)
     raise UnsupportedModelError(
         f"the decoder of {architecture.class_name} could not be tried on random weights "
         f"({reason}); please report the model type with this sentence"
@@ -127,9 +142,9 @@ def _has_units_of(small: Architecture, large: Architecture) -> bool:
 
 def _fill(decoder: nn.Module, blocks: nn.ModuleList) -> bool:
     """Give the text decoder random weights, unless they are too many: then return False."""
+    # Blocks that are built alike have the same weights.
     examples: dict[object, nn.Module] = {}
-    for block in blocks:
-        examples.setdefault(_build(block), block)
+    example_of = [examples.setdefault(_build(block), block) for block in blocks]
     in_blocks = {id(parameter) for parameter in blocks.parameters()}
     chosen = {id(parameter) for block in examples.values() for parameter in block.parameters()}
     parameters = {
@@ -142,14 +157,13 @@ def _fill(decoder: nn.Module, blocks: nn.ModuleList) -> bool:
     generator = torch.Generator().manual_seed(0)
     for name, parameter in parameters.items():
         set_parameter(decoder, name, _random(name, parameter, generator))
-    for block in blocks:
-        for name, parameter in examples[_build(block)].named_parameters():
+    for block, example in zip(blocks, example_of, strict=True):
+        for name, parameter in example.named_parameters():
             set_parameter(block, name, parameter)
     return True
 
 
 def _build(block: nn.Module) -> tuple[object, ...]:
-    """Return what blocks have in common that can have the same weights."""
     types = [(name, type(module)) for name, module in block.named_modules()]
     shapes = [(name, parameter.shape) for name, parameter in block.named_parameters()]
     return (*types, *shapes)
@@ -184,7 +198,7 @@ def replaced(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
     originals = {name: module.get_parameter(name) for name in tensors}
     try:
         for name, tensor in tensors.items():
-            set_parameter(module, name, nn.Parameter(tensor, requires_grad=False))
+            set_parameter(module, name, nn.Parameter(tensor, False))
         yield
     finally:
         for name, original in originals.items():
@@ -212,20 +226,18 @@ def _record(model: Any, architecture: Architecture) -> tuple[Call, ...]:
         # Copied, because a block may write to what it is given.
         begun.append((_copied(args), _copied(kwargs)))
 
-    def after(index: int, output: Any) -> None:
+    def after(index: int, _block: nn.Module, _args: Any, output: Any) -> None:
         args, kwargs = begun.pop()
         hidden = first_tensor(kwargs.get("hidden_states", args or tuple(kwargs.values())))
         calls.append(Call(index, args, kwargs, hidden, first_tensor(output).clone()))
 
-    hooks = []
-    for index, block in enumerate(model.get_submodule(architecture.blocks)):
-        hooks.append(block.register_forward_pre_hook(before, with_kwargs=True))
-        hooks.append(block.register_forward_hook(lambda _b, _a, out, i=index: after(i, out)))
-    try:
-        model.get_submodule(architecture.decoder)(input_ids=small_tokens(model), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as stack:
+        for index, block in enumerate(model.get_submodule(architecture.blocks)):
+            begins = block.register_forward_pre_hook(before, with_kwargs=True)
+            ends = block.register_forward_hook(partial(after, index))
+            stack.callback(begins.remove)
+            stack.callback(ends.remove)
+        run_decoder(model.get_submodule(architecture.decoder), small_tokens(model))
     _check_order(architecture, calls)
     return tuple(calls)
 
@@ -283,14 +295,25 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def check_same(check: str, expected: str, compute: Callable[[], Tensor], wanted: Tensor) -> None:
-    """Check that a computation gives what it must, whatever a class does with what was cut away."""
+@contextmanager
+def checking(check: str, expected: str) -> Iterator[None]:
+    """Let a check fail by whatever goes wrong, whatever a class does with what was cut away."""
     try:
-        error = difference(compute(), wanted)
+        yield
+    except FailedCheckError:
+        raise
     except Exception as problem:
-        raise FailedCheckError(
-            f"{check}: expected {expected}, found {first_line(problem)}"
-        ) from problem
+        refused = isinstance(problem, UnsupportedModelError)
+        found = f"that {problem}" if refused else first_line(problem)
+        raise FailedCheckError(f"{check}: expected {expected}, found {found}") from problem
+
+
+def check_same(
+    check: str, expected: str, compute: Callable[[], Tensor], wanted: Tensor, steps: int = 1
+) -> None:
+    """Check that a computation gives what it must; so many steps may each differ a little."""
+    with checking(check, expected):
+        error = difference(compute(), wanted) / steps
     if not error <= TOLERANCE:
         raise FailedCheckError(
             f"{check}: expected {expected}, found a relative difference of {error:.1e}"
@@ -318,24 +341,6 @@ def first_tensor(value: Any) -> Tensor:
         value = next(item for item in value if isinstance(item, Tensor))
     assert isinstance(value, Tensor)
     return value
-
-
-DIVISORS = (32, 16, 8, 4, 2)
-LEAST_HIDDEN_SIZE = 64
-MOST_TOKEN_IDS = 512
-# Of a state-space block: it computes with whole chunks however few tokens there are.
-CHUNK = 16
-
-_WIDTH = re.compile(
-    r"(^|_)(size|sizes|dim|dims|rank|width|inner|embd|channels|rotary_ndims|mrope_section"
-    r"|d_model|d_ff|d_kv|d_head|d_ssm|d_inner|d_state)($|_)"
-)
-_FFN_WIDTH = re.compile(r"intermediate|ffn|n_inner|d_ff|inner_dim")
-_HEADS = re.compile(rf"^(hidden_size|d_model|n_embd|dim|.*heads?)$|{_FFN_WIDTH.pattern}")
-_NO_WIDTH = re.compile(
-    r"vocab|window|chunk|patch|image|kernel|block_size|batch|group|position|token|cache"
-    r"|pad|context|conv_size|vision|audio"
-)
 
 
 def smaller_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:

@@ -25,14 +25,13 @@ from cfsp.calibration.observed import (
     UnitStatistics,
 )
 from cfsp.calibration.statistics import RunDistances, Statistics
-from cfsp.calibration.together import add_up, added_up, part_of
 from cfsp.checkpoint.reading import WeightSource, fingerprint
 from cfsp.checkpoint.skeleton import architecture_of
 from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.errors import CalibrationError, ResumeError, UsageError
 from cfsp.processes import Team
 from cfsp.streaming.block_pass import Visitor, pass_blocks
-from cfsp.streaming.block_stream import OnActivations, StreamedBlock
+from cfsp.streaming.block_stream import OnActivations, StreamedBlock, part_of
 from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.windows import Windows
@@ -58,7 +57,7 @@ class DistanceSum:
 
     def __init__(self) -> None:
         self.tokens = 0
-        self._total: Tensor | None = None
+        self._total: Tensor | float = 0.0
 
     def add(self, input_BTD: Tensor, output_BTD: Tensor) -> None:
         """Add the tokens of one batch."""
@@ -70,14 +69,13 @@ class DistanceSum:
         cosine = (before * after).sum(1) / (before_norm * after_norm).clamp_min(tiny)
         angular = torch.arccos(cosine.clamp(-1.0, 1.0)) / math.pi
         # Kept where it was computed: to ask an accelerator for a number is to wait for it.
-        added = angular.sum(dtype=torch.float64).float()
-        self._total = added.double() if self._total is None else self._total + added
+        self._total = self._total + angular.sum(dtype=torch.float64).float().double()
         self.tokens += before.shape[0]
 
     @property
     def total(self) -> float:
         """Sum over all tokens added so far."""
-        return 0.0 if self._total is None else float(self._total)
+        return float(self._total)
 
 
 class UnitSums:
@@ -113,53 +111,47 @@ class UnitSums:
             self.output_norm_E = self.output_norm_E.to(norm_R.device)
             self.output_norm_E[expert] += norm_R.sum(dtype=torch.float64).float()
 
-
-class BlockSums:
-    """All sums of one block."""
-
-    def __init__(self, units: Sequence[Unit]) -> None:
-        self._units = units
-        self.distance = DistanceSum()
-        self.units = [UnitSums(unit.ffns, unit.removable_experts) for unit in units]
-
-    def observed(self, block: int, passing: Tensor | None = None) -> ObservedBlock:
-        """Return the statistics of the block at an index; for `passing` see `ObservedBlock`."""
-        distance_sum, tokens = self.distance.total, self.distance.tokens
-        units = []
-        for unit, sums in zip(self._units, self.units, strict=True):
-            squares_F = sums.sum_of_squares_F
-            if squares_F is None:
-                squares_F = torch.zeros(unit.ffns * unit.columns, dtype=torch.float64)
-            units.append(
-                UnitStatistics(
-                    block=block,
-                    sum_of_squares_F=squares_F.cpu(),
-                    tokens=tokens,
-                    routed_E=tuple(sums.tokens_E) if unit.ffns > 1 else (),
-                    part=unit.part,
-                    distance_sum=sums.sublayer.total if unit.after is not None else None,
-                    output_norm_E=sums.output_norm_E.cpu(),
-                )
-            )
-        if not math.isfinite(distance_sum) or not all(
-            bool(torch.isfinite(unit.sum_of_squares_F).all()) for unit in units
-        ):
-            raise CalibrationError(
-                f"block {block} produced NaN or infinite activations; "
-                "calibrate with --dtype float32 or bfloat16"
-            )
-        return ObservedBlock(BlockStatistics(distance_sum, tokens), tuple(units), passing)
+    def statistics(self, unit: Unit, tokens: int) -> UnitStatistics:
+        """Return the statistics of the unit, when so many tokens have passed its block."""
+        squares_F = self.sum_of_squares_F
+        if squares_F is None:  # no token was routed to any expert
+            squares_F = torch.zeros(unit.ffns * unit.columns, dtype=torch.float64)
+        return UnitStatistics(
+            block=unit.block,
+            sum_of_squares_F=squares_F.cpu(),
+            tokens=tokens,
+            routed_E=tuple(self.tokens_E) if unit.ffns > 1 else (),
+            part=unit.part,
+            distance_sum=self.sublayer.total if unit.after is not None else None,
+            output_norm_E=self.output_norm_E.cpu(),
+        )
 
 
-def run_distances(
-    observed: Sequence[ObservedBlock], team: Team, device: torch.device
-) -> RunDistances:
-    """Return the angular distances over all runs of blocks, of the tokens of all processes.
+def added_up(team: Team, own: ObservedBlock | None) -> ObservedBlock:
+    """Return what all processes together observed in a block; of one without windows, None."""
+    found = [each for each in team.gather(own and replace(own, passing=None)) if each is not None]
+    block = BlockStatistics(
+        sum(each.block.distance_sum for each in found), sum(each.block.tokens for each in found)
+    )
+    units = tuple(map(_unit_added_up, zip(*(each.units for each in found), strict=True)))
+    return ObservedBlock(block, units)
 
-    What enters the first block of a run and what leaves the last are many blocks apart, so the
-    hidden states of some tokens are kept at every block.
-    """
-    passing_L = [block.passing for block in observed if block.passing is not None]
+
+def _unit_added_up(parts: Sequence[UnitStatistics]) -> UnitStatistics:
+    distances = [part.distance_sum for part in parts if part.distance_sum is not None]
+    return replace(
+        parts[0],
+        sum_of_squares_F=torch.stack([part.sum_of_squares_F for part in parts]).sum(0),
+        tokens=sum(part.tokens for part in parts),
+        routed_E=tuple(map(sum, zip(*(part.routed_E for part in parts), strict=True))),
+        distance_sum=sum(distances) if distances else None,
+        output_norm_E=torch.stack([part.output_norm_E for part in parts]).sum(0),
+    )
+
+
+def run_distances(observed: Sequence[ObservedBlock | None], team: Team) -> RunDistances:
+    """Return the angular distances over all runs of blocks, of some tokens of all processes."""
+    passing_L = [each.passing for each in observed if each is not None and each.passing is not None]
     sums = torch.zeros(len(observed) + 1, len(observed) + 1, dtype=torch.float64)
     tokens = 0
     if passing_L:  # else this process has no window
@@ -170,10 +162,9 @@ def run_distances(
             for end in range(first + 1, len(unit)):
                 cosine_S = (before_SD * unit[end]).sum(-1).clamp(-1.0, 1.0)
                 sums[first, end] = (torch.arccos(cosine_S) / math.pi).double().sum()
-    own = torch.cat([sums.flatten(), torch.tensor([tokens], dtype=torch.float64)])
-    total = added_up(own, team, device)
-    rows = total[:-1].view(sums.shape).tolist()
-    return RunDistances(tuple(map(tuple, rows)), int(total[-1]))
+    of_all = team.gather((sums, tokens))
+    rows = torch.stack([each for each, _ in of_all]).sum(0).tolist()
+    return RunDistances(tuple(map(tuple, rows)), sum(count for _, count in of_all))
 
 
 def calibrate(
@@ -194,20 +185,17 @@ def calibrate(
     team = Team() if work_dir is None else work_dir.team
     check_tokens(source.config, windows.tokens_NT, source.label)
     own = windows.part(part_of(windows, team, runtime.batch_windows))
+    observed: list[ObservedBlock | None] = [None] * source.architecture.block_count
     if len(own.tokens_NT):
-        count, seqlen = own.tokens_NT.shape
+        # Of all windows, so that the number of processes leaves no trace.
+        count, seqlen = windows.tokens_NT.shape
         stride = max(1, min(seqlen, count * seqlen // SAMPLED_TOKENS)) if runs else None
         visitor = _Calibration(name, stride, is_alone=team.size == 1)
-        observed = pass_blocks(source, own, visitor, runtime, work_dir)
-    else:
-        blocks = range(source.architecture.block_count)
-        observed = [BlockSums(source.architecture.units_of(i)).observed(i) for i in blocks]
-    total = add_up(observed, team, runtime.device)
+        observed = [*pass_blocks(source, own, visitor, runtime, work_dir)]
+    total = [added_up(team, each) for each in observed]
     statistics = Statistics.of(total, calibration_record(source, windows, runtime, seed=seed))
     check_seen(source.units, statistics.units)
-    if not runs:
-        return statistics
-    return replace(statistics, runs=run_distances(observed, team, runtime.device))
+    return replace(statistics, runs=run_distances(observed, team)) if runs else statistics
 
 
 class _Calibration(Visitor[ObservedBlock]):
@@ -266,16 +254,16 @@ def observe(
     All activations are shown besides (see `StreamedBlock.advance`); where there is a stride, the
     hidden states of one of so many tokens are kept.
     """
-    sums = BlockSums(block.units)
-    passing: list[Tensor] = []
+    distance, passing = DistanceSum(), list[Tensor]()
+    sums = [UnitSums(unit.ffns, unit.removable_experts) for unit in block.units]
 
     def on_act(unit: int, ffn: int, act_RF: Tensor, window_R: Tensor) -> None:
-        sums.units[unit].add(act_RF, ffn)
+        sums[unit].add(act_RF, ffn)
         if on_activations is not None:
             on_activations(unit, ffn, act_RF, window_R)
 
     def on_hidden(input_BTD: Tensor, output_BTD: Tensor) -> None:
-        sums.distance.add(input_BTD, output_BTD)
+        distance.add(input_BTD, output_BTD)
         if stride is not None:
             # From amid the first so many on: the first token of a window is unlike all others.
             rows = [
@@ -286,10 +274,21 @@ def observe(
     block.advance(
         on_act,
         on_hidden,
-        lambda unit, before_BTD, after_BTD: sums.units[unit].sublayer.add(before_BTD, after_BTD),
-        lambda unit, expert, output_RD, _: sums.units[unit].add_output(expert, output_RD),
+        lambda unit, before_BTD, after_BTD: sums[unit].sublayer.add(before_BTD, after_BTD),
+        lambda unit, expert, output_RD, _: sums[unit].add_output(expert, output_RD),
     )
-    return sums.observed(block.index, torch.cat(passing, dim=1) if passing else None)
+    pairs = zip(block.units, sums, strict=True)
+    found = ObservedBlock(
+        BlockStatistics(distance.total, distance.tokens),
+        tuple(each.statistics(unit, distance.tokens) for unit, each in pairs),
+        torch.cat(passing, dim=1) if passing else None,
+    )
+    if not found.is_possible:
+        raise CalibrationError(
+            f"block {block.index} produced NaN or infinite activations; "
+            "use --dtype float32 or bfloat16"
+        )
+    return found
 
 
 def check_seen(units: Sequence[Unit], statistics: Sequence[UnitStatistics]) -> None:

@@ -27,41 +27,6 @@ STATISTICS_VERSION = 6
 _METADATA_KEY = "cfsp_statistics"
 
 
-def write_facts(path: Path, facts: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write JSON types and tensors to one file, atomically."""
-    # One entry only: the library writes several in random order, and the same statistics
-    # shall give the same bytes.
-    metadata = {_METADATA_KEY: json.dumps({"version": STATISTICS_VERSION, **facts})}
-    write_atomically(path, save(tensors, metadata=metadata))
-
-
-def read_facts(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return what `write_facts` wrote; nothing but the version is checked."""
-    if not path.is_file():
-        raise StatisticsError(f"{path} does not exist; make it with: cfsp calibrate MODEL")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise StatisticsError(
-            f"{path} is not a statistics file: {error}; make one with: cfsp calibrate MODEL"
-        ) from error
-    try:
-        facts: dict[str, Any] = json.loads(metadata[_METADATA_KEY])
-        version = facts["version"]
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise StatisticsError(
-            f"{path} is not a statistics file; make one with: cfsp calibrate MODEL"
-        ) from error
-    if version != STATISTICS_VERSION:
-        raise StatisticsError(
-            f"{path} has statistics version {version}, expected {STATISTICS_VERSION}; "
-            "calibrate again"
-        )
-    return facts, tensors
-
-
 # Of units whose experts' outputs are not looked at.
 NOT_SEEN = torch.zeros(0, dtype=torch.float64)
 
@@ -80,43 +45,29 @@ class BlockStatistics:
 
     @property
     def is_possible(self) -> bool:
-        """Whether the sum is not NaN or infinite."""
-        return math.isfinite(self.distance_sum)
-
-    @staticmethod
-    def from_json(entry: Mapping[str, Any], index: int) -> BlockStatistics:
-        """Return those of a block whose fields were written as JSON."""
-        tokens = int(entry["tokens"])
-        if tokens < 1:
-            raise ValueError(f"block {index} has seen {tokens} tokens")
-        return BlockStatistics(float(entry["distance_sum"]), tokens)
+        """Whether tokens were seen, and the sum is not NaN or infinite."""
+        return type(self.tokens) is int and self.tokens > 0 and math.isfinite(self.distance_sum)
 
 
 @dataclass(frozen=True)
 class UnitStatistics:
-    """What the calibration tokens did in one unit.
-
-    Attributes:
-        block: index of its block.
-        sum_of_squares_F: sum over all tokens of the square of each activation that enters the
-            unit's down matrix, float64: of an FFN one for each channel.
-        tokens: number of tokens that passed the block.
-        routed_E: tokens that were routed to each expert; empty in a unit with one FFN. Channels
-            are then numbered through, expert after expert, and sums are over the tokens that
-            were routed to the expert, activations weighted as the router weights its output.
-        part: what it is a unit of.
-        distance_sum: of an attention, sum over tokens of the angular distance between the hidden
-            state before it and that after it; None where these are not seen.
-        output_norm_E: sum over the tokens routed to each expert of the L2 norm of what it adds,
-            its output times the router's weight, float64; empty where whole experts can't go.
-    """
+    """What the calibration tokens did in one unit; sums of tensors are float64."""
 
     block: int
+    # Over tokens, of the square of each activation that enters the unit's down matrix: of an FFN
+    # one for each channel.
     sum_of_squares_F: Tensor
-    tokens: int
+    tokens: int  # that passed the block
+    # Tokens that were routed to each expert; empty in a unit with one FFN. Channels are then
+    # numbered through, expert after expert, and sums are over the tokens that were routed to the
+    # expert, activations weighted as the router weights its output.
     routed_E: tuple[int, ...] = ()
     part: Part = "ffn"
+    # Of an attention, over tokens, of the angular distance between the hidden state before it and
+    # that after it; None where these are not seen.
     distance_sum: float | None = None
+    # Over the tokens routed to each expert, of the L2 norm of what it adds, its output times the
+    # router's weight; empty where whole experts can't go.
     output_norm_E: Tensor = NOT_SEEN
 
     @property
@@ -148,57 +99,27 @@ class UnitStatistics:
 
     @property
     def is_possible(self) -> bool:
-        """Whether no sum is NaN, infinite, or negative where it cannot be."""
-        sums = torch.cat([self.sum_of_squares_F, self.output_norm_E])
-        possible = bool(((sums >= 0) & torch.isfinite(sums)).all())
-        return possible and math.isfinite(self.distance_sum or 0.0)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what is written of a unit besides its tensors."""
-        entry: dict[str, Any] = {"block": self.block, "tokens": self.tokens}
-        if self.routed_E:
-            entry["routed"] = self.routed_E
-        if self.part != "ffn":
-            entry["part"] = self.part
-        if self.distance_sum is not None:
-            entry["distance_sum"] = self.distance_sum
-        return entry
-
-    @staticmethod
-    def from_json(
-        entry: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str
-    ) -> UnitStatistics:
-        """Return those of a unit, whose tensors begin with a name."""
-        squares_F = tensors[f"{name}.sum_of_squares"]
-        if squares_F.ndim != 1:
-            raise ValueError(f"{name} has sums of shape {squares_F.shape}")
-        block, tokens = int(entry["block"]), int(entry["tokens"])
-        if tokens < 1:
-            raise ValueError(f"{name} has seen {tokens} tokens")
-        routed_E = tuple(int(seen) for seen in entry.get("routed", ()))
-        if routed_E and (min(routed_E) < 0 or len(squares_F) % len(routed_E)):
-            raise ValueError(f"{name} has {len(squares_F)} channels in {len(routed_E)} experts")
-        norm_E = tensors.get(f"{name}.output_norm", NOT_SEEN).double()
-        if len(norm_E) not in (0, len(routed_E)):
-            raise ValueError(f"{name} has outputs of {len(norm_E)} experts")
-        part = entry.get("part", "ffn")
-        if part not in UNIT_PARTS:
-            raise ValueError(f"{name} is of the part {part!r}")
-        distance = float(entry["distance_sum"]) if "distance_sum" in entry else None
-        return UnitStatistics(block, squares_F.double(), tokens, routed_E, part, distance, norm_E)
+        """Whether tokens were seen, and no sum is NaN, infinite, negative or of another shape."""
+        sums = torch.cat([self.sum_of_squares_F.flatten(), self.output_norm_E])
+        return (
+            BlockStatistics(self.distance_sum or 0.0, self.tokens).is_possible
+            and self.sum_of_squares_F.ndim == 1
+            and min(self.routed_E, default=0) >= 0
+            and len(self.sum_of_squares_F) % self.ffns == 0
+            and len(self.output_norm_E) in (0, len(self.routed_E))
+            and self.part in UNIT_PARTS
+            and bool(((sums >= 0) & torch.isfinite(sums)).all())
+        )
 
 
 @dataclass(frozen=True)
 class CalibrationRecord:
     """The conditions of a calibration, for the manifest and for refusing what doesn't fit."""
 
-    # How the user called it.
-    model: str
+    model: str  # as the user called it
     fingerprint: str
-    # Windows from each source of text.
-    sources: dict[str, int]
-    # SHA-256 of the exact token ids.
-    tokens_digest: str
+    sources: dict[str, int]  # windows from each source of text
+    tokens_digest: str  # SHA-256 of the exact token ids
     windows: int
     seqlen: int
     seed: int
@@ -227,39 +148,92 @@ class ObservedBlock:
     # blocks are not compared.
     passing: Tensor | None = None
 
+    @property
+    def is_possible(self) -> bool:
+        """Whether all that was gathered is."""
+        return self.block.is_possible and all(unit.is_possible for unit in self.units)
+
     def save(self, directory: Path, index: int) -> None:
         """Write what was gathered in the block at an index, for a killed pass."""
-        tensors = tensors_of(self.units)
-        if self.passing is not None:
-            tensors["passing"] = self.passing.contiguous()
-        units = [unit.to_json() for unit in self.units]
-        write_facts(_path(directory, index), {"block": asdict(self.block), "units": units}, tensors)
+        more = {} if self.passing is None else {"passing": self.passing.contiguous()}
+        write_facts(_path(directory, index), {"block": asdict(self.block)}, self.units, more)
 
     @staticmethod
     def load(directory: Path, index: int) -> ObservedBlock:
         """Read what `save` wrote."""
         facts, tensors = read_facts(_path(directory, index))
-        block = BlockStatistics.from_json(facts["block"], index)
-        return ObservedBlock(block, units_from_json(facts, tensors), tensors.get("passing"))
+        block = BlockStatistics(**facts["block"])
+        return ObservedBlock(block, units_from(facts, tensors), tensors.get("passing"))
 
 
-def tensors_of(units: Sequence[UnitStatistics]) -> dict[str, Tensor]:
-    """Return what is written of units besides JSON types."""
-    tensors: dict[str, Tensor] = {}
-    for i, unit in enumerate(units):
-        tensors[f"units.{i}.sum_of_squares"] = unit.sum_of_squares_F.contiguous()
+def write_facts(
+    path: Path,
+    facts: Mapping[str, Any],
+    units: Sequence[UnitStatistics],
+    more: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write JSON types, units and more tensors to one file, atomically."""
+    tensors, entries = dict(more or {}), []
+    for number, unit in enumerate(units):
+        entry: dict[str, Any] = {"block": unit.block, "tokens": unit.tokens}
+        if unit.routed_E:
+            entry["routed"] = unit.routed_E
+        if unit.part != "ffn":
+            entry["part"] = unit.part
+        if unit.distance_sum is not None:
+            entry["distance_sum"] = unit.distance_sum
+        entries.append(entry)
+        tensors[f"units.{number}.sum_of_squares"] = unit.sum_of_squares_F.contiguous()
         if len(unit.output_norm_E):
-            tensors[f"units.{i}.output_norm"] = unit.output_norm_E.contiguous()
-    return tensors
+            tensors[f"units.{number}.output_norm"] = unit.output_norm_E.contiguous()
+    # One entry only: the library writes several in random order, and the same statistics
+    # shall give the same bytes.
+    text = json.dumps({"version": STATISTICS_VERSION, **facts, "units": entries})
+    write_atomically(path, save(tensors, metadata={_METADATA_KEY: text}))
 
 
-def units_from_json(
+def read_facts(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what `write_facts` wrote; nothing but the version is checked."""
+    if not path.is_file():
+        raise StatisticsError(f"{path} does not exist; make it with: cfsp calibrate MODEL")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise StatisticsError(
+            f"{path} is not a statistics file: {error}; make one with: cfsp calibrate MODEL"
+        ) from error
+    try:
+        facts: dict[str, Any] = json.loads(metadata[_METADATA_KEY])
+        version = facts["version"]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise StatisticsError(
+            f"{path} is not a statistics file; make one with: cfsp calibrate MODEL"
+        ) from error
+    if version != STATISTICS_VERSION:
+        raise StatisticsError(
+            f"{path} has statistics version {version}, expected {STATISTICS_VERSION}; "
+            "calibrate again"
+        )
+    return facts, tensors
+
+
+def units_from(
     facts: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[UnitStatistics, ...]:
-    """Return the units of a file."""
+    """Return the units of a file; see `UnitStatistics.is_possible`."""
     return tuple(
-        UnitStatistics.from_json(entry, tensors, f"units.{i}")
-        for i, entry in enumerate(facts["units"])
+        UnitStatistics(
+            block=int(entry["block"]),
+            sum_of_squares_F=tensors[f"units.{number}.sum_of_squares"].double(),
+            tokens=entry["tokens"],
+            routed_E=tuple(int(seen) for seen in entry.get("routed", ())),
+            part=entry.get("part", "ffn"),
+            distance_sum=entry.get("distance_sum"),
+            output_norm_E=tensors.get(f"units.{number}.output_norm", NOT_SEEN).double(),
+        )
+        for number, entry in enumerate(facts["units"])
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,7 @@ from cfsp.calibration.observed import (
     ObservedBlock,
     UnitStatistics,
     read_facts,
-    tensors_of,
-    units_from_json,
+    units_from,
     write_facts,
 )
 from cfsp.errors import StatisticsError
@@ -32,15 +32,13 @@ from cfsp.settings import WHOLE_PARTS, Part, WholePart
 class Sensitivity:
     """What pruning one part of each block alone does to the predictions.
 
-    See `cfsp.selection.sensitivity`. A block that has none of the part loses nothing.
+    See `cfsp.selection.divergence`. A block that has none of the part loses nothing.
     """
 
     # KL(dense || that block's FFNs pruned), in nats per token.
     divergence_L: tuple[float, ...]
-    # The share of the channels of the block's FFNs that stayed.
-    kept_L: tuple[float, ...]
-    # Windows that it was measured on.
-    windows: int
+    kept_L: tuple[float, ...]  # the share of the channels of the block's FFNs that stayed
+    windows: int  # windows that it was measured on
     # The same of other parts by their names, such as `kv`.
     other_parts: dict[str, Sensitivity] = field(default_factory=dict)
 
@@ -69,13 +67,9 @@ class Sensitivity:
             other_parts={part: each.of_blocks(blocks) for part, each in self.other_parts.items()},
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """Return JSON types."""
-        return asdict(self)
-
     @staticmethod
     def from_json(fields: Mapping[str, Any] | None, blocks: int) -> Sensitivity | None:
-        """Return that of so many blocks, of what `to_json` made; ValueError if it cannot be."""
+        """Return that of so many blocks, of its fields as JSON; ValueError if it cannot be."""
         if fields is None:
             return None
         divergence_L = tuple(map(float, fields["divergence_L"]))
@@ -96,13 +90,11 @@ class Sensitivity:
 class Removal:
     """A block or an attention that goes next, after others (`cfsp.selection.drop_order`)."""
 
-    # Its index, or that of the attention's block.
-    block: int
+    block: int  # its index, or that of the attention's block
     # KL(dense || without it and those before it), in nats per token.
     divergence: float
     part: WholePart = "blocks"
-    # The parts that it was chosen among, where these are several.
-    among: tuple[WholePart, ...] = ()
+    among: tuple[WholePart, ...] = ()  # the parts that it was chosen among, where these are several
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON types."""
@@ -126,13 +118,8 @@ class Removal:
             for each in fields
         )
         places = {(each.among, each.part, each.block) for each in found}
-        possible = {
-            (among, part, block)
-            for among in ((), WHOLE_PARTS)
-            for part in WHOLE_PARTS
-            for block in range(blocks)
-        }
-        if len(places) < len(found) or not places <= possible:
+        possible = product(((), WHOLE_PARTS), WHOLE_PARTS, range(blocks))
+        if len(places) < len(found) or not places <= {*possible}:
             raise ValueError(f"of {blocks} blocks those that go are {sorted(places)}")
         return found
 
@@ -277,15 +264,14 @@ class Statistics:
         facts: dict[str, Any] = {
             "record": asdict(self.record),
             "blocks": [asdict(block) for block in self.blocks],
-            "units": [unit.to_json() for unit in self.units],
         }
         if self.sensitivity:
-            facts["sensitivity"] = self.sensitivity.to_json()
+            facts["sensitivity"] = asdict(self.sensitivity)
         if self.removals:
             facts["removals"] = [each.to_json() for each in self.removals]
         if self.runs:
             facts["runs"] = asdict(self.runs)
-        write_facts(path, facts, tensors_of(self.units))
+        write_facts(path, facts, self.units)
 
     @classmethod
     def load(cls, path: Path) -> Statistics:
@@ -297,11 +283,14 @@ class Statistics:
         facts, tensors = read_facts(path)
         try:
             record = CalibrationRecord.from_json(facts["record"])
-            blocks = tuple(map(BlockStatistics.from_json, facts["blocks"], range(1 << 31)))
+            blocks = tuple(
+                BlockStatistics(each["distance_sum"], each["tokens"]) for each in facts["blocks"]
+            )
             count = len(blocks)
-            units = units_from_json(facts, tensors)
+            units = units_from(facts, tensors)
             order = [unit.block for unit in units]
-            if order != sorted(order) or not all(0 <= block < count for block in order):
+            in_order = order == sorted(order) and all(0 <= block < count for block in order)
+            if not (blocks and in_order):
                 raise ValueError(f"the FFNs of {count} blocks are said to be in blocks {order}")
             found = cls(
                 blocks,
@@ -311,12 +300,10 @@ class Statistics:
                 Removal.all_from_json(facts.get("removals", ()), count),
                 RunDistances.from_json(facts.get("runs"), count),
             )
+            wrong = [i for i, block in enumerate(blocks) if not block.is_possible]
+            wrong += [unit.block for unit in units if not unit.is_possible]
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise StatisticsError(f"{path} is damaged: {error!r}; calibrate again") from error
-        if not blocks:
-            raise StatisticsError(f"{path} describes no block; calibrate again")
-        wrong = [i for i, block in enumerate(blocks) if not block.is_possible]
-        wrong += [unit.block for unit in units if not unit.is_possible]
         if wrong:
             raise StatisticsError(
                 f"{path} has NaN, infinite or impossible values in block {min(wrong)}; "

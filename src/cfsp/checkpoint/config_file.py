@@ -10,9 +10,12 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cfsp.checkpoint.modeling_code import FFN_WIDTHS, PER_LAYER_CONFIG
+import transformers
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from cfsp.checkpoint.modeling_code import FFN_WIDTHS, KV_GROUPS, PER_LAYER_CONFIG
 from cfsp.checkpoint.own_files import CONFIG_FILE, MODELING_FILE
 from cfsp.checkpoint.quantisation import (
     QUANTISATION_KEYS,
@@ -21,9 +24,6 @@ from cfsp.checkpoint.quantisation import (
     quantisation_in,
 )
 from cfsp.errors import CheckpointError, UnsupportedModelError, refusing_bad_json
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 _MOST_BLOCKS = 10_000
 _MOST_EXPERTS = 1 << 16
@@ -50,9 +50,6 @@ def read_config(directory: Path) -> tuple[PreTrainedConfig, Quantisation | None]
 
     Raises a `CheckpointError` where no model can be built from it, or it cannot be dequantised.
     """
-    import transformers
-    from transformers import CONFIG_MAPPING
-
     path = directory / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(
@@ -117,12 +114,15 @@ def _check_numbers(path: Path, fields: dict[str, Any]) -> None:
         # Some types give a list with a number for each block.
         for number in value if isinstance(value, list) else [value]:
             if type(number) is not int or not least <= number <= most:
-                raise _unusable(
-                    path, fields, f"{key} is {value!r}, expected a whole number from 1 to {most}"
-                )
+                wanted = f"expected a whole number from {least} to {most}"
+                raise _unusable(path, fields, f"{key} is {value!r}, {wanted}")
+    classes = fields.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(each, str) for each in classes):
+        named = str(classes)[:40]
+        raise _unusable(path, fields, f"architectures is {named}, expected names of classes")
     blocks = fields.get("num_hidden_layers", fields.get("n_layer")) or _MOST_BLOCKS
     # Keys are block numbers; transformers makes a config for each of them.
-    for name in (PER_LAYER_CONFIG, FFN_WIDTHS):
+    for name in (PER_LAYER_CONFIG, FFN_WIDTHS, KV_GROUPS):
         entries = fields.get(name) or {}
         if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
             raise _unusable(

@@ -11,15 +11,21 @@ import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, conversion_mapping
+from transformers.core_model_loading import (
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
 from cfsp.checkpoint.tensor_file import TensorSpec, specs_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # Index into a parameter.
 Place = tuple[int | slice, ...]
@@ -90,8 +96,6 @@ class Conversion:
     def without_choice(self) -> Conversion:
         """Return the same, where it asks for shapes with the answer that they have now."""
         # What is to be stored as it was before has to know whether a matrix was transposed.
-        from transformers.core_model_loading import Transpose
-
         operations = [] if self.converter is None else self.converter.operations
         if [getattr(step, "check_dims", 0) for step in operations] != [True]:
             return self
@@ -148,15 +152,7 @@ def find_conversions(
     Second come those that it leaves, with the name that each would have in memory. It is the first
     half of transformers' `convert_and_load_state_dict_in_model`, without values.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
-
-    mapping = get_model_conversion_mapping(model)
+    mapping = conversion_mapping.get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     converter_of = {pattern: entry for entry in converters for pattern in entry.source_patterns}
@@ -190,8 +186,6 @@ def find_conversions(
 
 def as_saved(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors under the names, and in the shapes, that `save_pretrained` gives them."""
-    from transformers.core_model_loading import revert_weight_conversion
-
     return dict(revert_weight_conversion(model, dict(state)))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
-from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from cfsp.checkpoint.llama_cpp import tokens_differ
 from cfsp.checkpoint.output import staged_directory
@@ -29,7 +29,6 @@ from cfsp.progress import library_progress
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _logger = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ _CONVERSION = 3
 # Quantising the same matrix twice gives copies that differ by some percent (Q4_K by 4%); a head
 # that was trained by itself has nothing of the embedding.
 _SAME_MATRIX = 0.2
-_ROWS_AT_ONCE = 4096
+_ROWS = 4096  # that are compared
 # Where tokenizer_config.json keeps the name of the pre-tokenizer, for the way back.
 PRE_TOKENIZER_KEY = "gguf_pre_tokenizer"
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
@@ -137,8 +136,9 @@ def _tie_again(model: PreTrainedModel, path: Path, reader: GGUFReader) -> None:
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     if embedding is head or not model._tied_weights_keys or embedding.shape != head.shape:
         return
-    apart = _relative_difference(embedding, head)
-    if apart > _SAME_MATRIX:
+    one, other = (each.detach()[:_ROWS].double() for each in (embedding, head))
+    apart = float((one - other).norm() / one.norm())
+    if not apart <= _SAME_MATRIX:
         return
     bits = _bits_per_weight(reader)
     if bits.get(_HEAD, 0) > bits.get(_EMBEDDING, 0):
@@ -159,19 +159,8 @@ def _bits_per_weight(reader: GGUFReader) -> dict[str, float]:
     return {each.name: 8 * int(each.n_bytes) / int(each.n_elements) for each in reader.tensors}
 
 
-def _relative_difference(one_VD: Tensor, other_VD: Tensor) -> float:
-    """Return the root mean square of the difference, relative to that of the first."""
-    difference = size = 0.0
-    parts = (torch.split(tensor, _ROWS_AT_ONCE) for tensor in (one_VD, other_VD))
-    for one, other in zip(*parts, strict=True):
-        difference += float((one.detach().double() - other.detach().double()).square().sum())
-        size += float(one.detach().double().square().sum())
-    return (difference / size) ** 0.5 if size else float("inf")
-
-
 def _read_tokenizer(path: Path, reader: GGUFReader) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a file, with BOS and the splits that llama.cpp would make."""
-    from transformers import AutoTokenizer
 
     def field(name: str, default: Any = None) -> Any:
         found = reader.get_field(f"tokenizer.ggml.{name}")
@@ -208,8 +197,6 @@ def _without_space_prefix(backend: Any) -> None:
 
 def _warn_of_other_tokens(path: Path, directory: Path) -> None:
     """Warn where the tokenizer of a converted model splits text otherwise than its .gguf file's."""
-    from transformers import AutoTokenizer
-
     # As it will be loaded: some model types have a tokenizer class that splits in its own way.
     tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     name = tokenizer.init_kwargs.get(PRE_TOKENIZER_KEY)

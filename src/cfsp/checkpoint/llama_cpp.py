@@ -6,13 +6,12 @@ is set here, once: one that belongs to a user is freed with that user, and the n
 the process. On a damaged vocabulary it ends the process that it is in, so tokens come from one of
 their own, which imports no torch.
 
-Shapes: B sequences, T tokens, V vocabulary.
+Shapes: T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,7 +25,6 @@ import numpy as np
 from cfsp.errors import ExportError, MissingExtraError
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
@@ -157,13 +155,12 @@ class LlamaCpp:
         self._lib.llama_free(self._context)
         self._lib.llama_model_free(self._model)
 
-    def start(self, context: int, sequences: int = 1, **settings: Any) -> None:
-        """Make room for new sequences of so many tokens together, by the library's settings."""
+    def start(self, context: int, **settings: Any) -> None:
+        """Make room for a new sequence of so many tokens, by the library's settings."""
         if self._context != self._ffi.NULL:
             self._lib.llama_free(self._context)
         asked = self._lib.llama_context_default_params()
         asked.n_ctx = asked.n_batch = context
-        asked.n_seq_max = sequences
         asked.n_threads = asked.n_threads_batch = self._threads
         for name, value in settings.items():
             setattr(asked, name, value)
@@ -176,47 +173,41 @@ class LlamaCpp:
         self._past = 0
 
     def forget(self) -> None:
-        """Begin all sequences anew."""
+        """Begin the sequence anew."""
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
         self._past = 0
 
     def rewind(self, length: int) -> None:
-        """Forget all tokens of a single sequence but the first ones."""
+        """Forget all tokens but the first ones."""
         memory = self._lib.llama_get_memory(self._context)
         removed = self._lib.llama_memory_seq_rm(memory, 0, length, -1)
         assert removed, "a cache of keys and values can be cut anywhere"
         self._past = length
 
     def feed(self, tokens: Sequence[int], last: int | None = None) -> Tensor:
-        """Read more tokens of a single sequence; return logits_TV after the last ones, or all."""
+        """Read more tokens of the sequence; return logits_TV after the last ones, or all."""
         import torch
 
-        logits_TV = self.decode([tokens], len(tokens) if last is None else last)
-        return torch.from_numpy(logits_TV.copy())
-
-    def decode(self, tokens_BT: Sequence[Sequence[int]], last: int = 1) -> NDArray[np.float32]:
-        """Read more tokens of every sequence; return the logits after the last, (B * last, V)."""
-        # They are the library's memory: until the next call.
-        length = len(tokens_BT[0])
-        batch = self._lib.llama_batch_init(len(tokens_BT) * length, 0, 1)
+        length, last = len(tokens), len(tokens) if last is None else last
+        batch = self._lib.llama_batch_init(length, 0, 1)
         try:
-            batch.n_tokens = len(tokens_BT) * length
-            for i in range(batch.n_tokens):
-                sequence, offset = divmod(i, length)
-                batch.token[i] = tokens_BT[sequence][offset]
-                batch.pos[i] = self._past + offset
+            batch.n_tokens = length
+            for i, token in enumerate(tokens):
+                batch.token[i] = token
+                batch.pos[i] = self._past + i
                 batch.n_seq_id[i] = 1
-                batch.seq_id[i][0] = sequence
-                batch.logits[i] = offset >= length - last
+                batch.seq_id[i][0] = 0
+                batch.logits[i] = i >= length - last
             status = self._lib.llama_decode(self._context, batch)
         finally:
             self._lib.llama_batch_free(batch)
         if status != 0:
             raise ExportError(f"{llama_cpp_version()} failed with status {status}")
         self._past += length
-        shape = len(tokens_BT) * last, self.vocabulary
-        data = self._ffi.buffer(self._lib.llama_get_logits(self._context), 4 * math.prod(shape))
-        return np.frombuffer(data, dtype=np.float32).reshape(shape)
+        size = 4 * last * self.vocabulary
+        data = self._ffi.buffer(self._lib.llama_get_logits(self._context), size)
+        logits_TV = np.frombuffer(data, dtype=np.float32).reshape(last, self.vocabulary)
+        return torch.from_numpy(logits_TV.copy())  # the memory is the library's
 
 
 def quantise(source: Path, target: Path, file_type: int) -> None:

@@ -8,15 +8,12 @@ from typing import Any
 
 import torch
 from torch.nn import Module
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
-from cfsp.checkpoint.locating import locate_model
+from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint, check_complete, read_tensors
-from cfsp.checkpoint.skeleton import (
-    build_skeleton,
-    fill,
-    model_class,
-)
+from cfsp.checkpoint.skeleton import build_skeleton, fill, model_class
 from cfsp.errors import UsageError
 from cfsp.progress import library_progress
 
@@ -40,15 +37,14 @@ def load(
     Raises:
         CheckpointError: there is no such model, or it is damaged.
     """
-    directory = locate_model(name)
-    checkpoint = Checkpoint(directory, str(name))
+    checkpoint = open_checkpoint(name)
     if isinstance(dtype, str):
         dtype = compute_dtype(checkpoint, dtype)
     check_complete(checkpoint)
     with library_progress():
         build: Any = model_class(checkpoint.config)
         if checkpoint.quantisation is None:
-            model: Any = build.from_pretrained(directory, dtype=dtype)
+            model: Any = build.from_pretrained(checkpoint.directory, dtype=dtype)
         else:
             model = _dequantised_model(checkpoint, dtype)
     if device is not None:
@@ -58,9 +54,6 @@ def load(
 
 def _dequantised_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     """Return the model of a quantised checkpoint; one dequantised tensor is read at a time."""
-    from transformers import GenerationConfig
-    from transformers.utils import GENERATION_CONFIG_NAME
-
     model = build_skeleton(checkpoint.config, dtype)
     fill(model, read_tensors(model, "", checkpoint, dtype), torch.device("cpu"))
     model.tie_weights()

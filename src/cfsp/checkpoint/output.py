@@ -59,39 +59,30 @@ def created_parents(target: Path) -> Iterator[None]:
 
 @contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
-    """Keep other runs out of a directory; it is created, and removed if it is empty at the end."""
-    # The lock lies beside it, so that an empty directory stays one.
+    """Keep other runs out of a directory; it is created, and removed if it is empty at the end.
+
+    The system gives the lock back when the process ends, however that happens.
+    """
+    # It lies beside the directory, so that an empty one stays one.
     lock_file = directory.absolute().with_name(f".{directory.absolute().name}.lock")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _cannot_write(directory, error) from error
-    with lock_out_others(lock_file, directory):
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # there is something in it, or it is gone
-                directory.rmdir()
-            # While it is held: whoever has opened it meanwhile sees that it is gone.
-            with contextlib.suppress(OSError):  # Windows removes it when it is released
-                lock_file.unlink()
-
-
-@contextmanager
-def lock_out_others(lock_file: Path, place: Path) -> Iterator[None]:
-    """Hold a lock; the system gives it back when the process ends, however that happens."""
     lock = FileLock(lock_file, timeout=0)
     try:
+        directory.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
         raise OutputError(
-            f"another run is working in {place}; wait for it, or choose another output"
+            f"another run is working in {directory}; wait for it, or choose another output"
         ) from error
     except OSError as error:
-        raise _cannot_write(lock_file, error) from error
+        raise _cannot_write(directory, error) from error
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):  # there is something in it, or it is gone
+            directory.rmdir()
+        # While it is held: whoever has opened it meanwhile sees that it is gone.
+        with contextlib.suppress(OSError):  # Windows removes it when it is released
+            lock_file.unlink()
         lock.release()
 
 

@@ -22,13 +22,12 @@ from transformers import PreTrainedConfig
 
 from cfsp.architecture.found import Architecture, Unit
 from cfsp.architecture.model_classes import PRUNED, model_class_of, with_values
-from cfsp.checkpoint.config_blocks import stock_without_blocks
 from cfsp.checkpoint.config_file import read_plain_fields
 from cfsp.checkpoint.modeling_code import FFN_WIDTHS, KV_GROUPS, PER_LAYER_CONFIG, ModelingFile
 from cfsp.checkpoint.own_files import CONFIG_FILE, MODELING_FILE
 from cfsp.checkpoint.skeleton import PRUNED_KEY, stock_config
+from cfsp.checkpoint.stock_keys import WidthSearch, stock_heads, stock_without_blocks
 from cfsp.checkpoint.text_config import text_config_of, text_path
-from cfsp.checkpoint.width_keys import WidthSearch, stock_heads
 from cfsp.errors import UnsupportedModelError
 from cfsp.settings import Part
 
@@ -36,59 +35,45 @@ if TYPE_CHECKING:
     from cfsp.checkpoint.reading import Checkpoint
 
 
-def pruned_config(
-    config: PreTrainedConfig,
-    architecture: Architecture,
-    widths: Sequence[int],
-    removed: Collection[int] = (),
-    experts: int | None = None,
-) -> PreTrainedConfig:
-    """Return the config of the pruned model, of the class that the source's config has.
+@dataclass(frozen=True)
+class ConfigChanges:
+    """What keys of a config become; None where they must not be there."""
 
-    `widths` are of every unit of the blocks that stay, `removed` the blocks that go, and so many
-    routed `experts` of each block stay. What no config of the class can say is an
-    `UnsupportedModelError`.
-    """
-    changes = _changes(config, architecture, widths, removed, experts)
-    changed = with_values(stock_config(config), changes.text)
-    # Last of all: it makes a config for every block out of the whole.
-    per_layer = changes.whole.pop(PER_LAYER_CONFIG, None)
-    for key, value in changes.whole.items():
-        if value is not None:
-            setattr(changed, key, value)
-        elif hasattr(changed, key):
-            delattr(changed, key)
-    if per_layer is not None:
-        changed.per_layer_config = per_layer
-    return changed
+    text: dict[str, Any]  # of the text config, which may be the config itself
+    whole: dict[str, Any]
+    file: ModelingFile | None = None  # that the config needs
 
+    def applied_to(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Return the config of the pruned model, of the class that the source's config has."""
+        changed, whole = with_values(stock_config(config), self.text), dict(self.whole)
+        per_layer = whole.pop(PER_LAYER_CONFIG, None)
+        for key, value in whole.items():
+            if value is not None:
+                setattr(changed, key, value)
+            elif hasattr(changed, key):
+                delattr(changed, key)
+        if per_layer is not None:  # last of all: it makes a config for every block out of the whole
+            changed.per_layer_config = per_layer
+        return changed
 
-def write_config(
-    source: Checkpoint,
-    target: Path,
-    widths: Sequence[int],
-    removed: Collection[int] = (),
-    experts: int | None = None,
-) -> None:
-    """Write config.json and the modelling file that it needs, if any; see `pruned_config`."""
-    config = source.config
-    changes = _changes(config, source.architecture, widths, removed, experts)
-    fields = read_plain_fields(source.directory)
-    text_fields = fields
-    for name in text_path(config):
-        text_fields = text_fields.setdefault(name, {})
-    # What a class calls a key now may stand there under an older name, and both under one.
-    names = text_config_of(config).attribute_map
-    for key, value in changes.text.items():
-        given = {key, *(old for old, new in names.items() if new == key)} & text_fields.keys()
-        text_fields.update(dict.fromkeys(sorted(given) or [key], value))
-    # The order of what stays is that of the source.
-    whole = changes.whole
-    fields = {k: v for k, v in fields.items() if whole.get(k, v) is not None or v is None}
-    fields |= {k: v for k, v in whole.items() if v is not None}
-    (target / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    if changes.file is not None:
-        (target / MODELING_FILE).write_text(changes.file.text, encoding="utf-8")
+    def write(self, source: Checkpoint, target: Path) -> None:
+        """Write config.json and the modelling file that it needs, if any."""
+        fields = read_plain_fields(source.directory)
+        text_fields = fields
+        for name in text_path(source.config):
+            text_fields = text_fields.setdefault(name, {})
+        # What a class calls a key now may stand there under an older name, and both under one.
+        names = text_config_of(source.config).attribute_map
+        for key, value in self.text.items():
+            given = {key, *(old for old, new in names.items() if new == key)} & text_fields.keys()
+            text_fields.update(dict.fromkeys(sorted(given) or [key], value))
+        # The order of what stays is that of the source.
+        whole = self.whole
+        fields = {k: v for k, v in fields.items() if whole.get(k, v) is not None or v is None}
+        fields |= {k: v for k, v in whole.items() if v is not None}
+        (target / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        if self.file is not None:
+            (target / MODELING_FILE).write_text(self.file.text, encoding="utf-8")
 
 
 def check_attentions_can_go_alone(config: PreTrainedConfig, architecture: Architecture) -> None:
@@ -96,29 +81,23 @@ def check_attentions_can_go_alone(config: PreTrainedConfig, architecture: Archit
     layers = [index for index, unit in enumerate(architecture.units) if unit.part == "kv"]
     widths = architecture.widths
     widths[layers[0]] = 0
-    pruned_config(config, architecture, widths)
+    config_changes(config, architecture, widths)
 
 
-@dataclass(frozen=True)
-class _Changes:
-    """What keys of a config become; None where they must not be there."""
-
-    text: dict[str, Any]  # of the text config, which may be the config itself
-    whole: dict[str, Any]
-    file: ModelingFile | None = None
-
-
-def _changes(
+def config_changes(
     config: PreTrainedConfig,
     architecture: Architecture,
     widths: Sequence[int],
-    removed: Collection[int],
-    experts: int | None,
-) -> _Changes:
-    text: dict[str, Any] = {}
-    stock = stock_config(config)
-    if removed:
-        stock, architecture, text = stock_without_blocks(stock, architecture, removed)
+    removed: Collection[int] = (),
+    experts: int | None = None,
+) -> ConfigChanges:
+    """Return what changes in a model's config when it is pruned.
+
+    `widths` are of every unit of the blocks that stay, `removed` the blocks that go, and so many
+    routed `experts` of each block stay. What no config of the class can say is an
+    `UnsupportedModelError`.
+    """
+    stock, architecture, text = stock_without_blocks(stock_config(config), architecture, removed)
     if experts is not None:
         assert architecture.experts is not None
         text[architecture.experts.key] = experts
@@ -162,16 +141,16 @@ def _changes(
             "channels too (--parts attention,ffn)"
         )
     if not parts:
-        return _Changes(text, whole)
+        return ConfigChanges(text, whole)
     file = ModelingFile(architecture, model_class, type(config), ffn_key, tuple(parts))
     whole["architectures"] = [f"{PRUNED}{model_class.__name__}"]
     whole["auto_map"] = file.auto_map
-    return _Changes(text, whole, file)
+    return ConfigChanges(text, whole, file)
 
 
 def _of_ffns(
     stock: PreTrainedConfig, architecture: Architecture, widths: Sequence[int], would_load: bool
-) -> tuple[_Changes, str | None]:
+) -> tuple[ConfigChanges, str | None]:
     """Return what the widths of FFNs say of keys, and what `per_layer_config` then calls a width.
 
     `would_load` says that the stock class builds all else, although it must not.
@@ -180,19 +159,19 @@ def _of_ffns(
     stock_values = search.stock_values(widths)
     would_load = would_load and stock_values is not None
     if stock_values is not None and not would_load:
-        return _Changes(stock_values, {}), None
+        return ConfigChanges(stock_values, {}), None
     key = _per_layer_key(search, architecture)
     value = max(widths) * (2 if would_load else 1)
-    if key is not None and search.finds_units({key: value}):
+    if key is not None and search.is_width_alone(key, value):
         digits = len(str(len(widths) - 1))
         per_layer = {str(i).zfill(digits): {key: width} for i, width in enumerate(widths)}
-        return _Changes({key: value}, {PER_LAYER_CONFIG: per_layer}), key
+        return ConfigChanges({key: value}, {PER_LAYER_CONFIG: per_layer}), key
     by_place = {FFN_WIDTHS: _by_place(architecture.units, widths)}
     if not would_load:
-        return _Changes({}, by_place), None
+        return ConfigChanges({}, by_place), None
     if wrong := search.wrong_value(widths):
-        return _Changes(wrong, by_place), None
-    return _Changes(stock_values or {}, {}), None
+        return ConfigChanges(wrong, by_place), None
+    return ConfigChanges(stock_values or {}, {}), None
 
 
 def _by_place(units: Sequence[Unit], widths: Sequence[int]) -> dict[str, dict[str, int]]:

@@ -11,8 +11,7 @@ Shapes: E experts, O outputs, I inputs, G groups of inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -25,8 +24,8 @@ from cfsp.errors import CheckpointError
 # Where a config says how its weights are quantised; the second is that of old compressed-tensors.
 QUANTISATION_KEYS = ("quantization_config", "compression_config")
 
-# The tensors that one weight is stored as, by what their names end with.
-Parts = Mapping[str, FileTensor]
+# Ends the name of what is subtracted before values are scaled, if there is any.
+_ZERO_POINT = "_zero_point"
 
 # FP4 (E2M1): a sign, two bits of exponent, one of mantissa.
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -87,13 +86,12 @@ class _NotUndoneError(Exception):
     """A way to quantise that cfsp does not undo; names it."""
 
 
-def _from_mxfp4(parts: Parts, dtype: torch.dtype) -> DequantisedTensor:
+def _from_mxfp4(blocks: FileTensor, scales: FileTensor, dtype: torch.dtype) -> DequantisedTensor:
     """Return experts that are stored as pairs of FP4 numbers, 32 with a common exponent.
 
     Stored outputs x inputs, they are inputs x outputs in memory, as in gpt-oss: from E x O x G x 16
     bytes and E x O x G exponents to E x I x O.
     """
-    blocks, scales = parts["_blocks"], parts["_scales"]
     shape = blocks.spec.shape
     if len(shape) != 4 or shape[-1] != 16:
         raise _impossible(blocks, "experts x outputs x groups x 16")
@@ -111,14 +109,17 @@ def _from_mxfp4(parts: Parts, dtype: torch.dtype) -> DequantisedTensor:
 
 
 def _from_scaled(
-    parts: Parts, dtype: torch.dtype, *, scale: str, block: tuple[int, int]
+    values: FileTensor,
+    scales: FileTensor,
+    zero_point: FileTensor | None,
+    block: tuple[int, int],
+    dtype: torch.dtype,
 ) -> DequantisedTensor:
     """Return numbers of 8 bits, of any shape, each times the scale of its block.
 
     The scale is one, one for each row, or one for each block (height and width) of the last two
     axes; bytes are exponents. A zero point of its shape is subtracted before.
     """
-    values, scales, zero_point = parts[""], parts[scale], parts.get("_zero_point")
     shape = values.spec.shape
     sizes = (*(1,) * (len(shape) - 2), *block)[-len(shape) :]  # of a block along every axis
     for part in (scales, *([zero_point] if zero_point else [])):
@@ -170,32 +171,43 @@ def _impossible(part: FileTensor, expected: str) -> CheckpointError:
 
 @dataclass(frozen=True)
 class Quantisation:
-    """How the weights of a checkpoint are quantised: parts are known by what their names end with.
-
-    `dequantise` takes the parts, of which nothing is read yet, and the dtype of the plain tensor.
-    """
+    """How weights are quantised; their parts are known by what names end with."""
 
     method: str  # as transformers calls it
-    values: str  # ends the name of the part with the values, and is not in the weight's
-    scale: str  # ends that of its scale
-    dtypes: tuple[torch.dtype, ...]  # of the values
-    dequantise: Callable[[Parts, torch.dtype], DequantisedTensor]
+    scale: str  # ends the name of the part with the scale
+    dtypes: tuple[torch.dtype, ...] = _FP8  # of the values
+    # Height and width of what has one scale, if scales are in blocks; None for pairs of FP4.
+    block: tuple[int, int] | None = (1, 1)
+    values: str = ""  # ends the name of the part with the values, and is not in the weight's
+
+    def dequantised(
+        self, values: FileTensor, scales: FileTensor, point: FileTensor | None, dtype: torch.dtype
+    ) -> DequantisedTensor:
+        """Return the plain tensor that parts stand for; nothing is read yet."""
+        if self.block is None:
+            return _from_mxfp4(values, scales, dtype)
+        return _from_scaled(values, scales, point, self.block, dtype)
 
 
-def _scaled(
-    method: str, scale: str, dtypes: tuple[torch.dtype, ...], block: tuple[int, int]
-) -> Quantisation:
-    dequantise = partial(_from_scaled, scale=scale, block=block)
-    return Quantisation(method, "", scale, dtypes, dequantise)
+# By what a config says of a method; others are not undone.
+_COMPRESSED = "compressed-tensors"
+_METHODS = {
+    each.method: each
+    for each in (
+        Quantisation("fp8", "_scale_inv"),
+        Quantisation("mxfp8", "_scale_inv", block=(1, 32)),
+        Quantisation("fbgemm_fp8", "_scale"),
+        Quantisation("mxfp4", "_scales", (torch.uint8,), None, "_blocks"),
+        Quantisation(_COMPRESSED, "_scale", (*_FP8, torch.int8)),
+    )
+}
 
 
-def _of_fp8(
-    scale: str, block: tuple[int, int], method: str, described: Mapping[str, Any]
-) -> Quantisation:
-    return _scaled(method, scale, _FP8, _block(described.get("weight_block_size") or block))
-
-
-def _of_compressed_tensors(method: str, described: Mapping[str, Any]) -> Quantisation:
+def _block_in(method: str, described: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the size of the blocks that a config speaks of; None if it says nothing of blocks."""
+    if method != _COMPRESSED:
+        size = described.get("weight_block_size")
+        return _block(size) if size else None
     groups = [each for each in _dict(described.get("config_groups")).values() if _dict(each)]
     for name in (described.get("format"), *(group.get("format") for group in groups)):
         if name is not None and name not in _COMPRESSED_FORMATS:
@@ -210,8 +222,7 @@ def _of_compressed_tensors(method: str, described: Mapping[str, Any]) -> Quantis
     blocks |= {(1, _size(size)) for size in sizes if size not in (None, 0, -1)}
     if len(blocks) > 1:
         raise _NotUndoneError(f"{method}, in several ways at once")
-    block = blocks.pop() if blocks else (1, 1)
-    return _scaled(method, "_scale", (*_FP8, torch.int8), block)
+    return blocks.pop() if blocks else None
 
 
 def _block(size: object) -> tuple[int, int]:
@@ -230,18 +241,6 @@ def _dict(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-# How weights are stored by what a config says of a method; others are not undone.
-_METHODS: dict[str, Callable[[str, Mapping[str, Any]], Quantisation]] = {
-    "fp8": partial(_of_fp8, "_scale_inv", (1, 1)),
-    "mxfp8": partial(_of_fp8, "_scale_inv", (1, 32)),
-    "fbgemm_fp8": partial(_of_fp8, "_scale", (1, 1)),
-    "mxfp4": lambda method, _: Quantisation(
-        method, "_blocks", "_scales", (torch.uint8,), _from_mxfp4
-    ),
-    "compressed-tensors": _of_compressed_tensors,
-}
-
-
 def quantisation_in(fields: Mapping[str, Any], label: str) -> Quantisation | None:
     """Return how a checkpoint is quantised, by its config.json; None if it is not."""
     configs = (fields, *(each for each in fields.values() if isinstance(each, dict)))
@@ -253,7 +252,8 @@ def quantisation_in(fields: Mapping[str, Any], label: str) -> Quantisation | Non
     try:
         if method not in _METHODS:
             raise _NotUndoneError(method)
-        return _METHODS[method](method, described)
+        how = _METHODS[method]
+        return replace(how, block=_block_in(method, described) or how.block)
     except _NotUndoneError as error:
         what = " ".join(str(error).split())[:80]
         raise CheckpointError(
@@ -283,22 +283,17 @@ def dequantised(
     plain: dict[str, StoredTensor] = {}
     taken: set[str] = set()
     for name, tensor in tensors.items():
-        of_another = name.endswith((how.scale, "_zero_point"))
+        of_another = name.endswith((how.scale, _ZERO_POINT))
         is_one = name.endswith(how.values) and tensor.spec.dtype in how.dtypes
         if of_another or not is_one:
             plain[name] = tensor
             continue
         weight = name.removesuffix(how.values)
-        if weight + how.scale not in tensors:
-            raise CheckpointError(
-                f"{label} lacks the tensor {weight}{how.scale}, the scale of {name}; {AGAIN}"
-            )
-        endings = (how.values, how.scale, "_zero_point")
-        parts = {
-            ending: tensors[weight + ending] for ending in endings if weight + ending in tensors
-        }
-        plain[weight] = how.dequantise(parts, dtype)
-        taken |= {part.name for part in parts.values()} - {weight}
+        scale, point = weight + how.scale, weight + _ZERO_POINT
+        if scale not in tensors:
+            raise CheckpointError(f"{label} lacks the tensor {scale}, the scale of {name}; {AGAIN}")
+        plain[weight] = how.dequantised(tensor, tensors[scale], tensors.get(point), dtype)
+        taken |= {name, scale, point} - {weight}
         for ending in _OF_ACTIVATIONS:
             taken |= {weight.removesuffix("weight") + ending, f"{weight}_{ending}"}
     if not taken:

@@ -24,11 +24,12 @@ from cfsp.architecture.found import Architecture, Unit
 from cfsp.checkpoint.config_file import read_config
 from cfsp.checkpoint.conversion import missing_prefix, stored_from_memory
 from cfsp.checkpoint.own_files import check_links
-from cfsp.checkpoint.quantisation import Quantisation, StoredTensor, dequantised
+from cfsp.checkpoint.quantisation import StoredTensor, dequantised
 from cfsp.checkpoint.skeleton import architecture_of, empty_model
 from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import (
     AGAIN,
+    OutgoingTensor,
     TensorSpec,
     read_weights,
     specs_of,
@@ -103,6 +104,10 @@ class WeightSource(Protocol):
         """Yield the raw bytes of one stored tensor."""
         return tensor_chunks(self.read(name))
 
+    def outgoing(self) -> Iterator[OutgoingTensor]:
+        """Yield the tensors to be written."""
+        return self.stored.outgoing(self.chunks, {}, self.parameter, self.config)
+
 
 class Checkpoint(WeightSource):
     """A model directory with safetensors; opening it reads only config and headers.
@@ -128,8 +133,14 @@ class Checkpoint(WeightSource):
         self.config, self.quantisation = read_config(directory)
         self.architecture = architecture_of(self.config, parts)
         model = empty_model(self.config)
-        stored = _plain_tensors(directory, self.quantisation, self.config, self.label)
-        prefix = missing_prefix(model, list(stored))
+        files = read_weights(directory)
+        stored: Mapping[str, StoredTensor] = files
+        if self.quantisation is not None:
+            # What dequantised weights become is what the config says, else bfloat16.
+            dtypes = (self.config.dtype, text_config_of(self.config).dtype)
+            dtype = next((each for each in dtypes if each in _COMPUTABLE), torch.bfloat16)
+            stored = dequantised(files, self.quantisation, dtype, self.label)
+        prefix = missing_prefix(model, stored)
         # By their names in the model.
         self._tensors = {prefix + name: tensor for name, tensor in stored.items()}
         specs = {name: tensor.spec for name, tensor in self._tensors.items()}
@@ -206,21 +217,17 @@ def fingerprint(source: WeightSource) -> str:
     fine-tuned copy does not pass for the original, unless only single rows were tuned.
     """
     if source not in _found:
-        _found[source] = _digest(source)
+        digest = hashlib.sha256(source.config.model_type.encode())
+        for name, spec in sorted(source.specs.items()):
+            digest.update(f"{name}{list(spec.shape)}".encode())
+            values = source.read_parts(name, _spread(spec.elements)).to(torch.float32)
+            digest.update(values.numpy().tobytes())
+        _found[source] = digest.hexdigest()[:32]
     return _found[source]
 
 
 # A run asks often, and the weights of a source do not change.
 _found: WeakKeyDictionary[WeightSource, str] = WeakKeyDictionary()
-
-
-def _digest(source: WeightSource) -> str:
-    digest = hashlib.sha256(source.config.model_type.encode())
-    for name, spec in sorted(source.specs.items()):
-        digest.update(f"{name}{list(spec.shape)}".encode())
-        values = source.read_parts(name, _spread(spec.elements)).to(torch.float32)
-        digest.update(values.numpy().tobytes())
-    return digest.hexdigest()[:32]
 
 
 def _spread(elements: int) -> list[slice]:
@@ -364,16 +371,3 @@ def _check_stored(source: WeightSource, model: PreTrainedModel) -> None:
                 f"{source.label} has a tensor {name}, but its config says that there are "
                 f"{source.architecture.block_count} blocks; {AGAIN}"
             )
-
-
-def _plain_tensors(
-    directory: Path, quantisation: Quantisation | None, config: PreTrainedConfig, label: str
-) -> Mapping[str, StoredTensor]:
-    """Return the plain tensors of a directory by their names in its files."""
-    tensors = read_weights(directory)
-    if quantisation is None:
-        return tensors
-    # What dequantised weights become is what the config says, else bfloat16.
-    dtypes = (config.dtype, text_config_of(config).dtype)
-    dtype = next((dtype for dtype in dtypes if dtype in _COMPUTABLE), torch.bfloat16)
-    return dequantised(tensors, quantisation, dtype, label)

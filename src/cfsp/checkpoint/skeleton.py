@@ -13,6 +13,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -142,8 +143,6 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Return the model of a config with parameters on the meta device and real buffers."""
     # Rotary frequencies are buffers that are computed at construction and stored nowhere.
-    from accelerate import init_empty_weights
-
     return _built(config, dtype, lambda: init_empty_weights(include_buffers=False)).eval()
 
 

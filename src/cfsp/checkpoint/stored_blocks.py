@@ -112,8 +112,5 @@ def parameters_of_an_expert(source: WeightSource) -> dict[int, int]:
 
 def parameters_of_blocks(source: WeightSource) -> list[int]:
     """Return how many parameters every block has."""
-    found = [0] * source.architecture.block_count
-    for name, block in _blocks_of_stored(source).items():
-        if name in source.specs:
-            found[block] += source.specs[name].elements
-    return found
+    blocks = range(source.architecture.block_count)
+    return [parameters_within(source, source.architecture.block_prefix(b)) for b in blocks]

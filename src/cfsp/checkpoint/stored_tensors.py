@@ -12,27 +12,29 @@ parameters as they are in memory; this module goes between the two, by transform
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, partial
+from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from cfsp.architecture.found import Architecture
 from cfsp.checkpoint.conversion import (
     Conversion,
     ModelShapes,
-    as_saved,
     find_conversions,
     meta,
-    saved_state,
 )
-from cfsp.checkpoint.tensor_file import AGAIN, TensorSpec, specs_of
+from cfsp.checkpoint.tensor_file import (
+    AGAIN,
+    OutgoingTensor,
+    TensorSpec,
+    specs_of,
+    tensor_chunks,
+)
 from cfsp.errors import CheckpointError, UnsupportedModelError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # What every old checkpoint may hold in its layers and transformers keeps elsewhere.
 _OLD_BUFFER = "rotary_emb.inv_freq"
@@ -79,7 +81,7 @@ class StoredTensors:
             tied=tied,
             unused=tuple(unused),
             stale=tuple(_stale(model, unused)),
-            faults=_faults_of(model, specs, made_by, parameters, tied),
+            faults=_faults_of(model, conversions, made_by, parameters, tied),
             _made_by=made_by,
         )
         stored._check_can_be_cut(architecture, label)
@@ -187,12 +189,44 @@ class StoredTensors:
         """Return the stored tensors of all parameters of `made_with`, of any width."""
         return self._made_by[next(iter(parameters))].revert(parameters, config)
 
-    def take_apart(self, parameter: str, tensor: Tensor) -> dict[str, Tensor] | None:
-        """Return the stored tensors of a parameter as views; None if not side by side."""
-        placed = self._made_by[parameter].placed
-        if placed is None:
-            return None
-        return {name: tensor[place] for name, place in placed[0].items()}
+    def outgoing(
+        self,
+        copied: Callable[[str], Iterator[memoryview]],
+        changed: Mapping[str, TensorSpec],
+        value: Callable[[str], Tensor],
+        config: Any,
+        names: Mapping[str, str] | None = None,
+    ) -> Iterator[OutgoingTensor]:
+        """Yield the stored tensors to be written, in their order and form, some of them anew.
+
+        `copied` gives the bytes of those that stay as they are. `changed` has what the new
+        parameters are, `value` gives them and those that share stored tensors with them; `config`
+        is that of the new model. `names` has the tensors that are written, if no expert goes, and
+        their new names; None for all but the stale ones under their own.
+        """
+        parameter_of = {name: each for each in changed for name in self.sources(each)}
+        specs_of_group: dict[str, dict[str, TensorSpec]] = {}
+        # What shares stored tensors is made anew together, when the first of them is written.
+        made: dict[str, Tensor] = {}
+
+        def chunks(name: str, group: Sequence[str]) -> Iterator[memoryview]:
+            if name not in made:
+                made.update(self.as_stored({each: value(each) for each in group}, config))
+            yield from tensor_chunks(made.pop(name))
+
+        if names is None:
+            names = {name: name for name in self.specs if name not in self.stale}
+        for name, new in names.items():
+            if name not in parameter_of:
+                yield OutgoingTensor(new, self.specs[name], partial(copied, name))
+                continue
+            group = self.made_with(parameter_of[name])
+            if group[0] not in specs_of_group:
+                empty = meta({**self.parameters, **changed}, group)
+                specs_of_group[group[0]] = specs_of(self.as_stored(empty, config))
+            specs = specs_of_group[group[0]]
+            if name in specs:  # else of an expert too many
+                yield OutgoingTensor(new, specs[name], partial(chunks, name, group))
 
     def made_with(self, parameter: str) -> list[str]:
         """Return the parameters that are made of the same stored tensors, itself among them."""
@@ -232,49 +266,25 @@ def _stale(model: PreTrainedModel, unused: Mapping[str, str]) -> Iterator[str]:
 
 def _faults_of(
     model: PreTrainedModel,
-    specs: Mapping[str, TensorSpec],
+    conversions: Sequence[Conversion],
     made_by: Mapping[str, Conversion],
     made: Mapping[str, TensorSpec],
     tied: Mapping[str, str],
 ) -> dict[str, str]:
     """Return what is wrong with the parameters that the stored tensors do not make up."""
     optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
-    tensors = ModelShapes.of(model).tensors
-    faulty = [
-        name
-        for name, tensor in tensors.items()
-        if name not in tied
-        and not (name in made and made[name].shape == tuple(tensor.shape))
-        and (name in made or not any(re.search(pattern, name) for pattern in optional))
-    ]
-    if not faulty:
-        return {}
-    expected = as_saved(model, {name: tensors[name] for name in saved_state(model)})
-    saved_as = {
-        name: conversion.stored
-        for conversion in find_conversions(model, specs_of(expected))[0]
-        for name in conversion.made()
-    }
+    incomplete = {conversion.target for conversion in conversions}
     faults = {}
-    for name in faulty:
-        own = made_by.get(name)
-        for stored in (*(own.stored if own else ()), *saved_as.get(name, (name,))):
-            # One of too many, or stored as it would not be saved now, where it is converted.
-            wanted = expected.get(stored, None if own and own.converter else tensors[name])
-            if stored not in specs:
-                faults[name] = f"lacks the tensor {stored}"
-                break
-            if wanted is not None and specs[stored].shape != tuple(wanted.shape):
-                faults[name] = _shape_fault(stored, specs[stored], wanted)
-                break
-        else:
-            faults[name] = (
-                _shape_fault(f"tensors for {name}", made[name], tensors[name])
-                if name in made
-                else f"has no tensors that {name} can be made of"
-            )
+    for name, tensor in model.state_dict().items():
+        shape = tuple(tensor.shape)
+        if name in made and made[name].shape != shape:
+            own = made_by[name]
+            what = own.stored[0] if own.converter is None else f"tensors for {name}"
+            found = list(made[name].shape)
+            faults[name] = f"has {what} of shape {found}, its config asks for {list(shape)}"
+        elif name not in (made.keys() | tied.keys()):
+            if name in incomplete:
+                faults[name] = f"has no tensors that {name} can be made of"
+            elif not any(re.search(pattern, name) for pattern in optional):
+                faults[name] = f"lacks the tensor {name}"
     return faults
-
-
-def _shape_fault(what: str, found: TensorSpec, wanted: Tensor) -> str:
-    return f"has {what} of shape {list(found.shape)}, its config asks for {list(wanted.shape)}"

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -153,7 +154,7 @@ def read_weights(directory: Path) -> dict[str, FileTensor]:
         shards = sorted(set(weight_map.values()))
         if not all(isinstance(shard, str) for shard in shards):
             raise TypeError("file names are not text")
-    tensors: dict[str, FileTensor] = {}
+    tensors: list[tuple[str, FileTensor]] = []
     for shard in shards:
         if Path(shard).name != shard:
             raise CheckpointError(
@@ -164,19 +165,13 @@ def read_weights(directory: Path) -> dict[str, FileTensor]:
             raise CheckpointError(
                 f"{index} names {shard[:_LONGEST_NAME]}, which is missing; download it again"
             )
-        of_shard = read_tensor_file(directory / shard)
-        if twice := tensors.keys() & of_shard.keys():
-            raise CheckpointError(
-                f"{directory}: tensor {min(twice)} is stored in two shards; {AGAIN}"
-            )
-        tensors |= of_shard
-    if missing := weight_map.keys() - tensors.keys():
-        raise CheckpointError(f"{index} names {min(missing)}, which no shard holds; {AGAIN}")
-    if extra := sorted(tensors.keys() - weight_map.keys()):
+        tensors += read_tensor_file(directory / shard).items()
+    times = Counter(name for name, _ in tensors)
+    if odd := weight_map.keys() ^ times.keys() or {name for name in times if times[name] > 1}:
         raise CheckpointError(
-            f"{tensors[extra[0]].path} holds {extra[0]}, which {INDEX_FILE} does not name; {AGAIN}"
+            f"{index} and the files that it names disagree about {min(odd)}; {AGAIN}"
         )
-    return tensors
+    return dict(tensors)
 
 
 def read_tensor_file(path: Path) -> dict[str, FileTensor]:

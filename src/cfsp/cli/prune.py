@@ -149,8 +149,7 @@ def run(args: argparse.Namespace) -> Told:
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.processes import joined, take_own_accelerator
     from cfsp.prune_and_recover import prune_and_recover
-    from cfsp.pruning_cost import pruning_cost
-    from cfsp.selection.worth import doubts
+    from cfsp.pruning_cost import doubts, pruning_cost
     from cfsp.streaming.runtime import runtime_of
 
     plan = PruningPlan.load(args.plan) if args.plan else None

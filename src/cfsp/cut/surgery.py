@@ -11,30 +11,20 @@ in memory at a time, at most the experts of one block.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from cfsp.checkpoint.conversion import meta
-from cfsp.checkpoint.pruned_config import pruned_config
+from cfsp.checkpoint.pruned_config import config_changes
 from cfsp.checkpoint.reading import LoadedModel, WeightSource
 from cfsp.checkpoint.skeleton import PRUNED_KEY, build_skeleton
 from cfsp.checkpoint.stored_blocks import name_without_blocks, names_without_blocks
 from cfsp.checkpoint.stored_tensors import StoredTensors
-from cfsp.checkpoint.tensor_file import (
-    FileTensor,
-    OutgoingTensor,
-    TensorSpec,
-    specs_of,
-    tensor_chunks,
-)
+from cfsp.checkpoint.tensor_file import FileTensor, OutgoingTensor, TensorSpec
 from cfsp.planning.plan_file import PruningPlan
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 T = TypeVar("T")
 
@@ -59,9 +49,10 @@ class PrunedSource(WeightSource):
         repaired: Mapping[str, FileTensor] | None = None,
     ) -> None:
         removed = plan.removed_blocks
-        self.config = pruned_config(
+        self.changes = config_changes(
             source.config, source.architecture, plan.kept_widths, removed, plan.kept_experts
         )
+        self.config = self.changes.applied_to(source.config)
         architecture = source.architecture.without_blocks(removed)
         if plan.kept_experts is not None:
             architecture = architecture.with_experts(plan.kept_experts)
@@ -147,36 +138,12 @@ class PrunedSource(WeightSource):
     def outgoing(self) -> Iterator[OutgoingTensor]:
         """Yield the tensors to be written, in the source's order and in the form of its own."""
         source = self._source
-        origin_of = {
-            name: origin
-            for origin in self._origin.values()
-            for name in source.stored.sources(origin)
+        changed = {
+            origin: spec
+            for origin, spec in ((each, self._spec(each)) for each in self._origin.values())
+            if origin in self._repaired or spec != source.parameters[origin]
         }
-        specs_of_changed: dict[str, dict[str, TensorSpec]] = {}
-        # What shares stored tensors is made anew together, when the first of them is written.
-        made: dict[str, Tensor] = {}
-
-        def chunks(name: str, origins: Sequence[str]) -> Iterator[memoryview]:
-            if name not in made:
-                values = {origin: self._value(origin) for origin in origins}
-                made.update(source.stored.as_stored(values, self.config))
-            yield from tensor_chunks(made.pop(name))
-
-        for name, new in self._names.items():
-            origins = source.stored.made_with(origin_of[name]) if name in origin_of else []
-            if not any(map(self._changes, origins)):
-                yield OutgoingTensor(new, source.specs[name], partial(source.chunks, name))
-                continue
-            if origins[0] not in specs_of_changed:
-                empty = meta({origin: self._spec(origin) for origin in origins}, origins)
-                specs = specs_of(source.stored.as_stored(empty, self.config))
-                specs_of_changed[origins[0]] = specs
-            specs = specs_of_changed[origins[0]]
-            if name in specs:  # else of an expert too many
-                yield OutgoingTensor(new, specs[name], partial(chunks, name, origins))
-
-    def _changes(self, origin: str) -> bool:
-        return origin in self._repaired or self._spec(origin) != self._source.parameters[origin]
+        return source.stored.outgoing(source.chunks, changed, self._value, self.config, self._names)
 
 
 def build_pruned_model(

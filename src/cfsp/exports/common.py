@@ -30,14 +30,6 @@ _PROBE_TEXT = (
 
 
 @dataclass(frozen=True)
-class ExportOptions:
-    """What the user can choose; see `cfsp.exports.registry.export`."""
-
-    weight_type: str | None = None
-    pre_tokenizer: str | None = None
-
-
-@dataclass(frozen=True)
 class Verification:
     """How far a written copy is from the checkpoint."""
 
@@ -55,7 +47,7 @@ class Written:
 
     layout: str  # what software will see: a class, an architecture, a weight type
     verify: Callable[[], Verification] | None  # compares the copy; None if nothing reads it here
-    notes: tuple[str, ...] = ()  # what the user should know, one sentence each
+    notes: list[str]  # what the user should know, one sentence each
     serve: str = ""  # the command that serves the copy, which is `{out}`
 
 

@@ -11,7 +11,7 @@ as vLLM wants them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -31,7 +31,6 @@ from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor, write_s
 from cfsp.checkpoint.text_config import head_size
 from cfsp.errors import ExportError
 from cfsp.exports.common import (
-    ExportOptions,
     Verification,
     Written,
     context_limit,
@@ -69,23 +68,30 @@ class Reader:
 
     name: str
     serve: str  # the command that serves a directory `{out}`
-    trust: str = ""  # what it needs besides, where a class of config lies in the directory
+    trust: str  # what it needs besides, where a class of config lies in the directory
+    otherwise: str  # what to do with a model that is no Llama
 
 
-VLLM = Reader("vLLM", "vllm serve {out}", "--trust-remote-code")
-MLX_LM = Reader("mlx-lm", "mlx_lm.server --model {out}")
+VLLM = Reader(
+    "vLLM",
+    "vllm serve {out}",
+    "--trust-remote-code",
+    "prune with --widths equal for vLLM's own class, or use its Transformers backend, which runs "
+    "the checkpoint itself where it can: vllm serve {directory} --trust-remote-code --model-impl "
+    "transformers",
+)
+MLX_LM = Reader(
+    "mlx-lm",
+    "mlx_lm.server --model {out}",
+    "",
+    "prune with --widths equal for mlx-lm's own class, or use --to gguf",
+)
 
 
-def write(reader: Reader, source: Checkpoint, out: Path, options: ExportOptions) -> Written:
+def write(reader: Reader, source: Checkpoint, out: Path) -> Written:
     """Write the checkpoint for one reader into a directory; one of a stock class as such."""
-    is_stock = not resized_parts(source.config)
-    if not is_stock:
-        _check_runs(reader, source)
-    fields = _stock_fields(reader, source) if is_stock else decilm_config(source)
-    write_shards(out, list(_tensors(source) if is_stock else _described_tensors(source)))
-    copy_travelling_files(source.directory, out)
-    (out / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    if is_stock:
+    if not resized_parts(source.config):
+        _write(source, out, _stock_fields(reader, source), source.outgoing())
         note = (
             f"all blocks are equally wide: {reader.name}'s own class for "
             f"{source.config.model_type} runs it, if it has one"
@@ -93,10 +99,13 @@ def write(reader: Reader, source: Checkpoint, out: Path, options: ExportOptions)
         return Written(
             source.architecture.class_name,
             lambda: _verified(reader, source, reference_model(Checkpoint(out))),
-            (note,),
+            [note],
             reader.serve,
         )
-    (out / _CODE_FILE).write_text(_config_code(), encoding="utf-8")
+    _check_runs(reader, source)
+    _write(source, out, decilm_config(source), _described_tensors(source))
+    code = resources.files("cfsp.exports").joinpath("decilm_config_template.txt").read_text()
+    (out / _CODE_FILE).write_text(code, encoding="utf-8")
     widths, (limit, _) = _widths(source), context_limit(source.config)
     gone = sum(groups == 0 for _, groups in heads_of_blocks(source))
     trusted = f"{reader.name} loads it with {reader.trust}, because of its config class"
@@ -105,9 +114,17 @@ def write(reader: Reader, source: Checkpoint, out: Path, options: ExportOptions)
         + (f", {gone} without attention" if gone else ""),
         # The stock Llama that it is built as knows no sliding window: the probe stays within it.
         lambda: _verified(reader, source, build_described_model(out), limit),
-        (trusted,) if reader.trust else (),
+        [trusted] if reader.trust else [],
         f"{reader.serve} {reader.trust}".rstrip(),
     )
+
+
+def _write(
+    source: Checkpoint, out: Path, fields: dict[str, Any], tensors: Iterable[OutgoingTensor]
+) -> None:
+    write_shards(out, list(tensors))
+    copy_travelling_files(source.directory, out)
+    (out / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def _verified(
@@ -120,26 +137,17 @@ def _verified(
 
 def _check_runs(reader: Reader, source: Checkpoint) -> None:
     model_type = source.config.model_type
-    if model_type in _LIKE_LLAMA:
-        if reason := _obstacle(reader, source):
-            able = reader is not VLLM and _obstacle(VLLM, source) is None
-            raise ExportError(
-                f"{reader.name} reads DeciLM with {reason}; use "
-                + ("--to vllm or --to gguf" if able else "--to gguf")
-            )
-        return
-    ways = []
-    if not source.architecture.has_attentions:
-        ways.append(f"prune with --widths equal for {reader.name}'s own class")
-    if reader is VLLM:
-        ways.append(
-            "use its Transformers backend, which runs the checkpoint itself where it can: vllm "
-            f"serve {source.directory} --trust-remote-code --model-impl transformers"
+    if model_type not in _LIKE_LLAMA:
+        raise ExportError(
+            f"{reader.name}'s DeciLM class is a Llama and cannot express {model_type}; "
+            + reader.otherwise.format(directory=source.directory)
         )
-    raise ExportError(
-        f"{reader.name}'s DeciLM class is a Llama and cannot express {model_type}; "
-        f"{', or '.join(ways or ['use --to gguf'])}"
-    )
+    if reason := _obstacle(reader, source):
+        able = reader is not VLLM and _obstacle(VLLM, source) is None
+        raise ExportError(
+            f"{reader.name} reads DeciLM with {reason}; use "
+            + ("--to vllm or --to gguf" if able else "--to gguf")
+        )
 
 
 def _obstacle(reader: Reader, source: Checkpoint) -> str | None:
@@ -164,9 +172,7 @@ def _obstacle(reader: Reader, source: Checkpoint) -> str | None:
         )
     if config.hidden_act != "silu":
         return f"the activation silu only, and the model has {config.hidden_act}"
-    if getattr(config, "sliding_window", None) and "sliding_attention" in (
-        getattr(config, "layer_types", None) or ["sliding_attention"]
-    ):
+    if context_limit(config)[1] is not None:
         return "no sliding window, and the model has one"
     if head_size(config) * max(heads) != config.hidden_size:
         return "heads that are together as wide as the hidden state only, and the model has others"
@@ -193,7 +199,6 @@ def _widths(source: Checkpoint) -> list[int]:
 
 
 def _has_multiples(source: Checkpoint) -> bool:
-    """Return whether all widths can be given as `ffn_mult`."""
     return all(width % ROUNDING == 0 for width in _widths(source))
 
 
@@ -256,15 +261,10 @@ def decilm_config(source: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _tensors(source: Checkpoint) -> Iterator[OutgoingTensor]:
-    for name, spec in source.specs.items():
-        yield OutgoingTensor(name, spec, partial(source.chunks, name))
-
-
 def _described_tensors(source: Checkpoint) -> Iterator[OutgoingTensor]:
     """Yield what readers build: with the zeros that mlx-lm expects beside biases of q, k and v."""
     unread = unread_norms(source)
-    yield from (tensor for tensor in _tensors(source) if tensor.name not in unread)
+    yield from (tensor for tensor in source.outgoing() if tensor.name not in unread)
     for block in range(source.architecture.block_count) if _has_multiples(source) else ():
         prefix = f"{source.architecture.block_prefix(block)}self_attn."
         if f"{prefix}q_proj.bias" in source.specs and f"{prefix}o_proj.bias" not in source.specs:
@@ -325,7 +325,3 @@ def build_described_model(directory: Path) -> PreTrainedModel:
             raise ExportError(f"the config has no place for {unexpected[0]}; nothing was kept")
     model.tie_weights()
     return model.eval()
-
-
-def _config_code() -> str:
-    return resources.files("cfsp.exports").joinpath("decilm_config_template.txt").read_text()

@@ -33,7 +33,6 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import head_size
 from cfsp.errors import ExportError, MissingExtraError, UsageError
 from cfsp.exports.common import (
-    ExportOptions,
     Verification,
     Written,
     context_limit,
@@ -63,19 +62,26 @@ _OTHER_TYPES = 1.2
 _LEAST_WITH_GELU = 3e-3
 
 
-def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
+def write(
+    source: Checkpoint,
+    out: Path,
+    weight_type: str | None = None,
+    pre_tokenizer: str | None = None,
+) -> Written:
     """Write the file."""
     try:
         from gguf import GGMLQuantizationType, LlamaFileType
     except ImportError as error:
         raise MissingExtraError("gguf export", "export") from error
     own = _OWN_TYPES.get(compute_dtype(source), "bf16")
-    name = (options.weight_type or own).lower()
+    name = (weight_type or own).lower()
     if name not in WRITTEN_HERE + BY_LLAMA_CPP:
         raise UsageError(
-            f"unknown --type {options.weight_type}; expected one of "
+            f"unknown --type {weight_type}; expected one of "
             f"{', '.join(WRITTEN_HERE + BY_LLAMA_CPP)}"
         )
+    if name in BY_LLAMA_CPP and not has_llama_cpp():
+        raise MissingExtraError(f"gguf export in {name}", "llamacpp")
     architecture = architecture_of(source)
     context, limited = context_limit(source.config, has_windows=bool(architecture.rhythm))
     in_file = name if name in WRITTEN_HERE else own
@@ -83,7 +89,7 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     fields, factors_R = rope_of(source.config, architecture)
     fields = _fields(source, architecture, context, in_file) | fields
     words, special = read_tokenizer(
-        load_tokenizer(source.directory), source.config.vocab_size, options.pre_tokenizer
+        load_tokenizer(source.directory), source.config.vocab_size, pre_tokenizer
     )
     tensors = gguf_tensors(source, architecture, kind)
     if factors_R is not None:
@@ -94,7 +100,6 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
         notes.append("not verified, because no llama.cpp is installed: pip install '.[llamacpp]'")
     if name in WRITTEN_HERE:
         _write_file(out, architecture.name, fields | words, special, tensors)
-        notes += _fallback_notes(tensors, kind)
     else:
         full = out.with_name(out.name + ".full")
         try:
@@ -102,11 +107,11 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
             quantise(full, out, int(LlamaFileType[f"MOSTLY_{name.upper()}"]))
         finally:
             full.unlink(missing_ok=True)
-        notes += _mixture_notes(out, name)
+    notes += _notes(out, name)
     return Written(
         f"{architecture.name} in {name}",
         partial(_verified, source, out, name, architecture, context) if has_llama_cpp() else None,
-        tuple(notes),
+        notes,
         "llama-server -m {out}",
     )
 
@@ -174,35 +179,22 @@ def _fields(
     }
 
 
-def _fallback_notes(tensors: list[GgufTensor], kind: GGMLQuantizationType) -> list[str]:
-    kept = [each for each in tensors if len(each.shape) > 1 and each.kind != kind]
-    if not kept:
-        return []
-    lengths = sorted({tensor.shape[-1] for tensor in kept})
-    return [
-        f"{len(kept)} matrices are stored in f16, because their rows of "
-        f"{_some(lengths)} do not divide into blocks of {kind.name.lower()} (32 weights); "
-        "prune with --set multiple=32 to avoid it"
-    ]
-
-
-def _mixture_notes(path: Path, name: str) -> list[str]:
-    """Say which types llama.cpp chose: rows that 256 doesn't divide can't be K-quants."""
+def _notes(path: Path, name: str) -> list[str]:
+    """Say which types llama.cpp chose, and which rows do not divide into blocks of weights."""
     tensors = [tensor for tensor in gguf_reader(path).tensors if len(tensor.shape) > 1]
-    counts = Counter(tensor.tensor_type.name.lower() for tensor in tensors)
-    notes = [f"{name} as llama.cpp mixes it: {', '.join(f'{n} {t}' for t, n in counts.items())}"]
-    odd = sorted({int(t.shape[0]) for t in tensors if int(t.shape[0]) % 256})
-    if odd and "_k" in name:
+    counts, notes = Counter(tensor.tensor_type.name.lower() for tensor in tensors), []
+    if name in BY_LLAMA_CPP:
+        types = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        notes.append(f"{name} as llama.cpp mixes it: {types}")
+    block = 1 if name in _OWN_TYPES.values() else 256 if "_k" in name else 32
+    odd = sorted({int(t.shape[0]) for t in tensors if int(t.shape[0]) % block})
+    if odd:
+        shown = ", ".join(map(str, odd[:6])) + (", ..." if len(odd) > 6 else "")
         notes.append(
-            f"rows of {_some(odd)} weights do not divide into blocks of 256, so llama.cpp stores "
-            "them in a larger type; prune with --set multiple=256 to avoid it in the FFN"
+            f"rows of {shown} weights do not divide into blocks of {block}, so they are stored in "
+            f"a larger type; prune with --set multiple={block} to avoid it in the FFN"
         )
     return notes
-
-
-def _some(numbers: list[int]) -> str:
-    shown = ", ".join(str(n) for n in numbers[:6])
-    return shown if len(numbers) <= 6 else f"{shown}, ..."
 
 
 def _verified(

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.checkpoint.skeleton import resized_parts
 from cfsp.checkpoint.text_config import head_size
 from cfsp.errors import ExportError
 from cfsp.exports.common import heads_of_blocks
@@ -75,50 +74,52 @@ _INSTEAD = "prune with --widths equal"
 
 def architecture_of(source: Checkpoint) -> Architecture:
     """Return the architecture that runs a checkpoint, or raise ExportError."""
+    architecture = _graph_for(source.config)
     widths = source.architecture.of_part("ffn").widths
-    found = ARCHITECTURES.get(source.config.model_type)
-    if found is None:
-        instead = (
-            f"{_INSTEAD}, and run llama.cpp's own converter on that"
-            if resized_parts(source.config)
-            else "this checkpoint is a stock one: run llama.cpp's own converter on it"
-        )
-        raise ExportError(
-            f"gguf export of {source.config.model_type} models is not supported; supported are: "
-            f"{', '.join(sorted(ARCHITECTURES))}; {instead}"
-        )
-    differ = len(set(widths)) > 1 or len(set(heads_of_blocks(source))) > 1
-    architecture = found[differ]
-    if architecture is None:
-        raise ExportError(
-            f"llama.cpp's {found[0].name} graph has one width for all blocks, and this model's "
-            f"differ; {_INSTEAD}"
-        )
-    if source.architecture.gone and architecture is not _DECI:
-        raise ExportError(
-            f"llama.cpp runs blocks without attention only through its {_DECI.name} graph, and "
-            f"this {source.config.model_type} model needs {architecture.name}; prune it without "
-            "--parts attention"
-        )
+    if len(set(widths)) > 1 or len(set(heads_of_blocks(source))) > 1:
+        gone = bool(source.architecture.gone)
+        architecture = _graph_for(source.config, differ=True, gone=gone)
     for obstacle in _obstacles(source, architecture):
         raise ExportError(obstacle)
     return architecture
 
 
+def _graph_for(config: Any, *, differ: bool = False, gone: bool = False) -> Architecture:
+    """Return the graph for blocks that are alike, differ, or lack attention, or raise an error."""
+    if config.model_type not in ARCHITECTURES:
+        raise ExportError(
+            f"gguf export of {config.model_type} models is not supported; supported are: "
+            f"{', '.join(sorted(ARCHITECTURES))}; where all blocks are equally wide (--widths "
+            "equal) it is a stock checkpoint: run llama.cpp's own converter on that"
+        )
+    alike, ragged = ARCHITECTURES[config.model_type]
+    if not differ:
+        return alike
+    if ragged is None or (ragged.tied_only and not config.tie_word_embeddings):
+        which = " whose output matrix is not tied to the embeddings" if ragged else ""
+        raise ExportError(
+            f"llama.cpp runs no {config.model_type} model{which} with blocks of different widths "
+            f"or heads; {_INSTEAD}, and FFN channels alone"
+        )
+    if gone and ragged is not _DECI:
+        raise ExportError(
+            f"llama.cpp runs blocks without attention only through its {_DECI.name} graph, and "
+            f"this {config.model_type} model needs {ragged.name}; prune it without --parts "
+            "attention"
+        )
+    return ragged
+
+
 def warn_of_no_way_back(source: Checkpoint, budget: Budget) -> None:
     """Warn where a model from a .gguf file cannot become one again once it is pruned like this."""
-    if Path(source.label).suffix != ".gguf" or "ffn" not in budget.parts:
-        return
-    _, ragged = ARCHITECTURES.get(source.config.model_type, (None, None))
-    has_head = not source.config.tie_word_embeddings
-    if budget.widths != "equal" and (ragged is None or (ragged.tied_only and has_head)):
-        _logger.warning(
-            "%s: llama.cpp runs blocks of different widths of no %s model%s, so what is pruned "
-            "cannot go back into a .gguf file; prune with --widths equal if it shall",
-            Path(source.label).name,
-            source.config.model_type,
-            " with an output matrix of its own" if ragged else "",
-        )
+    path, parts = Path(source.label), set(budget.parts)
+    gone = "attention" in parts
+    differ = gone or "kv" in parts or ("ffn" in parts and budget.widths != "equal")
+    if path.suffix == ".gguf" and differ:
+        try:
+            _graph_for(source.config, differ=True, gone=gone)
+        except ExportError as error:
+            _logger.warning("%s becomes no .gguf file again if blocks differ: %s", path.name, error)
 
 
 def _obstacles(source: Checkpoint, architecture: Architecture) -> Iterator[str]:
@@ -136,13 +137,7 @@ def _obstacles(source: Checkpoint, architecture: Architecture) -> Iterator[str]:
     if (bias := f"{prefix}{down}bias") in source.specs and not architecture.is_llama:
         yield f"{graph} reads no FFN biases, the model has {bias}; use --to openvino"
     if architecture.tied_only and not config.tie_word_embeddings:
-        yield (
-            f"llama.cpp runs {config.model_type} blocks of different widths only through its "
-            f"{architecture.name} graph, which has no output matrix of its own, and this model's "
-            f"is not tied to the embeddings; {_INSTEAD}"
-            if architecture.ragged
-            else f"{graph} has no output matrix of its own"
-        )
+        yield f"{graph} has no output matrix of its own"
     if architecture.rhythm:
         yield from _obstacles_of_gemma(config, architecture, graph)
     qkv = [source.specs.get(f"{prefix}self_attn.{m}_proj.weight") for m in "qkv"]

@@ -26,14 +26,14 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import stock_config
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import CfspError, ExportError, MissingExtraError, UsageError
-from cfsp.exports.common import ExportOptions, Written, reference_model, verified
+from cfsp.exports.common import Written, reference_model, verified
 
 _MODEL_FILE = "openvino_model.xml"
 _ATTENTION = "cfsp_keys_and_values_outside"
 _TOLERANCES = {"f32": 1e-4, "f16": 0.02}
 
 
-def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
+def write(source: Checkpoint, out: Path, weight_type: str | None = None) -> Written:
     """Write the model, its config and tokenizer into an existing directory."""
     if source.architecture.has_attentions:
         raise _unsupported(source, "its blocks differ in KV groups, which --to gguf can say")
@@ -42,10 +42,10 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
     if text_config_of(source.config) is not source.config:
         raise _unsupported(source, "only decoders of text are traced, and this reads images too")
     own = "f32" if compute_dtype(source) == torch.float32 else "f16"
-    openvino, kind = _openvino(), (options.weight_type or own).lower()
+    openvino, kind = _openvino(), (weight_type or own).lower()
     if kind not in _TOLERANCES:
         raise UsageError(
-            f"unknown --type {options.weight_type} for openvino; expected f32 or f16 "
+            f"unknown --type {weight_type} for openvino; expected f32 or f16 "
             "(quantise further with nncf)"
         )
     openvino.save_model(_converted(source), out / _MODEL_FILE, compress_to_fp16=kind == "f16")
@@ -66,10 +66,10 @@ def write(source: Checkpoint, out: Path, options: ExportOptions) -> Written:
             context=int(getattr(source.config, "max_position_embeddings", 4096)),
             decodes=kind == "f32",
         ),
-        (
+        [
             "the tokenizer stays as it is: optimum-intel reads it, GenAI wants it converted by "
-            "openvino-tokenizers (convert_tokenizer DIR --with-detokenizer -o DIR)",
-        ),
+            "openvino-tokenizers (convert_tokenizer DIR --with-detokenizer -o DIR)"
+        ],
     )
 
 

@@ -11,22 +11,26 @@ from typing import Any
 
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import check_is_outside, staged_directory, staged_file
-from cfsp.checkpoint.reading import Checkpoint, check_complete
+from cfsp.checkpoint.reading import check_complete
 from cfsp.errors import UsageError, did_you_mean
 from cfsp.exports import decilm, gguf, openvino
-from cfsp.exports.common import ExportOptions, Verification, Written
-from cfsp.streaming.stopwatch import Stopwatch
+from cfsp.exports.common import Verification, Written
+from cfsp.streaming.work_dir import Stopwatch
 
 # Each writes a new directory, gguf a new file, and raises ExportError for what the format cannot
 # express before anything is written.
-TARGETS: dict[str, Callable[[Checkpoint, Path, ExportOptions], Written]] = {
+TARGETS: dict[str, Callable[..., Written]] = {
     "gguf": gguf.write,
     "vllm": partial(decilm.write, decilm.VLLM),
     "mlx-lm": partial(decilm.write, decilm.MLX_LM),
     "openvino": openvino.write,
 }
 _FILE = ".gguf"
-_TYPED = ("gguf", "openvino")
+# What only some of them can be told, by the names of their arguments.
+_OPTIONS = {
+    "weight_type": ("--type", ("gguf", "openvino")),
+    "pre_tokenizer": ("--pre-tokenizer", ("gguf",)),
+}
 
 
 @dataclass(frozen=True)
@@ -37,18 +41,18 @@ class ExportReport:
     out: str
     layout: str  # what software will see
     nbytes: int  # on disk
-    notes: tuple[str, ...]  # what the user should know
+    notes: list[str]  # what the user should know
     verification: Verification | None  # None if it was not asked for, or no llama.cpp is installed
     seconds: dict[str, float]  # by stage
     serve: str  # the command that serves the copy; empty if there is none
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON types."""
-        return {**asdict(self), "notes": list(self.notes)}
+        return asdict(self)
 
 
 def export(
-    model: str | Path | Checkpoint,
+    model: str | Path,
     to: str,
     out: str | Path,
     *,
@@ -61,7 +65,7 @@ def export(
         cfsp.export("smaller", "gguf", "smaller.gguf", weight_type="q8_0")
 
     Args:
-        model: a directory, hub id, .gguf file, or `demo`; pruned or not. Or one that is open.
+        model: a directory, hub id, .gguf file, or `demo`; pruned or not.
         to: `gguf`, `vllm`, `mlx-lm` or `openvino` (see docs/export.md).
         out: the new directory, or the new .gguf file; must not exist.
         weight_type: gguf: f32, f16, bf16, q8_0, q4_k_m, ...; openvino: f32 or f16; None for the
@@ -80,17 +84,20 @@ def export(
     out, is_file = Path(out), to == "gguf"
     if is_file and out.suffix != _FILE:
         raise UsageError(f"{to} writes one file: expected a name in {_FILE}, found {out}")
-    if weight_type is not None and to not in _TYPED:
-        raise UsageError(
-            f"--type belongs to {' and '.join(_TYPED)}; {to} keeps the checkpoint's own type"
-        )
-    source = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    asked = {"weight_type": weight_type, "pre_tokenizer": pre_tokenizer}
+    options = {name: value for name, value in asked.items() if value is not None}
+    for flag, targets in (_OPTIONS[name] for name in options):
+        if to not in targets:
+            raise UsageError(
+                f"{flag} belongs to {' and '.join(targets)}; {to} keeps the checkpoint's own"
+            )
+    source = open_checkpoint(model)
     check_is_outside(out, source.directory)
     check_complete(source)
     watch = Stopwatch()
     with staged_file(out) if is_file else staged_directory(out) as staging:
         with watch.stage("write"):
-            written = TARGETS[to](source, staging, ExportOptions(weight_type, pre_tokenizer))
+            written = TARGETS[to](source, staging, **options)
         verification = None
         if verify and written.verify is not None:
             with watch.stage("verify"):

@@ -97,19 +97,12 @@ class Family:
         import transformers
 
         model_class: type[PreTrainedModel] = getattr(transformers, self.class_name)
-        config = _default_config(self.model_type)
+        values = copy.deepcopy(_VALUES.get(self.model_type, {}))
+        config: PreTrainedConfig = transformers.CONFIG_MAPPING[self.model_type](**values)
         # A multimodal type's class for text alone is built from the config of its text decoder.
         if model_class.config_class is config.sub_configs.get("text_config"):
             config = config.get_text_config()
         return model_class, config
-
-
-def _default_config(model_type: str) -> PreTrainedConfig:
-    from transformers import CONFIG_MAPPING
-
-    values = copy.deepcopy(_VALUES.get(model_type, {}))
-    config: PreTrainedConfig = CONFIG_MAPPING[model_type](**values)
-    return config
 
 
 def installed_families() -> list[Family]:

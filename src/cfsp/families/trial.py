@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -21,8 +19,8 @@ from cfsp.families.catalogue import Family, Reasons
 from cfsp.settings import PARTS, Part
 from cfsp.streaming.block_proof import prove_without_attentions, prove_without_blocks
 
-# Seconds. For a few types all proofs take more than two minutes on a slow core.
-PROOF_LIMIT = 300.0
+# Seconds. For a few types all proofs take more than two minutes on a slow core of its own.
+PROOF_LIMIT = 1800.0
 MOST_AT_A_TIME = 4
 # What takes seconds to import; it is imported once for all processes.
 _IMPORTED = (
@@ -33,7 +31,6 @@ _IMPORTED = (
 )
 # After the answer, to leave nothing behind.
 _LAST_SECONDS = 10.0
-_SHARE_OF_WAITING = 10
 # Two threads must not look after one process.
 _LOCK = Lock()
 
@@ -113,38 +110,28 @@ class NoAnswerError(Exception):
 def call_apart(function: Callable[..., Any], *arguments: Any, seconds: float) -> Any:
     """Call a function of a module in a process with one thread; return what it returns.
 
-    Arguments and answer must survive pickling. It is stopped after computing so many seconds, or
-    after ten times as long in all: on a busy machine it is slow through no fault of its own.
-
-    Raises:
-        NoAnswerError: it crashed, or was stopped.
+    Arguments and answer must survive pickling. Where it crashes, or has no answer in time, it is a
+    `NoAnswerError`.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(list(_IMPORTED))
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(
-        target=_send, args=(function, arguments, seconds, sender), daemon=True
-    )
+    process = context.Process(target=_send, args=(function, arguments, sender), daemon=True)
     with _LOCK:
         process.start()
     sender.close()
-    answered, late = False, f"no verdict after {seconds:.0f} seconds"
     try:
-        if not receiver.poll(_SHARE_OF_WAITING * seconds):
-            raise NoAnswerError(late)
+        if not receiver.poll(seconds):
+            raise NoAnswerError(f"no verdict after {seconds:.0f} seconds")
         answer = receiver.recv()
-        answered = True
+        wait([process.sentinel], _LAST_SECONDS)
         return answer
     except EOFError:
         with _LOCK:
             process.join()
-        if process.exitcode == -signal.SIGXCPU:
-            raise NoAnswerError(late) from None
         raise NoAnswerError(f"its process ended with status {process.exitcode}") from None
     finally:
         receiver.close()
-        if answered:
-            wait([process.sentinel], _LAST_SECONDS)
         with _LOCK:
             process.kill()
             process.join()
@@ -157,13 +144,10 @@ def stop_calls() -> None:
             process.kill()
 
 
-def _send(
-    function: Callable[..., Any], arguments: tuple[Any, ...], seconds: float, sender: Connection
-) -> None:
+def _send(function: Callable[..., Any], arguments: tuple[Any, ...], sender: Connection) -> None:
     import torch
     import transformers
 
-    _stop_after(seconds)
     # What classes and libraries say on the way is not about the user's work.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
@@ -171,13 +155,3 @@ def _send(
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     sender.send(function(*arguments))
-
-
-def _stop_after(seconds: float) -> None:
-    """Let the system stop this process after computing so long, where it can."""
-    try:
-        import resource
-    except ImportError:  # not everywhere: the time in all is limited as well
-        return
-    _, hardest = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), hardest))

@@ -130,9 +130,14 @@ def check_least(budget: Budget, size: ModelSize, kept: float, asked: str, of: fl
     # Within half a multiple of the least width is the least width.
     if kept < least - min(map(mul, multiple_U, size.cost_U)) / 2:
         most = (size.cost_of(size.width_U) - least) / of
+        pairs = zip(multiple_U, size.units, strict=True)
+        widths = sorted({multiple for multiple, unit in pairs if unit.part == "ffn"})
+        left = [f"{' or '.join(map(str, widths))} channels left in every FFN"] if widths else []
+        if any(unit.part == "kv" for unit in size.units):
+            left.append("one KV group in every attention")
         raise BudgetError(
-            f"cannot remove {asked}: with at least {_least_in_words(multiple_U, size)}, between 0 "
-            f"and {most:.1%} can be removed"
+            f"cannot remove {asked}: with at least {' and '.join(left)}, between 0 and {most:.1%} "
+            "can be removed"
         )
 
 
@@ -142,34 +147,21 @@ def channels_in_words(parts: Sequence[Part]) -> str:
     return " and ".join(noun for part, noun in nouns.items() if part in parts)
 
 
-def _least_in_words(multiple_U: Sequence[int], size: ModelSize) -> str:
-    """Return in words what is left at least."""
-    pairs = list(zip(multiple_U, size.units, strict=True))
-    least = sorted({multiple for multiple, unit in pairs if unit.part == "ffn"})
-    ffn = f"{' or '.join(map(str, least))} channels left in every FFN" if least else ""
-    kv = "one KV group in every attention" if any(unit.part == "kv" for _, unit in pairs) else ""
-    return " and ".join(words for words in (ffn, kv) if words)
-
-
-def keep_fractions(
+def shrunk(
     importance_U: Sequence[float], sparsity: float, weight_U: Sequence[float] | None = None
 ) -> list[float]:
-    """Return the fraction of every unit's channels that stays; their mean is 1 - sparsity.
+    """Return importances by which no unit would keep all of its channels, or more.
 
         keep_u = s_u / mean(s) * (1 - p)
 
-    If some unit would keep all or more, the importances are shrunk about their mean until
-    the largest stays below 1, as the published code does.
-
-    Importances s are positive, p is the sparsity; `weight_U` is how much each counts in the mean.
+    If some unit would, the positive importances s are shrunk about their mean until the largest
+    stays below 1, as the published code does. `weight_U` is how much each counts in the mean.
     """
-    mean = fmean(importance_U, weight_U)
-    if sparsity == 0.0:
-        return [1.0] * len(importance_U)
-    if max(importance_U) / mean * (1 - sparsity) >= 1.0:
-        shrink = mean * (1 / (1 - sparsity) - 1) / (max(importance_U) - mean) / _CLAMP_MARGIN
-        importance_U = [mean + (s - mean) * shrink for s in importance_U]
-    return [s / mean * (1 - sparsity) for s in importance_U]
+    mean, largest = fmean(importance_U, weight_U), max(importance_U)
+    if sparsity == 0.0 or largest / mean * (1 - sparsity) < 1.0:
+        return list(importance_U)
+    shrink = mean * (1 / (1 - sparsity) - 1) / (largest - mean) / _CLAMP_MARGIN
+    return [mean + (s - mean) * shrink for s in importance_U]
 
 
 def water_fill(
@@ -286,33 +278,23 @@ def _widths(
     importance_U: Sequence[float], budget: Budget, size: ModelSize, clamp: Clamp, total: float
 ) -> list[int]:
     """Return the widths of units that cost `total`; see `allocate`."""
-    ideal_U = _ideal(importance_U, budget, size, clamp, total)
+    ideal_U, multiple_U = _ideal(importance_U, budget, size, clamp, total), size.multiple_U(budget)
     dear = [index for index, unit in enumerate(size.units) if unit.part == "kv"]
     rest = [index for index, unit in enumerate(size.units) if unit.part != "kv"]
-    if not (dear and rest):
-        return _rounded(ideal_U, budget, size, total)
-    kept_U, left = list(size.width_U), total * size.parameters_per_cost
-    for chosen in (dear, rest):
-        part = size.only(chosen)
-        wanted = left
-        if chosen is dear:
-            wanted = fsum(ideal_U[i] * size.units[i].channel_parameters for i in dear)
-        # What rounding left may be out of reach.
-        least, most = part.cost_of(part.least_U(budget)), part.cost_of(part.width_U)
-        cost = min(max(wanted / part.parameters_per_cost, least), most)
-        importances = [importance_U[index] for index in chosen]
-        ideals = _ideal(importances, budget, part, clamp, cost)
-        widths = _rounded(ideals, budget, part, cost)
-        left -= part.parameters_per_cost * part.cost_of(widths)
-        for index, width in zip(chosen, widths, strict=True):
-            kept_U[index] = width
-    return kept_U
-
-
-def _rounded(ideal_U: list[float], budget: Budget, size: ModelSize, total: float) -> list[int]:
-    """Return ideal widths as multiples; of equal ones the nearest: what was equal stays so."""
-    multiple_U = size.multiple_U(budget)
-    if budget.widths == "equal":
+    if dear and rest:
+        kept_U, left = list(size.width_U), total * size.parameters_per_cost
+        of_dear = fsum(ideal_U[i] * size.units[i].channel_parameters for i in dear)
+        for chosen in (dear, rest):
+            part, wanted = size.only(chosen), of_dear if chosen is dear else left
+            # What rounding left may be out of reach.
+            least, most = part.cost_of(part.least_U(budget)), part.cost_of(part.width_U)
+            cost = min(max(wanted / part.parameters_per_cost, least), most)
+            widths = _widths([importance_U[i] for i in chosen], budget, part, clamp, cost)
+            left -= part.parameters_per_cost * part.cost_of(widths)
+            for index, width in zip(chosen, widths, strict=True):
+                kept_U[index] = width
+        return kept_U
+    if budget.widths == "equal":  # to the nearest multiple: what was equal stays so
         return [
             min(width, max(1, round(ideal / multiple)) * multiple)
             for ideal, width, multiple in zip(ideal_U, size.width_U, multiple_U, strict=True)
@@ -328,13 +310,7 @@ def _ideal(
     fraction = total / size.cost_of(width_U)
     if budget.widths == "equal":
         return [fraction * width for width in width_U]
-    if clamp == "water-fill":
-        return water_fill(importance_U, width_U, cost_U, total)
-    weight_U = None
-    if set(cost_U) != {1}:
-        weight_U = [float(width * cost) for width, cost in zip(width_U, cost_U, strict=True)]
-    fraction_U = keep_fractions(importance_U, 1 - fraction, weight_U)
-    ideal_U = [f * width for f, width in zip(fraction_U, width_U, strict=True)]
-    # Units of different width weigh differently in the mean: meet the total, not the mean.
-    reached = sum(ideal * cost for ideal, cost in zip(ideal_U, cost_U, strict=True))
-    return [ideal * total / reached for ideal in ideal_U]
+    if clamp == "published":
+        weight_U = None if set(cost_U) == {1} else list(map(float, map(mul, width_U, cost_U)))
+        importance_U = shrunk(importance_U, 1 - fraction, weight_U)
+    return water_fill(importance_U, width_U, cost_U, total)

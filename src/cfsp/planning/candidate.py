@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 from cfsp.architecture.block_names import counted
 from cfsp.architecture.found import Unit
@@ -44,15 +44,6 @@ class Dropped:
         blocks, attentions = set(self.blocks), set(self.attentions)
         (blocks if part == "blocks" else attentions).add(block)
         return Dropped(tuple(sorted(blocks)), tuple(sorted(attentions - blocks)))
-
-    @property
-    def parts(self) -> tuple[WholePart, ...]:
-        """Of which parts something goes."""
-        gone: dict[WholePart, tuple[int, ...]] = {
-            "attention": self.attentions,
-            "blocks": self.blocks,
-        }
-        return tuple(part for part, blocks in gone.items() if blocks)
 
     @property
     def in_words(self) -> str:
@@ -98,8 +89,7 @@ class Candidate:
         return Candidate(dropped, fields["experts"], tuple(fields["parts"]), fields["sparsity"])
 
 
-@dataclass(frozen=True)
-class Kept:
+class Kept(NamedTuple):
     """Units that lose no channel; blocks, and attentions of blocks, that are not dropped."""
 
     units: frozenset[int] = frozenset()
@@ -112,8 +102,8 @@ def kept_by(source: WeightSource, keep: Sequence[str]) -> Kept:
 
     A block of which something stays is not dropped.
     """
-    count, prefix = source.architecture.block_count, source.architecture.blocks
-    names = [f"{prefix}.{unit.block}.{unit.path}" for unit in source.units]
+    count = source.architecture.block_count
+    names = [source.architecture.module_name(unit) for unit in source.units]
     blocks: set[int] = set()
     units: set[int] = set()
     for word in keep:
@@ -133,9 +123,9 @@ def kept_by(source: WeightSource, keep: Sequence[str]) -> Kept:
         units |= found
     units |= {index for index, unit in enumerate(source.units) if unit.block in blocks}
     kept = [source.units[index] for index in units]
-    attentions = {unit.block for unit in kept if unit.part == "kv"}
-    some_of = {unit.block for unit in kept}
-    return Kept(frozenset(units), frozenset(blocks | some_of), frozenset(blocks | attentions))
+    attentions = blocks | {unit.block for unit in kept if unit.part == "kv"}
+    blocks |= {unit.block for unit in kept}
+    return Kept(frozenset(units), frozenset(blocks), frozenset(attentions))
 
 
 @dataclass(frozen=True)
@@ -154,10 +144,8 @@ class DropSizes:
         blocks = dict(enumerate(parameters_of_blocks(source))) if "blocks" in parts else {}
         attentions = parameters_of_attentions(source) if "attention" in parts else {}
         kept = kept_by(source, keep)
-        block_of = {block: size for block, size in blocks.items() if block not in kept.blocks}
-        attention_of = {
-            block: size for block, size in attentions.items() if block not in kept.attentions
-        }
+        block_of = {each: size for each, size in blocks.items() if each not in kept.blocks}
+        attention_of = {b: size for b, size in attentions.items() if b not in kept.attentions}
         total = sum((blocks or attentions).values())
         attentions_stay = len(attention_of) < len(attentions)
         some_stay = len(block_of) < len(blocks) if blocks else attentions_stay
@@ -202,4 +190,7 @@ class DropSizes:
 
 def parameters_dropped(source: WeightSource, dropped: Dropped) -> int:
     """Return how many parameters go with blocks and attentions of a model."""
-    return DropSizes.of(source, dropped.parts).parameters(dropped) if dropped else 0
+    block_of = parameters_of_blocks(source) if dropped.blocks else []
+    attention_of = parameters_of_attentions(source) if dropped.attentions else {}
+    gone = [block_of[block] for block in dropped.blocks]
+    return sum(gone) + sum(attention_of[block] for block in dropped.attentions)

@@ -67,23 +67,23 @@ def experts_to_remove(source: WeightSource, wanted: float, *, exactly: bool) -> 
     rounded = max(0, experts.groups * round(wanted / experts.groups))
     if rounded == experts.count:
         return 0
-    possible = (n for n in counts_near(rounded, experts) if runs_with(source, n))
-    found = next(possible, experts.count)
+    found = next((n for n in counts_near(rounded, experts) if runs_with(source, n)), experts.count)
+    of_each = "experts of each block"
     # A router may want a multiple of something, which is one step away, or a least number.
     if found > rounded and not any(runs_with(source, n) for n in range(1, rounded)):
         counts = range(experts.groups, experts.count + 1, experts.groups)
         least = next((n for n in counts if runs_with(source, n)), experts.count)
         most = experts.count - least
         raise BudgetError(
-            f"cannot remove {experts.count - rounded} of {experts.count} experts of each block: "
-            f"the router of {source.label} needs {least}; between 0 and {most} can be removed "
+            f"cannot remove {experts.count - rounded} of {experts.count} {of_each}: the router of "
+            f"{source.label} needs {least}; between 0 and {most} can be removed "
             f"({most / experts.count:.1%})"
         )
     if exactly and found != wanted:
         raise BudgetError(
-            f"cannot remove {experts.count - wanted:.0f} of {experts.count} experts of each block: "
-            f"the router of {source.label} does not run with {wanted:.0f}; "
-            f"{experts.count - found} can be removed"
+            f"cannot remove {experts.count - wanted:.0f} of {experts.count} {of_each}: the router "
+            f"of {source.label} does not run with {wanted:.0f}; {experts.count - found} can be "
+            "removed"
         )
     return experts.count - found
 
@@ -121,15 +121,10 @@ def warn_of_experts(plan: PruningPlan) -> None:
             for each in few[:_MOST_NAMED]
         )
         more = f" and {len(few) - _MOST_NAMED} more" if len(few) > _MOST_NAMED else ""
+        experts = sum(unit.ffns for unit in plan.kept_units if unit.ffns > 1)
         log.warning(
-            "%d of %d experts saw fewer than %d calibration tokens, so %s: %s%s; give more "
-            "--samples",
-            len(few),
-            sum(unit.ffns for unit in plan.kept_units if unit.ffns > 1),
-            LEAST_TOKENS,
-            ", and ".join(consequences),
-            named,
-            more,
+            f"{len(few)} of {experts} experts saw fewer than {LEAST_TOKENS} calibration tokens, so "
+            f"{', and '.join(consequences)}: {named}{more}; give more --samples"
         )
     if plan.kept_experts is None:
         return

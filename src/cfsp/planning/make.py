@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import (
@@ -20,9 +21,8 @@ from cfsp.checkpoint.reading import (
 from cfsp.errors import StatisticsError
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate
 from cfsp.planning.candidate import NOTHING, Candidate, Dropped, kept_by, parameters_dropped
-from cfsp.planning.channels import choose_channels
-from cfsp.planning.coarse import importance_of_units
 from cfsp.planning.experts import few_tokens, lost_output
+from cfsp.planning.importance import choose_channels, importance_of_units
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.progress import item_progress
@@ -76,8 +76,7 @@ def parameters_of_channels(
     return size.cost_of(size.width_U) * size.parameters_per_cost
 
 
-@dataclass(frozen=True)
-class UnitWidths:
+class UnitWidths(NamedTuple):
     """How many channels every unit keeps, and why: the coarse half of a decision."""
 
     distance_U: list[float]  # of its block
@@ -123,16 +122,12 @@ class Planner:
         if candidate.parts:
             asked = replace(budget, sparsity=candidate.sparsity, parts=candidate.parts)
             kept_U = allocate(importance_U, asked, size, self.criterion.clamp)
-        if not dropped:
-            return UnitWidths(distance_U, importance_U, kept_U)
-        block_L = self.statistics.distance_L
-        attention_L = self.statistics.of_part("kv").distance_L
-        planned = zip(distance_U, importance_U, kept_U, strict=True)
-        rows = []
+        planned, rows = zip(distance_U, importance_U, kept_U, strict=True), []
         for unit in self.source.units:
             if dropped.takes(unit):
                 alone = unit.block in dropped.attentions
-                rows.append(((attention_L if alone else block_L)[unit.block], 0.0, 0))
+                seen = self.statistics.of_part("kv") if alone else self.statistics
+                rows.append((seen.distance_L[unit.block], 0.0, 0))
             else:
                 rows.append(next(planned))
         return UnitWidths(*(list(column) for column in zip(*rows, strict=True)))
@@ -175,9 +170,8 @@ class Planner:
     ) -> tuple[UnitPlan, ...]:
         has_paths = self.source.architecture.has_attentions or not self.statistics.has_one_unit_each
         units = []
-        for index, (unit, observed) in enumerate(
-            zip(self.source.units, self.statistics.units, strict=True)
-        ):
+        for index, unit in enumerate(self.source.units):
+            observed = self.statistics.units[index]
             planned = UnitPlan(
                 block=unit.block,
                 width=unit.width,
@@ -220,25 +214,22 @@ class Planner:
 
 def check_statistics_fit(source: WeightSource, statistics: Statistics) -> None:
     """Check that statistics belong to a model."""
-    found = fingerprint(source)
+    record, found = statistics.record, fingerprint(source)
     shapes = [(unit.block, unit.part, unit.ffns, unit.width) for unit in statistics.units]
     expected = [(unit.block, unit.part, unit.ffns, unit.columns) for unit in source.units]
     have, need = ({unit.part for unit in of.units} for of in (statistics, source))
-    if statistics.record.fingerprint == found and have != need:
+    if record.fingerprint == found and have != need:
         raise StatisticsError(
             f"the statistics are of the parts {', '.join(sorted(have))}, expected "
             f"{', '.join(sorted(need))}; calibrate with the same --parts"
         )
-    if statistics.record.fingerprint == found and any(
-        unit.expert_axes and not len(seen.output_norm_E)
-        for unit, seen in zip(source.units, statistics.units, strict=False)
-    ):
+    if record.fingerprint != found or shapes != expected:
+        raise StatisticsError(
+            f"the statistics were made for {record.model} ({record.fingerprint}), not for "
+            f"{source.label} ({found}), {EARLIER} them; calibrate this model"
+        )
+    pairs = zip(source.units, statistics.units, strict=True)
+    if any(unit.expert_axes and not len(seen.output_norm_E) for unit, seen in pairs):
         raise StatisticsError(
             "the statistics do not have what the experts add; calibrate with the same --parts"
-        )
-    if statistics.record.fingerprint != found or shapes != expected:
-        raise StatisticsError(
-            f"the statistics were made for {statistics.record.model} "
-            f"({statistics.record.fingerprint}), not for {source.label} ({found}), "
-            f"{EARLIER} them; calibrate this model"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,14 +107,10 @@ class PruningPlan:
     @property
     def ffn_sparsity(self) -> float:
         """Fraction of all FFN channels that goes, each counted by the parameters that it owns."""
-        return self._sparsity_of("ffn")
+        return self.sparsity_of("ffn")
 
-    @property
-    def kv_sparsity(self) -> float:
-        """Fraction of all KV groups that goes, counted likewise."""
-        return self._sparsity_of("kv")
-
-    def _sparsity_of(self, part: Part) -> float:
+    def sparsity_of(self, part: Part) -> float:
+        """Return the fraction of a part's channels, or KV groups, that goes, counted likewise."""
         units = self.of_part(part)
         kept = sum(len(unit.kept) / unit.ffns * unit.cost for unit in units)
         return 1 - kept / sum(unit.width * unit.cost for unit in units) if units else 0.0
@@ -187,8 +184,7 @@ class PruningPlan:
     def experts_with_few_tokens(self) -> list[dict[str, Any]]:
         """Block, expert and tokens of every expert that saw too few tokens to be scored by them.
 
-        Those of blocks that go whole are not among them.
-        Where the block is not enough to name the unit, its path too.
+        Those of blocks that go whole are not among them. With the unit's path where it has one.
         """
         return [
             expert
@@ -211,24 +207,21 @@ class PruningPlan:
                 f"the plan removes block {max(self.removed_blocks)} and others, and {source.label} "
                 f"has {blocks}; make a new plan"
             )
-        if [(unit.block, unit.part, unit.width) for unit in self.units] != [
-            (unit.block, unit.part, unit.width) for unit in source.units
-        ]:
-            raise PlanError(f"the plan's widths are not those of {source.label}; make a new plan")
+        planned = [(unit.block, unit.part, unit.width, unit.ffns) for unit in self.units]
+        there = [(unit.block, unit.part, unit.width, unit.ffns) for unit in source.units]
+        if planned != there or any(
+            mine.path not in ("", its.path)
+            for mine, its in zip(self.units, source.units, strict=True)
+        ):
+            raise PlanError(
+                f"the plan's widths or experts are not those of {source.label}; make a new plan"
+            )
         counts = {len(unit.kept_ffns) for unit in self.kept_units if unit.ffns > 1}
         if self.kept_experts is not None and len(counts) > 1:
             raise PlanError(
                 f"the plan keeps {' or '.join(map(str, sorted(counts)))} experts, expected as many "
                 "in every block; make a new plan"
             )
-        if [unit.ffns for unit in self.units] != [unit.ffns for unit in source.units]:
-            raise PlanError(f"the plan's experts are not those of {source.label}; make a new plan")
-        for planned, found_unit in zip(self.units, source.units, strict=True):
-            if planned.path not in ("", found_unit.path):
-                raise PlanError(
-                    f"the plan is for {planned.path} of block {planned.block}, and {source.label} "
-                    f"has {found_unit.path} there; make a new plan"
-                )
 
     def to_json(self) -> str:
         """Return the plan as JSON; the same plan gives the same bytes."""
@@ -299,18 +292,21 @@ def _check_facts(model: ModelIdentity, fields: dict[str, Any]) -> None:
     if not all(isinstance(value, str) for value in vars(model).values()):
         raise TypeError("the model's name, type and fingerprint must be text")
     criterion, calibration = fields["criterion"], fields["calibration"]
-    counts = {"multiple": criterion, "windows": calibration, "seqlen": calibration}
-    for key, table in counts.items():
-        if type(table[key]) is not int or table[key] < 1:
-            raise ValueError(f"it has {table[key]!r} for {key}")
-    words = dict.fromkeys(("block_metric", "channel_metric", "of"), criterion)
-    for key, table in (words | dict.fromkeys(("dtype", "device"), calibration)).items():
-        if not isinstance(table[key], str) or not _WORD.fullmatch(table[key]):
-            raise ValueError(f"it has {table[key]!r} for {key}")
-    if type(criterion["sparsity"]) not in (int, float) or not 0 <= criterion["sparsity"] <= 1:
-        raise ValueError(f"the criterion has {criterion['sparsity']!r} for sparsity")
-    if type(calibration["seed"]) is not int:
-        raise ValueError(f"the calibration has {calibration['seed']!r} for seed")
+
+    def check(table: dict[str, Any], names: str, is_sound: Callable[[Any], Any]) -> None:
+        for name in names.split():
+            if not is_sound(table[name]):
+                raise ValueError(f"it has {table[name]!r} for {name}")
+
+    def is_word(value: Any) -> bool:
+        return isinstance(value, str) and bool(_WORD.fullmatch(value))
+
+    check(criterion, "multiple", lambda value: type(value) is int and value >= 1)
+    check(calibration, "windows seqlen", lambda value: type(value) is int and value >= 1)
+    check(calibration, "seed", lambda value: type(value) is int)
+    check(criterion, "block_metric channel_metric of", is_word)
+    check(calibration, "dtype device", is_word)
+    check(criterion, "sparsity", lambda value: type(value) in (int, float) and 0 <= value <= 1)
     sources = calibration["sources"]
     if not isinstance(sources, dict) or not all(type(n) is int for n in sources.values()):
         raise TypeError("the calibration's sources must be a table of windows")

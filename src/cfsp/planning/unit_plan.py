@@ -14,8 +14,9 @@ import base64
 import binascii
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -85,12 +86,8 @@ class UnitPlan:
 
     def kept_of(self, ffn: int) -> list[int]:
         """Return the channels that stay in one FFN, numbered within it; none if it goes whole."""
-        if ffn not in self.kept_ffns:
-            return []
-        start = self.kept_ffns.index(ffn) * self.kept_width
-        return [
-            channel - ffn * self.width for channel in self.kept[start : start + self.kept_width]
-        ]
+        first, end = (bisect_left(self.kept, start * self.width) for start in (ffn, ffn + 1))
+        return [channel - ffn * self.width for channel in self.kept[first:end]]
 
     def to_json(self, *, is_placed: bool) -> dict[str, Any]:
         """Return it as JSON types; where it lies only if blocks have none, or several."""
@@ -129,38 +126,36 @@ def unit_from_json(entry: dict[str, Any], index: int, removed: Collection[int]) 
 
     Its index in the plan is that of its block where no other is said.
     """
-    width, ffns = entry["width"], entry.get("experts", 1)
-    block, path, cost = entry.get("block", index), entry.get("path", ""), entry.get("cost", 1)
-    part, lost_output = entry.get("part", "ffn"), float(entry.get("lost_output", 0.0))
-    distance, importance = float(entry["distance"]), float(entry["importance"])
+    few = dict(entry.get("few_tokens", {}))
+    found = UnitPlan(
+        block=entry.get("block", index),
+        width=entry["width"],
+        kept=(),
+        distance=float(entry["distance"]),
+        importance=float(entry["importance"]),
+        ffns=entry.get("experts", 1),
+        few_tokens={int(expert): int(seen) for expert, seen in few.items()},
+        path=entry.get("path", ""),
+        cost=entry.get("cost", 1),
+        part=entry.get("part", "ffn"),
+        lost_output=float(entry.get("lost_output", 0.0)),
+    )
+    block, width, ffns, path, cost = found.block, found.width, found.ffns, found.path, found.cost
     sound = {
         f"width {width}": isinstance(width, int) and 0 < width <= _MAX_WIDTH,
         f"number of experts {ffns}": isinstance(ffns, int) and 0 < ffns <= _MAX_EXPERTS,
         f"block {block!r}": type(block) is int and 0 <= block <= MAX_BLOCKS,
         f"path {path!r}": isinstance(path, str) and _PATH.fullmatch(path),
-        f"part {part!r}": part in UNIT_PARTS,
+        f"part {found.part!r}": found.part in UNIT_PARTS,
         f"cost {cost!r}": type(cost) is int and cost >= 1,
-        f"distance {distance}": math.isfinite(distance),
-        f"importance {importance}": math.isfinite(importance),
-        f"share {lost_output} of what experts add": 0 <= lost_output <= 1,
+        f"distance {found.distance}": math.isfinite(found.distance),
+        f"importance {found.importance}": math.isfinite(found.importance),
+        f"share {found.lost_output} of what experts add": 0 <= found.lost_output <= 1,
     }
     for value, is_sound in sound.items():
         if not is_sound:
             raise ValueError(f"a block has the impossible {value}")
-    few = dict(entry.get("few_tokens", {}))
-    return UnitPlan(
-        block=block,
-        width=width,
-        kept=_checked_mask(entry, ffns * width, is_removed=block in removed),
-        distance=distance,
-        importance=importance,
-        ffns=ffns,
-        few_tokens={int(expert): int(seen) for expert, seen in few.items()},
-        path=path,
-        cost=cost,
-        part=part,
-        lost_output=lost_output,
-    )
+    return replace(found, kept=_checked_mask(entry, ffns * width, is_removed=block in removed))
 
 
 def _checked_mask(entry: dict[str, Any], total: int, *, is_removed: bool) -> tuple[int, ...]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfsp.calibration.calibrate import check_tokens
-from cfsp.calibration.together import check_same_work
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint, WeightSource, fingerprint, parameter_count
@@ -32,7 +31,7 @@ from cfsp.settings import DEFAULT_SEQLEN, Compute, EvaluationText
 from cfsp.streaming.decoder_end import Head
 from cfsp.streaming.hidden_states import HiddenStates
 from cfsp.streaming.memory import default_budget
-from cfsp.streaming.runtime import Runtime, check_fits, runtime_of, versions
+from cfsp.streaming.runtime import Runtime, check_fits, check_same_work, runtime_of, versions
 from cfsp.streaming.work_dir import WorkDir, load_or_compute, output_work_dir, temporary_work_dir
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.sources import check_texts, name_of

@@ -15,13 +15,11 @@ V vocabulary.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,14 +27,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from cfsp.calibration.calibrate import check_tokens
-from cfsp.calibration.together import part_of
-from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.stored_blocks import parameters_within
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
 from cfsp.errors import CalibrationError
 from cfsp.progress import item_progress
 from cfsp.streaming.block_pass import Visitor, pass_blocks
-from cfsp.streaming.block_stream import StreamedBlock
+from cfsp.streaming.block_stream import StreamedBlock, part_of
 from cfsp.streaming.decoder_end import Head, text_model
 
 if TYPE_CHECKING:
@@ -266,10 +262,3 @@ class _AtEnd(Visitor[WindowSums | None]):
                 divergence, agreed = divergence + found[0], agreed + found[1]
             block.tokens_done(int(self._head_tokens * (last - first)))
         return loss, divergence, agreed
-
-    def save(self, result: WindowSums | None, directory: Path, block: int) -> None:
-        write_atomically(directory / f"sums-{block}.json", json.dumps(result).encode())
-
-    def load(self, directory: Path, block: int) -> WindowSums | None:
-        found: WindowSums | None = json.loads((directory / f"sums-{block}.json").read_text("utf-8"))
-        return found

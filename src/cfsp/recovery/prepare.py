@@ -25,7 +25,7 @@ from cfsp.recovery.data import RecoveryText, read_text
 from cfsp.recovery.settings import AUTO_TEACHER, NO_TEACHER, Method, RecoverSettings
 from cfsp.result.manifest import read_manifest
 from cfsp.streaming.runtime import free_bytes
-from cfsp.streaming.stopwatch import Stopwatch
+from cfsp.streaming.work_dir import Stopwatch
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
 

@@ -55,8 +55,8 @@ from cfsp.settings import (
     texts_of,
 )
 from cfsp.streaming.memory import peak_rss_bytes
-from cfsp.streaming.pass_state import PassState
 from cfsp.streaming.work_dir import (
+    PassState,
     WorkDir,
     directory_of_process,
     load_or_compute,

@@ -28,7 +28,7 @@ from cfsp.architecture.block_names import counted
 from cfsp.errors import RecoveryError, UsageError
 from cfsp.processes import is_first_process
 from cfsp.progress import item_progress
-from cfsp.streaming.pass_state import PassState
+from cfsp.streaming.work_dir import PassState
 
 logger = logging.getLogger(__name__)
 

@@ -42,7 +42,7 @@ from cfsp.progress import without_library_bars
 from cfsp.recovery.loss import IGNORED, ModelLoss
 from cfsp.recovery.schedule import Pace, Schedule, diverged, rate_factor, saved_pace
 from cfsp.recovery.settings import ENDLESS_STEPS, Training
-from cfsp.streaming.pass_state import PassState
+from cfsp.streaming.work_dir import PassState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Collection
 from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from cfsp.checkpoint.config_file import read_plain_fields
-from cfsp.checkpoint.conversion import stored_from_memory
 from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.own_files import (
     CARD_FILE,
@@ -26,7 +24,7 @@ from cfsp.checkpoint.own_files import (
     digests_beside_weights,
 )
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor, write_shards
+from cfsp.checkpoint.tensor_file import write_shards
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.recovery.prepare import Prepared
 from cfsp.recovery.trainer import TrainingOutcome
@@ -42,36 +40,14 @@ def write_recovered_weights(
     source: Checkpoint, model: PreTrainedModel, trained: Collection[str], directory: Path
 ) -> dict[str, str]:
     """Write the trained weights of the model and all others byte for byte; return digests."""
-    changed = _stored(source, model, trained)
-    outgoing = [
-        outgoing_tensor(name, changed[name])
-        if name in changed
-        else OutgoingTensor(name, spec, partial(source.chunks, name))
-        for name, spec in source.specs.items()
-    ]
-    assert all(tensor.spec == source.specs[tensor.name] for tensor in outgoing)
-    return write_shards(directory, outgoing)
 
+    def value(name: str) -> torch.Tensor:
+        tensor: torch.Tensor = model.get_parameter(name).detach()
+        return tensor.to("cpu", source.parameters[name].dtype)
 
-def _stored(
-    source: Checkpoint, model: PreTrainedModel, trained: Collection[str]
-) -> dict[str, torch.Tensor]:
-    """Return trained parameters as the source stores them, by the names of stored tensors."""
-    stored: dict[str, torch.Tensor] = {}
-    left: list[str] = []
-    for name in trained:
-        sources = source.stored.sources(name)
-        parameter = model.get_parameter(name)
-        parameter.data = parameter.data.to("cpu", source.specs[sources[0]].dtype)
-        taken_apart = source.stored.take_apart(name, parameter.detach())
-        if taken_apart is None:
-            left += sources
-        else:
-            stored |= taken_apart
-    if left:
-        saved = stored_from_memory(model)
-        stored |= {name: saved[name] for name in left}
-    return stored
+    changed = {name: source.parameters[name] for name in trained}
+    outgoing = source.stored.outgoing(source.chunks, changed, value, source.config)
+    return write_shards(directory, list(outgoing))
 
 
 def copy_everything_else(source: Checkpoint, directory: Path) -> None:

@@ -12,16 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from cfsp.calibration.together import check_enough
 from cfsp.errors import TextError, UnsupportedModelError
 from cfsp.repair import local, ridge_pass, sequential
 from cfsp.repair.result import PruningResult
-from cfsp.streaming.two_streams import TwoStreams
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.job import Job
-    from cfsp.planning.make import Planner
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.settings import PruneSettings, Repair
     from cfsp.text.windows import Windows
@@ -57,7 +54,7 @@ def needed_steps(repair: Repair, plan: PruningPlan) -> dict[str, Step]:
 
 def repair(job: Job, result: PruningResult, windows: Windows) -> PruningResult:
     """Take the steps that the settings ask for, the plan needs, and that were not taken yet."""
-    taken = {step.name for step in result.steps}
+    taken = {step["name"] for step in result.steps}
     for name, step in needed_steps(job.settings.repair, result.plan).items():
         if name not in taken:
             with job.work_dir.watch.stage(name):
@@ -65,43 +62,26 @@ def repair(job: Job, result: PruningResult, windows: Windows) -> PruningResult:
     return result
 
 
-def repaired_a_little(
-    job: Job, planner: Planner, plan: PruningPlan, windows: Windows
-) -> PruningResult:
-    """Repair what a plan leaves by least squares, to see what it is worth then."""
-    result = PruningResult(plan, planner.statistics)
-    for step in needed_steps("ridge", plan).values():
-        result = step(job, result, windows)
-    return result
-
-
-def check_windows(job: Job, windows: Windows) -> None:
-    """Check that there are enough windows for the steps, and for every process."""
+def check_windows(windows: Windows) -> None:
+    """Check that there are enough windows for the steps."""
     if len(windows.tokens_NT) < 2:
         raise TextError(
             "repair needs at least 2 windows, one of them held out, found 1; give more text, more "
             "--samples or shorter windows (--seqlen), or --effort fast"
         )
-    if job.settings.repair == "local":
-        for tokens in (sequential.TOKENS_IN_BATCH, job.settings.local.tokens):
-            streams = TwoStreams.of(windows, tokens, job.work_dir.team)
-            check_enough(windows, streams.team, streams.batch)
 
 
 def check_can_be_repaired(source: WeightSource, settings: PruneSettings) -> None:
     """Check that no block has experts or several FFN units where more than a ridge is asked for."""
     if settings.repair != "local":
         return
-    experts = [unit.block for unit in source.units if unit.routed]
     ffns = [unit.block for unit in source.units if unit.part == "ffn"]
-    several = [block for block in ffns if ffns.count(block) > 1]
-    for blocks, found in (
-        (experts, "has experts, each of which sees few tokens"),
-        (several, "has several"),
-    ):
-        if blocks:
-            raise UnsupportedModelError(
-                f"--repair {settings.repair} is for blocks with at most one FFN, and block "
-                f"{blocks[0]} of {source.label} ({source.config.model_type}) {found}; use "
-                "--effort standard (--repair ridge)"
-            )
+    refused = {block: "has several" for block in ffns if ffns.count(block) > 1}
+    experts = [unit.block for unit in source.units if unit.routed]
+    refused |= dict.fromkeys(experts, "has experts, each of which sees few tokens")
+    for block, found in refused.items():
+        raise UnsupportedModelError(
+            f"--repair {settings.repair} is for blocks with at most one FFN, and block {block} of "
+            f"{source.label} ({source.config.model_type}) {found}; use --effort standard "
+            "(--repair ridge)"
+        )

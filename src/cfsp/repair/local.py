@@ -12,19 +12,25 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from cfsp.processes import Team
-from cfsp.repair.result import BlockRepair, PruningResult, block_repair, rejected_blocks
-from cfsp.repair.stream_repair import Repaired, StreamRepair, error_of_hidden
+from cfsp.repair.result import PruningResult, rejected_blocks
+from cfsp.repair.two_streams import (
+    Batch,
+    GroupVisit,
+    Loss,
+    Repaired,
+    TwoStreams,
+    block_repair,
+    hidden_loss,
+)
 from cfsp.settings import LocalTraining
 from cfsp.streaming.decoder_end import Head
-from cfsp.streaming.two_streams import Batch, GroupVisit, Loss
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
@@ -35,6 +41,14 @@ if TYPE_CHECKING:
 
 # Biases of zeros could never move.
 _LEAST_SIZE = 1e-3
+_MOST_SEEDS = 1 << 63
+# Predictions that count in a batch, at least. The head is a large part of a small model's
+# arithmetic.
+_PREDICTIONS = 256
+
+NAME = "local"
+
+log = logging.getLogger(__name__)
 
 
 def group_of(training: LocalTraining, index: int, blocks: int) -> range:
@@ -61,33 +75,27 @@ def schedule(training: LocalTraining, *, at_head: bool) -> list[float]:
     ]
 
 
-# Parameters of one block, which require gradients, and their highest learning rate: as a part of
-# the root mean square of each.
-Trained = tuple[Sequence[nn.Parameter], float]
-
-
 def train_blocks(
     compute: Callable[[Tensor], Tensor],
-    trained: Iterable[Trained],
+    trained: Iterable[tuple[Iterable[nn.Parameter], float]],
     steps: Iterable[tuple[float, Batch]],
     loss_of: Loss,
     dtype: torch.dtype,
-    team: Team,
     on_step: Callable[[], object] = lambda: None,
 ) -> bool:
     """Train blocks to give the target hidden states, or what a loss makes of them.
 
-    Several processes with the same batches share the windows of each. All see the loss of the whole
-    batch, and gradients are added up, so that they train as one would. A step is a learning rate,
-    as a part of the highest, and a batch. Weights are float32, products in bfloat16 where the
-    blocks will compute in that.
-
-    Returns:
-        Whether every loss was a number; training stops at one that is not.
+    `trained` are parameters of one block with their highest learning rate, as a part of the root
+    mean square that each has before any step; a step is a part of that rate, and a batch. Weights
+    are float32, products in bfloat16 where the blocks will compute in that. Return whether every
+    loss was a number; training stops at one that is not.
     """
-    # Before any step: a tensor's size is that of the pruned model.
+
+    def size(parameter: nn.Parameter) -> float:
+        return max(_LEAST_SIZE, float(parameter.detach().square().mean().sqrt()))
+
     groups = [
-        {"params": [parameter], "highest": rate * _size(parameter)}
+        {"params": [parameter], "highest": rate * size(parameter)}
         for parameters, rate in trained
         for parameter in parameters
     ]
@@ -96,77 +104,22 @@ def train_blocks(
         for group in optimizer.param_groups:
             group["lr"] = part * group["highest"]
         device = batch.input_BTD.device.type
-        own = team.share(len(batch.input_BTD))
-        output_BTD = batch.input_BTD[own].float()
         with torch.autocast(device, torch.bfloat16, dtype == torch.bfloat16):
-            if len(output_BTD):
-                output_BTD = compute(output_BTD)
-        loss = loss_of(_of_all(output_BTD, batch, team), batch)
+            output_BTD = compute(batch.input_BTD.float())
+        loss = loss_of(output_BTD, batch)
         if not math.isfinite(float(loss.detach())):
             return False
         optimizer.zero_grad(set_to_none=True)
-        if loss.requires_grad:
-            loss.backward()  # type: ignore[no-untyped-call]
-        _add_up_gradients(optimizer, team)
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         on_step()
     return True
 
 
-def _of_all(own_BTD: Tensor, batch: Batch, team: Team) -> Tensor:
-    """Return the outputs of a whole batch from those of each process; gradients reach its own."""
-    if team.size == 1:
-        return own_BTD
-    apply: Any = _OfAll.apply
-    output_BTD: Tensor = apply(own_BTD, len(batch.input_BTD), team)
-    return output_BTD
-
-
-class _OfAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, own_BTD: Tensor, windows: int, team: Team) -> Tensor:
-        ctx.own, ctx.dtype = team.share(windows), own_BTD.dtype
-        output_BTD = own_BTD.new_zeros((windows, *own_BTD.shape[1:]), dtype=torch.float32)
-        output_BTD[ctx.own] = own_BTD
-        return team.add_up(output_BTD)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return gradients[0][ctx.own].to(ctx.dtype), None, None
-
-
-def _add_up_gradients(optimizer: torch.optim.Optimizer, team: Team) -> None:
-    """Make the gradients of all processes those of the whole batch."""
-    if team.size == 1:
-        return
-    parameters = [each for group in optimizer.param_groups for each in group["params"]]
-    for parameter in parameters:
-        if parameter.grad is None:  # this process has no window of the batch
-            parameter.grad = torch.zeros_like(parameter)
-    team.add_up_each(parameter.grad for parameter in parameters)
-
-
-def _size(parameter: nn.Parameter) -> float:
-    return max(_LEAST_SIZE, float(parameter.detach().square().mean().sqrt()))
-
-
-NAME = "local"
-
-_MOST_SEEDS = 1 << 63
-# Predictions that count in a batch, at least. The head is a large part of a small model's
-# arithmetic.
-_PREDICTIONS = 256
-
-log = logging.getLogger(__name__)
-
-
 def repair_locally(job: Job, repaired: PruningResult, windows: Windows) -> PruningResult:
-    """Train all blocks of a pruned model, a few at a time, in float32.
-
-    Blocks have one dense FFN each, or none.
-    """
+    """Train all blocks of a pruned model, a few at a time, in float32."""
     done = _LocalRepair(NAME, job, repaired, windows, job.settings.local.tokens).step()
-    if rejected := rejected_blocks(done.steps[-1].to_json()):
+    if rejected := rejected_blocks(done.steps[-1]):
         log.warning(
             "training was rejected for blocks %s: on held-out windows it did not make them better",
             ", ".join(rejected),
@@ -174,38 +127,28 @@ def repair_locally(job: Job, repaired: PruningResult, windows: Windows) -> Pruni
     return done
 
 
-class _LocalRepair(StreamRepair):
+class _LocalRepair(TwoStreams):
     def group_of(self, block: int) -> range:
-        """Return the blocks that train together with one."""
         return group_of(self._job.settings.local, block, self.pruned.architecture.block_count)
 
-    def work(self, group: GroupVisit) -> BlockRepair | None:
-        """Train the blocks of a group, if any has an FFN; leave them with the better weights."""
+    def work(self, group: GroupVisit) -> Repaired | None:
+        """Train the blocks of a group, if any has an FFN."""
         if not any(unit.block in group.blocks.indices for unit in self.pruned.units):
             return None
         training = self._job.settings.local
         at_head = group.last + 1 == self.pruned.architecture.block_count
-        loss_of: Loss = error_of_hidden
+        loss_of: Loss = hidden_loss
         if at_head:
             loss_of = HeadLoss(self._job.source, self.runtime)
-        group.gather_held_out()
-        before, error_L = group.team.from_first(lambda: (group.judge(loss_of), group.errors()))
-        before.check_finite(group.dense_last)
-        rates = [highest_rate(training, error, at_head=at_head) for error in error_L]
+        before = group.judge_unchanged(loss_of)
+        rates = [highest_rate(training, error, at_head=at_head) for error in before.error_L]
         parts = schedule(training, at_head=at_head)
-        trained = self._train(group, loss_of, rates, parts)
-
-        def choose() -> Repaired:
-            """Leave the group with the better of both weights."""
-            if trained is None:  # It diverged.
-                group.blocks.fill()
-                after = None
-            else:
-                after = group.accept(before, trained, loss_of)
-            repair = block_repair(len(rates), before, after, training_steps=len(parts))
-            return repair, trained or {}
-
-        return self.done_by_first(group, choose)
+        after, trained = None, self._train(group, loss_of, rates, parts)
+        if trained is None:  # It diverged.
+            group.blocks.fill()
+        else:
+            after = group.accept(before, trained, loss_of)
+        return block_repair(before, after, training_steps=len(parts)), trained or {}
 
     def _train(
         self, group: GroupVisit, loss_of: Loss, rates: list[float], parts: list[float]
@@ -217,11 +160,10 @@ class _LocalRepair(StreamRepair):
             parameters_L = group.blocks.fill_for_training()
             converged = train_blocks(
                 group.blocks,
-                [(list(parameters_L[i].values()), rate) for i, rate in enumerate(rates)],
+                [(own.values(), rate) for own, rate in zip(parameters_L, rates, strict=True)],
                 zip(parts, self._batches(group), strict=False),
                 loss_of,
                 self.runtime.dtype,
-                group.team,
                 lambda: group.progress(next(done) / len(parts)),
             )
             if not converged:
@@ -236,21 +178,18 @@ class _LocalRepair(StreamRepair):
         """Yield batches of random windows without end, every window once before any again."""
         seed = (self._job.settings.text.seed + group.last) % _MOST_SEEDS
         generator = torch.Generator().manual_seed(seed)
-        windows, size = group.streams.fitted, group.streams.batch
+        windows, size = group.split.fitted, group.split.batch
         left: list[int] = []
         for turn in count():
             while len(left) < size:
                 order = torch.randperm(len(windows), generator=generator)
                 left += [windows[i] for i in order.tolist()]
             chosen, left = left[:size], left[size:]
-            yield group.batch_of_all(chosen, turn)
+            yield group.batch(chosen, turn)
 
 
 class HeadLoss:
-    """How far predictions from what leaves the last block are from the dense model's.
-
-    The head computes in the runtime's dtype, the loss is in float32.
-    """
+    """How far predictions from the last block's hidden states are from the dense model's."""
 
     def __init__(self, source: WeightSource, runtime: Runtime) -> None:
         self._head = Head(source, runtime.device, runtime.dtype)

@@ -1,4 +1,4 @@
-"""A decision with its repairs, as a value, and what each repair did.
+"""A decision with its repairs, as a value, and what each repair did, as it is in a manifest.
 
 Each step (`cfsp.repair.ladder`) takes a `PruningResult` and returns one with a step more.
 """
@@ -6,9 +6,9 @@ Each step (`cfsp.repair.ladder`) takes a `PruningResult` and returns one with a 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from cfsp.checkpoint.tensor_file import (
     FileTensor,
@@ -22,77 +22,46 @@ if TYPE_CHECKING:
 
     from cfsp.calibration.statistics import Statistics
     from cfsp.planning.plan_file import PruningPlan
-    from cfsp.streaming.two_streams import Judgement
 
 
-@dataclass(frozen=True)
-class ExpertRepair:
+class ExpertRepair(TypedDict):
     """What a step did with one expert of a block."""
 
     # Relative squared error of its output on held-out tokens, which never becomes larger.
     error_before: float
     error_after: float
-    # Whether the new weights were kept.
-    kept: bool
-    # The ridge that was chosen; None if the expert stays as it was.
-    strength: float | None
-    # Whether it stays as it was because it saw too few tokens.
-    few_tokens: bool
+    kept: bool  # whether the new weights were kept
+    strength: float | None  # the ridge that was chosen; None if the expert stays as it was
+    few_tokens: bool  # whether it stays as it was because it saw too few tokens
 
 
-@dataclass(frozen=True)
-class BlockRepair:
+class BlockRepair(TypedDict):
     """What a step did with a block, an FFN unit of it, or blocks that changed together."""
 
-    # How many they are; the last is the one that this stands for.
-    blocks: int
+    # Index of the block, and path from it to the unit that this stands for, in a model whose blocks
+    # have several FFN units.
+    block: NotRequired[int]
+    path: NotRequired[str]
+    blocks: int  # how many they are; the last is the one that this stands for
     # How far they were from the dense model on held-out windows: of `ridge` the relative squared
     # error of the FFN's output, else the relative error of hidden states.
     error_before: float
     error_after: float
-    # New weights are rejected where held-out windows are no better for them.
-    kept: bool
-    # The ridge that was chosen, of experts the median; None if none was.
-    strength: float | None = None
-    # 0 of a least-squares fit.
-    training_steps: int = 0
-    # What held-out windows were judged by, where that is not the error.
-    loss_before: float | None = None
-    loss_after: float | None = None
-    # Of a unit that has experts, what was done with each.
-    experts: tuple[ExpertRepair, ...] = ()
-    # Index of the block, and path from it to the unit that this stands for, in a model whose blocks
-    # have several FFN units.
-    block: int | None = None
-    path: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return JSON types."""
-        fields = asdict(self)
-        experts = fields.pop("experts")
-        place = {key: value for key in ("block", "path") if (value := fields.pop(key)) is not None}
-        return place | fields | ({"experts": list(experts)} if experts else {})
-
-    @staticmethod
-    def from_json(fields: Mapping[str, Any]) -> BlockRepair:
-        """Return what `to_json` made."""
-        experts = tuple(ExpertRepair(**expert) for expert in fields.get("experts", ()))
-        return BlockRepair(**{**fields, "experts": experts})
+    kept: bool  # new weights are rejected where held-out windows are no better for them
+    strength: float | None  # the ridge that was chosen, of experts the median; None if none was
+    training_steps: int  # 0 of a least-squares fit
+    loss_before: float | None  # what held-out windows were judged by, where that is not the error
+    loss_after: float | None
+    experts: NotRequired[list[ExpertRepair]]  # of a unit that has experts, what was done with each
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(TypedDict):
     """What one step of the ladder did."""
 
     name: str
     # With each block; None where a later block speaks for it, or where it has no FFN. Where blocks
     # have several FFN units, with each unit.
-    blocks: tuple[BlockRepair | None, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return JSON types."""
-        blocks = [None if block is None else block.to_json() for block in self.blocks]
-        return {"name": self.name, "blocks": blocks}
+    blocks: list[BlockRepair | None]
 
 
 def entry_name(entry: Mapping[str, Any], index: int) -> str:
@@ -123,53 +92,16 @@ class PruningResult:
     """All that the cut needs."""
 
     plan: PruningPlan
-    # Of the calibration; None where a plan was given.
-    statistics: Statistics | None = None
+    statistics: Statistics | None = None  # of the calibration; None where a plan was given
     # The files with repaired tensors, by the tensors' names.
     tensors: Mapping[str, FileTensor] = field(default_factory=dict)
-    # What repaired them, in order.
-    steps: tuple[Step, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what the steps did, for the manifest."""
-        return {"steps": [step.to_json() for step in self.steps]}
-
-
-def block_repair(
-    blocks: int,
-    before: Judgement,
-    after: Judgement | None,
-    *,
-    strength: float | None = None,
-    training_steps: int = 0,
-) -> BlockRepair:
-    """Return what a step on the pruned stream did with so many blocks.
-
-    `before` and `after` say how far they are from the dense model; after is None if the new weights
-    were rejected.
-    """
-    left = before if after is None else after
-    return BlockRepair(
-        blocks,
-        before.error,
-        left.error,
-        after is not None,
-        strength,
-        training_steps,
-        before.loss,
-        left.loss,
-    )
+    steps: tuple[Step, ...] = ()  # what repaired them, in order
 
 
 def write_tensors(directory: Path, block: int, tensors: Mapping[str, Tensor]) -> None:
     """Write new tensors of a block, or of blocks of which it is the last."""
     path = _tensors_path(directory, block)
     write_tensor_file(path, [outgoing_tensor(name, tensor) for name, tensor in tensors.items()])
-
-
-def new_tensors(directory: Path, block: int) -> dict[str, FileTensor]:
-    """Return what `write_tensors` wrote."""
-    return read_tensor_file(_tensors_path(directory, block))
 
 
 def _tensors_path(directory: Path, block: int) -> Path:
@@ -189,7 +121,7 @@ def add_step(
     """
     tensors = dict(repaired.tensors)
     for block, of_block in enumerate(repairs):
-        if any(repair is not None and repair.kept for repair in of_block):
-            tensors |= new_tensors(directory, block)
-    step = Step(name, tuple(repair for of_block in repairs for repair in of_block))
+        if any(repair is not None and repair["kept"] for repair in of_block):
+            tensors |= read_tensor_file(_tensors_path(directory, block))
+    step: Step = {"name": name, "blocks": [repair for of_block in repairs for repair in of_block]}
     return replace(repaired, tensors=tensors, steps=(*repaired.steps, step))

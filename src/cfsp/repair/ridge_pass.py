@@ -10,28 +10,24 @@ Shapes: D hidden, F FFN channels, K channels that stay, E experts, U units of th
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_low
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cfsp.calibration.calibrate import check_seen, check_tokens, observe
+from cfsp.calibration.calibrate import added_up, check_seen, check_tokens, observe
 from cfsp.calibration.observed import ObservedBlock
-from cfsp.calibration.together import add_up, part_of
-from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import down_matrix, parameters_with_down, units_of_block
-from cfsp.planning.channels import choose_channels
+from cfsp.planning.importance import choose_channels
 from cfsp.processes import processes_on_machine
-from cfsp.repair.gram import Observation
 from cfsp.repair.result import BlockRepair, ExpertRepair, PruningResult, add_step, write_tensors
-from cfsp.repair.ridge import RidgeSolution, repair_down_projection
+from cfsp.repair.ridge import Observation, RidgeSolution, repair_down_projection
 from cfsp.streaming.block_pass import Visitor, pass_blocks
-from cfsp.streaming.block_stream import StreamedBlock
+from cfsp.streaming.block_stream import StreamedBlock, part_of
 from cfsp.streaming.memory import available_bytes
 
 if TYPE_CHECKING:
@@ -50,16 +46,19 @@ LEAST_HELD_OUT = 8
 log = logging.getLogger(__name__)
 
 
+# The channels that stay in each unit of a block, ascending.
+Kept = tuple[tuple[int, ...], ...]
+# What repair did with each, None of an attention that goes whole; of none in a block that does.
+Repairs = tuple[BlockRepair | None, ...]
+
+
 @dataclass
 class ChosenBlock:
     """What the pass did with one block."""
 
-    # Of all windows, as calibration gathers them.
-    observed: ObservedBlock
-    # The channels that stay in each of its units, ascending.
-    kept: tuple[tuple[int, ...], ...] = ()
-    # What repair did with each, None of an attention that goes whole; of none in a block that does.
-    repaired: tuple[BlockRepair | None, ...] = ()
+    observed: ObservedBlock  # of all windows, as calibration gathers them
+    kept: Kept = ()
+    repaired: Repairs = ()
 
 
 def choose_and_repair(
@@ -143,18 +142,15 @@ class _RidgePass(Visitor[ChosenBlock]):
 
     def save(self, result: ChosenBlock, directory: Path, block: int) -> None:
         result.observed.save(directory, block)
-        facts = {
-            "kept": result.kept,
-            "repaired": [each and each.to_json() for each in result.repaired],
-        }
-        write_atomically(_chosen_path(directory, block), json.dumps(facts).encode())
+        facts: Any = {"kept": result.kept, "repaired": result.repaired}
+        super().save(facts, directory, block)
 
     def load(self, directory: Path, block: int) -> ChosenBlock:
-        facts = json.loads(_chosen_path(directory, block).read_text(encoding="utf-8"))
+        facts: Any = super().load(directory, block)
         return ChosenBlock(
             ObservedBlock.load(directory, block),
             tuple(map(tuple, facts["kept"])),
-            tuple(each and BlockRepair.from_json(each) for each in facts["repaired"]),
+            tuple(facts["repaired"]),
         )
 
     def _observe(self, block: StreamedBlock) -> ChosenBlock:
@@ -164,8 +160,7 @@ class _RidgePass(Visitor[ChosenBlock]):
         def add(unit: int, ffn: int, act_RF: Tensor, window_R: Tensor) -> None:
             observations[unit].add(ffn, act_RF, window_R)
 
-        own = observe(block, add if units else None)
-        (observed,) = add_up([own], self._team, block.device)
+        observed = added_up(self._team, observe(block, add if units else None))
         check_seen(block.units, observed.units)
         if block.index in self._removed:
             return ChosenBlock(observed, ((),) * len(block.units))
@@ -198,31 +193,19 @@ class _RidgePass(Visitor[ChosenBlock]):
                 continue
             repair, down_of = _repair_unit(self._source, index, keep, observation)
             if has_several:
-                repair = replace(repair, block=block, path=self._source.units[index].path)
+                repair = {"block": block, "path": self._source.units[index].path, **repair}
             repairs.append(repair)
-            if repair.kept:
+            if repair["kept"]:
                 tensors |= parameters_with_down(self._source, index, down_of)
         if tensors:
             write_tensors(self._directory, block, tensors)
         return {block: (tuple(kept_U), tuple(repairs))}
 
 
-# Of the units of a block.
-Kept = tuple[tuple[int, ...], ...]
-Repairs = tuple[BlockRepair | None, ...]
-
-
-def _chosen_path(directory: Path, block: int) -> Path:
-    return directory / f"chosen-{block:05d}.json"
-
-
 def _repair_unit(
     source: WeightSource, index: int, kept: Sequence[int], observed: Observation
 ) -> tuple[BlockRepair, dict[int, Tensor]]:
-    """Return what was done with the FFNs of a unit, and their repaired down projections.
-
-    Of experts that go whole there are none.
-    """
+    """Return what was done with the FFNs of a unit that stay, and their down projections."""
     unit = source.units[index]
     kept_of: dict[int, list[int]] = {}
     for channel in kept:
@@ -237,33 +220,31 @@ def _repair_unit(
         gram_FF = None if few else gram.mean()
         found = repair_down_projection(down_DF, unit.columns_of(own_K), gram_FF, held_out_RF)
         solutions[ffn] = found
-        errors = round(found.error_before, 6), round(found.error_after, 6)
-        experts.append(ExpertRepair(*errors, found.ridge is not None, found.ridge, few))
-    return (
-        _of_unit(list(solutions.values()), tuple(experts)),
-        {ffn: solution.down_DK for ffn, solution in solutions.items()},
-    )
-
-
-def _of_unit(solutions: Sequence[RidgeSolution], experts: tuple[ExpertRepair, ...]) -> BlockRepair:
-    """Return what was done with all FFNs of a unit together."""
-    strengths = [solution.ridge for solution in solutions if solution.ridge is not None]
-    energy = sum(solution.energy for solution in solutions) or 1.0
-
-    def mean(errors: Sequence[float]) -> float:
-        if len(errors) == 1:
-            return round(errors[0], 6)
-        pairs = zip(errors, solutions, strict=True)
-        return round(sum(error * solution.energy for error, solution in pairs) / energy, 6)
-
-    return BlockRepair(
-        1,
-        mean([solution.error_before for solution in solutions]),
-        mean([solution.error_after for solution in solutions]),
-        bool(strengths),
-        median_low(strengths) if strengths else None,
-        experts=experts if len(experts) > 1 else (),
-    )
+        experts.append(
+            {
+                "error_before": round(found.error_before, 6),
+                "error_after": round(found.error_after, 6),
+                "kept": found.ridge is not None,
+                "strength": found.ridge,
+                "few_tokens": few,
+            }
+        )
+    of_all = solutions.values()
+    energy = sum(each.energy for each in of_all) or 1.0
+    strengths = [each.ridge for each in of_all if each.ridge is not None]
+    repair: BlockRepair = {
+        "blocks": 1,
+        "error_before": round(sum(each.error_before * each.energy for each in of_all) / energy, 6),
+        "error_after": round(sum(each.error_after * each.energy for each in of_all) / energy, 6),
+        "kept": bool(strengths),
+        "strength": median_low(strengths) if strengths else None,
+        "training_steps": 0,
+        "loss_before": None,
+        "loss_after": None,
+    }
+    if len(experts) > 1:
+        repair["experts"] = experts
+    return repair, {ffn: solution.down_DK for ffn, solution in solutions.items()}
 
 
 def gram_bytes(source: WeightSource, block: int) -> int:
@@ -273,12 +254,10 @@ def gram_bytes(source: WeightSource, block: int) -> int:
 
 
 def _warn_of_memory(job: Job) -> None:
-    """Tell people where the Gram matrices of a block are more than there is memory.
-
-    Of several processes each has those of the block that it is to repair beside the next one's.
-    """
+    """Tell people where the Gram matrices of a block are more than there is memory."""
     source = job.source
     needed, block = max((gram_bytes(source, unit.block), unit.block) for unit in source.units)
+    # Of several processes each has those that it is to repair beside the next block's.
     needed *= min(job.work_dir.team.size, 2)
     available = available_bytes() / processes_on_machine()
     if job.runtime.device.type == "cpu" and needed > available:
@@ -296,10 +275,11 @@ def _warn_of_unrepaired(chosen: Sequence[ChosenBlock]) -> None:
     few = []
     for index, block in enumerate(chosen):
         for repair in filter(None, block.repaired):
-            experts = [str(i) for i, expert in enumerate(repair.experts) if expert.few_tokens]
-            if experts:
-                path = f" {repair.path}" if repair.path else ""
-                few.append(f"block {index}{path} experts {', '.join(experts)}")
+            experts = enumerate(repair.get("experts", ()))
+            unseen = [str(i) for i, expert in experts if expert["few_tokens"]]
+            if unseen:
+                path = f" {repair['path']}" if repair.get("path") else ""
+                few.append(f"block {index}{path} experts {', '.join(unseen)}")
     if few:
         log.warning(
             "not repaired, because they saw fewer than %d tokens in the fit or %d in the held-out "

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,33 +26,33 @@ from torch import Tensor
 
 from cfsp.architecture.activations import observed_activations
 from cfsp.checkpoint.reading import down_matrix, parameters_with_down, units_of_block
-from cfsp.repair.gram import GramSums
-from cfsp.repair.result import BlockRepair, PruningResult, block_repair
-from cfsp.repair.ridge import LAMBDAS, SOLVE_COLUMNS, ridge_factor, solve
-from cfsp.repair.stream_repair import Repaired, StreamRepair, error_of_hidden
-from cfsp.streaming.two_streams import GroupVisit, hidden_loss
+from cfsp.repair.ridge import LAMBDAS, GramSums, solved
+from cfsp.repair.two_streams import (
+    Batch,
+    GroupVisit,
+    Repaired,
+    TwoStreams,
+    block_repair,
+    hidden_loss,
+)
+from cfsp.streaming.block_stream import TOKENS_IN_BATCH
 
 if TYPE_CHECKING:
     from cfsp.architecture.found import Unit
     from cfsp.cut.surgery import PrunedSource
     from cfsp.job import Job
-    from cfsp.processes import Team
+    from cfsp.repair.result import PruningResult
     from cfsp.text.windows import Windows
 
 NAME = "sequential"
 # The same for blocks at removed ones alone.
 GAPS = "gaps"
 
-TOKENS_IN_BATCH = 4096
-
 log = logging.getLogger(__name__)
 
 
 def repair_sequentially(job: Job, repaired: PruningResult, windows: Windows) -> PruningResult:
-    """Fit the down projection of every block of a pruned model, one after the other.
-
-    Blocks have one dense FFN each, or none. Sums are float32, the solve is float64.
-    """
+    """Fit the down projection of every block of a pruned model, one after the other."""
     return SequentialRepair(NAME, job, repaired, windows, TOKENS_IN_BATCH).step()
 
 
@@ -87,39 +87,38 @@ def blocks_at_gaps(count: int, removed: Collection[int]) -> list[int]:
     ]
 
 
-class SequentialRepair(StreamRepair):
+class SequentialRepair(TwoStreams):
     """Fits the down projections of some blocks of the pruned model, or of all."""
 
     blocks: Collection[int] | None = None
 
-    def work(self, group: GroupVisit) -> BlockRepair | None:
-        """Repair the down projection of a block; the first process does it for all.
-
-        Nothing is done to a block without a dense FFN, or with several, or one that is to stay.
-        """
+    def work(self, group: GroupVisit) -> Repaired | None:
+        """Repair the down projection of a block, if it has one and is not to stay."""
         unit = _last_to_write(self.pruned, group.last)
         if unit is None or (self.blocks is not None and group.last not in self.blocks):
             return None
-        seen = _observe(group, self.pruned.units[unit])
         down_DK = down_matrix(self.pruned, unit).to(group.device)
-        seen.gather_at_first(group.team, down_DK)
-        group.gather_held_out()
-
-        def fit() -> Repaired:
-            """Leave the block with the better of both weights."""
-            before = group.judge(error_of_hidden)
-            before.check_finite(group.dense_last)
-            best = _best_fit(down_DK, seen, before.loss)
-            if best is None:
-                return block_repair(1, before, None), {}
-            ridge, new_DK = best
-            tensors = parameters_with_down(self.pruned, unit, {0: new_DK})
-            # Where something follows the down projection, a norm for one, it is not as predicted.
-            after = group.accept(before, tensors, error_of_hidden)
-            strength = None if after is None else ridge
-            return block_repair(1, before, after, strength=strength), tensors
-
-        return self.done_by_first(group, fit)
+        gram_KK, cross_KD, held_out = _observe(group, self.pruned.units[unit], down_DK)
+        before = group.judge_unchanged(hidden_loss)
+        strength, best_DK, least = None, down_DK, before.loss
+        every_K = torch.arange(len(gram_KK), device=gram_KK.device)
+        for ridge in LAMBDAS:
+            new_DK = solved(
+                down_DK, gram_KK, every_K, ridge, lambda part: cross_KD[:, part].double()
+            )
+            if new_DK is None:
+                continue
+            loss = _loss_with((new_DK.double() - down_DK.double()).float(), held_out)
+            if loss < least:
+                strength, best_DK, least = ridge, new_DK, loss
+            elif strength is not None:
+                break
+        if strength is None:
+            return block_repair(before, None), {}
+        tensors = parameters_with_down(self.pruned, unit, {0: best_DK})
+        # Where something follows the down projection, a norm for one, it is not as predicted.
+        after = group.accept(before, tensors, hidden_loss)
+        return block_repair(before, after, strength=strength if after else None), tensors
 
 
 def _last_to_write(pruned: PrunedSource, block: int) -> int | None:
@@ -136,100 +135,47 @@ def _last_to_write(pruned: PrunedSource, block: int) -> int | None:
     return units[-1] if units else None
 
 
-def _best_fit(down_DK: Tensor, seen: _Seen, least: float) -> tuple[float, Tensor] | None:
-    """Return the ridge and the weights with the least loss on held-out tokens.
+# Of held-out tokens the channels (RK), the block's output and that of the dense block (RD).
+Rows = tuple[Tensor, Tensor, Tensor]
 
-    None where all lose more than `least`, the loss without a change. The sums are used up.
+
+def _observe(group: GroupVisit, unit: Unit, down_DK: Tensor) -> tuple[Tensor, Tensor, list[Rows]]:
+    """Let the pruned stream pass the block once.
+
+    Return E[x xᵀ] and E[x dᵀ] of what it is fitted to, and the held-out tokens of every batch.
     """
-    best: tuple[float, Tensor] | None = None
-    gram_KK, cross_KD = seen.means()
-    every_K = torch.arange(len(gram_KK), device=gram_KK.device)
-    for ridge in LAMBDAS:
-        system = ridge_factor(gram_KK, every_K, ridge)
-        if system is None:
-            continue
-        columns = [part_KC.double() for part_KC in torch.split(cross_KD, SOLVE_COLUMNS, dim=1)]
-        for column_KC in columns:
-            solve(system, column_KC)
-        new_DK = (down_DK.double() + torch.cat(columns, dim=1).T).to(down_DK.dtype)
-        loss = seen.loss_with((new_DK.double() - down_DK.double()).float())
-        if loss >= least and best is not None:
-            break
-        if loss < least:
-            best, least = (ridge, new_DK), loss
-    return best
-
-
-def _observe(group: GroupVisit, unit: Unit) -> _Seen:
-    """Let the pruned stream pass the block once; gather sums, and held-out tokens whole."""
-    seen = _Seen()
+    gram, cross_KD = GramSums(), torch.zeros(down_DK.T.shape, device=group.device)
+    held_out: list[Rows] = []
     act: list[Tensor] = []
     (module,) = group.blocks.modules
     with observed_activations(module, [unit], lambda *rows: act.append(rows[2])):
-        for batch, is_held_out_B in group.own_batches():
+        for windows in group.split.batches:
+            batch = group.batch(windows)
             output_BTD = group.blocks(batch.input_BTD)
             act_BTK = act.pop().view(*output_BTD.shape[:2], -1)
-            for part, add in ((~is_held_out_B, seen.add), (is_held_out_B, seen.add_held_out)):
-                if bool(part.any()):
-                    chosen_B = part.to(group.device)
-                    add(
-                        act_BTK[chosen_B].flatten(0, 1),
-                        output_BTD[chosen_B].flatten(0, 1),
-                        batch.dense_BTD[chosen_B].flatten(0, 1),
-                    )
-    return seen
+            is_held_out_B = torch.tensor([window in group.split.held_out for window in windows])
+            for is_fitted, chosen_B in ((True, ~is_held_out_B), (False, is_held_out_B)):
+                if not bool(chosen_B.any()):
+                    continue
+                act_RK, output_RD, dense_RD = (
+                    each[chosen_B.to(group.device)].flatten(0, 1)
+                    for each in (act_BTK, output_BTD, batch.dense_BTD)
+                )
+                if is_fitted:
+                    gram.add(act_RK)
+                    difference_RD = dense_RD.float() - output_RD.float()
+                    cross_KD.addmm_(act_RK.float().T, difference_RD)
+                else:
+                    held_out.append((act_RK, output_RD, dense_RD))
+    tokens = gram.tokens
+    return gram.mean(), cross_KD.div_(tokens), held_out
 
 
-class _Seen:
-    """E[x xᵀ] and E[x dᵀ] over the tokens that a block is fitted to, and the held-out tokens."""
-
-    def __init__(self) -> None:
-        self._gram = GramSums()
-        self._cross_KD: Tensor | None = None
-        # Of each batch the channels (RK), the block's output and that of the dense block (RD).
-        self._held_out: list[tuple[Tensor, ...]] = []
-
-    def add(self, act_RK: Tensor, output_RD: Tensor, dense_RD: Tensor) -> None:
-        """Add rows that the block is fitted to."""
-        difference_RD = dense_RD.float() - output_RD.float()
-        self._gram.add(act_RK)
-        if self._cross_KD is None:
-            shape = act_RK.shape[1], difference_RD.shape[1]
-            self._cross_KD = torch.zeros(shape, device=act_RK.device)
-        self._cross_KD.addmm_(act_RK.float().T, difference_RD)
-
-    def add_held_out(self, *rows: Tensor) -> None:
-        """Add rows that it is not fitted to."""
-        self._held_out.append(rows)
-
-    def gather_at_first(self, team: Team, down_DK: Tensor) -> None:
-        """Bring what all processes have together at the first; the weights tell shape and place."""
-        if team.size == 1:
-            return
-        (outputs, channels), device = down_DK.shape, down_DK.device
-        if self._cross_KD is None:
-            self._cross_KD = torch.zeros(channels, outputs, device=device)
-        self._gram.add_up_at(0, team, channels, device)
-        team.add_up_at(0, [self._cross_KD])
-        own = [[each.cpu() for each in rows] for rows in self._held_out]
-        self._held_out = [
-            tuple(each.to(device) for each in rows)
-            for of_process in team.gather_at(0, own)
-            for rows in of_process
-        ]
-
-    def means(self) -> tuple[Tensor, Tensor]:
-        """Return both means; the sums are used up."""
-        assert self._cross_KD is not None
-        cross_KD = self._cross_KD.div_(self._gram.tokens)
-        return self._gram.mean(), cross_KD
-
-    def loss_with(self, change_DK: Tensor) -> float:
-        """Return the loss if the down projection changed, and its output went on unchanged."""
-        changed = [
-            output_RD.float() + act_RK.float() @ change_DK.T
-            for act_RK, output_RD, _dense_RD in self._held_out
-        ]
-        dense = [dense_RD for _act_RK, _output_RD, dense_RD in self._held_out]
-        loss = float(hidden_loss(torch.cat(changed), torch.cat(dense)))
-        return loss if math.isfinite(loss) else math.inf
+def _loss_with(change_DK: Tensor, held_out: Sequence[Rows]) -> float:
+    """Return the loss if the down projection changed, and its output went on unchanged."""
+    changed = [
+        output_RD.float() + act_RK.float() @ change_DK.T for act_RK, output_RD, _ in held_out
+    ]
+    dense = [dense_RD for _, _, dense_RD in held_out]
+    loss = float(hidden_loss(torch.cat(changed), Batch(torch.empty(0), torch.cat(dense))))
+    return loss if math.isfinite(loss) else math.inf

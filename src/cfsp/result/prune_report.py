@@ -38,7 +38,7 @@ class PruneReport:
             and by block that stays the share of what all add that those added which went
             (`lost_output`); empty where none went but with their block.
         calibration_tokens: that the statistics were gathered over.
-        repair: what each step of repair did with each block (see `PruningResult.to_json`).
+        repair: what each step of repair did with each block (see `cfsp.repair.result`).
         experts_with_few_tokens: block, expert and tokens of each expert that saw too few
             calibration tokens to be scored by them: its channels were scored by its weights alone,
             and whether it went whole was decided by these few.
@@ -132,7 +132,7 @@ def prune_report(
     """Return what a run did; `work_dir` has the times of stages and passes."""
     plan, before = repaired.plan, parameter_count(source)
     groups_before, groups_after = plan.widths_of("kv")
-    kv_sparsity = round(plan.kv_sparsity, 6)
+    kv_sparsity = round(plan.sparsity_of("kv"), 6)
     groups = {"before": groups_before, "after": groups_after, "sparsity": kv_sparsity}
     after = parameter_count(PrunedSource(source, plan))
     dequantised = {}
@@ -149,7 +149,7 @@ def prune_report(
         kv_groups=groups if groups_before else {},
         experts=_experts(plan),
         calibration_tokens=plan.calibration["windows"] * plan.calibration["seqlen"],
-        repair=repaired.to_json(),
+        repair={"steps": list(repaired.steps)},
         experts_with_few_tokens=plan.experts_with_few_tokens,
         goal=goal,
         perplexity=measured,

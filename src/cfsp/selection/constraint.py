@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -98,16 +99,24 @@ class DropBudget:
         return not sizes or self.parameters - self.sizes.parameters(dropped) < max(sizes) / 2
 
     def first(self, order: Iterable[Removal]) -> list[Removal] | None:
-        """Return the first of an order that come closer to the budget, each in its turn.
+        """Return the first of an order that may go and come closer to the budget, each in its turn.
 
         None if the order is too short.
         """
         dropped, taken = NOTHING, []
         for each in order:
-            if self.has_room_for(dropped, (each.part, each.block)):
+            droppable = each.part, each.block
+            # Of statistics it may be of what was not told to stay then.
+            may_go = droppable in self.sizes.droppable(dropped)
+            if may_go and self.has_room_for(dropped, droppable):
                 taken.append(each)
-                dropped = dropped.plus((each.part, each.block))
+                dropped = dropped.plus(droppable)
         return taken if self.is_met_by(dropped) else None
+
+    def of_blocks(self, blocks: Sequence[int]) -> Dropped:
+        """Return blocks of the one part as those that go, or as those whose attentions do."""
+        chosen = tuple(blocks)
+        return Dropped(chosen) if "blocks" in self.parts else Dropped((), chosen)
 
 
 def _too_many(sizes: DropSizes, what: str, most: str) -> BudgetError:
@@ -157,14 +166,7 @@ def last_that_holds(highest: int, holds: Callable[[int], bool]) -> int:
 
     It is taken to hold at 0, where nothing is pruned, and asked about log2(highest) times.
     """
-    low, high = 0, highest + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        if holds(middle):
-            low = middle
-        else:
-            high = middle
-    return low
+    return bisect_left(range(1, highest + 1), True, key=lambda step: not holds(step))
 
 
 @dataclass(frozen=True)
@@ -197,10 +199,6 @@ class Constraint(ABC):
     def to_drop(self) -> DropBudget:
         """Return how much may go whole, at most; of a budget that has such parts."""
         return half_dropped(self.source, self.budget)
-
-    def enough(self, order: Sequence[Removal]) -> Dropped:
-        """Return what of an order is enough where no channels go."""
-        return Dropped.of(order)
 
     @abstractmethod
     def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
@@ -320,13 +318,6 @@ def half_dropped(source: WeightSource, budget: Budget) -> DropBudget:
     sizes = DropSizes.of(source, parts, keep)
     share = min(MOST_DROPPED, sizes.most / sizes.total)
     return DropBudget.of_share(source, parts, share, keep=keep)
-
-
-def parameters_to_go(source: WeightSource, budget: Budget) -> float:
-    """Return how many parameters go with a share of one part."""
-    if budget.whole_parts:
-        return budget.sparsity * DropSizes.of(source, budget.whole_parts).total
-    return budget.sparsity * parameters_of_channels(source, budget.channel_parts, NOTHING)
 
 
 def _experts_of(source: WeightSource) -> int:

@@ -1,23 +1,21 @@
 """The whole model in memory, without some of its parts, and how far its predictions are from dense.
 
 The Kullback-Leibler divergence of the next-token distribution, KL(dense || changed), in nats per
-token. It is never negative and has far less noise than a difference of losses, so that few
-windows tell small changes apart.
-
-The model is uncut: weights that read pruned channels are zero meanwhile, and blocks that go are
-skipped, so that what a plan costs is measured plan after plan, without writing a checkpoint. All
-other weights stay as they are: the result is that of `--repair none`.
+token, has far less noise than a difference of losses: few windows tell small changes apart. The
+model is uncut: weights that read pruned channels are zero meanwhile, and blocks that go are
+skipped. All other weights stay as they are: the result is that of `--repair none`.
 
 Shapes: B windows, T tokens, P positions in a window (pruned channels in masks), V vocabulary, D
-hidden, F FFN channels, K kept, L blocks.
+hidden, F FFN channels, K kept, L blocks, N windows, U units.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +23,18 @@ from torch import Tensor, nn
 from cfsp.architecture.expert_proof import masked_experts
 from cfsp.architecture.found import Unit
 from cfsp.architecture.resizing import Gone
+from cfsp.calibration.statistics import Sensitivity, Statistics
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.checkpoint.skeleton import blocks_of
+from cfsp.errors import CalibrationError
+from cfsp.job import Job
 from cfsp.planning.candidate import NOTHING, Dropped
+from cfsp.planning.importance import choose_channels
+from cfsp.progress import item_progress
+from cfsp.settings import AUTO_METRIC, SENSITIVITY, UNIT_PARTS, Criterion, Part
 from cfsp.streaming.decoder_end import logits_only, text_model
-from cfsp.streaming.runtime import Runtime, check_fits
+from cfsp.streaming.runtime import Runtime, check_fits, fits
 from cfsp.streaming.stand_in import (
     CallForm,
     find_call_form,
@@ -38,6 +42,7 @@ from cfsp.streaming.stand_in import (
     resumed_at,
     skipped,
 )
+from cfsp.streaming.work_dir import load_or_compute
 from cfsp.text.windows import Windows, few_windows
 
 if TYPE_CHECKING:
@@ -52,6 +57,9 @@ BEGINNING_TOKENS = 256
 # Predictions of neighbours are alike: of every few tokens one is compared, which keeps the cost
 # of a large vocabulary small.
 POSITION_STRIDE = 4
+# Half of every block's channels: the ranking of blocks hardly depends on how many go (LOG.md), so
+# that one measurement serves every budget.
+SENSITIVITY_SPARSITY = 0.5
 # In nats: equal predictions, but for rounding.
 _SAME = 1e-4
 
@@ -106,11 +114,9 @@ def windows_compared(sources: int) -> int:
 
 
 def prediction_bytes(vocabulary: int) -> int:
-    """Return what comparing the predictions of one window takes in memory, at most.
-
-    Probabilities of the dense model, logits of the changed one as computed and in float32, and
-    their exponentials.
-    """
+    """Return what comparing the predictions of one window takes in memory, at most."""
+    # Probabilities of the dense model, logits of the changed one as computed and in float32, and
+    # their exponentials.
     return 4 * 4 * (BEGINNING_TOKENS // POSITION_STRIDE) * vocabulary
 
 
@@ -132,8 +138,8 @@ def _logits(model: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
 class MaskedModel:
     """A whole model that runs on the same windows again and again, without some of its parts.
 
-    Where it `resumes`, it keeps what enters every block, so that those before a changed one need
-    not compute again; models whose blocks need more of earlier ones compute all the same.
+    Where it `resumes`, it keeps what enters every block, which no later one changes: only those
+    behind a changed one compute again. Models whose blocks need more of earlier ones compute all.
     """
 
     def __init__(
@@ -275,3 +281,118 @@ def masked_unit(block: nn.Module, unit: Unit, kept_K: Sequence[int]) -> Iterator
             saved.append(matrix.index_select(axis, pruned_P))
             matrix.index_fill_(axis, pruned_P, 0)
         yield
+
+
+# Sensitivity: how far the predictions move when a block's FFNs alone are pruned, or its attention.
+# Angular distance says how much a block does, sensitivity how much of that its weakest channels do.
+
+
+def block_sensitivities(
+    source: WeightSource,
+    model: PreTrainedModel,
+    tokens_NT: Tensor,
+    kept_U: Sequence[Sequence[int]],
+    parts: Collection[Part] = UNIT_PARTS,
+) -> dict[Part, list[float]]:
+    """Return how far pruning a part of each block alone moves the predictions, in nats per token.
+
+    KL(dense || one block pruned), the mean over tokens. All units of one part of a block are pruned
+    together; a block without any moves nothing.
+    """
+    kept_of: dict[tuple[int, Part], dict[int, Sequence[int]]] = {}
+    for index, unit in enumerate(source.units):
+        if unit.part in parts:
+            kept_of.setdefault((unit.block, unit.part), {})[index] = kept_U[index]
+    total: dict[Part, list[float]] = {
+        part: [0.0] * source.architecture.block_count for _, part in kept_of
+    }
+    form = None
+    with item_progress("sensitivity", len(tokens_NT) * len(kept_of), "pass") as bar:
+        for tokens_T in tokens_NT:  # apart: what enters all blocks is kept of one window
+            masked = MaskedModel(source, model, [tokens_T[None]], form)
+            form = masked.form
+            for (block, part), kept in sorted(kept_of.items()):
+                total[part][block] += masked.divergence(kept=kept, first=block)
+                bar.update()
+    return {part: [each / len(tokens_NT) for each in total_L] for part, total_L in total.items()}
+
+
+def follow_sensitivity(
+    source: WeightSource, criterion: Criterion, runtime: Runtime, *, has_images: bool
+) -> bool:
+    """Return whether widths will follow the sensitivity of blocks: by `auto` if it can be measured.
+
+    For that the windows are of text alone, and the whole model fits into memory.
+    """
+    if criterion.block_metric != AUTO_METRIC:
+        return criterion.block_metric == SENSITIVITY
+    return not has_images and fits(source, runtime)
+
+
+def with_needed_sensitivity(job: Job, statistics: Statistics, windows: Windows) -> Statistics:
+    """Add the sensitivity of blocks where widths follow it, of the parts that may lose channels.
+
+    Statistics that have it stay as they are. A killed run goes on with what it had measured, or had
+    decided not to measure: there may be another amount of memory now. Of several processes the
+    first decides and measures.
+    """
+    source, runtime, work_dir = job.source, job.runtime, job.work_dir
+    criterion, parts = job.criterion, {"ffn", *job.budget.channel_parts}
+    if statistics.sensitivity is not None and all(map(statistics.sensitivity.of_part, parts)):
+        return statistics
+
+    def measure() -> dict[str, Any]:
+        if not follow_sensitivity(source, criterion, runtime, has_images=windows.has_images):
+            return {"sensitivity": None}
+        with work_dir.watch.stage("sensitivity"):
+            found = with_sensitivity(source, statistics, windows, criterion, runtime, parts)
+        assert found.sensitivity is not None
+        return {"sensitivity": asdict(found.sensitivity)}
+
+    # Other windows would be another measurement.
+    name = f"sensitivity-{windows.digest[:8]}"
+    found = work_dir.team.from_first(
+        lambda: load_or_compute(work_dir, name, measure)["sensitivity"]
+    )
+    blocks = len(statistics.blocks)
+    return replace(statistics, sensitivity=Sensitivity.from_json(found, blocks))
+
+
+def with_sensitivity(
+    source: WeightSource,
+    statistics: Statistics,
+    windows: Windows,
+    criterion: Criterion,
+    runtime: Runtime,
+    parts: Collection[Part] = UNIT_PARTS,
+) -> Statistics:
+    """Add the sensitivity of blocks, measured on the beginnings of a few windows of every text."""
+    tokens_NT = few_beginnings(windows).tokens_NT
+    kept_U = [
+        choose_channels(
+            source,
+            index,
+            statistics.units[index],
+            max(1, round(unit.width * (1 - SENSITIVITY_SPARSITY))),
+            criterion,
+        )
+        for index, unit in enumerate(source.units)
+    ]
+    model = load_whole(source, runtime, "measuring the sensitivity of blocks")
+    of_part: dict[str, Sensitivity] = {}
+    for part, found_L in block_sensitivities(source, model, tokens_NT, kept_U, parts).items():
+        if not all(map(math.isfinite, found_L)):
+            raise CalibrationError("the model predicts NaN; use --dtype float32 or bfloat16")
+        kept_L, all_L = ([0] * len(found_L) for _ in range(2))
+        for unit, kept_K in zip(source.units, kept_U, strict=True):
+            if unit.part == part:
+                kept_L[unit.block] += len(kept_K)
+                all_L[unit.block] += unit.width * unit.ffns
+        of_part[part] = Sensitivity(
+            # Equal predictions may differ by rounding, in either direction.
+            tuple(max(0.0, divergence) for divergence in found_L),
+            tuple(k / a if a else 1.0 for k, a in zip(kept_L, all_L, strict=True)),
+            len(tokens_NT),
+        )
+    of_ffns = of_part.pop("ffn")
+    return replace(statistics, sensitivity=replace(of_ffns, other_parts=of_part))

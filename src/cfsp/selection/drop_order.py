@@ -1,21 +1,15 @@
 """Which blocks and attentions are dropped: by the predictions, or by what statistics say.
 
 By the predictions, where the whole model fits into memory: one after the other the block goes whose
-removal, together with those that are gone, changes them least. A dropped block is skipped: the
-hidden state passes it unchanged. What enters a block does not depend on later ones, so only the
-blocks behind a tried one are computed again. The same of attentions, whose own blocks are computed
-again as well. Where blocks and attentions may go, and where blocks differ in size, the change is
-compared for each parameter that goes. A block whose attention is gone may go later, with what is
-left of it.
-
-A block that did more harm than another before rarely does less once more blocks are gone: each time
-only the few that did least are tried again (lazy greedy), so that the price is one pass for each
-block and a few for each that goes.
+removal, together with those that are gone, changes them least (for each parameter that goes, where
+attentions may go too or blocks differ in size). A dropped block is skipped: the hidden state passes
+it unchanged. A block whose attention is gone may go later, with what is left of it. A block that
+did more harm than another before rarely does less once more blocks are gone: each time only the few
+that did least are tried again (lazy greedy).
 
 Else by distances: the runs of consecutive blocks go that turn the hidden state least, by the sum of
 the angular distances between what enters each run and what leaves it; of attentions those over
-which it turns least. Only what the model can be written without can go, and the others must compute
-what they did then.
+which it turns least. Only what the model can be written without can go.
 
 Shapes: N windows, T tokens, L blocks.
 """
@@ -23,7 +17,7 @@ Shapes: N windows, T tokens, L blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -153,11 +147,16 @@ def follow_runs(source: WeightSource, budget: Budget, runtime: Runtime) -> bool:
 def check_can_be_compared(source: WeightSource, budget: Budget, runtime: Runtime) -> None:
     """Check that what is compared with other parts, or in number, goes by what predictions lose."""
     if budget.whole_parts and len(budget.parts) > 1 and not fits(source, runtime):
-        raise UsageError(
-            f"--parts {','.join(budget.parts)} tries how many {drops_in_words(budget.whole_parts)} "
-            "should go, which requires the whole model in memory; prune one part, then another of "
-            "the result"
-        )
+        needed = "the whole model in memory; prune one part, then another of the result"
+        raise cannot_be_tried(budget, needed)
+
+
+def cannot_be_tried(budget: Budget, needed: str) -> UsageError:
+    """Return the error that it cannot be tried how much of each part goes."""
+    return UsageError(
+        f"--parts {','.join(budget.parts)} tries how many {drops_in_words(budget.whole_parts)} "
+        f"should go, which requires {needed}"
+    )
 
 
 def with_order(
@@ -198,18 +197,10 @@ def with_order(
     return replace(statistics, removals=(*others, *measured))
 
 
-def dropped_by(
-    source: WeightSource,
-    statistics: Statistics,
-    budget: DropBudget,
-    enough: Callable[[Sequence[Removal]], Dropped] = Dropped.of,
-) -> Dropped:
-    """Return the blocks and attentions that go, by their order where statistics have one.
-
-    Of that `enough` may take fewer than the budget.
-    """
+def dropped_by(source: WeightSource, statistics: Statistics, budget: DropBudget) -> Dropped:
+    """Return the blocks and attentions that go, by their order where statistics have one."""
     if statistics.has_order_of(budget.parts):
-        return _by_order(source, statistics, budget, enough)
+        return _by_order(source, statistics, budget)
     if budget.is_met_by(NOTHING):
         return NOTHING
     if "blocks" in budget.parts and statistics.runs is None:
@@ -219,12 +210,11 @@ def dropped_by(
         )
     banned: set[int] = set()
     while True:
-        dropped = _chosen(statistics, budget, banned)
+        chosen = _least_distances(statistics, budget, banned)
         try:
-            check_can_go(source, dropped)
-            return dropped
+            check_can_go(source, budget.of_blocks(chosen))
+            return budget.of_blocks(chosen)
         except UnsupportedModelError:
-            chosen = (*dropped.blocks, *dropped.attentions)
             alone = {block for block in chosen if not _can_go_alone(source, block, budget)}
             if not alone:
                 raise
@@ -239,12 +229,7 @@ def check_can_go(source: WeightSource, dropped: Dropped) -> None:
         check_attentions_can_go(source, dropped.attentions, dropped.blocks)
 
 
-def _by_order(
-    source: WeightSource,
-    statistics: Statistics,
-    budget: DropBudget,
-    enough: Callable[[Sequence[Removal]], Dropped],
-) -> Dropped:
+def _by_order(source: WeightSource, statistics: Statistics, budget: DropBudget) -> Dropped:
     order = statistics.removals_of(budget.parts)
     taken = budget.first(order)
     if taken is None:
@@ -253,13 +238,15 @@ def _by_order(
             "they go, and the budget needs more; make statistics that say it of more with: cfsp "
             f"calibrate --parts {','.join(budget.parts)}"
         )
-    dropped = enough(taken)
+    dropped = Dropped.of(taken)
     if taken != order[: len(taken)]:  # the first ones are proved already
         check_can_go(source, dropped)
     return dropped
 
 
-def _chosen(statistics: Statistics, budget: DropBudget, banned: Collection[int]) -> Dropped:
+def _least_distances(
+    statistics: Statistics, budget: DropBudget, banned: Collection[int]
+) -> list[int]:
     """Return the blocks that go by a distance, or whose attentions do, none of which is banned."""
     every = budget.sizes.of_one
     candidates = [block for block in every if block not in banned]
@@ -271,9 +258,8 @@ def _chosen(statistics: Statistics, budget: DropBudget, banned: Collection[int])
         else:
             distance_L = statistics.of_part("kv").distance_L
             chosen = sorted(sorted(candidates, key=distance_L.__getitem__)[:count])
-        dropped = _of_one_part(budget, chosen)
-        if budget.is_met_by(dropped):
-            return dropped
+        if budget.is_met_by(budget.of_blocks(chosen)):
+            return chosen
     stays = f"that of block {min(banned)} is one that cannot; " if banned else ""
     raise UnsupportedModelError(
         f"only {len(candidates)} of {len(every)} {drops_in_words(budget.parts)} can go, "
@@ -282,15 +268,9 @@ def _chosen(statistics: Statistics, budget: DropBudget, banned: Collection[int])
     )
 
 
-def _of_one_part(budget: DropBudget, blocks: Collection[int]) -> Dropped:
-    """Return blocks as those that go, or as those whose attentions do."""
-    chosen = tuple(blocks)
-    return Dropped(chosen) if "blocks" in budget.parts else Dropped((), chosen)
-
-
 def _can_go_alone(source: WeightSource, block: int, budget: DropBudget) -> bool:
     try:
-        check_can_go(source, _of_one_part(budget, [block]))
+        check_can_go(source, budget.of_blocks([block]))
     except UnsupportedModelError:
         return False
     return True

@@ -1,34 +1,65 @@
-"""From what was asked for to a constraint, and to the parts that may go for it."""
+"""Goals as constraints: a fraction of the cache, a bound on the loss; and what may go for them."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
-from typing import Any
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from operator import mul
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from cfsp.checkpoint.reading import WeightSource, parameter_count
+from cfsp.calibration.statistics import Removal
+from cfsp.checkpoint.reading import Checkpoint, parameter_count
+from cfsp.checkpoint.text_config import longest_input_of, text_config_of
 from cfsp.errors import BudgetError, UnsupportedModelError
 from cfsp.job import Job
-from cfsp.planning.candidate import NOTHING
-from cfsp.planning.make import parameters_of_channels
-from cfsp.selection.constraint import Constraint, DropBudget, Parameters, Share
+from cfsp.planning.allocation import channels_in_words
+from cfsp.planning.candidate import Candidate, Dropped
+from cfsp.planning.make import Planner, model_size, parameters_of_channels
+from cfsp.quality.perplexity import loss_in_memory
+from cfsp.selection.constraint import (
+    STEPS,
+    Attempt,
+    Constraint,
+    DropBudget,
+    Parameters,
+    Share,
+    highest_step,
+    last_that_holds,
+)
+from cfsp.selection.divergence import load_whole, masked_channels
 from cfsp.selection.drop_order import check_can_go
-from cfsp.selection.kv_cache import CacheFraction
-from cfsp.selection.loss import LossIncrease, held_out_windows
 from cfsp.selection.search import has_room_for_two
 from cfsp.selection.speedup import Speedup
 from cfsp.settings import (
     DEFAULT_PARTS,
+    CalibrationText,
+    MaxLossIncrease,
     Part,
+    PruneSettings,
     TargetKVCache,
     TargetParameters,
     TargetSpeedup,
 )
-from cfsp.streaming.work_dir import load_or_compute
+from cfsp.streaming.runtime import Runtime, runtime_of
+from cfsp.streaming.work_dir import WorkDir, load_or_compute
+from cfsp.text.drawing import draw_left_over
+from cfsp.text.tokenizers import load_tokenizer
+from cfsp.text.windows import Windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # From about this share of the FFN channels on, whole blocks beside fewer channels were better on
 # one of two models: not at 29% or 33%, but at 43% (docs/STUDIES.md, study 9).
 MANY_CHANNELS = 0.4
+# On which a loss is bounded.
+HELD_OUT_WINDOWS = 12
+# Of models that name no longest input.
+_CONTEXT = 8192
 
 log = logging.getLogger(__name__)
 
@@ -68,15 +99,15 @@ def _parts_for(job: Job, asked: Parameters) -> tuple[Part, ...]:
     """
     if not job.settings.leaves_parts_open:
         return job.budget.parts
-    source, gone = job.source, asked.share_of_all * parameter_count(job.source)
-    share = gone / parameters_of_channels(source, DEFAULT_PARTS)
+    gone = asked.share_of_all * parameter_count(job.source)
+    share = gone / parameters_of_channels(job.source, DEFAULT_PARTS)
     if share < MANY_CHANNELS:
         return DEFAULT_PARTS
     if share < 1:
         would = f"{share:.0%} of the FFN channels would go alone"
     else:
         would = "all FFN channels would not be enough"
-        _of_blocks(source, asked)  # nor may blocks be
+        _of_blocks(asked)  # nor may blocks be
     job.draw()  # in every process: they compare what they drew
 
     def choose() -> dict[str, Any]:
@@ -97,29 +128,218 @@ def _obstacle(job: Job, asked: Parameters) -> str:
         return "there is no memory for a pruned model beside the dense one"
     if job.draw().has_images:
         return "the text has images"
-    can = _can_lose_blocks(job.source, asked)
-    return "" if can else "the model cannot do without enough of them"
-
-
-def _can_lose_blocks(source: WeightSource, asked: Parameters) -> bool:
-    """Return whether a model can do without a block, and without as many as would go alone."""
     try:
-        wanted = _of_blocks(source, asked)
-        droppable = wanted.sizes.droppable(NOTHING)
-        dropped = NOTHING
-        for each in droppable[1:]:
-            if wanted.has_room_for(dropped, each):
-                dropped = dropped.plus(each)
-        if not dropped.blocks:
-            return False  # it has one block
-        for some in (NOTHING.plus(droppable[-1]), dropped):
-            check_can_go(source, some)
+        wanted = _of_blocks(asked)
+        *others, last = sorted(wanted.sizes.block_of)
+        # As many as would go alone, but for the first; none of a model with one block.
+        if not (gone := wanted.first([Removal(block, 0.0) for block in (*others[1:], last)])):
+            raise UnsupportedModelError
+        for some in (Dropped((last,)), Dropped.of(gone)):
+            check_can_go(job.source, some)
     except (BudgetError, UnsupportedModelError):
-        return False
-    return True
+        return "the model cannot do without enough of them"
+    return ""
 
 
-def _of_blocks(source: WeightSource, asked: Parameters) -> DropBudget:
-    return DropBudget.of_share(
-        source, ("blocks",), asked.share_of_all, of_model=True, keep=asked.budget.keep
-    )
+def _of_blocks(asked: Parameters) -> DropBudget:
+    return replace(asked, budget=replace(asked.budget, parts=("blocks",))).to_drop()
+
+
+@dataclass(frozen=True)
+class CacheFraction(Constraint):
+    """A fraction of the KV cache of the longest context stays at most.
+
+    A group caches as many tokens as its attention looks back: all of a context, or a sliding
+    window. Where all groups cache as many, the fraction is one of groups; else the least that is
+    enough is found by planning, which statistics are needed for.
+    """
+
+    asked: float
+
+    name = "target_kv_cache"
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether what goes follows from a plan alone."""
+        return not self._is_even or len(self.budget.parts) > 1
+
+    @cached_property
+    def context(self) -> int:
+        """The tokens of the longest context."""
+        return longest_input_of(self.source.config) or _CONTEXT
+
+    @cached_property
+    def tokens_U(self) -> list[int]:
+        """How many of these a group of every unit caches; 0 of FFNs."""
+        config = text_config_of(self.source.config)
+        kinds = getattr(config, "layer_types", None)
+        windows = {
+            "sliding_attention": getattr(config, "sliding_window", None),
+            "chunked_attention": getattr(config, "attention_chunk_size", None),
+        }
+        found = []
+        for unit in self.source.units:
+            window = windows.get(kinds[unit.block] if kinds else "sliding_attention")
+            found.append(min(self.context, window or self.context) if unit.part == "kv" else 0)
+        return found
+
+    @cached_property
+    def groups_U(self) -> list[int]:
+        """The KV groups of every unit; 0 of FFNs."""
+        return [unit.width if unit.part == "kv" else 0 for unit in self.source.units]
+
+    @property
+    def _is_even(self) -> bool:
+        """Whether all groups cache as many tokens."""
+        return len({*self.tokens_U} - {0}) == 1
+
+    def size(self, kept_U: Sequence[int]) -> int:
+        """Return the tokens that all groups cache together if units keep so many."""
+        return sum(map(mul, kept_U, self.tokens_U))
+
+    @cached_property
+    def stay(self) -> int:
+        """How much of the cache stays at most: of an even one whole groups."""
+        unit = max(self.tokens_U) if self._is_even else 1
+        return unit * math.floor(self.asked * self.size(self.groups_U) / unit + 1e-9)
+
+    def check(self) -> None:
+        """Check that so little can stay."""
+        parts, widths = self.budget.parts, sorted(filter(None, self.groups_U))
+        if parts == ("attention",) and not self._is_even:
+            raise BudgetError(
+                "attention layers of this model cache unequally (sliding windows), so how many "
+                "have to go depends on which; give --parts kv,attention, found --parts attention"
+            )
+        if "attention" in parts:
+            groups = 1 if "kv" in parts else max(widths)
+            least = groups * min(filter(None, self.tokens_U))
+            who, instead = f"at least {groups} of the KV groups stays", ""
+        else:
+            least = sum(self.tokens_U)
+            who = f"each of the {len(widths)} attention layers keeps one of its KV groups"
+            instead = "; whole attention layers go too with --parts kv,attention"
+        if self.stay < least:
+            raise BudgetError(
+                f"{who}, so --target-kv-cache must be at least "
+                f"{math.ceil(1000 * least / self.size(self.groups_U)) / 1000:g}, found "
+                f"{self.asked:g}{instead}"
+            )
+        if not self._is_even:
+            log.info("the KV cache is counted at a context of %s tokens", f"{self.context:,}")
+        super().check()
+
+    def to_drop(self) -> DropBudget:
+        """Return how many attentions are enough, whichever go; beside groups half of them."""
+        if len(self.budget.parts) > 1:
+            return super().to_drop()
+        # Enough whichever go: as if they were those with the fewest groups.
+        widths = sorted(filter(None, self.groups_U))
+        most = self.stay / max(self.tokens_U)
+        gone = next(n for n in range(len(widths)) if sum(widths[n:]) <= most)
+        return DropBudget.of_count(self.source, "attention", gone, self.budget.keep)
+
+    def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
+        """Return the least share of the KV groups that is enough."""
+        pairs = zip(self.source.units, self.groups_U, strict=True)
+        left_U = [0 if dropped.takes(unit) else groups for unit, groups in pairs]
+        left = sum(left_U)
+        if self.size([min(1, groups) for groups in left_U]) > self.stay:
+            return None
+        if self._is_even:
+            # Rounded, so that a half that stays is a half that goes.
+            return max(0.0, round(1 - self.stay / self.size(left_U), 12))
+
+        def is_too_much(gone: int) -> bool:
+            candidate = Candidate(dropped, 0, ("kv",), gone / left)
+            return self.stay < self.size(planner.widths(candidate).kept_U)
+
+        # At 0 it may be enough: what goes whole is gone already.
+        if not is_too_much(0):
+            return 0.0
+        return (last_that_holds(left - sum(map(bool, left_U)), is_too_much) + 1) / left
+
+    def facts(self) -> dict[str, Any]:
+        """Return what was asked for."""
+        conditions = {"groups_before": sum(self.groups_U), "context": self.context}
+        return {"goal": self.name, "asked": self.asked, "tried": [], "conditions": conditions}
+
+
+@dataclass(frozen=True)
+class LossIncrease(Constraint):
+    """The loss before repair stays within a bound over the dense model's: as much goes as fits."""
+
+    goal: MaxLossIncrease
+    held_out: Windows  # to measure on
+    runtime: Runtime
+    work_dir: WorkDir  # keeps what was found for a run that is resumed
+    found: dict[str, Any] = field(default_factory=dict)  # sparsity, dense loss, what was tried
+
+    name = "max_loss_increase"
+    needs_statistics = True  # plans are made from them
+
+    def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
+        """Return the largest share whose loss fits."""
+        self.found.update(
+            load_or_compute(self.work_dir, "loss", lambda: self._measured(planner, tuple(parts)))
+        )
+        return float(self.found["sparsity"])
+
+    def facts(self) -> dict[str, Any]:
+        """Return what was asked for, tried, and what it was measured on."""
+        conditions = {
+            "dense_loss": self.found["dense"],
+            "held_out": self.held_out.sources,
+            "tokens_digest": self.held_out.digest,
+            "repair": "measured before any",
+        }
+        asked = {"goal": self.name, "asked": self.goal.nats, "tried": self.found["tried"]}
+        return {**asked, "conditions": conditions}
+
+    def _measured(self, planner: Planner, parts: tuple[Part, ...]) -> dict[str, Any]:
+        source, goal = self.source, self.goal
+        model = load_whole(source, self.runtime, "--max-loss-increase")
+        dense = loss_in_memory(model, self.held_out, "dense")
+        size = model_size(source, keep=self.budget.keep)
+        tried: list[Attempt] = []
+
+        def holds(step: int) -> bool:
+            candidate = Candidate(parts=parts, sparsity=step / STEPS)
+            plan = planner.plan(candidate)
+            label = f"{candidate.sparsity:.1%} pruned"
+            with masked_channels(source, model, dict(enumerate(plan.kept_channels))):
+                increase = loss_in_memory(model, self.held_out, label) - dense
+            parameters = size.parameters_with(plan.kept_widths)
+            fits = increase <= goal.nats
+            tried.append(Attempt(candidate.sparsity, parameters, increase, fits))
+            return fits
+
+        chosen = last_that_holds(highest_step(size.of_parts(parts), self.budget), holds)
+        if chosen == 0:
+            least = min(tried, key=lambda entry: entry.sparsity)
+            raise BudgetError(
+                f"the loss cannot stay within {goal.nats:g} nats per token of the dense model's "
+                f"{dense:.3f}: already {least.sparsity:.1%} of the {channels_in_words(parts)} cost "
+                f"{least.value:.3f}; allow more, or calibrate on text like that it is measured on"
+            )
+        return {
+            "sparsity": chosen / STEPS,
+            "dense": round(dense, 6),
+            "tried": [vars(each) for each in tried],
+        }
+
+
+def held_out_windows(text: CalibrationText, tokenizer: PreTrainedTokenizerBase) -> Windows:
+    """Return the windows that a loss is bounded on; calibration has none of them."""
+    return draw_left_over(text, tokenizer, HELD_OUT_WINDOWS)
+
+
+def loss_increase_of(directory: Path, dense: float, settings: PruneSettings) -> float:
+    """Return how much the loss of a finished checkpoint is above the dense model's.
+
+    It is measured on the windows of the bound, in nats per token.
+    """
+    held_out = held_out_windows(settings.text, load_tokenizer(directory))
+    result = Checkpoint(directory)
+    model = load_whole(result, runtime_of(settings.compute, result), "measuring the loss")
+    return loss_in_memory(model, held_out, "result") - dense

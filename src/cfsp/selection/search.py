@@ -4,13 +4,10 @@
     blocks or attentions       as many of their order as are enough
     channels beside these      for each number of what is dropped, the share of channels left over
 
-Of several candidates all that may be best are masked, the few that are worth it repaired on a
-little text, and of these the nearest to the dense model is taken.
-
-A score is how far the pruned model's predictions are from the dense model's, in nats. What is
-compared is the whole, not a sum of damages that were measured apart: parts that are hardly missed
-alone are missed together (LOG.md). Repair is fitted on some kinds of text and judged by others,
-because it wins back more of what channels lose than of what blocks or KV groups do.
+A score is how far the predictions are from the dense model's, in nats. All candidates that may be
+best are masked, the few that are worth it repaired on a little text. What is compared is the whole:
+parts that are hardly missed alone are missed together (LOG.md). Repair is fitted on some kinds of
+text and judged by others, because it wins back more of what channels lose than of what blocks do.
 
 Shapes: T tokens.
 """
@@ -33,7 +30,8 @@ from cfsp.job import Job
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.make import Planner
 from cfsp.progress import item_progress
-from cfsp.repair.ladder import repaired_a_little
+from cfsp.repair.ladder import repair
+from cfsp.repair.result import PruningResult
 from cfsp.selection.constraint import Constraint, Parameters, Share
 from cfsp.selection.divergence import (
     DensePredictions,
@@ -72,16 +70,17 @@ def masked_score(masked: MaskedModel, planner: Planner, candidate: Candidate) ->
     return masked.divergence(candidate.dropped, dict(kept))
 
 
-def repaired_scorer(job: Job, planner: Planner) -> Scorer | None:
-    """Return what gives KL(dense || repaired on a little text); None without repair, or room.
-
-    The model and a pruned one are in memory.
-    """
+def can_be_repaired(job: Job) -> bool:
+    """Return whether candidates are compared after repair; people are told if there is no room."""
     if job.settings.repair == "none":
-        return None
-    if not has_room_for_two(job.source, job.runtime):
+        return False
+    if not (has_room := has_room_for_two(job.source, job.runtime)):
         log.warning("no memory for a pruned model beside the dense one: compared before repair")
-        return None
+    return has_room
+
+
+def repaired_scorer(job: Job, planner: Planner) -> Scorer:
+    """Return what gives KL(dense || repaired on a little text), with both models in memory."""
 
     @cache
     def dense() -> tuple[PreTrainedModel, Windows, list[DensePredictions]]:
@@ -97,7 +96,8 @@ def repaired_scorer(job: Job, planner: Planner) -> Scorer | None:
         log.info("repairing on a little text: %s", candidate.in_words)
         plan = planner.plan(candidate)
         with temporary_work_dir(job.settings.compute.memory_budget) as work_dir:
-            repaired = repaired_a_little(job.at(work_dir), planner, plan, fit)
+            ridge = replace(job.at(work_dir), settings=replace(job.settings, repair="ridge"))
+            repaired = repair(ridge, PruningResult(plan), fit)
             loaded = LoadedModel(model, job.budget.parts)
             smaller = build_pruned_model(loaded, plan, repaired.tensors)
         smaller.to(dtype=model.dtype).eval()
@@ -138,11 +138,6 @@ class Scored:
     masked: float  # before repair
     repaired: float | None = None  # after one on a little text, where that was tried
 
-    @property
-    def score(self) -> float:
-        """After repair, where that was tried."""
-        return self.masked if self.repaired is None else self.repaired
-
 
 def only_candidate(constraint: Constraint, planner: Planner) -> Candidate | None:
     """Return the candidate that meets a constraint where nothing is open; None if some is."""
@@ -160,7 +155,7 @@ def only_candidate(constraint: Constraint, planner: Planner) -> Candidate | None
             raise constraint.too_much()
         return Candidate(parts=budget.channel_parts, sparsity=share)
     wanted = constraint.to_drop()
-    dropped = dropped_by(planner.source, planner.statistics, wanted, constraint.enough)
+    dropped = dropped_by(planner.source, planner.statistics, wanted)
     share = wanted.sizes.parameters(dropped) / wanted.sizes.total
     return Candidate(dropped, sparsity=budget.sparsity or share)
 
@@ -186,9 +181,13 @@ def select(job: Job, constraint: Constraint, statistics: Statistics) -> tuple[Pl
             Scored(Candidate.from_json(each["candidate"]), each["masked"])
             for each in load_or_compute(job.work_dir, name, masked)["candidates"]
         ]
-        if (score := repaired_scorer(job, planner)) is None:
+        # A run that is resumed may find another amount of memory.
+        repairs = load_or_compute(
+            job.work_dir, f"{name}-repairs", lambda: {"repairs": can_be_repaired(job)}
+        )
+        if not repairs["repairs"]:
             return found
-        few = worth_a_repair(found)
+        few, score = worth_a_repair(found), repaired_scorer(job, planner)
         return [after_repair(each, score) if each in few else each for each in found]
 
     def after_repair(scored: Scored, score: Scorer) -> Scored:
@@ -217,7 +216,7 @@ def _all_masked(
     channels = job.budget.channel_parts
     choices = [("ffn",), channels] if len(channels) > 1 else [channels]
     found: list[Scored] = []
-    with item_progress("choosing how many", len(choices) * len(order), "plan") as bar:
+    with item_progress("choosing how many", len(choices) * (len(order) + 1), "plan") as bar:
         for parts in choices:
 
             def scored(count: int, parts: tuple[Part, ...] = parts) -> Scored | None:
@@ -271,8 +270,8 @@ def _best_numbers(alone: Sequence[float], scored: Callable[[int], Scored | None]
 
 def best_of(found: Sequence[Scored]) -> Scored:
     """Return the nearest to the dense model; of those that were repaired, if some were."""
-    repaired = [each for each in found if each.repaired is not None]
-    return min(repaired or found, key=lambda each: each.score)
+    repaired = {each.repaired: each for each in reversed(found) if each.repaired is not None}
+    return repaired[min(repaired)] if repaired else min(found, key=lambda each: each.masked)
 
 
 def worth_a_repair(found: Sequence[Scored]) -> list[Scored]:

@@ -1,33 +1,31 @@
 """Prune as little as makes the model so much faster, by times measured on this machine.
 
-Models of the same shapes with random weights and one number in all blocks are timed in turns: of
-several FFN widths, of fewer KV groups, without half of the attentions, with half of the blocks. A
-model's time is a sum over its blocks, so what each saves is added up:
+Models of the same shapes with random weights are timed in turns: of several FFN widths, the same in
+all blocks, and with half of the blocks. A model's time is a sum over its blocks, so what each saves
+is added up:
 
     t = 1 - sum over parts of mean over units (1 - t_part(what the unit keeps))
 
 where t_part is the time of a model whose units of the part all keep that, relative to the whole
-model. Head and overhead are in every t. Between measured points t is taken to be linear.
+model. Head and overhead are in every t. Between measured points t is taken to be linear. Of KV
+groups and attention layers it was never compared with a real model.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from cfsp.architecture.found import Unit
-from cfsp.calibration.statistics import Removal
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.skeleton import empty_model
-from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import BudgetError, UsageError
 from cfsp.planning.allocation import channels_in_words
-from cfsp.planning.candidate import NOTHING, Candidate, Droppable, Dropped, DropSizes
+from cfsp.planning.candidate import NOTHING, Candidate, Dropped, DropSizes
 from cfsp.planning.make import Planner, model_size
 from cfsp.selection.constraint import (
     STEPS,
@@ -38,7 +36,7 @@ from cfsp.selection.constraint import (
     highest_step,
     last_that_holds,
 )
-from cfsp.settings import Budget, Part, Phase, TargetSpeedup, unit_parts
+from cfsp.settings import Budget, Part, Phase, TargetSpeedup
 from cfsp.speed.bench import compare_speed
 from cfsp.speed.subjects import Conditions, SmallerModel, Subject, Workload
 from cfsp.streaming.memory import available_bytes
@@ -53,8 +51,8 @@ _PROCESS_BYTES = 500_000_000
 # Of the whole model's time; sums of noisy savings may exceed it.
 _LEAST_TIME = 0.01
 
-# Part -> what every unit of it keeps, ascending, and the time of a model whose units keep that,
-# relative to the whole one's. `kv` is of attentions too, which keep 0; `blocks` is of their number.
+# Part -> what every FFN keeps, or how many blocks stay, ascending, and the time of such a model
+# relative to the whole one's.
 Curves = Mapping[str, Sequence[Sequence[float]]]
 
 log = logging.getLogger(__name__)
@@ -96,23 +94,20 @@ class Speedup(Constraint):
 
     @property
     def needs_statistics(self) -> bool:
-        """Whether it depends on a plan: not where one part goes whole."""
-        return not self._is_one_whole_part
-
-    @property
-    def _is_one_whole_part(self) -> bool:
-        return len(self.budget.parts) == 1 and bool(self.budget.whole_parts)
+        """Whether it depends on a plan: not where blocks go alone."""
+        return bool(self.budget.channel_parts)
 
     @cached_property
     def latencies(self) -> dict[str, Any]:
         """What each part takes, measured by a killed run or now; in the first process alone."""
 
         def measure() -> dict[str, Any]:
-            multiple = max(model_size(self.source).multiple_U(self.budget))
-            found = measure_latencies(
-                self.source, self.budget, multiple, self.goal.phase, self.runtime
-            )
-            warn_of_disturbance(found["conditions"]["disturbance"])
+            found = measure_latencies(self.source, self.budget, self.goal.phase, self.runtime)
+            if (share := found["conditions"]["disturbance"]) > Conditions.disturbance:
+                log.warning(
+                    f"other programs took {share:.0%} of the processors while latencies were "
+                    "measured: the prediction is unreliable; repeat it on a quiet machine"
+                )
             return found
 
         with self.work_dir.watch.stage("try"):
@@ -126,42 +121,30 @@ class Speedup(Constraint):
         if "ffn" in self.budget.parts and len(kinds) > 1:
             raise UsageError(
                 "--target-speedup times models with one FFN width in all blocks, and the FFNs of "
-                f"{self.source.label} are of several kinds ({', '.join(kinds)}); name other parts, "
-                "such as --parts blocks, or give --sparsity and measure with cfsp bench"
+                f"{self.source.label} are of several kinds ({', '.join(kinds)}); give --parts "
+                "blocks, or --sparsity and measure with cfsp bench"
             )
         super().check()
         if self.goal.ratio > self._reach(self.budget.parts):
             raise self.too_much()
 
     def to_drop(self) -> DropBudget:
-        """Return how many are enough of one part, whichever go; of several, half."""
-        if not self._is_one_whole_part:
+        """Return how many blocks are enough, whichever go; beside channels half of them."""
+        if self.budget.channel_parts:
             return super().to_drop()
-        part, keep = self.budget.whole_parts[0], self.budget.keep
-        return DropBudget.of_count(self.source, part, self._fewest, keep)
+        return DropBudget.of_count(self.source, "blocks", self._fewest, self.budget.keep)
 
     @cached_property
     def _fewest(self) -> int:
-        """How many are enough of the one part that goes; asked often, predicted and noted once."""
-        sizes = DropSizes.of(self.source, self.budget.whole_parts, self.budget.keep)
-        droppable = sizes.droppable(NOTHING)
-        return len(self._first_enough(droppable[: len(droppable) - (not sizes.some_stay)]))
-
-    def enough(self, order: Sequence[Removal]) -> Dropped:
-        """Return the fewest of an order that are enough."""
-        if self._is_one_whole_part:
-            return super().enough(order)
-        return self._first_enough((each.part, each.block) for each in order)
-
-    def _first_enough(self, order: Iterable[Droppable]) -> Dropped:
-        sizes = DropSizes.of(self.source, self.budget.whole_parts)
-        dropped = NOTHING
-        for each in order:
-            dropped = dropped.plus(each)
+        """How many blocks are enough; asked often, predicted and noted once."""
+        sizes = DropSizes.of(self.source, ("blocks",), self.budget.keep)
+        may_go = sorted(sizes.block_of)
+        for count in range(1, len(may_go) + sizes.some_stay):
+            dropped = Dropped(tuple(may_go[:count]))
             kept_U = [0 if dropped.takes(unit) else unit.width for unit in self.source.units]
             share = sizes.parameters(dropped) / sizes.total
             if self._is_fast(Candidate(dropped, sparsity=share), kept_U):
-                return dropped
+                return count
         raise self.too_much()
 
     def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
@@ -220,31 +203,13 @@ class Speedup(Constraint):
 
     def _reach(self, parts: Sequence[Part]) -> float:
         """Return how many times faster it is at best, if these parts go as far as they may."""
-        measured, kv = measured_parts(parts), 0 if "attention" in parts else 1
         multiples = model_size(self.source).multiple_U(self.budget)
         least_U = [
-            min(unit.width, multiple if unit.part == "ffn" else kv)
-            if unit.part in measured
-            else unit.width
+            min(unit.width, multiple) if unit.part in parts else unit.width
             for unit, multiple in zip(self.source.units, multiples, strict=True)
         ]
         gone = range(1, self.source.architecture.block_count) if "blocks" in parts else ()
         return times_faster(self.latencies["curves"], self.source, least_U, Dropped(tuple(gone)))
-
-
-def warn_of_disturbance(share: float) -> None:
-    """Tell people that other programs took so much of the machine that little can be predicted."""
-    if share > Conditions.disturbance:
-        log.warning(
-            f"other programs took {share:.0%} of the processors while latencies were measured: the "
-            "prediction is unreliable; repeat it on a quiet machine"
-        )
-
-
-def measured_parts(parts: Sequence[Part]) -> tuple[Part, ...]:
-    """Return the parts whose time is measured: attentions are KV groups, down to none."""
-    units = unit_parts(parts)
-    return (*units, "blocks") if "blocks" in parts else units
 
 
 def widths_to_measure(widest: int, multiple: int) -> list[int]:
@@ -253,90 +218,58 @@ def widths_to_measure(widest: int, multiple: int) -> list[int]:
     return sorted({multiple, *(w for w in between if multiple < w < widest), widest})
 
 
-@dataclass(frozen=True)
-class Timed:
-    """A smaller model to time."""
-
-    part: Part  # of which it has less than the whole one
-    kept: int  # by a share of the part's units
-    share: float
-    model: SmallerModel
-
-
 def models_to_time(
-    source: WeightSource, budget: Budget, multiple: int
-) -> tuple[SmallerModel, list[Timed]]:
-    """Return the whole model, and those with less of each part that a budget may take."""
-    parts, units = measured_parts(budget.parts), source.units
+    source: WeightSource, budget: Budget
+) -> tuple[SmallerModel, list[tuple[Part, int, SmallerModel]]]:
+    """Return the whole model, and those with less of each part: which, and what stays of it."""
+    units, count = source.units, source.architecture.block_count
     widest = max((unit.width for unit in units if unit.part == "ffn"), default=0)
-    widths = [widest if unit.part == "ffn" and "ffn" in parts else unit.width for unit in units]
 
-    def with_at_most(part: Part, kept: int, blocks: Iterable[int] | None = None) -> SmallerModel:
-        fewer = tuple(
-            min(width, kept)
-            if unit.part == part and (blocks is None or unit.block in blocks)
-            else width
-            for unit, width in zip(units, widths, strict=True)
+    def with_at_most(width: int, gone: Sequence[int] = ()) -> SmallerModel:
+        widths = (
+            width if unit.part == "ffn" and "ffn" in budget.parts else unit.width
+            for unit in units
+            if unit.block not in gone
         )
-        return SmallerModel(source.config, budget.parts, fewer)
+        return SmallerModel(source.config, budget.parts, tuple(widths), tuple(gone))
 
-    timed = []
-    if "ffn" in parts:
-        timed += [
-            Timed("ffn", width, 1.0, with_at_most("ffn", width))
-            for width in reversed(widths_to_measure(widest, multiple)[:-1])
-        ]
-    attentions = [unit for unit in units if unit.part == "kv"]
-    if "kv" in budget.parts and max(unit.width for unit in attentions) > 1:
-        timed.append(Timed("kv", 1, 1.0, with_at_most("kv", 1)))
-    if "attention" in budget.parts and (without := _every_other(source, attentions)):
-        share = len(without) / len(attentions)
-        timed.append(Timed("kv", 0, share, with_at_most("kv", 0, without)))
-    count = source.architecture.block_count
-    if "blocks" in parts and count > 1:
-        gone = range((count + 1) // 2, count)
-        stay = tuple(w for unit, w in zip(units, widths, strict=True) if unit.block not in gone)
-        model = SmallerModel(source.config, budget.parts, stay, tuple(gone))
-        timed.append(Timed("blocks", 0, len(gone) / count, model))
-    return SmallerModel(source.config, budget.parts, tuple(widths)), timed
-
-
-def _every_other(source: WeightSource, attentions: Sequence[Unit]) -> list[int]:
-    """Return the blocks of every other attention of each kind: the first of each stays."""
-    kinds = getattr(text_config_of(source.config), "layer_types", None)
-    alike: dict[object, list[int]] = {}
-    for unit in attentions:
-        alike.setdefault(kinds[unit.block] if kinds else None, []).append(unit.block)
-    return sorted(block for blocks in alike.values() for block in blocks[1::2])
+    timed: list[tuple[Part, int, SmallerModel]] = []
+    if "ffn" in budget.parts:
+        multiple = max(model_size(source).multiple_U(budget))
+        fewer = reversed(widths_to_measure(widest, multiple)[:-1])
+        timed += [("ffn", width, with_at_most(width)) for width in fewer]
+    if "blocks" in budget.parts and count > 1:
+        stay = (count + 1) // 2
+        timed.append(("blocks", stay, with_at_most(widest, range(stay, count))))
+    return with_at_most(widest), timed
 
 
 def measure_latencies(
-    source: WeightSource, budget: Budget, multiple: int, phase: Phase, runtime: Runtime
+    source: WeightSource, budget: Budget, phase: Phase, runtime: Runtime
 ) -> dict[str, Any]:
     """Time models of the same shapes with less of each part; only config and shapes are read.
 
     Returns:
         The `Curves`, and the conditions in which they were measured, as JSON types.
     """
-    whole, timed = models_to_time(source, budget, multiple)
+    whole, timed = models_to_time(source, budget)
     # The whole one first: it is what the others are compared to.
     subjects = [
         Subject(whole, "the whole model"),
-        *(Subject(each.model, f"{each.part} {each.kept} of {each.share:.0%}") for each in timed),
+        *(Subject(model, f"{part} {kept}") for part, kept, model in timed),
     ]
-    _check_memory([whole, *(each.model for each in timed)], runtime)
+    _check_memory([whole, *(model for *_, model in timed)], runtime)
     dtype = str(runtime.dtype).removeprefix("torch.")
     conditions = Conditions(warmups=1, rounds=ROUNDS, device=str(runtime.device), dtype=dtype)
     comparison = compare_speed(subjects, [WORKLOAD], conditions)
-    ratios = [model.speeds[WORKLOAD][phase].median_ratio for model in comparison.models[1:]]
-    most: dict[str, int] = {"blocks": source.architecture.block_count}
-    for unit, width in zip(source.units, whole.widths, strict=True):
-        most[unit.part] = max(width, most.get(unit.part, 0))
+    count = source.architecture.block_count
+    most = {"ffn": max(whole.widths, default=0), "blocks": count}
     curves: dict[str, list[list[float]]] = {}
-    for each, ratio in zip(timed, ratios, strict=True):
-        # As if all units of the part had lost what a share of them did.
-        time = 1 - (1 - 1 / ratio) / each.share
-        curves.setdefault(each.part, [[most[each.part], 1.0]]).append([each.kept, time])
+    for (part, kept, _), smaller in zip(timed, comparison.models[1:], strict=True):
+        time = 1 / smaller.speeds[WORKLOAD][phase].median_ratio
+        if part == "blocks":  # as if all blocks saved what these did
+            kept, time = 0, 1 - (1 - time) * count / (count - kept)
+        curves.setdefault(part, [[most[part], 1.0]]).append([kept, time])
     return {
         "curves": {part: sorted(points) for part, points in curves.items()},
         "conditions": {

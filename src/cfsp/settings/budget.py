@@ -85,8 +85,8 @@ class TargetSpeedup(Declared):
 
     ratio: float = advanced_option(
         2.0,
-        "as little as is predicted to make the model X times faster on this machine, which must be "
-        "quiet",
+        "as little of FFN channels, blocks or both as is predicted to make the model X times "
+        "faster on this machine, which must be quiet",
         kind=float,
         above=1,
         flag="target-speedup",
@@ -137,8 +137,9 @@ _MET_BY: dict[type[Goal], tuple[tuple[Part, ...], str]] = {
         "removes KV groups (the default), whole attention layers or both, and nothing else",
     ),
     TargetSpeedup: (
-        ("ffn", "kv", "attention", "blocks"),
-        "is not for --parts experts: every token passes as many experts as before",
+        ("ffn", "blocks"),
+        "is predicted for FFN channels and whole blocks alone (for other parts give "
+        "--target-params, then time the result with cfsp bench)",
     ),
     MaxLossIncrease: (
         UNIT_PARTS,

@@ -59,7 +59,7 @@ def worth_in_words(metric: str, things: str, channels: str) -> str:
 
 @dataclass(frozen=True)
 class Criterion(Declared):
-    """What makes a block (`cfsp.planning.coarse`) and a channel (`channels`) important."""
+    """What makes a block and a channel important; see `cfsp.planning.importance`."""
 
     block_metric: str = advanced_option(
         AUTO_METRIC,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cfsp.checkpoint.loading import cache_argument, compute_device, compute_dtype, load
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.checkpoint.pruned_config import pruned_config
+from cfsp.checkpoint.pruned_config import config_changes
 from cfsp.checkpoint.reading import LoadedModel, WeightSource, parameter_count
 from cfsp.checkpoint.skeleton import architecture_of, build_skeleton
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
@@ -136,7 +136,8 @@ class SmallerModel:
     def config(self) -> PreTrainedConfig:
         """Return the config."""
         architecture = architecture_of(self.original, self.parts)
-        return pruned_config(self.original, architecture, self.widths, self.removed)
+        changes = config_changes(self.original, architecture, self.widths, self.removed)
+        return changes.applied_to(self.original)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map, tree_map_only, tree_map_with_path
 
 from cfsp.errors import UnsupportedModelError
 from cfsp.streaming.stand_in import (
@@ -27,10 +28,8 @@ from cfsp.streaming.stand_in import (
     differ,
     is_shared,
     leaves,
-    mapped,
     place_in_words,
     replaced,
-    with_values,
 )
 
 
@@ -39,8 +38,7 @@ class BlockCall:
     """Everything but the hidden state that a model passes to one of its blocks."""
 
     arguments: Arguments
-    # How the model has its hidden states.
-    layout: HiddenLayout = PLAIN.layout
+    layout: HiddenLayout = PLAIN.layout  # how the model has its hidden states
 
     def __call__(self, block: nn.Module, hidden_BTD: Tensor) -> Tensor:
         """Call a block as the model would, and return its output hidden state."""
@@ -59,19 +57,19 @@ class BlockCall:
 
     def with_values(self, values: Mapping[Place, Any]) -> BlockCall:
         """Return the same call with other values in some places of its arguments."""
-        return replace(self, arguments=with_values(self.arguments, values)) if values else self
+        arguments = tree_map_with_path(
+            lambda place, value: values.get(place, value), self.arguments, is_leaf=is_shared
+        )
+        return replace(self, arguments=arguments)
 
     def for_training(self) -> BlockCall:
-        """Return the same call with tensors that autograd accepts, in float32.
-
-        Those that were recorded in inference mode cannot be saved for a backward pass.
-        """
+        """Return the same call in float32, and with no tensor of inference mode."""
 
         def trainable(value: Tensor) -> Tensor:
             dtype = torch.float32 if value.is_floating_point() else value.dtype
             return value.to(dtype, copy=True)
 
-        return replace(self, arguments=mapped(self.arguments, trainable))
+        return replace(self, arguments=tree_map_only(Tensor, trainable, self.arguments))
 
 
 @dataclass
@@ -91,14 +89,12 @@ def record_calls(
     blocks: nn.ModuleList,
     tokens_BT: Tensor,
     form: CallForm = PLAIN,
-    *,
     more: Mapping[str, Any] | None = None,
     returns_zeros: bool = False,
 ) -> Recording:
-    """Run a model's embeddings and masks on tokens; note how it would call its blocks.
+    """Run a model's embeddings and masks on tokens, and what `more` it is given, to its last block.
 
-    The blocks need no weights. `more` is what else the forward is given, such as pixel values;
-    stand-ins return the hidden state, or zeros.
+    Stand-ins return the hidden state, or zeros.
     """
     recording = Recording()
 
@@ -126,18 +122,17 @@ class WindowValues:
     def write(self, windows: Sequence[int], value: Any, what: str) -> None:
         """Keep nested tuples, lists and dictionaries of tensors [B, ...] and constants."""
 
-        def check(tensor: Tensor) -> Tensor:
+        def of_row(row: int, tensor: Tensor) -> Tensor:
             if tensor.ndim == 0 or tensor.shape[0] != len(windows):
                 raise UnsupportedModelError(
                     f"{what} has shape {list(tensor.shape)} for {len(windows)} windows; expected "
                     "an axis of windows first, without which blocks cannot be run on windows of "
                     "their own choice"
                 )
-            return tensor
+            return tensor[row : row + 1].cpu()
 
-        mapped(value, check)
         for row, window in enumerate(windows):
-            self._value_W[window] = mapped(value, partial(_row, row))
+            self._value_W[window] = tree_map_only(Tensor, partial(of_row, row), value)
 
     def keep(self, window: int, value: Any) -> None:
         """Keep the value of a window that passes alone; its tensors need no axis of windows."""
@@ -145,25 +140,14 @@ class WindowValues:
 
     def read(self, windows: Sequence[int], device: torch.device) -> Any:
         """Return the value of some windows in one batch; None where none was kept."""
+
+        def together(first: Any, *others: Any) -> Any:
+            if not isinstance(first, Tensor):
+                return first
+            return (torch.cat([first, *others]) if others else first).to(device)
+
         parts = [self._value_W.get(window) for window in windows]
-        together = parts[0] if len(parts) == 1 or parts[0] is None else _together(parts)
-        return mapped(together, lambda tensor: tensor.to(device))
-
-
-def _row(row: int, tensor: Tensor) -> Tensor:
-    return tensor[row : row + 1].cpu()
-
-
-def _together(parts: Sequence[Any]) -> Any:
-    """Return the nested values of several windows with their tensors concatenated."""
-    first = parts[0]
-    if isinstance(first, Tensor):
-        return torch.cat(list(parts))
-    if isinstance(first, dict):
-        return {key: _together([part[key] for part in parts]) for key in first}
-    if isinstance(first, tuple | list):
-        return type(first)(_together(items) for items in zip(*parts, strict=True))
-    return first
+        return None if parts[0] is None else tree_map(together, *parts)
 
 
 class BlockCalls:
@@ -181,11 +165,16 @@ class BlockCalls:
 
     def __init__(self, first: Sequence[BlockCall], second: Sequence[BlockCall]) -> None:
         self._by_size: dict[int, Sequence[BlockCall]] = {}
+        places_L = [leaves(call.arguments) for call in first]
+        others_L = [dict(leaves(call.arguments)) for call in second]
         self._text_L = [
-            {place: WindowValues() for place in _differing(a, b)}
-            for a, b in zip(first, second, strict=True)
+            {
+                place: WindowValues()
+                for place, value in places
+                if place in others and differ(value, others[place])
+            }
+            for places, others in zip(places_L, others_L, strict=True)
         ]
-        places_L = [list(leaves(call.arguments)) for call in first]
         self._extra_L = [
             {place: value.position for place, value in places if isinstance(value, Extra)}
             for places in places_L
@@ -223,10 +212,10 @@ class BlockCalls:
     def add_alone(
         self, window: int, calls: Sequence[BlockCall], added_L: Mapping[int, Tensor]
     ) -> None:
-        """Add the recorded calls of a window that passes by itself, such as one with images.
+        """Add the recorded calls of the next window, where each passes alone.
 
-        Windows before it were added before. What is not as in the calls that were added first is
-        kept for each window; `added_L` is what the model adds to what enters a block, 1TD.
+        What is not as in the calls that were added first is kept for each window; `added_L` is what
+        the model adds to what enters a block, 1TD.
         """
         first = self._by_size.setdefault(1, calls)
         same: dict[tuple[int, int], bool] = {}
@@ -250,7 +239,7 @@ class BlockCalls:
                         own[place].keep(earlier, known[place])
                 if place in own:
                     if id(value) not in kept:
-                        kept[id(value)] = mapped(value, Tensor.cpu)
+                        kept[id(value)] = tree_map_only(Tensor, Tensor.cpu, value)
                     own[place].keep(window, kept[id(value)])
         for index, added_BTD in added_L.items():
             row_R = added_BTD[0].any(-1).nonzero().flatten()
@@ -307,16 +296,6 @@ class BlockCalls:
     def carry(self, after: int) -> bool:
         """Return whether blocks after one need more than its hidden states."""
         return bool(self._written) or any(self._extra_L[after + 1 :])
-
-
-def _differing(first: BlockCall, second: BlockCall) -> list[Place]:
-    """Return the places where two calls with different tokens have different values."""
-    others = dict(leaves(second.arguments))
-    return [
-        place
-        for place, value in leaves(first.arguments)
-        if place in others and differ(value, others[place])
-    ]
 
 
 def _differ(first: Any, second: Any) -> bool:

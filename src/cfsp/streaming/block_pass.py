@@ -6,22 +6,24 @@ saves as it goes, resumes what was killed, shows progress and takes the time.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import fingerprint
 from cfsp.processes import Team
 from cfsp.progress import item_progress
 from cfsp.streaming.block_stream import StreamedBlock, stream_blocks, windows_in_batch
 from cfsp.streaming.hidden_states import HiddenInFile, HiddenStates
-from cfsp.streaming.pass_state import Pace, PassState
 from cfsp.streaming.runtime import versions
-from cfsp.streaming.stopwatch import PassTimes
+from cfsp.streaming.work_dir import Pace, PassState, PassTimes
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
@@ -40,8 +42,7 @@ class Visitor(ABC, Generic[T]):
 
     # Numbers of windows that blocks are called with besides those of batches.
     more_batch_sizes: Collection[int] = ()
-    # That visits report beyond those that pass the blocks.
-    more_tokens: int = 0
+    more_tokens: int = 0  # that visits report beyond those that pass the blocks
     # Whether visits wait for those of other processes, which have other windows: they then save
     # together and go on at the same block.
     waits_for_others: bool = False
@@ -54,19 +55,17 @@ class Visitor(ABC, Generic[T]):
     def visit(self, block: StreamedBlock) -> T:
         """Advance a block and return its result."""
 
-    @abstractmethod
     def save(self, result: T, directory: Path, block: int) -> None:
-        """Write the result of one block; it is complete on disk when this returns."""
+        """Write the result of one block, here JSON types; it is on disk when this returns."""
+        write_atomically(directory / f"result-{block:05d}.json", json.dumps(result).encode())
 
-    @abstractmethod
     def load(self, directory: Path, block: int) -> T:
         """Read what `save` wrote, the same bit for bit."""
+        result: T = json.loads((directory / f"result-{block:05d}.json").read_text("utf-8"))
+        return result
 
     def may_stop_after(self, block: int) -> bool:
-        """Return whether hidden states and results are all that the next visit needs.
-
-        If not, a killed pass goes on further back.
-        """
+        """Return whether hidden states and results are all that the next visit needs."""
         return True
 
 
@@ -125,45 +124,38 @@ def pass_blocks(
     return results
 
 
+@dataclass
 class _Saver:
     """Saves results and hidden states, as often as costs little."""
 
-    def __init__(
-        self,
-        state: PassState,
-        visitor: Visitor[Any],
-        results: list[Any],
-        times: PassTimes,
-        team: Team,
-    ) -> None:
-        self._state, self._visitor, self._results = state, visitor, results
-        self._times, self._team = times, team
-        self._pace: Pace | None = None
+    state: PassState
+    visitor: Visitor[Any]
+    results: list[Any]
+    times: PassTimes
+    team: Team
+    pace: Pace | None = None
 
     def block_done(self, hidden: HiddenStates) -> None:
-        self._pace = self._pace or Pace(hidden.nbytes)
-        if not self._team.from_first(self._pace.due):
+        self.pace = self.pace or Pace(hidden.nbytes)
+        if not self.team.from_first(self.pace.due):
             return
         start = time.monotonic()
-        with self._times.part("saving"):
-            self._save_results()
-            self._state.commit(len(self._results), hidden.save())
-            # Who goes on writes over what others would go back to.
-            self._team.gather(None)
-        self._pace.saved(time.monotonic() - start)
+        self._save(hidden)
+        self.pace.saved(time.monotonic() - start)
 
     def all_done(self) -> None:
         """Save the results; hidden states are no longer needed."""
-        with self._times.part("saving"):
-            self._save_results()
-            self._state.commit(len(self._results), None)
-            self._team.gather(None)
-            for file in self._state.directory.glob("hidden-*.bin"):
-                file.unlink()
+        self._save(None)
+        for file in self.state.directory.glob("hidden-*.bin"):
+            file.unlink()
 
-    def _save_results(self) -> None:
-        for block in range(self._state.next_block, len(self._results)):
-            self._visitor.save(self._results[block], self._state.directory, block)
+    def _save(self, hidden: HiddenStates | None) -> None:
+        with self.times.part("saving"):
+            for block in range(self.state.next_block, len(self.results)):
+                self.visitor.save(self.results[block], self.state.directory, block)
+            self.state.commit(len(self.results), None if hidden is None else hidden.save())
+            # Who goes on writes over what others would go back to.
+            self.team.gather(None)
 
 
 def _room(name: str, state: PassState | None, work_dir: WorkDir | None, runtime: Runtime) -> Room:

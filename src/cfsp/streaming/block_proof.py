@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from cfsp.architecture.block_names import blocks_in_words, index_without
 from cfsp.architecture.expert_proof import check_experts, refused_experts
-from cfsp.architecture.model_classes import with_values
 from cfsp.architecture.proof import small_run_of
 from cfsp.architecture.resizing import remove_attentions
 from cfsp.architecture.small_run import (
@@ -33,13 +32,13 @@ from cfsp.architecture.small_run import (
     run_decoder,
     small_tokens,
 )
-from cfsp.checkpoint.config_blocks import (
-    changes_without_blocks,
-    same_changes,
-    stock_without_blocks,
-)
 from cfsp.checkpoint.loading import cache_argument
 from cfsp.checkpoint.skeleton import stock_config
+from cfsp.checkpoint.stock_keys import (
+    changes_without_blocks,
+    stock_without_blocks,
+    with_same_changes,
+)
 from cfsp.checkpoint.stored_blocks import name_without_blocks, names_without_blocks
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import UnsupportedModelError, first_line
@@ -55,11 +54,7 @@ _CPU = torch.device("cpu")
 
 
 def check_blocks_can_go(source: WeightSource, removed: Collection[int]) -> None:
-    """Check that a model can be written without some blocks, and computes as if they were skipped.
-
-    It is an `UnsupportedModelError` where its config cannot say it, blocks that stay need something
-    of them besides the hidden state, or tensors cannot be told apart.
-    """
+    """Check that a model can be written without blocks, and computes as if they were skipped."""
     names_without_blocks(source, removed)
     prove_without_blocks(stock_config(source.config), removed)
 
@@ -220,11 +215,10 @@ def _run_with_cache(decoder: Any, tokens_BT: Tensor) -> Tensor:
 def _cut(run: SmallRun, changes: Mapping[str, Any], removed: Collection[int]) -> SmallRun:
     """Return the small model without some blocks; `changes` are those of the large one's config."""
     config: Any = run.model.config
-    count = run.architecture.block_count
-    kept = [block for block in range(count) if block not in removed]
+    config = with_same_changes(config, changes, removed, run.architecture.block_count)
 
     def place_of(name: str, tensor: Tensor) -> tuple[str, Tensor] | None:
         new = name_without_blocks(run.architecture, removed, name)
         return (new, tensor) if new and isinstance(tensor, nn.Parameter) else None
 
-    return rebuilt(run, with_values(config, same_changes(config, changes, kept, count)), place_of)
+    return rebuilt(run, config, place_of)

@@ -9,6 +9,7 @@ Shapes: B windows in a batch, T tokens, D hidden, F FFN channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -19,18 +20,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cfsp.architecture.activations import OnOutput, observed_activations, observed_sublayers
+from cfsp.architecture.activations import OnRows, observed_activations, observed_sublayers
 from cfsp.checkpoint.reading import read_tensors
 from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, fill, unload
-from cfsp.errors import CalibrationError
+from cfsp.errors import CalibrationError, UsageError
 from cfsp.streaming.block_calls import BlockCall, BlockCalls
 from cfsp.streaming.decoder_start import DecoderStart, Room, weights_of_start
 from cfsp.streaming.hidden_states import HiddenStates
-from cfsp.streaming.stopwatch import PassTimes
+from cfsp.streaming.work_dir import PassTimes
 
 if TYPE_CHECKING:
     from cfsp.architecture.found import Unit
     from cfsp.checkpoint.reading import WeightSource
+    from cfsp.processes import Team
     from cfsp.streaming.runtime import Runtime
     from cfsp.text.windows import Windows
 
@@ -49,8 +51,7 @@ class StreamedBlock:
     index: int
     module: nn.Module
     units: tuple[Unit, ...]
-    # What enters the block, and after `advance` what leaves it.
-    hidden: HiddenStates
+    hidden: HiddenStates  # what enters the block, and after `advance` what leaves it
     device: torch.device
     _batches: list[slice]
     _calls: BlockCalls
@@ -63,7 +64,7 @@ class StreamedBlock:
         on_activations: OnActivations | None = None,
         on_hidden: OnHidden = lambda input_BTD, output_BTD: None,
         on_sublayer: OnSublayer | None = None,
-        on_output: OnOutput | None = None,
+        on_output: OnRows | None = None,
     ) -> None:
         """Let all windows pass the block, and drop its weights; its outputs are in `hidden` then.
 
@@ -92,6 +93,7 @@ class StreamedBlock:
                 position, after_BTD = after.popitem()
                 assert on_sublayer is not None
                 on_sublayer(position, input_BTD, after_BTD)
+            self.tokens_done(len(windows) * seqlen)
             return output_BTD
 
         with (
@@ -102,9 +104,7 @@ class StreamedBlock:
             if on_sublayer is None
             else observed_sublayers(self.module, self.units, after),
         ):
-            for batch in self._batches:
-                self.pass_through(compute, [batch])
-                self.tokens_done((batch.stop - batch.start) * seqlen)
+            self.pass_through(compute, self._batches)
         self.hidden.swap_buffers()
         unload(self.module)
 
@@ -125,9 +125,8 @@ class StreamedBlock:
     def pass_through(
         self, compute: Callable[[slice, Tensor], Tensor], batches: Iterable[slice]
     ) -> None:
-        """Let some windows pass a function in this block's place.
+        """Let some windows pass a function of batch and BTD in this block's place.
 
-        It gives what leaves the block, from the windows of a batch and what enters (BTD).
         `hidden.swap_buffers` then ends the block.
         """
         on_gpu = self.device.type == "cuda"
@@ -143,14 +142,27 @@ class StreamedBlock:
 
 
 def windows_in_batch(windows: Windows, batch_windows: int | None) -> int:
-    """Return how many windows pass a block together; by default about 4096 tokens.
-
-    Where some have images, each passes alone: how a model calls its blocks then differs from window
-    to window.
-    """
-    if windows.has_images:
+    """Return how many windows pass a block together; by default about 4096 tokens."""
+    if windows.has_images:  # calls of blocks then differ from window to window
         return 1
     return batch_windows or max(1, TOKENS_IN_BATCH // windows.tokens_NT.shape[1])
+
+
+def part_of(windows: Windows, team: Team, batch_windows: int | None) -> slice:
+    """Return which windows one process has: whole batches, which compute as one's, or none."""
+    return team.share(len(windows.tokens_NT), windows_in_batch(windows, batch_windows))
+
+
+def check_enough(windows: Windows, team: Team, batch_windows: int | None) -> None:
+    """Check that every process has windows."""
+    size, count = windows_in_batch(windows, batch_windows), len(windows.tokens_NT)
+    batches = math.ceil(count / size)
+    if batches < team.size:
+        raise UsageError(
+            f"{count} windows in batches of {size} are {batches} batches, too few for "
+            f"{team.size} processes; take more --samples, fewer processes, or "
+            f"--batch-windows {max(1, count // team.size)}"
+        )
 
 
 def stream_blocks(

@@ -59,10 +59,7 @@ def end_of(model: nn.Module, decoder: str) -> str:
 
 
 def text_model(model: PreTrainedModel) -> Any:
-    """Return the innermost part of a model that gives logits of tokens.
-
-    It is the model itself, but for a few multimodal ones whose decoder has a head of its own.
-    """
+    """Return the innermost part of a model that gives logits: of most it is the model itself."""
     return model.get_submodule(end_of(model, architecture_of(model.config).decoder))
 
 

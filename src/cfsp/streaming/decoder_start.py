@@ -9,8 +9,9 @@ Shapes: N windows, B windows in a batch, T tokens, D hidden, L blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -36,36 +37,40 @@ if TYPE_CHECKING:
 Room = Callable[[tuple[int, ...]], HiddenStates]
 
 
+@dataclass
 class DecoderStart:
-    """What a model does before its first block; it needs weights for all but its blocks.
+    """What a model does before its first block; it needs weights for all but its blocks."""
 
-    `multimodal` is the whole model, where windows have images.
-    """
-
-    def __init__(
-        self,
-        decoder: nn.Module,
-        blocks: nn.ModuleList,
-        runtime: Runtime,
-        multimodal: nn.Module | None = None,
-    ) -> None:
-        self._decoder, self._blocks, self._runtime = decoder, blocks, runtime
-        self._multimodal = multimodal
+    decoder: nn.Module
+    blocks: nn.ModuleList
+    runtime: Runtime
+    multimodal: nn.Module | None = None  # the whole model, where windows have images
 
     @cached_property
     def form(self) -> CallForm:
         """How the decoder takes hidden states from its blocks."""
+        return find_call_form(
+            lambda tokens_BT: self.decoder(input_ids=tokens_BT, use_cache=False)[0],
+            self.blocks,
+            self.runtime.device,
+        )
 
-        def run(tokens_BT: Tensor) -> Tensor:
-            output: Tensor = self._decoder(input_ids=tokens_BT, use_cache=False)[0]
-            return output
-
-        return find_call_form(run, self._blocks, self._runtime.device)
-
-    def record(self, tokens_BT: Tensor) -> Recording:
-        """Return what enters the blocks, and how they are called."""
-        tokens_BT = tokens_BT.to(self._runtime.device)
-        return record_calls(self._decoder, self._blocks, tokens_BT, self.form)
+    def record(
+        self,
+        tokens_BT: Tensor,
+        images: Mapping[str, Tensor] | None = None,
+        *,
+        returns_zeros: bool = False,
+    ) -> Recording:
+        """Return what enters the blocks, and how they are called; `images` are of one window."""
+        device, dtype = self.runtime.device, self.runtime.dtype
+        more = {
+            name: value.to(device, dtype if value.is_floating_point() else None)
+            for name, value in (images or {}).items()
+        }
+        model = self.multimodal or self.decoder
+        tokens_BT = tokens_BT.to(device)
+        return record_calls(model, self.blocks, tokens_BT, self.form, more, returns_zeros)
 
     def embed(
         self, windows: Windows, batches: Iterable[slice], room: Room, *, resumed: bool = False
@@ -79,17 +84,18 @@ class DecoderStart:
         hidden: HiddenStates | None = None
         calls: BlockCalls | None = None
         for batch in batches:
-            own = range(batch.start, batch.stop)
-            if self._multimodal is not None:
-                recording = self._record_window(windows, batch.start)
+            own, tokens_BT = range(batch.start, batch.stop), tokens_NT[batch]
+            if self.multimodal is not None:
+                images = windows.images_of(batch.start)
+                recording = self.record(tokens_BT, images)
                 calls = calls or BlockCalls(recording.calls, recording.calls)
-                added_L = self._added(windows, batch.start, recording)
+                added_L = self._added(tokens_BT, images, recording)
                 calls.add_alone(batch.start, recording.calls, added_L)
             else:
                 calls = calls or self._calls_of_text(tokens_NT)
                 if resumed and len(own) in calls and not calls.depend_on_text:
                     continue
-                recording = self.record(tokens_NT[batch])
+                recording = self.record(tokens_BT)
                 calls.add(own, recording.calls)
             if hidden is None:
                 hidden = room((*tokens_NT.shape, recording.entering_L[0].shape[-1]))
@@ -105,26 +111,9 @@ class DecoderStart:
         other_BT = tokens_NT.flatten().roll(1)[: one_BT.numel()].view_as(one_BT)
         return BlockCalls(self.record(one_BT).calls, self.record(other_BT).calls)
 
-    def _record_window(
-        self, windows: Windows, window: int, *, returns_zeros: bool = False
-    ) -> Recording:
-        """Return what enters the blocks, and how they are called, of a window with its images."""
-        assert self._multimodal is not None
-        device, dtype = self._runtime.device, self._runtime.dtype
-        more = {
-            name: value.to(device, dtype if value.is_floating_point() else None)
-            for name, value in windows.images_of(window).items()
-        }
-        return record_calls(
-            self._multimodal,
-            self._blocks,
-            windows.tokens_NT[window : window + 1].to(device),
-            self.form,
-            more=more,
-            returns_zeros=returns_zeros,
-        )
-
-    def _added(self, windows: Windows, window: int, recording: Recording) -> dict[int, Tensor]:
+    def _added(
+        self, tokens_BT: Tensor, images: Mapping[str, Tensor], recording: Recording
+    ) -> dict[int, Tensor]:
         """Return what the model adds to what leaves a block, 1TD, by the index of the next block.
 
         Mostly nothing. It shows where stand-ins that return zeros are compared with a recording of
@@ -133,12 +122,12 @@ class DecoderStart:
         entering_L = recording.entering_L
         if all(torch.equal(entering_L[0], each) for each in entering_L[1:]):
             return {}
-        added_L = self._record_window(windows, window, returns_zeros=True).entering_L
+        added_L = self.record(tokens_BT, images, returns_zeros=True).entering_L
         for index in range(1, len(entering_L)):
             if not torch.equal(entering_L[index - 1] + added_L[index], entering_L[index]):
                 raise UnsupportedModelError(
                     f"with images the model changes the hidden states between blocks {index - 1} "
-                    f"and {index} ({type(self._blocks[0]).__name__}) by more than an addition, so "
+                    f"and {index} ({type(self.blocks[0]).__name__}) by more than an addition, so "
                     "that blocks cannot be run one after the other; calibrate on text alone"
                 )
         return {index: each for index, each in enumerate(added_L) if index and bool(each.any())}

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from cfsp.errors import OutputError
 
+# Windows that come one after the other, or any.
+Rows = slice | list[int]
+
 _FILES = ("hidden-0.bin", "hidden-1.bin")
 
 
@@ -48,7 +51,7 @@ class HiddenStates:
                 count = file.readinto(self._bytes())
                 assert count == self.nbytes, (saved, count)
 
-    def read(self, batch: slice) -> Tensor:
+    def read(self, batch: Rows) -> Tensor:
         """Return the windows of a batch, BTD; to be used before they are written."""
         return self._hidden_NTD[batch]
 
@@ -56,7 +59,7 @@ class HiddenStates:
         """Set the windows of a batch, from any device."""
         self._hidden_NTD[batch] = hidden_BTD
 
-    def read_written(self, batch: slice) -> Tensor:
+    def read_written(self, batch: Rows) -> Tensor:
         """Return the windows of a batch as written in this block, before `swap_buffers`."""
         return self._hidden_NTD[batch]
 
@@ -100,7 +103,7 @@ class HiddenInFile(HiddenStates):
         self._source = saved or _FILES[0]
         self._target = _other(saved) if saved else _FILES[0]
 
-    def read(self, batch: slice) -> Tensor:
+    def read(self, batch: Rows) -> Tensor:
         """Return a view of the file that is read."""
         return self._view(self._source)[batch]
 
@@ -109,7 +112,7 @@ class HiddenInFile(HiddenStates):
         self._view(self._target)[batch] = hidden_BTD
         self.forget(batch)
 
-    def read_written(self, batch: slice) -> Tensor:
+    def read_written(self, batch: Rows) -> Tensor:
         """Return a view of the file that is written to."""
         return self._view(self._target)[batch]
 

@@ -21,10 +21,7 @@ _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")
 
 
 def default_budget() -> int:
-    """Return how much hidden states may take: half of what is available to this process.
-
-    Processes that torchrun started on this machine share evenly.
-    """
+    """Return how much hidden states may take: half of what is available, shared on the machine."""
     return int(available_bytes() * _SHARE_OF_AVAILABLE / processes_on_machine())
 
 

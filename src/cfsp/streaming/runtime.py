@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from cfsp.checkpoint.loading import compute_device, compute_dtype
-from cfsp.checkpoint.reading import LoadedModel, parameter_count
+from cfsp.checkpoint.reading import LoadedModel, fingerprint, parameter_count
 from cfsp.errors import UsageError
 from cfsp.streaming.memory import available_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from cfsp.checkpoint.reading import WeightSource
+    from cfsp.processes import Team
     from cfsp.settings import Compute
 
 # A whole model's weights need this much beside them: logits, activations, hidden states.
@@ -74,3 +77,11 @@ def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that compute, by name."""
     packages = ("cfsp-llm", "torch", "transformers", "safetensors", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def check_same_work(team: Team, sources: Sequence[WeightSource], more: Mapping[str, str]) -> None:
+    """Check that all processes have the same models and software, and what else is named."""
+    if team.size > 1:
+        software = {f"version of {name}": found for name, found in versions().items()}
+        models = ", ".join(map(fingerprint, sources))
+        team.check_same({"model": models, **more, **software})

@@ -13,20 +13,14 @@ Shapes: B windows, T tokens, D hidden (all that a token has, if a model keeps se
 
 from __future__ import annotations
 
-from collections.abc import (
-    Callable,
-    Collection,
-    Iterator,
-    Mapping,
-    MutableMapping,
-    Sequence,
-)
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import MappingKey, tree_flatten_with_path
 
 from cfsp.architecture.activations import hidden_state
 from cfsp.errors import UnsupportedModelError
@@ -44,48 +38,19 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Answer = Callable[[int, Tensor, Arguments], Any]
 
 
-# Where a value is in the arguments of a call: 0 (positional) or 1 (named), then keys and indices.
+# Where a value is in the arguments of a call: the keys of `torch.utils._pytree`.
 Place = tuple[Any, ...]
 
 
-def leaves(value: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
-    """Yield everything in nested tuples, lists and dictionaries, with its place."""
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from leaves(item, (*place, key))
-    elif isinstance(value, tuple | list):
-        for index, item in enumerate(value):
-            yield from leaves(item, (*place, index))
-    else:
-        yield place, value
+def leaves(arguments: Arguments) -> list[tuple[Place, Any]]:
+    """Return everything in nested tuples, lists and dictionaries, with its place."""
+    return tree_flatten_with_path(arguments, is_leaf=is_shared)[0]
 
 
 def place_in_words(block: int, place: Place) -> str:
     """Return where a value is, in words."""
-    return f"argument {'.'.join(str(key) for key in place[1:])} of block {block}"
-
-
-def with_values(value: Any, values: Mapping[Place, Any], place: Place = ()) -> Any:
-    """Return nested tuples, lists and dictionaries with other values in some places."""
-    if place in values:
-        return values[place]
-    if isinstance(value, dict) and value:
-        return {key: with_values(item, values, (*place, key)) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        items = [with_values(item, values, (*place, i)) for i, item in enumerate(value)]
-        return type(value)(items)
-    return value
-
-
-def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return nested tuples, lists and dictionaries with every tensor changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: mapped(item, change) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(mapped(item, change) for item in value)
-    return value
+    names = [key.key if isinstance(key, MappingKey) else key.idx for key in place[1:]]
+    return f"argument {'.'.join(map(str, names))} of block {block}"
 
 
 def is_shared(value: Any) -> bool:
@@ -106,10 +71,8 @@ def differ(first: Any, second: Any) -> bool:
 class HiddenLayout:
     """Where a model's hidden states have windows, tokens and the rest; here they are [B, T, D]."""
 
-    # Of the windows; the next is that of the tokens.
-    axis: int = 0
-    # Lengths of the other axes.
-    rest: tuple[int, ...] = ()
+    axis: int = 0  # of the windows; the next is that of the tokens
+    rest: tuple[int, ...] = ()  # lengths of the other axes
 
     @property
     def is_plain(self) -> bool:
@@ -205,11 +168,7 @@ def skipped(blocks: nn.ModuleList, indices: Collection[int], form: CallForm) -> 
 def resumed_at(
     blocks: nn.ModuleList, first: int, hidden: Tensor, form: CallForm = PLAIN
 ) -> Iterator[None]:
-    """Let the model compute its blocks from `first` on only, on a given hidden state.
-
-    That is of the tokens that the model is then called with, and as the model has it (see
-    `HiddenLayout`).
-    """
+    """Let the model compute its blocks from `first` on only, on a hidden state as it has them."""
 
     def answer(index: int, own: Tensor, arguments: Arguments) -> Any:
         return form.returned(hidden if index == first - 1 else own)
@@ -234,10 +193,6 @@ def hidden_states_entering(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
 
 
 # Which form a model needs.
-
-
-class _WrongFormError(Exception):
-    """The model did not take a hidden state as it was given."""
 
 
 class _Called(NamedTuple):
@@ -268,7 +223,7 @@ def find_call_form(
         try:
             output = _run_through(run, tokens_BT, blocks, form, called)
             if tuple(output.shape[:2]) != _PROBED:
-                raise _WrongFormError(f"it ends with a tensor of shape {list(output.shape)}")
+                raise ValueError(f"it ends with a tensor of shape {list(output.shape)}")
         except Exception as error:  # whatever a model does with a value that it does not expect
             if not called:
                 raise
@@ -308,9 +263,9 @@ def _run_through(
 
     def answer(index: int, hidden: Any, arguments: Arguments) -> Any:
         if not isinstance(hidden, Tensor):
-            raise _WrongFormError(f"block {index} is given a {type(hidden).__name__}")
+            raise ValueError(f"block {index} is given a {type(hidden).__name__}")
         if called and called[-1].returned.shape != hidden.shape:
-            raise _WrongFormError(f"block {index} is given shape {list(hidden.shape)}")
+            raise ValueError(f"block {index} is given shape {list(hidden.shape)}")
         result = hidden / 2 + 1 if changed else hidden
         if last is not None and index == len(blocks) - 1:
             result = last

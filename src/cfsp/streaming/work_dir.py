@@ -4,6 +4,9 @@
 
 It is gone when the output is there. After a kill it stays, and the same command goes on from
 it; another command is refused. Nobody else works in it meanwhile.
+
+A pass resumes from `state.json`: how far it came, and what entered the next block. It is replaced
+in one step, after everything that it speaks of is on disk, and says what the work belongs to.
 """
 
 from __future__ import annotations
@@ -13,37 +16,162 @@ import json
 import logging
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cfsp.checkpoint.output import lock_out_others, write_atomically
+from cfsp.checkpoint.output import exclusive, write_atomically
 from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.errors import CfspError, OutputError, ResumeError
 from cfsp.processes import Team
 from cfsp.streaming.memory import default_budget
-from cfsp.streaming.pass_state import STATE_FILE, PassState, read_state
-from cfsp.streaming.stopwatch import PassTimes, Stopwatch
 
 logger = logging.getLogger(__name__)
+
+
+STATE_FILE = "state.json"
+
+# Saving may take this fraction of the time, so that it never slows a pass by more.
+SHARE_OF_TIME = 0.02
+# What the first save is expected to cost; later ones are measured.
+_BYTES_PER_SECOND = 300e6
+_LEAST_SECONDS = 0.01
+
+
+class PassState:
+    """The state of one pass, in a directory of its own; unfinished work of another is refused."""
+
+    def __init__(self, directory: Path, identity: dict[str, Any]) -> None:
+        self.directory, self._identity = directory, identity
+        # The first block that is not finished.
+        self.next_block = 0
+        # Name of the file with the hidden states that enter it.
+        self.hidden: str | None = None
+        # What both were when the state was saved the time before. That file is there as long as no
+        # state enters the next block.
+        self.before: tuple[int, str | None] = (0, None)
+        directory.mkdir(parents=True, exist_ok=True)
+        if (directory / STATE_FILE).is_file():
+            fields = read_state(directory / STATE_FILE, identity)
+            self.next_block, self.hidden = fields["next_block"], fields["hidden"]
+            self.before = tuple(fields["before"])
+
+    def commit(self, next_block: int, hidden: str | None) -> None:
+        """Note that all before `next_block` is on disk."""
+        self._write(next_block, hidden, (self.next_block, self.hidden))
+
+    def go_back_to(self, block: int) -> None:
+        """Begin with `next_block`, that of `before`, or the first."""
+        if block != self.next_block:
+            self._write(block, self.before[1] if block == self.before[0] else None, (0, None))
+
+    def _write(self, next_block: int, hidden: str | None, before: tuple[int, str | None]) -> None:
+        self.next_block, self.hidden, self.before = next_block, hidden, before
+        fields = {"next_block": next_block, "hidden": hidden, "before": before}
+        text = json.dumps({"identity": self._identity, **fields}, indent=2) + "\n"
+        write_atomically(self.directory / STATE_FILE, text.encode())
+
+
+def read_state(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """Return what WORK_DIR/PROCESS/PASS/state.json says, if it is whole and of an identity."""
+    work_dir = path.parents[2]
+    try:
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        saved: dict[str, Any] = fields["identity"]
+        fields["next_block"] = int(fields["next_block"])
+        _ = fields["hidden"], fields["before"]
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+        raise ResumeError(f"{path} is damaged; start over with: rm -r {work_dir}") from error
+    for key, now in json.loads(json.dumps(identity)).items():
+        if saved.get(key) != now:
+            raise ResumeError(
+                f"{work_dir} holds unfinished work with another {key} ({saved.get(key)}; now it is "
+                f"{now}); repeat that command to finish it, or start over with: rm -r {work_dir}"
+            )
+    return fields
+
+
+class Pace:
+    """Decides when to save about so many bytes: as often as costs little."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._cost = max(_LEAST_SECONDS, nbytes / _BYTES_PER_SECOND)
+        self._last = time.monotonic()
+
+    def due(self) -> bool:
+        """Return whether enough time has passed since the last save."""
+        return (time.monotonic() - self._last) * SHARE_OF_TIME >= self._cost
+
+    def saved(self, seconds: float) -> None:
+        """Note a save and what it took."""
+        self._cost = max(_LEAST_SECONDS, seconds)
+        self._last = time.monotonic()
+
+
+@dataclass
+class Stopwatch:
+    """Seconds spent in each named stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of a block of code to a stage, without that of other stages within it."""
+        self.seconds.setdefault(name, 0.0)
+        start, known = time.perf_counter(), sum(self.seconds.values())
+        try:
+            yield
+        finally:
+            of_others = sum(self.seconds.values()) - known
+            spent = max(0.0, time.perf_counter() - start - of_others)
+            self.seconds[name] = round(self.seconds[name] + spent, 3)
+
+
+class PassTimes:
+    """Seconds of one pass over the blocks, by part.
+
+    total          the whole pass, embedding included
+    visits         with a block in memory: its forward, the sums, repair if any
+    hidden_states  within visits: between the hidden states and the device
+    weights        waiting for weights that were not ready; moving and checking them
+    saving         putting down what a killed run resumes from
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add the time of a block of code to a part."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def to_json(self) -> dict[str, float]:
+        """Return seconds by part, those of pure computing, and total time as a multiple of them."""
+        seconds: dict[str, float] = {k: round(v, 3) for k, v in self.seconds.items()}
+        compute = self.seconds.get("visits", 0.0) - self.seconds.get("hidden_states", 0.0)
+        ratio = self.seconds.get("total", 0.0) / compute if compute > 0 else 1.0
+        return {**seconds, "compute": round(compute, 3), "ratio": round(ratio, 4)}
 
 
 @dataclass
 class WorkDir:
     """Where one command works, with whom, and what took how long."""
 
-    # It exists as long as the command runs.
-    directory: Path
+    directory: Path  # it exists as long as the command runs
     # Bytes of hidden states above which they go to a file.
     memory_budget: int = field(default_factory=default_budget)
     # What the results depend on besides model and text, as JSON types; None if a later run is not
     # to resume.
     identity: dict[str, Any] | None = None
     watch: Stopwatch = field(default_factory=Stopwatch)
-    # Of each pass, by its name.
-    times: dict[str, PassTimes] = field(default_factory=dict)
+    times: dict[str, PassTimes] = field(default_factory=dict)  # of each pass, by its name
     team: Team = field(default_factory=Team)
 
     def directory_of(self, name: str) -> Path:
@@ -86,13 +214,7 @@ def output_work_dir(
     directory = directory_of_process(out, team.rank, team.size)
     work_dir = directory.parent
     _check_processes(work_dir, team.size)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write to {directory}: {error.strerror}; choose another output"
-        ) from error
-    with lock_out_others(directory / "lock", work_dir):
+    with _working(directory):
         for state in sorted(directory.glob(f"*/{STATE_FILE}")):
             read_state(state, identity)
         _remove_unfinished(directory)
@@ -109,6 +231,17 @@ def output_work_dir(
                 _remove(directory)
             raise
         _remove(directory)
+
+
+@contextmanager
+def _working(directory: Path) -> Iterator[None]:
+    """Keep other runs out of where a process works; at the end no empty directory stays."""
+    try:
+        with exclusive(directory):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # others are still working there
+            directory.parent.rmdir()
 
 
 def load_or_compute(
@@ -170,11 +303,10 @@ def remove_finished_work(out: Path) -> None:
     work_dir = out.parent / f"{out.name}.work"
     if not work_dir.is_dir() or not (out.is_file() or (out / MANIFEST_FILE).is_file()):
         return
-    for directory in sorted(work_dir.iterdir()):
-        with (
-            contextlib.suppress(OSError, OutputError),
-            lock_out_others(directory / "lock", work_dir),
-        ):
+    # A directory has its lock beside it.
+    names = {path.name.removeprefix(".").removesuffix(".lock") for path in work_dir.iterdir()}
+    for directory in sorted(work_dir / name for name in names):
+        with contextlib.suppress(OSError, OutputError), _working(directory):
             _remove(directory)
 
 
@@ -183,5 +315,3 @@ def _remove(directory: Path) -> None:
     for state in sorted(directory.glob(f"*/{STATE_FILE}")):
         state.unlink()
     shutil.rmtree(directory, ignore_errors=True)
-    with contextlib.suppress(OSError):  # others are still working there
-        directory.parent.rmdir()

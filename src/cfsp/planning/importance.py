@@ -1,0 +1,229 @@
+"""How much each block matters (coarse), and which channels of a unit stay (fine).
+
+Coarse: from how far a block moves the hidden state, or from its sensitivity. Only blocks that have
+a unit count: the budget is spent there. Every FFN unit is as important as its block; an attention
+by how far it moves the hidden state where that is seen. Fine: when the number of channels is
+decided, the strongest stay, by a score of each; experts that saw too few tokens are scored by their
+weights alone, and people are told.
+
+Shapes: L blocks that have a unit, U units, D hidden, F FFN channels. X_i is the L2 norm of channel
+i's activation over all calibration tokens (`UnitStatistics.norm_F`); Wd is D x F, Wu and Wg F x D.
+
+    activation  X_i. What the published code does: its weights are normalised over D within a
+                channel, so every term sums to one and the score is X_i alone.
+    relative    X_i * (down_i + up_i + gate_i), each matrix normalised ACROSS channels:
+                  down_i = sum_j |Wd_ji| X_i / sum_i' |Wd_ji'| X_i'
+                  up_i   = sum_j |Wu_ij| / sum_i' |Wu_i'j|        gate_i alike
+    eq8         X_i * (down_i + 1 + 1): the paper's Eq. 8 as others cite it, which normalises
+                up and gate within a channel, where they are constant.
+
+An attention is scored in the same way at its output matrix, column by column, without the terms of
+matrices that make channels; a KV group's score is the sum over the columns of its query heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cfsp.calibration.observed import UnitStatistics
+from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.reading import WeightSource, down_matrix, input_matrices
+from cfsp.errors import StatisticsError
+from cfsp.planning.allocation import ModelSize
+from cfsp.planning.experts import expert_scores, few_tokens, strongest_experts
+from cfsp.settings import ANGULAR, SENSITIVITY, UNIFORM, Criterion, Part
+
+# The published code sums angular distances over 128 windows of 1024 tokens and divides by 1e4
+# before the sigmoid. With means instead of sums that is this gain, at any calibration size.
+SIGMOID_GAIN = 128 * 1024 / 1e4
+
+_LEAST_SHARE = 1e-3
+
+# Angular distance settles with little text; study 7 (LOG.md) shows how little.
+COARSE_WINDOWS = 8
+
+
+def block_distances(statistics: Statistics, metric: str) -> list[float]:
+    """Return the angular distance of every block with a unit; by `uniform` all have the mean."""
+    distance_L = _of_blocks_with_units(statistics, statistics.distance_L)
+    return [fmean(distance_L)] * len(distance_L) if metric == UNIFORM else distance_L
+
+
+def block_importance(distance_L: Sequence[float]) -> list[float]:
+    """Return the normalised importance of every block, in (0, 1), by distances d.
+
+    s_l = sigmoid(g * (d_l - mean d)),  g = 13.1072   (CFSP Eq. 4, published code)
+    """
+    mean = fmean(distance_L)
+    return [_sigmoid(SIGMOID_GAIN * (distance - mean)) for distance in distance_L]
+
+
+def importance_by(statistics: Statistics, metric: str) -> list[float]:
+    """Return the normalised importance of every block with a unit by one metric, in (0, 1].
+
+    By sensitivity it is sqrt(KL_l) over the largest, where KL_l is what halving the block would
+    cost. If removing a share 1 - k of a block costs KL_l (1/k - 1), widths in proportion to
+    sqrt(KL_l) cost least: hence the root.
+    """
+    if metric != SENSITIVITY:
+        return block_importance(block_distances(statistics, metric))
+    if statistics.sensitivity is None:
+        raise StatisticsError(
+            f"the block metric {metric} needs the blocks' sensitivity, which these statistics do "
+            f"not have; make them with: cfsp calibrate --set block_metric={metric}"
+        )
+    halved_L = _of_blocks_with_units(statistics, statistics.sensitivity.halved_L)
+    root_L = [math.sqrt(divergence) for divergence in halved_L]
+    # A block that nothing depends on still counts a little: importance is positive.
+    least = max(root_L) * _LEAST_SHARE or 1.0
+    largest = max(*root_L, least)
+    return [max(root, least) / largest for root in root_L]
+
+
+def importance_of_units(
+    statistics: Statistics, metric: str, size: ModelSize, spent: Sequence[Part]
+) -> tuple[list[float], list[float]]:
+    """Return the distance and the normalised importance of every unit.
+
+    Widths in proportion to it share the cost between parts: by sensitivity, if removing a share
+    1 - k of a unit costs KL (1/k - 1) and frees its P parameters by that share, what is cheapest
+    is k in proportion to sqrt(KL / P). Distances of several parts are not comparable; each part
+    then gives up about as large a share. What was not measured of parts that are not `spent`,
+    which lose no channels, is not needed.
+    """
+    parts = list(dict.fromkeys(unit.part for unit in statistics.units))
+    compared = metric == SENSITIVITY and len([part for part in parts if part in spent]) > 1
+    distance_U, importance_U = ([0.0] * len(statistics.units) for _ in range(2))
+    for part in parts:
+        own = statistics.of_part(part)
+        numbers = [index for index, unit in enumerate(statistics.units) if unit.part == part]
+        distances = of_units(own, block_distances(own, metric))
+        is_needed = part in spent or own.sensitivity is not None
+        importances = of_units(own, importance_by(own, metric if is_needed else ANGULAR))
+        if compared and own.sensitivity is not None:
+            largest = max(_of_blocks_with_units(own, own.sensitivity.halved_L))
+            each = fmean(size.units[i].width * size.units[i].channel_parameters for i in numbers)
+            scale = math.sqrt(largest / each)
+            importances = [importance * scale for importance in importances]
+        for index, distance, importance in zip(numbers, distances, importances, strict=True):
+            distance_U[index], importance_U[index] = distance, importance
+    if compared:
+        # Where nothing depends on anything, all count alike.
+        largest = max(importance_U) or 1.0
+        importance_U = [max(value / largest, _LEAST_SHARE**2) for value in importance_U]
+    return distance_U, importance_U
+
+
+def of_units(statistics: Statistics, value_L: Sequence[float]) -> list[float]:
+    """Return for every unit what there is for its block."""
+    value_of = dict(zip(statistics.blocks_with_units, value_L, strict=True))
+    return [value_of[unit.block] for unit in statistics.units]
+
+
+def _of_blocks_with_units(statistics: Statistics, values: Sequence[float]) -> list[float]:
+    return [values[block] for block in statistics.blocks_with_units]
+
+
+def _sigmoid(x: float) -> float:
+    # Both branches keep the exponent negative: no overflow at any distance.
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+class FFNWeights(NamedTuple):
+    """The matrices of one FFN as they are stored; of an attention the output matrix alone.
+
+    Metrics convert one at a time to float32: three copies of a wide FFN would be more memory than
+    anything else that the pass of the repair needs.
+    """
+
+    down_DF: Tensor
+    up_FD: Tensor | None
+    gate_FD: Tensor | None
+
+
+def read_ffn_weights(source: WeightSource, unit: int, ffn: int = 0) -> FFNWeights:
+    """Read the matrices of one FFN of a unit from a model, however its checkpoint stores them."""
+    down_DF = down_matrix(source, unit, ffn).cpu()
+    if source.units[unit].part == "kv":
+        return FFNWeights(down_DF, None, None)
+    gate_FD, up_FD = input_matrices(source, unit, ffn)
+    return FFNWeights(down_DF, up_FD.cpu(), None if gate_FD is None else gate_FD.cpu())
+
+
+def channel_scores(metric: str, statistics: UnitStatistics, weights: FFNWeights) -> Tensor:
+    """Return the score of every channel of one FFN by a metric, float32, higher = keep."""
+    norm_F: Tensor = statistics.norm_F.float()
+    if metric == "activation":
+        return norm_F
+    assert metric in ("relative", "eq8"), metric
+    inputs = [matrix for matrix in (weights.up_FD, weights.gate_FD) if matrix is not None]
+    share_F = _shares(_magnitudes(weights.down_DF).mul_(norm_F), across=1)
+    if metric == "eq8":
+        return (share_F + len(inputs)) * norm_F
+    for input_FD in inputs:
+        share_F = share_F + _shares(_magnitudes(input_FD), across=0)
+    return share_F * norm_F
+
+
+def weight_norms(weights: FFNWeights) -> Tensor:
+    """Return the L2 norm of every column of the down projection, float32."""
+    norm_F: Tensor = torch.linalg.vector_norm(weights.down_DF.float(), dim=0)
+    return norm_F
+
+
+def _shares(magnitudes: Tensor, across: int) -> Tensor:
+    """Return the share of each channel in the sum across channels, summed over the other axis."""
+    # A row of zeros has no shares to give; it must not give NaN either.
+    sums = magnitudes.sum(across, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    share_F: Tensor = magnitudes.div_(sums).sum(1 - across)
+    return share_F
+
+
+def _magnitudes(matrix: Tensor) -> Tensor:
+    """Return a float32 matrix of its own; nothing else as large is made on the way."""
+    return matrix.to(torch.float32, copy=True).abs_()
+
+
+def strongest_channels(score_F: Tensor, count: int) -> list[int]:
+    """Return the indices of the `count` highest scores, ascending; ties go to lower indices."""
+    order = torch.sort(score_F, descending=True, stable=True).indices
+    return sorted(order[:count].tolist())
+
+
+def choose_channels(
+    source: WeightSource,
+    unit: int,
+    statistics: UnitStatistics,
+    width: int,
+    criterion: Criterion,
+    experts: int = 0,
+) -> tuple[int, ...]:
+    """Return the strongest channels of one unit, ascending; of each of the strongest experts.
+
+    An expert that saw few tokens is scored by its weights alone, and the plan says so.
+    """
+    found, of_model = source.units[unit], source.architecture.experts
+    staying: Sequence[int] = range(statistics.ffns)
+    if experts and found.expert_axes and of_model is not None:
+        scores = expert_scores(statistics)
+        staying = strongest_experts(scores, statistics.ffns - experts, of_model.groups)
+    if width == found.width:
+        return tuple(ffn * width + i for ffn in staying for i in range(width))
+    kept: list[int] = []
+    few = few_tokens(statistics)
+    for ffn in staying if width else ():
+        weights = read_ffn_weights(source, unit, ffn)
+        if ffn in few:
+            score_F = weight_norms(weights)
+        else:
+            score_F = channel_scores(criterion.channel_metric, statistics.of_ffn(ffn), weights)
+        # The columns of a KV group lie side by side.
+        score_F = score_F.view(found.width, -1).sum(1)
+        kept += [ffn * found.width + i for i in strongest_channels(score_F, width)]
+    return tuple(kept)
