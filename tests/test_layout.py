@@ -42,7 +42,6 @@ LAYERS = (
     ("pipeline",),
     ("prune_and_recover",),
     ("api", "families", "sweep"),
-    ("demo",),
     # `import cfsp` gives what its modules have.
     ("__init__",),
     ("cli",),

@@ -147,7 +147,7 @@ def test_prune(tmp_path, tiny_checkpoint, text_file, name):
 
 def test_calibrate_plan_and_export(tmp_path, tiny_checkpoint, text_file, half):
     source = tiny_checkpoint("llama")
-    statistics = cfsp.calibrate(source, data=[str(text_file)], **DRAWN)
+    statistics = cfsp.calibrate(source, data=[str(text_file)], block_metric="angular", **DRAWN)
     plan = cfsp.plan(source, statistics, sparsity=0.5, multiple=8)
     found = {"plan": channels_digest(plan), "weights": weights_digest(half)}
     export(half, "vllm", tmp_path / "vllm")

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from cfsp import progress
-from cfsp.progress import item_progress, token_progress
+from cfsp.progress import item_progress
 
 
 class Clock:
@@ -29,11 +29,11 @@ def clock(monkeypatch, caplog) -> Clock:
 
 
 def test_blocks_tell_how_far_they_are(clock, caplog):
-    with token_progress("calibrate", 10, 1000) as bar:
-        for _ in range(10):
+    with item_progress("calibrate", 1000, "tok") as bar:
+        for block in range(1, 11):
             clock.seconds += 20
-            bar.tokens(100)
-            bar.block_done()
+            bar.update(100)
+            bar.set_postfix_str(f"block {block} of 10", refresh=False)
     assert caplog.messages == [
         "calibrate: 20%, block 1 of 10, 02:40 left",
         "calibrate: 40%, block 3 of 10, 02:00 left",
@@ -44,11 +44,10 @@ def test_blocks_tell_how_far_they_are(clock, caplog):
 
 
 def test_work_that_goes_on_counts_from_where_it_was(clock, caplog):
-    with token_progress("calibrate", 10, 1000, blocks_done=8) as bar:
-        bar.block_done()
+    with item_progress("calibrate", 1000, "tok", initial=800) as bar:
         clock.seconds += 40
-        bar.tokens(100)
-    assert caplog.messages == ["calibrate: 90%, block 9 of 10, 00:40 left"]
+        bar.update(100)
+    assert caplog.messages == ["calibrate: 90%, 00:40 left"]
 
 
 def test_work_within_work_speaks_no_oftener(clock, caplog):

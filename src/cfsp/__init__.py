@@ -37,25 +37,22 @@ if TYPE_CHECKING:
 
     __version__: str
 
-_HOME = {
-    "CfspError": "cfsp.errors",
-    "MaxLossIncrease": "cfsp.settings",
-    "PruneReport": "cfsp.result.prune_report",
-    "PruningPlan": "cfsp.planning.plan_file",
-    "Statistics": "cfsp.calibration.statistics",
-    "TargetKVCache": "cfsp.settings",
-    "TargetParameters": "cfsp.settings",
-    "TargetSpeedup": "cfsp.settings",
-    "Text": "cfsp.settings",
-    "bench": "cfsp.speed.bench",
-    "calibrate": "cfsp.api",
-    "evaluate": "cfsp.api",
-    "export": "cfsp.exports.registry",
-    "load": "cfsp.checkpoint.loading",
-    "plan": "cfsp.api",
-    "prune": "cfsp.api",
-    "recover": "cfsp.recovery.recover",
-}
+_NAMES_OF = {
+    "cfsp.api": ("calibrate", "evaluate", "plan", "prune"),
+    "cfsp.calibration.statistics": ("Statistics",),
+    "cfsp.checkpoint.loading": ("load",),
+    "cfsp.errors": ("CfspError",),
+    "cfsp.exports.registry": ("export",),
+    "cfsp.planning.plan_file": ("PruningPlan",),
+    "cfsp.recovery.recover": ("recover",),
+    "cfsp.result.prune_report": ("PruneReport",),
+    "cfsp.settings.budget": (
+        "MaxLossIncrease", "TargetKVCache", "TargetParameters", "TargetSpeedup",
+    ),
+    "cfsp.settings.text": ("Text",),
+    "cfsp.speed.bench": ("bench",),
+}  # fmt: skip
+_HOME = {name: home for home, names in _NAMES_OF.items() for name in names}
 
 __all__ = ["__version__", *_HOME]
 

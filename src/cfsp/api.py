@@ -40,9 +40,9 @@ from cfsp.settings import (
     EvaluationText,
     Goal,
     MaxLossIncrease,
+    PruneSettings,
     Repair,
     asked,
-    calibration_settings,
     check_names,
     from_names,
     prune_settings,
@@ -152,7 +152,6 @@ def prune(
 
 
 def _said(**choices: Any) -> dict[str, Any]:
-    """Return the choices that were made: None is left to what the settings say."""
     return {name: value for name, value in choices.items() if value is not None}
 
 
@@ -164,23 +163,22 @@ def calibrate(
     samples: int | None = None,
     seqlen: int = DEFAULT_SEQLEN,
     device: str = "auto",
-    sensitivity: bool = False,
     parts: str | Sequence[str] = DEFAULT_PARTS,
     **advanced: Any,
 ) -> Statistics:
     """Run a text through a model once and return what plans are made from.
 
-    Arguments are those of `prune`, `parts` those of later plans; `sensitivity` also measures what
-    pruning each block alone does to the predictions, which requires the whole model in memory.
-    With `blocks` or `attention` among the parts it is also measured in which order these go best,
-    or both together, up to half of them.
+    Arguments are those of `prune`, `parts` those of later plans. What pruning each block alone does
+    to the predictions is measured by the same rule, unless `block_metric="angular"`. With `blocks`
+    or `attention` among the parts it is also measured in which order these go best, or both
+    together, up to half of them.
     """
-    check_names(calibrate, advanced, CalibrationText, Compute)
+    check_names(calibrate, advanced, CalibrationText, Criterion, Compute)
     text = from_names(CalibrationText, advanced, names=data, samples=samples, seqlen=seqlen)
     check_texts(text.names)
     budget = from_names(Budget, {}, parts=parts)
     compute = from_names(Compute, advanced, device=device)
-    settings = calibration_settings(budget, text, compute, sensitivity=sensitivity)
+    settings = PruneSettings(budget, from_names(Criterion, advanced), text, compute)
     tokenizer, processor = parted(tokenizer)
     with _opened(model, budget) as source:
         if tokenizer is None:
@@ -222,7 +220,7 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     against: str | Path | None = None,
-    answers: int | None = None,
+    answers: int | str | None = None,
 ) -> list[dict[str, Any]]:
     """Return perplexities of models on texts, and answers, as `cfsp eval --json` prints them.
 
@@ -238,7 +236,8 @@ def evaluate(
         dtype: what to compute in.
         against: the dense model, which is measured too, and how far the others are from its
             predictions.
-        answers: ask so many of the questions that come with cfsp; needs `against`.
+        answers: ask so many of the questions that come with cfsp, or those that begin the chats of
+            a .jsonl file; needs `against`.
     """
     compute = from_names(Compute, {}, device=device, dtype=dtype)
     texts = EvaluationText(texts_of(data), windows, seqlen, bos=bos)

@@ -161,6 +161,13 @@ GONE = {
         "it is --set remove=N now, of what --parts names",
     ),
     "accumulate": "it went, because nobody set it: --batch-windows says how much a step reads",
+    "answer-tokens": "it went: an answer has 96 tokens at most",
+    "local-blocks": "it went, because nobody set it: 3 blocks train together",
+    "questions": "--questions went: give the file to --answers, as in --answers chats.jsonl",
+    "results": "it went: name the file beside the runs, as in cfsp report smaller results.json",
+    "sensitivity": "it went: prune's default measures it where the model fits into memory, and so "
+    "does calibrate; --set block_metric=angular does without",
+    "threads": "it went: set the variable OMP_NUM_THREADS",
     "clamp": "it went, because it follows from the block metric",
     "eval-windows": "it is --windows now, as cfsp eval has it",
     "held-out": "it went: the loss is bounded on windows of --data that calibration leaves over",

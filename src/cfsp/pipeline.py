@@ -51,7 +51,7 @@ from cfsp.result.card import model_card, origin_of
 from cfsp.result.manifest import facts_for_config, write_manifest
 from cfsp.result.prune_report import PruneReport, prune_report
 from cfsp.selection.constraint import Share, half_dropped
-from cfsp.selection.divergence import follow_sensitivity, with_sensitivity
+from cfsp.selection.divergence import with_needed_sensitivity
 from cfsp.selection.drop_order import (
     check_can_be_compared,
     follow_divergence,
@@ -60,10 +60,10 @@ from cfsp.selection.drop_order import (
 )
 from cfsp.selection.goal import loss_increase_of
 from cfsp.settings import (
+    AUTO_METRIC,
     DEFAULT_PARTS,
     SENSITIVITY,
     Budget,
-    Criterion,
     MaxLossIncrease,
     PruneSettings,
 )
@@ -77,7 +77,7 @@ from cfsp.streaming.work_dir import (
 )
 from cfsp.text.drawing import calibration_windows
 from cfsp.text.tokenizers import load_tokenizer, parted
-from cfsp.text.windows import Windows, check_is_text
+from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -215,7 +215,8 @@ def calibrate_source(
     """Draw windows, run them through the model once, and measure what else some prunings need.
 
     They have one text. Where one says of blocks or attention layers not how many go, in which order
-    they do is measured up to half. The processor is that of a multimodal model in memory.
+    they do is measured up to half; where widths may follow the sensitivity of blocks, that is. The
+    processor is that of a multimodal model in memory.
     """
     text, compute, budgets = prunings[0].text, prunings[0].compute, [p.budget for p in prunings]
     own: AbstractContextManager[WorkDir] = temporary_work_dir(compute.memory_budget)
@@ -225,14 +226,12 @@ def calibrate_source(
             check_can_be_compared(source, budget, runtime)
         with work_dir.watch.stage("text"):
             windows = calibration_windows(source, tokenizer, text, processor)
-        sensitivity = any(
-            follow_sensitivity(source, criterion, runtime, has_images=windows.has_images)
-            for pruning in prunings
-            if (criterion := pruning.suited_to_repair().criterion).block_metric == SENSITIVITY
-            or pruning.budget.channel_parts
-        )
-        if sensitivity:
-            check_is_text(windows, "--sensitivity")
+        jobs = [
+            Job(source, p.suited_to_repair(), lambda: tokenizer, lambda: windows, runtime, work_dir)
+            for p in prunings
+        ]
+        for job in jobs:
+            job.windows()  # has no images where they are not read
         check_same_work(work_dir.team, [source], {"calibration text": windows.digest})
         check_enough(windows, work_dir.team, runtime.batch_windows)
         runs = any(follow_runs(source, budget, runtime) for budget in budgets)
@@ -248,10 +247,13 @@ def calibrate_source(
             if follow_divergence(source, budget, runtime)
         ]
         statistics = with_order(source, statistics, windows, wanted, runtime, work_dir)
-        if not sensitivity:
+        followed = (AUTO_METRIC, SENSITIVITY)
+        jobs = [j for j in jobs if j.budget.channel_parts and j.criterion.block_metric in followed]
+        if not jobs:
             return statistics
-        with work_dir.watch.stage("sensitivity"):
-            return with_sensitivity(source, statistics, windows, Criterion(), runtime)
+        together = Budget(parts=tuple(part for j in jobs for part in j.budget.channel_parts))
+        job = replace(jobs[0], settings=replace(jobs[0].settings, budget=together))
+        return with_needed_sensitivity(job, statistics, windows)
 
 
 def _decide(

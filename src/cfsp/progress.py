@@ -44,34 +44,6 @@ class _Lines:
 _LINES = _Lines()
 
 
-class TokenProgress:
-    """A bar over blocks and tokens."""
-
-    def __init__(self, bar: tqdm, blocks: int, done: int) -> None:  # type: ignore[type-arg]
-        self._bar = bar
-        self._blocks = blocks
-        self._done = done
-
-    def tokens(self, count: int) -> None:
-        """Note that tokens have passed a block."""
-        self._bar.update(count)
-
-    def block_done(self) -> None:
-        """Note that a block is finished."""
-        self._done += 1
-        self._bar.set_postfix_str(f"block {self._done} of {self._blocks}", refresh=False)
-
-
-@contextmanager
-def token_progress(
-    label: str, blocks: int, token_passes: int, blocks_done: int = 0
-) -> Iterator[TokenProgress]:
-    """Show progress over blocks, and over tokens that pass them, all blocks together."""
-    initial = token_passes * blocks_done // blocks
-    with item_progress(label, token_passes, "tok", unit_scale=True, initial=initial) as bar:
-        yield TokenProgress(bar, blocks, blocks_done)
-
-
 def item_progress(label: str, total: int, unit: str, **options: Any) -> tqdm:  # type: ignore[type-arg]
     """Return a bar over items of a named unit; of several processes only the first shows it."""
     if not sys.stderr.isatty():

@@ -123,7 +123,7 @@ def test_the_stages_one_by_one_and_the_report(llama, text_file, tmp_path):
     assert attention.distance_sum is not None and attention.distance_sum > 0
     assert attention.distance_sum != statistics.blocks[1].distance_sum
     asked: dict[str, Any] = {"goal": cfsp.TargetParameters(0.8), "parts": PARTS, "multiple": 1}
-    plan = cfsp.plan(llama, statistics, **asked)
+    plan = cfsp.plan(llama, statistics, block_metric="angular", **asked)
     assert PruningPlan.from_json(plan.to_json()) == plan
     by_plan(llama, plan, tmp_path / "by-plan", text_file)
     out = tmp_path / "direct"

@@ -104,7 +104,8 @@ RUNS = [
     ),
     BadInput("report {model}", "{model} has no cfsp.json", "needs a directory that cfsp prune"),
     BadInput("compare {text}", "cannot read {text}", "make it with: cfsp eval"),
-    BadInput("report {pruned} --results {text}", "cannot read {text}", "make it with: cfsp eval"),
+    BadInput("report {pruned} {text}", "cannot read {text}", "make it with: cfsp eval"),
+    BadInput("report {text}", "beside {text}, found none", "expected the directory of a run"),
     BadInput(
         "report {pruned}",
         "is not the plan that cfsp.json tells of",

@@ -194,7 +194,7 @@ def test_commands(tokenizer, text_file, tmp_path, capsys):
     assert main(["inspect", out]) == 0
     assert main(["verify", out]) == 0
     assert main(["eval", source, out, *text, "--windows", "2"]) == 0
-    assert main(["calibrate", source, *text, *samples, "--sensitivity", "--out", statistics]) == 0
+    assert main(["calibrate", source, *text, *samples, "--out", statistics]) == 0
     asked = ["--statistics", statistics, "--sparsity", "0.3", *multiple]
     assert main(["prune", source, *asked, "--dry-run", "--out", plan]) == 0
     asked = ["--sparsity", "0.2", *multiple, "--effort", "fast", *text, "--samples", "2"]

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import build_parser, main
@@ -61,7 +60,14 @@ def commands() -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["prune", "--help"], ["--version"], ["inspect", "./no/such"]]
+    "argv",
+    [
+        ["--help"],
+        ["prune", "--help"],
+        ["--version"],
+        ["inspect", "./no/such"],
+        ["prune", "demo", "--sparsity", "0.2", "--out", "x", "--eval", "nothing.txt"],
+    ],
 )
 def test_what_answers_at_once_does_not_import_torch(argv):
     code = (
@@ -275,40 +281,6 @@ def test_dry_run_writes_only_the_plan(command, told, model, text, tmp_path, repa
     assert report["intermediate_sizes"] == plan.kept_widths
 
 
-def test_eval_of_several_models(command, told, model, pruned, text_file, other_text_file):
-    report = read_manifest(pruned)
-    assert report is not None
-    data: list[object] = ["--data", text_file, "--data", other_text_file]
-    argv = ["eval", model, pruned, *data, "--windows", 3, "--seqlen", 24]
-    models = told(*argv)["models"]
-    assert [entry["model"] for entry in models] == [str(model), str(pruned)]
-    assert [entry["parameters"] for entry in models] == [
-        report["parameters_before"], report["parameters_after"],
-    ]  # fmt: skip
-    for entry in models:
-        assert set(entry["perplexity"]) == {str(text_file), str(other_text_file)}
-        assert {value["tokens"] for value in entry["perplexity"].values()} == {3 * 23}
-    dense = models[0]["perplexity"][str(text_file)]["value"]
-    assert dense == pytest.approx(_plain_perplexity(model, text_file, 3, 24), rel=1e-4)
-    out = command(*argv).out
-    assert f"{dense:.2f}" in out
-    assert "69" in out
-
-
-def _plain_perplexity(model: Path, text_file: Path, windows: int, seqlen: int) -> float:
-    """The textbook way: the loss of transformers itself, over each window."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    ids = AutoTokenizer.from_pretrained(model)(text_file.read_text())["input_ids"]
-    stock = AutoModelForCausalLM.from_pretrained(model)
-    with torch.inference_mode():
-        losses = [
-            stock(input_ids=row[None], labels=row[None]).loss
-            for row in torch.tensor(ids[: windows * seqlen]).view(windows, seqlen)
-        ]
-    return torch.stack(losses).mean().exp().item()
-
-
 def test_inspect(command, told, model, pruned):
     dense = told("inspect", model)
     assert dense["family"] == "llama"
@@ -381,17 +353,6 @@ def test_interrupt_says_that_nothing_was_written(command, model, text, tmp_path,
     assert entries(tmp_path) == set()
 
 
-def test_each_step_of_repair_is_one_line():
-    from cfsp.cli.prune import describe_step
-
-    kept = {"error_before": 0.4, "error_after": 0.2, "kept": True}
-    rejected = {"error_before": 0.2, "error_after": 0.3, "kept": False}
-    line = describe_step({"name": "ridge", "blocks": [kept, kept]})
-    assert line == "least squares: error of the FFN output on held-out windows 0.400 -> 0.200"
-    line = describe_step({"name": "local", "blocks": [None, rejected, kept]})
-    assert line.endswith("on held-out windows 0.300 -> 0.200; rejected in 1 of 2 blocks")
-
-
 def test_threads_of_the_demo_do_not_spin(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # so that it is put back afterwards
     monkeypatch.delenv("OMP_WAIT_POLICY")
@@ -401,7 +362,7 @@ def test_threads_of_the_demo_do_not_spin(monkeypatch):
         waits.append(os.environ.get("OMP_WAIT_POLICY"))
         raise UsageError("enough")
 
-    monkeypatch.setattr("cfsp.demo.run_demo", stop)
+    monkeypatch.setattr("cfsp.checkpoint.output.check_output_is_free", stop)
     assert main(["demo"]) == 2
     assert waits == ["passive"]
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 import cfsp
@@ -43,9 +39,7 @@ ASKING = {
 
 
 @pytest.mark.parametrize("word", [*GONE, *GONE_TEXTS])
-def test_what_went_is_said(
-    word: str, tiny_checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_went_is_said(word, tiny_checkpoint, capsys):
     command = ASKING.get(word, f"recover pruned --steps 1 --out recovered --{word} 1")
     command = command.format(model=tiny_checkpoint("llama"))
     try:
@@ -64,6 +58,6 @@ def test_what_went_is_said(
         ("eval-seqlen", {"eval_seqlen": 64}),
     ],
 )
-def test_so_is_what_python_had(word: str, asked: dict[str, Any], tmp_path: Path) -> None:
+def test_so_is_what_python_had(word, asked, tmp_path):
     with pytest.raises(UsageError, match=GONE[word]):
         cfsp.prune("none", out=tmp_path / "out", sparsity=0.2, **asked)

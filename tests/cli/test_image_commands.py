@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +10,25 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import cfsp
-from cfsp.calibration.statistics import Statistics
 from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.result.manifest import read_manifest
-from commands import Commands
 from image_processors import chats_with_images, image_tokenizer, picture, save_multimodal
 
 SIZES = ["--samples", "4", "--seqlen", "64"]
 
 
 @pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def chats(tmp_path_factory):
     return chats_with_images(tmp_path_factory.mktemp("chats"), 24)
 
 
 @pytest.fixture(scope="module")
-def multimodal(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def multimodal(tmp_path_factory):
     """Gives the directory of a tiny multimodal model with its processor."""
     made: dict[str, Path] = {}
 
-    def get(model_type: str) -> Path:
+    def get(model_type):
         if model_type not in made:
             directory = tmp_path_factory.mktemp(model_type)
             save_multimodal(model_type, image_tokenizer(directory / "tokenizer"), directory / "m")
@@ -43,13 +39,7 @@ def multimodal(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 @pytest.mark.parametrize("model_type", ["llava", "qwen3_vl", "gemma3"])
-def test_a_model_is_pruned_from_images_and_text(
-    model_type: str,
-    multimodal: Callable[[str], Path],
-    chats: Path,
-    text_file: Path,
-    tmp_path: Path,
-) -> None:
+def test_a_model_is_pruned_from_images_and_text(model_type, multimodal, chats, text_file, tmp_path):
     out = tmp_path / "out"
     data = ["--data", str(chats), "--data", str(text_file)]
     argv = ["prune", str(multimodal(model_type)), *data, *SIZES, "--sparsity", "0.4"]
@@ -64,46 +54,13 @@ def test_a_model_is_pruned_from_images_and_text(
         assert bool(torch.isfinite(model(**inputs).logits).all())
 
 
-def test_images_change_what_is_kept(
-    multimodal: Callable[[str], Path], chats: Path, tmp_path: Path
-) -> None:
-    """Other pixels are another text: other statistics, another digest."""
-    other = chats_with_images(tmp_path, 24)
-    for path in sorted((tmp_path / "pictures").iterdir()):
-        picture(7).save(path)
-    found = [
-        cfsp.calibrate(multimodal("llava"), data=[data], samples=4, seqlen=64, device="cpu")
-        for data in (chats, other)
-    ]
-    assert found[0].record.tokens_digest != found[1].record.tokens_digest
-    assert not torch.equal(*(each.units[0].sum_of_squares_F for each in found))
-
-
-def test_a_killed_calibration_goes_on_with_the_same_bits(
-    multimodal: Callable[[str], Path], chats: Path, commands: Commands, tmp_path: Path
-) -> None:
+def test_a_killed_calibration_goes_on_with_the_same_bits(multimodal, chats, commands, tmp_path):
     """Qwen3-VL adds features of images to what leaves its first blocks: also after a kill."""
     argv = ["calibrate", str(multimodal("qwen3_vl")), "--data", str(chats), *SIZES, "--out"]
     assert main([*argv, str(tmp_path / "whole")]) == 0
     commands.kill([*argv, str(tmp_path / "resumed")], "after", 1)
     assert main([*argv, str(tmp_path / "resumed")]) == 0
     assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
-
-
-def test_a_killed_calibration_refuses_other_pixels(
-    multimodal: Callable[[str], Path],
-    commands: Commands,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    data = chats_with_images(tmp_path / "data", 24)
-    out = tmp_path / "statistics"
-    argv = ["calibrate", str(multimodal("llava")), "--data", str(data), *SIZES, "--out", str(out)]
-    commands.kill(argv, "after", 1)
-    for path in sorted((tmp_path / "data" / "pictures").iterdir()):
-        picture(7).save(path)
-    assert main(argv) == 2
-    assert "unfinished work with another calibration text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -116,14 +73,7 @@ def test_a_killed_calibration_refuses_other_pixels(
         ),
     ],
 )
-def test_what_reads_text_alone_is_refused(
-    options: list[str],
-    message: str,
-    multimodal: Callable[[str], Path],
-    chats: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_what_reads_text_alone_is_refused(options, message, multimodal, chats, tmp_path, capsys):
     argv = ["prune", str(multimodal("llava")), "--data", str(chats), *SIZES, "--sparsity", "0.4"]
     assert main([*argv, "--multiple", "8", "--out", str(tmp_path / "out"), *options]) == 2
     assert f"{message}, and the text to calibrate on ({chats}) has images" in (
@@ -132,31 +82,7 @@ def test_what_reads_text_alone_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_of_text_alone_leaves_images_out_and_says_so(
-    chats: Path,
-    tiny_checkpoint: Callable[[str], Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    argv = ["calibrate", str(tiny_checkpoint("llama")), "--data", str(chats), "--samples", "4"]
-    assert main([*argv, "--seqlen", "16", "--out", str(tmp_path / "statistics")]) == 0
-    assert f"{chats}: its images are left out here" in capsys.readouterr().err
-    assert Statistics.load(tmp_path / "statistics").record.sources == {str(chats): 4}
-
-
-def test_perplexity_is_of_text_alone_and_says_so(
-    multimodal: Callable[[str], Path], chats: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    argv = ["eval", str(multimodal("llava")), "--data", str(chats), "--windows", "2", "--json"]
-    assert main([*argv, "--seqlen", "32"]) == 0
-    captured = capsys.readouterr()
-    assert f"{chats}: its images are left out here" in captured.err
-    assert json.loads(captured.out)
-
-
-def test_a_model_in_memory_is_given_its_processor(
-    multimodal: Callable[[str], Path], chats: Path
-) -> None:
+def test_a_model_in_memory_is_given_its_processor(multimodal, chats):
     directory = multimodal("llava")
     model = AutoModelForImageTextToText.from_pretrained(directory)
     processor = AutoProcessor.from_pretrained(directory)

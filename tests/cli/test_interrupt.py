@@ -7,8 +7,6 @@ import signal
 import subprocess
 import sys
 
-import pytest
-
 import cfsp.__main__
 import cfsp.cli
 
@@ -31,17 +29,15 @@ sys.exit(main())
 LINE = "cfsp: interrupted before any work was done"
 
 
-def test_while_modules_are_imported() -> None:
+def test_while_modules_are_imported():
     ended = subprocess.run(
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False
     )
     assert (ended.returncode, ended.stderr.split("\n")) == (130, ["", LINE, ""])
 
 
-def test_while_the_command_line_is_read(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupt() -> None:
+def test_while_the_command_line_is_read(monkeypatch, capsys):
+    def interrupt():
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cfsp.cli, "build_parser", interrupt)
@@ -51,7 +47,7 @@ def test_while_the_command_line_is_read(
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_reader_that_reads_no_further_gets_no_traceback() -> None:
+def test_a_reader_that_reads_no_further_gets_no_traceback():
     """As `cfsp prune --help-all | head` does."""
     reader, writer = os.pipe()
     os.close(reader)

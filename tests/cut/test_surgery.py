@@ -225,13 +225,13 @@ def test_a_model_in_training_mode_is_measured_in_evaluation_mode(tokenizer, text
     model: Any = build_tiny_model("llama")
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.9
-    measured = cfsp.calibrate(model, tokenizer, sensitivity=True, **asked)
+    measured = cfsp.calibrate(model, tokenizer, **asked)
     pruned = cfsp.prune(model, tokenizer, sparsity=0.5, multiple=8, **asked)
 
     model.train()
     frozen = model.model.layers[1].mlp.eval()
     modes = [module.training for module in model.modules()]
-    again = cfsp.calibrate(model, tokenizer, sensitivity=True, **asked)
+    again = cfsp.calibrate(model, tokenizer, **asked)
     assert again.sensitivity == measured.sensitivity
     same = cfsp.prune(model, tokenizer, sparsity=0.5, multiple=8, **asked)
     assert same.config.to_dict() | {"cfsp": 0} == pruned.config.to_dict() | {"cfsp": 0}

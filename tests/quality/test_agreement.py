@@ -154,24 +154,29 @@ def test_results_of_other_weights_or_texts_are_not_taken_for_these(
     assert "than was asked for now (other weights, texts); choose" in command(*argv, status=2).err
 
 
+KL = "KL per token, nats"
+
+
 def test_what_is_printed(tiny_checkpoint, text_file, other_text_file, command):
     dense, other = (str(tiny_checkpoint(name)) for name in ("llama", "qwen3"))
-    argv = ["eval", other, "--against", dense, "--data", str(text_file)]
+    argv = ["eval", other, other, "--against", dense, "--data", str(text_file)]
     argv += ["--data", str(other_text_file), "--windows", "3"]
     lines = command(*argv).out.splitlines()
     texts = list(short_names([str(text_file), str(other_text_file)]).values())
     names = list(short_names([dense, other]).values())
-    assert lines[0].split() == ["perplexity", "parameters", *texts]
-    assert [line.split()[0] for line in lines[2:4]] == names
-    assert math.isfinite(float(lines[2].split()[-1]))
-    told = "3 windows of 256 tokens, 765 predicted; no BOS"
-    assert lines[5:8] == [*(f"{text}: {told}" for text in texts), "computed in float32"]
-    head = next(i for i, line in enumerate(lines) if "KL per token" in line)
-    assert lines[head].split()[:2] == ["model", "text"]
-    assert [line.split()[1] for line in lines[head + 2 : head + 4]] == texts
-    assert lines[head + 2].count("±") == 2
+    assert lines[0].split() == names
+    rows = ["parameters", *(f"perplexity, {text}" for text in texts)]
+    rows += [f"{each}, {text}" for text in texts for each in (KL, "top-1 agreement, percent")]
+    assert [line[: len(row)] for line, row in zip(lines[2:9], rows, strict=False)] == rows
+    assert math.isfinite(float(lines[3].removeprefix(rows[1]).split()[0]))
+    assert lines[5].count("±") == lines[6].count("±") == 1
+    told = "3 windows of 256 tokens, without BOS, 765 predicted tokens"
+    assert lines[10:12] == [f"perplexity, {text}: {told}" for text in texts]
     assert " of dense in the geometric mean, " in lines[-2]
-    assert lines[-1].startswith(f"against {short_names([dense])[dense]}; KL in nats; standard")
+    assert lines[-1] == (
+        f"against {names[0]}; computed in float32; standard errors of windows, documents and "
+        "questions"
+    )
 
 
 COMPUTE = Compute("cpu", "float32", batch_windows=2)

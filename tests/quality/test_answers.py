@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,16 @@ from cfsp.cli import main
 from cfsp.errors import TextError, UsageError
 from cfsp.quality import answers, evaluate, perplexity
 from cfsp.quality.answers import Questions, answers_of, is_loop, windows_of
-from cfsp.text.chats import templated
+from cfsp.text.records import templated
 
 COUNT, LONGEST = 9, 7
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_answers() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cfsp.quality.answers.ANSWER_TOKENS", LONGEST)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +44,7 @@ def argv(models, text_file, other_text_file) -> list[str]:
     """Another model of the same tokenizer, measured against the dense one, on texts as well."""
     asked = ["--data", str(text_file), "--data", str(other_text_file), "--windows", "3"]
     asked += ["--seqlen", "24", "--dtype", "float32"]
-    asked += ["--answers", str(COUNT), "--set", f"answer_tokens={LONGEST}"]
+    asked += ["--answers", str(COUNT)]
     return ["eval", models[0], "--against", models[1], *asked]
 
 
@@ -109,7 +117,7 @@ def test_answers_are_greedy_whatever_the_model_says_and_padding_changes_none(
     model = load(models[1], dtype="float32")
 
     def ask(model: Any) -> list[dict[str, Any]]:
-        return answers_of(prompts, LONGEST, lambda: (model, tokenizer), None, "name", "label")
+        return answers_of(prompts, lambda: (model, tokenizer), None, "name", "label")
 
     expected = [greedy(model, prompt, tokenizer.eos_token_id) for prompt in prompts]
     model.generation_config = GenerationConfig(
@@ -130,9 +138,7 @@ def test_answers_are_greedy_whatever_the_model_says_and_padding_changes_none(
 
 
 def test_python_measures_them_too(models, monkeypatch):
-    whole = answers._Answering.answers
-    short = lambda it, prompts, _: whole(it, prompts, 2)  # noqa: E731
-    monkeypatch.setattr(answers._Answering, "answers", short)
+    monkeypatch.setattr(answers, "ANSWER_TOKENS", 2)
     dense, other = cfsp.evaluate(models[0], answers=2, against=models[1])
     assert dense["answers"]["summary"]["agreed"]["value"] == 1
     assert len(other["answers"]["documents"]) == 2
@@ -168,7 +174,7 @@ def test_a_killed_run_goes_on(
     def run(*more: str, passes: int = 0, batches: int = 0) -> int:
         seen.clear()
         sums = dying_at(passes, perplexity.streamed_sums, lambda *given, **_: given[-1], seen)
-        ask = dying_at(batches, answers_before, lambda _, prompts, __: len(prompts), seen)
+        ask = dying_at(batches, answers_before, lambda _, prompts: len(prompts), seen)
         monkeypatch.setattr(evaluate, "streamed_sums", sums)
         monkeypatch.setattr(answers._Answering, "answers", lambda *args: ask(*args))
         return main([*argv, "--out", str(out), *more])
@@ -198,8 +204,8 @@ def test_a_killed_run_goes_on(
 
 def test_tables(argv, models, results, command):
     lines = command(*argv, "--out", results).out.splitlines()
-    (head,) = [i for i, line in enumerate(lines) if line.startswith(f"answers to {COUNT} questi")]
-    assert [line.count("±") for line in lines[head + 2 : head + 4]] == [0, 2]
+    row = next(line for line in lines if line.startswith("KL per token on the original's answers"))
+    assert row.count("±") == 1 and f" {COUNT} questions" in "\n".join(lines)
     (pair,) = json.loads(command("compare", results, "--json").out)["pairs"]
     second = json.loads(results.read_text())["models"][1]["answers"]["summary"]
     assert pair["questions"] == COUNT
@@ -225,16 +231,16 @@ def test_questions_of_chats(tmp_path):
         for i in range(4)
     ]
     chats.write_text("\n".join(json.dumps({"messages": each}) for each in turns))
-    assert Questions.of(3, str(chats)).asked == tuple(("mine", f"river {i}") for i in range(3))
+    assert Questions.of(str(chats)).asked == tuple(("mine", f"river {i}") for i in range(4))
     chats.write_text(json.dumps({"messages": turns[0][:1]}))
     with pytest.raises(TextError, match="chat 1: there is no message of the role `user`"):
-        Questions.of(3, str(chats))
+        Questions.of(str(chats))
     chats.write_text(json.dumps({"text": "prose"}))
     with pytest.raises(TextError, match="holds no chats"):
-        Questions.of(3, str(chats))
+        Questions.of(str(chats))
     chats.write_text("")
     with pytest.raises(TextError, match="holds no chats"):
-        Questions.of(3, f"{chats}:messages")
+        Questions.of(f"{chats}:messages")
 
 
 @pytest.mark.parametrize(
@@ -269,16 +275,16 @@ def test_mistakes_are_told_before_anything_is_loaded(models, argv, capsys, comma
     monkeypatch.setattr("cfsp.quality.evaluate.load", lambda *_, **__: pytest.fail("too late"))
     for wrong, message in (
         (["eval", models[0], "--answers"], "add --against DENSE"),
-        (["eval", models[0], "--data", "mixed", "--set", "answer_tokens=5"], "add --answers, or"),
-        ([*argv, "--questions", "nowhere.jsonl"], "nowhere.jsonl is neither a file nor a known"),
-        ([*argv, "--set", "answer_tokens=0"], "needs at least 1 token of an answer, found 0"),
-        ([*argv, "--set", "answer_tokens=999"], "its answer up to 999, but"),
+        ([*argv, "--answers", "nowhere.jsonl"], "nowhere.jsonl is neither a file nor a known"),
     ):
         assert message in command(*wrong, status=2).err
+    with monkeypatch.context() as patch:
+        patch.setattr("cfsp.quality.answers.ANSWER_TOKENS", 999)
+        assert "its answer up to 999, but" in command(*argv, status=2).err
     with pytest.raises(SystemExit):
         main(["eval", "--against", models[1], "--answers", models[0]])
     assert (
-        "expected a number of questions, with the models before --answers, found"
+        "expected a number of questions or a .jsonl file, with the models before --answers, found"
         in capsys.readouterr().err
     )
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)

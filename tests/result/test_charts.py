@@ -76,6 +76,19 @@ def test_a_chart_has_a_column_for_every_unit():
     assert f"Block 1 {SHARED}, ridge: error 0.5000 before" in repaired.draw(920)
 
 
+def test_what_is_told_of_a_block_stands_at_its_last_unit_with_its_number():
+    run = several()
+    run.repair_steps.append({"name": "sequential", "blocks": [BETTER, WORSE]})
+    drawing = repair_chart([run]).draw(920)
+    for said in (
+        "0, sequential: error 0.5000",
+        "1, sequential: no error of",
+        "1, sequential: error",
+    ):
+        assert f"Block {said}" in drawing
+    assert "Block 2, sequential" not in drawing
+
+
 def planned(name: str = "run", removed: tuple[int, ...] = (), **criterion: Any) -> RunFacts:
     """Return a run of two blocks that lose channels, or of which one goes whole."""
     units = [UnitPlan(block, 4, (0, 1), 0.25 + block, 0.5 + block / 2) for block in range(2)]
@@ -144,7 +157,7 @@ def test_a_card_names_units_and_says_what_the_share_is_of():
     card = model_card(run.manifest, run.plan, Origin("m"))
     assert f"| 1 {EXPERTS} (3) | 0.3000 | 0.750 | 4 | 2 |" in card
     assert "of FFN parameters" in card
-    assert "(rejected in block 1 mlp.shared_expert)" in card
+    assert "rejected in block 1 mlp.shared_expert)" in card
 
 
 def repaired(*entries: Any, name: str = "local", run: str = "run") -> RunFacts:
@@ -164,7 +177,7 @@ def test_a_run_has_a_panel_for_every_step(run, tmp_path):
     chart = chart_of(facts)
     drawing = chart.draw(920)
     titles = re.findall(r'class="panel"[^>]*>([^<]*)<', drawing)
-    assert "Ridge: relative squared error of the FFN output" in titles[0]
+    assert "Ridge: relative squared error of the output" in titles[0]
     assert "Local: relative error of the hidden states" in titles[1]
     entries = [entry for step in facts.repair_steps for entry in step["blocks"]]
     assert drawing.count('class="before"') == sum(entry is not None for entry in entries)
@@ -191,7 +204,8 @@ def test_what_was_kept_and_what_was_rejected():
     # What was rejected does not stretch the scale.
     assert max(map(float, re.findall(r'class="tick end"[^>]*>([\d.]+)<', drawing))) <= 0.6
     assert [swatch for swatch, _ in chart.legend] == ["before", "after", "rejected"]
-    assert steps_in_words(run.repair_steps) == "local (rejected in blocks 1, 2)"
+    errors = "error of hidden states 0.333 to 0.250"
+    assert steps_in_words(run.repair_steps) == f"local ({errors}, rejected in blocks 1, 2)"
 
 
 def test_a_fit_says_how_strong_it_was():

@@ -16,7 +16,7 @@ from cfsp.result.facts import NOTHING, Conditions, size_facts, what_went
 from cfsp.result.making import making, steps_in_words, texts_in_words
 from cfsp.result.manifest import read_manifest
 from cfsp.result.names import is_hub_id, public_command, public_name, short_names
-from cfsp.result.page.curves import pareto_chart
+from cfsp.result.page.chart import pareto_chart
 from cfsp.result.page.page import headlines, sections, write_report
 from cfsp.result.runs import read_run
 from report_runs import BETTER, DIVERGED, FITTED, WORSE, changed_copy, measured, recovered
@@ -27,7 +27,7 @@ TIMES, MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
 def step(name: str, **kept: bool) -> dict[str, Any]:
     """Return a step as a manifest has it, by block: of one that lost nothing `idle` is said."""
     blocks = [
-        {"blocks": 1, "kept": is_kept, "error_before": 0.0 if name_of == "idle" else 1.0}
+        {"blocks": 1, "kept": is_kept, "error_before": name_of != "idle", "error_after": 0.5}
         for name_of, is_kept in kept.items()
     ]
     return {"name": name, "blocks": blocks}
@@ -39,7 +39,11 @@ def test_steps_in_words():
         step("sequential", first=False, second=False),
         step("local", idle=False, first=True),
     ]
-    words = "ridge (rejected in block 1), sequential (rejected in every block), local"
+    words = (
+        "ridge (error of outputs 1.000 to 0.750, rejected in block 1), sequential (error of "
+        "hidden states 1.000 to 1.000, rejected in every block), local (error of hidden states "
+        "0.500 to 0.250)"
+    )
     assert steps_in_words(steps) == words
 
 
@@ -156,6 +160,14 @@ def test_every_part_that_lost_something_is_a_fact():
     assert size_facts({}) == []
 
 
+def test_what_nothing_follows_is_not_told(run):
+    manifest = read_manifest(run)
+    for parts, told in ((["ffn"], True), (["kv"], True), (["blocks"], False)):
+        criterion = manifest["criterion"] | {"parts": parts}
+        (made,) = making(manifest | {"criterion": criterion})
+        assert ("channels by" in made.facts, "widths" in made.facts) == (told, parts == ["ffn"])
+
+
 def test_inspect_card_and_page_tell_the_same_of_the_making(run, tmp_path, command):
     copy = changed_copy(run, tmp_path / "copy", recovered)
     manifest = read_manifest(copy)
@@ -163,7 +175,10 @@ def test_inspect_card_and_page_tell_the_same_of_the_making(run, tmp_path, comman
     pruned, trained = making(manifest)
     assert (pruned.verb, trained.verb) == ("pruned", "recovered")
     assert pruned.facts["asked for"] == "50.0% of FFN channels"
-    assert pruned.facts["repair"] == "ridge" and "teacher" not in trained.facts
+    assert (
+        pruned.facts["repair"].startswith("ridge (error of outputs")
+        and "teacher" not in trained.facts
+    )
     for name, value in {**pruned.facts, **trained.facts}.items():
         if name not in ("time", "memory"):  # `inspect` does not tell what it took
             assert f"\n{name:<18} {value}\n" in told

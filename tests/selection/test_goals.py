@@ -82,7 +82,6 @@ def test_python_refuses_what_the_command_line_does(model, tmp_path):
     refused("--sparsity and --target-params", sparsity=0.5, goal=TargetParameters(0.5))
     refused("--effort fast is --repair none", sparsity=0.5, effort="fast", repair="ridge")
     refused("--local-steps belongs to --repair local", sparsity=0.5, local_steps=5)
-    refused("--local-blocks belongs to --repair local", sparsity=0.5, local_blocks=1)
 
 
 def test_a_plan_may_have_a_goal(model, text_file):
@@ -257,4 +256,4 @@ def test_a_loss_is_bounded_for_experts_and_before_repair(tiny_checkpoint, prune)
     fitting = [entry["sparsity"] for entry in goal["tried"] if entry["fits"]]
     assert max(fitting) == goal["chosen"]["sparsity"] > 0
     assert goal["result"] < 0.5
-    assert "repaired by least squares" in done.said
+    assert "repaired by ridge (error of outputs" in done.said

@@ -101,17 +101,17 @@ def test_a_killed_run_keeps_what_it_decided_when_memory_changes(
 
 def test_what_sensitivity_cannot_be_measured_on_is_refused(source, text_file, monkeypatch):
     text: dict[str, Any] = {"data": [text_file], "samples": 4, "seqlen": 16}
-    plain = cfsp.calibrate(source.directory, **text)
-    with pytest.raises(StatisticsError, match="cfsp calibrate --sensitivity"):
+    plain = cfsp.calibrate(source.directory, block_metric="angular", **text)
+    with pytest.raises(StatisticsError, match="cfsp calibrate --set block_metric=sensitivity"):
         cfsp.plan(source.directory, plain, sparsity=0.5, block_metric="sensitivity")
-    measured = cfsp.calibrate(source.directory, sensitivity=True, **text)
+    measured = cfsp.calibrate(source.directory, **text)
     plan = cfsp.plan(source.directory, measured, sparsity=0.5, block_metric="sensitivity")
     assert plan.criterion["block_metric"] == "sensitivity"
     # A model that does not fit is not even read.
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     monkeypatch.setattr("cfsp.selection.divergence.load", lambda *_, **__: pytest.fail("read"))
     with pytest.raises(UsageError, match=r"runs the whole model, .* GB are available"):
-        cfsp.calibrate(source.directory, sensitivity=True, **text)
+        cfsp.calibrate(source.directory, block_metric="sensitivity", **text)
 
 
 def test_a_config_may_ask_for_more_than_logits(tiny_checkpoint, tokenizer, text_file, tmp_path):

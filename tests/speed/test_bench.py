@@ -98,7 +98,11 @@ def test_comparison_reports_every_round_of_every_model(tiny_checkpoint, capsys):
     out = capsys.readouterr().out
     assert "batch 1, prompt 4, 2 new tokens, 3 rounds; other programs took 0%" in out
     assert f"prefill  {Path(models[0]).name}" in out and f"decode  {Path(models[1]).name}" in out
-    assert "1.000x" in out and "medians of rounds in turns after 2 warm-ups" in out
+    assert (
+        "threads 1, " in out
+        and "1.000x" in out
+        and "medians of rounds in turns after 2 warm-ups" in out
+    )
     report = json.loads(json.dumps(comparison.to_json()))
     assert report["conditions"]["rounds"] == 3
     assert len(report["rounds_given_up"]) == len(report["disturbance"]) == 2

@@ -117,7 +117,7 @@ def test_two_tokens_at_the_beginning_leave_two_less(text_file, tokenizer):
     windows = draw_windows([str(text_file)], changed, samples=4, seqlen=16)
     assert windows.tokens_NT[:, :2].tolist() == [[1, 0]] * 4
     assert windows.scored_N.tolist() == [14] * 4
-    with pytest.raises(UsageError, match="found 4 windows for 1 texts and 2 tokens"):
+    with pytest.raises(UsageError, match="found 4 windows for 1 text and 2 tokens"):
         draw_windows([str(text_file)], changed, samples=4, seqlen=2)
 
 
@@ -179,12 +179,3 @@ def test_the_record_says_whether_windows_begin_with_bos(bos_checkpoint, text_fil
         assert statistics.record.bos is expected
         plan = cfsp.plan(bos_checkpoint, statistics, sparsity=0.2, block_metric="angular")
         assert plan.calibration["bos"] is expected
-
-
-def test_eval_takes_bos(bos_checkpoint, text_file, command):
-    argv = ["eval", str(bos_checkpoint), "--data", str(text_file), "--seqlen", "16"]
-    for bos in ("yes", "no"):
-        (result,) = json.loads(command(*argv, "--windows", "3", "--bos", bos, "--json").out)[
-            "models"
-        ]
-        assert result["perplexity"][str(text_file)]["bos"] is (bos == "yes")

@@ -139,8 +139,7 @@ def test_parts_keep_their_images(chats, text_file, processor):
     assert not text.has_images
 
 
-def test_images_may_be_bytes_and_pictures(tmp_path, processor):
-    import datasets
+def test_images_may_be_bytes_and_pictures(tmp_path, processor, monkeypatch):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -150,20 +149,14 @@ def test_images_may_be_bytes_and_pictures(tmp_path, processor):
         {"type": "image", "text": None}, {"type": "text", "text": "stone " * 90}]}]  # fmt: skip
     columns = {"messages": [messages] * 2, "images": [[stored]] * 2}
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
-    features = datasets.Features(
-        {
-            "messages": [{"role": datasets.Value("string"), "content": [
-                {"type": datasets.Value("string"), "text": datasets.Value("string")}]}],
-            "images": [datasets.Image()],
-        }
-    )  # fmt: skip
-    datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "saved")
     named = draw(
         written(tmp_path, *[{"messages": messages, "images": ["a.png"]}] * 2), processor, samples=2
     )
-    for text in (tmp_path / "a.parquet", tmp_path / "saved"):
-        found = draw(f"{text}:messages", processor, samples=2)
-        assert found.digest == named.digest
+    of_hub = {"messages": messages, "images": [picture(0)]}
+    monkeypatch.setattr("cfsp.text.sources.hub_columns", lambda *_: of_hub)
+    monkeypatch.setattr("cfsp.text.sources.hub_records", lambda *_: iter([(of_hub, "there")] * 2))
+    for text in (tmp_path / "a.parquet:messages", "someone/chats:default:train:messages"):
+        assert draw(text, processor, samples=2).digest == named.digest
 
 
 def test_images_beside_plain_text_are_left_out_and_told(tmp_path, processor, caplog):

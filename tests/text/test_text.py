@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from builders import draw_windows
 from cfsp.errors import TextError, UsageError
 from cfsp.settings import Text
-from cfsp.text.chats import conversation_texts
 from cfsp.text.drawing import consecutive_windows
+from cfsp.text.records import conversation_texts
 from cfsp.text.sources import TextSource
 from cfsp.text.windows import (
     HELD_OUT_WINDOWS,
@@ -44,10 +44,16 @@ def rows(windows: Windows) -> list[tuple[int, ...]]:
 # Sources.
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a:b.txt"])
+@pytest.mark.parametrize("name", ["a.txt", "a:b.txt", "A.TXT"])
 def test_text_file_is_one_document(name, tmp_path):
     (tmp_path / name).write_text("\n\n".join(DOCUMENTS), encoding="utf-8")
     assert read(tmp_path / name) == ["\n\n".join(DOCUMENTS)]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("a river", encoding="utf-8-sig")
+    (tmp_path / "a.jsonl").write_text('{"text": "a river"}', encoding="utf-8-sig")
+    assert read(tmp_path / "a.txt") == read(tmp_path / "a.jsonl") == ["a river"]
 
 
 def write_jsonl(path: Path, column: str = "text") -> Path:
@@ -63,29 +69,14 @@ def write_parquet(path: Path, column: str) -> Path:
     return path
 
 
-def write_saved(path: Path, column: str) -> Path:
-    datasets = pytest.importorskip("datasets")
-    datasets.Dataset.from_dict({column: DOCUMENTS}).save_to_disk(path)
-    return path
-
-
 @pytest.mark.parametrize("column", ["text", "body"])
 @pytest.mark.parametrize(
     ("write", "name"),
-    [(write_jsonl, "a.jsonl"), (write_parquet, "a.parquet"), (write_saved, "saved")],
+    [(write_jsonl, "a.jsonl"), (write_parquet, "a.parquet")],
 )
 def test_records(write, name, column, tmp_path):
     path = write(tmp_path / name, column)
     assert read(path if column == "text" else f"{path}:body") == DOCUMENTS
-
-
-def test_saved_dataset_with_splits_asks_for_one(tmp_path):
-    datasets = pytest.importorskip("datasets")
-    data = datasets.Dataset.from_dict({"text": DOCUMENTS})
-    datasets.DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "saved")
-    with pytest.raises(TextError, match=r"several splits \(train, test\); name one"):
-        read(tmp_path / "saved")
-    assert read(tmp_path / "saved" / "train") == DOCUMENTS
 
 
 @pytest.mark.parametrize("name", ["python-docs", "python-source"])
@@ -112,8 +103,8 @@ def refused(name: object) -> str:
 
 def test_what_is_no_text_is_refused(tmp_path):
     """More stands in bad_inputs/test_texts.py."""
-    (tmp_path / "empty").mkdir()
-    assert "save_to_disk" in refused(tmp_path / "empty")
+    (tmp_path / "saved").mkdir()
+    assert "expected .txt, .jsonl or .parquet, which datasets write" in refused(tmp_path / "saved")
     (tmp_path / "number.jsonl").write_text('{"text": 3}')
     assert "column 'text' is int, expected text" in refused(tmp_path / "number.jsonl")
     on_hub = refused("no-one/nothing:default:train:text")
@@ -187,6 +178,8 @@ def test_bad_counts_are_refused(text_file, tokenizer):
     for samples, seqlen in ((0, 16), (-1, 16), (1, 16), (4, 1), (4, 0)):
         with pytest.raises(UsageError, match=f"found {samples} windows.*{seqlen} tokens"):
             draw_windows([name, name], tokenizer, samples=samples, seqlen=seqlen)
+    with pytest.raises(UsageError, match="found 128 windows for 1 text and 1 tokens"):
+        draw_windows([name], tokenizer, seqlen=1)
     with pytest.raises(UsageError, match="found 0 windows"):
         consecutive_windows(name, tokenizer, count=0, seqlen=16)
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -24,11 +21,11 @@ from cfsp.recovery.recover import recover_checkpoint
 from cfsp.recovery.settings import Limit, RecoverSettings, Training
 from cfsp.settings import (
     Budget,
-    CalibrationText,
     Compute,
     EvaluationText,
     PruneSettings,
     Text,
+    texts_of,
 )
 from cfsp.text import records as of_data
 from cfsp.text import sources
@@ -116,31 +113,17 @@ def test_commands_refuse_a_text_before_they_look_for_the_model(
     sources._open_on_hub.cache_clear()
 
 
-def test_a_text_is_refused_before_torch_is_imported():
-    code = (
-        "import sys; from cfsp.cli import main; "
-        f"status = main(['prune', 'demo', '--sparsity', '0.2', '--out', 'x', '--eval', '{ABSENT}'])"
-        "; assert 'torch' not in sys.modules; sys.exit(status)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("cfsp prune: nothing.txt is neither a file")
-
-
 def test_functions_refuse_a_text_before_any_work(tiny_checkpoint, tmp_path, monkeypatch):
     source = open_checkpoint(tiny_checkpoint("llama"))
     monkeypatch.setattr(torch.nn.Module, "__call__", lambda *_, **__: pytest.fail("too late"))
-    settings, out = PruneSettings(Budget(0.2)), tmp_path / "out"
-    absent = CalibrationText((ABSENT,))
+    out = tmp_path / "out"
     evaluation = EvaluationText((ABSENT,))
     training = Training(Limit(steps=1))
     refusals: list[Callable[[], object]] = [
         lambda: cfsp.prune("no-model", out=out, sparsity=0.2, data=[ABSENT]),
         lambda: cfsp.calibrate("no-model", data=[ABSENT]),
         lambda: cfsp.evaluate(["no-model"], [ABSENT]),
-        lambda: prune_checkpoint(source, out, PruneSettings(Budget(0.2), text=absent)),
-        lambda: prune_checkpoint(source, out, replace(settings, evaluation=evaluation)),
-        lambda: recover_checkpoint(source, out, RecoverSettings((ABSENT,), training)),
+        lambda: prune_checkpoint(source, out, PruneSettings(Budget(0.2), evaluation=evaluation)),
         lambda: recover_checkpoint(
             source, out, RecoverSettings(("python-docs",), training, evaluation=evaluation)
         ),
@@ -173,6 +156,16 @@ def test_no_text_is_no_text():
         Text("", "a river")
     with pytest.raises(TextError, match="needs a name and strings, found 'mine' and"):
         Text("mine", [3])  # type: ignore[list-item]
+
+
+def test_two_texts_with_one_name_are_told_apart_by_nothing(tmp_path):
+    one, other = Text("mine", "a river"), Text("mine", "a stone")
+    assert texts_of([one, Text("mine", "a river"), "c4", "c4"]) == (one, one, "c4", "c4")
+    for data in ([one, "c4", other], [one, "mine"]):
+        with pytest.raises(UsageError, match="two texts are called 'mine'; give each a name"):
+            cfsp.prune("no-model", out=tmp_path / "out", sparsity=0.2, data=data)
+        with pytest.raises(UsageError, match="two texts are called 'mine'"):
+            cfsp.evaluate(["no-model"], data)
 
 
 def test_functions_take_a_text_itself(tiny_checkpoint, text_file):

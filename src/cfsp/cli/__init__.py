@@ -61,11 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status.
-
-    Status: 0 success, 2 an error that the user can cure (one sentence on standard error),
-    130 interrupted. Bugs keep their traceback.
-    """
+    """Run one command; return 0, 2 for an error that the user can cure, 130 for an interruption."""
     parser, argv = build_parser(), sys.argv[1:] if argv is None else argv
     try:
         expanded = expand_sets(argv)
@@ -124,7 +120,6 @@ class _TerminatedError(BaseException):
 
 
 def _process() -> str:
-    """Return which of several processes speaks."""
     return f"[process {os.environ['RANK']}] " if process_count() > 1 else ""
 
 

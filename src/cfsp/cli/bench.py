@@ -47,7 +47,6 @@ def add_options_to(parser: Parser) -> None:
 
 def _add_how(group: Any) -> None:
     group.add_argument("--rounds", type=int, metavar="N", default=7, help="(default: 7)")
-    group.add_argument("--threads", type=int, metavar="N", help="(default: torch's own)")
     group.add_argument("--device", default="cpu", help="cpu, cuda, mps, auto (default: cpu)")
     group.add_argument(
         "--dtype",
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> Told:
     """Time and print."""
     from cfsp.speed.bench import bench
 
-    names = ("batch", "prompt", "new_tokens", "rounds", "threads", "device", "dtype")
+    names = ("batch", "prompt", "new_tokens", "rounds", "device", "dtype")
     given = {name: getattr(args, name) for name in names}
     comparison = bench(args.models, **given)
     return comparison.to_json(), lambda: print_comparison(comparison)

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfsp.cli import arguments
-from cfsp.cli.options import Parser, add_options, settings_from
-from cfsp.cli.output import Told, human_bytes, print_passes
+from cfsp.cli.options import Parser, add_model, add_options, settings_from
+from cfsp.cli.output import Told, human_bytes
 from cfsp.processes import process_count
-from cfsp.settings import Budget, CalibrationText, Compute, calibration_settings
+from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings
 
 if TYPE_CHECKING:
     from cfsp.calibration.statistics import Statistics
@@ -23,15 +22,10 @@ if TYPE_CHECKING:
 
 def add_options_to(parser: Parser) -> None:
     """Add its options."""
-    arguments.add_model(parser)
+    add_model(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="safetensors file")
-    parser.add_argument(
-        "--sensitivity",
-        action="store_true",
-        help="also measure what pruning each block alone does to the predictions, for the block "
-        "metric sensitivity; this runs the whole model in memory",
-    )
     add_options(parser, parser, Budget, fields=("parts",))
+    add_options(parser, parser, Criterion, fields=("block_metric",))
     add_options(parser, parser, CalibrationText)
     add_options(parser, parser, Compute)
 
@@ -45,7 +39,6 @@ def run(args: argparse.Namespace) -> Told:
     from cfsp.checkpoint.loading import compute_device
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.checkpoint.output import check_file_is_free, check_is_outside, created_parents
-    from cfsp.errors import UsageError
     from cfsp.pipeline import calibrate_source
     from cfsp.processes import joined, take_own_accelerator
     from cfsp.streaming.work_dir import output_work_dir, remove_finished_work
@@ -53,13 +46,11 @@ def run(args: argparse.Namespace) -> Told:
 
     remove_finished_work(args.out)
     check_file_is_free(args.out)
-    if args.sensitivity and process_count() > 1:
-        raise UsageError("--sensitivity is measured in one process; calibrate without torchrun")
-    settings = calibration_settings(
+    settings = PruneSettings(
         settings_from(args, Budget),
+        settings_from(args, Criterion),
         settings_from(args, CalibrationText),
         settings_from(args, Compute),
-        sensitivity=args.sensitivity,
     )
     compute, parts = settings.compute, settings.budget.parts
     take_own_accelerator(compute.device)
@@ -90,6 +81,7 @@ def run(args: argparse.Namespace) -> Told:
 def _told(out: Path, statistics: Statistics, paths: Sequence[str], work_dir: WorkDir) -> Told:
     from cfsp.planning.experts import LEAST_TOKENS, few_tokens
     from cfsp.planning.unit_plan import few_experts
+    from cfsp.result.making import seconds_in_words
     from cfsp.streaming.memory import peak_rss_bytes
 
     facts: dict[str, Any] = {
@@ -109,13 +101,11 @@ def _told(out: Path, statistics: Statistics, paths: Sequence[str], work_dir: Wor
     }
 
     def say() -> None:
-        seconds = work_dir.watch.seconds["calibrate"]
         print(
-            f"{statistics.tokens:,} tokens through {len(statistics.blocks)} blocks in "
-            f"{seconds:.1f} s ({statistics.tokens / seconds:,.0f} tokens/s); peak memory "
+            f"{statistics.tokens:,} tokens through {len(statistics.blocks)} blocks: "
+            f"{seconds_in_words(facts['seconds'])}; peak memory "
             f"{human_bytes(facts['peak_rss_bytes'])}"
         )
-        print_passes(facts["passes"])
         if few := facts["experts_with_few_tokens"]:
             print(
                 f"{len(few)} experts saw fewer than {LEAST_TOKENS} tokens: plans will score them "

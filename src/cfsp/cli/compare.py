@@ -88,7 +88,6 @@ def _dense(models: Sequence[MeasuredModel], against: str | None) -> MeasuredMode
 
 
 def _same(models: Sequence[MeasuredModel], one: MeasuredModel) -> MeasuredModel:
-    """Return the model that one of a file is among those of all files."""
     same = [each for each in models if each.fingerprint == one.fingerprint]
     return next((each for each in same if each.name == one.name), same[0])
 

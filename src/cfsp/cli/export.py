@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cfsp.cli import arguments
-from cfsp.cli.options import Parser
+from cfsp.cli.options import Parser, add_model
 from cfsp.cli.output import Told, human_bytes
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ TARGETS = ("gguf", "vllm", "mlx-lm", "openvino")
 
 def add_options_to(parser: Parser) -> None:
     """Add its options."""
-    arguments.add_model(parser)
+    add_model(parser)
     parser.add_argument("--to", required=True, choices=TARGETS, help="format of the copy")
     parser.add_argument(
         "--out", required=True, type=Path, help="new directory; for gguf a new .gguf file"

@@ -11,8 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cfsp.architecture.block_names import blocks_in_words
-from cfsp.cli import arguments
-from cfsp.cli.options import Parser
+from cfsp.cli.options import Parser, add_model
 from cfsp.cli.output import Told, human_bytes, human_count
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 def add_options_to(parser: Parser) -> None:
     """Add its options."""
-    arguments.add_model(parser)
+    add_model(parser)
 
 
 def run(args: argparse.Namespace) -> Told:

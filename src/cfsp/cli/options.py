@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NoReturn, TypeVar
 
 from cfsp.errors import CfspError, UsageError, did_you_mean
-from cfsp.settings import Option, from_names, options_of
+from cfsp.settings import Compute, Option, from_names, options_of
 
 T = TypeVar("T")
 
@@ -147,10 +148,7 @@ def settings_from(args: argparse.Namespace, settings: type[T]) -> T:
 
 
 def expand_sets(argv: Sequence[str]) -> list[str]:
-    """Return arguments with every `--set name=value` turned into `--name=value`.
-
-    Refuses what is not of that form, and empty arguments.
-    """
+    """Return arguments with `--name=value` for `--set name=value`; refuse empty ones."""
     expanded: list[str] = []
     rest = list(argv)
     while rest:
@@ -203,3 +201,27 @@ def kind_of(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
     parse.__name__ = getattr(kind, "__name__", "value")
     return parse
+
+
+def add_model(parser: Parser) -> None:
+    """Add the model."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="directory, hub id (or ID@REVISION), .gguf file, or `demo`",
+    )
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Return what a text like `piqa,arc_easy` names."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def add_compute(parser: Parser) -> None:
+    """Add where to compute and in what."""
+    add_options(parser, parser, Compute, fields=("device", "dtype", "batch_windows"))
+
+
+def typed_command(args: argparse.Namespace) -> str:
+    """Return the command line as the user could type it again."""
+    return shlex.join(["cfsp", *args.argv])

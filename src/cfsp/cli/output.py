@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cfsp.result.tables import Table
@@ -91,17 +91,3 @@ def print_goal(resolution: dict[str, Any]) -> None:
     if (tried := goal_table(resolution)) is not None:
         chosen = Candidate.from_json(resolution["chosen"]).in_words
         print(f"{tried.to_text()}\n\n{goal_in_words(resolution)}: {chosen} go\n")
-
-
-def print_passes(passes: Mapping[str, Mapping[str, float]]) -> None:
-    """Print how much of each pass over the blocks was pure computing."""
-    for name, seconds in passes.items():
-        waits = ", ".join(
-            f"{part.replace('_', ' ')} {seconds[part]:.1f} s"
-            for part in ("weights", "hidden_states", "saving")
-            if part in seconds
-        )
-        print(
-            f"{name}: {seconds['ratio']:.2f} times its pure compute time of "
-            f"{seconds['compute']:.1f} s ({waits})"
-        )

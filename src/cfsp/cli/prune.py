@@ -9,19 +9,17 @@ import argparse
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.own_files import PLAN_FILE
-from cfsp.cli import arguments, recover
-from cfsp.cli.options import Parser, add_advanced, add_options, typed
+from cfsp.cli import recover
+from cfsp.cli.options import Parser, add_advanced, add_model, add_options, typed, typed_command
 from cfsp.cli.output import (
     Told,
     human_bytes,
     human_count,
     print_facts,
     print_goal,
-    print_passes,
     print_plan,
     print_table,
 )
@@ -41,6 +39,7 @@ from cfsp.settings import (
     LocalTraining,
     PruneSettings,
     asked,
+    given_of,
     prune_settings,
 )
 
@@ -54,7 +53,7 @@ log = logging.getLogger(__name__)
 
 def add_options_to(parser: Parser) -> None:
     """Add its options."""
-    arguments.add_model(parser)
+    add_model(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="new directory")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan and write only it into --out"
@@ -106,8 +105,9 @@ def _settings(args: argparse.Namespace) -> PruneSettings:
         )
     if plan and args.statistics:
         raise UsageError("--plan and --statistics exclude each other: a plan is made already")
-    if plan and how_much:
-        raise UsageError(f"--plan and {how_much[0]} exclude each other: a plan has its sparsity")
+    chosen = [flag for of in (*GOALS, Budget, Criterion) for flag in given_of(of, given).values()]
+    if plan and chosen:
+        raise UsageError(f"--plan and {chosen[0]} exclude each other: a plan is made already")
     if is_bound and args.statistics:
         raise UsageError(
             "--max-loss-increase and --statistics exclude each other: which windows were "
@@ -168,7 +168,7 @@ def run(args: argparse.Namespace) -> Told:
         known: dict[str, Any] = {
             "statistics": statistics,
             "plan": plan,
-            "command": arguments.typed_command(args),
+            "command": typed_command(args),
             "team": team,
         }
         if args.effort == BEST_EFFORT and not args.dry_run:
@@ -183,7 +183,6 @@ def _told(
     report: PruneReport,
     recovery: RecoverReport | None,
 ) -> Told:
-    """Return what a pruning came to."""
 
     def say() -> None:
         print_goal(report.goal)
@@ -201,7 +200,6 @@ def _told(
 
 
 def _print_estimate(cost: PruningCost) -> None:
-    """Print what a run will take, and what is left."""
     rows = {**cost.stages, "together": cost.seconds}.items()
     print_table(("", "seconds"), [(name, f"{seconds:,.0f}") for name, seconds in rows])
     print()
@@ -222,35 +220,10 @@ def _print_estimate(cost: PruningCost) -> None:
     )
 
 
-_REPAIRS_IN_WORDS = {
-    "ridge": "least squares: error of the FFN output",
-    "gaps": "least squares beside what was removed: error of hidden states",
-    "sequential": "least squares on the pruned stream: error of hidden states",
-    "local": "training of a few blocks at a time: error of hidden states",
-}
-
-
-def describe_step(step: dict[str, Any]) -> str:
-    """Return what a step of repair did, as the manifest has it, in one line."""
-    from cfsp.repair.result import was_rejected
-
-    # Blocks that change together share one error, so not every block has its own.
-    blocks = [block for block in step["blocks"] if block is not None]
-    before = fmean(block["error_before"] for block in blocks)
-    after = fmean(
-        block["error_after"] if block["kept"] else block["error_before"] for block in blocks
-    )
-    rejected = sum(map(was_rejected, blocks))
-    text = f"{_REPAIRS_IN_WORDS[step['name']]} on held-out windows {before:.3f} -> {after:.3f}"
-    # Where blocks have several FFNs each has an entry, which names its block.
-    noun = "FFNs or attentions" if any("block" in block for block in blocks) else "blocks"
-    return text + (f"; rejected in {rejected} of {len(blocks)} {noun}" if rejected else "")
-
-
 def print_report(report: PruneReport) -> None:
     """Print what pruning gained and lost."""
     from cfsp.result.facts import perplexity_facts, size_facts
-    from cfsp.result.making import seconds_in_words
+    from cfsp.result.making import seconds_in_words, steps_in_words
 
     told = report.to_json()
     print_facts([*size_facts(told), *perplexity_facts(told)])
@@ -265,9 +238,8 @@ def print_report(report: PruneReport) -> None:
             f"dequantised from {report.dequantised['from']} to {report.dequantised['to']}: larger "
             "per weight than the original until it is quantised again"
         )
-    for step in report.repair["steps"]:
-        print(f"repaired by {describe_step(step)}")
-    print_passes(report.passes)
+    if steps := report.repair["steps"]:
+        print(f"repaired by {steps_in_words(steps)}")
     print(f"{seconds_in_words(report.seconds)}; peak memory {human_bytes(report.peak_rss_bytes)}")
     if report.out:
         print(f"written to {report.out}")

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfsp.architecture.block_names import counted
-from cfsp.cli import arguments
-from cfsp.cli.options import Parser, add_options, typed
+from cfsp.cli.options import Parser, add_model, add_options, typed, typed_command
 from cfsp.cli.output import Told, human_bytes, human_count, print_facts
 from cfsp.processes import is_first_process, leave_processes
 from cfsp.recovery.settings import Adaptation, Limit, Training
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 def add_options_to(parser: Parser) -> None:
     """Add its options."""
-    arguments.add_model(parser)
+    add_model(parser)
     parser.add_argument("--out", required=True, type=Path, help="new directory")
     text = parser.add_argument_group("text")
     text.add_argument(
@@ -66,7 +65,7 @@ def run(args: argparse.Namespace) -> Told:
     # What else the parser knows is no argument of a recovery.
     own = ("argv", "command", "help_all", "json", "model", "parser", "run", "version")
     asked = {name: value for name, value in typed(args).items() if name not in own}
-    report = recover(args.model, command=arguments.typed_command(args), started=started, **asked)
+    report = recover(args.model, command=typed_command(args), started=started, **asked)
     leave_processes()
     return (vars(report), lambda: print_report(report)) if is_first_process() else None
 

@@ -1,6 +1,6 @@
 """Show one run, several side by side, or a sweep, on a self-contained web page.
 
-cfsp report smaller smallest --out report.html
+cfsp report smaller smallest results.json --out report.html
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ def add_options_to(parser: Parser) -> None:
         nargs="+",
         type=Path,
         metavar="RUN",
-        help="directory that prune, recover or sweep wrote",
+        help="directory that prune, recover or sweep wrote; beside them files of what `cfsp eval "
+        "--out` or `cfsp bench --json` measured of them and of their original",
     )
     parser.add_argument(
         "--out",
@@ -28,20 +29,11 @@ def add_options_to(parser: Parser) -> None:
         metavar="FILE",
         help="the page; replaces an older report, but no other file (default: report.html)",
     )
-    parser.add_argument(
-        "--results",
-        action="append",
-        type=Path,
-        default=[],
-        metavar="FILE",
-        help="add what `cfsp eval --json` or `cfsp bench --json` measured of the runs and of their "
-        "original; repeatable",
-    )
 
 
 def run(args: argparse.Namespace) -> Told:
     """Write the page."""
     from cfsp.result.page.page import write_report
 
-    write_report(args.runs, args.out, results=args.results)
+    write_report(args.runs, args.out)
     return {"out": str(args.out)}, lambda: print(f"written to {args.out}")

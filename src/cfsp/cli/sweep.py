@@ -10,8 +10,18 @@ import shlex
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from cfsp.cli import arguments
-from cfsp.cli.options import Parser, add_advanced, add_options, kind_of, settings_from, typed
+from cfsp.cli.options import (
+    Parser,
+    add_advanced,
+    add_compute,
+    add_model,
+    add_options,
+    kind_of,
+    names,
+    settings_from,
+    typed,
+    typed_command,
+)
 from cfsp.cli.output import Told
 from cfsp.settings import Budget, CalibrationText, Compute, EvaluationText, fraction
 from cfsp.sweep.settings import METHODS, SweepSettings, method_named
@@ -19,7 +29,7 @@ from cfsp.sweep.settings import METHODS, SweepSettings, method_named
 
 def add_options_to(parser: Parser) -> None:
     """Add its options; those that `SweepSettings` has are called as there."""
-    arguments.add_model(parser)
+    add_model(parser)
     parser.add_argument(
         "--sparsity",
         required=True,
@@ -52,13 +62,13 @@ def add_options_to(parser: Parser) -> None:
     )
     measured.add_argument(
         "--tasks",
-        type=arguments.names,
+        type=names,
         metavar="A,B,...",
         help="score tasks, as for eval, in pairs with the dense model",
     )
     add_advanced(parser, "--limit", type=int, metavar="N", help="first N documents of each task")
     add_advanced(parser, "--task-data", metavar="DIR", help="local files of tasks, as for eval")
-    arguments.add_compute(parser)
+    add_compute(parser)
 
 
 def run(args: argparse.Namespace) -> Told:
@@ -76,7 +86,7 @@ def run(args: argparse.Namespace) -> Told:
         settings,
         args.out,
         settings_from(args, Compute),
-        command=arguments.typed_command(args),
+        command=typed_command(args),
     )
     written = write_tables(rows, args.out)
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from cfsp.cli import arguments
-from cfsp.cli.options import Parser, settings_from
+from cfsp.cli.options import Parser, add_compute, add_model, settings_from
 from cfsp.cli.output import Told, tell
 from cfsp.errors import CheckpointError
 from cfsp.settings import Compute
@@ -16,8 +15,8 @@ from cfsp.settings import Compute
 
 def add_options_to(parser: Parser) -> None:
     """Add its options."""
-    arguments.add_model(parser)
-    arguments.add_compute(parser)
+    add_model(parser)
+    add_compute(parser)
 
 
 def run(args: argparse.Namespace) -> Told:

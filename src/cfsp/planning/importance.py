@@ -76,7 +76,7 @@ def importance_by(statistics: Statistics, metric: str) -> list[float]:
     if statistics.sensitivity is None:
         raise StatisticsError(
             f"the block metric {metric} needs the blocks' sensitivity, which these statistics do "
-            "not have; make them with: cfsp calibrate --sensitivity"
+            f"not have; make them with: cfsp calibrate --set block_metric={metric}"
         )
     halved_L = _of_blocks_with_units(statistics, statistics.sensitivity.halved_L)
     root_L = [math.sqrt(divergence) for divergence in halved_L]

@@ -27,10 +27,10 @@ from cfsp.progress import item_progress
 from cfsp.quality.paired import per_count
 from cfsp.quality.perplexity import WindowSums, divergence_and_agreement
 from cfsp.quality.results_file import answer_measures
-from cfsp.settings import DEFAULT_ANSWER_TOKENS
+from cfsp.settings import DEFAULT_QUESTIONS
 from cfsp.streaming.decoder_end import text_model
 from cfsp.streaming.work_dir import WorkDir, load_or_compute
-from cfsp.text.chats import templated
+from cfsp.text.records import templated
 from cfsp.text.sources import TextSource
 from cfsp.text.windows import Windows
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 _FILE = Path(__file__).with_name("questions.jsonl")
 _BATCH = 8
+ANSWER_TOKENS = 96  # at most
 # A loop is a sequence of so many tokens that comes so many times.
 _LOOP_TOKENS, _LOOP_TIMES = 4, 4
 # KL in nats between a question alone and padded, by rounding: 2e-7 in float32, 0.01 in bfloat16.
@@ -52,35 +53,31 @@ Whole = Callable[[], tuple["PreTrainedModel", "PreTrainedTokenizerBase"]]
 
 @dataclass(frozen=True)
 class Questions:
-    """Questions with their kinds, and how many tokens an answer may have."""
+    """Questions with their kinds."""
 
     asked: tuple[tuple[str, str], ...]
-    longest: int = DEFAULT_ANSWER_TOKENS
 
     @classmethod
-    def of(
-        cls, count: int, chats: str | None = None, longest: int = DEFAULT_ANSWER_TOKENS
-    ) -> Questions:
-        """Return the first questions of those that come with cfsp, or that begin chats."""
-        for what, number in (("question", count), ("token of an answer", longest)):
-            if number < 1:
-                raise UsageError(f"--answers needs at least 1 {what}, found {number}")
-        if chats is not None:
-            return cls(tuple(islice(_first_turns(chats), count)), longest)
+    def of(cls, asked: int | str) -> Questions:
+        """Return so many questions of those that come with cfsp, or those that begin chats."""
+        if isinstance(asked, str):
+            return cls(tuple(islice(_first_turns(asked), DEFAULT_QUESTIONS)))
+        if asked < 1:
+            raise UsageError(f"--answers needs at least 1 question, found {asked}")
         lines = _FILE.read_text(encoding="utf-8").splitlines()
-        if count > len(lines):
+        if asked > len(lines):
             raise UsageError(
-                f"{len(lines)} questions come with cfsp, found --answers {count}; ask fewer, or "
-                "your own with --questions CHATS"
+                f"{len(lines)} questions come with cfsp, found --answers {asked}; ask fewer, or "
+                "your own with --answers CHATS"
             )
-        found = (json.loads(line) for line in lines[:count])
-        return cls(tuple((each["kind"], each["question"]) for each in found), longest)
+        found = (json.loads(line) for line in lines[:asked])
+        return cls(tuple((each["kind"], each["question"]) for each in found))
 
     def identity(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Return what answers depend on besides the models, as JSON types."""
         asked = json.dumps([self.asked, str(tokenizer.chat_template)])
         digest = sha256(asked.encode()).hexdigest()
-        return {"questions": len(self.asked), "tokens": self.longest, "digest": digest}
+        return {"questions": len(self.asked), "tokens": ANSWER_TOKENS, "digest": digest}
 
     def prompts(self, source: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         """Return the tokens that ask a model each question."""
@@ -95,10 +92,10 @@ class Questions:
             asked = {"add_generation_prompt": True, "enable_thinking": False}
             text = templated(turn, tokenizer, number, **asked)
             prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-            if room is not None and len(prompts[-1]) + self.longest > room:
+            if room is not None and len(prompts[-1]) + ANSWER_TOKENS > room:
                 raise UsageError(
                     f"question {number} has {len(prompts[-1])} tokens and its answer up to "
-                    f"{self.longest}, but {source.label} reads {room} at once; leave it out"
+                    f"{ANSWER_TOKENS}, but {source.label} reads {room} at once; leave it out"
                 )
         return prompts
 
@@ -113,12 +110,11 @@ def _first_turns(name: str) -> Iterator[tuple[str, str]]:
             raise TextError(f"{name}, chat {number}: there is no message of the role `user`")
         yield Path(name.removesuffix(":messages")).stem, turns[0]
     if not number:
-        raise TextError(f"{name} holds no chats, which --questions needs: a column `messages`")
+        raise TextError(f"{name} holds no chats, which --answers needs: a column `messages`")
 
 
 def answers_of(
     prompts: Sequence[list[int]],
-    longest: int,
     whole: Whole,
     work_dir: WorkDir | None,
     name: str,
@@ -131,7 +127,7 @@ def answers_of(
     answering = cache(lambda: _Answering(*whole(), prompts))
 
     def ask(some: Sequence[list[int]]) -> dict[str, Any]:
-        return {"answers": answering().answers(some, longest)}
+        return {"answers": answering().answers(some)}
 
     found: list[dict[str, Any]] = []
     with item_progress(label, len(prompts), "answer") as bar:
@@ -173,12 +169,12 @@ class _Answering:
         most = _MOST_OF_PADDING if self._model.dtype == torch.float32 else _MOST_IN_HALF
         self._batch = _BATCH if off < most else 1
 
-    def answers(self, prompts: Sequence[list[int]], longest: int) -> list[dict[str, Any]]:
+    def answers(self, prompts: Sequence[list[int]]) -> list[dict[str, Any]]:
         """Return the answers to some questions, each up to and with the end of its turn."""
         found = []
         for start in range(0, len(prompts), self._batch):
             some = prompts[start : start + self._batch]
-            sequences_BT = self._generate(some, max_new_tokens=longest).sequences
+            sequences_BT = self._generate(some, max_new_tokens=ANSWER_TOKENS).sequences
             for tokens in sequences_BT[:, max(map(len, some)) :].tolist():
                 words = list(takewhile(lambda token: token not in self._ends, tokens))
                 found.append(
@@ -245,7 +241,7 @@ def answers_result(
     ]
     found = {
         "digest": windows.digest,
-        "longest": questions.longest,
+        "longest": ANSWER_TOKENS,
         "predicted": predicted,
         # The dense model agrees with itself.
         "divergence": sums.get("divergence", [0.0] * len(predicted)),

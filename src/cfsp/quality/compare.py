@@ -236,7 +236,7 @@ def _answer_pairs(first: MeasuredModel, second: MeasuredModel) -> dict[str, Pair
     if one["digest"] != other["digest"]:
         raise ReportError(
             f"{first.name} and {second.name} were measured on other answers: of another dense "
-            "model, to other questions, or by another --dtype or answer_tokens; measure both alike"
+            "model, to other questions, or by another --dtype; measure both alike"
         )
     return _pairs(answer_measures(one), answer_measures(other))
 

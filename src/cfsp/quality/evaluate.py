@@ -211,7 +211,7 @@ def _measure(models: Sequence[_Model], asked: _Asked) -> dict[str, Any]:
             results[number].update(tasks.scores_of(whole, f"task-{number}", work_dir))
         if questions is not None:
             name, label = f"answers-{number}", f"{model.source.label} answers"
-            own = answers_of(model.prompts, questions.longest, whole, work_dir, name, label)
+            own = answers_of(model.prompts, whole, work_dir, name, label)
             answers.append(own)
         del whole
     if questions is not None:

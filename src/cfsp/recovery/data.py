@@ -25,8 +25,8 @@ from torch.utils.data import Dataset
 from cfsp.errors import TextError
 from cfsp.recovery.loss import IGNORED
 from cfsp.settings import Bos, Text
-from cfsp.text.chats import check_has_template, templated
 from cfsp.text.drawing import parts_with_shares
+from cfsp.text.records import check_has_template, templated
 from cfsp.text.sources import TextSource
 from cfsp.text.stream import document_tokens, gather, spans
 from cfsp.text.tokenizers import beginning
@@ -35,7 +35,7 @@ from cfsp.text.windows import Windows, held_out_documents
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from cfsp.text.chats import Conversation
+    from cfsp.text.records import Conversation
 
 # A hub data set may have no end: this many tokens of one text are enough for any recovery.
 _MAX_TOKENS_OF_A_TEXT = 200_000_000

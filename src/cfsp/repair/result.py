@@ -66,7 +66,7 @@ class Step(TypedDict):
 
 def entry_name(entry: Mapping[str, Any], index: int) -> str:
     """Return what an entry of a step in JSON is about: its block, and the path in that if any."""
-    return f"{entry['block']} {entry['path']}" if "block" in entry else str(index)
+    return f"{entry['block']} {entry['path']}".rstrip() if "block" in entry else str(index)
 
 
 def was_rejected(entry: Mapping[str, Any]) -> bool:

@@ -141,7 +141,6 @@ def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origi
 
 
 def _quality(manifest: dict[str, Any]) -> Table:
-    """Return a row for each text and way to measure; only numbers in one row compare."""
     models = ["dense", "pruned", *(["recovered"] if manifest.get("recovery") else [])]
     rows = [
         (
@@ -165,7 +164,6 @@ def _code(text: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Return foreign text as it is where it is plain, else quoted."""
     return text if text == _plain(text) else _code(text)
 
 
@@ -179,7 +177,6 @@ def _one_line(text: str) -> str:
 
 
 def _metadata(manifest: dict[str, Any], origin: Origin) -> str:
-    """Return the YAML at the head of a card."""
     from huggingface_hub import ModelCardData
 
     metadata = dict(origin.metadata)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from cfsp.architecture.block_names import blocks_in_words, counted, removed_in_words
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.result.names import short_names
-from cfsp.result.tables import Table, human_count
+from cfsp.result.tables import Table, human_bytes, human_count
 from cfsp.text.offline import parts_of
 
 NOTHING = "\N{EN DASH}"
@@ -45,16 +45,8 @@ class Unit:
         return NOTHING if number is None else self.write(number.value).replace("-", _MINUS)
 
 
-def _size(number: float) -> str:
-    """Return a size in decimal units, as file managers and the hub show it: 189.4 MB."""
-    for limit, suffix in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= limit:
-            return f"{number / limit:.1f} {suffix}"
-    return f"{number:.0f} B"
-
-
 COUNT = Unit("{:,.0f}".format, "share")
-BYTES = Unit(_size)
+BYTES = Unit(human_bytes)
 PERPLEXITY = Unit("{:.2f}".format, "ratio")
 RATE = Unit("{:,.1f}".format)
 NATS = Unit("{:z.3f}".format)
@@ -109,10 +101,7 @@ def texts_that_made(manifest: Mapping[str, Any]) -> set[str]:
 
 
 def perplexities(manifest: Mapping[str, Any]) -> dict[Conditions, dict[str, float]]:
-    """Return what a manifest has by conditions: of the `dense`, `pruned` and `recovered` model.
-
-    Only numbers under the same conditions compare.
-    """
+    """Return those of a manifest by conditions: of the `dense`, `pruned` and `recovered` model."""
     found: dict[Conditions, dict[str, float]] = {}
     recovery = manifest.get("recovery") or {}
     for before, after, table in (("dense", "pruned", manifest), ("pruned", "recovered", recovery)):
@@ -191,10 +180,7 @@ def labels(facts: Iterable[Fact]) -> dict[Fact, str]:
 
 
 def size_facts(manifest: Mapping[str, Any], weight_bytes: int = 0) -> list[Fact]:
-    """Return how large a pruned model is and its original was; nothing where that is not known.
-
-    Of the weight files only where they were kept.
-    """
+    """Return how large a pruned model and its original are, as far as that is known."""
     if "parameters_before" not in manifest:
         return []
 

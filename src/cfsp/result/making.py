@@ -22,6 +22,7 @@ from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.experts import SCORE_IN_WORDS
 from cfsp.repair.result import rejected_blocks
 from cfsp.result.names import public_command, public_name
+from cfsp.result.tables import human_bytes
 from cfsp.settings import ANGULAR, DEFAULT_PARTS, UNIT_PARTS, removal_in_words
 
 Step = dict[str, Any]
@@ -73,15 +74,17 @@ def _pruning(manifest: Mapping[str, Any]) -> dict[str, str]:
         tried = f", {len(goal['tried'])} plans tried" if goal["tried"] else ""
         facts["goal"] = f"--{name} {goal['asked']:g}{tried}"
     facts["asked for"] = f"{criterion['sparsity']:.1%} of {of}"
-    metric = criterion["block_metric"]
-    facts["blocks by"] = f"{metric} distance" if metric == ANGULAR else metric
-    facts["channels by"] = criterion["channel_metric"]
+    if {*parts} & {*UNIT_PARTS}:
+        metric = criterion["block_metric"]
+        facts["blocks by"] = f"{metric} distance" if metric == ANGULAR else metric
+        facts["channels by"] = criterion["channel_metric"]
     if any(manifest.get(key) for key in ("removed_blocks", "removed_attentions")):
         facts["removed whole"] = f"those {removal_in_words(criterion.get('removal', ''))}"
     if experts := manifest.get("experts"):
         lost = f"{fmean(experts['lost_output']):.1%} of what all experts add to the hidden states"
         facts["experts by"] = f"{SCORE_IN_WORDS}; those that went added {lost}"
-    facts["widths"] = f"multiples of {criterion['multiple']}"
+    if "ffn" in parts:
+        facts["widths"] = f"multiples of {criterion['multiple']}"
     if calibration := manifest.get("calibration"):
         facts["calibration text"] = texts_in_words(calibration)
         facts["calibration"] = (
@@ -114,13 +117,12 @@ def _recovery(recovery: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _cost(made: Mapping[str, Any]) -> dict[str, str]:
-    """Return what a command took, with which versions, and when."""
     facts = {}
     if made.get("seconds"):
         facts["time"] = seconds_in_words(made["seconds"])
     if "peak_rss_bytes" in made:
         threads = f", {counted(made['threads'], 'threads')}" if made.get("threads") else ""
-        facts["memory"] = f"{made['peak_rss_bytes'] / 2**30:.2f} GiB at its peak{threads}"
+        facts["memory"] = f"{human_bytes(made['peak_rss_bytes'])} at its peak{threads}"
     if made.get("versions"):
         facts["versions"] = ", ".join(f"{name} {v}" for name, v in made["versions"].items())
     if made.get("created"):
@@ -151,14 +153,23 @@ def changed_weights(step: Step) -> bool:
 
 
 def steps_in_words(steps: Sequence[Step]) -> str:
-    """Return the steps and what each rejected: `ridge (rejected in block 0), sequential`."""
+    """Return the steps, the mean error of each on held-out windows, and what it rejected."""
     told = []
     for step in steps:
         rejected, where = rejected_blocks(step), "every block"
         if changed_weights(step):
             noun = "block" if len(rejected) == 1 else "blocks"
             where = f"{noun} {', '.join(rejected)}"
-        told.append(step["name"] + (f" (rejected in {where})" if rejected else ""))
+        remarks = [f"rejected in {where}"] if rejected else []
+        # Blocks that change together share one error, so not every block has its own.
+        if blocks := [block for block in step["blocks"] if block is not None]:
+            before = fmean(block["error_before"] for block in blocks)
+            after = fmean(
+                block["error_after" if block["kept"] else "error_before"] for block in blocks
+            )
+            of = "outputs" if step["name"] == "ridge" else "hidden states"
+            remarks.insert(0, f"error of {of} {before:.3f} to {after:.3f}")
+        told.append(step["name"] + (f" ({', '.join(remarks)})" if remarks else ""))
     return ", ".join(told) or "none"
 
 

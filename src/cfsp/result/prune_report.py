@@ -91,10 +91,7 @@ class PruneReport:
         return of_plan | {name: value for name, value in vars(self).items() if name != "plan"}
 
     def to_manifest(self, digests: dict[str, str], command: str) -> dict[str, Any]:
-        """Return the manifest of the checkpoint, with the command that made it.
-
-        The digests are those of the weight files, and of what else changes what the model says.
-        """
+        """Return the manifest of the checkpoint: with digests of its files, and the command."""
         return {
             "operation": "prune",
             "command": command,
@@ -111,7 +108,6 @@ class PruneReport:
 
 
 def _experts(plan: PruningPlan) -> dict[str, Any]:
-    """Return what becomes of routed experts, as JSON types; empty where none goes whole."""
     units = [unit for unit in plan.kept_units if unit.loses_experts]
     if not units:
         return {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE, SWEEP_FILE
 from cfsp.errors import ReportError
@@ -18,7 +18,10 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.compare import compare
 from cfsp.quality.results_file import measured_model
 from cfsp.result.facts import (
+    COUNT,
     NATS,
+    NOTHING,
+    PARAMETERS,
     PERCENT,
     QUALITY,
     RATE,
@@ -29,6 +32,7 @@ from cfsp.result.facts import (
     Number,
     Unit,
     joined,
+    labels,
     perplexity_fact,
     perplexity_facts,
     size_facts,
@@ -52,6 +56,7 @@ _OF_TEXTS = {
     "divergence": ("KL per token, nats", NATS),
     "agreed": ("top-1 agreement, percent", PERCENT),
 }
+_SCORES = {"acc": PERCENT, "acc_norm": PERCENT, "exact_match": PERCENT, "loss": NATS}
 # Of a task, what of a pair it is, and how it is called.
 _OF_TASKS = {
     "accuracy": ("difference", "accuracy - original's, percent", PERCENT),
@@ -142,7 +147,8 @@ def read_run(directory: Path) -> RunFacts:
 
 def read_runs(directories: Sequence[Path]) -> list[RunFacts]:
     """Read several runs and give each a name of its own; a sweep stands for its runs."""
-    runs = [read_run(each) for directory in directories for each in _runs_in(directory)]
+    found = [each for directory in directories for each in _runs_in(directory)]
+    runs = [read_run(each) for each in {path.resolve(): path for path in found}.values()]
     names = short_names((str(run.directory.resolve()) for run in runs), least=1)
     return [replace(run, name=names[str(run.directory.resolve())]) for run in runs]
 
@@ -161,10 +167,7 @@ def _runs_in(directory: Path) -> list[Path]:
 
 
 def side_by_side(runs: Sequence[RunFacts], *headings: str) -> list[dict[str, Fact]]:
-    """Return what compares under some headings: one fact of each run, by its name.
-
-    What was measured on one text stands together.
-    """
+    """Return what compares under some headings, text by text: one fact of each run, by its name."""
     found: dict[object, dict[str, Fact]] = {}
     for run in runs:
         for fact in run.facts:
@@ -177,6 +180,54 @@ def side_by_side(runs: Sequence[RunFacts], *headings: str) -> list[dict[str, Fac
 def any_of(facts: Mapping[str, Fact]) -> Fact:
     """Return one of facts that compare."""
     return next(iter(facts.values()))
+
+
+class Cell(NamedTuple):
+    """A number and a remark about it."""
+
+    value: str
+    note: str = ""
+
+
+class Row(NamedTuple):
+    """A number of the original and of each run."""
+
+    name: str
+    cells: Sequence[Cell]  # the original first
+    detail: str = ""  # the conditions, in small letters
+    hint: str = ""  # more of them
+
+
+def sections(runs: Sequence[RunFacts]) -> dict[str, list[Row]]:
+    """Return the rows of runs of one model, under headings; headings without rows are left out."""
+    names = labels(fact for run in runs for fact in run.facts)
+    found = {
+        heading: [_row(facts, runs, names[any_of(facts)]) for facts in side_by_side(runs, heading)]
+        for heading in HEADINGS
+    }
+    return {heading: rows for heading, rows in found.items() if rows}
+
+
+def _row(facts: dict[str, Fact], runs: Sequence[RunFacts], name: str) -> Row:
+    """Return the row of one fact of several runs; the original is known from any of them."""
+    first = any_of(facts)
+    before = next((fact.before for fact in facts.values() if fact.before is not None), None)
+    cells = [Cell(first.unit(before), first.note(before))]
+    for run in runs:
+        fact = facts.get(run.name)
+        if fact is not None and fact.after is not None:
+            fact = replace(fact, before=before)
+            cells.append(Cell(fact.unit(fact.after), fact.change or fact.note(fact.after)))
+        elif first.unit is COUNT and run.under(SIZE):
+            cells.append(Cell(first.unit(before)))  # a part of which nothing could go
+        else:
+            cells.append(Cell(NOTHING))
+    details = {fact.detail for fact in facts.values()}
+    detail = details.pop() if len(details) == 1 else ""
+    if first.conditions is None:
+        return Row(name, cells, detail)
+    how = first.conditions.beside({run.name: run.manifest for run in runs})
+    return Row(name, cells, how, f"{first.conditions.tokens:,} predicted tokens")
 
 
 def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunFacts]:
@@ -207,6 +258,23 @@ def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunF
     return extended
 
 
+def measured_runs(models: Models, *, compares: bool) -> list[RunFacts]:
+    """Return what eval measured of models as facts of runs, of the first as their original's."""
+    dense, names = str(models[0]["model"]), short_names(str(model["model"]) for model in models)
+    runs = []
+    for model in models[compares:]:
+        own = str(model["model"])
+        sides = {**({dense: "before"} if compares else {}), own: "after"}
+        both = [models[0], model] if compares else [model]
+        facts = [
+            _on(sides[str(m["model"])], Number(m["parameters"]), Fact(SIZE, PARAMETERS, COUNT))
+            for m in both
+        ]
+        facts += _quality_facts(both, sides.get)
+        runs.append(RunFacts(names[own], Path(own), {}, joined(facts)))
+    return runs
+
+
 def _quality_facts(models: Models, side_of: Side) -> list[Fact]:
     """Return what eval measured of a run and of its original, as the command prints it."""
     facts = []
@@ -218,11 +286,14 @@ def _quality_facts(models: Models, side_of: Side) -> list[Fact]:
             fact = perplexity_fact(Conditions.of(text, entry))
             facts.append(_on(side, Number(float(entry["value"])), fact))
         for task, scores in model.get("tasks", {}).items():
-            for metric in ("acc", "acc_norm"):
+            for metric, unit in _SCORES.items():
                 if metric in scores:
                     error = scores.get(f"{metric}_stderr")
                     number = _number({"value": scores[metric], "stderr": error})
-                    facts.append(_on(side, number, Fact(TASKS, f"{task}, {metric}", PERCENT)))
+                    detail = f"{scores['documents']} documents"
+                    name = f"{task}, {metric}{', nats' if unit is NATS else ''}"
+                    fact = Fact(TASKS, name, unit, detail=detail)
+                    facts.append(_on(side, number, fact))
     before, after = (sides.get(side, {}) for side in ("before", "after"))
     if "windows" in before and "windows" in after:
         dense, pruned = (measured_model("the results", dict(each)) for each in (before, after))
@@ -244,10 +315,7 @@ def _answer_documents(models: Models, side_of: Side) -> list[tuple[Document, Doc
 
 
 def _speed_facts(models: Models, side_of: Side) -> list[Fact]:
-    """Return tokens per second by phase and workload, with the ratio to the original.
-
-    Ratios are to the first model; they mean something here only if that is the original.
-    """
+    """Return tokens per second by phase and workload; ratios if the first is the original."""
     facts = []
     compared = side_of(str(models[0]["model"])) == "before"
     for model in models:
@@ -264,7 +332,6 @@ def _speed_facts(models: Models, side_of: Side) -> list[Fact]:
 
 
 def _comparison_facts(comparison: Mapping[str, Any]) -> list[Fact]:
-    """Return what pairs with the original say, from `Comparison.to_json`."""
     facts = []
     for key, pair in comparison.get("answers", {}).items():
         name, unit = _OF_ANSWERS[key]
@@ -293,5 +360,4 @@ def _number(estimate: Mapping[str, Any]) -> Number:
 
 
 def _on(side: str | None, number: Number, fact: Fact) -> Fact:
-    """Return a fact with the number of one side."""
     return replace(fact, before=number) if side == "before" else replace(fact, after=number)

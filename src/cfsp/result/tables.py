@@ -37,10 +37,7 @@ class Table:
 
 
 def pareto_front(size_and_loss: Sequence[tuple[float, float]]) -> list[bool]:
-    """Return for each model whether no other is as small and as good and better in one of both.
-
-    Of each there are two numbers; less is better in both.
-    """
+    """Return for each model whether no other has less of one number and no more of the other."""
     return [
         not any(
             other_size <= size and other_loss <= loss and (other_size, other_loss) != (size, loss)

@@ -44,13 +44,7 @@ class Check:
 
 
 def verify_checkpoint(source: Checkpoint, compute: Compute) -> list[Check]:
-    """Check a checkpoint that cfsp wrote against its manifest.
-
-    That it opens means that its shards are whole and that cfsp knows its config.
-
-    Raises:
-        CheckpointError: there is no manifest, or it is damaged.
-    """
+    """Check a checkpoint that cfsp wrote, whose shards are whole for it opens, by its manifest."""
     directory, manifest = source.directory, read_manifest(source.directory)
     if manifest is None:
         raise CheckpointError(
@@ -58,13 +52,12 @@ def verify_checkpoint(source: Checkpoint, compute: Compute) -> list[Check]:
             "verify it against"
         )
     checks: dict[str, Callable[[], str | None]] = {
-        "weight files are those that were written": lambda: _weights(directory, manifest),
+        "weights, config, tokenizer, chat templates and code are those that were written": lambda: (
+            _files(directory, manifest)
+        ),
         "the plan is the one that was obeyed": lambda: _plan(directory, manifest),
         "widths are those of the plan": lambda: _other_width(source, manifest),
         "the number of parameters is right": lambda: _parameters(source, manifest),
-        "config, tokenizer, chat templates and code are those that were written": lambda: _beside(
-            directory, manifest
-        ),
         "weights and activations are finite": lambda: _forward(source, compute),
     }
     found = []
@@ -81,30 +74,20 @@ def verify_checkpoint(source: Checkpoint, compute: Compute) -> list[Check]:
     return found
 
 
-def _weights(directory: Path, manifest: dict[str, Any]) -> str | None:
-    promised = {k: v for k, v in manifest.get("files", {}).items() if k.endswith(".safetensors")}
-    if not promised:
-        return f"{MANIFEST_FILE} names no weight files"
+def _files(directory: Path, manifest: dict[str, Any]) -> str | None:
+    promised, beside = manifest.get("files", {}), digests_beside_weights(directory)
     # Loaders read them all.
-    there = {path.name for path in directory.glob("*.safetensors")}
-    return _difference(promised, there, lambda name: sha256_of(directory / name))
-
-
-def _beside(directory: Path, manifest: dict[str, Any]) -> str | None:
-    promised, found = manifest.get("files", {}), digests_beside_weights(directory)
-    promised = {k: v for k, v in promised.items() if not k.endswith(".safetensors")}
-    return _difference(promised, set(found), found.__getitem__)
-
-
-def _difference(
-    promised: dict[str, str], there: set[str], digest_of: Callable[[str], str]
-) -> str | None:
-    if missing := sorted(promised.keys() - there):
+    weights = {path.name for path in directory.glob("*.safetensors")}
+    if not any(name.endswith(".safetensors") for name in promised):
+        return f"{MANIFEST_FILE} names no weight files"
+    if missing := sorted(promised.keys() - weights - beside.keys()):
         return f"{missing[0]} is missing"
-    if extra := sorted(there - promised.keys()):
+    if extra := sorted((weights | beside.keys()) - promised.keys()):
         return f"{extra[0]} is not in {MANIFEST_FILE}"
-    changed = [name for name in sorted(promised) if digest_of(name) != promised[name]]
-    return f"{changed[0]} has changed since it was written" if changed else None
+    for name in sorted(promised):
+        if promised[name] != (beside[name] if name in beside else sha256_of(directory / name)):
+            return f"{name} has changed since it was written"
+    return None
 
 
 def _plan(directory: Path, manifest: dict[str, Any]) -> str | None:

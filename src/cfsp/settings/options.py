@@ -89,10 +89,7 @@ class Declared:
 
 
 def from_names(settings: type[T], values: Mapping[str, Any], **others: Any) -> T:
-    """Return settings with some values by the names of their options; the rest has its default.
-
-    A text is read as on a command line, such as 20% or 2GB.
-    """
+    """Return settings with some values by the names of their options, read as on a command line."""
     found: dict[str, Any] = {}
     for each, known in options_of(settings).items():
         value = others[each] if each in others else values.get(known.name)

@@ -126,14 +126,7 @@ class LocalTraining(Declared):
         least=1,
         flag="local-steps",
     )
-    blocks: int = advanced_option(
-        3,
-        "of local repair: how many consecutive blocks train together, twice as many at the model's "
-        "end; more need more memory",
-        kind=int,
-        least=1,
-        flag="local-blocks",
-    )
+    blocks: int = 3  # consecutive ones that train together, twice as many at the model's end
     # Highest learning rates, as parts of the root mean square of each tensor, because models differ
     # in the size of their weights and Adam's steps do not follow it: of any block, of a block by
     # its error before (the first have hardly any, and as long steps as others' only add some), and
@@ -187,14 +180,6 @@ class PruneSettings:
             criterion = replace(criterion, block_metric=ANGULAR)
         is_tried = self.leaves_parts_open and repairs and isinstance(self.goal, TargetParameters)
         return replace(self, criterion=criterion, leaves_parts_open=is_tried)
-
-
-def calibration_settings(
-    budget: Budget, text: CalibrationText, compute: Compute, *, sensitivity: bool
-) -> PruneSettings:
-    """Return the pruning that a calibration is for, which says not how much goes."""
-    metric = SENSITIVITY if sensitivity else ANGULAR
-    return PruneSettings(budget, Criterion(metric), text, compute)
 
 
 # Whatever a pruning is asked for is an option of one of these.

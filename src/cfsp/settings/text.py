@@ -16,8 +16,7 @@ MOST_WINDOWS = 1 << 32
 DEFAULT_TEXT = "mixed"
 DEFAULT_SAMPLES = 128
 DEFAULT_SEQLEN = 1024
-# What models are asked: how many questions, and how many tokens an answer may have.
-DEFAULT_QUESTIONS, DEFAULT_ANSWER_TOKENS = 100, 96
+DEFAULT_QUESTIONS = 100  # that models are asked
 
 # Whether windows begin with BOS: as the tokenizer begins an input, always, never.
 Bos = Literal["auto", "yes", "no"]
@@ -57,9 +56,15 @@ Data = str | Path | Text | Sequence[str | Path | Text]
 
 
 def texts_of(data: Data) -> tuple[str | Text, ...]:
-    """Return the names and texts that are given as one or as several."""
+    """Return the names and texts that are given as one or as several, each with its own name."""
     given = (data,) if isinstance(data, str | Path | Text) else data
-    return tuple(text if isinstance(text, Text) else str(text) for text in given)
+    texts = tuple(text if isinstance(text, Text) else str(text) for text in given)
+    named: dict[str, str | Text] = {}
+    for text in texts:
+        name = text.name if isinstance(text, Text) else text
+        if named.setdefault(name, text) != text:
+            raise UsageError(f"two texts are called {name!r}; give each a name of its own")
+    return texts
 
 
 @dataclass(frozen=True)

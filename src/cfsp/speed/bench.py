@@ -127,13 +127,13 @@ def bench(
     new_tokens: int | Sequence[int] = 32,
     rounds: int = Conditions.rounds,
     disturbance: float = Conditions.disturbance,
-    threads: int | None = None,
     device: str = "cpu",
     dtype: str = "auto",
 ) -> Comparison:
     """Time models against each other, in turns, each in a process of its own.
 
     The processes import the script that calls this: call it under `if __name__ == "__main__":`.
+    They compute with as many threads as `OMP_NUM_THREADS` says, and the result names.
 
     Args:
         models: one or several, as for prune; ratios are to the first.
@@ -143,7 +143,6 @@ def bench(
         rounds: timed runs of each model.
         disturbance: a round is measured again while other programs take more than this fraction
             of the processors.
-        threads: of each process; None for torch's own choice.
         device: cpu, cuda, mps or auto.
         dtype: auto for the model's own.
 
@@ -159,7 +158,7 @@ def bench(
         raise UsageError("expected at least one model to time")
     axes = [(v,) if isinstance(v, int) else tuple(v) for v in (batch, prompt, new_tokens)]
     workloads = [Workload(*values) for values in product(*axes)]
-    conditions = Conditions(Conditions.warmups, rounds, disturbance, device, dtype, threads)
+    conditions = Conditions(Conditions.warmups, rounds, disturbance, device, dtype)
     short = short_names(list(map(str, models)), least=1)
     subjects = [Subject(locate_model(each), short[str(each)]) for each in models]
     for subject in subjects:

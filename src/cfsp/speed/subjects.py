@@ -67,15 +67,12 @@ class Conditions:
     disturbance: float = 0.05
     device: str = "cpu"
     dtype: str = "auto"
-    threads: int | None = None  # of each process; None for torch's own choice
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise UsageError(f"expected at least 1 round, found {self.rounds}")
         if not self.disturbance >= 0:
             raise UsageError(f"disturbance must be at least 0, found {self.disturbance}")
-        if self.threads is not None and self.threads < 1:
-            raise UsageError(f"--threads must be at least 1, found {self.threads}")
 
 
 @dataclass(frozen=True)
@@ -188,8 +185,6 @@ class Engine:
     """A loaded model that generates greedily, step by step."""
 
     def __init__(self, subject: Subject, conditions: Conditions) -> None:
-        if conditions.threads is not None:
-            torch.set_num_threads(conditions.threads)
         self._device = compute_device(conditions.device)
         self._model, self.footprint = build_model(subject, conditions.dtype, self._device)
         self._forward: Any = text_model(self._model)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import fingerprint
 from cfsp.processes import Team
-from cfsp.progress import token_progress
+from cfsp.progress import item_progress
 from cfsp.streaming.block_stream import StreamedBlock, stream_blocks, windows_in_batch
 from cfsp.streaming.hidden_states import HiddenInFile, HiddenStates
 from cfsp.streaming.runtime import versions
@@ -100,7 +100,9 @@ def pass_blocks(
     times = PassTimes() if work_dir is None else work_dir.times.setdefault(label, PassTimes())
     saver = None if state is None else _Saver(state, visitor, results, times, team)
     tokens = windows.tokens_NT.numel() * blocks + visitor.more_tokens
-    with times.part("total"), token_progress(label, blocks, tokens, len(results)) as progress:
+    done = tokens * len(results) // blocks
+    bar = item_progress(label, tokens, "tok", unit_scale=True, initial=done)
+    with times.part("total"), bar:
         for block in stream_blocks(
             source,
             windows,
@@ -110,10 +112,10 @@ def pass_blocks(
             more_batch_sizes=visitor.more_batch_sizes,
             times=times,
         ):
-            block.tokens_done = progress.tokens
+            block.tokens_done = bar.update
             with times.part("visits"):
                 results.append(visitor.visit(block))
-            progress.block_done()
+            bar.set_postfix_str(f"block {len(results)} of {blocks}", refresh=False)
             is_last, is_enough = block.index + 1 == blocks, visitor.may_stop_after(block.index)
             if saver is not None and not is_last and is_enough and not block.leaves_more:
                 saver.block_done(block.hidden)

@@ -57,7 +57,7 @@ class StreamedBlock:
     _calls: BlockCalls
     _times: PassTimes
     # Is told how many tokens have passed; whoever shows progress sets it.
-    tokens_done: Callable[[int], None] = lambda tokens: None
+    tokens_done: Callable[[int], object] = lambda tokens: None
 
     def advance(
         self,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cfsp.architecture.block_names import counted
 from cfsp.architecture.model_classes import auto_class_of_type
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import TextError, UsageError
@@ -111,7 +112,6 @@ def draw_left_over(
 
 
 def _first_of(pools: Sequence[Windows], shares: Sequence[int]) -> Windows:
-    """Return the first windows of each text, one text after the other."""
     pairs = zip(pools, shares, strict=True)
     return joined([windows.part(slice(share)) for windows, share in pairs if share])
 
@@ -126,7 +126,8 @@ def _shuffled_pools(
     if (samples is not None and samples < len(text.names)) or seqlen < 2 + len(begins_with[1:]):
         raise UsageError(
             f"expected at least one window for each text and 2 tokens in a window, "
-            f"found {samples} windows for {len(text.names)} texts and {seqlen} tokens"
+            f"found {text.windows} windows for {counted(len(text.names), 'texts')} and "
+            f"{seqlen} tokens"
         )
     generator = torch.Generator().manual_seed(text.seed)
     pools: list[Windows] = []
@@ -183,10 +184,7 @@ def shares_within(shares: Sequence[int], most: Sequence[int]) -> list[int]:
 
 
 def parts_with_shares(texts: Sequence[str | Text], total: int) -> list[tuple[str | Text, int]]:
-    """Return what windows are drawn from, each once, and how many of each.
-
-    The kinds of the mixed text are apart.
-    """
+    """Return what windows are drawn from, kinds of the mixed text apart, and how many."""
     found: dict[object, tuple[str | Text, int]] = {}
     for text, share in zip(texts, _shares(total, len(texts)), strict=True):
         parts: Sequence[str | Text] = parts_of(text) if isinstance(text, str) else (text,)
@@ -197,7 +195,6 @@ def parts_with_shares(texts: Sequence[str | Text], total: int) -> list[tuple[str
 
 
 def _shares(total: int, parts: int) -> list[int]:
-    """Share a number out as evenly as possible."""
     return [total // parts + (i < total % parts) for i in range(parts)]
 
 

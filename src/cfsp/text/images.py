@@ -24,8 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from cfsp.errors import MissingExtraError, TextError
-from cfsp.text.chats import CHAT_COLUMN
-from cfsp.text.records import Sample
+from cfsp.text.records import CHAT_COLUMN, Sample
 from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
@@ -72,10 +71,7 @@ def image_windows(
     counts: tuple[int, int],
     generator: torch.Generator,
 ) -> Windows:
-    """Return windows of a text's conversations in an order by chance.
-
-    `counts` are how many there must be, and how many are wanted.
-    """
+    """Return windows of a text's conversations: `counts` are needed and wanted."""
     least, count = counts
     samples = _shuffled(source.samples(), generator, _SAMPLES_TOGETHER * count)
     left_out: list[int] = []
@@ -104,7 +100,6 @@ def image_windows(
 def _shuffled(
     samples: Iterator[Sample], generator: torch.Generator, together: int
 ) -> Iterator[Sample]:
-    """Yield samples in another order, so many at a time."""
     while chunk := list(islice(samples, together)):
         for position in torch.randperm(len(chunk), generator=generator).tolist():
             yield chunk[position]
@@ -143,10 +138,7 @@ def _filled(
     begins_with: tuple[int, ...],
     left_out: list[int],
 ) -> Iterator[_Inputs]:
-    """Yield the inputs of whole windows or more, as long as there are samples.
-
-    How many tokens a sample would need that is left out is noted.
-    """
+    """Yield the inputs of whole windows or more; note the tokens of what is left out."""
     waiting: deque[Sample] = deque()
     chosen: list[Sample] = []
     # Those of which this window has the text alone: a later one has their images.
@@ -182,7 +174,6 @@ def _together(samples: Sequence[Sample], processor: Any, begins_with: tuple[int,
 
 
 def _inputs(text: str, images: Sequence[Any], where: str, processor: Any) -> _Inputs:
-    """Return what a processor makes of a text with places for images."""
     pictures = [open_image(image, where) for image in images]
     kind = type(processor).__name__
     try:

@@ -1,28 +1,29 @@
 """Records of files and of data sets, and the document in one: a text, or a conversation.
 
-A file of plain text has no records: it is one document in pieces.
+A file of plain text has no records: it is one document in pieces. A conversation is a list of
+messages, of which a model's chat template makes text.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from codecs import BOM_UTF8
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.locating import hub_is_missed, why_not_written
 from cfsp.errors import MissingExtraError, TextError
-from cfsp.text.chats import (
-    CHAT_COLUMN,
-    Conversation,
-    checked_conversation,
-    checked_messages,
-)
 
-IMAGE_COLUMN = "images"
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHAT_COLUMN, IMAGE_COLUMN = "messages", "images"
+# Contents are texts; beside images they are lists of parts.
+Conversation = list[dict[str, Any]]
 
 # A record, and where it is.
 Record = tuple[Any, str]
@@ -42,14 +43,21 @@ def value_of(record: Any, column: str, where: str) -> Any:
 
 
 def document_of(record: Any, column: str, where: str, *, beside_images: bool = False) -> Any:
-    """Return the document in a record: text, or a conversation in the column `messages`.
-
-    `beside_images` says that there is a column of images, of which nothing is taken.
-    """
+    """Return the document in a record: text, or a conversation without its images."""
     value = value_of(record, column, where)
     if column == CHAT_COLUMN:
         beside_images = beside_images or record.get(IMAGE_COLUMN) is not None
-        return checked_conversation(value, where, beside_images=beside_images)
+        messages = checked_messages(value, where)
+        parts = [part for message in messages for part in message["content"]]
+        if not beside_images and any(part["type"] == "image" for part in parts):
+            raise TextError(
+                f"{where}: a message has an image, but there is no column 'images' beside the "
+                "messages"
+            )
+        return [
+            {**message, "content": "".join(part.get("text", "") for part in message["content"])}
+            for message in messages
+        ]
     if not isinstance(value, str):
         raise TextError(f"{where}: column {column!r} is {type(value).__name__}, expected text")
     try:
@@ -118,49 +126,127 @@ def _with_places(messages: Conversation, images: Sequence[Any], where: str) -> C
     return [*messages[:first], {**messages[first], "content": added}, *messages[first + 1 :]]
 
 
-# Local files and directories.
+# Conversations.
+
+
+def conversation_texts(
+    conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[str]:
+    """Yield the text of each conversation, all speakers included."""
+    check_has_template(tokenizer)
+    for number, conversation in enumerate(conversations, start=1):
+        yield templated(conversation, tokenizer, number)
+
+
+def check_has_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that a tokenizer can write conversations as text, or raise TextError."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise TextError(
+            "the model's tokenizer has no chat template, which chat data needs; give plain text, "
+            "or an instruct model"
+        )
+
+
+def templated(
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    number: int,
+    **asked: bool,
+) -> str:
+    """Return the text that the chat template makes of a conversation, whose number errors name.
+
+    The template is asked for more by name: `add_generation_prompt` ends it with what asks for an
+    answer, and without `enable_thinking` a model that thinks first answers at once.
+    """
+    template: Any = tokenizer.apply_chat_template
+
+    def render(messages: list[dict[str, Any]]) -> str:
+        try:
+            text: str = template(messages, tokenize=False, **asked)
+        except Exception as error:  # templates raise what they like
+            raise TextError(
+                f"conversation {number} does not fit the chat template: {error}"
+            ) from error
+        return text
+
+    text = render(conversation)
+    contents = [content for m in conversation if (content := m["content"].strip())]
+    if not contents or any(content in text for content in contents):
+        return text
+    # Templates of some multimodal models look at the parts of a message, and see none in a text.
+    return render(
+        [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in conversation]
+    )
+
+
+def checked_messages(value: Any, where: str) -> Conversation:
+    """Return messages with their contents as lists of text and image parts."""
+    found = value if isinstance(value, list) and all(isinstance(m, dict) for m in value) else None
+    contents = [_parts(message.get("content")) for message in found or ()]
+    roles = [message.get("role") for message in found or ()]
+    if found is None or None in contents or not all(isinstance(role, str) for role in roles):
+        raise TextError(
+            f"{where}: column {CHAT_COLUMN!r} must be a list of messages, each with the texts "
+            f'"role" and "content", found {str(value)[:60]}'
+        )
+    return [{**message, "content": parts} for message, parts in zip(found, contents, strict=True)]
+
+
+def _parts(content: Any) -> list[dict[str, str]] | None:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        return None
+    parts: list[dict[str, str]] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            parts.append({"type": "text", "text": part["text"]})
+        elif kind == "image":
+            parts.append({"type": "image"})
+        else:
+            return None
+    return parts
+
+
+# Local files.
 
 
 def is_text_file(path: Path) -> bool:
     """Return whether a path is that of a file of plain text, which is one document in pieces."""
-    return path.suffix == ".txt" and not path.is_dir()
+    return path.suffix.lower() == ".txt" and not path.is_dir()
 
 
 def column_names(path: Path, lines: int = _LINES_LOOKED_AT) -> set[str]:
-    """Return the columns that a local file or directory has, as its beginning shows.
+    """Return the columns that a local file has, as its beginning shows.
 
     What is null in the first lines of a .jsonl file does not count. What cannot be read has none:
     reading it will say what is wrong.
     """
     try:
-        if path.is_dir():
-            info = json.loads((path / "dataset_info.json").read_text(encoding="utf-8"))
-            return set(info["features"])
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             import pyarrow.parquet as pq
 
             return set(pq.read_schema(path).names)
-        if path.suffix != ".jsonl" or not path.is_file():
+        if path.suffix.lower() != ".jsonl" or not path.is_file():
             return set()
         with path.open("rb") as file:
             records = [json.loads(line) for line in islice(file, lines) if line.strip()]
-    except (ValueError, OSError, RecursionError, ImportError, KeyError, TypeError):
+    except (ValueError, OSError, RecursionError, ImportError):
         return set()
     dictionaries = [record for record in records if isinstance(record, dict)]
     return {name for record in dictionaries for name, value in record.items() if value is not None}
 
 
 def local_records(path: Path, columns: Sequence[str]) -> Iterator[Record]:
-    """Return the records of a file or directory that exists: the first column must be there."""
-    if path.is_dir():
-        return _saved_dataset(path, columns)
-    if path.suffix == ".jsonl":
+    """Return the records of a file that exists: the first column must be there."""
+    if path.suffix.lower() == ".jsonl":
         return _json_lines(path)
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return _parquet(path, columns)
     raise TextError(
-        f"{path} has an unknown ending; expected .txt, .jsonl, .parquet or a directory "
-        "written by datasets"
+        f"{path} has an unknown ending; expected .txt, .jsonl or .parquet, which datasets write by "
+        "to_parquet"
     )
 
 
@@ -195,6 +281,8 @@ def _lines(path: Path) -> Iterator[bytes]:
     try:
         # As bytes, because only Python takes other characters for line ends as well.
         with path.open("rb") as file:
+            if file.read(len(BOM_UTF8)) != BOM_UTF8:
+                file.seek(0)
             yield from file
     except OSError as error:
         raise TextError(f"cannot read {path}: {error.strerror}") from error
@@ -208,7 +296,10 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
         raise MissingExtraError("reading a .parquet file", "data") from error
     try:
         file = pq.ParquetFile(path)
-        wanted = _present(columns, file.schema_arrow.names, path)
+        names = file.schema_arrow.names
+        if columns[0] not in names:
+            raise TextError(f"{path} has no column {columns[0]!r}; it has: {', '.join(names)}")
+        wanted = [column for column in columns if column in names]
         # Images are large: not more than a few at a time.
         rows = {"batch_size": 16} if IMAGE_COLUMN in columns else {}
         for batch in file.iter_batches(columns=wanted, **rows):
@@ -218,31 +309,7 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
         raise TextError(f"{path} is not a readable parquet file: {error}") from error
 
 
-def _saved_dataset(path: Path, columns: Sequence[str]) -> Iterator[Record]:
-    datasets = import_datasets()
-    try:
-        data = datasets.load_from_disk(str(path))
-    except Exception as error:  # datasets raises many types here
-        raise TextError(f"{path} was not written by datasets' save_to_disk: {error}") from error
-    if isinstance(data, dict):
-        raise TextError(f"{path} holds several splits ({', '.join(data)}); name one: {path}/SPLIT")
-    wanted = _present(columns, data.column_names, path)
-    try:
-        for record in data.select_columns(wanted):
-            yield record, str(path)
-    except ImportError as error:  # Pillow: data sets decode pictures
-        raise MissingExtraError("reading images", "images") from error
-
-
-def _present(columns: Sequence[str], names: Sequence[str], path: Path) -> list[str]:
-    """Return those of some columns that there are; the first must be one of them."""
-    if columns[0] not in names:
-        raise TextError(f"{path} has no column {columns[0]!r}; it has: {', '.join(names)}")
-    return [column for column in columns if column in names]
-
-
 def _checked(decode: Callable[[], str], where: str) -> str:
-    """Return the text that a function decodes, or raise TextError."""
     try:
         text = decode()
     except UnicodeDecodeError as error:

@@ -7,7 +7,6 @@
     wikitext2, c4                the usual data sets, from the hub
     NAME:CONFIG:SPLIT:COLUMN     any other data set on the hub
     PATH.txt, .jsonl, .parquet   local files (PATH:COLUMN for another column than `text`)
-    DIRECTORY                    written by `datasets.Dataset.save_to_disk`
     Text(name, documents)        in Python: the text itself
 
 The column `messages` holds conversations: lists of {"role", "content"}, which become text by the
@@ -29,13 +28,15 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import GONE_TEXTS, TextError
 from cfsp.settings import Text
-from cfsp.text.chats import CHAT_COLUMN, Conversation, conversation_texts
 from cfsp.text.offline import MIXED, OFFLINE, Purpose
 from cfsp.text.records import (
+    CHAT_COLUMN,
     IMAGE_COLUMN,
+    Conversation,
     Record,
     Sample,
     column_names,
+    conversation_texts,
     document_of,
     hub_columns,
     hub_records,
@@ -82,10 +83,7 @@ class TextSource:
 
     @cached_property
     def place(self) -> tuple[_Place | None, str]:
-        """Where its records are, and the column of documents.
-
-        A text that is given itself, or comes with cfsp or Python, is nowhere.
-        """
+        """Where its records are, None for no file and no hub, and the column of documents."""
         text = self.text
         if isinstance(text, Text) or text in OFFLINE:
             return None, "text"
@@ -115,10 +113,7 @@ class TextSource:
 
     @property
     def separator(self) -> str:
-        """What stands between two documents.
-
-        Nothing between conversations, where the template writes it, and pieces of one text.
-        """
+        """What stands between two documents, unless a template or the text itself writes it."""
         where = self.place[0]
         in_pieces = isinstance(where, Path) and is_text_file(where)
         return "" if in_pieces or self.is_chat else "\n\n"
@@ -139,17 +134,12 @@ class TextSource:
         """Yield the conversations with the images beside them, in the source's own order."""
         assert self.has_images, self.name
         where = self.place[0]
-        directory = None
-        if isinstance(where, Path):
-            directory = where if where.is_dir() else where.parent
+        directory = where.parent if isinstance(where, Path) else None
         for record, at in self._records(CHAT_COLUMN, IMAGE_COLUMN):
             yield sample_of(record, at, directory)
 
     def documents(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[str]:
-        """Yield the documents, in the source's own order.
-
-        The tokenizer's chat template makes conversations into text; it is needed for these only.
-        """
+        """Yield the documents; of conversations the text that the chat template makes."""
         if not self.is_chat:
             self._tell_of_images()
             return self._values()
@@ -179,7 +169,6 @@ class TextSource:
         next(self._values(), None)
 
     def _values(self) -> Iterator[Any]:
-        """Return the documents or conversations."""
         if isinstance(self.text, Text):
             return iter(self.text.documents)
         if self.text in OFFLINE:
@@ -220,10 +209,7 @@ def identity_of(text: str | Text) -> object:
 def check_texts(
     calibration: Sequence[str | Text] | None = None, evaluation: Sequence[str | Text] | None = None
 ) -> None:
-    """Open every text to calibrate or train on, or for an evaluation, and read its beginning.
-
-    This comes before anything that is slow: imports, downloads, conversions, passes.
-    """
+    """Open every text and read its beginning, before anything that is slow."""
     sources = [TextSource(text, "calibration") for text in calibration or ()]
     for source in (*sources, *(TextSource(text, "evaluation") for text in evaluation or ())):
         if source.on_hub:

@@ -12,9 +12,7 @@ Shapes: R tokens of the stream, N windows, T tokens in a window.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from random import Random
 from typing import TYPE_CHECKING
@@ -39,10 +37,7 @@ _CHARACTERS_OF_TOKEN = 32
 def first_tokens(
     source: TextSource, tokenizer: PreTrainedTokenizerBase, limit: int | None
 ) -> Tensor:
-    """Return the tokens that a text begins with, as int64 [R].
-
-    After `limit` tokens no more is read; None is for the whole text.
-    """
+    """Return the tokens that a text begins with, int64 [R]: all, or `limit` and few more."""
     pieces: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
     total = 0
     characters = _CHUNK_CHARACTERS
@@ -84,10 +79,8 @@ def document_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> I
 
 
 def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    with warnings.catch_warnings():
-        # "sequence longer than the model's maximum": it is cut into windows later.
-        warnings.simplefilter("ignore")
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    # It is cut into windows later: no word of texts that are longer than the model's maximum.
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 
 
@@ -128,28 +121,21 @@ def _cut(text: str, characters: int) -> list[str]:
     return [*pieces, text[start:]]
 
 
-@dataclass(frozen=True)
-class Span:
-    """The part of a stream that one window has; one shorter than it has the beginning before it."""
-
-    begin: int
-    end: int
+# The part of a stream that one window has; one shorter than it has the beginning before it.
+Span = tuple[int, int]
 
 
 def spans(
     stream_R: Tensor, seqlen: int, begins_with: Sequence[int] = (), count: int | None = None
 ) -> list[Span]:
-    """Return windows one after the other, without overlap, at most `count` of them if it is given.
-
-    What is left at the end is dropped.
-    """
+    """Return windows one after the other, without overlap and without what is left at the end."""
     found: list[Span] = []
     begin = 0
     while count is None or len(found) < count:
         end = begin + seqlen - _added(stream_R, begin, begins_with)
         if end > len(stream_R):
             break
-        found.append(Span(begin, end))
+        found.append((begin, end))
         begin = end
     return found
 
@@ -160,8 +146,8 @@ def gather(
     """Return the tokens of the windows [N, T], or what else the stream has of each token."""
     begin_P = torch.tensor(begins_with, dtype=stream_R.dtype)
     rows = [
-        torch.cat([begin_P[: seqlen - (span.end - span.begin)], stream_R[span.begin : span.end]])
-        for span in spans_N
+        torch.cat([begin_P[: seqlen - (end - begin)], stream_R[begin:end]])
+        for begin, end in spans_N
     ]
     return torch.stack(rows) if rows else stream_R.new_empty((0, seqlen))
 

@@ -19,16 +19,12 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer that a model directory carries, or raise CheckpointError."""
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            directory, trust_remote_code=False
-        )
-    except Exception as error:  # transformers has no one exception type for this
-        raise CheckpointError(
-            f"{directory} carries no usable tokenizer ({_why_not(error)}); copy the "
-            "files of the model's own (tokenizer.json or tokenizer.model, and "
-            "tokenizer_config.json) into it"
-        ) from error
+    tokenizer: PreTrainedTokenizerBase = _loaded(
+        AutoTokenizer,
+        directory,
+        "tokenizer ({}); copy the files of the model's own (tokenizer.json or tokenizer.model, and "
+        "tokenizer_config.json) into it",
+    )
     return tokenizer
 
 
@@ -36,29 +32,27 @@ def load_processor(directory: Path) -> Any:
     """Return the processor that a model directory carries, or raise CheckpointError."""
     from transformers import AutoProcessor
 
-    try:
-        processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
-    except ImportError as error:
-        raise MissingExtraError("reading images", "images") from error
-    except Exception as error:  # transformers has no one exception type for this
-        raise CheckpointError(_no_processor(directory, _why_not(error))) from error
+    unusable = (
+        "processor, which images need (processor_config.json, preprocessor_config.json): {}; add "
+        "the files of the original model, or give text"
+    )
+    processor = _loaded(AutoProcessor, directory, unusable)
     if not is_processor(processor):
-        raise CheckpointError(_no_processor(directory, f"found only {type(processor).__name__}"))
+        found = unusable.format(f"found only {type(processor).__name__}")
+        raise CheckpointError(f"{directory} carries no usable {found}")
     return processor
 
 
-def _no_processor(directory: Path, found: str) -> str:
-    return (
-        f"{directory} carries no usable processor, which images need (processor_config.json, "
-        f"preprocessor_config.json): {found}; add the files of the original model, or give text"
-    )
-
-
-def _why_not(error: Exception) -> str:
-    """Return why transformers reads nothing; its own words would advise to let code run."""
-    if "trust_remote_code" in str(error):
-        return "it is made by code of its own, which cfsp does not run"
-    return first_line(error).rstrip(" :")
+def _loaded(auto_class: Any, directory: Path, unusable: str) -> Any:
+    try:
+        return auto_class.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # transformers has no one exception type for this
+        if isinstance(error, ImportError) and auto_class.__name__ == "AutoProcessor":
+            raise MissingExtraError("reading images", "images") from error
+        why = first_line(error).rstrip(" :")
+        if "trust_remote_code" in str(error):  # its own words would advise to let code run
+            why = "it is made by code of its own, which cfsp does not run"
+        raise CheckpointError(f"{directory} carries no usable {unusable.format(why)}") from error
 
 
 def is_processor(value: Any) -> bool:

@@ -31,26 +31,16 @@ _LEAST_STRIDE = 8
 
 @dataclass(frozen=True)
 class Windows:
-    """Token windows and where they came from.
+    """Token windows and where they came from."""
 
-    Attributes:
-        tokens_NT: token ids, int64.
-        sources: name of each source and how many windows it gave.
-        begins_with: token ids that every window begins with: BOS, or none.
-        counted_N: how many tokens at the end of each count; None for all that are predicted.
-        images_N: what the model is given of each window besides its tokens, such as pixel values;
-            empty where no window has images.
-        evaluation_part: whether nothing is calibrated or trained on this part of the text.
-        padding_N: how many tokens at the end of each are none of the text; None of full windows.
-    """
-
-    tokens_NT: Tensor
-    sources: dict[str, int]
-    begins_with: tuple[int, ...] = ()
-    counted_N: Tensor | None = None
+    tokens_NT: Tensor  # token ids, int64
+    sources: dict[str, int]  # how many windows each gave, by its name
+    begins_with: tuple[int, ...] = ()  # tokens that every window begins with: BOS, or none
+    counted_N: Tensor | None = None  # how many at the end of each count; None for all predicted
+    # What the model is given of each besides its tokens, as pixels; empty where none has images.
     images_N: tuple[Mapping[str, Tensor], ...] = ()
-    evaluation_part: bool = False
-    padding_N: Tensor | None = None
+    evaluation_part: bool = False  # whether nothing is fitted to this part of the text
+    padding_N: Tensor | None = None  # how many at the end of each are no text; None for none
 
     @property
     def has_images(self) -> bool:
@@ -82,7 +72,6 @@ class Windows:
 
     @property
     def _is_by_source(self) -> bool:
-        """Whether it is known which windows are of which source."""
         return sum(self.sources.values()) == len(self.tokens_NT)
 
     def by_source(self) -> list[Windows]:

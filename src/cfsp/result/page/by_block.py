@@ -36,7 +36,7 @@ _NOUNS: dict[Part, tuple[str, str, str]] = {
 _HEAD = ("distance", "importance", "before", "kept")
 
 # What the errors of a step of repair are errors of.
-_ERRORS = {"ridge": "relative squared error of the FFN output"}
+_ERRORS = {"ridge": "relative squared error of the output"}
 _ERROR = "relative error of the hidden states after the block"
 _REPAIR = (
     "Each step of repair is judged on windows that were held out from it; what did not help is "
@@ -56,10 +56,7 @@ _GREW = (
 
 
 def block_chart(runs: Sequence[RunFacts], part: Part = "ffn") -> Chart | None:
-    """Return how far blocks, or attention layers, turn the hidden state, and what they keep.
-
-    The runs are of one model; None where none has a plan with units of the part.
-    """
+    """Return what blocks, or attention layers, of one model do and keep; None without a plan."""
     plans = [(run, run.plan.only(part)) for run in runs if run.plan is not None]
     planned = [(run, plan) for run, plan in plans if plan.units]
     if not planned:
@@ -101,7 +98,6 @@ def block_chart(runs: Sequence[RunFacts], part: Part = "ffn") -> Chart | None:
 
 
 def _under_each_other(panels: Sequence[Panel], below: Sequence[int]) -> list[Panel]:
-    """Return panels that share an axis of blocks, which stands below the last one."""
     labels = [((i + 0.5) / len(below), str(block)) for i, block in enumerate(below)]
     return [*panels[:-1], replace(panels[-1], labels=labels)]
 
@@ -109,10 +105,7 @@ def _under_each_other(panels: Sequence[Panel], below: Sequence[int]) -> list[Pan
 def _table(
     heads: Sequence[Sequence[str]], names: Sequence[str], cells: Sequence[Sequence[Sequence[str]]]
 ) -> Table:
-    """Return the table behind a chart.
-
-    Of each run or step there are the names of its columns, and the cells of each named row.
-    """
+    """Return the table behind a chart, from the heads and rows of each run or step."""
     return Table(
         ["block", *(name for head in heads for name in head)],
         [
@@ -123,10 +116,7 @@ def _table(
 
 
 def _columns_of(plan: PruningPlan) -> list[UnitPlan | None]:
-    """Return the unit of each column: all of them where a block has several, else of each block.
-
-    None stands for a block that has none.
-    """
+    """Return the unit of each column: of blocks with one at most, of each block that or None."""
     unit_of = {unit.block: unit for unit in plan.units}
     if len(unit_of) < len(plan.units):
         return list(plan.units)
@@ -134,7 +124,6 @@ def _columns_of(plan: PruningPlan) -> list[UnitPlan | None]:
 
 
 def _narrows(plan: PruningPlan) -> bool:
-    """Return whether units that stay lose channels."""
     return any(unit.kept_width < unit.width for unit in plan.kept_units if unit.kept)
 
 
@@ -174,7 +163,6 @@ def _worth_panel(
 
 
 def _width_panel(title: str, names: Sequence[str], units: Sequence[UnitPlan | None]) -> Panel:
-    """Return a panel of the channels that units keep, within those that they had."""
     marks = []
     for name, unit in zip(names, units, strict=True):
         if unit is None:
@@ -206,7 +194,7 @@ def repair_chart(runs: Sequence[RunFacts]) -> Chart | None:
         errors = [each["error_before"] for each in entries]
         errors += [each["error_after"] for each in entries if each["kept"]]
         scale = round_scale([0.0, max(map(float, errors)) or 1.0])
-        marks = [_repair_mark(i, columns, name) for i in range(count)]
+        marks = [_repair_mark(i, columns, name, blocks or range(count)) for i in range(count)]
         title = panel_title(f"{name.capitalize()}: {_ERRORS.get(name, _ERROR)}", run, runs)
         panels.append(Panel(title, _HEIGHT, scale, marks))
     entries = [entry for *_, columns in shown for entry in columns if entry is not None]
@@ -250,19 +238,22 @@ def _in_columns(step: Step, blocks: Sequence[int] | None, count: int) -> list[En
     told = {index: entry for index, entry in enumerate(step["blocks"]) if entry is not None}
     if blocks is not None and not any("block" in entry for entry in told.values()):
         last = {block: column for column, block in enumerate(blocks)}
-        told = {last[block]: entry for block, entry in told.items()}
+        told = {last[at]: {**entry, "block": at, "path": ""} for at, entry in told.items()}
     return [told.get(column) for column in range(count)]
 
 
-def _repair_mark(index: int, columns: Sequence[Entry | None], step: str) -> Mark:
+def _repair_mark(
+    index: int, columns: Sequence[Entry | None], step: str, block_of: Sequence[int]
+) -> Mark:
     """Return an open circle for before and a filled one for after, or a cross; and the words."""
     entry = columns[index]
     if entry is None:
         later = ((i, each) for i, each in enumerate(columns) if each is not None and i > index)
         last, of_last = next(later, (index, {"blocks": 0}))
+        say = f"shares the error of block {block_of[last]}"
         if last - of_last["blocks"] >= index:
-            return Mark(f"Block {index}, {step}: no error of its own")
-        return Mark(f"Block {index}, {step}: shares the error of block {last}")
+            say = "no error of its own"
+        return Mark(f"Block {block_of[index]}, {step}: {say}")
     if not 1 <= entry["blocks"] <= index + 1:
         raise ValueError(f"block {index} cannot have changed with {entry['blocks']} blocks")
     before, after = entry["error_before"], entry["error_after"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib.metadata import version
 from importlib.resources import files
@@ -22,12 +21,9 @@ from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import OutputError, ReportError
 from cfsp.quality.results_file import read_results
 from cfsp.result.facts import (
-    COUNT,
-    NOTHING,
     QUALITY,
     SIZE,
     SPEED,
-    Fact,
     labels,
     texts_that_made,
 )
@@ -35,15 +31,12 @@ from cfsp.result.making import load_code, making
 from cfsp.result.manifest import published, refusing_damage
 from cfsp.result.names import public_name, short_names
 from cfsp.result.page.by_block import block_chart, repair_chart
-from cfsp.result.page.chart import TEMPLATES, Chart
-from cfsp.result.page.curves import front_of, pareto_chart, recovery_chart, sized
+from cfsp.result.page.chart import TEMPLATES, Chart, pareto_chart, recovery_chart
 from cfsp.result.runs import (
-    HEADINGS,
     Document,
     RunFacts,
-    any_of,
     read_runs,
-    side_by_side,
+    sections,
     with_results,
 )
 
@@ -52,29 +45,27 @@ _STYLES = ("style.css", "charts.css")
 MOST_IN_DETAIL = 8
 
 
-@dataclass(frozen=True)
-class ModelGroup:
-    """Runs of one original, and their charts."""
+class ModelGroup(NamedTuple):
+    """Runs of one original, those that are drawn by block and those that are not, and charts."""
 
     base: str
     runs: Sequence[RunFacts]
-    detailed: Sequence[RunFacts]  # that charts by block and manifests are of
+    detailed: Sequence[RunFacts]
+    brief: Sequence[RunFacts]
     charts: Sequence[Chart]
 
-    @property
-    def brief(self) -> list[RunFacts]:
-        """The runs that are not shown in detail."""
-        shown = {run.name for run in self.detailed}
-        return [run for run in self.runs if run.name not in shown]
 
-
-def write_report(directories: Sequence[Path], out: Path, *, results: Sequence[Path] = ()) -> None:
+def write_report(given: Sequence[Path], out: Path) -> None:
     """Write the page of one run or several, or in the place of an older one.
 
-    Results are files of `cfsp eval --json` or `cfsp bench --json`, of the runs and their originals.
+    Beside directories of runs there may be files of `cfsp eval --out` or `cfsp bench --json`, of
+    the runs and their originals.
     """
     _check_is_replaceable(out)
-    runs, page = read_runs(directories), ""
+    results = [path for path in given if path.is_file()]
+    runs, page = read_runs([path for path in given if path not in results]), ""
+    if not runs:
+        raise ReportError(f"expected the directory of a run beside {results[0]}, found none")
     for run in runs:
         # Each alone at first, so that damage is found with its file.
         with refusing_damage(run.directory):
@@ -124,7 +115,7 @@ def group_runs(runs: Sequence[RunFacts]) -> list[ModelGroup]:
         by_base.setdefault(base, []).append(run)
     groups = []
     for group in by_base.values():
-        detailed = runs_in_detail(group)
+        detailed, brief = group[:MOST_IN_DETAIL], group[MOST_IN_DETAIL:]
         pruned = _without_recovered_twins(detailed)
         charts = (
             pareto_chart(group),
@@ -134,7 +125,8 @@ def group_runs(runs: Sequence[RunFacts]) -> list[ModelGroup]:
             recovery_chart(detailed),
         )
         shown = [chart for chart in charts if chart is not None]
-        groups.append(ModelGroup(public_name(group[0].base_name), group, detailed, shown))
+        base = public_name(group[0].base_name)
+        groups.append(ModelGroup(base, group, detailed, brief, shown))
     return groups
 
 
@@ -148,29 +140,12 @@ def _without_recovered_twins(runs: Sequence[RunFacts]) -> list[RunFacts]:
     return shown
 
 
-def runs_in_detail(runs: Sequence[RunFacts]) -> list[RunFacts]:
-    """Return all runs, or `MOST_IN_DETAIL` of them, from the smallest to the largest.
-
-    Those come from the runs that no other beats in size and in perplexity under some conditions;
-    where nothing was measured, from all.
-    """
-    if len(runs) <= MOST_IN_DETAIL:
-        return list(runs)
-    best = {name for _, dots in sized(runs) for name in front_of(dots)}
-    chosen = [run for run in runs if run.name in best] or list(runs)
-    chosen.sort(key=lambda run: float(run.manifest.get("parameters_after", 0)))
-    last = len(chosen) - 1
-    count = min(MOST_IN_DETAIL, len(chosen))
-    return [chosen[round(step * last / max(1, count - 1))] for step in range(count)]
-
-
 def page_file(name: str) -> str:
     """Return one of the files that the page is made of."""
     return files("cfsp.result.page").joinpath("assets", name).read_text(encoding="utf-8")
 
 
 def _manifest_text(run: RunFacts) -> str:
-    """Return the manifest as indented JSON, without paths of the machine."""
     text = json.dumps(published(run.manifest), indent=2, ensure_ascii=False)
     texts = [fact.text for fact in run.facts if fact.text]
     texts += sorted(texts_that_made(run.manifest))
@@ -204,24 +179,7 @@ def _check_is_replaceable(out: Path) -> None:
 
 
 def _digest(text: str) -> str:
-    """Return the source expression that allows exactly this inline text."""
     return "sha256-" + base64.b64encode(sha256(text.encode()).digest()).decode()
-
-
-class Cell(NamedTuple):
-    """A number and a remark about it."""
-
-    value: str
-    note: str = ""
-
-
-class Row(NamedTuple):
-    """A number of the original and of each run."""
-
-    name: str
-    cells: Sequence[Cell]  # the original first
-    detail: str = ""  # the conditions, in small letters
-    hint: str = ""  # more of them
 
 
 class Headline(NamedTuple):
@@ -230,16 +188,6 @@ class Headline(NamedTuple):
     value: str
     noun: str
     detail: str
-
-
-def sections(runs: Sequence[RunFacts]) -> dict[str, list[Row]]:
-    """Return the rows of runs of one model, under headings; headings without rows are left out."""
-    names = labels(fact for run in runs for fact in run.facts)
-    found = {
-        heading: [_row(facts, runs, names[any_of(facts)]) for facts in side_by_side(runs, heading)]
-        for heading in HEADINGS
-    }
-    return {heading: rows for heading, rows in found.items() if rows}
 
 
 def headlines(run: RunFacts) -> list[Headline]:
@@ -271,25 +219,3 @@ def answers_by_kind(
             of_kind = found.setdefault(own["kind"], {})
             of_kind.setdefault(own["question"], [(base, dense)]).append((run.name, own))
     return found
-
-
-def _row(facts: dict[str, Fact], runs: Sequence[RunFacts], name: str) -> Row:
-    """Return the row of one fact of several runs; the original is known from any of them."""
-    first = any_of(facts)
-    before = next((fact.before for fact in facts.values() if fact.before is not None), None)
-    cells = [Cell(first.unit(before), first.note(before))]
-    for run in runs:
-        fact = facts.get(run.name)
-        if fact is not None and fact.after is not None:
-            fact = replace(fact, before=before)
-            cells.append(Cell(fact.unit(fact.after), fact.change or fact.note(fact.after)))
-        elif first.unit is COUNT and run.under(SIZE):
-            cells.append(Cell(first.unit(before)))  # a part of which nothing could go
-        else:
-            cells.append(Cell(NOTHING))
-    details = {fact.detail for fact in facts.values()}
-    detail = details.pop() if len(details) == 1 else ""
-    if first.conditions is None:
-        return Row(name, cells, detail)
-    how = first.conditions.beside({run.name: run.manifest for run in runs})
-    return Row(name, cells, how, f"{first.conditions.tokens:,} predicted tokens")
