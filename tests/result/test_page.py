@@ -193,6 +193,22 @@ def test_pairs_with_the_original(run, results, tmp_path):
     assert re.search(rf"top-1 agreement, percent, \S+ {NOTHING} \d+\.\d ± ", words)
 
 
+def test_results_of_another_folder_are_known_by_their_weights(run, results, tmp_path, monkeypatch):
+    found = json.loads(results.read_text())
+    for model, name in zip(found["models"], ("there/dense", "there/smaller"), strict=True):
+        model["model"] = name
+    (tmp_path / "moved.json").write_text(json.dumps(found))
+    monkeypatch.chdir(tmp_path)
+    words = words_of(rendered([run], tmp_path, tmp_path / "moved.json"))
+    assert words == words_of(rendered([run], tmp_path, results))
+    found["models"][1]["fingerprint"] = "another's"
+    (tmp_path / "moved.json").write_text(json.dumps(found))
+    with pytest.raises(
+        ReportError, match="of none of the runs; they are of: there/dense, there/sm"
+    ):
+        rendered([run], tmp_path, tmp_path / "moved.json")
+
+
 def test_answers_stand_side_by_side_by_kind(run, results, tmp_path):
     found = json.loads(results.read_text())
     for model in found["models"]:

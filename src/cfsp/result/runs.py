@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE, SWEEP_FILE
+from cfsp.checkpoint.reading import fingerprint
 from cfsp.errors import ReportError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.compare import compare
@@ -90,11 +93,26 @@ class RunFacts:
         """Return the facts of one table."""
         return [fact for fact in self.facts if fact.heading == heading]
 
-    def side_of(self, model: str) -> str | None:
-        """Return which side of this run a model is, by its name: before, after, or None."""
-        if Path(model).resolve() == self.directory.resolve():
-            return "after"
-        return "before" if model == self.base_name else None
+    def sides_of(self, models: Models) -> dict[str, str]:
+        """Return which side of this run models of results are, by their names.
+
+        Results may be of another machine or folder: then weights tell, where they say them.
+        """
+        base = self.manifest.get("base_model", {}).get("fingerprint")
+        sides = {}
+        for model in models:
+            name, weights = str(model["model"]), model.get("fingerprint")
+            if Path(name).resolve() == self.directory.resolve():
+                sides[name] = "after"
+            elif name == self.base_name or (weights is not None and weights == base):
+                sides[name] = "before"
+            elif weights is not None and not Path(name).exists() and weights == self._fingerprint:
+                sides[name] = "after"
+        return sides
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(open_checkpoint(self.directory))
 
     @property
     def base_name(self) -> str:
@@ -233,27 +251,27 @@ def _row(facts: dict[str, Fact], runs: Sequence[RunFacts], name: str) -> Row:
 def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunFacts]:
     """Add what `cfsp eval --json` or `cfsp bench --json` measured to the runs it measured.
 
-    A model of the results is one of the runs if it is the same directory, and a run's original if
-    it has the name that was pruned.
+    A model of the results is one of the runs, or a run's original, if it has its name or weights.
     """
     try:
         models = results["models"]
         names = [str(model["model"]) for model in models]
         facts_of = _speed_facts if "workloads" in models[0] else _quality_facts
+        sides = [run.sides_of(models) for run in runs]
         extended = [
             replace(
                 run,
-                facts=joined([*run.facts, *facts_of(models, run.side_of)]),
-                answers=_answer_documents(models, run.side_of) or run.answers,
+                facts=joined([*run.facts, *facts_of(models, side_of.get)]),
+                answers=_answer_documents(models, side_of.get) or run.answers,
             )
-            for run in runs
+            for run, side_of in zip(runs, sides, strict=True)
         ]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ReportError(
             "the results are not what `cfsp eval --json` or `cfsp bench --json` prints: "
             f"{error!r} is missing or of another type"
         ) from error
-    if not any(run.side_of(name) == "after" for run in runs for name in names):
+    if not any("after" in side_of.values() for side_of in sides):
         raise ReportError(f"the results are of none of the runs; they are of: {', '.join(names)}")
     return extended
 

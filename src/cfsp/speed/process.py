@@ -54,14 +54,12 @@ def model_process(subject: Subject, conditions: Conditions) -> Iterator[ModelPro
     """Start a process, load the model in it, and end it afterwards; its errors are raised here."""
     # Ctrl-C goes to all processes of a terminal: this one ends the others.
     executor = ProcessPoolExecutor(1, PROCESSES, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    others = set(multiprocessing.active_children())
     try:
-        ready = executor.submit(os.getpid)
         yield ModelProcess(executor, *_asked(executor, _load, subject, conditions))
     except BaseException:
-        own = None if ready.exception() else ready.result()
-        for process in multiprocessing.active_children():
-            if process.pid == own:
-                process.kill()  # it may be in the middle of a run
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()  # it may be in the middle of a run
         raise
     finally:
         executor.shutdown()
