@@ -229,6 +229,24 @@ def test_only_models_whose_logits_are_a_product_are_sliced(tiny_checkpoint):
     assert capped(input_ids=torch.tensor([[0, 1]])).logits.shape[-1] == 320
 
 
+def test_the_less_there_is_to_learn_the_lower_the_rate(recovered, pruned, tiny_checkpoint, out):
+    """A KL grows with the square of the way, and the way of Adam is its rate's."""
+    full, teacher = Adaptation("full"), str(tiny_checkpoint("llama"))
+    report = recovered(adaptation=full, teacher=teacher)
+    weights = tensors(out)
+    stored = tensors(pruned).items()
+    trained = [t.double().flatten() for name, t in stored if name.endswith("_proj.weight")]
+    size = float(torch.cat(trained).square().mean().sqrt())
+    lost = report.history[0]["held_out"]
+    assert 0 < lost < 1
+    rate = read_manifest(out)["recovery"]["training"]["learning_rate"]
+    assert rate == pytest.approx(0.001 * size * math.sqrt(lost), rel=0.01)
+    shutil.rmtree(out)
+    recovered(adaptation=full, teacher=teacher, training=training(learning_rate=rate))
+    again = tensors(out)
+    assert all(torch.allclose(again[name], weights[name], atol=1e-7) for name in weights)
+
+
 def test_a_teacher_is_learnt_from(recovered, tiny_checkpoint, out, plain):
     dense = str(tiny_checkpoint("llama"))
     taught = recovered(teacher=dense, training=training(teacher_weight=0.3))

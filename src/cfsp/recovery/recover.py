@@ -273,10 +273,7 @@ def _train(
             if ranks
             else ""
         )
-        logger.info(
-            f"training {trainable:,d} parameters{of_rank} in {len(ready.targets)} blocks, learning "
-            f"rate {training.learning_rate:g}"
-        )
+        logger.info(f"training {trainable:,d} parameters{of_rank} in {len(ready.targets)} blocks")
 
     # What merging, writing and loading again may take, by what loading took.
     later = watch.seconds["load"] + nbytes / BYTES_PER_SECOND + seconds_to_measure
@@ -298,7 +295,10 @@ def _train(
             schedule=schedule,
             loss=loss,
             work=work,
+            follows_loss=settings.training.learning_rate is None
+            and settings.adaptation.method == "full",
         )
+        training = replace(training, learning_rate=schedule.rate_scale * rate)
         tensors = trained_tensors(adapted) if sharded else {}
     if tensors:
         # The parts of this process are not all: what was trained goes into the model as it was.

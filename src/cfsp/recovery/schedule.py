@@ -75,6 +75,7 @@ class Schedule:
         self.now: Callable[[], float] = time.monotonic
         self.most_steps = steps
         self.fraction = 0.0  # of the run that is over
+        self.rate_scale = 1.0  # of the peak learning rate
         # Whether to evaluate and save after the step that was noted last, and to stop.
         self.evaluates = self.is_over = False
         self.training_seconds = 0.0  # of the steps that this process saw
@@ -215,12 +216,19 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     The Trainer saves its `state` with every checkpoint; when one is complete the first process
     notes it in the work directory, to go on from. A step has so many tokens over all processes.
+
+    Where `follows_loss`, the rate falls with the root of the held-out loss before training: the
+    less there is to learn the nearer it is. KL grows with the square of the way, and Adam's way is
+    the rate's. A loss above 1 leaves the rate as it is.
     """
 
-    def __init__(self, schedule: Schedule, tokens_in_step: int, work: PassState) -> None:
+    def __init__(
+        self, schedule: Schedule, tokens_in_step: int, work: PassState, *, follows_loss: bool
+    ) -> None:
         # Step, held-out loss, and loss (none before the first step) at each evaluation.
         self.history: list[dict[str, float]] = []
         self._schedule, self._tokens_in_step, self._work = schedule, tokens_in_step, work
+        self._follows_loss = follows_loss
         self._shown = is_first_process()
         self._bar: Any = None  # while it trains
         self._loss = math.nan
@@ -247,6 +255,7 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
             {key: entry[key] for key in order if key in entry} for entry in saved["history"]
         ]
         self._schedule.go_on_from(saved["elapsed"], saved["fraction"])
+        self._choose_rate()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar."""
@@ -306,23 +315,32 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
         if math.isfinite(self._loss):
             entry["loss"] = round(self._loss, 4)
         self.history.append(entry)
+        self._choose_rate()
         if self._shown:
             self._bar.clear()
             # Before the first step only the clock says how much there will be.
-            pace = schedule.what_fits
+            rate = f"learning rate {schedule.rate_scale * args.learning_rate:.3g}"
+            pace = ", ".join(filter(None, (rate, schedule.what_fits)))
             if self._steps:
                 left = int(schedule.seconds_left)
                 pace = f"{self.tokens_per_second:,.0f} tokens/s, {left // 60}:{left % 60:02d} left"
             logger.info(
                 f"step {step}, {schedule.progress:.0%}: {self._loss_in_words()}held-out loss "
-                f"{loss:.4f}{pace and ', '}{pace}"
+                f"{loss:.4f}, {pace}"
             )
         if not step:
+            # The rate of the first step was set before the loss was known.
+            for group in kwargs["optimizer"].param_groups:
+                group["lr"] *= schedule.rate_scale
             schedule.training_begins()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""
         self._bar.close()
+
+    def _choose_rate(self) -> None:
+        if self._follows_loss:
+            self._schedule.rate_scale = min(1.0, math.sqrt(self.history[0]["held_out"]))
 
     def _loss_in_words(self) -> str:
         """Return the loss of the last steps that were logged; nothing before the first."""

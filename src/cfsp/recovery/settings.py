@@ -14,6 +14,7 @@ RankAllocation = Literal["uniform", "importance", "inverse"]
 # Peak learning rates, relative to the root mean square of the weights. Adam moves a weight by about
 # the rate in a step, however large its gradient is; what that does depends on how large weights
 # are: .19 in SmolLM2-135M, .019 in Qwen2.5-0.5B, which a rate that suits the first destroys.
+# In full training they also fall with the root of a held-out loss below 1 (`schedule.Pace`).
 RELATIVE_RATES: dict[Method, float] = {"lora": 5e-3, "full": 1e-3}
 # Who teaches: the dense model that was pruned, where it is at hand, or nobody.
 AUTO_TEACHER, NO_TEACHER = "auto", "none"
@@ -86,7 +87,8 @@ class Training(Declared):
         above=0,
         metavar="LR",
         default="of the weights' root mean square "
-        + ", ".join(f"{rate:.1%} for {method}" for method, rate in RELATIVE_RATES.items()),
+        + ", ".join(f"{rate:.1%} for {method}" for method, rate in RELATIVE_RATES.items())
+        + ", times the root of a held-out loss below 1",
     )
     batch_windows: int = option(
         4, "windows in a step, of each process", kind=int, least=1, metavar="N"

@@ -113,8 +113,10 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> LambdaLR:
         """Return learning rates that follow the schedule."""
+        schedule = self._schedule
         rates = LambdaLR(
-            optimizer or self.optimizer, lambda step: rate_factor(self._schedule.fraction)
+            optimizer or self.optimizer,
+            lambda step: schedule.rate_scale * rate_factor(schedule.fraction),
         )
         self.lr_scheduler = rates
         # As in the Trainer's own method: a later train() makes a new one.
@@ -247,6 +249,7 @@ def train(
     schedule: Schedule,
     loss: ModelLoss,
     work: PassState,
+    follows_loss: bool = False,
 ) -> TrainingOutcome:
     """Train, and leave the model with the weights of its best evaluation.
 
@@ -257,7 +260,7 @@ def train(
     # Without a state, what lies there is not complete, and the first process removes it.
     last = last_checkpoint(work.directory) if work.next_block else None
     tokens_in_step = training.windows_in_step * training.seqlen
-    pace = Pace(schedule, tokens_in_step, work)
+    pace = Pace(schedule, tokens_in_step, work, follows_loss=follows_loss)
     adapted.config.use_cache = False
     with without_library_bars():
         trainer = (ShardedTrainer if training.shard else RecoveryTrainer)(
