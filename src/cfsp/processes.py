@@ -177,7 +177,9 @@ def joined(device: torch.device) -> Iterator[Team]:
     try:
         patience = timedelta(seconds=_START_SECONDS)
         dist.init_process_group(backend, timeout=patience)
-        team = Team(rank, size, dist.new_group(backend="gloo"))
+        # Of all but the first this is the time that a wait may take (see `each_does`).
+        longest = timedelta(seconds=_FIRST_SECONDS)
+        team = Team(rank, size, dist.new_group(backend="gloo", timeout=longest))
     except (RuntimeError, ValueError) as error:
         raise ProcessError(
             f"process {rank} of {size} cannot reach the others: "

@@ -171,5 +171,5 @@ def test_what_a_killed_run_saved_of_repaired_experts_is_read_again(
         assert repaired == repaired_again
         assert one.kept == other.kept
         assert one.observed.units[0].routed_E == other.observed.units[0].routed_E
-        assert repaired.error_after <= repaired.error_before
-    assert fresh[1].repaired[0].experts[LONELY].few_tokens
+        assert repaired["error_after"] <= repaired["error_before"]
+    assert fresh[1].repaired[0]["experts"][LONELY]["few_tokens"]

@@ -207,6 +207,12 @@ def test_results_of_another_folder_are_known_by_their_weights(run, results, tmp_
         ReportError, match="of none of the runs; they are of: there/dense, there/sm"
     ):
         rendered([run], tmp_path, tmp_path / "moved.json")
+    bare = changed_copy(run, tmp_path / "bare", lambda manifest: None)
+    for weights in bare.glob("*.safetensors"):  # as the runs of a sweep are
+        weights.unlink()
+    found["models"][1]["model"] = str(run)
+    (tmp_path / "moved.json").write_text(json.dumps(found))
+    rendered([bare, run], tmp_path, tmp_path / "moved.json")
 
 
 def test_answers_stand_side_by_side_by_kind(run, results, tmp_path):

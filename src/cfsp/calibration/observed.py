@@ -100,10 +100,10 @@ class UnitStatistics:
     @property
     def is_possible(self) -> bool:
         """Whether tokens were seen, and no sum is NaN, infinite, negative or of another shape."""
-        sums = torch.cat([self.sum_of_squares_F.flatten(), self.output_norm_E])
+        sums = torch.cat([self.sum_of_squares_F.flatten(), self.output_norm_E.flatten()])
         return (
             BlockStatistics(self.distance_sum or 0.0, self.tokens).is_possible
-            and self.sum_of_squares_F.ndim == 1
+            and self.sum_of_squares_F.ndim == self.output_norm_E.ndim == 1
             and min(self.routed_E, default=0) >= 0
             and len(self.sum_of_squares_F) % self.ffns == 0
             and len(self.output_norm_E) in (0, len(self.routed_E))
@@ -230,7 +230,7 @@ def units_from(
             tokens=entry["tokens"],
             routed_E=tuple(int(seen) for seen in entry.get("routed", ())),
             part=entry.get("part", "ffn"),
-            distance_sum=entry.get("distance_sum"),
+            distance_sum=float(entry["distance_sum"]) if "distance_sum" in entry else None,
             output_norm_E=tensors.get(f"units.{number}.output_norm", NOT_SEEN).double(),
         )
         for number, entry in enumerate(facts["units"])

@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> Told:
     take_own_accelerator(compute.device)
     source = open_checkpoint(args.model, parts=parts)
     check_is_outside(args.out, source.directory)
-    identity = {"command": "calibrate", "--parts": list(parts)}
+    metric = settings.criterion.block_metric
+    identity = {"command": "calibrate", "--parts": list(parts), "block_metric": metric}
     with (
         created_parents(args.out),
         joined(compute_device(compute.device)) as team,

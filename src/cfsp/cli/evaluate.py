@@ -94,7 +94,7 @@ def _add_answers(parser: Parser) -> None:
         const=DEFAULT_QUESTIONS,
         metavar="N|CHATS",
         help=f"ask the first N of {DEFAULT_QUESTIONS} questions of ten kinds that come with cfsp "
-        "(default: all), or what the user says first in as many chats of a .jsonl file",
+        "(default: all), or what the user says first in each chat of a .jsonl file",
     )
 
 
@@ -155,7 +155,7 @@ def _windows(text: str) -> int | None:
 
 
 def _asked(text: str) -> int | str:
-    if text.endswith((".jsonl", ".parquet", ":messages")):
+    if text.lower().endswith((".jsonl", ".parquet", ":messages")):
         return text
     return _count("questions or a .jsonl file, with the models before --answers", text)
 
@@ -175,7 +175,8 @@ def _print(found: dict[str, Any], args: argparse.Namespace) -> None:
     from cfsp.result.names import short_names
     from cfsp.result.runs import measured_runs, sections
 
-    models, compares = found["models"], args.against is not None
+    models = found["models"]
+    compares = args.against is not None and len(models) > 1
     names = short_names(model["model"] for model in models)
     runs = measured_runs(models, compares=compares)
     rows = [row for of_heading in sections(runs).values() for row in of_heading]

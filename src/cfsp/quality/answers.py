@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from hashlib import sha256
-from itertools import islice, takewhile
+from itertools import takewhile
 from operator import eq
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,6 @@ from cfsp.progress import item_progress
 from cfsp.quality.paired import per_count
 from cfsp.quality.perplexity import WindowSums, divergence_and_agreement
 from cfsp.quality.results_file import answer_measures
-from cfsp.settings import DEFAULT_QUESTIONS
 from cfsp.streaming.decoder_end import text_model
 from cfsp.streaming.work_dir import WorkDir, load_or_compute
 from cfsp.text.records import templated
@@ -58,10 +57,10 @@ class Questions:
     asked: tuple[tuple[str, str], ...]
 
     @classmethod
-    def of(cls, asked: int | str) -> Questions:
+    def of(cls, asked: int | str | Path) -> Questions:
         """Return so many questions of those that come with cfsp, or those that begin chats."""
-        if isinstance(asked, str):
-            return cls(tuple(islice(_first_turns(asked), DEFAULT_QUESTIONS)))
+        if not isinstance(asked, int):
+            return cls(tuple(_first_turns(str(asked))))
         if asked < 1:
             raise UsageError(f"--answers needs at least 1 question, found {asked}")
         lines = _FILE.read_text(encoding="utf-8").splitlines()

@@ -174,8 +174,18 @@ def _importances(source: Checkpoint) -> list[float]:
 
 def allocate_ranks(weight_L: Sequence[float], mean_rank: float) -> list[int]:
     """Return ranks in proportion to positive weights, each at least 1, with a mean."""
-    blocks, total = len(weight_L), round(mean_rank * len(weight_L))
-    share_L = [total * weight / sum(weight_L) for weight in weight_L]
+    blocks, total, poor = len(weight_L), round(mean_rank * len(weight_L)), set[int]()
+    while True:
+        # Blocks that would get less than 1 get exactly 1, the others share what is left.
+        weight = sum(value for block, value in enumerate(weight_L) if block not in poor)
+        left = total - len(poor)
+        share_L = [
+            1.0 if block in poor else left * value / weight for block, value in enumerate(weight_L)
+        ]
+        newly_poor = {block for block, share in enumerate(share_L) if share < 1}
+        if not newly_poor:
+            break
+        poor |= newly_poor
     return round_widths(share_L, [total] * blocks, [1] * blocks, [1] * blocks, total)
 
 

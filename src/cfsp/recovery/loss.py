@@ -221,7 +221,8 @@ def loss_inside(
     """Give a causal LM our loss function for as long as the context lasts."""
     models = [model] if teacher is None else [model, teacher]
     heads: list[Any] = [each.get_output_embeddings() for each in models]
-    if not all(multiplies_only(each) for each in models):
+    multiply = [multiplies_only(each) for each in models]  # each is asked: one may be refused
+    if not all(multiply):
         heads = []
     loss = ModelLoss(heads[0] if heads else None, teacher, weight)
     model.loss_function = loss
@@ -246,7 +247,7 @@ def multiplies_only(model: PreTrainedModel) -> bool:
     base = model.base_model
     if base is model:  # where the prefix of its names is that of a multimodal model around it
         base = model.get_submodule(find_architecture(model).decoder)
-    if getattr(head, "bias", None) is not None or model.training:
+    if model.training:
         return False
     token_BT = torch.tensor([[0, 1]], device=model.device)
     # Trained tensors are float32 between others in bfloat16, as in training itself.
@@ -263,7 +264,7 @@ def multiplies_only(model: PreTrainedModel) -> bool:
         ) from error
     finally:
         del head.forward
-    return torch.equal(passed_BTD, hidden_BTD)
+    return getattr(head, "bias", None) is None and torch.equal(passed_BTD, hidden_BTD)
 
 
 def _pass(hidden_BTD: Tensor) -> Tensor:

@@ -70,6 +70,7 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings) -> Prepare
     if (plan := source.directory / PLAN_FILE).is_file():
         PruningPlan.load(plan)  # the card needs it: a damaged one is no surprise after training
     tokenizer = load_tokenizer(source.directory)
+    check_installed(settings.adaptation.method)  # before a teacher is opened, or downloaded
     teacher, method = teacher_and_method(settings, source, tokenizer, device)
     check_installed(method)
     settings = replace(settings, adaptation=replace(settings.adaptation, method=method))

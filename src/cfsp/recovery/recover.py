@@ -177,7 +177,10 @@ def recover_checkpoint(
     ready = prepare(source, out, settings)
     if not is_first_process():
         return _recover(ready, None, started, command)
-    with created_parents(out), output_work_dir(out, ready.identity) as work_dir:
+    with (
+        created_parents(out),
+        output_work_dir(out, ready.identity, settings.compute.memory_budget) as work_dir,
+    ):
         check_output_is_free(out)  # another run may have been at work meanwhile
         report = _recover(ready, work_dir, started, command)
     limit, took = settings.training.limit.minutes, (time.monotonic() - started) / 60

@@ -154,15 +154,15 @@ class Fact:
         )
 
 
-def joined(facts: Iterable[Fact]) -> list[Fact]:
+def joined(facts: Iterable[Fact], *, finite: bool = True) -> list[Fact]:
     """Return one fact for each key; what comes later counts.
 
-    A number that is none is a ValueError: no chart has a place for it.
+    A number that is none is a ValueError: no chart has a place for it. A table has.
     """
     found: dict[Any, Fact] = {}
     for fact in facts:
         told = [number.value for number in (fact.before, fact.after) if number is not None]
-        if not all(map(math.isfinite, [*told, fact.ratio or 0.0])):
+        if finite and not all(map(math.isfinite, [*told, fact.ratio or 0.0])):
             raise ValueError(f"{fact.name} is no number")
         known = found.setdefault(fact.key, fact)
         before, after = fact.before or known.before, fact.after or known.after

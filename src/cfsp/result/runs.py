@@ -8,15 +8,15 @@ Results are those of `cfsp eval --json` and `cfsp bench --json`, in files or in 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE, SWEEP_FILE
 from cfsp.checkpoint.reading import fingerprint
-from cfsp.errors import ReportError
+from cfsp.errors import CheckpointError, ReportError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.compare import compare
 from cfsp.quality.results_file import measured_model
@@ -96,23 +96,23 @@ class RunFacts:
     def sides_of(self, models: Models) -> dict[str, str]:
         """Return which side of this run models of results are, by their names.
 
-        Results may be of another machine or folder: then weights tell, where they say them.
+        Results may be of another machine or folder: then weights tell, where both have them.
         """
         base = self.manifest.get("base_model", {}).get("fingerprint")
+        weights_of = {str(model["model"]): model.get("fingerprint") for model in models}
         sides = {}
-        for model in models:
-            name, weights = str(model["model"]), model.get("fingerprint")
+        for name, weights in weights_of.items():
             if Path(name).resolve() == self.directory.resolve():
                 sides[name] = "after"
             elif name == self.base_name or (weights is not None and weights == base):
                 sides[name] = "before"
-            elif weights is not None and not Path(name).exists() and weights == self._fingerprint:
-                sides[name] = "after"
+        others = {name: weights for name, weights in weights_of.items() if name not in sides}
+        if "after" not in sides.values() and any(others.values()):
+            # The runs of a sweep have no weights.
+            with suppress(CheckpointError):
+                own = fingerprint(open_checkpoint(self.directory))
+                sides |= {name: "after" for name, weights in others.items() if weights == own}
         return sides
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        return fingerprint(open_checkpoint(self.directory))
 
     @property
     def base_name(self) -> str:
@@ -289,7 +289,7 @@ def measured_runs(models: Models, *, compares: bool) -> list[RunFacts]:
             for m in both
         ]
         facts += _quality_facts(both, sides.get)
-        runs.append(RunFacts(names[own], Path(own), {}, joined(facts)))
+        runs.append(RunFacts(names[own], Path(own), {}, joined(facts, finite=False)))
     return runs
 
 

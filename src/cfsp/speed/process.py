@@ -6,12 +6,14 @@ import gc
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -53,8 +55,10 @@ class ModelProcess:
 def model_process(subject: Subject, conditions: Conditions) -> Iterator[ModelProcess]:
     """Start a process, load the model in it, and end it afterwards; its errors are raised here."""
     # Ctrl-C goes to all processes of a terminal: this one ends the others.
-    executor = ProcessPoolExecutor(1, PROCESSES, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    executor = ProcessPoolExecutor(1, PROCESSES)
     others = set(multiprocessing.active_children())
+    with _interrupts_held_back():
+        executor.submit(os.getpid)  # starts it
     try:
         yield ModelProcess(executor, *_asked(executor, _load, subject, conditions))
     except BaseException:
@@ -63,6 +67,21 @@ def model_process(subject: Subject, conditions: Conditions) -> Iterator[ModelPro
         raise
     finally:
         executor.shutdown()
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Let what is started meanwhile never see Ctrl-C: it would only add a traceback."""
+    if sys.platform == "win32":
+        yield
+        return
+    # Starting this helper of multiprocessing would let signals through again.
+    resource_tracker.ensure_running()
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def _asked(executor: ProcessPoolExecutor, ask: Callable[..., Any], *given: Any) -> Any:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import fingerprint
+from cfsp.errors import ResumeError
 from cfsp.processes import Team
 from cfsp.progress import item_progress
 from cfsp.streaming.block_stream import StreamedBlock, stream_blocks, windows_in_batch
@@ -93,7 +94,14 @@ def pass_blocks(
         state.go_back_to(max(set.intersection(*reachable)))
     results: list[T] = []
     if state is not None and state.next_block:
-        results = [visitor.load(state.directory, block) for block in range(state.next_block)]
+        try:
+            results = [visitor.load(state.directory, block) for block in range(state.next_block)]
+        except FileNotFoundError as error:
+            work = state.directory.parents[1]
+            raise ResumeError(
+                f"{state.directory} is not complete, or of another version; start over with: "
+                f"rm -r {work}"
+            ) from error
         logger.info("%s: going on at block %d of %d", label, len(results), blocks)
     if len(results) == blocks:
         return results

@@ -65,7 +65,8 @@ def write_report(given: Sequence[Path], out: Path) -> None:
     results = [path for path in given if path.is_file()]
     runs, page = read_runs([path for path in given if path not in results]), ""
     if not runs:
-        raise ReportError(f"expected the directory of a run beside {results[0]}, found none")
+        beside = f" beside {results[0]}" if results else ""
+        raise ReportError(f"expected the directory of a run{beside}, found none")
     for run in runs:
         # Each alone at first, so that damage is found with its file.
         with refusing_damage(run.directory):
