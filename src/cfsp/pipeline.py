@@ -251,7 +251,8 @@ def calibrate_source(
         jobs = [j for j in jobs if j.budget.channel_parts and j.criterion.block_metric in followed]
         if not jobs:
             return statistics
-        together = Budget(parts=tuple(part for j in jobs for part in j.budget.channel_parts))
+        # Of every part that a plan may ask about.
+        together = Budget(parts=tuple(dict.fromkeys(unit.part for unit in source.units)))
         job = replace(jobs[0], settings=replace(jobs[0].settings, budget=together))
         return with_needed_sensitivity(job, statistics, windows)
 

@@ -41,6 +41,15 @@ def test_what_a_stock_config_says_of_single_blocks_stays(widths, tmp_path):
     assert in_memory.to_dict()["per_layer_config"] == heads
 
 
+@pytest.mark.parametrize("name", ["llama", "jamba", "phimoe", "gpt_bigcode"])
+def test_equal_widths_are_a_stock_config(name, tmp_path):
+    config = tiny_config(name)
+    equal = [16] * len(architecture_of(config).units)
+    fields, found = written_and_read(config, equal, tmp_path)
+    assert not {"ffn_widths", "per_layer_config", "auto_map"} & fields.keys()
+    assert architecture_of(found).widths == equal
+
+
 @pytest.mark.parametrize("widths", [[8, 8, 8], [8, 12, 8]])
 def test_ffns_that_nobody_would_take_for_one_are_found_again(widths, tmp_path):
     config = tiny_config("opt")

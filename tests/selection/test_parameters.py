@@ -92,6 +92,13 @@ def test_channels_go_alone_where_no_block_can(config, draw):
         assert parts_of(source, stays_without(source, share), draw) == ("ffn",)
 
 
+def test_blocks_that_stay_let_all_others_go(model, draw):
+    """Of three blocks the first stays: a third of the parameters is more than one block."""
+    source = open_checkpoint(model)
+    kept = replace(OPEN.budget, keep=("0",))
+    assert parts_of(source, stays_without(source, 0.7), draw, budget=kept) == ("ffn", "blocks")
+
+
 def test_what_neither_channels_nor_blocks_own_is_refused(model, draw):
     with pytest.raises(BudgetError, match="at least one of 3 blocks must stay; between 0 and"):
         parts_of(open_checkpoint(model), 0.05, draw)

@@ -114,6 +114,13 @@ def test_what_sensitivity_cannot_be_measured_on_is_refused(source, text_file, mo
         cfsp.calibrate(source.directory, block_metric="sensitivity", **text)
 
 
+def test_statistics_have_the_sensitivity_of_all_that_can_be_planned(source, text_file):
+    statistics = cfsp.calibrate(
+        source.directory, parts="ffn,attention", data=[text_file], samples=4, seqlen=16
+    )
+    assert cfsp.plan(source.directory, statistics, parts="kv", sparsity=0.5).sparsity_of("kv") > 0
+
+
 def test_a_config_may_ask_for_more_than_logits(tiny_checkpoint, tokenizer, text_file, tmp_path):
     """Mixtures of experts that were fine-tuned often return router logits."""
     plain, asking = tiny_checkpoint("mixtral"), tmp_path / "asking"

@@ -181,12 +181,14 @@ def _fields(
 
 def _notes(path: Path, name: str) -> list[str]:
     """Say which types llama.cpp chose, and which rows do not divide into blocks of weights."""
+    if name in _OWN_TYPES.values():
+        return []
     tensors = [tensor for tensor in gguf_reader(path).tensors if len(tensor.shape) > 1]
     counts, notes = Counter(tensor.tensor_type.name.lower() for tensor in tensors), []
     if name in BY_LLAMA_CPP:
         types = ", ".join(f"{count} {kind}" for kind, count in counts.items())
         notes.append(f"{name} as llama.cpp mixes it: {types}")
-    block = 1 if name in _OWN_TYPES.values() else 256 if "_k" in name else 32
+    block = 256 if "_k" in name or name == "iq4_xs" else 32
     odd = sorted({int(t.shape[0]) for t in tensors if int(t.shape[0]) % block})
     if odd:
         shown = ", ".join(map(str, odd[:6])) + (", ..." if len(odd) > 6 else "")

@@ -46,8 +46,9 @@ def write_recovered_weights(
         return tensor.to("cpu", source.parameters[name].dtype)
 
     changed = {name: source.parameters[name] for name in trained}
-    outgoing = source.stored.outgoing(source.chunks, changed, value, source.config)
-    return write_shards(directory, list(outgoing))
+    outgoing = list(source.stored.outgoing(source.chunks, changed, value, source.config))
+    assert {tensor.name for tensor in outgoing} == source.specs.keys()
+    return write_shards(directory, outgoing)
 
 
 def copy_everything_else(source: Checkpoint, directory: Path) -> None:

@@ -130,11 +130,12 @@ def _obstacle(job: Job, asked: Parameters) -> str:
         return "the text has images"
     try:
         wanted = _of_blocks(asked)
-        *others, last = sorted(wanted.sizes.block_of)
-        # As many as would go alone, but for the first; none of a model with one block.
-        if not (gone := wanted.first([Removal(block, 0.0) for block in (*others[1:], last)])):
+        blocks = sorted(wanted.sizes.block_of)
+        # As many as would go alone; the first stays where no other is told to. None of one block.
+        order = blocks if wanted.sizes.some_stay and len(blocks) > 1 else blocks[1:]
+        if not (gone := wanted.first([Removal(block, 0.0) for block in order])):
             raise UnsupportedModelError
-        for some in (Dropped((last,)), Dropped.of(gone)):
+        for some in (Dropped((blocks[-1],)), Dropped.of(gone)):
             check_can_go(job.source, some)
     except (BudgetError, UnsupportedModelError):
         return "the model cannot do without enough of them"

@@ -68,6 +68,7 @@ def free_bytes(device: torch.device) -> int:
     """Return the memory that is available; weights come to a GPU through that of the machine."""
     if device.type != "cuda":
         return available_bytes()
+    torch.cuda.empty_cache()  # what torch keeps for the next tensor is free
     on_device, _ = torch.cuda.mem_get_info(device)
     return min(available_bytes(), on_device)
 
