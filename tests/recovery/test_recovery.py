@@ -339,7 +339,8 @@ def test_minutes_end_the_run_and_the_schedule(recovered, caplog, monkeypatch):
     assert report.steps > 10
     said = [record.getMessage() for record in caplog.records]
     assert re.fullmatch(
-        r"step 0, \d+%: held-out loss [\d.]+, time for about \d+ steps and \d evaluations",
+        r"step 0, \d+%: held-out loss [\d.]+, learning rate 0.001, "
+        r"time for about \d+ steps and \d evaluations",
         next(line for line in said if line.startswith("step 0")),
     )
     assert any(line.startswith("after 2 steps: time for about") for line in said)
