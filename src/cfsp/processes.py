@@ -80,13 +80,13 @@ class Team:
             for numbers in tensors:
                 dist.reduce(numbers, dst=rank)
 
-    def gather(self, value: T, at: int | None = None, patience: float | None = None) -> list[T]:
+    def gather(self, value: T, at: int | None = None) -> list[T]:
         """Return what every process has, in their order; if one is named, nothing in the others."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
         is_here = at in (None, self.rank)
-        with self._exchange(patience) as dist:
+        with self._exchange() as dist:
             if at is None:
                 dist.all_gather_object(found, value, group=self.barrier)
             else:
@@ -107,9 +107,7 @@ class Team:
             outcome = do(), None
         except CfspError as error:
             outcome = None, error
-        # The first may work for hours where the others have nothing to do. It waits no longer than
-        # ever, and they see it end.
-        found = self.gather(outcome, patience=None if self.is_first else _FIRST_SECONDS)
+        found = self.gather(outcome)
         for _made, failure in found:
             if failure is not None:
                 raise failure
@@ -128,11 +126,12 @@ class Team:
                     )
 
     @contextmanager
-    def _exchange(self, patience: float | None = None) -> Iterator[Any]:
+    def _exchange(self) -> Iterator[Any]:
         """Wait for all processes before they exchange something; give `torch.distributed`."""
         import torch.distributed as dist
 
-        seconds = PATIENCE_SECONDS if patience is None else patience
+        # The first may work for hours where the others have nothing to do; they see it end.
+        seconds = PATIENCE_SECONDS if self.is_first else _FIRST_SECONDS
         try:
             dist.monitored_barrier(self.barrier, timedelta(seconds=seconds), wait_all_ranks=True)
             yield dist
@@ -177,7 +176,7 @@ def joined(device: torch.device) -> Iterator[Team]:
     try:
         patience = timedelta(seconds=_START_SECONDS)
         dist.init_process_group(backend, timeout=patience)
-        # Of all but the first this is the time that a wait may take (see `each_does`).
+        # Of all but the first a wait takes no longer than their group was made for.
         longest = timedelta(seconds=_FIRST_SECONDS)
         team = Team(rank, size, dist.new_group(backend="gloo", timeout=longest))
     except (RuntimeError, ValueError) as error:

@@ -22,7 +22,7 @@ from cfsp.quality.paired import (
     rounded,
 )
 from cfsp.quality.results_file import MeasuredModel, Measures, answer_measures, hashes
-from cfsp.quality.tasks.harness import ScoredDocument
+from cfsp.quality.tasks.harness import ScoredDocument, losses_of
 
 # A model whose accuracy is less than so many standard errors above a guess may be guessing.
 _ERRORS_ABOVE_CHANCE = 2.0
@@ -226,8 +226,8 @@ def _of_task(
         )
         if None not in (*own, *expected):  # there is something that can be the same
             found["kept"] = list(map(float, map(eq, own, expected)))
-    if all("gold" not in each and "loglikelihoods" in each for each in documents):
-        found["loss"] = [-each["loglikelihoods"][0] for each in documents]
+    if (losses := losses_of(documents)) is not None:
+        found["loss"] = losses
     return {name: (values, [1] * len(documents)) for name, values in found.items()}
 
 

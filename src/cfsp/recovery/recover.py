@@ -298,8 +298,6 @@ def _train(
             schedule=schedule,
             loss=loss,
             work=work,
-            follows_loss=settings.training.learning_rate is None
-            and settings.adaptation.method == "full",
         )
         training = replace(training, learning_rate=schedule.rate_scale * rate)
         tensors = trained_tensors(adapted) if sharded else {}
@@ -334,6 +332,7 @@ def _schedule(
         / forwards,
         # The weights and AdamW's two moments.
         save_seconds=3 * trained_bytes / BYTES_PER_SECOND,
+        follows_loss=trains_all and ready.settings.training.learning_rate is None,
     )
 
 

@@ -59,6 +59,10 @@ class Schedule:
     whole recovery, of which some are needed after training. What an evaluation takes is estimated
     in steps, what saving takes in seconds. There are so many `evaluations` at most, the one at the
     end included. By the clock `now` the work of this process `started`.
+
+    Where `follows_loss`, the rate falls with the root of the held-out loss before training: the
+    less there is to learn the nearer it is. KL grows with the square of the way, and Adam's way is
+    the rate's. A loss above 1 leaves the rate as it is.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Schedule:
         after_training: float = 0.0,
         evaluation_steps: float = 1.0,
         save_seconds: float = 0.0,
+        follows_loss: bool = False,
     ) -> None:
         self.now: Callable[[], float] = time.monotonic
         self.most_steps = steps
@@ -80,6 +85,7 @@ class Schedule:
         self.evaluates = self.is_over = False
         self.training_seconds = 0.0  # of the steps that this process saw
         self._most_evaluations, self._started = evaluations, started
+        self._follows_loss = follows_loss
         self._seconds, self._after_training = seconds, after_training
         self._evaluation_steps, self._save_seconds = evaluation_steps, save_seconds
         # When training began, what is measured now, and the batches of an evaluation but the first.
@@ -121,6 +127,11 @@ class Schedule:
         self._started -= elapsed
         self.fraction = fraction
         self._mark = self.elapsed
+
+    def begins_at(self, loss: float) -> None:
+        """Note the held-out loss before training."""
+        if self._follows_loss:
+            self.rate_scale = min(1.0, math.sqrt(loss))
 
     def training_begins(self) -> None:
         """Note that the first step begins, or the evaluation before it."""
@@ -216,19 +227,12 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     The Trainer saves its `state` with every checkpoint; when one is complete the first process
     notes it in the work directory, to go on from. A step has so many tokens over all processes.
-
-    Where `follows_loss`, the rate falls with the root of the held-out loss before training: the
-    less there is to learn the nearer it is. KL grows with the square of the way, and Adam's way is
-    the rate's. A loss above 1 leaves the rate as it is.
     """
 
-    def __init__(
-        self, schedule: Schedule, tokens_in_step: int, work: PassState, *, follows_loss: bool
-    ) -> None:
+    def __init__(self, schedule: Schedule, tokens_in_step: int, work: PassState) -> None:
         # Step, held-out loss, and loss (none before the first step) at each evaluation.
         self.history: list[dict[str, float]] = []
         self._schedule, self._tokens_in_step, self._work = schedule, tokens_in_step, work
-        self._follows_loss = follows_loss
         self._shown = is_first_process()
         self._bar: Any = None  # while it trains
         self._loss = math.nan
@@ -255,7 +259,7 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
             {key: entry[key] for key in order if key in entry} for entry in saved["history"]
         ]
         self._schedule.go_on_from(saved["elapsed"], saved["fraction"])
-        self._choose_rate()
+        self._schedule.begins_at(self.history[0]["held_out"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar."""
@@ -315,7 +319,11 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
         if math.isfinite(self._loss):
             entry["loss"] = round(self._loss, 4)
         self.history.append(entry)
-        self._choose_rate()
+        if not step:
+            schedule.begins_at(entry["held_out"])
+            # The rate of the first step was set before the loss was known.
+            for group in kwargs["optimizer"].param_groups:
+                group["lr"] *= schedule.rate_scale
         if self._shown:
             self._bar.clear()
             # Before the first step only the clock says how much there will be.
@@ -329,18 +337,11 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
                 f"{loss:.4f}, {pace}"
             )
         if not step:
-            # The rate of the first step was set before the loss was known.
-            for group in kwargs["optimizer"].param_groups:
-                group["lr"] *= schedule.rate_scale
             schedule.training_begins()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""
         self._bar.close()
-
-    def _choose_rate(self) -> None:
-        if self._follows_loss:
-            self._schedule.rate_scale = min(1.0, math.sqrt(self.history[0]["held_out"]))
 
     def _loss_in_words(self) -> str:
         """Return the loss of the last steps that were logged; nothing before the first."""

@@ -14,7 +14,7 @@ RankAllocation = Literal["uniform", "importance", "inverse"]
 # Peak learning rates, relative to the root mean square of the weights. Adam moves a weight by about
 # the rate in a step, however large its gradient is; what that does depends on how large weights
 # are: .19 in SmolLM2-135M, .019 in Qwen2.5-0.5B, which a rate that suits the first destroys.
-# In full training they also fall with the root of a held-out loss below 1 (`schedule.Pace`).
+# In full training they also fall with the root of a held-out loss below 1 (`Schedule`).
 RELATIVE_RATES: dict[Method, float] = {"lora": 5e-3, "full": 1e-3}
 # Who teaches: the dense model that was pruned, where it is at hand, or nobody.
 AUTO_TEACHER, NO_TEACHER = "auto", "none"

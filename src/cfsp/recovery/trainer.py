@@ -249,7 +249,6 @@ def train(
     schedule: Schedule,
     loss: ModelLoss,
     work: PassState,
-    follows_loss: bool = False,
 ) -> TrainingOutcome:
     """Train, and leave the model with the weights of its best evaluation.
 
@@ -260,7 +259,7 @@ def train(
     # Without a state, what lies there is not complete, and the first process removes it.
     last = last_checkpoint(work.directory) if work.next_block else None
     tokens_in_step = training.windows_in_step * training.seqlen
-    pace = Pace(schedule, tokens_in_step, work, follows_loss=follows_loss)
+    pace = Pace(schedule, tokens_in_step, work)
     adapted.config.use_cache = False
     with without_library_bars():
         trainer = (ShardedTrainer if training.shard else RecoveryTrainer)(

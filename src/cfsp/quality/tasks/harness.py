@@ -270,10 +270,17 @@ def summary_of(documents: Sequence[ScoredDocument]) -> dict[str, Any]:
     if not documents:
         return {}
     found: dict[str, Any] = {"chance": round(mean([each["chance"] for each in documents]).value, 6)}
-    if all("gold" not in each and "loglikelihoods" in each for each in documents):
-        loss = mean([-each["loglikelihoods"][0] for each in documents])
+    if (losses := losses_of(documents)) is not None:
+        loss = mean(losses)
         found |= {"loss": loss.value, "loss_stderr": loss.stderr}
     return found
+
+
+def losses_of(documents: Sequence[ScoredDocument]) -> list[float] | None:
+    """Return the loss of each document in nats where all are texts to continue, else None."""
+    if any("gold" in each or "loglikelihoods" not in each for each in documents):
+        return None
+    return [-each["loglikelihoods"][0] for each in documents]
 
 
 def _multiple_choice(task: Any, sample: dict[str, Any], choices: list[str]) -> ScoredDocument:
