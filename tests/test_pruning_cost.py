@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.cli import main
-from cfsp.pruning_cost import Rates
 from tiny_models import TINY_CONFIGS
 
 Estimate = Callable[..., dict[str, Any]]
@@ -37,41 +35,11 @@ def estimate(argv, tmp_path, capsys) -> Estimate:
     return run
 
 
-@pytest.fixture
-def rates(monkeypatch) -> Rates:
-    """A machine that takes 1 s for a token through all blocks, and nearly nothing to read."""
-    found = Rates(forward=1.0, gram=0.5, read=1e-9, solve=1e-9)
-    monkeypatch.setattr("cfsp.pruning_cost.measured", lambda _: found)
-    return found
-
-
-def seconds(found: dict[str, Any]) -> dict[str, float]:
-    return {stage["name"]: stage["seconds"] for stage in found["stages"]}
-
-
-def test_every_stage_of_a_repair_is_in_it(estimate):
-    found = estimate("--block-metric", "angular")
-    stages = seconds(found)
-    assert list(stages) == ["coarse pass", "ridge", "solve", "cut"]
-    assert found["measured_tokens"] == 16 * 32
-    assert found["seconds"] == pytest.approx(sum(stages.values()), abs=0.5)
-    assert 5e8 < found["memory_bytes"] < 6e8
-
-
-@pytest.mark.usefixtures("rates")
-def test_time_is_in_proportion_to_tokens(estimate):
-    stages = seconds(estimate("--block-metric", "angular"))
-    # The coarse pass has half of the windows, and no Gram matrices.
-    assert [stages[name] for name in ("coarse pass", "ridge")] == [8 * 32, 1.5 * 16 * 32]
-
-
-@pytest.mark.usefixtures("rates")
 def test_more_repair_takes_more(estimate):
     fast, standard = estimate("--repair", "none"), estimate("--repair", "ridge")
-    for name in ("seconds", "memory_bytes", "disk_bytes"):
+    for name in ("memory_bytes", "disk_bytes"):
         assert fast[name] < standard[name]
-    assert list(seconds(fast)) == ["calibrate", "cut"]
-    assert "sensitivity" in seconds(standard)
+    assert 5e8 < standard["memory_bytes"] < 6e8
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +53,6 @@ def wordy(tmp_path_factory, tokenizer) -> Path:
     return directory
 
 
-@pytest.mark.usefixtures("rates")
 def test_a_large_vocabulary_is_in_it(wordy, argv, estimate):
     small = estimate()
     argv[1] = str(wordy)
@@ -95,19 +62,12 @@ def test_a_large_vocabulary_is_in_it(wordy, argv, estimate):
     more = large["memory_bytes"] - small["memory_bytes"]
     assert more > weights + vocabulary * (64 * 4 * 3 + 700)
 
-    # The head sees every fourth position of 8 windows of 32 tokens, of 1 + 3 passes.
-    source = open_checkpoint(argv[1])
-    blocks = sum(spec.elements for name, spec in source.specs.items() if "layers" in name)
-    head = vocabulary * 32 / blocks * 8 * 8 * 4
-    rise = seconds(large)["sensitivity"] - seconds(small)["sensitivity"]
-    assert rise == pytest.approx(head, rel=1e-3)
-
 
 def test_what_is_left_is_told_and_that_it_is_much(wordy, argv, estimate, tmp_path, command):
     argv[1] = str(wordy)
     found = estimate()
     told = command(*argv, "--sparsity", "0.5", "--out", tmp_path / "new" / "out")
-    assert "together" in told.out and "memory " in told.out and "available" in told.out
+    assert "memory " in told.out and "disk " in told.out and "available" in told.out
     sentence = "50% of the FFN channels are 0.5% of this model's parameters (0.0M of 2.6M)"
     assert sentence in told.err and "give --target-params 0.5" in told.err
     assert "(-0.5%)" in told.out and "of weights" in told.out

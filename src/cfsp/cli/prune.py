@@ -21,7 +21,6 @@ from cfsp.cli.output import (
     print_facts,
     print_goal,
     print_plan,
-    print_table,
 )
 from cfsp.errors import UsageError
 from cfsp.processes import process_count
@@ -59,7 +58,9 @@ def add_options_to(parser: Parser) -> None:
         "--dry-run", action="store_true", help="print the plan and write only it into --out"
     )
     parser.add_argument(
-        "--estimate", action="store_true", help="say what memory, disk and time it takes, and stop"
+        "--estimate",
+        action="store_true",
+        help="say what memory and disk it takes, how small the model becomes, and stop",
     )
     add_options(parser, parser, CalibrationText)
     add_options(parser, parser, EvaluationText)
@@ -162,7 +163,7 @@ def run(args: argparse.Namespace) -> Told:
         cost = pruning_cost(source, args.out or Path(), settings, runtime)
         for doubt in doubts(source, settings):
             log.warning("%s", doubt)
-        return cost.to_json(), lambda: _print_estimate(cost)
+        return vars(cost), lambda: _print_estimate(cost)
     recovery = None
     with joined(compute_device(settings.compute.device)) as team:
         known: dict[str, Any] = {
@@ -200,9 +201,6 @@ def _told(
 
 
 def _print_estimate(cost: PruningCost) -> None:
-    rows = {**cost.stages, "together": cost.seconds}.items()
-    print_table(("", "seconds"), [(name, f"{seconds:,.0f}") for name, seconds in rows])
-    print()
     for name, needed, available in (
         ("memory", cost.memory_bytes, cost.memory_available),
         ("disk", cost.disk_bytes, cost.disk_available),
@@ -213,10 +211,6 @@ def _print_estimate(cost: PruningCost) -> None:
     print(
         f"parameters {human_count(before)} -> about {human_count(after)} "
         f"({after / before - 1:+.1%}), {human_bytes(cost.bytes_after)} of weights"
-    )
-    print(
-        f"the time follows from one block with {cost.measured_tokens:,} tokens on this machine as "
-        "busy as it is; --eval is not in it"
     )
 
 

@@ -108,11 +108,6 @@ def dense_predictions(model: PreTrainedModel, tokens_BT: Tensor) -> DensePredict
     return DensePredictions(tokens_BT, probability_BPV, negative_entropy_BP)
 
 
-def windows_compared(sources: int) -> int:
-    """Return on how many windows models are compared, of a text from so many sources."""
-    return max(LEAST_WINDOWS, sources)
-
-
 def prediction_bytes(vocabulary: int) -> int:
     """Return what comparing the predictions of one window takes in memory, at most."""
     # Probabilities of the dense model, logits of the changed one as computed and in float32, and
@@ -122,7 +117,7 @@ def prediction_bytes(vocabulary: int) -> int:
 
 def few_beginnings(windows: Windows, tokens: int = BEGINNING_TOKENS) -> Windows:
     """Return the beginnings of a few windows: more kinds of text in the same time."""
-    few = few_windows(windows, windows_compared(len(windows.sources)))
+    few = few_windows(windows, max(LEAST_WINDOWS, len(windows.sources)))
     return replace(few, tokens_NT=few.tokens_NT[:, :tokens])
 
 
