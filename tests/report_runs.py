@@ -27,13 +27,11 @@ widget: [{text: Hello}]
 # A model
 """
 # Entries of a step of repair.
-BETTER: dict[str, Any] = {
-    "blocks": 1, "error_before": 0.5, "error_after": 0.25, "kept": True, "strength": None,
-    "training_steps": 1200,
+FITTED: dict[str, Any] = {
+    "blocks": 1, "error_before": 0.5, "error_after": 0.25, "kept": True, "strength": 0.3,
+    "training_steps": 0,
 }  # fmt: skip
-WORSE = BETTER | {"error_before": 0.125, "error_after": 7.5, "kept": False, "training_steps": 100}
-DIVERGED = WORSE | {"error_before": 0.375, "error_after": None}
-FITTED = BETTER | {"strength": 0.3, "training_steps": 0}
+DIVERGED = FITTED | {"error_before": 0.375, "error_after": None, "kept": False, "strength": None}
 
 HISTORY = [
     {"step": 0, "held_out": 3.7257},

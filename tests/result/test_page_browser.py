@@ -86,7 +86,7 @@ def test_page_is_drawn_without_complaint(browser, page, tmp_path, width, scheme)
         " return seen.map(s => [s.clientWidth, s.clientHeight,"
         "   s.querySelectorAll('.mark').length]);})"
     )
-    assert len(drawn) == 4  # front, blocks, repair, recovery
+    assert len(drawn) == 3  # front, blocks, recovery
     for images in drawn:
         ((wide, high, marks),) = images
         assert 300 < wide <= width and high > 100 and marks >= 3
@@ -160,7 +160,7 @@ def test_everything_can_be_done_with_the_keyboard(browser, page):
             press(Keys.ENTER)
             assert browser.execute_script("return document.activeElement.parentElement.open")
             press(Keys.ENTER)
-    assert reached.count("plot") == 4 and reached.count("SUMMARY") == 9
+    assert reached.count("plot") == 3 and reached.count("SUMMARY") == 3
     assert said[0] == said[3] and said[0].startswith("Block 0: distance")
     assert "Block 1: keeps" in said[1] and "Block 2: keeps" in said[2]
 

@@ -30,7 +30,6 @@ from cfsp.result.making import (
     load_code,
     making,
     needs_code,
-    repair_steps,
     texts_in_words,
 )
 from cfsp.result.manifest import read_manifest
@@ -99,7 +98,8 @@ def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origi
     went = ""
     if "ffn_sparsity" in manifest:
         went = what_went(manifest, by_channels=plan is None or plan.counts_channels)
-    steps = [str(step["name"]) for step in repair_steps(manifest) if changed_weights(step)]
+    taken = (manifest.get("repair") or {}).get("steps", [])
+    steps = [str(step["name"]) for step in taken if changed_weights(step)]
     environment = Environment(
         loader=PackageLoader("cfsp", "result"),
         undefined=StrictUndefined,

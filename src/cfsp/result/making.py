@@ -25,8 +25,6 @@ from cfsp.result.names import public_command, public_name
 from cfsp.result.tables import human_bytes
 from cfsp.settings import ANGULAR, DEFAULT_PARTS, UNIT_PARTS, removal_in_words
 
-Step = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Making:
@@ -141,18 +139,12 @@ def texts_in_words(table: Mapping[str, Any] | None) -> str:
     return ", ".join(f"{public_name(n)} ({counted(c, 'windows')})" for n, c in sources.items())
 
 
-def repair_steps(manifest: Mapping[str, Any]) -> list[Step]:
-    """Return the steps of repair, in the order in which they were taken."""
-    steps: list[Step] = (manifest.get("repair") or {}).get("steps", [])
-    return steps
-
-
-def changed_weights(step: Step) -> bool:
+def changed_weights(step: Mapping[str, Any]) -> bool:
     """Return whether a step's weights were kept in any block."""
     return not step["blocks"] or any(entry and entry["kept"] for entry in step["blocks"])
 
 
-def steps_in_words(steps: Sequence[Step]) -> str:
+def steps_in_words(steps: Sequence[Mapping[str, Any]]) -> str:
     """Return the steps, the mean error of each on held-out windows, and what it rejected."""
     told = []
     for step in steps:

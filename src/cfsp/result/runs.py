@@ -40,7 +40,6 @@ from cfsp.result.facts import (
     perplexity_facts,
     size_facts,
 )
-from cfsp.result.making import Step, repair_steps
 from cfsp.result.manifest import digest_of_plan, read_manifest, refusing_damage
 from cfsp.result.names import short_names
 
@@ -118,11 +117,6 @@ class RunFacts:
     def base_name(self) -> str:
         """How the user called the model that was pruned."""
         return str(self.manifest.get("base_model", {}).get("name", "the original"))
-
-    @property
-    def repair_steps(self) -> list[Step]:
-        """The steps of repair; empty without repair."""
-        return repair_steps(self.manifest)
 
     @property
     def recovery_history(self) -> list[dict[str, float]]:

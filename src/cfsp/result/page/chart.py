@@ -93,8 +93,6 @@ class Mark(NamedTuple):
     dots: Sequence[tuple[str, float]] = ()
     bars: Sequence[tuple[str, float]] = ()  # from the axis
     stick: tuple[float, float] | None = None  # a line between two values
-    is_crossed: bool = False  # its last dot
-    columns: int = 1  # that it speaks for, up to its own: a line at the last dot goes over them
 
 
 @dataclass(frozen=True)

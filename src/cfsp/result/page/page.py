@@ -7,7 +7,6 @@ digest, so that even markup that slipped through could not run.
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Sequence
 from hashlib import sha256
 from importlib.metadata import version
@@ -20,25 +19,13 @@ from markupsafe import Markup
 from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import OutputError, ReportError
 from cfsp.quality.results_file import read_results
-from cfsp.result.facts import (
-    QUALITY,
-    SIZE,
-    SPEED,
-    labels,
-    texts_that_made,
-)
+from cfsp.result.facts import QUALITY, SIZE, SPEED, labels
 from cfsp.result.making import load_code, making
-from cfsp.result.manifest import published, refusing_damage
-from cfsp.result.names import public_name, short_names
-from cfsp.result.page.by_block import block_chart, repair_chart
+from cfsp.result.manifest import refusing_damage
+from cfsp.result.names import public_name
+from cfsp.result.page.by_block import block_chart
 from cfsp.result.page.chart import TEMPLATES, Chart, pareto_chart, recovery_chart
-from cfsp.result.runs import (
-    Document,
-    RunFacts,
-    read_runs,
-    sections,
-    with_results,
-)
+from cfsp.result.runs import Document, RunFacts, read_runs, sections, with_results
 
 _STYLES = ("style.css", "charts.css")
 # More are neither columns side by side nor drawings under each other that anybody would read.
@@ -103,7 +90,6 @@ def render_page(groups: Sequence[ModelGroup]) -> str:
             any(run.directory.glob("model*.safetensors"))
             and load_code(run.manifest, public_name(str(run.directory)))
         ),
-        manifest=_manifest_text,
         version=version("cfsp-llm"),
     )
 
@@ -122,7 +108,6 @@ def group_runs(runs: Sequence[RunFacts]) -> list[ModelGroup]:
             pareto_chart(group),
             block_chart(pruned),
             block_chart(pruned, "kv"),
-            repair_chart(pruned),
             recovery_chart(detailed),
         )
         shown = [chart for chart in charts if chart is not None]
@@ -132,11 +117,10 @@ def group_runs(runs: Sequence[RunFacts]) -> list[ModelGroup]:
 
 
 def _without_recovered_twins(runs: Sequence[RunFacts]) -> list[RunFacts]:
-    """Leave out recovered runs whose plan and repair another run has: recovery changes neither."""
+    """Leave out recovered runs whose plan another run has: recovery does not change it."""
     shown: list[RunFacts] = []
     for run in sorted(runs, key=lambda each: bool(each.recovery_history)):
-        known = [(other.plan, other.repair_steps) for other in shown]
-        if not run.recovery_history or (run.plan, run.repair_steps) not in known:
+        if not run.recovery_history or run.plan not in [other.plan for other in shown]:
             shown.append(run)
     return shown
 
@@ -144,19 +128,6 @@ def _without_recovered_twins(runs: Sequence[RunFacts]) -> list[RunFacts]:
 def page_file(name: str) -> str:
     """Return one of the files that the page is made of."""
     return files("cfsp.result.page").joinpath("assets", name).read_text(encoding="utf-8")
-
-
-def _manifest_text(run: RunFacts) -> str:
-    text = json.dumps(published(run.manifest), indent=2, ensure_ascii=False)
-    texts = [fact.text for fact in run.facts if fact.text]
-    texts += sorted(texts_that_made(run.manifest))
-    names = {**short_names(texts), run.base_name: public_name(run.base_name)}
-    if teacher := (run.manifest.get("recovery") or {}).get("teacher"):
-        names[teacher["name"]] = public_name(teacher["name"])
-    for name, short in names.items():
-        written, public = (json.dumps(each, ensure_ascii=False) for each in (name, short))
-        text = text.replace(written, public)
-    return text
 
 
 def _check_is_replaceable(out: Path) -> None:
