@@ -120,9 +120,7 @@ def prune_checkpoint(
         CfspError: anything that a user can cause; nothing is left behind.
     """
     team = team or Team()
-    check_is_outside(out, source.directory)
-    remove_finished_work(out)
-    check_output_is_free(out)
+    check_output(source, out)
     asked = settings.suited_to_repair()
     settings = replace(asked, repair="none") if dry_run else asked
     check_can_be_repaired(source, settings)
@@ -166,6 +164,13 @@ def prune_checkpoint(
         manifest = report.to_manifest(digests, command)
         team.from_first(lambda: _describe(source, repaired.plan, manifest, staging))
     return report
+
+
+def check_output(source: Checkpoint, out: Path) -> None:
+    """Check, before any work, that a smaller model can be written to a directory."""
+    check_is_outside(out, source.directory)
+    remove_finished_work(out)
+    check_output_is_free(out)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.checkpoint.output import check_output_is_free
 from cfsp.checkpoint.reading import Checkpoint, fingerprint, parameter_count
-from cfsp.pipeline import digest_of, prune_checkpoint, pruning_identity
+from cfsp.pipeline import check_output, digest_of, prune_checkpoint, pruning_identity
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import Team, process_count
 from cfsp.quality.evaluate import evaluation_windows
@@ -25,7 +23,6 @@ from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.result.prune_report import PruneReport
 from cfsp.selection.goal import held_out_windows
 from cfsp.settings import BEST_WITHOUT_TRAINING, Compute, MaxLossIncrease, PruneSettings
-from cfsp.streaming.work_dir import remove_finished_work
 from cfsp.text.drawing import draw_text, processor_of
 from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
@@ -71,24 +68,29 @@ def prune_and_recover(
     # It imports the Trainer, and with it much that pruning alone does without.
     from cfsp.recovery.recover import recover_checkpoint
 
-    remove_finished_work(out)
-    check_output_is_free(out)
+    check_output(source, out)
     log.info("best effort: repair by ridge, then one pass of training towards the dense model")
     check_installed(method)
-    check_texts(settings.text.names, settings.evaluation.names)
+    check_texts(text.names, settings.evaluation.names)
     pruned = out.with_name(f"{out.name}-pruned")
-    # Before pruning: a kill between its end and this would leave what nobody goes on from.
-    asked = _asked(source, settings, pruning_identity(settings, statistics, plan))
     before = (read_manifest(pruned) or {}).get(_ASKED) if pruned.is_dir() else None
-    if before is not None and before == asked(None):
+    if before is None:
+        check_output(source, pruned)
+    # Before pruning: a kill between its end and this would leave what nobody goes on from.
+    asked = _asked(source, settings) | pruning_identity(settings, statistics, plan)
+
+    def drawn() -> str:
+        tokenizer = load_tokenizer(source.directory)
+        return draw_text(text, tokenizer, processor_of(source)).digest
+
+    if before is not None and before == digest_of({**asked, "drawn": drawn()}):
         log.info("%s was pruned before by the same command; going on from it", pruned)
         report = PruneReport.of_checkpoint(pruned)
     else:
         report = prune(pruned, settings)
-        drawn = None
-        if statistics is None and plan is None:
-            drawn = (read_manifest(pruned) or {})["calibration"]["tokens_digest"]
-        add_to_manifest(pruned, {_ASKED: asked(drawn)})
+        reads = statistics is None and plan is None
+        own = report.plan.calibration["tokens_digest"] if reads else drawn()
+        add_to_manifest(pruned, {_ASKED: digest_of({**asked, "drawn": own})})
     seqlen = min(text.seqlen, Training.seqlen)
     how = RecoverSettings(
         data=text.names,
@@ -101,23 +103,10 @@ def prune_and_recover(
     return report, recover_checkpoint(open_checkpoint(pruned), out, how, command=command)
 
 
-def _asked(
-    source: Checkpoint, settings: PruneSettings, pruning: dict[str, Any]
-) -> Callable[[str | None], str]:
-    """Return what digests what a run was asked for and every text that pruning reads.
-
-    It takes the digest of the calibration windows; None to draw them.
-    """
-    tokenizer = load_tokenizer(source.directory)
+def _asked(source: Checkpoint, settings: PruneSettings) -> dict[str, Any]:
+    """Return what pruning reads besides its own choices and the calibration text."""
     windows = [*evaluation_windows(settings.evaluation, source).values()]
     if isinstance(settings.goal, MaxLossIncrease):
-        windows.append(held_out_windows(settings.text, tokenizer))
+        windows.append(held_out_windows(settings.text, load_tokenizer(source.directory)))
     texts = [of_text.digest for of_text in windows]
-    known = {**pruning, "model": fingerprint(source), "texts": texts}
-    known["dtype"] = settings.compute.dtype
-
-    def of(drawn: str | None) -> str:
-        drawn = drawn or draw_text(settings.text, tokenizer, processor_of(source)).digest
-        return digest_of({**known, "drawn": drawn})
-
-    return of
+    return {"model": fingerprint(source), "texts": texts, "dtype": settings.compute.dtype}

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cfsp
+from builders import never
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import TextError
@@ -247,6 +248,20 @@ def test_best_effort_trains_and_goes_on_after_a_kill(
     assert manifest["recovery"]["teacher"]["name"] == "owner/tiny@v1/a"
     assert card.data.base_model == "owner/tiny"
     assert "[owner/tiny@v1/a](https://huggingface.co/owner/tiny/tree/v1/a)" in card.text
+
+
+def test_best_effort_reads_no_text_for_an_output_that_cannot_be(
+    arguments, model, tmp_path, capsys, monkeypatch
+):
+    for reader in ("evaluation_windows", "draw_text", "held_out_windows"):
+        monkeypatch.setattr(f"cfsp.prune_and_recover.{reader}", never)
+    (tmp_path / "out-pruned").mkdir()
+    (tmp_path / "out-pruned" / "notes.txt").write_text("mine")
+    arguments += ["--effort", "best"]
+    assert main(arguments) == 2
+    assert "out-pruned exists and is not empty" in capsys.readouterr().err
+    assert main([*arguments[:-4], "--out", f"{model}/new", *arguments[-2:]]) == 2
+    assert f"{model}/new lies inside the source" in capsys.readouterr().err
 
 
 def test_best_effort_without_room_to_train_repairs_locally(

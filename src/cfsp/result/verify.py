@@ -1,4 +1,4 @@
-"""Is a checkpoint what its manifest says? Files, plan, shapes, and a forward pass.
+"""Is a checkpoint what its manifest says? Files, plan, parameters, and a forward pass.
 
 Everything is read once and the forward pass goes block by block, so a checkpoint that is larger
 than memory can be verified too.
@@ -13,22 +13,15 @@ from typing import Any
 
 import torch
 
-from cfsp.architecture.discovery import find_architecture
 from cfsp.calibration.calibrate import calibrate
-from cfsp.checkpoint.own_files import (
-    MANIFEST_FILE,
-    PLAN_FILE,
-    digests_beside_weights,
-    sha256_of,
-)
+from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE, digests_beside_weights, sha256_of
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
-from cfsp.checkpoint.skeleton import empty_model
 from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.errors import CfspError, CheckpointError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.progress import item_progress
 from cfsp.result.manifest import digest_of_plan, read_manifest
-from cfsp.settings import UNIT_PARTS, Compute, Part
+from cfsp.settings import Compute
 from cfsp.streaming.runtime import runtime_of
 from cfsp.text.windows import Windows
 
@@ -56,7 +49,6 @@ def verify_checkpoint(source: Checkpoint, compute: Compute) -> list[Check]:
             _files(directory, manifest)
         ),
         "the plan is the one that was obeyed": lambda: _plan(directory, manifest),
-        "widths are those of the plan": lambda: _other_width(source, manifest),
         "the number of parameters is right": lambda: _parameters(source, manifest),
         "weights and activations are finite": lambda: _forward(source, compute),
     }
@@ -95,37 +87,6 @@ def _plan(directory: Path, manifest: dict[str, Any]) -> str | None:
         return f"{PLAN_FILE} is missing"
     found = digest_of_plan(PruningPlan.load(directory / PLAN_FILE))
     return None if found == manifest.get("plan_digest") else f"{PLAN_FILE} has changed"
-
-
-def _other_width(source: Checkpoint, manifest: dict[str, Any]) -> str | None:
-    """Return where the config or the manifest says another width than the plan."""
-    plan = PruningPlan.load(source.directory / PLAN_FILE)
-    for part in UNIT_PARTS:
-        planned = plan.widths_of(part)[1]
-        if not planned:
-            continue
-        # With equally many in all blocks it is a stock model, which was not opened with its heads.
-        found = [unit for unit in source.architecture.stock_units if unit.part == part]
-        goes_whole = part == "kv" and "attention" in plan.criterion.get("parts", ())
-        kind: Part = "attention" if goes_whole else part
-        found = found or list(find_architecture(empty_model(source.config), kind).units)
-        told = manifest["intermediate_sizes"] if part == "ffn" else manifest["kv_groups"]["after"]
-        for name, widths in (
-            ("config.json", [unit.width for unit in found]),
-            (MANIFEST_FILE, told),
-        ):
-            if len(widths) != len(planned):
-                return f"{name} has {len(widths)} units of {part}, the plan {len(planned)}"
-            for unit, (width, expected) in enumerate(zip(widths, planned, strict=True)):
-                if width != expected:
-                    return (
-                        f"unit {unit} of {part} is {width} wide in {name}, {expected} in the plan"
-                    )
-    experts = [unit.ffns for unit in source.architecture.of_part("ffn").units]
-    kept = [len(unit.kept_ffns) for unit in plan.kept_units if unit.part == "ffn"]
-    if experts != kept:
-        return f"config.json says that FFNs have {experts} experts, the plan {kept}"
-    return None
 
 
 def _parameters(source: Checkpoint, manifest: dict[str, Any]) -> str | None:

@@ -215,7 +215,7 @@ def dropped_by(source: WeightSource, statistics: Statistics, budget: DropBudget)
             check_can_go(source, budget.of_blocks(chosen))
             return budget.of_blocks(chosen)
         except UnsupportedModelError:
-            alone = {block for block in chosen if not _can_go_alone(source, block, budget)}
+            alone = {each for each in chosen if not can_go(source, budget.of_blocks([each]))}
             if not alone:
                 raise
             banned |= alone
@@ -227,6 +227,15 @@ def check_can_go(source: WeightSource, dropped: Dropped) -> None:
         check_blocks_can_go(source, dropped.blocks)
     if dropped.attentions:
         check_attentions_can_go(source, dropped.attentions, dropped.blocks)
+
+
+def can_go(source: WeightSource, dropped: Dropped) -> bool:
+    """Return whether it can; see `check_can_go`."""
+    try:
+        check_can_go(source, dropped)
+    except UnsupportedModelError:
+        return False
+    return True
 
 
 def _by_order(source: WeightSource, statistics: Statistics, budget: DropBudget) -> Dropped:
@@ -266,14 +275,6 @@ def _least_distances(
         f"which is less than the budget asks for; {stays}"
         f"remove FFN channels too (--target-params with --parts {','.join(budget.parts)},ffn)"
     )
-
-
-def _can_go_alone(source: WeightSource, block: int, budget: DropBudget) -> bool:
-    try:
-        check_can_go(source, budget.of_blocks([block]))
-    except UnsupportedModelError:
-        return False
-    return True
 
 
 def cheapest_runs(

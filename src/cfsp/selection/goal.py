@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cfsp.calibration.statistics import Removal
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.checkpoint.text_config import longest_input_of, text_config_of
-from cfsp.errors import BudgetError, UnsupportedModelError
+from cfsp.errors import BudgetError
 from cfsp.job import Job
 from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.candidate import Candidate, Dropped
@@ -31,7 +31,7 @@ from cfsp.selection.constraint import (
     last_that_holds,
 )
 from cfsp.selection.divergence import load_whole, masked_channels
-from cfsp.selection.drop_order import check_can_go
+from cfsp.selection.drop_order import can_go
 from cfsp.selection.search import has_room_for_two
 from cfsp.selection.speedup import Speedup
 from cfsp.settings import (
@@ -128,18 +128,19 @@ def _obstacle(job: Job, asked: Parameters) -> str:
         return "there is no memory for a pruned model beside the dense one"
     if job.draw().has_images:
         return "the text has images"
+    too_few = "the model cannot do without enough of them"
     try:
         wanted = _of_blocks(asked)
-        blocks = sorted(wanted.sizes.block_of)
-        # As many as would go alone; the first stays where no other is told to. None of one block.
-        order = blocks if wanted.sizes.some_stay and len(blocks) > 1 else blocks[1:]
-        if not (gone := wanted.first([Removal(block, 0.0) for block in order])):
-            raise UnsupportedModelError
-        for some in (Dropped((blocks[-1],)), Dropped.of(gone)):
-            check_can_go(job.source, some)
-    except (BudgetError, UnsupportedModelError):
-        return "the model cannot do without enough of them"
-    return ""
+    except BudgetError:
+        return too_few
+    blocks = sorted(wanted.sizes.block_of)
+    # As many as would go alone; the first stays where no other is told to. None of one block.
+    order = blocks if wanted.sizes.some_stay and len(blocks) > 1 else blocks[1:]
+    gone = wanted.first([Removal(block, 0.0) for block in order])
+    if not gone:
+        return too_few
+    both = (Dropped((blocks[-1],)), Dropped.of(gone))
+    return "" if all(can_go(job.source, some) for some in both) else too_few
 
 
 def _of_blocks(asked: Parameters) -> DropBudget:
