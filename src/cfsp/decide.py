@@ -64,7 +64,7 @@ def decide(
     if statistics is not None:
         check_statistics_fit(job.source, statistics)
     else:
-        check_can_be_compared(job.source, job.budget, job.runtime)
+        check_can_be_compared(job.source, job.budget, job.runtime, job.work_dir)
     job, constraint = constraint_of(job)
     if statistics is None:
         job.draw()  # what is wrong with the text is said first
@@ -142,7 +142,7 @@ def _calibrated(job: Job, constraint: Constraint, seen: Windows, name: str) -> S
             seed=job.settings.text.seed,
             work_dir=job.work_dir,
             name=name,
-            runs=follow_runs(job.source, job.budget, job.runtime),
+            runs=follow_runs(job.source, job.budget, job.runtime, job.work_dir),
         )
     return _completed(job, constraint, statistics, job.windows())
 
@@ -152,7 +152,7 @@ def _completed(
 ) -> Statistics:
     """Add the order in which blocks go and their sensitivity, where candidates need them."""
     source, runtime, work_dir = job.source, job.runtime, job.work_dir
-    if follow_divergence(source, job.budget, runtime):
+    if follow_divergence(source, job.budget, runtime, work_dir):
         wanted = [constraint.to_drop()]
         statistics = with_order(source, statistics, windows, wanted, runtime, work_dir)
     if job.budget.channel_parts:

@@ -101,23 +101,11 @@ def prune_checkpoint(
     command: str = "",
     team: Team | None = None,
 ) -> PruneReport:
-    """Prune a checkpoint into a new directory.
+    """Prune a checkpoint into a new directory; after an error nothing is left behind.
 
-    Several processes share the windows. The first chooses, solves and writes; the others need to
-    see its directories.
-
-    Args:
-        source: the model.
-        out: where the smaller model goes; must not exist, or be empty.
-        settings: how to prune.
-        statistics: of an earlier calibration of this model.
-        plan: an earlier decision for this model; excludes a goal.
-        dry_run: decide without repair and write only the plan.
-        command: what the user typed, for the manifest.
-        team: the processes that prune together; None for this one alone.
-
-    Raises:
-        CfspError: anything that a user can cause; nothing is left behind.
+    Statistics, or a plan, which excludes a goal, are of an earlier run on this model. A dry run
+    decides without repair and writes only the plan. Several processes share the windows; the first
+    chooses, solves and writes, and the others need to see its directories.
     """
     team = team or Team()
     check_output(source, out)
@@ -204,6 +192,7 @@ def prune_model(
         in_memory(model, settings.budget.parts) as source,
         temporary_work_dir(settings.compute.memory_budget) as work_dir,
     ):
+        check_can_be_repaired(source, settings)
         repaired, goal = _decide(source, lambda: tokenizer, settings, work_dir, processor=processor)
         report = prune_report(source, repaired, goal, {}, work_dir, None)
         facts = facts_for_config(report.to_manifest({}, "cfsp.prune"))
@@ -227,8 +216,9 @@ def calibrate_source(
     own: AbstractContextManager[WorkDir] = temporary_work_dir(compute.memory_budget)
     with own if work_dir is None else nullcontext(work_dir) as work_dir:
         runtime = runtime_of(compute, source)
+        work_dir.team.check_same({"command": digest_of({"budgets": repr(budgets)})})
         for budget in budgets:
-            check_can_be_compared(source, budget, runtime)
+            check_can_be_compared(source, budget, runtime, work_dir)
         with work_dir.watch.stage("text"):
             windows = calibration_windows(source, tokenizer, text, processor)
         jobs = [
@@ -239,7 +229,7 @@ def calibrate_source(
             job.windows()  # has no images where they are not read
         check_same_work(work_dir.team, [source], {"calibration text": windows.digest})
         check_enough(windows, work_dir.team, runtime.batch_windows)
-        runs = any(follow_runs(source, budget, runtime) for budget in budgets)
+        runs = any(follow_runs(source, budget, runtime, work_dir) for budget in budgets)
         with work_dir.watch.stage("calibrate"):
             statistics = calibrate(
                 source, windows, runtime, seed=text.seed, work_dir=work_dir, runs=runs
@@ -249,7 +239,7 @@ def calibrate_source(
             if budget.sparsity or budget.remove
             else half_dropped(source, budget)
             for budget in budgets
-            if follow_divergence(source, budget, runtime)
+            if follow_divergence(source, budget, runtime, work_dir)
         ]
         statistics = with_order(source, statistics, windows, wanted, runtime, work_dir)
         followed = (AUTO_METRIC, SENSITIVITY)

@@ -50,10 +50,7 @@ def prune_and_recover(
 
     The pruned model stays in `OUT-pruned`. A call that was killed while it trained goes on there.
     Where one process has no memory for both models, it is repaired locally and not trained; people
-    are told which.
-
-    The arguments are those of `prune_checkpoint`; perplexity is measured before and after each of
-    the two.
+    are told which. Perplexity is measured before and after each of the two.
     """
     compute, text = settings.compute, settings.text
     prune = partial(prune_checkpoint, source, statistics=statistics, plan=plan, command=command)

@@ -51,17 +51,15 @@ def test_losses_are_relative_to_each_token_and_to_all_together():
 
 
 def test_rates_rise_fall_to_zero_and_follow_the_error():
-    parts = schedule(LocalTraining(steps=100, warm_up=10), at_head=False)
+    parts = schedule(100)
     assert len(parts) == 100
     assert parts[0] == pytest.approx(0.1)
     assert max(parts) == parts[9]
     assert parts[9:] == sorted(parts[9:], reverse=True)
     assert parts[-1] == pytest.approx(0.0, abs=1e-3)
-    assert len(schedule(LocalTraining(steps=100), at_head=True)) == 200
-    training = LocalTraining(rate=0.1, rate_per_error=0.5)
-    for error, expected in ((0.9, 0.1), (math.inf, 0.1), (0.01, 0.005)):
-        assert highest_rate(training, error, at_head=False) == pytest.approx(expected)
-    assert highest_rate(training, 0.9, at_head=True) == training.head_rate < 0.1
+    for error, expected in ((0.9, 0.012), (math.inf, 0.012), (0.01, 0.0004)):
+        assert highest_rate(error, at_head=False) == pytest.approx(expected)
+    assert highest_rate(0.9, at_head=True) == 0.003
 
 
 def test_no_error_has_a_gradient():
@@ -112,8 +110,9 @@ def test_blocks_that_train_together_take_steps_by_their_own_drift():
 
 
 @pytest.mark.parametrize("together", [1, 3, 30, 100])
-def test_every_block_is_in_one_group(together):
-    groups = [group_of(LocalTraining(blocks=together), index, 30) for index in range(30)]
+def test_every_block_is_in_one_group(together, monkeypatch):
+    monkeypatch.setattr(local_repair, "BLOCKS", together)
+    groups = [group_of(index, 30) for index in range(30)]
     assert all(index in group for index, group in enumerate(groups))
     distinct = sorted(set(groups), key=lambda group: group.start)
     assert [index for group in distinct for index in group] == list(range(30))
@@ -139,8 +138,7 @@ def pruned(argv: list[str], out: Path) -> Path:
 @pytest.fixture(scope="module")
 def argv(tiny_checkpoint: Checkpoints, text: list[str]) -> Iterator[list[str]]:
     with pytest.MonkeyPatch.context() as patch:
-        one = LocalTraining(blocks=1)
-        patch.setattr(local_repair, "group_of", lambda _, *place: group_of(one, *place))
+        patch.setattr(local_repair, "BLOCKS", 1)
         yield ["prune", str(tiny_checkpoint("llama")), *text]
 
 

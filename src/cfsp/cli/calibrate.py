@@ -6,7 +6,6 @@ cfsp calibrate MODEL --data wikitext2 --data c4 --out stats.safetensors
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,23 +64,16 @@ def run(args: argparse.Namespace) -> Told:
     ):
         # Another run may have finished since the first look.
         team.from_first(lambda: check_file_is_free(args.out))
-        statistics = calibrate_source(
-            source,
-            load_tokenizer(source.directory),
-            [settings],
-            work_dir,
-        )
+        tokenizer = load_tokenizer(source.directory)
+        statistics = calibrate_source(source, tokenizer, [settings], work_dir)
         if team.is_first:
             statistics.save(args.out)
     if not team.is_first:
         return None
-    paths = ["" if statistics.has_one_unit_each else unit.path for unit in source.units]
-    return _told(args.out, statistics, paths, work_dir)
+    return _told(args.out, statistics, work_dir)
 
 
-def _told(out: Path, statistics: Statistics, paths: Sequence[str], work_dir: WorkDir) -> Told:
-    from cfsp.planning.experts import LEAST_TOKENS, few_tokens
-    from cfsp.planning.unit_plan import few_experts
+def _told(out: Path, statistics: Statistics, work_dir: WorkDir) -> Told:
     from cfsp.result.making import seconds_in_words
     from cfsp.streaming.memory import peak_rss_bytes
 
@@ -90,11 +82,6 @@ def _told(out: Path, statistics: Statistics, paths: Sequence[str], work_dir: Wor
         "blocks": len(statistics.blocks),
         "calibration_tokens": statistics.tokens,
         "sources": statistics.record.sources,
-        "experts_with_few_tokens": [
-            expert
-            for unit, path in zip(statistics.units, paths, strict=True)
-            for expert in few_experts(unit.block, path, few_tokens(unit))
-        ],
         "processes": process_count(),
         "seconds": work_dir.watch.seconds,
         "passes": work_dir.times_json(),
@@ -107,11 +94,6 @@ def _told(out: Path, statistics: Statistics, paths: Sequence[str], work_dir: Wor
             f"{seconds_in_words(facts['seconds'])}; peak memory "
             f"{human_bytes(facts['peak_rss_bytes'])}"
         )
-        if few := facts["experts_with_few_tokens"]:
-            print(
-                f"{len(few)} experts saw fewer than {LEAST_TOKENS} tokens: plans will score them "
-                "by their weights alone; give more --samples"
-            )
         print(f"written to {out}")
 
     return facts, say

@@ -29,7 +29,6 @@ from cfsp.repair.two_streams import (
     block_repair,
     hidden_loss,
 )
-from cfsp.settings import LocalTraining
 from cfsp.streaming.decoder_end import Head
 
 if TYPE_CHECKING:
@@ -46,31 +45,41 @@ _MOST_SEEDS = 1 << 63
 # arithmetic.
 _PREDICTIONS = 256
 
+# Consecutive ones that train together, twice as many at the model's end.
+BLOCKS = 3
+# Highest learning rates, as parts of the root mean square of each tensor, because models differ in
+# the size of their weights and Adam's steps do not follow it: of any block, of a block by its error
+# before (the first have hardly any, and as long steps as others' only add some), and of the last
+# group, whose loss at the head, of few tokens and many words, is far noisier.
+RATE, RATE_PER_ERROR, HEAD_RATE = 0.012, 0.04, 0.003
+# Steps in which the rate rises; it falls along a cosine to zero.
+WARM_UP = 10
+# About so many are in a batch.
+_TOKENS = 2048
+
 NAME = "local"
 
 log = logging.getLogger(__name__)
 
 
-def group_of(training: LocalTraining, index: int, blocks: int) -> range:
+def group_of(index: int, blocks: int) -> range:
     """Return the blocks that train together with one, of a model with so many."""
-    last = max(0, blocks - 2 * training.blocks)
+    last = max(0, blocks - 2 * BLOCKS)
     if index >= last:
         return range(last, blocks)
-    first = index - index % training.blocks
-    return range(first, min(first + training.blocks, last))
+    first = index - index % BLOCKS
+    return range(first, min(first + BLOCKS, last))
 
 
-def highest_rate(training: LocalTraining, error: float, *, at_head: bool) -> float:
+def highest_rate(error: float, *, at_head: bool) -> float:
     """Return a block's highest learning rate, from the `token_error` of what leaves it before."""
-    highest = training.head_rate if at_head else training.rate
-    return min(highest, training.rate_per_error * error)
+    return min(HEAD_RATE if at_head else RATE, RATE_PER_ERROR * error)
 
 
-def schedule(training: LocalTraining, *, at_head: bool) -> list[float]:
+def schedule(steps: int) -> list[float]:
     """Return the learning rate of every step, as a part of the highest."""
-    steps = 2 * training.steps if at_head else training.steps
     return [
-        min(1.0, (step + 1) / training.warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for step in range(steps)
     ]
 
@@ -118,7 +127,7 @@ def train_blocks(
 
 def repair_locally(job: Job, repaired: PruningResult, windows: Windows) -> PruningResult:
     """Train all blocks of a pruned model, a few at a time, in float32."""
-    done = _LocalRepair(NAME, job, repaired, windows, job.settings.local.tokens).step()
+    done = _LocalRepair(NAME, job, repaired, windows, _TOKENS).step()
     if rejected := rejected_blocks(done.steps[-1]):
         log.warning(
             "training was rejected for blocks %s: on held-out windows it did not make them better",
@@ -129,20 +138,19 @@ def repair_locally(job: Job, repaired: PruningResult, windows: Windows) -> Pruni
 
 class _LocalRepair(TwoStreams):
     def group_of(self, block: int) -> range:
-        return group_of(self._job.settings.local, block, self.pruned.architecture.block_count)
+        return group_of(block, self.pruned.architecture.block_count)
 
     def work(self, group: GroupVisit) -> Repaired | None:
         """Train the blocks of a group, if any has an FFN."""
         if not any(unit.block in group.blocks.indices for unit in self.pruned.units):
             return None
-        training = self._job.settings.local
         at_head = group.last + 1 == self.pruned.architecture.block_count
         loss_of: Loss = hidden_loss
         if at_head:
             loss_of = HeadLoss(self._job.source, self.runtime)
         before = group.judge_unchanged(loss_of)
-        rates = [highest_rate(training, error, at_head=at_head) for error in before.error_L]
-        parts = schedule(training, at_head=at_head)
+        rates = [highest_rate(error, at_head=at_head) for error in before.error_L]
+        parts = schedule(self._job.settings.local.steps * (2 if at_head else 1))
         after, trained = None, self._train(group, loss_of, rates, parts)
         if trained is None:  # It diverged.
             group.blocks.fill()

@@ -24,17 +24,6 @@ if TYPE_CHECKING:
     from cfsp.planning.plan_file import PruningPlan
 
 
-class ExpertRepair(TypedDict):
-    """What a step did with one expert of a block."""
-
-    # Relative squared error of its output on held-out tokens, which never becomes larger.
-    error_before: float
-    error_after: float
-    kept: bool  # whether the new weights were kept
-    strength: float | None  # the ridge that was chosen; None if the expert stays as it was
-    few_tokens: bool  # whether it stays as it was because it saw too few tokens
-
-
 class BlockRepair(TypedDict):
     """What a step did with a block, an FFN unit of it, or blocks that changed together."""
 
@@ -52,7 +41,7 @@ class BlockRepair(TypedDict):
     training_steps: int  # 0 of a least-squares fit
     loss_before: float | None  # what held-out windows were judged by, where that is not the error
     loss_after: float | None
-    experts: NotRequired[list[ExpertRepair]]  # of a unit that has experts, what was done with each
+    few_tokens: NotRequired[list[int]]  # experts that saw too few tokens to be repaired, if any
 
 
 class Step(TypedDict):

@@ -24,7 +24,7 @@ from cfsp.calibration.observed import ObservedBlock
 from cfsp.checkpoint.reading import down_matrix, parameters_with_down, units_of_block
 from cfsp.planning.importance import choose_channels
 from cfsp.processes import processes_on_machine
-from cfsp.repair.result import BlockRepair, ExpertRepair, PruningResult, add_step, write_tensors
+from cfsp.repair.result import BlockRepair, PruningResult, add_step, write_tensors
 from cfsp.repair.ridge import Observation, RidgeSolution, repair_down_projection
 from cfsp.streaming.block_pass import Visitor, pass_blocks
 from cfsp.streaming.block_stream import StreamedBlock, part_of
@@ -211,24 +211,16 @@ def _repair_unit(
     for channel in kept:
         kept_of.setdefault(channel // unit.width, []).append(channel % unit.width)
     solutions: dict[int, RidgeSolution] = {}
-    experts: list[ExpertRepair] = []
+    few: list[int] = []
     for ffn, own_K in kept_of.items():
         down_DF = down_matrix(source, index, ffn).to(observed.device)
         gram, held_out_RF = observed.gram_E[ffn], observed.held_out_RF(ffn, unit.width)
         # A dense FFN has as many tokens as the user gave it; of experts some see very few.
-        few = unit.ffns > 1 and (gram.tokens < LEAST_FITTED or len(held_out_RF) < LEAST_HELD_OUT)
-        gram_FF = None if few else gram.mean()
-        found = repair_down_projection(down_DF, unit.columns_of(own_K), gram_FF, held_out_RF)
-        solutions[ffn] = found
-        experts.append(
-            {
-                "error_before": round(found.error_before, 6),
-                "error_after": round(found.error_after, 6),
-                "kept": found.ridge is not None,
-                "strength": found.ridge,
-                "few_tokens": few,
-            }
-        )
+        if unit.ffns > 1 and (gram.tokens < LEAST_FITTED or len(held_out_RF) < LEAST_HELD_OUT):
+            few.append(ffn)
+        gram_FF = None if ffn in few else gram.mean()
+        columns = unit.columns_of(own_K)
+        solutions[ffn] = repair_down_projection(down_DF, columns, gram_FF, held_out_RF)
     of_all = solutions.values()
     energy = sum(each.energy for each in of_all) or 1.0
     strengths = [each.ridge for each in of_all if each.ridge is not None]
@@ -242,8 +234,8 @@ def _repair_unit(
         "loss_before": None,
         "loss_after": None,
     }
-    if len(experts) > 1:
-        repair["experts"] = experts
+    if few:
+        repair["few_tokens"] = few
     return repair, {ffn: solution.down_DK for ffn, solution in solutions.items()}
 
 
@@ -275,11 +267,9 @@ def _warn_of_unrepaired(chosen: Sequence[ChosenBlock]) -> None:
     few = []
     for index, block in enumerate(chosen):
         for repair in filter(None, block.repaired):
-            experts = enumerate(repair.get("experts", ()))
-            unseen = [str(i) for i, expert in experts if expert["few_tokens"]]
-            if unseen:
+            if unseen := repair.get("few_tokens"):
                 path = f" {repair['path']}" if repair.get("path") else ""
-                few.append(f"block {index}{path} experts {', '.join(unseen)}")
+                few.append(f"block {index}{path} experts {', '.join(map(str, unseen))}")
     if few:
         log.warning(
             "not repaired, because they saw fewer than %d tokens in the fit or %d in the held-out "

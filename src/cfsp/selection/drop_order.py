@@ -134,19 +134,33 @@ def _about(wanted: Sequence[DropBudget]) -> int:
     return len(gone)
 
 
-def follow_divergence(source: WeightSource, budget: Budget, runtime: Runtime) -> bool:
-    """Return whether blocks or attentions go by what the predictions lose."""
-    return bool(budget.whole_parts) and fits(source, runtime)
+def follow_divergence(
+    source: WeightSource, budget: Budget, runtime: Runtime, work_dir: WorkDir
+) -> bool:
+    """Return whether blocks or attentions go by what the predictions lose.
+
+    Statistics for the one are not those for the other, and memory comes and goes: of several
+    processes the first decides, and what a killed run had decided holds.
+    """
+    if not budget.whole_parts:
+        return False
+    found = work_dir.team.from_first(
+        lambda: load_or_compute(work_dir, "fits", lambda: {"fits": fits(source, runtime)})
+    )
+    return bool(found["fits"])
 
 
-def follow_runs(source: WeightSource, budget: Budget, runtime: Runtime) -> bool:
+def follow_runs(source: WeightSource, budget: Budget, runtime: Runtime, work_dir: WorkDir) -> bool:
     """Return whether blocks go by how far runs of them turn the hidden state."""
-    return "blocks" in budget.parts and not follow_divergence(source, budget, runtime)
+    return "blocks" in budget.parts and not follow_divergence(source, budget, runtime, work_dir)
 
 
-def check_can_be_compared(source: WeightSource, budget: Budget, runtime: Runtime) -> None:
+def check_can_be_compared(
+    source: WeightSource, budget: Budget, runtime: Runtime, work_dir: WorkDir
+) -> None:
     """Check that what is compared with other parts, or in number, goes by what predictions lose."""
-    if budget.whole_parts and len(budget.parts) > 1 and not fits(source, runtime):
+    is_compared = budget.whole_parts and len(budget.parts) > 1
+    if is_compared and not follow_divergence(source, budget, runtime, work_dir):
         needed = "the whole model in memory; prune one part, then another of the result"
         raise cannot_be_tried(budget, needed)
 

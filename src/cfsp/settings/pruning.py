@@ -126,16 +126,6 @@ class LocalTraining(Declared):
         least=1,
         flag="local-steps",
     )
-    blocks: int = 3  # consecutive ones that train together, twice as many at the model's end
-    # Highest learning rates, as parts of the root mean square of each tensor, because models differ
-    # in the size of their weights and Adam's steps do not follow it: of any block, of a block by
-    # its error before (the first have hardly any, and as long steps as others' only add some), and
-    # of the last group, whose loss at the head, of few tokens and many words, is far noisier.
-    rate: float = 0.012
-    rate_per_error: float = 0.04
-    head_rate: float = 0.003
-    warm_up: int = 10  # steps in which the rate rises; it falls along a cosine to zero
-    tokens: int = 2048  # about so many in a batch
 
 
 @dataclass(frozen=True)
