@@ -139,7 +139,8 @@ def prune(
         command = f"cfsp.prune({str(model)!r}, {how_much}, ...)"
         source = open_checkpoint(model, parts=settings.budget.parts)
         if trains:
-            return prune_and_recover(source, Path(out), settings, command=command)[0]
+            report, trained = prune_and_recover(source, Path(out), settings, command=command)
+            return replace(report, out=str(out)) if trained else report
         return prune_checkpoint(source, Path(out), settings, command=command)
     if tokenizer is None or out is not None or eval:
         raise UsageError(

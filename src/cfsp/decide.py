@@ -66,9 +66,9 @@ def decide(
     else:
         check_can_be_compared(job.source, job.budget, job.runtime, job.work_dir)
     job, constraint = constraint_of(job)
-    if statistics is None:
-        job.draw()  # what is wrong with the text is said first
-    announce(job.source, job.settings)
+    # What is wrong with the text is said first.
+    drawn = len(job.draw().tokens_NT) if statistics is None else None
+    announce(job.source, job.settings, drawn)
     if statistics is None:
         repairs = job.settings.repair != "none"
         if repairs and job.budget.channel_parts and not constraint.needs_statistics:
@@ -98,7 +98,7 @@ def plan_from(source: WeightSource, statistics: Statistics, settings: PruneSetti
         raise cannot_be_tried(settings.budget, needed)
     check_statistics_fit(source, statistics)
     with temporary_work_dir(settings.compute.memory_budget) as work_dir:
-        runtime = runtime_of(settings.compute, source)
+        runtime, settings = runtime_of(settings.compute, source), settings.suited_to_repair()
         job, constraint = constraint_of(Job(source, settings, no_text, no_text, runtime, work_dir))
         planner = Planner.of(source, statistics, job.budget, job.criterion)
         candidate = only_candidate(constraint, planner)

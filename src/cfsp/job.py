@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cfsp.settings import SENSITIVITY
@@ -54,7 +54,3 @@ class Job:
         if parts:
             check_is_text(windows, f"--parts {','.join(parts)}")
         return windows
-
-    def at(self, work_dir: WorkDir) -> Job:
-        """Return the same job in another work directory."""
-        return replace(self, work_dir=work_dir)

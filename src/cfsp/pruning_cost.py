@@ -123,15 +123,15 @@ def _memory_bytes(
     return peak + _INTERPRETER_BYTES + _TOKEN_BYTES * vocabulary
 
 
-def announce(source: WeightSource, settings: PruneSettings) -> None:
-    """Say what a pruning will come to, and where it is worth little."""
+def announce(source: WeightSource, settings: PruneSettings, windows: int | None = None) -> None:
+    """Say what a pruning will come to, and where it is worth little; see `doubts`."""
     if (size := size_after(source, settings)) is not None:
         before = parameter_count(source)
         log.info(
             f"{before / 1e6:,.1f}M parameters -> about {size[0] / 1e6:,.1f}M "
             f"({size[0] / before - 1:+.1%}), {size[1] / 1e9:.2f} GB of weights"
         )
-    for doubt in doubts(source, settings):
+    for doubt in doubts(source, settings, windows):
         log.warning("%s", doubt)
 
 
@@ -158,8 +158,13 @@ def _parameters_to_go(source: WeightSource, budget: Budget) -> float:
     return budget.sparsity * parameters_of_channels(source, budget.channel_parts)
 
 
-def doubts(source: WeightSource, settings: PruneSettings) -> Iterator[str]:
-    """Yield a sentence for each reason why pruning like this may be worth little."""
+def doubts(
+    source: WeightSource, settings: PruneSettings, windows: int | None = None
+) -> Iterator[str]:
+    """Yield a sentence for each reason why pruning like this may be worth little.
+
+    A text may give fewer windows than were asked for; None where it was not read.
+    """
     budget, asked, every = settings.budget, settings.budget.sparsity, parameter_count(source)
     if settings.goal is None and "ffn" in budget.parts:
         gone = _parameters_to_go(source, budget)
@@ -177,7 +182,7 @@ def doubts(source: WeightSource, settings: PruneSettings) -> Iterator[str]:
             "as much as one of 500M; 8-bit weights cost less, and `cfsp recover` wins back some "
             "of it"
         )
-    windows = settings.text.windows
+    windows = settings.text.windows if windows is None else windows
     if settings.repair != "none" and windows < _FEW_WINDOWS:
         yield (
             f"{windows} windows calibrate and repair, by default {DEFAULT_SAMPLES}: "

@@ -96,7 +96,8 @@ def repaired_scorer(job: Job, planner: Planner) -> Scorer:
         log.info("repairing on a little text: %s", candidate.in_words)
         plan = planner.plan(candidate)
         with temporary_work_dir(job.settings.compute.memory_budget) as work_dir:
-            ridge = replace(job.at(work_dir), settings=replace(job.settings, repair="ridge"))
+            settings = replace(job.settings, repair="ridge")
+            ridge = replace(job, work_dir=work_dir, settings=settings)
             repaired = repair(ridge, PruningResult(plan), fit)
             loaded = LoadedModel(model, job.budget.parts)
             smaller = build_pruned_model(loaded, plan, repaired.tensors)

@@ -187,13 +187,12 @@ OF_PRUNE: tuple[type[Any], ...] = (
 def asked(given: Mapping[str, Any], goal: Goal | None = None) -> list[str]:
     """Return the flags of all that says how much goes: a share, a number, or a goal."""
     budget = given_of(Budget, given)
-    found = [budget["sparsity"]] if "sparsity" in budget else []
-    found += [
+    goals = [
         flag_of_goal(kind)
         for kind in GOALS
         if isinstance(goal, kind) or flag_of_goal(kind) in given_of(kind, given).values()
     ]
-    return found + ([budget["remove"]] if "remove" in budget else [])
+    return [flag for flag in (budget.get("sparsity"), *goals, budget.get("remove")) if flag]
 
 
 def prune_settings(given: Mapping[str, Any], goal: Goal | None = None) -> PruneSettings:
