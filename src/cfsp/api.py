@@ -132,8 +132,10 @@ def prune(
     check_texts(settings.text.names, settings.evaluation.names)  # before a model is downloaded
     trains = effort == BEST_EFFORT
     if isinstance(model, str | Path):
-        if out is None:
-            raise UsageError("pruning a path needs out=, the new directory")
+        if out is None or tokenizer is not None:
+            raise UsageError(
+                "pruning a path needs out=, the new directory, and no tokenizer: it has its own"
+            )
         name = asked(given, goal)[0].removeprefix("--").replace("-", "_")
         how_much = f"{name}={given[name]}" if goal is None else f"goal={goal}"
         command = f"cfsp.prune({str(model)!r}, {how_much}, ...)"

@@ -9,17 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from cfsp.cli import main
+from report_runs import changed_copy
 
 
 def test_what_cfsp_wrote_passes(run, command):
     found = json.loads(command("verify", run, "--json").out)
-    assert found["verified"] is True
-    assert len(found["checks"]) == 4
-    assert all(check["problem"] is None for check in found["checks"])
-    assert command("verify", run).out.count("ok ") == 4
+    assert found["verified"] is True and found["files"] > 5
+    assert command("verify", run).out.endswith(f"{found['files']} files are as they were written\n")
+
+
+def test_what_was_trained_alone_has_no_plan(run, tmp_path, command):
+    copy = changed_copy(run, tmp_path / "copy", lambda manifest: manifest.pop("plan_digest"))
+    assert "cfsp_plan.json is not in cfsp.json" in command("verify", copy, status=2).err
+    (copy / "cfsp_plan.json").unlink()
+    command("verify", copy)
 
 
 def _flip_a_byte(directory: Path) -> None:
@@ -27,12 +33,6 @@ def _flip_a_byte(directory: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
-
-
-def _nan(directory: Path) -> None:
-    tensors = load_file(directory / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def _another_tensor(directory: Path) -> None:
@@ -60,7 +60,6 @@ def _with(name: str, text: str = "") -> Callable[[Path], object]:
     ("damage", "message"),
     [
         (_flip_a_byte, "model.safetensors has changed"),
-        (_nan, "block 1 has NaN or infinite values"),
         (_another_tensor, "model-extra.safetensors is not in cfsp.json"),
         (_edit("cfsp_plan.json", "0.5", "0.4"), "cfsp_plan.json has changed"),
         (_without("cfsp_plan.json"), "cfsp_plan.json is missing"),
@@ -74,7 +73,7 @@ def _with(name: str, text: str = "") -> Callable[[Path], object]:
         (_edit("chat_template.jinja", "for", "if"), "chat_template.jinja has changed"),
         (_edit("additional_chat_templates/tool.jinja", "m", "n"), "chat_templates/tool.jinja has"),
         (_with("adapter_config.json", "{}"), "adapter_config.json is not in"),
-        (_edit("cfsp.json", '"parameters_after": ', '"parameters_after": 1'), "were promised"),
+        (_edit("cfsp.json", ".safetensors", ".bin"), "names no weight files"),
         (_without("cfsp.json"), "cfsp did not write it"),
         (_without("model.safetensors"), "model.safetensors"),
     ],

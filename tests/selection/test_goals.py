@@ -80,6 +80,7 @@ def test_python_refuses_what_the_command_line_does(model, tmp_path):
             cfsp.prune(model, out=tmp_path / "out", **asked)
 
     refused("found none")
+    refused("no tokenizer: it has its own", sparsity=0.5, tokenizer=object())
     refused("--sparsity and --target-params", sparsity=0.5, goal=TargetParameters(0.5))
     refused("--effort fast is --repair none", sparsity=0.5, effort="fast", repair="ridge")
     refused("--local-steps belongs to --repair local", sparsity=0.5, local_steps=5)

@@ -26,7 +26,7 @@ from cfsp.selection.divergence import (
     dense_predictions,
     masked_channels,
     masked_unit,
-    with_sensitivity,
+    measure_sensitivity,
 )
 from cfsp.selection.drop_order import order_of_removal
 from cfsp.settings import Criterion
@@ -126,11 +126,9 @@ def test_what_stayed_is_stored_by_part(text_file, tokenizer):
     source = LoadedModel(AutoModelForCausalLM.from_config(config).eval(), ("ffn", "kv"))
     windows = draw_windows([str(text_file)], tokenizer, samples=2, seqlen=16)
     runtime = Runtime(torch.device("cpu"), torch.float32, 2)
-    statistics = with_sensitivity(
+    of_ffns = measure_sensitivity(
         source, calibrate(source, windows, runtime), windows, Criterion(), runtime
     )
-    of_ffns = statistics.sensitivity
-    assert of_ffns is not None
     assert of_ffns.kept_L == (1 / 2,) * BLOCKS
     assert of_ffns.other_parts["kv"].kept_L == (2 / 3,) * BLOCKS
 

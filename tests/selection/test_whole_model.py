@@ -93,7 +93,7 @@ def test_a_killed_run_keeps_what_it_decided_when_memory_changes(
         patch.setattr("cfsp.decide.choose_and_repair", killed)
         with pytest.raises(KeyboardInterrupt):
             prune_checkpoint(source, tmp_path / "out", repaired)
-    monkeypatch.setattr(divergence, "with_sensitivity", killed)
+    monkeypatch.setattr(divergence, "measure_sensitivity", killed)
     monkeypatch.setattr(runtime, "available_bytes", lambda: 1)
     plan = prune_checkpoint(source, tmp_path / "out", repaired).plan
     assert plan.criterion["block_metric"] == "sensitivity"

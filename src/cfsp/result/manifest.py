@@ -1,4 +1,7 @@
-"""The manifest `cfsp.json` of a checkpoint: what made it, from what, and under which conditions."""
+"""The manifest `cfsp.json` of a checkpoint: what made it, from what, and under which conditions.
+
+It has digests of the files, by which `cfsp verify` tells whether they are as they were written.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.output import write_atomically
-from cfsp.checkpoint.own_files import MANIFEST_FILE
+from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE, digests_beside_weights, sha256_of
 from cfsp.errors import CheckpointError, refusing_bad_json
 from cfsp.planning.plan_file import PruningPlan
+from cfsp.progress import item_progress
 from cfsp.result.names import public_command, public_name
+
+if TYPE_CHECKING:
+    from cfsp.checkpoint.reading import Checkpoint
 
 MANIFEST_VERSION = 2
 
@@ -94,3 +101,42 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
             "use the version of cfsp that wrote it"
         )
     return fields
+
+
+def check_as_written(source: Checkpoint) -> int:
+    """Check that the files of a checkpoint are those that were written; return how many.
+
+    They are all that change what the model says, but not notes or licences, and the plan.
+    """
+    directory, manifest = source.directory, read_manifest(source.directory)
+    if manifest is None:
+        raise CheckpointError(
+            f"{source.label} has no {MANIFEST_FILE}: cfsp did not write it, so there is nothing to "
+            "verify it against"
+        )
+    with refusing_damage(directory):
+        promised: dict[str, str] = dict(manifest["files"])
+    if not any(name.endswith(".safetensors") for name in promised):
+        raise CheckpointError(f"{directory / MANIFEST_FILE} names no weight files; prune again")
+    found = digests_beside_weights(directory)
+    weights = sorted(directory.glob("*.safetensors"))  # loaders read them all
+    with item_progress("verify", len(weights), "file") as bar:
+        for path in weights:
+            found[path.name] = sha256_of(path)
+            bar.update()
+    plan = directory / PLAN_FILE
+    # Of a model that was trained without being pruned there is none.
+    if (of_plan := manifest.get("plan_digest")) is not None:
+        promised[PLAN_FILE] = of_plan
+    if plan.is_file():
+        found[PLAN_FILE] = digest_of_plan(PruningPlan.load(plan))
+    said = [f"{name} is missing" for name in sorted(promised.keys() - found.keys())]
+    said += [f"{name} is not in {MANIFEST_FILE}" for name in sorted(found.keys() - promised.keys())]
+    both = sorted(promised.keys() & found.keys())
+    said += [f"{name} has changed" for name in both if promised[name] != found[name]]
+    if said:
+        raise CheckpointError(
+            f"{source.label} is not what cfsp wrote: {'; '.join(said)}; prune again, or copy the "
+            "checkpoint again"
+        )
+    return len(found)

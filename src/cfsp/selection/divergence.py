@@ -340,9 +340,8 @@ def with_needed_sensitivity(job: Job, statistics: Statistics, windows: Windows) 
         if not follow_sensitivity(source, criterion, runtime, has_images=windows.has_images):
             return {"sensitivity": None}
         with work_dir.watch.stage("sensitivity"):
-            found = with_sensitivity(source, statistics, windows, criterion, runtime, parts)
-        assert found.sensitivity is not None
-        return {"sensitivity": asdict(found.sensitivity)}
+            found = measure_sensitivity(source, statistics, windows, criterion, runtime, parts)
+        return {"sensitivity": asdict(found)}
 
     # Other windows would be another measurement.
     name = f"sensitivity-{windows.digest[:8]}"
@@ -353,15 +352,15 @@ def with_needed_sensitivity(job: Job, statistics: Statistics, windows: Windows) 
     return replace(statistics, sensitivity=Sensitivity.from_json(found, blocks))
 
 
-def with_sensitivity(
+def measure_sensitivity(
     source: WeightSource,
     statistics: Statistics,
     windows: Windows,
     criterion: Criterion,
     runtime: Runtime,
     parts: Collection[Part] = UNIT_PARTS,
-) -> Statistics:
-    """Add the sensitivity of blocks, measured on the beginnings of a few windows of every text."""
+) -> Sensitivity:
+    """Return the sensitivity of blocks, on the beginnings of a few windows of every text."""
     tokens_NT = few_beginnings(windows).tokens_NT
     kept_U = [
         choose_channels(
@@ -389,5 +388,4 @@ def with_sensitivity(
             tuple(k / a if a else 1.0 for k, a in zip(kept_L, all_L, strict=True)),
             len(tokens_NT),
         )
-    of_ffns = of_part.pop("ffn")
-    return replace(statistics, sensitivity=replace(of_ffns, other_parts=of_part))
+    return replace(of_part.pop("ffn"), other_parts=of_part)
