@@ -61,7 +61,10 @@ NUMBERS = [
         f"{CALIBRATE} --seed {MANY}", f"found {MANY}", "--seed must be at least 0 and at most"
     ),
     BadInput(f"{RECOVER} --seed -1", "found -1", "--seed must be at least 0 and at most"),
-    BadInput(f"{CALIBRATE} --samples {MANY}", f"found {MANY}", "--samples must be at most"),
+    BadInput(f"{CALIBRATE} --samples {MANY}", f"found {MANY}", "--samples must be at least 1 and"),
+    BadInput(
+        f"{PRUNE} --estimate --seqlen 0", "found 0", "--seqlen must be at least 2 and at most"
+    ),
     BadInput(f"{EVAL} --seqlen {MANY}", f"found {MANY}", "expected windows of 2"),
     BadInput(
         f"{PRUNE_TEXT} --eval {{text}} --windows 0", "found 0", "--windows must be at least 1"

@@ -198,7 +198,7 @@ def test_wrong_settings(more, message):
         (["--windows", "9999"], "9999 are needed"),
         (["--sparsity", "0.99"], "can be removed"),
         (["--device", "nowhere"], "nowhere"),
-        (["--samples", "0"], "expected at least one window"),
+        (["--samples", "0"], "--samples must be at least 1 and"),
     ],
 )
 def test_all_that_is_named_is_checked_before_anything_is_computed(

@@ -175,11 +175,13 @@ def test_too_little_text_says_how_much_there_is_and_how_much_is_needed(tmp_path,
 
 def test_bad_counts_are_refused(text_file, tokenizer):
     name = str(text_file)
-    for samples, seqlen in ((0, 16), (-1, 16), (1, 16), (4, 1), (4, 0)):
-        with pytest.raises(UsageError, match=f"found {samples} windows.*{seqlen} tokens"):
-            draw_windows([name, name], tokenizer, samples=samples, seqlen=seqlen)
-    with pytest.raises(UsageError, match="found 128 windows for 1 text and 1 tokens"):
-        draw_windows([name], tokenizer, seqlen=1)
+    for choices, said in (
+        ({"samples": 0}, "--samples must be at least 1"),
+        ({"seqlen": 1}, "--seqlen must be at least 2"),
+        ({"samples": 1, "seqlen": 16}, "found 1 windows for 2 texts and 16 tokens"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            draw_windows([name, name], tokenizer, **choices)
     with pytest.raises(UsageError, match="found 0 windows"):
         consecutive_windows(name, tokenizer, count=0, seqlen=16)
 

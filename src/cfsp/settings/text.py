@@ -85,11 +85,12 @@ class CalibrationText(Declared):
         None,
         "windows of text in all",
         kind=int,
+        least=1,
         most=MOST_WINDOWS,
         default="128, or all there are",
     )
     seqlen: int = advanced_option(
-        DEFAULT_SEQLEN, "tokens in a window", kind=int, most=LONGEST_WINDOW, metavar="T"
+        DEFAULT_SEQLEN, "tokens in a window", kind=int, least=2, most=LONGEST_WINDOW, metavar="T"
     )
     seed: int = advanced_option(0, "of the draw of windows", kind=int, least=0, most=(1 << 63) - 1)
     bos: Bos = advanced_option("auto", BOS_HELP, choices=BOS)
