@@ -41,7 +41,7 @@ def browser(tmp_path_factory) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def runs(run, tmp_path_factory) -> list[Path]:
-    """Two sizes, each also without repair, and a recovered one."""
+    """Two sizes, and a recovered one."""
     directory = tmp_path_factory.mktemp("runs")
 
     def larger(manifest: dict[str, Any]) -> None:
@@ -51,11 +51,7 @@ def runs(run, tmp_path_factory) -> list[Path]:
 
     half = changed_copy(run, directory / "half", lambda manifest: None)
     quarter = changed_copy(run, directory / "quarter", larger)
-    plain = [
-        changed_copy(run, directory / f"plain-{run.name}", lambda m: m.update(repair={"steps": []}))
-        for run in (half, quarter)
-    ]
-    return [half, quarter, *plain, changed_copy(half, directory / "recovered", recovered)]
+    return [half, quarter, changed_copy(half, directory / "recovered", recovered)]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +100,7 @@ def test_page_is_drawn_without_complaint(browser, page, tmp_path, width, scheme)
     )
     assert max(ends) <= width
     # On a phone its column's head is not shown.
-    assert ('"plain-quarter"' in names) == (width < 600)
+    assert ('"quarter"' in names) == (width < 600)
     shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})
     picture = tmp_path / f"report-{width}-{scheme}.png"
     picture.write_bytes(base64.b64decode(shot["data"]))

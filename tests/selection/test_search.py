@@ -16,11 +16,11 @@ from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.decide import decide
-from cfsp.errors import BudgetError, UsageError
+from cfsp.errors import BudgetError
 from cfsp.pipeline import calibrate_source
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.make import Planner, model_size
-from cfsp.selection import drop_order, search
+from cfsp.selection import search
 from cfsp.selection.constraint import STEPS, highest_step, last_that_holds
 from cfsp.selection.divergence import (
     MaskedModel,
@@ -172,13 +172,6 @@ def test_a_resumed_run_compares_as_the_killed_one_did(
         statistics = calibrate_source(source, tokenizer, [asked])
         search.select(job, constraint_of(job)[1], statistics)
         assert any(each.repaired is not None for each in compared[-1]) == had_room
-
-
-def test_a_model_that_does_not_fit_is_refused(source, text_file, monkeypatch):
-    monkeypatch.setattr(drop_order, "fits", lambda *args: False)
-    asked = settings(text_file, goal_of_share(source.model, ("blocks",), 0.2))
-    with pytest.raises(UsageError, match="tries how many blocks should go, which requires the"):
-        decide(job_of(source, asked))
 
 
 @given(st.integers(1, 300), st.integers(0, 300))
