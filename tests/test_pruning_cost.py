@@ -37,9 +37,24 @@ def estimate(argv, tmp_path, capsys) -> Estimate:
 
 def test_more_repair_takes_more(estimate):
     fast, standard = estimate("--repair", "none"), estimate("--repair", "ridge")
-    for name in ("memory_bytes", "disk_bytes"):
+    for name in ("memory_bytes", "disk_bytes", "flop"):
         assert fast[name] < standard[name]
     assert 5e8 < standard["memory_bytes"] < 6e8
+    assert standard["seconds"] > 0
+
+
+def test_work_is_that_of_the_formulas(estimate):
+    config = TINY_CONFIGS["llama"]()
+    hidden, width, blocks = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    key_values = hidden * config.num_key_value_heads // config.num_attention_heads
+    weights = 2 * hidden * (hidden + key_values) + 3 * hidden * width + 2 * hidden
+    tokens = 16 * 32
+    assert estimate("--repair", "none")["flop"] == 2 * weights * blocks * tokens
+    kept = width // 2
+    solve = 3 * (kept**3 / 3 + 2 * hidden * kept**2)
+    per_block = 2 * weights * 1.5 * tokens + 1.25 * width**2 * tokens + solve  # 8 windows first
+    found = estimate("--repair", "ridge", "--set", "block_metric=uniform")["flop"]
+    assert found == pytest.approx(blocks * per_block)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,14 @@
 """What is said before any work: what a prune takes, how small the model becomes, and doubts.
 
-Sizes follow from shapes (docs/SCALE.md has the formulas).
+Sizes and work follow from shapes (docs/SCALE.md has the formulas), the time of the work from that
+of a product of two matrices here and now.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +20,21 @@ from cfsp.checkpoint.reading import parameter_count
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
 from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.candidate import DropSizes
+from cfsp.planning.importance import COARSE_WINDOWS
 from cfsp.planning.make import parameters_of_channels
 from cfsp.repair.ridge_pass import gram_bytes
-from cfsp.selection.divergence import follow_sensitivity, prediction_bytes
+from cfsp.selection.divergence import (
+    BEGINNING_TOKENS,
+    LEAST_WINDOWS,
+    POSITION_STRIDE,
+    follow_sensitivity,
+    prediction_bytes,
+)
 from cfsp.settings import DEFAULT_SAMPLES, TargetParameters
 from cfsp.streaming.block_stream import windows_in_batch
 from cfsp.streaming.memory import available_bytes, default_budget
 from cfsp.streaming.runtime import needed_bytes
+from cfsp.text.drawing import parts_with_shares
 from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
@@ -36,6 +46,10 @@ if TYPE_CHECKING:
 _INTERPRETER_BYTES = int(0.5e9)
 # Of a tokenizer, for each entry of its vocabulary.
 _TOKEN_BYTES = 1000
+# So many strengths of the ridge are tried where the middle one or a stronger one is best.
+_STRENGTHS = 3
+# Of the matrices that tell how fast this machine is.
+_SIDE = 2048
 # Of the share that was asked for, which goes of the model where most of it is elsewhere.
 _LITTLE = 1 / 3
 # Below so many parameters a model lost about twice as much: without 20% of their channels
@@ -60,12 +74,14 @@ class PruningCost:
     parameters_before: int
     parameters_after: int  # before widths are rounded to multiples
     bytes_after: int
+    flop: float | None  # of all matrix products; None where experts see some of the tokens
+    seconds: float | None  # of these, at the speed of this machine: the run takes longer
 
 
 def pruning_cost(
     source: WeightSource, out: Path, settings: PruneSettings, runtime: Runtime
 ) -> PruningCost:
-    """Return what a prune will take; nothing is computed, nor any weight read.
+    """Return what a prune will take; no weight is read.
 
     `out` is where the smaller model is to go, or a directory on the same disk; it need not exist.
     The settings are without local repair; a text with fewer windows than asked for is not noticed.
@@ -82,6 +98,7 @@ def pruning_cost(
         disk_bytes += sum(source.parameters[name].nbytes for name in names)
     existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     before = parameter_count(source)
+    work = None if any(unit.routed for unit in source.units) else _work(source, settings, runtime)
     return PruningCost(
         _memory_bytes(source, settings, runtime, hidden_bytes),
         available_bytes(),
@@ -89,22 +106,67 @@ def pruning_cost(
         shutil.disk_usage(existing).free,
         before,
         *(size_after(source, settings) or (before, checkpoint_bytes)),
+        sum(work.values()) if work else None,
+        sum(n / _speed(dtype, runtime.device) for dtype, n in work.items()) if work else None,
     )
+
+
+def _work(
+    source: WeightSource, settings: PruneSettings, runtime: Runtime
+) -> dict[torch.dtype, float]:
+    """Return the floating-point operations of all matrix products, by their dtype."""
+    text, repairs = settings.text, settings.repair != "none"
+    hidden = int(text_config_of(source.config).hidden_size)
+    vocabulary = vocabulary_of(source.config)
+    token = 2.0 * sum(_block_elements(source))
+    windows = text.windows + (min(text.windows, COARSE_WINDOWS) if repairs else 0)
+    work = {runtime.dtype: token * windows * text.seqlen}
+    if follow_sensitivity(source, settings.criterion, runtime, has_images=False):
+        places = len({(unit.block, unit.part) for unit in source.units})
+        texts = sum(share > 0 for _, share in parts_with_shares(text.names, text.windows))
+        compared = min(text.windows, max(LEAST_WINDOWS, texts))
+        # The dense model, and from its block on the model without each place; then the head.
+        head = 2.0 * vocabulary * hidden / POSITION_STRIDE
+        each = token * (1 + places / 2) + head * (1 + places)
+        work[runtime.dtype] += each * compared * min(text.seqlen, BEGINNING_TOKENS)
+    if repairs:
+        gram = sum(1.25 * unit.columns**2 for unit in source.units)
+        work[torch.float32] = work.get(torch.float32, 0.0) + gram * text.windows * text.seqlen
+        kept_U = [round(unit.columns * (1 - settings.budget.sparsity)) for unit in source.units]
+        solves = (kept**3 / 3 + 2.0 * hidden * kept**2 for kept in kept_U)
+        work[torch.float64] = _STRENGTHS * sum(solves)
+    return work
+
+
+def _speed(dtype: torch.dtype, device: torch.device) -> float:
+    """Return the operations a second of a matrix product, on this machine now."""
+    if dtype == torch.float64 and device.type == "mps":  # has none
+        device = torch.device("cpu")
+    side = torch.ones(_SIDE, _SIDE, dtype=dtype, device=device)
+    seconds = []
+    for _ in range(3):  # the first is slow
+        start = time.perf_counter()
+        float((side @ side)[0, 0])  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 2.0 * _SIDE**3 / min(seconds)
+
+
+def _block_elements(source: WeightSource) -> list[int]:
+    """Return how many weights each block has."""
+    architecture = source.architecture
+    return [
+        sum(source.specs[name].elements for name in source.stored.within(prefix))
+        for prefix in map(architecture.block_prefix, range(architecture.block_count))
+    ]
 
 
 def _memory_bytes(
     source: WeightSource, settings: PruneSettings, runtime: Runtime, hidden_bytes: int
 ) -> int:
     """Return the peak, as docs/SCALE.md works it out."""
-    itemsize, architecture = runtime.dtype.itemsize, source.architecture
-    hidden, vocabulary = (
-        int(text_config_of(source.config).hidden_size),
-        vocabulary_of(source.config),
-    )
-    elements = [
-        sum(source.specs[name].elements for name in source.stored.within(prefix))
-        for prefix in map(architecture.block_prefix, range(architecture.block_count))
-    ]
+    itemsize, elements = runtime.dtype.itemsize, _block_elements(source)
+    hidden = int(text_config_of(source.config).hidden_size)
+    vocabulary = vocabulary_of(source.config)
     around = (parameter_count(source) - sum(elements)) * itemsize
     block, width = max(elements) * itemsize, max(unit.columns for unit in source.units)
     one = Windows(torch.zeros(1, settings.text.seqlen, dtype=torch.int64), {})

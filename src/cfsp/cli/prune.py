@@ -60,7 +60,7 @@ def add_options_to(parser: Parser) -> None:
     parser.add_argument(
         "--estimate",
         action="store_true",
-        help="say what memory and disk it takes, how small the model becomes, and stop",
+        help="say what memory, disk and time it takes, how small the model becomes, and stop",
     )
     add_options(parser, parser, CalibrationText)
     add_options(parser, parser, EvaluationText)
@@ -212,6 +212,11 @@ def _print_estimate(cost: PruningCost) -> None:
         f"parameters {human_count(before)} -> about {human_count(after)} "
         f"({after / before - 1:+.1%}), {human_bytes(cost.bytes_after)} of weights"
     )
+    if cost.flop is not None and cost.seconds is not None:
+        print(
+            f"time {cost.seconds / 60:,.0f} minutes and more: {cost.flop / 1e12:,.1f} TFLOP of "
+            "matrix products, at the speed of this machine now"
+        )
 
 
 def print_report(report: PruneReport) -> None:
