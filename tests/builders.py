@@ -169,11 +169,9 @@ def goal_of_share(
     return TargetParameters(1 - share * owned / parameter_count(source))
 
 
-def draw_windows(
-    texts: Sequence[str | Text], tokenizer: Any, *, processor: Any = None, **choices: Any
-) -> Windows:
+def draw_windows(texts: Sequence[str | Text], tokenizer: Any, **choices: Any) -> Windows:
     """Draw calibration windows of texts by name; `choices` are those of `CalibrationText`."""
-    return draw_text(CalibrationText(tuple(texts), **choices), tokenizer, processor)
+    return draw_text(CalibrationText(tuple(texts), **choices), tokenizer)
 
 
 def windows_left_over(

@@ -49,7 +49,7 @@ from cfsp.settings import (
     texts_of,
 )
 from cfsp.text.sources import check_texts
-from cfsp.text.tokenizers import load_tokenizer, parted
+from cfsp.text.tokenizers import check_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -89,8 +89,7 @@ def prune(
 
     Args:
         model: a directory, hub id, .gguf file or `demo`; or a transformers model.
-        tokenizer: needed for a model in memory, and for nothing else; a multimodal model's
-            processor in its place reads images too.
+        tokenizer: needed for a model in memory, and for nothing else.
         out: the new directory; needed for a path, and for nothing else.
         sparsity: share of the part that goes, in [0, 1). Of blocks, attention layers and experts a
             number may be said instead: `parts="blocks", remove=4`.
@@ -182,13 +181,13 @@ def calibrate(
     budget = from_names(Budget, {}, parts=parts)
     compute = from_names(Compute, advanced, device=device)
     settings = PruneSettings(budget, from_names(Criterion, advanced), text, compute)
-    tokenizer, processor = parted(tokenizer)
     with _opened(model, budget) as source:
         if tokenizer is None:
             if not isinstance(source, Checkpoint):
                 raise UsageError("calibrating a model in memory needs its tokenizer")
             tokenizer = load_tokenizer(source.directory)
-        return calibrate_source(source, tokenizer, [settings], processor=processor)
+        check_tokenizer(tokenizer)
+        return calibrate_source(source, tokenizer, [settings])
 
 
 def plan(

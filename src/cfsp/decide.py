@@ -73,12 +73,12 @@ def decide(
         repairs = job.settings.repair != "none"
         if repairs and job.budget.channel_parts and not constraint.needs_statistics:
             return _choose_and_repair(job, constraint)
-        windows = job.windows()
+        windows = job.draw()
         if not job.budget.channel_parts and "experts" not in job.budget.parts:
             windows = few_windows(windows, COARSE_WINDOWS)  # nothing that is chosen needs them all
         statistics = _calibrated(job, constraint, windows, "calibrate")
     elif job.budget.compares:
-        statistics = _completed(job, constraint, statistics, job.windows())
+        statistics = _completed(job, constraint, statistics, job.draw())
     planner, candidate = select(job, constraint, statistics)
     with job.work_dir.watch.stage("plan"):
         plan = planner.plan(candidate)
@@ -118,7 +118,7 @@ def _repaired_by(job: Job, result: PruningResult) -> PruningResult:
     """Repair what a plan leaves, if there is anything to repair."""
     if not needed_steps(job.settings.repair, result.plan):
         return result
-    windows = job.windows()
+    windows = job.draw()
     check_windows(windows)
     return repair(job, result, windows)
 
@@ -144,7 +144,7 @@ def _calibrated(job: Job, constraint: Constraint, seen: Windows, name: str) -> S
             name=name,
             runs=follow_runs(job.source, job.budget, job.runtime, job.work_dir),
         )
-    return _completed(job, constraint, statistics, job.windows())
+    return _completed(job, constraint, statistics, job.draw())
 
 
 def _completed(
@@ -162,7 +162,7 @@ def _completed(
 
 def _choose_and_repair(job: Job, constraint: Constraint) -> tuple[PruningResult, dict[str, Any]]:
     """Fix the widths from a few windows, then choose and repair in one pass over all."""
-    windows = job.windows()
+    windows = job.draw()
     check_windows(windows)
     few = few_windows(windows, COARSE_WINDOWS)
     coarse = _calibrated(job, constraint, few, "coarse pass")

@@ -195,6 +195,8 @@ GONE = {
         ("wanda-sp", "magnitude-sp", "blocks-alone"),
         "it went, because it was far worse (docs/STUDIES.md): use cfsp, or blocks",
     ),
+    "processor": "calibration on images went, because no real model ever proved it: give its "
+    "tokenizer (processor.tokenizer), and text",
     "sequential": "sequential went as a choice of its own: it is a step of --repair local",
 }
 

@@ -6,9 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cfsp.settings import SENSITIVITY
-from cfsp.text.windows import check_is_text
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -39,18 +36,3 @@ class Job:
     def criterion(self) -> Criterion:
         """What counts as important."""
         return self.settings.criterion
-
-    def windows(self) -> Windows:
-        """Return the calibration windows.
-
-        Raises:
-            UsageError: they have images, and the settings ask for what reads text alone.
-        """
-        windows, parts = self.draw(), self.budget.whole_parts
-        if self.criterion.block_metric == SENSITIVITY:
-            check_is_text(windows, f"the block metric {SENSITIVITY}")
-        if self.settings.repair == "local":
-            check_is_text(windows, f"--repair {self.settings.repair}")
-        if parts:
-            check_is_text(windows, f"--parts {','.join(parts)}")
-        return windows

@@ -76,7 +76,7 @@ from cfsp.streaming.work_dir import (
     temporary_work_dir,
 )
 from cfsp.text.drawing import calibration_windows
-from cfsp.text.tokenizers import load_tokenizer, parted
+from cfsp.text.tokenizers import check_tokenizer, load_tokenizer
 from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
@@ -184,16 +184,16 @@ def prune_model(
 ) -> PreTrainedModel:
     """Prune a model in memory into a new one that shares every unpruned tensor with it.
 
-    The processor that has its tokenizer does as well; nothing is evaluated.
+    Nothing is evaluated.
     """
     settings = settings.suited_to_repair()
-    tokenizer, processor = parted(tokenizer)
+    check_tokenizer(tokenizer)
     with (
         in_memory(model, settings.budget.parts) as source,
         temporary_work_dir(settings.compute.memory_budget) as work_dir,
     ):
         check_can_be_repaired(source, settings)
-        repaired, goal = _decide(source, lambda: tokenizer, settings, work_dir, processor=processor)
+        repaired, goal = _decide(source, lambda: tokenizer, settings, work_dir)
         report = prune_report(source, repaired, goal, {}, work_dir, None)
         facts = facts_for_config(report.to_manifest({}, "cfsp.prune"))
         return build_pruned_model(source, repaired.plan, repaired.tensors, facts)
@@ -204,13 +204,11 @@ def calibrate_source(
     tokenizer: PreTrainedTokenizerBase,
     prunings: Sequence[PruneSettings],
     work_dir: WorkDir | None = None,
-    processor: Any = None,
 ) -> Statistics:
     """Draw windows, run them through the model once, and measure what else some prunings need.
 
     They have one text. Where one says of blocks or attention layers not how many go, in which order
-    they do is measured up to half; where widths may follow the sensitivity of blocks, that is. The
-    processor is that of a multimodal model in memory.
+    they do is measured up to half; where widths may follow the sensitivity of blocks, that is.
     """
     text, compute, budgets = prunings[0].text, prunings[0].compute, [p.budget for p in prunings]
     own: AbstractContextManager[WorkDir] = temporary_work_dir(compute.memory_budget)
@@ -220,13 +218,11 @@ def calibrate_source(
         for budget in budgets:
             check_can_be_compared(source, budget, runtime, work_dir)
         with work_dir.watch.stage("text"):
-            windows = calibration_windows(source, tokenizer, text, processor)
+            windows = calibration_windows(tokenizer, text)
         jobs = [
             Job(source, p.suited_to_repair(), lambda: tokenizer, lambda: windows, runtime, work_dir)
             for p in prunings
         ]
-        for job in jobs:
-            job.windows()  # has no images where they are not read
         check_same_work(work_dir.team, [source], {"calibration text": windows.digest})
         check_enough(windows, work_dir.team, runtime.batch_windows)
         runs = any(follow_runs(source, budget, runtime, work_dir) for budget in budgets)
@@ -260,7 +256,6 @@ def _decide(
     *,
     statistics: Statistics | None = None,
     plan: PruningPlan | None = None,
-    processor: Any = None,
 ) -> tuple[PruningResult, dict[str, Any]]:
     """Decide what goes and repair what is left; see `decide`.
 
@@ -271,7 +266,7 @@ def _decide(
     @cache
     def draw() -> Windows:
         with work_dir.watch.stage("text"):
-            windows = calibration_windows(source, tokenizer(), settings.text, processor)
+            windows = calibration_windows(tokenizer(), settings.text)
         work_dir.team.check_same({"calibration text": windows.digest})
         check_enough(windows, work_dir.team, runtime.batch_windows)
         return windows

@@ -23,7 +23,7 @@ from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.result.prune_report import PruneReport
 from cfsp.selection.goal import held_out_windows
 from cfsp.settings import BEST_WITHOUT_TRAINING, Compute, MaxLossIncrease, PruneSettings
-from cfsp.text.drawing import draw_text, processor_of
+from cfsp.text.drawing import draw_text
 from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
 
@@ -77,8 +77,7 @@ def prune_and_recover(
     asked = _asked(source, settings) | pruning_identity(settings, statistics, plan)
 
     def drawn() -> str:
-        tokenizer = load_tokenizer(source.directory)
-        return draw_text(text, tokenizer, processor_of(source)).digest
+        return draw_text(text, load_tokenizer(source.directory)).digest
 
     if before is not None and before == digest_of({**asked, "drawn": drawn()}):
         log.info("%s was pruned before by the same command; going on from it", pruned)

@@ -121,7 +121,7 @@ def _work(
     token = 2.0 * sum(_block_elements(source))
     windows = text.windows + (min(text.windows, COARSE_WINDOWS) if repairs else 0)
     work = {runtime.dtype: token * windows * text.seqlen}
-    if follow_sensitivity(source, settings.criterion, runtime, has_images=False):
+    if follow_sensitivity(source, settings.criterion, runtime):
         places = len({(unit.block, unit.part) for unit in source.units})
         texts = sum(share > 0 for _, share in parts_with_shares(text.names, text.windows))
         compared = min(text.windows, max(LEAST_WINDOWS, texts))
@@ -180,7 +180,7 @@ def _memory_bytes(
         peak = max(peak, 2 * block + activations + gram, block + gram + system)
     budget = settings.compute.memory_budget
     peak += hidden_bytes if hidden_bytes <= (default_budget() if budget is None else budget) else 0
-    if follow_sensitivity(source, settings.criterion, runtime, has_images=False):
+    if follow_sensitivity(source, settings.criterion, runtime):
         peak = max(peak, needed_bytes(source, runtime.dtype) + prediction_bytes(vocabulary))
     return peak + _INTERPRETER_BYTES + _TOKEN_BYTES * vocabulary
 

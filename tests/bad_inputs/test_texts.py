@@ -50,6 +50,10 @@ TEXTS = [
         "",
         ("line must be one JSON object", file("a.jsonl", b"[" * 100_000)),
         ("character 1, which is no text; leave", file("a.jsonl", b'{"text": "x\\ud800"}')),
+        (
+            "line 2: half of a surrogate pair at character 1",
+            file("a.jsonl", b'\n{"messages": [{"role": "user", "content": "x\\ud800"}]}'),
+        ),
     ),
     BadInput(
         f"{CALIBRATE}a.parquet",

@@ -88,7 +88,7 @@ def test_a_group_computes_what_the_pruned_model_does(name):
         model(tokens_BT)
     skeleton = build_skeleton(model.config, torch.float32)
     base = model.get_submodule(source.architecture.decoder)
-    calls = record_calls(base, blocks, tokens_BT).calls
+    calls, _ = record_calls(base, blocks, tokens_BT)
     pruned = PrunedSource(source, plan, {})
     modules = blocks_of(skeleton, source.architecture)
     group = BlockGroup(pruned, modules, range(2), {2: calls[:2]}, RUNTIME)

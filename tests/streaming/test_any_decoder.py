@@ -17,10 +17,7 @@ from cfsp.checkpoint.reading import LoadedModel
 from cfsp.errors import UnsupportedModelError
 from cfsp.streaming.block_calls import BlockCalls
 from cfsp.streaming.decoder_end import Head, end_of, parameters_of_end
-from cfsp.streaming.decoder_start import DecoderStart
 from cfsp.streaming.hidden_states import HiddenStates
-from cfsp.streaming.runtime import Runtime
-from cfsp.text.windows import Windows
 from tiny_decoders import REPRESENTATIVES, tiny_model
 
 SHARED_KEYS = {
@@ -29,7 +26,6 @@ SHARED_KEYS = {
     "num_kv_shared_layers": 2,
 }
 CPU = torch.device("cpu")
-RUNTIME = Runtime(CPU, torch.float32)
 TOKENS = torch.randint(2, 290, (3, 12), generator=torch.Generator().manual_seed(0))
 
 # Of these all but the decoder goes before they are streamed.
@@ -52,9 +48,8 @@ def started(model: nn.Module, tokens_NT: Tensor, size: int = 3) -> tuple[HiddenS
     """Return what enters the blocks, and how they are called with so many windows at a time."""
     _, decoder, blocks = parts_of(model)
     batches = [slice(i, min(i + size, len(tokens_NT))) for i in range(0, len(tokens_NT), size)]
-    return DecoderStart(decoder, blocks, RUNTIME).embed(
-        Windows(tokens_NT, {}), batches, lambda shape: HiddenStates(shape, torch.float32)
-    )
+    calls = BlockCalls(decoder, blocks, tokens_NT, CPU)
+    return calls.embed(batches, lambda shape: HiddenStates(shape, torch.float32)), calls
 
 
 def streamed_logits(model: nn.Module, tokens_NT: Tensor) -> Tensor:
@@ -194,4 +189,4 @@ def summed(hidden: Tensor, layers: nn.ModuleList) -> Tensor:
 def test_what_cannot_be_streamed_is_refused(through, words):
     decoder = Decoder(through)
     with pytest.raises(UnsupportedModelError, match=words):
-        _ = DecoderStart(decoder, decoder.layers, RUNTIME).form
+        BlockCalls(decoder, decoder.layers, TOKENS, CPU)

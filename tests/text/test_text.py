@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -304,6 +305,35 @@ def test_a_template_that_reads_the_parts_of_a_message(chats, tokenizer):
     )
     expected = [f"<user>number {i} of the river<assistant>green stone {i}" for i in range(60)]
     assert list(TextSource(str(chats), "calibration").documents(of_parts)) == expected
+
+
+def test_images_are_left_out_and_that_is_said_once_of_each_text(tmp_path, tokenizer, caplog):
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "a river"}]
+    said: Any = [{"role": "user", "content": parts}] * 9
+    with_parts = [{"messages": said}] * 9
+    beside = [{"messages": conversation(0) * 9, "images": ["none.png"]}] * 9
+    of_text = [{"text": "a river " * 40, "images": ["none.png"]}] * 9
+    places = []
+    for number, records in enumerate((with_parts, beside, of_text)):
+        (tmp_path / f"{number}.jsonl").write_text("\n".join(map(json.dumps, records)))
+        pq.write_table(pa.Table.from_pylist(records), tmp_path / f"{number}.parquet")
+        places += [tmp_path / f"{number}.jsonl", tmp_path / f"{number}.parquet"]
+    for place in places:
+        TextSource(str(place), "calibration").open()
+        text = tokenizer.decode(draw_windows([str(place)], tokenizer, seqlen=16).tokens_NT[0])
+        assert "river" in text
+    told = [record.getMessage() for record in caplog.records if "images" in record.getMessage()]
+    assert told == [f"{at}: its images are left out, only its text is read" for at in places]
+
+
+def test_images_on_the_hub_are_not_decoded(monkeypatch):
+    """Pictures would need Pillow, and none of these is one."""
+    stored = [{"text": "a river", "images": {"bytes": b"no picture", "path": None}}] * 2
+    features = datasets.Features(text=datasets.Value("string"), images=datasets.Image())
+    data = datasets.Dataset.from_list(stored, features).to_iterable_dataset()
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: data)
+    monkeypatch.setattr("cfsp.text.records.hub_is_missed", lambda: False)
+    assert read("someone/pictures:default:train:text") == ["a river"] * 2
 
 
 @settings(max_examples=30)

@@ -349,7 +349,7 @@ class TwoStreams(Visitor[BlockRepair | None]):
             hidden.swap_buffers()
             return None
         calls = {
-            size: [block.call(self._kept[index], size) for index in indices]
+            size: [block.calls.of(self._kept[index], size) for index in indices]
             for size in self.more_batch_sizes
         }
         blocks = BlockGroup(self.pruned, self._modules, indices, calls, self.runtime)

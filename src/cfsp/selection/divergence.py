@@ -312,16 +312,11 @@ def block_sensitivities(
     return {part: [each / len(tokens_NT) for each in total_L] for part, total_L in total.items()}
 
 
-def follow_sensitivity(
-    source: WeightSource, criterion: Criterion, runtime: Runtime, *, has_images: bool
-) -> bool:
-    """Return whether widths will follow the sensitivity of blocks: by `auto` if it can be measured.
-
-    For that the windows are of text alone, and the whole model fits into memory.
-    """
+def follow_sensitivity(source: WeightSource, criterion: Criterion, runtime: Runtime) -> bool:
+    """Return whether widths will follow the sensitivity of blocks: by `auto` if the model fits."""
     if criterion.block_metric != AUTO_METRIC:
         return criterion.block_metric == SENSITIVITY
-    return not has_images and fits(source, runtime)
+    return fits(source, runtime)
 
 
 def with_needed_sensitivity(job: Job, statistics: Statistics, windows: Windows) -> Statistics:
@@ -337,7 +332,7 @@ def with_needed_sensitivity(job: Job, statistics: Statistics, windows: Windows) 
         return statistics
 
     def measure() -> dict[str, Any]:
-        if not follow_sensitivity(source, criterion, runtime, has_images=windows.has_images):
+        if not follow_sensitivity(source, criterion, runtime):
             return {"sensitivity": None}
         with work_dir.watch.stage("sensitivity"):
             found = measure_sensitivity(source, statistics, windows, criterion, runtime, parts)

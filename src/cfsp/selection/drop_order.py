@@ -34,7 +34,7 @@ from cfsp.settings import Budget
 from cfsp.streaming.block_proof import check_attentions_can_go, check_blocks_can_go
 from cfsp.streaming.runtime import Runtime, fits
 from cfsp.streaming.work_dir import WorkDir, load_or_compute
-from cfsp.text.windows import Windows, check_is_text
+from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -195,7 +195,6 @@ def with_order(
         removals: list[Removal] = []
         few = few_beginnings(windows, _TOKENS)
         for parts in sorted(needed):
-            check_is_text(windows, f"--parts {','.join(parts)}")
             what = f"choosing the {drops_in_words(parts)} that go"
             with work_dir.watch.stage("order of removal"):
                 budgets = [each for each in missing if each.parts == parts]

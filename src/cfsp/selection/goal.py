@@ -126,8 +126,6 @@ def _obstacle(job: Job, asked: Parameters) -> str:
     """Return why it cannot be tried how many blocks go; nothing if it can."""
     if not has_room_for_two(job.source, job.runtime):
         return "there is no memory for a pruned model beside the dense one"
-    if job.draw().has_images:
-        return "the text has images"
     too_few = "the model cannot do without enough of them"
     try:
         wanted = _of_blocks(asked)

@@ -85,7 +85,7 @@ def repaired_scorer(job: Job, planner: Planner) -> Scorer:
     @cache
     def dense() -> tuple[PreTrainedModel, Windows, list[DensePredictions]]:
         """Load and run the dense model, unless a killed run has scored all."""
-        fit, judged = apart(job.windows())
+        fit, judged = apart(job.draw())
         model = load_whole(job.source, job.runtime, "trying a repair")
         with torch.inference_mode():
             predicted = [dense_predictions(model, token_T[None]) for token_T in judged.tokens_NT]
@@ -171,7 +171,7 @@ def select(job: Job, constraint: Constraint, statistics: Statistics) -> tuple[Pl
     if only := only_candidate(constraint, planner):
         return planner, only
     order = constraint.to_drop().first(statistics.removals_of(job.budget.whole_parts)) or []
-    name = f"{'-'.join(job.budget.parts)}-{job.windows().digest[:8]}"
+    name = f"{'-'.join(job.budget.parts)}-{job.draw().digest[:8]}"
 
     def masked() -> dict[str, Any]:
         found = _all_masked(job, constraint, planner, order)
@@ -212,7 +212,7 @@ def _all_masked(
 ) -> list[Scored]:
     """Score every number of what is dropped that may be the best one, before repair."""
     model = load_whole(job.source, job.runtime, "comparing plans")
-    few = few_beginnings(job.windows(), _MASKED_TOKENS)
+    few = few_beginnings(job.draw(), _MASKED_TOKENS)
     masked = MaskedModel(job.source, model, torch.split(few.tokens_NT, 1), resumes=False)
     channels = job.budget.channel_parts
     choices = [("ffn",), channels] if len(channels) > 1 else [channels]

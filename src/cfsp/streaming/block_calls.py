@@ -1,6 +1,6 @@
-"""How a model calls its decoder blocks with any windows of a text, learnt from stand-ins.
+"""What enters a model's decoder blocks and how it calls them, learnt from stand-ins.
 
-The model's own forward runs with every block replaced by one that notes the arguments it is given
+The decoder's own forward runs with every block replaced by one that notes the arguments it is given
 and returns the hidden state unchanged.
 
 Shapes: N windows, B windows in a batch, T tokens, D hidden, L blocks.
@@ -8,29 +8,40 @@ Shapes: N windows, B windows in a batch, T tokens, D hidden, L blocks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only, tree_map_with_path
 
+from cfsp.checkpoint.reading import read_tensors
+from cfsp.checkpoint.skeleton import fill, unload
 from cfsp.errors import UnsupportedModelError
+from cfsp.streaming.hidden_states import HiddenStates, Room
 from cfsp.streaming.stand_in import (
     PLAIN,
     Arguments,
+    Called,
     CallForm,
     Extra,
     HiddenLayout,
     Place,
     differ,
+    find_call_form,
     is_shared,
     leaves,
     place_in_words,
-    replaced,
+    run_through,
+    skipped,
 )
+
+if TYPE_CHECKING:
+    from cfsp.checkpoint.reading import WeightSource
+    from cfsp.streaming.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -72,45 +83,19 @@ class BlockCall:
         return replace(self, arguments=tree_map_only(Tensor, trainable, self.arguments))
 
 
-@dataclass
-class Recording:
-    """What one forward pass noted: the call of each block, and the hidden state that enters it."""
-
-    calls: list[BlockCall] = field(default_factory=list)
-    entering_L: list[Tensor] = field(default_factory=list)
-
-
-class AllBlocksRecordedError(Exception):
-    """Stops the model's forward after its last block; nothing else raises it."""
-
-
 def record_calls(
-    decoder: nn.Module,
-    blocks: nn.ModuleList,
-    tokens_BT: Tensor,
-    form: CallForm = PLAIN,
-    more: Mapping[str, Any] | None = None,
-    returns_zeros: bool = False,
-) -> Recording:
-    """Run a model's embeddings and masks on tokens, and what `more` it is given, to its last block.
+    decoder: nn.Module, blocks: nn.ModuleList, tokens_BT: Tensor, form: CallForm = PLAIN
+) -> tuple[list[BlockCall], Tensor]:
+    """Return how a model calls each of its blocks with some tokens, and what enters the first."""
+    called: list[Called] = []
+    run_through(partial(_run, decoder), tokens_BT, blocks, form, called)
+    calls = [BlockCall(each.arguments, form.layout) for each in called]
+    return calls, form.layout.pack(called[0].given)
 
-    Stand-ins return the hidden state, or zeros.
-    """
-    recording = Recording()
 
-    def note(index: int, hidden: Tensor, arguments: Arguments) -> Any:
-        recording.entering_L.append(form.layout.pack(hidden))
-        recording.calls.append(BlockCall(arguments, form.layout))
-        if index + 1 == len(blocks):
-            raise AllBlocksRecordedError
-        return form.returned(torch.zeros_like(hidden) if returns_zeros else hidden)
-
-    with replaced(blocks, range(len(blocks)), note):
-        try:
-            decoder(input_ids=tokens_BT, use_cache=False, **(more or {}))
-        except AllBlocksRecordedError:
-            return recording
-    raise AssertionError("the model's forward did not reach its last block")
+def _run(decoder: nn.Module, tokens_BT: Tensor) -> Tensor:
+    hidden: Tensor = decoder(input_ids=tokens_BT, use_cache=False)[0]
+    return hidden
 
 
 class WindowValues:
@@ -134,10 +119,6 @@ class WindowValues:
         for row, window in enumerate(windows):
             self._value_W[window] = tree_map_only(Tensor, partial(of_row, row), value)
 
-    def keep(self, window: int, value: Any) -> None:
-        """Keep the value of a window that passes alone; its tensors need no axis of windows."""
-        self._value_W[window] = value
-
     def read(self, windows: Sequence[int], device: torch.device) -> Any:
         """Return the value of some windows in one batch; None where none was kept."""
 
@@ -159,12 +140,21 @@ class BlockCalls:
         carried       what earlier blocks left for later ones: keys and values that blocks share, or
                       what the block before returned beside the hidden state
 
-    Both are kept window by window, so that blocks can be called with any windows. It is made from
-    calls that were recorded with some tokens, and with as many other tokens.
+    Both are kept window by window, so that blocks can be called with any windows. What is of the
+    text shows when the first window is recorded again with other tokens. While calls are learnt the
+    decoder needs weights for all but its blocks.
     """
 
-    def __init__(self, first: Sequence[BlockCall], second: Sequence[BlockCall]) -> None:
+    def __init__(
+        self, decoder: nn.Module, blocks: nn.ModuleList, tokens_NT: Tensor, device: torch.device
+    ) -> None:
+        self._decoder, self._blocks = decoder, blocks
+        self._tokens_NT, self._device = tokens_NT, device
+        self._form = find_call_form(partial(_run, decoder), blocks, device)
         self._by_size: dict[int, Sequence[BlockCall]] = {}
+        one_BT = tokens_NT[:1]
+        other_BT = tokens_NT.flatten().roll(1)[: one_BT.numel()].view_as(one_BT)
+        (first, _), (second, _) = self._record(one_BT), self._record(other_BT)
         places_L = [leaves(call.arguments) for call in first]
         others_L = [dict(leaves(call.arguments)) for call in second]
         self._text_L = [
@@ -189,74 +179,42 @@ class BlockCalls:
         }
         self._shared = {place: WindowValues() for at in self._shared_L for place in at}
         self._written: set[Place] = set()
-        # Rows of tokens, and what a model adds to them, by block and window.
-        self._added: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
 
-    @property
-    def depend_on_text(self) -> bool:
-        """Whether calls hold values made from token ids."""
-        return any(self._text_L)
+    def _record(self, tokens_BT: Tensor) -> tuple[list[BlockCall], Tensor]:
+        return record_calls(self._decoder, self._blocks, tokens_BT.to(self._device), self._form)
 
-    def __contains__(self, windows: int) -> bool:
-        """Return whether calls of so many windows are known."""
-        return windows in self._by_size
-
-    def add(self, windows: Sequence[int], calls: Sequence[BlockCall]) -> None:
-        """Add the recorded calls of some windows of the text."""
+    def learn(self, windows: range) -> Tensor:
+        """Note how blocks are called with some windows; return what enters the first, BTD."""
+        calls, entering_BTD = self._record(self._tokens_NT[windows.start : windows.stop])
         for index, call in enumerate(calls):
             values = dict(leaves(call.arguments))
             for place, kept in self._text_L[index].items():
                 kept.write(windows, values[place], place_in_words(index, place))
         self._by_size.setdefault(len(windows), calls)
+        return entering_BTD
 
-    def add_alone(
-        self, window: int, calls: Sequence[BlockCall], added_L: Mapping[int, Tensor]
-    ) -> None:
-        """Add the recorded calls of the next window, where each passes alone.
+    def learn_sizes(self, sizes: Iterable[int]) -> None:
+        """Learn how blocks are called with so many windows, each number that is not known yet."""
+        for size in set(sizes) - set(self._by_size):
+            self.learn(range(size))
 
-        What is not as in the calls that were added first is kept for each window; `added_L` is what
-        the model adds to what enters a block, 1TD.
+    def embed(self, batches: Iterable[slice], room: Room, *, resumed: bool = False) -> HiddenStates:
+        """Learn the calls of batches, and return the hidden states that enter the first block.
+
+        A resumed pass has the hidden states already.
         """
-        first = self._by_size.setdefault(1, calls)
-        same: dict[tuple[int, int], bool] = {}
-        kept: dict[int, Any] = {}
-        for index, call in enumerate(calls):
-            known, values = (dict(leaves(each.arguments)) for each in (first[index], call))
-            if known.keys() != values.keys():
-                raise UnsupportedModelError(
-                    f"block {index} is called with other arguments for some windows than for "
-                    "others, as it may be with images and without; calibrate on one kind alone"
-                )
-            for place, value in values.items():
-                # Blocks share most values.
-                pair = id(known[place]), id(value)
-                if pair not in same:
-                    same[pair] = not _differ(known[place], value)
-                own = self._text_L[index]
-                if place not in own and not same[pair]:
-                    own[place] = WindowValues()
-                    for earlier in range(window):
-                        own[place].keep(earlier, known[place])
-                if place in own:
-                    if id(value) not in kept:
-                        kept[id(value)] = tree_map_only(Tensor, Tensor.cpu, value)
-                    own[place].keep(window, kept[id(value)])
-        for index, added_BTD in added_L.items():
-            row_R = added_BTD[0].any(-1).nonzero().flatten()
-            own_RD = added_BTD[0, row_R]
-            self._added.setdefault(index, {})[window] = row_R.cpu(), own_RD.cpu()
-
-    def entering(self, index: int, windows: Sequence[int], hidden_BTD: Tensor) -> Tensor:
-        """Return what enters a block: what left the one before, and what the model adds to it."""
-        added = self._added.get(index)
-        if added is None:
-            return hidden_BTD
-        hidden_BTD = hidden_BTD.clone()
-        for position, window in enumerate(windows):
-            if window in added:
-                row_R, own_RD = (part.to(hidden_BTD.device) for part in added[window])
-                hidden_BTD[position, row_R] += own_RD
-        return hidden_BTD
+        hidden: HiddenStates | None = None
+        for batch in batches:
+            own = range(batch.start, batch.stop)
+            if resumed and len(own) in self._by_size and not any(self._text_L):
+                continue
+            entering_BTD = self.learn(own)
+            if hidden is None:
+                hidden = room((*self._tokens_NT.shape, entering_BTD.shape[-1]))
+            if not resumed:
+                hidden.write(batch, entering_BTD)
+        assert hidden is not None
+        return hidden
 
     def of(self, index: int, windows: int) -> BlockCall:
         """Return how the model calls one of its blocks with any batch of so many windows."""
@@ -298,9 +256,16 @@ class BlockCalls:
         return bool(self._written) or any(self._extra_L[after + 1 :])
 
 
-def _differ(first: Any, second: Any) -> bool:
-    """Return whether values are different, be they tensors or not."""
-    constant = bool | int | float | str | None
-    if isinstance(first, constant) and isinstance(second, constant):
-        return first != second
-    return differ(first, second)
+@contextmanager
+def weights_of_start(
+    decoder: nn.Module, blocks: nn.ModuleList, source: WeightSource, runtime: Runtime
+) -> Iterator[None]:
+    """Read everything of a decoder but its blocks, and drop it afterwards."""
+    path = source.architecture.decoder
+    without_blocks = partial(skipped, blocks, range(len(blocks)), PLAIN)
+    with without_blocks():
+        tensors = read_tensors(decoder, f"{path}." if path else "", source, runtime.dtype)
+        fill(decoder, tensors, runtime.device)
+    yield
+    with without_blocks():
+        unload(decoder)

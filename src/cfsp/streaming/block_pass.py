@@ -22,13 +22,12 @@ from cfsp.errors import ResumeError
 from cfsp.processes import Team
 from cfsp.progress import item_progress
 from cfsp.streaming.block_stream import StreamedBlock, stream_blocks, windows_in_batch
-from cfsp.streaming.hidden_states import HiddenInFile, HiddenStates
+from cfsp.streaming.hidden_states import HiddenInFile, HiddenStates, Room
 from cfsp.streaming.runtime import versions
 from cfsp.streaming.work_dir import Pace, PassState, PassTimes
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.streaming.decoder_start import Room
     from cfsp.streaming.runtime import Runtime
     from cfsp.streaming.work_dir import WorkDir
     from cfsp.text.windows import Windows
@@ -124,8 +123,8 @@ def pass_blocks(
             with times.part("visits"):
                 results.append(visitor.visit(block))
             bar.set_postfix_str(f"block {len(results)} of {blocks}", refresh=False)
-            is_last, is_enough = block.index + 1 == blocks, visitor.may_stop_after(block.index)
-            if saver is not None and not is_last and is_enough and not block.leaves_more:
+            more = block.index + 1 < blocks and not block.calls.carry(block.index)
+            if saver is not None and more and visitor.may_stop_after(block.index):
                 saver.block_done(block.hidden)
         if saver is not None:
             saver.all_done()

@@ -24,9 +24,8 @@ from cfsp.architecture.activations import OnRows, observed_activations, observed
 from cfsp.checkpoint.reading import read_tensors
 from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, fill, unload
 from cfsp.errors import CalibrationError, UsageError
-from cfsp.streaming.block_calls import BlockCall, BlockCalls
-from cfsp.streaming.decoder_start import DecoderStart, Room, weights_of_start
-from cfsp.streaming.hidden_states import HiddenStates
+from cfsp.streaming.block_calls import BlockCalls, weights_of_start
+from cfsp.streaming.hidden_states import HiddenStates, Room
 from cfsp.streaming.work_dir import PassTimes
 
 if TYPE_CHECKING:
@@ -53,8 +52,8 @@ class StreamedBlock:
     units: tuple[Unit, ...]
     hidden: HiddenStates  # what enters the block, and after `advance` what leaves it
     device: torch.device
+    calls: BlockCalls
     _batches: list[slice]
-    _calls: BlockCalls
     _times: PassTimes
     # Is told how many tokens have passed; whoever shows progress sets it.
     tokens_done: Callable[[int], object] = lambda tokens: None
@@ -84,8 +83,6 @@ class StreamedBlock:
 
         def compute(batch: slice, input_BTD: Tensor) -> Tensor:
             nonlocal first_window, seqlen
-            windows = range(batch.start, batch.stop)
-            input_BTD = self._calls.entering(self.index, windows, input_BTD)
             first_window, seqlen = batch.start, input_BTD.shape[1]
             output_BTD = self.compute(batch, input_BTD)
             on_hidden(input_BTD, output_BTD)
@@ -93,7 +90,7 @@ class StreamedBlock:
                 position, after_BTD = after.popitem()
                 assert on_sublayer is not None
                 on_sublayer(position, input_BTD, after_BTD)
-            self.tokens_done(len(windows) * seqlen)
+            self.tokens_done(len(input_BTD) * seqlen)
             return output_BTD
 
         with (
@@ -111,16 +108,7 @@ class StreamedBlock:
     def compute(self, batch: slice, input_BTD: Tensor) -> Tensor:
         """Return what the block makes of some windows, called as the model calls it."""
         windows = range(batch.start, batch.stop)
-        return self._calls.compute(self.index, self.module, windows, input_BTD)
-
-    def call(self, index: int, windows: int) -> BlockCall:
-        """Return how the model calls one of its blocks with any batch of so many windows."""
-        return self._calls.of(index, windows)
-
-    @property
-    def leaves_more(self) -> bool:
-        """Whether later blocks need more of this one than the hidden states that leave it."""
-        return self._calls.carry(self.index)
+        return self.calls.compute(self.index, self.module, windows, input_BTD)
 
     def pass_through(
         self, compute: Callable[[slice, Tensor], Tensor], batches: Iterable[slice]
@@ -143,8 +131,6 @@ class StreamedBlock:
 
 def windows_in_batch(windows: Windows, batch_windows: int | None) -> int:
     """Return how many windows pass a block together; by default about 4096 tokens."""
-    if windows.has_images:  # calls of blocks then differ from window to window
-        return 1
     return batch_windows or max(1, TOKENS_IN_BATCH // windows.tokens_NT.shape[1])
 
 
@@ -199,15 +185,12 @@ def stream_blocks(
     with torch.inference_mode(), ThreadPoolExecutor(1, "read-ahead") as pool:
         # One block is read ahead and never two. It is gone from here when it is taken.
         ahead = [pool.submit(read, first_block)]
-        with weights_of_start(skeleton, source, runtime, has_images=windows.has_images):
-            decoder = skeleton.get_submodule(architecture.decoder)
-            multimodal = skeleton if windows.has_images else None
-            start = DecoderStart(decoder, blocks, runtime, multimodal)
+        decoder = skeleton.get_submodule(architecture.decoder)
+        with weights_of_start(decoder, blocks, source, runtime):
+            calls = BlockCalls(decoder, blocks, tokens_NT, device)
             room = room or partial(HiddenStates, dtype=dtype)
-            hidden, calls = start.embed(windows, batches, room, resumed=first_block > 0)
-            for count in set(more_batch_sizes):
-                if count not in calls:
-                    calls.add(range(count), start.record(tokens_NT[:count]).calls)
+            hidden = calls.embed(batches, room, resumed=first_block > 0)
+            calls.learn_sizes(more_batch_sizes)
         for index in range(first_block, len(modules)):
             module, units = modules[index], architecture.units_of(index)
             with times.part("weights"):
@@ -217,7 +200,7 @@ def stream_blocks(
                 fill(module, tensors, device)
                 del tensors
                 _check_finite(module, source, index)
-            yield StreamedBlock(index, module, units, hidden, device, batches, calls, times)
+            yield StreamedBlock(index, module, units, hidden, device, calls, batches, times)
             unload(module)
 
 

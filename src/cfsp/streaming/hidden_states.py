@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -161,3 +162,8 @@ class HiddenInFile(HiddenStates):
 
 def _other(name: str | None) -> str:
     return _FILES[1] if name == _FILES[0] else _FILES[0]
+
+
+# Makes room for hidden states, from their shape NTD; of a resumed pass it gives those that enter a
+# later block.
+Room = Callable[[tuple[int, ...]], HiddenStates]

@@ -195,7 +195,7 @@ def hidden_states_entering(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
 # Which form a model needs.
 
 
-class _Called(NamedTuple):
+class Called(NamedTuple):
     """A call of a block: the hidden states that it was given and returned, and all else."""
 
     given: Tensor
@@ -219,9 +219,9 @@ def find_call_form(
     name, reasons = type(blocks[0]).__name__, []
     for extras in _RETURNS:
         form = CallForm(extras)
-        called: list[_Called] = []
+        called: list[Called] = []
         try:
-            output = _run_through(run, tokens_BT, blocks, form, called)
+            output = run_through(run, tokens_BT, blocks, form, called)
             if tuple(output.shape[:2]) != _PROBED:
                 raise ValueError(f"it ends with a tensor of shape {list(output.shape)}")
         except Exception as error:  # whatever a model does with a value that it does not expect
@@ -230,10 +230,10 @@ def find_call_form(
             reasons.append(f"{type(error).__name__}: {error}".partition("\n")[0])
             continue
         last = called[-1].returned
-        others: list[_Called] = []
-        other = _run_through(run, tokens_BT, blocks, form, others, last=last, changed=True)
+        others: list[Called] = []
+        other = run_through(run, tokens_BT, blocks, form, others, last=last, changed=True)
         _check_independence(called, others, name)
-        of_text = _run_through(run, tokens_BT + 1, blocks, form, [], last=last)
+        of_text = run_through(run, tokens_BT + 1, blocks, form, [], last=last)
         if differ(output, other) or differ(output, of_text):
             raise UnsupportedModelError(
                 f"what comes after the last block ({type(blocks[-1]).__name__}) needs more than "
@@ -246,12 +246,12 @@ def find_call_form(
     )
 
 
-def _run_through(
+def run_through(
     run: Callable[[Tensor], Tensor],
     tokens_BT: Tensor,
     blocks: nn.ModuleList,
     form: CallForm,
-    called: list[_Called],
+    called: list[Called],
     *,
     last: Tensor | None = None,
     changed: bool = False,
@@ -269,14 +269,14 @@ def _run_through(
         result = hidden / 2 + 1 if changed else hidden
         if last is not None and index == len(blocks) - 1:
             result = last
-        called.append(_Called(hidden, result, arguments))
+        called.append(Called(hidden, result, arguments))
         return form.returned(result)
 
     with replaced(blocks, range(len(blocks)), answer):
         return run(tokens_BT)
 
 
-def _check_independence(first: Sequence[_Called], second: Sequence[_Called], name: str) -> None:
+def _check_independence(first: Sequence[Called], second: Sequence[Called], name: str) -> None:
     """Check that nothing but the hidden state depends on what earlier blocks return."""
     for index, (before, after) in enumerate(zip(first, second, strict=True)):
         values = dict(leaves(after.arguments))

@@ -46,7 +46,7 @@ from cfsp.streaming.memory import default_budget
 from cfsp.streaming.work_dir import output_work_dir, remove_finished_work, temporary_work_dir
 from cfsp.sweep.settings import Point, SweepSettings
 from cfsp.sweep.table import Row, read_rows
-from cfsp.text.drawing import draw_text, processor_of
+from cfsp.text.drawing import draw_text
 from cfsp.text.tokenizers import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def _check(sweep: _Sweep) -> None:
         own = sweep.opened(point.settings.budget.parts)
         Share(own, point.settings.budget).check()
         check_can_be_repaired(own, point.settings)
-    draw_text(text, load_tokenizer(source.directory), processor_of(source))
+    draw_text(text, load_tokenizer(source.directory))
 
 
 def _statistics(sweep: _Sweep) -> Statistics:

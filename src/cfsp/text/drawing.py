@@ -10,43 +10,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from cfsp.architecture.block_names import counted
-from cfsp.architecture.model_classes import auto_class_of_type
-from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import TextError, UsageError
 from cfsp.settings import DEFAULT_TEXT, Bos, Text
-from cfsp.text.images import ProcessorOf, image_windows
 from cfsp.text.offline import parts_of
 from cfsp.text.sources import TextSource, identity_of, name_of
 from cfsp.text.stream import first_tokens, gather, spans, spread_tokens
-from cfsp.text.tokenizers import beginning, load_processor
+from cfsp.text.tokenizers import beginning
 from cfsp.text.windows import Windows, joined
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from cfsp.checkpoint.reading import WeightSource
     from cfsp.settings import CalibrationText
 
 log = logging.getLogger(__name__)
 
 
-def calibration_windows(
-    source: WeightSource,
-    tokenizer: PreTrainedTokenizerBase,
-    text: CalibrationText,
-    processor: Any = None,
-) -> Windows:
-    """Draw the calibration windows of a model, and say so if they are of the default text.
-
-    `processor` is that of a multimodal model in memory; a checkpoint's is read where it is needed.
-    """
-    windows = draw_text(text, tokenizer, processor_of(source, processor))
+def calibration_windows(tokenizer: PreTrainedTokenizerBase, text: CalibrationText) -> Windows:
+    """Draw the calibration windows of a model, and say so if they are of the default text."""
+    windows = draw_text(text, tokenizer)
     if text.names == (DEFAULT_TEXT,):
         log.info(
             "calibrating on %s, text of many kinds that comes with cfsp; text like what the model "
@@ -56,48 +43,19 @@ def calibration_windows(
     return windows
 
 
-def processor_of(source: WeightSource, processor: Any = None) -> ProcessorOf | None:
-    """Return what gives the processor of a multimodal model; None for a model that reads text."""
-    if auto_class_of_type(source.config.model_type) != "AutoModelForImageTextToText":
-        return None
-
-    @cache
-    def load() -> Any:
-        if processor is not None:
-            return processor
-        if not isinstance(source, Checkpoint):
-            raise UsageError(
-                "a text to calibrate on has images, which need the model's processor; give it in "
-                "place of the tokenizer"
-            )
-        return load_processor(source.directory)
-
-    return load
-
-
-def draw_text(
-    text: CalibrationText,
-    tokenizer: PreTrainedTokenizerBase,
-    processor: ProcessorOf | None = None,
-) -> Windows:
+def draw_text(text: CalibrationText, tokenizer: PreTrainedTokenizerBase) -> Windows:
     """Draw calibration windows evenly from each text, without overlap, by seed.
 
     The kinds of the mixed text are drawn from evenly too, each as a source of its own. What a text
-    has too few windows for is drawn from the others; a long one is drawn from all over. Without a
-    processor images are left out.
+    has too few windows for is drawn from the others; a long one is drawn from all over.
     """
-    return _first_of(*_shuffled_pools(text, tokenizer, processor))
+    return _first_of(*_shuffled_pools(text, tokenizer))
 
 
 def draw_left_over(
     text: CalibrationText, tokenizer: PreTrainedTokenizerBase, count: int
 ) -> Windows:
     """Draw `count` windows that `draw_text` does not draw, as evenly from each text as it has."""
-    if any(TextSource(name, "calibration").has_images for name in text.names):
-        raise UsageError(
-            "a loss is measured on text alone, and a text to calibrate on has images; say how "
-            "much goes by another goal, or --sparsity"
-        )
     pools, drawn = _shuffled_pools(text, tokenizer)
     left = [pool.part(slice(share, None)) for pool, share in zip(pools, drawn, strict=True)]
     even = [share for _, share in parts_with_shares(text.names, count)]
@@ -117,9 +75,7 @@ def _first_of(pools: Sequence[Windows], shares: Sequence[int]) -> Windows:
 
 
 def _shuffled_pools(
-    text: CalibrationText,
-    tokenizer: PreTrainedTokenizerBase,
-    processor: ProcessorOf | None = None,
+    text: CalibrationText, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Windows], list[int]]:
     """Return the windows of each text in the order in which they are drawn, and how many are."""
     begins_with, samples, seqlen = beginning(tokenizer, text.bos), text.samples, text.seqlen
@@ -134,17 +90,10 @@ def _shuffled_pools(
     shares: list[int] = []
     for part, share in parts_with_shares(text.names, text.windows):
         source = TextSource(part, "calibration")
-        if processor is not None and source.has_images:
-            least = 1 if samples is None else share
-            windows = image_windows(
-                source, processor(), seqlen, begins_with, (least, share), generator
-            )
-        else:
-            stream_R = spread_tokens(source, tokenizer, text.windows * seqlen, text.seed)
-            all_NT = gather(stream_R, spans(stream_R, seqlen, begins_with), seqlen, begins_with)
-            order_N = torch.randperm(len(all_NT), generator=generator)
-            windows = Windows(all_NT[order_N], {source.name: len(all_NT)}, begins_with)
-        pools.append(windows)
+        stream_R = spread_tokens(source, tokenizer, text.windows * seqlen, text.seed)
+        all_NT = gather(stream_R, spans(stream_R, seqlen, begins_with), seqlen, begins_with)
+        order_N = torch.randperm(len(all_NT), generator=generator)
+        pools.append(Windows(all_NT[order_N], {source.name: len(all_NT)}, begins_with))
         shares.append(share)
     return pools, _filled(pools, shares, samples)
 

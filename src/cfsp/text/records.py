@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import json
 from codecs import BOM_UTF8
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.locating import hub_is_missed, why_not_written
-from cfsp.errors import MissingExtraError, TextError
+from cfsp.errors import MissingExtraError, TextError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHAT_COLUMN, IMAGE_COLUMN = "messages", "images"
-# Contents are texts; beside images they are lists of parts.
 Conversation = list[dict[str, Any]]
 
 # A record, and where it is.
@@ -30,100 +26,38 @@ Record = tuple[Any, str]
 
 # A text file is read in pieces of about so many characters.
 _PIECE_CHARACTERS = 4096
-# How much of a file of lines is looked at to see what columns it has.
-_LINES_LOOKED_AT = 64
 
 
-def value_of(record: Any, column: str, where: str) -> Any:
-    """Return what a record has in a column, or raise TextError: there is no such column."""
+def document_of(record: Any, column: str, where: str) -> Any:
+    """Return the document in a record, a text or a conversation, without its images."""
     if not isinstance(record, dict) or column not in record:
         keys = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
         raise TextError(f"{where}: no column {column!r}; found: {keys}")
-    return record[column]
-
-
-def document_of(record: Any, column: str, where: str, *, beside_images: bool = False) -> Any:
-    """Return the document in a record: text, or a conversation without its images."""
-    value = value_of(record, column, where)
+    document = record[column]
     if column == CHAT_COLUMN:
-        beside_images = beside_images or record.get(IMAGE_COLUMN) is not None
-        messages = checked_messages(value, where)
-        parts = [part for message in messages for part in message["content"]]
-        if not beside_images and any(part["type"] == "image" for part in parts):
-            raise TextError(
-                f"{where}: a message has an image, but there is no column 'images' beside the "
-                "messages"
-            )
-        return [
-            {**message, "content": "".join(part.get("text", "") for part in message["content"])}
-            for message in messages
-        ]
-    if not isinstance(value, str):
-        raise TextError(f"{where}: column {column!r} is {type(value).__name__}, expected text")
+        document = _messages(document, where)
+        text = "".join(message["content"] for message in document)
+    elif not isinstance(document, str):
+        raise TextError(f"{where}: column {column!r} is {type(document).__name__}, expected text")
+    else:
+        text = document
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise TextError(
             f"{where}: half of a surrogate pair at character {error.start}, which is no text; "
             "leave that line out"
         ) from error
-    return value
+    return document
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A conversation, and the images that belong to it."""
-
-    messages: Conversation  # contents are lists of parts
-    images: tuple[Any, ...]  # paths, bytes or pictures, in the order of their places
-    where: str  # file and line, for errors
-
-
-def sample_of(record: Any, where: str, directory: Path | None) -> Sample:
-    """Return what a record has in its columns of messages and of images.
-
-    An image is a path, relative to `directory` (where that is None, images are no paths); or
-    {"bytes", "path"}, as parquet files and data sets store it; or a picture of Pillow.
-    """
-    messages = checked_messages(value_of(record, CHAT_COLUMN, where), where)
-    found = record.get(IMAGE_COLUMN)
-    if found is None:
-        found = []
-    values = list(found) if isinstance(found, list | tuple) else [found]
-    images = tuple(_image(value, where, directory) for value in values)
-    return Sample(_with_places(messages, images, where), images, where)
-
-
-def _image(value: Any, where: str, directory: Path | None) -> Any:
-    if isinstance(value, dict):
-        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
-    if isinstance(value, str):
-        if "://" in value or directory is None:
-            raise TextError(
-                f"{where}: image {value[:60]!r} is not a local file; download it and name its path"
-            )
-        return directory / value
-    if isinstance(value, bytes) or hasattr(value, "convert"):
-        return value
-    raise TextError(
-        f"{where}: column {IMAGE_COLUMN!r} has a {type(value).__name__}, expected paths, "
-        '{"bytes", "path"} or pictures'
-    )
-
-
-def _with_places(messages: Conversation, images: Sequence[Any], where: str) -> Conversation:
-    """Return a conversation that says where each image is; first of all if nothing is said."""
-    places = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if places == len(images):
-        return messages
-    first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
-    if places or first is None:
-        raise TextError(
-            f'{where}: the messages have {places} parts {{"type": "image"}}, the column '
-            f"{IMAGE_COLUMN!r} has {len(images)}; there must be one for each"
-        )
-    added = [{"type": "image"} for _ in images] + messages[first]["content"]
-    return [*messages[:first], {**messages[first], "content": added}, *messages[first + 1 :]]
+def has_images(record: Any, column: str) -> bool:
+    """Return whether images belong to the document in a record, which `document_of` took."""
+    if record.get(IMAGE_COLUMN):
+        return True
+    contents = [m["content"] for m in record[column]] if column == CHAT_COLUMN else []
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(part["type"] != "text" for part in parts)
 
 
 # Conversations.
@@ -179,34 +113,33 @@ def templated(
     )
 
 
-def checked_messages(value: Any, where: str) -> Conversation:
-    """Return messages with their contents as lists of text and image parts."""
+def _messages(value: Any, where: str) -> Conversation:
+    """Return messages with their contents as texts, which lists of parts become."""
     found = value if isinstance(value, list) and all(isinstance(m, dict) for m in value) else None
-    contents = [_parts(message.get("content")) for message in found or ()]
+    contents = [_content(message.get("content")) for message in found or ()]
     roles = [message.get("role") for message in found or ()]
     if found is None or None in contents or not all(isinstance(role, str) for role in roles):
         raise TextError(
             f"{where}: column {CHAT_COLUMN!r} must be a list of messages, each with the texts "
             f'"role" and "content", found {str(value)[:60]}'
         )
-    return [{**message, "content": parts} for message, parts in zip(found, contents, strict=True)]
+    return [{**message, "content": text} for message, text in zip(found, contents, strict=True)]
 
 
-def _parts(content: Any) -> list[dict[str, str]] | None:
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
+def _content(content: Any) -> str | None:
+    """Return the text of a message; None if it is neither a text nor parts of text and images."""
     if not isinstance(content, list):
-        return None
-    parts: list[dict[str, str]] = []
+        return content if isinstance(content, str) else None
+    texts: list[str] = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            parts.append({"type": "text", "text": part["text"]})
-        elif kind == "image":
-            parts.append({"type": "image"})
-        else:
+        text = (
+            "" if kind in ("image", "image_url") else part.get("text") if kind == "text" else None
+        )
+        if not isinstance(text, str):
             return None
-    return parts
+        texts.append(text)
+    return "".join(texts)
 
 
 # Local files.
@@ -217,33 +150,32 @@ def is_text_file(path: Path) -> bool:
     return path.suffix.lower() == ".txt" and not path.is_dir()
 
 
-def column_names(path: Path, lines: int = _LINES_LOOKED_AT) -> set[str]:
-    """Return the columns that a local file has, as its beginning shows.
+def column_names(path: Path) -> set[str]:
+    """Return the columns that a local file has, as its first record shows.
 
-    What is null in the first lines of a .jsonl file does not count. What cannot be read has none:
-    reading it will say what is wrong.
+    What cannot be read has none: reading it will say what is wrong.
     """
     try:
         if path.suffix.lower() == ".parquet":
             import pyarrow.parquet as pq
 
             return set(pq.read_schema(path).names)
-        if path.suffix.lower() != ".jsonl" or not path.is_file():
+        if path.suffix.lower() != ".jsonl":
             return set()
-        with path.open("rb") as file:
-            records = [json.loads(line) for line in islice(file, lines) if line.strip()]
-    except (ValueError, OSError, RecursionError, ImportError):
+        record, _ = next(_json_lines(path), ({}, ""))
+    except (TextError, ValueError, OSError, ImportError):
         return set()
-    dictionaries = [record for record in records if isinstance(record, dict)]
-    return {name for record in dictionaries for name, value in record.items() if value is not None}
+    if not isinstance(record, dict):
+        return set()
+    return {name for name, value in record.items() if value is not None}
 
 
-def local_records(path: Path, columns: Sequence[str]) -> Iterator[Record]:
-    """Return the records of a file that exists: the first column must be there."""
+def local_records(path: Path, column: str) -> Iterator[Record]:
+    """Return the records of a file that exists, which needs that column."""
     if path.suffix.lower() == ".jsonl":
         return _json_lines(path)
     if path.suffix.lower() == ".parquet":
-        return _parquet(path, columns)
+        return _parquet(path, column)
     raise TextError(
         f"{path} has an unknown ending; expected .txt, .jsonl or .parquet, which datasets write by "
         "to_parquet"
@@ -288,7 +220,7 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise TextError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
+def _parquet(path: Path, column: str) -> Iterator[Record]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -297,14 +229,12 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
     try:
         file = pq.ParquetFile(path)
         names = file.schema_arrow.names
-        if columns[0] not in names:
-            raise TextError(f"{path} has no column {columns[0]!r}; it has: {', '.join(names)}")
-        wanted = [column for column in columns if column in names]
-        # Images are large: not more than a few at a time.
-        rows = {"batch_size": 16} if IMAGE_COLUMN in columns else {}
-        for batch in file.iter_batches(columns=wanted, **rows):
+        if column not in names:
+            raise TextError(f"{path} has no column {column!r}; it has: {', '.join(names)}")
+        images = {IMAGE_COLUMN: True} if IMAGE_COLUMN in names else {}  # large, and not read
+        for batch in file.iter_batches(columns=[column]):
             for record in batch.to_pylist():
-                yield record, str(path)
+                yield images | record, str(path)
     except pa.ArrowException as error:
         raise TextError(f"{path} is not a readable parquet file: {error}") from error
 
@@ -324,13 +254,6 @@ def _checked(decode: Callable[[], str], where: str) -> str:
 # Data sets on the hub, read as a stream.
 
 
-@cache
-def hub_columns(hub_id: str, config: str, split: str) -> frozenset[str]:
-    """Return the columns of a data set."""
-    record, _ = next(hub_records(hub_id, config, split), ({}, ""))
-    return frozenset(record)
-
-
 def hub_records(hub_id: str, config: str, split: str) -> Iterator[Record]:
     """Yield the records of a data set, in its own order."""
     datasets = import_datasets()
@@ -341,10 +264,12 @@ def hub_records(hub_id: str, config: str, split: str) -> Iterator[Record]:
         )
     try:
         data = datasets.load_dataset(hub_id, config or None, split=split, streaming=True)
+        if getattr(data, "features", None):
+            data = data.decode(False)  # images stay bytes, which need no Pillow
         for record in data:
             yield record, hub_id
-    except ImportError as error:  # Pillow: data sets decode pictures
-        raise MissingExtraError("reading images", "images") from error
+    except ImportError as error:  # of what the data set is stored in
+        raise TextError(f"{hub_id} cannot be read: {first_line(error)}") from error
     except Exception as error:  # network, hub and parsing errors of many types
         if why := why_not_written(error):
             raise TextError(f"{hub_id} cannot be read: {why}") from error

@@ -12,8 +12,7 @@
 The column `messages` holds conversations: lists of {"role", "content"}, which become text by the
 model's chat template. Of a local file it need not be named where there is no `text`.
 
-The column `images` beside it holds the images that belong there; a multimodal model is calibrated
-on both (`cfsp.text.images`). Everything else reads the text alone, and says so.
+Only text is read: images in messages, or in a column `images`, are left out, and that is said.
 """
 
 from __future__ import annotations
@@ -31,18 +30,15 @@ from cfsp.settings import Text
 from cfsp.text.offline import MIXED, OFFLINE, Purpose
 from cfsp.text.records import (
     CHAT_COLUMN,
-    IMAGE_COLUMN,
     Conversation,
     Record,
-    Sample,
     column_names,
     conversation_texts,
     document_of,
-    hub_columns,
+    has_images,
     hub_records,
     is_text_file,
     local_records,
-    sample_of,
     text_file,
 )
 
@@ -118,30 +114,9 @@ class TextSource:
         in_pieces = isinstance(where, Path) and is_text_file(where)
         return "" if in_pieces or self.is_chat else "\n\n"
 
-    @property
-    def has_images(self) -> bool:
-        """Whether the source has conversations with a column of images beside them."""
-        return self.is_chat and self._has_image_column()
-
-    def _has_image_column(self) -> bool:
-        where = self.place[0]
-        if where is None or self.text in _HUB:
-            return False
-        columns = column_names(where) if isinstance(where, Path) else hub_columns(*where)
-        return IMAGE_COLUMN in columns
-
-    def samples(self) -> Iterator[Sample]:
-        """Yield the conversations with the images beside them, in the source's own order."""
-        assert self.has_images, self.name
-        where = self.place[0]
-        directory = where.parent if isinstance(where, Path) else None
-        for record, at in self._records(CHAT_COLUMN, IMAGE_COLUMN):
-            yield sample_of(record, at, directory)
-
     def documents(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[str]:
         """Yield the documents; of conversations the text that the chat template makes."""
         if not self.is_chat:
-            self._tell_of_images()
             return self._values()
         if tokenizer is None:
             raise TextError(
@@ -153,16 +128,7 @@ class TextSource:
     def conversations(self) -> Iterator[Conversation]:
         """Yield the conversations of a chat source, in its own order."""
         assert self.is_chat, self.name
-        self._tell_of_images()
         return self._values()
-
-    def _tell_of_images(self) -> None:
-        if self._has_image_column():
-            logger.warning(
-                "%s: its images are left out here, only its text is read (images beside %s are "
-                "read to calibrate a multimodal model)",
-                *(self.name, CHAT_COLUMN),
-            )
 
     def open(self) -> None:
         """Read the beginning, and nothing else."""
@@ -174,23 +140,30 @@ class TextSource:
         if self.text in OFFLINE:
             return OFFLINE[self.text](self.purpose)
         where, column = self.place
-        if isinstance(where, Path) and _exists(where) and is_text_file(where):
-            return text_file(where)
-        # Of local files that column is not read; a record from the hub has it.
-        beside = isinstance(where, Path) and self._has_image_column()
-        return (
-            document_of(record, column, at, beside_images=beside)
-            for record, at in self._records(column)
-        )
-
-    def _records(self, *columns: str) -> Iterator[Record]:
-        where = self.place[0]
-        assert where is not None, self.name
         if not isinstance(where, Path):
-            return hub_records(*where)
+            assert where is not None, self.name
+            return self._of_records(hub_records(*where))
         if not _exists(where):
             raise TextError(_not_found(self.name))
-        return local_records(where, columns)
+        return (
+            text_file(where)
+            if is_text_file(where)
+            else self._of_records(local_records(where, column))
+        )
+
+    def _of_records(self, records: Iterator[Record]) -> Iterator[Any]:
+        column = self.place[1]
+        for record, where in records:
+            document = document_of(record, column, where)
+            if has_images(record, column):
+                _tell_of_images(self.name)
+            yield document
+
+
+@cache
+def _tell_of_images(name: str) -> None:
+    """Say once of each text that it is read without its images."""
+    logger.warning("%s: its images are left out, only its text is read", name)
 
 
 def name_of(text: str | Text) -> str:
@@ -256,5 +229,5 @@ def _split_column(name: str) -> tuple[Path, str]:
         if _exists(Path(before).expanduser()):
             return Path(before).expanduser(), column
     # Where there are conversations and no text.
-    columns = column_names(path, lines=1)
+    columns = column_names(path)
     return path, CHAT_COLUMN if CHAT_COLUMN in columns and "text" not in columns else "text"

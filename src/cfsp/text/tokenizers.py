@@ -1,4 +1,4 @@
-"""The tokenizer or processor of a model directory, and what it begins an input with.
+"""The tokenizer of a model directory, and what it begins an input with.
 
 Code that lies in the directory is never run.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfsp.errors import CheckpointError, MissingExtraError, UsageError, first_line
+from cfsp.errors import CheckpointError, UsageError, did_you_mean, first_line
 from cfsp.settings import Bos
 
 if TYPE_CHECKING:
@@ -19,55 +19,30 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer that a model directory carries, or raise CheckpointError."""
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = _loaded(
-        AutoTokenizer,
-        directory,
-        "tokenizer ({}); copy the files of the model's own (tokenizer.json or tokenizer.model, and "
-        "tokenizer_config.json) into it",
-    )
-    return tokenizer
-
-
-def load_processor(directory: Path) -> Any:
-    """Return the processor that a model directory carries, or raise CheckpointError."""
-    from transformers import AutoProcessor
-
-    unusable = (
-        "processor, which images need (processor_config.json, preprocessor_config.json): {}; add "
-        "the files of the original model, or give text"
-    )
-    processor = _loaded(AutoProcessor, directory, unusable)
-    if not is_processor(processor):
-        found = unusable.format(f"found only {type(processor).__name__}")
-        raise CheckpointError(f"{directory} carries no usable {found}")
-    return processor
-
-
-def _loaded(auto_class: Any, directory: Path, unusable: str) -> Any:
     try:
-        return auto_class.from_pretrained(directory, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=False
+        )
     except Exception as error:  # transformers has no one exception type for this
-        if isinstance(error, ImportError) and auto_class.__name__ == "AutoProcessor":
-            raise MissingExtraError("reading images", "images") from error
         why = first_line(error).rstrip(" :")
         if "trust_remote_code" in str(error):  # its own words would advise to let code run
             why = "it is made by code of its own, which cfsp does not run"
-        raise CheckpointError(f"{directory} carries no usable {unusable.format(why)}") from error
+        raise CheckpointError(
+            f"{directory} carries no usable tokenizer ({why}); copy the files of the model's own "
+            "(tokenizer.json or tokenizer.model, and tokenizer_config.json) into it"
+        ) from error
+    return tokenizer
 
 
-def is_processor(value: Any) -> bool:
-    """Return whether something makes inputs of images and text, as a tokenizer does not."""
-    return hasattr(value, "image_processor") and hasattr(value, "tokenizer")
-
-
-def parted(given: Any) -> tuple[PreTrainedTokenizerBase, Any]:
-    """Return the tokenizer, and the processor or None, of what a user gives as either."""
-    if isinstance(given, str | Path):
+def check_tokenizer(given: Any) -> None:
+    """Check that what a user gives is a tokenizer, and neither a path nor a processor."""
+    is_processor = hasattr(given, "image_processor")
+    if is_processor or isinstance(given, str | Path):
+        found = type(given).__name__ if is_processor else repr(str(given))
         raise UsageError(
             "expected the tokenizer itself, such as AutoTokenizer.from_pretrained gives, found "
-            f"{str(given)!r}"
+            f"{found}{did_you_mean('processor', ()) if is_processor else ''}"
         )
-    return (given.tokenizer, given) if is_processor(given) else (given, None)
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> tuple[int, ...]:

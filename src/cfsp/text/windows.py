@@ -14,7 +14,7 @@ import hashlib
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -22,7 +22,6 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from cfsp.errors import UsageError
 from cfsp.text.offline import comes_with_cfsp
 
 HELD_OUT_WINDOWS = 4
@@ -37,19 +36,8 @@ class Windows:
     sources: dict[str, int]  # how many windows each gave, by its name
     begins_with: tuple[int, ...] = ()  # tokens that every window begins with: BOS, or none
     counted_N: Tensor | None = None  # how many at the end of each count; None for all predicted
-    # What the model is given of each besides its tokens, as pixels; empty where none has images.
-    images_N: tuple[Mapping[str, Tensor], ...] = ()
     evaluation_part: bool = False  # whether nothing is fitted to this part of the text
     padding_N: Tensor | None = None  # how many at the end of each are no text; None for none
-
-    @property
-    def has_images(self) -> bool:
-        """Whether any window has images."""
-        return any(self.images_N)
-
-    def images_of(self, window: int) -> Mapping[str, Tensor]:
-        """Return what the model is given of a window besides its tokens."""
-        return self.images_N[window] if self.images_N else {}
 
     def part(self, windows: slice) -> Windows:
         """Return some of the windows."""
@@ -67,7 +55,6 @@ class Windows:
             sources=sources,
             counted_N=None if self.counted_N is None else self.counted_N[rows],
             padding_N=None if self.padding_N is None else self.padding_N[rows],
-            images_N=tuple(self.images_N[row] for row in rows if self.images_N),
         )
 
     @property
@@ -107,24 +94,10 @@ class Windows:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the exact token ids, their shape, and all of the images, as hex."""
+        """SHA-256 over the exact token ids and their shape, as hex."""
         digest = hashlib.sha256(str(tuple(self.tokens_NT.shape)).encode())
         digest.update(self.tokens_NT.to(torch.int64).contiguous().numpy().tobytes())
-        for window, images in enumerate(self.images_N):
-            for name, value in sorted(images.items()):
-                digest.update(f"{window} {name} {value.dtype} {list(value.shape)}".encode())
-                digest.update(value.contiguous().numpy().tobytes())
         return digest.hexdigest()
-
-
-def check_is_text(windows: Windows, needed_by: str) -> None:
-    """Check that windows have no images, for what reads tokens alone."""
-    if windows.has_images:
-        names = ", ".join(windows.sources)
-        raise UsageError(
-            f"{needed_by} reads text alone, and the text to calibrate on ({names}) has images; "
-            "leave it out, or give text"
-        )
 
 
 def few_windows(windows: Windows, count: int) -> Windows:
@@ -159,13 +132,8 @@ def joined(parts: Sequence[Windows]) -> Windows:
     sources: Counter[str] = Counter()
     for part in parts:
         sources.update(part.sources)
-    images_N = [part.images_of(i) for part in parts for i in range(len(part.tokens_NT))]
-    return Windows(
-        torch.cat([part.tokens_NT for part in parts]),
-        dict(sources),
-        parts[0].begins_with,
-        images_N=tuple(images_N) if any(images_N) else (),
-    )
+    tokens_NT = torch.cat([part.tokens_NT for part in parts])
+    return Windows(tokens_NT, dict(sources), parts[0].begins_with)
 
 
 def is_held_out(parts: Sequence[int]) -> Tensor:
