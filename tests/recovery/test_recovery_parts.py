@@ -30,7 +30,6 @@ from cfsp.recovery.loss import IGNORED, Outputs, language_model_loss
 from cfsp.recovery.schedule import Schedule, rate_factor
 from cfsp.recovery.settings import ENDLESS_STEPS, Adaptation, Limit
 from cfsp.text.offline import KINDS
-from cfsp.text.sources import TextSource
 
 CHAT = (
     "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>\n{% endfor %}"
@@ -121,14 +120,12 @@ def test_only_answers_are_labelled(chat_tokenizer):
     assert "river" in chat_tokenizer.decode(token_R)
 
 
-def test_a_chat_file_is_packed_and_is_no_text(chat_tokenizer, tmp_path):
+def test_a_chat_file_is_packed(chat_tokenizer, tmp_path):
     path = write_chat(tmp_path / "chat.jsonl", 40)
     text = read_text([str(path)], chat_tokenizer, seqlen=64)
     label_NT = text.train.label_NT
     assert bool((label_NT != IGNORED).any(dim=1).all())
     assert 0.1 < float((label_NT != IGNORED).float().mean()) < 0.6
-    with pytest.raises(TextError, match="which need a model's chat template"):
-        TextSource(str(path), "calibration").documents()
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = pa.table({"messages": [conversation(i) for i in range(40)]})
     parquet.write_table(table, tmp_path / "chat.parquet")

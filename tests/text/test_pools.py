@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+import cfsp.text.drawing
 import cfsp.text.offline
-import cfsp.text.stream
 from builders import draw_windows, windows_left_over
 from cfsp.errors import TextError
 from cfsp.settings import Text
@@ -37,8 +37,8 @@ class Counting:
 
 @pytest.fixture
 def short_pieces(monkeypatch) -> None:
-    monkeypatch.setattr(cfsp.text.stream, "_DRAWN_CHARACTERS", 8000)
-    monkeypatch.setattr(cfsp.text.stream, "_PIECE_CHARACTERS", 400)
+    monkeypatch.setattr(cfsp.text.drawing, "_DRAWN_CHARACTERS", 8000)
+    monkeypatch.setattr(cfsp.text.drawing, "_PIECE_CHARACTERS", 400)
 
 
 def sorted_text(path: Path) -> Path:

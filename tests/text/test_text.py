@@ -207,7 +207,7 @@ def test_windows_say_whether_they_are_of_an_evaluation_part(tokenizer, text_file
 
 def test_text_longer_than_a_chunk_is_joined_by_empty_lines(tmp_path, tokenizer, monkeypatch):
     """Tokenising in pieces must lose no document and no separator."""
-    import cfsp.text.stream as module
+    import cfsp.text.drawing as module
 
     path = write_jsonl(tmp_path / "a.jsonl")
     whole = consecutive_windows(str(path), tokenizer, count=None, seqlen=2).tokens_NT.flatten()
@@ -276,9 +276,9 @@ def chats(tmp_path) -> Path:
 
 def test_a_conversation_is_what_the_template_makes_of_it(chats, tokenizer):
     expected = [f"number {i} of the river\ngreen stone {i}\n" for i in range(60)]
-    assert list(TextSource(str(chats), "calibration").documents(tokenizer)) == expected
+    assert list(TextSource(str(chats), "calibration").texts(tokenizer)) == expected
     named = TextSource(f"{chats}:messages", "evaluation")
-    assert list(named.documents(tokenizer)) == expected
+    assert list(named.texts(tokenizer)) == expected
     ids = tokenizer("".join(expected), add_special_tokens=False)["input_ids"]
     windows = consecutive_windows(str(chats), tokenizer, count=None, seqlen=16)
     assert windows.tokens_NT.flatten().tolist() == ids[: len(ids) // 16 * 16]
@@ -304,7 +304,7 @@ def test_a_template_that_reads_the_parts_of_a_message(chats, tokenizer):
         "{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
     )
     expected = [f"<user>number {i} of the river<assistant>green stone {i}" for i in range(60)]
-    assert list(TextSource(str(chats), "calibration").documents(of_parts)) == expected
+    assert list(TextSource(str(chats), "calibration").texts(of_parts)) == expected
 
 
 def test_images_are_left_out_and_that_is_said_once_of_each_text(tmp_path, tokenizer, caplog):

@@ -103,7 +103,7 @@ def _first_turns(name: str) -> Iterator[tuple[str, str]]:
     source = TextSource(name, "evaluation")
     source.open()
     number = 0
-    for number, chat in enumerate(source.conversations() if source.is_chat else (), start=1):
+    for number, chat in enumerate(source.documents() if source.is_chat else (), start=1):
         turns = [message["content"] for message in chat if message["role"] == "user"]
         if not turns:
             raise TextError(f"{name}, chat {number}: there is no message of the role `user`")

@@ -25,10 +25,9 @@ from torch.utils.data import Dataset
 from cfsp.errors import TextError
 from cfsp.recovery.loss import IGNORED
 from cfsp.settings import Bos, Text
-from cfsp.text.drawing import parts_with_shares
+from cfsp.text.drawing import document_tokens, gather, parts_with_shares, spans
 from cfsp.text.records import check_has_template, templated
 from cfsp.text.sources import TextSource
-from cfsp.text.stream import document_tokens, gather, spans
 from cfsp.text.tokenizers import beginning
 from cfsp.text.windows import Windows, held_out_documents
 
@@ -115,7 +114,7 @@ def _documents(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Iterat
     total = 0
     if source.is_chat:
         check_has_template(tokenizer)
-        numbered = enumerate(source.conversations(), start=1)
+        numbered = enumerate(source.documents(), start=1)
         documents = (answer_tokens(chat, tokenizer, number) for number, chat in numbered)
     else:
         documents = (token_R.expand(2, -1) for token_R in document_tokens(source, tokenizer))

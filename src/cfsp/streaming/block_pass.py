@@ -109,7 +109,7 @@ def pass_blocks(
     tokens = windows.tokens_NT.numel() * blocks + visitor.more_tokens
     done = tokens * len(results) // blocks
     bar = item_progress(label, tokens, "tok", unit_scale=True, initial=done)
-    with times.part("total"), bar:
+    with times.stage("total"), bar:
         for block in stream_blocks(
             source,
             windows,
@@ -120,7 +120,7 @@ def pass_blocks(
             times=times,
         ):
             block.tokens_done = bar.update
-            with times.part("visits"):
+            with times.stage("visits"):
                 results.append(visitor.visit(block))
             bar.set_postfix_str(f"block {len(results)} of {blocks}", refresh=False)
             more = block.index + 1 < blocks and not block.calls.carry(block.index)
@@ -157,7 +157,7 @@ class _Saver:
             file.unlink()
 
     def _save(self, hidden: HiddenStates | None) -> None:
-        with self.times.part("saving"):
+        with self.times.stage("saving"):
             for block in range(self.state.next_block, len(self.results)):
                 self.visitor.save(self.results[block], self.state.directory, block)
             self.state.commit(len(self.results), None if hidden is None else hidden.save())

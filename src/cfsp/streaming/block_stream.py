@@ -119,13 +119,13 @@ class StreamedBlock:
         """
         on_gpu = self.device.type == "cuda"
         for batch in batches:
-            with self._times.part("hidden_states"):
+            with self._times.stage("hidden_states"):
                 # A GPU may copy them when it gets there: writing waits for what it computes.
                 input_BTD = self.hidden.read(batch).to(self.device, non_blocking=on_gpu)
             output_BTD = compute(batch, input_BTD)
             if on_gpu:  # the time that it still computes is not that of writing
                 torch.cuda.synchronize(self.device)
-            with self._times.part("hidden_states"):
+            with self._times.stage("hidden_states"):
                 self.hidden.write(batch, output_BTD)
 
 
@@ -193,7 +193,7 @@ def stream_blocks(
             calls.learn_sizes(more_batch_sizes)
         for index in range(first_block, len(modules)):
             module, units = modules[index], architecture.units_of(index)
-            with times.part("weights"):
+            with times.stage("weights"):
                 tensors = ahead.pop().result()
                 if index + 1 < len(modules):
                     ahead.append(pool.submit(read, index + 1))

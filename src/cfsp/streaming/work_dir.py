@@ -111,26 +111,30 @@ class Pace:
         self._last = time.monotonic()
 
 
-@dataclass
 class Stopwatch:
-    """Seconds spent in each named stage."""
+    """Seconds spent in each named stage, without those in other stages within it."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._spent: dict[str, float] = {}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by stage."""
+        return {name: round(spent, 3) for name, spent in self._spent.items()}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the time of a block of code to a stage, without that of other stages within it."""
-        self.seconds.setdefault(name, 0.0)
-        start, known = time.perf_counter(), sum(self.seconds.values())
+        """Add the time of a block of code to a stage."""
+        self._spent.setdefault(name, 0.0)
+        start, known = time.perf_counter(), sum(self._spent.values())
         try:
             yield
         finally:
-            of_others = sum(self.seconds.values()) - known
-            spent = max(0.0, time.perf_counter() - start - of_others)
-            self.seconds[name] = round(self.seconds[name] + spent, 3)
+            of_others = sum(self._spent.values()) - known
+            self._spent[name] += max(0.0, time.perf_counter() - start - of_others)
 
 
-class PassTimes:
+class PassTimes(Stopwatch):
     """Seconds of one pass over the blocks, by part.
 
     total          the whole pass, embedding included
@@ -140,24 +144,14 @@ class PassTimes:
     saving         putting down what a killed run resumes from
     """
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Add the time of a block of code to a part."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
     def to_json(self) -> dict[str, float]:
         """Return seconds by part, those of pure computing, and total time as a multiple of them."""
-        seconds: dict[str, float] = {k: round(v, 3) for k, v in self.seconds.items()}
-        compute = self.seconds.get("visits", 0.0) - self.seconds.get("hidden_states", 0.0)
-        ratio = self.seconds.get("total", 0.0) / compute if compute > 0 else 1.0
-        return {**seconds, "compute": round(compute, 3), "ratio": round(ratio, 4)}
+        spent, total = self._spent, sum(self._spent.values())
+        compute = spent.get("visits", 0.0)
+        visits = compute + spent.get("hidden_states", 0.0)
+        seconds = {**spent, "total": total, "visits": visits, "compute": compute}
+        ratio = total / compute if compute > 0 else 1.0
+        return {**{k: round(v, 3) for k, v in seconds.items()}, "ratio": round(ratio, 4)}
 
 
 @dataclass

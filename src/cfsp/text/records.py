@@ -150,24 +150,23 @@ def is_text_file(path: Path) -> bool:
     return path.suffix.lower() == ".txt" and not path.is_dir()
 
 
-def column_names(path: Path) -> set[str]:
-    """Return the columns that a local file has, as its first record shows.
+def likely_column(path: Path) -> str:
+    """Return the column of documents: of conversations where the first record has those alone.
 
-    What cannot be read has none: reading it will say what is wrong.
+    Of what cannot be read it is that of texts: reading it will say what is wrong.
     """
+    columns: set[str] = set()
     try:
         if path.suffix.lower() == ".parquet":
             import pyarrow.parquet as pq
 
-            return set(pq.read_schema(path).names)
-        if path.suffix.lower() != ".jsonl":
-            return set()
-        record, _ = next(_json_lines(path), ({}, ""))
-    except (TextError, ValueError, OSError, ImportError):
-        return set()
-    if not isinstance(record, dict):
-        return set()
-    return {name for name, value in record.items() if value is not None}
+            columns = set(pq.read_schema(path).names)
+        elif path.suffix.lower() == ".jsonl":
+            record, _ = next(_json_lines(path), ({}, ""))
+            columns = {name for name, value in record.items() if value is not None}
+    except (TextError, ValueError, AttributeError, OSError, ImportError):
+        pass
+    return CHAT_COLUMN if CHAT_COLUMN in columns and "text" not in columns else "text"
 
 
 def local_records(path: Path, column: str) -> Iterator[Record]:

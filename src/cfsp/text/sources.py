@@ -30,14 +30,13 @@ from cfsp.settings import Text
 from cfsp.text.offline import MIXED, OFFLINE, Purpose
 from cfsp.text.records import (
     CHAT_COLUMN,
-    Conversation,
     Record,
-    column_names,
     conversation_texts,
     document_of,
     has_images,
     hub_records,
     is_text_file,
+    likely_column,
     local_records,
     text_file,
 )
@@ -53,15 +52,10 @@ _LONGEST_NAME = 200
 # Hub id, config and split, or a local path.
 _Place = Path | tuple[str, str, str]
 
-# Short name -> hub id, config, split for each purpose, column.
-_HUB: dict[str, tuple[str, str, dict[Purpose, str], str]] = {
-    "wikitext2": (
-        "Salesforce/wikitext",
-        "wikitext-2-raw-v1",
-        {"calibration": "train", "evaluation": "test"},
-        "text",
-    ),
-    "c4": ("allenai/c4", "en", {"calibration": "train", "evaluation": "validation"}, "text"),
+# Short name -> hub id, config, split to measure on; calibration reads "train".
+_HUB = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+    "c4": ("allenai/c4", "en", "validation"),
 }
 
 
@@ -84,8 +78,8 @@ class TextSource:
         if isinstance(text, Text) or text in OFFLINE:
             return None, "text"
         if text in _HUB:
-            hub_id, config, splits, column = _HUB[text]
-            return (hub_id, config, splits[self.purpose]), column
+            hub_id, config, split = _HUB[text]
+            return (hub_id, config, "train" if self.purpose == "calibration" else split), "text"
         path, column = _split_column(text)
         parts = text.split(":")
         if len(parts) == 4 and not _exists(path):
@@ -114,27 +108,17 @@ class TextSource:
         in_pieces = isinstance(where, Path) and is_text_file(where)
         return "" if in_pieces or self.is_chat else "\n\n"
 
-    def documents(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[str]:
+    def texts(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
         """Yield the documents; of conversations the text that the chat template makes."""
-        if not self.is_chat:
-            return self._values()
-        if tokenizer is None:
-            raise TextError(
-                f"{self.name} holds conversations, which need a model's chat template; give "
-                "plain text here"
-            )
-        return conversation_texts(self.conversations(), tokenizer)
-
-    def conversations(self) -> Iterator[Conversation]:
-        """Yield the conversations of a chat source, in its own order."""
-        assert self.is_chat, self.name
-        return self._values()
+        documents = self.documents()
+        return conversation_texts(documents, tokenizer) if self.is_chat else documents
 
     def open(self) -> None:
         """Read the beginning, and nothing else."""
-        next(self._values(), None)
+        next(self.documents(), None)
 
-    def _values(self) -> Iterator[Any]:
+    def documents(self) -> Iterator[Any]:
+        """Yield the documents, which are conversations in a chat source, in its own order."""
         if isinstance(self.text, Text):
             return iter(self.text.documents)
         if self.text in OFFLINE:
@@ -145,11 +129,9 @@ class TextSource:
             return self._of_records(hub_records(*where))
         if not _exists(where):
             raise TextError(_not_found(self.name))
-        return (
-            text_file(where)
-            if is_text_file(where)
-            else self._of_records(local_records(where, column))
-        )
+        if is_text_file(where):
+            return text_file(where)
+        return self._of_records(local_records(where, column))
 
     def _of_records(self, records: Iterator[Record]) -> Iterator[Any]:
         column = self.place[1]
@@ -228,6 +210,4 @@ def _split_column(name: str) -> tuple[Path, str]:
         before, column = name.rsplit(":", 1)
         if _exists(Path(before).expanduser()):
             return Path(before).expanduser(), column
-    # Where there are conversations and no text.
-    columns = column_names(path)
-    return path, CHAT_COLUMN if CHAT_COLUMN in columns and "text" not in columns else "text"
+    return path, likely_column(path)
