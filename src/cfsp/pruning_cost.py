@@ -32,7 +32,7 @@ from cfsp.selection.divergence import (
 )
 from cfsp.settings import DEFAULT_SAMPLES, TargetParameters
 from cfsp.streaming.block_stream import windows_in_batch
-from cfsp.streaming.memory import available_bytes, default_budget
+from cfsp.streaming.memory import available_bytes, hidden_budget
 from cfsp.streaming.runtime import needed_bytes
 from cfsp.text.drawing import parts_with_shares
 from cfsp.text.windows import Windows
@@ -179,7 +179,7 @@ def _memory_bytes(
         system = max(4 * kept**2, 10 * hidden * width)
         peak = max(peak, 2 * block + activations + gram, block + gram + system)
     budget = settings.compute.memory_budget
-    peak += hidden_bytes if hidden_bytes <= (default_budget() if budget is None else budget) else 0
+    peak += hidden_bytes if hidden_bytes <= hidden_budget(budget) else 0
     if follow_sensitivity(source, settings.criterion, runtime):
         peak = max(peak, needed_bytes(source, runtime.dtype) + prediction_bytes(vocabulary))
     return peak + _INTERPRETER_BYTES + _TOKEN_BYTES * vocabulary

@@ -187,4 +187,5 @@ def test_every_group_that_holds_this_process_limits_its_memory(
         (directory / "memory.stat").write_text(f"anon 3300\n{cached} 700\n")
     assert memory.available_bytes() == 1700
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert memory.default_budget() == 1700 // 2 // 4
+    assert memory.hidden_budget() == 1700 // 2 // 4
+    assert memory.hidden_budget(0) == 0

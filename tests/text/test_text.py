@@ -108,6 +108,8 @@ def test_what_is_no_text_is_refused(tmp_path):
     assert "expected .txt, .jsonl or .parquet, which datasets write" in refused(tmp_path / "saved")
     (tmp_path / "number.jsonl").write_text('{"text": 3}')
     assert "column 'text' is int, expected text" in refused(tmp_path / "number.jsonl")
+    (tmp_path / "a.txt").write_text("a river")
+    assert "has no column 'messages'" in refused(f"{tmp_path / 'a.txt'}:messages")
     on_hub = refused("no-one/nothing:default:train:text")
     assert "check the name and the network, or give a local file" in on_hub
 

@@ -30,7 +30,7 @@ from cfsp.quality.results_file import measured_into
 from cfsp.settings import DEFAULT_SEQLEN, Compute, EvaluationText
 from cfsp.streaming.decoder_end import Head
 from cfsp.streaming.hidden_states import HiddenStates
-from cfsp.streaming.memory import default_budget
+from cfsp.streaming.memory import hidden_budget
 from cfsp.streaming.runtime import Runtime, check_fits, check_same_work, runtime_of, versions
 from cfsp.streaming.work_dir import WorkDir, load_or_compute, output_work_dir, temporary_work_dir
 from cfsp.text.drawing import consecutive_windows
@@ -230,7 +230,7 @@ def _measure_text(models: Sequence[_Model], text: str, asked: _Asked) -> list[Wi
 
     What leaves the last block of the dense model, the first, stays until the others have passed.
     """
-    compares, budget = asked.compares, asked.compute.memory_budget or default_budget()
+    compares, budget = asked.compares, hidden_budget(asked.compute.memory_budget)
     with temporary_work_dir(budget // 2 if compares else budget) as place:
         passes = replace(place, team=asked.team)
         dense = asked.dense or Dense(models[0].source, {}, passes)

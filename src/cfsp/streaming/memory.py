@@ -20,8 +20,13 @@ _VERSION_2 = ("memory.max", "memory.current", "file")
 _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")
 
 
-def default_budget() -> int:
-    """Return how much hidden states may take: half of what is available, shared on the machine."""
+def hidden_budget(asked: int | None = None) -> int:
+    """Return how many bytes hidden states may take: as asked, or half of what is available.
+
+    Processes on one machine share that half.
+    """
+    if asked is not None:
+        return asked
     return int(available_bytes() * _SHARE_OF_AVAILABLE / processes_on_machine())
 
 

@@ -51,8 +51,8 @@ def fits(source: WeightSource, runtime: Runtime) -> bool:
 
 def check_fits(source: WeightSource, runtime: Runtime, purpose: str) -> None:
     """Check that a whole model fits, for a purpose that the error names."""
-    needed, available = needed_bytes(source, runtime.dtype), free_bytes(runtime.device)
-    if needed > available:
+    if not fits(source, runtime):
+        needed, available = needed_bytes(source, runtime.dtype), free_bytes(runtime.device)
         raise UsageError(
             f"{purpose} runs the whole model, which takes about {needed / 1e9:.3g} GB of memory; "
             f"{available / 1e9:.3g} GB are available: do without, or use a larger machine"

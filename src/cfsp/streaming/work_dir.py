@@ -27,7 +27,7 @@ from cfsp.checkpoint.output import exclusive, write_atomically
 from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.errors import CfspError, OutputError, ResumeError
 from cfsp.processes import Team
-from cfsp.streaming.memory import default_budget
+from cfsp.streaming.memory import hidden_budget
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class WorkDir:
 
     directory: Path  # it exists as long as the command runs
     # Bytes of hidden states above which they go to a file.
-    memory_budget: int = field(default_factory=default_budget)
+    memory_budget: int = field(default_factory=hidden_budget)
     # What the results depend on besides model and text, as JSON types; None if a later run is not
     # to resume.
     identity: dict[str, Any] | None = None
@@ -189,7 +189,7 @@ class WorkDir:
 def temporary_work_dir(memory_budget: int | None = None) -> Iterator[WorkDir]:
     """Give a work directory that nothing resumes from."""
     with tempfile.TemporaryDirectory(prefix="cfsp-") as directory:
-        yield WorkDir(Path(directory), _budget(memory_budget))
+        yield WorkDir(Path(directory), hidden_budget(memory_budget))
 
 
 @contextmanager
@@ -213,7 +213,7 @@ def output_work_dir(
             read_state(state, identity)
         _remove_unfinished(directory)
         try:
-            yield WorkDir(directory, _budget(memory_budget), identity, team=team)
+            yield WorkDir(directory, hidden_budget(memory_budget), identity, team=team)
         except ResumeError:
             raise
         except BaseException as error:
@@ -260,10 +260,6 @@ def directory_of_process(out: Path, process: int = 0, processes: int = 1) -> Pat
 
 def _directory_name(process: int, processes: int) -> str:
     return f"process-{process}-of-{processes}"
-
-
-def _budget(memory_budget: int | None) -> int:
-    return default_budget() if memory_budget is None else memory_budget
 
 
 def _check_processes(work_dir: Path, processes: int) -> None:

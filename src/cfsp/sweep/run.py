@@ -42,7 +42,7 @@ from cfsp.repair.ladder import check_can_be_repaired
 from cfsp.result.manifest import add_to_manifest
 from cfsp.selection.constraint import Share
 from cfsp.settings import Compute, Part
-from cfsp.streaming.memory import default_budget
+from cfsp.streaming.memory import hidden_budget
 from cfsp.streaming.work_dir import output_work_dir, remove_finished_work, temporary_work_dir
 from cfsp.sweep.settings import Point, SweepSettings
 from cfsp.sweep.table import Row, read_rows
@@ -88,7 +88,7 @@ def run_sweep(
         missing = [point for point in points if not (out / point.name).is_dir()]
         if missing:
             _check(sweep)
-        budget = compute.memory_budget or default_budget()
+        budget = hidden_budget(compute.memory_budget)
         with temporary_work_dir(budget // (4 * (len(settings.eval) + 1))) as passes:
             dense = Dense(sweep.source, {}, passes)
             names = () if settings.compares else (sweep.source.directory,)

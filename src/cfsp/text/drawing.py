@@ -15,6 +15,7 @@ Shapes: N windows, T tokens in a window, R tokens of a stream, P that a window b
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from random import Random
@@ -181,7 +182,7 @@ def consecutive_windows(
             f"expected at least 1 window of 2 tokens, found {count} windows of {seqlen} tokens"
         )
     source = TextSource(text, "evaluation")
-    stream_R = first_tokens(source, tokenizer, None if count is None else count * seqlen)
+    stream_R = first_tokens(source, tokenizer, math.inf if count is None else count * seqlen)
     whole = spans(stream_R, seqlen, begins_with, count)
     have, needed = len(whole), count or 1
     if have < needed:
@@ -201,21 +202,16 @@ def consecutive_windows(
 # A text as a stream of tokens.
 
 
-def first_tokens(
-    source: TextSource, tokenizer: PreTrainedTokenizerBase, limit: int | None
-) -> Tensor:
+def first_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase, limit: float) -> Tensor:
     """Return the tokens that a text begins with, int64 [R]: all, or `limit` and few more."""
-    pieces: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
-    total = 0
-    characters = _CHUNK_CHARACTERS
-    if limit is not None:
-        characters = min(characters, _CHARACTERS_OF_TOKEN * limit)
+    found, total = [torch.empty(0, dtype=torch.int64)], 0
+    characters = int(min(_CHUNK_CHARACTERS, _CHARACTERS_OF_TOKEN * limit))
     for piece in _pieces(source, tokenizer, characters):
-        pieces.append(_tokens(piece, tokenizer))
-        total += len(pieces[-1])
-        if limit is not None and total >= limit:
+        found.append(_tokens(piece, tokenizer))
+        total += len(found[-1])
+        if total >= limit:
             break
-    return torch.cat(pieces)
+    return torch.cat(found)
 
 
 def spread_tokens(

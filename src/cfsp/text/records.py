@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 CHAT_COLUMN, IMAGE_COLUMN = "messages", "images"
 Conversation = list[dict[str, Any]]
 
+_IMAGES = ("image", "image_url")  # types of the parts of a message
+
 # A record, and where it is.
 Record = tuple[Any, str]
 
@@ -57,7 +59,7 @@ def has_images(record: Any, column: str) -> bool:
         return True
     contents = [m["content"] for m in record[column]] if column == CHAT_COLUMN else []
     parts = [part for content in contents if isinstance(content, list) for part in content]
-    return any(part["type"] != "text" for part in parts)
+    return any(part.get("type") in _IMAGES for part in parts)
 
 
 # Conversations.
@@ -130,16 +132,9 @@ def _content(content: Any) -> str | None:
     """Return the text of a message; None if it is neither a text nor parts of text and images."""
     if not isinstance(content, list):
         return content if isinstance(content, str) else None
-    texts: list[str] = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        text = (
-            "" if kind in ("image", "image_url") else part.get("text") if kind == "text" else None
-        )
-        if not isinstance(text, str):
-            return None
-        texts.append(text)
-    return "".join(texts)
+    parts = [part if isinstance(part, dict) else {} for part in content]
+    texts: list[Any] = ["" if part.get("type") in _IMAGES else part.get("text") for part in parts]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else None
 
 
 # Local files.

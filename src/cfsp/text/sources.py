@@ -130,6 +130,8 @@ class TextSource:
         if not _exists(where):
             raise TextError(_not_found(self.name))
         if is_text_file(where):
+            if column != "text":
+                raise TextError(f"{where} is plain text, which has no column {column!r}")
             return text_file(where)
         return self._of_records(local_records(where, column))
 
