@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from random import Random
 from typing import TYPE_CHECKING
@@ -204,14 +204,13 @@ def consecutive_windows(
 
 def first_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase, limit: float) -> Tensor:
     """Return the tokens that a text begins with, int64 [R]: all, or `limit` and few more."""
-    found, total = [torch.empty(0, dtype=torch.int64)], 0
+    found: list[Tensor] = []
     characters = int(min(_CHUNK_CHARACTERS, _CHARACTERS_OF_TOKEN * limit))
     for piece in _pieces(source, tokenizer, characters):
-        found.append(_tokens(piece, tokenizer))
-        total += len(found[-1])
-        if total >= limit:
+        found.append(_tokens([piece], tokenizer))
+        if sum(map(len, found)) >= limit:
             break
-    return torch.cat(found)
+    return torch.cat([_tokens([], tokenizer), *found])
 
 
 def spread_tokens(
@@ -228,23 +227,24 @@ def spread_tokens(
     chosen = list(islice(pieces, count)) if source.on_hub else _sample(pieces, count, Random(seed))
     at_once = _CHUNK_CHARACTERS // _PIECE_CHARACTERS
     chunks = ("".join(chosen[i : i + at_once]) for i in range(0, len(chosen), at_once))
-    return torch.cat(
-        [torch.empty(0, dtype=torch.int64), *(_tokens(chunk, tokenizer) for chunk in chunks)]
-    )
+    return _tokens(chunks, tokenizer)
 
 
 def document_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Iterator[Tensor]:
     """Yield the tokens of one document after the other, int64 [R], with what separates them."""
     separator = source.separator
     for document in source.texts(tokenizer):
-        pieces = _cut(document + separator, _CHUNK_CHARACTERS)
-        yield torch.cat([_tokens(piece, tokenizer) for piece in pieces])
+        yield _tokens(_cut(document + separator, _CHUNK_CHARACTERS), tokenizer)
 
 
-def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    # It is cut into windows later: no word of texts that are longer than the model's maximum.
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+def _tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Return the tokens of texts one after the other, each made tokens by itself, int64 [R]."""
+    found = [torch.empty(0, dtype=torch.int64)]
+    for text in texts:
+        # It is cut into windows later: no word of texts that are longer than the model's maximum.
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        found.append(torch.tensor(ids, dtype=torch.int64))
+    return torch.cat(found)
 
 
 def _sample(pieces: Iterator[str], count: int, random: Random) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from codecs import BOM_UTF8
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,7 +180,7 @@ def text_file(path: Path) -> Iterator[str]:
     """Yield a text in pieces that end with a line and follow one another."""
     held = ""
     for number, line in enumerate(_lines(path), start=1):
-        text = _checked(line.decode, f"{path}, line {number}")
+        text = _decoded(line, f"{path}, line {number}")
         held += text.replace("\r\n", "\n").replace("\r", "\n")
         if len(held) >= _PIECE_CHARACTERS:
             yield held
@@ -195,7 +195,7 @@ def _json_lines(path: Path) -> Iterator[Record]:
             continue
         where = f"{path}, line {number}"
         try:
-            record = json.loads(_checked(line.decode, where))
+            record = json.loads(_decoded(line, where))
         except (ValueError, RecursionError) as error:
             raise TextError(
                 f"{where}: not JSON: {error}; every line must be one JSON object"
@@ -233,9 +233,9 @@ def _parquet(path: Path, column: str) -> Iterator[Record]:
         raise TextError(f"{path} is not a readable parquet file: {error}") from error
 
 
-def _checked(decode: Callable[[], str], where: str) -> str:
+def _decoded(line: bytes, where: str) -> str:
     try:
-        text = decode()
+        text = line.decode()
     except UnicodeDecodeError as error:
         raise TextError(
             f"{where} is not UTF-8 text: byte {error.start} is not valid; save it as UTF-8"
