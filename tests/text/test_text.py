@@ -332,8 +332,9 @@ def test_images_on_the_hub_are_not_decoded(monkeypatch):
     """Pictures would need Pillow, and none of these is one."""
     stored = [{"text": "a river", "images": {"bytes": b"no picture", "path": None}}] * 2
     features = datasets.Features(text=datasets.Value("string"), images=datasets.Image())
-    data = datasets.Dataset.from_list(stored, features).to_iterable_dataset()
-    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: data)
+    data = datasets.Dataset.from_list(stored).to_iterable_dataset().cast(features)
+    monkeypatch.setattr(datasets.config, "PIL_AVAILABLE", False)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
     monkeypatch.setattr("cfsp.text.records.hub_is_missed", lambda: False)
     assert read("someone/pictures:default:train:text") == ["a river"] * 2
 
