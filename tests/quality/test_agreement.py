@@ -19,7 +19,7 @@ from cfsp.cli import main
 from cfsp.errors import CalibrationError
 from cfsp.quality import evaluate, perplexity
 from cfsp.quality import perplexity as measuring
-from cfsp.quality.evaluate import evaluate_models, perplexities
+from cfsp.quality.evaluate import evaluate_models, perplexity_by_text
 from cfsp.quality.perplexity import divergence_and_agreement, negative_log_likelihood
 from cfsp.result.names import short_names
 from cfsp.settings import Compute, EvaluationText
@@ -199,7 +199,7 @@ def plain(model: Any, windows: Windows) -> float:
 def streamed(source: Any, windows: Windows, work_dir: WorkDir | None = None) -> dict[str, Any]:
     """Return the perplexity block by block, with its conditions."""
     with temporary_work_dir() as own:
-        (found,) = perplexities(
+        (found,) = perplexity_by_text(
             source, {"text": windows}, COMPUTE, work_dir or own, "dense"
         ).values()
     return found

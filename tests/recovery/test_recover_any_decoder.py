@@ -25,9 +25,13 @@ from cfsp.recovery.adaptation import (
     multiplies_by_its_matrix,
     targets_of,
 )
-from cfsp.recovery.recover import RecoverReport, recover_checkpoint
+from cfsp.recovery.recover import (
+    RecoverReport,
+    copy_everything_else,
+    recover_checkpoint,
+    write_recovered_weights,
+)
 from cfsp.recovery.settings import Adaptation, Limit, RecoverSettings, Training
-from cfsp.recovery.writing import copy_everything_else, write_recovered_weights
 
 # Blocks without an FFN, several in a block, other names in files than in memory, matrices of
 # classes of their own. Adapters stay off experts, off biases and off what fused kernels take.

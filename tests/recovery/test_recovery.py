@@ -22,10 +22,10 @@ from torch.nn.functional import cross_entropy
 import cfsp
 import cfsp.recovery.loss
 import cfsp.recovery.recover
-from builders import changed, tensors
+from builders import changed, dying_at, tensors
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
-from cfsp.checkpoint.reading import parameter_count
+from cfsp.checkpoint.reading import LoadedModel, parameter_count
 from cfsp.cli import main
 from cfsp.errors import CfspError, RecoveryError, ResumeError, UsageError
 from cfsp.planning.plan_file import PruningPlan
@@ -34,7 +34,7 @@ from cfsp.recovery.adaptation import allocate_ranks
 from cfsp.recovery.data import RecoveryText, WindowData, read_text
 from cfsp.recovery.loss import IGNORED, loss_inside, multiplies_only
 from cfsp.recovery.prepare import teacher_and_method
-from cfsp.recovery.recover import RecoverReport, recover_checkpoint
+from cfsp.recovery.recover import RecoverReport, measured_before, recover_checkpoint
 from cfsp.recovery.schedule import Schedule
 from cfsp.recovery.settings import (
     Adaptation,
@@ -45,10 +45,11 @@ from cfsp.recovery.settings import (
 from cfsp.recovery.trainer import last_checkpoint, train
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Compute, EvaluationText, Text
-from cfsp.streaming.work_dir import PassState
+from cfsp.streaming.block_stream import StreamedBlock
+from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.windows import Windows
-from tiny_models import TRAINED, build_tiny_model
+from tiny_models import BLOCKS, TRAINED, build_tiny_model
 
 CPU = torch.device("cpu")
 
@@ -359,9 +360,9 @@ def test_held_out_loss_is_the_mean_over_labels(tmp_path, batch_windows):
     text = RecoveryText(WindowData(token_NT, token_NT), held_out, {}, bos=False)
     how = training(1, batch_windows=batch_windows, learning_rate=1e-3)
     with loss_inside(model) as loss:
-        schedule = Schedule(1, 2, time.monotonic())
-        work = PassState(tmp_path, {})
-        found = train(model, text, how, schedule=schedule, loss=loss, work=work)
+        settings = SimpleNamespace(training=how)
+        ready: Any = SimpleNamespace(text=text, settings=settings, out=tmp_path / "o", identity={})
+        found = train(model, ready, Schedule(1, 2, time.monotonic()), loss)
     assert found.history[0]["held_out"] == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -411,7 +412,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
     assert recovery[1]["steps"] == 6
 
 
-def stop(model: Any) -> None:
+def stop(*args: Any, **options: Any) -> None:
     """Stand in for a user who stops a run."""
     raise KeyboardInterrupt
 
@@ -436,19 +437,49 @@ def test_a_run_that_was_stopped_after_its_last_step_is_not_trained_further(
     assert sorted(work_of(out).rglob("*")) == before
     # What was measured before training is not measured again.
     measured = []
-    sound = cfsp.recovery.recover.perplexities
+    sound = cfsp.recovery.recover.perplexity_by_text
 
     def measure(*args: Any) -> Any:
         measured.append(args[-1])
         return sound(*args)
 
-    monkeypatch.setattr("cfsp.recovery.recover.perplexities", measure)
+    monkeypatch.setattr("cfsp.recovery.recover.perplexity_by_text", measure)
     found = recovered(evaluation=evaluation)
     assert measured == ["recovered"]
     assert found.perplexity[str(text_file)]["before"] > 1
     assert (found.steps, found.best_step) == (plain.report.steps, plain.report.best_step)
     assert found.history == plain.report.history
     assert changed(plain.out, out) == set()  # the same seed gives the same weights
+
+
+def test_what_is_measured_before_training_is_timed_whole_also_after_a_kill(tmp_path, monkeypatch):
+    """It is measured again when all is trained, which is no time to train in."""
+    windows = {
+        name: Windows(torch.randint(3, 300, (2, 12)), {name: 2}) for name in ("first", "second")
+    }
+    settings = SimpleNamespace(compute=Compute("cpu", "float32"))
+    source = LoadedModel(build_tiny_model("llama"))
+    ready: Any = SimpleNamespace(source=source, windows=windows, settings=settings)
+    seen: list[int] = []
+    # Of a second model's worth of blocks the last one is missing.
+    advance = dying_at(2 * BLOCKS, StreamedBlock.advance, lambda it, *_, **__: it.index, seen)
+    monkeypatch.setattr(StreamedBlock, "advance", lambda *args, **how: advance(*args, **how))
+    monkeypatch.setattr("cfsp.streaming.work_dir.SHARE_OF_TIME", 1e9)
+    with pytest.raises(KeyboardInterrupt):
+        measured_before(ready, WorkDir(tmp_path, identity={}))
+    assert seen == [*range(BLOCKS)] * 2
+    found, seconds = measured_before(ready, WorkDir(tmp_path, identity={}))
+    assert seen[2 * BLOCKS :] == [*range(BLOCKS)]
+    assert list(found) == list(windows) and seconds > 0
+
+
+def test_only_the_first_process_makes_a_work_directory(recovered, tmp_path, monkeypatch):
+    """The others may be there before it has the lock, or although it is refused."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("cfsp.recovery.trainer.RecoveryTrainer", stop)
+    with pytest.raises(KeyboardInterrupt):
+        recovered()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_half_a_checkpoint_is_passed_over(tmp_path):
@@ -477,16 +508,20 @@ def test_a_loss_that_is_nan_stops_and_leaves_nothing(recovered, tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_training_that_does_harm_writes_nothing(pruned, recovered, tmp_path, monkeypatch):
+def test_training_that_does_harm_writes_nothing(pruned, recovered, tmp_path, monkeypatch, caplog):
     # Training goes uphill.
     monkeypatch.setattr("cfsp.recovery.trainer.rate_factor", lambda fraction: -1.0)
     lower = (
         r"did not make the loss on held-out text lower \([\d.]+ before, [\d.]+ at best in 4 "
-        rf"steps\), so nothing is written, and {pruned} is the best there is; give it more steps"
+        rf"steps\), so nothing is written, and {pruned} is the best there is; give it a lower "
+        r"--learning-rate \(it was 0\.01\), more steps"
     )
     with pytest.raises(RecoveryError, match=lower):
         recovered(training=training(4, learning_rate=1e-2))
     assert list(tmp_path.iterdir()) == []
+    # People are told at half time already.
+    told = [line for line in caplog.messages if "no better than before training" in line]
+    assert len(told) == 1
 
 
 @pytest.mark.parametrize(("minutes", "measuring"), [(1e-4, 0), (0.5, 40)])
@@ -539,7 +574,7 @@ def test_bad_input_is_told_before_any_work(
     pruned, tiny_checkpoint, text_file, tmp_path, monkeypatch, options, message
 ):
     monkeypatch.setattr("cfsp.recovery.recover.load_to_train", must_not_load)
-    monkeypatch.setattr("cfsp.recovery.recover.perplexities", must_not_load)
+    monkeypatch.setattr("cfsp.recovery.recover.perplexity_by_text", must_not_load)
     if "no_such" in message:  # not even the model is opened, which may be a download
         monkeypatch.setattr("cfsp.recovery.recover.open_checkpoint", must_not_load)
     given: dict[str, Any] = {"data": ["{text}"], "seqlen": 32, "teacher": "none", **options}

@@ -278,7 +278,7 @@ def evaluation_windows(texts: EvaluationText, source: Checkpoint) -> dict[str, W
     return found
 
 
-def perplexities(
+def perplexity_by_text(
     source: WeightSource,
     windows: Mapping[str, Windows],
     compute: Compute,

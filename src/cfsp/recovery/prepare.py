@@ -53,9 +53,20 @@ class Prepared:
     targets: list[BlockTargets]
     teacher: Checkpoint | None
     identity: dict[str, Any]  # what the result depends on, as JSON types
+    started: float  # when its minutes began, in seconds of `time.monotonic()`
+
+    @property
+    def trained(self) -> list[str]:
+        """The parameters that change."""
+        return [name for block in self.targets for name in block.parameters]
+
+    def at_rate(self, rate: float) -> Prepared:
+        """Return the same with a learning rate."""
+        training = replace(self.settings.training, learning_rate=rate)
+        return replace(self, settings=replace(self.settings, training=training))
 
 
-def prepare(source: Checkpoint, out: Path, settings: RecoverSettings) -> Prepared:
+def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: float) -> Prepared:
     """Check all that a user can get wrong, the cheap first, and read the texts."""
     training, watch = settings.training, Stopwatch()
     check_is_outside(out, source.directory)
@@ -94,7 +105,9 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings) -> Prepare
         identity |= {"windows in a step": training.windows_in_step, "batch_windows": 0}
     else:
         identity["processes"] = process_count()
-    return Prepared(source, out, settings, watch, text, windows, targets, teacher, identity)
+    return Prepared(
+        source, out, settings, watch, text, windows, targets, teacher, identity, started
+    )
 
 
 def training_bytes(method: Method, parameters: int, parameters_of_teacher: int) -> int:

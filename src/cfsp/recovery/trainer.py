@@ -37,18 +37,19 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from cfsp.checkpoint.skeleton import blocks_of
-from cfsp.processes import process_count
+from cfsp.processes import is_first_process, process_count
 from cfsp.progress import without_library_bars
 from cfsp.recovery.loss import IGNORED, ModelLoss
 from cfsp.recovery.schedule import Pace, Schedule, diverged, rate_factor, saved_pace
 from cfsp.recovery.settings import ENDLESS_STEPS, Training
-from cfsp.streaming.work_dir import PassState
+from cfsp.streaming.work_dir import STATE_FILE, PassState, directory_of_process
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
     from cfsp.architecture.found import Architecture
     from cfsp.recovery.data import RecoveryText
+    from cfsp.recovery.prepare import Prepared
 
 _WEIGHTS, _OPTIMIZER = "weights", "optimizer"
 # Frozen weights are those of the model that is recovered.
@@ -79,31 +80,23 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         model: nn.Module,
         args: TrainingArguments,
         text: RecoveryText,
-        *,
-        schedule: Schedule,
-        loss: ModelLoss,
         pace: Pace,
+        loss: ModelLoss,
     ) -> None:
-        super().__init__(
-            model,
-            args,
-            train_dataset=text.train,
-            eval_dataset=text.held_out,
-            callbacks=[pace],
-        )
+        data = {"train_dataset": text.train, "eval_dataset": text.held_out}
+        super().__init__(model, args, callbacks=[pace], **data)
         # `Pace` prints instead.
         self.remove_callback(PrinterCallback)
-        self._schedule = schedule
-        self._loss = loss
+        self._pace, self._loss = pace, loss
         self._held_out_labels = float((text.held_out.label_NT != IGNORED).sum(1).float().mean())
 
-    def take_up_finished(self, checkpoint: Path, state: TrainerState, pace: Pace) -> None:
+    def take_up_finished(self, checkpoint: Path, state: TrainerState) -> None:
         """Load the best weights of a run that was stopped after its last step.
 
         The Trainer itself would train for one more step.
         """
         self.state = state
-        pace.take_up(state)
+        self._pace.take_up(state)
         if self.state.best_model_checkpoint is not None:
             self._load_best_model()
         else:
@@ -113,7 +106,7 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> LambdaLR:
         """Return learning rates that follow the schedule."""
-        schedule = self._schedule
+        schedule = self._pace.schedule
         rates = LambdaLR(
             optimizer or self.optimizer,
             lambda step: schedule.rate_scale * rate_factor(schedule.fraction),
@@ -241,39 +234,27 @@ def _exchange(do: Callable[..., Any], state: dict[str, Any], directory: str, nam
         do(state, checkpoint_id=Path(directory) / name, no_dist=process_count() == 1)
 
 
-def train(
-    adapted: Any,
-    text: RecoveryText,
-    training: Training,
-    *,
-    schedule: Schedule,
-    loss: ModelLoss,
-    work: PassState,
-) -> TrainingOutcome:
+def train(adapted: Any, ready: Prepared, schedule: Schedule, loss: ModelLoss) -> TrainingOutcome:
     """Train, and leave the model with the weights of its best evaluation.
 
     That is a causal LM, or a PEFT model around it, sharded if that is asked, which was given the
-    loss function. The Trainer's checkpoints are in the directory of `work`; those of a killed run
-    go on.
+    loss function. A killed run goes on from the Trainer's checkpoints in its work directory.
     """
+    directory = directory_of_process(ready.out) / "train"
     # Without a state, what lies there is not complete, and the first process removes it.
-    last = last_checkpoint(work.directory) if work.next_block else None
+    last = last_checkpoint(directory) if (directory / STATE_FILE).is_file() else None
+    # The others make nothing there: the first may not have the lock yet.
+    work = PassState(directory, ready.identity) if is_first_process() else None
+    training, steps = ready.settings.training, schedule.most_steps
     tokens_in_step = training.windows_in_step * training.seqlen
     pace = Pace(schedule, tokens_in_step, work)
     adapted.config.use_cache = False
+    arguments = training_arguments(training, directory, steps, adapted, begins=last is None)
     with without_library_bars():
-        trainer = (ShardedTrainer if training.shard else RecoveryTrainer)(
-            adapted,
-            training_arguments(
-                training, work.directory, schedule.most_steps, adapted, begins=last is None
-            ),
-            text,
-            schedule=schedule,
-            loss=loss,
-            pace=pace,
-        )
+        kind = ShardedTrainer if training.shard else RecoveryTrainer
+        trainer = kind(adapted, arguments, ready.text, pace, loss)
         if last is not None and saved_pace(last[1])["fraction"] >= 1:
-            trainer.take_up_finished(*last, pace)
+            trainer.take_up_finished(*last)
         else:
             trainer.train(resume_from_checkpoint=None if last is None else str(last[0]))
     best_step = trainer.state.best_global_step
