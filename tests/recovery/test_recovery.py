@@ -360,8 +360,9 @@ def test_held_out_loss_is_the_mean_over_labels(tmp_path, batch_windows):
     text = RecoveryText(WindowData(token_NT, token_NT), held_out, {}, bos=False)
     how = training(1, batch_windows=batch_windows, learning_rate=1e-3)
     with loss_inside(model) as loss:
+        place = {"out": tmp_path / "o", "identity": {}, "targets": []}
         settings = SimpleNamespace(training=how)
-        ready: Any = SimpleNamespace(text=text, settings=settings, out=tmp_path / "o", identity={})
+        ready: Any = SimpleNamespace(text=text, settings=settings, **place)
         found = train(model, ready, Schedule(1, 2, time.monotonic()), loss)
     assert found.history[0]["held_out"] == pytest.approx(float(expected), rel=1e-5)
 

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Collection
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -54,7 +54,7 @@ from cfsp.recovery.settings import (
     RecoverSettings,
     Training,
 )
-from cfsp.recovery.trainer import TrainingOutcome, shard, train, trained_tensors
+from cfsp.recovery.trainer import RecoverReport, shard, train, trained_tensors
 from cfsp.result.card import model_card, origin_of
 from cfsp.result.manifest import read_manifest, write_manifest
 from cfsp.settings import (
@@ -80,19 +80,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RecoverReport(TrainingOutcome):
-    """What recovery did. Everything is also in the manifest."""
-
-    trainable_parameters: int  # in all
-    ranks: list[int | None]  # of the adapters in each block; None in full training
-    # Text -> {"before", "after", "tokens", "windows", "seqlen", "bos"}, if it was measured.
-    perplexity: dict[str, dict[str, Any]]
-    seconds: dict[str, float]  # by stage
-    peak_rss_bytes: int  # of the process
-    out: str  # the new checkpoint
 
 
 def recover(
@@ -291,22 +278,13 @@ def _train(ready: Prepared, seconds_to_measure: float) -> tuple[nn.Module, Prepa
             shard(adapted, model, source.architecture, device)
             if ready.teacher is not None and dense is not None:
                 shard(dense, dense, ready.teacher.architecture, device)
-        outcome = train(adapted, ready, schedule, loss)
+        report = train(adapted, ready, schedule, loss)
         tensors = trained_tensors(adapted) if sharded else {}
     if tensors:
         # The parts of this process are not all: what was trained goes into the model as it was.
         del adapted, model
         adapted = attach(load(source), source.architecture, ready.targets)
         adapted.load_state_dict(tensors, strict=False)
-    report = RecoverReport(
-        **vars(outcome),
-        trainable_parameters=trainable,
-        ranks=[block.rank for block in ready.targets],
-        perplexity={},
-        seconds={},
-        peak_rss_bytes=0,
-        out=str(ready.out),
-    )
     return adapted, ready.at_rate(schedule.rate_scale * rate), report
 
 

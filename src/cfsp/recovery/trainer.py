@@ -58,8 +58,8 @@ _WHOLE = replace(_TRAINED, full_state_dict=True, cpu_offload=True)
 
 
 @dataclass(frozen=True)
-class TrainingOutcome:
-    """What training did."""
+class RecoverReport:
+    """What recovery did. Everything is also in the manifest."""
 
     steps: int  # of the optimizer, those before an interruption included
     # The step with the lowest held-out loss, whose weights were kept; 0 where none was lower than
@@ -70,6 +70,13 @@ class TrainingOutcome:
     # Step, loss on held-out text (of the same kind) and of training, in nats, at each evaluation,
     # the first before training.
     history: list[dict[str, float]]
+    trainable_parameters: int  # in all
+    ranks: list[int | None]  # of the adapters in each block; None in full training
+    # Text -> {"before", "after", "tokens", "windows", "seqlen", "bos"}, if it was measured.
+    perplexity: dict[str, dict[str, Any]]
+    seconds: dict[str, float]  # by stage
+    peak_rss_bytes: int  # of the process
+    out: str  # the new checkpoint
 
 
 class RecoveryTrainer(Trainer):  # type: ignore[misc]
@@ -214,16 +221,15 @@ class ShardedTrainer(RecoveryTrainer):
         if checkpoint is not None:
             state = self._optimizer_state()
             _exchange(load, state, checkpoint, _OPTIMIZER)
-            set_optimizer_state_dict(self.model, self._plain(), state, options=_TRAINED)
+            set_optimizer_state_dict(self.model, self._plain, state, options=_TRAINED)
 
     def _optimizer_state(self) -> dict[str, Any]:
-        return get_optimizer_state_dict(self.model, self._plain(), options=_TRAINED)
+        return get_optimizer_state_dict(self.model, self._plain, options=_TRAINED)
 
-    def _plain(self) -> torch.optim.Optimizer:
-        """Return the optimizer itself, not accelerate's around it."""
-        optimizer: Any = self.optimizer
-        found: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
-        return found
+    @property
+    def _plain(self) -> Any:
+        """The optimizer itself, not accelerate's around it."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
 
 def _exchange(do: Callable[..., Any], state: dict[str, Any], directory: str, name: str) -> None:
@@ -234,8 +240,8 @@ def _exchange(do: Callable[..., Any], state: dict[str, Any], directory: str, nam
         do(state, checkpoint_id=Path(directory) / name, no_dist=process_count() == 1)
 
 
-def train(adapted: Any, ready: Prepared, schedule: Schedule, loss: ModelLoss) -> TrainingOutcome:
-    """Train, and leave the model with the weights of its best evaluation.
+def train(adapted: Any, ready: Prepared, schedule: Schedule, loss: ModelLoss) -> RecoverReport:
+    """Train, and leave the model with the weights of its best evaluation; say what that did.
 
     That is a causal LM, or a PEFT model around it, sharded if that is asked, which was given the
     loss function. A killed run goes on from the Trainer's checkpoints in its work directory.
@@ -259,12 +265,18 @@ def train(adapted: Any, ready: Prepared, schedule: Schedule, loss: ModelLoss) ->
             trainer.train(resume_from_checkpoint=None if last is None else str(last[0]))
     best_step = trainer.state.best_global_step
     held_out = {entry["step"]: entry["held_out"] for entry in pace.history}
-    return TrainingOutcome(
+    return RecoverReport(
         steps=trainer.state.global_step,
         best_step=best_step if held_out[best_step] < held_out[0] else 0,
         tokens_in_step=tokens_in_step,
         tokens_per_second=round(pace.tokens_per_second, 1),
         history=pace.history,
+        trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+        ranks=[block.rank for block in ready.targets],
+        perplexity={},
+        seconds={},
+        peak_rss_bytes=0,
+        out=str(ready.out),
     )
 
 

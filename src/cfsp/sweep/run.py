@@ -201,5 +201,5 @@ def _measured(sweep: _Sweep, model: Path, dense: Dense) -> dict[str, Any]:
     facts: dict[str, Any] = {"perplexity": perplexity}
     if settings.compares or sweep.tasks is not None:
         first, second = measured_model("dense", before), measured_model("pruned", found)
-        facts["comparison"] = compare(first, second, first).to_json()
+        facts["comparison"] = compare(first, second, first)
     return facts

@@ -29,7 +29,7 @@ class Row:
     parameters: int
     perplexity: Mapping[str, Mapping[str, Any]]  # by text, as `cfsp eval --json` has it
     directory: str | None = None
-    comparison: dict[str, Any] | None = None  # `cfsp.quality.compare.Comparison.to_json`
+    comparison: dict[str, Any] | None = None  # what `cfsp.quality.compare.compare` gives
 
     @staticmethod
     def of(point: Point, directory: Path) -> Row:
