@@ -283,8 +283,8 @@ def models_start_quickly(monkeypatch) -> None:
     """
     # No effect where `cfsp families` has started that process: it imports the same.
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["transformers.modeling_utils", "cfsp.speed.process"])
-    monkeypatch.setattr("cfsp.speed.process.PROCESSES", processes)
+    processes.set_forkserver_preload(["transformers.modeling_utils", "cfsp.speed.subjects"])
+    monkeypatch.setattr("cfsp.speed.subjects.PROCESSES", processes)
     monkeypatch.setattr("cfsp.speed.bench.PATIENCE_SECONDS", 0.01)
 
 

@@ -15,7 +15,7 @@ from builders import draw_windows
 from cfsp.cli import build_parser, main
 from cfsp.cli.options import expand_sets
 from cfsp.settings import CalibrationText
-from cfsp.speed.process import ModelProcess
+from cfsp.speed.subjects import ModelProcess
 from conftest import REPOSITORY
 
 README = REPOSITORY / "README.md"

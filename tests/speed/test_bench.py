@@ -23,17 +23,20 @@ from cfsp.cli.bench import _ratios
 from cfsp.errors import CfspError, CheckpointError, UsageError
 from cfsp.exports.registry import export
 from cfsp.speed.bench import Speed, _rounds, bench
-from cfsp.speed.process import ModelProcess, busy_seconds, model_process, share_of_others
 from cfsp.speed.subjects import (
     Conditions,
     Engine,
     Footprint,
+    ModelProcess,
     SmallerModel,
     Subject,
     Timing,
     Workload,
     build_model,
+    busy_seconds,
+    model_process,
     random_prompt,
+    share_of_others,
 )
 from ragged import cut, tiny
 from tiny_decoders import tiny_model

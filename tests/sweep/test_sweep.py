@@ -20,8 +20,8 @@ from cfsp.quality import evaluate
 from cfsp.result.manifest import read_manifest
 from cfsp.result.tables import pareto_front
 from cfsp.settings import Budget, Compute
+from cfsp.sweep.run import loss_rise
 from cfsp.sweep.settings import SweepSettings, method_named
-from cfsp.sweep.table import loss_rise
 
 
 @pytest.fixture(scope="module")

@@ -79,8 +79,7 @@ def run(args: argparse.Namespace) -> Told:
 
     check_texts(settings.data, settings.eval)
 
-    from cfsp.sweep.run import run_sweep
-    from cfsp.sweep.table import tables, write_tables
+    from cfsp.sweep.run import run_sweep, tables, write_tables
 
     rows = run_sweep(
         settings,

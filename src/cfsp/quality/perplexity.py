@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -132,19 +131,18 @@ def loss_in_memory(model: PreTrainedModel, windows: Windows, label: str = "eval"
     return mean_loss(loss, windows, label)
 
 
-@dataclass(frozen=True)
 class DenseEnd:
-    """What the dense model predicts on the windows of a text."""
+    """What the dense model predicts on the windows of a text, by what leaves its last block."""
 
-    head: Head
-    hidden: HiddenStates  # what leaves its last block, of all windows
-    device: torch.device  # of the head
+    def __init__(self, source: WeightSource, runtime: Runtime, hidden: HiddenStates) -> None:
+        self.head = Head(source, runtime.device, runtime.dtype)
+        self._hidden, self._device = hidden, runtime.device
 
     def hidden_of(self, window: int) -> Tensor:
         """Return the hidden states of one window, TD."""
         batch = slice(window, window + 1)
-        hidden_TD = self.hidden.read(batch)[0].clone().to(self.device)
-        self.hidden.forget(batch)
+        hidden_TD = self._hidden.read(batch)[0].clone().to(self._device)
+        self._hidden.forget(batch)
         return hidden_TD
 
 

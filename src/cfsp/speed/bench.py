@@ -21,8 +21,15 @@ from cfsp.errors import UsageError
 from cfsp.exports.decilm import is_decilm
 from cfsp.progress import item_progress
 from cfsp.result.names import short_names
-from cfsp.speed.process import ModelProcess, model_process
-from cfsp.speed.subjects import Conditions, Footprint, Subject, Timing, Workload
+from cfsp.speed.subjects import (
+    Conditions,
+    Footprint,
+    ModelProcess,
+    Subject,
+    Timing,
+    Workload,
+    model_process,
+)
 
 # For how long rounds that other programs disturb are measured again, all workloads together.
 PATIENCE_SECONDS = 30.0
