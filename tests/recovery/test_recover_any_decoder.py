@@ -23,7 +23,8 @@ from cfsp.recovery.adaptation import (
     attach,
     merge,
     multiplies_by_its_matrix,
-    targets_of,
+    ranks_of,
+    trained_parameters,
 )
 from cfsp.recovery.recover import (
     RecoverReport,
@@ -67,11 +68,13 @@ def test_what_is_written_computes_what_was_trained(name, method, pruned_type, tm
     out.mkdir()
     model: Any = cfsp.load(source.directory)
     before = {key: value.clone() for key, value in model.named_parameters()}
-    targets = targets_of(source, Adaptation(method, rank=2))
-    names = [name for block in targets for name in block.parameters]
+    names = trained_parameters(source, is_full=method == "full")
     assert any(".experts." in f"{each}." for each in names) == (name == "mixtral")
-    adapted = attach(model, source.architecture, targets)
-    assert all(block.parameters for block in targets)
+    rank_L = ranks_of(source, Adaptation(method, rank=2))
+    adapted = attach(model, source.architecture, names, rank_L)
+    architecture = source.architecture
+    blocks = map(architecture.block_prefix, range(architecture.block_count))
+    assert all(any(name.startswith(block) for name in names) for block in blocks)
     trained = [p for p in adapted.parameters() if p.requires_grad]
     assert {p.dtype for p in trained} == {torch.float32}
     with torch.no_grad():

@@ -46,7 +46,7 @@ from cfsp.recovery.trainer import last_checkpoint, train
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Compute, EvaluationText, Text
 from cfsp.streaming.block_stream import StreamedBlock
-from cfsp.streaming.work_dir import WorkDir
+from cfsp.streaming.work_dir import Stopwatch, WorkDir
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.windows import Windows
 from tiny_models import BLOCKS, TRAINED, build_tiny_model
@@ -360,7 +360,7 @@ def test_held_out_loss_is_the_mean_over_labels(tmp_path, batch_windows):
     text = RecoveryText(WindowData(token_NT, token_NT), held_out, {}, bos=False)
     how = training(1, batch_windows=batch_windows, learning_rate=1e-3)
     with loss_inside(model) as loss:
-        place = {"out": tmp_path / "o", "identity": {}, "targets": []}
+        place = {"out": tmp_path / "o", "identity": {}, "rank_L": []}
         settings = SimpleNamespace(training=how)
         ready: Any = SimpleNamespace(text=text, settings=settings, **place)
         found = train(model, ready, Schedule(1, 2, time.monotonic()), loss)
@@ -460,7 +460,8 @@ def test_what_is_measured_before_training_is_timed_whole_also_after_a_kill(tmp_p
     }
     settings = SimpleNamespace(compute=Compute("cpu", "float32"))
     source = LoadedModel(build_tiny_model("llama"))
-    ready: Any = SimpleNamespace(source=source, windows=windows, settings=settings)
+    facts = {"source": source, "windows": windows, "settings": settings, "watch": Stopwatch()}
+    ready: Any = SimpleNamespace(**facts)
     seen: list[int] = []
     # Of a second model's worth of blocks the last one is missing.
     advance = dying_at(2 * BLOCKS, StreamedBlock.advance, lambda it, *_, **__: it.index, seen)

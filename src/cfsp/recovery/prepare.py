@@ -20,7 +20,7 @@ from cfsp.errors import CheckpointError, RecoveryError, UnsupportedModelError, U
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import process_count
 from cfsp.quality.evaluate import evaluation_windows
-from cfsp.recovery.adaptation import BlockTargets, check_installed, targets_of
+from cfsp.recovery.adaptation import check_installed, ranks_of, trained_parameters
 from cfsp.recovery.data import RecoveryText, read_text
 from cfsp.recovery.settings import AUTO_TEACHER, NO_TEACHER, Method, RecoverSettings
 from cfsp.result.manifest import read_manifest
@@ -50,15 +50,11 @@ class Prepared:
     watch: Stopwatch
     text: RecoveryText
     windows: dict[str, Windows]  # to measure perplexity on, before and after
-    targets: list[BlockTargets]
+    trained: list[str]  # the parameters that change
+    rank_L: list[int | None]  # of the adapters of each block; None in full training
     teacher: Checkpoint | None
     identity: dict[str, Any]  # what the result depends on, as JSON types
     started: float  # when its minutes began, in seconds of `time.monotonic()`
-
-    @property
-    def trained(self) -> list[str]:
-        """The parameters that change."""
-        return [name for block in self.targets for name in block.parameters]
 
     def at_rate(self, rate: float) -> Prepared:
         """Return the same with a learning rate."""
@@ -85,7 +81,8 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: f
     teacher, method = teacher_and_method(settings, source, tokenizer, device)
     check_installed(method)
     settings = replace(settings, adaptation=replace(settings.adaptation, method=method))
-    targets = targets_of(source, settings.adaptation)
+    rank_L = ranks_of(source, settings.adaptation)
+    trained = trained_parameters(source, is_full=method == "full")
     with watch.stage("text"):
         windows = evaluation_windows(settings.evaluation, source)
         text = read_text(settings.data, tokenizer, seqlen=training.seqlen, bos=training.bos)
@@ -106,7 +103,17 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: f
     else:
         identity["processes"] = process_count()
     return Prepared(
-        source, out, settings, watch, text, windows, targets, teacher, identity, started
+        source=source,
+        out=out,
+        settings=settings,
+        watch=watch,
+        text=text,
+        windows=windows,
+        trained=trained,
+        rank_L=rank_L,
+        teacher=teacher,
+        identity=identity,
+        started=started,
     )
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.config_file import read_plain_fields
@@ -54,7 +55,7 @@ from cfsp.recovery.settings import (
     RecoverSettings,
     Training,
 )
-from cfsp.recovery.trainer import RecoverReport, shard, train, trained_tensors
+from cfsp.recovery.trainer import WHOLE, RecoverReport, shard, train
 from cfsp.result.card import model_card, origin_of
 from cfsp.result.manifest import read_manifest, write_manifest
 from cfsp.settings import (
@@ -188,12 +189,8 @@ def recover_checkpoint(
 
 def _recover(ready: Prepared, work_dir: WorkDir | None, command: str) -> RecoverReport:
     """Do the work; only the first process has a work directory, and writes."""
-    watch, windows = ready.watch, ready.windows if work_dir is not None else {}
-    before: dict[str, Any] = {}
-    seconds = 0.0
-    if work_dir is not None and windows:
-        with watch.stage("evaluate"):
-            before, seconds = measured_before(ready, work_dir)
+    watch, windows = ready.watch, ready.windows
+    before, seconds = ({}, 0.0) if work_dir is None else measured_before(ready, work_dir)
     adapted, ready, report = _train(ready, seconds)
     if not report.best_step:
         raise _nothing_gained(report, ready)
@@ -205,18 +202,13 @@ def _recover(ready: Prepared, work_dir: WorkDir | None, command: str) -> Recover
             digests = write_recovered_weights(ready.source, merged, ready.trained, staging)
             copy_everything_else(ready.source, staging)
         del adapted, merged
-        perplexity: dict[str, dict[str, Any]] = {}
         if windows:
             with watch.stage("evaluate"):
                 found, compute = Checkpoint(staging, "the recovered model"), ready.settings.compute
                 after = perplexity_by_text(found, windows, compute, work_dir, "recovered")
-                perplexity = before_and_after(before, after)
-        report = replace(
-            report,
-            perplexity=perplexity,
-            seconds=dict(watch.seconds),
-            peak_rss_bytes=peak_rss_bytes(),
-        )
+            report = replace(report, perplexity=before_and_after(before, after))
+        seconds_by_stage = dict(watch.seconds)
+        report = replace(report, seconds=seconds_by_stage, peak_rss_bytes=peak_rss_bytes())
         _write_record(ready, report, staging, digests, command)
     return report
 
@@ -232,7 +224,8 @@ def measured_before(ready: Prepared, work_dir: WorkDir) -> tuple[dict[str, Any],
 
     def measure(text: str) -> dict[str, Any]:
         begin, one = time.monotonic(), {text: ready.windows[text]}
-        values = perplexity_by_text(ready.source, one, ready.settings.compute, whole, "pruned")
+        with ready.watch.stage("evaluate"):
+            values = perplexity_by_text(ready.source, one, ready.settings.compute, whole, "pruned")
         return {"perplexity": values, "seconds": time.monotonic() - begin}
 
     for number, text in enumerate(ready.windows):
@@ -257,13 +250,13 @@ def _train(ready: Prepared, seconds_to_measure: float) -> tuple[nn.Module, Prepa
     usual = RELATIVE_RATES[settings.adaptation.method] * size_of_weights(model, ready.trained)
     rate = settings.training.learning_rate or float(f"{usual:.3g}")
     torch.manual_seed(settings.training.seed)
-    adapted = attach(model, source.architecture, ready.targets)
+    adapted = attach(model, source.architecture, ready.trained, ready.rank_L)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     if is_first_process():
-        ranks = [block.rank for block in ready.targets if block.rank is not None]
-        least_and_most = sorted({min(ranks), max(ranks)}) if ranks else ()
-        of_rank = f" of rank {' to '.join(map(str, least_and_most))}" if ranks else ""
-        logger.info(f"training {trainable:,d} parameters{of_rank} in {len(ready.targets)} blocks")
+        ranks = sorted({rank for rank in ready.rank_L if rank is not None})
+        span = " to ".join(map(str, dict.fromkeys((*ranks[:1], *ranks[-1:]))))
+        of_rank = f" of rank {span}" if span else ""
+        logger.info(f"training {trainable:,d} parameters{of_rank} in {len(ready.rank_L)} blocks")
 
     # What merging, writing and loading again may take, by what loading took.
     later = watch.seconds["load"] + nbytes / BYTES_PER_SECOND + seconds_to_measure
@@ -279,11 +272,12 @@ def _train(ready: Prepared, seconds_to_measure: float) -> tuple[nn.Module, Prepa
             if ready.teacher is not None and dense is not None:
                 shard(dense, dense, ready.teacher.architecture, device)
         report = train(adapted, ready, schedule, loss)
-        tensors = trained_tensors(adapted) if sharded else {}
+        # Whole, on the CPU of the first process; all must ask.
+        tensors = get_model_state_dict(adapted, options=WHOLE) if sharded else {}
     if tensors:
         # The parts of this process are not all: what was trained goes into the model as it was.
         del adapted, model
-        adapted = attach(load(source), source.architecture, ready.targets)
+        adapted = attach(load(source), source.architecture, ready.trained, ready.rank_L)
         adapted.load_state_dict(tensors, strict=False)
     return adapted, ready.at_rate(schedule.rate_scale * rate), report
 

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 _WEIGHTS, _OPTIMIZER = "weights", "optimizer"
 # Frozen weights are those of the model that is recovered.
 _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
-_WHOLE = replace(_TRAINED, full_state_dict=True, cpu_offload=True)
+WHOLE = replace(_TRAINED, full_state_dict=True, cpu_offload=True)
 
 
 @dataclass(frozen=True)
@@ -179,11 +179,6 @@ def shard(
     fully_shard(whole, mesh=mesh)
 
 
-def trained_tensors(whole: nn.Module) -> dict[str, Any]:
-    """Return what training changed, whole and on the CPU, to the first process; all must ask."""
-    return get_model_state_dict(whole, options=_WHOLE)
-
-
 class ShardedTrainer(RecoveryTrainer):
     """A trainer of a model that is sharded already; the arguments are those of its base.
 
@@ -272,7 +267,7 @@ def train(adapted: Any, ready: Prepared, schedule: Schedule, loss: ModelLoss) ->
         tokens_per_second=round(pace.tokens_per_second, 1),
         history=pace.history,
         trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
-        ranks=[block.rank for block in ready.targets],
+        ranks=ready.rank_L,
         perplexity={},
         seconds={},
         peak_rss_bytes=0,
