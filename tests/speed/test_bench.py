@@ -22,7 +22,7 @@ from cfsp.cli import main
 from cfsp.cli.bench import _ratios
 from cfsp.errors import CfspError, CheckpointError, UsageError
 from cfsp.exports.registry import export
-from cfsp.speed.bench import Speed, _rounds, bench
+from cfsp.speed.bench import Speed, bench
 from cfsp.speed.subjects import (
     Conditions,
     Engine,
@@ -30,7 +30,6 @@ from cfsp.speed.subjects import (
     ModelProcess,
     SmallerModel,
     Subject,
-    Timing,
     Workload,
     build_model,
     busy_seconds,
@@ -108,7 +107,7 @@ def test_comparison_reports_every_round_of_every_model(tiny_checkpoint, capsys):
     )
     report = json.loads(json.dumps(comparison.to_json()))
     assert report["conditions"]["rounds"] == 3
-    assert len(report["rounds_given_up"]) == len(report["disturbance"]) == 2
+    assert len(report["disturbance"]) == 2
     first, second = report["models"]
     assert [w["prompt"] for w in first["workloads"]] == [4, 8]
     for workload in first["workloads"]:
@@ -135,35 +134,6 @@ def test_a_machine_that_is_too_busy_gives_no_verdict(tiny_checkpoint, others, mo
     assert "other programs took 69% of the processors" in out
     assert "the machine is too busy for a verdict" in out
     assert "1.000x  1.000" not in out  # the ideal stays
-
-
-def test_rounds_that_others_disturb_are_measured_again(monkeypatch):
-    now = iter(range(1000))
-    monkeypatch.setattr("cfsp.speed.bench.time.monotonic", lambda: next(now))
-
-    class Fake:
-        """Takes as many seconds for a prefill as there were runs before."""
-
-        def __init__(self, shares: list[float]) -> None:
-            self.shares, self.count = shares, 0
-
-        def run(self, workload: Workload) -> Timing:
-            share = self.shares[self.count % len(self.shares)]
-            self.count += 1
-            return Timing(self.count, 1.0, disturbance=share)
-
-    def rounds(*shares: list[float], patience: float = 10.0) -> tuple[list[Any], int]:
-        processes: Any = [Fake(each) for each in shares]
-        conditions = Conditions(rounds=4, disturbance=0.05)
-        kept, given_up = _rounds(processes, WORKLOAD, conditions, patience, lambda: None)
-        return [[timing.prefill for timing in timings] for timings in kept], given_up
-
-    now_and_then = [0.0, 0.3, 0.04]
-    assert rounds([0.0], now_and_then) == ([[n, n] for n in (1, 3, 4, 6)], 2)
-    # Three that nobody disturbed are enough where patience ends; of fewer nothing is given up.
-    assert rounds(now_and_then, patience=2.0) == ([[1], [3], [4]], 2)
-    assert rounds(now_and_then, patience=1.0) == ([[1], [2]], 0)
-    assert rounds([0.9], patience=5.0) == ([[n] for n in (1, 2, 3, 4, 5)], 0)
 
 
 def test_share_of_others_is_what_the_machine_did_beyond_us():
@@ -221,8 +191,8 @@ def test_bench_knows_before_it_starts_what_it_cannot_time(asked, tiny_checkpoint
     model = tiny_checkpoint("llama")
     with pytest.raises(UsageError, match="at least one model"):
         bench([])
-    with pytest.raises(UsageError, match="disturbance must be at least 0, found nan"):
-        bench([model], disturbance=math.nan)
+    with pytest.raises(UsageError, match="expected at least 1 round, found 0"):
+        bench([model], rounds=0)
     assert asked == []
 
 

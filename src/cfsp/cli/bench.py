@@ -82,9 +82,7 @@ def print_comparison(comparison: Comparison) -> None:
         rounds = len(comparison.models[0].speeds[workload]["prefill"].ratios)
         print(
             f"\n{workload.describe()}, {counted(rounds, 'rounds')}; other programs took "
-            f"{comparison.disturbance[workload]:.0%} of the processors, "
-            f"{counted(comparison.rounds_given_up[workload], 'rounds')} given up because they took "
-            "more"
+            f"{comparison.disturbance[workload]:.0%} of the processors"
         )
         _print_workload(comparison, workload)
         if comparison.models[0].speeds[workload]["decode"].too_busy:

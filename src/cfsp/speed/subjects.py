@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
 _INITIAL_RANGE = 0.02
 PHASES = ("prefill", "decode")
+# Other programs that take less of the processors hardly disturb.
+HARDLY = 0.05
 # A fresh interpreter: a forked one would carry this process's memory.
 PROCESSES: SpawnContext | ForkServerContext = multiprocessing.get_context("spawn")
 # Not idle, not waiting for a disk, not taken by another virtual machine. Some systems lack some.
@@ -81,17 +83,12 @@ class Conditions:
 
     warmups: int = 2  # untimed runs of each workload before the rounds
     rounds: int = 7  # timed runs of each model, in turns
-    # A round is measured again, for half a minute in all, while other programs take more than this
-    # fraction of the processors.
-    disturbance: float = 0.05
     device: str = "cpu"
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise UsageError(f"expected at least 1 round, found {self.rounds}")
-        if not self.disturbance >= 0:
-            raise UsageError(f"disturbance must be at least 0, found {self.disturbance}")
 
 
 @dataclass(frozen=True)
