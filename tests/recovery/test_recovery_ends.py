@@ -95,6 +95,7 @@ def test_a_run_that_was_stopped_after_its_last_step_is_not_trained_further(
     whole = read_manifest(plain)["recovery"]
     same = ("steps", "best_step", "history")
     assert [vars(found)[key] for key in same] == [whole[key] for key in same]
+    assert found.tokens_per_second > 0  # although none is trained on now
     assert changed(plain, out) == set()  # the same seed gives the same weights
 
 
@@ -174,7 +175,6 @@ def test_minutes_end_the_run_and_the_schedule(recovered, caplog, monkeypatch):
         r"time for about \d+ steps and \d evaluations",
         next(line for line in said if line.startswith("step 0")),
     )
-    assert any(line.startswith("after 2 steps: time for about") for line in said)
 
 
 def test_a_loss_that_is_nan_stops_and_leaves_nothing(recovered, tmp_path, monkeypatch):

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -199,17 +198,15 @@ def test_wrong_settings(more, message):
         (["--sparsity", "0.99"], "can be removed"),
         (["--device", "nowhere"], "nowhere"),
         (["--samples", "0"], "--samples must be at least 1 and"),
+        (["--method", "ffn,blocks"], "several share one target"),
     ],
 )
 def test_all_that_is_named_is_checked_before_anything_is_computed(
     tiny_checkpoint, text_file, tmp_path, monkeypatch, capsys, more, message
 ):
-    def never(*_: Any, **__: Any) -> None:
-        raise AssertionError("a model was run")
-
     for name in ("sweep.run.calibrate_source", "sweep.run.prune_checkpoint"):
-        monkeypatch.setattr(f"cfsp.{name}", never)
-    monkeypatch.setattr(evaluate, "streamed_sums", never)
+        monkeypatch.setattr(f"cfsp.{name}", lambda *_, **__: pytest.fail("a model was run"))
+    monkeypatch.setattr(evaluate, "streamed_sums", lambda *_, **__: pytest.fail("a model was run"))
     model, out = tiny_checkpoint("llama"), tmp_path / "made" / "out"
     capsys.readouterr()  # a model that is saved here for the first time shows its progress
     arguments = [
@@ -223,31 +220,22 @@ def test_all_that_is_named_is_checked_before_anything_is_computed(
     assert not out.parent.exists()
 
 
-def test_only_what_was_measured_alike_is_compared(sweep, text_file, capsys):
+@pytest.mark.parametrize("older", ["cfsp-0.25", None])
+def test_only_what_was_measured_alike_is_compared(sweep, text_file, capsys, older):
+    """A model, or the dense one, that was measured otherwise: by another version, perhaps."""
     arguments, out = sweep
     assert main([*arguments, "--dtype", "bfloat16"]) == 2
     assert "something else than was asked for now (other dtypes)" in capsys.readouterr().err
-    path = out / "cfsp-plain-0.5" / "cfsp.json"
+    path = out / "dense.json" if older is None else out / older / "cfsp.json"
     whole = path.read_text()
-    manifest = json.loads(whole)
-    manifest["perplexity"][str(text_file)]["bos"] = True
-    path.write_text(json.dumps(manifest))
-    assert main(arguments) == 2
-    assert "was not measured as the dense model" in capsys.readouterr().err
-    path.write_text(whole)
-
-
-def test_a_model_is_not_said_to_be_measured_as_an_older_dense_one_was(sweep, text_file, capsys):
-    arguments, out = sweep
-    made = out / "cfsp-0.25"
-    whole = (out / "dense.json").read_text()
     found = json.loads(whole)
-    found["models"][0]["perplexity"][str(text_file)]["bos"] = True
-    (out / "dense.json").write_text(json.dumps(found))
-    shutil.rmtree(made)
+    (found if older else found["models"][0])["perplexity"][str(text_file)]["bos"] = True
+    path.write_text(json.dumps(found))
+    if older is None:
+        shutil.rmtree(out / "cfsp-0.25")  # and made again
     assert main(arguments) == 2
-    assert f"{made} was not measured as the dense model" in capsys.readouterr().err
-    (out / "dense.json").write_text(whole)
+    assert f"{out / 'cfsp-0.25'} was not measured as the dense model" in capsys.readouterr().err
+    path.write_text(whole)
 
 
 def test_loss_rise_is_in_nats():
@@ -280,14 +268,3 @@ def test_parts_are_pruned_as_alone(tiny_checkpoint, text_file, tmp_path):
         )
         assert chosen.kept_channels == expected.kept_channels
         assert chosen.removed_blocks == expected.removed_blocks
-
-
-def test_several_parts_are_refused_before_any_work(tmp_path, monkeypatch, capsys):
-    def never(*_: Any, **__: Any) -> None:
-        raise AssertionError("a model was run")
-
-    monkeypatch.setattr("cfsp.sweep.run.evaluate_models", never)
-    argv = ["sweep", "no-model", "--sparsity", "0.3", "--method", "ffn,blocks", "--eval", "t"]
-    assert main([*argv, "--data", "t", "--out", str(tmp_path / "out")]) == 2
-    assert "several share one target" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())

@@ -240,13 +240,10 @@ def attach(
 
 def size_of_weights(model: PreTrainedModel, names: Sequence[str]) -> float:
     """Return the root mean square of the matrices among these parameters."""
-    squares, count = 0.0, 0
-    for name in names:
-        weights = model.get_parameter(name)
-        if weights.ndim > 1:  # biases have sizes of their own
-            squares += float(weights.detach().float().square().sum())
-            count += weights.numel()
-    return math.sqrt(squares / count)
+    # Biases have sizes of their own.
+    matrices = [each.detach() for each in map(model.get_parameter, names) if each.ndim > 1]
+    squares = sum(float(each.float().square().sum()) for each in matrices)
+    return math.sqrt(squares / sum(each.numel() for each in matrices))
 
 
 def merge(model: nn.Module) -> PreTrainedModel:

@@ -46,8 +46,6 @@ BYTES_PER_SECOND = 200e6
 MARGIN = 1.15
 # Of the progress bar.
 _PARTS = 1000
-# The first step is slow, and no measure of the others.
-_WARM_STEPS = 2
 
 
 def rate_factor(fraction: float) -> float:
@@ -81,7 +79,7 @@ class Schedule:
     rate_scale: float = 1.0  # of the peak learning rate
     evaluates: bool = False  # and saves, after the step that was noted last
     is_over: bool = False
-    training_seconds: float = 0.0  # of the steps that this process saw
+    training_seconds: float = 0.0  # of all steps, without evaluations
 
     def __post_init__(self) -> None:
         # When training began, what is measured now, and the batches of an evaluation but the first.
@@ -256,28 +254,33 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.schedule, self._tokens_in_step, self._work = schedule, tokens_in_step, work
         self._bar: Any = None  # while it trains
         self._loss = math.nan
-        self._first_step = self._steps = 0
+        self._steps = 0
         # Of the evaluation before the first step, so far.
         self._batches = 0
 
     @property
     def tokens_per_second(self) -> float:
-        """Rate of training in this process's part of the run, without evaluations."""
+        """Rate of training in the whole run, without evaluations."""
         return self._steps * self._tokens_in_step / max(self.schedule.training_seconds, 1e-6)
 
     def state(self) -> dict[str, Any]:
         """Return what an interrupted run goes on from."""
-        elapsed, fraction = round(self.schedule.elapsed, 3), self.schedule.fraction
-        return {"elapsed": elapsed, "fraction": fraction, "history": self.history}
+        return {
+            "elapsed": round(self.schedule.elapsed, 3),
+            "training_seconds": round(self.schedule.training_seconds, 3),
+            "fraction": self.schedule.fraction,
+            "history": self.history,
+        }
 
     def take_up(self, state: Any) -> None:
         """Take up an interrupted run, from the state of its Trainer."""
-        saved, self._first_step = saved_pace(state), state.global_step
+        saved, self._steps = saved_pace(state), state.global_step
         # The Trainer sorts what it saves; a run that went on writes what one in one go does.
         order = ("step", "held_out", "loss")
         self.history = [
             {key: entry[key] for key in order if key in entry} for entry in saved["history"]
         ]
+        self.schedule.training_seconds = saved.get("training_seconds", 0.0)
         self.schedule.go_on_from(saved["elapsed"], saved["fraction"])
         self.schedule.begins_at(self.history[0]["held_out"])
 
@@ -309,16 +312,13 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for what is due."""
-        schedule, self._steps = self.schedule, state.global_step - self._first_step
+        schedule, self._steps = self.schedule, state.global_step
         control.should_log |= schedule.evaluates
         control.should_save |= schedule.evaluates
         control.should_evaluate |= schedule.evaluates
         control.should_training_stop |= schedule.is_over
         rate = f"{self._loss_in_words()}{self.tokens_per_second:,.0f} tok/s"
         self._move_bar(f"step {state.global_step}, {rate}")
-        fits = schedule.what_fits if self._steps == _WARM_STEPS else ""
-        if self._work is not None and fits:
-            logger.info(f"after {counted(state.global_step, 'steps')}: {fits} more")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note that there is a checkpoint."""
@@ -350,7 +350,7 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
             # Before the first step only the clock says how much there will be.
             rate = f"learning rate {schedule.rate_scale * args.learning_rate:.3g}"
             pace = ", ".join(filter(None, (rate, schedule.what_fits)))
-            if self._steps:
+            if step:
                 left = int(schedule.seconds_left)
                 pace = f"{self.tokens_per_second:,.0f} tokens/s, {left // 60}:{left % 60:02d} left"
             logger.info(
