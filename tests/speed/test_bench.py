@@ -9,6 +9,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from cfsp.cli import main
 from cfsp.cli.bench import _ratios
 from cfsp.errors import CfspError, CheckpointError, UsageError
 from cfsp.exports.registry import export
-from cfsp.speed.bench import Speed, bench
+from cfsp.speed.bench import Speed, _speeds, bench
 from cfsp.speed.subjects import (
     Conditions,
     Engine,
@@ -30,6 +31,7 @@ from cfsp.speed.subjects import (
     ModelProcess,
     SmallerModel,
     Subject,
+    Timing,
     Workload,
     build_model,
     busy_seconds,
@@ -130,6 +132,13 @@ def test_a_machine_that_is_too_busy_gives_no_verdict(tiny_checkpoint, others, mo
     assert "other programs took 69% of the processors" in out
     assert "the machine is too busy for a verdict" in out
     assert "1.000x  1.000" not in out  # the ideal stays
+
+
+@pytest.mark.parametrize(("device", "too_busy"), [("cpu", True), ("cuda:0", False)])
+def test_other_programs_disturb_where_they_compute(device, too_busy):
+    process: Any = SimpleNamespace(footprint=Footprint(1, 2, 1, 1, 2), facts={"device": device})
+    found = _speeds([process], 0, WORKLOAD, [[Timing(1.0, 1.0)]], share_of_others=0.69)
+    assert {speed.too_busy for speed in found.values()} == {too_busy}
 
 
 def test_share_of_others_is_what_the_machine_did_beyond_us():

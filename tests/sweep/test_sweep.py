@@ -62,7 +62,9 @@ def test_every_method_makes_every_sparsity_at_the_same_size(sweep, text_file):
         for name in ("cfsp", "cfsp-plain")
     ]
     assert kept[0] != kept[1]
-    caption, _, head, rule, *lines = (out / "table.md").read_text().splitlines()
+    table, compared = (out / "table.md").read_text().split("\n\nCompared with the dense model")
+    caption, _, head, rule, *lines = table.splitlines()
+    assert "| method | sparsity | KL | top-1 agreement, % |" in compared
     assert "2 windows of 32 tokens" in caption
     assert head.startswith("| method | sparsity | parameters removed |")
     assert rule.count("|") == head.count("|")
@@ -73,7 +75,7 @@ def test_every_method_makes_every_sparsity_at_the_same_size(sweep, text_file):
     ]
 
 
-def test_it_asks_the_dense_model_once_and_compares_with_it_if_asked_to(
+def test_it_asks_the_dense_model_once_and_compares_with_it(
     tiny_checkpoint, text_file, tmp_path, capsys, monkeypatch
 ):
     pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
@@ -87,7 +89,7 @@ def test_it_asks_the_dense_model_once_and_compares_with_it_if_asked_to(
     arguments = [
         "sweep", str(tiny_checkpoint("llama")), "--sparsity", "25%", "50%", "--multiple", "4",
         "--data", str(text_file), "--samples", "8", "--seqlen", "32", "--eval", str(text_file),
-        "--windows", "2", "--agreement", "--tasks", "piqa", "--set", "limit=4",
+        "--windows", "2", "--tasks", "piqa", "--set", "limit=4",
         "--set", f"task_data={tmp_path / 'tasks'}", "--answers", "2", "--out", str(out),
     ]  # fmt: skip
     streamed: list[str] = []

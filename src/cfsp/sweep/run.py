@@ -140,8 +140,7 @@ def run_sweep(
         budget = compute.memory_budget or default_budget()
         with temporary_work_dir(budget // (4 * (len(settings.eval) + 1))) as passes:
             dense = Dense(sweep.source, {}, passes)
-            names = () if settings.compares else (sweep.source.directory,)
-            (found,) = _evaluated(sweep, names, dense, out / _DENSE_FILE)
+            (found,) = _evaluated(sweep, (), dense, out / _DENSE_FILE)
             dense = replace(dense, result=found)
             with item_progress("sweep", len(missing), "model") as bar:
                 for point in missing:
@@ -153,14 +152,14 @@ def run_sweep(
 def _evaluated(
     sweep: _Sweep, names: Sequence[Path], dense: Dense, out: Path | None = None
 ) -> list[dict[str, Any]]:
-    """Measure models as the sweep asks for; beside the dense one if that is asked."""
+    """Measure models as the sweep asks for, beside the dense one, which is there or comes first."""
     return evaluate_models(
         names,
         sweep.settings.evaluation,
         sweep.compute,
         sweep.tasks,
         questions=sweep.questions,
-        against=dense if sweep.settings.compares else None,
+        against=dense,
         out=out,
     )
 
@@ -231,26 +230,19 @@ def _make(sweep: _Sweep, point: Point, dense: Dense, command: str) -> None:
     shutil.rmtree(working, ignore_errors=True)
     try:
         prune_checkpoint(own, working, point.settings, statistics=statistics, command=command)
-        facts = _measured(sweep, working, dense)
-        facts["sweep"] = {"method": point.method, "sparsity": point.settings.budget.sparsity}
+        before, found = dense.result, _evaluated(sweep, [working], dense)[-1]
+        first, second = measured_model("dense", before), measured_model("pruned", found)
+        facts = {
+            "perplexity": before_and_after(before["perplexity"], found["perplexity"]),
+            "comparison": compare(first, second, first),
+            "sweep": {"method": point.method, "sparsity": point.settings.budget.sparsity},
+        }
         add_to_manifest(working, facts)
         for path in working.glob("*.safetensors"):
             path.unlink()
         working.rename(finished)
     finally:
         shutil.rmtree(working, ignore_errors=True)
-
-
-def _measured(sweep: _Sweep, model: Path, dense: Dense) -> dict[str, Any]:
-    """Measure a pruned model as asked; return what its manifest will say of it."""
-    settings, before = sweep.settings, dense.result
-    found = _evaluated(sweep, [model], dense)[-1]
-    perplexity = before_and_after(before["perplexity"], found["perplexity"])
-    facts: dict[str, Any] = {"perplexity": perplexity}
-    if settings.compares or sweep.tasks is not None:
-        first, second = measured_model("dense", before), measured_model("pruned", found)
-        facts["comparison"] = compare(first, second, first)
-    return facts
 
 
 def _rows(sweep: _Sweep, dense: dict[str, Any]) -> list[Row]:
@@ -268,8 +260,7 @@ def _rows(sweep: _Sweep, dense: dict[str, Any]) -> list[Row]:
 
 def tables(rows: Sequence[Row]) -> list[Table]:
     """Return the tables of a sweep."""
-    compared = any(row.comparison for row in rows)
-    return [_qualities(rows), *([_comparisons(rows)] if compared else [])]
+    return [_qualities(rows), _comparisons(rows)]
 
 
 def loss_rise(after: Mapping[str, float], before: Mapping[str, float]) -> float:
@@ -321,13 +312,12 @@ def _comparisons(rows: Sequence[Row]) -> Table:
     lines = []
     for row, found in compared:
         line, texts = _names(row), found["texts"].values()
-        if all(text["divergence"] for text in texts):
-            for column, name, factor, digits in (
-                ("KL", "divergence", 1, 3),
-                ("top-1 agreement, %", "agreed", 100, 1),
-            ):
-                mean = factor * fmean(text[name]["second"]["value"] for text in texts)
-                line[column] = f"{mean:.{digits}f}"
+        for column, name, factor, digits in (
+            ("KL", "divergence", 1, 3),
+            ("top-1 agreement, %", "agreed", 100, 1),
+        ):
+            mean = factor * fmean(text[name]["second"]["value"] for text in texts)
+            line[column] = f"{mean:.{digits}f}"
         if answers := found.get("answers"):
             line["KL on answers"] = estimate(answers["divergence"]["second"], 3)
             line["answers that loop, %"] = estimate(answers["loops"]["second"], 1, 100)
