@@ -17,8 +17,6 @@ from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
 import cfsp
-import cfsp.recovery.loss
-import cfsp.recovery.recover
 from builders import changed, tensors
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
@@ -32,12 +30,7 @@ from cfsp.recovery.data import RecoveryText, WindowData, read_text
 from cfsp.recovery.loss import IGNORED, loss_inside, multiplies_only
 from cfsp.recovery.prepare import teacher_and_method
 from cfsp.recovery.schedule import Schedule
-from cfsp.recovery.settings import (
-    Adaptation,
-    Limit,
-    RecoverSettings,
-    Training,
-)
+from cfsp.recovery.settings import Adaptation, Limit, RecoverSettings, Training
 from cfsp.recovery.trainer import train
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Compute, EvaluationText
@@ -47,6 +40,12 @@ from recoveries import training
 from tiny_models import TRAINED, build_tiny_model
 
 CPU = torch.device("cpu")
+
+
+def size_of_projections(directory: Path) -> float:
+    stored = tensors(directory).items()
+    trained = [t.double().flatten() for name, t in stored if name.endswith("_proj.weight")]
+    return float(torch.cat(trained).square().mean().sqrt())
 
 
 @pytest.mark.parametrize(("method", "rate"), [("lora", 1e-2), ("full", 4e-3)])
@@ -74,21 +73,16 @@ def test_training_helps_and_the_result_has_the_same_layout(
 
 def test_manifest_and_card_say_how_it_was_recovered(pruned, plain):
     manifest, before = (read_manifest(directory) for directory in (plain, pruned))
-    assert manifest is not None and before is not None
-    assert manifest["operation"] == "recover"
-    assert manifest["command"] == "cfsp recover pruned"
+    assert (manifest["operation"], manifest["command"]) == ("recover", "cfsp recover pruned")
     assert manifest["pruned"]["command"] == before["command"]
     assert manifest["criterion"] == before["criterion"]
     recovery = manifest["recovery"]
     assert recovery["adaptation"]["allocation"] == "uniform"
-    stored = tensors(pruned).items()
-    trained = [t.double().flatten() for name, t in stored if name.endswith("_proj.weight")]
-    size = float(torch.cat(trained).square().mean().sqrt())
-    assert recovery["training"]["learning_rate"] == pytest.approx(0.005 * size, rel=0.01)
+    rate = pytest.approx(0.005 * size_of_projections(pruned), rel=0.01)
+    assert recovery["training"]["learning_rate"] == rate
     assert [entry["step"] for entry in recovery["history"]] == [0, 3, 6]
     card = (plain / "README.md").read_text()
-    for said in ("How it was pruned", "How it was recovered"):
-        assert f"## {said}" in card
+    assert "## How it was pruned" in card and "## How it was recovered" in card
     assert f"{recovery['trainable_parameters']:,} parameters" in card
 
 
@@ -178,13 +172,11 @@ def test_the_less_there_is_to_learn_the_lower_the_rate(recovered, pruned, tiny_c
     assert report.history[-1]["held_out"] < report.history[0]["held_out"]
     weights, manifest = tensors(out), read_manifest(out)
     assert manifest["recovery"]["teacher"] == {"name": teacher, "weight": 1}
-    stored = tensors(pruned).items()
-    trained = [t.double().flatten() for name, t in stored if name.endswith("_proj.weight")]
-    size = float(torch.cat(trained).square().mean().sqrt())
     lost = report.history[0]["held_out"]
     assert 0 < lost < 1
     rate = manifest["recovery"]["training"]["learning_rate"]
-    assert rate == pytest.approx(0.001 * size * math.sqrt(lost), rel=0.01)
+    expected = 0.001 * size_of_projections(pruned) * math.sqrt(lost)
+    assert rate == pytest.approx(expected, rel=0.01)
     shutil.rmtree(out)
     recovered(adaptation=full, teacher=teacher, training=training(learning_rate=rate))
     again = tensors(out)

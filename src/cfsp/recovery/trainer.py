@@ -16,7 +16,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,10 +73,10 @@ class RecoverReport:
     trainable_parameters: int  # in all
     ranks: list[int | None]  # of the adapters in each block; None in full training
     # Text -> {"before", "after", "tokens", "windows", "seqlen", "bos"}, if it was measured.
-    perplexity: dict[str, dict[str, Any]]
-    seconds: dict[str, float]  # by stage
-    peak_rss_bytes: int  # of the process
-    out: str  # the new checkpoint
+    perplexity: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage
+    peak_rss_bytes: int = 0  # of the process
+    out: str = ""  # the new checkpoint
 
 
 class RecoveryTrainer(Trainer):  # type: ignore[misc]
@@ -268,9 +268,6 @@ def train(adapted: Any, ready: Prepared, schedule: Schedule, loss: ModelLoss) ->
         history=pace.history,
         trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         ranks=ready.rank_L,
-        perplexity={},
-        seconds={},
-        peak_rss_bytes=0,
         out=str(ready.out),
     )
 
@@ -285,7 +282,7 @@ def training_arguments(
     checkpointing: dict[str, Any] = {}
     if training.gradient_checkpointing:
         # The newer name is there in versions that warn of the older one.
-        known = {field.name for field in fields(TrainingArguments)}
+        known = {each.name for each in fields(TrainingArguments)}
         name = "activation_checkpointing"
         name = name if name in known else "gradient_checkpointing"
         checkpointing = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
