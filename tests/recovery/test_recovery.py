@@ -185,7 +185,7 @@ def test_the_less_there_is_to_learn_the_lower_the_rate(recovered, pruned, tiny_c
 
 def teacher_of(given: str | None, source: Path, tokenizer: Any) -> str | None:
     settings = RecoverSettings((), training(1), Adaptation("full"), given)
-    found, _ = teacher_and_method(settings, open_checkpoint(source), tokenizer, CPU)
+    found, _ = teacher_and_method(settings, open_checkpoint(source), tokenizer, CPU, {})
     return found and found.label
 
 
@@ -231,7 +231,7 @@ def test_memory_decides_on_the_method_unless_adapters_are_asked_for(
     free = (bytes_for_each - 4) * trained + 4 * taught
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: free)
     settings = RecoverSettings((), training(1), teacher="auto", **options)
-    teacher, method = teacher_and_method(settings, source, tokenizer, CPU)
+    teacher, method = teacher_and_method(settings, source, tokenizer, CPU, {})
     assert method == expected
     assert (teacher is None) == (bytes_for_each < 20 and expected == "full")
 

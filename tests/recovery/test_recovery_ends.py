@@ -21,7 +21,7 @@ from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cli import main
 from cfsp.errors import CfspError, RecoveryError, ResumeError, UsageError
 from cfsp.recovery.recover import measured_before
-from cfsp.recovery.settings import Limit, Training
+from cfsp.recovery.settings import Adaptation, Limit, Training
 from cfsp.recovery.trainer import last_checkpoint
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Compute, EvaluationText, Text
@@ -113,6 +113,17 @@ def test_a_run_goes_on_with_the_same_teacher_alone(
     save_file(weights, there / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ResumeError, match="another teacher"):
         recovered(training=training(1, evaluations=1), teacher=str(there))
+
+
+def test_a_run_goes_on_as_memory_had_decided(recovered, tmp_path, monkeypatch):
+    """Free memory is another one later: neither the method nor the teacher may be."""
+    how = {"training": training(1, evaluations=1), "adaptation": Adaptation(), "teacher": "auto"}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("cfsp.recovery.recover.merge", stop)
+        recovered(**how)
+    monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
+    assert recovered(**how).ranks == [None] * BLOCKS
+    assert read_manifest(tmp_path / "out")["recovery"]["teacher"] is not None
 
 
 def test_what_is_measured_before_training_is_timed_whole_also_after_a_kill(tmp_path, monkeypatch):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +28,7 @@ from cfsp.recovery.data import RecoveryText, read_text
 from cfsp.recovery.settings import AUTO_TEACHER, NO_TEACHER, Method, RecoverSettings
 from cfsp.result.manifest import read_manifest
 from cfsp.streaming.runtime import free_bytes
-from cfsp.streaming.work_dir import Stopwatch
+from cfsp.streaming.work_dir import STATE_FILE, Stopwatch, directory_of_process
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
 
@@ -78,7 +81,7 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: f
         PruningPlan.load(plan)  # the card needs it: a damaged one is no surprise after training
     tokenizer = load_tokenizer(source.directory)
     check_installed(settings.adaptation.method)  # before a teacher is opened, or downloaded
-    teacher, method = teacher_and_method(settings, source, tokenizer, device)
+    teacher, method = teacher_and_method(settings, source, tokenizer, device, _decided(out))
     check_installed(method)
     settings = replace(settings, adaptation=replace(settings.adaptation, method=method))
     rank_L = ranks_of(source, settings.adaptation)
@@ -136,8 +139,12 @@ def teacher_and_method(
     source: Checkpoint,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
+    decided: Mapping[str, Any],
 ) -> tuple[Checkpoint | None, Method]:
-    """Return who teaches a pruned model, if anybody does, and how it is trained."""
+    """Return who teaches a pruned model, if anybody does, and how it is trained.
+
+    What memory decides stays as a killed run has `decided` it.
+    """
     given, method = settings.teacher, settings.adaptation.method
     teacher, is_alone = None, process_count() == 1
     if given == AUTO_TEACHER:
@@ -149,8 +156,10 @@ def teacher_and_method(
     if method == "auto":
         # Several processes must decide alike, and memory is not.
         is_open = settings.leaves_method_open and is_alone
-        method = (is_open and method_that_fits(*counts, device)) or "lora"
-    if given == AUTO_TEACHER and teacher is not None and is_alone:
+        method = decided.get("method") or (is_open and method_that_fits(*counts, device)) or "lora"
+    if given == AUTO_TEACHER and "teacher" in decided:
+        teacher = teacher if decided["teacher"] is not None else None
+    elif given == AUTO_TEACHER and teacher is not None and is_alone:
         needed, available = training_bytes(method, *counts), free_bytes(device)
         if needed > available:
             _warn_of_no_teacher(
@@ -160,6 +169,16 @@ def teacher_and_method(
             )
             teacher = None
     return teacher, method
+
+
+def _decided(out: Path) -> dict[str, Any]:
+    """Return what a killed run into the same place depends on; nothing if there is none."""
+    for state in sorted(directory_of_process(out).glob(f"*/{STATE_FILE}")):
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            identity = json.loads(state.read_text(encoding="utf-8"))["identity"]
+            if identity["command"] == "recover" and identity["method"] in _BYTES_TO_TRAIN:
+                return {name: identity[name] for name in ("method", "teacher")}
+    return {}
 
 
 def _recorded_teacher(source: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> Checkpoint | None:
