@@ -171,14 +171,14 @@ def _scored(tasks: TaskRunner, file: Path, directory: Path, results: Path) -> di
         results.write_text(json.dumps(found) + "\n")
     first = measured_model(results.name, found["models"][0])
     pairs = compare(first, measured_model(results.name, models[file.name]), first)
-    counted = [task for task, pair in pairs.tasks.items() if pair.is_above_chance]
-    if pairs.accuracy is None or pairs.kept is None:
+    counted = [task for task, pair in pairs["tasks"].items() if pair["is_above_chance"]]
+    if pairs["accuracy"] is None or pairs["kept"] is None:
         return {"counted": counted, "accuracy": None, "difference": None, "kept": None}
     return {
         "counted": counted,
-        "accuracy": pairs.accuracy.second.to_json(),
-        "difference": pairs.accuracy.difference.to_json(),
-        "kept": pairs.kept.second.to_json(),
+        "accuracy": pairs["accuracy"]["second"],
+        "difference": pairs["accuracy"]["difference"],
+        "kept": pairs["kept"]["second"],
     }
 
 

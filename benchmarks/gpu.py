@@ -148,13 +148,11 @@ def _prune(size: Size, dense: Path, out: Path, sparsity: float, repair: Repair) 
 
 def _speed(size: Size, scratch: Path) -> dict[str, Any]:
     models = [scratch / name for name in size.timed if (scratch / name).is_dir()]
-    # Other programs do not compute where the models do.
     comparison = bench(
         models,
         prompt=size.prompt,
         new_tokens=size.new_tokens,
         rounds=size.rounds,
-        disturbance=1.0,
         device=size.device,
     )
     return comparison.to_json()

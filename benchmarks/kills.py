@@ -259,8 +259,7 @@ def import_everything() -> None:
     import cfsp.cli
     import cfsp.recovery.recover
     import cfsp.recovery.trainer
-    import cfsp.sweep.run
-    import cfsp.sweep.table  # noqa: F401
+    import cfsp.sweep.run  # noqa: F401
 
     assert accelerate and transformers.Trainer
     torch.set_num_threads(1)

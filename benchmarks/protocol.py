@@ -34,6 +34,7 @@ from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.cli import step
+from cfsp.cli.output import estimate
 from cfsp.quality.compare import compare
 from cfsp.quality.results_file import MeasuredModel, read_models, read_results
 from cfsp.streaming.runtime import versions
@@ -187,16 +188,17 @@ def table(
         result = results[each.name]
         found = compare(dense, each, dense)
         row = [title, f"{result['parameters']:,}"]
-        for text, pair in found.texts.items():
-            divergence = "" if pair.divergence is None else f", {pair.divergence.second.value:.3f}"
+        for text, pairs in found["texts"].items():
+            far = pairs["divergence"]
+            divergence = "" if far is None else f", {far['second']['value']:.3f}"
             row.append(f"{result['perplexity'][text]['value']:.2f}{divergence}")
         for task, metrics in tasks.items():
             scores = each.tasks[task]
             row.append("/".join(f"{100 * scores[metric]:.1f}" for metric in metrics))
-        row += [_percent(found.accuracy, "difference"), _percent(found.kept, "second")]
+        row += [_percent(found["accuracy"], "difference"), _percent(found["kept"], "second")]
         rows.append(row)
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    left_out = compare(dense, dense, dense).left_out
+    left_out = compare(dense, dense, dense)["left_out"]
     notes = [
         "Perplexity without BOS. Tasks in percent. Tasks - dense and answers kept: paired, mean of "
         "the tasks"
@@ -219,10 +221,7 @@ def _short(texts: Sequence[str]) -> list[str]:
 
 
 def _percent(pair: Any, side: str) -> str:
-    if pair is None:
-        return "-"
-    found = getattr(pair, side).times(100)
-    return f"{found.value:z.1f}" + ("" if found.stderr is None else f" ± {found.stderr:.1f}")
+    return "-" if pair is None else estimate(pair[side], 1, 100)
 
 
 def _commit() -> str:

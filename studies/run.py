@@ -38,7 +38,7 @@ from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.cli import step
 from cfsp.errors import CfspError, OutputError, TextError
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.quality.compare import Comparison, compare
+from cfsp.quality.compare import compare
 from cfsp.quality.paired import Estimate, geometric_mean, mean_of_tasks
 from cfsp.quality.results_file import MeasuredModel, read_models
 from cfsp.speed.subjects import PHASES
@@ -291,30 +291,31 @@ def _figures(
 ) -> Row:
     """Return what a row says of a model beside the dense one and `ffn` alone."""
     found = compare(dense, model, dense)
-    ratios = [math.exp(pair.loss.difference.value) for pair in found.texts.values()]
-    agreed = mean_of_tasks([pair.agreed.second for pair in found.texts.values() if pair.agreed])
+    ratios = [math.exp(text["loss"]["difference"]["value"]) for text in found["texts"].values()]
     figures: Row = {
         "what goes": _in_words(PruningPlan.load(directory / PLAN_FILE)),
         "parameters": parameter_count(open_checkpoint(directory)),
         "mean": round(geometric_mean(ratios), 3),
         "worst": round(max(ratios), 3),
-        "KL": _divergence(found, "second"),
-        "equal": round(100 * agreed.value, 1),
+        "KL": _rounded(_mean_of_texts(found, "divergence", "second")),
+        "equal": round(100 * _mean_of_texts(found, "agreed", "second").value, 1),
     }
     if base is not None:
-        figures["KL - ffn"] = _divergence(compare(base, model, dense), "difference")
-    if found.accuracy is not None:
-        figures["tasks"] = _rounded(found.accuracy.difference.times(100))
+        beside = compare(base, model, dense)
+        figures["KL - ffn"] = _rounded(_mean_of_texts(beside, "divergence", "difference"))
+    if found["accuracy"] is not None:
+        figures["tasks"] = _rounded(Estimate(**found["accuracy"]["difference"]), 100)
     return figures
 
 
-def _divergence(found: Comparison, side: str) -> list[float | None]:
-    pairs = [pair.divergence for pair in found.texts.values() if pair.divergence is not None]
-    return _rounded(mean_of_tasks([getattr(pair, side) for pair in pairs]))
+def _mean_of_texts(found: dict[str, Any], measure: str, side: str) -> Estimate:
+    pairs = [text[measure] for text in found["texts"].values() if text[measure] is not None]
+    return mean_of_tasks([Estimate(**pair[side]) for pair in pairs])
 
 
-def _rounded(found: Estimate) -> list[float | None]:
-    return [round(found.value, 3), None if found.stderr is None else round(found.stderr, 3)]
+def _rounded(found: Estimate, factor: float = 1) -> list[float | None]:
+    error = None if found.stderr is None else round(factor * found.stderr, 3)
+    return [round(factor * found.value, 3), error]
 
 
 def _in_words(plan: PruningPlan) -> str:

@@ -277,15 +277,11 @@ def commands(forks) -> Commands:
 
 @pytest.fixture
 def models_start_quickly(monkeypatch) -> None:
-    """Fork the processes that models are timed in from one that has imported torch.
-
-    And wait for no quiet machine: the other tests would disturb almost every round.
-    """
+    """Fork the processes that models are timed in from one that has imported torch."""
     # No effect where `cfsp families` has started that process: it imports the same.
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["transformers.modeling_utils", "cfsp.speed.process"])
-    monkeypatch.setattr("cfsp.speed.process.PROCESSES", processes)
-    monkeypatch.setattr("cfsp.speed.bench.PATIENCE_SECONDS", 0.01)
+    processes.set_forkserver_preload(["transformers.modeling_utils", "cfsp.speed.subjects"])
+    monkeypatch.setattr("cfsp.speed.subjects.PROCESSES", processes)
 
 
 @pytest.fixture(scope="session")

@@ -64,7 +64,7 @@ def recovered(manifest: dict[str, Any]) -> None:
         "pruned": {"command": manifest["command"]},
         "command": "cfsp recover pruned --out recovered",
         "recovery": {
-            "adaptation": {"method": "lora", "targets": "all", "rank": 8, "allocation": "uniform"},
+            "adaptation": {"method": "lora", "rank": 8, "allocation": "uniform"},
             "training": {"seqlen": 512, "learning_rate": 1e-4, "seed": 0},
             "teacher": None,
             "trainable_parameters": 1000,

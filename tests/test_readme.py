@@ -15,7 +15,7 @@ from builders import draw_windows
 from cfsp.cli import build_parser, main
 from cfsp.cli.options import expand_sets
 from cfsp.settings import CalibrationText
-from cfsp.speed.process import ModelProcess
+from cfsp.speed.subjects import ModelProcess
 from conftest import REPOSITORY
 
 README = REPOSITORY / "README.md"
@@ -41,7 +41,7 @@ def test_the_commands_run(
     page, tiny_checkpoint, text_file, other_text_file, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    timed = ModelProcess.run  # no round is measured again because the machine is busy
+    timed = ModelProcess.run  # a busy machine gives no verdict
     monkeypatch.setattr(ModelProcess, "run", lambda *args: replace(timed(*args), disturbance=0.0))
     model = str(tiny_checkpoint("llama"))
     stand_ins = {

@@ -173,6 +173,7 @@ GONE = {
     "held-out": "it went: the loss is bounded on windows of --data that calibration leaves over",
     "held-out-windows": "it went, because nobody set it: the loss is bounded on 12 windows",
     "keep-adapter": "it went: what is written has the adapters merged, as every server reads it",
+    "agreement": "it went: a sweep always compares with the dense model's predictions",
     "keep-weights": "it went: cfsp prune --plan makes the model of a sweep's directory again",
     "process-timeout": "it went, because nobody set it: processes wait 30 minutes for each other",
     "local-text": "it went: the dense model alone teaches, which is nearer to it on other text",

@@ -43,7 +43,7 @@ from cfsp.exports.gguf_architecture import warn_of_no_way_back
 from cfsp.job import Job
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import Team
-from cfsp.quality.evaluate import evaluation_windows, perplexities
+from cfsp.quality.evaluate import evaluation_windows, perplexity_by_text
 from cfsp.quality.perplexity import before_and_after
 from cfsp.repair.ladder import check_can_be_repaired
 from cfsp.repair.result import PruningResult
@@ -141,8 +141,8 @@ def prune_checkpoint(
         if measured_on:
             with work_dir.watch.stage("evaluate"):
                 measured = before_and_after(
-                    perplexities(source, measured_on, settings.compute, work_dir, "dense"),
-                    perplexities(pruned, measured_on, settings.compute, work_dir, "pruned"),
+                    perplexity_by_text(source, measured_on, settings.compute, work_dir, "dense"),
+                    perplexity_by_text(pruned, measured_on, settings.compute, work_dir, "pruned"),
                 )
         if isinstance(settings.goal, MaxLossIncrease):
             with work_dir.watch.stage("evaluate"):

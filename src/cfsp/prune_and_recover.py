@@ -28,7 +28,7 @@ from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
-    from cfsp.recovery.recover import RecoverReport
+    from cfsp.recovery.trainer import RecoverReport
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from cfsp.checkpoint.quantisation import quantisation_in
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, fingerprint
 from cfsp.cli import main
 from cfsp.errors import CheckpointError
-from cfsp.recovery.writing import copy_everything_else
+from cfsp.recovery.recover import copy_everything_else
 from quantised_models import WAYS, Way, fp8_in_blocks, quantise
 from tiny_decoders import tiny_model
 

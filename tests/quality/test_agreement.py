@@ -17,9 +17,9 @@ from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cli import main
 from cfsp.errors import CalibrationError
-from cfsp.quality import evaluate, perplexity
+from cfsp.quality import evaluate
 from cfsp.quality import perplexity as measuring
-from cfsp.quality.evaluate import evaluate_models, perplexities
+from cfsp.quality.evaluate import evaluate_models, perplexity_by_text
 from cfsp.quality.perplexity import divergence_and_agreement, negative_log_likelihood
 from cfsp.result.names import short_names
 from cfsp.settings import Compute, EvaluationText
@@ -65,8 +65,8 @@ def test_it_is_that_of_the_whole_models(
     other_name, tiny_checkpoint, text_file, tmp_path, monkeypatch
 ):
     # Two models with heads, norms and widths of their own, a few positions at a time.
-    monkeypatch.setattr(perplexity, "LOGITS_AT_ONCE", 7 * VOCABULARY)
-    monkeypatch.setattr(perplexity, "_PROBABILITIES_AT_ONCE", 3 * VOCABULARY)
+    monkeypatch.setattr(measuring, "LOGITS_AT_ONCE", 7 * VOCABULARY)
+    monkeypatch.setattr(measuring, "_PROBABILITIES_AT_ONCE", 3 * VOCABULARY)
     dense = tiny_checkpoint("llama")
     other = tmp_path / "other"
     if other_name == "perturbed":
@@ -199,7 +199,7 @@ def plain(model: Any, windows: Windows) -> float:
 def streamed(source: Any, windows: Windows, work_dir: WorkDir | None = None) -> dict[str, Any]:
     """Return the perplexity block by block, with its conditions."""
     with temporary_work_dir() as own:
-        (found,) = perplexities(
+        (found,) = perplexity_by_text(
             source, {"text": windows}, COMPUTE, work_dir or own, "dense"
         ).values()
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,21 @@ from torch import Tensor, nn
 import cfsp
 from builders import changed, tensors
 from cfsp.architecture.found import Unit
-from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.recovery.adaptation import (
     attach,
     merge,
     multiplies_by_its_matrix,
-    targets_of,
+    ranks_of,
+    trained_parameters,
 )
-from cfsp.recovery.recover import RecoverReport, recover_checkpoint
-from cfsp.recovery.settings import Adaptation, Limit, RecoverSettings, Training
-from cfsp.recovery.writing import copy_everything_else, write_recovered_weights
+from cfsp.recovery.recover import (
+    copy_everything_else,
+    write_recovered_weights,
+)
+from cfsp.recovery.settings import Adaptation
+from recoveries import recover, training
 
 # Blocks without an FFN, several in a block, other names in files than in memory, matrices of
 # classes of their own. Adapters stay off experts, off biases and off what fused kernels take.
@@ -48,14 +50,6 @@ def stored_matrices(source: Checkpoint, units: Iterable[Unit]) -> set[str]:
     }
 
 
-def recover(source: Path, out: Path, text: Path, **options: Any) -> RecoverReport:
-    training = Training(
-        Limit(steps=2), batch_windows=4, seqlen=32, evaluations=2, learning_rate=3e-3
-    )
-    settings = RecoverSettings((str(text),), training, replace(Adaptation(rank=2), **options))
-    return recover_checkpoint(open_checkpoint(source), out, settings)
-
-
 @pytest.mark.parametrize(("name", "method"), [("mixtral", "full"), ("deepseek_v3", "lora")])
 def test_what_is_written_computes_what_was_trained(name, method, pruned_type, tmp_path):
     """Experts change in full training alone."""
@@ -63,11 +57,13 @@ def test_what_is_written_computes_what_was_trained(name, method, pruned_type, tm
     out.mkdir()
     model: Any = cfsp.load(source.directory)
     before = {key: value.clone() for key, value in model.named_parameters()}
-    targets = targets_of(source, Adaptation(method, rank=2))
-    names = [name for block in targets for name in block.parameters]
+    names = trained_parameters(source, is_full=method == "full")
     assert any(".experts." in f"{each}." for each in names) == (name == "mixtral")
-    adapted = attach(model, source.architecture, targets)
-    assert all(block.parameters for block in targets)
+    rank_L = ranks_of(source, Adaptation(method, rank=2))
+    adapted = attach(model, source.architecture, names, rank_L)
+    architecture = source.architecture
+    blocks = map(architecture.block_prefix, range(architecture.block_count))
+    assert all(any(name.startswith(block) for name in names) for block in blocks)
     trained = [p for p in adapted.parameters() if p.requires_grad]
     assert {p.dtype for p in trained} == {torch.float32}
     with torch.no_grad():
@@ -91,7 +87,8 @@ def test_what_is_written_computes_what_was_trained(name, method, pruned_type, tm
 )
 def test_any_decoder_recovers(name, method, pruned_type, text_file, tmp_path):
     pruned, out = pruned_type(name), tmp_path / "out"
-    report = recover(pruned, out, text_file, method=method)
+    how = training(2, learning_rate=3e-3)
+    report = recover(pruned, out, text_file, training=how, adaptation=Adaptation(method, rank=2))
     assert report.history[-1]["held_out"] < report.history[0]["held_out"]
     source = Checkpoint(pruned)
     found = changed(pruned, out)
@@ -111,7 +108,7 @@ def test_what_the_model_does_not_have_travels(pruned_type, text_file, tmp_path):
     }
     save_file(stored | extra, source / "model.safetensors", metadata={"format": "pt"})
     assert set(Checkpoint(source).stored.unused) == set(extra)
-    recover(source, tmp_path / "out", text_file)
+    recover(source, tmp_path / "out", text_file, training=training(2))
     assert changed(source, tmp_path / "out")
     found = tensors(tmp_path / "out")
     assert all(torch.equal(found[name], tensor) for name, tensor in extra.items())

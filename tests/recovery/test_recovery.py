@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shutil
 import time
-from collections.abc import Callable
-from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -20,91 +17,40 @@ from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
 import cfsp
-import cfsp.recovery.loss
-import cfsp.recovery.recover
 from builders import changed, tensors
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.checkpoint.reading import parameter_count
 from cfsp.cli import main
-from cfsp.errors import CfspError, RecoveryError, ResumeError, UsageError
+from cfsp.errors import RecoveryError, UsageError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.perplexity import loss_in_memory
 from cfsp.recovery.adaptation import allocate_ranks
 from cfsp.recovery.data import RecoveryText, WindowData, read_text
 from cfsp.recovery.loss import IGNORED, loss_inside, multiplies_only
 from cfsp.recovery.prepare import teacher_and_method
-from cfsp.recovery.recover import RecoverReport, recover_checkpoint
 from cfsp.recovery.schedule import Schedule
-from cfsp.recovery.settings import (
-    Adaptation,
-    Limit,
-    RecoverSettings,
-    Training,
-)
-from cfsp.recovery.trainer import last_checkpoint, train
+from cfsp.recovery.settings import Adaptation, Limit, RecoverSettings, Training
+from cfsp.recovery.trainer import train
 from cfsp.result.manifest import read_manifest
-from cfsp.settings import Compute, EvaluationText, Text
-from cfsp.streaming.work_dir import PassState
+from cfsp.settings import Compute, EvaluationText
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.windows import Windows
+from recoveries import training
 from tiny_models import TRAINED, build_tiny_model
 
 CPU = torch.device("cpu")
 
 
-def training(steps: int = 6, **changes: Any) -> Training:
-    options: dict[str, Any] = {"batch_windows": 4, "seqlen": 32, "evaluations": 2} | changes
-    return Training(Limit(steps=steps), **options)
-
-
-def recover(source: Path, out: Path, text: Path, **options: Any) -> RecoverReport:
-    started = options.pop("started", None)
-    asked: dict[str, Any] = {"data": (str(text),), "training": training()}
-    asked |= {"adaptation": Adaptation(rank=2), **options}
-    settings = RecoverSettings(**asked)
-    return recover_checkpoint(
-        open_checkpoint(source), out, settings, command="cfsp recover pruned", started=started
-    )
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
-@pytest.fixture
-def recovered(pruned: Path, out: Path, text_file: Path) -> Callable[..., RecoverReport]:
-    """Recovers a model into `out`."""
-    return lambda of=pruned, **options: recover(of, out, text_file, **options)
-
-
-def work_of(out: Path) -> Path:
-    """Where a recovery works, beside its output."""
-    return out.parent / f"{out.name}.work"
-
-
-def checkpoints_of(out: Path) -> Path:
-    """Where its checkpoints lie."""
-    return work_of(out) / "process-0-of-1" / "train"
-
-
-class Plain(NamedTuple):
-    """A recovery by all defaults of these tests, and where it lies."""
-
-    report: RecoverReport
-    out: Path
-
-
-@pytest.fixture(scope="module")
-def plain(pruned: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Plain:
-    out = tmp_path_factory.mktemp("plain") / "out"
-    return Plain(recover(pruned, out, text_file), out)
+def size_of_projections(directory: Path) -> float:
+    stored = tensors(directory).items()
+    trained = [t.double().flatten() for name, t in stored if name.endswith("_proj.weight")]
+    return float(torch.cat(trained).square().mean().sqrt())
 
 
 @pytest.mark.parametrize(("method", "rate"), [("lora", 1e-2), ("full", 4e-3)])
 def test_training_helps_and_the_result_has_the_same_layout(
-    pruned, recovered, text_file, tokenizer, out, method, rate
+    pruned, recovered, text_file, tokenizer, tmp_path, out, method, rate
 ):
     report = recovered(
         training=training(16, learning_rate=rate),
@@ -122,29 +68,22 @@ def test_training_helps_and_the_result_has_the_same_layout(
     assert found == pytest.approx(measured["after"], rel=1e-4)
     conditions = {"windows": 4, "seqlen": 64, "tokens": 4 * 63, "bos": False}
     assert measured == measured | conditions
-    assert not work_of(out).exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_manifest_and_card_say_how_it_was_recovered(pruned, plain):
-    report, out = plain
-    manifest, before = (read_manifest(directory) for directory in (out, pruned))
-    assert manifest is not None and before is not None
-    assert manifest["operation"] == "recover"
-    assert manifest["command"] == "cfsp recover pruned"
+    manifest, before = (read_manifest(directory) for directory in (plain, pruned))
+    assert (manifest["operation"], manifest["command"]) == ("recover", "cfsp recover pruned")
     assert manifest["pruned"]["command"] == before["command"]
     assert manifest["criterion"] == before["criterion"]
     recovery = manifest["recovery"]
-    assert recovery["trainable_parameters"] == report.trainable_parameters
     assert recovery["adaptation"]["allocation"] == "uniform"
-    stored = tensors(pruned).items()
-    trained = [t.double().flatten() for name, t in stored if name.endswith("_proj.weight")]
-    size = float(torch.cat(trained).square().mean().sqrt())
-    assert recovery["training"]["learning_rate"] == pytest.approx(0.005 * size, rel=0.01)
+    rate = pytest.approx(0.005 * size_of_projections(pruned), rel=0.01)
+    assert recovery["training"]["learning_rate"] == rate
     assert [entry["step"] for entry in recovery["history"]] == [0, 3, 6]
-    card = (out / "README.md").read_text()
-    assert "## How it was pruned" in card
-    assert "## How it was recovered" in card
-    assert f"{report.trainable_parameters:,} parameters" in card
+    card = (plain / "README.md").read_text()
+    assert "## How it was pruned" in card and "## How it was recovered" in card
+    assert f"{recovery['trainable_parameters']:,} parameters" in card
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -183,16 +122,13 @@ def test_a_bfloat16_model_is_trained_and_stays_bfloat16(pruned, recovered, tmp_p
 
 def test_another_seed_gives_other_weights(recovered, out, plain):
     recovered(training=training(seed=1))
-    assert changed(plain.out, out)
+    assert changed(plain, out)
 
 
 def test_checkpointing_changes_nothing(recovered, plain):
     other = recovered(training=training(gradient_checkpointing=True))
-    assert other.tokens_in_step == plain.report.tokens_in_step
-    # Before the first step there is no loss of training.
-    for a, b in zip(plain.report.history[1:], other.history[1:], strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-3)
-        assert a["held_out"] == pytest.approx(b["held_out"], abs=1e-3)
+    for a, b in zip(read_manifest(plain)["recovery"]["history"], other.history, strict=True):
+        assert a == pytest.approx(b, abs=1e-3)
 
 
 # Of Llama's kind are all other tests.
@@ -233,47 +169,23 @@ def test_the_less_there_is_to_learn_the_lower_the_rate(recovered, pruned, tiny_c
     """A KL grows with the square of the way, and the way of Adam is its rate's."""
     full, teacher = Adaptation("full"), str(tiny_checkpoint("llama"))
     report = recovered(adaptation=full, teacher=teacher)
-    weights = tensors(out)
-    stored = tensors(pruned).items()
-    trained = [t.double().flatten() for name, t in stored if name.endswith("_proj.weight")]
-    size = float(torch.cat(trained).square().mean().sqrt())
+    assert report.history[-1]["held_out"] < report.history[0]["held_out"]
+    weights, manifest = tensors(out), read_manifest(out)
+    assert manifest["recovery"]["teacher"] == {"name": teacher, "weight": 1}
     lost = report.history[0]["held_out"]
     assert 0 < lost < 1
-    rate = read_manifest(out)["recovery"]["training"]["learning_rate"]
-    assert rate == pytest.approx(0.001 * size * math.sqrt(lost), rel=0.01)
+    rate = manifest["recovery"]["training"]["learning_rate"]
+    expected = 0.001 * size_of_projections(pruned) * math.sqrt(lost)
+    assert rate == pytest.approx(expected, rel=0.01)
     shutil.rmtree(out)
     recovered(adaptation=full, teacher=teacher, training=training(learning_rate=rate))
     again = tensors(out)
     assert all(torch.allclose(again[name], weights[name], atol=1e-7) for name in weights)
 
 
-def test_a_teacher_is_learnt_from(recovered, tiny_checkpoint, out, plain):
-    dense = str(tiny_checkpoint("llama"))
-    taught = recovered(teacher=dense, training=training(teacher_weight=0.3))
-    assert taught.history[-1]["held_out"] < taught.history[0]["held_out"]
-    assert taught.history[-1]["loss"] != plain.report.history[-1]["loss"]
-    assert read_manifest(out)["recovery"]["teacher"] == {"name": dense, "weight": 0.3}
-
-
-def test_a_run_goes_on_with_the_same_teacher_alone(
-    pruned, recovered, tiny_checkpoint, tmp_path, monkeypatch
-):
-    """Its weights count, and not what it is called."""
-    dense, there = tiny_checkpoint("llama"), tmp_path / "dense"
-    shutil.copytree(dense, there)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("cfsp.recovery.recover.merge", stop)
-        recovered(training=training(1, evaluations=1), teacher=str(there))
-    weights = tensors(there)
-    weights["model.norm.weight"] += 0.1
-    save_file(weights, there / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ResumeError, match="another teacher"):
-        recovered(training=training(1, evaluations=1), teacher=str(there))
-
-
 def teacher_of(given: str | None, source: Path, tokenizer: Any) -> str | None:
     settings = RecoverSettings((), training(1), Adaptation("full"), given)
-    found, _ = teacher_and_method(settings, open_checkpoint(source), tokenizer, CPU)
+    found, _ = teacher_and_method(settings, open_checkpoint(source), tokenizer, CPU, {})
     return found and found.label
 
 
@@ -319,31 +231,9 @@ def test_memory_decides_on_the_method_unless_adapters_are_asked_for(
     free = (bytes_for_each - 4) * trained + 4 * taught
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: free)
     settings = RecoverSettings((), training(1), teacher="auto", **options)
-    teacher, method = teacher_and_method(settings, source, tokenizer, CPU)
+    teacher, method = teacher_and_method(settings, source, tokenizer, CPU, {})
     assert method == expected
     assert (teacher is None) == (bytes_for_each < 20 and expected == "full")
-
-
-def test_minutes_end_the_run_and_the_schedule(recovered, caplog, monkeypatch):
-    caplog.set_level("INFO")
-    # Every look at the clock takes a thirtieth of a second, however busy the machine is.
-    looks = count()
-    clock = SimpleNamespace(monotonic=lambda: next(looks) / 30)
-    monkeypatch.setattr("cfsp.recovery.schedule.time", clock)
-    how = Training(
-        Limit(minutes=0.2), batch_windows=4, seqlen=32, evaluations=3, learning_rate=1e-3
-    )
-    report = recovered(training=how, started=0.0)
-    assert 8 < next(looks) / 30 <= 12
-    assert len(report.history) == 4
-    assert report.steps > 10
-    said = [record.getMessage() for record in caplog.records]
-    assert re.fullmatch(
-        r"step 0, \d+%: held-out loss [\d.]+, learning rate 0.001, "
-        r"time for about \d+ steps and \d evaluations",
-        next(line for line in said if line.startswith("step 0")),
-    )
-    assert any(line.startswith("after 2 steps: time for about") for line in said)
 
 
 @pytest.mark.parametrize("batch_windows", [1, 7])
@@ -359,9 +249,10 @@ def test_held_out_loss_is_the_mean_over_labels(tmp_path, batch_windows):
     text = RecoveryText(WindowData(token_NT, token_NT), held_out, {}, bos=False)
     how = training(1, batch_windows=batch_windows, learning_rate=1e-3)
     with loss_inside(model) as loss:
-        schedule = Schedule(1, 2, time.monotonic())
-        work = PassState(tmp_path, {})
-        found = train(model, text, how, schedule=schedule, loss=loss, work=work)
+        place = {"out": tmp_path / "o", "identity": {}, "rank_L": []}
+        settings = SimpleNamespace(training=how)
+        ready: Any = SimpleNamespace(text=text, settings=settings, **place)
+        found = train(model, ready, Schedule(1, 2, time.monotonic()), loss)
     assert found.history[0]["held_out"] == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -380,130 +271,6 @@ def test_the_best_weights_are_kept(recovered, text_file, tokenizer, out, monkeyp
     assert found == pytest.approx(best["held_out"], rel=1e-4)
 
 
-def command(pruned: Path, text: Path, out: Path, *options: str) -> list[str]:
-    return [
-        *("recover", str(pruned), "--data", str(text), "--out", str(out), "--rank", "2"),
-        *("--batch-windows", "4", "--seqlen", "32", *options),
-    ]
-
-
-@pytest.mark.parametrize(("name", "method"), [("llama", "full"), ("deepseek_v3", "lora")])
-def test_a_killed_run_resumes_to_the_same_weights(
-    pruned, pruned_type, text_file, tmp_path, name, method, commands
-):
-    source = pruned if name == "llama" else pruned_type(name)
-    options = ("--steps", "6", "--evaluations", "3", "--method", method)
-    whole, out = tmp_path / "whole", tmp_path / "killed"
-    assert main(command(source, text_file, whole, *options)) == 0
-    commands.kill(command(source, text_file, out, *options), "training", 5)
-    assert not out.exists()
-    last = last_checkpoint(checkpoints_of(out))
-    assert last is not None
-    assert last[0].name == "checkpoint-4"
-    # Not by accident: another command leaves the unfinished run as it is.
-    assert main(command(source, text_file, out, *options, "--seed", "1")) == 2
-    assert main(command(source, text_file, out, *options)) == 0
-    assert not work_of(out).exists()
-    assert changed(whole, out) == set()
-    assert changed(source, out)
-    recovery = [read_manifest(directory)["recovery"] for directory in (whole, out)]
-    assert recovery[0]["history"] == recovery[1]["history"]
-    assert recovery[1]["steps"] == 6
-
-
-def stop(model: Any) -> None:
-    """Stand in for a user who stops a run."""
-    raise KeyboardInterrupt
-
-
-def test_a_run_that_was_stopped_after_its_last_step_is_not_trained_further(
-    pruned, recovered, out, text_file, monkeypatch, plain
-):
-    evaluation = EvaluationText((str(text_file),), 2, 32)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("cfsp.recovery.recover.merge", stop)
-        recovered(evaluation=evaluation)
-    # Other arguments are refused, and the work stays.
-    before = sorted(work_of(out).rglob("*"))
-    other = r"another learning_rate \(None; now it is 0\.02\); repeat that .* rm -r .*out\.work"
-    with pytest.raises(ResumeError, match=other):
-        recovered(evaluation=evaluation, training=training(learning_rate=0.02))
-    # As is another text of the same name.
-    same_name = EvaluationText((Text(str(text_file), text_file.read_text()[500:]),), 2, 32)
-    for another in (EvaluationText(), same_name):
-        with pytest.raises(ResumeError, match="another eval"):
-            recovered(evaluation=another)
-    assert sorted(work_of(out).rglob("*")) == before
-    # What was measured before training is not measured again.
-    measured = []
-    sound = cfsp.recovery.recover.perplexities
-
-    def measure(*args: Any) -> Any:
-        measured.append(args[-1])
-        return sound(*args)
-
-    monkeypatch.setattr("cfsp.recovery.recover.perplexities", measure)
-    found = recovered(evaluation=evaluation)
-    assert measured == ["recovered"]
-    assert found.perplexity[str(text_file)]["before"] > 1
-    assert (found.steps, found.best_step) == (plain.report.steps, plain.report.best_step)
-    assert found.history == plain.report.history
-    assert changed(plain.out, out) == set()  # the same seed gives the same weights
-
-
-def test_half_a_checkpoint_is_passed_over(tmp_path):
-    for name, state in (("checkpoint-5", '{"global_step": 5}'), ("checkpoint-10", '{"global_')):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "trainer_state.json").write_text(state)
-    (tmp_path / "checkpoint-20").mkdir()
-    last = last_checkpoint(tmp_path)
-    assert last is not None
-    assert last[0] == tmp_path / "checkpoint-5"
-
-
-def test_a_loss_that_is_nan_stops_and_leaves_nothing(recovered, tmp_path, monkeypatch):
-    steps = 0
-    sound = cfsp.recovery.loss.language_model_loss
-
-    def breaking(*args: Any) -> Any:
-        nonlocal steps
-        # Steps train with gradients; evaluations do not count.
-        steps += torch.is_grad_enabled()
-        return sound(*args) * (float("nan") if steps >= 3 else 1.0)
-
-    monkeypatch.setattr("cfsp.recovery.loss.language_model_loss", breaking)
-    with pytest.raises(RecoveryError, match=r"the loss is NaN or infinite at step 3; .*lower"):
-        recovered(training=training(6, evaluations=6))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_training_that_does_harm_writes_nothing(pruned, recovered, tmp_path, monkeypatch):
-    # Training goes uphill.
-    monkeypatch.setattr("cfsp.recovery.trainer.rate_factor", lambda fraction: -1.0)
-    lower = (
-        r"did not make the loss on held-out text lower \([\d.]+ before, [\d.]+ at best in 4 "
-        rf"steps\), so nothing is written, and {pruned} is the best there is; give it more steps"
-    )
-    with pytest.raises(RecoveryError, match=lower):
-        recovered(training=training(4, learning_rate=1e-2))
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(("minutes", "measuring"), [(1e-4, 0), (0.5, 40)])
-def test_too_few_minutes_are_refused_before_a_step(
-    recovered, text_file, tmp_path, monkeypatch, minutes, measuring
-):
-    """What measuring takes is no time to train in."""
-    monkeypatch.setattr("cfsp.recovery.trainer.RecoveryTrainer.training_step", must_not_load)
-    measured = {"perplexity": {}, "seconds": measuring}
-    monkeypatch.setattr("cfsp.recovery.recover.load_or_compute", lambda *_: measured)
-    how = Training(Limit(minutes=minutes), batch_windows=4, seqlen=32)
-    evaluation = EvaluationText((str(text_file),), 2, 32)
-    with pytest.raises(UsageError, match=r"too short for one step .* give [12] or more"):
-        recovered(training=how, evaluation=evaluation)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_checkpoint_that_cfsp_did_not_prune(tiny_checkpoint, recovered, out):
     dense = tiny_checkpoint("qwen2")
     by_importance = Adaptation(rank=2, allocation="importance")
@@ -512,50 +279,6 @@ def test_a_checkpoint_that_cfsp_did_not_prune(tiny_checkpoint, recovered, out):
     recovered(dense, training=training(2, evaluations=1))
     assert changed(dense, out)
     assert "## How it was recovered" in (out / "README.md").read_text()
-
-
-def must_not_load(*args: Any) -> Any:
-    """Stand in for what comes after all names are checked."""
-    raise AssertionError("a model was loaded")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"data": ["no_such.txt"]}, "no_such.txt"),
-        ({"data": ()}, "give --data"),
-        ({"eval": ["no_such.txt"]}, "no_such.txt"),
-        ({"eval": ["{text}"], "windows": 10**6}, "1000000 are needed"),
-        ({"teacher": "/no/such"}, "/no/such does not exist"),
-        ({"teacher": "{other}"}, "the teacher must be the dense model"),
-        ({"method": "best"}, "method must be one of auto, lora, full"),
-        ({"rank_allocation": "error"}, "--rank-allocation must be one of uniform, importance"),
-        ({"dtype": "float16"}, "found --dtype float16"),
-        ({"learning_rate": 1e-3}, "suits one method; give --method lora or full"),
-        ({"teacher_weight": 2.0}, "--teacher-weight must be at least 0 and at most 1"),
-    ],
-)
-def test_bad_input_is_told_before_any_work(
-    pruned, tiny_checkpoint, text_file, tmp_path, monkeypatch, options, message
-):
-    monkeypatch.setattr("cfsp.recovery.recover.load_to_train", must_not_load)
-    monkeypatch.setattr("cfsp.recovery.recover.perplexities", must_not_load)
-    if "no_such" in message:  # not even the model is opened, which may be a download
-        monkeypatch.setattr("cfsp.recovery.recover.open_checkpoint", must_not_load)
-    given: dict[str, Any] = {"data": ["{text}"], "seqlen": 32, "teacher": "none", **options}
-    for key in ("data", "eval"):
-        given[key] = [name.replace("{text}", str(text_file)) for name in given.get(key, ())]
-    given["teacher"] = given["teacher"].replace("{other}", str(tiny_checkpoint("qwen2")))
-    with pytest.raises(CfspError, match=message):
-        cfsp.recover(pruned, out=tmp_path / "out", steps=1, **given)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_accelerate_s_own_sharding_is_refused(recovered, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UsageError, match=r"under accelerate's FSDP.*give --shard"):
-        recovered()
-    assert not list(tmp_path.glob("out*"))
 
 
 def test_what_is_typed_reaches_recovery(pruned, text_file, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,18 +23,21 @@ from cfsp.cli import main
 from cfsp.cli.bench import _ratios
 from cfsp.errors import CfspError, CheckpointError, UsageError
 from cfsp.exports.registry import export
-from cfsp.speed.bench import Speed, _rounds, bench
-from cfsp.speed.process import ModelProcess, busy_seconds, model_process, share_of_others
+from cfsp.speed.bench import Speed, _speeds, bench
 from cfsp.speed.subjects import (
     Conditions,
     Engine,
     Footprint,
+    ModelProcess,
     SmallerModel,
     Subject,
     Timing,
     Workload,
     build_model,
+    busy_seconds,
+    model_process,
     random_prompt,
+    share_of_others,
 )
 from ragged import cut, tiny
 from tiny_decoders import tiny_model
@@ -65,8 +69,7 @@ def test_engine_generates_what_the_model_generates(tmp_path):
     for _ in range(2):
         timing, tokens_BN = timed.run(WORKLOAD)
         assert tokens_BN.tolist() == expected_BN.tolist()
-        assert timing.prefill > 0
-        assert timing.decode > 0
+        assert timing.prefill > 0 and timing.decode > 0
 
 
 def test_random_model_of_a_shape_computes_finite_numbers():
@@ -98,14 +101,11 @@ def test_comparison_reports_every_round_of_every_model(tiny_checkpoint, capsys):
     out = capsys.readouterr().out
     assert "batch 1, prompt 4, 2 new tokens, 3 rounds; other programs took 0%" in out
     assert f"prefill  {Path(models[0]).name}" in out and f"decode  {Path(models[1]).name}" in out
-    assert (
-        "threads 1, " in out
-        and "1.000x" in out
-        and "medians of rounds in turns after 2 warm-ups" in out
-    )
+    for said in ("threads 1, ", "1.000x", "medians of rounds in turns after 2 warm-ups"):
+        assert said in out
     report = json.loads(json.dumps(comparison.to_json()))
     assert report["conditions"]["rounds"] == 3
-    assert len(report["rounds_given_up"]) == len(report["disturbance"]) == 2
+    assert len(report["disturbance"]) == 2
     first, second = report["models"]
     assert [w["prompt"] for w in first["workloads"]] == [4, 8]
     for workload in first["workloads"]:
@@ -134,33 +134,11 @@ def test_a_machine_that_is_too_busy_gives_no_verdict(tiny_checkpoint, others, mo
     assert "1.000x  1.000" not in out  # the ideal stays
 
 
-def test_rounds_that_others_disturb_are_measured_again(monkeypatch):
-    now = iter(range(1000))
-    monkeypatch.setattr("cfsp.speed.bench.time.monotonic", lambda: next(now))
-
-    class Fake:
-        """Takes as many seconds for a prefill as there were runs before."""
-
-        def __init__(self, shares: list[float]) -> None:
-            self.shares, self.count = shares, 0
-
-        def run(self, workload: Workload) -> Timing:
-            share = self.shares[self.count % len(self.shares)]
-            self.count += 1
-            return Timing(self.count, 1.0, disturbance=share)
-
-    def rounds(*shares: list[float], patience: float = 10.0) -> tuple[list[Any], int]:
-        processes: Any = [Fake(each) for each in shares]
-        conditions = Conditions(rounds=4, disturbance=0.05)
-        kept, given_up = _rounds(processes, WORKLOAD, conditions, patience, lambda: None)
-        return [[timing.prefill for timing in timings] for timings in kept], given_up
-
-    now_and_then = [0.0, 0.3, 0.04]
-    assert rounds([0.0], now_and_then) == ([[n, n] for n in (1, 3, 4, 6)], 2)
-    # Three that nobody disturbed are enough where patience ends; of fewer nothing is given up.
-    assert rounds(now_and_then, patience=2.0) == ([[1], [3], [4]], 2)
-    assert rounds(now_and_then, patience=1.0) == ([[1], [2]], 0)
-    assert rounds([0.9], patience=5.0) == ([[n] for n in (1, 2, 3, 4, 5)], 0)
+@pytest.mark.parametrize(("device", "too_busy"), [("cpu", True), ("cuda:0", False)])
+def test_other_programs_disturb_where_they_compute(device, too_busy):
+    process: Any = SimpleNamespace(footprint=Footprint(1, 2, 1, 1, 2), facts={"device": device})
+    found = _speeds([process], 0, WORKLOAD, [[Timing(1.0, 1.0)]], share_of_others=0.69)
+    assert {speed.too_busy for speed in found.values()} == {too_busy}
 
 
 def test_share_of_others_is_what_the_machine_did_beyond_us():
@@ -214,15 +192,6 @@ def test_bench_takes_names_as_prune_does(asked, monkeypatch, tmp_path):
     assert asked[-1][0] == [Subject(converted, "a.gguf")]
 
 
-def test_bench_knows_before_it_starts_what_it_cannot_time(asked, tiny_checkpoint):
-    model = tiny_checkpoint("llama")
-    with pytest.raises(UsageError, match="at least one model"):
-        bench([])
-    with pytest.raises(UsageError, match="disturbance must be at least 0, found nan"):
-        bench([model], disturbance=math.nan)
-    assert asked == []
-
-
 def test_process_has_memory_of_its_own_and_its_death_is_one_sentence(tiny_checkpoint):
     ballast = torch.ones(400_000_000, dtype=torch.float32)  # 1.6 GB in this process
     subject = Subject(tiny_checkpoint("llama"), "tiny")
@@ -242,6 +211,7 @@ def test_process_has_memory_of_its_own_and_its_death_is_one_sentence(tiny_checkp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["demo", "--rounds", "0"], "expected at least 1 round, found 0"),
         (["demo", "--prompt", "0"], "--prompt must be at least 1, found 0"),
         (["demo", "--new-tokens", "0"], "--new-tokens must be at least 1, found 0"),
         (["a.gguf"], "a.gguf does not exist; give a directory with safetensors"),
@@ -250,8 +220,9 @@ def test_process_has_memory_of_its_own_and_its_death_is_one_sentence(tiny_checkp
 def test_wrong_arguments_are_one_sentence(arguments, message, capsys):
     assert main(["bench", *arguments]) == 2
     error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
+    with pytest.raises(UsageError, match="at least one model"):
+        bench([])
 
 
 def test_an_export_for_vllm_is_for_its_own_bench(tokenizer, tmp_path, capsys):
@@ -259,9 +230,6 @@ def test_an_export_for_vllm_is_for_its_own_bench(tokenizer, tmp_path, capsys):
     export(source.directory, "vllm", tmp_path / "out", verify=False)
     assert main(["bench", str(tmp_path / "out")]) == 2
     assert "an export for vLLM; time it with vllm bench latency --model" in capsys.readouterr().err
-
-
-WORKLOAD = Workload(batch=2, prompt=8, new_tokens=4)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "phi3", "falcon"])

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -20,8 +19,8 @@ from cfsp.quality import evaluate
 from cfsp.result.manifest import read_manifest
 from cfsp.result.tables import pareto_front
 from cfsp.settings import Budget, Compute
+from cfsp.sweep.run import loss_rise
 from cfsp.sweep.settings import SweepSettings, method_named
-from cfsp.sweep.table import loss_rise
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +62,9 @@ def test_every_method_makes_every_sparsity_at_the_same_size(sweep, text_file):
         for name in ("cfsp", "cfsp-plain")
     ]
     assert kept[0] != kept[1]
-    caption, _, head, rule, *lines = (out / "table.md").read_text().splitlines()
+    table, compared = (out / "table.md").read_text().split("\n\nCompared with the dense model")
+    caption, _, head, rule, *lines = table.splitlines()
+    assert "| method | sparsity | KL | top-1 agreement, % |" in compared
     assert "2 windows of 32 tokens" in caption
     assert head.startswith("| method | sparsity | parameters removed |")
     assert rule.count("|") == head.count("|")
@@ -74,7 +75,7 @@ def test_every_method_makes_every_sparsity_at_the_same_size(sweep, text_file):
     ]
 
 
-def test_it_asks_the_dense_model_once_and_compares_with_it_if_asked_to(
+def test_it_asks_the_dense_model_once_and_compares_with_it(
     tiny_checkpoint, text_file, tmp_path, capsys, monkeypatch
 ):
     pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
@@ -88,7 +89,7 @@ def test_it_asks_the_dense_model_once_and_compares_with_it_if_asked_to(
     arguments = [
         "sweep", str(tiny_checkpoint("llama")), "--sparsity", "25%", "50%", "--multiple", "4",
         "--data", str(text_file), "--samples", "8", "--seqlen", "32", "--eval", str(text_file),
-        "--windows", "2", "--agreement", "--tasks", "piqa", "--set", "limit=4",
+        "--windows", "2", "--tasks", "piqa", "--set", "limit=4",
         "--set", f"task_data={tmp_path / 'tasks'}", "--answers", "2", "--out", str(out),
     ]  # fmt: skip
     streamed: list[str] = []
@@ -199,17 +200,15 @@ def test_wrong_settings(more, message):
         (["--sparsity", "0.99"], "can be removed"),
         (["--device", "nowhere"], "nowhere"),
         (["--samples", "0"], "--samples must be at least 1 and"),
+        (["--method", "ffn,blocks"], "several share one target"),
     ],
 )
 def test_all_that_is_named_is_checked_before_anything_is_computed(
     tiny_checkpoint, text_file, tmp_path, monkeypatch, capsys, more, message
 ):
-    def never(*_: Any, **__: Any) -> None:
-        raise AssertionError("a model was run")
-
     for name in ("sweep.run.calibrate_source", "sweep.run.prune_checkpoint"):
-        monkeypatch.setattr(f"cfsp.{name}", never)
-    monkeypatch.setattr(evaluate, "streamed_sums", never)
+        monkeypatch.setattr(f"cfsp.{name}", lambda *_, **__: pytest.fail("a model was run"))
+    monkeypatch.setattr(evaluate, "streamed_sums", lambda *_, **__: pytest.fail("a model was run"))
     model, out = tiny_checkpoint("llama"), tmp_path / "made" / "out"
     capsys.readouterr()  # a model that is saved here for the first time shows its progress
     arguments = [
@@ -223,31 +222,22 @@ def test_all_that_is_named_is_checked_before_anything_is_computed(
     assert not out.parent.exists()
 
 
-def test_only_what_was_measured_alike_is_compared(sweep, text_file, capsys):
+@pytest.mark.parametrize("older", ["cfsp-0.25", None])
+def test_only_what_was_measured_alike_is_compared(sweep, text_file, capsys, older):
+    """A model, or the dense one, that was measured otherwise: by another version, perhaps."""
     arguments, out = sweep
     assert main([*arguments, "--dtype", "bfloat16"]) == 2
     assert "something else than was asked for now (other dtypes)" in capsys.readouterr().err
-    path = out / "cfsp-plain-0.5" / "cfsp.json"
+    path = out / "dense.json" if older is None else out / older / "cfsp.json"
     whole = path.read_text()
-    manifest = json.loads(whole)
-    manifest["perplexity"][str(text_file)]["bos"] = True
-    path.write_text(json.dumps(manifest))
-    assert main(arguments) == 2
-    assert "was not measured as the dense model" in capsys.readouterr().err
-    path.write_text(whole)
-
-
-def test_a_model_is_not_said_to_be_measured_as_an_older_dense_one_was(sweep, text_file, capsys):
-    arguments, out = sweep
-    made = out / "cfsp-0.25"
-    whole = (out / "dense.json").read_text()
     found = json.loads(whole)
-    found["models"][0]["perplexity"][str(text_file)]["bos"] = True
-    (out / "dense.json").write_text(json.dumps(found))
-    shutil.rmtree(made)
+    (found if older else found["models"][0])["perplexity"][str(text_file)]["bos"] = True
+    path.write_text(json.dumps(found))
+    if older is None:
+        shutil.rmtree(out / "cfsp-0.25")  # and made again
     assert main(arguments) == 2
-    assert f"{made} was not measured as the dense model" in capsys.readouterr().err
-    (out / "dense.json").write_text(whole)
+    assert f"{out / 'cfsp-0.25'} was not measured as the dense model" in capsys.readouterr().err
+    path.write_text(whole)
 
 
 def test_loss_rise_is_in_nats():
@@ -280,14 +270,3 @@ def test_parts_are_pruned_as_alone(tiny_checkpoint, text_file, tmp_path):
         )
         assert chosen.kept_channels == expected.kept_channels
         assert chosen.removed_blocks == expected.removed_blocks
-
-
-def test_several_parts_are_refused_before_any_work(tmp_path, monkeypatch, capsys):
-    def never(*_: Any, **__: Any) -> None:
-        raise AssertionError("a model was run")
-
-    monkeypatch.setattr("cfsp.sweep.run.evaluate_models", never)
-    argv = ["sweep", "no-model", "--sparsity", "0.3", "--method", "ffn,blocks", "--eval", "t"]
-    assert main([*argv, "--data", "t", "--out", str(tmp_path / "out")]) == 2
-    assert "several share one target" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())

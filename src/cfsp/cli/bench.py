@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cfsp.architecture.block_names import counted
 from cfsp.cli.options import Parser
@@ -42,10 +42,7 @@ def add_options_to(parser: Parser) -> None:
             metavar="N",
             help=f"{what} (default: {default})",
         )
-    _add_how(parser.add_argument_group("how"))
-
-
-def _add_how(group: Any) -> None:
+    group = parser.add_argument_group("how")
     group.add_argument("--rounds", type=int, metavar="N", default=7, help="(default: 7)")
     group.add_argument("--device", default="cpu", help="cpu, cuda, mps, auto (default: cpu)")
     group.add_argument(
@@ -62,8 +59,7 @@ def run(args: argparse.Namespace) -> Told:
     from cfsp.speed.bench import bench
 
     names = ("batch", "prompt", "new_tokens", "rounds", "device", "dtype")
-    given = {name: getattr(args, name) for name in names}
-    comparison = bench(args.models, **given)
+    comparison = bench(args.models, **{name: getattr(args, name) for name in names})
     return comparison.to_json(), lambda: print_comparison(comparison)
 
 
@@ -86,9 +82,7 @@ def print_comparison(comparison: Comparison) -> None:
         rounds = len(comparison.models[0].speeds[workload]["prefill"].ratios)
         print(
             f"\n{workload.describe()}, {counted(rounds, 'rounds')}; other programs took "
-            f"{comparison.disturbance[workload]:.0%} of the processors, "
-            f"{counted(comparison.rounds_given_up[workload], 'rounds')} given up because they took "
-            "more"
+            f"{comparison.disturbance[workload]:.0%} of the processors"
         )
         _print_workload(comparison, workload)
         if comparison.models[0].speeds[workload]["decode"].too_busy:

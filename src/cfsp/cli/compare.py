@@ -6,9 +6,9 @@ cfsp compare a.json b.json --against dense.json
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cfsp.architecture.block_names import counted
 from cfsp.cli.options import Parser
@@ -16,15 +16,19 @@ from cfsp.cli.output import Told, estimate, print_table
 from cfsp.errors import UsageError
 
 if TYPE_CHECKING:
-    from cfsp.quality.compare import Comparison, Pair, TaskPair
     from cfsp.quality.results_file import MeasuredModel
 
-
-_KEPT = "answers as the dense model's, %"
-# What of answers is compared: its words, its name, digits and factor.
-_ANSWERS: tuple[tuple[str, str, int, float], ...] = (
+# A measure: its words, its name, digits and factor.
+Measure = tuple[str, str, int, float]
+_KEPT: Measure = ("answers as the dense model's, %", "kept", 1, 100)
+_LOSS: Measure = ("loss, nats", "loss", 4, 1)
+_OF_PREDICTIONS: tuple[Measure, ...] = (
     ("KL per token, nats", "divergence", 4, 1),
     ("top-1 agreement, %", "agreed", 2, 100),
+)
+_OF_TEXTS = (_LOSS, *_OF_PREDICTIONS)
+_OF_ANSWERS: tuple[Measure, ...] = (
+    *_OF_PREDICTIONS,
     ("stop, %", "stops", 1, 100),
     ("loop, %", "loops", 1, 100),
     ("first tokens alike", "alike", 1, 1),
@@ -73,7 +77,7 @@ def run(args: argparse.Namespace) -> Told:
         known = against or "no dense model that is known"
         print(f"against {known}; differences are second - first, with their standard errors")
 
-    return {"against": against, "pairs": [each.to_json() for each in found]}, say
+    return {"against": against, "pairs": found}, say
 
 
 def _dense(models: Sequence[MeasuredModel], against: str | None) -> MeasuredModel | None:
@@ -100,57 +104,43 @@ def _named(models: Sequence[MeasuredModel], name: str, flag: str) -> MeasuredMod
     raise UsageError(f"{flag}: expected a model of the files ({known}), found {name!r}")
 
 
-def _print(found: Comparison) -> None:
+def _print(found: dict[str, Any]) -> None:
     """Print a group of lines for each text and task, narrow enough for any terminal."""
     from cfsp.result.names import short_names
 
-    print(f"first: {found.first}\nsecond: {found.second}\n")
-    names, rows = short_names(found.texts), []
-    for text, pair in found.texts.items():
-        rows += _rows(
-            f"{names[text]}, {counted(pair.windows, 'windows')}",
-            ("loss, nats", pair.loss, 4, 1),
-            ("KL per token, nats", pair.divergence, 4, 1),
-            ("top-1 agreement, %", pair.agreed, 2, 100),
-        )
-    for name, task in found.tasks.items():
-        rows += _rows(
-            f"{name}, {counted(task.documents, 'documents')}",
-            (f"{task.metric}, %", task.accuracy, 1, 100),
-            (_KEPT, task.kept, 1, 100),
-            ("loss, nats", task.loss, 4, 1),
-        )
-    if found.accuracy is not None:
-        title = f"mean of {counted(len(found.tasks) - len(found.left_out), 'tasks')}"
-        rows += _rows(title, ("accuracy, %", found.accuracy, 1, 100), (_KEPT, found.kept, 1, 100))
-    if found.answers:
-        rows += _rows(
-            f"answers to {counted(found.questions, 'questions')}",
-            *((words, found.answers[name], digits, by) for words, name, digits, by in _ANSWERS),
-        )
+    print(f"first: {found['first']}\nsecond: {found['second']}\n")
+    names, rows = short_names(found["texts"]), []
+    for text, pairs in found["texts"].items():
+        rows += _rows(f"{names[text]}, {counted(pairs['windows'], 'windows')}", pairs, _OF_TEXTS)
+    for name, pairs in found["tasks"].items():
+        accuracy = (f"{pairs['metric']}, %", "accuracy", 1, 100)
+        title = f"{name}, {counted(pairs['documents'], 'documents')}"
+        rows += _rows(title, pairs, (accuracy, _KEPT, _LOSS))
+    if found["accuracy"] is not None:
+        title = f"mean of {counted(len(found['tasks']) - len(found['left_out']), 'tasks')}"
+        rows += _rows(title, found, (("accuracy, %", "accuracy", 1, 100), _KEPT))
+    if found["answers"]:
+        title = f"answers to {counted(found['questions'], 'questions')}"
+        rows += _rows(title, found["answers"], _OF_ANSWERS)
     print_table(("", "first", "second", "difference"), rows)
-    for name in found.left_out:
-        print(_why_left_out(name, found.tasks[name]))
+    for name in found["left_out"]:
+        task = found["tasks"][name]
+        print(
+            f"\n{name} is left out of the mean: the dense model "
+            f"({estimate(task['dense'], 1, 100)}) is not better than a guess "
+            f"({100 * task['chance']:.1f})"
+        )
 
 
-def _rows(title: str, *measures: tuple[str, Pair | None, int, float]) -> list[tuple[str, ...]]:
-    """Return a title, and a row for each measure there is: its name, pair, digits and factor."""
+def _rows(title: str, pairs: dict[str, Any], measures: Iterable[Measure]) -> list[tuple[str, ...]]:
+    """Return a title, and a row for each measure there is."""
     lines = [
         (
-            f"  {name}",
-            *(f"{factor * each.value:.{digits}f}" for each in (pair.first, pair.second)),
-            estimate(pair.difference.to_json(), digits, factor),
+            f"  {words}",
+            *(f"{factor * pair[side]['value']:.{digits}f}" for side in ("first", "second")),
+            estimate(pair["difference"], digits, factor),
         )
-        for name, pair, digits, factor in measures
-        if pair is not None
+        for words, name, digits, factor in measures
+        if (pair := pairs[name]) is not None
     ]
     return [(title, "", "", ""), *lines]
-
-
-def _why_left_out(task: str, pair: TaskPair) -> str:
-    assert pair.dense is not None
-    dense = estimate(pair.dense.to_json(), 1, 100)
-    return (
-        f"\n{task} is left out of the mean: the dense model ({dense}) is not better than a "
-        f"guess ({100 * pair.chance:.1f})"
-    )

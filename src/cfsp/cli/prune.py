@@ -44,7 +44,7 @@ from cfsp.settings import (
 
 if TYPE_CHECKING:
     from cfsp.pruning_cost import PruningCost
-    from cfsp.recovery.recover import RecoverReport
+    from cfsp.recovery.trainer import RecoverReport
     from cfsp.result.prune_report import PruneReport
 
 log = logging.getLogger(__name__)

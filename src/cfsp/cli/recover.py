@@ -20,7 +20,7 @@ from cfsp.recovery.settings import Adaptation, Limit, Training
 from cfsp.settings import Compute, EvaluationText, options_of
 
 if TYPE_CHECKING:
-    from cfsp.recovery.recover import RecoverReport
+    from cfsp.recovery.trainer import RecoverReport
 
 
 def add_options_to(parser: Parser) -> None:

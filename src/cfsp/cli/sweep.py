@@ -53,11 +53,6 @@ def add_options_to(parser: Parser) -> None:
     measured = parser.add_argument_group("measuring")
     add_options(parser, measured, EvaluationText)
     measured.add_argument(
-        "--agreement",
-        action="store_true",
-        help="KL to the dense model and top-1 agreement, on the same texts",
-    )
-    measured.add_argument(
         "--answers", type=int, metavar="N", help="ask N questions, beside the dense model, as eval"
     )
     measured.add_argument(
@@ -79,8 +74,7 @@ def run(args: argparse.Namespace) -> Told:
 
     check_texts(settings.data, settings.eval)
 
-    from cfsp.sweep.run import run_sweep
-    from cfsp.sweep.table import tables, write_tables
+    from cfsp.sweep.run import run_sweep, tables, write_tables
 
     rows = run_sweep(
         settings,

@@ -24,7 +24,7 @@ import torch
 from cfsp.checkpoint.text_config import longest_input_of
 from cfsp.errors import TextError, UsageError
 from cfsp.progress import item_progress
-from cfsp.quality.paired import per_count
+from cfsp.quality.paired import as_json, per_count
 from cfsp.quality.perplexity import WindowSums, divergence_and_agreement
 from cfsp.quality.results_file import answer_measures
 from cfsp.streaming.decoder_end import text_model
@@ -247,5 +247,5 @@ def answers_result(
         "agreed": sums.get("agreed", predicted),
         "documents": documents,
     }
-    summary = {name: per_count(*each).to_json() for name, each in answer_measures(found).items()}
-    return {**found, "summary": summary}
+    summary = {name: per_count(*each) for name, each in answer_measures(found).items()}
+    return {**found, "summary": as_json(summary)}

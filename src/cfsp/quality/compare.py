@@ -7,148 +7,109 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from operator import eq
 from typing import Any
 
 from cfsp.errors import ReportError
 from cfsp.quality.paired import (
     Estimate,
+    as_json,
     difference,
     geometric_mean,
     mean,
     mean_of_tasks,
     per_count,
-    rounded,
 )
 from cfsp.quality.results_file import MeasuredModel, Measures, answer_measures, hashes
 from cfsp.quality.tasks.harness import ScoredDocument, losses_of
+
+# A measure of two models on the same windows or documents: of the `first`, of the `second`, and the
+# mean of the differences, `difference`.
+Pair = dict[str, Estimate]
 
 # A model whose accuracy is less than so many standard errors above a guess may be guessing.
 _ERRORS_ABOVE_CHANCE = 2.0
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A measure of two models on the same windows or documents."""
-
-    first: Estimate
-    second: Estimate
-    difference: Estimate  # the mean of the differences
-
-
-@dataclass(frozen=True)
-class TextPair:
-    """Two models on one text; what needs a dense model is None without one."""
-
-    windows: int
-    loss: Pair  # negative log-likelihood per token in nats
-    divergence: Pair | None = None  # KL(dense || model) per token in nats
-    # Top-1 agreement: share of tokens whose most likely one is the dense one's.
-    agreed: Pair | None = None
-
-
-@dataclass(frozen=True)
-class TaskPair:
-    """Two models on one task, by one metric; what needs a dense model is None without one."""
-
-    metric: str  # `acc_norm` where the task has it, else `acc`
-    documents: int
-    dense: Estimate | None  # the dense model's accuracy
-    chance: float  # the accuracy of a guess
-    is_above_chance: bool | None  # whether the dense model is better than that
-    accuracy: Pair
-    # Share of answers that are the dense model's, where one of several is picked.
-    kept: Pair | None = None
-    loss: Pair | None = None  # of a free continuation, in nats; None of other tasks
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two models compared; means are over the tasks on which the dense model beats a guess."""
-
-    first: str
-    second: str
-    texts: dict[str, TextPair]
-    tasks: dict[str, TaskPair]
-    left_out: list[str]  # the tasks on which the dense model is not better than a guess
-    accuracy: Pair | None
-    kept: Pair | None
-    questions: int  # how many both were asked
-    answers: dict[str, Pair]  # how theirs differ, by measure (see `answer_measures`)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return everything as JSON types, rounded."""
-        return asdict(self, dict_factory=rounded)
-
-
-def compare(first: MeasuredModel, second: MeasuredModel, dense: MeasuredModel | None) -> Comparison:
+def compare(
+    first: MeasuredModel, second: MeasuredModel, dense: MeasuredModel | None
+) -> dict[str, Any]:
     """Compare two models on the texts, tasks and questions that both were measured on.
 
     The dense model may be one of them. Other windows or documents are refused.
+
+    Returns:
+        As JSON types: the names of the `first` and the `second`; `texts` and `tasks` by name, see
+        below; `left_out`, the tasks on which the dense model is not better than a guess; of the
+        others the mean `accuracy` and `kept`; how many `questions` both were asked, and by measure
+        how their `answers` differ (see `answer_measures`). Each measure is a pair: `first`,
+        `second` and their `difference`, each a `value` with its `stderr`; None where it is not
+        known, as without the dense model what compares with it.
+
+        Of a text how many `windows`, `loss` and `divergence` (KL from the dense model) per token in
+        nats, `agreed` (top-1 agreement). Of a task its `metric` (`acc_norm` where it has it, else
+        `acc`), how many `documents`, the accuracy of the `dense` model and of a guess (`chance`),
+        whether the former `is_above_chance`, `accuracy`, `kept` (share of answers that are the
+        dense model's, where one of several is picked), and of a free continuation `loss` in nats.
     """
     texts = {
-        text: _text_pair(text, first, second, dense)
+        text: _of_texts(text, first, second, dense)
         for text in first.windows
         if text in second.windows
     }
     tasks = {
-        task: _task_pair(task, first, second, dense)
+        task: _of_tasks(task, first, second, dense)
         for task in first.documents
         if task in second.documents
     }
-    answers = _answer_pairs(first, second) if first.answers and second.answers else {}
+    answers = _of_answers(first, second) if first.answers and second.answers else {}
     if not (texts or tasks or answers):
         raise ReportError(
             f"{first.name} and {second.name} have no text and no task in common, and no answers; "
             "measure both with the same --data or --tasks, or --answers"
         )
-    left_out = [task for task, pair in tasks.items() if pair.is_above_chance is False]
-    counted = [pair for task, pair in tasks.items() if task not in left_out]
-    return Comparison(
-        first.name,
-        second.name,
-        texts,
-        tasks,
-        left_out,
-        _mean([pair.accuracy for pair in counted]),
-        _mean([pair.kept for pair in counted if pair.kept is not None]),
-        len(first.answers["documents"]) if answers else 0,
-        answers,
+    left_out = [task for task, found in tasks.items() if found["is_above_chance"] is False]
+    counted = [found for task, found in tasks.items() if task not in left_out]
+    return as_json(
+        {
+            "first": first.name,
+            "second": second.name,
+            "texts": texts,
+            "tasks": tasks,
+            "left_out": left_out,
+            **{name: _mean([each[name] for each in counted]) for name in ("accuracy", "kept")},
+            "questions": len(first.answers["documents"]) if answers else 0,
+            "answers": answers,
+        }
     )
 
 
 def agreement_of(dense: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
     """Return how far a model is from the dense one, by text and in sum."""
     by_text: dict[str, Any] = {}
-    ratios: dict[str, float] = {}
     for text, sums in model["windows"].items():
         counts = sums["predicted"]
         rise = per_count(difference(dense["windows"][text]["loss"], sums["loss"]), counts)
-        ratios[text] = math.exp(min(rise.value, 700.0))
         by_text[text] = {
-            "perplexity_ratio": round(ratios[text], 6),
-            "loss_rise": rise.to_json(),
-            "divergence": per_count(sums["divergence"], counts).to_json(),
-            "agreed": per_count(sums["agreed"], counts).to_json(),
+            "perplexity_ratio": math.exp(min(rise.value, 700.0)),
+            "loss_rise": rise,
+            "divergence": per_count(sums["divergence"], counts),
+            "agreed": per_count(sums["agreed"], counts),
         }
-    found: dict[str, Any] = {
-        "against": dense["model"],
-        "fingerprint": dense["fingerprint"],
-        "texts": by_text,
-    }
-    if ratios:
+    found = {"against": dense["model"], "fingerprint": dense["fingerprint"], "texts": by_text}
+    if by_text:
+        ratios = {text: each["perplexity_ratio"] for text, each in by_text.items()}
         worst = max(ratios, key=lambda text: ratios[text])
         found |= {
-            "perplexity_ratio": round(geometric_mean(list(ratios.values())), 6),
-            "worst": {"text": worst, "perplexity_ratio": round(ratios[worst], 6)},
+            "perplexity_ratio": geometric_mean(list(ratios.values())),
+            "worst": {"text": worst, "perplexity_ratio": ratios[worst]},
         }
-    return found
+    return as_json(found)
 
 
 def comparisons(
     models: Sequence[MeasuredModel], dense: MeasuredModel | None, base: MeasuredModel | None
-) -> list[Comparison]:
+) -> list[dict[str, Any]]:
     """Compare all models with one, or with the dense one and then with the first of the others."""
     if base is not None:
         pairs = [(base, each) for each in models if each is not base]
@@ -165,9 +126,9 @@ def comparisons(
     return [compare(first, second, dense) for first, second in pairs]
 
 
-def _text_pair(
+def _of_texts(
     text: str, first: MeasuredModel, second: MeasuredModel, dense: MeasuredModel | None
-) -> TextPair:
+) -> dict[str, Any]:
     one, other = first.windows[text], second.windows[text]
     if one["digest"] != other["digest"]:
         raise ReportError(
@@ -175,7 +136,8 @@ def _text_pair(
             "tokenizer, --windows, --seqlen or --bos; measure both alike"
         )
     pairs = _pairs(*(_of_text(model, text, dense) for model in (first, second)))
-    return TextPair(len(one["predicted"]), **pairs)
+    none = dict.fromkeys(("loss", "divergence", "agreed"))
+    return {"windows": len(one["predicted"]), **none, **pairs}
 
 
 def _of_text(model: MeasuredModel, text: str, dense: MeasuredModel | None) -> Measures:
@@ -190,28 +152,28 @@ def _of_text(model: MeasuredModel, text: str, dense: MeasuredModel | None) -> Me
     return found
 
 
-def _task_pair(
+def _of_tasks(
     task: str, first: MeasuredModel, second: MeasuredModel, dense: MeasuredModel | None
-) -> TaskPair:
+) -> dict[str, Any]:
     of_dense = None if dense is None else dense.documents.get(task)
     one, other = first.documents[task], second.documents[task]
     metric = "acc_norm" if all("acc_norm" in each for each in one) else "acc"
     for model in (second, dense):
         if model is not None and task in model.documents:
             _check_same_documents(task, metric, first, model)
-    accuracy_of_dense = is_above = None
+    is_above = None
     if of_dense is not None:
-        accuracy_of_dense = mean([each[metric] for each in of_dense])
         above = mean([each[metric] - each["chance"] for each in of_dense])
         is_above = above.value > _ERRORS_ABOVE_CHANCE * (above.stderr or 0.0)
-    return TaskPair(
-        metric,
-        len(one),
-        accuracy_of_dense,
-        mean([each["chance"] for each in one]).value,
-        is_above,
+    return {
+        "metric": metric,
+        "documents": len(one),
+        "dense": None if of_dense is None else mean([each[metric] for each in of_dense]),
+        "chance": mean([each["chance"] for each in one]).value,
+        "is_above_chance": is_above,
+        **dict.fromkeys(("accuracy", "kept", "loss")),
         **_pairs(*(_of_task(each, metric, of_dense) for each in (one, other))),
-    )
+    }
 
 
 def _of_task(
@@ -231,7 +193,7 @@ def _of_task(
     return {name: (values, [1] * len(documents)) for name, values in found.items()}
 
 
-def _answer_pairs(first: MeasuredModel, second: MeasuredModel) -> dict[str, Pair]:
+def _of_answers(first: MeasuredModel, second: MeasuredModel) -> dict[str, Pair]:
     one, other = first.answers, second.answers
     if one["digest"] != other["digest"]:
         raise ReportError(
@@ -247,11 +209,11 @@ def _pairs(first: Measures, second: Measures) -> dict[str, Pair]:
     Sums are over as many tokens in both.
     """
     return {
-        name: Pair(
-            per_count(sums, counts),
-            per_count(second[name][0], counts),
-            per_count(difference(sums, second[name][0]), counts),
-        )
+        name: {
+            "first": per_count(sums, counts),
+            "second": per_count(second[name][0], counts),
+            "difference": per_count(difference(sums, second[name][0]), counts),
+        }
         for name, (sums, counts) in first.items()
         if name in second
     }
@@ -284,8 +246,10 @@ def _check_same_documents(
         )
 
 
-def _mean(pairs: Sequence[Pair]) -> Pair | None:
-    if not pairs:
-        return None
+def _mean(pairs: Sequence[Pair | None]) -> Pair | None:
+    """Return the mean over tasks that have the measure; None without any."""
+    known = [pair for pair in pairs if pair is not None]
     sides = ("first", "second", "difference")
-    return Pair(*(mean_of_tasks([getattr(pair, side) for pair in pairs]) for side in sides))
+    return (
+        {side: mean_of_tasks([pair[side] for pair in known]) for side in sides} if known else None
+    )

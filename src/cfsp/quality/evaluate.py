@@ -28,11 +28,10 @@ from cfsp.quality.perplexity import (
 )
 from cfsp.quality.results_file import measured_into
 from cfsp.settings import DEFAULT_SEQLEN, Compute, EvaluationText
-from cfsp.streaming.decoder_end import Head
 from cfsp.streaming.hidden_states import HiddenStates
 from cfsp.streaming.memory import hidden_budget
 from cfsp.streaming.runtime import Runtime, check_fits, check_same_work, runtime_of, versions
-from cfsp.streaming.work_dir import WorkDir, load_or_compute, output_work_dir, temporary_work_dir
+from cfsp.streaming.work_dir import WorkDir, load_or_compute, temporary_work_dir
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.sources import check_texts, name_of
 from cfsp.text.tokenizers import load_tokenizer
@@ -103,7 +102,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class _Asked:
-    """What models are asked, and what keeps the results of a killed run."""
+    """What models are asked, and by whom."""
 
     compute: Compute
     tasks: TaskRunner | None
@@ -111,7 +110,6 @@ class _Asked:
     compares: bool  # the first model is the dense one
     dense: Dense | None
     team: Team
-    work_dir: WorkDir | None = None
 
     @property
     def known(self) -> list[dict[str, Any]]:
@@ -145,19 +143,15 @@ def evaluate_models(
         text (see `perplexity_of`), `windows` by text (their digest, predicted tokens and
         `WindowSums`), `agreement` of all but the dense model, with tasks `tasks` and `documents`
         (see `TaskRunner.score`), and with questions `answers` (see `answers_result`).
-
-    Raises:
-        CfspError: anything that a user can cause, mostly before the first forward pass.
     """
     team = team or Team()
     if questions is not None and against is None:
         raise UsageError("answers are compared with those of the dense model; add --against DENSE")
     check_texts(evaluation=texts.names)  # before a model is downloaded or converted
     dense = against if isinstance(against, Dense) else None
-    first = [] if dense is None else [dense.source]
     if isinstance(against, str | Path):
         names = [against, *(name for name in names if str(name) != str(against))]
-    sources = [*first, *(open_checkpoint(name) for name in names)]
+    sources = [*([dense.source] if dense else []), *(open_checkpoint(name) for name in names)]
     length = min(_window_length(texts, source) for source in sources)
     texts = replace(texts, seqlen=length)
     models = [_Model.of(source, texts, questions, compute) for source in sources]
@@ -172,31 +166,26 @@ def evaluate_models(
     asked = _Asked(compute, tasks, questions, against is not None, dense, team)
     identity = _identity(models, asked)
     check_same_work(team, sources, {"text": json.dumps(identity["texts"])})
+    measure = partial(_measure, models, asked)
     if out is None:
-        found = _measure(models, asked)
+        found = measure(None)
     else:
-        beside = partial(output_work_dir, out, identity, compute.memory_budget, team)
-
-        def measure() -> dict[str, Any]:
-            with beside() as work_dir:
-                return _measure(models, replace(asked, work_dir=work_dir))
-
-        found = measured_into(out, identity, measure, team)
+        found = measured_into(out, identity, measure, compute.memory_budget, team)
     results: list[dict[str, Any]] = found["models"]
     return results
 
 
-def _measure(models: Sequence[_Model], asked: _Asked) -> dict[str, Any]:
+def _measure(models: Sequence[_Model], asked: _Asked, work_dir: WorkDir | None) -> dict[str, Any]:
     """Return what the file of results has of models, and of tasks if there are any."""
-    tasks, questions, work_dir = asked.tasks, asked.questions, asked.work_dir
-    known, new = asked.known, models[len(asked.known) :]
+    tasks, questions, known = asked.tasks, asked.questions, asked.known
+    new = models[len(known) :]
     if tasks is not None or questions is not None:
         what = "answering questions" if tasks is None else "scoring tasks"
         for model in new:
             check_fits(model.source, model.runtime, what)
     if tasks is not None:
         tasks.read_data()
-    sums = {text: _measure_text(models, text, asked) for text in models[0].windows}
+    sums = {text: _measure_text(models, text, asked, work_dir) for text in models[0].windows}
     results = known + [
         model.result({text: of_models[number] for text, of_models in sums.items()})
         for number, model in enumerate(new)
@@ -211,13 +200,12 @@ def _measure(models: Sequence[_Model], asked: _Asked) -> dict[str, Any]:
             results[number].update(tasks.scores_of(whole, f"task-{number}", work_dir))
         if questions is not None:
             name, label = f"answers-{number}", f"{model.source.label} answers"
-            own = answers_of(model.prompts, whole, work_dir, name, label)
-            answers.append(own)
+            answers.append(answers_of(model.prompts, whole, work_dir, name, label))
         del whole
     if questions is not None:
         windows = windows_of(models[0].prompts, answers[0])
         reading = [replace(model, windows={"answers": windows}) for model in models]
-        of_models = _measure_text(reading, "answers", asked)
+        of_models = _measure_text(reading, "answers", asked, work_dir)
         for number, its in enumerate(of_models, start=len(known)):
             results[number]["answers"] = answers_result(
                 questions, windows, its, answers[number], answers[0]
@@ -225,30 +213,32 @@ def _measure(models: Sequence[_Model], asked: _Asked) -> dict[str, Any]:
     return {"models": results} | ({} if tasks is None else {"tasks": tasks.conditions()})
 
 
-def _measure_text(models: Sequence[_Model], text: str, asked: _Asked) -> list[WindowSums]:
+def _measure_text(
+    models: Sequence[_Model], text: str, asked: _Asked, work_dir: WorkDir | None
+) -> list[WindowSums]:
     """Return the sums on one text of every model that is not known, in parts by process.
 
     What leaves the last block of the dense model, the first, stays until the others have passed.
     """
     compares, budget = asked.compares, hidden_budget(asked.compute.memory_budget)
+    first = models[0]
     with temporary_work_dir(budget // 2 if compares else budget) as place:
         passes = replace(place, team=asked.team)
-        dense = asked.dense or Dense(models[0].source, {}, passes)
+        dense = asked.dense or Dense(first.source, {}, passes)
 
         def stream(number: int) -> WindowSums:
             model, end = models[number], None
-            runtime, windows = model.runtime, model.windows[text]
+            windows = model.windows[text]
             is_dense = compares and number == 0
             if compares and not is_dense:
                 if windows.digest not in dense.hidden:  # an earlier run had its sums already
                     stream(0)
                 if windows.digest in dense.hidden:  # else this process has no windows
-                    head = Head(models[0].source, models[0].runtime.device, models[0].runtime.dtype)
-                    end = DenseEnd(head, dense.hidden[windows.digest], models[0].runtime.device)
+                    end = DenseEnd(first.source, first.runtime, dense.hidden[windows.digest])
             return streamed_sums(
                 model.source,
                 windows,
-                runtime,
+                model.runtime,
                 dense.passes if is_dense else passes,
                 f"{model.source.label} on {text}",
                 dense=end,
@@ -257,8 +247,8 @@ def _measure_text(models: Sequence[_Model], text: str, asked: _Asked) -> list[Wi
 
         found = []
         for number in range(len(asked.known), len(models)):
-            name = f"text-{models[0].windows[text].digest[:16]}-{number}"
-            own = load_or_compute(asked.work_dir, name, partial(stream, number))
+            name = f"text-{first.windows[text].digest[:16]}-{number}"
+            own = load_or_compute(work_dir, name, partial(stream, number))
             found.append(joined_sums(asked.team.gather(own)))
         return found
 
@@ -278,7 +268,7 @@ def evaluation_windows(texts: EvaluationText, source: Checkpoint) -> dict[str, W
     return found
 
 
-def perplexities(
+def perplexity_by_text(
     source: WeightSource,
     windows: Mapping[str, Windows],
     compute: Compute,

@@ -7,7 +7,7 @@ window by window, or document by document, before its standard error is.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -20,19 +20,17 @@ class Estimate:
     value: float
     stderr: float | None  # None of a single window or document
 
-    def to_json(self) -> dict[str, Any]:
-        """Return both, rounded."""
-        return rounded(vars(self).items())
 
-    def times(self, factor: float) -> Estimate:
-        """Return it in another unit, such as percent."""
-        error = None if self.stderr is None else abs(factor) * self.stderr
-        return Estimate(factor * self.value, error)
+def as_json(found: dict[str, Any]) -> dict[str, Any]:
+    """Return values by name as JSON types, rounded; an estimate is a `value` with its `stderr`."""
 
+    def plain(each: Any) -> Any:
+        each = vars(each) if isinstance(each, Estimate) else each
+        if isinstance(each, dict):
+            return as_json(each)
+        return round(each, 6) if isinstance(each, float) else each
 
-def rounded(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the fields of a value as JSON types."""
-    return {name: round(each, 6) if isinstance(each, float) else each for name, each in fields}
+    return {name: plain(each) for name, each in found.items()}
 
 
 def mean(values: Sequence[float]) -> Estimate:

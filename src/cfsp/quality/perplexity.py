@@ -132,19 +132,18 @@ def loss_in_memory(model: PreTrainedModel, windows: Windows, label: str = "eval"
     return mean_loss(loss, windows, label)
 
 
-@dataclass(frozen=True)
 class DenseEnd:
-    """What the dense model predicts on the windows of a text."""
+    """What the dense model predicts on the windows of a text, by what leaves its last block."""
 
-    head: Head
-    hidden: HiddenStates  # what leaves its last block, of all windows
-    device: torch.device  # of the head
+    def __init__(self, source: WeightSource, runtime: Runtime, hidden: HiddenStates) -> None:
+        self.head = Head(source, runtime.device, runtime.dtype)
+        self._hidden, self._device = hidden, runtime.device
 
     def hidden_of(self, window: int) -> Tensor:
         """Return the hidden states of one window, TD."""
         batch = slice(window, window + 1)
-        hidden_TD = self.hidden.read(batch)[0].clone().to(self.device)
-        self.hidden.forget(batch)
+        hidden_TD = self._hidden.read(batch)[0].clone().to(self._device)
+        self._hidden.forget(batch)
         return hidden_TD
 
 
@@ -197,35 +196,33 @@ def streamed_sums(
     return found
 
 
+@dataclass(eq=False)
 class _AtEnd(Visitor[WindowSums | None]):
     """Lets windows pass; gives what is measured of them when they leave the last block."""
 
-    def __init__(
-        self,
-        name: str,
-        label: str,
-        source: WeightSource,
-        windows: Windows,
-        runtime: Runtime,
-        dense: DenseEnd | None,
-        on_end: Callable[[HiddenStates], None] | None,
-    ) -> None:
-        super().__init__(name, label)
-        self._source, self._windows, self._runtime = source, windows, runtime
-        self._dense, self._on_end = dense, on_end
+    name: str
+    label: str
+    source: WeightSource
+    windows: Windows
+    runtime: Runtime
+    dense: DenseEnd | None
+    on_end: Callable[[HiddenStates], None] | None
+
+    def __post_init__(self) -> None:
         # How many passes of a token through a block one through the head is worth.
-        blocks = parameters_within(source, f"{source.architecture.blocks}.")
-        of_head = vocabulary_of(source.config) * text_config_of(source.config).hidden_size
-        of_block = blocks / source.architecture.block_count
-        self._head_tokens = float(of_head / of_block) * (1 if dense is None else 2)
-        self.more_tokens = int(self._head_tokens * int(windows.scored_N.sum()))
+        source, config = self.source, self.source.config
+        of_blocks = parameters_within(source, f"{source.architecture.blocks}.")
+        of_head = vocabulary_of(config) * text_config_of(config).hidden_size
+        heads = 1 if self.dense is None else 2
+        self._head_tokens = heads * of_head * source.architecture.block_count / of_blocks
+        self.more_tokens = int(self._head_tokens * int(self.windows.scored_N.sum()))
 
     def visit(self, block: StreamedBlock) -> WindowSums | None:
-        if block.index + 1 < self._source.architecture.block_count:
+        if block.index + 1 < self.source.architecture.block_count:
             block.advance()
             return None
-        head = Head(self._source, self._runtime.device, self._runtime.dtype)
-        names = ("loss",) if self._dense is None else ("loss", "divergence", "agreed")
+        head = Head(self.source, self.runtime.device, self.runtime.dtype)
+        names = ("loss",) if self.dense is None else ("loss", "divergence", "agreed")
         sums: WindowSums = {name: [] for name in names}
 
         def add(input_BTD: Tensor, output_BTD: Tensor) -> None:
@@ -236,17 +233,17 @@ class _AtEnd(Visitor[WindowSums | None]):
                     values.append(value)
 
         block.advance(on_hidden=add)
-        if self._on_end is not None:
-            self._on_end(block.hidden)
+        if self.on_end is not None:
+            self.on_end(block.hidden)
         return sums
 
     def _of_window(
         self, window: int, hidden_TD: Tensor, head: Head, block: StreamedBlock
     ) -> tuple[float, float, int]:
-        tokens_T = self._windows.tokens_NT[window].to(hidden_TD.device)
-        padding_N, dense = self._windows.padding_N, self._dense
+        tokens_T = self.windows.tokens_NT[window].to(hidden_TD.device)
+        padding_N, dense = self.windows.padding_N, self.dense
         end = len(tokens_T) - (0 if padding_N is None else int(padding_N[window]))
-        start = end - int(self._windows.scored_N[window])
+        start = end - int(self.windows.scored_N[window])
         dense_TD = None if dense is None else dense.hidden_of(window)
         loss, divergence, agreed = 0.0, 0.0, 0
         size = max(1, LOGITS_AT_ONCE // head.vocabulary)

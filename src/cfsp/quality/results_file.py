@@ -12,7 +12,7 @@ from typing import Any
 from cfsp.checkpoint.output import created_parents, write_atomically
 from cfsp.errors import OutputError, ReportError
 from cfsp.processes import Team
-from cfsp.streaming.work_dir import remove_finished_work
+from cfsp.streaming.work_dir import WorkDir, output_work_dir, remove_finished_work
 
 logger = logging.getLogger(__name__)
 
@@ -21,18 +21,23 @@ Measures = dict[str, tuple[list[float], list[int]]]
 
 
 def measured_into(
-    out: Path, identity: dict[str, Any], measure: Callable[[], dict[str, Any]], team: Team
+    out: Path,
+    identity: dict[str, Any],
+    measure: Callable[[WorkDir], dict[str, Any]],
+    memory_budget: int | None,
+    team: Team,
 ) -> dict[str, Any]:
     """Return results from a file, which the first process writes if it is not there yet.
 
-    The file appears when all is measured. One of another identity, what results depend on as JSON
-    types, is refused.
+    The file appears when all is measured; until then what is finished is in a work directory. One
+    of another identity, what results depend on as JSON types, is refused.
     """
     there = team.from_first(lambda: _read_again(out, identity))
     if there is not None:
         return there
-    with created_parents(out):
-        found = {"identity": identity, **measure()}
+    beside = output_work_dir(out, identity, memory_budget, team)
+    with created_parents(out), beside as work_dir:
+        found = {"identity": identity, **measure(work_dir)}
         team.from_first(lambda: write_atomically(out, (json.dumps(found) + "\n").encode()))
     return found
 

@@ -19,7 +19,6 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
@@ -46,14 +45,6 @@ logger = logging.getLogger(__name__)
 SCALE = 2.0
 
 
-@dataclass(frozen=True)
-class BlockTargets:
-    """What training changes in one block."""
-
-    parameters: tuple[str, ...]  # by full names in the model
-    rank: int | None  # of the adapters; None in full training
-
-
 def check_installed(method: Method) -> None:
     """Check that the libraries that a method trains with are there."""
     needed = ["accelerate", "peft"] if method == "lora" else ["accelerate"]
@@ -61,12 +52,11 @@ def check_installed(method: Method) -> None:
         raise MissingExtraError("LoRA" if method == "lora" else "recovery", "recover")
 
 
-def targets_of(source: Checkpoint, adaptation: Adaptation) -> list[BlockTargets]:
-    """Return what training changes in each block; it is known before a weight is read.
+def trained_parameters(source: Checkpoint, *, is_full: bool) -> list[str]:
+    """Return the full names of what training changes; they are known before a weight is read.
 
     Adapters leave biases as they are, and what may be computed without them.
     """
-    rank_L, is_full = ranks_of(source, adaptation), adaptation.method == "full"
     model, architecture = empty_model(source.config), source.architecture
     found = []
     for index, block in enumerate(blocks_of(model, architecture)):
@@ -80,8 +70,7 @@ def targets_of(source: Checkpoint, adaptation: Adaptation) -> list[BlockTargets]
         else:
             names = [f"{name}.weight" for name in matrices if not _may_be_bypassed(block, name)]
         prefix = architecture.block_prefix(index)
-        unique = tuple(prefix + name for name in dict.fromkeys(names))
-        found.append(BlockTargets(unique, rank_L[index]))
+        found += [prefix + name for name in dict.fromkeys(names)]
     if architecture.has_experts and not is_full:
         logger.info("experts stay as they are, everything else is trained: they have no adapters")
     return found
@@ -210,19 +199,21 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 
 def attach(
-    model: PreTrainedModel, architecture: Architecture, targets: Sequence[BlockTargets]
+    model: PreTrainedModel,
+    architecture: Architecture,
+    names: Sequence[str],
+    rank_L: Sequence[int | None],
 ) -> nn.Module:
-    """Make a model trainable; return what to train: a PEFT model, or the same one without ranks.
+    """Make parameters trainable; return what to train: a PEFT model, or the same without ranks.
 
     Trained tensors are float32 whatever the model is: updates are smaller than bfloat16 resolves.
     The plain model is changed in place.
     """
-    names = [name for block in targets for name in block.parameters]
     model.requires_grad_(False)
     rank_of = {
-        rf"{re.escape(architecture.blocks)}\.{index}\..*": block.rank
-        for index, block in enumerate(targets)
-        if block.rank is not None
+        rf"{re.escape(architecture.blocks)}\.{index}\..*": rank
+        for index, rank in enumerate(rank_L)
+        if rank is not None
     }
     if not rank_of:
         for parameter in map(model.get_parameter, names):
@@ -249,13 +240,10 @@ def attach(
 
 def size_of_weights(model: PreTrainedModel, names: Sequence[str]) -> float:
     """Return the root mean square of the matrices among these parameters."""
-    squares, count = 0.0, 0
-    for name in names:
-        weights = model.get_parameter(name)
-        if weights.ndim > 1:  # biases have sizes of their own
-            squares += float(weights.detach().float().square().sum())
-            count += weights.numel()
-    return math.sqrt(squares / count)
+    # Biases have sizes of their own.
+    matrices = [each.detach() for each in map(model.get_parameter, names) if each.ndim > 1]
+    squares = sum(float(each.float().square().sum()) for each in matrices)
+    return math.sqrt(squares / sum(each.numel() for each in matrices))
 
 
 def merge(model: nn.Module) -> PreTrainedModel:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +23,12 @@ from cfsp.errors import CheckpointError, RecoveryError, UnsupportedModelError, U
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import process_count
 from cfsp.quality.evaluate import evaluation_windows
-from cfsp.recovery.adaptation import BlockTargets, check_installed, targets_of
+from cfsp.recovery.adaptation import check_installed, ranks_of, trained_parameters
 from cfsp.recovery.data import RecoveryText, read_text
 from cfsp.recovery.settings import AUTO_TEACHER, NO_TEACHER, Method, RecoverSettings
 from cfsp.result.manifest import read_manifest
 from cfsp.streaming.runtime import free_bytes
-from cfsp.streaming.work_dir import Stopwatch
+from cfsp.streaming.work_dir import STATE_FILE, Stopwatch, directory_of_process
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
 
@@ -50,12 +53,19 @@ class Prepared:
     watch: Stopwatch
     text: RecoveryText
     windows: dict[str, Windows]  # to measure perplexity on, before and after
-    targets: list[BlockTargets]
+    trained: list[str]  # the parameters that change
+    rank_L: list[int | None]  # of the adapters of each block; None in full training
     teacher: Checkpoint | None
     identity: dict[str, Any]  # what the result depends on, as JSON types
+    started: float  # when its minutes began, in seconds of `time.monotonic()`
+
+    def at_rate(self, rate: float) -> Prepared:
+        """Return the same with a learning rate."""
+        training = replace(self.settings.training, learning_rate=rate)
+        return replace(self, settings=replace(self.settings, training=training))
 
 
-def prepare(source: Checkpoint, out: Path, settings: RecoverSettings) -> Prepared:
+def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: float) -> Prepared:
     """Check all that a user can get wrong, the cheap first, and read the texts."""
     training, watch = settings.training, Stopwatch()
     check_is_outside(out, source.directory)
@@ -71,10 +81,11 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings) -> Prepare
         PruningPlan.load(plan)  # the card needs it: a damaged one is no surprise after training
     tokenizer = load_tokenizer(source.directory)
     check_installed(settings.adaptation.method)  # before a teacher is opened, or downloaded
-    teacher, method = teacher_and_method(settings, source, tokenizer, device)
+    teacher, method = teacher_and_method(settings, source, tokenizer, device, _decided(out))
     check_installed(method)
     settings = replace(settings, adaptation=replace(settings.adaptation, method=method))
-    targets = targets_of(source, settings.adaptation)
+    rank_L = ranks_of(source, settings.adaptation)
+    trained = trained_parameters(source, is_full=method == "full")
     with watch.stage("text"):
         windows = evaluation_windows(settings.evaluation, source)
         text = read_text(settings.data, tokenizer, seqlen=training.seqlen, bos=training.bos)
@@ -94,7 +105,19 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings) -> Prepare
         identity |= {"windows in a step": training.windows_in_step, "batch_windows": 0}
     else:
         identity["processes"] = process_count()
-    return Prepared(source, out, settings, watch, text, windows, targets, teacher, identity)
+    return Prepared(
+        source=source,
+        out=out,
+        settings=settings,
+        watch=watch,
+        text=text,
+        windows=windows,
+        trained=trained,
+        rank_L=rank_L,
+        teacher=teacher,
+        identity=identity,
+        started=started,
+    )
 
 
 def training_bytes(method: Method, parameters: int, parameters_of_teacher: int) -> int:
@@ -116,8 +139,12 @@ def teacher_and_method(
     source: Checkpoint,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
+    decided: Mapping[str, Any],
 ) -> tuple[Checkpoint | None, Method]:
-    """Return who teaches a pruned model, if anybody does, and how it is trained."""
+    """Return who teaches a pruned model, if anybody does, and how it is trained.
+
+    What memory decides stays as a killed run has `decided` it.
+    """
     given, method = settings.teacher, settings.adaptation.method
     teacher, is_alone = None, process_count() == 1
     if given == AUTO_TEACHER:
@@ -129,8 +156,10 @@ def teacher_and_method(
     if method == "auto":
         # Several processes must decide alike, and memory is not.
         is_open = settings.leaves_method_open and is_alone
-        method = (is_open and method_that_fits(*counts, device)) or "lora"
-    if given == AUTO_TEACHER and teacher is not None and is_alone:
+        method = decided.get("method") or (is_open and method_that_fits(*counts, device)) or "lora"
+    if given == AUTO_TEACHER and "teacher" in decided:
+        teacher = teacher if decided["teacher"] is not None else None
+    elif given == AUTO_TEACHER and teacher is not None and is_alone:
         needed, available = training_bytes(method, *counts), free_bytes(device)
         if needed > available:
             _warn_of_no_teacher(
@@ -140,6 +169,16 @@ def teacher_and_method(
             )
             teacher = None
     return teacher, method
+
+
+def _decided(out: Path) -> dict[str, Any]:
+    """Return what a killed run into the same place depends on; nothing if there is none."""
+    for state in sorted(directory_of_process(out).glob(f"*/{STATE_FILE}")):
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            identity = json.loads(state.read_text(encoding="utf-8"))["identity"]
+            if identity["command"] == "recover" and identity["method"] in _BYTES_TO_TRAIN:
+                return {name: identity[name] for name in ("method", "teacher")}
+    return {}
 
 
 def _recorded_teacher(source: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> Checkpoint | None:

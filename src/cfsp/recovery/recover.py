@@ -5,35 +5,47 @@ pruned checkpoint + text -> windows -> ATTACH -> TRAIN -> MERGE -> checkpoint of
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 import time
+from collections.abc import Collection
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from cfsp.architecture.block_names import counted
+from cfsp.checkpoint.config_file import read_plain_fields
 from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import check_output_is_free, created_parents, staged_directory
-from cfsp.checkpoint.reading import Checkpoint
-from cfsp.errors import RecoveryError
-from cfsp.processes import is_first_process, joined, take_own_accelerator
-from cfsp.quality.evaluate import perplexities
-from cfsp.quality.perplexity import before_and_after
-from cfsp.recovery.adaptation import (
-    attach,
-    load_to_train,
-    merge,
-    size_of_weights,
+from cfsp.checkpoint.own_files import (
+    CARD_FILE,
+    CONFIG_FILE,
+    MODELING_FILE,
+    PLAN_FILE,
+    copy_travelling_files,
+    digests_beside_weights,
 )
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.tensor_file import write_shards
+from cfsp.errors import RecoveryError
+from cfsp.planning.plan_file import PruningPlan
+from cfsp.processes import is_first_process, joined, take_own_accelerator
+from cfsp.quality.evaluate import perplexity_by_text
+from cfsp.quality.perplexity import before_and_after
+from cfsp.recovery.adaptation import attach, load_to_train, merge, size_of_weights
 from cfsp.recovery.loss import loss_inside
 from cfsp.recovery.prepare import Prepared, prepare
-from cfsp.recovery.schedule import MARGIN, Schedule
+from cfsp.recovery.schedule import BYTES_PER_SECOND, MARGIN, schedule_of
 from cfsp.recovery.settings import (
     AUTO_TEACHER,
     RELATIVE_RATES,
@@ -43,8 +55,9 @@ from cfsp.recovery.settings import (
     RecoverSettings,
     Training,
 )
-from cfsp.recovery.trainer import TrainingOutcome, shard, train, trained_tensors
-from cfsp.recovery.writing import copy_everything_else, write_record, write_recovered_weights
+from cfsp.recovery.trainer import WHOLE, RecoverReport, shard, train
+from cfsp.result.card import model_card, origin_of
+from cfsp.result.manifest import read_manifest, write_manifest
 from cfsp.settings import (
     DEFAULT_TEXT,
     Compute,
@@ -55,10 +68,9 @@ from cfsp.settings import (
     texts_of,
 )
 from cfsp.streaming.memory import peak_rss_bytes
+from cfsp.streaming.runtime import versions
 from cfsp.streaming.work_dir import (
-    PassState,
     WorkDir,
-    directory_of_process,
     load_or_compute,
     output_work_dir,
     remove_finished_work,
@@ -69,23 +81,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
-# A slow disk writes so much; better is measured as soon as something is written.
-BYTES_PER_SECOND = 200e6
-# Names of places in the work directory.
-_TRAIN, _BEFORE = "train", "before"
-
-
-@dataclass(frozen=True)
-class RecoverReport(TrainingOutcome):
-    """What recovery did. Everything is also in the manifest."""
-
-    trainable_parameters: int  # in all
-    ranks: list[int | None]  # of the adapters in each block; None in full training
-    # Text -> {"before", "after", "tokens", "windows", "seqlen", "bos"}, if it was measured.
-    perplexity: dict[str, dict[str, Any]]
-    seconds: dict[str, float]  # by stage
-    peak_rss_bytes: int  # of the process
-    out: str  # the new checkpoint
 
 
 def recover(
@@ -174,15 +169,15 @@ def recover_checkpoint(
     started = time.monotonic() if started is None else started
     if is_first_process():
         remove_finished_work(out)
-    ready = prepare(source, out, settings)
+    ready = prepare(source, out, settings, started)
     if not is_first_process():
-        return _recover(ready, None, started, command)
+        return _recover(ready, None, command)
     with (
         created_parents(out),
         output_work_dir(out, ready.identity, settings.compute.memory_budget) as work_dir,
     ):
         check_output_is_free(out)  # another run may have been at work meanwhile
-        report = _recover(ready, work_dir, started, command)
+        report = _recover(ready, work_dir, command)
     limit, took = settings.training.limit.minutes, (time.monotonic() - started) / 60
     if limit is not None and took > limit:
         logger.warning(
@@ -192,66 +187,56 @@ def recover_checkpoint(
     return report
 
 
-def _recover(
-    ready: Prepared, work_dir: WorkDir | None, started: float, command: str
-) -> RecoverReport:
+def _recover(ready: Prepared, work_dir: WorkDir | None, command: str) -> RecoverReport:
     """Do the work; only the first process has a work directory, and writes."""
-    settings, watch = ready.settings, ready.watch
-    before: dict[str, Any] = {"seconds": 0.0}
-    if work_dir is not None and ready.windows:
-        with watch.stage("evaluate"):
-            measure = partial(_measured_before, ready, work_dir)
-            before = load_or_compute(work_dir, _BEFORE, measure)
-    adapted, trainable, training, outcome = _train(ready, started, before["seconds"])
-    if not outcome.best_step:
-        raise _nothing_gained(outcome, ready.source)
-
-    def report(perplexity: dict[str, dict[str, Any]]) -> RecoverReport:
-        return RecoverReport(
-            **asdict(outcome),
-            trainable_parameters=trainable,
-            ranks=[block.rank for block in ready.targets],
-            perplexity=perplexity,
-            seconds=dict(watch.seconds),
-            peak_rss_bytes=peak_rss_bytes(),
-            out=str(ready.out),
-        )
-
+    watch, windows = ready.watch, ready.windows
+    before, seconds = ({}, 0.0) if work_dir is None else measured_before(ready, work_dir)
+    adapted, ready, report = _train(ready, seconds)
+    if not report.best_step:
+        raise _nothing_gained(report, ready)
     if work_dir is None:
-        return report({})
+        return report
     with staged_directory(ready.out) as staging:
         with watch.stage("write"):
             merged = merge(adapted)
-            names = [name for block in ready.targets for name in block.parameters]
-            digests = write_recovered_weights(ready.source, merged, names, staging)
+            digests = write_recovered_weights(ready.source, merged, ready.trained, staging)
             copy_everything_else(ready.source, staging)
         del adapted, merged
-        perplexity: dict[str, dict[str, Any]] = {}
-        if ready.windows:
+        if windows:
             with watch.stage("evaluate"):
-                found, compute = Checkpoint(staging, "the recovered model"), settings.compute
-                after = perplexities(found, ready.windows, compute, work_dir, "recovered")
-                perplexity = before_and_after(before["perplexity"], after)
-        done = report(perplexity)
-        ready = replace(ready, settings=replace(settings, training=training))
-        write_record(ready, done, staging, digests, command)
-    return done
+                found, compute = Checkpoint(staging, "the recovered model"), ready.settings.compute
+                after = perplexity_by_text(found, windows, compute, work_dir, "recovered")
+            report = replace(report, perplexity=before_and_after(before, after))
+        seconds_by_stage = dict(watch.seconds)
+        report = replace(report, seconds=seconds_by_stage, peak_rss_bytes=peak_rss_bytes())
+        _write_record(ready, report, staging, digests, command)
+    return report
 
 
-def _measured_before(ready: Prepared, work_dir: WorkDir) -> dict[str, Any]:
-    """Return the `perplexity` before training and the `seconds` that it took: it takes them again.
+def measured_before(ready: Prepared, work_dir: WorkDir) -> tuple[dict[str, Any], float]:
+    """Return the perplexities before training and the seconds that they took.
 
-    They are no time to train in.
+    They take them again when all is trained: that is no time to train in. So what a killed run left
+    of a text is measured from its beginning, and timed whole.
     """
-    begin, compute = time.monotonic(), ready.settings.compute
-    found = perplexities(ready.source, ready.windows, compute, work_dir, "pruned")
-    return {"perplexity": found, "seconds": time.monotonic() - begin}
+    found: dict[str, Any] = {}
+    seconds, whole = 0.0, replace(work_dir, identity=None)
+
+    def measure(text: str) -> dict[str, Any]:
+        begin, one = time.monotonic(), {text: ready.windows[text]}
+        with ready.watch.stage("evaluate"):
+            values = perplexity_by_text(ready.source, one, ready.settings.compute, whole, "pruned")
+        return {"perplexity": values, "seconds": time.monotonic() - begin}
+
+    for number, text in enumerate(ready.windows):
+        kept = load_or_compute(work_dir, f"before-{number}", partial(measure, text))
+        found |= kept["perplexity"]
+        seconds += kept["seconds"]
+    return found, seconds
 
 
-def _train(
-    ready: Prepared, started: float, seconds_to_measure: float
-) -> tuple[nn.Module, int, Training, TrainingOutcome]:
-    """Train; return the model, how many parameters are trained, the settings with their rate."""
+def _train(ready: Prepared, seconds_to_measure: float) -> tuple[nn.Module, Prepared, RecoverReport]:
+    """Train; return the model, the settings with the rate it had, and what there is to report."""
     source, settings, watch = ready.source, ready.settings, ready.watch
     device = compute_device(settings.compute.device)
     sharded, nbytes = settings.training.shard, sum(s.nbytes for s in source.specs.values())
@@ -262,85 +247,117 @@ def _train(
 
     model = load(source)
     dense = None if ready.teacher is None else load(ready.teacher)
-    names = [name for block in ready.targets for name in block.parameters]
-    usual = RELATIVE_RATES[settings.adaptation.method] * size_of_weights(model, names)
+    usual = RELATIVE_RATES[settings.adaptation.method] * size_of_weights(model, ready.trained)
     rate = settings.training.learning_rate or float(f"{usual:.3g}")
-    training = replace(settings.training, learning_rate=rate)
-    torch.manual_seed(training.seed)
-    adapted = attach(model, source.architecture, ready.targets)
+    torch.manual_seed(settings.training.seed)
+    adapted = attach(model, source.architecture, ready.trained, ready.rank_L)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     if is_first_process():
-        ranks = sorted({block.rank for block in ready.targets if block.rank is not None})
-        of_rank = (
-            f" of rank {' to '.join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))}"
-            if ranks
-            else ""
-        )
-        logger.info(f"training {trainable:,d} parameters{of_rank} in {len(ready.targets)} blocks")
+        ranks = sorted({rank for rank in ready.rank_L if rank is not None})
+        span = " to ".join(map(str, dict.fromkeys((*ranks[:1], *ranks[-1:]))))
+        of_rank = f" of rank {span}" if span else ""
+        logger.info(f"training {trainable:,d} parameters{of_rank} in {len(ready.rank_L)} blocks")
 
     # What merging, writing and loading again may take, by what loading took.
     later = watch.seconds["load"] + nbytes / BYTES_PER_SECOND + seconds_to_measure
-    schedule = _schedule(ready, training, adapted, started, MARGIN * later)
-    work = PassState(directory_of_process(ready.out) / _TRAIN, ready.identity)
+    schedule = schedule_of(ready, 4 * trainable, MARGIN * later)  # what is trained is in float32
+    ready = ready.at_rate(rate)
     with (
         watch.stage("train"),
         joined(device) if sharded else nullcontext(),
-        loss_inside(model, dense, training.teacher_weight) as loss,
+        loss_inside(model, dense, settings.training.teacher_weight) as loss,
     ):
         if sharded:
             shard(adapted, model, source.architecture, device)
             if ready.teacher is not None and dense is not None:
                 shard(dense, dense, ready.teacher.architecture, device)
-        outcome = train(
-            adapted,
-            ready.text,
-            training,
-            schedule=schedule,
-            loss=loss,
-            work=work,
-        )
-        training = replace(training, learning_rate=schedule.rate_scale * rate)
-        tensors = trained_tensors(adapted) if sharded else {}
+        report = train(adapted, ready, schedule, loss)
+        # Whole, on the CPU of the first process; all must ask.
+        tensors = get_model_state_dict(adapted, options=WHOLE) if sharded else {}
     if tensors:
         # The parts of this process are not all: what was trained goes into the model as it was.
         del adapted, model
-        adapted = attach(load(source), source.architecture, ready.targets)
+        adapted = attach(load(source), source.architecture, ready.trained, ready.rank_L)
         adapted.load_state_dict(tensors, strict=False)
-    return adapted, trainable, training, outcome
+    return adapted, ready.at_rate(schedule.rate_scale * rate), report
 
 
-def _schedule(
-    ready: Prepared, training: Training, adapted: nn.Module, started: float, after_training: float
-) -> Schedule:
-    """Return when to evaluate and to stop; of the minutes some seconds are needed afterwards."""
-    text, limit, has_teacher = ready.text, training.limit, ready.teacher is not None
-    # Backward through frozen weights takes as long as forward, and once more for the gradients of
-    # all weights.
-    trains_all = ready.settings.adaptation.method == "full"
-    forwards = 2.5 + 0.5 * trains_all + has_teacher + training.gradient_checkpointing
-    trained_bytes = sum(p.nbytes for p in adapted.parameters() if p.requires_grad)
-    return Schedule(
-        limit.in_steps(len(text.train), training.windows_in_step),
-        training.evaluations,
-        started,
-        seconds=None if limit.minutes is None else 60 * limit.minutes,
-        # Then the best weights are read again.
-        after_training=after_training + trained_bytes / BYTES_PER_SECOND,
-        evaluation_steps=len(text.held_out)
-        / training.windows_in_step
-        * (1 + has_teacher)
-        / forwards,
-        # The weights and AdamW's two moments.
-        save_seconds=3 * trained_bytes / BYTES_PER_SECOND,
-        follows_loss=trains_all and ready.settings.training.learning_rate is None,
-    )
-
-
-def _nothing_gained(outcome: TrainingOutcome, source: Checkpoint) -> RecoveryError:
-    before, *after = (entry["held_out"] for entry in outcome.history)
+def _nothing_gained(report: RecoverReport, ready: Prepared) -> RecoveryError:
+    before, *after = (entry["held_out"] for entry in report.history)
+    rate = ready.settings.training.learning_rate
     return RecoveryError(
         f"training did not make the loss on held-out text lower ({before:.4f} before, "
-        f"{min(after):.4f} at best in {counted(outcome.steps, 'steps')}), so nothing is written, "
-        f"and {source.label} is the best there is; give it more steps or minutes, other text, or "
-        "another --learning-rate"
+        f"{min(after):.4f} at best in {counted(report.steps, 'steps')}), so nothing is written, "
+        f"and {ready.source.label} is the best there is; give it a lower --learning-rate (it was "
+        f"{rate:.3g}), more steps or minutes, or other text"
     )
+
+
+def write_recovered_weights(
+    source: Checkpoint, model: PreTrainedModel, trained: Collection[str], directory: Path
+) -> dict[str, str]:
+    """Write the trained weights of the model and all others byte for byte; return digests."""
+
+    def value(name: str) -> torch.Tensor:
+        tensor: torch.Tensor = model.get_parameter(name).detach()
+        return tensor.to("cpu", source.parameters[name].dtype)
+
+    changed = {name: source.parameters[name] for name in trained}
+    outgoing = list(source.stored.outgoing(source.chunks, changed, value, source.config))
+    assert {tensor.name for tensor in outgoing} == source.specs.keys()
+    return write_shards(directory, outgoing)
+
+
+def copy_everything_else(source: Checkpoint, directory: Path) -> None:
+    """Copy config, modelling file, plan, tokenizer and the like."""
+    copy_travelling_files(source.directory, directory)
+    for name in (CONFIG_FILE, MODELING_FILE, PLAN_FILE):
+        if (source.directory / name).is_file():
+            shutil.copyfile(source.directory / name, directory / name)
+    if source.quantisation is not None:
+        fields = read_plain_fields(source.directory)
+        (directory / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_record(
+    ready: Prepared,
+    report: RecoverReport,
+    directory: Path,
+    digests: dict[str, str],
+    command: str,
+) -> None:
+    """Write the manifest and the model card: those of the pruned model and how it was recovered."""
+    settings, teacher = ready.settings, ready.teacher
+    libraries = ["accelerate"] if settings.adaptation.method == "full" else ["accelerate", "peft"]
+    now = {
+        "command": command,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {**versions(), **{name: version(name) for name in libraries}},
+    }
+    recovery = {
+        "adaptation": asdict(settings.adaptation),
+        "training": asdict(settings.training),
+        "teacher": teacher and {"name": teacher.label, "weight": settings.training.teacher_weight},
+        "data": {
+            "sources": ready.text.sources,
+            "tokens_digest": ready.text.train.digest,
+            "bos": ready.text.bos,
+        },
+        "device": str(compute_device(settings.compute.device)),
+        "threads": torch.get_num_threads(),
+        **asdict(report),
+    }
+    manifest = read_manifest(ready.source.directory) or {}
+    pruned = {key: manifest[key] for key in (*now, "files", "perplexity") if key in manifest}
+    manifest |= {
+        **now,
+        "operation": "recover",
+        "files": digests | digests_beside_weights(directory),
+        "pruned": pruned,
+        "recovery": recovery,
+    }
+    write_manifest(directory, manifest)
+    path = directory / PLAN_FILE
+    plan = PruningPlan.load(path) if path.is_file() else None
+    card = model_card(manifest, plan, origin_of(ready.source))
+    (directory / CARD_FILE).write_text(card, encoding="utf-8")

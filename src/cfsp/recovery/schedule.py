@@ -18,7 +18,8 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
@@ -26,9 +27,11 @@ from transformers.trainer_callback import ExportableState
 
 from cfsp.architecture.block_names import counted
 from cfsp.errors import RecoveryError, UsageError
-from cfsp.processes import is_first_process
 from cfsp.progress import item_progress
 from cfsp.streaming.work_dir import PassState
+
+if TYPE_CHECKING:
+    from cfsp.recovery.prepare import Prepared
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +40,12 @@ _WARM_UP = 0.05
 _LOWEST_WARM_UP = 0.05
 # Of the time for training; evaluations that would take more are left out.
 _EVALUATIONS_SHARE = 0.25
+# A slow disk writes so much; better is measured as soon as something is written.
+BYTES_PER_SECOND = 200e6
 # Nothing takes the same time twice: so much more time is advised than was predicted.
 MARGIN = 1.15
 # Of the progress bar.
 _PARTS = 1000
-# The first step is slow, and no measure of the others.
-_WARM_STEPS = 2
 
 
 def rate_factor(fraction: float) -> float:
@@ -52,42 +55,33 @@ def rate_factor(fraction: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (fraction - _WARM_UP) / (1 - _WARM_UP)))
 
 
+@dataclass
 class Schedule:
     """What a run does after each of its steps, the same on every process.
 
-    It ends after so many steps or, where there are `seconds`, when these are over: they are for the
-    whole recovery, of which some are needed after training. What an evaluation takes is estimated
-    in steps, what saving takes in seconds. There are so many `evaluations` at most, the one at the
-    end included. By the clock `now` the work of this process `started`.
+    It ends after so many steps or, where there are `seconds`, when these are over.
 
     Where `follows_loss`, the rate falls with the root of the held-out loss before training: the
     less there is to learn the nearer it is. KL grows with the square of the way, and Adam's way is
     the rate's. A loss above 1 leaves the rate as it is.
     """
 
-    def __init__(
-        self,
-        steps: int,
-        evaluations: int,
-        started: float,
-        *,
-        seconds: float | None = None,
-        after_training: float = 0.0,
-        evaluation_steps: float = 1.0,
-        save_seconds: float = 0.0,
-        follows_loss: bool = False,
-    ) -> None:
-        self.now: Callable[[], float] = time.monotonic
-        self.most_steps = steps
-        self.fraction = 0.0  # of the run that is over
-        self.rate_scale = 1.0  # of the peak learning rate
-        # Whether to evaluate and save after the step that was noted last, and to stop.
-        self.evaluates = self.is_over = False
-        self.training_seconds = 0.0  # of the steps that this process saw
-        self._most_evaluations, self._started = evaluations, started
-        self._follows_loss = follows_loss
-        self._seconds, self._after_training = seconds, after_training
-        self._evaluation_steps, self._save_seconds = evaluation_steps, save_seconds
+    most_steps: int
+    most_evaluations: int  # the one at the end included
+    started: float  # when the work of this process began, by the clock `now`
+    seconds: float | None = None  # of the whole recovery
+    after_training: float = 0.0  # of them
+    evaluation_steps: float = 1.0  # that an evaluation takes as long as, estimated
+    save_seconds: float = 0.0
+    follows_loss: bool = False
+    now: Callable[[], float] = field(default_factory=lambda: time.monotonic)
+    fraction: float = 0.0  # of the run that is over
+    rate_scale: float = 1.0  # of the peak learning rate
+    evaluates: bool = False  # and saves, after the step that was noted last
+    is_over: bool = False
+    training_seconds: float = 0.0  # of all steps, without evaluations
+
+    def __post_init__(self) -> None:
         # When training began, what is measured now, and the batches of an evaluation but the first.
         self._begin = self._mark = self._warm = 0.0
         # Of the last few: the first step is slow, and machines change.
@@ -97,26 +91,26 @@ class Schedule:
     @property
     def elapsed(self) -> float:
         """Seconds of work so far, those before an interruption included."""
-        return self.now() - self._started
+        return self.now() - self.started
 
     @property
     def seconds_left(self) -> float:
         """Estimate of the seconds until the end."""
-        if self._seconds is None:
+        if self.seconds is None:
             return self.elapsed * (1 - self.fraction) / max(self.fraction, 1e-6)
-        return max(0.0, self._seconds - self.elapsed)
+        return max(0.0, self.seconds - self.elapsed)
 
     @property
     def progress(self) -> float:
         """Part of the whole work that is over, in [0, 1]."""
-        return self.fraction if self._seconds is None else min(1.0, self.elapsed / self._seconds)
+        return self.fraction if self.seconds is None else min(1.0, self.elapsed / self.seconds)
 
     @property
     def what_fits(self) -> str:
         """How many more steps and evaluations the time is enough for, if that is the limit."""
-        if self._seconds is None or self.is_over:
+        if self.seconds is None or self.is_over:
             return ""
-        left, evaluations = self._left(self._seconds)
+        left, evaluations = self._left()
         left -= (evaluations - 1) * self._seconds_of_evaluation()
         steps = max(1, int(left / self._seconds_of_step()))
         evaluations -= math.floor(self.fraction * evaluations)
@@ -124,13 +118,13 @@ class Schedule:
 
     def go_on_from(self, elapsed: float, fraction: float) -> None:
         """Count what an interrupted run had done: seconds, and the part that was over."""
-        self._started -= elapsed
+        self.started -= elapsed
         self.fraction = fraction
         self._mark = self.elapsed
 
     def begins_at(self, loss: float) -> None:
         """Note the held-out loss before training."""
-        if self._follows_loss:
+        if self.follows_loss:
             self.rate_scale = min(1.0, math.sqrt(loss))
 
     def training_begins(self) -> None:
@@ -142,7 +136,7 @@ class Schedule:
 
         Refuses a time that is too short. The first of several batches is slow, and tells nothing.
         """
-        if self._seconds is None:
+        if self.seconds is None:
             return
         if done == 1 < batches:
             self._warm = self.elapsed
@@ -150,13 +144,13 @@ class Schedule:
         batch = (self.elapsed - self._warm) / max(1, done - 1)
         forward = batches * batch
         self._evaluation_seconds.clear()
-        self._evaluation_seconds.append(forward + self._save_seconds)
-        known = self.elapsed + self._after_training + self._save_seconds
-        expected = (batches - done) * batch + forward / self._evaluation_steps + forward
-        (too_short,) = _from_first_process((float(known + expected > self._seconds),), device)
+        self._evaluation_seconds.append(forward + self.save_seconds)
+        known = self.elapsed + self.after_training + self.save_seconds
+        expected = (batches - done) * batch + forward / self.evaluation_steps + forward
+        (too_short,) = _from_first_process((float(known + expected > self.seconds),), device)
         if too_short:
             raise UsageError(
-                f"{self._seconds / 60:g} minutes are too short for one step of training and its "
+                f"{self.seconds / 60:g} minutes are too short for one step of training and its "
                 "evaluation, with what comes before and after; give "
                 f"{math.ceil(MARGIN * (known + expected) / 60)} or more"
             )
@@ -172,11 +166,11 @@ class Schedule:
         self._step_seconds.append(self._mark - before)
         self.training_seconds += self._mark - before
         fraction = min(1.0, step / self.most_steps)
-        evaluates = _passes_mark(self.fraction, fraction, self._most_evaluations)
+        evaluates = _passes_mark(self.fraction, fraction, self.most_evaluations)
         is_over = fraction >= 1
-        if self._seconds is not None:
+        if self.seconds is not None:
             step_seconds, trained = self._seconds_of_step(), self._mark - self._begin
-            left, evaluations = self._left(self._seconds)
+            left, evaluations = self._left()
             is_over = left < step_seconds
             fraction = 1.0 if is_over else max(self.fraction, trained / (trained + left))
             evaluates = _passes_mark(self.fraction, fraction, evaluations)
@@ -186,26 +180,50 @@ class Schedule:
         assert fraction >= self.fraction
         self.fraction, self.evaluates, self.is_over = fraction, evaluates or is_over, is_over
 
-    def _left(self, seconds: float) -> tuple[float, int]:
+    def _left(self) -> tuple[float, int]:
         """Return the seconds until the last evaluation, and how many there are in the whole run."""
-        left = seconds - self._after_training - self._mark
+        assert self.seconds is not None
+        left = self.seconds - self.after_training - self._mark
         evaluation = self._seconds_of_evaluation()
         worth = int(_EVALUATIONS_SHARE * (self._mark - self._begin + left) / evaluation)
         # The last weights are compared with those from before training.
-        return left - evaluation, max(1, min(self._most_evaluations, worth))
+        return left - evaluation, max(1, min(self.most_evaluations, worth))
 
     def _seconds_of_step(self) -> float:
         """Return what a step takes, measured or, before the first, estimated."""
         if self._step_seconds:
             return max(*self._step_seconds, 1e-6)
-        forward = self._seconds_of_evaluation() - self._save_seconds
-        return max(forward / self._evaluation_steps, 1e-6)
+        forward = self._seconds_of_evaluation() - self.save_seconds
+        return max(forward / self.evaluation_steps, 1e-6)
 
     def _seconds_of_evaluation(self) -> float:
         """Return what evaluating and saving take, measured or, where a run goes on, estimated."""
         if self._evaluation_seconds:
             return max(*self._evaluation_seconds, 1e-6)
-        return self._evaluation_steps * self._seconds_of_step() + self._save_seconds
+        return self.evaluation_steps * self._seconds_of_step() + self.save_seconds
+
+
+def schedule_of(ready: Prepared, trained_bytes: int, after_training: float) -> Schedule:
+    """Return when to evaluate and to stop; of the minutes some seconds are needed afterwards."""
+    text, training, has_teacher = ready.text, ready.settings.training, ready.teacher is not None
+    # Backward through frozen weights takes as long as forward, and once more for the gradients of
+    # all weights.
+    trains_all = ready.settings.adaptation.method == "full"
+    forwards = 2.5 + 0.5 * trains_all + has_teacher + training.gradient_checkpointing
+    minutes = training.limit.minutes
+    steps_to_read_held_out = len(text.held_out) / training.windows_in_step
+    return Schedule(
+        training.limit.in_steps(len(text.train), training.windows_in_step),
+        training.evaluations,
+        ready.started,
+        seconds=None if minutes is None else 60 * minutes,
+        # Then the best weights are read again.
+        after_training=after_training + trained_bytes / BYTES_PER_SECOND,
+        evaluation_steps=steps_to_read_held_out * (1 + has_teacher) / forwards,
+        # The weights and AdamW's two moments.
+        save_seconds=3 * trained_bytes / BYTES_PER_SECOND,
+        follows_loss=trains_all and training.learning_rate is None,
+    )
 
 
 def _passes_mark(before: float, now: float, parts: int) -> bool:
@@ -225,48 +243,53 @@ def _from_first_process(decision: tuple[float, ...], device: torch.device) -> tu
 class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Evaluates, saves and stops when the schedule says so, and shows how far the run is.
 
-    The Trainer saves its `state` with every checkpoint; when one is complete the first process
-    notes it in the work directory, to go on from. A step has so many tokens over all processes.
+    The Trainer saves its `state` with every checkpoint; when one is complete the first process,
+    which alone has `work`, notes it there, to go on from. A step has so many tokens over all
+    processes.
     """
 
-    def __init__(self, schedule: Schedule, tokens_in_step: int, work: PassState) -> None:
+    def __init__(self, schedule: Schedule, tokens_in_step: int, work: PassState | None) -> None:
         # Step, held-out loss, and loss (none before the first step) at each evaluation.
         self.history: list[dict[str, float]] = []
-        self._schedule, self._tokens_in_step, self._work = schedule, tokens_in_step, work
-        self._shown = is_first_process()
+        self.schedule, self._tokens_in_step, self._work = schedule, tokens_in_step, work
         self._bar: Any = None  # while it trains
         self._loss = math.nan
-        self._first_step = self._steps = 0
+        self._steps = 0
         # Of the evaluation before the first step, so far.
         self._batches = 0
 
     @property
     def tokens_per_second(self) -> float:
-        """Rate of training in this process's part of the run, without evaluations."""
-        return self._steps * self._tokens_in_step / max(self._schedule.training_seconds, 1e-6)
+        """Rate of training in the whole run, without evaluations."""
+        return self._steps * self._tokens_in_step / max(self.schedule.training_seconds, 1e-6)
 
     def state(self) -> dict[str, Any]:
         """Return what an interrupted run goes on from."""
-        elapsed, fraction = round(self._schedule.elapsed, 3), self._schedule.fraction
-        return {"elapsed": elapsed, "fraction": fraction, "history": self.history}
+        return {
+            "elapsed": round(self.schedule.elapsed, 3),
+            "training_seconds": round(self.schedule.training_seconds, 3),
+            "fraction": self.schedule.fraction,
+            "history": self.history,
+        }
 
     def take_up(self, state: Any) -> None:
         """Take up an interrupted run, from the state of its Trainer."""
-        saved, self._first_step = saved_pace(state), state.global_step
+        saved, self._steps = saved_pace(state), state.global_step
         # The Trainer sorts what it saves; a run that went on writes what one in one go does.
         order = ("step", "held_out", "loss")
         self.history = [
             {key: entry[key] for key in order if key in entry} for entry in saved["history"]
         ]
-        self._schedule.go_on_from(saved["elapsed"], saved["fraction"])
-        self._schedule.begins_at(self.history[0]["held_out"])
+        self.schedule.training_seconds = saved.get("training_seconds", 0.0)
+        self.schedule.go_on_from(saved["elapsed"], saved["fraction"])
+        self.schedule.begins_at(self.history[0]["held_out"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar."""
-        self._schedule.training_begins()
+        self.schedule.training_begins()
         if state.global_step:
             self.take_up(state)
-        done = round(self._schedule.progress * _PARTS)
+        done = round(self.schedule.progress * _PARTS)
         self._bar = item_progress("recover", _PARTS, "‰", initial=done)
 
     def on_prediction_step(
@@ -275,33 +298,31 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Note how long the evaluation before the first step takes."""
         if not state.global_step:
             self._batches += 1
-            self._schedule.batch_evaluated(self._batches, len(eval_dataloader), args.device)
+            self.schedule.batch_evaluated(self._batches, len(eval_dataloader), args.device)
         self._move_bar()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the time of an evaluation from that of a step."""
-        if self._schedule.evaluates:
-            self._schedule.evaluated()
+        if self.schedule.evaluates:
+            self.schedule.evaluated()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the step, which the Trainer counts later; the learning rate is asked for next."""
-        self._schedule.step_done(state.global_step + 1, args.device)
+        self.schedule.step_done(state.global_step + 1, args.device)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for what is due."""
-        schedule, self._steps = self._schedule, state.global_step - self._first_step
+        schedule, self._steps = self.schedule, state.global_step
         control.should_log |= schedule.evaluates
         control.should_save |= schedule.evaluates
         control.should_evaluate |= schedule.evaluates
         control.should_training_stop |= schedule.is_over
         rate = f"{self._loss_in_words()}{self.tokens_per_second:,.0f} tok/s"
         self._move_bar(f"step {state.global_step}, {rate}")
-        if self._shown and self._steps == _WARM_STEPS and (fits := schedule.what_fits):
-            logger.info(f"after {counted(state.global_step, 'steps')}: {fits} more")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note that there is a checkpoint."""
-        if self._shown:
+        if self._work is not None:
             self._work.commit(state.global_step, None)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -312,7 +333,7 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
         self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
     ) -> None:
         """Say where the run is, and begin to train after the evaluation before the first step."""
-        schedule, loss, step = self._schedule, metrics["eval_loss"], state.global_step
+        schedule, loss, step = self.schedule, metrics["eval_loss"], state.global_step
         if not math.isfinite(loss):
             raise diverged(step + 1, "the held-out loss")
         entry = {"step": step, "held_out": round(loss, 6)}
@@ -324,18 +345,23 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
             # The rate of the first step was set before the loss was known.
             for group in kwargs["optimizer"].param_groups:
                 group["lr"] *= schedule.rate_scale
-        if self._shown:
+        if self._work is not None:
             self._bar.clear()
             # Before the first step only the clock says how much there will be.
             rate = f"learning rate {schedule.rate_scale * args.learning_rate:.3g}"
             pace = ", ".join(filter(None, (rate, schedule.what_fits)))
-            if self._steps:
+            if step:
                 left = int(schedule.seconds_left)
                 pace = f"{self.tokens_per_second:,.0f} tokens/s, {left // 60}:{left % 60:02d} left"
             logger.info(
                 f"step {step}, {schedule.progress:.0%}: {self._loss_in_words()}held-out loss "
                 f"{loss:.4f}, {pace}"
             )
+            if len(self.history) == 2 and loss >= self.history[0]["held_out"]:
+                logger.warning(
+                    "that is no better than before training; if it stays so nothing is written: a "
+                    "lower --learning-rate may do better"
+                )
         if not step:
             schedule.training_begins()
 
@@ -350,7 +376,7 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
     def _move_bar(self, said: str = "") -> None:
         if said:
             self._bar.set_postfix_str(said, refresh=False)
-        self._bar.update(round(self._schedule.progress * _PARTS) - self._bar.n)
+        self._bar.update(round(self.schedule.progress * _PARTS) - self._bar.n)
 
 
 def saved_pace(state: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,28 +37,29 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from cfsp.checkpoint.skeleton import blocks_of
-from cfsp.processes import process_count
+from cfsp.processes import is_first_process, process_count
 from cfsp.progress import without_library_bars
 from cfsp.recovery.loss import IGNORED, ModelLoss
 from cfsp.recovery.schedule import Pace, Schedule, diverged, rate_factor, saved_pace
 from cfsp.recovery.settings import ENDLESS_STEPS, Training
-from cfsp.streaming.work_dir import PassState
+from cfsp.streaming.work_dir import STATE_FILE, PassState, directory_of_process
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
     from cfsp.architecture.found import Architecture
     from cfsp.recovery.data import RecoveryText
+    from cfsp.recovery.prepare import Prepared
 
 _WEIGHTS, _OPTIMIZER = "weights", "optimizer"
 # Frozen weights are those of the model that is recovered.
 _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
-_WHOLE = replace(_TRAINED, full_state_dict=True, cpu_offload=True)
+WHOLE = replace(_TRAINED, full_state_dict=True, cpu_offload=True)
 
 
 @dataclass(frozen=True)
-class TrainingOutcome:
-    """What training did."""
+class RecoverReport:
+    """What recovery did. Everything is also in the manifest."""
 
     steps: int  # of the optimizer, those before an interruption included
     # The step with the lowest held-out loss, whose weights were kept; 0 where none was lower than
@@ -69,6 +70,13 @@ class TrainingOutcome:
     # Step, loss on held-out text (of the same kind) and of training, in nats, at each evaluation,
     # the first before training.
     history: list[dict[str, float]]
+    trainable_parameters: int  # in all
+    ranks: list[int | None]  # of the adapters in each block; None in full training
+    # Text -> {"before", "after", "tokens", "windows", "seqlen", "bos"}, if it was measured.
+    perplexity: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage
+    peak_rss_bytes: int = 0  # of the process
+    out: str = ""  # the new checkpoint
 
 
 class RecoveryTrainer(Trainer):  # type: ignore[misc]
@@ -79,31 +87,23 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         model: nn.Module,
         args: TrainingArguments,
         text: RecoveryText,
-        *,
-        schedule: Schedule,
-        loss: ModelLoss,
         pace: Pace,
+        loss: ModelLoss,
     ) -> None:
-        super().__init__(
-            model,
-            args,
-            train_dataset=text.train,
-            eval_dataset=text.held_out,
-            callbacks=[pace],
-        )
+        data = {"train_dataset": text.train, "eval_dataset": text.held_out}
+        super().__init__(model, args, callbacks=[pace], **data)
         # `Pace` prints instead.
         self.remove_callback(PrinterCallback)
-        self._schedule = schedule
-        self._loss = loss
+        self._pace, self._loss = pace, loss
         self._held_out_labels = float((text.held_out.label_NT != IGNORED).sum(1).float().mean())
 
-    def take_up_finished(self, checkpoint: Path, state: TrainerState, pace: Pace) -> None:
+    def take_up_finished(self, checkpoint: Path, state: TrainerState) -> None:
         """Load the best weights of a run that was stopped after its last step.
 
         The Trainer itself would train for one more step.
         """
         self.state = state
-        pace.take_up(state)
+        self._pace.take_up(state)
         if self.state.best_model_checkpoint is not None:
             self._load_best_model()
         else:
@@ -113,7 +113,7 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> LambdaLR:
         """Return learning rates that follow the schedule."""
-        schedule = self._schedule
+        schedule = self._pace.schedule
         rates = LambdaLR(
             optimizer or self.optimizer,
             lambda step: schedule.rate_scale * rate_factor(schedule.fraction),
@@ -179,11 +179,6 @@ def shard(
     fully_shard(whole, mesh=mesh)
 
 
-def trained_tensors(whole: nn.Module) -> dict[str, Any]:
-    """Return what training changed, whole and on the CPU, to the first process; all must ask."""
-    return get_model_state_dict(whole, options=_WHOLE)
-
-
 class ShardedTrainer(RecoveryTrainer):
     """A trainer of a model that is sharded already; the arguments are those of its base.
 
@@ -221,16 +216,15 @@ class ShardedTrainer(RecoveryTrainer):
         if checkpoint is not None:
             state = self._optimizer_state()
             _exchange(load, state, checkpoint, _OPTIMIZER)
-            set_optimizer_state_dict(self.model, self._plain(), state, options=_TRAINED)
+            set_optimizer_state_dict(self.model, self._plain, state, options=_TRAINED)
 
     def _optimizer_state(self) -> dict[str, Any]:
-        return get_optimizer_state_dict(self.model, self._plain(), options=_TRAINED)
+        return get_optimizer_state_dict(self.model, self._plain, options=_TRAINED)
 
-    def _plain(self) -> torch.optim.Optimizer:
-        """Return the optimizer itself, not accelerate's around it."""
-        optimizer: Any = self.optimizer
-        found: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
-        return found
+    @property
+    def _plain(self) -> Any:
+        """The optimizer itself, not accelerate's around it."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
 
 def _exchange(do: Callable[..., Any], state: dict[str, Any], directory: str, name: str) -> None:
@@ -241,49 +235,40 @@ def _exchange(do: Callable[..., Any], state: dict[str, Any], directory: str, nam
         do(state, checkpoint_id=Path(directory) / name, no_dist=process_count() == 1)
 
 
-def train(
-    adapted: Any,
-    text: RecoveryText,
-    training: Training,
-    *,
-    schedule: Schedule,
-    loss: ModelLoss,
-    work: PassState,
-) -> TrainingOutcome:
-    """Train, and leave the model with the weights of its best evaluation.
+def train(adapted: Any, ready: Prepared, schedule: Schedule, loss: ModelLoss) -> RecoverReport:
+    """Train, and leave the model with the weights of its best evaluation; say what that did.
 
     That is a causal LM, or a PEFT model around it, sharded if that is asked, which was given the
-    loss function. The Trainer's checkpoints are in the directory of `work`; those of a killed run
-    go on.
+    loss function. A killed run goes on from the Trainer's checkpoints in its work directory.
     """
+    directory = directory_of_process(ready.out) / "train"
     # Without a state, what lies there is not complete, and the first process removes it.
-    last = last_checkpoint(work.directory) if work.next_block else None
+    last = last_checkpoint(directory) if (directory / STATE_FILE).is_file() else None
+    # The others make nothing there: the first may not have the lock yet.
+    work = PassState(directory, ready.identity) if is_first_process() else None
+    training, steps = ready.settings.training, schedule.most_steps
     tokens_in_step = training.windows_in_step * training.seqlen
     pace = Pace(schedule, tokens_in_step, work)
     adapted.config.use_cache = False
+    arguments = training_arguments(training, directory, steps, adapted, begins=last is None)
     with without_library_bars():
-        trainer = (ShardedTrainer if training.shard else RecoveryTrainer)(
-            adapted,
-            training_arguments(
-                training, work.directory, schedule.most_steps, adapted, begins=last is None
-            ),
-            text,
-            schedule=schedule,
-            loss=loss,
-            pace=pace,
-        )
+        kind = ShardedTrainer if training.shard else RecoveryTrainer
+        trainer = kind(adapted, arguments, ready.text, pace, loss)
         if last is not None and saved_pace(last[1])["fraction"] >= 1:
-            trainer.take_up_finished(*last, pace)
+            trainer.take_up_finished(*last)
         else:
             trainer.train(resume_from_checkpoint=None if last is None else str(last[0]))
     best_step = trainer.state.best_global_step
     held_out = {entry["step"]: entry["held_out"] for entry in pace.history}
-    return TrainingOutcome(
+    return RecoverReport(
         steps=trainer.state.global_step,
         best_step=best_step if held_out[best_step] < held_out[0] else 0,
         tokens_in_step=tokens_in_step,
         tokens_per_second=round(pace.tokens_per_second, 1),
         history=pace.history,
+        trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+        ranks=ready.rank_L,
+        out=str(ready.out),
     )
 
 
@@ -297,7 +282,7 @@ def training_arguments(
     checkpointing: dict[str, Any] = {}
     if training.gradient_checkpointing:
         # The newer name is there in versions that warn of the older one.
-        known = {field.name for field in fields(TrainingArguments)}
+        known = {each.name for each in fields(TrainingArguments)}
         name = "activation_checkpointing"
         name = name if name in known else "gradient_checkpointing"
         checkpointing = {name: True, f"{name}_kwargs": {"use_reentrant": False}}

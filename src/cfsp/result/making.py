@@ -96,14 +96,13 @@ def _pruning(manifest: Mapping[str, Any]) -> dict[str, str]:
 
 def _recovery(recovery: Mapping[str, Any]) -> dict[str, str]:
     how, training, teacher = (recovery[key] for key in ("adaptation", "training", "teacher"))
-    trained = "all weights of the targeted projections"
+    trained = "all projections"
     if how["method"] != "full":
         equal = how["allocation"] == "uniform"
         ranks = "equal in all blocks" if equal else f"ranks by {how['allocation']}"
         trained = f"{how['method']} of mean rank {how['rank']:g}, {ranks}"
     facts = {
-        "trained": f"{trained}; targets: {how.get('targets', 'all')}; "
-        f"{recovery['trainable_parameters']:,} parameters",
+        "trained": f"{trained}; {recovery['trainable_parameters']:,} parameters",
         "recovery text": f"{texts_in_words(recovery['data'])} of {training['seqlen']} tokens",
         "training": f"{counted(recovery['steps'], 'steps')} of {recovery['tokens_in_step']:,} "
         f"tokens, {recovery['tokens_per_second']:,.0f} tokens/s, peak learning rate "

@@ -309,7 +309,7 @@ def _quality_facts(models: Models, side_of: Side) -> list[Fact]:
     before, after = (sides.get(side, {}) for side in ("before", "after"))
     if "windows" in before and "windows" in after:
         dense, pruned = (measured_model("the results", dict(each)) for each in (before, after))
-        facts += _comparison_facts(compare(dense, pruned, dense).to_json())
+        facts += _comparison_facts(compare(dense, pruned, dense))
     return facts
 
 

@@ -38,7 +38,7 @@ from cfsp.selection.constraint import (
 )
 from cfsp.settings import Budget, Part, Phase, TargetSpeedup
 from cfsp.speed.bench import compare_speed
-from cfsp.speed.subjects import Conditions, SmallerModel, Subject, Workload
+from cfsp.speed.subjects import HARDLY, Conditions, SmallerModel, Subject, Workload
 from cfsp.streaming.memory import available_bytes
 from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.work_dir import WorkDir, load_or_compute
@@ -103,7 +103,7 @@ class Speedup(Constraint):
 
         def measure() -> dict[str, Any]:
             found = measure_latencies(self.source, self.budget, self.goal.phase, self.runtime)
-            if (share := found["conditions"]["disturbance"]) > Conditions.disturbance:
+            if (share := found["conditions"]["disturbance"]) > HARDLY:
                 log.warning(
                     f"other programs took {share:.0%} of the processors while latencies were "
                     "measured: the prediction is unreliable; repeat it on a quiet machine"

@@ -7,8 +7,7 @@ median of the ratios within a round. Warm-up runs are not part of the rounds.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
@@ -21,15 +20,18 @@ from cfsp.errors import UsageError
 from cfsp.exports.decilm import is_decilm
 from cfsp.progress import item_progress
 from cfsp.result.names import short_names
-from cfsp.speed.process import ModelProcess, model_process
-from cfsp.speed.subjects import Conditions, Footprint, Subject, Timing, Workload
+from cfsp.speed.subjects import (
+    Conditions,
+    Footprint,
+    ModelProcess,
+    Subject,
+    Timing,
+    Workload,
+    model_process,
+)
 
-# For how long rounds that other programs disturb are measured again, all workloads together.
-PATIENCE_SECONDS = 30.0
 # Which fraction of the processors others may take where a ratio is still said.
 _TOO_BUSY = 0.2
-# So many rounds that nobody disturbs say enough where there is no patience for all.
-_ENOUGH = 3
 
 
 @dataclass(frozen=True)
@@ -104,16 +106,13 @@ class Comparison:
     models: tuple[ModelSpeed, ...]
     workloads: tuple[Workload, ...]
     conditions: Conditions
-    # Rounds that other programs disturbed are no part of the results, unless nearly all were.
-    rounds_given_up: dict[Workload, int]
-    # Median fraction of the processors that other programs took in the rounds that count.
+    # Median fraction of the processors that other programs took in the rounds.
     disturbance: dict[Workload, float]
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON types."""
         return {
             "conditions": vars(self.conditions),
-            "rounds_given_up": list(self.rounds_given_up.values()),
             "disturbance": [round(value, 4) for value in self.disturbance.values()],
             "models": [model.to_json() for model in self.models],
         }
@@ -126,7 +125,6 @@ def bench(
     prompt: int | Sequence[int] = 512,
     new_tokens: int | Sequence[int] = 32,
     rounds: int = Conditions.rounds,
-    disturbance: float = Conditions.disturbance,
     device: str = "cpu",
     dtype: str = "auto",
 ) -> Comparison:
@@ -141,8 +139,6 @@ def bench(
         prompt: prompt tokens of each; likewise.
         new_tokens: tokens generated for each; likewise.
         rounds: timed runs of each model.
-        disturbance: a round is measured again while other programs take more than this fraction
-            of the processors.
         device: cpu, cuda, mps or auto.
         dtype: auto for the model's own.
 
@@ -158,7 +154,7 @@ def bench(
         raise UsageError("expected at least one model to time")
     axes = [(v,) if isinstance(v, int) else tuple(v) for v in (batch, prompt, new_tokens)]
     workloads = [Workload(*values) for values in product(*axes)]
-    conditions = Conditions(Conditions.warmups, rounds, disturbance, device, dtype)
+    conditions = Conditions(rounds=rounds, device=device, dtype=dtype)
     short = short_names(list(map(str, models)), least=1)
     subjects = [Subject(locate_model(each), short[str(each)]) for each in models]
     for subject in subjects:
@@ -175,26 +171,20 @@ def compare_speed(
 ) -> Comparison:
     """Time models against each other, each in a process of its own; ratios are to the first."""
     timed: dict[Workload, list[list[Timing]]] = {}
-    given_up: dict[Workload, int] = {}
     disturbance: dict[Workload, float] = {}
     with ExitStack() as stack:
         processes = [stack.enter_context(model_process(s, conditions)) for s in subjects]
         total = len(workloads) * (conditions.warmups + conditions.rounds)
         bar = stack.enter_context(item_progress("bench", total, "round"))
         for workload in workloads:
-            for _ in range(conditions.warmups):
-                for process in processes:
-                    process.run(workload)
+            turns = []
+            for _ in range(conditions.warmups + conditions.rounds):
+                turns.append([process.run(workload) for process in processes])
                 bar.update()
-            patience = PATIENCE_SECONDS / len(workloads)
-            timed[workload], given_up[workload] = _rounds(
-                processes, workload, conditions, patience, bar.update
-            )
+            timed[workload] = turns[conditions.warmups :]
             disturbance[workload] = median(
                 timing.disturbance for timings in timed[workload] for timing in timings
             )
-        most = max(_TOO_BUSY, conditions.disturbance)
-        busy = {workload: share > most for workload, share in disturbance.items()}
         models = tuple(
             ModelSpeed(
                 subject.label,
@@ -202,42 +192,14 @@ def compare_speed(
                 process.facts,
                 process.load_seconds,
                 {
-                    workload: _speeds(processes, number, workload, timed[workload], too_busy)
-                    for workload, too_busy in busy.items()
+                    workload: _speeds(processes, number, workload, timed[workload], share)
+                    for workload, share in disturbance.items()
                 },
                 *process.peak_bytes(),
             )
             for number, (subject, process) in enumerate(zip(subjects, processes, strict=True))
         )
-    return Comparison(models, tuple(workloads), conditions, given_up, disturbance)
-
-
-def _rounds(
-    processes: Sequence[ModelProcess],
-    workload: Workload,
-    conditions: Conditions,
-    patience: float,
-    on_round: Callable[[], object],
-) -> tuple[list[list[Timing]], int]:
-    """Run rounds, again where other programs took part of the machine, for so many seconds.
-
-    What counts is what the others did, never the timing itself: that would choose results. Where
-    they hardly let a round through, all count. Returns the rounds, each with one timing of every
-    model, and how many were given up.
-    """
-    every: list[list[Timing]] = []
-    kept: list[list[Timing]] = []
-    while len(kept) < conditions.rounds and patience > 0:
-        start = time.monotonic()
-        every.append([process.run(workload) for process in processes])
-        if max(timing.disturbance for timing in every[-1]) > conditions.disturbance:
-            patience -= time.monotonic() - start
-        else:
-            kept.append(every[-1])
-            on_round()
-    if len(kept) < min(_ENOUGH, conditions.rounds):
-        return every, 0
-    return kept, len(every) - len(kept)
+    return Comparison(models, tuple(workloads), conditions, disturbance)
 
 
 def _speeds(
@@ -245,9 +207,11 @@ def _speeds(
     number: int,
     workload: Workload,
     timed: Sequence[list[Timing]],
-    too_busy: bool,
+    share_of_others: float,
 ) -> dict[str, Speed]:
     """Return the speed of one of the models in each phase."""
+    # Other programs do not compute where an accelerator does.
+    too_busy = share_of_others > _TOO_BUSY and processes[0].facts["device"] == "cpu"
     first, own = (processes[i].footprint for i in (0, number))
     read = [processes[i].footprint.decode_work(timed[0][i].cache_bytes) for i in (0, number)]
     phases = {

@@ -1,5 +1,6 @@
 """What can be timed, and what runs it: transformers, eager, with a growing cache.
 
+Each model has a process of its own: its peak memory is then its own, and models can take turns.
 That is a model by name, or the shapes of one that lost something. Prefill is bound by arithmetic,
 decoding of few sequences by reading weights and cache. The ideal ratio of two models is therefore
 that of the matrices that tokens pass in prefill, and of the bytes of these and of the cache in
@@ -11,12 +12,23 @@ Shapes: B sequences, P prompt tokens, T tokens at once, N new tokens.
 
 from __future__ import annotations
 
+import gc
 import math
+import multiprocessing
+import os
+import signal
+import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -26,15 +38,24 @@ from cfsp.checkpoint.pruned_config import config_changes
 from cfsp.checkpoint.reading import LoadedModel, WeightSource, parameter_count
 from cfsp.checkpoint.skeleton import architecture_of, build_skeleton
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
-from cfsp.errors import UsageError
+from cfsp.errors import CfspError, UsageError
 from cfsp.settings import Part
 from cfsp.streaming.decoder_end import text_model
+from cfsp.streaming.memory import peak_rss_bytes
 
 if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, SpawnContext
+
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _INITIAL_RANGE = 0.02
 PHASES = ("prefill", "decode")
+# Other programs that take less of the processors hardly disturb.
+HARDLY = 0.05
+# A fresh interpreter: a forked one would carry this process's memory.
+PROCESSES: SpawnContext | ForkServerContext = multiprocessing.get_context("spawn")
+# Not idle, not waiting for a disk, not taken by another virtual machine. Some systems lack some.
+_WORK = ("user", "nice", "system", "irq", "softirq")
 
 
 @dataclass(frozen=True)
@@ -62,17 +83,12 @@ class Conditions:
 
     warmups: int = 2  # untimed runs of each workload before the rounds
     rounds: int = 7  # timed runs of each model, in turns
-    # A round is measured again, for half a minute in all, while other programs take more than this
-    # fraction of the processors.
-    disturbance: float = 0.05
     device: str = "cpu"
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise UsageError(f"expected at least 1 round, found {self.rounds}")
-        if not self.disturbance >= 0:
-            raise UsageError(f"disturbance must be at least 0, found {self.disturbance}")
 
 
 @dataclass(frozen=True)
@@ -244,3 +260,110 @@ def random_prompt(vocabulary: int, workload: Workload) -> Tensor:
     """Return tokens_BP of a workload, the same each time."""
     shape, generator = (workload.batch, workload.prompt), torch.Generator().manual_seed(0)
     return torch.randint(vocabulary, shape, generator=generator)
+
+
+@dataclass(frozen=True)
+class ModelProcess:
+    """A process that holds one model; runs happen only when asked for."""
+
+    executor: ProcessPoolExecutor
+    footprint: Footprint
+    facts: dict[str, Any]  # of the engine
+    load_seconds: float  # from start to ready
+
+    def run(self, workload: Workload) -> Timing:
+        """Time one run; no other model runs meanwhile."""
+        timing: Timing = _asked(self.executor, _run, workload)
+        return timing
+
+    def peak_bytes(self) -> tuple[int, int]:
+        """Return the peak so far, of host memory (mapped files too) and of an accelerator's."""
+        peak: tuple[int, int] = _asked(self.executor, _peak_bytes)
+        return peak
+
+
+@contextmanager
+def model_process(subject: Subject, conditions: Conditions) -> Iterator[ModelProcess]:
+    """Start a process, load the model in it, and end it afterwards; its errors are raised here."""
+    # Ctrl-C goes to all processes of a terminal: this one ends the others.
+    executor = ProcessPoolExecutor(1, PROCESSES)
+    others = set(multiprocessing.active_children())
+    with _interrupts_held_back():
+        executor.submit(os.getpid)  # starts it
+    try:
+        yield ModelProcess(executor, *_asked(executor, _load, subject, conditions))
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()  # it may be in the middle of a run
+        raise
+    finally:
+        executor.shutdown()
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Let what is started meanwhile never see Ctrl-C: it would only add a traceback."""
+    if sys.platform == "win32":
+        yield
+        return
+    # Starting this helper of multiprocessing would let signals through again.
+    resource_tracker.ensure_running()
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def _asked(executor: ProcessPoolExecutor, ask: Callable[..., Any], *given: Any) -> Any:
+    """Return what a function gives in the process; its errors are raised here."""
+    try:
+        return executor.submit(ask, *given).result()
+    except BrokenProcessPool as error:
+        raise CfspError(
+            "the process that ran the model ended without an answer, most likely for lack of "
+            "memory; bench a smaller model"
+        ) from error
+
+
+# The engine of a process that holds one.
+_engine: list[Engine] = []
+
+
+def _load(subject: Subject, conditions: Conditions) -> tuple[Footprint, dict[str, Any], float]:
+    """Load the model, in the process; return what a `ModelProcess` knows of it."""
+    # Runtimes print as they like; standard output is for the results.
+    os.dup2(2, 1)
+    start = time.perf_counter()
+    _engine.append(Engine(subject, conditions))
+    return _engine[0].footprint, _engine[0].facts, time.perf_counter() - start
+
+
+def _peak_bytes() -> tuple[int, int]:
+    return peak_rss_bytes(), _engine[0].peak_device_bytes()
+
+
+def _run(workload: Workload) -> Timing:
+    # A collection in the middle of a run would be timed with it.
+    gc.collect()
+    gc.disable()
+    busy, cpu, wall = busy_seconds(), time.process_time(), time.perf_counter()
+    timing, _ = _engine[0].run(workload)
+    own, spent = time.process_time() - cpu, time.perf_counter() - wall
+    share = share_of_others(busy_seconds() - busy, own, spent)
+    gc.enable()
+    return replace(timing, disturbance=share)
+
+
+def busy_seconds() -> float:
+    """Return the CPU seconds that all processors together have worked since the machine began."""
+    times = psutil.cpu_times()
+    return float(sum(getattr(times, kind, 0.0) for kind in _WORK))
+
+
+def share_of_others(busy: float, own: float, wall: float) -> float:
+    """Return the fraction of all processors that other programs took during a run.
+
+    All processors worked `busy` CPU seconds, the process that ran `own`, in `wall` seconds.
+    """
+    return max(0.0, busy - own) / (wall * (os.cpu_count() or 1)) if wall > 0 else 0.0

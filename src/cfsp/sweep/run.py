@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from cfsp.architecture.block_names import counted
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import (
@@ -39,13 +42,14 @@ from cfsp.quality.results_file import measured_model
 from cfsp.quality.tasks.harness import TaskRunner
 from cfsp.quality.tasks.selection import TaskSelection
 from cfsp.repair.ladder import check_can_be_repaired
-from cfsp.result.manifest import add_to_manifest
+from cfsp.result.facts import Conditions
+from cfsp.result.manifest import add_to_manifest, read_manifest
+from cfsp.result.tables import Table, estimate, pareto_front
 from cfsp.selection.constraint import Share
 from cfsp.settings import Compute, Part
 from cfsp.streaming.memory import hidden_budget
 from cfsp.streaming.work_dir import output_work_dir, remove_finished_work, temporary_work_dir
 from cfsp.sweep.settings import Point, SweepSettings
-from cfsp.sweep.table import Row, read_rows
 from cfsp.text.drawing import draw_text
 from cfsp.text.tokenizers import load_tokenizer
 
@@ -53,6 +57,51 @@ logger = logging.getLogger(__name__)
 
 _DENSE_FILE = "dense.json"
 _WORKING = ".working"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of a finished sweep; the first of a table is the dense one."""
+
+    name: str
+    method: str | None  # None for the dense model, as its directory and comparison
+    sparsity: float
+    parameters: int
+    perplexity: Mapping[str, Mapping[str, Any]]  # by text, as `cfsp eval --json` has it
+    directory: str | None = None
+    comparison: dict[str, Any] | None = None  # what `cfsp.quality.compare.compare` gives
+
+    @staticmethod
+    def of(point: Point, directory: Path) -> Row:
+        """Return what the manifest of a model says."""
+        manifest = read_manifest(directory)
+        if manifest is None or "sweep" not in manifest:
+            raise OutputError(
+                f"{directory} is no model of a sweep; delete it and run the sweep again"
+            )
+        return Row(
+            point.name,
+            point.method,
+            point.settings.budget.sparsity,
+            int(manifest["parameters_after"]),
+            {
+                text: {"value": found["after"]}
+                | {name: found[name] for name in found if name not in ("before", "after")}
+                for text, found in manifest["perplexity"].items()
+            },
+            str(directory),
+            manifest.get("comparison"),
+        )
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Perplexity by text."""
+        return {text: float(found["value"]) for text, found in self.perplexity.items()}
+
+    @property
+    def conditions(self) -> set[Conditions]:
+        """Under which perplexities were measured."""
+        return {Conditions.of(text, found) for text, found in self.perplexity.items()}
 
 
 @dataclass(frozen=True)
@@ -91,28 +140,26 @@ def run_sweep(
         budget = hidden_budget(compute.memory_budget)
         with temporary_work_dir(budget // (4 * (len(settings.eval) + 1))) as passes:
             dense = Dense(sweep.source, {}, passes)
-            names = () if settings.compares else (sweep.source.directory,)
-            (found,) = _evaluated(sweep, names, dense, out / _DENSE_FILE)
+            (found,) = _evaluated(sweep, (), dense, out / _DENSE_FILE)
             dense = replace(dense, result=found)
             with item_progress("sweep", len(missing), "model") as bar:
                 for point in missing:
                     _make(sweep, point, dense, command)
                     bar.update()
-        parameters = parameter_count(sweep.source)
-        return read_rows(found, parameters, [(point, out / point.name) for point in points])
+        return _rows(sweep, found)
 
 
 def _evaluated(
     sweep: _Sweep, names: Sequence[Path], dense: Dense, out: Path | None = None
 ) -> list[dict[str, Any]]:
-    """Measure models as the sweep asks for; beside the dense one if that is asked."""
+    """Measure models as the sweep asks for, beside the dense one, which is there or comes first."""
     return evaluate_models(
         names,
         sweep.settings.evaluation,
         sweep.compute,
         sweep.tasks,
         questions=sweep.questions,
-        against=dense if sweep.settings.compares else None,
+        against=dense,
         out=out,
     )
 
@@ -183,8 +230,13 @@ def _make(sweep: _Sweep, point: Point, dense: Dense, command: str) -> None:
     shutil.rmtree(working, ignore_errors=True)
     try:
         prune_checkpoint(own, working, point.settings, statistics=statistics, command=command)
-        facts = _measured(sweep, working, dense)
-        facts["sweep"] = {"method": point.method, "sparsity": point.settings.budget.sparsity}
+        before, found = dense.result, _evaluated(sweep, [working], dense)[-1]
+        first, second = measured_model("dense", before), measured_model("pruned", found)
+        facts = {
+            "perplexity": before_and_after(before["perplexity"], found["perplexity"]),
+            "comparison": compare(first, second, first),
+            "sweep": {"method": point.method, "sparsity": point.settings.budget.sparsity},
+        }
         add_to_manifest(working, facts)
         for path in working.glob("*.safetensors"):
             path.unlink()
@@ -193,13 +245,98 @@ def _make(sweep: _Sweep, point: Point, dense: Dense, command: str) -> None:
         shutil.rmtree(working, ignore_errors=True)
 
 
-def _measured(sweep: _Sweep, model: Path, dense: Dense) -> dict[str, Any]:
-    """Measure a pruned model as asked; return what its manifest will say of it."""
-    settings, before = sweep.settings, dense.result
-    found = _evaluated(sweep, [model], dense)[-1]
-    perplexity = before_and_after(before["perplexity"], found["perplexity"])
-    facts: dict[str, Any] = {"perplexity": perplexity}
-    if settings.compares or sweep.tasks is not None:
-        first, second = measured_model("dense", before), measured_model("pruned", found)
-        facts["comparison"] = compare(first, second, first).to_json()
-    return facts
+def _rows(sweep: _Sweep, dense: dict[str, Any]) -> list[Row]:
+    """Return the rows of all models, the dense one first; all were measured as that was."""
+    rows = [Row.of(point, sweep.out / point.name) for point in sweep.points]
+    first = Row("dense", None, 0.0, parameter_count(sweep.source), dense["perplexity"])
+    for row in rows:
+        if row.conditions != first.conditions:
+            raise OutputError(
+                f"{row.directory} was not measured as the dense model of its sweep was, perhaps by "
+                "another version; delete it and run the sweep again"
+            )
+    return [first, *rows]
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """Return the tables of a sweep."""
+    return [_qualities(rows), _comparisons(rows)]
+
+
+def loss_rise(after: Mapping[str, float], before: Mapping[str, float]) -> float:
+    """Return by how many nats a token the loss rises between perplexities, in the texts' mean."""
+    return fmean(math.log(after[text] / before[text]) for text in before)
+
+
+def write_tables(rows: Sequence[Row], directory: Path) -> list[Path]:
+    """Write table.md and, with a line for each model, table.json."""
+    texts = {
+        "table.md": "\n".join(table.to_markdown() for table in tables(rows)),
+        "table.json": json.dumps([asdict(row) for row in rows], indent=2) + "\n",
+    }
+    for name, text in texts.items():
+        write_atomically(directory / name, text.encode())
+    return [directory / name for name in texts]
+
+
+def _qualities(rows: Sequence[Row]) -> Table:
+    dense = rows[0]
+    fronts = [
+        pareto_front([(row.parameters, row.values[text]) for row in rows]) for text in dense.values
+    ]
+    lines = [
+        {
+            **_names(row),
+            "parameters removed": f"{1 - row.parameters / dense.parameters:.1%}",
+            **{text: f"{row.values[text]:z,.2f}" for text in dense.values},
+            "loss rise": f"{loss_rise(row.values, dense.values):z,.2f}",
+            "front": " ".join(str(i + 1) for i, best in enumerate(fronts) if best[number]) or "-",
+        }
+        for number, row in enumerate(rows)
+    ]
+    counts = {
+        f"{counted(found['windows'], 'windows')} of {found['seqlen']} tokens"
+        + (", each after BOS" if found["bos"] else "")
+        for found in dense.perplexity.values()
+    }
+    caption = (
+        f"Perplexity on {' or '.join(sorted(counts))} of each text; loss rise in nats a token, "
+        "mean of the texts; front: texts, by number, on which nothing smaller is as good."
+    )
+    return Table(list(lines[0]), [list(line.values()) for line in lines], caption)
+
+
+def _comparisons(rows: Sequence[Row]) -> Table:
+    """Return a line for each model: how far it is from the dense one."""
+    compared = [(row, row.comparison) for row in rows if row.comparison]
+    lines = []
+    for row, found in compared:
+        line, texts = _names(row), found["texts"].values()
+        for column, name, factor, digits in (
+            ("KL", "divergence", 1, 3),
+            ("top-1 agreement, %", "agreed", 100, 1),
+        ):
+            mean = factor * fmean(text[name]["second"]["value"] for text in texts)
+            line[column] = f"{mean:.{digits}f}"
+        if answers := found.get("answers"):
+            line["KL on answers"] = estimate(answers["divergence"]["second"], 3)
+            line["answers that loop, %"] = estimate(answers["loops"]["second"], 1, 100)
+        if found["tasks"]:
+            for column, name, side in (
+                ("accuracy - dense, %", "accuracy", "difference"),
+                ("dense model's answers, %", "kept", "second"),
+            ):
+                line[column] = estimate(found[name][side], 1, 100) if found[name] else "-"
+        lines.append(line)
+    caption = (
+        "Compared with the dense model in pairs: KL per token in nats and top-1 agreement in the "
+        "mean of the texts, tasks in the mean of those on which the dense model is better than a "
+        "guess, with standard errors."
+    )
+    if left_out := compared[0][1]["left_out"]:
+        caption += f" Left out: {', '.join(left_out)}."
+    return Table(list(lines[0]), [list(line.values()) for line in lines], caption)
+
+
+def _names(row: Row) -> dict[str, str]:
+    return {"method": row.method or row.name, "sparsity": f"{100 * row.sparsity:.4g}%"}

@@ -81,7 +81,6 @@ class SweepSettings:
     seed: int = CalibrationText.seed
     bos: Bos = CalibrationText.bos
     windows: int | None = EvaluationText.windows
-    agreement: bool = False  # with the dense model
     answers: int | None = None  # questions to ask all models
     tasks: Sequence[str] = ()
     limit: int | None = None  # documents of each task
@@ -110,11 +109,6 @@ class SweepSettings:
                 settings = PruneSettings(budget, criterion, text, compute, repair)
                 found.append(Point(f"{name}-{sparsity:.4g}", name, settings))
         return found
-
-    @property
-    def compares(self) -> bool:
-        """Whether models are compared with the dense one's predictions."""
-        return self.agreement or self.answers is not None
 
     @property
     def evaluation(self) -> EvaluationText:

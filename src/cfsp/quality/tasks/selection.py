@@ -7,7 +7,6 @@ passage whose last word is to be told, a line is {"text"}.
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import dataclass
 from importlib import resources
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.checkpoint.locating import hub_is_missed
-from cfsp.errors import TaskError, UsageError
+from cfsp.errors import TaskError, UsageError, did_you_mean
 
 # The tasks of the paper's tables, by their names in the harness.
 PAPER_SUITE = (
@@ -82,14 +81,11 @@ def check_known(names: list[str], known: list[str], where: str) -> None:
     """Check that every task is known, or tell of names that look alike."""
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, [*known, *SUITES], n=3)
             usual = [task for suite in SUITES.values() for task in suite if task in known]
-            advice = (
-                f"did you mean {' or '.join(close)}?"
-                if close
-                else f"it has, for example: {', '.join((usual or known)[:12])}"
+            raise TaskError(
+                f"{where} has no task {name!r}{did_you_mean(name, [*known, *SUITES])}; it has, for "
+                f"example: {', '.join((usual or known)[:12])}"
             )
-            raise TaskError(f"{where} has no task {name!r}; {advice}")
 
 
 def load_documents(directory: str, file: str, **_: Any) -> dict[str, Any]:

@@ -1,0 +1,30 @@
+"""Recoveries into a directory of the test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cfsp.recovery.trainer import RecoverReport
+from recoveries import recover
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def recovered(pruned: Path, out: Path, text_file: Path) -> Callable[..., RecoverReport]:
+    """Recovers a model into `out`."""
+    return lambda of=pruned, **options: recover(of, out, text_file, **options)
+
+
+@pytest.fixture(scope="session")
+def plain(pruned: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a recovery by all defaults of these tests gives."""
+    out = tmp_path_factory.mktemp("plain") / "out"
+    recover(pruned, out, text_file)
+    return out

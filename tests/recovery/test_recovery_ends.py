@@ -1,0 +1,276 @@
+"""Recoveries that are killed, stopped, too short or of no use; what is refused at once."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import cfsp
+import cfsp.recovery.loss
+import cfsp.recovery.recover
+from builders import changed, dying_at, tensors
+from cfsp.checkpoint.reading import LoadedModel
+from cfsp.cli import main
+from cfsp.errors import CfspError, RecoveryError, ResumeError, UsageError
+from cfsp.recovery.recover import measured_before
+from cfsp.recovery.settings import Adaptation, Limit, Training
+from cfsp.recovery.trainer import last_checkpoint
+from cfsp.result.manifest import read_manifest
+from cfsp.settings import Compute, EvaluationText, Text
+from cfsp.streaming.block_stream import StreamedBlock
+from cfsp.streaming.work_dir import Stopwatch, WorkDir
+from cfsp.text.windows import Windows
+from recoveries import stop, training
+from tiny_models import BLOCKS, build_tiny_model
+
+
+def work_of(out: Path) -> Path:
+    return out.parent / f"{out.name}.work"
+
+
+def command(pruned: Path, text: Path, out: Path, *options: str) -> list[str]:
+    return [
+        *("recover", str(pruned), "--data", str(text), "--out", str(out), "--rank", "2"),
+        *("--batch-windows", "4", "--seqlen", "32", *options),
+    ]
+
+
+def test_a_killed_run_resumes_to_the_same_weights(pruned, text_file, tmp_path, commands):
+    options = ("--steps", "6", "--evaluations", "3", "--method", "full")
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    assert main(command(pruned, text_file, whole, *options)) == 0
+    commands.kill(command(pruned, text_file, out, *options), "training", 5)
+    assert not out.exists()
+    last = last_checkpoint(work_of(out) / "process-0-of-1" / "train")
+    assert last is not None and last[0].name == "checkpoint-4"
+    # Not by accident: another command leaves the unfinished run as it is.
+    assert main(command(pruned, text_file, out, *options, "--seed", "1")) == 2
+    assert main(command(pruned, text_file, out, *options)) == 0
+    assert not work_of(out).exists()
+    assert changed(whole, out) == set()
+    assert changed(pruned, out)
+    recovery = [read_manifest(directory)["recovery"] for directory in (whole, out)]
+    assert recovery[0]["history"] == recovery[1]["history"]
+    assert recovery[1]["steps"] == 6
+
+
+def test_a_run_that_was_stopped_after_its_last_step_is_not_trained_further(
+    pruned, recovered, out, text_file, monkeypatch, plain
+):
+    evaluation = EvaluationText((str(text_file),), 2, 32)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("cfsp.recovery.recover.merge", stop)
+        recovered(evaluation=evaluation)
+    # Other arguments are refused, and the work stays.
+    before = sorted(work_of(out).rglob("*"))
+    other = r"another learning_rate \(None; now it is 0\.02\); repeat that .* rm -r .*out\.work"
+    with pytest.raises(ResumeError, match=other):
+        recovered(evaluation=evaluation, training=training(learning_rate=0.02))
+    # As is another text of the same name.
+    same_name = EvaluationText((Text(str(text_file), text_file.read_text()[500:]),), 2, 32)
+    for another in (EvaluationText(), same_name):
+        with pytest.raises(ResumeError, match="another eval"):
+            recovered(evaluation=another)
+    assert sorted(work_of(out).rglob("*")) == before
+    # What was measured before training is not measured again.
+    measured = []
+    sound = cfsp.recovery.recover.perplexity_by_text
+
+    def measure(*args: Any) -> Any:
+        measured.append(args[-1])
+        return sound(*args)
+
+    monkeypatch.setattr("cfsp.recovery.recover.perplexity_by_text", measure)
+    found = recovered(evaluation=evaluation)
+    assert measured == ["recovered"]
+    assert found.perplexity[str(text_file)]["before"] > 1
+    whole = read_manifest(plain)["recovery"]
+    same = ("steps", "best_step", "history")
+    assert [vars(found)[key] for key in same] == [whole[key] for key in same]
+    assert found.tokens_per_second > 0  # although none is trained on now
+    assert changed(plain, out) == set()  # the same seed gives the same weights
+
+
+def test_a_run_goes_on_with_the_same_teacher_alone(
+    pruned, recovered, tiny_checkpoint, tmp_path, monkeypatch
+):
+    """Its weights count, and not what it is called."""
+    dense, there = tiny_checkpoint("llama"), tmp_path / "dense"
+    shutil.copytree(dense, there)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("cfsp.recovery.recover.merge", stop)
+        recovered(training=training(1, evaluations=1), teacher=str(there))
+    weights = tensors(there)
+    weights["model.norm.weight"] += 0.1
+    save_file(weights, there / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ResumeError, match="another teacher"):
+        recovered(training=training(1, evaluations=1), teacher=str(there))
+
+
+def test_a_run_goes_on_as_memory_had_decided(recovered, tmp_path, monkeypatch):
+    """Free memory is another one later: neither the method nor the teacher may be."""
+    how = {"training": training(1, evaluations=1), "adaptation": Adaptation(), "teacher": "auto"}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("cfsp.recovery.recover.merge", stop)
+        recovered(**how)
+    monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
+    assert recovered(**how).ranks == [None] * BLOCKS
+    assert read_manifest(tmp_path / "out")["recovery"]["teacher"] is not None
+
+
+def test_what_is_measured_before_training_is_timed_whole_also_after_a_kill(tmp_path, monkeypatch):
+    """It is measured again when all is trained, which is no time to train in."""
+    windows = {
+        name: Windows(torch.randint(3, 300, (2, 12)), {name: 2}) for name in ("first", "second")
+    }
+    settings = SimpleNamespace(compute=Compute("cpu", "float32"))
+    source = LoadedModel(build_tiny_model("llama"))
+    facts = {"source": source, "windows": windows, "settings": settings, "watch": Stopwatch()}
+    ready: Any = SimpleNamespace(**facts)
+    seen: list[int] = []
+    # Of a second model's worth of blocks the last one is missing.
+    advance = dying_at(2 * BLOCKS, StreamedBlock.advance, lambda it, *_, **__: it.index, seen)
+    monkeypatch.setattr(StreamedBlock, "advance", lambda *args, **how: advance(*args, **how))
+    monkeypatch.setattr("cfsp.streaming.work_dir.SHARE_OF_TIME", 1e9)
+    with pytest.raises(KeyboardInterrupt):
+        measured_before(ready, WorkDir(tmp_path, identity={}))
+    assert seen == [*range(BLOCKS)] * 2
+    found, seconds = measured_before(ready, WorkDir(tmp_path, identity={}))
+    assert seen[2 * BLOCKS :] == [*range(BLOCKS)]
+    assert list(found) == list(windows) and seconds > 0
+
+
+def test_only_the_first_process_makes_a_work_directory(recovered, tmp_path, monkeypatch):
+    """The others may be there before it has the lock, or although it is refused."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("cfsp.recovery.trainer.RecoveryTrainer", stop)
+    with pytest.raises(KeyboardInterrupt):
+        recovered()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_a_checkpoint_is_passed_over(tmp_path):
+    for name, state in (("checkpoint-5", '{"global_step": 5}'), ("checkpoint-10", '{"global_')):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-20").mkdir()
+    last = last_checkpoint(tmp_path)
+    assert last is not None and last[0] == tmp_path / "checkpoint-5"
+
+
+def test_minutes_end_the_run_and_the_schedule(recovered, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    # Every look at the clock takes a thirtieth of a second, however busy the machine is.
+    looks = count()
+    clock = SimpleNamespace(monotonic=lambda: next(looks) / 30)
+    monkeypatch.setattr("cfsp.recovery.schedule.time", clock)
+    how = Training(
+        Limit(minutes=0.2), batch_windows=4, seqlen=32, evaluations=3, learning_rate=1e-3
+    )
+    report = recovered(training=how, started=0.0)
+    assert 8 < next(looks) / 30 <= 12
+    assert len(report.history) == 4 and report.steps > 10
+    said = [record.getMessage() for record in caplog.records]
+    assert re.fullmatch(
+        r"step 0, \d+%: held-out loss [\d.]+, learning rate 0.001, "
+        r"time for about \d+ steps and \d evaluations",
+        next(line for line in said if line.startswith("step 0")),
+    )
+
+
+def test_a_loss_that_is_nan_stops_and_leaves_nothing(recovered, tmp_path, monkeypatch):
+    steps = 0
+    sound = cfsp.recovery.loss.language_model_loss
+
+    def breaking(*args: Any) -> Any:
+        nonlocal steps
+        # Steps train with gradients; evaluations do not count.
+        steps += torch.is_grad_enabled()
+        return sound(*args) * (float("nan") if steps >= 3 else 1.0)
+
+    monkeypatch.setattr("cfsp.recovery.loss.language_model_loss", breaking)
+    with pytest.raises(RecoveryError, match=r"the loss is NaN or infinite at step 3; .*lower"):
+        recovered(training=training(6, evaluations=6))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_that_does_harm_writes_nothing(pruned, recovered, tmp_path, monkeypatch, caplog):
+    # Training goes uphill.
+    monkeypatch.setattr("cfsp.recovery.trainer.rate_factor", lambda fraction: -1.0)
+    lower = (
+        r"did not make the loss on held-out text lower \([\d.]+ before, [\d.]+ at best in 4 "
+        rf"steps\), so nothing is written, and {pruned} is the best there is; give it a lower "
+        r"--learning-rate \(it was 0\.01\), more steps"
+    )
+    with pytest.raises(RecoveryError, match=lower):
+        recovered(training=training(4, learning_rate=1e-2))
+    assert list(tmp_path.iterdir()) == []
+    # People are told at half time already.
+    assert caplog.text.count("that is no better than before training") == 1
+
+
+def must_not_load(*args: Any) -> Any:
+    """Stand in for what comes after all names are checked."""
+    raise AssertionError("a model was loaded")
+
+
+@pytest.mark.parametrize(("minutes", "measuring"), [(1e-4, 0), (0.5, 40)])
+def test_too_few_minutes_are_refused_before_a_step(
+    recovered, text_file, tmp_path, monkeypatch, minutes, measuring
+):
+    """What measuring takes is no time to train in."""
+    monkeypatch.setattr("cfsp.recovery.trainer.RecoveryTrainer.training_step", must_not_load)
+    measured = {"perplexity": {}, "seconds": measuring}
+    monkeypatch.setattr("cfsp.recovery.recover.load_or_compute", lambda *_: measured)
+    how = Training(Limit(minutes=minutes), batch_windows=4, seqlen=32)
+    evaluation = EvaluationText((str(text_file),), 2, 32)
+    with pytest.raises(UsageError, match=r"too short for one step .* give [12] or more"):
+        recovered(training=how, evaluation=evaluation)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": ["no_such.txt"]}, "no_such.txt"),
+        ({"data": ()}, "give --data"),
+        ({"eval": ["no_such.txt"]}, "no_such.txt"),
+        ({"eval": ["{text}"], "windows": 10**6}, "1000000 are needed"),
+        ({"teacher": "/no/such"}, "/no/such does not exist"),
+        ({"teacher": "{other}"}, "the teacher must be the dense model"),
+        ({"method": "best"}, "method must be one of auto, lora, full"),
+        ({"rank_allocation": "error"}, "--rank-allocation must be one of uniform, importance"),
+        ({"dtype": "float16"}, "found --dtype float16"),
+        ({"learning_rate": 1e-3}, "suits one method; give --method lora or full"),
+        ({"teacher_weight": 2.0}, "--teacher-weight must be at least 0 and at most 1"),
+    ],
+)
+def test_bad_input_is_told_before_any_work(
+    pruned, tiny_checkpoint, text_file, tmp_path, monkeypatch, options, message
+):
+    monkeypatch.setattr("cfsp.recovery.recover.load_to_train", must_not_load)
+    monkeypatch.setattr("cfsp.recovery.recover.perplexity_by_text", must_not_load)
+    if "no_such" in message:  # not even the model is opened, which may be a download
+        monkeypatch.setattr("cfsp.recovery.recover.open_checkpoint", must_not_load)
+    given: dict[str, Any] = {"data": ["{text}"], "seqlen": 32, "teacher": "none", **options}
+    for key in ("data", "eval"):
+        given[key] = [name.replace("{text}", str(text_file)) for name in given.get(key, ())]
+    given["teacher"] = given["teacher"].replace("{other}", str(tiny_checkpoint("qwen2")))
+    with pytest.raises(CfspError, match=message):
+        cfsp.recover(pruned, out=tmp_path / "out", steps=1, **given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_accelerate_s_own_sharding_is_refused(recovered, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UsageError, match=r"under accelerate's FSDP.*give --shard"):
+        recovered()
+    assert not list(tmp_path.glob("out*"))
