@@ -256,6 +256,20 @@ def test_held_out_loss_is_the_mean_over_labels(tmp_path, batch_windows):
     assert found.history[0]["held_out"] == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_a_teacher_thinks_once_of_windows_that_come_again():
+    model, teacher = build_tiny_model("llama"), build_tiny_model("llama")
+    token_BT = torch.randint(3, 300, (2, 16), generator=torch.Generator().manual_seed(0))
+    calls: list[int] = []
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    with loss_inside(model, teacher, 1.0) as loss:
+        calls.clear()
+        asked: list[Any] = [loss.ask(token_BT, again=again) for again in (True, True, False)]
+        assert len(calls) == 2
+        assert all(torch.equal(each.output_ND, asked[0].output_ND) for each in asked)
+        other: Any = loss.ask(token_BT.flip(0), again=True)
+        assert not torch.equal(other.output_ND, asked[0].output_ND)
+
+
 def test_the_best_weights_are_kept(recovered, text_file, tokenizer, out, monkeypatch):
     # From half way on, training goes uphill.
     monkeypatch.setattr(

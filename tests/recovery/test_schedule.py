@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cfsp.errors import UsageError
-from cfsp.recovery.schedule import Schedule, rate_factor
-from cfsp.recovery.settings import ENDLESS_STEPS, Limit
+from cfsp.recovery.schedule import Schedule, rate_factor, schedule_of
+from cfsp.recovery.settings import ENDLESS_STEPS, Adaptation, Limit, RecoverSettings, Training
 
 CPU = torch.device("cpu")
 
@@ -51,6 +52,21 @@ def test_one_limit_at_most():
     assert Limit().in_steps(windows=100, windows_in_step=8) == 12
     assert Limit(steps=7).in_steps(100, 8) == 7
     assert Limit(minutes=1).in_steps(100, 8) == ENDLESS_STEPS
+
+
+@pytest.mark.parametrize(
+    ("steps", "asked", "most"), [(10, None, 1), (80, None, 4), (800, None, 10), (10, 3, 3)]
+)
+def test_evaluations_take_a_quarter_of_the_steps_unless_a_number_is_asked_for(steps, asked, most):
+    """40 held-out windows, 4 in a step: with the teacher an evaluation takes as long as 5 steps."""
+    how = Training(Limit(steps=steps), evaluations=asked)
+    ready = SimpleNamespace(
+        settings=RecoverSettings(("text",), training=how, adaptation=Adaptation("full")),
+        text=SimpleNamespace(train=range(4000), held_out=range(40)),
+        teacher="dense",
+        started=0.0,
+    )
+    assert schedule_of(ready, 0, 0.0).most_evaluations == most
 
 
 def test_steps_do_not_depend_on_time():

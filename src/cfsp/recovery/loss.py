@@ -173,6 +173,8 @@ class ModelLoss:
         self.labels_in_window: float | None = None
         self._head = head
         self._teacher: Any = teacher
+        # What the teacher's head multiplies, of windows that are asked about again and again.
+        self._known: dict[bytes, Tensor] = {}
         self._weight = weight
 
     def __call__(
@@ -198,12 +200,21 @@ class ModelLoss:
             count = (label_N >= 0).sum().clamp_min(1)
         return loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
 
-    def ask(self, token_BT: Tensor) -> Outputs | None:
-        """Return what the teacher thinks of tokens 1 to T; None without one."""
+    def ask(self, token_BT: Tensor, *, again: bool = False) -> Outputs | None:
+        """Return what the teacher thinks of tokens 1 to T; None without one.
+
+        It thinks once of windows that are asked about `again` and again, as held-out ones are.
+        """
         if self._teacher is None:
             return None
-        with torch.no_grad():
-            output_BTD = self._teacher(input_ids=token_BT, use_cache=False).logits
+        again &= self._head is not None  # logits of the whole vocabulary are too large to keep
+        name = token_BT.cpu().numpy().tobytes() if again else b""
+        output_BTD = self._known.get(name)
+        if output_BTD is None:
+            with torch.no_grad():
+                output_BTD = self._teacher(input_ids=token_BT, use_cache=False).logits
+        if again:
+            self._known[name] = output_BTD
         head = None if self._head is None else self._teacher.get_output_embeddings()
         return _outputs(output_BTD, head)
 

@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 # The part of the run in which the learning rate rises, and where it begins.
 _WARM_UP = 0.05
 _LOWEST_WARM_UP = 0.05
+# As many, unless a number is asked for.
+_MOST_EVALUATIONS = 10
 # Of the time for training; evaluations that would take more are left out.
 _EVALUATIONS_SHARE = 0.25
 # A slow disk writes so much; better is measured as soon as something is written.
@@ -212,14 +214,17 @@ def schedule_of(ready: Prepared, trained_bytes: int, after_training: float) -> S
     forwards = 2.5 + 0.5 * trains_all + has_teacher + training.gradient_checkpointing
     minutes = training.limit.minutes
     steps_to_read_held_out = len(text.held_out) / training.windows_in_step
+    evaluation_steps = steps_to_read_held_out * (1 + has_teacher) / forwards
+    steps = training.limit.in_steps(len(text.train), training.windows_in_step)
+    worth = max(1, int(_EVALUATIONS_SHARE * steps / evaluation_steps))
     return Schedule(
-        training.limit.in_steps(len(text.train), training.windows_in_step),
-        training.evaluations,
+        steps,
+        training.evaluations or min(_MOST_EVALUATIONS, worth),
         ready.started,
         seconds=None if minutes is None else 60 * minutes,
         # Then the best weights are read again.
         after_training=after_training + trained_bytes / BYTES_PER_SECOND,
-        evaluation_steps=steps_to_read_held_out * (1 + has_teacher) / forwards,
+        evaluation_steps=evaluation_steps,
         # The weights and AdamW's two moments.
         save_seconds=3 * trained_bytes / BYTES_PER_SECOND,
         follows_loss=trains_all and training.learning_rate is None,

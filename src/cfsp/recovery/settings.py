@@ -94,8 +94,13 @@ class Training(Declared):
         4, "windows in a step, of each process", kind=int, least=1, metavar="N"
     )
     seqlen: int = option(512, "tokens in a window to train on", kind=int, least=8, metavar="T")
-    evaluations: int = option(
-        10, "on held-out windows in the run, at most", kind=int, least=1, advanced=True
+    evaluations: int | None = option(
+        None,
+        "on held-out windows in the run, at most",
+        kind=int,
+        least=1,
+        default="10, or fewer that take a quarter of the time",
+        advanced=True,
     )
     gradient_checkpointing: bool = option(
         False, "less memory, a third more time", switch=True, default=""

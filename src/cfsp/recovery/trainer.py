@@ -137,7 +137,7 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         """
         self._loss.labels_in_window = None if model.training else self._held_out_labels
         num_items_in_batch = num_items_in_batch if model.training else None
-        self._loss.taught = self._loss.ask(inputs["input_ids"])
+        self._loss.taught = self._loss.ask(inputs["input_ids"], again=not model.training)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
