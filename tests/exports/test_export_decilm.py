@@ -68,11 +68,12 @@ def test_one_directory_for_all(tmp_path, tokenizer, target):
         assert set(block["ffn"]) == {"no_op", "ffn_mult"}
         assert set(block["attention"]) == {"no_op", "n_heads_in_group"}
         assert width_of(block["ffn"]["ffn_mult"], 32) == width
-    config: Any = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    assert not hasattr(config.block_configs[0].ffn, "intermediate_size")
-    assert config.rope_parameters == source.config.rope_parameters
+    assert fields["rope_parameters"] == source.config.rope_parameters
     assert fields["rope_theta"] == source.config.rope_parameters["rope_theta"]
     assert "rope_scaling" not in fields
+    # mlx-lm, which needs none, would ask whether to run the code.
+    has_code = (tmp_path / "out" / "configuration_decilm.py").is_file()
+    assert has_code is ("auto_map" in fields) is (target == "vllm")
 
 
 def test_scaled_positions_are_said_in_both_words(tmp_path, tokenizer):
@@ -81,8 +82,7 @@ def test_scaled_positions_are_said_in_both_words(tmp_path, tokenizer):
     _, fields = exported(source, "mlx-lm", tmp_path / "out")
     assert fields["rope_scaling"] == scaling
     assert fields["rope_theta"] == 10000.0
-    config: Any = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    assert config.rope_parameters == source.config.rope_parameters
+    assert fields["rope_parameters"] == source.config.rope_parameters
 
 
 def test_biases_of_qwen_get_a_zero_where_mlx_expects_one(tmp_path, tokenizer):
@@ -94,7 +94,7 @@ def test_biases_of_qwen_get_a_zero_where_mlx_expects_one(tmp_path, tokenizer):
     assert not any(tensors[name].any() for name in added)
 
 
-_HEADS = "one number of heads for all .* have 1 to 2 KV groups; use --to gg"
+_HEADS = "one number of heads for all .* have 1 to 2 KV groups; use --to gguf$"
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ _HEADS = "one number of heads for all .* have 1 to 2 KV groups; use --to gg"
     [
         (
             "mlx-lm", "mistral", None, {"sliding_window": 8},
-            "no sliding window.*use --to vllm or --to gg",
+            "no sliding window.*; use --to gguf or --to openvino or --to vllm$",
         ),
         ("mlx-lm", "llama", None, {"head_dim": 16}, "mlx-lm reads DeciLM with heads that are toge"),
         ("mlx-lm", "llama", None, {"hidden_act": "gelu"}, "the activation silu only, .* has gelu"),
@@ -110,7 +110,15 @@ _HEADS = "one number of heads for all .* have 1 to 2 KV groups; use --to gg"
             "mlx-lm", "llama", None, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
             "mlx-lm reads DeciLM with no positions of type dynamic",
         ),
-        ("mlx-lm", "qwen3", None, {}, "mlx-lm's DeciLM class is a Llama and cannot express qwen3"),
+        (
+            "mlx-lm", "qwen3", None, {},
+            "a Llama and cannot express qwen3; .* own class, or use --to gguf or --to openvino$",
+        ),
+        # Nobody is sent where it is refused, too.
+        (
+            "mlx-lm", "qwen3", None, {"tie_word_embeddings": False},
+            "cannot express qwen3; .* own class, or use --to openvino$",
+        ),
         (
             "vllm", "qwen3", None, {},
             "cannot express qwen3; prune with --widths equal .*--model-impl transformers",
@@ -119,7 +127,7 @@ _HEADS = "one number of heads for all .* have 1 to 2 KV groups; use --to gg"
         ("mlx-lm", "llama", (2, 1, 2), {}, _HEADS),
         (
             "vllm", "llama", (0, 2, 2), {},
-            "vLLM reads DeciLM with an attention in the first block.*--to gguf$",
+            "vLLM reads DeciLM with an attention in the first block.*--to gguf or --to mlx-lm$",
         ),
     ],
 )  # fmt: skip

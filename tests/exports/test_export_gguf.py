@@ -140,7 +140,9 @@ def test_no_way_back_to_gguf_is_said_before_pruning(tmp_path, tokenizer, text_fi
         source = Checkpoint(at, "a.gguf")
         warn_of_no_way_back(Checkpoint(at, "dense"), Budget(0.3, multiple=8))
         warn_of_no_way_back(source, Budget(0.3, multiple=8, widths="equal"))
-        for more in ({}, {"widths": "equal", "parts": ("ffn", "kv")}):
+        # Equally many KV groups are said by a stock config, too.
+        warn_of_no_way_back(source, Budget(0.3, parts=("kv",), widths="equal"))
+        for more in ({}, {"widths": "equal", "keep": (0,)}):
             warn_of_no_way_back(source, Budget(0.3, multiple=8, **more))
     said = ["a.gguf becomes no .gguf file again if blocks differ: llama.cpp runs no"]
     assert [message[:70] for message in caplog.messages] == said * 2 * len(ONE_WIDTH)

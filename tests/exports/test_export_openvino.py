@@ -105,11 +105,11 @@ def test_what_it_cannot_express_or_trace_is_refused(llama, tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(_Step, "_attention", with_sinks)
-        message = "no attention with sinks; transformers runs the checkpoint itself"
+        message = "no attention with sinks; use --to gguf or --to vllm$"
         with pytest.raises(ExportError, match=message):
             export(llama[0].directory, "openvino", tmp_path / "ov")
     monkeypatch.setattr("openvino.convert_model", broken)
-    message = "cannot trace LlamaForCausalLM: no such operator; transformers runs the checkpoint"
+    message = "cannot trace LlamaForCausalLM: no such operator; use --to gguf or --to vllm$"
     with pytest.raises(ExportError, match=message):
         export(llama[0].directory, "openvino", tmp_path / "ov")
     assert not (tmp_path / "ov").exists()

@@ -4,8 +4,8 @@ DeciLM is a Llama whose blocks have widths of their own, or no attention (`no_op
 copied byte for byte. `block_configs` has each width: as `ffn_mult` where all are multiples of 256,
 which readers turn into exactly these; otherwise as `intermediate_size`, which only vLLM reads. The
 number of query heads is that of the whole model, so a block that has lost KV groups, with their
-query heads, cannot be said. A small config class beside it makes the blocks readable as attributes,
-as vLLM wants them.
+query heads, cannot be said. For vLLM, which wants the blocks as attributes, a small config class
+lies beside it; mlx-lm would only ask the user about it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor, write_s
 from cfsp.checkpoint.text_config import head_size
 from cfsp.errors import ExportError
 from cfsp.exports.common import (
+    CannotSayError,
     Verification,
     Written,
     context_limit,
@@ -68,24 +69,18 @@ class Reader:
 
     name: str
     serve: str  # the command that serves a directory `{out}`
-    trust: str  # what it needs besides, where a class of config lies in the directory
-    otherwise: str  # what to do with a model that is no Llama
+    trust: str  # what it needs besides for the class of config that it needs; empty if it has one
+    otherwise: str  # what else to do with a model that is no Llama
 
 
 VLLM = Reader(
     "vLLM",
     "vllm serve {out}",
     "--trust-remote-code",
-    "prune with --widths equal for vLLM's own class, or use its Transformers backend, which runs "
-    "the checkpoint itself where it can: vllm serve {directory} --trust-remote-code --model-impl "
-    "transformers",
+    ", or use its Transformers backend, which runs the checkpoint itself where it can: vllm serve "
+    "{directory} --trust-remote-code --model-impl transformers",
 )
-MLX_LM = Reader(
-    "mlx-lm",
-    "mlx_lm.server --model {out}",
-    "",
-    "prune with --widths equal for mlx-lm's own class, or use --to gguf",
-)
+MLX_LM = Reader("mlx-lm", "mlx_lm.server --model {out}", "", "")
 
 
 def write(reader: Reader, source: Checkpoint, out: Path) -> Written:
@@ -102,10 +97,13 @@ def write(reader: Reader, source: Checkpoint, out: Path) -> Written:
             [note],
             reader.serve,
         )
-    _check_runs(reader, source)
-    _write(source, out, decilm_config(source), _described_tensors(source))
-    code = resources.files("cfsp.exports").joinpath("decilm_config_template.txt").read_text()
-    (out / _CODE_FILE).write_text(code, encoding="utf-8")
+    check(reader, source)
+    fields = decilm_config(source)
+    if reader.trust:
+        fields["auto_map"] = {"AutoConfig": f"{_CODE_FILE.removesuffix('.py')}.DeciLMConfig"}
+        code = resources.files("cfsp.exports").joinpath("decilm_config_template.txt").read_text()
+        (out / _CODE_FILE).write_text(code, encoding="utf-8")
+    _write(source, out, fields, _described_tensors(source))
     widths, (limit, _) = _widths(source), context_limit(source.config)
     gone = sum(groups == 0 for _, groups in heads_of_blocks(source))
     trusted = f"{reader.name} loads it with {reader.trust}, because of its config class"
@@ -135,19 +133,19 @@ def _verified(
     return verified(source, name, partial(logits_of, copy), TOLERANCE, context=context)
 
 
-def _check_runs(reader: Reader, source: Checkpoint) -> None:
+def check(reader: Reader, source: Checkpoint) -> None:
+    """Check that a reader runs what would be written for it."""
     model_type = source.config.model_type
+    if not resized_parts(source.config):
+        return
     if model_type not in _LIKE_LLAMA:
-        raise ExportError(
-            f"{reader.name}'s DeciLM class is a Llama and cannot express {model_type}; "
-            + reader.otherwise.format(directory=source.directory)
+        raise CannotSayError(
+            f"{reader.name}'s DeciLM class is a Llama and cannot express {model_type}",
+            f"prune with --widths equal for {reader.name}'s own class"
+            + reader.otherwise.format(directory=source.directory),
         )
     if reason := _obstacle(reader, source):
-        able = reader is not VLLM and _obstacle(VLLM, source) is None
-        raise ExportError(
-            f"{reader.name} reads DeciLM with {reason}; use "
-            + ("--to vllm or --to gguf" if able else "--to gguf")
-        )
+        raise CannotSayError(f"{reader.name} reads DeciLM with {reason}")
 
 
 def _obstacle(reader: Reader, source: Checkpoint) -> str | None:
@@ -237,7 +235,6 @@ def decilm_config(source: Checkpoint) -> dict[str, Any]:
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "nemotron-nas",
-        "auto_map": {"AutoConfig": f"{_CODE_FILE.removesuffix('.py')}.DeciLMConfig"},
         "dtype": str(compute_dtype(source)).removeprefix("torch."),
         # Loaders look at it to know how old the words of a config are.
         "transformers_version": getattr(config, "transformers_version", None) or __version__,
@@ -294,26 +291,26 @@ def _old_rope_words(parameters: dict[str, Any]) -> dict[str, Any]:
 def build_described_model(directory: Path) -> PreTrainedModel:
     """Return a Llama with the blocks that a DeciLM config names, filled from its directory."""
     from safetensors.torch import load_file
-    from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaMLP
 
-    written: Any = AutoConfig.from_pretrained(directory, trust_remote_code=True)
-    fields = {k: v for k, v in written.to_dict().items() if k not in ("model_type", "auto_map")}
-    fields["attention_bias"] = written.attention_bias or written.qkv_bias
+    written: dict[str, Any] = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    fields = {k: v for k, v in written.items() if k not in ("model_type", "auto_map")}
+    fields["attention_bias"] = written["attention_bias"] or written["qkv_bias"]
     config = LlamaConfig(**fields)
     config.dtype = torch.float32
     model = LlamaForCausalLM(config)
-    for layer, block in zip(model.model.layers, written.block_configs, strict=True):
-        multiplier = block.ffn.get("ffn_mult")
+    for layer, block in zip(model.model.layers, written["block_configs"], strict=True):
+        ffn = block["ffn"]
         config.intermediate_size = (
-            width_of(multiplier, written.hidden_size)
-            if multiplier is not None
-            else block.ffn.intermediate_size
+            width_of(ffn["ffn_mult"], written["hidden_size"])
+            if "ffn_mult" in ffn
+            else ffn["intermediate_size"]
         )
         layer.mlp = LlamaMLP(config)
-        if block.attention.no_op:
+        if block["attention"]["no_op"]:
             layer.self_attn, layer.input_layernorm = Gone(1), torch.nn.Identity()
-        elif not written.attention_bias:
+        elif not written["attention_bias"]:
             layer.self_attn.o_proj.register_parameter("bias", None)
     for path in sorted(directory.glob("*.safetensors")):
         tensors = {name: tensor.float() for name, tensor in load_file(path).items()}

@@ -33,6 +33,7 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import head_size
 from cfsp.errors import ExportError, MissingExtraError, UsageError
 from cfsp.exports.common import (
+    CannotSayError,
     Verification,
     Written,
     context_limit,
@@ -70,7 +71,7 @@ def write(
 ) -> Written:
     """Write the file."""
     try:
-        from gguf import GGMLQuantizationType, LlamaFileType
+        from gguf import GGMLQuantizationType, LlamaFileType, RopeScalingType
     except ImportError as error:
         raise MissingExtraError("gguf export", "export") from error
     own = _OWN_TYPES.get(compute_dtype(source), "bf16")
@@ -87,6 +88,8 @@ def write(
     in_file = name if name in WRITTEN_HERE else own
     kind = GGMLQuantizationType[in_file.upper()]
     fields, factors_R = rope_of(source.config, architecture)
+    if "rope_scaling_type" in fields:
+        fields["rope_scaling_type"] = RopeScalingType[fields["rope_scaling_type"].upper()]
     fields = _fields(source, architecture, context, in_file) | fields
     words, special = read_tokenizer(
         load_tokenizer(source.directory), source.config.vocab_size, pre_tokenizer
@@ -253,7 +256,7 @@ def gguf_tensors(
         asked = name.replace(".q_proj", ".qkv_proj") if is_fused else name
         gguf_name = known.get_name(asked, try_suffixes=(".weight", ".bias"))
         if gguf_name is None:
-            raise ExportError(f"llama.cpp has no place for the tensor {name}")
+            raise CannotSayError(f"llama.cpp has no place for the tensor {name}")
         parts = [name.replace(".q_proj.", f".{m}_proj.") for m in "qkv"] if is_fused else [name]
         found.append(_tensor(source, architecture, parts, gguf_name, kind))
     return found

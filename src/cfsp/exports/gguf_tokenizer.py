@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cfsp.checkpoint.gguf_import import PRE_TOKENIZER_KEY
 from cfsp.checkpoint.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer, recognised, steps_of
 from cfsp.errors import ExportError
+from cfsp.exports.common import CannotSayError
 
 if TYPE_CHECKING:
     from gguf import SpecialVocab
@@ -35,15 +36,16 @@ def read_tokenizer(
         tokenizer.save_pretrained(directory)
         path = Path(directory) / "tokenizer.json"
         if not path.is_file():
-            raise ExportError("the tokenizer has no tokenizer.json form, which gguf export needs")
+            raise CannotSayError(
+                "the tokenizer has no tokenizer.json form, which gguf export needs"
+            )
         fields = json.loads(path.read_text(encoding="utf-8"))
         splits = steps_of(fields.get("pre_tokenizer"), "pretokenizers")
         byte_level = any(step["type"] == "ByteLevel" for step in splits)
         special = SpecialVocab(directory, load_merges=byte_level, n_vocab=vocabulary)
     if fields["model"]["type"] != "BPE":
-        raise ExportError(
-            f"gguf export knows BPE tokenizers, this one is {fields['model']['type']}; "
-            "use --to vllm or --to openvino"
+        raise CannotSayError(
+            f"gguf export knows BPE tokenizers, this one is {fields['model']['type']}"
         )
     ids: list[int] = tokenizer("a")["input_ids"]
     for kind, token, found in (
