@@ -13,8 +13,8 @@ from tokenizers import pre_tokenizers as pre
 from transformers import PreTrainedTokenizerFast
 
 from cfsp.checkpoint.gguf_import import import_gguf
+from cfsp.checkpoint.gguf_tokenizer import BY_NAME, PRE_TOKENIZERS
 from cfsp.checkpoint.llama_cpp import llama_cpp_tokens
-from cfsp.checkpoint.pre_tokenizers import BY_NAME, PRE_TOKENIZERS
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError
 from cfsp.exports.gguf import write

@@ -87,7 +87,6 @@ class PrunedSource(WeightSource):
             self.specs,
             self._unused.keys() - self._origin.keys(),
             self._renamed(tied),
-            self._renamed(source.faults),
         )
 
     def _new_name(self, name: str) -> str | None:

@@ -29,14 +29,6 @@ _PROBE_TEXT = (
 )
 
 
-class CannotSayError(ExportError):
-    """A format cannot express a model; `export` adds which other targets can."""
-
-    def __init__(self, reason: str, instead: str = "") -> None:
-        super().__init__(f"{reason}; {instead}" if instead else reason)
-        self.reason, self.instead = reason, instead
-
-
 @dataclass(frozen=True)
 class Verification:
     """How far a written copy is from the checkpoint."""

@@ -29,9 +29,8 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import resized_parts
 from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor, write_shards
 from cfsp.checkpoint.text_config import head_size
-from cfsp.errors import ExportError
+from cfsp.errors import CannotSayError, ExportError
 from cfsp.exports.common import (
-    CannotSayError,
     Verification,
     Written,
     context_limit,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cfsp.checkpoint.gguf_import import gguf_reader
+from cfsp.checkpoint.gguf_tokenizer import fields_of
 from cfsp.checkpoint.llama_cpp import (
     LlamaCpp,
     has_llama_cpp,
@@ -31,9 +32,8 @@ from cfsp.checkpoint.llama_cpp import (
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import head_size
-from cfsp.errors import ExportError, MissingExtraError, UsageError
+from cfsp.errors import CannotSayError, ExportError, MissingExtraError, UsageError
 from cfsp.exports.common import (
-    CannotSayError,
     Verification,
     Written,
     context_limit,
@@ -42,7 +42,6 @@ from cfsp.exports.common import (
     verified,
 )
 from cfsp.exports.gguf_architecture import Architecture, architecture_of, rope_of
-from cfsp.exports.gguf_tokenizer import read_tokenizer
 from cfsp.progress import item_progress
 from cfsp.text.tokenizers import load_tokenizer
 
@@ -91,7 +90,7 @@ def write(
     if "rope_scaling_type" in fields:
         fields["rope_scaling_type"] = RopeScalingType[fields["rope_scaling_type"].upper()]
     fields = _fields(source, architecture, context, in_file) | fields
-    words, special = read_tokenizer(
+    words, special = fields_of(
         load_tokenizer(source.directory), source.config.vocab_size, pre_tokenizer
     )
     tensors = gguf_tensors(source, architecture, kind)

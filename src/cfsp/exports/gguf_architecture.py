@@ -27,7 +27,8 @@ from torch import Tensor
 
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import head_size
-from cfsp.exports.common import CannotSayError, heads_of_blocks
+from cfsp.errors import CannotSayError
+from cfsp.exports.common import heads_of_blocks
 from cfsp.settings import Budget
 
 _logger = logging.getLogger(__name__)

@@ -25,8 +25,8 @@ from cfsp.checkpoint.own_files import CONFIG_FILE, copy_travelling_files
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import stock_config
 from cfsp.checkpoint.text_config import text_config_of
-from cfsp.errors import CfspError, MissingExtraError, UsageError
-from cfsp.exports.common import CannotSayError, Written, reference_model, verified
+from cfsp.errors import CannotSayError, CfspError, MissingExtraError, UsageError
+from cfsp.exports.common import Written, reference_model, verified
 
 _MODEL_FILE = "openvino_model.xml"
 _ATTENTION = "cfsp_keys_and_values_outside"

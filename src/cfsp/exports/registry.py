@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import check_is_outside, staged_directory, staged_file
-from cfsp.checkpoint.reading import Checkpoint, check_complete
-from cfsp.errors import ExportError, UsageError, did_you_mean
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.errors import CannotSayError, ExportError, UsageError, did_you_mean
 from cfsp.exports import decilm, gguf, gguf_architecture, openvino
-from cfsp.exports.common import CannotSayError, Verification, Written
+from cfsp.exports.common import Verification, Written
 from cfsp.streaming.work_dir import Stopwatch
 
 
@@ -109,7 +109,6 @@ def export(
             )
     source = open_checkpoint(model)
     check_is_outside(out, source.directory)
-    check_complete(source)
     watch = Stopwatch()
     with staged_file(out) if is_file else staged_directory(out) as staging:
         with watch.stage("write"):
