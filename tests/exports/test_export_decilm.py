@@ -1,4 +1,7 @@
-"""DeciLM's layout for vLLM and mlx-lm: widths, words, refusals; `make serve-check` runs both."""
+"""DeciLM's layout for vLLM and mlx-lm: widths, words, refusals; `make serve-check` runs both.
+
+Here a Llama of transformers is built by what the written config says.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP
 
+from cfsp.architecture.resizing import Gone
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError
-from cfsp.exports import decilm
-from cfsp.exports.decilm import ffn_mult, width_of
+from cfsp.exports.common import logits_of, reference_model
+from cfsp.exports.decilm import ffn_mult
 from cfsp.exports.registry import ExportReport, export
 from ragged import WIDTHS as NARROW
 from ragged import cut, tiny
@@ -41,9 +47,45 @@ def wide(
 def exported(source: Checkpoint, target: str, out: Path) -> tuple[ExportReport, dict[str, Any]]:
     """Export, and return the report and the config of a copy that computes the very same."""
     report = export(source.directory, target, out)
-    assert report.verification is not None
-    assert report.verification.max_difference == 0.0
+    assert report.verification is None
+    # They fit into every window, of which this Llama knows nothing.
+    logits = [logits_of(each, range(5, 11)) for each in (reference_model(source), described(out))]
+    assert torch.equal(*logits)
     return report, json.loads((out / "config.json").read_text())
+
+
+def described(directory: Path) -> PreTrainedModel:
+    """Return a Llama with the blocks that a DeciLM config names, filled from its directory."""
+    written = json.loads((directory / "config.json").read_text())
+    fields = {k: v for k, v in written.items() if k not in ("model_type", "auto_map")}
+    fields["attention_bias"] = written["attention_bias"] or written["qkv_bias"]
+    config = LlamaConfig(**fields)
+    config.dtype = torch.float32
+    model = LlamaForCausalLM(config)
+    for layer, block in zip(model.model.layers, written["block_configs"], strict=True):
+        ffn = block["ffn"]
+        by_multiple = "ffn_mult" in ffn
+        config.intermediate_size = (
+            width_of(ffn["ffn_mult"], config.hidden_size)
+            if by_multiple
+            else ffn["intermediate_size"]
+        )
+        layer.mlp = LlamaMLP(config)
+        if block["attention"]["no_op"]:
+            layer.self_attn, layer.input_layernorm = Gone(1), torch.nn.Identity()
+        elif not written["attention_bias"]:
+            layer.self_attn.o_proj.register_parameter("bias", None)
+    tensors = load_file(directory / "model.safetensors")
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    model.tie_weights()
+    return model.eval()
+
+
+def width_of(ffn_mult: float, hidden: int) -> int:
+    """Return the width that readers make of `ffn_mult`."""
+    # Two thirds, without the fraction, then up to 256 channels.
+    return -(-int(2 * ffn_mult * hidden / 3) // 256) * 256
 
 
 def test_every_multiple_of_256_is_exact():
@@ -51,10 +93,7 @@ def test_every_multiple_of_256_is_exact():
         for width in range(256, 65536 + 1, 256):
             multiplier = ffn_mult(width, hidden)
             assert multiplier == round(multiplier, 6)
-            # Two thirds, without the fraction, then up to 256 channels.
-            channels = int(2 * multiplier * hidden / 3)
-            channels += (256 - channels % 256) % 256
-            assert channels == width == width_of(multiplier, hidden), (hidden, width)
+            assert width == width_of(multiplier, hidden), (hidden, width)
 
 
 @pytest.mark.parametrize("target", ["vllm", "mlx-lm"])
@@ -209,18 +248,3 @@ def test_vllm_reads_blocks_as_attributes(tmp_path, tokenizer):
         "no_op": False,
         "intermediate_size": NARROW[1],
     }
-
-
-def test_a_config_that_describes_other_tensors_is_noticed(tmp_path, tokenizer, monkeypatch):
-    source = cut(build_tiny_model("llama"), tokenizer, tmp_path)
-    written = decilm.decilm_config
-
-    def wrong(checkpoint: Checkpoint) -> dict[str, Any]:
-        config = written(checkpoint)
-        config["block_configs"][1]["ffn"]["intermediate_size"] = 40
-        return config
-
-    monkeypatch.setattr(decilm, "decilm_config", wrong)
-    with pytest.raises(ExportError, match="the config describes other tensors"):
-        export(source.directory, "vllm", tmp_path / "vllm")
-    assert not (tmp_path / "vllm").exists()

@@ -242,7 +242,7 @@ def test_k_quants_come_from_llama_cpp(tmp_path, tokenizer):
     types = types_of(tmp_path / "m.gguf")
     assert types["blk.0.ffn_gate.weight"] == "Q4_K"
     assert types["blk.2.ffn_down.weight"] not in ("Q4_K", "Q6_K")  # 288 is not a multiple of 256
-    assert "rows of 32, 288 weights do not divide into blocks of 256" in report.notes[1]
+    assert "rows of 32, 288 weights do not divide into blocks of 256" in report.notes[0]
     assert 0 < report.verification.relative_error < 0.5
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "pruned", "m.gguf"}
 
@@ -251,6 +251,10 @@ def test_a_wrong_copy_is_noticed_and_not_kept(tmp_path, tokenizer, monkeypatch):
     source = cut(tiny("llama"), tokenizer, tmp_path)
     monkeypatch.setattr("cfsp.exports.gguf.neighbours_together", lambda tensor, heads: tensor)
     with pytest.raises(ExportError, match="computes something else: relative error"):
+        to_gguf(source, tmp_path / "m.gguf")
+    monkeypatch.undo()
+    monkeypatch.setattr("cfsp.exports.gguf.tokens_differ", lambda *_: None)  # its process died
+    with pytest.raises(ExportError, match="ends when it splits text by the copy's tokenizer"):
         to_gguf(source, tmp_path / "m.gguf")
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "pruned"}
 

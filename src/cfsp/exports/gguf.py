@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -182,23 +181,19 @@ def _fields(
 
 
 def _notes(path: Path, name: str) -> list[str]:
-    """Say which types llama.cpp chose, and which rows do not divide into blocks of weights."""
+    """Say which rows do not divide into blocks of weights."""
     if name in _OWN_TYPES.values():
         return []
-    tensors = [tensor for tensor in gguf_reader(path).tensors if len(tensor.shape) > 1]
-    counts, notes = Counter(tensor.tensor_type.name.lower() for tensor in tensors), []
-    if name in BY_LLAMA_CPP:
-        types = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-        notes.append(f"{name} as llama.cpp mixes it: {types}")
+    rows = {int(tensor.shape[0]) for tensor in gguf_reader(path).tensors if len(tensor.shape) > 1}
     block = 256 if "_k" in name or name == "iq4_xs" else 32
-    odd = sorted({int(t.shape[0]) for t in tensors if int(t.shape[0]) % block})
-    if odd:
-        shown = ", ".join(map(str, odd[:6])) + (", ..." if len(odd) > 6 else "")
-        notes.append(
-            f"rows of {shown} weights do not divide into blocks of {block}, so they are stored in "
-            f"a larger type; prune with --set multiple={block} to avoid it in the FFN"
-        )
-    return notes
+    odd = sorted(row for row in rows if row % block)
+    if not odd:
+        return []
+    shown = ", ".join(map(str, odd[:6])) + (", ..." if len(odd) > 6 else "")
+    return [
+        f"rows of {shown} weights do not divide into blocks of {block}, so they are stored in "
+        f"a larger type; prune with --set multiple={block} to avoid it in the FFN"
+    ]
 
 
 def _verified(
@@ -209,7 +204,8 @@ def _verified(
     context: int,
 ) -> Verification:
     """Compare tokenizer, logits and (unless quantised) greedy decoding with transformers'."""
-    if difference := tokens_differ(out, load_tokenizer(source.directory)):
+    difference = tokens_differ(out, load_tokenizer(source.directory))
+    if difference:
         raise ExportError(
             f"llama.cpp splits text differently: {difference}; give the pre-tokenizer's name with "
             "--pre-tokenizer; nothing was kept"
@@ -218,6 +214,11 @@ def _verified(
     if architecture.activation != "silu":
         tolerance = max(tolerance, _LEAST_WITH_GELU)
     with LlamaCpp(out) as llama:
+        if difference is None:  # although it is installed, and has loaded the copy
+            raise ExportError(
+                f"{llama_cpp_version()} ends when it splits text by the copy's tokenizer; nothing "
+                "was kept"
+            )
         return verified(
             source,
             llama_cpp_version(),

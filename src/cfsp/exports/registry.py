@@ -56,7 +56,7 @@ class ExportReport:
     layout: str  # what software will see
     nbytes: int  # on disk
     notes: list[str]  # what the user should know
-    verification: Verification | None  # None if it was not asked for, or no llama.cpp is installed
+    verification: Verification | None  # None if it was not asked for, or nothing here reads it
     seconds: dict[str, float]  # by stage
     serve: str  # the command that serves the copy; empty if there is none
 
@@ -85,7 +85,8 @@ def export(
         weight_type: gguf: f32, f16, bf16, q8_0, q4_k_m, ...; openvino: f32 or f16; None for the
             model's own.
         pre_tokenizer: gguf: llama.cpp's name of the pre-tokenizer, where it cannot be told.
-        verify: read the copy back and compare its logits with the model's, in float32.
+        verify: read the copy back, where something here can (llama.cpp, OpenVINO), and compare its
+            logits with the model's, in float32.
 
     Raises:
         CfspError: anything that a user can cause; nothing is left behind.
