@@ -21,7 +21,7 @@ from cfsp.settings import Budget, CalibrationText, PruneSettings
 from cfsp.text.offline import KINDS, kind_documents
 from cfsp.text.tokenizers import load_tokenizer
 from family_contract import save_with_tokenizer
-from ragged import WIDTHS, cut, half_of, tiny
+from ragged import WIDTHS, cut, gguf_fields_of, half_of, tiny
 
 pytest.importorskip("gguf", reason="gguf is not installed: pip install '.[export]'")
 pytest.importorskip("llama_cpp_py_sync", reason="no llama.cpp: pip install '.[export]'")
@@ -31,12 +31,6 @@ EQUAL = (64, 64, 64)
 
 def to_gguf(source: Checkpoint, out: Path, kind: str | None = None, **more: Any) -> Any:
     return export(source.directory, "gguf", out, weight_type=kind, **more)
-
-
-def fields_of(path: Path) -> dict[str, Any]:
-    from gguf import GGUFReader
-
-    return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
 
 
 def types_of(path: Path) -> dict[str, str]:
@@ -68,7 +62,7 @@ def test_llama_cpp_computes_the_same(tmp_path, tokenizer, name, widths, groups, 
     assert report.verification.greedy_steps == 32
     assert report.verification.max_difference < 1e-4
 
-    fields = fields_of(tmp_path / "m.gguf")
+    fields = gguf_fields_of(tmp_path / "m.gguf")
     assert fields["general.architecture"] == architecture
     found = fields[f"{architecture}.feed_forward_length"]
     assert found == (list(widths) if len(set(widths)) > 1 else widths[0])
@@ -128,7 +122,7 @@ def test_the_advice_of_a_refusal_works(tmp_path, tokenizer, name):
     report = to_gguf(Checkpoint(tmp_path / "equal"), tmp_path / "equal.gguf")
     assert report.layout == f"{architecture} in f32"
     assert report.verification.greedy_steps == 32
-    assert fields_of(tmp_path / "equal.gguf")[f"{architecture}.feed_forward_length"] == 56
+    assert gguf_fields_of(tmp_path / "equal.gguf")[f"{architecture}.feed_forward_length"] == 56
     assert not report.notes
 
 
@@ -200,7 +194,7 @@ def test_gemma3_has_scaled_positions_in_whole_blocks_only(tmp_path, tokenizer):
     source = cut(model, tokenizer, tmp_path, (64,) * 6)
     report = to_gguf(source, tmp_path / "m.gguf")
     assert report.verification.greedy_steps == 32
-    fields = fields_of(tmp_path / "m.gguf")
+    fields = gguf_fields_of(tmp_path / "m.gguf")
     assert fields["gemma3.rope.freq_base"] == 5000.0
     assert fields["gemma3.rope.freq_base_swa"] == 100.0
     assert fields["gemma3.context_length"] == 256
@@ -210,7 +204,7 @@ def test_a_sliding_window_limits_the_context(tmp_path, tokenizer):
     source = cut(tiny("mistral"), tokenizer, tmp_path)
     report = to_gguf(source, tmp_path / "m.gguf")
     assert "limited to 16 tokens instead of 256" in report.notes[0]
-    assert fields_of(tmp_path / "m.gguf")["deci.context_length"] == 16
+    assert gguf_fields_of(tmp_path / "m.gguf")["deci.context_length"] == 16
 
 
 @pytest.mark.parametrize(("kind", "error"), [("f16", 0.01), (None, 0.05), ("q8_0", 0.08)])

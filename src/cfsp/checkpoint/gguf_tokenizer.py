@@ -135,8 +135,8 @@ def steps_of(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
     return list(part[key]) if part["type"] == "Sequence" else [part]
 
 
-def recognised(fields: dict[str, Any]) -> PreTokenizer | str:
-    """Return how a tokenizer.json of byte-level BPE treats text; if it has no name, its steps."""
+def _recognised(fields: dict[str, Any]) -> str:
+    """Return the name of how a tokenizer.json of byte-level BPE treats text."""
     steps = []
     for step in steps_of(fields["pre_tokenizer"], "pretokenizers"):
         if step["type"] == "Split":
@@ -151,7 +151,13 @@ def recognised(fields: dict[str, Any]) -> PreTokenizer | str:
     alike = [known for known in PRE_TOKENIZERS if known.steps == tuple(steps)]
     whole_words = fields["model"].get("ignore_merges", False)
     exact = [known for known in alike if known.ignores_merges == whole_words]
-    return next(iter(exact or alike), " then ".join(steps))
+    for known in exact or alike:
+        return known.name
+    raise ExportError(
+        "cannot tell llama.cpp's name for the way in which this tokenizer splits text "
+        f"({' then '.join(steps)}); give it with --pre-tokenizer (known ones: "
+        f"{', '.join(p.name for p in PRE_TOKENIZERS)})"
+    )
 
 
 # From a file.
@@ -225,7 +231,8 @@ def fields_of(
     ):
         special.add_special_token[kind] = token is not None and found == token
     tokens, types = _tokens(fields, vocabulary)
-    pre = pre_tokenizer or (_pre_tokenizer_name(tokenizer, fields) if byte_level else "default")
+    came_with = tokenizer.init_kwargs.get(PRE_TOKENIZER_KEY)  # from a .gguf file
+    pre = pre_tokenizer or (came_with or _recognised(fields) if byte_level else "default")
     written: dict[str, Any] = {
         "tokenizer_model": "gpt2" if byte_level else "llama",
         "tokenizer_pre": pre,
@@ -241,19 +248,6 @@ def fields_of(
             for step in [*before, *splits]
         )
     return written, special
-
-
-def _pre_tokenizer_name(tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any]) -> str:
-    """Return the name that the tokenizer came with from a .gguf file, or that of what it does."""
-    if name := tokenizer.init_kwargs.get(PRE_TOKENIZER_KEY):
-        return str(name)
-    known = recognised(fields)
-    if isinstance(known, PreTokenizer):
-        return known.name
-    raise ExportError(
-        f"cannot tell llama.cpp's name for the way in which this tokenizer splits text ({known}); "
-        f"give it with --pre-tokenizer (known ones: {', '.join(p.name for p in PRE_TOKENIZERS)})"
-    )
 
 
 def _tokens(fields: dict[str, Any], vocabulary: int) -> tuple[list[str], list[int]]:

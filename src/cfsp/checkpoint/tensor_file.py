@@ -193,29 +193,25 @@ def read_weights(directory: Path) -> dict[str, FileTensor]:
 
 def read_tensor_file(path: Path) -> dict[str, FileTensor]:
     """Return the tensors of a file; its header is read and checked against the file's size."""
-    try:
-        with path.open("rb") as file:
-            version = _version(file.fileno())
-            return _read_header(path, file.read, version)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
-
-def _read_header(
-    path: Path, read: Callable[[int], bytes], version: tuple[int, int, int]
-) -> dict[str, FileTensor]:
     def damaged(what: str) -> CheckpointError:
         return CheckpointError(f"{path} {what}; {AGAIN}")
 
-    prefix, file_bytes = read(8), version[0]
-    length = int.from_bytes(prefix, "little")
+    try:
+        with path.open("rb") as file:
+            version, prefix = _version(file.fileno()), file.read(8)
+            length = int.from_bytes(prefix, "little")
+            text = file.read(min(length, _MAX_HEADER_BYTES))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    file_bytes = version[0]
     if len(prefix) < 8 or length > min(_MAX_HEADER_BYTES, file_bytes - 8):
         raise damaged(
             f"is not a complete safetensors file: it has {file_bytes} bytes and announces a "
             f"header of {length}"
         )
     try:
-        header = json.loads(read(length))
+        header = json.loads(text)
         entries = [
             (*entry["data_offsets"], name, entry["dtype"], tuple(entry["shape"]))
             for name, entry in header.items()

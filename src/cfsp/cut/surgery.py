@@ -34,12 +34,7 @@ class PrunedSource(WeightSource):
 
     Blocks are those that stay, numbered through. Its tensors are its parameters, by their names in
     the model, and those of the source that no parameter takes. An origin is what a parameter is
-    called in the source.
-
-    Args:
-        source: the model.
-        plan: which channels stay.
-        repaired: parameters that repair changed, by their origin, already in pruned shape.
+    called in the source; by it come those that repair changed, already in pruned shape.
     """
 
     def __init__(
