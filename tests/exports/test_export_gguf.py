@@ -12,7 +12,7 @@ import cfsp
 from cfsp.checkpoint.llama_cpp import llama_cpp_tokens
 from cfsp.checkpoint.locating import demo_gguf
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.errors import ExportError, MissingExtraError, OutputError, UsageError
+from cfsp.errors import ExportError, MissingExtraError
 from cfsp.exports.common import logits_of, reference_model
 from cfsp.exports.gguf_architecture import warn_of_no_way_back
 from cfsp.exports.registry import export
@@ -262,18 +262,6 @@ def test_without_llama_cpp_nothing_is_verified_which_is_said(tmp_path, tokenizer
     monkeypatch.setattr("cfsp.exports.gguf._write_file", None)  # what would take minutes
     with pytest.raises(MissingExtraError, match="gguf export in q4_k_m needs packages"):
         to_gguf(source, tmp_path / "q4.gguf", "q4_k_m")
-
-
-def test_bad_requests(tmp_path, tokenizer):
-    source = cut(tiny("llama"), tokenizer, tmp_path)
-    with pytest.raises(UsageError, match=r"unknown --type q9.*expected one of f32, f16"):
-        to_gguf(source, tmp_path / "m.gguf", "q9")
-    with pytest.raises(UsageError, match=r"expected a name in \.gguf"):
-        to_gguf(source, tmp_path / "m")
-    (tmp_path / "there.gguf").write_text("mine")
-    with pytest.raises(OutputError, match="exists already"):
-        to_gguf(source, tmp_path / "there.gguf")
-    assert (tmp_path / "there.gguf").read_text() == "mine"
 
 
 @pytest.mark.real
