@@ -125,7 +125,8 @@ def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is not there, or nothing can be removed there
+            path.unlink()
 
 
 def _cannot_write(target: Path, error: OSError) -> OutputError:
