@@ -59,7 +59,6 @@ def test_llama_cpp_computes_the_same(tmp_path, tokenizer, name, widths, groups, 
     source = cut(model, tokenizer, tmp_path, widths, groups)
     report = to_gguf(source, tmp_path / "m.gguf", "f32")
     assert report.layout == f"{architecture} in f32"
-    assert report.verification.greedy_steps == 32
     assert report.verification.max_difference < 1e-4
 
     fields = gguf_fields_of(tmp_path / "m.gguf")
@@ -121,7 +120,6 @@ def test_the_advice_of_a_refusal_works(tmp_path, tokenizer, name):
     cfsp.prune(tmp_path / "dense", out=tmp_path / "equal", samples=4, seqlen=32, **asked)
     report = to_gguf(Checkpoint(tmp_path / "equal"), tmp_path / "equal.gguf")
     assert report.layout == f"{architecture} in f32"
-    assert report.verification.greedy_steps == 32
     assert gguf_fields_of(tmp_path / "equal.gguf")[f"{architecture}.feed_forward_length"] == 56
     assert not report.notes
 
@@ -192,8 +190,7 @@ def test_gemma3_has_scaled_positions_in_whole_blocks_only(tmp_path, tokenizer):
     }
     model = tiny("gemma3_text", **ONE_WIDTH["gemma3_text"], rope_parameters=positions)
     source = cut(model, tokenizer, tmp_path, (64,) * 6)
-    report = to_gguf(source, tmp_path / "m.gguf")
-    assert report.verification.greedy_steps == 32
+    to_gguf(source, tmp_path / "m.gguf")
     fields = gguf_fields_of(tmp_path / "m.gguf")
     assert fields["gemma3.rope.freq_base"] == 5000.0
     assert fields["gemma3.rope.freq_base_swa"] == 100.0
@@ -269,7 +266,6 @@ def test_the_real_model(tmp_path, demo):
     source = half_of(demo, tmp_path / "half")
     report = to_gguf(source, tmp_path / "m.gguf", "f32")
     assert report.layout == "deci in f32"
-    assert report.verification.greedy_steps == 32
     assert report.verification.max_difference < 1e-3
 
     texts = [text for kind in KINDS for text in kind_documents(kind, "evaluation")]

@@ -69,7 +69,6 @@ def write(source: Checkpoint, out: Path, weight_type: str | None = None) -> Writ
             OpenVinoRuntime(out).feed,
             _TOLERANCES[kind],
             context=int(getattr(source.config, "max_position_embeddings", 4096)),
-            decodes=kind == "f32",
         ),
         [
             "the tokenizer stays as it is: optimum-intel reads it, GenAI wants it converted by "
