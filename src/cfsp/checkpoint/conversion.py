@@ -213,8 +213,7 @@ def saved_state(model: PreTrainedModel) -> dict[str, Tensor]:
 def stored_from_memory(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return the tensors of a model in memory as `save_pretrained` would store them.
 
-    They are views into the model. Only where saving does more than take apart what lies side by
-    side (transposed or interleaved experts of a few classes) are they copies.
+    They are views into it, but copies of what saving transposes or interleaves in a few classes.
     """
     state = saved_state(model)
     specs = specs_of(as_saved(model, on_meta(state)))

@@ -309,11 +309,11 @@ def read_tensors(
     dtype: torch.dtype,
     instead: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Read the tensors of a module from the source, by their names in the module.
+    """Read the tensors of a module, whose names begin with `prefix` in the source.
 
     It touches nothing but the file, so that a thread can read ahead. Parameters become `dtype`,
-    buffers stay as they are stored. `instead` has parameters that take the place of the source's,
-    by their `origin`; `prefix` is what the names of the module's begin with in the source.
+    buffers stay as they are stored; `instead` has parameters that take the place of the source's,
+    by their `origin`.
     """
     instead, found = instead or {}, {}
     parameters = dict(module.named_parameters())

@@ -197,10 +197,9 @@ class StoredTensors:
     ) -> Iterator[OutgoingTensor]:
         """Yield the stored tensors to be written, in their order and form, some of them anew.
 
-        `copied` gives the bytes of those that stay as they are. `changed` has what the new
-        parameters are, `value` gives them and those that share stored tensors with them; `config`
-        is that of the new model. `names` has the tensors that are written, if no expert goes, and
-        their new names; None for all but the stale ones under their own.
+        `copied` gives the bytes of those that stay; `changed` has the new parameters, `value` gives
+        them and those that share stored tensors with them; `config` is the new model's. `names` has
+        the new names of those that stay; None for all but the stale ones under their own.
         """
         parameter_of = {name: each for each in changed for name in self.sources(each)}
         specs_of_group: dict[str, dict[str, TensorSpec]] = {}

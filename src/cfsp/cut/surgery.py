@@ -146,13 +146,10 @@ def build_pruned_model(
     repaired: Mapping[str, FileTensor],
     facts: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """Return the pruned model that a plan describes.
+    """Return the pruned model that a plan describes; the original shares its unpruned tensors.
 
-    `in_features` and `out_features` are right, so PEFT attaches; `save_pretrained` writes what
-    `cfsp prune` writes but for the files that only cfsp reads. What `cfsp inspect` tells of those
-    (`facts`, as JSON types) travels in the config, as `cfsp`.
-
-    The original stays as it is and shares its unpruned tensors.
+    `save_pretrained` writes what `cfsp prune` writes but for the files that only cfsp reads. What
+    `cfsp inspect` tells of those (`facts`, as JSON types) travels in the config, as `cfsp`.
     """
     model, smaller = source.model, PrunedSource(source, plan, repaired)
     config = smaller.config
