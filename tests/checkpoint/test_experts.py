@@ -14,6 +14,7 @@ import cfsp
 from builders import CALIBRATION, CRITERION, draw_windows, job_of
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.cli import main
 from cfsp.errors import PlanError, UsageError
 from cfsp.planning.experts import LEAST_TOKENS
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
