@@ -189,7 +189,7 @@ def _read(file: Path, texts: dict[str, torch.Tensor]) -> tuple[dict[str, float],
         losses = []
         with LlamaCpp(file, context=windows_NT.shape[1]) as model:
             for tokens_T in windows_NT:
-                model.forget()
+                model.rewind()
                 logits_TV = model.feed(tokens_T.tolist())
                 chosen.append(logits_TV.argmax(dim=1))
                 loss = torch.nn.functional.cross_entropy(logits_TV[:-1], tokens_T[1:].long())
@@ -201,13 +201,12 @@ def _read(file: Path, texts: dict[str, torch.Tensor]) -> tuple[dict[str, float],
 def _speed(file: Path) -> tuple[float, float]:
     """Return prompt and new tokens for each CPU second of one thread, medians of rounds."""
     seconds = []
-    with LlamaCpp(file, None, threads=1) as model:
-        model.start(PROMPT + NEW_TOKENS + 2)
+    with LlamaCpp(file, PROMPT + NEW_TOKENS + 2, threads=1, exact=False) as model:
         (prompt_P,) = random_prompt(model.vocabulary, Workload(1, PROMPT))
         for new_tokens in (1, 1 + NEW_TOKENS):
             found = []
             for _ in range(1 + ROUNDS):
-                model.forget()
+                model.rewind()
                 start = time.process_time()
                 logits_1V = model.feed(prompt_P.tolist(), 1)
                 for _ in range(new_tokens):

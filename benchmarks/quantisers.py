@@ -254,7 +254,7 @@ def _gguf(weight_type: str) -> Callable[[Path, Path], tuple[Predict, int]]:
         model = LlamaCpp(file, context=1024)
 
         def predict(tokens_T: Tensor) -> Tensor:
-            model.forget()
+            model.rewind()
             return model.feed(tokens_T.tolist())
 
         return predict, file.stat().st_size

@@ -83,3 +83,10 @@ def _chosen(unit: Unit, kept: int, chance: random.Random) -> tuple[int, ...]:
 def tiny(name: str, **changes: Any) -> PreTrainedModel:
     """Return a tiny random model with some settings of its config changed."""
     return build_tiny_model(name, **changes)
+
+
+def gguf_fields_of(path: Path) -> dict[str, Any]:
+    """Return what a .gguf file says besides its tensors."""
+    from gguf import GGUFReader
+
+    return {name: field.contents() for name, field in GGUFReader(path).fields.items()}

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp.calibration.calibrate import calibrate, calibration_record
 from cfsp.calibration.statistics import Statistics
-from cfsp.checkpoint.reading import check_complete
 from cfsp.cut.surgery import PrunedSource
 from cfsp.job import Job
 from cfsp.planning.candidate import Candidate, Dropped
@@ -57,7 +56,6 @@ def decide(
     Statistics, or a plan, are of an earlier run on this model. With all that the cut needs comes
     what the goal came to, as JSON types; empty without one.
     """
-    check_complete(job.source)
     if plan is not None:
         _check_plan(job.source, plan)
         return _repaired_by(job, PruningResult(plan)), {}

@@ -66,6 +66,14 @@ class ExportError(CfspError):
     """The target format cannot express this model, or what was written computes something else."""
 
 
+class CannotSayError(ExportError):
+    """The target format cannot express this model; `export` adds which other targets can."""
+
+    def __init__(self, reason: str, instead: str = "") -> None:
+        super().__init__(f"{reason}; {instead}" if instead else reason)
+        self.reason, self.instead = reason, instead
+
+
 class RecoveryError(CfspError):
     """Training diverged, cannot be resumed, or its teacher does not fit the model."""
 

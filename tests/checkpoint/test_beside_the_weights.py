@@ -58,7 +58,8 @@ def test_what_travels_is_fetched_from_a_hub(tmp_path, monkeypatch):
     names = [*texts, "tokenizer.json", "tokenizer.model", "chat_template.jinja"]
     kept, repository = tmp_path / "kept", tmp_path / "repository"
     repository.mkdir()
-    for name in (*names, "pytorch_model.bin", "modeling.py", MODELING_FILE):
+    shards = "model.safetensors.index.json"  # describes the source's own
+    for name in (*names, shards, "pytorch_model.bin", "modeling.py", MODELING_FILE):
         (repository / name).write_text(name)
     fetched: list[str] = []
 
@@ -71,8 +72,8 @@ def test_what_travels_is_fetched_from_a_hub(tmp_path, monkeypatch):
     kept.mkdir()
     copy_travelling_files(locating.locate_model("no-one/nothing"), kept)
     # Our own modelling file is written anew; `cfsp verify` compares it.
-    assert set(fetched) - {MODELING_FILE} == {path.name for path in kept.iterdir()} == set(names)
-    assert MODELING_FILE in fetched
+    assert {path.name for path in kept.iterdir()} == set(names)
+    assert set(fetched) == {*names, shards, MODELING_FILE}
 
 
 def test_no_cache_of_the_hub_has_to_be_writable(pruned, tmp_path, monkeypatch):

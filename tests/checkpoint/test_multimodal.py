@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 import cfsp
-from cfsp.checkpoint.reading import LoadedModel, channel_parameters
+from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cli import main
 from cfsp.errors import UnsupportedModelError
 from cfsp.recovery.loss import loss_inside
@@ -155,16 +155,9 @@ def test_stock_software_runs_it_as_the_same_class(case, forks, tmp_path):
     assert found["classes"][1].startswith("Pruned")
 
 
-def test_all_but_the_ffns_of_the_decoder_is_untouched(case):
-    before = load_file(case.source / "model.safetensors")
-    after = load_file(case.out / "model.safetensors")
-    assert list(before) == list(after)
-    changed = {name for name in before if before[name].shape != after[name].shape}
-    assert changed
-    source = LoadedModel(case.dense)
-    with_channels = channel_parameters(source.architecture)
-    assert changed <= {n for name in with_channels for n in source.stored.sources(name)}
-    assert all(torch.equal(before[name], after[name]) for name in before.keys() - changed)
+def test_what_lies_beside_the_weights_is_untouched(case):
+    files = [load_file(at / "model.safetensors") for at in (case.source, case.out)]
+    assert list(files[0]) == list(files[1])
     for name in (*BESIDE, "tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (case.out / name).read_bytes() == (case.source / name).read_bytes(), name
     config = json.loads((case.source / "config.json").read_text())
@@ -172,19 +165,6 @@ def test_all_but_the_ffns_of_the_decoder_is_untouched(case):
     ours = {"architectures", "auto_map", "ffn_widths"}
     assert {key for key in pruned if pruned[key] != config.get(key)} == ours
     assert pruned["auto_map"].keys() >= {"AutoModel", "AutoModelForImageTextToText"}
-
-
-@pytest.mark.parametrize("case", ("gemma3", "llama4"), indirect=True)
-def test_in_memory(case, tokenizer, text_file, tmp_path):
-    smaller = cfsp.prune(case.dense, tokenizer, data=[text_file], **SETTINGS)
-    assert isinstance(smaller, type(case.dense))
-    expected = results_of(smaller, case.inputs)
-    assert_close(expected, case.masked_results())
-    smaller.save_pretrained(tmp_path)
-    assert_close(results_of(cfsp.load(tmp_path), case.inputs), expected)
-    assert list(load_file(tmp_path / "model.safetensors")) == list(
-        load_file(case.out / "model.safetensors")
-    )
 
 
 @pytest.fixture(scope="module", params=["names as saved", "names as in memory"])
@@ -234,7 +214,7 @@ def test_a_class_that_cannot_run_is_not_trained(monkeypatch):
 
 def test_commands(tokenizer, text_file, tmp_path, capsys):
     source = str(save(tiny_model("qwen2_5_vl"), tokenizer, tmp_path / "source"))
-    out, statistics, plan = (str(tmp_path / name) for name in ("out", "statistics", "plan"))
+    out = str(tmp_path / "out")
     text = ["--data", str(text_file), "--seqlen", "32"]
     samples, multiple = ["--samples", "4"], ["--set", "multiple=8"]
     asked = ["--sparsity", "0.4", *text, *samples, *multiple, "--eval", str(text_file)]
@@ -242,9 +222,6 @@ def test_commands(tokenizer, text_file, tmp_path, capsys):
     assert main(["inspect", out]) == 0
     assert main(["verify", out]) == 0
     assert main(["eval", source, out, *text, "--windows", "2"]) == 0
-    assert main(["calibrate", source, *text, *samples, "--out", statistics]) == 0
-    asked = ["--statistics", statistics, "--sparsity", "0.3", *multiple]
-    assert main(["prune", source, *asked, "--dry-run", "--out", plan]) == 0
     asked = ["--sparsity", "0.2", *multiple, "--effort", "fast", *text, "--samples", "2"]
     assert main(["prune", out, *asked, "--out", str(tmp_path / "again")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()

@@ -141,7 +141,7 @@ def with_foreign_code(directory: Path) -> None:
             lambda at: (at / "model.safetensors").rename(at / "pytorch_model.bin"),
             "pytorch_model.bin, a pickle, which can run code); save the model as safetensors",
         ),
-        (lambda at: edit_config(at, num_hidden_layers=5), "model.layers.3.mlp"),
+        (lambda at: edit_config(at, num_hidden_layers=5), "lacks the tensor model.layers.3."),
     ],
 )
 def test_damage_is_named(copy, damage, said):

@@ -28,23 +28,19 @@ def test_json_people_and_python_are_told_the_same(tmp_path, tokenizer, capsys):
     told = json.loads(out)
     assert told["target"] == "vllm"
     assert told["out"] == str(tmp_path / "a")
-    assert told["verification"]["max_difference"] == 0.0
-    assert told["verification"]["tokens"] == 24
+    assert told["verification"] is None
     assert "note: vLLM loads it with --trust-remote-code" in err
 
     written = tmp_path / "b"
     assert main([*argv, str(written)]) == 0
     out, _ = capsys.readouterr()
     assert "DeciLMForCausalLM, 3 blocks of 32 to 96 channels" in out
-    assert "logits over 24 tokens differ by at most 0 " in out
+    assert "not verified" in out
     command = f"vllm serve {written} --trust-remote-code"
     assert out.endswith(f"written to {written}\nserve it: {command}\n")
 
-    assert main([*argv, str(tmp_path / "c"), "--no-verify"]) == 0
-    assert "not verified" in capsys.readouterr().out
-
     report = registry.export(source, "vllm", str(tmp_path / "d")).to_json()
-    for own in ("out", "seconds", "serve", "verification"):
+    for own in ("out", "seconds", "serve"):
         del report[own], told[own]
     assert report == told
     before = (written / "config.json").stat().st_mtime_ns

@@ -13,15 +13,15 @@ from tokenizers import pre_tokenizers as pre
 from transformers import PreTrainedTokenizerFast
 
 from cfsp.checkpoint.gguf_import import import_gguf
+from cfsp.checkpoint.gguf_tokenizer import BY_NAME, PRE_TOKENIZERS
 from cfsp.checkpoint.llama_cpp import llama_cpp_tokens
-from cfsp.checkpoint.pre_tokenizers import BY_NAME, PRE_TOKENIZERS
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError
 from cfsp.exports.gguf import write
 from cfsp.exports.registry import export
 from cfsp.text.tokenizers import load_tokenizer
 from conftest import random_prose
-from ragged import cut, tiny
+from ragged import cut, gguf_fields_of, tiny
 
 pytest.importorskip("gguf", reason="gguf is not installed: pip install '.[export]'")
 pytest.importorskip("llama_cpp_py_sync", reason="no llama.cpp: pip install '.[export]'")
@@ -88,13 +88,7 @@ def check(tokenizer: PreTrainedTokenizerFast, directory: Path) -> dict[str, Any]
     assert expected is not None
     for loaded in (source.directory, import_gguf(directory / "m.gguf")):
         assert [load_tokenizer(loaded)(text)["input_ids"] for text in TEXTS] == expected
-    return fields_of(directory / "m.gguf")
-
-
-def fields_of(path: Path) -> dict[str, Any]:
-    from gguf import GGUFReader
-
-    return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
+    return gguf_fields_of(directory / "m.gguf")
 
 
 @pytest.mark.parametrize("name", [known.name for known in PRE_TOKENIZERS])
@@ -168,7 +162,7 @@ def test_bos_is_what_llama_cpp_makes_of_a_file(tmp_path, monkeypatch, name, said
     assert [tokens] == llama_cpp_tokens(tmp_path / "m.gguf", TEXTS[:1])
     assert (tokens[0] == 0) is expected
     export(directory, "gguf", tmp_path / "again.gguf")
-    fields = fields_of(tmp_path / "again.gguf")
+    fields = gguf_fields_of(tmp_path / "again.gguf")
     assert fields["tokenizer.ggml.add_bos_token"] is expected
 
 
@@ -185,4 +179,4 @@ def test_a_name_that_is_not_known_is_said_and_kept(tmp_path, caplog, name, why):
     (said,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert re.search(f"^m.gguf: {why}.*; so the model may get other tokens", said)
     write(Checkpoint(directory), tmp_path / "again.gguf")
-    assert fields_of(tmp_path / "again.gguf")["tokenizer.ggml.pre"] == name
+    assert gguf_fields_of(tmp_path / "again.gguf")["tokenizer.ggml.pre"] == name

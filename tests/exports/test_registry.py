@@ -29,6 +29,15 @@ def test_bad_requests(source, tmp_path):
         export(source.directory, "openvino", tmp_path / "x", pre_tokenizer="qwen2")
     with pytest.raises(OutputError, match="exists and is not empty"):
         export(source.directory, "vllm", tmp_path / "dense")
+    with pytest.raises(UsageError, match=r"expected a name in \.gguf"):
+        export(source.directory, "gguf", tmp_path / "m")
+    (tmp_path / "there.gguf").write_text("mine")
+    with pytest.raises(OutputError, match="exists already"):
+        export(source.directory, "gguf", tmp_path / "there.gguf")
+    assert (tmp_path / "there.gguf").read_text() == "mine"
+    pytest.importorskip("gguf")
+    with pytest.raises(UsageError, match=r"unknown --type q9.*expected one of f32, f16"):
+        export(source.directory, "gguf", tmp_path / "m.gguf", weight_type="q9")
 
 
 def test_a_disk_that_fills_up_leaves_nothing(source, tmp_path, monkeypatch):
@@ -64,6 +73,6 @@ def test_what_a_format_cannot_say_is_refused_by_name(name, to, message, pruned_t
 def test_heads_of_their_own_are_for_gguf(tmp_path, tokenizer):
     pytest.importorskip("openvino")
     source = cut(build_tiny_model("llama"), tokenizer, tmp_path, groups=(2, 1, 2))
-    with pytest.raises(ExportError, match="differ in KV groups, which --to gguf can say"):
+    with pytest.raises(ExportError, match=r"differ in KV groups; use --to gguf$"):
         export(source.directory, "openvino", tmp_path / "ov")
     assert not (tmp_path / "ov").exists()

@@ -40,12 +40,6 @@ class ModelShapes:
     # Where transformers looks for the conversions that loaded it.
     _weight_conversions: list[Any] | None = field(default=None, repr=False)
 
-    @staticmethod
-    def of(model: PreTrainedModel) -> ModelShapes:
-        """Return those of a model."""
-        tensors = {name: tensor.detach().to("meta") for name, tensor in model.state_dict().items()}
-        return ModelShapes(model.config, tensors)
-
     def get_parameter(self, name: str) -> Tensor:
         """Return a parameter without values."""
         return self.tensors[name]
@@ -156,7 +150,7 @@ def find_conversions(
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     converter_of = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    shapes = ModelShapes.of(model)
+    shapes = ModelShapes(model.config, on_meta(model.state_dict()))
     prefix = model.base_model_prefix
     found: dict[str, Conversion] = {}
     unused: dict[str, str] = {}
@@ -198,8 +192,7 @@ def missing_prefix(model: PreTrainedModel, stored: Iterable[str]) -> str:
         prefix + name in in_memory for name in names
     ):
         return ""
-    empty = {name: tensor.to("meta") for name, tensor in in_memory.items()}
-    expected = set(as_saved(model, empty))
+    expected = set(as_saved(model, on_meta(in_memory)))
     is_base = names.isdisjoint(expected) and any(prefix + name in expected for name in names)
     return prefix if is_base else ""
 
@@ -220,12 +213,10 @@ def saved_state(model: PreTrainedModel) -> dict[str, Tensor]:
 def stored_from_memory(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return the tensors of a model in memory as `save_pretrained` would store them.
 
-    They are views into the model. Only where saving does more than take apart what lies side by
-    side (transposed or interleaved experts of a few classes) are they copies.
+    They are views into it, but copies of what saving transposes or interleaves in a few classes.
     """
     state = saved_state(model)
-    empty = {name: tensor.to("meta") for name, tensor in state.items()}
-    specs = specs_of(as_saved(model, empty))
+    specs = specs_of(as_saved(model, on_meta(state)))
     tensors: dict[str, Tensor] = {}
     for conversion in find_conversions(model, specs)[0]:
         if conversion.placed is not None and conversion.target in state:
@@ -234,6 +225,11 @@ def stored_from_memory(model: PreTrainedModel) -> dict[str, Tensor]:
     if len(tensors) < len(specs):
         tensors |= as_saved(model, state)
     return {name: tensors[name] for name in specs}
+
+
+def on_meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors without their values."""
+    return {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
 
 
 def meta(specs: Mapping[str, TensorSpec], names: Iterable[str]) -> dict[str, Tensor]:

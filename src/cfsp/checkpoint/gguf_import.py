@@ -1,8 +1,5 @@
 """A .gguf file as an ordinary checkpoint: dequantised once by transformers, then cached.
 
-Of its tokenizer a file says little: tokens, merges, and a name for the rest. transformers builds
-it; BOS and how text is split are llama.cpp's rules (`pre_tokenizers`).
-
 Format: magic, version, number of tensors, number of key-value pairs, the pairs, then name,
 dimensions, type and offset of every tensor
 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
@@ -18,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel
 
+from cfsp.checkpoint.gguf_tokenizer import BY_NAME, PRE_TOKENIZER_KEY, tokenizer_of
 from cfsp.checkpoint.llama_cpp import tokens_differ
 from cfsp.checkpoint.output import staged_directory
 from cfsp.checkpoint.own_files import sha256_of
-from cfsp.checkpoint.pre_tokenizers import BY_NAME
 from cfsp.errors import CheckpointError, MissingExtraError, OutputError
 from cfsp.progress import library_progress
 
@@ -38,8 +35,6 @@ _CONVERSION = 3
 # that was trained by itself has nothing of the embedding.
 _SAME_MATRIX = 0.2
 _ROWS = 4096  # that are compared
-# Where tokenizer_config.json keeps the name of the pre-tokenizer, for the way back.
-PRE_TOKENIZER_KEY = "gguf_pre_tokenizer"
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 
 _MAGIC = b"GGUF"
@@ -116,7 +111,7 @@ def _convert(path: Path, reader: GGUFReader, dtype: torch.dtype, target: Path) -
             quantization_config=GgufConfig(dequantize=True),
             trust_remote_code=False,
         )
-        tokenizer = _read_tokenizer(path, reader)
+        tokenizer = tokenizer_of(path, reader)
     except Exception as error:  # transformers has no one exception type for this
         raise CheckpointError(
             f"transformers cannot read {path}: {error}; use the safetensors of the same model"
@@ -157,42 +152,6 @@ def _tie_again(model: PreTrainedModel, path: Path, reader: GGUFReader) -> None:
 
 def _bits_per_weight(reader: GGUFReader) -> dict[str, float]:
     return {each.name: 8 * int(each.n_bytes) / int(each.n_elements) for each in reader.tensors}
-
-
-def _read_tokenizer(path: Path, reader: GGUFReader) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a file, with BOS and the splits that llama.cpp would make."""
-
-    def field(name: str, default: Any = None) -> Any:
-        found = reader.get_field(f"tokenizer.ggml.{name}")
-        return default if found is None else found.contents()
-
-    kind, name = field("model"), field("pre", "default")
-    known = BY_NAME.get(name) if kind == "gpt2" else None
-    said: dict[str, Any] = {"gguf_file": path.name}
-    if kind in ("gpt2", "llama"):
-        adds_bos = known.adds_bos if known else kind == "llama"
-        said["add_bos_token"] = bool(field("add_bos_token", adds_bos))
-    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, **said)
-    backend = tokenizer.backend_tokenizer
-    if known is not None:
-        backend.pre_tokenizer = known.splits()
-        backend.model.ignore_merges = known.ignores_merges
-    elif kind == "llama" and not field("add_space_prefix", True):
-        _without_space_prefix(backend)
-    if kind == "gpt2":
-        tokenizer.init_kwargs[PRE_TOKENIZER_KEY] = name
-    return tokenizer
-
-
-def _without_space_prefix(backend: Any) -> None:
-    """Put no space before a text; transformers always does for a tokenizer of Llama's kind."""
-    from tokenizers import decoders, pre_tokenizers
-
-    if isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
-        backend.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        )
 
 
 def _warn_of_other_tokens(path: Path, directory: Path) -> None:

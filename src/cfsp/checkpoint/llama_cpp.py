@@ -123,30 +123,37 @@ def llama_cpp_tokens(path: Path, texts: Sequence[str]) -> list[list[int]] | None
 class LlamaCpp:
     """A .gguf file, loaded; a context manager, because its memory belongs to the library.
 
-    `context` tokens of one sequence fit, prompt and what follows; None is to `start` later.
+    `context` tokens of one sequence fit, prompt and what follows. It is `exact`, or as fast as
+    llama.cpp is by default.
     """
 
-    def __init__(self, path: Path, context: int | None = 512, threads: int | None = None) -> None:
+    def __init__(
+        self, path: Path, context: int = 512, threads: int | None = None, *, exact: bool = True
+    ) -> None:
         import torch
 
         self._ffi, self._lib = llama_cpp_library()
         settings = self._lib.llama_model_default_params()
         settings.n_gpu_layers = 0
-        self._name = path.name
-        self._threads = threads or torch.get_num_threads()
-        self._context = self._ffi.NULL
+        self._context, self._past = self._ffi.NULL, 0
         self._model = self._lib.llama_model_load_from_file(str(path).encode(), settings)
         if self._model == self._ffi.NULL:
             raise ExportError(f"{llama_cpp_version()} cannot load {path.name}: {last_error()}")
         vocabulary = self._lib.llama_model_get_vocab(self._model)
         self.vocabulary: int = self._lib.llama_vocab_n_tokens(vocabulary)
-        if context is not None:  # as exact as it can be
-            exact = {"n_ubatch": context, "type_k": _F32, "type_v": _F32, "flash_attn_type": 0}
-            try:
-                self.start(context, **exact)
-            except ExportError:
-                self.__exit__()
-                raise
+        asked = self._lib.llama_context_default_params()
+        asked.n_ctx = asked.n_batch = context
+        asked.n_threads = asked.n_threads_batch = threads or torch.get_num_threads()
+        if exact:
+            asked.n_ubatch, asked.flash_attn_type = context, 0
+            asked.type_k = asked.type_v = _F32
+        self._context = self._lib.llama_init_from_model(self._model, asked)
+        if self._context == self._ffi.NULL:
+            self.__exit__()
+            raise ExportError(
+                f"{llama_cpp_version()} cannot run {path.name} with {context} tokens: "
+                f"{last_error()}"
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -155,29 +162,7 @@ class LlamaCpp:
         self._lib.llama_free(self._context)
         self._lib.llama_model_free(self._model)
 
-    def start(self, context: int, **settings: Any) -> None:
-        """Make room for a new sequence of so many tokens, by the library's settings."""
-        if self._context != self._ffi.NULL:
-            self._lib.llama_free(self._context)
-        asked = self._lib.llama_context_default_params()
-        asked.n_ctx = asked.n_batch = context
-        asked.n_threads = asked.n_threads_batch = self._threads
-        for name, value in settings.items():
-            setattr(asked, name, value)
-        self._context = self._lib.llama_init_from_model(self._model, asked)
-        if self._context == self._ffi.NULL:
-            raise ExportError(
-                f"{llama_cpp_version()} cannot run {self._name} with {context} tokens: "
-                f"{last_error()}"
-            )
-        self._past = 0
-
-    def forget(self) -> None:
-        """Begin the sequence anew."""
-        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
-        self._past = 0
-
-    def rewind(self, length: int) -> None:
+    def rewind(self, length: int = 0) -> None:
         """Forget all tokens but the first ones."""
         memory = self._lib.llama_get_memory(self._context)
         removed = self._lib.llama_memory_seq_rm(memory, 0, length, -1)

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.checkpoint.reading import Checkpoint, check_complete, read_tensors
+from cfsp.checkpoint.reading import Checkpoint, read_tensors
 from cfsp.checkpoint.skeleton import build_skeleton, fill, model_class
 from cfsp.errors import UsageError
 from cfsp.progress import library_progress
@@ -40,7 +40,6 @@ def load(
     checkpoint = open_checkpoint(name)
     if isinstance(dtype, str):
         dtype = compute_dtype(checkpoint, dtype)
-    check_complete(checkpoint)
     with library_progress():
         build: Any = model_class(checkpoint.config)
         if checkpoint.quantisation is None:

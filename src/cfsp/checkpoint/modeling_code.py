@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from pprint import pformat
 from typing import Any
@@ -46,7 +46,6 @@ FFN_WIDTHS = "ffn_widths"
 # That which gives every attention a number of KV groups of its own: 0 where there is none.
 KV_GROUPS = "kv_groups"
 
-_LINE = 100
 _CHOOSES_EXPERTS = "@use_experts_implementation"
 
 
@@ -123,6 +122,7 @@ class ModelingFile:
     def _places(self) -> dict[str, Any]:
         """Return where a model has what is resized, and the code that resizes it."""
         units = self.architecture.stock_units
+        literal = partial(pformat, width=100, sort_dicts=False)
         ffns, attentions = ([unit for unit in units if unit.part == part] for part in ("ffn", "kv"))
         words = {
             "ffn": ("FFN channels", "FFN", PER_LAYER_CONFIG if self.width_key else FFN_WIDTHS),
@@ -141,17 +141,11 @@ class ModelingFile:
         return {
             "words": [words[part] for part in self.parts if part in words],
             "resize": "\n\n".join(map(inspect.getsource, sources)).rstrip(),
-            "ffns": _literal(
-                {unit.path: (unit.plain_axes, list(unit.attributes)) for unit in ffns}
-            ),
-            "attentions": _literal([(blocks, *places) for blocks, places in alike.values()]),
-            "extras": _literal({unit.path: unit.extras for unit in attentions}),
+            "ffns": literal({unit.path: (unit.plain_axes, list(unit.attributes)) for unit in ffns}),
+            "attentions": literal([(blocks, *places) for blocks, places in alike.values()]),
+            "extras": literal({unit.path: unit.extras for unit in attentions}),
             "path": ffns[0].path if ffns else "",
         }
-
-
-def _literal(value: Any) -> str:
-    return pformat(value, width=_LINE, sort_dicts=False)
 
 
 def pruned_class(file: ModelingFile) -> type[PreTrainedModel]:

@@ -110,7 +110,7 @@ def staged_file(target: Path) -> Iterator[Path]:
 def _staged(target: Path) -> Iterator[Path]:
     """Give a path beside the target, and rename what is there in the end; remove it on failure."""
     remove_abandoned(target)
-    staging = _staging_of(target)
+    staging = target.with_name(f".{target.name}.partial-{os.getpid()}")
     with created_parents(target):
         try:
             yield staging
@@ -121,15 +121,12 @@ def _staged(target: Path) -> Iterator[Path]:
             _remove(staging)
 
 
-def _staging_of(target: Path) -> Path:
-    return target.with_name(f".{target.name}.partial-{os.getpid()}")
-
-
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is not there, or nothing can be removed there
+            path.unlink()
 
 
 def _cannot_write(target: Path, error: OSError) -> OutputError:
@@ -150,17 +147,7 @@ def remove_abandoned(target: Path) -> None:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file aside and rename it into place."""
-    staging = _staging_of(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(path)
-        with staging.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        staging.rename(path)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):  # its directory is not even there
-            staging.unlink(missing_ok=True)
+    with _staged(path) as staging, staging.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,13 +1,11 @@
 """What lies in a model directory beside the weights: cfsp's own files, and those that travel.
 
-None of ours may look like weights: loaders such as vLLM's read every *.safetensors that they find,
-some in folders too, and *.bin, *.pt and *.npz are weights to others. So the statistics, though they
-are stored as safetensors, have an ending of their own.
+None of ours may look like weights, of which loaders read every file that they find (*.safetensors,
+*.bin, *.pt, *.npz): so the statistics, though stored as safetensors, have an ending of their own.
 
-Weights and tokenizer are read, some files are copied into the pruned model, and people publish
-that. A link in a downloaded archive could so carry any file of the machine out of it, so what is
-read or travels on must lie in the directory. The cache of the hub is made of links: those lead from
-a snapshot to the blobs of the same repository.
+What is read or copied may be published with the pruned model, and a link in a downloaded archive
+could so carry any file of the machine out of it: it must lie in the directory. The cache of the hub
+is made of links from a snapshot to the blobs of the same repository.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ Shapes: E experts, O outputs, I inputs, G groups of inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfsp.checkpoint.tensor_file import AGAIN, FileTensor, TensorSpec, tensor_chunks
+from cfsp.checkpoint.tensor_file import AGAIN, FileTensor, StoredTensor, TensorSpec
 from cfsp.errors import CheckpointError
 
 # Where a config says how its weights are quantised; the second is that of old compressed-tensors.
@@ -45,41 +45,22 @@ _COMPRESSED_FORMATS = (
 
 
 @dataclass(frozen=True)
-class DequantisedTensor:
+class DequantisedTensor(StoredTensor):
     """A tensor that is computed, when it is asked for, from the tensors that it is stored as."""
 
     spec: TensorSpec
-    rows: Callable[[int, int], Tensor]  # in float32, from one of the first axis to another
-
-    def read(self) -> Tensor:
-        """Return the tensor."""
-        whole = torch.empty(self.spec.shape, dtype=self.spec.dtype)
-        for start, stop in self._pieces():
-            whole[start:stop] = self.rows(start, stop)
-        return whole
+    compute: Callable[[int, int], Tensor]  # in float32, from one row (of the first axis) to another
 
     def read_part(self, start: int, stop: int) -> Tensor:
         """Return the elements from one to another, flattened; only their rows are computed."""
-        in_a_row = max(1, self.spec.elements // max(1, self.spec.shape[0]))
-        first = start // in_a_row
-        rows = self.rows(first, ceil(stop / in_a_row)).reshape(-1)
-        return rows[start - first * in_a_row : stop - first * in_a_row].to(self.spec.dtype)
-
-    def chunks(self) -> Iterator[memoryview]:
-        """Yield the raw bytes, some rows at a time."""
-        for start, stop in self._pieces():
-            yield from tensor_chunks(self.rows(start, stop).to(self.spec.dtype))
-
-    def _pieces(self) -> Iterator[tuple[int, int]]:
-        """Yield where the rows begin and end that are computed at once."""
-        count = self.spec.shape[0]
-        step = max(1, _VALUES_AT_ONCE * count // max(1, self.spec.elements))
-        for start in range(0, count, step):
-            yield start, min(start + step, count)
-
-
-# A tensor of a checkpoint; nothing is read before it is asked for.
-StoredTensor = FileTensor | DequantisedTensor
+        in_a_row = max(1, self.spec.row)
+        first, last = start // in_a_row, ceil(stop / in_a_row)
+        found = torch.empty((last - first, in_a_row), dtype=self.spec.dtype)
+        step = max(1, _VALUES_AT_ONCE // in_a_row)
+        for row in range(first, last, step):
+            rows = self.compute(row, min(row + step, last))
+            found[row - first : row - first + len(rows)] = rows.reshape(len(rows), -1)
+        return found.view(-1)[start - first * in_a_row : stop - first * in_a_row]
 
 
 class _NotUndoneError(Exception):

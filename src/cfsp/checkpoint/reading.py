@@ -24,12 +24,13 @@ from cfsp.architecture.found import Architecture, Unit
 from cfsp.checkpoint.config_file import read_config
 from cfsp.checkpoint.conversion import missing_prefix, stored_from_memory
 from cfsp.checkpoint.own_files import check_links
-from cfsp.checkpoint.quantisation import StoredTensor, dequantised
+from cfsp.checkpoint.quantisation import dequantised
 from cfsp.checkpoint.skeleton import architecture_of, empty_model
 from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import (
     AGAIN,
     OutgoingTensor,
+    StoredTensor,
     TensorSpec,
     read_weights,
     specs_of,
@@ -72,11 +73,6 @@ class WeightSource(Protocol):
         """Parameters that nothing is stored of, and the one whose value each has."""
         return self.stored.tied
 
-    @property
-    def faults(self) -> Mapping[str, str]:
-        """Parameters that are missing or have another shape, and what is wrong."""
-        return self.stored.faults
-
     def origin(self, name: str) -> str:
         """Return what a parameter is called in the model that this one is cut from."""
         return name
@@ -84,12 +80,12 @@ class WeightSource(Protocol):
     def parameter(
         self, name: str, dtype: torch.dtype | None = None, expert: int | None = None
     ) -> Tensor:
-        """Return one of `parameters`, or one expert's part of it; None as dtype is its own."""
+        """Return a parameter, also a tied one, or one expert's part; None as dtype is its own."""
 
         def read(tensor: str, *row: int) -> Tensor:
             return self.read(tensor, *row).to(dtype)
 
-        return self.stored.assemble(name, read, expert)
+        return self.stored.assemble(self.tied.get(name, name), read, expert)
 
     def read(self, name: str, row: int | None = None) -> Tensor:
         """Return one stored tensor in its dtype, or what it has at an index of its first axis."""
@@ -152,10 +148,7 @@ class Checkpoint(WeightSource):
 
     def read(self, name: str, row: int | None = None) -> Tensor:
         """Return one stored tensor in its own dtype, or what it has at one index."""
-        tensor = self._tensors[name]
-        if row is None:
-            return tensor.read()
-        return tensor.rows(row, row + 1)[0].to(tensor.spec.dtype)
+        return self._tensors[name].read(row)
 
     def read_parts(self, name: str, parts: Sequence[slice]) -> Tensor:
         """Return some elements of one stored tensor, flattened, part after part."""
@@ -316,40 +309,21 @@ def read_tensors(
     dtype: torch.dtype,
     instead: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Read the tensors of a module from the source, by their names in the module.
+    """Read the tensors of a module, whose names begin with `prefix` in the source.
 
     It touches nothing but the file, so that a thread can read ahead. Parameters become `dtype`,
-    buffers stay as they are stored. `instead` has parameters that take the place of the source's,
-    by their `origin`; `prefix` is what the names of the module's begin with in the source.
+    buffers stay as they are stored; `instead` has parameters that take the place of the source's,
+    by their `origin`.
     """
+    instead, found = instead or {}, {}
     parameters = dict(module.named_parameters())
-    return {
-        name: read_parameter(source, prefix + name, dtype if name in parameters else None, instead)
-        for name in module.state_dict()
-        if name in parameters or prefix + name in source.parameters
-    }
-
-
-def read_parameter(
-    source: WeightSource,
-    name: str,
-    dtype: torch.dtype | None,
-    instead: Mapping[str, Tensor] | None = None,
-) -> Tensor:
-    """Return a parameter as the model in memory holds it, also a tied one; see `read_tensors`."""
-    if name in source.faults:
-        raise CheckpointError(f"{source.label} {source.faults[name]}; {AGAIN}")
-    origin = source.origin(name)
-    if instead and origin in instead:
-        return instead[origin].to(dtype)
-    return source.parameter(source.tied.get(name, name), dtype)
-
-
-def check_complete(source: WeightSource) -> None:
-    """Check that a model's file has every tensor of the model, in its shape."""
-    # Loading makes up what is missing, by chance; cutting does not look at what it does not cut.
-    for fault in source.faults.values():
-        raise CheckpointError(f"{source.label} {fault}; {AGAIN}")
+    for name in module.state_dict():
+        whole, of_one = prefix + name, dtype if name in parameters else None
+        if (origin := source.origin(whole)) in instead:
+            found[name] = instead[origin].to(of_one)
+        elif name in parameters or whole in source.parameters:
+            found[name] = source.parameter(whole, of_one)
+    return found
 
 
 def _check_stored(source: WeightSource, model: PreTrainedModel) -> None:

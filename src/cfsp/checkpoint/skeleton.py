@@ -71,14 +71,7 @@ def architecture_of(
     key = f"{model_class_of(stock).__name__} {type(config).__name__} {parts} {fields}"
     if key not in _proved:
         _proved[key] = prove(stock, parts=parts)
-    return with_given_widths(_proved[key], config)
-
-
-_proved: dict[str, Architecture] = {}
-
-
-def with_given_widths(architecture: Architecture, config: PreTrainedConfig) -> Architecture:
-    """Return the architecture of the stock model with the widths that a config of ours gives it."""
+    architecture = _proved[key]
     given = dict(_given_widths(architecture.units, config))
     widths = []
     for unit in architecture.units:
@@ -100,9 +93,13 @@ def with_given_widths(architecture: Architecture, config: PreTrainedConfig) -> A
     return architecture.with_widths(widths)
 
 
+_proved: dict[str, Architecture] = {}
+
+
 def _given_widths(
     units: Sequence[Unit], config: PreTrainedConfig
 ) -> Iterator[tuple[tuple[int, str], Any]]:
+    """Yield the widths that a config of ours gives, with the block and the path of each."""
     key = width_key_of(config)
     if key is not None:
         layers = list(config.per_layer_config)

@@ -1,10 +1,9 @@
 """With which values of its keys a stock class builds what is left of a model, found by trying.
 
-What is tried and what is wanted are models without weights, and nothing is taken on trust: the one
-must be built of the same as the other (`facts_of`). Where FFNs or attentions get narrower, that is
-the whole model. Where blocks go, lists with an entry for every block, lists of blocks, and numbers
-of first or last blocks change, and every block that stays must be built as it was; what a config
-says by a rule that cannot say it any more (every n-th block) is refused.
+What is tried and what is wanted are models without weights: the one must be built of the same as
+the other (`facts_of`). Where FFNs or attentions get narrower, that is the whole model. Where blocks
+go, lists with an entry for every block, lists of blocks, and numbers of first or last blocks
+change, and every block that stays must be built as it was; a rule (every n-th block) is refused.
 """
 
 from __future__ import annotations
@@ -240,7 +239,7 @@ def changes_without_blocks(config: PreTrainedConfig, removed: Collection[int]) -
     if best is None or plain is None:
         reason = f"no config builds the others ({search.first_failure})"
     elif best[1]:
-        reason = plain[1][0] + search.rule_behind(plain[1][0])
+        reason = plain[1][0]
     else:
         return {name: value for name, value in best[0].items() if value != fields.get(name)}
     raise UnsupportedModelError(
@@ -315,24 +314,6 @@ class _Search:
                 if old != new:
                     found.append(f"block {block} would have {new!r} for {place}, it has {old!r}")
         return sorted(found, key=lambda words: (len(words), words))
-
-    def rule_behind(self, difference: str) -> str:
-        """Return the key that decides what differs, in words; empty if none is found."""
-        match = re.match(r"block (\d+) would have .* for (.*), it has", difference)
-        if match is None:
-            return ""
-        block, place = int(match[1]), match[2]
-        for name, value in text_config_of(self._config).to_dict().items():
-            if type(value) is not int or not 0 < value <= self.count:
-                continue
-            for changed in (value + 1, value - 1):
-                try:
-                    _, blocks, _ = _built(with_values(self._config, {name: changed}))
-                    if blocks[block].get(place) != self._blocks[block].get(place):
-                        return f", which the config says by a rule ({name}={value})"
-                except Exception:  # whatever a config or class does with another number
-                    continue
-        return ""
 
 
 def _built(

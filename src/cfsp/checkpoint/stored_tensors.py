@@ -52,7 +52,6 @@ class StoredTensors:
     tied: Mapping[str, str]  # parameters that nothing is stored of, and the one with the value
     unused: tuple[str, ...]  # that no parameter takes, such as those of multi-token prediction
     stale: tuple[str, ...]  # those of a module of the model, which no longer has them
-    faults: Mapping[str, str]  # what is wrong with a parameter, as the end of a sentence
     _made_by: Mapping[str, Conversion] = field(repr=False)
 
     @staticmethod
@@ -64,9 +63,9 @@ class StoredTensors:
     ) -> StoredTensors:
         """Find what becomes of the tensors of a checkpoint, by the model of its class and config.
 
-        Only names and shapes count, so the model may be on the meta device. A unit that lacks a
-        tensor is a `CheckpointError`, one that shares weights or cannot be stored again an
-        `UnsupportedModelError`.
+        Only names and shapes count, so the model may be on the meta device. A parameter that is
+        missing or has another shape is a `CheckpointError`, a unit that shares weights or cannot be
+        stored again an `UnsupportedModelError`.
         """
         conversions, unused = find_conversions(model, specs)
         made_by: dict[str, Conversion] = {}
@@ -75,16 +74,18 @@ class StoredTensors:
             for name, spec in conversion.made().items():
                 made_by[name], parameters[name] = conversion, spec
         tied = _tied(model, made_by)
+        # Loading makes up by chance what is missing; cutting does not look at what it leaves.
+        for fault in _faults_of(model, conversions, made_by, parameters, tied):
+            raise CheckpointError(f"{label} {fault}; {AGAIN}")
         stored = StoredTensors(
             specs=specs,
             parameters=parameters,
             tied=tied,
             unused=tuple(unused),
             stale=tuple(_stale(model, unused)),
-            faults=_faults_of(model, conversions, made_by, parameters, tied),
             _made_by=made_by,
         )
-        stored._check_can_be_cut(architecture, label)
+        stored._check_can_be_cut(architecture)
         return stored
 
     @staticmethod
@@ -92,22 +93,19 @@ class StoredTensors:
         specs: Mapping[str, TensorSpec],
         unused: Collection[str],
         tied: Mapping[str, str],
-        faults: Mapping[str, str],
     ) -> StoredTensors:
         """Return those of a model each of whose parameters is a stored tensor of the same name."""
         parameters = {name: spec for name, spec in specs.items() if name not in unused}
         nothing = ModelShapes(None, {})
         made_by = {name: Conversion(name, {name: [name]}, specs, nothing) for name in parameters}
-        return StoredTensors(specs, parameters, tied, tuple(unused), (), faults, made_by)
+        return StoredTensors(specs, parameters, tied, tuple(unused), (), made_by)
 
-    def _check_can_be_cut(self, architecture: Architecture, label: str) -> None:
+    def _check_can_be_cut(self, architecture: Architecture) -> None:
         """Check that all parameters that have channels or experts can be stored again."""
         checked: set[object] = set()  # alike in all blocks
         for unit in architecture.units:
             for path in (*unit.axes, *unit.expert_axes):
                 name = architecture.block_prefix(unit.block) + path
-                if name in self.faults:
-                    raise CheckpointError(f"{label} {self.faults[name]}; {AGAIN}")
                 if name in self.tied:
                     raise UnsupportedModelError(
                         f"{name} of an FFN has its values from {self.tied[name]}; FFNs that share "
@@ -199,10 +197,9 @@ class StoredTensors:
     ) -> Iterator[OutgoingTensor]:
         """Yield the stored tensors to be written, in their order and form, some of them anew.
 
-        `copied` gives the bytes of those that stay as they are. `changed` has what the new
-        parameters are, `value` gives them and those that share stored tensors with them; `config`
-        is that of the new model. `names` has the tensors that are written, if no expert goes, and
-        their new names; None for all but the stale ones under their own.
+        `copied` gives the bytes of those that stay; `changed` has the new parameters, `value` gives
+        them and those that share stored tensors with them; `config` is the new model's. `names` has
+        the new names of those that stay; None for all but the stale ones under their own.
         """
         parameter_of = {name: each for each in changed for name in self.sources(each)}
         specs_of_group: dict[str, dict[str, TensorSpec]] = {}
@@ -270,21 +267,19 @@ def _faults_of(
     made_by: Mapping[str, Conversion],
     made: Mapping[str, TensorSpec],
     tied: Mapping[str, str],
-) -> dict[str, str]:
-    """Return what is wrong with the parameters that the stored tensors do not make up."""
+) -> Iterator[str]:
+    """Yield what is wrong with parameters that the stored tensors do not make up."""
     optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     incomplete = {conversion.target for conversion in conversions}
-    faults = {}
     for name, tensor in model.state_dict().items():
         shape = tuple(tensor.shape)
         if name in made and made[name].shape != shape:
             own = made_by[name]
             what = own.stored[0] if own.converter is None else f"tensors for {name}"
             found = list(made[name].shape)
-            faults[name] = f"has {what} of shape {found}, its config asks for {list(shape)}"
+            yield f"has {what} of shape {found}, its config asks for {list(shape)}"
         elif name not in (made.keys() | tied.keys()):
             if name in incomplete:
-                faults[name] = f"has no tensors that {name} can be made of"
+                yield f"has no tensors that {name} can be made of"
             elif not any(re.search(pattern, name) for pattern in optional):
-                faults[name] = f"lacks the tensor {name}"
-    return faults
+                yield f"lacks the tensor {name}"

@@ -70,6 +70,11 @@ class TensorSpec:
         return math.prod(self.shape)
 
     @property
+    def row(self) -> int:
+        """Number of values at one index of the first axis."""
+        return math.prod(self.shape[1:])
+
+    @property
     def nbytes(self) -> int:
         """Size of the raw data in bytes."""
         return self.elements * self.dtype.itemsize
@@ -86,25 +91,43 @@ def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
     return {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
 
 
+class StoredTensor:
+    """A tensor of a checkpoint; nothing is read before it is asked for."""
+
+    spec: TensorSpec
+
+    def read_part(self, start: int, stop: int) -> Tensor:
+        """Return the elements from one to another, flattened."""
+        raise NotImplementedError
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return what is from one index of the first axis to another."""
+        part = self.read_part(start * self.spec.row, stop * self.spec.row)
+        return part.reshape(stop - start, *self.spec.shape[1:])
+
+    def read(self, row: int | None = None) -> Tensor:
+        """Return the tensor in its dtype, or what it has at one index of its first axis."""
+        if row is not None:
+            return self.rows(row, row + 1)[0]
+        return self.read_part(0, self.spec.elements).reshape(self.spec.shape)
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield the raw bytes in pieces of whole rows, of at most 16 MB unless one row has more."""
+        row = max(1, self.spec.row)
+        step = max(1, _CHUNK_BYTES // self.spec.dtype.itemsize // row) * row
+        for start in range(0, self.spec.elements, step):
+            yield from tensor_chunks(self.read_part(start, min(start + step, self.spec.elements)))
+
+
 @dataclass(frozen=True)
-class FileTensor:
-    """A tensor in a file; nothing is read before it is asked for."""
+class FileTensor(StoredTensor):
+    """A tensor in a file."""
 
     path: Path
     name: str
     spec: TensorSpec
     _start: int  # its first byte
     _version: tuple[int, ...]  # of the file
-
-    def read(self) -> Tensor:
-        """Return the tensor in the dtype in which it is stored."""
-        return self.read_part(0, self.spec.elements).reshape(self.spec.shape)
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Return what is from one index of the first axis to another."""
-        before, found = (self.spec.with_length(0, n) for n in (start, stop - start))
-        part = self.read_part(before.elements, before.elements + found.elements)
-        return part.reshape(found.shape)
 
     def read_part(self, start: int, stop: int) -> Tensor:
         """Return the elements from one to another, flattened."""
@@ -122,12 +145,6 @@ class FileTensor:
             if _version(file.fileno()) != self._version:
                 raise self._changed()
         return data.view(dtype)
-
-    def chunks(self) -> Iterator[memoryview]:
-        """Yield the raw bytes in pieces of at most 16 MB."""
-        step = _CHUNK_BYTES // self.spec.dtype.itemsize
-        for start in range(0, self.spec.elements, step):
-            yield from tensor_chunks(self.read_part(start, min(start + step, self.spec.elements)))
 
     def _changed(self) -> CheckpointError:
         return CheckpointError(f"{self.path} was changed while it was read; start again")
@@ -176,29 +193,25 @@ def read_weights(directory: Path) -> dict[str, FileTensor]:
 
 def read_tensor_file(path: Path) -> dict[str, FileTensor]:
     """Return the tensors of a file; its header is read and checked against the file's size."""
-    try:
-        with path.open("rb") as file:
-            version = _version(file.fileno())
-            return _read_header(path, file.read, version)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
-
-def _read_header(
-    path: Path, read: Callable[[int], bytes], version: tuple[int, int, int]
-) -> dict[str, FileTensor]:
     def damaged(what: str) -> CheckpointError:
         return CheckpointError(f"{path} {what}; {AGAIN}")
 
-    prefix, file_bytes = read(8), version[0]
-    length = int.from_bytes(prefix, "little")
+    try:
+        with path.open("rb") as file:
+            version, prefix = _version(file.fileno()), file.read(8)
+            length = int.from_bytes(prefix, "little")
+            text = file.read(min(length, _MAX_HEADER_BYTES))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    file_bytes = version[0]
     if len(prefix) < 8 or length > min(_MAX_HEADER_BYTES, file_bytes - 8):
         raise damaged(
             f"is not a complete safetensors file: it has {file_bytes} bytes and announces a "
             f"header of {length}"
         )
     try:
-        header = json.loads(read(length))
+        header = json.loads(text)
         entries = [
             (*entry["data_offsets"], name, entry["dtype"], tuple(entry["shape"]))
             for name, entry in header.items()

@@ -69,10 +69,9 @@ def print_report(report: ExportReport) -> None:
     if check is None:
         print("not verified")
     else:
-        greedy = f", {check.greedy_steps} greedy tokens equal" if check.greedy_steps else ""
         print(
             f"verified by {check.reader}: logits over {check.tokens} tokens differ by at most "
-            f"{check.max_difference:.2g} (relative error {check.relative_error:.2g}){greedy}"
+            f"{check.max_difference:.2g} (relative error {check.relative_error:.2g})"
         )
     print(f"written to {report.out}")
     if report.serve:

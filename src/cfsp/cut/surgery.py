@@ -34,12 +34,7 @@ class PrunedSource(WeightSource):
 
     Blocks are those that stay, numbered through. Its tensors are its parameters, by their names in
     the model, and those of the source that no parameter takes. An origin is what a parameter is
-    called in the source.
-
-    Args:
-        source: the model.
-        plan: which channels stay.
-        repaired: parameters that repair changed, by their origin, already in pruned shape.
+    called in the source; by it come those that repair changed, already in pruned shape.
     """
 
     def __init__(
@@ -87,7 +82,6 @@ class PrunedSource(WeightSource):
             self.specs,
             self._unused.keys() - self._origin.keys(),
             self._renamed(tied),
-            self._renamed(source.faults),
         )
 
     def _new_name(self, name: str) -> str | None:
@@ -152,13 +146,10 @@ def build_pruned_model(
     repaired: Mapping[str, FileTensor],
     facts: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """Return the pruned model that a plan describes.
+    """Return the pruned model that a plan describes; the original shares its unpruned tensors.
 
-    `in_features` and `out_features` are right, so PEFT attaches; `save_pretrained` writes what
-    `cfsp prune` writes but for the files that only cfsp reads. What `cfsp inspect` tells of those
-    (`facts`, as JSON types) travels in the config, as `cfsp`.
-
-    The original stays as it is and shares its unpruned tensors.
+    `save_pretrained` writes what `cfsp prune` writes but for the files that only cfsp reads. What
+    `cfsp inspect` tells of those (`facts`, as JSON types) travels in the config, as `cfsp`.
     """
     model, smaller = source.model, PrunedSource(source, plan, repaired)
     config = smaller.config

@@ -4,24 +4,21 @@ DeciLM is a Llama whose blocks have widths of their own, or no attention (`no_op
 copied byte for byte. `block_configs` has each width: as `ffn_mult` where all are multiples of 256,
 which readers turn into exactly these; otherwise as `intermediate_size`, which only vLLM reads. The
 number of query heads is that of the whole model, so a block that has lost KV groups, with their
-query heads, cannot be said. A small config class beside it makes the blocks readable as attributes,
-as vLLM wants them.
+query heads, cannot be said. For vLLM, which wants the blocks as attributes, a small config class
+lies beside it; mlx-lm would only ask the user about it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from cfsp.architecture.resizing import Gone
 from cfsp.checkpoint.config_file import read_plain_fields
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.own_files import CONFIG_FILE, copy_travelling_files
@@ -29,22 +26,11 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import resized_parts
 from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor, write_shards
 from cfsp.checkpoint.text_config import head_size
-from cfsp.errors import ExportError
-from cfsp.exports.common import (
-    Verification,
-    Written,
-    context_limit,
-    heads_of_blocks,
-    logits_of,
-    reference_model,
-    unread_norms,
-    verified,
-)
+from cfsp.errors import CannotSayError
+from cfsp.exports.common import Written, context_limit, heads_of_blocks, unread_norms
 
 ARCHITECTURE = "DeciLMForCausalLM"
 _CODE_FILE = "configuration_decilm.py"
-# The same operations in the same order; float32 rounds the same.
-TOLERANCE = 1e-6
 
 _LIKE_LLAMA = ("llama", "mistral", "qwen2")
 # What a Llama has and the model's config says in the same words.
@@ -68,86 +54,61 @@ class Reader:
 
     name: str
     serve: str  # the command that serves a directory `{out}`
-    trust: str  # what it needs besides, where a class of config lies in the directory
-    otherwise: str  # what to do with a model that is no Llama
+    trust: str  # the flag for the class of config that it wants; empty if it wants none
+    otherwise: str  # what else to do with a model that is no Llama
 
 
 VLLM = Reader(
     "vLLM",
     "vllm serve {out}",
     "--trust-remote-code",
-    "prune with --widths equal for vLLM's own class, or use its Transformers backend, which runs "
-    "the checkpoint itself where it can: vllm serve {directory} --trust-remote-code --model-impl "
-    "transformers",
+    ", or use its Transformers backend, which runs the checkpoint itself where it can: vllm serve "
+    "{directory} --trust-remote-code --model-impl transformers",
 )
-MLX_LM = Reader(
-    "mlx-lm",
-    "mlx_lm.server --model {out}",
-    "",
-    "prune with --widths equal for mlx-lm's own class, or use --to gguf",
-)
+MLX_LM = Reader("mlx-lm", "mlx_lm.server --model {out}", "", "")
 
 
 def write(reader: Reader, source: Checkpoint, out: Path) -> Written:
     """Write the checkpoint for one reader into a directory; one of a stock class as such."""
-    if not resized_parts(source.config):
-        _write(source, out, _stock_fields(reader, source), source.outgoing())
-        note = (
+    check(reader, source)
+    notes = [f"nothing here reads the copy back: {reader.name} was not run"]
+    if is_stock := not resized_parts(source.config):
+        fields, tensors = _stock_fields(reader, source), source.outgoing()
+        layout = source.architecture.class_name
+        notes.append(
             f"all blocks are equally wide: {reader.name}'s own class for "
             f"{source.config.model_type} runs it, if it has one"
         )
-        return Written(
-            source.architecture.class_name,
-            lambda: _verified(reader, source, reference_model(Checkpoint(out))),
-            [note],
-            reader.serve,
-        )
-    _check_runs(reader, source)
-    _write(source, out, decilm_config(source), _described_tensors(source))
-    code = resources.files("cfsp.exports").joinpath("decilm_config_template.txt").read_text()
-    (out / _CODE_FILE).write_text(code, encoding="utf-8")
-    widths, (limit, _) = _widths(source), context_limit(source.config)
-    gone = sum(groups == 0 for _, groups in heads_of_blocks(source))
-    trusted = f"{reader.name} loads it with {reader.trust}, because of its config class"
-    return Written(
-        f"{ARCHITECTURE}, {len(widths)} blocks of {min(widths)} to {max(widths)} channels"
-        + (f", {gone} without attention" if gone else ""),
-        # The stock Llama that it is built as knows no sliding window: the probe stays within it.
-        lambda: _verified(reader, source, build_described_model(out), limit),
-        [trusted] if reader.trust else [],
-        f"{reader.serve} {reader.trust}".rstrip(),
-    )
-
-
-def _write(
-    source: Checkpoint, out: Path, fields: dict[str, Any], tensors: Iterable[OutgoingTensor]
-) -> None:
+    else:
+        fields, tensors = decilm_config(source), _described_tensors(source)
+        widths, gone = _widths(source), len(source.architecture.gone)
+        layout = f"{ARCHITECTURE}, {len(widths)} blocks of {min(widths)} to {max(widths)} channels"
+        layout += f", {gone} without attention" if gone else ""
+    trust = "" if is_stock else reader.trust
+    if trust:
+        fields["auto_map"] = {"AutoConfig": f"{_CODE_FILE.removesuffix('.py')}.DeciLMConfig"}
+        code = resources.files("cfsp.exports").joinpath("decilm_config_template.txt").read_text()
+        (out / _CODE_FILE).write_text(code, encoding="utf-8")
+        notes.append(f"{reader.name} loads it with {trust}, because of its config class")
     write_shards(out, list(tensors))
     copy_travelling_files(source.directory, out)
     (out / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    return Written(layout, None, notes, f"{reader.serve} {trust}".rstrip())
 
 
-def _verified(
-    reader: Reader, source: Checkpoint, copy: PreTrainedModel, context: int = 4096
-) -> Verification:
-    """Compare with the model that the written config describes, built as readers would."""
-    name = f"transformers ({reader.name} not run)"
-    return verified(source, name, partial(logits_of, copy), TOLERANCE, context=context)
-
-
-def _check_runs(reader: Reader, source: Checkpoint) -> None:
+def check(reader: Reader, source: Checkpoint) -> None:
+    """Check that a reader runs what would be written for it."""
     model_type = source.config.model_type
+    if not resized_parts(source.config):
+        return
     if model_type not in _LIKE_LLAMA:
-        raise ExportError(
-            f"{reader.name}'s DeciLM class is a Llama and cannot express {model_type}; "
-            + reader.otherwise.format(directory=source.directory)
+        raise CannotSayError(
+            f"{reader.name}'s DeciLM class is a Llama and cannot express {model_type}",
+            f"prune with --widths equal for {reader.name}'s own class"
+            + reader.otherwise.format(directory=source.directory),
         )
     if reason := _obstacle(reader, source):
-        able = reader is not VLLM and _obstacle(VLLM, source) is None
-        raise ExportError(
-            f"{reader.name} reads DeciLM with {reason}; use "
-            + ("--to vllm or --to gguf" if able else "--to gguf")
-        )
+        raise CannotSayError(f"{reader.name} reads DeciLM with {reason}")
 
 
 def _obstacle(reader: Reader, source: Checkpoint) -> str | None:
@@ -187,11 +148,6 @@ def ffn_mult(width: int, hidden: int) -> float:
     of the last 256 channels leaves room for six decimals, which is what mlx-lm keeps.
     """
     return round(3 * (width - ROUNDING // 2) / (2 * hidden), 6)
-
-
-def width_of(ffn_mult: float, hidden: int) -> int:
-    """Return the width that readers make of `ffn_mult`."""
-    return -(-int(2 * ffn_mult * hidden / 3) // ROUNDING) * ROUNDING
 
 
 def _widths(source: Checkpoint) -> list[int]:
@@ -237,7 +193,6 @@ def decilm_config(source: Checkpoint) -> dict[str, Any]:
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "nemotron-nas",
-        "auto_map": {"AutoConfig": f"{_CODE_FILE.removesuffix('.py')}.DeciLMConfig"},
         "dtype": str(compute_dtype(source)).removeprefix("torch."),
         # Loaders look at it to know how old the words of a config are.
         "transformers_version": getattr(config, "transformers_version", None) or __version__,
@@ -289,39 +244,3 @@ def _old_rope_words(parameters: dict[str, Any]) -> dict[str, Any]:
     if scaling.get("rope_type", "default") != "default":
         words["rope_scaling"] = scaling
     return words
-
-
-def build_described_model(directory: Path) -> PreTrainedModel:
-    """Return a Llama with the blocks that a DeciLM config names, filled from its directory."""
-    from safetensors.torch import load_file
-    from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaMLP
-
-    written: Any = AutoConfig.from_pretrained(directory, trust_remote_code=True)
-    fields = {k: v for k, v in written.to_dict().items() if k not in ("model_type", "auto_map")}
-    fields["attention_bias"] = written.attention_bias or written.qkv_bias
-    config = LlamaConfig(**fields)
-    config.dtype = torch.float32
-    model = LlamaForCausalLM(config)
-    for layer, block in zip(model.model.layers, written.block_configs, strict=True):
-        multiplier = block.ffn.get("ffn_mult")
-        config.intermediate_size = (
-            width_of(multiplier, written.hidden_size)
-            if multiplier is not None
-            else block.ffn.intermediate_size
-        )
-        layer.mlp = LlamaMLP(config)
-        if block.attention.no_op:
-            layer.self_attn, layer.input_layernorm = Gone(1), torch.nn.Identity()
-        elif not written.attention_bias:
-            layer.self_attn.o_proj.register_parameter("bias", None)
-    for path in sorted(directory.glob("*.safetensors")):
-        tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
-        try:
-            unexpected = model.load_state_dict(tensors, strict=False).unexpected_keys
-        except RuntimeError as error:
-            raise ExportError(f"the config describes other tensors: {error}") from error
-        if unexpected:
-            raise ExportError(f"the config has no place for {unexpected[0]}; nothing was kept")
-    model.tie_weights()
-    return model.eval()

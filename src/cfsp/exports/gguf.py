@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cfsp.checkpoint.gguf_import import gguf_reader
+from cfsp.checkpoint.gguf_tokenizer import fields_of
 from cfsp.checkpoint.llama_cpp import (
     LlamaCpp,
     has_llama_cpp,
@@ -31,7 +31,7 @@ from cfsp.checkpoint.llama_cpp import (
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import head_size
-from cfsp.errors import ExportError, MissingExtraError, UsageError
+from cfsp.errors import CannotSayError, ExportError, MissingExtraError, UsageError
 from cfsp.exports.common import (
     Verification,
     Written,
@@ -41,7 +41,6 @@ from cfsp.exports.common import (
     verified,
 )
 from cfsp.exports.gguf_architecture import Architecture, architecture_of, rope_of
-from cfsp.exports.gguf_tokenizer import read_tokenizer
 from cfsp.progress import item_progress
 from cfsp.text.tokenizers import load_tokenizer
 
@@ -70,7 +69,7 @@ def write(
 ) -> Written:
     """Write the file."""
     try:
-        from gguf import GGMLQuantizationType, LlamaFileType
+        from gguf import GGMLQuantizationType, LlamaFileType, RopeScalingType
     except ImportError as error:
         raise MissingExtraError("gguf export", "export") from error
     own = _OWN_TYPES.get(compute_dtype(source), "bf16")
@@ -87,8 +86,10 @@ def write(
     in_file = name if name in WRITTEN_HERE else own
     kind = GGMLQuantizationType[in_file.upper()]
     fields, factors_R = rope_of(source.config, architecture)
+    if "rope_scaling_type" in fields:
+        fields["rope_scaling_type"] = RopeScalingType[fields["rope_scaling_type"].upper()]
     fields = _fields(source, architecture, context, in_file) | fields
-    words, special = read_tokenizer(
+    words, special = fields_of(
         load_tokenizer(source.directory), source.config.vocab_size, pre_tokenizer
     )
     tensors = gguf_tensors(source, architecture, kind)
@@ -180,23 +181,19 @@ def _fields(
 
 
 def _notes(path: Path, name: str) -> list[str]:
-    """Say which types llama.cpp chose, and which rows do not divide into blocks of weights."""
+    """Say which rows do not divide into blocks of weights."""
     if name in _OWN_TYPES.values():
         return []
-    tensors = [tensor for tensor in gguf_reader(path).tensors if len(tensor.shape) > 1]
-    counts, notes = Counter(tensor.tensor_type.name.lower() for tensor in tensors), []
-    if name in BY_LLAMA_CPP:
-        types = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-        notes.append(f"{name} as llama.cpp mixes it: {types}")
+    rows = {int(tensor.shape[0]) for tensor in gguf_reader(path).tensors if len(tensor.shape) > 1}
     block = 256 if "_k" in name or name == "iq4_xs" else 32
-    odd = sorted({int(t.shape[0]) for t in tensors if int(t.shape[0]) % block})
-    if odd:
-        shown = ", ".join(map(str, odd[:6])) + (", ..." if len(odd) > 6 else "")
-        notes.append(
-            f"rows of {shown} weights do not divide into blocks of {block}, so they are stored in "
-            f"a larger type; prune with --set multiple={block} to avoid it in the FFN"
-        )
-    return notes
+    odd = sorted(row for row in rows if row % block)
+    if not odd:
+        return []
+    shown = ", ".join(map(str, odd[:6])) + (", ..." if len(odd) > 6 else "")
+    return [
+        f"rows of {shown} weights do not divide into blocks of {block}, so they are stored in "
+        f"a larger type; prune with --set multiple={block} to avoid it in the FFN"
+    ]
 
 
 def _verified(
@@ -206,8 +203,9 @@ def _verified(
     architecture: Architecture,
     context: int,
 ) -> Verification:
-    """Compare tokenizer, logits and (unless quantised) greedy decoding with transformers'."""
-    if difference := tokens_differ(out, load_tokenizer(source.directory)):
+    """Compare tokenizer and logits with transformers'."""
+    difference = tokens_differ(out, load_tokenizer(source.directory))
+    if difference:
         raise ExportError(
             f"llama.cpp splits text differently: {difference}; give the pre-tokenizer's name with "
             "--pre-tokenizer; nothing was kept"
@@ -216,13 +214,17 @@ def _verified(
     if architecture.activation != "silu":
         tolerance = max(tolerance, _LEAST_WITH_GELU)
     with LlamaCpp(out) as llama:
+        if difference is None:  # although it is installed, and has loaded the copy
+            raise ExportError(
+                f"{llama_cpp_version()} ends when it splits text by the copy's tokenizer; nothing "
+                "was kept"
+            )
         return verified(
             source,
             llama_cpp_version(),
             llama.feed,
             tolerance,
             context=context,
-            decodes=type_name == "f32",
         )
 
 
@@ -253,7 +255,7 @@ def gguf_tensors(
         asked = name.replace(".q_proj", ".qkv_proj") if is_fused else name
         gguf_name = known.get_name(asked, try_suffixes=(".weight", ".bias"))
         if gguf_name is None:
-            raise ExportError(f"llama.cpp has no place for the tensor {name}")
+            raise CannotSayError(f"llama.cpp has no place for the tensor {name}")
         parts = [name.replace(".q_proj.", f".{m}_proj.") for m in "qkv"] if is_fused else [name]
         found.append(_tensor(source, architecture, parts, gguf_name, kind))
     return found

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import head_size
-from cfsp.errors import ExportError
+from cfsp.errors import CannotSayError
 from cfsp.exports.common import heads_of_blocks
 from cfsp.settings import Budget
 
@@ -73,52 +73,58 @@ _INSTEAD = "prune with --widths equal"
 
 
 def architecture_of(source: Checkpoint) -> Architecture:
-    """Return the architecture that runs a checkpoint, or raise ExportError."""
+    """Return the architecture that runs a checkpoint, or raise CannotSayError."""
     architecture = _graph_for(source.config)
     widths = source.architecture.of_part("ffn").widths
     if len(set(widths)) > 1 or len(set(heads_of_blocks(source))) > 1:
         gone = bool(source.architecture.gone)
         architecture = _graph_for(source.config, differ=True, gone=gone)
     for obstacle in _obstacles(source, architecture):
-        raise ExportError(obstacle)
+        raise CannotSayError(obstacle)
     return architecture
+
+
+def check(source: Checkpoint) -> None:
+    """Check that llama.cpp can run a checkpoint."""
+    rope_of(source.config, architecture_of(source))
 
 
 def _graph_for(config: Any, *, differ: bool = False, gone: bool = False) -> Architecture:
     """Return the graph for blocks that are alike, differ, or lack attention, or raise an error."""
     if config.model_type not in ARCHITECTURES:
-        raise ExportError(
+        raise CannotSayError(
             f"gguf export of {config.model_type} models is not supported; supported are: "
-            f"{', '.join(sorted(ARCHITECTURES))}; where all blocks are equally wide (--widths "
-            "equal) it is a stock checkpoint: run llama.cpp's own converter on that"
+            f"{', '.join(sorted(ARCHITECTURES))}",
+            "prune with --widths equal and run llama.cpp's own converter on the stock checkpoint",
         )
     alike, ragged = ARCHITECTURES[config.model_type]
     if not differ:
         return alike
     if ragged is None or (ragged.tied_only and not config.tie_word_embeddings):
         which = " whose output matrix is not tied to the embeddings" if ragged else ""
-        raise ExportError(
+        raise CannotSayError(
             f"llama.cpp runs no {config.model_type} model{which} with blocks of different widths "
-            f"or heads; {_INSTEAD}, and FFN channels alone"
+            "or heads",
+            f"{_INSTEAD} and without --parts attention" if gone else _INSTEAD,
         )
     if gone and ragged is not _DECI:
-        raise ExportError(
+        raise CannotSayError(
             f"llama.cpp runs blocks without attention only through its {_DECI.name} graph, and "
-            f"this {config.model_type} model needs {ragged.name}; prune it without --parts "
-            "attention"
+            f"this {config.model_type} model needs {ragged.name}",
+            "prune it without --parts attention",
         )
     return ragged
 
 
 def warn_of_no_way_back(source: Checkpoint, budget: Budget) -> None:
     """Warn where a model from a .gguf file cannot become one again once it is pruned like this."""
-    path, parts = Path(source.label), set(budget.parts)
-    gone = "attention" in parts
-    differ = gone or "kv" in parts or ("ffn" in parts and budget.widths != "equal")
+    path, gone = Path(source.label), "attention" in budget.parts
+    alike = budget.widths == "equal" and not budget.keep
+    differ = gone or (bool(budget.channel_parts) and not alike)
     if path.suffix == ".gguf" and differ:
         try:
             _graph_for(source.config, differ=True, gone=gone)
-        except ExportError as error:
+        except CannotSayError as error:
             _logger.warning("%s becomes no .gguf file again if blocks differ: %s", path.name, error)
 
 
@@ -131,11 +137,11 @@ def _obstacles(source: Checkpoint, architecture: Architecture) -> Iterator[str]:
         yield f"{graph} has {architecture.activation}, the model {activation}"
     biased = sorted(tensor for tensor in source.specs if tensor.endswith(".bias"))
     if biased and not architecture.biases:
-        yield f"{graph} reads no biases, the model has {biased[0]}; use --to openvino"
+        yield f"{graph} reads no biases, the model has {biased[0]}"
     prefix = source.architecture.block_prefix(0)
     down = source.architecture.of_part("ffn").units[0].down.removesuffix("weight")
     if (bias := f"{prefix}{down}bias") in source.specs and not architecture.is_llama:
-        yield f"{graph} reads no FFN biases, the model has {bias}; use --to openvino"
+        yield f"{graph} reads no FFN biases, the model has {bias}"
     if architecture.tied_only and not config.tie_word_embeddings:
         yield f"{graph} has no output matrix of its own"
     if architecture.rhythm:
@@ -172,29 +178,27 @@ def rope_of(config: Any, architecture: Architecture) -> tuple[dict[str, Any], Te
 
     Second come factors_R by which each frequency is divided, in float32; None for not at all.
     """
-    from gguf import RopeScalingType
-
     parameters = dict(config.rope_parameters)
     if architecture.rhythm and "full_attention" in parameters:
         return _by_layer(config, architecture)
     kind = parameters.get("rope_type", "default")
     if "rope_theta" not in parameters or parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ExportError("rotary embeddings of a part of the head or by layer are not supported")
+        raise CannotSayError("llama.cpp has no rotary embeddings of a part of the head or by layer")
     fields: dict[str, Any] = {"rope_freq_base": float(parameters["rope_theta"])}
     if kind in ("linear", "yarn"):
-        fields["rope_scaling_type"] = RopeScalingType[kind.upper()]
+        fields["rope_scaling_type"] = kind
         fields["rope_scaling_factor"] = float(parameters["factor"])
     if kind == "yarn":
         fields |= _yarn(parameters)
     if kind == "llama3":
         if not architecture.is_llama:
-            raise ExportError(
+            raise CannotSayError(
                 f"llama.cpp's {architecture.name} graph reads no factors for single frequencies, "
-                "which llama3 scaling needs; use --to vllm or --to openvino"
+                "which llama3 scaling needs"
             )
         return fields, _llama3_factors(config, fields["rope_freq_base"])
     if kind not in ("default", "linear", "yarn"):
-        raise ExportError(
+        raise CannotSayError(
             f"gguf export of rope scaling {kind!r} is not supported; supported are: "
             "default, linear, llama3, yarn"
         )
@@ -205,7 +209,7 @@ def _by_layer(config: Any, architecture: Architecture) -> tuple[dict[str, Any], 
     """Return what a file says where blocks with a sliding window have positions of their own."""
     sliding = dict(config.rope_parameters["sliding_attention"])
     if sliding.get("rope_type", "default") != "default":
-        raise ExportError("scaled positions in blocks with a sliding window are not supported")
+        raise CannotSayError("scaled positions in blocks with a sliding window are not supported")
     whole = copy(config)
     whole.rope_parameters = config.rope_parameters["full_attention"]
     fields, factors_R = rope_of(whole, architecture)
@@ -216,7 +220,7 @@ def _by_layer(config: Any, architecture: Architecture) -> tuple[dict[str, Any], 
 
 def _yarn(parameters: dict[str, Any]) -> dict[str, Any]:
     if parameters.get("truncate") is False or parameters.get("mscale"):
-        raise ExportError("llama.cpp has no YaRN without truncation or with mscale")
+        raise CannotSayError("llama.cpp has no YaRN without truncation or with mscale")
     attention = parameters.get("attention_factor")
     if attention is not None:
         # llama.cpp multiplies by 0.1 ln(factor) + 1 (YaRN, arXiv 2309.00071, eq. 22) itself.

@@ -25,7 +25,7 @@ from cfsp.checkpoint.own_files import CONFIG_FILE, copy_travelling_files
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import stock_config
 from cfsp.checkpoint.text_config import text_config_of
-from cfsp.errors import CfspError, ExportError, MissingExtraError, UsageError
+from cfsp.errors import CannotSayError, CfspError, MissingExtraError, UsageError
 from cfsp.exports.common import Written, reference_model, verified
 
 _MODEL_FILE = "openvino_model.xml"
@@ -33,14 +33,19 @@ _ATTENTION = "cfsp_keys_and_values_outside"
 _TOLERANCES = {"f32": 1e-4, "f16": 0.02}
 
 
-def write(source: Checkpoint, out: Path, weight_type: str | None = None) -> Written:
-    """Write the model, its config and tokenizer into an existing directory."""
+def check(source: Checkpoint) -> None:
+    """Check what can be told of a model without tracing it."""
     if source.architecture.has_attentions:
-        raise _unsupported(source, "its blocks differ in KV groups, which --to gguf can say")
+        raise _unsupported(source, "its blocks differ in KV groups")
     if source.architecture.has_experts:
         raise _unsupported(source, "a traced model cannot choose experts by the text")
     if text_config_of(source.config) is not source.config:
         raise _unsupported(source, "only decoders of text are traced, and this reads images too")
+
+
+def write(source: Checkpoint, out: Path, weight_type: str | None = None) -> Written:
+    """Write the model, its config and tokenizer into an existing directory."""
+    check(source)
     own = "f32" if compute_dtype(source) == torch.float32 else "f16"
     openvino, kind = _openvino(), (weight_type or own).lower()
     if kind not in _TOLERANCES:
@@ -64,7 +69,6 @@ def write(source: Checkpoint, out: Path, weight_type: str | None = None) -> Writ
             OpenVinoRuntime(out).feed,
             _TOLERANCES[kind],
             context=int(getattr(source.config, "max_position_embeddings", 4096)),
-            decodes=kind == "f32",
         ),
         [
             "the tokenizer stays as it is: optimum-intel reads it, GenAI wants it converted by "
@@ -95,10 +99,9 @@ class OpenVinoRuntime:
         return torch.from_numpy(results["logits"][0].copy())
 
 
-def _unsupported(source: Checkpoint, reason: str) -> ExportError:
-    return ExportError(
-        f"openvino export of {source.config.model_type} models is not supported: {reason}; "
-        "transformers runs the checkpoint itself"
+def _unsupported(source: Checkpoint, reason: str) -> CannotSayError:
+    return CannotSayError(
+        f"openvino export of {source.config.model_type} models is not supported: {reason}"
     )
 
 
@@ -140,10 +143,7 @@ class _Step(nn.Module):
         from transformers.integrations.sdpa_attention import repeat_kv
 
         if how.get("s_aux") is not None:
-            raise ExportError(
-                "OpenVINO export has no attention with sinks; transformers runs the checkpoint "
-                "itself"
-            )
+            raise CannotSayError("OpenVINO export has no attention with sinks")
         at, pair = len(self.present), list(new_BNTH[:2])
         if self.past:
             both = zip(self.past[at : at + 2], pair, strict=True)
@@ -199,9 +199,8 @@ def _converted(source: Checkpoint) -> Any:
             raise
         except Exception as error:  # tracing fails in as many ways as there are models
             summary = str(error).strip().splitlines() or [type(error).__name__]
-            raise ExportError(
-                f"OpenVINO cannot trace {source.architecture.class_name}: {summary[0]}; "
-                "transformers runs the checkpoint itself"
+            raise CannotSayError(
+                f"OpenVINO cannot trace {source.architecture.class_name}: {summary[0]}"
             ) from error
     pairs = [f"{kind}.{block}" for block in range(blocks) for kind in ("key", "value")]
     inputs = ["input_ids", "attention_mask", "position_ids", *(f"past_{name}" for name in pairs)]

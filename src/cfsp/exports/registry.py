@@ -4,26 +4,40 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import check_is_outside, staged_directory, staged_file
-from cfsp.checkpoint.reading import check_complete
-from cfsp.errors import UsageError, did_you_mean
-from cfsp.exports import decilm, gguf, openvino
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.errors import CannotSayError, ExportError, UsageError, did_you_mean
+from cfsp.exports import decilm, gguf, gguf_architecture, openvino
 from cfsp.exports.common import Verification, Written
 from cfsp.streaming.work_dir import Stopwatch
 
-# Each writes a new directory, gguf a new file, and raises ExportError for what the format cannot
-# express before anything is written.
-TARGETS: dict[str, Callable[..., Written]] = {
-    "gguf": gguf.write,
-    "vllm": partial(decilm.write, decilm.VLLM),
-    "mlx-lm": partial(decilm.write, decilm.MLX_LM),
-    "openvino": openvino.write,
+
+class Target(NamedTuple):
+    """What writes a format into a new directory, or a new file, and what it asks of a model.
+
+    Both raise CannotSayError for what the format cannot express, before anything is written.
+    """
+
+    check: Callable[[Checkpoint], None]
+    write: Callable[..., Written]
+
+
+def _decilm(reader: decilm.Reader) -> Target:
+    return Target(partial(decilm.check, reader), partial(decilm.write, reader))
+
+
+TARGETS = {
+    "gguf": Target(gguf_architecture.check, gguf.write),
+    "vllm": _decilm(decilm.VLLM),
+    "mlx-lm": _decilm(decilm.MLX_LM),
+    "openvino": Target(openvino.check, openvino.write),
 }
 _FILE = ".gguf"
 # What only some of them can be told, by the names of their arguments.
@@ -42,7 +56,7 @@ class ExportReport:
     layout: str  # what software will see
     nbytes: int  # on disk
     notes: list[str]  # what the user should know
-    verification: Verification | None  # None if it was not asked for, or no llama.cpp is installed
+    verification: Verification | None  # None if it was not asked for, or nothing here reads it
     seconds: dict[str, float]  # by stage
     serve: str  # the command that serves the copy; empty if there is none
 
@@ -71,7 +85,8 @@ def export(
         weight_type: gguf: f32, f16, bf16, q8_0, q4_k_m, ...; openvino: f32 or f16; None for the
             model's own.
         pre_tokenizer: gguf: llama.cpp's name of the pre-tokenizer, where it cannot be told.
-        verify: read the copy back and compare its logits with the model's, in float32.
+        verify: read the copy back, where something here can (llama.cpp, OpenVINO), and compare its
+            logits with the model's, in float32.
 
     Raises:
         CfspError: anything that a user can cause; nothing is left behind.
@@ -95,11 +110,13 @@ def export(
             )
     source = open_checkpoint(model)
     check_is_outside(out, source.directory)
-    check_complete(source)
     watch = Stopwatch()
     with staged_file(out) if is_file else staged_directory(out) as staging:
         with watch.stage("write"):
-            written = TARGETS[to](source, staging, **options)
+            try:
+                written = TARGETS[to].write(source, staging, **options)
+            except CannotSayError as error:
+                raise _with_others(error, source, to) from error
         verification = None
         if verify and written.verify is not None:
             with watch.stage("verify"):
@@ -115,4 +132,19 @@ def export(
         verification,
         dict(watch.seconds),
         written.serve.format(out=shlex.quote(str(out))),
+    )
+
+
+def _with_others(error: CannotSayError, source: Checkpoint, to: str) -> ExportError:
+    """Return what a format cannot express, with the way out and the other targets that can."""
+    able = []
+    for name in TARGETS.keys() - {to}:
+        with suppress(CannotSayError):
+            TARGETS[name].check(source)
+            able.append(f"--to {name}")
+    ways = [error.instead] if error.instead else []
+    if able:
+        ways.append(f"use {' or '.join(sorted(able))}")
+    return ExportError(
+        f"{error.reason}; {', or '.join(ways or ['transformers runs the checkpoint itself'])}"
     )

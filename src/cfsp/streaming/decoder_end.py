@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.architecture.small_run import set_parameter
-from cfsp.checkpoint.reading import read_parameter
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of, build_skeleton
 from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.streaming.stand_in import CallForm, find_call_form, resumed_at
@@ -99,7 +98,7 @@ class Head:
         with torch.inference_mode(mode=False):
             model = build_skeleton(source.config, dtype)
             for name in list(parameters_of_end(model, found.decoder, found.blocks)):
-                tensor = read_parameter(source, name, dtype).to(device)
+                tensor = source.parameter(name, dtype).to(device)
                 set_parameter(model, name, nn.Parameter(tensor, requires_grad=False))
         self._blocks = blocks_of(model, found)
         self._model: Any = model.get_submodule(end_of(model, found.decoder))
