@@ -360,10 +360,10 @@ def kept_part(unit: Unit, entry: UnitPlan, name: str, tensor: Tensor) -> Tensor:
     for ffn in range(unit.ffns):
         kept = entry.kept_of(ffn)
         places = {
-            None: kept,
-            "halves": kept + [unit.width + channel for channel in kept],
-            "interleaved": [2 * channel + half for channel in kept for half in (0, 1)],
-        }[axis.fusion]
+            (1,): kept,
+            (1, 1): kept + [unit.width + channel for channel in kept],
+            (2,): [2 * channel + half for channel in kept for half in (0, 1)],
+        }[axis.spans]
         one, along = (tensor[ffn], axis.axis - 1) if unit.routed else (tensor, axis.axis)
         parts.append(one[places] if along == 0 else one[:, places])
     return torch.stack(parts) if unit.routed else parts[0]

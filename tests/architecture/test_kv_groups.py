@@ -184,7 +184,6 @@ def test_an_axis_in_sections():
     rows = torch.arange(24)
     assert axis.width(rows.shape) == 3
     assert axis.select(rows, [0, 2]).tolist() == [*range(4), *range(8, 14), 16, 17, 18, 19, 22, 23]
-    assert axis.other_fusion().select(rows, [1]).tolist() == list(range(8, 16))
 
 
 def test_one_group_of_every_attention_stays():

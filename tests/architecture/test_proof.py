@@ -28,7 +28,7 @@ from transformers import (
 
 from cfsp.architecture import resizing
 from cfsp.architecture.discovery import find_architecture
-from cfsp.architecture.found import Architecture
+from cfsp.architecture.found import HALVES, INTERLEAVED, Architecture
 from cfsp.architecture.model_classes import model_class_of
 from cfsp.architecture.proof import prove
 from cfsp.architecture.resizing import resize_ffn
@@ -50,9 +50,9 @@ def test_a_class_that_transformers_does_not_know_is_proved():
     for unit in found.units:
         assert (unit.path, unit.width, unit.ffns, unit.routed) == ("thinker", CHANNELS, 1, False)
         assert unit.is_fused
-        assert unit.axes["thinker.squeeze.weight"].fusion == "interleaved"
-        assert unit.axes["thinker.squeeze.bias"].fusion == "interleaved"
-        assert unit.axes["thinker.unsqueeze.weight"].fusion is None
+        assert unit.axes["thinker.squeeze.weight"].spans == INTERLEAVED
+        assert unit.axes["thinker.squeeze.bias"].spans == INTERLEAVED
+        assert unit.axes["thinker.unsqueeze.weight"].spans == (1,)
     assert found.refused == ()
 
 
@@ -98,23 +98,23 @@ def test_weights_of_two_blocks_are_left_alone(trick):
         assert refusal.reason.startswith("alone: expected weights that are used nowhere else")
 
 
-def units(found: Architecture) -> set[tuple[str, int, int, str | None]]:
-    return {(u.path, u.width, u.ffns, u.axes[u.up].fusion) for u in found.units}
+def units(found: Architecture) -> set[tuple[str, int, int, tuple[int, ...]]]:
+    return {(u.path, u.width, u.ffns, u.axes[u.up].spans) for u in found.units}
 
 
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (LlamaConfig(), {("mlp", 11008, 1, None)}),
+        (LlamaConfig(), {("mlp", 11008, 1, (1,))}),
         (LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3,
-                     intermediate_size=1536), {("mlp", 1536, 1, None)}),
-        (LlamaConfig(mlp_bias=True, num_hidden_layers=1), {("mlp", 11008, 1, None)}),
-        (GemmaConfig(), {("mlp", 24576, 1, None)}),
-        (OPTConfig(), {("", 3072, 1, None)}),
-        (GptOssConfig(), {("mlp.experts", 2880, 128, "interleaved")}),
+                     intermediate_size=1536), {("mlp", 1536, 1, (1,))}),
+        (LlamaConfig(mlp_bias=True, num_hidden_layers=1), {("mlp", 11008, 1, (1,))}),
+        (GemmaConfig(), {("mlp", 24576, 1, (1,))}),
+        (OPTConfig(), {("", 3072, 1, (1,))}),
+        (GptOssConfig(), {("mlp.experts", 2880, 128, INTERLEAVED)}),
         (Qwen2MoeConfig(mlp_only_layers=[0]), {
-            ("mlp", 5632, 1, None), ("mlp.experts", 1408, 60, "halves"),
-            ("mlp.shared_expert", 5632, 1, None)}),
+            ("mlp", 5632, 1, (1,)), ("mlp.experts", 1408, 60, HALVES),
+            ("mlp.shared_expert", 5632, 1, (1,))}),
     ],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip

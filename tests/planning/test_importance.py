@@ -16,13 +16,14 @@ from cfsp.calibration.observed import BlockStatistics, UnitStatistics
 from cfsp.calibration.statistics import Sensitivity
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.planning import importance
+from cfsp.planning.allocation import ModelSize
 from cfsp.planning.importance import (
     FFNWeights,
     block_distances,
     block_importance,
     channel_scores,
     importance_by,
-    of_units,
+    importance_of_units,
     read_ffn_weights,
     strongest_channels,
     weight_norms,
@@ -131,10 +132,9 @@ def test_importance_is_that_of_the_block_and_blocks_without_an_ffn_do_not_count(
     )
     assert statistics.blocks_with_units == [0, 1]
     assert block_distances(statistics, "angular") == [0.1, 0.3]
-    importance_U = of_units(statistics, importance_by(statistics, "angular"))
-    assert importance_U[1] == importance_U[2]
-    assert importance_U[:2] == block_importance([0.1, 0.3])
-    assert of_units(statistics, importance_by(statistics, "sensitivity")) == [0.5, 1.0, 1.0]
+    first, second = block_importance([0.1, 0.3])
+    for metric, expected in (("angular", [first, second, second]), ("sensitivity", [0.5, 1, 1])):
+        assert importance_of_units(statistics, metric, ModelSize((), 0), ("ffn",))[1] == expected
 
 
 # Channels.

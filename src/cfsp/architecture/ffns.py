@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from cfsp.architecture.found import ChannelAxis, Fusion, Refusal, Unit, WidthAttribute
+from cfsp.architecture.found import HALVES, INTERLEAVED, ChannelAxis, Refusal, Unit, WidthAttribute
 
 # Attributes that nothing computes with although they may equal a width by chance.
 _NO_WIDTHS = frozenset({"layer_idx", "padding_idx", "num_experts", "top_k"})
@@ -157,10 +157,10 @@ def _sounds_like_gate(name: str) -> bool:
 def _axes(module: nn.Module, roles: _Roles, hidden: int) -> dict[str, ChannelAxis] | str:
     """Return where the parameters of an FFN have channels, or why that cannot be said."""
     lead, width = int(roles.down.experts is not None), roles.width
-    fusion: Fusion = "halves" if getattr(module, "is_concatenated", True) else "interleaved"
+    shared = HALVES if getattr(module, "is_concatenated", True) else INTERLEAVED
     out_axis, in_axis = (lead + 1, lead) if roles.transposed else (lead, lead + 1)
     axes = {
-        matrix.name: ChannelAxis(out_axis, fusion if roles.gate is roles.up else None)
+        matrix.name: ChannelAxis(out_axis, shared if roles.gate is roles.up else (1,))
         for matrix in (roles.gate, roles.up)
         if matrix is not None
     }
@@ -176,7 +176,7 @@ def _axes(module: nn.Module, roles: _Roles, hidden: int) -> dict[str, ChannelAxi
         if lengths == (width,):
             axes[name] = ChannelAxis(lead)
         elif lengths == (2 * width,):
-            axes[name] = ChannelAxis(lead, fusion)
+            axes[name] = ChannelAxis(lead, shared)
         elif width in lengths or 2 * width in lengths:
             return (
                 f"matrices: expected no others than gate, up and down, found {name} of shape "

@@ -19,7 +19,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ from cfsp.architecture.resizing import resize_attention, resize_ffn
 from cfsp.settings import Part
 
 # How gate and up share one matrix: all rows of the gate first, or row about row.
-Fusion = Literal["halves", "interleaved"]
+HALVES, INTERLEAVED = (1, 1), (2,)
 
 # A number that a module keeps of its own size, such as `in_features`: the module's dotted path from
 # the block, the number's name, and how often the width it is.
@@ -40,7 +39,6 @@ class ChannelAxis:
     """Where a parameter has the channels of its unit."""
 
     axis: int
-    fusion: Fusion | None = None  # how gate and up share the axis; None if they don't
     # The axis has that many sections one after the other, and in each a channel has so many entries
     # side by side: (64,) of keys with a head size of 64, (192, 64, 64) of three query heads, keys
     # and values in one matrix.
@@ -49,13 +47,7 @@ class ChannelAxis:
     @property
     def entries(self) -> int:
         """How many entries of the axis each channel has."""
-        return sum(self._sections)
-
-    @property
-    def _sections(self) -> tuple[int, ...]:
-        if self.fusion is None:
-            return self.spans
-        return (1, 1) if self.fusion == "halves" else (2,)
+        return sum(self.spans)
 
     def width(self, shape: Sequence[int]) -> int:
         """Return the number of channels of a tensor of this shape."""
@@ -64,17 +56,11 @@ class ChannelAxis:
     def index(self, kept_K: Tensor, width: int) -> Tensor:
         """Return the places on the axis of some channels, of `width` in all."""
         places, start = [], 0
-        for span in self._sections:
+        for span in self.spans:
             within = torch.arange(span, device=kept_K.device)
             places.append((start + kept_K[:, None] * span + within).flatten())
             start += width * span
         return torch.cat(places)
-
-    def other_fusion(self) -> ChannelAxis:
-        """Return the same axis shared in the other way; of heads with each one's side by side."""
-        if self.fusion is None:
-            return replace(self, spans=(sum(self.spans),))
-        return replace(self, fusion="interleaved" if self.fusion == "halves" else "halves")
 
     def select(self, tensor: Tensor, kept: Sequence[int]) -> Tensor:
         """Return the tensor with the kept channels only."""
@@ -153,7 +139,7 @@ class Unit:
     @property
     def form(self) -> tuple[object, ...]:
         """The kind without its numbers: what a smaller model of the same class has in common."""
-        axes = ((name, axis.axis, axis.fusion, len(axis.spans)) for name, axis in self.axes.items())
+        axes = ((name, axis.axis, len(axis.spans)) for name, axis in self.axes.items())
         numbers = ((module, name) for module, name, _ in self.attributes)
         paths = self.path, self.up, self.gate, self.down
         return (*paths, self.routed, tuple(axes), tuple(numbers))
@@ -182,13 +168,17 @@ class Unit:
         """Return the same unit with its shared matrix shared in the other way, if it has one."""
         if not self.is_fused:
             return None
-        axes = {name: axis.other_fusion() for name, axis in self.axes.items()}
+        # Of heads each one's lie side by side.
+        other = {HALVES: INTERLEAVED, INTERLEAVED: HALVES} if self.part == "ffn" else {}
+        axes = {
+            name: replace(axis, spans=other.get(axis.spans, (axis.entries,)))
+            for name, axis in self.axes.items()
+        }
         return replace(self, axes=axes)
 
     def as_fused_as(self, other: Unit) -> Unit:
         """Return the same unit with what shares a matrix sharing it as in another one."""
-        mine, theirs = self.axes[self.up], other.axes[other.up]
-        if (mine.fusion, len(mine.spans)) == (theirs.fusion, len(theirs.spans)):
+        if len(self.axes[self.up].spans) == len(other.axes[other.up].spans):
             return self
         return self.other_fusion() or self
 

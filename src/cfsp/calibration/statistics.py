@@ -58,15 +58,6 @@ class Sensitivity:
         """Return what pruning one part of each block alone does; None if it was not measured."""
         return self if part == "ffn" else self.other_parts.get(part)
 
-    def of_blocks(self, blocks: Sequence[int]) -> Sensitivity:
-        """Return that of some of the blocks."""
-        return replace(
-            self,
-            divergence_L=tuple(self.divergence_L[block] for block in blocks),
-            kept_L=tuple(self.kept_L[block] for block in blocks),
-            other_parts={part: each.of_blocks(blocks) for part, each in self.other_parts.items()},
-        )
-
     @staticmethod
     def from_json(fields: Mapping[str, Any] | None, blocks: int) -> Sensitivity | None:
         """Return that of so many blocks, of its fields as JSON; ValueError if it cannot be."""
@@ -227,28 +218,6 @@ class Statistics:
     def has_order_of(self, parts: Sequence[WholePart]) -> bool:
         """Return whether these go by an order: several always do."""
         return len(parts) > 1 or bool(self.removals_of(parts))
-
-    def without_attentions(self, removed: Collection[int]) -> Statistics:
-        """Return the statistics without the attentions of some blocks."""
-        units = (unit for unit in self.units if unit.part != "kv" or unit.block not in removed)
-        return replace(self, units=tuple(units))
-
-    def without_blocks(self, removed: Collection[int]) -> Statistics:
-        """Return the statistics of the blocks that stay, numbered through."""
-        staying = [block for block in range(len(self.blocks)) if block not in removed]
-        index_of = {block: index for index, block in enumerate(staying)}
-        return replace(
-            self,
-            blocks=tuple(self.blocks[block] for block in staying),
-            units=tuple(
-                replace(unit, block=index_of[unit.block])
-                for unit in self.units
-                if unit.block in index_of
-            ),
-            sensitivity=self.sensitivity and self.sensitivity.of_blocks(staying),
-            removals=(),
-            runs=None,
-        )
 
     @property
     def distance_L(self) -> list[float]:

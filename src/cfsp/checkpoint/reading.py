@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from cfsp.architecture.found import Architecture, Unit
+from cfsp.architecture.found import INTERLEAVED, Architecture, Unit
 from cfsp.checkpoint.config_file import read_config
 from cfsp.checkpoint.conversion import missing_prefix, stored_from_memory
 from cfsp.checkpoint.own_files import check_links
@@ -264,11 +264,10 @@ def input_matrices(source: WeightSource, index: int, ffn: int = 0) -> tuple[Tens
     up_FD = _matrix(source, unit, unit.up, ffn)
     if unit.gate is None:
         return None, up_FD
-    fusion = unit.axes[unit.up].fusion
-    if fusion is None:
+    if unit.gate != unit.up:
         return _matrix(source, unit, unit.gate, ffn), up_FD
     # Both are one parameter, which may be read from several tensors: it is read once.
-    if fusion == "interleaved":
+    if unit.axes[unit.up].spans == INTERLEAVED:
         return up_FD[::2], up_FD[1::2]
     gate_FD, up_FD = up_FD.chunk(2)
     return gate_FD, up_FD

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from multiprocessing import active_children, get_context
-from multiprocessing.connection import Connection, wait
-from threading import Lock
 from typing import Any
 
 from cfsp.architecture.expert_proof import with_experts
@@ -22,39 +22,12 @@ from cfsp.streaming.block_proof import prove_without_attentions, prove_without_b
 # Seconds. For a few types all proofs take more than two minutes on a slow core of its own.
 PROOF_LIMIT = 1800.0
 MOST_AT_A_TIME = 4
-# What takes seconds to import; it is imported once for all processes.
-_IMPORTED = (
-    "accelerate",
-    "transformers.modeling_utils",
-    "transformers.models.auto.modeling_auto",
-    "cfsp.families.trial",
-)
-# After the answer, to leave nothing behind.
-_LAST_SECONDS = 10.0
-# Two threads must not look after one process.
-_LOCK = Lock()
-
-
-def verdicts(families: Sequence[Family]) -> Iterator[Reasons]:
-    """Yield what `why_not` says of each family, in order; several are worked on at a time."""
-    executor = ThreadPoolExecutor(min(MOST_AT_A_TIME, os.cpu_count() or 1))
-    try:
-        yield from executor.map(why_not, families)
-    finally:
-        executor.shutdown(wait=False, cancel_futures=True)
-        stop_calls()
+# Prints what `why_not` says of the type and the class that follow.
+PROGRAM = (sys.executable, "-m", "cfsp.families.trial")
 
 
 def why_not(family: Family) -> Reasons:
     """Prove a family with a config of its type; return for each part why none can go, if so."""
-    try:
-        reasons: Reasons = call_apart(_why_not, family, seconds=PROOF_LIMIT)
-    except NoAnswerError as error:
-        return dict.fromkeys(PARTS, str(error))
-    return reasons
-
-
-def _why_not(family: Family) -> Reasons:
     try:
         model_class, config = family.class_and_config()
         check_is_decoder(config)
@@ -103,55 +76,42 @@ def _one_goes(blocks: Sequence[int], proof: Callable[[Sequence[int]], None]) -> 
     raise first
 
 
-class NoAnswerError(Exception):
-    """The process ended without an answer, or had none in time."""
+def verdicts(families: Sequence[Family]) -> Iterator[Reasons]:
+    """Yield what `why_not` says of each family, in order; several are worked on at a time.
 
-
-def call_apart(function: Callable[..., Any], *arguments: Any, seconds: float) -> Any:
-    """Call a function of a module in a process with one thread; return what it returns.
-
-    Arguments and answer must survive pickling. Where it crashes, or has no answer in time, it is a
-    `NoAnswerError`.
+    Where its process crashes, or has no answer in time, that is the reason.
     """
-    context = get_context("forkserver")
-    context.set_forkserver_preload(list(_IMPORTED))
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(function, arguments, sender), daemon=True)
-    with _LOCK:
-        process.start()
-    sender.close()
+    running: set[subprocess.Popen[str]] = set()
+
+    def verdict(family: Family) -> Reasons:
+        words = (*PROGRAM, family.model_type, family.class_name)
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen(words, **pipes, text=True) as process:
+            running.add(process)
+            try:
+                # What classes print on the way comes before the answer.
+                *_, answer = process.communicate(timeout=PROOF_LIMIT)[0].splitlines() or [""]
+            except subprocess.TimeoutExpired:
+                process.kill()
+                return dict.fromkeys(PARTS, f"no verdict after {PROOF_LIMIT:.0f} seconds")
+        if process.returncode:
+            return dict.fromkeys(PARTS, f"its process ended with status {process.returncode}")
+        reasons: Reasons = json.loads(answer)
+        return reasons
+
+    executor = ThreadPoolExecutor(min(MOST_AT_A_TIME, os.cpu_count() or 1))
     try:
-        if not receiver.poll(seconds):
-            raise NoAnswerError(f"no verdict after {seconds:.0f} seconds")
-        answer = receiver.recv()
-        wait([process.sentinel], _LAST_SECONDS)
-        return answer
-    except EOFError:
-        with _LOCK:
-            process.join()
-        raise NoAnswerError(f"its process ended with status {process.exitcode}") from None
+        yield from executor.map(verdict, families)
     finally:
-        receiver.close()
-        with _LOCK:
-            process.kill()
-            process.join()
-
-
-def stop_calls() -> None:
-    """Stop all processes that still compute; who waits for one is told so."""
-    with _LOCK:
-        for process in active_children():
+        executor.shutdown(wait=False, cancel_futures=True)
+        for process in running:
             process.kill()
 
 
-def _send(function: Callable[..., Any], arguments: tuple[Any, ...], sender: Connection) -> None:
+if __name__ == "__main__":
     import torch
     import transformers
 
-    # What classes and libraries say on the way is not about the user's work.
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):
-        os.dup2(nowhere, stream)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    sender.send(function(*arguments))
+    print(json.dumps(why_not(Family(*sys.argv[1:]))), flush=True)

@@ -17,7 +17,7 @@ from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.stored_blocks import parameters_of_attentions, parameters_of_blocks
 from cfsp.errors import UsageError
 from cfsp.planning.allocation import channels_in_words
-from cfsp.settings import Part, WholePart
+from cfsp.settings import WHOLE_PARTS, Part, WholePart
 
 # A block, or the attention of one, that may be dropped.
 Droppable = tuple["WholePart", int]
@@ -190,7 +190,4 @@ class DropSizes:
 
 def parameters_dropped(source: WeightSource, dropped: Dropped) -> int:
     """Return how many parameters go with blocks and attentions of a model."""
-    block_of = parameters_of_blocks(source) if dropped.blocks else []
-    attention_of = parameters_of_attentions(source) if dropped.attentions else {}
-    gone = [block_of[block] for block in dropped.blocks]
-    return sum(gone) + sum(attention_of[block] for block in dropped.attentions)
+    return DropSizes.of(source, WHOLE_PARTS).parameters(dropped) if dropped else 0

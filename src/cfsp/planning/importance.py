@@ -103,27 +103,22 @@ def importance_of_units(
     for part in parts:
         own = statistics.of_part(part)
         numbers = [index for index, unit in enumerate(statistics.units) if unit.part == part]
-        distances = of_units(own, block_distances(own, metric))
         is_needed = part in spent or own.sensitivity is not None
-        importances = of_units(own, importance_by(own, metric if is_needed else ANGULAR))
+        importance_L = importance_by(own, metric if is_needed else ANGULAR)
         if compared and own.sensitivity is not None:
             largest = max(_of_blocks_with_units(own, own.sensitivity.halved_L))
             each = fmean(size.units[i].width * size.units[i].channel_parameters for i in numbers)
             scale = math.sqrt(largest / each)
-            importances = [importance * scale for importance in importances]
-        for index, distance, importance in zip(numbers, distances, importances, strict=True):
-            distance_U[index], importance_U[index] = distance, importance
+            importance_L = [importance * scale for importance in importance_L]
+        pairs = zip(block_distances(own, metric), importance_L, strict=True)
+        of_block = dict(zip(own.blocks_with_units, pairs, strict=True))
+        for index in numbers:
+            distance_U[index], importance_U[index] = of_block[statistics.units[index].block]
     if compared:
         # Where nothing depends on anything, all count alike.
         largest = max(importance_U) or 1.0
         importance_U = [max(value / largest, _LEAST_SHARE**2) for value in importance_U]
     return distance_U, importance_U
-
-
-def of_units(statistics: Statistics, value_L: Sequence[float]) -> list[float]:
-    """Return for every unit what there is for its block."""
-    value_of = dict(zip(statistics.blocks_with_units, value_L, strict=True))
-    return [value_of[unit.block] for unit in statistics.units]
 
 
 def _of_blocks_with_units(statistics: Statistics, values: Sequence[float]) -> list[float]:

@@ -111,10 +111,11 @@ class Planner:
 
         What goes whole is decided before; the rest is planned as if it were the model.
         """
-        dropped, budget, staying = candidate.dropped, self.budget, self.statistics
+        dropped, budget = candidate.dropped, self.budget
         size = model_size(self.source, dropped, budget.keep)
-        if dropped:
-            staying = staying.without_attentions(dropped.attentions).without_blocks(dropped.blocks)
+        pairs = zip(self.statistics.units, self.source.units, strict=True)
+        units = tuple(seen for seen, unit in pairs if not dropped.takes(unit))
+        staying = replace(self.statistics, units=units)
         distance_U, importance_U = importance_of_units(
             staying, self.criterion.block_metric, size, candidate.parts or budget.parts
         )
