@@ -12,8 +12,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from cfsp.families.catalogue import Family, installed_families
-from cfsp.families.trial import verdicts
+from cfsp.families.catalogue import Family, installed_families, verdicts
 
 _LONGEST_REASON = 164
 

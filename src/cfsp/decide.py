@@ -17,8 +17,7 @@ from cfsp.calibration.statistics import Statistics
 from cfsp.cut.surgery import PrunedSource
 from cfsp.job import Job
 from cfsp.planning.candidate import Candidate, Dropped
-from cfsp.planning.experts import warn_of_experts
-from cfsp.planning.importance import COARSE_WINDOWS
+from cfsp.planning.importance import COARSE_WINDOWS, warn_of_experts
 from cfsp.planning.make import Planner, check_statistics_fit
 from cfsp.pruning_cost import announce
 from cfsp.repair.ladder import check_windows, needed_steps, repair

@@ -16,7 +16,7 @@ from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import PlanError, UsageError
-from cfsp.planning.experts import LEAST_TOKENS
+from cfsp.planning.importance import LEAST_TOKENS
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.repair.ridge_pass import choose_and_repair

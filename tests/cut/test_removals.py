@@ -24,7 +24,7 @@ from cfsp.checkpoint.stored_blocks import (
 from cfsp.cli import main
 from cfsp.cli.inspect import inspect_checkpoint
 from cfsp.planning.candidate import Dropped
-from cfsp.planning.experts import warn_of_experts
+from cfsp.planning.importance import warn_of_experts
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.manifest import check_as_written
 from family_contract import (

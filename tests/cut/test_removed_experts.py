@@ -22,7 +22,7 @@ from cfsp.calibration.observed import UnitStatistics
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError
-from cfsp.planning.experts import (
+from cfsp.planning.importance import (
     expert_scores,
     lost_output,
     strongest_experts,

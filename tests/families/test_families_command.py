@@ -5,9 +5,8 @@ import sys
 
 from cfsp.cli import main
 from cfsp.cli.families import COLUMNS
-from cfsp.families import trial
-from cfsp.families.catalogue import Family, installed_families
-from cfsp.families.trial import verdicts, why_not
+from cfsp.families import catalogue
+from cfsp.families.catalogue import Family, installed_families, verdicts, why_not
 
 
 def test_the_command_lists_what_transformers_has_and_what_can_go(capsys):
@@ -67,8 +66,8 @@ def test_a_type_that_crashes_or_never_ends(monkeypatch):
     (reason,) = set(why_not(Family("llama", "NoSuchClass")).values())
     assert "no config could be made (AttributeError" in str(reason)
     program = "import sys; sys.exit(3) if sys.argv[1] == 'crashes' else exec('while True: pass')"
-    monkeypatch.setattr(trial, "PROGRAM", (sys.executable, "-c", program))
-    monkeypatch.setattr(trial, "PROOF_LIMIT", 5.0)
+    monkeypatch.setattr(catalogue, "PROGRAM", (sys.executable, "-c", program))
+    monkeypatch.setattr(catalogue, "PROOF_LIMIT", 5.0)
     found = verdicts([Family(name, "LlamaForCausalLM") for name in ("crashes", "never ends")])
     assert [set(reasons.values()) for reasons in found] == [
         {"its process ended with status 3"},

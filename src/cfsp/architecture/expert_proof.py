@@ -86,25 +86,20 @@ def _staying_experts(experts: RoutedExperts, kept: int, *, at_random: bool = Fal
     return sorted(staying)
 
 
-def runs_with(architecture: Architecture, run: SmallRun, count: int) -> bool:
-    """Return whether the model runs with so many experts in every block; see `_try_with`."""
-    try:
-        _try_with(architecture, run, count)
-    except FailedCheckError:
-        return False
-    return True
-
-
 @torch.no_grad()
-def _try_with(architecture: Architecture, run: SmallRun, count: int) -> None:
-    """Run the small model with so many experts in every block; it must give numbers."""
+def failure_with(architecture: Architecture, run: SmallRun, count: int) -> FailedCheckError | None:
+    """Return why the model does not run with so many experts in every block; None if it does."""
     assert architecture.experts is not None
     blocks = [unit.block for unit in architecture.units if unit.expert_axes]
     kept = dict.fromkeys(blocks, _staying_experts(architecture.experts, count))
-    with checking("runs", f"that it runs with {count} experts"):
-        output = _cut(architecture, run, kept).decoder_output()
-    if not bool(torch.isfinite(output).all()):
-        raise FailedCheckError(f"runs: expected numbers with {count} experts, found NaN")
+    try:
+        with checking("runs", f"that it runs with {count} experts"):
+            output = _cut(architecture, run, kept).decoder_output()
+    except FailedCheckError as failure:
+        return failure
+    if bool(torch.isfinite(output).all()):
+        return None
+    return FailedCheckError(f"runs: expected numbers with {count} experts, found NaN")
 
 
 @torch.no_grad()
@@ -219,13 +214,9 @@ def with_experts(
     """Return the architecture of a stock model with what has the axis of experts, proved."""
     routed = [unit for unit in architecture.units if unit.routed]
     if not routed:
-        raise refused_experts(
-            architecture, "it has no routed experts whose matrices cfsp could find"
-        )
+        raise _refused(architecture, "it has no routed experts whose matrices cfsp could find")
     if len(counts := {unit.ffns for unit in routed}) > 1:
-        raise refused_experts(
-            architecture, f"its blocks have {sorted(counts)} experts, expected as many"
-        )
+        raise _refused(architecture, f"its blocks have {sorted(counts)} experts, expected as many")
     key, axes_of = _find_axes(architecture, config, type(run.model), routed)
     units = tuple(
         replace(unit, expert_axes=axes_of[unit.block]) if unit.routed else unit
@@ -235,20 +226,23 @@ def with_experts(
     architecture = replace(architecture, units=units, experts=experts)
     examples = {unit.kind: unit for unit in reversed(units) if unit.expert_axes}
     for unit in examples.values():
-        try:
+        with refusing_experts(architecture, architecture.module_name(unit)):
             _check_outputs(run, unit)
-        except FailedCheckError as failure:
-            name = architecture.module_name(unit)
-            raise refused_experts(architecture, f"{name} failed the check {failure}") from failure
-    try:
+    with refusing_experts(architecture):
         groups = _find_groups(architecture, config, run)
-    except FailedCheckError as failure:
-        raise refused_experts(architecture, f"they failed the check {failure}") from failure
     return replace(architecture, experts=replace(experts, groups=groups))
 
 
-def refused_experts(architecture: Architecture, reason: str) -> UnsupportedModelError:
-    """Return the error that whole experts of a model can't go."""
+@contextmanager
+def refusing_experts(architecture: Architecture, what: str = "they") -> Iterator[None]:
+    """Say that whole experts of a model can't go where a check fails."""
+    try:
+        yield
+    except FailedCheckError as failure:
+        raise _refused(architecture, f"{what} failed the check {failure}") from failure
+
+
+def _refused(architecture: Architecture, reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"whole experts of {architecture.class_name} can't be removed: {reason}; prune it without "
         "the part experts"
@@ -276,21 +270,19 @@ def _find_axes(
         ):
             break
     else:
-        raise refused_experts(
+        raise _refused(
             architecture, f"no key of its config says alone that there are {count} experts"
         )
     unit_of = {architecture.block_prefix(unit.block): unit for unit in routed}
     if len(unit_of) < len(routed):
-        raise refused_experts(
-            architecture, "a block has several routers, and its config one number"
-        )
+        raise _refused(architecture, "a block has several routers, and its config one number")
     axes: dict[int, dict[str, int]] = {unit.block: {} for unit in routed}
     for name in (name for name in before if before[name] != after[name]):
         prefix = next((prefix for prefix in unit_of if name.startswith(prefix)), None)
         axis = _axis_between(before[name], after[name], count, fewer)
         own = prefix is not None and name.removeprefix(prefix) in unit_of[prefix].axes
         if prefix is None or axis is None or (not own and len(before[name]) > 2):
-            raise refused_experts(
+            raise _refused(
                 architecture,
                 f"{name} of shape {list(before[name])} would have the shape {list(after[name])} "
                 f"with {fewer} experts, and cfsp cannot tell what it is",
@@ -333,11 +325,11 @@ def _find_groups(architecture: Architecture, config: PreTrainedConfig, run: Smal
         experts = replace(architecture.experts, groups=groups)
         tried = replace(architecture, experts=experts)
         near = counts_near(count // 2, experts)
-        kept = next((fewer for fewer in near if runs_with(tried, run, fewer)), None)
+        kept = next((fewer for fewer in near if not failure_with(tried, run, fewer)), None)
+        if kept is None:
+            first = first or failure_with(tried, run, count - groups)
+            continue
         try:
-            if kept is None:
-                _try_with(tried, run, count - groups)
-                continue
             for at_random in (False, True):
                 staying = _staying_experts(experts, kept, at_random=at_random)
                 check_experts(tried, run, dict.fromkeys(blocks, staying))

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> Told:
                 transformers.__version__,
             )
     else:
-        from cfsp.families.trial import verdicts
+        from cfsp.families.catalogue import verdicts
         from cfsp.progress import item_progress
 
         rows = []

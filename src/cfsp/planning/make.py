@@ -21,8 +21,7 @@ from cfsp.checkpoint.reading import (
 from cfsp.errors import StatisticsError
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate
 from cfsp.planning.candidate import NOTHING, Candidate, Dropped, kept_by, parameters_dropped
-from cfsp.planning.experts import few_tokens, lost_output
-from cfsp.planning.importance import choose_channels, importance_of_units
+from cfsp.planning.importance import choose_channels, few_tokens, importance_of_units, lost_output
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.progress import item_progress

@@ -19,7 +19,7 @@ from cfsp.architecture.block_names import counted
 from cfsp.architecture.model_classes import auto_class_of_type
 from cfsp.checkpoint.own_files import MODELING_FILE
 from cfsp.planning.allocation import channels_in_words
-from cfsp.planning.experts import SCORE_IN_WORDS
+from cfsp.planning.importance import SCORE_IN_WORDS
 from cfsp.repair.result import rejected_blocks
 from cfsp.result.names import public_command, public_name
 from cfsp.result.tables import human_bytes

@@ -29,7 +29,7 @@ from cfsp.planning.candidate import (
     kept_by,
     parameters_dropped,
 )
-from cfsp.planning.experts import experts_to_remove
+from cfsp.planning.importance import experts_to_remove
 from cfsp.planning.make import Planner, model_size, parameters_of_channels
 from cfsp.settings import Budget, Part, WholePart
 

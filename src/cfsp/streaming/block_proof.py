@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.architecture.block_names import blocks_in_words, index_without
-from cfsp.architecture.expert_proof import check_experts, refused_experts
+from cfsp.architecture.expert_proof import check_experts, refusing_experts
 from cfsp.architecture.proof import small_run_of
 from cfsp.architecture.resizing import remove_attentions
 from cfsp.architecture.small_run import (
@@ -141,10 +141,8 @@ def check_experts_can_go(
         stock_config(source.config), source.architecture, removed_blocks
     )
     kept = {index_without(removed_blocks, block): experts for block, experts in kept.items()}
-    try:
+    with refusing_experts(architecture):
         check_experts(architecture, small_run_of(stock), kept)
-    except FailedCheckError as failure:
-        raise refused_experts(architecture, f"they failed the check {failure}") from failure
 
 
 @contextmanager
