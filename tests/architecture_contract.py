@@ -6,8 +6,6 @@ import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,35 +16,29 @@ from transformers import PreTrainedModel
 import cfsp
 from builders import draw_windows, tensors
 from cfsp.architecture.activations import observed_activations
-from cfsp.architecture.found import Architecture, Unit
+from cfsp.architecture.found import Unit
 from cfsp.calibration.calibrate import calibrate
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of
-from cfsp.cut.surgery import build_pruned_model
 from cfsp.planning.unit_plan import UnitPlan
-from cfsp.result.prune_report import PruneReport
 from cfsp.streaming.runtime import Runtime
 from cfsp.text.windows import Windows
 from family_contract import (
     SAMPLES,
     SEQLEN,
+    Case,
     assert_same,
+    check_in_memory_is_the_checkpoint,
+    check_masked_is_cut,
     fresh_answer,
     held_against,
-    least_multiple,
-    matrices_of,
-    prune_tiny,
+    pruned_case,
     question_of,
-    save_with_tokenizer,
 )
 from stock import Answer, Question, attention_of_layers, logits_of
 from tiny_decoders import tiny_model
 from tiny_models import TINY_CONFIGS, build_tiny_model
 
-# Without repair, which changes weights: it has tests of its own.
-SETTINGS: dict[str, Any] = {"samples": SAMPLES, "seqlen": SEQLEN, "repair": "none"}
-# Where nothing depends on which block keeps how much: this metric needs no run of its own.
-ANGULAR = {**SETTINGS, "block_metric": "angular"}
 # Their FFNs are four times as wide as the hidden state, and no key of the config says otherwise.
 WITHOUT_A_KEY = ("bloom", "mpt")
 
@@ -56,39 +48,21 @@ def build(name: str) -> PreTrainedModel:
     return build_tiny_model(name) if name in TINY_CONFIGS else tiny_model(name)
 
 
-@dataclass
-class Case:
-    """One tiny model and what pruning made of it, as a checkpoint and in memory."""
+def units_of(case: Case) -> list[tuple[Unit, UnitPlan]]:
+    """Return every FFN unit, and what was decided for it."""
+    units = architecture_of(case.dense.config).units
+    return list(zip(units, case.report.plan.units, strict=True))
 
-    name: str
-    tokenizer: Any
-    texts: list[str]
-    source: Path
-    dense: PreTrainedModel
-    architecture: Architecture
-    multiple: int
-    out: Path
-    report: PruneReport
-    in_memory: PreTrainedModel
-    question: Question
 
-    @cached_property
-    def loaded(self) -> PreTrainedModel:
-        """The checkpoint, loaded once for all tests that only look at it."""
-        return cfsp.load(self.out)
+def block_of(model: PreTrainedModel, unit: Unit) -> nn.Module:
+    """Return the block of a unit in one of the models."""
+    return blocks_of(model, architecture_of(model.config))[unit.block]
 
-    @property
-    def tokens_BT(self) -> Tensor:
-        """What to compute on."""
-        return self.question.tokens_BT
 
-    def units(self) -> list[tuple[Unit, UnitPlan]]:
-        """Every FFN unit, and what was decided for it."""
-        return list(zip(self.architecture.units, self.report.plan.units, strict=True))
-
-    def block(self, model: nn.Module, unit: Unit) -> nn.Module:
-        """The block of a unit in one of the models."""
-        return blocks_of(model, self.architecture)[unit.block]
+def angular(case: Case, **asked: Any) -> dict[str, Any]:
+    """Return what was asked of a case, where nothing depends on which block keeps how much."""
+    # This metric needs no run of its own.
+    return {**case.asked, "block_metric": "angular", "repair": "none", **asked}
 
 
 def assert_bitwise_equal(actual: Tensor, expected: Tensor) -> None:
@@ -112,19 +86,13 @@ class ArchitectureContract:
     @pytest.fixture(scope="class")
     @classmethod
     def case(cls, tokenizer, text_file, tmp_path_factory) -> Case:
-        source, out = (tmp_path_factory.mktemp(part) / cls.name for part in ("dense", "pruned"))
         dense = build(cls.name)
-        save_with_tokenizer(dense, tokenizer, source)
-        architecture = architecture_of(dense.config)
-        multiple = least_multiple(architecture)
-        texts = [str(text_file)]
-        report = prune_tiny(source, out, texts, multiple)
-        in_memory = build_pruned_model(LoadedModel(dense), report.plan, {})
-        assert len(set(report.intermediate_sizes)) > 1, "the case must have different widths"
-        return Case(
-            cls.name, tokenizer, texts, source, dense, architecture, multiple, out, report,
-            in_memory, question_of(dense, out, report.plan),
-        )  # fmt: skip
+        # torch multiplies groups of experts by eights.
+        multiple = 8 if architecture_of(dense.config).has_experts else 1
+        asked = {"sparsity": 0.4, "multiple": multiple, "data": [str(text_file)]}
+        found = pruned_case(dense, tokenizer, tmp_path_factory.mktemp(cls.name), asked)
+        assert len(set(found.report.intermediate_sizes)) > 1, "the case must have different widths"
+        return found
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -143,22 +111,16 @@ class ArchitectureContract:
     # What was removed is what the plan says, and nothing else.
 
     def test_pruned_logits_are_those_of_the_masked_original(self, case):
-        expected = logits_of(masked_original(case), case.tokens_BT)
-        actual = logits_of(case.loaded, case.tokens_BT)
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-        # What stock software is asked for.
-        assert_bitwise_equal(case.question.expected["logits"], expected)
-        # The mask bites: the oracle would not pass for a model that was not pruned.
-        dense = logits_of(case.dense, case.tokens_BT)
-        assert (expected - dense).abs().max() > 1e-2
+        check_masked_is_cut(case)
 
     def test_kept_channels_are_copied_bit_for_bit_and_all_else_is_untouched(self, case):
         expected = {
             name: tensor.detach() for name, tensor in case.dense.state_dict(keep_vars=True).items()
         }
-        for unit, entry in case.units():
+        prefix_of = architecture_of(case.dense.config).block_prefix
+        for unit, entry in units_of(case):
             for name in unit.axes:
-                full_name = case.architecture.block_prefix(unit.block) + name
+                full_name = prefix_of(unit.block) + name
                 expected[full_name] = kept_part(unit, entry, name, expected[full_name])
         for model in (case.loaded, case.in_memory):
             assert_same(model.state_dict(), expected)
@@ -170,7 +132,7 @@ class ArchitectureContract:
         assert_same(after, before)
 
     def test_original_in_memory_stays_as_it_was(self, case):
-        assert_same_tensors(case.dense, build(case.name))
+        assert_same_tensors(case.dense, build(self.name))
         assert not any(p.is_meta for p in case.in_memory.parameters())
 
     # The shape of the result.
@@ -178,10 +140,10 @@ class ArchitectureContract:
     def test_parameters_and_widths(self, case):
         assert elements_of(case.loaded) == case.report.parameters_after
         assert elements_of(case.dense) == case.report.parameters_before
-        assert case.report.intermediate_sizes == [entry.kept_width for _, entry in case.units()]
+        assert case.report.intermediate_sizes == [entry.kept_width for _, entry in units_of(case)]
         for model in (case.loaded, case.in_memory):
-            for unit, entry in case.units():
-                old, new = case.block(case.dense, unit), case.block(model, unit)
+            for unit, entry in units_of(case):
+                old, new = block_of(case.dense, unit), block_of(model, unit)
                 for name in unit.axes:
                     check_announced(new, name)
                 if unit.path:
@@ -203,7 +165,7 @@ class ArchitectureContract:
             assert fields[key] == max(widths)
         else:
             given = fields["ffn_widths"]
-            widths = [given[str(unit.block)][unit.path] for unit, _ in case.units()]
+            widths = [given[str(unit.block)][unit.path] for unit, _ in units_of(case)]
             assert sum(len(of_block) for of_block in given.values()) == len(widths)
         assert widths == case.report.intermediate_sizes
 
@@ -242,7 +204,7 @@ class ArchitectureContract:
             return
         # A and B of rank 4 on every FFN matrix of every block.
         expected, targets = 0, []
-        for name in matrices_of(case.architecture):
+        for name in case.question.matrices:
             *experts, rows, columns = case.in_memory.get_parameter(name).shape
             expected += 4 * (rows + columns) * (experts[0] if experts else 1)
             targets += [] if experts else [name.removesuffix(".weight")]
@@ -253,45 +215,42 @@ class ArchitectureContract:
 class ThoroughContract(ArchitectureContract):
     """What takes longer, for one architecture of each kind; for all where time does not matter."""
 
-    def test_sparsity_zero_changes_no_bit(self, case, tmp_path):
-        out = tmp_path / "same"
-        cfsp.prune(case.source, out=out, sparsity=0.0, data=case.texts, **ANGULAR)
+    def test_sparsity_zero_changes_no_bit(self, case, tokenizer, tmp_path):
+        out, asked = tmp_path / "same", angular(case, sparsity=0.0)
+        cfsp.prune(case.source, out=out, **asked)
         assert_same(tensors(out), tensors(case.source))
         fields, unchanged = (
             json.loads((place / "config.json").read_text()) for place in (out, case.source)
         )
         assert fields == unchanged
-        in_memory = cfsp.prune(case.dense, case.tokenizer, sparsity=0.0, data=case.texts, **ANGULAR)
+        in_memory = cfsp.prune(case.dense, tokenizer, **asked)
         assert type(in_memory) is type(case.dense)
         assert_same_tensors(in_memory, case.dense)
 
-    def test_in_memory_model_is_saved_and_reloaded(self, case, tmp_path):
-        case.in_memory.save_pretrained(tmp_path / "saved")
-        assert_same_tensors(cfsp.load(tmp_path / "saved"), case.in_memory)
-        assert sorted(Checkpoint(tmp_path / "saved").specs) == sorted(Checkpoint(case.out).specs)
+    def test_in_memory_is_the_checkpoint(self, case, tmp_path):
+        check_in_memory_is_the_checkpoint(case, tmp_path)
 
-    def test_equal_widths_give_a_plain_stock_checkpoint(self, case, tmp_path):
-        asked = {"sparsity": 0.5, "multiple": 16, "block_metric": "uniform", "data": case.texts}
-        report = cfsp.prune(case.source, out=tmp_path / "uniform", **asked, **SETTINGS)
+    def test_equal_widths_give_a_plain_stock_checkpoint(self, case, tokenizer, tmp_path):
+        asked = angular(case, sparsity=0.5, multiple=16, block_metric="uniform")
+        report = cfsp.prune(case.source, out=tmp_path / "uniform", **asked)
         fields = json.loads((tmp_path / "uniform" / "config.json").read_text())
         is_stock = "auto_map" not in fields
         # Of several kinds of FFN it depends on whether their widths have keys of their own.
-        if len({unit.path for unit, _ in case.units()}) == 1:
-            assert set(report.intermediate_sizes) == {case.architecture.widths[0] // 2}
-            assert is_stock == (case.name not in WITHOUT_A_KEY)
+        if len({unit.path for unit, _ in units_of(case)}) == 1:
+            assert set(report.intermediate_sizes) == {units_of(case)[0][0].width // 2}
+            assert is_stock == (self.name not in WITHOUT_A_KEY)
         of_source = json.loads((case.source / "config.json").read_text()).get("per_layer_config")
         is_plain = fields.get("per_layer_config") == of_source and "ffn_widths" not in fields
         assert is_plain == is_stock
         assert bool(list((tmp_path / "uniform").glob("*.py"))) != is_stock
         reloaded = cfsp.load(tmp_path / "uniform")
         assert (type(reloaded) is type(case.dense)) == is_stock
-        in_memory = cfsp.prune(case.dense, case.tokenizer, **asked, **SETTINGS)
+        in_memory = cfsp.prune(case.dense, tokenizer, **asked)
         assert type(in_memory) is type(reloaded)
         assert_same_tensors(reloaded, in_memory)
 
     def test_pruned_model_can_be_pruned_again(self, case, tmp_path):
-        asked = {**ANGULAR, "sparsity": 0.2, "multiple": case.multiple, "data": case.texts}
-        again = cfsp.prune(case.out, out=tmp_path / "again", **asked)
+        again = cfsp.prune(case.out, out=tmp_path / "again", **angular(case, sparsity=0.2))
         assert again.parameters_before == case.report.parameters_after
         widths = zip(case.report.intermediate_sizes, again.intermediate_sizes, strict=True)
         assert all(after <= before for before, after in widths)
@@ -299,16 +258,17 @@ class ThoroughContract(ArchitectureContract):
 
     # Repair, whatever way round a model stores its matrices.
 
-    def test_repaired_down_projection_is_the_ridge_solution(self, case, tmp_path):
-        asked = {**ANGULAR, "repair": "ridge", "sparsity": 0.4, "multiple": case.multiple}
-        report = cfsp.prune(case.source, out=tmp_path / "out", data=case.texts, **asked)
-        windows = draw_windows(case.texts, case.tokenizer, samples=6, seqlen=32)
+    def test_repaired_down_projection_is_the_ridge_solution(self, case, tokenizer, tmp_path):
+        asked = angular(case, repair="ridge")
+        report = cfsp.prune(case.source, out=tmp_path / "out", **asked)
+        windows = draw_windows(asked["data"], tokenizer, samples=SAMPLES, seqlen=SEQLEN)
         seen = _observe_with_hooks(case, windows).units
         after = cfsp.load(tmp_path / "out")
         repairs = report.repair["steps"][0]["blocks"]
         changed = 0
+        units = architecture_of(case.dense.config).units
         for unit, entry, acts, repaired in zip(
-            case.architecture.units, report.plan.units, seen, repairs, strict=True
+            units, report.plan.units, seen, repairs, strict=True
         ):
             assert repaired["error_after"] <= repaired["error_before"]
             for ffn, repair in enumerate(repaired.get("experts", [repaired])):
@@ -324,18 +284,18 @@ class ThoroughContract(ArchitectureContract):
                 mask_F[kept] = True
                 gram_KK = gram_FF[mask_F][:, mask_F]
                 ridge_KK = repair["strength"] * gram_KK.diagonal().mean() * torch.eye(len(kept))
-                down_DF = down_of(case.block(case.dense, unit), unit, ffn).double()
+                down_DF = down_of(block_of(case.dense, unit), unit, ffn).double()
                 lost_DK = down_DF[:, ~mask_F] @ gram_FF[~mask_F][:, mask_F]
                 expected_DK = down_DF[:, mask_F] + lost_DK @ torch.linalg.inv(gram_KK + ridge_KK)
-                found_DK = down_of(case.block(after, unit), unit, ffn).double()
+                found_DK = down_of(block_of(after, unit), unit, ffn).double()
                 torch.testing.assert_close(found_DK, expected_DK, rtol=1e-3, atol=1e-3)
         assert changed, "the case must repair at least one FFN"
         assert logits_of(after, case.tokens_BT).isfinite().all()
 
     # The engine against the model's own forward.
 
-    def test_statistics_are_those_of_plain_hooks(self, case):
-        windows = draw_windows(case.texts, case.tokenizer, samples=6, seqlen=32)
+    def test_statistics_are_those_of_plain_hooks(self, case, tokenizer):
+        windows = draw_windows(case.asked["data"], tokenizer, samples=SAMPLES, seqlen=SEQLEN)
         runtime = Runtime(torch.device("cpu"), torch.float32, 4)
         statistics = calibrate(LoadedModel(case.dense), windows, runtime)
         seen = _observe_with_hooks(case, windows)
@@ -399,18 +359,6 @@ def down_of(block: nn.Module, unit: Unit, ffn: int) -> Tensor:
     return matrix if axis == 1 else matrix.T
 
 
-def masked_original(case: Case) -> PreTrainedModel:
-    """The stock model, with the weights that removed channels go out by set to zero."""
-    masked = build(case.name)
-    with torch.no_grad():
-        for unit, entry in case.units():
-            for ffn in range(unit.ffns):
-                mask_F = torch.zeros(entry.width)
-                mask_F[entry.kept_of(ffn)] = 1.0
-                down_of(case.block(masked, unit), unit, ffn).mul_(mask_F)
-    return masked
-
-
 # Rows of the input of a down projection, and which window each row is of.
 Rows = tuple[Tensor, Tensor]
 
@@ -428,12 +376,11 @@ def _observe_with_hooks(case: Case, windows: Windows) -> Seen:
 
     Those are compared with what experts give in engine/test_activations.py.
     """
-    blocks = blocks_of(case.dense, case.architecture)
+    architecture = architecture_of(case.dense.config)
+    blocks = blocks_of(case.dense, architecture)
     seqlen = windows.tokens_NT.shape[1]
     at_block: list[tuple[Tensor, Tensor]] = []
-    rows: list[list[list[Rows]]] = [
-        [[] for _ in range(unit.ffns)] for unit in case.architecture.units
-    ]
+    rows: list[list[list[Rows]]] = [[[] for _ in range(unit.ffns)] for unit in architecture.units]
 
     def on_block(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         hidden_BTD = args[0] if args else kwargs["hidden_states"]
@@ -443,7 +390,7 @@ def _observe_with_hooks(case: Case, windows: Windows) -> Seen:
         for block in blocks:
             handle = block.register_forward_hook(on_block, with_kwargs=True)
             stack.callback(handle.remove)
-        for number, unit in enumerate(case.architecture.units):
+        for number, unit in enumerate(architecture.units):
 
             def on_down(module: nn.Module, args: Any, number: int = number) -> None:
                 act_RF = args[0].flatten(0, -2)
@@ -460,7 +407,7 @@ def _observe_with_hooks(case: Case, windows: Windows) -> Seen:
                 down = blocks[unit.block].get_submodule(unit.down.rpartition(".")[0])
                 stack.callback(down.register_forward_pre_hook(on_down).remove)
         # The decoder alone: some multimodal models give meanings to a few tokens.
-        decoder = case.dense.get_submodule(case.architecture.decoder)
+        decoder = case.dense.get_submodule(architecture.decoder)
         with torch.inference_mode():
             decoder(input_ids=windows.tokens_NT, use_cache=False)
     nothing = (torch.zeros(0, 1), torch.zeros(0))

@@ -254,10 +254,13 @@ def run(source_with_card, text_file, tmp_path_factory) -> Path:
 def make_case(tmp_path_factory, tokenizer, text_file) -> Callable[..., Any]:
     """Prune a tiny model of a type on the prose, without repair (`family_contract.Case`)."""
     from family_contract import pruned_case
+    from tiny_decoders import tiny_model
 
     def make(name: str, config: dict[str, Any], **asked: Any) -> Any:
         asked["data"] = [str(text_file)]
-        return pruned_case(name, config, tokenizer, tmp_path_factory.mktemp(name), asked)
+        return pruned_case(
+            tiny_model(name, **config), tokenizer, tmp_path_factory.mktemp(name), asked
+        )
 
     return make
 
@@ -278,7 +281,6 @@ def commands(forks) -> Commands:
 @pytest.fixture
 def models_start_quickly(monkeypatch) -> None:
     """Fork the processes that models are timed in from one that has imported torch."""
-    # No effect where `cfsp families` has started that process: it imports the same.
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["transformers.modeling_utils", "cfsp.speed.subjects"])
     monkeypatch.setattr("cfsp.speed.subjects.PROCESSES", processes)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,12 +47,8 @@ from cfsp.settings import (
 from cfsp.streaming.stand_in import skipped
 from forks import Forks, Job
 from stock import Answer, Question, computed, logits_of
-from tiny_decoders import tiny_model
 
-SPARSITY = 0.4
 SAMPLES, SEQLEN = 6, 32
-# torch multiplies groups of experts by eights.
-MULTIPLE_OF_EXPERTS = 8
 # Ids that no type of a tiny model has a meaning for.
 FIRST_TOKEN, LAST_TOKEN = 2, 290
 WINDOWS, TOKENS = 2, 24
@@ -64,22 +60,6 @@ def save_with_tokenizer(model: PreTrainedModel, tokenizer: Any, directory: Path)
     """Write a model and its tokenizer as a checkpoint."""
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-
-
-def prune_tiny(source: Path, out: Path, texts: Sequence[str | Text], multiple: int) -> PruneReport:
-    """Prune the checkpoint of a tiny model, without repair, which changes weights."""
-    settings = PruneSettings(
-        budget=Budget(SPARSITY, multiple=multiple),
-        text=CalibrationText(tuple(texts), samples=SAMPLES, seqlen=SEQLEN),
-        compute=Compute("cpu"),
-        repair="none",
-    )
-    return prune_checkpoint(Checkpoint(source), out, settings)
-
-
-def least_multiple(architecture: Architecture) -> int:
-    """Return what the widths of a tiny model can be multiples of."""
-    return MULTIPLE_OF_EXPERTS if architecture.has_experts else 1
 
 
 def question_of(
@@ -192,6 +172,17 @@ class Case:
         """What to ask of the checkpoint, with what the masked model computes."""
         return question_of(self.dense, self.out, self.report.plan)
 
+    @cached_property
+    def loaded(self) -> PreTrainedModel:
+        """The checkpoint, loaded once for all tests that only look at it."""
+        return cfsp.load(self.out)
+
+    @cached_property
+    def in_memory(self) -> PreTrainedModel:
+        """What the plan leaves of the dense model in memory."""
+        plan = self.report.plan
+        return build_pruned_model(LoadedModel(self.dense, plan.parts), plan, {})
+
     @property
     def tokens_BT(self) -> Tensor:
         return tokens_of_question()
@@ -201,12 +192,9 @@ class Case:
         return list(self.report.plan.removed_attentions)
 
 
-def pruned_case(
-    name: str, config: dict[str, Any], tokenizer: Any, place: Path, asked: dict[str, Any]
-) -> Case:
-    """Save and prune a tiny model of a type in a directory of its own."""
+def pruned_case(dense: Any, tokenizer: Any, place: Path, asked: dict[str, Any]) -> Case:
+    """Save and prune a tiny model in a directory of its own, without repair."""
     asked = {**SETTINGS, **asked}
-    dense = tiny_model(name, **config)
     source, out = place / "dense", place / "out"
     save_with_tokenizer(dense, tokenizer, source)
     report = cfsp.prune(source, out=out, repair="none", **asked)
@@ -230,7 +218,7 @@ def by_plan(
 def check_masked_is_cut(case: Case) -> None:
     """What the dense model computes with masks in the place of what went is what is left."""
     expected = case.question.expected["logits"]
-    actual = logits_of(cfsp.load(case.out), case.tokens_BT)
+    actual = logits_of(case.loaded, case.tokens_BT)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     # The mask bites.
     assert (expected - logits_of(case.dense, case.tokens_BT)).abs().max() > 1e-2
@@ -279,13 +267,12 @@ def check_a_fresh_process_keeps_the_contract(case: Case, forks: Forks, work: Pat
     assert not case.question.failed
     answer = fresh_answer(case.question, forks, work)
     assert not answer.problems
-    assert torch.equal(answer.tensors["logits"], logits_of(cfsp.load(case.out), case.tokens_BT))
+    assert torch.equal(answer.tensors["logits"], logits_of(case.loaded, case.tokens_BT))
 
 
 def check_in_memory_is_the_checkpoint(case: Case, work: Path) -> None:
-    plan = case.report.plan
-    pruned = build_pruned_model(LoadedModel(case.dense, plan.parts), plan, {})
-    assert_same(pruned.state_dict(), cfsp.load(case.out).state_dict())
-    pruned.save_pretrained(work / "saved")
+    assert_same(case.in_memory.state_dict(), case.loaded.state_dict())
+    case.in_memory.save_pretrained(work / "saved")
     again = cfsp.load(work / "saved")
-    assert torch.equal(logits_of(again, case.tokens_BT), logits_of(pruned, case.tokens_BT))
+    assert_same(again.state_dict(), case.in_memory.state_dict())
+    assert torch.equal(logits_of(again, case.tokens_BT), logits_of(case.in_memory, case.tokens_BT))

@@ -28,14 +28,9 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import architecture_of
 from family_contract import (
     held_against,
-    prune_tiny,
-    question_of,
-    save_with_tokenizer,
-    tiny_text,
-    tiny_tokenizer,
 )
-from stock import Question, ask
-from tiny_decoders import REPRESENTATIVES, model_class, random_model, tiny_config, tiny_model
+from stock import ask
+from tiny_decoders import REPRESENTATIVES, model_class, random_model, tiny_config
 from tiny_models import TINY_CONFIGS
 
 # Of each kind one: fused and interleaved gates, no gate, transposed matrices, experts beside dense
@@ -148,18 +143,9 @@ def modules_cache_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.fixture(scope="module")
-def question(tmp_path_factory: pytest.TempPathFactory) -> Question:
-    place = tmp_path_factory.mktemp("contract")
-    dense = tiny_model("llama")
-    save_with_tokenizer(dense, tiny_tokenizer(), place / "dense")
-    report = prune_tiny(place / "dense", place / "pruned", [tiny_text()], 1)
-    question_of(dense, place / "pruned", report.plan).save(place / "question.pt")
-    return Question.load(place / "question.pt")
-
-
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-def test_every_check_can_fail(question, tmp_path, monkeypatch):
+def test_every_check_can_fail(make_case, tmp_path, monkeypatch):
+    question = make_case("llama", {}, sparsity=0.4, multiple=1).question
     assert ask(question, tmp_path / "as it is").problems == {}
 
     wrong = {name: tensor + 1 for name, tensor in question.expected.items()}
