@@ -47,33 +47,35 @@ def of_bytes(data: Array) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(data))
 
 
-def fp8(weight: Array, scale: Array, per_value: Array, ending: str) -> Quantised:
+def fp8(weight: Array, block: tuple[int, int], ending: str = "scale_inv") -> Quantised:
+    """Quantise with a scale for every block."""
+    scale = block_maxima(weight, block) / 448
+    per_value = in_grid(scale, weight.shape, block)
     codes = torch.from_numpy(weight / per_value).to(torch.float8_e4m3fn)
     parts = {"weight": codes, f"weight_{ending}": torch.from_numpy(scale)}
     return parts, codes.float().numpy() * per_value
 
 
-def fp8_in_blocks(weight: Array, block: tuple[int, int] = BLOCK) -> Quantised:
-    scale = block_maxima(weight, block) / 448
-    return fp8(weight, scale, in_grid(scale, weight.shape, block), "scale_inv")
+def fp8_in_blocks(weight: Array) -> Quantised:
+    return fp8(weight, BLOCK)
 
 
 def fp8_in_powers_of_two(weight: Array) -> Quantised:
-    exponents = np.ceil(np.log2(block_maxima(weight, (1, 32)) / 448)) + 127
-    scale = exponents.astype(np.uint8)
-    per_value = in_grid(np.ldexp(np.float32(1), scale.astype(int) - 127), weight.shape, (1, 32))
-    return fp8(weight, scale, per_value, "scale_inv")
+    exponents = np.ceil(np.log2(block_maxima(weight, (1, 32)) / 448)).astype(int)
+    per_value = in_grid(np.ldexp(np.float32(1), exponents), weight.shape, (1, 32))
+    codes = torch.from_numpy(weight / per_value).to(torch.float8_e4m3fn)
+    scale = torch.from_numpy((exponents + 127).astype(np.uint8))
+    return {"weight": codes, "weight_scale_inv": scale}, codes.float().numpy() * per_value
 
 
 def fp8_per_tensor(weight: Array) -> Quantised:
-    scale = np.float32(np.abs(weight).max() / 448)
-    parts, plain = fp8(weight, np.array(scale), scale * np.ones_like(weight), "scale_inv")
-    return {**parts, "activation_scale": torch.tensor(0.5)}, plain
+    parts, plain = fp8(weight, weight.shape)
+    scale = parts["weight_scale_inv"].reshape(())
+    return {**parts, "weight_scale_inv": scale, "activation_scale": torch.tensor(0.5)}, plain
 
 
 def fp8_per_row(weight: Array) -> Quantised:
-    scale = np.abs(weight).max(1, keepdims=True) / 448
-    parts, plain = fp8(weight, scale, scale * np.ones_like(weight), "scale")
+    parts, plain = fp8(weight, (1, weight.shape[1]), "scale")
     return {**parts, "input_scale": torch.ones(1)}, plain
 
 

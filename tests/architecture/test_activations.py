@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -27,13 +28,19 @@ OBSERVED = (
 )  # fmt: skip
 
 
-# Of each FFN of a unit the rows that were shown, and which tokens they are.
-Rows = dict[int, list[tuple[Tensor, Tensor]]]
+@dataclass
+class Shown:
+    """Activations of one FFN of a unit, the token of each row, and what an expert adds to it."""
+
+    ffn: int
+    act_RF: Tensor
+    token_R: Tensor
+    added_RD: Tensor | None = None
 
 
 def run_observed(model: nn.Module, found: Architecture) -> tuple[list[tuple[Unit, Any]], Tensor]:
-    """Run a model with all units observed; return each with its rows and output, and the logits."""
-    rows: dict[tuple[int, int], Rows] = defaultdict(lambda: defaultdict(list))
+    """Run a model; return each unit with what was shown of it and its output, and the logits."""
+    shown: dict[tuple[int, int], list[Shown]] = defaultdict(list)
     seen: list[tuple[Unit, Any]] = []
     with ExitStack() as stack, torch.inference_mode():
         for index, block in enumerate(model.get_submodule(found.blocks)):
@@ -41,7 +48,7 @@ def run_observed(model: nn.Module, found: Architecture) -> tuple[list[tuple[Unit
             for position, unit in enumerate(units):
                 path = unit.path if unit.routed else unit.down.rpartition(".")[0]
                 outputs: list[Tensor] = []
-                seen.append((unit, (rows[index, position], outputs)))
+                seen.append((unit, (shown[index, position], outputs)))
                 handle = block.get_submodule(path).register_forward_hook(
                     lambda _m, _a, output, outputs=outputs: outputs.append(output.clone())
                 )
@@ -50,9 +57,14 @@ def run_observed(model: nn.Module, found: Architecture) -> tuple[list[tuple[Unit
             def on_rows(
                 position: int, ffn: int, act_RF: Tensor, token_R: Tensor, index: int = index
             ) -> None:
-                rows[index, position][ffn].append((act_RF.clone(), token_R.clone()))
+                shown[index, position].append(Shown(ffn, act_RF.clone(), token_R.clone()))
 
-            stack.enter_context(observed_activations(block, units, on_rows))
+            def on_output(
+                position: int, ffn: int, added_RD: Tensor, token_R: Tensor, index: int = index
+            ) -> None:
+                shown[index, position][-1].added_RD = added_RD.clone()
+
+            stack.enter_context(observed_activations(block, units, on_rows, on_output))
         return seen, model(input_ids=TOKENS, use_cache=False).logits
 
 
@@ -65,41 +77,32 @@ def test_rows_make_up_what_the_unit_gives(model_type):
     plain = model(input_ids=TOKENS, use_cache=False).logits
     seen, observed = run_observed(model, found)
     torch.testing.assert_close(observed, plain, rtol=1e-5, atol=1e-5)
-    for unit, (rows, (output,)) in seen:
-        assert rows, unit.path
-        check_output(blocks[unit.block], unit, rows, output.flatten(0, -2))
+    for unit, (shown, (output,)) in seen:
+        assert shown, unit.path
+        check_output(blocks[unit.block], unit, shown, output.flatten(0, -2))
 
 
-def check_output(block: nn.Module, unit: Unit, rows: Rows, output: Tensor) -> None:
-    """Check that the rows, at their tokens, add up to the unit's output but for its bias."""
-    tokens = TOKENS.numel()
-    assert set(rows) <= set(range(unit.ffns))
+def check_output(block: nn.Module, unit: Unit, shown: list[Shown], output: Tensor) -> None:
+    """Check that rows give what is added to their tokens, and that this is the unit's output."""
+    tokens, stem = TOKENS.numel(), unit.down.removesuffix(".weight")
+    biases = [p for n, p in block.named_parameters() if n in (f"{stem}.bias", f"{stem}_bias")]
     total_RD = output.new_zeros(tokens, output.shape[-1])
-    for ffn, parts in rows.items():
-        for act_RF, token_R in parts:
-            assert act_RF.shape == (len(token_R), unit.width)
-            total_RD.index_add_(0, token_R, act_RF @ down_of(block, unit, ffn).T)
+    for each in shown:
+        assert each.act_RF.shape == (len(each.token_R), unit.width)
+        product_RD = each.act_RF @ down_of(block, unit, each.ffn).T
+        if each.added_RD is None:  # of a dense FFN
+            added_RD = product_RD + sum(biases)
+        else:
+            added_RD = each.added_RD
+            for bias_ED in biases:  # times the router's weight
+                bias_D = bias_ED[each.ffn]
+                share_R = (added_RD - product_RD) @ bias_D / bias_D.square().sum()
+                product_RD = product_RD + share_R[:, None] * bias_D
+            torch.testing.assert_close(product_RD, added_RD, rtol=1e-5, atol=2e-5)
+        total_RD.index_add_(0, each.token_R, added_RD)
     if len(output) == unit.ffns * tokens:  # llama4's experts give what each adds
         output = output.unflatten(0, (unit.ffns, tokens)).sum(0)
-    rest_RD = output - total_RD
-    bias = [name for name, _ in block.named_parameters() if is_down_bias(name, unit)]
-    if bias and unit.routed:
-        # The bias of each expert, times the router's weight, which lies in a few directions.
-        bias_ED = block.get_parameter(bias[0])
-        share_RE = torch.linalg.lstsq(bias_ED.T, rest_RD.T).solution.T
-        rest_RD = rest_RD - share_RE @ bias_ED
-        chosen_RE = torch.zeros_like(share_RE)
-        for ffn, parts in rows.items():
-            chosen_RE[parts[0][1], ffn] = 1
-        torch.testing.assert_close(share_RE * (1 - chosen_RE), share_RE * 0, rtol=0, atol=1e-3)
-    elif bias:
-        rest_RD = rest_RD - block.get_parameter(bias[0])
-    torch.testing.assert_close(rest_RD, torch.zeros_like(rest_RD), rtol=0, atol=2e-5)
-
-
-def is_down_bias(name: str, unit: Unit) -> bool:
-    stem = unit.down.removesuffix(".weight")
-    return name in (f"{stem}.bias", f"{stem}_bias")
+    torch.testing.assert_close(total_RD, output, rtol=1e-5, atol=2e-5)
 
 
 @torch.inference_mode()

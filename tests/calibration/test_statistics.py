@@ -72,11 +72,17 @@ def test_same_seed_gives_the_same_plan_byte_for_byte(source, text_file, other_te
     assert plan(5) != plan(6)
 
 
-def assert_same(actual: Statistics, expected: Statistics) -> None:
-    assert actual.blocks == expected.blocks
+def assert_survives_a_file(expected: Statistics, path: Path) -> Statistics:
+    expected.save(path)
+    actual = Statistics.load(path)
+    assert (actual.record, actual.blocks) == (expected.record, expected.blocks)
     for got, want in zip(actual.units, expected.units, strict=True):
         assert (got.block, got.tokens, got.routed_E) == (want.block, want.tokens, want.routed_E)
         assert torch.equal(got.sum_of_squares_F, want.sum_of_squares_F)
+    again = path.with_suffix(".again")
+    actual.save(again)
+    assert again.read_bytes() == path.read_bytes()
+    return actual
 
 
 def test_statistics_of_blocks_with_no_ffn_and_with_two_survive_a_file(tmp_path):
@@ -92,9 +98,7 @@ def test_statistics_of_blocks_with_no_ffn_and_with_two_survive_a_file(tmp_path):
     ]
     statistics = Statistics.of(blocks, RECORD, Sensitivity((0.0, 0.25), (1.0, 0.5), 4))
     path = tmp_path / "s.safetensors"
-    statistics.save(path)
-    loaded = Statistics.load(path)
-    assert_same(loaded, statistics)
+    loaded = assert_survives_a_file(statistics, path)
     assert loaded.sensitivity == statistics.sensitivity
     assert loaded.blocks_with_units == [1]
     assert not loaded.has_one_unit_each
@@ -106,13 +110,7 @@ def test_statistics_of_blocks_with_no_ffn_and_with_two_survive_a_file(tmp_path):
 
 def test_statistics_survive_a_file(source, windows, tmp_path):
     statistics = gather(source, windows)
-    statistics.save(tmp_path / "deep" / "s.safetensors")
-    loaded = Statistics.load(tmp_path / "deep" / "s.safetensors")
-    assert loaded.record == statistics.record
-    assert_same(loaded, statistics)
-    again = tmp_path / "again.safetensors"
-    loaded.save(again)
-    assert again.read_bytes() == (tmp_path / "deep" / "s.safetensors").read_bytes()
+    loaded = assert_survives_a_file(statistics, tmp_path / "deep" / "s.safetensors")
     plans = {cfsp.plan(source.directory, s, sparsity=0.4).to_json() for s in (statistics, loaded)}
     assert len(plans) == 1
 

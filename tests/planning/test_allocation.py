@@ -73,13 +73,6 @@ def test_equal_widths_are_equal_and_within_half_a_multiple(distance_L, p, width,
     assert abs(kept_L[0] - (1 - p) * width) <= multiple / 2 + 1e-6
 
 
-def test_equal_widths_of_kinds_of_their_own():
-    expert, shared = UnitSize(768, 3 * 64 * 8, "experts"), UnitSize(2048, 3 * 64, "shared")
-    size = ModelSize((expert, shared, expert, shared), 10_000_000)
-    kept_U = allocate([0.9, 0.1, 0.2, 0.3], Budget(0.5, widths="equal"), size)
-    assert kept_U == [384, 1024, 384, 1024]
-
-
 @given(
     st.lists(st.tuples(st.floats(1e-4, 1.0), st.integers(1, 20000)), min_size=1, max_size=48),
     st.floats(0.0, 1.0),
@@ -122,11 +115,6 @@ def test_more_important_blocks_keep_no_less(distance_L, sparsity, width):
     order = np.argsort(distance_L, kind="stable")
     # To one channel: equal blocks may differ by what was left over.
     assert np.all(np.diff(np.array(kept_L)[order]) >= -1)
-
-
-def test_nothing_removed_keeps_all_widths():
-    size = model_of(4864, 3)
-    assert allocate([0.9, 0.5, 0.1], Budget(0.0, multiple=256), size) == size.width_U
 
 
 def test_largest_remainder_gives_to_those_who_lost_most():
@@ -208,6 +196,7 @@ def test_a_budget_is_met_to_one_multiple_in_parameters(drawn, sparsity, clamp, m
     except (BudgetError, UsageError):
         assume(False)
     kept_U = allocate(importance_U, budget, size, clamp)
+    assert sparsity or kept_U == size.width_U
 
     multiple_U = size.multiple_U(budget)
     for unit, kept, each in zip(size.units, kept_U, multiple_U, strict=True):
@@ -223,10 +212,14 @@ def test_a_budget_is_met_to_one_multiple_in_parameters(drawn, sparsity, clamp, m
 
 
 def test_units_of_one_kind_share_a_multiple_and_kinds_do_not():
+    """Or a width, where widths are equal."""
     units = [("mlp", 2000), ("mlp.experts", 768), ("mlp", 900), ("mlp.experts", 512)]
     size = ModelSize(tuple(UnitSize(width, 3, kind) for kind, width in units), 10**6)
     assert size.multiple_U(Budget(0.5)) == [64, 32, 64, 32]
     assert size.multiple_U(Budget(0.5, multiple=8)) == [8] * 4
+    units = (UnitSize(768, 3 * 64 * 8, "experts"), UnitSize(2048, 3 * 64, "shared")) * 2
+    kept_U = allocate([0.9, 0.1, 0.2, 0.3], Budget(0.5, widths="equal"), ModelSize(units, 10**7))
+    assert kept_U == [384, 1024, 384, 1024]
 
 
 def test_widths_of_mixed_units_follow_importance():
