@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -42,7 +41,6 @@ from cfsp.settings import (
     LocalTraining,
     PruneSettings,
     Repair,
-    Text,
 )
 from cfsp.streaming.stand_in import skipped
 from forks import Forks, Job
@@ -132,25 +130,6 @@ def held_against(
         for check, problem in problems.items()
         if check not in also or check in NEVER_EXCUSED
     }
-
-
-def tiny_tokenizer() -> Any:
-    """Return a tokenizer of bytes, made of nothing but their names."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    entries = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    vocabulary = {entry: number for number, entry in enumerate(entries)}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
-
-
-def tiny_text() -> Text:
-    """Return letters and spaces enough for all windows, the same ones every time."""
-    letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz     ", k=4 * SAMPLES * SEQLEN)
-    return Text("letters", "".join(letters))
 
 
 # Of a calibration that a tiny model needs.

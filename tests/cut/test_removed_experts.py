@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,7 @@ from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.selection.constraint import Parameters, Share
 from cfsp.settings import Budget, Part
-from family_contract import (
-    SAMPLES,
-    SEQLEN,
-    save_with_tokenizer,
-    tiny_text,
-    tiny_tokenizer,
-)
+from family_contract import SETTINGS, save_with_tokenizer
 from tiny_decoders import tiny_config, tiny_model
 
 PARTS: tuple[Part, ...] = ("experts",)
@@ -46,9 +41,9 @@ PARTS: tuple[Part, ...] = ("experts",)
 GROUPS: dict[str, Any] = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1}
 
 
-TEXT: dict[str, Any] = {
-    "data": [tiny_text()], "samples": SAMPLES, "seqlen": SEQLEN, "device": "cpu",
-}  # fmt: skip
+@pytest.fixture
+def asked(text_file) -> dict[str, Any]:
+    return {**SETTINGS, "data": [str(text_file)]}
 
 
 def test_scores_are_those_of_the_published_formula():
@@ -108,17 +103,21 @@ def test_equal_scores_and_groups():
     assert strongest_experts(score_E, 4, groups=4) == [0, 2, 5, 7]
 
 
-def saved(place: Path, name: str, **config: Any) -> Path:
-    save_with_tokenizer(tiny_model(name, **config), tiny_tokenizer(), place / "dense")
-    return place / "dense"
+@pytest.fixture
+def saved(tokenizer, tmp_path) -> Callable[..., Path]:
+    def save(name: str, **config: Any) -> Path:
+        save_with_tokenizer(tiny_model(name, **config), tokenizer, tmp_path / name)
+        return tmp_path / name
+
+    return save
 
 
 @pytest.fixture
-def model_of_experts(tmp_path):
-    return saved(tmp_path, "mixtral")
+def model_of_experts(saved) -> Path:
+    return saved("mixtral")
 
 
-def test_what_a_router_needs_stays(model_of_experts, tmp_path):
+def test_what_a_router_needs_stays(model_of_experts, saved):
     source = Checkpoint(model_of_experts, parts=PARTS)
     with pytest.raises(BudgetError, match=r"needs 2; between 0 and 2 can be removed \(50.0%\)"):
         Share(source, Budget(0.8, parts=PARTS)).check()
@@ -128,7 +127,7 @@ def test_what_a_router_needs_stays(model_of_experts, tmp_path):
     # 2 of 4 experts are 55,296 of 150,112 parameters with their rows of the router.
     assert Parameters(source, Budget(parts=PARTS), 0.63).experts() == 2
     assert Parameters(source, Budget(parts=PARTS), 0.8).experts() == 1
-    grouped = Checkpoint(saved(tmp_path / "grouped", "deepseek_v3", **GROUPS), parts=PARTS)
+    grouped = Checkpoint(saved("deepseek_v3", **GROUPS), parts=PARTS)
     assert grouped.architecture.experts is not None
     assert grouped.architecture.experts.groups == 2
     assert Share(grouped, Budget(0.3, parts=PARTS)).experts() == 2
@@ -174,14 +173,14 @@ def plan_of(unit: UnitPlan) -> PruningPlan:
     return PruningPlan(identity, {}, {}, (unit,))
 
 
-def test_one_plan_after_the_other_from_the_same_statistics(model_of_experts, tmp_path):
-    statistics = cfsp.calibrate(model_of_experts, parts="experts", **TEXT)
+def test_one_plan_after_the_other_from_the_same_statistics(model_of_experts, asked, tmp_path):
+    statistics = cfsp.calibrate(model_of_experts, parts="experts", **asked)
     statistics.save(tmp_path / "statistics")
     again = Statistics.load(tmp_path / "statistics")
     for removed in (1, 2):
         plan = cfsp.plan(model_of_experts, again, parts=PARTS, remove=removed)
         assert plan.kept_experts == 4 - removed
-    by_channels = cfsp.calibrate(model_of_experts, **TEXT)
+    by_channels = cfsp.calibrate(model_of_experts, **asked)
     with pytest.raises(StatisticsError, match="calibrate with the same --parts"):
         cfsp.plan(model_of_experts, by_channels, sparsity=0.5, parts=PARTS)
 
@@ -207,13 +206,13 @@ def test_what_cannot_go_is_refused_by_name(name):
         prove(config, parts=PARTS)
 
 
-def test_a_config_keeps_the_name_that_it_has_for_the_number(tmp_path):
+def test_a_config_keeps_the_name_that_it_has_for_the_number(saved, asked, tmp_path):
     """Published Qwen3 has `num_experts`, which transformers now calls `num_local_experts`."""
-    source, out = saved(tmp_path, "qwen3_moe", num_experts=6), tmp_path / "out"
+    source, out = saved("qwen3_moe", num_experts=6), tmp_path / "out"
     config = json.loads((source / "config.json").read_text())
     config["num_experts"] = config.pop("num_local_experts")
     (source / "config.json").write_text(json.dumps(config))
-    cfsp.prune(source, out=out, parts=PARTS, sparsity=0.5, **TEXT)
+    cfsp.prune(source, out=out, parts=PARTS, sparsity=0.5, **asked)
     written = json.loads((out / "config.json").read_text())
     assert written["num_experts"] == 3
     assert "num_local_experts" not in written

@@ -1,10 +1,8 @@
 """What enters the down matrices of a block's FFN units, seen while the block runs.
 
 A dense FFN has one down matrix, mostly a module that a hook can watch. Experts are one module,
-which picks the rows of each expert itself:
-
-    experts that follow transformers' protocol are run one by one while they are watched
-    others run as they are, and the products with their down matrices are watched
+which picks the rows of each expert itself: the products with their matrices are watched. Those that
+follow transformers' protocol run one by one meanwhile.
 
 Shapes: R rows (tokens of a batch), K experts that a token is routed to, E experts, D hidden, F FFN
 channels.
@@ -12,6 +10,7 @@ channels.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from cfsp.architecture.found import Unit
@@ -30,9 +28,6 @@ from cfsp.errors import UnsupportedModelError
 # The position of a unit among those of the block, the index of an FFN in it, its activations
 # (rows x F) or what it adds to the output of its unit (rows x D), and which token each row is.
 OnRows = Callable[[int, int, Tensor, Tensor], None]
-
-# What experts have that `transformers.integrations.moe.use_experts_implementation` made.
-_PROTOCOL = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
 
 # Products whose second operand may be a weight.
 _PRODUCTS = frozenset({"linear", "matmul", "__matmul__", "mm", "bmm"})
@@ -145,7 +140,9 @@ class _Watch:
     @contextmanager
     def while_it_runs(self) -> Iterator[None]:
         module, owner = self.module, self.unit.down.rpartition(".")[0]
-        follows = self.unit.routed and all(hasattr(module, name) for name in _PROTOCOL)
+        # Made by `transformers.integrations.moe.use_experts_implementation`, around a plain loop.
+        follows = self.unit.routed and hasattr(module, "has_post_expert_norm")
+        forward = inspect.unwrap(type(module).forward) if follows else type(module).forward
         with ExitStack() as stack:
             if not self.unit.routed and owner != self.unit.path:
                 hook = self.block.get_submodule(owner).register_forward_pre_hook(
@@ -153,48 +150,11 @@ class _Watch:
                 )
                 stack.callback(hook.remove)
             else:
-                module.forward = partial(_run_experts if follows else _watch_products, self)
+                module.forward = partial(_watch_products, self, partial(forward, module))
                 stack.callback(delattr, module, "forward")  # the class's own is back
             if not follows:
                 stack.callback(module.register_forward_hook(self.check_seen).remove)
             yield
-
-
-# Experts that follow the protocol.
-
-
-def _run_experts(watch: _Watch, hidden_RD: Tensor, expert_RK: Tensor, weight_RK: Tensor) -> Tensor:
-    """Return the experts' output, one expert after the other, and show their activations."""
-    experts = watch.module
-    watch.check_rows(len(hidden_RD))
-    if getattr(experts, "has_post_expert_norm", False):
-        raise UnsupportedModelError(
-            f"{type(experts).__name__} normalises what each expert gives, so that its channels "
-            "have no worth of their own; please report the model type"
-        )
-    output_RD = torch.zeros_like(hidden_RD)
-    for expert in range(experts.down_proj.shape[0]):
-        token_R, slot_R = torch.where(expert_RK == expert)
-        if len(token_R) == 0:
-            continue
-        up = "gate_up_proj" if experts.has_gate else "up_proj"
-        inner = _expert_linear(experts, up, expert, hidden_RD[token_R])
-        act_RF = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
-        share_R = weight_RK[token_R, slot_R, None]
-        part_RD = _expert_linear(experts, "down_proj", expert, act_RF) * share_R
-        added: Callable[[], Tensor] = partial(torch.Tensor.detach, part_RD)
-        watch.show(expert, act_RF * share_R.to(act_RF.dtype), token_R, added)
-        output_RD.index_add_(0, token_R, part_RD.to(output_RD.dtype))
-    return output_RD
-
-
-def _expert_linear(experts: Any, name: str, expert: int, input_RX: Tensor) -> Tensor:
-    weight = getattr(experts, name)[expert]
-    bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
-    if not experts.is_transposed:
-        return functional.linear(input_RX, weight, bias)
-    product: Tensor = input_RX @ weight
-    return product if bias is None else product + bias
 
 
 # Matrices that are bare parameters of modules of any kind.
@@ -227,10 +187,16 @@ class Products(TorchFunctionMode):
         return product
 
 
-def _watch_products(watch: _Watch, *args: Any, **kwargs: Any) -> Any:
-    """Run a unit's module as it is; show what its down matrices are multiplied with, and give."""
+def _watch_products(watch: _Watch, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a unit's module; show what its down matrices are multiplied with, and give."""
     unit, module = watch.unit, watch.module
+    if getattr(module, "has_post_expert_norm", False):
+        raise watch.error(
+            "normalises what each expert gives, so that its channels have no worth of their own"
+        )
     weights = {name: watch.block.get_parameter(name) for name in (unit.up, unit.down)}
+    # Matrices stored inputs x outputs are multiplied first.
+    bias_ED = getattr(module, "down_proj_bias", None) if unit.axes[unit.down].axis == 1 else None
     inputs: dict[int, Tensor] = {}
     everything: list[tuple[Tensor, Tensor]] = []
 
@@ -249,11 +215,12 @@ def _watch_products(watch: _Watch, *args: Any, **kwargs: Any) -> Any:
             else:
                 token_R, share_R = _routed_rows(watch, expert, inputs[expert], args)
                 act_RF = operand * share_R[:, None].to(operand.dtype)
-                weight_R1 = share_R[:, None].to(product.dtype)
-                watch.show(expert, act_RF, token_R, partial(torch.mul, product, weight_R1))
+                given_RD = product if bias_ED is None else product + bias_ED[expert]
+                added = partial(torch.mul, given_RD.detach(), share_R[:, None])
+                watch.show(expert, act_RF, token_R, added)
 
     with Products(weights, on_product):
-        output = type(module).forward(module, *args, **kwargs)
+        output = forward(*args, **kwargs)
     for act_ERF, added_ERD in everything:
         _show_all_experts(watch, act_ERF, added_ERD, output)
     return output
@@ -268,6 +235,7 @@ def _routed_rows(
     if len(args) == 3 and args[1].shape == args[2].shape and not args[1].is_floating_point():
         hidden_RD, expert_RK, weight_RK = args
         hidden_RD = hidden_RD.flatten(0, -2)
+        watch.check_rows(len(hidden_RD))
         token_R, slot_R = torch.where(expert_RK == expert)
         by_slot_R = slot_R.argsort(stable=True)
         for order_R in (torch.arange(len(slot_R), device=slot_R.device), by_slot_R):
