@@ -65,13 +65,10 @@ _OWN: dict[str, dict[str, Any]] = {
         "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5,
         "attention_multiplier": 0.3, "mlp_bias": True,
     },
-    "stablelm": {"use_qkv_bias": True, "partial_rotary_factor": 0.5},
     "stablelm-parallel": {"use_parallel_residual": True, "qk_layernorm": True},
     "phi3": {**_NO_PADDING, "original_max_position_embeddings": 256, "sliding_window": 16},
-    "starcoder2": {"use_bias": True, "sliding_window": 16},
     "phi": {"num_key_value_heads": 4, "partial_rotary_factor": 0.5, "qk_layernorm": True},
     "gpt_neox": {"rotary_pct": 0.5, "use_parallel_residual": True},
-    "gpt_neox-serial": {"use_parallel_residual": False, "attention_bias": False},
     "gpt2": {"n_inner": WIDTH},
     # The width that the config leaves out is four times the hidden size.
     "gpt2-plain": {"n_embd": WIDTH // 4},

@@ -41,8 +41,7 @@ ALWAYS = (
 )  # fmt: skip
 # Their FFNs are Llama's, or those of another one that is there.
 LIKE_OTHERS = (
-    "mistral", "qwen2", "qwen3", "gemma", "olmo2", "smollm3", "stablelm", "gemma3_text",
-    "gpt_neox-serial", "opt", "qwen3_moe",
+    "mistral", "qwen2", "qwen3", "gemma", "olmo2", "smollm3", "gemma3_text", "opt", "qwen3_moe",
 )  # fmt: skip
 THOROUGH = (
     "llama-biased", "phi3", "gpt2", "opt-projected", "qwen2_moe", "gemma3", "gpt_oss",

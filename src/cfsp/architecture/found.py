@@ -67,17 +67,6 @@ class ChannelAxis:
         kept_K = torch.tensor(kept, device=tensor.device)
         return tensor.index_select(self.axis, self.index(kept_K, self.width(tensor.shape)))
 
-    def select_of_experts(self, tensor: Tensor, kept_EK: Sequence[Sequence[int]]) -> Tensor:
-        """Return a tensor E x ... with the kept channels of each expert, without those of none."""
-        staying = [expert for expert, kept_K in enumerate(kept_EK) if kept_K]
-        shape = list(tensor.shape)
-        shape[0], shape[self.axis] = len(staying), self.entries * len(kept_EK[staying[0]])
-        selected = tensor.new_empty(shape)
-        of_one = replace(self, axis=self.axis - 1)
-        for index, expert in enumerate(staying):
-            selected[index] = of_one.select(tensor[expert], kept_EK[expert])
-        return selected
-
 
 @dataclass(frozen=True)
 class Unit:
@@ -158,11 +147,17 @@ class Unit:
             resize_ffn(block, width, *sizes)
 
     def select(self, name: str, parameter: Tensor, kept_EK: Sequence[Sequence[int]]) -> Tensor:
-        """Return one of its parameters with the kept channels of each FFN only, as many of each."""
+        """Return one of its parameters with the kept channels of each FFN, without FFNs of none."""
         axis = self.axes[name]
         if not self.routed:
             return axis.select(parameter, kept_EK[0])
-        return axis.select_of_experts(parameter, kept_EK)
+        staying = [expert for expert, kept_K in enumerate(kept_EK) if kept_K]
+        shape = list(parameter.shape)
+        shape[0], shape[axis.axis] = len(staying), axis.entries * len(kept_EK[staying[0]])
+        selected, of_one = parameter.new_empty(shape), replace(axis, axis=axis.axis - 1)
+        for index, expert in enumerate(staying):
+            selected[index] = of_one.select(parameter[expert], kept_EK[expert])
+        return selected
 
     def other_fusion(self) -> Unit | None:
         """Return the same unit with its shared matrix shared in the other way, if it has one."""

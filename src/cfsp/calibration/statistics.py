@@ -87,18 +87,9 @@ class Removal:
     part: WholePart = "blocks"
     among: tuple[WholePart, ...] = ()  # the parts that it was chosen among, where these are several
 
-    def to_json(self) -> dict[str, Any]:
-        """Return JSON types."""
-        fields = asdict(self)
-        if self.part == "blocks":
-            del fields["part"]
-        if not self.among:
-            del fields["among"]
-        return fields
-
     @staticmethod
     def all_from_json(fields: Sequence[Mapping[str, Any]], blocks: int) -> tuple[Removal, ...]:
-        """Return what `to_json` made of some of so many blocks; ValueError if that cannot be."""
+        """Return those of so many blocks, of their fields as JSON; ValueError if they can't be."""
         found = tuple(
             Removal(
                 int(each["block"]),
@@ -237,7 +228,7 @@ class Statistics:
         if self.sensitivity:
             facts["sensitivity"] = asdict(self.sensitivity)
         if self.removals:
-            facts["removals"] = [each.to_json() for each in self.removals]
+            facts["removals"] = [asdict(each) for each in self.removals]
         if self.runs:
             facts["runs"] = asdict(self.runs)
         write_facts(path, facts, self.units)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -200,7 +200,7 @@ def with_order(
                 budgets = [each for each in missing if each.parts == parts]
                 model = load_whole(source, runtime, what)
                 removals += order_of_removal(source, model, few.tokens_NT, budgets)
-        return {"removals": [each.to_json() for each in removals]}
+        return {"removals": [asdict(each) for each in removals]}
 
     # Other windows would be another choice.
     name = f"removals-{windows.digest[:8]}"
