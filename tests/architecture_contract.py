@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 import cfsp
 from builders import draw_windows, tensors
-from cfsp.architecture.activations import observed_activations
+from cfsp.architecture.activations import hidden_state, observed_activations
 from cfsp.architecture.found import Unit
+from cfsp.architecture.small_run import first_tensor
 from cfsp.calibration.calibrate import calibrate
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of
@@ -262,7 +263,7 @@ class ThoroughContract(ArchitectureContract):
         asked = angular(case, repair="ridge")
         report = cfsp.prune(case.source, out=tmp_path / "out", **asked)
         windows = draw_windows(asked["data"], tokenizer, samples=SAMPLES, seqlen=SEQLEN)
-        seen = _observe_with_hooks(case, windows).units
+        _, seen = _observe_with_hooks(case, windows)
         after = cfsp.load(tmp_path / "out")
         repairs = report.repair["steps"][0]["blocks"]
         changed = 0
@@ -298,15 +299,15 @@ class ThoroughContract(ArchitectureContract):
         windows = draw_windows(case.asked["data"], tokenizer, samples=SAMPLES, seqlen=SEQLEN)
         runtime = Runtime(torch.device("cpu"), torch.float32, 4)
         statistics = calibrate(LoadedModel(case.dense), windows, runtime)
-        seen = _observe_with_hooks(case, windows)
-        for unit, acts in zip(statistics.units, seen.units, strict=True):
+        at_block, rows = _observe_with_hooks(case, windows)
+        for unit, acts in zip(statistics.units, rows, strict=True):
             for ffn in range(unit.ffns):
                 own, act = unit.of_ffn(ffn), acts[ffn][0].double()
                 torch.testing.assert_close(
                     own.sum_of_squares_F, act.square().sum(0), rtol=1e-5, atol=1e-6
                 )
                 assert own.tokens == len(act)
-        for block, (input_BTD, output_BTD) in zip(statistics.blocks, seen.blocks, strict=True):
+        for block, (input_BTD, output_BTD) in zip(statistics.blocks, at_block, strict=True):
             cosine = nn.functional.cosine_similarity(input_BTD, output_BTD, dim=-1)
             angular = (cosine.clamp(-1, 1).double().arccos() / torch.pi).mean()
             assert block.distance == pytest.approx(angular.item(), rel=1e-5)
@@ -363,57 +364,34 @@ def down_of(block: nn.Module, unit: Unit, ffn: int) -> Tensor:
 Rows = tuple[Tensor, Tensor]
 
 
-@dataclass
-class Seen:
-    """What one stock forward showed: of each block input and output, of each unit its FFNs."""
+def _observe_with_hooks(
+    case: Case, windows: Windows
+) -> tuple[list[tuple[Tensor, Tensor]], list[list[Rows]]]:
+    """Return input and output of each block in one stock forward, and rows of FFNs of each unit.
 
-    blocks: list[tuple[Tensor, Tensor]]
-    units: list[list[Rows]]
-
-
-def _observe_with_hooks(case: Case, windows: Windows) -> Seen:
-    """Return what plain hooks see of blocks and dense FFNs, and the engine's own of experts.
-
-    Those are compared with what experts give in engine/test_activations.py.
+    That these are right is tested in architecture/test_activations.py.
     """
     architecture = architecture_of(case.dense.config)
     blocks = blocks_of(case.dense, architecture)
-    seqlen = windows.tokens_NT.shape[1]
     at_block: list[tuple[Tensor, Tensor]] = []
-    rows: list[list[list[Rows]]] = [[[] for _ in range(unit.ffns)] for unit in architecture.units]
+    rows: list[list[Rows]] = [
+        [(torch.zeros(0, unit.width), torch.zeros(0))] * unit.ffns for unit in architecture.units
+    ]
 
     def on_block(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        hidden_BTD = args[0] if args else kwargs["hidden_states"]
-        at_block.append((hidden_BTD, output[0] if isinstance(output, tuple) else output))
+        at_block.append((hidden_state(args, kwargs), first_tensor(output)))
 
-    with ExitStack() as stack:
+    def on_rows(number: int, _: int, ffn: int, act_RF: Tensor, token_R: Tensor) -> None:
+        rows[number][ffn] = act_RF.clone(), token_R // windows.tokens_NT.shape[1]
+
+    with ExitStack() as stack, torch.inference_mode():
         for block in blocks:
             handle = block.register_forward_hook(on_block, with_kwargs=True)
             stack.callback(handle.remove)
         for number, unit in enumerate(architecture.units):
-
-            def on_down(module: nn.Module, args: Any, number: int = number) -> None:
-                act_RF = args[0].flatten(0, -2)
-                rows[number][0].append((act_RF, torch.arange(len(act_RF)) // seqlen))
-
-            def on_rows(
-                _: int, ffn: int, act_RF: Tensor, token_R: Tensor, number: int = number
-            ) -> None:
-                rows[number][ffn].append((act_RF.clone(), token_R // seqlen))
-
-            if unit.routed:
-                stack.enter_context(observed_activations(blocks[unit.block], [unit], on_rows))
-            else:
-                down = blocks[unit.block].get_submodule(unit.down.rpartition(".")[0])
-                stack.callback(down.register_forward_pre_hook(on_down).remove)
+            see = partial(on_rows, number)
+            stack.enter_context(observed_activations(blocks[unit.block], [unit], see))
         # The decoder alone: some multimodal models give meanings to a few tokens.
         decoder = case.dense.get_submodule(architecture.decoder)
-        with torch.inference_mode():
-            decoder(input_ids=windows.tokens_NT, use_cache=False)
-    nothing = (torch.zeros(0, 1), torch.zeros(0))
-
-    def joined(shown: list[Rows]) -> Rows:
-        act, window = zip(*shown, strict=True) if shown else ([nothing[0]], [nothing[1]])
-        return torch.cat(tuple(act)), torch.cat(tuple(window))
-
-    return Seen(at_block, [[joined(shown) for shown in of_unit] for of_unit in rows])
+        decoder(input_ids=windows.tokens_NT, use_cache=False)
+    return at_block, rows

@@ -105,7 +105,7 @@ def matrices_of(architecture: Architecture) -> list[str]:
 
 def fresh_answer(question: Question, forks: Forks, work: Path) -> Answer:
     """Return what a fresh process without cfsp finds, in an empty directory."""
-    question.save(work / "question.pt")
+    torch.save(vars(question), work / "question.pt")
     (finished,) = forks(Job("stock.check", {"directory": str(work)}))
     assert finished.status == 0, finished.stderr
     return Answer(**torch.load(work / "answer.pt"))

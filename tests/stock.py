@@ -49,15 +49,6 @@ class Question:
     failed: dict[str, str]
     matrices: list[str]
 
-    def save(self, path: Path) -> None:
-        """Write it for another process."""
-        torch.save(vars(self), path)
-
-    @classmethod
-    def load(cls, path: Path) -> Question:
-        """Read what `save` wrote."""
-        return cls(**torch.load(path))
-
 
 @dataclass
 class Answer:
@@ -82,7 +73,7 @@ def alone(directory: str) -> Path:
 def check(directory: str) -> None:
     """Read question.pt in a directory, write answer.pt there: called in a fork without cfsp."""
     work = alone(directory)
-    answer = ask(Question.load(work / "question.pt"), work)
+    answer = ask(Question(**torch.load(work / "question.pt")), work)
     torch.save(vars(answer), work / "answer.pt")
 
 
