@@ -19,12 +19,8 @@ from functools import partial
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from cfsp.architecture.expert_proof import with_experts
-from cfsp.architecture.model_classes import check_is_decoder
-from cfsp.architecture.proof import prove, small_run_of
 from cfsp.errors import CfspError, UnsupportedModelError, first_line
 from cfsp.settings import PARTS, Part
-from cfsp.streaming.block_proof import prove_without_attentions, prove_without_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -152,6 +148,12 @@ def proved_before() -> tuple[str, dict[Family, Reasons]]:
 
 def why_not(family: Family) -> Reasons:
     """Prove a family with a config of its type; return for each part why none can go, if so."""
+    # To list what was proved before should not take seconds.
+    from cfsp.architecture.expert_proof import with_experts
+    from cfsp.architecture.model_classes import check_is_decoder
+    from cfsp.architecture.proof import prove, small_run_of
+    from cfsp.streaming.block_proof import prove_without_attentions, prove_without_blocks
+
     try:
         model_class, config = family.class_and_config()
         check_is_decoder(config)
