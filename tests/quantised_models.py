@@ -56,8 +56,8 @@ def fp8(weight: Array, block: tuple[int, int], ending: str = "scale_inv") -> Qua
     return parts, codes.float().numpy() * per_value
 
 
-def fp8_in_blocks(weight: Array) -> Quantised:
-    return fp8(weight, BLOCK)
+def fp8_in_blocks(weight: Array, block: tuple[int, int] = BLOCK) -> Quantised:
+    return fp8(weight, block)
 
 
 def fp8_in_powers_of_two(weight: Array) -> Quantised:

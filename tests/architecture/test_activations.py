@@ -89,6 +89,8 @@ def check_output(block: nn.Module, unit: Unit, shown: list[Shown], output: Tenso
     total_RD = output.new_zeros(tokens, output.shape[-1])
     for each in shown:
         assert each.act_RF.shape == (len(each.token_R), unit.width)
+        # Whatever order they come in: sums of them are the same bits.
+        assert torch.equal(each.token_R, each.token_R.sort().values)
         product_RD = each.act_RF @ down_of(block, unit, each.ffn).T
         if each.added_RD is None:  # of a dense FFN
             added_RD = product_RD + sum(biases)

@@ -213,11 +213,13 @@ def _watch_products(watch: _Watch, forward: Callable[..., Any], *args: Any, **kw
             if name == unit.up:
                 inputs[expert] = operand
             else:
-                token_R, share_R = _routed_rows(watch, expert, inputs[expert], args)
-                act_RF = operand * share_R[:, None].to(operand.dtype)
-                given_RD = product if bias_ED is None else product + bias_ED[expert]
-                added = partial(torch.mul, given_RD.detach(), share_R[:, None])
-                watch.show(expert, act_RF, token_R, added)
+                row_R, token_R, share_R1 = _routed_rows(watch, expert, inputs[expert], args)
+
+                def added() -> Tensor:
+                    given_RD = product[row_R].detach()
+                    return (given_RD if bias_ED is None else given_RD + bias_ED[expert]) * share_R1
+
+                watch.show(expert, operand[row_R] * share_R1.to(operand.dtype), token_R, added)
 
     with Products(weights, on_product):
         output = forward(*args, **kwargs)
@@ -228,8 +230,8 @@ def _watch_products(watch: _Watch, forward: Callable[..., Any], *args: Any, **kw
 
 def _routed_rows(
     watch: _Watch, expert: int, input_RD: Tensor, args: tuple[Any, ...]
-) -> tuple[Tensor, Tensor]:
-    """Return which tokens the rows of an expert are, and the router's weights of them."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the rows of an expert by ascending tokens, these, and the router's weights (R x 1)."""
     # The module is called with all tokens, the experts of each and their weights. Both orders in
     # which an expert's tokens may come are tried on what its first matrix is multiplied with.
     if len(args) == 3 and args[1].shape == args[2].shape and not args[1].is_floating_point():
@@ -240,7 +242,7 @@ def _routed_rows(
         by_slot_R = slot_R.argsort(stable=True)
         for order_R in (torch.arange(len(slot_R), device=slot_R.device), by_slot_R):
             if torch.equal(hidden_RD[token_R[order_R]], input_RD):
-                return token_R[order_R], weight_RK[token_R, slot_R][order_R]
+                return order_R.argsort(), token_R, weight_RK[token_R, slot_R, None]
     raise watch.error("does not tell which tokens its experts are given and with which weights")
 
 

@@ -240,4 +240,4 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    print(json.dumps(why_not(Family(*sys.argv[1:]))), flush=True)
+    sys.stdout.write("\n" + json.dumps(why_not(Family(*sys.argv[1:]))))
