@@ -40,15 +40,15 @@ def test_what_nobody_tried_is_not_said(monkeypatch, capsys):
 
 
 def test_named_types_are_proved_and_parts_by_themselves(capsys):
-    assert main(["families", "--prove", "olmoe", "bert", "--json"]) == 0
-    bert, olmoe = json.loads(capsys.readouterr().out)["families"]
+    assert main(["families", "--prove", "flex_olmo", "bert", "--json"]) == 0
+    bert, moe = json.loads(capsys.readouterr().out)["families"]
     assert (bert["model_type"], bert["proved"]) == ("bert", False)
     assert "is an encoder" in bert["reason"]
     assert not any(bert[part] for part in COLUMNS)
-    assert (olmoe["class"], olmoe["proved"], olmoe["reason"]) == ("OlmoeForCausalLM", True, None)
+    assert (moe["class"], moe["proved"], moe["reason"]) == ("FlexOlmoForCausalLM", True, None)
     # Its norms are over all heads.
-    assert "failed the check cut" in olmoe["kv_reason"]
-    assert {part: olmoe[part] for part in COLUMNS} == dict.fromkeys(COLUMNS, True) | {"kv": False}
+    assert "failed the check cut" in moe["kv_reason"]
+    assert {part: moe[part] for part in COLUMNS} == dict.fromkeys(COLUMNS, True) | {"kv": False}
 
 
 def test_a_type_has_all_its_classes():

@@ -17,8 +17,10 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
+from itertools import product
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -240,8 +242,10 @@ def _heads(module: Any, text_config: Any, inputs: int, widths: list[int]) -> _He
     """Return how heads are counted; None if they do not make up the matrices."""
 
     def counted(name: str) -> list[int]:
-        values = [getattr(module, other, None) for other in _OTHER_NAMES[name]]
-        values += [getattr(text_config, other, None) for other in _OTHER_NAMES[name]]
+        values = []
+        for of, other in product((module, text_config), _OTHER_NAMES[name]):
+            with suppress(Exception):  # a config that has another number for each block
+                values.append(getattr(of, other, None))
         return [value for value in values if type(value) is int and value > 0]
 
     for query in dict.fromkeys(counted(_HEADS)):
