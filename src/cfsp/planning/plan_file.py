@@ -18,7 +18,7 @@ from cfsp.architecture.block_names import index_without, removed_in_words
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import EARLIER, WeightSource, fingerprint
 from cfsp.errors import PlanError
-from cfsp.planning.unit_plan import MAX_BLOCKS, UnitPlan, few_experts, unit_from_json
+from cfsp.planning.unit_plan import MAX_BLOCKS, UnitPlan, unit_from_json
 from cfsp.settings import UNIT_PARTS, Part
 
 PLAN_VERSION = 1
@@ -187,9 +187,14 @@ class PruningPlan:
         Those of blocks that go whole are not among them. With the unit's path where it has one.
         """
         return [
-            expert
+            {
+                "block": unit.block,
+                **({"path": unit.path} if unit.path else {}),
+                "expert": expert,
+                "tokens": seen,
+            }
             for unit in self.kept_units
-            for expert in few_experts(unit.block, unit.path, unit.few_tokens)
+            for expert, seen in unit.few_tokens.items()
         ]
 
     def check_fits(self, source: WeightSource) -> None:

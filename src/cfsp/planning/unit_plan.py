@@ -115,12 +115,6 @@ class UnitPlan:
         return fields | {"kept": base64.b64encode(packed).decode()}
 
 
-def few_experts(block: int, path: str, few_tokens: Mapping[int, int]) -> list[dict[str, Any]]:
-    """Return the experts of a unit that saw few tokens as JSON types; the path where it has one."""
-    place = {"block": block, **({"path": path} if path else {})}
-    return [{**place, "expert": expert, "tokens": seen} for expert, seen in few_tokens.items()]
-
-
 def unit_from_json(entry: dict[str, Any], index: int, removed: Collection[int]) -> UnitPlan:
     """Return the unit that `UnitPlan.to_json` described, of a plan without the removed blocks.
 
