@@ -181,12 +181,13 @@ def calibrate(
     budget = from_names(Budget, {}, parts=parts)
     compute = from_names(Compute, advanced, device=device)
     settings = PruneSettings(budget, from_names(Criterion, advanced), text, compute)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
     with _opened(model, budget) as source:
         if tokenizer is None:
             if not isinstance(source, Checkpoint):
                 raise UsageError("calibrating a model in memory needs its tokenizer")
             tokenizer = load_tokenizer(source.directory)
-        check_tokenizer(tokenizer)
         return calibrate_source(source, tokenizer, [settings])
 
 

@@ -152,6 +152,8 @@ def test_no_text_is_no_text():
     for documents in ((), "", "  \n", ["", " "]):
         with pytest.raises(TextError, match="the text 'mine' is empty"):
             Text("mine", documents)
+    with pytest.raises(TextError, match="the text 'mine': half of a surrogate pair at character 1"):
+        Text("mine", ["whole", "a\ud800"])
     with pytest.raises(TextError, match="needs a name and strings, found '' and"):
         Text("", "a river")
     with pytest.raises(TextError, match="needs a name and strings, found 'mine' and"):

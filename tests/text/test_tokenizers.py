@@ -40,3 +40,5 @@ def test_what_is_no_tokenizer_is_told(given, message, text_file):
         more = {"sparsity": 0.2} if work is cfsp.prune else {}
         with pytest.raises(UsageError, match=f"expected the tokenizer itself, .*{message}"):
             work(model, given, data=[text_file], samples=2, seqlen=16, **more)
+    with pytest.raises(UsageError, match=f"expected the tokenizer itself, .*{message}"):
+        cfsp.calibrate("no/model", given, data=[text_file])  # before a model is looked for

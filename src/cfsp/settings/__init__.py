@@ -27,5 +27,5 @@ from cfsp.settings.pruning import (
 )
 from cfsp.settings.text import (
     BOS, BOS_HELP, DEFAULT_QUESTIONS, DEFAULT_SAMPLES, DEFAULT_SEQLEN, DEFAULT_TEXT, Bos,
-    CalibrationText, Data, EvaluationText, Text, texts_of,
+    CalibrationText, Data, EvaluationText, Text, check_encodes, texts_of,
 )

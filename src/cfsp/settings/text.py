@@ -48,7 +48,20 @@ class Text:
             )
         if not any(document.strip() for document in documents):
             raise TextError(f"the text {self.name!r} is empty")
+        for document in documents:
+            check_encodes(document, f"the text {self.name!r}")
         object.__setattr__(self, "documents", tuple(documents))
+
+
+def check_encodes(text: str, where: str) -> None:
+    """Check that a text has no half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(
+            f"{where}: half of a surrogate pair at character {error.start}, which is no text; "
+            "leave that line out"
+        ) from error
 
 
 # One text or several: names, or texts themselves.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.locating import hub_is_missed, why_not_written
 from cfsp.errors import MissingExtraError, TextError, first_line
+from cfsp.settings import check_encodes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,13 +44,7 @@ def document_of(record: Any, column: str, where: str) -> Any:
         raise TextError(f"{where}: column {column!r} is {type(document).__name__}, expected text")
     else:
         text = document
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise TextError(
-            f"{where}: half of a surrogate pair at character {error.start}, which is no text; "
-            "leave that line out"
-        ) from error
+    check_encodes(text, where)
     return document
 
 
