@@ -179,6 +179,11 @@ class ModelLoss:
         self._fresh: dict[bytes, Tensor] = {}
         self._weight = weight
 
+    @property
+    def teacher_thinks_once(self) -> bool:
+        """Whether what a teacher thinks is kept; logits of the whole vocabulary are too large."""
+        return self._teacher is not None and self._head is not None
+
     def __call__(
         self,
         logits: Tensor,
@@ -211,7 +216,7 @@ class ModelLoss:
         """
         if self._teacher is None:
             return None
-        again &= self._head is not None  # logits of the whole vocabulary are too large to keep
+        again &= self.teacher_thinks_once
         if not again:  # a step: the evaluation before it is over
             self._known |= self._fresh
             self._fresh.clear()
