@@ -67,6 +67,16 @@ def prune_and_recover(
 
     check_output(source, out)
     log.info("best effort: repair by ridge, then one pass of training towards the dense model")
+    # What training refuses is said before there is a pruned model.
+    seqlen = min(text.seqlen, Training.seqlen)
+    how = RecoverSettings(
+        data=text.names,
+        training=Training(seqlen=seqlen, seed=text.seed, bos=text.bos),
+        teacher=AUTO_TEACHER,
+        evaluation=settings.evaluation,
+        # Training in float16 overflows.
+        compute=Compute(compute.device, compute.dtype if compute.dtype != "float16" else "auto"),
+    )
     check_installed(method)
     check_texts(text.names, settings.evaluation.names)
     pruned = out.with_name(f"{out.name}-pruned")
@@ -84,18 +94,11 @@ def prune_and_recover(
         report = PruneReport.of_checkpoint(pruned)
     else:
         report = prune(pruned, settings)
-        reads = statistics is None and plan is None
-        own = report.plan.calibration["tokens_digest"] if reads else drawn()
+        calibration = report.plan.calibration
+        # A choice of blocks or attention layers alone was made from a few of the windows.
+        reads_all = statistics is None and plan is None and calibration["windows"] == text.windows
+        own = calibration["tokens_digest"] if reads_all else drawn()
         add_to_manifest(pruned, {_ASKED: digest_of({**asked, "drawn": own})})
-    seqlen = min(text.seqlen, Training.seqlen)
-    how = RecoverSettings(
-        data=text.names,
-        training=Training(seqlen=seqlen, seed=text.seed, bos=text.bos),
-        teacher=AUTO_TEACHER,
-        evaluation=settings.evaluation,
-        # Training in float16 overflows.
-        compute=Compute(compute.device, compute.dtype if compute.dtype != "float16" else "auto"),
-    )
     return report, recover_checkpoint(open_checkpoint(pruned), out, how, command=command)
 
 

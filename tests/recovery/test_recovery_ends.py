@@ -121,9 +121,24 @@ def test_a_run_goes_on_as_memory_had_decided(recovered, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("cfsp.recovery.recover.merge", stop)
         recovered(**how)
+    for other in ({"teacher": "none"}, {"adaptation": Adaptation("full")}):
+        with pytest.raises(ResumeError, match="with another --"):
+            recovered(**{**how, **other})
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     assert recovered(**how).ranks == [None] * BLOCKS
     assert read_manifest(tmp_path / "out")["recovery"]["teacher"] is not None
+
+
+@pytest.mark.parametrize("chosen", [{"teacher": "none"}, {"adaptation": Adaptation("lora")}])
+def test_what_a_user_had_chosen_is_not_taken_for_what_memory_decided(
+    recovered, monkeypatch, chosen
+):
+    how = {"training": training(1, evaluations=1), "adaptation": Adaptation(), "teacher": "auto"}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("cfsp.recovery.recover.merge", stop)
+        recovered(**{**how, **chosen})
+    with pytest.raises(ResumeError, match=r"with another --\w+ \(\w+; now it is auto\)"):
+        recovered(**how)
 
 
 def test_what_is_measured_before_training_is_timed_whole_also_after_a_kill(tmp_path, monkeypatch):

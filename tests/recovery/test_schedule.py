@@ -55,10 +55,22 @@ def test_one_limit_at_most():
 
 
 @pytest.mark.parametrize(
-    ("steps", "asked", "most"), [(10, None, 1), (80, None, 4), (800, None, 10), (10, 3, 3)]
+    ("steps", "asked", "once", "most"),
+    [
+        (10, None, False, 1),
+        (80, None, False, 4),
+        (80, None, True, 6),
+        (800, None, False, 10),
+        (10, 3, False, 3),
+    ],
 )
-def test_evaluations_take_a_quarter_of_the_steps_unless_a_number_is_asked_for(steps, asked, most):
-    """40 held-out windows, 4 in a step: with the teacher an evaluation takes as long as 5 steps."""
+def test_evaluations_take_a_quarter_of_the_steps_unless_a_number_is_asked_for(
+    steps, asked, once, most
+):
+    """40 held-out windows, 4 in a step: with the teacher an evaluation takes as long as 5 steps.
+
+    Where it thinks only once, the others take as long as 3.
+    """
     how = Training(Limit(steps=steps), evaluations=asked)
     ready = SimpleNamespace(
         settings=RecoverSettings(("text",), training=how, adaptation=Adaptation("full")),
@@ -66,7 +78,7 @@ def test_evaluations_take_a_quarter_of_the_steps_unless_a_number_is_asked_for(st
         teacher="dense",
         started=0.0,
     )
-    assert schedule_of(ready, 0, 0.0).most_evaluations == most
+    assert schedule_of(ready, 0, 0.0, thinks_once=once).most_evaluations == most
 
 
 def test_steps_do_not_depend_on_time():

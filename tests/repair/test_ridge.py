@@ -29,6 +29,7 @@ from cfsp.repair.ridge import (
     solve,
 )
 from cfsp.result.manifest import read_manifest
+from recoveries import stop
 
 
 def correlated(rows: int, channels: int, seed: int) -> torch.Tensor:
@@ -248,6 +249,26 @@ def test_best_effort_trains_and_goes_on_after_a_kill(
     assert manifest["recovery"]["teacher"]["name"] == "owner/tiny@v1/a"
     assert card.data.base_model == "owner/tiny"
     assert "[owner/tiny@v1/a](https://huggingface.co/owner/tiny/tree/v1/a)" in card.text
+
+
+def test_best_effort_without_blocks_goes_on_after_a_kill(arguments, tmp_path, monkeypatch):
+    """The blocks are chosen from fewer windows than are drawn."""
+    fewer = ["--parts", "blocks", "--set", "remove=1", "--samples", "12", "--effort", "best"]
+    arguments = [*arguments[:2], *arguments[6:], *fewer]
+    with monkeypatch.context() as patch:
+        patch.setattr("cfsp.recovery.recover.recover_checkpoint", stop)
+        assert main(arguments) == 130
+    assert main(arguments) == 0
+    assert read_manifest(tmp_path / "out")["recovery"]["steps"]
+
+
+def test_best_effort_refuses_windows_too_short_to_train_on_before_it_prunes(
+    arguments, tmp_path, capsys
+):
+    before = sorted(tmp_path.iterdir())
+    assert main([*arguments, "--seqlen", "7", "--effort", "best"]) == 2
+    assert "--seqlen must be at least 8" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_best_effort_reads_no_text_for_an_output_that_cannot_be(

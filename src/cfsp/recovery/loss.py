@@ -173,9 +173,16 @@ class ModelLoss:
         self.labels_in_window: float | None = None
         self._head = head
         self._teacher: Any = teacher
-        # What the teacher's head multiplies, of windows that are asked about again and again.
+        # What the teacher's head multiplies, of windows that are asked about again and again: from
+        # earlier evaluations, and from the one that goes on.
         self._known: dict[bytes, Tensor] = {}
+        self._fresh: dict[bytes, Tensor] = {}
         self._weight = weight
+
+    @property
+    def teacher_thinks_once(self) -> bool:
+        """Whether what a teacher thinks is kept; logits of the whole vocabulary are too large."""
+        return self._teacher is not None and self._head is not None
 
     def __call__(
         self,
@@ -203,18 +210,24 @@ class ModelLoss:
     def ask(self, token_BT: Tensor, *, again: bool = False) -> Outputs | None:
         """Return what the teacher thinks of tokens 1 to T; None without one.
 
-        It thinks once of windows that are asked about `again` and again, as held-out ones are.
+        It thinks once of windows that are asked about `again` and again, as held-out ones are: in
+        the first evaluation of all. Where it is sharded, no process may think alone, and some may
+        have the same windows twice. What it thought waits in the memory of the CPU.
         """
         if self._teacher is None:
             return None
-        again &= self._head is not None  # logits of the whole vocabulary are too large to keep
+        again &= self.teacher_thinks_once
+        if not again:  # a step: the evaluation before it is over
+            self._known |= self._fresh
+            self._fresh.clear()
         name = token_BT.cpu().numpy().tobytes() if again else b""
-        output_BTD = self._known.get(name)
-        if output_BTD is None:
+        if name in self._known:
+            output_BTD = self._known[name].to(token_BT.device)
+        else:
             with torch.no_grad():
                 output_BTD = self._teacher(input_ids=token_BT, use_cache=False).logits
-        if again:
-            self._known[name] = output_BTD
+            if again:
+                self._fresh[name] = output_BTD.cpu()
         head = None if self._head is None else self._teacher.get_output_embeddings()
         return _outputs(output_BTD, head)
 

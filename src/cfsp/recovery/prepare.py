@@ -81,7 +81,13 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: f
         PruningPlan.load(plan)  # the card needs it: a damaged one is no surprise after training
     tokenizer = load_tokenizer(source.directory)
     check_installed(settings.adaptation.method)  # before a teacher is opened, or downloaded
-    teacher, method = teacher_and_method(settings, source, tokenizer, device, _decided(out))
+    # A teacher that is given counts by its weights, whatever it is called.
+    given = settings.teacher or NO_TEACHER
+    asked = {
+        "--method": settings.adaptation.method,
+        "--teacher": given if given in (AUTO_TEACHER, NO_TEACHER) else "a model",
+    }
+    teacher, method = teacher_and_method(settings, source, tokenizer, device, _decided(out, asked))
     check_installed(method)
     settings = replace(settings, adaptation=replace(settings.adaptation, method=method))
     rank_L = ranks_of(source, settings.adaptation)
@@ -92,6 +98,7 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: f
     check_tokens(source.config, text.train.token_NT, source.label)
     identity = {
         "command": "recover",
+        **asked,
         "model": fingerprint(source),
         "text": [text.train.digest, text.held_out.digest],
         **asdict(settings.adaptation),
@@ -171,12 +178,12 @@ def teacher_and_method(
     return teacher, method
 
 
-def _decided(out: Path) -> dict[str, Any]:
-    """Return what a killed run into the same place depends on; nothing if there is none."""
+def _decided(out: Path, asked: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a killed run into the same place depends on; nothing if none asked the same."""
     for state in sorted(directory_of_process(out).glob(f"*/{STATE_FILE}")):
         with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
             identity = json.loads(state.read_text(encoding="utf-8"))["identity"]
-            if identity["command"] == "recover" and identity["method"] in _BYTES_TO_TRAIN:
+            if {"command": "recover", **asked}.items() <= identity.items():
                 return {name: identity[name] for name in ("method", "teacher")}
     return {}
 

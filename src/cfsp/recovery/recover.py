@@ -260,8 +260,6 @@ def _train(ready: Prepared, seconds_to_measure: float) -> tuple[nn.Module, Prepa
 
     # What merging, writing and loading again may take, by what loading took.
     later = watch.seconds["load"] + nbytes / BYTES_PER_SECOND + seconds_to_measure
-    schedule = schedule_of(ready, 4 * trainable, MARGIN * later)  # what is trained is in float32
-    ready = ready.at_rate(rate)
     with (
         watch.stage("train"),
         joined(device) if sharded else nullcontext(),
@@ -271,7 +269,11 @@ def _train(ready: Prepared, seconds_to_measure: float) -> tuple[nn.Module, Prepa
             shard(adapted, model, source.architecture, device)
             if ready.teacher is not None and dense is not None:
                 shard(dense, dense, ready.teacher.architecture, device)
-        report = train(adapted, ready, schedule, loss)
+        # What is trained is in float32.
+        schedule = schedule_of(
+            ready, 4 * trainable, MARGIN * later, thinks_once=loss.teacher_thinks_once
+        )
+        report = train(adapted, ready.at_rate(rate), schedule, loss)
         # Whole, on the CPU of the first process; all must ask.
         tensors = get_model_state_dict(adapted, options=WHOLE) if sharded else {}
     if tensors:

@@ -205,23 +205,25 @@ class Schedule:
         return self.evaluation_steps * self._seconds_of_step() + self.save_seconds
 
 
-def schedule_of(ready: Prepared, trained_bytes: int, after_training: float) -> Schedule:
+def schedule_of(
+    ready: Prepared, trained_bytes: int, after_training: float, *, thinks_once: bool
+) -> Schedule:
     """Return when to evaluate and to stop; of the minutes some seconds are needed afterwards."""
     text, training, has_teacher = ready.text, ready.settings.training, ready.teacher is not None
     # Backward through frozen weights takes as long as forward, and once more for the gradients of
     # all weights.
     trains_all = ready.settings.adaptation.method == "full"
     forwards = 2.5 + 0.5 * trains_all + has_teacher + training.gradient_checkpointing
-    minutes = training.limit.minutes
-    steps_to_read_held_out = len(text.held_out) / training.windows_in_step
-    evaluation_steps = steps_to_read_held_out * (1 + has_teacher) / forwards
+    evaluation_steps = len(text.held_out) / training.windows_in_step * (1 + has_teacher) / forwards
     steps = training.limit.in_steps(len(text.train), training.windows_in_step)
-    worth = max(1, int(_EVALUATIONS_SHARE * steps / evaluation_steps))
+    # Of a teacher that thought in the first evaluation only the head is left, a fifth or less.
+    later = evaluation_steps * (0.6 if thinks_once else 1)
+    worth = max(1, int(_EVALUATIONS_SHARE * steps / later))
     return Schedule(
         steps,
         training.evaluations or min(_MOST_EVALUATIONS, worth),
         ready.started,
-        seconds=None if minutes is None else 60 * minutes,
+        seconds=training.limit.minutes and 60 * training.limit.minutes,
         # Then the best weights are read again.
         after_training=after_training + trained_bytes / BYTES_PER_SECOND,
         evaluation_steps=evaluation_steps,
