@@ -30,6 +30,12 @@ class UsageError(CfspError):
     """An argument is outside its range, or contradicts another one."""
 
 
+class ShortOfMemoryError(UsageError):
+    """What was asked for takes more memory than there is now."""
+
+    keeps_work = True
+
+
 class CheckpointError(CfspError):
     """A model directory is missing, truncated, or contradicts its own config."""
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from architecture_contract import down_of
-from cfsp.architecture.activations import observed_activations
+from cfsp.architecture.activations import Products, observed_activations
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.found import Architecture, ChannelAxis, Unit
 from cfsp.errors import UnsupportedModelError
@@ -123,6 +125,51 @@ def test_observed_experts_compute_the_same_bits(model_type):
         got = block(hidden_BTD)
     assert rows
     assert torch.equal(got, want)
+
+
+def test_experts_of_earlier_transformers_run_one_by_one_too():
+    """Where the protocol knew no norm after each expert."""
+    model = tiny_model("mixtral")
+    model.set_experts_implementation("grouped_mm")
+    for module in model.modules():
+        vars(module).pop("has_post_expert_norm", None)
+    seen, _ = run_observed(model, find_architecture(model))
+    # Each expert, not all at once.
+    assert all(each.added_RD is not None for _, (shown, _) in seen for each in shown)
+    assert all(shown for _, (shown, _) in seen)
+
+
+def test_what_only_lies_near_a_weight_is_no_part_of_it():
+    """Addresses of another tensor, in a storage of its own, tell nothing on some devices."""
+    memory = np.ones((8, 4), dtype=np.float32)
+    weight, near = torch.from_numpy(memory), torch.from_numpy(memory[4:])
+    told: list[str] = []
+    with Products({"weight": weight}, lambda name, *_: told.append(name)):
+        torch.nn.functional.linear(torch.ones(2, 4), near)
+        assert not told
+        torch.nn.functional.linear(torch.ones(2, 4), weight[4:])
+    assert told == ["weight"]
+
+
+def test_inputs_of_experts_are_held_until_their_product_alone():
+    model = tiny_model("mixtral")
+    unit = next(unit for unit in find_architecture(model).units if unit.routed)
+    block, held, most = model.model.layers[unit.block], list[Any](), 0
+    block.forward = lambda hidden: block.mlp(hidden)
+
+    def look(name: str, part: Tensor, operand: Tensor, product: Tensor) -> None:
+        nonlocal most
+        held.append(weakref.ref(operand))
+        most = max(most, sum(each() is not None for each in held))
+
+    up = {unit.up: block.get_parameter(unit.up)}
+    with (
+        torch.inference_mode(),
+        Products(up, look),
+        observed_activations(block, [unit], lambda *_: None),
+    ):
+        block(torch.randn(2, 12, 32))
+    assert len(held) > most == 1
 
 
 def test_experts_are_themselves_again_afterwards():

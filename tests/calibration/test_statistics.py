@@ -18,12 +18,13 @@ from builders import (
     random_unit_statistics,
     statistics_with_distances,
 )
-from cfsp.calibration.calibrate import calibrate
+from cfsp.calibration.calibrate import _Calibration, calibrate
 from cfsp.calibration.statistics import Sensitivity, Statistics
-from cfsp.checkpoint.reading import Checkpoint
-from cfsp.errors import CalibrationError, StatisticsError
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel
+from cfsp.errors import CalibrationError, ResumeError, StatisticsError
 from cfsp.streaming.runtime import Runtime
 from cfsp.text.windows import Windows
+from tiny_decoders import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +129,26 @@ def test_a_sensitivity_that_cannot_be_is_refused(tmp_path):
 def test_tokenizer_of_another_model_is_refused(source):
     with pytest.raises(CalibrationError, match=r"token id 320.*vocabulary of 320"):
         gather(source, Windows(torch.full((2, 32), 320), {"text": 2}))
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "llama4_text"])
+def test_nan_of_experts_is_told_with_what_to_do(model_type):
+    model = tiny_model(model_type)
+    with torch.no_grad():
+        attention = model.model.layers[1].self_attn
+        attention.v_proj.weight.fill_(1.0)
+        attention.o_proj.weight.fill_(6e4)
+        model.get_input_embeddings().weight.mul_(100)
+    tokens_NT = torch.randint(2, 290, (4, 12), generator=torch.Generator().manual_seed(0))
+    source, runtime = LoadedModel(model.half()), Runtime(torch.device("cpu"), torch.float16)
+    with pytest.raises(CalibrationError, match=r"block 1 produced NaN .* --dtype float32"):
+        calibrate(source, Windows(tokens_NT, {"text": 4}), runtime)
+
+
+def test_work_of_an_earlier_version_that_compared_no_runs_is_refused(tmp_path):
+    directory = tmp_path / "out.work" / "process-0-of-1" / "calibrate"
+    directory.mkdir(parents=True)
+    random_block(8).save(directory, 0)
+    assert _Calibration("calibrate", None, is_alone=True).load(directory, 0).passing is None
+    with pytest.raises(ResumeError, match=f"rm -r {directory.parents[1]}"):
+        _Calibration("calibrate", 4, is_alone=True).load(directory, 0)

@@ -7,6 +7,7 @@ from cfsp.cli import main
 from cfsp.cli.families import COLUMNS
 from cfsp.families import catalogue
 from cfsp.families.catalogue import Family, installed_families, verdicts, why_not
+from cfsp.settings import PARTS
 
 
 def test_the_command_lists_what_transformers_has_and_what_can_go(capsys):
@@ -60,6 +61,24 @@ def test_an_unknown_type_is_refused(capsys):
     assert main(["families", "--prove", "lama"]) == 2
     message = capsys.readouterr().err
     assert "no language model type 'lama'; did you mean llama?" in message
+
+
+def test_an_answer_is_found_among_what_classes_print_and_no_file_of_the_directory_runs(
+    monkeypatch, tmp_path
+):
+    (tmp_path / "transformers.py").write_text("raise SystemExit(7)")
+    monkeypatch.chdir(tmp_path)
+    (found,) = verdicts([Family("llama", "NoSuchClass")])
+    assert "no config could be made (AttributeError" in str(found["ffn"])
+    reasons = dict.fromkeys(PARTS, "none")
+    program = (
+        "import sys; "
+        f"sys.argv[1] == 'silent' or print('a\\n' + {catalogue._ANSWER + json.dumps(reasons)!r}); "
+        "print('bye')"
+    )
+    monkeypatch.setattr(catalogue, "PROGRAM", (sys.executable, "-c", program))
+    found = verdicts([Family(name, "LlamaForCausalLM") for name in ("talks", "silent")])
+    assert list(found) == [reasons, dict.fromkeys(PARTS, "its process gave no answer")]
 
 
 def test_a_type_that_crashes_or_never_ends(monkeypatch):

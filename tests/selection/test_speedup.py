@@ -160,12 +160,13 @@ def test_latencies_of_a_real_measurement(model, monkeypatch):
     assert found["conditions"]["dtype"] == "float32"
 
 
-def test_a_busy_machine_is_told(prune, latencies):
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_busy_machine_is_told_where_it_computes(model, latencies, caplog, device):
     latencies("blocks", 0.8)
-    assert (
-        "took 80% of the processors"
-        in prune("--target-speedup", 1.9, "--parts", "blocks", "--effort", "fast").error
-    )
+    goal, runtime = TargetSpeedup(1.9), Runtime(torch.device(device), torch.float32)
+    found = speedup.Speedup(open_checkpoint(model), Budget(), goal, runtime, WorkDir(Path()))
+    assert found.latencies
+    assert ("took 80% of the processors" in caplog.text) == (device == "cpu")
 
 
 def test_models_that_do_not_fit_are_not_timed(model, monkeypatch):

@@ -144,7 +144,11 @@ def test_blocks_go_by_what_the_killed_run_had_memory_for(runs, model, text, monk
     out = ["--out", str(runs.directory / "out")]
     argv = ["prune", str(model), *text, "--parts", "blocks", "--sparsity", "0.5", *out]
     runs.kill(argv, "after", 1)
-    monkeypatch.setattr("cfsp.selection.drop_order.fits", lambda *_: False)  # less memory now
+    with monkeypatch.context() as patch:
+        patch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)  # less memory now
+        assert "1e-06 GB are available: free as much" in runs.refused(argv)
+    assert names(runs.directory) == {"out.work"}
+    monkeypatch.setattr("cfsp.selection.drop_order.fits", lambda *_: False)
     assert main(argv) == 0
     assert read_manifest(runs.directory / "out")["criterion"]["removal"] == "divergence"
 

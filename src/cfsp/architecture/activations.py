@@ -31,6 +31,8 @@ OnRows = Callable[[int, int, Tensor, Tensor], None]
 
 # Products whose second operand may be a weight.
 _PRODUCTS = frozenset({"linear", "matmul", "__matmul__", "mm", "bmm"})
+# What every version of transformers gives to the experts that follow its protocol.
+_PROTOCOL = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
 
 
 def hidden_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -141,7 +143,7 @@ class _Watch:
     def while_it_runs(self) -> Iterator[None]:
         module, owner = self.module, self.unit.down.rpartition(".")[0]
         # Made by `transformers.integrations.moe.use_experts_implementation`, around a plain loop.
-        follows = self.unit.routed and hasattr(module, "has_post_expert_norm")
+        follows = self.unit.routed and all(hasattr(module, name) for name in _PROTOCOL)
         forward = inspect.unwrap(type(module).forward) if follows else type(module).forward
         with ExitStack() as stack:
             if not self.unit.routed and owner != self.unit.path:
@@ -181,10 +183,17 @@ class Products(TorchFunctionMode):
         product = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") in _PRODUCTS and len(args) >= 2:
             for name, weight in self._weights.items() if isinstance(args[1], Tensor) else ():
-                # Whether it is a view of a part of the weight, or of the whole.
-                if 0 <= args[1].data_ptr() - weight.data_ptr() < weight.nbytes:
+                if _is_part(args[1], weight):
                     self._on_product(name, args[1], args[0], product)
         return product
+
+
+def _is_part(part: Tensor, weight: Tensor) -> bool:
+    """Return whether a tensor is a view of a part of a weight, or of the whole."""
+    # On Metal addresses are those of buffers' handles: of two tensors they tell nothing.
+    if part.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
+        return False
+    return 0 <= part.data_ptr() - weight.data_ptr() < weight.nbytes
 
 
 def _watch_products(watch: _Watch, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -213,7 +222,7 @@ def _watch_products(watch: _Watch, forward: Callable[..., Any], *args: Any, **kw
             if name == unit.up:
                 inputs[expert] = operand
             else:
-                row_R, token_R, share_R1 = _routed_rows(watch, expert, inputs[expert], args)
+                row_R, token_R, share_R1 = _routed_rows(watch, expert, inputs.pop(expert), args)
 
                 def added() -> Tensor:
                     given_RD = product[row_R].detach()
@@ -241,7 +250,9 @@ def _routed_rows(
         token_R, slot_R = torch.where(expert_RK == expert)
         by_slot_R = slot_R.argsort(stable=True)
         for order_R in (torch.arange(len(slot_R), device=slot_R.device), by_slot_R):
-            if torch.equal(hidden_RD[token_R[order_R]], input_RD):
+            # NaN, which differs from itself, is told of the block as a whole, with what to do.
+            pair = hidden_RD[token_R[order_R]], input_RD
+            if torch.equal(*pair) or torch.equal(*map(torch.nan_to_num, pair)):
                 return order_R.argsort(), token_R, weight_RK[token_R, slot_R, None]
     raise watch.error("does not tell which tokens its experts are given and with which weights")
 
@@ -254,7 +265,8 @@ def _show_all_experts(watch: _Watch, act_ERF: Tensor, added_ERD: Tensor, output:
     if watch.unit.axes[watch.unit.down].axis == 2:
         down_EFD = down_EFD.transpose(1, 2)
     routed_ER = (act_ERF != 0).any(-1)
-    if bool(routed_ER.all()):
+    # NaN and infinity are told of the block as a whole, with what to do.
+    if bool(routed_ER.all() & output.isfinite().all()):
         sum_RD = torch.einsum("erf,efd->rd", act_ERF.float(), down_EFD.float())
         if output.numel() != sum_RD.numel() or not torch.allclose(
             output.float().view_as(sum_RD), sum_RD, rtol=1e-2, atol=1e-3 * float(sum_RD.abs().max())

@@ -28,7 +28,7 @@ from cfsp.calibration.statistics import RunDistances, Statistics
 from cfsp.checkpoint.reading import WeightSource, fingerprint
 from cfsp.checkpoint.skeleton import architecture_of
 from cfsp.checkpoint.text_config import vocabulary_of
-from cfsp.errors import CalibrationError, UsageError
+from cfsp.errors import CalibrationError, ResumeError, UsageError
 from cfsp.processes import Team
 from cfsp.streaming.block_pass import Visitor, pass_blocks
 from cfsp.streaming.block_stream import OnActivations, StreamedBlock, part_of
@@ -215,7 +215,15 @@ class _Calibration(Visitor[ObservedBlock]):
         result.save(directory, block)
 
     def load(self, directory: Path, block: int) -> ObservedBlock:
-        return ObservedBlock.load(directory, block)
+        found = ObservedBlock.load(directory, block)
+        if self._stride is not None and found.passing is None:  # of an earlier version
+            work_dir = directory.parents[1]
+            raise ResumeError(
+                f"{work_dir} holds unfinished work that did not compare runs of blocks: there was "
+                "memory for the whole model then; free as much, or start over with: "
+                f"rm -r {work_dir}"
+            )
+        return found
 
 
 def calibration_record(

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import CfspError, UnsupportedModelError, first_line
@@ -31,8 +32,11 @@ Reasons = dict[Part, str | None]
 # Seconds. For a few types all proofs take more than two minutes on a slow core of its own.
 PROOF_LIMIT = 1800.0
 MOST_AT_A_TIME = 4
-# Prints what `why_not` says of the type and the class that follow.
-PROGRAM = (sys.executable, "-m", "cfsp.families.catalogue")
+# Prints what `why_not` says of the type and the class that follow; nothing is imported from the
+# current directory.
+PROGRAM = (sys.executable, "-P", "-m", "cfsp.families.catalogue")
+# Begins the line of the answer: classes print before it, and at exit.
+_ANSWER = "why not: "
 
 
 _HEADS = {"head_dim": 128}
@@ -208,29 +212,35 @@ def verdicts(families: Sequence[Family]) -> Iterator[Reasons]:
     Where its process crashes, or has no answer in time, that is the reason.
     """
     running: set[subprocess.Popen[str]] = set()
+    nobody_asks = Event()
 
     def verdict(family: Family) -> Reasons:
         words = (*PROGRAM, family.model_type, family.class_name)
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        with subprocess.Popen(words, **pipes, text=True) as process:
+        with subprocess.Popen(words, **pipes, text=True, errors="replace") as process:
             running.add(process)
+            if nobody_asks.is_set():  # since before it was among those that are ended then
+                process.kill()
             try:
-                # What classes print on the way comes before the answer.
-                *_, answer = process.communicate(timeout=PROOF_LIMIT)[0].splitlines() or [""]
+                lines = process.communicate(timeout=PROOF_LIMIT)[0].splitlines()
             except subprocess.TimeoutExpired:
                 process.kill()
                 return dict.fromkeys(PARTS, f"no verdict after {PROOF_LIMIT:.0f} seconds")
         if process.returncode:
             return dict.fromkeys(PARTS, f"its process ended with status {process.returncode}")
-        reasons: Reasons = json.loads(answer)
+        answers = [line.removeprefix(_ANSWER) for line in lines if line.startswith(_ANSWER)]
+        if not answers:
+            return dict.fromkeys(PARTS, "its process gave no answer")
+        reasons: Reasons = json.loads(answers[-1])
         return reasons
 
     executor = ThreadPoolExecutor(min(MOST_AT_A_TIME, os.cpu_count() or 1))
     try:
         yield from executor.map(verdict, families)
     finally:
+        nobody_asks.set()
         executor.shutdown(wait=False, cancel_futures=True)
-        for process in running:
+        for process in list(running):
             process.kill()
 
 
@@ -240,4 +250,4 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    sys.stdout.write("\n" + json.dumps(why_not(Family(*sys.argv[1:]))))
+    sys.stdout.write(f"\n{_ANSWER}{json.dumps(why_not(Family(*sys.argv[1:])))}\n")

@@ -12,7 +12,7 @@ import torch
 
 from cfsp.checkpoint.loading import compute_device, compute_dtype
 from cfsp.checkpoint.reading import LoadedModel, fingerprint, parameter_count
-from cfsp.errors import UsageError
+from cfsp.errors import ShortOfMemoryError
 from cfsp.streaming.memory import available_bytes
 
 if TYPE_CHECKING:
@@ -53,9 +53,10 @@ def check_fits(source: WeightSource, runtime: Runtime, purpose: str) -> None:
     """Check that a whole model fits, for a purpose that the error names."""
     if not fits(source, runtime):
         needed, available = needed_bytes(source, runtime.dtype), free_bytes(runtime.device)
-        raise UsageError(
+        raise ShortOfMemoryError(
             f"{purpose} runs the whole model, which takes about {needed / 1e9:.3g} GB of memory; "
-            f"{available / 1e9:.3g} GB are available: do without, or use a larger machine"
+            f"{available / 1e9:.3g} GB are available: free as much, do without, or use "
+            "a larger machine"
         )
 
 
