@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -162,6 +162,7 @@ _HEADS = "one number of heads for all .* have 1 to 2 KV groups; use --to gguf$"
             "vllm", "qwen3", None, {},
             "cannot express qwen3; prune with --widths equal .*--model-impl transformers",
         ),
+        ("vllm", "qwen3", (2, 0, 2), {}, "widths equal and without --parts attention for vLLM's"),
         ("vllm", "llama", (2, 1, 2), {}, _HEADS),
         ("mlx-lm", "llama", (2, 1, 2), {}, _HEADS),
         (
@@ -177,6 +178,15 @@ def test_what_a_reader_cannot_run_is_refused_by_name(
     with pytest.raises(ExportError, match=message):
         export(source.directory, target, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["vllm", "mlx-lm"])
+def test_a_tensor_of_no_parameter_has_no_place(tmp_path, tokenizer, target):
+    source = wide("llama", tokenizer, tmp_path)
+    weights = source.directory / "model.safetensors"
+    save_file({**load_file(weights), "v_head.summary.weight": torch.ones(1, 32)}, weights)
+    with pytest.raises(ExportError, match="no place for the tensor v_head"):
+        export(source.directory, target, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])

@@ -32,7 +32,7 @@ from cfsp.exports.common import Written, context_limit, heads_of_blocks, unread_
 ARCHITECTURE = "DeciLMForCausalLM"
 _CODE_FILE = "configuration_decilm.py"
 
-_LIKE_LLAMA = ("llama", "mistral", "qwen2")
+LIKE_LLAMA = ("llama", "mistral", "qwen2")
 # What a Llama has and the model's config says in the same words.
 _SHARED = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
@@ -101,14 +101,18 @@ def check(reader: Reader, source: Checkpoint) -> None:
     model_type = source.config.model_type
     if not resized_parts(source.config):
         return
-    if model_type not in _LIKE_LLAMA:
+    if model_type not in LIKE_LLAMA:
+        without = "and without --parts attention " if source.architecture.gone else ""
         raise CannotSayError(
             f"{reader.name}'s DeciLM class is a Llama and cannot express {model_type}",
-            f"prune with --widths equal for {reader.name}'s own class"
+            f"prune with --widths equal {without}for {reader.name}'s own class"
             + reader.otherwise.format(directory=source.directory),
         )
     if reason := _obstacle(reader, source):
         raise CannotSayError(f"{reader.name} reads DeciLM with {reason}")
+    for name in source.stored.unused:
+        if name not in source.stored.stale:
+            raise CannotSayError(f"{reader.name}'s DeciLM class has no place for the tensor {name}")
 
 
 def _obstacle(reader: Reader, source: Checkpoint) -> str | None:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.skeleton import resized_parts
 from cfsp.checkpoint.text_config import head_size
 from cfsp.errors import CannotSayError
 from cfsp.exports.common import heads_of_blocks
@@ -75,8 +76,12 @@ _INSTEAD = "prune with --widths equal"
 def architecture_of(source: Checkpoint) -> Architecture:
     """Return the architecture that runs a checkpoint, or raise CannotSayError."""
     architecture = _graph_for(source.config)
+    config: Any = source.config
     widths = source.architecture.of_part("ffn").widths
-    if len(set(widths)) > 1 or len(set(heads_of_blocks(source))) > 1:
+    # Heads that are together as wide as the hidden state, this graph takes for granted.
+    queries = head_size(config) * config.num_attention_heads
+    no_qwen2 = architecture.name == "qwen2" and queries != config.hidden_size
+    if no_qwen2 or len(set(widths)) > 1 or len(set(heads_of_blocks(source))) > 1:
         gone = bool(source.architecture.gone)
         architecture = _graph_for(source.config, differ=True, gone=gone)
     for obstacle in _obstacles(source, architecture):
@@ -95,7 +100,9 @@ def _graph_for(config: Any, *, differ: bool = False, gone: bool = False) -> Arch
         raise CannotSayError(
             f"gguf export of {config.model_type} models is not supported; supported are: "
             f"{', '.join(sorted(ARCHITECTURES))}",
-            "prune with --widths equal and run llama.cpp's own converter on the stock checkpoint",
+            f"{_INSTEAD} and run llama.cpp's own converter on the stock checkpoint"
+            if resized_parts(config)
+            else "run llama.cpp's own converter on it",
         )
     alike, ragged = ARCHITECTURES[config.model_type]
     if not differ:

@@ -137,8 +137,10 @@ def export(
 
 def _with_others(error: CannotSayError, source: Checkpoint, to: str) -> ExportError:
     """Return what a format cannot express, with the way out and the other targets that can."""
-    able = []
-    for name in TARGETS.keys() - {to}:
+    able, others = [], TARGETS.keys() - {to}
+    if source.config.model_type not in decilm.LIKE_LLAMA:
+        others -= {"vllm", "mlx-lm"}  # which run many other stock models, but not all
+    for name in others:
         with suppress(CannotSayError):
             TARGETS[name].check(source)
             able.append(f"--to {name}")
