@@ -98,10 +98,11 @@ def pruning_cost(
         names = [prefix(unit.block) + unit.down for unit in source.units]
         disk_bytes += sum(source.parameters[name].nbytes for name in names)
     existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    before = parameter_count(source)
-    work = None if any(unit.routed for unit in source.units) else _work(source, settings, runtime)
+    before, elements = parameter_count(source), _block_elements(source)
+    routed = any(unit.routed for unit in source.units)
+    work = None if routed else _work(source, settings, runtime, sum(elements))
     return PruningCost(
-        _memory_bytes(source, settings, runtime, hidden_bytes),
+        _memory_bytes(source, settings, runtime, hidden_bytes, elements),
         available_bytes(),
         disk_bytes,
         shutil.disk_usage(existing).free,
@@ -113,13 +114,16 @@ def pruning_cost(
 
 
 def _work(
-    source: WeightSource, settings: PruneSettings, runtime: Runtime
+    source: WeightSource, settings: PruneSettings, runtime: Runtime, elements: int
 ) -> dict[torch.dtype, float]:
-    """Return the floating-point operations of all matrix products, by their dtype."""
+    """Return the floating-point operations of all matrix products, by their dtype.
+
+    Blocks have so many elements together.
+    """
     text, repairs = settings.text, settings.repair != "none"
     hidden = int(text_config_of(source.config).hidden_size)
     vocabulary = vocabulary_of(source.config)
-    token = 2.0 * sum(_block_elements(source))
+    token = 2.0 * elements
     windows = text.windows + (min(text.windows, COARSE_WINDOWS) if repairs else 0)
     work = {runtime.dtype: token * windows * text.seqlen}
     if follow_sensitivity(source, settings.criterion, runtime):
@@ -163,10 +167,14 @@ def _block_elements(source: WeightSource) -> list[int]:
 
 
 def _memory_bytes(
-    source: WeightSource, settings: PruneSettings, runtime: Runtime, hidden_bytes: int
+    source: WeightSource,
+    settings: PruneSettings,
+    runtime: Runtime,
+    hidden_bytes: int,
+    elements: list[int],
 ) -> int:
-    """Return the peak, as docs/SCALE.md works it out."""
-    itemsize, elements = runtime.dtype.itemsize, _block_elements(source)
+    """Return the peak, as docs/SCALE.md works it out, by the weights of each block."""
+    itemsize = runtime.dtype.itemsize
     hidden = int(text_config_of(source.config).hidden_size)
     vocabulary = vocabulary_of(source.config)
     around = (parameter_count(source) - sum(elements)) * itemsize

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -19,7 +18,13 @@ from cfsp.checkpoint.output import check_is_outside, check_output_is_free
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.reading import EARLIER, Checkpoint, fingerprint, parameter_count
 from cfsp.checkpoint.text_config import vocabulary_of
-from cfsp.errors import CheckpointError, RecoveryError, UnsupportedModelError, UsageError
+from cfsp.errors import (
+    CheckpointError,
+    RecoveryError,
+    ResumeError,
+    UnsupportedModelError,
+    UsageError,
+)
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import process_count
 from cfsp.quality.evaluate import evaluation_windows
@@ -28,7 +33,7 @@ from cfsp.recovery.data import RecoveryText, read_text
 from cfsp.recovery.settings import AUTO_TEACHER, NO_TEACHER, Method, RecoverSettings
 from cfsp.result.manifest import read_manifest
 from cfsp.streaming.runtime import free_bytes
-from cfsp.streaming.work_dir import STATE_FILE, Stopwatch, directory_of_process
+from cfsp.streaming.work_dir import STATE_FILE, Stopwatch, directory_of_process, read_state
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
 
@@ -181,10 +186,9 @@ def teacher_and_method(
 def _decided(out: Path, asked: Mapping[str, str]) -> dict[str, Any]:
     """Return what a killed run into the same place depends on; nothing if none asked the same."""
     for state in sorted(directory_of_process(out).glob(f"*/{STATE_FILE}")):
-        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-            identity = json.loads(state.read_text(encoding="utf-8"))["identity"]
-            if {"command": "recover", **asked}.items() <= identity.items():
-                return {name: identity[name] for name in ("method", "teacher")}
+        with suppress(ResumeError):  # it is told of where that work is taken up
+            identity = read_state(state, {"command": "recover", **asked})["identity"]
+            return {name: identity[name] for name in ("method", "teacher")}
     return {}
 
 
