@@ -71,7 +71,7 @@ def decide(
         if repairs and job.budget.channel_parts and not constraint.needs_statistics:
             return _choose_and_repair(job, constraint)
         windows = job.draw()
-        if not job.budget.channel_parts and "experts" not in job.budget.parts:
+        if job.budget.parts == job.budget.whole_parts:
             windows = few_windows(windows, COARSE_WINDOWS)  # nothing that is chosen needs them all
         statistics = _calibrated(job, constraint, windows, "calibrate")
     elif job.budget.compares:

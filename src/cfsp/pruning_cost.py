@@ -19,7 +19,6 @@ from torch.nn import functional
 
 from cfsp.checkpoint.reading import parameter_count
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
-from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.candidate import DropSizes
 from cfsp.planning.importance import COARSE_WINDOWS
 from cfsp.planning.make import parameters_of_channels
@@ -242,9 +241,9 @@ def doubts(
         gone = _parameters_to_go(source, budget)
         if gone < _LITTLE * asked * every:
             yield (
-                f"{asked:.0%} of the {channels_in_words(budget.parts)} are {gone / every:.1%} of "
-                f"this model's parameters ({gone / 1e6:,.1f}M of {every / 1e6:,.1f}M), most of "
-                "which are elsewhere, as in its vocabulary; for a smaller model give "
+                f"{asked:.0%} of the FFN channels are {gone / every:.1%} of this model's "
+                f"parameters ({gone / 1e6:,.1f}M of {every / 1e6:,.1f}M), most of which are "
+                "elsewhere, as in its vocabulary; for a smaller model give "
                 f"--target-params {1 - asked:.2g}, name more --parts, or quantise it"
             )
     size = size_after(source, settings)

@@ -72,7 +72,7 @@ def print_plan(plan: PruningPlan) -> None:
     rows = [(*row, *bar) for row, bar in zip(unit_rows(plan.units), bars, strict=True)]
     print_table(("block", "distance", "importance", "channels", "kept", "", ""), rows)
     what = "channels" if plan.counts_channels else "parameters"
-    groups = "" if plan.has_ffns_only else f" and {plan.sparsity_of('kv'):.1%} of the KV groups"
+    groups = f" and {plan.sparsity_of('kv'):.1%} of the KV groups" if plan.of_part("kv") else ""
     if plan.kept_experts is not None:
         print(f"\n{plan.experts_in_words}", end="")
     if plan.has_gaps:

@@ -192,11 +192,7 @@ class Planner:
 
     def _criterion_of(self, candidate: Candidate, size: ModelSize) -> dict[str, object]:
         """Return what a plan says of how it was chosen; of removal only where something may."""
-        budget, of = self.budget, self.budget.parts[0]
-        if candidate.parts:
-            of = "ffn"
-        elif "blocks" in budget.parts:  # an attention is a part of its block
-            of = "blocks"
+        budget = self.budget
         parts = [part for part in budget.parts if part in candidate.parts or part not in UNIT_PARTS]
         removal = DIVERGENCE if self.statistics.has_order_of(budget.whole_parts) else RUNS
         return {
@@ -204,7 +200,8 @@ class Planner:
             "clamp": self.criterion.clamp,
             **({"removal": removal} if budget.whole_parts else {}),
             "sparsity": candidate.sparsity,
-            "of": of,
+            # An attention is a part of its block, which comes last.
+            "of": "ffn" if candidate.parts else budget.parts[-1],
             # Of which all new FFN widths are multiples.
             "multiple": math.gcd(*size.of_parts(("ffn",)).multiple_U(budget)) or 1,
             **({} if tuple(parts) == DEFAULT_PARTS else {"parts": parts}),

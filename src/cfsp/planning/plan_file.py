@@ -127,15 +127,10 @@ class PruningPlan:
         return all(unit.block == i and not unit.path for i, unit in enumerate(self.units))
 
     @property
-    def has_ffns_only(self) -> bool:
-        """Whether no other part can lose anything."""
-        return all(unit.part == "ffn" for unit in self.units)
-
-    @property
     def has_parts(self) -> bool:
         """Whether anything goes that version 1 cannot say."""
         gone = self.removed_blocks or self.kept_experts is not None
-        return bool(gone) or not self.has_ffns_only
+        return bool(gone or self.of_part("kv"))
 
     @property
     def kept_experts(self) -> int | None:

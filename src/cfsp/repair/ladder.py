@@ -75,7 +75,7 @@ def check_can_be_repaired(source: WeightSource, settings: PruneSettings) -> None
     """Check that no block has experts or several FFN units where more than a ridge is asked for."""
     if settings.repair != "local":
         return
-    ffns = [unit.block for unit in source.units if unit.part == "ffn"]
+    ffns = [unit.block for unit in source.architecture.of_part("ffn").units]
     refused = {block: "has several" for block in ffns if ffns.count(block) > 1}
     experts = [unit.block for unit in source.units if unit.routed]
     refused |= dict.fromkeys(experts, "has experts, each of which sees few tokens")

@@ -176,11 +176,7 @@ class MaskedModel:
     @contextmanager
     def _without(self, dropped: Dropped, kept: KeptChannels) -> Iterator[None]:
         units = self._source.units
-        gone = {
-            index: ()
-            for index, unit in enumerate(units)
-            if unit.part == "kv" and unit.block in dropped.attentions
-        }
+        gone = {index: () for index, unit in enumerate(units) if dropped.takes(unit)}
         masks = {
             index: kept_K
             for index, kept_K in {**gone, **kept}.items()

@@ -28,9 +28,9 @@ from cfsp.checkpoint.reading import WeightSource
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
 from cfsp.planning.candidate import NOTHING, Droppable, Dropped
 from cfsp.progress import item_progress
-from cfsp.selection.constraint import DropBudget, drops_in_words
+from cfsp.selection.constraint import DropBudget
 from cfsp.selection.divergence import MaskedModel, few_beginnings, load_whole
-from cfsp.settings import Budget
+from cfsp.settings import Budget, parts_in_words
 from cfsp.streaming.block_proof import check_attentions_can_go, check_blocks_can_go
 from cfsp.streaming.runtime import Runtime, fits
 from cfsp.streaming.work_dir import WorkDir, load_or_compute
@@ -88,7 +88,7 @@ def order_of_removal(
                 left.discard(cheapest)
         return None
 
-    with item_progress(f"choosing {drops_in_words(parts)}", _about(wanted), "removal") as bar:
+    with item_progress(f"choosing {parts_in_words(parts)}", _about(wanted), "removal") as bar:
         while (best := cheapest_that_can_go()) is not None:
             part, block = best
             gone, divergence = gone.plus(best), divergence + added[best]
@@ -168,7 +168,7 @@ def check_can_be_compared(
 def cannot_be_tried(budget: Budget, needed: str) -> UsageError:
     """Return the error that it cannot be tried how much of each part goes."""
     return UsageError(
-        f"--parts {','.join(budget.parts)} tries how many {drops_in_words(budget.whole_parts)} "
+        f"--parts {','.join(budget.parts)} tries how many {parts_in_words(budget.whole_parts)} "
         f"should go, which requires {needed}"
     )
 
@@ -195,7 +195,7 @@ def with_order(
         removals: list[Removal] = []
         few = few_beginnings(windows, _TOKENS)
         for parts in sorted(needed):
-            what = f"choosing the {drops_in_words(parts)} that go"
+            what = f"choosing the {parts_in_words(parts)} that go"
             with work_dir.watch.stage("order of removal"):
                 budgets = [each for each in missing if each.parts == parts]
                 model = load_whole(source, runtime, what)
@@ -256,7 +256,7 @@ def _by_order(source: WeightSource, statistics: Statistics, budget: DropBudget) 
     taken = budget.first(order)
     if taken is None:
         raise StatisticsError(
-            f"the statistics say of {len(order)} {drops_in_words(budget.parts)} in which order "
+            f"the statistics say of {len(order)} {parts_in_words(budget.parts)} in which order "
             "they go, and the budget needs more; make statistics that say it of more with: cfsp "
             f"calibrate --parts {','.join(budget.parts)}"
         )
@@ -284,7 +284,7 @@ def _least_distances(
             return chosen
     stays = f"that of block {min(banned)} is one that cannot; " if banned else ""
     raise UnsupportedModelError(
-        f"only {len(candidates)} of {len(every)} {drops_in_words(budget.parts)} can go, "
+        f"only {len(candidates)} of {len(every)} {parts_in_words(budget.parts)} can go, "
         f"which is less than the budget asks for; {stays}"
         f"remove FFN channels too (--target-params with --parts {','.join(budget.parts)},ffn)"
     )

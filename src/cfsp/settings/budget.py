@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -18,8 +18,18 @@ from cfsp.settings.options import (
 
 Part = Literal["ffn", "kv", "attention", "blocks", "experts"]
 PARTS: tuple[Part, ...] = get_args(Part)
+# What goes of each.
+PART_NOUNS: dict[Part, str] = {
+    "ffn": "FFN channels",
+    "kv": "KV groups",
+    "attention": "attention layers",
+    "blocks": "blocks",
+    "experts": "experts",
+}
 # Those that are units of a block, which get narrower.
 UNIT_PARTS: tuple[Part, ...] = ("ffn", "kv")
+# Of how many channels one keeps at least: an attention may go whole, an FFN only with its block.
+LEAST_WIDTH: dict[Part, int] = {"ffn": 1, "kv": 0}
 # Those that are proved when a model is opened; of blocks it depends on which go.
 PROVED_PARTS: tuple[Part, ...] = (*UNIT_PARTS, "attention", "experts")
 DEFAULT_PARTS: tuple[Part, ...] = ("ffn",)
@@ -157,6 +167,11 @@ def unit_parts(parts: Sequence[Part]) -> tuple[Part, ...]:
     """Return of which parts a model's units are needed: an attention is a unit of KV groups."""
     needed = {"kv" if part == "attention" else part for part in parts}
     return tuple(part for part in UNIT_PARTS if part in needed)
+
+
+def parts_in_words(parts: Iterable[Part]) -> str:
+    """Return what goes of some parts."""
+    return " and ".join(PART_NOUNS[part] for part in parts)
 
 
 def parse_parts(text: str) -> tuple[str, ...]:

@@ -108,7 +108,7 @@ def prove_without_attentions(
         removed = [index_without(removed_blocks, block) for block in removed]
     run = small_run_of(stock)
     decoder: Any = run.model.get_submodule(run.architecture.decoder)
-    attentions = [unit for unit in architecture.stock_units if unit.part == "kv"]
+    attentions = architecture.of_part("kv").stock_units
     gone = {unit.block for unit in architecture.gone}
     kinds = getattr(text_config_of(stock), "layer_types", None)
     _check_some_stay(attentions, {*removed, *gone}, kinds, what)
