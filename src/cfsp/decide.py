@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cfsp.calibration.calibrate import calibrate, calibration_record
 from cfsp.calibration.statistics import Statistics
 from cfsp.cut.surgery import PrunedSource
-from cfsp.job import Job
+from cfsp.job import NOTHING_KNOWN, Job, Known
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.importance import COARSE_WINDOWS, warn_of_experts
 from cfsp.planning.make import Planner, check_statistics_fit
@@ -47,17 +47,15 @@ if TYPE_CHECKING:
     from cfsp.text.windows import Windows
 
 
-def decide(
-    job: Job, *, statistics: Statistics | None = None, plan: PruningPlan | None = None
-) -> tuple[PruningResult, dict[str, Any]]:
+def decide(job: Job, known: Known = NOTHING_KNOWN) -> tuple[PruningResult, dict[str, Any]]:
     """Decide which blocks and channels stay, and repair what is left as the settings ask for.
 
-    Statistics, or a plan, are of an earlier run on this model. With all that the cut needs comes
-    what the goal came to, as JSON types; empty without one.
+    With all that the cut needs comes what the goal came to, as JSON types; empty without one.
     """
-    if plan is not None:
-        _check_plan(job.source, plan)
-        return _repaired_by(job, PruningResult(plan)), {}
+    if known.plan is not None:
+        _check_plan(job.source, known.plan)
+        return _repaired_by(job, PruningResult(known.plan)), {}
+    statistics = known.statistics
     if statistics is not None:
         check_statistics_fit(job.source, statistics)
     else:

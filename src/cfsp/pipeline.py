@@ -40,7 +40,7 @@ from cfsp.cut.surgery import PrunedSource, build_pruned_model
 from cfsp.decide import decide
 from cfsp.errors import OutputError
 from cfsp.exports.gguf_architecture import warn_of_no_way_back
-from cfsp.job import Job
+from cfsp.job import NOTHING_KNOWN, Job, Known
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import Team
 from cfsp.quality.evaluate import evaluation_windows, perplexity_by_text
@@ -95,27 +95,25 @@ def prune_checkpoint(
     out: Path,
     settings: PruneSettings,
     *,
-    statistics: Statistics | None = None,
-    plan: PruningPlan | None = None,
+    known: Known = NOTHING_KNOWN,
     dry_run: bool = False,
     command: str = "",
     team: Team | None = None,
 ) -> PruneReport:
     """Prune a checkpoint into a new directory; after an error nothing is left behind.
 
-    Statistics, or a plan, which excludes a goal, are of an earlier run on this model. A dry run
-    decides without repair and writes only the plan. Several processes share the windows; the first
-    chooses, solves and writes, and the others need to see its directories.
+    A dry run decides without repair and writes only the plan. Several processes share the windows;
+    the first chooses, solves and writes, and the others need to see its directories.
     """
     team = team or Team()
     check_output(source, out)
     asked = settings.suited_to_repair()
     settings = replace(asked, repair="none") if dry_run else asked
     check_can_be_repaired(source, settings)
-    if plan is None:
+    if known.plan is None:
         warn_of_no_way_back(source, settings.budget)
     measured_on = evaluation_windows(settings.evaluation, source)
-    identity = pruning_identity(settings, statistics, plan)
+    identity = pruning_identity(settings, known)
     with (
         created_parents(out),
         output_work_dir(out, identity, settings.compute.memory_budget, team) as work_dir,
@@ -123,12 +121,10 @@ def prune_checkpoint(
     ):
         check_same_work(team, [source], {"command": digest_of(identity)})
         tokenizer = partial(load_tokenizer, source.directory)
-        repaired, facts = _decide(
-            source, tokenizer, settings, work_dir, statistics=statistics, plan=plan
-        )
+        repaired, facts = _decide(source, tokenizer, settings, work_dir, known)
         if dry_run:
             parts = tuple(repaired.plan.criterion.get("parts", DEFAULT_PARTS))
-            if asked.repair != "none" and plan is None and Budget(parts=parts).compares:
+            if asked.repair != "none" and known.plan is None and Budget(parts=parts).compares:
                 log.warning(_ANOTHER_CHOICE)
             if team.is_first:
                 repaired.plan.save(staging / PLAN_FILE)
@@ -253,9 +249,7 @@ def _decide(
     tokenizer: Callable[[], PreTrainedTokenizerBase],
     settings: PruneSettings,
     work_dir: WorkDir,
-    *,
-    statistics: Statistics | None = None,
-    plan: PruningPlan | None = None,
+    known: Known = NOTHING_KNOWN,
 ) -> tuple[PruningResult, dict[str, Any]]:
     """Decide what goes and repair what is left; see `decide`.
 
@@ -272,7 +266,7 @@ def _decide(
         return windows
 
     job = Job(source, settings, tokenizer, draw, runtime, work_dir)
-    return decide(job, statistics=statistics, plan=plan)
+    return decide(job, known)
 
 
 def _write_checkpoint(source: Checkpoint, repaired: PruningResult, target: Path) -> dict[str, str]:
@@ -296,21 +290,19 @@ def _describe(
     (target / CARD_FILE).write_text(card, encoding="utf-8")
 
 
-def pruning_identity(
-    settings: PruneSettings, statistics: Statistics | None, plan: PruningPlan | None
-) -> dict[str, Any]:
+def pruning_identity(settings: PruneSettings, known: Known) -> dict[str, Any]:
     """Return what the result depends on besides model, text and computing; for resuming."""
     return {
         "command": "prune",
         "--bos": settings.text.bos,
         "--repair": settings.repair,
         "local": asdict(settings.local) if settings.repair == "local" else None,
-        "--plan": sha256(plan.to_json().encode()).hexdigest() if plan else None,
+        "--plan": known.plan and sha256(known.plan.to_json().encode()).hexdigest(),
         **asdict(settings.budget),
         "parts are open": settings.leaves_parts_open,
         "goal": [type(settings.goal).__name__, asdict(settings.goal)] if settings.goal else None,
         **asdict(settings.criterion),
-        "--statistics": statistics.record.tokens_digest if statistics else None,
+        "--statistics": known.statistics and known.statistics.record.tokens_digest,
     }
 
 

@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> Told:
     from cfsp.checkpoint.loading import compute_device
     from cfsp.processes import joined, take_own_accelerator
     from cfsp.quality.answers import Questions
-    from cfsp.quality.evaluate import evaluate_models
+    from cfsp.quality.evaluate import Exam, evaluate_models
     from cfsp.quality.tasks.harness import TaskRunner
 
     texts = EvaluationText(tuple(args.data or ()), args.windows, args.seqlen, args.bos)
@@ -138,8 +138,7 @@ def run(args: argparse.Namespace) -> Told:
             list(dict.fromkeys(args.models)),
             texts,
             compute,
-            runner,
-            questions=questions,
+            Exam(runner, questions),
             against=args.against,
             out=args.out,
             team=team,

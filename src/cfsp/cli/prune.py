@@ -145,6 +145,7 @@ def run(args: argparse.Namespace) -> Told:
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.loading import compute_device
     from cfsp.checkpoint.locating import open_checkpoint
+    from cfsp.job import Known
     from cfsp.pipeline import prune_checkpoint
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.processes import joined, take_own_accelerator
@@ -165,16 +166,15 @@ def run(args: argparse.Namespace) -> Told:
         return vars(cost), lambda: _print_estimate(cost)
     recovery = None
     with joined(compute_device(settings.compute.device)) as team:
-        known: dict[str, Any] = {
-            "statistics": statistics,
-            "plan": plan,
+        also: dict[str, Any] = {
+            "known": Known(statistics, plan),
             "command": typed_command(args),
             "team": team,
         }
         if args.effort == BEST_EFFORT and not args.dry_run:
-            report, recovery = prune_and_recover(source, args.out, settings, **known)
+            report, recovery = prune_and_recover(source, args.out, settings, **also)
         else:
-            report = prune_checkpoint(source, args.out, settings, dry_run=args.dry_run, **known)
+            report = prune_checkpoint(source, args.out, settings, dry_run=args.dry_run, **also)
     return _told(args, report, recovery) if team.is_first else None
 
 
