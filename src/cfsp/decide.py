@@ -18,7 +18,7 @@ from cfsp.cut.surgery import PrunedSource
 from cfsp.job import NOTHING_KNOWN, Job, Known
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.importance import COARSE_WINDOWS, warn_of_experts
-from cfsp.planning.make import Planner, check_statistics_fit
+from cfsp.planning.make import check_statistics_fit
 from cfsp.pruning_cost import announce
 from cfsp.repair.ladder import check_windows, needed_steps, repair
 from cfsp.repair.result import PruningResult
@@ -33,7 +33,7 @@ from cfsp.selection.drop_order import (
     with_order,
 )
 from cfsp.selection.goal import constraint_of
-from cfsp.selection.search import only_candidate, select
+from cfsp.selection.search import select
 from cfsp.streaming.block_proof import check_experts_can_go
 from cfsp.streaming.runtime import runtime_of
 from cfsp.streaming.work_dir import temporary_work_dir
@@ -91,16 +91,11 @@ def plan_from(source: WeightSource, statistics: Statistics, settings: PruneSetti
     if settings.budget.compares:
         needed = "the model and a text; make the plan with cfsp prune"
         raise cannot_be_tried(settings.budget, needed)
-    check_statistics_fit(source, statistics)
     with temporary_work_dir(settings.compute.memory_budget) as work_dir:
-        runtime, settings = runtime_of(settings.compute, source), settings.suited_to_repair()
-        job, constraint = constraint_of(Job(source, settings, no_text, no_text, runtime, work_dir))
-        planner = Planner.of(source, statistics, job.budget, job.criterion)
-        candidate = only_candidate(constraint, planner)
-        assert candidate is not None
-        plan = planner.plan(candidate)
-    warn_of_experts(plan)
-    return plan
+        runtime = runtime_of(settings.compute, source)
+        settings = replace(settings.suited_to_repair(), repair="none")
+        job = Job(source, settings, no_text, no_text, runtime, work_dir)
+        return decide(job, Known(statistics))[0].plan
 
 
 def _facts(constraint: Constraint, candidate: Candidate) -> dict[str, Any]:

@@ -25,13 +25,15 @@ import torch
 
 from cfsp.calibration.statistics import Removal, RunDistances, Statistics
 from cfsp.checkpoint.reading import WeightSource
+from cfsp.checkpoint.skeleton import stock_config
+from cfsp.checkpoint.stored_blocks import names_without_blocks
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
 from cfsp.planning.candidate import NOTHING, Droppable, Dropped
 from cfsp.progress import item_progress
 from cfsp.selection.constraint import DropBudget
 from cfsp.selection.divergence import MaskedModel, few_beginnings, load_whole
 from cfsp.settings import Budget, parts_in_words
-from cfsp.streaming.block_proof import check_attentions_can_go, check_blocks_can_go
+from cfsp.streaming.block_proof import prove_without_attentions, prove_without_blocks
 from cfsp.streaming.runtime import Runtime, fits
 from cfsp.streaming.work_dir import WorkDir, load_or_compute
 from cfsp.text.windows import Windows
@@ -236,10 +238,12 @@ def dropped_by(source: WeightSource, statistics: Statistics, budget: DropBudget)
 
 def check_can_go(source: WeightSource, dropped: Dropped) -> None:
     """Check that a model can do without some blocks, and without the attentions of others."""
+    stock = stock_config(source.config)
     if dropped.blocks:
-        check_blocks_can_go(source, dropped.blocks)
+        names_without_blocks(source, dropped.blocks)  # it can be written
+        prove_without_blocks(stock, dropped.blocks)
     if dropped.attentions:
-        check_attentions_can_go(source, dropped.attentions, dropped.blocks)
+        prove_without_attentions(stock, source.architecture, dropped.attentions, dropped.blocks)
 
 
 def can_go(source: WeightSource, dropped: Dropped) -> bool:
