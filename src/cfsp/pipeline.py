@@ -48,7 +48,7 @@ from cfsp.quality.perplexity import before_and_after
 from cfsp.repair.ladder import check_can_be_repaired
 from cfsp.repair.result import PruningResult
 from cfsp.result.card import model_card, origin_of
-from cfsp.result.manifest import facts_for_config, write_manifest
+from cfsp.result.manifest import digest_of_plan, facts_for_config, write_manifest
 from cfsp.result.prune_report import PruneReport, prune_report
 from cfsp.selection.constraint import Share, half_dropped
 from cfsp.selection.divergence import with_needed_sensitivity
@@ -297,7 +297,7 @@ def pruning_identity(settings: PruneSettings, known: Known) -> dict[str, Any]:
         "--bos": settings.text.bos,
         "--repair": settings.repair,
         "local": asdict(settings.local) if settings.repair == "local" else None,
-        "--plan": known.plan and sha256(known.plan.to_json().encode()).hexdigest(),
+        "--plan": known.plan and digest_of_plan(known.plan),
         **asdict(settings.budget),
         "parts are open": settings.leaves_parts_open,
         "goal": [type(settings.goal).__name__, asdict(settings.goal)] if settings.goal else None,

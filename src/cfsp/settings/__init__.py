@@ -14,10 +14,11 @@ from __future__ import annotations
 from cfsp.settings.budget import (
     DEFAULT_PARTS, GOALS, LEAST_WIDTH, PART_NOUNS, PARTS, PROVED_PARTS, UNIT_PARTS, WHOLE_PARTS,
     Budget, Goal, MaxLossIncrease, Part, Phase, TargetKVCache, TargetParameters, TargetSpeedup,
-    WholePart, parse_parts, parts_in_words, unit_parts,
+    WholePart, parts_in_words, unit_parts,
 )
 from cfsp.settings.options import (
-    Declared, Option, check_names, fraction, from_names, given_of, option, options_of,
+    Declared, Option, check_names, fraction, from_names, given_of, names_in, option,
+    options_of,
 )
 from cfsp.settings.pruning import (
     ANGULAR, AUTO_METRIC, BEST_EFFORT, BEST_WITHOUT_TRAINING, BLOCK_METRICS, CHANNEL_METRICS,

@@ -11,6 +11,7 @@ from cfsp.settings.options import (
     Declared,
     advanced_option,
     fraction,
+    names_in,
     number_or_auto,
     option,
     options_of,
@@ -174,11 +175,6 @@ def parts_in_words(parts: Iterable[Part]) -> str:
     return " and ".join(PART_NOUNS[part] for part in parts)
 
 
-def parse_parts(text: str) -> tuple[str, ...]:
-    """Return what a text like `blocks,ffn` names; `Budget` checks it."""
-    return tuple(part.strip() for part in text.split(","))
-
-
 Widths = Literal["importance", "equal"]
 WIDTHS: tuple[Widths, ...] = get_args(Widths)
 
@@ -224,14 +220,14 @@ class Budget(Declared):
         DEFAULT_PARTS,
         "what may go: ffn (channels), kv (KV groups), attention (layers), blocks, experts; several "
         "share one target",
-        kind=parse_parts,
+        kind=names_in,
         metavar="KIND,...",
         default="ffn",
     )
     keep: tuple[str, ...] = option(
         (),
         "blocks that stay whole, and modules by name: 0,1,29 or 'model.layers.*.self_attn'",
-        kind=parse_parts,
+        kind=names_in,
         metavar="WHAT,...",
     )
     remove: int | None = advanced_option(
@@ -244,7 +240,7 @@ class Budget(Declared):
     )
 
     def __post_init__(self) -> None:
-        given = parse_parts(self.parts) if isinstance(self.parts, str) else self.parts
+        given = names_in(self.parts) if isinstance(self.parts, str) else self.parts
         for part in given:
             if part not in PARTS:
                 raise UsageError(
@@ -259,7 +255,7 @@ class Budget(Declared):
                 "whole experts go alone, found --parts "
                 f"{','.join(self.parts)}: give --parts experts, then prune the result again"
             )
-        keep: Any = parse_parts(self.keep) if isinstance(self.keep, str) else self.keep
+        keep: Any = names_in(self.keep) if isinstance(self.keep, str) else self.keep
         keep = (keep,) if isinstance(keep, int) else keep
         object.__setattr__(self, "keep", tuple(str(each) for each in keep))
         if self.keep and "experts" in self.parts:

@@ -32,7 +32,7 @@ from cfsp.settings import (
     EvaluationText,
     PruneSettings,
     from_names,
-    parse_parts,
+    names_in,
 )
 
 _PLAIN = {"block_metric": ANGULAR, "repair": "none"}
@@ -48,8 +48,8 @@ def method_named(name: str) -> str:
     """Return the name of a method; of parts as they are called in their own order."""
     if name in METHODS:
         return name
-    given = parse_parts(name)
-    if not {*given} <= {*PARTS}:
+    given = names_in(name)
+    if not given or not {*given} <= {*PARTS}:
         raise UsageError(
             f"unknown method {name!r}{did_you_mean(name, METHODS)}; known are: "
             f"{', '.join(METHODS)}, and a part as cfsp prune --parts has it, such as blocks"
