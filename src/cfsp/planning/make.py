@@ -32,7 +32,6 @@ from cfsp.settings import (
     DIVERGENCE,
     RUNS,
     SENSITIVITY,
-    UNIFORM,
     UNIT_PARTS,
     Budget,
     Criterion,
@@ -98,9 +97,7 @@ class Planner:
     ) -> Planner:
         """Return what plans by these statistics; of metrics that are `auto`, by what they allow."""
         check_statistics_fit(source, statistics)
-        if budget.widths == "equal":
-            criterion = replace(criterion, block_metric=UNIFORM)
-        elif criterion.block_metric == AUTO_METRIC:
+        if criterion.block_metric == AUTO_METRIC:
             metric = SENSITIVITY if statistics.sensitivity else ANGULAR
             criterion = replace(criterion, block_metric=metric)
         return Planner(source, statistics, budget, criterion)
