@@ -59,7 +59,7 @@ def decide(job: Job, known: Known = NOTHING_KNOWN) -> tuple[PruningResult, dict[
     if statistics is not None:
         check_statistics_fit(job.source, statistics)
     else:
-        check_can_be_compared(job.source, job.budget, job.runtime, job.work_dir)
+        check_can_be_compared(job)
     job, constraint = constraint_of(job)
     # What is wrong with the text is said first.
     drawn = len(job.draw().tokens_NT) if statistics is None else None
@@ -132,7 +132,7 @@ def _calibrated(job: Job, constraint: Constraint, seen: Windows, name: str) -> S
             seed=job.settings.text.seed,
             work_dir=job.work_dir,
             name=name,
-            runs=follow_runs(job.source, job.budget, job.runtime, job.work_dir),
+            runs=follow_runs(job),
         )
     return _completed(job, constraint, statistics, job.draw())
 
@@ -141,10 +141,8 @@ def _completed(
     job: Job, constraint: Constraint, statistics: Statistics, windows: Windows
 ) -> Statistics:
     """Add the order in which blocks go and their sensitivity, where candidates need them."""
-    source, runtime, work_dir = job.source, job.runtime, job.work_dir
-    if follow_divergence(source, job.budget, runtime, work_dir):
-        wanted = [constraint.to_drop()]
-        statistics = with_order(source, statistics, windows, wanted, runtime, work_dir)
+    if follow_divergence(job):
+        statistics = with_order(job, statistics, windows, [constraint.to_drop()])
     if job.budget.channel_parts:
         statistics = with_needed_sensitivity(job, statistics, windows)
     return statistics

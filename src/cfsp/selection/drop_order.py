@@ -28,14 +28,15 @@ from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.skeleton import stock_config
 from cfsp.checkpoint.stored_blocks import names_without_blocks
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
+from cfsp.job import Job
 from cfsp.planning.candidate import NOTHING, Droppable, Dropped
 from cfsp.progress import item_progress
 from cfsp.selection.constraint import DropBudget
 from cfsp.selection.divergence import MaskedModel, few_beginnings, load_whole
 from cfsp.settings import Budget, parts_in_words
 from cfsp.streaming.block_proof import prove_without_attentions, prove_without_blocks
-from cfsp.streaming.runtime import Runtime, fits
-from cfsp.streaming.work_dir import WorkDir, load_or_compute
+from cfsp.streaming.runtime import fits
+from cfsp.streaming.work_dir import load_or_compute
 from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
@@ -136,35 +137,33 @@ def _about(wanted: Sequence[DropBudget]) -> int:
     return len(gone)
 
 
-def follow_divergence(
-    source: WeightSource, budget: Budget, runtime: Runtime, work_dir: WorkDir
-) -> bool:
+def follow_divergence(job: Job) -> bool:
     """Return whether blocks or attentions go by what the predictions lose.
 
     Statistics for the one are not those for the other, and memory comes and goes: of several
     processes the first decides, and what a killed run had decided holds.
     """
-    if not budget.whole_parts:
+    if not job.budget.whole_parts:
         return False
-    found = work_dir.team.from_first(
-        lambda: load_or_compute(work_dir, "fits", lambda: {"fits": fits(source, runtime)})
-    )
+
+    def look() -> dict[str, Any]:
+        return {"fits": fits(job.source, job.runtime)}
+
+    found = job.work_dir.team.from_first(lambda: load_or_compute(job.work_dir, "fits", look))
     return bool(found["fits"])
 
 
-def follow_runs(source: WeightSource, budget: Budget, runtime: Runtime, work_dir: WorkDir) -> bool:
+def follow_runs(job: Job) -> bool:
     """Return whether blocks go by how far runs of them turn the hidden state."""
-    return "blocks" in budget.parts and not follow_divergence(source, budget, runtime, work_dir)
+    return "blocks" in job.budget.parts and not follow_divergence(job)
 
 
-def check_can_be_compared(
-    source: WeightSource, budget: Budget, runtime: Runtime, work_dir: WorkDir
-) -> None:
+def check_can_be_compared(job: Job) -> None:
     """Check that what is compared with other parts, or in number, goes by what predictions lose."""
-    is_compared = budget.whole_parts and len(budget.parts) > 1
-    if is_compared and not follow_divergence(source, budget, runtime, work_dir):
+    is_compared = job.budget.whole_parts and len(job.budget.parts) > 1
+    if is_compared and not follow_divergence(job):
         needed = "the whole model in memory; prune one part, then another of the result"
-        raise cannot_be_tried(budget, needed)
+        raise cannot_be_tried(job.budget, needed)
 
 
 def cannot_be_tried(budget: Budget, needed: str) -> UsageError:
@@ -176,12 +175,7 @@ def cannot_be_tried(budget: Budget, needed: str) -> UsageError:
 
 
 def with_order(
-    source: WeightSource,
-    statistics: Statistics,
-    windows: Windows,
-    wanted: Sequence[DropBudget],
-    runtime: Runtime,
-    work_dir: WorkDir,
+    job: Job, statistics: Statistics, windows: Windows, wanted: Sequence[DropBudget]
 ) -> Statistics:
     """Add the order in which blocks or attentions go, where budgets need more of it.
 
@@ -191,7 +185,7 @@ def with_order(
     missing = [each for each in wanted if each.first(statistics.removals_of(each.parts)) is None]
     if not missing:
         return statistics
-    needed = {each.parts for each in missing}
+    needed, work_dir = {each.parts for each in missing}, job.work_dir
 
     def measure() -> dict[str, Any]:
         removals: list[Removal] = []
@@ -200,8 +194,8 @@ def with_order(
             what = f"choosing the {parts_in_words(parts)} that go"
             with work_dir.watch.stage("order of removal"):
                 budgets = [each for each in missing if each.parts == parts]
-                model = load_whole(source, runtime, what)
-                removals += order_of_removal(source, model, few.tokens_NT, budgets)
+                model = load_whole(job.source, job.runtime, what)
+                removals += order_of_removal(job.source, model, few.tokens_NT, budgets)
         return {"removals": [asdict(each) for each in removals]}
 
     # Other windows would be another choice.
