@@ -98,7 +98,7 @@ def pruning_cost(
         disk_bytes += sum(source.parameters[name].nbytes for name in names)
     existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     before, elements = parameter_count(source), _block_elements(source)
-    routed = any(unit.routed for unit in source.units)
+    routed = source.architecture.has_experts
     work = None if routed else _work(source, settings, runtime, sum(elements))
     return PruningCost(
         _memory_bytes(source, settings, runtime, hidden_bytes, elements),

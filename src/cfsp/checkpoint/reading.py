@@ -253,14 +253,8 @@ def channel_parameters(architecture: Architecture) -> dict[str, tuple[int, str]]
     }
 
 
-def units_of_block(source: WeightSource, block: int) -> list[int]:
-    """Return the indices of the FFN units of one block."""
-    return [index for index, unit in enumerate(source.units) if unit.block == block]
-
-
-def input_matrices(source: WeightSource, index: int, ffn: int = 0) -> tuple[Tensor | None, Tensor]:
-    """Return gate and up of one FFN of the unit with an index, F x D; no gate if it has none."""
-    unit = source.units[index]
+def input_matrices(source: WeightSource, unit: Unit, ffn: int = 0) -> tuple[Tensor | None, Tensor]:
+    """Return gate and up of one FFN of a unit, F x D; no gate if it has none."""
     up_FD = _matrix(source, unit, unit.up, ffn)
     if unit.gate is None:
         return None, up_FD
@@ -273,9 +267,8 @@ def input_matrices(source: WeightSource, index: int, ffn: int = 0) -> tuple[Tens
     return gate_FD, up_FD
 
 
-def down_matrix(source: WeightSource, index: int, ffn: int = 0) -> Tensor:
+def down_matrix(source: WeightSource, unit: Unit, ffn: int = 0) -> Tensor:
     """Return the down projection of one FFN, D x F; of an attention its output matrix."""
-    unit = source.units[index]
     return _matrix(source, unit, unit.down, ffn)
 
 
@@ -287,10 +280,9 @@ def _matrix(source: WeightSource, unit: Unit, path: str, ffn: int) -> Tensor:
 
 
 def parameters_with_down(
-    source: WeightSource, index: int, down_of: Mapping[int, Tensor]
+    source: WeightSource, unit: Unit, down_of: Mapping[int, Tensor]
 ) -> dict[str, Tensor]:
     """Return new down projections (D x K) of a unit's FFNs as its parameter, by its `origin`."""
-    unit = source.units[index]
     downs = [down.T if _is_transposed(unit, unit.down) else down for down in down_of.values()]
     name = source.origin(source.architecture.block_prefix(unit.block) + unit.down)
     return {name: torch.stack(downs) if unit.routed else downs[0].contiguous()}

@@ -131,8 +131,8 @@ class Planner:
 
     def channels(self, candidate: Candidate, widths: UnitWidths) -> Iterator[tuple[int, ...]]:
         """Yield the channels of every unit that stay."""
-        of_units = enumerate(zip(self.statistics.units, widths.kept_U, strict=True))
-        for unit, (observed, width) in of_units:
+        of_units = zip(self.source.units, self.statistics.units, widths.kept_U, strict=True)
+        for unit, observed, width in of_units:
             yield choose_channels(
                 self.source, unit, observed, width, self.criterion, candidate.experts
             )
