@@ -71,7 +71,7 @@ def _pruning(manifest: Mapping[str, Any]) -> dict[str, str]:
         tried = f", {len(goal['tried'])} plans tried" if goal["tried"] else ""
         facts["goal"] = f"--{name} {goal['asked']:g}{tried}"
     facts["asked for"] = f"{criterion['sparsity']:.1%} of {of}"
-    if {*parts} & {*UNIT_PARTS}:
+    if channels:
         metric = criterion["block_metric"]
         facts["blocks by"] = f"{metric} distance" if metric == ANGULAR else metric
         facts["channels by"] = criterion["channel_metric"]
