@@ -78,8 +78,8 @@ def print_plan(plan: PruningPlan) -> None:
     if plan.has_gaps:
         print(f"\n{plan.removed_in_words}: removed", end="")
     print(f"\n{plan.ffn_sparsity:.1%} of the FFN {what}{groups} go")
-    multiple = plan.criterion.get("multiple")
-    if multiple and any(unit.kept_width < unit.width for unit in plan.kept_units):
+    if plan.only("ffn").narrows:
+        multiple = plan.criterion["multiple"]
         print(f"widths are multiples of {multiple}; docs/quantise.md says for whom that is right")
 
 

@@ -86,6 +86,11 @@ class PruningPlan:
         """Whether blocks go whole, or attentions."""
         return bool(self.removed_blocks or self.removed_attentions)
 
+    @property
+    def narrows(self) -> bool:
+        """Whether units lose channels, beside those that go whole."""
+        return any(0 < unit.kept_width < unit.width for unit in self.kept_units)
+
     def index_of_block(self, block: int) -> int:
         """Return the index in the pruned model of a block that stays."""
         return index_without(self.removed_blocks, block)

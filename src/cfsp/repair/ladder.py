@@ -46,7 +46,7 @@ def needed_steps(repair: Repair, plan: PruningPlan) -> dict[str, Step]:
     take over what experts did that go.
     """
     is_needed = {
-        ridge_pass.NAME: any(unit.kept_width not in (0, unit.width) for unit in plan.kept_units),
+        ridge_pass.NAME: plan.narrows,
         sequential.GAPS: plan.has_gaps,
     }
     return {name: step for name, step in STEPS[repair].items() if is_needed.get(name, True)}

@@ -40,7 +40,7 @@ def block_chart(runs: Sequence[RunFacts], part: Part = "ffn") -> Chart | None:
         return None
     which, thing, between = _WORDS[part]
     noun = PART_NOUNS[part]
-    metrics = {plan.criterion["block_metric"] for _, plan in planned if _narrows(plan)}
+    metrics = {plan.criterion["block_metric"] for _, plan in planned if plan.narrows}
     by_distance = SENSITIVITY not in metrics
     scale = "Importance is relative to the largest."
     if by_distance:
@@ -85,17 +85,13 @@ def _columns_of(plan: PruningPlan) -> list[UnitPlan | None]:
     return [unit_of.get(block) for block in range(plan.units[-1].block + 1)]
 
 
-def _narrows(plan: PruningPlan) -> bool:
-    return any(unit.kept_width < unit.width for unit in plan.kept_units if unit.kept)
-
-
 def _what_counts(planned: Sequence[tuple[RunFacts, PruningPlan]], part: Part) -> str:
     """Say by what each run's plan chose what goes of a part, once what is the same of several."""
     thing, noun = _WORDS[part][1], PART_NOUNS[part]
     runs_of: dict[str, list[str]] = {}
     for run, plan in planned:
         words = [f"No {noun} go from what stays."]
-        if _narrows(plan):
+        if plan.narrows:
             things = f"{thing.capitalize()}s"
             words = [worth_in_words(plan.criterion["block_metric"], things, noun)]
         if not all(unit.kept for unit in plan.units):
