@@ -33,7 +33,7 @@ from cfsp.selection.divergence import (
 from cfsp.settings import DEFAULT_SAMPLES, TargetParameters
 from cfsp.streaming.block_stream import windows_in_batch
 from cfsp.streaming.memory import available_bytes, hidden_budget
-from cfsp.streaming.runtime import needed_bytes
+from cfsp.streaming.runtime import needed_bytes, runtime_of
 from cfsp.text.drawing import parts_with_shares
 from cfsp.text.windows import Windows
 
@@ -78,15 +78,13 @@ class PruningCost:
     seconds: float | None  # of these, at the speed of this machine: the run takes longer
 
 
-def pruning_cost(
-    source: WeightSource, out: Path, settings: PruneSettings, runtime: Runtime
-) -> PruningCost:
+def pruning_cost(source: WeightSource, out: Path, settings: PruneSettings) -> PruningCost:
     """Return what a prune will take; no weight is read.
 
     `out` is where the smaller model is to go, or a directory on the same disk; it need not exist.
     The settings are without local repair; a text with fewer windows than asked for is not noticed.
     """
-    settings = settings.suited_to_repair()
+    settings, runtime = settings.suited_to_repair(), runtime_of(settings.compute, source)
     tokens = settings.text.windows * settings.text.seqlen
     hidden_bytes = tokens * text_config_of(source.config).hidden_size * runtime.dtype.itemsize
     checkpoint_bytes = sum(spec.nbytes for spec in source.specs.values())

@@ -151,7 +151,6 @@ def run(args: argparse.Namespace) -> Told:
     from cfsp.processes import joined, take_own_accelerator
     from cfsp.prune_and_recover import prune_and_recover
     from cfsp.pruning_cost import doubts, pruning_cost
-    from cfsp.streaming.runtime import runtime_of
 
     plan = PruningPlan.load(args.plan) if args.plan else None
     statistics = Statistics.load(args.statistics) if args.statistics else None
@@ -159,8 +158,7 @@ def run(args: argparse.Namespace) -> Told:
     parts = plan.parts if plan else settings.budget.parts
     source = open_checkpoint(args.model, parts=parts)
     if args.estimate:
-        runtime = runtime_of(settings.compute, source)
-        cost = pruning_cost(source, args.out or Path(), settings, runtime)
+        cost = pruning_cost(source, args.out or Path(), settings)
         for doubt in doubts(source, settings):
             log.warning("%s", doubt)
         return vars(cost), lambda: _print_estimate(cost)
