@@ -28,8 +28,8 @@ from cfsp.checkpoint.reading import (
     LoadedModel,
     channel_parameters,
     down_matrix,
-    input_matrices,
     parameters_with_down,
+    read_ffn_weights,
 )
 from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import FileTensor, read_tensor_file, specs_of
@@ -128,7 +128,8 @@ def test_matrices_are_read_and_written(saved):
         prefix = source.architecture.block_prefix(unit.block)
         downs = [down_matrix(source, unit, ffn) for ffn in range(unit.ffns)]
         for ffn, down in enumerate(downs):
-            gate, up = input_matrices(source, unit, ffn)
+            _, up, gate = read_ffn_weights(source, unit, ffn)
+            assert up is not None
             assert up.shape == (unit.width, hidden) and down.shape == (hidden, unit.width)
             found = {"up": up[-1], "down": down[:, -1]}
             if gate is None:

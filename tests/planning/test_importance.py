@@ -14,17 +14,15 @@ from builders import random_unit_statistics, random_weights, statistics_with_dis
 from cfsp.calibration.calibrate import DistanceSum, UnitSums
 from cfsp.calibration.observed import BlockStatistics, UnitStatistics
 from cfsp.calibration.statistics import Sensitivity
-from cfsp.checkpoint.reading import LoadedModel
+from cfsp.checkpoint.reading import FFNWeights, LoadedModel, read_ffn_weights
 from cfsp.planning import importance
 from cfsp.planning.allocation import ModelSize
 from cfsp.planning.importance import (
-    FFNWeights,
     block_distances,
     block_importance,
     channel_scores,
     importance_by,
     importance_of_units,
-    read_ffn_weights,
     strongest_channels,
     weight_norms,
 )

@@ -28,7 +28,6 @@ import logging
 import math
 from collections.abc import Sequence
 from statistics import fmean
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ from cfsp.architecture.found import Unit
 from cfsp.architecture.proof import small_run_of
 from cfsp.calibration.observed import UnitStatistics
 from cfsp.calibration.statistics import Statistics
-from cfsp.checkpoint.reading import WeightSource, down_matrix, input_matrices
+from cfsp.checkpoint.reading import FFNWeights, WeightSource, read_ffn_weights
 from cfsp.checkpoint.skeleton import stock_config
 from cfsp.errors import BudgetError, StatisticsError
 from cfsp.planning.allocation import ModelSize
@@ -144,27 +143,6 @@ def _of_blocks_with_units(statistics: Statistics, values: Sequence[float]) -> li
 def _sigmoid(x: float) -> float:
     # Both branches keep the exponent negative: no overflow at any distance.
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
-
-
-class FFNWeights(NamedTuple):
-    """The matrices of one FFN as they are stored; of an attention the output matrix alone.
-
-    Metrics convert one at a time to float32: three copies of a wide FFN would be more memory than
-    anything else that the pass of the repair needs.
-    """
-
-    down_DF: Tensor
-    up_FD: Tensor | None
-    gate_FD: Tensor | None
-
-
-def read_ffn_weights(source: WeightSource, unit: Unit, ffn: int = 0) -> FFNWeights:
-    """Read the matrices of one FFN of a unit from a model, however its checkpoint stores them."""
-    down_DF = down_matrix(source, unit, ffn).cpu()
-    if unit.part == "kv":
-        return FFNWeights(down_DF, None, None)
-    gate_FD, up_FD = input_matrices(source, unit, ffn)
-    return FFNWeights(down_DF, up_FD.cpu(), None if gate_FD is None else gate_FD.cpu())
 
 
 def channel_scores(metric: str, statistics: UnitStatistics, weights: FFNWeights) -> Tensor:
