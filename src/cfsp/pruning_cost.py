@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional
 
 from cfsp.checkpoint.reading import parameter_count
+from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
 from cfsp.planning.candidate import DropSizes
 from cfsp.planning.importance import COARSE_WINDOWS
@@ -95,7 +96,7 @@ def pruning_cost(source: WeightSource, out: Path, settings: PruneSettings) -> Pr
         names = [prefix(unit.block) + unit.down for unit in source.units]
         disk_bytes += sum(source.parameters[name].nbytes for name in names)
     existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    before, elements = parameter_count(source), _block_elements(source)
+    before, elements = parameter_count(source), parameters_of_blocks(source)
     routed = source.architecture.has_experts
     work = None if routed else _work(source, settings, runtime, sum(elements))
     return PruningCost(
@@ -152,15 +153,6 @@ def _speed(dtype: torch.dtype, device: torch.device) -> float:
         float(functional.linear(side, side)[0, 0])
         seconds.append(time.perf_counter() - start)
     return 2.0 * _SIDE**3 / min(seconds)
-
-
-def _block_elements(source: WeightSource) -> list[int]:
-    """Return how many weights each block has."""
-    architecture = source.architecture
-    return [
-        sum(source.specs[name].elements for name in source.stored.within(prefix))
-        for prefix in map(architecture.block_prefix, range(architecture.block_count))
-    ]
 
 
 def _memory_bytes(
