@@ -19,10 +19,15 @@ from cfsp.calibration.observed import (
     UnitStatistics,
 )
 from cfsp.calibration.statistics import Statistics
-from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource, parameter_count
+from cfsp.checkpoint.reading import (
+    Checkpoint,
+    FFNWeights,
+    LoadedModel,
+    WeightSource,
+    parameter_count,
+)
 from cfsp.job import Job
 from cfsp.planning.candidate import Dropped, DropSizes
-from cfsp.planning.importance import FFNWeights
 from cfsp.planning.make import parameters_of_channels
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan

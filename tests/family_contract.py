@@ -29,6 +29,7 @@ from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of
 from cfsp.cli import main
 from cfsp.cut.surgery import build_pruned_model
+from cfsp.job import Known
 from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.prune_report import PruneReport
@@ -191,7 +192,8 @@ def by_plan(
         repair=repair,
         local=LocalTraining(steps=1),
     )
-    return prune_checkpoint(Checkpoint(dense, parts=plan.parts), out, settings, plan=plan)
+    source = Checkpoint(dense, parts=plan.parts)
+    return prune_checkpoint(source, out, settings, known=Known(plan=plan))
 
 
 def check_masked_is_cut(case: Case) -> None:

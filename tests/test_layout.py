@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import cfsp
+from cfsp.settings import PARTS
 from conftest import REPOSITORY
 
 SOURCE = Path(cfsp.__file__).parent
@@ -134,6 +135,18 @@ def test_whatever_an_auto_class_reads_runs_no_code():
         if said.get("trust_remote_code") != "False":
             silent.append(f"{path}:{call.lineno}")
     assert not silent
+
+
+def test_few_lines_ask_which_part_something_is():
+    asked = {
+        f"{path}:{node.lineno}"
+        for path, nodes in tree_of_files().items()
+        for node in nodes
+        if node_of(path) not in ("selection", "architecture") and isinstance(node, ast.Compare)
+        for side in (node.left, *node.comparators)
+        if isinstance(side, ast.Constant) and side.value in PARTS
+    }
+    assert len(asked) < 30, "a rule about a part of a model has one place"
 
 
 def test_every_package_has_a_folder_of_tests():

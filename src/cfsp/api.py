@@ -21,7 +21,7 @@ from cfsp.pipeline import (
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.prune_and_recover import prune_and_recover
 from cfsp.quality.answers import Questions
-from cfsp.quality.evaluate import evaluate_models
+from cfsp.quality.evaluate import Exam, evaluate_models
 from cfsp.result.prune_report import PruneReport
 from cfsp.settings import (
     BEST_EFFORT,
@@ -251,7 +251,7 @@ def evaluate(
     questions = None if answers is None else Questions.of(answers)
     names = list(map(str, [models] if isinstance(models, str | Path) else models))
     against = None if against is None else str(against)
-    return evaluate_models(names, texts, compute, against=against, questions=questions)
+    return evaluate_models(names, texts, compute, Exam(questions=questions), against=against)
 
 
 def _opened(

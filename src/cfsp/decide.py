@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from cfsp.calibration.calibrate import calibrate, calibration_record
 from cfsp.calibration.statistics import Statistics
 from cfsp.cut.surgery import PrunedSource
-from cfsp.job import Job
+from cfsp.job import NOTHING_KNOWN, Job, Known
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.importance import COARSE_WINDOWS, warn_of_experts
-from cfsp.planning.make import Planner, check_statistics_fit
+from cfsp.planning.make import check_statistics_fit
 from cfsp.pruning_cost import announce
 from cfsp.repair.ladder import check_windows, needed_steps, repair
 from cfsp.repair.result import PruningResult
@@ -33,7 +33,7 @@ from cfsp.selection.drop_order import (
     with_order,
 )
 from cfsp.selection.goal import constraint_of
-from cfsp.selection.search import only_candidate, select
+from cfsp.selection.search import select
 from cfsp.streaming.block_proof import check_experts_can_go
 from cfsp.streaming.runtime import runtime_of
 from cfsp.streaming.work_dir import temporary_work_dir
@@ -47,21 +47,19 @@ if TYPE_CHECKING:
     from cfsp.text.windows import Windows
 
 
-def decide(
-    job: Job, *, statistics: Statistics | None = None, plan: PruningPlan | None = None
-) -> tuple[PruningResult, dict[str, Any]]:
+def decide(job: Job, known: Known = NOTHING_KNOWN) -> tuple[PruningResult, dict[str, Any]]:
     """Decide which blocks and channels stay, and repair what is left as the settings ask for.
 
-    Statistics, or a plan, are of an earlier run on this model. With all that the cut needs comes
-    what the goal came to, as JSON types; empty without one.
+    With all that the cut needs comes what the goal came to, as JSON types; empty without one.
     """
-    if plan is not None:
-        _check_plan(job.source, plan)
-        return _repaired_by(job, PruningResult(plan)), {}
+    if known.plan is not None:
+        _check_plan(job.source, known.plan)
+        return _repaired_by(job, PruningResult(known.plan)), {}
+    statistics = known.statistics
     if statistics is not None:
         check_statistics_fit(job.source, statistics)
     else:
-        check_can_be_compared(job.source, job.budget, job.runtime, job.work_dir)
+        check_can_be_compared(job)
     job, constraint = constraint_of(job)
     # What is wrong with the text is said first.
     drawn = len(job.draw().tokens_NT) if statistics is None else None
@@ -71,7 +69,7 @@ def decide(
         if repairs and job.budget.channel_parts and not constraint.needs_statistics:
             return _choose_and_repair(job, constraint)
         windows = job.draw()
-        if not job.budget.channel_parts and "experts" not in job.budget.parts:
+        if job.budget.parts == job.budget.whole_parts:
             windows = few_windows(windows, COARSE_WINDOWS)  # nothing that is chosen needs them all
         statistics = _calibrated(job, constraint, windows, "calibrate")
     elif job.budget.compares:
@@ -93,16 +91,11 @@ def plan_from(source: WeightSource, statistics: Statistics, settings: PruneSetti
     if settings.budget.compares:
         needed = "the model and a text; make the plan with cfsp prune"
         raise cannot_be_tried(settings.budget, needed)
-    check_statistics_fit(source, statistics)
     with temporary_work_dir(settings.compute.memory_budget) as work_dir:
-        runtime, settings = runtime_of(settings.compute, source), settings.suited_to_repair()
-        job, constraint = constraint_of(Job(source, settings, no_text, no_text, runtime, work_dir))
-        planner = Planner.of(source, statistics, job.budget, job.criterion)
-        candidate = only_candidate(constraint, planner)
-        assert candidate is not None
-        plan = planner.plan(candidate)
-    warn_of_experts(plan)
-    return plan
+        runtime = runtime_of(settings.compute, source)
+        settings = replace(settings.suited_to_repair(), repair="none")
+        job = Job(source, settings, no_text, no_text, runtime, work_dir)
+        return decide(job, Known(statistics))[0].plan
 
 
 def _facts(constraint: Constraint, candidate: Candidate) -> dict[str, Any]:
@@ -139,7 +132,7 @@ def _calibrated(job: Job, constraint: Constraint, seen: Windows, name: str) -> S
             seed=job.settings.text.seed,
             work_dir=job.work_dir,
             name=name,
-            runs=follow_runs(job.source, job.budget, job.runtime, job.work_dir),
+            runs=follow_runs(job),
         )
     return _completed(job, constraint, statistics, job.draw())
 
@@ -148,10 +141,8 @@ def _completed(
     job: Job, constraint: Constraint, statistics: Statistics, windows: Windows
 ) -> Statistics:
     """Add the order in which blocks go and their sensitivity, where candidates need them."""
-    source, runtime, work_dir = job.source, job.runtime, job.work_dir
-    if follow_divergence(source, job.budget, runtime, work_dir):
-        wanted = [constraint.to_drop()]
-        statistics = with_order(source, statistics, windows, wanted, runtime, work_dir)
+    if follow_divergence(job):
+        statistics = with_order(job, statistics, windows, [constraint.to_drop()])
     if job.budget.channel_parts:
         statistics = with_needed_sensitivity(job, statistics, windows)
     return statistics

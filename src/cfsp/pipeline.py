@@ -40,7 +40,7 @@ from cfsp.cut.surgery import PrunedSource, build_pruned_model
 from cfsp.decide import decide
 from cfsp.errors import OutputError
 from cfsp.exports.gguf_architecture import warn_of_no_way_back
-from cfsp.job import Job
+from cfsp.job import NOTHING_KNOWN, Job, Known
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import Team
 from cfsp.quality.evaluate import evaluation_windows, perplexity_by_text
@@ -48,7 +48,7 @@ from cfsp.quality.perplexity import before_and_after
 from cfsp.repair.ladder import check_can_be_repaired
 from cfsp.repair.result import PruningResult
 from cfsp.result.card import model_card, origin_of
-from cfsp.result.manifest import facts_for_config, write_manifest
+from cfsp.result.manifest import digest_of_plan, facts_for_config, write_manifest
 from cfsp.result.prune_report import PruneReport, prune_report
 from cfsp.selection.constraint import Share, half_dropped
 from cfsp.selection.divergence import with_needed_sensitivity
@@ -95,27 +95,25 @@ def prune_checkpoint(
     out: Path,
     settings: PruneSettings,
     *,
-    statistics: Statistics | None = None,
-    plan: PruningPlan | None = None,
+    known: Known = NOTHING_KNOWN,
     dry_run: bool = False,
     command: str = "",
     team: Team | None = None,
 ) -> PruneReport:
     """Prune a checkpoint into a new directory; after an error nothing is left behind.
 
-    Statistics, or a plan, which excludes a goal, are of an earlier run on this model. A dry run
-    decides without repair and writes only the plan. Several processes share the windows; the first
-    chooses, solves and writes, and the others need to see its directories.
+    A dry run decides without repair and writes only the plan. Several processes share the windows;
+    the first chooses, solves and writes, and the others need to see its directories.
     """
     team = team or Team()
     check_output(source, out)
     asked = settings.suited_to_repair()
     settings = replace(asked, repair="none") if dry_run else asked
     check_can_be_repaired(source, settings)
-    if plan is None:
+    if known.plan is None:
         warn_of_no_way_back(source, settings.budget)
     measured_on = evaluation_windows(settings.evaluation, source)
-    identity = pruning_identity(settings, statistics, plan)
+    identity = pruning_identity(settings, known)
     with (
         created_parents(out),
         output_work_dir(out, identity, settings.compute.memory_budget, team) as work_dir,
@@ -123,12 +121,10 @@ def prune_checkpoint(
     ):
         check_same_work(team, [source], {"command": digest_of(identity)})
         tokenizer = partial(load_tokenizer, source.directory)
-        repaired, facts = _decide(
-            source, tokenizer, settings, work_dir, statistics=statistics, plan=plan
-        )
+        repaired, facts = decide(_job(source, tokenizer, settings, work_dir), known)
         if dry_run:
             parts = tuple(repaired.plan.criterion.get("parts", DEFAULT_PARTS))
-            if asked.repair != "none" and plan is None and Budget(parts=parts).compares:
+            if asked.repair != "none" and known.plan is None and Budget(parts=parts).compares:
                 log.warning(_ANOTHER_CHOICE)
             if team.is_first:
                 repaired.plan.save(staging / PLAN_FILE)
@@ -193,7 +189,7 @@ def prune_model(
         temporary_work_dir(settings.compute.memory_budget) as work_dir,
     ):
         check_can_be_repaired(source, settings)
-        repaired, goal = _decide(source, lambda: tokenizer, settings, work_dir)
+        repaired, goal = decide(_job(source, lambda: tokenizer, settings, work_dir))
         report = prune_report(source, repaired, goal, {}, work_dir, None)
         facts = facts_for_config(report.to_manifest({}, "cfsp.prune"))
         return build_pruned_model(source, repaired.plan, repaired.tensors, facts)
@@ -210,34 +206,26 @@ def calibrate_source(
     They have one text. Where one says of blocks or attention layers not how many go, in which order
     they do is measured up to half; where widths may follow the sensitivity of blocks, that is.
     """
-    text, compute, budgets = prunings[0].text, prunings[0].compute, [p.budget for p in prunings]
+    text, compute = prunings[0].text, prunings[0].compute
     own: AbstractContextManager[WorkDir] = temporary_work_dir(compute.memory_budget)
     with own if work_dir is None else nullcontext(work_dir) as work_dir:
-        runtime = runtime_of(compute, source)
-        work_dir.team.check_same({"command": digest_of({"budgets": repr(budgets)})})
-        for budget in budgets:
-            check_can_be_compared(source, budget, runtime, work_dir)
-        with work_dir.watch.stage("text"):
-            windows = calibration_windows(tokenizer, text)
-        jobs = [
-            Job(source, p.suited_to_repair(), lambda: tokenizer, lambda: windows, runtime, work_dir)
-            for p in prunings
-        ]
-        check_same_work(work_dir.team, [source], {"calibration text": windows.digest})
-        check_enough(windows, work_dir.team, runtime.batch_windows)
-        runs = any(follow_runs(source, budget, runtime, work_dir) for budget in budgets)
+        jobs = [_job(source, lambda: tokenizer, p.suited_to_repair(), work_dir) for p in prunings]
+        budgets = repr([job.budget for job in jobs])
+        check_same_work(work_dir.team, [source], {"command": digest_of({"budgets": budgets})})
+        for job in jobs:
+            check_can_be_compared(job)
+        windows, runs = jobs[0].draw(), any(map(follow_runs, jobs))
         with work_dir.watch.stage("calibrate"):
             statistics = calibrate(
-                source, windows, runtime, seed=text.seed, work_dir=work_dir, runs=runs
+                source, windows, jobs[0].runtime, seed=text.seed, work_dir=work_dir, runs=runs
             )
         wanted = [
-            Share(source, budget).to_drop()
-            if budget.sparsity or budget.remove
-            else half_dropped(source, budget)
-            for budget in budgets
-            if follow_divergence(source, budget, runtime, work_dir)
+            Share(source, job.budget).to_drop()
+            if job.budget.sparsity or job.budget.remove
+            else half_dropped(source, job.budget)
+            for job in filter(follow_divergence, jobs)
         ]
-        statistics = with_order(source, statistics, windows, wanted, runtime, work_dir)
+        statistics = with_order(jobs[0], statistics, windows, wanted)
         followed = (AUTO_METRIC, SENSITIVITY)
         jobs = [j for j in jobs if j.budget.channel_parts and j.criterion.block_metric in followed]
         if not jobs:
@@ -248,19 +236,13 @@ def calibrate_source(
         return with_needed_sensitivity(job, statistics, windows)
 
 
-def _decide(
+def _job(
     source: WeightSource,
     tokenizer: Callable[[], PreTrainedTokenizerBase],
     settings: PruneSettings,
     work_dir: WorkDir,
-    *,
-    statistics: Statistics | None = None,
-    plan: PruningPlan | None = None,
-) -> tuple[PruningResult, dict[str, Any]]:
-    """Decide what goes and repair what is left; see `decide`.
-
-    Windows are drawn once, and they and the tokenizer only if something needs them.
-    """
+) -> Job:
+    """Return a job whose windows are drawn once, and only if something needs them."""
     runtime, tokenizer = runtime_of(settings.compute, source), cache(tokenizer)
 
     @cache
@@ -271,8 +253,7 @@ def _decide(
         check_enough(windows, work_dir.team, runtime.batch_windows)
         return windows
 
-    job = Job(source, settings, tokenizer, draw, runtime, work_dir)
-    return decide(job, statistics=statistics, plan=plan)
+    return Job(source, settings, tokenizer, draw, runtime, work_dir)
 
 
 def _write_checkpoint(source: Checkpoint, repaired: PruningResult, target: Path) -> dict[str, str]:
@@ -296,21 +277,19 @@ def _describe(
     (target / CARD_FILE).write_text(card, encoding="utf-8")
 
 
-def pruning_identity(
-    settings: PruneSettings, statistics: Statistics | None, plan: PruningPlan | None
-) -> dict[str, Any]:
+def pruning_identity(settings: PruneSettings, known: Known) -> dict[str, Any]:
     """Return what the result depends on besides model, text and computing; for resuming."""
     return {
         "command": "prune",
         "--bos": settings.text.bos,
         "--repair": settings.repair,
         "local": asdict(settings.local) if settings.repair == "local" else None,
-        "--plan": sha256(plan.to_json().encode()).hexdigest() if plan else None,
+        "--plan": known.plan and digest_of_plan(known.plan),
         **asdict(settings.budget),
         "parts are open": settings.leaves_parts_open,
         "goal": [type(settings.goal).__name__, asdict(settings.goal)] if settings.goal else None,
         **asdict(settings.criterion),
-        "--statistics": statistics.record.tokens_digest if statistics else None,
+        "--statistics": known.statistics and known.statistics.record.tokens_digest,
     }
 
 

@@ -8,12 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint, fingerprint, parameter_count
+from cfsp.job import NOTHING_KNOWN, Known
 from cfsp.pipeline import check_output, digest_of, prune_checkpoint, pruning_identity
-from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import Team, process_count
 from cfsp.quality.evaluate import evaluation_windows
 from cfsp.recovery.adaptation import check_installed
@@ -41,8 +40,7 @@ def prune_and_recover(
     out: Path,
     settings: PruneSettings,
     *,
-    statistics: Statistics | None = None,
-    plan: PruningPlan | None = None,
+    known: Known = NOTHING_KNOWN,
     command: str = "",
     team: Team | None = None,
 ) -> tuple[PruneReport, RecoverReport | None]:
@@ -53,7 +51,7 @@ def prune_and_recover(
     are told which. Perplexity is measured before and after each of the two.
     """
     compute, text = settings.compute, settings.text
-    prune = partial(prune_checkpoint, source, statistics=statistics, plan=plan, command=command)
+    prune = partial(prune_checkpoint, source, known=known, command=command)
     parameters = parameter_count(source)
     method = method_that_fits(parameters, parameters, compute_device(compute.device))
     if method is None or process_count() > 1:
@@ -84,7 +82,7 @@ def prune_and_recover(
     if before is None:
         check_output(source, pruned)
     # Before pruning: a kill between its end and this would leave what nobody goes on from.
-    asked = _asked(source, settings) | pruning_identity(settings, statistics, plan)
+    asked = _asked(source, settings) | pruning_identity(settings, known)
 
     def drawn() -> str:
         return draw_text(text, load_tokenizer(source.directory)).digest
@@ -96,7 +94,7 @@ def prune_and_recover(
         report = prune(pruned, settings)
         calibration = report.plan.calibration
         # A choice of blocks or attention layers alone was made from a few of the windows.
-        reads_all = statistics is None and plan is None and calibration["windows"] == text.windows
+        reads_all = known == NOTHING_KNOWN and calibration["windows"] == text.windows
         own = calibration["tokens_digest"] if reads_all else drawn()
         add_to_manifest(pruned, {_ASKED: digest_of({**asked, "drawn": own})})
     return report, recover_checkpoint(open_checkpoint(pruned), out, how, command=command)

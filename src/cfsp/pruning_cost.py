@@ -18,8 +18,8 @@ import torch
 from torch.nn import functional
 
 from cfsp.checkpoint.reading import parameter_count
+from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
-from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.candidate import DropSizes
 from cfsp.planning.importance import COARSE_WINDOWS
 from cfsp.planning.make import parameters_of_channels
@@ -34,7 +34,7 @@ from cfsp.selection.divergence import (
 from cfsp.settings import DEFAULT_SAMPLES, TargetParameters
 from cfsp.streaming.block_stream import windows_in_batch
 from cfsp.streaming.memory import available_bytes, hidden_budget
-from cfsp.streaming.runtime import needed_bytes
+from cfsp.streaming.runtime import needed_bytes, runtime_of
 from cfsp.text.drawing import parts_with_shares
 from cfsp.text.windows import Windows
 
@@ -79,15 +79,13 @@ class PruningCost:
     seconds: float | None  # of these, at the speed of this machine: the run takes longer
 
 
-def pruning_cost(
-    source: WeightSource, out: Path, settings: PruneSettings, runtime: Runtime
-) -> PruningCost:
+def pruning_cost(source: WeightSource, out: Path, settings: PruneSettings) -> PruningCost:
     """Return what a prune will take; no weight is read.
 
     `out` is where the smaller model is to go, or a directory on the same disk; it need not exist.
     The settings are without local repair; a text with fewer windows than asked for is not noticed.
     """
-    settings = settings.suited_to_repair()
+    settings, runtime = settings.suited_to_repair(), runtime_of(settings.compute, source)
     tokens = settings.text.windows * settings.text.seqlen
     hidden_bytes = tokens * text_config_of(source.config).hidden_size * runtime.dtype.itemsize
     checkpoint_bytes = sum(spec.nbytes for spec in source.specs.values())
@@ -98,8 +96,8 @@ def pruning_cost(
         names = [prefix(unit.block) + unit.down for unit in source.units]
         disk_bytes += sum(source.parameters[name].nbytes for name in names)
     existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    before, elements = parameter_count(source), _block_elements(source)
-    routed = any(unit.routed for unit in source.units)
+    before, elements = parameter_count(source), parameters_of_blocks(source)
+    routed = source.architecture.has_experts
     work = None if routed else _work(source, settings, runtime, sum(elements))
     return PruningCost(
         _memory_bytes(source, settings, runtime, hidden_bytes, elements),
@@ -155,15 +153,6 @@ def _speed(dtype: torch.dtype, device: torch.device) -> float:
         float(functional.linear(side, side)[0, 0])
         seconds.append(time.perf_counter() - start)
     return 2.0 * _SIDE**3 / min(seconds)
-
-
-def _block_elements(source: WeightSource) -> list[int]:
-    """Return how many weights each block has."""
-    architecture = source.architecture
-    return [
-        sum(source.specs[name].elements for name in source.stored.within(prefix))
-        for prefix in map(architecture.block_prefix, range(architecture.block_count))
-    ]
 
 
 def _memory_bytes(
@@ -242,9 +231,9 @@ def doubts(
         gone = _parameters_to_go(source, budget)
         if gone < _LITTLE * asked * every:
             yield (
-                f"{asked:.0%} of the {channels_in_words(budget.parts)} are {gone / every:.1%} of "
-                f"this model's parameters ({gone / 1e6:,.1f}M of {every / 1e6:,.1f}M), most of "
-                "which are elsewhere, as in its vocabulary; for a smaller model give "
+                f"{asked:.0%} of the FFN channels are {gone / every:.1%} of this model's "
+                f"parameters ({gone / 1e6:,.1f}M of {every / 1e6:,.1f}M), most of which are "
+                "elsewhere, as in its vocabulary; for a smaller model give "
                 f"--target-params {1 - asked:.2g}, name more --parts, or quantise it"
             )
     size = size_after(source, settings)

@@ -28,8 +28,8 @@ from cfsp.checkpoint.reading import (
     LoadedModel,
     channel_parameters,
     down_matrix,
-    input_matrices,
     parameters_with_down,
+    read_ffn_weights,
 )
 from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import FileTensor, read_tensor_file, specs_of
@@ -124,11 +124,12 @@ def channel_in_memory(
 def test_matrices_are_read_and_written(saved):
     source = LoadedModel(saved.model)
     hidden = saved.model.config.get_text_config().hidden_size
-    for index, unit in enumerate(source.units):
+    for unit in source.units:
         prefix = source.architecture.block_prefix(unit.block)
-        downs = [down_matrix(source, index, ffn) for ffn in range(unit.ffns)]
+        downs = [down_matrix(source, unit, ffn) for ffn in range(unit.ffns)]
         for ffn, down in enumerate(downs):
-            gate, up = input_matrices(source, index, ffn)
+            _, up, gate = read_ffn_weights(source, unit, ffn)
+            assert up is not None
             assert up.shape == (unit.width, hidden) and down.shape == (hidden, unit.width)
             found = {"up": up[-1], "down": down[:, -1]}
             if gate is None:
@@ -141,7 +142,7 @@ def test_matrices_are_read_and_written(saved):
                 expected = channel_in_memory(saved.model, unit, prefix, role, ffn)
                 assert torch.equal(values, expected), role
         narrow = {ffn: down[:, ::2] for ffn, down in enumerate(downs)}
-        ((name, parameter),) = parameters_with_down(source, index, narrow).items()
+        ((name, parameter),) = parameters_with_down(source, unit, narrow).items()
         every_second = [list(range(0, unit.width, 2))] * unit.ffns
         whole = saved.model.get_parameter(name)
         assert parameter.is_contiguous()

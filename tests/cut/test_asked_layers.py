@@ -25,12 +25,9 @@ from cfsp.planning.make import Planner
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.selection import drop_order
 from cfsp.selection.constraint import Share
+from cfsp.selection.drop_order import check_can_go
 from cfsp.settings import PARTS, Budget, Criterion, Part, PruneSettings
-from cfsp.streaming.block_proof import (
-    check_attentions_can_go,
-    check_blocks_can_go,
-    prove_without_blocks,
-)
+from cfsp.streaming.block_proof import prove_without_blocks
 from family_contract import SETTINGS, by_plan, check_is_the_same, generated, save_with_tokenizer
 from tiny_decoders import random_model, tiny_config, tiny_model
 
@@ -217,15 +214,15 @@ def test_attention_layers_that_the_model_cannot_do_without_are_refused_by_name(
     name, removed, message
 ):
     with pytest.raises(UnsupportedModelError, match=message):
-        check_attentions_can_go(LoadedModel(tiny_model(name), ATTENTION), removed)
+        check_can_go(LoadedModel(tiny_model(name), ATTENTION), Dropped((), removed))
 
 
 def test_one_of_a_kind_must_stay_beside_blocks():
     kinds = ["full_attention" if block % 2 else "sliding_attention" for block in range(7)]
     source = LoadedModel(tiny_model("gemma3_text", num_hidden_layers=7, layer_types=kinds), BOTH)
     with pytest.raises(UnsupportedModelError, match=r"of block 1 .* beside blocks 3, 5: at least"):
-        check_attentions_can_go(source, [1], [3, 5])
-    check_attentions_can_go(source, [1], [0, 5])
+        check_can_go(source, Dropped((3, 5), (1,)))
+    check_can_go(source, Dropped((0, 5), (1,)))
 
 
 @pytest.mark.parametrize("name", ["bloom", "mpt", "gemma3n_text"])
@@ -245,7 +242,7 @@ def test_what_stock_would_load_with_random_attentions_is_refused_before_any_text
 def test_attentions_can_go_whatever_their_heads_are():
     # One KV group, beside the FFN, latent, and with norms over all heads together.
     for name in ("gpt_bigcode", "gptj", "deepseek_v3", "olmo2"):
-        check_attentions_can_go(LoadedModel(tiny_model(name), ATTENTION), [0, 1])
+        check_can_go(LoadedModel(tiny_model(name), ATTENTION), Dropped((), (0, 1)))
 
 
 @pytest.mark.parametrize(
@@ -273,7 +270,7 @@ def test_attentions_can_go_whatever_their_heads_are():
 def test_blocks_that_the_model_cannot_do_without_are_refused_by_name(config, removed, message):
     source = LoadedModel(random_model(model_class_of(config()), config()))
     with pytest.raises(UnsupportedModelError, match=message):
-        check_blocks_can_go(source, removed)
+        check_can_go(source, Dropped(removed))
 
 
 def test_the_small_model_of_the_proof_need_not_have_a_valid_config():

@@ -14,17 +14,15 @@ from builders import random_unit_statistics, random_weights, statistics_with_dis
 from cfsp.calibration.calibrate import DistanceSum, UnitSums
 from cfsp.calibration.observed import BlockStatistics, UnitStatistics
 from cfsp.calibration.statistics import Sensitivity
-from cfsp.checkpoint.reading import LoadedModel
+from cfsp.checkpoint.reading import FFNWeights, LoadedModel, read_ffn_weights
 from cfsp.planning import importance
 from cfsp.planning.allocation import ModelSize
 from cfsp.planning.importance import (
-    FFNWeights,
     block_distances,
     block_importance,
     channel_scores,
     importance_by,
     importance_of_units,
-    read_ffn_weights,
     strongest_channels,
     weight_norms,
 )
@@ -190,7 +188,8 @@ def test_strongest_channels_are_the_highest_scores(scores, data):
 
 def test_weights_are_read_from_the_model():
     model = build_tiny_model("llama")
-    weights = read_ffn_weights(LoadedModel(model), 1)
+    source = LoadedModel(model)
+    weights = read_ffn_weights(source, source.units[1])
     mlp = model.model.layers[1].mlp
     assert torch.equal(weights.down_DF, mlp.down_proj.weight)
     assert torch.equal(weights.up_FD, mlp.up_proj.weight)
@@ -237,7 +236,7 @@ def test_sums_of_many_tokens_keep_their_precision():
 def test_a_unit_that_keeps_all_is_not_scored(monkeypatch):
     source = LoadedModel(tiny_model("llama"), ("ffn", "kv"))
     monkeypatch.setattr(importance, "read_ffn_weights", lambda *_: pytest.fail("nothing to choose"))
-    for index, unit in enumerate(source.units):
+    for unit in source.units:
         observed = random_unit_statistics(unit.columns)
-        kept = importance.choose_channels(source, index, observed, unit.width, Criterion())
+        kept = importance.choose_channels(source, unit, observed, unit.width, Criterion())
         assert kept == tuple(range(unit.width))

@@ -24,7 +24,7 @@ from cfsp.checkpoint.loading import load
 from cfsp.cli import main
 from cfsp.errors import TaskError, UsageError
 from cfsp.quality import evaluate
-from cfsp.quality.evaluate import evaluate_models
+from cfsp.quality.evaluate import Exam, evaluate_models
 from cfsp.quality.tasks.harness import TaskRunner
 from cfsp.quality.tasks.selection import (
     PAPER_SUITE,
@@ -307,7 +307,7 @@ def test_models_too_large_are_told_before_the_first_forward_pass(
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     runner = TaskRunner.of(TaskSelection(("piqa",), data=task_data))
     with pytest.raises(UsageError, match="scoring tasks runs the whole model, which takes about"):
-        evaluate_models([directory], texts, Compute(), runner)
+        evaluate_models([directory], texts, Compute(), Exam(runner))
 
 
 def test_scores_depend_on_what_is_in_the_files(task_data, tmp_path):

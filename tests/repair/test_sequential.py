@@ -14,7 +14,7 @@ from builders import draw_windows, job_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.cut.surgery import PrunedSource, build_pruned_model
 from cfsp.decide import decide
-from cfsp.job import Job
+from cfsp.job import Job, Known
 from cfsp.pipeline import prune_checkpoint
 from cfsp.repair.result import PruningResult
 from cfsp.repair.sequential import blocks_at_gaps, repair_sequentially
@@ -195,7 +195,8 @@ def test_a_plan_with_blocks_is_repaired_as_in_one_run(tiny_checkpoint, asked, tm
     report = cfsp.prune(source, out=tmp_path / "once", **asked)
     text = CalibrationText((str(asked["data"][0]),), samples=12, seqlen=64)
     settings = PruneSettings(Budget(0.0), text=text, compute=Compute("cpu"))
-    prune_checkpoint(Checkpoint(source), tmp_path / "obeyed", settings, plan=report.plan)
+    known = Known(plan=report.plan)
+    prune_checkpoint(Checkpoint(source), tmp_path / "obeyed", settings, known=known)
     first, second = (cfsp.load(tmp_path / name).state_dict() for name in ("once", "obeyed"))
     for key, tensor in first.items():
         assert torch.equal(tensor, second[key]), key

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import cfsp
-from builders import statistics_with_distances
+from builders import job_of, statistics_with_distances
 from cfsp.calibration.statistics import Removal, RunDistances, Statistics
 from cfsp.checkpoint.reading import LoadedModel, parameter_count
 from cfsp.checkpoint.stored_blocks import names_without_blocks, parameters_of_blocks
@@ -20,8 +20,7 @@ from cfsp.processes import Team
 from cfsp.selection import drop_order
 from cfsp.selection.constraint import DropBudget
 from cfsp.selection.drop_order import cheapest_runs, dropped_by
-from cfsp.settings import Budget
-from cfsp.streaming.runtime import Runtime
+from cfsp.settings import Budget, PruneSettings
 from cfsp.streaming.work_dir import WorkDir
 from tiny_decoders import tiny_model
 
@@ -97,19 +96,19 @@ def test_an_impossible_budget_names_the_range(source):
 
 
 def test_memory_is_looked_at_once_and_by_the_first_process(source, tmp_path, monkeypatch):
-    budget, runtime = Budget(0.3, parts=("blocks",)), Runtime(torch.device("cpu"), torch.float32)
-    work_dir = WorkDir(tmp_path, identity={"of": "one command"})
+    settings = PruneSettings(Budget(0.3, parts=("blocks",)))
+    job = job_of(source, settings, work_dir=WorkDir(tmp_path, identity={"of": "one command"}))
     for has_room in (False, True):  # as of a run that is resumed
         monkeypatch.setattr(drop_order, "fits", lambda *_, now=has_room: now)
-        assert not drop_order.follow_divergence(source, budget, runtime, work_dir)
-        assert drop_order.follow_runs(source, budget, runtime, work_dir)
+        assert not drop_order.follow_divergence(job)
+        assert drop_order.follow_runs(job)
 
     class Second(Team):
         def from_first(self, make: Any) -> Any:
             return {"fits": False}
 
     other = WorkDir(tmp_path, team=Second(1, 2))
-    assert not drop_order.follow_divergence(source, budget, runtime, other)
+    assert not drop_order.follow_divergence(replace(job, work_dir=other))
 
 
 def runs_of(*distance_L: float) -> RunDistances:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from builders import draw_windows
+from builders import draw_windows, job_of
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Removal
 from cfsp.checkpoint.reading import LoadedModel
@@ -29,8 +29,7 @@ from cfsp.selection.divergence import (
     measure_sensitivity,
 )
 from cfsp.selection.drop_order import order_of_removal
-from cfsp.settings import Criterion
-from cfsp.streaming.runtime import Runtime
+from cfsp.settings import UNIT_PARTS, Budget, Compute, PruneSettings
 from cfsp.streaming.stand_in import PLAIN, resumed_at, skipped
 from tiny_decoders import tiny_model
 from tiny_models import BLOCKS, TINY_CONFIGS, VOCABULARY, WIDTH, build_tiny_model
@@ -125,10 +124,9 @@ def test_what_stayed_is_stored_by_part(text_file, tokenizer):
     config.update({"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8})
     source = LoadedModel(AutoModelForCausalLM.from_config(config).eval(), ("ffn", "kv"))
     windows = draw_windows([str(text_file)], tokenizer, samples=2, seqlen=16)
-    runtime = Runtime(torch.device("cpu"), torch.float32, 2)
-    of_ffns = measure_sensitivity(
-        source, calibrate(source, windows, runtime), windows, Criterion(), runtime
-    )
+    job = job_of(source, PruneSettings(Budget(), compute=Compute("cpu")))
+    statistics = calibrate(source, windows, job.runtime)
+    of_ffns = measure_sensitivity(job, statistics, windows, UNIT_PARTS)
     assert of_ffns.kept_L == (1 / 2,) * BLOCKS
     assert of_ffns.other_parts["kv"].kept_L == (2 / 3,) * BLOCKS
 

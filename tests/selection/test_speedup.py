@@ -31,8 +31,7 @@ from cfsp.selection.speedup import (
     times_faster,
     widths_to_measure,
 )
-from cfsp.settings import Budget, Criterion, Part, PruneSettings, TargetSpeedup
-from cfsp.settings.budget import parse_parts
+from cfsp.settings import Budget, Criterion, Part, PruneSettings, TargetSpeedup, names_in
 from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.work_dir import WorkDir
 from tiny_models import BLOCKS
@@ -118,7 +117,7 @@ def test_target_speedup_is_the_least_that_is_enough(model, statistics, ratio, la
     ("parts", "ratio", "repair"), [("blocks", 1.9, "none"), ("ffn,blocks", 1.6, "ridge")]
 )
 def test_a_speed_by_blocks(prune, model, latencies, parts, ratio, repair):
-    found, source = latencies(parts), open_checkpoint(model, parse_parts(parts))
+    found, source = latencies(parts), open_checkpoint(model, names_in(parts))
     done = prune("--target-speedup", ratio, "--parts", parts, "--repair", repair)
     assert f"at least {ratio:g} times faster in decode: " in done.said
     goal = done.manifest["goal"]

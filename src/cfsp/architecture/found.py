@@ -258,7 +258,11 @@ class Architecture:
 
     def of_part(self, part: Part) -> Architecture:
         """Return the same architecture with the units of one part only."""
-        return replace(self, units=tuple(unit for unit in self.units if unit.part == part))
+
+        def of(units: Sequence[Unit]) -> tuple[Unit, ...]:
+            return tuple(unit for unit in units if unit.part == part)
+
+        return replace(self, units=of(self.units), gone=of(self.gone))
 
     def without_blocks(self, removed: Collection[int]) -> Architecture:
         """Return the architecture of the model without some blocks; the others move up."""

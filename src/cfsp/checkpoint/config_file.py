@@ -23,7 +23,7 @@ from cfsp.checkpoint.quantisation import (
     plain_fields,
     quantisation_in,
 )
-from cfsp.errors import CheckpointError, UnsupportedModelError, refusing_bad_json
+from cfsp.errors import CheckpointError, UnsupportedModelError, first_line, refusing_bad_json
 
 _MOST_BLOCKS = 10_000
 _MOST_EXPERTS = 1 << 16
@@ -75,8 +75,7 @@ def read_config(directory: Path) -> tuple[PreTrainedConfig, Quantisation | None]
         if fields.get(PER_LAYER_CONFIG):
             list(config.per_layer_config)  # a config for every block is made only now
     except Exception as error:  # transformers validates with many exception types
-        summary = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise _unusable(path, fields, summary) from error
+        raise _unusable(path, fields, first_line(error)) from error
     for each in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         for key in QUANTISATION_KEYS:
             if hasattr(each, key):

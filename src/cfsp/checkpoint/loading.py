@@ -14,7 +14,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint, read_tensors
 from cfsp.checkpoint.skeleton import build_skeleton, fill, model_class
-from cfsp.errors import UsageError
+from cfsp.errors import UsageError, first_line
 from cfsp.progress import library_progress
 
 
@@ -94,7 +94,7 @@ def compute_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
-            f"torch cannot use the device {name!r} here ({str(error).splitlines()[0]}); "
+            f"torch cannot use the device {name!r} here ({first_line(error)}); "
             "choose another --device"
         ) from error
     return device

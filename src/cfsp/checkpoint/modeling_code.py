@@ -37,7 +37,7 @@ from cfsp.architecture.resizing import (
 )
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.own_files import MODELING_FILE
-from cfsp.settings import Part
+from cfsp.settings import PART_NOUNS, UNIT_PARTS, Part
 
 # Keys of config.json that give every FFN a width of its own: the one that transformers defines,
 # for one FFN in each block, and ours for everything else.
@@ -121,12 +121,11 @@ class ModelingFile:
 
     def _places(self) -> dict[str, Any]:
         """Return where a model has what is resized, and the code that resizes it."""
-        units = self.architecture.stock_units
         literal = partial(pformat, width=100, sort_dicts=False)
-        ffns, attentions = ([unit for unit in units if unit.part == part] for part in ("ffn", "kv"))
+        ffns, attentions = (self.architecture.of_part(part).stock_units for part in UNIT_PARTS)
         words = {
-            "ffn": ("FFN channels", "FFN", PER_LAYER_CONFIG if self.width_key else FFN_WIDTHS),
-            "kv": ("KV groups", "attention", KV_GROUPS),
+            "ffn": ("FFN", PER_LAYER_CONFIG if self.width_key else FFN_WIDTHS),
+            "kv": ("attention", KV_GROUPS),
         }
         resizing: dict[str, tuple[Any, ...]] = {
             "kv": (resize_attention, ConfigWith),
@@ -139,7 +138,7 @@ class ModelingFile:
             places = unit.path, unit.plain_axes, list(unit.attributes), unit.config_numbers
             alike.setdefault(repr(places), ([], places))[0].append(unit.block)
         return {
-            "words": [words[part] for part in self.parts if part in words],
+            "words": [(PART_NOUNS[part], *words[part]) for part in self.parts if part in words],
             "resize": "\n\n".join(map(inspect.getsource, sources)).rstrip(),
             "ffns": literal({unit.path: (unit.plain_axes, list(unit.attributes)) for unit in ffns}),
             "attentions": literal([(blocks, *places) for blocks, places in alike.values()]),

@@ -78,9 +78,8 @@ class ConfigChanges:
 
 def check_attentions_can_go_alone(config: PreTrainedConfig, architecture: Architecture) -> None:
     """Check that the stock class would not load a model that has lost one attention layer only."""
-    layers = [index for index, unit in enumerate(architecture.units) if unit.part == "kv"]
-    widths = architecture.widths
-    widths[layers[0]] = 0
+    first = architecture.of_part("kv").units[0]
+    widths = [0 if unit is first else unit.width for unit in architecture.units]
     config_changes(config, architecture, widths)
 
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -253,29 +253,37 @@ def channel_parameters(architecture: Architecture) -> dict[str, tuple[int, str]]
     }
 
 
-def units_of_block(source: WeightSource, block: int) -> list[int]:
-    """Return the indices of the FFN units of one block."""
-    return [index for index, unit in enumerate(source.units) if unit.block == block]
+class FFNWeights(NamedTuple):
+    """The matrices of one FFN as they are stored; of an attention the output matrix alone.
+
+    Metrics convert one at a time to float32: three copies of a wide FFN would be more memory than
+    anything else that the pass of the repair needs.
+    """
+
+    down_DF: Tensor
+    up_FD: Tensor | None = None
+    gate_FD: Tensor | None = None
 
 
-def input_matrices(source: WeightSource, index: int, ffn: int = 0) -> tuple[Tensor | None, Tensor]:
-    """Return gate and up of one FFN of the unit with an index, F x D; no gate if it has none."""
-    unit = source.units[index]
-    up_FD = _matrix(source, unit, unit.up, ffn)
+def read_ffn_weights(source: WeightSource, unit: Unit, ffn: int = 0) -> FFNWeights:
+    """Read the matrices of one FFN of a unit to the CPU, however its checkpoint stores them."""
+    down_DF = down_matrix(source, unit, ffn).cpu()
+    if unit.part == "kv":
+        return FFNWeights(down_DF)
+    up_FD = _matrix(source, unit, unit.up, ffn).cpu()
     if unit.gate is None:
-        return None, up_FD
+        return FFNWeights(down_DF, up_FD)
     if unit.gate != unit.up:
-        return _matrix(source, unit, unit.gate, ffn), up_FD
+        return FFNWeights(down_DF, up_FD, _matrix(source, unit, unit.gate, ffn).cpu())
     # Both are one parameter, which may be read from several tensors: it is read once.
     if unit.axes[unit.up].spans == INTERLEAVED:
-        return up_FD[::2], up_FD[1::2]
+        return FFNWeights(down_DF, up_FD[1::2], up_FD[::2])
     gate_FD, up_FD = up_FD.chunk(2)
-    return gate_FD, up_FD
+    return FFNWeights(down_DF, up_FD, gate_FD)
 
 
-def down_matrix(source: WeightSource, index: int, ffn: int = 0) -> Tensor:
+def down_matrix(source: WeightSource, unit: Unit, ffn: int = 0) -> Tensor:
     """Return the down projection of one FFN, D x F; of an attention its output matrix."""
-    unit = source.units[index]
     return _matrix(source, unit, unit.down, ffn)
 
 
@@ -287,10 +295,9 @@ def _matrix(source: WeightSource, unit: Unit, path: str, ffn: int) -> Tensor:
 
 
 def parameters_with_down(
-    source: WeightSource, index: int, down_of: Mapping[int, Tensor]
+    source: WeightSource, unit: Unit, down_of: Mapping[int, Tensor]
 ) -> dict[str, Tensor]:
     """Return new down projections (D x K) of a unit's FFNs as its parameter, by its `origin`."""
-    unit = source.units[index]
     downs = [down.T if _is_transposed(unit, unit.down) else down for down in down_of.values()]
     name = source.origin(source.architecture.block_prefix(unit.block) + unit.down)
     return {name: torch.stack(downs) if unit.routed else downs[0].contiguous()}

@@ -8,7 +8,7 @@ into the models when they are needed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -17,7 +17,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from cfsp.architecture.found import Architecture, Unit
+from cfsp.architecture.found import Architecture
 from cfsp.architecture.model_classes import PRUNED, build_model, model_class_of
 from cfsp.architecture.proof import prove
 from cfsp.checkpoint.modeling_code import (
@@ -28,7 +28,7 @@ from cfsp.checkpoint.modeling_code import (
     pruned_class,
 )
 from cfsp.errors import CheckpointError
-from cfsp.settings import DEFAULT_PARTS, PROVED_PARTS, Part
+from cfsp.settings import DEFAULT_PARTS, LEAST_WIDTH, PART_NOUNS, PROVED_PARTS, Part
 
 # In the config of a model that was pruned in memory: what a manifest says of one in files.
 PRUNED_KEY = "cfsp"
@@ -72,16 +72,15 @@ def architecture_of(
     if key not in _proved:
         _proved[key] = prove(stock, parts=parts)
     architecture = _proved[key]
-    given = dict(_given_widths(architecture.units, config))
+    given = dict(_given_widths(architecture, config))
     widths = []
     for unit in architecture.units:
         width = given.pop((unit.block, unit.path), unit.width)
-        least = 1 if unit.part == "ffn" else 0
+        least = LEAST_WIDTH[unit.part]
         if type(width) is not int or not least <= width <= unit.width:
-            channels = "FFN channels" if unit.part == "ffn" else "KV groups"
             raise CheckpointError(
-                f"config.json gives block {unit.block} {width!r} {channels}, expected {least} to "
-                f"{unit.width}; download the model again"
+                f"config.json gives block {unit.block} {width!r} {PART_NOUNS[unit.part]}, expected "
+                f"{least} to {unit.width}; download the model again"
             )
         widths.append(width)
     if given:
@@ -97,15 +96,14 @@ _proved: dict[str, Architecture] = {}
 
 
 def _given_widths(
-    units: Sequence[Unit], config: PreTrainedConfig
+    architecture: Architecture, config: PreTrainedConfig
 ) -> Iterator[tuple[tuple[int, str], Any]]:
     """Yield the widths that a config of ours gives, with the block and the path of each."""
     key = width_key_of(config)
     if key is not None:
         layers = list(config.per_layer_config)
-        for unit in units:
-            if unit.part == "ffn":
-                yield (unit.block, unit.path), getattr(layers[unit.block], key)
+        for unit in architecture.of_part("ffn").units:
+            yield (unit.block, unit.path), getattr(layers[unit.block], key)
     for given in (FFN_WIDTHS, KV_GROUPS):
         for block, width_of in (getattr(config, given, None) or {}).items():
             for path, width in width_of.items():

@@ -89,8 +89,7 @@ def parameters_of_attentions(source: WeightSource) -> dict[int, int]:
     """Return how many parameters the attention of every block has that can go whole, by block."""
     return {
         unit.block: parameters_within(source, f"{source.architecture.module_name(unit)}.")
-        for unit in source.units
-        if unit.part == "kv"
+        for unit in source.architecture.of_part("kv").units
     }
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cfsp.cli.options import Parser, add_compute, names, settings_from
+from cfsp.cli.options import Parser, add_compute, settings_from
 from cfsp.cli.output import Told, print_table
 from cfsp.errors import UsageError
 from cfsp.processes import process_count
@@ -20,6 +20,7 @@ from cfsp.settings import (
     DEFAULT_QUESTIONS,
     Compute,
     EvaluationText,
+    names_in,
 )
 
 
@@ -66,7 +67,7 @@ def _add_tasks(parser: Parser) -> None:
     tasks.add_argument(
         "--tasks",
         action="extend",
-        type=names,
+        type=names_in,
         metavar="A,B,...",
         help="names of the harness, such as piqa, lambada_openai, gsm8k; or cfsp-paper (HellaSwag, "
         "PIQA, WinoGrande, ARC-e, ARC-c, OpenBookQA, BoolQ, MMLU)",
@@ -125,7 +126,7 @@ def run(args: argparse.Namespace) -> Told:
     from cfsp.checkpoint.loading import compute_device
     from cfsp.processes import joined, take_own_accelerator
     from cfsp.quality.answers import Questions
-    from cfsp.quality.evaluate import evaluate_models
+    from cfsp.quality.evaluate import Exam, evaluate_models
     from cfsp.quality.tasks.harness import TaskRunner
 
     texts = EvaluationText(tuple(args.data or ()), args.windows, args.seqlen, args.bos)
@@ -138,8 +139,7 @@ def run(args: argparse.Namespace) -> Told:
             list(dict.fromkeys(args.models)),
             texts,
             compute,
-            runner,
-            questions=questions,
+            Exam(runner, questions),
             against=args.against,
             out=args.out,
             team=team,

@@ -12,20 +12,15 @@ from typing import TYPE_CHECKING, Any
 from cfsp.cli.options import Parser
 from cfsp.cli.output import Told, print_table
 from cfsp.errors import UsageError, did_you_mean
-from cfsp.settings import Part
+from cfsp.settings import DEFAULT_PARTS, PART_NOUNS, PARTS
 
 if TYPE_CHECKING:
     from cfsp.families.catalogue import Family, Reasons
 
 _log = logging.getLogger(__name__)
 
-# What is tried besides FFN channels, and what a column of a table of it is called.
-COLUMNS: dict[Part, str] = {
-    "kv": "KV groups",
-    "attention": "attention layers",
-    "experts": "experts",
-    "blocks": "blocks",
-}
+# What is tried besides FFN channels.
+OTHER_PARTS = tuple(part for part in PARTS if part not in DEFAULT_PARTS)
 
 # None where nobody has tried.
 _WORDS = {True: "yes", False: "no", None: "?"}
@@ -76,27 +71,27 @@ def run(args: argparse.Namespace) -> Told:
             for family, reasons in zip(families, verdicts(families), strict=True):
                 rows.append(_row(family, reasons))
                 bar.update()
-    head = ("model type", "class", "FFN channels", *COLUMNS.values(), "why no channels")
+    head = ("model type", "class", *PART_NOUNS.values(), "why no channels")
     cells = [
         (
             row["model_type"],
             row["class"],
-            *(_WORDS[row[part]] for part in ("proved", *COLUMNS)),
+            *(_WORDS[row[part]] for part in ("proved", *OTHER_PARTS)),
             row["reason"] or "",
         )
         for row in rows
     ]
-    return {"families": rows}, lambda: print_table(head, cells, left=4 + len(COLUMNS))
+    return {"families": rows}, lambda: print_table(head, cells, left=3 + len(PARTS))
 
 
 def _row(family: Family, proof: Reasons | None) -> dict[str, Any]:
     """Return what is known of a family, as JSON types; where nobody tried parts are None."""
-    reasons = proof or dict.fromkeys(("ffn", *COLUMNS))
+    reasons = proof or dict.fromkeys(PARTS)
     return {
         "model_type": family.model_type,
         "class": family.class_name,
         "proved": reasons["ffn"] is None if proof else None,
         "reason": reasons["ffn"],
-        **{part: reasons[part] is None if proof else None for part in COLUMNS},
-        **{f"{part}_reason": reasons[part] for part in COLUMNS},
+        **{part: reasons[part] is None if proof else None for part in OTHER_PARTS},
+        **{f"{part}_reason": reasons[part] for part in OTHER_PARTS},
     }

@@ -47,7 +47,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     from cfsp.result.manifest import facts_for_config, read_manifest, refusing_damage
 
     units = checkpoint.architecture.of_part("ffn").units
-    attentions = [unit.width for unit in checkpoint.architecture.stock_units if unit.part == "kv"]
+    groups = [unit.width for unit in checkpoint.architecture.of_part("kv").stock_units]
     blocks = int(checkpoint.architecture.block_count)
     widths = [unit.width for unit in units]
     has_one_unit_each = [unit.block for unit in units] == list(range(blocks))
@@ -69,8 +69,8 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "dtype": dtypes.most_common(1)[0][0],
         "pruned": None,
     }
-    if attentions:
-        facts["kv_groups"] = attentions
+    if groups:
+        facts["kv_groups"] = groups
     if checkpoint.quantisation is not None:
         facts["quantised"] = checkpoint.quantisation.method
     if not has_one_unit_each or len({unit.ffns for unit in units}) > 1:

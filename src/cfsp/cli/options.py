@@ -212,11 +212,6 @@ def add_model(parser: Parser) -> None:
     )
 
 
-def names(text: str) -> tuple[str, ...]:
-    """Return what a text like `piqa,arc_easy` names."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
 def add_compute(parser: Parser) -> None:
     """Add where to compute and in what."""
     add_options(parser, parser, Compute, fields=("device", "dtype", "batch_windows"))

@@ -120,8 +120,7 @@ def _settings(args: argparse.Namespace) -> PruneSettings:
             "--dry-run": args.dry_run,
             "--repair local": settings.repair == "local",
             "--effort best": args.effort == BEST_EFFORT,
-            "--parts blocks": "blocks" in settings.budget.parts,
-            "--parts experts": "experts" in settings.budget.parts,
+            **{f"--parts {part}": part in settings.budget.parts for part in ("blocks", "experts")},
             "--plan": plan,
             "--statistics": args.statistics,
             **dict.fromkeys(how_much[:1] if settings.goal else (), True),
@@ -146,12 +145,12 @@ def run(args: argparse.Namespace) -> Told:
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.loading import compute_device
     from cfsp.checkpoint.locating import open_checkpoint
+    from cfsp.job import Known
     from cfsp.pipeline import prune_checkpoint
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.processes import joined, take_own_accelerator
     from cfsp.prune_and_recover import prune_and_recover
     from cfsp.pruning_cost import doubts, pruning_cost
-    from cfsp.streaming.runtime import runtime_of
 
     plan = PruningPlan.load(args.plan) if args.plan else None
     statistics = Statistics.load(args.statistics) if args.statistics else None
@@ -159,23 +158,21 @@ def run(args: argparse.Namespace) -> Told:
     parts = plan.parts if plan else settings.budget.parts
     source = open_checkpoint(args.model, parts=parts)
     if args.estimate:
-        runtime = runtime_of(settings.compute, source)
-        cost = pruning_cost(source, args.out or Path(), settings, runtime)
+        cost = pruning_cost(source, args.out or Path(), settings)
         for doubt in doubts(source, settings):
             log.warning("%s", doubt)
         return vars(cost), lambda: _print_estimate(cost)
     recovery = None
     with joined(compute_device(settings.compute.device)) as team:
-        known: dict[str, Any] = {
-            "statistics": statistics,
-            "plan": plan,
+        also: dict[str, Any] = {
+            "known": Known(statistics, plan),
             "command": typed_command(args),
             "team": team,
         }
         if args.effort == BEST_EFFORT and not args.dry_run:
-            report, recovery = prune_and_recover(source, args.out, settings, **known)
+            report, recovery = prune_and_recover(source, args.out, settings, **also)
         else:
-            report = prune_checkpoint(source, args.out, settings, dry_run=args.dry_run, **known)
+            report = prune_checkpoint(source, args.out, settings, dry_run=args.dry_run, **also)
     return _told(args, report, recovery) if team.is_first else None
 
 

@@ -17,13 +17,12 @@ from cfsp.cli.options import (
     add_model,
     add_options,
     kind_of,
-    names,
     settings_from,
     typed,
     typed_command,
 )
 from cfsp.cli.output import Told
-from cfsp.settings import Budget, CalibrationText, Compute, EvaluationText, fraction
+from cfsp.settings import Budget, CalibrationText, Compute, EvaluationText, fraction, names_in
 from cfsp.sweep.settings import METHODS, SweepSettings, method_named
 
 
@@ -57,7 +56,7 @@ def add_options_to(parser: Parser) -> None:
     )
     measured.add_argument(
         "--tasks",
-        type=names,
+        type=names_in,
         metavar="A,B,...",
         help="score tasks, as for eval, in pairs with the dense model",
     )

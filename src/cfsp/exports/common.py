@@ -124,9 +124,8 @@ def heads_of_blocks(source: Checkpoint) -> list[tuple[int, int]]:
     config: Any = source.config
     heads, groups = int(config.num_attention_heads), int(config.num_key_value_heads)
     found = [(heads, groups)] * source.architecture.block_count
-    for unit in source.architecture.stock_units:
-        if unit.part == "kv":
-            found[unit.block] = heads // groups * unit.width, unit.width
+    for unit in source.architecture.of_part("kv").stock_units:
+        found[unit.block] = heads // groups * unit.width, unit.width
     return found
 
 

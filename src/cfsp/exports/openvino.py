@@ -25,7 +25,7 @@ from cfsp.checkpoint.own_files import CONFIG_FILE, copy_travelling_files
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import stock_config
 from cfsp.checkpoint.text_config import text_config_of
-from cfsp.errors import CannotSayError, CfspError, MissingExtraError, UsageError
+from cfsp.errors import CannotSayError, CfspError, MissingExtraError, UsageError, first_line
 from cfsp.exports.common import Written, reference_model, verified
 
 _MODEL_FILE = "openvino_model.xml"
@@ -198,9 +198,8 @@ def _converted(source: Checkpoint) -> Any:
         except CfspError:
             raise
         except Exception as error:  # tracing fails in as many ways as there are models
-            summary = str(error).strip().splitlines() or [type(error).__name__]
             raise CannotSayError(
-                f"OpenVINO cannot trace {source.architecture.class_name}: {summary[0]}"
+                f"OpenVINO cannot trace {source.architecture.class_name}: {first_line(error)}"
             ) from error
     pairs = [f"{kind}.{block}" for block in range(blocks) for kind in ("key", "value")]
     inputs = ["input_ids", "attention_mask", "position_ids", *(f"past_{name}" for name in pairs)]

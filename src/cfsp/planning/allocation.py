@@ -19,7 +19,7 @@ from operator import mul
 from statistics import fmean
 
 from cfsp.errors import BudgetError, UsageError
-from cfsp.settings import DEFAULT_CLAMP, Budget, Clamp, Part
+from cfsp.settings import DEFAULT_CLAMP, Budget, Clamp, Part, parts_in_words
 
 # The published code stops short of keeping a block whole.
 _CLAMP_MARGIN = 1.05
@@ -35,6 +35,11 @@ class UnitSize:
     grain: int = 1  # widths that are no multiples of this cannot be computed with
     part: Part = "ffn"
     stays: bool = False  # with all its channels
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether its widths are multiples of a number: KV groups go one by one."""
+        return self.part == "ffn"
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,7 @@ class ModelSize:
         for unit in self.units:
             widths.setdefault(unit.kind, []).append(unit.width)
         return [
-            budget.multiple_for(widths[unit.kind]) if unit.part == "ffn" else 1
-            for unit in self.units
+            budget.multiple_for(widths[unit.kind]) if unit.is_rounded else 1 for unit in self.units
         ]
 
     def least_U(self, budget: Budget) -> list[int]:
@@ -103,7 +107,7 @@ def check_multiple(budget: Budget, size: ModelSize) -> None:
                 f"--multiple must be a multiple of {unit.grain} for this model, found {multiple}: "
                 "experts are multiplied in groups, which requires rows of whole 16 bytes"
             )
-    widest = max((unit.width for unit in size.units if unit.part == "ffn"), default=None)
+    widest = max((unit.width for unit in size.units if unit.is_rounded), default=None)
     if budget.multiple is not None and widest is not None and budget.multiple > widest:
         raise UsageError(
             f"--multiple must be at most {widest} for this model, found {budget.multiple}"
@@ -116,7 +120,7 @@ def channels_to_keep(budget: Budget, size: ModelSize) -> float:
     check_multiple(budget, size)
     total = size.cost_of(size.width_U)
     kept = (1 - budget.sparsity) * total
-    asked = f"{budget.sparsity:.1%} of the {channels_in_words(budget.parts)}"
+    asked = f"{budget.sparsity:.1%} of the {parts_in_words(budget.channel_parts)}"
     check_least(budget, size, kept, asked, total)
     return kept
 
@@ -131,20 +135,14 @@ def check_least(budget: Budget, size: ModelSize, kept: float, asked: str, of: fl
     if kept < least - min(map(mul, multiple_U, size.cost_U)) / 2:
         most = (size.cost_of(size.width_U) - least) / of
         pairs = zip(multiple_U, size.units, strict=True)
-        widths = sorted({multiple for multiple, unit in pairs if unit.part == "ffn"})
+        widths = sorted({multiple for multiple, unit in pairs if unit.is_rounded})
         left = [f"{' or '.join(map(str, widths))} channels left in every FFN"] if widths else []
-        if any(unit.part == "kv" for unit in size.units):
+        if not all(unit.is_rounded for unit in size.units):
             left.append("one KV group in every attention")
         raise BudgetError(
             f"cannot remove {asked}: with at least {' and '.join(left)}, between 0 and {most:.1%} "
             "can be removed"
         )
-
-
-def channels_in_words(parts: Sequence[Part]) -> str:
-    """Return what units of these parts lose; nothing of parts that go whole."""
-    nouns: dict[Part, str] = {"ffn": "FFN channels", "kv": "KV groups"}
-    return " and ".join(noun for part, noun in nouns.items() if part in parts)
 
 
 def shrunk(
@@ -279,8 +277,8 @@ def _widths(
 ) -> list[int]:
     """Return the widths of units that cost `total`; see `allocate`."""
     ideal_U, multiple_U = _ideal(importance_U, budget, size, clamp, total), size.multiple_U(budget)
-    dear = [index for index, unit in enumerate(size.units) if unit.part == "kv"]
-    rest = [index for index, unit in enumerate(size.units) if unit.part != "kv"]
+    dear = [index for index, unit in enumerate(size.units) if not unit.is_rounded]
+    rest = [index for index, unit in enumerate(size.units) if unit.is_rounded]
     if dear and rest:
         kept_U, left = list(size.width_U), total * size.parameters_per_cost
         of_dear = fsum(ideal_U[i] * size.units[i].channel_parameters for i in dear)

@@ -16,8 +16,7 @@ from cfsp.calibration.statistics import Removal
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.stored_blocks import parameters_of_attentions, parameters_of_blocks
 from cfsp.errors import UsageError
-from cfsp.planning.allocation import channels_in_words
-from cfsp.settings import WHOLE_PARTS, Part, WholePart
+from cfsp.settings import WHOLE_PARTS, Part, WholePart, parts_in_words
 
 # A block, or the attention of one, that may be dropped.
 Droppable = tuple["WholePart", int]
@@ -79,7 +78,7 @@ class Candidate:
             words.append(f"{counted(self.experts, 'experts')} of each block")
         if self.parts:
             beside = " of the others" if self.dropped else ""
-            words.append(f"{self.sparsity:.1%} of the {channels_in_words(self.parts)}{beside}")
+            words.append(f"{self.sparsity:.1%} of the {parts_in_words(self.parts)}{beside}")
         return " and ".join(words) or "nothing"
 
     @staticmethod

@@ -28,16 +28,16 @@ import logging
 import math
 from collections.abc import Sequence
 from statistics import fmean
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cfsp.architecture.expert_proof import counts_near, failure_with
+from cfsp.architecture.found import Unit
 from cfsp.architecture.proof import small_run_of
 from cfsp.calibration.observed import UnitStatistics
 from cfsp.calibration.statistics import Statistics
-from cfsp.checkpoint.reading import WeightSource, down_matrix, input_matrices
+from cfsp.checkpoint.reading import FFNWeights, WeightSource, read_ffn_weights
 from cfsp.checkpoint.skeleton import stock_config
 from cfsp.errors import BudgetError, StatisticsError
 from cfsp.planning.allocation import ModelSize
@@ -145,27 +145,6 @@ def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
-class FFNWeights(NamedTuple):
-    """The matrices of one FFN as they are stored; of an attention the output matrix alone.
-
-    Metrics convert one at a time to float32: three copies of a wide FFN would be more memory than
-    anything else that the pass of the repair needs.
-    """
-
-    down_DF: Tensor
-    up_FD: Tensor | None
-    gate_FD: Tensor | None
-
-
-def read_ffn_weights(source: WeightSource, unit: int, ffn: int = 0) -> FFNWeights:
-    """Read the matrices of one FFN of a unit from a model, however its checkpoint stores them."""
-    down_DF = down_matrix(source, unit, ffn).cpu()
-    if source.units[unit].part == "kv":
-        return FFNWeights(down_DF, None, None)
-    gate_FD, up_FD = input_matrices(source, unit, ffn)
-    return FFNWeights(down_DF, up_FD.cpu(), None if gate_FD is None else gate_FD.cpu())
-
-
 def channel_scores(metric: str, statistics: UnitStatistics, weights: FFNWeights) -> Tensor:
     """Return the score of every channel of one FFN by a metric, float32, higher = keep."""
     norm_F: Tensor = statistics.norm_F.float()
@@ -208,7 +187,7 @@ def strongest_channels(score_F: Tensor, count: int) -> list[int]:
 
 def choose_channels(
     source: WeightSource,
-    unit: int,
+    unit: Unit,
     statistics: UnitStatistics,
     width: int,
     criterion: Criterion,
@@ -218,12 +197,12 @@ def choose_channels(
 
     An expert that saw few tokens is scored by its weights alone, and the plan says so.
     """
-    found, of_model = source.units[unit], source.architecture.experts
+    of_model = source.architecture.experts
     staying: Sequence[int] = range(statistics.ffns)
-    if experts and found.expert_axes and of_model is not None:
+    if experts and unit.expert_axes and of_model is not None:
         scores = expert_scores(statistics)
         staying = strongest_experts(scores, statistics.ffns - experts, of_model.groups)
-    if width == found.width:
+    if width == unit.width:
         return tuple(ffn * width + i for ffn in staying for i in range(width))
     kept: list[int] = []
     few = few_tokens(statistics)
@@ -234,8 +213,8 @@ def choose_channels(
         else:
             score_F = channel_scores(criterion.channel_metric, statistics.of_ffn(ffn), weights)
         # The columns of a KV group lie side by side.
-        score_F = score_F.view(found.width, -1).sum(1)
-        kept += [ffn * found.width + i for i in strongest_channels(score_F, width)]
+        score_F = score_F.view(unit.width, -1).sum(1)
+        kept += [ffn * unit.width + i for i in strongest_channels(score_F, width)]
     return tuple(kept)
 
 

@@ -32,7 +32,6 @@ from cfsp.settings import (
     DIVERGENCE,
     RUNS,
     SENSITIVITY,
-    UNIFORM,
     UNIT_PARTS,
     Budget,
     Criterion,
@@ -98,9 +97,7 @@ class Planner:
     ) -> Planner:
         """Return what plans by these statistics; of metrics that are `auto`, by what they allow."""
         check_statistics_fit(source, statistics)
-        if budget.widths == "equal":
-            criterion = replace(criterion, block_metric=UNIFORM)
-        elif criterion.block_metric == AUTO_METRIC:
+        if criterion.block_metric == AUTO_METRIC:
             metric = SENSITIVITY if statistics.sensitivity else ANGULAR
             criterion = replace(criterion, block_metric=metric)
         return Planner(source, statistics, budget, criterion)
@@ -134,8 +131,8 @@ class Planner:
 
     def channels(self, candidate: Candidate, widths: UnitWidths) -> Iterator[tuple[int, ...]]:
         """Yield the channels of every unit that stay."""
-        of_units = enumerate(zip(self.statistics.units, widths.kept_U, strict=True))
-        for unit, (observed, width) in of_units:
+        of_units = zip(self.source.units, self.statistics.units, widths.kept_U, strict=True)
+        for unit, observed, width in of_units:
             yield choose_channels(
                 self.source, unit, observed, width, self.criterion, candidate.experts
             )
@@ -192,11 +189,7 @@ class Planner:
 
     def _criterion_of(self, candidate: Candidate, size: ModelSize) -> dict[str, object]:
         """Return what a plan says of how it was chosen; of removal only where something may."""
-        budget, of = self.budget, self.budget.parts[0]
-        if candidate.parts:
-            of = "ffn"
-        elif "blocks" in budget.parts:  # an attention is a part of its block
-            of = "blocks"
+        budget = self.budget
         parts = [part for part in budget.parts if part in candidate.parts or part not in UNIT_PARTS]
         removal = DIVERGENCE if self.statistics.has_order_of(budget.whole_parts) else RUNS
         return {
@@ -204,7 +197,8 @@ class Planner:
             "clamp": self.criterion.clamp,
             **({"removal": removal} if budget.whole_parts else {}),
             "sparsity": candidate.sparsity,
-            "of": of,
+            # An attention is a part of its block, which comes last.
+            "of": "ffn" if candidate.parts else budget.parts[-1],
             # Of which all new FFN widths are multiples.
             "multiple": math.gcd(*size.of_parts(("ffn",)).multiple_U(budget)) or 1,
             **({} if tuple(parts) == DEFAULT_PARTS else {"parts": parts}),

@@ -86,6 +86,11 @@ class PruningPlan:
         """Whether blocks go whole, or attentions."""
         return bool(self.removed_blocks or self.removed_attentions)
 
+    @property
+    def narrows(self) -> bool:
+        """Whether units lose channels, beside those that go whole."""
+        return any(0 < unit.kept_width < unit.width for unit in self.kept_units)
+
     def index_of_block(self, block: int) -> int:
         """Return the index in the pruned model of a block that stays."""
         return index_without(self.removed_blocks, block)
@@ -127,15 +132,10 @@ class PruningPlan:
         return all(unit.block == i and not unit.path for i, unit in enumerate(self.units))
 
     @property
-    def has_ffns_only(self) -> bool:
-        """Whether no other part can lose anything."""
-        return all(unit.part == "ffn" for unit in self.units)
-
-    @property
     def has_parts(self) -> bool:
         """Whether anything goes that version 1 cannot say."""
         gone = self.removed_blocks or self.kept_experts is not None
-        return bool(gone) or not self.has_ffns_only
+        return bool(gone or self.of_part("kv"))
 
     @property
     def kept_experts(self) -> int | None:

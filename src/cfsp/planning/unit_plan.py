@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from cfsp.settings import UNIT_PARTS, Part
+from cfsp.settings import LEAST_WIDTH, UNIT_PARTS, Part
 
 MAX_BLOCKS = 1 << 16
 _MAX_WIDTH = 1 << 24
@@ -149,22 +149,21 @@ def unit_from_json(entry: dict[str, Any], index: int, removed: Collection[int]) 
     for value, is_sound in sound.items():
         if not is_sound:
             raise ValueError(f"a block has the impossible {value}")
-    return replace(found, kept=_checked_mask(entry, ffns * width, is_removed=block in removed))
+    return replace(found, kept=_checked_mask(entry, found, is_removed=block in removed))
 
 
-def _checked_mask(entry: dict[str, Any], total: int, *, is_removed: bool) -> tuple[int, ...]:
-    """Return the channels that stay of so many, as many in each expert that stays."""
+def _checked_mask(entry: dict[str, Any], unit: UnitPlan, *, is_removed: bool) -> tuple[int, ...]:
+    """Return the channels that stay of a unit, as many in each expert that stays."""
     try:
         packed = np.frombuffer(base64.b64decode(entry["kept"], validate=True), dtype=np.uint8)
     except binascii.Error as error:
         raise ValueError(f"kept channels are not base64: {error}") from error
-    mask, width = np.unpackbits(packed, bitorder="little"), entry["width"]
+    mask, total = np.unpackbits(packed, bitorder="little"), unit.ffns * unit.width
     if not 0 <= len(mask) - total < 8 or mask[total:].any():
-        raise ValueError(f"kept channels do not fit a width of {width}")
-    kept_E = mask[:total].reshape(-1, width).sum(axis=1, dtype=int)
+        raise ValueError(f"kept channels do not fit a width of {unit.width}")
+    kept_E = mask[:total].reshape(-1, unit.width).sum(axis=1, dtype=int)
     announced, experts = entry["kept_width"], entry.get("kept_experts", len(kept_E))
-    # An attention may go whole, an FFN only with its block.
-    may_go = is_removed or entry.get("part") == "kv"
+    may_go = is_removed or not LEAST_WIDTH[unit.part]
     for kept in set(kept_E.tolist()) - ({0} if experts < len(kept_E) else set()):
         if kept != announced or (is_removed if kept else not may_go):
             raise ValueError(f"{kept} channels are kept, {announced} are announced")

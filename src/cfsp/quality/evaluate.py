@@ -46,6 +46,14 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Exam:
+    """What models answer beside reading texts, each whole in memory."""
+
+    tasks: TaskRunner | None = None
+    questions: Questions | None = None  # which the dense model answers, too
+
+
+@dataclass(frozen=True)
 class _Model:
     """A model that is measured, its windows and prompts, and what its results begin with."""
 
@@ -105,8 +113,7 @@ class _Asked:
     """What models are asked, and by whom."""
 
     compute: Compute
-    tasks: TaskRunner | None
-    questions: Questions | None
+    exam: Exam
     compares: bool  # the first model is the dense one
     dense: Dense | None
     team: Team
@@ -121,9 +128,8 @@ def evaluate_models(
     names: Sequence[str | Path],
     texts: EvaluationText,
     compute: Compute,
-    tasks: TaskRunner | None = None,
+    exam: Exam = Exam(),
     *,
-    questions: Questions | None = None,
     against: str | Path | Dense | None = None,
     out: Path | None = None,
     team: Team | None = None,
@@ -145,7 +151,7 @@ def evaluate_models(
         (see `TaskRunner.score`), and with questions `answers` (see `answers_result`).
     """
     team = team or Team()
-    if questions is not None and against is None:
+    if exam.questions is not None and against is None:
         raise UsageError("answers are compared with those of the dense model; add --against DENSE")
     check_texts(evaluation=texts.names)  # before a model is downloaded or converted
     dense = against if isinstance(against, Dense) else None
@@ -154,7 +160,7 @@ def evaluate_models(
     sources = [*([dense.source] if dense else []), *(open_checkpoint(name) for name in names)]
     length = min(_window_length(texts, source) for source in sources)
     texts = replace(texts, seqlen=length)
-    models = [_Model.of(source, texts, questions, compute) for source in sources]
+    models = [_Model.of(source, texts, exam.questions, compute) for source in sources]
     if against is not None:
         _check_same_tokens(models)
     for each in models if against is None else ():
@@ -163,7 +169,7 @@ def evaluate_models(
                 "%s cuts text into other tokens than %s: their perplexities do not compare",
                 *(each.source.label, models[0].source.label),
             )
-    asked = _Asked(compute, tasks, questions, against is not None, dense, team)
+    asked = _Asked(compute, exam, against is not None, dense, team)
     identity = _identity(models, asked)
     check_same_work(team, sources, {"text": json.dumps(identity["texts"])})
     measure = partial(_measure, models, asked)
@@ -177,7 +183,7 @@ def evaluate_models(
 
 def _measure(models: Sequence[_Model], asked: _Asked, work_dir: WorkDir | None) -> dict[str, Any]:
     """Return what the file of results has of models, and of tasks if there are any."""
-    tasks, questions, known = asked.tasks, asked.questions, asked.known
+    tasks, questions, known = asked.exam.tasks, asked.exam.questions, asked.known
     new = models[len(known) :]
     if tasks is not None or questions is not None:
         what = "answering questions" if tasks is None else "scoring tasks"
@@ -291,7 +297,7 @@ def perplexity_by_text(
 
 def _identity(models: Sequence[_Model], asked: _Asked) -> dict[str, Any]:
     """Return what results depend on, for what an interrupted run left."""
-    tasks, questions = asked.tasks, asked.questions
+    tasks, questions = asked.exam.tasks, asked.exam.questions
     return {
         "command": "eval",
         "models": [each.facts["model"] for each in models],

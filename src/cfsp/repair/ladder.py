@@ -46,7 +46,7 @@ def needed_steps(repair: Repair, plan: PruningPlan) -> dict[str, Step]:
     take over what experts did that go.
     """
     is_needed = {
-        ridge_pass.NAME: any(unit.kept_width not in (0, unit.width) for unit in plan.kept_units),
+        ridge_pass.NAME: plan.narrows,
         sequential.GAPS: plan.has_gaps,
     }
     return {name: step for name, step in STEPS[repair].items() if is_needed.get(name, True)}
@@ -75,7 +75,7 @@ def check_can_be_repaired(source: WeightSource, settings: PruneSettings) -> None
     """Check that no block has experts or several FFN units where more than a ridge is asked for."""
     if settings.repair != "local":
         return
-    ffns = [unit.block for unit in source.units if unit.part == "ffn"]
+    ffns = [unit.block for unit in source.architecture.of_part("ffn").units]
     refused = {block: "has several" for block in ffns if ffns.count(block) > 1}
     experts = [unit.block for unit in source.units if unit.routed]
     refused |= dict.fromkeys(experts, "has experts, each of which sees few tokens")

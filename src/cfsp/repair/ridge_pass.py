@@ -21,7 +21,7 @@ import torch
 
 from cfsp.calibration.calibrate import added_up, check_seen, check_tokens, observe
 from cfsp.calibration.observed import ObservedBlock
-from cfsp.checkpoint.reading import down_matrix, parameters_with_down, units_of_block
+from cfsp.checkpoint.reading import down_matrix, parameters_with_down
 from cfsp.planning.importance import choose_channels
 from cfsp.processes import processes_on_machine
 from cfsp.repair.result import BlockRepair, PruningResult, add_step, write_tensors
@@ -33,6 +33,7 @@ from cfsp.streaming.memory import available_bytes
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cfsp.architecture.found import Unit
     from cfsp.checkpoint.reading import WeightSource
     from cfsp.job import Job
     from cfsp.text.windows import Windows
@@ -176,44 +177,43 @@ class _RidgePass(Visitor[ChosenBlock]):
         if self._waiting is None:
             return {}
         (block, observations), self._waiting = self._waiting, None
-        indices = units_of_block(self._source, block)
+        units = [pair for pair in enumerate(self._source.units) if pair[1].block == block]
         has_several = len({unit.block for unit in self._source.units}) < len(self._source.units)
         kept_U: list[tuple[int, ...]] = []
         repairs: list[BlockRepair | None] = []
         tensors: dict[str, Tensor] = {}
-        for index, statistics in zip(indices, self._turn[block].observed.units, strict=True):
+        for (index, unit), seen in zip(units, self._turn[block].observed.units, strict=True):
             keep = self._keep_U[index]
             if isinstance(keep, int):
-                keep = choose_channels(self._source, index, statistics, keep, self._criterion)
+                keep = choose_channels(self._source, unit, seen, keep, self._criterion)
             kept_U.append(tuple(keep))
             # Dropped when the unit is done: the Gram matrices of its FFNs are the most there is.
             observation = observations.pop(0)
             if not keep:  # an attention that goes whole
                 repairs.append(None)
                 continue
-            repair, down_of = _repair_unit(self._source, index, keep, observation)
+            repair, down_of = _repair_unit(self._source, unit, keep, observation)
             if has_several:
-                repair = {"block": block, "path": self._source.units[index].path, **repair}
+                repair = {"block": block, "path": unit.path, **repair}
             repairs.append(repair)
             if repair["kept"]:
-                tensors |= parameters_with_down(self._source, index, down_of)
+                tensors |= parameters_with_down(self._source, unit, down_of)
         if tensors:
             write_tensors(self._directory, block, tensors)
         return {block: (tuple(kept_U), tuple(repairs))}
 
 
 def _repair_unit(
-    source: WeightSource, index: int, kept: Sequence[int], observed: Observation
+    source: WeightSource, unit: Unit, kept: Sequence[int], observed: Observation
 ) -> tuple[BlockRepair, dict[int, Tensor]]:
     """Return what was done with the FFNs of a unit that stay, and their down projections."""
-    unit = source.units[index]
     kept_of: dict[int, list[int]] = {}
     for channel in kept:
         kept_of.setdefault(channel // unit.width, []).append(channel % unit.width)
     solutions: dict[int, RidgeSolution] = {}
     few: list[int] = []
     for ffn, own_K in kept_of.items():
-        down_DF = down_matrix(source, index, ffn).to(observed.device)
+        down_DF = down_matrix(source, unit, ffn).to(observed.device)
         gram, held_out_RF = observed.gram_E[ffn], observed.held_out_RF(ffn, unit.width)
         # A dense FFN has as many tokens as the user gave it; of experts some see very few.
         if unit.ffns > 1 and (gram.tokens < LEAST_FITTED or len(held_out_RF) < LEAST_HELD_OUT):
@@ -241,7 +241,7 @@ def _repair_unit(
 
 def gram_bytes(source: WeightSource, block: int) -> int:
     """Return what the Gram matrices of one block take: one, float32, for each FFN of its units."""
-    units = [source.units[index] for index in units_of_block(source, block)]
+    units = source.architecture.units_of(block)
     return sum(unit.ffns * unit.columns**2 * torch.float32.itemsize for unit in units)
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from cfsp.architecture.activations import observed_activations
-from cfsp.checkpoint.reading import down_matrix, parameters_with_down, units_of_block
+from cfsp.checkpoint.reading import down_matrix, parameters_with_down
 from cfsp.repair.ridge import LAMBDAS, GramSums, solved
 from cfsp.repair.two_streams import (
     Batch,
@@ -98,7 +98,7 @@ class SequentialRepair(TwoStreams):
         if unit is None or (self.blocks is not None and group.last not in self.blocks):
             return None
         down_DK = down_matrix(self.pruned, unit).to(group.device)
-        gram_KK, cross_KD, held_out = _observe(group, self.pruned.units[unit], down_DK)
+        gram_KK, cross_KD, held_out = _observe(group, unit, down_DK)
         before = group.judge_unchanged(hidden_loss)
         strength, best_DK, least = None, down_DK, before.loss
         every_K = torch.arange(len(gram_KK), device=gram_KK.device)
@@ -121,15 +121,15 @@ class SequentialRepair(TwoStreams):
         return block_repair(before, after, strength=strength if after else None), tensors
 
 
-def _last_to_write(pruned: PrunedSource, block: int) -> int | None:
+def _last_to_write(pruned: PrunedSource, block: int) -> Unit | None:
     """Return the unit of a block whose matrix can take over what is lost before the next block.
 
     It is the only dense FFN, or else the attention. None of a block with several dense FFNs, or
     with experts alone.
     """
-    units = units_of_block(pruned, block)
-    ffns = [unit for unit in units if pruned.units[unit].part == "ffn"]
-    dense = [unit for unit in ffns if not pruned.units[unit].routed]
+    units = pruned.architecture.units_of(block)
+    ffns = [unit for unit in units if unit.part == "ffn"]
+    dense = [unit for unit in ffns if not unit.routed]
     if ffns:
         return dense[0] if len(dense) == 1 else None
     return units[-1] if units else None

@@ -18,12 +18,11 @@ from typing import Any
 from cfsp.architecture.block_names import counted
 from cfsp.architecture.model_classes import auto_class_of_type
 from cfsp.checkpoint.own_files import MODELING_FILE
-from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.importance import SCORE_IN_WORDS
 from cfsp.repair.result import rejected_blocks
 from cfsp.result.names import public_command, public_name
 from cfsp.result.tables import human_bytes
-from cfsp.settings import ANGULAR, DEFAULT_PARTS, UNIT_PARTS, removal_in_words
+from cfsp.settings import ANGULAR, DEFAULT_PARTS, UNIT_PARTS, parts_in_words, removal_in_words
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def _command(made: Mapping[str, Any]) -> str:
 def _pruning(manifest: Mapping[str, Any]) -> dict[str, str]:
     criterion = manifest["criterion"]
     parts = criterion.get("parts", DEFAULT_PARTS)
-    channels = channels_in_words(parts)
+    channels = parts_in_words(part for part in UNIT_PARTS if part in parts)
     of = {
         "ffn": f"{channels} of what stays" if {*parts} - {*UNIT_PARTS} else channels,
         "attention": "attention parameters",
@@ -72,7 +71,7 @@ def _pruning(manifest: Mapping[str, Any]) -> dict[str, str]:
         tried = f", {len(goal['tried'])} plans tried" if goal["tried"] else ""
         facts["goal"] = f"--{name} {goal['asked']:g}{tried}"
     facts["asked for"] = f"{criterion['sparsity']:.1%} of {of}"
-    if {*parts} & {*UNIT_PARTS}:
+    if channels:
         metric = criterion["block_metric"]
         facts["blocks by"] = f"{metric} distance" if metric == ANGULAR else metric
         facts["channels by"] = criterion["channel_metric"]

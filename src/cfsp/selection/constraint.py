@@ -31,9 +31,7 @@ from cfsp.planning.candidate import (
 )
 from cfsp.planning.importance import experts_to_remove
 from cfsp.planning.make import Planner, model_size, parameters_of_channels
-from cfsp.settings import Budget, Part, WholePart
-
-_NOUNS: dict[WholePart, str] = {"blocks": "blocks", "attention": "attention layers"}
+from cfsp.settings import PART_NOUNS, Budget, Part, WholePart
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class DropBudget:
         sizes = DropSizes.of(source, [part], keep)
         most = len(sizes.of_one) - (not sizes.some_stay)
         if count > most:
-            raise _too_many(sizes, counted(count, _NOUNS[part]), str(most))
+            raise _too_many(sizes, counted(count, PART_NOUNS[part]), str(most))
         return DropBudget((part,), sizes, 0.0, count)
 
     @staticmethod
@@ -120,16 +118,11 @@ class DropBudget:
 
 
 def _too_many(sizes: DropSizes, what: str, most: str) -> BudgetError:
-    noun = _NOUNS["blocks" if sizes.block_of else "attention"]
+    noun = PART_NOUNS["blocks" if sizes.block_of else "attention"]
     stay = "what --keep names" if sizes.some_stay else f"at least one of {len(sizes.of_one)} {noun}"
     return BudgetError(
         f"cannot remove {what}: {stay} must stay; between 0 and {most} can be removed"
     )
-
-
-def drops_in_words(parts: Sequence[Part]) -> str:
-    """Return what may be dropped."""
-    return " and ".join(noun for part, noun in _NOUNS.items() if part in parts)
 
 
 # How much of the blocks, or attentions, is ever dropped beside others.

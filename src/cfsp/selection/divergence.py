@@ -176,11 +176,7 @@ class MaskedModel:
     @contextmanager
     def _without(self, dropped: Dropped, kept: KeptChannels) -> Iterator[None]:
         units = self._source.units
-        gone = {
-            index: ()
-            for index, unit in enumerate(units)
-            if unit.part == "kv" and unit.block in dropped.attentions
-        }
+        gone = {index: () for index, unit in enumerate(units) if dropped.takes(unit)}
         masks = {
             index: kept_K
             for index, kept_K in {**gone, **kept}.items()
@@ -326,16 +322,15 @@ def with_needed_sensitivity(job: Job, statistics: Statistics, windows: Windows) 
     decided not to measure: there may be another amount of memory now. Of several processes the
     first decides and measures.
     """
-    source, runtime, work_dir = job.source, job.runtime, job.work_dir
-    criterion, parts = job.criterion, {"ffn", *job.budget.channel_parts}
+    work_dir, parts = job.work_dir, {"ffn", *job.budget.channel_parts}
     if statistics.sensitivity is not None and all(map(statistics.sensitivity.of_part, parts)):
         return statistics
 
     def measure() -> dict[str, Any]:
-        if not follow_sensitivity(source, criterion, runtime):
+        if not follow_sensitivity(job.source, job.criterion, job.runtime):
             return {"sensitivity": None}
         with work_dir.watch.stage("sensitivity"):
-            found = measure_sensitivity(source, statistics, windows, criterion, runtime, parts)
+            found = measure_sensitivity(job, statistics, windows, parts)
         return {"sensitivity": asdict(found)}
 
     # Other windows would be another measurement.
@@ -348,26 +343,15 @@ def with_needed_sensitivity(job: Job, statistics: Statistics, windows: Windows) 
 
 
 def measure_sensitivity(
-    source: WeightSource,
-    statistics: Statistics,
-    windows: Windows,
-    criterion: Criterion,
-    runtime: Runtime,
-    parts: Collection[Part] = UNIT_PARTS,
+    job: Job, statistics: Statistics, windows: Windows, parts: Collection[Part]
 ) -> Sensitivity:
     """Return the sensitivity of blocks, on the beginnings of a few windows of every text."""
-    tokens_NT = few_beginnings(windows).tokens_NT
-    kept_U = [
-        choose_channels(
-            source,
-            index,
-            statistics.units[index],
-            max(1, round(unit.width * (1 - SENSITIVITY_SPARSITY))),
-            criterion,
-        )
-        for index, unit in enumerate(source.units)
-    ]
-    model = load_whole(source, runtime, "measuring the sensitivity of blocks")
+    source, tokens_NT = job.source, few_beginnings(windows).tokens_NT
+    kept_U = []
+    for unit, observed in zip(source.units, statistics.units, strict=True):
+        width = max(1, round(unit.width * (1 - SENSITIVITY_SPARSITY)))
+        kept_U.append(choose_channels(source, unit, observed, width, job.criterion))
+    model = load_whole(source, job.runtime, "measuring the sensitivity of blocks")
     of_part: dict[str, Sensitivity] = {}
     for part, found_L in block_sensitivities(source, model, tokens_NT, kept_U, parts).items():
         if not all(map(math.isfinite, found_L)):

@@ -25,15 +25,18 @@ import torch
 
 from cfsp.calibration.statistics import Removal, RunDistances, Statistics
 from cfsp.checkpoint.reading import WeightSource
+from cfsp.checkpoint.skeleton import stock_config
+from cfsp.checkpoint.stored_blocks import names_without_blocks
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError, UsageError
+from cfsp.job import Job
 from cfsp.planning.candidate import NOTHING, Droppable, Dropped
 from cfsp.progress import item_progress
-from cfsp.selection.constraint import DropBudget, drops_in_words
+from cfsp.selection.constraint import DropBudget
 from cfsp.selection.divergence import MaskedModel, few_beginnings, load_whole
-from cfsp.settings import Budget
-from cfsp.streaming.block_proof import check_attentions_can_go, check_blocks_can_go
-from cfsp.streaming.runtime import Runtime, fits
-from cfsp.streaming.work_dir import WorkDir, load_or_compute
+from cfsp.settings import Budget, parts_in_words
+from cfsp.streaming.block_proof import prove_without_attentions, prove_without_blocks
+from cfsp.streaming.runtime import fits
+from cfsp.streaming.work_dir import load_or_compute
 from cfsp.text.windows import Windows
 
 if TYPE_CHECKING:
@@ -88,7 +91,7 @@ def order_of_removal(
                 left.discard(cheapest)
         return None
 
-    with item_progress(f"choosing {drops_in_words(parts)}", _about(wanted), "removal") as bar:
+    with item_progress(f"choosing {parts_in_words(parts)}", _about(wanted), "removal") as bar:
         while (best := cheapest_that_can_go()) is not None:
             part, block = best
             gone, divergence = gone.plus(best), divergence + added[best]
@@ -134,52 +137,45 @@ def _about(wanted: Sequence[DropBudget]) -> int:
     return len(gone)
 
 
-def follow_divergence(
-    source: WeightSource, budget: Budget, runtime: Runtime, work_dir: WorkDir
-) -> bool:
+def follow_divergence(job: Job) -> bool:
     """Return whether blocks or attentions go by what the predictions lose.
 
     Statistics for the one are not those for the other, and memory comes and goes: of several
     processes the first decides, and what a killed run had decided holds.
     """
-    if not budget.whole_parts:
+    if not job.budget.whole_parts:
         return False
-    found = work_dir.team.from_first(
-        lambda: load_or_compute(work_dir, "fits", lambda: {"fits": fits(source, runtime)})
-    )
+
+    def look() -> dict[str, Any]:
+        return {"fits": fits(job.source, job.runtime)}
+
+    found = job.work_dir.team.from_first(lambda: load_or_compute(job.work_dir, "fits", look))
     return bool(found["fits"])
 
 
-def follow_runs(source: WeightSource, budget: Budget, runtime: Runtime, work_dir: WorkDir) -> bool:
+def follow_runs(job: Job) -> bool:
     """Return whether blocks go by how far runs of them turn the hidden state."""
-    return "blocks" in budget.parts and not follow_divergence(source, budget, runtime, work_dir)
+    return "blocks" in job.budget.parts and not follow_divergence(job)
 
 
-def check_can_be_compared(
-    source: WeightSource, budget: Budget, runtime: Runtime, work_dir: WorkDir
-) -> None:
+def check_can_be_compared(job: Job) -> None:
     """Check that what is compared with other parts, or in number, goes by what predictions lose."""
-    is_compared = budget.whole_parts and len(budget.parts) > 1
-    if is_compared and not follow_divergence(source, budget, runtime, work_dir):
+    is_compared = job.budget.whole_parts and len(job.budget.parts) > 1
+    if is_compared and not follow_divergence(job):
         needed = "the whole model in memory; prune one part, then another of the result"
-        raise cannot_be_tried(budget, needed)
+        raise cannot_be_tried(job.budget, needed)
 
 
 def cannot_be_tried(budget: Budget, needed: str) -> UsageError:
     """Return the error that it cannot be tried how much of each part goes."""
     return UsageError(
-        f"--parts {','.join(budget.parts)} tries how many {drops_in_words(budget.whole_parts)} "
+        f"--parts {','.join(budget.parts)} tries how many {parts_in_words(budget.whole_parts)} "
         f"should go, which requires {needed}"
     )
 
 
 def with_order(
-    source: WeightSource,
-    statistics: Statistics,
-    windows: Windows,
-    wanted: Sequence[DropBudget],
-    runtime: Runtime,
-    work_dir: WorkDir,
+    job: Job, statistics: Statistics, windows: Windows, wanted: Sequence[DropBudget]
 ) -> Statistics:
     """Add the order in which blocks or attentions go, where budgets need more of it.
 
@@ -189,17 +185,17 @@ def with_order(
     missing = [each for each in wanted if each.first(statistics.removals_of(each.parts)) is None]
     if not missing:
         return statistics
-    needed = {each.parts for each in missing}
+    needed, work_dir = {each.parts for each in missing}, job.work_dir
 
     def measure() -> dict[str, Any]:
         removals: list[Removal] = []
         few = few_beginnings(windows, _TOKENS)
         for parts in sorted(needed):
-            what = f"choosing the {drops_in_words(parts)} that go"
+            what = f"choosing the {parts_in_words(parts)} that go"
             with work_dir.watch.stage("order of removal"):
                 budgets = [each for each in missing if each.parts == parts]
-                model = load_whole(source, runtime, what)
-                removals += order_of_removal(source, model, few.tokens_NT, budgets)
+                model = load_whole(job.source, job.runtime, what)
+                removals += order_of_removal(job.source, model, few.tokens_NT, budgets)
         return {"removals": [asdict(each) for each in removals]}
 
     # Other windows would be another choice.
@@ -236,10 +232,12 @@ def dropped_by(source: WeightSource, statistics: Statistics, budget: DropBudget)
 
 def check_can_go(source: WeightSource, dropped: Dropped) -> None:
     """Check that a model can do without some blocks, and without the attentions of others."""
+    stock = stock_config(source.config)
     if dropped.blocks:
-        check_blocks_can_go(source, dropped.blocks)
+        names_without_blocks(source, dropped.blocks)  # it can be written
+        prove_without_blocks(stock, dropped.blocks)
     if dropped.attentions:
-        check_attentions_can_go(source, dropped.attentions, dropped.blocks)
+        prove_without_attentions(stock, source.architecture, dropped.attentions, dropped.blocks)
 
 
 def can_go(source: WeightSource, dropped: Dropped) -> bool:
@@ -256,7 +254,7 @@ def _by_order(source: WeightSource, statistics: Statistics, budget: DropBudget) 
     taken = budget.first(order)
     if taken is None:
         raise StatisticsError(
-            f"the statistics say of {len(order)} {drops_in_words(budget.parts)} in which order "
+            f"the statistics say of {len(order)} {parts_in_words(budget.parts)} in which order "
             "they go, and the budget needs more; make statistics that say it of more with: cfsp "
             f"calibrate --parts {','.join(budget.parts)}"
         )
@@ -284,7 +282,7 @@ def _least_distances(
             return chosen
     stays = f"that of block {min(banned)} is one that cannot; " if banned else ""
     raise UnsupportedModelError(
-        f"only {len(candidates)} of {len(every)} {drops_in_words(budget.parts)} can go, "
+        f"only {len(candidates)} of {len(every)} {parts_in_words(budget.parts)} can go, "
         f"which is less than the budget asks for; {stays}"
         f"remove FFN channels too (--target-params with --parts {','.join(budget.parts)},ffn)"
     )

@@ -16,7 +16,6 @@ from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.checkpoint.text_config import longest_input_of, text_config_of
 from cfsp.errors import BudgetError
 from cfsp.job import Job
-from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.make import Planner, model_size, parameters_of_channels
 from cfsp.quality.perplexity import loss_in_memory
@@ -43,6 +42,7 @@ from cfsp.settings import (
     TargetKVCache,
     TargetParameters,
     TargetSpeedup,
+    parts_in_words,
 )
 from cfsp.streaming.runtime import Runtime, runtime_of
 from cfsp.streaming.work_dir import WorkDir, load_or_compute
@@ -319,7 +319,7 @@ class LossIncrease(Constraint):
             least = min(tried, key=lambda entry: entry.sparsity)
             raise BudgetError(
                 f"the loss cannot stay within {goal.nats:g} nats per token of the dense model's "
-                f"{dense:.3f}: already {least.sparsity:.1%} of the {channels_in_words(parts)} cost "
+                f"{dense:.3f}: already {least.sparsity:.1%} of the {parts_in_words(parts)} cost "
                 f"{least.value:.3f}; allow more, or calibrate on text like that it is measured on"
             )
         return {

@@ -24,7 +24,6 @@ import numpy as np
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.skeleton import empty_model
 from cfsp.errors import BudgetError, UsageError
-from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.candidate import NOTHING, Candidate, Dropped, DropSizes
 from cfsp.planning.make import Planner, model_size
 from cfsp.selection.constraint import (
@@ -32,11 +31,10 @@ from cfsp.selection.constraint import (
     Attempt,
     Constraint,
     DropBudget,
-    drops_in_words,
     highest_step,
     last_that_holds,
 )
-from cfsp.settings import Budget, Part, Phase, TargetSpeedup
+from cfsp.settings import PART_NOUNS, Budget, Part, Phase, TargetSpeedup
 from cfsp.speed.bench import compare_speed
 from cfsp.speed.subjects import HARDLY, Conditions, SmallerModel, Subject, Workload
 from cfsp.streaming.memory import available_bytes
@@ -192,11 +190,7 @@ class Speedup(Constraint):
         """Return the error that says how far each part reaches."""
         parts = self.budget.parts
         most = max((each.value for each in self.tried), default=self._reach(parts))
-        alone = ", ".join(
-            f"{channels_in_words((part,)) or drops_in_words((part,))} reach "
-            f"{self._reach((part,)):.2f}"
-            for part in parts
-        )
+        alone = ", ".join(f"{PART_NOUNS[part]} reach {self._reach((part,)):.2f}" for part in parts)
         return BudgetError(
             f"{self.goal.phase} cannot become {self.goal.ratio:g} times faster with --parts "
             f"{','.join(parts)}: it is predicted to be {most:.2f} times faster at most, because "

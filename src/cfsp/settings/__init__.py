@@ -12,18 +12,18 @@ from __future__ import annotations
 # fmt: off
 # isort: off
 from cfsp.settings.budget import (
-    DEFAULT_PARTS, GOALS, PARTS, PROVED_PARTS, UNIT_PARTS, WHOLE_PARTS, Budget, Goal,
-    MaxLossIncrease, Part, Phase, TargetKVCache, TargetParameters, TargetSpeedup, WholePart,
-    parse_parts, unit_parts,
+    DEFAULT_PARTS, GOALS, LEAST_WIDTH, PART_NOUNS, PARTS, PROVED_PARTS, UNIT_PARTS, WHOLE_PARTS,
+    Budget, Goal, MaxLossIncrease, Part, Phase, TargetKVCache, TargetParameters, TargetSpeedup,
+    WholePart, parts_in_words, unit_parts,
 )
 from cfsp.settings.options import (
-    Declared, Option, check_names, fraction, from_names, given_of, option, options_of,
+    Declared, Option, check_names, fraction, from_names, given_of, names_in, option, options_of,
 )
 from cfsp.settings.pruning import (
     ANGULAR, AUTO_METRIC, BEST_EFFORT, BEST_WITHOUT_TRAINING, BLOCK_METRICS, CHANNEL_METRICS,
-    DEFAULT_CLAMP, DEFAULT_REPAIR, DIVERGENCE, DTYPES, EFFORTS, OF_PRUNE, REPAIRS, RUNS,
-    SENSITIVITY, UNIFORM, Clamp, Compute, Criterion, LocalTraining, PruneSettings, Repair,
-    asked, prune_settings, removal_in_words, worth_in_words,
+    DEFAULT_CLAMP, DIVERGENCE, DTYPES, EFFORTS, OF_PRUNE, REPAIRS, RUNS, SENSITIVITY, UNIFORM,
+    Clamp, Compute, Criterion, LocalTraining, PruneSettings, Repair, asked, prune_settings,
+    removal_in_words, worth_in_words,
 )
 from cfsp.settings.text import (
     BOS, BOS_HELP, DEFAULT_QUESTIONS, DEFAULT_SAMPLES, DEFAULT_SEQLEN, DEFAULT_TEXT, Bos,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -11,6 +11,7 @@ from cfsp.settings.options import (
     Declared,
     advanced_option,
     fraction,
+    names_in,
     number_or_auto,
     option,
     options_of,
@@ -18,8 +19,18 @@ from cfsp.settings.options import (
 
 Part = Literal["ffn", "kv", "attention", "blocks", "experts"]
 PARTS: tuple[Part, ...] = get_args(Part)
+# What goes of each.
+PART_NOUNS: dict[Part, str] = {
+    "ffn": "FFN channels",
+    "kv": "KV groups",
+    "attention": "attention layers",
+    "blocks": "blocks",
+    "experts": "experts",
+}
 # Those that are units of a block, which get narrower.
 UNIT_PARTS: tuple[Part, ...] = ("ffn", "kv")
+# Of how many channels one keeps at least: an attention may go whole, an FFN only with its block.
+LEAST_WIDTH: dict[Part, int] = {"ffn": 1, "kv": 0}
 # Those that are proved when a model is opened; of blocks it depends on which go.
 PROVED_PARTS: tuple[Part, ...] = (*UNIT_PARTS, "attention", "experts")
 DEFAULT_PARTS: tuple[Part, ...] = ("ffn",)
@@ -159,9 +170,9 @@ def unit_parts(parts: Sequence[Part]) -> tuple[Part, ...]:
     return tuple(part for part in UNIT_PARTS if part in needed)
 
 
-def parse_parts(text: str) -> tuple[str, ...]:
-    """Return what a text like `blocks,ffn` names; `Budget` checks it."""
-    return tuple(part.strip() for part in text.split(","))
+def parts_in_words(parts: Iterable[Part]) -> str:
+    """Return what goes of some parts."""
+    return " and ".join(PART_NOUNS[part] for part in parts)
 
 
 Widths = Literal["importance", "equal"]
@@ -209,14 +220,14 @@ class Budget(Declared):
         DEFAULT_PARTS,
         "what may go: ffn (channels), kv (KV groups), attention (layers), blocks, experts; several "
         "share one target",
-        kind=parse_parts,
+        kind=names_in,
         metavar="KIND,...",
         default="ffn",
     )
     keep: tuple[str, ...] = option(
         (),
         "blocks that stay whole, and modules by name: 0,1,29 or 'model.layers.*.self_attn'",
-        kind=parse_parts,
+        kind=names_in,
         metavar="WHAT,...",
     )
     remove: int | None = advanced_option(
@@ -229,7 +240,7 @@ class Budget(Declared):
     )
 
     def __post_init__(self) -> None:
-        given = parse_parts(self.parts) if isinstance(self.parts, str) else self.parts
+        given = names_in(self.parts) if isinstance(self.parts, str) else self.parts
         for part in given:
             if part not in PARTS:
                 raise UsageError(
@@ -244,7 +255,7 @@ class Budget(Declared):
                 "whole experts go alone, found --parts "
                 f"{','.join(self.parts)}: give --parts experts, then prune the result again"
             )
-        keep: Any = parse_parts(self.keep) if isinstance(self.keep, str) else self.keep
+        keep: Any = names_in(self.keep) if isinstance(self.keep, str) else self.keep
         keep = (keep,) if isinstance(keep, int) else keep
         object.__setattr__(self, "keep", tuple(str(each) for each in keep))
         if self.keep and "experts" in self.parts:

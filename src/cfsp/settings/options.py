@@ -129,6 +129,11 @@ def check_names(function: Callable[..., Any], given: Iterable[str], *known: type
             )
 
 
+def names_in(text: str) -> tuple[str, ...]:
+    """Return what a text like `piqa,arc_easy` names."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def fraction(text: str) -> float:
     """Return the number that `0.2` or `20%` means."""
     try:

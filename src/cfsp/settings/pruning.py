@@ -86,7 +86,6 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 Repair = Literal["none", "ridge", "local"]
 REPAIRS: tuple[Repair, ...] = get_args(Repair)
-DEFAULT_REPAIR: Repair = "ridge"
 
 EFFORTS: dict[str, Repair] = {"fast": "none", "standard": "ridge", "best": "ridge"}
 DEFAULT_EFFORT = "standard"
@@ -136,7 +135,7 @@ class PruneSettings:
     criterion: Criterion = field(default_factory=Criterion)
     text: CalibrationText = field(default_factory=CalibrationText)
     compute: Compute = field(default_factory=Compute)
-    repair: Repair = DEFAULT_REPAIR
+    repair: Repair = EFFORTS[DEFAULT_EFFORT]
     local: LocalTraining = field(default_factory=LocalTraining)
     goal: Goal | None = None
     # Nobody said what may go: a goal for parameters may also take blocks (`selection.goal`).

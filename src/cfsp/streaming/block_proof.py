@@ -39,7 +39,7 @@ from cfsp.checkpoint.stock_keys import (
     stock_without_blocks,
     with_same_changes,
 )
-from cfsp.checkpoint.stored_blocks import name_without_blocks, names_without_blocks
+from cfsp.checkpoint.stored_blocks import name_without_blocks
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import UnsupportedModelError, first_line
 from cfsp.streaming.stand_in import find_call_form, skipped
@@ -53,15 +53,9 @@ if TYPE_CHECKING:
 _CPU = torch.device("cpu")
 
 
-def check_blocks_can_go(source: WeightSource, removed: Collection[int]) -> None:
-    """Check that a model can be written without blocks, and computes as if they were skipped."""
-    names_without_blocks(source, removed)
-    prove_without_blocks(stock_config(source.config), removed)
-
-
 @torch.no_grad()
 def prove_without_blocks(stock: PreTrainedConfig, removed: Collection[int]) -> None:
-    """Check the same of the model of a config, whatever its tensors are stored as."""
+    """Check that the model of a stock config computes without blocks as if they were skipped."""
     changes = changes_without_blocks(stock, removed)
     run = small_run_of(stock)
     decoder: Any = run.model.get_submodule(run.architecture.decoder)
@@ -81,17 +75,6 @@ def prove_without_blocks(stock: PreTrainedConfig, removed: Collection[int]) -> N
         check_same("cut", "the output with these blocks skipped", cut.decoder_output, expected)
 
 
-def check_attentions_can_go(
-    source: WeightSource, removed: Collection[int], removed_blocks: Collection[int] = ()
-) -> None:
-    """Check that a model computes the same without attentions of blocks as with nothing from them.
-
-    It was opened with its attentions; beside them blocks may go that can. One of a kind must stay.
-    """
-    stock = stock_config(source.config)
-    prove_without_attentions(stock, source.architecture, removed, removed_blocks)
-
-
 @torch.no_grad()
 def prove_without_attentions(
     stock: PreTrainedConfig,
@@ -99,7 +82,10 @@ def prove_without_attentions(
     removed: Collection[int],
     removed_blocks: Collection[int] = (),
 ) -> None:
-    """Check the same of the model of a stock config."""
+    """Check that the model computes the same without attentions as with nothing from them.
+
+    The architecture has them; beside them blocks may go that can. One of a kind must stay.
+    """
     name = architecture.class_name
     what = f"the attentions of {blocks_in_words(sorted(removed))} of {name} can't be removed"
     if removed_blocks:
@@ -108,7 +94,7 @@ def prove_without_attentions(
         removed = [index_without(removed_blocks, block) for block in removed]
     run = small_run_of(stock)
     decoder: Any = run.model.get_submodule(run.architecture.decoder)
-    attentions = [unit for unit in architecture.stock_units if unit.part == "kv"]
+    attentions = architecture.of_part("kv").stock_units
     gone = {unit.block for unit in architecture.gone}
     kinds = getattr(text_config_of(stock), "layer_types", None)
     _check_some_stay(attentions, {*removed, *gone}, kinds, what)

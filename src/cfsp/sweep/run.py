@@ -32,11 +32,12 @@ from cfsp.checkpoint.output import (
 from cfsp.checkpoint.own_files import STATISTICS_FILE, SWEEP_FILE
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
 from cfsp.errors import CfspError, OutputError
+from cfsp.job import Known
 from cfsp.pipeline import calibrate_source, prune_checkpoint
 from cfsp.progress import item_progress
 from cfsp.quality.answers import Questions
 from cfsp.quality.compare import compare
-from cfsp.quality.evaluate import Dense, evaluate_models
+from cfsp.quality.evaluate import Dense, Exam, evaluate_models
 from cfsp.quality.perplexity import before_and_after
 from cfsp.quality.results_file import measured_model
 from cfsp.quality.tasks.harness import TaskRunner
@@ -114,23 +115,23 @@ class _Sweep:
     opened: Callable[[tuple[Part, ...]], Checkpoint]  # as `cfsp prune` opens it for a point
     out: Path
     compute: Compute
-    tasks: TaskRunner | None
-    questions: Questions | None
+    exam: Exam
 
 
 def run_sweep(
     settings: SweepSettings, out: Path, compute: Compute, *, command: str = ""
 ) -> list[Row]:
     """Make every model of a sweep that is not there yet, and return the whole table."""
-    tasks, questions, points = None, None, settings.points(compute)
+    exam, points = Exam(), settings.points(compute)
     if settings.tasks:
         data = None if settings.task_data is None else Path(settings.task_data)
-        tasks = TaskRunner.of(TaskSelection(tuple(settings.tasks), settings.limit, data=data))
+        selection = TaskSelection(tuple(settings.tasks), settings.limit, data=data)
+        exam = replace(exam, tasks=TaskRunner.of(selection))
     if settings.answers is not None:
-        questions = Questions.of(settings.answers)
+        exam = replace(exam, questions=Questions.of(settings.answers))
     opened = cache(lambda parts: open_checkpoint(settings.model, parts=parts))
     asked = dict.fromkeys(part for point in points for part in point.settings.budget.parts)
-    sweep = _Sweep(settings, points, opened(tuple(asked)), opened, out, compute, tasks, questions)
+    sweep = _Sweep(settings, points, opened(tuple(asked)), opened, out, compute, exam)
     check_is_outside(out, sweep.source.directory)
     with created_parents(out), exclusive(out), _kept(sweep):
         _claim(out, settings)
@@ -157,8 +158,7 @@ def _evaluated(
         names,
         sweep.settings.evaluation,
         sweep.compute,
-        sweep.tasks,
-        questions=sweep.questions,
+        sweep.exam,
         against=dense,
         out=out,
     )
@@ -225,11 +225,11 @@ def _statistics(sweep: _Sweep) -> Statistics:
 def _make(sweep: _Sweep, point: Point, dense: Dense, command: str) -> None:
     """Prune and measure one model, in a place that is empty even after a kill."""
     own = sweep.opened(point.settings.budget.parts)
-    statistics = _statistics(sweep).of_units({unit.part for unit in own.units})
+    known = Known(_statistics(sweep).of_units({unit.part for unit in own.units}))
     working, finished = sweep.out / _WORKING, sweep.out / point.name
     shutil.rmtree(working, ignore_errors=True)
     try:
-        prune_checkpoint(own, working, point.settings, statistics=statistics, command=command)
+        prune_checkpoint(own, working, point.settings, known=known, command=command)
         before, found = dense.result, _evaluated(sweep, [working], dense)[-1]
         first, second = measured_model("dense", before), measured_model("pruned", found)
         facts = {

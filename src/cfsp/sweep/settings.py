@@ -15,24 +15,22 @@ with it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cfsp.errors import UsageError, did_you_mean
 from cfsp.settings import (
     ANGULAR,
-    DEFAULT_REPAIR,
     DEFAULT_TEXT,
     PARTS,
     Bos,
-    Budget,
     CalibrationText,
     Compute,
-    Criterion,
     EvaluationText,
     PruneSettings,
     from_names,
-    parse_parts,
+    names_in,
+    prune_settings,
 )
 
 _PLAIN = {"block_metric": ANGULAR, "repair": "none"}
@@ -48,8 +46,8 @@ def method_named(name: str) -> str:
     """Return the name of a method; of parts as they are called in their own order."""
     if name in METHODS:
         return name
-    given = parse_parts(name)
-    if not {*given} <= {*PARTS}:
+    given = names_in(name)
+    if not given or not {*given} <= {*PARTS}:
         raise UsageError(
             f"unknown method {name!r}{did_you_mean(name, METHODS)}; known are: "
             f"{', '.join(METHODS)}, and a part as cfsp prune --parts has it, such as blocks"
@@ -99,14 +97,13 @@ class SweepSettings:
     def points(self, compute: Compute) -> list[Point]:
         """Return all models, in the order in which they are made."""
         given = {name: value for name, value in vars(self).items() if value is not None}
-        text = from_names(CalibrationText, given)
         found = []
         for name in self.methods:
             method = METHODS.get(name, {"parts": name})
-            criterion, repair = from_names(Criterion, method), method.get("repair", DEFAULT_REPAIR)
             for sparsity in self.sparsity:
-                budget = from_names(Budget, {**method, **given}, sparsity=sparsity).for_goal(None)
-                settings = PruneSettings(budget, criterion, text, compute, repair)
+                settings = prune_settings({**method, **given, "sparsity": sparsity})
+                # Beside the dense model all are measured afterwards.
+                settings = replace(settings, compute=compute, evaluation=EvaluationText())
                 found.append(Point(f"{name}-{sparsity:.4g}", name, settings))
         return found
 

@@ -16,15 +16,15 @@ from cfsp.result.facts import NOTHING, unit_rows
 from cfsp.result.page.chart import Chart, Mark, Panel, Scale, panel_title, round_scale
 from cfsp.result.runs import RunFacts
 from cfsp.result.tables import Table
-from cfsp.settings import SENSITIVITY, Part, removal_in_words, worth_in_words
+from cfsp.settings import PART_NOUNS, SENSITIVITY, Part, removal_in_words, worth_in_words
 
 _WORTH_HEIGHT, _HEIGHT = 110, 170
-# What has the units of a part, what these are, and between what distances are.
-_NOUNS: dict[Part, tuple[str, str, str]] = {
-    "ffn": ("block", "FFN channels", "a block's input and output"),
+# The chart of a part, what has its units, and between what distances are.
+_WORDS: dict[Part, tuple[str, str, str]] = {
+    "ffn": ("blocks", "block", "a block's input and output"),
     "kv": (
+        "attentions",
         "attention layer",
-        "KV groups",
         "the hidden states before and after the attention where these are seen, else between the "
         "block's input and output",
     ),
@@ -38,8 +38,9 @@ def block_chart(runs: Sequence[RunFacts], part: Part = "ffn") -> Chart | None:
     planned = [(run, plan) for run, plan in plans if plan.units]
     if not planned:
         return None
-    thing, noun, between = _NOUNS[part]
-    metrics = {plan.criterion["block_metric"] for _, plan in planned if _narrows(plan)}
+    which, thing, between = _WORDS[part]
+    noun = PART_NOUNS[part]
+    metrics = {plan.criterion["block_metric"] for _, plan in planned if plan.narrows}
     by_distance = SENSITIVITY not in metrics
     scale = "Importance is relative to the largest."
     if by_distance:
@@ -63,7 +64,7 @@ def block_chart(runs: Sequence[RunFacts], part: Part = "ffn") -> Chart | None:
         for name, *units in zip(names, *columns, strict=True)
     ]
     return Chart(
-        "blocks" if part == "ffn" else "attentions",
+        which,
         f"What each {thing} does, and what it keeps",
         f"{_what_counts(planned, part)} {scale}",
         "Two rows of columns, one column for each block. Above: how "
@@ -84,20 +85,16 @@ def _columns_of(plan: PruningPlan) -> list[UnitPlan | None]:
     return [unit_of.get(block) for block in range(plan.units[-1].block + 1)]
 
 
-def _narrows(plan: PruningPlan) -> bool:
-    return any(unit.kept_width < unit.width for unit in plan.kept_units if unit.kept)
-
-
 def _what_counts(planned: Sequence[tuple[RunFacts, PruningPlan]], part: Part) -> str:
     """Say by what each run's plan chose what goes of a part, once what is the same of several."""
-    thing, noun, _ = _NOUNS[part]
+    thing, noun = _WORDS[part][1], PART_NOUNS[part]
     runs_of: dict[str, list[str]] = {}
     for run, plan in planned:
         words = [f"No {noun} go from what stays."]
-        if _narrows(plan):
+        if plan.narrows:
             things = f"{thing.capitalize()}s"
             words = [worth_in_words(plan.criterion["block_metric"], things, noun)]
-        if plan.removed_blocks if part == "ffn" else plan.removed_attentions:
+        if not all(unit.kept for unit in plan.units):
             chosen = removal_in_words(plan.criterion.get("removal", ""))
             words.append(f"The {thing}s that the model lost are those {chosen}.")
         runs_of.setdefault(" ".join(words), []).append(run.name)
