@@ -33,7 +33,7 @@ from cfsp.recovery.schedule import Schedule
 from cfsp.recovery.settings import Adaptation, Limit, RecoverSettings, Training
 from cfsp.recovery.trainer import train
 from cfsp.result.manifest import read_manifest
-from cfsp.settings import Compute, EvaluationText
+from cfsp.settings import EvaluationText
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.windows import Windows
 from recoveries import training
@@ -101,21 +101,25 @@ def test_only_projections_change_and_ranks_follow_the_plan(pruned, recovered, ou
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_bfloat16_model_is_trained_and_stays_bfloat16(pruned, recovered, tmp_path, out, method):
-    source = tmp_path / "bfloat16"
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_of_16_bits_is_trained_and_keeps_them(
+    pruned, recovered, tmp_path, out, monkeypatch, dtype, method
+):
+    # As on a machine that multiplies bfloat16 natively.
+    monkeypatch.setattr("cfsp.recovery.adaptation.computes_bfloat16", lambda device: True)
+    source = tmp_path / "source"
     shutil.copytree(pruned, source)
-    halves = {k: v.to(torch.bfloat16) for k, v in tensors(pruned).items()}
+    halves = {k: v.to(dtype) for k, v in tensors(pruned).items()}
     save_file(halves, source / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (source / "config.json").write_text(json.dumps(config))
     report = recovered(
         source,
         adaptation=Adaptation(method, rank=2),
-        # As on a machine that multiplies bfloat16 natively.
-        compute=Compute(dtype="bfloat16"),
         training=training(4, learning_rate=1e-2, evaluations=1),
     )
-    assert {v.dtype for v in tensors(out).values()} == {torch.bfloat16}
+    assert {v.dtype for v in tensors(out).values()} == {dtype}
     assert changed(source, out)
     assert report.history[-1]["held_out"] < report.history[0]["held_out"]
 

@@ -28,7 +28,7 @@ from cfsp.settings import Compute, EvaluationText, Text
 from cfsp.streaming.block_stream import StreamedBlock
 from cfsp.streaming.work_dir import Stopwatch, WorkDir
 from cfsp.text.windows import Windows
-from recoveries import stop, training
+from recoveries import recover, stop, training
 from tiny_models import BLOCKS, build_tiny_model
 
 
@@ -97,6 +97,19 @@ def test_a_run_that_was_stopped_after_its_last_step_is_not_trained_further(
     assert [vars(found)[key] for key in same] == [whole[key] for key in same]
     assert found.tokens_per_second > 0  # although none is trained on now
     assert changed(plain, out) == set()  # the same seed gives the same weights
+
+
+def test_a_finished_run_goes_on_from_another_working_directory(
+    pruned, text_file, tmp_path, monkeypatch, plain
+):
+    """Its best weights are found there; else those from before training would be written."""
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("cfsp.recovery.recover.merge", stop)
+        recover(pruned, Path("out"), text_file)
+    monkeypatch.chdir(tmp_path.parent)
+    recover(pruned, tmp_path / "out", text_file)
+    assert changed(plain, tmp_path / "out") == set()
 
 
 def test_a_run_goes_on_with_the_same_teacher_alone(
