@@ -32,11 +32,13 @@ from cfsp.recovery.prepare import teacher_and_method
 from cfsp.recovery.schedule import Schedule
 from cfsp.recovery.settings import Adaptation, Limit, RecoverSettings, Training
 from cfsp.recovery.trainer import train
-from cfsp.result.manifest import read_manifest
+from cfsp.result.facts import perplexities
+from cfsp.result.making import making
+from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.settings import EvaluationText
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.windows import Windows
-from recoveries import training
+from recoveries import recover, training
 from tiny_models import TRAINED, build_tiny_model
 
 CPU = torch.device("cpu")
@@ -84,6 +86,23 @@ def test_manifest_and_card_say_how_it_was_recovered(pruned, plain):
     card = (plain / "README.md").read_text()
     assert "## How it was pruned" in card and "## How it was recovered" in card
     assert f"{recovery['trainable_parameters']:,} parameters" in card
+
+
+def test_a_second_recovery_does_not_pass_for_pruning(text_file, pruned, tmp_path):
+    how = {"evaluation": EvaluationText((str(text_file),), 2, 32)}
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    recover(pruned, once, text_file, **how)
+    add_to_manifest(once, {"command": "cfsp recover first"})
+    recover(once, twice, text_file, **how)
+    manifests = [read_manifest(directory) for directory in (pruned, once, twice)]
+    stages = [(stage.verb, stage.command) for stage in making(manifests[2])]
+    first, again = ("recovered", "cfsp recover first"), ("recovered", "cfsp recover pruned")
+    assert stages == [("pruned", manifests[0]["command"]), first, again]
+    (before,), (after,) = (perplexities(manifest).values() for manifest in manifests[1:])
+    assert after == {"pruned": before["pruned"], "recovered": after["recovered"]}
+    assert after["recovered"] < before["recovered"] < before["pruned"]
+    card = (twice / "README.md").read_text()
+    assert ", pruned and recovered\n" in card and "cfsp recover first" in card
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -299,7 +318,8 @@ def test_a_checkpoint_that_cfsp_did_not_prune(tiny_checkpoint, recovered, out):
         recovered(dense, adaptation=by_importance)
     recovered(dense, training=training(2, evaluations=1))
     assert changed(dense, out)
-    assert "## How it was recovered" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "## How it was recovered" in card and "removed" not in card
 
 
 def test_what_is_typed_reaches_recovery(pruned, text_file, tmp_path, monkeypatch):

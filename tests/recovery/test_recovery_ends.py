@@ -214,7 +214,10 @@ def test_minutes_end_the_run_and_the_schedule(recovered, caplog, monkeypatch):
     )
 
 
-def test_a_loss_that_is_nan_stops_and_leaves_nothing(recovered, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("bad", "words"), [(0, "the held-out loss is NaN .* step 0"), (3, "the loss is NaN .* step 3")]
+)
+def test_a_loss_that_is_nan_stops_and_leaves_nothing(recovered, tmp_path, monkeypatch, bad, words):
     steps = 0
     sound = cfsp.recovery.loss.language_model_loss
 
@@ -222,11 +225,18 @@ def test_a_loss_that_is_nan_stops_and_leaves_nothing(recovered, tmp_path, monkey
         nonlocal steps
         # Steps train with gradients; evaluations do not count.
         steps += torch.is_grad_enabled()
-        return sound(*args) * (float("nan") if steps >= 3 else 1.0)
+        return sound(*args) * (float("nan") if steps >= bad else 1.0)
 
     monkeypatch.setattr("cfsp.recovery.loss.language_model_loss", breaking)
-    with pytest.raises(RecoveryError, match=r"the loss is NaN or infinite at step 3; .*lower"):
+    with pytest.raises(RecoveryError, match=rf"{words}; .*lower"):
         recovered(training=training(6, evaluations=6))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_who_is_its_own_teacher_is_told_before_a_step(pruned, recovered, tmp_path, method):
+    with pytest.raises(RecoveryError, match=r"is 0 before training: .*; give the dense model"):
+        recovered(teacher=str(pruned), adaptation=Adaptation(method))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -351,6 +351,10 @@ def _write_record(
     }
     manifest = read_manifest(ready.source.directory) or {}
     pruned = {key: manifest[key] for key in (*now, "files", "perplexity") if key in manifest}
+    if (earlier := manifest.get("recovery")) is not None:  # it was recovered before
+        pruned = manifest.get("pruned", pruned)
+        own = {key: manifest[key] for key in now}
+        manifest["recovered_before"] = [*manifest.get("recovered_before", []), earlier | own]
     manifest |= {
         **now,
         "operation": "recover",

@@ -39,8 +39,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.processes import is_first_process, process_count
 from cfsp.progress import without_library_bars
-from cfsp.recovery.loss import IGNORED, ModelLoss
-from cfsp.recovery.schedule import Pace, Schedule, diverged, rate_factor, saved_pace
+from cfsp.recovery.loss import IGNORED, ModelLoss, diverged
+from cfsp.recovery.schedule import Pace, Schedule, rate_factor, saved_pace
 from cfsp.recovery.settings import ENDLESS_STEPS, Training
 from cfsp.streaming.work_dir import STATE_FILE, PassState, directory_of_process
 

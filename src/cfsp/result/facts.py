@@ -94,17 +94,25 @@ class Conditions:
         return f"{counted(self.windows, 'windows')} of {self.seqlen:,} tokens, {bos}"
 
 
+def recoveries(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return what a manifest has of each recovery; all but the last with its command."""
+    last = manifest.get("recovery")
+    return [*manifest.get("recovered_before", ()), *([last] if last else [])]
+
+
 def texts_that_made(manifest: Mapping[str, Any]) -> set[str]:
     """Return the names of the texts that a model was calibrated, repaired or trained on."""
-    tables = [manifest.get("calibration"), (manifest.get("recovery") or {}).get("data")]
+    tables = [manifest.get("calibration"), *(each.get("data") for each in recoveries(manifest))]
     return {name for table in tables for name in (table or {}).get("sources", {})}
 
 
 def perplexities(manifest: Mapping[str, Any]) -> dict[Conditions, dict[str, float]]:
     """Return those of a manifest by conditions: of the `dense`, `pruned` and `recovered` model."""
     found: dict[Conditions, dict[str, float]] = {}
-    recovery = manifest.get("recovery") or {}
-    for before, after, table in (("dense", "pruned", manifest), ("pruned", "recovered", recovery)):
+    tables = [("dense", "pruned", manifest)]
+    for each in recoveries(manifest):
+        tables.append((tables[-1][1], "recovered", each))
+    for before, after, table in tables:
         for text, value in (table.get("perplexity") or {}).items():
             of_models = found.setdefault(Conditions.of(text, value), {})
             of_models |= {before: float(value["before"]), after: float(value["after"])}

@@ -35,7 +35,7 @@ def removed_facts(plan: PruningPlan) -> dict[str, list[int]]:
 _IN_CONFIG = (
     "operation", "base_model", "criterion", "calibration", "removed_blocks", "removed_attentions",
     "ffn_sparsity", "kv_groups", "experts", "model_sparsity", "parameters_before", "repair",
-    "recovery", "pruned", "perplexity", "command", "created", "versions",
+    "recovered_before", "recovery", "pruned", "perplexity", "command", "created", "versions",
 )  # fmt: skip
 
 
