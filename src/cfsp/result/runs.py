@@ -334,11 +334,12 @@ def _speed_facts(models: Models, side_of: Side) -> list[Fact]:
         side = side_of(str(model["model"]))
         for workload in model["workloads"] if side else ():
             shape = f"batch {workload['batch']}, prompt {workload['prompt']}"
-            for phase in ("prefill", "decode"):
+            generated = f", {workload['new_tokens']} new tokens"
+            for phase, more in (("prefill", ""), ("decode", generated)):
                 figures = workload[phase]
                 has_ratio = side == "after" and compared and not figures.get("too_busy")
                 ratio = float(figures["ratio"]) if has_ratio else None
-                fact = Fact(SPEED, f"{phase}, {shape}", RATE, ratio=ratio)
+                fact = Fact(SPEED, f"{phase}, {shape}{more}", RATE, ratio=ratio)
                 facts.append(_on(side, Number(float(figures["tokens_per_second"])), fact))
     return facts
 
