@@ -332,11 +332,13 @@ def test_what_is_typed_reaches_recovery(pruned, text_file, tmp_path, monkeypatch
     monkeypatch.setattr("cfsp.recovery.recover.recover_checkpoint", note)
     argv = ["recover", str(pruned), "--out", str(tmp_path / "o"), "--data", str(text_file)]
     argv += ["--steps", "3", "--rank", "4", "--gradient-checkpointing", "--set", "seed=2"]
+    argv += ["--eval", str(text_file), "--set", "bos=no"]
     monkeypatch.setattr("cfsp.cli.recover.print_report", lambda report: None)
     assert main(argv) == 0
     assert seen["adaptation"] == Adaptation(rank=4)
     limit = Limit(steps=3)
-    assert seen["training"] == Training(limit, seed=2, gradient_checkpointing=True)
+    assert seen["training"] == Training(limit, seed=2, gradient_checkpointing=True, bos="no")
+    assert seen["evaluation"] == EvaluationText((str(text_file),), bos="no")  # as by cfsp prune
     seen.clear()
     cfsp.recover(pruned, out="o", data=[text_file], steps=3, rank=4, seed=2)
     assert seen["training"] == Training(limit, seed=2)

@@ -139,7 +139,9 @@ def recover(
         training=from_names(Training, how, limit=Limit(max_minutes, steps)),
         adaptation=from_names(Adaptation, advanced, method=method),
         teacher=None if teacher is None else str(teacher),
-        evaluation=from_names(EvaluationText, advanced, names=texts_of(eval)),
+        evaluation=from_names(
+            EvaluationText, advanced, names=texts_of(eval), bos=advanced.get("bos") or "auto"
+        ),
         compute=from_names(Compute, others, device=device),
     )
     # Before the model: it may have to be downloaded or converted.
