@@ -99,8 +99,8 @@ def test_a_second_recovery_does_not_pass_for_pruning(text_file, pruned, tmp_path
     first, again = ("recovered", "cfsp recover first"), ("recovered", "cfsp recover pruned")
     assert stages == [("pruned", manifests[0]["command"]), first, again]
     (before,), (after,) = (perplexities(manifest).values() for manifest in manifests[1:])
-    assert after == {"pruned": before["pruned"], "recovered": after["recovered"]}
     assert after["recovered"] < before["recovered"] < before["pruned"]
+    assert after.keys() == {"recovered"}  # what came before was recovered, too
     card = (twice / "README.md").read_text()
     assert ", pruned and recovered\n" in card and "cfsp recover first" in card
 

@@ -109,13 +109,15 @@ def texts_that_made(manifest: Mapping[str, Any]) -> set[str]:
 def perplexities(manifest: Mapping[str, Any]) -> dict[Conditions, dict[str, float]]:
     """Return those of a manifest by conditions: of the `dense`, `pruned` and `recovered` model."""
     found: dict[Conditions, dict[str, float]] = {}
-    tables = [("dense", "pruned", manifest)]
-    for each in recoveries(manifest):
-        tables.append((tables[-1][1], "recovered", each))
-    for before, after, table in tables:
+    tables = [(("dense", "pruned"), manifest)]
+    *earlier, last = recoveries(manifest) or [{}]
+    # What was trained again was neither the pruned model nor the finished one.
+    tables.append(((None if earlier else "pruned", "recovered"), last))
+    for models, table in tables:
         for text, value in (table.get("perplexity") or {}).items():
             of_models = found.setdefault(Conditions.of(text, value), {})
-            of_models |= {before: float(value["before"]), after: float(value["after"])}
+            sides = zip(models, ("before", "after"), strict=True)
+            of_models |= {model: float(value[side]) for model, side in sides if model}
     return found
 
 
