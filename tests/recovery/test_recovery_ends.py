@@ -19,7 +19,7 @@ import cfsp.recovery.recover
 from builders import changed, dying_at, tensors
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cli import main
-from cfsp.errors import CfspError, RecoveryError, ResumeError, UsageError
+from cfsp.errors import CalibrationError, CfspError, RecoveryError, ResumeError, UsageError
 from cfsp.recovery.recover import measured_before
 from cfsp.recovery.settings import Adaptation, Limit, Training
 from cfsp.recovery.trainer import last_checkpoint
@@ -27,6 +27,7 @@ from cfsp.result.manifest import read_manifest
 from cfsp.settings import Compute, EvaluationText, Text
 from cfsp.streaming.block_stream import StreamedBlock
 from cfsp.streaming.work_dir import Stopwatch, WorkDir
+from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
 from recoveries import recover, stop, training
 from tiny_models import BLOCKS, build_tiny_model
@@ -305,6 +306,16 @@ def test_bad_input_is_told_before_any_work(
     with pytest.raises(CfspError, match=message):
         cfsp.recover(pruned, out=tmp_path / "out", steps=1, **given)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_token_without_an_embedding_is_found_where_text_is_held_out(pruned, recovered, tmp_path):
+    source = Path(shutil.copytree(pruned, tmp_path / "source"))
+    tokenizer = load_tokenizer(source)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(source)
+    text = Text("t", ["the river runs. " * 40] * 20 + ["<new>" * 40])
+    with pytest.raises(CalibrationError, match="the tokenizer gives token id 320, but"):
+        recovered(source, data=(text,))
 
 
 def test_accelerate_s_own_sharding_is_refused(recovered, tmp_path, monkeypatch):

@@ -100,7 +100,8 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: f
     with watch.stage("text"):
         windows = evaluation_windows(settings.evaluation, source)
         text = read_text(settings.data, tokenizer, seqlen=training.seqlen, bos=training.bos)
-    check_tokens(source.config, text.train.token_NT, source.label)
+    for part in (text.train, text.held_out):
+        check_tokens(source.config, part.token_NT, source.label)
     identity = {
         "command": "recover",
         **asked,
