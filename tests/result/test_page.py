@@ -175,6 +175,12 @@ def test_results_of_eval_and_bench_are_added(run, tmp_path):
     words = words_of(rendered([run], tmp_path, evaluation, bench))
     assert f"perplexity, news 2 windows of 51 tokens, with BOS 20.00 25.00 {TIMES} 1.25" in words
     assert re.search(r"piqa, acc 100 documents 61\.0 51\.0 . 1\.1", words)
+    # On other documents it is another number.
+    measured[1]["tasks"]["piqa"] |= {"acc": 0.7, "documents": 1}
+    (tmp_path / "few.json").write_text(json.dumps({"models": measured[1:]}))
+    both = words_of(rendered([run], tmp_path, evaluation, tmp_path / "few.json"))
+    assert re.search(rf"piqa, acc 1 document {NOTHING} 70\.0 . 1\.1", both)
+    assert re.search(r"piqa, acc 100 documents 61\.0 51\.0 . 1\.1", both)
     assert words.count("prefill, batch 1, prompt 64") == 1
     for new_tokens in (8, 32):
         shape = f"batch 1, prompt 64, {new_tokens} new tokens"

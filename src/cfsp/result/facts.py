@@ -136,9 +136,11 @@ class Fact:
     ratio: float | None = None  # after / before as it was measured, where that is another
 
     @property
-    def key(self) -> tuple[str, str, str, Conditions | None]:
+    def key(self) -> tuple[str, str, str, Conditions | None, str]:
         """What the numbers of several models must have in common to compare."""
-        return self.heading, self.name, self.text, self.conditions
+        # Which blocks are gone differs; on how many documents a score is must not.
+        measured_on = "" if self.heading == SIZE else self.detail
+        return self.heading, self.name, self.text, self.conditions, measured_on
 
     @property
     def change(self) -> str:
