@@ -105,6 +105,23 @@ def test_a_second_recovery_does_not_pass_for_pruning(text_file, pruned, tmp_path
     assert ", pruned and recovered\n" in card and "cfsp recover first" in card
 
 
+def test_what_was_pruned_in_memory_is_recovered_as_such(
+    tiny_checkpoint, tokenizer, text_file, tmp_path, command
+):
+    dense, saved, out = tiny_checkpoint("llama"), tmp_path / "saved", tmp_path / "out"
+    how: dict[str, Any] = {"sparsity": 0.5, "multiple": 4, "samples": 8, "seqlen": 32}
+    cfsp.prune(cfsp.load(dense), tokenizer, data=[text_file], **how).save_pretrained(saved)
+    tokenizer.save_pretrained(saved)
+    recover(saved, out, text_file, teacher="auto", training=training(2, evaluations=1))
+    manifest = read_manifest(out)
+    assert manifest["recovery"]["teacher"]["name"] == str(dense)
+    assert [stage.verb for stage in making(manifest)] == ["pruned", "recovered"]
+    assert "without 50.0% of FFN channels" in (out / "README.md").read_text()
+    assert (
+        f"50.0% of FFN channels, 24.0% of parameters, from {dense}" in command("inspect", out).out
+    )
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_only_projections_change_and_ranks_follow_the_plan(pruned, recovered, out, method):
     names = {f"self_attn.{x}_proj" for x in "qkvo"}

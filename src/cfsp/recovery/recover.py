@@ -57,7 +57,7 @@ from cfsp.recovery.settings import (
 )
 from cfsp.recovery.trainer import WHOLE, RecoverReport, shard, train
 from cfsp.result.card import model_card, origin_of
-from cfsp.result.manifest import read_manifest, write_manifest
+from cfsp.result.manifest import facts_about, write_manifest
 from cfsp.settings import (
     DEFAULT_TEXT,
     Compute,
@@ -351,7 +351,7 @@ def _write_record(
         "threads": torch.get_num_threads(),
         **asdict(report),
     }
-    manifest = read_manifest(ready.source.directory) or {}
+    manifest = facts_about(ready.source)
     pruned = {key: manifest[key] for key in (*now, "files", "perplexity") if key in manifest}
     if (earlier := manifest.get("recovery")) is not None:  # it was recovered before
         pruned = manifest.get("pruned", pruned)

@@ -109,10 +109,10 @@ def texts_that_made(manifest: Mapping[str, Any]) -> set[str]:
 def perplexities(manifest: Mapping[str, Any]) -> dict[Conditions, dict[str, float]]:
     """Return those of a manifest by conditions: of the `dense`, `pruned` and `recovered` model."""
     found: dict[Conditions, dict[str, float]] = {}
-    tables = [(("dense", "pruned"), manifest)]
     *earlier, last = recoveries(manifest) or [{}]
     # What was trained again was neither the pruned model nor the finished one.
-    tables.append(((None if earlier else "pruned", "recovered"), last))
+    trained = None if earlier else "pruned"
+    tables = ((("dense", "pruned"), manifest), ((trained, "recovered"), last))
     for models, table in tables:
         for text, value in (table.get("perplexity") or {}).items():
             of_models = found.setdefault(Conditions.of(text, value), {})
@@ -193,7 +193,7 @@ def labels(facts: Iterable[Fact]) -> dict[Fact, str]:
 
 def size_facts(manifest: Mapping[str, Any], weight_bytes: int = 0) -> list[Fact]:
     """Return how large a pruned model and its original are, as far as that is known."""
-    if "parameters_before" not in manifest:
+    if "parameters_after" not in manifest:  # of what was pruned in memory it is not recorded
         return []
 
     def fact(name: str, before: float, after: float, detail: str = "") -> Fact:
