@@ -249,6 +249,7 @@ def test_questions_of_chats(tmp_path):
         ({"chat_template": None}, "asks in the chat template, and the tokenizer of"),
         ({"chat_template": "{{ messages[0].content }}!"}, "another tokenizer or chat template"),
         ({"chat_template": "{{ raise_exception('no') }}"}, "does not fit the chat template: no"),
+        ({"pad_token": "<new>", "chat_template": "<new>"}, "the tokenizer gives token id 320, but"),
         # A template cannot reach what is outside of it.
         ({"chat_template": "{{ messages.__class__.__mro__ }}"}, "does not fit the chat template"),
     ],

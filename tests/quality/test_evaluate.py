@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
+from builders import tensors
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
@@ -50,6 +52,27 @@ def test_each_value_says_how_it_was_measured(
         assert (value["tokens"], value["windows"], value["seqlen"]) == (3 * 23, 3, 24)
         assert value["bos"] is False
     assert list(found["perplexity"]) == list(texts.names)
+
+
+@pytest.mark.parametrize("measured", ["data", "answers", "piqa", "lambada_openai"])
+def test_what_overflows_in_float16_has_no_score(
+    tiny_checkpoint, text_file, tmp_path, command, measured
+):
+    dense, model = tiny_checkpoint("llama"), tmp_path / "model"
+    shutil.copytree(dense, model)
+    weights = tensors(dense)
+    for name in ("up", "down"):
+        weights[f"model.layers.1.mlp.{name}_proj.weight"] *= 30_000
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "piqa.jsonl").write_text('{"query": "a", "choices": ["b", "c"], "gold": 0}\n')
+    (tmp_path / "lambada.jsonl").write_text('{"text": "the river runs"}\n')
+    how: list[object] = ["--tasks", measured, "--task-data", tmp_path]
+    if measured == "data":
+        how = ["--data", text_file, "--windows", 1, "--seqlen", 24]
+    elif measured == "answers":
+        how = ["--against", dense, "--answers", 1]
+    found = command("eval", model, *how, "--dtype", "float16", status=2)
+    assert found.err.endswith("the loss is NaN; evaluate with --dtype float32\n")
 
 
 def test_pruning_measures_in_windows_of_its_own_length(

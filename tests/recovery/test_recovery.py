@@ -32,11 +32,13 @@ from cfsp.recovery.prepare import teacher_and_method
 from cfsp.recovery.schedule import Schedule
 from cfsp.recovery.settings import Adaptation, Limit, RecoverSettings, Training
 from cfsp.recovery.trainer import train
-from cfsp.result.manifest import read_manifest
-from cfsp.settings import Compute, EvaluationText
+from cfsp.result.facts import perplexities
+from cfsp.result.making import making
+from cfsp.result.manifest import add_to_manifest, read_manifest
+from cfsp.settings import EvaluationText
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.windows import Windows
-from recoveries import training
+from recoveries import recover, training
 from tiny_models import TRAINED, build_tiny_model
 
 CPU = torch.device("cpu")
@@ -86,6 +88,40 @@ def test_manifest_and_card_say_how_it_was_recovered(pruned, plain):
     assert f"{recovery['trainable_parameters']:,} parameters" in card
 
 
+def test_a_second_recovery_does_not_pass_for_pruning(text_file, pruned, tmp_path):
+    how = {"evaluation": EvaluationText((str(text_file),), 2, 32)}
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    recover(pruned, once, text_file, **how)
+    add_to_manifest(once, {"command": "cfsp recover first"})
+    recover(once, twice, text_file, **how)
+    manifests = [read_manifest(directory) for directory in (pruned, once, twice)]
+    stages = [(stage.verb, stage.command) for stage in making(manifests[2])]
+    first, again = ("recovered", "cfsp recover first"), ("recovered", "cfsp recover pruned")
+    assert stages == [("pruned", manifests[0]["command"]), first, again]
+    (before,), (after,) = (perplexities(manifest).values() for manifest in manifests[1:])
+    assert after["recovered"] < before["recovered"] < before["pruned"]
+    assert after.keys() == {"recovered"}  # what came before was recovered, too
+    card = (twice / "README.md").read_text()
+    assert ", pruned and recovered\n" in card and "cfsp recover first" in card
+
+
+def test_what_was_pruned_in_memory_is_recovered_as_such(
+    tiny_checkpoint, tokenizer, text_file, tmp_path, command
+):
+    dense, saved, out = tiny_checkpoint("llama"), tmp_path / "saved", tmp_path / "out"
+    how: dict[str, Any] = {"sparsity": 0.5, "multiple": 4, "samples": 8, "seqlen": 32}
+    cfsp.prune(cfsp.load(dense), tokenizer, data=[text_file], **how).save_pretrained(saved)
+    tokenizer.save_pretrained(saved)
+    recover(saved, out, text_file, teacher="auto", training=training(2, evaluations=1))
+    manifest = read_manifest(out)
+    assert manifest["recovery"]["teacher"]["name"] == str(dense)
+    assert [stage.verb for stage in making(manifest)] == ["pruned", "recovered"]
+    assert "without 50.0% of FFN channels" in (out / "README.md").read_text()
+    assert (
+        f"50.0% of FFN channels, 24.0% of parameters, from {dense}" in command("inspect", out).out
+    )
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_only_projections_change_and_ranks_follow_the_plan(pruned, recovered, out, method):
     names = {f"self_attn.{x}_proj" for x in "qkvo"}
@@ -101,21 +137,25 @@ def test_only_projections_change_and_ranks_follow_the_plan(pruned, recovered, ou
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_bfloat16_model_is_trained_and_stays_bfloat16(pruned, recovered, tmp_path, out, method):
-    source = tmp_path / "bfloat16"
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_of_16_bits_is_trained_and_keeps_them(
+    pruned, recovered, tmp_path, out, monkeypatch, dtype, method
+):
+    # As on a machine that multiplies bfloat16 natively.
+    monkeypatch.setattr("cfsp.recovery.adaptation.computes_bfloat16", lambda device: True)
+    source = tmp_path / "source"
     shutil.copytree(pruned, source)
-    halves = {k: v.to(torch.bfloat16) for k, v in tensors(pruned).items()}
+    halves = {k: v.to(dtype) for k, v in tensors(pruned).items()}
     save_file(halves, source / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (source / "config.json").write_text(json.dumps(config))
     report = recovered(
         source,
         adaptation=Adaptation(method, rank=2),
-        # As on a machine that multiplies bfloat16 natively.
-        compute=Compute(dtype="bfloat16"),
         training=training(4, learning_rate=1e-2, evaluations=1),
     )
-    assert {v.dtype for v in tensors(out).values()} == {torch.bfloat16}
+    assert {v.dtype for v in tensors(out).values()} == {dtype}
     assert changed(source, out)
     assert report.history[-1]["held_out"] < report.history[0]["held_out"]
 
@@ -295,7 +335,8 @@ def test_a_checkpoint_that_cfsp_did_not_prune(tiny_checkpoint, recovered, out):
         recovered(dense, adaptation=by_importance)
     recovered(dense, training=training(2, evaluations=1))
     assert changed(dense, out)
-    assert "## How it was recovered" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "## How it was recovered" in card and "removed" not in card
 
 
 def test_what_is_typed_reaches_recovery(pruned, text_file, tmp_path, monkeypatch):
@@ -308,11 +349,13 @@ def test_what_is_typed_reaches_recovery(pruned, text_file, tmp_path, monkeypatch
     monkeypatch.setattr("cfsp.recovery.recover.recover_checkpoint", note)
     argv = ["recover", str(pruned), "--out", str(tmp_path / "o"), "--data", str(text_file)]
     argv += ["--steps", "3", "--rank", "4", "--gradient-checkpointing", "--set", "seed=2"]
+    argv += ["--eval", str(text_file), "--set", "bos=no"]
     monkeypatch.setattr("cfsp.cli.recover.print_report", lambda report: None)
     assert main(argv) == 0
     assert seen["adaptation"] == Adaptation(rank=4)
     limit = Limit(steps=3)
-    assert seen["training"] == Training(limit, seed=2, gradient_checkpointing=True)
+    assert seen["training"] == Training(limit, seed=2, gradient_checkpointing=True, bos="no")
+    assert seen["evaluation"] == EvaluationText((str(text_file),), bos="no")  # as by cfsp prune
     seen.clear()
     cfsp.recover(pruned, out="o", data=[text_file], steps=3, rank=4, seed=2)
     assert seen["training"] == Training(limit, seed=2)

@@ -19,7 +19,7 @@ import cfsp.recovery.recover
 from builders import changed, dying_at, tensors
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cli import main
-from cfsp.errors import CfspError, RecoveryError, ResumeError, UsageError
+from cfsp.errors import CalibrationError, CfspError, RecoveryError, ResumeError, UsageError
 from cfsp.recovery.recover import measured_before
 from cfsp.recovery.settings import Adaptation, Limit, Training
 from cfsp.recovery.trainer import last_checkpoint
@@ -27,8 +27,9 @@ from cfsp.result.manifest import read_manifest
 from cfsp.settings import Compute, EvaluationText, Text
 from cfsp.streaming.block_stream import StreamedBlock
 from cfsp.streaming.work_dir import Stopwatch, WorkDir
+from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
-from recoveries import stop, training
+from recoveries import recover, stop, training
 from tiny_models import BLOCKS, build_tiny_model
 
 
@@ -97,6 +98,19 @@ def test_a_run_that_was_stopped_after_its_last_step_is_not_trained_further(
     assert [vars(found)[key] for key in same] == [whole[key] for key in same]
     assert found.tokens_per_second > 0  # although none is trained on now
     assert changed(plain, out) == set()  # the same seed gives the same weights
+
+
+def test_a_finished_run_goes_on_from_another_working_directory(
+    pruned, text_file, tmp_path, monkeypatch, plain
+):
+    """Its best weights are found there; else those from before training would be written."""
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("cfsp.recovery.recover.merge", stop)
+        recover(pruned, Path("out"), text_file)
+    monkeypatch.chdir(tmp_path.parent)
+    recover(pruned, tmp_path / "out", text_file)
+    assert changed(plain, tmp_path / "out") == set()
 
 
 def test_a_run_goes_on_with_the_same_teacher_alone(
@@ -201,7 +215,10 @@ def test_minutes_end_the_run_and_the_schedule(recovered, caplog, monkeypatch):
     )
 
 
-def test_a_loss_that_is_nan_stops_and_leaves_nothing(recovered, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("bad", "words"), [(0, "the held-out loss is NaN .* step 0"), (3, "the loss is NaN .* step 3")]
+)
+def test_a_loss_that_is_nan_stops_and_leaves_nothing(recovered, tmp_path, monkeypatch, bad, words):
     steps = 0
     sound = cfsp.recovery.loss.language_model_loss
 
@@ -209,11 +226,18 @@ def test_a_loss_that_is_nan_stops_and_leaves_nothing(recovered, tmp_path, monkey
         nonlocal steps
         # Steps train with gradients; evaluations do not count.
         steps += torch.is_grad_enabled()
-        return sound(*args) * (float("nan") if steps >= 3 else 1.0)
+        return sound(*args) * (float("nan") if steps >= bad else 1.0)
 
     monkeypatch.setattr("cfsp.recovery.loss.language_model_loss", breaking)
-    with pytest.raises(RecoveryError, match=r"the loss is NaN or infinite at step 3; .*lower"):
+    with pytest.raises(RecoveryError, match=rf"{words}; .*lower"):
         recovered(training=training(6, evaluations=6))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_who_is_its_own_teacher_is_told_before_a_step(pruned, recovered, tmp_path, method):
+    with pytest.raises(RecoveryError, match=r"is 0 before training: .*; give the dense model"):
+        recovered(teacher=str(pruned), adaptation=Adaptation(method))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -282,6 +306,16 @@ def test_bad_input_is_told_before_any_work(
     with pytest.raises(CfspError, match=message):
         cfsp.recover(pruned, out=tmp_path / "out", steps=1, **given)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_token_without_an_embedding_is_found_where_text_is_held_out(pruned, recovered, tmp_path):
+    source = Path(shutil.copytree(pruned, tmp_path / "source"))
+    tokenizer = load_tokenizer(source)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(source)
+    text = Text("t", ["the river runs. " * 40] * 20 + ["<new>" * 40])
+    with pytest.raises(CalibrationError, match="the tokenizer gives token id 320, but"):
+        recovered(source, data=(text,))
 
 
 def test_accelerate_s_own_sharding_is_refused(recovered, tmp_path, monkeypatch):

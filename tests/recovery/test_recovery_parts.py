@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
+from transformers import ByT5Tokenizer
 
 import cfsp.text.offline
 from builders import CALIBRATION, CRITERION
@@ -142,6 +143,9 @@ def test_bad_conversations_are_errors(chat_tokenizer, tokenizer, tmp_path):
     good = write_chat(tmp_path / "good.jsonl", 5)
     with pytest.raises(TextError, match="no chat template"):
         read_text([str(good)], plain, seqlen=64)
+    without_offsets = ByT5Tokenizer(chat_template=chat_tokenizer.chat_template)
+    with pytest.raises(TextError, match=r"ByT5Tokenizer\) does not say which characters .* plain"):
+        read_text([str(good)], without_offsets, seqlen=64)
     forgetful = copy.deepcopy(tokenizer)
     forgetful.chat_template = "{{ messages | length }} {{ messages[-1]['content'] }}"
     with pytest.raises(TextError, match="changes earlier messages"):

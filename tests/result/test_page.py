@@ -148,7 +148,10 @@ def timed(prompt: int, ratios: dict[str, float]) -> dict[str, Any]:
         "models": [
             {
                 "model": name,
-                "workloads": [{"batch": 1, "prompt": prompt, "prefill": own, "decode": own}],
+                "workloads": [
+                    {"batch": 1, "prompt": prompt, "new_tokens": n, "prefill": own, "decode": own}
+                    for n in (8, 32)
+                ],
             }
             for name, own in figures.items()
         ]
@@ -172,7 +175,16 @@ def test_results_of_eval_and_bench_are_added(run, tmp_path):
     words = words_of(rendered([run], tmp_path, evaluation, bench))
     assert f"perplexity, news 2 windows of 51 tokens, with BOS 20.00 25.00 {TIMES} 1.25" in words
     assert re.search(r"piqa, acc 100 documents 61\.0 51\.0 . 1\.1", words)
-    assert f"decode, batch 1, prompt 64 10.0 19.0 {TIMES} 1.90" in words
+    # On other documents it is another number.
+    measured[1]["tasks"]["piqa"] |= {"acc": 0.7, "documents": 1}
+    (tmp_path / "few.json").write_text(json.dumps({"models": measured[1:]}))
+    both = words_of(rendered([run], tmp_path, evaluation, tmp_path / "few.json"))
+    assert re.search(rf"piqa, acc 1 document {NOTHING} 70\.0 . 1\.1", both)
+    assert re.search(r"piqa, acc 100 documents 61\.0 51\.0 . 1\.1", both)
+    assert words.count("prefill, batch 1, prompt 64") == 1
+    for new_tokens in (8, 32):
+        shape = f"batch 1, prompt 64, {new_tokens} new tokens"
+        assert f"decode, {shape} 10.0 19.0 {TIMES} 1.90" in words
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +255,7 @@ def test_speed_that_the_demonstration_adds_to_the_manifest(run, tmp_path):
     copy = changed_copy(run, tmp_path / "copy", lambda manifest: None)
     add_to_manifest(copy, {"speed": timed(8, {"dense": 1.0, "pruned": 1.4})})
     words = words_of(rendered([copy], tmp_path))
-    assert f"{TIMES} 1.40 decode, batch 1, prompt 8 10.0 to 14.0, tokens per second" in words
+    assert f"{TIMES} 1.40 decode, batch 1, prompt 8, 8 new tokens 10.0 to 14.0, tokens" in words
     assert f"prefill, batch 1, prompt 8 10.0 14.0 {TIMES} 1.40" in words
     with pytest.raises(CheckpointError, match=r"no cfsp\.json"):
         add_to_manifest(tmp_path, {})

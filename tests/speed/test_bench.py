@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +71,14 @@ def test_engine_generates_what_the_model_generates(tmp_path):
         timing, tokens_BN = timed.run(WORKLOAD)
         assert tokens_BN.tolist() == expected_BN.tolist()
         assert timing.prefill > 0 and timing.decode > 0
+
+
+def test_weights_on_disk_are_those_that_are_read(tiny_checkpoint, tmp_path):
+    shutil.copytree(tiny_checkpoint("llama"), tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    shutil.copy(weights, weights.with_name("consolidated.safetensors"))
+    _, footprint = build_model(Subject(tmp_path / "model", "m"), "auto", torch.device("cpu"))
+    assert footprint.disk_bytes == weights.stat().st_size
 
 
 def test_random_model_of_a_shape_computes_finite_numbers():

@@ -31,7 +31,7 @@ def load(
 
     Args:
         name: a directory, a .gguf file, a hub id, or `demo`.
-        dtype: what weights become; `auto` keeps what is stored.
+        dtype: what weights become; `auto` is the dtype in which its FFNs are stored.
         device: where the model goes; None for the CPU.
 
     Raises:

@@ -40,20 +40,17 @@ def run(args: argparse.Namespace) -> Told:
 def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the facts about a checkpoint; nothing but its headers is read."""
     from cfsp.checkpoint.reading import parameter_count
-    from cfsp.checkpoint.skeleton import PRUNED_KEY
     from cfsp.checkpoint.text_config import text_config_of
     from cfsp.result.facts import perplexities, what_went
     from cfsp.result.making import making
-    from cfsp.result.manifest import facts_for_config, read_manifest, refusing_damage
+    from cfsp.result.manifest import facts_about, facts_for_config, refusing_damage
 
     units = checkpoint.architecture.of_part("ffn").units
     groups = [unit.width for unit in checkpoint.architecture.of_part("kv").stock_units]
     blocks = int(checkpoint.architecture.block_count)
     widths = [unit.width for unit in units]
     has_one_unit_each = [unit.block for unit in units] == list(range(blocks))
-    manifest = read_manifest(checkpoint.directory)
-    if manifest is None:  # it was pruned in memory and saved by transformers
-        manifest = getattr(checkpoint.config, PRUNED_KEY, None)
+    manifest = facts_about(checkpoint)
     dtypes = Counter(str(s.dtype).removeprefix("torch.") for s in checkpoint.specs.values())
     facts: dict[str, Any] = {
         "model": checkpoint.label,
@@ -79,9 +76,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
             for unit in units
         ]
     # Recovery also takes models that cfsp did not prune.
-    if manifest is not None and (
-        manifest.get("operation") != "recover" or "base_model" in manifest
-    ):
+    if manifest and (manifest.get("operation") != "recover" or "base_model" in manifest):
         facts["pruned"] = pruned = facts_for_config(manifest)
         with refusing_damage(checkpoint.directory):
             _ = pruned["base_model"]["name"], what_went(pruned)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cfsp.calibration.calibrate import check_tokens
 from cfsp.checkpoint.text_config import longest_input_of
 from cfsp.errors import TextError, UsageError
 from cfsp.progress import item_progress
@@ -91,6 +92,7 @@ class Questions:
             asked = {"add_generation_prompt": True, "enable_thinking": False}
             text = templated(turn, tokenizer, number, **asked)
             prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+            check_tokens(source.config, torch.tensor(prompts[-1:]), source.label)
             if room is not None and len(prompts[-1]) + ANSWER_TOKENS > room:
                 raise UsageError(
                     f"question {number} has {len(prompts[-1])} tokens and its answer up to "

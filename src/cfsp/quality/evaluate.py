@@ -22,6 +22,7 @@ from cfsp.quality.compare import agreement_of
 from cfsp.quality.perplexity import (
     DenseEnd,
     WindowSums,
+    check_is_number,
     joined_sums,
     perplexity_of,
     streamed_sums,
@@ -213,6 +214,7 @@ def _measure(models: Sequence[_Model], asked: _Asked, work_dir: WorkDir | None) 
         reading = [replace(model, windows={"answers": windows}) for model in models]
         of_models = _measure_text(reading, "answers", asked, work_dir)
         for number, its in enumerate(of_models, start=len(known)):
+            check_is_number(sum(its["loss"]), f"{models[number].source.label} on answers")
             results[number]["answers"] = answers_result(
                 questions, windows, its, answers[number], answers[0]
             )

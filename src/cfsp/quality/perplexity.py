@@ -57,10 +57,15 @@ LOGITS_AT_ONCE = 1 << 25
 WindowSums = dict[str, list[float]]
 
 
-def mean_loss(loss: float, windows: Windows, label: str) -> float:
-    """Return a sum of losses in nats over windows per predicted token; NaN is an error."""
+def check_is_number(loss: float, label: str) -> None:
+    """Check that a loss, or a sum of losses, is not NaN, as it becomes where float16 overflows."""
     if math.isnan(loss):
         raise CalibrationError(f"{label}: the loss is NaN; evaluate with --dtype float32")
+
+
+def mean_loss(loss: float, windows: Windows, label: str) -> float:
+    """Return a sum of losses in nats over windows per predicted token; NaN is an error."""
+    check_is_number(loss, label)
     return loss / int(windows.scored_N.sum())
 
 

@@ -181,9 +181,11 @@ def allocate_ranks(weight_L: Sequence[float], mean_rank: float) -> list[int]:
 def load_to_train(
     source: Checkpoint, device: torch.device, dtype: str, *, stays_on_cpu: bool
 ) -> PreTrainedModel:
-    """Load a model in what its device multiplies fast: float32 where bfloat16 is emulated."""
+    """Load a model in what it is trained in: its own bfloat16 where that is fast, else float32."""
     model = load(source.directory, dtype=dtype)
-    if dtype == "auto" and model.dtype != torch.float32 and not computes_bfloat16(device):
+    # In float16 gradients overflow.
+    is_fast = model.dtype == torch.bfloat16 and computes_bfloat16(device)
+    if dtype == "auto" and not is_fast:
         model = model.float()
     return model if stays_on_cpu else model.to(device)
 

@@ -29,7 +29,7 @@ import transformers
 from torch import Tensor, nn
 
 from cfsp.architecture.discovery import find_architecture
-from cfsp.errors import UnsupportedModelError
+from cfsp.errors import RecoveryError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -236,6 +236,23 @@ def _outputs(output_BTD: Tensor, head: Any) -> Outputs:
     """Return what the logits of tokens 1 to T are made of."""
     # A sharded head is whole only now, after the forward pass.
     return Outputs(output_BTD[:, :-1].flatten(0, 1), None if head is None else head.weight)
+
+
+def diverged(step: int, what: str) -> RecoveryError:
+    """Return the error of a loss that is not finite."""
+    return RecoveryError(
+        f"{what} is NaN or infinite at step {step}; "
+        "start again with a lower --learning-rate, or in --dtype float32"
+    )
+
+
+def check_can_fall(held_out: float) -> None:
+    """Check that the loss on held-out text is above 0 before training: else none is lower."""
+    if held_out <= 0:
+        raise RecoveryError(
+            "the loss on held-out text is 0 before training: the model predicts what its teacher "
+            "predicts, so there is nothing to win back; give the dense model to --teacher, or none"
+        )
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from cfsp.quality.evaluate import evaluation_windows
 from cfsp.recovery.adaptation import check_installed, ranks_of, trained_parameters
 from cfsp.recovery.data import RecoveryText, read_text
 from cfsp.recovery.settings import AUTO_TEACHER, NO_TEACHER, Method, RecoverSettings
-from cfsp.result.manifest import read_manifest
+from cfsp.result.manifest import facts_about
 from cfsp.streaming.runtime import free_bytes
 from cfsp.streaming.work_dir import STATE_FILE, Stopwatch, directory_of_process, read_state
 from cfsp.text.tokenizers import load_tokenizer
@@ -100,7 +100,8 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: f
     with watch.stage("text"):
         windows = evaluation_windows(settings.evaluation, source)
         text = read_text(settings.data, tokenizer, seqlen=training.seqlen, bos=training.bos)
-    check_tokens(source.config, text.train.token_NT, source.label)
+    for part in (text.train, text.held_out):
+        check_tokens(source.config, part.token_NT, source.label)
     identity = {
         "command": "recover",
         **asked,
@@ -194,7 +195,7 @@ def _decided(out: Path, asked: Mapping[str, str]) -> dict[str, Any]:
 
 def _recorded_teacher(source: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> Checkpoint | None:
     """Return the dense model that was pruned, if it is where the manifest says."""
-    recorded = (read_manifest(source.directory) or {}).get("base_model")
+    recorded = facts_about(source).get("base_model")
     if not isinstance(recorded, dict):
         return None
     name = str(recorded.get("name", ""))

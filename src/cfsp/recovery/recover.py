@@ -57,7 +57,7 @@ from cfsp.recovery.settings import (
 )
 from cfsp.recovery.trainer import WHOLE, RecoverReport, shard, train
 from cfsp.result.card import model_card, origin_of
-from cfsp.result.manifest import read_manifest, write_manifest
+from cfsp.result.manifest import facts_about, write_manifest
 from cfsp.settings import (
     DEFAULT_TEXT,
     Compute,
@@ -139,7 +139,9 @@ def recover(
         training=from_names(Training, how, limit=Limit(max_minutes, steps)),
         adaptation=from_names(Adaptation, advanced, method=method),
         teacher=None if teacher is None else str(teacher),
-        evaluation=from_names(EvaluationText, advanced, names=texts_of(eval)),
+        evaluation=from_names(
+            EvaluationText, advanced, names=texts_of(eval), bos=advanced.get("bos") or "auto"
+        ),
         compute=from_names(Compute, others, device=device),
     )
     # Before the model: it may have to be downloaded or converted.
@@ -349,8 +351,12 @@ def _write_record(
         "threads": torch.get_num_threads(),
         **asdict(report),
     }
-    manifest = read_manifest(ready.source.directory) or {}
+    manifest = facts_about(ready.source)
     pruned = {key: manifest[key] for key in (*now, "files", "perplexity") if key in manifest}
+    if (earlier := manifest.get("recovery")) is not None:  # it was recovered before
+        pruned = manifest.get("pruned", pruned)
+        own = {key: manifest[key] for key in now}
+        manifest["recovered_before"] = [*manifest.get("recovered_before", []), earlier | own]
     manifest |= {
         **now,
         "operation": "recover",

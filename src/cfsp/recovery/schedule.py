@@ -26,8 +26,9 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from cfsp.architecture.block_names import counted
-from cfsp.errors import RecoveryError, UsageError
+from cfsp.errors import UsageError
 from cfsp.progress import item_progress
+from cfsp.recovery.loss import check_can_fall, diverged
 from cfsp.streaming.work_dir import PassState
 
 if TYPE_CHECKING:
@@ -342,12 +343,13 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Say where the run is, and begin to train after the evaluation before the first step."""
         schedule, loss, step = self.schedule, metrics["eval_loss"], state.global_step
         if not math.isfinite(loss):
-            raise diverged(step + 1, "the held-out loss")
+            raise diverged(step, "the held-out loss")
         entry = {"step": step, "held_out": round(loss, 6)}
         if math.isfinite(self._loss):
             entry["loss"] = round(self._loss, 4)
         self.history.append(entry)
         if not step:
+            check_can_fall(entry["held_out"])
             schedule.begins_at(entry["held_out"])
             # The rate of the first step was set before the loss was known.
             for group in kwargs["optimizer"].param_groups:
@@ -390,11 +392,3 @@ def saved_pace(state: Any) -> dict[str, Any]:
     """Return the state of the pace that a Trainer saved with its own."""
     saved: dict[str, Any] = state.stateful_callbacks[Pace.__name__]
     return saved
-
-
-def diverged(step: int, what: str) -> RecoveryError:
-    """Return the error of a loss that is not finite."""
-    return RecoveryError(
-        f"{what} is NaN or infinite at step {step}; "
-        "start again with a lower --learning-rate, or in --dtype float32"
-    )

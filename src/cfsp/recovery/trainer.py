@@ -39,8 +39,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.processes import is_first_process, process_count
 from cfsp.progress import without_library_bars
-from cfsp.recovery.loss import IGNORED, ModelLoss
-from cfsp.recovery.schedule import Pace, Schedule, diverged, rate_factor, saved_pace
+from cfsp.recovery.loss import IGNORED, ModelLoss, diverged
+from cfsp.recovery.schedule import Pace, Schedule, rate_factor, saved_pace
 from cfsp.recovery.settings import ENDLESS_STEPS, Training
 from cfsp.streaming.work_dir import STATE_FILE, PassState, directory_of_process
 
@@ -102,12 +102,12 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
 
         The Trainer itself would train for one more step.
         """
+        # It is where it was, but a path from another working directory does not lead there.
+        best = checkpoint.with_name(f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+        state.best_model_checkpoint = str(best)
         self.state = state
         self._pace.take_up(state)
-        if self.state.best_model_checkpoint is not None:
-            self._load_best_model()
-        else:
-            self._load_from_checkpoint(str(checkpoint))
+        self._load_best_model()
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None

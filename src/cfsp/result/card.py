@@ -20,6 +20,7 @@ from cfsp.result.facts import (
     goal_in_words,
     goal_table,
     perplexities,
+    recoveries,
     size_facts,
     unit_rows,
     what_went,
@@ -32,7 +33,7 @@ from cfsp.result.making import (
     needs_code,
     texts_in_words,
 )
-from cfsp.result.manifest import read_manifest
+from cfsp.result.manifest import facts_about
 from cfsp.result.names import is_hub_id, public_name
 from cfsp.result.tables import Table
 
@@ -58,7 +59,7 @@ _DEMO = Origin(DEMO_NAME, _DEMO_ID, _DEMO_ID, {"license": "apache-2.0", "languag
 
 def origin_of(source: Checkpoint) -> Origin:
     """Return what is known of a model; of one that cfsp wrote, what is known of its original."""
-    manifest = read_manifest(source.directory) or {}
+    manifest = facts_about(source)
     name = str(manifest.get("base_model", {}).get("name", source.label))
     if name == DEMO_NAME:
         return _DEMO
@@ -117,7 +118,7 @@ def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origi
         manifest=manifest,
         calibrated=texts_in_words(manifest.get("calibration")),
         repaired=", ".join(steps),
-        recovered=texts_in_words((manifest.get("recovery") or {}).get("data")),
+        recovered=", ".join(texts_in_words(each.get("data")) for each in recoveries(manifest)),
         sizes=Table(
             ("", "before", "after", "change"),
             [

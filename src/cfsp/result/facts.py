@@ -94,20 +94,30 @@ class Conditions:
         return f"{counted(self.windows, 'windows')} of {self.seqlen:,} tokens, {bos}"
 
 
+def recoveries(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return what a manifest has of each recovery; all but the last with its command."""
+    last = manifest.get("recovery")
+    return [*manifest.get("recovered_before", ()), *([last] if last else [])]
+
+
 def texts_that_made(manifest: Mapping[str, Any]) -> set[str]:
     """Return the names of the texts that a model was calibrated, repaired or trained on."""
-    tables = [manifest.get("calibration"), (manifest.get("recovery") or {}).get("data")]
+    tables = [manifest.get("calibration"), *(each.get("data") for each in recoveries(manifest))]
     return {name for table in tables for name in (table or {}).get("sources", {})}
 
 
 def perplexities(manifest: Mapping[str, Any]) -> dict[Conditions, dict[str, float]]:
     """Return those of a manifest by conditions: of the `dense`, `pruned` and `recovered` model."""
     found: dict[Conditions, dict[str, float]] = {}
-    recovery = manifest.get("recovery") or {}
-    for before, after, table in (("dense", "pruned", manifest), ("pruned", "recovered", recovery)):
+    *earlier, last = recoveries(manifest) or [{}]
+    # What was trained again was neither the pruned model nor the finished one.
+    trained = None if earlier else "pruned"
+    tables = ((("dense", "pruned"), manifest), ((trained, "recovered"), last))
+    for models, table in tables:
         for text, value in (table.get("perplexity") or {}).items():
             of_models = found.setdefault(Conditions.of(text, value), {})
-            of_models |= {before: float(value["before"]), after: float(value["after"])}
+            sides = zip(models, ("before", "after"), strict=True)
+            of_models |= {model: float(value[side]) for model, side in sides if model}
     return found
 
 
@@ -126,9 +136,11 @@ class Fact:
     ratio: float | None = None  # after / before as it was measured, where that is another
 
     @property
-    def key(self) -> tuple[str, str, str, Conditions | None]:
+    def key(self) -> tuple[str, str, str, Conditions | None, str]:
         """What the numbers of several models must have in common to compare."""
-        return self.heading, self.name, self.text, self.conditions
+        # Which blocks are gone differs; on how many documents a score is must not.
+        measured_on = "" if self.heading == SIZE else self.detail
+        return self.heading, self.name, self.text, self.conditions, measured_on
 
     @property
     def change(self) -> str:
@@ -181,7 +193,7 @@ def labels(facts: Iterable[Fact]) -> dict[Fact, str]:
 
 def size_facts(manifest: Mapping[str, Any], weight_bytes: int = 0) -> list[Fact]:
     """Return how large a pruned model and its original are, as far as that is known."""
-    if "parameters_before" not in manifest:
+    if "parameters_after" not in manifest:  # of what was pruned in memory it is not recorded
         return []
 
     def fact(name: str, before: float, after: float, detail: str = "") -> Fact:

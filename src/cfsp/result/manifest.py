@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE, digests_beside_weights, sha256_of
+from cfsp.checkpoint.skeleton import PRUNED_KEY
 from cfsp.errors import CheckpointError, refusing_bad_json
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.progress import item_progress
@@ -35,7 +36,7 @@ def removed_facts(plan: PruningPlan) -> dict[str, list[int]]:
 _IN_CONFIG = (
     "operation", "base_model", "criterion", "calibration", "removed_blocks", "removed_attentions",
     "ffn_sparsity", "kv_groups", "experts", "model_sparsity", "parameters_before", "repair",
-    "recovery", "pruned", "perplexity", "command", "created", "versions",
+    "recovered_before", "recovery", "pruned", "perplexity", "command", "created", "versions",
 )  # fmt: skip
 
 
@@ -101,6 +102,15 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
             "use the version of cfsp that wrote it"
         )
     return fields
+
+
+def facts_about(source: Checkpoint) -> dict[str, Any]:
+    """Return the manifest of a checkpoint, or what one that was pruned in memory has in its config.
+
+    Nothing if cfsp did not make it.
+    """
+    in_config = getattr(source.config, PRUNED_KEY, None)
+    return read_manifest(source.directory) or dict(in_config if isinstance(in_config, dict) else {})
 
 
 def check_as_written(source: Checkpoint) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE, SWEEP_FILE
 from cfsp.checkpoint.reading import fingerprint
@@ -302,7 +303,7 @@ def _quality_facts(models: Models, side_of: Side) -> list[Fact]:
                 if metric in scores:
                     error = scores.get(f"{metric}_stderr")
                     number = _number({"value": scores[metric], "stderr": error})
-                    detail = f"{scores['documents']} documents"
+                    detail = counted(scores["documents"], "documents")
                     name = f"{task}, {metric}{', nats' if unit is NATS else ''}"
                     fact = Fact(TASKS, name, unit, detail=detail)
                     facts.append(_on(side, number, fact))
@@ -334,11 +335,12 @@ def _speed_facts(models: Models, side_of: Side) -> list[Fact]:
         side = side_of(str(model["model"]))
         for workload in model["workloads"] if side else ():
             shape = f"batch {workload['batch']}, prompt {workload['prompt']}"
-            for phase in ("prefill", "decode"):
+            generated = f", {workload['new_tokens']} new tokens"
+            for phase, more in (("prefill", ""), ("decode", generated)):
                 figures = workload[phase]
                 has_ratio = side == "after" and compared and not figures.get("too_busy")
                 ratio = float(figures["ratio"]) if has_ratio else None
-                fact = Fact(SPEED, f"{phase}, {shape}", RATE, ratio=ratio)
+                fact = Fact(SPEED, f"{phase}, {shape}{more}", RATE, ratio=ratio)
                 facts.append(_on(side, Number(float(figures["tokens_per_second"])), fact))
     return facts
 
@@ -348,7 +350,7 @@ def _comparison_facts(comparison: Mapping[str, Any]) -> list[Fact]:
     for key, pair in comparison.get("answers", {}).items():
         name, unit = _OF_ANSWERS[key]
         before = _number(pair["first"]) if key in ("stops", "loops") else None
-        detail = f"{comparison['questions']} questions" if key == "divergence" else ""
+        detail = counted(comparison["questions"], "questions") if key == "divergence" else ""
         facts.append(Fact(ANSWERS, name, unit, before, _number(pair["second"]), detail=detail))
     for text, pairs in comparison.get("texts", {}).items():
         for key, (name, unit) in _OF_TEXTS.items():

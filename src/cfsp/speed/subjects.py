@@ -37,6 +37,7 @@ from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.pruned_config import config_changes
 from cfsp.checkpoint.reading import LoadedModel, WeightSource, parameter_count
 from cfsp.checkpoint.skeleton import architecture_of, build_skeleton
+from cfsp.checkpoint.tensor_file import read_weights
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
 from cfsp.errors import CfspError, UsageError
 from cfsp.settings import Part
@@ -173,7 +174,9 @@ def build_model(
     checkpoint = open_checkpoint(subject.model)
     dtype = compute_dtype(checkpoint, dtype_name)
     model = load(checkpoint.directory, dtype=dtype, device=device)
-    size = sum(path.stat().st_size for path in checkpoint.directory.glob("*.safetensors"))
+    # Others may lie there: the same weights again in another format.
+    files = {tensor.path for tensor in read_weights(checkpoint.directory).values()}
+    size = sum(path.stat().st_size for path in files)
     return model, Footprint.of(checkpoint, size, dtype.itemsize)
 
 

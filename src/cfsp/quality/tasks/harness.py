@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 from cfsp.checkpoint.text_config import longest_input_of
 from cfsp.errors import CfspError, MissingExtraError, TaskError
 from cfsp.quality.paired import mean
+from cfsp.quality.perplexity import check_is_number
 from cfsp.quality.tasks.selection import (
     TaskSelection,
     check_known,
@@ -252,7 +253,7 @@ def scored_documents(
                 picked.append(task.doc_to_choice(sample["doc"]))
                 found.append(document | _multiple_choice(task, sample, picked[-1]))
             elif task.OUTPUT_TYPE == "loglikelihood" and "acc" in sample:
-                likelihoods = [round(float(sample["filtered_resps"][0][0]), 5)]
+                likelihoods = [round(_likelihood(task, sample["filtered_resps"][0]), 5)]
                 right = {"acc": float(sample["acc"]), "chance": 0.0}
                 found.append(document | right | {"loglikelihoods": likelihoods})
             elif "exact_match" in sample:
@@ -288,7 +289,7 @@ def _multiple_choice(task: Any, sample: dict[str, Any], choices: list[str]) -> S
     gold_of = task.doc_to_text if task.multiple_input else task.doc_to_target
     gold = _gold(gold_of(sample["doc"]), choices)
     golds = gold if isinstance(gold, list) else [gold]
-    likelihoods = [float(each[0]) for each in sample["filtered_resps"]][: len(choices)]
+    likelihoods = [_likelihood(task, each) for each in sample["filtered_resps"][: len(choices)]]
     by_character = [
         each / max(1, len(choice)) for each, choice in zip(likelihoods, choices, strict=True)
     ]
@@ -302,6 +303,12 @@ def _multiple_choice(task: Any, sample: dict[str, Any], choices: list[str]) -> S
         "choice_norm": by_character.index(max(by_character)),
     }
     return found | ({"acc_norm": float(sample["acc_norm"])} if "acc_norm" in sample else {})
+
+
+def _likelihood(task: Any, response: Sequence[Any]) -> float:
+    """Return the log-likelihood of one continuation; NaN would be taken for the likeliest."""
+    check_is_number(response[0], task.config.task)
+    return float(response[0])
 
 
 def _gold(found: Any, choices: Sequence[str]) -> int | list[int]:
