@@ -156,8 +156,8 @@ def test_nothing_at_import_time_excludes_an_operating_system():
     assert found == []
 
 
-V2 = ("memory.max", "memory.current", "file")
-V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")
+V2 = ("memory.max", "memory.current", "file", "shmem")
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem")
 
 
 @pytest.mark.parametrize(
@@ -178,13 +178,13 @@ def test_every_group_that_holds_this_process_limits_its_memory(
     (tmp_path / "own").write_text(f"{own}\n")
     monkeypatch.setattr(memory, "_OWN_GROUPS", tmp_path / "own")
     monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "groups")
-    limit, used, cached = names
+    limit, used, cached, in_memory = names
     for group, most in groups.items():
         directory = tmp_path / "groups" / group
         directory.mkdir(parents=True, exist_ok=True)
         (directory / limit).write_text(f"{most}\n")
         (directory / used).write_text("4000\n")
-        (directory / "memory.stat").write_text(f"anon 3300\n{cached} 700\n")
+        (directory / "memory.stat").write_text(f"anon 3300\n{cached} 900\n{in_memory} 200\n")
     assert memory.available_bytes() == 1700
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert memory.hidden_budget() == 1700 // 2 // 4
