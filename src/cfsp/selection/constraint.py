@@ -297,10 +297,12 @@ class Parameters(Constraint):
 
     def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
         """Return the share of what the channels own that is still to go."""
-        gone = parameters_dropped(self.source, dropped)
+        missing = self._to_go - parameters_dropped(self.source, dropped)
+        if missing <= 0:
+            return 0.0
+        # Nothing, where all blocks that have some are dropped.
         owned = parameters_of_channels(self.source, parts, dropped)
-        share = max(0.0, (self._to_go - gone) / owned)
-        return share if share < 1 else None
+        return missing / owned if missing < owned else None
 
     def facts(self) -> dict[str, Any]:
         """Return what was asked for."""
