@@ -6,7 +6,7 @@ import platform
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -79,6 +79,15 @@ def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that compute, by name."""
     packages = ("cfsp-llm", "torch", "transformers", "safetensors", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def runtime_identity(runtime: Runtime) -> dict[str, Any]:
+    """Return what anything that is computed depends on besides model and text, as JSON types."""
+    return {
+        "device": runtime.device.type,
+        "dtype": str(runtime.dtype).removeprefix("torch."),
+        "version": {name: versions()[name] for name in ("cfsp-llm", "torch", "transformers")},
+    }
 
 
 def check_same_work(team: Team, sources: Sequence[WeightSource], more: Mapping[str, str]) -> None:
