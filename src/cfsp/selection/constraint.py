@@ -72,7 +72,7 @@ class DropBudget:
         sizes = DropSizes.of(source, parts, keep)
         total = parameter_count(source) if of_model else sizes.total
         if share * total > sizes.most + min(sizes.of_one.values(), default=0) / 2:
-            whose = "model's" if of_model else "block" if sizes.block_of else "attention"
+            whose = "model's" if of_model else "block" if "blocks" in parts else "attention"
             what = f"{share:.1%} of the {whose} parameters"
             raise _too_many(sizes, what, f"{sizes.most / total:.1%}")
         return DropBudget(tuple(parts), sizes, share * total)
@@ -281,12 +281,18 @@ class Parameters(Constraint):
         )
 
     def to_drop(self) -> DropBudget:
-        """Return as much, or beside channels half of the attentions at most."""
-        parts = self.budget.whole_parts
-        if "blocks" in parts or not self.budget.channel_parts:
+        """Return as much, or beside channels half of the attentions at most.
+
+        Beside channels what `--keep` names leaves fewer blocks to go, and channels give the rest.
+        """
+        parts, keep = self.budget.whole_parts, self.budget.keep
+        if not self.budget.channel_parts or ("blocks" in parts and not keep):
             return DropBudget.of_share(
-                self.source, parts, self.share_of_all, of_model=True, keep=self.budget.keep
+                self.source, parts, self.share_of_all, of_model=True, keep=keep
             )
+        if "blocks" in parts:
+            sizes = DropSizes.of(self.source, parts, keep)
+            return DropBudget(parts, sizes, min(self._to_go, sizes.most))
         alone = super().to_drop()
         return replace(alone, parameters=min(alone.parameters, self._to_go))
 
