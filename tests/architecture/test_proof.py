@@ -92,6 +92,13 @@ def test_what_loses_kv_groups_has_ffns_that_can_be_cut(monkeypatch):
         prove(config, parts=("kv",))
 
 
+def test_one_channel_cannot_be_cut():
+    config = TINY_CONFIGS["llama"]()
+    config.intermediate_size = 1
+    with pytest.raises(UnsupportedModelError, match="no FFN of LlamaForCausalLM can be cut"):
+        prove(config)
+
+
 def test_a_decoder_that_takes_no_token_ids_is_refused():
     with pytest.raises(UnsupportedModelError, match="could not be tried on random weights"):
         prove(ToyConfig(trick="takes no token ids"))

@@ -281,7 +281,7 @@ def _masked(run: SmallRun, unit: Unit, kept_EK: list[list[int]]) -> Iterator[Non
     lead = down.ndim - 2
     for ffn, kept in enumerate(kept_EK):
         new, old = (masked[ffn], down[ffn]) if lead else (masked, down)
-        index = torch.tensor(unit.columns_of(kept))
+        index = torch.tensor(unit.columns_of(kept), dtype=torch.long)
         new.index_copy_(axis - lead, index, old.index_select(axis - lead, index))
     with replaced(block, {unit.down: masked}):
         yield
