@@ -76,13 +76,16 @@ def test_what_was_saved_stays_until_the_next_save(kind, later, tmp_path):
 
 
 def test_a_full_disk_is_an_error_and_not_a_crash(tmp_path, monkeypatch):
-    def full(descriptor: int, offset: int, length: int) -> None:
+    def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     hidden = HiddenInFile(SHAPE, torch.bfloat16, tmp_path)
     with pytest.raises(OutputError, match=r"No space left.*--memory-budget"):
         hidden.write(BATCHES[0], values(0)[BATCHES[0]])
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match=r"No space left.*fewer --samples"):
+        HiddenStates(SHAPE, torch.bfloat16, tmp_path).save()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
