@@ -57,6 +57,17 @@ def test_work_is_that_of_the_formulas(estimate):
     assert found == pytest.approx(blocks * per_block)
 
 
+def test_held_out_windows_are_in_memory(estimate, text_file, other_text_file):
+    alike = ("--batch-windows", "1", "--memory-budget", "0", "--set", "block_metric=uniform")
+    texts = ("--data", str(text_file), "--data", str(other_text_file))
+    for repair, held_out in (("none", 0), ("ridge", 2)):  # of 16 windows; of 32 there are 4
+        few, many = (
+            estimate("--repair", repair, "--samples", count, *texts, *alike)["memory_bytes"]
+            for count in ("16", "32")
+        )
+        assert many - few == held_out * 32 * TINY_CONFIGS["llama"]().intermediate_size * 4
+
+
 @pytest.fixture(scope="module")
 def wordy(tmp_path_factory, tokenizer) -> Path:
     """A model of which nearly all is vocabulary."""

@@ -34,6 +34,7 @@ from cfsp.selection.drop_order import (
 )
 from cfsp.selection.goal import constraint_of
 from cfsp.selection.search import select
+from cfsp.settings import TargetSpeedup
 from cfsp.streaming.block_proof import check_experts_can_go
 from cfsp.streaming.runtime import runtime_of
 from cfsp.streaming.work_dir import temporary_work_dir
@@ -60,10 +61,14 @@ def decide(job: Job, known: Known = NOTHING_KNOWN) -> tuple[PruningResult, dict[
         check_statistics_fit(job.source, statistics)
     else:
         check_can_be_compared(job)
+        if isinstance(job.settings.goal, TargetSpeedup):
+            job.draw()  # what is wrong with the text is said before models are timed
     job, constraint = constraint_of(job)
     # What is wrong with the text is said first.
-    drawn = len(job.draw().tokens_NT) if statistics is None else None
-    announce(job.source, job.settings, drawn)
+    drawn = job.draw() if statistics is None or job.budget.compares else None
+    if drawn is not None and job.settings.repair != "none" and "experts" not in job.budget.parts:
+        check_windows(drawn)
+    announce(job.source, job.settings, None if drawn is None else len(drawn.tokens_NT))
     if statistics is None:
         repairs = job.settings.repair != "none"
         if repairs and job.budget.channel_parts and not constraint.needs_statistics:
@@ -151,7 +156,6 @@ def _completed(
 def _choose_and_repair(job: Job, constraint: Constraint) -> tuple[PruningResult, dict[str, Any]]:
     """Fix the widths from a few windows, then choose and repair in one pass over all."""
     windows = job.draw()
-    check_windows(windows)
     few = few_windows(windows, COARSE_WINDOWS)
     coarse = _calibrated(job, constraint, few, "coarse pass")
     planner, candidate = select(job, constraint, coarse)

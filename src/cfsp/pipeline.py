@@ -34,7 +34,7 @@ from cfsp.checkpoint.own_files import (
     copy_travelling_files,
     digests_beside_weights,
 )
-from cfsp.checkpoint.reading import Checkpoint, WeightSource, in_memory
+from cfsp.checkpoint.reading import Checkpoint, WeightSource, fingerprint, in_memory
 from cfsp.checkpoint.tensor_file import write_shards
 from cfsp.cut.surgery import PrunedSource, build_pruned_model
 from cfsp.decide import decide
@@ -68,7 +68,7 @@ from cfsp.settings import (
     PruneSettings,
 )
 from cfsp.streaming.block_stream import check_enough
-from cfsp.streaming.runtime import check_same_work, runtime_of
+from cfsp.streaming.runtime import check_same_work, runtime_identity, runtime_of
 from cfsp.streaming.work_dir import (
     WorkDir,
     output_work_dir,
@@ -113,13 +113,16 @@ def prune_checkpoint(
     if known.plan is None:
         warn_of_no_way_back(source, settings.budget)
     measured_on = evaluation_windows(settings.evaluation, source)
-    identity = pruning_identity(settings, known)
+    asked_for = pruning_identity(settings, known)
+    # What is decided before the first pass depends on these too.
+    of_model = {"dense model": fingerprint(source)}
+    identity = of_model | runtime_identity(runtime_of(settings.compute, source)) | asked_for
     with (
         created_parents(out),
         output_work_dir(out, identity, settings.compute.memory_budget, team) as work_dir,
         _shared_staging(out, work_dir) as staging,
     ):
-        check_same_work(team, [source], {"command": digest_of(identity)})
+        check_same_work(team, [source], {"command": digest_of(asked_for)})
         tokenizer = partial(load_tokenizer, source.directory)
         repaired, facts = decide(_job(source, tokenizer, settings, work_dir), known)
         if dry_run:
@@ -289,7 +292,7 @@ def pruning_identity(settings: PruneSettings, known: Known) -> dict[str, Any]:
         "parts are open": settings.leaves_parts_open,
         "goal": [type(settings.goal).__name__, asdict(settings.goal)] if settings.goal else None,
         **asdict(settings.criterion),
-        "--statistics": known.statistics and known.statistics.record.tokens_digest,
+        "--statistics": known.statistics and known.statistics.digest,
     }
 
 

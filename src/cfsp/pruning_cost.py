@@ -36,11 +36,11 @@ from cfsp.streaming.block_stream import windows_in_batch
 from cfsp.streaming.memory import available_bytes, hidden_budget
 from cfsp.streaming.runtime import needed_bytes, runtime_of
 from cfsp.text.drawing import parts_with_shares
-from cfsp.text.windows import Windows
+from cfsp.text.windows import Windows, is_held_out
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.settings import Budget, PruneSettings
+    from cfsp.settings import Budget, CalibrationText, PruneSettings
     from cfsp.streaming.runtime import Runtime
 
 # Python, torch and transformers.
@@ -143,8 +143,6 @@ def _work(
 
 def _speed(dtype: torch.dtype, device: torch.device) -> float:
     """Return the operations a second of a matrix product, on this machine now."""
-    if dtype == torch.float64 and device.type == "mps":  # has none
-        device = torch.device("cpu")
     side = torch.ones(_SIDE, _SIDE, dtype=dtype, device=device)
     seconds = []
     for _ in range(3):  # the first is slow
@@ -176,12 +174,25 @@ def _memory_bytes(
         gram = max(gram_bytes(source, index) for index in {unit.block for unit in source.units})
         kept = round(width * (1 - settings.budget.sparsity))
         system = max(4 * kept**2, 10 * hidden * width)
-        peak = max(peak, 2 * block + activations + gram, block + gram + system)
+        tokens = _held_out_tokens(settings.text)
+        held_out = tokens * width * itemsize
+        # What is kept of them, and what they should give, which is put together from its parts.
+        judged = tokens * (kept * itemsize + 8 * hidden)
+        peak = max(
+            peak,
+            2 * block + activations + gram + held_out,
+            block + gram + system + held_out + judged,
+        )
     budget = settings.compute.memory_budget
     peak += hidden_bytes if hidden_bytes <= hidden_budget(budget) else 0
     if follow_sensitivity(source, settings.criterion, runtime):
         peak = max(peak, needed_bytes(source, runtime.dtype) + prediction_bytes(vocabulary))
     return peak + _INTERPRETER_BYTES + _TOKEN_BYTES * vocabulary
+
+
+def _held_out_tokens(text: CalibrationText) -> int:
+    shares = [share for _, share in parts_with_shares(text.names, text.windows)]
+    return int(is_held_out(shares).sum()) * text.seqlen
 
 
 def announce(source: WeightSource, settings: PruneSettings, windows: int | None = None) -> None:

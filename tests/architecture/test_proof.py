@@ -25,6 +25,7 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3_5Config,
 )
+from transformers.activations import ACT2FN
 
 from cfsp.architecture import resizing
 from cfsp.architecture.discovery import find_architecture
@@ -34,6 +35,7 @@ from cfsp.architecture.proof import prove
 from cfsp.architecture.resizing import resize_ffn
 from cfsp.architecture.small_run import smaller_configs
 from cfsp.errors import CheckpointError, UnsupportedModelError
+from tiny_models import TINY_CONFIGS
 from toy_decoders import BLOCKS, CHANNELS, ToyConfig, register
 
 
@@ -79,6 +81,22 @@ def test_what_only_looks_like_an_ffn_is_refused(trick, module, check):
     assert f"{module} failed the check {check}: expected" in message
     assert "found" in message
     assert "please report" in message
+
+
+def test_what_loses_kv_groups_has_ffns_that_can_be_cut(monkeypatch):
+    """Blocks are known by their FFNs, so that it is refused when it is opened, not later."""
+    monkeypatch.setitem(ACT2FN, "softmax", (nn.Softmax, {"dim": -1}))
+    config = TINY_CONFIGS["llama"]()
+    config.hidden_act = "softmax"
+    with pytest.raises(UnsupportedModelError, match="no FFN of LlamaForCausalLM can be cut"):
+        prove(config, parts=("kv",))
+
+
+def test_one_channel_cannot_be_cut():
+    config = TINY_CONFIGS["llama"]()
+    config.intermediate_size = 1
+    with pytest.raises(UnsupportedModelError, match="no FFN of LlamaForCausalLM can be cut"):
+        prove(config)
 
 
 def test_a_decoder_that_takes_no_token_ids_is_refused():

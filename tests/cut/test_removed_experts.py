@@ -131,8 +131,11 @@ def test_what_a_router_needs_stays(model_of_experts, saved):
     assert grouped.architecture.experts is not None
     assert grouped.architecture.experts.groups == 2
     assert Share(grouped, Budget(0.3, parts=PARTS)).experts() == 2
-    with pytest.raises(BudgetError, match="does not run with 5"):
-        Share(grouped, Budget(parts=PARTS, remove=3)).experts()
+    for removed in (1, 3):
+        with pytest.raises(BudgetError, match=rf"remove {removed} of 8 .* run with {8 - removed}"):
+            Share(grouped, Budget(parts=PARTS, remove=removed)).experts()
+    with pytest.raises(BudgetError, match=r"cannot remove 9 of 4 .* needs 2"):
+        Share(source, Budget(parts=PARTS, remove=9)).experts()
 
 
 def test_a_fault_in_one_of_many_blocks_is_found(monkeypatch):

@@ -19,6 +19,7 @@ from builders import never
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import TextError
+from cfsp.pipeline import prune_checkpoint
 from cfsp.repair.ridge import (
     PANEL,
     GramSums,
@@ -29,6 +30,7 @@ from cfsp.repair.ridge import (
     solve,
 )
 from cfsp.result.manifest import read_manifest
+from cfsp.settings.pruning import prune_settings
 from recoveries import stop
 
 
@@ -186,10 +188,20 @@ def test_a_plan_made_before_is_repaired_by_a_pass_of_its_own(repaired_model, mod
     assert all(torch.equal(first.read(name), second.read(name)) for name in first.specs)
 
 
-def test_one_window_is_too_little(model, text_file, tmp_path):
+def test_one_window_is_too_little_and_that_is_said_before_any_pass(
+    model, text_file, tmp_path, monkeypatch
+):
     few: Any = {"data": [text_file], "samples": 1, "seqlen": 16}
+    both = "ffn,blocks"
+    made = cfsp.calibrate(model, parts=both, data=[text_file], samples=4, seqlen=16)
+    monkeypatch.setattr("cfsp.streaming.block_pass.stream_blocks", never)
+    asked: list[Any] = [{"sparsity": 0.4}, {"parts": "blocks", "remove": 1}]
+    for each in asked:
+        with pytest.raises(TextError, match="at least 2 windows"):
+            cfsp.prune(model, out=tmp_path / "out", **each, **few)
+    settings = prune_settings({"parts": both, "target_params": 0.8, **few})
     with pytest.raises(TextError, match="at least 2 windows"):
-        cfsp.prune(model, out=tmp_path / "out", sparsity=0.4, **few)
+        prune_checkpoint(Checkpoint(Path(model)), tmp_path / "out", settings, statistics=made)
 
 
 # Training after it.

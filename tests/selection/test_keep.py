@@ -13,6 +13,7 @@ from cfsp.checkpoint.reading import LoadedModel
 from cfsp.errors import BudgetError, UsageError
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate
 from cfsp.planning.candidate import Dropped, DropSizes, kept_by
+from cfsp.selection.constraint import Parameters
 from cfsp.settings import Budget
 from tiny_decoders import tiny_model
 
@@ -99,8 +100,17 @@ def test_an_ffn_that_stays_keeps_its_block_and_not_its_attention(source):
     assert not only_ffn.leaves_some(Dropped((1, 2, 3, 4), (0,)))
 
 
+def test_channels_give_all_where_no_block_may_go(source):
+    keep = ("*.self_attn",)  # whose blocks stay then
+    constraint = Parameters(source, Budget(parts=("ffn", "kv", "blocks"), keep=keep), 0.8)
+    constraint.check()
+    assert constraint.to_drop().is_met_by(Dropped())
+
+
 def test_more_than_the_others_own_is_refused(source, tokenizer, text_file):
     asked: dict[str, Any] = {"data": [text_file], "samples": 4, "seqlen": 32, "multiple": 8}
+    with pytest.raises(BudgetError, match=r"30\.0% of the block parameters: what --keep names"):
+        cfsp.prune(source.model, tokenizer, parts="blocks", sparsity=0.3, keep="0,1,2,3,4", **asked)
     with pytest.raises(BudgetError, match="what --keep names must stay; between 0 and 2"):
         cfsp.prune(source.model, tokenizer, parts="blocks", remove=3, keep="0,1,2", **asked)
     with pytest.raises(BudgetError, match="can be removed"):

@@ -13,12 +13,15 @@ from builders import draw_windows, job_of, never
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import LoadedModel, WeightSource
 from cfsp.errors import BudgetError
+from cfsp.planning.allocation import allocate
+from cfsp.planning.candidate import Dropped
 from cfsp.planning.make import model_size
 from cfsp.selection import goal
+from cfsp.selection.constraint import Parameters
 from cfsp.selection.goal import MANY_CHANNELS, constraint_of
-from cfsp.settings import Budget, Compute, PruneSettings, TargetParameters
+from cfsp.settings import Budget, Compute, Part, PruneSettings, TargetParameters
 from cfsp.streaming.work_dir import WorkDir
-from tiny_decoders import tiny_config
+from tiny_decoders import tiny_config, tiny_model
 
 OPEN = PruneSettings(Budget(multiple=8), compute=Compute("cpu", "float32"), leaves_parts_open=True)
 
@@ -112,6 +115,20 @@ def test_a_command_that_names_no_parts(prune, model):
     assert "1 block and" in done.error
     error = prune("--target-params", stays, "--dry-run", name="dry").error
     assert "--dry-run compared plans before repair" in error
+
+
+def test_nothing_of_a_part_is_left_where_all_blocks_that_have_it_are_dropped():
+    """One block of a hybrid has an attention: without it there is no KV group to lose."""
+    parts: tuple[Part, ...] = ("kv", "blocks")
+    source = LoadedModel(tiny_model("nemotron_h"), parts)
+    (block,) = {unit.block for unit in source.units if unit.part == "kv"}
+    dropped = Dropped((block,))
+    planner: Any = None
+    for stays, share in ((0.99, 0.0), (0.5, None)):
+        constraint = Parameters(source, Budget(parts=parts), stays)
+        assert constraint.share(planner, ("kv",), dropped) == share
+    size = model_size(source, dropped)
+    assert allocate([1.0] * len(size.units), Budget(parts=("kv",)), size) == size.width_U
 
 
 def test_a_resumed_run_keeps_what_it_had_decided(model, draw, tmp_path, monkeypatch):

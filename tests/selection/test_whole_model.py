@@ -21,7 +21,7 @@ from cfsp.planning.allocation import allocate
 from cfsp.planning.importance import importance_by
 from cfsp.planning.make import model_size
 from cfsp.selection import divergence
-from cfsp.settings import Budget, CalibrationText, Criterion, PruneSettings, Repair
+from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings, Repair
 from cfsp.streaming import runtime
 from cfsp.streaming.runtime import Runtime
 from tiny_models import build_tiny_model
@@ -67,6 +67,13 @@ def test_blocks_are_compared_by_sensitivity_where_repair_follows_and_memory_allo
     assert metric_of("ridge") == "sensitivity"
     monkeypatch.setattr(runtime, "available_bytes", lambda: 1)
     assert metric_of("ridge", "small machine") == "angular"
+
+
+def test_an_accelerator_without_float64_is_not_taken(source, monkeypatch):
+    monkeypatch.setattr(runtime, "compute_device", lambda name: torch.device("mps"))
+    assert runtime.runtime_of(Compute("auto"), source).device.type == "cpu"
+    with pytest.raises(UsageError, match=r"float64, .* found --device mps; give --device cpu"):
+        runtime.runtime_of(Compute("mps"), source)
 
 
 def test_what_counts_is_the_memory_where_the_model_computes(source, monkeypatch):

@@ -76,13 +76,16 @@ def test_what_was_saved_stays_until_the_next_save(kind, later, tmp_path):
 
 
 def test_a_full_disk_is_an_error_and_not_a_crash(tmp_path, monkeypatch):
-    def full(descriptor: int, offset: int, length: int) -> None:
+    def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     hidden = HiddenInFile(SHAPE, torch.bfloat16, tmp_path)
     with pytest.raises(OutputError, match=r"No space left.*--memory-budget"):
         hidden.write(BATCHES[0], values(0)[BATCHES[0]])
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match=r"No space left.*fewer --samples"):
+        HiddenStates(SHAPE, torch.bfloat16, tmp_path).save()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
@@ -156,8 +159,8 @@ def test_nothing_at_import_time_excludes_an_operating_system():
     assert found == []
 
 
-V2 = ("memory.max", "memory.current", "file")
-V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")
+V2 = ("memory.max", "memory.current", "file", "shmem")
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem")
 
 
 @pytest.mark.parametrize(
@@ -178,13 +181,13 @@ def test_every_group_that_holds_this_process_limits_its_memory(
     (tmp_path / "own").write_text(f"{own}\n")
     monkeypatch.setattr(memory, "_OWN_GROUPS", tmp_path / "own")
     monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "groups")
-    limit, used, cached = names
+    limit, used, cached, in_memory = names
     for group, most in groups.items():
         directory = tmp_path / "groups" / group
         directory.mkdir(parents=True, exist_ok=True)
         (directory / limit).write_text(f"{most}\n")
         (directory / used).write_text("4000\n")
-        (directory / "memory.stat").write_text(f"anon 3300\n{cached} 700\n")
+        (directory / "memory.stat").write_text(f"anon 3300\n{cached} 900\n{in_memory} 200\n")
     assert memory.available_bytes() == 1700
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert memory.hidden_budget() == 1700 // 2 // 4

@@ -140,6 +140,35 @@ def test_another_text_model_or_dtype_is_refused(runs, model):
     assert "with another model fingerprint (" in runs.refused(argv)
 
 
+def test_other_statistics_of_the_same_text_are_refused(runs):
+    """What they kept is repaired already, and other channels would be cut."""
+    first, second = (str(runs.directory / name) for name in ("first", "second"))
+    for statistics, metric in ((first, "angular"), (second, "auto")):
+        asked = ["--block-metric", metric, "--out", statistics]
+        assert main([*runs.calibrate[:-2], *asked]) == 0
+    argv = [*runs.prune, "--statistics"]
+    runs.kill([*argv, first], "within", 2)
+    assert "with another --statistics (" in runs.refused([*argv, second])
+    assert "ridge: going on at block 1" in runs.end([*argv, first])
+
+
+def test_times_of_another_model_or_dtype_are_refused(runs, tiny_checkpoint, monkeypatch):
+    """They are measured before any pass, which would know what it is of."""
+    found = {"curves": {"ffn": [[8, 0.3], [96, 1.0]]}, "conditions": {"disturbance": 0.0}}
+    monkeypatch.setattr("cfsp.selection.speedup.measure_latencies", lambda *_: found)
+    argv = [*runs.prune[:1], *runs.prune[2:], "--target-speedup", "1.2"]
+    del argv[argv.index("--sparsity") : argv.index("--sparsity") + 2]
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cfsp.decide._calibrated", interrupt)
+        assert main([*argv, runs.prune[1]]) == 130
+    assert "with another dense model (" in runs.refused([*argv, str(tiny_checkpoint("mistral"))])
+    assert "with another dtype (" in runs.refused([*argv, "--dtype", "bfloat16", runs.prune[1]])
+
+
 def test_blocks_go_by_what_the_killed_run_had_memory_for(runs, model, text, monkeypatch):
     out = ["--out", str(runs.directory / "out")]
     argv = ["prune", str(model), *text, "--parts", "blocks", "--sparsity", "0.5", *out]

@@ -64,7 +64,7 @@ class ChannelAxis:
 
     def select(self, tensor: Tensor, kept: Sequence[int]) -> Tensor:
         """Return the tensor with the kept channels only."""
-        kept_K = torch.tensor(kept, device=tensor.device)
+        kept_K = torch.tensor(kept, dtype=torch.long, device=tensor.device)
         return tensor.index_select(self.axis, self.index(kept_K, self.width(tensor.shape)))
 
 
@@ -112,8 +112,8 @@ class Unit:
 
     def columns_of(self, channels: Sequence[int]) -> list[int]:
         """Return the inputs of `down` that some channels of one FFN have."""
-        index_K: Tensor = self.axes[self.down].index(torch.tensor(channels), self.width)
-        return index_K.tolist()
+        channels_K = torch.tensor(channels, dtype=torch.long)  # there may be none
+        return self.axes[self.down].index(channels_K, self.width).tolist()
 
     @property
     def is_whole(self) -> bool:

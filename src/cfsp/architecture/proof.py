@@ -59,20 +59,15 @@ def prove(
 ) -> Architecture:
     """Return the blocks of a config's model and those of its units that can be cut.
 
-    Units of `parts` must be there, and the blocks must run one by one: else it is an
-    `UnsupportedModelError`. FFNs are found in any case.
+    Units of `parts` must be there, FFNs in any case, which blocks are known by, and the blocks must
+    run one by one: else it is an `UnsupportedModelError`.
     """
     model_class = model_class or model_class_of(config)
     proved = []
     for part in UNIT_PARTS:
         if part in (*unit_parts(parts), "ffn"):
             goes_whole = part == "kv" and "attention" in parts
-            try:
-                proved.append(_prove_part(config, model_class, "attention" if goes_whole else part))
-            except UnsupportedModelError:
-                # Where only blocks go, FFNs are what they are known by.
-                if part != "ffn" or part in parts or not set(parts) & set(UNIT_PARTS):
-                    raise
+            proved.append(_prove_part(config, model_class, "attention" if goes_whole else part))
     # Attention comes before the FFN, or beside it.
     units = [unit for found in reversed(proved) for unit in found.units]
     architecture = replace(
@@ -286,7 +281,7 @@ def _masked(run: SmallRun, unit: Unit, kept_EK: list[list[int]]) -> Iterator[Non
     lead = down.ndim - 2
     for ffn, kept in enumerate(kept_EK):
         new, old = (masked[ffn], down[ffn]) if lead else (masked, down)
-        index = torch.tensor(unit.columns_of(kept))
+        index = torch.tensor(unit.columns_of(kept), dtype=torch.long)
         new.index_copy_(axis - lead, index, old.index_select(axis - lead, index))
     with replaced(block, {unit.down: masked}):
         yield

@@ -156,7 +156,8 @@ class ObservedBlock:
     def save(self, directory: Path, index: int) -> None:
         """Write what was gathered in the block at an index, for a killed pass."""
         more = {} if self.passing is None else {"passing": self.passing.contiguous()}
-        write_facts(_path(directory, index), {"block": asdict(self.block)}, self.units, more)
+        facts = {"block": asdict(self.block)}
+        write_atomically(_path(directory, index), file_of_facts(facts, self.units, more))
 
     @staticmethod
     def load(directory: Path, index: int) -> ObservedBlock:
@@ -166,13 +167,12 @@ class ObservedBlock:
         return ObservedBlock(block, units_from(facts, tensors), tensors.get("passing"))
 
 
-def write_facts(
-    path: Path,
+def file_of_facts(
     facts: Mapping[str, Any],
     units: Sequence[UnitStatistics],
     more: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write JSON types, units and more tensors to one file, atomically."""
+) -> bytes:
+    """Return the file of JSON types, units and more tensors; the same give the same bytes."""
     tensors, entries = dict(more or {}), []
     for number, unit in enumerate(units):
         entry: dict[str, Any] = {"block": unit.block, "tokens": unit.tokens}
@@ -189,11 +189,11 @@ def write_facts(
     # One entry only: the library writes several in random order, and the same statistics
     # shall give the same bytes.
     text = json.dumps({"version": STATISTICS_VERSION, **facts, "units": entries})
-    write_atomically(path, save(tensors, metadata={_METADATA_KEY: text}))
+    return save(tensors, metadata={_METADATA_KEY: text})
 
 
 def read_facts(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return what `write_facts` wrote; nothing but the version is checked."""
+    """Return what a file of `file_of_facts` has; nothing but the version is checked."""
     if not path.is_file():
         raise StatisticsError(f"{path} does not exist; make it with: cfsp calibrate MODEL")
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from cfsp.calibration.observed import (
     CalibrationRecord,
     ObservedBlock,
     UnitStatistics,
+    file_of_facts,
     read_facts,
     units_from,
-    write_facts,
 )
+from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import StatisticsError
 from cfsp.settings import WHOLE_PARTS, Part, WholePart
 
@@ -221,6 +223,14 @@ class Statistics:
         Raises:
             OutputError: the place is not writable.
         """
+        write_atomically(path, self._file())
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all of them, as hex."""
+        return sha256(self._file()).hexdigest()
+
+    def _file(self) -> bytes:
         facts: dict[str, Any] = {
             "record": asdict(self.record),
             "blocks": [asdict(block) for block in self.blocks],
@@ -231,7 +241,7 @@ class Statistics:
             facts["removals"] = [asdict(each) for each in self.removals]
         if self.runs:
             facts["runs"] = asdict(self.runs)
-        write_facts(path, facts, self.units)
+        return file_of_facts(facts, self.units)
 
     @classmethod
     def load(cls, path: Path) -> Statistics:

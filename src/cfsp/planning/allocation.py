@@ -132,7 +132,7 @@ def check_least(budget: Budget, size: ModelSize, kept: float, asked: str, of: fl
     """
     least, multiple_U = size.cost_of(size.least_U(budget)), size.multiple_U(budget)
     # Within half a multiple of the least width is the least width.
-    if kept < least - min(map(mul, multiple_U, size.cost_U)) / 2:
+    if kept < least - min(map(mul, multiple_U, size.cost_U), default=0) / 2:
         most = (size.cost_of(size.width_U) - least) / of
         pairs = zip(multiple_U, size.units, strict=True)
         widths = sorted({multiple for multiple, unit in pairs if unit.is_rounded})

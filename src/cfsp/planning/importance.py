@@ -261,23 +261,23 @@ def experts_to_remove(source: WeightSource, wanted: float, *, exactly: bool) -> 
         return failure_with(source.architecture, run, count) is None
 
     rounded = max(0, experts.groups * round(wanted / experts.groups))
-    if rounded == experts.count:
+    if rounded == experts.count and not (exactly and rounded != wanted):
         return 0
     found = next((n for n in counts_near(rounded, experts) if runs_with(n)), experts.count)
-    of_each = "experts of each block"
+    of_each, asked = "experts of each block", experts.count - (wanted if exactly else rounded)
     # A router may want a multiple of something, which is one step away, or a least number.
     if found > rounded and not any(runs_with(n) for n in range(1, rounded)):
         counts = range(experts.groups, experts.count + 1, experts.groups)
         least = next((n for n in counts if runs_with(n)), experts.count)
         most = experts.count - least
         raise BudgetError(
-            f"cannot remove {experts.count - rounded} of {experts.count} {of_each}: the router of "
+            f"cannot remove {asked:.0f} of {experts.count} {of_each}: the router of "
             f"{source.label} needs {least}; between 0 and {most} can be removed "
             f"({most / experts.count:.1%})"
         )
     if exactly and found != wanted:
         raise BudgetError(
-            f"cannot remove {experts.count - wanted:.0f} of {experts.count} {of_each}: the router "
+            f"cannot remove {asked:.0f} of {experts.count} {of_each}: the router "
             f"of {source.label} does not run with {wanted:.0f}; {experts.count - found} can be "
             "removed"
         )

@@ -203,10 +203,13 @@ def repair_down_projection(
     kept_K, pruned_P = mask_F.nonzero().flatten(), (~mask_F).nonzero().flatten()
     plain_DK = down_DF.index_select(1, kept_K)
     kept_RK, target_RD = held_out_RF.index_select(1, kept_K), _output(held_out_RF, down_DF)
-    energy = float(target_RD.double().square().sum())
+    target_of_rows = torch.split(target_RD, ROWS)
+    energy = sum(_squares(target) for target in target_of_rows)
 
     def error_of(new_DK: Tensor) -> float:
-        squares = float((_output(kept_RK, new_DK) - target_RD).double().square().sum())
+        # A few rows at a time: an output of all, in float64, would be the most that there is.
+        pairs = zip(torch.split(kept_RK, ROWS), target_of_rows, strict=True)
+        squares = sum(_squares(_output(rows, new_DK) - target) for rows, target in pairs)
         return squares / energy if energy > 0 else 0.0
 
     error = error_of(plain_DK)
@@ -235,6 +238,10 @@ def repair_down_projection(
 
     _descend(error_with, len(lambdas))
     return best
+
+
+def _squares(tensor: Tensor) -> float:
+    return float(tensor.double().square().sum())
 
 
 def _descend(error_with: Callable[[int], float], count: int) -> None:

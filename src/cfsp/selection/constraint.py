@@ -70,7 +70,7 @@ class DropBudget:
         sizes = DropSizes.of(source, parts, keep)
         total = parameter_count(source) if of_model else sizes.total
         if share * total > sizes.most + min(sizes.of_one.values(), default=0) / 2:
-            whose = "model's" if of_model else "block" if sizes.block_of else "attention"
+            whose = "model's" if of_model else "block" if "blocks" in parts else "attention"
             what = f"{share:.1%} of the {whose} parameters"
             raise _too_many(sizes, what, f"{sizes.most / total:.1%}")
         return DropBudget(tuple(parts), sizes, share * total)
@@ -274,12 +274,18 @@ class Parameters(Constraint):
         )
 
     def to_drop(self) -> DropBudget:
-        """Return as much, or beside channels half of the attentions at most."""
-        parts = self.budget.whole_parts
-        if "blocks" in parts or not self.budget.channel_parts:
+        """Return as much, or beside channels half of the attentions at most.
+
+        Beside channels what `--keep` names leaves fewer blocks to go, and channels give the rest.
+        """
+        parts, keep = self.budget.whole_parts, self.budget.keep
+        if not self.budget.channel_parts or ("blocks" in parts and not keep):
             return DropBudget.of_share(
-                self.source, parts, self.share_of_all, of_model=True, keep=self.budget.keep
+                self.source, parts, self.share_of_all, of_model=True, keep=keep
             )
+        if "blocks" in parts:
+            sizes = DropSizes.of(self.source, parts, keep)
+            return DropBudget(parts, sizes, min(self._to_go, sizes.most))
         alone = super().to_drop()
         return replace(alone, parameters=min(alone.parameters, self._to_go))
 
@@ -290,10 +296,12 @@ class Parameters(Constraint):
 
     def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
         """Return the share of what the channels own that is still to go."""
-        gone = parameters_dropped(self.source, dropped)
+        missing = self._to_go - parameters_dropped(self.source, dropped)
+        if missing <= 0:
+            return 0.0
+        # Nothing, where all blocks that have some are dropped.
         owned = parameters_of_channels(self.source, parts, dropped)
-        share = max(0.0, (self._to_go - gone) / owned)
-        return share if share < 1 else None
+        return missing / owned if missing < owned else None
 
     def facts(self) -> dict[str, Any]:
         """Return what was asked for."""

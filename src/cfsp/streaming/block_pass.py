@@ -23,7 +23,7 @@ from cfsp.processes import Team
 from cfsp.progress import item_progress
 from cfsp.streaming.block_stream import StreamedBlock, stream_blocks, windows_in_batch
 from cfsp.streaming.hidden_states import HiddenInFile, HiddenStates, Room
-from cfsp.streaming.runtime import versions
+from cfsp.streaming.runtime import runtime_identity
 from cfsp.streaming.work_dir import Pace, PassState, PassTimes
 
 if TYPE_CHECKING:
@@ -191,8 +191,6 @@ def _identity(source: WeightSource, windows: Windows, runtime: Runtime) -> dict[
         "model": source.label,
         "model fingerprint": fingerprint(source),
         "calibration text": windows.digest,
-        "device": runtime.device.type,
-        "dtype": str(runtime.dtype).removeprefix("torch."),
         "batch of windows": windows_in_batch(windows, runtime.batch_windows),
-        "version": {k: versions()[k] for k in ("cfsp-llm", "torch", "transformers")},
+        **runtime_identity(runtime),
     }

@@ -74,10 +74,14 @@ class HiddenStates:
         """Put the states on disk, after `swap_buffers`; return the name of their file."""
         assert self._directory is not None
         self._saved = _other(self._saved)
-        with (self._directory / self._saved).open("wb") as file:
-            file.write(self._bytes())
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with (self._directory / self._saved).open("wb") as file:
+                file.write(self._bytes())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            do = "free the disk or take fewer --samples"
+            raise _no_room(self._directory, self.nbytes, error, do) from error
         return self._saved
 
     def _bytes(self) -> memoryview:
@@ -153,11 +157,15 @@ class HiddenInFile(HiddenStates):
                     file.truncate(nbytes)
                 return mmap.mmap(file.fileno(), nbytes)
         except OSError as error:
-            raise OutputError(
-                f"cannot make room for {nbytes / 1e9:.1f} GB of hidden states in {path.parent} "
-                f"({error.strerror or error}); free the disk, raise --memory-budget, or take "
-                "fewer --samples"
-            ) from error
+            do = "free the disk, raise --memory-budget, or take fewer --samples"
+            raise _no_room(path.parent, nbytes, error, do) from error
+
+
+def _no_room(directory: Path, nbytes: int, error: OSError, do: str) -> OutputError:
+    return OutputError(
+        f"cannot make room for {nbytes / 1e9:.1f} GB of hidden states in {directory} "
+        f"({error.strerror or error}); {do}"
+    )
 
 
 def _other(name: str | None) -> str:

@@ -15,9 +15,10 @@ _SHARE_OF_AVAILABLE = 0.5
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_GROUPS = Path("/proc/self/cgroup")
-# What a group calls its limit, what it uses, and cached file pages, in version 2 and in version 1.
-_VERSION_2 = ("memory.max", "memory.current", "file")
-_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")
+# What a group calls its limit, what it uses, cached file pages, and those of them that are files in
+# memory (/dev/shm), which do not give way; in version 2 and in version 1.
+_VERSION_2 = ("memory.max", "memory.current", "file", "shmem")
+_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem")
 
 
 def hidden_budget(asked: int | None = None) -> int:
@@ -52,16 +53,17 @@ def peak_rss_bytes() -> int:
 def available_bytes() -> int:
     """Return the memory that can be had without swapping, within the limits of containers."""
     total = psutil.virtual_memory().available
-    for group, (limit_file, used_file, cached_field) in _memory_groups():
+    for group, (limit_file, used_file, *fields) in _memory_groups():
         limit, used = _number(group / limit_file), _number(group / used_file)
         if limit is not None and used is not None:
             # Cached file pages count as used, but give way.
-            cached = _field(group / "memory.stat", cached_field) or 0
+            in_files, in_memory = (_field(group / "memory.stat", name) or 0 for name in fields)
+            cached = max(0, in_files - in_memory)
             total = min(total, max(0, limit - used + cached))
     return total
 
 
-def _memory_groups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
+def _memory_groups() -> Iterator[tuple[Path, tuple[str, ...]]]:
     """Yield each control group that holds this process, and what it calls its numbers."""
     for line in _lines(_OWN_GROUPS):
         _, controllers, path = line.split(":", 2)

@@ -6,13 +6,13 @@ import platform
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cfsp.checkpoint.loading import compute_device, compute_dtype
 from cfsp.checkpoint.reading import LoadedModel, fingerprint, parameter_count
-from cfsp.errors import ShortOfMemoryError
+from cfsp.errors import ShortOfMemoryError, UsageError
 from cfsp.streaming.memory import available_bytes
 
 if TYPE_CHECKING:
@@ -38,9 +38,15 @@ class Runtime:
 
 def runtime_of(compute: Compute, source: WeightSource) -> Runtime:
     """Return what `auto` comes to for a model on this machine."""
-    return Runtime(
-        compute_device(compute.device), compute_dtype(source, compute.dtype), compute.batch_windows
-    )
+    device = compute_device(compute.device)
+    if device.type == "mps":
+        if compute.device != "auto":
+            raise UsageError(
+                "sums and repairs are computed in float64, which torch has not on mps, found "
+                f"--device {compute.device}; give --device cpu"
+            )
+        device = torch.device("cpu")
+    return Runtime(device, compute_dtype(source, compute.dtype), compute.batch_windows)
 
 
 def fits(source: WeightSource, runtime: Runtime) -> bool:
@@ -79,6 +85,15 @@ def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that compute, by name."""
     packages = ("cfsp-llm", "torch", "transformers", "safetensors", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def runtime_identity(runtime: Runtime) -> dict[str, Any]:
+    """Return what anything that is computed depends on besides model and text, as JSON types."""
+    return {
+        "device": runtime.device.type,
+        "dtype": str(runtime.dtype).removeprefix("torch."),
+        "version": {name: versions()[name] for name in ("cfsp-llm", "torch", "transformers")},
+    }
 
 
 def check_same_work(team: Team, sources: Sequence[WeightSource], more: Mapping[str, str]) -> None:

@@ -207,9 +207,16 @@ def _exists(path: Path) -> bool:
 
 
 def _split_column(name: str) -> tuple[Path, str]:
-    path = Path(name).expanduser()
+    path = _path(name)
     if not _exists(path) and ":" in name:
         before, column = name.rsplit(":", 1)
-        if _exists(Path(before).expanduser()):
-            return Path(before).expanduser(), column
+        if _exists(_path(before)):
+            return _path(before), column
     return path, likely_column(path)
+
+
+def _path(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # there is no such user
+        return Path(name)
