@@ -32,6 +32,8 @@ from cfsp.recovery.prepare import teacher_and_method
 from cfsp.recovery.schedule import Schedule
 from cfsp.recovery.settings import Adaptation, Limit, RecoverSettings, Training
 from cfsp.recovery.trainer import train
+from cfsp.result.facts import perplexities, texts_that_made
+from cfsp.result.making import making
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Compute, EvaluationText
 from cfsp.text.drawing import consecutive_windows
@@ -84,6 +86,29 @@ def test_manifest_and_card_say_how_it_was_recovered(pruned, plain):
     card = (plain / "README.md").read_text()
     assert "## How it was pruned" in card and "## How it was recovered" in card
     assert f"{recovery['trainable_parameters']:,} parameters" in card
+
+
+def test_what_was_recovered_before_stays_on_record(
+    pruned, plain, recovered, text_file, other_text_file, out
+):
+    """The model stays pruned as it was, and the text of each recovery made it."""
+    measured = EvaluationText((str(text_file),), 2, 32)
+    recovered(plain, data=(str(other_text_file),), training=training(2), evaluation=measured)
+    first, manifest = read_manifest(plain), read_manifest(out)
+    assert manifest["pruned"] == first["pruned"]
+    stages = making(manifest)
+    assert [stage.verb for stage in stages] == ["pruned", "recovered", "recovered"]
+    assert stages[:2] == making(first)
+    assert texts_that_made(manifest) == {str(text_file), str(other_text_file)}
+    (found,) = perplexities(manifest).values()  # that of the pruned model was not measured
+    assert found == {"recovered": manifest["recovery"]["perplexity"][str(text_file)]["after"]}
+    assert "then on other.txt" in (out / "README.md").read_text()
+
+
+def test_a_step_has_no_more_windows_than_the_text(recovered, plain):
+    (text,) = read_manifest(plain)["recovery"]["data"]["sources"].values()
+    report = recovered(training=training(1, batch_windows=10**6))
+    assert report.tokens_in_step == text * 32
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -232,6 +232,13 @@ def test_training_that_does_harm_writes_nothing(pruned, recovered, tmp_path, mon
     assert caplog.text.count("that is no better than before training") == 1
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_teacher_of_whom_nothing_can_be_learnt_is_refused(pruned, recovered, tmp_path, method):
+    with pytest.raises(RecoveryError, match="nothing to learn; give another --teacher, or none"):
+        recovered(adaptation=Adaptation(method), teacher=str(pruned))
+    assert list(tmp_path.iterdir()) == []
+
+
 def must_not_load(*args: Any) -> Any:
     """Stand in for what comes after all names are checked."""
     raise AssertionError("a model was loaded")

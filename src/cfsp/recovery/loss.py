@@ -29,7 +29,7 @@ import transformers
 from torch import Tensor, nn
 
 from cfsp.architecture.discovery import find_architecture
-from cfsp.errors import UnsupportedModelError
+from cfsp.errors import RecoveryError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -293,3 +293,11 @@ def multiplies_only(model: PreTrainedModel) -> bool:
 
 def _pass(hidden_BTD: Tensor) -> Tensor:
     return hidden_BTD
+
+
+def diverged(step: int, what: str) -> RecoveryError:
+    """Return the error of a loss that is not finite."""
+    return RecoveryError(
+        f"{what} is NaN or infinite at step {step}; "
+        "start again with a lower --learning-rate, or in --dtype float32"
+    )

@@ -57,6 +57,7 @@ from cfsp.recovery.settings import (
 )
 from cfsp.recovery.trainer import WHOLE, RecoverReport, shard, train
 from cfsp.result.card import model_card, origin_of
+from cfsp.result.facts import recoveries
 from cfsp.result.manifest import read_manifest, write_manifest
 from cfsp.settings import (
     DEFAULT_TEXT,
@@ -351,6 +352,9 @@ def _write_record(
     }
     manifest = read_manifest(ready.source.directory) or {}
     pruned = {key: manifest[key] for key in (*now, "files", "perplexity") if key in manifest}
+    if earlier := recoveries(manifest):
+        recovery["earlier"] = earlier
+        pruned = manifest.get("pruned") or {}
     manifest |= {
         **now,
         "operation": "recover",

@@ -28,6 +28,7 @@ from transformers.trainer_callback import ExportableState
 from cfsp.architecture.block_names import counted
 from cfsp.errors import RecoveryError, UsageError
 from cfsp.progress import item_progress
+from cfsp.recovery.loss import diverged
 from cfsp.streaming.work_dir import PassState
 
 if TYPE_CHECKING:
@@ -125,7 +126,12 @@ class Schedule:
         self._mark = self.elapsed
 
     def begins_at(self, loss: float) -> None:
-        """Note the held-out loss before training."""
+        """Note the held-out loss before training; refuse one that leaves nothing to learn."""
+        if loss <= 0:
+            raise RecoveryError(
+                "the model predicts what its teacher predicts already, so there is nothing to "
+                "learn; give another --teacher, or none"
+            )
         if self.follows_loss:
             self.rate_scale = min(1.0, math.sqrt(loss))
 
@@ -390,11 +396,3 @@ def saved_pace(state: Any) -> dict[str, Any]:
     """Return the state of the pace that a Trainer saved with its own."""
     saved: dict[str, Any] = state.stateful_callbacks[Pace.__name__]
     return saved
-
-
-def diverged(step: int, what: str) -> RecoveryError:
-    """Return the error of a loss that is not finite."""
-    return RecoveryError(
-        f"{what} is NaN or infinite at step {step}; "
-        "start again with a lower --learning-rate, or in --dtype float32"
-    )

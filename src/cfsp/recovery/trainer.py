@@ -39,8 +39,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.processes import is_first_process, process_count
 from cfsp.progress import without_library_bars
-from cfsp.recovery.loss import IGNORED, ModelLoss
-from cfsp.recovery.schedule import Pace, Schedule, diverged, rate_factor, saved_pace
+from cfsp.recovery.loss import IGNORED, ModelLoss, diverged
+from cfsp.recovery.schedule import Pace, Schedule, rate_factor, saved_pace
 from cfsp.recovery.settings import ENDLESS_STEPS, Training
 from cfsp.streaming.work_dir import STATE_FILE, PassState, directory_of_process
 
@@ -247,7 +247,7 @@ def train(adapted: Any, ready: Prepared, schedule: Schedule, loss: ModelLoss) ->
     # The others make nothing there: the first may not have the lock yet.
     work = PassState(directory, ready.identity) if is_first_process() else None
     training, steps = ready.settings.training, schedule.most_steps
-    tokens_in_step = training.windows_in_step * training.seqlen
+    tokens_in_step = min(training.windows_in_step, len(ready.text.train)) * training.seqlen
     pace = Pace(schedule, tokens_in_step, work)
     adapted.config.use_cache = False
     arguments = training_arguments(training, directory, steps, adapted, begins=last is None)

@@ -20,6 +20,7 @@ from cfsp.result.facts import (
     goal_in_words,
     goal_table,
     perplexities,
+    recoveries,
     size_facts,
     unit_rows,
     what_went,
@@ -117,7 +118,7 @@ def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origi
         manifest=manifest,
         calibrated=texts_in_words(manifest.get("calibration")),
         repaired=", ".join(steps),
-        recovered=texts_in_words((manifest.get("recovery") or {}).get("data")),
+        recovered=", then on ".join(texts_in_words(r.get("data")) for r in recoveries(manifest)),
         sizes=Table(
             ("", "before", "after", "change"),
             [

@@ -94,20 +94,31 @@ class Conditions:
         return f"{counted(self.windows, 'windows')} of {self.seqlen:,} tokens, {bos}"
 
 
+def recoveries(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return how a model was recovered, mostly once: each with its command, the last one last."""
+    if not (last := dict(manifest.get("recovery") or {})):
+        return []
+    earlier: list[dict[str, Any]] = last.pop("earlier", [])
+    # Of the last command, at the top of a manifest.
+    run = {key: manifest.get(key) for key in ("command", "created", "versions")}
+    return [*earlier, last | run]
+
+
 def texts_that_made(manifest: Mapping[str, Any]) -> set[str]:
     """Return the names of the texts that a model was calibrated, repaired or trained on."""
-    tables = [manifest.get("calibration"), (manifest.get("recovery") or {}).get("data")]
+    tables = [manifest.get("calibration"), *(each.get("data") for each in recoveries(manifest))]
     return {name for table in tables for name in (table or {}).get("sources", {})}
 
 
 def perplexities(manifest: Mapping[str, Any]) -> dict[Conditions, dict[str, float]]:
     """Return those of a manifest by conditions: of the `dense`, `pruned` and `recovered` model."""
     found: dict[Conditions, dict[str, float]] = {}
-    recovery = manifest.get("recovery") or {}
-    for before, after, table in (("dense", "pruned", manifest), ("pruned", "recovered", recovery)):
+    sides = [("dense", "before", manifest), ("pruned", "after", manifest)]
+    if stages := recoveries(manifest):
+        sides += [("pruned", "before", stages[0]), ("recovered", "after", stages[-1])]
+    for model, side, table in sides:
         for text, value in (table.get("perplexity") or {}).items():
-            of_models = found.setdefault(Conditions.of(text, value), {})
-            of_models |= {before: float(value["before"]), after: float(value["after"])}
+            found.setdefault(Conditions.of(text, value), {})[model] = float(value[side])
     return found
 
 

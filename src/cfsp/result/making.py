@@ -21,6 +21,7 @@ from cfsp.checkpoint.own_files import MODELING_FILE
 from cfsp.planning.allocation import channels_in_words
 from cfsp.planning.importance import SCORE_IN_WORDS
 from cfsp.repair.result import rejected_blocks
+from cfsp.result.facts import recoveries
 from cfsp.result.names import public_command, public_name
 from cfsp.result.tables import human_bytes
 from cfsp.settings import ANGULAR, DEFAULT_PARTS, UNIT_PARTS, removal_in_words
@@ -42,13 +43,10 @@ def making(manifest: Mapping[str, Any]) -> list[Making]:
         # What recovery has of its own, it put in the place of what pruning had.
         own = {**manifest, **(manifest.get("pruned") or {})}
         stages.append(Making("pruned", _command(own), _pruning(manifest) | _cost(own)))
-    if recovery := manifest.get("recovery"):
-        # Of the last command, at the top of a manifest.
-        run = {key: manifest.get(key) for key in ("command", "created", "versions")}
-        stages.append(
-            Making("recovered", _command(run), _recovery(recovery) | _cost(recovery | run))
-        )
-    return stages
+    return stages + [
+        Making("recovered", _command(each), _recovery(each) | _cost(each))
+        for each in recoveries(manifest)
+    ]
 
 
 def _command(made: Mapping[str, Any]) -> str:
