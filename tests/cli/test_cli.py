@@ -276,6 +276,9 @@ def test_dry_run_writes_only_the_plan(command, told, model, text, tmp_path, repa
     for unit in plan.units:
         assert f"{unit.distance:.4f}" in out
         assert str(len(unit.kept)) in out
+    made = ["--plan", tmp_path / "dry" / "cfsp_plan.json", "--out", tmp_path / "again"]
+    again = command("prune", model, "--dry-run", *made).out  # nothing takes time
+    assert "\npeak memory" in again and "\n;" not in again
     report = told(*[tmp_path / "json" if arg == tmp_path / "dry" else arg for arg in argv])
     assert report["out"] is None
     assert report["intermediate_sizes"] == plan.kept_widths

@@ -32,9 +32,9 @@ from cfsp.recovery.prepare import teacher_and_method
 from cfsp.recovery.schedule import Schedule
 from cfsp.recovery.settings import Adaptation, Limit, RecoverSettings, Training
 from cfsp.recovery.trainer import train
-from cfsp.result.facts import perplexities
+from cfsp.result.facts import perplexities, texts_that_made
 from cfsp.result.making import making
-from cfsp.result.manifest import add_to_manifest, read_manifest
+from cfsp.result.manifest import read_manifest
 from cfsp.settings import EvaluationText
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.windows import Windows
@@ -88,23 +88,6 @@ def test_manifest_and_card_say_how_it_was_recovered(pruned, plain):
     assert f"{recovery['trainable_parameters']:,} parameters" in card
 
 
-def test_a_second_recovery_does_not_pass_for_pruning(text_file, pruned, tmp_path):
-    how = {"evaluation": EvaluationText((str(text_file),), 2, 32)}
-    once, twice = tmp_path / "once", tmp_path / "twice"
-    recover(pruned, once, text_file, **how)
-    add_to_manifest(once, {"command": "cfsp recover first"})
-    recover(once, twice, text_file, **how)
-    manifests = [read_manifest(directory) for directory in (pruned, once, twice)]
-    stages = [(stage.verb, stage.command) for stage in making(manifests[2])]
-    first, again = ("recovered", "cfsp recover first"), ("recovered", "cfsp recover pruned")
-    assert stages == [("pruned", manifests[0]["command"]), first, again]
-    (before,), (after,) = (perplexities(manifest).values() for manifest in manifests[1:])
-    assert after["recovered"] < before["recovered"] < before["pruned"]
-    assert after.keys() == {"recovered"}  # what came before was recovered, too
-    card = (twice / "README.md").read_text()
-    assert ", pruned and recovered\n" in card and "cfsp recover first" in card
-
-
 def test_what_was_pruned_in_memory_is_recovered_as_such(
     tiny_checkpoint, tokenizer, text_file, tmp_path, command
 ):
@@ -120,6 +103,29 @@ def test_what_was_pruned_in_memory_is_recovered_as_such(
     assert (
         f"50.0% of FFN channels, 24.0% of parameters, from {dense}" in command("inspect", out).out
     )
+
+
+def test_what_was_recovered_before_stays_on_record(
+    pruned, plain, recovered, text_file, other_text_file, out
+):
+    """The model stays pruned as it was, and the text of each recovery made it."""
+    measured = EvaluationText((str(text_file),), 2, 32)
+    recovered(plain, data=(str(other_text_file),), training=training(2), evaluation=measured)
+    first, manifest = read_manifest(plain), read_manifest(out)
+    assert manifest["pruned"] == first["pruned"]
+    stages = making(manifest)
+    assert [stage.verb for stage in stages] == ["pruned", "recovered", "recovered"]
+    assert stages[:2] == making(first)
+    assert texts_that_made(manifest) == {str(text_file), str(other_text_file)}
+    (found,) = perplexities(manifest).values()  # that of the pruned model was not measured
+    assert found == {"recovered": manifest["recovery"]["perplexity"][str(text_file)]["after"]}
+    assert "then on other.txt" in (out / "README.md").read_text()
+
+
+def test_a_step_has_no_more_windows_than_the_text(recovered, plain):
+    (text,) = read_manifest(plain)["recovery"]["data"]["sources"].values()
+    report = recovered(training=training(1, batch_windows=10**6))
+    assert report.tokens_in_step == text * 32
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -35,9 +35,10 @@ def test_parts_are_kept_in_one_order():
 
 def test_a_goal_brings_the_parts_that_it_is_met_by():
     assert Budget().for_goal(TargetParameters(0.5)) == Budget()
-    assert Budget().for_goal(TargetKVCache(0.5)) == Budget(parts="kv")
-    with pytest.raises(UsageError, match="and nothing else; found --parts ffn,kv"):
-        Budget(parts="ffn,kv").for_goal(TargetKVCache(0.5))
+    assert Budget().for_goal(TargetKVCache(0.5), leaves_parts_open=True) == Budget(parts="kv")
+    for parts in ("ffn,kv", "ffn"):
+        with pytest.raises(UsageError, match=f"and nothing else; found --parts {parts}:"):
+            prune_settings({"target_kv_cache": 0.5, "parts": parts})
 
 
 GOALS_BY_FLAG: dict[str, Goal | None] = {

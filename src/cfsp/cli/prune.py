@@ -236,6 +236,8 @@ def print_report(report: PruneReport) -> None:
         )
     if steps := report.repair["steps"]:
         print(f"repaired by {steps_in_words(steps)}")
-    print(f"{seconds_in_words(report.seconds)}; peak memory {human_bytes(report.peak_rss_bytes)}")
+    # A plan that was made already takes no time.
+    took = f"{seconds_in_words(report.seconds)}; " if report.seconds else ""
+    print(f"{took}peak memory {human_bytes(report.peak_rss_bytes)}")
     if report.out:
         print(f"written to {report.out}")

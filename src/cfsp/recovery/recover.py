@@ -57,6 +57,7 @@ from cfsp.recovery.settings import (
 )
 from cfsp.recovery.trainer import WHOLE, RecoverReport, shard, train
 from cfsp.result.card import model_card, origin_of
+from cfsp.result.facts import recoveries
 from cfsp.result.manifest import facts_about, write_manifest
 from cfsp.settings import (
     DEFAULT_TEXT,
@@ -353,10 +354,9 @@ def _write_record(
     }
     manifest = facts_about(ready.source)
     pruned = {key: manifest[key] for key in (*now, "files", "perplexity") if key in manifest}
-    if (earlier := manifest.get("recovery")) is not None:  # it was recovered before
-        pruned = manifest.get("pruned", pruned)
-        own = {key: manifest[key] for key in now}
-        manifest["recovered_before"] = [*manifest.get("recovered_before", []), earlier | own]
+    if earlier := recoveries(manifest):
+        recovery["earlier"] = earlier
+        pruned = manifest.get("pruned") or {}
     manifest |= {
         **now,
         "operation": "recover",

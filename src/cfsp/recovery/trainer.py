@@ -247,7 +247,7 @@ def train(adapted: Any, ready: Prepared, schedule: Schedule, loss: ModelLoss) ->
     # The others make nothing there: the first may not have the lock yet.
     work = PassState(directory, ready.identity) if is_first_process() else None
     training, steps = ready.settings.training, schedule.most_steps
-    tokens_in_step = training.windows_in_step * training.seqlen
+    tokens_in_step = min(training.windows_in_step, len(ready.text.train)) * training.seqlen
     pace = Pace(schedule, tokens_in_step, work)
     adapted.config.use_cache = False
     arguments = training_arguments(training, directory, steps, adapted, begins=last is None)

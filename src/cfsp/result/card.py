@@ -118,7 +118,7 @@ def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origi
         manifest=manifest,
         calibrated=texts_in_words(manifest.get("calibration")),
         repaired=", ".join(steps),
-        recovered=", ".join(texts_in_words(each.get("data")) for each in recoveries(manifest)),
+        recovered=", then on ".join(texts_in_words(r.get("data")) for r in recoveries(manifest)),
         sizes=Table(
             ("", "before", "after", "change"),
             [

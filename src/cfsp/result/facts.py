@@ -94,10 +94,14 @@ class Conditions:
         return f"{counted(self.windows, 'windows')} of {self.seqlen:,} tokens, {bos}"
 
 
-def recoveries(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return what a manifest has of each recovery; all but the last with its command."""
-    last = manifest.get("recovery")
-    return [*manifest.get("recovered_before", ()), *([last] if last else [])]
+def recoveries(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return how a model was recovered, mostly once: each with its command, the last one last."""
+    if not (last := dict(manifest.get("recovery") or {})):
+        return []
+    earlier: list[dict[str, Any]] = last.pop("earlier", [])
+    # Of the last command, at the top of a manifest.
+    run = {key: manifest.get(key) for key in ("command", "created", "versions")}
+    return [*earlier, last | run]
 
 
 def texts_that_made(manifest: Mapping[str, Any]) -> set[str]:
@@ -109,15 +113,12 @@ def texts_that_made(manifest: Mapping[str, Any]) -> set[str]:
 def perplexities(manifest: Mapping[str, Any]) -> dict[Conditions, dict[str, float]]:
     """Return those of a manifest by conditions: of the `dense`, `pruned` and `recovered` model."""
     found: dict[Conditions, dict[str, float]] = {}
-    *earlier, last = recoveries(manifest) or [{}]
-    # What was trained again was neither the pruned model nor the finished one.
-    trained = None if earlier else "pruned"
-    tables = ((("dense", "pruned"), manifest), ((trained, "recovered"), last))
-    for models, table in tables:
+    sides = [("dense", "before", manifest), ("pruned", "after", manifest)]
+    if stages := recoveries(manifest):
+        sides += [("pruned", "before", stages[0]), ("recovered", "after", stages[-1])]
+    for model, side, table in sides:
         for text, value in (table.get("perplexity") or {}).items():
-            of_models = found.setdefault(Conditions.of(text, value), {})
-            sides = zip(models, ("before", "after"), strict=True)
-            of_models |= {model: float(value[side]) for model, side in sides if model}
+            found.setdefault(Conditions.of(text, value), {})[model] = float(value[side])
     return found
 
 

@@ -42,12 +42,10 @@ def making(manifest: Mapping[str, Any]) -> list[Making]:
         # What recovery has of its own, it put in the place of what pruning had.
         own = {**manifest, **(manifest.get("pruned") or {})}
         stages.append(Making("pruned", _command(own), _pruning(manifest) | _cost(own)))
-    # Of the last command, at the top of a manifest.
-    run = {key: manifest.get(key) for key in ("command", "created", "versions")}
-    for recovery in recoveries(manifest):
-        own = {**run, **recovery}
-        stages.append(Making("recovered", _command(own), _recovery(recovery) | _cost(own)))
-    return stages
+    return stages + [
+        Making("recovered", _command(each), _recovery(each) | _cost(each))
+        for each in recoveries(manifest)
+    ]
 
 
 def _command(made: Mapping[str, Any]) -> str:

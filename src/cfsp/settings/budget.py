@@ -276,8 +276,11 @@ class Budget(Declared):
             raise UsageError(f"sparsity must be in [0, 1), such as 0.2, found {self.sparsity}")
         super().__post_init__()
 
-    def for_goal(self, goal: Goal | None) -> Budget:
-        """Return the budget with the parts that a goal is met by; refuse what contradicts it."""
+    def for_goal(self, goal: Goal | None, *, leaves_parts_open: bool = False) -> Budget:
+        """Return the budget with the parts that a goal is met by; refuse what contradicts it.
+
+        Where nobody said which parts, those of the goal are taken.
+        """
         if goal is None:
             if len(self.parts) > 1:
                 targets = [flag_of_goal(each) for each in GOALS if can_be_met(each, self.parts)]
@@ -289,7 +292,7 @@ class Budget(Declared):
             return self
         if self.remove is not None:
             raise UsageError(f"{flag_of_goal(type(goal))} says how many go; leave out --remove")
-        if isinstance(goal, TargetKVCache) and self.parts == DEFAULT_PARTS:
+        if isinstance(goal, TargetKVCache) and leaves_parts_open:
             return replace(self, parts=("kv",))
         if not can_be_met(type(goal), self.parts):
             parts, why = _MET_BY[type(goal)]

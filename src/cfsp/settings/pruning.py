@@ -219,14 +219,15 @@ def prune_settings(given: Mapping[str, Any], goal: Goal | None = None) -> PruneS
         raise UsageError(
             f"{next(iter(of_local.values()))} belongs to --repair local (or --effort best)"
         )
+    is_open = given.get("parts") is None
     return PruneSettings(
-        budget=from_names(Budget, given).for_goal(goal),
+        budget=from_names(Budget, given).for_goal(goal, leaves_parts_open=is_open),
         criterion=from_names(Criterion, given),
         text=from_names(CalibrationText, given),
         compute=from_names(Compute, given),
         repair=repair or EFFORTS[effort],
         local=from_names(LocalTraining, given),
         goal=goal,
-        leaves_parts_open=given.get("parts") is None,
+        leaves_parts_open=is_open,
         evaluation=from_names(EvaluationText, given, bos=given.get("bos") or "auto"),
     )

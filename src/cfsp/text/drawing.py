@@ -188,8 +188,8 @@ def consecutive_windows(
     if have < needed:
         raise TextError(
             f"{source.name} holds {have} windows of {seqlen} tokens, {needed} are needed "
-            f"({needed * (seqlen - len(begins_with))} tokens); give more text, fewer windows or a "
-            "shorter --seqlen"
+            f"({needed * (seqlen - len(begins_with))} tokens); give more text or fewer windows, "
+            "or measure with cfsp eval and a shorter --seqlen"
         )
     return Windows(
         gather(stream_R, whole, seqlen, begins_with),
