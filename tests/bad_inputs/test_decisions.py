@@ -109,6 +109,7 @@ STATISTICS = [
         AGAIN,
         ("statistics version 9, expected", facts('"version": 6', '"version": 9')),
         (f"{IMPOSSIBLE} 1", sums(1, lambda t: t * torch.nan)),
+        (f"{IMPOSSIBLE} 2", sums(2, lambda t: -t)),
         (
             f"{IMPOSSIBLE} 0",
             facts('"distance_sum": ', '"distance_sum": NaN, "x": '),
@@ -119,12 +120,6 @@ STATISTICS = [
             "is damaged: KeyError('units.1.sum_of_squares')",
             lambda place: edit_tensors(place.statistics, lambda t: t.pop("units.1.sum_of_squares")),
         ),
-    ),
-    BadInput(
-        "prune {model} --out {out} --repair none --sparsity 0.4 --statistics {statistics}",
-        f"{IMPOSSIBLE} 2",
-        AGAIN,
-        sums(2, lambda t: -t),
     ),
     *spoilt(
         PLAN,
