@@ -24,16 +24,9 @@ ANEW, AGAIN = "make a new plan", "calibrate again"
 OBEY = "prune {model} --out {out} --repair none --plan {plan}"
 PLAN = "prune {model} --statistics {statistics} --sparsity 0.4 --dry-run --out {out}"
 
-Change = Callable[[dict[str, Any]], object]
 
-
-def plan(change: Change) -> Spoil:
+def plan(change: Callable[[dict[str, Any]], object]) -> Spoil:
     return lambda place: edit_json(place.plan, change)
-
-
-def first(change: dict[str, Any]) -> Change:
-    """Change the first block of a plan."""
-    return lambda fields: fields["blocks"][0].update(change)
 
 
 def facts(old: str, new: str) -> Spoil:
@@ -81,7 +74,9 @@ PLANS = [
         RECOVER,
         "{pruned}/cfsp_plan.json is damaged",
         ANEW,
-        lambda place: edit_json(place.pruned / "cfsp_plan.json", first({"importance": "high"})),
+        lambda place: edit_json(
+            place.pruned / "cfsp_plan.json", lambda f: f["blocks"][0].update(importance="high")
+        ),
     ),
     *spoilt(
         OBEY,

@@ -110,14 +110,11 @@ def templates_elsewhere(*, is_link: bool) -> Spoil:
     return change
 
 
-def drop(*names: str) -> Callable[[dict[str, Any]], object]:
-    return lambda found: [found.pop(name) for name in names]
-
-
 def replace(name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Spoil:
     return tensors(lambda found: found.update({name: make(found[name])}))
 
 
+WITHOUT_NORM = tensors(lambda found: found.pop(NORM))
 FILES = [
     *spoilt(
         INSPECT,
@@ -161,7 +158,9 @@ FILES = [
         config(quantization_config={"quant_method": "fp8"}),
     ),
     *(
-        BadInput(command, f"{{model}} lacks the tensor {NORM}", SAVE, tensors(drop(NORM)))
+        BadInput(
+            command, f"{{model}} lacks the tensor {NORM}", SAVE, tensors(lambda t: t.pop(NORM))
+        )
         for command in (CALIBRATE, EVAL, EXPORT, RECOVER.replace("pruned", "model"))
     ),
 ]
