@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import dynamic_module_utils
 from transformers.models.auto import modeling_auto as auto
 
 import stock
@@ -96,14 +95,6 @@ def test_what_the_dense_model_fails_too_is_not_held_against_the_type():
     problems = {"base": "others", "adapters": "none"}
     assert held_against(problems, lambda: {"adapters": "no names"}) == {"base": "others"}
     assert held_against({"logits": "others"}, lambda: {"logits": "others"}) == {"logits": "others"}
-
-
-@pytest.fixture(autouse=True)
-def modules_cache_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`ask` has a process to itself elsewhere, and sets this."""
-    monkeypatch.setattr(
-        dynamic_module_utils, "HF_MODULES_CACHE", dynamic_module_utils.HF_MODULES_CACHE
-    )
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
