@@ -208,19 +208,6 @@ def check_is_the_same(source: Path, out: Path) -> None:
     assert first == second
 
 
-def generated(model: Any, tokens_BT: Tensor, **options: Any) -> Tensor:
-    with torch.inference_mode():
-        found: Tensor = model.generate(
-            tokens_BT,
-            max_new_tokens=8,
-            min_new_tokens=8,
-            do_sample=False,
-            pad_token_id=0,
-            **{"attention_mask": torch.ones_like(tokens_BT), **options},
-        )
-    return found
-
-
 def check_in_memory_is_the_checkpoint(case: Case, work: Path) -> None:
     assert_same(case.in_memory.state_dict(), case.loaded.state_dict())
     case.in_memory.save_pretrained(work / "saved")

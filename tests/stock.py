@@ -84,7 +84,7 @@ def ask(question: Question, work: Path) -> Answer:
         "loads": lambda: _loads(question, answer, loaded),
         "logits": lambda: _agrees("logits", logits_of, loaded, question, answer),
         "base": lambda: _base(loaded[0], question, answer),
-        "cache": lambda: _agrees("generated", generated, loaded, question, answer),
+        "cache": lambda: _agrees("generated", generated_with_cache, loaded, question, answer),
         "saved": lambda: _saved(loaded, question, answer, work),
         # They change the model, and the one that was saved.
         "attention": lambda: _agrees("eager_logits", eager_logits_of, loaded, question, answer),
@@ -112,7 +112,7 @@ def computed(model: Any, tokens_BT: Tensor) -> tuple[dict[str, Tensor], dict[str
     tensors, problems = {}, {}
     for name, compute in (
         ("logits", logits_of),
-        ("generated", generated),
+        ("generated", generated_with_cache),
         ("eager_logits", eager_logits_of),
     ):
         try:
@@ -129,19 +129,18 @@ def logits_of(model: Any, tokens_BT: Tensor) -> Tensor:
     return logits
 
 
-def generated(model: Any, tokens_BT: Tensor) -> Tensor:
-    """Return what a model writes with its cache, the likeliest token each time."""
-    prompt_BT = tokens_BT[:, :PROMPT_TOKENS]
+def generated(model: Any, tokens_BT: Tensor, **options: Any) -> Tensor:
+    """Return what a model writes after a prompt, the likeliest token each time."""
+    of: dict[str, Any] = {"attention_mask": torch.ones_like(tokens_BT), **options}
+    of |= {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "eos_token_id": None}
     with torch.inference_mode():
-        found: Tensor = model.generate(
-            prompt_BT,
-            attention_mask=torch.ones_like(prompt_BT),
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-        )
+        found: Tensor = model.generate(tokens_BT, do_sample=False, **of)
     return found
+
+
+def generated_with_cache(model: Any, tokens_BT: Tensor) -> Tensor:
+    """Return what a model writes after a short prompt."""
+    return generated(model, tokens_BT[:, :PROMPT_TOKENS])
 
 
 def eager_logits_of(model: Any, tokens_BT: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tiny_decoders import BLOCKS, VOCABULARY, WIDTH, tiny_config
 
-__all__ = ["BLOCKS", "VOCABULARY", "WIDTH"]
+__all__ = ["BLOCKS", "VOCABULARY", "WIDTH"]  # which tests take from here
 
 # What each has besides the common of `tiny_decoders`.
 _OWN: dict[str, dict[str, Any]] = {

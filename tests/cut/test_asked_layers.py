@@ -30,7 +30,8 @@ from cfsp.streaming.block_proof import (
     check_blocks_can_go,
     prove_without_blocks,
 )
-from family_contract import SETTINGS, by_plan, check_is_the_same, generated, save_with_tokenizer
+from family_contract import SETTINGS, by_plan, check_is_the_same, save_with_tokenizer
+from stock import generated
 from tiny_decoders import tiny_model
 
 ATTENTION: tuple[Part, ...] = ("attention",)

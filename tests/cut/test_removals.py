@@ -38,10 +38,10 @@ from family_contract import (
     check_is_the_same,
     check_masked_is_cut,
     fresh_answer,
-    generated,
     logits_of,
     save_with_tokenizer,
 )
+from stock import generated
 from tiny_decoders import tiny_model
 
 _SLIDING, _FULL, _LINEAR = "sliding_attention", "full_attention", "linear_attention"
