@@ -9,7 +9,8 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from forks import Finished, Forks, Job
@@ -37,21 +38,9 @@ class Commands:
 
     def __call__(self, *commands: Command) -> list[Finished]:
         """Run commands side by side and wait for all."""
-        return self._forks(
-            *(
-                Job(
-                    "commands.run",
-                    {
-                        "argv": list(command.argv),
-                        "dies": command.dies,
-                        "count": command.count,
-                        "patience": command.patience,
-                    },
-                    command.environment,
-                )
-                for command in commands
-            )
-        )
+        arguments = [asdict(command) for command in commands]
+        environments = [each.pop("environment") for each in arguments]
+        return self._forks(*map(partial(Job, "commands.run"), arguments, environments))
 
     def kill(self, argv: Sequence[str], dies: str, count: int) -> None:
         """Run a command that dies, and check that it did."""

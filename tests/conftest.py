@@ -12,7 +12,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -135,18 +135,12 @@ def other_text_file(tmp_path_factory) -> Path:
     return path
 
 
-def byte_tokenizer(directory: Path, size: int, *, bos: bool = False, **more: Any) -> Any:
-    """Return a byte-level BPE tokenizer of so many entries, made offline.
-
-    It goes through the directory, so that it is the very object that loading a checkpoint gives.
-    With `bos` it begins an input with BOS, as Llama's and Gemma's do.
-    """
+def byte_level_core(size: int, split: Any, texts: Sequence[str] = ()) -> Any:
+    """Return a byte-level BPE of so many entries, trained on prose and on texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.pre_tokenizer = split
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
@@ -154,7 +148,21 @@ def byte_tokenizer(directory: Path, size: int, *, bos: bool = False, **more: Any
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator([random_prose(2000, seed=0)], trainer)
+    core.train_from_iterator([random_prose(2000, seed=0), *texts], trainer)
+    return core
+
+
+def byte_tokenizer(directory: Path, size: int, *, bos: bool = False, **more: Any) -> Any:
+    """Return a byte-level BPE tokenizer of so many entries, made offline.
+
+    It goes through the directory, so that it is the very object that loading a checkpoint gives.
+    With `bos` it begins an input with BOS, as Llama's and Gemma's do.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    core = byte_level_core(size, ByteLevel(add_prefix_space=False))
     if bos:
         first = [("<s>", core.token_to_id("<s>"))]
         core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=first)
@@ -184,15 +192,12 @@ def tiny_checkpoint(tmp_path_factory, tokenizer) -> Callable[[str], Path]:
     """Give the directory of a tiny random model by its name in `tiny_models.TINY_CONFIGS`."""
     from tiny_models import save_tiny_model
 
-    made: dict[str, Path] = {}
-
+    @cache
     def get(name: str) -> Path:
-        if name not in made:
-            directory = tmp_path_factory.mktemp(f"tiny-{name}")
-            save_tiny_model(name, directory)
-            tokenizer.save_pretrained(directory)
-            made[name] = directory
-        return made[name]
+        directory: Path = tmp_path_factory.mktemp(f"tiny-{name}")
+        save_tiny_model(name, directory)
+        tokenizer.save_pretrained(directory)
+        return directory
 
     return get
 

@@ -27,7 +27,6 @@ from cfsp.architecture.found import Architecture
 from cfsp.architecture.model_classes import auto_classes_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of
-from cfsp.cli import main
 from cfsp.cut.surgery import build_pruned_model
 from cfsp.job import Known
 from cfsp.pipeline import prune_checkpoint
@@ -209,46 +208,6 @@ def check_is_the_same(source: Path, out: Path) -> None:
     assert_same(tensors(out), tensors(source))
     first, second = (json.loads((at / "config.json").read_text()) for at in (source, out))
     assert first == second
-
-
-def check_its_plan_gives_the_same(case: Case, work: Path) -> None:
-    """Prune by the plan that was written, with the command."""
-    plan = case.out / "cfsp_plan.json"
-    assert PruningPlan.load(plan) == case.report.plan
-    asked = ["--plan", str(plan), "--repair", "none", "--out", str(work / "by-plan")]
-    assert main(["prune", str(case.source), *asked]) == 0
-    check_is_the_same(case.out, work / "by-plan")
-
-
-def generated(model: Any, tokens_BT: Tensor, **options: Any) -> Tensor:
-    with torch.inference_mode():
-        found: Tensor = model.generate(
-            tokens_BT,
-            max_new_tokens=8,
-            min_new_tokens=8,
-            do_sample=False,
-            pad_token_id=0,
-            **{"attention_mask": torch.ones_like(tokens_BT), **options},
-        )
-    return found
-
-
-def check_caches_agree_with_none(case: Case) -> None:
-    model, tokens_BT = cfsp.load(case.out), case.tokens_BT
-    expected = generated(model, tokens_BT, use_cache=False)
-    assert torch.equal(generated(model, tokens_BT), expected)
-    if not (case.removed_attentions or case.report.plan.of_part("kv")):
-        return
-    assert torch.equal(generated(model, tokens_BT, cache_implementation="static"), expected)
-    for tokens_T, expected_T in zip(tokens_BT, expected, strict=True):
-        assert torch.equal(generated(model, tokens_T[None])[0], expected_T)
-
-
-def check_a_fresh_process_keeps_the_contract(case: Case, forks: Forks, work: Path) -> None:
-    assert not case.question.failed
-    answer = fresh_answer(case.question, forks, work)
-    assert not answer.problems
-    assert torch.equal(answer.tensors["logits"], logits_of(case.loaded, case.tokens_BT))
 
 
 def check_in_memory_is_the_checkpoint(case: Case, work: Path) -> None:

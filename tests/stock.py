@@ -59,53 +59,20 @@ class Answer:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def alone(directory: str) -> Path:
-    """Make this fork one as on a machine without cfsp, where no modelling file is known yet."""
+def check(directory: str) -> None:
+    """Read question.pt in a directory, write answer.pt there: called in a fork without cfsp.
+
+    It is as on a machine that has none, and that knows no modelling file yet.
+    """
     from transformers import dynamic_module_utils
 
     assert not any(name.partition(".")[0] == "cfsp" for name in sys.modules)
     sys.modules["cfsp"] = None  # type: ignore[assignment]
     torch.set_num_threads(1)
-    dynamic_module_utils.HF_MODULES_CACHE = str(Path(directory) / "modules")
-    return Path(directory)
-
-
-def check(directory: str) -> None:
-    """Read question.pt in a directory, write answer.pt there: called in a fork without cfsp."""
-    work = alone(directory)
+    work = Path(directory)
+    dynamic_module_utils.HF_MODULES_CACHE = str(work / "modules")
     answer = ask(Question(**torch.load(work / "question.pt")), work)
     torch.save(vars(answer), work / "answer.pt")
-
-
-def check_multimodal(checkpoint: str, directory: str) -> None:
-    """Read inputs.pt in a directory, write found.pt there: called in a fork without cfsp."""
-    from transformers import AutoModel, AutoModelForImageTextToText
-
-    work = alone(directory)
-    inputs = torch.load(work / "inputs.pt")
-    model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True)
-    base = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
-    found = {"classes": [type(model).__name__, type(base).__name__], **results_of(model, inputs)}
-    head = model.state_dict()
-    found["base"] = all(
-        torch.equal(tensor, head.get(f"{model.base_model_prefix}.{name}", head.get(name)))
-        for name, tensor in base.state_dict().items()
-    )
-    model.save_pretrained(work / "resaved")
-    again = AutoModelForImageTextToText.from_pretrained(work / "resaved", trust_remote_code=True)
-    found["resaved"] = results_of(again, inputs)
-    torch.save(found, work / "found.pt")
-
-
-def results_of(model: Any, inputs: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return logits and a continuation of each input with images."""
-    found = {}
-    with torch.inference_mode():
-        for name, values in inputs.items():
-            found[name] = model(**values).logits
-            of = {"max_new_tokens": 4, "min_new_tokens": 4, "eos_token_id": None, "pad_token_id": 2}
-            found[f"{name} generated"] = model.generate(**values, do_sample=False, **of)
-    return found
 
 
 def ask(question: Question, work: Path) -> Answer:
@@ -117,7 +84,7 @@ def ask(question: Question, work: Path) -> Answer:
         "loads": lambda: _loads(question, answer, loaded),
         "logits": lambda: _agrees("logits", logits_of, loaded, question, answer),
         "base": lambda: _base(loaded[0], question, answer),
-        "cache": lambda: _agrees("generated", generated, loaded, question, answer),
+        "cache": lambda: _agrees("generated", generated_with_cache, loaded, question, answer),
         "saved": lambda: _saved(loaded, question, answer, work),
         # They change the model, and the one that was saved.
         "attention": lambda: _agrees("eager_logits", eager_logits_of, loaded, question, answer),
@@ -145,7 +112,7 @@ def computed(model: Any, tokens_BT: Tensor) -> tuple[dict[str, Tensor], dict[str
     tensors, problems = {}, {}
     for name, compute in (
         ("logits", logits_of),
-        ("generated", generated),
+        ("generated", generated_with_cache),
         ("eager_logits", eager_logits_of),
     ):
         try:
@@ -162,19 +129,18 @@ def logits_of(model: Any, tokens_BT: Tensor) -> Tensor:
     return logits
 
 
-def generated(model: Any, tokens_BT: Tensor) -> Tensor:
-    """Return what a model writes with its cache, the likeliest token each time."""
-    prompt_BT = tokens_BT[:, :PROMPT_TOKENS]
+def generated(model: Any, tokens_BT: Tensor, **options: Any) -> Tensor:
+    """Return what a model writes after a prompt, the likeliest token each time."""
+    of: dict[str, Any] = {"attention_mask": torch.ones_like(tokens_BT), **options}
+    of |= {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "eos_token_id": None}
     with torch.inference_mode():
-        found: Tensor = model.generate(
-            prompt_BT,
-            attention_mask=torch.ones_like(prompt_BT),
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-        )
+        found: Tensor = model.generate(tokens_BT, do_sample=False, **of)
     return found
+
+
+def generated_with_cache(model: Any, tokens_BT: Tensor) -> Tensor:
+    """Return what a model writes after a short prompt."""
+    return generated(model, tokens_BT[:, :PROMPT_TOKENS])
 
 
 def eager_logits_of(model: Any, tokens_BT: Tensor) -> Tensor:

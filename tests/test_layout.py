@@ -70,16 +70,20 @@ def calls() -> Iterator[tuple[Path, ast.Call]]:
         yield from ((path, node) for node in nodes if isinstance(node, ast.Call))
 
 
-def imported(path: Path, nodes: list[ast.AST]) -> Iterator[tuple[str, int]]:
+def names_in(statement: ast.AST) -> list[str]:
+    """Return what a statement imports, by its full name."""
+    if isinstance(statement, ast.Import):
+        return [alias.name for alias in statement.names]
+    if isinstance(statement, ast.ImportFrom):
+        assert statement.level == 0, f"line {statement.lineno}: a relative import"
+        return [f"{statement.module}.{alias.name}" for alias in statement.names]
+    return []
+
+
+def imported(nodes: list[ast.AST]) -> Iterator[tuple[str, int]]:
     """Yield the nodes that a file imports, with the line."""
     for statement in nodes:
-        names: list[str] = []
-        if isinstance(statement, ast.Import):
-            names = [alias.name for alias in statement.names]
-        elif isinstance(statement, ast.ImportFrom):
-            assert statement.level == 0, f"{path}:{statement.lineno}: a relative import"
-            names = [f"{statement.module}.{alias.name}" for alias in statement.names]
-        for name in names:
+        for name in names_in(statement):
             package, *rest = name.split(".")
             if package == "cfsp":
                 known = rest and (SOURCE / rest[0]).with_suffix(".py").is_file()
@@ -91,7 +95,7 @@ def edges() -> dict[tuple[str, str], list[str]]:
     """Return who imports whom, and where."""
     found: dict[tuple[str, str], list[str]] = {}
     for path, nodes in tree_of_files().items():
-        for target, line in imported(path, nodes):
+        for target, line in imported(nodes):
             if target != (own := node_of(path)):
                 found.setdefault((own, target), []).append(f"{path}:{line}")
     return found
@@ -147,6 +151,14 @@ def test_few_lines_ask_which_part_something_is():
         if isinstance(side, ast.Constant) and side.value in PARTS
     }
     assert len(asked) < 30, "a rule about a part of a model has one place"
+
+
+def test_nothing_at_import_time_excludes_an_operating_system():
+    """What some systems lack is imported by whoever needs it, where it is needed."""
+    lacking = {"fcntl", "grp", "posix", "pwd", "resource", "termios", "winreg"}
+    for path, (module, *_) in tree_of_files().items():
+        names = [name for statement in module.body for name in names_in(statement)]
+        assert not lacking & {name.partition(".")[0] for name in names}, path
 
 
 def test_every_package_has_a_folder_of_tests():

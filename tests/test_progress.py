@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,20 +11,12 @@ from cfsp import progress
 from cfsp.progress import item_progress
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.seconds = 1000.0
-
-    def __call__(self) -> float:
-        return self.seconds
-
-
 @pytest.fixture
-def clock(monkeypatch, caplog) -> Clock:
-    clock = Clock()
+def clock(monkeypatch, caplog) -> SimpleNamespace:
+    clock = SimpleNamespace(seconds=1000.0)
     caplog.set_level(logging.INFO, "cfsp.progress")
-    monkeypatch.setattr(progress, "monotonic", clock)
-    monkeypatch.setattr("tqdm.std.time", clock)
+    for place in ("cfsp.progress.monotonic", "tqdm.std.time"):
+        monkeypatch.setattr(place, lambda: clock.seconds)
     monkeypatch.setattr(progress, "_LINES", progress._Lines())
     return clock
 

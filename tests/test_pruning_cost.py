@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM
 
 from cfsp.cli import main
-from tiny_models import TINY_CONFIGS
+from tiny_models import TINY_CONFIGS, build_tiny_model
 
 Estimate = Callable[..., dict[str, Any]]
 
@@ -72,9 +71,7 @@ def test_held_out_windows_are_in_memory(estimate, text_file, other_text_file):
 def wordy(tmp_path_factory, tokenizer) -> Path:
     """A model of which nearly all is vocabulary."""
     directory = tmp_path_factory.mktemp("wordy")
-    config = TINY_CONFIGS["llama"]()
-    config.vocab_size = 40_000
-    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    build_tiny_model("llama", vocab_size=40_000).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 

@@ -14,71 +14,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-BLOCKS = 3
-WIDTH = 96
-VOCABULARY = 320
+from tiny_decoders import BLOCKS, VOCABULARY, WIDTH, tiny_config
 
-_TOKENS: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1}
-_SIZES: dict[str, Any] = {
-    "hidden_size": 32, "num_hidden_layers": BLOCKS, "num_attention_heads": 4,
-    "max_position_embeddings": 256,
-}  # fmt: skip
-# Larger than the usual 0.02: a tiny model then computes something worth comparing.
-_COMMON = {
-    **_TOKENS, **_SIZES, "intermediate_size": WIDTH, "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-}  # fmt: skip
-# Of the types that call it otherwise.
-_COMMON_OF: dict[str, dict[str, Any]] = {
-    "gpt2": {
-        **_TOKENS, "n_embd": 32, "n_layer": BLOCKS, "n_head": 4, "n_positions": 256,
-        "initializer_range": 0.2,
-    },
-    "opt": {**_TOKENS, **_SIZES, "ffn_dim": WIDTH, "pad_token_id": None, "init_std": 0.2},
-}  # fmt: skip
-# Their own padding tokens lie outside the tiny vocabulary.
-_NO_PADDING: dict[str, Any] = {"pad_token_id": None}
+__all__ = ["BLOCKS", "VOCABULARY", "WIDTH"]  # which tests take from here
 
+# What each has besides the common of `tiny_decoders`.
 _OWN: dict[str, dict[str, Any]] = {
-    "llama": {"tie_word_embeddings": False},
+    "llama": {"tie_word_embeddings": False, "head_dim": 8},
     "llama-biased": {
         "num_key_value_heads": 4, "tie_word_embeddings": True, "attention_bias": True,
-        "mlp_bias": True,
+        "mlp_bias": True, "head_dim": 8,
     },
-    "mistral": {"tie_word_embeddings": False, "sliding_window": 16},
-    "qwen2": {
-        "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 8,
-        "max_window_layers": 2,
-    },
-    "qwen3": {"tie_word_embeddings": True, "head_dim": 16},
-    "gemma": {**_NO_PADDING, "head_dim": 16},
-    "gemma2": {**_NO_PADDING, "head_dim": 16, "sliding_window": 8},
-    "gemma3_text": {
-        **_NO_PADDING, "head_dim": 16, "sliding_window": 8,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-    },
-    "olmo2": _NO_PADDING,
-    "smollm3": {**_NO_PADDING, "no_rope_layer_interval": 2},
+    "mistral": {"tie_word_embeddings": False, "sliding_window": 16, "head_dim": 8},
+    "qwen2": {"tie_word_embeddings": True, "use_sliding_window": True, "max_window_layers": 2},
+    "qwen3": {"tie_word_embeddings": True},
+    "gemma": {},
+    "gemma2": {"query_pre_attn_scalar": 256},
+    "gemma3_text": {"query_pre_attn_scalar": 256},
+    "olmo2": {},
+    "smollm3": {"no_rope_layer_interval": 2, "sliding_window": None},
     "granite": {
         "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5,
         "attention_multiplier": 0.3, "mlp_bias": True,
     },
     "stablelm-parallel": {"use_parallel_residual": True, "qk_layernorm": True},
-    "phi3": {**_NO_PADDING, "original_max_position_embeddings": 256, "sliding_window": 16},
+    "phi3": {"num_key_value_heads": 2, "sliding_window": 16},
     "phi": {"num_key_value_heads": 4, "partial_rotary_factor": 0.5, "qk_layernorm": True},
     "gpt_neox": {"rotary_pct": 0.5, "use_parallel_residual": True},
-    "gpt2": {"n_inner": WIDTH},
+    "gpt2": {},
     # The width that the config leaves out is four times the hidden size.
-    "gpt2-plain": {"n_embd": WIDTH // 4},
+    "gpt2-plain": {"n_embd": WIDTH // 4, "n_inner": None},
     "opt": {"do_layer_norm_before": True},
     # Their width is that of an expert; the shared expert of qwen2_moe has another one.
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
+    "mixtral": {"sliding_window": 16, "head_dim": None},
     "qwen2_moe": {
         "intermediate_size": 56, "moe_intermediate_size": WIDTH,
-        "shared_expert_intermediate_size": 40, "num_experts": 4, "num_experts_per_tok": 2,
-        "tie_word_embeddings": True,
+        "shared_expert_intermediate_size": 40, "tie_word_embeddings": True,
     },
     "qwen3_moe": {
         "intermediate_size": 56, "moe_intermediate_size": WIDTH, "num_experts": 6,
@@ -88,17 +61,8 @@ _OWN: dict[str, dict[str, Any]] = {
         "do_layer_norm_before": False, "word_embed_proj_dim": 16, "enable_bias": False,
     },
 }  # fmt: skip
-
-
-def _config(name: str) -> PreTrainedConfig:
-    model_type = name.partition("-")[0]
-    values = {**_COMMON_OF.get(model_type, _COMMON), **_OWN[name]}
-    config: PreTrainedConfig = CONFIG_MAPPING[model_type](**values)
-    return config
-
-
 TINY_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
-    name: partial(_config, name) for name in _OWN
+    name: partial(tiny_config, name.partition("-")[0], **own) for name, own in _OWN.items()
 }
 
 

@@ -1,110 +1,32 @@
-"""KV groups of tiny models of several families: found, proved, cut, and read by stock software."""
+"""KV groups: found, refused, pruned in steps and again; cut/test_removals.py has their cutting."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import cfsp
-from builders import goal_of_share
-from cfsp.architecture.found import ChannelAxis
 from cfsp.architecture.proof import prove
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.checkpoint.skeleton import KV_GROUPS, architecture_of, blocks_of
 from cfsp.cli import main
 from cfsp.errors import BudgetError, UnsupportedModelError
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.settings import Budget, Part
-from family_contract import (
-    SETTINGS,
-    Case,
-    by_plan,
-    check_a_fresh_process_keeps_the_contract,
-    check_caches_agree_with_none,
-    check_in_memory_is_the_checkpoint,
-    check_is_the_same,
-    check_masked_is_cut,
-    logits_of,
-    save_with_tokenizer,
-)
-from tiny_decoders import tiny_config, tiny_model
+from family_contract import SETTINGS, by_plan, check_is_the_same, check_masked_is_cut, logits_of
+from tiny_decoders import tiny_config
 
 PARTS: tuple[Part, ...] = ("ffn", "kv")
-# Biases, norms of queries and keys and after attention, queries, keys and values in one matrix, and
-# as many heads of keys and values as of queries.
-NAMES = ("qwen2", "gemma3_text", "phi3", "gpt2")
 
 
-@pytest.fixture(scope="module", params=NAMES)
-def case(request: pytest.FixtureRequest, make_case: Callable[..., Case]) -> Case:
-    goal = goal_of_share(tiny_model(request.param), PARTS, 0.4)
-    found = make_case(request.param, {}, goal=goal, multiple=1, parts=PARTS)
-    assert len(set(found.report.kv_groups["after"])) > 1, "the case must have different numbers"
-    return found
-
-
-def test_masked_is_cut(case):
-    check_masked_is_cut(case)
-
-
-def test_caches_agree_with_none(case):
-    check_caches_agree_with_none(case)
-
-
-@pytest.mark.parametrize("case", ["gemma3_text", "phi3"], indirect=True)
-def test_a_fresh_process_keeps_the_contract(case, forks, tmp_path):
-    check_a_fresh_process_keeps_the_contract(case, forks, tmp_path)
-
-
-def test_in_memory_is_the_checkpoint(case, tmp_path):
-    check_in_memory_is_the_checkpoint(case, tmp_path)
-
-
-def test_config_and_modules_say_the_numbers(case):
-    groups = case.report.kv_groups["after"]
-    fields = json.loads((case.out / "config.json").read_text())
-    assert [count for block in fields[KV_GROUPS].values() for count in block.values()] == groups
-    found = Checkpoint(case.out).architecture.of_part("kv")
-    assert found.widths == groups
-    model, architecture = cfsp.load(case.out), architecture_of(case.dense.config, PARTS)
-    for unit, count in zip(architecture.of_part("kv").units, groups, strict=True):
-        block = blocks_of(model, architecture)[unit.block]
-        for path, number, times in unit.attributes:
-            assert getattr(block.get_submodule(path), number) == times * count
-        for name, axis in unit.axes.items():
-            assert axis.width(block.get_parameter(name).shape) == count
-
-
-@pytest.mark.parametrize("case", ["qwen2", "gpt2"], indirect=True)
-def test_repair_lowers_the_error(case, tmp_path):
-    # Without sensitivity: that of a random model keeps its attentions.
-    asked = {**case.asked, "multiple": 8, "repair": "local", "block_metric": "angular"}
-    asked["local_steps"] = 1
-    report = cfsp.prune(case.source, out=tmp_path / "out", **asked)
-    ridge, *later = report.repair["steps"]
-    of_attention = [entry for entry in ridge["blocks"] if "attn" in entry["path"]]
-    assert len(of_attention) == len(case.report.kv_groups["before"])
-    assert any(entry["error_after"] < entry["error_before"] for entry in of_attention)
-    assert [step["name"] for step in later] == ["sequential", "local"]
-    logits_of(cfsp.load(tmp_path / "out"), case.tokens_BT)
-
-
-@pytest.fixture(scope="module")
-def llama(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("llama") / "dense"
-    save_with_tokenizer(tiny_model("llama"), tokenizer, place)
-    return place
-
-
-def test_what_lost_groups_is_pruned_again(llama, text_file, tmp_path):
+def test_what_lost_groups_is_pruned_again(tiny_checkpoint, text_file, tmp_path):
     asked: dict[str, Any] = {"multiple": 1, "repair": "none", "data": [str(text_file)], **SETTINGS}
-    first = cfsp.prune(llama, out=tmp_path / "once", parts="kv", sparsity=0.35, **asked)
+    first = cfsp.prune(
+        tiny_checkpoint("llama"), out=tmp_path / "once", parts="kv", sparsity=0.35, **asked
+    )
     groups = first.kv_groups["after"]
     assert len(set(groups)) > 1
     again = cfsp.prune(tmp_path / "once", out=tmp_path / "twice", sparsity=0.3, **asked)
@@ -115,7 +37,8 @@ def test_what_lost_groups_is_pruned_again(llama, text_file, tmp_path):
     logits_of(cfsp.load(tmp_path / "twice"), torch.arange(2, 26).view(2, 12))
 
 
-def test_the_stages_one_by_one_and_the_report(llama, text_file, tmp_path):
+def test_the_stages_one_by_one_and_the_report(tiny_checkpoint, text_file, tmp_path):
+    llama = tiny_checkpoint("llama")
     text: dict[str, Any] = {"data": [str(text_file)], **SETTINGS}
     cfsp.calibrate(llama, parts=PARTS, **text).save(tmp_path / "statistics")
     statistics = cfsp.Statistics.load(tmp_path / "statistics")
@@ -178,14 +101,6 @@ def test_the_hidden_state_after_attention_is_found():
     ):
         found = prove(tiny_config(name), None, ("kv",)).of_part("kv")
         assert {unit.after for unit in found.units} == {after}
-
-
-def test_an_axis_in_sections():
-    axis = ChannelAxis(0, spans=(4, 2, 2))
-    # Three KV groups of two query heads with a size of 2.
-    rows = torch.arange(24)
-    assert axis.width(rows.shape) == 3
-    assert axis.select(rows, [0, 2]).tolist() == [*range(4), *range(8, 14), 16, 17, 18, 19, 22, 23]
 
 
 def test_one_group_of_every_attention_stays():

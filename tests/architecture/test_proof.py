@@ -159,6 +159,8 @@ def test_numbers_that_no_model_can_have_are_a_fault_of_the_config():
 
 # The class of a config.
 
+TOY_NAMES = (None, ["ToyForCausalLM"], ["PrunedToyForCausalLM"])
+
 
 @pytest.mark.parametrize(
     ("config", "architectures", "expected"),
@@ -171,17 +173,13 @@ def test_numbers_that_no_model_can_have_are_a_fault_of_the_config():
         (Gemma3Config(), None, "Gemma3ForConditionalGeneration"),
         (Gemma3Config(), ["Gemma3ForConditionalGeneration"], "Gemma3ForConditionalGeneration"),
         (Qwen3_5Config(), None, "Qwen3_5ForConditionalGeneration"),
+        # A class that the user registered.
+        *((ToyConfig(), name, "ToyForCausalLM") for name in TOY_NAMES),
     ],
 )
 def test_the_class_of_a_config(config, architectures, expected):
     config.architectures = architectures
     assert model_class_of(config).__name__ == expected
-
-
-@pytest.mark.parametrize("architectures", [None, ["ToyForCausalLM"], ["PrunedToyForCausalLM"]])
-def test_a_class_that_the_user_registered(architectures):
-    register()
-    assert model_class_of(ToyConfig(architectures=architectures)).__name__ == "ToyForCausalLM"
 
 
 @pytest.mark.parametrize(

@@ -107,12 +107,6 @@ GGUF = [
         ("its header reaches beyond its", gguf(struct.pack("<QQ", 1 << 60, 0))),
     ),
     BadInput(
-        "export {inputs}/a.gguf --to vllm --out {out}",
-        "{inputs}/a.gguf is not a readable GGUF file",
-        DAMAGED,
-        gguf(struct.pack("<QQ", 5, 5)),
-    ),
-    BadInput(
         "calibrate {inputs}/a.gguf --out {out} --data {text}",
         "its header reaches beyond its",
         DAMAGED,

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import pipeline
 
 import cfsp
 from cfsp.checkpoint import gguf_import, locating
 from cfsp.checkpoint.own_files import MODELING_FILE, copy_travelling_files
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.cli import main
 from cfsp.errors import CheckpointError, OutputError, TextError
 from cfsp.text.sources import TextSource
 
@@ -45,17 +43,11 @@ def test_a_pipeline_does_not_complain(pruned, monkeypatch):
     assert complaints == ["seen"]
 
 
-def test_verify_names_a_file_that_a_loader_would_take_for_weights(pruned, tmp_path, capsys):
-    copy = tmp_path / "copy"
-    shutil.copytree(pruned, copy)
-    save_file({"blocks.0.sum": torch.zeros(1)}, copy / "more.safetensors")
-    assert main(["verify", str(copy)]) == 2
-    assert "more.safetensors is not in cfsp.json" in capsys.readouterr().err
-
-
 def test_what_travels_is_fetched_from_a_hub(tmp_path, monkeypatch):
     texts = ["LICENSE.txt", "NOTICE", "NOTICE.md", "USE_POLICY.md", "qwen.tiktoken"]
-    names = [*texts, "tokenizer.json", "tokenizer.model", "chat_template.jinja"]
+    of_processor = ["preprocessor_config.json", "processor_config.json"]
+    of_processor += ["video_preprocessor_config.json", "chat_template.json"]
+    names = [*texts, *of_processor, "tokenizer.json", "tokenizer.model", "chat_template.jinja"]
     kept, repository = tmp_path / "kept", tmp_path / "repository"
     repository.mkdir()
     shards = "model.safetensors.index.json"  # describes the source's own

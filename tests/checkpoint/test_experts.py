@@ -14,7 +14,6 @@ import cfsp
 from builders import CALIBRATION, CRITERION, draw_windows, job_of
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.cli import main
 from cfsp.errors import PlanError, UsageError
 from cfsp.planning.importance import LEAST_TOKENS
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
@@ -43,23 +42,18 @@ def lonely(tmp_path_factory, tokenizer):
     return directory
 
 
-def expected_alone(statistics: Statistics) -> list[dict[str, int]]:
-    return [
-        {"block": index, "expert": expert, "tokens": seen}
-        for index, unit in enumerate(statistics.units)
-        for expert, seen in enumerate(unit.routed_E)
-        if seen < LEAST_TOKENS
-    ]
-
-
 def test_experts_that_see_too_few_tokens_are_reported_and_scored_by_weights(
     lonely, text_file, tmp_path, caplog
 ):
     out = tmp_path / "out"
     report = cfsp.prune(lonely, out=out, data=[str(text_file)], **SETTINGS)
     said = caplog.text
-    statistics = Statistics.load(out / "cfsp.statistics")
-    alone = expected_alone(statistics)
+    alone = [
+        {"block": index, "expert": expert, "tokens": seen}
+        for index, unit in enumerate(Statistics.load(out / "cfsp.statistics").units)
+        for expert, seen in enumerate(unit.routed_E)
+        if seen < LEAST_TOKENS
+    ]
     assert {"block": 1, "expert": LONELY, "tokens": 0} in alone
     assert report.experts_with_few_tokens == alone
     manifest = json.loads((out / "cfsp.json").read_text())
@@ -79,30 +73,6 @@ def test_experts_that_see_too_few_tokens_are_reported_and_scored_by_weights(
     assert "not repaired" in said
     after = load_file(out / "model.safetensors")
     assert torch.equal(after[name], before[name][:, strongest])
-
-
-def test_commands_report_experts_with_few_tokens(lonely, text_file, tmp_path, capsys):
-    plan = tmp_path / "plan"
-    text = ["--data", str(text_file), "--samples", "6", "--seqlen", "32"]
-    asked = ["--sparsity", "0.4", "--multiple", "8", "--repair", "none"]
-    assert main(["prune", str(lonely), *text, *asked, "--out", str(plan), "--json"]) == 0
-    alone = json.loads(capsys.readouterr().out)["experts_with_few_tokens"]
-    assert alone and alone == expected_alone(Statistics.load(plan / "cfsp.statistics"))
-
-
-def test_dense_blocks_among_experts_are_pruned_too(tokenizer, text_file, tmp_path):
-    model, dense = tiny("qwen3_moe", decoder_sparse_step=2), [0, 2]
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    out = tmp_path / "out"
-    report = cfsp.prune(tmp_path / "model", out=out, data=[str(text_file)], **SETTINGS)
-    units = Checkpoint(out).units
-    assert [unit.path for unit in units] == [
-        "mlp" if block in dense else "mlp.experts" for block in range(3)
-    ]
-    assert [unit.width for unit in units] == report.intermediate_sizes
-    given = json.loads((out / "config.json").read_text())["ffn_widths"]
-    assert given == {f"{unit.block}": {unit.path: unit.width} for unit in units}
 
 
 @pytest.mark.parametrize(

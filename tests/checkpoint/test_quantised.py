@@ -175,7 +175,8 @@ def test_other_ways_are_refused_by_name(config, named):
     message = str(caught.value)
     assert message.startswith("the model is quantised (") and "\n" not in message
     assert f"{named}), which cfsp cannot undo (it can: fp8, mxfp8, fbgemm_fp8, mxfp4, " in message
-    assert "prune the model that it was made from and quantise the result" in message
+    assert "prune the model that it was made from and quantise the result, or, where" in message
+    assert "call dequantize() and save_pretrained()" in message
 
 
 UP, QUERIES = "model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"

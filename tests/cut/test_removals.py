@@ -1,21 +1,23 @@
-"""Blocks, attention layers and experts go whole: what is masked or skipped is cut."""
+"""Blocks, attention layers, experts and KV groups go: what is masked or skipped is cut."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 import cfsp
-from builders import parts_of, plan_without
+from builders import goal_of_share, parts_of, plan_without
 from cfsp.architecture.resizing import Gone
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.checkpoint.skeleton import blocks_of
+from cfsp.checkpoint.skeleton import KV_GROUPS, blocks_of
 from cfsp.checkpoint.stored_blocks import (
     parameters_of_an_expert,
     parameters_of_attentions,
@@ -27,31 +29,46 @@ from cfsp.planning.candidate import Dropped
 from cfsp.planning.importance import warn_of_experts
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.manifest import check_as_written
+from cfsp.settings import Part
 from family_contract import (
     SETTINGS,
     Case,
     by_plan,
-    check_a_fresh_process_keeps_the_contract,
-    check_caches_agree_with_none,
     check_in_memory_is_the_checkpoint,
-    check_its_plan_gives_the_same,
+    check_is_the_same,
     check_masked_is_cut,
-    generated,
+    fresh_answer,
+    logits_of,
     save_with_tokenizer,
 )
+from stock import generated
 from tiny_decoders import tiny_model
 
 _SLIDING, _FULL, _LINEAR = "sliding_attention", "full_attention", "linear_attention"
 
 
+# What `prune` is asked of a model.
+Asked = Callable[[PreTrainedModel], dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class Removal:
-    """A type with its config, what goes (None: half of the experts), and what its config says."""
+    """A type with its config, what goes or how it is asked for, and what the config then says."""
 
     model_type: str
     config: dict[str, Any]
-    dropped: Dropped | None
+    goes: Dropped | Asked
     says: dict[str, Any] = field(default_factory=dict)
+
+
+def half_of_experts(model: PreTrainedModel) -> dict[str, Any]:
+    return {"parts": "experts", "sparsity": 0.5}
+
+
+def fewer_groups(model: PreTrainedModel) -> dict[str, Any]:
+    parts: tuple[Part, ...] = ("ffn", "kv")
+    goal = goal_of_share(model, parts, 0.4)
+    return {"parts": parts, "goal": goal, "multiple": 1, "repair": "none"}
 
 
 GEMMA = {
@@ -101,25 +118,34 @@ WITHOUT_BLOCKS = {
     ),
 }
 WITHOUT_EXPERTS = {
-    "mixtral": Removal("mixtral", {}, None, {"num_local_experts": 2}),
-    "qwen2_moe": Removal("qwen2_moe", {}, None, {"num_experts": 2}),
-    "qwen3_moe": Removal("qwen3_moe", {"num_experts": 6}, None, {"num_local_experts": 3}),
-    "granitemoe": Removal("granitemoe", {}, None, {"num_local_experts": 2}),
-    "gpt_oss": Removal("gpt_oss", {}, None, {"num_local_experts": 2}),
-    "llama4_text": Removal("llama4_text", {}, None, {"num_local_experts": 2}),
+    "mixtral": Removal("mixtral", {}, half_of_experts, {"num_local_experts": 2}),
+    "qwen2_moe": Removal("qwen2_moe", {}, half_of_experts, {"num_experts": 2}),
+    "qwen3_moe": Removal(
+        "qwen3_moe", {"num_experts": 6}, half_of_experts, {"num_local_experts": 3}
+    ),
+    "granitemoe": Removal("granitemoe", {}, half_of_experts, {"num_local_experts": 2}),
+    "gpt_oss": Removal("gpt_oss", {}, half_of_experts, {"num_local_experts": 2}),
+    "llama4_text": Removal("llama4_text", {}, half_of_experts, {"num_local_experts": 2}),
     # Groups of experts are chosen first: as many of each must stay.
     "deepseek_v3": Removal(
         "deepseek_v3",
         {"n_routed_experts": 8, "n_group": 2, "topk_group": 1},
-        None,
+        half_of_experts,
         {"n_routed_experts": 4},
     ),
 }
+# Biases, norms of queries and keys and after attention, queries, keys and values in one matrix, and
+# as many heads of keys and values as of queries.
+WITH_FEWER_GROUPS = {
+    f"KV groups of {name}": Removal(name, {}, fewer_groups)
+    for name in ("qwen2", "gemma3_text", "phi3", "gpt2")
+}
 LAYERS = {**WITHOUT_ATTENTION, **WITHOUT_BLOCKS}
-REMOVALS = {**LAYERS, **WITHOUT_EXPERTS}
+WHOLE = {**LAYERS, **WITHOUT_EXPERTS}
+REMOVALS = {**WHOLE, **WITH_FEWER_GROUPS}
 IN_A_FRESH_PROCESS = [
     "phi3", "gemma3_text and a block", "gpt2 and a block", "blocks of deepseek_v3", "gpt_oss",
-    "deepseek_v3",
+    "deepseek_v3", "KV groups of gemma3_text", "KV groups of phi3",
 ]  # fmt: skip
 
 
@@ -133,18 +159,22 @@ def case(request, tokenizer, text_file, tmp_path_factory):
             buffer.copy_(0.05 * torch.randn(buffer.shape, generator=generator))
     source, out = place / "dense", place / "out"
     save_with_tokenizer(dense, tokenizer, source)
-    if removal.dropped is None:
-        asked = {"parts": "experts", "sparsity": 0.5, "data": [text_file], **SETTINGS}
-        report = cfsp.prune(source, out=out, **asked)
-    else:
-        parts = parts_of(removal.dropped)
-        plan = plan_without(Checkpoint(source, parts=parts), removal.dropped)
+    if isinstance(removal.goes, Dropped):
+        parts = parts_of(removal.goes)
+        plan = plan_without(Checkpoint(source, parts=parts), removal.goes)
         report = by_plan(source, plan, out, text_file)
+    else:
+        asked = {**removal.goes(dense), **SETTINGS, "data": [text_file]}
+        report = cfsp.prune(source, out=out, **asked)
     return Case(dense, source, out, report, {"says": removal.says})
 
 
 def test_what_is_masked_is_cut(case):
     check_masked_is_cut(case)
+
+
+@pytest.mark.parametrize("case", WHOLE, indirect=True)
+def test_as_much_is_gone_as_it_owned(case):
     plan = case.report.plan
     source, pruned = Checkpoint(case.source, parts=plan.parts), Checkpoint(case.out)
     gone = sum(parameters_of_blocks(source)[block] for block in plan.removed_blocks)
@@ -161,9 +191,16 @@ def test_what_is_masked_is_cut(case):
     assert pruned.architecture.block_count == staying
 
 
-@pytest.mark.parametrize("case", LAYERS, indirect=True)
+@pytest.mark.parametrize("case", LAYERS | WITH_FEWER_GROUPS, indirect=True)
 def test_caches_agree_with_none(case):
-    check_caches_agree_with_none(case)
+    model, tokens_BT = cfsp.load(case.out), case.tokens_BT
+    expected = generated(model, tokens_BT, use_cache=False)
+    assert torch.equal(generated(model, tokens_BT), expected)
+    if not (case.removed_attentions or case.report.plan.of_part("kv")):
+        return
+    assert torch.equal(generated(model, tokens_BT, cache_implementation="static"), expected)
+    for tokens_T, expected_T in zip(tokens_BT, expected, strict=True):
+        assert torch.equal(generated(model, tokens_T[None])[0], expected_T)
 
 
 def test_in_memory_is_the_checkpoint(case, tmp_path):
@@ -173,7 +210,10 @@ def test_in_memory_is_the_checkpoint(case, tmp_path):
 
 @pytest.mark.parametrize("case", IN_A_FRESH_PROCESS, indirect=True)
 def test_a_fresh_process_keeps_the_contract(case, forks, tmp_path):
-    check_a_fresh_process_keeps_the_contract(case, forks, tmp_path)
+    assert not case.question.failed
+    answer = fresh_answer(case.question, forks, tmp_path)
+    assert not answer.problems
+    assert torch.equal(answer.tensors["logits"], logits_of(case.loaded, case.tokens_BT))
 
 
 @pytest.mark.parametrize("case", WITHOUT_BLOCKS | WITHOUT_EXPERTS, indirect=True)
@@ -224,8 +264,10 @@ def test_places_in_the_cache_are_filled_from_the_first_of_their_kind(case):
 
 @pytest.mark.parametrize("case", ["phi3", "gemma3_text and a block"], indirect=True)
 def test_the_plan_is_obeyed_and_commands_tell_of_it(case, tmp_path, capsys):
-    plan = case.report.plan
-    check_its_plan_gives_the_same(case, tmp_path)
+    plan, path = case.report.plan, case.out / PLAN_FILE
+    asked = ["--plan", str(path), "--repair", "none", "--out", str(tmp_path / "by-plan")]
+    assert main(["prune", str(case.source), *asked]) == 0
+    check_is_the_same(case.out, tmp_path / "by-plan")
     capsys.readouterr()
     assert main(["inspect", str(case.out), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -300,3 +342,36 @@ def test_experts_that_are_not_redundant_are_told(case, caplog):
     units = tuple(replace(unit, lost_output=0.1) for unit in plan.units)
     warn_of_experts(replace(plan, units=units))
     assert "redundant" not in caplog.text
+
+
+# KV groups.
+
+
+@pytest.mark.parametrize("case", WITH_FEWER_GROUPS, indirect=True)
+def test_config_and_modules_say_the_numbers(case):
+    groups = case.report.kv_groups["after"]
+    assert len(set(groups)) > 1, "the case must have different numbers"
+    fields = json.loads((case.out / "config.json").read_text())
+    assert [count for block in fields[KV_GROUPS].values() for count in block.values()] == groups
+    assert Checkpoint(case.out).architecture.of_part("kv").widths == groups
+    architecture = Checkpoint(case.source, parts=("kv",)).architecture
+    for unit, count in zip(architecture.of_part("kv").units, groups, strict=True):
+        block = blocks_of(case.loaded, architecture)[unit.block]
+        for path, number, times in unit.attributes:
+            assert getattr(block.get_submodule(path), number) == times * count
+        for name, axis in unit.axes.items():
+            assert axis.width(block.get_parameter(name).shape) == count
+
+
+@pytest.mark.parametrize("case", ["KV groups of qwen2", "KV groups of gpt2"], indirect=True)
+def test_repair_lowers_the_error(case, text_file, tmp_path):
+    # Without sensitivity: that of a random model keeps its attentions.
+    asked = {**fewer_groups(case.dense), **SETTINGS, "data": [text_file], "local_steps": 1}
+    asked |= {"multiple": 8, "repair": "local", "block_metric": "angular"}
+    report = cfsp.prune(case.source, out=tmp_path / "out", **asked)
+    ridge, *later = report.repair["steps"]
+    of_attention = [entry for entry in ridge["blocks"] if "attn" in entry["path"]]
+    assert len(of_attention) == len(case.report.kv_groups["before"])
+    assert any(entry["error_after"] < entry["error_before"] for entry in of_attention)
+    assert [step["name"] for step in later] == ["sequential", "local"]
+    logits_of(cfsp.load(tmp_path / "out"), case.tokens_BT)

@@ -20,7 +20,7 @@ from cfsp.errors import ExportError
 from cfsp.exports.gguf import write
 from cfsp.exports.registry import export
 from cfsp.text.tokenizers import load_tokenizer
-from conftest import random_prose
+from conftest import byte_level_core, random_prose
 from ragged import cut, gguf_fields_of, tiny
 
 pytest.importorskip("gguf", reason="gguf is not installed: pip install '.[export]'")
@@ -39,18 +39,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def byte_level(name: str, more_text: str = "") -> PreTrainedTokenizerFast:
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = BY_NAME[name].splits()
-    core.decoder = decoders.ByteLevel()
-    core.train_from_iterator(
-        [random_prose(2000, seed=0), *TEXTS * 20, more_text],
-        trainers.BpeTrainer(
-            vocab_size=310,
-            special_tokens=["<s>", "</s>"],
-            initial_alphabet=pre.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
+    core = byte_level_core(310, BY_NAME[name].splits(), [*TEXTS * 20, more_text])
     core.model.ignore_merges = BY_NAME[name].ignores_merges
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
 

@@ -23,12 +23,8 @@ def test_bad_requests(source, tmp_path):
         export(source.directory, "onnx", tmp_path / "x")
     with pytest.raises(UsageError, match="unknown target 'padded'; the padded copy went"):
         export(source.directory, "padded", tmp_path / "x")
-    with pytest.raises(UsageError, match="--type belongs to gguf and openvino"):
-        export(source.directory, "vllm", tmp_path / "x", weight_type="f16")
     with pytest.raises(UsageError, match="--pre-tokenizer belongs to gguf; openvino keeps"):
         export(source.directory, "openvino", tmp_path / "x", pre_tokenizer="qwen2")
-    with pytest.raises(OutputError, match="exists and is not empty"):
-        export(source.directory, "vllm", tmp_path / "dense")
     with pytest.raises(UsageError, match=r"expected a name in \.gguf"):
         export(source.directory, "gguf", tmp_path / "m")
     (tmp_path / "there.gguf").write_text("mine")
