@@ -108,7 +108,7 @@ def dying_at(
     return dying
 
 
-def never() -> Any:
+def never(*_: Any, **__: Any) -> Any:
     """Be what is not to be called."""
     raise AssertionError("this is not needed")
 

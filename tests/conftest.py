@@ -198,6 +198,12 @@ def tiny_checkpoint(tmp_path_factory, tokenizer) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
+def model(tiny_checkpoint) -> Path:
+    """The tiny Llama."""
+    return tiny_checkpoint("llama")
+
+
+@pytest.fixture(scope="session")
 def pruned(tmp_path_factory, tiny_checkpoint, text_file) -> Path:
     """A tiny Llama whose blocks have different widths."""
     import cfsp

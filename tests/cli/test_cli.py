@@ -27,6 +27,7 @@ from cfsp.result.names import public_command
 from cfsp.settings import Budget, CalibrationText, Criterion
 from cfsp.text.drawing import draw_text
 from cfsp.text.windows import Windows
+from recoveries import stop
 from tiny_models import build_tiny_model
 
 
@@ -34,11 +35,6 @@ from tiny_models import build_tiny_model
 def told(command):
     """What a command says as JSON, which fails unless it is exactly one value."""
     return lambda *argv: json.loads(command(*argv, "--json").out)
-
-
-@pytest.fixture
-def model(tiny_checkpoint):
-    return tiny_checkpoint("llama")
 
 
 @pytest.fixture
@@ -91,19 +87,6 @@ def test_a_shell_can_complete_it():
     assert {"--sparsity", "--data"} <= set(options.split())
 
 
-def test_module_runs_like_the_script():
-    finished = subprocess.run(
-        [sys.executable, "-m", "cfsp", "calibrate", "m", "--out", "o", "--data", "./no/such.txt"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 2
-    assert finished.stderr.count("\n") == 1
-    assert "./no/such.txt is neither a file nor a known text" in finished.stderr
-    assert finished.stdout == ""
-
-
 def test_a_process_that_a_library_forked_dies_of_a_polite_kill_in_silence():
     script = """
 import os, signal, time
@@ -149,11 +132,7 @@ def test_help_fits_a_screen_and_help_all_names_the_rest(capsys, command):
     short, long = texts
     assert f"example:\n  cfsp {command}" in short
     assert command not in ("prune", "recover", "sweep") or "\nwindows=... " in long
-    positional = {
-        "eval": "MODEL ...",
-        "bench": "MODEL ...",
-        "sweep": "MODEL",
-    }
+    positional = {"eval": "MODEL ...", "bench": "MODEL ...", "sweep": "MODEL"}
     if command in positional:
         assert short.startswith(f"usage: cfsp {command} [options] {positional[command]}\n")
     assert len(re.findall(r"^  --", short, re.MULTILINE)) <= (14 if command == "prune" else 17)
@@ -331,8 +310,7 @@ def test_inspect_shows_blocks_with_several_ffns_and_with_none(
 
 def test_unknown_argument_exits_with_two(command, capsys):
     assert "COMMAND" in command(status=2).out
-    empty = ["prune", "demo", "--sparsity", "0.2", "--out", ""]
-    for argv in (["prune", "m", "--out", "o", "--sparse", "0.5"], ["purge"], empty):
+    for argv in (["purge"], ["prune", "demo", "--sparsity", "0.2", "--out", ""]):
         with pytest.raises(SystemExit) as stop:
             main(argv)
         assert stop.value.code == 2
@@ -340,16 +318,9 @@ def test_unknown_argument_exits_with_two(command, capsys):
 
 
 def test_interrupt_says_that_nothing_was_written(command, model, text, tmp_path, monkeypatch):
-    from cfsp.checkpoint.reading import Checkpoint
-
-    def interrupt(self: Checkpoint, name: str) -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Checkpoint, "read", interrupt)
-    err = command(
-        "prune", model, "--out", tmp_path / "out", "--sparsity", 0.4, *text, status=130
-    ).err
-    assert "interrupted; nothing is half-written" in err
+    monkeypatch.setattr(Checkpoint, "read", stop)
+    argv = ["prune", model, "--out", tmp_path / "out", "--sparsity", 0.4, *text]
+    assert "interrupted; nothing is half-written" in command(*argv, status=130).err
     assert entries(tmp_path) == set()
 
 
