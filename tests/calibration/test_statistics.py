@@ -15,6 +15,7 @@ from builders import (
     RECORD,
     draw_windows,
     random_block,
+    random_tokens,
     random_unit_statistics,
     statistics_with_distances,
 )
@@ -139,10 +140,9 @@ def test_nan_of_experts_is_told_with_what_to_do(model_type):
         attention.v_proj.weight.fill_(1.0)
         attention.o_proj.weight.fill_(6e4)
         model.get_input_embeddings().weight.mul_(100)
-    tokens_NT = torch.randint(2, 290, (4, 12), generator=torch.Generator().manual_seed(0))
     source, runtime = LoadedModel(model.half()), Runtime(torch.device("cpu"), torch.float16)
     with pytest.raises(CalibrationError, match=r"block 1 produced NaN .* --dtype float32"):
-        calibrate(source, Windows(tokens_NT, {"text": 4}), runtime)
+        calibrate(source, Windows(random_tokens(4, 12), {"text": 4}), runtime)
 
 
 def test_work_of_an_earlier_version_that_compared_no_runs_is_refused(tmp_path):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
-from builders import dying_at
+from builders import dying_at, random_tokens
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cli import main
@@ -183,9 +183,7 @@ COMPUTE = Compute("cpu", "float32", batch_windows=2)
 
 
 def random_windows(count: int = 5, length: int = 12) -> Windows:
-    generator = torch.Generator().manual_seed(0)
-    tokens_NT = torch.randint(VOCABULARY, (count, length), generator=generator)
-    return Windows(tokens_NT, {"random": count})
+    return Windows(random_tokens(count, length), {"random": count})
 
 
 def plain(model: Any, windows: Windows) -> float:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import cfsp
 import cfsp.recovery.loss
 import cfsp.recovery.recover
-from builders import changed, dying_at, tensors
+from builders import changed, dying_at, random_tokens, tensors
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cli import main
 from cfsp.errors import CfspError, RecoveryError, ResumeError, UsageError
@@ -143,9 +143,7 @@ def test_what_a_user_had_chosen_is_not_taken_for_what_memory_decided(
 
 def test_what_is_measured_before_training_is_timed_whole_also_after_a_kill(tmp_path, monkeypatch):
     """It is measured again when all is trained, which is no time to train in."""
-    windows = {
-        name: Windows(torch.randint(3, 300, (2, 12)), {name: 2}) for name in ("first", "second")
-    }
+    windows = {name: Windows(random_tokens(2, 12), {name: 2}) for name in ("first", "second")}
     settings = SimpleNamespace(compute=Compute("cpu", "float32"))
     source = LoadedModel(build_tiny_model("llama"))
     facts = {"source": source, "windows": windows, "settings": settings, "watch": Stopwatch()}

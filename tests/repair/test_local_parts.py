@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from builders import plan_keeping
+from builders import plan_keeping, random_tokens
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of, build_skeleton
 from cfsp.cut.surgery import PrunedSource, build_pruned_model
@@ -18,14 +18,9 @@ from cfsp.repair.two_streams import Batch, BlockGroup
 from cfsp.streaming.block_calls import record_calls
 from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.stand_in import hidden_states_entering
-from tiny_models import DENSE_CONFIGS, VOCABULARY, WIDTH, build_tiny_model
+from tiny_models import DENSE_CONFIGS, WIDTH, build_tiny_model
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
-
-
-def random_tokens(windows: int, length: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(VOCABULARY, (windows, length), generator=generator)
 
 
 def leaving_hidden(model: Any, source: LoadedModel, tokens_BT: torch.Tensor) -> torch.Tensor:
