@@ -6,7 +6,7 @@ import sys
 from cfsp.cli import main
 from cfsp.cli.families import COLUMNS
 from cfsp.families import catalogue
-from cfsp.families.catalogue import Family, installed_families, verdicts, why_not
+from cfsp.families.catalogue import Family, installed_families, verdicts
 from cfsp.settings import PARTS
 
 
@@ -63,6 +63,21 @@ def test_an_unknown_type_is_refused(capsys):
     assert "no language model type 'lama'; did you mean llama?" in message
 
 
+STRANGE = """
+import sys
+match sys.argv[1]:
+    case "talks":
+        print("a", {!r}, "bye", sep="\\n")
+    case "is silent":
+        print("bye")
+    case "crashes":
+        sys.exit(3)
+    case "never ends":
+        while True:
+            pass
+"""
+
+
 def test_an_answer_is_found_among_what_classes_print_and_no_file_of_the_directory_runs(
     monkeypatch, tmp_path
 ):
@@ -70,25 +85,14 @@ def test_an_answer_is_found_among_what_classes_print_and_no_file_of_the_director
     monkeypatch.chdir(tmp_path)
     (found,) = verdicts([Family("llama", "NoSuchClass")])
     assert "no config could be made (AttributeError" in str(found["ffn"])
-    reasons = dict.fromkeys(PARTS, "none")
-    program = (
-        "import sys; "
-        f"sys.argv[1] == 'silent' or print('a\\n' + {catalogue._ANSWER + json.dumps(reasons)!r}); "
-        "print('bye')"
-    )
-    monkeypatch.setattr(catalogue, "PROGRAM", (sys.executable, "-c", program))
-    found = verdicts([Family(name, "LlamaForCausalLM") for name in ("talks", "silent")])
-    assert list(found) == [reasons, dict.fromkeys(PARTS, "its process gave no answer")]
-
-
-def test_a_type_that_crashes_or_never_ends(monkeypatch):
-    (reason,) = set(why_not(Family("llama", "NoSuchClass")).values())
-    assert "no config could be made (AttributeError" in str(reason)
-    program = "import sys; sys.exit(3) if sys.argv[1] == 'crashes' else exec('while True: pass')"
+    program = STRANGE.format(catalogue._ANSWER + json.dumps(dict.fromkeys(PARTS, "talks")))
     monkeypatch.setattr(catalogue, "PROGRAM", (sys.executable, "-c", program))
     monkeypatch.setattr(catalogue, "PROOF_LIMIT", 5.0)
-    found = verdicts([Family(name, "LlamaForCausalLM") for name in ("crashes", "never ends")])
-    assert [set(reasons.values()) for reasons in found] == [
-        {"its process ended with status 3"},
-        {"no verdict after 5 seconds"},
-    ]
+    reason_of = {
+        "talks": "talks",
+        "is silent": "its process gave no answer",
+        "crashes": "its process ended with status 3",
+        "never ends": "no verdict after 5 seconds",
+    }
+    found = verdicts([Family(name, "LlamaForCausalLM") for name in reason_of])
+    assert list(found) == [dict.fromkeys(PARTS, reason) for reason in reason_of.values()]

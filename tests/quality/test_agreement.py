@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
-from builders import dying_at, random_tokens
+from builders import dying_at, never, random_tokens
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cli import main
@@ -67,6 +67,7 @@ def test_it_is_that_of_the_whole_models(
     # Two models with heads, norms and widths of their own, a few positions at a time.
     monkeypatch.setattr(measuring, "LOGITS_AT_ONCE", 7 * VOCABULARY)
     monkeypatch.setattr(measuring, "_PROBABILITIES_AT_ONCE", 3 * VOCABULARY)
+    monkeypatch.setattr(evaluate, "load", never)
     dense = tiny_checkpoint("llama")
     other = tmp_path / "other"
     if other_name == "perturbed":
@@ -76,7 +77,12 @@ def test_it_is_that_of_the_whole_models(
     texts = EvaluationText((str(text_file),), 4, 24)
     first, second = evaluate_models([other], texts, FLOAT32, against=dense)
     assert (first["model"], second["model"]) == (str(dense), str(other))
-    assert "agreement" not in first
+    assert (
+        first.keys()
+        == {*("model", "fingerprint", "parameters", "dtype", "perplexity", "windows")}
+        == second.keys() - {"agreement"}
+    )
+    assert first["parameters"] == load(dense).num_parameters()
     windows = consecutive_windows(str(text_file), load_tokenizer(dense), count=4, seqlen=24)
     losses, divergences, agreed = whole(dense, other, windows)
     found = second["windows"][str(text_file)]
