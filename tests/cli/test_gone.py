@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import cfsp
-from cfsp.cli import main
+from bad_inputs.catalogue import exit_status
 from cfsp.errors import GONE, GONE_TEXTS, UsageError
 
 # A command that still asks for it.
@@ -39,14 +39,9 @@ ASKING = {
 
 
 @pytest.mark.parametrize("word", [*GONE, *GONE_TEXTS])
-def test_what_went_is_said(word, tiny_checkpoint, capsys):
+def test_what_went_is_said(word, model, capsys):
     command = ASKING.get(word, f"recover pruned --steps 1 --out recovered --{word} 1")
-    command = command.format(model=tiny_checkpoint("llama"))
-    try:
-        status = main(command.split())
-    except SystemExit as stop:
-        status = int(str(stop.code))
-    assert status == 2
+    assert exit_status(command.format(model=model).split()) == 2
     assert (GONE | GONE_TEXTS)[word] in capsys.readouterr().err
 
 

@@ -3,25 +3,22 @@ from __future__ import annotations
 import json
 import sys
 
-from cfsp.cli import main
 from cfsp.cli.families import COLUMNS
 from cfsp.families import catalogue
 from cfsp.families.catalogue import Family, installed_families, verdicts
 from cfsp.settings import PARTS
 
 
-def test_the_command_lists_what_transformers_has_and_what_can_go(capsys):
-    assert main(["families"]) == 0
-    head, _, *rows = capsys.readouterr().out.splitlines()
+def test_the_command_lists_what_transformers_has_and_what_can_go(command):
+    head, _, *rows = command("families").out.splitlines()
     assert head.split()[:5] == ["model", "type", "class", "FFN", "channels"]
     assert len(rows) == len(installed_families()) > 200
     llama = ["llama", "LlamaForCausalLM", "yes", "yes", "yes", "no", "yes"]
     assert llama in [row.split() for row in rows]
 
 
-def test_what_was_proved_before_has_a_reason_for_every_no(capsys):
-    assert main(["families", "--json"]) == 0
-    listed = json.loads(capsys.readouterr().out)["families"]
+def test_what_was_proved_before_has_a_reason_for_every_no(command):
+    listed = json.loads(command("families", "--json").out)["families"]
     proved = [row for row in listed if row["proved"]]
     assert len(proved) > 200
     assert all(row["reason"] for row in listed if row["proved"] is False)
@@ -31,18 +28,15 @@ def test_what_was_proved_before_has_a_reason_for_every_no(capsys):
     assert "failed the check cut" in olmoe["kv_reason"]
 
 
-def test_what_nobody_tried_is_not_said(monkeypatch, capsys):
+def test_what_nobody_tried_is_not_said(monkeypatch, command):
     monkeypatch.setattr("cfsp.families.catalogue.proved_before", lambda: ("1.0", {}))
-    assert main(["families"]) == 0
-    shown = capsys.readouterr()
-    assert ["llama", "LlamaForCausalLM", *5 * "?"] in [
-        row.split() for row in shown.out.splitlines()
-    ]
+    rows = [row.split() for row in command("families").out.splitlines()]
+    assert ["llama", "LlamaForCausalLM", *5 * "?"] in rows
 
 
-def test_named_types_are_proved_and_parts_by_themselves(capsys):
-    assert main(["families", "--prove", "flex_olmo", "bert", "--json"]) == 0
-    bert, moe = json.loads(capsys.readouterr().out)["families"]
+def test_named_types_are_proved_and_parts_by_themselves(command):
+    told = command("families", "--prove", "flex_olmo", "bert", "--json").out
+    bert, moe = json.loads(told)["families"]
     assert (bert["model_type"], bert["proved"]) == ("bert", False)
     assert "is an encoder" in bert["reason"]
     assert not any(bert[part] for part in COLUMNS)
@@ -57,10 +51,9 @@ def test_a_type_has_all_its_classes():
     assert classes == ["Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"]
 
 
-def test_an_unknown_type_is_refused(capsys):
-    assert main(["families", "--prove", "lama"]) == 2
-    message = capsys.readouterr().err
-    assert "no language model type 'lama'; did you mean llama?" in message
+def test_an_unknown_type_is_refused(command):
+    error = command("families", "--prove", "lama", status=2).err
+    assert "no language model type 'lama'; did you mean llama?" in error
 
 
 STRANGE = """
