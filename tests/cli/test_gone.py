@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 import cfsp
-from bad_inputs.catalogue import exit_status
 from cfsp.errors import GONE, GONE_TEXTS, UsageError
 
 # A command that still asks for it.
@@ -39,10 +38,10 @@ ASKING = {
 
 
 @pytest.mark.parametrize("word", [*GONE, *GONE_TEXTS])
-def test_what_went_is_said(word, model, capsys):
-    command = ASKING.get(word, f"recover pruned --steps 1 --out recovered --{word} 1")
-    assert exit_status(command.format(model=model).split()) == 2
-    assert (GONE | GONE_TEXTS)[word] in capsys.readouterr().err
+def test_what_went_is_said(word, model, command):
+    asked = ASKING.get(word, f"recover pruned --steps 1 --out recovered --{word} 1")
+    error = command(*asked.format(model=model).split(), status=2).err
+    assert (GONE | GONE_TEXTS)[word] in error
 
 
 @pytest.mark.parametrize(

@@ -43,22 +43,18 @@ def test_pruning_measures_in_windows_of_its_own_length(
         assert again.items() <= value.items()
 
 
-def test_a_bounded_number_of_windows_is_read_unless_all_are_asked_for(
-    tiny_checkpoint, text_file, capsys, command
-):
-    model = str(tiny_checkpoint("llama"))
-    argv = ["eval", model, "--data", str(text_file), "--seqlen", "96"]
+def test_a_bounded_number_of_windows_is_read_unless_all_are_asked_for(model, text_file, command):
+    argv = ["eval", str(model), "--data", str(text_file), "--seqlen", "96"]
 
     def windows(*more: str) -> int:
         (found,) = json.loads(command(*argv, "--json", *more).out)["models"]
         return int(found["perplexity"][str(text_file)]["windows"])
 
     assert windows() == 12
-    every = consecutive_windows(str(text_file), load_tokenizer(Path(model)), count=None, seqlen=96)
+    every = consecutive_windows(str(text_file), load_tokenizer(model), count=None, seqlen=96)
     assert windows("--windows", "all") == len(every.tokens_NT) > 12
-    with pytest.raises(SystemExit):
-        main([*argv, "--windows", "0"])
-    assert "expected a number of windows from 1, or all, found '0'" in capsys.readouterr().err
+    error = command(*argv, "--windows", 0, status=2).err
+    assert "expected a number of windows from 1, or all, found '0'" in error
 
 
 def test_a_mistaken_text_is_told_before_any_work(tiny_checkpoint, text_file, tmp_path, monkeypatch):

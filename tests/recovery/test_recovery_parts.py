@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
-import cfsp.text.offline
 from builders import CALIBRATION, CRITERION
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.errors import PlanError, TextError, UsageError
@@ -100,11 +99,8 @@ def test_held_out_documents_are_spread_over_a_text(ending, tokenizer, tmp_path):
         assert not set(held) & set(train)
 
 
-def test_every_kind_of_the_mixed_text_is_held_out(tokenizer, monkeypatch):
-    def short(kind):
-        return [{"text": f"{kind} number {number}\n" * 30} for number in range(40)]
-
-    monkeypatch.setattr(cfsp.text.offline, "records", short)
+@pytest.mark.usefixtures("short_kinds")
+def test_every_kind_of_the_mixed_text_is_held_out(tokenizer):
     text = read_text(["mixed", "mixed/books"], tokenizer, seqlen=32)
     assert list(text.sources) == [f"mixed/{kind}" for kind in KINDS]
     for data in (text.held_out, text.train):

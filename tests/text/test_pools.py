@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 import cfsp.text.drawing
-import cfsp.text.offline
 from builders import draw_windows, windows_left_over
 from cfsp.errors import TextError
 from cfsp.settings import Text
@@ -127,12 +126,8 @@ def test_a_text_with_two_names_is_drawn_from_once(tokenizer, text_file, tmp_path
         assert drawn_once([name, other], tokenizer) == {name: 20}
 
 
-def test_kinds_that_are_named_beside_the_mixed_text_are_drawn_from_once(tokenizer, monkeypatch):
-    def short(kind: str) -> list[dict[str, str]]:
-        words = [str(n * n) for n in range(100, 300)]
-        return [{"text": " ".join([kind, *words[i : i + 10]])} for i in range(0, 200, 10)]
-
-    monkeypatch.setattr(cfsp.text.offline, "records", short)
+@pytest.mark.usefixtures("short_kinds")
+def test_kinds_that_are_named_beside_the_mixed_text_are_drawn_from_once(tokenizer):
     sources = drawn_once(["mixed", "mixed/books"], tokenizer)
     assert sources["mixed/books"] == 11 and sum(sources.values()) == 20
     assert list(sources) == [f"mixed/{kind}" for kind in KINDS]
