@@ -69,6 +69,12 @@ CRITERION = {
 CALIBRATION = asdict(RECORD)
 
 
+def random_tokens(windows: int, length: int, seed: int = 0) -> Tensor:
+    """Return token ids (windows x length) that no tiny model has a meaning for."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 290, (windows, length), generator=generator)
+
+
 def random_weights(hidden: int, width: int, seed: int = 0, gate: bool = True) -> FFNWeights:
     """Return random FFN matrices whose channels differ in size."""
     generator = torch.Generator().manual_seed(seed)
@@ -113,7 +119,7 @@ def dying_at(
     return dying
 
 
-def never() -> Any:
+def never(*_: Any, **__: Any) -> Any:
     """Be what is not to be called."""
     raise AssertionError("this is not needed")
 

@@ -100,11 +100,11 @@ def random_prose(words: int, seed: int) -> str:
 @pytest.fixture
 def command(capsys) -> Callable[..., Any]:
     """Runs a command in this process; gives what it printed, without what was printed before."""
-    from cfsp.cli import main
+    from bad_inputs.catalogue import exit_status
 
     def run(*argv: object, status: int = 0) -> Any:
         capsys.readouterr()
-        assert main([*map(str, argv)]) == status
+        assert exit_status([*map(str, argv)]) == status
         return capsys.readouterr()
 
     return run
@@ -187,6 +187,20 @@ def bos_tokenizer(tmp_path_factory) -> Any:
     return byte_tokenizer(tmp_path_factory.mktemp("bos-tokenizer"), 320, bos=True, **CHAT)
 
 
+@pytest.fixture
+def short_kinds(monkeypatch) -> None:
+    """Few words of each kind of the mixed text, because the test tokenizer is slow."""
+
+    def short(kind: str) -> list[dict[str, str]]:
+        texts = (
+            " ".join(f"{kind} {number} river stone" for number in range(first, first + 30))
+            for first in range(0, 600, 30)
+        )
+        return [{"text": text} for text in texts]
+
+    monkeypatch.setattr("cfsp.text.offline.records", short)
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory, tokenizer) -> Callable[[str], Path]:
     """Give the directory of a tiny random model by its name in `tiny_models.TINY_CONFIGS`."""
@@ -200,6 +214,12 @@ def tiny_checkpoint(tmp_path_factory, tokenizer) -> Callable[[str], Path]:
         return directory
 
     return get
+
+
+@pytest.fixture(scope="session")
+def model(tiny_checkpoint) -> Path:
+    """The tiny Llama."""
+    return tiny_checkpoint("llama")
 
 
 @pytest.fixture(scope="session")

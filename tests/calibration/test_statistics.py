@@ -15,6 +15,7 @@ from builders import (
     RECORD,
     draw_windows,
     random_block,
+    random_tokens,
     random_unit_statistics,
     statistics_with_distances,
 )
@@ -73,20 +74,8 @@ def test_same_seed_gives_the_same_plan_byte_for_byte(source, text_file, other_te
     assert plan(5) != plan(6)
 
 
-def assert_survives_a_file(expected: Statistics, path: Path) -> Statistics:
-    expected.save(path)
-    actual = Statistics.load(path)
-    assert (actual.record, actual.blocks) == (expected.record, expected.blocks)
-    for got, want in zip(actual.units, expected.units, strict=True):
-        assert (got.block, got.tokens, got.routed_E) == (want.block, want.tokens, want.routed_E)
-        assert torch.equal(got.sum_of_squares_F, want.sum_of_squares_F)
-    again = path.with_suffix(".again")
-    actual.save(again)
-    assert again.read_bytes() == path.read_bytes()
-    return actual
-
-
-def test_statistics_of_blocks_with_no_ffn_and_with_two_survive_a_file(tmp_path):
+def test_statistics_survive_a_file(tmp_path):
+    """Of a block with no FFN, and of one with two."""
     blocks = [
         replace(random_block(8), units=()),
         replace(
@@ -98,8 +87,15 @@ def test_statistics_of_blocks_with_no_ffn_and_with_two_survive_a_file(tmp_path):
         ),
     ]
     statistics = Statistics.of(blocks, RECORD, Sensitivity((0.0, 0.25), (1.0, 0.5), 4))
-    path = tmp_path / "s.safetensors"
-    loaded = assert_survives_a_file(statistics, path)
+    path, again = tmp_path / "deep" / "s.safetensors", tmp_path / "again"
+    statistics.save(path)
+    loaded = Statistics.load(path)
+    assert (loaded.record, loaded.blocks) == (statistics.record, statistics.blocks)
+    for got, want in zip(loaded.units, statistics.units, strict=True):
+        assert (got.block, got.tokens, got.routed_E) == (want.block, want.tokens, want.routed_E)
+        assert torch.equal(got.sum_of_squares_F, want.sum_of_squares_F)
+    loaded.save(again)
+    assert again.read_bytes() == path.read_bytes()
     assert loaded.sensitivity == statistics.sensitivity
     assert loaded.blocks_with_units == [1]
     assert not loaded.has_one_unit_each
@@ -107,13 +103,6 @@ def test_statistics_of_blocks_with_no_ffn_and_with_two_survive_a_file(tmp_path):
     replace(statistics, units=tuple(wrong)).save(path)
     with pytest.raises(StatisticsError, match="are said to be in blocks"):
         Statistics.load(path)
-
-
-def test_statistics_survive_a_file(source, windows, tmp_path):
-    statistics = gather(source, windows)
-    loaded = assert_survives_a_file(statistics, tmp_path / "deep" / "s.safetensors")
-    plans = {cfsp.plan(source.directory, s, sparsity=0.4).to_json() for s in (statistics, loaded)}
-    assert len(plans) == 1
 
 
 def test_a_sensitivity_that_cannot_be_is_refused(tmp_path):
@@ -139,10 +128,9 @@ def test_nan_of_experts_is_told_with_what_to_do(model_type):
         attention.v_proj.weight.fill_(1.0)
         attention.o_proj.weight.fill_(6e4)
         model.get_input_embeddings().weight.mul_(100)
-    tokens_NT = torch.randint(2, 290, (4, 12), generator=torch.Generator().manual_seed(0))
     source, runtime = LoadedModel(model.half()), Runtime(torch.device("cpu"), torch.float16)
     with pytest.raises(CalibrationError, match=r"block 1 produced NaN .* --dtype float32"):
-        calibrate(source, Windows(tokens_NT, {"text": 4}), runtime)
+        calibrate(source, Windows(random_tokens(4, 12), {"text": 4}), runtime)
 
 
 def test_work_of_an_earlier_version_that_compared_no_runs_is_refused(tmp_path):

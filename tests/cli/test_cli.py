@@ -27,6 +27,7 @@ from cfsp.result.names import public_command
 from cfsp.settings import Budget, CalibrationText, Criterion
 from cfsp.text.drawing import draw_text
 from cfsp.text.windows import Windows
+from recoveries import stop
 from tiny_models import build_tiny_model
 
 
@@ -34,11 +35,6 @@ from tiny_models import build_tiny_model
 def told(command):
     """What a command says as JSON, which fails unless it is exactly one value."""
     return lambda *argv: json.loads(command(*argv, "--json").out)
-
-
-@pytest.fixture
-def model(tiny_checkpoint):
-    return tiny_checkpoint("llama")
 
 
 @pytest.fixture
@@ -91,19 +87,6 @@ def test_a_shell_can_complete_it():
     assert {"--sparsity", "--data"} <= set(options.split())
 
 
-def test_module_runs_like_the_script():
-    finished = subprocess.run(
-        [sys.executable, "-m", "cfsp", "calibrate", "m", "--out", "o", "--data", "./no/such.txt"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 2
-    assert finished.stderr.count("\n") == 1
-    assert "./no/such.txt is neither a file nor a known text" in finished.stderr
-    assert finished.stdout == ""
-
-
 def test_a_process_that_a_library_forked_dies_of_a_polite_kill_in_silence():
     script = """
 import os, signal, time
@@ -138,26 +121,16 @@ def test_what_is_typed_becomes_settings_and_the_rest_is_theirs():
     assert settings_from(args, Criterion) == Criterion()
 
 
-@pytest.mark.parametrize("command", commands())
-def test_help_fits_a_screen_and_help_all_names_the_rest(capsys, command):
-    texts = []
-    for option in ("--help", "--help-all"):
-        with pytest.raises(SystemExit) as ended:
-            main([command, option])
-        assert ended.value.code == 0
-        texts.append(capsys.readouterr().out)
-    short, long = texts
-    assert f"example:\n  cfsp {command}" in short
-    assert command not in ("prune", "recover", "sweep") or "\nwindows=... " in long
-    positional = {
-        "eval": "MODEL ...",
-        "bench": "MODEL ...",
-        "sweep": "MODEL",
-    }
-    if command in positional:
-        assert short.startswith(f"usage: cfsp {command} [options] {positional[command]}\n")
-    assert len(re.findall(r"^  --", short, re.MULTILINE)) <= (14 if command == "prune" else 17)
-    assert command != "prune" or len(short.splitlines()) <= 40
+@pytest.mark.parametrize("name", commands())
+def test_help_fits_a_screen_and_help_all_names_the_rest(command, name):
+    short, long = (command(name, option).out for option in ("--help", "--help-all"))
+    assert f"example:\n  cfsp {name}" in short
+    assert name not in ("prune", "recover", "sweep") or "\nwindows=... " in long
+    positional = {"eval": "MODEL ...", "bench": "MODEL ...", "sweep": "MODEL"}
+    if name in positional:
+        assert short.startswith(f"usage: cfsp {name} [options] {positional[name]}\n")
+    assert len(re.findall(r"^  --", short, re.MULTILINE)) <= (14 if name == "prune" else 17)
+    assert name != "prune" or len(short.splitlines()) <= 40
     if "--set" in short:
         assert len(long) > len(short)
     else:
@@ -176,11 +149,9 @@ def test_help_fits_a_screen_and_help_all_names_the_rest(capsys, command):
         ("target_kv_cache=0,5", "expected a fraction such as 0.2 or 20%, found '0,5'"),
     ],
 )
-def test_advanced_options_are_checked_as_others_are(tmp_path, capsys, typed, message):
-    with pytest.raises(SystemExit) as ended:
-        main(["prune", "demo", "--out", str(tmp_path / "o"), "--sparsity", "0.2", "--set", typed])
-    assert ended.value.code == 2
-    assert message in capsys.readouterr().err
+def test_advanced_options_are_checked_as_others_are(tmp_path, command, typed, message):
+    prune = ("prune", "demo", "--out", tmp_path / "o", "--sparsity", 0.2)
+    assert message in command(*prune, "--set", typed, status=2).err
 
 
 def test_the_default_text_is_told_of_when_it_is_read(
@@ -332,27 +303,16 @@ def test_inspect_shows_blocks_with_several_ffns_and_with_none(
 # Bad input: exit 2, one sentence, nothing left behind.
 
 
-def test_unknown_argument_exits_with_two(command, capsys):
+def test_unknown_argument_exits_with_two(command):
     assert "COMMAND" in command(status=2).out
-    empty = ["prune", "demo", "--sparsity", "0.2", "--out", ""]
-    for argv in (["prune", "m", "--out", "o", "--sparse", "0.5"], ["purge"], empty):
-        with pytest.raises(SystemExit) as stop:
-            main(argv)
-        assert stop.value.code == 2
-        assert "error:" in capsys.readouterr().err
+    for argv in (["purge"], ["prune", "demo", "--sparsity", "0.2", "--out", ""]):
+        assert "error:" in command(*argv, status=2).err
 
 
 def test_interrupt_says_that_nothing_was_written(command, model, text, tmp_path, monkeypatch):
-    from cfsp.checkpoint.reading import Checkpoint
-
-    def interrupt(self: Checkpoint, name: str) -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Checkpoint, "read", interrupt)
-    err = command(
-        "prune", model, "--out", tmp_path / "out", "--sparsity", 0.4, *text, status=130
-    ).err
-    assert "interrupted; nothing is half-written" in err
+    monkeypatch.setattr(Checkpoint, "read", stop)
+    argv = ["prune", model, "--out", tmp_path / "out", "--sparsity", 0.4, *text]
+    assert "interrupted; nothing is half-written" in command(*argv, status=130).err
     assert entries(tmp_path) == set()
 
 

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 
-import pytest
-
 from cfsp.checkpoint.output import remove_abandoned
-from cfsp.cli import main
 from cfsp.cli.export import TARGETS
-from cfsp.errors import OutputError
 from cfsp.exports import registry
 from ragged import cut
 from tiny_models import build_tiny_model
@@ -19,12 +15,10 @@ def test_targets_are_those_of_the_registry():
     assert tuple(registry.TARGETS) == TARGETS
 
 
-def test_json_people_and_python_are_told_the_same(tmp_path, tokenizer, capsys):
+def test_json_people_and_python_are_told_the_same(tmp_path, tokenizer, command):
     source = str(cut(build_tiny_model("llama"), tokenizer, tmp_path).directory)
     argv = ["export", source, "--to", "vllm", "--out"]
-    capsys.readouterr()
-    assert main([*argv, str(tmp_path / "a"), "--json"]) == 0
-    out, err = capsys.readouterr()
+    out, err = command(*argv, tmp_path / "a", "--json")
     told = json.loads(out)
     assert told["target"] == "vllm"
     assert told["out"] == str(tmp_path / "a")
@@ -32,21 +26,16 @@ def test_json_people_and_python_are_told_the_same(tmp_path, tokenizer, capsys):
     assert "note: vLLM loads it with --trust-remote-code" in err
 
     written = tmp_path / "b"
-    assert main([*argv, str(written)]) == 0
-    out, _ = capsys.readouterr()
+    out = command(*argv, written).out
     assert "DeciLMForCausalLM, 3 blocks of 32 to 96 channels" in out
     assert "not verified" in out
-    command = f"vllm serve {written} --trust-remote-code"
-    assert out.endswith(f"written to {written}\nserve it: {command}\n")
+    serve = f"vllm serve {written} --trust-remote-code"
+    assert out.endswith(f"written to {written}\nserve it: {serve}\n")
 
     report = registry.export(source, "vllm", str(tmp_path / "d")).to_json()
     for own in ("out", "seconds", "serve"):
         del report[own], told[own]
     assert report == told
-    before = (written / "config.json").stat().st_mtime_ns
-    with pytest.raises(OutputError, match="b exists and is not empty"):
-        registry.export(source, "vllm", written, verify=False)
-    assert (written / "config.json").stat().st_mtime_ns == before
 
 
 def test_what_a_killed_export_left_is_removed(tmp_path):

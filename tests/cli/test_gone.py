@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 import cfsp
-from cfsp.cli import main
 from cfsp.errors import GONE, GONE_TEXTS, UsageError
 
 # A command that still asks for it.
@@ -39,15 +38,10 @@ ASKING = {
 
 
 @pytest.mark.parametrize("word", [*GONE, *GONE_TEXTS])
-def test_what_went_is_said(word, tiny_checkpoint, capsys):
-    command = ASKING.get(word, f"recover pruned --steps 1 --out recovered --{word} 1")
-    command = command.format(model=tiny_checkpoint("llama"))
-    try:
-        status = main(command.split())
-    except SystemExit as stop:
-        status = int(str(stop.code))
-    assert status == 2
-    assert (GONE | GONE_TEXTS)[word] in capsys.readouterr().err
+def test_what_went_is_said(word, model, command):
+    asked = ASKING.get(word, f"recover pruned --steps 1 --out recovered --{word} 1")
+    error = command(*asked.format(model=model).split(), status=2).err
+    assert (GONE | GONE_TEXTS)[word] in error
 
 
 @pytest.mark.parametrize(

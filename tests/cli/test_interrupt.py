@@ -9,6 +9,7 @@ import sys
 
 import cfsp.__main__
 import cfsp.cli
+from recoveries import stop
 
 # Ctrl-C while the last command's module is imported.
 PROGRAM = """
@@ -37,10 +38,7 @@ def test_while_modules_are_imported():
 
 
 def test_while_the_command_line_is_read(monkeypatch, capsys):
-    def interrupt():
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cfsp.cli, "build_parser", interrupt)
+    monkeypatch.setattr(cfsp.cli, "build_parser", stop)
     before = signal.getsignal(signal.SIGINT)
     assert cfsp.__main__.main() == 130
     assert capsys.readouterr().err == f"\n{LINE}\n"

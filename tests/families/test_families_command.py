@@ -3,25 +3,22 @@ from __future__ import annotations
 import json
 import sys
 
-from cfsp.cli import main
 from cfsp.cli.families import OTHER_PARTS
 from cfsp.families import catalogue
-from cfsp.families.catalogue import Family, installed_families, verdicts, why_not
+from cfsp.families.catalogue import Family, installed_families, verdicts
 from cfsp.settings import PARTS
 
 
-def test_the_command_lists_what_transformers_has_and_what_can_go(capsys):
-    assert main(["families"]) == 0
-    head, _, *rows = capsys.readouterr().out.splitlines()
+def test_the_command_lists_what_transformers_has_and_what_can_go(command):
+    head, _, *rows = command("families").out.splitlines()
     assert head.split()[:5] == ["model", "type", "class", "FFN", "channels"]
     assert len(rows) == len(installed_families()) > 200
     llama = ["llama", "LlamaForCausalLM", "yes", "yes", "yes", "yes", "no"]
     assert llama in [row.split() for row in rows]
 
 
-def test_what_was_proved_before_has_a_reason_for_every_no(capsys):
-    assert main(["families", "--json"]) == 0
-    listed = json.loads(capsys.readouterr().out)["families"]
+def test_what_was_proved_before_has_a_reason_for_every_no(command):
+    listed = json.loads(command("families", "--json").out)["families"]
     proved = [row for row in listed if row["proved"]]
     assert len(proved) > 200
     assert all(row["reason"] for row in listed if row["proved"] is False)
@@ -31,18 +28,15 @@ def test_what_was_proved_before_has_a_reason_for_every_no(capsys):
     assert "failed the check cut" in olmoe["kv_reason"]
 
 
-def test_what_nobody_tried_is_not_said(monkeypatch, capsys):
+def test_what_nobody_tried_is_not_said(monkeypatch, command):
     monkeypatch.setattr("cfsp.families.catalogue.proved_before", lambda: ("1.0", {}))
-    assert main(["families"]) == 0
-    shown = capsys.readouterr()
-    assert ["llama", "LlamaForCausalLM", *5 * "?"] in [
-        row.split() for row in shown.out.splitlines()
-    ]
+    rows = [row.split() for row in command("families").out.splitlines()]
+    assert ["llama", "LlamaForCausalLM", *5 * "?"] in rows
 
 
-def test_named_types_are_proved_and_parts_by_themselves(capsys):
-    assert main(["families", "--prove", "flex_olmo", "bert", "--json"]) == 0
-    bert, moe = json.loads(capsys.readouterr().out)["families"]
+def test_named_types_are_proved_and_parts_by_themselves(command):
+    told = command("families", "--prove", "flex_olmo", "bert", "--json").out
+    bert, moe = json.loads(told)["families"]
     assert (bert["model_type"], bert["proved"]) == ("bert", False)
     assert "is an encoder" in bert["reason"]
     assert not any(bert[part] for part in OTHER_PARTS)
@@ -57,10 +51,24 @@ def test_a_type_has_all_its_classes():
     assert classes == ["Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"]
 
 
-def test_an_unknown_type_is_refused(capsys):
-    assert main(["families", "--prove", "lama"]) == 2
-    message = capsys.readouterr().err
-    assert "no language model type 'lama'; did you mean llama?" in message
+def test_an_unknown_type_is_refused(command):
+    error = command("families", "--prove", "lama", status=2).err
+    assert "no language model type 'lama'; did you mean llama?" in error
+
+
+STRANGE = """
+import sys
+match sys.argv[1]:
+    case "talks":
+        print("a", {!r}, "bye", sep="\\n")
+    case "is silent":
+        print("bye")
+    case "crashes":
+        sys.exit(3)
+    case "never ends":
+        while True:
+            pass
+"""
 
 
 def test_an_answer_is_found_among_what_classes_print_and_no_file_of_the_directory_runs(
@@ -70,25 +78,14 @@ def test_an_answer_is_found_among_what_classes_print_and_no_file_of_the_director
     monkeypatch.chdir(tmp_path)
     (found,) = verdicts([Family("llama", "NoSuchClass")])
     assert "no config could be made (AttributeError" in str(found["ffn"])
-    reasons = dict.fromkeys(PARTS, "none")
-    program = (
-        "import sys; "
-        f"sys.argv[1] == 'silent' or print('a\\n' + {catalogue._ANSWER + json.dumps(reasons)!r}); "
-        "print('bye')"
-    )
-    monkeypatch.setattr(catalogue, "PROGRAM", (sys.executable, "-c", program))
-    found = verdicts([Family(name, "LlamaForCausalLM") for name in ("talks", "silent")])
-    assert list(found) == [reasons, dict.fromkeys(PARTS, "its process gave no answer")]
-
-
-def test_a_type_that_crashes_or_never_ends(monkeypatch):
-    (reason,) = set(why_not(Family("llama", "NoSuchClass")).values())
-    assert "no config could be made (AttributeError" in str(reason)
-    program = "import sys; sys.exit(3) if sys.argv[1] == 'crashes' else exec('while True: pass')"
+    program = STRANGE.format(catalogue._ANSWER + json.dumps(dict.fromkeys(PARTS, "talks")))
     monkeypatch.setattr(catalogue, "PROGRAM", (sys.executable, "-c", program))
     monkeypatch.setattr(catalogue, "PROOF_LIMIT", 5.0)
-    found = verdicts([Family(name, "LlamaForCausalLM") for name in ("crashes", "never ends")])
-    assert [set(reasons.values()) for reasons in found] == [
-        {"its process ended with status 3"},
-        {"no verdict after 5 seconds"},
-    ]
+    reason_of = {
+        "talks": "talks",
+        "is silent": "its process gave no answer",
+        "crashes": "its process ended with status 3",
+        "never ends": "no verdict after 5 seconds",
+    }
+    found = verdicts([Family(name, "LlamaForCausalLM") for name in reason_of])
+    assert list(found) == [dict.fromkeys(PARTS, reason) for reason in reason_of.values()]

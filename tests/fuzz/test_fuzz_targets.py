@@ -38,19 +38,14 @@ def spoilt(name: str, number: int, spoil: Callable[[Any], None]) -> bytes:
     return json.dumps(document).encode()
 
 
+def weight(**changes: Any) -> Callable[[Any], object]:
+    return lambda checkpoint: checkpoint["header"]["weight"].update(changes)
+
+
 FOUND: dict[str, tuple[str, int, Callable[[Any], object]]] = {
-    "a plan of no blocks": ("plan", 0, lambda plan: plan.update(blocks=[])),
     "a version of two lines": ("plan", 0, lambda plan: plan.update(plan_version="a\nb")),
-    "a dtype that is a list": (
-        "checkpoint",
-        1,
-        lambda it: it["header"]["weight"].update(dtype=["F32"]),
-    ),
-    "a shape whose product cannot be printed": (
-        "checkpoint",
-        1,
-        lambda it: it["header"]["weight"].update(shape=[10**400] * 20),
-    ),
+    "a dtype that is a list": ("checkpoint", 1, weight(dtype=["F32"])),
+    "a shape whose product cannot be printed": ("checkpoint", 1, weight(shape=[10**400] * 20)),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -62,15 +63,26 @@ def test_shrunk_importances_give_the_published_rule(distance_L, p):
     assert max(keep_L) < 1
 
 
-# So little goes that a multiple stays of each width.
-@given(distances, st.floats(0.0, 0.8), st.sampled_from(WIDTHS), st.sampled_from(MULTIPLES))
-def test_equal_widths_are_equal_and_within_half_a_multiple(distance_L, p, width, multiple):
+@given(
+    distances,
+    st.floats(0.0, 0.8),
+    st.sampled_from(WIDTHS),
+    st.sampled_from(MULTIPLES),
+    st.booleans(),
+)
+def test_equal_widths_are_equal_and_within_half_a_multiple(
+    distance_L, p, width, multiple, first_stays
+):
+    """What is told to stay keeps all, and the others pay for it."""
     budget = Budget(p, multiple=multiple, widths="equal")
-    size = model_of(width, len(distance_L))
-    kept_L = allocate(block_importance(distance_L), budget, size)
-    assert len(set(kept_L)) == 1
-    assert kept_L[0] % multiple == 0 or kept_L[0] == width
-    assert abs(kept_L[0] - (1 - p) * width) <= multiple / 2 + 1e-6
+    size, blocks = model_of(width, len(distance_L)), len(distance_L)
+    size = replace(size, units=(replace(size.units[0], stays=first_stays), *size.units[1:]))
+    share = ((1 - p) * blocks - first_stays) / (blocks - first_stays)
+    assume(share * width >= multiple)  # so little goes that a multiple stays of each width
+    first, *others = allocate(block_importance(distance_L), budget, size)
+    assert {first, *others} == {width if first_stays else others[0], others[0]}
+    assert others[0] % multiple == 0 or others[0] == width
+    assert abs(others[0] - share * width) <= multiple / 2 + 1e-6
 
 
 @given(
@@ -108,15 +120,6 @@ def test_clamps_differ_only_where_a_block_would_overflow(distance_L, sparsity, w
         assert max(filled_L) == width
 
 
-@given(distances, st.floats(0.05, 0.9), st.sampled_from(WIDTHS))
-def test_more_important_blocks_keep_no_less(distance_L, sparsity, width):
-    size = model_of(width, len(distance_L))
-    kept_L = allocate(block_importance(distance_L), Budget(sparsity, multiple=1), size)
-    order = np.argsort(distance_L, kind="stable")
-    # To one channel: equal blocks may differ by what was left over.
-    assert np.all(np.diff(np.array(kept_L)[order]) >= -1)
-
-
 def test_largest_remainder_gives_to_those_who_lost_most():
     for total, expected in ((160.0, [32, 64, 64]), (128.0, [32, 64, 32])):
         ideal = [40.0, 61.0, 59.0]
@@ -150,13 +153,15 @@ def test_multiple_is_chosen_by_width(width, multiple):
 # Units of different kinds: channels of one own many times what those of another do.
 
 KINDS = {"mlp": 1, "mlp.experts": 64, "mlp.shared_expert": 1}
+# Of a model: no unit is told to stay, or any may be.
+STAYING = st.sampled_from([st.just(False), st.booleans()])
 
 
 @st.composite
 def mixed_sizes(draw: st.DrawFn) -> tuple[ModelSize, list[float]]:
     """Return a model of up to two units in a block, and the importance of each."""
     width_of = {kind: draw(st.integers(40, 9000)) for kind in KINDS}
-    experts = draw(st.integers(2, 128))
+    experts, stays = draw(st.integers(2, 128)), draw(STAYING)
     units, importance_U = [], []
     for _ in range(draw(st.integers(1, 12))):
         importance = draw(st.floats(0.01, 1.0))
@@ -164,7 +169,8 @@ def mixed_sizes(draw: st.DrawFn) -> tuple[ModelSize, list[float]]:
             st.sampled_from([("mlp",), ("mlp.experts", "mlp.shared_expert"), ("mlp.experts",), ()])
         ):
             cost = 96 * (experts if kind == "mlp.experts" else 1)
-            units.append(UnitSize(width_of[kind], cost, kind, 8 if kind == "mlp.experts" else 1))
+            grain = 8 if kind == "mlp.experts" else 1
+            units.append(UnitSize(width_of[kind], cost, kind, grain, stays=draw(stays)))
             importance_U.append(importance)
     assume(units)
     ffn = sum(unit.width * unit.channel_parameters for unit in units)
@@ -177,8 +183,9 @@ def plain_sizes(draw: st.DrawFn) -> tuple[ModelSize, list[float]]:
     equal = st.tuples(st.sampled_from(WIDTHS), st.integers(2, 48)).map(lambda d: [d[0]] * d[1])
     width_L = draw(st.lists(st.integers(40, 3000), min_size=2, max_size=40) | equal)
     distances = st.lists(st.floats(0.01, 0.6), min_size=len(width_L), max_size=len(width_L))
-    size = ModelSize(tuple(UnitSize(width, 96) for width in width_L), 200 * sum(width_L))
-    return size, block_importance(draw(distances))
+    stays = draw(STAYING)
+    units = tuple(UnitSize(width, 96, stays=draw(stays)) for width in width_L)
+    return ModelSize(units, 200 * sum(width_L)), block_importance(draw(distances))
 
 
 @given(
@@ -203,6 +210,7 @@ def test_a_budget_is_met_to_one_multiple_in_parameters(drawn, sparsity, clamp, m
         assert min(each, unit.width) <= kept <= unit.width
         assert kept % each == 0 or kept == unit.width
         assert kept % unit.grain == 0 or kept == unit.width
+        assert kept == unit.width or not unit.stays
     ffn = sum(unit.width * unit.channel_parameters for unit in size.units)
     removed = size.parameters - size.parameters_with(kept_U)
     dearest = max(

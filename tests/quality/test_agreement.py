@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
-from builders import dying_at
+from builders import dying_at, never, random_tokens
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cli import main
@@ -67,6 +68,7 @@ def test_it_is_that_of_the_whole_models(
     # Two models with heads, norms and widths of their own, a few positions at a time.
     monkeypatch.setattr(measuring, "LOGITS_AT_ONCE", 7 * VOCABULARY)
     monkeypatch.setattr(measuring, "_PROBABILITIES_AT_ONCE", 3 * VOCABULARY)
+    monkeypatch.setattr(evaluate, "load", never)
     dense = tiny_checkpoint("llama")
     other = tmp_path / "other"
     if other_name == "perturbed":
@@ -74,9 +76,16 @@ def test_it_is_that_of_the_whole_models(
     else:
         other.symlink_to(tiny_checkpoint(other_name))
     texts = EvaluationText((str(text_file),), 4, 24)
-    first, second = evaluate_models([other], texts, FLOAT32, against=dense)
+    # In memory, and in a file.
+    compute = replace(FLOAT32, memory_budget=1) if other_name == "perturbed" else FLOAT32
+    first, second = evaluate_models([other], texts, compute, against=dense)
     assert (first["model"], second["model"]) == (str(dense), str(other))
-    assert "agreement" not in first
+    assert (
+        first.keys()
+        == {*("model", "fingerprint", "parameters", "dtype", "perplexity", "windows")}
+        == second.keys() - {"agreement"}
+    )
+    assert first["parameters"] == load(dense).num_parameters()
     windows = consecutive_windows(str(text_file), load_tokenizer(dense), count=4, seqlen=24)
     losses, divergences, agreed = whole(dense, other, windows)
     found = second["windows"][str(text_file)]
@@ -113,16 +122,6 @@ def test_the_dense_model_streams_once_for_each_text(
     assert [each["model"] for each in found] == [str(each) for each in (dense, *others)]
     assert seen == [str(each) for each in (dense, *others)] * 2
     assert [each["perplexity"] for each in found] == [each["perplexity"] for each in alone]
-
-
-def test_hidden_states_beyond_the_budget_go_to_a_file(tiny_checkpoint, text_file):
-    dense, other = tiny_checkpoint("llama"), tiny_checkpoint("qwen3")
-    texts = EvaluationText((str(text_file),), 5, 24)
-    in_memory = evaluate_models([other], texts, FLOAT32, against=dense)
-    in_file = evaluate_models(
-        [other], texts, Compute(dtype="float32", memory_budget=1), against=dense
-    )
-    assert in_file == in_memory
 
 
 def test_ruled_out_tokens_count_nothing():
@@ -183,9 +182,7 @@ COMPUTE = Compute("cpu", "float32", batch_windows=2)
 
 
 def random_windows(count: int = 5, length: int = 12) -> Windows:
-    generator = torch.Generator().manual_seed(0)
-    tokens_NT = torch.randint(VOCABULARY, (count, length), generator=generator)
-    return Windows(tokens_NT, {"random": count})
+    return Windows(random_tokens(count, length), {"random": count})
 
 
 def plain(model: Any, windows: Windows) -> float:

@@ -15,7 +15,7 @@ import torch
 from transformers import GenerationConfig
 
 import cfsp
-from builders import dying_at
+from builders import dying_at, never
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
@@ -272,8 +272,8 @@ def test_a_model_that_thinks_answers_at_once(models, tokenizer):
     assert prompt == tokenizer(questions.asked[0][1], add_special_tokens=False)["input_ids"]
 
 
-def test_mistakes_are_told_before_anything_is_loaded(models, argv, capsys, command, monkeypatch):
-    monkeypatch.setattr("cfsp.quality.evaluate.load", lambda *_, **__: pytest.fail("too late"))
+def test_mistakes_are_told_before_anything_is_loaded(models, argv, command, monkeypatch):
+    monkeypatch.setattr("cfsp.quality.evaluate.load", never)
     for wrong, message in (
         (["eval", models[0], "--answers"], "add --against DENSE"),
         ([*argv, "--answers", "nowhere.jsonl"], "nowhere.jsonl is neither a file nor a known"),
@@ -282,12 +282,8 @@ def test_mistakes_are_told_before_anything_is_loaded(models, argv, capsys, comma
     with monkeypatch.context() as patch:
         patch.setattr("cfsp.quality.answers.ANSWER_TOKENS", 999)
         assert "its answer up to 999, but" in command(*argv, status=2).err
-    with pytest.raises(SystemExit):
-        main(["eval", "--against", models[1], "--answers", models[0]])
-    assert (
-        "expected a number of questions or a .jsonl file, with the models before --answers, found"
-        in capsys.readouterr().err
-    )
+    error = command("eval", "--against", models[1], "--answers", models[0], status=2).err
+    assert "a number of questions or a .jsonl file, with the models before --answers" in error
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     assert "answering questions runs the whole model" in command(*argv, status=2).err
     with pytest.raises(UsageError, match="at least 1 question, found 0"):

@@ -19,7 +19,7 @@ import lm_eval.tasks
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from builders import dying_at
+from builders import dying_at, never
 from cfsp.checkpoint.loading import load
 from cfsp.cli import main
 from cfsp.errors import TaskError, UsageError
@@ -282,7 +282,7 @@ def test_an_interrupted_run_goes_on_with_the_next_task(
 
 @pytest.mark.usefixtures("no_hub")
 def test_a_hub_that_cannot_be_reached_is_told_before_any_data_are_asked_for(monkeypatch, command):
-    monkeypatch.setattr(TaskManager, "load", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(TaskManager, "load", never)
     # A misspelt name is not the hub's fault.
     with pytest.raises(TaskError, match="harness has no task 'piqaa'"):
         TaskRunner.of(TaskSelection(("piqaa",)))
@@ -302,7 +302,7 @@ def test_unknown_task_is_told_before_any_model_is_looked_for(task_data, command)
 def test_models_too_large_are_told_before_the_first_forward_pass(
     tiny_checkpoint, text_file, task_data, monkeypatch
 ):
-    monkeypatch.setattr(evaluate, "streamed_sums", lambda *_, **__: pytest.fail("too late"))
+    monkeypatch.setattr(evaluate, "streamed_sums", never)
     directory, texts = tiny_checkpoint("llama"), EvaluationText((str(text_file),), 2, 32)
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     runner = TaskRunner.of(TaskSelection(("piqa",), data=task_data))
@@ -346,7 +346,7 @@ def test_damaged_task_file_is_one_sentence(line, message, tmp_path):
 def test_missing_task_file_is_told_before_the_first_forward_pass(
     tiny_checkpoint, text_file, tmp_path, command, monkeypatch
 ):
-    monkeypatch.setattr(evaluate, "streamed_sums", lambda *_, **__: pytest.fail("too late"))
+    monkeypatch.setattr(evaluate, "streamed_sums", never)
     argv = ["eval", tiny_checkpoint("llama"), "--data", text_file, "--windows", "1"]
     argv += ["--tasks", "piqa", "--task-data"]
     missing = f"cannot read the task file {tmp_path / 'piqa.jsonl'}"

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
 import cfsp
-from builders import changed, tensors
+from builders import changed, random_tokens, tensors
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.checkpoint.reading import parameter_count
@@ -285,7 +285,7 @@ def test_memory_decides_on_the_method_unless_adapters_are_asked_for(
 @pytest.mark.parametrize("batch_windows", [1, 7])
 def test_held_out_loss_is_the_mean_over_labels(tmp_path, batch_windows):
     model = build_tiny_model("llama")
-    token_NT = torch.randint(3, 300, (6, 32), generator=torch.Generator().manual_seed(0))
+    token_NT = random_tokens(6, 32)
     label_NT = token_NT.clone()
     # As in conversations: of some windows few labels count.
     label_NT[0, 2:] = label_NT[3, 3:] = label_NT[4, 2:] = IGNORED
@@ -304,7 +304,7 @@ def test_held_out_loss_is_the_mean_over_labels(tmp_path, batch_windows):
 
 def test_a_teacher_thinks_once_of_windows_that_come_again():
     model, teacher = build_tiny_model("llama"), build_tiny_model("llama")
-    token_BT = torch.randint(3, 300, (2, 16), generator=torch.Generator().manual_seed(0))
+    token_BT = random_tokens(2, 16)
     calls: list[int] = []
     teacher.register_forward_hook(lambda *_: calls.append(1))
     with loss_inside(model, teacher, 1.0) as loss:

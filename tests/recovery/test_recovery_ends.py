@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import cfsp
 import cfsp.recovery.loss
 import cfsp.recovery.recover
-from builders import changed, dying_at, tensors
+from builders import changed, dying_at, never, random_tokens, tensors
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cli import main
 from cfsp.errors import CalibrationError, CfspError, RecoveryError, ResumeError, UsageError
@@ -157,9 +157,7 @@ def test_what_a_user_had_chosen_is_not_taken_for_what_memory_decided(
 
 def test_what_is_measured_before_training_is_timed_whole_also_after_a_kill(tmp_path, monkeypatch):
     """It is measured again when all is trained, which is no time to train in."""
-    windows = {
-        name: Windows(torch.randint(3, 300, (2, 12)), {name: 2}) for name in ("first", "second")
-    }
+    windows = {name: Windows(random_tokens(2, 12), {name: 2}) for name in ("first", "second")}
     settings = SimpleNamespace(compute=Compute("cpu", "float32"))
     source = LoadedModel(build_tiny_model("llama"))
     facts = {"source": source, "windows": windows, "settings": settings, "watch": Stopwatch()}
@@ -256,17 +254,12 @@ def test_training_that_does_harm_writes_nothing(pruned, recovered, tmp_path, mon
     assert caplog.text.count("that is no better than before training") == 1
 
 
-def must_not_load(*args: Any) -> Any:
-    """Stand in for what comes after all names are checked."""
-    raise AssertionError("a model was loaded")
-
-
 @pytest.mark.parametrize(("minutes", "measuring"), [(1e-4, 0), (0.5, 40)])
 def test_too_few_minutes_are_refused_before_a_step(
     recovered, text_file, tmp_path, monkeypatch, minutes, measuring
 ):
     """What measuring takes is no time to train in."""
-    monkeypatch.setattr("cfsp.recovery.trainer.RecoveryTrainer.training_step", must_not_load)
+    monkeypatch.setattr("cfsp.recovery.trainer.RecoveryTrainer.training_step", never)
     measured = {"perplexity": {}, "seconds": measuring}
     monkeypatch.setattr("cfsp.recovery.recover.load_or_compute", lambda *_: measured)
     how = Training(Limit(minutes=minutes), batch_windows=4, seqlen=32)
@@ -279,9 +272,7 @@ def test_too_few_minutes_are_refused_before_a_step(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"data": ["no_such.txt"]}, "no_such.txt"),
         ({"data": ()}, "give --data"),
-        ({"eval": ["no_such.txt"]}, "no_such.txt"),
         ({"eval": ["{text}"], "windows": 10**6}, "1000000 are needed"),
         ({"teacher": "/no/such"}, "/no/such does not exist"),
         ({"teacher": "{other}"}, "the teacher must be the dense model"),
@@ -295,10 +286,8 @@ def test_too_few_minutes_are_refused_before_a_step(
 def test_bad_input_is_told_before_any_work(
     pruned, tiny_checkpoint, text_file, tmp_path, monkeypatch, options, message
 ):
-    monkeypatch.setattr("cfsp.recovery.recover.load_to_train", must_not_load)
-    monkeypatch.setattr("cfsp.recovery.recover.perplexity_by_text", must_not_load)
-    if "no_such" in message:  # not even the model is opened, which may be a download
-        monkeypatch.setattr("cfsp.recovery.recover.open_checkpoint", must_not_load)
+    monkeypatch.setattr("cfsp.recovery.recover.load_to_train", never)
+    monkeypatch.setattr("cfsp.recovery.recover.perplexity_by_text", never)
     given: dict[str, Any] = {"data": ["{text}"], "seqlen": 32, "teacher": "none", **options}
     for key in ("data", "eval"):
         given[key] = [name.replace("{text}", str(text_file)) for name in given.get(key, ())]

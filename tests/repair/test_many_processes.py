@@ -136,7 +136,7 @@ def test_the_first_process_times_for_all(forks, argv_of, tmp_path, monkeypatch):
     ],
 )
 def test_after_a_death_the_same_command_goes_on(
-    commands, finish, argv, text_file, tmp_path, dying, count, said
+    commands, command, finish, argv, text_file, tmp_path, dying, count, said
 ):
     evaluation = ["--eval", str(text_file), "--windows", "1"]
     argv = [*argv, "--repair", "local", "--local-steps", "2", *evaluation]
@@ -151,8 +151,10 @@ def test_after_a_death_the_same_command_goes_on(
     assert (ended[dying].status, ended[left].status) == (-signal.SIGKILL, 2), ended
     lines = ended[left].stderr.splitlines()
     (line,) = [line for line in lines if line.startswith("cfsp prune:")]
-    assert f"[process {left}] process {left} of 2 lost another process" in line
+    assert f"[process {left}] process {left} of 2 lost another process, or waited for" in line
     assert not (tmp_path / "many").exists()
+    error = command(*many(argv, tmp_path), status=2).err
+    assert "holds unfinished work of 2 processes, now there are 1" in error
     first, other = finish(argv, 2)
     assert said in first.stderr
     assert (said in other.stderr) == (dying == 1)
@@ -171,12 +173,12 @@ def test_processes_with_different_work_are_refused(commands, argv, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_one_process_alone_can_do_is_refused(argv, tmp_path, capsys, monkeypatch):
+def test_what_one_process_alone_can_do_is_refused(argv, tmp_path, command, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert main([*argv, "--max-loss-increase", "1", "--out", str(tmp_path / "out")]) == 2
+    error = command(*many(argv, tmp_path), "--max-loss-increase", 1, status=2).err
     said = "cfsp prune: [process 1] --max-loss-increase runs in one process, found 2"
-    assert said in capsys.readouterr().err
+    assert said in error
     assert not list(tmp_path.iterdir())
 
 

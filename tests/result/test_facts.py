@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,11 @@ def refusal(run: Path, place: Path, change: Change) -> str:
     return said.replace(str(copy), "COPY")
 
 
+def repaired_with(entry: Any) -> Change:
+    steps = [{"name": "local", "blocks": [FITTED, entry, FITTED]}]
+    return lambda manifest: manifest.update(repair={"steps": steps})
+
+
 DAMAGED = "COPY/cfsp.json is damaged ("
 
 
@@ -247,31 +253,21 @@ DAMAGED = "COPY/cfsp.json is damaged ("
         (lambda m: m.update(base_model=[]), "'list' object"),
         (lambda m: m.update(perplexity={"x": {"before": 1}}), "'tokens'"),
         (lambda m: m.update(perplexity=measured("x", 1, 2) | {"y": 3}), "'int' object"),
+        (lambda m: m.update(perplexity=measured("x", 1, math.nan)), DAMAGED),
         (lambda m: m.update(comparison={"kept": {"second": {"value": "x"}}}), "'x'"),
         (lambda m: m.update(recovery={"history": [{"step": 0}]}), "'held_out'"),
         (lambda m: m.update(speed={"models": [{}]}), "'model'"),
         (lambda m: m.update(repair={"steps": 3}), "'int' object"),
         (lambda m: m.update(repair={"steps": [3]}), "'int' object"),
         (lambda m: m.update(repair={"steps": [{"name": "x"}]}), "'blocks'"),
+        (repaired_with(0.5), DAMAGED),
+        (repaired_with({}), DAMAGED),
+        (repaired_with(FITTED | {"error_before": None}), DAMAGED),
+        (repaired_with(FITTED | {"error_after": "small"}), DAMAGED),
+        (repaired_with(DIVERGED | {"block": 1}), DAMAGED),
         (lambda m: m.update(plan_digest="0"), "is not the plan that cfsp.json tells of; they are"),
         (lambda m: m.update(manifest_version=99), "manifest version 99"),
     ],
 )
 def test_damaged_manifests_are_refused(run, tmp_path, change, message):
     assert message in refusal(run, tmp_path, change)
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [
-        0.5,
-        {},
-        FITTED | {"error_before": None},
-        FITTED | {"error_after": "small"},
-        DIVERGED | {"block": 1},
-    ],
-)
-def test_damaged_entries_of_repair_are_refused(run, tmp_path, entry):
-    steps = [{"name": "local", "blocks": [FITTED, entry, FITTED]}]
-    said = refusal(run, tmp_path, lambda m: m.update(repair={"steps": steps}))
-    assert said.startswith(DAMAGED)

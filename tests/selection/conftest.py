@@ -14,11 +14,6 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.manifest import read_manifest
 
 
-@pytest.fixture(scope="module")
-def model(tiny_checkpoint) -> Path:
-    return tiny_checkpoint("llama")
-
-
 @dataclass(frozen=True)
 class Ended:
     """What a command said, and what it wrote."""

@@ -64,16 +64,6 @@ def test_impossible_goals_are_one_sentence(prune, arguments, message):
     assert len(error.strip().splitlines()) == 1
 
 
-def test_numbers_of_what_goes_whole_need_no_sparsity(prune, model, text_file, tmp_path):
-    asked: dict[str, Any] = {"parts": "blocks", "remove": 1}
-    done = prune("--parts", "blocks", "--set", "remove=1", "--effort", "fast")
-    statistics = cfsp.Statistics.load(done.out / "cfsp.statistics")
-    assert cfsp.plan(model, statistics, **asked).removed_blocks == done.plan.removed_blocks
-    text: dict[str, Any] = {"data": [str(text_file)], "samples": 2, "seqlen": 16}
-    in_python = cfsp.prune(model, out=tmp_path / "python", effort="fast", **asked, **text)
-    assert len(in_python.plan.removed_blocks) == len(done.plan.removed_blocks) == 1
-
-
 def test_python_refuses_what_the_command_line_does(model, tmp_path):
     def refused(message: str, **asked: Any) -> None:
         with pytest.raises(UsageError, match=message):

@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import cfsp
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.errors import BudgetError, UsageError
-from cfsp.planning.allocation import ModelSize, UnitSize, allocate
 from cfsp.planning.candidate import Dropped, DropSizes, kept_by
 from cfsp.selection.constraint import Parameters
 from cfsp.settings import Budget
@@ -37,35 +34,6 @@ def test_numbers_are_blocks_and_words_are_patterns(source):
         kept_by(source, ("lm_head",))
 
 
-@given(
-    st.lists(st.tuples(st.integers(1, 40), st.floats(0.05, 1.0), st.booleans()), min_size=1),
-    st.floats(0.0, 0.9),
-    st.sampled_from(["importance", "equal"]),
-)
-def test_what_stays_keeps_all_and_the_sum_is_met(drawn, sparsity, widths):
-    multiple = 4
-    units = tuple(UnitSize(4 * width, 3, stays=stays) for width, _, stays in drawn)
-    budget = Budget(sparsity, multiple=multiple, widths=widths)
-    size = ModelSize(units, 10**6)
-    try:
-        kept_U = allocate([importance for _, importance, _ in drawn], budget, size)
-    except BudgetError:
-        least = size.cost_of(size.least_U(budget))
-        assert (1 - sparsity) * size.cost_of(size.width_U) < least
-        return
-    for kept, unit in zip(kept_U, units, strict=True):
-        assert kept == unit.width if unit.stays else 0 < kept <= unit.width
-    wanted = (1 - sparsity) * sum(unit.width for unit in units)
-    slack = multiple / 2
-    if widths == "equal":  # each unit to within half a multiple, and none below one multiple
-        others = sum(unit.width for unit in units if not unit.stays)
-        stay = sum(unit.width for unit in units if unit.stays)
-        fraction = max(0.0, wanted - stay) / (others or 1)
-        forced = (multiple - fraction * unit.width for unit in units if not unit.stays)
-        slack = slack * len(units) + sum(max(0.0, each) for each in forced)
-    assert abs(sum(kept_U) - wanted) <= slack + 1e-6 or sum(kept_U) == sum(size.least_U(budget))
-
-
 @pytest.mark.parametrize("repair", ["none", "ridge"])
 def test_a_command_that_keeps_blocks(prune, repair):
     plan = prune("--sparsity", 0.3, "--keep", 0, "--repair", repair).plan
@@ -86,7 +54,7 @@ def test_blocks_that_stay_are_not_dropped(source, tokenizer, text_file, removal,
         ).config.cfsp["removed_blocks"]
         for keep in ((), (1, 2, 3))
     ]  # fmt: skip
-    assert found[1] == [0, 4] != found[0] or found[0] == [0, 4]
+    assert found[1] == [0, 4] != found[0]
 
 
 def test_an_ffn_that_stays_keeps_its_block_and_not_its_attention(source):

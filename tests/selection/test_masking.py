@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from builders import draw_windows, job_of
+from builders import draw_windows, job_of, random_tokens
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Removal
 from cfsp.checkpoint.reading import LoadedModel
@@ -32,35 +32,25 @@ from cfsp.selection.drop_order import order_of_removal
 from cfsp.settings import UNIT_PARTS, Budget, Compute, PruneSettings
 from cfsp.streaming.stand_in import PLAIN, resumed_at, skipped
 from tiny_decoders import tiny_model
-from tiny_models import BLOCKS, TINY_CONFIGS, VOCABULARY, WIDTH, build_tiny_model
+from tiny_models import BLOCKS, TINY_CONFIGS, WIDTH, build_tiny_model
 
-TOKENS = torch.randint(VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(0))
+TOKENS = random_tokens(5, 16)
 
 
 @torch.inference_mode()
 def test_blocks_that_are_not_named_stay_dense():
+    """That masked is cut architecture_contract.py checks."""
     model = build_tiny_model("llama")
     source, dense_BTV = LoadedModel(model), model(TOKENS).logits
     for nothing in ({}, {1: tuple(range(WIDTH))}):
         with masked_channels(source, model, nothing):
             assert torch.equal(model(TOKENS).logits, dense_BTV)
-    with masked_channels(source, model, {1: (3, 4)}):
-        one_BTV = model(TOKENS).logits
     with pytest.raises(KeyboardInterrupt), masked_channels(source, model, {0: (1,)}):
         raise KeyboardInterrupt
     assert torch.equal(model(TOKENS).logits, dense_BTV)
-    weight_DF = model.model.layers[1].mlp.down_proj.weight
-    weight_DF[:, torch.arange(WIDTH) < 3] = 0
-    weight_DF[:, torch.arange(WIDTH) > 4] = 0
-    torch.testing.assert_close(model(TOKENS).logits, one_BTV)
 
 
 # Sensitivity: one block masked at a time, from kept hidden states as from the beginning.
-
-
-def random_tokens(windows: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(VOCABULARY, (windows, 12), generator=generator)
 
 
 def numpy_divergence(dense_BTV: torch.Tensor, changed_BTV: torch.Tensor) -> float:
@@ -71,7 +61,7 @@ def numpy_divergence(dense_BTV: torch.Tensor, changed_BTV: torch.Tensor) -> floa
 
 
 def test_divergence_is_that_of_numpy():
-    model, tokens_BT = build_tiny_model("llama"), random_tokens(2)
+    model, tokens_BT = build_tiny_model("llama"), random_tokens(2, 12)
     with torch.inference_mode():
         dense_BTV = model(tokens_BT).logits
         dense = dense_predictions(model, tokens_BT)
@@ -91,7 +81,7 @@ def test_divergence_is_that_of_numpy():
 def test_each_block_is_masked_alone(name, monkeypatch):
     model = tiny_model(name)
     source = LoadedModel(model)
-    tokens_NT = torch.randint(3, 250, (2, 12), generator=torch.Generator().manual_seed(1))
+    tokens_NT = random_tokens(2, 12, seed=1)
     kept_U = [tuple(range(0, unit.width * unit.ffns, 2)) for unit in source.units]
     starts: list[int] = []
 
@@ -137,17 +127,13 @@ def test_what_stayed_is_stored_by_part(text_file, tokenizer):
 DEPTH = 5
 
 
-def tokens() -> torch.Tensor:
-    return torch.randint(3, 300, (5, 16), generator=torch.Generator().manual_seed(0))
-
-
 def without(source: LoadedModel, removed: Dropped) -> float:
     """Return the divergence without blocks and attentions, without resuming anywhere."""
     model = source.model
     blocks = blocks_of(model, source.architecture)
     units = {unit.block: unit for unit in source.units if unit.part == "kv"}
     with torch.inference_mode(), ExitStack() as stack:
-        dense = dense_predictions(model, tokens())
+        dense = dense_predictions(model, TOKENS)
         for block in removed.attentions:
             stack.enter_context(masked_unit(blocks[block], units[block], ()))
         stack.enter_context(skipped(blocks, removed.blocks, PLAIN))
@@ -161,7 +147,7 @@ def source() -> LoadedModel:
 
 def order_of(source: LoadedModel, count: int) -> list[Removal]:
     wanted = DropBudget.of_count(source, "blocks", count)
-    return order_of_removal(source, source.model, tokens(), [wanted])
+    return order_of_removal(source, source.model, TOKENS, [wanted])
 
 
 def test_what_the_model_cannot_do_without_stays(source, monkeypatch):
@@ -189,7 +175,7 @@ def both() -> LoadedModel:
 def test_blocks_and_attentions_are_compared_for_each_parameter(both):
     wanted = DropBudget.of_share(both, ("attention", "blocks"), 0.7)
     before = {name: tensor.clone() for name, tensor in both.model.state_dict().items()}
-    order = order_of_removal(both, both.model, tokens(), [wanted])
+    order = order_of_removal(both, both.model, TOKENS, [wanted])
     assert all(torch.equal(both.model.state_dict()[name], before[name]) for name in before)
     gone = NOTHING
     for count, found in enumerate(order):

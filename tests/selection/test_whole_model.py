@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import cfsp
-from builders import changed
+from builders import changed, never
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.own_files import STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
@@ -24,6 +24,7 @@ from cfsp.selection import divergence
 from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings, Repair
 from cfsp.streaming import runtime
 from cfsp.streaming.runtime import Runtime
+from recoveries import stop
 from tiny_models import build_tiny_model
 
 MULTIPLE = 8
@@ -92,15 +93,10 @@ def test_a_killed_run_keeps_what_it_decided_when_memory_changes(
     source, tmp_path, settings, monkeypatch
 ):
     repaired = replace(settings, repair="ridge")
-
-    def killed(*args: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("cfsp.decide.choose_and_repair", killed)
-        with pytest.raises(KeyboardInterrupt):
-            prune_checkpoint(source, tmp_path / "out", repaired)
-    monkeypatch.setattr(divergence, "measure_sensitivity", killed)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("cfsp.decide.choose_and_repair", stop)
+        prune_checkpoint(source, tmp_path / "out", repaired)
+    monkeypatch.setattr(divergence, "measure_sensitivity", never)
     monkeypatch.setattr(runtime, "available_bytes", lambda: 1)
     plan = prune_checkpoint(source, tmp_path / "out", repaired).plan
     assert plan.criterion["block_metric"] == "sensitivity"
@@ -116,7 +112,7 @@ def test_what_sensitivity_cannot_be_measured_on_is_refused(source, text_file, mo
     assert plan.criterion["block_metric"] == "sensitivity"
     # A model that does not fit is not even read.
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
-    monkeypatch.setattr("cfsp.selection.divergence.load", lambda *_, **__: pytest.fail("read"))
+    monkeypatch.setattr("cfsp.selection.divergence.load", never)
     with pytest.raises(UsageError, match=r"runs the whole model, .* GB are available"):
         cfsp.calibrate(source.directory, block_metric="sensitivity", **text)
 

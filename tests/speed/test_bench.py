@@ -20,7 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cli import bench as bench_command
-from cfsp.cli import main
 from cfsp.cli.bench import _ratios
 from cfsp.errors import CfspError, CheckpointError, UsageError
 from cfsp.exports.registry import export
@@ -133,11 +132,9 @@ def test_comparison_reports_every_round_of_every_model(tiny_checkpoint, capsys):
 
 
 @pytest.mark.usefixtures("models_start_quickly")
-def test_a_machine_that_is_too_busy_gives_no_verdict(tiny_checkpoint, others, monkeypatch, capsys):
+def test_a_machine_that_is_too_busy_gives_no_verdict(model, others, command):
     others[0] = 0.69
-    command = ["bench", str(tiny_checkpoint("llama")), "--prompt", "4", "--new-tokens", "2"]
-    assert main(command) == 0
-    out = capsys.readouterr().out
+    out = command("bench", model, "--prompt", 4, "--new-tokens", 2).out
     assert "other programs took 69% of the processors" in out
     assert "the machine is too busy for a verdict" in out
     assert "1.000x  1.000" not in out  # the ideal stays
@@ -220,25 +217,23 @@ def test_process_has_memory_of_its_own_and_its_death_is_one_sentence(tiny_checkp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["demo", "--rounds", "0"], "expected at least 1 round, found 0"),
         (["demo", "--prompt", "0"], "--prompt must be at least 1, found 0"),
         (["demo", "--new-tokens", "0"], "--new-tokens must be at least 1, found 0"),
         (["a.gguf"], "a.gguf does not exist; give a directory with safetensors"),
     ],
 )
-def test_wrong_arguments_are_one_sentence(arguments, message, capsys):
-    assert main(["bench", *arguments]) == 2
-    error = capsys.readouterr().err
+def test_wrong_arguments_are_one_sentence(arguments, message, command):
+    error = command("bench", *arguments, status=2).err
     assert message in error and error.count("\n") == 1
     with pytest.raises(UsageError, match="at least one model"):
         bench([])
 
 
-def test_an_export_for_vllm_is_for_its_own_bench(tokenizer, tmp_path, capsys):
+def test_an_export_for_vllm_is_for_its_own_bench(tokenizer, tmp_path, command):
     source = cut(build_tiny_model("llama"), tokenizer, tmp_path)
     export(source.directory, "vllm", tmp_path / "out", verify=False)
-    assert main(["bench", str(tmp_path / "out")]) == 2
-    assert "an export for vLLM; time it with vllm bench latency --model" in capsys.readouterr().err
+    error = command("bench", tmp_path / "out", status=2).err
+    assert "an export for vLLM; time it with vllm bench latency --model" in error
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "phi3", "falcon"])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 
 import run as study
+from builders import never
 from cfsp.errors import OutputError
 from conftest import REPOSITORY
 
@@ -48,10 +48,7 @@ def test_it_prints_what_is_published(tmp_path, monkeypatch, capsys):
         path.parent.mkdir(exist_ok=True)
         path.touch()
 
-    def never(*_: Any) -> None:
-        raise AssertionError("a published row is missing")
-
-    monkeypatch.setattr(study, "step", never)
+    monkeypatch.setattr(study, "step", never)  # no published row is missing
     assert study.main(command) == 0
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     published = (REPOSITORY / "docs/STUDIES.md").read_text()

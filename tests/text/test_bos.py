@@ -13,12 +13,10 @@ from tokenizers.processors import TemplateProcessing
 
 import cfsp
 from builders import draw_windows
-from cfsp.checkpoint.loading import load
 from cfsp.errors import UsageError
-from cfsp.quality.evaluate import evaluate_models
 from cfsp.recovery.data import read_text
 from cfsp.recovery.loss import IGNORED
-from cfsp.settings import CalibrationText, Compute, EvaluationText, Text
+from cfsp.settings import CalibrationText, Text
 from cfsp.text.drawing import consecutive_windows, draw_left_over, draw_text
 from cfsp.text.tokenizers import beginning
 from cfsp.text.windows import Windows
@@ -121,29 +119,6 @@ def test_two_tokens_at_the_beginning_leave_two_less(text_file, tokenizer):
         draw_windows([str(text_file)], changed, samples=4, seqlen=2)
 
 
-def test_perplexity_with_bos_equals_token_by_token(bos_checkpoint, text_file, bos_tokenizer):
-    directory, length = bos_checkpoint, 9
-    texts = EvaluationText((str(text_file),), windows=3, seqlen=length + 1)
-    (result,) = evaluate_models([directory], texts, Compute(dtype="float32"))
-
-    ids = bos_tokenizer(text_file.read_text(), add_special_tokens=False)["input_ids"]
-    stream = torch.tensor(ids[: 3 * length])
-    model = load(directory, dtype="float32")
-    losses = []
-    for position in range(len(stream)):
-        # BOS stands before the window's part of the text.
-        start = position - position % length
-        context = torch.cat([torch.tensor([BOS]), stream[start:position]])
-        with torch.no_grad():
-            logits = model(input_ids=context[None]).logits[0, -1].double()
-        losses.append(-torch.log_softmax(logits, -1)[stream[position]])
-    found = result["perplexity"][str(text_file)]
-    assert found["tokens"] == len(losses) == 27
-    expected = float(torch.stack(losses).mean().exp())
-    assert found["value"] == pytest.approx(expected, rel=1e-4)
-    assert found["bos"]
-
-
 def test_recovery_windows_begin_with_bos(text_file, bos_tokenizer):
     text = read_text([str(text_file)], bos_tokenizer, seqlen=16)
     assert text.bos and not read_text([str(text_file)], bos_tokenizer, seqlen=16, bos="no").bos
@@ -174,6 +149,9 @@ def test_recovery_windows_of_chats_begin_with_bos_once(bos_tokenizer, tmp_path):
 
 def test_the_record_says_whether_windows_begin_with_bos(bos_checkpoint, text_file):
     drawn: dict[str, Any] = {"data": str(text_file), "samples": 4, "seqlen": 16}
+    (measured,) = cfsp.evaluate(bos_checkpoint, str(text_file), windows=3, seqlen=10)
+    found = measured["perplexity"][str(text_file)]
+    assert (found["bos"], found["tokens"]) == (True, 3 * 9)
     for bos, expected in (("auto", True), ("no", False)):
         statistics = cfsp.calibrate(bos_checkpoint, bos=bos, **drawn)
         assert statistics.record.bos is expected

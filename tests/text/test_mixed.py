@@ -70,16 +70,6 @@ def test_all_kinds_come_by_turns(purpose):
     assert max(given.values()) - min(given.values()) <= max(map(len, texts))
 
 
-@pytest.fixture
-def short_kinds(monkeypatch) -> None:
-    """Few words of each kind, because the test tokenizer is slow."""
-
-    def short(kind: str) -> list[dict[str, str]]:
-        return [{"text": f"{kind} {number} river stone " * 30} for number in range(20)]
-
-    monkeypatch.setattr(cfsp.text.offline, "records", short)
-
-
 @pytest.mark.usefixtures("short_kinds")
 def test_windows_are_drawn_evenly_from_each_kind(tokenizer):
     windows = draw_windows(["mixed"], tokenizer, samples=22, seqlen=32)

@@ -178,13 +178,8 @@ def test_too_little_text_says_how_much_there_is_and_how_much_is_needed(tmp_path,
 
 def test_bad_counts_are_refused(text_file, tokenizer):
     name = str(text_file)
-    for choices, said in (
-        ({"samples": 0}, "--samples must be at least 1"),
-        ({"seqlen": 1}, "--seqlen must be at least 2"),
-        ({"samples": 1, "seqlen": 16}, "found 1 windows for 2 texts and 16 tokens"),
-    ):
-        with pytest.raises(UsageError, match=said):
-            draw_windows([name, name], tokenizer, **choices)
+    with pytest.raises(UsageError, match="found 1 windows for 2 texts and 16 tokens"):
+        draw_windows([name, name], tokenizer, samples=1, seqlen=16)
     with pytest.raises(UsageError, match="found 0 windows"):
         consecutive_windows(name, tokenizer, count=0, seqlen=16)
 
@@ -373,8 +368,3 @@ def test_held_out_documents_have_as_many_tokens_as_asked_and_at_most_one_more(si
     held = [size for size, own in zip(sizes, held_out_documents(sizes, least), strict=True) if own]
     assert sum(held) >= min(least, sum(sizes))
     assert sum(held) < least + max(sizes, default=0) or not sum(sizes)
-
-
-def test_held_out_documents_are_at_equal_distances():
-    held = held_out_documents([10] * 100, 30)
-    assert [number for number, own in enumerate(held) if own] == [33, 66, 99]

@@ -66,8 +66,10 @@ def test_texts_are_opened_but_not_read_to_the_end(tmp_path):
         list(TextSource(str(tmp_path / "late.jsonl"), "calibration").documents())
     (tmp_path / "bad.jsonl").write_text("[1]")
     assert "line 1: no column 'text'" in refused(str(tmp_path / "bad.jsonl"))
-    (tmp_path / "chat.jsonl").write_text('{"messages": "hello"}')
-    assert "must be a list of messages" in refused(str(tmp_path / "chat.jsonl"))
+    chat = tmp_path / "chat.jsonl"
+    for messages in ('"hello"', '[{"role": "user"}]'):
+        chat.write_text(f'{{"messages": {messages}}}')
+        assert "line 1: column 'messages' must be a list of messages" in refused(str(chat))
 
 
 def test_a_text_on_the_hub_is_opened_once(monkeypatch):
@@ -123,6 +125,7 @@ def test_functions_refuse_a_text_before_any_work(tiny_checkpoint, tmp_path, monk
     refusals: list[Callable[[], object]] = [
         lambda: cfsp.prune("no-model", out=out, sparsity=0.2, data=[ABSENT]),
         lambda: cfsp.calibrate("no-model", data=[ABSENT]),
+        lambda: cfsp.recover("no-model", out=out, steps=1, data=[ABSENT]),
         lambda: cfsp.evaluate(["no-model"], [ABSENT]),
         lambda: prune_checkpoint(source, out, PruneSettings(Budget(0.2), evaluation=evaluation)),
         lambda: recover_checkpoint(

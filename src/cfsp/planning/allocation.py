@@ -48,6 +48,7 @@ class ModelSize:
 
     units: tuple[UnitSize, ...]
     parameters: int  # all of the model
+    of_all: tuple[UnitSize, ...] = ()  # these units are some of
 
     def of_parts(self, parts: Sequence[Part]) -> ModelSize:
         """Return the numbers with the units of some parts only."""
@@ -55,7 +56,8 @@ class ModelSize:
 
     def only(self, chosen: Iterable[int]) -> ModelSize:
         """Return the numbers with some units only, by their indices."""
-        return ModelSize(tuple(self.units[index] for index in chosen), self.parameters)
+        units = tuple(self.units[index] for index in chosen)
+        return ModelSize(units, self.parameters, self.of_all or self.units)
 
     @cached_property
     def width_U(self) -> list[int]:
@@ -83,9 +85,9 @@ class ModelSize:
         return self.parameters - removed * self.parameters_per_cost
 
     def multiple_U(self, budget: Budget) -> list[int]:
-        """Return what new widths of every unit are multiples of."""
+        """Return what new widths of every unit are multiples of, whichever of its kind stay."""
         widths: dict[str, list[int]] = {}
-        for unit in self.units:
+        for unit in self.of_all or self.units:
             widths.setdefault(unit.kind, []).append(unit.width)
         return [
             budget.multiple_for(widths[unit.kind]) if unit.is_rounded else 1 for unit in self.units

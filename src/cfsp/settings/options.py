@@ -130,8 +130,11 @@ def check_names(function: Callable[..., Any], given: Iterable[str], *known: type
 
 
 def names_in(text: str) -> tuple[str, ...]:
-    """Return what a text like `piqa,arc_easy` names."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    """Return what a text like `piqa,arc_easy` names, which is something."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise UsageError(f"expected one name or several, as in a,b, found {text!r}")
+    return names
 
 
 def fraction(text: str) -> float:
