@@ -212,6 +212,9 @@ def check_is_the_same(source: Path, out: Path) -> None:
 
 def check_in_memory_is_the_checkpoint(case: Case, work: Path) -> None:
     assert_same(case.in_memory.state_dict(), case.loaded.state_dict())
+    for module in case.in_memory.modules():  # adapters are made by what a module announces
+        if isinstance(module, torch.nn.Linear):
+            assert module.weight.shape == (module.out_features, module.in_features)
     case.in_memory.save_pretrained(work / "saved")
     again = cfsp.load(work / "saved")
     assert_same(again.state_dict(), case.in_memory.state_dict())

@@ -165,7 +165,8 @@ def _unsupported(
             f"{first or 'none'}; prune it without the part {part}"
         )
     return UnsupportedModelError(
-        f"no FFN of {name} can be cut: {first}; please report the model type with this sentence"
+        f"no FFN of {name} can be cut: {first.partition('; please report')[0]}; please report the "
+        "model type with this sentence"
         if refused
         else f"{name} has no FFN in its {architecture.block_count} blocks {architecture.blocks} "
         "that cfsp could find; expected modules whose matrices lead from the hidden size to "
