@@ -44,6 +44,7 @@ FLAGS = [
     ),
     BadInput("verify {model}", "{model} has no cfsp.json", "cfsp did not write it"),
     BadInput("inspect {inputs}/absent", "{inputs}/absent does not exist", "give a directory"),
+    BadInput("inspect ~nobody-has-this-name/a", "name/a does not exist", "give a directory"),
     BadInput("eval {model}", "found none", "expected --data, --tasks, --answers or several"),
     BadInput(
         f"{PRUNE_TEXT} --widths equal --set block_metric=angular",

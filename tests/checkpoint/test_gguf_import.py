@@ -10,6 +10,7 @@ import torch
 
 from cfsp.checkpoint.gguf_import import import_gguf
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.errors import CheckpointError
 from cfsp.exports.gguf import write
 from ragged import tiny
 
@@ -85,3 +86,12 @@ def test_a_head_of_its_own_stays(make_gguf, cache):
     checkpoint = Checkpoint(import_gguf(make_gguf(1.0)))
     assert not checkpoint.config.tie_word_embeddings
     assert "lm_head.weight" in checkpoint.specs
+
+
+def test_what_transformers_says_against_a_file_is_told_in_one_line(make_gguf, cache):
+    """Ours for llama.cpp have architectures that transformers does not read, such as `deci`."""
+    path = make_gguf(0.0)
+    path.write_bytes(path.read_bytes().replace(b"qwen2", b"zwen2"))
+    told = r"transformers cannot read \S+ \(ValueError: [^\n]{1,220}\); use the safetensors of"
+    with pytest.raises(CheckpointError, match=told):
+        import_gguf(path)

@@ -47,7 +47,9 @@ def test_a_text_that_is_not_there_says_which_is_meant(tmp_path):
         "nothing.txt is neither a file nor a known text; known are: mixed, python-docs, "
         "python-source, wikitext2, c4, mixed/KIND, or NAME:CONFIG:SPLIT:COLUMN on the hub"
     )
-    assert "a text itself is Text(name, documents)" in refused("a river " * 100)
+    for text in ("a river " * 100, "a river and/or a sea " * 100):
+        assert "a text itself is Text(name, documents)" in refused(text)
+    assert "~nobody-has-this-name/a.txt is neither" in refused("~nobody-has-this-name/a.txt")
     assert "did you mean wikitext2?" in refused("wikitext")
     assert "did you mean python-docs?" in refused("python_docs", "evaluation")
     assert "did you mean mixed/books?" in refused("mixed/book")

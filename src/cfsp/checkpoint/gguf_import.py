@@ -21,7 +21,7 @@ from cfsp.checkpoint.gguf_tokenizer import BY_NAME, PRE_TOKENIZER_KEY, tokenizer
 from cfsp.checkpoint.llama_cpp import tokens_differ
 from cfsp.checkpoint.output import staged_directory
 from cfsp.checkpoint.own_files import sha256_of
-from cfsp.errors import CheckpointError, MissingExtraError, OutputError
+from cfsp.errors import CheckpointError, MissingExtraError, OutputError, first_line
 from cfsp.progress import library_progress
 
 if TYPE_CHECKING:
@@ -114,7 +114,8 @@ def _convert(path: Path, reader: GGUFReader, dtype: torch.dtype, target: Path) -
         tokenizer = tokenizer_of(path, reader)
     except Exception as error:  # transformers has no one exception type for this
         raise CheckpointError(
-            f"transformers cannot read {path}: {error}; use the safetensors of the same model"
+            f"transformers cannot read {path} ({first_line(error)}); use the safetensors of the "
+            "same model"
         ) from error
     # The weights are dense now; with these left, saving would announce them as quantised.
     if hasattr(model.config, "quantization_config"):

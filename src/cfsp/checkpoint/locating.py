@@ -7,6 +7,7 @@ directory, a .gguf file, or a hub id, of which ID@REVISION is a branch, tag or c
 from __future__ import annotations
 
 import importlib.util
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,10 +43,17 @@ def open_checkpoint(name: str | Path, parts: tuple[Part, ...] = DEFAULT_PARTS) -
     return Checkpoint(directory, label=str(name), parts=parts)
 
 
+def path_of(name: str | Path) -> Path:
+    """Return a path with the home directory for `~` or `~user`, if there is such a user."""
+    with suppress(RuntimeError):
+        return Path(name).expanduser()
+    return Path(name)
+
+
 def locate_model(name: str | Path) -> Path:
     """Return the directory of a model, after download or conversion if it needs that."""
     # Only the word: Path("demo") is a directory of that name.
-    path = demo_gguf() if name == DEMO_NAME else Path(name).expanduser()
+    path = demo_gguf() if name == DEMO_NAME else path_of(name)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise CheckpointError(f"{path} does not exist; {_GIVE}")

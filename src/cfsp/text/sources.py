@@ -25,6 +25,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfsp.checkpoint.locating import path_of
 from cfsp.errors import GONE_TEXTS, TextError
 from cfsp.settings import Text
 from cfsp.text.offline import MIXED, OFFLINE, Purpose
@@ -185,7 +186,8 @@ def _not_found(name: str) -> str:
     known = [*OFFLINE, *_HUB]
     shown = [each for each in known if not each.startswith(f"{MIXED}/")]
     path = _split_column(name)[0]
-    files = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+    has_files = _exists(path.parent) and path.parent.is_dir()
+    files = [file.name for file in path.parent.iterdir()] if has_files else []
     near = difflib.get_close_matches(name, known, n=1)
     near += [str(path.with_name(file)) for file in difflib.get_close_matches(path.name, files, n=1)]
     meant = f" did you mean {near[0]}?" if near else ""
@@ -207,16 +209,9 @@ def _exists(path: Path) -> bool:
 
 
 def _split_column(name: str) -> tuple[Path, str]:
-    path = _path(name)
+    path = path_of(name)
     if not _exists(path) and ":" in name:
         before, column = name.rsplit(":", 1)
-        if _exists(_path(before)):
-            return _path(before), column
+        if _exists(path_of(before)):
+            return path_of(before), column
     return path, likely_column(path)
-
-
-def _path(name: str) -> Path:
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:  # there is no such user
-        return Path(name)
