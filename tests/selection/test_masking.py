@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -19,7 +20,7 @@ from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.errors import UnsupportedModelError
 from cfsp.planning.candidate import NOTHING, Droppable, Dropped
 from cfsp.selection import drop_order
-from cfsp.selection.constraint import DropBudget
+from cfsp.selection.constraint import DropBudget, half_dropped
 from cfsp.selection.divergence import (
     POSITION_STRIDE,
     block_sensitivities,
@@ -148,6 +149,18 @@ def source() -> LoadedModel:
 def order_of(source: LoadedModel, count: int) -> list[Removal]:
     wanted = DropBudget.of_count(source, "blocks", count)
     return order_of_removal(source, source.model, TOKENS, [wanted])
+
+
+def test_beside_channels_as_much_goes_as_can():
+    """Two of three attention layers have a sliding window, and one of each kind must stay."""
+    budget, model = Budget(parts=("ffn", "attention")), build_tiny_model("gemma3_text")
+    source = LoadedModel(model, budget.parts)
+    half = half_dropped(source, budget)
+    (removal,) = order_of_removal(source, model, TOKENS, [half])
+    assert removal.block in (0, 1)
+    assert half.taken([removal]) == [removal] and half.first([removal]) is None
+    with pytest.raises(UnsupportedModelError, match="at least one of the kind full_attention"):
+        order_of_removal(source, model, TOKENS, [replace(half, at_most=False)])
 
 
 def test_what_the_model_cannot_do_without_stays(source, monkeypatch):

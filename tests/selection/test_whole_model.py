@@ -13,6 +13,7 @@ import torch
 import cfsp
 from builders import changed, never
 from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.own_files import STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.errors import StatisticsError, UsageError
@@ -71,9 +72,11 @@ def test_blocks_are_compared_by_sensitivity_where_repair_follows_and_memory_allo
 
 
 def test_an_accelerator_without_float64_is_not_taken(source, monkeypatch):
-    monkeypatch.setattr(runtime, "compute_device", lambda name: torch.device("mps"))
+    mps = torch.device("mps")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: mps)
     assert runtime.runtime_of(Compute("auto"), source).device.type == "cpu"
-    with pytest.raises(UsageError, match=r"float64, .* found --device mps; give --device cpu"):
+    assert compute_device("auto", float64=False) == mps
+    with pytest.raises(UsageError, match=r"float64, .* found mps, .* give --device cpu"):
         runtime.runtime_of(Compute("mps"), source)
 
 

@@ -82,11 +82,21 @@ def compute_dtype(source: Any, name: str = "auto") -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def compute_device(name: str) -> torch.device:
-    """Return a device by name; `auto` is an accelerator if there is one, else the CPU."""
+def compute_device(name: str, *, float64: bool = True) -> torch.device:
+    """Return a device by name; `auto` is an accelerator if there is one, else the CPU.
+
+    Sums, losses and repairs are in float64: without it a device is of use to nothing but bench.
+    """
     if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
+        found = torch.accelerator.current_accelerator(check_available=True)
+        if found is None or (float64 and found.type == "mps"):
+            return torch.device("cpu")
+        return found
+    if float64 and name.partition(":")[0] == "mps":
+        raise UsageError(
+            "expected a device with float64, in which sums and repairs are computed, found "
+            f"{name}, for which torch has none; give --device cpu"
+        )
     try:
         device = torch.device(name)
         if device.type == "meta":

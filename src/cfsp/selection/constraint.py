@@ -42,6 +42,7 @@ class DropBudget:
     sizes: DropSizes
     parameters: float  # that go, to within half of what goes
     count: int | None = None  # of the one part; None where `parameters` says it
+    at_most: bool = False  # whether less will do: channels beside give the rest
 
     @staticmethod
     def of_count(
@@ -97,10 +98,12 @@ class DropBudget:
         return not sizes or self.parameters - self.sizes.parameters(dropped) < max(sizes) / 2
 
     def first(self, order: Iterable[Removal]) -> list[Removal] | None:
-        """Return the first of an order that may go and come closer to the budget, each in its turn.
+        """Return what is taken of an order; None if the order is too short."""
+        taken = self.taken(order)
+        return taken if self.is_met_by(Dropped.of(taken)) else None
 
-        None if the order is too short.
-        """
+    def taken(self, order: Iterable[Removal]) -> list[Removal]:
+        """Return those of an order that may go and come closer to the budget, each in its turn."""
         dropped, taken = NOTHING, []
         for each in order:
             droppable = each.part, each.block
@@ -109,7 +112,7 @@ class DropBudget:
             if may_go and self.has_room_for(dropped, droppable):
                 taken.append(each)
                 dropped = dropped.plus(droppable)
-        return taken if self.is_met_by(dropped) else None
+        return taken
 
     def of_blocks(self, blocks: Sequence[int]) -> Dropped:
         """Return blocks of the one part as those that go, or as those whose attentions do."""
@@ -280,12 +283,13 @@ class Parameters(Constraint):
         """
         parts, keep = self.budget.whole_parts, self.budget.keep
         if not self.budget.channel_parts or ("blocks" in parts and not keep):
-            return DropBudget.of_share(
+            alone = DropBudget.of_share(
                 self.source, parts, self.share_of_all, of_model=True, keep=keep
             )
+            return replace(alone, at_most=bool(self.budget.channel_parts))
         if "blocks" in parts:
             sizes = DropSizes.of(self.source, parts, keep)
-            return DropBudget(parts, sizes, min(self._to_go, sizes.most))
+            return DropBudget(parts, sizes, min(self._to_go, sizes.most), at_most=True)
         alone = super().to_drop()
         return replace(alone, parameters=min(alone.parameters, self._to_go))
 
@@ -318,7 +322,7 @@ def half_dropped(source: WeightSource, budget: Budget) -> DropBudget:
     parts, keep = budget.whole_parts, budget.keep
     sizes = DropSizes.of(source, parts, keep)
     share = min(MOST_DROPPED, sizes.most / sizes.total)
-    return DropBudget.of_share(source, parts, share, keep=keep)
+    return replace(DropBudget.of_share(source, parts, share, keep=keep), at_most=True)
 
 
 def _experts_of(source: WeightSource) -> int:

@@ -100,7 +100,7 @@ def order_of_removal(
             added.pop(("blocks", block), None)
             bar.update()
             masked.note_entering(gone)
-    if not all(each.is_met_by(gone) for each in wanted):
+    if not all(each.is_met_by(gone) or (each.at_most and removed) for each in wanted):
         raise next(
             iter(refusals.values()),
             BudgetError(

@@ -170,7 +170,7 @@ def select(job: Job, constraint: Constraint, statistics: Statistics) -> tuple[Pl
     planner = Planner.of(job.source, statistics, job.budget, job.criterion)
     if only := only_candidate(constraint, planner):
         return planner, only
-    order = constraint.to_drop().first(statistics.removals_of(job.budget.whole_parts)) or []
+    order = constraint.to_drop().taken(statistics.removals_of(job.budget.whole_parts))
     name = f"{'-'.join(job.budget.parts)}-{job.draw().digest[:8]}"
 
     def masked() -> dict[str, Any]:

@@ -204,7 +204,7 @@ class Engine:
     """A loaded model that generates greedily, step by step."""
 
     def __init__(self, subject: Subject, conditions: Conditions) -> None:
-        self._device = compute_device(conditions.device)
+        self._device = compute_device(conditions.device, float64=False)
         self._model, self.footprint = build_model(subject, conditions.dtype, self._device)
         self._forward: Any = text_model(self._model)
         self._cache_argument = cache_argument(self._forward)

@@ -12,7 +12,7 @@ import torch
 
 from cfsp.checkpoint.loading import compute_device, compute_dtype
 from cfsp.checkpoint.reading import LoadedModel, fingerprint, parameter_count
-from cfsp.errors import ShortOfMemoryError, UsageError
+from cfsp.errors import ShortOfMemoryError
 from cfsp.streaming.memory import available_bytes
 
 if TYPE_CHECKING:
@@ -38,15 +38,9 @@ class Runtime:
 
 def runtime_of(compute: Compute, source: WeightSource) -> Runtime:
     """Return what `auto` comes to for a model on this machine."""
-    device = compute_device(compute.device)
-    if device.type == "mps":
-        if compute.device != "auto":
-            raise UsageError(
-                "sums and repairs are computed in float64, which torch has not on mps, found "
-                f"--device {compute.device}; give --device cpu"
-            )
-        device = torch.device("cpu")
-    return Runtime(device, compute_dtype(source, compute.dtype), compute.batch_windows)
+    return Runtime(
+        compute_device(compute.device), compute_dtype(source, compute.dtype), compute.batch_windows
+    )
 
 
 def fits(source: WeightSource, runtime: Runtime) -> bool:
