@@ -200,6 +200,7 @@ def test_what_is_printed(write, command):
     for said in (
         "first: a\nsecond: b\n",
         "mean of 3 tasks\n  accuracy, %",
+        "\n  answers as the dense model's, % (of 2)  ",
         "guessed is left out of the mean: the dense model (",
         "lambada_openai, 40 documents\n  acc, %",
         "\n  loss, nats  ",

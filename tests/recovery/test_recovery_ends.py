@@ -19,11 +19,18 @@ import cfsp.recovery.recover
 from builders import changed, dying_at, never, random_tokens, tensors
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cli import main
-from cfsp.errors import CalibrationError, CfspError, RecoveryError, ResumeError, UsageError
+from cfsp.errors import (
+    CalibrationError,
+    CfspError,
+    CheckpointError,
+    RecoveryError,
+    ResumeError,
+    UsageError,
+)
 from cfsp.recovery.recover import measured_before
 from cfsp.recovery.settings import Adaptation, Limit, Training
 from cfsp.recovery.trainer import last_checkpoint
-from cfsp.result.manifest import read_manifest
+from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.settings import Compute, EvaluationText, Text
 from cfsp.streaming.block_stream import StreamedBlock
 from cfsp.streaming.work_dir import Stopwatch, WorkDir
@@ -305,6 +312,14 @@ def test_a_token_without_an_embedding_is_found_where_text_is_held_out(pruned, re
     text = Text("t", ["the river runs. " * 40] * 20 + ["<new>" * 40])
     with pytest.raises(CalibrationError, match="the tokenizer gives token id 320, but"):
         recovered(source, data=(text,))
+
+
+def test_a_damaged_manifest_is_told_before_training(pruned, recovered, tmp_path, monkeypatch):
+    monkeypatch.setattr("cfsp.recovery.recover.load_to_train", must_not_load)
+    source = Path(shutil.copytree(pruned, tmp_path / "source"))
+    add_to_manifest(source, {"criterion": {}})
+    with pytest.raises(CheckpointError, match=r"cfsp\.json is damaged \(KeyError"):
+        recovered(source)
 
 
 def test_accelerate_s_own_sharding_is_refused(recovered, tmp_path, monkeypatch):

@@ -117,8 +117,12 @@ def _print(found: dict[str, Any]) -> None:
         title = f"{name}, {counted(pairs['documents'], 'documents')}"
         rows += _rows(title, pairs, (accuracy, _KEPT, _LOSS))
     if found["accuracy"] is not None:
-        title = f"mean of {counted(len(found['tasks']) - len(found['left_out']), 'tasks')}"
-        rows += _rows(title, found, (("accuracy, %", "accuracy", 1, 100), _KEPT))
+        counts = [task for name, task in found["tasks"].items() if name not in found["left_out"]]
+        title, kept = f"mean of {counted(len(counts), 'tasks')}", _KEPT
+        # Where nothing is picked, as by LAMBADA, nothing can be the dense model's.
+        if (picked := sum(task["kept"] is not None for task in counts)) < len(counts):
+            kept = (f"{_KEPT[0]} (of {picked})", *_KEPT[1:])
+        rows += _rows(title, found, (("accuracy, %", "accuracy", 1, 100), kept))
     if found["answers"]:
         title = f"answers to {counted(found['questions'], 'questions')}"
         rows += _rows(title, found["answers"], _OF_ANSWERS)

@@ -31,7 +31,9 @@ from cfsp.quality.evaluate import evaluation_windows
 from cfsp.recovery.adaptation import check_installed, ranks_of, trained_parameters
 from cfsp.recovery.data import RecoveryText, read_text
 from cfsp.recovery.settings import AUTO_TEACHER, NO_TEACHER, Method, RecoverSettings
-from cfsp.result.manifest import facts_about
+from cfsp.result.facts import perplexities
+from cfsp.result.making import making
+from cfsp.result.manifest import facts_about, refusing_damage
 from cfsp.streaming.runtime import free_bytes
 from cfsp.streaming.work_dir import STATE_FILE, Stopwatch, directory_of_process, read_state
 from cfsp.text.tokenizers import load_tokenizer
@@ -82,8 +84,11 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: f
             "launch without FSDP, and give --shard if memory is short"
         )
     device = compute_device(settings.compute.device)
+    # The card needs both: a damaged one is no surprise after training.
     if (plan := source.directory / PLAN_FILE).is_file():
-        PruningPlan.load(plan)  # the card needs it: a damaged one is no surprise after training
+        PruningPlan.load(plan)
+    with refusing_damage(source.directory):
+        _ = making(facts_about(source)), perplexities(facts_about(source))
     tokenizer = load_tokenizer(source.directory)
     check_installed(settings.adaptation.method)  # before a teacher is opened, or downloaded
     # A teacher that is given counts by its weights, whatever it is called.
