@@ -36,7 +36,7 @@ def removed_facts(plan: PruningPlan) -> dict[str, list[int]]:
 _IN_CONFIG = (
     "operation", "base_model", "criterion", "calibration", "removed_blocks", "removed_attentions",
     "ffn_sparsity", "kv_groups", "experts", "model_sparsity", "parameters_before", "repair",
-    "recovered_before", "recovery", "pruned", "perplexity", "command", "created", "versions",
+    "recovery", "pruned", "perplexity", "command", "created", "versions",
 )  # fmt: skip
 
 
