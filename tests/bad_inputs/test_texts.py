@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -60,6 +61,12 @@ TEXTS = [
         "{inputs}/a.parquet is not a readable parquet file",
         "parquet",
         file("a.parquet", b"PAR1 nothing PAR1"),
+    ),
+    *spoilt(
+        f"{CALIBRATE}a.txt",
+        "save the text as .txt",
+        ("a.txt is a directory or a pipe", lambda place: (place.inputs / "a.txt").mkdir()),
+        ("a.txt is a directory or a pipe", lambda place: os.mkfifo(place.inputs / "a.txt")),
     ),
     BadInput(
         f"{EVAL} {{inputs}}/a.docx",

@@ -130,6 +130,11 @@ class TextSource:
             return self._of_records(hub_records(*where))
         if not _exists(where):
             raise TextError(_not_found(self.name))
+        if not where.is_file():  # a text is read more than once, and not from its beginning only
+            raise TextError(
+                f"{where} is a directory or a pipe, expected a file; save the text as .txt, .jsonl "
+                "or .parquet"
+            )
         if is_text_file(where):
             if column != "text":
                 raise TextError(f"{where} is plain text, which has no column {column!r}")
