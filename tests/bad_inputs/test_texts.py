@@ -63,10 +63,10 @@ TEXTS = [
         file("a.parquet", b"PAR1 nothing PAR1"),
     ),
     *spoilt(
-        f"{CALIBRATE}a.txt",
-        "save the text as .txt",
-        ("a.txt is a directory or a pipe", lambda place: (place.inputs / "a.txt").mkdir()),
-        ("a.txt is a directory or a pipe", lambda place: os.mkfifo(place.inputs / "a.txt")),
+        f"{CALIBRATE}a.jsonl",
+        "expected .txt, .jsonl or .parquet",
+        ("a.jsonl is a directory or a pipe", lambda place: (place.inputs / "a.jsonl").mkdir()),
+        ("a.jsonl is a directory or a pipe", lambda place: os.mkfifo(place.inputs / "a.jsonl")),
     ),
     BadInput(
         f"{EVAL} {{inputs}}/a.docx",
