@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -60,6 +61,12 @@ TEXTS = [
         "{inputs}/a.parquet is not a readable parquet file",
         "parquet",
         file("a.parquet", b"PAR1 nothing PAR1"),
+    ),
+    *spoilt(
+        f"{CALIBRATE}a.jsonl",
+        "expected .txt, .jsonl or .parquet",
+        ("a.jsonl is a directory or a pipe", lambda place: (place.inputs / "a.jsonl").mkdir()),
+        ("a.jsonl is a directory or a pipe", lambda place: os.mkfifo(place.inputs / "a.jsonl")),
     ),
     BadInput(
         f"{EVAL} {{inputs}}/a.docx",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHAT_COLUMN, IMAGE_COLUMN = "messages", "images"
+EXPECTED = "expected .txt, .jsonl or .parquet, which datasets write by to_parquet"
 Conversation = list[dict[str, Any]]
 
 _IMAGES = ("image", "image_url")  # types of the parts of a message
@@ -147,6 +148,8 @@ def likely_column(path: Path) -> str:
     """
     columns: set[str] = set()
     try:
+        if not path.is_file():
+            return "text"
         if path.suffix.lower() == ".parquet":
             import pyarrow.parquet as pq
 
@@ -165,10 +168,7 @@ def local_records(path: Path, column: str) -> Iterator[Record]:
         return _json_lines(path)
     if path.suffix.lower() == ".parquet":
         return _parquet(path, column)
-    raise TextError(
-        f"{path} has an unknown ending; expected .txt, .jsonl or .parquet, which datasets write by "
-        "to_parquet"
-    )
+    raise TextError(f"{path} has an unknown ending; {EXPECTED}")
 
 
 def text_file(path: Path) -> Iterator[str]:

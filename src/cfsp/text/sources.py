@@ -31,6 +31,7 @@ from cfsp.settings import Text
 from cfsp.text.offline import MIXED, OFFLINE, Purpose
 from cfsp.text.records import (
     CHAT_COLUMN,
+    EXPECTED,
     Record,
     conversation_texts,
     document_of,
@@ -130,6 +131,8 @@ class TextSource:
             return self._of_records(hub_records(*where))
         if not _exists(where):
             raise TextError(_not_found(self.name))
+        if not where.is_file():  # a text is read more than once, and not from its beginning only
+            raise TextError(f"{where} is a directory or a pipe; {EXPECTED}")
         if is_text_file(where):
             if column != "text":
                 raise TextError(f"{where} is plain text, which has no column {column!r}")
