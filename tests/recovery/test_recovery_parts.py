@@ -135,7 +135,7 @@ def test_templates_that_give_no_answers_are_errors(tokenizer, tmp_path):
     good = write_chat(tmp_path / "good.jsonl", 5)
     with pytest.raises(TextError, match="no chat template"):
         read_text([str(good)], plain, seqlen=64)
-    without_offsets = ByT5Tokenizer(chat_template=chat_tokenizer.chat_template)
+    without_offsets = ByT5Tokenizer(chat_template=tokenizer.chat_template)
     with pytest.raises(TextError, match=r"ByT5Tokenizer\) does not say which characters .* plain"):
         read_text([str(good)], without_offsets, seqlen=64)
     forgetful = copy.deepcopy(tokenizer)

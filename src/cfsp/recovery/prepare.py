@@ -84,11 +84,7 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: f
             "launch without FSDP, and give --shard if memory is short"
         )
     device = compute_device(settings.compute.device)
-    # The card needs both: a damaged one is no surprise after training.
-    if (plan := source.directory / PLAN_FILE).is_file():
-        PruningPlan.load(plan)
-    with refusing_damage(source.directory):
-        _ = making(facts_about(source)), perplexities(facts_about(source))
+    _check_record(source)
     tokenizer = load_tokenizer(source.directory)
     check_installed(settings.adaptation.method)  # before a teacher is opened, or downloaded
     # A teacher that is given counts by its weights, whatever it is called.
@@ -136,6 +132,14 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: f
         identity=identity,
         started=started,
     )
+
+
+def _check_record(source: Checkpoint) -> None:
+    """Check what the card is made of, so that a damaged file is no surprise after training."""
+    if (plan := source.directory / PLAN_FILE).is_file():
+        PruningPlan.load(plan)
+    with refusing_damage(source.directory):
+        _ = making(facts_about(source)), perplexities(facts_about(source))
 
 
 def training_bytes(method: Method, parameters: int, parameters_of_teacher: int) -> int:
