@@ -98,7 +98,7 @@ BEST_WITHOUT_TRAINING: Repair = "local"
 class Compute(Declared):
     """Where to compute and in what; `cfsp.streaming.runtime.runtime_of` makes `auto` definite."""
 
-    device: str = option("auto", "cpu, cuda, cuda:1, mps, ...", default="an accelerator")
+    device: str = option("auto", "cpu, cuda, cuda:1, ...", default="an accelerator")
     dtype: str = advanced_option(
         "auto", "what to compute in", choices=DTYPES, default="the model's own"
     )
