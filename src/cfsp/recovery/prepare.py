@@ -31,8 +31,7 @@ from cfsp.quality.evaluate import evaluation_windows
 from cfsp.recovery.adaptation import check_installed, ranks_of, trained_parameters
 from cfsp.recovery.data import RecoveryText, read_text
 from cfsp.recovery.settings import AUTO_TEACHER, NO_TEACHER, Method, RecoverSettings
-from cfsp.result.facts import perplexities
-from cfsp.result.making import making
+from cfsp.result.card import model_card, origin_of
 from cfsp.result.manifest import facts_about, refusing_damage
 from cfsp.streaming.runtime import free_bytes
 from cfsp.streaming.work_dir import STATE_FILE, Stopwatch, directory_of_process, read_state
@@ -135,11 +134,11 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: f
 
 
 def _check_record(source: Checkpoint) -> None:
-    """Check what the card is made of, so that a damaged file is no surprise after training."""
-    if (plan := source.directory / PLAN_FILE).is_file():
-        PruningPlan.load(plan)
+    """Make the card of the model as it is: a damaged file is no surprise after training."""
+    path = source.directory / PLAN_FILE
+    plan = PruningPlan.load(path) if path.is_file() else None
     with refusing_damage(source.directory):
-        _ = making(facts_about(source)), perplexities(facts_about(source))
+        model_card(facts_about(source), plan, origin_of(source))
 
 
 def training_bytes(method: Method, parameters: int, parameters_of_teacher: int) -> int:
