@@ -47,7 +47,7 @@ def method_named(name: str) -> str:
     if name in METHODS:
         return name
     given = names_in(name)
-    if not given or not {*given} <= {*PARTS}:
+    if not {*given} <= {*PARTS}:
         raise UsageError(
             f"unknown method {name!r}{did_you_mean(name, METHODS)}; known are: "
             f"{', '.join(METHODS)}, and a part as cfsp prune --parts has it, such as blocks"
