@@ -196,13 +196,14 @@ def plan(
     statistics: Statistics,
     *,
     sparsity: float | None = None,
-    parts: str | Sequence[str] = DEFAULT_PARTS,
+    parts: str | Sequence[str] | None = None,
     goal: Goal | None = None,
     **advanced: Any,
 ) -> PruningPlan:
     """Decide from statistics which channels stay.
 
-    Arguments are those of `prune` that read no text: goals but for a bound on the loss.
+    Arguments are those of `prune` that read no text: goals but for a bound on the loss. So blocks
+    are not tried beside channels.
     """
     if isinstance(goal, MaxLossIncrease):
         raise UsageError("a bound on the loss needs a text; give the goal to cfsp.prune")

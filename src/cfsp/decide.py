@@ -62,12 +62,9 @@ def decide(job: Job, known: Known = NOTHING_KNOWN) -> tuple[PruningResult, dict[
     else:
         check_can_be_compared(job)
         if isinstance(job.settings.goal, TargetSpeedup):
-            job.draw()  # what is wrong with the text is said before models are timed
+            _drawn(job)  # before models are timed
     job, constraint = constraint_of(job)
-    # What is wrong with the text is said first.
-    drawn = job.draw() if statistics is None or job.budget.compares else None
-    if drawn is not None and job.settings.repair != "none" and "experts" not in job.budget.parts:
-        check_windows(drawn)
+    drawn = _drawn(job) if statistics is None or job.budget.compares else None
     announce(job.source, job.settings, None if drawn is None else len(drawn.tokens_NT))
     if statistics is None:
         repairs = job.settings.repair != "none"
@@ -87,6 +84,14 @@ def decide(job: Job, known: Known = NOTHING_KNOWN) -> tuple[PruningResult, dict[
     return _repaired_by(job, PruningResult(plan, planner.statistics)), facts
 
 
+def _drawn(job: Job) -> Windows:
+    """Draw the windows: what is wrong with the text is said before any work."""
+    windows = job.draw()
+    if job.settings.repair != "none" and "experts" not in job.budget.parts:
+        check_windows(windows)
+    return windows
+
+
 def plan_from(source: WeightSource, statistics: Statistics, settings: PruneSettings) -> PruningPlan:
     """Return the plan that statistics and settings give; no text is read."""
 
@@ -98,7 +103,8 @@ def plan_from(source: WeightSource, statistics: Statistics, settings: PruneSetti
         raise cannot_be_tried(settings.budget, needed)
     with temporary_work_dir(settings.compute.memory_budget) as work_dir:
         runtime = runtime_of(settings.compute, source)
-        settings = replace(settings.suited_to_repair(), repair="none")
+        # Without a text nothing is tried.
+        settings = replace(settings.suited_to_repair(), repair="none", leaves_parts_open=False)
         job = Job(source, settings, no_text, no_text, runtime, work_dir)
         return decide(job, Known(statistics))[0].plan
 

@@ -96,6 +96,10 @@ def test_a_plan_may_have_a_goal(model, text_file):
     assert equal.criterion["block_metric"] == "uniform"
     with pytest.raises(UsageError, match="unknown argument max_loss_increase"):
         cfsp.plan(model, statistics, max_loss_increase=0.1)
+    # Where `prune` would try blocks, too, on a text.
+    assert not cfsp.plan(model, statistics, target_params=0.7, multiple=8).removed_blocks
+    of_groups = cfsp.calibrate(model, data=[text_file], samples=4, seqlen=32, parts="kv")
+    assert cfsp.plan(model, of_groups, target_kv_cache=0.5).sparsity_of("kv") == 0.5
 
 
 # What is said before any work.

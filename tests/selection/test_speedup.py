@@ -147,10 +147,12 @@ def test_a_speed_out_of_reach_is_refused_before_any_pass_and_names_that_of_each_
     assert "(alone, FFN channels reach 1.67, blocks reach 1.50)" in error
 
 
-def test_too_little_text_is_said_before_models_are_timed(prune, monkeypatch):
+@pytest.mark.parametrize(
+    ("samples", "message"), [(10000, "10000 are needed"), (1, "at least 2 windows")]
+)
+def test_too_little_text_is_said_before_models_are_timed(prune, samples, message, monkeypatch):
     monkeypatch.setattr(speedup, "measure_latencies", never)
-    asked = ("--target-speedup", 1.2, "--samples", 10000)
-    assert "10000 are needed" in prune(*asked, status=2).error
+    assert message in prune("--target-speedup", 1.2, "--samples", samples, status=2).error
 
 
 @pytest.mark.usefixtures("models_start_quickly")
