@@ -152,21 +152,31 @@ def test_other_statistics_of_the_same_text_are_refused(runs):
     assert "ridge: going on at block 1" in runs.end([*argv, first])
 
 
-def test_times_of_another_model_or_dtype_are_refused(runs, tiny_checkpoint, monkeypatch):
-    """They are measured before any pass, which would know what it is of."""
+@pytest.mark.parametrize(
+    ("name", "asked", "the_pass", "key"),
+    [
+        ("prune", ["--target-speedup", "1.2"], "cfsp.decide._calibrated", "dense model"),
+        ("calibrate", ["--parts", "blocks"], "cfsp.pipeline.calibrate", "model fingerprint"),
+    ],
+    ids=["times", "what fits into memory"],
+)
+def test_what_was_found_of_another_model_or_dtype_is_refused(
+    runs, model, tiny_checkpoint, name, asked, the_pass, key, monkeypatch
+):
+    """It is found before any pass, which would know what it is of."""
     found = {"curves": {"ffn": [[8, 0.3], [96, 1.0]]}, "conditions": {"disturbance": 0.0}}
     monkeypatch.setattr("cfsp.selection.speedup.measure_latencies", lambda *_: found)
-    argv = [*runs.prune[:1], *runs.prune[2:], "--target-speedup", "1.2"]
-    del argv[argv.index("--sparsity") : argv.index("--sparsity") + 2]
+    given = [word for word in getattr(runs, name) if word not in (str(model), "--sparsity", "0.5")]
+    argv = [*given, *asked]
 
-    def interrupt(*_: Any) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("cfsp.decide._calibrated", interrupt)
-        assert main([*argv, runs.prune[1]]) == 130
-    assert "with another dense model (" in runs.refused([*argv, str(tiny_checkpoint("mistral"))])
-    assert "with another dtype (" in runs.refused([*argv, "--dtype", "bfloat16", runs.prune[1]])
+        patch.setattr(the_pass, interrupt)
+        assert main([*argv, str(model)]) == 130
+    assert f"with another {key} (" in runs.refused([*argv, str(tiny_checkpoint("mistral"))])
+    assert "with another dtype (" in runs.refused([*argv, "--dtype", "bfloat16", str(model)])
 
 
 def test_blocks_go_by_what_the_killed_run_had_memory_for(runs, model, text, monkeypatch):

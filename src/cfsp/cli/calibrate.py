@@ -38,8 +38,10 @@ def run(args: argparse.Namespace) -> Told:
     from cfsp.checkpoint.loading import compute_device
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.checkpoint.output import check_file_is_free, check_is_outside, created_parents
+    from cfsp.checkpoint.reading import fingerprint
     from cfsp.pipeline import calibrate_source
     from cfsp.processes import joined, take_own_accelerator
+    from cfsp.streaming.runtime import runtime_identity, runtime_of
     from cfsp.streaming.work_dir import output_work_dir, remove_finished_work
     from cfsp.text.tokenizers import load_tokenizer
 
@@ -55,8 +57,14 @@ def run(args: argparse.Namespace) -> Told:
     take_own_accelerator(compute.device)
     source = open_checkpoint(args.model, parts=parts)
     check_is_outside(args.out, source.directory)
-    metric = settings.criterion.block_metric
-    identity = {"command": "calibrate", "--parts": list(parts), "block_metric": metric}
+    identity = {
+        "command": "calibrate",
+        "--parts": list(parts),
+        "block_metric": settings.criterion.block_metric,
+        # Before the pass it is decided what fits into memory.
+        "model fingerprint": fingerprint(source),
+        **runtime_identity(runtime_of(compute, source)),
+    }
     with (
         created_parents(args.out),
         joined(compute_device(compute.device)) as team,

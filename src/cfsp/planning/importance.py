@@ -261,7 +261,7 @@ def experts_to_remove(source: WeightSource, wanted: float, *, exactly: bool) -> 
         return failure_with(source.architecture, run, count) is None
 
     rounded = max(0, experts.groups * round(wanted / experts.groups))
-    if rounded == experts.count and not (exactly and rounded != wanted):
+    if rounded == experts.count and (rounded == wanted or not exactly):
         return 0
     found = next((n for n in counts_near(rounded, experts) if runs_with(n)), experts.count)
     of_each, asked = "experts of each block", experts.count - (wanted if exactly else rounded)

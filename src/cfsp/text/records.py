@@ -138,7 +138,7 @@ def _content(content: Any) -> str | None:
 
 def is_text_file(path: Path) -> bool:
     """Return whether a path is that of a file of plain text, which is one document in pieces."""
-    return path.suffix.lower() == ".txt" and not path.is_dir()
+    return path.suffix.lower() == ".txt"
 
 
 def likely_column(path: Path) -> str:
