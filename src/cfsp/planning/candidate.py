@@ -16,7 +16,7 @@ from cfsp.calibration.statistics import Removal
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.stored_blocks import parameters_of_attentions, parameters_of_blocks
 from cfsp.errors import UsageError
-from cfsp.settings import WHOLE_PARTS, Part, WholePart, parts_in_words
+from cfsp.settings import PART_NOUNS, WHOLE_PARTS, Part, WholePart, parts_in_words
 
 # A block, or the attention of one, that may be dropped.
 Droppable = tuple["WholePart", int]
@@ -47,8 +47,8 @@ class Dropped:
     @property
     def in_words(self) -> str:
         """How many go; empty if none does."""
-        numbers = {"blocks": len(self.blocks), "attention layers": len(self.attentions)}
-        return " and ".join(counted(count, noun) for noun, count in numbers.items() if count)
+        numbers: dict[Part, int] = {"blocks": len(self.blocks), "attention": len(self.attentions)}
+        return " and ".join(counted(n, PART_NOUNS[part]) for part, n in numbers.items() if n)
 
     def __len__(self) -> int:
         return len(self.blocks) + len(self.attentions)
