@@ -53,6 +53,9 @@ FLAGS = [
     ),
     BadInput(f"{SWEEP} 0.4 --set limit=4", "--limit", "need --tasks"),
     BadInput(f"{EVAL} --limit 4", "--limit is about tasks", "add --tasks"),
+    BadInput("eval {model} --tasks ,", "found ','", "--tasks: expected one name or several"),
+    BadInput(f"{SWEEP} 0.4 --tasks ,", "found ','", "--tasks: expected one name or several"),
+    BadInput(f"{PRUNE} --keep ,", "found ','", "--keep: expected one name or several"),
     BadInput(f"{NOTHING} --plan p --keep 0", "--plan and --keep exclude", "made already"),
     BadInput("export {model} --to vllm --type f16 --out {out}", "--type belongs to", "keeps the"),
 ]

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cfsp.cli.options import Parser, add_compute, settings_from
+from cfsp.cli.options import Parser, add_compute, kind_of, settings_from
 from cfsp.cli.output import Told, print_table
 from cfsp.errors import UsageError
 from cfsp.processes import process_count
@@ -67,7 +67,7 @@ def _add_tasks(parser: Parser) -> None:
     tasks.add_argument(
         "--tasks",
         action="extend",
-        type=names_in,
+        type=kind_of(names_in),
         metavar="A,B,...",
         help="names of the harness, such as piqa, lambada_openai, gsm8k; or cfsp-paper (HellaSwag, "
         "PIQA, WinoGrande, ARC-e, ARC-c, OpenBookQA, BoolQ, MMLU)",

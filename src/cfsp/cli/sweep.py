@@ -56,7 +56,7 @@ def add_options_to(parser: Parser) -> None:
     )
     measured.add_argument(
         "--tasks",
-        type=names_in,
+        type=kind_of(names_in),
         metavar="A,B,...",
         help="score tasks, as for eval, in pairs with the dense model",
     )
