@@ -75,6 +75,12 @@ def test_channels_give_all_where_no_block_may_go(source):
     assert constraint.to_drop().is_met_by(Dropped())
 
 
+@pytest.mark.parametrize(("parts", "keep"), [("ffn,blocks", "0,1"), ("ffn,attention", ())])
+def test_a_size_out_of_reach_is_refused_before_any_pass(source, parts, keep):
+    with pytest.raises(BudgetError, match=f"cannot remove so much with --parts {parts}"):
+        Parameters(source, Budget(parts=parts, keep=keep), 0.1).check()
+
+
 def test_more_than_the_others_own_is_refused(source, tokenizer, text_file):
     asked: dict[str, Any] = {"data": [text_file], "samples": 4, "seqlen": 32, "multiple": 8}
     with pytest.raises(BudgetError, match=r"30\.0% of the block parameters: what --keep names"):

@@ -264,6 +264,8 @@ class Parameters(Constraint):
         super().check()
         if "experts" in self.budget.parts:
             self.experts()
+        if self.budget.compares and self._to_go > self._most:
+            raise self.too_much()
         if self.budget.whole_parts or not self.budget.channel_parts:
             return
         size = model_size(self.source, keep=self.budget.keep).of_parts(self.budget.parts)
@@ -315,6 +317,17 @@ class Parameters(Constraint):
     @property
     def _to_go(self) -> float:
         return self.share_of_all * parameter_count(self.source)
+
+    @property
+    def _most(self) -> int:
+        """More than can go: all that may go whole, and all channels of the rest that may go."""
+        budget = self.budget
+        sizes = DropSizes.of(self.source, budget.whole_parts, budget.keep)
+        attentions = sizes.attention_of.keys() - sizes.block_of.keys()
+        gone = Dropped(tuple(sizes.block_of), tuple(sorted(attentions)))
+        rest = model_size(self.source, gone, budget.keep).of_parts(budget.channel_parts).units
+        channels = sum(unit.width * unit.channel_parameters for unit in rest if not unit.stays)
+        return sizes.parameters(gone) + channels
 
 
 def half_dropped(source: WeightSource, budget: Budget) -> DropBudget:
