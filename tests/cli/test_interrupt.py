@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -67,7 +68,7 @@ def test_a_reader_that_reads_no_further_gets_no_traceback():
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_output_that_cannot_be_written_is_one_sentence(flags):
     """As on a full disk; `--json` is more than the buffer holds."""
-    with open("/dev/full", "w") as full:
+    with Path("/dev/full").open("w") as full:
         ended = subprocess.run(
             [sys.executable, "-m", "cfsp", "families", *flags],
             stdout=full,
