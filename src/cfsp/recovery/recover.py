@@ -37,7 +37,7 @@ from cfsp.checkpoint.own_files import (
 )
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.tensor_file import write_shards
-from cfsp.errors import RecoveryError
+from cfsp.errors import RecoveryError, UsageError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import is_first_process, joined, take_own_accelerator
 from cfsp.quality.evaluate import perplexity_by_text
@@ -48,6 +48,7 @@ from cfsp.recovery.prepare import Prepared, prepare
 from cfsp.recovery.schedule import BYTES_PER_SECOND, MARGIN, schedule_of
 from cfsp.recovery.settings import (
     AUTO_TEACHER,
+    NO_TEACHER,
     RELATIVE_RATES,
     Adaptation,
     Limit,
@@ -66,6 +67,7 @@ from cfsp.settings import (
     EvaluationText,
     check_names,
     from_names,
+    given_of,
     texts_of,
 )
 from cfsp.streaming.memory import peak_rss_bytes
@@ -133,6 +135,10 @@ def recover(
     started = time.monotonic() if started is None else started
     take_own_accelerator(device)
     check_names(recover, advanced, Adaptation, Training, EvaluationText, Compute)
+    if method == "full" and (of_adapters := given_of(Adaptation, advanced)):
+        raise UsageError(f"{next(iter(of_adapters.values()))} belongs to --method lora")
+    if teacher in (None, NO_TEACHER) and advanced.get("teacher_weight") is not None:
+        raise UsageError("--set teacher_weight needs a teacher, found --teacher none")
     others = {name: value for name, value in advanced.items() if name != "batch_windows"}
     how = {"learning_rate": learning_rate, "seqlen": seqlen, **advanced}
     settings = RecoverSettings(
