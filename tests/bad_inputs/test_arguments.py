@@ -63,7 +63,7 @@ FLAGS = [
     ),
     BadInput(f"{TRAIN} --method full --rank 2", "--rank belongs to", "--method lora"),
     BadInput(
-        f"{TRAIN} --teacher none --set teacher_weight=.5", "teacher_weight needs", "a teacher"
+        f"{TRAIN} --teacher none --set teacher_weight=.5", "--teacher-weight needs", "a teacher"
     ),
     BadInput("export {model} --to vllm --type f16 --out {out}", "--type belongs to", "keeps the"),
 ]

@@ -138,7 +138,7 @@ def recover(
     if method == "full" and (of_adapters := given_of(Adaptation, advanced)):
         raise UsageError(f"{next(iter(of_adapters.values()))} belongs to --method lora")
     if teacher in (None, NO_TEACHER) and advanced.get("teacher_weight") is not None:
-        raise UsageError("--set teacher_weight needs a teacher, found --teacher none")
+        raise UsageError("--teacher-weight needs a teacher, found --teacher none")
     others = {name: value for name, value in advanced.items() if name != "batch_windows"}
     how = {"learning_rate": learning_rate, "seqlen": seqlen, **advanced}
     settings = RecoverSettings(
