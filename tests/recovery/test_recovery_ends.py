@@ -46,7 +46,7 @@ def work_of(out: Path) -> Path:
 
 def command(pruned: Path, text: Path, out: Path, *options: str) -> list[str]:
     return [
-        *("recover", str(pruned), "--data", str(text), "--out", str(out), "--rank", "2"),
+        *("recover", str(pruned), "--data", str(text), "--out", str(out)),
         *("--batch-windows", "4", "--seqlen", "32", *options),
     ]
 
