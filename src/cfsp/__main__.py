@@ -15,6 +15,7 @@ def main() -> int:
     if previous is signal.default_int_handler:  # not if whoever started us ignores it
         signal.signal(signal.SIGINT, _leave)
     from cfsp.cli import main as run
+    from cfsp.cli.output import drop_output
 
     signal.signal(signal.SIGINT, previous)
     try:
@@ -29,8 +30,7 @@ def main() -> int:
     except BrokenPipeError:
         if not _reader_has_gone():
             raise
-        # Else Python would complain at exit of what it could not write.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 128 + signal.SIGPIPE
 
 

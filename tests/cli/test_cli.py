@@ -229,10 +229,12 @@ def test_prune_reports_all_that_the_readme_promises(told, model, text, text_file
     assert str(tmp_path) not in manifest["command"]
 
 
-def test_nothing_removed_is_said(command, model, text, tmp_path):
-    argv = ["--out", tmp_path / "out", "--sparsity", 0.01, "--repair", "none", *text]
-    told = command("prune", model, *argv).out
-    assert "nothing was removed: the least that can go is more" in told
+@pytest.mark.parametrize(
+    ("sparsity", "why"), [(0.01, "the least that can go is more"), (0, "as it was asked for")]
+)
+def test_nothing_removed_is_said(command, model, text, tmp_path, sparsity, why):
+    told = command("prune", model, "--out", tmp_path / "out", "--sparsity", sparsity, *text).out
+    assert f"nothing was removed: {why}" in told and "repaired" not in told
     assert "cut " in told and "evaluate" not in told  # no stage that did not run
 
 

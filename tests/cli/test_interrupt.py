@@ -1,4 +1,7 @@
-"""Ctrl-C before a command has begun: one line and status 130; a reader that goes: status 141."""
+"""What ends a command from outside, each with one line at most and a status of its own.
+
+Ctrl-C before it has begun (130), a reader that goes (141), output that cannot be written (2).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,9 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 import cfsp.__main__
 import cfsp.cli
@@ -57,3 +63,21 @@ def test_a_reader_that_reads_no_further_gets_no_traceback():
     )
     os.close(writer)
     assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_output_that_cannot_be_written_is_one_sentence(flags):
+    """As on a full disk; `--json` is more than the buffer holds."""
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "cfsp", "families", *flags],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert ended.returncode == 2
+    assert ended.stderr == (
+        "cfsp families: standard output cannot be written: No space left on device; the command "
+        "itself is done, only what it tells is lost\n"
+    )

@@ -31,7 +31,7 @@ from cfsp.recovery.loss import IGNORED, loss_inside, multiplies_only
 from cfsp.recovery.prepare import teacher_and_method
 from cfsp.recovery.schedule import Schedule
 from cfsp.recovery.settings import Adaptation, Limit, RecoverSettings, Training
-from cfsp.recovery.trainer import train
+from cfsp.recovery.trainer import RecoveryTrainer, tokens_of, train
 from cfsp.result.facts import perplexities, texts_that_made
 from cfsp.result.making import making
 from cfsp.result.manifest import read_manifest
@@ -126,6 +126,21 @@ def test_a_step_has_no_more_windows_than_the_text(recovered, plain):
     (text,) = read_manifest(plain)["recovery"]["data"]["sources"].values()
     report = recovered(training=training(1, batch_windows=10**6))
     assert report.tokens_in_step == text * 32
+
+
+def test_the_last_step_of_a_pass_counts_what_it_has(recovered, plain, monkeypatch):
+    (windows,) = read_manifest(plain)["recovery"]["data"]["sources"].values()
+    how = training(4, batch_windows=windows * 2 // 3)
+    tokens, original = [0], RecoveryTrainer.training_step
+
+    def training_step(trainer: Any, model: Any, inputs: Any, *more: Any) -> Any:
+        tokens.append(tokens[-1] + inputs["input_ids"].numel())
+        return original(trainer, model, inputs, *more)
+
+    monkeypatch.setattr(RecoveryTrainer, "training_step", training_step)
+    recovered(training=how)
+    assert [tokens_of(how, windows, steps) for steps in range(5)] == tokens
+    assert tokens[4] == 2 * windows * 32 < 4 * tokens[1]
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -46,7 +46,7 @@ def work_of(out: Path) -> Path:
 
 def command(pruned: Path, text: Path, out: Path, *options: str) -> list[str]:
     return [
-        *("recover", str(pruned), "--data", str(text), "--out", str(out), "--rank", "2"),
+        *("recover", str(pruned), "--data", str(text), "--out", str(out)),
         *("--batch-windows", "4", "--seqlen", "32", *options),
     ]
 
@@ -214,7 +214,7 @@ def test_minutes_end_the_run_and_the_schedule(recovered, caplog, monkeypatch):
     assert len(report.history) == 4 and report.steps > 10
     said = [record.getMessage() for record in caplog.records]
     assert re.fullmatch(
-        r"step 0, \d+%: held-out loss [\d.]+, learning rate 0.001, "
+        r"step 0, \d+%: held-out loss [\d.]+, learning rate from 5e-05 up to 0.001, "
         r"time for about \d+ steps and \d evaluations",
         next(line for line in said if line.startswith("step 0")),
     )

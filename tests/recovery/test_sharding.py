@@ -16,13 +16,14 @@ from builders import tensors
 from cfsp.cli import main
 from cfsp.result.manifest import read_manifest
 from commands import Command, Commands, ranks
+from forks import Job
 
 STEPS = 4
 
 
 @pytest.fixture
 def argv(pruned: Path, text_file: Path) -> list[str]:
-    options = {"seqlen": 32, "steps": STEPS, "evaluations": 1, "learning-rate": 3e-3, "rank": 2}
+    options = {"seqlen": 32, "steps": STEPS, "evaluations": 1, "learning-rate": 3e-3}
     given = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return ["recover", str(pruned), "--data", str(text_file), *given]
 
@@ -70,7 +71,9 @@ def without_parts(
     return pruned
 
 
-@pytest.mark.parametrize("options", [["--method", "lora"], ["--method", "full", "--shard"]])
+@pytest.mark.parametrize(
+    "options", [["--method", "lora", "--rank", "2"], ["--method", "full", "--shard"]]
+)
 def test_two_processes_give_what_one_gives_also_of_what_lost_other_parts(
     commands, argv, without_parts, tiny_checkpoint, tmp_path, options
 ):
@@ -86,7 +89,8 @@ def test_two_processes_give_what_one_gives_also_of_what_lost_other_parts(
 
 def test_another_number_of_processes_goes_on(commands, argv, tmp_path):
     """Two begin and die, one goes on and dies, two finish."""
-    argv, out = [*argv, "--shard", "--steps", "3", "--evaluations", "3"], tmp_path / "out"
+    argv = [*argv, "--rank", "2", "--shard", "--steps", "3", "--evaluations", "3"]
+    out = tmp_path / "out"
     ended = recovered_by(commands, argv, out, 2, dies="training", count=2)
     assert [each.status for each in ended] == [-signal.SIGKILL] * 2, ended
     ended = recovered_by(commands, argv, out, 1, dies="training", count=3)
@@ -105,3 +109,39 @@ def test_experts_are_sharded(commands, argv, tiny_checkpoint, tmp_path):
     ended = recovered_by(commands, [*argv, "--shard"], tmp_path / "two", 2)
     assert [each.status for each in ended] == [0, 0], ended
     check_alike(tmp_path / "one", tmp_path / "two")
+
+
+MEASURING = """
+import torch.distributed
+from cfsp.cli import main
+from cfsp.recovery import recover
+
+def measured_before(*what):
+    print("in a group:", torch.distributed.is_initialized())
+    return measure(*what)
+
+measure, recover.measured_before = recover.measured_before, measured_before
+raise SystemExit(main(ARGV))
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["--shard"]])
+def test_the_others_wait_in_the_team_for_what_the_first_measures(
+    forks, argv, text_file, tmp_path, options
+):
+    """And not for another group to open, which has an end."""
+    argv += [
+        "--rank",
+        "2",
+        "--eval",
+        str(text_file),
+        "--windows",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+        *options,
+    ]
+    code = MEASURING.replace("ARGV", repr(argv))
+    ended = forks(*(Job("forks.run_code", {"code": code}, rank) for rank in ranks(2)))
+    assert [each.status for each in ended] == [0, 0], ended
+    assert ended[0].stdout.startswith("in a group: True\n") and not ended[1].stdout

@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cfsp
-from builders import dying_at, job_of, never
+from builders import dying_at, job_of, never, random_tokens
+from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.checkpoint.reading import parameter_count
+from cfsp.checkpoint.reading import LoadedModel, parameter_count
 from cfsp.checkpoint.skeleton import empty_model
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.errors import UsageError
@@ -34,6 +35,8 @@ from cfsp.selection.speedup import (
 from cfsp.settings import Budget, Criterion, Part, PruneSettings, TargetSpeedup, names_in
 from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.work_dir import WorkDir
+from cfsp.text.windows import Windows
+from tiny_decoders import tiny_model
 from tiny_models import BLOCKS
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
@@ -111,6 +114,19 @@ def test_target_speedup_is_the_least_that_is_enough(model, statistics, ratio, la
     below = round(chosen - 1 / STEPS, 6)
     assert all(value < ratio for sparsity, value in values.items() if sparsity <= below)
     assert any(sparsity == pytest.approx(below) for sparsity in values) or chosen == 1 / STEPS
+
+
+def test_no_channels_are_enough_where_all_blocks_that_have_some_are_dropped(latencies):
+    latencies("ffn,blocks")
+    parts: tuple[Part, ...] = ("ffn", "blocks")
+    source = LoadedModel(tiny_model("nemotron_h"), parts)
+    statistics = calibrate(source, Windows(random_tokens(4, 12), {"text": 4}), RUNTIME)
+    budget = Budget(parts=parts)
+    found = speedup.Speedup(source, budget, TargetSpeedup(1000), RUNTIME, WorkDir(Path()))
+    planner = Planner.of(source, statistics, budget, Criterion())
+    blocks = {unit.block for unit in source.units}
+    assert len(blocks) < source.architecture.block_count
+    assert found.share(planner, ("ffn",), Dropped(tuple(sorted(blocks)))) is None
 
 
 @pytest.mark.parametrize(

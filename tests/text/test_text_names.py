@@ -152,6 +152,8 @@ def test_a_text_itself_is_a_source(tokenizer, text_file):
     assert torch.equal(drawn.tokens_NT, from_file.tokens_NT)
     assert list(TextSource(Text("mine", "one"), "evaluation").documents()) == ["one"]
     assert not TextSource(Text("a:messages", "one"), "calibration").is_chat
+    once: Any = (document for document in ("one", "two"))
+    assert Text("mine", once).documents == ("one", "two")
 
 
 def test_no_text_is_no_text():
@@ -160,6 +162,9 @@ def test_no_text_is_no_text():
             Text("mine", documents)
     with pytest.raises(TextError, match="the text 'mine': half of a surrogate pair at character 1"):
         Text("mine", ["whole", "a\ud800"])
+    for name in ("mixed", "mixed/books"):  # of which held-out windows would not be told apart
+        with pytest.raises(TextError, match=f"'{name}' is the name of a text of cfsp; call yours"):
+            Text(name, "a river")
     with pytest.raises(TextError, match="needs a name and strings, found '' and"):
         Text("", "a river")
     with pytest.raises(TextError, match="needs a name and strings, found 'mine' and"):

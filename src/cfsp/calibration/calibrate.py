@@ -32,7 +32,7 @@ from cfsp.errors import CalibrationError, ResumeError, UsageError
 from cfsp.processes import Team
 from cfsp.streaming.block_pass import Visitor, pass_blocks
 from cfsp.streaming.block_stream import OnActivations, StreamedBlock, part_of
-from cfsp.streaming.runtime import Runtime
+from cfsp.streaming.runtime import Runtime, no_number
 from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.windows import Windows
 
@@ -284,10 +284,7 @@ def observe(
         torch.cat(passing, dim=1) if passing else None,
     )
     if not found.is_possible:
-        raise CalibrationError(
-            f"block {block.index} produced NaN or infinite activations; "
-            "use --dtype float32 or bfloat16"
-        )
+        raise no_number(f"block {block.index} produced NaN or infinite activations", block.dtype)
     return found
 
 

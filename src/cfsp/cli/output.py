@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cfsp.errors import OutputError
 from cfsp.result.tables import Table
 from cfsp.result.tables import estimate as estimate
 from cfsp.result.tables import human_bytes as human_bytes
@@ -41,9 +43,25 @@ def show_messages() -> None:
 
 def tell(told: Told, *, as_json: bool) -> None:
     """Print what a command did: as one JSON object, or for people."""
-    if told is not None:
-        value, say = told
+    if told is None:
+        return
+    value, say = told
+    try:
         print(json.dumps(value, indent=2)) if as_json else say()
+        print(end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        drop_output()
+        raise OutputError(
+            f"standard output cannot be written: {error.strerror}; the command itself is done, "
+            "only what it tells is lost"
+        ) from error
+
+
+def drop_output() -> None:
+    """Write no more to standard output: Python would complain at exit of what it could not."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:

@@ -115,6 +115,16 @@ def _settings(args: argparse.Namespace) -> PruneSettings:
             "calibrated on before is not known, and it measures on others"
         )
     settings = prune_settings(given | ({"sparsity": 0.0, "parts": DEFAULT_PARTS} if plan else {}))
+    known = "--plan" if plan else "--statistics"
+    if (plan or args.statistics) and settings.repair == "none" and not settings.budget.compares:
+        unread = given_of(CalibrationText, given)
+        if args.eval:  # its windows begin alike
+            unread.pop("bos", None)
+        _refuse(
+            dict.fromkeys(unread.values(), True),
+            f"{{}} does nothing beside {known} without repair: no text is read; leave it out, or "
+            "repair",
+        )
     if args.estimate:
         unknown = {
             "--dry-run": args.dry_run,
@@ -223,8 +233,11 @@ def print_report(report: PruneReport) -> None:
 
     told = report.to_json()
     print_facts([*size_facts(told), *perplexity_facts(told)])
-    if report.parameters_after == report.parameters_before:
-        print("nothing was removed: the least that can go is more than what was asked for")
+    if is_whole := report.parameters_after == report.parameters_before:
+        why = "as it was asked for"
+        if report.plan.criterion["sparsity"]:
+            why = "the least that can go is more than what was asked for"
+        print(f"nothing was removed: {why}")
     if report.experts:
         print(report.plan.experts_in_words)
     if report.plan.has_gaps:
@@ -234,7 +247,8 @@ def print_report(report: PruneReport) -> None:
             f"dequantised from {report.dequantised['from']} to {report.dequantised['to']}: larger "
             "per weight than the original until it is quantised again"
         )
-    if steps := report.repair["steps"]:
+    # Where nothing went there was nothing to repair.
+    if (steps := report.repair["steps"]) and not is_whole:
         print(f"repaired by {steps_in_words(steps)}")
     # A plan that was made already takes no time.
     took = f"{seconds_in_words(report.seconds)}; " if report.seconds else ""

@@ -141,6 +141,8 @@ def check_least(budget: Budget, size: ModelSize, kept: float, asked: str, of: fl
         left = [f"{' or '.join(map(str, widths))} channels left in every FFN"] if widths else []
         if not all(unit.is_rounded for unit in size.units):
             left.append("one KV group in every attention")
+        if any(unit.stays for unit in size.units):
+            left.append("all that --keep names")
         raise BudgetError(
             f"cannot remove {asked}: with at least {' and '.join(left)}, between 0 and {most:.1%} "
             "can be removed"

@@ -10,7 +10,6 @@ import logging
 import shutil
 import time
 from collections.abc import Collection
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -37,7 +36,7 @@ from cfsp.checkpoint.own_files import (
 )
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.tensor_file import write_shards
-from cfsp.errors import RecoveryError
+from cfsp.errors import RecoveryError, UsageError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import is_first_process, joined, take_own_accelerator
 from cfsp.quality.evaluate import perplexity_by_text
@@ -48,6 +47,7 @@ from cfsp.recovery.prepare import Prepared, prepare
 from cfsp.recovery.schedule import BYTES_PER_SECOND, MARGIN, schedule_of
 from cfsp.recovery.settings import (
     AUTO_TEACHER,
+    NO_TEACHER,
     RELATIVE_RATES,
     Adaptation,
     Limit,
@@ -66,6 +66,7 @@ from cfsp.settings import (
     EvaluationText,
     check_names,
     from_names,
+    given_of,
     texts_of,
 )
 from cfsp.streaming.memory import peak_rss_bytes
@@ -145,6 +146,10 @@ def recover(
         ),
         compute=from_names(Compute, others, device=device),
     )
+    if method == "full" and (of_adapters := given_of(Adaptation, advanced)):
+        raise UsageError(f"{next(iter(of_adapters.values()))} belongs to --method lora")
+    if teacher in (None, NO_TEACHER) and advanced.get("teacher_weight") is not None:
+        raise UsageError("--teacher-weight needs a teacher, found --teacher none")
     # Before the model: it may have to be downloaded or converted.
     check_texts(settings.data, settings.evaluation.names)
     return recover_checkpoint(
@@ -193,8 +198,15 @@ def recover_checkpoint(
 def _recover(ready: Prepared, work_dir: WorkDir | None, command: str) -> RecoverReport:
     """Do the work; only the first process has a work directory, and writes."""
     watch, windows = ready.watch, ready.windows
-    before, seconds = ({}, 0.0) if work_dir is None else measured_before(ready, work_dir)
-    adapted, ready, report = _train(ready, seconds)
+
+    def measure() -> tuple[dict[str, Any], float]:
+        return ({}, 0.0) if work_dir is None else measured_before(ready, work_dir)
+
+    with joined(compute_device(ready.settings.compute.device)) as team:
+        # The others wait in the team as long as it takes; a group that opens later gives up.
+        before, seconds = team.from_first(measure)
+        adapted, at_rate, report = _train(ready, seconds)
+    ready = at_rate
     if not report.best_step:
         raise _nothing_gained(report, ready)
     if work_dir is None:
@@ -265,7 +277,6 @@ def _train(ready: Prepared, seconds_to_measure: float) -> tuple[nn.Module, Prepa
     later = watch.seconds["load"] + nbytes / BYTES_PER_SECOND + seconds_to_measure
     with (
         watch.stage("train"),
-        joined(device) if sharded else nullcontext(),
         loss_inside(model, dense, settings.training.teacher_weight) as loss,
     ):
         if sharded:

@@ -252,14 +252,16 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Evaluates, saves and stops when the schedule says so, and shows how far the run is.
 
     The Trainer saves its `state` with every checkpoint; when one is complete the first process,
-    which alone has `work`, notes it there, to go on from. A step has so many tokens over all
-    processes.
+    which alone has `work`, notes it there, to go on from. `tokens_of` gives the tokens of so many
+    steps over all processes.
     """
 
-    def __init__(self, schedule: Schedule, tokens_in_step: int, work: PassState | None) -> None:
+    def __init__(
+        self, schedule: Schedule, tokens_of: Callable[[int], int], work: PassState | None
+    ) -> None:
         # Step, held-out loss, and loss (none before the first step) at each evaluation.
         self.history: list[dict[str, float]] = []
-        self.schedule, self._tokens_in_step, self._work = schedule, tokens_in_step, work
+        self.schedule, self._tokens_of, self._work = schedule, tokens_of, work
         self._bar: Any = None  # while it trains
         self._loss = math.nan
         self._steps = 0
@@ -269,7 +271,7 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
     @property
     def tokens_per_second(self) -> float:
         """Rate of training in the whole run, without evaluations."""
-        return self._steps * self._tokens_in_step / max(self.schedule.training_seconds, 1e-6)
+        return self._tokens_of(self._steps) / max(self.schedule.training_seconds, 1e-6)
 
     def state(self) -> dict[str, Any]:
         """Return what an interrupted run goes on from."""
@@ -357,7 +359,8 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
         if self._work is not None:
             self._bar.clear()
             # Before the first step only the clock says how much there will be.
-            rate = f"learning rate {schedule.rate_scale * args.learning_rate:.3g}"
+            peak = schedule.rate_scale * args.learning_rate
+            rate = f"learning rate from {peak * rate_factor(0):.3g} up to {peak:.3g}"
             pace = ", ".join(filter(None, (rate, schedule.what_fits)))
             if step:
                 left = int(schedule.seconds_left)

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from cfsp.checkpoint.reading import read_tensors
 from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, fill, unload
 from cfsp.cut.surgery import PrunedSource
-from cfsp.errors import CalibrationError
 from cfsp.repair.result import BlockRepair, PruningResult, add_step, write_tensors
 from cfsp.streaming.block_pass import Visitor, pass_blocks
 from cfsp.streaming.block_stream import StreamedBlock
+from cfsp.streaming.runtime import no_number
 from cfsp.text.windows import joined
 
 if TYPE_CHECKING:
@@ -244,9 +244,9 @@ class GroupVisit:
         """Return the same of the group as it is, which must give numbers."""
         judgement = self.judge(loss_of)
         if not judgement.is_finite:
-            raise CalibrationError(
-                f"block {self._block.index} produced NaN or infinite activations; "
-                "use --dtype float32 or bfloat16"
+            block = self._block
+            raise no_number(
+                f"block {block.index} produced NaN or infinite activations", block.dtype
             )
         return judgement
 

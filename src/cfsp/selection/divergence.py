@@ -27,14 +27,13 @@ from cfsp.calibration.statistics import Sensitivity, Statistics
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.checkpoint.skeleton import blocks_of
-from cfsp.errors import CalibrationError
 from cfsp.job import Job
 from cfsp.planning.candidate import NOTHING, Dropped
 from cfsp.planning.importance import choose_channels
 from cfsp.progress import item_progress
 from cfsp.settings import AUTO_METRIC, SENSITIVITY, UNIT_PARTS, Criterion, Part
 from cfsp.streaming.decoder_end import logits_only, text_model
-from cfsp.streaming.runtime import Runtime, check_fits, fits
+from cfsp.streaming.runtime import Runtime, check_fits, fits, no_number
 from cfsp.streaming.stand_in import (
     CallForm,
     find_call_form,
@@ -355,7 +354,7 @@ def measure_sensitivity(
     of_part: dict[str, Sensitivity] = {}
     for part, found_L in block_sensitivities(source, model, tokens_NT, kept_U, parts).items():
         if not all(map(math.isfinite, found_L)):
-            raise CalibrationError("the model predicts NaN; use --dtype float32 or bfloat16")
+            raise no_number("the model predicts NaN", job.runtime.dtype)
         kept_L, all_L = ([0] * len(found_L) for _ in range(2))
         for unit, kept_K in zip(source.units, kept_U, strict=True):
             if unit.part == part:

@@ -156,8 +156,10 @@ class Speedup(Constraint):
 
         if dropped and not is_too_slow(0):
             return 0.0
-        size = model_size(self.source, dropped, self.budget.keep)
-        highest = highest_step(size.of_parts(parts), self.budget)
+        size = model_size(self.source, dropped, self.budget.keep).of_parts(parts)
+        if not size.units:  # all blocks that have some are dropped
+            return None
+        highest = highest_step(size, self.budget)
         if is_too_slow(highest):
             return None
         return (last_that_holds(highest, is_too_slow) + 1) / STEPS

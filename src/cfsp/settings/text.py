@@ -40,17 +40,20 @@ class Text:
     documents: Sequence[str]
 
     def __post_init__(self) -> None:
-        documents = (self.documents,) if isinstance(self.documents, str) else self.documents
+        # A generator can be read once.
+        documents = (self.documents,) if isinstance(self.documents, str) else tuple(self.documents)
         if not self.name or not all(isinstance(part, str) for part in (self.name, *documents)):
             raise TextError(
                 f"Text(name, documents) needs a name and strings, found {self.name!r} and "
                 f"{str(self.documents)[:60]!r}"
             )
+        if f"{self.name}/".startswith(f"{DEFAULT_TEXT}/"):
+            raise TextError(f"{self.name!r} is the name of a text of cfsp; call yours otherwise")
         if not any(document.strip() for document in documents):
             raise TextError(f"the text {self.name!r} is empty")
         for document in documents:
             check_encodes(document, f"the text {self.name!r}")
-        object.__setattr__(self, "documents", tuple(documents))
+        object.__setattr__(self, "documents", documents)
 
 
 def check_encodes(text: str, where: str) -> None:

@@ -52,6 +52,7 @@ class StreamedBlock:
     units: tuple[Unit, ...]
     hidden: HiddenStates  # what enters the block, and after `advance` what leaves it
     device: torch.device
+    dtype: torch.dtype
     calls: BlockCalls
     _batches: list[slice]
     _times: PassTimes
@@ -200,7 +201,7 @@ def stream_blocks(
                 fill(module, tensors, device)
                 del tensors
                 _check_finite(module, source, index)
-            yield StreamedBlock(index, module, units, hidden, device, calls, batches, times)
+            yield StreamedBlock(index, module, units, hidden, device, dtype, calls, batches, times)
             unload(module)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from cfsp.checkpoint.loading import compute_device, compute_dtype
 from cfsp.checkpoint.reading import LoadedModel, fingerprint, parameter_count
-from cfsp.errors import ShortOfMemoryError
+from cfsp.errors import CalibrationError, ShortOfMemoryError
 from cfsp.streaming.memory import available_bytes
 
 if TYPE_CHECKING:
@@ -72,6 +72,17 @@ def free_bytes(device: torch.device) -> int:
     torch.cuda.empty_cache()  # what torch keeps for the next tensor is free
     on_device, _ = torch.cuda.mem_get_info(device)
     return min(available_bytes(), on_device)
+
+
+def no_number(what: str, dtype: torch.dtype) -> CalibrationError:
+    """Return the error that something is NaN or infinite, and what helps: float16 ends at 65504."""
+    cure = "use --dtype float32 or bfloat16"
+    if dtype != torch.float16:
+        name = str(dtype).removeprefix("torch.")
+        cure = (
+            f"{name} holds what any sound model computes, so look at its weights or save it again"
+        )
+    return CalibrationError(f"{what}; {cure}")
 
 
 @cache  # the metadata of a package is a long text, read and parsed each time
