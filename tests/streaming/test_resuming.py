@@ -15,16 +15,12 @@ from cfsp.cli import main
 from cfsp.result.manifest import read_manifest
 from cfsp.streaming.block_stream import StreamedBlock
 from cfsp.streaming.work_dir import Pace
+from recoveries import stop
 from tiny_models import BLOCKS, build_tiny_model
 
 
 def names(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
-
-
-@pytest.fixture(scope="module")
-def model(tiny_checkpoint):
-    return tiny_checkpoint("llama")
 
 
 @pytest.fixture(scope="module")
@@ -159,11 +155,8 @@ def test_times_of_another_model_or_dtype_are_refused(runs, tiny_checkpoint, monk
     argv = [*runs.prune[:1], *runs.prune[2:], "--target-speedup", "1.2"]
     del argv[argv.index("--sparsity") : argv.index("--sparsity") + 2]
 
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr("cfsp.decide._calibrated", interrupt)
+        patch.setattr("cfsp.decide._calibrated", stop)
         assert main([*argv, runs.prune[1]]) == 130
     assert "with another dense model (" in runs.refused([*argv, str(tiny_checkpoint("mistral"))])
     assert "with another dtype (" in runs.refused([*argv, "--dtype", "bfloat16", runs.prune[1]])
@@ -217,19 +210,19 @@ def test_leftovers_that_nothing_resumes_from_go(runs, whole):
     assert names(runs.directory) == {"stats"}
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
-def test_an_interrupted_run_keeps_its_work_and_says_so(stop, runs, whole, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_run_keeps_its_work_and_says_so(error, runs, whole, monkeypatch, capsys):
     original = StreamedBlock.advance
 
     def interrupted(block: StreamedBlock, *args: Any) -> None:
         if block.index == 1:
-            raise stop
+            raise error
         original(block, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr("cfsp.streaming.work_dir.SHARE_OF_TIME", float("inf"))
         patch.setattr(StreamedBlock, "advance", interrupted)
-        if stop is KeyboardInterrupt:
+        if error is KeyboardInterrupt:
             assert main(runs.calibrate) == 130
         else:
             with pytest.raises(OSError):
