@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.recovery.recover import recover_checkpoint
@@ -28,3 +31,10 @@ def recover(source: Path, out: Path, text: Path, **options: Any) -> RecoverRepor
 def stop(*args: Any, **options: Any) -> None:
     """Stand in for a user who stops a run."""
     raise KeyboardInterrupt
+
+
+def stopped(recovering: Callable[..., object], *args: Any, **options: Any) -> None:
+    """Let a user stop a recovery after its last step."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("cfsp.recovery.recover.merge", stop)
+        recovering(*args, **options)

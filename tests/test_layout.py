@@ -150,7 +150,7 @@ def test_few_lines_ask_which_part_something_is():
         for side in (node.left, *node.comparators)
         if isinstance(side, ast.Constant) and side.value in PARTS
     }
-    assert len(asked) < 30, "a rule about a part of a model has one place"
+    assert len(asked) < 25, "a rule about a part of a model has one place"
 
 
 def test_nothing_at_import_time_excludes_an_operating_system():

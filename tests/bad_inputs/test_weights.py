@@ -114,7 +114,6 @@ def replace(name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Spoil:
     return tensors(lambda found: found.update({name: make(found[name])}))
 
 
-WITHOUT_NORM = tensors(lambda found: found.pop(NORM))
 FILES = [
     *spoilt(
         INSPECT,

@@ -100,7 +100,7 @@ def test_pruned_model_may_choose_how_its_experts_run(tiny_checkpoint, text_file,
         torch.testing.assert_close(model(input_ids=tokens_BT).logits, grouped, rtol=1e-4, atol=1e-4)
 
 
-def test_plan_and_statistics_of_experts_survive_their_files(tmp_path):
+def test_a_plan_of_experts_is_read_as_written_or_refused():
     entry = UnitPlan(0, 5, (0, 4, 5, 6, 12, 13), 0.1, 0.5, ffns=3, few_tokens={2: 7})
     assert [entry.kept_of(ffn) for ffn in range(3)] == [[0, 4], [0, 1], [2, 3]]
     assert entry.kept_width == 2

@@ -323,11 +323,11 @@ def test_threads_of_the_demo_do_not_spin(monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY")
     waits = []
 
-    def stop(*_: object) -> None:
+    def look(*_: object) -> None:
         waits.append(os.environ.get("OMP_WAIT_POLICY"))
         raise UsageError("enough")
 
-    monkeypatch.setattr("cfsp.checkpoint.output.check_output_is_free", stop)
+    monkeypatch.setattr("cfsp.checkpoint.output.check_output_is_free", look)
     assert main(["demo"]) == 2
     assert waits == ["passive"]
 

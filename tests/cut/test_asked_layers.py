@@ -11,7 +11,7 @@ import torch
 from transformers import ArceeConfig
 
 import cfsp
-from builders import goal_of_share, job_of, plan_without
+from builders import goal_of_share, job_of, never, plan_without
 from cfsp.architecture.proof import small_run_of
 from cfsp.checkpoint.pruned_config import config_changes
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
@@ -28,6 +28,7 @@ from cfsp.selection.drop_order import check_can_go
 from cfsp.settings import PARTS, Budget, Criterion, Part, PruneSettings
 from cfsp.streaming.block_proof import prove_without_blocks
 from family_contract import SETTINGS, by_plan, check_is_the_same, save_with_tokenizer
+from recoveries import stop
 from stock import generated
 from tiny_decoders import tiny_model
 
@@ -168,16 +169,11 @@ def test_blocks_and_attention_layers_go_by_one_order(llama, text_file):
 def test_a_killed_run_goes_on_with_what_it_had_chosen(llama, text_file, tmp_path, monkeypatch):
     asked: dict[str, Any] = {"parts": BOTH, "goal": goal_of_share(llama, BOTH, 0.3)}
     asked |= {"data": [str(text_file)], **SETTINGS}
-
-    def killed(*args: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("cfsp.decide.select", killed)
-        with pytest.raises(KeyboardInterrupt):
-            cfsp.prune(llama, out=tmp_path / "out", **asked)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("cfsp.decide.select", stop)
+        cfsp.prune(llama, out=tmp_path / "out", **asked)
     expected = cfsp.prune(llama, out=tmp_path / "at-once", **asked)
-    monkeypatch.setattr(drop_order, "order_of_removal", killed)
+    monkeypatch.setattr(drop_order, "order_of_removal", never)
     assert cfsp.prune(llama, out=tmp_path / "out", **asked).plan == expected.plan
 
 

@@ -36,7 +36,7 @@ from cfsp.streaming.block_stream import StreamedBlock
 from cfsp.streaming.work_dir import Stopwatch, WorkDir
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
-from recoveries import recover, stop, training
+from recoveries import recover, stop, stopped, training
 from tiny_models import BLOCKS, build_tiny_model
 
 
@@ -71,12 +71,10 @@ def test_a_killed_run_resumes_to_the_same_weights(pruned, text_file, tmp_path, c
 
 
 def test_a_run_that_was_stopped_after_its_last_step_is_not_trained_further(
-    pruned, recovered, out, text_file, monkeypatch, plain
+    recovered, out, text_file, monkeypatch, plain
 ):
     evaluation = EvaluationText((str(text_file),), 2, 32)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("cfsp.recovery.recover.merge", stop)
-        recovered(evaluation=evaluation)
+    stopped(recovered, evaluation=evaluation)
     # Other arguments are refused, and the work stays.
     before = sorted(work_of(out).rglob("*"))
     other = r"another learning_rate \(None; now it is 0\.02\); repeat that .* rm -r .*out\.work"
@@ -112,23 +110,17 @@ def test_a_finished_run_goes_on_from_another_working_directory(
 ):
     """Its best weights are found there; else those from before training would be written."""
     monkeypatch.chdir(tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("cfsp.recovery.recover.merge", stop)
-        recover(pruned, Path("out"), text_file)
+    stopped(recover, pruned, Path("out"), text_file)
     monkeypatch.chdir(tmp_path.parent)
     recover(pruned, tmp_path / "out", text_file)
     assert changed(plain, tmp_path / "out") == set()
 
 
-def test_a_run_goes_on_with_the_same_teacher_alone(
-    pruned, recovered, tiny_checkpoint, tmp_path, monkeypatch
-):
+def test_a_run_goes_on_with_the_same_teacher_alone(recovered, tiny_checkpoint, tmp_path):
     """Its weights count, and not what it is called."""
     dense, there = tiny_checkpoint("llama"), tmp_path / "dense"
     shutil.copytree(dense, there)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("cfsp.recovery.recover.merge", stop)
-        recovered(training=training(1, evaluations=1), teacher=str(there))
+    stopped(recovered, training=training(1, evaluations=1), teacher=str(there))
     weights = tensors(there)
     weights["model.norm.weight"] += 0.1
     save_file(weights, there / "model.safetensors", metadata={"format": "pt"})
@@ -139,9 +131,7 @@ def test_a_run_goes_on_with_the_same_teacher_alone(
 def test_a_run_goes_on_as_memory_had_decided(recovered, tmp_path, monkeypatch):
     """Free memory is another one later: neither the method nor the teacher may be."""
     how = {"training": training(1, evaluations=1), "adaptation": Adaptation(), "teacher": "auto"}
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("cfsp.recovery.recover.merge", stop)
-        recovered(**how)
+    stopped(recovered, **how)
     for other in ({"teacher": "none"}, {"adaptation": Adaptation("full")}):
         with pytest.raises(ResumeError, match="with another --"):
             recovered(**{**how, **other})
@@ -151,13 +141,9 @@ def test_a_run_goes_on_as_memory_had_decided(recovered, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("chosen", [{"teacher": "none"}, {"adaptation": Adaptation("lora")}])
-def test_what_a_user_had_chosen_is_not_taken_for_what_memory_decided(
-    recovered, monkeypatch, chosen
-):
+def test_what_a_user_had_chosen_is_not_taken_for_what_memory_decided(recovered, chosen):
     how = {"training": training(1, evaluations=1), "adaptation": Adaptation(), "teacher": "auto"}
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("cfsp.recovery.recover.merge", stop)
-        recovered(**{**how, **chosen})
+    stopped(recovered, **{**how, **chosen})
     with pytest.raises(ResumeError, match=r"with another --\w+ \(\w+; now it is auto\)"):
         recovered(**how)
 

@@ -18,20 +18,10 @@ from cfsp.recovery.settings import ENDLESS_STEPS, Adaptation, Limit, RecoverSett
 CPU = torch.device("cpu")
 
 
-class Clock:
-    """A clock that stands still unless it is told to move."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __call__(self) -> float:
-        return self.seconds
-
-
-def limited(clock: Clock, seconds: float, most: int, **more: float) -> Schedule:
+def limited(clock: SimpleNamespace, seconds: float, most: int, **more: float) -> Schedule:
     """A schedule of so many seconds and evaluations at most."""
     asked: dict[str, Any] = {"seconds": seconds, "evaluation_steps": 2.0, **more}
-    return Schedule(ENDLESS_STEPS, most, 0.0, now=clock, **asked)
+    return Schedule(ENDLESS_STEPS, most, 0.0, now=lambda: clock.seconds, **asked)
 
 
 def test_the_rate_rises_then_falls_to_zero():
@@ -82,8 +72,8 @@ def test_evaluations_take_a_quarter_of_the_steps_unless_a_number_is_asked_for(
 
 
 def test_steps_do_not_depend_on_time():
-    clock = Clock()
-    schedule = Schedule(40, 4, 0.0, now=clock)
+    clock = SimpleNamespace(seconds=0.0)
+    schedule = Schedule(40, 4, 0.0, now=lambda: clock.seconds)
     clock.seconds = 1000.0
     schedule.step_done(10, CPU)
     assert schedule.fraction == 0.25
@@ -108,7 +98,7 @@ def run(
     Steps take as long as the first evaluation lets expect, but for `first_step`. That evaluation's
     first batch takes as long as one and `slow_batches` more. There is `load` before, and `after`.
     """
-    clock, save, after = Clock(), more.get("save", 0.0), more.get("after", 0.0)
+    clock, save, after = SimpleNamespace(seconds=0.0), more.get("save", 0.0), more.get("after", 0.0)
     times = {"after_training": after, "save_seconds": save}
     schedule = limited(clock, seconds, most, evaluation_steps=evaluation / step, **times)
     clock.seconds += more.get("load", 0.0)
@@ -150,7 +140,7 @@ def test_two_minutes_with_slow_steps_and_slow_evaluations():
 
 
 def test_too_short_a_time_ends_while_the_model_is_judged_before_training():
-    clock = Clock()
+    clock = SimpleNamespace(seconds=0.0)
     schedule = limited(clock, 70, 10)
     schedule.training_begins()
     clock.seconds += 8  # the first batch is slow
@@ -164,7 +154,7 @@ def test_too_short_a_time_ends_while_the_model_is_judged_before_training():
 
 
 def test_what_fits_is_said_before_training_and_progress_is_that_of_time():
-    clock = Clock()
+    clock = SimpleNamespace(seconds=0.0)
     schedule = limited(clock, 200, 10, after_training=20, save_seconds=1)
     clock.seconds = 10.0
     assert schedule.progress == 0.05
@@ -222,7 +212,7 @@ def test_the_budget_holds(**asked):
 
 
 def test_a_killed_run_has_only_what_is_left():
-    clock = Clock()
+    clock = SimpleNamespace(seconds=0.0)
     schedule = limited(clock, 100, 1, evaluation_steps=0.5)
     clock.seconds = 5.0
     schedule.training_begins()

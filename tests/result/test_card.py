@@ -84,7 +84,7 @@ def test_card_of_a_recovered_model(run, tmp_path):
     assert "cfsp recover pruned --out recovered\n" in text
 
 
-def test_the_demo_has_its_real_name(tiny_checkpoint, run, tmp_path):
+def test_the_demo_has_its_real_name(tiny_checkpoint, run):
     demo = origin_of(Checkpoint(tiny_checkpoint("llama"), label="demo"))
     assert demo.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
     text = card_of(run, demo, base_model={"name": "demo"})

@@ -40,24 +40,12 @@ from cfsp.speed.subjects import (
     share_of_others,
 )
 from ragged import cut, tiny
+from stock import NEW_TOKENS, generated
 from tiny_decoders import tiny_model
 from tiny_models import build_tiny_model
 
-WORKLOAD = Workload(batch=2, prompt=9, new_tokens=5)
-
-
-def generated(model: Any, prompt_BP: torch.Tensor) -> torch.Tensor:
-    """Return what transformers generates."""
-    tokens_BT: torch.Tensor = model.generate(
-        prompt_BP,
-        attention_mask=torch.ones_like(prompt_BP),
-        min_new_tokens=WORKLOAD.new_tokens + 1,
-        max_new_tokens=WORKLOAD.new_tokens + 1,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return tokens_BT[:, WORKLOAD.prompt :]
+# The first new token comes with the prompt.
+WORKLOAD = Workload(batch=2, prompt=9, new_tokens=NEW_TOKENS - 1)
 
 
 def test_engine_generates_what_the_model_generates(tmp_path):
@@ -65,7 +53,7 @@ def test_engine_generates_what_the_model_generates(tmp_path):
     timed = Engine(Subject(tmp_path, "tiny"), Conditions(dtype="float32"))
     model = load(tmp_path, dtype="float32")
     prompt_BP = random_prompt(model.config.vocab_size, WORKLOAD)
-    expected_BN = generated(model, prompt_BP)
+    expected_BN = generated(model, prompt_BP)[:, WORKLOAD.prompt :]
     for _ in range(2):
         timing, tokens_BN = timed.run(WORKLOAD)
         assert tokens_BN.tolist() == expected_BN.tolist()

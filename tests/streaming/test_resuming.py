@@ -15,16 +15,12 @@ from cfsp.cli import main
 from cfsp.result.manifest import read_manifest
 from cfsp.streaming.block_stream import StreamedBlock
 from cfsp.streaming.work_dir import Pace
+from recoveries import stop
 from tiny_models import BLOCKS, build_tiny_model
 
 
 def names(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
-
-
-@pytest.fixture(scope="module")
-def model(tiny_checkpoint):
-    return tiny_checkpoint("llama")
 
 
 @pytest.fixture(scope="module")
@@ -168,12 +164,8 @@ def test_what_was_found_of_another_model_or_dtype_is_refused(
     monkeypatch.setattr("cfsp.selection.speedup.measure_latencies", lambda *_: found)
     given = [word for word in getattr(runs, name) if word not in (str(model), "--sparsity", "0.5")]
     argv = [*given, *asked]
-
-    def interrupt(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(the_pass, interrupt)
+        patch.setattr(the_pass, stop)
         assert main([*argv, str(model)]) == 130
     assert f"with another {key} (" in runs.refused([*argv, str(tiny_checkpoint("mistral"))])
     assert "with another dtype (" in runs.refused([*argv, "--dtype", "bfloat16", str(model)])
@@ -227,19 +219,19 @@ def test_leftovers_that_nothing_resumes_from_go(runs, whole):
     assert names(runs.directory) == {"stats"}
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
-def test_an_interrupted_run_keeps_its_work_and_says_so(stop, runs, whole, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_run_keeps_its_work_and_says_so(error, runs, whole, monkeypatch, capsys):
     original = StreamedBlock.advance
 
     def interrupted(block: StreamedBlock, *args: Any) -> None:
         if block.index == 1:
-            raise stop
+            raise error
         original(block, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr("cfsp.streaming.work_dir.SHARE_OF_TIME", float("inf"))
         patch.setattr(StreamedBlock, "advance", interrupted)
-        if stop is KeyboardInterrupt:
+        if error is KeyboardInterrupt:
             assert main(runs.calibrate) == 130
         else:
             with pytest.raises(OSError):
