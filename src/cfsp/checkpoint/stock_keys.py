@@ -298,7 +298,7 @@ class _Search:
             raise ValueError(f"expected {len(self.kept)} blocks, found {len(blocks)}")
         written = text_config_of(config).to_dict()
         found = [
-            f"the config makes {name} {written.get(name)!r} by itself"
+            f"the config makes {name} {repr(written.get(name))[:120]} by itself"
             for name, value in changes.items()
             if written.get(name) != value
         ]
