@@ -57,13 +57,6 @@ FLAGS = [
     BadInput(f"{SWEEP} 0.4 --tasks ,", "found ','", "--tasks: expected one name or several"),
     BadInput(f"{PRUNE} --keep ,", "found ','", "--keep: expected one name or several"),
     BadInput(f"{NOTHING} --plan p --keep 0", "--plan and --keep exclude", "made already"),
-    *(
-        BadInput(
-            f"{NOTHING} {known} --effort fast {of_text}", f"{of_text.split()[0]} does", "or repair"
-        )
-        for known in ("--plan p", "--statistics s --sparsity 0.4")
-        for of_text in ("--data {text}", "--samples 4", "--seed 1", "--bos no")
-    ),
     BadInput(f"{TRAIN} --method full --rank 2", "--rank belongs to", "--method lora"),
     BadInput(
         f"{TRAIN} --teacher none --set teacher_weight=.5", "--teacher-weight needs", "a teacher"

@@ -115,16 +115,6 @@ def _settings(args: argparse.Namespace) -> PruneSettings:
             "calibrated on before is not known, and it measures on others"
         )
     settings = prune_settings(given | ({"sparsity": 0.0, "parts": DEFAULT_PARTS} if plan else {}))
-    known = "--plan" if plan else "--statistics"
-    if (plan or args.statistics) and settings.repair == "none" and not settings.budget.compares:
-        unread = given_of(CalibrationText, given)
-        if args.eval:  # its windows begin alike
-            unread.pop("bos", None)
-        _refuse(
-            dict.fromkeys(unread.values(), True),
-            f"{{}} does nothing beside {known} without repair: no text is read; leave it out, or "
-            "repair",
-        )
     if args.estimate:
         unknown = {
             "--dry-run": args.dry_run,
