@@ -187,20 +187,8 @@ def joined(device: torch.device) -> Iterator[Team]:
     try:
         yield team
     finally:
-        dist.destroy_process_group()
-
-
-def leave_processes() -> None:
-    """Leave the process group that a library has opened, before this process ends.
-
-    The threads of a group that is still open when the interpreter ends may abort the process;
-    torchrun then stops the others, which may be writing.
-    """
-    if process_count() == 1:
-        return
-    import torch.distributed as dist
-
-    # A trainer and its wrapped model refer to each other, and to the group.
-    gc.collect()
-    if dist.is_initialized():
+        # The threads of a group that is still there when the interpreter ends may abort the
+        # process; torchrun then stops the others, which may be writing. A trainer and its wrapped
+        # model refer to each other, and to the group.
+        gc.collect()
         dist.destroy_process_group()

@@ -48,7 +48,7 @@ def tell(told: Told, *, as_json: bool) -> None:
     value, say = told
     try:
         print(json.dumps(value, indent=2)) if as_json else say()
-        print(end="", flush=True)
+        sys.stdout.flush()
     except BrokenPipeError:
         raise
     except OSError as error:

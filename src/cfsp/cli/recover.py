@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from cfsp.architecture.block_names import counted
 from cfsp.cli.options import Parser, add_model, add_options, typed, typed_command
 from cfsp.cli.output import Told, human_bytes, human_count, print_facts
-from cfsp.processes import is_first_process, leave_processes
+from cfsp.processes import is_first_process
 from cfsp.recovery.settings import Adaptation, Limit, Training
 from cfsp.settings import Compute, EvaluationText, options_of
 
@@ -66,7 +66,6 @@ def run(args: argparse.Namespace) -> Told:
     own = ("argv", "command", "help_all", "json", "model", "parser", "run", "version")
     asked = {name: value for name, value in typed(args).items() if name not in own}
     report = recover(args.model, command=typed_command(args), started=started, **asked)
-    leave_processes()
     return (vars(report), lambda: print_report(report)) if is_first_process() else None
 
 

@@ -205,8 +205,7 @@ def _recover(ready: Prepared, work_dir: WorkDir | None, command: str) -> Recover
     with joined(compute_device(ready.settings.compute.device)) as team:
         # The others wait in the team as long as it takes; a group that opens later gives up.
         before, seconds = team.from_first(measure)
-        adapted, at_rate, report = _train(ready, seconds)
-    ready = at_rate
+        adapted, ready, report = _train(ready, seconds)
     if not report.best_step:
         raise _nothing_gained(report, ready)
     if work_dir is None:
