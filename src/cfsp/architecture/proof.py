@@ -158,7 +158,9 @@ def _unsupported(
     architecture: Architecture, refused: list[Refusal], part: Part
 ) -> UnsupportedModelError:
     name = architecture.class_name
-    first = f"{refused[0].module} failed the check {refused[0].reason}" if refused else ""
+    # One that ran tells more than one whose weights were found to have another form.
+    nearest = next(iter(refused[len(architecture.refused) :] or refused), None)
+    first = f"{nearest.module} failed the check {nearest.reason}" if nearest else ""
     if part != "ffn":
         return UnsupportedModelError(
             f"no attention of {name} can {'lose KV groups' if part == 'kv' else 'go'}: "
