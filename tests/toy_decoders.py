@@ -83,9 +83,12 @@ class ToyBlock(nn.Module):
         for thinker in self.watched:
             mixed = mixed * thinker.squeeze.weight.norm()
         hidden_states = hidden_states + mixed
-        return (
-            hidden_states if self.thinker is None else hidden_states + self.thinker(hidden_states)
-        )
+        if self.thinker is None:
+            return hidden_states
+        added = self.thinker(hidden_states)
+        if self.trick == "choices that float32 would round":
+            added = added + (1e8 * added).sin().sign()
+        return hidden_states + added
 
 
 class ToyPreTrainedModel(PreTrainedModel):

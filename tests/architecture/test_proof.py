@@ -83,6 +83,12 @@ def test_what_only_looks_like_an_ffn_is_refused(trick, module, check):
     assert "please report" in message
 
 
+def test_near_ties_are_not_turned_by_rounding():
+    """The order in which a kernel adds would decide whether the model is taken."""
+    found = prove(ToyConfig(trick="choices that float32 would round", channels=1024))
+    assert [unit.block for unit in found.units] == [0, 2, 3]
+
+
 def test_what_loses_kv_groups_has_ffns_that_can_be_cut(monkeypatch):
     """Blocks are known by their FFNs, so that it is refused when it is opened, not later."""
     monkeypatch.setitem(ACT2FN, "softmax", (nn.Softmax, {"dim": -1}))
