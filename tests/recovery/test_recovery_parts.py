@@ -205,7 +205,8 @@ N, D, V = 11, 8, 37
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     # Four tokens a slice: the last slice is not full.
-    monkeypatch.setattr(module, "_SLICE_ELEMENTS", 4 * V)
+    monkeypatch.setattr(module, "_LEAST_ROWS", 4)
+    monkeypatch.setattr(module, "_SLICE_ELEMENTS", 0)
 
 
 def inputs(seed: int = 0) -> tuple[Outputs, Tensor, Outputs]:
