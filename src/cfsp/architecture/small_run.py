@@ -217,7 +217,8 @@ def _random(name: str, parameter: Tensor, generator: torch.Generator) -> nn.Para
         values *= 0.1
         if name.endswith("weight") and re.search(r"norm|ln_|ln\d", name):
             values += 1
-    return nn.Parameter(values, requires_grad=False)
+    # Some classes give a router its own dtype.
+    return nn.Parameter(values.to(parameter.dtype), requires_grad=False)
 
 
 def _record(model: Any, architecture: Architecture) -> tuple[Call, ...]:
@@ -311,9 +312,7 @@ def checking(check: str, expected: str) -> Iterator[None]:
         raise FailedCheckError(f"{check}: expected {expected}, found {found}") from problem
 
 
-def check_same(
-    check: str, expected: str, compute: Callable[[], Tensor], wanted: Tensor
-) -> None:
+def check_same(check: str, expected: str, compute: Callable[[], Tensor], wanted: Tensor) -> None:
     """Check that a computation gives what it must."""
     with checking(check, expected):
         error = difference(compute(), wanted)
