@@ -151,24 +151,13 @@ def test_what_only_lies_near_a_weight_is_no_part_of_it():
     assert told == ["weight"]
 
 
-def test_a_cast_of_a_weight_is_followed():
-    """Routers compute in float32: `linear(hidden.float(), weight.float())`."""
-    weight, told = torch.randn(4, 4, dtype=torch.float64), list[Tensor]()
-    with Products({"weight": weight}, lambda _name, whole, *_: told.append(whole)):
-        cast = weight.float()
-        torch.nn.functional.linear(torch.ones(2, 4), cast)
-        torch.nn.functional.linear(torch.ones(2, 4), weight[2:].float())
-        torch.nn.functional.linear(torch.ones(2, 4), cast[1:])
-    assert [whole is cast for whole in told] == [True, True]
-
-
 def test_inputs_of_experts_are_held_until_their_product_alone():
     model = tiny_model("mixtral")
     unit = next(unit for unit in find_architecture(model).units if unit.routed)
     block, held, most = model.model.layers[unit.block], list[Any](), 0
     block.forward = lambda hidden: block.mlp(hidden)
 
-    def look(name: str, weight: Tensor, part: Tensor, operand: Tensor, product: Tensor) -> None:
+    def look(name: str, part: Tensor, operand: Tensor, product: Tensor) -> None:
         nonlocal most
         held.append(weakref.ref(operand))
         most = max(most, sum(each() is not None for each in held))

@@ -31,8 +31,6 @@ OnRows = Callable[[int, int, Tensor, Tensor], None]
 
 # Products whose second operand may be a weight.
 _PRODUCTS = frozenset({"linear", "matmul", "__matmul__", "mm", "bmm"})
-# What may give a weight in another dtype: many routers compute in float32 whatever theirs is.
-_CASTS = frozenset({"to", "type", "float", "double", "half", "bfloat16"})
 # What every version of transformers gives to the experts that follow its protocol.
 _PROTOCOL = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
 
@@ -165,43 +163,29 @@ class _Watch:
 
 
 class Products(TorchFunctionMode):
-    """Tells of every product whose second operand is a part of one of some weights, or of a cast.
+    """Tells of every product whose second operand is a part of one of some weights.
 
-    `on_product` is given the name of the weight, the weight or its cast, the part of that, the
-    first operand and the product, which it may change.
+    `on_product` is given the name of the weight, its part, the first operand and the product, which
+    it may change.
     """
 
     def __init__(
         self,
         weights: Mapping[str, Tensor],
-        on_product: Callable[[str, Tensor, Tensor, Tensor, Tensor], None],
+        on_product: Callable[[str, Tensor, Tensor, Tensor], None],
     ) -> None:
         super().__init__()
-        self._weights, self._on_product = list(weights.items()), on_product
-        self._count = len(self._weights)
+        self._weights, self._on_product = weights, on_product
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        called = getattr(func, "__name__", "")
-        if called in _PRODUCTS and len(args) >= 2 and isinstance(args[1], Tensor):
-            for name, weight in self._weights:
+        product = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in _PRODUCTS and len(args) >= 2:
+            for name, weight in self._weights.items() if isinstance(args[1], Tensor) else ():
                 if _is_part(args[1], weight):
-                    self._on_product(name, weight, args[1], args[0], result)
-        elif called in _CASTS:
-            for name, weight in self._weights[: self._count]:
-                if (
-                    args[0].shape == weight.shape
-                    and _is_part(args[0], weight)
-                    and result.dtype != weight.dtype
-                ):
-                    self._weights.append((name, result))
-        return result
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        del self._weights[self._count :]
+                    self._on_product(name, args[1], args[0], product)
+        return product
 
 
 def _is_part(part: Tensor, weight: Tensor) -> bool:
@@ -225,9 +209,7 @@ def _watch_products(watch: _Watch, forward: Callable[..., Any], *args: Any, **kw
     inputs: dict[int, Tensor] = {}
     everything: list[tuple[Tensor, Tensor]] = []
 
-    def on_product(
-        name: str, weight: Tensor, part: Tensor, operand: Tensor, product: Tensor
-    ) -> None:
+    def on_product(name: str, part: Tensor, operand: Tensor, product: Tensor) -> None:
         if not unit.routed:
             if name == unit.down:
                 watch.show_dense(operand)
@@ -235,6 +217,7 @@ def _watch_products(watch: _Watch, forward: Callable[..., Any], *args: Any, **kw
             if name == unit.down:
                 everything.append((operand, product))
         else:
+            weight = weights[name]
             expert = (part.data_ptr() - weight.data_ptr()) // weight[0].nbytes
             if name == unit.up:
                 inputs[expert] = operand

@@ -130,15 +130,15 @@ def check_experts(
 
 @contextmanager
 def masked_experts(block: nn.Module, unit: Unit, kept: Sequence[int]) -> Iterator[None]:
-    """Let the router of a block choose among some experts only."""
+    """Let the router of a block, which computes in its dtype, choose among some experts only."""
     gone = [expert for expert in range(unit.ffns) if expert not in set(kept)]
     tensors = block.state_dict(keep_vars=True)
     of_experts = [tensors[name].detach() for name in unit.expert_axes]
     single = [tensor for tensor in of_experts if tensor.numel() == unit.ffns]
     matrices = {str(i): t for i, t in enumerate(of_experts) if t.numel() > unit.ffns}
 
-    def unchosen(*told: Any) -> None:
-        told[-1][..., gone] = float("-inf")
+    def unchosen(_name: str, _part: Tensor, _operand: Tensor, product: Tensor) -> None:
+        product[..., gone] = float("-inf")
 
     mode: Any = Products(matrices, unchosen)
     saved: list[Tensor] = []

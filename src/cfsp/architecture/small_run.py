@@ -6,8 +6,9 @@ all counts (blocks, heads, experts, groups) stay. So what must divide another or
 does, and the small model has its FFNs at the places of the large one. Where the size of a head
 cannot change, the number of heads is divided instead; where neither can, only FFN channels are.
 
-It computes in float64. In float32 the order in which a kernel adds, which depends on the processor,
-would decide near ties: whether a block of random weights takes one expert or another.
+It computes in float64, also what a class asks to be computed in float32, as routers and norms are.
+Else the order in which a kernel adds, which depends on the processor, would decide near ties:
+whether a block of random weights takes one expert or another.
 
 Shapes: B windows, T tokens.
 """
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig
 
 from cfsp.architecture.discovery import find_architecture
@@ -74,6 +76,22 @@ class Call:
     output: Tensor
 
 
+class _Doubles(TorchFunctionMode):
+    """Makes float64 of every float32 that is asked for."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.float:
+            func = Tensor.double
+        named = {name: _double(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_double, args), **named)
+
+
+def _double(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
 @dataclass(frozen=True)
 class SmallRun:
     """A small model that ran once, with weights in its text decoder only."""
@@ -86,7 +104,8 @@ class SmallRun:
     def output(self, block: int) -> Tensor:
         """Return what a block computes when it is called as in the run."""
         call = self.calls[block]
-        return first_tensor(self.blocks[block](*_copied(call.args), **_copied(call.kwargs)))
+        with _Doubles():
+            return first_tensor(self.blocks[block](*_copied(call.args), **_copied(call.kwargs)))
 
     def decoder_output(self) -> Tensor:
         """Return what the decoder computes from the tokens of the run."""
@@ -125,7 +144,7 @@ def small_skeleton(config: PreTrainedConfig, model_class: Any) -> Any:
 
     # The plain loop over experts takes any width; faster ones want rows of whole 16 bytes.
     config._experts_implementation = "eager"
-    with init_empty_weights(include_buffers=False):
+    with _Doubles(), init_empty_weights(include_buffers=False):
         model = model_class._from_config(config, dtype=torch.float64)
     return model.eval().requires_grad_(False)
 
@@ -217,8 +236,7 @@ def _random(name: str, parameter: Tensor, generator: torch.Generator) -> nn.Para
         values *= 0.1
         if name.endswith("weight") and re.search(r"norm|ln_|ln\d", name):
             values += 1
-    # Some classes give a router its own dtype.
-    return nn.Parameter(values.to(parameter.dtype), requires_grad=False)
+    return nn.Parameter(values, requires_grad=False)
 
 
 def _record(model: Any, architecture: Architecture) -> tuple[Call, ...]:
@@ -332,7 +350,13 @@ def check_bites(condition: str, with_it: Tensor, without: Tensor) -> None:
 
 def run_decoder(decoder: Any, tokens_BT: Tensor) -> Tensor:
     """Return the hidden state that a decoder computes, without a cache."""
-    return first_tensor(decoder(input_ids=tokens_BT, use_cache=False))
+    return first_tensor(call_decoder(decoder, tokens_BT, use_cache=False))
+
+
+def call_decoder(decoder: Any, tokens_BT: Tensor, **more: Any) -> Any:
+    """Return what a decoder of a small model gives."""
+    with _Doubles():
+        return decoder(input_ids=tokens_BT, **more)
 
 
 def first_tensor(value: Any) -> Tensor:

@@ -24,6 +24,7 @@ from cfsp.architecture.small_run import (
     TOLERANCE,
     FailedCheckError,
     SmallRun,
+    call_decoder,
     check_bites,
     check_same,
     difference,
@@ -190,9 +191,12 @@ def _nothing(module: nn.Module, args: Any, output: Any) -> Any:
 def _run_with_cache(decoder: Any, tokens_BT: Tensor) -> Tensor:
     """Return what the decoder gives for tokens that it sees in two parts."""
     half = tokens_BT.shape[1] // 2
-    first, name = decoder(input_ids=tokens_BT[:, :half], use_cache=True), cache_argument(decoder)
+    first, name = (
+        call_decoder(decoder, tokens_BT[:, :half], use_cache=True),
+        cache_argument(decoder),
+    )
     seen = {name: getattr(first, name)}
-    second = decoder(input_ids=tokens_BT[:, half:], use_cache=True, **seen)
+    second = call_decoder(decoder, tokens_BT[:, half:], use_cache=True, **seen)
     return torch.cat([first_tensor(first), first_tensor(second)], dim=1)
 
 
