@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
     BartConfig,
     BertConfig,
@@ -31,7 +32,7 @@ from cfsp.architecture import resizing
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.found import HALVES, INTERLEAVED, Architecture
 from cfsp.architecture.model_classes import model_class_of
-from cfsp.architecture.proof import prove
+from cfsp.architecture.proof import prove, small_run_of
 from cfsp.architecture.resizing import resize_ffn
 from cfsp.architecture.small_run import smaller_configs
 from cfsp.errors import CheckpointError, UnsupportedModelError
@@ -87,6 +88,29 @@ def test_near_ties_are_not_turned_by_rounding():
     """The order in which a kernel adds would decide whether the model is taken."""
     found = prove(ToyConfig(trick="choices that float32 would round", channels=1024))
     assert [unit.block for unit in found.units] == [0, 2, 3]
+
+
+class Dtypes(TorchFunctionMode):
+    """Collects what is computed in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.is_floating_point():
+            self.seen.add(result.dtype)
+        return result
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "mixtral"])
+def test_what_a_class_asks_for_in_float32_is_float64(name):
+    run = small_run_of(TINY_CONFIGS[name]())
+    with Dtypes() as dtypes, torch.no_grad():
+        run.decoder_output()
+        run.output(1)
+    assert dtypes.seen == {torch.float64}
 
 
 def test_what_loses_kv_groups_has_ffns_that_can_be_cut(monkeypatch):
