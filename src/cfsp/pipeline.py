@@ -24,7 +24,6 @@ from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.output import (
     check_is_outside,
     check_output_is_free,
-    created_parents,
     staged_directory,
 )
 from cfsp.checkpoint.own_files import (
@@ -118,7 +117,6 @@ def prune_checkpoint(
     of_model = {"dense model": fingerprint(source)}
     identity = of_model | runtime_identity(runtime_of(settings.compute, source)) | asked_for
     with (
-        created_parents(out),
         output_work_dir(out, identity, settings.compute.memory_budget, team) as work_dir,
         _shared_staging(out, work_dir) as staging,
     ):

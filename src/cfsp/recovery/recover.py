@@ -25,7 +25,7 @@ from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.config_file import read_plain_fields
 from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.checkpoint.output import check_output_is_free, created_parents, staged_directory
+from cfsp.checkpoint.output import check_output_is_free, staged_directory
 from cfsp.checkpoint.own_files import (
     CARD_FILE,
     CONFIG_FILE,
@@ -180,10 +180,7 @@ def recover_checkpoint(
     ready = prepare(source, out, settings, started)
     if not is_first_process():
         return _recover(ready, None, command)
-    with (
-        created_parents(out),
-        output_work_dir(out, ready.identity, settings.compute.memory_budget) as work_dir,
-    ):
+    with output_work_dir(out, ready.identity, settings.compute.memory_budget) as work_dir:
         check_output_is_free(out)  # another run may have been at work meanwhile
         report = _recover(ready, work_dir, command)
     limit, took = settings.training.limit.minutes, (time.monotonic() - started) / 60
