@@ -125,6 +125,15 @@ def test_differences_are_those_of_numpy(write):
     assert found["accuracy"]["difference"] == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_task_of_which_no_documents_are_known_is_left_out(write):
+    """Tasks of kinds that are not read ended in a traceback."""
+    models = [model("dense", 0), model("one", 1)]
+    for each in models:
+        each["documents"]["wikitext"] = []
+    dense, one = read_models([write("a.json", *models)])
+    assert set(compare(dense, one, dense)["tasks"]) == set(models[0]["documents"]) - {"wikitext"}
+
+
 def test_the_dense_model_agrees_with_itself(write):
     models = read_models([write("a.json", model("dense", 0), model("one", 1))])
     (found,) = comparisons(models, models[0], None)

@@ -299,6 +299,30 @@ def test_unknown_task_is_told_before_any_model_is_looked_for(task_data, command)
     assert "it has, for example: hellaswag, piqa, " in command(*argv, "zzz", status=2).err
 
 
+@pytest.mark.parametrize(
+    ("more", "found"),
+    [
+        ("metric_list: [{metric: f1, aggregation: mean}]", "f1 of answers taken by none"),
+        ("filter_list: [{name: own, filter: [{function: take_first}]}]", "acc_norm of .* by own"),
+    ],
+)
+def test_a_task_without_a_score_that_is_read_is_told_before_a_model_is_loaded(
+    more, found, tiny_checkpoint, task_data, tmp_path, monkeypatch
+):
+    """It ended without any number, and comparing it in a traceback."""
+    monkeypatch.setattr(evaluate, "load", never)
+    text = f"include: {jsonl_task_directory() / 'piqa.yaml'}\ntask: odd\n{more}\n"
+    (tmp_path / "odd.yaml").write_text(text)
+    where = {"include_path": tmp_path, "metadata": {"directory": str(task_data)}}
+    manager = TaskManager(include_defaults=False, **where)
+    runner = TaskRunner(TaskSelection(("odd",), data=task_data), manager)
+    directory = tiny_checkpoint("llama")
+    with pytest.raises(
+        TaskError, match=f"expected a task that is scored by acc .*odd with .*{found}"
+    ):
+        evaluate_models([directory], EvaluationText(()), Compute(), Exam(runner))
+
+
 def test_models_too_large_are_told_before_the_first_forward_pass(
     tiny_checkpoint, text_file, task_data, monkeypatch
 ):

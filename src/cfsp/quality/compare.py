@@ -59,8 +59,8 @@ def compare(
     }
     tasks = {
         task: _of_tasks(task, first, second, dense)
-        for task in first.documents
-        if task in second.documents
+        for task, documents in first.documents.items()
+        if documents and task in second.documents  # of some kinds of tasks none are known
     }
     answers = _of_answers(first, second) if first.answers and second.answers else {}
     if not (texts or tasks or answers):

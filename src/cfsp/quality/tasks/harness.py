@@ -125,10 +125,12 @@ class TaskRunner:
         return partial(self.score, lm)
 
     def read_data(self) -> None:
-        """Read the data of every task once, before any model is loaded."""
+        """Read the data of every task once, and check them, before any model is loaded."""
         with _quiet():
             for name in self.selection.task_names:
-                self.load(name)
+                _, tasks = self.load(name)
+                for leaf, task in tasks.items():
+                    _check_has_scores(leaf, task)
 
     def conditions(self) -> dict[str, Any]:
         """Return what holds for all tasks, as JSON types."""
@@ -159,10 +161,10 @@ class TaskRunner:
             task.set_config(key="num_fewshot", value=self.selection.shots or 0)
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
 
-    def load(self, name: str) -> tuple[list[Any], list[str]]:
+    def load(self, name: str) -> tuple[list[Any], dict[str, Any]]:
         """Load one name's data anew: the harness keeps a run's requests in its task objects.
 
-        Returns its objects to run (of a group, that alone), and the names of single tasks.
+        Returns its objects to run (of a group, that alone), and single tasks by name.
         """
         try:
             loaded = self.manager.load([name])
@@ -175,7 +177,7 @@ class TaskRunner:
                 f"{reason}); check the network, or give local files with --task-data"
             ) from error
         groups, tasks = loaded["groups"], loaded["tasks"]
-        return [groups[name]] if name in groups else list(tasks.values()), list(tasks)
+        return [groups[name]] if name in groups else list(tasks.values()), tasks
 
     def score(self, lm: Any, name: str) -> dict[str, Any]:
         """Score a model, as the harness runs it, on one task, or on all of a group.
@@ -206,11 +208,23 @@ class TaskRunner:
         # Of a group its mean where there is one, else each single task.
         has_mean = f"{HARNESS_METRICS[0]},none" in results["results"].get(name, {})
         scores, documents = {}, {}
-        for entry, members in [(name, leaves)] if has_mean else [(each, [each]) for each in leaves]:
+        entries = {name: [*leaves]} if has_mean else {each: [each] for each in leaves}
+        for entry, members in entries.items():
             logged = [(everything["tasks"][each], results["samples"][each]) for each in members]
             documents[entry] = scored_documents(logged)
             scores[entry] = _scores(entry, members, results) | summary_of(documents[entry])
         return {"tasks": scores, "documents": documents}
+
+
+def _check_has_scores(name: str, task: Any) -> None:
+    """Check that a task is scored by what is read here: others end without any number."""
+    taken = {each["name"] for each in task.config.filter_list or ()} or {"none"}
+    if not ({*task.aggregation()} & {*HARNESS_METRICS} and taken & {*FILTERS}):
+        raise TaskError(
+            f"expected a task that is scored by {' or '.join(HARNESS_METRICS)}, found {name} with "
+            f"{', '.join(task.aggregation())} of answers taken by {', '.join(sorted(taken))}; "
+            "leave it out, or score it by lm_eval itself"
+        )
 
 
 def _scores(name: str, members: list[str], results: dict[str, Any]) -> dict[str, Any]:
