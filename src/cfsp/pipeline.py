@@ -27,7 +27,6 @@ from cfsp.checkpoint.output import (
     staged_directory,
 )
 from cfsp.checkpoint.own_files import (
-    CARD_FILE,
     PLAN_FILE,
     STATISTICS_FILE,
     copy_travelling_files,
@@ -40,14 +39,13 @@ from cfsp.decide import decide
 from cfsp.errors import OutputError
 from cfsp.exports.gguf_architecture import warn_of_no_way_back
 from cfsp.job import NOTHING_KNOWN, Job, Known
-from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import Team
 from cfsp.quality.evaluate import evaluation_windows, perplexity_by_text
 from cfsp.quality.perplexity import before_and_after
 from cfsp.repair.ladder import check_can_be_repaired
 from cfsp.repair.result import PruningResult
-from cfsp.result.card import model_card, origin_of
-from cfsp.result.manifest import digest_of_plan, facts_for_config, write_manifest
+from cfsp.result.card import write_record
+from cfsp.result.manifest import digest_of_plan, facts_for_config
 from cfsp.result.prune_report import PruneReport, prune_report
 from cfsp.selection.constraint import Share, half_dropped
 from cfsp.selection.divergence import with_needed_sensitivity
@@ -147,7 +145,7 @@ def prune_checkpoint(
                 facts["result"] = loss_increase_of(staging, dense, settings)
         report = prune_report(source, repaired, facts, measured, work_dir, out)
         manifest = report.to_manifest(digests, command)
-        team.from_first(lambda: _describe(source, repaired.plan, manifest, staging))
+        team.from_first(lambda: write_record(staging, manifest, repaired.plan, source))
     return report
 
 
@@ -267,15 +265,6 @@ def _write_checkpoint(source: Checkpoint, repaired: PruningResult, target: Path)
     pruned.changes.write(source, target)
     copy_travelling_files(source.directory, target)
     return digests | digests_beside_weights(target)
-
-
-def _describe(
-    source: Checkpoint, plan: PruningPlan, manifest: dict[str, Any], target: Path
-) -> None:
-    """Write manifest and model card."""
-    write_manifest(target, manifest)
-    card = model_card(manifest, plan, origin_of(source))
-    (target / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def pruning_identity(settings: PruneSettings, known: Known) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import check_output_is_free, staged_directory
 from cfsp.checkpoint.own_files import (
-    CARD_FILE,
     CONFIG_FILE,
     MODELING_FILE,
     PLAN_FILE,
@@ -37,7 +36,6 @@ from cfsp.checkpoint.own_files import (
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.tensor_file import write_shards
 from cfsp.errors import RecoveryError, UsageError
-from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import is_first_process, joined, take_own_accelerator
 from cfsp.quality.evaluate import perplexity_by_text
 from cfsp.quality.perplexity import before_and_after
@@ -56,9 +54,9 @@ from cfsp.recovery.settings import (
     Training,
 )
 from cfsp.recovery.trainer import WHOLE, RecoverReport, shard, train
-from cfsp.result.card import model_card, origin_of
+from cfsp.result.card import write_record
 from cfsp.result.facts import recoveries
-from cfsp.result.manifest import facts_about, write_manifest
+from cfsp.result.manifest import facts_about, plan_beside
 from cfsp.settings import (
     DEFAULT_TEXT,
     Compute,
@@ -371,8 +369,4 @@ def _write_record(
         "pruned": pruned,
         "recovery": recovery,
     }
-    write_manifest(directory, manifest)
-    path = directory / PLAN_FILE
-    plan = PruningPlan.load(path) if path.is_file() else None
-    card = model_card(manifest, plan, origin_of(ready.source))
-    (directory / CARD_FILE).write_text(card, encoding="utf-8")
+    write_record(directory, manifest, plan_beside(directory), ready.source)

@@ -50,6 +50,12 @@ def digest_of_plan(plan: PruningPlan) -> str:
     return sha256(plan.to_json().encode()).hexdigest()
 
 
+def plan_beside(directory: Path) -> PruningPlan | None:
+    """Return the plan of a checkpoint; None if it was not pruned by one."""
+    path = directory / PLAN_FILE
+    return PruningPlan.load(path) if path.is_file() else None
+
+
 def published(value: Any) -> Any:
     """Return JSON in which no command and no place has a path of the machine."""
     if not isinstance(value, dict):
@@ -134,12 +140,11 @@ def check_as_written(source: Checkpoint) -> int:
         for path in weights:
             found[path.name] = sha256_of(path)
             bar.update()
-    plan = directory / PLAN_FILE
     # Of a model that was trained without being pruned there is none.
     if (of_plan := manifest.get("plan_digest")) is not None:
         promised[PLAN_FILE] = of_plan
-    if plan.is_file():
-        found[PLAN_FILE] = digest_of_plan(PruningPlan.load(plan))
+    if (plan := plan_beside(directory)) is not None:
+        found[PLAN_FILE] = digest_of_plan(plan)
     said = [f"{name} is missing" for name in sorted(promised.keys() - found.keys())]
     said += [f"{name} is not in {MANIFEST_FILE}" for name in sorted(found.keys() - promised.keys())]
     both = sorted(promised.keys() & found.keys())
