@@ -27,7 +27,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache, partial
@@ -49,6 +49,8 @@ from cfsp.streaming.work_dir import WorkDir, load_or_compute
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 HARNESS_METRICS = ("acc", "acc_norm", "exact_match")
 # How the harness takes an answer from what was written; the first that a task has is taken.
@@ -126,11 +128,10 @@ class TaskRunner:
 
     def read_data(self) -> None:
         """Read the data of every task once, and check them, before any model is loaded."""
-        with _quiet():
-            for name in self.selection.task_names:
+        for name in self.selection.task_names:
+            with _quiet():
                 _, tasks = self.load(name)
-                for leaf, task in tasks.items():
-                    _check_has_scores(leaf, task)
+            _check_has_scores(name, tasks)
 
     def conditions(self) -> dict[str, Any]:
         """Return what holds for all tasks, as JSON types."""
@@ -216,15 +217,19 @@ class TaskRunner:
         return {"tasks": scores, "documents": documents}
 
 
-def _check_has_scores(name: str, task: Any) -> None:
-    """Check that a task is scored by what is read here: others end without any number."""
-    taken = {each["name"] for each in task.config.filter_list or ()} or {"none"}
-    if not ({*task.aggregation()} & {*HARNESS_METRICS} and taken & {*FILTERS}):
-        raise TaskError(
-            f"expected a task that is scored by {' or '.join(HARNESS_METRICS)}, found {name} with "
-            f"{', '.join(task.aggregation())} of answers taken by {', '.join(sorted(taken))}; "
-            "leave it out, or score it by lm_eval itself"
-        )
+def _check_has_scores(name: str, tasks: Mapping[str, Any]) -> None:
+    """Check that a task ends with a number that is read here; of a group, say which do not."""
+    unread = []
+    for leaf, task in tasks.items():
+        metrics = [*task.aggregation()]
+        taken = sorted({each["name"] for each in task.config.filter_list or ()} or {"none"})
+        if not ({*metrics} & {*HARNESS_METRICS} and {*taken} & {*FILTERS}):
+            unread.append(f"{leaf} by {', '.join(metrics)} of answers taken by {', '.join(taken)}")
+    told = f"expected scores by {' or '.join(HARNESS_METRICS)}, found {'; '.join(unread)}"
+    if len(unread) == len(tasks):
+        raise TaskError(f"{told}; leave {name} out, or score it by lm_eval itself")
+    if unread:
+        logger.warning("%s: %s; these get no number", name, told)
 
 
 def _scores(name: str, members: list[str], results: dict[str, Any]) -> dict[str, Any]:
@@ -334,12 +339,12 @@ def _gold(found: Any, choices: Sequence[str]) -> int | list[int]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep standard output free for results, and progress off what is not a terminal."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    harness = logging.getLogger("lm_eval")
+    level = harness.level
+    harness.setLevel(logging.ERROR)
     progress = sys.stderr if sys.stderr.isatty() else io.StringIO()
     try:
         with redirect_stdout(sys.stderr), redirect_stderr(progress):
             yield
     finally:
-        logger.setLevel(level)
+        harness.setLevel(level)
