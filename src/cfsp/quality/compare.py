@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from operator import eq
+from statistics import geometric_mean
 from typing import Any
 
 from cfsp.errors import ReportError
@@ -15,7 +16,6 @@ from cfsp.quality.paired import (
     Estimate,
     as_json,
     difference,
-    geometric_mean,
     mean,
     mean_of_tasks,
     per_count,

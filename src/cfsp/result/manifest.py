@@ -26,12 +26,6 @@ if TYPE_CHECKING:
 MANIFEST_VERSION = 2
 
 
-def removed_facts(plan: PruningPlan) -> dict[str, list[int]]:
-    """Return which blocks and attentions go whole, as JSON types; of each part only if some do."""
-    keys = ("removed_blocks", "removed_attentions")
-    return {key: list(getattr(plan, key)) for key in keys if getattr(plan, key)}
-
-
 # What `cfsp inspect` tells, and what a model that was pruned in memory says of it in its config.
 _IN_CONFIG = (
     "operation", "base_model", "criterion", "calibration", "removed_blocks", "removed_attentions",
