@@ -225,11 +225,12 @@ def _check_has_scores(name: str, tasks: Mapping[str, Any]) -> None:
         taken = sorted({each["name"] for each in task.config.filter_list or ()} or {"none"})
         if not ({*metrics} & {*HARNESS_METRICS} and {*taken} & {*FILTERS}):
             unread.append(f"{leaf} by {', '.join(metrics)} of answers taken by {', '.join(taken)}")
+    if not unread:
+        return
     told = f"expected scores by {' or '.join(HARNESS_METRICS)}, found {'; '.join(unread)}"
     if len(unread) == len(tasks):
         raise TaskError(f"{told}; leave {name} out, or score it by lm_eval itself")
-    if unread:
-        logger.warning("%s: %s; these get no number", name, told)
+    logger.warning("%s: %s; these get no number", name, told)
 
 
 def _scores(name: str, members: list[str], results: dict[str, Any]) -> dict[str, Any]:
