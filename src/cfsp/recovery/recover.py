@@ -69,12 +69,7 @@ from cfsp.settings import (
 )
 from cfsp.streaming.memory import peak_rss_bytes
 from cfsp.streaming.runtime import versions
-from cfsp.streaming.work_dir import (
-    WorkDir,
-    load_or_compute,
-    output_work_dir,
-    remove_finished_work,
-)
+from cfsp.streaming.work_dir import WorkDir, load_or_compute, output_work_dir, remove_finished_work
 from cfsp.text.sources import check_texts
 
 if TYPE_CHECKING:
@@ -134,9 +129,10 @@ def recover(
     check_names(recover, advanced, Adaptation, Training, EvaluationText, Compute)
     others = {name: value for name, value in advanced.items() if name != "batch_windows"}
     how = {"learning_rate": learning_rate, "seqlen": seqlen, **advanced}
+    limit = from_names(Limit, {"max_minutes": max_minutes, "steps": steps})
     settings = RecoverSettings(
         data=texts_of(data),
-        training=from_names(Training, how, limit=Limit(max_minutes, steps)),
+        training=from_names(Training, how, limit=limit),
         adaptation=from_names(Adaptation, advanced, method=method),
         teacher=None if teacher is None else str(teacher),
         evaluation=from_names(
