@@ -21,11 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Statistics
-from cfsp.checkpoint.output import (
-    check_is_outside,
-    check_output_is_free,
-    staged_directory,
-)
+from cfsp.checkpoint.output import check_is_outside, check_output_is_free, staged_directory
 from cfsp.checkpoint.own_files import (
     PLAN_FILE,
     STATISTICS_FILE,

@@ -12,14 +12,7 @@ from statistics import geometric_mean
 from typing import Any
 
 from cfsp.errors import ReportError
-from cfsp.quality.paired import (
-    Estimate,
-    as_json,
-    difference,
-    mean,
-    mean_of_tasks,
-    per_count,
-)
+from cfsp.quality.paired import Estimate, as_json, difference, mean, mean_of_tasks, per_count
 from cfsp.quality.results_file import MeasuredModel, Measures, answer_measures, hashes
 from cfsp.quality.tasks.harness import ScoredDocument, losses_of
 
