@@ -130,7 +130,7 @@ class TaskRunner:
         """Read the data of every task once, and check them, before any model is loaded."""
         for name in self.selection.task_names:
             with _quiet():
-                _, tasks = self.load(name)
+                tasks = self.load(name)["tasks"]
             _check_has_scores(name, tasks)
 
     def conditions(self) -> dict[str, Any]:
@@ -162,13 +162,13 @@ class TaskRunner:
             task.set_config(key="num_fewshot", value=self.selection.shots or 0)
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
 
-    def load(self, name: str) -> tuple[list[Any], dict[str, Any]]:
+    def load(self, name: str) -> dict[str, Any]:
         """Load one name's data anew: the harness keeps a run's requests in its task objects.
 
-        Returns its objects to run (of a group, that alone), and single tasks by name.
+        Returns what the harness runs: single `tasks` by name, and their `groups`.
         """
         try:
-            loaded = self.manager.load([name])
+            loaded: dict[str, Any] = self.manager.load([name])
         except CfspError:
             raise
         except Exception as error:  # network, hub and data set errors of many types
@@ -177,8 +177,7 @@ class TaskRunner:
                 f"the harness cannot get the data of {name} now ({type(error).__name__}: "
                 f"{reason}); check the network, or give local files with --task-data"
             ) from error
-        groups, tasks = loaded["groups"], loaded["tasks"]
-        return [groups[name]] if name in groups else list(tasks.values()), tasks
+        return loaded
 
     def score(self, lm: Any, name: str) -> dict[str, Any]:
         """Score a model, as the harness runs it, on one task, or on all of a group.
@@ -192,15 +191,15 @@ class TaskRunner:
         # The harness would fork for its bootstrap: a fork of many threads can hang for ever.
         os.environ["DISABLE_MULTIPROC"] = "1"
         with _quiet():
-            roots, leaves = self.load(name)
-            everything = self.manager.load(roots)
-            for task in everything["tasks"].values():
+            loaded = self.load(name)
+            leaves = loaded["tasks"]
+            for task in leaves.values():
                 self.set_shots(task)
             # Not simple_evaluate: it also asks git and every package for versions, for reports
             # of its own, and git complains where there is no repository.
             results = evaluate(
                 lm=lm,
-                task_dict=everything,
+                task_dict=loaded,
                 limit=self.selection.limit,
                 log_samples=True,
                 # Errors that nothing here reports, such as that of a perplexity, are by bootstrap.
@@ -211,7 +210,7 @@ class TaskRunner:
         scores, documents = {}, {}
         entries = {name: [*leaves]} if has_mean else {each: [each] for each in leaves}
         for entry, members in entries.items():
-            logged = [(everything["tasks"][each], results["samples"][each]) for each in members]
+            logged = [(leaves[each], results["samples"][each]) for each in members]
             documents[entry] = scored_documents(logged)
             scores[entry] = _scores(entry, members, results) | summary_of(documents[entry])
         return {"tasks": scores, "documents": documents}
