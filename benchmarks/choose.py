@@ -23,7 +23,7 @@ import json
 import math
 import time
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 
 import torch
@@ -35,7 +35,6 @@ from cfsp.checkpoint.locating import locate_model
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.quality.compare import compare
 from cfsp.quality.evaluate import evaluation_windows
-from cfsp.quality.paired import geometric_mean
 from cfsp.quality.results_file import measured_model
 from cfsp.quality.tasks.harness import TaskRunner
 from cfsp.quality.tasks.selection import TaskSelection

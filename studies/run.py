@@ -28,6 +28,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from cfsp.checkpoint.locating import open_checkpoint
@@ -39,7 +40,7 @@ from cfsp.cli import step
 from cfsp.errors import CfspError, OutputError, TextError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.compare import compare
-from cfsp.quality.paired import Estimate, geometric_mean, mean_of_tasks
+from cfsp.quality.paired import Estimate, mean_of_tasks
 from cfsp.quality.results_file import MeasuredModel, read_models
 from cfsp.speed.subjects import PHASES
 

@@ -13,11 +13,7 @@ from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint, WeightSource, in_memory
 from cfsp.decide import plan_from
 from cfsp.errors import UsageError
-from cfsp.pipeline import (
-    calibrate_source,
-    prune_checkpoint,
-    prune_model,
-)
+from cfsp.pipeline import calibrate_source, prune_checkpoint, prune_model
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.prune_and_recover import prune_and_recover
 from cfsp.quality.answers import Questions

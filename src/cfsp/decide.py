@@ -75,7 +75,7 @@ def decide(job: Job, known: Known = NOTHING_KNOWN) -> tuple[PruningResult, dict[
             windows = few_windows(windows, COARSE_WINDOWS)  # nothing that is chosen needs them all
         statistics = _calibrated(job, constraint, windows, "calibrate")
     elif job.budget.compares:
-        statistics = _completed(job, constraint, statistics, job.draw())
+        statistics = _completed(job, constraint, statistics)
     planner, candidate = select(job, constraint, statistics)
     with job.work_dir.watch.stage("plan"):
         plan = planner.plan(candidate)
@@ -145,13 +145,12 @@ def _calibrated(job: Job, constraint: Constraint, seen: Windows, name: str) -> S
             name=name,
             runs=follow_runs(job),
         )
-    return _completed(job, constraint, statistics, job.draw())
+    return _completed(job, constraint, statistics)
 
 
-def _completed(
-    job: Job, constraint: Constraint, statistics: Statistics, windows: Windows
-) -> Statistics:
+def _completed(job: Job, constraint: Constraint, statistics: Statistics) -> Statistics:
     """Add the order in which blocks go and their sensitivity, where candidates need them."""
+    windows = job.draw()
     if follow_divergence(job):
         statistics = with_order(job, statistics, windows, [constraint.to_drop()])
     if job.budget.channel_parts:

@@ -21,14 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Statistics
-from cfsp.checkpoint.output import (
-    check_is_outside,
-    check_output_is_free,
-    created_parents,
-    staged_directory,
-)
+from cfsp.checkpoint.output import check_is_outside, check_output_is_free, staged_directory
 from cfsp.checkpoint.own_files import (
-    CARD_FILE,
     PLAN_FILE,
     STATISTICS_FILE,
     copy_travelling_files,
@@ -41,14 +35,13 @@ from cfsp.decide import decide
 from cfsp.errors import OutputError
 from cfsp.exports.gguf_architecture import warn_of_no_way_back
 from cfsp.job import NOTHING_KNOWN, Job, Known
-from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import Team
 from cfsp.quality.evaluate import evaluation_windows, perplexity_by_text
 from cfsp.quality.perplexity import before_and_after
 from cfsp.repair.ladder import check_can_be_repaired
 from cfsp.repair.result import PruningResult
-from cfsp.result.card import model_card, origin_of
-from cfsp.result.manifest import digest_of_plan, facts_for_config, write_manifest
+from cfsp.result.card import write_record
+from cfsp.result.manifest import digest_of_plan, facts_for_config
 from cfsp.result.prune_report import PruneReport, prune_report
 from cfsp.selection.constraint import Share, half_dropped
 from cfsp.selection.divergence import with_needed_sensitivity
@@ -118,7 +111,6 @@ def prune_checkpoint(
     of_model = {"dense model": fingerprint(source)}
     identity = of_model | runtime_identity(runtime_of(settings.compute, source)) | asked_for
     with (
-        created_parents(out),
         output_work_dir(out, identity, settings.compute.memory_budget, team) as work_dir,
         _shared_staging(out, work_dir) as staging,
     ):
@@ -149,7 +141,7 @@ def prune_checkpoint(
                 facts["result"] = loss_increase_of(staging, dense, settings)
         report = prune_report(source, repaired, facts, measured, work_dir, out)
         manifest = report.to_manifest(digests, command)
-        team.from_first(lambda: _describe(source, repaired.plan, manifest, staging))
+        team.from_first(lambda: write_record(staging, manifest, repaired.plan, source))
     return report
 
 
@@ -269,15 +261,6 @@ def _write_checkpoint(source: Checkpoint, repaired: PruningResult, target: Path)
     pruned.changes.write(source, target)
     copy_travelling_files(source.directory, target)
     return digests | digests_beside_weights(target)
-
-
-def _describe(
-    source: Checkpoint, plan: PruningPlan, manifest: dict[str, Any], target: Path
-) -> None:
-    """Write manifest and model card."""
-    write_manifest(target, manifest)
-    card = model_card(manifest, plan, origin_of(source))
-    (target / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def pruning_identity(settings: PruneSettings, known: Known) -> dict[str, Any]:

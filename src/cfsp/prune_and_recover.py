@@ -15,7 +15,6 @@ from cfsp.job import NOTHING_KNOWN, Known
 from cfsp.pipeline import check_output, digest_of, prune_checkpoint, pruning_identity
 from cfsp.processes import Team, process_count
 from cfsp.quality.evaluate import evaluation_windows
-from cfsp.recovery.adaptation import check_installed
 from cfsp.recovery.prepare import method_that_fits
 from cfsp.recovery.settings import AUTO_TEACHER, RecoverSettings, Training
 from cfsp.result.manifest import add_to_manifest, read_manifest
@@ -23,7 +22,6 @@ from cfsp.result.prune_report import PruneReport
 from cfsp.selection.goal import held_out_windows
 from cfsp.settings import BEST_WITHOUT_TRAINING, Compute, MaxLossIncrease, PruneSettings
 from cfsp.text.drawing import draw_text
-from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
@@ -75,8 +73,6 @@ def prune_and_recover(
         # Training in float16 overflows.
         compute=Compute(compute.device, compute.dtype if compute.dtype != "float16" else "auto"),
     )
-    check_installed(method)
-    check_texts(text.names, settings.evaluation.names)
     pruned = out.with_name(f"{out.name}-pruned")
     before = (read_manifest(pruned) or {}).get(_ASKED) if pruned.is_dir() else None
     if before is None:

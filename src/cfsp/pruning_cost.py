@@ -40,7 +40,7 @@ from cfsp.text.windows import Windows, is_held_out
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import WeightSource
-    from cfsp.settings import Budget, CalibrationText, PruneSettings
+    from cfsp.settings import Budget, PruneSettings
     from cfsp.streaming.runtime import Runtime
 
 # Python, torch and transformers.
@@ -161,20 +161,21 @@ def _memory_bytes(
     elements: list[int],
 ) -> int:
     """Return the peak, as docs/SCALE.md works it out, by the weights of each block."""
-    itemsize = runtime.dtype.itemsize
+    text, itemsize = settings.text, runtime.dtype.itemsize
     hidden = int(text_config_of(source.config).hidden_size)
     vocabulary = vocabulary_of(source.config)
     around = (parameter_count(source) - sum(elements)) * itemsize
     block, width = max(elements) * itemsize, max(unit.columns for unit in source.units)
-    one = Windows(torch.zeros(1, settings.text.seqlen, dtype=torch.int64), {})
-    batch = min(settings.text.windows, windows_in_batch(one, runtime.batch_windows))
-    activations = batch * settings.text.seqlen * (6 * width + 24 * hidden)
+    one = Windows(torch.zeros(1, text.seqlen, dtype=torch.int64), {})
+    batch = min(text.windows, windows_in_batch(one, runtime.batch_windows))
+    activations = batch * text.seqlen * (6 * width + 24 * hidden)
     peak = max(around + block, 2 * block + activations)
     if settings.repair != "none":
         gram = max(gram_bytes(source, index) for index in {unit.block for unit in source.units})
         kept = round(width * (1 - settings.budget.sparsity))
         system = max(4 * kept**2, 10 * hidden * width)
-        tokens = _held_out_tokens(settings.text)
+        shares = [share for _, share in parts_with_shares(text.names, text.windows)]
+        tokens = int(is_held_out(shares).sum()) * text.seqlen
         held_out = tokens * width * itemsize
         # What is kept of them, and what they should give, which is put together from its parts.
         judged = tokens * (kept * itemsize + 8 * hidden)
@@ -188,11 +189,6 @@ def _memory_bytes(
     if follow_sensitivity(source, settings.criterion, runtime):
         peak = max(peak, needed_bytes(source, runtime.dtype) + prediction_bytes(vocabulary))
     return peak + _INTERPRETER_BYTES + _TOKEN_BYTES * vocabulary
-
-
-def _held_out_tokens(text: CalibrationText) -> int:
-    shares = [share for _, share in parts_with_shares(text.names, text.windows)]
-    return int(is_held_out(shares).sum()) * text.seqlen
 
 
 def announce(source: WeightSource, settings: PruneSettings, windows: int | None = None) -> None:

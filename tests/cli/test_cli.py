@@ -332,6 +332,22 @@ def test_threads_of_the_demo_do_not_spin(monkeypatch):
     assert waits == ["passive"]
 
 
+def test_the_demo_records_its_command_as_it_can_be_typed_again(tmp_path, monkeypatch):
+    """A space in the output's name cut it in two."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    told = []
+
+    def look(*_: object, command: str) -> None:
+        told.extend(shlex.split(command))
+        raise UsageError("enough")
+
+    monkeypatch.setattr("cfsp.checkpoint.locating.open_checkpoint", lambda _: None)
+    monkeypatch.setattr("cfsp.pipeline.prune_checkpoint", look)
+    argv = ["demo", "--out", str(tmp_path / "two words")]
+    assert main(argv) == 2
+    assert told == ["cfsp", *argv]
+
+
 def test_messages_are_plain_lines_on_standard_error(capsys):
     show_messages()
     show_messages()  # of a second command in one process

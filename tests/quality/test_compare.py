@@ -13,7 +13,7 @@ import pytest
 
 from cfsp.errors import ReportError
 from cfsp.quality.compare import compare, comparisons
-from cfsp.quality.paired import Estimate, geometric_mean, mean, mean_of_tasks
+from cfsp.quality.paired import Estimate, mean, mean_of_tasks
 from cfsp.quality.results_file import read_models
 
 WINDOWS, DOCUMENTS = 6, 40
@@ -123,6 +123,15 @@ def test_differences_are_those_of_numpy(write):
     )
     expected = {"value": values.mean(), "stderr": np.sqrt((errors**2).sum()) / 3}
     assert found["accuracy"]["difference"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_task_of_which_no_documents_are_known_is_left_out(write):
+    """Tasks of kinds that are not read ended in a traceback."""
+    models = [model("dense", 0), model("one", 1)]
+    for each in models:
+        each["documents"]["wikitext"] = []
+    dense, one = read_models([write("a.json", *models)])
+    assert set(compare(dense, one, dense)["tasks"]) == set(models[0]["documents"]) - {"wikitext"}
 
 
 def test_the_dense_model_agrees_with_itself(write):
@@ -261,4 +270,3 @@ def test_one_model_of_two_files_is_one(write):
 def test_of_a_single_document_or_task_there_is_no_error():
     assert mean_of_tasks([Estimate(1.0, 0.3), Estimate(2.0, None)]).stderr is None
     assert mean([1.0]) == Estimate(1.0, None)
-    assert geometric_mean([1.0, 4.0]) == pytest.approx(2)

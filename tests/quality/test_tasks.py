@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -297,6 +298,36 @@ def test_unknown_task_is_told_before_any_model_is_looked_for(task_data, command)
     assert "did you mean arc_easy" in command(*argv, "arc_esy", status=2).err
     assert "did you mean cfsp-paper?" in command(*argv, "cfsp-papr", status=2).err
     assert "it has, for example: hellaswag, piqa, " in command(*argv, "zzz", status=2).err
+
+
+METRIC = "metric_list: [{metric: f1, aggregation: mean}]"
+FILTER = "filter_list: [{name: own, filter: [{function: take_first}]}]"
+
+
+@pytest.mark.parametrize(
+    ("more", "found"),
+    [
+        (METRIC, "odd by f1 of answers taken by none;"),
+        (FILTER, "acc_norm of answers taken by own;"),
+    ],
+)
+def test_a_task_without_a_number_that_is_read_is_told_before_a_model_is_loaded(
+    more, found, tiny_checkpoint, task_data, tmp_path, monkeypatch, caplog
+):
+    """It ended without any, and comparing it in a traceback."""
+    monkeypatch.setattr(evaluate, "load", never)
+    text = f"include: {jsonl_task_directory() / 'piqa.yaml'}\ntag: odds\ntask: "
+    (tmp_path / "odd.yaml").write_text(f"{text}odd\n{more}\n")
+    where = {"include_path": tmp_path, "metadata": {"directory": str(task_data)}}
+    manager = TaskManager(include_defaults=False, **where)
+    runner = TaskRunner(TaskSelection(("odd",), data=task_data), manager)
+    with pytest.raises(TaskError, match=f"expected scores by acc or .*{found}.* leave odd out"):
+        evaluate_models([tiny_checkpoint("llama")], EvaluationText(()), Compute(), Exam(runner))
+    # Of several the others have theirs.
+    (tmp_path / "even.yaml").write_text(f"{text}even\n")
+    manager = TaskManager(include_defaults=False, **where)
+    TaskRunner(TaskSelection(("odds",), data=task_data), manager).read_data()
+    assert re.search(f"odds: expected .*, found .*{found} these get no number", caplog.text)
 
 
 def test_models_too_large_are_told_before_the_first_forward_pass(

@@ -121,6 +121,8 @@ def test_a_text_is_read_as_on_a_command_line():
     ):
         with pytest.raises(UsageError, match=message):
             cfsp.prune("no-model", out="out", **wrong)
+    with pytest.raises(UsageError, match="max_minutes must be a number, found 'ten'"):
+        cfsp.recover("no-model", out="out", max_minutes="ten")
 
 
 @pytest.mark.parametrize(

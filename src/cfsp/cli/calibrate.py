@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> Told:
 
     from cfsp.checkpoint.loading import compute_device
     from cfsp.checkpoint.locating import open_checkpoint
-    from cfsp.checkpoint.output import check_file_is_free, check_is_outside, created_parents
+    from cfsp.checkpoint.output import check_file_is_free, check_is_outside
     from cfsp.checkpoint.reading import fingerprint
     from cfsp.pipeline import calibrate_source
     from cfsp.processes import joined, take_own_accelerator
@@ -66,7 +66,6 @@ def run(args: argparse.Namespace) -> Told:
         **runtime_identity(runtime_of(compute, source)),
     }
     with (
-        created_parents(args.out),
         joined(compute_device(compute.device)) as team,
         output_work_dir(args.out, identity, compute.memory_budget, team) as work_dir,
     ):

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from cfsp.cli.bench import print_comparison
-from cfsp.cli.options import Parser, kind_of
+from cfsp.cli.options import Parser, kind_of, typed_command
 from cfsp.cli.output import Told, print_plan
 from cfsp.cli.prune import print_report
 from cfsp.settings import Budget, CalibrationText, EvaluationText, PruneSettings, fraction
@@ -46,8 +46,7 @@ def run(args: argparse.Namespace) -> Told:
     # Before the model is converted, which takes a while.
     check_output_is_free(args.out)
     source, page = open_checkpoint(DEMO_NAME), args.out / "report.html"
-    command = f"cfsp demo --out {args.out} --sparsity {args.sparsity}"
-    report = prune_checkpoint(source, args.out, settings, command=command)
+    report = prune_checkpoint(source, args.out, settings, command=typed_command(args))
     speed = compare_speed(
         [Subject(source.directory, "dense"), Subject(args.out, "pruned")],
         [Workload()],

@@ -15,13 +15,7 @@ from cfsp.cli.options import Parser, add_compute, kind_of, settings_from
 from cfsp.cli.output import Told, print_table
 from cfsp.errors import UsageError
 from cfsp.processes import process_count
-from cfsp.settings import (
-    BOS,
-    DEFAULT_QUESTIONS,
-    Compute,
-    EvaluationText,
-    names_in,
-)
+from cfsp.settings import BOS, DEFAULT_QUESTIONS, Compute, EvaluationText, names_in
 
 
 def add_options_to(parser: Parser) -> None:

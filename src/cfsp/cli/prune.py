@@ -14,14 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.cli import recover
 from cfsp.cli.options import Parser, add_advanced, add_model, add_options, typed, typed_command
-from cfsp.cli.output import (
-    Told,
-    human_bytes,
-    human_count,
-    print_facts,
-    print_goal,
-    print_plan,
-)
+from cfsp.cli.output import Told, human_bytes, human_count, print_facts, print_goal, print_plan
 from cfsp.errors import UsageError
 from cfsp.processes import process_count
 from cfsp.settings import (

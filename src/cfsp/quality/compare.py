@@ -8,18 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from operator import eq
+from statistics import geometric_mean
 from typing import Any
 
 from cfsp.errors import ReportError
-from cfsp.quality.paired import (
-    Estimate,
-    as_json,
-    difference,
-    geometric_mean,
-    mean,
-    mean_of_tasks,
-    per_count,
-)
+from cfsp.quality.paired import Estimate, as_json, difference, mean, mean_of_tasks, per_count
 from cfsp.quality.results_file import MeasuredModel, Measures, answer_measures, hashes
 from cfsp.quality.tasks.harness import ScoredDocument, losses_of
 
@@ -59,8 +52,8 @@ def compare(
     }
     tasks = {
         task: _of_tasks(task, first, second, dense)
-        for task in first.documents
-        if task in second.documents
+        for task, documents in first.documents.items()
+        if documents and task in second.documents  # of some kinds of tasks none are known
     }
     answers = _of_answers(first, second) if first.answers and second.answers else {}
     if not (texts or tasks or answers):

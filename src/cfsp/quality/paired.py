@@ -67,8 +67,3 @@ def mean_of_tasks(of_tasks: Sequence[Estimate]) -> Estimate:
     known = len(errors) == len(of_tasks)
     error = math.sqrt(math.fsum(each**2 for each in errors)) / len(of_tasks) if known else None
     return Estimate(fmean(each.value for each in of_tasks), error)
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    """Return the geometric mean, of ratios for example."""
-    return math.exp(fmean(math.log(value) for value in values))

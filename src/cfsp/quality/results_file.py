@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cfsp.checkpoint.output import created_parents, write_atomically
+from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import OutputError, ReportError
 from cfsp.processes import Team
 from cfsp.streaming.work_dir import WorkDir, output_work_dir, remove_finished_work
@@ -35,8 +35,7 @@ def measured_into(
     there = team.from_first(lambda: _read_again(out, identity))
     if there is not None:
         return there
-    beside = output_work_dir(out, identity, memory_budget, team)
-    with created_parents(out), beside as work_dir:
+    with output_work_dir(out, identity, memory_budget, team) as work_dir:
         found = {"identity": identity, **measure(work_dir)}
         team.from_first(lambda: write_atomically(out, (json.dumps(found) + "\n").encode()))
     return found

@@ -46,10 +46,9 @@ SCALE = 2.0
 
 
 def check_installed(method: Method) -> None:
-    """Check that the libraries that a method trains with are there."""
-    needed = ["accelerate", "peft"] if method == "lora" else ["accelerate"]
-    if not all(importlib.util.find_spec(name) for name in needed):
-        raise MissingExtraError("LoRA" if method == "lora" else "recovery", "recover")
+    """Check that the library that a method trains with is there."""
+    if method == "lora" and importlib.util.find_spec("peft") is None:
+        raise MissingExtraError("LoRA", "recover")
 
 
 def trained_parameters(source: Checkpoint, *, is_full: bool) -> list[str]:

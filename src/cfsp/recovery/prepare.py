@@ -15,7 +15,6 @@ from cfsp.calibration.calibrate import check_tokens
 from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import check_is_outside, check_output_is_free
-from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.reading import EARLIER, Checkpoint, fingerprint, parameter_count
 from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.errors import (
@@ -25,14 +24,13 @@ from cfsp.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import process_count
 from cfsp.quality.evaluate import evaluation_windows
 from cfsp.recovery.adaptation import check_installed, ranks_of, trained_parameters
 from cfsp.recovery.data import RecoveryText, read_text
 from cfsp.recovery.settings import AUTO_TEACHER, NO_TEACHER, Method, RecoverSettings
 from cfsp.result.card import model_card, origin_of
-from cfsp.result.manifest import facts_about, refusing_damage
+from cfsp.result.manifest import facts_about, plan_beside, refusing_damage
 from cfsp.streaming.runtime import free_bytes
 from cfsp.streaming.work_dir import STATE_FILE, Stopwatch, directory_of_process, read_state
 from cfsp.text.tokenizers import load_tokenizer
@@ -135,8 +133,7 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: f
 
 def _check_record(source: Checkpoint) -> None:
     """Make the card of the model as it is: a damaged file is no surprise after training."""
-    path = source.directory / PLAN_FILE
-    plan = PruningPlan.load(path) if path.is_file() else None
+    plan = plan_beside(source.directory)
     with refusing_damage(source.directory):
         model_card(facts_about(source), plan, origin_of(source))
 

@@ -25,9 +25,8 @@ from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.config_file import read_plain_fields
 from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.checkpoint.output import check_output_is_free, created_parents, staged_directory
+from cfsp.checkpoint.output import check_output_is_free, staged_directory
 from cfsp.checkpoint.own_files import (
-    CARD_FILE,
     CONFIG_FILE,
     MODELING_FILE,
     PLAN_FILE,
@@ -37,7 +36,6 @@ from cfsp.checkpoint.own_files import (
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.tensor_file import write_shards
 from cfsp.errors import RecoveryError, UsageError
-from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import is_first_process, joined, take_own_accelerator
 from cfsp.quality.evaluate import perplexity_by_text
 from cfsp.quality.perplexity import before_and_after
@@ -56,9 +54,9 @@ from cfsp.recovery.settings import (
     Training,
 )
 from cfsp.recovery.trainer import WHOLE, RecoverReport, shard, train
-from cfsp.result.card import model_card, origin_of
+from cfsp.result.card import write_record
 from cfsp.result.facts import recoveries
-from cfsp.result.manifest import facts_about, write_manifest
+from cfsp.result.manifest import facts_about, plan_beside
 from cfsp.settings import (
     DEFAULT_TEXT,
     Compute,
@@ -71,12 +69,7 @@ from cfsp.settings import (
 )
 from cfsp.streaming.memory import peak_rss_bytes
 from cfsp.streaming.runtime import versions
-from cfsp.streaming.work_dir import (
-    WorkDir,
-    load_or_compute,
-    output_work_dir,
-    remove_finished_work,
-)
+from cfsp.streaming.work_dir import WorkDir, load_or_compute, output_work_dir, remove_finished_work
 from cfsp.text.sources import check_texts
 
 if TYPE_CHECKING:
@@ -136,9 +129,10 @@ def recover(
     check_names(recover, advanced, Adaptation, Training, EvaluationText, Compute)
     others = {name: value for name, value in advanced.items() if name != "batch_windows"}
     how = {"learning_rate": learning_rate, "seqlen": seqlen, **advanced}
+    limit = from_names(Limit, {"max_minutes": max_minutes, "steps": steps})
     settings = RecoverSettings(
         data=texts_of(data),
-        training=from_names(Training, how, limit=Limit(max_minutes, steps)),
+        training=from_names(Training, how, limit=limit),
         adaptation=from_names(Adaptation, advanced, method=method),
         teacher=None if teacher is None else str(teacher),
         evaluation=from_names(
@@ -180,10 +174,7 @@ def recover_checkpoint(
     ready = prepare(source, out, settings, started)
     if not is_first_process():
         return _recover(ready, None, command)
-    with (
-        created_parents(out),
-        output_work_dir(out, ready.identity, settings.compute.memory_budget) as work_dir,
-    ):
+    with output_work_dir(out, ready.identity, settings.compute.memory_budget) as work_dir:
         check_output_is_free(out)  # another run may have been at work meanwhile
         report = _recover(ready, work_dir, command)
     limit, took = settings.training.limit.minutes, (time.monotonic() - started) / 60
@@ -374,8 +365,4 @@ def _write_record(
         "pruned": pruned,
         "recovery": recovery,
     }
-    write_manifest(directory, manifest)
-    path = directory / PLAN_FILE
-    plan = PruningPlan.load(path) if path.is_file() else None
-    card = model_card(manifest, plan, origin_of(ready.source))
-    (directory / CARD_FILE).write_text(card, encoding="utf-8")
+    write_record(directory, manifest, plan_beside(directory), ready.source)

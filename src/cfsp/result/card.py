@@ -33,7 +33,7 @@ from cfsp.result.making import (
     needs_code,
     texts_in_words,
 )
-from cfsp.result.manifest import facts_about
+from cfsp.result.manifest import facts_about, write_manifest
 from cfsp.result.names import is_hub_id, public_name
 from cfsp.result.tables import Table
 
@@ -85,6 +85,15 @@ def _metadata_of(path: Path) -> dict[str, Any]:
     except Exception:  # a card may hold anything, and YAML and the hub have errors of many types
         return {}
     return found
+
+
+def write_record(
+    directory: Path, manifest: dict[str, Any], plan: PruningPlan | None, source: Checkpoint
+) -> None:
+    """Write the manifest and the model card of what was made from a checkpoint."""
+    write_manifest(directory, manifest)
+    card = model_card(manifest, plan, origin_of(source))
+    (directory / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origin) -> str:

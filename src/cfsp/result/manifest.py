@@ -26,12 +26,6 @@ if TYPE_CHECKING:
 MANIFEST_VERSION = 2
 
 
-def removed_facts(plan: PruningPlan) -> dict[str, list[int]]:
-    """Return which blocks and attentions go whole, as JSON types; of each part only if some do."""
-    keys = ("removed_blocks", "removed_attentions")
-    return {key: list(getattr(plan, key)) for key in keys if getattr(plan, key)}
-
-
 # What `cfsp inspect` tells, and what a model that was pruned in memory says of it in its config.
 _IN_CONFIG = (
     "operation", "base_model", "criterion", "calibration", "removed_blocks", "removed_attentions",
@@ -48,6 +42,12 @@ def facts_for_config(manifest: dict[str, Any]) -> dict[str, Any]:
 def digest_of_plan(plan: PruningPlan) -> str:
     """Return what a manifest has of the plan beside it."""
     return sha256(plan.to_json().encode()).hexdigest()
+
+
+def plan_beside(directory: Path) -> PruningPlan | None:
+    """Return the plan of a checkpoint; None if it was not pruned by one."""
+    path = directory / PLAN_FILE
+    return PruningPlan.load(path) if path.is_file() else None
 
 
 def published(value: Any) -> Any:
@@ -134,12 +134,11 @@ def check_as_written(source: Checkpoint) -> int:
         for path in weights:
             found[path.name] = sha256_of(path)
             bar.update()
-    plan = directory / PLAN_FILE
     # Of a model that was trained without being pruned there is none.
     if (of_plan := manifest.get("plan_digest")) is not None:
         promised[PLAN_FILE] = of_plan
-    if plan.is_file():
-        found[PLAN_FILE] = digest_of_plan(PruningPlan.load(plan))
+    if (plan := plan_beside(directory)) is not None:
+        found[PLAN_FILE] = digest_of_plan(plan)
     said = [f"{name} is missing" for name in sorted(promised.keys() - found.keys())]
     said += [f"{name} is not in {MANIFEST_FILE}" for name in sorted(found.keys() - promised.keys())]
     both = sorted(promised.keys() & found.keys())

@@ -15,7 +15,7 @@ from cfsp.checkpoint.reading import Checkpoint, WeightSource, parameter_count
 from cfsp.cut.surgery import PrunedSource
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.repair.result import PruningResult
-from cfsp.result.manifest import digest_of_plan, read_manifest, removed_facts
+from cfsp.result.manifest import digest_of_plan, read_manifest
 from cfsp.streaming.memory import peak_rss_bytes
 from cfsp.streaming.runtime import versions
 from cfsp.streaming.work_dir import WorkDir
@@ -87,8 +87,10 @@ class PruneReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON types; of the plan the widths before, and what went whole."""
-        of_plan = {"widths_before": self.plan.widths_of("ffn")[0], **removed_facts(self.plan)}
-        return of_plan | {name: value for name, value in vars(self).items() if name != "plan"}
+        told = {name: value for name, value in vars(self).items() if name != "plan"}
+        keys = ("removed_blocks", "removed_attentions")  # each only where some went
+        removed = {key: list(getattr(self.plan, key)) for key in keys if getattr(self.plan, key)}
+        return {"widths_before": self.plan.widths_of("ffn")[0], **removed, **told}
 
     def to_manifest(self, digests: dict[str, str], command: str) -> dict[str, Any]:
         """Return the manifest of the checkpoint: with digests of its files, and the command."""

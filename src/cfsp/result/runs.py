@@ -41,7 +41,7 @@ from cfsp.result.facts import (
     perplexity_facts,
     size_facts,
 )
-from cfsp.result.manifest import digest_of_plan, read_manifest, refusing_damage
+from cfsp.result.manifest import digest_of_plan, plan_beside, read_manifest, refusing_damage
 from cfsp.result.names import short_names
 
 ANSWERS, AGREEMENT, TASKS = "Answers", "Agreement with the original", "Tasks"
@@ -138,8 +138,7 @@ def read_run(directory: Path) -> RunFacts:
             f"{directory} has no {MANIFEST_FILE}; a report needs a directory that cfsp prune, "
             "cfsp recover or cfsp sweep wrote"
         )
-    path = directory / PLAN_FILE
-    plan = PruningPlan.load(path) if path.is_file() else None
+    plan = plan_beside(directory)
     if plan is not None and manifest.get("plan_digest") != digest_of_plan(plan):
         raise ReportError(
             f"{directory}: {PLAN_FILE} is not the plan that {MANIFEST_FILE} tells of; they are of "

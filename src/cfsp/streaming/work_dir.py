@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cfsp.checkpoint.output import exclusive, write_atomically
+from cfsp.checkpoint.output import created_parents, exclusive, write_atomically
 from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.errors import CfspError, OutputError, ResumeError
 from cfsp.processes import Team
@@ -208,7 +208,7 @@ def output_work_dir(
     directory = directory_of_process(out, team.rank, team.size)
     work_dir = directory.parent
     _check_processes(work_dir, team.size)
-    with _working(directory):
+    with created_parents(out), _working(directory):
         for state in sorted(directory.glob(f"*/{STATE_FILE}")):
             read_state(state, identity)
         _remove_unfinished(directory)

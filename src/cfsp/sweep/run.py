@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -109,13 +109,12 @@ class Row:
 class _Sweep:
     """What a sweep is made of; see `run_sweep`."""
 
-    settings: SweepSettings
     points: Sequence[Point]
     source: Checkpoint  # opened with the parts of all methods: it is calibrated
     opened: Callable[[tuple[Part, ...]], Checkpoint]  # as `cfsp prune` opens it for a point
     out: Path
     compute: Compute
-    exam: Exam
+    evaluated: Callable[..., list[dict[str, Any]]]  # `evaluate_models` as the sweep asks for it
 
 
 def run_sweep(
@@ -131,7 +130,8 @@ def run_sweep(
         exam = replace(exam, questions=Questions.of(settings.answers))
     opened = cache(lambda parts: open_checkpoint(settings.model, parts=parts))
     asked = dict.fromkeys(part for point in points for part in point.settings.budget.parts)
-    sweep = _Sweep(settings, points, opened(tuple(asked)), opened, out, compute, exam)
+    measure = partial(evaluate_models, texts=settings.evaluation, compute=compute, exam=exam)
+    sweep = _Sweep(points, opened(tuple(asked)), opened, out, compute, measure)
     check_is_outside(out, sweep.source.directory)
     with created_parents(out), exclusive(out), _kept(sweep):
         _claim(out, settings)
@@ -141,27 +141,13 @@ def run_sweep(
         budget = hidden_budget(compute.memory_budget)
         with temporary_work_dir(budget // (4 * (len(settings.eval) + 1))) as passes:
             dense = Dense(sweep.source, {}, passes)
-            (found,) = _evaluated(sweep, (), dense, out / _DENSE_FILE)
+            (found,) = sweep.evaluated((), against=dense, out=out / _DENSE_FILE)
             dense = replace(dense, result=found)
             with item_progress("sweep", len(missing), "model") as bar:
                 for point in missing:
                     _make(sweep, point, dense, command)
                     bar.update()
         return _rows(sweep, found)
-
-
-def _evaluated(
-    sweep: _Sweep, names: Sequence[Path], dense: Dense, out: Path | None = None
-) -> list[dict[str, Any]]:
-    """Measure models as the sweep asks for, beside the dense one, which is there or comes first."""
-    return evaluate_models(
-        names,
-        sweep.settings.evaluation,
-        sweep.compute,
-        sweep.exam,
-        against=dense,
-        out=out,
-    )
 
 
 @contextmanager
@@ -230,7 +216,7 @@ def _make(sweep: _Sweep, point: Point, dense: Dense, command: str) -> None:
     shutil.rmtree(working, ignore_errors=True)
     try:
         prune_checkpoint(own, working, point.settings, known=known, command=command)
-        before, found = dense.result, _evaluated(sweep, [working], dense)[-1]
+        before, found = dense.result, sweep.evaluated([working], against=dense)[-1]
         first, second = measured_model("dense", before), measured_model("pruned", found)
         facts = {
             "perplexity": before_and_after(before["perplexity"], found["perplexity"]),

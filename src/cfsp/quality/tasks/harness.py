@@ -27,7 +27,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache, partial
@@ -49,6 +49,8 @@ from cfsp.streaming.work_dir import WorkDir, load_or_compute
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 HARNESS_METRICS = ("acc", "acc_norm", "exact_match")
 # How the harness takes an answer from what was written; the first that a task has is taken.
@@ -125,10 +127,11 @@ class TaskRunner:
         return partial(self.score, lm)
 
     def read_data(self) -> None:
-        """Read the data of every task once, before any model is loaded."""
-        with _quiet():
-            for name in self.selection.task_names:
-                self.load(name)
+        """Read the data of every task once, and check them, before any model is loaded."""
+        for name in self.selection.task_names:
+            with _quiet():
+                tasks = self.load(name)["tasks"]
+            _check_has_scores(name, tasks)
 
     def conditions(self) -> dict[str, Any]:
         """Return what holds for all tasks, as JSON types."""
@@ -159,13 +162,13 @@ class TaskRunner:
             task.set_config(key="num_fewshot", value=self.selection.shots or 0)
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
 
-    def load(self, name: str) -> tuple[list[Any], list[str]]:
+    def load(self, name: str) -> dict[str, Any]:
         """Load one name's data anew: the harness keeps a run's requests in its task objects.
 
-        Returns its objects to run (of a group, that alone), and the names of single tasks.
+        Returns what the harness runs: single `tasks` by name, and their `groups`.
         """
         try:
-            loaded = self.manager.load([name])
+            loaded: dict[str, Any] = self.manager.load([name])
         except CfspError:
             raise
         except Exception as error:  # network, hub and data set errors of many types
@@ -174,8 +177,7 @@ class TaskRunner:
                 f"the harness cannot get the data of {name} now ({type(error).__name__}: "
                 f"{reason}); check the network, or give local files with --task-data"
             ) from error
-        groups, tasks = loaded["groups"], loaded["tasks"]
-        return [groups[name]] if name in groups else list(tasks.values()), list(tasks)
+        return loaded
 
     def score(self, lm: Any, name: str) -> dict[str, Any]:
         """Score a model, as the harness runs it, on one task, or on all of a group.
@@ -189,15 +191,15 @@ class TaskRunner:
         # The harness would fork for its bootstrap: a fork of many threads can hang for ever.
         os.environ["DISABLE_MULTIPROC"] = "1"
         with _quiet():
-            roots, leaves = self.load(name)
-            everything = self.manager.load(roots)
-            for task in everything["tasks"].values():
+            loaded = self.load(name)
+            leaves = loaded["tasks"]
+            for task in leaves.values():
                 self.set_shots(task)
             # Not simple_evaluate: it also asks git and every package for versions, for reports
             # of its own, and git complains where there is no repository.
             results = evaluate(
                 lm=lm,
-                task_dict=everything,
+                task_dict=loaded,
                 limit=self.selection.limit,
                 log_samples=True,
                 # Errors that nothing here reports, such as that of a perplexity, are by bootstrap.
@@ -206,11 +208,28 @@ class TaskRunner:
         # Of a group its mean where there is one, else each single task.
         has_mean = f"{HARNESS_METRICS[0]},none" in results["results"].get(name, {})
         scores, documents = {}, {}
-        for entry, members in [(name, leaves)] if has_mean else [(each, [each]) for each in leaves]:
-            logged = [(everything["tasks"][each], results["samples"][each]) for each in members]
+        entries = {name: [*leaves]} if has_mean else {each: [each] for each in leaves}
+        for entry, members in entries.items():
+            logged = [(leaves[each], results["samples"][each]) for each in members]
             documents[entry] = scored_documents(logged)
             scores[entry] = _scores(entry, members, results) | summary_of(documents[entry])
         return {"tasks": scores, "documents": documents}
+
+
+def _check_has_scores(name: str, tasks: Mapping[str, Any]) -> None:
+    """Check that a task ends with a number that is read here; of a group, say which do not."""
+    unread = []
+    for leaf, task in tasks.items():
+        metrics = [*task.aggregation()]
+        taken = sorted({each["name"] for each in task.config.filter_list or ()} or {"none"})
+        if not ({*metrics} & {*HARNESS_METRICS} and {*taken} & {*FILTERS}):
+            unread.append(f"{leaf} by {', '.join(metrics)} of answers taken by {', '.join(taken)}")
+    if not unread:
+        return
+    told = f"expected scores by {' or '.join(HARNESS_METRICS)}, found {'; '.join(unread)}"
+    if len(unread) == len(tasks):
+        raise TaskError(f"{told}; leave {name} out, or score it by lm_eval itself")
+    logger.warning("%s: %s; these get no number", name, told)
 
 
 def _scores(name: str, members: list[str], results: dict[str, Any]) -> dict[str, Any]:
@@ -320,12 +339,12 @@ def _gold(found: Any, choices: Sequence[str]) -> int | list[int]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep standard output free for results, and progress off what is not a terminal."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    harness = logging.getLogger("lm_eval")
+    level = harness.level
+    harness.setLevel(logging.ERROR)
     progress = sys.stderr if sys.stderr.isatty() else io.StringIO()
     try:
         with redirect_stdout(sys.stderr), redirect_stderr(progress):
             yield
     finally:
-        logger.setLevel(level)
+        harness.setLevel(level)
