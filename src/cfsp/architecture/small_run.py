@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedConfig
 
 from cfsp.architecture.discovery import find_architecture
@@ -236,10 +237,8 @@ def _record(model: Any, architecture: Architecture) -> tuple[Call, ...]:
 
     with ExitStack() as stack:
         for index, block in enumerate(model.get_submodule(architecture.blocks)):
-            begins = block.register_forward_pre_hook(before, with_kwargs=True)
-            ends = block.register_forward_hook(partial(after, index))
-            stack.callback(begins.remove)
-            stack.callback(ends.remove)
+            stack.enter_context(block.register_forward_pre_hook(before, with_kwargs=True))
+            stack.enter_context(block.register_forward_hook(partial(after, index)))
         run_decoder(model.get_submodule(architecture.decoder), small_tokens(model))
     _check_order(architecture, calls)
     return tuple(calls)
@@ -282,13 +281,7 @@ def _check_order(architecture: Architecture, calls: list[Call]) -> None:
 
 def _copied(value: Any) -> Any:
     """Return arguments of a call with tensors and containers that nobody else writes to."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if type(value) is dict:
-        return {key: _copied(item) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_copied(item) for item in value)
-    return value
+    return tree_map_only(Tensor, torch.clone, value)
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
@@ -311,9 +304,7 @@ def checking(check: str, expected: str) -> Iterator[None]:
         raise FailedCheckError(f"{check}: expected {expected}, found {found}") from problem
 
 
-def check_same(
-    check: str, expected: str, compute: Callable[[], Tensor], wanted: Tensor
-) -> None:
+def check_same(check: str, expected: str, compute: Callable[[], Tensor], wanted: Tensor) -> None:
     """Check that a computation gives what it must."""
     with checking(check, expected):
         error = difference(compute(), wanted)

@@ -15,10 +15,11 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from cfsp.architecture.expert_proof import masked_experts
 from cfsp.architecture.found import Unit
@@ -44,10 +45,7 @@ from cfsp.streaming.stand_in import (
 from cfsp.streaming.work_dir import load_or_compute
 from cfsp.text.windows import Windows, few_windows
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    KeptChannels = Mapping[int, Sequence[int]]
+KeptChannels = Mapping[int, Sequence[int]]
 
 # At least so many windows are compared, or as many as texts, and of each this beginning. The
 # divergence has little noise (LOG.md), and each window costs a forward pass for every change.

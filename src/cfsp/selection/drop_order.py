@@ -19,9 +19,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from cfsp.calibration.statistics import Removal, RunDistances, Statistics
 from cfsp.checkpoint.reading import WeightSource
@@ -38,10 +40,6 @@ from cfsp.streaming.block_proof import prove_without_attentions, prove_without_b
 from cfsp.streaming.runtime import fits
 from cfsp.streaming.work_dir import load_or_compute
 from cfsp.text.windows import Windows
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
 
 _WINDOWS_IN_BATCH = 4
 # How many are tried again before one goes, and the tokens of each window that is read for it: one

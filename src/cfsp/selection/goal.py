@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import mul
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from cfsp.calibration.statistics import Removal
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
@@ -49,9 +51,6 @@ from cfsp.streaming.work_dir import WorkDir, load_or_compute
 from cfsp.text.drawing import draw_left_over
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # From about this share of the FFN channels on, whole blocks beside fewer channels were better on
 # one of two models: not at 29% or 33%, but at 43% (docs/STUDIES.md, study 9).

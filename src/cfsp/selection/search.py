@@ -18,9 +18,10 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from cfsp.calibration.statistics import Removal, Statistics
 from cfsp.checkpoint.reading import LoadedModel, WeightSource
@@ -46,10 +47,7 @@ from cfsp.streaming.runtime import Runtime, free_bytes, needed_bytes
 from cfsp.streaming.work_dir import load_or_compute, temporary_work_dir
 from cfsp.text.windows import Windows, few_windows, joined
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    Scorer = Callable[[Candidate], float]
+Scorer = Callable[[Candidate], float]
 
 # On as few windows as it is judged by a ridge fits noise, most of all where most channels go, and
 # other parts seem cheaper than they are (LOG.md).

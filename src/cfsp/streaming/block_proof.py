@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from cfsp.architecture.block_names import blocks_in_words, index_without
 from cfsp.architecture.expert_proof import check_experts, refusing_experts
+from cfsp.architecture.found import Architecture, Unit
 from cfsp.architecture.proof import small_run_of
 from cfsp.architecture.resizing import remove_attentions
 from cfsp.architecture.small_run import (
@@ -33,6 +35,7 @@ from cfsp.architecture.small_run import (
     small_tokens,
 )
 from cfsp.checkpoint.loading import cache_argument
+from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.skeleton import stock_config
 from cfsp.checkpoint.stock_keys import (
     changes_without_blocks,
@@ -43,12 +46,6 @@ from cfsp.checkpoint.stored_blocks import name_without_blocks
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import UnsupportedModelError, first_line
 from cfsp.streaming.stand_in import find_call_form, skipped
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-    from cfsp.architecture.found import Architecture, Unit
-    from cfsp.checkpoint.reading import WeightSource
 
 _CPU = torch.device("cpu")
 
@@ -61,7 +58,7 @@ def prove_without_blocks(stock: PreTrainedConfig, removed: Collection[int]) -> N
     decoder: Any = run.model.get_submodule(run.architecture.decoder)
     what = f"{blocks_in_words(removed)} of {run.architecture.class_name} can't be removed"
     try:
-        form = find_call_form(lambda tokens: run_decoder(decoder, tokens), run.blocks, _CPU)
+        form = find_call_form(partial(run_decoder, decoder), run.blocks, _CPU)
         with skipped(run.blocks, removed, form):
             expected = run.decoder_output()
     except Exception as error:  # however a model misses what its stand-ins do not leave
@@ -104,7 +101,7 @@ def prove_without_attentions(
     with ExitStack() as stack:
         for unit in leaving:
             attention = run.blocks[unit.block].get_submodule(unit.path)
-            stack.callback(attention.register_forward_hook(_nothing).remove)
+            stack.enter_context(attention.register_forward_hook(_nothing))
         expected = run.decoder_output()
     with _refused(what):
         check_bites("without them", dense, expected)

@@ -15,25 +15,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from cfsp.architecture.activations import OnRows, observed_activations, observed_sublayers
-from cfsp.checkpoint.reading import read_tensors
+from cfsp.architecture.found import Unit
+from cfsp.checkpoint.reading import WeightSource, read_tensors
 from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, fill, unload
 from cfsp.errors import CalibrationError, UsageError
+from cfsp.processes import Team
 from cfsp.streaming.block_calls import BlockCalls, weights_of_start
 from cfsp.streaming.hidden_states import HiddenStates, Room
+from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.work_dir import PassTimes
-
-if TYPE_CHECKING:
-    from cfsp.architecture.found import Unit
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.processes import Team
-    from cfsp.streaming.runtime import Runtime
-    from cfsp.text.windows import Windows
+from cfsp.text.windows import Windows
 
 # Batches of about this many tokens: large enough for full speed, small enough for a cache.
 TOKENS_IN_BATCH = 4096

@@ -11,20 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from cfsp.architecture.small_run import set_parameter
+from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of, build_skeleton
 from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.streaming.stand_in import CallForm, find_call_form, resumed_at
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from cfsp.checkpoint.reading import WeightSource
 
 # What else a config can ask for. It is collected from all blocks, and one that does not run gives
 # none: mixtures of experts that were fine-tuned often ask for router logits.

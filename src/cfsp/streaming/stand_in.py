@@ -187,8 +187,7 @@ def hidden_states_entering(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
 
     with ExitStack() as stack:
         for block in blocks:
-            handle = block.register_forward_pre_hook(note, with_kwargs=True)
-            stack.callback(handle.remove)
+            stack.enter_context(block.register_forward_pre_hook(note, with_kwargs=True))
         yield entering_L
 
 
