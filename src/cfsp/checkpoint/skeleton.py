@@ -18,12 +18,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cfsp.architecture.found import Architecture
-from cfsp.architecture.model_classes import (
-    PRUNED,
-    build_model,
-    empty_stock_model,
-    model_class_of,
-)
+from cfsp.architecture.model_classes import PRUNED, build_model, empty_stock_model, model_class_of
 from cfsp.architecture.proof import prove
 from cfsp.checkpoint.modeling_code import (
     FFN_WIDTHS,

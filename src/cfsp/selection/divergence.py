@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -150,12 +150,9 @@ class MaskedModel:
         self._entering: list[list[Tensor]] = []
         with torch.inference_mode():
             for tokens_BT in batches:
-                noting: AbstractContextManager[list[Tensor]] = (
-                    hidden_states_entering(self._blocks) if resumes else nullcontext([])
-                )
-                with noting as entering_L:
+                with hidden_states_entering(self._blocks) as entering_L:
                     self._dense.append(dense_predictions(model, tokens_BT))
-                self._entering.append(entering_L)
+                self._entering.append(entering_L if resumes else [])
             self._resumes = resumes and self._can_resume()
 
     def _can_resume(self) -> bool:

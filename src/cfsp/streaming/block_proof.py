@@ -8,7 +8,7 @@ no difference to what follows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -90,13 +90,11 @@ def prove_without_attentions(
         stock, architecture, _ = stock_without_blocks(stock, architecture, removed_blocks)
         removed = [index_without(removed_blocks, block) for block in removed]
     run = small_run_of(stock)
-    decoder: Any = run.model.get_submodule(run.architecture.decoder)
     attentions = architecture.of_part("kv").stock_units
     gone = {unit.block for unit in architecture.gone}
     kinds = getattr(text_config_of(stock), "layer_types", None)
     _check_some_stay(attentions, {*removed, *gone}, kinds, what)
     leaving = [unit for unit in attentions if unit.block in removed or unit.block in gone]
-    tokens_BT = small_tokens(run.model)
     dense = run.decoder_output()
     with ExitStack() as stack:
         for unit in leaving:
@@ -105,12 +103,15 @@ def prove_without_attentions(
         expected = run.decoder_output()
     with _refused(what):
         check_bites("without them", dense, expected)
-        caches = difference(_run_with_cache(decoder, tokens_BT), dense) <= TOLERANCE
+        checks: dict[str, Callable[[], Tensor]] = {"cut": run.decoder_output}
+        with_cache = partial(_run_with_cache, run)
+        if (
+            difference(with_cache(), dense) <= TOLERANCE
+        ):  # else the model with all of them fails too
+            checks["cache"] = with_cache
         with _without_attentions(run, attentions, leaving, kinds):
-            for check, compute in (("cut", run_decoder), ("cache", _run_with_cache)):
-                if check == "cut" or caches:  # else the model with all of them fails too
-                    again = partial(compute, decoder, tokens_BT)
-                    check_same(check, "the output with nothing from them", again, expected)
+            for check, again in checks.items():
+                check_same(check, "the output with nothing from them", again, expected)
 
 
 def check_experts_can_go(
@@ -184,8 +185,10 @@ def _nothing(module: nn.Module, args: Any, output: Any) -> Any:
     return (torch.zeros_like(output[0]), *output[1:])
 
 
-def _run_with_cache(decoder: Any, tokens_BT: Tensor) -> Tensor:
-    """Return what the decoder gives for tokens that it sees in two parts."""
+def _run_with_cache(run: SmallRun) -> Tensor:
+    """Return what the decoder gives for the tokens of a run that it sees in two parts."""
+    decoder: Any = run.model.get_submodule(run.architecture.decoder)
+    tokens_BT = small_tokens(run.model)
     half = tokens_BT.shape[1] // 2
     first, name = decoder(input_ids=tokens_BT[:, :half], use_cache=True), cache_argument(decoder)
     seen = {name: getattr(first, name)}

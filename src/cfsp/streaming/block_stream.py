@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -90,14 +90,12 @@ class StreamedBlock:
             self.tokens_done(len(input_BTD) * seqlen)
             return output_BTD
 
-        with (
-            nullcontext()
-            if on_activations is None or not self.units
-            else observed_activations(self.module, self.units, on_rows, on_output),
-            nullcontext()
-            if on_sublayer is None
-            else observed_sublayers(self.module, self.units, after),
-        ):
+        with ExitStack() as stack:
+            if on_activations is not None and self.units:
+                observed = observed_activations(self.module, self.units, on_rows, on_output)
+                stack.enter_context(observed)
+            if on_sublayer is not None:
+                stack.enter_context(observed_sublayers(self.module, self.units, after))
             self.pass_through(compute, self._batches)
         self.hidden.swap_buffers()
         unload(self.module)
