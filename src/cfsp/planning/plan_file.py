@@ -132,6 +132,12 @@ class PruningPlan:
         return all(unit.block == i and not unit.path for i, unit in enumerate(self.units))
 
     @property
+    def has_parts(self) -> bool:
+        """Whether anything goes that version 1 cannot say."""
+        gone = self.removed_blocks or self.kept_experts is not None
+        return bool(gone or self.of_part("kv"))
+
+    @property
     def kept_experts(self) -> int | None:
         """How many experts every block with routed ones keeps; None where none goes whole."""
         return next((len(u.kept_ffns) for u in self.kept_units if u.loses_experts), None)
@@ -225,9 +231,8 @@ class PruningPlan:
     def to_json(self) -> str:
         """Return the plan as JSON; the same plan gives the same bytes."""
         is_placed = not self.has_one_unit_each
-        has_parts = self.removed_blocks or self.kept_experts is not None or self.of_part("kv")
         fields = {
-            "plan_version": VERSION_WITH_PARTS if has_parts else PLAN_VERSION,
+            "plan_version": VERSION_WITH_PARTS if self.has_parts else PLAN_VERSION,
             "model": vars(self.model),
             "criterion": self.criterion,
             "calibration": self.calibration,

@@ -33,7 +33,6 @@ from cfsp.selection.constraint import (
 )
 from cfsp.selection.divergence import load_whole, masked_channels
 from cfsp.selection.drop_order import can_go
-from cfsp.selection.search import has_room_for_two
 from cfsp.selection.speedup import Speedup
 from cfsp.settings import (
     DEFAULT_PARTS,
@@ -46,7 +45,7 @@ from cfsp.settings import (
     TargetSpeedup,
     parts_in_words,
 )
-from cfsp.streaming.runtime import Runtime, runtime_of
+from cfsp.streaming.runtime import Runtime, fits, runtime_of
 from cfsp.streaming.work_dir import WorkDir, load_or_compute
 from cfsp.text.drawing import draw_left_over
 from cfsp.text.tokenizers import load_tokenizer
@@ -123,7 +122,7 @@ def _parts_for(job: Job, asked: Parameters) -> tuple[Part, ...]:
 
 def _obstacle(job: Job, asked: Parameters) -> str:
     """Return why it cannot be tried how many blocks go; nothing if it can."""
-    if not has_room_for_two(job.source, job.runtime):
+    if not fits(job.source, job.runtime, models=2):
         return "there is no memory for a pruned model beside the dense one"
     too_few = "the model cannot do without enough of them"
     try:

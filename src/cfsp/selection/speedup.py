@@ -7,8 +7,7 @@ is added up:
     t = 1 - sum over parts of mean over units (1 - t_part(what the unit keeps))
 
 where t_part is the time of a model whose units of the part all keep that, relative to the whole
-model. Head and overhead are in every t. Between measured points t is taken to be linear. Of KV
-groups and attention layers it was never compared with a real model.
+model. Head and overhead are in every t. Between measured points t is taken to be linear.
 """
 
 from __future__ import annotations

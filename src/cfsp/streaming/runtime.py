@@ -39,10 +39,10 @@ def runtime_of(compute: Compute, source: WeightSource) -> Runtime:
     )
 
 
-def fits(source: WeightSource, runtime: Runtime) -> bool:
-    """Return whether a whole model fits into the memory that is available where it computes."""
-    needed = needed_bytes(source, runtime.dtype)
-    return isinstance(source, LoadedModel) or needed <= free_bytes(runtime.device)
+def fits(source: WeightSource, runtime: Runtime, models: int = 1) -> bool:
+    """Return whether a whole model, or so many as large, fit into memory where it computes."""
+    missing = models - isinstance(source, LoadedModel)  # one in memory is there already
+    return missing * needed_bytes(source, runtime.dtype) <= free_bytes(runtime.device)
 
 
 def check_fits(source: WeightSource, runtime: Runtime, purpose: str) -> None:
