@@ -42,7 +42,6 @@ from cfsp.streaming.stand_in import (
     resumed_at,
     skipped,
 )
-from cfsp.streaming.work_dir import load_or_compute
 from cfsp.text.windows import Windows, few_windows
 
 KeptChannels = Mapping[int, Sequence[int]]
@@ -329,9 +328,7 @@ def with_needed_sensitivity(job: Job, statistics: Statistics, windows: Windows) 
 
     # Other windows would be another measurement.
     name = f"sensitivity-{windows.digest[:8]}"
-    found = work_dir.team.from_first(
-        lambda: load_or_compute(work_dir, name, measure)["sensitivity"]
-    )
+    found = work_dir.once(name, measure)["sensitivity"]
     blocks = len(statistics.blocks)
     return replace(statistics, sensitivity=Sensitivity.from_json(found, blocks))
 

@@ -116,8 +116,7 @@ def _parts_for(job: Job, asked: Parameters) -> tuple[Part, ...]:
         return {"parts": (*DEFAULT_PARTS, "blocks")}
 
     # A run that is resumed may find another amount of memory.
-    found = job.work_dir.team.from_first(lambda: load_or_compute(job.work_dir, "parts", choose))
-    return tuple(found["parts"])
+    return tuple(job.work_dir.once("parts", choose)["parts"])
 
 
 def _obstacle(job: Job, asked: Parameters) -> str:
