@@ -15,6 +15,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from cfsp.planning.candidate import NOTHING, Dropped
 from cfsp.planning.importance import choose_channels
 from cfsp.progress import item_progress
 from cfsp.settings import AUTO_METRIC, SENSITIVITY, UNIT_PARTS, Criterion, Part
-from cfsp.streaming.decoder_end import logits_only, text_model
+from cfsp.streaming.decoder_end import logits_of, text_model
 from cfsp.streaming.runtime import Runtime, check_fits, fits, no_number
 from cfsp.streaming.stand_in import (
     CallForm,
@@ -72,13 +73,7 @@ def load_whole(source: WeightSource, runtime: Runtime, purpose: str) -> PreTrain
 @torch.inference_mode()
 def call_form_of(model: PreTrainedModel, blocks: nn.ModuleList) -> CallForm:
     """Return how a whole model takes hidden states from its blocks; see `find_call_form`."""
-
-    def logits(tokens_BT: Tensor) -> Tensor:
-        found: Tensor = model(input_ids=tokens_BT, use_cache=False).logits
-        return found
-
-    with logits_only(model):
-        return find_call_form(logits, blocks, model.device)
+    return find_call_form(partial(logits_of, model), blocks, model.device)
 
 
 @dataclass(frozen=True)
@@ -119,11 +114,8 @@ def few_beginnings(windows: Windows, tokens: int = BEGINNING_TOKENS) -> Windows:
 
 def _logits(model: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
     position_P = torch.arange(0, tokens_BT.shape[1], POSITION_STRIDE, device=model.device)
-    output = text_model(model)(
-        input_ids=tokens_BT.to(model.device), use_cache=False, logits_to_keep=position_P
-    )
-    logits_BPV: Tensor = output.logits.float()
-    return logits_BPV
+    tokens_BT = tokens_BT.to(model.device)
+    return logits_of(text_model(model), tokens_BT, logits_to_keep=position_P).float()
 
 
 class MaskedModel:
