@@ -17,7 +17,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -292,14 +292,12 @@ def write_tensor_file(path: Path, tensors: Sequence[OutgoingTensor]) -> str:
 
     digest = hashlib.sha256()
     with path.open("wb") as file, ThreadPoolExecutor(max_workers=1) as pool:
-        pending: Future[None] | None = None
+        hashed = pool.submit(digest.update, b"")
         for chunk in _file_chunks(text, tensors):
-            if pending is not None:
-                pending.result()
-            pending = pool.submit(digest.update, chunk)
+            hashed.result()  # else chunks would pile up in memory
+            hashed = pool.submit(digest.update, chunk)
             file.write(chunk)
-        if pending is not None:
-            pending.result()
+        hashed.result()
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
