@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import MappingKey, tree_flatten_with_path
 
 from cfsp.architecture.activations import hidden_state
-from cfsp.errors import UnsupportedModelError
+from cfsp.errors import UnsupportedModelError, first_line
 
 # Windows and tokens of the batch that forms are tried on.
 _PROBED = (2, 3)
@@ -226,7 +226,7 @@ def find_call_form(
         except Exception as error:  # whatever a model does with a value that it does not expect
             if not called:
                 raise
-            reasons.append(f"{type(error).__name__}: {error}".partition("\n")[0])
+            reasons.append(first_line(error))
             continue
         last = called[-1].returned
         others: list[Called] = []
