@@ -168,11 +168,9 @@ def _choose_and_repair(job: Job, constraint: Constraint) -> tuple[PruningResult,
     with job.work_dir.watch.stage("ridge"):
         chosen = choose_and_repair(job, windows, widths.kept_U, candidate.dropped.blocks)
     record = calibration_record(job.source, windows, job.runtime, seed=job.settings.text.seed)
-    statistics = replace(
-        Statistics.of([each.observed for each in chosen], record, planner.statistics.sensitivity),
-        removals=planner.statistics.removals,
-        runs=planner.statistics.runs,
-    )
+    seen = Statistics.of([each.observed for each in chosen], record)
+    # What else was measured of the model holds.
+    statistics = replace(planner.statistics, blocks=seen.blocks, units=seen.units, record=record)
     kept = [kept_K for block in chosen for kept_K in block.kept]
     plan = replace(planner, statistics=statistics).assemble(candidate, widths, kept)
     warn_of_experts(plan)

@@ -86,7 +86,8 @@ def test_statistics_survive_a_file(tmp_path):
             ),
         ),
     ]
-    statistics = Statistics.of(blocks, RECORD, Sensitivity((0.0, 0.25), (1.0, 0.5), 4))
+    sensitivity = Sensitivity((0.0, 0.25), (1.0, 0.5), 4)
+    statistics = replace(Statistics.of(blocks, RECORD), sensitivity=sensitivity)
     path, again = tmp_path / "deep" / "s.safetensors", tmp_path / "again"
     statistics.save(path)
     loaded = Statistics.load(path)

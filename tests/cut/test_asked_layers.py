@@ -26,6 +26,7 @@ from cfsp.selection import drop_order
 from cfsp.selection.constraint import Share
 from cfsp.selection.drop_order import check_can_go
 from cfsp.settings import PARTS, Budget, Criterion, Part, PruneSettings
+from cfsp.streaming import block_proof
 from cfsp.streaming.block_proof import prove_without_blocks
 from family_contract import SETTINGS, by_plan, check_is_the_same, save_with_tokenizer
 from recoveries import stop
@@ -271,3 +272,13 @@ def test_the_small_model_of_the_proof_need_not_have_a_valid_config():
     with pytest.raises(ValueError, match="is not a multiple of the number of attention heads"):
         small_run_of(config).model.config.validate_architecture()
     prove_without_blocks(config, (1,))
+
+
+def test_blocks_stay_of_which_the_others_need_more_than_a_hidden_state(monkeypatch):
+    def refused(*_: Any) -> None:
+        raise UnsupportedModelError("argument x of block 2 is made from hidden states")
+
+    monkeypatch.setattr(block_proof, "find_call_form", refused)
+    message = r"block 1 of Llama.* failed the check skipped: .* a hidden state, found that argument"
+    with pytest.raises(UnsupportedModelError, match=message):
+        prove_without_blocks(tiny_model("llama").config, (1,))

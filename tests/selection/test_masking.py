@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import combinations
@@ -23,6 +24,7 @@ from cfsp.selection import drop_order
 from cfsp.selection.constraint import DropBudget, half_dropped
 from cfsp.selection.divergence import (
     POSITION_STRIDE,
+    MaskedModel,
     block_sensitivities,
     dense_predictions,
     masked_channels,
@@ -49,6 +51,13 @@ def test_blocks_that_are_not_named_stay_dense():
     with pytest.raises(KeyboardInterrupt), masked_channels(source, model, {0: (1,)}):
         raise KeyboardInterrupt
     assert torch.equal(model(TOKENS).logits, dense_BTV)
+
+
+def test_the_only_block_with_a_router_may_go_where_its_logits_are_asked_for():
+    asked = {"output_router_logits": True, "num_hidden_layers": 2, "mlp_only_layers": [0]}
+    model = tiny_model("qwen2_moe", **asked)
+    masked = MaskedModel(LoadedModel(model), model, [TOKENS])
+    assert 0 < masked.divergence(Dropped((1,))) < math.inf
 
 
 # Sensitivity: one block masked at a time, from kept hidden states as from the beginning.

@@ -65,7 +65,7 @@ def test_channels_go_alone_where_blocks_cannot_be_compared_and_it_is_said(
     stays = stays_without(source, 0.6)
     caplog.set_level(logging.INFO)
 
-    monkeypatch.setattr(goal, "has_room_for_two", lambda *_: False)
+    monkeypatch.setattr(goal, "fits", lambda *_, models: False)
     assert parts_of(source, stays, draw) == ("ffn",)
     assert (
         "60% of the FFN channels would go alone, and there is no memory for a pruned model beside "
@@ -140,7 +140,7 @@ def test_a_resumed_run_keeps_what_it_had_decided(model, draw, tmp_path, monkeypa
         return constraint_of(job_of(source, settings, draw, work_dir=work_dir))[0].budget.parts
 
     assert parts() == ("ffn", "blocks")
-    monkeypatch.setattr(goal, "has_room_for_two", lambda *_: False)
+    monkeypatch.setattr(goal, "fits", lambda *_, models: False)
     assert parts() == ("ffn", "blocks")
 
 

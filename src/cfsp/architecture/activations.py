@@ -60,8 +60,7 @@ def observed_activations(
         tokens[:] = [every, *(every // length for length in lengths if len(lengths) > 2)]
 
     with ExitStack() as stack:
-        before = block.register_forward_pre_hook(before_block, with_kwargs=True)
-        stack.callback(before.remove)
+        stack.enter_context(block.register_forward_pre_hook(before_block, with_kwargs=True))
         for position, unit in enumerate(units):
             watch = _Watch(block, unit, position, tokens, on_rows, on_output)
             stack.enter_context(watch.while_it_runs())
@@ -80,10 +79,9 @@ def observed_sublayers(
     with ExitStack() as stack:
         for position, unit in enumerate(units):
             if unit.after is not None:
-                hook = block.get_submodule(unit.after).register_forward_pre_hook(
-                    partial(before, position), with_kwargs=True
-                )
-                stack.callback(hook.remove)
+                after = block.get_submodule(unit.after)
+                entered = partial(before, position)
+                stack.enter_context(after.register_forward_pre_hook(entered, with_kwargs=True))
         yield
 
 
@@ -147,15 +145,14 @@ class _Watch:
         forward = inspect.unwrap(type(module).forward) if follows else type(module).forward
         with ExitStack() as stack:
             if not self.unit.routed and owner != self.unit.path:
-                hook = self.block.get_submodule(owner).register_forward_pre_hook(
-                    lambda _, args: self.show_dense(args[0])
-                )
-                stack.callback(hook.remove)
+                down = self.block.get_submodule(owner)
+                show = down.register_forward_pre_hook(lambda _, args: self.show_dense(args[0]))
+                stack.enter_context(show)
             else:
                 module.forward = partial(_watch_products, self, partial(forward, module))
                 stack.callback(delattr, module, "forward")  # the class's own is back
             if not follows:
-                stack.callback(module.register_forward_hook(self.check_seen).remove)
+                stack.enter_context(module.register_forward_hook(self.check_seen))
             yield
 
 

@@ -57,14 +57,14 @@ def _check_outputs(run: SmallRun, unit: Unit) -> None:
     place = unit.block, unit.path
     small = next(each for each in run.architecture.units if (each.block, each.path) == place)
     module = block.get_submodule(unit.path)
-    with ExitStack() as stack, checking("outputs", "to see what its experts add"):
-        hook = module.register_forward_hook(lambda _m, _a, out: given.append(first_tensor(out)))
-        stack.callback(hook.remove)
-        observed = observed_activations(
+    with (
+        checking("outputs", "to see what its experts add"),
+        module.register_forward_hook(lambda _m, _a, out: given.append(first_tensor(out))),
+        observed_activations(
             block, [small], lambda *_: None, lambda _u, _e, *added: parts.append(added)
-        )
-        with observed:
-            run.output(unit.block)
+        ),
+    ):
+        run.output(unit.block)
     # Some give what each expert adds to every token, one expert after the other.
     rows, hidden = run.calls[unit.block].hidden.flatten(0, -2).shape
     expected_RD = given[0].reshape(-1, rows, hidden).sum(0)
@@ -155,13 +155,11 @@ def masked_experts(block: nn.Module, unit: Unit, kept: Sequence[int]) -> Iterato
             tensor.copy_(values)
 
     # Other blocks may have the same tensors, and lose other experts.
-    begins = block.register_forward_pre_hook(before)
-    ends = block.register_forward_hook(after, always_call=True)
-    try:
+    with (
+        block.register_forward_pre_hook(before),
+        block.register_forward_hook(after, always_call=True),
+    ):
         yield
-    finally:
-        begins.remove()
-        ends.remove()
 
 
 @contextmanager

@@ -254,12 +254,11 @@ def _as_entered(run: SmallRun, unit: Unit) -> Unit:
     with ExitStack() as stack, replaced(block, zeros):
         attention = block.get_submodule(unit.path)
         ends = attention.register_forward_hook(lambda _m, _a, output: ran.append(output))
-        stack.callback(ends.remove)
+        stack.enter_context(ends)
         for path, module in block.named_modules():
             if path and not f"{path}.".startswith(f"{unit.path}."):
                 entered = partial(before, path)
-                hook = module.register_forward_pre_hook(entered, with_kwargs=True)
-                stack.callback(hook.remove)
+                stack.enter_context(module.register_forward_pre_hook(entered, with_kwargs=True))
         run.output(unit.block)
     extras = len(ran[0]) - 1 if isinstance(ran[0], tuple | list) else None
     return replace(unit, after=found[0] if found else None, extras=extras)

@@ -229,7 +229,7 @@ def replaced(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
 
 def _random(name: str, parameter: Tensor, generator: torch.Generator) -> nn.Parameter:
     """Return weights as a trained model might have them: sums stay small, norms are about 1."""
-    values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    values = torch.randn(parameter.shape, generator=generator).double()
     if parameter.ndim > 1:
         values *= parameter.shape[-1] ** -0.5
     else:
@@ -255,10 +255,8 @@ def _record(model: Any, architecture: Architecture) -> tuple[Call, ...]:
 
     with ExitStack() as stack:
         for index, block in enumerate(model.get_submodule(architecture.blocks)):
-            begins = block.register_forward_pre_hook(before, with_kwargs=True)
-            ends = block.register_forward_hook(partial(after, index))
-            stack.callback(begins.remove)
-            stack.callback(ends.remove)
+            stack.enter_context(block.register_forward_pre_hook(before, with_kwargs=True))
+            stack.enter_context(block.register_forward_hook(partial(after, index)))
         run_decoder(model.get_submodule(architecture.decoder), small_tokens(model))
     _check_order(architecture, calls)
     return tuple(calls)

@@ -12,10 +12,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from cfsp.architecture.found import Unit
 from cfsp.calibration.observed import (
@@ -35,10 +35,6 @@ from cfsp.streaming.block_stream import OnActivations, StreamedBlock, part_of
 from cfsp.streaming.runtime import Runtime, no_number
 from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.windows import Windows
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
 
 # Rows of activations that are summed at once: on a CPU their float32 copy should stay in the cache,
 # an accelerator is given few and large things to do.

@@ -157,18 +157,12 @@ class Statistics:
     runs: RunDistances | None = None
 
     @classmethod
-    def of(
-        cls,
-        observed: Sequence[ObservedBlock],
-        record: CalibrationRecord,
-        sensitivity: Sensitivity | None = None,
-    ) -> Statistics:
+    def of(cls, observed: Sequence[ObservedBlock], record: CalibrationRecord) -> Statistics:
         """Return the statistics of a model from those of all its blocks."""
         return cls(
             tuple(each.block for each in observed),
             tuple(unit for each in observed for unit in each.units),
             record,
-            sensitivity,
         )
 
     @property

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cfsp.errors import CannotSayError, ExportError
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, SpecialVocab
-    from transformers import PreTrainedTokenizerBase
 
 # Where tokenizer_config.json keeps the name of the pre-tokenizer, for the way back.
 PRE_TOKENIZER_KEY = "gguf_pre_tokenizer"

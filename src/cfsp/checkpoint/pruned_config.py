@@ -16,7 +16,7 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -25,14 +25,12 @@ from cfsp.architecture.model_classes import PRUNED, model_class_of, with_values
 from cfsp.checkpoint.config_file import read_plain_fields
 from cfsp.checkpoint.modeling_code import FFN_WIDTHS, KV_GROUPS, PER_LAYER_CONFIG, ModelingFile
 from cfsp.checkpoint.own_files import CONFIG_FILE, MODELING_FILE
+from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import PRUNED_KEY, stock_config
 from cfsp.checkpoint.stock_keys import WidthSearch, stock_heads, stock_without_blocks
 from cfsp.checkpoint.text_config import text_config_of, text_path
 from cfsp.errors import UnsupportedModelError
 from cfsp.settings import Part
-
-if TYPE_CHECKING:
-    from cfsp.checkpoint.reading import Checkpoint
 
 
 @dataclass(frozen=True)

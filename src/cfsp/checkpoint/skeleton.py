@@ -8,7 +8,7 @@ into the models when they are needed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cfsp.architecture.found import Architecture
-from cfsp.architecture.model_classes import PRUNED, build_model, model_class_of
+from cfsp.architecture.model_classes import PRUNED, build_model, empty_stock_model, model_class_of
 from cfsp.architecture.proof import prove
 from cfsp.checkpoint.modeling_code import (
     FFN_WIDTHS,
@@ -132,22 +132,15 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Return the model of a config with names and shapes only: everything is on the meta device."""
-    return _built(config, torch.float32, lambda: torch.device("meta"))
+    return empty_stock_model(config, model_class(config))
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Return the model of a config with parameters on the meta device and real buffers."""
+    build = model_class(config)  # before the context: finding it may run a small model
     # Rotary frequencies are buffers that are computed at construction and stored nowhere.
-    return _built(config, dtype, lambda: init_empty_weights(include_buffers=False)).eval()
-
-
-def _built(
-    config: PreTrainedConfig, dtype: torch.dtype, without_weights: Callable[[], Any]
-) -> PreTrainedModel:
-    # Before the context: finding the class may run a small model.
-    build = model_class(config)
-    with without_weights():
-        return build_model(build, config, dtype)
+    with init_empty_weights(include_buffers=False):
+        return build_model(build, config, dtype).eval()
 
 
 def blocks_of(model: nn.Module, architecture: Architecture) -> nn.ModuleList:

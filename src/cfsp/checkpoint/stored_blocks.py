@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 from cfsp.architecture.block_names import index_without
+from cfsp.architecture.found import Architecture
+from cfsp.checkpoint.reading import WeightSource
 from cfsp.errors import UnsupportedModelError
-
-if TYPE_CHECKING:
-    from cfsp.architecture.found import Architecture
-    from cfsp.checkpoint.reading import WeightSource
 
 
 def names_without_blocks(source: WeightSource, removed: Collection[int]) -> dict[str, str]:

@@ -14,26 +14,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from cfsp.architecture.found import Architecture
-from cfsp.checkpoint.conversion import (
-    Conversion,
-    ModelShapes,
-    find_conversions,
-    meta,
-)
-from cfsp.checkpoint.tensor_file import (
-    AGAIN,
-    OutgoingTensor,
-    TensorSpec,
-    specs_of,
-    tensor_chunks,
-)
+from cfsp.checkpoint.conversion import Conversion, ModelShapes, find_conversions, meta
+from cfsp.checkpoint.tensor_file import AGAIN, OutgoingTensor, TensorSpec, specs_of, tensor_chunks
 from cfsp.errors import CheckpointError, UnsupportedModelError
 
 # What every old checkpoint may hold in its layers and transformers keeps elsewhere.
@@ -201,7 +190,9 @@ class StoredTensors:
         them and those that share stored tensors with them; `config` is the new model's. `names` has
         the new names of those that stay; None for all but the stale ones under their own.
         """
-        parameter_of = {name: each for each in changed for name in self.sources(each)}
+        group_of: dict[str, list[str]] = {}
+        for each in changed:
+            group_of |= dict.fromkeys(self.sources(each), self.made_with(each))
         specs_of_group: dict[str, dict[str, TensorSpec]] = {}
         # What shares stored tensors is made anew together, when the first of them is written.
         made: dict[str, Tensor] = {}
@@ -214,10 +205,10 @@ class StoredTensors:
         if names is None:
             names = {name: name for name in self.specs if name not in self.stale}
         for name, new in names.items():
-            if name not in parameter_of:
+            if name not in group_of:
                 yield OutgoingTensor(new, self.specs[name], partial(copied, name))
                 continue
-            group = self.made_with(parameter_of[name])
+            group = group_of[name]
             if group[0] not in specs_of_group:
                 empty = meta({**self.parameters, **changed}, group)
                 specs_of_group[group[0]] = specs_of(self.as_stored(empty, config))
@@ -227,14 +218,8 @@ class StoredTensors:
 
     def made_with(self, parameter: str) -> list[str]:
         """Return the parameters that are made of the same stored tensors, itself among them."""
-        return self._targets[self._made_by[parameter]]
-
-    @cached_property
-    def _targets(self) -> dict[Conversion, list[str]]:
-        found: dict[Conversion, list[str]] = {}
-        for name, conversion in self._made_by.items():
-            found.setdefault(conversion, []).append(name)
-        return found
+        own = self._made_by[parameter]
+        return [name for name, conversion in self._made_by.items() if conversion is own]
 
 
 def _tied(model: PreTrainedModel, made_by: Mapping[str, Conversion]) -> dict[str, str]:

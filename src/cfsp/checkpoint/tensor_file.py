@@ -17,11 +17,12 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from cfsp.errors import CheckpointError, refusing_bad_json
@@ -291,14 +292,12 @@ def write_tensor_file(path: Path, tensors: Sequence[OutgoingTensor]) -> str:
 
     digest = hashlib.sha256()
     with path.open("wb") as file, ThreadPoolExecutor(max_workers=1) as pool:
-        pending: Future[None] | None = None
+        hashed = pool.submit(digest.update, b"")
         for chunk in _file_chunks(text, tensors):
-            if pending is not None:
-                pending.result()
-            pending = pool.submit(digest.update, chunk)
+            hashed.result()  # else chunks would pile up in memory
+            hashed = pool.submit(digest.update, chunk)
             file.write(chunk)
-        if pending is not None:
-            pending.result()
+        hashed.result()
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
@@ -322,23 +321,19 @@ def write_shards(
 
     Bytes are made one tensor at a time. A tensor that is larger than a shard gets one of its own.
     """
-    shards: list[list[OutgoingTensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if shards[-1] and size + tensor.spec.nbytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.spec.nbytes
-    digests, weight_map = {}, {}
-    for number, shard in enumerate(shards, start=1):
-        file_name = SINGLE_FILE
-        if len(shards) > 1:
-            file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        digests[file_name] = write_tensor_file(directory / file_name, shard)
-        weight_map.update({tensor.name: file_name for tensor in shard})
-    if len(shards) > 1:
-        nbytes = sum(tensor.spec.nbytes for tensor in tensors)
-        index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+    by_name = {tensor.name: tensor for tensor in tensors}
+    split = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda tensor: tensor.spec.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    digests = {
+        file_name: write_tensor_file(directory / file_name, [by_name[name] for name in names])
+        for file_name, names in split.filename_to_tensors.items()
+    }
+    if split.is_sharded:
+        weight_map = dict(sorted(split.tensor_to_filename.items()))
+        index = {"metadata": split.metadata, "weight_map": weight_map}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
     return digests

@@ -5,10 +5,9 @@ A multimodal config has the decoder's in one of its own; some types name no long
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig
 
 
 def text_config_of(config: PreTrainedConfig) -> Any:

@@ -10,18 +10,15 @@ local    the ridge; every down projection on the pruned model's own hidden state
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from cfsp.checkpoint.reading import WeightSource
 from cfsp.errors import TextError, UnsupportedModelError
+from cfsp.job import Job
+from cfsp.planning.plan_file import PruningPlan
 from cfsp.repair import local, ridge_pass, sequential
 from cfsp.repair.result import PruningResult
-
-if TYPE_CHECKING:
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.job import Job
-    from cfsp.planning.plan_file import PruningPlan
-    from cfsp.settings import PruneSettings, Repair
-    from cfsp.text.windows import Windows
+from cfsp.settings import PruneSettings, Repair
+from cfsp.text.windows import Windows
 
 Step = Callable[["Job", PruningResult, "Windows"], PruningResult]
 

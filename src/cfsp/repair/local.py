@@ -14,11 +14,12 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from cfsp.checkpoint.reading import WeightSource
+from cfsp.job import Job
 from cfsp.repair.result import PruningResult, rejected_blocks
 from cfsp.repair.two_streams import (
     Batch,
@@ -30,13 +31,8 @@ from cfsp.repair.two_streams import (
     hidden_loss,
 )
 from cfsp.streaming.decoder_end import Head
-
-if TYPE_CHECKING:
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.job import Job
-    from cfsp.streaming.runtime import Runtime
-    from cfsp.text.windows import Windows
-
+from cfsp.streaming.runtime import Runtime
+from cfsp.text.windows import Windows
 
 # Biases of zeros could never move.
 _LEAST_SIZE = 1e-3

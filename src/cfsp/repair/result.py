@@ -8,20 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
+from torch import Tensor
+
+from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.tensor_file import (
     FileTensor,
     outgoing_tensor,
     read_tensor_file,
     write_tensor_file,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from cfsp.calibration.statistics import Statistics
-    from cfsp.planning.plan_file import PruningPlan
+from cfsp.planning.plan_file import PruningPlan
 
 
 class BlockRepair(TypedDict):
@@ -53,25 +51,13 @@ class Step(TypedDict):
     blocks: list[BlockRepair | None]
 
 
-def entry_name(entry: Mapping[str, Any], index: int) -> str:
-    """Return what an entry of a step in JSON is about: its block, and the path in that if any."""
-    return f"{entry['block']} {entry['path']}".rstrip() if "block" in entry else str(index)
-
-
-def was_rejected(entry: Mapping[str, Any]) -> bool:
-    """Return whether an entry of a step in JSON says that new weights did not help.
-
-    Where nothing was cut nothing was lost: no weights were tried there.
-    """
-    return not entry["kept"] and entry["error_before"] > 0
-
-
 def rejected_blocks(step: Mapping[str, Any]) -> list[str]:
     """Return the blocks or FFNs that a step in JSON left as they were, for it did not help."""
     return [
-        entry_name(entry, index)
+        f"{entry['block']} {entry['path']}".rstrip() if "block" in entry else str(index)
         for last, entry in enumerate(step["blocks"])
-        if entry is not None and was_rejected(entry)
+        # Where nothing was cut nothing was lost: no weights were tried there.
+        if entry is not None and not entry["kept"] and entry["error_before"] > 0
         for index in range(last + 1 - entry["blocks"], last + 1)
     ]
 

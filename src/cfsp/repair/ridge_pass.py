@@ -15,13 +15,16 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_low
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from cfsp.architecture.found import Unit
 from cfsp.calibration.calibrate import added_up, check_seen, check_tokens, observe
 from cfsp.calibration.observed import ObservedBlock
-from cfsp.checkpoint.reading import down_matrix, parameters_with_down
+from cfsp.checkpoint.reading import WeightSource, down_matrix, parameters_with_down
+from cfsp.job import Job
 from cfsp.planning.importance import choose_channels
 from cfsp.processes import processes_on_machine
 from cfsp.repair.result import BlockRepair, PruningResult, add_step, write_tensors
@@ -29,14 +32,7 @@ from cfsp.repair.ridge import Observation, RidgeSolution, repair_down_projection
 from cfsp.streaming.block_pass import Visitor, pass_blocks
 from cfsp.streaming.block_stream import StreamedBlock, part_of
 from cfsp.streaming.memory import available_bytes
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from cfsp.architecture.found import Unit
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.job import Job
-    from cfsp.text.windows import Windows
+from cfsp.text.windows import Windows
 
 NAME = "ridge"
 

@@ -19,13 +19,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from cfsp.architecture.activations import observed_activations
+from cfsp.architecture.found import Unit
 from cfsp.checkpoint.reading import down_matrix, parameters_with_down
+from cfsp.cut.surgery import PrunedSource
+from cfsp.job import Job
+from cfsp.repair.result import PruningResult
 from cfsp.repair.ridge import LAMBDAS, GramSums, solved
 from cfsp.repair.two_streams import (
     Batch,
@@ -36,13 +39,7 @@ from cfsp.repair.two_streams import (
     hidden_loss,
 )
 from cfsp.streaming.block_stream import TOKENS_IN_BATCH
-
-if TYPE_CHECKING:
-    from cfsp.architecture.found import Unit
-    from cfsp.cut.surgery import PrunedSource
-    from cfsp.job import Job
-    from cfsp.repair.result import PruningResult
-    from cfsp.text.windows import Windows
+from cfsp.text.windows import Windows
 
 NAME = "sequential"
 # The same for blocks at removed ones alone.

@@ -19,26 +19,21 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cfsp.checkpoint.reading import read_tensors
+from cfsp.checkpoint.reading import WeightSource, read_tensors
 from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, fill, unload
 from cfsp.cut.surgery import PrunedSource
+from cfsp.job import Job
 from cfsp.repair.result import BlockRepair, PruningResult, add_step, write_tensors
+from cfsp.streaming.block_calls import BlockCall
 from cfsp.streaming.block_pass import Visitor, pass_blocks
 from cfsp.streaming.block_stream import StreamedBlock
-from cfsp.streaming.runtime import no_number
-from cfsp.text.windows import joined
-
-if TYPE_CHECKING:
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.job import Job
-    from cfsp.streaming.block_calls import BlockCall
-    from cfsp.streaming.runtime import Runtime
-    from cfsp.text.windows import Windows
+from cfsp.streaming.runtime import Runtime, no_number
+from cfsp.text.windows import Windows, joined
 
 # So few batches there are at least, so that they differ.
 _LEAST_BATCHES = 8

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from cfsp.architecture.expert_proof import masked_experts
 from cfsp.architecture.found import Unit
@@ -32,7 +34,7 @@ from cfsp.planning.candidate import NOTHING, Dropped
 from cfsp.planning.importance import choose_channels
 from cfsp.progress import item_progress
 from cfsp.settings import AUTO_METRIC, SENSITIVITY, UNIT_PARTS, Criterion, Part
-from cfsp.streaming.decoder_end import logits_only, text_model
+from cfsp.streaming.decoder_end import logits_of, text_model
 from cfsp.streaming.runtime import Runtime, check_fits, fits, no_number
 from cfsp.streaming.stand_in import (
     CallForm,
@@ -41,13 +43,9 @@ from cfsp.streaming.stand_in import (
     resumed_at,
     skipped,
 )
-from cfsp.streaming.work_dir import load_or_compute
 from cfsp.text.windows import Windows, few_windows
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    KeptChannels = Mapping[int, Sequence[int]]
+KeptChannels = Mapping[int, Sequence[int]]
 
 # At least so many windows are compared, or as many as texts, and of each this beginning. The
 # divergence has little noise (LOG.md), and each window costs a forward pass for every change.
@@ -75,13 +73,7 @@ def load_whole(source: WeightSource, runtime: Runtime, purpose: str) -> PreTrain
 @torch.inference_mode()
 def call_form_of(model: PreTrainedModel, blocks: nn.ModuleList) -> CallForm:
     """Return how a whole model takes hidden states from its blocks; see `find_call_form`."""
-
-    def logits(tokens_BT: Tensor) -> Tensor:
-        found: Tensor = model(input_ids=tokens_BT, use_cache=False).logits
-        return found
-
-    with logits_only(model):
-        return find_call_form(logits, blocks, model.device)
+    return find_call_form(partial(logits_of, model), blocks, model.device)
 
 
 @dataclass(frozen=True)
@@ -122,11 +114,8 @@ def few_beginnings(windows: Windows, tokens: int = BEGINNING_TOKENS) -> Windows:
 
 def _logits(model: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
     position_P = torch.arange(0, tokens_BT.shape[1], POSITION_STRIDE, device=model.device)
-    output = text_model(model)(
-        input_ids=tokens_BT.to(model.device), use_cache=False, logits_to_keep=position_P
-    )
-    logits_BPV: Tensor = output.logits.float()
-    return logits_BPV
+    tokens_BT = tokens_BT.to(model.device)
+    return logits_of(text_model(model), tokens_BT, logits_to_keep=position_P).float()
 
 
 class MaskedModel:
@@ -152,12 +141,9 @@ class MaskedModel:
         self._entering: list[list[Tensor]] = []
         with torch.inference_mode():
             for tokens_BT in batches:
-                noting: AbstractContextManager[list[Tensor]] = (
-                    hidden_states_entering(self._blocks) if resumes else nullcontext([])
-                )
-                with noting as entering_L:
+                with hidden_states_entering(self._blocks) as entering_L:
                     self._dense.append(dense_predictions(model, tokens_BT))
-                self._entering.append(entering_L)
+                self._entering.append(entering_L if resumes else [])
             self._resumes = resumes and self._can_resume()
 
     def _can_resume(self) -> bool:
@@ -334,9 +320,7 @@ def with_needed_sensitivity(job: Job, statistics: Statistics, windows: Windows) 
 
     # Other windows would be another measurement.
     name = f"sensitivity-{windows.digest[:8]}"
-    found = work_dir.team.from_first(
-        lambda: load_or_compute(work_dir, name, measure)["sensitivity"]
-    )
+    found = work_dir.once(name, measure)["sensitivity"]
     blocks = len(statistics.blocks)
     return replace(statistics, sensitivity=Sensitivity.from_json(found, blocks))
 

@@ -19,9 +19,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from cfsp.calibration.statistics import Removal, RunDistances, Statistics
 from cfsp.checkpoint.reading import WeightSource
@@ -36,12 +38,7 @@ from cfsp.selection.divergence import MaskedModel, few_beginnings, load_whole
 from cfsp.settings import Budget, parts_in_words
 from cfsp.streaming.block_proof import prove_without_attentions, prove_without_blocks
 from cfsp.streaming.runtime import fits
-from cfsp.streaming.work_dir import load_or_compute
 from cfsp.text.windows import Windows
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
 
 _WINDOWS_IN_BATCH = 4
 # How many are tried again before one goes, and the tokens of each window that is read for it: one
@@ -145,11 +142,7 @@ def follow_divergence(job: Job) -> bool:
     """
     if not job.budget.whole_parts:
         return False
-
-    def look() -> dict[str, Any]:
-        return {"fits": fits(job.source, job.runtime)}
-
-    found = job.work_dir.team.from_first(lambda: load_or_compute(job.work_dir, "fits", look))
+    found = job.work_dir.once("fits", lambda: {"fits": fits(job.source, job.runtime)})
     return bool(found["fits"])
 
 
@@ -200,7 +193,7 @@ def with_order(
 
     # Other windows would be another choice.
     name = f"removals-{windows.digest[:8]}"
-    found = work_dir.team.from_first(lambda: load_or_compute(work_dir, name, measure)["removals"])
+    found = work_dir.once(name, measure)["removals"]
     others = [each for each in statistics.removals if (each.among or (each.part,)) not in needed]
     measured = Removal.all_from_json(found, len(statistics.blocks))
     return replace(statistics, removals=(*others, *measured))

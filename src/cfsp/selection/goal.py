@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import mul
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from cfsp.calibration.statistics import Removal
 from cfsp.checkpoint.reading import Checkpoint, parameter_count
@@ -31,7 +33,6 @@ from cfsp.selection.constraint import (
 )
 from cfsp.selection.divergence import load_whole, masked_channels
 from cfsp.selection.drop_order import can_go
-from cfsp.selection.search import has_room_for_two
 from cfsp.selection.speedup import Speedup
 from cfsp.settings import (
     DEFAULT_PARTS,
@@ -44,14 +45,11 @@ from cfsp.settings import (
     TargetSpeedup,
     parts_in_words,
 )
-from cfsp.streaming.runtime import Runtime, runtime_of
+from cfsp.streaming.runtime import Runtime, fits, runtime_of
 from cfsp.streaming.work_dir import WorkDir, load_or_compute
 from cfsp.text.drawing import draw_left_over
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # From about this share of the FFN channels on, whole blocks beside fewer channels were better on
 # one of two models: not at 29% or 33%, but at 43% (docs/STUDIES.md, study 9).
@@ -118,13 +116,12 @@ def _parts_for(job: Job, asked: Parameters) -> tuple[Part, ...]:
         return {"parts": (*DEFAULT_PARTS, "blocks")}
 
     # A run that is resumed may find another amount of memory.
-    found = job.work_dir.team.from_first(lambda: load_or_compute(job.work_dir, "parts", choose))
-    return tuple(found["parts"])
+    return tuple(job.work_dir.once("parts", choose)["parts"])
 
 
 def _obstacle(job: Job, asked: Parameters) -> str:
     """Return why it cannot be tried how many blocks go; nothing if it can."""
-    if not has_room_for_two(job.source, job.runtime):
+    if not fits(job.source, job.runtime, models=2):
         return "there is no memory for a pruned model beside the dense one"
     too_few = "the model cannot do without enough of them"
     try:

@@ -18,12 +18,13 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from cfsp.calibration.statistics import Removal, Statistics
-from cfsp.checkpoint.reading import LoadedModel, WeightSource
+from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cut.surgery import build_pruned_model
 from cfsp.errors import BudgetError
 from cfsp.job import Job
@@ -42,14 +43,11 @@ from cfsp.selection.divergence import (
 )
 from cfsp.selection.drop_order import dropped_by
 from cfsp.settings import Part
-from cfsp.streaming.runtime import Runtime, free_bytes, needed_bytes
+from cfsp.streaming.runtime import fits
 from cfsp.streaming.work_dir import load_or_compute, temporary_work_dir
 from cfsp.text.windows import Windows, few_windows, joined
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    Scorer = Callable[[Candidate], float]
+Scorer = Callable[[Candidate], float]
 
 # On as few windows as it is judged by a ridge fits noise, most of all where most channels go, and
 # other parts seem cheaper than they are (LOG.md).
@@ -74,7 +72,7 @@ def can_be_repaired(job: Job) -> bool:
     """Return whether candidates are compared after repair; people are told if there is no room."""
     if job.settings.repair == "none":
         return False
-    if not (has_room := has_room_for_two(job.source, job.runtime)):
+    if not (has_room := fits(job.source, job.runtime, models=2)):
         log.warning("no memory for a pruned model beside the dense one: compared before repair")
     return has_room
 
@@ -123,12 +121,6 @@ def apart(windows: Windows) -> tuple[Windows, Windows]:
     fitted, judged = kinds[::2], kinds[1::2]
     of_each = max(1, FITTED_WINDOWS // len(fitted))
     return joined([few_windows(kind, of_each) for kind in fitted]), few_beginnings(joined(judged))
-
-
-def has_room_for_two(source: WeightSource, runtime: Runtime) -> bool:
-    """Return whether there is memory for the model and for a pruned one beside it."""
-    missing = 1 if isinstance(source, LoadedModel) else 2
-    return missing * needed_bytes(source, runtime.dtype) <= free_bytes(runtime.device)
 
 
 @dataclass(frozen=True)

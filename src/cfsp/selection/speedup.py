@@ -7,8 +7,7 @@ is added up:
     t = 1 - sum over parts of mean over units (1 - t_part(what the unit keeps))
 
 where t_part is the time of a model whose units of the part all keep that, relative to the whole
-model. Head and overhead are in every t. Between measured points t is taken to be linear. Of KV
-groups and attention layers it was never compared with a real model.
+model. Head and overhead are in every t. Between measured points t is taken to be linear.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from cfsp.speed.bench import compare_speed
 from cfsp.speed.subjects import HARDLY, Conditions, SmallerModel, Subject, Workload
 from cfsp.streaming.memory import available_bytes
 from cfsp.streaming.runtime import Runtime
-from cfsp.streaming.work_dir import WorkDir, load_or_compute
+from cfsp.streaming.work_dir import WorkDir
 
 WORKLOAD = Workload()
 ROUNDS = 5
@@ -111,9 +110,7 @@ class Speedup(Constraint):
             return found
 
         with self.work_dir.watch.stage("try"):
-            return self.work_dir.team.from_first(
-                lambda: load_or_compute(self.work_dir, "latencies", measure)
-            )
+            return self.work_dir.once("latencies", measure)
 
     def check(self) -> None:
         """Check what can be without timing; then time the models, in every process."""

@@ -12,16 +12,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only, tree_map_with_path
 
-from cfsp.checkpoint.reading import read_tensors
+from cfsp.architecture.small_run import first_tensor
+from cfsp.checkpoint.reading import WeightSource, read_tensors
 from cfsp.checkpoint.skeleton import fill, unload
 from cfsp.errors import UnsupportedModelError
 from cfsp.streaming.hidden_states import HiddenStates, Room
+from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.stand_in import (
     PLAIN,
     Arguments,
@@ -38,10 +40,6 @@ from cfsp.streaming.stand_in import (
     run_through,
     skipped,
 )
-
-if TYPE_CHECKING:
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.streaming.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -62,9 +60,7 @@ class BlockCall:
 
     def hidden_of(self, output: Any) -> Tensor:
         """Return the hidden state in what a block returned."""
-        hidden = output[0] if isinstance(output, tuple | list) else output
-        assert isinstance(hidden, Tensor)
-        return self.layout.pack(hidden)
+        return self.layout.pack(first_tensor(output))
 
     def with_values(self, values: Mapping[Place, Any]) -> BlockCall:
         """Return the same call with other values in some places of its arguments."""
@@ -94,8 +90,7 @@ def record_calls(
 
 
 def _run(decoder: nn.Module, tokens_BT: Tensor) -> Tensor:
-    hidden: Tensor = decoder(input_ids=tokens_BT, use_cache=False)[0]
-    return hidden
+    return first_tensor(decoder(input_ids=tokens_BT, use_cache=False))
 
 
 class WindowValues:

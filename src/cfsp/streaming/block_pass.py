@@ -14,23 +14,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from cfsp.checkpoint.output import write_atomically
-from cfsp.checkpoint.reading import fingerprint
+from cfsp.checkpoint.reading import WeightSource, fingerprint
 from cfsp.errors import ResumeError
 from cfsp.processes import Team
 from cfsp.progress import item_progress
 from cfsp.streaming.block_stream import StreamedBlock, stream_blocks, windows_in_batch
 from cfsp.streaming.hidden_states import HiddenInFile, HiddenStates, Room
-from cfsp.streaming.runtime import runtime_identity
-from cfsp.streaming.work_dir import Pace, PassState, PassTimes
-
-if TYPE_CHECKING:
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.streaming.runtime import Runtime
-    from cfsp.streaming.work_dir import WorkDir
-    from cfsp.text.windows import Windows
+from cfsp.streaming.runtime import Runtime, runtime_identity
+from cfsp.streaming.work_dir import Pace, PassState, PassTimes, WorkDir
+from cfsp.text.windows import Windows
 
 logger = logging.getLogger(__name__)
 

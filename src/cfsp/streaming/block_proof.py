@@ -8,16 +8,18 @@ no difference to what follows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from cfsp.architecture.block_names import blocks_in_words, index_without
 from cfsp.architecture.expert_proof import check_experts, refusing_experts
+from cfsp.architecture.found import Architecture, Unit
 from cfsp.architecture.proof import small_run_of
 from cfsp.architecture.resizing import remove_attentions
 from cfsp.architecture.small_run import (
@@ -27,6 +29,7 @@ from cfsp.architecture.small_run import (
     call_decoder,
     check_bites,
     check_same,
+    checking,
     difference,
     first_tensor,
     rebuilt,
@@ -34,6 +37,7 @@ from cfsp.architecture.small_run import (
     small_tokens,
 )
 from cfsp.checkpoint.loading import cache_argument
+from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.skeleton import stock_config
 from cfsp.checkpoint.stock_keys import (
     changes_without_blocks,
@@ -42,14 +46,8 @@ from cfsp.checkpoint.stock_keys import (
 )
 from cfsp.checkpoint.stored_blocks import name_without_blocks
 from cfsp.checkpoint.text_config import text_config_of
-from cfsp.errors import UnsupportedModelError, first_line
+from cfsp.errors import UnsupportedModelError
 from cfsp.streaming.stand_in import find_call_form, skipped
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-    from cfsp.architecture.found import Architecture, Unit
-    from cfsp.checkpoint.reading import WeightSource
 
 _CPU = torch.device("cpu")
 
@@ -61,16 +59,11 @@ def prove_without_blocks(stock: PreTrainedConfig, removed: Collection[int]) -> N
     run = small_run_of(stock)
     decoder: Any = run.model.get_submodule(run.architecture.decoder)
     what = f"{blocks_in_words(removed)} of {run.architecture.class_name} can't be removed"
-    try:
-        form = find_call_form(lambda tokens: run_decoder(decoder, tokens), run.blocks, _CPU)
-        with skipped(run.blocks, removed, form):
-            expected = run.decoder_output()
-    except Exception as error:  # however a model misses what its stand-ins do not leave
-        raise UnsupportedModelError(
-            f"{what}: they failed the check skipped: expected that the others need nothing of them "
-            f"but a hidden state, found {first_line(error)}"
-        ) from error
     with _refused(what):
+        with checking("skipped", "that the others need nothing of them but a hidden state"):
+            form = find_call_form(partial(run_decoder, decoder), run.blocks, _CPU)
+            with skipped(run.blocks, removed, form):
+                expected = run.decoder_output()
         check_bites("without them", run.decoder_output(), expected)
         cut = _cut(run, changes, removed)
         check_same("cut", "the output with these blocks skipped", cut.decoder_output, expected)
@@ -94,27 +87,28 @@ def prove_without_attentions(
         stock, architecture, _ = stock_without_blocks(stock, architecture, removed_blocks)
         removed = [index_without(removed_blocks, block) for block in removed]
     run = small_run_of(stock)
-    decoder: Any = run.model.get_submodule(run.architecture.decoder)
     attentions = architecture.of_part("kv").stock_units
     gone = {unit.block for unit in architecture.gone}
     kinds = getattr(text_config_of(stock), "layer_types", None)
     _check_some_stay(attentions, {*removed, *gone}, kinds, what)
     leaving = [unit for unit in attentions if unit.block in removed or unit.block in gone]
-    tokens_BT = small_tokens(run.model)
     dense = run.decoder_output()
     with ExitStack() as stack:
         for unit in leaving:
             attention = run.blocks[unit.block].get_submodule(unit.path)
-            stack.callback(attention.register_forward_hook(_nothing).remove)
+            stack.enter_context(attention.register_forward_hook(_nothing))
         expected = run.decoder_output()
     with _refused(what):
         check_bites("without them", dense, expected)
-        caches = difference(_run_with_cache(decoder, tokens_BT), dense) <= TOLERANCE
+        checks: dict[str, Callable[[], Tensor]] = {"cut": run.decoder_output}
+        with_cache = partial(_run_with_cache, run)
+        if (
+            difference(with_cache(), dense) <= TOLERANCE
+        ):  # else the model with all of them fails too
+            checks["cache"] = with_cache
         with _without_attentions(run, attentions, leaving, kinds):
-            for check, compute in (("cut", run_decoder), ("cache", _run_with_cache)):
-                if check == "cut" or caches:  # else the model with all of them fails too
-                    again = partial(compute, decoder, tokens_BT)
-                    check_same(check, "the output with nothing from them", again, expected)
+            for check, again in checks.items():
+                check_same(check, "the output with nothing from them", again, expected)
 
 
 def check_experts_can_go(
@@ -188,8 +182,10 @@ def _nothing(module: nn.Module, args: Any, output: Any) -> Any:
     return (torch.zeros_like(output[0]), *output[1:])
 
 
-def _run_with_cache(decoder: Any, tokens_BT: Tensor) -> Tensor:
-    """Return what the decoder gives for tokens that it sees in two parts."""
+def _run_with_cache(run: SmallRun) -> Tensor:
+    """Return what the decoder gives for the tokens of a run that it sees in two parts."""
+    decoder: Any = run.model.get_submodule(run.architecture.decoder)
+    tokens_BT = small_tokens(run.model)
     half = tokens_BT.shape[1] // 2
     first, name = (
         call_decoder(decoder, tokens_BT[:, :half], use_cache=True),

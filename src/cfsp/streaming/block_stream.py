@@ -12,28 +12,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from cfsp.architecture.activations import OnRows, observed_activations, observed_sublayers
-from cfsp.checkpoint.reading import read_tensors
+from cfsp.architecture.found import Unit
+from cfsp.checkpoint.reading import WeightSource, read_tensors
 from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, fill, unload
 from cfsp.errors import CalibrationError, UsageError
+from cfsp.processes import Team
 from cfsp.streaming.block_calls import BlockCalls, weights_of_start
 from cfsp.streaming.hidden_states import HiddenStates, Room
+from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.work_dir import PassTimes
-
-if TYPE_CHECKING:
-    from cfsp.architecture.found import Unit
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.processes import Team
-    from cfsp.streaming.runtime import Runtime
-    from cfsp.text.windows import Windows
+from cfsp.text.windows import Windows
 
 # Batches of about this many tokens: large enough for full speed, small enough for a cache.
 TOKENS_IN_BATCH = 4096
@@ -94,14 +90,12 @@ class StreamedBlock:
             self.tokens_done(len(input_BTD) * seqlen)
             return output_BTD
 
-        with (
-            nullcontext()
-            if on_activations is None or not self.units
-            else observed_activations(self.module, self.units, on_rows, on_output),
-            nullcontext()
-            if on_sublayer is None
-            else observed_sublayers(self.module, self.units, after),
-        ):
+        with ExitStack() as stack:
+            if on_activations is not None and self.units:
+                observed = observed_activations(self.module, self.units, on_rows, on_output)
+                stack.enter_context(observed)
+            if on_sublayer is not None:
+                stack.enter_context(observed_sublayers(self.module, self.units, after))
             self.pass_through(compute, self._batches)
         self.hidden.swap_buffers()
         unload(self.module)

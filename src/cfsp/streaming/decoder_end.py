@@ -10,21 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from cfsp.architecture.small_run import set_parameter
+from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of, build_skeleton
 from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.streaming.stand_in import CallForm, find_call_form, resumed_at
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from cfsp.checkpoint.reading import WeightSource
 
 # What else a config can ask for. It is collected from all blocks, and one that does not run gives
 # none: mixtures of experts that were fine-tuned often ask for router logits.
@@ -44,6 +41,13 @@ def logits_only(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for each, name in asked:
             setattr(each, name, True)
+
+
+def logits_of(model: Any, tokens_BT: Tensor, **asked: Any) -> Tensor:
+    """Return the logits of a model, or of a part that gives logits, without a cache."""
+    with logits_only(model):
+        logits: Tensor = model(input_ids=tokens_BT, use_cache=False, **asked).logits
+    return logits
 
 
 def end_of(model: nn.Module, decoder: str) -> str:
@@ -114,12 +118,7 @@ class Head:
 
     @cached_property
     def _form(self) -> CallForm:
-        return find_call_form(self._run, self._blocks, self._device)
-
-    def _run(self, tokens_BT: Tensor) -> Tensor:
-        with logits_only(self._model):
-            logits: Tensor = self._model(input_ids=tokens_BT, use_cache=False).logits
-        return logits
+        return find_call_form(partial(logits_of, self._model), self._blocks, self._device)
 
     def logits(self, hidden_PD: Tensor) -> Tensor:
         """Return the logits of the tokens that follow, PV; gradients reach the hidden states."""
@@ -129,4 +128,4 @@ class Head:
             # Which tokens they are does not matter any more.
             tokens_P1 = torch.zeros(len(hidden_PD), 1, dtype=torch.long, device=self._device)
             with resumed_at(self._blocks, len(self._blocks), hidden, self._form):
-                return self._run(tokens_P1)[:, 0]
+                return logits_of(self._model, tokens_P1)[:, 0]

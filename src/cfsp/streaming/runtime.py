@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from cfsp.checkpoint.loading import compute_device, compute_dtype
-from cfsp.checkpoint.reading import LoadedModel, fingerprint, parameter_count
+from cfsp.checkpoint.reading import LoadedModel, WeightSource, fingerprint, parameter_count
 from cfsp.errors import CalibrationError, ShortOfMemoryError
+from cfsp.processes import Team
+from cfsp.settings import Compute
 from cfsp.streaming.memory import available_bytes
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.processes import Team
-    from cfsp.settings import Compute
 
 # A whole model's weights need this much beside them: logits, activations, hidden states.
 _ROOM = 1.2
@@ -43,10 +39,10 @@ def runtime_of(compute: Compute, source: WeightSource) -> Runtime:
     )
 
 
-def fits(source: WeightSource, runtime: Runtime) -> bool:
-    """Return whether a whole model fits into the memory that is available where it computes."""
-    needed = needed_bytes(source, runtime.dtype)
-    return isinstance(source, LoadedModel) or needed <= free_bytes(runtime.device)
+def fits(source: WeightSource, runtime: Runtime, models: int = 1) -> bool:
+    """Return whether a whole model, or so many as large, fit into memory where it computes."""
+    missing = models - isinstance(source, LoadedModel)  # one in memory is there already
+    return missing * needed_bytes(source, runtime.dtype) <= free_bytes(runtime.device)
 
 
 def check_fits(source: WeightSource, runtime: Runtime, purpose: str) -> None:

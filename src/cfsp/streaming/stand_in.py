@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import MappingKey, tree_flatten_with_path
 
 from cfsp.architecture.activations import hidden_state
-from cfsp.errors import UnsupportedModelError
+from cfsp.errors import UnsupportedModelError, first_line
 
 # Windows and tokens of the batch that forms are tried on.
 _PROBED = (2, 3)
@@ -187,8 +187,7 @@ def hidden_states_entering(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
 
     with ExitStack() as stack:
         for block in blocks:
-            handle = block.register_forward_pre_hook(note, with_kwargs=True)
-            stack.callback(handle.remove)
+            stack.enter_context(block.register_forward_pre_hook(note, with_kwargs=True))
         yield entering_L
 
 
@@ -227,7 +226,7 @@ def find_call_form(
         except Exception as error:  # whatever a model does with a value that it does not expect
             if not called:
                 raise
-            reasons.append(f"{type(error).__name__}: {error}".partition("\n")[0])
+            reasons.append(first_line(error))
             continue
         last = called[-1].returned
         others: list[Called] = []

@@ -180,6 +180,10 @@ class WorkDir:
             return self.directory_of(name)
         return self.directory.with_name(_directory_name(0, self.team.size)) / name
 
+    def once(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return what `load_or_compute` does in the first process; the others wait for it."""
+        return self.team.from_first(lambda: load_or_compute(self, name, measure))
+
     def times_json(self) -> dict[str, dict[str, float]]:
         """Return the times of all passes."""
         return {name: times.to_json() for name, times in self.times.items()}

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from cfsp.architecture.block_names import counted
 from cfsp.errors import TextError, UsageError
-from cfsp.settings import DEFAULT_TEXT, Bos, Text
+from cfsp.settings import DEFAULT_TEXT, Bos, CalibrationText, Text
 from cfsp.text.offline import parts_of
 from cfsp.text.sources import TextSource, identity_of, name_of
 from cfsp.text.tokenizers import beginning
@@ -34,8 +34,6 @@ from cfsp.text.windows import Windows, joined
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from cfsp.settings import CalibrationText
 
 log = logging.getLogger(__name__)
 
