@@ -9,7 +9,6 @@ import pytest
 
 import cfsp
 from conftest import REPOSITORY
-from forks import Job
 
 PACKAGE = REPOSITORY / "src" / "cfsp"
 
@@ -77,8 +76,7 @@ def test_import_touches_no_global_flag_of_torch(forks):
         "for name in cfsp.__all__: getattr(cfsp, name)\n"
         "assert flags() == before, (before, flags())\n"
     )
-    (done,) = forks(Job("forks.run_code", {"code": code}))
-    assert done.status == 0, done.stderr
+    forks.code(code)
 
 
 # The README's map.

@@ -21,7 +21,7 @@ from cfsp.result.manifest import read_manifest
 from cfsp.settings import Budget, Compute, EvaluationText, PruneSettings
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.tokenizers import load_tokenizer
-from commands import Command, ranks
+from commands import Command
 from tiny_models import BLOCKS
 
 
@@ -130,18 +130,10 @@ def test_after_a_death_the_same_command_goes_on(commands, argv, tmp_path):
     out = tmp_path / "many"
     argv_of_three = [*argv, "--out", str(out)]
     # Windows of the first text have passed both models.
-    dying: dict[str, Any] = {"dies": "within", "count": 2 * BLOCKS + 1}
-    deaths: list[dict[str, Any]] = [{}, {}, dying]
-    ended = commands(
-        *(
-            Command(argv_of_three, environment=rank, patience=18, **death)
-            for rank, death in zip(ranks(3), deaths, strict=True)
-        )
-    )
+    ended = commands.together(argv_of_three, 3, [2], "within", 2 * BLOCKS + 1, patience=18)
     assert [each.status for each in ended] == [2, 2, -signal.SIGKILL], ended
     assert not out.exists()
-    ended = commands(*(Command(argv_of_three, environment=rank) for rank in ranks(3)))
-    assert [each.status for each in ended] == [0, 0, 0], ended
+    ended = commands.finish(argv_of_three, 3)
     assert [bool(each.stdout) for each in ended] == [True, False, False]
     assert {path.name for path in tmp_path.iterdir()} == {"many"}
     assert main([*argv, "--out", str(tmp_path / "one")]) == 0
