@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -105,23 +108,21 @@ def statistics_with_distances(distance_L: Sequence[float]) -> Statistics:
     return Statistics.of(blocks, RECORD)
 
 
-def dying_at(
-    count: int, call: Callable[..., Any], note: Callable[..., Any], seen: list[Any]
-) -> Callable[..., Any]:
-    """Return a function that notes each call, and whose nth is interrupted; 0 for none."""
-
-    def dying(*args: Any, **options: Any) -> Any:
-        seen.append(note(*args, **options))
-        if len(seen) == count:
-            raise KeyboardInterrupt
-        return call(*args, **options)
-
-    return dying
-
-
 def never(*_: Any, **__: Any) -> Any:
     """Be what is not to be called."""
     raise AssertionError("this is not needed")
+
+
+def stop(*_: Any, **__: Any) -> Any:
+    """Stand in for a user who stops a run."""
+    raise KeyboardInterrupt
+
+
+def stopped_at(place: str, work: Callable[..., object], *args: Any, **options: Any) -> None:
+    """Let a user stop some work where it calls the function at a place."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(place, stop)
+        work(*args, **options)
 
 
 def job_of(
@@ -195,6 +196,22 @@ def windows_left_over(
 def tensors(directory: Path) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint in one file."""
     return load_file(directory / "model.safetensors")
+
+
+def edit_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Change the tensors of a safetensors file and leave its metadata."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    found = load_file(path)
+    change(found)
+    save_file(found, path, metadata=metadata)
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the fields of a JSON file."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    change(fields)
+    path.write_text(json.dumps(fields), encoding="utf-8")
 
 
 def changed(before: Path, after: Path) -> set[str]:

@@ -53,13 +53,8 @@ class Commands:
     ) -> list[Finished]:
         """Run a command in processes that work together, of which some die."""
         deaths = [(dies, count) if rank in dying else (None, 0) for rank in range(size)]
-        places = ranks(size)
-        return self(
-            *(
-                Command(argv, *death, place, patience)
-                for death, place in zip(deaths, places, strict=True)
-            )
-        )
+        each = zip(deaths, ranks(size), strict=True)
+        return self(*(Command(argv, *death, rank, patience) for death, rank in each))
 
     def finish(self, argv: Sequence[str], size: int) -> list[Finished]:
         """Run a command in processes that work together to its end."""

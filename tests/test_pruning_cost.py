@@ -68,12 +68,9 @@ def test_held_out_windows_are_in_memory(estimate, text_file, other_text_file):
 
 
 @pytest.fixture(scope="module")
-def wordy(tmp_path_factory, tokenizer) -> Path:
+def wordy(save) -> Path:
     """A model of which nearly all is vocabulary."""
-    directory = tmp_path_factory.mktemp("wordy")
-    build_tiny_model("llama", vocab_size=40_000).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return save(build_tiny_model("llama", vocab_size=40_000))
 
 
 def test_a_large_vocabulary_is_in_it(wordy, argv, estimate):

@@ -28,18 +28,15 @@ LONELY = 3
 
 
 @pytest.fixture(scope="module")
-def lonely(tmp_path_factory, tokenizer):
+def lonely(save):
     """A mixtral of which no token is routed to one expert of block 1."""
-    directory = tmp_path_factory.mktemp("lonely")
     model: Any = tiny("mixtral", num_experts_per_tok=1)
     with torch.no_grad():
         router = model.model.layers[1].mlp.gate.weight
         # Of a logit and its opposite one is above zero, the lonely one's is zero.
         router[1] = -router[0]
         router[LONELY] = 0.0
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return save(model)
 
 
 def test_experts_that_see_too_few_tokens_are_reported_and_scored_by_weights(

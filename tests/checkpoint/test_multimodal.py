@@ -101,11 +101,10 @@ def test_the_rest_of_its_config_is_untouched(case):
 
 
 @pytest.fixture(scope="module", params=["names as saved", "names as in memory"])
-def gemma(request, tokenizer, tmp_path_factory):
+def gemma(request, save):
     """A checkpoint whose stored names are not those of the parameters, or are."""
     model = tiny_model("gemma3")
-    source = tmp_path_factory.mktemp("gemma") / "source"
-    save_with_tokenizer(model, tokenizer, source)
+    source = save(model)
     file = source / "model.safetensors"
     state = {name: t for name, t in model.state_dict().items() if name != "lm_head.weight"}
     assert load_file(file).keys().isdisjoint(state)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 import cfsp
+from builders import edit_json
 from cfsp.checkpoint import quantisation
 from cfsp.checkpoint.quantisation import quantisation_in
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, fingerprint
@@ -228,7 +229,6 @@ def test_parts_that_do_not_fit_are_refused(pairs, tmp_path, name, changes, said)
 
 def test_without_a_dtype_in_the_config_weights_become_bfloat16(pairs, tmp_path):
     directory = Path(shutil.copytree(pairs["mxfp4"].quantised, tmp_path / "model"))
-    fields = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**fields, "dtype": None}))
+    edit_json(directory / "config.json", lambda fields: fields.update(dtype=None))
     name = "model.layers.0.mlp.experts.down_proj"
     assert Checkpoint(directory).specs[name].dtype == torch.bfloat16

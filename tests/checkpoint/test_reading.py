@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from builders import edit_json
 from cfsp.checkpoint.locating import locate_model, open_checkpoint
 from cfsp.checkpoint.reading import (
     Checkpoint,
@@ -40,9 +41,7 @@ def sharded(tmp_path_factory):
 
 
 def edit_config(directory: Path, **changes: object) -> None:
-    path = directory / "config.json"
-    fields = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({k: v for k, v in fields.items() if v is not ...}))
+    edit_json(directory / "config.json", lambda fields: fields.update(changes))
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-biased", "qwen3"])

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from builders import stop
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import build_parser, main
 from cfsp.cli.options import expand_sets, settings_from
@@ -27,7 +28,6 @@ from cfsp.result.names import public_command
 from cfsp.settings import Budget, CalibrationText, Criterion
 from cfsp.text.drawing import draw_text
 from cfsp.text.windows import Windows
-from recoveries import stop
 from tiny_models import build_tiny_model
 
 

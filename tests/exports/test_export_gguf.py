@@ -20,7 +20,6 @@ from cfsp.pipeline import prune_checkpoint
 from cfsp.settings import Budget, CalibrationText, PruneSettings
 from cfsp.text.offline import KINDS, kind_documents
 from cfsp.text.tokenizers import load_tokenizer
-from family_contract import save_with_tokenizer
 from ragged import WIDTHS, cut, gguf_fields_of, half_of, tiny
 
 pytest.importorskip("gguf", reason="gguf is not installed: pip install '.[export]'")
@@ -131,11 +130,10 @@ def test_the_advice_of_a_refusal_works(tmp_path, tokenizer, name):
     assert not report.notes
 
 
-def test_no_way_back_to_gguf_is_said_before_pruning(tmp_path, tokenizer, text_file, caplog):
+def test_no_way_back_to_gguf_is_said_before_pruning(tmp_path, save, text_file, caplog):
     text = CalibrationText((str(text_file),), samples=4, seqlen=32)
     for name in ("llama", *ONE_WIDTH):
-        at = tmp_path / name
-        save_with_tokenizer(tiny(name, **ONE_WIDTH.get(name, {})), tokenizer, at)
+        at = save(tiny(name, **ONE_WIDTH.get(name, {})))
         source = Checkpoint(at, "a.gguf")
         warn_of_no_way_back(Checkpoint(at, "dense"), Budget(0.3, multiple=8))
         warn_of_no_way_back(source, Budget(0.3, multiple=8, widths="equal"))
@@ -146,9 +144,9 @@ def test_no_way_back_to_gguf_is_said_before_pruning(tmp_path, tokenizer, text_fi
     said = ["a.gguf becomes no .gguf file again if blocks differ: llama.cpp runs no"]
     assert [message[:70] for message in caplog.messages] == said * 2 * len(ONE_WIDTH)
     caplog.clear()
-    save_with_tokenizer(tiny("qwen3"), tokenizer, tmp_path / "tied")
+    tied = save(tiny("qwen3"))
     for parts in (("ffn", "kv"), ("attention",)):
-        warn_of_no_way_back(Checkpoint(tmp_path / "tied", "a.gguf"), Budget(0.3, parts=parts))
+        warn_of_no_way_back(Checkpoint(tied, "a.gguf"), Budget(0.3, parts=parts))
     (message,) = caplog.messages
     assert "without attention only through its deci graph" in message
     caplog.clear()
@@ -190,10 +188,9 @@ def test_what_llama_cpp_cannot_express_is_refused(
     assert not list(tmp_path.glob("*.gguf*"))
 
 
-def test_a_stock_model_is_for_llama_cpps_own_converter(tmp_path, tokenizer):
-    save_with_tokenizer(tiny("gemma"), tokenizer, tmp_path / "dense")
+def test_a_stock_model_is_for_llama_cpps_own_converter(tmp_path, save):
     with pytest.raises(ExportError, match=r"; run llama.cpp's own converter on it(?!.*(vllm|mlx))"):
-        to_gguf(Checkpoint(tmp_path / "dense"), tmp_path / "m.gguf")
+        to_gguf(Checkpoint(save(tiny("gemma"))), tmp_path / "m.gguf")
 
 
 def test_gemma3_has_scaled_positions_in_whole_blocks_only(tmp_path, tokenizer):

@@ -15,12 +15,12 @@ import torch
 from transformers import GenerationConfig
 
 import cfsp
-from builders import dying_at, never
+from builders import edit_json, never
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import TextError, UsageError
-from cfsp.quality import answers, evaluate, perplexity
+from cfsp.quality import answers, evaluate
 from cfsp.quality.answers import Questions, answers_of, is_loop, windows_of
 from cfsp.text.records import templated
 
@@ -164,22 +164,17 @@ def test_first_questions_are_of_every_kind():
     assert len(set(kinds)) == 10 and kinds == kinds[:10] * 10
 
 
-def test_a_killed_run_goes_on(
-    argv, models, other_text_file, results, tmp_path, monkeypatch, capsys
-):
+def test_a_killed_run_goes_on(argv, models, other_text_file, results, tmp_path, noted, capsys):
     """At the fourth pass over a text, then at the second batch of questions."""
     seen: list[Any] = []
     out = tmp_path / "new" / "out.json"
 
     def run(*more: str, passes: int = 0, batches: int = 0) -> int:
         seen.clear()
-        sums = dying_at(passes, perplexity.streamed_sums, lambda *given, **_: given[-1], seen)
-        ask = dying_at(batches, answers_before, lambda _, prompts: len(prompts), seen)
-        monkeypatch.setattr(evaluate, "streamed_sums", sums)
-        monkeypatch.setattr(answers._Answering, "answers", lambda *args: ask(*args))
+        noted(evaluate, "streamed_sums", lambda *given, **_: given[-1], passes, seen)
+        noted(answers._Answering, "answers", lambda _, prompts: len(prompts), batches, seen)
         return main([*argv, "--out", str(out), *more])
 
-    answers_before = answers._Answering.answers
     assert run(passes=4) == 130 and not out.exists()
     # Another command is told so.
     assert run("--windows", "2") == 2
@@ -257,8 +252,7 @@ def test_questions_of_chats(tmp_path):
 def test_templates_that_do_not_fit(models, tokenizer, change, message, tmp_path, command):
     other = Path(shutil.copytree(models[1], tmp_path / "other"))
     (other / "chat_template.jinja").unlink(missing_ok=True)
-    config = json.loads((other / "tokenizer_config.json").read_text()) | change
-    (other / "tokenizer_config.json").write_text(json.dumps(config))
+    edit_json(other / "tokenizer_config.json", lambda fields: fields.update(change))
     assert message in command("eval", other, "--against", models[1], "--answers", "1", status=2).err
 
 

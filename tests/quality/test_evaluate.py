@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import save_file
 
-from builders import never, tensors
+from builders import edit_json, edit_tensors, never
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import TextError, UsageError
@@ -31,10 +30,9 @@ def test_what_overflows_in_float16_has_no_score(
 ):
     dense, model = tiny_checkpoint("llama"), tmp_path / "model"
     shutil.copytree(dense, model)
-    weights = tensors(dense)
     for name in ("up", "down"):
-        weights[f"model.layers.1.mlp.{name}_proj.weight"] *= 30_000
-    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+        at = f"model.layers.1.mlp.{name}_proj.weight"
+        edit_tensors(model / "model.safetensors", lambda found, at=at: found[at].mul_(30_000))
     (tmp_path / "piqa.jsonl").write_text('{"query": "a", "choices": ["b", "c"], "gold": 0}\n')
     (tmp_path / "lambada.jsonl").write_text('{"text": "the river runs"}\n')
     how: list[object] = ["--tasks", measured, "--task-data", tmp_path]
@@ -99,10 +97,7 @@ def test_models_with_other_tokens_are_told_apart(tiny_checkpoint, text_file, tmp
     first = tiny_checkpoint("llama")
     other = tmp_path / "other"
     shutil.copytree(first, other)
-    file = other / "tokenizer.json"
-    fields = json.loads(file.read_text())
-    fields["model"]["merges"] = []
-    file.write_text(json.dumps(fields))
+    edit_json(other / "tokenizer.json", lambda fields: fields["model"].update(merges=[]))
     texts = EvaluationText((str(text_file),), 2, 24)
     evaluate_models([first, first], texts, Compute())
     assert not caplog.messages

@@ -190,19 +190,16 @@ def test_a_block_that_training_worsens_stays_as_it_was(argv, tmp_path, monkeypat
     assert not changed(trained, pruned([*argv, *LOCAL], tmp_path / "untrained"))
 
 
-def test_interrupted_it_goes_on_and_gives_the_same_bits(local, argv, tmp_path, monkeypatch, capsys):
+def test_interrupted_it_goes_on_and_gives_the_same_bits(
+    local, argv, tmp_path, monkeypatch, noted, capsys
+):
     out = tmp_path / "out"
     command = [*argv, "--memory-budget", "1KB", *LOCAL, "--out", str(out)]
-    calls = iter(range(BLOCKS))
-
-    def interrupted(*args: Any, **kwargs: Any) -> bool:
-        if next(calls) == 1:  # the second group of blocks
-            raise KeyboardInterrupt
-        return train_blocks(*args, **kwargs)
-
+    noted(
+        local_repair, "train_blocks", lambda *_, **__: None, dies_at=2
+    )  # the second group of blocks
     with monkeypatch.context() as patch:
         patch.setattr(work_dir, "SHARE_OF_TIME", float("inf"))
-        patch.setattr(local_repair, "train_blocks", interrupted)
         assert main(command) == 130
     assert {path.name for path in tmp_path.iterdir()} == {"out.work"}
     assert main(command) == 0

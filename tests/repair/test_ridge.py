@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cfsp
-from builders import changed, never
+from builders import changed, never, stop
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import TextError
@@ -31,7 +31,6 @@ from cfsp.repair.ridge import (
 )
 from cfsp.result.manifest import read_manifest
 from cfsp.settings.pruning import prune_settings
-from recoveries import stop
 
 
 def correlated(rows: int, channels: int, seed: int) -> torch.Tensor:

@@ -177,15 +177,12 @@ def test_a_kv_cache_that_cannot_be_is_refused(prune, sliding):
 
 
 @pytest.fixture(scope="module")
-def sliding(tokenizer, tmp_path_factory) -> Path:
+def sliding(save) -> Path:
     """A model of which every other block sees no further than 8 tokens back."""
-    directory = tmp_path_factory.mktemp("sliding")
     config = TINY_CONFIGS["gemma3_text"]()
     config.num_hidden_layers, kinds = 4, ["sliding_attention", "full_attention"]
     config.layer_types = kinds * 2
-    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return save(AutoModelForCausalLM.from_config(config))
 
 
 @pytest.mark.parametrize("parts", ["kv", "kv,attention"])
@@ -204,7 +201,7 @@ def test_a_sliding_window_caches_no_more_than_its_tokens(prune, sliding, parts):
 
 
 @pytest.fixture(scope="module")
-def trained(tokenizer, text_file, tmp_path_factory) -> Path:
+def trained(tokenizer, text_file, save) -> Path:
     """A tiny model that has learnt something: of a random one the loss may fall by pruning."""
     windows = draw_windows([str(text_file)], tokenizer, samples=64, seqlen=32, seed=9)
     network = build_tiny_model("llama").train()
@@ -214,10 +211,7 @@ def trained(tokenizer, text_file, tmp_path_factory) -> Path:
         network(batch_BT, labels=batch_BT).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    directory = tmp_path_factory.mktemp("trained")
-    network.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return save(network)
 
 
 @pytest.fixture

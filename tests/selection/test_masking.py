@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +17,8 @@ from cfsp.calibration.statistics import Removal
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.errors import UnsupportedModelError
-from cfsp.planning.candidate import NOTHING, Droppable, Dropped
-from cfsp.selection import drop_order
+from cfsp.planning.candidate import NOTHING, Dropped
+from cfsp.selection import divergence, drop_order
 from cfsp.selection.constraint import DropBudget, half_dropped
 from cfsp.selection.divergence import (
     POSITION_STRIDE,
@@ -31,7 +30,7 @@ from cfsp.selection.divergence import (
 )
 from cfsp.selection.drop_order import order_of_removal
 from cfsp.settings import UNIT_PARTS, Budget, Compute, PruneSettings
-from cfsp.streaming.stand_in import PLAIN, resumed_at, skipped
+from cfsp.streaming.stand_in import PLAIN, skipped
 from tiny_decoders import tiny_model
 from tiny_models import BLOCKS, TINY_CONFIGS, WIDTH, build_tiny_model
 
@@ -79,18 +78,12 @@ def test_divergence_is_that_of_numpy():
 @pytest.mark.parametrize(
     "name", ["llama", "gpt2", "falcon", "gemma3n_text", "qwen3_next", "nemotron_h", "gemma3"]
 )
-def test_each_block_is_masked_alone(name, monkeypatch):
+def test_each_block_is_masked_alone(name, noted):
     model = tiny_model(name)
     source = LoadedModel(model)
     tokens_NT = random_tokens(2, 12, seed=1)
     kept_U = [tuple(range(0, unit.width * unit.ffns, 2)) for unit in source.units]
-    starts: list[int] = []
-
-    def noted(blocks: object, first: int, *rest: object) -> object:
-        starts.append(first)
-        return resumed_at(blocks, first, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("cfsp.selection.divergence.resumed_at", noted)
+    starts = noted(divergence, "resumed_at", lambda blocks, first, *_: first)
     found_L = block_sensitivities(source, model, tokens_NT, kept_U)["ffn"]
     count = len(blocks_of(model, source.architecture))
     with_units = sorted({unit.block for unit in source.units})
@@ -216,16 +209,9 @@ def test_blocks_and_attentions_are_compared_for_each_parameter(both):
     )
 
 
-def test_only_a_few_are_tried_again(source, monkeypatch):
+def test_only_a_few_are_tried_again(source, monkeypatch, noted):
     """The price is one try for each block, and a few for each that goes."""
-    tried: list[Droppable] = []
-    original = drop_order._divergence_without
-
-    def note(masked: Any, gone: Dropped, droppable: Droppable) -> float:
-        tried.append(droppable)
-        return original(masked, gone, droppable)
-
-    monkeypatch.setattr(drop_order, "_divergence_without", note)
+    tried = noted(drop_order, "_divergence_without", lambda masked, gone, droppable: droppable)
     monkeypatch.setattr(drop_order, "_TRIED_AGAIN", 1)
     order = order_of(source, 3)
     assert len(order) == 3

@@ -94,19 +94,13 @@ def test_the_best_of_all_numbers_is_chosen(source, text_file, tokenizer, monkeyp
         assert each.candidate.sparsity > 0 or len(each.candidate.dropped) == BLOCKS * 2 // 5
 
 
-def test_where_one_of_a_kind_must_stay_the_others_may_go(text_file, tokenizer, monkeypatch):
+def test_where_one_of_a_kind_must_stay_the_others_may_go(text_file, tokenizer, noted):
     """Of three attention layers one may, which is fewer than may go beside channels."""
     budget = Budget(parts=("ffn", "attention"), multiple=8)
     asked = replace(settings(text_file, TargetParameters(0.8), repair="none"), budget=budget)
     source = LoadedModel(build_tiny_model("gemma3_text"), budget.parts)
-    windows, original = draw_text(asked.text, tokenizer), search._all_masked
-    orders: list[Any] = []
-
-    def note(*args: Any) -> list[Scored]:
-        orders.append(args[-1])
-        return original(*args)
-
-    monkeypatch.setattr(search, "_all_masked", note)
+    windows = draw_text(asked.text, tokenizer)
+    orders = noted(search, "_all_masked", lambda *args: args[-1])
     with temporary_work_dir(None) as work_dir:
         decide(job_of(source, asked, lambda: windows, work_dir=work_dir))
     assert [len(order) for order in orders] == [1]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cfsp
-from builders import dying_at, job_of, never, random_tokens
+from builders import job_of, never, random_tokens
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
@@ -199,11 +199,9 @@ def test_models_that_do_not_fit_are_not_timed(model, monkeypatch):
         measure_latencies(source, Budget(multiple=8), "decode", RUNTIME)
 
 
-def test_a_resumed_run_does_not_measure_again(model, tmp_path, monkeypatch):
-    result = {"curves": {"ffn": CURVES["ffn"]}, "conditions": {"disturbance": 0.0}}
-    measured: list[Any] = []
-    measure = dying_at(0, lambda *_: result, lambda *given: given, measured)
-    monkeypatch.setattr(speedup, "measure_latencies", measure)
+def test_a_resumed_run_does_not_measure_again(model, tmp_path, latencies, noted):
+    latencies("ffn")
+    measured = noted(speedup, "measure_latencies", lambda *given: given)
     settings = PruneSettings(Budget(multiple=8), goal=TargetSpeedup(1.2))
     work_dir = WorkDir(tmp_path, identity={"of": "one command"})
     first, again = (

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from builders import stop
 from cfsp.cli import main
 from cfsp.result.manifest import read_manifest
 from cfsp.streaming.block_stream import StreamedBlock
 from cfsp.streaming.work_dir import Pace
-from recoveries import stop
 from tiny_models import BLOCKS, build_tiny_model
 
 
