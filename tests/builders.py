@@ -8,8 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -181,6 +183,16 @@ def goal_of_share(
     return TargetParameters(1 - share * owned / parameter_count(source))
 
 
+def numpy_divergence(dense_TV: Tensor, other_TV: Tensor) -> NDArray[Any]:
+    """Return KL(dense || other) at every position, of two models' logits."""
+    log_p, log_q = (
+        logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        for logits in (dense_TV.double().numpy(), other_TV.double().numpy())
+    )
+    found: NDArray[Any] = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    return found
+
+
 def draw_windows(texts: Sequence[str | Text], tokenizer: Any, **choices: Any) -> Windows:
     """Draw calibration windows of texts by name; `choices` are those of `CalibrationText`."""
     return draw_text(CalibrationText(tuple(texts), **choices), tokenizer)
@@ -196,6 +208,11 @@ def windows_left_over(
 def tensors(directory: Path) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint in one file."""
     return load_file(directory / "model.safetensors")
+
+
+def entries(directory: Path) -> set[str]:
+    """Return the names of what lies in a directory."""
+    return {path.name for path in directory.iterdir()}
 
 
 def edit_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:

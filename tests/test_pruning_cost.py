@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from cfsp.cli import main
 from tiny_models import TINY_CONFIGS, build_tiny_model
 
 Estimate = Callable[..., dict[str, Any]]
@@ -23,13 +22,11 @@ def argv(tiny_checkpoint, text_file) -> list[str]:
 
 
 @pytest.fixture
-def estimate(argv, tmp_path, capsys) -> Estimate:
+def estimate(argv, tmp_path, command) -> Estimate:
     def run(*options: str) -> dict[str, Any]:
-        capsys.readouterr()
-        assert main([*argv, "--sparsity", "0.5", "--json", *options]) == 0
+        told = command(*argv, "--sparsity", 0.5, "--json", *options)
         assert not list(tmp_path.iterdir())
-        found: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return found
+        return json.loads(told.out)
 
     return run
 

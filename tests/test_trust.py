@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cfsp
+from builders import entries
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import exclusive, staged_directory, staged_file
@@ -107,7 +108,7 @@ def test_the_first_of_two_outputs_stays(tmp_path):
         staged.write_text("second")
         (tmp_path / "one").write_text("first")
     assert (tmp_path / "one").read_text() == "first"
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "one"}
+    assert entries(tmp_path) == {"out", "one"}
 
 
 def test_a_sweep_where_another_one_works_is_refused(tiny_checkpoint, text_file, tmp_path, command):
@@ -134,7 +135,7 @@ def test_of_two_processes_one_wins(command, commands, tiny_checkpoint, text_file
     message = second.stderr.splitlines()[-1]
     assert "another run is working in" in message or f"{out} exists" in message
     assert "Traceback" not in second.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert entries(tmp_path) == {"out"}
     if command != "calibrate":
         assert main(["inspect", str(out)]) == 0
 

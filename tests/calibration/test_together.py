@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from builders import entries
 from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.processes import Team, take_own_accelerator
@@ -30,7 +31,7 @@ def test_two_processes_of_torchrun_give_what_one_gives(forks, model, text, tmp_p
     code = f"from torch.distributed.run import main\nmain({command})"
     (finished,) = forks.code(code)
     assert finished.stdout.count('"processes": 2') == 1  # the first process alone prints
-    assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
+    assert entries(tmp_path) == {"one", "two"}
 
     assert two.read_bytes() == one.read_bytes()
 

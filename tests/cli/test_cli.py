@@ -11,12 +11,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from builders import stop
+from builders import entries, stop
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import build_parser, main
 from cfsp.cli.options import expand_sets, settings_from
@@ -41,10 +40,6 @@ def told(command):
 def text(text_file):
     """The calibration arguments of all tests here."""
     return ["--data", text_file, "--samples", 6, "--seqlen", 32]
-
-
-def entries(directory: Path) -> set[str]:
-    return {path.name for path in directory.iterdir()}
 
 
 def commands() -> list[str]:

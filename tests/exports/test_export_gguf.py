@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import cfsp
+from builders import entries
 from cfsp.checkpoint.llama_cpp import llama_cpp_tokens
 from cfsp.checkpoint.locating import demo_gguf
 from cfsp.checkpoint.reading import Checkpoint
@@ -245,7 +246,7 @@ def test_k_quants_come_from_llama_cpp(tmp_path, tokenizer):
     assert types["blk.2.ffn_down.weight"] not in ("Q4_K", "Q6_K")  # 288 is not a multiple of 256
     assert "rows of 32, 288 weights do not divide into blocks of 256" in report.notes[0]
     assert 0 < report.verification.relative_error < 0.5
-    assert {path.name for path in tmp_path.iterdir()} == {"dense", "pruned", "m.gguf"}
+    assert entries(tmp_path) == {"dense", "pruned", "m.gguf"}
 
 
 def test_a_wrong_copy_is_noticed_and_not_kept(tmp_path, tokenizer, monkeypatch):
@@ -257,7 +258,7 @@ def test_a_wrong_copy_is_noticed_and_not_kept(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr("cfsp.exports.gguf.tokens_differ", lambda *_: None)  # its process died
     with pytest.raises(ExportError, match="ends when it splits text by the copy's tokenizer"):
         to_gguf(source, tmp_path / "m.gguf")
-    assert {path.name for path in tmp_path.iterdir()} == {"dense", "pruned"}
+    assert entries(tmp_path) == {"dense", "pruned"}
 
 
 def test_without_llama_cpp_nothing_is_verified_which_is_said(tmp_path, tokenizer, monkeypatch):

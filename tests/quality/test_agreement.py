@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from builders import edit_tensors, never, random_tokens
+from builders import edit_tensors, never, numpy_divergence, random_tokens
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cli import main
@@ -39,11 +39,11 @@ def whole(dense: Path, model: Path, windows: Windows) -> tuple[list[float], list
     for tokens_T, count in zip(windows.tokens_NT, windows.scored_N.tolist(), strict=True):
         with torch.no_grad():
             dense_PV, model_PV = (
-                each(input_ids=tokens_T[None]).logits[0, -count - 1 : -1].double().log_softmax(-1)
-                for each in models
+                each(input_ids=tokens_T[None]).logits[0, -count - 1 : -1] for each in models
             )
-        losses.append(-float(model_PV.gather(1, tokens_T[-count:, None]).sum()))
-        divergences.append(float((dense_PV.exp() * (dense_PV - model_PV)).sum()))
+        loss = cross_entropy(model_PV.double(), tokens_T[-count:], reduction="sum")
+        losses.append(float(loss))
+        divergences.append(numpy_divergence(dense_PV, model_PV).sum())
         agreed.append(int((dense_PV.argmax(-1) == model_PV.argmax(-1)).sum()))
     return losses, divergences, agreed
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from builders import edit_json, edit_tensors, never
+from builders import edit_json, edit_tensors, entries, never
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import TextError, UsageError
@@ -130,7 +130,7 @@ def test_after_a_death_the_same_command_goes_on(commands, argv, tmp_path):
     assert not out.exists()
     ended = commands.finish(argv_of_three, 3)
     assert [bool(each.stdout) for each in ended] == [True, False, False]
-    assert {path.name for path in tmp_path.iterdir()} == {"many"}
+    assert entries(tmp_path) == {"many"}
     assert main([*argv, "--out", str(tmp_path / "one")]) == 0
     assert of(out) == of(tmp_path / "one")
     (ended,) = commands(Command(argv_of_three))
@@ -138,10 +138,9 @@ def test_after_a_death_the_same_command_goes_on(commands, argv, tmp_path):
     assert "is there already; nothing is measured again" in ended.stderr
 
 
-def test_tasks_are_refused(argv, tmp_path, capsys, monkeypatch):
+def test_tasks_are_refused(argv, tmp_path, command, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert main([*argv, "--tasks", "piqa", "--out", str(tmp_path / "out")]) == 2
-    message = "cfsp eval: [process 1] --tasks runs in one process, found 2"
-    assert message in capsys.readouterr().err
+    error = command(*argv, "--tasks", "piqa", "--out", tmp_path / "out", status=2).err
+    assert "cfsp eval: [process 1] --tasks runs in one process, found 2" in error
     assert not list(tmp_path.iterdir())

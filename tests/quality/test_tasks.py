@@ -19,7 +19,7 @@ import lm_eval.tasks
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from builders import never
+from builders import entries, never
 from cfsp.checkpoint.loading import load
 from cfsp.cli import main
 from cfsp.errors import TaskError, UsageError
@@ -269,7 +269,7 @@ def test_an_interrupted_run_goes_on_with_the_next_task(
         assert len(seen) == scored and out.exists() == (status == 0)
     found = json.loads(out.read_text())
     assert {key: found[key] for key in whole} == whole
-    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+    assert entries(tmp_path) == {"out.json"}
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == [*short_names(models).values()]
     for name in ("piqa, acc ", "piqa, acc_norm", "lambada_openai, loss, nats"):

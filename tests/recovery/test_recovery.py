@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import cfsp
-from builders import changed, edit_json, edit_tensors, random_tokens, tensors
+from builders import changed, edit_json, edit_tensors, entries, random_tokens, tensors
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.checkpoint.reading import parameter_count
@@ -58,8 +58,8 @@ def test_training_helps_and_the_result_has_the_same_layout(
         adaptation=Adaptation(method, rank=4),
         evaluation=EvaluationText((str(text_file),), 4, 64),
     )
-    kept = {p.name for p in pruned.iterdir()} - {"cfsp.statistics"}
-    assert {p.name for p in out.iterdir()} == kept
+    kept = entries(pruned) - {"cfsp.statistics"}
+    assert entries(out) == kept
     for name in ("config.json", "modeling_cfsp.py", PLAN_FILE, "tokenizer.json"):
         assert (out / name).read_bytes() == (pruned / name).read_bytes()
     measured = report.perplexity[str(text_file)]
@@ -69,7 +69,7 @@ def test_training_helps_and_the_result_has_the_same_layout(
     assert found == pytest.approx(measured["after"], rel=1e-4)
     conditions = {"windows": 4, "seqlen": 64, "tokens": 4 * 63, "bos": False}
     assert measured == measured | conditions
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert entries(tmp_path) == {"out"}
 
 
 def test_manifest_and_card_say_how_it_was_recovered(pruned, plain):

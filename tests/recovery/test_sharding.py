@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import cfsp
-from builders import tensors
+from builders import entries, tensors
 from cfsp.cli import main
 from cfsp.result.manifest import read_manifest
 from commands import ranks
@@ -91,7 +91,7 @@ def test_another_number_of_processes_goes_on(commands, argv, tmp_path):
     commands.finish(of_each(argv, out, 2), 2)
     assert main([*argv, "--out", str(tmp_path / "one")]) == 0
     check_alike(tmp_path / "one", out)
-    assert {path.name for path in tmp_path.iterdir()} == {"one", "out"}
+    assert entries(tmp_path) == {"one", "out"}
 
 
 def test_experts_are_sharded(commands, argv, tiny_checkpoint, tmp_path):

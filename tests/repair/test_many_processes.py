@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from builders import entries
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.cli import main
 from cfsp.selection import speedup
@@ -54,10 +55,10 @@ def many(argv: list[str], tmp_path: Path) -> list[str]:
 
 def check_alike(argv: list[str], tmp_path: Path) -> None:
     """Check that `many`, which is there, is what one process makes."""
-    assert {path.name for path in tmp_path.iterdir()} == {"many"}
+    assert entries(tmp_path) == {"many"}
     one, together = tmp_path / "one", tmp_path / "many"
     assert main([*argv, "--out", str(one)]) == 0
-    assert {path.name for path in one.iterdir()} == {path.name for path in together.iterdir()}
+    assert entries(one) == entries(together)
     assert (one / PLAN_FILE).read_bytes() == (together / PLAN_FILE).read_bytes()
     assert numbers_of(one) == pytest.approx(numbers_of(together), rel=1e-5)
     expected, found = (load_file(path / "model.safetensors") for path in (one, together))

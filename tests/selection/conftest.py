@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from cfsp.cli import main
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.manifest import read_manifest
 
@@ -36,15 +35,14 @@ class Ended:
 
 
 @pytest.fixture
-def prune(model, text_file, tmp_path, capsys) -> Callable[..., Ended]:
+def prune(model, text_file, tmp_path, command) -> Callable[..., Ended]:
     """Prunes `model`, or another, by `cfsp prune` with a tiny calibration."""
 
     def run(*more: object, of: Path = model, name: str = "out", status: int = 0) -> Ended:
-        capsys.readouterr()
-        text = ["--data", str(text_file), "--samples", "8", "--seqlen", "32"]
-        argv = ["prune", str(of), *text, "--multiple", "8", "--out", str(tmp_path / name)]
-        assert main([*argv, *map(str, more)]) == status
+        text = ["--data", text_file, "--samples", 8, "--seqlen", 32]
+        argv = ["prune", of, *text, "--multiple", 8, "--out", tmp_path / name]
+        printed = command(*argv, *more, status=status)
         assert status == 0 or not list(tmp_path.glob(f"{name}*")), "it leaves nothing"
-        return Ended(tmp_path / name, *capsys.readouterr())
+        return Ended(tmp_path / name, *printed)
 
     return run
