@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import cfsp
+import stock
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.planning.plan_file import PruningPlan
 from toy_decoders import CHANNELS, ToyConfig, ToyForCausalLM, register
@@ -28,10 +29,7 @@ def new_model(trick: str = "") -> PreTrainedModel:
         return ToyForCausalLM(ToyConfig(vocab_size=320, trick=trick)).eval()
 
 
-def logits_of(model: Any) -> Tensor:
-    with torch.inference_mode():
-        logits: Tensor = model(input_ids=TOKENS).logits
-    return logits
+logits_of = partial(stock.logits_of, tokens_BT=TOKENS)
 
 
 def masked(plan: PruningPlan, trick: str = "") -> PreTrainedModel:
