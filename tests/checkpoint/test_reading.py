@@ -23,7 +23,7 @@ from cfsp.checkpoint.reading import (
     parameter_count,
 )
 from cfsp.errors import CheckpointError, UnsupportedModelError
-from tiny_models import build_tiny_model, save_tiny_model
+from tiny_models import build_tiny_model
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def copy(tiny_checkpoint, tmp_path):
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     directory = tmp_path_factory.mktemp("sharded")
-    save_tiny_model("llama", directory, max_shard_size="50KB")
+    build_tiny_model("llama").save_pretrained(directory, max_shard_size="50KB")
     assert len(list(directory.glob("model-*.safetensors"))) > 2
     return directory
 
@@ -75,7 +75,7 @@ def test_shards_read_like_a_single_file(sharded, tiny_checkpoint):
 
 def test_a_single_file_is_read_before_an_index_as_transformers_does(sharded, tmp_path):
     both = Path(shutil.copytree(sharded, tmp_path / "both"))
-    save_tiny_model("llama", tmp_path / "other", seed=1)
+    build_tiny_model("llama", seed=1).save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other" / "model.safetensors", both)
     expected = AutoModelForCausalLM.from_pretrained(both).state_dict()
     found = Checkpoint(both)

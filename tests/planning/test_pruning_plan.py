@@ -17,7 +17,7 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import PlanError
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
-from tiny_models import build_tiny_model, save_tiny_model
+from tiny_models import build_tiny_model
 
 
 @st.composite
@@ -142,7 +142,7 @@ def test_plan_fits_its_model_and_refuses_another(plan, tiny_checkpoint, tmp_path
     with pytest.raises(PlanError, match=r"made for .* \(llama, .*not for .* \(qwen3, "):
         plan.check_fits(Checkpoint(tiny_checkpoint("qwen3")))
     # The same shapes with other weights, as of a fine-tuned copy.
-    save_tiny_model("llama", tmp_path / "tuned", seed=7)
+    build_tiny_model("llama", seed=7).save_pretrained(tmp_path / "tuned")
     with pytest.raises(PlanError, match="make a plan for this model"):
         plan.check_fits(Checkpoint(tmp_path / "tuned"))
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.manifest import read_manifest
+from tiny_decoders import tiny_model
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,18 @@ class Ended:
     @property
     def plan(self) -> PruningPlan:
         return PruningPlan.load(self.out / "cfsp_plan.json")
+
+
+@pytest.fixture(scope="session")
+def source(model) -> Checkpoint:
+    """`model` as it is read."""
+    return Checkpoint(model)
+
+
+@pytest.fixture(scope="session")
+def five_blocks() -> LoadedModel:
+    """A Llama of five blocks in memory."""
+    return LoadedModel(tiny_model("llama", num_hidden_layers=5))
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 import cfsp
 from builders import draw_windows
 from cfsp import pruning_cost as cost
-from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.selection import goal as goals
@@ -69,9 +68,7 @@ def test_python_refuses_what_the_command_line_does(model, tmp_path):
         with pytest.raises(UsageError, match=message):
             cfsp.prune(model, out=tmp_path / "out", **asked)
 
-    refused("found none")
     refused("no tokenizer: it has its own", sparsity=0.5, tokenizer=object())
-    refused("--sparsity and --target-params", sparsity=0.5, goal=TargetParameters(0.5))
     refused("--effort fast is --repair none", sparsity=0.5, effort="fast", repair="ridge")
     refused("--local-steps belongs to --repair local", sparsity=0.5, local_steps=5)
 
@@ -108,11 +105,6 @@ def test_a_plan_may_have_a_goal(model, text_file):
 def settings(samples: int = 64, sparsity: float = 0.5) -> PruneSettings:
     text = CalibrationText(names=("mixed",), samples=samples)
     return PruneSettings(text=text, budget=Budget(sparsity=sparsity))
-
-
-@pytest.fixture
-def source(model) -> Checkpoint:
-    return Checkpoint(model)
 
 
 def test_a_goal_says_its_size_or_nothing(source, caplog):

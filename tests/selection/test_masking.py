@@ -127,11 +127,6 @@ def without(source: LoadedModel, removed: Dropped) -> float:
         return dense.divergence(model)
 
 
-@pytest.fixture(scope="module")
-def source() -> LoadedModel:
-    return LoadedModel(tiny_model("llama", num_hidden_layers=DEPTH))
-
-
 def order_of(source: LoadedModel, count: int) -> list[Removal]:
     wanted = DropBudget.of_count(source, "blocks", count)
     return order_of_removal(source, source.model, TOKENS, [wanted])
@@ -149,17 +144,17 @@ def test_beside_channels_as_much_goes_as_can():
         order_of_removal(source, model, TOKENS, [replace(half, at_most=False)])
 
 
-def test_what_the_model_cannot_do_without_stays(source, monkeypatch):
-    first, second = order_of(source, 2)
+def test_what_the_model_cannot_do_without_stays(five_blocks, monkeypatch):
+    first, second = order_of(five_blocks, 2)
 
     def check(source: LoadedModel, removed: Dropped) -> None:
         if {first.block, second.block} & {*removed.blocks}:
             raise UnsupportedModelError("it is needed")
 
     monkeypatch.setattr(drop_order, "check_can_go", check)
-    assert not {first.block, second.block} & {each.block for each in order_of(source, 2)}
+    assert not {first.block, second.block} & {each.block for each in order_of(five_blocks, 2)}
     with pytest.raises(UnsupportedModelError, match="it is needed"):
-        order_of(source, DEPTH - 1)
+        order_of(five_blocks, DEPTH - 1)
 
 
 @pytest.fixture(scope="module")
@@ -202,11 +197,11 @@ def test_blocks_and_attentions_are_compared_for_each_parameter(both):
     )
 
 
-def test_only_a_few_are_tried_again(source, monkeypatch, noted):
+def test_only_a_few_are_tried_again(five_blocks, monkeypatch, noted):
     """The price is one try for each block, and a few for each that goes."""
     tried = noted(drop_order, "_divergence_without", lambda masked, gone, droppable: droppable)
     monkeypatch.setattr(drop_order, "_TRIED_AGAIN", 1)
-    order = order_of(source, 3)
+    order = order_of(five_blocks, 3)
     assert len(order) == 3
     assert len(tried) <= DEPTH + 2 * 1
-    assert order[0] == order_of(source, 1)[0]
+    assert order[0] == order_of(five_blocks, 1)[0]

@@ -102,9 +102,9 @@ def latencies(monkeypatch) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.mark.parametrize("ratio", [1.05, 1.2, 1.5])
-def test_target_speedup_is_the_least_that_is_enough(model, statistics, ratio, latencies):
+def test_target_speedup_is_the_least_that_is_enough(source, statistics, ratio, latencies):
     latencies("ffn")
-    source, budget = open_checkpoint(model), Budget(multiple=8)
+    budget = Budget(multiple=8)
     found = speedup.Speedup(source, budget, TargetSpeedup(ratio), RUNTIME, WorkDir(Path()))
     planner = Planner.of(source, Statistics.load(statistics), budget, Criterion())
     chosen = found.share(planner, ("ffn",), NOTHING)
@@ -172,10 +172,9 @@ def test_too_little_text_is_said_before_models_are_timed(prune, samples, message
 
 
 @pytest.mark.usefixtures("models_start_quickly")
-def test_latencies_of_a_real_measurement(model, monkeypatch):
+def test_latencies_of_a_real_measurement(source, monkeypatch):
     monkeypatch.setattr(speedup, "ROUNDS", 1)
     monkeypatch.setattr(speedup, "WORKLOAD", speedup.Workload(prompt=8, new_tokens=2))
-    source = open_checkpoint(model)
     found = measure_latencies(source, Budget(multiple=48), "decode", RUNTIME)
     (least, time), whole = found["curves"]["ffn"]
     assert (least, whole) == (48, [96, 1.0]) and time > 0
@@ -184,29 +183,25 @@ def test_latencies_of_a_real_measurement(model, monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_busy_machine_is_told_where_it_computes(model, latencies, caplog, device):
+def test_a_busy_machine_is_told_where_it_computes(source, latencies, caplog, device):
     latencies("blocks", 0.8)
     goal, runtime = TargetSpeedup(1.9), Runtime(torch.device(device), torch.float32)
-    found = speedup.Speedup(open_checkpoint(model), Budget(), goal, runtime, WorkDir(Path()))
+    found = speedup.Speedup(source, Budget(), goal, runtime, WorkDir(Path()))
     assert found.latencies
     assert ("took 80% of the processors" in caplog.text) == (device == "cpu")
 
 
-def test_models_that_do_not_fit_are_not_timed(model, monkeypatch):
+def test_models_that_do_not_fit_are_not_timed(source, monkeypatch):
     monkeypatch.setattr(speedup, "available_bytes", lambda: 10**9)
-    source = open_checkpoint(model)
     with pytest.raises(UsageError, match=r"5 models.*2\.5 GB; 1\.0 GB are available"):
         measure_latencies(source, Budget(multiple=8), "decode", RUNTIME)
 
 
-def test_a_resumed_run_does_not_measure_again(model, tmp_path, latencies, noted):
+def test_a_resumed_run_does_not_measure_again(source, tmp_path, latencies, noted):
     latencies("ffn")
     measured = noted(speedup, "measure_latencies", lambda *given: given)
     settings = PruneSettings(Budget(multiple=8), goal=TargetSpeedup(1.2))
     work_dir = WorkDir(tmp_path, identity={"of": "one command"})
-    first, again = (
-        constraint_of(job_of(open_checkpoint(model), settings, work_dir=work_dir))[1]
-        for _ in range(2)
-    )
+    first, again = (constraint_of(job_of(source, settings, work_dir=work_dir))[1] for _ in range(2))
     assert again.latencies == first.latencies
     assert len(measured) == 1

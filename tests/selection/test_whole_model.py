@@ -15,7 +15,7 @@ from builders import changed, edit_json, never, stopped_at
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.own_files import STATISTICS_FILE
-from cfsp.checkpoint.reading import Checkpoint, LoadedModel
+from cfsp.checkpoint.reading import LoadedModel
 from cfsp.errors import StatisticsError, UsageError
 from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.allocation import allocate
@@ -28,11 +28,6 @@ from cfsp.streaming.runtime import Runtime
 from tiny_models import build_tiny_model
 
 MULTIPLE = 8
-
-
-@pytest.fixture
-def source(model) -> Checkpoint:
-    return Checkpoint(model)
 
 
 @pytest.fixture
