@@ -18,7 +18,7 @@ from builders import entries
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import exclusive, staged_directory, staged_file
-from cfsp.checkpoint.own_files import PLAN_FILE
+from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
 from cfsp.cli import main
 from cfsp.decide import plan_from
 from cfsp.errors import OutputError
@@ -160,15 +160,13 @@ def test_many_prunes_do_not_grow_memory(tiny_checkpoint, text_file, tmp_path):
     assert resident_bytes() - before < 64 << 20
 
 
-def test_a_thousand_plans_do_not_grow_memory(tiny_checkpoint, text_file, tmp_path):
-    source = open_checkpoint(tiny_checkpoint("llama"))
-    statistics = cfsp.calibrate(source.directory, data=str(text_file), samples=2, seqlen=32)
-    statistics.save(tmp_path / "s")
+def test_a_thousand_plans_do_not_grow_memory(model, pruned):
+    source = open_checkpoint(model)
     for number in range(1020):
         if number == 20:
             before = resident_bytes()
         budget = Budget(0.1 + 0.0008 * number, multiple=4)
-        plan_from(source, Statistics.load(tmp_path / "s"), PruneSettings(budget))
+        plan_from(source, Statistics.load(pruned / STATISTICS_FILE), PruneSettings(budget))
     # Statistics and plans that were all kept would be more.
     assert resident_bytes() - before < 8 << 20
 

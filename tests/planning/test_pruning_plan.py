@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cfsp
 from builders import CALIBRATION, CRITERION
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import PlanError
@@ -79,10 +78,9 @@ def test_plan_of_a_large_model_stays_small():
 
 
 @pytest.fixture(scope="module")
-def plan(tiny_checkpoint, text_file) -> PruningPlan:
-    directory = tiny_checkpoint("llama")
-    statistics = cfsp.calibrate(directory, data=[str(text_file)], samples=4, seqlen=32)
-    return cfsp.plan(directory, statistics, sparsity=0.4, multiple=1)
+def plan(pruned) -> PruningPlan:
+    """Of the tiny Llama."""
+    return PruningPlan.load(pruned / "cfsp_plan.json")
 
 
 def damaged(plan: PruningPlan, change: Callable[[dict[str, Any]], object]) -> str:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import cfsp
 from builders import draw_windows
 from cfsp import pruning_cost as cost
+from cfsp.checkpoint.own_files import STATISTICS_FILE
 from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.selection import goal as goals
@@ -84,8 +85,8 @@ def test_the_report_of_the_best_effort_names_what_was_trained(model, tmp_path, m
     assert report.out == str(tmp_path / "out")
 
 
-def test_a_plan_may_have_a_goal(model, text_file):
-    statistics = cfsp.calibrate(model, data=[text_file], samples=4, seqlen=32)
+def test_a_plan_may_have_a_goal(model, pruned, text_file):
+    statistics = cfsp.Statistics.load(pruned / STATISTICS_FILE)
     by_name = cfsp.plan(model, statistics, target_params=0.8, multiple=8)
     assert by_name == cfsp.plan(model, statistics, goal=TargetParameters(0.8), multiple=8)
     assert 0.2 < by_name.ffn_sparsity < 1

@@ -12,11 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import cfsp
 from builders import job_of, never, random_tokens
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.own_files import STATISTICS_FILE
 from cfsp.checkpoint.reading import LoadedModel, parameter_count
 from cfsp.checkpoint.skeleton import empty_model
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
@@ -42,13 +42,6 @@ from tiny_models import BLOCKS
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 # Half of the width saves a quarter of the time, all of it four tenths; all blocks 95 hundredths.
 CURVES = {"ffn": [[8, 0.6], [48, 0.75], [96, 1.0]], "blocks": [[0, 0.05], [BLOCKS, 1.0]]}
-
-
-@pytest.fixture(scope="module")
-def statistics(model, text_file, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("statistics") / "stats.safetensors"
-    cfsp.calibrate(model, data=[text_file], samples=8, seqlen=32).save(path)
-    return path
 
 
 def test_what_parts_save_is_added_up(model):
@@ -102,11 +95,11 @@ def latencies(monkeypatch) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.mark.parametrize("ratio", [1.05, 1.2, 1.5])
-def test_target_speedup_is_the_least_that_is_enough(source, statistics, ratio, latencies):
+def test_target_speedup_is_the_least_that_is_enough(source, pruned, ratio, latencies):
     latencies("ffn")
     budget = Budget(multiple=8)
     found = speedup.Speedup(source, budget, TargetSpeedup(ratio), RUNTIME, WorkDir(Path()))
-    planner = Planner.of(source, Statistics.load(statistics), budget, Criterion())
+    planner = Planner.of(source, Statistics.load(pruned / STATISTICS_FILE), budget, Criterion())
     chosen = found.share(planner, ("ffn",), NOTHING)
     assert chosen is not None
     values = {entry.sparsity: entry.value for entry in found.tried}
