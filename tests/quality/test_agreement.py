@@ -244,8 +244,7 @@ def test_a_killed_pass_goes_on(tmp_path, monkeypatch, noted):
     def measure(work_dir: WorkDir) -> float:
         return float(streamed(source, windows, work_dir)["value"])
 
-    block_of = lambda it, *_, **__: it.index  # noqa: E731
-    entered = noted(measuring.StreamedBlock, "advance", block_of, dies_at=BLOCKS)
+    entered = noted(measuring.StreamedBlock, "advance", lambda it, *_, **__: it.index, BLOCKS)
     with pytest.raises(KeyboardInterrupt):
         measure(WorkDir(tmp_path, identity={}))
     again = measure(WorkDir(tmp_path, identity={}))

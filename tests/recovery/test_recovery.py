@@ -130,8 +130,7 @@ def test_a_step_has_no_more_windows_than_the_text(recovered, plain):
 def test_the_last_step_of_a_pass_counts_what_it_has(recovered, plain, noted):
     (windows,) = read_manifest(plain)["recovery"]["data"]["sources"].values()
     how = training(4, batch_windows=windows * 2 // 3)
-    of_step = lambda _trainer, _model, inputs, *_: inputs["input_ids"].numel()  # noqa: E731
-    seen = noted(RecoveryTrainer, "training_step", of_step)
+    seen = noted(RecoveryTrainer, "training_step", lambda *given: given[2]["input_ids"].numel())
     recovered(training=how)
     tokens = list(accumulate(seen, initial=0))
     assert [tokens_of(how, windows, steps) for steps in range(5)] == tokens
