@@ -136,11 +136,3 @@ def test_after_a_death_the_same_command_goes_on(commands, argv, tmp_path):
     (ended,) = commands(Command(argv_of_three))
     assert ended.status == 0
     assert "is there already; nothing is measured again" in ended.stderr
-
-
-def test_tasks_are_refused(argv, tmp_path, command, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    error = command(*argv, "--tasks", "piqa", "--out", tmp_path / "out", status=2).err
-    assert "cfsp eval: [process 1] --tasks runs in one process, found 2" in error
-    assert not list(tmp_path.iterdir())

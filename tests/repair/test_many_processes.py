@@ -164,12 +164,16 @@ def test_processes_with_different_work_are_refused(commands, argv, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_one_process_alone_can_do_is_refused(argv, tmp_path, command, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "option", "value"), [("prune", "--max-loss-increase", 1), ("eval", "--tasks", "piqa")]
+)
+def test_what_one_process_alone_can_do_is_refused(
+    model, tmp_path, command, monkeypatch, name, option, value
+):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    error = command(*many(argv, tmp_path), "--max-loss-increase", 1, status=2).err
-    said = "cfsp prune: [process 1] --max-loss-increase runs in one process, found 2"
-    assert said in error
+    error = command(name, model, option, value, "--out", tmp_path / "out", status=2).err
+    assert f"cfsp {name}: [process 1] {option} runs in one process, found 2" in error
     assert not list(tmp_path.iterdir())
 
 
