@@ -112,13 +112,13 @@ def command(capsys) -> Callable[..., Any]:
 
 @pytest.fixture
 def noted(monkeypatch) -> Callable[..., list[Any]]:
-    """Gives a list that calls of a function are noted in, which works as before."""
+    """Notes the calls of a function, which does its work all the same."""
     originals: dict[tuple[object, str], Callable[..., Any]] = {}
 
     def note(
         owner: Any, name: str, of: Callable[..., Any], dies_at: int = 0, seen: Any = None
     ) -> list[Any]:
-        """Note what `of` makes of the arguments; the nth call is interrupted, 0 for none."""
+        """Return the list of what `of` makes of the arguments; the nth call is interrupted."""
         notes: list[Any] = [] if seen is None else seen
         original = originals.setdefault((owner, name), getattr(owner, name))
 
