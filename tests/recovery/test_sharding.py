@@ -121,17 +121,8 @@ def test_the_others_wait_in_the_team_for_what_the_first_measures(
     forks, argv, text_file, tmp_path, options
 ):
     """And not for another group to open, which has an end."""
-    argv += [
-        "--rank",
-        "2",
-        "--eval",
-        str(text_file),
-        "--windows",
-        "1",
-        "--out",
-        str(tmp_path / "out"),
-        *options,
-    ]
+    argv += ["--rank", "2", "--eval", str(text_file), "--windows", "1", *options]
+    argv += ["--out", str(tmp_path / "out")]
     code = MEASURING.replace("ARGV", repr(argv))
     ended = forks.code(code, *ranks(2))
     assert ended[0].stdout.startswith("in a group: True\n") and not ended[1].stdout
