@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
-from safetensors.torch import load_file
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -105,23 +110,21 @@ def statistics_with_distances(distance_L: Sequence[float]) -> Statistics:
     return Statistics.of(blocks, RECORD)
 
 
-def dying_at(
-    count: int, call: Callable[..., Any], note: Callable[..., Any], seen: list[Any]
-) -> Callable[..., Any]:
-    """Return a function that notes each call, and whose nth is interrupted; 0 for none."""
-
-    def dying(*args: Any, **options: Any) -> Any:
-        seen.append(note(*args, **options))
-        if len(seen) == count:
-            raise KeyboardInterrupt
-        return call(*args, **options)
-
-    return dying
-
-
 def never(*_: Any, **__: Any) -> Any:
     """Be what is not to be called."""
     raise AssertionError("this is not needed")
+
+
+def stop(*_: Any, **__: Any) -> Any:
+    """Stand in for a user who stops a run."""
+    raise KeyboardInterrupt
+
+
+def stopped_at(place: str, work: Callable[..., object], *args: Any, **options: Any) -> None:
+    """Let a user stop some work where it calls the function at a place."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(place, stop)
+        work(*args, **options)
 
 
 def job_of(
@@ -180,6 +183,16 @@ def goal_of_share(
     return TargetParameters(1 - share * owned / parameter_count(source))
 
 
+def numpy_divergence(dense_TV: Tensor, other_TV: Tensor) -> NDArray[Any]:
+    """Return KL(dense || other) at every position, of two models' logits."""
+    log_p, log_q = (
+        logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        for logits in (dense_TV.double().numpy(), other_TV.double().numpy())
+    )
+    found: NDArray[Any] = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    return found
+
+
 def draw_windows(texts: Sequence[str | Text], tokenizer: Any, **choices: Any) -> Windows:
     """Draw calibration windows of texts by name; `choices` are those of `CalibrationText`."""
     return draw_text(CalibrationText(tuple(texts), **choices), tokenizer)
@@ -195,6 +208,27 @@ def windows_left_over(
 def tensors(directory: Path) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint in one file."""
     return load_file(directory / "model.safetensors")
+
+
+def entries(directory: Path) -> set[str]:
+    """Return the names of what lies in a directory."""
+    return {path.name for path in directory.iterdir()}
+
+
+def edit_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Change the tensors of a safetensors file and leave its metadata."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    found = load_file(path)
+    change(found)
+    save_file(found, path, metadata=metadata)
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the fields of a JSON file."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    change(fields)
+    path.write_text(json.dumps(fields), encoding="utf-8")
 
 
 def changed(before: Path, after: Path) -> set[str]:

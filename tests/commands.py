@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -41,6 +41,26 @@ class Commands:
         arguments = [asdict(command) for command in commands]
         environments = [each.pop("environment") for each in arguments]
         return self._forks(*map(partial(Job, "commands.run"), arguments, environments))
+
+    def together(
+        self,
+        argv: Sequence[str],
+        size: int,
+        dying: Iterable[int],
+        dies: str,
+        count: int,
+        patience: float = 1800,
+    ) -> list[Finished]:
+        """Run a command in processes that work together, of which some die."""
+        deaths = [(dies, count) if rank in dying else (None, 0) for rank in range(size)]
+        each = zip(deaths, ranks(size), strict=True)
+        return self(*(Command(argv, *death, rank, patience) for death, rank in each))
+
+    def finish(self, argv: Sequence[str], size: int) -> list[Finished]:
+        """Run a command in processes that work together to its end."""
+        ended = self(*(Command(argv, environment=rank) for rank in ranks(size)))
+        assert [each.status for each in ended] == [0] * size, ended
+        return ended
 
     def kill(self, argv: Sequence[str], dies: str, count: int) -> None:
         """Run a command that dies, and check that it did."""

@@ -111,6 +111,30 @@ def command(capsys) -> Callable[..., Any]:
 
 
 @pytest.fixture
+def noted(monkeypatch) -> Callable[..., list[Any]]:
+    """Notes the calls of a function, which does its work all the same."""
+    originals: dict[tuple[object, str], Callable[..., Any]] = {}
+
+    def note(
+        owner: Any, name: str, of: Callable[..., Any], dies_at: int = 0, seen: Any = None
+    ) -> list[Any]:
+        """Return the list of what `of` makes of the arguments; the nth call is interrupted."""
+        notes: list[Any] = [] if seen is None else seen
+        original = originals.setdefault((owner, name), getattr(owner, name))
+
+        def noting(*args: Any, **options: Any) -> Any:
+            notes.append(of(*args, **options))
+            if len(notes) == dies_at:
+                raise KeyboardInterrupt
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, noting)
+        return notes
+
+    return note
+
+
+@pytest.fixture
 def no_hub(monkeypatch) -> None:
     """A network without a hub: nothing listens on the port for discarding."""
     import huggingface_hub.constants
@@ -187,6 +211,19 @@ def bos_tokenizer(tmp_path_factory) -> Any:
     return byte_tokenizer(tmp_path_factory.mktemp("bos-tokenizer"), 320, bos=True, **CHAT)
 
 
+@pytest.fixture(scope="session")
+def save(tokenizer, tmp_path_factory) -> Callable[[Any], Path]:
+    """Saves a model with the tokenizer in a directory of its own, which it gives."""
+
+    def save(model: Any, name: str = "saved") -> Path:
+        directory: Path = tmp_path_factory.mktemp(name)
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        return directory
+
+    return save
+
+
 @pytest.fixture
 def short_kinds(monkeypatch) -> None:
     """Few words of each kind of the mixed text, because the test tokenizer is slow."""
@@ -202,18 +239,11 @@ def short_kinds(monkeypatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory, tokenizer) -> Callable[[str], Path]:
+def tiny_checkpoint(save) -> Callable[[str], Path]:
     """Give the directory of a tiny random model by its name in `tiny_models.TINY_CONFIGS`."""
-    from tiny_models import save_tiny_model
+    from tiny_models import build_tiny_model
 
-    @cache
-    def get(name: str) -> Path:
-        directory: Path = tmp_path_factory.mktemp(f"tiny-{name}")
-        save_tiny_model(name, directory)
-        tokenizer.save_pretrained(directory)
-        return directory
-
-    return get
+    return cache(lambda name: save(build_tiny_model(name), f"tiny-{name}"))
 
 
 @pytest.fixture(scope="session")

@@ -70,6 +70,13 @@ class Forks:
         print(json.dumps([asdict(job) for job in jobs]), file=self._server.stdin, flush=True)
         return [Finished(**ended) for ended in json.loads(self._server.stdout.readline())]
 
+    def code(self, code: str, *environments: dict[str, str]) -> list[Finished]:
+        """Run lines of Python to their end: once, or in all of these environments side by side."""
+        arguments = {"code": code}
+        ended = self(*(Job("forks.run_code", arguments, each) for each in environments or ({},)))
+        assert [each.status for each in ended] == [0] * len(ended), ended
+        return ended
+
 
 def serve() -> None:
     from shortcuts import take_shortcuts

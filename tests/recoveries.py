@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
+from builders import stopped_at
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.recovery.recover import recover_checkpoint
 from cfsp.recovery.settings import Adaptation, Limit, RecoverSettings, Training
@@ -28,13 +27,6 @@ def recover(source: Path, out: Path, text: Path, **options: Any) -> RecoverRepor
     )
 
 
-def stop(*args: Any, **options: Any) -> None:
-    """Stand in for a user who stops a run."""
-    raise KeyboardInterrupt
-
-
 def stopped(recovering: Callable[..., object], *args: Any, **options: Any) -> None:
     """Let a user stop a recovery after its last step."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("cfsp.recovery.recover.merge", stop)
-        recovering(*args, **options)
+    stopped_at("cfsp.recovery.recover.merge", recovering, *args, **options)

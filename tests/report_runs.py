@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cfsp.result.manifest import read_manifest
+from builders import edit_json
 
 # Of a model, before it is pruned.
 CARD = """\
@@ -43,9 +42,7 @@ HISTORY = [
 def changed_copy(run: Path, out: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     """Copy a run and change its manifest, which is one of version 2."""
     shutil.copytree(run, out)
-    manifest = read_manifest(out)
-    change(manifest)
-    (out / "cfsp.json").write_text(json.dumps(manifest))
+    edit_json(out / "cfsp.json", change)
     return out
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from cfsp.cli import main
 from tiny_models import TINY_CONFIGS, build_tiny_model
 
 Estimate = Callable[..., dict[str, Any]]
@@ -23,13 +22,11 @@ def argv(tiny_checkpoint, text_file) -> list[str]:
 
 
 @pytest.fixture
-def estimate(argv, tmp_path, capsys) -> Estimate:
+def estimate(argv, tmp_path, command) -> Estimate:
     def run(*options: str) -> dict[str, Any]:
-        capsys.readouterr()
-        assert main([*argv, "--sparsity", "0.5", "--json", *options]) == 0
+        told = command(*argv, "--sparsity", 0.5, "--json", *options)
         assert not list(tmp_path.iterdir())
-        found: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return found
+        return json.loads(told.out)
 
     return run
 
@@ -68,12 +65,9 @@ def test_held_out_windows_are_in_memory(estimate, text_file, other_text_file):
 
 
 @pytest.fixture(scope="module")
-def wordy(tmp_path_factory, tokenizer) -> Path:
+def wordy(save) -> Path:
     """A model of which nearly all is vocabulary."""
-    directory = tmp_path_factory.mktemp("wordy")
-    build_tiny_model("llama", vocab_size=40_000).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return save(build_tiny_model("llama", vocab_size=40_000))
 
 
 def test_a_large_vocabulary_is_in_it(wordy, argv, estimate):

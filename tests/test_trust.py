@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cfsp
+from builders import entries
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import exclusive, staged_directory, staged_file
-from cfsp.checkpoint.own_files import PLAN_FILE
+from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
 from cfsp.cli import main
 from cfsp.decide import plan_from
 from cfsp.errors import OutputError
@@ -107,7 +108,7 @@ def test_the_first_of_two_outputs_stays(tmp_path):
         staged.write_text("second")
         (tmp_path / "one").write_text("first")
     assert (tmp_path / "one").read_text() == "first"
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "one"}
+    assert entries(tmp_path) == {"out", "one"}
 
 
 def test_a_sweep_where_another_one_works_is_refused(tiny_checkpoint, text_file, tmp_path, command):
@@ -134,7 +135,7 @@ def test_of_two_processes_one_wins(command, commands, tiny_checkpoint, text_file
     message = second.stderr.splitlines()[-1]
     assert "another run is working in" in message or f"{out} exists" in message
     assert "Traceback" not in second.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert entries(tmp_path) == {"out"}
     if command != "calibrate":
         assert main(["inspect", str(out)]) == 0
 
@@ -159,15 +160,13 @@ def test_many_prunes_do_not_grow_memory(tiny_checkpoint, text_file, tmp_path):
     assert resident_bytes() - before < 64 << 20
 
 
-def test_a_thousand_plans_do_not_grow_memory(tiny_checkpoint, text_file, tmp_path):
-    source = open_checkpoint(tiny_checkpoint("llama"))
-    statistics = cfsp.calibrate(source.directory, data=str(text_file), samples=2, seqlen=32)
-    statistics.save(tmp_path / "s")
+def test_a_thousand_plans_do_not_grow_memory(model, pruned):
+    source = open_checkpoint(model)
     for number in range(1020):
         if number == 20:
             before = resident_bytes()
         budget = Budget(0.1 + 0.0008 * number, multiple=4)
-        plan_from(source, Statistics.load(tmp_path / "s"), PruneSettings(budget))
+        plan_from(source, Statistics.load(pruned / STATISTICS_FILE), PruneSettings(budget))
     # Statistics and plans that were all kept would be more.
     assert resident_bytes() - before < 8 << 20
 
@@ -175,13 +174,9 @@ def test_a_thousand_plans_do_not_grow_memory(tiny_checkpoint, text_file, tmp_pat
 # The document.
 
 
-def promised_tests() -> list[str]:
-    text = (REPOSITORY / "docs" / "TRUST.md").read_text(encoding="utf-8")
-    return re.findall(r"`((?:\w+/)?test_\w+\.py(?:::\w+)?)`", text)
-
-
 def test_every_test_named_in_the_document_exists():
-    named = promised_tests()
+    text = (REPOSITORY / "docs" / "TRUST.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:\w+/)?test_\w+\.py(?:::\w+)?)`", text)
     assert len(named) > 15
     for name in named:
         file, _, function = name.partition("::")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,9 +107,3 @@ def build_tiny_model(
                 if parameter.ndim == 1:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
-
-
-def save_tiny_model(name: str, directory: Path, **options: Any) -> None:
-    """Write a tiny random model as a checkpoint."""
-    model = build_tiny_model(name, options.pop("seed", 0), options.pop("dtype", torch.float32))
-    model.save_pretrained(directory, **options)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import cfsp
+import stock
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.planning.plan_file import PruningPlan
-from family_contract import save_with_tokenizer
 from toy_decoders import CHANNELS, ToyConfig, ToyForCausalLM, register
 
 SETTINGS: dict[str, Any] = {"samples": 4, "seqlen": 32, "repair": "none", "multiple": 1}
@@ -29,10 +29,7 @@ def new_model(trick: str = "") -> PreTrainedModel:
         return ToyForCausalLM(ToyConfig(vocab_size=320, trick=trick)).eval()
 
 
-def logits_of(model: Any) -> Tensor:
-    with torch.inference_mode():
-        logits: Tensor = model(input_ids=TOKENS).logits
-    return logits
+logits_of = partial(stock.logits_of, tokens_BT=TOKENS)
 
 
 def masked(plan: PruningPlan, trick: str = "") -> PreTrainedModel:
@@ -59,13 +56,12 @@ def load_by_its_own_class(directory: Path) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("block_metric", ["angular", "uniform"])
-def test_it_is_pruned_saved_and_loaded(tokenizer, text_file, tmp_path, block_metric):
+def test_it_is_pruned_saved_and_loaded(tokenizer, save, text_file, tmp_path, block_metric):
     asked = {"sparsity": 0.5, "block_metric": block_metric, "data": [str(text_file)], **SETTINGS}
     model = new_model()
-    save_with_tokenizer(model, tokenizer, tmp_path / "source")
     smaller = cfsp.prune(model, tokenizer, **asked)
     assert torch.equal(logits_of(model), logits_of(new_model()))
-    report = cfsp.prune(tmp_path / "source", out=tmp_path / "out", **asked)
+    report = cfsp.prune(save(model), out=tmp_path / "out", **asked)
     expected = logits_of(masked(report.plan))
     assert (expected - logits_of(model)).abs().max() > 1e-2
     torch.testing.assert_close(logits_of(smaller), expected, rtol=1e-5, atol=1e-5)
@@ -89,10 +85,9 @@ def test_it_is_pruned_saved_and_loaded(tokenizer, text_file, tmp_path, block_met
 
 @pytest.mark.parametrize("block_metric", ["angular", "uniform"])
 @pytest.mark.parametrize("trick", ["scaled as it is built", "scaled while it runs"])
-def test_a_number_that_also_scales_stays(trick, block_metric, tokenizer, text_file, tmp_path):
-    save_with_tokenizer(new_model(trick), tokenizer, tmp_path / "source")
+def test_a_number_that_also_scales_stays(trick, block_metric, save, text_file, tmp_path):
     asked = {"sparsity": 0.5, "block_metric": block_metric, "data": [str(text_file)], **SETTINGS}
-    plan = cfsp.prune(tmp_path / "source", out=tmp_path / "out", **asked).plan
+    plan = cfsp.prune(save(new_model(trick)), out=tmp_path / "out", **asked).plan
     smaller = load_by_its_own_class(tmp_path / "out")
     torch.testing.assert_close(logits_of(smaller), logits_of(masked(plan, trick)))
     assert smaller.config.channels == CHANNELS

@@ -152,13 +152,6 @@ def digest_of(directory: Path) -> str:
 # Ways to spoil a file.
 
 
-def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the fields of a JSON file."""
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    change(fields)
-    path.write_text(json.dumps(fields), encoding="utf-8")
-
-
 def edit_header(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the header of a safetensors file and leave its data."""
     raw = path.read_bytes()
@@ -167,18 +160,6 @@ def edit_header(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     change(header)
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
-
-
-def edit_tensors(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the tensors of a safetensors file and leave its metadata."""
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
-
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata=metadata)
 
 
 def cut(path: Path, nbytes: int) -> None:

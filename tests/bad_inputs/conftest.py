@@ -10,7 +10,7 @@ import pytest
 
 from bad_inputs.catalogue import Place
 from cfsp.cli import main
-from tiny_models import save_tiny_model
+from tiny_models import build_tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +21,7 @@ def originals(tiny_checkpoint, text_file, tmp_path_factory) -> dict[str, Path]:
     budget = ["--sparsity", "0.4", "--multiple", "4"]
     sharded = directory / "sharded"
     shutil.copytree(llama, sharded, ignore=shutil.ignore_patterns("*.safetensors"))
-    save_tiny_model("llama", sharded, max_shard_size="50KB")
+    build_tiny_model("llama").save_pretrained(sharded, max_shard_size="50KB")
     pruned = ["prune", llama, *text, *budget, "--out", str(directory / "pruned")]
     calibrated = ["calibrate", other, *text, "--out", str(directory / "statistics")]
     planned = ["prune", other, "--statistics", str(directory / "statistics"), *budget, "--dry-run"]

@@ -13,11 +13,10 @@ from bad_inputs.catalogue import (
     Spoil,
     cut,
     edit_header,
-    edit_json,
-    edit_tensors,
     refusals,
     spoilt,
 )
+from builders import edit_json, edit_tensors
 
 # What to do.
 ANEW, AGAIN = "make a new plan", "calibrate again"

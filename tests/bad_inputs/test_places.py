@@ -27,11 +27,11 @@ from bad_inputs.catalogue import (
     BadInput,
     Spoil,
     assert_refused,
-    edit_json,
     everything_in,
     refusals,
     spoilt,
 )
+from builders import edit_json
 from cfsp.cli import build_parser, main
 
 SMALL = "--sparsity 0.4 --multiple 4"

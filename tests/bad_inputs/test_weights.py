@@ -20,11 +20,10 @@ from bad_inputs.catalogue import (
     Place,
     Spoil,
     edit_header,
-    edit_json,
-    edit_tensors,
     refusals,
     spoilt,
 )
+from builders import edit_json, edit_tensors
 from cfsp.checkpoint.own_files import TEMPLATES
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import CheckpointError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from conftest import REPOSITORY
-from forks import Job
 
 KILLS = 1
 
@@ -17,8 +16,7 @@ sys.path.insert(0, {str(REPOSITORY / "benchmarks")!r})
 import kills
 sys.exit(kills.main())
 """
-    (ended,) = forks(Job("forks.run_code", {"code": code}))
-    assert ended.status == 0, ended.stderr
+    (ended,) = forks.code(code)
     rows = [line.split("|") for line in ended.stdout.splitlines()[2:]]
     assert [(row[1].strip(), int(row[2]), int(row[4])) for row in rows] == [
         (f"`{name}`", KILLS, 0) for name in ("prune", "recover", "sweep")

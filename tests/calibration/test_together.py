@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from builders import entries
 from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.processes import Team, take_own_accelerator
 from cfsp.streaming.block_stream import check_enough, part_of
 from cfsp.text.windows import Windows
 from commands import Command, ranks
-from forks import Job
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +29,9 @@ def test_two_processes_of_torchrun_give_what_one_gives(forks, model, text, tmp_p
     command = ["--standalone", "--nproc-per-node=2", "-m", "cfsp", *argv]
     command += ["--out", str(two), "--json"]
     code = f"from torch.distributed.run import main\nmain({command})"
-    (finished,) = forks(Job("forks.run_code", {"code": code}))
-    assert finished.status == 0, finished.stderr
+    (finished,) = forks.code(code)
     assert finished.stdout.count('"processes": 2') == 1  # the first process alone prints
-    assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
+    assert entries(tmp_path) == {"one", "two"}
 
     assert two.read_bytes() == one.read_bytes()
 
@@ -68,7 +67,7 @@ with processes.joined(torch.device("cpu")) as team:
 
 
 def test_what_the_first_does_alone_may_take_longer_than_the_others_wait(forks):
-    ended = forks(*(Job("forks.run_code", {"code": WAITING}, rank) for rank in ranks(2)))
+    ended = forks.code(WAITING, *ranks(2))
     assert [each.stdout for each in ended] == ["7 []\n", "7 [0, 1]\n"], ended
 
 
@@ -93,9 +92,7 @@ print(runs.tokens, [round(value, 4) for row in runs.sums for value in row])
 
 
 def test_runs_of_blocks_are_compared_on_the_same_tokens(forks, tmp_path):
-    arguments = {"code": RUNS.replace("DIRECTORY", str(tmp_path))}
-    ended = forks(*(Job("forks.run_code", arguments, each) for each in ({}, *ranks(2))))
-    assert [each.status for each in ended] == [0] * 3, ended
+    ended = forks.code(RUNS.replace("DIRECTORY", str(tmp_path)), {}, *ranks(2))
     assert len({each.stdout for each in ended}) == 1, ended
 
 

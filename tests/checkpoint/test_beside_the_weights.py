@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import pipeline
 
 import cfsp
+from builders import entries
 from cfsp.checkpoint import gguf_import, locating
 from cfsp.checkpoint.own_files import MODELING_FILE, copy_travelling_files
 from cfsp.checkpoint.reading import Checkpoint
@@ -64,7 +65,7 @@ def test_what_travels_is_fetched_from_a_hub(tmp_path, monkeypatch):
     kept.mkdir()
     copy_travelling_files(locating.locate_model("no-one/nothing"), kept)
     # Our own modelling file is written anew; `cfsp verify` compares it.
-    assert {path.name for path in kept.iterdir()} == set(names)
+    assert entries(kept) == set(names)
     assert set(fetched) == {*names, shards, MODELING_FILE}
 
 

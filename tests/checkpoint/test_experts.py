@@ -23,30 +23,27 @@ from cfsp.settings import Budget, Compute, PruneSettings
 from cfsp.streaming.work_dir import WorkDir
 from ragged import tiny
 
-SETTINGS: dict[str, Any] = {"sparsity": 0.4, "multiple": 8, "samples": 6, "seqlen": 32}
 LONELY = 3
 
 
 @pytest.fixture(scope="module")
-def lonely(tmp_path_factory, tokenizer):
+def lonely(save):
     """A mixtral of which no token is routed to one expert of block 1."""
-    directory = tmp_path_factory.mktemp("lonely")
     model: Any = tiny("mixtral", num_experts_per_tok=1)
     with torch.no_grad():
         router = model.model.layers[1].mlp.gate.weight
         # Of a logit and its opposite one is above zero, the lonely one's is zero.
         router[1] = -router[0]
         router[LONELY] = 0.0
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return save(model)
 
 
 def test_experts_that_see_too_few_tokens_are_reported_and_scored_by_weights(
     lonely, text_file, tmp_path, caplog
 ):
     out = tmp_path / "out"
-    report = cfsp.prune(lonely, out=out, data=[str(text_file)], **SETTINGS)
+    drawn: dict[str, Any] = {"data": [str(text_file)], "samples": 6, "seqlen": 32}
+    report = cfsp.prune(lonely, out=out, sparsity=0.4, multiple=8, **drawn)
     said = caplog.text
     alone = [
         {"block": index, "expert": expert, "tokens": seen}
@@ -88,10 +85,8 @@ def test_multiples_that_groups_of_experts_cannot_have_are_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_pruned_model_may_choose_how_its_experts_run(tiny_checkpoint, text_file, tmp_path):
-    out = tmp_path / "out"
-    cfsp.prune(tiny_checkpoint("mixtral"), out=out, data=[str(text_file)], **SETTINGS)
-    model: PreTrainedModel = cfsp.load(out)
+def test_pruned_model_may_choose_how_its_experts_run(pruned_type):
+    model: PreTrainedModel = cfsp.load(pruned_type("mixtral"))
     tokens_BT = torch.arange(2, 22)[None]
     with torch.inference_mode():
         grouped = model(input_ids=tokens_BT).logits

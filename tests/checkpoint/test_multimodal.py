@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
+from builders import changed, tensors
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cli import main
 from cfsp.errors import UnsupportedModelError
 from cfsp.recovery.loss import loss_inside
 from cfsp.selection.divergence import masked_channels
-from family_contract import Case, check_in_memory_is_the_checkpoint, save_with_tokenizer
+from family_contract import Case, check_in_memory_is_the_checkpoint
 from tiny_decoders import tiny_model
 
 BEFORE, AFTER = [0, 20, 21], [30, 31, 32, 33]
@@ -101,11 +102,10 @@ def test_the_rest_of_its_config_is_untouched(case):
 
 
 @pytest.fixture(scope="module", params=["names as saved", "names as in memory"])
-def gemma(request, tokenizer, tmp_path_factory):
+def gemma(request, save):
     """A checkpoint whose stored names are not those of the parameters, or are."""
     model = tiny_model("gemma3")
-    source = tmp_path_factory.mktemp("gemma") / "source"
-    save_with_tokenizer(model, tokenizer, source)
+    source = save(model)
     file = source / "model.safetensors"
     state = {name: t for name, t in model.state_dict().items() if name != "lm_head.weight"}
     assert load_file(file).keys().isdisjoint(state)
@@ -130,11 +130,10 @@ def test_repair_and_recovery_write_the_stored_names(gemma, text_file, tmp_path):
     asked = [*text, "--steps", "1", "--method", "full", "--device", "cpu"]
     assert main(["recover", str(pruned), *asked, "--out", str(trained)]) == 0
     assert main(["verify", str(trained)]) == 0
-    files = [load_file(path / "model.safetensors") for path in (gemma, pruned, trained)]
-    assert list(files[0]) == list(files[1]) == list(files[2])
-    changed = {name for name in files[1] if not torch.equal(files[1][name], files[2][name])}
-    assert changed
-    assert all(".layers." in name and "vision" not in name for name in changed)
+    assert tensors(gemma).keys() == tensors(pruned).keys()
+    learnt = changed(pruned, trained)
+    assert learnt
+    assert all(".layers." in name and "vision" not in name for name in learnt)
 
 
 def test_a_class_that_cannot_run_is_not_trained(monkeypatch):
@@ -146,16 +145,11 @@ def test_a_class_that_cannot_run_is_not_trained(monkeypatch):
         pass
 
 
-def test_commands(tokenizer, text_file, tmp_path):
-    source, out = str(tmp_path / "source"), str(tmp_path / "out")
-    save_with_tokenizer(tiny_model("qwen2_5_vl"), tokenizer, tmp_path / "source")
-    text = ["--data", str(text_file), "--seqlen", "32"]
-    asked = ["--sparsity", "0.4", *text, "--samples", "4", "--set", "multiple=8"]
-    asked += ["--eval", str(text_file)]
-    assert main(["prune", source, *asked, "--out", out]) == 0
-    assert main(["inspect", out]) == 0
-    assert main(["verify", out]) == 0
-    assert main(["eval", source, out, *text, "--windows", "2"]) == 0
-    card = (tmp_path / "out" / "README.md").read_text()
+@pytest.mark.parametrize("case", ["qwen2_5_vl"], indirect=True)
+def test_commands(case, text_file, command):
+    for name in ("inspect", "verify"):
+        command(name, case.out)
+    command("eval", case.source, case.out, "--data", text_file, "--seqlen", 32, "--windows", 2)
+    card = (case.out / "README.md").read_text()
     assert "AutoModelForImageTextToText.from_pretrained" in card
     assert "pipeline_tag: image-text-to-text" in card

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 import cfsp
+from builders import changed, edit_json
 from cfsp.checkpoint import quantisation
 from cfsp.checkpoint.quantisation import quantisation_in
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, fingerprint
-from cfsp.cli import main
 from cfsp.errors import CheckpointError
 from cfsp.recovery.recover import copy_everything_else
 from quantised_models import WAYS, Way, fp8_in_blocks, quantise
@@ -66,20 +66,17 @@ def test_it_reads_like_the_plain_checkpoint(pairs, name, at_once, monkeypatch):
     assert not hasattr(found.config, "quantization_config")
 
 
-def test_it_is_pruned_like_the_plain_checkpoint(pairs, text_file, tmp_path, capsys):
+def test_it_is_pruned_like_the_plain_checkpoint(pairs, text_file, tmp_path, command):
     """What is read of the others is the same, so that they need not be pruned, too."""
-    asked = ["--data", str(text_file), "--samples", "4", "--seqlen", "32", "--sparsity", "0.25"]
+    asked = ["--data", text_file, "--samples", 4, "--seqlen", 32, "--sparsity", 0.25]
     pair, out = pairs["fp8 experts"], [tmp_path / "found", tmp_path / "expected"]
     for source, target in zip((pair.quantised, pair.plain), out, strict=True):
-        main(["prune", str(source), "--out", str(target), *asked])
+        told = command("prune", source, "--out", target, *asked).out
         said = "dequantised from fp8 to bfloat16: larger per weight"
-        assert (said in capsys.readouterr().out) == (source == pair.quantised)
+        assert (said in told) == (source == pair.quantised)
         card = (target / "README.md").read_text()
         assert ("stored quantised (fp8)" in card) == (source == pair.quantised)
-    found, expected = (load_file(directory / "model.safetensors") for directory in out)
-    assert found.keys() == expected.keys()
-    for name, tensor in found.items():
-        assert tensor.view(torch.uint8).equal(expected[name].view(torch.uint8)), name
+    assert not changed(*out)
     configs = [(directory / "config.json").read_text() for directory in out]
     assert configs[0] == configs[1] and json.loads(configs[0])["dtype"] == "bfloat16"
     manifest = json.loads((out[0] / "cfsp.json").read_text())
@@ -117,20 +114,17 @@ def test_transformers_dequantises_to_the_same(way, config, tokenizer, tmp_path):
         assert torch.equal(tensor.to(state[name].dtype), state[name]), name
 
 
-def test_what_is_made_of_it_does_not_say_that_it_is_quantised(pairs, tmp_path, capsys):
+def test_what_is_made_of_it_does_not_say_that_it_is_quantised(pairs, tmp_path, command):
     source = pairs["int-quantized"].quantised
     (source / "quantize_config.json").write_text("{}")
-    main(["export", str(source), "--to", "vllm", "--out", str(tmp_path / "exported")])
+    command("export", source, "--to", "vllm", "--out", tmp_path / "exported")
     (tmp_path / "recovered").mkdir()
     copy_everything_else(Checkpoint(source), tmp_path / "recovered")
     for name in ("exported", "recovered"):
         assert "quantization_config" not in (tmp_path / name / "config.json").read_text()
         assert not (tmp_path / name / "quantize_config.json").exists()
-    capsys.readouterr()
-    main(["inspect", str(source)])
-    assert "stored             as compressed-tensors; type and size are those dequantised" in (
-        capsys.readouterr().out
-    )
+    told = command("inspect", source).out
+    assert "stored             as compressed-tensors; type and size are those dequantised" in told
 
 
 def test_a_model_in_memory_that_is_quantised_is_refused(pairs):
@@ -182,7 +176,7 @@ def test_other_ways_are_refused_by_name(config, named):
 UP, QUERIES = "model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"
 
 
-def changed(source: Path, target: Path, changes: dict[str, torch.Tensor | None]) -> Path:
+def with_tensors(source: Path, target: Path, changes: dict[str, torch.Tensor | None]) -> Path:
     """Return a copy in which tensors are others, or gone."""
     shutil.copytree(source, target)
     tensors: dict[str, Any] = {}
@@ -222,13 +216,12 @@ def changed(source: Path, target: Path, changes: dict[str, torch.Tensor | None])
 )
 def test_parts_that_do_not_fit_are_refused(pairs, tmp_path, name, changes, said):
     with pytest.raises(CheckpointError) as caught:
-        Checkpoint(changed(pairs[name].quantised, tmp_path / "model", changes))
+        Checkpoint(with_tensors(pairs[name].quantised, tmp_path / "model", changes))
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_without_a_dtype_in_the_config_weights_become_bfloat16(pairs, tmp_path):
     directory = Path(shutil.copytree(pairs["mxfp4"].quantised, tmp_path / "model"))
-    fields = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**fields, "dtype": None}))
+    edit_json(directory / "config.json", lambda fields: fields.update(dtype=None))
     name = "model.layers.0.mlp.experts.down_proj"
     assert Checkpoint(directory).specs[name].dtype == torch.bfloat16

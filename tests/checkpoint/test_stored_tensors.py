@@ -247,17 +247,11 @@ def test_one_stored_tensor_at_a_time_is_in_memory(expert, count):
     assert len(alive) == count
 
 
-def test_one_expert_of_a_stack_is_read_alone(tmp_path, monkeypatch):
+def test_one_expert_of_a_stack_is_read_alone(tmp_path, noted):
     tiny_model("gpt_oss").save_pretrained(tmp_path)
     source, name = Checkpoint(tmp_path), "model.layers.0.mlp.experts.down_proj"
     whole = source.parameter(name)
-    read, counts = FileTensor.read_part, []
-
-    def counted(self: FileTensor, start: int, stop: int) -> Tensor:
-        counts.append(stop - start)
-        return read(self, start, stop)
-
-    monkeypatch.setattr(FileTensor, "read_part", counted)
+    counts = noted(FileTensor, "read_part", lambda _, start, stop: stop - start)
     assert torch.equal(source.parameter(name, expert=2), whole[2])
     assert counts == [whole[2].numel()]
 

@@ -36,10 +36,6 @@ def some_tensors() -> dict[str, torch.Tensor]:
     return tensors
 
 
-def outgoing(tensors: dict[str, torch.Tensor]) -> list[OutgoingTensor]:
-    return [outgoing_tensor(name, tensor) for name, tensor in tensors.items()]
-
-
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     return (
         a.dtype == b.dtype
@@ -50,7 +46,8 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def test_the_library_reads_what_we_write(tmp_path):
     tensors = some_tensors()
-    digest = write_tensor_file(tmp_path / "a.safetensors", outgoing(tensors))
+    outgoing = [outgoing_tensor(name, tensor) for name, tensor in tensors.items()]
+    digest = write_tensor_file(tmp_path / "a.safetensors", outgoing)
     loaded = load_file(tmp_path / "a.safetensors")
     assert loaded.keys() == tensors.keys()
     assert all(same_bytes(loaded[name], tensor) for name, tensor in tensors.items())

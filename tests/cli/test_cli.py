@@ -11,11 +11,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from builders import entries, stop
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import build_parser, main
 from cfsp.cli.options import expand_sets, settings_from
@@ -27,7 +27,6 @@ from cfsp.result.names import public_command
 from cfsp.settings import Budget, CalibrationText, Criterion
 from cfsp.text.drawing import draw_text
 from cfsp.text.windows import Windows
-from recoveries import stop
 from tiny_models import build_tiny_model
 
 
@@ -41,10 +40,6 @@ def told(command):
 def text(text_file):
     """The calibration arguments of all tests here."""
     return ["--data", text_file, "--samples", 6, "--seqlen", 32]
-
-
-def entries(directory: Path) -> set[str]:
-    return {path.name for path in directory.iterdir()}
 
 
 def commands() -> list[str]:

@@ -15,7 +15,7 @@ import pytest
 
 import cfsp.__main__
 import cfsp.cli
-from recoveries import stop
+from builders import stop
 
 # Ctrl-C while the last command's module is imported.
 PROGRAM = """

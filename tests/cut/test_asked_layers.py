@@ -11,7 +11,7 @@ import torch
 from transformers import ArceeConfig
 
 import cfsp
-from builders import goal_of_share, job_of, never, plan_without
+from builders import goal_of_share, job_of, never, plan_without, stopped_at
 from cfsp.architecture.proof import small_run_of
 from cfsp.checkpoint.pruned_config import config_changes
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
@@ -28,8 +28,7 @@ from cfsp.selection.drop_order import check_can_go
 from cfsp.settings import PARTS, Budget, Criterion, Part, PruneSettings
 from cfsp.streaming import block_proof
 from cfsp.streaming.block_proof import prove_without_blocks
-from family_contract import SETTINGS, by_plan, check_is_the_same, save_with_tokenizer
-from recoveries import stop
+from family_contract import SETTINGS, assert_same, by_plan, check_is_the_same
 from stock import generated
 from tiny_decoders import tiny_model
 
@@ -38,19 +37,16 @@ BOTH: tuple[Part, ...] = ("attention", "blocks")
 
 
 @pytest.fixture(scope="module")
-def llama(tokenizer, tmp_path_factory):
-    place = tmp_path_factory.mktemp("llama") / "dense"
-    save_with_tokenizer(tiny_model("llama", num_hidden_layers=5), tokenizer, place)
-    return place
+def llama(save):
+    return save(tiny_model("llama", num_hidden_layers=5))
 
 
 @pytest.mark.parametrize(
     ("name", "parts"),
     [("llama", "attention"), ("llama", "blocks"), ("gemma3_text", "kv"), ("mixtral", "experts")],
 )
-def test_nothing_removed_is_the_model(tokenizer, text_file, tmp_path, name, parts):
-    source, out = tmp_path / "dense", tmp_path / "out"
-    save_with_tokenizer(tiny_model(name), tokenizer, source)
+def test_nothing_removed_is_the_model(save, text_file, tmp_path, name, parts):
+    source, out = save(tiny_model(name)), tmp_path / "out"
     asked = {"parts": parts, "sparsity": 0.0, "repair": "none", **SETTINGS}
     cfsp.prune(source, out=out, data=[text_file], **asked)
     check_is_the_same(source, out)
@@ -78,9 +74,8 @@ def test_how_many_go_beside_channels_is_tried(llama, text_file, tokenizer, tmp_p
     dropped = Dropped(plan.removed_blocks, plan.removed_attentions)
     units = Checkpoint(llama, parts=plan.parts).units
     assert [not each.kept for each in plan.units] == [dropped.takes(unit) for unit in units]
-    written = cfsp.load(tmp_path / "out").state_dict()
-    for key, tensor in cfsp.prune(cfsp.load(llama), tokenizer, **asked).state_dict().items():
-        assert torch.equal(tensor, written[key]), key
+    in_memory = cfsp.prune(cfsp.load(llama), tokenizer, **asked)
+    assert_same(in_memory.state_dict(), cfsp.load(tmp_path / "out").state_dict())
 
 
 @pytest.mark.parametrize(("parts", "repair"), [(("ffn",), "ridge"), (("ffn", "kv"), "local")])
@@ -170,9 +165,7 @@ def test_blocks_and_attention_layers_go_by_one_order(llama, text_file):
 def test_a_killed_run_goes_on_with_what_it_had_chosen(llama, text_file, tmp_path, monkeypatch):
     asked: dict[str, Any] = {"parts": BOTH, "goal": goal_of_share(llama, BOTH, 0.3)}
     asked |= {"data": [str(text_file)], **SETTINGS}
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("cfsp.decide.select", stop)
-        cfsp.prune(llama, out=tmp_path / "out", **asked)
+    stopped_at("cfsp.decide.select", cfsp.prune, llama, out=tmp_path / "out", **asked)
     expected = cfsp.prune(llama, out=tmp_path / "at-once", **asked)
     monkeypatch.setattr(drop_order, "order_of_removal", never)
     assert cfsp.prune(llama, out=tmp_path / "out", **asked).plan == expected.plan

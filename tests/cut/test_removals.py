@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import cfsp
-from builders import goal_of_share, parts_of, plan_without
+from builders import changed, goal_of_share, parts_of, plan_without
 from cfsp.architecture.resizing import Gone
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint
@@ -23,7 +22,6 @@ from cfsp.checkpoint.stored_blocks import (
     parameters_of_attentions,
     parameters_of_blocks,
 )
-from cfsp.cli import main
 from cfsp.cli.inspect import inspect_checkpoint
 from cfsp.planning.candidate import Dropped
 from cfsp.planning.importance import warn_of_experts
@@ -263,25 +261,22 @@ def test_places_in_the_cache_are_filled_from_the_first_of_their_kind(case):
 
 
 @pytest.mark.parametrize("case", ["phi3", "gemma3_text and a block"], indirect=True)
-def test_the_plan_is_obeyed_and_commands_tell_of_it(case, tmp_path, capsys):
-    plan, path = case.report.plan, case.out / PLAN_FILE
-    asked = ["--plan", str(path), "--repair", "none", "--out", str(tmp_path / "by-plan")]
-    assert main(["prune", str(case.source), *asked]) == 0
-    check_is_the_same(case.out, tmp_path / "by-plan")
-    capsys.readouterr()
-    assert main(["inspect", str(case.out), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
+def test_the_plan_is_obeyed_and_commands_tell_of_it(case, tmp_path, command):
+    plan, by_plan = case.report.plan, tmp_path / "by-plan"
+    asked = ["--plan", case.out / PLAN_FILE, "--repair", "none", "--out", by_plan]
+    command("prune", case.source, *asked)
+    check_is_the_same(case.out, by_plan)
+    told = json.loads(command("inspect", case.out, "--json").out)
     assert told["kv_groups"] == case.report.kv_groups["after"]
     assert told["kv_groups"].count(0) == 2
     assert told["pruned"]["removed_attentions"] == case.removed_attentions
     assert told["pruned"].get("removed_blocks", []) == list(plan.removed_blocks)
-    assert main(["inspect", str(case.out)]) == 0
-    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("pruned "))
+    lines = command("inspect", case.out).out.splitlines()
+    said = next(line for line in lines if line.startswith("pruned "))
     assert plan.removed_in_words in said
     assert "KV groups" in said and ("FFN" in said) is bool(plan.removed_blocks)
     assert plan.removed_in_words in (case.out / "README.md").read_text()
-    assert main(["verify", str(case.out), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["verified"]
+    assert json.loads(command("verify", case.out, "--json").out)["verified"]
 
 
 @pytest.mark.parametrize("case", ["phi3", "gpt2 and a block"], indirect=True)
@@ -294,15 +289,14 @@ def test_blocks_make_up_for_what_went(case, text_file, tmp_path):
     fitted = [block for block, entry in enumerate(step["blocks"]) if entry is not None]
     beside = [block - 1 for block in plan.removed_blocks]
     assert fitted == sorted({*beside, *plan.removed_attentions})
-    before, after = (load_file(at / "model.safetensors") for at in (case.out, tmp_path / "out"))
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    repaired = changed(case.out, tmp_path / "out")
     source = Checkpoint(case.source)
-    assert changed == {
+    assert repaired == {
         source.architecture.block_prefix(plan.index_of_block(unit.block)) + unit.down
         for unit in source.units
         if unit.block in fitted and step["blocks"][unit.block]["kept"]
     }
-    assert changed
+    assert repaired
 
 
 # Experts.

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 
 import cfsp
+from builders import edit_json
 from cfsp.architecture import expert_proof
 from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.proof import prove, small_run_of
@@ -33,7 +32,7 @@ from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.selection.constraint import Parameters, Share
 from cfsp.settings import Budget, Part
-from family_contract import SETTINGS, save_with_tokenizer
+from family_contract import SETTINGS
 from tiny_decoders import tiny_config, tiny_model
 
 PARTS: tuple[Part, ...] = ("experts",)
@@ -103,17 +102,8 @@ def test_equal_scores_and_groups():
     assert strongest_experts(score_E, 4, groups=4) == [0, 2, 5, 7]
 
 
-@pytest.fixture
-def saved(tokenizer, tmp_path) -> Callable[..., Path]:
-    def save(name: str, **config: Any) -> Path:
-        save_with_tokenizer(tiny_model(name, **config), tokenizer, tmp_path / name)
-        return tmp_path / name
-
-    return save
-
-
-def test_what_a_router_needs_stays(saved):
-    source = Checkpoint(saved("mixtral"), parts=PARTS)
+def test_what_a_router_needs_stays(save):
+    source = Checkpoint(save(tiny_model("mixtral")), parts=PARTS)
     with pytest.raises(BudgetError, match=r"needs 2; between 0 and 2 can be removed \(50.0%\)"):
         Share(source, Budget(0.8, parts=PARTS)).check()
     for removed in (0, 1, 2):
@@ -122,7 +112,7 @@ def test_what_a_router_needs_stays(saved):
     # 2 of 4 experts are 55,296 of 150,112 parameters with their rows of the router.
     assert Parameters(source, Budget(parts=PARTS), 0.63).experts() == 2
     assert Parameters(source, Budget(parts=PARTS), 0.8).experts() == 1
-    grouped = Checkpoint(saved("deepseek_v3", **GROUPS), parts=PARTS)
+    grouped = Checkpoint(save(tiny_model("deepseek_v3", **GROUPS)), parts=PARTS)
     assert grouped.architecture.experts is not None
     assert grouped.architecture.experts.groups == 2
     assert Share(grouped, Budget(0.3, parts=PARTS)).experts() == 2
@@ -171,8 +161,8 @@ def plan_of(unit: UnitPlan) -> PruningPlan:
     return PruningPlan(identity, {}, {}, (unit,))
 
 
-def test_one_plan_after_the_other_from_the_same_statistics(saved, asked, tmp_path):
-    mixtral = saved("mixtral")
+def test_one_plan_after_the_other_from_the_same_statistics(save, asked, tmp_path):
+    mixtral = save(tiny_model("mixtral"))
     statistics = cfsp.calibrate(mixtral, parts="experts", **asked)
     statistics.save(tmp_path / "statistics")
     again = Statistics.load(tmp_path / "statistics")
@@ -205,14 +195,13 @@ def test_what_cannot_go_is_refused_by_name(name):
         prove(config, parts=PARTS)
 
 
-def test_a_config_keeps_the_name_that_it_has_for_the_number(saved, asked, tmp_path):
+def test_a_config_keeps_the_name_that_it_has_for_the_number(save, asked, tmp_path):
     """Published Qwen3 has `num_experts`, which transformers now calls `num_local_experts`."""
-    source, out = saved("qwen3_moe", num_experts=6), tmp_path / "out"
-    config = json.loads((source / "config.json").read_text())
-    config["num_experts"] = config.pop("num_local_experts")
-    (source / "config.json").write_text(json.dumps(config))
+    source, out = save(tiny_model("qwen3_moe", num_experts=6)), tmp_path / "out"
+    old, new = "num_experts", "num_local_experts"
+    edit_json(source / "config.json", lambda fields: fields.update({old: fields.pop(new)}))
     cfsp.prune(source, out=out, parts=PARTS, sparsity=0.5, **asked)
     written = json.loads((out / "config.json").read_text())
-    assert written["num_experts"] == 3
-    assert "num_local_experts" not in written
+    assert written[old] == 3
+    assert new not in written
     Checkpoint(out)

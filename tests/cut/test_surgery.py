@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 import cfsp
-from builders import plan_keeping
+from builders import entries, plan_keeping
 from cfsp.checkpoint import output
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.own_files import MODELING_FILE
@@ -22,15 +21,11 @@ from cfsp.cli.inspect import inspect_checkpoint
 from cfsp.cut.surgery import PrunedSource
 from cfsp.errors import CheckpointError, OutputError
 from cfsp.planning.candidate import Dropped
-from tiny_models import build_tiny_model, save_tiny_model
+from tiny_models import build_tiny_model
 
 SETTINGS: dict[str, Any] = {"sparsity": 0.4, "samples": 4, "seqlen": 32}
 # The first block keeps four channels, the second all, the third every other.
 KEPT = ((0, 5, 7, 95), tuple(range(96)), tuple(range(1, 96, 2)))
-
-
-def entries(directory: Path) -> set[str]:
-    return {path.name for path in directory.iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -44,11 +39,8 @@ def entries(directory: Path) -> set[str]:
 )
 def test_shards_in_and_out(tmp_path, dtype, sharded_source, sharded_output):
     source_directory, out = tmp_path / "source", tmp_path / "out"
-    save_tiny_model(
-        "llama-biased",
-        source_directory,
-        dtype=dtype,
-        max_shard_size="20KB" if sharded_source else "1GB",
+    build_tiny_model("llama-biased", dtype=dtype).save_pretrained(
+        source_directory, max_shard_size="20KB" if sharded_source else "1GB"
     )
     source = Checkpoint(source_directory)
     plan = plan_keeping(source, KEPT, Dropped())

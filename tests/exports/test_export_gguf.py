@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import cfsp
+from builders import entries
 from cfsp.checkpoint.llama_cpp import llama_cpp_tokens
 from cfsp.checkpoint.locating import demo_gguf
 from cfsp.checkpoint.reading import Checkpoint
@@ -20,7 +21,6 @@ from cfsp.pipeline import prune_checkpoint
 from cfsp.settings import Budget, CalibrationText, PruneSettings
 from cfsp.text.offline import KINDS, kind_documents
 from cfsp.text.tokenizers import load_tokenizer
-from family_contract import save_with_tokenizer
 from ragged import WIDTHS, cut, gguf_fields_of, half_of, tiny
 
 pytest.importorskip("gguf", reason="gguf is not installed: pip install '.[export]'")
@@ -131,11 +131,10 @@ def test_the_advice_of_a_refusal_works(tmp_path, tokenizer, name):
     assert not report.notes
 
 
-def test_no_way_back_to_gguf_is_said_before_pruning(tmp_path, tokenizer, text_file, caplog):
+def test_no_way_back_to_gguf_is_said_before_pruning(tmp_path, save, text_file, caplog):
     text = CalibrationText((str(text_file),), samples=4, seqlen=32)
     for name in ("llama", *ONE_WIDTH):
-        at = tmp_path / name
-        save_with_tokenizer(tiny(name, **ONE_WIDTH.get(name, {})), tokenizer, at)
+        at = save(tiny(name, **ONE_WIDTH.get(name, {})))
         source = Checkpoint(at, "a.gguf")
         warn_of_no_way_back(Checkpoint(at, "dense"), Budget(0.3, multiple=8))
         warn_of_no_way_back(source, Budget(0.3, multiple=8, widths="equal"))
@@ -146,9 +145,9 @@ def test_no_way_back_to_gguf_is_said_before_pruning(tmp_path, tokenizer, text_fi
     said = ["a.gguf becomes no .gguf file again if blocks differ: llama.cpp runs no"]
     assert [message[:70] for message in caplog.messages] == said * 2 * len(ONE_WIDTH)
     caplog.clear()
-    save_with_tokenizer(tiny("qwen3"), tokenizer, tmp_path / "tied")
+    tied = save(tiny("qwen3"))
     for parts in (("ffn", "kv"), ("attention",)):
-        warn_of_no_way_back(Checkpoint(tmp_path / "tied", "a.gguf"), Budget(0.3, parts=parts))
+        warn_of_no_way_back(Checkpoint(tied, "a.gguf"), Budget(0.3, parts=parts))
     (message,) = caplog.messages
     assert "without attention only through its deci graph" in message
     caplog.clear()
@@ -190,10 +189,9 @@ def test_what_llama_cpp_cannot_express_is_refused(
     assert not list(tmp_path.glob("*.gguf*"))
 
 
-def test_a_stock_model_is_for_llama_cpps_own_converter(tmp_path, tokenizer):
-    save_with_tokenizer(tiny("gemma"), tokenizer, tmp_path / "dense")
+def test_a_stock_model_is_for_llama_cpps_own_converter(tmp_path, save):
     with pytest.raises(ExportError, match=r"; run llama.cpp's own converter on it(?!.*(vllm|mlx))"):
-        to_gguf(Checkpoint(tmp_path / "dense"), tmp_path / "m.gguf")
+        to_gguf(Checkpoint(save(tiny("gemma"))), tmp_path / "m.gguf")
 
 
 def test_gemma3_has_scaled_positions_in_whole_blocks_only(tmp_path, tokenizer):
@@ -248,7 +246,7 @@ def test_k_quants_come_from_llama_cpp(tmp_path, tokenizer):
     assert types["blk.2.ffn_down.weight"] not in ("Q4_K", "Q6_K")  # 288 is not a multiple of 256
     assert "rows of 32, 288 weights do not divide into blocks of 256" in report.notes[0]
     assert 0 < report.verification.relative_error < 0.5
-    assert {path.name for path in tmp_path.iterdir()} == {"dense", "pruned", "m.gguf"}
+    assert entries(tmp_path) == {"dense", "pruned", "m.gguf"}
 
 
 def test_a_wrong_copy_is_noticed_and_not_kept(tmp_path, tokenizer, monkeypatch):
@@ -260,7 +258,7 @@ def test_a_wrong_copy_is_noticed_and_not_kept(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr("cfsp.exports.gguf.tokens_differ", lambda *_: None)  # its process died
     with pytest.raises(ExportError, match="ends when it splits text by the copy's tokenizer"):
         to_gguf(source, tmp_path / "m.gguf")
-    assert {path.name for path in tmp_path.iterdir()} == {"dense", "pruned"}
+    assert entries(tmp_path) == {"dense", "pruned"}
 
 
 def test_without_llama_cpp_nothing_is_verified_which_is_said(tmp_path, tokenizer, monkeypatch):

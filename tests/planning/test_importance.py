@@ -14,7 +14,7 @@ from builders import random_unit_statistics, random_weights, statistics_with_dis
 from cfsp.calibration.calibrate import DistanceSum, UnitSums
 from cfsp.calibration.observed import BlockStatistics, UnitStatistics
 from cfsp.calibration.statistics import Sensitivity
-from cfsp.checkpoint.reading import FFNWeights, LoadedModel, read_ffn_weights
+from cfsp.checkpoint.reading import FFNWeights, LoadedModel
 from cfsp.planning import importance
 from cfsp.planning.allocation import ModelSize
 from cfsp.planning.importance import (
@@ -28,7 +28,6 @@ from cfsp.planning.importance import (
 )
 from cfsp.settings import CHANNEL_METRICS, Criterion
 from tiny_decoders import tiny_model
-from tiny_models import build_tiny_model
 
 BATCHES = [(torch.float32, 5), (torch.float32, 2), (torch.bfloat16, 1)]
 
@@ -184,17 +183,6 @@ def test_strongest_channels_are_the_highest_scores(scores, data):
     # Ties go to lower indices: a stable sort by falling score.
     expected = sorted(sorted(range(len(scores)), key=lambda i: -scores[i])[:count])
     assert kept == expected
-
-
-def test_weights_are_read_from_the_model():
-    model = build_tiny_model("llama")
-    source = LoadedModel(model)
-    weights = read_ffn_weights(source, source.units[1])
-    mlp = model.model.layers[1].mlp
-    assert torch.equal(weights.down_DF, mlp.down_proj.weight)
-    assert torch.equal(weights.up_FD, mlp.up_proj.weight)
-    assert weights.gate_FD is not None
-    assert torch.equal(weights.gate_FD, mlp.gate_proj.weight)
 
 
 # The sums that the scores are made from.

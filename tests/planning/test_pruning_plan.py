@@ -11,13 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cfsp
 from builders import CALIBRATION, CRITERION
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import PlanError
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
-from tiny_models import build_tiny_model, save_tiny_model
+from tiny_models import build_tiny_model
 
 
 @st.composite
@@ -79,10 +78,9 @@ def test_plan_of_a_large_model_stays_small():
 
 
 @pytest.fixture(scope="module")
-def plan(tiny_checkpoint, text_file) -> PruningPlan:
-    directory = tiny_checkpoint("llama")
-    statistics = cfsp.calibrate(directory, data=[str(text_file)], samples=4, seqlen=32)
-    return cfsp.plan(directory, statistics, sparsity=0.4, multiple=1)
+def plan(pruned) -> PruningPlan:
+    """Of the tiny Llama."""
+    return PruningPlan.load(pruned / "cfsp_plan.json")
 
 
 def damaged(plan: PruningPlan, change: Callable[[dict[str, Any]], object]) -> str:
@@ -142,7 +140,7 @@ def test_plan_fits_its_model_and_refuses_another(plan, tiny_checkpoint, tmp_path
     with pytest.raises(PlanError, match=r"made for .* \(llama, .*not for .* \(qwen3, "):
         plan.check_fits(Checkpoint(tiny_checkpoint("qwen3")))
     # The same shapes with other weights, as of a fine-tuned copy.
-    save_tiny_model("llama", tmp_path / "tuned", seed=7)
+    build_tiny_model("llama", seed=7).save_pretrained(tmp_path / "tuned")
     with pytest.raises(PlanError, match="make a plan for this model"):
         plan.check_fits(Checkpoint(tmp_path / "tuned"))
 

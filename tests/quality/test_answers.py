@@ -15,12 +15,12 @@ import torch
 from transformers import GenerationConfig
 
 import cfsp
-from builders import dying_at, never
+from builders import edit_json, entries, never, numpy_divergence
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import TextError, UsageError
-from cfsp.quality import answers, evaluate, perplexity
+from cfsp.quality import answers, evaluate
 from cfsp.quality.answers import Questions, answers_of, is_loop, windows_of
 from cfsp.text.records import templated
 
@@ -82,14 +82,11 @@ def test_numbers_are_those_of_numpy(models, results, tokenizer):
         answer, own = greedy(dense, prompt, end), greedy(other, prompt, end)
         with torch.inference_mode():
             p, q = (
-                model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].double()
+                model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
                 for model in (dense, other)
             )
-        log_p, log_q = (
-            x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p.numpy(), q.numpy())
-        )
-        kl.append((np.exp(log_p) * (log_p - log_q)).sum())
-        agreed.append(float((log_p.argmax(-1) == log_q.argmax(-1)).sum()))
+        kl.append(numpy_divergence(p, q).sum())
+        agreed.append(float((p.argmax(-1) == q.argmax(-1)).sum()))
         counts.append(len(answer))
         alike.append(int(np.cumprod([a == b for a, b in zip(answer, own, strict=False)]).sum()))
         texts.append(tokenizer.decode([token for token in own if token != end]).strip())
@@ -164,22 +161,17 @@ def test_first_questions_are_of_every_kind():
     assert len(set(kinds)) == 10 and kinds == kinds[:10] * 10
 
 
-def test_a_killed_run_goes_on(
-    argv, models, other_text_file, results, tmp_path, monkeypatch, capsys
-):
+def test_a_killed_run_goes_on(argv, models, other_text_file, results, tmp_path, noted, capsys):
     """At the fourth pass over a text, then at the second batch of questions."""
     seen: list[Any] = []
     out = tmp_path / "new" / "out.json"
 
     def run(*more: str, passes: int = 0, batches: int = 0) -> int:
         seen.clear()
-        sums = dying_at(passes, perplexity.streamed_sums, lambda *given, **_: given[-1], seen)
-        ask = dying_at(batches, answers_before, lambda _, prompts: len(prompts), seen)
-        monkeypatch.setattr(evaluate, "streamed_sums", sums)
-        monkeypatch.setattr(answers._Answering, "answers", lambda *args: ask(*args))
+        noted(evaluate, "streamed_sums", lambda *given, **_: given[-1], passes, seen)
+        noted(answers._Answering, "answers", lambda _, prompts: len(prompts), batches, seen)
         return main([*argv, "--out", str(out), *more])
 
-    answers_before = answers._Answering.answers
     assert run(passes=4) == 130 and not out.exists()
     # Another command is told so.
     assert run("--windows", "2") == 2
@@ -190,7 +182,7 @@ def test_a_killed_run_goes_on(
     assert seen == [*(f"{models[i]} on {other_text_file}" for i in (1, 0)), 8, 1]
     assert run() == 0
     assert seen == [1, 8, 1, *(f"{models[i]} on answers" for i in (1, 0))]
-    assert [path.name for path in out.parent.iterdir()] == ["out.json"]
+    assert entries(out.parent) == {"out.json"}
     assert json.loads(out.read_text()) == json.loads(results.read_text())
     # What is there is not measured again, unless something else is asked.
     capsys.readouterr()
@@ -257,8 +249,7 @@ def test_questions_of_chats(tmp_path):
 def test_templates_that_do_not_fit(models, tokenizer, change, message, tmp_path, command):
     other = Path(shutil.copytree(models[1], tmp_path / "other"))
     (other / "chat_template.jinja").unlink(missing_ok=True)
-    config = json.loads((other / "tokenizer_config.json").read_text()) | change
-    (other / "tokenizer_config.json").write_text(json.dumps(config))
+    edit_json(other / "tokenizer_config.json", lambda fields: fields.update(change))
     assert message in command("eval", other, "--against", models[1], "--answers", "1", status=2).err
 
 

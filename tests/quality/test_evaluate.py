@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import save_file
 
-from builders import never, tensors
+from builders import edit_json, edit_tensors, entries, never
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import TextError, UsageError
@@ -21,7 +20,7 @@ from cfsp.result.manifest import read_manifest
 from cfsp.settings import Budget, Compute, EvaluationText, PruneSettings
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.tokenizers import load_tokenizer
-from commands import Command, ranks
+from commands import Command
 from tiny_models import BLOCKS
 
 
@@ -31,10 +30,9 @@ def test_what_overflows_in_float16_has_no_score(
 ):
     dense, model = tiny_checkpoint("llama"), tmp_path / "model"
     shutil.copytree(dense, model)
-    weights = tensors(dense)
     for name in ("up", "down"):
-        weights[f"model.layers.1.mlp.{name}_proj.weight"] *= 30_000
-    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+        at = f"model.layers.1.mlp.{name}_proj.weight"
+        edit_tensors(model / "model.safetensors", lambda found, at=at: found[at].mul_(30_000))
     (tmp_path / "piqa.jsonl").write_text('{"query": "a", "choices": ["b", "c"], "gold": 0}\n')
     (tmp_path / "lambada.jsonl").write_text('{"text": "the river runs"}\n')
     how: list[object] = ["--tasks", measured, "--task-data", tmp_path]
@@ -99,10 +97,7 @@ def test_models_with_other_tokens_are_told_apart(tiny_checkpoint, text_file, tmp
     first = tiny_checkpoint("llama")
     other = tmp_path / "other"
     shutil.copytree(first, other)
-    file = other / "tokenizer.json"
-    fields = json.loads(file.read_text())
-    fields["model"]["merges"] = []
-    file.write_text(json.dumps(fields))
+    edit_json(other / "tokenizer.json", lambda fields: fields["model"].update(merges=[]))
     texts = EvaluationText((str(text_file),), 2, 24)
     evaluate_models([first, first], texts, Compute())
     assert not caplog.messages
@@ -130,31 +125,14 @@ def test_after_a_death_the_same_command_goes_on(commands, argv, tmp_path):
     out = tmp_path / "many"
     argv_of_three = [*argv, "--out", str(out)]
     # Windows of the first text have passed both models.
-    dying: dict[str, Any] = {"dies": "within", "count": 2 * BLOCKS + 1}
-    deaths: list[dict[str, Any]] = [{}, {}, dying]
-    ended = commands(
-        *(
-            Command(argv_of_three, environment=rank, patience=18, **death)
-            for rank, death in zip(ranks(3), deaths, strict=True)
-        )
-    )
+    ended = commands.together(argv_of_three, 3, [2], "within", 2 * BLOCKS + 1, patience=18)
     assert [each.status for each in ended] == [2, 2, -signal.SIGKILL], ended
     assert not out.exists()
-    ended = commands(*(Command(argv_of_three, environment=rank) for rank in ranks(3)))
-    assert [each.status for each in ended] == [0, 0, 0], ended
+    ended = commands.finish(argv_of_three, 3)
     assert [bool(each.stdout) for each in ended] == [True, False, False]
-    assert {path.name for path in tmp_path.iterdir()} == {"many"}
+    assert entries(tmp_path) == {"many"}
     assert main([*argv, "--out", str(tmp_path / "one")]) == 0
     assert of(out) == of(tmp_path / "one")
     (ended,) = commands(Command(argv_of_three))
     assert ended.status == 0
     assert "is there already; nothing is measured again" in ended.stderr
-
-
-def test_tasks_are_refused(argv, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    assert main([*argv, "--tasks", "piqa", "--out", str(tmp_path / "out")]) == 2
-    message = "cfsp eval: [process 1] --tasks runs in one process, found 2"
-    assert message in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())

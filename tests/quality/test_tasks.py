@@ -20,7 +20,7 @@ import lm_eval.tasks
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from builders import dying_at, never
+from builders import entries, never
 from cfsp.checkpoint.loading import load
 from cfsp.cli import main
 from cfsp.errors import TaskError, UsageError
@@ -246,7 +246,7 @@ def test_paper_suite_is_one_name():
 
 
 def test_an_interrupted_run_goes_on_with_the_next_task(
-    tiny_checkpoint, text_file, task_data, tmp_path, monkeypatch, capsys, command
+    tiny_checkpoint, text_file, task_data, tmp_path, noted, capsys, command
 ):
     models = [str(tiny_checkpoint(name)) for name in ("llama", "qwen2")]
     argv = ["eval", *models, "--tasks", "piqa,lambada_openai", "--task-data", str(task_data)]
@@ -263,17 +263,14 @@ def test_an_interrupted_run_goes_on_with_the_next_task(
     assert (perplexity["seqlen"], first["dtype"]) == (32, "float32")
     assert whole["tasks"]["limit"] == 4
 
-    out, plain = tmp_path / "out.json", TaskRunner.score
-    seen: list[str] = []
+    out = tmp_path / "out.json"
     for count, status, scored in ((3, 130, 3), (0, 0, 2), (0, 0, 0)):
-        seen.clear()
-        score = dying_at(count, plain, lambda *given: given[-1], seen)
-        monkeypatch.setattr(TaskRunner, "score", lambda *args, score=score: score(*args))
+        seen = noted(TaskRunner, "score", lambda *given: given[-1], count)
         assert main([*argv, "--out", str(out)]) == status
         assert len(seen) == scored and out.exists() == (status == 0)
     found = json.loads(out.read_text())
     assert {key: found[key] for key in whole} == whole
-    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+    assert entries(tmp_path) == {"out.json"}
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == [*short_names(models).values()]
     for name in ("piqa, acc ", "piqa, acc_norm", "lambada_openai, loss, nats"):

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import cfsp
-from builders import changed, tensors
+from builders import changed, edit_tensors, tensors
 from cfsp.architecture.found import Unit
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
@@ -100,13 +99,12 @@ def test_any_decoder_recovers(name, method, pruned_type, text_file, tmp_path):
 
 def test_what_the_model_does_not_have_travels(pruned_type, text_file, tmp_path):
     source = Path(shutil.copytree(pruned_type("deepseek_v3"), tmp_path / "with-mtp"))
-    stored = tensors(source)
     # The layer that predicts a second token: transformers has no module for it.
     extra = {
         "model.layers.61.eh_proj.weight": torch.randn(32, 64),
         "model.layers.61.mlp.experts.0.up_proj.weight": torch.randn(48, 32),
     }
-    save_file(stored | extra, source / "model.safetensors", metadata={"format": "pt"})
+    edit_tensors(source / "model.safetensors", lambda found: found.update(extra))
     assert set(Checkpoint(source).stored.unused) == set(extra)
     recover(source, tmp_path / "out", text_file, training=training(2))
     assert changed(source, tmp_path / "out")

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
 import time
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
 import cfsp
-from builders import changed, random_tokens, tensors
+from builders import changed, edit_json, edit_tensors, entries, random_tokens, tensors
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.checkpoint.reading import parameter_count
@@ -59,8 +58,8 @@ def test_training_helps_and_the_result_has_the_same_layout(
         adaptation=Adaptation(method, rank=4),
         evaluation=EvaluationText((str(text_file),), 4, 64),
     )
-    kept = {p.name for p in pruned.iterdir()} - {"cfsp.statistics"}
-    assert {p.name for p in out.iterdir()} == kept
+    kept = entries(pruned) - {"cfsp.statistics"}
+    assert entries(out) == kept
     for name in ("config.json", "modeling_cfsp.py", PLAN_FILE, "tokenizer.json"):
         assert (out / name).read_bytes() == (pruned / name).read_bytes()
     measured = report.perplexity[str(text_file)]
@@ -70,7 +69,7 @@ def test_training_helps_and_the_result_has_the_same_layout(
     assert found == pytest.approx(measured["after"], rel=1e-4)
     conditions = {"windows": 4, "seqlen": 64, "tokens": 4 * 63, "bos": False}
     assert measured == measured | conditions
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert entries(tmp_path) == {"out"}
 
 
 def test_manifest_and_card_say_how_it_was_recovered(pruned, plain):
@@ -128,17 +127,12 @@ def test_a_step_has_no_more_windows_than_the_text(recovered, plain):
     assert report.tokens_in_step == text * 32
 
 
-def test_the_last_step_of_a_pass_counts_what_it_has(recovered, plain, monkeypatch):
+def test_the_last_step_of_a_pass_counts_what_it_has(recovered, plain, noted):
     (windows,) = read_manifest(plain)["recovery"]["data"]["sources"].values()
     how = training(4, batch_windows=windows * 2 // 3)
-    tokens, original = [0], RecoveryTrainer.training_step
-
-    def training_step(trainer: Any, model: Any, inputs: Any, *more: Any) -> Any:
-        tokens.append(tokens[-1] + inputs["input_ids"].numel())
-        return original(trainer, model, inputs, *more)
-
-    monkeypatch.setattr(RecoveryTrainer, "training_step", training_step)
+    seen = noted(RecoveryTrainer, "training_step", lambda *given: given[2]["input_ids"].numel())
     recovered(training=how)
+    tokens = list(accumulate(seen, initial=0))
     assert [tokens_of(how, windows, steps) for steps in range(5)] == tokens
     assert tokens[4] == 2 * windows * 32 < 4 * tokens[1]
 
@@ -167,10 +161,9 @@ def test_a_model_of_16_bits_is_trained_and_keeps_them(
     source = tmp_path / "source"
     shutil.copytree(pruned, source)
     halves = {k: v.to(dtype) for k, v in tensors(pruned).items()}
-    save_file(halves, source / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((source / "config.json").read_text())
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    (source / "config.json").write_text(json.dumps(config))
+    edit_tensors(source / "model.safetensors", lambda found: found.update(halves))
+    named = str(dtype).removeprefix("torch.")
+    edit_json(source / "config.json", lambda fields: fields.update(dtype=named))
     report = recovered(
         source,
         adaptation=Adaptation(method, rank=2),
@@ -263,10 +256,9 @@ def test_the_dense_model_teaches_where_it_is_at_hand(
     # Another model is in its place, or none.
     moved = tmp_path / "moved"
     shutil.copytree(pruned, moved)
-    fields = json.loads((moved / MANIFEST_FILE).read_text())
     for name, reason in ((other, "is another model"), ("/no/such", "/no/such does not exist")):
-        fields["base_model"]["name"] = name
-        (moved / MANIFEST_FILE).write_text(json.dumps(fields))
+        named = {"name": name}
+        edit_json(moved / MANIFEST_FILE, lambda fields, of=named: fields["base_model"].update(of))
         assert teacher_of("auto", moved, tokenizer) is None
         assert reason in caplog.text
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)

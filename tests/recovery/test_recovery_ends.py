@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import cfsp
 import cfsp.recovery.loss
 import cfsp.recovery.recover
-from builders import changed, dying_at, never, random_tokens, tensors
+from builders import changed, edit_tensors, never, random_tokens, stopped_at
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cli import main
 from cfsp.errors import (
@@ -36,7 +35,7 @@ from cfsp.streaming.block_stream import StreamedBlock
 from cfsp.streaming.work_dir import Stopwatch, WorkDir
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
-from recoveries import recover, stop, stopped, training
+from recoveries import recover, stopped, training
 from tiny_models import BLOCKS, build_tiny_model
 
 
@@ -71,7 +70,7 @@ def test_a_killed_run_resumes_to_the_same_weights(pruned, text_file, tmp_path, c
 
 
 def test_a_run_that_was_stopped_after_its_last_step_is_not_trained_further(
-    recovered, out, text_file, monkeypatch, plain
+    recovered, out, text_file, noted, plain
 ):
     evaluation = EvaluationText((str(text_file),), 2, 32)
     stopped(recovered, evaluation=evaluation)
@@ -87,14 +86,7 @@ def test_a_run_that_was_stopped_after_its_last_step_is_not_trained_further(
             recovered(evaluation=another)
     assert sorted(work_of(out).rglob("*")) == before
     # What was measured before training is not measured again.
-    measured = []
-    sound = cfsp.recovery.recover.perplexity_by_text
-
-    def measure(*args: Any) -> Any:
-        measured.append(args[-1])
-        return sound(*args)
-
-    monkeypatch.setattr("cfsp.recovery.recover.perplexity_by_text", measure)
+    measured = noted(cfsp.recovery.recover, "perplexity_by_text", lambda *args: args[-1])
     found = recovered(evaluation=evaluation)
     assert measured == ["recovered"]
     assert found.perplexity[str(text_file)]["before"] > 1
@@ -121,9 +113,7 @@ def test_a_run_goes_on_with_the_same_teacher_alone(recovered, tiny_checkpoint, t
     dense, there = tiny_checkpoint("llama"), tmp_path / "dense"
     shutil.copytree(dense, there)
     stopped(recovered, training=training(1, evaluations=1), teacher=str(there))
-    weights = tensors(there)
-    weights["model.norm.weight"] += 0.1
-    save_file(weights, there / "model.safetensors", metadata={"format": "pt"})
+    edit_tensors(there / "model.safetensors", lambda found: found["model.norm.weight"].add_(0.1))
     with pytest.raises(ResumeError, match="another teacher"):
         recovered(training=training(1, evaluations=1), teacher=str(there))
 
@@ -148,17 +138,17 @@ def test_what_a_user_had_chosen_is_not_taken_for_what_memory_decided(recovered, 
         recovered(**how)
 
 
-def test_what_is_measured_before_training_is_timed_whole_also_after_a_kill(tmp_path, monkeypatch):
+def test_what_is_measured_before_training_is_timed_whole_also_after_a_kill(
+    tmp_path, monkeypatch, noted
+):
     """It is measured again when all is trained, which is no time to train in."""
     windows = {name: Windows(random_tokens(2, 12), {name: 2}) for name in ("first", "second")}
     settings = SimpleNamespace(compute=Compute("cpu", "float32"))
     source = LoadedModel(build_tiny_model("llama"))
     facts = {"source": source, "windows": windows, "settings": settings, "watch": Stopwatch()}
     ready: Any = SimpleNamespace(**facts)
-    seen: list[int] = []
     # Of a second model's worth of blocks the last one is missing.
-    advance = dying_at(2 * BLOCKS, StreamedBlock.advance, lambda it, *_, **__: it.index, seen)
-    monkeypatch.setattr(StreamedBlock, "advance", lambda *args, **how: advance(*args, **how))
+    seen = noted(StreamedBlock, "advance", lambda it, *_, **__: it.index, dies_at=2 * BLOCKS)
     monkeypatch.setattr("cfsp.streaming.work_dir.SHARE_OF_TIME", 1e9)
     with pytest.raises(KeyboardInterrupt):
         measured_before(ready, WorkDir(tmp_path, identity={}))
@@ -171,9 +161,7 @@ def test_what_is_measured_before_training_is_timed_whole_also_after_a_kill(tmp_p
 def test_only_the_first_process_makes_a_work_directory(recovered, tmp_path, monkeypatch):
     """The others may be there before it has the lock, or although it is refused."""
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr("cfsp.recovery.trainer.RecoveryTrainer", stop)
-    with pytest.raises(KeyboardInterrupt):
-        recovered()
+    stopped_at("cfsp.recovery.trainer.RecoveryTrainer", recovered)
     assert list(tmp_path.iterdir()) == []
 
 

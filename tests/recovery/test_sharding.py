@@ -12,11 +12,10 @@ import pytest
 import torch
 
 import cfsp
-from builders import tensors
+from builders import entries, tensors
 from cfsp.cli import main
 from cfsp.result.manifest import read_manifest
-from commands import Command, Commands, ranks
-from forks import Job
+from commands import ranks
 
 STEPS = 4
 
@@ -28,19 +27,14 @@ def argv(pruned: Path, text_file: Path) -> list[str]:
     return ["recover", str(pruned), "--data", str(text_file), *given]
 
 
-def recovered_by(
-    commands: Commands, argv: list[str], out: Path, size: int, **death: Any
-) -> list[Any]:
-    """Recover in so many processes, with 4 windows in a step whatever their number."""
-    argv = [*argv, "--out", str(out), "--batch-windows", str(4 // size), "--json"]
-    return commands(*(Command(argv, environment=rank, **death) for rank in ranks(size)))
+def of_each(argv: list[str], out: Path, size: int) -> list[str]:
+    """Return the command of each of some processes: a step has 4 windows whatever their number."""
+    return [*argv, "--out", str(out), "--batch-windows", str(4 // size), "--json"]
 
 
 def check_alike(one: Path, many: Path) -> None:
     """Check losses and weights."""
     expected, found = (read_manifest(path) for path in (one, many))
-    assert expected is not None
-    assert found is not None
     assert len(found["recovery"]["history"]) > 1
     for a, b in zip(expected["recovery"]["history"], found["recovery"]["history"], strict=True):
         assert b == pytest.approx(a, rel=1e-4)
@@ -80,8 +74,7 @@ def test_two_processes_give_what_one_gives_also_of_what_lost_other_parts(
     argv = ["recover", str(without_parts), *argv[2:], *options]
     argv += ["--teacher", str(tiny_checkpoint("llama")), "--set", "teacher_weight=0.5"]
     assert main([*argv, "--out", str(tmp_path / "one")]) == 0
-    ended = recovered_by(commands, argv, tmp_path / "two", 2)
-    assert [each.status for each in ended] == [0, 0], ended
+    ended = commands.finish(of_each(argv, tmp_path / "two", 2), 2)
     assert json.loads(ended[0].stdout)["steps"] == STEPS
     assert ended[1].stdout == ""
     check_alike(tmp_path / "one", tmp_path / "two")
@@ -91,23 +84,21 @@ def test_another_number_of_processes_goes_on(commands, argv, tmp_path):
     """Two begin and die, one goes on and dies, two finish."""
     argv = [*argv, "--rank", "2", "--shard", "--steps", "3", "--evaluations", "3"]
     out = tmp_path / "out"
-    ended = recovered_by(commands, argv, out, 2, dies="training", count=2)
-    assert [each.status for each in ended] == [-signal.SIGKILL] * 2, ended
-    ended = recovered_by(commands, argv, out, 1, dies="training", count=3)
-    assert [each.status for each in ended] == [-signal.SIGKILL], ended
-    ended = recovered_by(commands, argv, out, 2)
-    assert [each.status for each in ended] == [0, 0], ended
+    for size, count in ((2, 2), (1, 3)):
+        of_one = of_each(argv, out, size)
+        ended = commands.together(of_one, size, range(size), "training", count)
+        assert [each.status for each in ended] == [-signal.SIGKILL] * size, ended
+    commands.finish(of_each(argv, out, 2), 2)
     assert main([*argv, "--out", str(tmp_path / "one")]) == 0
     check_alike(tmp_path / "one", out)
-    assert {path.name for path in tmp_path.iterdir()} == {"one", "out"}
+    assert entries(tmp_path) == {"one", "out"}
 
 
 def test_experts_are_sharded(commands, argv, tiny_checkpoint, tmp_path):
     mixtral = str(tiny_checkpoint("mixtral"))
     argv = ["recover", mixtral, *argv[2:], "--method", "full"]
     assert main([*argv, "--out", str(tmp_path / "one")]) == 0
-    ended = recovered_by(commands, [*argv, "--shard"], tmp_path / "two", 2)
-    assert [each.status for each in ended] == [0, 0], ended
+    commands.finish(of_each([*argv, "--shard"], tmp_path / "two", 2), 2)
     check_alike(tmp_path / "one", tmp_path / "two")
 
 
@@ -130,18 +121,8 @@ def test_the_others_wait_in_the_team_for_what_the_first_measures(
     forks, argv, text_file, tmp_path, options
 ):
     """And not for another group to open, which has an end."""
-    argv += [
-        "--rank",
-        "2",
-        "--eval",
-        str(text_file),
-        "--windows",
-        "1",
-        "--out",
-        str(tmp_path / "out"),
-        *options,
-    ]
+    argv += ["--rank", "2", "--eval", str(text_file), "--windows", "1", *options]
+    argv += ["--out", str(tmp_path / "out")]
     code = MEASURING.replace("ARGV", repr(argv))
-    ended = forks(*(Job("forks.run_code", {"code": code}, rank) for rank in ranks(2)))
-    assert [each.status for each in ended] == [0, 0], ended
+    ended = forks.code(code, *ranks(2))
     assert ended[0].stdout.startswith("in a group: True\n") and not ended[1].stdout

@@ -15,7 +15,15 @@ import torch
 from torch import nn
 
 import cfsp
-from builders import changed, draw_windows, plan_keeping, random_tokens, tensors
+from builders import (
+    changed,
+    draw_windows,
+    entries,
+    numpy_divergence,
+    plan_keeping,
+    random_tokens,
+    tensors,
+)
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of, build_skeleton
 from cfsp.cli import main
@@ -190,21 +198,18 @@ def test_a_block_that_training_worsens_stays_as_it_was(argv, tmp_path, monkeypat
     assert not changed(trained, pruned([*argv, *LOCAL], tmp_path / "untrained"))
 
 
-def test_interrupted_it_goes_on_and_gives_the_same_bits(local, argv, tmp_path, monkeypatch, capsys):
+def test_interrupted_it_goes_on_and_gives_the_same_bits(
+    local, argv, tmp_path, monkeypatch, noted, capsys
+):
     out = tmp_path / "out"
     command = [*argv, "--memory-budget", "1KB", *LOCAL, "--out", str(out)]
-    calls = iter(range(BLOCKS))
-
-    def interrupted(*args: Any, **kwargs: Any) -> bool:
-        if next(calls) == 1:  # the second group of blocks
-            raise KeyboardInterrupt
-        return train_blocks(*args, **kwargs)
-
+    noted(
+        local_repair, "train_blocks", lambda *_, **__: None, dies_at=2
+    )  # the second group of blocks
     with monkeypatch.context() as patch:
         patch.setattr(work_dir, "SHARE_OF_TIME", float("inf"))
-        patch.setattr(local_repair, "train_blocks", interrupted)
         assert main(command) == 130
-    assert {path.name for path in tmp_path.iterdir()} == {"out.work"}
+    assert entries(tmp_path) == {"out.work"}
     assert main(command) == 0
     assert f"local: going on at block 1 of {BLOCKS}" in capsys.readouterr().err
     assert (out / "model.safetensors").read_bytes() == (local / "model.safetensors").read_bytes()
@@ -284,9 +289,8 @@ def test_loss_at_the_head_is_that_of_the_whole_models(name):
     # Another text's hidden states are predictions from this model too.
     other_BT = random_tokens(2, 13)[:, 1:]
     with torch.no_grad():
-        dense, other = (model(each).logits.double().numpy() for each in (tokens_BT, other_BT))
-    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (dense, other))
-    divergence = (p * np.log(p / q)).sum(-1)[:, :-1].mean()
+        logits = [model(each).logits for each in (tokens_BT, other_BT)]
+    divergence = numpy_divergence(*logits)[:, :-1].mean()
     dense_BTD, other_BTD = (leaving_hidden(model, source, each) for each in (tokens_BT, other_BT))
     loss_of, left_BTD = HeadLoss(source, RUNTIME), other_BTD.clone().requires_grad_(True)
     loss = loss_of(left_BTD, batch_of(dense_BTD))

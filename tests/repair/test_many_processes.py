@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from builders import entries
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.cli import main
 from cfsp.selection import speedup
 from cfsp.streaming.work_dir import PassState
 from commands import Command, Commands, ranks
-from forks import Finished, Job
+from forks import Finished
 from tiny_models import BLOCKS
 
 ASKED = ["--sparsity", "0.4", "--multiple", "8", "--dtype", "float32"]
@@ -40,27 +41,24 @@ Finish = Callable[..., list[Finished]]
 def finish(commands: Commands, tmp_path: Path) -> Finish:
     """Run a command in several processes; check that it ends, with what one process makes."""
 
-    def run(argv: list[str], size: int, *options: str) -> list[Finished]:
-        ended = commands(
-            *(Command(many(argv, tmp_path, *options), environment=rank) for rank in ranks(size))
-        )
-        assert [each.status for each in ended] == [0] * size, ended
+    def run(argv: list[str], size: int) -> list[Finished]:
+        ended = commands.finish(many(argv, tmp_path), size)
         check_alike(argv, tmp_path)
         return ended
 
     return run
 
 
-def many(argv: list[str], tmp_path: Path, *options: str) -> list[str]:
-    return [*argv, *options, "--out", str(tmp_path / "many")]
+def many(argv: list[str], tmp_path: Path) -> list[str]:
+    return [*argv, "--out", str(tmp_path / "many")]
 
 
 def check_alike(argv: list[str], tmp_path: Path) -> None:
     """Check that `many`, which is there, is what one process makes."""
-    assert {path.name for path in tmp_path.iterdir()} == {"many"}
+    assert entries(tmp_path) == {"many"}
     one, together = tmp_path / "one", tmp_path / "many"
     assert main([*argv, "--out", str(one)]) == 0
-    assert {path.name for path in one.iterdir()} == {path.name for path in together.iterdir()}
+    assert entries(one) == entries(together)
     assert (one / PLAN_FILE).read_bytes() == (together / PLAN_FILE).read_bytes()
     assert numbers_of(one) == pytest.approx(numbers_of(together), rel=1e-5)
     expected, found = (load_file(path / "model.safetensors") for path in (one, together))
@@ -120,8 +118,7 @@ sys.exit(main({argv}))
 def test_the_first_process_times_for_all(forks, argv_of, tmp_path, monkeypatch):
     argv = argv_of("llama", ["--target-speedup", "1.2", "--parts", "ffn,blocks", *ASKED[2:]])
     code = PRUNE_WITH_LATENCIES.format(latencies=LATENCIES, argv=many(argv, tmp_path))
-    ended = forks(*(Job("forks.run_code", {"code": code}, rank) for rank in ranks(2)))
-    assert [each.status for each in ended] == [0, 0], ended
+    ended = forks.code(code, *ranks(2))
     assert "1.2 times faster" in ended[0].stdout
     monkeypatch.setattr(speedup, "measure_latencies", lambda *_: LATENCIES)
     check_alike(argv, tmp_path)
@@ -140,13 +137,7 @@ def test_after_a_death_the_same_command_goes_on(
 ):
     evaluation = ["--eval", str(text_file), "--windows", "1"]
     argv = [*argv, "--repair", "local", "--local-steps", "2", *evaluation]
-    deaths = [{"dies": "after", "count": count} if rank == dying else {} for rank in range(2)]
-    ended = commands(
-        *(
-            Command(many(argv, tmp_path), environment=rank, patience=12, **death)
-            for rank, death in zip(ranks(2), deaths, strict=True)
-        )
-    )
+    ended = commands.together(many(argv, tmp_path), 2, [dying], "after", count, patience=12)
     left = 1 - dying
     assert (ended[dying].status, ended[left].status) == (-signal.SIGKILL, 2), ended
     lines = ended[left].stderr.splitlines()
@@ -173,12 +164,16 @@ def test_processes_with_different_work_are_refused(commands, argv, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_one_process_alone_can_do_is_refused(argv, tmp_path, command, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "option", "value"), [("prune", "--max-loss-increase", 1), ("eval", "--tasks", "piqa")]
+)
+def test_what_one_process_alone_can_do_is_refused(
+    model, tmp_path, command, monkeypatch, name, option, value
+):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    error = command(*many(argv, tmp_path), "--max-loss-increase", 1, status=2).err
-    said = "cfsp prune: [process 1] --max-loss-increase runs in one process, found 2"
-    assert said in error
+    error = command(name, model, option, value, "--out", tmp_path / "out", status=2).err
+    assert f"cfsp {name}: [process 1] {option} runs in one process, found 2" in error
     assert not list(tmp_path.iterdir())
 
 

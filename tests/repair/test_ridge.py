@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cfsp
-from builders import changed, never
+from builders import changed, never, stop
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import TextError
@@ -31,7 +32,6 @@ from cfsp.repair.ridge import (
 )
 from cfsp.result.manifest import read_manifest
 from cfsp.settings.pruning import prune_settings
-from recoveries import stop
 
 
 def correlated(rows: int, channels: int, seed: int) -> torch.Tensor:
@@ -136,32 +136,23 @@ def test_never_worse_on_held_out_tokens(seed, keep):
         assert solution.error_after == solution.error_before
 
 
-@pytest.fixture(scope="module")
-def text(text_file: Path) -> list[str]:
-    return ["--data", str(text_file), "--samples", "16", "--seqlen", "64"]
+@pytest.fixture
+def by_plan(pruned, model, tmp_path, command) -> Callable[..., Path]:
+    """Prunes by the plan of `pruned`, which the ridge repaired."""
+
+    def prune(*options: object) -> Path:
+        plan = ["--plan", pruned / "cfsp_plan.json", *options, "--out", tmp_path / "out"]
+        command("prune", model, *plan)
+        return tmp_path / "out"
+
+    return prune
 
 
-@pytest.fixture(scope="module")
-def repaired_model(model: Path, text: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("repaired") / "out"
-    half = ["--sparsity", "0.5", "--multiple", "4"]
-    assert main(["prune", str(model), *half, *text, "--out", str(out)]) == 0
-    return out
-
-
-def by_plan(repaired_model: Path, model: Path, out: Path, *options: str) -> Path:
-    """Prune by the plan that was made before."""
-    plan = str(repaired_model / "cfsp_plan.json")
-    assert main(["prune", str(model), "--plan", plan, *options, "--out", str(out)]) == 0
-    return out
-
-
-def test_only_down_projections_change(repaired_model, model, tmp_path):
-    plain = by_plan(repaired_model, model, tmp_path / "plain", "--repair", "none")
-    repaired = changed(plain, repaired_model)
+def test_only_down_projections_change(pruned, by_plan):
+    repaired = changed(by_plan("--repair", "none"), pruned)
     assert repaired
     assert all(name.endswith("mlp.down_proj.weight") for name in repaired)
-    (step,) = read_manifest(repaired_model)["repair"]["steps"]
+    (step,) = read_manifest(pruned)["repair"]["steps"]
     assert step["name"] == "ridge"
     blocks = step["blocks"]
     assert len(repaired) == sum(block["kept"] for block in blocks)
@@ -169,8 +160,9 @@ def test_only_down_projections_change(repaired_model, model, tmp_path):
     assert all(block["error_after"] <= block["error_before"] for block in blocks)
 
 
-def test_a_plan_made_before_is_repaired_by_a_pass_of_its_own(repaired_model, model, text, tmp_path):
-    assert not changed(repaired_model, by_plan(repaired_model, model, tmp_path / "out", *text))
+def test_a_plan_made_before_is_repaired_by_a_pass_of_its_own(pruned, by_plan, text_file):
+    found = by_plan("--data", text_file, "--samples", 8, "--seqlen", 32)
+    assert not changed(pruned, found)
 
 
 def test_one_window_is_too_little_and_that_is_said_before_any_pass(

@@ -278,13 +278,6 @@ def test_unusable_results_are_refused(run, tmp_path, content, message):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_a_number_that_is_none_is_damage_of_its_run(run, tmp_path):
-    nothing = measured("prose", 20.0, math.nan)
-    copy = changed_copy(run, tmp_path / "copy", lambda m: m.update(perplexity=nothing))
-    with pytest.raises(CheckpointError, match=r"copy/cfsp\.json is damaged"):
-        rendered([run, copy], tmp_path)
-
-
 def test_the_chart_by_block_as_a_file_of_its_own(run, monkeypatch, capsys):
     script = str(REPOSITORY / "benchmarks" / "block_picture.py")
     monkeypatch.setattr(sys, "argv", [script, str(run)])

@@ -74,7 +74,6 @@ def _with(name: str, text: str = "") -> Callable[[Path], object]:
         (_edit("additional_chat_templates/tool.jinja", "m", "n"), "chat_templates/tool.jinja has"),
         (_with("adapter_config.json", "{}"), "adapter_config.json is not in"),
         (_edit("cfsp.json", ".safetensors", ".bin"), "names no weight files"),
-        (_without("cfsp.json"), "cfsp did not write it"),
         (_without("model.safetensors"), "model.safetensors"),
     ],
 )  # fmt: skip

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from cfsp.cli import main
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.manifest import read_manifest
+from tiny_decoders import tiny_model
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,27 @@ class Ended:
         return PruningPlan.load(self.out / "cfsp_plan.json")
 
 
+@pytest.fixture(scope="session")
+def source(model) -> Checkpoint:
+    """`model` as it is read."""
+    return Checkpoint(model)
+
+
+@pytest.fixture(scope="session")
+def five_blocks() -> LoadedModel:
+    """A Llama of five blocks in memory."""
+    return LoadedModel(tiny_model("llama", num_hidden_layers=5))
+
+
 @pytest.fixture
-def prune(model, text_file, tmp_path, capsys) -> Callable[..., Ended]:
+def prune(model, text_file, tmp_path, command) -> Callable[..., Ended]:
     """Prunes `model`, or another, by `cfsp prune` with a tiny calibration."""
 
     def run(*more: object, of: Path = model, name: str = "out", status: int = 0) -> Ended:
-        capsys.readouterr()
-        text = ["--data", str(text_file), "--samples", "8", "--seqlen", "32"]
-        argv = ["prune", str(of), *text, "--multiple", "8", "--out", str(tmp_path / name)]
-        assert main([*argv, *map(str, more)]) == status
+        text = ["--data", text_file, "--samples", 8, "--seqlen", 32]
+        argv = ["prune", of, *text, "--multiple", 8, "--out", tmp_path / name]
+        printed = command(*argv, *more, status=status)
         assert status == 0 or not list(tmp_path.glob(f"{name}*")), "it leaves nothing"
-        return Ended(tmp_path / name, *capsys.readouterr())
+        return Ended(tmp_path / name, *printed)
 
     return run

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import cfsp
 from builders import draw_windows
 from cfsp import pruning_cost as cost
-from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.own_files import STATISTICS_FILE
 from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.selection import goal as goals
@@ -69,9 +69,7 @@ def test_python_refuses_what_the_command_line_does(model, tmp_path):
         with pytest.raises(UsageError, match=message):
             cfsp.prune(model, out=tmp_path / "out", **asked)
 
-    refused("found none")
     refused("no tokenizer: it has its own", sparsity=0.5, tokenizer=object())
-    refused("--sparsity and --target-params", sparsity=0.5, goal=TargetParameters(0.5))
     refused("--effort fast is --repair none", sparsity=0.5, effort="fast", repair="ridge")
     refused("--local-steps belongs to --repair local", sparsity=0.5, local_steps=5)
 
@@ -87,8 +85,8 @@ def test_the_report_of_the_best_effort_names_what_was_trained(model, tmp_path, m
     assert report.out == str(tmp_path / "out")
 
 
-def test_a_plan_may_have_a_goal(model, text_file):
-    statistics = cfsp.calibrate(model, data=[text_file], samples=4, seqlen=32)
+def test_a_plan_may_have_a_goal(model, pruned, text_file):
+    statistics = cfsp.Statistics.load(pruned / STATISTICS_FILE)
     by_name = cfsp.plan(model, statistics, target_params=0.8, multiple=8)
     assert by_name == cfsp.plan(model, statistics, goal=TargetParameters(0.8), multiple=8)
     assert 0.2 < by_name.ffn_sparsity < 1
@@ -108,11 +106,6 @@ def test_a_plan_may_have_a_goal(model, text_file):
 def settings(samples: int = 64, sparsity: float = 0.5) -> PruneSettings:
     text = CalibrationText(names=("mixed",), samples=samples)
     return PruneSettings(text=text, budget=Budget(sparsity=sparsity))
-
-
-@pytest.fixture
-def source(model) -> Checkpoint:
-    return Checkpoint(model)
 
 
 def test_a_goal_says_its_size_or_nothing(source, caplog):
@@ -177,15 +170,12 @@ def test_a_kv_cache_that_cannot_be_is_refused(prune, sliding):
 
 
 @pytest.fixture(scope="module")
-def sliding(tokenizer, tmp_path_factory) -> Path:
+def sliding(save) -> Path:
     """A model of which every other block sees no further than 8 tokens back."""
-    directory = tmp_path_factory.mktemp("sliding")
     config = TINY_CONFIGS["gemma3_text"]()
     config.num_hidden_layers, kinds = 4, ["sliding_attention", "full_attention"]
     config.layer_types = kinds * 2
-    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return save(AutoModelForCausalLM.from_config(config))
 
 
 @pytest.mark.parametrize("parts", ["kv", "kv,attention"])
@@ -204,7 +194,7 @@ def test_a_sliding_window_caches_no_more_than_its_tokens(prune, sliding, parts):
 
 
 @pytest.fixture(scope="module")
-def trained(tokenizer, text_file, tmp_path_factory) -> Path:
+def trained(tokenizer, text_file, save) -> Path:
     """A tiny model that has learnt something: of a random one the loss may fall by pruning."""
     windows = draw_windows([str(text_file)], tokenizer, samples=64, seqlen=32, seed=9)
     network = build_tiny_model("llama").train()
@@ -214,10 +204,7 @@ def trained(tokenizer, text_file, tmp_path_factory) -> Path:
         network(batch_BT, labels=batch_BT).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    directory = tmp_path_factory.mktemp("trained")
-    network.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return save(network)
 
 
 @pytest.fixture

@@ -6,21 +6,19 @@ import math
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import combinations
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from builders import draw_windows, job_of, random_tokens
+from builders import draw_windows, job_of, numpy_divergence, random_tokens
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Removal
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.errors import UnsupportedModelError
-from cfsp.planning.candidate import NOTHING, Droppable, Dropped
-from cfsp.selection import drop_order
+from cfsp.planning.candidate import NOTHING, Dropped
+from cfsp.selection import divergence, drop_order
 from cfsp.selection.constraint import DropBudget, half_dropped
 from cfsp.selection.divergence import (
     POSITION_STRIDE,
@@ -33,7 +31,7 @@ from cfsp.selection.divergence import (
 )
 from cfsp.selection.drop_order import order_of_removal
 from cfsp.settings import UNIT_PARTS, Budget, Compute, PruneSettings
-from cfsp.streaming.stand_in import PLAIN, resumed_at, skipped
+from cfsp.streaming.stand_in import PLAIN, skipped
 from tiny_decoders import tiny_model
 from tiny_models import BLOCKS, TINY_CONFIGS, WIDTH, build_tiny_model
 
@@ -63,13 +61,6 @@ def test_the_only_block_with_a_router_may_go_where_its_logits_are_asked_for():
 # Sensitivity: one block masked at a time, from kept hidden states as from the beginning.
 
 
-def numpy_divergence(dense_BTV: torch.Tensor, changed_BTV: torch.Tensor) -> float:
-    """KL(dense || changed) after every few tokens."""
-    p, q = (np.exp(x[:, ::POSITION_STRIDE].double().numpy()) for x in (dense_BTV, changed_BTV))
-    p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
-    return float((p * np.log(p / q)).sum(-1).mean())
-
-
 def test_divergence_is_that_of_numpy():
     model, tokens_BT = build_tiny_model("llama"), random_tokens(2, 12)
     with torch.inference_mode():
@@ -79,7 +70,8 @@ def test_divergence_is_that_of_numpy():
         with masked_channels(LoadedModel(model), model, {0: (1, 2, 3)}):
             changed_BTV = model(tokens_BT).logits
             found = dense.divergence(model)
-    assert found == pytest.approx(numpy_divergence(dense_BTV, changed_BTV), rel=1e-4)
+    expected_BT = numpy_divergence(dense_BTV, changed_BTV)[:, ::POSITION_STRIDE]
+    assert found == pytest.approx(expected_BT.mean(), rel=1e-4)
     assert found > 0.01
 
 
@@ -88,18 +80,12 @@ def test_divergence_is_that_of_numpy():
 @pytest.mark.parametrize(
     "name", ["llama", "gpt2", "falcon", "gemma3n_text", "qwen3_next", "nemotron_h", "gemma3"]
 )
-def test_each_block_is_masked_alone(name, monkeypatch):
+def test_each_block_is_masked_alone(name, noted):
     model = tiny_model(name)
     source = LoadedModel(model)
     tokens_NT = random_tokens(2, 12, seed=1)
     kept_U = [tuple(range(0, unit.width * unit.ffns, 2)) for unit in source.units]
-    starts: list[int] = []
-
-    def noted(blocks: object, first: int, *rest: object) -> object:
-        starts.append(first)
-        return resumed_at(blocks, first, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("cfsp.selection.divergence.resumed_at", noted)
+    starts = noted(divergence, "resumed_at", lambda blocks, first, *_: first)
     found_L = block_sensitivities(source, model, tokens_NT, kept_U)["ffn"]
     count = len(blocks_of(model, source.architecture))
     with_units = sorted({unit.block for unit in source.units})
@@ -150,11 +136,6 @@ def without(source: LoadedModel, removed: Dropped) -> float:
         return dense.divergence(model)
 
 
-@pytest.fixture(scope="module")
-def source() -> LoadedModel:
-    return LoadedModel(tiny_model("llama", num_hidden_layers=DEPTH))
-
-
 def order_of(source: LoadedModel, count: int) -> list[Removal]:
     wanted = DropBudget.of_count(source, "blocks", count)
     return order_of_removal(source, source.model, TOKENS, [wanted])
@@ -172,17 +153,17 @@ def test_beside_channels_as_much_goes_as_can():
         order_of_removal(source, model, TOKENS, [replace(half, at_most=False)])
 
 
-def test_what_the_model_cannot_do_without_stays(source, monkeypatch):
-    first, second = order_of(source, 2)
+def test_what_the_model_cannot_do_without_stays(five_blocks, monkeypatch):
+    first, second = order_of(five_blocks, 2)
 
     def check(source: LoadedModel, removed: Dropped) -> None:
         if {first.block, second.block} & {*removed.blocks}:
             raise UnsupportedModelError("it is needed")
 
     monkeypatch.setattr(drop_order, "check_can_go", check)
-    assert not {first.block, second.block} & {each.block for each in order_of(source, 2)}
+    assert not {first.block, second.block} & {each.block for each in order_of(five_blocks, 2)}
     with pytest.raises(UnsupportedModelError, match="it is needed"):
-        order_of(source, DEPTH - 1)
+        order_of(five_blocks, DEPTH - 1)
 
 
 @pytest.fixture(scope="module")
@@ -225,18 +206,11 @@ def test_blocks_and_attentions_are_compared_for_each_parameter(both):
     )
 
 
-def test_only_a_few_are_tried_again(source, monkeypatch):
+def test_only_a_few_are_tried_again(five_blocks, monkeypatch, noted):
     """The price is one try for each block, and a few for each that goes."""
-    tried: list[Droppable] = []
-    original = drop_order._divergence_without
-
-    def note(masked: Any, gone: Dropped, droppable: Droppable) -> float:
-        tried.append(droppable)
-        return original(masked, gone, droppable)
-
-    monkeypatch.setattr(drop_order, "_divergence_without", note)
+    tried = noted(drop_order, "_divergence_without", lambda masked, gone, droppable: droppable)
     monkeypatch.setattr(drop_order, "_TRIED_AGAIN", 1)
-    order = order_of(source, 3)
+    order = order_of(five_blocks, 3)
     assert len(order) == 3
     assert len(tried) <= DEPTH + 2 * 1
-    assert order[0] == order_of(source, 1)[0]
+    assert order[0] == order_of(five_blocks, 1)[0]

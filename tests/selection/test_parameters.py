@@ -10,7 +10,6 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from builders import draw_windows, job_of, never
-from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import LoadedModel, WeightSource
 from cfsp.errors import BudgetError
 from cfsp.planning.allocation import allocate
@@ -45,8 +44,7 @@ def parts_of(source: WeightSource, stays: float, draw: Any, **settings: Any) -> 
     return job.budget.parts
 
 
-def test_blocks_are_tried_where_many_channels_would_go(model, draw, caplog):
-    source = open_checkpoint(model)
+def test_blocks_are_tried_where_many_channels_would_go(source, draw, caplog):
     caplog.set_level(logging.INFO)
     # No text is drawn to find that out.
     assert parts_of(source, stays_without(source, MANY_CHANNELS - 0.01), never) == ("ffn",)
@@ -59,9 +57,8 @@ def test_blocks_are_tried_where_many_channels_would_go(model, draw, caplog):
 
 
 def test_channels_go_alone_where_blocks_cannot_be_compared_and_it_is_said(
-    model, draw, caplog, monkeypatch
+    source, draw, caplog, monkeypatch
 ):
-    source = open_checkpoint(model)
     stays = stays_without(source, 0.6)
     caplog.set_level(logging.INFO)
 
@@ -88,20 +85,19 @@ def test_channels_go_alone_where_no_block_can(config, draw):
         assert parts_of(source, stays_without(source, share), draw) == ("ffn",)
 
 
-def test_blocks_that_stay_let_all_others_go(model, draw):
+def test_blocks_that_stay_let_all_others_go(source, draw):
     """Of three blocks the first stays: a third of the parameters is more than one block."""
-    source = open_checkpoint(model)
     kept = replace(OPEN.budget, keep=("0",))
     assert parts_of(source, stays_without(source, 0.7), draw, budget=kept) == ("ffn", "blocks")
 
 
-def test_what_neither_channels_nor_blocks_own_is_refused(model, draw):
+def test_what_neither_channels_nor_blocks_own_is_refused(source, draw):
     with pytest.raises(BudgetError, match="at least one of 3 blocks must stay; between 0 and"):
-        parts_of(open_checkpoint(model), 0.05, draw)
+        parts_of(source, 0.05, draw)
 
 
-def test_a_command_that_names_no_parts(prune, model):
-    stays = round(stays_without(open_checkpoint(model), 0.6), 4)
+def test_a_command_that_names_no_parts(prune, source):
+    stays = round(stays_without(source, 0.6), 4)
     asked = ("--target-params", stays, "--effort", "fast")
     # One pass, without trying anything; so it is said.
     done = prune(*asked, name="fast")
@@ -131,8 +127,7 @@ def test_nothing_of_a_part_is_left_where_all_blocks_that_have_it_are_dropped():
     assert allocate([1.0] * len(size.units), Budget(parts=("kv",)), size) == size.width_U
 
 
-def test_a_resumed_run_keeps_what_it_had_decided(model, draw, tmp_path, monkeypatch):
-    source = open_checkpoint(model)
+def test_a_resumed_run_keeps_what_it_had_decided(source, draw, tmp_path, monkeypatch):
     settings = replace(OPEN, goal=TargetParameters(stays_without(source, 0.6)))
     work_dir = WorkDir(tmp_path, identity={"of": "one command"})
 

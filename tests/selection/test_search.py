@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import goal_of_share, job_of
-from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.checkpoint.reading import LoadedModel
+from cfsp.checkpoint.reading import LoadedModel, WeightSource
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.decide import decide
 from cfsp.errors import BudgetError
@@ -51,15 +50,9 @@ from cfsp.settings import (
 from cfsp.streaming.work_dir import WorkDir, temporary_work_dir
 from cfsp.text.drawing import draw_text
 from cfsp.text.windows import Windows
-from tiny_decoders import tiny_model
 from tiny_models import WIDTH, build_tiny_model
 
 BLOCKS = 5
-
-
-@pytest.fixture(scope="module")
-def source() -> LoadedModel:
-    return LoadedModel(tiny_model("llama", num_hidden_layers=BLOCKS))
 
 
 def settings(text_file: Path, goal: TargetParameters, **more: Any) -> PruneSettings:
@@ -68,9 +61,15 @@ def settings(text_file: Path, goal: TargetParameters, **more: Any) -> PruneSetti
     return PruneSettings(budget, text=text, compute=Compute("cpu", "float32"), goal=goal, **more)
 
 
-def test_the_best_of_all_numbers_is_chosen(source, text_file, tokenizer, monkeypatch):
-    asked = settings(text_file, goal_of_share(source.model, ("blocks",), 0.4), repair="none")
+def decided(source: WeightSource, asked: PruneSettings, tokenizer: Any) -> Any:
+    """Return what is decided on windows of the text, and the facts of its goal."""
     windows = draw_text(asked.text, tokenizer)
+    with temporary_work_dir(None) as work_dir:
+        return decide(job_of(source, asked, lambda: windows, work_dir=work_dir))
+
+
+def test_the_best_of_all_numbers_is_chosen(five_blocks, text_file, tokenizer, monkeypatch):
+    asked = settings(text_file, goal_of_share(five_blocks.model, ("blocks",), 0.4), repair="none")
     tried: list[Scored] = []
     original = search._all_masked
 
@@ -79,36 +78,27 @@ def test_the_best_of_all_numbers_is_chosen(source, text_file, tokenizer, monkeyp
         return tried
 
     monkeypatch.setattr(search, "_all_masked", note)
-    with temporary_work_dir(None) as work_dir:
-        result, facts = decide(job_of(source, asked, lambda: windows, work_dir=work_dir))
+    result, facts = decided(five_blocks, asked, tokenizer)
     best = min(tried, key=lambda each: each.masked).candidate
     assert Candidate.from_json(facts["chosen"]) == best
     assert result.plan.removed_blocks == best.dropped.blocks
     assert result.statistics is not None and result.statistics.sensitivity is not None
     assert [len(each.candidate.dropped) for each in tried] == list(range(len(tried)))
     # Blocks and channels together are what was asked for.
-    parameters_L = parameters_of_blocks(source)
+    parameters_L = parameters_of_blocks(five_blocks)
     for each in tried:
         gone = sum(parameters_L[block] for block in each.candidate.dropped.blocks)
         assert gone < 0.4 * sum(parameters_L) + max(parameters_L) / 2
         assert each.candidate.sparsity > 0 or len(each.candidate.dropped) == BLOCKS * 2 // 5
 
 
-def test_where_one_of_a_kind_must_stay_the_others_may_go(text_file, tokenizer, monkeypatch):
+def test_where_one_of_a_kind_must_stay_the_others_may_go(text_file, tokenizer, noted):
     """Of three attention layers one may, which is fewer than may go beside channels."""
     budget = Budget(parts=("ffn", "attention"), multiple=8)
     asked = replace(settings(text_file, TargetParameters(0.8), repair="none"), budget=budget)
     source = LoadedModel(build_tiny_model("gemma3_text"), budget.parts)
-    windows, original = draw_text(asked.text, tokenizer), search._all_masked
-    orders: list[Any] = []
-
-    def note(*args: Any) -> list[Scored]:
-        orders.append(args[-1])
-        return original(*args)
-
-    monkeypatch.setattr(search, "_all_masked", note)
-    with temporary_work_dir(None) as work_dir:
-        decide(job_of(source, asked, lambda: windows, work_dir=work_dir))
+    orders = noted(search, "_all_masked", lambda *args: args[-1])
+    decided(source, asked, tokenizer)
     assert [len(order) for order in orders] == [1]
 
 
@@ -160,25 +150,24 @@ def test_numbers_that_are_worse_alone_than_the_best_are_not_tried():
 
 
 @pytest.mark.parametrize("best", [0, 2])
-def test_the_number_is_chosen_after_repair(source, text_file, tokenizer, monkeypatch, best):
-    asked = settings(text_file, goal_of_share(source.model, ("blocks",), 0.5))
-    windows = draw_text(asked.text, tokenizer)
+def test_the_number_is_chosen_after_repair(five_blocks, text_file, tokenizer, monkeypatch, best):
+    asked = settings(text_file, goal_of_share(five_blocks.model, ("blocks",), 0.5))
 
     def score(candidate: Candidate) -> float:
         return abs(len(candidate.dropped) - best)
 
     monkeypatch.setattr(search, "repaired_scorer", lambda *_: score)
-    with temporary_work_dir(None) as work_dir:
-        _, facts = decide(job_of(source, asked, lambda: windows, work_dir=work_dir))
+    _, facts = decided(five_blocks, asked, tokenizer)
     assert len(facts["chosen"]["dropped"]["blocks"]) <= best
 
 
 @pytest.mark.parametrize("had_room", [True, False])
 def test_a_resumed_run_compares_as_the_killed_one_did(
-    source, text_file, tokenizer, tmp_path, monkeypatch, had_room
+    five_blocks, text_file, tokenizer, tmp_path, monkeypatch, had_room
 ):
     """Whatever memory there is now: another choice would not fit to what was kept of the first."""
-    asked = settings(text_file, goal_of_share(source.model, ("blocks",), 0.5))
+    goal = goal_of_share(five_blocks.model, ("blocks",), 0.5)
+    asked = settings(text_file, goal, repair="ridge")
     windows = draw_text(asked.text, tokenizer)
     monkeypatch.setattr(search, "repaired_scorer", lambda *_: lambda found: len(found.dropped))
     monkeypatch.setattr(search, "best_of", lambda found: (compared.append(found), found[0])[1])
@@ -186,8 +175,8 @@ def test_a_resumed_run_compares_as_the_killed_one_did(
     for has_room in (had_room, not had_room):
         monkeypatch.setattr(search, "fits", lambda *_, models, room=has_room: room)
         work_dir = WorkDir(tmp_path, identity={"of": "one command"})
-        job = job_of(source, replace(asked, repair="ridge"), lambda: windows, work_dir=work_dir)
-        statistics = calibrate_source(source, tokenizer, [asked])
+        job = job_of(five_blocks, asked, lambda: windows, work_dir=work_dir)
+        statistics = calibrate_source(five_blocks, tokenizer, [asked])
         search.select(job, constraint_of(job)[1], statistics)
         assert any(each.repaired is not None for each in compared[-1]) == had_room
 
@@ -205,8 +194,8 @@ def test_bisection_finds_the_last_step(highest, last):
     assert len(asked) == len(set(asked)) <= highest.bit_length() + 1
 
 
-def test_highest_step_leaves_a_multiple(model):
-    size = model_size(open_checkpoint(model))
+def test_highest_step_leaves_a_multiple(source):
+    size = model_size(source)
     assert highest_step(size, Budget(multiple=24)) == STEPS * 3 // 4
     with pytest.raises(BudgetError, match="choose a smaller --multiple"):
         highest_step(size, Budget(multiple=WIDTH))
@@ -241,29 +230,29 @@ def test_of_many_kinds_of_text_some_are_for_fitting_and_others_for_judging():
 
 
 def test_scores_are_those_of_the_plan_and_repair_brings_predictions_nearer(
-    source, text_file, tokenizer
+    five_blocks, text_file, tokenizer
 ):
     text = CalibrationText((str(text_file),), samples=16, seqlen=64)
     budget = Budget(multiple=8, parts=("ffn", "blocks"))
     settings = PruneSettings(
         budget, text=text, compute=Compute("cpu", "float32"), goal=TargetParameters(0.9)
     )
-    drawn, model = draw_text(text, tokenizer), source.model
+    drawn, model = draw_text(text, tokenizer), five_blocks.model
     statistics = calibrate_source(
-        source, tokenizer, [replace(settings, criterion=Criterion("angular"))]
+        five_blocks, tokenizer, [replace(settings, criterion=Criterion("angular"))]
     )
-    planner = Planner.of(source, statistics, budget, settings.criterion)
-    job = job_of(source, settings, lambda: drawn)
+    planner = Planner.of(five_blocks, statistics, budget, settings.criterion)
+    job = job_of(five_blocks, settings, lambda: drawn)
     after_repair = repaired_scorer(job, planner)
     tokens_NT = few_beginnings(drawn).tokens_NT
-    masked = MaskedModel(source, model, torch.split(tokens_NT, 1))
+    masked = MaskedModel(five_blocks, model, torch.split(tokens_NT, 1))
     before = [parameter.clone() for parameter in model.parameters()]
 
     half = Candidate(parts=("ffn",), sparsity=0.5)
     kept = dict(enumerate(planner.plan(half).kept_channels))
     with torch.inference_mode():
         dense = dense_predictions(model, tokens_NT)
-        with masked_channels(source, model, kept):
+        with masked_channels(five_blocks, model, kept):
             expected = dense.divergence(model)
     found = masked_score(masked, planner, half)
     assert found == pytest.approx(expected, rel=1e-4)
@@ -274,8 +263,8 @@ def test_scores_are_those_of_the_plan_and_repair_brings_predictions_nearer(
     assert all(map(torch.equal, before, model.parameters()))
 
 
-def test_without_room_for_a_second_model_nothing_is_repaired(source, monkeypatch, caplog):
+def test_without_room_for_a_second_model_nothing_is_repaired(five_blocks, monkeypatch, caplog):
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     settings = PruneSettings(Budget(), compute=Compute("cpu", "float32"))
-    assert not search.can_be_repaired(job_of(source, settings))
+    assert not search.can_be_repaired(job_of(five_blocks, settings))
     assert "compared before repair" in caplog.text

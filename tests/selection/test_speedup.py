@@ -12,11 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import cfsp
-from builders import dying_at, job_of, never, random_tokens
+from builders import job_of, never, random_tokens
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.own_files import STATISTICS_FILE
 from cfsp.checkpoint.reading import LoadedModel, parameter_count
 from cfsp.checkpoint.skeleton import empty_model
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
@@ -42,13 +42,6 @@ from tiny_models import BLOCKS
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 # Half of the width saves a quarter of the time, all of it four tenths; all blocks 95 hundredths.
 CURVES = {"ffn": [[8, 0.6], [48, 0.75], [96, 1.0]], "blocks": [[0, 0.05], [BLOCKS, 1.0]]}
-
-
-@pytest.fixture(scope="module")
-def statistics(model, text_file, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("statistics") / "stats.safetensors"
-    cfsp.calibrate(model, data=[text_file], samples=8, seqlen=32).save(path)
-    return path
 
 
 def test_what_parts_save_is_added_up(model):
@@ -102,11 +95,11 @@ def latencies(monkeypatch) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.mark.parametrize("ratio", [1.05, 1.2, 1.5])
-def test_target_speedup_is_the_least_that_is_enough(model, statistics, ratio, latencies):
+def test_target_speedup_is_the_least_that_is_enough(source, pruned, ratio, latencies):
     latencies("ffn")
-    source, budget = open_checkpoint(model), Budget(multiple=8)
+    budget = Budget(multiple=8)
     found = speedup.Speedup(source, budget, TargetSpeedup(ratio), RUNTIME, WorkDir(Path()))
-    planner = Planner.of(source, Statistics.load(statistics), budget, Criterion())
+    planner = Planner.of(source, Statistics.load(pruned / STATISTICS_FILE), budget, Criterion())
     chosen = found.share(planner, ("ffn",), NOTHING)
     assert chosen is not None
     values = {entry.sparsity: entry.value for entry in found.tried}
@@ -172,10 +165,9 @@ def test_too_little_text_is_said_before_models_are_timed(prune, samples, message
 
 
 @pytest.mark.usefixtures("models_start_quickly")
-def test_latencies_of_a_real_measurement(model, monkeypatch):
+def test_latencies_of_a_real_measurement(source, monkeypatch):
     monkeypatch.setattr(speedup, "ROUNDS", 1)
     monkeypatch.setattr(speedup, "WORKLOAD", speedup.Workload(prompt=8, new_tokens=2))
-    source = open_checkpoint(model)
     found = measure_latencies(source, Budget(multiple=48), "decode", RUNTIME)
     (least, time), whole = found["curves"]["ffn"]
     assert (least, whole) == (48, [96, 1.0]) and time > 0
@@ -184,31 +176,25 @@ def test_latencies_of_a_real_measurement(model, monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_busy_machine_is_told_where_it_computes(model, latencies, caplog, device):
+def test_a_busy_machine_is_told_where_it_computes(source, latencies, caplog, device):
     latencies("blocks", 0.8)
     goal, runtime = TargetSpeedup(1.9), Runtime(torch.device(device), torch.float32)
-    found = speedup.Speedup(open_checkpoint(model), Budget(), goal, runtime, WorkDir(Path()))
+    found = speedup.Speedup(source, Budget(), goal, runtime, WorkDir(Path()))
     assert found.latencies
     assert ("took 80% of the processors" in caplog.text) == (device == "cpu")
 
 
-def test_models_that_do_not_fit_are_not_timed(model, monkeypatch):
+def test_models_that_do_not_fit_are_not_timed(source, monkeypatch):
     monkeypatch.setattr(speedup, "available_bytes", lambda: 10**9)
-    source = open_checkpoint(model)
     with pytest.raises(UsageError, match=r"5 models.*2\.5 GB; 1\.0 GB are available"):
         measure_latencies(source, Budget(multiple=8), "decode", RUNTIME)
 
 
-def test_a_resumed_run_does_not_measure_again(model, tmp_path, monkeypatch):
-    result = {"curves": {"ffn": CURVES["ffn"]}, "conditions": {"disturbance": 0.0}}
-    measured: list[Any] = []
-    measure = dying_at(0, lambda *_: result, lambda *given: given, measured)
-    monkeypatch.setattr(speedup, "measure_latencies", measure)
+def test_a_resumed_run_does_not_measure_again(source, tmp_path, latencies, noted):
+    latencies("ffn")
+    measured = noted(speedup, "measure_latencies", lambda *given: given)
     settings = PruneSettings(Budget(multiple=8), goal=TargetSpeedup(1.2))
     work_dir = WorkDir(tmp_path, identity={"of": "one command"})
-    first, again = (
-        constraint_of(job_of(open_checkpoint(model), settings, work_dir=work_dir))[1]
-        for _ in range(2)
-    )
+    first, again = (constraint_of(job_of(source, settings, work_dir=work_dir))[1] for _ in range(2))
     assert again.latencies == first.latencies
     assert len(measured) == 1

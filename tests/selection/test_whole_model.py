@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import cfsp
-from builders import changed, never
+from builders import changed, edit_json, never, stopped_at
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.own_files import STATISTICS_FILE
-from cfsp.checkpoint.reading import Checkpoint, LoadedModel
+from cfsp.checkpoint.reading import LoadedModel
 from cfsp.errors import StatisticsError, UsageError
 from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.allocation import allocate
@@ -25,15 +25,9 @@ from cfsp.selection import divergence
 from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings, Repair
 from cfsp.streaming import runtime
 from cfsp.streaming.runtime import Runtime
-from recoveries import stop
 from tiny_models import build_tiny_model
 
 MULTIPLE = 8
-
-
-@pytest.fixture
-def source(model) -> Checkpoint:
-    return Checkpoint(model)
 
 
 @pytest.fixture
@@ -95,13 +89,11 @@ def test_what_counts_is_the_memory_where_the_model_computes(source, monkeypatch)
 def test_a_killed_run_keeps_what_it_decided_when_memory_changes(
     source, tmp_path, settings, monkeypatch
 ):
-    repaired = replace(settings, repair="ridge")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("cfsp.decide.choose_and_repair", stop)
-        prune_checkpoint(source, tmp_path / "out", repaired)
+    repaired, out = replace(settings, repair="ridge"), tmp_path / "out"
+    stopped_at("cfsp.decide.choose_and_repair", prune_checkpoint, source, out, repaired)
     monkeypatch.setattr(divergence, "measure_sensitivity", never)
     monkeypatch.setattr(runtime, "available_bytes", lambda: 1)
-    plan = prune_checkpoint(source, tmp_path / "out", repaired).plan
+    plan = prune_checkpoint(source, out, repaired).plan
     assert plan.criterion["block_metric"] == "sensitivity"
 
 
@@ -131,9 +123,8 @@ def test_a_config_may_ask_for_more_than_logits(tiny_checkpoint, tokenizer, text_
     """Mixtures of experts that were fine-tuned often return router logits."""
     plain, asking = tiny_checkpoint("mixtral"), tmp_path / "asking"
     shutil.copytree(plain, asking)
-    config = json.loads((plain / "config.json").read_text())
     asked = {"output_router_logits": True, "output_hidden_states": True}
-    (asking / "config.json").write_text(json.dumps(config | asked))
+    edit_json(asking / "config.json", lambda fields: fields.update(asked))
     options: dict[str, Any] = {
         "goal": cfsp.TargetParameters(0.8), "parts": ["ffn", "blocks"], "data": [str(text_file)],
         "samples": 4, "seqlen": 16, "multiple": 8, "device": "cpu", "effort": "fast",

@@ -115,12 +115,8 @@ def test_a_text_is_read_as_on_a_command_line():
         from_names(Compute, {"dtype": "float31"})
     with pytest.raises(UsageError, match="samples must be a number, found 'many'"):
         from_names(CalibrationText, {"samples": "many"})
-    for wrong, message in (
-        ({"goal": 0.7}, "goal must be TargetParameters"),
-        ({"sparsity": 20}, r"sparsity must be in \[0, 1\), such as 0.2, found 20"),
-    ):
-        with pytest.raises(UsageError, match=message):
-            cfsp.prune("no-model", out="out", **wrong)
+    with pytest.raises(UsageError, match="goal must be TargetParameters"):
+        cfsp.prune("no-model", out="out", goal=0.7)
     with pytest.raises(UsageError, match="max_minutes must be a number, found 'ten'"):
         cfsp.recover("no-model", out="out", max_minutes="ten")
 

@@ -80,13 +80,9 @@ def test_a_block_is_read_while_stand_ins_are_in_its_place(tiny_checkpoint, monke
     assert len(outputs) == BLOCKS
 
 
-def test_each_tensor_of_a_block_is_read_once(tiny_checkpoint, monkeypatch):
+def test_each_tensor_of_a_block_is_read_once(tiny_checkpoint, noted):
     source = Checkpoint(tiny_checkpoint("qwen2"))
-    reads: list[str] = []
-    original = Checkpoint.read
-    monkeypatch.setattr(
-        Checkpoint, "read", lambda self, name: (reads.append(name), original(self, name))[1]
-    )
+    reads = noted(Checkpoint, "read", lambda _, name: name)
     outputs_of(source, 2, torch.float32)
     assert len(reads) == len(set(reads))
     # The head plays no part in calibration.

@@ -14,7 +14,6 @@ import torch
 from cfsp.errors import OutputError
 from cfsp.streaming import memory
 from cfsp.streaming.hidden_states import HiddenInFile, HiddenStates
-from forks import Job
 
 SHAPE = (5, 7, 3)
 BATCHES = [slice(0, 2), slice(2, 4), slice(4, 5)]
@@ -107,8 +106,7 @@ def test_hidden_states_in_a_file_take_no_memory(forks, tmp_path):
         "    hidden.save()\n"
         "print(highest - before)\n"
     )
-    (done,) = forks(Job("forks.run_code", {"code": code}))
-    assert done.status == 0, done.stderr
+    (done,) = forks.code(code)
     grown = int(done.stdout)
     assert grown < 32 << 20, f"{grown} of {64 << 21} bytes were resident"
 
@@ -127,8 +125,8 @@ def test_the_peak_stays_when_memory_is_given_back(forks):
         "del block\n"
         "print(peak_rss_bytes() - before)\n"
     )
-    (done,) = forks(Job("forks.run_code", {"code": code}))
-    assert int(done.stdout) > 300_000_000, done.stderr
+    (done,) = forks.code(code)
+    assert int(done.stdout) > 300_000_000
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what a process inherits differs elsewhere")

@@ -11,16 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from builders import entries, stop
 from cfsp.cli import main
 from cfsp.result.manifest import read_manifest
 from cfsp.streaming.block_stream import StreamedBlock
 from cfsp.streaming.work_dir import Pace
-from recoveries import stop
 from tiny_models import BLOCKS, build_tiny_model
-
-
-def names(directory: Path) -> set[str]:
-    return {path.name for path in directory.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +53,7 @@ def whole(model, text, tmp_path_factory) -> dict[str, bytes]:
     files = {"stats": (directory / "stats").read_bytes()}
     for name in ("model.safetensors", "cfsp_plan.json", "cfsp.statistics"):
         files[name] = (directory / "out" / name).read_bytes()
-    assert names(directory) == {"stats", "out"}
+    assert entries(directory) == {"stats", "out"}
     return files
 
 
@@ -71,12 +67,12 @@ def test_calibration_killed_at_a_block_resumes_there(runs, budget, whole):
         runs.kill(runs.calibrate, "within", 2)
     else:
         runs.kill(argv, "within", 3)
-    assert names(runs.directory) == {"stats.work"}
+    assert entries(runs.directory) == {"stats.work"}
     message = runs.end(argv)
     assert f"going on at block 2 of {BLOCKS}" in message
     assert ("exceed the memory budget of 1e-06 GB; they go to a file" in message) == bool(budget)
     assert (runs.directory / "stats").read_bytes() == whole["stats"]
-    assert names(runs.directory) == {"stats"}  # no file of hidden states either
+    assert entries(runs.directory) == {"stats"}  # no file of hidden states either
 
 
 @pytest.mark.parametrize(
@@ -89,14 +85,14 @@ def test_calibration_killed_at_a_block_resumes_there(runs, budget, whole):
 )
 def test_pruning_killed_at_a_block_resumes_there(runs, where, block, pass_name, done, whole):
     runs.kill(runs.prune, where, block)
-    assert "out" not in names(runs.directory)
+    assert "out" not in entries(runs.directory)
     message = runs.end(runs.prune)
     if pass_name != "coarse pass":
         assert f"coarse pass: going on at block {BLOCKS} of {BLOCKS}" in message
     assert f"{pass_name}: going on at block {done} of {BLOCKS}" in message
     for name in set(whole) - {"stats"}:
         assert (runs.directory / "out" / name).read_bytes() == whole[name], name
-    assert names(runs.directory) == {"out"}
+    assert entries(runs.directory) == {"out"}
 
 
 # What is refused.
@@ -105,7 +101,7 @@ def test_pruning_killed_at_a_block_resumes_there(runs, where, block, pass_name, 
 def test_another_command_is_refused(runs):
     runs.kill(runs.prune, "within", BLOCKS + 2)
     work_dir = runs.directory / "out.work"
-    before = names(work_dir / "process-0-of-1")
+    before = entries(work_dir / "process-0-of-1")
     for change, key in (
         (["--sparsity", "0.4"], "sparsity"),
         (["--repair", "none"], "--repair"),
@@ -114,8 +110,8 @@ def test_another_command_is_refused(runs):
         message = runs.refused([*runs.prune, *change]).splitlines()[-1]
         assert f"holds unfinished work with another {key}" in message
         assert f"rm -r {work_dir}" in message
-        assert "out" not in names(runs.directory)
-        assert names(work_dir / "process-0-of-1") == before
+        assert "out" not in entries(runs.directory)
+        assert entries(work_dir / "process-0-of-1") == before
 
 
 def test_another_text_model_or_dtype_is_refused(runs, model):
@@ -178,7 +174,7 @@ def test_blocks_go_by_what_the_killed_run_had_memory_for(runs, model, text, monk
     with monkeypatch.context() as patch:
         patch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)  # less memory now
         assert "1e-06 GB are available: free as much" in runs.refused(argv)
-    assert names(runs.directory) == {"out.work"}
+    assert entries(runs.directory) == {"out.work"}
     monkeypatch.setattr("cfsp.selection.drop_order.fits", lambda *_: False)
     assert main(argv) == 0
     assert read_manifest(runs.directory / "out")["criterion"]["removal"] == "divergence"
@@ -216,7 +212,7 @@ def test_leftovers_that_nothing_resumes_from_go(runs, whole):
     (directory / "hidden-0.bin").write_bytes(b"half")
     runs.end(runs.calibrate)
     assert (runs.directory / "stats").read_bytes() == whole["stats"]
-    assert names(runs.directory) == {"stats"}
+    assert entries(runs.directory) == {"stats"}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
@@ -250,7 +246,7 @@ def test_work_beside_a_finished_output_goes(runs):
         state.parent.mkdir(parents=True)
         state.write_text("{}")
         assert f"{runs.directory / name} exists" in runs.refused(argv)
-    assert names(runs.directory) == {"stats", "out"}
+    assert entries(runs.directory) == {"stats", "out"}
 
 
 def test_a_sweep_that_was_killed_while_it_wrote_its_settings_begins(model, text, tmp_path):
@@ -261,7 +257,7 @@ def test_a_sweep_that_was_killed_while_it_wrote_its_settings_begins(model, text,
     argv = ["sweep", str(model), *text[:6], "--sparsity", "0.4", "--multiple", "4"]
     assert main([*argv, "--eval", text[1], "--windows", "1", "--out", str(out)]) == 0
     assert not abandoned.exists()
-    assert names(out / "cfsp-0.4") >= {"cfsp.json", "config.json"}
+    assert entries(out / "cfsp-0.4") >= {"cfsp.json", "config.json"}
     assert not list(out.rglob("model*.safetensors"))
 
 

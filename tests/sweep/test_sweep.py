@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builders import dying_at, never
+from builders import never
 from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.planning.plan_file import PruningPlan
@@ -76,7 +76,7 @@ def test_every_method_makes_every_sparsity_at_the_same_size(sweep, text_file):
 
 
 def test_it_asks_the_dense_model_once_and_compares_with_it(
-    tiny_checkpoint, text_file, tmp_path, monkeypatch
+    tiny_checkpoint, text_file, tmp_path, noted
 ):
     pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
     (tmp_path / "tasks").mkdir()
@@ -92,12 +92,8 @@ def test_it_asks_the_dense_model_once_and_compares_with_it(
         "--windows", "2", "--tasks", "piqa", "--set", "limit=4",
         "--set", f"task_data={tmp_path / 'tasks'}", "--answers", "2", "--out", str(out),
     ]  # fmt: skip
-    streamed: list[str] = []
-    sums = dying_at(0, evaluate.streamed_sums, lambda *given, **_: given[-1], streamed)
-    monkeypatch.setattr(evaluate, "streamed_sums", sums)
-    answering: list[str] = []
-    asked = dying_at(0, evaluate.answers_of, lambda *given: given[-1], answering)
-    monkeypatch.setattr(evaluate, "answers_of", asked)
+    streamed = noted(evaluate, "streamed_sums", lambda *given, **_: given[-1])
+    answering = noted(evaluate, "answers_of", lambda *given: given[-1])
     assert main(arguments) == 0
     of_dense, of_others = (
         [label for label in streamed if label.startswith(arguments[1]) is is_dense]

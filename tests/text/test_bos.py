@@ -20,7 +20,7 @@ from cfsp.settings import CalibrationText, Text
 from cfsp.text.drawing import consecutive_windows, draw_left_over, draw_text
 from cfsp.text.tokenizers import beginning
 from cfsp.text.windows import Windows
-from tiny_models import save_tiny_model
+from tiny_models import build_tiny_model
 
 BOS = 0
 
@@ -37,7 +37,7 @@ def with_template(tokenizer: Any, single: str) -> Any:
 def bos_checkpoint(tmp_path_factory, bos_tokenizer) -> Path:
     """Save a tiny model whose tokenizer adds BOS."""
     directory = tmp_path_factory.mktemp("bos")
-    save_tiny_model("llama", directory)
+    build_tiny_model("llama").save_pretrained(directory)
     bos_tokenizer.save_pretrained(directory)
     return directory
 

@@ -38,10 +38,6 @@ def read(name: object, purpose: Any = "calibration") -> list[str]:
     return list(TextSource(str(name), purpose).documents())
 
 
-def rows(windows: Windows) -> list[tuple[int, ...]]:
-    return [tuple(row) for row in windows.tokens_NT.tolist()]
-
-
 # Sources.
 
 
@@ -142,9 +138,8 @@ def test_windows_are_disjoint_pieces_of_the_text(text_file, tokenizer):
     pieces = [tuple(ids[i : i + seqlen]) for i in range(0, len(ids) - seqlen + 1, seqlen)]
     position = {piece: i for i, piece in enumerate(pieces)}
     assert len(position) == len(pieces)
-    drawn = rows(
-        draw_windows([str(text_file)], tokenizer, samples=len(pieces), seqlen=seqlen, seed=1)
-    )
+    windows = draw_windows([str(text_file)], tokenizer, samples=len(pieces), seqlen=seqlen, seed=1)
+    drawn = [tuple(row) for row in windows.tokens_NT.tolist()]
     # All of them, each once, in another order.
     assert sorted(position[row] for row in drawn) == list(range(len(pieces)))
     assert [position[row] for row in drawn] != list(range(len(pieces)))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from types import SimpleNamespace
 
 import pytest
 
 import cfsp
+from builders import edit_json
 from cfsp.errors import CheckpointError, UsageError
 from cfsp.text.tokenizers import load_tokenizer
 from tiny_models import build_tiny_model
@@ -15,9 +15,8 @@ from tiny_models import build_tiny_model
 
 def test_own_code_is_refused_and_nobody_is_asked(tmp_path, monkeypatch, capfd, tokenizer):
     tokenizer.save_pretrained(tmp_path)
-    path = tmp_path / "tokenizer_config.json"
     own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
-    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    edit_json(tmp_path / "tokenizer_config.json", lambda fields: fields.update(own))
     (tmp_path / "own.py").write_text("raise SystemExit('the code was run')")
     asked: list[str] = []
     monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
