@@ -118,6 +118,13 @@ def test_a_text_is_read_as_on_a_command_line():
     for wrong, message in (
         ({"goal": 0.7}, "goal must be TargetParameters"),
         ({"sparsity": 20}, r"sparsity must be in \[0, 1\), such as 0.2, found 20"),
+        ({"sparsity": [0.2]}, r"--sparsity must be a number, found \[0.2\]"),
+        ({"sparsity": 0.2, "samples": 8.0}, "--samples must be a whole number, found 8.0"),
+        ({"sparsity": 0.2, "device": 0}, "--device must be text, found 0"),
+        (
+            {"goal": TargetParameters(0.7), "target_params": 0.5},
+            "exactly one .* found --target-params and --target-params",
+        ),
     ):
         with pytest.raises(UsageError, match=message):
             cfsp.prune("no-model", out="out", **wrong)
