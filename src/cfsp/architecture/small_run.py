@@ -311,9 +311,7 @@ def checking(check: str, expected: str) -> Iterator[None]:
         raise FailedCheckError(f"{check}: expected {expected}, found {found}") from problem
 
 
-def check_same(
-    check: str, expected: str, compute: Callable[[], Tensor], wanted: Tensor
-) -> None:
+def check_same(check: str, expected: str, compute: Callable[[], Tensor], wanted: Tensor) -> None:
     """Check that a computation gives what it must."""
     with checking(check, expected):
         error = difference(compute(), wanted)
