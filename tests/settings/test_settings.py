@@ -9,6 +9,7 @@ import pytest
 
 import cfsp
 from cfsp.errors import UsageError
+from cfsp.recovery.settings import Training
 from cfsp.settings import (
     PARTS,
     Budget,
@@ -115,6 +116,9 @@ def test_a_text_is_read_as_on_a_command_line():
         from_names(Compute, {"dtype": "float31"})
     with pytest.raises(UsageError, match="samples must be a number, found 'many'"):
         from_names(CalibrationText, {"samples": "many"})
+    with pytest.raises(UsageError, match="--shard must be True or False, found 'no'"):
+        Training(shard="no")  # type: ignore[arg-type]
+    assert not Training().shard
     for wrong, message in (
         ({"goal": 0.7}, "goal must be TargetParameters"),
         ({"sparsity": 20}, r"sparsity must be in \[0, 1\), such as 0.2, found 20"),

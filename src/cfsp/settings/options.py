@@ -82,7 +82,7 @@ class Declared:
                     f"{flag} must be one of {', '.join(known.choices)}, found {value!r}"
                     f"{did_you_mean(str(value), known.choices)}"
                 )
-            wanted, what = _TYPE_OF.get(known.kind, (object, ""))
+            wanted, what = _TYPE_OF.get(bool if known.switch else known.kind, (object, ""))
             if not isinstance(value, wanted):
                 raise UsageError(f"{flag} must be {what}, found {value!r}")
             every = ((words, getattr(known, field), holds) for field, words, holds in _BOUNDS)
@@ -178,6 +178,7 @@ def parse_size(text: str) -> int:
 # What a call may give for an option that a command line reads so.
 _TYPE_OF: dict[Callable[[str], Any], tuple[Any, str]] = {
     str: (str, "text"),
+    bool: (bool, "True or False"),
     **dict.fromkeys((int, number_or_auto, parse_size), (Integral, "a whole number")),
     **dict.fromkeys((float, fraction), (Real, "a number")),
 }
