@@ -104,7 +104,8 @@ def prune(
             stays in `OUT-pruned`), others a few blocks at a time.
         repair: the repair by its name instead: `none`, `ridge` or `local`.
         device: where to compute; `auto` is an accelerator if there is one.
-        **advanced: what `cfsp prune --help-all` lists, by the same names.
+        **advanced: what `cfsp prune --help-all` lists, by the same names, but for plan and
+            statistics: the command reads their files.
 
     Returns:
         A report for a path; for one in memory a new model in evaluation mode, which shares the

@@ -24,6 +24,7 @@ from cfsp.planning.candidate import DropSizes
 from cfsp.planning.importance import COARSE_WINDOWS
 from cfsp.planning.make import parameters_of_channels
 from cfsp.repair.ridge_pass import gram_bytes
+from cfsp.result.tables import human_bytes, human_count
 from cfsp.selection.divergence import (
     BEGINNING_TOKENS,
     LEAST_WINDOWS,
@@ -196,8 +197,8 @@ def announce(source: WeightSource, settings: PruneSettings, windows: int | None 
     if (size := size_after(source, settings)) is not None:
         before = parameter_count(source)
         log.info(
-            f"{before / 1e6:,.1f}M parameters -> about {size[0] / 1e6:,.1f}M "
-            f"({size[0] / before - 1:+.1%}), {size[1] / 1e9:.2f} GB of weights"
+            f"{human_count(before)} parameters -> about {human_count(size[0])} "
+            f"({size[0] / before - 1:+.1%}), {human_bytes(size[1])} of weights"
         )
     for doubt in doubts(source, settings, windows):
         log.warning("%s", doubt)

@@ -162,6 +162,38 @@ def test_save_pretrained_writes_what_prune_writes(
     assert "cfsp" not in json.loads((tmp_path / "again" / "config.json").read_text())
 
 
+def test_a_head_that_is_no_longer_the_embedding_stays_its_own(tokenizer, text_file, tmp_path):
+    model: Any = build_tiny_model("qwen2")
+    assert model.config.tie_word_embeddings
+    model.lm_head.weight = torch.nn.Parameter(2 * model.lm_head.weight.detach())
+    pruned = cfsp.prune(model, tokenizer, sparsity=0.5, data=[text_file], **IN_MEMORY)
+    pruned.save_pretrained(tmp_path / "saved")
+    for each in (pruned, cfsp.load(tmp_path / "saved")):
+        assert torch.equal(each.lm_head.weight, model.lm_head.weight)
+        assert torch.equal(each.get_input_embeddings().weight, model.model.embed_tokens.weight)
+
+
+def _with_lora(model: Any) -> Any:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    return inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), model)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (_with_lora, r"has model.layers.0.self_attn.q_proj.base_layer.weight.*adapters merged"),
+        (lambda model: model.model, r"has embed_tokens.weight.*the whole causal model"),
+        (lambda model: model.to("meta"), r"has no values there.*give its path"),
+    ],
+)
+def test_a_model_in_memory_that_is_not_as_its_class_is_refused(
+    tokenizer, text_file, changed, message
+):
+    with pytest.raises(CheckpointError, match=message):
+        cfsp.prune(changed(build_tiny_model("llama")), tokenizer, sparsity=0.5, data=[text_file])
+
+
 def test_a_model_in_training_mode_is_measured_in_evaluation_mode(tokenizer, text_file):
     asked: dict[str, Any] = {"data": [text_file], "samples": 4, "seqlen": 32, "device": "cpu"}
     model: Any = build_tiny_model("llama")

@@ -9,6 +9,7 @@ import pytest
 
 import cfsp
 from cfsp.errors import UsageError
+from cfsp.recovery.settings import Training
 from cfsp.settings import (
     PARTS,
     Budget,
@@ -115,8 +116,21 @@ def test_a_text_is_read_as_on_a_command_line():
         from_names(Compute, {"dtype": "float31"})
     with pytest.raises(UsageError, match="samples must be a number, found 'many'"):
         from_names(CalibrationText, {"samples": "many"})
-    with pytest.raises(UsageError, match="goal must be TargetParameters"):
-        cfsp.prune("no-model", out="out", goal=0.7)
+    with pytest.raises(UsageError, match="--shard must be True or False, found 'no'"):
+        Training(shard="no")  # type: ignore[arg-type]
+    assert not Training().shard
+    for wrong, message in (
+        ({"goal": 0.7}, "goal must be TargetParameters"),
+        ({"sparsity": [0.2]}, r"--sparsity must be a number, found \[0.2\]"),
+        ({"sparsity": 0.2, "samples": 8.0}, "--samples must be a whole number, found 8.0"),
+        ({"sparsity": 0.2, "device": 0}, "--device must be text, found 0"),
+        (
+            {"goal": TargetParameters(0.7), "target_params": 0.5},
+            "exactly one .* found --target-params and --target-params",
+        ),
+    ):
+        with pytest.raises(UsageError, match=message):
+            cfsp.prune("no-model", out="out", **wrong)
     with pytest.raises(UsageError, match="max_minutes must be a number, found 'ten'"):
         cfsp.recover("no-model", out="out", max_minutes="ten")
 

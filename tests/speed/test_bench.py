@@ -18,7 +18,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cfsp.checkpoint.loading import load
-from cfsp.checkpoint.reading import LoadedModel
+from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.reading import LoadedModel, fingerprint
 from cfsp.cli import bench as bench_command
 from cfsp.cli.bench import _ratios
 from cfsp.errors import CfspError, CheckpointError, UsageError
@@ -116,6 +117,8 @@ def test_comparison_reports_every_round_of_every_model(tiny_checkpoint, capsys):
         assert workload["seconds_to_first_token"] > 0
     weights = Path(models[0]) / "model.safetensors"
     assert first["disk_bytes"] == weights.stat().st_size
+    # The name is short, so a report elsewhere knows the models by their weights.
+    assert first["fingerprint"] == fingerprint(open_checkpoint(models[0]))
     assert first["dtype"] == "float32"
 
 

@@ -176,6 +176,7 @@ class LoadedModel(WeightSource):
         self.config = model.config
         self.architecture = architecture_of(model.config, parts)
         self.label = model.config._name_or_path or type(model).__name__
+        _check_names(model)
         self._tensors = stored_from_memory(model)
         self.specs = specs_of(self._tensors)
         self.stored = StoredTensors.of(model, self.architecture, self.specs, self.label)
@@ -193,6 +194,11 @@ def in_memory(
 ) -> Iterator[LoadedModel]:
     """Take a user's model as a source, in evaluation mode: dropout would measure noise."""
     source = LoadedModel(model, parts)
+    if empty := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
+        raise CheckpointError(
+            f"{empty[0]} of the model in memory has no values there, as after offloading; give its "
+            "path instead, which streams block by block"
+        )
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -330,6 +336,17 @@ def read_tensors(
         elif name in parameters or whole in source.parameters:
             found[name] = source.parameter(whole, of_one)
     return found
+
+
+def _check_names(model: PreTrainedModel) -> None:
+    """Check that a model in memory has the weights that its class has by its config."""
+    found, expected = model.state_dict(), empty_model(model.config).state_dict()
+    if differing := sorted(found.keys() ^ expected.keys()):
+        what = "has" if differing[0] in found else "lacks"
+        raise CheckpointError(
+            f"the model in memory {what} {differing[0]}, unlike the class of its config: give the "
+            "whole causal model, with adapters merged (merge_and_unload()) and not compiled"
+        )
 
 
 def _check_stored(source: WeightSource, model: PreTrainedModel) -> None:

@@ -162,7 +162,8 @@ def build_pruned_model(
         if name in smaller.parameters  # tied weights are not
     }
     pruned.load_state_dict(tensors, strict=False, assign=True)
-    pruned.tie_weights()
+    # Only what nothing is stored of: a head that was made another matrix than the config says is.
+    pruned.tie_weights(missing_keys=pruned.state_dict().keys() - tensors.keys())
     still_empty = [name for name, p in pruned.named_parameters() if p.is_meta]
     assert not still_empty, still_empty
     pruned.to(model.device)

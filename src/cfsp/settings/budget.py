@@ -272,9 +272,9 @@ class Budget(Declared):
                 )
             if self.sparsity:
                 raise UsageError("--remove and --sparsity both say how much goes; give one of them")
+        super().__post_init__()
         if not 0.0 <= self.sparsity < 1.0:
             raise UsageError(f"sparsity must be in [0, 1), such as 0.2, found {self.sparsity}")
-        super().__post_init__()
 
     def for_goal(self, goal: Goal | None, *, leaves_parts_open: bool = False) -> Budget:
         """Return the budget with the parts that a goal is met by; refuse what contradicts it.

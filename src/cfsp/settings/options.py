@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from inspect import Parameter, signature
 from math import inf
+from numbers import Integral, Real
 from operator import ge, gt, le
 from typing import Any, TypeVar
 
@@ -81,6 +82,9 @@ class Declared:
                     f"{flag} must be one of {', '.join(known.choices)}, found {value!r}"
                     f"{did_you_mean(str(value), known.choices)}"
                 )
+            wanted, what = _TYPE_OF.get(bool if known.switch else known.kind, (object, ""))
+            if not isinstance(value, wanted):
+                raise UsageError(f"{flag} must be {what}, found {value!r}")
             every = ((words, getattr(known, field), holds) for field, words, holds in _BOUNDS)
             bounds = [bound for bound in every if bound[1] is not None]
             if bounds and not (value < inf and all(holds(value, b) for _, b, holds in bounds)):
@@ -169,3 +173,12 @@ def parse_size(text: str) -> int:
         return int(float(match[1]) * unit)
     except (ValueError, OverflowError):
         raise UsageError(f"expected a size such as 2GB or 512MiB, found {text!r}") from None
+
+
+# What a call may give for an option that a command line reads so.
+_TYPE_OF: dict[Callable[[str], Any], tuple[Any, str]] = {
+    str: (str, "text"),
+    bool: (bool, "True or False"),
+    **dict.fromkeys((int, number_or_auto, parse_size), (Integral, "a whole number")),
+    **dict.fromkeys((float, fraction), (Real, "a number")),
+}

@@ -186,10 +186,9 @@ OF_PRUNE: tuple[type[Any], ...] = (
 def asked(given: Mapping[str, Any], goal: Goal | None = None) -> list[str]:
     """Return the flags of all that says how much goes: a share, a number, or a goal."""
     budget = given_of(Budget, given)
-    goals = [
-        flag_of_goal(kind)
-        for kind in GOALS
-        if isinstance(goal, kind) or flag_of_goal(kind) in given_of(kind, given).values()
+    goals = [] if goal is None else [flag_of_goal(type(goal))]
+    goals += [
+        flag_of_goal(kind) for kind in GOALS if flag_of_goal(kind) in given_of(kind, given).values()
     ]
     return [flag for flag in (budget.get("sparsity"), *goals, budget.get("remove")) if flag]
 

@@ -82,6 +82,7 @@ class ModelSpeed:
         """Return JSON types."""
         return {
             "model": self.label,
+            "fingerprint": self.footprint.fingerprint,
             "parameters": self.footprint.parameters,
             "disk_bytes": self.footprint.disk_bytes,
             "peak_rss_bytes": self.peak_rss_bytes,

@@ -35,7 +35,7 @@ from torch import Tensor
 from cfsp.checkpoint.loading import cache_argument, compute_device, compute_dtype, load
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.pruned_config import config_changes
-from cfsp.checkpoint.reading import LoadedModel, WeightSource, parameter_count
+from cfsp.checkpoint.reading import LoadedModel, WeightSource, fingerprint, parameter_count
 from cfsp.checkpoint.skeleton import architecture_of, build_skeleton
 from cfsp.checkpoint.tensor_file import read_weights
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
@@ -113,6 +113,7 @@ class Footprint:
     block_parameters: float
     head_parameters: int
     itemsize: int  # bytes of each
+    fingerprint: str | None = None  # by which a report knows the model; None of random weights
 
     @staticmethod
     def of(source: WeightSource, disk_bytes: int, itemsize: int) -> Footprint:
@@ -177,7 +178,8 @@ def build_model(
     # Others may lie there: the same weights again in another format.
     files = {tensor.path for tensor in read_weights(checkpoint.directory).values()}
     size = sum(path.stat().st_size for path in files)
-    return model, Footprint.of(checkpoint, size, dtype.itemsize)
+    footprint = Footprint.of(checkpoint, size, dtype.itemsize)
+    return model, replace(footprint, fingerprint=fingerprint(checkpoint))
 
 
 def _random_model(
