@@ -61,8 +61,10 @@ class Mixer(nn.Module):
         self.mix = nn.Linear(HIDDEN, HIDDEN, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        count = torch.arange(1, x_BTD.shape[1] + 1)[:, None]
-        return self.mix(x_BTD.cumsum(1) / count)
+        # In float32 whatever the dtype of the model is.
+        seen_TT = torch.ones(x_BTD.shape[1], x_BTD.shape[1]).tril()
+        sums_BTD = seen_TT @ x_BTD.float()
+        return self.mix((sums_BTD / seen_TT.sum(1, keepdim=True)).to(x_BTD.dtype))
 
 
 class ToyBlock(nn.Module):

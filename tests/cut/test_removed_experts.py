@@ -15,6 +15,7 @@ import cfsp
 from builders import edit_json
 from cfsp.architecture import expert_proof
 from cfsp.architecture.activations import observed_activations
+from cfsp.architecture.expert_proof import masked_experts
 from cfsp.architecture.proof import prove, small_run_of
 from cfsp.architecture.small_run import FailedCheckError
 from cfsp.calibration.calibrate import UnitSums
@@ -140,6 +141,24 @@ def test_a_fault_in_one_of_many_blocks_is_found(monkeypatch):
     monkeypatch.setattr(expert_proof, "_cut", faulty)
     with pytest.raises(FailedCheckError, match=r"cut: expected .* in block 7"):
         expert_proof.check_experts(architecture, run, kept)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v2"])
+def test_masked_experts_are_never_chosen(name):
+    """One computes in the dtype of its weight, the other casts that to float32."""
+    model = tiny_model(name).to(torch.bfloat16)
+    units = prove(model.config, parts=PARTS).units
+    unit = next(each for each in units if each.expert_axes)
+    block, chosen = model.model.layers[unit.block], list[Tensor]()
+    kept = list(range(unit.ffns // 2, unit.ffns))
+    experts = block.get_submodule(unit.path)
+    with (
+        experts.register_forward_pre_hook(lambda _, args: chosen.append(args[1])),
+        masked_experts(block, unit, kept),
+        torch.inference_mode(),
+    ):
+        model(input_ids=torch.arange(3, 35)[None])
+    assert set(chosen[0].flatten().tolist()) == set(kept)
 
 
 def test_experts_that_few_tokens_reached_are_told(caplog):

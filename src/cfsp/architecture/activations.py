@@ -172,20 +172,20 @@ class Products(TorchFunctionMode):
         on_product: Callable[[str, Tensor, Tensor, Tensor], None],
     ) -> None:
         super().__init__()
-        self._weights, self._on_product = weights, on_product
+        self.weights, self._on_product = dict(weights), on_product
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         product = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") in _PRODUCTS and len(args) >= 2:
-            for name, weight in self._weights.items() if isinstance(args[1], Tensor) else ():
-                if _is_part(args[1], weight):
+            for name, weight in self.weights.items() if isinstance(args[1], Tensor) else ():
+                if is_part(args[1], weight):
                     self._on_product(name, args[1], args[0], product)
         return product
 
 
-def _is_part(part: Tensor, weight: Tensor) -> bool:
+def is_part(part: Tensor, weight: Tensor) -> bool:
     """Return whether a tensor is a view of a part of a weight, or of the whole."""
     # On Metal addresses are those of buffers' handles: of two tensors they tell nothing.
     if part.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from cfsp.architecture.activations import Products, observed_activations
+from cfsp.architecture.activations import Products, is_part, observed_activations
 from cfsp.architecture.found import Architecture, RoutedExperts, Unit
 from cfsp.architecture.model_classes import empty_stock_model, with_values
 from cfsp.architecture.small_run import (
@@ -46,6 +46,8 @@ from cfsp.errors import UnsupportedModelError
 
 # Below whatever a choice looks at. Infinity times a weight of zero would be NaN.
 _NEVER = -1e9
+# What may give a weight in another dtype: many routers compute in float32 whatever theirs is.
+_CASTS = frozenset({"to", "type", "float", "double"})
 
 
 def _check_outputs(run: SmallRun, unit: Unit) -> None:
@@ -128,9 +130,23 @@ def check_experts(
         check_same("cut", f"{expected} after all blocks", cut.decoder_output, masked)
 
 
+class _RouterProducts(Products):
+    """Tells of products with casts of the weights as well."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs)
+        if getattr(func, "__name__", "") in _CASTS:
+            for name, weight in dict(self.weights).items():
+                if args[0].shape == weight.shape and is_part(args[0], weight):
+                    self.weights[f"{name} as {result.dtype}"] = result
+        return result
+
+
 @contextmanager
 def masked_experts(block: nn.Module, unit: Unit, kept: Sequence[int]) -> Iterator[None]:
-    """Let the router of a block, which computes in its dtype, choose among some experts only."""
+    """Let the router of a block choose among some experts only."""
     gone = [expert for expert in range(unit.ffns) if expert not in set(kept)]
     tensors = block.state_dict(keep_vars=True)
     of_experts = [tensors[name].detach() for name in unit.expert_axes]
@@ -140,17 +156,18 @@ def masked_experts(block: nn.Module, unit: Unit, kept: Sequence[int]) -> Iterato
     def unchosen(_name: str, _part: Tensor, _operand: Tensor, product: Tensor) -> None:
         product[..., gone] = float("-inf")
 
-    mode: Any = Products(matrices, unchosen)
+    modes: list[Any] = []  # one for each run, which holds casts while it lasts
     saved: list[Tensor] = []
 
     def before(*_: Any) -> None:
         saved[:] = [tensor.clone() for tensor in single]
         for tensor in single:
             tensor.view(-1)[gone] = _NEVER
-        mode.__enter__()
+        modes.append(_RouterProducts(matrices, unchosen))
+        modes[-1].__enter__()
 
     def after(*_: Any) -> None:
-        mode.__exit__(None, None, None)
+        modes.pop().__exit__(None, None, None)
         for tensor, values in zip(single, saved, strict=True):
             tensor.copy_(values)
 

@@ -77,7 +77,7 @@ class Call:
 
 
 class _Doubles(TorchFunctionMode):
-    """Makes float64 of every float32 that is asked for."""
+    """Makes float64 of every float32 that is asked for, and of what is made in the default."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -85,7 +85,10 @@ class _Doubles(TorchFunctionMode):
         if func is Tensor.float:
             func = Tensor.double
         named = {name: _double(value) for name, value in (kwargs or {}).items()}
-        return func(*map(_double, args), **named)
+        result = func(*map(_double, args), **named)
+        # As `torch.ones(2, 2)` is, by which no float64 can be multiplied.
+        in_default = isinstance(result, Tensor) and result.dtype is torch.float32
+        return result.double() if in_default else result
 
 
 def _double(value: Any) -> Any:

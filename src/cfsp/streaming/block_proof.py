@@ -102,9 +102,8 @@ def prove_without_attentions(
         check_bites("without them", dense, expected)
         checks: dict[str, Callable[[], Tensor]] = {"cut": run.decoder_output}
         with_cache = partial(_run_with_cache, run)
-        if (
-            difference(with_cache(), dense) <= TOLERANCE
-        ):  # else the model with all of them fails too
+        # Else the model with all of them fails too.
+        if difference(with_cache(), dense) <= TOLERANCE:
             checks["cache"] = with_cache
         with _without_attentions(run, attentions, leaving, kinds):
             for check, again in checks.items():
@@ -187,10 +186,8 @@ def _run_with_cache(run: SmallRun) -> Tensor:
     decoder: Any = run.model.get_submodule(run.architecture.decoder)
     tokens_BT = small_tokens(run.model)
     half = tokens_BT.shape[1] // 2
-    first, name = (
-        call_decoder(decoder, tokens_BT[:, :half], use_cache=True),
-        cache_argument(decoder),
-    )
+    first = call_decoder(decoder, tokens_BT[:, :half], use_cache=True)
+    name = cache_argument(decoder)
     seen = {name: getattr(first, name)}
     second = call_decoder(decoder, tokens_BT[:, half:], use_cache=True, **seen)
     return torch.cat([first_tensor(first), first_tensor(second)], dim=1)
