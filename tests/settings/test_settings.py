@@ -117,6 +117,7 @@ def test_a_text_is_read_as_on_a_command_line():
         from_names(Compute, {"dtype": "float31"})
     with pytest.raises(UsageError, match="samples must be a number, found 'many'"):
         from_names(CalibrationText, {"samples": "many"})
+    assert from_names(Compute, {"memory_budget": 2e9}) == Compute(memory_budget=parse_size("2GB"))
     with pytest.raises(UsageError, match="--shard must be True or False, found 'no'"):
         Training(shard="no")  # type: ignore[arg-type]
     assert not Training().shard
