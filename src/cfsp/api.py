@@ -114,11 +114,6 @@ def prune(
     Raises:
         CfspError: anything that a user can cause; nothing is left behind.
     """
-    if goal is not None and not isinstance(goal, Goal):
-        raise UsageError(
-            "goal must be TargetParameters, TargetKVCache, TargetSpeedup or MaxLossIncrease, found "
-            f"{goal!r}"
-        )
     check_names(prune, advanced, *OF_PRUNE)
     given = advanced | _said(
         sparsity=sparsity, parts=parts, data=data, samples=samples, seqlen=seqlen, eval=eval,

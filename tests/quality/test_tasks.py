@@ -7,7 +7,7 @@ import math
 import random
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from cfsp.checkpoint.loading import load
 from cfsp.cli import main
 from cfsp.errors import TaskError, UsageError
 from cfsp.quality import evaluate
+from cfsp.quality.compare import compare
 from cfsp.quality.evaluate import Exam, evaluate_models
+from cfsp.quality.results_file import measured_model
 from cfsp.quality.tasks.harness import TaskRunner
 from cfsp.quality.tasks.selection import (
     PAPER_SUITE,
@@ -297,34 +299,55 @@ def test_unknown_task_is_told_before_any_model_is_looked_for(task_data, command)
     assert "it has, for example: hellaswag, piqa, " in command(*argv, "zzz", status=2).err
 
 
-METRIC = "metric_list: [{metric: f1, aggregation: mean}]"
+MCC = "metric_list: [{metric: mcc, aggregation: matthews_corrcoef}]"
+PERPLEXITY = "metric_list: [{metric: perplexity, aggregation: perplexity}]"
 FILTER = "filter_list: [{name: own, filter: [{function: take_first}]}]"
 
 
+@pytest.fixture
+def runner_of(task_data, tmp_path) -> Callable[..., TaskRunner]:
+    """Runs `odd` like a task but for some lines, and with its tag `odds` also the task itself."""
+
+    def of(name: str, like: str, more: str) -> TaskRunner:
+        text = f"include: {jsonl_task_directory() / f'{like}.yaml'}\ntag: odds\ntask: "
+        (tmp_path / "odd.yaml").write_text(f"{text}odd\n{more}\n")
+        (tmp_path / "even.yaml").write_text(f"{text}even\n")
+        where = {"include_path": tmp_path, "metadata": {"directory": str(task_data)}}
+        manager = TaskManager(include_defaults=False, **where)
+        return TaskRunner(TaskSelection((name,), data=task_data), manager)
+
+    return of
+
+
 @pytest.mark.parametrize(
-    ("more", "found"),
+    ("like", "more", "found"),
     [
-        (METRIC, "odd by f1 of answers taken by none;"),
-        (FILTER, "acc_norm of answers taken by own;"),
+        ("lambada_openai", PERPLEXITY, "odd by perplexity of answers taken by none;"),
+        ("piqa", FILTER, "acc_norm of answers taken by own;"),
     ],
 )
 def test_a_task_without_a_number_that_is_read_is_told_before_a_model_is_loaded(
-    more, found, tiny_checkpoint, task_data, tmp_path, monkeypatch, caplog
+    like, more, found, tiny_checkpoint, runner_of, monkeypatch, caplog
 ):
     """It ended without any, and comparing it in a traceback."""
     monkeypatch.setattr(evaluate, "load", never)
-    text = f"include: {jsonl_task_directory() / 'piqa.yaml'}\ntag: odds\ntask: "
-    (tmp_path / "odd.yaml").write_text(f"{text}odd\n{more}\n")
-    where = {"include_path": tmp_path, "metadata": {"directory": str(task_data)}}
-    manager = TaskManager(include_defaults=False, **where)
-    runner = TaskRunner(TaskSelection(("odd",), data=task_data), manager)
+    exam = Exam(runner_of("odd", like, more))
     with pytest.raises(TaskError, match=f"expected scores by acc or .*{found}.* leave odd out"):
-        evaluate_models([tiny_checkpoint("llama")], EvaluationText(()), Compute(), Exam(runner))
+        evaluate_models([tiny_checkpoint("llama")], EvaluationText(()), Compute(), exam)
     # Of several the others have theirs.
-    (tmp_path / "even.yaml").write_text(f"{text}even\n")
-    manager = TaskManager(include_defaults=False, **where)
-    TaskRunner(TaskSelection(("odds",), data=task_data), manager).read_data()
-    assert re.search(f"odds: expected .*, found .*{found} these get no number", caplog.text)
+    runner_of("odds", like, more).read_data()
+    assert re.search(f"odds: expected .*, found .*{found} these get no number$", caplog.text, re.M)
+
+
+def test_choices_are_compared_whatever_they_are_scored_by(tiny_checkpoint, runner_of, caplog):
+    """CoLA is scored by Matthews' correlation alone."""
+    exam = Exam(runner_of("odd", "piqa", MCC))
+    models = [tiny_checkpoint(name) for name in ("llama", "qwen2")]
+    results = evaluate_models(models, EvaluationText(()), Compute(), exam)
+    assert "odd by mcc of answers taken by none; these get no number, but choices" in caplog.text
+    dense, other = (measured_model("results", each) for each in results)
+    found = compare(dense, other, dense)["tasks"]["odd"]
+    assert 0 <= found["accuracy"]["second"]["value"] <= 1
 
 
 def test_models_too_large_are_told_before_the_first_forward_pass(

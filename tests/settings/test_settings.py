@@ -8,6 +8,7 @@ from itertools import combinations
 import pytest
 
 import cfsp
+from builders import statistics_with_distances
 from cfsp.errors import UsageError
 from cfsp.recovery.settings import Training
 from cfsp.settings import (
@@ -116,6 +117,7 @@ def test_a_text_is_read_as_on_a_command_line():
         from_names(Compute, {"dtype": "float31"})
     with pytest.raises(UsageError, match="samples must be a number, found 'many'"):
         from_names(CalibrationText, {"samples": "many"})
+    assert from_names(Compute, {"memory_budget": 2e9}) == Compute(memory_budget=parse_size("2GB"))
     with pytest.raises(UsageError, match="--shard must be True or False, found 'no'"):
         Training(shard="no")  # type: ignore[arg-type]
     assert not Training().shard
@@ -131,6 +133,8 @@ def test_a_text_is_read_as_on_a_command_line():
     ):
         with pytest.raises(UsageError, match=message):
             cfsp.prune("no-model", out="out", **wrong)
+    with pytest.raises(UsageError, match="goal must be TargetParameters"):
+        cfsp.plan("no-model", statistics_with_distances([0.1]), goal=0.7)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="max_minutes must be a number, found 'ten'"):
         cfsp.recover("no-model", out="out", max_minutes="ten")
 

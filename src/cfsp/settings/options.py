@@ -179,6 +179,7 @@ def parse_size(text: str) -> int:
 _TYPE_OF: dict[Callable[[str], Any], tuple[Any, str]] = {
     str: (str, "text"),
     bool: (bool, "True or False"),
-    **dict.fromkeys((int, number_or_auto, parse_size), (Integral, "a whole number")),
-    **dict.fromkeys((float, fraction), (Real, "a number")),
+    **dict.fromkeys((int, number_or_auto), (Integral, "a whole number")),
+    # A size too, which is often written 2e9.
+    **dict.fromkeys((float, fraction, parse_size), (Real, "a number")),
 }

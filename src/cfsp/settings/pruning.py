@@ -185,6 +185,11 @@ OF_PRUNE: tuple[type[Any], ...] = (
 
 def asked(given: Mapping[str, Any], goal: Goal | None = None) -> list[str]:
     """Return the flags of all that says how much goes: a share, a number, or a goal."""
+    if goal is not None and not isinstance(goal, Goal):
+        raise UsageError(
+            "goal must be TargetParameters, TargetKVCache, TargetSpeedup or MaxLossIncrease, found "
+            f"{goal!r}"
+        )
     budget = given_of(Budget, given)
     goals = [] if goal is None else [flag_of_goal(type(goal))]
     goals += [

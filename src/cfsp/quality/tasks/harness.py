@@ -217,19 +217,25 @@ class TaskRunner:
 
 
 def _check_has_scores(name: str, tasks: Mapping[str, Any]) -> None:
-    """Check that a task ends with a number that is read here; of a group, say which do not."""
-    unread = []
+    """Check that a task ends with a number that is read here; of a group, say which do not.
+
+    Choices have none by F1 or MCC, but two models are compared in which of them are right.
+    """
+    unread, in_pairs = [], False
     for leaf, task in tasks.items():
         metrics = [*task.aggregation()]
         taken = sorted({each["name"] for each in task.config.filter_list or ()} or {"none"})
-        if not ({*metrics} & {*HARNESS_METRICS} and {*taken} & {*FILTERS}):
+        is_read = not {*taken}.isdisjoint(FILTERS)
+        if not (is_read and {*metrics} & {*HARNESS_METRICS}):
             unread.append(f"{leaf} by {', '.join(metrics)} of answers taken by {', '.join(taken)}")
+            in_pairs |= is_read and task.OUTPUT_TYPE == "multiple_choice"
     if not unread:
         return
     told = f"expected scores by {' or '.join(HARNESS_METRICS)}, found {'; '.join(unread)}"
-    if len(unread) == len(tasks):
+    if len(unread) == len(tasks) and not in_pairs:
         raise TaskError(f"{told}; leave {name} out, or score it by lm_eval itself")
-    logger.warning("%s: %s; these get no number", name, told)
+    but = ", but choices are compared in pairs of models" if in_pairs else ""
+    logger.warning("%s: %s; these get no number%s", name, told, but)
 
 
 def _scores(name: str, members: list[str], results: dict[str, Any]) -> dict[str, Any]:
