@@ -119,6 +119,11 @@ def test_few_modules_lie_beside_the_packages():
     assert len(list(SOURCE.glob("*.py"))) <= MOST_MODULES
 
 
+def test_no_file_is_long():
+    lines = {path: path.read_text(encoding="utf-8").count("\n") for path in SOURCE.rglob("*.py")}
+    assert {path: count for path, count in lines.items() if count > 400} == {}
+
+
 def test_only_the_command_line_prints():
     prints = {
         str(path)

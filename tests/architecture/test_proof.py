@@ -34,7 +34,7 @@ from cfsp.architecture.found import HALVES, INTERLEAVED, Architecture
 from cfsp.architecture.model_classes import model_class_of
 from cfsp.architecture.proof import prove, small_run_of
 from cfsp.architecture.resizing import resize_ffn
-from cfsp.architecture.small_run import smaller_configs
+from cfsp.architecture.smaller_config import smaller_configs
 from cfsp.errors import CheckpointError, UnsupportedModelError
 from tiny_models import TINY_CONFIGS
 from toy_decoders import BLOCKS, CHANNELS, ToyConfig, register
