@@ -64,7 +64,9 @@ class Mixer(nn.Module):
         # In float32 whatever the dtype of the model is.
         seen_TT = torch.ones(x_BTD.shape[1], x_BTD.shape[1]).tril()
         sums_BTD = seen_TT @ x_BTD.float()
-        return self.mix((sums_BTD / seen_TT.sum(1, keepdim=True)).to(x_BTD.dtype))
+        least = torch.full((), torch.finfo(x_BTD.dtype).min)
+        means_BTD = torch.max(sums_BTD / seen_TT.sum(1, keepdim=True), least)
+        return self.mix(means_BTD.to(x_BTD.dtype))
 
 
 class ToyBlock(nn.Module):

@@ -64,6 +64,9 @@ class _Doubles(TorchFunctionMode):
         if func is Tensor.float:
             func = Tensor.double
         named = {name: _double(value) for name, value in (kwargs or {}).items()}
+        # The least number of float64 is no number of the default.
+        if func in (torch.tensor, torch.full) and isinstance(args[-1], float):
+            named.setdefault("dtype", torch.float64)
         result = func(*map(_double, args), **named)
         # As `torch.ones(2, 2)` is, by which no float64 can be multiplied.
         in_default = isinstance(result, Tensor) and result.dtype is torch.float32
