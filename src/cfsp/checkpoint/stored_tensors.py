@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor
@@ -218,8 +218,14 @@ class StoredTensors:
 
     def made_with(self, parameter: str) -> list[str]:
         """Return the parameters that are made of the same stored tensors, itself among them."""
-        own = self._made_by[parameter]
-        return [name for name, conversion in self._made_by.items() if conversion is own]
+        return self._made_of[self._made_by[parameter]]
+
+    @cached_property
+    def _made_of(self) -> dict[Conversion, list[str]]:
+        found: dict[Conversion, list[str]] = {}
+        for name, conversion in self._made_by.items():
+            found.setdefault(conversion, []).append(name)
+        return found
 
 
 def _tied(model: PreTrainedModel, made_by: Mapping[str, Conversion]) -> dict[str, str]:

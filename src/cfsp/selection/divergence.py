@@ -141,9 +141,9 @@ class MaskedModel:
         self._entering: list[list[Tensor]] = []
         with torch.inference_mode():
             for tokens_BT in batches:
-                with hidden_states_entering(self._blocks) as entering_L:
+                with hidden_states_entering(self._blocks if resumes else ()) as entering_L:
                     self._dense.append(dense_predictions(model, tokens_BT))
-                self._entering.append(entering_L if resumes else [])
+                self._entering.append(entering_L)
             self._resumes = resumes and self._can_resume()
 
     def _can_resume(self) -> bool:

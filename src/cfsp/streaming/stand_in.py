@@ -13,7 +13,7 @@ Shapes: B windows, T tokens, D hidden (all that a token has, if a model keeps se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -178,8 +178,8 @@ def resumed_at(
 
 
 @contextmanager
-def hidden_states_entering(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
-    """Note the hidden state, as the model has it, that enters every block while it runs once."""
+def hidden_states_entering(blocks: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """Note the hidden state, as the model has it, that enters each block while it runs once."""
     entering_L: list[Tensor] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
