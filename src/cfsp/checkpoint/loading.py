@@ -13,7 +13,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint, read_tensors
-from cfsp.checkpoint.skeleton import build_skeleton, fill, model_class
+from cfsp.checkpoint.skeleton import build_skeleton, fill, model_class, tie
 from cfsp.errors import UsageError, first_line
 from cfsp.progress import library_progress
 
@@ -55,7 +55,7 @@ def _dequantised_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrained
     """Return the model of a quantised checkpoint; one dequantised tensor is read at a time."""
     model = build_skeleton(checkpoint.config, dtype)
     fill(model, read_tensors(model, "", checkpoint, dtype), torch.device("cpu"))
-    model.tie_weights()
+    tie(model, checkpoint.parameters)
     if (checkpoint.directory / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
     model.config._name_or_path = str(checkpoint.directory)

@@ -329,8 +329,8 @@ def read_tensors(
     """
     instead, found = instead or {}, {}
     parameters = dict(module.named_parameters())
-    for name in module.state_dict():
-        whole, of_one = prefix + name, dtype if name in parameters else None
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        whole, of_one = prefix + name, dtype if isinstance(tensor, nn.Parameter) else None
         if (origin := source.origin(whole)) in instead:
             found[name] = instead[origin].to(of_one)
         elif name in parameters or whole in source.parameters:

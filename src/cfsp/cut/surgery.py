@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from cfsp.checkpoint.pruned_config import config_changes
 from cfsp.checkpoint.reading import LoadedModel, WeightSource
-from cfsp.checkpoint.skeleton import PRUNED_KEY, build_skeleton
+from cfsp.checkpoint.skeleton import PRUNED_KEY, build_skeleton, tie
 from cfsp.checkpoint.stored_blocks import name_without_blocks, names_without_blocks
 from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import FileTensor, OutgoingTensor, TensorSpec
@@ -162,8 +162,7 @@ def build_pruned_model(
         if name in smaller.parameters  # tied weights are not
     }
     pruned.load_state_dict(tensors, strict=False, assign=True)
-    # Only what nothing is stored of: a head that was made another matrix than the config says is.
-    pruned.tie_weights(missing_keys=pruned.state_dict().keys() - tensors.keys())
+    tie(pruned, tensors)
     still_empty = [name for name, p in pruned.named_parameters() if p.is_meta]
     assert not still_empty, still_empty
     pruned.to(model.device)
