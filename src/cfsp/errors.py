@@ -147,7 +147,8 @@ GONE_TEXTS = {
 }
 GONE = {
     "cache": "cfsp cache went: what .gguf files became is in $CFSP_CACHE, or in ~/.cache/cfsp",
-    "plan": "cfsp plan went: cfsp prune --set statistics=FILE --dry-run writes the same plan",
+    "plan": "cfsp plan went, and files of plans are for the command alone: cfsp prune --set "
+    "statistics=FILE --dry-run writes one, cfsp prune --plan FILE prunes by it",
     "push": "cfsp push went: use hf upload OWNER/NAME DIR --private --delete '*.safetensors*'",
     "engine": "bench times transformers; time a .gguf file with llama.cpp's own llama-bench, "
     "and other exports with vllm bench latency --model DIR or OpenVINO's own tools",
@@ -216,15 +217,15 @@ GONE = {
 }
 
 
-def did_you_mean(found: str, known: Iterable[str]) -> str:
+def did_you_mean(found: object, known: Iterable[str]) -> str:
     """Return `; did you mean X?` if something known is like what was found, else nothing.
 
     Of what an earlier version knew it says what became of that. Dashes before a flag count as no
     likeness.
     """
-    found = found.lstrip("-")
-    if (gone := GONE.get(found.lower().replace("_", "-"))) is not None:
+    name = str(found).lstrip("-")
+    if (gone := GONE.get(name.lower().replace("_", "-"))) is not None:
         return f"; {gone}"
     by_name = {each.lstrip("-"): each for each in known}
-    close = difflib.get_close_matches(found, by_name, n=1)
+    close = difflib.get_close_matches(name, by_name, n=1)
     return f"; did you mean {by_name[close[0]]}?" if close else ""

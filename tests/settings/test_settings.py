@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from itertools import combinations
 
 import pytest
 
 import cfsp
 from builders import statistics_with_distances
-from cfsp.errors import UsageError
+from cfsp.errors import CfspError, TextError, UsageError
 from cfsp.recovery.settings import Training
 from cfsp.settings import (
     PARTS,
@@ -126,6 +127,9 @@ def test_a_text_is_read_as_on_a_command_line():
         ({"sparsity": [0.2]}, r"--sparsity must be a number, found \[0.2\]"),
         ({"sparsity": 0.2, "samples": 8.0}, "--samples must be a whole number, found 8.0"),
         ({"sparsity": 0.2, "device": 0}, "--device must be text, found 0"),
+        ({"sparsity": 0.2, "parts": 3}, "--parts must be of .* found 3"),
+        ({"sparsity": 0.2, "effort": [3]}, r"effort must be one of .* found \[3\]"),
+        ({"sparsity": 0.2, "repair": 3}, "repair must be one of .* found 3"),
         (
             {"goal": TargetParameters(0.7), "target_params": 0.5},
             "exactly one .* found --target-params and --target-params",
@@ -135,8 +139,28 @@ def test_a_text_is_read_as_on_a_command_line():
             cfsp.prune("no-model", out="out", **wrong)
     with pytest.raises(UsageError, match="goal must be TargetParameters"):
         cfsp.plan("no-model", statistics_with_distances([0.1]), goal=0.7)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"expected statistics, .* found 'cfsp\.statistics'"):
+        cfsp.plan("no-model", "cfsp.statistics", sparsity=0.2)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="max_minutes must be a number, found 'ten'"):
         cfsp.recover("no-model", out="out", max_minutes="ten")
+    with pytest.raises(UsageError, match=r"expected windows of 2 to .* found '64'"):
+        cfsp.evaluate("no-model", "mixed", seqlen="64")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("data", [3, [3]])
+def test_what_is_no_text_is_taken_for_the_name_of_one(data):
+    for ask in (partial(cfsp.prune, sparsity=0.2), cfsp.recover):
+        with pytest.raises(TextError, match="3 is neither a file nor a known text"):
+            ask("no-model", out="out", data=data)
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [([], "there is no model to measure"), (3, "path of a model, found a int")],
+)
+def test_what_is_no_model(models, message):
+    with pytest.raises(CfspError, match=message):
+        cfsp.evaluate(models, "mixed")
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,11 @@ def path_of(name: str | Path) -> Path:
 
 def locate_model(name: str | Path) -> Path:
     """Return the directory of a model, after download or conversion if it needs that."""
+    if not isinstance(name, str | Path):
+        raise CheckpointError(
+            f"expected the name or path of a model, found a {type(name).__name__}; {_GIVE}, such "
+            "as one that save_pretrained() wrote"
+        )
     # Only the word: Path("demo") is a directory of that name.
     path = demo_gguf() if name == DEMO_NAME else path_of(name)
     if path.suffix == ".gguf":

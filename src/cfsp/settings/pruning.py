@@ -214,7 +214,7 @@ def prune_settings(given: Mapping[str, Any], goal: Goal | None = None) -> PruneS
                 raise UsageError(f"{flag} belongs to {owner}")
         goal = from_names(kind, given) if is_asked else goal
     effort, repair = given.get("effort") or DEFAULT_EFFORT, given.get("repair")
-    if effort not in EFFORTS:
+    if effort not in tuple(EFFORTS):
         raise UsageError(f"effort must be one of {', '.join(EFFORTS)}, found {effort!r}")
     if repair and given.get("effort"):
         raise UsageError(f"--effort {effort} is --repair {EFFORTS[effort]}; give one of the two")

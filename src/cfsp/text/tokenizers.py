@@ -37,8 +37,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 def check_tokenizer(given: Any) -> None:
     """Check that what a user gives is a tokenizer, and neither a path nor a processor."""
     is_processor = hasattr(given, "image_processor")
-    if is_processor or isinstance(given, str | Path):
-        found = type(given).__name__ if is_processor else repr(str(given))
+    if is_processor or not callable(given):
+        found = repr(str(given)) if isinstance(given, str | Path) else type(given).__name__
         raise UsageError(
             "expected the tokenizer itself, such as AutoTokenizer.from_pretrained gives, found "
             f"{found}{did_you_mean('processor', ()) if is_processor else ''}"
