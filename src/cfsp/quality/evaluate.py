@@ -196,7 +196,7 @@ def _measure(models: Sequence[_Model], asked: _Asked, work_dir: WorkDir | None) 
         what = "answering questions" if tasks is None else "scoring tasks"
         for model in new:
             check_fits(model.source, model.runtime, what)
-    if tasks is not None:
+    if tasks is not None and not known:  # else they were read, and told of, for the dense model
         tasks.read_data()
     sums = {text: _measure_text(models, text, asked, work_dir) for text in models[0].windows}
     results = known + [
