@@ -44,6 +44,14 @@ class UnsupportedModelError(CheckpointError):
     """The model cannot be pruned: a module, a class or a way to store it is not supported."""
 
 
+class UnknownModelError(UnsupportedModelError):
+    """The model is built in a way that cfsp does not know, which is worth a report."""
+
+    def __str__(self) -> str:
+        """Return the message, which is itself without it, and the call to report it."""
+        return f"{super().__str__()}; please report the model type with this sentence"
+
+
 class TextError(CfspError):
     """A text is missing, unreadable, or too short."""
 
