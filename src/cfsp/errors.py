@@ -130,8 +130,9 @@ class MissingExtraError(CfspError):
 
 
 def first_line(error: Exception) -> str:
-    """Return what is wrong, in one line of bounded length."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+    """Return what is wrong, in one line of bounded length; some errors have only a name."""
+    reason = str(error).strip().partition("\n")[0][:200]
+    return f"{type(error).__name__}: {reason}".rstrip(" :")
 
 
 @contextmanager

@@ -24,7 +24,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             directory, trust_remote_code=False
         )
     except Exception as error:  # transformers has no one exception type for this
-        why = first_line(error).rstrip(" :")
+        why = first_line(error)
         if "trust_remote_code" in str(error):  # its own words would advise to let code run
             why = "it is made by code of its own, which cfsp does not run"
         raise CheckpointError(

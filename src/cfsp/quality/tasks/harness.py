@@ -35,7 +35,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.text_config import longest_input_of
-from cfsp.errors import CfspError, MissingExtraError, TaskError
+from cfsp.errors import CfspError, MissingExtraError, TaskError, first_line
 from cfsp.quality.paired import mean
 from cfsp.quality.tasks.selection import (
     TaskSelection,
@@ -172,10 +172,9 @@ class TaskRunner:
         except CfspError:
             raise
         except Exception as error:  # network, hub and data set errors of many types
-            reason = (str(error).strip().splitlines() or ["no reason given"])[0]
             raise TaskError(
-                f"the harness cannot get the data of {name} now ({type(error).__name__}: "
-                f"{reason}); check the network, or give local files with --task-data"
+                f"the harness cannot get the data of {name} now ({first_line(error)}); "
+                "check the network, or give local files with --task-data"
             ) from error
         return loaded
 
