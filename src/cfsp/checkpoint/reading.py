@@ -238,7 +238,7 @@ def _spread(elements: int) -> list[slice]:
 
 
 def parameter_count(source: WeightSource) -> int:
-    """Return the number of stored parameters; tied embeddings count once."""
+    """Return the number of stored parameters; tied ones count once, unless both are stored."""
     return sum(spec.elements for spec in source.specs.values())
 
 
