@@ -155,6 +155,11 @@ class PruneSettings:
                 "nothing; give one of the two"
             )
 
+    @property
+    def repairs(self) -> bool:
+        """Whether there may be a repair: nothing that stays could take over what experts did."""
+        return self.repair != "none" and "experts" not in self.budget.parts
+
     def suited_to_repair(self) -> PruneSettings:
         """Return the same settings, with what is left open as it is best with this repair.
 
