@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import cfsp
 from builders import edit_json
 from cfsp.checkpoint.locating import locate_model, open_checkpoint
 from cfsp.checkpoint.reading import (
@@ -22,7 +23,7 @@ from cfsp.checkpoint.reading import (
     fingerprint,
     parameter_count,
 )
-from cfsp.errors import CheckpointError, UnsupportedModelError
+from cfsp.errors import CheckpointError, UnsupportedModelError, UsageError
 from tiny_models import build_tiny_model
 
 
@@ -170,6 +171,20 @@ def test_paths_that_are_no_model(tmp_path):
         open_checkpoint(tmp_path / "file")
     with pytest.raises(CheckpointError, match="nobody/no-such-model@refs/pr/1 is no local path"):
         open_checkpoint("nobody/no-such-model@refs/pr/1")
+    with pytest.raises(CheckpointError, match="mm is neither a local path nor a model that"):
+        open_checkpoint("m" * 5000)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"dtype": "int8"}, "--dtype must be one of auto, float32, bfloat16, float16, found"),
+        ({"device": "nonsense"}, "cannot use the device 'nonsense' here"),
+    ],
+)
+def test_what_a_model_cannot_be_loaded_as_or_to(tiny_checkpoint, asked, said):
+    with pytest.raises(UsageError, match=said):
+        cfsp.load(tiny_checkpoint("llama"), **asked)
 
 
 def test_a_demo_model_that_is_missing_says_the_whole_command(monkeypatch):

@@ -16,6 +16,7 @@ from cfsp.checkpoint.reading import Checkpoint, read_tensors
 from cfsp.checkpoint.skeleton import build_skeleton, fill, model_class, tie
 from cfsp.errors import UsageError, first_line
 from cfsp.progress import library_progress
+from cfsp.settings import Compute
 
 
 def load(
@@ -36,10 +37,13 @@ def load(
 
     Raises:
         CheckpointError: there is no such model, or it is damaged.
+        UsageError: there is no such dtype, or no such device here.
     """
+    if isinstance(device, str):
+        device = compute_device(device, float64=False)
     checkpoint = open_checkpoint(name)
     if isinstance(dtype, str):
-        dtype = compute_dtype(checkpoint, dtype)
+        dtype = compute_dtype(checkpoint, Compute(dtype=dtype).dtype)
     with library_progress():
         build: Any = model_class(checkpoint.config)
         if checkpoint.quantisation is None:

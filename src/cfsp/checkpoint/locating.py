@@ -65,9 +65,12 @@ def locate_model(name: str | Path) -> Path:
         from cfsp.checkpoint.gguf_import import import_gguf
 
         return import_gguf(path)
-    if path.is_dir():
-        return path
-    if path.exists():
+    is_there = False
+    with suppress(OSError):  # of a name that is too long for a file
+        if path.is_dir():
+            return path
+        is_there = path.exists()
+    if is_there:
         raise CheckpointError(f"{path} is neither a model directory nor a .gguf file; {_GIVE}")
     is_hub_id = str(name).partition("@")[0].count("/") <= 1
     if not is_hub_id or str(name).startswith((".", "/", "~")):
