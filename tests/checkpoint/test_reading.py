@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import cfsp
-from builders import edit_json
+from builders import edit_json, edit_tensors, plan_without
 from cfsp.checkpoint.locating import locate_model, open_checkpoint
 from cfsp.checkpoint.reading import (
     Checkpoint,
@@ -23,7 +23,9 @@ from cfsp.checkpoint.reading import (
     fingerprint,
     parameter_count,
 )
+from cfsp.cut.surgery import PrunedSource
 from cfsp.errors import CheckpointError, UnsupportedModelError, UsageError
+from cfsp.planning.candidate import Dropped
 from tiny_models import build_tiny_model
 
 
@@ -59,6 +61,20 @@ def test_checkpoint_equals_the_model_in_memory(tiny_checkpoint, name):
     assert fingerprint(stored) == fingerprint(loaded)
     count = sum(p.numel() for p in build_tiny_model(name).parameters())
     assert parameter_count(stored) == parameter_count(loaded) == count
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_a_head_that_is_stored_as_well_counts_if_it_is_another(tiny_checkpoint, tmp_path, factor):
+    """As transformers counts, which ties equal ones: else a target would mean less of a file."""
+    path = Path(shutil.copytree(tiny_checkpoint("qwen2"), tmp_path / "model"))
+    edit_tensors(
+        path / "model.safetensors",
+        lambda found: found.update({"lm_head.weight": factor * found["model.embed_tokens.weight"]}),
+    )
+    source = Checkpoint(path)
+    count = cfsp.load(path).num_parameters()
+    whole = PrunedSource(source, plan_without(source, Dropped()))
+    assert parameter_count(source) == parameter_count(whole) == count
 
 
 def test_parameters_per_channel_count_biases(tiny_checkpoint):

@@ -127,6 +127,7 @@ def test_a_text_is_read_as_on_a_command_line():
         ({"sparsity": [0.2]}, r"--sparsity must be a number, found \[0.2\]"),
         ({"sparsity": 0.2, "samples": 8.0}, "--samples must be a whole number, found 8.0"),
         ({"sparsity": 0.2, "device": 0}, "--device must be text, found 0"),
+        ({"sparsity": 0.2, "memory_budget": -5}, "--memory-budget must be at least 0, found -5"),
         ({"sparsity": 0.2, "parts": 3}, "--parts must be of .* found 3"),
         ({"sparsity": 0.2, "effort": [3]}, r"effort must be one of .* found \[3\]"),
         ({"sparsity": 0.2, "repair": 3}, "repair must be one of .* found 3"),

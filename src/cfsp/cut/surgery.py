@@ -77,12 +77,12 @@ class PrunedSource(WeightSource):
             **{new: source.specs[name] for new, name in self._unused.items()},
             **{new: self._spec(origin) for new, origin in self._origin.items()},
         }
-        tied = {name: self._new_name(to) or to for name, to in source.tied.items()}
-        self.stored = StoredTensors.as_in_memory(
-            self.specs,
-            self._unused.keys() - self._origin.keys(),
-            self._renamed(tied),
+        tied, twice = (
+            self._renamed({name: self._new_name(to) or to for name, to in pairs.items()})
+            for pairs in (source.tied, source.stored.twice)
         )
+        unused = self._unused.keys() - self._origin.keys()
+        self.stored = StoredTensors.as_in_memory(self.specs, unused, tied, twice)
 
     def _new_name(self, name: str) -> str | None:
         """Return what a parameter of the source is called here; None if it is gone."""

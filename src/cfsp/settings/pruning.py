@@ -109,6 +109,7 @@ class Compute(Declared):
         None,
         "hidden states above this size (2GB, 512MiB) go to a file beside the output",
         kind=parse_size,
+        least=0,
         metavar="SIZE",
         default="half of the available memory",
     )
