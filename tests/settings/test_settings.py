@@ -157,11 +157,25 @@ def test_what_is_no_text_is_taken_for_the_name_of_one(data):
 
 @pytest.mark.parametrize(
     ("models", "message"),
-    [([], "there is no model to measure"), (3, "path of a model, found a int")],
+    [([], "there is no model to|at least one model to"), (3, "path of a model, found a int")],
 )
 def test_what_is_no_model(models, message):
-    with pytest.raises(CfspError, match=message):
-        cfsp.evaluate(models, "mixed")
+    for ask in (partial(cfsp.evaluate, data="mixed"), cfsp.bench):
+        with pytest.raises(CfspError, match=message):
+            ask(models)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"prompt": "x"}, "--prompt must be at least 1, found 'x'"),
+        ({"batch": 2.5}, r"--batch must be at least 1, found 2\.5"),
+        ({"rounds": 1.5}, r"at least 1 round, found 1\.5"),
+    ],
+)
+def test_what_is_no_number_to_time(asked, message):
+    with pytest.raises(UsageError, match=message):
+        cfsp.bench("no-model", **asked)
 
 
 @pytest.mark.parametrize(

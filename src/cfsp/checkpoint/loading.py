@@ -43,7 +43,7 @@ def load(
         device = compute_device(device, float64=False)
     checkpoint = open_checkpoint(name)
     if isinstance(dtype, str):
-        dtype = compute_dtype(checkpoint, Compute(dtype=dtype).dtype)
+        dtype = compute_dtype(checkpoint, dtype)
     with library_progress():
         build: Any = model_class(checkpoint.config)
         if checkpoint.quantisation is None:
@@ -83,7 +83,8 @@ def compute_dtype(source: Any, name: str = "auto") -> torch.dtype:
             source.architecture.block_prefix(unit.block) + unit.down
         ].dtype
         return stored
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return known[Compute(dtype=name).dtype]  # which refuses others
 
 
 def compute_device(name: str, *, float64: bool = True) -> torch.device:

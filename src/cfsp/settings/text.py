@@ -42,7 +42,7 @@ class Text:
 
     def __post_init__(self) -> None:
         # A generator can be read once.
-        documents = (self.documents,) if isinstance(self.documents, str) else tuple(self.documents)
+        documents = one_or_several(self.documents)
         if not self.name or not all(isinstance(part, str) for part in (self.name, *documents)):
             raise TextError(
                 f"Text(name, documents) needs a name and strings, found {self.name!r} and "
