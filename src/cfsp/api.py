@@ -41,6 +41,7 @@ from cfsp.settings import (
     asked,
     check_names,
     from_names,
+    one_or_several,
     prune_settings,
     texts_of,
 )
@@ -199,6 +200,11 @@ def plan(
     """
     if isinstance(goal, MaxLossIncrease):
         raise UsageError("a bound on the loss needs a text; give the goal to cfsp.prune")
+    if not isinstance(statistics, Statistics):
+        raise UsageError(
+            "expected statistics, such as cfsp.calibrate or cfsp.Statistics.load gives, found "
+            f"{statistics!r}"
+        )
     known = (each for each in GOALS if each is not MaxLossIncrease)
     check_names(plan, advanced, Budget, *known, Criterion, Compute)
     settings = prune_settings(advanced | _said(sparsity=sparsity, parts=parts), goal)
@@ -242,7 +248,9 @@ def evaluate(
             "there is no text to measure on; give one or several, such as wikitext2 or a .txt file"
         )
     questions = None if answers is None else Questions.of(answers)
-    names = list(map(str, [models] if isinstance(models, str | Path) else models))
+    names = one_or_several(models)
+    if not names:
+        raise UsageError("there is no model to measure; give one or several")
     against = None if against is None else str(against)
     return evaluate_models(names, texts, compute, Exam(questions=questions), against=against)
 

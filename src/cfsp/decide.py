@@ -67,8 +67,7 @@ def decide(job: Job, known: Known = NOTHING_KNOWN) -> tuple[PruningResult, dict[
     drawn = _drawn(job) if statistics is None or job.budget.compares else None
     announce(job.source, job.settings, None if drawn is None else len(drawn.tokens_NT))
     if statistics is None:
-        repairs = job.settings.repair != "none"
-        if repairs and job.budget.channel_parts and not constraint.needs_statistics:
+        if job.settings.repairs and job.budget.channel_parts and not constraint.needs_statistics:
             return _choose_and_repair(job, constraint)
         windows = job.draw()
         if job.budget.parts == job.budget.whole_parts:
@@ -87,7 +86,7 @@ def decide(job: Job, known: Known = NOTHING_KNOWN) -> tuple[PruningResult, dict[
 def _drawn(job: Job) -> Windows:
     """Draw the windows: what is wrong with the text is said before any work."""
     windows = job.draw()
-    if job.settings.repair != "none" and "experts" not in job.budget.parts:
+    if job.settings.repairs:
         check_windows(windows)
     return windows
 

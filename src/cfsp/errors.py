@@ -44,6 +44,14 @@ class UnsupportedModelError(CheckpointError):
     """The model cannot be pruned: a module, a class or a way to store it is not supported."""
 
 
+class UnknownModelError(UnsupportedModelError):
+    """The model is built in a way that cfsp does not know, which is worth a report."""
+
+    def __str__(self) -> str:
+        """Return the message, which is itself without it, and the call to report it."""
+        return f"{super().__str__()}; please report the model type with this sentence"
+
+
 class TextError(CfspError):
     """A text is missing, unreadable, or too short."""
 
@@ -122,8 +130,9 @@ class MissingExtraError(CfspError):
 
 
 def first_line(error: Exception) -> str:
-    """Return what is wrong, in one line of bounded length."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+    """Return what is wrong, in one line of bounded length; some errors have only a name."""
+    reason = str(error).strip().partition("\n")[0][:200]
+    return f"{type(error).__name__}: {reason}".rstrip(" :")
 
 
 @contextmanager
@@ -147,7 +156,8 @@ GONE_TEXTS = {
 }
 GONE = {
     "cache": "cfsp cache went: what .gguf files became is in $CFSP_CACHE, or in ~/.cache/cfsp",
-    "plan": "cfsp plan went: cfsp prune --set statistics=FILE --dry-run writes the same plan",
+    "plan": "cfsp plan went, and files of plans are for the command alone: cfsp prune --set "
+    "statistics=FILE --dry-run writes one, cfsp prune --plan FILE prunes by it",
     "push": "cfsp push went: use hf upload OWNER/NAME DIR --private --delete '*.safetensors*'",
     "engine": "bench times transformers; time a .gguf file with llama.cpp's own llama-bench, "
     "and other exports with vllm bench latency --model DIR or OpenVINO's own tools",
@@ -216,15 +226,15 @@ GONE = {
 }
 
 
-def did_you_mean(found: str, known: Iterable[str]) -> str:
+def did_you_mean(found: object, known: Iterable[str]) -> str:
     """Return `; did you mean X?` if something known is like what was found, else nothing.
 
     Of what an earlier version knew it says what became of that. Dashes before a flag count as no
     likeness.
     """
-    found = found.lstrip("-")
-    if (gone := GONE.get(found.lower().replace("_", "-"))) is not None:
+    name = str(found).lstrip("-")
+    if (gone := GONE.get(name.lower().replace("_", "-"))) is not None:
         return f"; {gone}"
     by_name = {each.lstrip("-"): each for each in known}
-    close = difflib.get_close_matches(found, by_name, n=1)
+    close = difflib.get_close_matches(name, by_name, n=1)
     return f"; did you mean {by_name[close[0]]}?" if close else ""

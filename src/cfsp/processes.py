@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from cfsp.errors import CfspError, ProcessError, UsageError
+from cfsp.errors import CfspError, ProcessError, UsageError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -136,10 +136,9 @@ class Team:
             dist.monitored_barrier(self.barrier, timedelta(seconds=seconds), wait_all_ranks=True)
             yield dist
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
             raise ProcessError(
                 f"process {self.rank} of {self.size} lost another process, or waited for it longer "
-                f"than {seconds:.0f} s ({reason}); see what that one printed"
+                f"than {seconds:.0f} s ({first_line(error)}); see what that one printed"
             ) from error
 
 
@@ -181,8 +180,8 @@ def joined(device: torch.device) -> Iterator[Team]:
         team = Team(rank, size, dist.new_group(backend="gloo", timeout=longest))
     except (RuntimeError, ValueError) as error:
         raise ProcessError(
-            f"process {rank} of {size} cannot reach the others: "
-            f"{str(error).strip().splitlines()[0]}; start all with torchrun"
+            f"process {rank} of {size} cannot reach the others: {first_line(error)}; start all "
+            "with torchrun"
         ) from error
     try:
         yield team

@@ -92,7 +92,7 @@ def pruning_cost(source: WeightSource, out: Path, settings: PruneSettings) -> Pr
     checkpoint_bytes = sum(spec.nbytes for spec in source.specs.values())
     # As if nothing were removed, two copies of hidden states, repairs.
     disk_bytes = checkpoint_bytes + 2 * hidden_bytes
-    if settings.repair != "none":
+    if settings.repairs:
         prefix = source.architecture.block_prefix
         names = [prefix(unit.block) + unit.down for unit in source.units]
         disk_bytes += sum(source.parameters[name].nbytes for name in names)
@@ -119,7 +119,7 @@ def _work(
 
     Blocks have so many elements together.
     """
-    text, repairs = settings.text, settings.repair != "none"
+    text, repairs = settings.text, settings.repairs
     hidden = int(text_config_of(source.config).hidden_size)
     vocabulary = vocabulary_of(source.config)
     token = 2.0 * elements
@@ -171,7 +171,7 @@ def _memory_bytes(
     batch = min(text.windows, windows_in_batch(one, runtime.batch_windows))
     activations = batch * text.seqlen * (6 * width + 24 * hidden)
     peak = max(around + block, 2 * block + activations)
-    if settings.repair != "none":
+    if settings.repairs:
         gram = max(gram_bytes(source, index) for index in {unit.block for unit in source.units})
         kept = round(width * (1 - settings.budget.sparsity))
         system = max(4 * kept**2, 10 * hidden * width)
@@ -252,7 +252,7 @@ def doubts(
             "of it"
         )
     windows = settings.text.windows if windows is None else windows
-    if settings.repair != "none" and windows < _FEW_WINDOWS:
+    if settings.repairs and windows < _FEW_WINDOWS:
         yield (
             f"{windows} windows calibrate and repair, by default {DEFAULT_SAMPLES}: "
             "SmolLM2-135M without a fifth of its channels had 1.45 times the dense perplexity by 8 "

@@ -89,8 +89,8 @@ def test_statistics_survive_a_file(tmp_path):
     sensitivity = Sensitivity((0.0, 0.25), (1.0, 0.5), 4)
     statistics = replace(Statistics.of(blocks, RECORD), sensitivity=sensitivity)
     path, again = tmp_path / "deep" / "s.safetensors", tmp_path / "again"
-    statistics.save(path)
-    loaded = Statistics.load(path)
+    statistics.save(str(path))
+    loaded = Statistics.load(str(path))
     assert (loaded.record, loaded.blocks) == (statistics.record, statistics.blocks)
     for got, want in zip(loaded.units, statistics.units, strict=True):
         assert (got.block, got.tokens, got.routed_E) == (want.block, want.tokens, want.routed_E)

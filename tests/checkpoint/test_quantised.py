@@ -114,6 +114,17 @@ def test_transformers_dequantises_to_the_same(way, config, tokenizer, tmp_path):
         assert torch.equal(tensor.to(state[name].dtype), state[name]), name
 
 
+def test_a_head_of_its_own_stays_whatever_the_config_says(tokenizer, tmp_path):
+    pair = make_pair(WAYS["mxfp8"], tmp_path, tokenizer)
+    for directory in (pair.quantised, pair.plain):
+        edit_json(directory / "config.json", lambda fields: fields.update(tie_word_embeddings=True))
+    head, expected = (
+        cfsp.load(directory, dtype=torch.float32).get_output_embeddings().weight
+        for directory in (pair.quantised, pair.plain)
+    )
+    assert head.dtype == torch.float32 and torch.equal(head, expected)
+
+
 def test_what_is_made_of_it_does_not_say_that_it_is_quantised(pairs, tmp_path, command):
     source = pairs["int-quantized"].quantised
     (source / "quantize_config.json").write_text("{}")

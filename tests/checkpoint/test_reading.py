@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from builders import edit_json
+import cfsp
+from builders import edit_json, edit_tensors, plan_without
 from cfsp.checkpoint.locating import locate_model, open_checkpoint
 from cfsp.checkpoint.reading import (
     Checkpoint,
@@ -22,7 +23,9 @@ from cfsp.checkpoint.reading import (
     fingerprint,
     parameter_count,
 )
-from cfsp.errors import CheckpointError, UnsupportedModelError
+from cfsp.cut.surgery import PrunedSource
+from cfsp.errors import CheckpointError, UnsupportedModelError, UsageError
+from cfsp.planning.candidate import Dropped
 from tiny_models import build_tiny_model
 
 
@@ -58,6 +61,20 @@ def test_checkpoint_equals_the_model_in_memory(tiny_checkpoint, name):
     assert fingerprint(stored) == fingerprint(loaded)
     count = sum(p.numel() for p in build_tiny_model(name).parameters())
     assert parameter_count(stored) == parameter_count(loaded) == count
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_a_head_that_is_stored_as_well_counts_if_it_is_another(tiny_checkpoint, tmp_path, factor):
+    """As transformers counts, which ties equal ones: else a target would mean less of a file."""
+    path = Path(shutil.copytree(tiny_checkpoint("qwen2"), tmp_path / "model"))
+    edit_tensors(
+        path / "model.safetensors",
+        lambda found: found.update({"lm_head.weight": factor * found["model.embed_tokens.weight"]}),
+    )
+    source = Checkpoint(path)
+    count = cfsp.load(path).num_parameters()
+    whole = PrunedSource(source, plan_without(source, Dropped()))
+    assert parameter_count(source) == parameter_count(whole) == count
 
 
 def test_parameters_per_channel_count_biases(tiny_checkpoint):
@@ -170,6 +187,20 @@ def test_paths_that_are_no_model(tmp_path):
         open_checkpoint(tmp_path / "file")
     with pytest.raises(CheckpointError, match="nobody/no-such-model@refs/pr/1 is no local path"):
         open_checkpoint("nobody/no-such-model@refs/pr/1")
+    with pytest.raises(CheckpointError, match="mm is neither a local path nor a model that"):
+        open_checkpoint("m" * 5000)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"dtype": "int8"}, "--dtype must be one of auto, float32, bfloat16, float16, found"),
+        ({"device": "nonsense"}, "cannot use the device 'nonsense' here"),
+    ],
+)
+def test_what_a_model_cannot_be_loaded_as_or_to(tiny_checkpoint, asked, said):
+    with pytest.raises(UsageError, match=said):
+        cfsp.load(tiny_checkpoint("llama"), **asked)
 
 
 def test_a_demo_model_that_is_missing_says_the_whole_command(monkeypatch):

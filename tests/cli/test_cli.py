@@ -20,7 +20,7 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import build_parser, main
 from cfsp.cli.options import expand_sets, settings_from
 from cfsp.cli.output import show_messages
-from cfsp.errors import UsageError
+from cfsp.errors import UsageError, first_line
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.manifest import read_manifest
 from cfsp.result.names import public_command
@@ -353,3 +353,16 @@ def test_messages_are_plain_lines_on_standard_error(capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert err == "calibrate: going on at block 3 of 5\n100% of it\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ValueError("\n one\ntwo"), "ValueError: one"),
+        (TimeoutError(), "TimeoutError"),
+        (KeyError("k" * 300), f"KeyError: '{'k' * 199}"),
+    ],
+)
+def test_of_what_a_library_says_a_line_is_told(error, told):
+    """Some say nothing, which ended in a traceback of ours."""
+    assert first_line(error) == told

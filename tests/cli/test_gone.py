@@ -50,6 +50,7 @@ def test_what_went_is_said(word, model, command):
         ("of", {"of": "model"}),
         ("sequential", {"repair": "sequential"}),
         ("eval-seqlen", {"eval_seqlen": 64}),
+        ("plan", {"plan": "cfsp_plan.json"}),
     ],
 )
 def test_so_is_what_python_had(word, asked, tmp_path):

@@ -80,7 +80,7 @@ def test_plan_of_a_large_model_stays_small():
 @pytest.fixture(scope="module")
 def plan(pruned) -> PruningPlan:
     """Of the tiny Llama."""
-    return PruningPlan.load(pruned / "cfsp_plan.json")
+    return PruningPlan.load(f"{pruned}/cfsp_plan.json")
 
 
 def damaged(plan: PruningPlan, change: Callable[[dict[str, Any]], object]) -> str:

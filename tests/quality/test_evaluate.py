@@ -41,7 +41,7 @@ def test_what_overflows_in_float16_has_no_score(
     elif measured == "answers":
         how = ["--against", dense, "--answers", 1]
     found = command("eval", model, *how, "--dtype", "float16", status=2)
-    assert found.err.endswith("the loss is NaN; evaluate with --dtype float32\n")
+    assert found.err.endswith("the loss is NaN; use --dtype float32 or bfloat16\n")
 
 
 def test_pruning_measures_in_windows_of_its_own_length(

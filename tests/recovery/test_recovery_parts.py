@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
-from transformers import ByT5Tokenizer
+from transformers import ByT5Tokenizer, LlamaConfig
 
 from builders import CALIBRATION, CRITERION
 from cfsp.checkpoint.own_files import PLAN_FILE
@@ -180,7 +180,12 @@ def test_blocks_without_an_ffn_get_the_mean_importance(tmp_path):
     plan.save(tmp_path / PLAN_FILE)
     of_ffns = SimpleNamespace(units=units)
     architecture = SimpleNamespace(block_count=3, of_part=lambda part: of_ffns)
-    source = SimpleNamespace(directory=tmp_path, architecture=architecture, label="m")
+    config = LlamaConfig(hidden_size=10, num_attention_heads=1)
+    source = SimpleNamespace(
+        directory=tmp_path, architecture=architecture, config=config, label="m"
+    )
+    with pytest.raises(UsageError, match=r"of at most 10, the hidden size, .* found 10\.5"):
+        ranks_of(source, Adaptation(rank=10.5))
     for allocation, expected in (
         ("importance", [5, 10, 15]), ("inverse", [16, 8, 6]), ("uniform", [10, 10, 10]),
     ):  # fmt: skip

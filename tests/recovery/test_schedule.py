@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -37,8 +38,11 @@ def test_the_rate_rises_then_falls_to_zero():
 def test_one_limit_at_most():
     with pytest.raises(UsageError, match="--steps and --max-minutes are both given"):
         Limit(steps=1, minutes=1)
-    with pytest.raises(UsageError, match="must be positive and below 1,000,000,000, found 0"):
-        Limit(steps=0)
+    with pytest.raises(UsageError, match=r"--steps must be a whole number, found 2\.5"):
+        Limit(steps=cast(Any, 2.5))
+    for wrong in ({"steps": 0}, {"minutes": 0.0}, {"minutes": math.nan}):
+        with pytest.raises(UsageError, match=r"must be .* and at most 999999999, found"):
+            Limit(**cast(Any, wrong))
     assert Limit().in_steps(windows=100, windows_in_step=8) == 12
     assert Limit(steps=7).in_steps(100, 8) == 7
     assert Limit(minutes=1).in_steps(100, 8) == ENDLESS_STEPS

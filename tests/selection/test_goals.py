@@ -130,6 +130,8 @@ def test_doubts(source, monkeypatch):
     assert not list(cost.doubts(source, settings()))
     for few in (cost.doubts(source, settings(samples=63)), cost.doubts(source, settings(), 63)):
         assert next(few).startswith("63 windows")
+    experts = replace(settings(samples=63), budget=Budget(0.5, parts=("experts",)))
+    assert not list(cost.doubts(source, experts))  # nothing is repaired
     monkeypatch.setattr(cost, "_LITTLE", 1.0)  # as if most were in the vocabulary
     (little,) = cost.doubts(source, settings())
     assert "quantise it" in little

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 
 import cfsp
-from cfsp.checkpoint.reading import LoadedModel
+from cfsp.checkpoint.reading import LoadedModel, parameter_count
 from cfsp.errors import BudgetError, UsageError
 from cfsp.planning.candidate import Dropped, DropSizes, kept_by
+from cfsp.planning.make import parameters_of_channels
 from cfsp.selection.constraint import Parameters
 from cfsp.settings import Budget
 from tiny_decoders import tiny_model
@@ -73,6 +75,19 @@ def test_channels_give_all_where_no_block_may_go(source):
     constraint = Parameters(source, Budget(parts=("ffn", "kv", "blocks"), keep=keep), 0.8)
     constraint.check()
     assert constraint.to_drop().is_met_by(Dropped())
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [(0.9, nullcontext()), (1.1, pytest.raises(BudgetError, match="so much"))],
+)
+def test_of_the_last_block_its_channels_may_go(source, share, expected):
+    """More than all other blocks was refused, though channels are beside them."""
+    goes = DropSizes.of(source, ("blocks",)).most
+    goes += share * parameters_of_channels(source, ("ffn",)) / BLOCKS
+    asked = 1 - goes / parameter_count(source)
+    with expected:
+        Parameters(source, Budget(parts=("ffn", "blocks")), asked).check()
 
 
 @pytest.mark.parametrize(("parts", "keep"), [("ffn,blocks", "0,1"), ("ffn,attention", ())])

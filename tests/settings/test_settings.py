@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from itertools import combinations
 
 import pytest
 
 import cfsp
 from builders import statistics_with_distances
-from cfsp.errors import UsageError
+from cfsp.errors import CfspError, TextError, UsageError
 from cfsp.recovery.settings import Training
 from cfsp.settings import (
     PARTS,
@@ -126,6 +127,10 @@ def test_a_text_is_read_as_on_a_command_line():
         ({"sparsity": [0.2]}, r"--sparsity must be a number, found \[0.2\]"),
         ({"sparsity": 0.2, "samples": 8.0}, "--samples must be a whole number, found 8.0"),
         ({"sparsity": 0.2, "device": 0}, "--device must be text, found 0"),
+        ({"sparsity": 0.2, "memory_budget": -5}, "--memory-budget must be at least 0, found -5"),
+        ({"sparsity": 0.2, "parts": 3}, "--parts must be of .* found 3"),
+        ({"sparsity": 0.2, "effort": [3]}, r"effort must be one of .* found \[3\]"),
+        ({"sparsity": 0.2, "repair": 3}, "repair must be one of .* found 3"),
         (
             {"goal": TargetParameters(0.7), "target_params": 0.5},
             "exactly one .* found --target-params and --target-params",
@@ -135,8 +140,42 @@ def test_a_text_is_read_as_on_a_command_line():
             cfsp.prune("no-model", out="out", **wrong)
     with pytest.raises(UsageError, match="goal must be TargetParameters"):
         cfsp.plan("no-model", statistics_with_distances([0.1]), goal=0.7)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"expected statistics, .* found 'cfsp\.statistics'"):
+        cfsp.plan("no-model", "cfsp.statistics", sparsity=0.2)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="max_minutes must be a number, found 'ten'"):
         cfsp.recover("no-model", out="out", max_minutes="ten")
+    with pytest.raises(UsageError, match=r"expected windows of 2 to .* found '64'"):
+        cfsp.evaluate("no-model", "mixed", seqlen="64")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("data", [3, [3]])
+def test_what_is_no_text_is_taken_for_the_name_of_one(data):
+    for ask in (partial(cfsp.prune, sparsity=0.2), cfsp.recover):
+        with pytest.raises(TextError, match="3 is neither a file nor a known text"):
+            ask("no-model", out="out", data=data)
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [([], "there is no model to|at least one model to"), (3, "path of a model, found a int")],
+)
+def test_what_is_no_model(models, message):
+    for ask in (partial(cfsp.evaluate, data="mixed"), cfsp.bench):
+        with pytest.raises(CfspError, match=message):
+            ask(models)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"prompt": "x"}, "--prompt must be at least 1, found 'x'"),
+        ({"batch": 2.5}, r"--batch must be at least 1, found 2\.5"),
+        ({"rounds": 1.5}, r"at least 1 round, found 1\.5"),
+    ],
+)
+def test_what_is_no_number_to_time(asked, message):
+    with pytest.raises(UsageError, match=message):
+        cfsp.bench("no-model", **asked)
 
 
 @pytest.mark.parametrize(

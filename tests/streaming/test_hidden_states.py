@@ -80,7 +80,7 @@ def test_a_full_disk_is_an_error_and_not_a_crash(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match=r"No space left.*--memory-budget"):
         hidden.write(BATCHES[0], values(0)[BATCHES[0]])
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OutputError, match=r"No space left.*fewer --samples"):
+    with pytest.raises(OutputError, match=r"No space left.*fewer windows"):
         HiddenStates(SHAPE, torch.bfloat16, tmp_path).save()
 
 

@@ -16,6 +16,7 @@ from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality import evaluate
+from cfsp.quality.tasks.harness import TaskRunner
 from cfsp.result.manifest import read_manifest
 from cfsp.result.tables import pareto_front
 from cfsp.settings import Budget, Compute
@@ -94,12 +95,14 @@ def test_it_asks_the_dense_model_once_and_compares_with_it(
     ]  # fmt: skip
     streamed = noted(evaluate, "streamed_sums", lambda *given, **_: given[-1])
     answering = noted(evaluate, "answers_of", lambda *given: given[-1])
+    reading = noted(TaskRunner, "read_data", lambda _runner: None)
     assert main(arguments) == 0
     of_dense, of_others = (
         [label for label in streamed if label.startswith(arguments[1]) is is_dense]
         for is_dense in (True, False)
     )
     assert (len(of_dense), len(of_others)) == (2, 4)  # a text and the answers
+    assert len(reading) == 1
     assert len(answering) == 3 and answering[0].startswith(arguments[1])
     dense, pruned, _more = json.loads((out / "table.json").read_text())
     assert dense["comparison"] is None

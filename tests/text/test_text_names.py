@@ -166,8 +166,9 @@ def test_no_text_is_no_text():
             Text(name, "a river")
     with pytest.raises(TextError, match="needs a name and strings, found '' and"):
         Text("", "a river")
-    with pytest.raises(TextError, match="needs a name and strings, found 'mine' and"):
-        Text("mine", [3])  # type: ignore[list-item]
+    for wrong in (3, [3]):
+        with pytest.raises(TextError, match="needs a name and strings, found 'mine' and"):
+            Text("mine", wrong)  # type: ignore[arg-type]
 
 
 def test_two_texts_with_one_name_are_told_apart_by_nothing(tmp_path):

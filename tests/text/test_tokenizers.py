@@ -30,6 +30,7 @@ def test_own_code_is_refused_and_nobody_is_asked(tmp_path, monkeypatch, capfd, t
     ("given", "message"),
     [
         ("a/path", "gives, found 'a/path'$"),
+        (3, "gives, found int$"),
         (SimpleNamespace(image_processor=None), "calibration on images went, .*give its tokenizer"),
     ],
 )

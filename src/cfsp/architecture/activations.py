@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cfsp.architecture.found import Unit
-from cfsp.errors import UnsupportedModelError
+from cfsp.errors import UnknownModelError
 
 # The position of a unit among those of the block, the index of an FFN in it, its activations
 # (rows x F) or what it adds to the output of its unit (rows x D), and which token each row is.
@@ -101,12 +101,11 @@ class _Watch:
     def module(self) -> Any:
         return self.block.get_submodule(self.unit.path)
 
-    def error(self, found: str) -> UnsupportedModelError:
+    def error(self, found: str) -> UnknownModelError:
         noun = "FFN" if self.unit.part == "ffn" else "attention"
         where = f"the {noun} {self.unit.path}".rstrip()
-        return UnsupportedModelError(
-            f"{where} ({type(self.module).__name__}) of block {self.unit.block} {found}; please "
-            "report the model type"
+        return UnknownModelError(
+            f"{where} ({type(self.module).__name__}) of block {self.unit.block} {found}"
         )
 
     def check_rows(self, rows: int) -> None:

@@ -35,7 +35,7 @@ from cfsp.architecture.ffns import (
     width_attributes,
 )
 from cfsp.architecture.found import Architecture, ChannelAxis, Refusal, Unit
-from cfsp.errors import UnsupportedModelError
+from cfsp.errors import UnknownModelError
 from cfsp.settings import Part
 
 # Names of classes and modules that mix tokens.
@@ -69,9 +69,8 @@ def find_architecture(model: PreTrainedModel, part: Part = "ffn") -> Architectur
     hidden = _first_number(text_config, "hidden_size", "d_model", "n_embd", "dim")
     layers = _first_number(text_config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
     if hidden is None:
-        raise UnsupportedModelError(
-            f"the config of model type {text_config.model_type!r} names no hidden_size; "
-            "please report the model type"
+        raise UnknownModelError(
+            f"the config of model type {text_config.model_type!r} names no hidden_size"
         )
     candidates: list[tuple[str, nn.ModuleList, list[Unit | Refusal]]] = []
     for path, blocks in decoder.named_modules():
@@ -86,9 +85,9 @@ def find_architecture(model: PreTrainedModel, part: Part = "ffn") -> Architectur
                 found += attentions_of(block, index, hidden, text_config, part)
         candidates.append((path, blocks, found))
     if not candidates:
-        raise UnsupportedModelError(
+        raise UnknownModelError(
             f"{type(model).__name__} has no list of decoder blocks that cfsp could find; expected "
-            "a ModuleList in its text decoder; please report the model type"
+            "a ModuleList in its text decoder"
         )
 
     def likelihood(candidate: tuple[str, nn.ModuleList, list[Unit | Refusal]]) -> Any:

@@ -47,7 +47,7 @@ from cfsp.architecture.small_run import (
     run_small,
     set_parameter,
 )
-from cfsp.errors import UnsupportedModelError
+from cfsp.errors import UnknownModelError, UnsupportedModelError
 from cfsp.settings import DEFAULT_PARTS, UNIT_PARTS, Part, unit_parts
 
 
@@ -166,13 +166,12 @@ def _unsupported(
             f"no attention of {name} can {'lose KV groups' if part == 'kv' else 'go'}: "
             f"{first or 'none'}; prune it without the part {part}"
         )
+    if refused:
+        return UnknownModelError(f"no FFN of {name} can be cut: {first}")
     return UnsupportedModelError(
-        f"no FFN of {name} can be cut: {first.partition('; please report')[0]}; please report the "
-        "model type with this sentence"
-        if refused
-        else f"{name} has no FFN in its {architecture.block_count} blocks {architecture.blocks} "
-        "that cfsp could find; expected modules whose matrices lead from the hidden size to "
-        "channels and back; if it has some, please report the model type"
+        f"{name} has no FFN in its {architecture.block_count} blocks {architecture.blocks} that "
+        "cfsp could find; expected modules whose matrices lead from the hidden size to channels "
+        "and back; if it has some, please report the model type"
     )
 
 

@@ -28,7 +28,7 @@ from transformers import PreTrainedConfig
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.found import Architecture
 from cfsp.architecture.smaller_config import smaller_configs
-from cfsp.errors import UnsupportedModelError, first_line
+from cfsp.errors import UnknownModelError, UnsupportedModelError, first_line
 from cfsp.settings import Part
 
 WINDOWS, TOKENS = 2, 12
@@ -117,9 +117,8 @@ def run_small(
             raise
         except Exception as error:  # a size that does not fit the others: the next one may
             reason = first_line(error)
-    raise UnsupportedModelError(
-        f"the decoder of {architecture.class_name} could not be tried on random weights "
-        f"({reason}); please report the model type with this sentence"
+    raise UnknownModelError(
+        f"the decoder of {architecture.class_name} could not be tried on random weights ({reason})"
     )
 
 
@@ -259,10 +258,10 @@ def _check_order(architecture: Architecture, calls: list[Call]) -> None:
     """Check that the decoder calls each block once, on the output of the one before it."""
 
     def error(block: int, expected: str, found: str) -> UnsupportedModelError:
-        return UnsupportedModelError(
+        return UnknownModelError(
             f"the blocks of {architecture.class_name} cannot be run one by one: "
             f"{architecture.blocks}.{block} failed the check order: expected {expected}, found "
-            f"{found}; please report the model type with this sentence"
+            f"{found}"
         )
 
     times = Counter(call.block for call in calls)
@@ -308,8 +307,9 @@ def checking(check: str, expected: str) -> Iterator[None]:
     except FailedCheckError:
         raise
     except Exception as problem:
+        # Without the call to report the model, which comes once, at the end.
         refused = isinstance(problem, UnsupportedModelError)
-        found = f"that {problem}" if refused else first_line(problem)
+        found = f"that {problem.args[0]}" if refused else first_line(problem)
         raise FailedCheckError(f"{check}: expected {expected}, found {found}") from problem
 
 

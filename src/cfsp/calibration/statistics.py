@@ -211,13 +211,13 @@ class Statistics:
         """The mean angular distance of every block."""
         return [block.distance for block in self.blocks]
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the statistics to one file, atomically.
 
         Raises:
             OutputError: the place is not writable.
         """
-        write_atomically(path, self._file())
+        write_atomically(Path(path), self._file())
 
     @property
     def digest(self) -> str:
@@ -238,13 +238,13 @@ class Statistics:
         return file_of_facts(facts, self.units)
 
     @classmethod
-    def load(cls, path: Path) -> Statistics:
+    def load(cls, path: str | Path) -> Statistics:
         """Read statistics.
 
         Raises:
             StatisticsError: the file is missing, damaged, or of another version.
         """
-        facts, tensors = read_facts(path)
+        facts, tensors = read_facts(Path(path))
         try:
             record = CalibrationRecord.from_json(facts["record"])
             blocks = tuple(

@@ -13,9 +13,10 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint, read_tensors
-from cfsp.checkpoint.skeleton import build_skeleton, fill, model_class
+from cfsp.checkpoint.skeleton import build_skeleton, fill, model_class, tie
 from cfsp.errors import UsageError, first_line
 from cfsp.progress import library_progress
+from cfsp.settings import Compute
 
 
 def load(
@@ -36,7 +37,10 @@ def load(
 
     Raises:
         CheckpointError: there is no such model, or it is damaged.
+        UsageError: there is no such dtype, or no such device here.
     """
+    if isinstance(device, str):
+        device = compute_device(device, float64=False)
     checkpoint = open_checkpoint(name)
     if isinstance(dtype, str):
         dtype = compute_dtype(checkpoint, dtype)
@@ -55,7 +59,7 @@ def _dequantised_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrained
     """Return the model of a quantised checkpoint; one dequantised tensor is read at a time."""
     model = build_skeleton(checkpoint.config, dtype)
     fill(model, read_tensors(model, "", checkpoint, dtype), torch.device("cpu"))
-    model.tie_weights()
+    tie(model, checkpoint.parameters)
     if (checkpoint.directory / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
     model.config._name_or_path = str(checkpoint.directory)
@@ -79,7 +83,8 @@ def compute_dtype(source: Any, name: str = "auto") -> torch.dtype:
             source.architecture.block_prefix(unit.block) + unit.down
         ].dtype
         return stored
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return known[Compute(dtype=name).dtype]  # which refuses others
 
 
 def compute_device(name: str, *, float64: bool = True) -> torch.device:

@@ -52,6 +52,11 @@ def path_of(name: str | Path) -> Path:
 
 def locate_model(name: str | Path) -> Path:
     """Return the directory of a model, after download or conversion if it needs that."""
+    if not isinstance(name, str | Path):
+        raise CheckpointError(
+            f"expected the name or path of a model, found a {type(name).__name__}; {_GIVE}, such "
+            "as one that save_pretrained() wrote"
+        )
     # Only the word: Path("demo") is a directory of that name.
     path = demo_gguf() if name == DEMO_NAME else path_of(name)
     if path.suffix == ".gguf":
@@ -60,9 +65,12 @@ def locate_model(name: str | Path) -> Path:
         from cfsp.checkpoint.gguf_import import import_gguf
 
         return import_gguf(path)
-    if path.is_dir():
-        return path
-    if path.exists():
+    is_there = False
+    with suppress(OSError):  # of a name that is too long for a file
+        if path.is_dir():
+            return path
+        is_there = path.exists()
+    if is_there:
         raise CheckpointError(f"{path} is neither a model directory nor a .gguf file; {_GIVE}")
     is_hub_id = str(name).partition("@")[0].count("/") <= 1
     if not is_hub_id or str(name).startswith((".", "/", "~")):

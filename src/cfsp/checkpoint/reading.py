@@ -219,14 +219,18 @@ def fingerprint(source: WeightSource) -> str:
         digest = hashlib.sha256(source.config.model_type.encode())
         for name, spec in sorted(source.specs.items()):
             digest.update(f"{name}{list(spec.shape)}".encode())
-            values = source.read_parts(name, _spread(spec.elements)).to(torch.float32)
-            digest.update(values.numpy().tobytes())
+            digest.update(_some_values(source, name).numpy().tobytes())
         _found[source] = digest.hexdigest()[:32]
     return _found[source]
 
 
 # A run asks often, and the weights of a source do not change.
 _found: WeakKeyDictionary[WeightSource, str] = WeakKeyDictionary()
+
+
+def _some_values(source: WeightSource, name: str) -> Tensor:
+    """Return what of a stored tensor tells it from another, in float32."""
+    return source.read_parts(name, _spread(source.specs[name].elements)).to(torch.float32)
 
 
 def _spread(elements: int) -> list[slice]:
@@ -238,8 +242,19 @@ def _spread(elements: int) -> list[slice]:
 
 
 def parameter_count(source: WeightSource) -> int:
-    """Return the number of stored parameters; tied embeddings count once."""
-    return sum(spec.elements for spec in source.specs.values())
+    """Return the number of stored parameters; tied ones count once, also where both are stored."""
+    every = sum(spec.elements for spec in source.specs.values())
+    copies = (name for name, to in source.stored.twice.items() if _is_copy(source, name, to))
+    return every - sum(source.parameters[name].elements for name in copies)
+
+
+def _is_copy(source: WeightSource, parameter: str, other: str) -> bool:
+    """Return whether a parameter is stored with the values of another one: else it is its own."""
+    one, two = (
+        [_some_values(source, name) for name in source.stored.sources(each)]
+        for each in (parameter, other)
+    )
+    return len(one) == len(two) and all(map(torch.equal, one, two))
 
 
 def ffn_parameters_per_channel(source: WeightSource) -> tuple[int, ...]:
@@ -329,8 +344,8 @@ def read_tensors(
     """
     instead, found = instead or {}, {}
     parameters = dict(module.named_parameters())
-    for name in module.state_dict():
-        whole, of_one = prefix + name, dtype if name in parameters else None
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        whole, of_one = prefix + name, dtype if isinstance(tensor, nn.Parameter) else None
         if (origin := source.origin(whole)) in instead:
             found[name] = instead[origin].to(of_one)
         elif name in parameters or whole in source.parameters:

@@ -8,7 +8,7 @@ into the models when they are needed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -160,6 +160,14 @@ def fill(module: nn.Module, tensors: dict[str, torch.Tensor], device: torch.devi
         module.load_state_dict(moved, strict=False, assign=True)
     module.requires_grad_(False)
     module.to(device)
+
+
+def tie(model: PreTrainedModel, stored: Collection[str]) -> None:
+    """Give what nothing is stored of the parameters that its config ties it to.
+
+    What is stored stays as it is: a head may be another matrix than the config says.
+    """
+    model.tie_weights(missing_keys=model.state_dict().keys() - stored)
 
 
 def unload(module: nn.Module) -> None:

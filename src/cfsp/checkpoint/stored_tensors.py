@@ -12,7 +12,7 @@ parameters as they are in memory; this module goes between the two, by transform
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -39,6 +39,7 @@ class StoredTensors:
     specs: Mapping[str, TensorSpec]  # of the stored tensors
     parameters: Mapping[str, TensorSpec]  # of all that is made of them
     tied: Mapping[str, str]  # parameters that nothing is stored of, and the one with the value
+    twice: Mapping[str, str]  # those that may be copies of another one, of which both are stored
     unused: tuple[str, ...]  # that no parameter takes, such as those of multi-token prediction
     stale: tuple[str, ...]  # those of a module of the model, which no longer has them
     _made_by: Mapping[str, Conversion] = field(repr=False)
@@ -70,6 +71,7 @@ class StoredTensors:
             specs=specs,
             parameters=parameters,
             tied=tied,
+            twice={name: to for name, to in _ties(model) if {name, to} <= made_by.keys()},
             unused=tuple(unused),
             stale=tuple(_stale(model, unused)),
             _made_by=made_by,
@@ -82,12 +84,13 @@ class StoredTensors:
         specs: Mapping[str, TensorSpec],
         unused: Collection[str],
         tied: Mapping[str, str],
+        twice: Mapping[str, str],
     ) -> StoredTensors:
         """Return those of a model each of whose parameters is a stored tensor of the same name."""
         parameters = {name: spec for name, spec in specs.items() if name not in unused}
         nothing = ModelShapes(None, {})
         made_by = {name: Conversion(name, {name: [name]}, specs, nothing) for name in parameters}
-        return StoredTensors(specs, parameters, tied, tuple(unused), (), made_by)
+        return StoredTensors(specs, parameters, tied, twice, tuple(unused), (), made_by)
 
     def _check_can_be_cut(self, architecture: Architecture) -> None:
         """Check that all parameters that have channels or experts can be stored again."""
@@ -228,9 +231,13 @@ class StoredTensors:
         return found
 
 
+def _ties(model: PreTrainedModel) -> Iterable[tuple[str, str]]:
+    return (getattr(model, "all_tied_weights_keys", None) or {}).items()
+
+
 def _tied(model: PreTrainedModel, made_by: Mapping[str, Conversion]) -> dict[str, str]:
     groups: dict[object, list[str]] = {}
-    for tied, to in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+    for tied, to in _ties(model):
         groups.setdefault(to, [to]).append(tied)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)

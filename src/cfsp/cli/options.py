@@ -83,7 +83,7 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(
                 action,
                 f"expected one of {', '.join(choices)}, found {value!r}"
-                + did_you_mean(str(value), choices),
+                + did_you_mean(value, choices),
             )
 
 

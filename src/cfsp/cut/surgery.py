@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from cfsp.checkpoint.pruned_config import config_changes
 from cfsp.checkpoint.reading import LoadedModel, WeightSource
-from cfsp.checkpoint.skeleton import PRUNED_KEY, build_skeleton
+from cfsp.checkpoint.skeleton import PRUNED_KEY, build_skeleton, tie
 from cfsp.checkpoint.stored_blocks import name_without_blocks, names_without_blocks
 from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import FileTensor, OutgoingTensor, TensorSpec
@@ -77,12 +77,12 @@ class PrunedSource(WeightSource):
             **{new: source.specs[name] for new, name in self._unused.items()},
             **{new: self._spec(origin) for new, origin in self._origin.items()},
         }
-        tied = {name: self._new_name(to) or to for name, to in source.tied.items()}
-        self.stored = StoredTensors.as_in_memory(
-            self.specs,
-            self._unused.keys() - self._origin.keys(),
-            self._renamed(tied),
+        tied, twice = (
+            self._renamed({name: self._new_name(to) or to for name, to in pairs.items()})
+            for pairs in (source.tied, source.stored.twice)
         )
+        unused = self._unused.keys() - self._origin.keys()
+        self.stored = StoredTensors.as_in_memory(self.specs, unused, tied, twice)
 
     def _new_name(self, name: str) -> str | None:
         """Return what a parameter of the source is called here; None if it is gone."""
@@ -162,8 +162,7 @@ def build_pruned_model(
         if name in smaller.parameters  # tied weights are not
     }
     pruned.load_state_dict(tensors, strict=False, assign=True)
-    # Only what nothing is stored of: a head that was made another matrix than the config says is.
-    pruned.tie_weights(missing_keys=pruned.state_dict().keys() - tensors.keys())
+    tie(pruned, tensors)
     still_empty = [name for name, p in pruned.named_parameters() if p.is_meta]
     assert not still_empty, still_empty
     pruned.to(model.device)

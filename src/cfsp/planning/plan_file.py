@@ -272,19 +272,19 @@ class PruningPlan:
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise PlanError(f"{where} is damaged: {error}; make a new plan") from error
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the plan as JSON, atomically."""
-        write_atomically(path, self.to_json().encode())
+        write_atomically(Path(path), self.to_json().encode())
 
     @classmethod
-    def load(cls, path: Path) -> PruningPlan:
+    def load(cls, path: str | Path) -> PruningPlan:
         """Read a plan.
 
         Raises:
             PlanError: the file is missing, damaged or of another version.
         """
         try:
-            text = path.read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(
                 f"cannot read the plan {path}: {error}; make one with: cfsp prune --dry-run"

@@ -22,7 +22,6 @@ from cfsp.quality.compare import agreement_of
 from cfsp.quality.perplexity import (
     DenseEnd,
     WindowSums,
-    check_is_number,
     joined_sums,
     perplexity_of,
     streamed_sums,
@@ -31,7 +30,14 @@ from cfsp.quality.results_file import measured_into
 from cfsp.settings import DEFAULT_SEQLEN, Compute, EvaluationText
 from cfsp.streaming.hidden_states import HiddenStates
 from cfsp.streaming.memory import hidden_budget
-from cfsp.streaming.runtime import Runtime, check_fits, check_same_work, runtime_of, versions
+from cfsp.streaming.runtime import (
+    Runtime,
+    check_fits,
+    check_is_number,
+    check_same_work,
+    runtime_of,
+    versions,
+)
 from cfsp.streaming.work_dir import WorkDir, load_or_compute, temporary_work_dir
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.sources import check_texts, name_of
@@ -92,7 +98,7 @@ class _Model:
         for text, sums in measured.items():
             label = f"{self.source.label} on {text}"
             of_text = self.windows[text]
-            perplexity[text] = perplexity_of(sum(sums["loss"]), of_text, label)
+            perplexity[text] = perplexity_of(sum(sums["loss"]), of_text, label, self.runtime.dtype)
             predicted = of_text.scored_N.tolist()
             windows[text] = {"digest": of_text.digest, "predicted": predicted, **sums}
         return {**self.facts, "perplexity": perplexity, "windows": windows}
@@ -190,7 +196,7 @@ def _measure(models: Sequence[_Model], asked: _Asked, work_dir: WorkDir | None) 
         what = "answering questions" if tasks is None else "scoring tasks"
         for model in new:
             check_fits(model.source, model.runtime, what)
-    if tasks is not None:
+    if tasks is not None and not known:  # else they were read, and told of, for the dense model
         tasks.read_data()
     sums = {text: _measure_text(models, text, asked, work_dir) for text in models[0].windows}
     results = known + [
@@ -214,7 +220,9 @@ def _measure(models: Sequence[_Model], asked: _Asked, work_dir: WorkDir | None) 
         reading = [replace(model, windows={"answers": windows}) for model in models]
         of_models = _measure_text(reading, "answers", asked, work_dir)
         for number, its in enumerate(of_models, start=len(known)):
-            check_is_number(sum(its["loss"]), f"{models[number].source.label} on answers")
+            model = models[number]
+            label = f"{model.source.label} on answers"
+            check_is_number(sum(its["loss"]), label, model.runtime.dtype)
             results[number]["answers"] = answers_result(
                 questions, windows, its, answers[number], answers[0]
             )
@@ -293,7 +301,7 @@ def perplexity_by_text(
         label = f"{name} on {text}"
         sums = streamed_sums(source, of_text, runtime, work_dir, label)
         loss = sum(joined_sums(work_dir.team.gather(sums))["loss"])
-        found[text] = perplexity_of(loss, of_text, label)
+        found[text] = perplexity_of(loss, of_text, label, runtime.dtype)
     return found
 
 

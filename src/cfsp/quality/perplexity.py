@@ -29,11 +29,11 @@ from torch.nn.functional import cross_entropy
 from cfsp.calibration.calibrate import check_tokens
 from cfsp.checkpoint.stored_blocks import parameters_within
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
-from cfsp.errors import CalibrationError
 from cfsp.progress import item_progress
 from cfsp.streaming.block_pass import Visitor, pass_blocks
 from cfsp.streaming.block_stream import StreamedBlock, part_of
 from cfsp.streaming.decoder_end import Head, text_model
+from cfsp.streaming.runtime import check_is_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,19 +57,13 @@ LOGITS_AT_ONCE = 1 << 25
 WindowSums = dict[str, list[float]]
 
 
-def check_is_number(loss: float, label: str) -> None:
-    """Check that a loss, or a sum of losses, is not NaN, as it becomes where float16 overflows."""
-    if math.isnan(loss):
-        raise CalibrationError(f"{label}: the loss is NaN; evaluate with --dtype float32")
-
-
-def mean_loss(loss: float, windows: Windows, label: str) -> float:
+def mean_loss(loss: float, windows: Windows, label: str, dtype: torch.dtype) -> float:
     """Return a sum of losses in nats over windows per predicted token; NaN is an error."""
-    check_is_number(loss, label)
+    check_is_number(loss, label, dtype)
     return loss / int(windows.scored_N.sum())
 
 
-def perplexity_of(loss: float, windows: Windows, label: str) -> dict[str, Any]:
+def perplexity_of(loss: float, windows: Windows, label: str, dtype: torch.dtype) -> dict[str, Any]:
     """Return the perplexity that a sum of losses amounts to, as JSON types, with its conditions.
 
     Only what has the same conditions compares: how many `tokens` were predicted, in how many
@@ -77,7 +71,7 @@ def perplexity_of(loss: float, windows: Windows, label: str) -> dict[str, Any]:
     or trained on that part of the text, the `evaluation_part`.
     """
     return {
-        "value": round(math.exp(min(mean_loss(loss, windows, label), 700.0)), 4),
+        "value": round(math.exp(min(mean_loss(loss, windows, label, dtype), 700.0)), 4),
         "tokens": int(windows.scored_N.sum()),
         "windows": len(windows.tokens_NT),
         "seqlen": windows.tokens_NT.shape[1],
@@ -134,7 +128,7 @@ def loss_in_memory(model: PreTrainedModel, windows: Windows, label: str = "eval"
             output = predictor(input_ids=tokens_T[None], use_cache=False, logits_to_keep=count + 1)
             loss += negative_log_likelihood(output.logits[0, :-1], tokens_T[-count:])
             bar.update()
-    return mean_loss(loss, windows, label)
+    return mean_loss(loss, windows, label, model.dtype)
 
 
 class DenseEnd:

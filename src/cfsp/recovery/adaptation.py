@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.skeleton import blocks_of, empty_model
+from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import MissingExtraError, PlanError, RecoveryError, UsageError
 from cfsp.planning.allocation import round_widths
 from cfsp.planning.plan_file import PruningPlan
@@ -123,6 +124,12 @@ def ranks_of(source: Checkpoint, adaptation: Adaptation) -> list[int | None]:
     blocks, allocation = int(source.architecture.block_count), adaptation.allocation
     if adaptation.method == "full":
         return [None] * blocks
+    hidden = int(text_config_of(source.config).hidden_size)
+    if adaptation.rank > hidden:  # it would only take memory, until there is none
+        raise UsageError(
+            f"expected --rank of at most {hidden}, the hidden size, beyond which adapters hold no "
+            f"more, found {adaptation.rank:g}; give less, or --method full"
+        )
     weight_L = [1.0] * blocks
     if allocation != "uniform":
         weight_L = _importances(source)

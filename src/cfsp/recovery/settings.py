@@ -46,27 +46,31 @@ class Adaptation(Declared):
 
 
 @dataclass(frozen=True)
-class Limit:
+class Limit(Declared):
     """When training ends: after so many steps or minutes, or after one pass over the text."""
 
     minutes: float | None = option(
         None,
         "for everything: loading, training, measuring, writing",
         kind=float,
+        above=0,
+        most=ENDLESS_STEPS - 1,
         flag="max-minutes",
         metavar="M",
     )
-    steps: int | None = option(None, "optimizer steps", kind=int, default="one pass over the text")
+    steps: int | None = option(
+        None,
+        "optimizer steps",
+        kind=int,
+        least=1,
+        most=ENDLESS_STEPS - 1,
+        default="one pass over the text",
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.minutes is not None and self.steps is not None:
             raise UsageError("--steps and --max-minutes are both given; give one of them")
-        for given in (self.minutes, self.steps):
-            if given is not None and not 0 < given < ENDLESS_STEPS:
-                raise UsageError(
-                    f"the length of training must be positive and below {ENDLESS_STEPS:,}, "
-                    f"found {given}"
-                )
 
     def in_steps(self, windows: int, windows_in_step: int) -> int:
         """Return the most optimizer steps."""

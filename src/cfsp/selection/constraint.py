@@ -279,16 +279,12 @@ class Parameters(Constraint):
         )
 
     def to_drop(self) -> DropBudget:
-        """Return as much, or beside channels half of the attentions at most.
-
-        Beside channels what `--keep` names leaves fewer blocks to go, and channels give the rest.
-        """
+        """Return as much; beside channels, which give the rest, at most half of the attentions."""
         parts, keep = self.budget.whole_parts, self.budget.keep
-        if not self.budget.channel_parts or ("blocks" in parts and not keep):
-            alone = DropBudget.of_share(
+        if not self.budget.channel_parts:
+            return DropBudget.of_share(
                 self.source, parts, self.share_of_all, of_model=True, keep=keep
             )
-            return replace(alone, at_most=bool(self.budget.channel_parts))
         if "blocks" in parts:
             sizes = DropSizes.of(self.source, parts, keep)
             return DropBudget(parts, sizes, min(self._to_go, sizes.most), at_most=True)
@@ -323,11 +319,18 @@ class Parameters(Constraint):
         """More than can go: all that may go whole, and all channels of the rest that may go."""
         budget = self.budget
         sizes = DropSizes.of(self.source, budget.whole_parts, budget.keep)
-        attentions = sizes.attention_of.keys() - sizes.block_of.keys()
-        gone = Dropped(tuple(sizes.block_of), tuple(sorted(attentions)))
-        rest = model_size(self.source, gone, budget.keep).of_parts(budget.channel_parts).units
-        channels = sum(unit.width * unit.channel_parameters for unit in rest if not unit.stays)
-        return sizes.parameters(gone) + channels
+
+        def of_blocks(blocks: Sequence[int]) -> int:
+            attentions = sizes.attention_of.keys() - {*blocks}
+            gone = Dropped(tuple(blocks), tuple(sorted(attentions)))
+            rest = model_size(self.source, gone, budget.keep).of_parts(budget.channel_parts).units
+            channels = sum(unit.width * unit.channel_parameters for unit in rest if not unit.stays)
+            return sizes.parameters(gone) + channels
+
+        every = [*sizes.block_of]
+        if sizes.some_stay or not every:
+            return of_blocks(every)
+        return max(of_blocks([each for each in every if each != stays]) for stays in every)
 
 
 def half_dropped(source: WeightSource, budget: Budget) -> DropBudget:

@@ -13,6 +13,7 @@ from cfsp.settings.options import (
     fraction,
     names_in,
     number_or_auto,
+    one_or_several,
     option,
     options_of,
 )
@@ -175,6 +176,11 @@ def parts_in_words(parts: Iterable[Part]) -> str:
     return " and ".join(PART_NOUNS[part] for part in parts)
 
 
+def _names(given: Any) -> tuple[Any, ...]:
+    """Return names that are given as on a command line, or each for itself."""
+    return names_in(given) if isinstance(given, str) else one_or_several(given)
+
+
 Widths = Literal["importance", "equal"]
 WIDTHS: tuple[Widths, ...] = get_args(Widths)
 
@@ -240,7 +246,7 @@ class Budget(Declared):
     )
 
     def __post_init__(self) -> None:
-        given = names_in(self.parts) if isinstance(self.parts, str) else self.parts
+        given = _names(self.parts)
         for part in given:
             if part not in PARTS:
                 raise UsageError(
@@ -255,9 +261,7 @@ class Budget(Declared):
                 "whole experts go alone, found --parts "
                 f"{','.join(self.parts)}: give --parts experts, then prune the result again"
             )
-        keep: Any = names_in(self.keep) if isinstance(self.keep, str) else self.keep
-        keep = (keep,) if isinstance(keep, int) else keep
-        object.__setattr__(self, "keep", tuple(str(each) for each in keep))
+        object.__setattr__(self, "keep", tuple(map(str, _names(self.keep or ()))))
         if self.keep and "experts" in self.parts:
             raise UsageError(
                 "--keep is not for --parts experts: equally many go of every block, so that a "

@@ -80,7 +80,7 @@ class Declared:
             if known.choices and value not in known.choices:
                 raise UsageError(
                     f"{flag} must be one of {', '.join(known.choices)}, found {value!r}"
-                    f"{did_you_mean(str(value), known.choices)}"
+                    f"{did_you_mean(value, known.choices)}"
                 )
             wanted, what = _TYPE_OF.get(bool if known.switch else known.kind, (object, ""))
             if not isinstance(value, wanted):
@@ -131,6 +131,12 @@ def check_names(function: Callable[..., Any], given: Iterable[str], *known: type
             raise UsageError(
                 f"unknown argument {name}{did_you_mean(name, names)}; known are: {', '.join(names)}"
             )
+
+
+def one_or_several(given: Any) -> tuple[Any, ...]:
+    """Return what a call gives as one value or as several; a text is one."""
+    is_one = isinstance(given, str) or not isinstance(given, Iterable)
+    return (given,) if is_one else tuple(given)
 
 
 def names_in(text: str) -> tuple[str, ...]:

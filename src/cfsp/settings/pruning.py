@@ -109,6 +109,7 @@ class Compute(Declared):
         None,
         "hidden states above this size (2GB, 512MiB) go to a file beside the output",
         kind=parse_size,
+        least=0,
         metavar="SIZE",
         default="half of the available memory",
     )
@@ -154,6 +155,11 @@ class PruneSettings:
                 f"--widths equal makes all blocks alike, so --set block_metric={metric} would do "
                 "nothing; give one of the two"
             )
+
+    @property
+    def repairs(self) -> bool:
+        """Whether there may be a repair: nothing that stays could take over what experts did."""
+        return self.repair != "none" and "experts" not in self.budget.parts
 
     def suited_to_repair(self) -> PruneSettings:
         """Return the same settings, with what is left open as it is best with this repair.
@@ -214,7 +220,7 @@ def prune_settings(given: Mapping[str, Any], goal: Goal | None = None) -> PruneS
                 raise UsageError(f"{flag} belongs to {owner}")
         goal = from_names(kind, given) if is_asked else goal
     effort, repair = given.get("effort") or DEFAULT_EFFORT, given.get("repair")
-    if effort not in EFFORTS:
+    if effort not in tuple(EFFORTS):
         raise UsageError(f"effort must be one of {', '.join(EFFORTS)}, found {effort!r}")
     if repair and given.get("effort"):
         raise UsageError(f"--effort {effort} is --repair {EFFORTS[effort]}; give one of the two")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Literal, get_args
 
 from cfsp.errors import TextError, UsageError
-from cfsp.settings.options import Declared, advanced_option, option
+from cfsp.settings.options import Declared, advanced_option, one_or_several, option
 
 LONGEST_WINDOW = 1 << 24
 MOST_WINDOWS = 1 << 32
@@ -41,7 +42,7 @@ class Text:
 
     def __post_init__(self) -> None:
         # A generator can be read once.
-        documents = (self.documents,) if isinstance(self.documents, str) else tuple(self.documents)
+        documents = one_or_several(self.documents)
         if not self.name or not all(isinstance(part, str) for part in (self.name, *documents)):
             raise TextError(
                 f"Text(name, documents) needs a name and strings, found {self.name!r} and "
@@ -73,7 +74,7 @@ Data = str | Path | Text | Sequence[str | Path | Text]
 
 def texts_of(data: Data) -> tuple[str | Text, ...]:
     """Return the names and texts that are given as one or as several, each with its own name."""
-    given = (data,) if isinstance(data, str | Path | Text) else data
+    given = one_or_several(data)
     texts = tuple(text if isinstance(text, Text) else str(text) for text in given)
     named: dict[str, str | Text] = {}
     for text in texts:
@@ -145,8 +146,9 @@ class EvaluationText(Declared):
         if self.bos not in BOS:
             raise UsageError(f"--bos must be one of {', '.join(BOS)}, found {self.bos!r}")
         super().__post_init__()  # now, not after an hour of pruning
-        if self.seqlen is not None and not 2 <= self.seqlen <= LONGEST_WINDOW:
+        seqlen = self.seqlen
+        is_whole = seqlen is None or isinstance(seqlen, Integral)
+        if not is_whole or (seqlen is not None and not 2 <= seqlen <= LONGEST_WINDOW):
             raise UsageError(
-                f"expected windows of 2 to {LONGEST_WINDOW} tokens to measure on, found "
-                f"{self.seqlen}"
+                f"expected windows of 2 to {LONGEST_WINDOW} tokens to measure on, found {seqlen!r}"
             )

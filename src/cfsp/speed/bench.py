@@ -20,6 +20,7 @@ from cfsp.errors import UsageError
 from cfsp.exports.decilm import is_decilm
 from cfsp.progress import item_progress
 from cfsp.result.names import short_names
+from cfsp.settings import one_or_several
 from cfsp.speed.subjects import (
     Conditions,
     Footprint,
@@ -150,10 +151,10 @@ def bench(
         UsageError: a number is out of range, or a model is an export for vLLM.
         CheckpointError: there is no such model, or it is damaged.
     """
-    models = [models] if isinstance(models, str | Path) else models
+    models = one_or_several(models)
     if not models:
         raise UsageError("expected at least one model to time")
-    axes = [(v,) if isinstance(v, int) else tuple(v) for v in (batch, prompt, new_tokens)]
+    axes = map(one_or_several, (batch, prompt, new_tokens))
     workloads = [Workload(*values) for values in product(*axes)]
     conditions = Conditions(rounds=rounds, device=device, dtype=dtype)
     short = short_names(list(map(str, models)), least=1)

@@ -25,6 +25,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,9 +70,9 @@ class Workload:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value < 1:
+            if not isinstance(value, Integral) or value < 1:
                 option = name.replace("_", "-")
-                raise UsageError(f"--{option} must be at least 1, found {value}")
+                raise UsageError(f"--{option} must be at least 1, found {value!r}")
 
     def describe(self) -> str:
         """Return one line for people."""
@@ -88,8 +89,8 @@ class Conditions:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise UsageError(f"expected at least 1 round, found {self.rounds}")
+        if not isinstance(self.rounds, Integral) or self.rounds < 1:
+            raise UsageError(f"expected at least 1 round, found {self.rounds!r}")
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class HiddenStates:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            do = "free the disk or take fewer --samples"
+            do = "free the disk or take fewer windows"
             raise _no_room(self._directory, self.nbytes, error, do) from error
         return self._saved
 
@@ -157,7 +157,7 @@ class HiddenInFile(HiddenStates):
                     file.truncate(nbytes)
                 return mmap.mmap(file.fileno(), nbytes)
         except OSError as error:
-            do = "free the disk, raise --memory-budget, or take fewer --samples"
+            do = "free the disk, raise --memory-budget, or take fewer windows"
             raise _no_room(path.parent, nbytes, error, do) from error
 
 

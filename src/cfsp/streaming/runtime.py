@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,12 @@ def free_bytes(device: torch.device) -> int:
     torch.cuda.empty_cache()  # what torch keeps for the next tensor is free
     on_device, _ = torch.cuda.mem_get_info(device)
     return min(available_bytes(), on_device)
+
+
+def check_is_number(loss: float, label: str, dtype: torch.dtype) -> None:
+    """Check that a loss, or a sum of losses, is not NaN, as it becomes where float16 overflows."""
+    if math.isnan(loss):
+        raise no_number(f"{label}: the loss is NaN", dtype)
 
 
 def no_number(what: str, dtype: torch.dtype) -> CalibrationError:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import MappingKey, tree_flatten_with_path
 
 from cfsp.architecture.activations import hidden_state
-from cfsp.errors import UnsupportedModelError, first_line
+from cfsp.errors import UnknownModelError, UnsupportedModelError, first_line
 
 # Windows and tokens of the batch that forms are tried on.
 _PROBED = (2, 3)
@@ -239,9 +239,9 @@ def find_call_form(
                 "its hidden states, so that blocks cannot be run one after the other"
             )
         return CallForm(extras, _layout(called[0].given))
-    raise UnsupportedModelError(
+    raise UnknownModelError(
         f"{name} cannot be run by itself: the model takes neither a tensor nor a tuple from it "
-        f"({reasons[0]}); please report the model type"
+        f"({reasons[0]})"
     )
 
 

@@ -24,7 +24,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             directory, trust_remote_code=False
         )
     except Exception as error:  # transformers has no one exception type for this
-        why = first_line(error).rstrip(" :")
+        why = first_line(error)
         if "trust_remote_code" in str(error):  # its own words would advise to let code run
             why = "it is made by code of its own, which cfsp does not run"
         raise CheckpointError(
@@ -37,8 +37,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 def check_tokenizer(given: Any) -> None:
     """Check that what a user gives is a tokenizer, and neither a path nor a processor."""
     is_processor = hasattr(given, "image_processor")
-    if is_processor or isinstance(given, str | Path):
-        found = type(given).__name__ if is_processor else repr(str(given))
+    if is_processor or not callable(given):
+        found = repr(str(given)) if isinstance(given, str | Path) else type(given).__name__
         raise UsageError(
             "expected the tokenizer itself, such as AutoTokenizer.from_pretrained gives, found "
             f"{found}{did_you_mean('processor', ()) if is_processor else ''}"

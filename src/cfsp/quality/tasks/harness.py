@@ -35,9 +35,8 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.text_config import longest_input_of
-from cfsp.errors import CfspError, MissingExtraError, TaskError
+from cfsp.errors import CfspError, MissingExtraError, TaskError, first_line
 from cfsp.quality.paired import mean
-from cfsp.quality.perplexity import check_is_number
 from cfsp.quality.tasks.selection import (
     TaskSelection,
     check_known,
@@ -45,6 +44,7 @@ from cfsp.quality.tasks.selection import (
     read_documents,
 )
 from cfsp.streaming.decoder_end import text_model
+from cfsp.streaming.runtime import check_is_number
 from cfsp.streaming.work_dir import WorkDir, load_or_compute
 
 if TYPE_CHECKING:
@@ -172,10 +172,9 @@ class TaskRunner:
         except CfspError:
             raise
         except Exception as error:  # network, hub and data set errors of many types
-            reason = (str(error).strip().splitlines() or ["no reason given"])[0]
             raise TaskError(
-                f"the harness cannot get the data of {name} now ({type(error).__name__}: "
-                f"{reason}); check the network, or give local files with --task-data"
+                f"the harness cannot get the data of {name} now ({first_line(error)}); "
+                "check the network, or give local files with --task-data"
             ) from error
         return loaded
 
@@ -212,6 +211,9 @@ class TaskRunner:
         for entry, members in entries.items():
             logged = [(leaves[each], results["samples"][each]) for each in members]
             documents[entry] = scored_documents(logged)
+            # NaN would be taken for the likeliest.
+            found = (each.get("loglikelihoods", ()) for each in documents[entry])
+            check_is_number(sum(map(sum, found)), entry, lm.model.dtype)
             scores[entry] = _scores(entry, members, results) | summary_of(documents[entry])
         return {"tasks": scores, "documents": documents}
 
@@ -278,7 +280,7 @@ def scored_documents(
                 picked.append(task.doc_to_choice(sample["doc"]))
                 found.append(document | _multiple_choice(task, sample, picked[-1]))
             elif task.OUTPUT_TYPE == "loglikelihood" and "acc" in sample:
-                likelihoods = [round(_likelihood(task, sample["filtered_resps"][0]), 5)]
+                likelihoods = [round(float(sample["filtered_resps"][0][0]), 5)]
                 right = {"acc": float(sample["acc"]), "chance": 0.0}
                 found.append(document | right | {"loglikelihoods": likelihoods})
             elif "exact_match" in sample:
@@ -314,7 +316,7 @@ def _multiple_choice(task: Any, sample: dict[str, Any], choices: list[str]) -> S
     gold_of = task.doc_to_text if task.multiple_input else task.doc_to_target
     gold = _gold(gold_of(sample["doc"]), choices)
     golds = gold if isinstance(gold, list) else [gold]
-    likelihoods = [_likelihood(task, each) for each in sample["filtered_resps"][: len(choices)]]
+    likelihoods = [float(each[0]) for each in sample["filtered_resps"][: len(choices)]]
     by_character = [
         each / max(1, len(choice)) for each, choice in zip(likelihoods, choices, strict=True)
     ]
@@ -328,12 +330,6 @@ def _multiple_choice(task: Any, sample: dict[str, Any], choices: list[str]) -> S
         "choice_norm": by_character.index(max(by_character)),
     }
     return found | ({"acc_norm": float(sample["acc_norm"])} if "acc_norm" in sample else {})
-
-
-def _likelihood(task: Any, response: Sequence[Any]) -> float:
-    """Return the log-likelihood of one continuation; NaN would be taken for the likeliest."""
-    check_is_number(response[0], task.config.task)
-    return float(response[0])
 
 
 def _gold(found: Any, choices: Sequence[str]) -> int | list[int]:
