@@ -36,7 +36,7 @@ CHAT = (
 
 
 @pytest.fixture
-def chat_tokenizer(tokenizer: Any) -> Any:
+def chat_tokenizer(tokenizer) -> Any:
     changed = copy.deepcopy(tokenizer)
     changed.chat_template = CHAT
     return changed
@@ -203,7 +203,7 @@ N, D, V = 11, 8, 37
 
 
 @pytest.fixture(autouse=True)
-def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_slices(monkeypatch) -> None:
     # Four tokens a slice: the last slice is not full.
     monkeypatch.setattr(module, "_LEAST_ROWS", 4)
     monkeypatch.setattr(module, "_SLICE_ELEMENTS", 0)
