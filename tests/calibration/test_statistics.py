@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,12 +26,12 @@ from tiny_decoders import tiny_model
 
 
 @pytest.fixture(scope="module")
-def source(tiny_checkpoint: Callable[[str], Path]) -> Checkpoint:
+def source(tiny_checkpoint) -> Checkpoint:
     return Checkpoint(tiny_checkpoint("qwen2"))
 
 
 @pytest.fixture(scope="module")
-def windows(text_file: Path, tokenizer: Any) -> Windows:
+def windows(text_file, tokenizer) -> Windows:
     return draw_windows([str(text_file)], tokenizer, samples=9, seqlen=32)
 
 
