@@ -42,7 +42,7 @@ settings.load_profile("any machine")
 REPOSITORY = Path(__file__).resolve().parent.parent
 LONG = (
     "test_kills.py", "test_studies.py", "test_families_command.py", "test_together.py",
-    "test_sharding.py", "test_core_only.py", "test_gpu.py", "test_scale.py",
+    "test_sharding.py", "test_core_only.py", "test_scale.py",
 )  # fmt: skip
 
 _WORDS = [
