@@ -36,11 +36,7 @@ def windows(text_file, tokenizer) -> Windows:
 
 
 def gather(source: Checkpoint, windows: Windows, batch: int | None = None) -> Statistics:
-    return calibrate(
-        source,
-        windows,
-        Runtime(torch.device("cpu"), torch.float32, batch),
-    )
+    return calibrate(source, windows, Runtime(torch.device("cpu"), torch.float32, batch))
 
 
 def assert_statistics_close(actual: Statistics, expected: Statistics, scale: float = 1.0) -> None:

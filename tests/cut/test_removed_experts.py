@@ -23,12 +23,7 @@ from cfsp.calibration.observed import UnitStatistics
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError
-from cfsp.planning.importance import (
-    expert_scores,
-    lost_output,
-    strongest_experts,
-    warn_of_experts,
-)
+from cfsp.planning.importance import expert_scores, lost_output, strongest_experts, warn_of_experts
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.selection.constraint import Parameters, Share

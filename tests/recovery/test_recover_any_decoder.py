@@ -23,10 +23,7 @@ from cfsp.recovery.adaptation import (
     ranks_of,
     trained_parameters,
 )
-from cfsp.recovery.recover import (
-    copy_everything_else,
-    write_recovered_weights,
-)
+from cfsp.recovery.recover import copy_everything_else, write_recovered_weights
 from cfsp.recovery.settings import Adaptation
 from recoveries import recover, training
 

@@ -47,12 +47,7 @@ def fitted(job, ridge, windows) -> PruningResult:
     return repair_sequentially(job, ridge, windows)
 
 
-def job_for(
-    source: LoadedModel,
-    windows: Windows,
-    directory: Path,
-    budget: Budget = HALF,
-) -> Job:
+def job_for(source: LoadedModel, windows: Windows, directory: Path, budget: Budget = HALF) -> Job:
     compute = Compute("cpu", "float32", batch_windows=4)
     work_dir = WorkDir(directory, identity={"command": "test"})
     return job_of(
