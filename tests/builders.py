@@ -145,6 +145,12 @@ def parts_of(dropped: Dropped) -> tuple[Part, ...]:
     return tuple(part for part, blocks in gone.items() if blocks)
 
 
+def plan_of(*units: UnitPlan, removed: tuple[int, ...] = (), **criterion: Any) -> PruningPlan:
+    """Return a plan of a model that is nowhere."""
+    identity = ModelIdentity("m", "llama", "f")
+    return PruningPlan(identity, CRITERION | criterion, CALIBRATION, units, removed)
+
+
 def plan_keeping(
     source: WeightSource, kept_U: Sequence[tuple[int, ...]], dropped: Dropped
 ) -> PruningPlan:

@@ -7,14 +7,17 @@ takes a minute to convert, is converted only once on a machine.
 from __future__ import annotations
 
 import gc
+import io
 import multiprocessing
 import os
 import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,7 +40,10 @@ settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-LONG = ("test_kills.py", "test_studies.py", "test_families_command.py", "test_together.py")
+LONG = (
+    "test_kills.py", "test_studies.py", "test_families_command.py", "test_together.py",
+    "test_sharding.py", "test_core_only.py", "test_scale.py",
+)  # fmt: skip
 
 _WORDS = [
     "the", "of", "a", "model", "prunes", "keeps", "channel", "block", "weight", "token", "window",
@@ -141,6 +147,24 @@ def no_hub(monkeypatch) -> None:
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+
+
+@pytest.fixture
+def splits_here(request, monkeypatch) -> None:
+    """Lets llama.cpp split text in this process, except of the real model: another has to start."""
+    from cfsp.checkpoint import llama_cpp
+
+    def run(command: list[str], *, input: str, **_: Any) -> SimpleNamespace:
+        monkeypatch.setattr("sys.stdin", io.StringIO(input))
+        with redirect_stdout(io.StringIO()) as printed:
+            try:
+                llama_cpp._main(command[-1])
+            except SystemExit as ended:
+                return SimpleNamespace(returncode=ended.code)
+        return SimpleNamespace(returncode=0, stdout=printed.getvalue())
+
+    if request.node.get_closest_marker("real") is None:
+        monkeypatch.setattr(llama_cpp, "subprocess", SimpleNamespace(run=run))
 
 
 @pytest.fixture(scope="session")

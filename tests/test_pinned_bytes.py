@@ -32,14 +32,7 @@ from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.recovery.recover import recover_checkpoint
 from cfsp.recovery.settings import Adaptation, Limit, RecoverSettings, Training
-from cfsp.settings import (
-    Budget,
-    CalibrationText,
-    Compute,
-    Criterion,
-    LocalTraining,
-    PruneSettings,
-)
+from cfsp.settings import Budget, CalibrationText, Compute, Criterion, LocalTraining, PruneSettings
 
 PINNED = Path(__file__).parent / "pinned_bytes.json"
 

@@ -56,18 +56,14 @@ def test_work_within_work_speaks_no_oftener(clock, caplog):
     assert caplog.messages[0].startswith("plan: 20%, ")
 
 
-def test_short_work_is_quiet(clock, caplog):
+@pytest.mark.parametrize(("rank", "seconds"), [("0", 1), ("1", 3600)])
+def test_short_work_is_quiet_and_of_several_processes_one_speaks(
+    clock, caplog, monkeypatch, rank, seconds
+):
+    monkeypatch.setenv("RANK", rank)
     clock.seconds += 3600
     with item_progress("plan", 8, "block") as bar:
         for _ in range(8):
-            clock.seconds += 1
+            clock.seconds += seconds
             bar.update()
-    assert caplog.messages == []
-
-
-def test_of_several_processes_one_speaks(clock, caplog, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    with item_progress("plan", 8, "block") as bar:
-        clock.seconds += 3600
-        bar.update()
     assert caplog.messages == []

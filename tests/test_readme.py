@@ -41,6 +41,7 @@ def test_the_commands_run(
     page, tiny_checkpoint, text_file, other_text_file, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cfsp.quality.answers.ANSWER_TOKENS", 4)
     timed = ModelProcess.run  # a busy machine gives no verdict
     monkeypatch.setattr(ModelProcess, "run", lambda *args: replace(timed(*args), disturbance=0.0))
     model = str(tiny_checkpoint("llama"))

@@ -2,8 +2,9 @@
 
 16 windows of 256 tokens of Python's reference topics calibrate; perplexity is on 4 windows of other
 topics (`python-docs`), and of source code (`python-source`), which nothing was fitted to. Few
-windows and few steps, so that it takes two minutes of one core; with fewer, what another number of
-threads rounds moves the perplexity by a tenth. What more of both gives is in docs/RESULTS.md.
+windows and few steps, so that it takes a minute and a half of one core; with fewer, what another
+number of threads rounds moves the perplexity by a tenth. What more of both gives is in
+docs/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ SAMPLES, SEQLEN = 16, 256
 SPARSITY = 0.3
 MEASURED: dict[str, Any] = {"windows": 4, "seqlen": 256}
 
-# Perplexity on the two texts, at most: what was measured, and 3% for other processors.
+# Perplexity on the two texts, at most: what was measured, and 2% or 3% for other processors.
 FLOORS = {
     "dense": (20.5, 7.6),
-    "none": (25.3, 13.3),
-    "ridge": (23.4, 12.0),
-    "local": (23.4, 12.1),
+    "none": (25.3, 12.6),
+    "ridge": (23.4, 11.4),
+    "local": (23.4, 11.7),
 }
 
 REPAIRS = ("none", "ridge", "local")
@@ -57,8 +58,8 @@ def pruned(demo, tmp_path_factory) -> dict[str, Path]:
         return go_on(job, result, windows)
 
     with pytest.MonkeyPatch.context() as patch:
-        # A minute less, and widths as good.
-        patch.setattr(divergence, "LEAST_WINDOWS", 4)
+        # More than a minute less, and widths as good.
+        patch.setattr(divergence, "LEAST_WINDOWS", 2)
         patch.setattr(divergence, "BEGINNING_TOKENS", 64)
         patch.setattr(decide, "repair", repair)
         cfsp.prune(
@@ -125,9 +126,9 @@ def test_every_repair_gains_on_text_like_that_it_saw(measured):
 
 def test_widths_that_follow_the_blocks_beat_equal_ones(perplexities):
     docs, source = map(truediv, perplexities["equal"], perplexities["none"])
-    # Measured: 1.022 and 1.130.
+    # Measured: 1.018 and 1.318.
     assert docs > 1.01
-    assert source > 1.06
+    assert source > 1.15
 
 
 def test_pruned_model_writes_english(pruned):

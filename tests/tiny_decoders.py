@@ -36,7 +36,7 @@ SMALL = _called(
     # FFNs.
     (WIDTH, "intermediate_size intermediate_size_mlp ffn_dim decoder_ffn_dim encoder_ffn_dim"),
     (WIDTH, "n_inner ffn_hidden_size shared_intermediate_size shared_expert_intermediate_size"),
-    (WIDTH, "moe_shared_expert_intermediate_size"),
+    (WIDTH, "moe_shared_expert_intermediate_size shared_experts_intermediate_size"),
     (EXPERT_WIDTH, "moe_intermediate_size"),
     (EXPERTS, "num_experts num_local_experts n_routed_experts moe_num_experts"),
     (2, "num_experts_per_tok top_k_experts moe_k"),

@@ -24,11 +24,12 @@ from tiny_models import TINY_CONFIGS
 # FFNs and shared ones, blocks without an FFN, and text decoders of multimodal models.
 ALWAYS = (
     "gemma3", "gemma4", "qwen3_5", "qwen3_next", "gpt_oss", "deepseek_v3", "llama4", "nemotron_h",
-    "granitemoehybrid", "jamba", "lfm2", "falcon", "bloom", "qwen2_5_vl", "glm4v",
+    "granitemoehybrid", "lfm2", "falcon", "bloom", "qwen2_5_vl", "glm4v",
 )  # fmt: skip
 # Their FFNs are Llama's, or those of another one that is there.
 LIKE_OTHERS = (
-    "mistral", "qwen2", "qwen3", "gemma", "olmo2", "smollm3", "gemma3_text", "opt", "qwen3_moe",
+    "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo2", "smollm3", "gemma3_text", "granite",
+    "phi", "opt", "qwen3_moe",
 )  # fmt: skip
 THOROUGH = (
     "llama-biased", "phi3", "gpt2", "opt-projected", "qwen2_moe", "gemma3", "gpt_oss",

@@ -87,6 +87,7 @@ NUMBERS = [
     BadInput(f"{RECOVER} --learning-rate nan", "found nan", "--learning-rate must be above 0"),
     BadInput("bench {model} --rounds 0", "found 0", "at least 1 round"),
     BadInput("eval {model} --tasks piqa --limit 0", "found 0", "--limit must be at least 1"),
+    BadInput("eval {model} --tasks piqa --set shots=-1", "found -1", "--shots must be at least 0"),
 ]
 
 CASES = FLAGS + NUMBERS

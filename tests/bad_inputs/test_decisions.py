@@ -7,15 +7,7 @@ from typing import Any
 
 import torch
 
-from bad_inputs.catalogue import (
-    RECOVER,
-    BadInput,
-    Spoil,
-    cut,
-    edit_header,
-    refusals,
-    spoilt,
-)
+from bad_inputs.catalogue import RECOVER, BadInput, Spoil, cut, edit_header, refusals, spoilt
 from builders import edit_json, edit_tensors
 
 # What to do.
@@ -104,10 +96,7 @@ STATISTICS = [
         ("statistics version 9, expected", facts('"version": 6', '"version": 9')),
         (f"{IMPOSSIBLE} 1", sums(1, lambda t: t * torch.nan)),
         (f"{IMPOSSIBLE} 2", sums(2, lambda t: -t)),
-        (
-            f"{IMPOSSIBLE} 0",
-            facts('"distance_sum": ', '"distance_sum": NaN, "x": '),
-        ),
+        (f"{IMPOSSIBLE} 0", facts('"distance_sum": ', '"distance_sum": NaN, "x": ')),
         (f"{IMPOSSIBLE} 0", facts('"tokens": 128', '"tokens": 0')),
         (f"{IMPOSSIBLE} 0", facts('"tokens": 128', '"tokens": Infinity')),
         (

@@ -1,13 +1,15 @@
-"""The benchmark of large models, on the shape of a small one with few blocks."""
+"""The benchmarks of large models and of a GPU, on the CPU and on small shapes with few blocks."""
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
+import gpu
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import empty_model
 from cfsp.checkpoint.tensor_file import INDEX_FILE
@@ -86,3 +88,36 @@ def test_pruning_is_measured_and_keeps_the_promise(dense, tmp_path):
     assert run.io["rchar"] > weights
     assert run.io["wchar"] > weights / 2
     assert not list(tmp_path.iterdir())
+
+
+# The stages of the benchmark for a GPU.
+
+
+@pytest.mark.usefixtures("models_start_quickly")
+def test_all_stages_run(tmp_path, capsys, monkeypatch):
+    tiny = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4}
+    tiny |= {"num_key_value_heads": 2, "vocab_size": 258}
+    monkeypatch.setitem(SHAPES, gpu.TINY.shape, SHAPES[gpu.TINY.shape] | tiny)
+    out = tmp_path / "gpu.json"
+    gpu.main(["--tiny", "--directory", str(tmp_path), "--out", str(out)])
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads(out.read_text())
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu.json"}
+    stages = found["stages"]
+    assert list(stages) == [
+        *("checkpoint", "calibrate", "ridge 20%", "ridge 50%", "local 50%"),
+        "speed",
+    ]
+    assert all(stage["seconds"] > 0 for stage in stages.values())
+    assert set(stages["local 50%"]["result"]["passes"]) == {
+        *("coarse pass", "ridge", "sequential", "local")
+    }
+    dense, pruned = stages["speed"]["result"]["models"]
+    assert pruned["model"] == "50"
+    assert pruned["parameters"] < dense["parameters"]
+    assert pruned["workloads"][0]["decode"]["ideal_ratio"] > 1
+
+
+def test_what_does_not_begin_in_time_is_left_out(tmp_path, capsys):
+    gpu.main(["--tiny", "--directory", str(tmp_path), "--limit", "-1"])
+    assert set(json.loads(capsys.readouterr().out)["stages"].values()) == {None}

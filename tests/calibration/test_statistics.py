@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,21 +26,17 @@ from tiny_decoders import tiny_model
 
 
 @pytest.fixture(scope="module")
-def source(tiny_checkpoint: Callable[[str], Path]) -> Checkpoint:
+def source(tiny_checkpoint) -> Checkpoint:
     return Checkpoint(tiny_checkpoint("qwen2"))
 
 
 @pytest.fixture(scope="module")
-def windows(text_file: Path, tokenizer: Any) -> Windows:
+def windows(text_file, tokenizer) -> Windows:
     return draw_windows([str(text_file)], tokenizer, samples=9, seqlen=32)
 
 
 def gather(source: Checkpoint, windows: Windows, batch: int | None = None) -> Statistics:
-    return calibrate(
-        source,
-        windows,
-        Runtime(torch.device("cpu"), torch.float32, batch),
-    )
+    return calibrate(source, windows, Runtime(torch.device("cpu"), torch.float32, batch))
 
 
 def assert_statistics_close(actual: Statistics, expected: Statistics, scale: float = 1.0) -> None:

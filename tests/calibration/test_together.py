@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from commands import Command, ranks
 
 
 @pytest.fixture(scope="module")
-def text(text_file: Path) -> list[str]:
+def text(text_file) -> list[str]:
     return ["--data", str(text_file), "--samples", "9", "--seqlen", "32", "--batch-windows", "2"]
 
 

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import cfsp
-from builders import CALIBRATION, CRITERION, draw_windows, job_of
+from builders import draw_windows, job_of, plan_of
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import PlanError, UsageError
 from cfsp.planning.importance import LEAST_TOKENS
-from cfsp.planning.plan_file import ModelIdentity, PruningPlan
+from cfsp.planning.plan_file import PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.repair.ridge_pass import choose_and_repair
 from cfsp.settings import Budget, Compute, PruneSettings
@@ -99,8 +99,7 @@ def test_a_plan_of_experts_is_read_as_written_or_refused():
     entry = UnitPlan(0, 5, (0, 4, 5, 6, 12, 13), 0.1, 0.5, ffns=3, few_tokens={2: 7})
     assert [entry.kept_of(ffn) for ffn in range(3)] == [[0, 4], [0, 1], [2, 3]]
     assert entry.kept_width == 2
-    identity = ModelIdentity("m", "mixtral", "f")
-    plan = PruningPlan(identity, CRITERION, CALIBRATION, (entry,))
+    plan = plan_of(entry)
     text = plan.to_json()
     assert PruningPlan.from_json(text) == plan
     assert plan.experts_with_few_tokens == [{"block": 0, "expert": 2, "tokens": 7}]

@@ -213,11 +213,7 @@ def with_tensors(source: Path, target: Path, changes: dict[str, torch.Tensor | N
             {f"{UP}_scale_inv": torch.ones(5, 5)},
             "up_proj.weight_scale_inv is float32 of shape [5, 5], expected one number",
         ),
-        (
-            "fp8 in blocks",
-            {UP: torch.ones(96, 32)},
-            f"has {UP}_scale_inv beside {UP} in float32",
-        ),
+        ("fp8 in blocks", {UP: torch.ones(96, 32)}, f"has {UP}_scale_inv beside {UP} in float32"),
         (
             "mxfp4",
             {QUERIES: torch.ones(64, 32).to(torch.int8)},

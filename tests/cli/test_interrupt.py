@@ -9,13 +9,13 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import cfsp.__main__
 import cfsp.cli
 from builders import stop
+from forks import Job
 
 # Ctrl-C while the last command's module is imported.
 PROGRAM = """
@@ -66,18 +66,18 @@ def test_a_reader_that_reads_no_further_gets_no_traceback():
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])
-def test_output_that_cannot_be_written_is_one_sentence(flags):
+def test_output_that_cannot_be_written_is_one_sentence(forks, flags):
     """As on a full disk; `--json` is more than the buffer holds."""
-    with Path("/dev/full").open("w") as full:
-        ended = subprocess.run(
-            [sys.executable, "-m", "cfsp", "families", *flags],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-    assert ended.returncode == 2
-    assert ended.stderr == (
+    code = f"""
+import os, sys
+os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+sys.argv = ["cfsp", "families", *{flags}]
+from cfsp.__main__ import main
+sys.exit(main())
+"""
+    (ended,) = forks(Job("forks.run_code", {"code": code}))
+    assert (ended.status, ended.stderr) == (
+        2,
         "cfsp families: standard output cannot be written: No space left on device; the command "
-        "itself is done, only what it tells is lost\n"
+        "itself is done, only what it tells is lost\n",
     )

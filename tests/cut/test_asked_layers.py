@@ -28,7 +28,7 @@ from cfsp.selection.drop_order import check_can_go
 from cfsp.settings import PARTS, Budget, Criterion, Part, PruneSettings
 from cfsp.streaming import block_proof
 from cfsp.streaming.block_proof import prove_without_blocks
-from family_contract import SETTINGS, assert_same, by_plan, check_is_the_same
+from family_contract import SETTINGS, by_plan, check_is_the_same
 from stock import generated
 from tiny_decoders import tiny_model
 
@@ -58,7 +58,7 @@ def test_nothing_removed_is_the_model(save, text_file, tmp_path, name, parts):
 # Beside channels.
 
 
-def test_how_many_go_beside_channels_is_tried(llama, text_file, tokenizer, tmp_path):
+def test_how_many_go_beside_channels_is_tried(llama, text_file, tmp_path):
     parts: tuple[Part, ...] = ("ffn", *BOTH)
     asked: dict[str, Any] = {
         "parts": parts, "goal": goal_of_share(llama, parts, 0.45), "multiple": 1,
@@ -74,8 +74,6 @@ def test_how_many_go_beside_channels_is_tried(llama, text_file, tokenizer, tmp_p
     dropped = Dropped(plan.removed_blocks, plan.removed_attentions)
     units = Checkpoint(llama, parts=plan.parts).units
     assert [not each.kept for each in plan.units] == [dropped.takes(unit) for unit in units]
-    in_memory = cfsp.prune(cfsp.load(llama), tokenizer, **asked)
-    assert_same(in_memory.state_dict(), cfsp.load(tmp_path / "out").state_dict())
 
 
 @pytest.mark.parametrize(("parts", "repair"), [(("ffn",), "ridge"), (("ffn", "kv"), "local")])

@@ -118,9 +118,6 @@ WITHOUT_BLOCKS = {
 WITHOUT_EXPERTS = {
     "mixtral": Removal("mixtral", {}, half_of_experts, {"num_local_experts": 2}),
     "qwen2_moe": Removal("qwen2_moe", {}, half_of_experts, {"num_experts": 2}),
-    "qwen3_moe": Removal(
-        "qwen3_moe", {"num_experts": 6}, half_of_experts, {"num_local_experts": 3}
-    ),
     "granitemoe": Removal("granitemoe", {}, half_of_experts, {"num_local_experts": 2}),
     "gpt_oss": Removal("gpt_oss", {}, half_of_experts, {"num_local_experts": 2}),
     "llama4_text": Removal("llama4_text", {}, half_of_experts, {"num_local_experts": 2}),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import cfsp
-from builders import edit_json
+from builders import edit_json, plan_of
 from cfsp.architecture import expert_proof
 from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.expert_proof import masked_experts
@@ -23,13 +23,7 @@ from cfsp.calibration.observed import UnitStatistics
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError
-from cfsp.planning.importance import (
-    expert_scores,
-    lost_output,
-    strongest_experts,
-    warn_of_experts,
-)
-from cfsp.planning.plan_file import ModelIdentity, PruningPlan
+from cfsp.planning.importance import expert_scores, lost_output, strongest_experts, warn_of_experts
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.selection.constraint import Parameters, Share
 from cfsp.settings import Budget, Part
@@ -173,11 +167,6 @@ def test_experts_that_few_tokens_reached_are_told(caplog):
     caplog.clear()
     warn_of_experts(plan_of(replace(unit, kept=(0, 1, 16, 17))))
     assert "noisy scores, and their channels are chosen by their weights alone" in caplog.text
-
-
-def plan_of(unit: UnitPlan) -> PruningPlan:
-    identity = ModelIdentity("a", "mixtral", "b")
-    return PruningPlan(identity, {}, {}, (unit,))
 
 
 def test_one_plan_after_the_other_from_the_same_statistics(save, asked, tmp_path):

@@ -25,6 +25,7 @@ from ragged import cut, gguf_fields_of, tiny
 
 pytest.importorskip("gguf", reason="gguf is not installed: pip install '.[export]'")
 pytest.importorskip("llama_cpp_py_sync", reason="no llama.cpp: pip install '.[export]'")
+pytestmark = pytest.mark.usefixtures("splits_here")
 
 TEXTS = [
     "It's 12345 o'clock; we'll see -- THEY'LL see!\n\n\n  def f(x):\n\treturn x**2 # 7",

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError, UsageError
 from cfsp.exports.common import logits_of, reference_model
-from cfsp.exports.registry import export
+from cfsp.exports.registry import ExportReport, export
 from ragged import cut, half_of
 from tiny_models import DENSE_CONFIGS, build_tiny_model
 
@@ -25,45 +28,48 @@ THREE = ["gemma2", "gpt2", "phi3"]
 DECODED = sorted(DENSE_CONFIGS) if "CFSP_EVERY_FAMILY" in os.environ else THREE
 
 
+@pytest.fixture(scope="module")
+def exported(tokenizer, tmp_path_factory):
+    """Gives a checkpoint of a type, the directory of its export, and the report."""
+
+    def make(name: str) -> tuple[Checkpoint, Path, ExportReport]:
+        directory = tmp_path_factory.mktemp(name)
+        source = cut(build_tiny_model(name), tokenizer, directory)
+        return source, directory / "ov", export(source.directory, "openvino", directory / "ov")
+
+    return cache(make)
+
+
 # Sliding windows of 16 and 8 tokens are left behind within the steps of the verification.
 @pytest.mark.parametrize("name", DECODED)
-def test_decodes_as_transformers_does(tmp_path, tokenizer, name):
-    source = cut(build_tiny_model(name), tokenizer, tmp_path)
-    report = export(source.directory, "openvino", tmp_path / "ov")
+def test_decodes_as_transformers_does(exported, name):
+    source, out, report = exported(name)
     assert report.layout == "stateful OpenVINO model in f32"
     assert report.verification is not None
     assert report.verification.relative_error < 1e-5
 
     assert report.verification.max_difference < 1e-4
-    config = json.loads((tmp_path / "ov" / "config.json").read_text())
+    config = json.loads((out / "config.json").read_text())
     assert config["model_type"] == source.config.model_type
     assert "auto_map" not in config
-    assert not list((tmp_path / "ov").glob("*.safetensors"))
+    assert not list(out.glob("*.safetensors"))
 
 
-@pytest.fixture(scope="module")
-def llama(tokenizer, tmp_path_factory):
-    """A checkpoint and its export."""
-    directory = tmp_path_factory.mktemp("llama")
-    source = cut(build_tiny_model("llama"), tokenizer, directory)
-    export(source.directory, "openvino", directory / "ov", verify=False)
-    return source, directory / "ov"
-
-
-def test_inputs_are_those_that_runtimes_expect(llama):
+def test_inputs_are_those_that_runtimes_expect(exported):
     import openvino
 
-    model = openvino.Core().read_model(llama[1] / "openvino_model.xml")
+    _, out, _ = exported("phi3")
+    model = openvino.Core().read_model(out / "openvino_model.xml")
     names = {port.get_any_name() for port in model.inputs}
     assert names == {"input_ids", "attention_mask", "position_ids", "beam_idx"}
     assert [port.get_any_name() for port in model.outputs] == ["logits"]
 
 
-def test_two_rows_and_padding(llama):
+def test_two_rows_and_padding(exported):
     import numpy as np
     import openvino
 
-    source, out = llama
+    source, out, _ = exported("phi3")
     compiled = openvino.Core().compile_model(
         out / "openvino_model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
@@ -91,9 +97,10 @@ def test_half_precision(tmp_path, tokenizer):
         export(source.directory, "openvino", tmp_path / "no", weight_type="q8_0")
 
 
-def test_what_it_cannot_express_or_trace_is_refused(llama, tmp_path, monkeypatch):
+def test_what_it_cannot_express_or_trace_is_refused(tokenizer, tmp_path, monkeypatch):
     from cfsp.exports.openvino import _Step
 
+    source = cut(build_tiny_model("llama"), tokenizer, tmp_path)
     attend = _Step._attention
 
     def with_sinks(*args: Any, **options: Any) -> Any:
@@ -106,11 +113,11 @@ def test_what_it_cannot_express_or_trace_is_refused(llama, tmp_path, monkeypatch
         patch.setattr(_Step, "_attention", with_sinks)
         message = "no attention with sinks; use --to gguf or --to vllm$"
         with pytest.raises(ExportError, match=message):
-            export(llama[0].directory, "openvino", tmp_path / "ov")
+            export(source.directory, "openvino", tmp_path / "ov")
     monkeypatch.setattr("openvino.convert_model", broken)
     message = "cannot trace LlamaForCausalLM: RuntimeError: no such operator; use --to gguf or --to"
     with pytest.raises(ExportError, match=f"{message} vllm$"):
-        export(llama[0].directory, "openvino", tmp_path / "ov")
+        export(source.directory, "openvino", tmp_path / "ov")
     assert not (tmp_path / "ov").exists()
 
 

@@ -1,10 +1,15 @@
-"""The one way through all targets: what is refused, and that nothing is left behind."""
+"""The one way through all targets: what it tells, what is refused, that nothing is left behind."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from cfsp.checkpoint.output import remove_abandoned
+from cfsp.cli import export as export_command
 from cfsp.errors import ExportError, OutputError, UsageError
+from cfsp.exports import registry
 from cfsp.exports.registry import export
 from ragged import cut
 from tiny_models import build_tiny_model
@@ -15,10 +20,42 @@ def source(tmp_path, tokenizer):
     return cut(build_tiny_model("llama"), tokenizer, tmp_path)
 
 
+def test_targets_are_those_of_the_registry():
+    assert tuple(registry.TARGETS) == export_command.TARGETS
+
+
+def test_json_people_and_python_are_told_the_same(source, tmp_path, command):
+    argv = ["export", source.directory, "--to", "vllm", "--out"]
+    out, err = command(*argv, tmp_path / "a", "--json")
+    told = json.loads(out)
+    assert told["target"] == "vllm"
+    assert told["out"] == str(tmp_path / "a")
+    assert told["verification"] is None
+    assert "note: vLLM loads it with --trust-remote-code" in err
+
+    written = tmp_path / "b"
+    out = command(*argv, written).out
+    assert "DeciLMForCausalLM, 3 blocks of 32 to 96 channels" in out
+    assert "not verified" in out
+    serve = f"vllm serve {written} --trust-remote-code"
+    assert out.endswith(f"written to {written}\nserve it: {serve}\n")
+
+    report = export(source.directory, "vllm", str(tmp_path / "d")).to_json()
+    for own in ("out", "seconds", "serve"):
+        del report[own], told[own]
+    assert report == told
+
+
+def test_what_a_killed_export_left_is_removed(tmp_path):
+    gone = 2**22 + 1  # beyond the largest number of a process
+    for ending in ("", ".full"):
+        (tmp_path / f".a.gguf.partial-{gone}{ending}").write_text("half")
+    remove_abandoned(tmp_path / "a.gguf")
+    assert not list(tmp_path.iterdir())
+
+
 def test_bad_requests(source, tmp_path):
-    with pytest.raises(UsageError, match="unknown target 'onnx'; expected one of gguf, vllm"):
-        export(source.directory, "onnx", tmp_path / "x")
-    with pytest.raises(UsageError, match="unknown target 'padded'; the padded copy went"):
+    with pytest.raises(UsageError, match=r"unknown target 'padded'; the padded .* of gguf, vllm"):
         export(source.directory, "padded", tmp_path / "x")
     with pytest.raises(UsageError, match="--pre-tokenizer belongs to gguf; openvino keeps"):
         export(source.directory, "openvino", tmp_path / "x", pre_tokenizer="qwen2")

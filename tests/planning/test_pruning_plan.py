@@ -35,7 +35,7 @@ def units(draw: st.DrawFn) -> tuple[UnitPlan, ...]:
 
 @st.composite
 def unit(draw: st.DrawFn, block: int, path: str = "") -> UnitPlan:
-    width = draw(st.integers(1, 300))
+    width = draw(st.integers(1, 100))
     kept = draw(st.sets(st.integers(0, width - 1), min_size=1))
     share = st.floats(0, 1, allow_nan=False)
     return UnitPlan(

@@ -38,18 +38,14 @@ from cfsp.quality.tasks.selection import (
 from cfsp.result.names import short_names
 from cfsp.settings import Compute, EvaluationText
 
+_AS_NAMED = ("piqa", "arc_easy", "arc_challenge", "boolq", "winogrande", "hellaswag", "mmlu")
 FILES = {
-    "piqa": "piqa.jsonl",
-    "arc_easy": "arc_easy.jsonl",
-    "arc_challenge": "arc_challenge.jsonl",
+    **{task: f"{task}.jsonl" for task in _AS_NAMED},
     "openbookqa": "openbook_qa.jsonl",
-    "boolq": "boolq.jsonl",
-    "winogrande": "winogrande.jsonl",
-    "hellaswag": "hellaswag.jsonl",
     "lambada_openai": "lambada.jsonl",
-    "mmlu": "mmlu.jsonl",
 }
 LETTERS = ["A", "B", "C", "D"]
+MMLU_BEGINS = "The following are multiple choice questions (with answers) about astronomy."
 # Of the harness, with these tasks and those of MMLU.
 FOLDERS = (
     "arc", "hellaswag", "lambada", "mmlu", "openbookqa", "piqa", "super_glue", "winogrande",
@@ -100,11 +96,8 @@ def _documents(task: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
                 query = f"Act: {passage}. {asked.capitalize()}"
             case "mmlu":
                 original = {"question": asked, "choices": choices, "answer": gold}
-                begin = (
-                    "The following are multiple choice questions (with answers) about astronomy."
-                )
                 options = [f"{a}. {choice}" for a, choice in zip(LETTERS, choices, strict=True)]
-                query = "\n".join([begin, "", asked, *options, "Answer:"])
+                query = "\n".join([MMLU_BEGINS, "", asked, *options, "Answer:"])
                 choices = LETTERS
         yield original, {"query": query, "choices": choices, "gold": gold}
 
@@ -239,7 +232,9 @@ def test_shots_and_limit_reach_the_harness_which_asks_git_nothing(
     assert "git" not in capfd.readouterr().err
 
 
-def test_paper_suite_is_one_name():
+def test_a_selection_has_a_task_and_the_paper_suite_is_one_name():
+    with pytest.raises(UsageError, match="at least one task"):
+        TaskSelection(())
     assert TaskSelection(("cfsp-paper",)).task_names == list(PAPER_SUITE)
     assert TaskSelection(("piqa", "cfsp-paper")).task_names[0] == "piqa"
     assert len(PAPER_SUITE) == 8
@@ -403,10 +398,3 @@ def test_missing_task_file_is_told_before_the_first_forward_pass(
     missing = f"cannot read the task file {tmp_path / 'piqa.jsonl'}"
     assert missing in command(*argv, tmp_path, status=2).err
     assert "does not exist" in command(*argv, tmp_path / "absent", status=2).err
-
-
-def test_impossible_selection_is_an_error():
-    with pytest.raises(UsageError, match="at least one task"):
-        TaskSelection(())
-    with pytest.raises(UsageError, match="--shots must be at least 0, found -1"):
-        TaskSelection(("piqa",), shots=-1)

@@ -12,18 +12,18 @@ from recoveries import recover
 
 
 @pytest.fixture
-def out(tmp_path: Path) -> Path:
+def out(tmp_path) -> Path:
     return tmp_path / "out"
 
 
 @pytest.fixture
-def recovered(pruned: Path, out: Path, text_file: Path) -> Callable[..., RecoverReport]:
+def recovered(pruned, out, text_file) -> Callable[..., RecoverReport]:
     """Recovers a model into `out`."""
     return lambda of=pruned, **options: recover(of, out, text_file, **options)
 
 
 @pytest.fixture(scope="session")
-def plain(pruned: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain(pruned, text_file, tmp_path_factory) -> Path:
     """What a recovery by all defaults of these tests gives."""
     out = tmp_path_factory.mktemp("plain") / "out"
     recover(pruned, out, text_file)

@@ -23,18 +23,15 @@ from cfsp.recovery.adaptation import (
     ranks_of,
     trained_parameters,
 )
-from cfsp.recovery.recover import (
-    copy_everything_else,
-    write_recovered_weights,
-)
+from cfsp.recovery.recover import copy_everything_else, write_recovered_weights
 from cfsp.recovery.settings import Adaptation
 from recoveries import recover, training
 
 # Blocks without an FFN, several in a block, other names in files than in memory, matrices of
 # classes of their own. Adapters stay off experts, off biases and off what fused kernels take.
-BY_ADAPTERS = ("jamba", "nemotron_h", "falcon", "gemma3", "deepseek_v3")
+BY_ADAPTERS = ("nemotron_h", "falcon", "gemma3", "deepseek_v3")
 # Full training does not; transposed experts, and routers of classes of their own.
-IN_FULL = ("nemotron_h", "gpt_oss", "granitemoehybrid", "qwen3_next", "llama4_text")
+IN_FULL = ("nemotron_h", "gpt_oss", "granitemoehybrid", "llama4_text")
 TOKENS_BT = torch.arange(2, 42).view(2, 20)
 
 

@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import ByT5Tokenizer, LlamaConfig
 
-from builders import CALIBRATION, CRITERION
+from builders import plan_of
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.errors import PlanError, TextError, UsageError
-from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.recovery import loss as module
 from cfsp.recovery.adaptation import allocate_ranks, ranks_of
@@ -36,7 +35,7 @@ CHAT = (
 
 
 @pytest.fixture
-def chat_tokenizer(tokenizer: Any) -> Any:
+def chat_tokenizer(tokenizer) -> Any:
     changed = copy.deepcopy(tokenizer)
     changed.chat_template = CHAT
     return changed
@@ -176,8 +175,7 @@ def test_proportional_where_no_rounding_is_needed():
 def test_blocks_without_an_ffn_get_the_mean_importance(tmp_path):
     units = [UnitPlan(block, 8, (0, 1), 0.1, importance, path="mlp")
              for block, importance in ((0, 0.2), (2, 0.6), (2, 0.6))]  # fmt: skip
-    plan = PruningPlan(ModelIdentity("m", "llama", "f"), CRITERION, CALIBRATION, tuple(units))
-    plan.save(tmp_path / PLAN_FILE)
+    plan_of(*units).save(tmp_path / PLAN_FILE)
     of_ffns = SimpleNamespace(units=units)
     architecture = SimpleNamespace(block_count=3, of_part=lambda part: of_ffns)
     config = LlamaConfig(hidden_size=10, num_attention_heads=1)
@@ -194,9 +192,7 @@ def test_blocks_without_an_ffn_get_the_mean_importance(tmp_path):
     with pytest.raises(PlanError, match=r"describes 3 FFNs, the model has 2 in 3 blocks"):
         ranks_of(source, Adaptation(rank=10, allocation="importance"))
     units[0] = UnitPlan(0, 8, (0, 1), 0.1, 0.0, path="mlp")
-    PruningPlan(ModelIdentity("m", "llama", "f"), CRITERION, CALIBRATION, tuple(units[:2])).save(
-        tmp_path / PLAN_FILE
-    )
+    plan_of(*units[:2]).save(tmp_path / PLAN_FILE)
     with pytest.raises(UsageError, match=r"found 0\.0; use --rank-allocation uniform"):
         ranks_of(source, Adaptation(rank=10, allocation="importance"))
 
@@ -208,7 +204,7 @@ N, D, V = 11, 8, 37
 
 
 @pytest.fixture(autouse=True)
-def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_slices(monkeypatch) -> None:
     # Four tokens a slice: the last slice is not full.
     monkeypatch.setattr(module, "_LEAST_ROWS", 4)
     monkeypatch.setattr(module, "_SLICE_ELEMENTS", 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ STEPS = 4
 
 
 @pytest.fixture
-def argv(pruned: Path, text_file: Path) -> list[str]:
+def argv(pruned, text_file) -> list[str]:
     options = {"seqlen": 32, "steps": STEPS, "evaluations": 1, "learning-rate": 3e-3}
     given = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return ["recover", str(pruned), "--data", str(text_file), *given]
@@ -45,11 +44,7 @@ def check_alike(one: Path, many: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def without_parts(
-    tiny_checkpoint: Callable[[str], Path],
-    text_file: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
+def without_parts(tiny_checkpoint, text_file, tmp_path_factory) -> Path:
     """A model without a block, an attention, KV groups and channels."""
     place, pruned = tmp_path_factory.mktemp("without"), tiny_checkpoint("llama")
     steps: list[dict[str, Any]] = [
@@ -116,12 +111,9 @@ raise SystemExit(main(ARGV))
 """
 
 
-@pytest.mark.parametrize("options", [[], ["--shard"]])
-def test_the_others_wait_in_the_team_for_what_the_first_measures(
-    forks, argv, text_file, tmp_path, options
-):
+def test_the_others_wait_in_the_team_for_what_the_first_measures(forks, argv, text_file, tmp_path):
     """And not for another group to open, which has an end."""
-    argv += ["--rank", "2", "--eval", str(text_file), "--windows", "1", *options]
+    argv += ["--rank", "2", "--eval", str(text_file), "--windows", "1", "--shard"]
     argv += ["--out", str(tmp_path / "out")]
     code = MEASURING.replace("ARGV", repr(argv))
     ended = forks.code(code, *ranks(2))

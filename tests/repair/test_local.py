@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,6 @@ from cfsp.streaming.stand_in import hidden_states_entering
 from cfsp.text.windows import Windows
 from tiny_models import BLOCKS, DENSE_CONFIGS, TRAINED, WIDTH, build_tiny_model
 
-Checkpoints = Callable[[str], Path]
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 
 
@@ -130,7 +129,7 @@ def test_every_block_is_in_one_group(together, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def text(text_file: Path) -> list[str]:
+def text(text_file) -> list[str]:
     return ["--data", str(text_file), "--samples", "33", "--seqlen", "32", "--multiple", "4",
             "--sparsity", "0.5"]  # fmt: skip
 
@@ -145,19 +144,19 @@ def pruned(argv: list[str], out: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def argv(tiny_checkpoint: Checkpoints, text: list[str]) -> Iterator[list[str]]:
+def argv(tiny_checkpoint, text) -> Iterator[list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local_repair, "BLOCKS", 1)
         yield ["prune", str(tiny_checkpoint("llama")), *text]
 
 
 @pytest.fixture(scope="module")
-def local(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def local(argv, tmp_path_factory) -> Path:
     return pruned([*argv, *LOCAL], tmp_path_factory.mktemp("local") / "out")
 
 
 @pytest.fixture(scope="module")
-def ridge(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ridge(argv, tmp_path_factory) -> Path:
     return pruned(argv, tmp_path_factory.mktemp("ridge") / "out")
 
 

@@ -16,7 +16,7 @@ from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.cli import main
 from cfsp.selection import speedup
 from cfsp.streaming.work_dir import PassState
-from commands import Command, Commands, ranks
+from commands import Command, ranks
 from forks import Finished
 from tiny_models import BLOCKS
 
@@ -24,13 +24,13 @@ ASKED = ["--sparsity", "0.4", "--multiple", "8", "--dtype", "float32"]
 
 
 @pytest.fixture(scope="module")
-def argv_of(tiny_checkpoint: Callable[[str], Path], text_file: Path) -> Callable[..., list[str]]:
+def argv_of(tiny_checkpoint, text_file) -> Callable[..., list[str]]:
     text = ["--data", str(text_file), "--samples", "10", "--seqlen", "32", "--batch-windows", "2"]
     return lambda name, asked: ["prune", str(tiny_checkpoint(name)), *text, *asked]
 
 
 @pytest.fixture(scope="module")
-def argv(argv_of: Callable[..., list[str]]) -> list[str]:
+def argv(argv_of) -> list[str]:
     return argv_of("llama", ASKED)
 
 
@@ -38,7 +38,7 @@ Finish = Callable[..., list[Finished]]
 
 
 @pytest.fixture
-def finish(commands: Commands, tmp_path: Path) -> Finish:
+def finish(commands, tmp_path) -> Finish:
     """Run a command in several processes; check that it ends, with what one process makes."""
 
     def run(argv: list[str], size: int) -> list[Finished]:

@@ -54,7 +54,7 @@ def source() -> Any:
 
 
 @pytest.fixture(scope="module")
-def windows(text_file: Path, tokenizer: Any) -> Windows:
+def windows(text_file, tokenizer) -> Windows:
     return draw_windows([str(text_file)], tokenizer, samples=12, seqlen=32)
 
 

@@ -186,7 +186,7 @@ def test_one_window_is_too_little_and_that_is_said_before_any_pass(
 
 
 @pytest.fixture
-def arguments(model: Path, text_file: Path, tmp_path: Path) -> list[str]:
+def arguments(model, text_file, tmp_path) -> list[str]:
     """Prune a model by a short text of the test's own."""
     text = tmp_path / "text.txt"
     text.write_text(text_file.read_text(encoding="utf-8")[:20_000], encoding="utf-8")

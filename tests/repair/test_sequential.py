@@ -27,32 +27,27 @@ HALF = Budget(0.5, multiple=4)
 
 
 @pytest.fixture(scope="module")
-def windows(text_file: Path, tokenizer: Any) -> Windows:
+def windows(text_file, tokenizer) -> Windows:
     return draw_windows([str(text_file)], tokenizer, samples=65, seqlen=32, seed=0)
 
 
 @pytest.fixture(scope="module")
-def job(windows: Windows, tmp_path_factory: pytest.TempPathFactory) -> Job:
+def job(windows, tmp_path_factory) -> Job:
     source = LoadedModel(build_tiny_model("llama"))
     return job_for(source, windows, tmp_path_factory.mktemp("work"))
 
 
 @pytest.fixture(scope="module")
-def ridge(job: Job) -> PruningResult:
+def ridge(job) -> PruningResult:
     return decide(job)[0]
 
 
 @pytest.fixture(scope="module")
-def fitted(job: Job, ridge: PruningResult, windows: Windows) -> PruningResult:
+def fitted(job, ridge, windows) -> PruningResult:
     return repair_sequentially(job, ridge, windows)
 
 
-def job_for(
-    source: LoadedModel,
-    windows: Windows,
-    directory: Path,
-    budget: Budget = HALF,
-) -> Job:
+def job_for(source: LoadedModel, windows: Windows, directory: Path, budget: Budget = HALF) -> Job:
     compute = Compute("cpu", "float32", batch_windows=4)
     work_dir = WorkDir(directory, identity={"command": "test"})
     return job_of(
@@ -149,7 +144,7 @@ def test_blocks_at_gaps():
 
 
 @pytest.fixture(scope="module")
-def asked(text_file: Path) -> dict[str, Any]:
+def asked(text_file) -> dict[str, Any]:
     return {
         "parts": "blocks", "sparsity": 0.34, "data": [text_file], "samples": 12, "seqlen": 64,
         "device": "cpu",

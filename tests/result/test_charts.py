@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from builders import CALIBRATION, CRITERION
-from cfsp.planning.plan_file import ModelIdentity, PruningPlan
+from builders import CALIBRATION, CRITERION, plan_of
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.result.card import Origin, model_card
 from cfsp.result.facts import NOTHING
@@ -32,7 +31,7 @@ REJECTED = FITTED | {"error_after": 0.5, "kept": False, "strength": None}
 
 
 def run_of(units: tuple[UnitPlan, ...], entries: list[Any]) -> RunFacts:
-    plan = PruningPlan(ModelIdentity("m", "qwen2_moe", "f"), CRITERION, CALIBRATION, units)
+    plan = plan_of(*units)
     manifest = {
         "base_model": asdict(plan.model),
         "widths_before": [unit.width for unit in units],
@@ -75,10 +74,7 @@ def planned(name: str = "run", removed: tuple[int, ...] = (), **criterion: Any) 
         units = [
             replace(unit, kept=() if unit.block in removed else tuple(range(4))) for unit in units
         ]
-    plan = PruningPlan(
-        ModelIdentity("m", "llama", "f"), CRITERION | criterion, CALIBRATION, tuple(units), removed
-    )
-    return RunFacts(name, Path(name), {}, (), plan)
+    return RunFacts(name, Path(name), {}, (), plan_of(*units, removed=removed, **criterion))
 
 
 LARGEST = "Importance is relative to the largest."

@@ -20,13 +20,7 @@ from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.selection import goal as goals
 from cfsp.selection.constraint import STEPS
-from cfsp.settings import (
-    Budget,
-    CalibrationText,
-    PruneSettings,
-    TargetKVCache,
-    TargetParameters,
-)
+from cfsp.settings import Budget, CalibrationText, PruneSettings, TargetKVCache, TargetParameters
 from tiny_models import BLOCKS, TINY_CONFIGS, WIDTH, build_tiny_model
 
 

@@ -178,10 +178,7 @@ def summed(hidden: Tensor, layers: nn.ModuleList) -> Tensor:
     ("through", "words"),
     [
         (summed, r"what comes after the last block \(Layer\) needs more"),
-        (
-            each(lambda layer, x: layer(x, x.mean())),
-            r"argument 0 of block 1 \(Layer\) is made",
-        ),
+        (each(lambda layer, x: layer(x, x.mean())), r"argument 0 of block 1 \(Layer\) is made"),
         (each(lambda layer, x: layer(x)["h"]), "Layer cannot be run by itself"),
     ],
     ids=["summing", "feeding", "unpacking"],

@@ -77,9 +77,10 @@ def test_every_method_makes_every_sparsity_at_the_same_size(sweep, text_file):
 
 
 def test_it_asks_the_dense_model_once_and_compares_with_it(
-    tiny_checkpoint, text_file, tmp_path, noted
+    tiny_checkpoint, text_file, tmp_path, noted, monkeypatch
 ):
     pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+    monkeypatch.setattr("cfsp.quality.answers.ANSWER_TOKENS", 4)
     (tmp_path / "tasks").mkdir()
     lines = [
         {"query": f"Question: {number}", "choices": ["one river", "two stones"], "gold": number % 2}

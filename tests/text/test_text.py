@@ -68,8 +68,7 @@ def write_parquet(path: Path, column: str) -> Path:
 
 @pytest.mark.parametrize("column", ["text", "body"])
 @pytest.mark.parametrize(
-    ("write", "name"),
-    [(write_jsonl, "a.jsonl"), (write_parquet, "a.parquet")],
+    ("write", "name"), [(write_jsonl, "a.jsonl"), (write_parquet, "a.parquet")]
 )
 def test_records(write, name, column, tmp_path):
     path = write(tmp_path / name, column)

@@ -19,14 +19,7 @@ from cfsp.pipeline import prune_checkpoint
 from cfsp.quality.evaluate import evaluate_models
 from cfsp.recovery.recover import recover_checkpoint
 from cfsp.recovery.settings import Limit, RecoverSettings, Training
-from cfsp.settings import (
-    Budget,
-    Compute,
-    EvaluationText,
-    PruneSettings,
-    Text,
-    texts_of,
-)
+from cfsp.settings import Budget, Compute, EvaluationText, PruneSettings, Text, texts_of
 from cfsp.text import records as of_data
 from cfsp.text import sources
 from cfsp.text.records import Record
