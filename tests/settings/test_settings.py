@@ -113,6 +113,7 @@ def test_options_are_found_by_their_names():
 def test_a_text_is_read_as_on_a_command_line():
     found = from_names(Budget, {"multiple": "auto"}, sparsity="20%", parts="ffn,kv")
     assert found == Budget(0.2, parts=("ffn", "kv"))
+    assert Budget(keep=0).keep == ("0",)  # type: ignore[arg-type]
     assert from_names(Compute, {"memory_budget": "2GB"}).memory_budget == 2_000_000_000
     with pytest.raises(UsageError, match=r"found 'float31'; did you mean float32\?"):
         from_names(Compute, {"dtype": "float31"})
@@ -163,6 +164,21 @@ def test_what_is_no_model(models, message):
     for ask in (partial(cfsp.evaluate, data="mixed"), cfsp.bench):
         with pytest.raises(CfspError, match=message):
             ask(models)
+
+
+@pytest.mark.parametrize("out", [None, 3])
+def test_what_is_no_output(out):
+    for ask in (partial(cfsp.prune, sparsity=0.2), cfsp.recover, partial(cfsp.export, to="gguf")):
+        with pytest.raises(UsageError, match=rf"needs out=|expected out=, .* found {out}"):
+            ask("no-model", out=out)
+
+
+def test_a_model_is_not_printed_where_its_name_is_expected():
+    found = "path of a model, found a object"
+    with pytest.raises(CfspError, match=found):
+        cfsp.evaluate("no-model", "mixed", against=object())  # type: ignore[arg-type]
+    with pytest.raises(CfspError, match=found):
+        cfsp.recover("no-model", out="out", teacher=object())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

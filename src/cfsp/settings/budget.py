@@ -261,7 +261,8 @@ class Budget(Declared):
                 "whole experts go alone, found --parts "
                 f"{','.join(self.parts)}: give --parts experts, then prune the result again"
             )
-        object.__setattr__(self, "keep", tuple(map(str, _names(self.keep or ()))))
+        keep = () if self.keep is None else _names(self.keep)
+        object.__setattr__(self, "keep", tuple(map(str, keep)))
         if self.keep and "experts" in self.parts:
             raise UsageError(
                 "--keep is not for --parts experts: equally many go of every block, so that a "
