@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -319,18 +320,17 @@ class Parameters(Constraint):
         """More than can go: all that may go whole, and all channels of the rest that may go."""
         budget = self.budget
         sizes = DropSizes.of(self.source, budget.whole_parts, budget.keep)
-
-        def of_blocks(blocks: Sequence[int]) -> int:
-            attentions = sizes.attention_of.keys() - {*blocks}
-            gone = Dropped(tuple(blocks), tuple(sorted(attentions)))
-            rest = model_size(self.source, gone, budget.keep).of_parts(budget.channel_parts).units
-            channels = sum(unit.width * unit.channel_parameters for unit in rest if not unit.stays)
-            return sizes.parameters(gone) + channels
-
-        every = [*sizes.block_of]
-        if sizes.some_stay or not every:
-            return of_blocks(every)
-        return max(of_blocks([each for each in every if each != stays]) for stays in every)
+        units = model_size(self.source, keep=budget.keep).units
+        # Of each block as long as it stays: its attention, and channels.
+        of_staying = Counter(sizes.attention_of)
+        for unit, size in zip(self.source.units, units, strict=True):
+            goes_whole = unit.part == "kv" and unit.block in sizes.attention_of
+            if unit.part in budget.channel_parts and not (size.stays or goes_whole):
+                of_staying[unit.block] += size.width * size.channel_parameters
+        most = sum({**of_staying, **sizes.block_of}.values())
+        if sizes.some_stay or not sizes.block_of:
+            return most
+        return most - min(size - of_staying[each] for each, size in sizes.block_of.items())
 
 
 def half_dropped(source: WeightSource, budget: Budget) -> DropBudget:
