@@ -208,8 +208,11 @@ def test_a_loss_that_is_nan_stops_and_leaves_nothing(recovered, tmp_path, monkey
         return sound(*args) * (float("nan") if steps >= bad else 1.0)
 
     monkeypatch.setattr("cfsp.recovery.loss.language_model_loss", breaking)
-    with pytest.raises(RecoveryError, match=rf"{words}; .*lower"):
+    # It is in float32 already, which helps where training is in bfloat16.
+    with pytest.raises(RecoveryError, match=rf"{words}; .*lower --learning-rate$"):
         recovered(training=training(6, evaluations=6))
+    in_bfloat16 = cfsp.recovery.loss.diverged(3, "the loss", in_bfloat16=True)
+    assert str(in_bfloat16).endswith("a lower --learning-rate, or in --dtype float32")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -240,11 +240,11 @@ def _outputs(output_BTD: Tensor, head: Any) -> Outputs:
     return Outputs(output_BTD[:, :-1].flatten(0, 1), None if head is None else head.weight)
 
 
-def diverged(step: int, what: str) -> RecoveryError:
+def diverged(step: int, what: str, *, in_bfloat16: bool) -> RecoveryError:
     """Return the error of a loss that is not finite."""
     return RecoveryError(
-        f"{what} is NaN or infinite at step {step}; "
-        "start again with a lower --learning-rate, or in --dtype float32"
+        f"{what} is NaN or infinite at step {step}; start again with a lower --learning-rate"
+        + (", or in --dtype float32" if in_bfloat16 else "")
     )
 
 

@@ -345,7 +345,7 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Say where the run is, and begin to train after the evaluation before the first step."""
         schedule, loss, step = self.schedule, metrics["eval_loss"], state.global_step
         if not math.isfinite(loss):
-            raise diverged(step, "the held-out loss")
+            raise diverged(step, "the held-out loss", in_bfloat16=args.bf16)
         entry = {"step": step, "held_out": round(loss, 6)}
         if math.isfinite(self._loss):
             entry["loss"] = round(self._loss, 4)

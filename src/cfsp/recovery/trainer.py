@@ -145,7 +145,8 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         """Train on one batch, and stop if the loss is not finite."""
         loss: Tensor = super().training_step(*args, **kwargs)
         if not math.isfinite(float(loss)):
-            raise diverged(self.state.global_step + 1, "the loss")
+            step = self.state.global_step + 1
+            raise diverged(step, "the loss", in_bfloat16=self.args.bf16)
         return loss
 
 
