@@ -65,7 +65,8 @@ def decide(job: Job, known: Known = NOTHING_KNOWN) -> tuple[PruningResult, dict[
             _drawn(job)  # before models are timed
     job, constraint = constraint_of(job)
     drawn = _drawn(job) if statistics is None or job.budget.compares else None
-    announce(job.source, job.settings, None if drawn is None else len(drawn.tokens_NT))
+    count = None if drawn is None else len(drawn.tokens_NT)
+    announce(job.source, job.settings, count, known.told)
     if statistics is None:
         if job.settings.repairs and job.budget.channel_parts and not constraint.needs_statistics:
             return _choose_and_repair(job, constraint)

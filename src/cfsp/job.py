@@ -24,6 +24,7 @@ class Known:
 
     statistics: Statistics | None = None
     plan: PruningPlan | None = None  # excludes a goal
+    told: set[str] | None = None  # doubts that are not said again; None where each is
 
 
 NOTHING_KNOWN = Known()

@@ -81,7 +81,7 @@ class PruningCost:
 
 
 def pruning_cost(source: WeightSource, out: Path, settings: PruneSettings) -> PruningCost:
-    """Return what a prune will take; no weight is read.
+    """Return what a prune will take; hardly a weight is read.
 
     `out` is where the smaller model is to go, or a directory on the same disk; it need not exist.
     The settings are without local repair; a text with fewer windows than asked for is not noticed.
@@ -192,16 +192,27 @@ def _memory_bytes(
     return peak + _INTERPRETER_BYTES + _TOKEN_BYTES * vocabulary
 
 
-def announce(source: WeightSource, settings: PruneSettings, windows: int | None = None) -> None:
-    """Say what a pruning will come to, and where it is worth little; see `doubts`."""
+def announce(
+    source: WeightSource,
+    settings: PruneSettings,
+    windows: int | None = None,
+    told: set[str] | None = None,
+) -> None:
+    """Say what a pruning will come to, and where it is worth little; see `doubts`.
+
+    A sweep says each doubt once: those that it `told` are left out, and the others added.
+    """
     if (size := size_after(source, settings)) is not None:
         before = parameter_count(source)
         log.info(
             f"{human_count(before)} parameters -> about {human_count(size[0])} "
             f"({size[0] / before - 1:+.1%}), {human_bytes(size[1])} of weights"
         )
+    told = set() if told is None else told
     for doubt in doubts(source, settings, windows):
-        log.warning("%s", doubt)
+        if doubt not in told:
+            told.add(doubt)
+            log.warning("%s", doubt)
 
 
 def size_after(source: WeightSource, settings: PruneSettings) -> tuple[int, int] | None:

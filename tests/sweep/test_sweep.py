@@ -77,7 +77,7 @@ def test_every_method_makes_every_sparsity_at_the_same_size(sweep, text_file):
 
 
 def test_it_asks_the_dense_model_once_and_compares_with_it(
-    tiny_checkpoint, text_file, tmp_path, noted, monkeypatch
+    tiny_checkpoint, text_file, tmp_path, noted, monkeypatch, capsys
 ):
     pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
     monkeypatch.setattr("cfsp.quality.answers.ANSWER_TOKENS", 4)
@@ -98,6 +98,8 @@ def test_it_asks_the_dense_model_once_and_compares_with_it(
     answering = noted(evaluate, "answers_of", lambda *given: given[-1])
     reading = noted(TaskRunner, "read_data", lambda _runner: None)
     assert main(arguments) == 0
+    told = capsys.readouterr().err
+    assert told.count("8 windows calibrate and repair") == told.count("has little to spare") == 1
     of_dense, of_others = (
         [label for label in streamed if label.startswith(arguments[1]) is is_dense]
         for is_dense in (True, False)

@@ -13,7 +13,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
@@ -115,6 +115,7 @@ class _Sweep:
     out: Path
     compute: Compute
     evaluated: Callable[..., list[dict[str, Any]]]  # `evaluate_models` as the sweep asks for it
+    told: set[str] = field(default_factory=set)  # doubts that hold for several models
 
 
 def run_sweep(
@@ -211,7 +212,8 @@ def _statistics(sweep: _Sweep) -> Statistics:
 def _make(sweep: _Sweep, point: Point, dense: Dense, command: str) -> None:
     """Prune and measure one model, in a place that is empty even after a kill."""
     own = sweep.opened(point.settings.budget.parts)
-    known = Known(_statistics(sweep).of_units({unit.part for unit in own.units}))
+    statistics = _statistics(sweep).of_units({unit.part for unit in own.units})
+    known = Known(statistics, told=sweep.told)
     working, finished = sweep.out / _WORKING, sweep.out / point.name
     shutil.rmtree(working, ignore_errors=True)
     try:
