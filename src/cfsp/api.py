@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from cfsp.calibration.statistics import Statistics
-from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.locating import check_is_name, open_checkpoint
+from cfsp.checkpoint.output import output_path
 from cfsp.checkpoint.reading import Checkpoint, WeightSource, in_memory
 from cfsp.decide import plan_from
 from cfsp.errors import UsageError
@@ -128,14 +129,15 @@ def prune(
             raise UsageError(
                 "pruning a path needs out=, the new directory, and no tokenizer: it has its own"
             )
+        new = output_path(out)
         name = asked(given, goal)[0].removeprefix("--").replace("-", "_")
         how_much = f"{name}={given[name]}" if goal is None else f"goal={goal}"
         command = f"cfsp.prune({str(model)!r}, {how_much}, ...)"
         source = open_checkpoint(model, parts=settings.budget.parts)
         if trains:
-            report, trained = prune_and_recover(source, Path(out), settings, command=command)
+            report, trained = prune_and_recover(source, new, settings, command=command)
             return replace(report, out=str(out)) if trained else report
-        return prune_checkpoint(source, Path(out), settings, command=command)
+        return prune_checkpoint(source, new, settings, command=command)
     if tokenizer is None or out is not None or eval:
         raise UsageError(
             "pruning a model in memory needs its tokenizer, no out= and no eval=; "
@@ -251,7 +253,8 @@ def evaluate(
     names = one_or_several(models)
     if not names:
         raise UsageError("there is no model to measure; give one or several")
-    against = None if against is None else str(against)
+    if against is not None:
+        check_is_name(against)
     return evaluate_models(names, texts, compute, Exam(questions=questions), against=against)
 
 

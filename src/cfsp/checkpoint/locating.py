@@ -50,13 +50,18 @@ def path_of(name: str | Path) -> Path:
     return Path(name)
 
 
-def locate_model(name: str | Path) -> Path:
-    """Return the directory of a model, after download or conversion if it needs that."""
+def check_is_name(name: str | Path) -> None:
+    """Check that a model is given by its name or path, and not itself."""
     if not isinstance(name, str | Path):
         raise CheckpointError(
             f"expected the name or path of a model, found a {type(name).__name__}; {_GIVE}, such "
             "as one that save_pretrained() wrote"
         )
+
+
+def locate_model(name: str | Path) -> Path:
+    """Return the directory of a model, after download or conversion if it needs that."""
+    check_is_name(name)
     # Only the word: Path("demo") is a directory of that name.
     path = demo_gguf() if name == DEMO_NAME else path_of(name)
     if path.suffix == ".gguf":

@@ -16,6 +16,13 @@ from filelock import FileLock, Timeout
 from cfsp.errors import OutputError, UsageError
 
 
+def output_path(out: str | Path) -> Path:
+    """Return where an output of a call is to go."""
+    if not isinstance(out, str | Path):
+        raise UsageError(f"expected out=, the path of what is new, found {out!r}")
+    return Path(out)
+
+
 def check_output_is_free(target: Path) -> None:
     """Check, before the work begins, that a directory can be created at `target`."""
     if target.exists() and not target.is_dir():

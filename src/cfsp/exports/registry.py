@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.checkpoint.output import check_is_outside, staged_directory, staged_file
+from cfsp.checkpoint.output import check_is_outside, output_path, staged_directory, staged_file
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import CannotSayError, ExportError, UsageError, did_you_mean
 from cfsp.exports import decilm, gguf, gguf_architecture, openvino
@@ -98,7 +98,7 @@ def export(
             f"unknown target {to!r}{did_you_mean(to, TARGETS)}; expected one of "
             f"{', '.join(TARGETS)}"
         )
-    out, is_file = Path(out), to == "gguf"
+    out, is_file = output_path(out), to == "gguf"
     if is_file and out.suffix != _FILE:
         raise UsageError(f"{to} writes one file: expected a name in {_FILE}, found {out}")
     asked = {"weight_type": weight_type, "pre_tokenizer": pre_tokenizer}

@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.config_file import read_plain_fields
 from cfsp.checkpoint.loading import compute_device
-from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.checkpoint.output import check_output_is_free, staged_directory
+from cfsp.checkpoint.locating import check_is_name, open_checkpoint
+from cfsp.checkpoint.output import check_output_is_free, output_path, staged_directory
 from cfsp.checkpoint.own_files import (
     CONFIG_FILE,
     MODELING_FILE,
@@ -126,6 +126,9 @@ def recover(
     """
     started = time.monotonic() if started is None else started
     take_own_accelerator(device)
+    new = output_path(out)
+    if teacher is not None:
+        check_is_name(teacher)
     check_names(recover, advanced, Adaptation, Training, EvaluationText, Compute)
     others = {name: value for name, value in advanced.items() if name != "batch_windows"}
     how = {"learning_rate": learning_rate, "seqlen": seqlen, **advanced}
@@ -148,7 +151,7 @@ def recover(
     check_texts(settings.data, settings.evaluation.names)
     return recover_checkpoint(
         open_checkpoint(model),
-        Path(out),
+        new,
         settings,
         command=f"cfsp.recover({str(model)!r}, ...)" if command is None else command,
         started=started,
