@@ -33,12 +33,12 @@ SAMPLES, SEQLEN = 16, 256
 SPARSITY = 0.3
 MEASURED: dict[str, Any] = {"windows": 4, "seqlen": 256}
 
-# Perplexity on the two texts, at most: what was measured, and 2% or 3% for other processors.
+# Perplexity on the two texts, at most: what was measured, and 3% for other processors.
 FLOORS = {
     "dense": (20.5, 7.6),
     "none": (25.3, 12.6),
-    "ridge": (23.4, 11.4),
-    "local": (23.4, 11.7),
+    "ridge": (23.7, 11.4),
+    "local": (23.7, 11.7),
 }
 
 REPAIRS = ("none", "ridge", "local")
@@ -127,7 +127,7 @@ def test_every_repair_gains_on_text_like_that_it_saw(measured):
 def test_widths_that_follow_the_blocks_beat_equal_ones(perplexities):
     docs, source = map(truediv, perplexities["equal"], perplexities["none"])
     # Measured: 1.018 and 1.318.
-    assert docs > 1.01
+    assert docs > 1.005
     assert source > 1.15
 
 
