@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> Told:
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the facts about a checkpoint; nothing but its headers is read."""
+    """Return the facts about a checkpoint; hardly more than its headers is read."""
     from cfsp.checkpoint.reading import parameter_count
     from cfsp.checkpoint.text_config import text_config_of
     from cfsp.result.facts import perplexities, what_went
