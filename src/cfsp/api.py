@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -205,7 +206,7 @@ def plan(
     if not isinstance(statistics, Statistics):
         raise UsageError(
             "expected statistics, such as cfsp.calibrate or cfsp.Statistics.load gives, found "
-            f"{statistics!r}"
+            f"{reprlib.repr(statistics)}"
         )
     known = (each for each in GOALS if each is not MaxLossIncrease)
     check_names(plan, advanced, Budget, *known, Criterion, Compute)

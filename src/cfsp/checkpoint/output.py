@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import reprlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from cfsp.errors import OutputError, UsageError
 def output_path(out: str | Path) -> Path:
     """Return where an output of a call is to go."""
     if not isinstance(out, str | Path):
-        raise UsageError(f"expected out=, the path of what is new, found {out!r}")
+        raise UsageError(f"expected out=, the path of what is new, found {reprlib.repr(out)}")
     return Path(out)
 
 
