@@ -42,8 +42,6 @@ from cfsp.settings import DEFAULT_PARTS, Part
 
 # What of each tensor tells models apart: so many runs of so many values.
 _RUNS, _RUN_VALUES = 4, 1024
-# Why files of the same model may not fit.
-EARLIER = "or an earlier cfsp, which knew models by fewer weights, wrote"
 # What the blocks can compute with; others are quantised, and their scales are tensors of their own.
 _COMPUTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
