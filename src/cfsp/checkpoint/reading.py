@@ -187,9 +187,7 @@ class LoadedModel(WeightSource):
 
 
 @contextmanager
-def in_memory(
-    model: PreTrainedModel, parts: tuple[Part, ...] = DEFAULT_PARTS
-) -> Iterator[LoadedModel]:
+def in_memory(model: PreTrainedModel, parts: tuple[Part, ...]) -> Iterator[LoadedModel]:
     """Take a user's model as a source, in evaluation mode: dropout would measure noise."""
     source = LoadedModel(model, parts)
     if empty := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
@@ -284,7 +282,7 @@ class FFNWeights(NamedTuple):
     gate_FD: Tensor | None = None
 
 
-def read_ffn_weights(source: WeightSource, unit: Unit, ffn: int = 0) -> FFNWeights:
+def read_ffn_weights(source: WeightSource, unit: Unit, ffn: int) -> FFNWeights:
     """Read the matrices of one FFN of a unit to the CPU, however its checkpoint stores them."""
     down_DF = down_matrix(source, unit, ffn).cpu()
     if unit.part == "kv":

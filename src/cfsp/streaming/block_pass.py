@@ -42,9 +42,9 @@ class Visitor(ABC, Generic[T]):
     # together and go on at the same block.
     waits_for_others: bool = False
 
-    def __init__(self, name: str, label: str | None = None) -> None:
+    def __init__(self, name: str) -> None:
         # Of the pass: its directory in the work directory, and what people read of it.
-        self.name, self.label = name, label or name
+        self.name = self.label = name
 
     @abstractmethod
     def visit(self, block: StreamedBlock) -> T:

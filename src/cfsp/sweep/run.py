@@ -117,9 +117,7 @@ class _Sweep:
     evaluated: Callable[..., list[dict[str, Any]]]  # `evaluate_models` as the sweep asks for it
 
 
-def run_sweep(
-    settings: SweepSettings, out: Path, compute: Compute, *, command: str = ""
-) -> list[Row]:
+def run_sweep(settings: SweepSettings, out: Path, compute: Compute, *, command: str) -> list[Row]:
     """Make every model of a sweep that is not there yet, and return the whole table."""
     exam, points = Exam(), settings.points(compute)
     if settings.tasks:
