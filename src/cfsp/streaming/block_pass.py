@@ -93,8 +93,7 @@ def pass_blocks(
         except FileNotFoundError as error:
             work = state.directory.parents[1]
             raise ResumeError(
-                f"{state.directory} is not complete, or of another version; start over with: "
-                f"rm -r {work}"
+                f"{state.directory} is not complete; start over with: rm -r {work}"
             ) from error
         logger.info("%s: going on at block %d of %d", label, len(results), blocks)
     if len(results) == blocks:
