@@ -48,7 +48,7 @@ def changed_copy(run: Path, out: Path, change: Callable[[dict[str, Any]], None])
 
 def measured(text: str, before: float, after: float, **conditions: Any) -> dict[str, Any]:
     """Return a manifest's perplexity, on 12 windows of 512 tokens unless told otherwise."""
-    common = {"windows": 12, "seqlen": 512, "bos": False, **conditions}
+    common = {"windows": 12, "seqlen": 512, "bos": False, "evaluation_part": False, **conditions}
     tokens = common["windows"] * (common["seqlen"] - 1)
     return {text: {"before": before, "after": after, "tokens": tokens, **common}}
 

@@ -149,92 +149,47 @@ def refusing_bad_json(path: Path, otherwise: str) -> Iterator[None]:
         raise CheckpointError(f"{path} {otherwise}") from error
 
 
-# What earlier versions had, and what to do instead; for this release only. Names of texts have a
-# table of their own: a file may be called as an option was.
-GONE_TEXTS = {
-    "self": "text that the model writes went: real text calibrates better; use mixed, or your own"
-}
-GONE = {
-    "cache": "cfsp cache went: what .gguf files became is in $CFSP_CACHE, or in ~/.cache/cfsp",
-    "plan": "cfsp plan went, and files of plans are for the command alone: cfsp prune --set "
-    "statistics=FILE --dry-run writes one, cfsp prune --plan FILE prunes by it",
-    "push": "cfsp push went: use hf upload OWNER/NAME DIR --private --delete '*.safetensors*'",
-    "engine": "bench times transformers; time a .gguf file with llama.cpp's own llama-bench, "
-    "and other exports with vllm bench latency --model DIR or OpenVINO's own tools",
-    "epochs": "it went: recovery is one pass over the text, unless --steps or --max-minutes end it",
-    "targets": "it went, because nothing was ever better than to train all projections",
-    "shape": "bench --shape went: benchmarks/make_checkpoint.py --shape NAME writes such a model",
-    "sglang": "the target sglang went, because nobody had run it; use --to vllm or --to gguf",
-    "tensorrt-llm": "the target tensorrt-llm went, because nobody had run it; use --to gguf",
-    "padded": "the padded copy went: prune with --widths equal, which stock classes run as it is",
-    "recipe": "it went: a sweep is its command, which goes on with it; its methods have names",
-    "png": "the charts are in the page as SVG; a browser saves or prints them",
-    "dora": "DoRA went: nothing ever showed that it gains on LoRA; use --method lora, or full",
-    "of": "a sparsity is the share of one part; --target-params 0.8 keeps 80% of all parameters",
-    "revision": "--revision went: write it into the name, as in owner/model@v1",
-    "resume": "--resume went: the same command goes on where a killed one was",
-    "restore": "--restore went: it is --repair now",
-    "eval-seqlen": "it went, because nobody set it: measure with cfsp eval --seqlen",
+# Names that other tools, papers or hubs have and cfsp has not, and what to do instead.
+ELSEWHERE = {
+    "push": "use hf upload OWNER/NAME DIR --private --delete '*.safetensors*'",
+    "revision": "write it into the name, as in owner/model@v1",
+    "resume": "give the same command again: it goes on where a killed one was",
+    "threads": "set the variable OMP_NUM_THREADS",
+    "stride": "windows do not overlap: set their length by --seqlen",
+    "epochs": "recovery is one pass over the text, unless --steps or --max-minutes end it",
+    "dora": "nothing ever showed that DoRA gains on LoRA: use --method lora, or full",
+    **dict.fromkeys(
+        ("targets", "target-modules"),
+        "all projections are trained, because nothing was ever better",
+    ),
     **dict.fromkeys(
         ("scale", "warm-up", "weight-decay", "temperature"),
-        "it went, because nothing was ever measured with another value than the default; --rank, "
-        "--learning-rate and --set teacher_weight stay",
+        "nothing was ever measured with another value than what recovery uses; set --rank, "
+        "--learning-rate or --set teacher_weight",
     ),
-    **dict.fromkeys(
-        ("remove-blocks", "remove-attentions", "remove-experts"),
-        "it is --set remove=N now, of what --parts names",
-    ),
-    "accumulate": "it went, because nobody set it: --batch-windows says how much a step reads",
-    "answer-tokens": "it went: an answer has 96 tokens at most",
-    "local-blocks": "it went, because nobody set it: 3 blocks train together",
-    "questions": "--questions went: give the file to --answers, as in --answers chats.jsonl",
-    "results": "it went: name the file beside the runs, as in cfsp report smaller results.json",
-    "sensitivity": "it went: prune's default measures it where the model fits into memory, and so "
-    "does calibrate; --set block_metric=angular does without",
-    "threads": "it went: set the variable OMP_NUM_THREADS",
-    "clamp": "it went, because it follows from the block metric",
-    "eval-windows": "it is --windows now, as cfsp eval has it",
-    "held-out": "it went: the loss is bounded on windows of --data that calibration leaves over",
-    "held-out-windows": "it went, because nobody set it: the loss is bounded on 12 windows",
-    "keep-adapter": "it went: what is written has the adapters merged, as every server reads it",
-    "agreement": "it went: a sweep always compares with the dense model's predictions",
-    "keep-weights": "it went: cfsp prune --plan makes the model of a sweep's directory again",
-    "process-timeout": "it went, because nobody set it: processes wait 30 minutes for each other",
-    "local-text": "it went: the dense model alone teaches, which is nearer to it on other text",
-    "recover": "it went: cfsp recover trains what cfsp prune gives, and --effort best does both",
-    "stride": "it went, because nobody set it: windows do not overlap",
-    "speed": "it went: cfsp bench times models, and cfsp prune --plan makes those of a sweep again",
-    "task-limit": "it is --limit now, as cfsp eval has it",
-    "warmups": "it went, because nobody set it: 2 runs come before those that are timed",
+    "sglang": "nobody has run a copy in SGLang: use --to vllm or --to gguf",
+    "tensorrt-llm": "nobody has run a copy in TensorRT-LLM: use --to gguf",
     **dict.fromkeys(
         ("cosine", "euclidean", "mse", "mae"),
         "no distance was better than the angular one everywhere (docs/STUDIES.md): use angular",
     ),
-    "angular+sensitivity": "it went: sensitivity alone is the default where it can be measured",
     **dict.fromkeys(
         ("wanda", "magnitude", "random"),
-        "it went, because it was worse (docs/STUDIES.md): use relative",
+        "relative was better (docs/STUDIES.md): use that",
     ),
-    "removal": "it went: blocks go by the predictions if the model fits into memory, else by runs",
-    **dict.fromkeys(
-        ("wanda-sp", "magnitude-sp", "blocks-alone"),
-        "it went, because it was far worse (docs/STUDIES.md): use cfsp, or blocks",
-    ),
-    "processor": "calibration on images went, because no real model ever proved it: give its "
-    "tokenizer (processor.tokenizer), and text",
-    "sequential": "sequential went as a choice of its own: it is a step of --repair local",
+    "processor": "calibration is by text alone: give its tokenizer (processor.tokenizer)",
 }
 
 
 def did_you_mean(found: object, known: Iterable[str]) -> str:
     """Return `; did you mean X?` if something known is like what was found, else nothing.
 
-    Of what an earlier version knew it says what became of that. Dashes before a flag count as no
+    Of a name that other tools have it says what to do instead. Dashes before a flag count as no
     likeness.
     """
     name = str(found).lstrip("-")
-    if (gone := GONE.get(name.lower().replace("_", "-"))) is not None:
-        return f"; {gone}"
+    if (instead := ELSEWHERE.get(name.lower().replace("_", "-"))) is not None:
+        return f"; {instead}"
     by_name = {each.lstrip("-"): each for each in known}
     close = difflib.get_close_matches(name, by_name, n=1)
     return f"; did you mean {by_name[close[0]]}?" if close else ""

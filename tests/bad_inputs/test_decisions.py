@@ -46,7 +46,7 @@ PLANS = [
     BadInput(
         OBEY.replace("{plan}", "{other_plan}"),
         "not for {model} (llama, ",
-        "an earlier cfsp, which knew models by fewer weights, wrote it; make a plan for this model",
+        "make a plan for this model",
     ),
     *spoilt(
         OBEY,
@@ -88,7 +88,7 @@ STATISTICS = [
     BadInput(
         PLAN.replace("{statistics}", "{other_statistics}"),
         "not for {model} (",
-        "an earlier cfsp, which knew models by fewer weights, wrote them; calibrate this model",
+        "calibrate this model",
     ),
     *spoilt(
         PLAN,

@@ -51,15 +51,16 @@ def test_steps_in_words():
     ("entry", "words"),
     [
         ({"windows": 12, "seqlen": 1024, "bos": True}, "12 windows of 1,024 tokens, with BOS"),
-        ({"windows": 1, "seqlen": 512}, "1 window of 512 tokens, without BOS"),
+        ({"windows": 1, "seqlen": 512, "bos": False}, "1 window of 512 tokens, without BOS"),
     ],
 )
 def test_conditions_in_words(entry, words):
-    conditions = Conditions.of("news", {"tokens": 1023, **entry})
+    entry |= {"tokens": 1023, "evaluation_part": False}
+    conditions = Conditions.of("news", entry)
     assert str(conditions) == words
-    assert conditions == Conditions.of("news", {"value": 3.0, "tokens": 1023, **entry})
-    for other in ({"windows": 13}, {"seqlen": 2048}, {"bos": "bos" not in entry}):
-        assert conditions != Conditions.of("news", {"tokens": 1023, **entry, **other})
+    assert conditions == Conditions.of("news", {"value": 3.0, **entry})
+    for other in ({"windows": 13}, {"seqlen": 2048}, {"bos": not entry["bos"]}):
+        assert conditions != Conditions.of("news", entry | other)
 
 
 @pytest.mark.parametrize(
@@ -73,14 +74,13 @@ def test_conditions_in_words(entry, words):
     ],
 )
 def test_conditions_say_whether_the_text_made_the_model(text, evaluation_part, words):
-    entry = {"tokens": 9, "windows": 1, "seqlen": 10, "evaluation_part": evaluation_part}
+    entry = {"tokens": 9, "windows": 1, "seqlen": 10, "bos": False}
+    entry |= {"evaluation_part": evaluation_part}
     manifest = {"calibration": {"sources": {"mixed/books": 3, "mine.txt": 5}}}
     trained = manifest | {"recovery": {"data": {"sources": {"python-docs": 2}}}}
     conditions = Conditions.of(text, entry)
     told = conditions.beside({"one": manifest, "other": trained})
     assert told == f"1 window of 10 tokens, without BOS{words}"
-    # What was not recorded does not tell numbers apart.
-    assert conditions == Conditions.of(text, {**entry, "evaluation_part": False})
 
 
 def test_one_of_a_thing_is_said_as_one():

@@ -159,7 +159,7 @@ def timed(prompt: int, ratios: dict[str, float]) -> dict[str, Any]:
 
 
 def test_results_of_eval_and_bench_are_added(run, tmp_path):
-    how = {"tokens": 100, "windows": 2, "seqlen": 51, "stride": None, "bos": True}
+    how = {"tokens": 100, "windows": 2, "seqlen": 51, "bos": True, "evaluation_part": False}
     models = [read_run(run).base_name, str(run)]
     measured = [
         {

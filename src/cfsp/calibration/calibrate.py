@@ -212,7 +212,7 @@ class _Calibration(Visitor[ObservedBlock]):
 
     def load(self, directory: Path, block: int) -> ObservedBlock:
         found = ObservedBlock.load(directory, block)
-        if self._stride is not None and found.passing is None:  # of an earlier version
+        if self._stride is not None and found.passing is None:
             work_dir = directory.parents[1]
             raise ResumeError(
                 f"{work_dir} holds unfinished work that did not compare runs of blocks: there was "

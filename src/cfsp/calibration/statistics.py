@@ -96,8 +96,8 @@ class Removal:
             Removal(
                 int(each["block"]),
                 float(each["divergence"]),
-                each.get("part", "blocks"),
-                tuple(each.get("among", ())),
+                each["part"],
+                tuple(each["among"]),
             )
             for each in fields
         )

@@ -42,8 +42,6 @@ from cfsp.settings import DEFAULT_PARTS, Part
 
 # What of each tensor tells models apart: so many runs of so many values.
 _RUNS, _RUN_VALUES = 4, 1024
-# Why files of the same model may not fit.
-EARLIER = "or an earlier cfsp, which knew models by fewer weights, wrote"
 # What the blocks can compute with; others are quantised, and their scales are tensors of their own.
 _COMPUTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -189,9 +187,7 @@ class LoadedModel(WeightSource):
 
 
 @contextmanager
-def in_memory(
-    model: PreTrainedModel, parts: tuple[Part, ...] = DEFAULT_PARTS
-) -> Iterator[LoadedModel]:
+def in_memory(model: PreTrainedModel, parts: tuple[Part, ...]) -> Iterator[LoadedModel]:
     """Take a user's model as a source, in evaluation mode: dropout would measure noise."""
     source = LoadedModel(model, parts)
     if empty := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
@@ -286,7 +282,7 @@ class FFNWeights(NamedTuple):
     gate_FD: Tensor | None = None
 
 
-def read_ffn_weights(source: WeightSource, unit: Unit, ffn: int = 0) -> FFNWeights:
+def read_ffn_weights(source: WeightSource, unit: Unit, ffn: int) -> FFNWeights:
     """Read the matrices of one FFN of a unit to the CPU, however its checkpoint stores them."""
     down_DF = down_matrix(source, unit, ffn).cpu()
     if unit.part == "kv":

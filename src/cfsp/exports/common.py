@@ -55,7 +55,7 @@ def verified(
     feed: Callable[[list[int]], Tensor],
     tolerance: float,
     *,
-    context: int = 4096,
+    context: int,
 ) -> Verification:
     """Compare what a runtime computes of a copy with what transformers computes of the checkpoint.
 

@@ -228,11 +228,6 @@ def expert_scores(statistics: UnitStatistics) -> Tensor:
     mean over the tokens that are routed to the expert of the router's weight times the L2 norm of
     the expert's output. An expert that no token was routed to scores 0.
     """
-    if not len(statistics.output_norm_E):
-        raise StatisticsError(
-            "the removal of experts needs what each of them adds, which these statistics do not "
-            "have; make them with: cfsp calibrate --parts experts"
-        )
     routed_E = torch.tensor(statistics.routed_E, dtype=torch.float64)
     return statistics.output_norm_E / routed_E.clamp_min(1)
 

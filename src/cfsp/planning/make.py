@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import (
-    EARLIER,
     WeightSource,
     ffn_parameters_per_channel,
     fingerprint,
@@ -220,7 +219,7 @@ def check_statistics_fit(source: WeightSource, statistics: Statistics) -> None:
     if record.fingerprint != found or shapes != expected:
         raise StatisticsError(
             f"the statistics were made for {record.model} ({record.fingerprint}), not for "
-            f"{source.label} ({found}), {EARLIER} them; calibrate this model"
+            f"{source.label} ({found}); calibrate this model"
         )
     pairs = zip(source.units, statistics.units, strict=True)
     if any(unit.expert_axes and not len(seen.output_norm_E) for unit, seen in pairs):

@@ -16,7 +16,7 @@ from typing import Any
 
 from cfsp.architecture.block_names import index_without, removed_in_words
 from cfsp.checkpoint.output import write_atomically
-from cfsp.checkpoint.reading import EARLIER, WeightSource, fingerprint
+from cfsp.checkpoint.reading import WeightSource, fingerprint
 from cfsp.errors import PlanError
 from cfsp.planning.unit_plan import MAX_BLOCKS, UnitPlan, unit_from_json
 from cfsp.settings import UNIT_PARTS, Part
@@ -204,7 +204,7 @@ class PruningPlan:
             raise PlanError(
                 f"the plan was made for {self.model.name} ({self.model.model_type}, "
                 f"{self.model.fingerprint}), not for {source.label} ({found.model_type}, "
-                f"{found.fingerprint}), {EARLIER} it; make a plan for this model"
+                f"{found.fingerprint}); make a plan for this model"
             )
         blocks = source.architecture.block_count
         if self.removed_blocks and not max(self.removed_blocks) < blocks > len(self.removed_blocks):

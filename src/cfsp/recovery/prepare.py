@@ -15,7 +15,7 @@ from cfsp.calibration.calibrate import check_tokens
 from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import check_is_outside, check_output_is_free
-from cfsp.checkpoint.reading import EARLIER, Checkpoint, fingerprint, parameter_count
+from cfsp.checkpoint.reading import Checkpoint, fingerprint, parameter_count
 from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.errors import (
     CheckpointError,
@@ -207,7 +207,7 @@ def _recorded_teacher(source: Checkpoint, tokenizer: PreTrainedTokenizerBase) ->
     try:
         teacher = open_checkpoint(name)
         if fingerprint(teacher) != recorded.get("fingerprint"):
-            raise RecoveryError(f"what is there now is another model, {EARLIER} the manifest")
+            raise RecoveryError("what is there now is another model")
         check_teacher(source, tokenizer, teacher)
         return teacher
     except (CheckpointError, RecoveryError, UnsupportedModelError) as error:

@@ -290,7 +290,7 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.history = [
             {key: entry[key] for key in order if key in entry} for entry in saved["history"]
         ]
-        self.schedule.training_seconds = saved.get("training_seconds", 0.0)
+        self.schedule.training_seconds = saved["training_seconds"]
         self.schedule.go_on_from(saved["elapsed"], saved["fraction"])
         self.schedule.begins_at(self.history[0]["held_out"])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from cfsp.architecture.block_names import blocks_in_words, counted, removed_in_words
@@ -61,9 +61,8 @@ class Conditions:
     tokens: int  # that were predicted
     windows: int
     seqlen: int
-    bos: bool = False
-    # Of a part of the text that nothing is calibrated or trained on; False if it was not recorded.
-    evaluation_part: bool = field(default=False, compare=False)
+    bos: bool
+    evaluation_part: bool  # of the text, that nothing is calibrated or trained on
 
     @classmethod
     def of(cls, text: str, entry: Mapping[str, Any]) -> Conditions:
@@ -73,8 +72,8 @@ class Conditions:
             int(entry["tokens"]),
             int(entry["windows"]),
             int(entry["seqlen"]),
-            bool(entry.get("bos", False)),
-            bool(entry.get("evaluation_part", False)),
+            bool(entry["bos"]),
+            bool(entry["evaluation_part"]),
         )
 
     def beside(self, models: Mapping[str, Mapping[str, Any]]) -> str:

@@ -61,8 +61,7 @@ def _pruning(manifest: Mapping[str, Any]) -> dict[str, str]:
         "attention": "attention parameters",
         "blocks": "block parameters",
         "experts": "experts",
-        "model": "all parameters",
-    }.get(criterion["of"], "?")
+    }[criterion["of"]]
     facts = {}
     if goal := manifest.get("goal"):
         name = goal["goal"].replace("_", "-")

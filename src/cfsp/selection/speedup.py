@@ -23,7 +23,7 @@ import numpy as np
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.skeleton import empty_model
 from cfsp.errors import BudgetError, UsageError
-from cfsp.planning.candidate import NOTHING, Candidate, Dropped, DropSizes
+from cfsp.planning.candidate import Candidate, Dropped, DropSizes
 from cfsp.planning.make import Planner, model_size
 from cfsp.selection.constraint import (
     STEPS,
@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 
 
 def times_faster(
-    curves: Curves, source: WeightSource, kept_U: Sequence[int], dropped: Dropped = NOTHING
+    curves: Curves, source: WeightSource, kept_U: Sequence[int], dropped: Dropped
 ) -> float:
     """Return how many times faster a model is that keeps this of every unit."""
     blocks = source.architecture.block_count

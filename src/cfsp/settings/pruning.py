@@ -53,7 +53,7 @@ def worth_in_words(metric: str, things: str, channels: str) -> str:
     """Return the sentence that says which of some things, such as blocks, keep more channels."""
     if metric == UNIFORM:
         return f"{things} count alike."
-    # Plans of earlier versions have other metrics.
+    # A plan that somebody wrote by hand may have another one.
     return f"{things} keep more of their {channels} {_WORTH_IN_WORDS.get(metric, f'by {metric}')}."
 
 

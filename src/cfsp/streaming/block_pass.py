@@ -42,9 +42,9 @@ class Visitor(ABC, Generic[T]):
     # together and go on at the same block.
     waits_for_others: bool = False
 
-    def __init__(self, name: str, label: str | None = None) -> None:
+    def __init__(self, name: str) -> None:
         # Of the pass: its directory in the work directory, and what people read of it.
-        self.name, self.label = name, label or name
+        self.name = self.label = name
 
     @abstractmethod
     def visit(self, block: StreamedBlock) -> T:
@@ -93,8 +93,7 @@ def pass_blocks(
         except FileNotFoundError as error:
             work = state.directory.parents[1]
             raise ResumeError(
-                f"{state.directory} is not complete, or of another version; start over with: "
-                f"rm -r {work}"
+                f"{state.directory} is not complete; start over with: rm -r {work}"
             ) from error
         logger.info("%s: going on at block %d of %d", label, len(results), blocks)
     if len(results) == blocks:

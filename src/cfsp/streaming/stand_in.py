@@ -165,9 +165,7 @@ def skipped(blocks: nn.ModuleList, indices: Collection[int], form: CallForm) -> 
 
 
 @contextmanager
-def resumed_at(
-    blocks: nn.ModuleList, first: int, hidden: Tensor, form: CallForm = PLAIN
-) -> Iterator[None]:
+def resumed_at(blocks: nn.ModuleList, first: int, hidden: Tensor, form: CallForm) -> Iterator[None]:
     """Let the model compute its blocks from `first` on only, on a hidden state as it has them."""
 
     def answer(index: int, own: Tensor, arguments: Arguments) -> Any:

@@ -118,9 +118,7 @@ class _Sweep:
     told: set[str] = field(default_factory=set)  # doubts that hold for several models
 
 
-def run_sweep(
-    settings: SweepSettings, out: Path, compute: Compute, *, command: str = ""
-) -> list[Row]:
+def run_sweep(settings: SweepSettings, out: Path, compute: Compute, *, command: str) -> list[Row]:
     """Make every model of a sweep that is not there yet, and return the whole table."""
     exam, points = Exam(), settings.points(compute)
     if settings.tasks:

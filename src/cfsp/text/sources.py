@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.locating import path_of
-from cfsp.errors import GONE_TEXTS, TextError
+from cfsp.errors import TextError
 from cfsp.settings import Text
 from cfsp.text.offline import MIXED, OFFLINE, Purpose
 from cfsp.text.records import (
@@ -194,7 +194,6 @@ def _not_found(name: str) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     near += [str(path.with_name(file)) for file in difflib.get_close_matches(path.name, files, n=1)]
     meant = f" did you mean {near[0]}?" if near else ""
-    meant = f" {GONE_TEXTS[name]};" if name in GONE_TEXTS else meant
     if len(name) > _LONGEST_NAME:
         name = f"{name[:_LONGEST_NAME]}..."
         meant = " a text itself is Text(name, documents) in Python;"
