@@ -24,7 +24,7 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 
 def scorer(runner: TaskRunner, file: Path, tokenizer: Any) -> Callable[[str], dict[str, Any]]:
     """Return what scores a .gguf file, with the tokenizer of the checkpoint it was made of."""
-    return partial(runner.score, GgufModel(file, tokenizer))
+    return partial(runner.score, GgufModel(file, tokenizer), torch.float32)
 
 
 class GgufModel(TemplateLM):

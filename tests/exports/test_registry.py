@@ -55,8 +55,8 @@ def test_what_a_killed_export_left_is_removed(tmp_path):
 
 
 def test_bad_requests(source, tmp_path):
-    with pytest.raises(UsageError, match=r"unknown target 'padded'; the padded .* of gguf, vllm"):
-        export(source.directory, "padded", tmp_path / "x")
+    with pytest.raises(UsageError, match=r"unknown target 'sglang'; nobody has .* of gguf, vllm"):
+        export(source.directory, "sglang", tmp_path / "x")
     with pytest.raises(UsageError, match="--pre-tokenizer belongs to gguf; openvino keeps"):
         export(source.directory, "openvino", tmp_path / "x", pre_tokenizer="qwen2")
     with pytest.raises(UsageError, match=r"expected a name in \.gguf"):

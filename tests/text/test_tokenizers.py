@@ -31,7 +31,7 @@ def test_own_code_is_refused_and_nobody_is_asked(tmp_path, monkeypatch, capfd, t
     [
         ("a/path", "gives, found 'a/path'$"),
         (3, "gives, found int$"),
-        (SimpleNamespace(image_processor=None), "calibration on images went, .*give its tokenizer"),
+        (SimpleNamespace(image_processor=None), "calibration is by text alone: give its tokenizer"),
     ],
 )
 def test_what_is_no_tokenizer_is_told(given, message, text_file):

@@ -48,6 +48,7 @@ from cfsp.streaming.runtime import check_is_number
 from cfsp.streaming.work_dir import WorkDir, load_or_compute
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ class TaskRunner:
                 # It does not look for it in the text config of a multimodal one.
                 max_length=longest_input_of(model.config),
             )
-        return partial(self.score, lm)
+        return partial(self.score, lm, model.dtype)
 
     def read_data(self) -> None:
         """Read the data of every task once, and check them, before any model is loaded."""
@@ -178,8 +179,8 @@ class TaskRunner:
             ) from error
         return loaded
 
-    def score(self, lm: Any, name: str) -> dict[str, Any]:
-        """Score a model, as the harness runs it, on one task, or on all of a group.
+    def score(self, lm: Any, dtype: torch.dtype, name: str) -> dict[str, Any]:
+        """Score a model, as the harness runs it, in a dtype on one task, or on all of a group.
 
         Returns:
             `tasks`: task or group -> {version, shots, documents, chance, and each metric with its
@@ -213,7 +214,7 @@ class TaskRunner:
             documents[entry] = scored_documents(logged)
             # NaN would be taken for the likeliest.
             found = (each.get("loglikelihoods", ()) for each in documents[entry])
-            check_is_number(sum(map(sum, found)), entry, lm.model.dtype)
+            check_is_number(sum(map(sum, found)), entry, dtype)
             scores[entry] = _scores(entry, members, results) | summary_of(documents[entry])
         return {"tasks": scores, "documents": documents}
 
