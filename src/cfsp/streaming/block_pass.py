@@ -44,7 +44,7 @@ class Visitor(ABC, Generic[T]):
 
     def __init__(self, name: str) -> None:
         # Of the pass: its directory in the work directory, and what people read of it.
-        self.name = self.label = name
+        self.name = name
 
     @abstractmethod
     def visit(self, block: StreamedBlock) -> T:
@@ -76,7 +76,7 @@ def pass_blocks(
     The work directory is where to spill and to save, with the processes that do the same with other
     windows; None for none of these.
     """
-    label, blocks = visitor.label, source.architecture.block_count
+    label, blocks = visitor.name, source.architecture.block_count
     state = None
     if work_dir is not None and work_dir.identity is not None:
         identity = _identity(source, windows, runtime)
