@@ -189,6 +189,8 @@ def test_paths_that_are_no_model(tmp_path):
         open_checkpoint("nobody/no-such-model@refs/pr/1")
     with pytest.raises(CheckpointError, match="mm is neither a local path nor a model that"):
         open_checkpoint("m" * 5000)
+    with pytest.raises(CheckpointError, match=r"m\.gguf does not exist; give"):
+        open_checkpoint("m" * 5000 + ".gguf")
 
 
 @pytest.mark.parametrize(

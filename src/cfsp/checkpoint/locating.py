@@ -50,6 +50,14 @@ def path_of(name: str | Path) -> Path:
     return Path(name)
 
 
+def exists(path: Path) -> bool:
+    """Return whether there is such a file or directory."""
+    try:
+        return path.exists()
+    except OSError:  # longer than a name can be: a text itself, or what is no name
+        return False
+
+
 def check_is_name(name: str | Path) -> None:
     """Check that a model is given by its name or path, and not itself."""
     if not isinstance(name, str | Path):
@@ -64,17 +72,15 @@ def locate_model(name: str | Path) -> Path:
     check_is_name(name)
     # Only the word: Path("demo") is a directory of that name.
     path = demo_gguf() if name == DEMO_NAME else path_of(name)
+    is_there = exists(path)
     if path.suffix == ".gguf":
-        if not path.is_file():
+        if not (is_there and path.is_file()):
             raise CheckpointError(f"{path} does not exist; {_GIVE}")
         from cfsp.checkpoint.gguf_import import import_gguf
 
         return import_gguf(path)
-    is_there = False
-    with suppress(OSError):  # of a name that is too long for a file
-        if path.is_dir():
-            return path
-        is_there = path.exists()
+    if is_there and path.is_dir():
+        return path
     if is_there:
         raise CheckpointError(f"{path} is neither a model directory nor a .gguf file; {_GIVE}")
     is_hub_id = str(name).partition("@")[0].count("/") <= 1

@@ -25,7 +25,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfsp.checkpoint.locating import path_of
+from cfsp.checkpoint.locating import exists, path_of
 from cfsp.errors import TextError
 from cfsp.settings import Text
 from cfsp.text.offline import MIXED, OFFLINE, Purpose
@@ -84,7 +84,7 @@ class TextSource:
             return (hub_id, config, "train" if self.purpose == "calibration" else split), "text"
         path, column = _split_column(text)
         parts = text.split(":")
-        if len(parts) == 4 and not _exists(path):
+        if len(parts) == 4 and not exists(path):
             return (parts[0], parts[1], parts[2]), parts[3]
         return path, column
 
@@ -129,7 +129,7 @@ class TextSource:
         if not isinstance(where, Path):
             assert where is not None, self.name
             return self._of_records(hub_records(*where))
-        if not _exists(where):
+        if not exists(where):
             raise TextError(_not_found(self.name))
         if not where.is_file():  # a text is read more than once, and not from its beginning only
             raise TextError(f"{where} is a directory or a pipe; {EXPECTED}")
@@ -189,7 +189,7 @@ def _not_found(name: str) -> str:
     known = [*OFFLINE, *_HUB]
     shown = [each for each in known if not each.startswith(f"{MIXED}/")]
     path = _split_column(name)[0]
-    has_files = _exists(path.parent) and path.parent.is_dir()
+    has_files = exists(path.parent) and path.parent.is_dir()
     files = [file.name for file in path.parent.iterdir()] if has_files else []
     near = difflib.get_close_matches(name, known, n=1)
     near += [str(path.with_name(file)) for file in difflib.get_close_matches(path.name, files, n=1)]
@@ -203,17 +203,10 @@ def _not_found(name: str) -> str:
     )
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # longer than a name can be: a text itself
-        return False
-
-
 def _split_column(name: str) -> tuple[Path, str]:
     path = path_of(name)
-    if not _exists(path) and ":" in name:
+    if not exists(path) and ":" in name:
         before, column = name.rsplit(":", 1)
-        if _exists(path_of(before)):
+        if exists(path_of(before)):
             return path_of(before), column
     return path, likely_column(path)
