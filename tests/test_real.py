@@ -2,9 +2,9 @@
 
 16 windows of 256 tokens of Python's reference topics calibrate; perplexity is on 4 windows of other
 topics (`python-docs`), and of source code (`python-source`), which nothing was fitted to. Few
-windows and few steps, so that it takes a minute and a half of one core; with fewer, what another
-number of threads rounds moves the perplexity by a tenth. What more of both gives is in
-docs/RESULTS.md.
+windows and few steps, so that it takes two minutes of one core; with fewer, the topics of another
+Python (3.11.2, 3.11.7) or what another number of threads rounds move the perplexity by a tenth.
+What more of both gives is in docs/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ SAMPLES, SEQLEN = 16, 256
 SPARSITY = 0.3
 MEASURED: dict[str, Any] = {"windows": 4, "seqlen": 256}
 
-# Perplexity on the two texts, at most: what was measured, and 3% for other processors.
+# Perplexity on the two texts, at most: the higher of what two Pythons measured, and 3%.
 FLOORS = {
     "dense": (20.5, 7.6),
-    "none": (25.3, 12.6),
-    "ridge": (23.7, 11.4),
-    "local": (23.7, 11.7),
+    "none": (25.4, 13.6),
+    "ridge": (23.4, 11.9),
+    "local": (23.3, 12.1),
 }
 
 REPAIRS = ("none", "ridge", "local")
@@ -58,8 +58,8 @@ def pruned(demo, tmp_path_factory) -> dict[str, Path]:
         return go_on(job, result, windows)
 
     with pytest.MonkeyPatch.context() as patch:
-        # More than a minute less, and widths as good.
-        patch.setattr(divergence, "LEAST_WINDOWS", 2)
+        # A minute less, and widths as good; with two windows they are worse than equal ones.
+        patch.setattr(divergence, "LEAST_WINDOWS", 4)
         patch.setattr(divergence, "BEGINNING_TOKENS", 64)
         patch.setattr(decide, "repair", repair)
         cfsp.prune(
@@ -126,9 +126,9 @@ def test_every_repair_gains_on_text_like_that_it_saw(measured):
 
 def test_widths_that_follow_the_blocks_beat_equal_ones(perplexities):
     docs, source = map(truediv, perplexities["equal"], perplexities["none"])
-    # Measured: 1.018 and 1.318.
-    assert docs > 1.005
-    assert source > 1.15
+    # Measured: 1.054 and 1.311, by the topics of another Python 1.029 and 1.063.
+    assert docs > 1.01
+    assert source > 1.03
 
 
 def test_pruned_model_writes_english(pruned):
