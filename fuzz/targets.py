@@ -27,7 +27,7 @@ from cfsp.calibration.statistics import (
     Statistics,
     UnitStatistics,
 )
-from cfsp.checkpoint.gguf_import import check_gguf
+from cfsp.checkpoint.gguf_import import gguf_reader
 from cfsp.checkpoint.tensor_file import INDEX_FILE, read_weights
 from cfsp.errors import CfspError
 from cfsp.planning.plan_file import ModelIdentity, PruningPlan
@@ -204,9 +204,9 @@ def checkpoint_seeds() -> list[bytes]:
 
 
 def read_gguf(data: bytes, directory: Path) -> object:
-    """Walk the input as a GGUF file."""
+    """Read the input as a GGUF file."""
     (directory / "a.gguf").write_bytes(data)
-    return check_gguf(directory / "a.gguf")
+    return gguf_reader(directory / "a.gguf")
 
 
 def gguf_seeds() -> list[bytes]:
@@ -224,7 +224,7 @@ def gguf_seeds() -> list[bytes]:
     ]
     tensor = text("weight") + struct.pack("<IQQIQ", 2, 4, 4, 0, 0)
     whole = b"GGUF" + struct.pack("<IQQ", 3, 1, len(pairs)) + b"".join(pairs) + tensor
-    return [whole + bytes(64), b"GGUF" + struct.pack("<IQQ", 2, 0, 0)]
+    return [whole + bytes(96), b"GGUF" + struct.pack("<IQQ", 2, 0, 0)]
 
 
 # Common.

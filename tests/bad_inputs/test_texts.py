@@ -109,8 +109,8 @@ GGUF = [
     *spoilt(
         INSPECT,
         DAMAGED,
-        ("it does not begin with GGUF", file("a.gguf", b"GGML" * 9)),
-        ("it has version 77", file("a.gguf", b"GGUF" + struct.pack("<IQQ", 77, 0, 0))),
+        ("GGUF magic invalid", file("a.gguf", b"GGML" * 9)),
+        ("to be version 77", file("a.gguf", b"GGUF" + struct.pack("<IQQ", 77, 0, 0))),
         ("its header reaches beyond its", gguf(struct.pack("<QQ", 1 << 60, 0))),
     ),
     BadInput(

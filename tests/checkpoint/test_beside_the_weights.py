@@ -90,7 +90,6 @@ def test_a_place_that_cannot_be_written_to_says_what_to_set(tmp_path, monkeypatc
         list(TextSource("wikitext2", "evaluation").documents())
     (tmp_path / "file").touch()
     monkeypatch.setenv("CFSP_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(gguf_import, "check_gguf", lambda _: None)
     monkeypatch.setattr(gguf_import, "gguf_reader", lambda _: None)
     monkeypatch.setattr(gguf_import, "_stored_dtype", lambda *_: torch.float32)
     (tmp_path / "model.gguf").touch()
