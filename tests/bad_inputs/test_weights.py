@@ -118,7 +118,7 @@ FILES = [
         INSPECT,
         SAVE,
         (
-            "{model}/model.safetensors is not a safetensors file",
+            "{model}/model.safetensors is no whole safetensors file",
             weights(lambda path: path.write_bytes((10**5).to_bytes(8, "little") + b"[" * 10**5)),
         ),
     ),
@@ -141,14 +141,14 @@ FILES = [
     *spoilt(
         PRUNE_TEXT,
         SAVE,
-        (f"{{model}}/model.safetensors is damaged: tensor {NORM}", header(data_offsets=[4, 132])),
+        (f"invalid offset for tensor `{NORM}`", header(data_offsets=[4, 132])),
         (
             "q_proj.weight of shape [32, 16], its config asks for [32, 32]",
             replace("model.layers.0.self_attn.q_proj.weight", lambda t: t[:, :16].clone()),
         ),
     ),
-    BadInput(EXPORT, f"tensor {NORM} has dtype F1", "expected one of F64", header(dtype="F1")),
-    BadInput(EVAL, f"tensor {NORM} [32] F16", SAVE, header(dtype="F16")),
+    BadInput(EXPORT, f"tensor {NORM} has dtype U32", "expected one of F64", header(dtype="U32")),
+    BadInput(EVAL, "invalid shape, data type, or offset for tensor", SAVE, header(dtype="F16")),
     BadInput(
         PRUNE_TEXT,
         "{model} is quantised (fp8) by its config.json, but none of its tensors is",

@@ -103,22 +103,18 @@ def entry(start: int, stop: int, shape: Any = (2,), dtype: str = "F32") -> dict[
 
 
 LIES: dict[str, tuple[Any, bytes, str]] = {
-    "not JSON": (b"{nothing", b"", "header is not readable"),
-    "not UTF-8": (b"\xff\xfe\xff", b"", "header is not readable"),
-    "a list": ([1, 2], b"", "header is not readable"),
-    "no dtype": ({"t": {"shape": [2], "data_offsets": [0, 8]}}, bytes(8), "header is not readable"),
-    "offsets are text": ({"t": entry("0", "8")}, bytes(8), "a.safetensors"),  # type: ignore[arg-type]
-    "shape is a number": ({"t": entry(0, 8, 2)}, bytes(8), "header is not readable"),
-    "unknown dtype": ({"t": entry(0, 8, [2], "F1")}, bytes(8), "dtype F1, expected one of F64"),
-    "negative shape": ({"t": entry(0, 8, [-2])}, bytes(8), "impossible shape"),
-    "fractional shape": ({"t": entry(0, 8, [2.0])}, bytes(8), "impossible shape"),
-    "too few bytes for its shape": ({"t": entry(0, 8, [3])}, bytes(8), "needs 12 bytes from 0"),
-    "huge shape": ({"t": entry(0, 8, [1 << 62, 1 << 62])}, bytes(8), "is damaged: tensor t"),
-    "overlap": ({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12), "tensor b"),
-    "hole": ({"a": entry(0, 8), "b": entry(12, 20)}, bytes(20), "tensor b"),
-    "backwards": ({"t": entry(8, 0)}, bytes(8), "tensor t"),
-    "more data than announced": ({"t": entry(0, 8)}, bytes(12), "truncated or damaged"),
-    "less data than announced": ({"t": entry(0, 8)}, bytes(4), "truncated or damaged"),
+    "not JSON": (b"{nothing", b"", "invalid JSON"),
+    "not UTF-8": (b"\xff\xfe\xff", b"", "invalid UTF-8"),
+    "no dtype": ({"t": {"shape": [2], "data_offsets": [0, 8]}}, bytes(8), "missing field `dtype`"),
+    "unknown dtype": ({"t": entry(0, 8, [2], "F1")}, bytes(8), "unknown variant `F1`"),
+    "a dtype that torch has not": ({"t": entry(0, 4, [2], "U16")}, bytes(4), "U16, expected one"),
+    "negative shape": ({"t": entry(0, 8, [-2])}, bytes(8), "`-2`"),
+    "too few bytes for its shape": ({"t": entry(0, 8, [3])}, bytes(8), "invalid shape"),
+    "huge shape": ({"t": entry(0, 8, [1 << 62, 1 << 62])}, bytes(8), "overflow"),
+    "overlap": ({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12), "tensor `b`"),
+    "hole": ({"a": entry(0, 8), "b": entry(12, 20)}, bytes(20), "tensor `b`"),
+    "more data than announced": ({"t": entry(0, 8)}, bytes(12), "not fully covered"),
+    "less data than announced": ({"t": entry(0, 8)}, bytes(4), "not fully covered"),
 }
 
 
@@ -135,7 +131,7 @@ def test_lying_header_is_refused(tmp_path, lie):
 @pytest.mark.parametrize("length", [9, 1 << 20, 1 << 40, (1 << 64) - 1])
 def test_header_longer_than_the_file_is_refused(tmp_path, length):
     path = write_raw(tmp_path / "a.safetensors", b"{}", b"", length)
-    with pytest.raises(CheckpointError, match=f"announces a header of {length}"):
+    with pytest.raises(CheckpointError, match="no whole safetensors file"):
         read_tensor_file(path)
 
 
