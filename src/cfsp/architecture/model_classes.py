@@ -48,31 +48,24 @@ def with_values(config: PreTrainedConfig, values: Mapping[str, Any]) -> PreTrain
 def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Return the language model class of a config, with or without a vision tower.
 
-    It is the class that the config names, if that is one of transformers or was registered with
-    an Auto class; else the one that the Auto classes have for the config's class.
+    It is the class that the config names, of those that the Auto classes have for the config's
+    class; else the first of these.
     """
     import transformers
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    mappings: tuple[Any, ...] = (
-        AutoModelForCausalLM._model_mapping,
-        AutoModelForImageTextToText._model_mapping,
-    )
     check_is_decoder(config)
-    known = _classes_by_name(mappings)
-    for name in config.architectures or ():
-        name = name.removeprefix(PRUNED)
-        if name in known:
-            return known[name] or getattr(transformers, name)  # type: ignore[no-any-return]
+    found: list[Any] = []
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        registered = auto._model_mapping.get(type(config), ())
+        found += registered if isinstance(registered, tuple | list) else [registered]
+    names = [name.removeprefix(PRUNED) for name in config.architectures or ()]
+    # A multimodal config is in both mappings; in the first for its text decoder alone.
     text = config.sub_configs.get("text_config")
-    for mapping in mappings:
-        found = mapping.get(type(config), None)
-        # The first of several is the one that AutoModel builds unless told otherwise.
-        found = found[0] if isinstance(found, tuple | list) else found
-        # A multimodal config is in both mappings; in the first for its text decoder alone.
-        is_of_text_alone = text is not None and getattr(found, "config_class", None) is text
-        if found is not None and not is_of_text_alone:
-            return found  # type: ignore[no-any-return]
+    whole = [each for each in found if text is None or each.config_class is not text]
+    # The first of several is the one that AutoModel builds unless told otherwise.
+    for model_class in (*(each for each in found if each.__name__ in names), *whole):
+        return model_class  # type: ignore[no-any-return]
     raise UnsupportedModelError(
         f"model type {config.model_type!r} has no class for causal language modelling or for text "
         f"from images in transformers {transformers.__version__}; expected one that "
@@ -102,16 +95,6 @@ def auto_class_of_type(model_type: str) -> str:
 
     reads_images = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     return "AutoModelForImageTextToText" if reads_images else "AutoModelForCausalLM"
-
-
-def _classes_by_name(mappings: tuple[Any, ...]) -> dict[str, Any]:
-    """Return the registered classes; None stands for one of transformers, not imported yet."""
-    known: dict[str, Any] = {}
-    for mapping in mappings:
-        for names in mapping._model_mapping.values():
-            known |= dict.fromkeys([names] if isinstance(names, str) else names)
-        known |= {found.__name__: found for found in mapping._extra_content.values()}
-    return known
 
 
 def check_is_decoder(config: PreTrainedConfig) -> None:

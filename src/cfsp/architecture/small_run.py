@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedConfig
 
 from cfsp.architecture.discovery import find_architecture
@@ -89,8 +90,9 @@ class SmallRun:
     def output(self, block: int) -> Tensor:
         """Return what a block computes when it is called as in the run."""
         call = self.calls[block]
+        args, kwargs = tree_map_only(Tensor, Tensor.clone, (call.args, call.kwargs))
         with _Doubles():
-            return first_tensor(self.blocks[block](*_copied(call.args), **_copied(call.kwargs)))
+            return first_tensor(self.blocks[block](*args, **kwargs))
 
     def decoder_output(self) -> Tensor:
         """Return what the decoder computes from the tokens of the run."""
@@ -230,7 +232,7 @@ def _record(model: Any, architecture: Architecture) -> tuple[Call, ...]:
 
     def before(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Copied, because a block may write to what it is given.
-        begun.append((_copied(args), _copied(kwargs)))
+        begun.append(tree_map_only(Tensor, Tensor.clone, (args, kwargs)))
 
     def after(index: int, _block: nn.Module, _args: Any, output: Any) -> None:
         args, kwargs = begun.pop()
@@ -279,17 +281,6 @@ def _check_order(architecture: Architecture, calls: list[Call]) -> None:
             f"hidden states with an axis of windows ({WINDOWS}) before one of tokens ({TOKENS})"
         )
         raise error(0, expected, f"some of shape {list(shape)}")
-
-
-def _copied(value: Any) -> Any:
-    """Return arguments of a call with tensors and containers that nobody else writes to."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if type(value) is dict:
-        return {key: _copied(item) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_copied(item) for item in value)
-    return value
 
 
 def difference(found: Tensor, expected: Tensor) -> float:

@@ -61,19 +61,12 @@ def name_without_blocks(
 
 
 def _blocks_of_stored(source: WeightSource) -> dict[str, int]:
-    """Return the block of every stored tensor that is of one, and of no other."""
-    block_of: dict[str, int] = {}
-    for block in range(source.architecture.block_count):
-        for name in source.stored.within(source.architecture.block_prefix(block)):
-            if block_of.setdefault(name, block) != block:
-                raise UnsupportedModelError(
-                    f"{source.label} stores blocks {block_of[name]} and {block} in one tensor "
-                    f"({name}), so that none of them can be removed"
-                )
-    for name in source.stored.unused:
-        if (own := _block_of(source, name)) is not None:
-            block_of[name] = own
-    return block_of
+    """Return the block of every stored tensor that is of one."""
+    stored, prefix = source.stored, source.architecture.block_prefix
+    blocks = range(source.architecture.block_count)
+    block_of = {name: block for block in blocks for name in stored.within(prefix(block))}
+    unused = ((name, _block_of(source, name)) for name in stored.unused)
+    return block_of | {name: own for name, own in unused if own is not None}
 
 
 def _block_of(source: WeightSource, name: str) -> int | None:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 
 def add_options_to(parser: Parser) -> None:
-    """Add its options."""
     parser.add_argument(
         "models",
         nargs="+",
@@ -55,7 +54,6 @@ def add_options_to(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> Told:
-    """Time and print."""
     from cfsp.speed.bench import bench
 
     names = ("batch", "prompt", "new_tokens", "rounds", "device", "dtype")

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 
 def add_options_to(parser: Parser) -> None:
-    """Add its options."""
     add_model(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="safetensors file")
     add_options(parser, parser, Budget, fields=("parts",))
@@ -30,7 +29,6 @@ def add_options_to(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> Told:
-    """Calibrate and save."""
     from cfsp.text.sources import check_texts
 
     check_texts(args.data)

@@ -36,7 +36,6 @@ _OF_ANSWERS: tuple[Measure, ...] = (
 
 
 def add_options_to(parser: Parser) -> None:
-    """Add its options."""
     parser.add_argument(
         "files", nargs="+", type=Path, metavar="FILE", help="what `cfsp eval --out` wrote"
     )
@@ -55,7 +54,6 @@ def add_options_to(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> Told:
-    """Compare."""
     from cfsp.quality.compare import comparisons
     from cfsp.quality.results_file import joined_models, models_in
 

@@ -17,7 +17,6 @@ from cfsp.settings import Budget, CalibrationText, EvaluationText, PruneSettings
 
 
 def add_options_to(parser: Parser) -> None:
-    """Add its options."""
     parser.add_argument(
         "--out", type=Path, default=Path("pruned-demo"), help="(default: pruned-demo)"
     )

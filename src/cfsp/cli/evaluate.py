@@ -19,7 +19,6 @@ from cfsp.settings import BOS, DEFAULT_QUESTIONS, Compute, EvaluationText, names
 
 
 def add_options_to(parser: Parser) -> None:
-    """Add its options."""
     parser.add_argument("models", nargs="+", metavar="MODEL", help="as for prune")
     parser.add_argument(
         "--against",
@@ -94,7 +93,6 @@ def _add_answers(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> Told:
-    """Evaluate."""
     if not (args.data or args.tasks or args.answers):
         raise UsageError("expected --data, --tasks, --answers or several, found none")
     for name in ("limit", "shots", "task_data"):

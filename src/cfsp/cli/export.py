@@ -21,7 +21,6 @@ TARGETS = ("gguf", "vllm", "mlx-lm", "openvino")
 
 
 def add_options_to(parser: Parser) -> None:
-    """Add its options."""
     add_model(parser)
     parser.add_argument("--to", required=True, choices=TARGETS, help="format of the copy")
     parser.add_argument(
@@ -46,7 +45,6 @@ def add_options_to(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> Told:
-    """Export."""
     from cfsp.exports.registry import export
 
     report = export(

@@ -27,7 +27,6 @@ _WORDS = {True: "yes", False: "no", None: "?"}
 
 
 def add_options_to(parser: Parser) -> None:
-    """Add its options."""
     parser.add_argument(
         "--prove",
         metavar="TYPE",

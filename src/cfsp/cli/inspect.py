@@ -19,19 +19,21 @@ if TYPE_CHECKING:
 
 
 def add_options_to(parser: Parser) -> None:
-    """Add its options."""
     add_model(parser)
 
 
 def run(args: argparse.Namespace) -> Told:
-    """Inspect."""
     from cfsp.checkpoint.locating import open_checkpoint
+    from cfsp.result.manifest import refusing_damage
 
-    facts = inspect_checkpoint(open_checkpoint(args.model))
+    checkpoint = open_checkpoint(args.model)
+    facts = inspect_checkpoint(checkpoint)
+    with refusing_damage(checkpoint.directory):
+        lines = list(_lines(facts))
 
     def say() -> None:
         print(f"{facts['model']}: {facts['family']}, {facts['blocks']} blocks, {facts['dtype']}")
-        for name, value in _lines(facts):
+        for name, value in lines:
             print(f"{name:<18} {value}")
 
     return facts, say
@@ -41,9 +43,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the facts about a checkpoint; hardly more than its headers is read."""
     from cfsp.checkpoint.reading import parameter_count
     from cfsp.checkpoint.text_config import text_config_of
-    from cfsp.result.facts import perplexities, what_went
-    from cfsp.result.making import making
-    from cfsp.result.manifest import facts_about, facts_for_config, refusing_damage
+    from cfsp.result.manifest import facts_about, facts_for_config
 
     units = checkpoint.architecture.of_part("ffn").units
     groups = [unit.width for unit in checkpoint.architecture.of_part("kv").stock_units]
@@ -77,10 +77,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         ]
     # Recovery also takes models that cfsp did not prune.
     if manifest and (manifest.get("operation") != "recover" or "base_model" in manifest):
-        facts["pruned"] = pruned = facts_for_config(manifest)
-        with refusing_damage(checkpoint.directory):
-            _ = pruned["base_model"]["name"], what_went(pruned)
-            _ = making(pruned), perplexities(pruned)
+        facts["pruned"] = facts_for_config(manifest)
     return facts
 
 

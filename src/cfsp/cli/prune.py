@@ -44,7 +44,6 @@ log = logging.getLogger(__name__)
 
 
 def add_options_to(parser: Parser) -> None:
-    """Add its options."""
     add_model(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="new directory")
     parser.add_argument(
@@ -129,7 +128,6 @@ def _refuse(options: Mapping[str, Any], why: str) -> None:
 
 
 def run(args: argparse.Namespace) -> Told:
-    """Prune."""
     settings = _settings(args)
     from cfsp.text.sources import check_texts
 

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 
 def add_options_to(parser: Parser) -> None:
-    """Add its options."""
     add_model(parser)
     parser.add_argument("--out", required=True, type=Path, help="new directory")
     text = parser.add_argument_group("text")
@@ -53,7 +52,6 @@ def add_options_to(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> Told:
-    """Recover."""
     # Importing torch is a part of what the user waits for.
     started = time.monotonic()
     from cfsp.text.sources import check_texts

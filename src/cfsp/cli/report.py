@@ -13,7 +13,6 @@ from cfsp.cli.output import Told
 
 
 def add_options_to(parser: Parser) -> None:
-    """Add its options."""
     parser.add_argument(
         "runs",
         nargs="+",

@@ -66,7 +66,6 @@ def add_options_to(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> Told:
-    """Sweep."""
     names = {field.name for field in fields(SweepSettings)}
     settings = SweepSettings(**{key: each for key, each in typed(args).items() if key in names})
     from cfsp.text.sources import check_texts

@@ -12,12 +12,10 @@ from cfsp.cli.output import Told
 
 
 def add_options_to(parser: Parser) -> None:
-    """Add its options."""
     add_model(parser)
 
 
 def run(args: argparse.Namespace) -> Told:
-    """Verify."""
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.result.manifest import check_as_written
 
