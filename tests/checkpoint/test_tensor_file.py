@@ -92,9 +92,9 @@ def test_bytes_that_contradict_the_header_are_our_bug(tmp_path):
 # Damaged files: one sentence that names the file.
 
 
-def write_raw(path: Path, header: Any, data: bytes, length: int | None = None) -> Path:
+def write_raw(path: Path, header: Any, data: bytes) -> Path:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
     return path
 
 
@@ -104,14 +104,9 @@ def entry(start: int, stop: int, shape: Any = (2,), dtype: str = "F32") -> dict[
 
 LIES: dict[str, tuple[Any, bytes, str]] = {
     "not JSON": (b"{nothing", b"", "invalid JSON"),
-    "not UTF-8": (b"\xff\xfe\xff", b"", "invalid UTF-8"),
-    "no dtype": ({"t": {"shape": [2], "data_offsets": [0, 8]}}, bytes(8), "missing field `dtype`"),
-    "unknown dtype": ({"t": entry(0, 8, [2], "F1")}, bytes(8), "unknown variant `F1`"),
-    "a dtype that torch has not": ({"t": entry(0, 4, [2], "U16")}, bytes(4), "U16, expected one"),
-    "negative shape": ({"t": entry(0, 8, [-2])}, bytes(8), "`-2`"),
+    "a dtype that is not read": ({"t": entry(0, 4, [2], "U16")}, bytes(4), "U16, expected one"),
     "too few bytes for its shape": ({"t": entry(0, 8, [3])}, bytes(8), "invalid shape"),
     "huge shape": ({"t": entry(0, 8, [1 << 62, 1 << 62])}, bytes(8), "overflow"),
-    "overlap": ({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12), "tensor `b`"),
     "hole": ({"a": entry(0, 8), "b": entry(12, 20)}, bytes(20), "tensor `b`"),
     "more data than announced": ({"t": entry(0, 8)}, bytes(12), "not fully covered"),
     "less data than announced": ({"t": entry(0, 8)}, bytes(4), "not fully covered"),
@@ -126,13 +121,6 @@ def test_lying_header_is_refused(tmp_path, lie):
         read_tensor_file(path)
     assert "a.safetensors" in str(caught.value)
     assert expected in str(caught.value)
-
-
-@pytest.mark.parametrize("length", [9, 1 << 20, 1 << 40, (1 << 64) - 1])
-def test_header_longer_than_the_file_is_refused(tmp_path, length):
-    path = write_raw(tmp_path / "a.safetensors", b"{}", b"", length)
-    with pytest.raises(CheckpointError, match="no whole safetensors file"):
-        read_tensor_file(path)
 
 
 @pytest.mark.parametrize("keep", [None, 0, 3, 8, 40, -1, -100])

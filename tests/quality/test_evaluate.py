@@ -81,7 +81,7 @@ def test_a_mistaken_text_is_told_before_any_work(tiny_checkpoint, text_file, tmp
     for work in ("cfsp.quality.evaluate.streamed_sums", "cfsp.pipeline.decide"):
         monkeypatch.setattr(work, never)
     models, compute = [tiny_checkpoint("llama"), tiny_checkpoint("gpt2")], Compute()
-    with pytest.raises(UsageError, match="has learnt 256 positions"):
+    with pytest.raises(UsageError, match="can read 256 tokens at once"):
         evaluate_models(models, EvaluationText((str(text_file),), 2, 300), compute)
     too_many = EvaluationText((str(text_file),), 1000)
     with pytest.raises(TextError, match="windows of 256 tokens, 1000 are needed"):

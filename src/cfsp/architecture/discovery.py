@@ -109,7 +109,6 @@ def find_architecture(model: PreTrainedModel, part: Part = "ffn") -> Architectur
         block_count=len(blocks),
         units=tuple(unit for unit in found if isinstance(unit, Unit)),
         refused=tuple(refused),
-        learnt_positions=_learnt_positions(decoder, text_config),
     )
 
 
@@ -121,18 +120,6 @@ def _innermost_model(model: PreTrainedModel, blocks: str) -> str:
         if isinstance(model.get_submodule(path), PreTrainedModel):
             break
     return path
-
-
-def _learnt_positions(decoder: nn.Module, text_config: Any) -> int | None:
-    """Return the longest input if there is a table with a row for each of its positions."""
-    longest = getattr(text_config, "max_position_embeddings", None)
-    # Some tables begin with rows for padding.
-    lengths = range(longest, longest + 4) if isinstance(longest, int) else ()
-    for name, module in decoder.named_modules():
-        is_table = isinstance(module, nn.Embedding) and module.num_embeddings in lengths
-        if is_table and ("pos" in name or "wpe" in name):
-            return longest
-    return None
 
 
 def _first_number(text_config: Any, *keys: str) -> int | None:

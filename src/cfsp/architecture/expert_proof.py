@@ -227,8 +227,6 @@ def with_experts(
     routed = [unit for unit in architecture.units if unit.routed]
     if not routed:
         raise _refused(architecture, "it has no routed experts whose matrices cfsp could find")
-    if len(counts := {unit.ffns for unit in routed}) > 1:
-        raise _refused(architecture, f"its blocks have {sorted(counts)} experts, expected as many")
     key, axes_of = _find_axes(architecture, config, type(run.model), routed)
     units = tuple(
         replace(unit, expert_axes=axes_of[unit.block]) if unit.routed else unit
@@ -286,8 +284,6 @@ def _find_axes(
             architecture, f"no key of its config says alone that there are {count} experts"
         )
     unit_of = {architecture.block_prefix(unit.block): unit for unit in routed}
-    if len(unit_of) < len(routed):
-        raise _refused(architecture, "a block has several routers, and its config one number")
     axes: dict[int, dict[str, int]] = {unit.block: {} for unit in routed}
     for name in (name for name in before if before[name] != after[name]):
         prefix = next((prefix for prefix in unit_of if name.startswith(prefix)), None)

@@ -215,7 +215,6 @@ class Architecture:
     block_count: int
     units: tuple[Unit, ...]  # in the order of blocks, and within a block as they are registered
     refused: tuple[Refusal, ...] = ()
-    learnt_positions: int | None = None  # the longest input, where each position's is learnt
     gone: tuple[Unit, ...] = ()  # attentions of the stock model that have no KV group left
     experts: RoutedExperts | None = None  # where whole ones can go and were asked for
 

@@ -26,8 +26,7 @@ from cfsp.calibration.observed import (
 )
 from cfsp.calibration.statistics import RunDistances, Statistics
 from cfsp.checkpoint.reading import WeightSource, fingerprint
-from cfsp.checkpoint.skeleton import architecture_of
-from cfsp.checkpoint.text_config import vocabulary_of
+from cfsp.checkpoint.text_config import longest_input_of, vocabulary_of
 from cfsp.errors import CalibrationError, ResumeError, UsageError
 from cfsp.processes import Team
 from cfsp.streaming.block_pass import Visitor, pass_blocks
@@ -295,16 +294,16 @@ def check_seen(units: Sequence[Unit], statistics: Sequence[UnitStatistics]) -> N
 
 
 def check_tokens(config: PreTrainedConfig, tokens_NT: Tensor, label: str) -> None:
-    """Check that every token id, and every position, has an embedding."""
+    """Check that every token id has an embedding, and that the model can read so many at once."""
     highest, vocabulary = int(tokens_NT.max()), vocabulary_of(config)
     if highest >= vocabulary:
         raise CalibrationError(
             f"the tokenizer gives token id {highest}, but {label} has a vocabulary of "
             f"{vocabulary}; use the model's own tokenizer"
         )
-    most, length = architecture_of(config).learnt_positions, tokens_NT.shape[1]
+    most, length = longest_input_of(config), tokens_NT.shape[1]
     if most is not None and length > most:
         raise UsageError(
-            f"{label} has learnt {most} positions, the windows have {length} tokens; "
+            f"{label} can read {most} tokens at once, the windows have {length}; "
             f"give a --seqlen of at most {most}"
         )

@@ -72,18 +72,16 @@ def locate_model(name: str | Path) -> Path:
     check_is_name(name)
     # Only the word: Path("demo") is a directory of that name.
     path = demo_gguf() if name == DEMO_NAME else path_of(name)
-    is_there = exists(path)
-    if path.suffix == ".gguf":
-        if not (is_there and path.is_file()):
-            raise CheckpointError(f"{path} does not exist; {_GIVE}")
-        from cfsp.checkpoint.gguf_import import import_gguf
+    is_gguf = path.suffix == ".gguf"
+    if exists(path):
+        if path.is_dir():
+            return path
+        if is_gguf:
+            from cfsp.checkpoint.gguf_import import import_gguf
 
-        return import_gguf(path)
-    if is_there and path.is_dir():
-        return path
-    if is_there:
+            return import_gguf(path)
         raise CheckpointError(f"{path} is neither a model directory nor a .gguf file; {_GIVE}")
-    is_hub_id = str(name).partition("@")[0].count("/") <= 1
+    is_hub_id = not is_gguf and str(name).partition("@")[0].count("/") <= 1
     if not is_hub_id or str(name).startswith((".", "/", "~")):
         raise CheckpointError(f"{path} does not exist; {_GIVE}")
     return _download(str(name))

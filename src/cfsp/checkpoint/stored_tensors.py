@@ -54,8 +54,8 @@ class StoredTensors:
         """Find what becomes of the tensors of a checkpoint, by the model of its class and config.
 
         Only names and shapes count, so the model may be on the meta device. A parameter that is
-        missing or has another shape is a `CheckpointError`, a unit that shares weights or cannot be
-        stored again an `UnsupportedModelError`.
+        missing or has another shape is a `CheckpointError`, a unit that cannot be stored again an
+        `UnsupportedModelError`.
         """
         conversions, unused = find_conversions(model, specs)
         made_by: dict[str, Conversion] = {}
@@ -98,11 +98,6 @@ class StoredTensors:
         for unit in architecture.units:
             for path in (*unit.axes, *unit.expert_axes):
                 name = architecture.block_prefix(unit.block) + path
-                if name in self.tied:
-                    raise UnsupportedModelError(
-                        f"{name} of an FFN has its values from {self.tied[name]}; FFNs that share "
-                        "weights cannot be pruned"
-                    )
                 conversion = self._made_by[name]
                 shapes = tuple(self.specs[stored].shape for stored in conversion.stored)
                 kind = id(conversion.converter), shapes, unit.part

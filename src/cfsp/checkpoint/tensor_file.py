@@ -172,14 +172,11 @@ def read_weights(directory: Path) -> dict[str, FileTensor]:
             raise TypeError("file names are not text")
     tensors: list[tuple[str, FileTensor]] = []
     for shard in shards:
-        if Path(shard).name != shard:
+        is_within = Path(shard).name == shard and len(shard) <= _LONGEST_NAME
+        if not (is_within and (directory / shard).is_file()):
             raise CheckpointError(
-                f"{index} names a file outside its directory: {shard[:_LONGEST_NAME]}; "
-                "download the model again"
-            )
-        if len(shard) > _LONGEST_NAME or not (directory / shard).is_file():
-            raise CheckpointError(
-                f"{index} names {shard[:_LONGEST_NAME]}, which is missing; download it again"
+                f"{index} names a file that is not in its directory: {shard[:_LONGEST_NAME]}; "
+                f"{AGAIN}"
             )
         tensors += read_tensor_file(directory / shard).items()
     times = Counter(name for name, _ in tensors)

@@ -162,15 +162,6 @@ def _has_multiples(source: Checkpoint) -> bool:
     return all(width % ROUNDING == 0 for width in _widths(source))
 
 
-def is_decilm(directory: Path) -> bool:
-    """Return whether a directory is in this layout."""
-    try:
-        fields = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(fields, dict) and fields.get("architectures") == [ARCHITECTURE]
-
-
 def decilm_config(source: Checkpoint) -> dict[str, Any]:
     """Return config.json of a Llama-like checkpoint in DeciLM's terms."""
     from transformers import __version__

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cfsp.checkpoint.gguf_import import gguf_reader
 from cfsp.checkpoint.gguf_tokenizer import fields_of
 from cfsp.checkpoint.llama_cpp import (
     LlamaCpp,
@@ -108,7 +107,7 @@ def write(
             quantise(full, out, int(LlamaFileType[f"MOSTLY_{name.upper()}"]))
         finally:
             full.unlink(missing_ok=True)
-    notes += _notes(out, name)
+    notes += _notes(tensors, name)
     return Written(
         f"{architecture.name} in {name}",
         partial(_verified, source, out, name, architecture, context) if has_llama_cpp() else None,
@@ -180,11 +179,11 @@ def _fields(
     }
 
 
-def _notes(path: Path, name: str) -> list[str]:
+def _notes(tensors: list[GgufTensor], name: str) -> list[str]:
     """Say which rows do not divide into blocks of weights."""
     if name in _OWN_TYPES.values():
         return []
-    rows = {int(tensor.shape[0]) for tensor in gguf_reader(path).tensors if len(tensor.shape) > 1}
+    rows = {tensor.shape[-1] for tensor in tensors if len(tensor.shape) > 1}
     block = 256 if "_k" in name or name == "iq4_xs" else 32
     odd = sorted(row for row in rows if row % block)
     if not odd:

@@ -153,9 +153,6 @@ def _obstacles(source: Checkpoint, architecture: Architecture) -> Iterator[str]:
         yield f"{graph} has no output matrix of its own"
     if architecture.rhythm:
         yield from _obstacles_of_gemma(config, architecture, graph)
-    qkv = [source.specs.get(f"{prefix}self_attn.{m}_proj.weight") for m in "qkv"]
-    if architecture.fused and len({spec.dtype for spec in qkv if spec}) > 1:
-        yield f"q, k and v are stored in different types; {_INSTEAD}"
 
 
 def _obstacles_of_gemma(config: Any, architecture: Architecture, graph: str) -> Iterator[str]:

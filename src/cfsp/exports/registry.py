@@ -91,8 +91,6 @@ def export(
     Raises:
         CfspError: anything that a user can cause; nothing is left behind.
     """
-    if not isinstance(model, str | Path):
-        raise UsageError(f"export takes the name of a model, found a {type(model).__name__}")
     if to not in TARGETS:
         raise UsageError(
             f"unknown target {to!r}{did_you_mean(to, TARGETS)}; expected one of "

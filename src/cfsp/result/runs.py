@@ -128,10 +128,6 @@ class RunFacts:
 
 def read_run(directory: Path) -> RunFacts:
     """Read the facts about one run."""
-    if not directory.is_dir():
-        raise ReportError(
-            f"{directory} is not a directory; expected one that cfsp prune, recover or sweep wrote"
-        )
     manifest = read_manifest(directory)
     if manifest is None:
         raise ReportError(

@@ -17,7 +17,6 @@ from typing import Any
 
 from cfsp.checkpoint.locating import locate_model
 from cfsp.errors import UsageError
-from cfsp.exports.decilm import is_decilm
 from cfsp.progress import item_progress
 from cfsp.result.names import short_names
 from cfsp.settings import one_or_several
@@ -148,7 +147,7 @@ def bench(
         Sizes, speeds with their ratios round by round, and peak memory; `to_json()` for a file.
 
     Raises:
-        UsageError: a number is out of range, or a model is an export for vLLM.
+        UsageError: a number is out of range.
         CheckpointError: there is no such model, or it is damaged.
     """
     models = one_or_several(models)
@@ -159,12 +158,6 @@ def bench(
     conditions = Conditions(rounds=rounds, device=device, dtype=dtype)
     short = short_names(list(map(str, models)), least=1)
     subjects = [Subject(locate_model(each), short[str(each)]) for each in models]
-    for subject in subjects:
-        if is_decilm(Path(str(subject.model))):
-            raise UsageError(
-                f"{subject.label} is an export for vLLM; time it with vllm bench latency --model "
-                f"{subject.model} --trust-remote-code, or give the checkpoint that was exported"
-            )
     return compare_speed(subjects, workloads, conditions)
 
 
