@@ -147,7 +147,7 @@ FILES = [
             replace("model.layers.0.self_attn.q_proj.weight", lambda t: t[:, :16].clone()),
         ),
     ),
-    BadInput(EXPORT, f"tensor {NORM} has dtype U32", "expected one of F64", header(dtype="U32")),
+    BadInput(EXPORT, "unknown variant `F1`", "expected one of", header(dtype="F1")),
     BadInput(EVAL, "invalid shape, data type, or offset for tensor", SAVE, header(dtype="F16")),
     BadInput(
         PRUNE_TEXT,

@@ -25,6 +25,7 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.modeling_utils import str_to_torch_dtype
 
 from cfsp.errors import CheckpointError, first_line, refusing_bad_json
 
@@ -33,21 +34,8 @@ SINGLE_FILE = "model.safetensors"
 MAX_SHARD_BYTES = 5_000_000_000
 _LONGEST_NAME = 200
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+# Of block scales (MX formats) transformers has no name.
+DTYPES: dict[str, torch.dtype] = {**str_to_torch_dtype, "F8_E8M0": torch.float8_e8m0fnu}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # What cures a damaged file.

@@ -7,9 +7,10 @@ Results are those of `cfsp eval --json` and `cfsp bench --json`, in files or in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,9 +68,8 @@ _OF_TASKS = {
     "loss": ("difference", "loss - original's, nats", NATS),
 }
 
-# A model measured is one side of a run: `before`, the original, `after`, the run itself, or None.
-Side = Callable[[str], str | None]
-Models = Sequence[Mapping[str, Any]]
+# What was measured of the original of a run, `before`, and of the run itself, `after`.
+Sides = Mapping[str, Mapping[str, Any]]
 # A question with its kind and an answer, as `cfsp.quality.answers` has it.
 Document = Mapping[str, Any]
 
@@ -93,26 +93,29 @@ class RunFacts:
         """Return the facts of one table."""
         return [fact for fact in self.facts if fact.heading == heading]
 
-    def sides_of(self, models: Models) -> dict[str, str]:
-        """Return which side of this run models of results are, by their names.
+    def sides_in(self, models: Sequence[Mapping[str, Any]]) -> Sides:
+        """Return what results have of this run and of its original.
 
         Results may be of another machine or folder: then weights tell, where both have them.
         """
         base = self.manifest.get("base_model", {}).get("fingerprint")
-        weights_of = {str(model["model"]): model.get("fingerprint") for model in models}
-        sides = {}
-        for name, weights in weights_of.items():
+        found, others = {}, []
+        for model in models:
+            name, weights = str(model["model"]), model.get("fingerprint")
             if Path(name).resolve() == self.directory.resolve():
-                sides[name] = "after"
+                found["after"] = model
             elif name == self.base_name or (weights is not None and weights == base):
-                sides[name] = "before"
-        others = {name: weights for name, weights in weights_of.items() if name not in sides}
-        if "after" not in sides.values() and any(others.values()):
+                found["before"] = model
+            elif weights is not None:
+                others.append(model)
+        if "after" not in found and others:
             # The runs of a sweep have no weights.
             with suppress(CheckpointError):
                 own = fingerprint(open_checkpoint(self.directory))
-                sides |= {name: "after" for name, weights in others.items() if weights == own}
-        return sides
+                for model in others:
+                    if model["fingerprint"] == own:
+                        found["after"] = model
+        return found
 
     @property
     def base_name(self) -> str:
@@ -141,14 +144,14 @@ def read_run(directory: Path) -> RunFacts:
             "different runs"
         )
     weights = sum(file.stat().st_size for file in directory.glob("model*.safetensors"))
-    speed = manifest.get("speed")
     with refusing_damage(directory):
+        speed = manifest["speed"]["models"] if manifest.get("speed") else []
         facts = [
             *size_facts(manifest, weights),
             *perplexity_facts(manifest),
             *_comparison_facts(manifest.get("comparison") or {}),
             # Where the demonstration or a sweep has put it.
-            *(_speed_facts(speed["models"], _SIDES.get) if speed else []),
+            *(_speed_facts(speed[0], {_SIDES[m["model"]]: m for m in speed}) if speed else []),
         ]
         return RunFacts(directory.resolve().name, directory, manifest, joined(facts), plan)
 
@@ -246,50 +249,44 @@ def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunF
     try:
         models = results["models"]
         names = [str(model["model"]) for model in models]
-        facts_of = _speed_facts if "workloads" in models[0] else _quality_facts
-        sides = [run.sides_of(models) for run in runs]
+        has_speed = "workloads" in models[0]
+        facts_of = partial(_speed_facts, models[0]) if has_speed else _quality_facts
+        sides = [run.sides_in(models) for run in runs]
         extended = [
             replace(
                 run,
-                facts=joined([*run.facts, *facts_of(models, side_of.get)]),
-                answers=_answer_documents(models, side_of.get) or run.answers,
+                facts=joined([*run.facts, *facts_of(both)]),
+                answers=_answer_documents(both) or run.answers,
             )
-            for run, side_of in zip(runs, sides, strict=True)
+            for run, both in zip(runs, sides, strict=True)
         ]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ReportError(
             "the results are not what `cfsp eval --json` or `cfsp bench --json` prints: "
             f"{error!r} is missing or of another type"
         ) from error
-    if not any("after" in side_of.values() for side_of in sides):
+    if not any("after" in both for both in sides):
         raise ReportError(f"the results are of none of the runs; they are of: {', '.join(names)}")
     return extended
 
 
-def measured_runs(models: Models, *, compares: bool) -> list[RunFacts]:
+def measured_runs(models: Sequence[Mapping[str, Any]], *, compares: bool) -> list[RunFacts]:
     """Return what eval measured of models as facts of runs, of the first as their original's."""
-    dense, names = str(models[0]["model"]), short_names(str(model["model"]) for model in models)
-    runs = []
+    names, runs = short_names(str(model["model"]) for model in models), []
     for model in models[compares:]:
+        both = {**({"before": models[0]} if compares else {}), "after": model}
+        parameters = Fact(SIZE, PARAMETERS, COUNT)
+        facts = [_on(side, Number(m["parameters"]), parameters) for side, m in both.items()]
+        facts += _quality_facts(both)
         own = str(model["model"])
-        sides = {**({dense: "before"} if compares else {}), own: "after"}
-        both = [models[0], model] if compares else [model]
-        facts = [
-            _on(sides[str(m["model"])], Number(m["parameters"]), Fact(SIZE, PARAMETERS, COUNT))
-            for m in both
-        ]
-        facts += _quality_facts(both, sides.get)
         runs.append(RunFacts(names[own], Path(own), {}, joined(facts, finite=False)))
     return runs
 
 
-def _quality_facts(models: Models, side_of: Side) -> list[Fact]:
+def _quality_facts(both: Sides) -> list[Fact]:
     """Return what eval measured of a run and of its original, as the command prints it."""
     facts = []
-    sides = {side_of(str(model["model"])): model for model in models}
-    for side, model in sides.items():
-        if side is None:
-            continue
+    for side, model in both.items():
         for text, entry in model["perplexity"].items():
             fact = perplexity_fact(Conditions.of(text, entry))
             facts.append(_on(side, Number(float(entry["value"])), fact))
@@ -302,33 +299,31 @@ def _quality_facts(models: Models, side_of: Side) -> list[Fact]:
                     name = f"{task}, {metric}{', nats' if unit is NATS else ''}"
                     fact = Fact(TASKS, name, unit, detail=detail)
                     facts.append(_on(side, number, fact))
-    before, after = (sides.get(side, {}) for side in ("before", "after"))
+    before, after = (both.get(side, {}) for side in ("before", "after"))
     if "windows" in before and "windows" in after:
         dense, pruned = (measured_model("the results", dict(each)) for each in (before, after))
         facts += _comparison_facts(compare(dense, pruned, dense))
     return facts
 
 
-def _answer_documents(models: Models, side_of: Side) -> list[tuple[Document, Document]]:
+def _answer_documents(both: Sides) -> list[tuple[Document, Document]]:
     """Return what the original and a run answered to each question; nothing if none was asked."""
-    sides = {side_of(str(model["model"])): model.get("answers") for model in models}
-    both = [answers for side in ("before", "after") if (answers := sides.get(side))]
-    if len(both) < 2:
+    each_side = (both.get(side, {}) for side in ("before", "after"))
+    asked = [answers for model in each_side if (answers := model.get("answers"))]
+    if len(asked) < 2:
         return []
     keys = ("kind", "question", "answer", "stops", "loops")
     pairs = (
-        [{key: each[key] for key in keys} for each in answers["documents"]] for answers in both
+        [{key: each[key] for key in keys} for each in answers["documents"]] for answers in asked
     )
     return list(zip(*pairs, strict=True))
 
 
-def _speed_facts(models: Models, side_of: Side) -> list[Fact]:
+def _speed_facts(first: Mapping[str, Any], both: Sides) -> list[Fact]:
     """Return tokens per second by phase and workload; ratios if the first is the original."""
-    facts = []
-    compared = side_of(str(models[0]["model"])) == "before"
-    for model in models:
-        side = side_of(str(model["model"]))
-        for workload in model["workloads"] if side else ():
+    facts, compared = [], both.get("before") is first
+    for side, model in both.items():
+        for workload in model["workloads"]:
             shape = f"batch {workload['batch']}, prompt {workload['prompt']}"
             generated = f", {workload['new_tokens']} new tokens"
             for phase, more in (("prefill", ""), ("decode", generated)):
@@ -368,5 +363,5 @@ def _number(estimate: Mapping[str, Any]) -> Number:
     return Number(float(estimate["value"]), None if error is None else float(error))
 
 
-def _on(side: str | None, number: Number, fact: Fact) -> Fact:
+def _on(side: str, number: Number, fact: Fact) -> Fact:
     return replace(fact, before=number) if side == "before" else replace(fact, after=number)
