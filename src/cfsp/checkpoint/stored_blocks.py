@@ -33,17 +33,13 @@ def names_without_blocks(source: WeightSource, removed: Collection[int]) -> dict
         if block is None:
             names[name] = name
         elif block not in removed:
-            pattern = rf"(?<!\d){block}(?!\d)"
-            if not re.search(pattern, name):
+            number = str(index_without(removed, block))
+            names[name], found = re.subn(rf"(?<!\d){block}(?!\d)", number, name, count=1)
+            if not found:
                 raise UnsupportedModelError(
                     f"{source.label} stores {name} of block {block} under a name without that "
                     "number, so that no block before it can be removed"
                 )
-            names[name] = re.sub(pattern, str(index_without(removed, block)), name, count=1)
-    if len(set(names.values())) < len(names):
-        raise UnsupportedModelError(
-            f"blocks of {source.label} can't be removed: two of its tensors would have one name"
-        )
     return names
 
 

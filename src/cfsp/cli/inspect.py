@@ -24,9 +24,11 @@ def add_options_to(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> Told:
     from cfsp.checkpoint.locating import open_checkpoint
-    from cfsp.result.manifest import refusing_damage
 
     checkpoint = open_checkpoint(args.model)
+
+    from cfsp.result.manifest import refusing_damage
+
     facts = inspect_checkpoint(checkpoint)
     with refusing_damage(checkpoint.directory):
         lines = list(_lines(facts))
