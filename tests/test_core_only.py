@@ -21,7 +21,7 @@ from packaging.utils import canonicalize_name
 from cfsp.planning.plan_file import PruningPlan
 from conftest import REPOSITORY
 
-EXTRAS = ("datasets", "pyarrow", "gguf", "peft", "lm_eval", "openvino", "llama_cpp_py_sync")
+EXTRAS = ("datasets", "pyarrow", "gguf", "lm_eval", "openvino", "llama_cpp_py_sync")
 
 PROGRAM = f"""
 import importlib.util

@@ -15,12 +15,13 @@ from cfsp.job import NOTHING_KNOWN, Known
 from cfsp.pipeline import check_output, digest_of, prune_checkpoint, pruning_identity
 from cfsp.processes import Team, process_count
 from cfsp.quality.evaluate import evaluation_windows
-from cfsp.recovery.prepare import method_that_fits
+from cfsp.recovery.prepare import training_bytes
 from cfsp.recovery.settings import AUTO_TEACHER, RecoverSettings, Training
 from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.result.prune_report import PruneReport
 from cfsp.selection.goal import held_out_windows
 from cfsp.settings import BEST_WITHOUT_TRAINING, Compute, MaxLossIncrease, PruneSettings
+from cfsp.streaming.runtime import free_bytes
 from cfsp.text.drawing import draw_text
 from cfsp.text.tokenizers import load_tokenizer
 
@@ -51,8 +52,8 @@ def prune_and_recover(
     compute, text = settings.compute, settings.text
     prune = partial(prune_checkpoint, source, known=known, command=command)
     parameters = parameter_count(source)
-    method = method_that_fits(parameters, parameters, compute_device(compute.device))
-    if method is None or process_count() > 1:
+    needed = training_bytes("lora", parameters, parameters)
+    if needed > free_bytes(compute_device(compute.device)) or process_count() > 1:
         alone = "there is no memory to train the whole model beside the dense one"
         several = "several processes prune together; cfsp recover trains what they give"
         why = several if process_count() > 1 else alone

@@ -27,7 +27,7 @@ from cfsp.quality.perplexity import loss_in_memory
 from cfsp.recovery.adaptation import allocate_ranks
 from cfsp.recovery.data import RecoveryText, WindowData, read_text
 from cfsp.recovery.loss import IGNORED, loss_inside, multiplies_only
-from cfsp.recovery.prepare import teacher_and_method
+from cfsp.recovery.prepare import teacher_of
 from cfsp.recovery.schedule import Schedule
 from cfsp.recovery.settings import Adaptation, Limit, RecoverSettings, Training
 from cfsp.recovery.trainer import RecoveryTrainer, tokens_of, train
@@ -237,9 +237,9 @@ def test_the_less_there_is_to_learn_the_lower_the_rate(recovered, pruned, tiny_c
     assert all(torch.allclose(again[name], weights[name], atol=1e-7) for name in weights)
 
 
-def teacher_of(given: str | None, source: Path, tokenizer: Any) -> str | None:
+def name_of_teacher(given: str | None, source: Path, tokenizer: Any) -> str | None:
     settings = RecoverSettings((), training(1), Adaptation("full"), given)
-    found, _ = teacher_and_method(settings, open_checkpoint(source), tokenizer, CPU, {})
+    found = teacher_of(settings, open_checkpoint(source), tokenizer, CPU, {})
     return found and found.label
 
 
@@ -247,11 +247,11 @@ def test_the_dense_model_teaches_where_it_is_at_hand(
     pruned, tiny_checkpoint, tokenizer, tmp_path, monkeypatch, caplog
 ):
     dense, other = str(tiny_checkpoint("llama")), str(tiny_checkpoint("qwen2"))
-    assert teacher_of("auto", pruned, tokenizer) == dense
-    assert teacher_of(str(pruned), pruned, tokenizer) == str(pruned)
-    assert teacher_of("none", pruned, tokenizer) is None
+    assert name_of_teacher("auto", pruned, tokenizer) == dense
+    assert name_of_teacher(str(pruned), pruned, tokenizer) == str(pruned)
+    assert name_of_teacher("none", pruned, tokenizer) is None
     # A model that was not pruned has none.
-    assert teacher_of("auto", Path(dense), tokenizer) is None
+    assert name_of_teacher("auto", Path(dense), tokenizer) is None
     assert caplog.messages == []
     # Another model is in its place, or none.
     moved = tmp_path / "moved"
@@ -259,34 +259,25 @@ def test_the_dense_model_teaches_where_it_is_at_hand(
     for name, reason in ((other, "is another model"), ("/no/such", "/no/such does not exist")):
         named = {"name": name}
         edit_json(moved / MANIFEST_FILE, lambda fields, of=named: fields["base_model"].update(of))
-        assert teacher_of("auto", moved, tokenizer) is None
+        assert name_of_teacher("auto", moved, tokenizer) is None
         assert reason in caplog.text
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
-    assert teacher_of("auto", pruned, tokenizer) is None
+    assert name_of_teacher("auto", pruned, tokenizer) is None
     assert "1e-06 GB are available" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("bytes_for_each", "options", "expected"),
-    [
-        (21, {}, "full"),
-        (19, {}, "lora"),
-        (21, {"adaptation": Adaptation(rank=4)}, "lora"),
-        (19, {"adaptation": Adaptation("full")}, "full"),
-    ],
-)
-def test_memory_decides_on_the_method_unless_adapters_are_asked_for(
-    pruned, tokenizer, tiny_checkpoint, monkeypatch, bytes_for_each, options, expected
+@pytest.mark.parametrize(("method", "bytes_for_each"), [("full", 16), ("lora", 4)])
+def test_the_dense_model_teaches_where_there_is_memory_for_it(
+    pruned, tokenizer, tiny_checkpoint, monkeypatch, method, bytes_for_each
 ):
-    """Full training takes 16 bytes for each parameter, and 4 for each of the teacher's."""
+    """Training takes so many bytes for each parameter, and 4 for each of the teacher's."""
     source, dense = open_checkpoint(pruned), open_checkpoint(tiny_checkpoint("llama"))
-    trained, taught = parameter_count(source), parameter_count(dense)
-    free = (bytes_for_each - 4) * trained + 4 * taught
-    monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: free)
-    settings = RecoverSettings((), training(1), teacher="auto", **options)
-    teacher, method = teacher_and_method(settings, source, tokenizer, CPU, {})
-    assert method == expected
-    assert (teacher is None) == (bytes_for_each < 20 and expected == "full")
+    needed = bytes_for_each * parameter_count(source) + 4 * parameter_count(dense)
+    settings = RecoverSettings((), training(1), Adaptation(method), teacher="auto")
+    for free, teaches in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda free=free: free)
+        found = teacher_of(settings, source, tokenizer, CPU, {})
+        assert (found is not None) == teaches
 
 
 @pytest.mark.parametrize("batch_windows", [1, 7])

@@ -12,7 +12,6 @@ Shapes: L blocks.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 import re
@@ -30,7 +29,7 @@ from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.skeleton import blocks_of, empty_model
 from cfsp.checkpoint.text_config import text_config_of
-from cfsp.errors import MissingExtraError, PlanError, RecoveryError, UsageError
+from cfsp.errors import PlanError, RecoveryError, UsageError
 from cfsp.planning.allocation import round_widths
 from cfsp.planning.plan_file import PruningPlan
 
@@ -39,17 +38,11 @@ if TYPE_CHECKING:
 
     from cfsp.architecture.found import Architecture
     from cfsp.checkpoint.reading import Checkpoint
-    from cfsp.recovery.settings import Adaptation, Method
+    from cfsp.recovery.settings import Adaptation
 
 logger = logging.getLogger(__name__)
 # alpha / r.
 SCALE = 2.0
-
-
-def check_installed(method: Method) -> None:
-    """Check that the library that a method trains with is there."""
-    if method == "lora" and importlib.util.find_spec("peft") is None:
-        raise MissingExtraError("LoRA", "recover")
 
 
 def trained_parameters(source: Checkpoint, *, is_full: bool) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from cfsp.errors import (
 )
 from cfsp.processes import process_count
 from cfsp.quality.evaluate import evaluation_windows
-from cfsp.recovery.adaptation import check_installed, ranks_of, trained_parameters
+from cfsp.recovery.adaptation import ranks_of, trained_parameters
 from cfsp.recovery.data import RecoveryText, read_text
 from cfsp.recovery.settings import AUTO_TEACHER, NO_TEACHER, Method, RecoverSettings
 from cfsp.result.card import model_card, origin_of
@@ -83,18 +82,15 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: f
     device = compute_device(settings.compute.device)
     _check_record(source)
     tokenizer = load_tokenizer(source.directory)
-    check_installed(settings.adaptation.method)  # before a teacher is opened, or downloaded
     # A teacher that is given counts by its weights, whatever it is called.
     given = settings.teacher or NO_TEACHER
     asked = {
         "--method": settings.adaptation.method,
         "--teacher": given if given in (AUTO_TEACHER, NO_TEACHER) else "a model",
     }
-    teacher, method = teacher_and_method(settings, source, tokenizer, device, _decided(out, asked))
-    check_installed(method)
-    settings = replace(settings, adaptation=replace(settings.adaptation, method=method))
+    teacher = teacher_of(settings, source, tokenizer, device, _decided(out, asked))
     rank_L = ranks_of(source, settings.adaptation)
-    trained = trained_parameters(source, is_full=method == "full")
+    trained = trained_parameters(source, is_full=settings.adaptation.method == "full")
     with watch.stage("text"):
         windows = evaluation_windows(settings.evaluation, source)
         text = read_text(settings.data, tokenizer, seqlen=training.seqlen, bos=training.bos)
@@ -143,50 +139,39 @@ def training_bytes(method: Method, parameters: int, parameters_of_teacher: int) 
     return _BYTES_TO_TRAIN[method] * parameters + _BYTES_OF_TEACHER * parameters_of_teacher
 
 
-def method_that_fits(parameters: int, of_teacher: int, device: torch.device) -> Method | None:
-    """Return how there is memory to train: in full, which recovers more, by adapters, or not."""
-    available = free_bytes(device)
-    if training_bytes("full", parameters, of_teacher) <= available:
-        return "full"
-    fits = training_bytes("lora", parameters, of_teacher) <= available
-    return "lora" if fits and importlib.util.find_spec("peft") is not None else None
-
-
-def teacher_and_method(
+def teacher_of(
     settings: RecoverSettings,
     source: Checkpoint,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     decided: Mapping[str, Any],
-) -> tuple[Checkpoint | None, Method]:
-    """Return who teaches a pruned model, if anybody does, and how it is trained.
+) -> Checkpoint | None:
+    """Return who teaches a pruned model, if anybody does.
 
     What memory decides stays as a killed run has `decided` it.
     """
     given, method = settings.teacher, settings.adaptation.method
-    teacher, is_alone = None, process_count() == 1
-    if given == AUTO_TEACHER:
-        teacher = _recorded_teacher(source, tokenizer)
-    elif given is not None and given != NO_TEACHER:
+    if given is None or given == NO_TEACHER:
+        return None
+    if given != AUTO_TEACHER:
         teacher = open_checkpoint(given)
         check_teacher(source, tokenizer, teacher)
-    counts = parameter_count(source), parameter_count(teacher) if teacher else 0
-    if method == "auto":
-        # Several processes must decide alike, and memory is not.
-        is_open = settings.leaves_method_open and is_alone
-        method = decided.get("method") or (is_open and method_that_fits(*counts, device)) or "lora"
-    if given == AUTO_TEACHER and "teacher" in decided:
-        teacher = teacher if decided["teacher"] is not None else None
-    elif given == AUTO_TEACHER and teacher is not None and is_alone:
+        return teacher
+    recorded = _recorded_teacher(source, tokenizer)
+    if recorded is None or "teacher" in decided:
+        return recorded if decided.get("teacher") is not None else None
+    # Several processes must decide alike, and memory is not.
+    if process_count() == 1:
+        counts = parameter_count(source), parameter_count(recorded)
         needed, available = training_bytes(method, *counts), free_bytes(device)
         if needed > available:
             _warn_of_no_teacher(
-                teacher.label,
+                recorded.label,
                 f"with it training needs {needed / 1e9:.3g} GB of memory, {available / 1e9:.3g} GB "
                 "are available",
             )
-            teacher = None
-    return teacher, method
+            return None
+    return recorded
 
 
 def _decided(out: Path, asked: Mapping[str, str]) -> dict[str, Any]:
@@ -194,7 +179,7 @@ def _decided(out: Path, asked: Mapping[str, str]) -> dict[str, Any]:
     for state in sorted(directory_of_process(out).glob(f"*/{STATE_FILE}")):
         with suppress(ResumeError):  # it is told of where that work is taken up
             identity = read_state(state, {"command": "recover", **asked})["identity"]
-            return {name: identity[name] for name in ("method", "teacher")}
+            return {"teacher": identity["teacher"]}
     return {}
 
 

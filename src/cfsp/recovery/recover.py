@@ -85,7 +85,7 @@ def recover(
     data: Data = DEFAULT_TEXT,
     max_minutes: float | None = None,
     steps: int | None = None,
-    method: Method = "auto",
+    method: Method = "lora",
     learning_rate: float | None = None,
     teacher: str | Path | None = AUTO_TEACHER,
     eval: Data = (),
@@ -106,8 +106,7 @@ def recover(
         max_minutes: of the whole recovery, evaluations and writing included; without this and
             without steps it is one pass over the text.
         steps: of the optimizer.
-        method: `lora`, or `full` (the projections themselves); `auto` is full where one process has
-            the memory.
+        method: `lora`, or `full` (the projections and experts themselves).
         learning_rate: at its peak; None for what suits the method and the size of the weights.
         teacher: a dense model to distil from; `auto` is the one that was pruned, if it is still
             where its manifest says and there is memory for both; None trains on the text alone.
@@ -337,11 +336,10 @@ def _write_record(
 ) -> None:
     """Write the manifest and the model card: those of the pruned model and how it was recovered."""
     settings, teacher = ready.settings, ready.teacher
-    libraries = ["accelerate"] if settings.adaptation.method == "full" else ["accelerate", "peft"]
     now = {
         "command": command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {**versions(), **{name: version(name) for name in libraries}},
+        "versions": {**versions(), **{name: version(name) for name in ("accelerate", "peft")}},
     }
     recovery = {
         "adaptation": asdict(settings.adaptation),

@@ -9,13 +9,13 @@ from cfsp.errors import UsageError
 from cfsp.processes import process_count
 from cfsp.settings import BOS, BOS_HELP, Bos, Compute, Declared, EvaluationText, Text, option
 
-Method = Literal["auto", "lora", "full"]
+Method = Literal["lora", "full"]
 RankAllocation = Literal["uniform", "importance", "inverse"]
 # Peak learning rates, relative to the root mean square of the weights. Adam moves a weight by about
 # the rate in a step, however large its gradient is; what that does depends on how large weights
 # are: .19 in SmolLM2-135M, .019 in Qwen2.5-0.5B, which a rate that suits the first destroys.
 # In full training they also fall with the root of a held-out loss below 1 (`Schedule`).
-RELATIVE_RATES: dict[Method, float] = {"lora": 5e-3, "full": 1e-3}
+RELATIVE_RATES: dict[Method, float] = {"lora": 1e-2, "full": 1e-3}
 # Who teaches: the dense model that was pruned, where it is at hand, or nobody.
 AUTO_TEACHER, NO_TEACHER = "auto", "none"
 
@@ -28,9 +28,9 @@ class Adaptation(Declared):
     """What is trained; embeddings, norms and head stay as they are."""
 
     method: Method = option(
-        "auto",
-        "low-rank adapters (lora), or all projections in full: better in the same time, and needs "
-        "16 bytes for each parameter; auto: full where one process has that memory",
+        "lora",
+        "low-rank adapters (lora), or all projections and experts in full, which needs 16 bytes "
+        "for each parameter",
         choices=get_args(Method),
     )
     rank: float = option(
@@ -156,10 +156,3 @@ class RecoverSettings:
     def __post_init__(self) -> None:
         if self.compute.dtype == "float16":
             raise UsageError("recovery trains in float32 or bfloat16, found --dtype float16")
-        if self.leaves_method_open and self.training.learning_rate is not None:
-            raise UsageError("--learning-rate suits one method; give --method lora or full with it")
-
-    @property
-    def leaves_method_open(self) -> bool:
-        """Whether memory decides on the method: nothing is chosen that only adapters have."""
-        return self.adaptation == Adaptation()
