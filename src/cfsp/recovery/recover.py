@@ -68,7 +68,7 @@ from cfsp.settings import (
     texts_of,
 )
 from cfsp.streaming.memory import peak_rss_bytes
-from cfsp.streaming.runtime import versions
+from cfsp.streaming.runtime import torch_as_it_starts, versions
 from cfsp.streaming.work_dir import WorkDir, load_or_compute, output_work_dir, remove_finished_work
 from cfsp.text.sources import check_texts
 
@@ -78,6 +78,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@torch_as_it_starts()
 def recover(
     model: str | Path,
     *,
