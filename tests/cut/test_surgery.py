@@ -235,3 +235,14 @@ def test_what_the_code_around_a_call_set_is_not_computed_with(tokenizer, text_fi
     for name, tensor in usual.state_dict().items():
         torch.testing.assert_close(same.state_dict()[name], tensor, rtol=0, atol=0)
     same(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()  # it can be trained
+
+
+def test_what_was_pruned_in_memory_has_not_the_name_of_its_original(
+    tiny_checkpoint, tokenizer, text_file
+):
+    asked: dict[str, Any] = {"sparsity": 0.25, "multiple": 8, "samples": 4, "seqlen": 32}
+    directory = str(tiny_checkpoint("llama"))
+    once = cfsp.prune(cfsp.load(directory), tokenizer, repair="none", data=[text_file], **asked)
+    again = cfsp.prune(once, tokenizer, repair="none", data=[text_file], **asked)
+    assert once.config.cfsp["base_model"]["name"] == directory
+    assert again.config.cfsp["base_model"]["name"] == type(once).__name__

@@ -26,6 +26,8 @@ def output_path(out: str | Path) -> Path:
 
 def check_output_is_free(target: Path) -> None:
     """Check, before the work begins, that a directory can be created at `target`."""
+    if target.is_symlink():  # to which nothing can be renamed
+        raise OutputError(f"{target} is a link; choose the output directory that it leads to")
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target} exists and is a file; choose another output directory")
     if target.is_dir() and any(target.iterdir()):

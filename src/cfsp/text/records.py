@@ -36,7 +36,7 @@ def document_of(record: Any, column: str, where: str) -> Any:
     """Return the document in a record, a text or a conversation, without its images."""
     if not isinstance(record, dict) or column not in record:
         keys = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-        raise TextError(f"{where}: no column {column!r}; found: {keys}")
+        raise TextError(f"{where}: no column {column!r}; found: {keys}; name one as FILE:COLUMN")
     document = record[column]
     if column == CHAT_COLUMN:
         document = _messages(document, where)
@@ -219,7 +219,10 @@ def _parquet(path: Path, column: str) -> Iterator[Record]:
         file = pq.ParquetFile(path)
         names = file.schema_arrow.names
         if column not in names:
-            raise TextError(f"{path} has no column {column!r}; it has: {', '.join(names)}")
+            raise TextError(
+                f"{path} has no column {column!r}; it has: {', '.join(names)}; name one as "
+                "FILE:COLUMN"
+            )
         images = {IMAGE_COLUMN: True} if IMAGE_COLUMN in names else {}  # large, and not read
         for batch in file.iter_batches(columns=[column]):
             for record in batch.to_pylist():
