@@ -97,6 +97,11 @@ RUNS = [
         ("cfsp.json is damaged", manifest(lambda f: f.update(files=[1]))),
     ),
     *spoilt(
+        f"{INTO.replace('{model}', '{pruned}')} {{out}}",
+        "prune the model again",
+        ("{pruned}/cfsp.json is damaged", manifest(lambda f: f.update(base_model=1))),
+    ),
+    *spoilt(
         "inspect {pruned}",
         "",
         (

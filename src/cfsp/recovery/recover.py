@@ -265,7 +265,9 @@ def _train(ready: Prepared, seconds_to_measure: float) -> tuple[nn.Module, Prepa
         ranks = sorted({rank for rank in ready.rank_L if rank is not None})
         span = " to ".join(map(str, dict.fromkeys((*ranks[:1], *ranks[-1:]))))
         of_rank = f" of rank {span}" if span else ""
-        logger.info(f"training {trainable:,d} parameters{of_rank} in {len(ready.rank_L)} blocks")
+        taught = f", taught by {ready.teacher.label}" if ready.teacher is not None else ""
+        blocks = counted(len(ready.rank_L), "blocks")
+        logger.info(f"training {trainable:,d} parameters{of_rank} in {blocks}{taught}")
 
     # What merging, writing and loading again may take, by what loading took.
     later = watch.seconds["load"] + nbytes / BYTES_PER_SECOND + seconds_to_measure
