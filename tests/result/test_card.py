@@ -74,7 +74,7 @@ def test_what_made_the_model_before_made_this_one(run, text_file, tmp_path):
     assert base["texts"] == [str(text_file)]
     assert base["made_from"] == read_manifest(run)["base_model"]
     card = (again / "README.md").read_text()
-    assert f"What it was made from was made on {text_file.name} itself" in card
+    assert f"`run` itself was calibrated or trained on {text_file.name}." in card
     entry = measured(str(text_file), 10.0, 12.5)
     assert "; this text made the model |" in card_of(again, Origin("x"), perplexity=entry)
 
