@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,14 +102,17 @@ def templated(
             ) from error
         return text
 
+    def shows_content(text: str) -> bool:
+        return any(content in text for m in conversation if (content := m["content"].strip()))
+
     text = render(conversation)
-    contents = [content for m in conversation if (content := m["content"].strip())]
-    if not contents or any(content in text for content in contents):
-        return text
-    # Templates of some multimodal models look at the parts of a message, and see none in a text.
-    return render(
-        [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in conversation]
-    )
+    if not shows_content(text):
+        # Templates of some multimodal models look at the parts of a message, and see none in a
+        # text; others write the text in another form, and may not know parts.
+        parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in conversation]
+        with suppress(TextError):
+            return of_parts if shows_content(of_parts := render(parts)) else text
+    return text
 
 
 def _messages(value: Any, where: str) -> Conversation:
