@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import cfsp
 from builders import entries, stop
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import build_parser, main
@@ -54,6 +55,13 @@ def test_a_terminal_without_a_minus_is_told_all_the_same(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
     tell((None, lambda: print("10 \N{MULTIPLICATION SIGN} \N{MINUS SIGN}3")), as_json=False)
     assert written.getvalue() == b"10 \xd7 \\u22123\n"
+
+
+def test_an_output_in_the_home_directory(command, pruned, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    command("report", pruned, "--out=~/page.html")
+    cfsp.export(str(pruned), to="vllm", out="~/copy")
+    assert entries(tmp_path) == {"page.html", "copy"}
 
 
 # Help.

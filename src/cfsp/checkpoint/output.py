@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
+from cfsp.checkpoint.locating import path_of
 from cfsp.errors import OutputError, UsageError
 
 
@@ -21,7 +22,7 @@ def output_path(out: str | Path) -> Path:
     """Return where an output of a call is to go."""
     if not isinstance(out, str | Path):
         raise UsageError(f"expected out=, the path of what is new, found {reprlib.repr(out)}")
-    return Path(out)
+    return path_of(out)
 
 
 def check_output_is_free(target: Path) -> None:
