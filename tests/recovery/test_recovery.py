@@ -366,7 +366,7 @@ def test_what_is_typed_reaches_recovery(pruned, text_file, tmp_path, monkeypatch
     seen: dict[str, Any] = {}
 
     def note(source: Any, out: Any, settings: RecoverSettings, **_: Any) -> SimpleNamespace:
-        seen.update(vars(settings))
+        seen.update(vars(settings), trains=torch.is_grad_enabled())
         return SimpleNamespace()
 
     monkeypatch.setattr("cfsp.recovery.recover.recover_checkpoint", note)
@@ -380,7 +380,8 @@ def test_what_is_typed_reaches_recovery(pruned, text_file, tmp_path, monkeypatch
     assert seen["training"] == Training(limit, seed=2, gradient_checkpointing=True, bos="no")
     assert seen["evaluation"] == EvaluationText((str(text_file),), bos="no")  # as by cfsp prune
     seen.clear()
-    cfsp.recover(pruned, out="o", data=[text_file], steps=3, rank=4, seed=2)
-    assert seen["training"] == Training(limit, seed=2)
+    with torch.no_grad():  # as evaluation code has it around much
+        cfsp.recover(pruned, out="o", data=[text_file], steps=3, rank=4, seed=2)
+    assert seen["training"] == Training(limit, seed=2) and seen["trains"]
     with pytest.raises(UsageError, match="unknown argument sed; did you mean seed"):
         cfsp.recover(pruned, out="o", data=[text_file], steps=3, sed=2)
