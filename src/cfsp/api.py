@@ -47,6 +47,7 @@ from cfsp.settings import (
     prune_settings,
     texts_of,
 )
+from cfsp.streaming.runtime import torch_as_it_starts
 from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import check_tokenizer, load_tokenizer
 
@@ -67,6 +68,7 @@ def prune(
 ) -> PreTrainedModel: ...
 
 
+@torch_as_it_starts()
 def prune(
     model: str | Path | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -153,6 +155,7 @@ def _said(**choices: Any) -> dict[str, Any]:
     return {name: value for name, value in choices.items() if value is not None}
 
 
+@torch_as_it_starts()
 def calibrate(
     model: str | Path | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -187,6 +190,7 @@ def calibrate(
         return calibrate_source(source, tokenizer, [settings])
 
 
+@torch_as_it_starts()
 def plan(
     model: str | Path | PreTrainedModel,
     statistics: Statistics,
@@ -215,6 +219,7 @@ def plan(
         return plan_from(source, statistics, settings)
 
 
+@torch_as_it_starts()
 def evaluate(
     models: str | Path | Sequence[str | Path],
     data: Data = (),

@@ -41,7 +41,7 @@ from cfsp.quality.perplexity import before_and_after
 from cfsp.repair.ladder import check_can_be_repaired
 from cfsp.repair.result import PruningResult
 from cfsp.result.card import write_record
-from cfsp.result.manifest import digest_of_plan, facts_for_config
+from cfsp.result.manifest import digest_of_plan, facts_for_config, history_of
 from cfsp.result.prune_report import PruneReport, prune_report
 from cfsp.selection.constraint import Share, half_dropped
 from cfsp.selection.divergence import with_needed_sensitivity
@@ -100,6 +100,7 @@ def prune_checkpoint(
     """
     team = team or Team()
     check_output(source, out)
+    history = history_of(source)  # damage is no surprise after the work
     asked = settings.suited_to_repair()
     settings = replace(asked, repair="none") if dry_run else asked
     check_can_be_repaired(source, settings)
@@ -140,7 +141,7 @@ def prune_checkpoint(
                 dense = float(facts["conditions"]["dense_loss"])
                 facts["result"] = loss_increase_of(staging, dense, settings)
         report = prune_report(source, repaired, facts, measured, work_dir, out)
-        manifest = report.to_manifest(digests, command)
+        manifest = report.to_manifest(digests, command, history)
         team.from_first(lambda: write_record(staging, manifest, repaired.plan, source))
     return report
 
@@ -186,7 +187,7 @@ def prune_model(
         check_can_be_repaired(source, settings)
         repaired, goal = decide(_job(source, lambda: tokenizer, settings, work_dir))
         report = prune_report(source, repaired, goal, {}, work_dir, None)
-        facts = facts_for_config(report.to_manifest({}, "cfsp.prune"))
+        facts = facts_for_config(report.to_manifest({}, "cfsp.prune", history_of(source)))
         return build_pruned_model(source, repaired.plan, repaired.tensors, facts)
 
 

@@ -50,6 +50,7 @@ INSIDE = [
         (TRAIN, "{pruned}/out"),
         ("export {model} --to gguf --out", "{model}/out.gguf"),
         (SWEEP, "{model}/sweep"),
+        (f"{EVAL} --out", "{model}/results.json"),
     )
 ]
 
@@ -66,6 +67,12 @@ EXISTING = [
     )
 ]
 EXISTING += [
+    BadInput(
+        f"{INTO} {{inputs}}/link",
+        "{inputs}/link is a link",
+        "choose the output directory",
+        lambda place: (place.inputs / "link").symlink_to(place.work),
+    ),
     BadInput(f"{INTO} {{text}}/out", "cannot write to {text}", DIRECTORY),
     BadInput("report {pruned} --out {pruned}/config.json", "expected a name like report", "page"),
     # The directories above an output go as well.
@@ -88,6 +95,11 @@ RUNS = [
         "prune the model again",
         ("cfsp.json is damaged", manifest(lambda f: f.pop("files"))),
         ("cfsp.json is damaged", manifest(lambda f: f.update(files=[1]))),
+    ),
+    *spoilt(
+        f"{INTO.replace('{model}', '{pruned}')} {{out}}",
+        "prune the model again",
+        ("{pruned}/cfsp.json is damaged", manifest(lambda f: f.update(base_model=1))),
     ),
     *spoilt(
         "inspect {pruned}",

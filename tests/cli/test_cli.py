@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -15,11 +16,12 @@ from typing import Any
 
 import pytest
 
+import cfsp
 from builders import entries, stop
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import build_parser, main
 from cfsp.cli.options import expand_sets, settings_from
-from cfsp.cli.output import show_messages
+from cfsp.cli.output import show_messages, tell
 from cfsp.errors import UsageError, first_line
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.manifest import read_manifest
@@ -46,6 +48,20 @@ def text(text_file):
 def commands() -> list[str]:
     actions = build_parser()._subparsers._group_actions  # type: ignore[union-attr]
     return sorted(actions[0].choices)  # type: ignore[arg-type]
+
+
+def test_a_terminal_without_a_minus_is_told_all_the_same(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    tell((None, lambda: print("10 \N{MULTIPLICATION SIGN} \N{MINUS SIGN}3")), as_json=False)
+    assert written.getvalue() == b"10 \xd7 \\u22123\n"
+
+
+def test_an_output_in_the_home_directory(command, pruned, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    command("report", pruned, "--out=~/page.html")
+    cfsp.export(str(pruned), to="vllm", out="~/copy")
+    assert entries(tmp_path) == {"page.html", "copy"}
 
 
 # Help.

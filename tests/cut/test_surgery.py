@@ -217,3 +217,32 @@ def test_a_model_in_training_mode_is_measured_in_evaluation_mode(tokenizer, text
     with pytest.raises(cfsp.CfspError):
         cfsp.prune(model, tokenizer, sparsity=0.99999, **asked)
     assert [module.training for module in model.modules()] == modes
+
+
+def test_what_the_code_around_a_call_set_is_not_computed_with(tokenizer, text_file):
+    asked: dict[str, Any] = {"data": [text_file], "samples": 4, "seqlen": 32, "device": "cpu"}
+    model: Any = build_tiny_model("llama")
+    usual = cfsp.prune(model, tokenizer, sparsity=0.5, multiple=8, **asked)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+            same = cfsp.prune(model, tokenizer, sparsity=0.5, multiple=8, **asked)
+            assert torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
+            assert torch.get_default_device().type == "meta"
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, tensor in usual.state_dict().items():
+        torch.testing.assert_close(same.state_dict()[name], tensor, rtol=0, atol=0)
+    same(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()  # it can be trained
+
+
+def test_what_was_pruned_in_memory_has_not_the_name_of_its_original(
+    tiny_checkpoint, tokenizer, text_file
+):
+    asked: dict[str, Any] = {"sparsity": 0.25, "multiple": 8, "samples": 4, "seqlen": 32}
+    directory = str(tiny_checkpoint("llama"))
+    once = cfsp.prune(cfsp.load(directory), tokenizer, repair="none", data=[text_file], **asked)
+    again = cfsp.prune(once, tokenizer, repair="none", data=[text_file], **asked)
+    assert once.config.cfsp["base_model"]["name"] == directory
+    assert again.config.cfsp["base_model"]["name"] == type(once).__name__

@@ -19,7 +19,7 @@ import cfsp
 from builders import changed, edit_json, edit_tensors, entries, random_tokens, tensors
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
-from cfsp.checkpoint.reading import parameter_count
+from cfsp.checkpoint.reading import Checkpoint, fingerprint, parameter_count
 from cfsp.cli import main
 from cfsp.errors import RecoveryError, UsageError
 from cfsp.planning.plan_file import PruningPlan
@@ -33,7 +33,7 @@ from cfsp.recovery.settings import Adaptation, Limit, RecoverSettings, Training
 from cfsp.recovery.trainer import RecoveryTrainer, tokens_of, train
 from cfsp.result.facts import perplexities, texts_that_made
 from cfsp.result.making import making
-from cfsp.result.manifest import read_manifest
+from cfsp.result.manifest import history_of, read_manifest
 from cfsp.settings import EvaluationText
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.windows import Windows
@@ -261,6 +261,16 @@ def test_the_dense_model_teaches_where_it_is_at_hand(
         edit_json(moved / MANIFEST_FILE, lambda fields, of=named: fields["base_model"].update(of))
         assert name_of_teacher("auto", moved, tokenizer) is None
         assert reason in caplog.text
+    # Of one that was pruned twice it is the first; else what was pruned between.
+    again = {"base_model": {"name": str(pruned), "fingerprint": fingerprint(Checkpoint(pruned))}}
+    history = history_of(Checkpoint(pruned))
+    assert history["made_from"]["name"] == dense
+    edit_json(
+        moved / MANIFEST_FILE, lambda of: of.update(again) or of["base_model"].update(history)
+    )
+    assert teacher_of("auto", moved, tokenizer) == dense
+    edit_json(moved / MANIFEST_FILE, lambda of: of["base_model"]["made_from"].update(name=other))
+    assert teacher_of("auto", moved, tokenizer) == str(pruned)
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     assert name_of_teacher("auto", pruned, tokenizer) is None
     assert "1e-06 GB are available" in caplog.text
@@ -347,7 +357,7 @@ def test_what_is_typed_reaches_recovery(pruned, text_file, tmp_path, monkeypatch
     seen: dict[str, Any] = {}
 
     def note(source: Any, out: Any, settings: RecoverSettings, **_: Any) -> SimpleNamespace:
-        seen.update(vars(settings))
+        seen.update(vars(settings), trains=torch.is_grad_enabled())
         return SimpleNamespace()
 
     monkeypatch.setattr("cfsp.recovery.recover.recover_checkpoint", note)
@@ -361,7 +371,8 @@ def test_what_is_typed_reaches_recovery(pruned, text_file, tmp_path, monkeypatch
     assert seen["training"] == Training(limit, seed=2, gradient_checkpointing=True, bos="no")
     assert seen["evaluation"] == EvaluationText((str(text_file),), bos="no")  # as by cfsp prune
     seen.clear()
-    cfsp.recover(pruned, out="o", data=[text_file], steps=3, rank=4, seed=2)
-    assert seen["training"] == Training(limit, seed=2)
+    with torch.no_grad():  # as evaluation code has it around much
+        cfsp.recover(pruned, out="o", data=[text_file], steps=3, rank=4, seed=2)
+    assert seen["training"] == Training(limit, seed=2) and seen["trains"]
     with pytest.raises(UsageError, match="unknown argument sed; did you mean seed"):
         cfsp.recover(pruned, out="o", data=[text_file], steps=3, sed=2)

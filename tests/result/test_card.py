@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+import cfsp
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.planning.plan_file import PruningPlan
@@ -63,6 +64,19 @@ def test_card_says_what_was_done_and_on_which_text(run, text_file):
         assert said in text
     for place in (run, text_file):
         assert str(place.parent) not in text  # the hub shows it to everybody
+
+
+def test_what_made_the_model_before_made_this_one(run, text_file, tmp_path):
+    again = tmp_path / "again"
+    how = {"samples": 4, "seqlen": 32, "multiple": 8, "effort": "fast", "block_metric": "angular"}
+    cfsp.prune(run, out=again, sparsity=0.2, data=cfsp.Text("other", ["a river. " * 300]), **how)
+    base = read_manifest(again)["base_model"]
+    assert base["texts"] == [str(text_file)]
+    assert base["made_from"] == read_manifest(run)["base_model"]
+    card = (again / "README.md").read_text()
+    assert f"`run` itself was calibrated or trained on {text_file.name}." in card
+    entry = measured(str(text_file), 10.0, 12.5)
+    assert "; this text made the model |" in card_of(again, Origin("x"), perplexity=entry)
 
 
 def test_card_without_repair_and_of_equal_widths(run):

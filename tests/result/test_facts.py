@@ -42,7 +42,7 @@ def test_steps_in_words():
     words = (
         "ridge (error of outputs 1.000 to 0.750, rejected in block 1), sequential (error of "
         "hidden states 1.000 to 1.000, rejected in every block), local (error of hidden states "
-        "0.500 to 0.250), local (error of hidden states 0.438 to 0.312, rejected in block 2)"
+        "1.000 to 0.500), local (error of hidden states 0.438 to 0.312, rejected in block 2)"
     )
     assert steps_in_words(steps) == words
 

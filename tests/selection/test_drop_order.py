@@ -62,6 +62,7 @@ def test_one_of_several_is_said_so():
     beside = Candidate(both, parts=("ffn", "kv"), sparsity=0.25)
     assert beside.in_words.endswith("and 25.0% of the FFN channels and KV groups of the others")
     assert Candidate(parts=("ffn",), sparsity=0.25).in_words == "25.0% of the FFN channels"
+    assert Candidate(Dropped((), (4,)), parts=("kv",)).in_words == "1 attention layer"
     assert Candidate(experts=2).in_words == "2 experts of each block"
 
 

@@ -298,6 +298,15 @@ def test_a_template_that_reads_the_parts_of_a_message(chats, tokenizer):
     assert list(TextSource(str(chats), "calibration").texts(of_parts)) == expected
 
 
+@pytest.mark.parametrize("written", ["m['content'].upper()", "m['content'] | tojson"])
+def test_a_template_that_writes_messages_in_another_form(written, tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{% for m in messages %}{{ " + written + " }}{% endfor %}"
+    said = 'a "river"'
+    (text,) = conversation_texts([[{"role": "user", "content": said}]], other)
+    assert text == (said.upper() if "upper" in written else json.dumps(said))
+
+
 def test_images_are_left_out_and_that_is_said_once_of_each_text(tmp_path, tokenizer, caplog):
     parts = [{"type": "image", "text": None}, {"type": "text", "text": "a river"}]
     said: Any = [{"role": "user", "content": parts}] * 9

@@ -59,7 +59,8 @@ def test_texts_are_opened_but_not_read_to_the_end(tmp_path):
     with pytest.raises(TextError, match=r"late.jsonl, line 100 is not UTF-8 text: byte 0"):
         list(TextSource(str(tmp_path / "late.jsonl"), "calibration").documents())
     (tmp_path / "bad.jsonl").write_text("[1]")
-    assert "line 1: no column 'text'" in refused(str(tmp_path / "bad.jsonl"))
+    assert "line 1: no column 'text'" in (said := refused(str(tmp_path / "bad.jsonl")))
+    assert "name one as FILE:COLUMN" in said
     chat = tmp_path / "chat.jsonl"
     for messages in ('"hello"', '[{"role": "user"}]'):
         chat.write_text(f'{{"messages": {messages}}}')

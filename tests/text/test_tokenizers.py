@@ -5,11 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 import cfsp
 from builders import edit_json
 from cfsp.errors import CheckpointError, UsageError
-from cfsp.text.tokenizers import load_tokenizer
+from cfsp.text.tokenizers import beginning, load_tokenizer
 from tiny_models import build_tiny_model
 
 
@@ -24,6 +27,12 @@ def test_own_code_is_refused_and_nobody_is_asked(tmp_path, monkeypatch, capfd, t
         load_tokenizer(tmp_path)
     assert not asked
     assert not capfd.readouterr().out
+
+
+def test_a_tokenizer_that_fails_at_a_text_is_told():
+    without_unknown = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"river": 0})))
+    with pytest.raises(CheckpointError, match=r"no tokens of the text 'a' \(.*give one that takes"):
+        beginning(without_unknown)
 
 
 @pytest.mark.parametrize(

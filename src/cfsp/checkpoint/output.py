@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
+from cfsp.checkpoint.locating import path_of
 from cfsp.errors import OutputError, UsageError
 
 
@@ -21,11 +22,13 @@ def output_path(out: str | Path) -> Path:
     """Return where an output of a call is to go."""
     if not isinstance(out, str | Path):
         raise UsageError(f"expected out=, the path of what is new, found {reprlib.repr(out)}")
-    return Path(out)
+    return path_of(out)
 
 
 def check_output_is_free(target: Path) -> None:
     """Check, before the work begins, that a directory can be created at `target`."""
+    if target.is_symlink():  # to which nothing can be renamed
+        raise OutputError(f"{target} is a link; choose the output directory that it leads to")
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target} exists and is a file; choose another output directory")
     if target.is_dir() and any(target.iterdir()):

@@ -14,7 +14,9 @@ import threading
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 
+from cfsp.checkpoint.locating import path_of
 from cfsp.cli.options import Parser, add_command, expand_sets
 from cfsp.cli.output import show_messages, tell
 from cfsp.errors import CfspError, UsageError, did_you_mean
@@ -73,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"unknown argument {unknown[0]}"
             + did_you_mean(unknown[0].partition("=")[0], args.parser.known_flags())
         )
+    for name, given in list(vars(args).items()):
+        if isinstance(given, Path):  # a shell leaves the home directory in --out=~/x as it is
+            setattr(args, name, path_of(given))
     if args.version:
         from importlib.metadata import version
 

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import OutputError
@@ -46,6 +47,9 @@ def tell(told: Told, *, as_json: bool) -> None:
     if told is None:
         return
     value, say = told
+    if isinstance(sys.stdout, TextIOWrapper):
+        # Few encodings have a minus, and no error takes what was measured with it.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         print(json.dumps(value, indent=2)) if as_json else say()
         sys.stdout.flush()

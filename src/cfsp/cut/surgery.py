@@ -153,6 +153,7 @@ def build_pruned_model(
     """
     model, smaller = source.model, PrunedSource(source, plan, repaired)
     config = smaller.config
+    config._name_or_path = ""  # there is the original
     if facts is not None:
         setattr(config, PRUNED_KEY, facts)
     pruned = build_skeleton(config, model.dtype)

@@ -76,7 +76,7 @@ class Candidate:
         words = [self.dropped.in_words] if self.dropped else []
         if self.experts:
             words.append(f"{counted(self.experts, 'experts')} of each block")
-        if self.parts:
+        if self.parts and (self.sparsity or not words):
             beside = " of the others" if self.dropped else ""
             words.append(f"{self.sparsity:.1%} of the {parts_in_words(self.parts)}{beside}")
         return " and ".join(words) or "nothing"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cfsp.calibration.calibrate import check_tokens
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.output import check_is_outside
 from cfsp.checkpoint.reading import Checkpoint, WeightSource, fingerprint, parameter_count
 from cfsp.checkpoint.text_config import longest_input_of, vocabulary_of
 from cfsp.errors import UsageError
@@ -165,6 +166,9 @@ def evaluate_models(
     if isinstance(against, str | Path):
         names = [against, *(name for name in names if str(name) != str(against))]
     sources = [*([dense.source] if dense else []), *(open_checkpoint(name) for name in names)]
+    if out is not None:
+        for source in sources:  # there it would pass for a file of the model
+            check_is_outside(out, source.directory)
     length = min(_window_length(texts, source) for source in sources)
     texts = replace(texts, seqlen=length)
     models = [_Model.of(source, texts, exam.questions, compute) for source in sources]

@@ -184,20 +184,28 @@ def _decided(out: Path, asked: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _recorded_teacher(source: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> Checkpoint | None:
-    """Return the dense model that was pruned, if it is where the manifest says."""
-    recorded = facts_about(source).get("base_model")
-    if not isinstance(recorded, dict):
-        return None
-    name = str(recorded.get("name", ""))
-    try:
-        teacher = open_checkpoint(name)
-        if fingerprint(teacher) != recorded.get("fingerprint"):
-            raise RecoveryError("what is there now is another model")
-        check_teacher(source, tokenizer, teacher)
-        return teacher
-    except (CheckpointError, RecoveryError, UnsupportedModelError) as error:
-        _warn_of_no_teacher(name, error)
-        return None
+    """Return the dense model that was pruned, if it is where the manifest says.
+
+    Of one that was pruned several times it is the first, else the next that is there.
+    """
+    before, recorded = facts_about(source).get("base_model"), []
+    failed: tuple[str, Exception] | None = None
+    while isinstance(before, dict):
+        recorded.append(before)
+        before = before.get("made_from")
+    for each in reversed(recorded):
+        name = str(each.get("name", ""))
+        try:
+            teacher = open_checkpoint(name)
+            if fingerprint(teacher) != each.get("fingerprint"):
+                raise RecoveryError("what is there now is another model")
+            check_teacher(source, tokenizer, teacher)
+            return teacher
+        except (CheckpointError, RecoveryError, UnsupportedModelError) as error:
+            failed = failed or (name, error)
+    if failed is not None:
+        _warn_of_no_teacher(*failed)
+    return None
 
 
 def _warn_of_no_teacher(name: str, why: object) -> None:

@@ -68,7 +68,7 @@ from cfsp.settings import (
     texts_of,
 )
 from cfsp.streaming.memory import peak_rss_bytes
-from cfsp.streaming.runtime import versions
+from cfsp.streaming.runtime import torch_as_it_starts, versions
 from cfsp.streaming.work_dir import WorkDir, load_or_compute, output_work_dir, remove_finished_work
 from cfsp.text.sources import check_texts
 
@@ -78,6 +78,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@torch_as_it_starts()
 def recover(
     model: str | Path,
     *,
@@ -263,7 +264,9 @@ def _train(ready: Prepared, seconds_to_measure: float) -> tuple[nn.Module, Prepa
         ranks = sorted({rank for rank in ready.rank_L if rank is not None})
         span = " to ".join(map(str, dict.fromkeys((*ranks[:1], *ranks[-1:]))))
         of_rank = f" of rank {span}" if span else ""
-        logger.info(f"training {trainable:,d} parameters{of_rank} in {len(ready.rank_L)} blocks")
+        taught = f", taught by {ready.teacher.label}" if ready.teacher is not None else ""
+        blocks = counted(len(ready.rank_L), "blocks")
+        logger.info(f"training {trainable:,d} parameters{of_rank} in {blocks}{taught}")
 
     # What merging, writing and loading again may take, by what loading took.
     later = watch.seconds["load"] + nbytes / BYTES_PER_SECOND + seconds_to_measure

@@ -125,6 +125,7 @@ def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origi
         link=link,
         went=went,
         manifest=manifest,
+        before=", ".join(map(public_name, manifest.get("base_model", {}).get("texts", ()))),
         calibrated=texts_in_words(manifest.get("calibration")),
         repaired=", ".join(steps),
         recovered=", then on ".join(texts_in_words(r.get("data")) for r in recoveries(manifest)),

@@ -106,7 +106,8 @@ def recoveries(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
 def texts_that_made(manifest: Mapping[str, Any]) -> set[str]:
     """Return the names of the texts that a model was calibrated, repaired or trained on."""
     tables = [manifest.get("calibration"), *(each.get("data") for each in recoveries(manifest))]
-    return {name for table in tables for name in (table or {}).get("sources", {})}
+    before = (manifest.get("base_model") or {}).get("texts", ())  # of one that was made itself
+    return {*before, *(name for table in tables for name in (table or {}).get("sources", {}))}
 
 
 def perplexities(manifest: Mapping[str, Any]) -> dict[Conditions, dict[str, float]]:

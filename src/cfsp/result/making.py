@@ -140,7 +140,7 @@ def changed_weights(step: Mapping[str, Any]) -> bool:
 
 
 def steps_in_words(steps: Sequence[Mapping[str, Any]]) -> str:
-    """Return the steps, the mean error of each on held-out windows, and what it rejected."""
+    """Return the steps, the mean error of each where something was cut, and what it rejected."""
     told = []
     for step in steps:
         rejected, where = rejected_blocks(step), "every block"
@@ -149,7 +149,7 @@ def steps_in_words(steps: Sequence[Mapping[str, Any]]) -> str:
             where = f"{noun} {', '.join(rejected)}"
         remarks = [f"rejected in {where}"] if rejected else []
         # Blocks that change together share one error, so not every block has its own.
-        if blocks := [block for block in step["blocks"] if block is not None]:
+        if blocks := [each for each in step["blocks"] if each and each["error_before"] > 0]:
             before = fmean(block["error_before"] for block in blocks)
             after = fmean(
                 block["error_after" if block["kept"] else "error_before"] for block in blocks

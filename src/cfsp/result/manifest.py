@@ -18,10 +18,11 @@ from cfsp.checkpoint.skeleton import PRUNED_KEY
 from cfsp.errors import CheckpointError, refusing_bad_json
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.progress import item_progress
+from cfsp.result.facts import texts_that_made
 from cfsp.result.names import public_command, public_name
 
 if TYPE_CHECKING:
-    from cfsp.checkpoint.reading import Checkpoint
+    from cfsp.checkpoint.reading import Checkpoint, WeightSource
 
 MANIFEST_VERSION = 2
 
@@ -101,13 +102,26 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     return fields
 
 
-def facts_about(source: Checkpoint) -> dict[str, Any]:
+def facts_about(source: WeightSource) -> dict[str, Any]:
     """Return the manifest of a checkpoint, or what one that was pruned in memory has in its config.
 
     Nothing if cfsp did not make it.
     """
     in_config = getattr(source.config, PRUNED_KEY, None)
-    return read_manifest(source.directory) or dict(in_config if isinstance(in_config, dict) else {})
+    beside = read_manifest(source.directory) if hasattr(source, "directory") else None
+    return beside or dict(in_config if isinstance(in_config, dict) else {})
+
+
+def history_of(source: WeightSource) -> dict[str, Any]:
+    """Return what the record of a model made from this one says of where this one is from.
+
+    That is the model that it was `made_from`, and on which `texts`; nothing if cfsp did not make
+    it.
+    """
+    facts = facts_about(source)
+    with refusing_damage(Path(source.label)):
+        found = {"made_from": facts.get("base_model"), "texts": sorted(texts_that_made(facts))}
+    return {key: value for key, value in found.items() if value}
 
 
 def check_as_written(source: Checkpoint) -> int:

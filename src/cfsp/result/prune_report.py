@@ -92,15 +92,20 @@ class PruneReport:
         removed = {key: list(getattr(self.plan, key)) for key in keys if getattr(self.plan, key)}
         return {"widths_before": self.plan.widths_of("ffn")[0], **removed, **told}
 
-    def to_manifest(self, digests: dict[str, str], command: str) -> dict[str, Any]:
-        """Return the manifest of the checkpoint: with digests of its files, and the command."""
+    def to_manifest(
+        self, digests: dict[str, str], command: str, history: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return the manifest of the checkpoint.
+
+        It has digests of its files, the command, and the history of the model before.
+        """
         return {
             "operation": "prune",
             "command": command,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": versions(),
             "threads": torch.get_num_threads(),
-            "base_model": asdict(self.plan.model),
+            "base_model": asdict(self.plan.model) | history,
             "criterion": self.plan.criterion,
             "calibration": self.plan.calibration,
             "plan_digest": digest_of_plan(self.plan),

@@ -326,8 +326,9 @@ def _asked(executor: ProcessPoolExecutor, ask: Callable[..., Any], *given: Any) 
         return executor.submit(ask, *given).result()
     except BrokenProcessPool as error:
         raise CfspError(
-            "the process that ran the model ended without an answer, most likely for lack of "
-            "memory; bench a smaller model"
+            "the process that ran the model ended without an answer: for lack of memory, so bench "
+            "a smaller model; or, in a script of yours, because what calls cfsp there stands "
+            'outside of `if __name__ == "__main__":`'
         ) from error
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -31,6 +32,25 @@ class Runtime:
     dtype: torch.dtype
     # Windows that pass a block together; None for about 4096 tokens.
     batch_windows: int | None = None
+
+
+@contextmanager
+def torch_as_it_starts() -> Iterator[None]:
+    """Compute as in a fresh process, whatever the code around a call has set.
+
+    Autocast would change what is computed without a word; without gradients nothing is trained.
+    """
+    given, device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with ExitStack() as stack, torch.inference_mode(False), torch.enable_grad():
+            for kind in {"cpu", compute_device("auto").type}:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            if device.type != "cpu":
+                stack.enter_context(torch.device("cpu"))
+            yield
+    finally:
+        torch.set_default_dtype(given)
 
 
 def runtime_of(compute: Compute, source: WeightSource) -> Runtime:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ def document_of(record: Any, column: str, where: str) -> Any:
     """Return the document in a record, a text or a conversation, without its images."""
     if not isinstance(record, dict) or column not in record:
         keys = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-        raise TextError(f"{where}: no column {column!r}; found: {keys}")
+        raise TextError(f"{where}: no column {column!r}; found: {keys}; name one as FILE:COLUMN")
     document = record[column]
     if column == CHAT_COLUMN:
         document = _messages(document, where)
@@ -101,14 +102,17 @@ def templated(
             ) from error
         return text
 
+    def shows_content(text: str) -> bool:
+        return any(content in text for m in conversation if (content := m["content"].strip()))
+
     text = render(conversation)
-    contents = [content for m in conversation if (content := m["content"].strip())]
-    if not contents or any(content in text for content in contents):
-        return text
-    # Templates of some multimodal models look at the parts of a message, and see none in a text.
-    return render(
-        [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in conversation]
-    )
+    if not shows_content(text):
+        # Templates of some multimodal models look at the parts of a message, and see none in a
+        # text; others write the text in another form, and may not know parts.
+        parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in conversation]
+        with suppress(TextError):
+            return of_parts if shows_content(of_parts := render(parts)) else text
+    return text
 
 
 def _messages(value: Any, where: str) -> Conversation:
@@ -219,7 +223,10 @@ def _parquet(path: Path, column: str) -> Iterator[Record]:
         file = pq.ParquetFile(path)
         names = file.schema_arrow.names
         if column not in names:
-            raise TextError(f"{path} has no column {column!r}; it has: {', '.join(names)}")
+            raise TextError(
+                f"{path} has no column {column!r}; it has: {', '.join(names)}; name one as "
+                "FILE:COLUMN"
+            )
         images = {IMAGE_COLUMN: True} if IMAGE_COLUMN in names else {}  # large, and not read
         for batch in file.iter_batches(columns=[column]):
             for record in batch.to_pylist():

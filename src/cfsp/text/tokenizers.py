@@ -54,8 +54,14 @@ def beginning(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> tuple[in
     if bos == "no":
         return ()
     # What a short text has before it once special tokens are added; EOS may stand after it.
-    plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole: list[int] = tokenizer("a")["input_ids"]
+    try:
+        plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole: list[int] = tokenizer("a")["input_ids"]
+    except Exception as error:  # its own code, mostly in Rust, raises what it likes
+        raise CheckpointError(
+            f"the tokenizer makes no tokens of the text 'a' ({first_line(error)}); give one that "
+            "takes any text, as those with bytes or a token for the unknown do"
+        ) from error
     starts = range(len(whole) - len(plain) + 1)
     start = next((i for i in starts if whole[i : i + len(plain)] == plain), 0)
     if start or bos == "auto":
