@@ -79,7 +79,7 @@ def test_manifest_and_card_say_how_it_was_recovered(pruned, plain):
     assert manifest["criterion"] == before["criterion"]
     recovery = manifest["recovery"]
     assert recovery["adaptation"]["allocation"] == "uniform"
-    rate = pytest.approx(0.005 * size_of_projections(pruned), rel=0.01)
+    rate = pytest.approx(0.01 * size_of_projections(pruned), rel=0.01)
     assert recovery["training"]["learning_rate"] == rate
     assert [entry["step"] for entry in recovery["history"]] == [0, 3, 6]
     card = (plain / "README.md").read_text()
