@@ -268,9 +268,9 @@ def test_the_dense_model_teaches_where_it_is_at_hand(
     edit_json(
         moved / MANIFEST_FILE, lambda of: of.update(again) or of["base_model"].update(history)
     )
-    assert teacher_of("auto", moved, tokenizer) == dense
+    assert name_of_teacher("auto", moved, tokenizer) == dense
     edit_json(moved / MANIFEST_FILE, lambda of: of["base_model"]["made_from"].update(name=other))
-    assert teacher_of("auto", moved, tokenizer) == str(pruned)
+    assert name_of_teacher("auto", moved, tokenizer) == str(pruned)
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     assert name_of_teacher("auto", pruned, tokenizer) is None
     assert "1e-06 GB are available" in caplog.text
