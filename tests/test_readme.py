@@ -25,7 +25,7 @@ FIRST = REPOSITORY / "docs/first-fifteen-minutes.md"
 _SMALLER = {
     "prune": ["--samples", "8", "--seqlen", "64", "--multiple", "4"],
     "eval": ["--windows", "2", "--seqlen", "64"],
-    "recover": ["--seqlen", "64", "--batch-windows", "2"],
+    "recover": ["--seqlen", "64", "--batch-windows", "8"],
     "bench": ["--rounds", "1", "--prompt", "8", "--new-tokens", "2"],
 }
 

@@ -228,7 +228,7 @@ def test_best_effort_trains_and_goes_on_after_a_kill(
     first, *_, last = found["recovery"]["history"]
     assert last["held_out"] < first["held_out"]
     manifest, card = read_manifest(out), ModelCard.load(out / "README.md")
-    assert manifest["recovery"]["adaptation"]["method"] == "full"
+    assert manifest["recovery"]["adaptation"]["method"] == "lora"
     assert manifest["base_model"]["name"] == "owner/tiny@v1/a"
     assert manifest["recovery"]["teacher"]["name"] == "owner/tiny@v1/a"
     assert card.data.base_model == "owner/tiny"
