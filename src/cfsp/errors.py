@@ -157,6 +157,7 @@ ELSEWHERE = {
     "threads": "set the variable OMP_NUM_THREADS",
     "stride": "windows do not overlap: set their length by --seqlen",
     "epochs": "recovery is one pass over the text, unless --steps or --max-minutes end it",
+    "auto": "leave it out: then it is what suits most models",
     "dora": "nothing ever showed that DoRA gains on LoRA: use --method lora, or full",
     **dict.fromkeys(
         ("targets", "target-modules"),
