@@ -169,6 +169,9 @@ ELSEWHERE = {
         "--learning-rate or --set teacher_weight",
     ),
     "sglang": "nobody has run a copy in SGLang: use --to vllm or --to gguf",
+    # The type of a copy for vLLM.
+    "nemotron-nas": "give the checkpoint that was exported for vLLM, or time the copy with vllm "
+    "bench latency --trust-remote-code",
     "tensorrt-llm": "nobody has run a copy in TensorRT-LLM: use --to gguf",
     **dict.fromkeys(
         ("cosine", "euclidean", "mse", "mae"),
