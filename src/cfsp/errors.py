@@ -157,6 +157,7 @@ ELSEWHERE = {
     "threads": "set the variable OMP_NUM_THREADS",
     "stride": "windows do not overlap: set their length by --seqlen",
     "epochs": "recovery is one pass over the text, unless --steps or --max-minutes end it",
+    "auto": "leave it out: then it is what suits most models",
     "dora": "nothing ever showed that DoRA gains on LoRA: use --method lora, or full",
     **dict.fromkeys(
         ("targets", "target-modules"),
@@ -168,6 +169,9 @@ ELSEWHERE = {
         "--learning-rate or --set teacher_weight",
     ),
     "sglang": "nobody has run a copy in SGLang: use --to vllm or --to gguf",
+    # The type of a copy for vLLM.
+    "nemotron-nas": "give the checkpoint that was exported for vLLM, or time the copy with vllm "
+    "bench latency --trust-remote-code",
     "tensorrt-llm": "nobody has run a copy in TensorRT-LLM: use --to gguf",
     **dict.fromkeys(
         ("cosine", "euclidean", "mse", "mae"),

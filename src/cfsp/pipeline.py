@@ -185,9 +185,10 @@ def prune_model(
         temporary_work_dir(settings.compute.memory_budget) as work_dir,
     ):
         check_can_be_repaired(source, settings)
+        history = history_of(source)
         repaired, goal = decide(_job(source, lambda: tokenizer, settings, work_dir))
         report = prune_report(source, repaired, goal, {}, work_dir, None)
-        facts = facts_for_config(report.to_manifest({}, "cfsp.prune", history_of(source)))
+        facts = facts_for_config(report.to_manifest({}, "cfsp.prune", history))
         return build_pruned_model(source, repaired.plan, repaired.tensors, facts)
 
 

@@ -237,6 +237,16 @@ def test_what_the_code_around_a_call_set_is_not_computed_with(tokenizer, text_fi
     same(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()  # it can be trained
 
 
+@pytest.mark.parametrize("effort", ["standard", "best"])
+def test_a_model_that_was_made_in_inference_mode(effort, tokenizer, text_file):
+    asked: dict[str, Any] = {"data": [text_file], "samples": 4, "seqlen": 32, "effort": effort}
+    with torch.inference_mode():
+        model: Any = build_tiny_model("llama")
+        pruned = cfsp.prune(model, tokenizer, sparsity=0.5, multiple=8, **asked)
+        assert model.lm_head.weight.is_inference()
+    pruned(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+
+
 def test_what_was_pruned_in_memory_has_not_the_name_of_its_original(
     tiny_checkpoint, tokenizer, text_file
 ):

@@ -263,6 +263,13 @@ def test_a_model_that_thinks_answers_at_once(models, tokenizer):
     assert prompt == tokenizer(questions.asked[0][1], add_special_tokens=False)["input_ids"]
 
 
+def test_a_question_longer_than_what_the_model_reads(models, tokenizer):
+    source = Checkpoint(Path(models[0]))
+    source.config.max_position_embeddings = 3
+    with pytest.raises(UsageError, match=r"question 1 has \d+ tokens .* leave it out"):
+        Questions.of(1).prompts(source, tokenizer)
+
+
 def test_mistakes_are_told_before_anything_is_loaded(models, argv, command, monkeypatch):
     monkeypatch.setattr("cfsp.quality.evaluate.load", never)
     for wrong, message in (

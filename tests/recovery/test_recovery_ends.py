@@ -260,6 +260,7 @@ def test_too_few_minutes_are_refused_before_a_step(
         ({"teacher": "/no/such"}, "/no/such does not exist"),
         ({"teacher": "{other}"}, "the teacher must be the dense model"),
         ({"method": "best"}, "method must be one of lora, full"),
+        ({"method": "auto"}, "must be one of lora, full, found 'auto'; leave it out"),
         ({"rank_allocation": "error"}, "--rank-allocation must be one of uniform, importance"),
         ({"dtype": "float16"}, "found --dtype float16"),
         ({"teacher_weight": 2.0}, "--teacher-weight must be at least 0 and at most 1"),

@@ -23,6 +23,7 @@ from cfsp.checkpoint.reading import LoadedModel, fingerprint
 from cfsp.cli import bench as bench_command
 from cfsp.cli.bench import _ratios
 from cfsp.errors import CfspError, CheckpointError, UsageError
+from cfsp.exports.registry import export
 from cfsp.speed.bench import Speed, _speeds, bench
 from cfsp.speed.subjects import (
     Conditions,
@@ -39,7 +40,7 @@ from cfsp.speed.subjects import (
     random_prompt,
     share_of_others,
 )
-from ragged import tiny
+from ragged import cut, tiny
 from stock import NEW_TOKENS, generated
 from tiny_decoders import tiny_model
 from tiny_models import build_tiny_model
@@ -217,6 +218,13 @@ def test_wrong_arguments_are_one_sentence(arguments, message, command):
     assert message in error and error.count("\n") == 1
     with pytest.raises(UsageError, match="at least one model"):
         bench([])
+
+
+def test_an_export_for_vllm_is_for_its_own_bench(tokenizer, tmp_path, command):
+    source = cut(build_tiny_model("llama"), tokenizer, tmp_path)
+    export(source.directory, "vllm", tmp_path / "out", verify=False)
+    error = command("bench", tmp_path / "out", status=2).err
+    assert "exported for vLLM, or time the copy with vllm bench latency" in error
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "phi3", "falcon"])

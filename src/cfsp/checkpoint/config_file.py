@@ -23,7 +23,13 @@ from cfsp.checkpoint.quantisation import (
     plain_fields,
     quantisation_in,
 )
-from cfsp.errors import CheckpointError, UnsupportedModelError, first_line, refusing_bad_json
+from cfsp.errors import (
+    ELSEWHERE,
+    CheckpointError,
+    UnsupportedModelError,
+    first_line,
+    refusing_bad_json,
+)
 
 _MOST_BLOCKS = 10_000
 _MOST_EXPERTS = 1 << 16
@@ -61,10 +67,10 @@ def read_config(directory: Path) -> tuple[PreTrainedConfig, Quantisation | None]
         model_type = fields["model_type"]
         known = model_type in CONFIG_MAPPING
     if not known:
+        newer = "install a version that knows it, or see what this one knows: cfsp families"
         raise UnsupportedModelError(
             f"model type {str(model_type)[:60]!r} is not known to transformers "
-            f"{transformers.__version__}; install a version that knows it, or see what this one "
-            "knows: cfsp families"
+            f"{transformers.__version__}; {ELSEWHERE.get(str(model_type), newer)}"
         )
     _check_code(directory, fields)
     _check_numbers(path, fields)

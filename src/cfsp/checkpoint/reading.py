@@ -158,7 +158,10 @@ class Checkpoint(WeightSource):
 
 
 class LoadedModel(WeightSource):
-    """A transformers model in memory, seen as a weight source; nothing is copied."""
+    """A transformers model in memory, seen as a weight source.
+
+    Nothing is copied, but for what was made in inference mode.
+    """
 
     def __init__(self, model: PreTrainedModel, parts: tuple[Part, ...] = DEFAULT_PARTS) -> None:
         if not hasattr(model, "config"):
@@ -183,6 +186,8 @@ class LoadedModel(WeightSource):
     def read(self, name: str, row: int | None = None) -> Tensor:
         """Return one stored tensor in its own dtype, or what it has at one index."""
         tensor = self._tensors[name].detach()
+        if tensor.is_inference():  # autograd refuses it, and a parameter cannot be made of it
+            tensor = tensor.clone()
         return tensor if row is None else tensor[row]
 
 

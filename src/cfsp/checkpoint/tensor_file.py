@@ -182,7 +182,7 @@ def read_tensor_file(path: Path) -> dict[str, FileTensor]:
             version, length = _version(file.fileno()), int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except SafetensorError as error:
         raise CheckpointError(
             f"{path} is no whole safetensors file ({first_line(error)}); {AGAIN}"

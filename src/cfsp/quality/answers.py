@@ -92,12 +92,12 @@ class Questions:
             asked = {"add_generation_prompt": True, "enable_thinking": False}
             text = templated(turn, tokenizer, number, **asked)
             prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-            check_tokens(source.config, torch.tensor(prompts[-1:]), source.label)
             if room is not None and len(prompts[-1]) + ANSWER_TOKENS > room:
                 raise UsageError(
                     f"question {number} has {len(prompts[-1])} tokens and its answer up to "
                     f"{ANSWER_TOKENS}, but {source.label} reads {room} at once; leave it out"
                 )
+            check_tokens(source.config, torch.tensor(prompts[-1:]), source.label)
         return prompts
 
 
