@@ -65,7 +65,10 @@ def trained_parameters(source: Checkpoint, *, is_full: bool) -> list[str]:
         prefix = architecture.block_prefix(index)
         found += [prefix + name for name in dict.fromkeys(names)]
     if architecture.has_experts and not is_full:
-        logger.info("experts stay as they are, everything else is trained: they have no adapters")
+        logger.info(
+            "experts have no adapters and stay as they are, everything else is trained; "
+            "--method full trains them, too"
+        )
     return found
 
 
