@@ -18,7 +18,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -265,8 +264,6 @@ def _saved(loaded: list[Any], question: Question, answer: Answer, work: Path) ->
 
 
 def _adapters(model: Any, question: Question, answer: Answer) -> str | None:
-    if find_spec("peft") is None:
-        return None
     import peft
 
     # Experts are parameters of one module, everything else is a module.
