@@ -16,7 +16,7 @@ from cfsp.pipeline import check_output, digest_of, prune_checkpoint, pruning_ide
 from cfsp.processes import Team, process_count
 from cfsp.quality.evaluate import evaluation_windows
 from cfsp.recovery.prepare import training_bytes
-from cfsp.recovery.settings import AUTO_TEACHER, RecoverSettings, Training
+from cfsp.recovery.settings import AUTO_TEACHER, Adaptation, RecoverSettings, Training
 from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.result.prune_report import PruneReport
 from cfsp.selection.goal import held_out_windows
@@ -52,7 +52,7 @@ def prune_and_recover(
     compute, text = settings.compute, settings.text
     prune = partial(prune_checkpoint, source, known=known, command=command)
     parameters = parameter_count(source)
-    needed = training_bytes("lora", parameters, parameters)
+    needed = training_bytes(Adaptation.method, parameters, parameters)
     if needed > free_bytes(compute_device(compute.device)) or process_count() > 1:
         alone = "there is no memory to train the whole model beside the dense one"
         several = "several processes prune together; cfsp recover trains what they give"

@@ -239,7 +239,7 @@ def test_the_less_there_is_to_learn_the_lower_the_rate(recovered, pruned, tiny_c
 
 def name_of_teacher(given: str | None, source: Path, tokenizer: Any) -> str | None:
     settings = RecoverSettings((), training(1), Adaptation("full"), given)
-    found = teacher_of(settings, open_checkpoint(source), tokenizer, CPU, {})
+    found = teacher_of(settings, open_checkpoint(source), tokenizer, CPU, None)
     return found and found.label
 
 
@@ -286,7 +286,7 @@ def test_the_dense_model_teaches_where_there_is_memory_for_it(
     settings = RecoverSettings((), training(1), Adaptation(method), teacher="auto")
     for free, teaches in ((needed, True), (needed - 1, False)):
         monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda free=free: free)
-        found = teacher_of(settings, source, tokenizer, CPU, {})
+        found = teacher_of(settings, source, tokenizer, CPU, None)
         assert (found is not None) == teaches
 
 

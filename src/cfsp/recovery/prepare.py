@@ -88,7 +88,7 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: f
         "--method": settings.adaptation.method,
         "--teacher": given if given in (AUTO_TEACHER, NO_TEACHER) else "a model",
     }
-    teacher = teacher_of(settings, source, tokenizer, device, _decided(out, asked))
+    teacher = teacher_of(settings, source, tokenizer, device, _was_taught(out, asked))
     rank_L = ranks_of(source, settings.adaptation)
     trained = trained_parameters(source, is_full=settings.adaptation.method == "full")
     with watch.stage("text"):
@@ -144,11 +144,11 @@ def teacher_of(
     source: Checkpoint,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
-    decided: Mapping[str, Any],
+    was_taught: bool | None,
 ) -> Checkpoint | None:
     """Return who teaches a pruned model, if anybody does.
 
-    What memory decides stays as a killed run has `decided` it.
+    What memory decides stays as a killed run had it, which `was_taught` or was not.
     """
     given, method = settings.teacher, settings.adaptation.method
     if given is None or given == NO_TEACHER:
@@ -158,8 +158,8 @@ def teacher_of(
         check_teacher(source, tokenizer, teacher)
         return teacher
     recorded = _recorded_teacher(source, tokenizer)
-    if recorded is None or "teacher" in decided:
-        return recorded if decided.get("teacher") is not None else None
+    if recorded is None or was_taught is not None:
+        return recorded if was_taught else None
     # Several processes must decide alike, and memory is not.
     if process_count() == 1:
         counts = parameter_count(source), parameter_count(recorded)
@@ -174,13 +174,13 @@ def teacher_of(
     return recorded
 
 
-def _decided(out: Path, asked: Mapping[str, str]) -> dict[str, Any]:
-    """Return what a killed run into the same place depends on; nothing if none asked the same."""
+def _was_taught(out: Path, asked: Mapping[str, str]) -> bool | None:
+    """Return whether a killed run into the same place had a teacher; None if there is none."""
     for state in sorted(directory_of_process(out).glob(f"*/{STATE_FILE}")):
         with suppress(ResumeError):  # it is told of where that work is taken up
             identity = read_state(state, {"command": "recover", **asked})["identity"]
-            return {"teacher": identity["teacher"]}
-    return {}
+            return identity["teacher"] is not None
+    return None
 
 
 def _recorded_teacher(source: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> Checkpoint | None:
