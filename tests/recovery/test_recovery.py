@@ -35,6 +35,7 @@ from cfsp.result.facts import perplexities, texts_that_made
 from cfsp.result.making import making
 from cfsp.result.manifest import history_of, read_manifest
 from cfsp.settings import EvaluationText
+from cfsp.streaming.runtime import torch_as_it_starts
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.windows import Windows
 from recoveries import recover, training
@@ -164,11 +165,13 @@ def test_a_model_of_16_bits_is_trained_and_keeps_them(
     edit_tensors(source / "model.safetensors", lambda found: found.update(halves))
     named = str(dtype).removeprefix("torch.")
     edit_json(source / "config.json", lambda fields: fields.update(dtype=named))
-    report = recovered(
-        source,
-        adaptation=Adaptation(method, rank=2),
-        training=training(4, learning_rate=1e-2, evaluations=1),
-    )
+    # Every function for users is called so; autocast keeps cast weights up to its outermost end.
+    with torch.autocast("cpu", torch.bfloat16), torch_as_it_starts():
+        report = recovered(
+            source,
+            adaptation=Adaptation(method, rank=2),
+            training=training(4, learning_rate=1e-2, evaluations=1),
+        )
     assert {v.dtype for v in tensors(out).values()} == {dtype}
     assert changed(source, out)
     assert report.history[-1]["held_out"] < report.history[0]["held_out"]

@@ -39,13 +39,15 @@ def torch_as_it_starts() -> Iterator[None]:
     """Compute as in a fresh process, whatever the code around a call has set.
 
     Autocast would change what is computed without a word; without gradients nothing is trained.
+    It keeps the weights that it has cast until the outermost context of its kind ends. This one is
+    outermost for all that a call does, so it keeps none: steps would train on those of the first.
     """
     given, device = torch.get_default_dtype(), torch.get_default_device()
     torch.set_default_dtype(torch.float32)
     try:
         with ExitStack() as stack, torch.inference_mode(False), torch.enable_grad():
             for kind in {"cpu", compute_device("auto").type}:
-                stack.enter_context(torch.autocast(kind, enabled=False))
+                stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
             if device.type != "cpu":
                 stack.enter_context(torch.device("cpu"))
             yield
