@@ -92,7 +92,7 @@ class Training(Declared):
         metavar="LR",
         default="of the weights' root mean square "
         + ", ".join(f"{rate:.1%} for {method}" for method, rate in RELATIVE_RATES.items())
-        + ", times the root of a held-out loss below 1",
+        + " (times the root of a held-out loss below 1)",
     )
     batch_windows: int = option(
         4, "windows in a step, of each process", kind=int, least=1, metavar="N"
