@@ -10,19 +10,22 @@ nothing is, with repair  a coarse pass over a few windows -> select -> one pass 
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cfsp.calibration.calibrate import calibrate, calibration_record
 from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.reading import WeightSource
 from cfsp.cut.surgery import PrunedSource
 from cfsp.job import NOTHING_KNOWN, Job, Known
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.importance import COARSE_WINDOWS, warn_of_experts
 from cfsp.planning.make import check_statistics_fit
+from cfsp.planning.plan_file import PruningPlan
 from cfsp.pruning_cost import announce
 from cfsp.repair.ladder import check_windows, needed_steps, repair
 from cfsp.repair.result import PruningResult
 from cfsp.repair.ridge_pass import choose_and_repair, with_ridge
+from cfsp.selection.constraint import Constraint
 from cfsp.selection.divergence import with_needed_sensitivity
 from cfsp.selection.drop_order import (
     cannot_be_tried,
@@ -34,18 +37,11 @@ from cfsp.selection.drop_order import (
 )
 from cfsp.selection.goal import constraint_of
 from cfsp.selection.search import select
-from cfsp.settings import TargetSpeedup
+from cfsp.settings import PruneSettings, TargetSpeedup
 from cfsp.streaming.block_proof import check_experts_can_go
 from cfsp.streaming.runtime import runtime_of
 from cfsp.streaming.work_dir import temporary_work_dir
-from cfsp.text.windows import few_windows
-
-if TYPE_CHECKING:
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.planning.plan_file import PruningPlan
-    from cfsp.selection.constraint import Constraint
-    from cfsp.settings import PruneSettings
-    from cfsp.text.windows import Windows
+from cfsp.text.windows import Windows, few_windows
 
 
 def decide(job: Job, known: Known = NOTHING_KNOWN) -> tuple[PruningResult, dict[str, Any]]:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-    from cfsp.calibration.statistics import Statistics
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.planning.plan_file import PruningPlan
-    from cfsp.settings import Budget, Criterion, PruneSettings
-    from cfsp.streaming.runtime import Runtime
-    from cfsp.streaming.work_dir import WorkDir
-    from cfsp.text.windows import Windows
+from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.reading import WeightSource
+from cfsp.planning.plan_file import PruningPlan
+from cfsp.settings import Budget, Criterion, PruneSettings
+from cfsp.streaming.runtime import Runtime
+from cfsp.streaming.work_dir import WorkDir
+from cfsp.text.windows import Windows
 
 
 @dataclass(frozen=True)

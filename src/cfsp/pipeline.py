@@ -17,7 +17,9 @@ from dataclasses import asdict, replace
 from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Statistics
@@ -71,9 +73,6 @@ from cfsp.streaming.work_dir import (
 from cfsp.text.drawing import calibration_windows
 from cfsp.text.tokenizers import check_tokenizer, load_tokenizer
 from cfsp.text.windows import Windows
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _ANOTHER_CHOICE = (
     "--dry-run compared plans before repair; the run itself repairs a few of them and may choose "

@@ -12,12 +12,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
-from cfsp.checkpoint.reading import parameter_count
+from cfsp.checkpoint.reading import WeightSource, parameter_count
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
 from cfsp.planning.candidate import DropSizes
@@ -32,17 +31,12 @@ from cfsp.selection.divergence import (
     follow_sensitivity,
     prediction_bytes,
 )
-from cfsp.settings import DEFAULT_SAMPLES, TargetParameters
+from cfsp.settings import DEFAULT_SAMPLES, Budget, PruneSettings, TargetParameters
 from cfsp.streaming.block_stream import windows_in_batch
 from cfsp.streaming.memory import available_bytes, hidden_budget
-from cfsp.streaming.runtime import needed_bytes, runtime_of
+from cfsp.streaming.runtime import Runtime, needed_bytes, runtime_of
 from cfsp.text.drawing import parts_with_shares
 from cfsp.text.windows import Windows, is_held_out
-
-if TYPE_CHECKING:
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.settings import Budget, PruneSettings
-    from cfsp.streaming.runtime import Runtime
 
 # Python, torch and transformers.
 _INTERPRETER_BYTES = int(0.5e9)

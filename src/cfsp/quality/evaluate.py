@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cfsp.calibration.calibrate import check_tokens
 from cfsp.checkpoint.loading import load
@@ -28,6 +30,7 @@ from cfsp.quality.perplexity import (
     streamed_sums,
 )
 from cfsp.quality.results_file import measured_into
+from cfsp.quality.tasks.harness import TaskRunner
 from cfsp.settings import DEFAULT_SEQLEN, Compute, EvaluationText
 from cfsp.streaming.hidden_states import HiddenStates
 from cfsp.streaming.memory import hidden_budget
@@ -44,11 +47,6 @@ from cfsp.text.drawing import consecutive_windows
 from cfsp.text.sources import check_texts, name_of
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from cfsp.quality.tasks.harness import TaskRunner
 
 logger = logging.getLogger(__name__)
 

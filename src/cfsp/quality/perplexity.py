@@ -20,29 +20,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 from cfsp.calibration.calibrate import check_tokens
+from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.stored_blocks import parameters_within
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
 from cfsp.progress import item_progress
 from cfsp.streaming.block_pass import Visitor, pass_blocks
 from cfsp.streaming.block_stream import StreamedBlock, part_of
 from cfsp.streaming.decoder_end import Head, text_model
-from cfsp.streaming.runtime import check_is_number
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.streaming.hidden_states import HiddenStates
-    from cfsp.streaming.runtime import Runtime
-    from cfsp.streaming.work_dir import WorkDir
-    from cfsp.text.windows import Windows
+from cfsp.streaming.hidden_states import HiddenStates
+from cfsp.streaming.runtime import Runtime, check_is_number
+from cfsp.streaming.work_dir import WorkDir
+from cfsp.text.windows import Windows
 
 # Of a float32 log-softmax. Three times faster than without slices: they stay in the cache.
 _LOSSES_AT_ONCE = 1 << 21

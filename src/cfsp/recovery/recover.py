@@ -15,11 +15,12 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from transformers import PreTrainedModel
 
 from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.config_file import read_plain_fields
@@ -71,9 +72,6 @@ from cfsp.streaming.memory import peak_rss_bytes
 from cfsp.streaming.runtime import torch_as_it_starts, versions
 from cfsp.streaming.work_dir import WorkDir, load_or_compute, output_work_dir, remove_finished_work
 from cfsp.text.sources import check_texts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from cfsp.checkpoint.loading import cache_argument, compute_device, compute_dtype, load
 from cfsp.checkpoint.locating import open_checkpoint
@@ -47,8 +48,6 @@ from cfsp.streaming.memory import peak_rss_bytes
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext
-
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 _INITIAL_RANGE = 0.02
 PHASES = ("prefill", "decode")
@@ -223,8 +222,6 @@ class Engine:
     @torch.inference_mode()
     def run(self, workload: Workload) -> tuple[Timing, Tensor]:
         """Time one prefill and the decoding after it; return also the tokens, BN."""
-        from transformers import DynamicCache
-
         cache = DynamicCache(config=self._model.config)
         prompt_BP = random_prompt(vocabulary_of(self._model.config), workload)
         start = self._now()
