@@ -40,7 +40,7 @@ from cfsp.cli import step
 from cfsp.errors import CfspError, OutputError, TextError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.compare import compare
-from cfsp.quality.paired import Estimate, mean_of_tasks
+from cfsp.quality.paired import Number, mean_of_tasks
 from cfsp.quality.results_file import MeasuredModel, read_models
 from cfsp.speed.subjects import PHASES
 
@@ -305,16 +305,16 @@ def _figures(
         beside = compare(base, model, dense)
         figures["KL - ffn"] = _rounded(_mean_of_texts(beside, "divergence", "difference"))
     if found["accuracy"] is not None:
-        figures["tasks"] = _rounded(Estimate(**found["accuracy"]["difference"]), 100)
+        figures["tasks"] = _rounded(Number(**found["accuracy"]["difference"]), 100)
     return figures
 
 
-def _mean_of_texts(found: dict[str, Any], measure: str, side: str) -> Estimate:
+def _mean_of_texts(found: dict[str, Any], measure: str, side: str) -> Number:
     pairs = [text[measure] for text in found["texts"].values() if text[measure] is not None]
-    return mean_of_tasks([Estimate(**pair[side]) for pair in pairs])
+    return mean_of_tasks([Number(**pair[side]) for pair in pairs])
 
 
-def _rounded(found: Estimate, factor: float = 1) -> list[float | None]:
+def _rounded(found: Number, factor: float = 1) -> list[float | None]:
     error = None if found.stderr is None else round(factor * found.stderr, 3)
     return [round(factor * found.value, 3), error]
 

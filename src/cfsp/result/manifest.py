@@ -106,7 +106,7 @@ def facts_about(source: WeightSource) -> dict[str, Any]:
     Nothing if cfsp did not make it.
     """
     in_config = getattr(source.config, PRUNED_KEY, None)
-    beside = read_manifest(source.directory) if hasattr(source, "directory") else None
+    beside = read_manifest(source.directory) if isinstance(source, Checkpoint) else None
     return beside or dict(in_config if isinstance(in_config, dict) else {})
 
 

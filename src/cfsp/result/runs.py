@@ -21,6 +21,7 @@ from cfsp.checkpoint.reading import fingerprint
 from cfsp.errors import CheckpointError, ReportError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.compare import compare
+from cfsp.quality.paired import Number
 from cfsp.quality.results_file import measured_model
 from cfsp.result.facts import (
     COUNT,
@@ -34,7 +35,6 @@ from cfsp.result.facts import (
     SPEED,
     Conditions,
     Fact,
-    Number,
     Unit,
     joined,
     labels,
