@@ -25,7 +25,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +40,8 @@ from cfsp.checkpoint.reading import LoadedModel, WeightSource, fingerprint, para
 from cfsp.checkpoint.skeleton import architecture_of, build_skeleton
 from cfsp.checkpoint.tensor_file import read_weights
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
-from cfsp.errors import CfspError, UsageError
-from cfsp.settings import Part
+from cfsp.errors import CfspError
+from cfsp.settings import Option, Part, check_value
 from cfsp.streaming.decoder_end import text_model
 from cfsp.streaming.memory import peak_rss_bytes
 
@@ -69,9 +68,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not isinstance(value, Integral) or value < 1:
-                option = name.replace("_", "-")
-                raise UsageError(f"--{option} must be at least 1, found {value!r}")
+            check_value(value, Option("", int, name.replace("_", "-"), least=1))
 
     def describe(self) -> str:
         """Return one line for people."""
@@ -88,8 +85,7 @@ class Conditions:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rounds, Integral) or self.rounds < 1:
-            raise UsageError(f"expected at least 1 round, found {self.rounds!r}")
+        check_value(self.rounds, Option("", int, "rounds", least=1))
 
 
 @dataclass(frozen=True)
