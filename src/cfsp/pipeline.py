@@ -30,7 +30,7 @@ from cfsp.checkpoint.own_files import (
     copy_travelling_files,
     digests_beside_weights,
 )
-from cfsp.checkpoint.reading import Checkpoint, WeightSource, fingerprint, in_memory
+from cfsp.checkpoint.reading import Checkpoint, WeightSource, in_memory
 from cfsp.checkpoint.tensor_file import write_shards
 from cfsp.cut.surgery import PrunedSource, build_pruned_model
 from cfsp.decide import decide
@@ -108,7 +108,7 @@ def prune_checkpoint(
     measured_on = evaluation_windows(settings.evaluation, source)
     asked_for = pruning_identity(settings, known)
     # What is decided before the first pass depends on these too.
-    of_model = {"dense model": fingerprint(source)}
+    of_model = {"dense model": source.fingerprint}
     identity = of_model | runtime_identity(runtime_of(settings.compute, source)) | asked_for
     with (
         output_work_dir(out, identity, settings.compute.memory_budget, team) as work_dir,

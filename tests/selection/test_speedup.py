@@ -17,7 +17,7 @@ from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import STATISTICS_FILE
-from cfsp.checkpoint.reading import LoadedModel, parameter_count
+from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import empty_model
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.errors import UsageError
@@ -67,7 +67,7 @@ def test_models_to_time_have_less_of_each_part(model):
         sum(p.numel() for p in empty_model(each.config()).parameters())
         for each in (whole, *(smaller for *_, smaller in timed))
     ]
-    assert sizes[0] == parameter_count(source) > sizes[1]
+    assert sizes[0] == source.parameter_count > sizes[1]
     assert sizes[2] == sizes[0] - sum(parameters_of_blocks(source)[half:])
 
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.checkpoint.reading import LoadedModel, fingerprint
+from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cli import bench as bench_command
 from cfsp.cli.bench import _ratios
 from cfsp.errors import CfspError, CheckpointError, UsageError
@@ -118,7 +118,7 @@ def test_comparison_reports_every_round_of_every_model(tiny_checkpoint, capsys):
     weights = Path(models[0]) / "model.safetensors"
     assert first["disk_bytes"] == weights.stat().st_size
     # The name is short, so a report elsewhere knows the models by their weights.
-    assert first["fingerprint"] == fingerprint(open_checkpoint(models[0]))
+    assert first["fingerprint"] == open_checkpoint(models[0]).fingerprint
     assert first["dtype"] == "float32"
 
 

@@ -25,7 +25,7 @@ from cfsp.calibration.observed import (
     UnitStatistics,
 )
 from cfsp.calibration.statistics import RunDistances, Statistics
-from cfsp.checkpoint.reading import WeightSource, fingerprint
+from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.text_config import longest_input_of, vocabulary_of
 from cfsp.errors import CalibrationError, ResumeError, UsageError
 from cfsp.processes import Team
@@ -227,7 +227,7 @@ def calibration_record(
     """Return the conditions of a calibration, for its statistics and plans."""
     return CalibrationRecord(
         model=source.label,
-        fingerprint=fingerprint(source),
+        fingerprint=source.fingerprint,
         sources=windows.sources,
         tokens_digest=windows.digest,
         windows=windows.tokens_NT.shape[0],

@@ -16,7 +16,7 @@ from cfsp.calibration.calibrate import check_tokens
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import check_is_outside
-from cfsp.checkpoint.reading import Checkpoint, WeightSource, fingerprint, parameter_count
+from cfsp.checkpoint.reading import Checkpoint, WeightSource
 from cfsp.checkpoint.text_config import longest_input_of, vocabulary_of
 from cfsp.errors import UsageError
 from cfsp.processes import Team
@@ -76,8 +76,8 @@ class _Model:
         runtime = runtime_of(compute, source)
         facts = {
             "model": source.label,
-            "fingerprint": fingerprint(source),
-            "parameters": parameter_count(source),
+            "fingerprint": source.fingerprint,
+            "parameters": source.parameter_count,
             "dtype": str(runtime.dtype).removeprefix("torch."),
         }
         prompts = []

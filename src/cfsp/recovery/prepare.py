@@ -17,7 +17,7 @@ from cfsp.calibration.calibrate import check_tokens
 from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import check_is_outside, check_output_is_free
-from cfsp.checkpoint.reading import Checkpoint, fingerprint, parameter_count
+from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.errors import (
     CheckpointError,
@@ -98,12 +98,12 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: f
     identity = {
         "command": "recover",
         **asked,
-        "model": fingerprint(source),
+        "model": source.fingerprint,
         "text": [text.train.digest, text.held_out.digest],
         **asdict(settings.adaptation),
         **asdict(training.limit),
         **{name: value for name, value in asdict(training).items() if name != "limit"},
-        "teacher": teacher and fingerprint(teacher),
+        "teacher": teacher and teacher.fingerprint,
         "eval": {name: of_text.digest for name, of_text in windows.items()},
         "dtype": settings.compute.dtype,
     }
@@ -161,7 +161,7 @@ def teacher_of(
         return recorded if was_taught else None
     # Several processes must decide alike, and memory is not.
     if process_count() == 1:
-        counts = parameter_count(source), parameter_count(recorded)
+        counts = source.parameter_count, recorded.parameter_count
         needed, available = training_bytes(method, *counts), free_bytes(device)
         if needed > available:
             _warn_of_no_teacher(
@@ -196,7 +196,7 @@ def _recorded_teacher(source: Checkpoint, tokenizer: PreTrainedTokenizerBase) ->
         name = str(each.get("name", ""))
         try:
             teacher = open_checkpoint(name)
-            if fingerprint(teacher) != each.get("fingerprint"):
+            if teacher.fingerprint != each.get("fingerprint"):
                 raise RecoveryError("what is there now is another model")
             check_teacher(source, tokenizer, teacher)
             return teacher

@@ -245,7 +245,7 @@ def _train(ready: Prepared, seconds_to_measure: float) -> tuple[nn.Module, Prepa
     """Train; return the model, the settings with the rate it had, and what there is to report."""
     source, settings, watch = ready.source, ready.settings, ready.watch
     device = compute_device(settings.compute.device)
-    sharded, nbytes = settings.training.shard, sum(s.nbytes for s in source.specs.values())
+    sharded = settings.training.shard
 
     def load(which: Checkpoint) -> PreTrainedModel:
         with watch.stage("load"):
@@ -267,7 +267,7 @@ def _train(ready: Prepared, seconds_to_measure: float) -> tuple[nn.Module, Prepa
         logger.info(f"training {trainable:,d} parameters{of_rank} in {blocks}{taught}")
 
     # What merging, writing and loading again may take, by what loading took.
-    later = watch.seconds["load"] + nbytes / BYTES_PER_SECOND + seconds_to_measure
+    later = watch.seconds["load"] + source.nbytes / BYTES_PER_SECOND + seconds_to_measure
     with (
         watch.stage("train"),
         loss_inside(model, dense, settings.training.teacher_weight) as loss,

@@ -36,7 +36,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from cfsp.checkpoint.loading import cache_argument, compute_device, compute_dtype, load
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.pruned_config import config_changes
-from cfsp.checkpoint.reading import LoadedModel, WeightSource, fingerprint, parameter_count
+from cfsp.checkpoint.reading import LoadedModel, WeightSource
 from cfsp.checkpoint.skeleton import architecture_of, build_skeleton
 from cfsp.checkpoint.tensor_file import read_weights
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
@@ -122,7 +122,7 @@ class Footprint:
             if n.startswith(blocks) and len(s.shape) >= 2
         ]
         return Footprint(
-            parameter_count(source),
+            source.parameter_count,
             disk_bytes,
             math.nan if source.architecture.has_experts else sum(of_blocks),
             config.vocab_size * config.hidden_size,
@@ -193,8 +193,7 @@ def _random_model(
     model.tie_weights()
     model.to(device)
     source = LoadedModel(model)
-    size = sum(spec.nbytes for spec in source.specs.values())
-    return model, Footprint.of(source, size, dtype.itemsize)
+    return model, Footprint.of(source, source.nbytes, dtype.itemsize)
 
 
 class Engine:
@@ -338,7 +337,7 @@ def _load(subject: Subject, conditions: Conditions) -> tuple[Footprint, dict[str
     took, footprint = time.perf_counter() - start, _engine[0].footprint
     if not isinstance(subject.model, SmallerModel):
         # No part of loading: of every tensor some values are read again.
-        footprint = replace(footprint, fingerprint=fingerprint(open_checkpoint(subject.model)))
+        footprint = replace(footprint, fingerprint=open_checkpoint(subject.model).fingerprint)
     return footprint, _engine[0].facts, took
 
 

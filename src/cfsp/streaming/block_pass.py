@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from cfsp.checkpoint.output import write_atomically
-from cfsp.checkpoint.reading import WeightSource, fingerprint
+from cfsp.checkpoint.reading import WeightSource
 from cfsp.errors import ResumeError
 from cfsp.processes import Team
 from cfsp.progress import item_progress
@@ -183,7 +183,7 @@ def _identity(source: WeightSource, windows: Windows, runtime: Runtime) -> dict[
     """Return what the results of any pass depend on."""
     return {
         "model": source.label,
-        "model fingerprint": fingerprint(source),
+        "model fingerprint": source.fingerprint,
         "calibration text": windows.digest,
         "batch of windows": windows_in_batch(windows, runtime.batch_windows),
         **runtime_identity(runtime),

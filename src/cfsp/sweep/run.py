@@ -30,7 +30,7 @@ from cfsp.checkpoint.output import (
     write_atomically,
 )
 from cfsp.checkpoint.own_files import STATISTICS_FILE, SWEEP_FILE
-from cfsp.checkpoint.reading import Checkpoint, parameter_count
+from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import CfspError, OutputError
 from cfsp.job import Known
 from cfsp.pipeline import calibrate_source, prune_checkpoint
@@ -234,7 +234,7 @@ def _make(sweep: _Sweep, point: Point, dense: Dense, command: str) -> None:
 def _rows(sweep: _Sweep, dense: dict[str, Any]) -> list[Row]:
     """Return the rows of all models, the dense one first; all were measured as that was."""
     rows = [Row.of(point, sweep.out / point.name) for point in sweep.points]
-    first = Row("dense", None, 0.0, parameter_count(sweep.source), dense["perplexity"])
+    first = Row("dense", None, 0.0, sweep.source.parameter_count, dense["perplexity"])
     for row in rows:
         if row.conditions != first.conditions:
             raise OutputError(
