@@ -9,14 +9,14 @@ nothing is, with repair  a coarse pass over a few windows -> select -> one pass 
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cfsp.calibration.calibrate import calibrate, calibration_record
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.cut.surgery import PrunedSource
-from cfsp.job import NOTHING_KNOWN, Job, Known
+from cfsp.job import Job
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.importance import COARSE_WINDOWS, warn_of_experts
 from cfsp.planning.make import check_statistics_fit
@@ -42,6 +42,18 @@ from cfsp.streaming.block_proof import check_experts_can_go
 from cfsp.streaming.runtime import runtime_of
 from cfsp.streaming.work_dir import temporary_work_dir
 from cfsp.text.windows import Windows, few_windows
+
+
+@dataclass(frozen=True)
+class Known:
+    """What an earlier run on the model found: its statistics, or a whole plan."""
+
+    statistics: Statistics | None = None
+    plan: PruningPlan | None = None  # excludes a goal
+    told: set[str] | None = None  # doubts that are not said again; None where each is
+
+
+NOTHING_KNOWN = Known()
 
 
 def decide(job: Job, known: Known = NOTHING_KNOWN) -> tuple[PruningResult, dict[str, Any]]:
@@ -132,15 +144,7 @@ def _check_plan(source: WeightSource, plan: PruningPlan) -> None:
 def _calibrated(job: Job, constraint: Constraint, seen: Windows, name: str) -> Statistics:
     """Let windows pass the blocks, and measure what else candidates are made from."""
     with job.work_dir.watch.stage(name):
-        statistics = calibrate(
-            job.source,
-            seen,
-            job.runtime,
-            seed=job.settings.text.seed,
-            work_dir=job.work_dir,
-            name=name,
-            runs=follow_runs(job),
-        )
+        statistics = calibrate(job, seen, name, runs=follow_runs(job))
     return _completed(job, constraint, statistics)
 
 
@@ -163,7 +167,7 @@ def _choose_and_repair(job: Job, constraint: Constraint) -> tuple[PruningResult,
     widths = planner.widths(candidate)
     with job.work_dir.watch.stage("ridge"):
         chosen = choose_and_repair(job, windows, widths.kept_U, candidate.dropped.blocks)
-    record = calibration_record(job.source, windows, job.runtime, seed=job.settings.text.seed)
+    record = calibration_record(job, windows)
     seen = Statistics.of([each.observed for each in chosen], record)
     # What else was measured of the model holds.
     statistics = replace(planner.statistics, blocks=seen.blocks, units=seen.units, record=record)

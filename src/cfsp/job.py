@@ -1,4 +1,4 @@
-"""What is pruned, how, on which text, and where; what an earlier run on the model found."""
+"""What is pruned, how, on which text, and where."""
 
 from __future__ import annotations
 
@@ -7,25 +7,11 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import WeightSource
-from cfsp.planning.plan_file import PruningPlan
 from cfsp.settings import Budget, Criterion, PruneSettings
 from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.windows import Windows
-
-
-@dataclass(frozen=True)
-class Known:
-    """What an earlier run on the model found: its statistics, or a whole plan."""
-
-    statistics: Statistics | None = None
-    plan: PruningPlan | None = None  # excludes a goal
-    told: set[str] | None = None  # doubts that are not said again; None where each is
-
-
-NOTHING_KNOWN = Known()
 
 
 @dataclass(frozen=True)

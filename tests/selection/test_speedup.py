@@ -32,7 +32,7 @@ from cfsp.selection.speedup import (
     times_faster,
     widths_to_measure,
 )
-from cfsp.settings import Budget, Criterion, Part, PruneSettings, TargetSpeedup, names_in
+from cfsp.settings import Budget, Compute, Criterion, Part, PruneSettings, TargetSpeedup, names_in
 from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.windows import Windows
@@ -113,7 +113,8 @@ def test_no_channels_are_enough_where_all_blocks_that_have_some_are_dropped(late
     latencies("ffn,blocks")
     parts: tuple[Part, ...] = ("ffn", "blocks")
     source = LoadedModel(tiny_model("nemotron_h"), parts)
-    statistics = calibrate(source, Windows(random_tokens(4, 12), {"text": 4}), RUNTIME)
+    job = job_of(source, PruneSettings(Budget(), compute=Compute("cpu")))
+    statistics = calibrate(job, Windows(random_tokens(4, 12), {"text": 4}))
     budget = Budget(parts=parts)
     found = speedup.Speedup(source, budget, TargetSpeedup(1000), RUNTIME, WorkDir(Path()))
     planner = Planner.of(source, statistics, budget, Criterion())

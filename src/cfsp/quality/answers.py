@@ -114,7 +114,7 @@ def _first_turns(name: str) -> Iterator[tuple[str, str]]:
 def answers_of(
     prompts: Sequence[list[int]],
     whole: Whole,
-    work_dir: WorkDir | None,
+    work_dir: WorkDir,
     name: str,
     label: str,
 ) -> list[dict[str, Any]]:

@@ -183,14 +183,15 @@ def evaluate_models(
     check_same_work(team, sources, {"text": json.dumps(identity["texts"])})
     measure = partial(_measure, models, asked)
     if out is None:
-        found = measure(None)
+        with temporary_work_dir() as work_dir:
+            found = measure(work_dir)
     else:
         found = measured_into(out, identity, measure, compute.memory_budget, team)
     results: list[dict[str, Any]] = found["models"]
     return results
 
 
-def _measure(models: Sequence[_Model], asked: _Asked, work_dir: WorkDir | None) -> dict[str, Any]:
+def _measure(models: Sequence[_Model], asked: _Asked, work_dir: WorkDir) -> dict[str, Any]:
     """Return what the file of results has of models, and of tasks if there are any."""
     tasks, questions, known = asked.exam.tasks, asked.exam.questions, asked.known
     new = models[len(known) :]
@@ -232,7 +233,7 @@ def _measure(models: Sequence[_Model], asked: _Asked, work_dir: WorkDir | None) 
 
 
 def _measure_text(
-    models: Sequence[_Model], text: str, asked: _Asked, work_dir: WorkDir | None
+    models: Sequence[_Model], text: str, asked: _Asked, work_dir: WorkDir
 ) -> list[WindowSums]:
     """Return the sums on one text of every model that is not known, in parts by process.
 

@@ -31,8 +31,8 @@ from cfsp.checkpoint.output import (
 )
 from cfsp.checkpoint.own_files import STATISTICS_FILE, SWEEP_FILE
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.decide import Known
 from cfsp.errors import CfspError, OutputError
-from cfsp.job import Known
 from cfsp.pipeline import calibrate_source, prune_checkpoint
 from cfsp.progress import item_progress
 from cfsp.quality.answers import Questions

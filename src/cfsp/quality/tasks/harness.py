@@ -94,7 +94,7 @@ class TaskRunner:
         self,
         whole: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
         name: str,
-        work_dir: WorkDir | None,
+        work_dir: WorkDir,
     ) -> dict[str, Any]:
         """Return the `tasks` and `documents` of a model, which is loaded if any are missing."""
         scorer = cache(lambda: self.scorer(*whole()))
