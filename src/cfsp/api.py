@@ -260,7 +260,8 @@ def evaluate(
         raise UsageError("there is no model to measure; give one or several")
     if against is not None:
         check_is_name(against)
-    return evaluate_models(names, texts, compute, Exam(questions=questions), against=against)
+    exam = Exam(texts, compute, questions=questions)
+    return evaluate_models(names, exam, against=against)
 
 
 def _opened(

@@ -53,8 +53,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Exam:
-    """What models answer beside reading texts, each whole in memory."""
+    """What models read, computed in what, and what they answer beside, each whole in memory."""
 
+    texts: EvaluationText
+    compute: Compute
     tasks: TaskRunner | None = None
     questions: Questions | None = None  # which the dense model answers, too
 
@@ -70,10 +72,8 @@ class _Model:
     facts: Mapping[str, Any]
 
     @staticmethod
-    def of(
-        source: Checkpoint, texts: EvaluationText, questions: Questions | None, compute: Compute
-    ) -> _Model:
-        runtime = runtime_of(compute, source)
+    def of(source: Checkpoint, exam: Exam) -> _Model:
+        runtime = runtime_of(exam.compute, source)
         facts = {
             "model": source.label,
             "fingerprint": source.fingerprint,
@@ -81,9 +81,9 @@ class _Model:
             "dtype": str(runtime.dtype).removeprefix("torch."),
         }
         prompts = []
-        if questions is not None:
-            prompts = questions.prompts(source, load_tokenizer(source.directory))
-        return _Model(source, runtime, evaluation_windows(texts, source), prompts, facts)
+        if exam.questions is not None:
+            prompts = exam.questions.prompts(source, load_tokenizer(source.directory))
+        return _Model(source, runtime, evaluation_windows(exam.texts, source), prompts, facts)
 
     def whole(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load it, with its tokenizer."""
@@ -118,7 +118,6 @@ class Dense:
 class _Asked:
     """What models are asked, and by whom."""
 
-    compute: Compute
     exam: Exam
     compares: bool  # the first model is the dense one
     dense: Dense | None
@@ -132,9 +131,7 @@ class _Asked:
 
 def evaluate_models(
     names: Sequence[str | Path],
-    texts: EvaluationText,
-    compute: Compute,
-    exam: Exam = Exam(),
+    exam: Exam,
     *,
     against: str | Path | Dense | None = None,
     out: Path | None = None,
@@ -159,7 +156,7 @@ def evaluate_models(
     team = team or Team()
     if exam.questions is not None and against is None:
         raise UsageError("answers are compared with those of the dense model; add --against DENSE")
-    check_texts(evaluation=texts.names)  # before a model is downloaded or converted
+    check_texts(evaluation=exam.texts.names)  # before a model is downloaded or converted
     dense = against if isinstance(against, Dense) else None
     if isinstance(against, str | Path):
         names = [against, *(name for name in names if str(name) != str(against))]
@@ -167,9 +164,9 @@ def evaluate_models(
     if out is not None:
         for source in sources:  # there it would pass for a file of the model
             check_is_outside(out, source.directory)
-    length = min(_window_length(texts, source) for source in sources)
-    texts = replace(texts, seqlen=length)
-    models = [_Model.of(source, texts, exam.questions, compute) for source in sources]
+    length = min(_window_length(exam.texts, source) for source in sources)
+    exam = replace(exam, texts=replace(exam.texts, seqlen=length))
+    models = [_Model.of(source, exam) for source in sources]
     if against is not None:
         _check_same_tokens(models)
     for each in models if against is None else ():
@@ -178,7 +175,7 @@ def evaluate_models(
                 "%s cuts text into other tokens than %s: their perplexities do not compare",
                 *(each.source.label, models[0].source.label),
             )
-    asked = _Asked(compute, exam, against is not None, dense, team)
+    asked = _Asked(exam, against is not None, dense, team)
     identity = _identity(models, asked)
     check_same_work(team, sources, {"text": json.dumps(identity["texts"])})
     measure = partial(_measure, models, asked)
@@ -186,7 +183,7 @@ def evaluate_models(
         with temporary_work_dir() as work_dir:
             found = measure(work_dir)
     else:
-        found = measured_into(out, identity, measure, compute.memory_budget, team)
+        found = measured_into(out, identity, measure, exam.compute.memory_budget, team)
     results: list[dict[str, Any]] = found["models"]
     return results
 
@@ -239,7 +236,7 @@ def _measure_text(
 
     What leaves the last block of the dense model, the first, stays until the others have passed.
     """
-    compares, budget = asked.compares, hidden_budget(asked.compute.memory_budget)
+    compares, budget = asked.compares, hidden_budget(asked.exam.compute.memory_budget)
     first = models[0]
     with temporary_work_dir(budget // 2 if compares else budget) as place:
         passes = replace(place, team=asked.team)
@@ -315,7 +312,7 @@ def _identity(models: Sequence[_Model], asked: _Asked) -> dict[str, Any]:
         "command": "eval",
         "models": [each.facts["model"] for each in models],
         "weights": [each.facts["fingerprint"] for each in models],
-        "batch of windows": asked.compute.batch_windows,
+        "batch of windows": asked.exam.compute.batch_windows,
         "dtypes": [each.facts["dtype"] for each in models],
         "texts": {text: of_text.digest for text, of_text in models[0].windows.items()},
         "dense model": models[0].facts["model"] if asked.compares else None,

@@ -120,7 +120,7 @@ class _Sweep:
 
 def run_sweep(settings: SweepSettings, out: Path, compute: Compute, *, command: str) -> list[Row]:
     """Make every model of a sweep that is not there yet, and return the whole table."""
-    exam, points = Exam(), settings.points(compute)
+    exam, points = Exam(settings.evaluation, compute), settings.points(compute)
     if settings.tasks:
         data = None if settings.task_data is None else Path(settings.task_data)
         selection = TaskSelection(tuple(settings.tasks), settings.limit, data=data)
@@ -129,7 +129,7 @@ def run_sweep(settings: SweepSettings, out: Path, compute: Compute, *, command: 
         exam = replace(exam, questions=Questions.of(settings.answers))
     opened = cache(lambda parts: open_checkpoint(settings.model, parts=parts))
     asked = dict.fromkeys(part for point in points for part in point.settings.budget.parts)
-    measure = partial(evaluate_models, texts=settings.evaluation, compute=compute, exam=exam)
+    measure = partial(evaluate_models, exam=exam)
     sweep = _Sweep(points, opened(tuple(asked)), opened, out, compute, measure)
     check_is_outside(out, sweep.source.directory)
     with created_parents(out), exclusive(out), _kept(sweep):
