@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Number:
+class Number(NamedTuple):
     """A number, mostly a mean, and its standard error."""
 
     value: float
@@ -25,7 +23,7 @@ def as_json(found: dict[str, Any]) -> dict[str, Any]:
     """Return values by name as JSON types, rounded; a `Number` is a `value` with its `stderr`."""
 
     def plain(each: Any) -> Any:
-        each = vars(each) if isinstance(each, Number) else each
+        each = each._asdict() if isinstance(each, Number) else each
         if isinstance(each, dict):
             return as_json(each)
         return round(each, 6) if isinstance(each, float) else each
