@@ -64,7 +64,7 @@ def test_models_to_time_have_less_of_each_part(model):
     half = (BLOCKS + 1) // 2
     assert [(part, kept) for part, kept, _ in timed] == [("ffn", 48), ("blocks", half)]
     sizes = [
-        sum(p.numel() for p in empty_model(each.config()).parameters())
+        sum(p.numel() for p in empty_model(each).parameters())
         for each in (whole, *(smaller for *_, smaller in timed))
     ]
     assert sizes[0] == source.parameter_count > sizes[1]
