@@ -73,7 +73,7 @@ NUMBERS = [
     BadInput(
         f"{PRUNE} --estimate --seqlen 0", "found 0", "--seqlen must be at least 2 and at most"
     ),
-    BadInput(f"{EVAL} --seqlen {MANY}", f"found {MANY}", "expected windows of 2"),
+    BadInput(f"{EVAL} --seqlen {MANY}", f"found {MANY}", "at least 2 and at most"),
     BadInput(
         f"{PRUNE_TEXT} --eval {{text}} --windows 0", "found 0", "--windows must be at least 1"
     ),
