@@ -16,6 +16,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -71,6 +72,8 @@ def main() -> None:
     model = load(args.model, dtype=runtime.dtype, device=runtime.device)
     criterion = Criterion(block_metric=args.block_metric)
     settings = PruneSettings(Budget(args.sparsity), criterion, text, compute)
+    nowhere = WorkDir(Path())
+    job = Job(source, settings, lambda: tokenizer, lambda: windows, runtime, nowhere)
     solving: list[float] = []
 
     def timed_solve(*arguments: Any, **options: Any) -> RidgeSolution:
@@ -85,12 +88,11 @@ def main() -> None:
             tempfile.TemporaryDirectory() as work,
             patch.object(ridge_pass, "repair_down_projection", timed_solve),
         ):
-            work_dir = WorkDir(Path(work))
-            decide(Job(source, settings, lambda: tokenizer, lambda: windows, runtime, work_dir))
+            decide(replace(job, work_dir=WorkDir(Path(work))))
 
     runs: dict[str, Callable[[], object]] = {
         "plain forward": lambda: plain_forward(model, windows),
-        "calibrate": lambda: calibrate(source, windows, runtime, seed=text.seed),
+        "calibrate": lambda: calibrate(job, windows),
         "calibrate and repair": repair,
     }
     clocks = {"seconds": time.perf_counter, "processor seconds": time.process_time}

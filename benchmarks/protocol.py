@@ -31,7 +31,7 @@ from typing import Any
 
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import MANIFEST_FILE
-from cfsp.checkpoint.reading import Checkpoint, parameter_count
+from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.cli import step
 from cfsp.cli.output import estimate
@@ -104,7 +104,7 @@ def pruned_models(
     source: Checkpoint, of_blocks: Sequence[float], of_channels: Sequence[float]
 ) -> Iterator[Pruned]:
     """Yield the models; of a share of block parameters all the others stay."""
-    of_all = sum(parameters_of_blocks(source)) / parameter_count(source)
+    of_all = sum(parameters_of_blocks(source)) / source.parameter_count
     for share in of_blocks:
         yield Pruned(
             f"blocks-{100 * share:g}",

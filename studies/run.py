@@ -34,13 +34,13 @@ from typing import Any
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
-from cfsp.checkpoint.reading import Checkpoint, parameter_count
+from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.cli import step
 from cfsp.errors import CfspError, OutputError, TextError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.compare import compare
-from cfsp.quality.paired import Estimate, mean_of_tasks
+from cfsp.quality.paired import Number, mean_of_tasks
 from cfsp.quality.results_file import MeasuredModel, read_models
 from cfsp.speed.subjects import PHASES
 
@@ -232,7 +232,7 @@ def _timed(args: argparse.Namespace, directories: Sequence[Path]) -> list[dict[s
 
 def target_of(source: Checkpoint, stays: float) -> float:
     """Return the share of all parameters that stays with this share of those of the blocks."""
-    return 1 - (1 - stays) * sum(parameters_of_blocks(source)) / parameter_count(source)
+    return 1 - (1 - stays) * sum(parameters_of_blocks(source)) / source.parameter_count
 
 
 def _directory(args: argparse.Namespace, stays: float, parts: str, state: str) -> Path:
@@ -295,7 +295,7 @@ def _figures(
     ratios = [math.exp(text["loss"]["difference"]["value"]) for text in found["texts"].values()]
     figures: Row = {
         "what goes": _in_words(PruningPlan.load(directory / PLAN_FILE)),
-        "parameters": parameter_count(open_checkpoint(directory)),
+        "parameters": open_checkpoint(directory).parameter_count,
         "mean": round(geometric_mean(ratios), 3),
         "worst": round(max(ratios), 3),
         "KL": _rounded(_mean_of_texts(found, "divergence", "second")),
@@ -305,16 +305,16 @@ def _figures(
         beside = compare(base, model, dense)
         figures["KL - ffn"] = _rounded(_mean_of_texts(beside, "divergence", "difference"))
     if found["accuracy"] is not None:
-        figures["tasks"] = _rounded(Estimate(**found["accuracy"]["difference"]), 100)
+        figures["tasks"] = _rounded(Number(**found["accuracy"]["difference"]), 100)
     return figures
 
 
-def _mean_of_texts(found: dict[str, Any], measure: str, side: str) -> Estimate:
+def _mean_of_texts(found: dict[str, Any], measure: str, side: str) -> Number:
     pairs = [text[measure] for text in found["texts"].values() if text[measure] is not None]
-    return mean_of_tasks([Estimate(**pair[side]) for pair in pairs])
+    return mean_of_tasks([Number(**pair[side]) for pair in pairs])
 
 
-def _rounded(found: Estimate, factor: float = 1) -> list[float | None]:
+def _rounded(found: Number, factor: float = 1) -> list[float | None]:
     error = None if found.stderr is None else round(factor * found.stderr, 3)
     return [round(factor * found.value, 3), error]
 

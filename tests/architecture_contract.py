@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import cfsp
-from builders import draw_windows, tensors
+from builders import draw_windows, job_of, tensors
 from cfsp.architecture.activations import hidden_state, observed_activations
 from cfsp.architecture.found import Unit
 from cfsp.architecture.small_run import first_tensor
@@ -23,7 +23,7 @@ from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.checkpoint.skeleton import architecture_of, blocks_of
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.repair.ridge import LAMBDAS
-from cfsp.streaming.runtime import Runtime
+from cfsp.settings import Budget, Compute, PruneSettings
 from cfsp.text.windows import Windows
 from family_contract import (
     SAMPLES,
@@ -280,8 +280,8 @@ class ThoroughContract(ArchitectureContract):
 
     def test_statistics_are_those_of_plain_hooks(self, case, tokenizer):
         windows = draw_windows(case.asked["data"], tokenizer, samples=SAMPLES, seqlen=SEQLEN)
-        runtime = Runtime(torch.device("cpu"), torch.float32, 4)
-        statistics = calibrate(LoadedModel(case.dense), windows, runtime)
+        settings = PruneSettings(Budget(), compute=Compute("cpu", "float32", 4))
+        statistics = calibrate(job_of(LoadedModel(case.dense), settings), windows)
         at_block, rows = _observe_with_hooks(case, windows)
         for unit, acts in zip(statistics.units, rows, strict=True):
             for ffn in range(unit.ffns):

@@ -29,7 +29,6 @@ from cfsp.checkpoint.reading import (
     FFNWeights,
     LoadedModel,
     WeightSource,
-    parameter_count,
 )
 from cfsp.job import Job
 from cfsp.planning.candidate import Dropped, DropSizes
@@ -186,7 +185,7 @@ def goal_of_share(
     owned = DropSizes.of(source, [part for part in WHOLE_PARTS if part in parts]).total
     if "blocks" not in parts:
         owned += parameters_of_channels(source, [part for part in UNIT_PARTS if part in parts])
-    return TargetParameters(1 - share * owned / parameter_count(source))
+    return TargetParameters(1 - share * owned / source.parameter_count)
 
 
 def numpy_divergence(dense_TV: Tensor, other_TV: Tensor) -> NDArray[Any]:

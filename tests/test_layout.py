@@ -27,11 +27,11 @@ LAYERS = (
     ("checkpoint",),
     ("text",),
     ("streaming",),
+    ("job",),
     ("calibration",),
     ("planning",),
     ("cut",),
     ("quality",),
-    ("job",),
     ("repair",),
     ("result",),
     # `bench` times what `export` writes.

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import check_is_name, open_checkpoint
@@ -50,9 +52,6 @@ from cfsp.settings import (
 from cfsp.streaming.runtime import torch_as_it_starts
 from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import check_tokenizer, load_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 # What the result depends on; every other argument stands once, below.
@@ -261,7 +260,8 @@ def evaluate(
         raise UsageError("there is no model to measure; give one or several")
     if against is not None:
         check_is_name(against)
-    return evaluate_models(names, texts, compute, Exam(questions=questions), against=against)
+    exam = Exam(texts, compute, questions=questions)
+    return evaluate_models(names, exam, against=against)
 
 
 def _opened(

@@ -9,20 +9,23 @@ nothing is, with repair  a coarse pass over a few windows -> select -> one pass 
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from cfsp.calibration.calibrate import calibrate, calibration_record
 from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.reading import WeightSource
 from cfsp.cut.surgery import PrunedSource
-from cfsp.job import NOTHING_KNOWN, Job, Known
+from cfsp.job import Job
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.importance import COARSE_WINDOWS, warn_of_experts
 from cfsp.planning.make import check_statistics_fit
+from cfsp.planning.plan_file import PruningPlan
 from cfsp.pruning_cost import announce
 from cfsp.repair.ladder import check_windows, needed_steps, repair
 from cfsp.repair.result import PruningResult
 from cfsp.repair.ridge_pass import choose_and_repair, with_ridge
+from cfsp.selection.constraint import Constraint
 from cfsp.selection.divergence import with_needed_sensitivity
 from cfsp.selection.drop_order import (
     cannot_be_tried,
@@ -34,18 +37,23 @@ from cfsp.selection.drop_order import (
 )
 from cfsp.selection.goal import constraint_of
 from cfsp.selection.search import select
-from cfsp.settings import TargetSpeedup
+from cfsp.settings import PruneSettings, TargetSpeedup
 from cfsp.streaming.block_proof import check_experts_can_go
 from cfsp.streaming.runtime import runtime_of
 from cfsp.streaming.work_dir import temporary_work_dir
-from cfsp.text.windows import few_windows
+from cfsp.text.windows import Windows, few_windows
 
-if TYPE_CHECKING:
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.planning.plan_file import PruningPlan
-    from cfsp.selection.constraint import Constraint
-    from cfsp.settings import PruneSettings
-    from cfsp.text.windows import Windows
+
+@dataclass(frozen=True)
+class Known:
+    """What an earlier run on the model found: its statistics, or a whole plan."""
+
+    statistics: Statistics | None = None
+    plan: PruningPlan | None = None  # excludes a goal
+    told: set[str] | None = None  # doubts that are not said again; None where each is
+
+
+NOTHING_KNOWN = Known()
 
 
 def decide(job: Job, known: Known = NOTHING_KNOWN) -> tuple[PruningResult, dict[str, Any]]:
@@ -136,15 +144,7 @@ def _check_plan(source: WeightSource, plan: PruningPlan) -> None:
 def _calibrated(job: Job, constraint: Constraint, seen: Windows, name: str) -> Statistics:
     """Let windows pass the blocks, and measure what else candidates are made from."""
     with job.work_dir.watch.stage(name):
-        statistics = calibrate(
-            job.source,
-            seen,
-            job.runtime,
-            seed=job.settings.text.seed,
-            work_dir=job.work_dir,
-            name=name,
-            runs=follow_runs(job),
-        )
+        statistics = calibrate(job, seen, name, runs=follow_runs(job))
     return _completed(job, constraint, statistics)
 
 
@@ -167,7 +167,7 @@ def _choose_and_repair(job: Job, constraint: Constraint) -> tuple[PruningResult,
     widths = planner.widths(candidate)
     with job.work_dir.watch.stage("ridge"):
         chosen = choose_and_repair(job, windows, widths.kept_U, candidate.dropped.blocks)
-    record = calibration_record(job.source, windows, job.runtime, seed=job.settings.text.seed)
+    record = calibration_record(job, windows)
     seen = Statistics.of([each.observed for each in chosen], record)
     # What else was measured of the model holds.
     statistics = replace(planner.statistics, blocks=seen.blocks, units=seen.units, record=record)

@@ -1,33 +1,17 @@
-"""What is pruned, how, on which text, and where; what an earlier run on the model found."""
+"""What is pruned, how, on which text, and where."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-    from cfsp.calibration.statistics import Statistics
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.planning.plan_file import PruningPlan
-    from cfsp.settings import Budget, Criterion, PruneSettings
-    from cfsp.streaming.runtime import Runtime
-    from cfsp.streaming.work_dir import WorkDir
-    from cfsp.text.windows import Windows
-
-
-@dataclass(frozen=True)
-class Known:
-    """What an earlier run on the model found: its statistics, or a whole plan."""
-
-    statistics: Statistics | None = None
-    plan: PruningPlan | None = None  # excludes a goal
-    told: set[str] | None = None  # doubts that are not said again; None where each is
-
-
-NOTHING_KNOWN = Known()
+from cfsp.checkpoint.reading import WeightSource
+from cfsp.settings import Budget, Criterion, PruneSettings
+from cfsp.streaming.runtime import Runtime
+from cfsp.streaming.work_dir import WorkDir
+from cfsp.text.windows import Windows
 
 
 @dataclass(frozen=True)

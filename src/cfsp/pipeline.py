@@ -17,7 +17,9 @@ from dataclasses import asdict, replace
 from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Statistics
@@ -28,13 +30,13 @@ from cfsp.checkpoint.own_files import (
     copy_travelling_files,
     digests_beside_weights,
 )
-from cfsp.checkpoint.reading import Checkpoint, WeightSource, fingerprint, in_memory
+from cfsp.checkpoint.reading import Checkpoint, WeightSource, in_memory
 from cfsp.checkpoint.tensor_file import write_shards
 from cfsp.cut.surgery import PrunedSource, build_pruned_model
-from cfsp.decide import decide
+from cfsp.decide import NOTHING_KNOWN, Known, decide
 from cfsp.errors import OutputError
 from cfsp.exports.gguf_architecture import warn_of_no_way_back
-from cfsp.job import NOTHING_KNOWN, Job, Known
+from cfsp.job import Job
 from cfsp.processes import Team
 from cfsp.quality.evaluate import evaluation_windows, perplexity_by_text
 from cfsp.quality.perplexity import before_and_after
@@ -72,9 +74,6 @@ from cfsp.text.drawing import calibration_windows
 from cfsp.text.tokenizers import check_tokenizer, load_tokenizer
 from cfsp.text.windows import Windows
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 _ANOTHER_CHOICE = (
     "--dry-run compared plans before repair; the run itself repairs a few of them and may choose "
     "another"
@@ -109,7 +108,7 @@ def prune_checkpoint(
     measured_on = evaluation_windows(settings.evaluation, source)
     asked_for = pruning_identity(settings, known)
     # What is decided before the first pass depends on these too.
-    of_model = {"dense model": fingerprint(source)}
+    of_model = {"dense model": source.fingerprint}
     identity = of_model | runtime_identity(runtime_of(settings.compute, source)) | asked_for
     with (
         output_work_dir(out, identity, settings.compute.memory_budget, team) as work_dir,
@@ -203,8 +202,8 @@ def calibrate_source(
     They have one text. Where one says of blocks or attention layers not how many go, in which order
     they do is measured up to half; where widths may follow the sensitivity of blocks, that is.
     """
-    text, compute = prunings[0].text, prunings[0].compute
-    own: AbstractContextManager[WorkDir] = temporary_work_dir(compute.memory_budget)
+    budget = prunings[0].compute.memory_budget
+    own: AbstractContextManager[WorkDir] = temporary_work_dir(budget)
     with own if work_dir is None else nullcontext(work_dir) as work_dir:
         jobs = [_job(source, lambda: tokenizer, p.suited_to_repair(), work_dir) for p in prunings]
         budgets = repr([job.budget for job in jobs])
@@ -213,9 +212,7 @@ def calibrate_source(
             check_can_be_compared(job)
         windows, runs = jobs[0].draw(), any(map(follow_runs, jobs))
         with work_dir.watch.stage("calibrate"):
-            statistics = calibrate(
-                source, windows, jobs[0].runtime, seed=text.seed, work_dir=work_dir, runs=runs
-            )
+            statistics = calibrate(jobs[0], windows, runs=runs)
         wanted = [
             Share(source, job.budget).to_drop()
             if job.budget.sparsity or job.budget.remove

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.checkpoint.reading import Checkpoint, fingerprint, parameter_count
-from cfsp.job import NOTHING_KNOWN, Known
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.decide import NOTHING_KNOWN, Known
 from cfsp.pipeline import check_output, digest_of, prune_checkpoint, pruning_identity
 from cfsp.processes import Team, process_count
 from cfsp.quality.evaluate import evaluation_windows
@@ -51,7 +51,7 @@ def prune_and_recover(
     """
     compute, text = settings.compute, settings.text
     prune = partial(prune_checkpoint, source, known=known, command=command)
-    parameters = parameter_count(source)
+    parameters = source.parameter_count
     needed = training_bytes(Adaptation.method, parameters, parameters)
     if needed > free_bytes(compute_device(compute.device)) or process_count() > 1:
         alone = "there is no memory to train the whole model beside the dense one"
@@ -103,4 +103,4 @@ def _asked(source: Checkpoint, settings: PruneSettings) -> dict[str, Any]:
     if isinstance(settings.goal, MaxLossIncrease):
         windows.append(held_out_windows(settings.text, load_tokenizer(source.directory)))
     texts = [of_text.digest for of_text in windows]
-    return {"model": fingerprint(source), "texts": texts, "dtype": settings.compute.dtype}
+    return {"model": source.fingerprint, "texts": texts, "dtype": settings.compute.dtype}

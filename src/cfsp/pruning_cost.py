@@ -12,12 +12,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
-from cfsp.checkpoint.reading import parameter_count
+from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
 from cfsp.planning.candidate import DropSizes
@@ -32,17 +31,12 @@ from cfsp.selection.divergence import (
     follow_sensitivity,
     prediction_bytes,
 )
-from cfsp.settings import DEFAULT_SAMPLES, TargetParameters
+from cfsp.settings import DEFAULT_SAMPLES, Budget, PruneSettings, TargetParameters
 from cfsp.streaming.block_stream import windows_in_batch
 from cfsp.streaming.memory import available_bytes, hidden_budget
-from cfsp.streaming.runtime import needed_bytes, runtime_of
+from cfsp.streaming.runtime import Runtime, needed_bytes, runtime_of
 from cfsp.text.drawing import parts_with_shares
 from cfsp.text.windows import Windows, is_held_out
-
-if TYPE_CHECKING:
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.settings import Budget, PruneSettings
-    from cfsp.streaming.runtime import Runtime
 
 # Python, torch and transformers.
 _INTERPRETER_BYTES = int(0.5e9)
@@ -89,15 +83,14 @@ def pruning_cost(source: WeightSource, out: Path, settings: PruneSettings) -> Pr
     settings, runtime = settings.suited_to_repair(), runtime_of(settings.compute, source)
     tokens = settings.text.windows * settings.text.seqlen
     hidden_bytes = tokens * text_config_of(source.config).hidden_size * runtime.dtype.itemsize
-    checkpoint_bytes = sum(spec.nbytes for spec in source.specs.values())
     # As if nothing were removed, two copies of hidden states, repairs.
-    disk_bytes = checkpoint_bytes + 2 * hidden_bytes
+    disk_bytes = source.nbytes + 2 * hidden_bytes
     if settings.repairs:
         prefix = source.architecture.block_prefix
         names = [prefix(unit.block) + unit.down for unit in source.units]
         disk_bytes += sum(source.parameters[name].nbytes for name in names)
     existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    before, elements = parameter_count(source), parameters_of_blocks(source)
+    before, elements = source.parameter_count, parameters_of_blocks(source)
     routed = source.architecture.has_experts
     work = None if routed else _work(source, settings, runtime, sum(elements))
     return PruningCost(
@@ -106,7 +99,7 @@ def pruning_cost(source: WeightSource, out: Path, settings: PruneSettings) -> Pr
         disk_bytes,
         shutil.disk_usage(existing).free,
         before,
-        *(size_after(source, settings) or (before, checkpoint_bytes)),
+        *(size_after(source, settings) or (before, source.nbytes)),
         sum(work.values()) if work else None,
         sum(n / _speed(dtype, runtime.device) for dtype, n in work.items()) if work else None,
     )
@@ -165,7 +158,7 @@ def _memory_bytes(
     text, itemsize = settings.text, runtime.dtype.itemsize
     hidden = int(text_config_of(source.config).hidden_size)
     vocabulary = vocabulary_of(source.config)
-    around = (parameter_count(source) - sum(elements)) * itemsize
+    around = (source.parameter_count - sum(elements)) * itemsize
     block, width = max(elements) * itemsize, max(unit.columns for unit in source.units)
     one = Windows(torch.zeros(1, text.seqlen, dtype=torch.int64), {})
     batch = min(text.windows, windows_in_batch(one, runtime.batch_windows))
@@ -203,7 +196,7 @@ def announce(
     A sweep says each doubt once: those that it `told` are left out, and the others added.
     """
     if (size := size_after(source, settings)) is not None:
-        before = parameter_count(source)
+        before = source.parameter_count
         log.info(
             f"{human_count(before)} parameters -> about {human_count(size[0])} "
             f"({size[0] / before - 1:+.1%}), {human_bytes(size[1])} of weights"
@@ -220,15 +213,14 @@ def size_after(source: WeightSource, settings: PruneSettings) -> tuple[int, int]
 
     None where only the work says how much goes.
     """
-    before, budget, goal = parameter_count(source), settings.budget, settings.goal
+    before, budget, goal = source.parameter_count, settings.budget, settings.goal
     if isinstance(goal, TargetParameters):
         after = round(before * goal.fraction)
     elif goal is None and budget.sparsity and "experts" not in budget.parts:
         after = before - round(_parameters_to_go(source, budget))
     else:
         return None
-    stored = sum(spec.nbytes for spec in source.specs.values())
-    return after, round(stored * after / before)
+    return after, round(source.nbytes * after / before)
 
 
 def _parameters_to_go(source: WeightSource, budget: Budget) -> float:
@@ -245,7 +237,7 @@ def doubts(
 
     A text may give fewer windows than were asked for; None where it was not read.
     """
-    budget, asked, every = settings.budget, settings.budget.sparsity, parameter_count(source)
+    budget, asked, every = settings.budget, settings.budget.sparsity, source.parameter_count
     if settings.goal is None and "ffn" in budget.parts:
         gone = _parameters_to_go(source, budget)
         if gone < _LITTLE * asked * every:

@@ -73,7 +73,7 @@ NUMBERS = [
     BadInput(
         f"{PRUNE} --estimate --seqlen 0", "found 0", "--seqlen must be at least 2 and at most"
     ),
-    BadInput(f"{EVAL} --seqlen {MANY}", f"found {MANY}", "expected windows of 2"),
+    BadInput(f"{EVAL} --seqlen {MANY}", f"found {MANY}", "at least 2 and at most"),
     BadInput(
         f"{PRUNE_TEXT} --eval {{text}} --windows 0", "found 0", "--windows must be at least 1"
     ),
@@ -85,7 +85,7 @@ NUMBERS = [
     BadInput(f"{TRAIN} --max-minutes nan", "found nan", "--max-minutes must be above 0"),
     BadInput(f"{RECOVER} --steps 0", "found 0", "--steps must be at least 1"),
     BadInput(f"{RECOVER} --learning-rate nan", "found nan", "--learning-rate must be above 0"),
-    BadInput("bench {model} --rounds 0", "found 0", "at least 1 round"),
+    BadInput("bench {model} --rounds 0", "found 0", "--rounds must be at least 1"),
     BadInput("eval {model} --tasks piqa --limit 0", "found 0", "--limit must be at least 1"),
     BadInput("eval {model} --tasks piqa --set shots=-1", "found -1", "--shots must be at least 0"),
 ]

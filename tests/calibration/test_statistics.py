@@ -11,6 +11,7 @@ import cfsp
 from builders import (
     RECORD,
     draw_windows,
+    job_of,
     random_block,
     random_tokens,
     random_unit_statistics,
@@ -20,7 +21,7 @@ from cfsp.calibration.calibrate import _Calibration, calibrate
 from cfsp.calibration.statistics import Sensitivity, Statistics
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.errors import CalibrationError, ResumeError, StatisticsError
-from cfsp.streaming.runtime import Runtime
+from cfsp.settings import Budget, Compute, PruneSettings
 from cfsp.text.windows import Windows
 from tiny_decoders import tiny_model
 
@@ -36,7 +37,8 @@ def windows(text_file, tokenizer) -> Windows:
 
 
 def gather(source: Checkpoint, windows: Windows, batch: int | None = None) -> Statistics:
-    return calibrate(source, windows, Runtime(torch.device("cpu"), torch.float32, batch))
+    settings = PruneSettings(Budget(), compute=Compute("cpu", "float32", batch))
+    return calibrate(job_of(source, settings), windows)
 
 
 def assert_statistics_close(actual: Statistics, expected: Statistics, scale: float = 1.0) -> None:
@@ -117,9 +119,9 @@ def test_nan_of_experts_is_told_with_what_to_do(model_type):
         attention.v_proj.weight.fill_(1.0)
         attention.o_proj.weight.fill_(6e4)
         model.get_input_embeddings().weight.mul_(100)
-    source, runtime = LoadedModel(model.half()), Runtime(torch.device("cpu"), torch.float16)
+    job = job_of(LoadedModel(model.half()), PruneSettings(Budget(), compute=Compute("cpu")))
     with pytest.raises(CalibrationError, match=r"block 1 produced NaN .* --dtype float32"):
-        calibrate(source, Windows(random_tokens(4, 12), {"text": 4}), runtime)
+        calibrate(job, Windows(random_tokens(4, 12), {"text": 4}))
 
 
 def test_work_of_an_earlier_version_that_compared_no_runs_is_refused(tmp_path):

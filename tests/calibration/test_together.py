@@ -75,7 +75,9 @@ import torch
 from pathlib import Path
 from cfsp.calibration.calibrate import calibrate
 from cfsp.checkpoint.reading import LoadedModel
+from cfsp.job import Job
 from cfsp.processes import joined
+from cfsp.settings import Budget, PruneSettings
 from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.windows import Windows
@@ -85,7 +87,8 @@ source, cpu = LoadedModel(build_tiny_model("llama")), torch.device("cpu")
 windows = Windows(torch.arange(36 * 128).view(36, 128) % 320, {"text": 36})
 with joined(cpu) as team:
     work_dir, runtime = WorkDir(Path("DIRECTORY"), team=team), Runtime(cpu, torch.float32, 4)
-    runs = calibrate(source, windows, runtime, work_dir=work_dir, runs=True).runs
+    job = Job(source, PruneSettings(Budget()), print, print, runtime, work_dir)
+    runs = calibrate(job, windows, runs=True).runs
 print(runs.tokens, [round(value, 4) for row in runs.sums for value in row])
 """
 

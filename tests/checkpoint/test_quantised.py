@@ -18,7 +18,7 @@ import cfsp
 from builders import changed, edit_json
 from cfsp.checkpoint import quantisation
 from cfsp.checkpoint.quantisation import quantisation_in
-from cfsp.checkpoint.reading import Checkpoint, LoadedModel, fingerprint
+from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.errors import CheckpointError
 from cfsp.recovery.recover import copy_everything_else
 from quantised_models import WAYS, Way, fp8_in_blocks, quantise
@@ -62,7 +62,7 @@ def test_it_reads_like_the_plain_checkpoint(pairs, name, at_once, monkeypatch):
             assert torch.equal(found.read_parts(tensor, parts), few), tensor
         written = (b"".join(map(bytes, source.chunks(tensor))) for source in (found, expected))
         assert len(set(written)) == 1, tensor
-    assert fingerprint(found) == fingerprint(expected)
+    assert found.fingerprint == expected.fingerprint
     assert not hasattr(found.config, "quantization_config")
 
 

@@ -20,8 +20,6 @@ from cfsp.checkpoint.reading import (
     LoadedModel,
     _spread,
     ffn_parameters_per_channel,
-    fingerprint,
-    parameter_count,
 )
 from cfsp.cut.surgery import PrunedSource
 from cfsp.errors import CheckpointError, UnsupportedModelError, UsageError
@@ -58,9 +56,9 @@ def test_checkpoint_equals_the_model_in_memory(tiny_checkpoint, name):
         assert torch.equal(stored.read_parts(tensor, parts), loaded.read_parts(tensor, parts))
         chunks = (b"".join(map(bytes, source.chunks(tensor))) for source in (stored, loaded))
         assert len(set(chunks)) == 1
-    assert fingerprint(stored) == fingerprint(loaded)
+    assert stored.fingerprint == loaded.fingerprint
     count = sum(p.numel() for p in build_tiny_model(name).parameters())
-    assert parameter_count(stored) == parameter_count(loaded) == count
+    assert stored.parameter_count == loaded.parameter_count == count
 
 
 @pytest.mark.parametrize("factor", [1, 2])
@@ -74,7 +72,7 @@ def test_a_head_that_is_stored_as_well_counts_if_it_is_another(tiny_checkpoint, 
     source = Checkpoint(path)
     count = cfsp.load(path).num_parameters()
     whole = PrunedSource(source, plan_without(source, Dropped()))
-    assert parameter_count(source) == parameter_count(whole) == count
+    assert source.parameter_count == whole.parameter_count == count
 
 
 def test_parameters_per_channel_count_biases(tiny_checkpoint):
@@ -87,7 +85,7 @@ def test_shards_read_like_a_single_file(sharded, tiny_checkpoint):
     whole, parts = Checkpoint(tiny_checkpoint("llama")), Checkpoint(sharded)
     assert whole.specs.keys() == parts.specs.keys()
     assert all(torch.equal(whole.read(name), parts.read(name)) for name in whole.specs)
-    assert fingerprint(whole) == fingerprint(parts)
+    assert whole.fingerprint == parts.fingerprint
 
 
 def test_a_single_file_is_read_before_an_index_as_transformers_does(sharded, tmp_path):
@@ -97,17 +95,17 @@ def test_a_single_file_is_read_before_an_index_as_transformers_does(sharded, tmp
     expected = AutoModelForCausalLM.from_pretrained(both).state_dict()
     found = Checkpoint(both)
     assert all(torch.equal(found.read(name), expected[name]) for name in found.specs)
-    assert fingerprint(found) == fingerprint(Checkpoint(tmp_path / "other"))
+    assert found.fingerprint == Checkpoint(tmp_path / "other").fingerprint
 
 
 def test_fingerprint_sees_every_tensor(sharded):
     """LoRA on q and v, or any other tuning, makes another model."""
     model = build_tiny_model("llama")
-    found = {fingerprint(Checkpoint(sharded))}
+    found = {Checkpoint(sharded).fingerprint}
     for parameter in model.parameters():
         with torch.no_grad():
             parameter += 0.01
-        found.add(fingerprint(LoadedModel(model)))
+        found.add(LoadedModel(model).fingerprint)
     assert len(found) == 1 + len(list(model.parameters()))
 
 

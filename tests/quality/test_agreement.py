@@ -18,7 +18,7 @@ from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cli import main
 from cfsp.quality import evaluate
 from cfsp.quality import perplexity as measuring
-from cfsp.quality.evaluate import evaluate_models, perplexity_by_text
+from cfsp.quality.evaluate import Exam, evaluate_models, perplexity_by_text
 from cfsp.quality.perplexity import divergence_and_agreement, negative_log_likelihood
 from cfsp.result.names import short_names
 from cfsp.settings import Compute, EvaluationText
@@ -76,7 +76,7 @@ def test_it_is_that_of_the_whole_models(
     texts = EvaluationText((str(text_file),), 4, 24)
     # In memory, and in a file.
     compute = replace(FLOAT32, memory_budget=1) if other_name == "perturbed" else FLOAT32
-    first, second = evaluate_models([other], texts, compute, against=dense)
+    first, second = evaluate_models([other], Exam(texts, compute), against=dense)
     assert (first["model"], second["model"]) == (str(dense), str(other))
     assert (
         first.keys()
@@ -111,10 +111,10 @@ def test_the_dense_model_streams_once_for_each_text(
 ):
     dense, *others = (tiny_checkpoint(name) for name in ("llama", "qwen3", "gemma2"))
     texts = EvaluationText((str(text_file), str(other_text_file)), 3, 24)
-    alone = evaluate_models([dense, *others], texts, FLOAT32)
+    alone = evaluate_models([dense, *others], Exam(texts, FLOAT32))
     seen = noted(evaluate, "streamed_sums", lambda source, *_, **__: source.label)
     # Also where the dense model is named among the others.
-    found = evaluate_models([*others, dense], texts, FLOAT32, against=dense)
+    found = evaluate_models([*others, dense], Exam(texts, FLOAT32), against=dense)
     assert [each["model"] for each in found] == [str(each) for each in (dense, *others)]
     assert seen == [str(each) for each in (dense, *others)] * 2
     assert [each["perplexity"] for each in found] == [each["perplexity"] for each in alone]

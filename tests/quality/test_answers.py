@@ -22,6 +22,7 @@ from cfsp.cli import main
 from cfsp.errors import TextError, UsageError
 from cfsp.quality import answers, evaluate
 from cfsp.quality.answers import Questions, answers_of, is_loop, windows_of
+from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.records import templated
 
 COUNT, LONGEST = 9, 7
@@ -114,7 +115,7 @@ def test_answers_are_greedy_whatever_the_model_says_and_padding_changes_none(
     model = load(models[1], dtype="float32")
 
     def ask(model: Any) -> list[dict[str, Any]]:
-        return answers_of(prompts, lambda: (model, tokenizer), None, "name", "label")
+        return answers_of(prompts, lambda: (model, tokenizer), WorkDir(Path()), "name", "label")
 
     expected = [greedy(model, prompt, tokenizer.eos_token_id) for prompt in prompts]
     model.generation_config = GenerationConfig(

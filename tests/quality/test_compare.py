@@ -13,7 +13,7 @@ import pytest
 
 from cfsp.errors import ReportError
 from cfsp.quality.compare import compare, comparisons
-from cfsp.quality.paired import Estimate, mean, mean_of_tasks
+from cfsp.quality.paired import Number, mean, mean_of_tasks
 from cfsp.quality.results_file import read_models
 
 WINDOWS, DOCUMENTS = 6, 40
@@ -268,5 +268,5 @@ def test_one_model_of_two_files_is_one(write):
 
 
 def test_of_a_single_document_or_task_there_is_no_error():
-    assert mean_of_tasks([Estimate(1.0, 0.3), Estimate(2.0, None)]).stderr is None
-    assert mean([1.0]) == Estimate(1.0, None)
+    assert mean_of_tasks([Number(1.0, 0.3), Number(2.0, None)]).stderr is None
+    assert mean([1.0]) == Number(1.0, None)

@@ -15,7 +15,7 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import TextError, UsageError
 from cfsp.pipeline import prune_checkpoint
-from cfsp.quality.evaluate import evaluate_models
+from cfsp.quality.evaluate import Exam, evaluate_models
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Budget, Compute, EvaluationText, PruneSettings
 from cfsp.text.drawing import consecutive_windows
@@ -82,10 +82,10 @@ def test_a_mistaken_text_is_told_before_any_work(tiny_checkpoint, text_file, tmp
         monkeypatch.setattr(work, never)
     models, compute = [tiny_checkpoint("llama"), tiny_checkpoint("gpt2")], Compute()
     with pytest.raises(UsageError, match="can read 256 tokens at once"):
-        evaluate_models(models, EvaluationText((str(text_file),), 2, 300), compute)
+        evaluate_models(models, Exam(EvaluationText((str(text_file),), 2, 300), compute))
     too_many = EvaluationText((str(text_file),), 1000)
     with pytest.raises(TextError, match="windows of 256 tokens, 1000 are needed"):
-        evaluate_models(models, too_many, compute)
+        evaluate_models(models, Exam(too_many, compute))
     cure = "fewer windows, or measure with cfsp eval and a shorter --seqlen"
     with pytest.raises(TextError, match=f"windows of 256 tokens, 1000 are needed .*{cure}"):
         settings = PruneSettings(Budget(0.5), evaluation=too_many)
@@ -99,14 +99,14 @@ def test_models_with_other_tokens_are_told_apart(tiny_checkpoint, text_file, tmp
     shutil.copytree(first, other)
     edit_json(other / "tokenizer.json", lambda fields: fields["model"].update(merges=[]))
     texts = EvaluationText((str(text_file),), 2, 24)
-    evaluate_models([first, first], texts, Compute())
+    evaluate_models([first, first], Exam(texts, Compute()))
     assert not caplog.messages
-    evaluate_models([first, other], texts, Compute())
+    evaluate_models([first, other], Exam(texts, Compute()))
     assert caplog.messages == [
         f"{other} cuts text into other tokens than {first}: their perplexities do not compare"
     ]
     with pytest.raises(UsageError, match="needs models with one tokenizer"):
-        evaluate_models([other], texts, Compute(), against=first)
+        evaluate_models([other], Exam(texts, Compute()), against=first)
 
 
 @pytest.fixture

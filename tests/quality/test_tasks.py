@@ -326,9 +326,9 @@ def test_a_task_without_a_number_that_is_read_is_told_before_a_model_is_loaded(
 ):
     """It ended without any, and comparing it in a traceback."""
     monkeypatch.setattr(evaluate, "load", never)
-    exam = Exam(runner_of("odd", like, more))
+    exam = Exam(EvaluationText(()), Compute(), runner_of("odd", like, more))
     with pytest.raises(TaskError, match=f"expected scores by acc or .*{found}.* leave odd out"):
-        evaluate_models([tiny_checkpoint("llama")], EvaluationText(()), Compute(), exam)
+        evaluate_models([tiny_checkpoint("llama")], exam)
     # Of several the others have theirs.
     runner_of("odds", like, more).read_data()
     assert re.search(f"odds: expected .*, found .*{found} these get no number$", caplog.text, re.M)
@@ -336,9 +336,9 @@ def test_a_task_without_a_number_that_is_read_is_told_before_a_model_is_loaded(
 
 def test_choices_are_compared_whatever_they_are_scored_by(tiny_checkpoint, runner_of, caplog):
     """CoLA is scored by Matthews' correlation alone."""
-    exam = Exam(runner_of("odd", "piqa", MCC))
+    exam = Exam(EvaluationText(()), Compute(), runner_of("odd", "piqa", MCC))
     models = [tiny_checkpoint(name) for name in ("llama", "qwen2")]
-    results = evaluate_models(models, EvaluationText(()), Compute(), exam)
+    results = evaluate_models(models, exam)
     assert "odd by mcc of answers taken by none; these get no number, but choices" in caplog.text
     dense, other = (measured_model("results", each) for each in results)
     found = compare(dense, other, dense)["tasks"]["odd"]
@@ -353,7 +353,7 @@ def test_models_too_large_are_told_before_the_first_forward_pass(
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     runner = TaskRunner.of(TaskSelection(("piqa",), data=task_data))
     with pytest.raises(UsageError, match="scoring tasks runs the whole model, which takes about"):
-        evaluate_models([directory], texts, Compute(), Exam(runner))
+        evaluate_models([directory], Exam(texts, Compute(), runner))
 
 
 def test_scores_depend_on_what_is_in_the_files(task_data, tmp_path):

@@ -19,7 +19,7 @@ import cfsp
 from builders import changed, edit_json, edit_tensors, entries, random_tokens, tensors
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
-from cfsp.checkpoint.reading import Checkpoint, fingerprint, parameter_count
+from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import RecoveryError, UsageError
 from cfsp.planning.plan_file import PruningPlan
@@ -265,7 +265,7 @@ def test_the_dense_model_teaches_where_it_is_at_hand(
         assert name_of_teacher("auto", moved, tokenizer) is None
         assert reason in caplog.text
     # Of one that was pruned twice it is the first; else what was pruned between.
-    again = {"base_model": {"name": str(pruned), "fingerprint": fingerprint(Checkpoint(pruned))}}
+    again = {"base_model": {"name": str(pruned), "fingerprint": Checkpoint(pruned).fingerprint}}
     history = history_of(Checkpoint(pruned))
     assert history["made_from"]["name"] == dense
     edit_json(
@@ -285,7 +285,7 @@ def test_the_dense_model_teaches_where_there_is_memory_for_it(
 ):
     """Training takes so many bytes for each parameter, and 4 for each of the teacher's."""
     source, dense = open_checkpoint(pruned), open_checkpoint(tiny_checkpoint("llama"))
-    needed = bytes_for_each * parameter_count(source) + 4 * parameter_count(dense)
+    needed = bytes_for_each * source.parameter_count + 4 * dense.parameter_count
     settings = RecoverSettings((), training(1), Adaptation(method), teacher="auto")
     for free, teaches in ((needed, True), (needed - 1, False)):
         monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda free=free: free)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from builders import draw_windows, job_of
-from cfsp.checkpoint.reading import LoadedModel, parameter_count
+from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import FileTensor
 from cfsp.cli.output import print_plan
@@ -72,13 +72,13 @@ def test_units_of_a_block_are_repaired_by_themselves(source, windows, tmp_path):
         (0, EXPERTS, 4), (0, SHARED, 1), (2, SHARED, 1),
     ]  # fmt: skip
     assert plan.units[0].importance == plan.units[1].importance
-    removed = parameter_count(source) - size.parameters_with(plan.kept_widths)
+    removed = source.parameter_count - size.parameters_with(plan.kept_widths)
     ffn = size.cost_of(size.width_U) * size.parameters_per_cost
     dearest = 8 * 4 * size.parameters_per_cost
     assert abs(removed - 0.4 * ffn) <= dearest
     assert plan.ffn_sparsity == pytest.approx(removed / ffn)
     specs = PrunedSource(source, plan).specs
-    assert sum(spec.elements for spec in specs.values()) == parameter_count(source) - removed
+    assert sum(spec.elements for spec in specs.values()) == source.parameter_count - removed
     block_1 = [name for name in specs if name.startswith("model.layers.1.")]
     assert all(specs[name] == source.parameters[name] for name in block_1)
 

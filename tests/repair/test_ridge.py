@@ -18,8 +18,8 @@ import cfsp
 from builders import changed, never, stop
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
+from cfsp.decide import Known
 from cfsp.errors import TextError
-from cfsp.job import Known
 from cfsp.pipeline import prune_checkpoint
 from cfsp.repair.ridge import (
     PANEL,

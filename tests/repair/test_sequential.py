@@ -13,8 +13,8 @@ import cfsp
 from builders import changed, draw_windows, job_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.cut.surgery import PrunedSource, build_pruned_model
-from cfsp.decide import decide
-from cfsp.job import Job, Known
+from cfsp.decide import Known, decide
+from cfsp.job import Job
 from cfsp.pipeline import prune_checkpoint
 from cfsp.repair.result import PruningResult
 from cfsp.repair.sequential import blocks_at_gaps, repair_sequentially

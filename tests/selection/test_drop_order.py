@@ -12,7 +12,7 @@ import torch
 import cfsp
 from builders import job_of, statistics_with_distances
 from cfsp.calibration.statistics import Removal, RunDistances, Statistics
-from cfsp.checkpoint.reading import LoadedModel, parameter_count
+from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.stored_blocks import names_without_blocks, parameters_of_blocks
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError
 from cfsp.planning.candidate import NOTHING, Candidate, Dropped
@@ -74,7 +74,7 @@ def source() -> LoadedModel:
 def test_a_budget_is_met_to_within_half_a_block(source):
     each = parameters_of_blocks(source)
     assert len(set(each)) == 1
-    total = parameter_count(source)
+    total = source.parameter_count
     for sparsity, expected in ((0.0, 0), (0.08, 0), (0.09, 1), (0.5, 3), (0.83, 5)):
         budget = DropBudget.of_share(source, ("blocks",), sparsity)
         first = (Dropped(tuple(range(count))) for count in range(BLOCKS))

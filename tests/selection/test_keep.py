@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import cfsp
-from cfsp.checkpoint.reading import LoadedModel, parameter_count
+from cfsp.checkpoint.reading import LoadedModel
 from cfsp.errors import BudgetError, UsageError
 from cfsp.planning.candidate import Dropped, DropSizes, kept_by
 from cfsp.planning.make import parameters_of_channels
@@ -85,7 +85,7 @@ def test_of_the_last_block_its_channels_may_go(source, share, expected):
     """More than all other blocks was refused, though channels are beside them."""
     goes = DropSizes.of(source, ("blocks",)).most
     goes += share * parameters_of_channels(source, ("ffn",)) / BLOCKS
-    asked = 1 - goes / parameter_count(source)
+    asked = 1 - goes / source.parameter_count
     with expected:
         Parameters(source, Budget(parts=("ffn", "blocks")), asked).check()
 

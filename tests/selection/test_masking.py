@@ -111,7 +111,7 @@ def test_what_stayed_is_stored_by_part(text_file, tokenizer):
     source = LoadedModel(AutoModelForCausalLM.from_config(config).eval(), ("ffn", "kv"))
     windows = draw_windows([str(text_file)], tokenizer, samples=2, seqlen=16)
     job = job_of(source, PruneSettings(Budget(), compute=Compute("cpu")))
-    statistics = calibrate(source, windows, job.runtime)
+    statistics = calibrate(job, windows)
     of_ffns = measure_sensitivity(job, statistics, windows, UNIT_PARTS)
     assert of_ffns.kept_L == (1 / 2,) * BLOCKS
     assert of_ffns.other_parts["kv"].kept_L == (2 / 3,) * BLOCKS

@@ -17,7 +17,7 @@ from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import STATISTICS_FILE
-from cfsp.checkpoint.reading import LoadedModel, parameter_count
+from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import empty_model
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.errors import UsageError
@@ -32,7 +32,7 @@ from cfsp.selection.speedup import (
     times_faster,
     widths_to_measure,
 )
-from cfsp.settings import Budget, Criterion, Part, PruneSettings, TargetSpeedup, names_in
+from cfsp.settings import Budget, Compute, Criterion, Part, PruneSettings, TargetSpeedup, names_in
 from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.windows import Windows
@@ -64,10 +64,10 @@ def test_models_to_time_have_less_of_each_part(model):
     half = (BLOCKS + 1) // 2
     assert [(part, kept) for part, kept, _ in timed] == [("ffn", 48), ("blocks", half)]
     sizes = [
-        sum(p.numel() for p in empty_model(each.config()).parameters())
+        sum(p.numel() for p in empty_model(each).parameters())
         for each in (whole, *(smaller for *_, smaller in timed))
     ]
-    assert sizes[0] == parameter_count(source) > sizes[1]
+    assert sizes[0] == source.parameter_count > sizes[1]
     assert sizes[2] == sizes[0] - sum(parameters_of_blocks(source)[half:])
 
 
@@ -113,7 +113,8 @@ def test_no_channels_are_enough_where_all_blocks_that_have_some_are_dropped(late
     latencies("ffn,blocks")
     parts: tuple[Part, ...] = ("ffn", "blocks")
     source = LoadedModel(tiny_model("nemotron_h"), parts)
-    statistics = calibrate(source, Windows(random_tokens(4, 12), {"text": 4}), RUNTIME)
+    job = job_of(source, PruneSettings(Budget(), compute=Compute("cpu")))
+    statistics = calibrate(job, Windows(random_tokens(4, 12), {"text": 4}))
     budget = Budget(parts=parts)
     found = speedup.Speedup(source, budget, TargetSpeedup(1000), RUNTIME, WorkDir(Path()))
     planner = Planner.of(source, statistics, budget, Criterion())

@@ -19,7 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.checkpoint.reading import LoadedModel, fingerprint
+from cfsp.checkpoint.pruned_config import config_changes
+from cfsp.checkpoint.reading import LoadedModel
+from cfsp.checkpoint.skeleton import architecture_of
 from cfsp.cli import bench as bench_command
 from cfsp.cli.bench import _ratios
 from cfsp.errors import CfspError, CheckpointError, UsageError
@@ -30,7 +32,6 @@ from cfsp.speed.subjects import (
     Engine,
     Footprint,
     ModelProcess,
-    SmallerModel,
     Subject,
     Timing,
     Workload,
@@ -71,7 +72,8 @@ def test_weights_on_disk_are_those_that_are_read(tiny_checkpoint, tmp_path):
 
 def test_random_model_of_a_shape_computes_finite_numbers():
     original = tiny("llama").config
-    smaller = SmallerModel(original, ("ffn",), (64, 64, 32))
+    changes = config_changes(original, architecture_of(original), (64, 64, 32))
+    smaller = changes.applied_to(original)
     model, footprint = build_model(Subject(smaller, "smaller"), "bfloat16", torch.device("cpu"))
     assert [layer.mlp.down_proj.in_features for layer in model.model.layers] == [64, 64, 32]
     assert footprint.parameters == sum(p.numel() for p in set(model.parameters()))
@@ -118,7 +120,7 @@ def test_comparison_reports_every_round_of_every_model(tiny_checkpoint, capsys):
     weights = Path(models[0]) / "model.safetensors"
     assert first["disk_bytes"] == weights.stat().st_size
     # The name is short, so a report elsewhere knows the models by their weights.
-    assert first["fingerprint"] == fingerprint(open_checkpoint(models[0]))
+    assert first["fingerprint"] == open_checkpoint(models[0]).fingerprint
     assert first["dtype"] == "float32"
 
 

@@ -16,7 +16,7 @@ from builders import draw_windows
 from cfsp.checkpoint.locating import hub_is_reachable, locate_model, open_checkpoint
 from cfsp.errors import CheckpointError, TextError, UsageError
 from cfsp.pipeline import prune_checkpoint
-from cfsp.quality.evaluate import evaluate_models
+from cfsp.quality.evaluate import Exam, evaluate_models
 from cfsp.recovery.recover import recover_checkpoint
 from cfsp.recovery.settings import Limit, RecoverSettings, Training
 from cfsp.settings import Budget, Compute, EvaluationText, PruneSettings, Text, texts_of
@@ -126,7 +126,7 @@ def test_functions_refuse_a_text_before_any_work(tiny_checkpoint, tmp_path, monk
         lambda: recover_checkpoint(
             source, out, RecoverSettings(("python-docs",), training, evaluation=evaluation)
         ),
-        lambda: evaluate_models(["no-model"], evaluation, Compute()),
+        lambda: evaluate_models(["no-model"], Exam(evaluation, Compute())),
     ]
     for refusal in refusals:
         with pytest.raises(TextError, match=f"{ABSENT} is neither"):

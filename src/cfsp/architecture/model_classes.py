@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from cfsp.errors import CheckpointError, UnsupportedModelError, first_line
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 # What the classes that cfsp writes are called: that of transformers with this in front.
 PRUNED = "Pruned"
@@ -30,8 +39,6 @@ def build_model(model_class: Any, config: PreTrainedConfig, dtype: torch.dtype) 
 
 def empty_stock_model(config: PreTrainedConfig, model_class: Any = None) -> PreTrainedModel:
     """Return the model that a stock class builds of a config, on the meta device."""
-    import torch
-
     with torch.device("meta"):
         return build_model(model_class or model_class_of(config), config, torch.float32)
 
@@ -51,9 +58,6 @@ def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     It is the class that the config names, of those that the Auto classes have for the config's
     class; else the first of these.
     """
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
     check_is_decoder(config)
     found: list[Any] = []
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
@@ -78,8 +82,6 @@ def auto_classes_of(
     model_class: type[PreTrainedModel], config_class: type[PreTrainedConfig]
 ) -> list[str]:
     """Return the Auto classes by which a language model is loaded; the one to name comes first."""
-    import transformers
-
     found = []
     for name in ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForMultimodalLM"):
         auto: Any = getattr(transformers, name)
@@ -91,16 +93,12 @@ def auto_classes_of(
 
 def auto_class_of_type(model_type: str) -> str:
     """Return the Auto class by which models of a type are loaded."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
     reads_images = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     return "AutoModelForImageTextToText" if reads_images else "AutoModelForCausalLM"
 
 
 def check_is_decoder(config: PreTrainedConfig) -> None:
     """Check that a config is not that of an encoder, with or without a decoder behind it."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"model type {config.model_type!r} is an encoder with a decoder; cfsp prunes "

@@ -21,6 +21,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
@@ -126,8 +127,6 @@ def run_small(
 
 def small_skeleton(config: PreTrainedConfig, model_class: Any) -> Any:
     """Return a small model with parameters on the meta device and real buffers."""
-    from accelerate import init_empty_weights
-
     # The plain loop over experts takes any width; faster ones want rows of whole 16 bytes.
     config._experts_implementation = "eager"
     with _Doubles(), init_empty_weights(include_buffers=False):

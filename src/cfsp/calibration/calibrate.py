@@ -25,14 +25,13 @@ from cfsp.calibration.observed import (
     UnitStatistics,
 )
 from cfsp.calibration.statistics import RunDistances, Statistics
-from cfsp.checkpoint.reading import WeightSource, fingerprint
 from cfsp.checkpoint.text_config import longest_input_of, vocabulary_of
 from cfsp.errors import CalibrationError, ResumeError, UsageError
+from cfsp.job import Job
 from cfsp.processes import Team
 from cfsp.streaming.block_pass import Visitor, pass_blocks
 from cfsp.streaming.block_stream import OnActivations, StreamedBlock, part_of
-from cfsp.streaming.runtime import Runtime, no_number
-from cfsp.streaming.work_dir import WorkDir
+from cfsp.streaming.runtime import no_number
 from cfsp.text.windows import Windows
 
 # Rows of activations that are summed at once: on a CPU their float32 copy should stay in the cache,
@@ -163,32 +162,25 @@ def run_distances(observed: Sequence[ObservedBlock | None], team: Team) -> RunDi
 
 
 def calibrate(
-    source: WeightSource,
-    windows: Windows,
-    runtime: Runtime,
-    *,
-    seed: int = 0,
-    work_dir: WorkDir | None = None,
-    name: str = "calibrate",
-    runs: bool = False,
+    job: Job, windows: Windows, name: str = "calibrate", *, runs: bool = False
 ) -> Statistics:
     """Run all windows through the model once, block by block, and gather statistics.
 
     Each process of a team has a part of the windows; where there are fewer batches than processes,
     some have nothing to do.
     """
-    team = Team() if work_dir is None else work_dir.team
+    source, team = job.source, job.work_dir.team
     check_tokens(source.config, windows.tokens_NT, source.label)
-    own = windows.part(part_of(windows, team, runtime.batch_windows))
+    own = windows.part(part_of(windows, team, job.runtime.batch_windows))
     observed: list[ObservedBlock | None] = [None] * source.architecture.block_count
     if len(own.tokens_NT):
         # Of all windows, so that the number of processes leaves no trace.
         count, seqlen = windows.tokens_NT.shape
         stride = max(1, min(seqlen, count * seqlen // SAMPLED_TOKENS)) if runs else None
         visitor = _Calibration(name, stride, is_alone=team.size == 1)
-        observed = [*pass_blocks(source, own, visitor, runtime, work_dir)]
+        observed = [*pass_blocks(source, own, visitor, job.runtime, job.work_dir)]
     total = [added_up(team, each) for each in observed]
-    statistics = Statistics.of(total, calibration_record(source, windows, runtime, seed=seed))
+    statistics = Statistics.of(total, calibration_record(job, windows))
     check_seen(source.units, statistics.units)
     return replace(statistics, runs=run_distances(observed, team)) if runs else statistics
 
@@ -221,20 +213,18 @@ class _Calibration(Visitor[ObservedBlock]):
         return found
 
 
-def calibration_record(
-    source: WeightSource, windows: Windows, runtime: Runtime, *, seed: int
-) -> CalibrationRecord:
+def calibration_record(job: Job, windows: Windows) -> CalibrationRecord:
     """Return the conditions of a calibration, for its statistics and plans."""
     return CalibrationRecord(
-        model=source.label,
-        fingerprint=fingerprint(source),
+        model=job.source.label,
+        fingerprint=job.source.fingerprint,
         sources=windows.sources,
         tokens_digest=windows.digest,
         windows=windows.tokens_NT.shape[0],
         seqlen=windows.tokens_NT.shape[1],
-        seed=seed,
-        dtype=str(runtime.dtype).removeprefix("torch."),
-        device=runtime.device.type,
+        seed=job.settings.text.seed,
+        dtype=str(job.runtime.dtype).removeprefix("torch."),
+        device=job.runtime.device.type,
         bos=windows.bos,
     )
 

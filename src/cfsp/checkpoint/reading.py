@@ -12,9 +12,9 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,10 @@ _COMPUTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class WeightSource(Protocol):
-    """What the stages need of a model: config, tensor specs, and single tensors."""
+    """What the stages need of a model: config, tensor specs, and single tensors.
+
+    Its weights do not change, so what is known of them all is found once.
+    """
 
     config: PreTrainedConfig
     architecture: Architecture
@@ -70,6 +73,32 @@ class WeightSource(Protocol):
     def tied(self) -> Mapping[str, str]:
         """Parameters that nothing is stored of, and the one whose value each has."""
         return self.stored.tied
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all stored tensors in bytes."""
+        return sum(spec.nbytes for spec in self.specs.values())
+
+    @cached_property
+    def parameter_count(self) -> int:
+        """The number of stored parameters; tied ones count once, also where both are stored."""
+        every = sum(spec.elements for spec in self.specs.values())
+        copies = (name for name, to in self.stored.twice.items() if _is_copy(self, name, to))
+        return every - sum(self.parameters[name].elements for name in copies)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hex digest that tells models apart, cheap enough to compute at every start.
+
+        It covers the model type, and of every tensor the name, the shape and some kilobytes from
+        its beginning to its end, in float32: a model and its upcast copy are the same, in any
+        files. A fine-tuned copy does not pass for the original, unless only single rows were tuned.
+        """
+        digest = hashlib.sha256(self.config.model_type.encode())
+        for name, spec in sorted(self.specs.items()):
+            digest.update(f"{name}{list(spec.shape)}".encode())
+            digest.update(_some_values(self, name).numpy().tobytes())
+        return digest.hexdigest()[:32]
 
     def origin(self, name: str) -> str:
         """Return what a parameter is called in the model that this one is cut from."""
@@ -209,26 +238,6 @@ def in_memory(model: PreTrainedModel, parts: tuple[Part, ...]) -> Iterator[Loade
             module.training = training
 
 
-def fingerprint(source: WeightSource) -> str:
-    """Return a hex digest that tells models apart, cheap enough to compute at every start.
-
-    It covers the model type, and of every tensor the name, the shape and some kilobytes from its
-    beginning to its end, in float32: a model and its upcast copy are the same, in any files. A
-    fine-tuned copy does not pass for the original, unless only single rows were tuned.
-    """
-    if source not in _found:
-        digest = hashlib.sha256(source.config.model_type.encode())
-        for name, spec in sorted(source.specs.items()):
-            digest.update(f"{name}{list(spec.shape)}".encode())
-            digest.update(_some_values(source, name).numpy().tobytes())
-        _found[source] = digest.hexdigest()[:32]
-    return _found[source]
-
-
-# A run asks often, and the weights of a source do not change.
-_found: WeakKeyDictionary[WeightSource, str] = WeakKeyDictionary()
-
-
 def _some_values(source: WeightSource, name: str) -> Tensor:
     """Return what of a stored tensor tells it from another, in float32."""
     return source.read_parts(name, _spread(source.specs[name].elements)).to(torch.float32)
@@ -240,13 +249,6 @@ def _spread(elements: int) -> list[slice]:
         return [slice(0, elements)]
     starts = [run * (elements - _RUN_VALUES) // (_RUNS - 1) for run in range(_RUNS)]
     return [slice(start, start + _RUN_VALUES) for start in starts]
-
-
-def parameter_count(source: WeightSource) -> int:
-    """Return the number of stored parameters; tied ones count once, also where both are stored."""
-    every = sum(spec.elements for spec in source.specs.values())
-    copies = (name for name, to in source.stored.twice.items() if _is_copy(source, name, to))
-    return every - sum(source.parameters[name].elements for name in copies)
 
 
 def _is_copy(source: WeightSource, parameter: str, other: str) -> bool:

@@ -76,11 +76,11 @@ def print_comparison(comparison: Comparison) -> None:
             for model in comparison.models
         ],
     )
-    for workload in comparison.workloads:
+    for workload, share in comparison.disturbance.items():
         rounds = len(comparison.models[0].speeds[workload]["prefill"].ratios)
         print(
             f"\n{workload.describe()}, {counted(rounds, 'rounds')}; other programs took "
-            f"{comparison.disturbance[workload]:.0%} of the processors"
+            f"{share:.0%} of the processors"
         )
         _print_workload(comparison, workload)
         if comparison.models[0].speeds[workload]["decode"].too_busy:

@@ -36,7 +36,6 @@ def run(args: argparse.Namespace) -> Told:
     from cfsp.checkpoint.loading import compute_device
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.checkpoint.output import check_file_is_free, check_is_outside
-    from cfsp.checkpoint.reading import fingerprint
     from cfsp.pipeline import calibrate_source
     from cfsp.processes import joined, take_own_accelerator
     from cfsp.streaming.runtime import runtime_identity, runtime_of
@@ -60,7 +59,7 @@ def run(args: argparse.Namespace) -> Told:
         "--parts": list(parts),
         "block_metric": settings.criterion.block_metric,
         # Before the pass it is decided what fits into memory.
-        "model fingerprint": fingerprint(source),
+        "model fingerprint": source.fingerprint,
         **runtime_identity(runtime_of(compute, source)),
     }
     with (

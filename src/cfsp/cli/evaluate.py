@@ -129,9 +129,7 @@ def run(args: argparse.Namespace) -> Told:
     with joined(compute_device(compute.device)) as team:
         models = evaluate_models(
             list(dict.fromkeys(args.models)),
-            texts,
-            compute,
-            Exam(runner, questions),
+            Exam(texts, compute, runner, questions),
             against=args.against,
             out=args.out,
             team=team,

@@ -43,7 +43,6 @@ def run(args: argparse.Namespace) -> Told:
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the facts about a checkpoint; hardly more than its headers is read."""
-    from cfsp.checkpoint.reading import parameter_count
     from cfsp.checkpoint.text_config import text_config_of
     from cfsp.result.manifest import facts_about, facts_for_config
 
@@ -63,8 +62,8 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "experts": max(unit.ffns for unit in units),
         "intermediate_sizes": widths,
         "uniform": len(set(widths)) == 1,
-        "parameters": parameter_count(checkpoint),
-        "bytes": sum(spec.nbytes for spec in checkpoint.specs.values()),
+        "parameters": checkpoint.parameter_count,
+        "bytes": checkpoint.nbytes,
         "dtype": dtypes.most_common(1)[0][0],
         "pruned": None,
     }

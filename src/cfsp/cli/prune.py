@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> Told:
     from cfsp.calibration.statistics import Statistics
     from cfsp.checkpoint.loading import compute_device
     from cfsp.checkpoint.locating import open_checkpoint
-    from cfsp.job import Known
+    from cfsp.decide import Known
     from cfsp.pipeline import prune_checkpoint
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.processes import joined, take_own_accelerator

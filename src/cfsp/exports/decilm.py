@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import __version__
 
 from cfsp.checkpoint.config_file import read_plain_fields
 from cfsp.checkpoint.loading import compute_dtype
@@ -164,8 +165,6 @@ def _has_multiples(source: Checkpoint) -> bool:
 
 def decilm_config(source: Checkpoint) -> dict[str, Any]:
     """Return config.json of a Llama-like checkpoint in DeciLM's terms."""
-    from transformers import __version__
-
     config: Any = source.config
     heads_of, groups_of = zip(*heads_of_blocks(source), strict=True)
     heads, groups = max(heads_of), max(groups_of)

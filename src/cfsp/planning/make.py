@@ -11,12 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 from cfsp.calibration.statistics import Statistics
-from cfsp.checkpoint.reading import (
-    WeightSource,
-    ffn_parameters_per_channel,
-    fingerprint,
-    parameter_count,
-)
+from cfsp.checkpoint.reading import WeightSource, ffn_parameters_per_channel
 from cfsp.errors import StatisticsError
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate
 from cfsp.planning.candidate import NOTHING, Candidate, Dropped, kept_by, parameters_dropped
@@ -61,7 +56,7 @@ def model_size(
             for index, (unit, each) in enumerate(sizes)
             if not dropped.takes(unit)
         ),
-        parameters=parameter_count(source) - parameters_dropped(source, dropped),
+        parameters=source.parameter_count - parameters_dropped(source, dropped),
     )
 
 
@@ -207,7 +202,7 @@ class Planner:
 
 def check_statistics_fit(source: WeightSource, statistics: Statistics) -> None:
     """Check that statistics belong to a model."""
-    record, found = statistics.record, fingerprint(source)
+    record, found = statistics.record, source.fingerprint
     shapes = [(unit.block, unit.part, unit.ffns, unit.width) for unit in statistics.units]
     expected = [(unit.block, unit.part, unit.ffns, unit.columns) for unit in source.units]
     have, need = ({unit.part for unit in of.units} for of in (statistics, source))

@@ -16,7 +16,7 @@ from typing import Any
 
 from cfsp.architecture.block_names import index_without, removed_in_words
 from cfsp.checkpoint.output import write_atomically
-from cfsp.checkpoint.reading import WeightSource, fingerprint
+from cfsp.checkpoint.reading import WeightSource
 from cfsp.errors import PlanError
 from cfsp.planning.unit_plan import MAX_BLOCKS, UnitPlan, unit_from_json
 from cfsp.settings import UNIT_PARTS, Part
@@ -39,7 +39,7 @@ class ModelIdentity:
     @classmethod
     def of(cls, source: WeightSource) -> ModelIdentity:
         """Return the identity of a model."""
-        return cls(source.label, source.config.model_type, fingerprint(source))
+        return cls(source.label, source.config.model_type, source.fingerprint)
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,13 @@ from hashlib import sha256
 from itertools import takewhile
 from operator import eq
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cfsp.calibration.calibrate import check_tokens
+from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import longest_input_of
 from cfsp.errors import TextError, UsageError
 from cfsp.progress import item_progress
@@ -33,11 +35,6 @@ from cfsp.streaming.work_dir import WorkDir, load_or_compute
 from cfsp.text.records import templated
 from cfsp.text.sources import TextSource
 from cfsp.text.windows import Windows
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from cfsp.checkpoint.reading import Checkpoint
 
 _FILE = Path(__file__).with_name("questions.jsonl")
 _BATCH = 8
@@ -117,7 +114,7 @@ def _first_turns(name: str) -> Iterator[tuple[str, str]]:
 def answers_of(
     prompts: Sequence[list[int]],
     whole: Whole,
-    work_dir: WorkDir | None,
+    work_dir: WorkDir,
     name: str,
     label: str,
 ) -> list[dict[str, Any]]:
@@ -149,8 +146,6 @@ class _Answering:
         tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[list[int]],
     ) -> None:
-        from transformers import GenerationConfig
-
         self._model, self._tokenizer = text_model(whole), tokenizer
         own = getattr(whole.generation_config, "eos_token_id", None)
         ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}

@@ -12,13 +12,13 @@ from statistics import geometric_mean
 from typing import Any
 
 from cfsp.errors import ReportError
-from cfsp.quality.paired import Estimate, as_json, difference, mean, mean_of_tasks, per_count
+from cfsp.quality.paired import Number, as_json, difference, mean, mean_of_tasks, per_count
 from cfsp.quality.results_file import MeasuredModel, Measures, answer_measures, hashes
 from cfsp.quality.tasks.harness import ScoredDocument, losses_of
 
 # A measure of two models on the same windows or documents: of the `first`, of the `second`, and the
 # mean of the differences, `difference`.
-Pair = dict[str, Estimate]
+Pair = dict[str, Number]
 
 # A model whose accuracy is less than so many standard errors above a guess may be guessing.
 _ERRORS_ABOVE_CHANCE = 2.0

@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cfsp.calibration.calibrate import check_tokens
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import check_is_outside
-from cfsp.checkpoint.reading import Checkpoint, WeightSource, fingerprint, parameter_count
+from cfsp.checkpoint.reading import Checkpoint, WeightSource
 from cfsp.checkpoint.text_config import longest_input_of, vocabulary_of
 from cfsp.errors import UsageError
 from cfsp.processes import Team
@@ -28,6 +30,7 @@ from cfsp.quality.perplexity import (
     streamed_sums,
 )
 from cfsp.quality.results_file import measured_into
+from cfsp.quality.tasks.harness import TaskRunner
 from cfsp.settings import DEFAULT_SEQLEN, Compute, EvaluationText
 from cfsp.streaming.hidden_states import HiddenStates
 from cfsp.streaming.memory import hidden_budget
@@ -45,18 +48,15 @@ from cfsp.text.sources import check_texts, name_of
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from cfsp.quality.tasks.harness import TaskRunner
-
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Exam:
-    """What models answer beside reading texts, each whole in memory."""
+    """What models read, computed in what, and what they answer beside, each whole in memory."""
 
+    texts: EvaluationText
+    compute: Compute
     tasks: TaskRunner | None = None
     questions: Questions | None = None  # which the dense model answers, too
 
@@ -72,20 +72,18 @@ class _Model:
     facts: Mapping[str, Any]
 
     @staticmethod
-    def of(
-        source: Checkpoint, texts: EvaluationText, questions: Questions | None, compute: Compute
-    ) -> _Model:
-        runtime = runtime_of(compute, source)
+    def of(source: Checkpoint, exam: Exam) -> _Model:
+        runtime = runtime_of(exam.compute, source)
         facts = {
             "model": source.label,
-            "fingerprint": fingerprint(source),
-            "parameters": parameter_count(source),
+            "fingerprint": source.fingerprint,
+            "parameters": source.parameter_count,
             "dtype": str(runtime.dtype).removeprefix("torch."),
         }
         prompts = []
-        if questions is not None:
-            prompts = questions.prompts(source, load_tokenizer(source.directory))
-        return _Model(source, runtime, evaluation_windows(texts, source), prompts, facts)
+        if exam.questions is not None:
+            prompts = exam.questions.prompts(source, load_tokenizer(source.directory))
+        return _Model(source, runtime, evaluation_windows(exam.texts, source), prompts, facts)
 
     def whole(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load it, with its tokenizer."""
@@ -120,7 +118,6 @@ class Dense:
 class _Asked:
     """What models are asked, and by whom."""
 
-    compute: Compute
     exam: Exam
     compares: bool  # the first model is the dense one
     dense: Dense | None
@@ -134,9 +131,7 @@ class _Asked:
 
 def evaluate_models(
     names: Sequence[str | Path],
-    texts: EvaluationText,
-    compute: Compute,
-    exam: Exam = Exam(),
+    exam: Exam,
     *,
     against: str | Path | Dense | None = None,
     out: Path | None = None,
@@ -161,7 +156,7 @@ def evaluate_models(
     team = team or Team()
     if exam.questions is not None and against is None:
         raise UsageError("answers are compared with those of the dense model; add --against DENSE")
-    check_texts(evaluation=texts.names)  # before a model is downloaded or converted
+    check_texts(evaluation=exam.texts.names)  # before a model is downloaded or converted
     dense = against if isinstance(against, Dense) else None
     if isinstance(against, str | Path):
         names = [against, *(name for name in names if str(name) != str(against))]
@@ -169,9 +164,9 @@ def evaluate_models(
     if out is not None:
         for source in sources:  # there it would pass for a file of the model
             check_is_outside(out, source.directory)
-    length = min(_window_length(texts, source) for source in sources)
-    texts = replace(texts, seqlen=length)
-    models = [_Model.of(source, texts, exam.questions, compute) for source in sources]
+    length = min(_window_length(exam.texts, source) for source in sources)
+    exam = replace(exam, texts=replace(exam.texts, seqlen=length))
+    models = [_Model.of(source, exam) for source in sources]
     if against is not None:
         _check_same_tokens(models)
     for each in models if against is None else ():
@@ -180,19 +175,20 @@ def evaluate_models(
                 "%s cuts text into other tokens than %s: their perplexities do not compare",
                 *(each.source.label, models[0].source.label),
             )
-    asked = _Asked(compute, exam, against is not None, dense, team)
+    asked = _Asked(exam, against is not None, dense, team)
     identity = _identity(models, asked)
     check_same_work(team, sources, {"text": json.dumps(identity["texts"])})
     measure = partial(_measure, models, asked)
     if out is None:
-        found = measure(None)
+        with temporary_work_dir() as work_dir:
+            found = measure(work_dir)
     else:
-        found = measured_into(out, identity, measure, compute.memory_budget, team)
+        found = measured_into(out, identity, measure, exam.compute.memory_budget, team)
     results: list[dict[str, Any]] = found["models"]
     return results
 
 
-def _measure(models: Sequence[_Model], asked: _Asked, work_dir: WorkDir | None) -> dict[str, Any]:
+def _measure(models: Sequence[_Model], asked: _Asked, work_dir: WorkDir) -> dict[str, Any]:
     """Return what the file of results has of models, and of tasks if there are any."""
     tasks, questions, known = asked.exam.tasks, asked.exam.questions, asked.known
     new = models[len(known) :]
@@ -234,13 +230,13 @@ def _measure(models: Sequence[_Model], asked: _Asked, work_dir: WorkDir | None) 
 
 
 def _measure_text(
-    models: Sequence[_Model], text: str, asked: _Asked, work_dir: WorkDir | None
+    models: Sequence[_Model], text: str, asked: _Asked, work_dir: WorkDir
 ) -> list[WindowSums]:
     """Return the sums on one text of every model that is not known, in parts by process.
 
     What leaves the last block of the dense model, the first, stays until the others have passed.
     """
-    compares, budget = asked.compares, hidden_budget(asked.compute.memory_budget)
+    compares, budget = asked.compares, hidden_budget(asked.exam.compute.memory_budget)
     first = models[0]
     with temporary_work_dir(budget // 2 if compares else budget) as place:
         passes = replace(place, team=asked.team)
@@ -316,7 +312,7 @@ def _identity(models: Sequence[_Model], asked: _Asked) -> dict[str, Any]:
         "command": "eval",
         "models": [each.facts["model"] for each in models],
         "weights": [each.facts["fingerprint"] for each in models],
-        "batch of windows": asked.compute.batch_windows,
+        "batch of windows": asked.exam.compute.batch_windows,
         "dtypes": [each.facts["dtype"] for each in models],
         "texts": {text: of_text.digest for text, of_text in models[0].windows.items()},
         "dense model": models[0].facts["model"] if asked.compares else None,

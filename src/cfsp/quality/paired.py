@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean and its standard error."""
+class Number(NamedTuple):
+    """A number, mostly a mean, and its standard error."""
 
     value: float
-    stderr: float | None  # None of a single window or document
+    stderr: float | None = None  # none of what was counted, or of a single window or document
 
 
 def as_json(found: dict[str, Any]) -> dict[str, Any]:
-    """Return values by name as JSON types, rounded; an estimate is a `value` with its `stderr`."""
+    """Return values by name as JSON types, rounded; a `Number` is a `value` with its `stderr`."""
 
     def plain(each: Any) -> Any:
-        each = vars(each) if isinstance(each, Estimate) else each
+        each = each._asdict() if isinstance(each, Number) else each
         if isinstance(each, dict):
             return as_json(each)
         return round(each, 6) if isinstance(each, float) else each
@@ -33,12 +31,12 @@ def as_json(found: dict[str, Any]) -> dict[str, Any]:
     return {name: plain(each) for name, each in found.items()}
 
 
-def mean(values: Sequence[float]) -> Estimate:
+def mean(values: Sequence[float]) -> Number:
     """Return the mean of documents: the standard error is s / sqrt(n), with n - 1 in s."""
     return per_count(values, [1] * len(values))
 
 
-def per_count(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
+def per_count(sums: Sequence[float], counts: Sequence[int]) -> Number:
     """Return the mean over tokens of sums s over W windows, each over a number n of tokens.
 
     It is r = sum(s) / sum(n). Windows are independent, tokens in a window are not, so the
@@ -48,9 +46,9 @@ def per_count(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
     ratio = math.fsum(sums) / total
     windows = len(sums)
     if windows < 2:
-        return Estimate(ratio, None)
+        return Number(ratio)
     squares = math.fsum((s - ratio * n) ** 2 for s, n in zip(sums, counts, strict=True))
-    return Estimate(ratio, math.sqrt(windows / (windows - 1) * squares) / total)
+    return Number(ratio, math.sqrt(windows / (windows - 1) * squares) / total)
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> list[float]:
@@ -58,7 +56,7 @@ def difference(first: Sequence[float], second: Sequence[float]) -> list[float]:
     return [b - a for a, b in zip(first, second, strict=True)]
 
 
-def mean_of_tasks(of_tasks: Sequence[Estimate]) -> Estimate:
+def mean_of_tasks(of_tasks: Sequence[Number]) -> Number:
     """Return the mean over tasks, each with the same weight.
 
     Documents of different tasks are independent: the standard error is sqrt(sum(se^2)) / tasks.
@@ -66,4 +64,4 @@ def mean_of_tasks(of_tasks: Sequence[Estimate]) -> Estimate:
     errors = [each.stderr for each in of_tasks if each.stderr is not None]
     known = len(errors) == len(of_tasks)
     error = math.sqrt(math.fsum(each**2 for each in errors)) / len(of_tasks) if known else None
-    return Estimate(fmean(each.value for each in of_tasks), error)
+    return Number(fmean(each.value for each in of_tasks), error)

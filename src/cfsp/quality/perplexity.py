@@ -20,29 +20,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 from cfsp.calibration.calibrate import check_tokens
+from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.stored_blocks import parameters_within
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
 from cfsp.progress import item_progress
 from cfsp.streaming.block_pass import Visitor, pass_blocks
 from cfsp.streaming.block_stream import StreamedBlock, part_of
 from cfsp.streaming.decoder_end import Head, text_model
-from cfsp.streaming.runtime import check_is_number
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from cfsp.checkpoint.reading import WeightSource
-    from cfsp.streaming.hidden_states import HiddenStates
-    from cfsp.streaming.runtime import Runtime
-    from cfsp.streaming.work_dir import WorkDir
-    from cfsp.text.windows import Windows
+from cfsp.streaming.hidden_states import HiddenStates
+from cfsp.streaming.runtime import Runtime, check_is_number
+from cfsp.streaming.work_dir import WorkDir
+from cfsp.text.windows import Windows
 
 # Of a float32 log-softmax. Three times faster than without slices: they stay in the cache.
 _LOSSES_AT_ONCE = 1 << 21
@@ -189,7 +185,7 @@ def streamed_sums(
         return {}
     check_tokens(source.config, own.tokens_NT, label)
     name = f"perplexity-{sha256(label.encode()).hexdigest()[:8]}-{windows.digest[:8]}"
-    visitor = _AtEnd(name, label, source, own, runtime, dense, on_end)
+    visitor = _AtEnd(name, source, own, runtime, dense, on_end)
     found = pass_blocks(source, own, visitor, runtime, work_dir)[-1]
     assert found is not None
     return found
@@ -200,7 +196,6 @@ class _AtEnd(Visitor[WindowSums | None]):
     """Lets windows pass; gives what is measured of them when they leave the last block."""
 
     name: str
-    label: str
     source: WeightSource
     windows: Windows
     runtime: Runtime

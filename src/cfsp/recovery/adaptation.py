@@ -19,26 +19,23 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from cfsp.architecture.found import Architecture
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.own_files import PLAN_FILE
+from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import blocks_of, empty_model
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import PlanError, RecoveryError, UsageError
 from cfsp.planning.allocation import round_widths
 from cfsp.planning.plan_file import PruningPlan
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from cfsp.architecture.found import Architecture
-    from cfsp.checkpoint.reading import Checkpoint
-    from cfsp.recovery.settings import Adaptation
+from cfsp.recovery.settings import Adaptation
 
 logger = logging.getLogger(__name__)
 # alpha / r.

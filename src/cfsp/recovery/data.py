@@ -16,25 +16,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from cfsp.errors import TextError
 from cfsp.recovery.loss import IGNORED
 from cfsp.settings import Bos, Text
 from cfsp.text.drawing import document_tokens, gather, parts_with_shares, spans
-from cfsp.text.records import check_has_template, templated
+from cfsp.text.records import Conversation, check_has_template, templated
 from cfsp.text.sources import TextSource
 from cfsp.text.tokenizers import beginning
 from cfsp.text.windows import Windows, held_out_documents
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from cfsp.text.records import Conversation
 
 # A hub data set may have no end: this many tokens of one text are enough for any recovery.
 _MAX_TOKENS_OF_A_TEXT = 200_000_000

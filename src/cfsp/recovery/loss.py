@@ -22,17 +22,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from cfsp.architecture.discovery import find_architecture
 from cfsp.errors import RecoveryError, UnsupportedModelError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 IGNORED = -100
 # Elements of one slice of logits: 24 MB in float32. With fewer rows than these the head of a large

@@ -8,13 +8,16 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
 
 from cfsp.calibration.calibrate import check_tokens
 from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import check_is_outside, check_output_is_free
-from cfsp.checkpoint.reading import Checkpoint, fingerprint, parameter_count
+from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.errors import (
     CheckpointError,
@@ -34,10 +37,6 @@ from cfsp.streaming.runtime import free_bytes
 from cfsp.streaming.work_dir import STATE_FILE, Stopwatch, directory_of_process, read_state
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 # What training holds for each parameter: weights, gradients, AdamW's moments in float32. Adapters
@@ -99,12 +98,12 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: f
     identity = {
         "command": "recover",
         **asked,
-        "model": fingerprint(source),
+        "model": source.fingerprint,
         "text": [text.train.digest, text.held_out.digest],
         **asdict(settings.adaptation),
         **asdict(training.limit),
         **{name: value for name, value in asdict(training).items() if name != "limit"},
-        "teacher": teacher and fingerprint(teacher),
+        "teacher": teacher and teacher.fingerprint,
         "eval": {name: of_text.digest for name, of_text in windows.items()},
         "dtype": settings.compute.dtype,
     }
@@ -162,7 +161,7 @@ def teacher_of(
         return recorded if was_taught else None
     # Several processes must decide alike, and memory is not.
     if process_count() == 1:
-        counts = parameter_count(source), parameter_count(recorded)
+        counts = source.parameter_count, recorded.parameter_count
         needed, available = training_bytes(method, *counts), free_bytes(device)
         if needed > available:
             _warn_of_no_teacher(
@@ -197,7 +196,7 @@ def _recorded_teacher(source: Checkpoint, tokenizer: PreTrainedTokenizerBase) ->
         name = str(each.get("name", ""))
         try:
             teacher = open_checkpoint(name)
-            if fingerprint(teacher) != each.get("fingerprint"):
+            if teacher.fingerprint != each.get("fingerprint"):
                 raise RecoveryError("what is there now is another model")
             check_teacher(source, tokenizer, teacher)
             return teacher

@@ -15,11 +15,12 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from transformers import PreTrainedModel
 
 from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.config_file import read_plain_fields
@@ -71,9 +72,6 @@ from cfsp.streaming.memory import peak_rss_bytes
 from cfsp.streaming.runtime import torch_as_it_starts, versions
 from cfsp.streaming.work_dir import WorkDir, load_or_compute, output_work_dir, remove_finished_work
 from cfsp.text.sources import check_texts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -247,7 +245,7 @@ def _train(ready: Prepared, seconds_to_measure: float) -> tuple[nn.Module, Prepa
     """Train; return the model, the settings with the rate it had, and what there is to report."""
     source, settings, watch = ready.source, ready.settings, ready.watch
     device = compute_device(settings.compute.device)
-    sharded, nbytes = settings.training.shard, sum(s.nbytes for s in source.specs.values())
+    sharded = settings.training.shard
 
     def load(which: Checkpoint) -> PreTrainedModel:
         with watch.stage("load"):
@@ -269,7 +267,7 @@ def _train(ready: Prepared, seconds_to_measure: float) -> tuple[nn.Module, Prepa
         logger.info(f"training {trainable:,d} parameters{of_rank} in {blocks}{taught}")
 
     # What merging, writing and loading again may take, by what loading took.
-    later = watch.seconds["load"] + nbytes / BYTES_PER_SECOND + seconds_to_measure
+    later = watch.seconds["load"] + source.nbytes / BYTES_PER_SECOND + seconds_to_measure
     with (
         watch.stage("train"),
         loss_inside(model, dense, settings.training.teacher_weight) as loss,

@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
@@ -29,10 +29,8 @@ from cfsp.architecture.block_names import counted
 from cfsp.errors import UsageError
 from cfsp.progress import item_progress
 from cfsp.recovery.loss import check_can_fall, diverged
+from cfsp.recovery.prepare import Prepared
 from cfsp.streaming.work_dir import PassState
-
-if TYPE_CHECKING:
-    from cfsp.recovery.prepare import Prepared
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,24 +33,20 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PrinterCallback, Trainer, TrainerState
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from cfsp.architecture.found import Architecture
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.processes import is_first_process, process_count
 from cfsp.progress import without_library_bars
+from cfsp.recovery.data import RecoveryText
 from cfsp.recovery.loss import IGNORED, ModelLoss, diverged
+from cfsp.recovery.prepare import Prepared
 from cfsp.recovery.schedule import Pace, Schedule, rate_factor, saved_pace
 from cfsp.recovery.settings import ENDLESS_STEPS, Training
 from cfsp.streaming.work_dir import STATE_FILE, PassState, directory_of_process
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, TrainingArguments
-
-    from cfsp.architecture.found import Architecture
-    from cfsp.recovery.data import RecoveryText
-    from cfsp.recovery.prepare import Prepared
 
 _WEIGHTS, _OPTIMIZER = "weights", "optimizer"
 # Frozen weights are those of the model that is recovered.
@@ -290,8 +286,6 @@ def training_arguments(
     training: Training, directory: Path, steps: int, model: PreTrainedModel, *, begins: bool
 ) -> TrainingArguments:
     """Return the Trainer's arguments for a run of at most `steps` steps that begins or goes on."""
-    from transformers import TrainingArguments
-
     on_cpu = model.device.type == "cpu"
     checkpointing: dict[str, Any] = {}
     if training.gradient_checkpointing:

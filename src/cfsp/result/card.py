@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cfsp.checkpoint.locating import DEMO_NAME
@@ -77,8 +78,6 @@ def origin_of(source: Checkpoint) -> Origin:
 
 def _metadata_of(path: Path) -> dict[str, Any]:
     """Return the metadata of a model card; none if there is no card, or none that can be read."""
-    from huggingface_hub import ModelCard
-
     try:
         card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
         found: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]
@@ -188,8 +187,6 @@ def _one_line(text: str) -> str:
 
 
 def _metadata(manifest: dict[str, Any], origin: Origin) -> str:
-    from huggingface_hub import ModelCardData
-
     metadata = dict(origin.metadata)
     is_causal = auto_class_of(manifest) == "AutoModelForCausalLM"
     task = "text-generation" if is_causal else "image-text-to-text"

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from cfsp.architecture.block_names import blocks_in_words, counted, removed_in_words
 from cfsp.planning.unit_plan import UnitPlan
+from cfsp.quality.paired import Number
 from cfsp.result.names import short_names
 from cfsp.result.tables import Table, human_bytes, human_count
 from cfsp.text.offline import parts_of
@@ -24,13 +25,6 @@ SIZE, QUALITY, SPEED = "Size", "Perplexity", "Tokens per second"
 PARAMETERS = "parameters"
 # What a manifest says of the same form, and what it is called.
 _OTHER_PARTS = {"kv_groups": "KV groups", "experts": "experts"}
-
-
-class Number(NamedTuple):
-    """A value, and its standard error where there is one."""
-
-    value: float
-    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -163,7 +157,7 @@ class Fact:
     def note(self, number: Number | None) -> str:
         """Return what stands beside a number: its standard error."""
         return (
-            "" if number is None or number.error is None else f"± {self.unit.write(number.error)}"
+            "" if number is None or number.stderr is None else f"± {self.unit.write(number.stderr)}"
         )
 
 

@@ -10,19 +10,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE, digests_beside_weights, sha256_of
+from cfsp.checkpoint.reading import Checkpoint, WeightSource
 from cfsp.checkpoint.skeleton import PRUNED_KEY
 from cfsp.errors import CheckpointError, refusing_bad_json
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.progress import item_progress
 from cfsp.result.facts import texts_that_made
 from cfsp.result.names import public_command, public_name
-
-if TYPE_CHECKING:
-    from cfsp.checkpoint.reading import Checkpoint, WeightSource
 
 MANIFEST_VERSION = 2
 
@@ -108,7 +106,7 @@ def facts_about(source: WeightSource) -> dict[str, Any]:
     Nothing if cfsp did not make it.
     """
     in_config = getattr(source.config, PRUNED_KEY, None)
-    beside = read_manifest(source.directory) if hasattr(source, "directory") else None
+    beside = read_manifest(source.directory) if isinstance(source, Checkpoint) else None
     return beside or dict(in_config if isinstance(in_config, dict) else {})
 
 

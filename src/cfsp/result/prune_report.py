@@ -11,7 +11,7 @@ import torch
 
 from cfsp.checkpoint.loading import compute_dtype
 from cfsp.checkpoint.own_files import PLAN_FILE
-from cfsp.checkpoint.reading import Checkpoint, WeightSource, parameter_count
+from cfsp.checkpoint.reading import Checkpoint, WeightSource
 from cfsp.cut.surgery import PrunedSource
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.repair.result import PruningResult
@@ -137,11 +137,11 @@ def prune_report(
     out: Path | None,
 ) -> PruneReport:
     """Return what a run did; `work_dir` has the times of stages and passes."""
-    plan, before = repaired.plan, parameter_count(source)
+    plan, before = repaired.plan, source.parameter_count
     groups_before, groups_after = plan.widths_of("kv")
     kv_sparsity = round(plan.sparsity_of("kv"), 6)
     groups = {"before": groups_before, "after": groups_after, "sparsity": kv_sparsity}
-    after = parameter_count(PrunedSource(source, plan))
+    after = PrunedSource(source, plan).parameter_count
     dequantised = {}
     if isinstance(source, Checkpoint) and source.quantisation is not None:
         dtype = str(compute_dtype(source)).removeprefix("torch.")

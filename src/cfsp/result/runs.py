@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE, SWEEP_FILE
-from cfsp.checkpoint.reading import fingerprint
 from cfsp.errors import CheckpointError, ReportError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.compare import compare
+from cfsp.quality.paired import Number
 from cfsp.quality.results_file import measured_model
 from cfsp.result.facts import (
     COUNT,
@@ -34,7 +34,6 @@ from cfsp.result.facts import (
     SPEED,
     Conditions,
     Fact,
-    Number,
     Unit,
     joined,
     labels,
@@ -111,7 +110,7 @@ class RunFacts:
         if "after" not in found and others:
             # The runs of a sweep have no weights.
             with suppress(CheckpointError):
-                own = fingerprint(open_checkpoint(self.directory))
+                own = open_checkpoint(self.directory).fingerprint
                 for model in others:
                     if model["fingerprint"] == own:
                         found["after"] = model

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from cfsp.architecture.block_names import counted
 from cfsp.calibration.statistics import Removal
 from cfsp.checkpoint.pruned_config import check_attentions_can_go_alone
-from cfsp.checkpoint.reading import WeightSource, parameter_count
+from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.stored_blocks import parameters_of_an_expert
 from cfsp.errors import BudgetError
 from cfsp.planning.allocation import ModelSize, channels_to_keep, check_least, check_multiple
@@ -70,7 +70,7 @@ class DropBudget:
         With `of_model` it is a share of all parameters of the model.
         """
         sizes = DropSizes.of(source, parts, keep)
-        total = parameter_count(source) if of_model else sizes.total
+        total = source.parameter_count if of_model else sizes.total
         if share * total > sizes.most + min(sizes.of_one.values(), default=0) / 2:
             whose = "model's" if of_model else "block" if "blocks" in parts else "attention"
             what = f"{share:.1%} of the {whose} parameters"
@@ -308,12 +308,12 @@ class Parameters(Constraint):
 
     def facts(self) -> dict[str, Any]:
         """Return what was asked for."""
-        conditions = {"parameters_before": parameter_count(self.source)}
+        conditions = {"parameters_before": self.source.parameter_count}
         return {"goal": self.name, "asked": self.asked, "tried": [], "conditions": conditions}
 
     @property
     def _to_go(self) -> float:
-        return self.share_of_all * parameter_count(self.source)
+        return self.share_of_all * self.source.parameter_count
 
     @property
     def _most(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from cfsp.calibration.statistics import Removal
-from cfsp.checkpoint.reading import Checkpoint, parameter_count
+from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import longest_input_of, text_config_of
 from cfsp.errors import BudgetError
 from cfsp.job import Job
@@ -97,7 +97,7 @@ def _parts_for(job: Job, asked: Parameters) -> tuple[Part, ...]:
     """
     if not job.settings.leaves_parts_open:
         return job.budget.parts
-    gone = asked.share_of_all * parameter_count(job.source)
+    gone = asked.share_of_all * job.source.parameter_count
     share = gone / parameters_of_channels(job.source, DEFAULT_PARTS)
     if share < MANY_CHANNELS:
         return DEFAULT_PARTS

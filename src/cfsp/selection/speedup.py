@@ -19,7 +19,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedConfig
 
+from cfsp.checkpoint.pruned_config import config_changes
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.skeleton import empty_model
 from cfsp.errors import BudgetError, UsageError
@@ -35,7 +37,7 @@ from cfsp.selection.constraint import (
 )
 from cfsp.settings import PART_NOUNS, Budget, Part, Phase, TargetSpeedup
 from cfsp.speed.bench import compare_speed
-from cfsp.speed.subjects import HARDLY, Conditions, SmallerModel, Subject, Workload
+from cfsp.speed.subjects import HARDLY, Conditions, Subject, Workload
 from cfsp.streaming.memory import available_bytes
 from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.work_dir import WorkDir
@@ -215,20 +217,21 @@ def widths_to_measure(widest: int, multiple: int) -> list[int]:
 
 def models_to_time(
     source: WeightSource, budget: Budget
-) -> tuple[SmallerModel, list[tuple[Part, int, SmallerModel]]]:
+) -> tuple[PreTrainedConfig, list[tuple[Part, int, PreTrainedConfig]]]:
     """Return the whole model, and those with less of each part: which, and what stays of it."""
     units, count = source.units, source.architecture.block_count
     widest = max((unit.width for unit in units if unit.part == "ffn"), default=0)
 
-    def with_at_most(width: int, gone: Sequence[int] = ()) -> SmallerModel:
-        widths = (
+    def with_at_most(width: int, gone: Sequence[int] = ()) -> PreTrainedConfig:
+        widths = [
             width if unit.part == "ffn" and "ffn" in budget.parts else unit.width
             for unit in units
             if unit.block not in gone
-        )
-        return SmallerModel(source.config, budget.parts, tuple(widths), tuple(gone))
+        ]
+        changes = config_changes(source.config, source.architecture, widths, gone)
+        return changes.applied_to(source.config)
 
-    timed: list[tuple[Part, int, SmallerModel]] = []
+    timed: list[tuple[Part, int, PreTrainedConfig]] = []
     if "ffn" in budget.parts:
         multiple = max(model_size(source).multiple_U(budget))
         fewer = reversed(widths_to_measure(widest, multiple)[:-1])
@@ -258,7 +261,8 @@ def measure_latencies(
     conditions = Conditions(warmups=1, rounds=ROUNDS, device=str(runtime.device), dtype=dtype)
     comparison = compare_speed(subjects, [WORKLOAD], conditions)
     count = source.architecture.block_count
-    most = {"ffn": max(whole.widths, default=0), "blocks": count}
+    widths = [unit.width for unit in source.units if unit.part == "ffn"]
+    most = {"ffn": max(widths, default=0), "blocks": count}
     curves: dict[str, list[list[float]]] = {}
     for (part, kept, _), smaller in zip(timed, comparison.models[1:], strict=True):
         time = 1 / smaller.speeds[WORKLOAD][phase].median_ratio
@@ -276,18 +280,16 @@ def measure_latencies(
     }
 
 
-def _check_memory(models: Sequence[SmallerModel], runtime: Runtime) -> None:
+def _check_memory(configs: Sequence[PreTrainedConfig], runtime: Runtime) -> None:
     if runtime.device.type != "cpu":
         return
     parameters = sum(
-        parameter.numel()
-        for each in models
-        for parameter in empty_model(each.config()).parameters()
+        parameter.numel() for each in configs for parameter in empty_model(each).parameters()
     )
-    needed = parameters * runtime.dtype.itemsize + len(models) * _PROCESS_BYTES
+    needed = parameters * runtime.dtype.itemsize + len(configs) * _PROCESS_BYTES
     if needed > (available := available_bytes()):
         raise UsageError(
-            f"--target-speedup times {len(models)} models of different sizes in turns, which "
+            f"--target-speedup times {len(configs)} models of different sizes in turns, which "
             f"takes {needed / 1e9:.1f} GB; {available / 1e9:.1f} GB are available: give --sparsity "
             "and measure with cfsp bench"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 from cfsp.errors import UsageError, did_you_mean
@@ -45,6 +46,10 @@ Phase = Literal["decode", "prefill"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
+# A fraction that stays.
+_kept_fraction = partial(option, kind=fraction, above=0, most=1, metavar="F", default="")
+
+
 @dataclass(frozen=True)
 class TargetParameters(Declared):
     """The goal to keep a fraction of the whole model's parameters.
@@ -53,15 +58,10 @@ class TargetParameters(Declared):
         fraction: of all parameters that stays, in (0, 1].
     """
 
-    fraction: float = option(
+    fraction: float = _kept_fraction(
         1.0,
         "fraction of all parameters that stays; without --parts blocks may go, too",
-        kind=fraction,
-        above=0,
-        most=1,
         flag="target-params",
-        metavar="F",
-        default="",
     )
 
 
@@ -73,16 +73,12 @@ class TargetKVCache(Declared):
         fraction: of the cache of the longest context that stays at most, in (0, 1].
     """
 
-    fraction: float = advanced_option(
+    fraction: float = _kept_fraction(
         1.0,
         "fraction of the KV cache that stays; KV groups go, with --parts attention or "
         "kv,attention whole attentions, and nothing else",
-        kind=fraction,
-        above=0,
-        most=1,
         flag="target-kv-cache",
-        metavar="F",
-        default="",
+        advanced=True,
     )
 
 

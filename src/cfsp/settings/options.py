@@ -70,26 +70,31 @@ def options_of(settings: type[Any]) -> dict[str, Option]:
 
 
 class Declared:
-    """Settings that refuse a value that is none of an option's choices, or beyond its bounds."""
+    """Settings that refuse what is no value of their options; see `check_value`."""
 
     def __post_init__(self) -> None:
         for name, known in options_of(type(self)).items():
-            value, flag = getattr(self, name), known.typed
-            if value is None and (not known.choices or getattr(type(self), name) is None):
-                continue
-            if known.choices and value not in known.choices:
-                raise UsageError(
-                    f"{flag} must be one of {', '.join(known.choices)}, found {value!r}"
-                    f"{did_you_mean(value, known.choices)}"
-                )
-            wanted, what = _TYPE_OF.get(bool if known.switch else known.kind, (object, ""))
-            if not isinstance(value, wanted):
-                raise UsageError(f"{flag} must be {what}, found {value!r}")
-            every = ((words, getattr(known, field), holds) for field, words, holds in _BOUNDS)
-            bounds = [bound for bound in every if bound[1] is not None]
-            if bounds and not (value < inf and all(holds(value, b) for _, b, holds in bounds)):
-                said = [f"{words} {b}" for words, b, _ in bounds]
-                raise UsageError(f"{flag} must be {' and '.join(said)}, found {value}")
+            value = getattr(self, name)
+            if value is not None or (known.choices and getattr(type(self), name) is not None):
+                check_value(value, known)
+
+
+def check_value(value: Any, known: Option) -> None:
+    """Refuse a value that is none of an option's choices, of another type, or beyond its bounds."""
+    flag = known.typed
+    if known.choices and value not in known.choices:
+        raise UsageError(
+            f"{flag} must be one of {', '.join(known.choices)}, found {value!r}"
+            f"{did_you_mean(value, known.choices)}"
+        )
+    wanted, what = _TYPE_OF.get(bool if known.switch else known.kind, (object, ""))
+    if not isinstance(value, wanted):
+        raise UsageError(f"{flag} must be {what}, found {value!r}")
+    every = ((words, getattr(known, field), holds) for field, words, holds in _BOUNDS)
+    bounds = [bound for bound in every if bound[1] is not None]
+    if bounds and not (value < inf and all(holds(value, b) for _, b, holds in bounds)):
+        said = [f"{words} {b}" for words, b, _ in bounds]
+        raise UsageError(f"{flag} must be {' and '.join(said)}, found {value}")
 
 
 def from_names(settings: type[T], values: Mapping[str, Any], **others: Any) -> T:

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from cfsp.errors import UsageError, did_you_mean
+from cfsp.errors import UsageError
 from cfsp.settings.budget import GOALS, Budget, Goal, TargetParameters, flag_of_goal
 from cfsp.settings.options import (
     Declared,
+    Option,
     advanced_option,
+    check_value,
     from_names,
     given_of,
     option,
@@ -144,11 +146,7 @@ class PruneSettings:
     evaluation: EvaluationText = field(default_factory=EvaluationText)
 
     def __post_init__(self) -> None:
-        if self.repair not in REPAIRS:
-            raise UsageError(
-                f"repair must be one of {', '.join(REPAIRS)}, found {self.repair!r}"
-                f"{did_you_mean(self.repair, REPAIRS)}"
-            )
+        check_value(self.repair, Option("", flag="repair", choices=REPAIRS))
         metric = self.criterion.block_metric
         if self.budget.widths == "equal" and metric not in (AUTO_METRIC, UNIFORM):
             raise UsageError(
@@ -220,8 +218,7 @@ def prune_settings(given: Mapping[str, Any], goal: Goal | None = None) -> PruneS
                 raise UsageError(f"{flag} belongs to {owner}")
         goal = from_names(kind, given) if is_asked else goal
     effort, repair = given.get("effort") or DEFAULT_EFFORT, given.get("repair")
-    if effort not in tuple(EFFORTS):
-        raise UsageError(f"effort must be one of {', '.join(EFFORTS)}, found {effort!r}")
+    check_value(effort, Option("", flag="effort", choices=tuple(EFFORTS)))
     if repair and given.get("effort"):
         raise UsageError(f"--effort {effort} is --repair {EFFORTS[effort]}; give one of the two")
     is_local = repair == "local" or (repair is None and effort == BEST_EFFORT)

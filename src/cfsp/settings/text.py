@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Literal, get_args
 
 from cfsp.errors import TextError, UsageError
-from cfsp.settings.options import Declared, advanced_option, one_or_several, option
+from cfsp.settings.options import (
+    Declared,
+    Option,
+    advanced_option,
+    check_value,
+    one_or_several,
+    option,
+)
 
 LONGEST_WINDOW = 1 << 24
 MOST_WINDOWS = 1 << 32
@@ -143,12 +149,8 @@ class EvaluationText(Declared):
     bos: Bos = "auto"
 
     def __post_init__(self) -> None:
-        if self.bos not in BOS:
-            raise UsageError(f"--bos must be one of {', '.join(BOS)}, found {self.bos!r}")
         super().__post_init__()  # now, not after an hour of pruning
-        seqlen = self.seqlen
-        is_whole = seqlen is None or isinstance(seqlen, Integral)
-        if not is_whole or (seqlen is not None and not 2 <= seqlen <= LONGEST_WINDOW):
-            raise UsageError(
-                f"expected windows of 2 to {LONGEST_WINDOW} tokens to measure on, found {seqlen!r}"
-            )
+        check_value(self.bos, Option(BOS_HELP, flag="bos", choices=BOS))
+        if self.seqlen is not None:
+            length = Option("tokens in a window", int, "seqlen", least=2, most=LONGEST_WINDOW)
+            check_value(self.seqlen, length)

@@ -105,7 +105,6 @@ class Comparison:
     """Models on the same workloads; the first is what the others are compared to."""
 
     models: tuple[ModelSpeed, ...]
-    workloads: tuple[Workload, ...]
     conditions: Conditions
     # Median fraction of the processors that other programs took in the rounds.
     disturbance: dict[Workload, float]
@@ -194,7 +193,7 @@ def compare_speed(
             )
             for number, (subject, process) in enumerate(zip(subjects, processes, strict=True))
         )
-    return Comparison(models, tuple(workloads), conditions, disturbance)
+    return Comparison(models, conditions, disturbance)
 
 
 def _speeds(

@@ -1,7 +1,7 @@
 """What can be timed, and what runs it: transformers, eager, with a growing cache.
 
 Each model has a process of its own: its peak memory is then its own, and models can take turns.
-That is a model by name, or the shapes of one that lost something. Prefill is bound by arithmetic,
+That is a model by name, or the config of one that lost something. Prefill is bound by arithmetic,
 decoding of few sequences by reading weights and cache. The ideal ratio of two models is therefore
 that of the matrices that tokens pass in prefill, and of the bytes of these and of the cache in
 decoding. Embedding rows are looked up and cost nothing; attention itself, norms, and matrices
@@ -25,30 +25,27 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from cfsp.checkpoint.loading import cache_argument, compute_device, compute_dtype, load
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.checkpoint.pruned_config import config_changes
-from cfsp.checkpoint.reading import LoadedModel, WeightSource, fingerprint, parameter_count
-from cfsp.checkpoint.skeleton import architecture_of, build_skeleton
+from cfsp.checkpoint.reading import LoadedModel, WeightSource
+from cfsp.checkpoint.skeleton import build_skeleton
 from cfsp.checkpoint.tensor_file import read_weights
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
-from cfsp.errors import CfspError, UsageError
-from cfsp.settings import Part
+from cfsp.errors import CfspError
+from cfsp.settings import Option, check_value
 from cfsp.streaming.decoder_end import text_model
 from cfsp.streaming.memory import peak_rss_bytes
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext
-
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 _INITIAL_RANGE = 0.02
 PHASES = ("prefill", "decode")
@@ -70,9 +67,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not isinstance(value, Integral) or value < 1:
-                option = name.replace("_", "-")
-                raise UsageError(f"--{option} must be at least 1, found {value!r}")
+            check_value(value, Option("", int, name.replace("_", "-"), least=1))
 
     def describe(self) -> str:
         """Return one line for people."""
@@ -89,8 +84,7 @@ class Conditions:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rounds, Integral) or self.rounds < 1:
-            raise UsageError(f"expected at least 1 round, found {self.rounds!r}")
+        check_value(self.rounds, Option("", int, "rounds", least=1))
 
 
 @dataclass(frozen=True)
@@ -127,7 +121,7 @@ class Footprint:
             if n.startswith(blocks) and len(s.shape) >= 2
         ]
         return Footprint(
-            parameter_count(source),
+            source.parameter_count,
             disk_bytes,
             math.nan if source.architecture.has_experts else sum(of_blocks),
             config.vocab_size * config.hidden_size,
@@ -144,26 +138,10 @@ class Footprint:
 
 
 @dataclass(frozen=True)
-class SmallerModel:
-    """A model with random weights in the shapes of another that lost something."""
-
-    original: PreTrainedConfig  # stays as it is
-    parts: tuple[Part, ...]  # may have lost something
-    widths: tuple[int, ...]  # of every unit of these parts, in the blocks that stay
-    removed: tuple[int, ...] = ()  # blocks that are gone
-
-    def config(self) -> PreTrainedConfig:
-        """Return the config."""
-        architecture = architecture_of(self.original, self.parts)
-        changes = config_changes(self.original, architecture, self.widths, self.removed)
-        return changes.applied_to(self.original)
-
-
-@dataclass(frozen=True)
 class Subject:
-    """One model to time, and what to call it."""
+    """One model to time, by name or, with random weights, by config; and what to call it."""
 
-    model: str | Path | SmallerModel
+    model: str | Path | PreTrainedConfig
     label: str
 
 
@@ -171,8 +149,8 @@ def build_model(
     subject: Subject, dtype_name: str, device: torch.device
 ) -> tuple[PreTrainedModel, Footprint]:
     """Return the transformers model of a subject and its footprint."""
-    if isinstance(subject.model, SmallerModel):
-        return _random_model(subject.model.config(), getattr(torch, dtype_name), device)
+    if isinstance(subject.model, PreTrainedConfig):
+        return _random_model(subject.model, getattr(torch, dtype_name), device)
     checkpoint = open_checkpoint(subject.model)
     dtype = compute_dtype(checkpoint, dtype_name)
     model = load(checkpoint.directory, dtype=dtype, device=device)
@@ -198,8 +176,7 @@ def _random_model(
     model.tie_weights()
     model.to(device)
     source = LoadedModel(model)
-    size = sum(spec.nbytes for spec in source.specs.values())
-    return model, Footprint.of(source, size, dtype.itemsize)
+    return model, Footprint.of(source, source.nbytes, dtype.itemsize)
 
 
 class Engine:
@@ -223,8 +200,6 @@ class Engine:
     @torch.inference_mode()
     def run(self, workload: Workload) -> tuple[Timing, Tensor]:
         """Time one prefill and the decoding after it; return also the tokens, BN."""
-        from transformers import DynamicCache
-
         cache = DynamicCache(config=self._model.config)
         prompt_BP = random_prompt(vocabulary_of(self._model.config), workload)
         start = self._now()
@@ -343,9 +318,9 @@ def _load(subject: Subject, conditions: Conditions) -> tuple[Footprint, dict[str
     start = time.perf_counter()
     _engine.append(Engine(subject, conditions))
     took, footprint = time.perf_counter() - start, _engine[0].footprint
-    if not isinstance(subject.model, SmallerModel):
+    if not isinstance(subject.model, PreTrainedConfig):
         # No part of loading: of every tensor some values are read again.
-        footprint = replace(footprint, fingerprint=fingerprint(open_checkpoint(subject.model)))
+        footprint = replace(footprint, fingerprint=open_checkpoint(subject.model).fingerprint)
     return footprint, _engine[0].facts, took
 
 

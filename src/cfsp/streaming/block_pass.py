@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from cfsp.checkpoint.output import write_atomically
-from cfsp.checkpoint.reading import WeightSource, fingerprint
+from cfsp.checkpoint.reading import WeightSource
 from cfsp.errors import ResumeError
 from cfsp.processes import Team
 from cfsp.progress import item_progress
@@ -69,19 +69,19 @@ def pass_blocks(
     windows: Windows,
     visitor: Visitor[T],
     runtime: Runtime,
-    work_dir: WorkDir | None,
+    work_dir: WorkDir,
 ) -> list[T]:
     """Let all windows pass all blocks, or those that a killed run left; return all results.
 
     The work directory is where to spill and to save, with the processes that do the same with other
-    windows; None for none of these.
+    windows.
     """
     label, blocks = visitor.name, source.architecture.block_count
     state = None
-    if work_dir is not None and work_dir.identity is not None:
+    if work_dir.identity is not None:
         identity = _identity(source, windows, runtime)
         state = PassState(work_dir.directory / visitor.name, {**identity, **work_dir.identity})
-    team = work_dir.team if work_dir is not None and visitor.waits_for_others else Team()
+    team = work_dir.team if visitor.waits_for_others else Team()
     if state is not None and team.size > 1:
         # They save together: on at the last block that every process can go on at.
         reachable = team.gather({state.next_block, state.before[0], 0})
@@ -98,7 +98,7 @@ def pass_blocks(
         logger.info("%s: going on at block %d of %d", label, len(results), blocks)
     if len(results) == blocks:
         return results
-    times = PassTimes() if work_dir is None else work_dir.times.setdefault(label, PassTimes())
+    times = work_dir.times.setdefault(label, PassTimes())
     saver = None if state is None else _Saver(state, visitor, results, times, team)
     tokens = windows.tokens_NT.numel() * blocks + visitor.more_tokens
     done = tokens * len(results) // blocks
@@ -159,17 +159,16 @@ class _Saver:
             self.team.gather(None)
 
 
-def _room(name: str, state: PassState | None, work_dir: WorkDir | None, runtime: Runtime) -> Room:
+def _room(name: str, state: PassState | None, work_dir: WorkDir, runtime: Runtime) -> Room:
     """Return what makes room for hidden states: in memory, or beyond the budget in a file."""
     pinned, dtype = runtime.device.type == "cuda", runtime.dtype
 
     def open_hidden(shape_NTD: tuple[int, ...]) -> HiddenStates:
-        if work_dir is None:
-            return HiddenStates(shape_NTD, dtype, pinned=pinned)
-        directory, saved = work_dir.directory_of(name), state.hidden if state else None
+        saved = state.hidden if state else None
         nbytes = math.prod(shape_NTD) * dtype.itemsize
         if nbytes <= work_dir.memory_budget:
-            return HiddenStates(shape_NTD, dtype, directory, saved, pinned=pinned)
+            return HiddenStates(shape_NTD, dtype, work_dir.directory / name, saved, pinned=pinned)
+        directory = work_dir.directory_of(name)
         logger.info(
             f"{name}: {nbytes / 1e9:.3g} GB of hidden states exceed the memory budget of "
             f"{work_dir.memory_budget / 1e9:.3g} GB; they go to a file in {directory}"
@@ -183,7 +182,7 @@ def _identity(source: WeightSource, windows: Windows, runtime: Runtime) -> dict[
     """Return what the results of any pass depend on."""
     return {
         "model": source.label,
-        "model fingerprint": fingerprint(source),
+        "model fingerprint": source.fingerprint,
         "calibration text": windows.digest,
         "batch of windows": windows_in_batch(windows, runtime.batch_windows),
         **runtime_identity(runtime),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from cfsp.checkpoint.loading import compute_device, compute_dtype
-from cfsp.checkpoint.reading import LoadedModel, WeightSource, fingerprint, parameter_count
+from cfsp.checkpoint.reading import LoadedModel, WeightSource
 from cfsp.errors import CalibrationError, ShortOfMemoryError
 from cfsp.processes import Team
 from cfsp.settings import Compute
@@ -81,7 +81,7 @@ def check_fits(source: WeightSource, runtime: Runtime, purpose: str) -> None:
 
 def needed_bytes(source: WeightSource, dtype: torch.dtype) -> int:
     """Return about what a whole model takes in memory."""
-    return int(_ROOM * parameter_count(source) * dtype.itemsize)
+    return int(_ROOM * source.parameter_count * dtype.itemsize)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -130,5 +130,5 @@ def check_same_work(team: Team, sources: Sequence[WeightSource], more: Mapping[s
     """Check that all processes have the same models and software, and what else is named."""
     if team.size > 1:
         software = {f"version of {name}": found for name, found in versions().items()}
-        models = ", ".join(map(fingerprint, sources))
+        models = ", ".join(source.fingerprint for source in sources)
         team.check_same({"model": models, **more, **software})

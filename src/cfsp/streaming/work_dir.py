@@ -243,10 +243,10 @@ def _working(directory: Path) -> Iterator[None]:
 
 
 def load_or_compute(
-    work_dir: WorkDir | None, name: str, measure: Callable[[], dict[str, Any]]
+    work_dir: WorkDir, name: str, measure: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
     """Return the JSON types that a killed run measured already, or measure and keep them."""
-    if work_dir is None or work_dir.identity is None:
+    if work_dir.identity is None:
         return measure()
     state = PassState(work_dir.directory / name, work_dir.identity)
     path = state.directory / "measured.json"

@@ -30,9 +30,9 @@ from cfsp.checkpoint.output import (
     write_atomically,
 )
 from cfsp.checkpoint.own_files import STATISTICS_FILE, SWEEP_FILE
-from cfsp.checkpoint.reading import Checkpoint, parameter_count
+from cfsp.checkpoint.reading import Checkpoint
+from cfsp.decide import Known
 from cfsp.errors import CfspError, OutputError
-from cfsp.job import Known
 from cfsp.pipeline import calibrate_source, prune_checkpoint
 from cfsp.progress import item_progress
 from cfsp.quality.answers import Questions
@@ -120,7 +120,7 @@ class _Sweep:
 
 def run_sweep(settings: SweepSettings, out: Path, compute: Compute, *, command: str) -> list[Row]:
     """Make every model of a sweep that is not there yet, and return the whole table."""
-    exam, points = Exam(), settings.points(compute)
+    exam, points = Exam(settings.evaluation, compute), settings.points(compute)
     if settings.tasks:
         data = None if settings.task_data is None else Path(settings.task_data)
         selection = TaskSelection(tuple(settings.tasks), settings.limit, data=data)
@@ -129,7 +129,7 @@ def run_sweep(settings: SweepSettings, out: Path, compute: Compute, *, command: 
         exam = replace(exam, questions=Questions.of(settings.answers))
     opened = cache(lambda parts: open_checkpoint(settings.model, parts=parts))
     asked = dict.fromkeys(part for point in points for part in point.settings.budget.parts)
-    measure = partial(evaluate_models, texts=settings.evaluation, compute=compute, exam=exam)
+    measure = partial(evaluate_models, exam=exam)
     sweep = _Sweep(points, opened(tuple(asked)), opened, out, compute, measure)
     check_is_outside(out, sweep.source.directory)
     with created_parents(out), exclusive(out), _kept(sweep):
@@ -234,7 +234,7 @@ def _make(sweep: _Sweep, point: Point, dense: Dense, command: str) -> None:
 def _rows(sweep: _Sweep, dense: dict[str, Any]) -> list[Row]:
     """Return the rows of all models, the dense one first; all were measured as that was."""
     rows = [Row.of(point, sweep.out / point.name) for point in sweep.points]
-    first = Row("dense", None, 0.0, parameter_count(sweep.source), dense["perplexity"])
+    first = Row("dense", None, 0.0, sweep.source.parameter_count, dense["perplexity"])
     for row in rows:
         if row.conditions != first.conditions:
             raise OutputError(

@@ -32,7 +32,11 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache, partial
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cfsp.checkpoint.text_config import longest_input_of
 from cfsp.errors import CfspError, MissingExtraError, TaskError, first_line
@@ -46,10 +50,6 @@ from cfsp.quality.tasks.selection import (
 from cfsp.streaming.decoder_end import text_model
 from cfsp.streaming.runtime import check_is_number
 from cfsp.streaming.work_dir import WorkDir, load_or_compute
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class TaskRunner:
         self,
         whole: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
         name: str,
-        work_dir: WorkDir | None,
+        work_dir: WorkDir,
     ) -> dict[str, Any]:
         """Return the `tasks` and `documents` of a model, which is loaded if any are missing."""
         scorer = cache(lambda: self.scorer(*whole()))
@@ -136,8 +136,6 @@ class TaskRunner:
 
     def conditions(self) -> dict[str, Any]:
         """Return what holds for all tasks, as JSON types."""
-        from importlib.metadata import version
-
         return {
             "harness": f"lm-evaluation-harness {version('lm_eval')}",
             "limit": self.selection.limit,

@@ -15,6 +15,7 @@ from typing import Any
 
 from cfsp.checkpoint.locating import hub_is_missed
 from cfsp.errors import TaskError, UsageError, did_you_mean
+from cfsp.settings import Option, check_value
 
 # The tasks of the paper's tables, by their names in the harness.
 PAPER_SUITE = (
@@ -49,10 +50,9 @@ class TaskSelection:
     def __post_init__(self) -> None:
         if not self.names:
             raise UsageError("expected at least one task, found none; give --tasks piqa,arc_easy")
-        if self.limit is not None and self.limit < 1:
-            raise UsageError(f"--limit must be at least 1, found {self.limit}")
-        if self.shots is not None and self.shots < 0:
-            raise UsageError(f"--shots must be at least 0, found {self.shots}")
+        for flag, value, least in (("limit", self.limit, 1), ("shots", self.shots, 0)):
+            if value is not None:
+                check_value(value, Option("", int, flag, least=least))
         if self.data is not None and not self.data.is_dir():
             raise TaskError(f"the task directory {self.data} does not exist")
 
