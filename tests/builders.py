@@ -51,26 +51,15 @@ from cfsp.text.drawing import draw_left_over, draw_text
 from cfsp.text.windows import Windows
 
 RECORD = CalibrationRecord(
-    model="tiny",
-    fingerprint="0" * 32,
-    sources={"text": 4},
-    tokens_digest="1" * 64,
-    windows=4,
-    seqlen=16,
-    seed=0,
-    dtype="float32",
-    device="cpu",
-    bos=False,
-)
+    model="tiny", fingerprint="0" * 32, sources={"text": 4}, tokens_digest="1" * 64, windows=4,
+    seqlen=16, seed=0, dtype="float32", device="cpu", bos=False,
+)  # fmt: skip
 
 # What a plan says of itself besides its blocks.
 CRITERION = {
-    "block_metric": "angular",
-    "channel_metric": "relative",
-    "sparsity": 0.5,
-    "of": "ffn",
+    "block_metric": "angular", "channel_metric": "relative", "sparsity": 0.5, "of": "ffn",
     "multiple": 1,
-}
+}  # fmt: skip
 CALIBRATION = asdict(RECORD)
 
 
@@ -157,17 +146,11 @@ def plan_keeping(
     """Return the plan by which these channels of every unit stay, but for what goes whole."""
     units = tuple(
         UnitPlan(
-            unit.block,
-            unit.width,
-            () if dropped.takes(unit) else kept,
-            0.1,
-            0.5,
-            unit.ffns,
-            path=unit.path,
-            part=unit.part,
+            unit.block, unit.width, () if dropped.takes(unit) else kept, 0.1, 0.5, unit.ffns,
+            path=unit.path, part=unit.part,
         )
         for unit, kept in zip(source.units, kept_U, strict=True)
-    )
+    )  # fmt: skip
     criterion = {**CRITERION, "parts": list(parts_of(dropped))}
     return PruningPlan(ModelIdentity.of(source), criterion, CALIBRATION, units, dropped.blocks)
 

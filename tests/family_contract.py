@@ -30,8 +30,6 @@ from cfsp.checkpoint.skeleton import architecture_of, blocks_of
 from cfsp.cut.surgery import build_pruned_model
 from cfsp.job import Known
 from cfsp.pipeline import prune_checkpoint
-from cfsp.planning.plan_file import PruningPlan
-from cfsp.result.prune_report import PruneReport
 from cfsp.selection.divergence import call_form_of, masked_unit
 from cfsp.settings import (
     DEFAULT_PARTS,
@@ -61,7 +59,7 @@ def save_with_tokenizer(model: PreTrainedModel, tokenizer: Any, directory: Path)
 
 
 def question_of(
-    dense: PreTrainedModel, checkpoint: Path, plan: PruningPlan | None = None
+    dense: PreTrainedModel, checkpoint: Path, plan: cfsp.PruningPlan | None = None
 ) -> Question:
     """Return what to ask stock software of a checkpoint, dense or pruned by a plan."""
     # It takes another attention on the way.
@@ -143,7 +141,7 @@ class Case:
     dense: Any
     source: Path
     out: Path
-    report: PruneReport
+    report: cfsp.PruneReport
     asked: dict[str, Any]
 
     @cached_property
@@ -181,8 +179,8 @@ def pruned_case(dense: Any, tokenizer: Any, place: Path, asked: dict[str, Any]) 
 
 
 def by_plan(
-    dense: Path, plan: PruningPlan, out: Path, text: Path, repair: Repair = "none"
-) -> PruneReport:
+    dense: Path, plan: cfsp.PruningPlan, out: Path, text: Path, repair: Repair = "none"
+) -> cfsp.PruneReport:
     """Prune by a plan, and repair on a little text."""
     settings = PruneSettings(
         Budget(),
