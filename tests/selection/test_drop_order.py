@@ -151,22 +151,20 @@ def test_a_block_that_cannot_go_is_left_out(distance_L):
     assert dropped_by(source, statistics, budget).blocks == (3,)
 
 
-def test_statistics_keep_what_the_choice_needs(tiny_checkpoint, text_file, tmp_path, monkeypatch):
-    asked: dict[str, Any] = {"data": [text_file], "samples": 4, "seqlen": 32, "device": "cpu"}
-    source = tiny_checkpoint("llama")
-    statistics = cfsp.calibrate(source, parts="blocks", **asked)
+def test_statistics_keep_what_the_choice_needs(model, few, tmp_path, monkeypatch):
+    statistics = cfsp.calibrate(model, parts="blocks", **few)
     assert len(statistics.removals) == 2  # half of three, to within half a block
     statistics.save(tmp_path / "s")
     assert Statistics.load(tmp_path / "s").removals == statistics.removals
-    asked |= {"sparsity": 0.3, "parts": "blocks"}
-    plan = cfsp.plan(source, statistics, sparsity=0.3, parts="blocks")
+    asked = {"sparsity": 0.3, "parts": "blocks"}
+    plan = cfsp.plan(model, statistics, **asked)
     assert plan.removed_blocks == (statistics.removals[0].block,)
     assert plan.criterion["of"] == "blocks"
-    report = cfsp.prune(source, out=tmp_path / "o", effort="fast", **asked)
+    report = cfsp.prune(model, out=tmp_path / "o", effort="fast", **asked, **few)
     assert report.plan.removed_blocks == plan.removed_blocks
 
     monkeypatch.setattr("cfsp.selection.drop_order.fits", lambda *_: False)
-    by_runs = cfsp.prune(source, out=tmp_path / "r", effort="fast", **asked)
+    by_runs = cfsp.prune(model, out=tmp_path / "r", effort="fast", **asked, **few)
     kept = Statistics.load(tmp_path / "r" / "cfsp.statistics")
     assert kept.runs is not None and not kept.removals
     for block, distance in enumerate(kept.distance_L):

@@ -9,7 +9,6 @@ from itertools import combinations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from builders import draw_windows, job_of, numpy_divergence, random_tokens
 from cfsp.calibration.calibrate import calibrate
@@ -33,7 +32,7 @@ from cfsp.selection.drop_order import order_of_removal
 from cfsp.settings import UNIT_PARTS, Budget, Compute, PruneSettings
 from cfsp.streaming.stand_in import PLAIN, skipped
 from tiny_decoders import tiny_model
-from tiny_models import BLOCKS, TINY_CONFIGS, WIDTH, build_tiny_model
+from tiny_models import BLOCKS, WIDTH, build_tiny_model
 
 TOKENS = random_tokens(5, 16)
 
@@ -106,9 +105,8 @@ def test_each_block_is_masked_alone(name, noted):
 
 
 def test_what_stayed_is_stored_by_part(text_file, tokenizer):
-    config = TINY_CONFIGS["llama"]()
-    config.update({"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8})
-    source = LoadedModel(AutoModelForCausalLM.from_config(config).eval(), ("ffn", "kv"))
+    model = tiny_model("llama", num_attention_heads=6, num_key_value_heads=3, head_dim=8)
+    source = LoadedModel(model, ("ffn", "kv"))
     windows = draw_windows([str(text_file)], tokenizer, samples=2, seqlen=16)
     job = job_of(source, PruneSettings(Budget(), compute=Compute("cpu")))
     statistics = calibrate(source, windows, job.runtime)
