@@ -23,7 +23,6 @@ from cfsp.cli import build_parser, main
 from cfsp.cli.options import expand_sets, settings_from
 from cfsp.cli.output import show_messages, tell
 from cfsp.errors import UsageError, first_line
-from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.manifest import read_manifest
 from cfsp.result.names import public_command
 from cfsp.settings import Budget, CalibrationText, Criterion
@@ -84,9 +83,7 @@ def test_what_answers_at_once_does_not_import_torch(argv):
         "heavy = {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    finished = subprocess.run(
-        [sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False
-    )
+    finished = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert "cfsp" in finished.stdout + finished.stderr
 
@@ -117,9 +114,7 @@ def wait(args):
 cfsp.cli.families.run = wait
 cfsp.cli.main(["families"])
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("-15\n", "")
 
 
@@ -166,9 +161,7 @@ def test_advanced_options_are_checked_as_others_are(tmp_path, command, typed, me
     assert message in command(*prune, "--set", typed, status=2).err
 
 
-def test_the_default_text_is_told_of_when_it_is_read(
-    command, model, text_file, tmp_path, monkeypatch
-):
+def test_the_default_text_is_told_when_it_is_read(command, model, text_file, tmp_path, monkeypatch):
     def draw(text: CalibrationText, *others: Any) -> Windows:
         return draw_text(replace(text, names=(str(text_file),)), *others)
 
@@ -177,9 +170,8 @@ def test_the_default_text_is_told_of_when_it_is_read(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a-file").touch()
     assert "calibrating on" not in command(*prune, tmp_path / "full", status=2).err
-    assert (
-        command(*prune, tmp_path / "out").err.count("calibrating on mixed, text of many kinds") == 1
-    )
+    told = command(*prune, tmp_path / "out").err
+    assert told.count("calibrating on mixed, text of many kinds") == 1
 
 
 # The flow.
@@ -232,8 +224,13 @@ def test_prune_reports_all_that_the_readme_promises(told, model, text, text_file
     assert list(report["seconds"]) == stages
     assert all(seconds >= 0 for seconds in report["seconds"].values())
     value = report["perplexity"][str(text_file)]
-    assert value["before"] > 1 and value["after"] > 1
-    assert value["tokens"] == 2 * 255  # windows of what the model can read, not of --seqlen
+    # Windows of what the model can read, not of --seqlen, as those of `cfsp eval` are.
+    assert (value["seqlen"], value["windows"], value["tokens"]) == (256, 2, 2 * 255)
+    measured = told("eval", model, out, "--data", text_file, "--windows", 2)["models"]
+    for side, found in zip(("before", "after"), measured, strict=True):
+        again = found["perplexity"][str(text_file)]
+        assert again.pop("value") == value[side] > 1
+        assert again.items() <= value.items()
     manifest = json.loads((out / "cfsp.json").read_text())
     assert {key: manifest[key] for key in report} == report | {"out": out.name}
     assert manifest["versions"]["torch"] == version("torch")
@@ -257,7 +254,7 @@ def test_dry_run_writes_only_the_plan(command, told, model, text, tmp_path, repa
     out = command(*argv).out
     assert entries(tmp_path / "dry") == {"cfsp_plan.json"}
     assert f"plan written to {tmp_path}/dry/cfsp_plan.json" in out
-    plan = PruningPlan.load(tmp_path / "dry" / "cfsp_plan.json")
+    plan = cfsp.PruningPlan.load(tmp_path / "dry" / "cfsp_plan.json")
     for unit in plan.units:
         assert f"{unit.distance:.4f}" in out
         assert str(len(unit.kept)) in out

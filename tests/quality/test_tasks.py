@@ -154,14 +154,11 @@ def test_text_and_choices_are_those_of_the_harness(task, task_data, stock_tasks,
 SCORED = ("piqa", "boolq", "winogrande", "lambada_openai")
 
 
-def test_number_is_exactly_the_harnesss_own_for_a_stock_checkpoint(
-    tiny_checkpoint, tokenizer, task_data, monkeypatch
-):
-    directory = tiny_checkpoint("llama")
+def test_numbers_are_exactly_the_harnesss_own(model, tokenizer, task_data, monkeypatch):
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
     expected = simple_evaluate(
         model="hf",
-        model_args={"pretrained": str(directory), "dtype": "float32"},
+        model_args={"pretrained": str(model), "dtype": "float32"},
         device="cpu",
         batch_size=8,
         tasks=list(SCORED),
@@ -176,7 +173,7 @@ def test_number_is_exactly_the_harnesss_own_for_a_stock_checkpoint(
     # A fork of many threads can hang.
     monkeypatch.setattr("multiprocessing.Pool", None)
     runner = TaskRunner.of(TaskSelection(SCORED, data=task_data))
-    scorer = runner.scorer(load(directory, dtype="float32"), tokenizer)
+    scorer = runner.scorer(load(model, dtype="float32"), tokenizer)
     right = 0.0
     for task in SCORED:
         scored = scorer(task)
@@ -345,15 +342,13 @@ def test_choices_are_compared_whatever_they_are_scored_by(tiny_checkpoint, runne
     assert 0 <= found["accuracy"]["second"]["value"] <= 1
 
 
-def test_models_too_large_are_told_before_the_first_forward_pass(
-    tiny_checkpoint, text_file, task_data, monkeypatch
-):
+def test_models_too_large_are_told_before_any_pass(model, text_file, task_data, monkeypatch):
     monkeypatch.setattr(evaluate, "streamed_sums", never)
-    directory, texts = tiny_checkpoint("llama"), EvaluationText((str(text_file),), 2, 32)
+    texts = EvaluationText((str(text_file),), 2, 32)
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     runner = TaskRunner.of(TaskSelection(("piqa",), data=task_data))
     with pytest.raises(UsageError, match="scoring tasks runs the whole model, which takes about"):
-        evaluate_models([directory], texts, Compute(), Exam(runner))
+        evaluate_models([model], texts, Compute(), Exam(runner))
 
 
 def test_scores_depend_on_what_is_in_the_files(task_data, tmp_path):
@@ -389,12 +384,10 @@ def test_damaged_task_file_is_one_sentence(line, message, tmp_path):
         read_documents(path)
 
 
-def test_missing_task_file_is_told_before_the_first_forward_pass(
-    tiny_checkpoint, text_file, tmp_path, command, monkeypatch
-):
-    monkeypatch.setattr(evaluate, "streamed_sums", never)
-    argv = ["eval", tiny_checkpoint("llama"), "--data", text_file, "--windows", "1"]
-    argv += ["--tasks", "piqa", "--task-data"]
+def test_a_missing_task_file_is_told_before_any_pass(model, text_file, tmp_path, command, noted):
+    passes = noted(evaluate, "streamed_sums", never)
+    argv = ["eval", model, "--data", text_file, "--windows", 1, "--tasks", "piqa", "--task-data"]
     missing = f"cannot read the task file {tmp_path / 'piqa.jsonl'}"
     assert missing in command(*argv, tmp_path, status=2).err
     assert "does not exist" in command(*argv, tmp_path / "absent", status=2).err
+    assert not passes
