@@ -75,9 +75,7 @@ def run(*command: object) -> str:
     """Return what a command prints; it sees no PYTHONPATH of ours."""
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     words = [str(word) for word in command]
-    ended = subprocess.run(
-        words, env=clean, cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
+    ended = subprocess.run(words, env=clean, cwd=REPOSITORY, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 

@@ -15,10 +15,9 @@ Estimate = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def argv(tiny_checkpoint, text_file) -> list[str]:
+def argv(model, text_file) -> list[str]:
     text = ["--data", str(text_file), "--samples", "16", "--seqlen", "32", "--dtype", "float32"]
-    model = str(tiny_checkpoint("llama"))
-    return ["prune", model, *text, "--estimate"]
+    return ["prune", str(model), *text, "--estimate"]
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,7 @@ HIDDEN_SIZES = (32, 576, 768, 896, 960, 1024, 1536, 2048, 2560, 3072, 3584, 4096
 
 
 def wide(
-    name: str,
-    tokenizer: Any,
-    directory: Path,
-    groups: tuple[int, ...] | None = None,
-    **changes: Any,
+    name: str, tokenizer: Any, directory: Path, groups: Sequence[int] | None = None, **changes: Any
 ) -> Checkpoint:
     """Return a checkpoint whose widths are multiples of 256, with these KV groups if any."""
     model = tiny(name, **{"intermediate_size": FULL, "sliding_window": None, **changes})
@@ -64,12 +61,9 @@ def described(directory: Path) -> PreTrainedModel:
     model = LlamaForCausalLM(config)
     for layer, block in zip(model.model.layers, written["block_configs"], strict=True):
         ffn = block["ffn"]
-        by_multiple = "ffn_mult" in ffn
-        config.intermediate_size = (
-            width_of(ffn["ffn_mult"], config.hidden_size)
-            if by_multiple
-            else ffn["intermediate_size"]
-        )
+        config.intermediate_size = ffn.get("intermediate_size")
+        if "ffn_mult" in ffn:
+            config.intermediate_size = width_of(ffn["ffn_mult"], config.hidden_size)
         layer.mlp = LlamaMLP(config)
         if block["attention"]["no_op"]:
             layer.self_attn, layer.input_layernorm = Gone(1), torch.nn.Identity()
@@ -193,9 +187,7 @@ def test_a_tensor_of_no_parameter_has_no_place(tmp_path, tokenizer, target):
 def test_an_attention_that_is_gone_is_no_op(tmp_path, tokenizer, name):
     source = wide(name, tokenizer, tmp_path, (2, 0, 2))
     report, fields = exported(source, "mlx-lm", tmp_path / "out")
-    assert report.layout == (
-        "DeciLMForCausalLM, 3 blocks of 256 to 1024 channels, 1 without attention"
-    )
+    assert report.layout.endswith(", 3 blocks of 256 to 1024 channels, 1 without attention")
     assert [block["attention"] for block in fields["block_configs"]] == [
         {"no_op": gone, "n_heads_in_group": None if gone else 2} for gone in (False, True, False)
     ]

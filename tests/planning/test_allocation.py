@@ -70,9 +70,7 @@ def test_shrunk_importances_give_the_published_rule(distance_L, p):
     st.sampled_from(MULTIPLES),
     st.booleans(),
 )
-def test_equal_widths_are_equal_and_within_half_a_multiple(
-    distance_L, p, width, multiple, first_stays
-):
+def test_equal_widths_are_within_half_a_multiple(distance_L, p, width, multiple, first_stays):
     """What is told to stay keeps all, and the others pay for it."""
     budget = Budget(p, multiple=multiple, widths="equal")
     size, blocks = model_of(width, len(distance_L)), len(distance_L)

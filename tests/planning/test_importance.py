@@ -52,9 +52,7 @@ def test_distances_equal_numpy_in_batches_of_any_size(dtype, batch):
     sums = DistanceSum()
     for start in range(0, 6, batch):
         sums.add(before[start : start + batch], after[start : start + batch])
-    expected = numpy_distance(
-        before.double().flatten(0, 1).numpy(), after.double().flatten(0, 1).numpy()
-    )
+    expected = numpy_distance(*(x.double().flatten(0, 1).numpy() for x in (before, after)))
     found = BlockStatistics(sums.total, sums.tokens)
     assert found.distance == pytest.approx(expected, rel=1e-5)
     assert sums.tokens == 60
