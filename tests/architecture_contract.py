@@ -1,7 +1,5 @@
 """What must hold for every architecture: architecture/test_contract.py makes a class of each."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """Values that several tests build: random FFN weights, statistics, plans, windows; tensors."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict

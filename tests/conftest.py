@@ -4,8 +4,6 @@ Nothing reaches for a network. `CFSP_CACHE` stays the user's, so that the demo m
 takes a minute to convert, is converted only once on a machine.
 """
 
-from __future__ import annotations
-
 import gc
 import io
 import multiprocessing

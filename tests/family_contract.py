@@ -6,8 +6,6 @@ checkpoint of a tiny model, whichever parts went.
 Shapes: B windows, T tokens.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Callable, Mapping

@@ -3,8 +3,6 @@
 The environment has links to the distributions that the core needs, found from what is installed.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -4,8 +4,6 @@ A node of the graph is a package of src/cfsp, or one of the modules beside the p
 inside functions and under TYPE_CHECKING count too: they say what a reader has to know.
 """
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from functools import cache

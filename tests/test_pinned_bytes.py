@@ -9,8 +9,6 @@ To pin anew after a change that is meant to change results:
     CFSP_PIN=1 python -m pytest tests/test_pinned_bytes.py
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -1,7 +1,5 @@
 """Progress where there is no terminal: a plain line now and then, none for short work."""
 
-from __future__ import annotations
-
 import logging
 from types import SimpleNamespace
 

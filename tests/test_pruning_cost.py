@@ -1,7 +1,5 @@
 """What a prune will take is told before it starts, and nothing is written."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

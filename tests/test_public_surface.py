@@ -1,7 +1,5 @@
 """What users may rely on: the names of `cfsp`, and a README that knows every module."""
 
-from __future__ import annotations
-
 import inspect
 import re
 import tomllib

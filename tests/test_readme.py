@@ -1,7 +1,5 @@
 """The commands and the Python of the README and the first page run, on a tiny model and text."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from dataclasses import replace

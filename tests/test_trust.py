@@ -1,7 +1,5 @@
 """What docs/TRUST.md promises besides the catalogue of bad input in tests/bad_inputs."""
 
-from __future__ import annotations
-
 import random
 import re
 import resource

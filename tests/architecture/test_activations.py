@@ -1,7 +1,5 @@
 """Activations of any FFN unit: rows that make up what the unit gives, and the token of each."""
 
-from __future__ import annotations
-
 import weakref
 from collections import defaultdict
 from collections.abc import Callable

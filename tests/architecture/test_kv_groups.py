@@ -1,7 +1,5 @@
 """KV groups: found, refused, pruned in steps and again; cut/test_removals.py has their cutting."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

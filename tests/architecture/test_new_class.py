@@ -1,7 +1,5 @@
 """A decoder that did not exist when cfsp was written is pruned as any other."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Proof: the class of a config, a small model of it, what is found in it, and its resizing."""
 
-from __future__ import annotations
-
 import inspect
 import re
 

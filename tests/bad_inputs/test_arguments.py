@@ -1,7 +1,5 @@
 """Flags and numbers that no command can obey."""
 
-from __future__ import annotations
-
 from bad_inputs.catalogue import (
     CALIBRATE,
     EVAL,

@@ -1,7 +1,5 @@
 """Plans and statistics: damaged, of another version, of another model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Outputs that exist, lie in the input, or cannot be written; manifests and reports."""
 
-from __future__ import annotations
-
 import json
 import os
 import resource

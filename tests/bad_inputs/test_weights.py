@@ -1,7 +1,5 @@
 """Weight files, their index and the config: damaged, lying, pointing elsewhere."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A small run of benchmarks/kills.py: whole commands, killed at random moments, end the same."""
 
-from __future__ import annotations
-
 from conftest import REPOSITORY
 
 KILLS = 1

@@ -1,7 +1,5 @@
 """benchmarks/choose.py scores tasks in llama.cpp as `cfsp eval --tasks` does in transformers."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

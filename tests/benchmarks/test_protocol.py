@@ -1,7 +1,5 @@
 """The field's protocol, on a tiny model with made-up texts and tasks."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

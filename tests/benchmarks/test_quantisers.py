@@ -1,7 +1,5 @@
 """benchmarks/quantisers.py: what each library loses, for those that are installed."""
 
-from __future__ import annotations
-
 import json
 import sys
 

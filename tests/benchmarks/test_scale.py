@@ -1,7 +1,5 @@
 """The benchmarks of large models and of a GPU, on the CPU and on small shapes with few blocks."""
 
-from __future__ import annotations
-
 import json
 from argparse import Namespace
 from pathlib import Path

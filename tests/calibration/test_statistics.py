@@ -1,7 +1,5 @@
 """Statistics and plans of a whole tiny model: what they may and may not depend on."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Several processes calibrate together: the same bits as one, and no half result if one dies."""
 
-from __future__ import annotations
-
 import signal
 
 import pytest

@@ -1,7 +1,5 @@
 """Mixtures of experts: what a block of several FFNs needs besides the family contract."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

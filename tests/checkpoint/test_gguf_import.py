@@ -1,7 +1,5 @@
 """Reading a .gguf file: what is said, what is kept and where, and a head that is the embedding."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

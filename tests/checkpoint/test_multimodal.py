@@ -3,8 +3,6 @@
 Shapes: B windows, T tokens.
 """
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

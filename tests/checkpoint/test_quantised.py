@@ -1,7 +1,5 @@
 """Quantised checkpoints are seen, pruned and loaded as the plain ones that they stand for."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from functools import partial

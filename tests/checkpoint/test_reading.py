@@ -1,7 +1,5 @@
 """Opening checkpoints: what is accepted, and one sentence for everything else."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from itertools import pairwise

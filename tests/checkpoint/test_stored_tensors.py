@@ -1,7 +1,5 @@
 """Stored tensors and parameters in memory: every one accounted for, in both directions."""
 
-from __future__ import annotations
-
 import copy
 import weakref
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Our reading and writing of safetensors, against the safetensors library both ways."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The command line: its flow on a tiny model, its JSON, and one sentence for every bad input."""
 
-from __future__ import annotations
-
 import io
 import json
 import logging

@@ -1,7 +1,5 @@
 """What other tools have and cfsp has not is refused with a sentence on what to do instead."""
 
-from __future__ import annotations
-
 import pytest
 
 import cfsp

@@ -3,8 +3,6 @@
 Ctrl-C before it has begun (130), a reader that goes (141), output that cannot be written (2).
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Blocks and attention layers are asked for: beside channels, by statistics, and in vain."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Blocks, attention layers, experts and KV groups go: what is masked or skipped is cut."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """Whole experts: by which scores they go, how many can, and what is refused."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Surgery: shards in and out, byte-for-byte copies, nothing half-written; in memory the same."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

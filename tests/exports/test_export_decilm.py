@@ -3,8 +3,6 @@
 Here a Llama of transformers is built by what the written config says.
 """
 
-from __future__ import annotations
-
 import json
 import pickle
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """GGUF: what llama.cpp reads is the same model; what it cannot express is refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`cfsp families`: what it lists of all types, and the verdict of a process for each."""
 
-from __future__ import annotations
-
 import json
 import sys
 from functools import partial

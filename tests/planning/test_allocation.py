@@ -1,7 +1,5 @@
 """Allocation: the published rule against NumPy, and the budget at every size and multiple."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from typing import get_args

@@ -1,7 +1,5 @@
 """Importance of blocks and channels against a few lines of NumPy, and the sums it is made from."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The plan: round trip, refusal of damaged and foreign ones."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Answers: greedy whatever a model says, read by all models alike, and never asked twice."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Pairs on the same windows and documents only, with NumPy's own standard errors."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Perplexity by the block stream, and agreement: those of whole models, with their conditions."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

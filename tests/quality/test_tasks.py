@@ -1,7 +1,5 @@
 """Our wiring of lm-evaluation-harness gives the harness's own numbers on the harness's own text."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

@@ -1,7 +1,5 @@
 """Recoveries of tiny models, small enough for tests, into a directory of the test."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

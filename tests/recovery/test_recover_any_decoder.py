@@ -1,7 +1,5 @@
 """Recovery of any decoder: experts, several FFNs in a block or none, names that differ in files."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterable
 from pathlib import Path

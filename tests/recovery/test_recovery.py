@@ -1,7 +1,5 @@
 """Recovery end to end, on a tiny pruned model."""
 
-from __future__ import annotations
-
 import math
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Recoveries that are killed, stopped, too short or of no use; what is refused at once."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from itertools import count

@@ -1,7 +1,5 @@
 """The parts of recovery: its text, the ranks of adapters, and the sliced loss."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re

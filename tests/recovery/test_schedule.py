@@ -1,7 +1,5 @@
 """When recovery evaluates and stops, and its learning rate: by steps, and by minutes."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from types import SimpleNamespace

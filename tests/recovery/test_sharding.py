@@ -1,7 +1,5 @@
 """Recovery whose processes each hold a part of the weights: as one process that holds all."""
 
-from __future__ import annotations
-
 import json
 import signal
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Local repair: blocks trained alone come closer to the dense model, and never go away."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterator

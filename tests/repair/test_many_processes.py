@@ -1,7 +1,5 @@
 """Several processes prune together: what one gives, and no half result if one dies."""
 
-from __future__ import annotations
-
 import json
 import signal
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 It is a mixture of experts, some of whose FFN units are left out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Ridge repair: the Gram matrix and the solve against NumPy, never worse, the same in one pass."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Sequential repair: each down projection takes over what it can of the drift, never more."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The model card: what it tells the hub, and what it tells people."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The chart by block and its caption; blocks with several FFN units, or none."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import asdict, replace
 from pathlib import Path

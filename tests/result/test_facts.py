@@ -1,7 +1,5 @@
 """The facts of a result: numbers and their conditions, names, how it was made; damaged ones."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The report: what it gathers, how it draws, what it refuses, and that nothing foreign gets in."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

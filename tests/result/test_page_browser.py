@@ -1,7 +1,5 @@
 """The report in a real headless Chromium, where there is one."""
 
-from __future__ import annotations
-
 import base64
 import shutil
 from collections.abc import Iterator

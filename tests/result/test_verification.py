@@ -1,7 +1,5 @@
 """`cfsp verify`: whole checkpoints pass, and every kind of change is named."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The model of most tests of what goes, and the command that they give."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

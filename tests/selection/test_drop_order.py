@@ -1,7 +1,5 @@
 """Which blocks go whole, from statistics, and when they are enough."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import accumulate, combinations
 from typing import Any

@@ -1,7 +1,5 @@
 """Goals: what is asked for is one thing, in its range, said before any work, and met."""
 
-from __future__ import annotations
-
 import logging
 import re
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What is told to stay loses nothing, and the others pay for it."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 
 import pytest

@@ -1,7 +1,5 @@
 """What a whole model predicts without some of its parts: masked, alone, and in an order."""
 
-from __future__ import annotations
-
 import math
 from contextlib import ExitStack
 from dataclasses import replace

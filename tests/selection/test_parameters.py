@@ -1,7 +1,5 @@
 """What may go for a goal of parameters where nobody said it."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """The search over plans: which candidates there are, how they are scored, which one is taken."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """As little goes as is predicted to be so many times faster."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What requires the whole model in memory, through the flow: sensitivity, own text, refusals."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Settings are checked when they are made, and say what they mean."""
 
-from __future__ import annotations
-
 import re
 from functools import partial
 from itertools import combinations

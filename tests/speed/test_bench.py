@@ -1,7 +1,5 @@
 """Speed: what a size promises, what is timed, and that engines generate what the model says."""
 
-from __future__ import annotations
-
 import json
 import math
 import multiprocessing

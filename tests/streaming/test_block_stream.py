@@ -1,7 +1,5 @@
 """Blocks come one by one, are read ahead once and are then dropped; any decoder is streamed."""
 
-from __future__ import annotations
-
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """A killed run goes on where it was and gives the same bits; other work is refused."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

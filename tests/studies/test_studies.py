@@ -1,7 +1,5 @@
 """Study 9's smallest version runs on a tiny model, and prints what is published."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

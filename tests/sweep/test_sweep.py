@@ -1,7 +1,5 @@
 """Sweeps: settings, resuming, tables, the Pareto front, and the report of a sweep."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -1,7 +1,5 @@
 """The mixed text: every kind reads, has sources and licences, and is the same everywhere."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from itertools import pairwise

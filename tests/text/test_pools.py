@@ -1,7 +1,5 @@
 """What windows are drawn from: all of a long text, each text once, and no less than was asked."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

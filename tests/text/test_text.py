@@ -1,7 +1,5 @@
 """Texts and windows: every kind of source, drawn by seed, disjoint, never padded, held out."""
 
-from __future__ import annotations
-
 import copy
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Every text is opened before any work; texts themselves; a hub that is not there."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer

@@ -1,7 +1,5 @@
 """Reading a tokenizer runs no code and asks nobody; windows begin as it begins an input."""
 
-from __future__ import annotations
-
 import copy
 import json
 from types import SimpleNamespace
