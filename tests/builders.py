@@ -29,6 +29,7 @@ from cfsp.checkpoint.reading import (
     WeightSource,
     parameter_count,
 )
+from cfsp.checkpoint.tensor_file import specs_of
 from cfsp.job import Job
 from cfsp.planning.candidate import Dropped, DropSizes
 from cfsp.planning.make import parameters_of_channels
@@ -211,9 +212,14 @@ def edit_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) -> N
     save_file(found, path, metadata=metadata)
 
 
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the fields of a JSON file."""
-    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields = read_json(path)
     change(fields)
     path.write_text(json.dumps(fields), encoding="utf-8")
 
@@ -221,7 +227,5 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 def changed(before: Path, after: Path) -> set[str]:
     """Return the names of the tensors that differ; names, shapes and types must be the same."""
     old, new = tensors(before), tensors(after)
-    assert {k: (v.shape, v.dtype) for k, v in old.items()} == {
-        k: (v.shape, v.dtype) for k, v in new.items()
-    }
+    assert specs_of(old) == specs_of(new)
     return {name for name in old if not torch.equal(old[name], new[name])}

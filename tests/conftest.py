@@ -344,9 +344,8 @@ def make_case(tmp_path_factory, tokenizer, text_file) -> Callable[..., Any]:
 
     def make(name: str, config: dict[str, Any], **asked: Any) -> Any:
         asked["data"] = [str(text_file)]
-        return pruned_case(
-            tiny_model(name, **config), tokenizer, tmp_path_factory.mktemp(name), asked
-        )
+        dense = tiny_model(name, **config)
+        return pruned_case(dense, tokenizer, tmp_path_factory.mktemp(name), asked)
 
     return make
 

@@ -7,7 +7,6 @@ Shapes: B windows, T tokens.
 """
 
 import copy
-import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import cfsp
-from builders import tensors
+from builders import read_json, tensors
 from cfsp.architecture.found import Architecture
 from cfsp.architecture.model_classes import auto_classes_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
@@ -202,7 +201,7 @@ def check_masked_is_cut(case: Case) -> None:
 
 def check_is_the_same(source: Path, out: Path) -> None:
     assert_same(tensors(out), tensors(source))
-    first, second = (json.loads((at / "config.json").read_text()) for at in (source, out))
+    first, second = (read_json(at / "config.json") for at in (source, out))
     assert first == second
 
 

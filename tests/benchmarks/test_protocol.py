@@ -43,11 +43,8 @@ def test_it_prints_a_row_for_each_model_and_goes_on(model, local, tmp_path, monk
     lines = capsys.readouterr().out
     shown = lines[lines.index("| model |") :].splitlines()
     assert "piqa acc/acc_norm | mmlu acc | tasks - dense | answers kept |" in shown[0]
-    assert [line.split("|")[1].strip() for line in shown[2:5]] == [
-        "dense",
-        "25% of block parameters",
-        "50% of FFN channels",
-    ]
+    names = [line.split("|")[1].strip() for line in shown[2:5]]
+    assert names == ["dense", "25% of block parameters", "50% of FFN channels"]
     assert (out / "table.md").read_text().strip() == "\n".join(shown).strip()
     stored = Checkpoint(model).stored.within("model.layers.")
     blocks = [

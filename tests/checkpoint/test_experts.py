@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import cfsp
-from builders import draw_windows, job_of, plan_of
+from builders import draw_windows, job_of, plan_of, read_json
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import PlanError, UsageError
 from cfsp.planning.importance import LEAST_TOKENS
@@ -46,7 +46,7 @@ def test_experts_that_see_few_tokens_are_told_and_scored_by_weights(lonely, few,
     ]
     assert {"block": 1, "expert": LONELY, "tokens": 0} in alone
     assert report.experts_with_few_tokens == alone
-    manifest = json.loads((out / "cfsp.json").read_text())
+    manifest = read_json(out / "cfsp.json")
     assert manifest["experts_with_few_tokens"] == alone
     assert cfsp.PruningPlan.load(out / "cfsp_plan.json").experts_with_few_tokens == alone
     assert f"{len(alone)} of 12 experts saw fewer than {LEAST_TOKENS} calibration tokens" in said

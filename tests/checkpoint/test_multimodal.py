@@ -3,7 +3,6 @@
 Shapes: B windows, T tokens.
 """
 
-import json
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from builders import changed, tensors
+from builders import changed, read_json, tensors
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.errors import UnsupportedModelError
 from cfsp.recovery.loss import loss_inside
@@ -90,7 +89,7 @@ def test_it_is_saved_as_it_was_loaded(case, tmp_path):
 
 
 def test_the_rest_of_its_config_is_untouched(case):
-    own, pruned = (json.loads((at / "config.json").read_text()) for at in (case.source, case.out))
+    own, pruned = (read_json(at / "config.json") for at in (case.source, case.out))
     ours = {"architectures", "auto_map", "ffn_widths"}
     assert {key for key in pruned if pruned[key] != own.get(key)} == ours
     assert pruned["auto_map"].keys() >= {"AutoModel", "AutoModelForImageTextToText"}
@@ -114,7 +113,7 @@ def test_repair_and_recovery_write_the_stored_names(gemma, text_file, tmp_path, 
     pruned, trained = tmp_path / "pruned", tmp_path / "trained"
     how = ["--sparsity", 0.5, "--multiple", 8, "--samples", 65, "--repair", "local"]
     command("prune", gemma, *text, *how, "--local-steps", 8, "--out", pruned)
-    steps = json.loads((pruned / "cfsp.json").read_text())["repair"]["steps"]
+    steps = read_json(pruned / "cfsp.json")["repair"]["steps"]
     assert [step["name"] for step in steps] == ["ridge", "sequential", "local"]
     # New weights were used and judged: not a block was rejected because nothing had changed.
     for step, judged_by in zip(steps, ("error", "loss", "loss"), strict=True):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 import cfsp
-from builders import changed, edit_json
+from builders import changed, edit_json, read_json
 from cfsp.checkpoint import quantisation
 from cfsp.checkpoint.quantisation import quantisation_in
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, fingerprint
@@ -75,7 +75,7 @@ def test_it_is_pruned_like_the_plain_checkpoint(pairs, text_file, tmp_path, comm
     assert not changed(*out)
     configs = [(directory / "config.json").read_text() for directory in out]
     assert configs[0] == configs[1] and json.loads(configs[0])["dtype"] == "bfloat16"
-    manifest = json.loads((out[0] / "cfsp.json").read_text())
+    manifest = read_json(out[0] / "cfsp.json")
     assert manifest["dequantised"] == {"from": "fp8", "to": "bfloat16"}
 
 

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 import cfsp
-from builders import entries, stop
+from builders import entries, read_json, stop
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import build_parser, main
 from cfsp.cli.options import expand_sets, settings_from
 from cfsp.cli.output import show_messages, tell
-from cfsp.errors import UsageError, first_line
+from cfsp.errors import ELSEWHERE, UsageError, first_line
 from cfsp.result.manifest import read_manifest
 from cfsp.result.names import public_command
 from cfsp.settings import Budget, CalibrationText, Criterion
@@ -229,7 +229,7 @@ def test_prune_reports_all_that_the_readme_promises(told, model, text, text_file
         again = found["perplexity"][str(text_file)]
         assert again.pop("value") == value[side] > 1
         assert again.items() <= value.items()
-    manifest = json.loads((out / "cfsp.json").read_text())
+    manifest = read_json(out / "cfsp.json")
     assert {key: manifest[key] for key in report} == report | {"out": out.name}
     assert manifest["versions"]["torch"] == version("torch")
     assert manifest["command"] == public_command(shlex.join(["cfsp", *map(str, argv), "--json"]))
@@ -296,6 +296,34 @@ def test_inspect_shows_blocks_with_several_ffns_and_with_none(command, told, sav
 
 
 # Bad input: exit 2, one sentence, nothing left behind.
+
+# Of what other tools have a command that asks for it; the rest are options.
+ASKING = {
+    "push": "push smaller owner/name",
+    "sglang": "export pruned --to sglang --out copy",
+    "tensorrt-llm": "export pruned --to tensorrt-llm --out copy",
+    "dora": "recover pruned --method dora --out recovered",
+    **{
+        metric: f"prune {{model}} --sparsity 0.2 --set block_metric={metric} --out smaller"
+        for metric in ("cosine", "euclidean", "mse", "mae")
+    },
+    **{
+        metric: f"prune {{model}} --sparsity 0.2 --set channel_metric={metric} --out smaller"
+        for metric in ("wanda", "magnitude", "random")
+    },
+}
+
+
+@pytest.mark.parametrize("word", ELSEWHERE)
+def test_the_command_says_what_to_do_instead(word, model, command):
+    asked = ASKING.get(word, f"recover pruned --steps 1 --out recovered --{word} 1")
+    error = command(*asked.format(model=model).split(), status=2).err
+    assert ELSEWHERE[word] in error
+
+
+def test_so_does_python(tmp_path):
+    with pytest.raises(UsageError, match=ELSEWHERE["weight-decay"]):
+        cfsp.recover("none", out=tmp_path / "out", weight_decay=0.1)
 
 
 def test_unknown_argument_exits_with_two(command):

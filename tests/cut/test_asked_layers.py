@@ -1,6 +1,5 @@
 """Blocks and attention layers are asked for: beside channels, by statistics, and in vain."""
 
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from transformers import ArceeConfig
 
 import cfsp
-from builders import goal_of_share, job_of, never, parts_of, plan_without, stopped_at
+from builders import goal_of_share, job_of, never, parts_of, plan_without, read_json, stopped_at
 from cfsp.architecture.proof import small_run_of
 from cfsp.checkpoint.pruned_config import config_changes
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
@@ -47,7 +46,7 @@ def test_nothing_removed_is_the_model(save, few, tmp_path, name, parts):
     cfsp.prune(source, out=out, parts=parts, sparsity=0.0, repair="none", **few)
     check_is_the_same(source, out)
     # A plan without other units than FFNs is of the first version.
-    version = json.loads((out / "cfsp_plan.json").read_text())["plan_version"]
+    version = read_json(out / "cfsp_plan.json")["plan_version"]
     assert version == (1 if parts in ("blocks", "experts") else 2)
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 import cfsp
-from builders import changed, goal_of_share, parts_of, plan_without
+from builders import changed, goal_of_share, parts_of, plan_without, read_json
 from cfsp.architecture.resizing import Gone
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint
@@ -206,7 +206,7 @@ def test_a_fresh_process_keeps_the_contract(case, forks, tmp_path):
 
 @pytest.mark.parametrize("case", WITHOUT_BLOCKS | WITHOUT_EXPERTS, indirect=True)
 def test_without_blocks_or_experts_it_is_a_stock_checkpoint(case):
-    config = json.loads((case.out / "config.json").read_text())
+    config = read_json(case.out / "config.json")
     assert {key: config[key] for key in case.asked["says"]} == case.asked["says"]
     assert config["architectures"] == [type(case.dense).__name__]
     assert not {"auto_map", "per_layer_config", "ffn_widths"} & config.keys()
@@ -297,7 +297,7 @@ def test_it_says_of_itself_what_went(case):
     plan = case.report.plan
     (kept,) = case.asked["says"].values()
     assert plan.kept_experts == kept
-    manifest = json.loads((case.out / "cfsp.json").read_text())
+    manifest = read_json(case.out / "cfsp.json")
     assert manifest["experts"]["after"] == [kept] * len(plan.experts_of_blocks)
     lost = [unit.lost_output for unit in plan.units if unit.loses_experts]
     assert manifest["experts"]["lost_output"] == lost
@@ -331,7 +331,7 @@ def test_experts_that_are_not_redundant_are_told(case, caplog):
 def test_config_and_modules_say_the_numbers(case):
     groups = case.report.kv_groups["after"]
     assert len(set(groups)) > 1, "the case must have different numbers"
-    fields = json.loads((case.out / "config.json").read_text())
+    fields = read_json(case.out / "config.json")
     assert [count for block in fields[KV_GROUPS].values() for count in block.values()] == groups
     assert Checkpoint(case.out).architecture.of_part("kv").widths == groups
     architecture = Checkpoint(case.source, parts=("kv",)).architecture

@@ -1,6 +1,5 @@
 """Whole experts: by which scores they go, how many can, and what is refused."""
 
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 import cfsp
-from builders import edit_json, plan_of
+from builders import edit_json, plan_of, read_json
 from cfsp.architecture import expert_proof
 from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.expert_proof import masked_experts
@@ -194,7 +193,7 @@ def test_a_config_keeps_the_name_that_it_has_for_the_number(save, few, tmp_path)
     old, new = "num_experts", "num_local_experts"
     edit_json(source / "config.json", lambda fields: fields.update({old: fields.pop(new)}))
     cfsp.prune(source, out=out, parts=PARTS, sparsity=0.5, **few)
-    written = json.loads((out / "config.json").read_text())
+    written = read_json(out / "config.json")
     assert written[old] == 3
     assert new not in written
     Checkpoint(out)

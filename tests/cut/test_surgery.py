@@ -1,6 +1,5 @@
 """Surgery: shards in and out, byte-for-byte copies, nothing half-written; in memory the same."""
 
-import json
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 import cfsp
-from builders import entries, plan_keeping
+from builders import entries, plan_keeping, read_json
 from cfsp.checkpoint import output
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.own_files import MODELING_FILE
@@ -64,7 +63,7 @@ def test_shards_in_and_out(tmp_path, dtype, sharded_source, sharded_output):
     assert PrunedSource(source, plan).specs == specs_of(after)
     assert set(written) == {p.name for p in out.glob("*.safetensors")}
     if sharded_output:
-        index = json.loads((out / "model.safetensors.index.json").read_text())
+        index = read_json(out / "model.safetensors.index.json")
         assert index["metadata"]["total_size"] == sum(t.nbytes for t in after.values())
         assert index["weight_map"] == {n: f.name for f in files for n in load_file(f)}
         assert len(files) > 2
@@ -133,7 +132,7 @@ def test_save_pretrained_writes_what_prune_writes(
     model = cfsp.load(tiny_checkpoint(name))
     cfsp.prune(model, tokenizer, **asked).save_pretrained(memory)
 
-    config, expected = (json.loads((at / "config.json").read_text()) for at in (memory, files))
+    config, expected = (read_json(at / "config.json") for at in (memory, files))
     for key in expected.keys() - _THEIRS - {"per_layer_config"}:
         assert config[key] == expected[key], key
     # transformers leaves out the blocks that are as wide as the widest.
@@ -153,7 +152,7 @@ def test_save_pretrained_writes_what_prune_writes(
     # Pruned again, it says nothing of the first time.
     tokenizer.save_pretrained(memory)
     cfsp.prune(memory, out=tmp_path / "again", **asked)
-    assert "cfsp" not in json.loads((tmp_path / "again" / "config.json").read_text())
+    assert "cfsp" not in read_json(tmp_path / "again" / "config.json")
 
 
 def test_a_head_that_is_no_longer_the_embedding_stays_its_own(tokenizer, few, tmp_path):

@@ -219,11 +219,11 @@ def test_other_widths_are_for_vllm_and_equal_ones_for_all(tmp_path, tokenizer):
 
 def test_vllm_reads_blocks_as_attributes(tmp_path, tokenizer):
     source = cut(build_tiny_model("qwen2"), tokenizer, tmp_path)
-    report, _ = exported(source, "vllm", tmp_path / "vllm")
+    report, fields = exported(source, "vllm", tmp_path / "vllm")
     assert report.layout == "DeciLMForCausalLM, 3 blocks of 32 to 96 channels"
     weights = "model.safetensors"
-    copy, own = ((at / weights).read_bytes() for at in (tmp_path / "vllm", source.directory))
-    assert copy == own
+    copy, original = ((at / weights).read_bytes() for at in (tmp_path / "vllm", source.directory))
+    assert copy == original
     config: Any = AutoConfig.from_pretrained(tmp_path / "vllm", trust_remote_code=True)
     assert config.model_type == "nemotron-nas"
     assert config.architectures == ["DeciLMForCausalLM"]
@@ -235,16 +235,11 @@ def test_vllm_reads_blocks_as_attributes(tmp_path, tokenizer):
         assert not hasattr(block.ffn, "ffn_mult")  # vLLM would round such a width up
     assert (config.qkv_bias, config.attention_bias, config.mlp_bias) == (True, False, False)
     assert config.sliding_window == 8
-    fields, own = (
-        json.loads((directory / "config.json").read_text())
-        for directory in (tmp_path / "vllm", source.directory)
-    )
+    own = json.loads((source.directory / "config.json").read_text())
     assert fields["transformers_version"] == own["transformers_version"]
     assert config.layer_types.count("sliding_attention") == 1
     # It survives what vLLM does with configs: copies, and JSON for its worker processes.
     for again in (deepcopy(config), pickle.loads(pickle.dumps(config))):
         assert again.block_configs[1].ffn.intermediate_size == NARROW[1]
-    assert json.loads(config.to_json_string())["block_configs"][1]["ffn"] == {
-        "no_op": False,
-        "intermediate_size": NARROW[1],
-    }
+    second = json.loads(config.to_json_string())["block_configs"][1]
+    assert second["ffn"] == {"no_op": False, "intermediate_size": NARROW[1]}

@@ -209,9 +209,8 @@ def test_a_budget_is_met_to_one_multiple_in_parameters(drawn, sparsity, clamp, m
         assert kept == unit.width or not unit.stays
     ffn = sum(unit.width * unit.channel_parameters for unit in size.units)
     removed = size.parameters - size.parameters_with(kept_U)
-    dearest = max(
-        each * unit.channel_parameters for each, unit in zip(multiple_U, size.units, strict=True)
-    )
+    each_U = zip(multiple_U, size.units, strict=True)
+    dearest = max(multiple * unit.channel_parameters for multiple, unit in each_U)
     assert abs(removed - sparsity * ffn) <= dearest
 
 

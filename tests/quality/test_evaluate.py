@@ -307,10 +307,6 @@ def argv(tiny_checkpoint, text_file, other_text_file) -> list[str]:
     return [*models, "--data", str(text_file), "--data", str(other_text_file), *windows]
 
 
-def of(path: Path) -> Any:
-    return json.loads(path.read_text())
-
-
 def test_after_a_death_the_same_command_goes_on(commands, argv, tmp_path):
     """To what one process measures; also where one has nothing to do: of 4 windows in twos."""
     out = tmp_path / "many"
@@ -323,7 +319,7 @@ def test_after_a_death_the_same_command_goes_on(commands, argv, tmp_path):
     assert [bool(each.stdout) for each in ended] == [True, False, False]
     assert entries(tmp_path) == {"many"}
     assert main([*argv, "--out", str(tmp_path / "one")]) == 0
-    assert of(out) == of(tmp_path / "one")
+    assert json.loads(out.read_text()) == json.loads((tmp_path / "one").read_text())
     (ended,) = commands(Command(argv_of_three))
     assert ended.status == 0
     assert "is there already; nothing is measured again" in ended.stderr

@@ -18,7 +18,7 @@ import lm_eval.tasks
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from builders import entries, never
+from builders import entries, never, read_json
 from cfsp.checkpoint.loading import load
 from cfsp.cli import main
 from cfsp.errors import TaskError, UsageError
@@ -260,7 +260,7 @@ def test_an_interrupted_run_goes_on_with_the_next_task(
         seen = noted(TaskRunner, "score", lambda *given: given[-1], count)
         assert main([*argv, "--out", str(out)]) == status
         assert len(seen) == scored and out.exists() == (status == 0)
-    found = json.loads(out.read_text())
+    found = read_json(out)
     assert {key: found[key] for key in whole} == whole
     assert entries(tmp_path) == {"out.json"}
     lines = capsys.readouterr().out.splitlines()

@@ -263,9 +263,8 @@ def test_the_dense_model_teaches_where_it_is_at_hand(
     again = {"base_model": {"name": str(pruned), "fingerprint": fingerprint(Checkpoint(pruned))}}
     history = history_of(Checkpoint(pruned))
     assert history["made_from"]["name"] == dense
-    edit_json(
-        moved / MANIFEST_FILE, lambda of: of.update(again) or of["base_model"].update(history)
-    )
+    again["base_model"] |= history
+    edit_json(moved / MANIFEST_FILE, lambda of: of.update(again))
     assert name_of_teacher("auto", moved, tokenizer) == dense
     edit_json(moved / MANIFEST_FILE, lambda of: of["base_model"]["made_from"].update(name=other))
     assert name_of_teacher("auto", moved, tokenizer) == str(pruned)

@@ -61,12 +61,6 @@ def pruned_source(job: Job, result: PruningResult) -> PrunedSource:
     return PrunedSource(job.source, result.plan, result.tensors)
 
 
-def last_step(result: PruningResult) -> list[Any]:
-    """Return what the last step did with each block."""
-    blocks: list[Any] = result.steps[-1]["blocks"]
-    return blocks
-
-
 def seen(model: Any, block: int, tokens: torch.Tensor) -> tuple[Any, Any]:
     """What leaves a block (rows x D), and what enters its down projection (rows x K)."""
     module, rows = model.model.layers[block], {}
@@ -82,7 +76,7 @@ def seen(model: Any, block: int, tokens: torch.Tensor) -> tuple[Any, Any]:
 
 
 def test_weights_are_the_ridge_solution_for_the_drift(job, ridge, fitted, windows):
-    entries = last_step(fitted)
+    entries = fitted.steps[-1]["blocks"]
     block = max(i for i, entry in enumerate(entries) if entry["kept"])
     assert block > 0  # it is entered by what blocks give after their repair
     tokens = windows.tokens_NT[~windows.held_out_N]
@@ -110,7 +104,7 @@ def test_only_down_projections_change_and_the_model_comes_closer(job, ridge, fit
     assert fitted_to
     assert all(name.endswith("down_proj.weight") for name in fitted_to)
     assert [step["name"] for step in fitted.steps] == ["ridge", "sequential"]
-    for entry in last_step(fitted):
+    for entry in fitted.steps[-1]["blocks"]:
         assert entry["training_steps"] == 0
         assert (entry["strength"] is not None) == entry["kept"]
         if entry["kept"]:

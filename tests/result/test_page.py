@@ -340,9 +340,7 @@ def many_runs(run: Path, place: Path, count: int) -> list[Path]:
 
         return changed
 
-    return [
-        changed_copy(run, place / f"run-{number:03d}", change(number)) for number in range(count)
-    ]
+    return [changed_copy(run, place / f"run-{n:03d}", change(n)) for n in range(count)]
 
 
 def test_many_runs_stay_readable(run, tmp_path):

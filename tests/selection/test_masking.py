@@ -87,9 +87,7 @@ def test_each_block_is_masked_alone(name, noted):
     count = len(blocks_of(model, source.architecture))
     with_units = sorted({unit.block for unit in source.units})
     for block in range(count):
-        kept = {
-            index: kept_U[index] for index, unit in enumerate(source.units) if unit.block == block
-        }
+        kept = {i: kept_U[i] for i, unit in enumerate(source.units) if unit.block == block}
         expected = 0.0
         with torch.inference_mode():
             for tokens_T in tokens_NT:

@@ -38,12 +38,13 @@ from tiny_decoders import tiny_model
 from tiny_models import BLOCKS
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
+PARTS: tuple[Part, ...] = ("ffn", "blocks")
 # Half of the width saves a quarter of the time, all of it four tenths; all blocks 95 hundredths.
 CURVES = {"ffn": [[8, 0.6], [48, 0.75], [96, 1.0]], "blocks": [[0, 0.05], [BLOCKS, 1.0]]}
 
 
 def test_what_parts_save_is_added_up(model):
-    source = open_checkpoint(model, ("ffn", "blocks"))
+    source = open_checkpoint(model, PARTS)
 
     def speedup(first: int, removed: Dropped = NOTHING) -> float:
         return times_faster(CURVES, source, [first, *[96] * (BLOCKS - 1)], removed)
@@ -56,9 +57,8 @@ def test_what_parts_save_is_added_up(model):
 
 
 def test_models_to_time_have_less_of_each_part(model):
-    parts: tuple[Part, ...] = ("ffn", "blocks")
-    source = open_checkpoint(model, parts)
-    whole, timed = models_to_time(source, Budget(multiple=48, parts=parts))
+    source = open_checkpoint(model, PARTS)
+    whole, timed = models_to_time(source, Budget(multiple=48, parts=PARTS))
     half = (BLOCKS + 1) // 2
     assert [(part, kept) for part, kept, _ in timed] == [("ffn", 48), ("blocks", half)]
     sizes = [
@@ -109,10 +109,9 @@ def test_target_speedup_is_the_least_that_is_enough(source, pruned, ratio, laten
 
 def test_no_channels_are_enough_where_all_blocks_that_have_some_are_dropped(latencies):
     latencies("ffn,blocks")
-    parts: tuple[Part, ...] = ("ffn", "blocks")
-    source = LoadedModel(tiny_model("nemotron_h"), parts)
+    source = LoadedModel(tiny_model("nemotron_h"), PARTS)
     statistics = calibrate(source, Windows(random_tokens(4, 12), {"text": 4}), RUNTIME)
-    budget = Budget(parts=parts)
+    budget = Budget(parts=PARTS)
     found = speedup.Speedup(source, budget, TargetSpeedup(1000), RUNTIME, WorkDir(Path()))
     planner = Planner.of(source, statistics, budget, Criterion())
     blocks = {unit.block for unit in source.units}

@@ -1,6 +1,5 @@
 """What requires the whole model in memory, through the flow: sensitivity, own text, refusals."""
 
-import json
 import shutil
 from dataclasses import replace
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 
 import cfsp
-from builders import changed, edit_json, never, stopped_at
+from builders import changed, edit_json, never, read_json, stopped_at
 from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.own_files import STATISTICS_FILE
 from cfsp.checkpoint.reading import LoadedModel
@@ -123,4 +122,4 @@ def test_a_config_may_ask_for_more_than_logits(tiny_checkpoint, tokenizer, few, 
     cfsp.prune(plain, out=expected, **options)
     cfsp.prune(cfsp.load(asking), tokenizer, **options).save_pretrained(found)
     assert changed(expected, found) == set()
-    assert json.loads((found / "config.json").read_text())["output_router_logits"]
+    assert read_json(found / "config.json")["output_router_logits"]

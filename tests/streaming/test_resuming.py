@@ -1,6 +1,5 @@
 """A killed run goes on where it was and gives the same bits; other work is refused."""
 
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from builders import entries, stop
+from builders import entries, read_json, stop
 from cfsp.cli import main
 from cfsp.streaming.block_stream import StreamedBlock
 from cfsp.streaming.work_dir import Pace
@@ -168,7 +167,7 @@ def test_a_state_is_complete_and_a_damaged_one_is_refused(runs):
     runs.kill(runs.calibrate, "after", 2)
     (state,) = runs.directory.rglob("state.json")
     # Everything that it speaks of is on disk.
-    fields = json.loads(state.read_text())
+    fields = read_json(state)
     assert fields["next_block"] == 2
     assert (state.parent / fields["hidden"]).stat().st_size == 9 * 32 * 32 * 4
     assert len(list(state.parent.glob("statistics-*.safetensors"))) == 2

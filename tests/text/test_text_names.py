@@ -78,11 +78,8 @@ def test_a_text_on_the_hub_is_opened_once(monkeypatch):
         check_texts(["c4", "someone/texts:default:train:body"])
     check_texts(evaluation=["c4"])
     sources._open_on_hub.cache_clear()
-    assert opened == [
-        ("allenai/c4", "en", "train"),
-        ("someone/texts", "default", "train"),
-        ("allenai/c4", "en", "validation"),
-    ]
+    c4, own = ("allenai/c4", "en"), ("someone/texts", "default", "train")
+    assert opened == [(*c4, "train"), own, (*c4, "validation")]
 
 
 @pytest.mark.parametrize(
