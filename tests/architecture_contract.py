@@ -193,13 +193,9 @@ class ArchitectureContract:
 class ThoroughContract(ArchitectureContract):
     """What takes longer, for one architecture of each kind; for all where time does not matter."""
 
-    def test_sparsity_zero_changes_no_bit(self, case, tokenizer, tmp_path):
-        out, asked = tmp_path / "same", angular(case, sparsity=0.0)
-        cfsp.prune(case.source, out=out, **asked)
-        check_is_the_same(case.source, out)
-        in_memory = cfsp.prune(case.dense, tokenizer, **asked)
-        assert type(in_memory) is type(case.dense)
-        assert_same(in_memory.state_dict(), case.dense.state_dict())
+    def test_sparsity_zero_changes_no_bit(self, case, tmp_path):
+        cfsp.prune(case.source, out=tmp_path / "same", **angular(case, sparsity=0.0))
+        check_is_the_same(case.source, tmp_path / "same")
 
     def test_in_memory_is_the_checkpoint(self, case, tmp_path):
         check_in_memory_is_the_checkpoint(case, tmp_path)

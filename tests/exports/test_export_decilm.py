@@ -59,9 +59,8 @@ def described(directory: Path) -> PreTrainedModel:
     model = LlamaForCausalLM(config)
     for layer, block in zip(model.model.layers, written["block_configs"], strict=True):
         ffn = block["ffn"]
-        config.intermediate_size = ffn.get("intermediate_size")
-        if "ffn_mult" in ffn:
-            config.intermediate_size = width_of(ffn["ffn_mult"], config.hidden_size)
+        by_multiple = width_of(ffn.get("ffn_mult", 0), config.hidden_size)
+        config.intermediate_size = ffn.get("intermediate_size", by_multiple)
         layer.mlp = LlamaMLP(config)
         if block["attention"]["no_op"]:
             layer.self_attn, layer.input_layernorm = Gone(1), torch.nn.Identity()
