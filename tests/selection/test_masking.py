@@ -101,8 +101,8 @@ def test_each_block_is_masked_alone(name, noted):
 
 
 def test_what_stayed_is_stored_by_part(text_file, tokenizer):
-    model = tiny_model("llama", num_attention_heads=6, num_key_value_heads=3, head_dim=8)
-    source = LoadedModel(model, ("ffn", "kv"))
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8}
+    source = LoadedModel(tiny_model("llama", hidden_size=48, **heads), ("ffn", "kv"))
     windows = draw_windows([str(text_file)], tokenizer, samples=2, seqlen=16)
     job = job_of(source, PruneSettings(Budget(), compute=Compute("cpu")))
     statistics = calibrate(source, windows, job.runtime)
