@@ -111,7 +111,7 @@ def gemma(request, save):
 def test_repair_and_recovery_write_the_stored_names(gemma, text_file, tmp_path, command):
     text = ["--data", text_file, "--seqlen", 32, "--device", "cpu"]
     pruned, trained = tmp_path / "pruned", tmp_path / "trained"
-    how = ["--sparsity", 0.5, "--multiple", 8, "--samples", 65, "--repair", "local"]
+    how = ["--sparsity", 0.5, "--multiple", 8, "--samples", 17, "--repair", "local"]
     command("prune", gemma, *text, *how, "--local-steps", 8, "--out", pruned)
     steps = read_json(pruned / "cfsp.json")["repair"]["steps"]
     assert [step["name"] for step in steps] == ["ridge", "sequential", "local"]
