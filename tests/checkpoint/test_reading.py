@@ -137,7 +137,7 @@ def with_foreign_code(directory: Path) -> None:
             (lambda at, text=text: (at / "config.json").write_text(text), "config.json")
             for text in ("", "{}", '{"model_type": ["llama"]}', "\x00")
         ),
-        (lambda at: edit_config(at, model_type="no_such_model"), "is not known to"),
+        (lambda at: edit_config(at, model_type="no_such_model"), "cfsp families"),
         (with_foreign_code, "brings its own modelling code"),
         (lambda at: (at / "model.safetensors").unlink(), "has no model.safetensors"),
         (

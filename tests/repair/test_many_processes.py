@@ -162,12 +162,14 @@ def test_processes_with_different_work_are_refused(commands, argv, tmp_path):
 @pytest.mark.parametrize(
     ("name", "option", "value"), [("prune", "--max-loss-increase", 1), ("eval", "--tasks", "piqa")]
 )
-def test_what_one_process_alone_can_do_is_refused(model, command, monkeypatch, name, option, value):
+def test_what_one_process_alone_can_do_is_refused(
+    model, tmp_path, command, monkeypatch, name, option, value
+):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    error = command(name, model, option, value, "--out", "nowhere", status=2).err
+    error = command(name, model, option, value, "--out", tmp_path / "out", status=2).err
     assert f"cfsp {name}: [process 1] {option} runs in one process, found 2" in error
-    assert not Path("nowhere").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_pass_goes_back_to_the_state_before(tmp_path):
