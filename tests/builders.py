@@ -1,7 +1,5 @@
 """Values that several tests build: random FFN weights, statistics, plans, windows; tensors."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -30,6 +28,7 @@ from cfsp.checkpoint.reading import (
     LoadedModel,
     WeightSource,
 )
+from cfsp.checkpoint.tensor_file import specs_of
 from cfsp.job import Job
 from cfsp.planning.candidate import Dropped, DropSizes
 from cfsp.planning.make import parameters_of_channels
@@ -50,26 +49,15 @@ from cfsp.text.drawing import draw_left_over, draw_text
 from cfsp.text.windows import Windows
 
 RECORD = CalibrationRecord(
-    model="tiny",
-    fingerprint="0" * 32,
-    sources={"text": 4},
-    tokens_digest="1" * 64,
-    windows=4,
-    seqlen=16,
-    seed=0,
-    dtype="float32",
-    device="cpu",
-    bos=False,
-)
+    model="tiny", fingerprint="0" * 32, sources={"text": 4}, tokens_digest="1" * 64, windows=4,
+    seqlen=16, seed=0, dtype="float32", device="cpu", bos=False,
+)  # fmt: skip
 
 # What a plan says of itself besides its blocks.
 CRITERION = {
-    "block_metric": "angular",
-    "channel_metric": "relative",
-    "sparsity": 0.5,
-    "of": "ffn",
+    "block_metric": "angular", "channel_metric": "relative", "sparsity": 0.5, "of": "ffn",
     "multiple": 1,
-}
+}  # fmt: skip
 CALIBRATION = asdict(RECORD)
 
 
@@ -156,17 +144,11 @@ def plan_keeping(
     """Return the plan by which these channels of every unit stay, but for what goes whole."""
     units = tuple(
         UnitPlan(
-            unit.block,
-            unit.width,
-            () if dropped.takes(unit) else kept,
-            0.1,
-            0.5,
-            unit.ffns,
-            path=unit.path,
-            part=unit.part,
+            unit.block, unit.width, () if dropped.takes(unit) else kept, 0.1, 0.5, unit.ffns,
+            path=unit.path, part=unit.part,
         )
         for unit, kept in zip(source.units, kept_U, strict=True)
-    )
+    )  # fmt: skip
     criterion = {**CRITERION, "parts": list(parts_of(dropped))}
     return PruningPlan(ModelIdentity.of(source), criterion, CALIBRATION, units, dropped.blocks)
 
@@ -229,9 +211,14 @@ def edit_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) -> N
     save_file(found, path, metadata=metadata)
 
 
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the fields of a JSON file."""
-    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields = read_json(path)
     change(fields)
     path.write_text(json.dumps(fields), encoding="utf-8")
 
@@ -239,7 +226,5 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 def changed(before: Path, after: Path) -> set[str]:
     """Return the names of the tensors that differ; names, shapes and types must be the same."""
     old, new = tensors(before), tensors(after)
-    assert {k: (v.shape, v.dtype) for k, v in old.items()} == {
-        k: (v.shape, v.dtype) for k, v in new.items()
-    }
+    assert specs_of(old) == specs_of(new)
     return {name for name in old if not torch.equal(old[name], new[name])}

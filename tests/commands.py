@@ -3,8 +3,6 @@
 A command that is told to die does so by a real `kill -9` of its own process.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

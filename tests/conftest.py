@@ -4,8 +4,6 @@ Nothing reaches for a network. `CFSP_CACHE` stays the user's, so that the demo m
 takes a minute to convert, is converted only once on a machine.
 """
 
-from __future__ import annotations
-
 import gc
 import io
 import multiprocessing
@@ -15,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -176,6 +175,12 @@ def text_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def few(text_file) -> dict[str, Any]:
+    """What a calibration of a tiny model is asked for: few windows of the text."""
+    return {"data": [str(text_file)], "samples": 4, "seqlen": 32, "device": "cpu"}
+
+
+@pytest.fixture(scope="session")
 def other_text_file(tmp_path_factory) -> Path:
     """Another text, sharing no sentence with the first."""
     path = tmp_path_factory.mktemp("text") / "other.txt"
@@ -277,24 +282,38 @@ def model(tiny_checkpoint) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pruned(tmp_path_factory, tiny_checkpoint, text_file) -> Path:
+def source(model) -> Any:
+    """The tiny Llama as it is read."""
+    from cfsp.checkpoint.reading import Checkpoint
+
+    return Checkpoint(model)
+
+
+@pytest.fixture
+def copied(model, tmp_path) -> Path:
+    """A copy of the tiny Llama, to change."""
+    return Path(shutil.copytree(model, tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def pruned(tmp_path_factory, model, text_file) -> Path:
     """A tiny Llama whose blocks have different widths."""
     import cfsp
 
     out = tmp_path_factory.mktemp("pruned") / "model"
     asked: dict[str, Any] = {"sparsity": 0.5, "multiple": 4, "samples": 8, "seqlen": 32}
-    report = cfsp.prune(tiny_checkpoint("llama"), out=out, data=[str(text_file)], **asked)
+    report = cfsp.prune(model, out=out, data=[str(text_file)], **asked)
     assert len(set(report.intermediate_sizes)) > 1
     return out
 
 
 @pytest.fixture(scope="session")
-def source_with_card(tiny_checkpoint, tmp_path_factory) -> Path:
+def source_with_card(model, tmp_path_factory) -> Path:
     """A tiny Llama with a model card and a chat template more."""
     from report_runs import CARD
 
     directory = tmp_path_factory.mktemp("source") / "my-model"
-    shutil.copytree(tiny_checkpoint("llama"), directory)
+    shutil.copytree(model, directory)
     (directory / "README.md").write_text(CARD)
     (directory / "additional_chat_templates").mkdir()
     (directory / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
@@ -302,28 +321,16 @@ def source_with_card(tiny_checkpoint, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run(source_with_card, text_file, tmp_path_factory) -> Path:
+def run(source_with_card, text_file, few, tmp_path_factory) -> Path:
     """What tests of `result` look at: half of the channels gone, repaired, and measured."""
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.pipeline import prune_checkpoint
-    from cfsp.settings import (
-        Budget,
-        CalibrationText,
-        Compute,
-        Criterion,
-        EvaluationText,
-        PruneSettings,
-    )
+    from cfsp.settings import EvaluationText, prune_settings
 
     out = tmp_path_factory.mktemp("result") / "run"
-    settings = PruneSettings(
-        Budget(0.5, multiple=8),
-        Criterion(channel_metric="activation"),
-        CalibrationText((str(text_file),), samples=8, seqlen=32),
-        Compute("cpu", "float32"),
-        repair="ridge",
-        evaluation=EvaluationText((str(text_file),), windows=2, seqlen=32),
-    )
+    asked = {**few, "samples": 8, "sparsity": 0.5, "multiple": 8, "channel_metric": "activation"}
+    evaluation = EvaluationText((str(text_file),), windows=2, seqlen=32)
+    settings = replace(prune_settings(asked), evaluation=evaluation)
     typed = f"cfsp prune {source_with_card} --sparsity 0.5 --out {out}"
     prune_checkpoint(open_checkpoint(source_with_card), out, settings, command=typed)
     return out
@@ -337,9 +344,8 @@ def make_case(tmp_path_factory, tokenizer, text_file) -> Callable[..., Any]:
 
     def make(name: str, config: dict[str, Any], **asked: Any) -> Any:
         asked["data"] = [str(text_file)]
-        return pruned_case(
-            tiny_model(name, **config), tokenizer, tmp_path_factory.mktemp(name), asked
-        )
+        dense = tiny_model(name, **config)
+        return pruned_case(dense, tokenizer, tmp_path_factory.mktemp(name), asked)
 
     return make
 

@@ -6,10 +6,7 @@ checkpoint of a tiny model, whichever parts went.
 Shapes: B windows, T tokens.
 """
 
-from __future__ import annotations
-
 import copy
-import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import cfsp
-from builders import tensors
+from builders import read_json, tensors
 from cfsp.architecture.found import Architecture
 from cfsp.architecture.model_classes import auto_classes_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
@@ -30,8 +27,6 @@ from cfsp.checkpoint.skeleton import architecture_of, blocks_of
 from cfsp.cut.surgery import build_pruned_model
 from cfsp.decide import Known
 from cfsp.pipeline import prune_checkpoint
-from cfsp.planning.plan_file import PruningPlan
-from cfsp.result.prune_report import PruneReport
 from cfsp.selection.divergence import call_form_of, masked_unit
 from cfsp.settings import (
     DEFAULT_PARTS,
@@ -61,7 +56,7 @@ def save_with_tokenizer(model: PreTrainedModel, tokenizer: Any, directory: Path)
 
 
 def question_of(
-    dense: PreTrainedModel, checkpoint: Path, plan: PruningPlan | None = None
+    dense: PreTrainedModel, checkpoint: Path, plan: cfsp.PruningPlan | None = None
 ) -> Question:
     """Return what to ask stock software of a checkpoint, dense or pruned by a plan."""
     # It takes another attention on the way.
@@ -143,7 +138,7 @@ class Case:
     dense: Any
     source: Path
     out: Path
-    report: PruneReport
+    report: cfsp.PruneReport
     asked: dict[str, Any]
 
     @cached_property
@@ -181,8 +176,8 @@ def pruned_case(dense: Any, tokenizer: Any, place: Path, asked: dict[str, Any]) 
 
 
 def by_plan(
-    dense: Path, plan: PruningPlan, out: Path, text: Path, repair: Repair = "none"
-) -> PruneReport:
+    dense: Path, plan: cfsp.PruningPlan, out: Path, text: Path, repair: Repair = "none"
+) -> cfsp.PruneReport:
     """Prune by a plan, and repair on a little text."""
     settings = PruneSettings(
         Budget(),
@@ -206,7 +201,7 @@ def check_masked_is_cut(case: Case) -> None:
 
 def check_is_the_same(source: Path, out: Path) -> None:
     assert_same(tensors(out), tensors(source))
-    first, second = (json.loads((at / "config.json").read_text()) for at in (source, out))
+    first, second = (read_json(at / "config.json") for at in (source, out))
     assert first == second
 
 

@@ -5,8 +5,6 @@ without it, as a new interpreter would. Only commands, which begin by importing 
 a fork of the server that has.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import os
@@ -17,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 # What takes long to import and what most jobs need.
 IMPORTED = ("transformers.models.llama.modeling_llama", "transformers.trainer", "peft")
@@ -50,7 +48,7 @@ class Finished:
 class Forks:
     """Runs jobs; a context manager."""
 
-    def __enter__(self) -> Forks:
+    def __enter__(self) -> Self:
         self._server = subprocess.Popen(
             [sys.executable, "-W", "ignore", __file__],
             stdin=subprocess.PIPE,

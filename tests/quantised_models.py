@@ -4,8 +4,6 @@ Packing and unpacking are written in NumPy, from the formats' descriptions, and 
 code that they test.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass

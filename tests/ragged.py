@@ -1,7 +1,5 @@
 """Tiny checkpoints whose blocks differ in width, cut by a plan made by hand."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from pathlib import Path

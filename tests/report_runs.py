@@ -1,7 +1,5 @@
 """Runs for the tests of the report: real prunings of a tiny model, and variations of them."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

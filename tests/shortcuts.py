@@ -1,7 +1,5 @@
 """What no test can tell from the real thing, and what takes a good part of all the time."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from functools import cache

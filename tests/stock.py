@@ -13,8 +13,6 @@ This file imports nothing of cfsp, so that it also runs where there is none.
 Shapes: B windows, T tokens.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 The environment has links to the distributions that the core needs, found from what is installed.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -75,9 +73,7 @@ def run(*command: object) -> str:
     """Return what a command prints; it sees no PYTHONPATH of ours."""
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     words = [str(word) for word in command]
-    ended = subprocess.run(
-        words, env=clean, cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
+    ended = subprocess.run(words, env=clean, cwd=REPOSITORY, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 

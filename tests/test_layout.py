@@ -4,8 +4,6 @@ A node of the graph is a package of src/cfsp, or one of the modules beside the p
 inside functions and under TYPE_CHECKING count too: they say what a reader has to know.
 """
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from functools import cache
@@ -109,9 +107,7 @@ def test_every_package_has_its_row():
 
 def test_imports_go_down_only():
     row_of = {node: number for number, row in enumerate(LAYERS) for node in row}
-    upwards = {
-        edge: places for edge, places in edges().items() if row_of[edge[1]] >= row_of[edge[0]]
-    }
+    upwards = {edge: at for edge, at in edges().items() if row_of[edge[1]] >= row_of[edge[0]]}
     assert upwards == {}
 
 

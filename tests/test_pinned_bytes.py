@@ -9,8 +9,6 @@ To pin anew after a change that is meant to change results:
     CFSP_PIN=1 python -m pytest tests/test_pinned_bytes.py
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -29,7 +27,6 @@ from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.exports.registry import export
 from cfsp.pipeline import prune_checkpoint
-from cfsp.planning.plan_file import PruningPlan
 from cfsp.recovery.recover import recover_checkpoint
 from cfsp.recovery.settings import Adaptation, Limit, RecoverSettings, Training
 from cfsp.settings import Budget, CalibrationText, Compute, Criterion, LocalTraining, PruneSettings
@@ -90,7 +87,7 @@ def settings_digests(directory: Path) -> dict[str, str]:
     }
 
 
-def channels_digest(plan: PruningPlan) -> str:
+def channels_digest(plan: cfsp.PruningPlan) -> str:
     return digest(json.dumps([list(unit.kept) for unit in plan.units]).encode())
 
 
@@ -98,11 +95,11 @@ DRAWN: dict[str, Any] = {"samples": 8, "seqlen": 32, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
-def half(tiny_checkpoint, text_file, tmp_path_factory) -> Path:
+def half(model, text_file, tmp_path_factory) -> Path:
     """A tiny Llama with half of its channels, without repair."""
     out = tmp_path_factory.mktemp("half") / "pruned"
     asked = {"sparsity": 0.5, "multiple": 8, "data": [str(text_file)], **DRAWN}
-    cfsp.prune(tiny_checkpoint("llama"), out=out, repair="none", **asked)
+    cfsp.prune(model, out=out, repair="none", **asked)
     return out
 
 
@@ -130,7 +127,7 @@ def test_prune(tmp_path, tiny_checkpoint, text_file, name):
         LocalTraining(steps=3),
     )
     prune_checkpoint(open_checkpoint(tiny_checkpoint(name)), out, settings)
-    plan = PruningPlan.load(out / PLAN_FILE)
+    plan = cfsp.PruningPlan.load(out / PLAN_FILE)
     compare(
         f"prune {name} {repair}",
         {"channels": channels_digest(plan), **settings_digests(out)},
@@ -138,10 +135,9 @@ def test_prune(tmp_path, tiny_checkpoint, text_file, name):
     )
 
 
-def test_calibrate_plan_and_export(tmp_path, tiny_checkpoint, text_file, half):
-    source = tiny_checkpoint("llama")
-    statistics = cfsp.calibrate(source, data=[str(text_file)], block_metric="angular", **DRAWN)
-    plan = cfsp.plan(source, statistics, sparsity=0.5, multiple=8)
+def test_calibrate_plan_and_export(tmp_path, model, text_file, half):
+    statistics = cfsp.calibrate(model, data=[str(text_file)], block_metric="angular", **DRAWN)
+    plan = cfsp.plan(model, statistics, sparsity=0.5, multiple=8)
     found = {"plan": channels_digest(plan), "weights": weights_digest(half)}
     export(half, "vllm", tmp_path / "vllm")
     found["vllm"] = weights_digest(tmp_path / "vllm")
@@ -153,7 +149,6 @@ def test_recover(tmp_path, text_file, half):
     out = tmp_path / "recovered"
     how = Training(Limit(steps=4), learning_rate=1e-3, batch_windows=2, seqlen=32, evaluations=2)
     adaptation = Adaptation(rank=2, allocation="importance")
-    recover_checkpoint(
-        open_checkpoint(half), out, RecoverSettings((str(text_file),), how, adaptation)
-    )
+    settings = RecoverSettings((str(text_file),), how, adaptation)
+    recover_checkpoint(open_checkpoint(half), out, settings)
     compare("recover", settings_digests(out), {"weights": weights_digest(out)})

@@ -1,7 +1,5 @@
 """Progress where there is no terminal: a plain line now and then, none for short work."""
 
-from __future__ import annotations
-
 import logging
 from types import SimpleNamespace
 
@@ -57,9 +55,7 @@ def test_work_within_work_speaks_no_oftener(clock, caplog):
 
 
 @pytest.mark.parametrize(("rank", "seconds"), [("0", 1), ("1", 3600)])
-def test_short_work_is_quiet_and_of_several_processes_one_speaks(
-    clock, caplog, monkeypatch, rank, seconds
-):
+def test_short_work_is_quiet_and_one_process_speaks(clock, caplog, monkeypatch, rank, seconds):
     monkeypatch.setenv("RANK", rank)
     clock.seconds += 3600
     with item_progress("plan", 8, "block") as bar:

@@ -1,7 +1,5 @@
 """What a prune will take is told before it starts, and nothing is written."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +13,9 @@ Estimate = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def argv(tiny_checkpoint, text_file) -> list[str]:
+def argv(model, text_file) -> list[str]:
     text = ["--data", str(text_file), "--samples", "16", "--seqlen", "32", "--dtype", "float32"]
-    model = str(tiny_checkpoint("llama"))
-    return ["prune", model, *text, "--estimate"]
+    return ["prune", str(model), *text, "--estimate"]
 
 
 @pytest.fixture

@@ -1,9 +1,8 @@
 """What users may rely on: the names of `cfsp`, and a README that knows every module."""
 
-from __future__ import annotations
-
 import inspect
 import re
+import tomllib
 
 import pytest
 
@@ -13,25 +12,10 @@ from conftest import REPOSITORY
 PACKAGE = REPOSITORY / "src" / "cfsp"
 
 PUBLIC = [
-    "CfspError",
-    "MaxLossIncrease",
-    "PruneReport",
-    "PruningPlan",
-    "Statistics",
-    "TargetKVCache",
-    "TargetParameters",
-    "TargetSpeedup",
-    "Text",
-    "__version__",
-    "bench",
-    "calibrate",
-    "evaluate",
-    "export",
-    "load",
-    "plan",
-    "prune",
-    "recover",
-]
+    "CfspError", "MaxLossIncrease", "PruneReport", "PruningPlan", "Statistics", "TargetKVCache",
+    "TargetParameters", "TargetSpeedup", "Text", "__version__", "bench", "calibrate", "evaluate",
+    "export", "load", "plan", "prune", "recover",
+]  # fmt: skip
 
 
 def test_public_names():
@@ -57,8 +41,6 @@ def test_names_that_are_not_there_are_refused():
 
 
 def test_version_is_that_of_the_distribution():
-    import tomllib
-
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     assert cfsp.__version__ == project["version"]
 

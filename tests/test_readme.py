@@ -1,7 +1,5 @@
 """The commands and the Python of the README and the first page run, on a tiny model and text."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from dataclasses import replace
@@ -37,17 +35,14 @@ def blocks(page: Path, language: str) -> list[str]:
 
 @pytest.mark.parametrize("page", [README, FIRST], ids=lambda page: page.stem)
 @pytest.mark.usefixtures("models_start_quickly")
-def test_the_commands_run(
-    page, tiny_checkpoint, text_file, other_text_file, tmp_path, monkeypatch, capsys
-):
+def test_the_commands_run(page, model, text_file, other_text_file, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("cfsp.quality.answers.ANSWER_TOKENS", 4)
     timed = ModelProcess.run  # a busy machine gives no verdict
     monkeypatch.setattr(ModelProcess, "run", lambda *args: replace(timed(*args), disturbance=0.0))
-    model = str(tiny_checkpoint("llama"))
     stand_ins = {
-        "MODEL": model,
-        "demo": model,
+        "MODEL": str(model),
+        "demo": str(model),
         "wikitext2": str(text_file),
         "c4": str(other_text_file),
         "python-docs": str(text_file),
@@ -69,14 +64,13 @@ def test_the_commands_run(
     assert len(served) == sum(" export " in command for command in commands)
 
 
-def test_the_python_runs(tiny_checkpoint, tokenizer, text_file, tmp_path, monkeypatch):
+def test_the_python_runs(model, tokenizer, text_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(text_file.read_text())
     monkeypatch.setattr("cfsp.text.drawing.draw_text", _small_draw)
     (code,) = blocks(README, "python")
-    names = {"model_in_memory": cfsp.load(tiny_checkpoint("llama")), "tokenizer": tokenizer}
-    code = code.replace("path/to/model", str(tiny_checkpoint("llama")))
-    exec(code, names)
+    names = {"model_in_memory": cfsp.load(model), "tokenizer": tokenizer}
+    exec(code.replace("path/to/model", str(model)), names)
     assert names["smaller"].num_parameters() < names["model_in_memory"].num_parameters()
     assert (tmp_path / "smaller" / "config.json").is_file()
     (code,) = blocks(FIRST, "python")

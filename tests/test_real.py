@@ -7,8 +7,6 @@ Python (3.11.2, 3.11.7) or what another number of threads rounds move the perple
 What more of both gives is in docs/RESULTS.md.
 """
 
-from __future__ import annotations
-
 from operator import truediv
 from pathlib import Path
 from typing import Any

@@ -1,12 +1,9 @@
 """What docs/TRUST.md promises besides the catalogue of bad input in tests/bad_inputs."""
 
-from __future__ import annotations
-
 import random
 import re
 import resource
 from pathlib import Path
-from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
@@ -15,14 +12,12 @@ from hypothesis import strategies as st
 
 import cfsp
 from builders import entries
-from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import exclusive, staged_directory, staged_file
 from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
 from cfsp.cli import main
 from cfsp.decide import plan_from
 from cfsp.errors import OutputError
-from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.card import Origin, model_card
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Budget, PruneSettings
@@ -67,7 +62,7 @@ def test_a_card_quotes_foreign_text_as_code(run):
     origin = Origin(hostile, metadata={"license": hostile, "tags": [hostile]})
     manifest = read_manifest(run)
     manifest |= {"base_model": {"name": hostile}, "perplexity": measured(hostile, 1, 2)}
-    card = ModelCard(model_card(manifest, PruningPlan.load(run / PLAN_FILE), origin))
+    card = ModelCard(model_card(manifest, cfsp.PruningPlan.load(run / PLAN_FILE), origin))
     assert card.data.license == hostile
     outside_code = re.sub(r"^ {4}.*$", "", re.sub(r"`[^`\n]*`", "", card.text), flags=re.M)
     for foreign in ("<script>", "[a]", "# <", "---\n#"):
@@ -111,25 +106,22 @@ def test_the_first_of_two_outputs_stays(tmp_path):
     assert entries(tmp_path) == {"out", "one"}
 
 
-def test_a_sweep_where_another_one_works_is_refused(tiny_checkpoint, text_file, tmp_path, command):
-    argv = ["sweep", str(tiny_checkpoint("llama")), "--sparsity", "0.4", "--data", str(text_file)]
+def test_a_sweep_where_another_one_works_is_refused(model, text_file, tmp_path, command):
+    argv = ["sweep", model, "--sparsity", 0.4, "--data", text_file, "--eval", text_file]
     with exclusive(tmp_path / "out"):
-        assert (
-            "another run is working in"
-            in command(*argv, "--eval", text_file, "--out", tmp_path / "out", status=2).err
-        )
+        error = command(*argv, "--out", tmp_path / "out", status=2).err
+        assert "another run is working in" in error
 
 
 @pytest.mark.parametrize("command", ["prune", "calibrate", "recover"])
-def test_of_two_processes_one_wins(command, commands, tiny_checkpoint, text_file, tmp_path):
-    model, out = str(tiny_checkpoint("llama")), tmp_path / "out"
-    drawn = ["--data", str(text_file), "--seqlen", "32"]
+def test_of_two_processes_one_wins(command, commands, model, text_file, tmp_path):
+    out, drawn = tmp_path / "out", ["--data", str(text_file), "--seqlen", "32"]
     options = {
         "prune": ["--sparsity", "0.4", "--multiple", "4", "--samples", "8"],
         "calibrate": ["--samples", "8"],
         "recover": ["--rank-allocation", "uniform", "--steps", "2"],
     }
-    argv = [command, model, *drawn, *options[command], "--out", str(out)]
+    argv = [command, str(model), *drawn, *options[command], "--out", str(out)]
     first, second = sorted(commands(Command(argv), Command(argv)), key=lambda it: it.status)
     assert (first.status, second.status) == (0, 2), (first.stderr, second.stderr)
     message = second.stderr.splitlines()[-1]
@@ -150,13 +142,11 @@ def resident_bytes() -> int:
     return int(statm.read_text().split()[1]) * resource.getpagesize()
 
 
-def test_many_prunes_do_not_grow_memory(tiny_checkpoint, text_file, tmp_path):
-    asked: dict[str, Any] = {"sparsity": 0.4, "multiple": 4, "samples": 4, "seqlen": 32}
+def test_many_prunes_do_not_grow_memory(model, few, tmp_path):
     for number in range(8):
         if number == 2:
             before = resident_bytes()
-        out = tmp_path / str(number)
-        cfsp.prune(tiny_checkpoint("llama"), out=out, data=[str(text_file)], **asked)
+        cfsp.prune(model, out=tmp_path / str(number), sparsity=0.4, multiple=4, **few)
     assert resident_bytes() - before < 40 << 20
 
 
@@ -166,8 +156,8 @@ def test_a_thousand_plans_do_not_grow_memory(model, pruned):
         if number == 20:
             before = resident_bytes()
         budget = Budget(0.1 + 0.0008 * number, multiple=4)
-        plan_from(source, Statistics.load(pruned / STATISTICS_FILE), PruneSettings(budget))
-    # Statistics and plans that were all kept would be more.
+        plan_from(source, cfsp.Statistics.load(pruned / STATISTICS_FILE), PruneSettings(budget))
+    # cfsp.Statistics and plans that were all kept would be more.
     assert resident_bytes() - before < 8 << 20
 
 

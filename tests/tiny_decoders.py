@@ -5,8 +5,6 @@ a field for. Each kind of block of a default config is there. `OVERRIDES` has wh
 besides, and `REPRESENTATIVES` the types that the contract and the stream are tested with.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -5,8 +5,6 @@ full attention, tied and untied embeddings, biases in attention and FFN, sliding
 of different attention types.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from functools import partial

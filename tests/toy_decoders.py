@@ -1,7 +1,5 @@
 """A decoder that transformers does not know, and others that only seem as if they could be cut."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

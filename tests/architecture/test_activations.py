@@ -1,7 +1,5 @@
 """Activations of any FFN unit: rows that make up what the unit gives, and the token of each."""
 
-from __future__ import annotations
-
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
@@ -216,19 +214,15 @@ def unit_of(up: str, down: str, axes: tuple[int, int], ffns: int = 1) -> Unit:
     return Unit(0, "mlp", 64, ffns, up, None, down, by_name, routed=ffns > 1)
 
 
+def of_all_tokens(ffn: FFN, x: Tensor) -> Tensor:
+    """Experts that are given all tokens and weighted afterwards, outside."""
+    return torch.bmm(torch.bmm(x.expand(4, -1, -1), ffn.up).relu(), ffn.down)
+
+
 LINEAR = unit_of("mlp.up.weight", "mlp.down.weight", (0, 1))
+EXPERTS = FFN(weights(4, 32, 64), weights(4, 64, 32), of_all_tokens)
 UNSEEN = {
-    # Experts that are given all tokens and weighted afterwards, outside.
-    "weights them in a way": (
-        Block(
-            FFN(
-                weights(4, 32, 64),
-                weights(4, 64, 32),
-                lambda of, x: torch.bmm(torch.bmm(x.expand(4, -1, -1), of.up).relu(), of.down),
-            )
-        ),
-        unit_of("mlp.up", "mlp.down", (2, 1), ffns=4),
-    ),
+    "weights them in a way": (Block(EXPERTS), unit_of("mlp.up", "mlp.down", (2, 1), ffns=4)),
     "rows of 12 tokens": (Block(linear_ffn(lambda of, x: of.down(of.up(x).relu())), 2), LINEAR),
     "without its matrix": (
         Block(linear_ffn(lambda of, x: of.up(x).relu() @ of.down.weight.T)),

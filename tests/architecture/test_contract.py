@@ -1,7 +1,5 @@
 """The contract of architectures, once for every tiny model and for each representative."""
 
-from __future__ import annotations
-
 import copy
 import os
 from collections.abc import Iterator

@@ -1,65 +1,42 @@
 """KV groups: found, refused, pruned in steps and again; cut/test_removals.py has their cutting."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 
 import pytest
-import torch
 
 import cfsp
 from cfsp.architecture.proof import prove
-from cfsp.checkpoint.reading import Checkpoint
-from cfsp.cli import main
 from cfsp.errors import BudgetError, UnsupportedModelError
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate
-from cfsp.planning.plan_file import PruningPlan
 from cfsp.settings import Budget, Part
-from family_contract import SETTINGS, by_plan, check_is_the_same, check_masked_is_cut, logits_of
+from family_contract import by_plan, check_is_the_same, check_masked_is_cut
 from tiny_decoders import tiny_config
 
 PARTS: tuple[Part, ...] = ("ffn", "kv")
 
 
-def test_what_lost_groups_is_pruned_again(tiny_checkpoint, text_file, tmp_path):
-    asked: dict[str, Any] = {"multiple": 1, "repair": "none", "data": [str(text_file)], **SETTINGS}
-    first = cfsp.prune(
-        tiny_checkpoint("llama"), out=tmp_path / "once", parts="kv", sparsity=0.35, **asked
-    )
-    groups = first.kv_groups["after"]
-    assert len(set(groups)) > 1
-    again = cfsp.prune(tmp_path / "once", out=tmp_path / "twice", sparsity=0.3, **asked)
-    # Only FFN channels may go now; the heads stay as they are.
-    assert again.kv_groups["after"] == groups
-    assert sum(again.intermediate_sizes) < sum(first.intermediate_sizes)
-    assert Checkpoint(tmp_path / "twice").architecture.of_part("kv").widths == groups
-    logits_of(cfsp.load(tmp_path / "twice"), torch.arange(2, 26).view(2, 12))
-
-
-def test_the_stages_one_by_one_and_the_report(tiny_checkpoint, text_file, tmp_path):
-    llama = tiny_checkpoint("llama")
-    text: dict[str, Any] = {"data": [str(text_file)], **SETTINGS}
-    cfsp.calibrate(llama, parts=PARTS, **text).save(tmp_path / "statistics")
+def test_the_stages_one_by_one_and_the_report(model, few, text_file, tmp_path, command):
+    cfsp.calibrate(model, parts=PARTS, **few).save(tmp_path / "statistics")
     statistics = cfsp.Statistics.load(tmp_path / "statistics")
     (attention,) = (unit for unit in statistics.units if unit.block == 1 and unit.part == "kv")
     assert attention.distance_sum is not None and attention.distance_sum > 0
     assert attention.distance_sum != statistics.blocks[1].distance_sum
-    asked: dict[str, Any] = {"goal": cfsp.TargetParameters(0.8), "parts": PARTS, "multiple": 1}
-    plan = cfsp.plan(llama, statistics, block_metric="angular", **asked)
-    assert PruningPlan.from_json(plan.to_json()) == plan
-    by_plan(llama, plan, tmp_path / "by-plan", text_file)
+    asked: Any = {"goal": cfsp.TargetParameters(0.8), "parts": PARTS, "multiple": 1}
+    plan = cfsp.plan(model, statistics, block_metric="angular", **asked)
+    assert cfsp.PruningPlan.from_json(plan.to_json()) == plan
+    by_plan(model, plan, tmp_path / "by-plan", text_file)
     out = tmp_path / "direct"
-    cfsp.prune(llama, out=out, repair="none", **asked, **text)
+    cfsp.prune(model, out=out, repair="none", **asked, **few)
     check_is_the_same(tmp_path / "by-plan", out)
-    assert main(["report", str(out), "--out", str(tmp_path / "page.html")]) == 0
+    command("report", out, "--out", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     for said in ("KV groups", "FFN channels", "What each attention layer", "1 self_attn"):
         assert said in page
     assert "KV groups" in (out / "README.md").read_text()
 
 
-def test_equally_many_groups_give_a_stock_checkpoint(make_case):
+def test_equally_many_groups_give_a_stock_checkpoint(make_case, command):
     case = make_case("llama", {}, sparsity=0.5, parts="kv")
     assert case.report.kv_groups["after"] == [1, 1, 1]
     assert case.report.intermediate_sizes == [96, 96, 96]
@@ -67,7 +44,7 @@ def test_equally_many_groups_give_a_stock_checkpoint(make_case):
     assert fields["architectures"] == ["LlamaForCausalLM"]
     assert (fields["num_attention_heads"], fields["num_key_value_heads"]) == (2, 1)
     assert not list(case.out.glob("*.py"))
-    assert main(["verify", str(case.out)]) == 0
+    command("verify", case.out)
     check_masked_is_cut(case)
 
 

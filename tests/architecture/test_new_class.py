@@ -1,7 +1,5 @@
 """A decoder that did not exist when cfsp was written is pruned as any other."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 import cfsp
 import stock
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.planning.plan_file import PruningPlan
 from toy_decoders import CHANNELS, ToyConfig, ToyForCausalLM, register
 
-SETTINGS: dict[str, Any] = {"samples": 4, "seqlen": 32, "repair": "none", "multiple": 1}
 TOKENS = torch.randint(2, 320, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
@@ -32,7 +28,7 @@ def new_model(trick: str = "") -> PreTrainedModel:
 logits_of = partial(stock.logits_of, tokens_BT=TOKENS)
 
 
-def masked(plan: PruningPlan, trick: str = "") -> PreTrainedModel:
+def masked(plan: cfsp.PruningPlan, trick: str = "") -> PreTrainedModel:
     """Return the original with zeros in the columns of down that go."""
     model: Any = new_model(trick)
     with torch.no_grad():
@@ -55,9 +51,15 @@ def load_by_its_own_class(directory: Path) -> PreTrainedModel:
     return pruned.from_pretrained(directory).eval()  # type: ignore[no-any-return]
 
 
+@pytest.fixture
+def half(few) -> dict[str, Any]:
+    """Half of the channels, whichever number of them, go without repair."""
+    return {"sparsity": 0.5, "repair": "none", "multiple": 1, **few}
+
+
 @pytest.mark.parametrize("block_metric", ["angular", "uniform"])
-def test_it_is_pruned_saved_and_loaded(tokenizer, save, text_file, tmp_path, block_metric):
-    asked = {"sparsity": 0.5, "block_metric": block_metric, "data": [str(text_file)], **SETTINGS}
+def test_it_is_pruned_saved_and_loaded(tokenizer, save, half, tmp_path, block_metric):
+    asked = {"block_metric": block_metric, **half}
     model = new_model()
     smaller = cfsp.prune(model, tokenizer, **asked)
     assert torch.equal(logits_of(model), logits_of(new_model()))
@@ -66,10 +68,9 @@ def test_it_is_pruned_saved_and_loaded(tokenizer, save, text_file, tmp_path, blo
     assert (expected - logits_of(model)).abs().max() > 1e-2
     torch.testing.assert_close(logits_of(smaller), expected, rtol=1e-5, atol=1e-5)
     steps: Any = smaller.core.steps
-    assert [step.thinker and step.thinker.squeeze.out_features for step in steps] == [
-        2 * width if width else None
-        for width in (report.intermediate_sizes[0], 0, *report.intermediate_sizes[1:])
-    ]
+    first, *others = report.intermediate_sizes
+    rows = [step.thinker and step.thinker.squeeze.out_features for step in steps]
+    assert rows == [2 * first, None, *(2 * width for width in others)]
 
     is_stock = type(smaller) is ToyForCausalLM
     assert is_stock == (block_metric == "uniform")
@@ -85,22 +86,21 @@ def test_it_is_pruned_saved_and_loaded(tokenizer, save, text_file, tmp_path, blo
 
 @pytest.mark.parametrize("block_metric", ["angular", "uniform"])
 @pytest.mark.parametrize("trick", ["scaled as it is built", "scaled while it runs"])
-def test_a_number_that_also_scales_stays(trick, block_metric, save, text_file, tmp_path):
-    asked = {"sparsity": 0.5, "block_metric": block_metric, "data": [str(text_file)], **SETTINGS}
+def test_a_number_that_also_scales_stays(trick, block_metric, save, half, tmp_path):
+    asked = {"block_metric": block_metric, **half}
     plan = cfsp.prune(save(new_model(trick)), out=tmp_path / "out", **asked).plan
     smaller = load_by_its_own_class(tmp_path / "out")
     torch.testing.assert_close(logits_of(smaller), logits_of(masked(plan, trick)))
     assert smaller.config.channels == CHANNELS
 
 
-def test_ffns_that_cannot_be_cut_keep_their_width(tokenizer, text_file):
+def test_ffns_that_cannot_be_cut_keep_their_width(tokenizer, half):
     """One key of the config gives the widths of all, of which only some may change."""
     trick = "weights tied between blocks"
     model = new_model(trick)
-    smaller = cfsp.prune(model, tokenizer, sparsity=0.5, data=[str(text_file)], **SETTINGS)
+    smaller = cfsp.prune(model, tokenizer, **half)
     steps: Any = smaller.core.steps
-    assert [step.thinker and step.thinker.unsqueeze.in_features for step in steps] == [
-        CHANNELS // 2, None, CHANNELS, CHANNELS,
-    ]  # fmt: skip
+    widths = [step.thinker and step.thinker.unsqueeze.in_features for step in steps]
+    assert widths == [CHANNELS // 2, None, CHANNELS, CHANNELS]
     assert smaller.config.ffn_widths == {"0": {"thinker": CHANNELS // 2}}
     assert smaller.config.channels == CHANNELS

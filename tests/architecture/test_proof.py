@@ -1,7 +1,5 @@
 """Proof: the class of a config, a small model of it, what is found in it, and its resizing."""
 
-from __future__ import annotations
-
 import inspect
 import re
 
@@ -9,23 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import (
-    BartConfig,
-    BertConfig,
-    CLIPConfig,
-    DeepseekV3Config,
-    Gemma3Config,
-    Gemma3TextConfig,
-    GemmaConfig,
-    GPT2Config,
-    GptOssConfig,
-    GraniteMoeHybridConfig,
-    LlamaConfig,
-    OPTConfig,
-    PreTrainedConfig,
-    Qwen2MoeConfig,
-    Qwen3_5Config,
-)
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from cfsp.architecture import resizing
@@ -38,6 +20,9 @@ from cfsp.architecture.smaller_config import smaller_configs
 from cfsp.errors import CheckpointError, UnsupportedModelError
 from tiny_models import TINY_CONFIGS
 from toy_decoders import BLOCKS, CHANNELS, ToyConfig, register
+
+# The config of a type with all its defaults, or with others.
+config_of = AutoConfig.for_model
 
 
 @pytest.fixture(autouse=True)
@@ -139,10 +124,7 @@ def test_a_decoder_that_takes_no_token_ids_is_refused():
 def test_weights_of_two_blocks_are_left_alone(trick):
     found = prove(ToyConfig(trick=trick))
     assert [unit.block for unit in found.units] == [0]
-    assert [refusal.module for refusal in found.refused] == [
-        "core.steps.2.thinker",
-        "core.steps.3.thinker",
-    ]
+    assert [each.module for each in found.refused] == [f"core.steps.{n}.thinker" for n in (2, 3)]
     for refusal in found.refused:
         assert refusal.reason.startswith("alone: expected weights that are used nowhere else")
 
@@ -158,10 +140,10 @@ def units(found: Architecture) -> set[tuple[str, int, int, tuple[int, ...]]]:
         (LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3,
                      intermediate_size=1536), {("mlp", 1536, 1, (1,))}),
         (LlamaConfig(mlp_bias=True, num_hidden_layers=1), {("mlp", 11008, 1, (1,))}),
-        (GemmaConfig(), {("mlp", 24576, 1, (1,))}),
-        (OPTConfig(), {("", 3072, 1, (1,))}),
-        (GptOssConfig(), {("mlp.experts", 2880, 128, INTERLEAVED)}),
-        (Qwen2MoeConfig(mlp_only_layers=[0]), {
+        (config_of("gemma"), {("mlp", 24576, 1, (1,))}),
+        (config_of("opt"), {("", 3072, 1, (1,))}),
+        (config_of("gpt_oss"), {("mlp.experts", 2880, 128, INTERLEAVED)}),
+        (config_of("qwen2_moe", mlp_only_layers=[0]), {
             ("mlp", 5632, 1, (1,)), ("mlp.experts", 1408, 60, HALVES),
             ("mlp.shared_expert", 5632, 1, (1,))}),
     ],
@@ -183,14 +165,13 @@ def test_proving_leaves_the_random_state_alone():
 
 def test_numbers_that_no_model_can_have_are_a_fault_of_the_config():
     with pytest.raises(CheckpointError, match="no llama model can be built from"):
-        prove(
-            LlamaConfig(hidden_size=64, num_attention_heads=4, rope_parameters={"rope_type": "x"})
-        )
+        prove(LlamaConfig(hidden_size=64, rope_parameters={"rope_type": "x"}))
 
 
 # The class of a config.
 
 TOY_NAMES = (None, ["ToyForCausalLM"], ["PrunedToyForCausalLM"])
+GEMMA3 = "Gemma3ForConditionalGeneration"
 
 
 @pytest.mark.parametrize(
@@ -200,10 +181,10 @@ TOY_NAMES = (None, ["ToyForCausalLM"], ["PrunedToyForCausalLM"])
         (LlamaConfig(), ["PrunedLlamaForCausalLM"], "LlamaForCausalLM"),
         (LlamaConfig(), ["LlamaForSequenceClassification"], "LlamaForCausalLM"),
         (LlamaConfig(), ["NoSuchClass"], "LlamaForCausalLM"),
-        (Gemma3TextConfig(), None, "Gemma3ForCausalLM"),
-        (Gemma3Config(), None, "Gemma3ForConditionalGeneration"),
-        (Gemma3Config(), ["Gemma3ForConditionalGeneration"], "Gemma3ForConditionalGeneration"),
-        (Qwen3_5Config(), None, "Qwen3_5ForConditionalGeneration"),
+        (config_of("gemma3_text"), None, "Gemma3ForCausalLM"),
+        (config_of("gemma3"), None, GEMMA3),
+        (config_of("gemma3"), [GEMMA3], GEMMA3),
+        (config_of("qwen3_5"), None, "Qwen3_5ForConditionalGeneration"),
         # A class that the user registered.
         *((ToyConfig(), name, "ToyForCausalLM") for name in TOY_NAMES),
     ],
@@ -216,9 +197,9 @@ def test_the_class_of_a_config(config, architectures, expected):
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (BartConfig(), "is an encoder with a decoder"),
-        (BertConfig(), "is an encoder"),
-        (CLIPConfig(), "has no class for causal language modelling"),
+        (config_of("bart"), "is an encoder with a decoder"),
+        (config_of("bert"), "is an encoder"),
+        (config_of("clip"), "has no class for causal language modelling"),
     ],
 )
 def test_what_is_no_decoder_is_refused(config, reason):
@@ -234,26 +215,17 @@ def on_meta(config: PreTrainedConfig) -> torch.nn.Module:
         return model_class_of(config)._from_config(config)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        LlamaConfig(), GPT2Config(), DeepseekV3Config(), GraniteMoeHybridConfig(), Gemma3Config(),
-    ],
-    ids=lambda config: config.model_type,
-)  # fmt: skip
-def test_the_small_model_has_the_same_units(config):
+@pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek_v3", "granitemoehybrid", "gemma3"])
+def test_the_small_model_has_the_same_units(name):
+    config = config_of(name)
     before = config.to_dict()
     smallest = next(smaller_configs(config))
     assert config.to_dict() == before
     small, large = on_meta(smallest), on_meta(config)
     found, expected = find_architecture(small), find_architecture(large)
-    assert [(u.block, u.form, u.ffns) for u in found.units] == [
-        (u.block, u.form, u.ffns) for u in expected.units
-    ]
-    assert all(
-        mine.width < other.width / 4
-        for mine, other in zip(found.units, expected.units, strict=True)
-    )
+    for mine, other in zip(found.units, expected.units, strict=True):
+        assert (mine.block, mine.form, mine.ffns) == (other.block, other.form, other.ffns)
+        assert mine.width < other.width / 4
     decoder = large.get_submodule(expected.decoder)
     few = sum(p.numel() for p in small.get_submodule(found.decoder).parameters())
     assert few < sum(p.numel() for p in decoder.parameters()) / 50
@@ -287,7 +259,5 @@ def test_what_is_resized_keeps_its_type_and_may_be_trained_as_before():
 
 
 def test_its_source_needs_nothing_but_torch():
-    modules = set(
-        re.findall(r"^\s*(?:from|import) (\S+)", inspect.getsource(resizing), re.MULTILINE)
-    )
+    modules = set(re.findall(r"(?m)^\s*(?:from|import) (\S+)", inspect.getsource(resizing)))
     assert modules == {"__future__", "collections", "collections.abc", "typing", "torch"}

@@ -6,8 +6,6 @@ leaves nothing where it works: neither in the directory of the output, nor among
 nor in the cache.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

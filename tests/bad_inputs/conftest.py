@@ -1,7 +1,5 @@
 """Fixtures of the catalogue: originals made once, and a place for each case."""
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from pathlib import Path

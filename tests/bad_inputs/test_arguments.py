@@ -1,7 +1,5 @@
 """Flags and numbers that no command can obey."""
 
-from __future__ import annotations
-
 from bad_inputs.catalogue import (
     CALIBRATE,
     EVAL,
@@ -20,76 +18,64 @@ SWEEP = f"sweep {{model}} --eval {{text}} --out {{out}} {TEXT} --sparsity"
 MANY = 10**30
 
 FLAGS = [
-    BadInput(f"{PRUNE} --sparse 0.5", "unknown argument --sparse", SEE),
-    BadInput(f"{PRUNE} --channel-metric best", "found 'best'", SEE),
-    BadInput(f"{PRUNE} --samples many", "invalid int value: 'many'", SEE),
-    BadInput("families --all", "unknown argument --all", "--help"),
-    BadInput(
+    (f"{PRUNE} --sparse 0.5", "unknown argument --sparse", SEE),
+    (f"{PRUNE} --channel-metric best", "found 'best'", SEE),
+    (f"{PRUNE} --samples many", "invalid int value: 'many'", SEE),
+    ("families --all", "unknown argument --all", "--help"),
+    (
         "recover {pruned} --out {out} --steps 1 --max-minutes 1",
         "--max-minutes: not allowed with argument --steps",
         "--help",
     ),
-    BadInput("export {model} --out {out}", "arguments are required: --to", "--help"),
-    BadInput(
+    ("export {model} --out {out}", "arguments are required: --to", "--help"),
+    (
         f"{PRUNE} --parts ffn,bloks",
         "--parts must be of ffn, kv, attention, blocks, experts, found 'bloks'",
         "; did you mean blocks?",
     ),
-    BadInput(
-        f"{NOTHING} --plan p --statistics s", "--plan and --statistics exclude", "made already"
-    ),
-    BadInput(f"{NOTHING} --sparsity 0.95 {TEXT}", "cannot", "between 0 and 66.7%"),
-    BadInput(
-        "prune {model} --sparsity 0.2", "found none", "expected --out, the directory to write"
-    ),
-    BadInput("verify {model}", "{model} has no cfsp.json", "cfsp did not write it"),
-    BadInput("inspect {inputs}/absent", "{inputs}/absent does not exist", "give a directory"),
-    BadInput("inspect ~nobody-has-this-name/a", "name/a does not exist", "give a directory"),
-    BadInput("eval {model}", "found none", "expected --data, --tasks, --answers or several"),
-    BadInput(
+    (f"{NOTHING} --plan p --statistics s", "--plan and --statistics exclude", "made already"),
+    (f"{NOTHING} --sparsity 0.95 {TEXT}", "cannot", "between 0 and 66.7%"),
+    ("prune {model} --sparsity 0.2", "found none", "expected --out, the directory to write"),
+    ("verify {model}", "{model} has no cfsp.json", "cfsp did not write it"),
+    ("inspect {inputs}/absent", "{inputs}/absent does not exist", "give a directory"),
+    ("inspect ~nobody-has-this-name/a", "name/a does not exist", "give a directory"),
+    ("eval {model}", "found none", "expected --data, --tasks, --answers or several"),
+    (
         f"{PRUNE_TEXT} --widths equal --set block_metric=angular",
         "block_metric=angular would do nothing",
         "give one of the two",
     ),
-    BadInput(f"{SWEEP} 0.4 --set limit=4", "--limit", "need --tasks"),
-    BadInput(f"{EVAL} --limit 4", "--limit is about tasks", "add --tasks"),
-    BadInput("eval {model} --tasks ,", "found ','", "--tasks: expected one name or several"),
-    BadInput(f"{SWEEP} 0.4 --tasks ,", "found ','", "--tasks: expected one name or several"),
-    BadInput(f"{PRUNE} --keep ,", "found ','", "--keep: expected one name or several"),
-    BadInput(f"{NOTHING} --plan p --keep 0", "--plan and --keep exclude", "made already"),
-    BadInput(f"{TRAIN} --method full --rank 2", "--rank belongs to", "--method lora"),
-    BadInput(
-        f"{TRAIN} --teacher none --set teacher_weight=.5", "--teacher-weight needs", "a teacher"
-    ),
-    BadInput("export {model} --to vllm --type f16 --out {out}", "--type belongs to", "keeps the"),
+    (f"{SWEEP} 0.4 --set limit=4", "--limit", "need --tasks"),
+    (f"{EVAL} --limit 4", "--limit is about tasks", "add --tasks"),
+    ("eval {model} --tasks ,", "found ','", "--tasks: expected one name or several"),
+    (f"{SWEEP} 0.4 --tasks ,", "found ','", "--tasks: expected one name or several"),
+    (f"{PRUNE} --keep ,", "found ','", "--keep: expected one name or several"),
+    (f"{NOTHING} --plan p --keep 0", "--plan and --keep exclude", "made already"),
+    (f"{TRAIN} --method full --rank 2", "--rank belongs to", "--method lora"),
+    (f"{TRAIN} --teacher none --set teacher_weight=.5", "--teacher-weight needs", "a teacher"),
+    ("export {model} --to vllm --type f16 --out {out}", "--type belongs to", "keeps the"),
 ]
 
 NUMBERS = [
-    BadInput(
-        f"{CALIBRATE} --seed {MANY}", f"found {MANY}", "--seed must be at least 0 and at most"
-    ),
-    BadInput(f"{RECOVER} --seed -1", "found -1", "--seed must be at least 0 and at most"),
-    BadInput(f"{CALIBRATE} --samples {MANY}", f"found {MANY}", "--samples must be at least 1 and"),
-    BadInput(
-        f"{PRUNE} --estimate --seqlen 0", "found 0", "--seqlen must be at least 2 and at most"
-    ),
-    BadInput(f"{EVAL} --seqlen {MANY}", f"found {MANY}", "at least 2 and at most"),
-    BadInput(
-        f"{PRUNE_TEXT} --eval {{text}} --windows 0", "found 0", "--windows must be at least 1"
-    ),
-    BadInput(f"{CALIBRATE} --memory-budget 1e999", "found '1e999'", "expected a size such as 2GB"),
-    BadInput(f"{EVAL} --device nonsense", "the device 'nonsense'", "choose another --device"),
-    BadInput("demo --sparsity 2", "found 2.0", "sparsity must be in [0, 1)"),
-    BadInput(f"{PRUNE_TEXT} --multiple {MANY}", f"found {MANY}", "--multiple must be at most 96"),
-    BadInput(f"{PRUNE_TEXT} --multiple many", "--multiple: expected a number or auto", "'many'"),
-    BadInput(f"{TRAIN} --max-minutes nan", "found nan", "--max-minutes must be above 0"),
-    BadInput(f"{RECOVER} --steps 0", "found 0", "--steps must be at least 1"),
-    BadInput(f"{RECOVER} --learning-rate nan", "found nan", "--learning-rate must be above 0"),
-    BadInput("bench {model} --rounds 0", "found 0", "--rounds must be at least 1"),
-    BadInput("eval {model} --tasks piqa --limit 0", "found 0", "--limit must be at least 1"),
-    BadInput("eval {model} --tasks piqa --set shots=-1", "found -1", "--shots must be at least 0"),
+    (f"{CALIBRATE} --seed {MANY}", f"found {MANY}", "--seed must be at least 0 and at most"),
+    (f"{RECOVER} --seed -1", "found -1", "--seed must be at least 0 and at most"),
+    (f"{CALIBRATE} --samples {MANY}", f"found {MANY}", "--samples must be at least 1 and"),
+    (f"{PRUNE} --estimate --seqlen 0", "found 0", "--seqlen must be at least 2 and at most"),
+    (f"{EVAL} --seqlen {MANY}", f"found {MANY}", "at least 2 and at most"),
+    (f"{PRUNE_TEXT} --eval {{text}} --windows 0", "found 0", "--windows must be at least 1"),
+    (f"{CALIBRATE} --memory-budget 1e999", "found '1e999'", "expected a size such as 2GB"),
+    (f"{EVAL} --device nonsense", "the device 'nonsense'", "choose another --device"),
+    ("demo --sparsity 2", "found 2.0", "sparsity must be in [0, 1)"),
+    (f"{PRUNE_TEXT} --multiple {MANY}", f"found {MANY}", "--multiple must be at most 96"),
+    (f"{PRUNE_TEXT} --multiple many", "--multiple: expected a number or auto", "'many'"),
+    (f"{TRAIN} --max-minutes nan", "found nan", "--max-minutes must be above 0"),
+    (f"{RECOVER} --steps 0", "found 0", "--steps must be at least 1"),
+    (f"{RECOVER} --learning-rate nan", "found nan", "--learning-rate must be above 0"),
+    ("bench {model} --rounds 0", "found 0", "--rounds must be at least 1"),
+    ("eval {model} --tasks piqa --limit 0", "found 0", "--limit must be at least 1"),
+    ("eval {model} --tasks piqa --set shots=-1", "found -1", "--shots must be at least 0"),
 ]
 
-CASES = FLAGS + NUMBERS
+CASES = [BadInput(*row) for row in FLAGS + NUMBERS]
 
 test_refused = refusals(CASES)

@@ -1,7 +1,5 @@
 """Plans and statistics: damaged, of another version, of another model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +10,8 @@ from builders import edit_json, edit_tensors
 
 # What to do.
 ANEW, AGAIN = "make a new plan", "calibrate again"
-OBEY = "prune {model} --out {out} --repair none --plan {plan}"
-PLAN = "prune {model} --statistics {statistics} --sparsity 0.4 --dry-run --out {out}"
+OBEY = "prune {model} --out {out} --repair none --plan"
+PLAN = "prune {model} --sparsity 0.4 --dry-run --out {out} --statistics"
 
 
 def plan(change: Callable[[dict[str, Any]], object]) -> Spoil:
@@ -43,13 +41,9 @@ def raw(name: str, data: bytes) -> Spoil:
 
 
 PLANS = [
-    BadInput(
-        OBEY.replace("{plan}", "{other_plan}"),
-        "not for {model} (llama, ",
-        "make a plan for this model",
-    ),
+    BadInput(f"{OBEY} {{other_plan}}", "not for {model} (llama, ", "make a plan for this model"),
     *spoilt(
-        OBEY,
+        f"{OBEY} {{plan}}",
         ANEW,
         ("plan version 7, expected 1", plan(lambda f: f.update(plan_version=7))),
         (
@@ -70,28 +64,21 @@ PLANS = [
         ),
     ),
     *spoilt(
-        OBEY,
+        f"{OBEY} {{plan}}",
         "cfsp prune --dry-run",
         ("{plan} is not a pruning plan", raw("plan", b"[" * 100_000)),
         ("cannot read the plan {plan}", raw("plan", b"\xff\xfe\x00")),
     ),
-    BadInput(
-        OBEY.replace("{plan}", "{inputs}/x"),
-        "cannot read the plan {inputs}/x",
-        "cfsp prune --dry-run",
-    ),
+    BadInput(f"{OBEY} {{inputs}}/x", "cannot read the plan {inputs}/x", "cfsp prune --dry-run"),
 ]
 
+WEIGHTS = "{model}/model.safetensors"
 IMPOSSIBLE = "{statistics} has NaN, infinite or impossible values in block"
 NO_STATISTICS = "{statistics} is not a statistics file"
 STATISTICS = [
-    BadInput(
-        PLAN.replace("{statistics}", "{other_statistics}"),
-        "not for {model} (",
-        "calibrate this model",
-    ),
+    BadInput(f"{PLAN} {{other_statistics}}", "not for {model} (", "calibrate this model"),
     *spoilt(
-        PLAN,
+        f"{PLAN} {{statistics}}",
         AGAIN,
         ("statistics version 9, expected", facts('"version": 6', '"version": 9')),
         (f"{IMPOSSIBLE} 1", sums(1, lambda t: t * torch.nan)),
@@ -105,16 +92,12 @@ STATISTICS = [
         ),
     ),
     *spoilt(
-        PLAN,
+        f"{PLAN} {{statistics}}",
         "cfsp calibrate MODEL",
         (NO_STATISTICS, lambda place: cut(place.statistics, 7)),
         (NO_STATISTICS, raw("statistics", (1 << 60).to_bytes(8, "little") + b"{}")),
     ),
-    BadInput(
-        PLAN.replace("{statistics}", "{model}/model.safetensors"),
-        "{model}/model.safetensors is not a statistics file",
-        "cfsp calibrate MODEL",
-    ),
+    BadInput(f"{PLAN} {WEIGHTS}", f"{WEIGHTS} is not a statistics file", "cfsp calibrate MODEL"),
 ]
 
 CASES = PLANS + STATISTICS

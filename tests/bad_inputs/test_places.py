@@ -1,8 +1,5 @@
 """Outputs that exist, lie in the input, or cannot be written; manifests and reports."""
 
-from __future__ import annotations
-
-import json
 import os
 import resource
 import shutil
@@ -31,7 +28,7 @@ from bad_inputs.catalogue import (
     refusals,
     spoilt,
 )
-from builders import edit_json
+from builders import edit_json, read_json
 from cfsp.cli import build_parser, main
 
 SMALL = "--sparsity 0.4 --multiple 4"
@@ -196,7 +193,7 @@ def test_a_sweep_that_a_mistake_ended_may_be_corrected(place):
     assert main([*words, "--eval", str(place.inputs / "absent.txt")]) == 2
     assert everything_in(place.work) == []
     assert main([*words, "--eval", str(place.text)]) == 0
-    assert json.loads((place.out / "cfsp-0.4" / "cfsp.json").read_text())["sweep"]
+    assert read_json(place.out / "cfsp-0.4" / "cfsp.json")["sweep"]
 
 
 def test_the_catalogue_covers_every_command():

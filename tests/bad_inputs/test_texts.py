@@ -1,7 +1,5 @@
 """Texts, tokenizers and .gguf files that are not what they should be."""
 
-from __future__ import annotations
-
 import os
 import struct
 from pathlib import Path

@@ -1,8 +1,5 @@
 """Weight files, their index and the config: damaged, lying, pointing elsewhere."""
 
-from __future__ import annotations
-
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +20,7 @@ from bad_inputs.catalogue import (
     refusals,
     spoilt,
 )
-from builders import edit_json, edit_tensors
+from builders import edit_json, edit_tensors, read_json
 from cfsp.checkpoint.own_files import TEMPLATES
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import CheckpointError
@@ -269,4 +266,4 @@ def test_links_into_the_cache_of_the_hub_are_followed(place, name):
             Checkpoint(snapshot)
         return
     assert Checkpoint(snapshot).specs
-    assert json.loads((snapshot / INDEX).read_text())["weight_map"]
+    assert read_json(snapshot / INDEX)["weight_map"]

@@ -1,7 +1,5 @@
 """benchmarks/choose.py scores tasks in llama.cpp as `cfsp eval --tasks` does in transformers."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path
@@ -77,9 +75,7 @@ def test_each_document_is_scored_as_in_transformers(tasks, file, model, tokenize
             assert one["loglikelihoods"] == near
 
 
-def test_a_file_is_scored_once_and_compared_with_the_first(
-    tasks, file, model, tmp_path, monkeypatch, command
-):
+def test_a_file_is_scored_once_and_compared(tasks, file, model, tmp_path, monkeypatch, command):
     results = tmp_path / "tasks.json"
     copy = tmp_path / "copy.gguf"
     copy.hardlink_to(file)

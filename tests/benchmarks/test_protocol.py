@@ -1,10 +1,9 @@
 """The field's protocol, on a tiny model with made-up texts and tasks."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 
 from cfsp.checkpoint.reading import Checkpoint
@@ -23,9 +22,6 @@ def local(tmp_path, text_file) -> Path:
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"text": prose}) + "\n")
-    import pyarrow
-    import pyarrow.parquet
-
     (directory / "wikitext2").mkdir()
     rows = pyarrow.table({"text": [prose]})
     pyarrow.parquet.write_table(rows, directory / "wikitext2/test.parquet")
@@ -39,21 +35,16 @@ def local(tmp_path, text_file) -> Path:
     return directory
 
 
-def test_it_prints_a_row_for_each_model_and_goes_on(
-    tiny_checkpoint, local, tmp_path, monkeypatch, capsys
-):
-    model, out = tiny_checkpoint("llama"), tmp_path / "out"
+def test_it_prints_a_row_for_each_model_and_goes_on(model, local, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
     argv = [str(model), "--out", str(out), "--local", str(local), "--size", "quick"]
     argv += ["--of-blocks", "0.25", "--of-channels", "0.5", "--prune=--multiple 4"]
     protocol.main(argv)
     lines = capsys.readouterr().out
     shown = lines[lines.index("| model |") :].splitlines()
     assert "piqa acc/acc_norm | mmlu acc | tasks - dense | answers kept |" in shown[0]
-    assert [line.split("|")[1].strip() for line in shown[2:5]] == [
-        "dense",
-        "25% of block parameters",
-        "50% of FFN channels",
-    ]
+    names = [line.split("|")[1].strip() for line in shown[2:5]]
+    assert names == ["dense", "25% of block parameters", "50% of FFN channels"]
     assert (out / "table.md").read_text().strip() == "\n".join(shown).strip()
     stored = Checkpoint(model).stored.within("model.layers.")
     blocks = [

@@ -1,7 +1,5 @@
 """benchmarks/quantisers.py: what each library loses, for those that are installed."""
 
-from __future__ import annotations
-
 import json
 import sys
 
@@ -29,12 +27,9 @@ def test_a_pruned_model_is_quantised_as_a_dense_one(tmp_path, tokenizer, monkeyp
     pruned = cut(model, tokenizer, tmp_path, (128, 128, 128))
     text = tmp_path / "text.txt"
     text.write_text("A text of some words, which is read again and again. " * 40)
-    models = [str(tmp_path / "dense"), str(pruned.directory)]
-    arguments = [*models, "--method", method, "--data", str(text)]
-    out = tmp_path / "losses.json"
-    monkeypatch.setattr(
-        sys, "argv", ["quantisers", *arguments, "--seqlen", "64", "--out", str(out)]
-    )
+    argv, out = ["quantisers", tmp_path / "dense", pruned.directory], tmp_path / "losses.json"
+    argv += ["--method", method, "--data", text, "--seqlen", 64, "--out", out]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in argv])
     assert quantisers.main() == 0
     dense, after = json.loads(out.read_text())["losses"]
     assert after["nbytes"] < dense["nbytes"]

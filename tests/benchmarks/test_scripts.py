@@ -1,7 +1,5 @@
 """What scripts of benchmarks/ write: choose.py, families.py, and what serving.py says first."""
 
-from __future__ import annotations
-
 import json
 import sys
 import xml.etree.ElementTree as ElementTree

@@ -1,7 +1,5 @@
 """Statistics and plans of a whole tiny model: what they may and may not depend on."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
@@ -71,16 +69,9 @@ def test_same_seed_gives_the_same_plan_byte_for_byte(source, text_file, other_te
 
 def test_statistics_survive_a_file(tmp_path):
     """Of a block with no FFN, and of one with two."""
-    blocks = [
-        replace(random_block(8), units=()),
-        replace(
-            random_block(8),
-            units=(
-                replace(random_unit_statistics(8, block=1), routed_E=(40, 24)),
-                random_unit_statistics(12, seed=1, block=1),
-            ),
-        ),
-    ]
+    routed = replace(random_unit_statistics(8, block=1), routed_E=(40, 24))
+    two = (routed, random_unit_statistics(12, seed=1, block=1))
+    blocks = [replace(random_block(8), units=units) for units in ((), two)]
     sensitivity = Sensitivity((0.0, 0.25), (1.0, 0.5), 4)
     statistics = replace(Statistics.of(blocks, RECORD), sensitivity=sensitivity)
     path, again = tmp_path / "deep" / "s.safetensors", tmp_path / "again"

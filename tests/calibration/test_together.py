@@ -1,14 +1,11 @@
 """Several processes calibrate together: the same bits as one, and no half result if one dies."""
 
-from __future__ import annotations
-
 import signal
 
 import pytest
 import torch
 
 from builders import entries
-from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.processes import Team, take_own_accelerator
 from cfsp.streaming.block_stream import check_enough, part_of
@@ -21,14 +18,12 @@ def text(text_file) -> list[str]:
     return ["--data", str(text_file), "--samples", "9", "--seqlen", "32", "--batch-windows", "2"]
 
 
-def test_two_processes_of_torchrun_give_what_one_gives(forks, model, text, tmp_path):
-    argv = ["calibrate", str(model), *text]
+def test_two_processes_of_torchrun_give_what_one_gives(forks, model, text, tmp_path, command):
+    argv = ["calibrate", str(model), *text, "--out"]
     one, two = tmp_path / "one", tmp_path / "two"
-    assert main([*argv, "--out", str(one)]) == 0
-    command = ["--standalone", "--nproc-per-node=2", "-m", "cfsp", *argv]
-    command += ["--out", str(two), "--json"]
-    code = f"from torch.distributed.run import main\nmain({command})"
-    (finished,) = forks.code(code)
+    command(*argv, one)
+    of_both = ["--standalone", "--nproc-per-node=2", "-m", "cfsp", *argv, str(two), "--json"]
+    (finished,) = forks.code(f"from torch.distributed.run import main\nmain({of_both})")
     assert finished.stdout.count('"processes": 2') == 1  # the first process alone prints
     assert entries(tmp_path) == {"one", "two"}
 

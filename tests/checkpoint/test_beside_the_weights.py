@@ -1,7 +1,5 @@
 """A pruned directory as loaders see it that read every weight file they find in it."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

@@ -1,7 +1,5 @@
 """Widths in a config: what is written is what is found again."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace

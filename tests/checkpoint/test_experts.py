@@ -1,7 +1,5 @@
 """Mixtures of experts: what a block of several FFNs needs besides the family contract."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 
@@ -11,12 +9,10 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import cfsp
-from builders import draw_windows, job_of, plan_of
-from cfsp.calibration.statistics import Statistics
+from builders import draw_windows, job_of, plan_of, read_json
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import PlanError, UsageError
 from cfsp.planning.importance import LEAST_TOKENS
-from cfsp.planning.plan_file import PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.repair.ridge_pass import choose_and_repair
 from cfsp.settings import Budget, Compute, PruneSettings
@@ -38,24 +34,21 @@ def lonely(save):
     return save(model)
 
 
-def test_experts_that_see_too_few_tokens_are_reported_and_scored_by_weights(
-    lonely, text_file, tmp_path, caplog
-):
+def test_experts_that_see_few_tokens_are_told_and_scored_by_weights(lonely, few, tmp_path, caplog):
     out = tmp_path / "out"
-    drawn: dict[str, Any] = {"data": [str(text_file)], "samples": 6, "seqlen": 32}
-    report = cfsp.prune(lonely, out=out, sparsity=0.4, multiple=8, **drawn)
+    report = cfsp.prune(lonely, out=out, sparsity=0.4, multiple=8, **few)
     said = caplog.text
     alone = [
         {"block": index, "expert": expert, "tokens": seen}
-        for index, unit in enumerate(Statistics.load(out / "cfsp.statistics").units)
+        for index, unit in enumerate(cfsp.Statistics.load(out / "cfsp.statistics").units)
         for expert, seen in enumerate(unit.routed_E)
         if seen < LEAST_TOKENS
     ]
     assert {"block": 1, "expert": LONELY, "tokens": 0} in alone
     assert report.experts_with_few_tokens == alone
-    manifest = json.loads((out / "cfsp.json").read_text())
+    manifest = read_json(out / "cfsp.json")
     assert manifest["experts_with_few_tokens"] == alone
-    assert PruningPlan.load(out / "cfsp_plan.json").experts_with_few_tokens == alone
+    assert cfsp.PruningPlan.load(out / "cfsp_plan.json").experts_with_few_tokens == alone
     assert f"{len(alone)} of 12 experts saw fewer than {LEAST_TOKENS} calibration tokens" in said
     assert f"block 1 expert {LONELY} (0)" in said
 
@@ -65,8 +58,8 @@ def test_experts_that_see_too_few_tokens_are_reported_and_scored_by_weights(
     norms_F = torch.linalg.vector_norm(before[name], dim=0)
     strongest = norms_F.topk(entry.kept_width).indices.sort().values.tolist()
     assert entry.kept_of(LONELY) == strongest
-    few = report.repair["steps"][0]["blocks"][1]["few_tokens"]
-    assert LONELY in few and len(few) < 4
+    told = report.repair["steps"][0]["blocks"][1]["few_tokens"]
+    assert LONELY in told and len(told) < 4
     assert "not repaired" in said
     after = load_file(out / "model.safetensors")
     assert torch.equal(after[name], before[name][:, strongest])
@@ -75,13 +68,10 @@ def test_experts_that_see_too_few_tokens_are_reported_and_scored_by_weights(
 @pytest.mark.parametrize(
     "asked", [{"sparsity": 0.4}, {"parts": ["ffn", "blocks"], "target_params": 0.8}]
 )
-def test_multiples_that_groups_of_experts_cannot_have_are_refused(
-    asked, tiny_checkpoint, text_file, tmp_path
-):
+def test_multiples_that_experts_cannot_have_are_refused(asked, tiny_checkpoint, few, tmp_path):
     """Before a text is read, also where it is open how many blocks go."""
-    settings = {**asked, "multiple": 4, "samples": 6, "seqlen": 32, "data": [str(text_file)]}
     with pytest.raises(UsageError, match=r"--multiple must be a multiple of 8 .* found 4"):
-        cfsp.prune(tiny_checkpoint("mixtral"), out=tmp_path / "out", **settings)
+        cfsp.prune(tiny_checkpoint("mixtral"), out=tmp_path / "out", multiple=4, **asked, **few)
     assert not list(tmp_path.iterdir())
 
 
@@ -101,18 +91,16 @@ def test_a_plan_of_experts_is_read_as_written_or_refused():
     assert entry.kept_width == 2
     plan = plan_of(entry)
     text = plan.to_json()
-    assert PruningPlan.from_json(text) == plan
+    assert cfsp.PruningPlan.from_json(text) == plan
     assert plan.experts_with_few_tokens == [{"block": 0, "expert": 2, "tokens": 7}]
     for damage in ({"experts": 2}, {"experts": 0}, {"experts": "3"}, {"kept_width": 3}):
         fields = json.loads(text)
         fields["blocks"][0].update(damage)
         with pytest.raises(PlanError, match="damaged"):
-            PruningPlan.from_json(json.dumps(fields))
+            cfsp.PruningPlan.from_json(json.dumps(fields))
 
 
-def test_what_a_killed_run_saved_of_repaired_experts_is_read_again(
-    lonely, tokenizer, text_file, tmp_path
-):
+def test_repaired_experts_that_a_run_saved_are_read_again(lonely, tokenizer, text_file, tmp_path):
     """The second pass finds all blocks done and only reads them."""
     source = Checkpoint(lonely)
     windows = draw_windows([str(text_file)], tokenizer, samples=6, seqlen=32)

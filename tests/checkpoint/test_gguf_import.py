@@ -1,7 +1,5 @@
 """Reading a .gguf file: what is said, what is kept and where, and a head that is the embedding."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 
@@ -17,10 +15,9 @@ from ragged import tiny
 pytest.importorskip("gguf", reason="gguf is not installed: pip install '.[gguf]'")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("CFSP_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -47,7 +44,7 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.name.startswith("cfsp.")]
 
 
-def test_it_says_what_it_does_and_where_the_result_is(make_gguf, cache, caplog):
+def test_it_says_what_it_does_and_where_the_result_is(make_gguf, caplog):
     path = make_gguf(1.0)
     caplog.set_level(logging.INFO, "cfsp")
     directory = import_gguf(path)
@@ -60,7 +57,7 @@ def test_it_says_what_it_does_and_where_the_result_is(make_gguf, cache, caplog):
 
 
 @pytest.mark.parametrize("kind", ["f32", "q8_0"])
-def test_a_head_that_is_the_embedding_is_tied_again(make_gguf, cache, caplog, kind):
+def test_a_head_that_is_the_embedding_is_tied_again(make_gguf, caplog, kind):
     path = make_gguf(0.04, kind)
     caplog.set_level(logging.INFO, "cfsp")
     checkpoint = Checkpoint(import_gguf(path))
@@ -70,25 +67,22 @@ def test_a_head_that_is_the_embedding_is_tied_again(make_gguf, cache, caplog, ki
     assert "4.0% apart" in note or "4.1% apart" in note
 
 
-def test_the_more_precise_copy_stays(make_gguf, cache, monkeypatch):
-    from cfsp.checkpoint import gguf_import
-
-    monkeypatch.setattr(
-        gguf_import, "_bits_per_weight", lambda reader: {"token_embd.weight": 5, "output.weight": 8}
-    )
+def test_the_more_precise_copy_stays(make_gguf, monkeypatch):
+    bits = {"token_embd.weight": 5, "output.weight": 8}
+    monkeypatch.setattr("cfsp.checkpoint.gguf_import._bits_per_weight", lambda reader: bits)
     path = make_gguf(0.04)
     head = Checkpoint(path.parent / "model").read("lm_head.weight")
     found = Checkpoint(import_gguf(path)).read("model.embed_tokens.weight")
     assert torch.equal(found, head)
 
 
-def test_a_head_of_its_own_stays(make_gguf, cache):
+def test_a_head_of_its_own_stays(make_gguf):
     checkpoint = Checkpoint(import_gguf(make_gguf(1.0)))
     assert not checkpoint.config.tie_word_embeddings
     assert "lm_head.weight" in checkpoint.specs
 
 
-def test_what_transformers_says_against_a_file_is_told_in_one_line(make_gguf, cache):
+def test_what_transformers_says_against_a_file_is_told_in_one_line(make_gguf):
     """Ours for llama.cpp have architectures that transformers does not read, such as `deci`."""
     path = make_gguf(0.0)
     path.write_bytes(path.read_bytes().replace(b"qwen2", b"zwen2"))

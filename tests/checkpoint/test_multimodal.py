@@ -3,9 +3,6 @@
 Shapes: B windows, T tokens.
 """
 
-from __future__ import annotations
-
-import json
 from typing import Any
 
 import pytest
@@ -14,9 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from builders import changed, tensors
+from builders import changed, read_json, tensors
 from cfsp.checkpoint.reading import LoadedModel
-from cfsp.cli import main
 from cfsp.errors import UnsupportedModelError
 from cfsp.recovery.loss import loss_inside
 from cfsp.selection.divergence import masked_channels
@@ -93,11 +89,9 @@ def test_it_is_saved_as_it_was_loaded(case, tmp_path):
 
 
 def test_the_rest_of_its_config_is_untouched(case):
-    config, pruned = (
-        json.loads((at / "config.json").read_text()) for at in (case.source, case.out)
-    )
+    own, pruned = (read_json(at / "config.json") for at in (case.source, case.out))
     ours = {"architectures", "auto_map", "ffn_widths"}
-    assert {key for key in pruned if pruned[key] != config.get(key)} == ours
+    assert {key for key in pruned if pruned[key] != own.get(key)} == ours
     assert pruned["auto_map"].keys() >= {"AutoModel", "AutoModelForImageTextToText"}
 
 
@@ -114,22 +108,20 @@ def gemma(request, save):
     return source
 
 
-def test_repair_and_recovery_write_the_stored_names(gemma, text_file, tmp_path):
-    text = ["--data", str(text_file), "--seqlen", "32"]
-    how = ["--sparsity", "0.5", "--set", "multiple=8", "--samples", "65", "--device", "cpu"]
+def test_repair_and_recovery_write_the_stored_names(gemma, text_file, tmp_path, command):
+    text = ["--data", text_file, "--seqlen", 32, "--device", "cpu"]
     pruned, trained = tmp_path / "pruned", tmp_path / "trained"
-    asked = [*text, *how, "--repair", "local", "--set", "local_steps=8"]
-    assert main(["prune", str(gemma), *asked, "--out", str(pruned)]) == 0
-    steps = json.loads((pruned / "cfsp.json").read_text())["repair"]["steps"]
+    how = ["--sparsity", 0.5, "--multiple", 8, "--samples", 17, "--repair", "local"]
+    command("prune", gemma, *text, *how, "--local-steps", 8, "--out", pruned)
+    steps = read_json(pruned / "cfsp.json")["repair"]["steps"]
     assert [step["name"] for step in steps] == ["ridge", "sequential", "local"]
     # New weights were used and judged: not a block was rejected because nothing had changed.
     for step, judged_by in zip(steps, ("error", "loss", "loss"), strict=True):
         better = [b[f"{judged_by}_after"] < b[f"{judged_by}_before"] for b in step["blocks"] if b]
         assert any(better)
 
-    asked = [*text, "--steps", "1", "--method", "full", "--device", "cpu"]
-    assert main(["recover", str(pruned), *asked, "--out", str(trained)]) == 0
-    assert main(["verify", str(trained)]) == 0
+    command("recover", pruned, *text, "--steps", 1, "--method", "full", "--out", trained)
+    command("verify", trained)
     assert tensors(gemma).keys() == tensors(pruned).keys()
     learnt = changed(pruned, trained)
     assert learnt

@@ -1,13 +1,10 @@
 """Quantised checkpoints are seen, pruned and loaded as the plain ones that they stand for."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 import cfsp
-from builders import changed, edit_json
+from builders import changed, edit_json, read_json
 from cfsp.checkpoint import quantisation
 from cfsp.checkpoint.quantisation import quantisation_in
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
@@ -25,8 +22,7 @@ from quantised_models import WAYS, Way, fp8_in_blocks, quantise
 from tiny_decoders import tiny_model
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     quantised: Path
     plain: Path
 
@@ -51,7 +47,7 @@ def pairs(tmp_path_factory, tokenizer):
 @pytest.mark.parametrize("name", WAYS)
 def test_it_reads_like_the_plain_checkpoint(pairs, name, at_once, monkeypatch):
     monkeypatch.setattr(quantisation, "_VALUES_AT_ONCE", at_once)
-    found, expected = Checkpoint(pairs[name].quantised), Checkpoint(pairs[name].plain)
+    found, expected = map(Checkpoint, pairs[name])
     assert found.specs == expected.specs
     for tensor in expected.specs:
         assert torch.equal(found.read(tensor), expected.read(tensor)), tensor
@@ -68,9 +64,10 @@ def test_it_reads_like_the_plain_checkpoint(pairs, name, at_once, monkeypatch):
 
 def test_it_is_pruned_like_the_plain_checkpoint(pairs, text_file, tmp_path, command):
     """What is read of the others is the same, so that they need not be pruned, too."""
-    asked = ["--data", text_file, "--samples", 4, "--seqlen", 32, "--sparsity", 0.25]
+    asked = ["--data", text_file, "--samples", 4, "--seqlen", 32, "--effort", "fast"]
+    asked += ["--sparsity", 0.25]
     pair, out = pairs["fp8 experts"], [tmp_path / "found", tmp_path / "expected"]
-    for source, target in zip((pair.quantised, pair.plain), out, strict=True):
+    for source, target in zip(pair, out, strict=True):
         told = command("prune", source, "--out", target, *asked).out
         said = "dequantised from fp8 to bfloat16: larger per weight"
         assert (said in told) == (source == pair.quantised)
@@ -79,7 +76,7 @@ def test_it_is_pruned_like_the_plain_checkpoint(pairs, text_file, tmp_path, comm
     assert not changed(*out)
     configs = [(directory / "config.json").read_text() for directory in out]
     assert configs[0] == configs[1] and json.loads(configs[0])["dtype"] == "bfloat16"
-    manifest = json.loads((out[0] / "cfsp.json").read_text())
+    manifest = read_json(out[0] / "cfsp.json")
     assert manifest["dequantised"] == {"from": "fp8", "to": "bfloat16"}
 
 
@@ -116,11 +113,10 @@ def test_transformers_dequantises_to_the_same(way, config, tokenizer, tmp_path):
 
 def test_a_head_of_its_own_stays_whatever_the_config_says(tokenizer, tmp_path):
     pair = make_pair(WAYS["mxfp8"], tmp_path, tokenizer)
-    for directory in (pair.quantised, pair.plain):
-        edit_json(directory / "config.json", lambda fields: fields.update(tie_word_embeddings=True))
+    for each in pair:
+        edit_json(each / "config.json", lambda fields: fields.update(tie_word_embeddings=True))
     head, expected = (
-        cfsp.load(directory, dtype=torch.float32).get_output_embeddings().weight
-        for directory in (pair.quantised, pair.plain)
+        cfsp.load(each, dtype=torch.float32).get_output_embeddings().weight for each in pair
     )
     assert head.dtype == torch.float32 and torch.equal(head, expected)
 
@@ -167,10 +163,7 @@ INT8: dict[str, Any] = {"num_bits": 8, "type": "int"}
         (compressed(sparsity_config={"format": "sparse-24-bitmask"}), "compressed-tensors, sparse"),
         (compressed(transform_config={"config_groups": {"R1": {}}}), "transformed"),
         (compressed({**INT8, "group_size": 0.5}), "in groups of 0.5"),
-        (
-            compressed({**INT8, "group_size": 32}, {**INT8, "group_size": 64}),
-            "in several ways at once",
-        ),
+        (compressed(*({**INT8, "group_size": n} for n in (32, 64))), "in several ways at once"),
         ({"quant_method": "fp8", "weight_block_size": 128}, "in blocks of 128"),
     ],
 )
@@ -185,6 +178,7 @@ def test_other_ways_are_refused_by_name(config, named):
 
 
 UP, QUERIES = "model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"
+SCALE = f"{UP}_scale_inv"
 
 
 def with_tensors(source: Path, target: Path, changes: dict[str, torch.Tensor | None]) -> Path:
@@ -203,17 +197,13 @@ def with_tensors(source: Path, target: Path, changes: dict[str, torch.Tensor | N
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
+        ("fp8 in blocks", {SCALE: None}, f"lacks the tensor {SCALE}, the scale of"),
         (
             "fp8 in blocks",
-            {f"{UP}_scale_inv": None},
-            f"lacks the tensor {UP}_scale_inv, the scale of",
-        ),
-        (
-            "fp8 in blocks",
-            {f"{UP}_scale_inv": torch.ones(5, 5)},
+            {SCALE: torch.ones(5, 5)},
             "up_proj.weight_scale_inv is float32 of shape [5, 5], expected one number",
         ),
-        ("fp8 in blocks", {UP: torch.ones(96, 32)}, f"has {UP}_scale_inv beside {UP} in float32"),
+        ("fp8 in blocks", {UP: torch.ones(96, 32)}, f"has {SCALE} beside {UP} in float32"),
         (
             "mxfp4",
             {QUERIES: torch.ones(64, 32).to(torch.int8)},

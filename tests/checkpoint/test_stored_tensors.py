@@ -1,7 +1,5 @@
 """Stored tensors and parameters in memory: every one accounted for, in both directions."""
 
-from __future__ import annotations
-
 import copy
 import weakref
 from pathlib import Path
@@ -219,9 +217,8 @@ def test_what_cannot_be_stored_again_is_refused(monkeypatch):
         for shard, rows in enumerate((whole[:40], whole[40:])):
             tensors[f"model.layers.{block}.mlp.up_{shard}.weight"] = rows
     shards = ["mlp.up_0.weight", "mlp.up_1.weight"]
-    with_converters(
-        monkeypatch, WeightConverter(shards, "mlp.up_proj.weight", [Concatenate(dim=0)])
-    )
+    joined = WeightConverter(shards, "mlp.up_proj.weight", [Concatenate(dim=0)])
+    with_converters(monkeypatch, joined)
     said = r"model\.layers\.0\.mlp\.up_proj\.weight, made of .*up_0\.weight, cannot be stored again"
     with pytest.raises(UnsupportedModelError, match=said):
         found_in(model, tensors)

@@ -1,7 +1,5 @@
 """Our reading and writing of safetensors, against the safetensors library both ways."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -82,9 +80,8 @@ def test_large_tensors_come_in_pieces(tmp_path):
 
 
 def test_bytes_that_contradict_the_header_are_our_bug(tmp_path):
-    lying = OutgoingTensor(
-        "t", TensorSpec(torch.float32, (3,)), lambda: tensor_chunks(torch.zeros(2))
-    )
+    spec = TensorSpec(torch.float32, (3,))
+    lying = OutgoingTensor("t", spec, lambda: tensor_chunks(torch.zeros(2)))
     with pytest.raises(AssertionError):
         write_tensor_file(tmp_path / "a.safetensors", [lying])
 

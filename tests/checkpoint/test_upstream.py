@@ -1,7 +1,5 @@
 """Whether the installed transformers still needs the code that we write beside the weights."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

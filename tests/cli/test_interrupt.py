@@ -3,8 +3,6 @@
 Ctrl-C before it has begun (130), a reader that goes (141), output that cannot be written (2).
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -37,9 +35,7 @@ LINE = "cfsp: interrupted before any work was done"
 
 
 def test_while_modules_are_imported():
-    ended = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False
-    )
+    ended = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr.split("\n")) == (130, ["", LINE, ""])
 
 
@@ -55,12 +51,8 @@ def test_a_reader_that_reads_no_further_gets_no_traceback():
     """As `cfsp prune --help-all | head` does."""
     reader, writer = os.pipe()
     os.close(reader)
-    ended = subprocess.run(
-        [sys.executable, "-m", "cfsp", "prune", "--help-all"],
-        stdout=writer,
-        stderr=subprocess.PIPE,
-        check=False,
-    )
+    argv = [sys.executable, "-m", "cfsp", "prune", "--help-all"]
+    ended = subprocess.run(argv, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, b"")
 

@@ -1,8 +1,5 @@
 """Blocks and attention layers are asked for: beside channels, by statistics, and in vain."""
 
-from __future__ import annotations
-
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +8,7 @@ import torch
 from transformers import ArceeConfig
 
 import cfsp
-from builders import goal_of_share, job_of, never, plan_without, stopped_at
+from builders import goal_of_share, job_of, never, parts_of, plan_without, read_json, stopped_at
 from cfsp.architecture.proof import small_run_of
 from cfsp.checkpoint.pruned_config import config_changes
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
@@ -21,14 +18,13 @@ from cfsp.decide import decide, plan_from
 from cfsp.errors import BudgetError, UnsupportedModelError, UsageError
 from cfsp.planning.candidate import Candidate, Dropped, DropSizes
 from cfsp.planning.make import Planner
-from cfsp.planning.plan_file import PruningPlan
 from cfsp.selection import drop_order
 from cfsp.selection.constraint import Share
 from cfsp.selection.drop_order import check_can_go
 from cfsp.settings import PARTS, Budget, Criterion, Part, PruneSettings
 from cfsp.streaming import block_proof
 from cfsp.streaming.block_proof import prove_without_blocks
-from family_contract import SETTINGS, by_plan, check_is_the_same
+from family_contract import by_plan, check_is_the_same
 from stock import generated
 from tiny_decoders import tiny_model
 
@@ -45,26 +41,22 @@ def llama(save):
     ("name", "parts"),
     [("llama", "attention"), ("llama", "blocks"), ("gemma3_text", "kv"), ("mixtral", "experts")],
 )
-def test_nothing_removed_is_the_model(save, text_file, tmp_path, name, parts):
+def test_nothing_removed_is_the_model(save, few, tmp_path, name, parts):
     source, out = save(tiny_model(name)), tmp_path / "out"
-    asked = {"parts": parts, "sparsity": 0.0, "repair": "none", **SETTINGS}
-    cfsp.prune(source, out=out, data=[text_file], **asked)
+    cfsp.prune(source, out=out, parts=parts, sparsity=0.0, repair="none", **few)
     check_is_the_same(source, out)
     # A plan without other units than FFNs is of the first version.
-    version = json.loads((out / "cfsp_plan.json").read_text())["plan_version"]
+    version = read_json(out / "cfsp_plan.json")["plan_version"]
     assert version == (1 if parts in ("blocks", "experts") else 2)
 
 
 # Beside channels.
 
 
-def test_how_many_go_beside_channels_is_tried(llama, text_file, tmp_path):
+def test_how_many_go_beside_channels_is_tried(llama, few, tmp_path):
     parts: tuple[Part, ...] = ("ffn", *BOTH)
-    asked: dict[str, Any] = {
-        "parts": parts, "goal": goal_of_share(llama, parts, 0.45), "multiple": 1,
-        "data": [str(text_file)], **SETTINGS,
-    }  # fmt: skip
-    report = cfsp.prune(llama, out=tmp_path / "out", **asked)
+    goal = goal_of_share(llama, parts, 0.45)
+    report = cfsp.prune(llama, out=tmp_path / "out", parts=parts, goal=goal, multiple=1, **few)
     plan = report.plan
     total = sum(parameters_of_blocks(Checkpoint(llama)))
     gone = report.parameters_before - report.parameters_after
@@ -77,10 +69,10 @@ def test_how_many_go_beside_channels_is_tried(llama, text_file, tmp_path):
 
 
 @pytest.mark.parametrize(("parts", "repair"), [(("ffn",), "ridge"), (("ffn", "kv"), "local")])
-def test_channels_of_the_others_are_repaired(llama, text_file, tmp_path, parts, repair):
+def test_channels_of_the_others_are_repaired(llama, few, text_file, tmp_path, parts, repair):
     every = tuple(part for part in PARTS if part in (*parts, *BOTH))
     source = Checkpoint(llama, parts=every)
-    statistics = cfsp.calibrate(llama, parts=every, data=[str(text_file)], **SETTINGS)
+    statistics = cfsp.calibrate(llama, parts=every, **few)
     planner = Planner.of(source, statistics, Budget(parts=every, multiple=1), Criterion())
     plan = planner.plan(Candidate(Dropped((1,), (3,)), 0, parts, 0.3))
     report = by_plan(llama, plan, tmp_path / "out", text_file, repair)
@@ -93,17 +85,19 @@ def test_channels_of_the_others_are_repaired(llama, text_file, tmp_path, parts, 
     check_cached(cfsp.load(tmp_path / "out"))
 
 
-def test_what_lost_attentions_is_pruned_again(llama, text_file, tmp_path):
-    asked = {"repair": "none", "data": [str(text_file)], **SETTINGS}
-    first = cfsp.prune(llama, out=tmp_path / "1", parts="attention", remove=1, **asked)
-    asked["sparsity"] = 0.3
-    second = cfsp.prune(tmp_path / "1", out=tmp_path / "2", multiple=8, **asked)
+def test_what_lost_attentions_and_kv_groups_is_pruned_again(llama, few, tmp_path):
+    """Each time only what is asked for goes; the rest stays as it is."""
+    asked = {"repair": "none", "sparsity": 0.3, **few}
+    groups = cfsp.prune(llama, out=tmp_path / "0", parts="kv", **asked).kv_groups["after"]
+    assert len(set(groups)) > 1
+    first = cfsp.prune(tmp_path / "0", out=tmp_path / "1", multiple=8, **asked)
+    assert first.kv_groups["after"] == groups and first.ffn_sparsity > 0.2
+    second = cfsp.prune(tmp_path / "1", out=tmp_path / "2", parts="attention", **asked)
     third = cfsp.prune(tmp_path / "2", out=tmp_path / "3", parts="attention", **asked)
     found = Checkpoint(tmp_path / "3").architecture
-    gone = (*first.plan.removed_attentions, *third.plan.removed_attentions)
-    assert sorted(unit.block for unit in found.gone) == sorted(gone) and len(gone) == 2
-    assert sum(second.intermediate_sizes) < sum(first.intermediate_sizes)
-    assert found.of_part("ffn").widths == second.intermediate_sizes
+    gone = (*second.plan.removed_attentions, *third.plan.removed_attentions)
+    assert sorted(unit.block for unit in found.gone) == sorted(gone) and len(gone) > 1
+    assert found.of_part("ffn").widths == first.intermediate_sizes
     last = cfsp.prune(tmp_path / "3", out=tmp_path / "4", parts="blocks", **asked)
     assert Checkpoint(tmp_path / "4").architecture.block_count == 5 - len(last.plan.removed_blocks)
     check_cached(cfsp.load(tmp_path / "4"))
@@ -117,10 +111,8 @@ def check_cached(model: Any) -> None:
 # By statistics.
 
 
-def test_attention_layers_go_by_order_and_by_distances(llama, text_file):
-    statistics = cfsp.calibrate(
-        llama, parts=("ffn", "attention"), data=[str(text_file)], **SETTINGS
-    )
+def test_attention_layers_go_by_order_and_by_distances(llama, few):
+    statistics = cfsp.calibrate(llama, parts=("ffn", "attention"), **few)
     order = [each.block for each in statistics.removals_of(ATTENTION)]
     assert len(order) == 3 and not statistics.removals_of(("blocks",))  # half of five
     distance_L = statistics.of_part("kv").distance_L
@@ -135,14 +127,14 @@ def test_attention_layers_go_by_order_and_by_distances(llama, text_file):
         assert all(unit.kept_width == unit.width for unit in plan.of_part("ffn"))
 
 
-def test_blocks_and_attention_layers_go_by_one_order(llama, text_file):
+def test_blocks_and_attention_layers_go_by_one_order(llama, few):
     source = Checkpoint(llama, parts=BOTH)
-    statistics = cfsp.calibrate(llama, parts=BOTH, data=[str(text_file)], **SETTINGS)
+    statistics = cfsp.calibrate(llama, parts=BOTH, **few)
     order = statistics.removals_of(BOTH)
     assert order and not statistics.removals_of(("blocks",))
     sizes = DropSizes.of(source, BOTH)
 
-    def planned(share: float, parts: tuple[Part, ...] = BOTH) -> PruningPlan:
+    def planned(share: float, parts: tuple[Part, ...] = BOTH) -> cfsp.PruningPlan:
         goal = goal_of_share(llama, parts, share)
         settings = PruneSettings(Budget(parts=parts), goal=goal)
         return plan_from(source, statistics, settings)
@@ -150,9 +142,8 @@ def test_blocks_and_attention_layers_go_by_one_order(llama, text_file):
     for share in (0.05, 0.3, 0.51):
         plan = planned(share)
         dropped = Dropped(plan.removed_blocks, plan.removed_attentions)
-        assert (
-            abs(sizes.parameters(dropped) - share * sizes.total) <= max(sizes.of_one.values()) / 2
-        )
+        missing = abs(sizes.parameters(dropped) - share * sizes.total)
+        assert missing <= max(sizes.of_one.values()) / 2
     # What was measured up to half of the blocks is the plan for half of them.
     assert dropped == Dropped.of(order)
     assert plan.criterion["of"] == "blocks"
@@ -160,9 +151,8 @@ def test_blocks_and_attention_layers_go_by_one_order(llama, text_file):
         planned(0.3, ("ffn", "attention", "blocks"))
 
 
-def test_a_killed_run_goes_on_with_what_it_had_chosen(llama, text_file, tmp_path, monkeypatch):
-    asked: dict[str, Any] = {"parts": BOTH, "goal": goal_of_share(llama, BOTH, 0.3)}
-    asked |= {"data": [str(text_file)], **SETTINGS}
+def test_a_killed_run_goes_on_with_what_it_had_chosen(llama, few, tmp_path, monkeypatch):
+    asked = {"parts": BOTH, "goal": goal_of_share(llama, BOTH, 0.3), **few}
     stopped_at("cfsp.decide.select", cfsp.prune, llama, out=tmp_path / "out", **asked)
     expected = cfsp.prune(llama, out=tmp_path / "at-once", **asked)
     monkeypatch.setattr(drop_order, "order_of_removal", never)
@@ -188,21 +178,27 @@ def test_impossible_budgets_say_what_is_possible(llama, monkeypatch):
         check(BOTH, cfsp.TargetParameters(0.8))
 
 
+GEMMA3N: dict[str, Any] = {"num_kv_shared_layers": 0}
+SPARSE: dict[str, Any] = {"num_hidden_layers": 4, "decoder_sparse_step": 2}
+SCALED: dict[str, Any] = {"n_head": 2, "scale_attn_by_inverse_layer_idx": True}
+
+
 @pytest.mark.parametrize(
-    ("name", "removed", "message"),
+    ("name", "changes", "goes", "message"),
     [
-        ("llama", (0, 1, 2), "blocks 0 to 2 of .* can't be removed: at least one must stay"),
-        ("gemma3_text", (2,), "block 2 .*: at least one of the kind full_attention must stay"),
-        ("qwen3_next", (0,), "expected one attention in block 0 whose heads are found, found 0"),
+        ("llama", {}, Dropped((), (0, 1, 2)), "blocks 0 to 2 of .* can't be .*: at least one must"),
+        ("gemma3_text", {}, Dropped((), (2,)), "block 2 .*: at least one of the kind full_attenti"),
+        ("qwen3_next", {}, Dropped((), (0,)), "expected one attention in block 0 whose heads are"),
         # Blocks that read the keys and values of others.
-        ("gemma3n_text", (0,), "block 0 .* failed the check cut: .*, found KeyError"),
+        ("gemma3n_text", {}, Dropped((), (0,)), "block 0 .* failed the check cut: .* KeyError"),
+        ("gemma3n_text", GEMMA3N, Dropped((0,)), "embed_tokens_per_layer.weight has a part for ev"),
+        ("qwen2_moe", SPARSE, Dropped((1,)), r"block 1 of .*: block 2 would have .* for mlp\."),
+        ("gpt2", SCALED, Dropped((0,)), r"block 1 would have 0\.25 for attn.scaling, it has 0.125"),
     ],
 )
-def test_attention_layers_that_the_model_cannot_do_without_are_refused_by_name(
-    name, removed, message
-):
+def test_what_the_model_cannot_do_without_is_refused_by_name(name, changes, goes, message):
     with pytest.raises(UnsupportedModelError, match=message):
-        check_can_go(LoadedModel(tiny_model(name), ATTENTION), Dropped((), removed))
+        check_can_go(LoadedModel(tiny_model(name, **changes), parts_of(goes)), goes)
 
 
 def test_one_of_a_kind_must_stay_beside_blocks():
@@ -231,30 +227,6 @@ def test_attentions_can_go_whatever_their_heads_are():
     # One KV group, beside the FFN, latent, and with norms over all heads together.
     for name in ("gpt_bigcode", "gptj", "deepseek_v3", "olmo2"):
         check_can_go(LoadedModel(tiny_model(name), ATTENTION), Dropped((), (0, 1)))
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "removed", "message"),
-    [
-        (
-            "qwen2_moe", {"num_hidden_layers": 4, "decoder_sparse_step": 2}, (1,),
-            r"block 1 of qwen2_moe can't be removed: block 2 would have .* for mlp\.",
-        ),
-        (
-            "gpt2", {"n_head": 2, "scale_attn_by_inverse_layer_idx": True}, (0,),
-            r"block 1 would have 0.25 for attn.scaling, it has 0.125",
-        ),
-        (
-            "gemma3n_text", {"num_kv_shared_layers": 0}, (0,),
-            r"embed_tokens_per_layer.weight has a part for every block",
-        ),
-    ],
-)  # fmt: skip
-def test_blocks_that_the_model_cannot_do_without_are_refused_by_name(
-    name, changes, removed, message
-):
-    with pytest.raises(UnsupportedModelError, match=message):
-        check_can_go(LoadedModel(tiny_model(name, **changes)), Dropped(removed))
 
 
 def test_the_small_model_of_the_proof_need_not_have_a_valid_config():

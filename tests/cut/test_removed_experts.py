@@ -1,8 +1,5 @@
 """Whole experts: by which scores they go, how many can, and what is refused."""
 
-from __future__ import annotations
-
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +9,7 @@ import torch
 from torch import Tensor
 
 import cfsp
-from builders import edit_json, plan_of
+from builders import edit_json, plan_of, read_json
 from cfsp.architecture import expert_proof
 from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.expert_proof import masked_experts
@@ -20,14 +17,12 @@ from cfsp.architecture.proof import prove, small_run_of
 from cfsp.architecture.small_run import FailedCheckError
 from cfsp.calibration.calibrate import UnitSums
 from cfsp.calibration.observed import UnitStatistics
-from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError
 from cfsp.planning.importance import expert_scores, lost_output, strongest_experts, warn_of_experts
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.selection.constraint import Parameters, Share
 from cfsp.settings import Budget, Part
-from family_contract import SETTINGS
 from tiny_decoders import tiny_config, tiny_model
 
 PARTS: tuple[Part, ...] = ("experts",)
@@ -35,18 +30,11 @@ PARTS: tuple[Part, ...] = ("experts",)
 GROUPS: dict[str, Any] = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1}
 
 
-@pytest.fixture
-def asked(text_file) -> dict[str, Any]:
-    return {**SETTINGS, "data": [str(text_file)]}
-
-
 def test_scores_are_those_of_the_published_formula():
     """REAP in NumPy, on the experts and the router of a block of Mixtral."""
     model = tiny_model("mixtral", num_hidden_layers=1)
-    block = model.model.layers[0]
-    hidden_RD = torch.randn(
-        40, model.config.hidden_size, generator=torch.Generator().manual_seed(1)
-    )
+    block, generator = model.model.layers[0], torch.Generator().manual_seed(1)
+    hidden_RD = torch.randn(40, model.config.hidden_size, generator=generator)
     source = LoadedModel(model, PARTS)
     (unit,) = source.units
     outputs = UnitSums(unit.ffns, unit.ffns)
@@ -169,15 +157,15 @@ def test_experts_that_few_tokens_reached_are_told(caplog):
     assert "noisy scores, and their channels are chosen by their weights alone" in caplog.text
 
 
-def test_one_plan_after_the_other_from_the_same_statistics(save, asked, tmp_path):
-    mixtral = save(tiny_model("mixtral"))
-    statistics = cfsp.calibrate(mixtral, parts="experts", **asked)
+def test_one_plan_after_the_other_from_the_same_statistics(tiny_checkpoint, few, tmp_path):
+    mixtral = tiny_checkpoint("mixtral")
+    statistics = cfsp.calibrate(mixtral, parts="experts", **few)
     statistics.save(tmp_path / "statistics")
-    again = Statistics.load(tmp_path / "statistics")
+    again = cfsp.Statistics.load(tmp_path / "statistics")
     for removed in (1, 2):
         plan = cfsp.plan(mixtral, again, parts=PARTS, remove=removed)
         assert plan.kept_experts == 4 - removed
-    by_channels = cfsp.calibrate(mixtral, **asked)
+    by_channels = cfsp.calibrate(mixtral, **few)
     with pytest.raises(StatisticsError, match="calibrate with the same --parts"):
         cfsp.plan(mixtral, by_channels, sparsity=0.5, parts=PARTS)
 
@@ -186,11 +174,7 @@ REFUSED = {
     "no experts": ("llama", {}, "it has no routed experts"),
     "as few as are chosen": ("mixtral", {"num_local_experts": 2}, "it runs with 1 experts"),
     # Their router chooses among groups by the two best of each.
-    "groups of two": (
-        "deepseek_v3",
-        {"n_routed_experts": 8, "n_group": 4, "topk_group": 2},
-        "it runs with 7 experts",
-    ),
+    "groups of two": ("deepseek_v3", {**GROUPS, "n_group": 4, "topk_group": 2}, "it runs with 7"),
     "unseen tokens": ("jetmoe", {}, "does not tell which tokens its experts are given"),
 }
 
@@ -203,13 +187,13 @@ def test_what_cannot_go_is_refused_by_name(name):
         prove(config, parts=PARTS)
 
 
-def test_a_config_keeps_the_name_that_it_has_for_the_number(save, asked, tmp_path):
+def test_a_config_keeps_the_name_that_it_has_for_the_number(save, few, tmp_path):
     """Published Qwen3 has `num_experts`, which transformers now calls `num_local_experts`."""
     source, out = save(tiny_model("qwen3_moe", num_experts=6)), tmp_path / "out"
     old, new = "num_experts", "num_local_experts"
     edit_json(source / "config.json", lambda fields: fields.update({old: fields.pop(new)}))
-    cfsp.prune(source, out=out, parts=PARTS, sparsity=0.5, **asked)
-    written = json.loads((out / "config.json").read_text())
+    cfsp.prune(source, out=out, parts=PARTS, sparsity=0.5, **few)
+    written = read_json(out / "config.json")
     assert written[old] == 3
     assert new not in written
     Checkpoint(out)

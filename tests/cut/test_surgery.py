@@ -1,8 +1,5 @@
 """Surgery: shards in and out, byte-for-byte copies, nothing half-written; in memory the same."""
 
-from __future__ import annotations
-
-import json
 from typing import Any
 
 import pytest
@@ -11,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 import cfsp
-from builders import entries, plan_keeping
+from builders import entries, plan_keeping, read_json
 from cfsp.checkpoint import output
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.own_files import MODELING_FILE
@@ -23,7 +20,6 @@ from cfsp.errors import CheckpointError, OutputError
 from cfsp.planning.candidate import Dropped
 from tiny_models import build_tiny_model
 
-SETTINGS: dict[str, Any] = {"sparsity": 0.4, "samples": 4, "seqlen": 32}
 # The first block keeps four channels, the second all, the third every other.
 KEPT = ((0, 5, 7, 95), tuple(range(96)), tuple(range(1, 96, 2)))
 
@@ -67,7 +63,7 @@ def test_shards_in_and_out(tmp_path, dtype, sharded_source, sharded_output):
     assert PrunedSource(source, plan).specs == specs_of(after)
     assert set(written) == {p.name for p in out.glob("*.safetensors")}
     if sharded_output:
-        index = json.loads((out / "model.safetensors.index.json").read_text())
+        index = read_json(out / "model.safetensors.index.json")
         assert index["metadata"]["total_size"] == sum(t.nbytes for t in after.values())
         assert index["weight_map"] == {n: f.name for f in files for n in load_file(f)}
         assert len(files) > 2
@@ -82,10 +78,8 @@ def test_shards_in_and_out(tmp_path, dtype, sharded_source, sharded_output):
 # Whole or not at all.
 
 
-def test_failure_in_the_middle_of_surgery_leaves_nothing(
-    tiny_checkpoint, text_file, tmp_path, monkeypatch
-):
-    source, read, served = tiny_checkpoint("llama"), Checkpoint.chunks, []
+def test_failure_in_the_middle_of_surgery_leaves_nothing(model, few, tmp_path, monkeypatch):
+    read, served = Checkpoint.chunks, []
 
     def failing(self: Checkpoint, name: str) -> Any:
         served.append(name)
@@ -95,12 +89,12 @@ def test_failure_in_the_middle_of_surgery_leaves_nothing(
 
     monkeypatch.setattr(Checkpoint, "chunks", failing)
     with pytest.raises(CheckpointError, match="the source ended"):
-        cfsp.prune(source, out=tmp_path / "out", data=[text_file], **SETTINGS)
+        cfsp.prune(model, out=tmp_path / "out", sparsity=0.4, **few)
     assert len(served) == 5
     assert entries(tmp_path) == set()
     # Then an empty directory is there, and is used.
     (tmp_path / "out").mkdir()
-    cfsp.prune(source, out=tmp_path / "out", data=[text_file], **SETTINGS)
+    cfsp.prune(model, out=tmp_path / "out", sparsity=0.4, **few)
     assert (tmp_path / "out" / "config.json").is_file()
     assert entries(tmp_path) == {"out"}
 
@@ -122,7 +116,6 @@ def test_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 # A model that was pruned in memory and saved by transformers: the directory that cfsp writes.
 
 
-IN_MEMORY: dict[str, Any] = {"samples": 4, "seqlen": 32, "repair": "none", "device": "cpu"}
 # Of transformers, or of models in memory only.
 _THEIRS = {"transformers_version", "dtype", "cfsp", "_name_or_path"}
 
@@ -131,15 +124,15 @@ _THEIRS = {"transformers_version", "dtype", "cfsp", "_name_or_path"}
     ("name", "block_metric"), [("llama", "angular"), ("gpt2", "uniform"), ("mixtral", "angular")]
 )
 def test_save_pretrained_writes_what_prune_writes(
-    tiny_checkpoint, tokenizer, text_file, tmp_path, name, block_metric
+    tiny_checkpoint, tokenizer, few, tmp_path, name, block_metric
 ):
-    asked = {"sparsity": 0.5, "multiple": 8, "block_metric": block_metric, **IN_MEMORY}
+    asked = {"sparsity": 0.5, "multiple": 8, "block_metric": block_metric, "repair": "none", **few}
     memory, files = (tmp_path / place for place in ("memory", "files"))
-    cfsp.prune(tiny_checkpoint(name), out=files, data=[text_file], **asked)
+    cfsp.prune(tiny_checkpoint(name), out=files, **asked)
     model = cfsp.load(tiny_checkpoint(name))
-    cfsp.prune(model, tokenizer, data=[text_file], **asked).save_pretrained(memory)
+    cfsp.prune(model, tokenizer, **asked).save_pretrained(memory)
 
-    config, expected = (json.loads((at / "config.json").read_text()) for at in (memory, files))
+    config, expected = (read_json(at / "config.json") for at in (memory, files))
     for key in expected.keys() - _THEIRS - {"per_layer_config"}:
         assert config[key] == expected[key], key
     # transformers leaves out the blocks that are as wide as the widest.
@@ -158,15 +151,15 @@ def test_save_pretrained_writes_what_prune_writes(
         assert told[key] == known[key], key
     # Pruned again, it says nothing of the first time.
     tokenizer.save_pretrained(memory)
-    cfsp.prune(memory, out=tmp_path / "again", data=[text_file], **asked)
-    assert "cfsp" not in json.loads((tmp_path / "again" / "config.json").read_text())
+    cfsp.prune(memory, out=tmp_path / "again", **asked)
+    assert "cfsp" not in read_json(tmp_path / "again" / "config.json")
 
 
-def test_a_head_that_is_no_longer_the_embedding_stays_its_own(tokenizer, text_file, tmp_path):
+def test_a_head_that_is_no_longer_the_embedding_stays_its_own(tokenizer, few, tmp_path):
     model: Any = build_tiny_model("qwen2")
     assert model.config.tie_word_embeddings
     model.lm_head.weight = torch.nn.Parameter(2 * model.lm_head.weight.detach())
-    pruned = cfsp.prune(model, tokenizer, sparsity=0.5, data=[text_file], **IN_MEMORY)
+    pruned = cfsp.prune(model, tokenizer, sparsity=0.5, repair="none", **few)
     pruned.save_pretrained(tmp_path / "saved")
     for each in (pruned, cfsp.load(tmp_path / "saved")):
         assert torch.equal(each.lm_head.weight, model.lm_head.weight)
@@ -187,46 +180,41 @@ def _with_lora(model: Any) -> Any:
         (lambda model: model.to("meta"), r"has no values there.*give its path"),
     ],
 )
-def test_a_model_in_memory_that_is_not_as_its_class_is_refused(
-    tokenizer, text_file, changed, message
-):
+def test_a_model_in_memory_unlike_its_class_is_refused(tokenizer, text_file, changed, message):
     with pytest.raises(CheckpointError, match=message):
         cfsp.prune(changed(build_tiny_model("llama")), tokenizer, sparsity=0.5, data=[text_file])
 
 
-def test_a_model_in_training_mode_is_measured_in_evaluation_mode(tokenizer, text_file):
-    asked: dict[str, Any] = {"data": [text_file], "samples": 4, "seqlen": 32, "device": "cpu"}
+def test_a_model_in_training_mode_is_measured_in_evaluation_mode(tokenizer, few):
     model: Any = build_tiny_model("llama")
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.9
-    measured = cfsp.calibrate(model, tokenizer, **asked)
-    pruned = cfsp.prune(model, tokenizer, sparsity=0.5, multiple=8, **asked)
+    measured = cfsp.calibrate(model, tokenizer, **few)
+    pruned = cfsp.prune(model, tokenizer, sparsity=0.5, multiple=8, **few)
 
     model.train()
     frozen = model.model.layers[1].mlp.eval()
     modes = [module.training for module in model.modules()]
-    again = cfsp.calibrate(model, tokenizer, **asked)
+    again = cfsp.calibrate(model, tokenizer, **few)
     assert again.sensitivity == measured.sensitivity
-    same = cfsp.prune(model, tokenizer, sparsity=0.5, multiple=8, **asked)
+    same = cfsp.prune(model, tokenizer, sparsity=0.5, multiple=8, **few)
     assert same.config.to_dict() | {"cfsp": 0} == pruned.config.to_dict() | {"cfsp": 0}
     assert not same.training
     assert [module.training for module in model.modules()] == modes
     assert not frozen.training
-    with pytest.raises(cfsp.CfspError):
-        cfsp.prune(model, tokenizer, sparsity=0.5, data=["missing.txt"])
-    with pytest.raises(cfsp.CfspError):
-        cfsp.prune(model, tokenizer, sparsity=0.99999, **asked)
+    for mistake in ({"sparsity": 0.5, "data": ["missing.txt"]}, {"sparsity": 0.99999}):
+        with pytest.raises(cfsp.CfspError):
+            cfsp.prune(model, tokenizer, **few | mistake)
     assert [module.training for module in model.modules()] == modes
 
 
-def test_what_the_code_around_a_call_set_is_not_computed_with(tokenizer, text_file):
-    asked: dict[str, Any] = {"data": [text_file], "samples": 4, "seqlen": 32, "device": "cpu"}
+def test_what_the_code_around_a_call_set_is_not_computed_with(tokenizer, few):
     model: Any = build_tiny_model("llama")
-    usual = cfsp.prune(model, tokenizer, sparsity=0.5, multiple=8, **asked)
+    usual = cfsp.prune(model, tokenizer, sparsity=0.5, multiple=8, **few)
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
-            same = cfsp.prune(model, tokenizer, sparsity=0.5, multiple=8, **asked)
+            same = cfsp.prune(model, tokenizer, sparsity=0.5, multiple=8, **few)
             assert torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
             assert torch.get_default_device().type == "meta"
         assert torch.get_default_dtype() == torch.bfloat16
@@ -237,22 +225,18 @@ def test_what_the_code_around_a_call_set_is_not_computed_with(tokenizer, text_fi
     same(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()  # it can be trained
 
 
-@pytest.mark.parametrize("effort", ["standard", "best"])
-def test_a_model_that_was_made_in_inference_mode(effort, tokenizer, text_file):
-    asked: dict[str, Any] = {"data": [text_file], "samples": 4, "seqlen": 32, "effort": effort}
+@pytest.mark.parametrize("effort", [{}, {"effort": "best", "local_steps": 1}], ids=str)
+def test_a_model_that_was_made_in_inference_mode(effort, tokenizer, few):
     with torch.inference_mode():
         model: Any = build_tiny_model("llama")
-        pruned = cfsp.prune(model, tokenizer, sparsity=0.5, multiple=8, **asked)
+        pruned = cfsp.prune(model, tokenizer, sparsity=0.5, multiple=8, **effort, **few)
         assert model.lm_head.weight.is_inference()
     pruned(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
 
 
-def test_what_was_pruned_in_memory_has_not_the_name_of_its_original(
-    tiny_checkpoint, tokenizer, text_file
-):
-    asked: dict[str, Any] = {"sparsity": 0.25, "multiple": 8, "samples": 4, "seqlen": 32}
-    directory = str(tiny_checkpoint("llama"))
-    once = cfsp.prune(cfsp.load(directory), tokenizer, repair="none", data=[text_file], **asked)
-    again = cfsp.prune(once, tokenizer, repair="none", data=[text_file], **asked)
-    assert once.config.cfsp["base_model"]["name"] == directory
+def test_what_was_pruned_in_memory_has_not_the_name_of_its_original(model, tokenizer, few):
+    asked = {"sparsity": 0.25, "multiple": 8, "repair": "none", **few}
+    once = cfsp.prune(cfsp.load(model), tokenizer, **asked)
+    again = cfsp.prune(once, tokenizer, **asked)
+    assert once.config.cfsp["base_model"]["name"] == str(model)
     assert again.config.cfsp["base_model"]["name"] == type(once).__name__

@@ -3,10 +3,9 @@
 Here a Llama of transformers is built by what the written config says.
 """
 
-from __future__ import annotations
-
 import json
 import pickle
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -33,11 +32,7 @@ HIDDEN_SIZES = (32, 576, 768, 896, 960, 1024, 1536, 2048, 2560, 3072, 3584, 4096
 
 
 def wide(
-    name: str,
-    tokenizer: Any,
-    directory: Path,
-    groups: tuple[int, ...] | None = None,
-    **changes: Any,
+    name: str, tokenizer: Any, directory: Path, groups: Sequence[int] | None = None, **changes: Any
 ) -> Checkpoint:
     """Return a checkpoint whose widths are multiples of 256, with these KV groups if any."""
     model = tiny(name, **{"intermediate_size": FULL, "sliding_window": None, **changes})
@@ -64,12 +59,8 @@ def described(directory: Path) -> PreTrainedModel:
     model = LlamaForCausalLM(config)
     for layer, block in zip(model.model.layers, written["block_configs"], strict=True):
         ffn = block["ffn"]
-        by_multiple = "ffn_mult" in ffn
-        config.intermediate_size = (
-            width_of(ffn["ffn_mult"], config.hidden_size)
-            if by_multiple
-            else ffn["intermediate_size"]
-        )
+        by_multiple = width_of(ffn.get("ffn_mult", 0), config.hidden_size)
+        config.intermediate_size = ffn.get("intermediate_size", by_multiple)
         layer.mlp = LlamaMLP(config)
         if block["attention"]["no_op"]:
             layer.self_attn, layer.input_layernorm = Gone(1), torch.nn.Identity()
@@ -193,9 +184,7 @@ def test_a_tensor_of_no_parameter_has_no_place(tmp_path, tokenizer, target):
 def test_an_attention_that_is_gone_is_no_op(tmp_path, tokenizer, name):
     source = wide(name, tokenizer, tmp_path, (2, 0, 2))
     report, fields = exported(source, "mlx-lm", tmp_path / "out")
-    assert report.layout == (
-        "DeciLMForCausalLM, 3 blocks of 256 to 1024 channels, 1 without attention"
-    )
+    assert report.layout.endswith(", 3 blocks of 256 to 1024 channels, 1 without attention")
     assert [block["attention"] for block in fields["block_configs"]] == [
         {"no_op": gone, "n_heads_in_group": None if gone else 2} for gone in (False, True, False)
     ]
@@ -229,11 +218,11 @@ def test_other_widths_are_for_vllm_and_equal_ones_for_all(tmp_path, tokenizer):
 
 def test_vllm_reads_blocks_as_attributes(tmp_path, tokenizer):
     source = cut(build_tiny_model("qwen2"), tokenizer, tmp_path)
-    report, _ = exported(source, "vllm", tmp_path / "vllm")
+    report, fields = exported(source, "vllm", tmp_path / "vllm")
     assert report.layout == "DeciLMForCausalLM, 3 blocks of 32 to 96 channels"
     weights = "model.safetensors"
-    copy, own = ((at / weights).read_bytes() for at in (tmp_path / "vllm", source.directory))
-    assert copy == own
+    copy, original = ((at / weights).read_bytes() for at in (tmp_path / "vllm", source.directory))
+    assert copy == original
     config: Any = AutoConfig.from_pretrained(tmp_path / "vllm", trust_remote_code=True)
     assert config.model_type == "nemotron-nas"
     assert config.architectures == ["DeciLMForCausalLM"]
@@ -245,16 +234,11 @@ def test_vllm_reads_blocks_as_attributes(tmp_path, tokenizer):
         assert not hasattr(block.ffn, "ffn_mult")  # vLLM would round such a width up
     assert (config.qkv_bias, config.attention_bias, config.mlp_bias) == (True, False, False)
     assert config.sliding_window == 8
-    fields, own = (
-        json.loads((directory / "config.json").read_text())
-        for directory in (tmp_path / "vllm", source.directory)
-    )
+    own = json.loads((source.directory / "config.json").read_text())
     assert fields["transformers_version"] == own["transformers_version"]
     assert config.layer_types.count("sliding_attention") == 1
     # It survives what vLLM does with configs: copies, and JSON for its worker processes.
     for again in (deepcopy(config), pickle.loads(pickle.dumps(config))):
         assert again.block_configs[1].ffn.intermediate_size == NARROW[1]
-    assert json.loads(config.to_json_string())["block_configs"][1]["ffn"] == {
-        "no_op": False,
-        "intermediate_size": NARROW[1],
-    }
+    second = json.loads(config.to_json_string())["block_configs"][1]
+    assert second["ffn"] == {"no_op": False, "intermediate_size": NARROW[1]}

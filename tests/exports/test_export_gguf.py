@@ -1,7 +1,5 @@
 """GGUF: what llama.cpp reads is the same model; what it cannot express is refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -178,9 +176,7 @@ def test_no_way_back_to_gguf_is_said_before_pruning(tmp_path, save, text_file, c
         ("gemma3_text", None, {"final_logit_softcapping": 30.0}, "caps no logits"),
     ],
 )  # fmt: skip
-def test_what_llama_cpp_cannot_express_is_refused(
-    tmp_path, tokenizer, name, groups, changes, message
-):
+def test_what_llama_cpp_cannot_say_is_refused(tmp_path, tokenizer, name, groups, changes, message):
     has_one_width = name in ("gemma2", "gemma3_text")
     model = tiny(name, **(ONE_WIDTH[name] if has_one_width else {}) | changes)
     widths = (64,) * model.config.num_hidden_layers if has_one_width else None

@@ -1,7 +1,5 @@
 """GGUF's tokenizer, both ways: llama.cpp gives a text the tokens that transformers does."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """OpenVINO: the exported model decodes, step by step, what transformers decodes."""
 
-from __future__ import annotations
-
 import json
 import os
 from functools import cache

@@ -1,7 +1,5 @@
 """The one way through all targets: what it tells, what is refused, that nothing is left behind."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

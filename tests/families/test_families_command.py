@@ -1,7 +1,5 @@
 """`cfsp families`: what it lists of all types, and the verdict of a process for each."""
 
-from __future__ import annotations
-
 import json
 import sys
 from functools import partial
@@ -75,9 +73,8 @@ match sys.argv[1]:
 """
 
 
-def test_an_answer_is_found_among_what_classes_print_and_no_file_of_the_directory_runs(
-    monkeypatch, tmp_path
-):
+def test_an_answer_is_found_among_what_classes_print(monkeypatch, tmp_path):
+    """And no file of the current directory runs."""
     (tmp_path / "transformers.py").write_text("raise SystemExit(7)")
     monkeypatch.chdir(tmp_path)
     (found,) = verdicts([Family("llama", "NoSuchClass")])

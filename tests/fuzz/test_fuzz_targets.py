@@ -3,8 +3,6 @@
 Mutations are in test_trust.py.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from typing import Any

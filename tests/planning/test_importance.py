@@ -1,7 +1,5 @@
 """Importance of blocks and channels against a few lines of NumPy, and the sums it is made from."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np
@@ -52,9 +50,7 @@ def test_distances_equal_numpy_in_batches_of_any_size(dtype, batch):
     sums = DistanceSum()
     for start in range(0, 6, batch):
         sums.add(before[start : start + batch], after[start : start + batch])
-    expected = numpy_distance(
-        before.double().flatten(0, 1).numpy(), after.double().flatten(0, 1).numpy()
-    )
+    expected = numpy_distance(*(x.double().flatten(0, 1).numpy() for x in (before, after)))
     found = BlockStatistics(sums.total, sums.tokens)
     assert found.distance == pytest.approx(expected, rel=1e-5)
     assert sums.tokens == 60

@@ -1,7 +1,5 @@
 """The plan: round trip, refusal of damaged and foreign ones."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from typing import Any
@@ -37,16 +35,9 @@ def units(draw: st.DrawFn) -> tuple[UnitPlan, ...]:
 def unit(draw: st.DrawFn, block: int, path: str = "") -> UnitPlan:
     width = draw(st.integers(1, 100))
     kept = draw(st.sets(st.integers(0, width - 1), min_size=1))
-    share = st.floats(0, 1, allow_nan=False)
-    return UnitPlan(
-        block,
-        width,
-        tuple(sorted(kept)),
-        draw(share),
-        draw(share),
-        path=path,
-        cost=draw(st.integers(1, 128)) if path else 1,
-    )
+    distance, importance = (draw(st.floats(0, 1, allow_nan=False)) for _ in range(2))
+    cost = draw(st.integers(1, 128)) if path else 1
+    return UnitPlan(block, width, tuple(sorted(kept)), distance, importance, path=path, cost=cost)
 
 
 plans = st.builds(
@@ -145,7 +136,7 @@ def test_plan_fits_its_model_and_refuses_another(plan, tiny_checkpoint, tmp_path
         plan.check_fits(Checkpoint(tmp_path / "tuned"))
 
 
-def test_upcast_copy_is_the_same_model(plan, tmp_path):
+def test_upcast_copy_is_the_same_model(tmp_path):
     """A plan for a bfloat16 model fits its float32 copy, and the other way round."""
     narrow = build_tiny_model("llama", dtype=torch.bfloat16)
     narrow.save_pretrained(tmp_path / "narrow")

@@ -1,7 +1,5 @@
 """Pairs on the same windows and documents only, with NumPy's own standard errors."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable
@@ -118,9 +116,7 @@ def test_differences_are_those_of_numpy(write):
     # A task that the dense model guesses counts for nothing.
     assert found["left_out"] == ["guessed"]
     counted = [found["tasks"][task]["accuracy"] for task in ("piqa", "boolq", "lambada_openai")]
-    values, errors = (
-        np.array([each["difference"][key] for each in counted]) for key in ("value", "stderr")
-    )
+    values, errors = np.transpose([[*each["difference"].values()] for each in counted])
     expected = {"value": values.mean(), "stderr": np.sqrt((errors**2).sum()) / 3}
     assert found["accuracy"]["difference"] == pytest.approx(expected, abs=1e-6)
 

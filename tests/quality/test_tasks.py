@@ -1,7 +1,5 @@
 """Our wiring of lm-evaluation-harness gives the harness's own numbers on the harness's own text."""
 
-from __future__ import annotations
-
 import json
 import math
 import random
@@ -20,7 +18,7 @@ import lm_eval.tasks
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from builders import entries, never
+from builders import entries, never, read_json
 from cfsp.checkpoint.loading import load
 from cfsp.cli import main
 from cfsp.errors import TaskError, UsageError
@@ -154,14 +152,11 @@ def test_text_and_choices_are_those_of_the_harness(task, task_data, stock_tasks,
 SCORED = ("piqa", "boolq", "winogrande", "lambada_openai")
 
 
-def test_number_is_exactly_the_harnesss_own_for_a_stock_checkpoint(
-    tiny_checkpoint, tokenizer, task_data, monkeypatch
-):
-    directory = tiny_checkpoint("llama")
+def test_numbers_are_exactly_the_harnesss_own(model, tokenizer, task_data, monkeypatch):
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
     expected = simple_evaluate(
         model="hf",
-        model_args={"pretrained": str(directory), "dtype": "float32"},
+        model_args={"pretrained": str(model), "dtype": "float32"},
         device="cpu",
         batch_size=8,
         tasks=list(SCORED),
@@ -176,7 +171,7 @@ def test_number_is_exactly_the_harnesss_own_for_a_stock_checkpoint(
     # A fork of many threads can hang.
     monkeypatch.setattr("multiprocessing.Pool", None)
     runner = TaskRunner.of(TaskSelection(SCORED, data=task_data))
-    scorer = runner.scorer(load(directory, dtype="float32"), tokenizer)
+    scorer = runner.scorer(load(model, dtype="float32"), tokenizer)
     right = 0.0
     for task in SCORED:
         scored = scorer(task)
@@ -265,7 +260,7 @@ def test_an_interrupted_run_goes_on_with_the_next_task(
         seen = noted(TaskRunner, "score", lambda *given: given[-1], count)
         assert main([*argv, "--out", str(out)]) == status
         assert len(seen) == scored and out.exists() == (status == 0)
-    found = json.loads(out.read_text())
+    found = read_json(out)
     assert {key: found[key] for key in whole} == whole
     assert entries(tmp_path) == {"out.json"}
     lines = capsys.readouterr().out.splitlines()
@@ -345,15 +340,13 @@ def test_choices_are_compared_whatever_they_are_scored_by(tiny_checkpoint, runne
     assert 0 <= found["accuracy"]["second"]["value"] <= 1
 
 
-def test_models_too_large_are_told_before_the_first_forward_pass(
-    tiny_checkpoint, text_file, task_data, monkeypatch
-):
+def test_models_too_large_are_told_before_any_pass(model, text_file, task_data, monkeypatch):
     monkeypatch.setattr(evaluate, "streamed_sums", never)
-    directory, texts = tiny_checkpoint("llama"), EvaluationText((str(text_file),), 2, 32)
+    texts = EvaluationText((str(text_file),), 2, 32)
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     runner = TaskRunner.of(TaskSelection(("piqa",), data=task_data))
     with pytest.raises(UsageError, match="scoring tasks runs the whole model, which takes about"):
-        evaluate_models([directory], Exam(texts, Compute(), runner))
+        evaluate_models([model], Exam(texts, Compute(), runner))
 
 
 def test_scores_depend_on_what_is_in_the_files(task_data, tmp_path):
@@ -389,12 +382,10 @@ def test_damaged_task_file_is_one_sentence(line, message, tmp_path):
         read_documents(path)
 
 
-def test_missing_task_file_is_told_before_the_first_forward_pass(
-    tiny_checkpoint, text_file, tmp_path, command, monkeypatch
-):
-    monkeypatch.setattr(evaluate, "streamed_sums", never)
-    argv = ["eval", tiny_checkpoint("llama"), "--data", text_file, "--windows", "1"]
-    argv += ["--tasks", "piqa", "--task-data"]
+def test_a_missing_task_file_is_told_before_any_pass(model, text_file, tmp_path, command, noted):
+    passes = noted(evaluate, "streamed_sums", never)
+    argv = ["eval", model, "--data", text_file, "--windows", 1, "--tasks", "piqa", "--task-data"]
     missing = f"cannot read the task file {tmp_path / 'piqa.jsonl'}"
     assert missing in command(*argv, tmp_path, status=2).err
     assert "does not exist" in command(*argv, tmp_path / "absent", status=2).err
+    assert not passes

@@ -1,7 +1,5 @@
 """Recovery of any decoder: experts, several FFNs in a block or none, names that differ in files."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +13,6 @@ import cfsp
 from builders import changed, edit_tensors, tensors
 from cfsp.architecture.found import Unit
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.cli import main
 from cfsp.recovery.adaptation import (
     attach,
     merge,
@@ -25,7 +22,7 @@ from cfsp.recovery.adaptation import (
 )
 from cfsp.recovery.recover import copy_everything_else, write_recovered_weights
 from cfsp.recovery.settings import Adaptation
-from recoveries import recover, training
+from recovery.conftest import recover, training
 
 # Blocks without an FFN, several in a block, other names in files than in memory, matrices of
 # classes of their own. Adapters stay off experts, off biases and off what fused kernels take.
@@ -81,7 +78,7 @@ def test_what_is_written_computes_what_was_trained(name, method, pruned_type, tm
     ("name", "method"),
     [(name, "lora") for name in BY_ADAPTERS] + [(name, "full") for name in IN_FULL],
 )
-def test_any_decoder_recovers(name, method, pruned_type, text_file, tmp_path):
+def test_any_decoder_recovers(name, method, pruned_type, text_file, tmp_path, command):
     pruned, out = pruned_type(name), tmp_path / "out"
     how = training(2, learning_rate=3e-3)
     report = recover(pruned, out, text_file, training=how, adaptation=Adaptation(method, rank=2))
@@ -91,7 +88,7 @@ def test_any_decoder_recovers(name, method, pruned_type, text_file, tmp_path):
     units = [unit for unit in source.units if method == "full" or not unit.routed]
     assert stored_matrices(source, units) <= found
     assert not any("norm" in stored or "embed" in stored for stored in found)
-    assert main(["verify", str(out)]) == 0
+    command("verify", out)
 
 
 def test_what_the_model_does_not_have_travels(pruned_type, text_file, tmp_path):

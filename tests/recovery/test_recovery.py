@@ -1,7 +1,5 @@
 """Recovery end to end, on a tiny pruned model."""
 
-from __future__ import annotations
-
 import math
 import os
 import shutil
@@ -22,7 +20,6 @@ from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import RecoveryError, UsageError
-from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.perplexity import loss_in_memory
 from cfsp.recovery.adaptation import allocate_ranks
 from cfsp.recovery.data import RecoveryText, WindowData, read_text
@@ -38,7 +35,8 @@ from cfsp.settings import EvaluationText
 from cfsp.streaming.runtime import torch_as_it_starts
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.windows import Windows
-from recoveries import recover, training
+from family_contract import save_with_tokenizer
+from recovery.conftest import recover, training
 from tiny_models import TRAINED, build_tiny_model
 
 CPU = torch.device("cpu")
@@ -89,24 +87,22 @@ def test_manifest_and_card_say_how_it_was_recovered(pruned, plain):
 
 
 def test_what_was_pruned_in_memory_is_recovered_as_such(
-    tiny_checkpoint, tokenizer, text_file, tmp_path, command
+    model, tokenizer, few, text_file, tmp_path, command
 ):
-    dense, saved, out = tiny_checkpoint("llama"), tmp_path / "saved", tmp_path / "out"
-    how: dict[str, Any] = {"sparsity": 0.5, "multiple": 4, "samples": 8, "seqlen": 32}
-    cfsp.prune(cfsp.load(dense), tokenizer, data=[text_file], **how).save_pretrained(saved)
-    tokenizer.save_pretrained(saved)
+    saved, out = tmp_path / "saved", tmp_path / "out"
+    pruned = cfsp.prune(cfsp.load(model), tokenizer, sparsity=0.5, multiple=4, **few)
+    save_with_tokenizer(pruned, tokenizer, saved)
     recover(saved, out, text_file, teacher="auto", training=training(2, evaluations=1))
     manifest = read_manifest(out)
-    assert manifest["recovery"]["teacher"]["name"] == str(dense)
+    assert manifest["recovery"]["teacher"]["name"] == str(model)
     assert [stage.verb for stage in making(manifest)] == ["pruned", "recovered"]
     assert "without 50.0% of FFN channels" in (out / "README.md").read_text()
-    assert (
-        f"50.0% of FFN channels, 24.0% of parameters, from {dense}" in command("inspect", out).out
-    )
+    said = f"50.0% of FFN channels, 24.0% of parameters, from {model}"
+    assert said in command("inspect", out).out
 
 
 def test_what_was_recovered_before_stays_on_record(
-    pruned, plain, recovered, text_file, other_text_file, out
+    plain, recovered, text_file, other_text_file, out
 ):
     """The model stays pruned as it was, and the text of each recovery made it."""
     measured = EvaluationText((str(text_file),), 2, 32)
@@ -147,7 +143,7 @@ def test_only_projections_change_and_ranks_follow_the_plan(pruned, recovered, ou
     assert changed(pruned, out) == {
         f"model.layers.{block}.{name}.weight" for block in range(3) for name in names
     }
-    units = PruningPlan.load(pruned / PLAN_FILE).units
+    units = cfsp.PruningPlan.load(pruned / PLAN_FILE).units
     ranks = allocate_ranks([unit.importance for unit in units], 5)
     assert report.ranks == (ranks if method == "lora" else [None] * 3)
 
@@ -212,6 +208,8 @@ def test_every_kind_of_model_recovers_by_its_stock_loss(
     assert after["held_out"] < before["held_out"]
     assert changed(dense, out)
     assert cfsp.load(out)(input_ids=held_NT[:1]).logits.isfinite().all()
+    card = (out / "README.md").read_text()  # of a checkpoint that cfsp did not prune
+    assert "## How it was recovered" in card and "removed" not in card
 
 
 def test_only_models_whose_logits_are_a_product_are_sliced(tiny_checkpoint):
@@ -222,9 +220,9 @@ def test_only_models_whose_logits_are_a_product_are_sliced(tiny_checkpoint):
     assert capped(input_ids=torch.tensor([[0, 1]])).logits.shape[-1] == 320
 
 
-def test_the_less_there_is_to_learn_the_lower_the_rate(recovered, pruned, tiny_checkpoint, out):
+def test_the_less_there_is_to_learn_the_lower_the_rate(recovered, pruned, model, out):
     """A KL grows with the square of the way, and the way of Adam is its rate's."""
-    full, teacher = Adaptation("full"), str(tiny_checkpoint("llama"))
+    full, teacher = Adaptation("full"), str(model)
     report = recovered(adaptation=full, teacher=teacher)
     assert report.history[-1]["held_out"] < report.history[0]["held_out"]
     weights, manifest = tensors(out), read_manifest(out)
@@ -268,9 +266,8 @@ def test_the_dense_model_teaches_where_it_is_at_hand(
     again = {"base_model": {"name": str(pruned), "fingerprint": Checkpoint(pruned).fingerprint}}
     history = history_of(Checkpoint(pruned))
     assert history["made_from"]["name"] == dense
-    edit_json(
-        moved / MANIFEST_FILE, lambda of: of.update(again) or of["base_model"].update(history)
-    )
+    again["base_model"] |= history
+    edit_json(moved / MANIFEST_FILE, lambda of: of.update(again))
     assert name_of_teacher("auto", moved, tokenizer) == dense
     edit_json(moved / MANIFEST_FILE, lambda of: of["base_model"]["made_from"].update(name=other))
     assert name_of_teacher("auto", moved, tokenizer) == str(pruned)
@@ -281,10 +278,10 @@ def test_the_dense_model_teaches_where_it_is_at_hand(
 
 @pytest.mark.parametrize(("method", "bytes_for_each"), [("full", 16), ("lora", 4)])
 def test_the_dense_model_teaches_where_there_is_memory_for_it(
-    pruned, tokenizer, tiny_checkpoint, monkeypatch, method, bytes_for_each
+    pruned, tokenizer, model, monkeypatch, method, bytes_for_each
 ):
     """Training takes so many bytes for each parameter, and 4 for each of the teacher's."""
-    source, dense = open_checkpoint(pruned), open_checkpoint(tiny_checkpoint("llama"))
+    source, dense = open_checkpoint(pruned), open_checkpoint(model)
     needed = bytes_for_each * source.parameter_count + 4 * dense.parameter_count
     settings = RecoverSettings((), training(1), Adaptation(method), teacher="auto")
     for free, teaches in ((needed, True), (needed - 1, False)):
@@ -345,15 +342,10 @@ def test_the_best_weights_are_kept(recovered, text_file, tokenizer, out, monkeyp
     assert found == pytest.approx(best["held_out"], rel=1e-4)
 
 
-def test_a_checkpoint_that_cfsp_did_not_prune(tiny_checkpoint, recovered, out):
-    dense = tiny_checkpoint("qwen2")
+def test_a_checkpoint_that_cfsp_did_not_prune_has_no_importance(model, recovered):
     by_importance = Adaptation(rank=2, allocation="importance")
     with pytest.raises(RecoveryError, match="recover it with --rank-allocation uniform"):
-        recovered(dense, adaptation=by_importance)
-    recovered(dense, training=training(2, evaluations=1))
-    assert changed(dense, out)
-    card = (out / "README.md").read_text()
-    assert "## How it was recovered" in card and "removed" not in card
+        recovered(model, adaptation=by_importance)
 
 
 def test_what_is_typed_reaches_recovery(pruned, text_file, tmp_path, monkeypatch):

@@ -1,7 +1,5 @@
 """Recoveries that are killed, stopped, too short or of no use; what is refused at once."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from itertools import count
@@ -17,7 +15,6 @@ import cfsp.recovery.loss
 import cfsp.recovery.recover
 from builders import changed, edit_tensors, never, random_tokens, stopped_at
 from cfsp.checkpoint.reading import LoadedModel
-from cfsp.cli import main
 from cfsp.errors import (
     CalibrationError,
     CfspError,
@@ -35,7 +32,7 @@ from cfsp.streaming.block_stream import StreamedBlock
 from cfsp.streaming.work_dir import Stopwatch, WorkDir
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
-from recoveries import recover, stopped, training
+from recovery.conftest import recover, stopped, training
 from tiny_models import BLOCKS, build_tiny_model
 
 
@@ -43,24 +40,18 @@ def work_of(out: Path) -> Path:
     return out.parent / f"{out.name}.work"
 
 
-def command(pruned: Path, text: Path, out: Path, *options: str) -> list[str]:
-    return [
-        *("recover", str(pruned), "--data", str(text), "--out", str(out)),
-        *("--batch-windows", "4", "--seqlen", "32", *options),
-    ]
-
-
-def test_a_killed_run_resumes_to_the_same_weights(pruned, text_file, tmp_path, commands):
-    options = ("--steps", "6", "--evaluations", "3", "--method", "full")
+def test_a_killed_run_resumes_to_the_same_weights(pruned, text_file, tmp_path, commands, command):
+    argv = ["recover", str(pruned), "--data", str(text_file), "--batch-windows", "4"]
+    argv += ["--seqlen", "32", "--steps", "6", "--evaluations", "3", "--method", "full", "--out"]
     whole, out = tmp_path / "whole", tmp_path / "killed"
-    assert main(command(pruned, text_file, whole, *options)) == 0
-    commands.kill(command(pruned, text_file, out, *options), "training", 5)
+    command(*argv, whole)
+    commands.kill([*argv, str(out)], "training", 5)
     assert not out.exists()
     last = last_checkpoint(work_of(out) / "process-0-of-1" / "train")
     assert last is not None and last[0].name == "checkpoint-4"
     # Not by accident: another command leaves the unfinished run as it is.
-    assert main(command(pruned, text_file, out, *options, "--seed", "1")) == 2
-    assert main(command(pruned, text_file, out, *options)) == 0
+    command(*argv, out, "--seed", 1, status=2)
+    command(*argv, out)
     assert not work_of(out).exists()
     assert changed(whole, out) == set()
     assert changed(pruned, out)
@@ -97,9 +88,7 @@ def test_a_run_that_was_stopped_after_its_last_step_is_not_trained_further(
     assert changed(plain, out) == set()  # the same seed gives the same weights
 
 
-def test_a_finished_run_goes_on_from_another_working_directory(
-    pruned, text_file, tmp_path, monkeypatch, plain
-):
+def test_a_run_goes_on_in_another_directory(pruned, text_file, tmp_path, monkeypatch, plain):
     """Its best weights are found there; else those from before training would be written."""
     monkeypatch.chdir(tmp_path)
     stopped(recover, pruned, Path("out"), text_file)
@@ -108,19 +97,22 @@ def test_a_finished_run_goes_on_from_another_working_directory(
     assert changed(plain, tmp_path / "out") == set()
 
 
-def test_a_run_goes_on_with_the_same_teacher_alone(recovered, tiny_checkpoint, tmp_path):
+# One step.
+SHORT: dict[str, Any] = {"training": training(1, evaluations=1), "adaptation": Adaptation()}
+
+
+def test_a_run_goes_on_with_the_same_teacher_alone(recovered, copied):
     """Its weights count, and not what it is called."""
-    dense, there = tiny_checkpoint("llama"), tmp_path / "dense"
-    shutil.copytree(dense, there)
-    stopped(recovered, training=training(1, evaluations=1), teacher=str(there))
-    edit_tensors(there / "model.safetensors", lambda found: found["model.norm.weight"].add_(0.1))
+    how = {**SHORT, "teacher": str(copied)}
+    stopped(recovered, **how)
+    edit_tensors(copied / "model.safetensors", lambda found: found["model.norm.weight"].add_(0.1))
     with pytest.raises(ResumeError, match="another teacher"):
-        recovered(training=training(1, evaluations=1), teacher=str(there))
+        recovered(**how)
 
 
 def test_a_run_goes_on_as_memory_had_decided(recovered, tmp_path, monkeypatch):
     """Free memory is another one later: the teacher may not be."""
-    how = {"training": training(1, evaluations=1), "adaptation": Adaptation(), "teacher": "auto"}
+    how = {**SHORT, "teacher": "auto"}
     stopped(recovered, **how)
     for other in ({"teacher": "none"}, {"adaptation": Adaptation("full")}):
         with pytest.raises(ResumeError, match="with another --"):
@@ -131,21 +123,17 @@ def test_a_run_goes_on_as_memory_had_decided(recovered, tmp_path, monkeypatch):
 
 
 def test_what_a_user_had_chosen_is_not_taken_for_what_memory_decided(recovered):
-    how = {"training": training(1, evaluations=1), "adaptation": Adaptation(), "teacher": "auto"}
-    stopped(recovered, **{**how, "teacher": "none"})
+    stopped(recovered, **SHORT, teacher="none")
     with pytest.raises(ResumeError, match=r"with another --teacher \(none; now it is auto\)"):
-        recovered(**how)
+        recovered(**SHORT, teacher="auto")
 
 
-def test_what_is_measured_before_training_is_timed_whole_also_after_a_kill(
-    tmp_path, monkeypatch, noted
-):
-    """It is measured again when all is trained, which is no time to train in."""
+def test_what_is_measured_before_training_is_timed_whole(tmp_path, monkeypatch, noted):
+    """Also after a kill: it is measured again when all is trained, which is no time to train in."""
     windows = {name: Windows(random_tokens(2, 12), {name: 2}) for name in ("first", "second")}
     settings = SimpleNamespace(compute=Compute("cpu", "float32"))
-    source = LoadedModel(build_tiny_model("llama"))
-    facts = {"source": source, "windows": windows, "settings": settings, "watch": Stopwatch()}
-    ready: Any = SimpleNamespace(**facts)
+    facts = {"source": LoadedModel(build_tiny_model("llama")), "settings": settings}
+    ready: Any = SimpleNamespace(**facts, windows=windows, watch=Stopwatch())
     # Of a second model's worth of blocks the last one is missing.
     seen = noted(StreamedBlock, "advance", lambda it, *_, **__: it.index, dies_at=2 * BLOCKS)
     monkeypatch.setattr("cfsp.streaming.work_dir.SHARE_OF_TIME", 1e9)
@@ -293,14 +281,13 @@ def test_a_token_without_an_embedding_is_found_where_text_is_held_out(pruned, re
 @pytest.mark.parametrize(
     "damaged", [{"criterion": {}}, {"base_model": "name"}, {"parameters_before": "many"}], ids=str
 )
-def test_a_damaged_manifest_is_told_before_training(
-    pruned, recovered, tmp_path, damaged, monkeypatch
-):
-    monkeypatch.setattr("cfsp.recovery.recover.load_to_train", never)
+def test_a_damaged_manifest_is_told_before_training(pruned, recovered, tmp_path, damaged, noted):
+    trained = noted(cfsp.recovery.recover, "load_to_train", never)
     source = Path(shutil.copytree(pruned, tmp_path / "source"))
     add_to_manifest(source, damaged)
     with pytest.raises(CheckpointError, match=r"cfsp\.json is damaged \("):
         recovered(source)
+    assert not trained
 
 
 def test_accelerate_s_own_sharding_is_refused(recovered, tmp_path, monkeypatch):

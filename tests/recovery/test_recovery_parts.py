@@ -1,7 +1,5 @@
 """The parts of recovery: its text, the ranks of adapters, and the sliced loss."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re
@@ -56,9 +54,7 @@ def write_chat(path: Path, count: int) -> Path:
     return path
 
 
-def test_all_windows_are_used_once_and_some_of_each_text_are_held_out(
-    tokenizer, text_file, other_text_file
-):
+def test_all_windows_are_used_once_and_some_are_held_out(tokenizer, text_file, other_text_file):
     both = [str(text_file), str(other_text_file)]
     text = read_text(both, tokenizer, seqlen=32)
     assert text.sources[both[0]] == read_text(both[:1], tokenizer, seqlen=32).sources[both[0]]
@@ -179,9 +175,8 @@ def test_blocks_without_an_ffn_get_the_mean_importance(tmp_path):
     of_ffns = SimpleNamespace(units=units)
     architecture = SimpleNamespace(block_count=3, of_part=lambda part: of_ffns)
     config = LlamaConfig(hidden_size=10, num_attention_heads=1)
-    source = SimpleNamespace(
-        directory=tmp_path, architecture=architecture, config=config, label="m"
-    )
+    of_model = {"architecture": architecture, "config": config, "label": "m"}
+    source = SimpleNamespace(directory=tmp_path, **of_model)
     with pytest.raises(UsageError, match=r"of at most 10, the hidden size, .* found 10\.5"):
         ranks_of(source, Adaptation(rank=10.5))
     for allocation, expected in (

@@ -1,7 +1,5 @@
 """When recovery evaluates and stops, and its learning rate: by steps, and by minutes."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from types import SimpleNamespace
@@ -51,16 +49,11 @@ def test_one_limit_at_most():
 @pytest.mark.parametrize(
     ("steps", "asked", "once", "most"),
     [
-        (10, None, False, 1),
-        (80, None, False, 4),
-        (80, None, True, 6),
-        (800, None, False, 10),
+        (10, None, False, 1), (80, None, False, 4), (80, None, True, 6), (800, None, False, 10),
         (10, 3, False, 3),
     ],
-)
-def test_evaluations_take_a_quarter_of_the_steps_unless_a_number_is_asked_for(
-    steps, asked, once, most
-):
+)  # fmt: skip
+def test_evaluations_take_a_quarter_or_as_many_as_asked(steps, asked, once, most):
     """40 held-out windows, 4 in a step: with the teacher an evaluation takes as long as 5 steps.
 
     Where it thinks only once, the others take as long as 3.

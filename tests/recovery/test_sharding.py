@@ -1,7 +1,5 @@
 """Recovery whose processes each hold a part of the weights: as one process that holds all."""
 
-from __future__ import annotations
-
 import json
 import signal
 from pathlib import Path
@@ -12,7 +10,6 @@ import torch
 
 import cfsp
 from builders import entries, tensors
-from cfsp.cli import main
 from cfsp.result.manifest import read_manifest
 from commands import ranks
 
@@ -44,18 +41,17 @@ def check_alike(one: Path, many: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def without_parts(tiny_checkpoint, text_file, tmp_path_factory) -> Path:
+def without_parts(model, few, tmp_path_factory) -> Path:
     """A model without a block, an attention, KV groups and channels."""
-    place, pruned = tmp_path_factory.mktemp("without"), tiny_checkpoint("llama")
+    place, pruned = tmp_path_factory.mktemp("without"), model
     steps: list[dict[str, Any]] = [
         {"parts": "blocks", "remove": 1},
         {"parts": "attention", "remove": 1},
         {"parts": "kv", "sparsity": 0.5},
         {"sparsity": 0.4, "multiple": 8},
     ]
-    text: dict[str, Any] = {"data": [str(text_file)], "samples": 4, "seqlen": 32, "repair": "none"}
     for number, asked in enumerate(steps):
-        cfsp.prune(pruned, out=place / str(number), **asked, **text)
+        cfsp.prune(pruned, out=place / str(number), repair="none", **asked, **few)
         pruned = place / str(number)
     return pruned
 
@@ -64,18 +60,18 @@ def without_parts(tiny_checkpoint, text_file, tmp_path_factory) -> Path:
     "options", [["--method", "lora", "--rank", "2"], ["--method", "full", "--shard"]]
 )
 def test_two_processes_give_what_one_gives_also_of_what_lost_other_parts(
-    commands, argv, without_parts, tiny_checkpoint, tmp_path, options
+    command, commands, argv, without_parts, model, tmp_path, options
 ):
     argv = ["recover", str(without_parts), *argv[2:], *options]
-    argv += ["--teacher", str(tiny_checkpoint("llama")), "--set", "teacher_weight=0.5"]
-    assert main([*argv, "--out", str(tmp_path / "one")]) == 0
+    argv += ["--teacher", str(model), "--teacher-weight", "0.5"]
+    command(*argv, "--out", tmp_path / "one")
     ended = commands.finish(of_each(argv, tmp_path / "two", 2), 2)
     assert json.loads(ended[0].stdout)["steps"] == STEPS
     assert ended[1].stdout == ""
     check_alike(tmp_path / "one", tmp_path / "two")
 
 
-def test_another_number_of_processes_goes_on(commands, argv, tmp_path):
+def test_another_number_of_processes_goes_on(command, commands, argv, tmp_path):
     """Two begin and die, one goes on and dies, two finish."""
     argv = [*argv, "--rank", "2", "--shard", "--steps", "3", "--evaluations", "3"]
     out = tmp_path / "out"
@@ -84,15 +80,15 @@ def test_another_number_of_processes_goes_on(commands, argv, tmp_path):
         ended = commands.together(of_one, size, range(size), "training", count)
         assert [each.status for each in ended] == [-signal.SIGKILL] * size, ended
     commands.finish(of_each(argv, out, 2), 2)
-    assert main([*argv, "--out", str(tmp_path / "one")]) == 0
+    command(*argv, "--out", tmp_path / "one")
     check_alike(tmp_path / "one", out)
     assert entries(tmp_path) == {"one", "out"}
 
 
-def test_experts_are_sharded(commands, argv, tiny_checkpoint, tmp_path):
+def test_experts_are_sharded(command, commands, argv, tiny_checkpoint, tmp_path):
     mixtral = str(tiny_checkpoint("mixtral"))
     argv = ["recover", mixtral, *argv[2:], "--method", "full"]
-    assert main([*argv, "--out", str(tmp_path / "one")]) == 0
+    command(*argv, "--out", tmp_path / "one")
     commands.finish(of_each([*argv, "--shard"], tmp_path / "two", 2), 2)
     check_alike(tmp_path / "one", tmp_path / "two")
 

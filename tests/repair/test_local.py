@@ -1,7 +1,5 @@
 """Local repair: blocks trained alone come closer to the dense model, and never go away."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterator
@@ -128,12 +126,6 @@ def test_every_block_is_in_one_group(together, monkeypatch):
     assert all(len(group) == together for group in distinct[:-2])
 
 
-@pytest.fixture(scope="module")
-def text(text_file) -> list[str]:
-    return ["--data", str(text_file), "--samples", "33", "--seqlen", "32", "--multiple", "4",
-            "--sparsity", "0.5"]  # fmt: skip
-
-
 # Three blocks: one, and the last two. A random model has nothing to do with the text.
 LOCAL = ["--repair", "local", "--local-steps", "20"]
 
@@ -144,10 +136,11 @@ def pruned(argv: list[str], out: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def argv(tiny_checkpoint, text) -> Iterator[list[str]]:
+def argv(model, text_file) -> Iterator[list[str]]:
+    text = ["--data", str(text_file), "--samples", "33", "--seqlen", "32"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local_repair, "BLOCKS", 1)
-        yield ["prune", str(tiny_checkpoint("llama")), *text]
+        yield ["prune", str(model), *text, "--multiple", "4", "--sparsity", "0.5"]
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +153,7 @@ def ridge(argv, tmp_path_factory) -> Path:
     return pruned(argv, tmp_path_factory.mktemp("ridge") / "out")
 
 
-def test_it_comes_closer_to_the_dense_model_than_ridge(local, ridge, tiny_checkpoint):
+def test_it_comes_closer_to_the_dense_model_than_ridge(local, ridge, model):
     steps = read_manifest(local)["repair"]["steps"]
     assert [step["name"] for step in steps] == ["ridge", "sequential", "local"]
     blocks = steps[-1]["blocks"]
@@ -174,9 +167,7 @@ def test_it_comes_closer_to_the_dense_model_than_ridge(local, ridge, tiny_checkp
     assert first["loss_after"] < first["loss_before"]
     assert last["loss_after"] < last["loss_before"]
     tokens = torch.arange(64)[None] * 7 % 320
-    dense, one, other = (
-        cfsp.load(path)(tokens).logits.detach() for path in (tiny_checkpoint("llama"), local, ridge)
-    )
+    dense, one, other = (cfsp.load(path)(tokens).logits.detach() for path in (model, local, ridge))
     assert (one - dense).square().mean() < (other - dense).square().mean()
 
 
@@ -197,20 +188,16 @@ def test_a_block_that_training_worsens_stays_as_it_was(argv, tmp_path, monkeypat
     assert not changed(trained, pruned([*argv, *LOCAL], tmp_path / "untrained"))
 
 
-def test_interrupted_it_goes_on_and_gives_the_same_bits(
-    local, argv, tmp_path, monkeypatch, noted, capsys
-):
+def test_interrupted_it_gives_the_same_bits(local, argv, tmp_path, monkeypatch, noted, command):
     out = tmp_path / "out"
-    command = [*argv, "--memory-budget", "1KB", *LOCAL, "--out", str(out)]
-    noted(
-        local_repair, "train_blocks", lambda *_, **__: None, dies_at=2
-    )  # the second group of blocks
+    asked = [*argv, "--memory-budget", "1KB", *LOCAL, "--out", out]
+    # The second group of blocks.
+    noted(local_repair, "train_blocks", lambda *_, **__: None, dies_at=2)
     with monkeypatch.context() as patch:
         patch.setattr(work_dir, "SHARE_OF_TIME", float("inf"))
-        assert main(command) == 130
+        command(*asked, status=130)
     assert entries(tmp_path) == {"out.work"}
-    assert main(command) == 0
-    assert f"local: going on at block 1 of {BLOCKS}" in capsys.readouterr().err
+    assert f"local: going on at block 1 of {BLOCKS}" in command(*asked).err
     assert (out / "model.safetensors").read_bytes() == (local / "model.safetensors").read_bytes()
 
 

@@ -1,8 +1,5 @@
 """Several processes prune together: what one gives, and no half result if one dies."""
 
-from __future__ import annotations
-
-import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from builders import entries
+from builders import entries, read_json
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.cli import main
 from cfsp.selection import speedup
@@ -70,10 +67,9 @@ def check_alike(argv: list[str], tmp_path: Path) -> None:
 
 def numbers_of(pruned: Path) -> list[float]:
     """Return the perplexities in a manifest, and what each repair came to."""
-    manifest = json.loads((pruned / MANIFEST_FILE).read_text())
-    measured = [
-        each[side] for each in manifest["perplexity"].values() for side in ("before", "after")
-    ]
+    manifest = read_json(pruned / MANIFEST_FILE)
+    sides = ("before", "after")
+    measured = [each[side] for each in manifest["perplexity"].values() for side in sides]
     blocks = [block for step in manifest["repair"]["steps"] for block in step["blocks"] if block]
     return measured + [block[key] for block in blocks for key in ("error_before", "error_after")]
 
@@ -155,9 +151,8 @@ def test_after_a_death_the_same_command_goes_on(
 def test_processes_with_different_work_are_refused(commands, argv, tmp_path):
     argv = [*argv, "--out", str(tmp_path / "many")]
     first, second = ranks(2)
-    ended = commands(
-        Command(argv, environment=first), Command([*argv, "--seed", "1"], environment=second)
-    )
+    other = Command([*argv, "--seed", "1"], environment=second)
+    ended = commands(Command(argv, environment=first), other)
     assert [each.status for each in ended] == [2, 2], ended
     for each in ended:
         assert "process 1 has another calibration text than process 0" in each.stderr

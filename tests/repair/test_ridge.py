@@ -1,7 +1,5 @@
 """Ridge repair: the Gram matrix and the solve against NumPy, never worse, the same in one pass."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cfsp
-from builders import changed, never, stop
+from builders import changed, never, stop, stopped_at
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.cli import main
 from cfsp.decide import Known
 from cfsp.errors import TextError
 from cfsp.pipeline import prune_checkpoint
@@ -165,21 +162,16 @@ def test_a_plan_made_before_is_repaired_by_a_pass_of_its_own(pruned, by_plan, te
     assert not changed(pruned, found)
 
 
-def test_one_window_is_too_little_and_that_is_said_before_any_pass(
-    model, text_file, tmp_path, monkeypatch
-):
-    few: Any = {"data": [text_file], "samples": 1, "seqlen": 16}
-    both = "ffn,blocks"
-    made = cfsp.calibrate(model, parts=both, data=[text_file], samples=4, seqlen=16)
+def test_one_window_is_too_little_which_is_said_before_any_pass(model, few, tmp_path, monkeypatch):
+    both, one = "ffn,blocks", {**few, "samples": 1}
+    made = cfsp.calibrate(model, parts=both, **few)
     monkeypatch.setattr("cfsp.streaming.block_pass.stream_blocks", never)
-    asked: list[Any] = [{"sparsity": 0.4}, {"parts": "blocks", "remove": 1}]
-    for each in asked:
+    for each in ({"sparsity": 0.4}, {"parts": "blocks", "remove": 1}):
         with pytest.raises(TextError, match="at least 2 windows"):
-            cfsp.prune(model, out=tmp_path / "out", **each, **few)
-    settings = prune_settings({"parts": both, "target_params": 0.8, **few})
+            cfsp.prune(model, out=tmp_path / "out", **each, **one)
+    settings, known = prune_settings({"parts": both, "target_params": 0.8, **one}), Known(made)
     with pytest.raises(TextError, match="at least 2 windows"):
-        known = Known(statistics=made)
-        prune_checkpoint(Checkpoint(Path(model)), tmp_path / "out", settings, known=known)
+        prune_checkpoint(Checkpoint(model), tmp_path / "out", settings, known=known)
 
 
 # Training after it.
@@ -212,7 +204,7 @@ def test_best_effort_trains_and_goes_on_after_a_kill(
         patch.setattr("cfsp.recovery.recover.recover_checkpoint", stop)
         # Pruning draws the text, and nobody after it.
         patch.setattr("cfsp.prune_and_recover.draw_text", None)
-        assert main(arguments) == 130
+        command(*arguments, status=130)
     assert not out.exists()
     before = (pruned / "model.safetensors").stat().st_mtime_ns
     # Another command does not take what this one left.
@@ -235,20 +227,18 @@ def test_best_effort_trains_and_goes_on_after_a_kill(
     assert "[owner/tiny@v1/a](https://huggingface.co/owner/tiny/tree/v1/a)" in card.text
 
 
-def test_best_effort_without_blocks_goes_on_after_a_kill(arguments, tmp_path, monkeypatch):
+def test_best_effort_without_blocks_goes_on_after_a_kill(model, text_file, tmp_path):
     """The blocks are chosen from fewer windows than are drawn."""
-    fewer = ["--parts", "blocks", "--set", "remove=1", "--samples", "12", "--effort", "best"]
-    arguments = [*arguments[:2], *arguments[6:], *fewer]
-    with monkeypatch.context() as patch:
-        patch.setattr("cfsp.recovery.recover.recover_checkpoint", stop)
-        assert main(arguments) == 130
-    assert main(arguments) == 0
-    assert read_manifest(tmp_path / "out")["recovery"]["steps"]
+    out, text = tmp_path / "out", cfsp.Text("some", text_file.read_text()[:20_000])
+    asked: dict[str, Any] = {"parts": "blocks", "remove": 1, "data": text, "effort": "best"}
+    asked |= {"samples": 12, "seqlen": 64}
+    stopped_at("cfsp.recovery.recover.recover_checkpoint", cfsp.prune, model, out=out, **asked)
+    report = cfsp.prune(model, out=out, **asked)
+    assert report.out == str(out)  # what was trained, and not what was pruned before
+    assert read_manifest(out)["recovery"]["steps"]
 
 
-def test_best_effort_refuses_windows_too_short_to_train_on_before_it_prunes(
-    arguments, tmp_path, command
-):
+def test_best_effort_refuses_windows_too_short_before_it_prunes(arguments, tmp_path, command):
     before = sorted(tmp_path.iterdir())
     error = command(*arguments, "--seqlen", 7, "--effort", "best", status=2).err
     assert "--seqlen must be at least 8" in error
@@ -268,13 +258,10 @@ def test_best_effort_reads_no_text_for_an_output_that_cannot_be(
     assert f"{model}/new lies inside the source" in command(*arguments, status=2).err
 
 
-def test_best_effort_without_room_to_train_repairs_locally(
-    model, text_file, tmp_path, monkeypatch, caplog
-):
+def test_best_effort_without_room_repairs_locally(model, few, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     caplog.set_level("INFO", logger="cfsp")
     choices: Any = {"sparsity": 0.5, "multiple": 4, "effort": "best", "local_steps": 2}
-    text: Any = {"data": [text_file], "samples": 8, "seqlen": 64}
-    report = cfsp.prune(model, out=tmp_path / "out", **choices, **text)
+    report = cfsp.prune(model, out=tmp_path / "out", **choices, **few)
     assert [step["name"] for step in report.repair["steps"]] == ["ridge", "sequential", "local"]
     assert "repair by local, because there is no memory to train" in caplog.text

@@ -1,7 +1,5 @@
 """Sequential repair: each down projection takes over what it can of the drift, never more."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +48,8 @@ def fitted(job, ridge, windows) -> PruningResult:
 def job_for(source: LoadedModel, windows: Windows, directory: Path, budget: Budget = HALF) -> Job:
     compute = Compute("cpu", "float32", batch_windows=4)
     work_dir = WorkDir(directory, identity={"command": "test"})
-    return job_of(
-        source, PruneSettings(budget, compute=compute), lambda: windows, work_dir=work_dir
-    )
+    settings = PruneSettings(budget, compute=compute)
+    return job_of(source, settings, lambda: windows, work_dir=work_dir)
 
 
 def model_of(job: Job, result: PruningResult) -> Any:
@@ -62,12 +59,6 @@ def model_of(job: Job, result: PruningResult) -> Any:
 
 def pruned_source(job: Job, result: PruningResult) -> PrunedSource:
     return PrunedSource(job.source, result.plan, result.tensors)
-
-
-def last_step(result: PruningResult) -> list[Any]:
-    """Return what the last step did with each block."""
-    blocks: list[Any] = result.steps[-1]["blocks"]
-    return blocks
 
 
 def seen(model: Any, block: int, tokens: torch.Tensor) -> tuple[Any, Any]:
@@ -85,7 +76,7 @@ def seen(model: Any, block: int, tokens: torch.Tensor) -> tuple[Any, Any]:
 
 
 def test_weights_are_the_ridge_solution_for_the_drift(job, ridge, fitted, windows):
-    entries = last_step(fitted)
+    entries = fitted.steps[-1]["blocks"]
     block = max(i for i, entry in enumerate(entries) if entry["kept"])
     assert block > 0  # it is entered by what blocks give after their repair
     tokens = windows.tokens_NT[~windows.held_out_N]
@@ -113,7 +104,7 @@ def test_only_down_projections_change_and_the_model_comes_closer(job, ridge, fit
     assert fitted_to
     assert all(name.endswith("down_proj.weight") for name in fitted_to)
     assert [step["name"] for step in fitted.steps] == ["ridge", "sequential"]
-    for entry in last_step(fitted):
+    for entry in fitted.steps[-1]["blocks"]:
         assert entry["training_steps"] == 0
         assert (entry["strength"] is not None) == entry["kept"]
         if entry["kept"]:
@@ -172,10 +163,9 @@ def test_a_fit_is_kept_only_where_it_helps(tiny_checkpoint, asked, tmp_path, nam
     assert found == ({down} if entry["kept"] else set())
 
 
-def test_local_repair_handles_gaps_itself(tiny_checkpoint, asked, tmp_path):
-    source = tiny_checkpoint("llama")
-    gaps = cfsp.prune(source, out=tmp_path / "gaps", **asked)
-    report = cfsp.prune(source, out=tmp_path / "out", repair="local", local_steps=2, **asked)
+def test_local_repair_handles_gaps_itself(model, asked, tmp_path):
+    gaps = cfsp.prune(model, out=tmp_path / "gaps", **asked)
+    report = cfsp.prune(model, out=tmp_path / "out", repair="local", local_steps=2, **asked)
     step, trained = report.repair["steps"]
     assert (step["name"], trained["name"]) == ("sequential", "local")
     (removed,) = report.plan.removed_blocks
@@ -185,11 +175,10 @@ def test_local_repair_handles_gaps_itself(tiny_checkpoint, asked, tmp_path):
     assert Checkpoint(tmp_path / "out").architecture.block_count == 2
 
 
-def test_a_plan_with_blocks_is_repaired_as_in_one_run(tiny_checkpoint, asked, tmp_path):
-    source = tiny_checkpoint("llama")
-    report = cfsp.prune(source, out=tmp_path / "once", **asked)
+def test_a_plan_with_blocks_is_repaired_as_in_one_run(model, asked, tmp_path):
+    report = cfsp.prune(model, out=tmp_path / "once", **asked)
     text = CalibrationText((str(asked["data"][0]),), samples=12, seqlen=64)
     settings = PruneSettings(Budget(0.0), text=text, compute=Compute("cpu"))
     known = Known(plan=report.plan)
-    prune_checkpoint(Checkpoint(source), tmp_path / "obeyed", settings, known=known)
+    prune_checkpoint(Checkpoint(model), tmp_path / "obeyed", settings, known=known)
     assert not changed(tmp_path / "once", tmp_path / "obeyed")

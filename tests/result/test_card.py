@@ -1,7 +1,5 @@
 """The model card: what it tells the hub, and what it tells people."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,6 @@ from huggingface_hub import ModelCard
 import cfsp
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.card import Origin, model_card, origin_of
 from cfsp.result.manifest import read_manifest
 from report_runs import changed_copy, measured, recovered
@@ -20,7 +17,7 @@ from report_runs import changed_copy, measured, recovered
 
 def card_of(run: Path, origin: Origin, **changes: Any) -> str:
     manifest = read_manifest(run)
-    return model_card(manifest | changes, PruningPlan.load(run / "cfsp_plan.json"), origin)
+    return model_card(manifest | changes, cfsp.PruningPlan.load(run / "cfsp_plan.json"), origin)
 
 
 def test_metadata_of_the_source_stay(run):

@@ -1,7 +1,5 @@
 """The chart by block and its caption; blocks with several FFN units, or none."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -71,9 +69,7 @@ def planned(name: str = "run", removed: tuple[int, ...] = (), **criterion: Any) 
     """Return a run of two blocks that lose channels, or of which one goes whole."""
     units = [UnitPlan(block, 4, (0, 1), 0.25 + block, 0.5 + block / 2) for block in range(2)]
     if removed:
-        units = [
-            replace(unit, kept=() if unit.block in removed else tuple(range(4))) for unit in units
-        ]
+        units = [replace(u, kept=() if u.block in removed else tuple(range(4))) for u in units]
     return RunFacts(name, Path(name), {}, (), plan_of(*units, removed=removed, **criterion))
 
 

@@ -1,7 +1,5 @@
 """The facts of a result: numbers and their conditions, names, how it was made; damaged ones."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable
@@ -124,9 +122,7 @@ def test_numbers_of_the_manifest_are_in_the_facts(run, text_file):
     assert size["FFN channels"][1].note == f"{MINUS}50.0%"
     value = facts.manifest["perplexity"][str(text_file)]
     (row,) = tables["Perplexity"]
-    assert [cell.value for cell in row.cells] == [
-        f"{value[side]:.2f}" for side in ("before", "after")
-    ]
+    assert [c.value for c in row.cells] == [f"{value[side]:.2f}" for side in ("before", "after")]
     assert row.name.endswith(f"/{text_file.name}") and row.hint == "62 predicted tokens"
     assert row.detail.endswith("without BOS; this text made the model")
 
@@ -175,10 +171,8 @@ def test_inspect_card_and_page_tell_the_same_of_the_making(run, tmp_path, comman
     pruned, trained = making(manifest)
     assert (pruned.verb, trained.verb) == ("pruned", "recovered")
     assert pruned.facts["asked for"] == "50.0% of FFN channels"
-    assert (
-        pruned.facts["repair"].startswith("ridge (error of outputs")
-        and "teacher" not in trained.facts
-    )
+    assert pruned.facts["repair"].startswith("ridge (error of outputs")
+    assert "teacher" not in trained.facts
     for name, value in {**pruned.facts, **trained.facts}.items():
         if name not in ("time", "memory"):  # `inspect` does not tell what it took
             assert f"\n{name:<18} {value}\n" in told
@@ -204,17 +198,12 @@ def test_only_equal_conditions_are_compared(run, tmp_path):
     other = changed_copy(run, tmp_path / "recovered", recovered_at_1024)
     runs = [read_run(pruned), read_run(other)]
     rows = sections(runs)["Perplexity"]
-    assert [[cell.value for cell in row.cells] for row in rows] == [
-        ["79.19", "111.86", NOTHING],
-        [NOTHING, NOTHING, "34.21"],
-    ]
-    assert [[cell.note for cell in row.cells] for row in rows] == [
-        ["", f"{TIMES} 1.41", ""],
-        [""] * 3,
-    ]
+    values = [cell.value for row in rows for cell in row.cells]
+    assert values == ["79.19", "111.86", NOTHING, NOTHING, NOTHING, "34.21"]
+    assert [cell.note for row in rows for cell in row.cells] == ["", f"{TIMES} 1.41", *4 * [""]]
     assert [row.detail for row in rows] == [
-        "12 windows of 512 tokens, without BOS; this text made recovered",
-        "12 windows of 1,024 tokens, without BOS; this text made recovered",
+        f"12 windows of {tokens} tokens, without BOS; this text made recovered"
+        for tokens in ("512", "1,024")
     ]
     assert pareto_chart(runs) is None
     assert not [line for line in headlines(runs[1]) if line.noun.startswith("perplexity")]

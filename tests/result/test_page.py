@@ -1,7 +1,5 @@
 """The report: what it gathers, how it draws, what it refuses, and that nothing foreign gets in."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -215,9 +213,7 @@ def test_results_of_another_folder_are_known_by_their_weights(run, results, tmp_
     assert words == words_of(rendered([run], tmp_path, results))
     found["models"][1]["fingerprint"] = "another's"
     (tmp_path / "moved.json").write_text(json.dumps(found))
-    with pytest.raises(
-        ReportError, match="of none of the runs; they are of: there/dense, there/sm"
-    ):
+    with pytest.raises(ReportError, match="none of the runs; they are of: there/dense, there/sm"):
         rendered([run], tmp_path, tmp_path / "moved.json")
     bare = changed_copy(run, tmp_path / "bare", lambda manifest: None)
     for weights in bare.glob("*.safetensors"):  # as the runs of a sweep are
@@ -344,9 +340,7 @@ def many_runs(run: Path, place: Path, count: int) -> list[Path]:
 
         return changed
 
-    return [
-        changed_copy(run, place / f"run-{number:03d}", change(number)) for number in range(count)
-    ]
+    return [changed_copy(run, place / f"run-{n:03d}", change(n)) for n in range(count)]
 
 
 def test_many_runs_stay_readable(run, tmp_path):

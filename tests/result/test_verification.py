@@ -1,7 +1,5 @@
 """`cfsp verify`: whole checkpoints pass, and every kind of change is named."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable
@@ -11,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cfsp.cli import main
 from report_runs import changed_copy
 
 
@@ -85,8 +82,8 @@ def test_every_change_is_named(run, tmp_path, damage, message, command):
     assert error.count("\n") == 1
 
 
-def test_notes_and_licences_may_change(run, tmp_path):
+def test_notes_and_licences_may_change(run, tmp_path, command):
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     for name in ("README.md", "LICENSE.txt", "cfsp.statistics"):
         (copy / name).write_text("other")
-    assert main(["verify", str(copy)]) == 0
+    command("verify", copy)

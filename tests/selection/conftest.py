@@ -1,7 +1,5 @@
 """The model of most tests of what goes, and the command that they give."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cfsp.checkpoint.reading import Checkpoint, LoadedModel
+from cfsp.checkpoint.reading import LoadedModel
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.manifest import read_manifest
 from tiny_decoders import tiny_model
@@ -34,12 +32,6 @@ class Ended:
     @property
     def plan(self) -> PruningPlan:
         return PruningPlan.load(self.out / "cfsp_plan.json")
-
-
-@pytest.fixture(scope="session")
-def source(model) -> Checkpoint:
-    """`model` as it is read."""
-    return Checkpoint(model)
 
 
 @pytest.fixture(scope="session")

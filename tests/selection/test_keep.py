@@ -1,9 +1,6 @@
 """What is told to stay loses nothing, and the others pay for it."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
-from typing import Any
 
 import pytest
 
@@ -47,15 +44,13 @@ def test_a_command_that_keeps_blocks(prune, repair):
 
 
 @pytest.mark.parametrize("removal", ["divergence", "runs"])
-def test_blocks_that_stay_are_not_dropped(source, tokenizer, text_file, removal, monkeypatch):
+def test_blocks_that_stay_are_not_dropped(source, tokenizer, few, removal, monkeypatch):
     monkeypatch.setattr("cfsp.selection.drop_order.fits", lambda *_: removal == "divergence")
+    asked = {"parts": "blocks", "remove": 2, "effort": "fast", **few}
     found = [
-        cfsp.prune(
-            source.model, tokenizer, parts="blocks", remove=2, keep=keep,
-            data=[text_file], samples=4, seqlen=32, device="cpu", effort="fast",
-        ).config.cfsp["removed_blocks"]
+        cfsp.prune(source.model, tokenizer, keep=keep, **asked).config.cfsp["removed_blocks"]
         for keep in ((), (1, 2, 3))
-    ]  # fmt: skip
+    ]
     assert found[1] == [0, 4] != found[0]
 
 
@@ -96,13 +91,12 @@ def test_a_size_out_of_reach_is_refused_before_any_pass(source, parts, keep):
         Parameters(source, Budget(parts=parts, keep=keep), 0.1).check()
 
 
-def test_more_than_the_others_own_is_refused(source, tokenizer, text_file):
-    asked: dict[str, Any] = {"data": [text_file], "samples": 4, "seqlen": 32, "multiple": 8}
+def test_more_than_the_others_own_is_refused(source, tokenizer, few):
     with pytest.raises(BudgetError, match=r"30\.0% of the block parameters: what --keep names"):
-        cfsp.prune(source.model, tokenizer, parts="blocks", sparsity=0.3, keep="0,1,2,3,4", **asked)
+        cfsp.prune(source.model, tokenizer, parts="blocks", sparsity=0.3, keep="0,1,2,3,4", **few)
     with pytest.raises(BudgetError, match="what --keep names must stay; between 0 and 2"):
-        cfsp.prune(source.model, tokenizer, parts="blocks", remove=3, keep="0,1,2", **asked)
+        cfsp.prune(source.model, tokenizer, parts="blocks", remove=3, keep="0,1,2", **few)
     with pytest.raises(BudgetError, match="every FFN and all that --keep names, between 0 and"):
-        cfsp.prune(source.model, tokenizer, sparsity=0.5, keep="0,1,2,3", **asked)
+        cfsp.prune(source.model, tokenizer, sparsity=0.5, keep="0,1,2,3", multiple=8, **few)
     with pytest.raises(UsageError, match="--keep is not for --parts experts"):
         Budget(0.5, parts=("experts",), keep=("0",))

@@ -1,7 +1,5 @@
 """What a whole model predicts without some of its parts: masked, alone, and in an order."""
 
-from __future__ import annotations
-
 import math
 from contextlib import ExitStack
 from dataclasses import replace
@@ -9,7 +7,6 @@ from itertools import combinations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from builders import draw_windows, job_of, numpy_divergence, random_tokens
 from cfsp.calibration.calibrate import calibrate
@@ -33,7 +30,7 @@ from cfsp.selection.drop_order import order_of_removal
 from cfsp.settings import UNIT_PARTS, Budget, Compute, PruneSettings
 from cfsp.streaming.stand_in import PLAIN, skipped
 from tiny_decoders import tiny_model
-from tiny_models import BLOCKS, TINY_CONFIGS, WIDTH, build_tiny_model
+from tiny_models import BLOCKS, WIDTH, build_tiny_model
 
 TOKENS = random_tokens(5, 16)
 
@@ -90,9 +87,7 @@ def test_each_block_is_masked_alone(name, noted):
     count = len(blocks_of(model, source.architecture))
     with_units = sorted({unit.block for unit in source.units})
     for block in range(count):
-        kept = {
-            index: kept_U[index] for index, unit in enumerate(source.units) if unit.block == block
-        }
+        kept = {i: kept_U[i] for i, unit in enumerate(source.units) if unit.block == block}
         expected = 0.0
         with torch.inference_mode():
             for tokens_T in tokens_NT:
@@ -106,9 +101,8 @@ def test_each_block_is_masked_alone(name, noted):
 
 
 def test_what_stayed_is_stored_by_part(text_file, tokenizer):
-    config = TINY_CONFIGS["llama"]()
-    config.update({"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8})
-    source = LoadedModel(AutoModelForCausalLM.from_config(config).eval(), ("ffn", "kv"))
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8}
+    source = LoadedModel(tiny_model("llama", hidden_size=48, **heads), ("ffn", "kv"))
     windows = draw_windows([str(text_file)], tokenizer, samples=2, seqlen=16)
     job = job_of(source, PruneSettings(Budget(), compute=Compute("cpu")))
     statistics = calibrate(job, windows)

@@ -1,13 +1,10 @@
 """What may go for a goal of parameters where nobody said it."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM
 
 from builders import draw_windows, job_of, never
 from cfsp.checkpoint.reading import LoadedModel, WeightSource
@@ -20,7 +17,7 @@ from cfsp.selection.constraint import Parameters
 from cfsp.selection.goal import MANY_CHANNELS, constraint_of
 from cfsp.settings import Budget, Compute, Part, PruneSettings, TargetParameters
 from cfsp.streaming.work_dir import WorkDir
-from tiny_decoders import tiny_config, tiny_model
+from tiny_decoders import tiny_model
 
 OPEN = PruneSettings(Budget(multiple=8), compute=Compute("cpu", "float32"), leaves_parts_open=True)
 
@@ -56,12 +53,9 @@ def test_blocks_are_tried_where_many_channels_would_go(source, draw, caplog):
     assert "all FFN channels would not be enough" in caplog.text
 
 
-def test_channels_go_alone_where_blocks_cannot_be_compared_and_it_is_said(
-    source, draw, caplog, monkeypatch
-):
+def test_channels_go_alone_where_blocks_cannot_be_compared(source, draw, caplog, monkeypatch):
     stays = stays_without(source, 0.6)
     caplog.set_level(logging.INFO)
-
     monkeypatch.setattr(goal, "fits", lambda *_, models: False)
     assert parts_of(source, stays, draw) == ("ffn",)
     assert (
@@ -71,16 +65,12 @@ def test_channels_go_alone_where_blocks_cannot_be_compared_and_it_is_said(
 
 
 @pytest.mark.parametrize(
-    "config",
-    [
-        # Each of its blocks has an embedding of its own.
-        tiny_config("gemma3n_text", num_kv_shared_layers=0),
-        tiny_config("llama", num_hidden_layers=1),
-    ],
-    ids=["gemma3n_text", "one block"],
+    ("name", "config"),
+    # Each block of the first has an embedding of its own.
+    [("gemma3n_text", {"num_kv_shared_layers": 0}), ("llama", {"num_hidden_layers": 1})],
 )
-def test_channels_go_alone_where_no_block_can(config, draw):
-    source = LoadedModel(AutoModelForCausalLM.from_config(config).eval())
+def test_channels_go_alone_where_no_block_can(name, config, draw):
+    source = LoadedModel(tiny_model(name, **config))
     for share in (0.6, 0.9):
         assert parts_of(source, stays_without(source, share), draw) == ("ffn",)
 
@@ -143,8 +133,7 @@ def test_a_resumed_run_keeps_what_it_had_decided(source, draw, tmp_path, monkeyp
 def test_target_params(prune, repair):
     done = prune("--target-params", 0.75, "--parts", "ffn", "--repair", repair)
     before, after = (done.manifest[f"parameters_{when}"] for when in ("before", "after"))
-    multiple = 8 * 3 * 32
-    assert abs(after - 0.75 * before) <= multiple
+    assert abs(after - 0.75 * before) <= 8 * 3 * 32  # one multiple
     goal, sparsity = done.manifest["goal"], done.manifest["ffn_sparsity"]
     assert (goal["goal"], goal["asked"]) == ("target_params", 0.75)
     assert goal["chosen"]["parts"] == ["ffn"]

@@ -1,18 +1,13 @@
 """What requires the whole model in memory, through the flow: sensitivity, own text, refusals."""
 
-from __future__ import annotations
-
-import json
 import shutil
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
 import cfsp
-from builders import changed, edit_json, never, stopped_at
-from cfsp.calibration.statistics import Statistics
+from builders import changed, edit_json, never, read_json, stopped_at
 from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.own_files import STATISTICS_FILE
 from cfsp.checkpoint.reading import LoadedModel
@@ -39,7 +34,7 @@ def settings(text_file) -> PruneSettings:
 def test_widths_follow_the_measured_sensitivity(source, tmp_path, settings):
     settings = replace(settings, criterion=Criterion("sensitivity"))
     report = prune_checkpoint(source, tmp_path / "out", settings)
-    statistics = Statistics.load(tmp_path / "out" / STATISTICS_FILE)
+    statistics = cfsp.Statistics.load(tmp_path / "out" / STATISTICS_FILE)
     found = statistics.sensitivity
     assert found is not None
     assert (found.kept_L, found.windows) == ((0.5,) * 3, 8)
@@ -51,7 +46,7 @@ def test_widths_follow_the_measured_sensitivity(source, tmp_path, settings):
     assert (criterion["block_metric"], criterion["clamp"]) == ("sensitivity", "water-fill")
 
 
-def test_blocks_are_compared_by_sensitivity_where_repair_follows_and_memory_allows(
+def test_sensitivity_is_where_repair_follows_and_memory_allows(
     source, tmp_path, settings, monkeypatch
 ):
     def metric_of(repair: Repair, name: str = "out") -> str:
@@ -97,40 +92,34 @@ def test_a_killed_run_keeps_what_it_decided_when_memory_changes(
     assert plan.criterion["block_metric"] == "sensitivity"
 
 
-def test_what_sensitivity_cannot_be_measured_on_is_refused(source, text_file, monkeypatch):
-    text: dict[str, Any] = {"data": [text_file], "samples": 4, "seqlen": 16}
-    plain = cfsp.calibrate(source.directory, block_metric="angular", **text)
+def test_what_sensitivity_cannot_be_measured_on_is_refused(model, few, monkeypatch):
+    plain = cfsp.calibrate(model, block_metric="angular", **few)
     with pytest.raises(StatisticsError, match="cfsp calibrate --set block_metric=sensitivity"):
-        cfsp.plan(source.directory, plain, sparsity=0.5, block_metric="sensitivity")
-    measured = cfsp.calibrate(source.directory, **text)
-    plan = cfsp.plan(source.directory, measured, sparsity=0.5, block_metric="sensitivity")
+        cfsp.plan(model, plain, sparsity=0.5, block_metric="sensitivity")
+    measured = cfsp.calibrate(model, **few)
+    plan = cfsp.plan(model, measured, sparsity=0.5, block_metric="sensitivity")
     assert plan.criterion["block_metric"] == "sensitivity"
     # A model that does not fit is not even read.
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     monkeypatch.setattr("cfsp.selection.divergence.load", never)
     with pytest.raises(UsageError, match=r"runs the whole model, .* GB are available"):
-        cfsp.calibrate(source.directory, block_metric="sensitivity", **text)
+        cfsp.calibrate(model, block_metric="sensitivity", **few)
 
 
-def test_statistics_have_the_sensitivity_of_all_that_can_be_planned(source, text_file):
-    statistics = cfsp.calibrate(
-        source.directory, parts="ffn,attention", data=[text_file], samples=4, seqlen=16
-    )
-    assert cfsp.plan(source.directory, statistics, parts="kv", sparsity=0.5).sparsity_of("kv") > 0
+def test_statistics_have_the_sensitivity_of_all_that_can_be_planned(model, few):
+    statistics = cfsp.calibrate(model, parts="ffn,attention", **few)
+    assert cfsp.plan(model, statistics, parts="kv", sparsity=0.5).sparsity_of("kv") > 0
 
 
-def test_a_config_may_ask_for_more_than_logits(tiny_checkpoint, tokenizer, text_file, tmp_path):
+def test_a_config_may_ask_for_more_than_logits(tiny_checkpoint, tokenizer, few, tmp_path):
     """Mixtures of experts that were fine-tuned often return router logits."""
     plain, asking = tiny_checkpoint("mixtral"), tmp_path / "asking"
     shutil.copytree(plain, asking)
     asked = {"output_router_logits": True, "output_hidden_states": True}
     edit_json(asking / "config.json", lambda fields: fields.update(asked))
-    options: dict[str, Any] = {
-        "goal": cfsp.TargetParameters(0.8), "parts": ["ffn", "blocks"], "data": [str(text_file)],
-        "samples": 4, "seqlen": 16, "multiple": 8, "device": "cpu", "effort": "fast",
-    }  # fmt: skip
+    options = {"parts": "ffn,blocks", "target_params": 0.8, "multiple": 8, "effort": "fast", **few}
     expected, found = tmp_path / "plain", tmp_path / "asking's"
     cfsp.prune(plain, out=expected, **options)
     cfsp.prune(cfsp.load(asking), tokenizer, **options).save_pretrained(found)
     assert changed(expected, found) == set()
-    assert json.loads((found / "config.json").read_text())["output_router_logits"]
+    assert read_json(found / "config.json")["output_router_logits"]

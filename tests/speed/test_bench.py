@@ -1,7 +1,5 @@
 """Speed: what a size promises, what is timed, and that engines generate what the model says."""
 
-from __future__ import annotations
-
 import json
 import math
 import multiprocessing
@@ -62,11 +60,10 @@ def test_engine_generates_what_the_model_generates(tmp_path):
         assert timing.prefill > 0 and timing.decode > 0
 
 
-def test_weights_on_disk_are_those_that_are_read(tiny_checkpoint, tmp_path):
-    shutil.copytree(tiny_checkpoint("llama"), tmp_path / "model")
-    weights = tmp_path / "model" / "model.safetensors"
+def test_weights_on_disk_are_those_that_are_read(copied):
+    weights = copied / "model.safetensors"
     shutil.copy(weights, weights.with_name("consolidated.safetensors"))
-    _, footprint = build_model(Subject(tmp_path / "model", "m"), "auto", torch.device("cpu"))
+    _, footprint = build_model(Subject(copied, "m"), "auto", torch.device("cpu"))
     assert footprint.disk_bytes == weights.stat().st_size
 
 
@@ -167,8 +164,7 @@ def asked(monkeypatch):
     return calls
 
 
-def test_bench_times_every_combination(asked, tiny_checkpoint):
-    model = tiny_checkpoint("llama")
+def test_bench_times_every_combination(asked, model, tiny_checkpoint):
     other = tiny_checkpoint("qwen3")
     bench([model, other], batch=[1, 2], prompt=4, rounds=3)
     subjects, workloads, conditions = asked[0]
@@ -191,10 +187,9 @@ def test_bench_takes_names_as_prune_does(asked, monkeypatch, tmp_path):
     assert asked[-1][0] == [Subject(converted, "a.gguf")]
 
 
-def test_process_has_memory_of_its_own_and_its_death_is_one_sentence(tiny_checkpoint):
+def test_process_has_memory_of_its_own_and_its_death_is_one_sentence(model):
     ballast = torch.ones(400_000_000, dtype=torch.float32)  # 1.6 GB in this process
-    subject = Subject(tiny_checkpoint("llama"), "tiny")
-    with model_process(subject, Conditions()) as process:
+    with model_process(Subject(model, "tiny"), Conditions()) as process:
         assert 50_000_000 < process.peak_bytes()[0] < ballast.nbytes
         for child in multiprocessing.active_children():
             assert child.pid is not None
@@ -247,9 +242,8 @@ def test_decode_work_is_all_weights_but_embeddings_and_the_cache(tmp_path):
     model.save_pretrained(tmp_path)
     engine = Engine(Subject(tmp_path, "tiny"), Conditions(dtype="bfloat16"))
     timing, tokens_BN = engine.run(WORKLOAD)
-    weights = sum(
-        p.numel() * 2 for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n
-    )
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    weights = 2 * sum(p.numel() for p in matrices)
     weights += 2 * model.get_input_embeddings().weight.numel() * model.config.tie_word_embeddings
     with torch.no_grad():
         cache = model(tokens_BN[:, :1], use_cache=True).past_key_values

@@ -1,7 +1,5 @@
 """Hidden states in memory and in files, and how much memory there is."""
 
-from __future__ import annotations
-
 import errno
 import os
 import subprocess

@@ -1,8 +1,5 @@
 """A killed run goes on where it was and gives the same bits; other work is refused."""
 
-from __future__ import annotations
-
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from builders import entries, stop
+from builders import entries, read_json, stop
 from cfsp.cli import main
-from cfsp.result.manifest import read_manifest
 from cfsp.streaming.block_stream import StreamedBlock
 from cfsp.streaming.work_dir import Pace
 from tiny_models import BLOCKS, build_tiny_model
@@ -167,24 +163,11 @@ def test_what_was_found_of_another_model_or_dtype_is_refused(
     assert "with another dtype (" in runs.refused([*argv, "--dtype", "bfloat16", str(model)])
 
 
-def test_blocks_go_by_what_the_killed_run_had_memory_for(runs, model, text, monkeypatch):
-    out = ["--out", str(runs.directory / "out")]
-    argv = ["prune", str(model), *text, "--parts", "blocks", "--sparsity", "0.5", *out]
-    runs.kill(argv, "after", 1)
-    with monkeypatch.context() as patch:
-        patch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)  # less memory now
-        assert "1e-06 GB are available: free as much" in runs.refused(argv)
-    assert entries(runs.directory) == {"out.work"}
-    monkeypatch.setattr("cfsp.selection.drop_order.fits", lambda *_: False)
-    assert main(argv) == 0
-    assert read_manifest(runs.directory / "out")["criterion"]["removal"] == "divergence"
-
-
 def test_a_state_is_complete_and_a_damaged_one_is_refused(runs):
     runs.kill(runs.calibrate, "after", 2)
     (state,) = runs.directory.rglob("state.json")
     # Everything that it speaks of is on disk.
-    fields = json.loads(state.read_text())
+    fields = read_json(state)
     assert fields["next_block"] == 2
     assert (state.parent / fields["hidden"]).stat().st_size == 9 * 32 * 32 * 4
     assert len(list(state.parent.glob("statistics-*.safetensors"))) == 2
@@ -249,16 +232,14 @@ def test_work_beside_a_finished_output_goes(runs):
     assert entries(runs.directory) == {"stats", "out"}
 
 
-def test_a_sweep_that_was_killed_while_it_wrote_its_settings_begins(model, text, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    abandoned = out / f".sweep.json.partial-{2**22 + 1}"  # no process has this number
+def test_a_sweep_that_was_killed_while_it_wrote_its_settings_begins(runs, model, text):
+    abandoned = runs.directory / f".sweep.json.partial-{2**22 + 1}"  # no process has this number
     abandoned.write_text("{")
-    argv = ["sweep", str(model), *text[:6], "--sparsity", "0.4", "--multiple", "4"]
-    assert main([*argv, "--eval", text[1], "--windows", "1", "--out", str(out)]) == 0
+    argv = ["sweep", model, *text[:6], "--sparsity", 0.4, "--multiple", 4, "--eval", text[1]]
+    runs.end([*argv, "--windows", 1, "--out", runs.directory])
     assert not abandoned.exists()
-    assert entries(out / "cfsp-0.4") >= {"cfsp.json", "config.json"}
-    assert not list(out.rglob("model*.safetensors"))
+    assert entries(runs.directory / "cfsp-0.4") >= {"cfsp.json", "config.json"}
+    assert not list(runs.directory.rglob("model*.safetensors"))
 
 
 # How often to save.

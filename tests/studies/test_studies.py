@@ -1,13 +1,9 @@
 """Study 9's smallest version runs on a tiny model, and prints what is published."""
 
-from __future__ import annotations
-
-import json
-
 import pytest
 
 import run as study
-from builders import never
+from builders import never, read_json
 from cfsp.errors import OutputError
 from conftest import REPOSITORY
 
@@ -20,7 +16,7 @@ def test_parts(tiny_checkpoint, text_file, other_text_file, tmp_path, capsys):
     model = ("--model", tiny_checkpoint("llama"))
     command = (9, *model, *texts, *size, "--choices", "ffn", "all", "--out", out)
     assert study.main([*map(str, command)]) == 0
-    rows, printed = json.loads(out.read_text())["rows"], capsys.readouterr().out
+    rows, printed = read_json(out)["rows"], capsys.readouterr().out
     rows, timed = rows[:4], rows[4:]
     assert [(row["parts"], row["state"]) for row in rows] == [
         (choice, state) for choice in ("ffn", "all") for state in ("unrepaired", "repaired")

@@ -1,17 +1,16 @@
 """Sweeps: settings, resuming, tables, the Pareto front, and the report of a sweep."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builders import never
+from builders import never, read_json
 from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.planning.plan_file import PruningPlan
@@ -25,11 +24,11 @@ from cfsp.sweep.settings import SweepSettings, method_named
 
 
 @pytest.fixture(scope="module")
-def sweep(tiny_checkpoint, text_file, tmp_path_factory):
+def sweep(model, text_file, tmp_path_factory):
     """The arguments of a sweep of two methods at two sparsities, and its directory."""
     out = tmp_path_factory.mktemp("sweep") / "out"
     arguments = [
-        "sweep", str(tiny_checkpoint("llama")), "--sparsity", "25%", "0.5",
+        "sweep", str(model), "--sparsity", "25%", "0.5",
         "--method", "cfsp", "cfsp-plain", "--multiple", "4", "--data", str(text_file),
         "--samples", "8", "--seqlen", "32", "--eval", str(text_file), "--windows", "2",
         "--out", str(out),
@@ -40,7 +39,7 @@ def sweep(tiny_checkpoint, text_file, tmp_path_factory):
 
 def test_every_method_makes_every_sparsity_at_the_same_size(sweep, text_file):
     _, out = sweep
-    rows = json.loads((out / "table.json").read_text())
+    rows = read_json(out / "table.json")
     assert [row["name"] for row in rows] == [
         "dense", "cfsp-0.25", "cfsp-0.5", "cfsp-plain-0.25", "cfsp-plain-0.5",
     ]  # fmt: skip
@@ -69,45 +68,36 @@ def test_every_method_makes_every_sparsity_at_the_same_size(sweep, text_file):
     assert "2 windows of 32 tokens" in caption
     assert head.startswith("| method | sparsity | parameters removed |")
     assert rule.count("|") == head.count("|")
-    assert [line.split("|")[1].strip() for line in lines] == [
-        "dense",
-        *2 * ["cfsp"],
-        *2 * ["cfsp-plain"],
-    ]
+    methods = [line.split("|")[1].strip() for line in lines]
+    assert methods == ["dense", *2 * ["cfsp"], *2 * ["cfsp-plain"]]
 
 
 def test_it_asks_the_dense_model_once_and_compares_with_it(
-    tiny_checkpoint, text_file, tmp_path, noted, monkeypatch, capsys
+    model, text_file, tmp_path, noted, monkeypatch, command
 ):
     pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
     monkeypatch.setattr("cfsp.quality.answers.ANSWER_TOKENS", 4)
-    (tmp_path / "tasks").mkdir()
     lines = [
         {"query": f"Question: {number}", "choices": ["one river", "two stones"], "gold": number % 2}
         for number in range(6)
     ]
-    (tmp_path / "tasks" / "piqa.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "piqa.jsonl").write_text("\n".join(map(json.dumps, lines)))
     out = tmp_path / "out"
     arguments = [
-        "sweep", str(tiny_checkpoint("llama")), "--sparsity", "25%", "50%", "--multiple", "4",
-        "--data", str(text_file), "--samples", "8", "--seqlen", "32", "--eval", str(text_file),
-        "--windows", "2", "--tasks", "piqa", "--set", "limit=4",
-        "--set", f"task_data={tmp_path / 'tasks'}", "--answers", "2", "--out", str(out),
+        "sweep", model, "--sparsity", "25%", "50%", "--multiple", 4, "--data", text_file,
+        "--samples", 8, "--seqlen", 32, "--eval", text_file, "--windows", 2, "--tasks", "piqa",
+        "--limit", 4, "--task-data", tmp_path, "--answers", 2, "--out", out,
     ]  # fmt: skip
     streamed = noted(evaluate, "streamed_sums", lambda *given, **_: given[-1])
     answering = noted(evaluate, "answers_of", lambda *given: given[-1])
     reading = noted(TaskRunner, "read_data", lambda _runner: None)
-    assert main(arguments) == 0
-    told = capsys.readouterr().err
+    told = command(*arguments).err
     assert told.count("8 windows calibrate and repair") == told.count("has little to spare") == 1
-    of_dense, of_others = (
-        [label for label in streamed if label.startswith(arguments[1]) is is_dense]
-        for is_dense in (True, False)
-    )
-    assert (len(of_dense), len(of_others)) == (2, 4)  # a text and the answers
+    of_dense = [label for label in streamed if label.startswith(str(model))]
+    assert (len(of_dense), len(streamed)) == (2, 2 + 4)  # a text and the answers
     assert len(reading) == 1
-    assert len(answering) == 3 and answering[0].startswith(arguments[1])
-    dense, pruned, _more = json.loads((out / "table.json").read_text())
+    assert len(answering) == 3 and answering[0].startswith(str(model))
+    dense, pruned, _more = read_json(out / "table.json")
     assert dense["comparison"] is None
     found = pruned["comparison"]
     divergence = found["texts"][str(text_file)]["divergence"]
@@ -119,9 +109,8 @@ def test_it_asks_the_dense_model_once_and_compares_with_it(
     columns = "| KL | top-1 agreement, % | KL on answers | answers that loop, % |"
     assert f"| method | sparsity {columns}" in tables
     assert "Left out: piqa." in tables
-    page = tmp_path / "report.html"
-    assert main(["report", str(out), "--out", str(page)]) == 0
-    html = page.read_text()
+    command("report", out, "--out", tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text()
     assert "KL per token, nats" in html
     assert "KL per token on the original&#39;s answers, nats" in html
     assert "piqa, answers as the original" in html
@@ -164,9 +153,8 @@ def test_every_method_has_every_sparsity():
     budgets = [point.settings.budget for point in points]
     assert budgets[4] == Budget(0.5, multiple=8, parts=("attention",))
     assert budgets[2].multiple == 8  # whatever the method
-    assert SweepSettings("m", (0.5,), ("t",), methods).points(Compute())[1].settings.budget == (
-        Budget(0.5, multiple=128)
-    )
+    without = replace(asked, multiple=None).points(Compute())
+    assert without[2].settings.budget == Budget(0.5, multiple=128)
     assert [points[i].settings.repair for i in (0, 4)] == ["none", "ridge"]
     assert points[2].settings.criterion.channel_metric == "activation"
 
@@ -200,15 +188,12 @@ def test_all_that_is_named_is_checked_before_anything_is_computed(
     for name in ("calibrate_source", "prune_checkpoint"):
         monkeypatch.setattr(f"cfsp.sweep.run.{name}", never)
     monkeypatch.setattr(evaluate, "streamed_sums", never)
-    out = tmp_path / "made" / "out"
-    arguments = [
-        "sweep", str(model), "--sparsity", "0.5", "--multiple", "4",
-        "--seqlen", "32", "--data", str(text_file), "--eval", str(text_file), "--out", str(out),
-    ]  # fmt: skip
-    error = command(*arguments, *more, status=2).err
+    asked = ["--sparsity", 0.5, "--multiple", 4, "--seqlen", 32, "--data", text_file]
+    asked += ["--eval", text_file, "--out", tmp_path / "made" / "out"]
+    error = command("sweep", model, *asked, *more, status=2).err
     assert message in error
     assert error.count("\n") == 1
-    assert not out.parent.exists()
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("older", ["cfsp-0.25", None])
@@ -241,19 +226,18 @@ def test_a_method_is_a_name_or_a_part():
         method_named("fnn")
 
 
-def test_parts_are_pruned_as_alone(tiny_checkpoint, text_file, tmp_path):
-    out, model = tmp_path / "out", str(tiny_checkpoint("llama"))
+def test_parts_are_pruned_as_alone(model, text_file, tmp_path, command):
+    out, methods = tmp_path / "out", ["kv", "blocks"]
     # So few windows that all are those of the coarse pass.
-    asked = ["--data", str(text_file), "--samples", "8", "--seqlen", "32", "--sparsity", "0.3"]
-    asked += ["--set", "multiple=8"]
-    methods = ["kv", "blocks"]
-    measured = ["--eval", str(text_file), "--windows", "1", "--method", *methods]
-    assert main(["sweep", model, *asked, *measured, "--out", str(out)]) == 0
-    _dense, *rows = json.loads((out / "table.json").read_text())
+    asked = ["--data", text_file, "--samples", 8, "--seqlen", 32, "--sparsity", 0.3]
+    asked += ["--multiple", 8]
+    measured = ["--eval", text_file, "--windows", 1, "--method", *methods]
+    command("sweep", model, *asked, *measured, "--out", out)
+    _dense, *rows = read_json(out / "table.json")
     assert [row["method"] for row in rows] == methods
     for part in methods:
         alone = tmp_path / part
-        assert main(["prune", model, *asked, "--parts", part, "--out", str(alone)]) == 0
+        command("prune", model, *asked, "--parts", part, "--out", alone)
         chosen, expected = (
             PruningPlan.load(place / "cfsp_plan.json") for place in (out / f"{part}-0.3", alone)
         )

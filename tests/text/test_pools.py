@@ -1,7 +1,5 @@
 """What windows are drawn from: all of a long text, each text once, and no less than was asked."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
@@ -19,19 +17,10 @@ from cfsp.text.offline import KINDS
 LINES = 4000
 
 
-class Counting:
-    """A tokenizer that counts the characters which it is given."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self.characters = 0
-
-    def __call__(self, text: str, **options: Any) -> Any:
-        self.characters += len(text)
-        return self._tokenizer(text, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
+@pytest.fixture
+def characters(tokenizer, noted) -> list[int]:
+    """How many characters the tokenizer is given each time."""
+    return noted(type(tokenizer), "__call__", lambda _, text, **__: len(text))
 
 
 @pytest.fixture
@@ -52,32 +41,26 @@ def sorted_text(path: Path) -> Path:
 
 @pytest.mark.usefixtures("short_pieces")
 @pytest.mark.parametrize("ending", ["txt", "jsonl"])
-def test_a_long_text_is_drawn_from_all_over_and_little_of_it_made_tokens(
-    ending, tokenizer, tmp_path
-):
+def test_a_long_text_is_drawn_from_all_over(ending, tokenizer, characters, tmp_path):
     path = sorted_text(tmp_path / f"sorted.{ending}")
-    counting: Any = Counting(tokenizer)
-    windows = draw_windows([str(path)], counting, samples=8, seqlen=24)
-    assert counting.characters < 8100 + 10 < path.stat().st_size / 5
+    windows = draw_windows([str(path)], tokenizer, samples=8, seqlen=24)
+    assert 0 < sum(characters) < 8100 + 10 < path.stat().st_size / 5
     words = (word for row in windows.tokens_NT for word in tokenizer.decode(row).split())
     assert len({word for word in words if len(word) == 1}) >= 4
     again = draw_windows([str(path)], tokenizer, samples=8, seqlen=24)
     assert again.digest == windows.digest
 
 
-def test_the_beginning_of_one_long_line_is_not_all_of_it(tokenizer, tmp_path):
+def test_the_beginning_of_one_long_line_is_not_all_of_it(tokenizer, characters, tmp_path):
     text = "river stone light " * 20_000
     (tmp_path / "line.txt").write_text(text)
-    counting: Any = Counting(tokenizer)
-    first = consecutive_windows(str(tmp_path / "line.txt"), counting, count=2, seqlen=16)
-    assert counting.characters < 2000
+    first = consecutive_windows(str(tmp_path / "line.txt"), tokenizer, count=2, seqlen=16)
+    assert 0 < sum(characters) < 2000
     whole = consecutive_windows(Text("it", text[:500]), tokenizer, count=2, seqlen=16)
     assert first.digest == whole.digest
 
 
-def test_a_short_text_beside_others_is_told_and_filled_up(
-    tokenizer, text_file, other_text_file, caplog
-):
+def test_a_short_text_is_told_and_filled_up(tokenizer, text_file, other_text_file, caplog):
     short = Text("short", "river stone light " * 30)
     names = [str(text_file), short, str(other_text_file)]
     windows = draw_windows(names, tokenizer, samples=30, seqlen=16)

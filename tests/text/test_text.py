@@ -1,7 +1,5 @@
 """Texts and windows: every kind of source, drawn by seed, disjoint, never padded, held out."""
 
-from __future__ import annotations
-
 import copy
 import json
 from pathlib import Path
@@ -120,15 +118,12 @@ def test_missing_column_lists_those_there_are(tmp_path):
 # Windows.
 
 
-def test_windows_are_reproducible_and_follow_the_seed(text_file, tokenizer):
-    def draw(seed: int) -> Windows:
-        return draw_windows([str(text_file)], tokenizer, samples=8, seqlen=24, seed=seed)
-
-    first, again, other = draw(3), draw(3), draw(4)
-    assert torch.equal(first.tokens_NT, again.tokens_NT)
-    assert first.digest == again.digest != other.digest
-    assert first.tokens_NT.dtype == torch.int64
-    assert tuple(first.tokens_NT.shape) == (8, 24)
+def test_windows_follow_the_seed(text_file, tokenizer):
+    drawn = [
+        draw_windows([str(text_file)], tokenizer, samples=8, seqlen=24, seed=seed).digest
+        for seed in (3, 3, 4)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_windows_are_disjoint_pieces_of_the_text(text_file, tokenizer):

@@ -1,7 +1,5 @@
 """Every text is opened before any work; texts themselves; a hub that is not there."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -13,7 +11,7 @@ import torch
 
 import cfsp
 from builders import draw_windows
-from cfsp.checkpoint.locating import hub_is_reachable, locate_model, open_checkpoint
+from cfsp.checkpoint.locating import hub_is_reachable, locate_model
 from cfsp.errors import CheckpointError, TextError, UsageError
 from cfsp.pipeline import prune_checkpoint
 from cfsp.quality.evaluate import Exam, evaluate_models
@@ -80,11 +78,8 @@ def test_a_text_on_the_hub_is_opened_once(monkeypatch):
         check_texts(["c4", "someone/texts:default:train:body"])
     check_texts(evaluation=["c4"])
     sources._open_on_hub.cache_clear()
-    assert opened == [
-        ("allenai/c4", "en", "train"),
-        ("someone/texts", "default", "train"),
-        ("allenai/c4", "en", "validation"),
-    ]
+    c4, own = ("allenai/c4", "en"), ("someone/texts", "default", "train")
+    assert opened == [(*c4, "train"), own, (*c4, "validation")]
 
 
 @pytest.mark.parametrize(
@@ -100,9 +95,7 @@ def test_a_text_on_the_hub_is_opened_once(monkeypatch):
         ["recover", "MODEL", "--steps", "1", "--data", "c4", "--eval", ABSENT, "--out", "OUT"],
     ],
 )
-def test_commands_refuse_a_text_before_they_look_for_the_model(
-    arguments, tmp_path, command, monkeypatch
-):
+def test_commands_refuse_a_text_before_a_model(arguments, tmp_path, command, monkeypatch):
     monkeypatch.setattr(sources, "hub_records", lambda *_: iter([({"text": "a river"}, "there")]))
     places = {"MODEL": tmp_path / "no-model", "OUT": tmp_path / "out"}
     argv = [places.get(word, word) for word in arguments]
@@ -111,8 +104,7 @@ def test_commands_refuse_a_text_before_they_look_for_the_model(
     sources._open_on_hub.cache_clear()
 
 
-def test_functions_refuse_a_text_before_any_work(tiny_checkpoint, tmp_path, monkeypatch):
-    source = open_checkpoint(tiny_checkpoint("llama"))
+def test_functions_refuse_a_text_before_any_work(source, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "__call__", lambda *_, **__: pytest.fail("too late"))
     out = tmp_path / "out"
     evaluation = EvaluationText((ABSENT,))
@@ -175,8 +167,8 @@ def test_two_texts_with_one_name_are_told_apart_by_nothing(tmp_path):
             cfsp.evaluate(["no-model"], data)
 
 
-def test_functions_take_a_text_itself(tiny_checkpoint, text_file):
-    model, text = tiny_checkpoint("llama"), Text("mine", text_file.read_text())
+def test_functions_take_a_text_itself(model, text_file):
+    text = Text("mine", text_file.read_text())
     for data, name in ((text, "mine"), (str(text_file), str(text_file))):  # one may stand alone
         statistics = cfsp.calibrate(model, data=data, samples=4, seqlen=16)
         assert statistics.record.sources == {name: 4}
