@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel
+from transformers import AutoModel, set_seed
 
 import cfsp
 from builders import entries, plan_keeping
@@ -21,6 +23,7 @@ from cfsp.cli.inspect import inspect_checkpoint
 from cfsp.cut.surgery import PrunedSource
 from cfsp.errors import CheckpointError, OutputError
 from cfsp.planning.candidate import Dropped
+from cfsp.streaming.runtime import torch_as_it_starts
 from tiny_models import build_tiny_model
 
 SETTINGS: dict[str, Any] = {"sparsity": 0.4, "samples": 4, "seqlen": 32}
@@ -194,7 +197,9 @@ def test_a_model_in_memory_that_is_not_as_its_class_is_refused(
         cfsp.prune(changed(build_tiny_model("llama")), tokenizer, sparsity=0.5, data=[text_file])
 
 
-def test_a_model_in_training_mode_is_measured_in_evaluation_mode(tokenizer, text_file):
+def test_a_model_with_hooks_in_training_mode_is_measured_as_it_would_be_loaded(
+    tokenizer, text_file
+):
     asked: dict[str, Any] = {"data": [text_file], "samples": 4, "seqlen": 32, "device": "cpu"}
     model: Any = build_tiny_model("llama")
     for layer in model.model.layers:
@@ -203,6 +208,10 @@ def test_a_model_in_training_mode_is_measured_in_evaluation_mode(tokenizer, text
     pruned = cfsp.prune(model, tokenizer, sparsity=0.5, multiple=8, **asked)
 
     model.train()
+    shown: list[Any] = []
+    for block in model.model.layers:
+        block.register_forward_hook(lambda *_: shown.append(0))
+        block.register_forward_pre_hook(lambda *_: shown.append(0))
     frozen = model.model.layers[1].mlp.eval()
     modes = [module.training for module in model.modules()]
     again = cfsp.calibrate(model, tokenizer, **asked)
@@ -217,6 +226,9 @@ def test_a_model_in_training_mode_is_measured_in_evaluation_mode(tokenizer, text
     with pytest.raises(cfsp.CfspError):
         cfsp.prune(model, tokenizer, sparsity=0.99999, **asked)
     assert [module.training for module in model.modules()] == modes
+    assert not shown
+    model(torch.arange(8)[None])
+    assert len(shown) == 2 * len(model.model.layers)
 
 
 def test_what_the_code_around_a_call_set_is_not_computed_with(tokenizer, text_file):
@@ -235,6 +247,19 @@ def test_what_the_code_around_a_call_set_is_not_computed_with(tokenizer, text_fi
     for name, tensor in usual.state_dict().items():
         torch.testing.assert_close(same.state_dict()[name], tensor, rtol=0, atol=0)
     same(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()  # it can be trained
+
+
+def test_a_call_leaves_the_random_state_alone():
+    def draw() -> list[float]:
+        return [random.random(), np.random.random(), float(torch.rand(1))]
+
+    set_seed(1)
+    expected = draw()
+    set_seed(1)
+    with pytest.raises(ZeroDivisionError), torch_as_it_starts():
+        set_seed(2)  # as the Trainer does
+        _ = 1 / 0
+    assert draw() == expected
 
 
 @pytest.mark.parametrize("effort", ["standard", "best"])
