@@ -86,6 +86,7 @@ NUMBERS = [
     BadInput(f"{RECOVER} --steps 0", "found 0", "--steps must be at least 1"),
     BadInput(f"{RECOVER} --learning-rate nan", "found nan", "--learning-rate must be above 0"),
     BadInput("bench {model} --rounds 0", "found 0", "at least 1 round"),
+    BadInput("bench {model} --prompt 225", "can read 256 tokens at once", "a smaller --prompt"),
     BadInput("eval {model} --tasks piqa --limit 0", "found 0", "--limit must be at least 1"),
     BadInput("eval {model} --tasks piqa --set shots=-1", "found -1", "--shots must be at least 0"),
 ]

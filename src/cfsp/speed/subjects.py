@@ -39,7 +39,7 @@ from cfsp.checkpoint.pruned_config import config_changes
 from cfsp.checkpoint.reading import LoadedModel, WeightSource, fingerprint, parameter_count
 from cfsp.checkpoint.skeleton import architecture_of, build_skeleton
 from cfsp.checkpoint.tensor_file import read_weights
-from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
+from cfsp.checkpoint.text_config import longest_input_of, text_config_of, vocabulary_of
 from cfsp.errors import CfspError, UsageError
 from cfsp.settings import Part
 from cfsp.streaming.decoder_end import text_model
@@ -115,6 +115,7 @@ class Footprint:
     head_parameters: int
     itemsize: int  # bytes of each
     fingerprint: str | None = None  # by which a report knows the model; None of random weights
+    longest: int | None = None  # tokens that it can read at once; None if nothing says
 
     @staticmethod
     def of(source: WeightSource, disk_bytes: int, itemsize: int) -> Footprint:
@@ -132,6 +133,7 @@ class Footprint:
             math.nan if source.architecture.has_experts else sum(of_blocks),
             config.vocab_size * config.hidden_size,
             itemsize,
+            longest=longest_input_of(source.config),
         )
 
     def prefill_work(self, workload: Workload) -> float:
