@@ -48,6 +48,12 @@ def test_the_stages_one_by_one_and_the_report(tiny_checkpoint, text_file, tmp_pa
     asked: dict[str, Any] = {"goal": cfsp.TargetParameters(0.8), "parts": PARTS, "multiple": 1}
     plan = cfsp.plan(llama, statistics, block_metric="angular", **asked)
     assert PruningPlan.from_json(plan.to_json()) == plan
+    of_channels = cfsp.calibrate(llama, **text)
+    # Statistics of more parts serve for fewer.
+    plans = [cfsp.plan(llama, each, sparsity=0.5) for each in (statistics, of_channels)]
+    assert plans[0] == plans[1]
+    with pytest.raises(cfsp.CfspError, match="calibrate with the same --parts"):
+        cfsp.plan(llama, of_channels, block_metric="angular", **asked)
     by_plan(llama, plan, tmp_path / "by-plan", text_file)
     out = tmp_path / "direct"
     cfsp.prune(llama, out=out, repair="none", **asked, **text)
