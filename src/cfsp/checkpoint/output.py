@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
-from cfsp.checkpoint.locating import path_of
+from cfsp.checkpoint.locating import given_path
 from cfsp.errors import OutputError, UsageError
 
 
@@ -22,7 +22,7 @@ def output_path(out: str | Path) -> Path:
     """Return where an output of a call is to go."""
     if not isinstance(out, str | Path):
         raise UsageError(f"expected out=, the path of what is new, found {reprlib.repr(out)}")
-    return path_of(out)
+    return given_path(out)
 
 
 def check_output_is_free(target: Path) -> None:
@@ -31,6 +31,10 @@ def check_output_is_free(target: Path) -> None:
         raise OutputError(f"{target} is a link; choose the output directory that it leads to")
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target} exists and is a file; choose another output directory")
+    if target.is_dir() and target.samefile(Path.cwd()):  # it would be another one afterwards
+        raise OutputError(
+            f"{target} is the current directory; choose another output directory, such as one in it"
+        )
     if target.is_dir() and any(target.iterdir()):
         raise OutputError(f"{target} exists and is not empty; choose another output directory")
     parent = next(path for path in target.absolute().parents if path.exists())
