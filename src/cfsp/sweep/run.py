@@ -216,6 +216,7 @@ def _make(sweep: _Sweep, point: Point, dense: Dense, command: str) -> None:
     try:
         prune_checkpoint(own, working, point.settings, known=known, command=command)
         before, found = dense.result, sweep.evaluated([working], against=dense)[-1]
+        found["model"] = str(finished)
         first, second = measured_model("dense", before), measured_model("pruned", found)
         facts = {
             "perplexity": before_and_after(before["perplexity"], found["perplexity"]),
