@@ -15,7 +15,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from cfsp.checkpoint.locating import given_path
-from cfsp.errors import OutputError, UsageError
+from cfsp.errors import OutputError, UsageError, first_line
 
 
 def output_path(out: str | Path) -> Path:
@@ -89,7 +89,7 @@ def exclusive(directory: Path) -> Iterator[None]:
             f"another run is working in {directory}; wait for it, or choose another output"
         ) from error
     except OSError as error:
-        raise _cannot_write(directory, error) from error
+        raise cannot_write(directory, error) from error
     try:
         yield
     finally:
@@ -131,7 +131,7 @@ def _staged(target: Path) -> Iterator[Path]:
             yield staging
             staging.rename(target)
         except OSError as error:
-            raise _cannot_write(target, error) from error
+            raise cannot_write(target, error) from error
         finally:
             _remove(staging)
 
@@ -144,11 +144,10 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
-def _cannot_write(target: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"cannot write {target}: {error.strerror or error}; "
-        "make room there, or choose another output"
-    )
+def cannot_write(target: Path, error: Exception) -> OutputError:
+    """Return the error that something cannot be written, of what was raised meanwhile."""
+    why = getattr(error, "strerror", None) or first_line(error)
+    return OutputError(f"cannot write {target}: {why}; make room there, or choose another output")
 
 
 def remove_abandoned(target: Path) -> None:
