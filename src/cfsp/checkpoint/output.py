@@ -161,7 +161,7 @@ def remove_abandoned(target: Path) -> None:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file aside and rename it into place."""
-    with _staged(path) as staging, staging.open("wb") as file:
+    with _staged(given_path(path)) as staging, staging.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
