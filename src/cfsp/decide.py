@@ -19,7 +19,7 @@ from cfsp.cut.surgery import PrunedSource
 from cfsp.job import Job
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.importance import COARSE_WINDOWS, warn_of_experts
-from cfsp.planning.make import check_statistics_fit
+from cfsp.planning.make import fitting_statistics
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.pruning_cost import announce
 from cfsp.repair.ladder import check_windows, needed_steps, repair
@@ -66,7 +66,7 @@ def decide(job: Job, known: Known = NOTHING_KNOWN) -> tuple[PruningResult, dict[
         return _repaired_by(job, PruningResult(known.plan)), {}
     statistics = known.statistics
     if statistics is not None:
-        check_statistics_fit(job.source, statistics)
+        statistics = fitting_statistics(job.source, statistics)
     else:
         check_can_be_compared(job)
         if isinstance(job.settings.goal, TargetSpeedup):

@@ -94,6 +94,10 @@ def prune_and_recover(
         reads_all = known == NOTHING_KNOWN and calibration["windows"] == text.windows
         own = calibration["tokens_digest"] if reads_all else drawn()
         add_to_manifest(pruned, {_ASKED: digest_of({**asked, "drawn": own})})
+    if report.parameters_after == report.parameters_before:
+        log.info("nothing was removed, so there is nothing to win back by training")
+        pruned.rename(out)
+        return replace(report, out=str(out)), None
     return report, recover_checkpoint(open_checkpoint(pruned), out, how, command=command)
 
 

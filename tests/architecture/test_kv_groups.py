@@ -25,6 +25,12 @@ def test_the_stages_one_by_one_and_the_report(model, few, text_file, tmp_path, c
     asked: Any = {"goal": cfsp.TargetParameters(0.8), "parts": PARTS, "multiple": 1}
     plan = cfsp.plan(model, statistics, block_metric="angular", **asked)
     assert cfsp.PruningPlan.from_json(plan.to_json()) == plan
+    of_channels = cfsp.calibrate(model, **few)
+    # Statistics of more parts serve for fewer.
+    plans = [cfsp.plan(model, each, sparsity=0.5) for each in (statistics, of_channels)]
+    assert plans[0] == plans[1]
+    with pytest.raises(cfsp.CfspError, match="calibrate with the same --parts"):
+        cfsp.plan(model, of_channels, block_metric="angular", **asked)
     by_plan(model, plan, tmp_path / "by-plan", text_file)
     out = tmp_path / "direct"
     cfsp.prune(model, out=out, repair="none", **asked, **few)

@@ -72,6 +72,7 @@ NUMBERS = [
     (f"{RECOVER} --steps 0", "found 0", "--steps must be at least 1"),
     (f"{RECOVER} --learning-rate nan", "found nan", "--learning-rate must be above 0"),
     ("bench {model} --rounds 0", "found 0", "--rounds must be at least 1"),
+    ("bench {model} --prompt 225", "can read 256 tokens at once", "a smaller --prompt"),
     ("eval {model} --tasks piqa --limit 0", "found 0", "--limit must be at least 1"),
     ("eval {model} --tasks piqa --set shots=-1", "found -1", "--shots must be at least 0"),
 ]

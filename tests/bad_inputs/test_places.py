@@ -60,6 +60,7 @@ EXISTING = [
         (TRAIN, "{model}", "exists and is not empty", DIRECTORY),
         (SWEEP, "{pruned}", "exists, is not empty and is no sweep", "choose another --out"),
         (INTO, "{text}", "exists and is a file", DIRECTORY),
+        (INTO, ".", "is the current directory", DIRECTORY),
         ("demo --out", "{model}", "exists and is not empty", DIRECTORY),
     )
 ]
@@ -70,6 +71,7 @@ EXISTING += [
         "choose the output directory",
         lambda place: (place.inputs / "link").symlink_to(place.work),
     ),
+    BadInput(f"{INTO} {999 * 'x'}", "File name too long", "give another path"),
     BadInput(f"{INTO} {{text}}/out", "cannot write to {text}", DIRECTORY),
     BadInput("report {pruned} --out {pruned}/config.json", "expected a name like report", "page"),
     # The directories above an output go as well.
@@ -114,6 +116,7 @@ RUNS = [
     BadInput("report {model}", "{model} has no cfsp.json", "needs a directory that cfsp prune"),
     BadInput("compare {text}", "cannot read {text}", "make it with: cfsp eval"),
     BadInput("report {pruned} {text}", "cannot read {text}", "make it with: cfsp eval"),
+    BadInput("report {pruned} " + 999 * "x", "File name too long", "give another path"),
     BadInput("report {text}", "beside {text}, found none", "expected the directory of a run"),
     BadInput(
         "report {pruned}",

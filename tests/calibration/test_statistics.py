@@ -18,7 +18,7 @@ from builders import (
 from cfsp.calibration.calibrate import _Calibration, calibrate
 from cfsp.calibration.statistics import Sensitivity, Statistics
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
-from cfsp.errors import CalibrationError, ResumeError, StatisticsError
+from cfsp.errors import CalibrationError, ResumeError, StatisticsError, UsageError
 from cfsp.settings import Budget, Compute, PruneSettings
 from cfsp.text.windows import Windows
 from tiny_decoders import tiny_model
@@ -100,6 +100,9 @@ def test_a_sensitivity_that_cannot_be_is_refused(tmp_path):
             Statistics.load(path)
     with pytest.raises(StatisticsError, match=r"absent does not exist.*cfsp calibrate"):
         Statistics.load(tmp_path / "absent")
+    for use in (plain.save, Statistics.load):
+        with pytest.raises(UsageError, match="File name too long; give another path"):
+            use(tmp_path / (999 * "x"))
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "llama4_text"])

@@ -1,11 +1,13 @@
 """Surgery: shards in and out, byte-for-byte copies, nothing half-written; in memory the same."""
 
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel
+from transformers import AutoModel, set_seed
 
 import cfsp
 from builders import entries, plan_keeping, read_json
@@ -18,6 +20,7 @@ from cfsp.cli.inspect import inspect_checkpoint
 from cfsp.cut.surgery import PrunedSource
 from cfsp.errors import CheckpointError, OutputError
 from cfsp.planning.candidate import Dropped
+from cfsp.streaming.runtime import torch_as_it_starts
 from tiny_models import build_tiny_model
 
 # The first block keeps four channels, the second all, the third every other.
@@ -185,7 +188,7 @@ def test_a_model_in_memory_unlike_its_class_is_refused(tokenizer, text_file, cha
         cfsp.prune(changed(build_tiny_model("llama")), tokenizer, sparsity=0.5, data=[text_file])
 
 
-def test_a_model_in_training_mode_is_measured_in_evaluation_mode(tokenizer, few):
+def test_a_model_with_hooks_in_training_mode_is_measured_as_if_loaded(tokenizer, few):
     model: Any = build_tiny_model("llama")
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.9
@@ -193,6 +196,10 @@ def test_a_model_in_training_mode_is_measured_in_evaluation_mode(tokenizer, few)
     pruned = cfsp.prune(model, tokenizer, sparsity=0.5, multiple=8, **few)
 
     model.train()
+    shown: list[Any] = []
+    for block in model.model.layers:
+        block.register_forward_hook(lambda *_: shown.append(0))
+        block.register_forward_pre_hook(lambda *_: shown.append(0))
     frozen = model.model.layers[1].mlp.eval()
     modes = [module.training for module in model.modules()]
     again = cfsp.calibrate(model, tokenizer, **few)
@@ -206,6 +213,9 @@ def test_a_model_in_training_mode_is_measured_in_evaluation_mode(tokenizer, few)
         with pytest.raises(cfsp.CfspError):
             cfsp.prune(model, tokenizer, **few | mistake)
     assert [module.training for module in model.modules()] == modes
+    assert not shown
+    model(torch.arange(8)[None])
+    assert len(shown) == 2 * len(model.model.layers)
 
 
 def test_what_the_code_around_a_call_set_is_not_computed_with(tokenizer, few):
@@ -223,6 +233,19 @@ def test_what_the_code_around_a_call_set_is_not_computed_with(tokenizer, few):
     for name, tensor in usual.state_dict().items():
         torch.testing.assert_close(same.state_dict()[name], tensor, rtol=0, atol=0)
     same(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()  # it can be trained
+
+
+def test_a_call_leaves_the_random_state_alone():
+    def draw() -> list[float]:
+        return [random.random(), np.random.random(), float(torch.rand(1))]
+
+    set_seed(1)
+    expected = draw()
+    set_seed(1)
+    with pytest.raises(ZeroDivisionError), torch_as_it_starts():
+        set_seed(2)  # as the Trainer does
+        _ = 1 / 0
+    assert draw() == expected
 
 
 @pytest.mark.parametrize("effort", [{}, {"effort": "best", "local_steps": 1}], ids=str)

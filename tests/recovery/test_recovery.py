@@ -21,7 +21,7 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.cli import main
 from cfsp.errors import RecoveryError, UsageError
 from cfsp.quality.perplexity import loss_in_memory
-from cfsp.recovery.adaptation import allocate_ranks
+from cfsp.recovery.adaptation import allocate_ranks, load_to_train
 from cfsp.recovery.data import RecoveryText, WindowData, read_text
 from cfsp.recovery.loss import IGNORED, loss_inside, multiplies_only
 from cfsp.recovery.prepare import teacher_of
@@ -210,6 +210,16 @@ def test_every_kind_of_model_recovers_by_its_stock_loss(
     assert cfsp.load(out)(input_ids=held_NT[:1]).logits.isfinite().all()
     card = (out / "README.md").read_text()  # of a checkpoint that cfsp did not prune
     assert "## How it was recovered" in card and "removed" not in card
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt-projected"])
+def test_training_computes_without_dropout(tiny_checkpoint, name):
+    source, tokens_BT = Checkpoint(tiny_checkpoint(name)), torch.arange(2, 42)[None]
+    usual = cfsp.load(source.directory).train()
+    model = load_to_train(source, CPU, "auto", stays_on_cpu=True)
+    expected = model(tokens_BT).logits
+    assert torch.equal(model.train()(tokens_BT).logits, expected)
+    assert not torch.equal(usual(tokens_BT).logits, expected)
 
 
 def test_only_models_whose_logits_are_a_product_are_sliced(tiny_checkpoint):

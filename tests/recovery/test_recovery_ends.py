@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import cfsp
 import cfsp.recovery.loss
@@ -19,6 +20,7 @@ from cfsp.errors import (
     CalibrationError,
     CfspError,
     CheckpointError,
+    OutputError,
     RecoveryError,
     ResumeError,
     UsageError,
@@ -201,6 +203,20 @@ def test_a_loss_that_is_nan_stops_and_leaves_nothing(recovered, tmp_path, monkey
     in_bfloat16 = cfsp.recovery.loss.diverged(3, "the loss", in_bfloat16=True)
     assert str(in_bfloat16).endswith("a lower --learning-rate, or in --dtype float32")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "full"), RuntimeError("full"), SafetensorError("full")]
+)
+def test_a_full_disk_while_training_saves(recovered, tmp_path, monkeypatch, error):
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("transformers.Trainer._save_optimizer_and_scheduler", fail)
+    with pytest.raises(OutputError, match=r"cannot write .*full; make room there"):
+        recovered()
+    # The same command goes on from what is whole.
+    assert last_checkpoint(work_of(tmp_path / "out") / "process-0-of-1" / "train") is None
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -238,6 +238,13 @@ def test_best_effort_without_blocks_goes_on_after_a_kill(model, text_file, tmp_p
     assert read_manifest(out)["recovery"]["steps"]
 
 
+def test_best_effort_where_nothing_goes_trains_nothing(arguments, model, tmp_path, command):
+    arguments[3] = "0"
+    assert "recovery" not in json.loads(command(*arguments, "--effort", "best", "--json").out)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "text.txt"}
+    assert not changed(model, tmp_path / "out")
+
+
 def test_best_effort_refuses_windows_too_short_before_it_prunes(arguments, tmp_path, command):
     before = sorted(tmp_path.iterdir())
     error = command(*arguments, "--seqlen", 7, "--effort", "best", status=2).err

@@ -102,6 +102,7 @@ def test_it_asks_the_dense_model_once_and_compares_with_it(
     found = pruned["comparison"]
     divergence = found["texts"][str(text_file)]["divergence"]
     assert divergence["first"]["value"] == 0 < divergence["second"]["value"]
+    assert found["second"] == pruned["directory"]
     assert found["tasks"]["piqa"]["documents"] == 4
     assert found["left_out"] == ["piqa"]  # a random model guesses
     tables = (out / "table.md").read_text()

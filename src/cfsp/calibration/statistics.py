@@ -25,6 +25,7 @@ from cfsp.calibration.observed import (
     read_facts,
     units_from,
 )
+from cfsp.checkpoint.locating import given_path
 from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import StatisticsError
 from cfsp.settings import WHOLE_PARTS, Part, WholePart
@@ -244,7 +245,7 @@ class Statistics:
         Raises:
             StatisticsError: the file is missing, damaged, or of another version.
         """
-        facts, tensors = read_facts(Path(path))
+        facts, tensors = read_facts(given_path(path))
         try:
             record = CalibrationRecord.from_json(facts["record"])
             blocks = tuple(

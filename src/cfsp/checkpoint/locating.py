@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfsp.checkpoint.own_files import CARD_FILE, MODELING_FILE, READ, STATISTICS_FILE, TERMS
-from cfsp.errors import CheckpointError
+from cfsp.errors import CheckpointError, UsageError
 from cfsp.settings import DEFAULT_PARTS, Part
 
 if TYPE_CHECKING:
@@ -48,6 +48,16 @@ def path_of(name: str | Path) -> Path:
     with suppress(RuntimeError):
         return Path(name).expanduser()
     return Path(name)
+
+
+def given_path(name: str | Path) -> Path:
+    """Return the path of a file or directory of a user; refuse what the system can't look up."""
+    path = path_of(name)
+    try:
+        path.exists()
+    except OSError as error:  # as where a name is too long
+        raise UsageError(f"cannot look up {path}: {error.strerror}; give another path") from error
+    return path
 
 
 def exists(path: Path) -> bool:

@@ -14,15 +14,15 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
-from cfsp.checkpoint.locating import path_of
-from cfsp.errors import OutputError, UsageError
+from cfsp.checkpoint.locating import given_path
+from cfsp.errors import OutputError, UsageError, first_line
 
 
 def output_path(out: str | Path) -> Path:
     """Return where an output of a call is to go."""
     if not isinstance(out, str | Path):
         raise UsageError(f"expected out=, the path of what is new, found {reprlib.repr(out)}")
-    return path_of(out)
+    return given_path(out)
 
 
 def check_output_is_free(target: Path) -> None:
@@ -31,6 +31,10 @@ def check_output_is_free(target: Path) -> None:
         raise OutputError(f"{target} is a link; choose the output directory that it leads to")
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target} exists and is a file; choose another output directory")
+    if target.is_dir() and target.samefile(Path.cwd()):  # it would be another one afterwards
+        raise OutputError(
+            f"{target} is the current directory; choose another output directory, such as one in it"
+        )
     if target.is_dir() and any(target.iterdir()):
         raise OutputError(f"{target} exists and is not empty; choose another output directory")
     parent = next(path for path in target.absolute().parents if path.exists())
@@ -85,7 +89,7 @@ def exclusive(directory: Path) -> Iterator[None]:
             f"another run is working in {directory}; wait for it, or choose another output"
         ) from error
     except OSError as error:
-        raise _cannot_write(directory, error) from error
+        raise cannot_write(directory, error) from error
     try:
         yield
     finally:
@@ -127,7 +131,7 @@ def _staged(target: Path) -> Iterator[Path]:
             yield staging
             staging.rename(target)
         except OSError as error:
-            raise _cannot_write(target, error) from error
+            raise cannot_write(target, error) from error
         finally:
             _remove(staging)
 
@@ -140,11 +144,10 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
-def _cannot_write(target: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"cannot write {target}: {error.strerror or error}; "
-        "make room there, or choose another output"
-    )
+def cannot_write(target: Path, error: Exception) -> OutputError:
+    """Return the error that something cannot be written, of what was raised meanwhile."""
+    why = getattr(error, "strerror", None) or first_line(error)
+    return OutputError(f"cannot write {target}: {why}; make room there, or choose another output")
 
 
 def remove_abandoned(target: Path) -> None:
@@ -158,7 +161,7 @@ def remove_abandoned(target: Path) -> None:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file aside and rename it into place."""
-    with _staged(path) as staging, staging.open("wb") as file:
+    with _staged(given_path(path)) as staging, staging.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -222,7 +222,11 @@ class LoadedModel(WeightSource):
 
 @contextmanager
 def in_memory(model: PreTrainedModel, parts: tuple[Part, ...]) -> Iterator[LoadedModel]:
-    """Take a user's model as a source, in evaluation mode: dropout would measure noise."""
+    """Take a user's model as a source, as it would be loaded.
+
+    It is in evaluation mode, because dropout would measure noise, and without forward hooks: most
+    passes run copies of its blocks, which have none.
+    """
     source = LoadedModel(model, parts)
     if empty := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
         raise CheckpointError(
@@ -230,12 +234,21 @@ def in_memory(model: PreTrainedModel, parts: tuple[Part, ...]) -> Iterator[Loade
             "path instead, which streams block by block"
         )
     was_training = {module: module.training for module in model.modules()}
+    hooks = [
+        (of_module, dict(of_module))
+        for module in model.modules()
+        for of_module in (module._forward_pre_hooks, module._forward_hooks)
+    ]
     model.eval()
+    for of_module, _ in hooks:
+        of_module.clear()
     try:
         yield source
     finally:
         for module, training in was_training.items():
             module.training = training
+        for of_module, own in hooks:
+            of_module.update(own)
 
 
 def _some_values(source: WeightSource, name: str) -> Tensor:

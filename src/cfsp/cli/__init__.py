@@ -16,7 +16,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from cfsp.checkpoint.locating import path_of
+from cfsp.checkpoint.locating import given_path
 from cfsp.cli.options import Parser, add_command, expand_sets
 from cfsp.cli.output import show_messages, tell
 from cfsp.errors import CfspError, UsageError, did_you_mean
@@ -75,9 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"unknown argument {unknown[0]}"
             + did_you_mean(unknown[0].partition("=")[0], args.parser.known_flags())
         )
-    for name, given in list(vars(args).items()):
-        if isinstance(given, Path):  # a shell leaves the home directory in --out=~/x as it is
-            setattr(args, name, path_of(given))
     if args.version:
         from importlib.metadata import version
 
@@ -91,6 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, partial(_stop, os.getpid()))
     show_messages()
     try:
+        for name, given in list(vars(args).items()):
+            if isinstance(given, Path):  # a shell leaves the home directory in --out=~/x as it is
+                setattr(args, name, given_path(given))
+            elif isinstance(given, list):
+                setattr(args, name, [given_path(x) if isinstance(x, Path) else x for x in given])
         tell(args.run(args), as_json=args.json)
     except CfspError as error:
         print(f"cfsp {args.command}: {_process()}{error}", file=sys.stderr)

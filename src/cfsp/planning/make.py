@@ -90,7 +90,7 @@ class Planner:
         source: WeightSource, statistics: Statistics, budget: Budget, criterion: Criterion
     ) -> Planner:
         """Return what plans by these statistics; of metrics that are `auto`, by what they allow."""
-        check_statistics_fit(source, statistics)
+        statistics = fitting_statistics(source, statistics)
         if criterion.block_metric == AUTO_METRIC:
             metric = SENSITIVITY if statistics.sensitivity else ANGULAR
             criterion = replace(criterion, block_metric=metric)
@@ -200,13 +200,14 @@ class Planner:
         }
 
 
-def check_statistics_fit(source: WeightSource, statistics: Statistics) -> None:
-    """Check that statistics belong to a model."""
+def fitting_statistics(source: WeightSource, statistics: Statistics) -> Statistics:
+    """Return what of statistics a model needs as it was opened; check that they belong to it."""
     record, found = statistics.record, source.fingerprint
+    have, need = ({unit.part for unit in of.units} for of in (statistics, source))
+    statistics = statistics.of_units(need)
     shapes = [(unit.block, unit.part, unit.ffns, unit.width) for unit in statistics.units]
     expected = [(unit.block, unit.part, unit.ffns, unit.columns) for unit in source.units]
-    have, need = ({unit.part for unit in of.units} for of in (statistics, source))
-    if record.fingerprint == found and have != need:
+    if record.fingerprint == found and not have >= need:
         raise StatisticsError(
             f"the statistics are of the parts {', '.join(sorted(have))}, expected "
             f"{', '.join(sorted(need))}; calibrate with the same --parts"
@@ -221,3 +222,4 @@ def check_statistics_fit(source: WeightSource, statistics: Statistics) -> None:
         raise StatisticsError(
             "the statistics do not have what the experts add; calibrate with the same --parts"
         )
+    return statistics

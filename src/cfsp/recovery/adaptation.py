@@ -180,13 +180,27 @@ def allocate_ranks(weight_L: Sequence[float], mean_rank: float) -> list[int]:
 def load_to_train(
     source: Checkpoint, device: torch.device, dtype: str, *, stays_on_cpu: bool
 ) -> PreTrainedModel:
-    """Load a model in what it is trained in: its own bfloat16 where that is fast, else float32."""
+    """Load a model in what it is trained in: its own bfloat16 where that is fast, else float32.
+
+    It has no dropout, whatever its config says: what one pass wins back is less than that costs.
+    """
     model = load(source.directory, dtype=dtype)
+    _leave_out_dropout(model)
     # In float16 gradients overflow.
     is_fast = model.dtype == torch.bfloat16 and computes_bfloat16(device)
     if dtype == "auto" and not is_fast:
         model = model.float()
     return model if stays_on_cpu else model.to(device)
+
+
+def _leave_out_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        # Of many models it is a number, such as `attention_dropout` or `layerdrop`.
+        values = vars(module)
+        of_dropout = [n for n, value in values.items() if "drop" in n and type(value) is float]
+        values.update(dict.fromkeys(of_dropout, 0.0))
 
 
 def computes_bfloat16(device: torch.device) -> bool:

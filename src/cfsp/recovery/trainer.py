@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -38,6 +39,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from cfsp.architecture.found import Architecture
+from cfsp.checkpoint.output import cannot_write
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.processes import is_first_process, process_count
 from cfsp.progress import without_library_bars
@@ -105,6 +107,12 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         self.state = state
         self._pace.take_up(state)
         self._load_best_model()
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:  # each writer has its own
+            raise cannot_write(Path(self.args.output_dir), error) from error
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None

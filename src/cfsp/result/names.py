@@ -11,13 +11,15 @@ from collections.abc import Iterable
 from pathlib import Path, PurePath
 from typing import TypeGuard
 
+from cfsp.checkpoint.locating import exists
+
 
 def is_hub_id(name: object) -> TypeGuard[str]:
     """Whether a name is OWNER/NAME, or OWNER/NAME@REVISION, and no path on this machine."""
     shape = r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?"
     if not isinstance(name, str) or re.fullmatch(shape, name) is None:
         return False
-    return not Path(name).exists()
+    return not exists(Path(name))
 
 
 def short_names(names: Iterable[str], least: int = 2) -> dict[str, str]:

@@ -168,6 +168,8 @@ def compare_speed(
     disturbance: dict[Workload, float] = {}
     with ExitStack() as stack:
         processes = [stack.enter_context(model_process(s, conditions)) for s in subjects]
+        for subject, process in zip(subjects, processes, strict=True):
+            _check_can_read(subject, process.footprint.longest, workloads)
         total = len(workloads) * (conditions.warmups + conditions.rounds)
         bar = stack.enter_context(item_progress("bench", total, "round"))
         for workload in workloads:
@@ -194,6 +196,15 @@ def compare_speed(
             for number, (subject, process) in enumerate(zip(subjects, processes, strict=True))
         )
     return Comparison(models, conditions, disturbance)
+
+
+def _check_can_read(subject: Subject, longest: int | None, workloads: Sequence[Workload]) -> None:
+    asked = max(workload.prompt + workload.new_tokens for workload in workloads)
+    if longest is not None and asked > longest:
+        raise UsageError(
+            f"{subject.label} can read {longest} tokens at once, prompt and new tokens are "
+            f"{asked}; give a smaller --prompt or --new-tokens"
+        )
 
 
 def _speeds(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import torch
 
 from cfsp.checkpoint.loading import compute_device, compute_dtype
@@ -41,11 +43,21 @@ def torch_as_it_starts() -> Iterator[None]:
     Autocast would change what is computed without a word; without gradients nothing is trained.
     It keeps the weights that it has cast until the outermost context of its kind ends. This one is
     outermost for all that a call does, so it keeps none: steps would train on those of the first.
+    Whatever draws random numbers afterwards draws those that it would have drawn before.
     """
     given, device = torch.get_default_dtype(), torch.get_default_device()
+    drawn = random.getstate(), np.random.get_state()
+    # Asking an accelerator that nobody has used yet would take memory there.
+    is_used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if is_used else ()
     torch.set_default_dtype(torch.float32)
     try:
-        with ExitStack() as stack, torch.inference_mode(False), torch.enable_grad():
+        with (
+            ExitStack() as stack,
+            torch.random.fork_rng(devices),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
             for kind in {"cpu", compute_device("auto").type}:
                 stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
             if device.type != "cpu":
@@ -53,6 +65,8 @@ def torch_as_it_starts() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(given)
+        random.setstate(drawn[0])
+        np.random.set_state(drawn[1])
 
 
 def runtime_of(compute: Compute, source: WeightSource) -> Runtime:

@@ -21,7 +21,7 @@ from typing import Any
 
 from cfsp.architecture.block_names import counted
 from cfsp.calibration.statistics import Statistics
-from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.locating import given_path, open_checkpoint
 from cfsp.checkpoint.output import (
     check_is_outside,
     created_parents,
@@ -122,7 +122,7 @@ def run_sweep(settings: SweepSettings, out: Path, compute: Compute, *, command: 
     """Make every model of a sweep that is not there yet, and return the whole table."""
     exam, points = Exam(settings.evaluation, compute), settings.points(compute)
     if settings.tasks:
-        data = None if settings.task_data is None else Path(settings.task_data)
+        data = None if settings.task_data is None else given_path(settings.task_data)
         selection = TaskSelection(tuple(settings.tasks), settings.limit, data=data)
         exam = replace(exam, tasks=TaskRunner.of(selection))
     if settings.answers is not None:
@@ -210,13 +210,13 @@ def _statistics(sweep: _Sweep) -> Statistics:
 def _make(sweep: _Sweep, point: Point, dense: Dense, command: str) -> None:
     """Prune and measure one model, in a place that is empty even after a kill."""
     own = sweep.opened(point.settings.budget.parts)
-    statistics = _statistics(sweep).of_units({unit.part for unit in own.units})
-    known = Known(statistics, told=sweep.told)
+    known = Known(_statistics(sweep), told=sweep.told)
     working, finished = sweep.out / _WORKING, sweep.out / point.name
     shutil.rmtree(working, ignore_errors=True)
     try:
         prune_checkpoint(own, working, point.settings, known=known, command=command)
         before, found = dense.result, sweep.evaluated([working], against=dense)[-1]
+        found["model"] = str(finished)
         first, second = measured_model("dense", before), measured_model("pruned", found)
         facts = {
             "perplexity": before_and_after(before["perplexity"], found["perplexity"]),
