@@ -9,11 +9,12 @@ from conftest import REPOSITORY
 
 
 @pytest.mark.usefixtures("models_start_quickly")
-def test_parts(tiny_checkpoint, text_file, other_text_file, tmp_path, capsys):
+def test_parts(copied, text_file, other_text_file, tmp_path, capsys):
+    edit_json(copied / "config.json", lambda fields: fields.update(max_position_embeddings=1024))
     out = tmp_path / "rows.json"
     texts = ("--data", text_file, "--eval", text_file, "--eval", other_text_file)
     size = ("--seqlen", 32, "--windows", 2, "--samples", 4, "--stays", 0.6, "--rounds", 1)
-    model = ("--model", tiny_checkpoint("llama"))
+    model = ("--model", copied)
     command = (9, *model, *texts, *size, "--choices", "ffn", "all", "--out", out)
     assert study.main([*map(str, command)]) == 0
     rows, printed = read_json(out)["rows"], capsys.readouterr().out

@@ -47,10 +47,7 @@ _COMPUTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class WeightSource(Protocol):
-    """What the stages need of a model: config, tensor specs, and single tensors.
-
-    Its weights do not change, so what is known of them all is found once.
-    """
+    """What the stages need of a model, whose weights do not change: config, specs, tensors."""
 
     config: PreTrainedConfig
     architecture: Architecture
@@ -90,9 +87,9 @@ class WeightSource(Protocol):
     def fingerprint(self) -> str:
         """A hex digest that tells models apart, cheap enough to compute at every start.
 
-        It covers the model type, and of every tensor the name, the shape and some kilobytes from
-        its beginning to its end, in float32: a model and its upcast copy are the same, in any
-        files. A fine-tuned copy does not pass for the original, unless only single rows were tuned.
+        It covers the model type, and of every tensor name, shape and some kilobytes from all over
+        it, in float32: a model and its upcast copy are the same, in any files, and a fine-tuned
+        copy is another, unless only single rows were tuned.
         """
         digest = hashlib.sha256(self.config.model_type.encode())
         for name, spec in sorted(self.specs.items()):
