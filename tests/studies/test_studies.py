@@ -3,7 +3,7 @@
 import pytest
 
 import run as study
-from builders import never, read_json
+from builders import edit_json, never, read_json
 from cfsp.errors import OutputError
 from conftest import REPOSITORY
 
