@@ -37,6 +37,7 @@ from cfsp.text.drawing import consecutive_windows
 from cfsp.text.windows import Windows
 from family_contract import save_with_tokenizer
 from recovery.conftest import recover, training
+from tiny_decoders import tiny_model
 from tiny_models import TRAINED, build_tiny_model
 
 CPU = torch.device("cpu")
@@ -212,9 +213,11 @@ def test_every_kind_of_model_recovers_by_its_stock_loss(
     assert "## How it was recovered" in card and "removed" not in card
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt-projected"])
-def test_training_computes_without_dropout(tiny_checkpoint, name):
-    source, tokens_BT = Checkpoint(tiny_checkpoint(name)), torch.arange(2, 42)[None]
+@pytest.mark.parametrize("name", ["gpt2", "opt-projected", "falcon"])
+def test_training_computes_without_dropout(tiny_checkpoint, save, name):
+    # Falcon's usually has none, and it is read from the config in every step.
+    of = save(tiny_model(name, hidden_dropout=0.1)) if name == "falcon" else tiny_checkpoint(name)
+    source, tokens_BT = Checkpoint(of), torch.arange(2, 42)[None]
     usual = cfsp.load(source.directory).train()
     model = load_to_train(source, CPU, "auto", stays_on_cpu=True)
     expected = model(tokens_BT).logits

@@ -23,7 +23,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cfsp.architecture.found import Architecture
@@ -197,10 +197,13 @@ def _leave_out_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        # Of many models it is a number, such as `attention_dropout` or `layerdrop`.
-        values = vars(module)
-        of_dropout = [n for n, value in values.items() if "drop" in n and type(value) is float]
-        values.update(dict.fromkeys(of_dropout, 0.0))
+        # Of many models it is a number, such as `attention_dropout` or `layerdrop`; Falcon reads it
+        # from its config in every step.
+        config = getattr(module, "config", None)
+        for each in (module, config) if isinstance(config, PreTrainedConfig) else (module,):
+            values = vars(each)
+            of_dropout = [n for n, value in values.items() if "drop" in n and type(value) is float]
+            values.update(dict.fromkeys(of_dropout, 0.0))
 
 
 def computes_bfloat16(device: torch.device) -> bool:
