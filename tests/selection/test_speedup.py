@@ -165,6 +165,26 @@ def test_latencies_of_a_real_measurement(source, monkeypatch):
     assert found["conditions"]["dtype"] == "float32"
 
 
+@pytest.mark.parametrize(
+    ("longest", "prompt", "new_tokens"),
+    [(None, 512, 32), (544, 512, 32), (256, 224, 32), (8, 4, 4)],
+)
+def test_what_is_timed_is_no_more_than_the_model_reads(
+    source, monkeypatch, longest, prompt, new_tokens
+):
+    asked = []
+
+    def note(_: Any, workloads: Any, __: Any) -> None:
+        asked.extend(workloads)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(speedup, "longest_input_of", lambda _: longest)
+    monkeypatch.setattr(speedup, "compare_speed", note)
+    with pytest.raises(ZeroDivisionError):
+        measure_latencies(source, Budget(multiple=48), "decode", RUNTIME)
+    assert asked == [speedup.Workload(prompt=prompt, new_tokens=new_tokens)]
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_busy_machine_is_told_where_it_computes(source, latencies, caplog, device):
     latencies("blocks", 0.8)

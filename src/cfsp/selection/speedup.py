@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig
 from cfsp.checkpoint.pruned_config import config_changes
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.skeleton import empty_model
+from cfsp.checkpoint.text_config import longest_input_of
 from cfsp.errors import BudgetError, UsageError
 from cfsp.planning.candidate import Candidate, Dropped, DropSizes
 from cfsp.planning.make import Planner, model_size
@@ -251,6 +252,7 @@ def measure_latencies(
         The `Curves`, and the conditions in which they were measured, as JSON types.
     """
     whole, timed = models_to_time(source, budget)
+    workload = _readable(WORKLOAD, longest_input_of(source.config))
     # The whole one first: it is what the others are compared to.
     subjects = [
         Subject(whole, "the whole model"),
@@ -259,25 +261,33 @@ def measure_latencies(
     _check_memory([whole, *(model for *_, model in timed)], runtime)
     dtype = str(runtime.dtype).removeprefix("torch.")
     conditions = Conditions(warmups=1, rounds=ROUNDS, device=str(runtime.device), dtype=dtype)
-    comparison = compare_speed(subjects, [WORKLOAD], conditions)
+    comparison = compare_speed(subjects, [workload], conditions)
     count = source.architecture.block_count
     widths = [unit.width for unit in source.units if unit.part == "ffn"]
     most = {"ffn": max(widths, default=0), "blocks": count}
     curves: dict[str, list[list[float]]] = {}
     for (part, kept, _), smaller in zip(timed, comparison.models[1:], strict=True):
-        time = 1 / smaller.speeds[WORKLOAD][phase].median_ratio
+        time = 1 / smaller.speeds[workload][phase].median_ratio
         if part == "blocks":  # as if all blocks saved what these did
             kept, time = 0, 1 - (1 - time) * count / (count - kept)
         curves.setdefault(part, [[most[part], 1.0]]).append([kept, time])
     return {
         "curves": {part: sorted(points) for part, points in curves.items()},
         "conditions": {
-            **vars(WORKLOAD),
+            **vars(workload),
             **comparison.models[0].facts,
             "rounds": ROUNDS,
-            "disturbance": round(comparison.disturbance[WORKLOAD], 4),
+            "disturbance": round(comparison.disturbance[workload], 4),
         },
     }
+
+
+def _readable(workload: Workload, longest: int | None) -> Workload:
+    """Return a workload, or less of it for a model that can read so many tokens at once."""
+    if longest is None or workload.prompt + workload.new_tokens <= longest:
+        return workload
+    new_tokens = min(workload.new_tokens, max(1, longest // 2))
+    return replace(workload, prompt=max(1, longest - new_tokens), new_tokens=new_tokens)
 
 
 def _check_memory(configs: Sequence[PreTrainedConfig], runtime: Runtime) -> None:
