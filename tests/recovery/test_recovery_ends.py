@@ -219,6 +219,28 @@ def test_a_full_disk_while_training_saves(recovered, tmp_path, monkeypatch, erro
     assert last_checkpoint(work_of(tmp_path / "out") / "process-0-of-1" / "train") is None
 
 
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(OSError(28, "full"), OutputError), (KeyboardInterrupt(), KeyboardInterrupt)],
+)
+def test_what_stops_saving_a_sharded_model_is_told(recovered, monkeypatch, error, expected):
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("torch.distributed.checkpoint.FileSystemWriter.write_data", fail)
+    with pytest.raises(expected):
+        recovered(training=training(shard=True))
+
+
+def test_memory_that_ends_while_training_saves_is_no_full_disk(recovered, monkeypatch):
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("transformers.Trainer._save_optimizer_and_scheduler", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        recovered()
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_who_is_its_own_teacher_is_told_before_a_step(pruned, recovered, tmp_path, method):
     with pytest.raises(RecoveryError, match=r"is 0 before training: .*; give the dense model"):

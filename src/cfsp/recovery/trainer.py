@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -109,10 +110,18 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         self._load_best_model()
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        directory = Path(self.args.output_dir)
         try:
             super()._save_checkpoint(*args, **kwargs)
+        except torch.OutOfMemoryError:  # is a RuntimeError, and of no disk
+            raise
+        except CheckpointException as error:  # around any of any process, an interruption, too
+            cause, _ = next(iter(error.failures.values()))
+            raise (
+                cannot_write(directory, cause) if isinstance(cause, Exception) else cause
+            ) from error
         except (OSError, RuntimeError, SafetensorError) as error:  # each writer has its own
-            raise cannot_write(Path(self.args.output_dir), error) from error
+            raise cannot_write(directory, error) from error
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
