@@ -110,18 +110,16 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         self._load_best_model()
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        directory = Path(self.args.output_dir)
         try:
             super()._save_checkpoint(*args, **kwargs)
-        except torch.OutOfMemoryError:  # is a RuntimeError, and of no disk
-            raise
-        except CheckpointException as error:  # around any of any process, an interruption, too
-            cause, _ = next(iter(error.failures.values()))
-            raise (
-                cannot_write(directory, cause) if isinstance(cause, Exception) else cause
-            ) from error
-        except (OSError, RuntimeError, SafetensorError) as error:  # each writer has its own
-            raise cannot_write(directory, error) from error
+        # Each writer has its own; the last is around any of any process, an interruption, too.
+        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+            cause: BaseException = error
+            if isinstance(error, CheckpointException):
+                cause, _ = next(iter(error.failures.values()))
+            if not isinstance(cause, Exception) or isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            raise cannot_write(Path(self.args.output_dir), cause) from error
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
