@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedConfig
 
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.locating import open_checkpoint
@@ -158,8 +159,10 @@ def test_errors_in_a_model_process_reach_the_user_as_they_are(tmp_path):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What would be timed: nothing is."""
+    """What would be timed: nothing is, of models whose configs do not say how much they read."""
     calls: list[Any] = []
+    config = PreTrainedConfig()
+    monkeypatch.setattr("cfsp.speed.bench.read_config", lambda directory: (config, None))
     monkeypatch.setattr("cfsp.speed.bench.compare_speed", lambda *values: calls.append(values))
     return calls
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from cfsp.checkpoint.config_file import read_config
 from cfsp.checkpoint.locating import locate_model
+from cfsp.checkpoint.text_config import longest_input_of
 from cfsp.errors import UsageError
 from cfsp.progress import item_progress
 from cfsp.result.names import short_names
@@ -156,7 +158,11 @@ def bench(
     workloads = [Workload(*values) for values in product(*axes)]
     conditions = Conditions(rounds=rounds, device=device, dtype=dtype)
     short = short_names(list(map(str, models)), least=1)
-    subjects = [Subject(locate_model(each), short[str(each)]) for each in models]
+    subjects = []
+    for each in models:
+        directory, label = locate_model(each), short[str(each)]
+        _check_can_read(directory, label, workloads)
+        subjects.append(Subject(directory, label))
     return compare_speed(subjects, workloads, conditions)
 
 
@@ -168,8 +174,6 @@ def compare_speed(
     disturbance: dict[Workload, float] = {}
     with ExitStack() as stack:
         processes = [stack.enter_context(model_process(s, conditions)) for s in subjects]
-        for subject, process in zip(subjects, processes, strict=True):
-            _check_can_read(subject, process.footprint.longest, workloads)
         total = len(workloads) * (conditions.warmups + conditions.rounds)
         bar = stack.enter_context(item_progress("bench", total, "round"))
         for workload in workloads:
@@ -198,11 +202,14 @@ def compare_speed(
     return Comparison(models, conditions, disturbance)
 
 
-def _check_can_read(subject: Subject, longest: int | None, workloads: Sequence[Workload]) -> None:
+def _check_can_read(directory: Path, label: str, workloads: Sequence[Workload]) -> None:
+    """Check by its config, before any model is loaded, that a model reads what it is timed on."""
+    config, _ = read_config(directory)
+    longest = longest_input_of(config)
     asked = max(workload.prompt + workload.new_tokens for workload in workloads)
     if longest is not None and asked > longest:
         raise UsageError(
-            f"{subject.label} can read {longest} tokens at once, prompt and new tokens are "
+            f"{label} can read {longest} tokens at once, prompt and new tokens are "
             f"{asked}; give a smaller --prompt or --new-tokens"
         )
 

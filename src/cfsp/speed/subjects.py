@@ -38,7 +38,7 @@ from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import LoadedModel, WeightSource
 from cfsp.checkpoint.skeleton import build_skeleton
 from cfsp.checkpoint.tensor_file import read_weights
-from cfsp.checkpoint.text_config import longest_input_of, text_config_of, vocabulary_of
+from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
 from cfsp.errors import CfspError
 from cfsp.settings import Option, check_value
 from cfsp.streaming.decoder_end import text_model
@@ -109,7 +109,6 @@ class Footprint:
     head_parameters: int
     itemsize: int  # bytes of each
     fingerprint: str | None = None  # by which a report knows the model; None of random weights
-    longest: int | None = None  # tokens that it can read at once; None if nothing says
 
     @staticmethod
     def of(source: WeightSource, disk_bytes: int, itemsize: int) -> Footprint:
@@ -127,7 +126,6 @@ class Footprint:
             math.nan if source.architecture.has_experts else sum(of_blocks),
             config.vocab_size * config.hidden_size,
             itemsize,
-            longest=longest_input_of(source.config),
         )
 
     def prefill_work(self, workload: Workload) -> float:
