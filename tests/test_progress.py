@@ -1,12 +1,15 @@
 """Progress where there is no terminal: a plain line now and then, none for short work."""
 
 import logging
+import sys
 from types import SimpleNamespace
 
 import pytest
+from tqdm import tqdm
 
 from cfsp import progress
-from cfsp.progress import item_progress
+from cfsp.cli.output import show_messages
+from cfsp.progress import bars_as_lines, item_progress
 
 
 @pytest.fixture
@@ -63,3 +66,18 @@ def test_short_work_is_quiet_and_one_process_speaks(clock, caplog, monkeypatch, 
             clock.seconds += seconds
             bar.update()
     assert caplog.messages == []
+
+
+def test_bars_of_a_library_are_lines_and_all_else_it_says_is_dropped(clock, capsys):
+    show_messages()
+    with bars_as_lines(), tqdm(total=100, desc="requests") as bar:
+        for _ in range(100):
+            clock.seconds += 1
+            bar.update()
+            print("it chats", file=sys.stderr)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("|")[0] for line in lines] == [
+        "requests:  30%",
+        "requests:  60%",
+        "requests:  90%",
+    ]

@@ -6,7 +6,7 @@ import io
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from time import monotonic
 from typing import Any
 
@@ -44,6 +44,21 @@ class _Lines:
 _LINES = _Lines()
 
 
+class _BarsAsLines(io.StringIO):
+    """Standard error for a library: its bars become lines now and then, all else is dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines, self._shown = _Lines(), sys.stderr
+
+    def write(self, text: str) -> int:
+        """Pass on a bar, which goes back to the beginning of its line."""
+        if text.startswith("\r") and is_first_process():
+            with redirect_stderr(self._shown):
+                self._lines.write(text)
+        return len(text)
+
+
 def item_progress(label: str, total: int, unit: str, **options: Any) -> tqdm:  # type: ignore[type-arg]
     """Return a bar over items of a named unit; of several processes only the first shows it."""
     if not sys.stderr.isatty():
@@ -56,6 +71,13 @@ def item_progress(label: str, total: int, unit: str, **options: Any) -> tqdm:  #
     return tqdm(
         desc=label, total=total, unit=unit, disable=not is_first_process(), leave=False, **options
     )
+
+
+@contextmanager
+def bars_as_lines() -> Iterator[None]:
+    """Let a library show its own bars, where there is no terminal as lines now and then."""
+    with nullcontext() if sys.stderr.isatty() else redirect_stderr(_BarsAsLines()):
+        yield
 
 
 @contextmanager

@@ -21,14 +21,13 @@ word), and an answer to write (as GSM8K's). A scored document has of these field
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cache, partial
 from hashlib import sha256
@@ -40,6 +39,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cfsp.checkpoint.text_config import longest_input_of
 from cfsp.errors import CfspError, MissingExtraError, TaskError, first_line
+from cfsp.progress import bars_as_lines
 from cfsp.quality.paired import mean
 from cfsp.quality.tasks.selection import (
     TaskSelection,
@@ -339,13 +339,12 @@ def _gold(found: Any, choices: Sequence[str]) -> int | list[int]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep standard output free for results, and progress off what is not a terminal."""
+    """Keep standard output free for results, and all but bars off what is not a terminal."""
     harness = logging.getLogger("lm_eval")
     level = harness.level
     harness.setLevel(logging.ERROR)
-    progress = sys.stderr if sys.stderr.isatty() else io.StringIO()
     try:
-        with redirect_stdout(sys.stderr), redirect_stderr(progress):
+        with redirect_stdout(sys.stderr), bars_as_lines():
             yield
     finally:
         harness.setLevel(level)
