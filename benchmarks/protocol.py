@@ -3,8 +3,8 @@
     python benchmarks/protocol.py meta-llama/Llama-3.1-8B --out protocol
     python benchmarks/protocol.py demo --out protocol --local DIR --size small
 
-Prunes to 25, 37.5 and 50% of the block parameters and to 20 and 50% of the FFN channels, on 256
-windows of 2048 tokens of C4. Measures perplexity on WikiText-2-raw test and on C4 validation in
+Removes 25, 37.5 and 50% of the block parameters and 20 and 50% of the FFN channels, on 256 windows
+of 2048 tokens of C4. Measures perplexity on WikiText-2-raw test and on C4 validation in
 windows of 2048 tokens without BOS, with KL to the dense model and top-1 agreement; scores
 PIQA, HellaSwag, WinoGrande, ARC-easy, ARC-challenge, BoolQ and OpenBookQA zero-shot, MMLU and GSM8K
 with 5 examples, by lm-evaluation-harness. Prints Markdown, and writes it to OUT/table.md.

@@ -37,7 +37,7 @@ def test_the_stages_one_by_one_and_the_report(model, few, text_file, tmp_path, c
     check_is_the_same(tmp_path / "by-plan", out)
     command("report", out, "--out", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    for said in ("KV groups", "FFN channels", "What each attention layer", "1 self_attn"):
+    for said in ("1 of 2 KV groups", "FFN channels", "What each attention layer", "1 self_attn"):
         assert said in page
     assert "KV groups" in (out / "README.md").read_text()
 

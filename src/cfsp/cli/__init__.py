@@ -32,8 +32,8 @@ COMMANDS = {
 }
 
 _DESCRIPTION = """\
-Make a decoder-only LLM smaller and faster: score its FFN channels with one forward pass over
-a text sample, remove the weakest, and write an ordinary dense checkpoint.
+Make a decoder-only LLM smaller and faster: remove its weakest FFN channels, or other parts, by
+one pass over some text, repair what is left, and write an ordinary dense checkpoint.
 """
 
 _EXAMPLES = """\

@@ -42,7 +42,9 @@ def add_options_to(parser: Parser) -> None:
             help=f"{what} (default: {default})",
         )
     group = parser.add_argument_group("how")
-    group.add_argument("--rounds", type=int, metavar="N", default=7, help="(default: 7)")
+    group.add_argument(
+        "--rounds", type=int, metavar="N", default=7, help="timed runs of each model (default: 7)"
+    )
     group.add_argument("--device", default="cpu", help="cpu, cuda, mps, auto (default: cpu)")
     group.add_argument(
         "--dtype",

@@ -67,7 +67,10 @@ def _add_tasks(parser: Parser) -> None:
     )
     tasks.add_argument("--limit", type=int, metavar="N", help="first N documents of each task")
     tasks.add_argument(
-        "--shots", type=int, metavar="K", help="solved examples before each question (default: 0)"
+        "--shots",
+        type=int,
+        metavar="K",
+        help="solved examples before each question (default: as the task says, mostly 0)",
     )
     tasks.add_argument(
         "--task-data",

@@ -61,7 +61,7 @@ def add_options_to(parser: Parser) -> None:
         choices=tuple(EFFORTS),
         metavar="LEVEL",
         help="fast: no repair; standard (default): least squares; best: training, too (135M "
-        "parameters: half an hour)",
+        "parameters: half an hour of two cores)",
     )
     add_advanced(
         parser,

@@ -1,8 +1,8 @@
 """Which weights of a pruned model are trained, by low-rank adapters or themselves, and how.
 
-LoRA: W + (alpha / r) B A (Hu et al., arXiv 2106.09685). Adapters of a block have a rank of their
-own (CFSP, Eq. 9: r_l proportional to s_l), or equal ones. The scale alpha / r is the same in every
-block whatever its rank, so both PEFT's `rank_pattern` and its `alpha_pattern` are set.
+LoRA: W + (alpha / r) B A (Hu et al., arXiv 2106.09685). Ranks are equal, or adapters of a block
+have one of their own (CFSP, Eq. 9: r_l proportional to s_l). The scale alpha / r is the same in
+every block whatever its rank, so both PEFT's `rank_pattern` and its `alpha_pattern` are set.
 
 Routed experts are parameters and not modules. Full training trains them; adapters leave them as
 they are, because PEFT would hold W + (alpha / r) B A of all experts once more in every step.

@@ -8,7 +8,7 @@ machine.
 Time is a promise about the whole recovery. Steps and evaluations are measured as they happen, and
 what comes after training (the last evaluation, the output, perplexity) is kept free for. A step or
 an evaluation begins only if it fits. The evaluation before the first step tells how long that step
-will take; if it and its evaluation do not fit, the run ends there.
+will take; if it and its evaluation do not fit, the time is refused.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A number of a model and its bound, which every candidate just meets.
 
-A share of one part, or of all parameters, is met by arithmetic; cache, speed and loss, which have
-modules of their own, by bisection in steps that are small against what a measurement can tell. When
-enough blocks or attentions are dropped, a `DropBudget` says.
+A share of one part, or of all parameters, is met by arithmetic; cache and loss (`goal`) and speed
+(`speedup`) by bisection in steps that are small against what a measurement can tell. When enough
+blocks or attentions are dropped, a `DropBudget` says.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class TargetParameters(Declared):
 
 @dataclass(frozen=True)
 class TargetKVCache(Declared):
-    """The goal to keep a fraction of the KV cache, by KV groups, whole attentions, or both.
+    """The goal to keep a fraction of the KV cache, by KV groups, attention layers, or both.
 
     Attributes:
         fraction: of the cache of the longest context that stays at most, in (0, 1].
@@ -76,7 +76,7 @@ class TargetKVCache(Declared):
     fraction: float = _kept_fraction(
         1.0,
         "fraction of the KV cache that stays; KV groups go, with --parts attention or "
-        "kv,attention whole attentions, and nothing else",
+        "kv,attention whole attention layers, and nothing else",
         flag="target-kv-cache",
         advanced=True,
     )

@@ -1,6 +1,6 @@
 """The work directory beside an output: what does not fit into memory, what a killed run left.
 
-    OUT.work/process-0-of-1/coarse/state.json, hidden-0.bin, ...
+    OUT.work/process-0-of-1/ridge/state.json, hidden-0.bin, ...
 
 It is gone when the output is there. After a kill it stays, and the same command goes on from
 it; another command is refused. Nobody else works in it meanwhile.

@@ -129,7 +129,8 @@ def _width_panel(title: str, names: Sequence[str], units: Sequence[UnitPlan | No
         # Experts that go whole take their channels along; a unit keeps some, unless it goes whole.
         after, kept = round(unit.width * unit.kept_share), "removed"
         if after:
-            kept = f"keeps {after:,} of {unit.width:,} channels ({after / unit.width:.0%})"
+            noun = "channels" if unit.part == "ffn" else PART_NOUNS[unit.part]
+            kept = f"keeps {after:,} of {unit.width:,} {noun} ({after / unit.width:.0%})"
         bars = [("gone", unit.width), *([("kept", after)] if after else [])]
         marks.append(Mark(f"Block {name}: {kept}", bars=bars))
     highest = max(unit.width for unit in units if unit is not None)
