@@ -49,6 +49,7 @@ TEXTS = (
     "domains/commoncrawl.jsonl", "domains/github.jsonl", "domains/stackexchange.jsonl",
     "domains/wiki.jsonl",
 )  # fmt: skip
+PUBLISHED = Path(__file__).parent / "results/parts.json"
 # What may go, as for `cfsp prune`.
 CHOICES: dict[str, tuple[str, ...]] = {
     "ffn": ("--parts", "ffn"),
@@ -56,7 +57,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "ffn,attention": ("--parts", "ffn,attention"),
     "blocks": ("--parts", "blocks"),
     # No longer an option: its published rows are printed, and not measured anew.
-    "blocks by influence": ("--parts", "blocks", "--set", "removal=influence"),
+    "blocks by influence": (),
     "ffn,blocks": ("--parts", "ffn,blocks"),
     "all": ("--parts", "ffn,kv,attention,blocks"),
 }
@@ -133,8 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     found.add_argument("--samples", type=int, default=36, help="calibration windows")
     found.add_argument("--seqlen", type=int, default=1024, help="tokens of a window")
     found.add_argument("--windows", type=int, default=4, help="windows to measure on, per text")
-    out = Path(__file__).parent / "results/parts.json"
-    found.add_argument("--out", type=Path, default=out, help="results; pruned models lie beside")
+    found.add_argument(
+        "--out", type=Path, default=PUBLISHED, help="results; pruned models lie beside"
+    )
     found.add_argument("--stays", type=float, nargs="+", default=[0.625, 0.5], help="of blocks")
     parts = [name for name in CHOICES if name != _BY_REPAIR]
     found.add_argument("--choices", nargs="+", choices=CHOICES, default=parts, help="parts")
@@ -159,6 +161,8 @@ def _texts_in(directory: Path | None) -> list[str]:
 
 def _run(args: argparse.Namespace) -> None:
     """Prune, measure, print."""
+    if args.out != PUBLISHED:
+        args.choices = [parts for parts in args.choices if CHOICES[parts]]
     conditions = {
         "data": [label(text) for text in args.data],
         "eval": [label(text) for text in args.eval],
