@@ -324,7 +324,7 @@ def _rounded(found: Number, factor: float = 1) -> list[float | None]:
 
 
 def _in_words(plan: PruningPlan) -> str:
-    """Return what of each part goes; shares count what goes with whole blocks and attentions."""
+    """Return what of each part goes; shares count what goes with blocks and attention layers."""
     words = [plan.removed_in_words] if plan.removed_blocks or plan.removed_attentions else []
     if "ffn" in plan.parts and plan.ffn_sparsity:
         words.append(f"{plan.ffn_sparsity:.1%} of all FFN channels")

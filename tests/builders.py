@@ -154,7 +154,7 @@ def plan_keeping(
 
 
 def plan_without(source: WeightSource, dropped: Dropped) -> PruningPlan:
-    """Return the plan by which blocks and attentions go, and nothing else."""
+    """Return the plan by which blocks and attention layers go, and nothing else."""
     return plan_keeping(source, [tuple(range(u.ffns * u.width)) for u in source.units], dropped)
 
 

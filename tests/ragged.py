@@ -34,7 +34,7 @@ def cut(
         directory: for the dense and the pruned model.
         widths: of every FFN unit; None for `WIDTHS` of units of 96 channels, and for others in
             the same proportion.
-        groups: KV groups of every attention, 0 where it goes; None if attentions stay.
+        groups: KV groups of every attention, 0 where it goes; None if attention layers stay.
     """
     dense = directory / "dense"
     model.save_pretrained(dense)

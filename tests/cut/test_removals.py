@@ -346,7 +346,7 @@ def test_config_and_modules_say_the_numbers(case):
 
 @pytest.mark.parametrize("case", ["KV groups of qwen2", "KV groups of gpt2"], indirect=True)
 def test_repair_lowers_the_error(case, few, tmp_path):
-    # Without sensitivity: that of a random model keeps its attentions.
+    # Without sensitivity: that of a random model keeps its attention layers.
     asked = {**fewer_groups(case.dense), "multiple": 8, "repair": "local", "local_steps": 1, **few}
     asked["block_metric"] = "angular"
     report = cfsp.prune(case.source, out=tmp_path / "out", **asked)

@@ -152,7 +152,7 @@ def test_every_part_that_lost_something_is_a_fact():
     ]
     went = "25.0% of FFN parameters, 50.0% of KV groups, 4 of the 8 experts of each block, 60.0% of"
     assert f", in all {went} parameters" in what_went(manifest)
-    assert what_went(manifest).startswith("block 1 and the attention of block 2")
+    assert what_went(manifest).startswith("block 1 and the attention layer of block 2")
     assert size_facts({}) == []
 
 

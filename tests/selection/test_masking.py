@@ -118,7 +118,7 @@ DEPTH = 5
 
 
 def without(source: LoadedModel, removed: Dropped) -> float:
-    """Return the divergence without blocks and attentions, without resuming anywhere."""
+    """Return the divergence without blocks and attention layers, without resuming anywhere."""
     model = source.model
     blocks = blocks_of(model, source.architecture)
     units = {unit.block: unit for unit in source.units if unit.part == "kv"}
@@ -162,7 +162,7 @@ def test_what_the_model_cannot_do_without_stays(five_blocks, monkeypatch):
 
 @pytest.fixture(scope="module")
 def both() -> LoadedModel:
-    """A model whose last attentions do little."""
+    """A model whose last attention layers do little."""
     model = tiny_model("llama", num_hidden_layers=DEPTH)
     for block in (3, 4):
         model.model.layers[block].self_attn.o_proj.weight.data *= 0.1

@@ -24,10 +24,10 @@ def blocks_in_words(indices: Iterable[int]) -> str:
 
 
 def removed_in_words(blocks: Collection[int], attentions: Collection[int]) -> str:
-    """Return in words what went whole: blocks, and the attentions of others; empty if nothing."""
+    """Return in words what went whole: blocks, and attention layers of others; empty if nothing."""
     named = [blocks_in_words(blocks)] if blocks else []
     if attentions:
-        noun = "attention" if len(attentions) == 1 else "attentions"
+        noun = "attention layer" if len(attentions) == 1 else "attention layers"
         named.append(f"the {noun} of {blocks_in_words(attentions)}")
     return " and ".join(named)
 

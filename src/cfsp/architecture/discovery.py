@@ -58,7 +58,7 @@ _NOT_THEM = re.compile(r"^head_|_head_|window|rotary|groups|rope|layer|chunk")
 def find_architecture(model: PreTrainedModel, part: Part = "ffn") -> Architecture:
     """Return the blocks of a model and the units of a part that they seem to have.
 
-    With the part `attention` there are also attentions that can only go whole.
+    With the part `attention` there are also attention layers that can only go whole.
     """
     decoder: nn.Module = model.get_decoder()
     # Some call their output matrix `decoder`.
@@ -141,7 +141,7 @@ class _Heads(NamedTuple):
 def attentions_of(
     block: nn.Module, index: int, hidden: int, text_config: Any, part: Part
 ) -> list[Unit | Refusal]:
-    """Return the attentions of a block, and what mixes tokens in another way.
+    """Return the attention layers of a block, and what mixes tokens in another way.
 
     With the part `attention` those whose heads are not found are there too: they can go whole.
     """

@@ -185,7 +185,7 @@ def _axes(module: nn.Module, roles: _Roles, hidden: int) -> dict[str, ChannelAxi
     return axes
 
 
-# What FFNs and attentions have in common: matrices with an axis of channels, or of heads.
+# What FFNs and attention layers have in common: matrices with an axis of channels, or of heads.
 
 
 def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

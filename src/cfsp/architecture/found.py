@@ -215,12 +215,12 @@ class Architecture:
     block_count: int
     units: tuple[Unit, ...]  # in the order of blocks, and within a block as they are registered
     refused: tuple[Refusal, ...] = ()
-    gone: tuple[Unit, ...] = ()  # attentions of the stock model that have no KV group left
+    gone: tuple[Unit, ...] = ()  # attention layers of the stock model that have no KV group left
     experts: RoutedExperts | None = None  # where whole ones can go and were asked for
 
     @property
     def stock_units(self) -> tuple[Unit, ...]:
-        """The units of the model with all of its attentions; those that are gone have no width."""
+        """The units of the model with all attention layers; those that are gone have no width."""
         return tuple(sorted((*self.gone, *self.units), key=lambda unit: unit.block))
 
     @property
@@ -230,7 +230,7 @@ class Architecture:
 
     @property
     def has_attentions(self) -> bool:
-        """Whether there are attentions that can lose KV groups."""
+        """Whether there are attention layers that can lose KV groups."""
         return any(unit.part == "kv" for unit in self.units)
 
     @property
@@ -239,7 +239,7 @@ class Architecture:
         return [unit.width for unit in self.units]
 
     def with_widths(self, widths: Sequence[int]) -> Architecture:
-        """Return the same architecture with other widths; attentions without KV groups are gone."""
+        """Return the same with other widths; attention layers without KV groups are gone."""
         units = [replace(unit, width=width) for unit, width in zip(self.units, widths, strict=True)]
         return replace(
             self,

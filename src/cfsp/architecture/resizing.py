@@ -1,4 +1,4 @@
-"""Giving the FFNs and attentions of decoder blocks another width, or none, in place."""
+"""Giving the FFNs and attention layers of decoder blocks another width, or none, in place."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def remove_attentions(
     extras: Mapping[str, int | None],
     kinds: Sequence[str] | None,
 ) -> None:
-    """Take out the attentions that have no KV group left.
+    """Take out the attention layers that have no KV group left.
 
     The others take the first places in the cache among those of their kind, so that whoever asks
     the first layer of a kind how long the text is asks one that knows.
@@ -111,7 +111,7 @@ def remove_attentions(
 
 
 # The name has no "Attention" in it: transformers takes a file with such a class for one that
-# brings attentions of its own.
+# brings attention layers of its own.
 class Gone(nn.Module):
     """Takes the place of an attention that is gone: nothing is added to the hidden state."""
 

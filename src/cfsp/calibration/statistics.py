@@ -145,8 +145,8 @@ class Statistics:
         record: the conditions.
         sensitivity: of every block; None if it was not measured: it requires the whole model
             in memory.
-        removals: which blocks, which attentions, or which of both go best together, one after the
-            other, as far as it was measured, which requires the same.
+        removals: which blocks, which attention layers, or which of both go best together, one
+            after the other, as far as it was measured, which requires the same.
         runs: how far runs of blocks turn the hidden state; None if it was not measured.
     """
 
@@ -199,7 +199,7 @@ class Statistics:
         return replace(self, units=tuple(unit for unit in self.units if unit.part in parts))
 
     def removals_of(self, parts: Sequence[WholePart]) -> list[Removal]:
-        """Return the order in which blocks go, attentions, or both together."""
+        """Return the order in which blocks go, attention layers, or both together."""
         among = tuple(parts) if len(parts) > 1 else ()
         return [each for each in self.removals if each.among == among and each.part in parts]
 

@@ -5,9 +5,9 @@ go to `per_layer_config`, the schema that transformers reads from 5.15 on; else 
 block and path. KV groups that differ go to `kv_groups`; the stock numbers of heads are then those
 of the unpruned model. All three need the modelling file.
 
-What needs it must not load without it. The stock class fails where FFNs or attentions have other
-shapes than it builds, but would give an attention that is gone random weights. Where nothing else
-differs, the stock key says another width than the FFNs have.
+What needs it must not load without it. The stock class fails where FFNs or attention layers have
+other shapes than it builds, but would give an attention layer that is gone random weights. Where
+nothing else differs, the stock key says another width than the FFNs have.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a config builds: the stock model, or ours with widths of its own; models without weights.
 
 `cfsp.checkpoint.pruned_config` writes what is read here: `per_layer_config` or `ffn_widths` for
-FFNs, `kv_groups` for attentions. What needs none of them is a stock config. Single tensors are put
-into the models when they are needed.
+FFNs, `kv_groups` for attention layers. What needs none of them is a stock config. Single tensors
+are put into the models when they are needed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """With which values of its keys a stock class builds what is left of a model, found by trying.
 
 What is tried and what is wanted are models without weights: the one must be built of the same as
-the other (`facts_of`). Where FFNs or attentions get narrower, that is the whole model. Where blocks
-go, lists with an entry for every block, lists of blocks, and numbers of first or last blocks
+the other (`facts_of`). Where FFNs or attention layers get narrower, that is the whole model. Where
+blocks go, lists with an entry for every block, lists of blocks, and numbers of first or last blocks
 change, and every block that stays must be built as it was; a rule (every n-th block) is refused.
 """
 

@@ -1,8 +1,8 @@
 """Surgery: obeys a plan, parameter by parameter.
 
 The parameters of a unit lose rows or columns, and the biases of removed channels. Those of removed
-attentions, experts and blocks are left out, and routers lose rows. What is cut is stored in the
-form that the checkpoint has; all else is copied byte for byte. The tensors of later experts and
+attention layers, experts and blocks are left out, and routers lose rows. What is cut is stored in
+the form that the checkpoint has; all else is copied byte for byte. The tensors of later experts and
 blocks get other names.
 Tensors stream from the source to the new shards: of what is cut, only what shares stored tensors is
 in memory at a time, at most the experts of one block.

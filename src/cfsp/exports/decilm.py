@@ -123,8 +123,8 @@ def _obstacle(reader: Reader, source: Checkpoint) -> str | None:
     of_attentions = sorted(set(groups) - {0})
     if len(of_attentions) > 1:
         return (
-            "one number of heads for all attentions (n_heads_in_group says only how many of them "
-            f"share keys and values), and the model's have {of_attentions[0]} to "
+            "one number of heads for all attention layers (n_heads_in_group says only how many of "
+            f"them share keys and values), and the model's have {of_attentions[0]} to "
             f"{of_attentions[-1]} KV groups"
         )
     if reader is VLLM:

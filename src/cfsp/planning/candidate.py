@@ -1,4 +1,4 @@
-"""What goes of a model: whole blocks and attentions, experts, and a share of channels.
+"""What goes of a model: whole blocks and attention layers, experts, and a share of channels.
 
 A `Candidate` says how much goes of what; which channels that are, statistics say (`Planner`).
 """
@@ -24,7 +24,7 @@ Droppable = tuple["WholePart", int]
 
 @dataclass(frozen=True)
 class Dropped:
-    """Blocks that go whole, and blocks that stay and whose attentions go; ascending."""
+    """Blocks that go whole, and blocks that stay and whose attention layers go; ascending."""
 
     blocks: tuple[int, ...] = ()
     attentions: tuple[int, ...] = ()
@@ -89,7 +89,7 @@ class Candidate:
 
 
 class Kept(NamedTuple):
-    """Units that lose no channel; blocks, and attentions of blocks, that are not dropped."""
+    """Units that lose no channel; blocks, and attention layers of blocks, that are not dropped."""
 
     units: frozenset[int] = frozenset()
     blocks: frozenset[int] = frozenset()
@@ -131,15 +131,15 @@ def kept_by(source: WeightSource, keep: Sequence[str]) -> Kept:
 class DropSizes:
     """The parameters of everything that may be dropped, by its block."""
 
-    block_of: Mapping[int, int]  # with their attentions; empty where blocks may not go
-    attention_of: Mapping[int, int]  # empty where attentions may not go by themselves
-    total: int  # of all blocks, or of all attentions where blocks may not go
+    block_of: Mapping[int, int]  # with their attention layers; empty where blocks may not go
+    attention_of: Mapping[int, int]  # empty where attention layers may not go by themselves
+    total: int  # of all blocks, or of all attention layers where blocks may not go
     some_stay: bool = False  # whether some of these were told to
     attentions_stay: bool = False
 
     @staticmethod
     def of(source: WeightSource, parts: Sequence[WholePart], keep: Sequence[str] = ()) -> DropSizes:
-        """Return the sizes of a model's blocks, attentions, or both, but for what is to stay."""
+        """Return the sizes of blocks, attention layers, or both, but for what is to stay."""
         blocks = dict(enumerate(parameters_of_blocks(source))) if "blocks" in parts else {}
         attentions = parameters_of_attentions(source) if "attention" in parts else {}
         kept = kept_by(source, keep)
@@ -152,7 +152,7 @@ class DropSizes:
 
     @property
     def of_one(self) -> Mapping[int, int]:
-        """Those of blocks, or of attentions where blocks may not go."""
+        """Those of blocks, or of attention layers where blocks may not go."""
         return self.block_of or self.attention_of
 
     @property
@@ -178,7 +178,7 @@ class DropSizes:
         return (has_block or not self.block_of) and (has_attention or not self.attention_of)
 
     def parameters(self, dropped: Dropped) -> int:
-        """Return how many parameters go with blocks and attentions."""
+        """Return how many parameters go with blocks and attention layers."""
         blocks = sum(self.block_of[block] for block in dropped.blocks)
         return blocks + sum(self.attention_of[block] for block in dropped.attentions)
 
@@ -188,5 +188,5 @@ class DropSizes:
 
 
 def parameters_dropped(source: WeightSource, dropped: Dropped) -> int:
-    """Return how many parameters go with blocks and attentions of a model."""
+    """Return how many parameters go with blocks and attention layers of a model."""
     return DropSizes.of(source, WHOLE_PARTS).parameters(dropped) if dropped else 0

@@ -73,7 +73,7 @@ class PruningPlan:
 
     @property
     def removed_attentions(self) -> tuple[int, ...]:
-        """The blocks that stay and whose attentions go whole, ascending."""
+        """The blocks that stay and whose attention layers go whole, ascending."""
         return tuple(unit.block for unit in self.kept_units if not unit.kept)
 
     @property
@@ -83,7 +83,7 @@ class PruningPlan:
 
     @property
     def has_gaps(self) -> bool:
-        """Whether blocks go whole, or attentions."""
+        """Whether blocks go whole, or attention layers."""
         return bool(self.removed_blocks or self.removed_attentions)
 
     @property
@@ -169,7 +169,7 @@ class PruningPlan:
     def parts(self) -> tuple[Part, ...]:
         """The parts that a model is opened with, to find the units of the plan."""
         whole: dict[Part, bool] = {
-            # Some attentions can go only as a whole.
+            # Some attention layers can go only as a whole.
             "attention": "attention" in self.criterion.get("parts", ()),
             "experts": self.kept_experts is not None,
         }

@@ -6,7 +6,7 @@ can of the difference d between the hidden states of two streams that leave the 
 
     W' = W + E[d xᵀ] (E[x xᵀ] + lambda mean(diag) I)^-1        x: channels of the pruned block
 
-So it takes over what attentions have lost too; a block without an FFN is fitted by the output
+So it takes over what attention layers have lost too; a block without an FFN is fitted by the output
 matrix of its attention. A block before blocks that were removed whole takes over what they did in
 the same way, and where the first blocks go, the first one that stays does.
 

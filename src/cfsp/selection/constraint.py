@@ -2,7 +2,7 @@
 
 A share of one part, or of all parameters, is met by arithmetic; cache and loss (`goal`) and speed
 (`speedup`) by bisection in steps that are small against what a measurement can tell. When enough
-blocks or attentions are dropped, a `DropBudget` says.
+blocks or attention layers are dropped, a `DropBudget` says.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from cfsp.settings import PART_NOUNS, Budget, Part, WholePart
 
 @dataclass(frozen=True)
 class DropBudget:
-    """When enough blocks or attentions are dropped."""
+    """When enough blocks or attention layers are dropped."""
 
     parts: tuple[WholePart, ...]  # that may go
     sizes: DropSizes
@@ -49,7 +49,7 @@ class DropBudget:
     def of_count(
         source: WeightSource, part: WholePart, count: int, keep: Sequence[str] = ()
     ) -> DropBudget:
-        """Return the budget by which so many blocks, or attentions, go."""
+        """Return the budget by which so many blocks, or attention layers, go."""
         sizes = DropSizes.of(source, [part], keep)
         most = len(sizes.of_one) - (not sizes.some_stay)
         if count > most:
@@ -116,7 +116,7 @@ class DropBudget:
         return taken
 
     def of_blocks(self, blocks: Sequence[int]) -> Dropped:
-        """Return blocks of the one part as those that go, or as those whose attentions do."""
+        """Return blocks of the one part as those that go, or as those whose attention layers do."""
         chosen = tuple(blocks)
         return Dropped(chosen) if "blocks" in self.parts else Dropped((), chosen)
 
@@ -129,7 +129,7 @@ def _too_many(sizes: DropSizes, what: str, most: str) -> BudgetError:
     )
 
 
-# How much of the blocks, or attentions, is ever dropped beside others.
+# How much of the blocks, or attention layers, is ever dropped beside others.
 MOST_DROPPED = 0.5
 # Half a percent of the channels.
 STEPS = 200
@@ -280,7 +280,7 @@ class Parameters(Constraint):
         )
 
     def to_drop(self) -> DropBudget:
-        """Return as much; beside channels, which give the rest, at most half of the attentions."""
+        """Return as much; beside channels, which give the rest, at most half of the attention."""
         parts, keep = self.budget.whole_parts, self.budget.keep
         if not self.budget.channel_parts:
             return DropBudget.of_share(
@@ -334,7 +334,7 @@ class Parameters(Constraint):
 
 
 def half_dropped(source: WeightSource, budget: Budget) -> DropBudget:
-    """Return as much of the blocks, or attentions, as is ever dropped beside others."""
+    """Return as much of the blocks, or attention layers, as is ever dropped beside others."""
     parts, keep = budget.whole_parts, budget.keep
     sizes = DropSizes.of(source, parts, keep)
     share = min(MOST_DROPPED, sizes.most / sizes.total)

@@ -1,15 +1,15 @@
-"""Which blocks and attentions are dropped: by the predictions, or by what statistics say.
+"""Which blocks and attention layers are dropped: by the predictions, or by what statistics say.
 
 By the predictions, where the whole model fits into memory: one after the other the block goes whose
 removal, together with those that are gone, changes them least (for each parameter that goes, where
-attentions may go too or blocks differ in size). A dropped block is skipped: the hidden state passes
-it unchanged. A block whose attention is gone may go later, with what is left of it. A block that
-did more harm than another before rarely does less once more blocks are gone: each time only the few
-that did least are tried again (lazy greedy).
+attention layers may go too or blocks differ in size). A dropped block is skipped: the hidden state
+passes it unchanged. A block whose attention is gone may go later, with what is left of it. A block
+that did more harm than another before rarely does less once more blocks are gone: each time only
+the few that did least are tried again (lazy greedy).
 
 Else by distances: the runs of consecutive blocks go that turn the hidden state least, by the sum of
-the angular distances between what enters each run and what leaves it; of attentions those over
-which it turns least. Only what the model can be written without can go.
+the angular distances between what enters each run and what leaves it; of attention layers those
+over which it turns least. Only what the model can be written without can go.
 
 Shapes: N windows, T tokens, L blocks.
 """
@@ -53,7 +53,7 @@ def order_of_removal(
     tokens_NT: Tensor,
     wanted: Sequence[DropBudget],
 ) -> list[Removal]:
-    """Return the blocks that go, or whose attentions do, in the order in which they are chosen.
+    """Return the blocks that go, or whose attention does, in the order in which they are chosen.
 
     How much is `wanted` may be said in several ways, of the same parts.
     """
@@ -135,7 +135,7 @@ def _about(wanted: Sequence[DropBudget]) -> int:
 
 
 def follow_divergence(job: Job) -> bool:
-    """Return whether blocks or attentions go by what the predictions lose.
+    """Return whether blocks or attention layers go by what the predictions lose.
 
     Statistics for the one are not those for the other, and memory comes and goes: of several
     processes the first decides, and what a killed run had decided holds.
@@ -170,7 +170,7 @@ def cannot_be_tried(budget: Budget, needed: str) -> UsageError:
 def with_order(
     job: Job, statistics: Statistics, windows: Windows, wanted: Sequence[DropBudget]
 ) -> Statistics:
-    """Add the order in which blocks or attentions go, where budgets need more of it.
+    """Add the order in which blocks or attention layers go, where budgets need more of it.
 
     A killed run goes on with what it had chosen. Of several processes the first chooses, on the
     beginnings of a few windows of the calibration text.
@@ -200,7 +200,7 @@ def with_order(
 
 
 def dropped_by(source: WeightSource, statistics: Statistics, budget: DropBudget) -> Dropped:
-    """Return the blocks and attentions that go, by their order where statistics have one."""
+    """Return the blocks and attention layers that go, by their order where statistics have one."""
     if statistics.has_order_of(budget.parts):
         return _by_order(source, statistics, budget)
     if budget.is_met_by(NOTHING):
@@ -224,7 +224,7 @@ def dropped_by(source: WeightSource, statistics: Statistics, budget: DropBudget)
 
 
 def check_can_go(source: WeightSource, dropped: Dropped) -> None:
-    """Check that a model can do without some blocks, and without the attentions of others."""
+    """Check that a model can do without some blocks, and without the attention layers of others."""
     stock = stock_config(source.config)
     if dropped.blocks:
         names_without_blocks(source, dropped.blocks)  # it can be written
@@ -260,7 +260,7 @@ def _by_order(source: WeightSource, statistics: Statistics, budget: DropBudget) 
 def _least_distances(
     statistics: Statistics, budget: DropBudget, banned: Collection[int]
 ) -> list[int]:
-    """Return the blocks that go by a distance, or whose attentions do, none of which is banned."""
+    """Return the blocks that go by a distance, or whose attention does, none of which is banned."""
     every = budget.sizes.of_one
     candidates = [block for block in every if block not in banned]
     for count in range(1, len(candidates) + 1):

@@ -227,7 +227,7 @@ class CacheFraction(Constraint):
         super().check()
 
     def to_drop(self) -> DropBudget:
-        """Return how many attentions are enough, whichever go; beside groups half of them."""
+        """Return how many attention layers are enough, whichever go; beside groups half of them."""
         if len(self.budget.parts) > 1:
             return super().to_drop()
         # Enough whichever go: as if they were those with the fewest groups.

@@ -1,7 +1,7 @@
 """The search over plans: candidates that just meet a constraint, and the best of them by its score.
 
     one part, one share        one candidate, nothing is compared
-    blocks or attentions       as many of their order as are enough
+    blocks, attention layers   as many of their order as are enough
     channels beside these      for each number of what is dropped, the share of channels left over
 
 A score is how far the predictions are from the dense model's, in nats. All candidates that may be

@@ -1,8 +1,8 @@
-"""The proof, by execution, that blocks, attentions or experts of a model can go: skipped is cut.
+"""The proof, by execution, that blocks, attention layers or experts can go: skipped is cut.
 
 A small random model of the same class runs on a few tokens, once with the blocks skipped, and once
-built without them, from a config of its own. Both must compute the same. Attentions are skipped by
-zeros in the place of their output, and cut as the modelling file cuts them; a cache must then make
+built without them, from a config of its own. Both must compute the same. Attention is skipped by
+zeros in the place of their output, and cut as the modelling file cuts it; a cache must then make
 no difference to what follows.
 """
 
@@ -76,12 +76,12 @@ def prove_without_attentions(
     removed: Collection[int],
     removed_blocks: Collection[int] = (),
 ) -> None:
-    """Check that the model computes the same without attentions as with nothing from them.
+    """Check that the model computes the same without attention layers as with nothing from them.
 
     The architecture has them; beside them blocks may go that can. One of a kind must stay.
     """
     name = architecture.class_name
-    what = f"the attentions of {blocks_in_words(sorted(removed))} of {name} can't be removed"
+    what = f"the attention layers of {blocks_in_words(sorted(removed))} of {name} can't be removed"
     if removed_blocks:
         what += f" beside {blocks_in_words(sorted(removed_blocks))}"
         stock, architecture, _ = stock_without_blocks(stock, architecture, removed_blocks)
@@ -158,7 +158,7 @@ def _check_some_stay(
 def _without_attentions(
     run: SmallRun, attentions: Sequence[Unit], leaving: Sequence[Unit], kinds: Sequence[str] | None
 ) -> Iterator[None]:
-    """Cut attentions out of a small model; put them back afterwards."""
+    """Cut attention layers out of a small model; put them back afterwards."""
     originals: list[Any] = [run.blocks[unit.block].get_submodule(unit.path) for unit in attentions]
     indices = [getattr(original, "layer_idx", None) for original in originals]
     groups_of: dict[str, dict[str, int]] = {}
