@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, set_seed
 
 import cfsp
-from builders import entries, plan_keeping, read_json
+from builders import entries, never, plan_keeping, read_json
 from cfsp.checkpoint import output
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.own_files import MODELING_FILE
@@ -246,6 +246,25 @@ def test_a_call_leaves_the_random_state_alone():
         set_seed(2)  # as the Trainer does
         _ = 1 / 0
     assert draw() == expected
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+@pytest.mark.parametrize("is_used", [True, False])
+def test_a_call_leaves_the_random_state_of_accelerators_alone(kind, is_used, monkeypatch):
+    """One that nobody has used yet begins with the seed of the CPU, and is not asked for more."""
+    left: list[Any] = []
+    backend = {
+        "is_initialized": lambda: is_used,
+        "get_rng_state_all": lambda: ["its state"] if is_used else never(),
+        "set_rng_state_all": left.append,
+        "manual_seed_all": left.append,
+    }
+    set_seed(1)
+    for name, function in backend.items():
+        monkeypatch.setattr(f"torch.{kind}.{name}", function)
+    with torch_as_it_starts():
+        torch.manual_seed(2)
+    assert left[-1] == (["its state"] if is_used else 1)
 
 
 @pytest.mark.parametrize("effort", [{}, {"effort": "best", "local_steps": 1}], ids=str)
