@@ -84,6 +84,7 @@ EXISTING += [
         "known are",
     ),
     BadInput(f"{EVAL} --out {{text}}", "holds something else", "choose another --out"),
+    BadInput(f"{EVAL} --out {{pruned}}", "{pruned} is a directory", "choose a file for --out"),
 ]
 
 

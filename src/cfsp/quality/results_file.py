@@ -46,6 +46,8 @@ def _read_again(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """Return what a file of earlier results has; None if it is not there."""
     if not out.exists():
         return None
+    if out.is_dir():
+        raise OutputError(f"{out} is a directory; choose a file for --out")
     remove_finished_work(out)
     try:
         found = read_results(out)
