@@ -62,6 +62,7 @@ EXISTING = [
         ("export {model} --to vllm --out", "{pruned}", "exists and is not empty", DIRECTORY),
         (TRAIN, "{model}", "exists and is not empty", DIRECTORY),
         (SWEEP, "{pruned}", "exists, is not empty and is no sweep", "choose another --out"),
+        (SWEEP, "{text}", "exists and is a file", DIRECTORY),
         (INTO, "{text}", "exists and is a file", DIRECTORY),
         (INTO, ".", "is the current directory", DIRECTORY),
         ("demo --out", "{model}", "exists and is not empty", DIRECTORY),

@@ -88,6 +88,10 @@ def exclusive(directory: Path) -> Iterator[None]:
         raise OutputError(
             f"another run is working in {directory}; wait for it, or choose another output"
         ) from error
+    except FileExistsError as error:
+        raise OutputError(
+            f"{directory} exists and is a file; choose another output directory"
+        ) from error
     except OSError as error:
         raise cannot_write(directory, error) from error
     try:
