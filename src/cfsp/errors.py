@@ -135,6 +135,10 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {reason}".rstrip(" :")
 
 
+# What comes of JSON in which something is missing, or of another type than expected.
+OF_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError)
+
+
 @contextmanager
 def refusing_bad_json(path: Path, otherwise: str) -> Iterator[None]:
     """Turn what goes wrong while a JSON file of a model is read into one `CheckpointError`.

@@ -70,10 +70,14 @@ NUMBERS = [
     (f"{PRUNE_TEXT} --multiple many", "--multiple: expected a number or auto", "'many'"),
     (f"{TRAIN} --max-minutes nan", "found nan", "--max-minutes must be above 0"),
     (f"{RECOVER} --steps 0", "found 0", "--steps must be at least 1"),
+    (f"{RECOVER} --batch-windows {MANY}", f"found {MANY}", "--batch-windows must be at least 1 a"),
+    (f"{RECOVER} --seqlen {MANY}", f"found {MANY}", "--seqlen must be at least 8 and at most"),
     (f"{RECOVER} --learning-rate nan", "found nan", "--learning-rate must be above 0"),
     ("bench {model} --rounds 0", "found 0", "--rounds must be at least 1"),
+    (f"bench {{model}} --batch {MANY}", f"found {MANY}", "--batch must be at least 1 and at most"),
     ("bench {model} --prompt 225", "can read 256 tokens at once", "a smaller --prompt"),
     ("eval {model} --tasks piqa --limit 0", "found 0", "--limit must be at least 1"),
+    (f"eval {{model}} --tasks piqa --limit {MANY}", f"found {MANY}", "--limit must be at least 1"),
     ("eval {model} --tasks piqa --set shots=-1", "found -1", "--shots must be at least 0"),
 ]
 

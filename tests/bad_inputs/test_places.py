@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import cfsp
 from bad_inputs import test_arguments as arguments
 from bad_inputs import test_decisions as decisions
 from bad_inputs import test_texts as texts
@@ -29,7 +30,9 @@ from bad_inputs.catalogue import (
     spoilt,
 )
 from builders import edit_json, read_json
+from cfsp.checkpoint.output import check_output_is_free
 from cfsp.cli import build_parser, main
+from cfsp.errors import UsageError
 
 SMALL = "--sparsity 0.4 --multiple 4"
 SWEEP = f"sweep {{model}} --sparsity 0.4 --eval {{text}} {TEXT} --out"
@@ -59,6 +62,7 @@ EXISTING = [
         ("export {model} --to vllm --out", "{pruned}", "exists and is not empty", DIRECTORY),
         (TRAIN, "{model}", "exists and is not empty", DIRECTORY),
         (SWEEP, "{pruned}", "exists, is not empty and is no sweep", "choose another --out"),
+        (SWEEP, "{text}", "exists and is a file", DIRECTORY),
         (INTO, "{text}", "exists and is a file", DIRECTORY),
         (INTO, ".", "is the current directory", DIRECTORY),
         ("demo --out", "{model}", "exists and is not empty", DIRECTORY),
@@ -81,6 +85,7 @@ EXISTING += [
         "known are",
     ),
     BadInput(f"{EVAL} --out {{text}}", "holds something else", "choose another --out"),
+    BadInput(f"{EVAL} --out {{pruned}}", "{pruned} is a directory", "choose a file for --out"),
 ]
 
 
@@ -187,6 +192,22 @@ def test_a_limit_on_the_size_of_files(place, capfd):
         assert_refused(case, place, capfd)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_path_that_the_system_cannot_look_up(place, monkeypatch, command):
+    for out in ("a\0b", "a\ud800b"):
+        with pytest.raises(UsageError, match=r"cannot look up a.*; give another path"):
+            cfsp.prune(place.model, sparsity=0.4, out=out)
+    gone = place.work / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(UsageError, match=r"cannot look up out: No such file .*; give another path"):
+        cfsp.prune(place.model, sparsity=0.4, out="out")
+    # Only a path from there is lost with it, but not every library works without one.
+    place.out.mkdir()
+    check_output_is_free(place.out)
+    assert "the current directory is not there" in command("inspect", place.model, status=2).err
 
 
 def test_a_sweep_that_a_mistake_ended_may_be_corrected(place):

@@ -98,8 +98,9 @@ def test_a_sensitivity_that_cannot_be_is_refused(tmp_path):
         replace(plain, sensitivity=Sensitivity(wrong, (0.5, 0.5), 4)).save(path)
         with pytest.raises(StatisticsError, match="is damaged"):
             Statistics.load(path)
-    with pytest.raises(StatisticsError, match=r"absent does not exist.*cfsp calibrate"):
-        Statistics.load(tmp_path / "absent")
+    for name, found in (("absent", "absent does not exist"), ("", "is a directory")):
+        with pytest.raises(StatisticsError, match=rf"{found}; .*cfsp calibrate .*DIR/cfsp.stat"):
+            Statistics.load(tmp_path / name)
     for use in (plain.save, Statistics.load):
         with pytest.raises(UsageError, match="File name too long; give another path"):
             use(tmp_path / (999 * "x"))

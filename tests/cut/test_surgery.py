@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, set_seed
 
 import cfsp
-from builders import entries, plan_keeping, read_json
+from builders import entries, never, plan_keeping, read_json
 from cfsp.checkpoint import output
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.own_files import MODELING_FILE
@@ -175,9 +175,16 @@ def _with_lora(model: Any) -> Any:
     return inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), model)
 
 
+def _narrowed(model: Any) -> Any:
+    up = model.model.layers[1].mlp.up_proj
+    up.weight = torch.nn.Parameter(up.weight[:50])
+    return model
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        (_narrowed, r"1.mlp.up_proj.weight of shape \[50, 32\], its config asks for \[96, 32\]"),
         (_with_lora, r"has model.layers.0.self_attn.q_proj.base_layer.weight.*adapters merged"),
         (lambda model: model.model, r"has embed_tokens.weight.*the whole causal model"),
         (lambda model: model.to("meta"), r"has no values there.*give its path"),
@@ -188,7 +195,7 @@ def test_a_model_in_memory_unlike_its_class_is_refused(tokenizer, text_file, cha
         cfsp.prune(changed(build_tiny_model("llama")), tokenizer, sparsity=0.5, data=[text_file])
 
 
-def test_a_model_with_hooks_in_training_mode_is_measured_as_if_loaded(tokenizer, few):
+def test_a_compiled_model_with_hooks_in_training_mode_is_measured_as_if_loaded(tokenizer, few):
     model: Any = build_tiny_model("llama")
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.9
@@ -201,6 +208,7 @@ def test_a_model_with_hooks_in_training_mode_is_measured_as_if_loaded(tokenizer,
         block.register_forward_hook(lambda *_: shown.append(0))
         block.register_forward_pre_hook(lambda *_: shown.append(0))
     frozen = model.model.layers[1].mlp.eval()
+    model._compiled_call_impl = never  # as compile() sets it
     modes = [module.training for module in model.modules()]
     again = cfsp.calibrate(model, tokenizer, **few)
     assert again.sensitivity == measured.sensitivity
@@ -209,11 +217,13 @@ def test_a_model_with_hooks_in_training_mode_is_measured_as_if_loaded(tokenizer,
     assert not same.training
     assert [module.training for module in model.modules()] == modes
     assert not frozen.training
+    assert model._compiled_call_impl is never and frozen._compiled_call_impl is None
     for mistake in ({"sparsity": 0.5, "data": ["missing.txt"]}, {"sparsity": 0.99999}):
         with pytest.raises(cfsp.CfspError):
             cfsp.prune(model, tokenizer, **few | mistake)
     assert [module.training for module in model.modules()] == modes
     assert not shown
+    model._compiled_call_impl = None
     model(torch.arange(8)[None])
     assert len(shown) == 2 * len(model.model.layers)
 
@@ -246,6 +256,25 @@ def test_a_call_leaves_the_random_state_alone():
         set_seed(2)  # as the Trainer does
         _ = 1 / 0
     assert draw() == expected
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+@pytest.mark.parametrize("is_used", [True, False])
+def test_a_call_leaves_the_random_state_of_accelerators_alone(kind, is_used, monkeypatch):
+    """One that nobody has used yet begins with the seed of the CPU, and is not asked for more."""
+    left: list[Any] = []
+    backend = {
+        "is_initialized": lambda: is_used,
+        "get_rng_state_all": lambda: ["its state"] if is_used else never(),
+        "set_rng_state_all": left.append,
+        "manual_seed_all": left.append,
+    }
+    set_seed(1)
+    for name, function in backend.items():
+        monkeypatch.setattr(f"torch.{kind}.{name}", function)
+    with torch_as_it_starts():
+        torch.manual_seed(2)
+    assert left[-1] == (["its state"] if is_used else 1)
 
 
 @pytest.mark.parametrize("effort", [{}, {"effort": "best", "local_steps": 1}], ids=str)

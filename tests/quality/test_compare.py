@@ -169,14 +169,17 @@ def test_without_a_dense_model_there_are_differences_only(write):
         (lambda m: m["tasks"]["piqa"].update(shots=5), "on piqa with 0 and 5 shots"),
         (lambda m: m.update(windows={}, documents={}), "no text and no task in common"),
         (lambda m: m.pop("windows"), "has no windows or documents of two"),
+        (lambda m: m["windows"]["wiki"].pop("loss"), "a.json or {there}/b.json is damaged"),
+        (lambda m: m["windows"]["wiki"]["loss"].pop(), "b.json is damaged (ValueError"),
+        (lambda m: m["documents"]["piqa"][3].pop("hash"), "b.json is damaged (KeyError('hash'))"),
     ],
 )
-def test_what_does_not_compare_is_one_sentence(change, message, write, command):
+def test_what_does_not_compare_is_one_sentence(change, message, write, command, tmp_path):
     other = model("two", 2)
     change(other)
     files = (write("a.json", model("one", 1)), write("b.json", other))
     printed = command("compare", *files, status=2)
-    assert message in printed.err
+    assert message.format(there=tmp_path) in printed.err
     assert printed.err.count("\n") == 1 and not printed.out
 
 

@@ -225,6 +225,11 @@ def test_shots_and_limit_reach_the_harness_which_asks_git_nothing(
     assert (conditions["limit"], conditions["shots"]) == (5, 2)
     assert conditions["harness"].startswith("lm-evaluation-harness 0.")
     assert "git" not in capfd.readouterr().err
+    # A question is no solved example of itself.
+    for shots in (2, DOCUMENTS - 1):
+        TaskRunner.of(TaskSelection(("winogrande",), shots=shots, data=task_data)).read_data()
+    with pytest.raises(TaskError, match=rf"winogrande has no {DOCUMENTS} solved .*fewer --shots"):
+        TaskRunner.of(TaskSelection(("winogrande",), shots=DOCUMENTS, data=task_data)).read_data()
 
 
 def test_a_selection_has_a_task_and_the_paper_suite_is_one_name():

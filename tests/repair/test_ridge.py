@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cfsp
-from builders import changed, never, stop, stopped_at
+from builders import changed, edit_json, never, stop, stopped_at
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.decide import Known
 from cfsp.errors import TextError
@@ -214,6 +214,11 @@ def test_best_effort_trains_and_goes_on_after_a_kill(
     text.write_bytes(content[5_000:])
     assert f"{pruned} exists" in command(*arguments, status=2).err
     text.write_bytes(content)
+    # Nor one without what this version notes.
+    whole = (pruned / "cfsp.json").read_text()
+    edit_json(pruned / "cfsp.json", lambda fields: fields.pop("goal"))
+    assert f"{pruned / 'cfsp.json'} is damaged" in command(*arguments, status=2).err
+    (pruned / "cfsp.json").write_text(whole)
     found = json.loads(command(*arguments, "--json").out)
     assert (pruned / "model.safetensors").stat().st_mtime_ns == before
     assert found["ffn_sparsity"] == 0.5

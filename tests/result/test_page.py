@@ -213,12 +213,17 @@ def test_results_of_another_folder_are_known_by_their_weights(run, results, tmp_
     assert words == words_of(rendered([run], tmp_path, results))
     found["models"][1]["fingerprint"] = "another's"
     (tmp_path / "moved.json").write_text(json.dumps(found))
-    with pytest.raises(ReportError, match="none of the runs; they are of: there/dense, there/sm"):
+    with pytest.raises(ReportError, match="they are of: there/dense, there/smaller; measure"):
+        rendered([run], tmp_path, tmp_path / "moved.json")
+    # Of what was there before.
+    found["models"][1]["model"] = str(run)
+    (tmp_path / "moved.json").write_text(json.dumps(found))
+    with pytest.raises(ReportError, match="none of the runs, by their weights; they are of: "):
         rendered([run], tmp_path, tmp_path / "moved.json")
     bare = changed_copy(run, tmp_path / "bare", lambda manifest: None)
     for weights in bare.glob("*.safetensors"):  # as the runs of a sweep are
         weights.unlink()
-    found["models"][1]["model"] = str(run)
+    found["models"][1]["model"] = str(bare)
     (tmp_path / "moved.json").write_text(json.dumps(found))
     rendered([bare, run], tmp_path, tmp_path / "moved.json")
 

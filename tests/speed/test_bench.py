@@ -208,8 +208,11 @@ def test_process_has_memory_of_its_own_and_its_death_is_one_sentence(model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["demo", "--prompt", "0"], "--prompt must be at least 1, found 0"),
-        (["demo", "--new-tokens", "0"], "--new-tokens must be at least 1, found 0"),
+        (["demo", "--prompt", "0"], "--prompt must be at least 1 and at most 16777216, found 0"),
+        (
+            ["demo", "--new-tokens", "0"],
+            "--new-tokens must be at least 1 and at most 16777216, found 0",
+        ),
         (["a.gguf"], "a.gguf does not exist; give a directory with safetensors"),
     ],
 )

@@ -207,6 +207,9 @@ def test_only_what_was_measured_alike_is_compared(sweep, text_file, command, old
     whole = path.read_text()
     found = json.loads(whole)
     (found if older else found["models"][0])["perplexity"][str(text_file)]["bos"] = True
+    if older is not None:
+        path.write_text(json.dumps({**found, "perplexity": None}))
+        assert f"{path} is damaged" in command(*arguments, status=2).err
     path.write_text(json.dumps(found))
     if older is None:
         shutil.rmtree(out / "cfsp-0.25")  # and made again

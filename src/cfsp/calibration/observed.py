@@ -195,7 +195,10 @@ def file_of_facts(
 def read_facts(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return what a file of `file_of_facts` has; nothing but the version is checked."""
     if not path.is_file():
-        raise StatisticsError(f"{path} does not exist; make it with: cfsp calibrate MODEL")
+        raise StatisticsError(
+            f"{path} {'is a directory' if path.is_dir() else 'does not exist'}; make a statistics "
+            "file with: cfsp calibrate MODEL, or name that of a pruned model, DIR/cfsp.statistics"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

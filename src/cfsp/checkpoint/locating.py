@@ -7,6 +7,7 @@ directory, a .gguf file, or a hub id, of which ID@REVISION is a branch, tag or c
 from __future__ import annotations
 
 import importlib.util
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,9 +55,11 @@ def given_path(name: str | Path) -> Path:
     """Return the path of a file or directory of a user; refuse what the system can't look up."""
     path = path_of(name)
     try:
-        path.exists()
-    except OSError as error:  # as where a name is too long
-        raise UsageError(f"cannot look up {path}: {error.strerror}; give another path") from error
+        path.absolute().exists()  # a relative one lies in a directory that may be gone
+        os.access(path, os.F_OK)  # exists() hides what no name can hold, such as a null character
+    except (OSError, ValueError) as error:  # the former also where a name is too long
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot look up {path}: {why}; give another path") from error
     return path
 
 

@@ -31,7 +31,7 @@ def check_output_is_free(target: Path) -> None:
         raise OutputError(f"{target} is a link; choose the output directory that it leads to")
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target} exists and is a file; choose another output directory")
-    if target.is_dir() and target.samefile(Path.cwd()):  # it would be another one afterwards
+    if target.is_dir() and target.samefile("."):  # it would be another one afterwards
         raise OutputError(
             f"{target} is the current directory; choose another output directory, such as one in it"
         )
@@ -87,6 +87,10 @@ def exclusive(directory: Path) -> Iterator[None]:
     except Timeout as error:
         raise OutputError(
             f"another run is working in {directory}; wait for it, or choose another output"
+        ) from error
+    except FileExistsError as error:
+        raise OutputError(
+            f"{directory} exists and is a file; choose another output directory"
         ) from error
     except OSError as error:
         raise cannot_write(directory, error) from error

@@ -25,7 +25,7 @@ from cfsp.checkpoint.config_file import read_config
 from cfsp.checkpoint.conversion import missing_prefix, stored_from_memory
 from cfsp.checkpoint.own_files import check_links
 from cfsp.checkpoint.quantisation import dequantised
-from cfsp.checkpoint.skeleton import architecture_of, empty_model
+from cfsp.checkpoint.skeleton import architecture_of, check_is_of_its_config, empty_model
 from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import (
     AGAIN,
@@ -203,7 +203,7 @@ class LoadedModel(WeightSource):
         self.config = model.config
         self.architecture = architecture_of(model.config, parts)
         self.label = model.config._name_or_path or type(model).__name__
-        _check_names(model)
+        check_is_of_its_config(model)
         self._tensors = stored_from_memory(model)
         self.specs = specs_of(self._tensors)
         self.stored = StoredTensors.of(model, self.architecture, self.specs, self.label)
@@ -221,8 +221,8 @@ class LoadedModel(WeightSource):
 def in_memory(model: PreTrainedModel, parts: tuple[Part, ...]) -> Iterator[LoadedModel]:
     """Take a user's model as a source, as it would be loaded.
 
-    It is in evaluation mode, because dropout would measure noise, and without forward hooks: most
-    passes run copies of its blocks, which have none.
+    It is in evaluation mode, because dropout would measure noise, and without forward hooks or
+    compiled calls: most passes run copies of its blocks, which have none.
     """
     source = LoadedModel(model, parts)
     if empty := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
@@ -236,9 +236,12 @@ def in_memory(model: PreTrainedModel, parts: tuple[Part, ...]) -> Iterator[Loade
         for module in model.modules()
         for of_module in (module._forward_pre_hooks, module._forward_hooks)
     ]
+    compiled = {module: module._compiled_call_impl for module in model.modules()}
     model.eval()
     for of_module, _ in hooks:
         of_module.clear()
+    for module in compiled:
+        module._compiled_call_impl = None
     try:
         yield source
     finally:
@@ -246,6 +249,8 @@ def in_memory(model: PreTrainedModel, parts: tuple[Part, ...]) -> Iterator[Loade
             module.training = training
         for of_module, own in hooks:
             of_module.update(own)
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
 
 
 def _some_values(source: WeightSource, name: str) -> Tensor:
@@ -364,17 +369,6 @@ def read_tensors(
         elif name in parameters or whole in source.parameters:
             found[name] = source.parameter(whole, of_one)
     return found
-
-
-def _check_names(model: PreTrainedModel) -> None:
-    """Check that a model in memory has the weights that its class has by its config."""
-    found, expected = model.state_dict(), empty_model(model.config).state_dict()
-    if differing := sorted(found.keys() ^ expected.keys()):
-        what = "has" if differing[0] in found else "lacks"
-        raise CheckpointError(
-            f"the model in memory {what} {differing[0]}, unlike the class of its config: give the "
-            "whole causal model, with adapters merged (merge_and_unload()) and not compiled"
-        )
 
 
 def _check_stored(source: WeightSource, model: PreTrainedModel) -> None:

@@ -135,6 +135,23 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     return empty_stock_model(config, model_class(config))
 
 
+def check_is_of_its_config(model: PreTrainedModel) -> None:
+    """Check that a model in memory has the weights that its class has by its config."""
+    found, expected = model.state_dict(), empty_model(model.config).state_dict()
+    if differing := sorted(found.keys() ^ expected.keys()):
+        what = "has" if differing[0] in found else "lacks"
+        raise CheckpointError(
+            f"the model in memory {what} {differing[0]}, unlike the class of its config: give the "
+            "whole causal model, with adapters merged (merge_and_unload()) and not compiled"
+        )
+    for name, tensor in expected.items():
+        if found[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"the model in memory has {name} of shape {list(found[name].shape)}, its config "
+                f"asks for {list(tensor.shape)}: give the model as it was before other tools cut it"
+            )
+
+
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Return the model of a config with parameters on the meta device and real buffers."""
     build = model_class(config)  # before the context: finding it may run a small model

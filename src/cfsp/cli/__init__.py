@@ -88,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, partial(_stop, os.getpid()))
     show_messages()
     try:
+        _check_current_directory()
         for name, given in list(vars(args).items()):
             if isinstance(given, Path):  # a shell leaves the home directory in --out=~/x as it is
                 setattr(args, name, given_path(given))
@@ -108,6 +109,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return stop.status
     return 0
+
+
+def _check_current_directory() -> None:
+    """Check that there is one: without it what computes aborts the process."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UsageError(
+            "the current directory is not there any more; change to another one and give the "
+            "command again"
+        ) from error
 
 
 def step(*arguments: object) -> None:

@@ -56,17 +56,18 @@ def add_options_to(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> Told:
     from cfsp.checkpoint.locating import exists
     from cfsp.quality.compare import comparisons
-    from cfsp.quality.results_file import joined_models, models_in
+    from cfsp.quality.results_file import joined_models, models_in, refusing_damage
 
     measured = [each for file in args.files for each in models_in(file)]
     # The name of a dense model may be that of a file, too: a GGUF.
     is_named = any(each.name == args.against for each in measured)
     file = Path(args.against or "")
     of_file = models_in(file) if not is_named and exists(file) and file.is_file() else []
-    models = joined_models([*measured, *of_file])
-    dense = _same(models, of_file[0]) if of_file else _dense(models, args.against)
-    base = None if args.base is None else _named(models, args.base, "--base")
-    found = comparisons(models, dense, base)
+    with refusing_damage([*args.files, *([file] if of_file else [])]):
+        models = joined_models([*measured, *of_file])
+        dense = _same(models, of_file[0]) if of_file else _dense(models, args.against)
+        base = None if args.base is None else _named(models, args.base, "--base")
+        found = comparisons(models, dense, base)
     against = None if dense is None else dense.name
 
     def say() -> None:

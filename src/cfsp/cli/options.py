@@ -164,7 +164,8 @@ def expand_sets(argv: Sequence[str]) -> list[str]:
                 )
             word = f"--{name.replace('_', '-')}={value}"
         flag, equals, value = word.partition("=")
-        if not word or (flag.startswith("--") and equals and not value):
+        # Of two dashes argparse would make a list.
+        if not word or (flag.startswith("--") and equals and value in ("", "--")):
             before = flag or (expanded[-1] if expanded else "cfsp")
             raise UsageError(
                 f"expected a value after {before}, found nothing; is a variable of the shell empty?"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from cfsp.checkpoint.output import write_atomically
-from cfsp.errors import OutputError, ReportError
+from cfsp.errors import OF_DAMAGE, OutputError, ReportError
 from cfsp.processes import Team
 from cfsp.streaming.work_dir import WorkDir, output_work_dir, remove_finished_work
 
@@ -45,6 +46,8 @@ def _read_again(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """Return what a file of earlier results has; None if it is not there."""
     if not out.exists():
         return None
+    if out.is_dir():
+        raise OutputError(f"{out} is a directory; choose a file for --out")
     remove_finished_work(out)
     try:
         found = read_results(out)
@@ -78,6 +81,18 @@ def read_results(path: Path) -> dict[str, Any]:
     ):
         raise ReportError(f"{path} is not what `cfsp eval --out` writes")
     return results
+
+
+@contextmanager
+def refusing_damage(paths: Iterable[Path]) -> Iterator[None]:
+    """Turn what is missing in results, or of another type, into one `ReportError`."""
+    try:
+        yield
+    except OF_DAMAGE as error:
+        raise ReportError(
+            f"{' or '.join(map(str, paths))} is damaged ({repr(error)[:200]}); measure again with: "
+            "cfsp eval ... --out FILE"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,18 @@ from typing import Literal, get_args
 
 from cfsp.errors import UsageError
 from cfsp.processes import process_count
-from cfsp.settings import BOS, BOS_HELP, Bos, Compute, Declared, EvaluationText, Text, option
+from cfsp.settings import (
+    BOS,
+    BOS_HELP,
+    LONGEST_WINDOW,
+    MOST_WINDOWS,
+    Bos,
+    Compute,
+    Declared,
+    EvaluationText,
+    Text,
+    option,
+)
 
 Method = Literal["lora", "full"]
 RankAllocation = Literal["uniform", "importance", "inverse"]
@@ -95,9 +106,11 @@ class Training(Declared):
         + " (times the root of a held-out loss below 1)",
     )
     batch_windows: int = option(
-        4, "windows in a step, of each process", kind=int, least=1, metavar="N"
+        4, "windows in a step, of each process", kind=int, least=1, most=MOST_WINDOWS, metavar="N"
     )
-    seqlen: int = option(512, "tokens in a window to train on", kind=int, least=8, metavar="T")
+    seqlen: int = option(
+        512, "tokens in a window to train on", kind=int, least=8, most=LONGEST_WINDOW, metavar="T"
+    )
     evaluations: int | None = option(
         None,
         "on held-out windows in the run, at most",

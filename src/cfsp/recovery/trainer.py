@@ -13,6 +13,7 @@ What differs from its defaults, and nothing else:
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -52,6 +53,8 @@ from cfsp.recovery.settings import ENDLESS_STEPS, Training
 from cfsp.streaming.work_dir import STATE_FILE, PassState, directory_of_process
 
 _WEIGHTS, _OPTIMIZER = "weights", "optimizer"
+# What torch.save says where it cannot write: the type of the error is that of many others.
+_CANNOT_WRITE = re.compile(r"inline_container\.cc|iostream error")
 # Frozen weights are those of the model that is recovered.
 _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 WHOLE = replace(_TRAINED, full_state_dict=True, cpu_offload=True)
@@ -117,7 +120,8 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
             cause: BaseException = error
             if isinstance(error, CheckpointException):
                 cause, _ = next(iter(error.failures.values()))
-            if not isinstance(cause, Exception) or isinstance(cause, torch.OutOfMemoryError):
+            is_other = isinstance(cause, RuntimeError) and not _CANNOT_WRITE.search(str(cause))
+            if is_other or not isinstance(cause, Exception):
                 raise cause from None
             raise cannot_write(Path(self.args.output_dir), cause) from error
 

@@ -16,7 +16,7 @@ from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE, digests_beside_weights, sha256_of
 from cfsp.checkpoint.reading import Checkpoint, WeightSource
 from cfsp.checkpoint.skeleton import PRUNED_KEY
-from cfsp.errors import CheckpointError, refusing_bad_json
+from cfsp.errors import OF_DAMAGE, CheckpointError, refusing_bad_json
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.progress import item_progress
 from cfsp.result.facts import texts_that_made
@@ -77,7 +77,7 @@ def refusing_damage(directory: Path) -> Iterator[None]:
     """Turn what is missing in a manifest, or of another type, into one `CheckpointError`."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+    except OF_DAMAGE as error:
         path = directory / MANIFEST_FILE
         raise CheckpointError(
             f"{path} is damaged ({repr(error)[:200]}); prune the model again"

@@ -15,7 +15,7 @@ from cfsp.checkpoint.reading import Checkpoint, WeightSource
 from cfsp.cut.surgery import PrunedSource
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.repair.result import PruningResult
-from cfsp.result.manifest import digest_of_plan, read_manifest
+from cfsp.result.manifest import digest_of_plan, read_manifest, refusing_damage
 from cfsp.streaming.memory import peak_rss_bytes
 from cfsp.streaming.runtime import versions
 from cfsp.streaming.work_dir import WorkDir
@@ -83,7 +83,8 @@ class PruneReport:
             "out": str(directory),
             "plan": PruningPlan.load(directory / PLAN_FILE),
         }
-        return PruneReport(**{each.name: told[each.name] for each in fields(PruneReport)})
+        with refusing_damage(directory):
+            return PruneReport(**{each.name: told[each.name] for each in fields(PruneReport)})
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON types; of the plan the widths before, and what went whole."""

@@ -8,16 +8,15 @@ Results are those of `cfsp eval --json` and `cfsp bench --json`, in files or in 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE, SWEEP_FILE
-from cfsp.errors import CheckpointError, ReportError
+from cfsp.errors import OF_DAMAGE, CheckpointError, ReportError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.compare import compare
 from cfsp.quality.paired import Number
@@ -95,31 +94,43 @@ class RunFacts:
     def sides_in(self, models: Sequence[Mapping[str, Any]]) -> Sides:
         """Return what results have of this run and of its original.
 
-        Results may be of another machine or folder: then weights tell, where both have them.
+        Results may be of another machine or folder, or of what was there before: weights tell, and
+        names where one side does not know them.
         """
-        base = self.manifest.get("base_model", {}).get("fingerprint")
-        found, others = {}, []
+        found: dict[str, Mapping[str, Any]] = {}
         for model in models:
             name, weights = str(model["model"]), model.get("fingerprint")
-            if Path(name).resolve() == self.directory.resolve():
-                found["after"] = model
-            elif name == self.base_name or (weights is not None and weights == base):
-                found["before"] = model
-            elif weights is not None:
-                others.append(model)
-        if "after" not in found and others:
-            # The runs of a sweep have no weights.
-            with suppress(CheckpointError):
-                own = open_checkpoint(self.directory).fingerprint
-                for model in others:
-                    if model["fingerprint"] == own:
-                        found["after"] = model
+            is_here = Path(name).resolve() == self.directory.resolve()
+            named = {"after": is_here, "before": name == self.base_name}
+            known = {
+                "after": self._fingerprint if weights else None,
+                "before": self._base.get("fingerprint") if weights else None,
+            }
+            same = [side for side, own in known.items() if own is not None and own == weights]
+            unknown = [side for side, own in known.items() if own is None]
+            # Both may have the same weights, where nothing was removed.
+            sides = [side for side in (*same, *unknown) if named[side]] or same
+            found |= dict.fromkeys(sides[:1], model)
+        return found
+
+    @cached_property
+    def _fingerprint(self) -> str | None:
+        """Of its weights; None where they were not kept, as of the runs of a sweep."""
+        try:
+            return open_checkpoint(self.directory).fingerprint
+        except CheckpointError:
+            return None
+
+    @property
+    def _base(self) -> Mapping[str, Any]:
+        """What is known of the model that was pruned."""
+        found: Mapping[str, Any] = self.manifest.get("base_model", {})
         return found
 
     @property
     def base_name(self) -> str:
         """How the user called the model that was pruned."""
-        return str(self.manifest.get("base_model", {}).get("name", "the original"))
+        return str(self._base.get("name", "the original"))
 
     @property
     def recovery_history(self) -> list[dict[str, float]]:
@@ -259,13 +270,16 @@ def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunF
             )
             for run, both in zip(runs, sides, strict=True)
         ]
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except OF_DAMAGE as error:
         raise ReportError(
             "the results are not what `cfsp eval --json` or `cfsp bench --json` prints: "
             f"{error!r} is missing or of another type"
         ) from error
     if not any("after" in both for both in sides):
-        raise ReportError(f"the results are of none of the runs; they are of: {', '.join(names)}")
+        raise ReportError(
+            "the results are of none of the runs, by their weights; they are of: "
+            f"{', '.join(names)}; measure again what has changed since"
+        )
     return extended
 
 

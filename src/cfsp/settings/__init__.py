@@ -27,6 +27,7 @@ from cfsp.settings.pruning import (
     removal_in_words, worth_in_words,
 )
 from cfsp.settings.text import (
-    BOS, BOS_HELP, DEFAULT_QUESTIONS, DEFAULT_SAMPLES, DEFAULT_SEQLEN, DEFAULT_TEXT, Bos,
-    CalibrationText, Data, EvaluationText, Text, check_encodes, texts_of,
+    BOS, BOS_HELP, DEFAULT_QUESTIONS, DEFAULT_SAMPLES, DEFAULT_SEQLEN, DEFAULT_TEXT,
+    LONGEST_WINDOW, MOST_WINDOWS, Bos, CalibrationText, Data, EvaluationText, Text, check_encodes,
+    texts_of,
 )

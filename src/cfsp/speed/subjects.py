@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext
 
 _INITIAL_RANGE = 0.02
+_MOST = 1 << 24  # sequences, or tokens of each
 PHASES = ("prefill", "decode")
 # Other programs that take less of the processors hardly disturb.
 HARDLY = 0.05
@@ -67,7 +68,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            check_value(value, Option("", int, name.replace("_", "-"), least=1))
+            check_value(value, Option("", int, name.replace("_", "-"), least=1, most=_MOST))
 
     def describe(self) -> str:
         """Return one line for people."""

@@ -47,17 +47,21 @@ def torch_as_it_starts() -> Iterator[None]:
     """
     given, device = torch.get_default_dtype(), torch.get_default_device()
     drawn = random.getstate(), np.random.get_state()
-    # Asking an accelerator that nobody has used yet would take memory there.
-    is_used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = range(torch.cuda.device_count()) if is_used else ()
     torch.set_default_dtype(torch.float32)
     try:
         with (
             ExitStack() as stack,
-            torch.random.fork_rng(devices),
+            torch.random.fork_rng(()),
             torch.inference_mode(False),
             torch.enable_grad(),
         ):
+            accelerator: Any
+            for accelerator in (torch.cuda, torch.xpu):
+                if accelerator.is_initialized():
+                    state = accelerator.get_rng_state_all()
+                    stack.callback(accelerator.set_rng_state_all, state)
+                else:  # asking it would take memory there; it begins with the seed of the CPU
+                    stack.callback(accelerator.manual_seed_all, torch.initial_seed())
             for kind in {"cpu", compute_device("auto").type}:
                 stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
             if device.type != "cpu":

@@ -44,7 +44,7 @@ from cfsp.quality.tasks.harness import TaskRunner
 from cfsp.quality.tasks.selection import TaskSelection
 from cfsp.repair.ladder import check_can_be_repaired
 from cfsp.result.facts import Conditions
-from cfsp.result.manifest import add_to_manifest, read_manifest
+from cfsp.result.manifest import add_to_manifest, read_manifest, refusing_damage
 from cfsp.result.tables import Table, estimate, pareto_front
 from cfsp.selection.constraint import Share
 from cfsp.settings import Compute, Part
@@ -80,19 +80,20 @@ class Row:
             raise OutputError(
                 f"{directory} is no model of a sweep; delete it and run the sweep again"
             )
-        return Row(
-            point.name,
-            point.method,
-            point.settings.budget.sparsity,
-            int(manifest["parameters_after"]),
-            {
-                text: {"value": found["after"]}
-                | {name: found[name] for name in found if name not in ("before", "after")}
-                for text, found in manifest["perplexity"].items()
-            },
-            str(directory),
-            manifest.get("comparison"),
-        )
+        with refusing_damage(directory):
+            return Row(
+                point.name,
+                point.method,
+                point.settings.budget.sparsity,
+                int(manifest["parameters_after"]),
+                {
+                    text: {"value": found["after"]}
+                    | {name: found[name] for name in found if name not in ("before", "after")}
+                    for text, found in manifest["perplexity"].items()
+                },
+                str(directory),
+                manifest.get("comparison"),
+            )
 
     @property
     def values(self) -> dict[str, float]:

@@ -132,6 +132,8 @@ class TaskRunner:
         for name in self.selection.task_names:
             with _quiet():
                 tasks = self.load(name)["tasks"]
+                if self.selection.shots:
+                    self._check_shots(tasks)
             _check_has_scores(name, tasks)
 
     def conditions(self) -> dict[str, Any]:
@@ -160,6 +162,18 @@ class TaskRunner:
         if of_task is None or (self.selection.shots is not None and of_task != 0):
             task.set_config(key="num_fewshot", value=self.selection.shots or 0)
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+
+    def _check_shots(self, tasks: Mapping[str, Any]) -> None:
+        """Check that there are solved examples enough, by the first question of each task."""
+        for name, task in tasks.items():
+            self.set_shots(task)
+            try:
+                task.build_all_requests(limit=1)
+            except (ValueError, AssertionError) as error:  # by the way that it samples them
+                raise TaskError(
+                    f"{name} has no {self.selection.shots} solved examples to put before a "
+                    f"question ({first_line(error)}); give fewer --shots"
+                ) from error
 
     def load(self, name: str) -> dict[str, Any]:
         """Load one name's data anew: the harness keeps a run's requests in its task objects.

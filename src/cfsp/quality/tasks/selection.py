@@ -30,6 +30,7 @@ PAPER_SUITE = (
 )
 SUITES = {"cfsp-paper": PAPER_SUITE}
 DEFAULT_BATCH = 8
+_MOST = 1 << 32  # documents or examples, beyond all that there are
 _FIELDS = (
     {"query": str, "choices": list, "gold": int},
     {"context_options": list, "continuation": str, "gold": int},
@@ -52,9 +53,11 @@ class TaskSelection:
             raise UsageError("expected at least one task, found none; give --tasks piqa,arc_easy")
         for flag, value, least in (("limit", self.limit, 1), ("shots", self.shots, 0)):
             if value is not None:
-                check_value(value, Option("", int, flag, least=least))
+                check_value(value, Option("", int, flag, least=least, most=_MOST))
         if self.data is not None and not self.data.is_dir():
-            raise TaskError(f"the task directory {self.data} does not exist")
+            raise TaskError(
+                f"the task directory {self.data} does not exist; give the one with the JSONL files"
+            )
 
     @property
     def task_names(self) -> list[str]:
