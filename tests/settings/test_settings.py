@@ -120,6 +120,7 @@ def test_a_text_is_read_as_on_a_command_line():
         ({"sparsity": [0.2]}, r"--sparsity must be a number, found \[0.2\]"),
         ({"sparsity": 0.2, "samples": 8.0}, "--samples must be a whole number, found 8.0"),
         ({"sparsity": 0.2, "device": 0}, "--device must be text, found 0"),
+        ({"sparsity": 0.2, "seed": None}, "--seed must be a whole number, found None"),
         ({"sparsity": 0.2, "memory_budget": -5}, "--memory-budget must be at least 0, found -5"),
         ({"sparsity": 0.2, "parts": 3}, "--parts must be of .* found 3"),
         ({"sparsity": 0.2, "effort": [3]}, r"effort must be one of .* found \[3\]"),
@@ -137,6 +138,9 @@ def test_a_text_is_read_as_on_a_command_line():
         cfsp.plan("no-model", "cfsp.statistics", sparsity=0.2)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="max_minutes must be a number, found 'ten'"):
         cfsp.recover("no-model", out="out", max_minutes="ten")
+    for wrong in ({"seqlen": None}, {"rank": None}):
+        with pytest.raises(UsageError, match=r"must be a .*number, found None"):
+            cfsp.recover("no-model", out="out", **wrong)
     with pytest.raises(UsageError, match=r"--seqlen must be a whole number, found '64'"):
         cfsp.evaluate("no-model", "mixed", seqlen="64")  # type: ignore[arg-type]
 

@@ -70,12 +70,17 @@ def options_of(settings: type[Any]) -> dict[str, Option]:
 
 
 class Declared:
-    """Settings that refuse what is no value of their options; see `check_value`."""
+    """Settings that refuse what is no value of their options; see `check_value`.
+
+    None is one where the annotation says so.
+    """
 
     def __post_init__(self) -> None:
-        for name, known in options_of(type(self)).items():
+        own: Any = type(self)
+        may_be_none = {each.name for each in fields(own) if "None" in str(each.type)}
+        for name, known in options_of(own).items():
             value = getattr(self, name)
-            if value is not None or (known.choices and getattr(type(self), name) is not None):
+            if value is not None or name not in may_be_none:
                 check_value(value, known)
 
 
