@@ -30,6 +30,7 @@ from bad_inputs.catalogue import (
     spoilt,
 )
 from builders import edit_json, read_json
+from cfsp.checkpoint.locating import given_path
 from cfsp.checkpoint.output import check_output_is_free
 from cfsp.cli import build_parser, main
 from cfsp.errors import UsageError
@@ -208,6 +209,21 @@ def test_a_path_that_the_system_cannot_look_up(place, monkeypatch, command):
     place.out.mkdir()
     check_output_is_free(place.out)
     assert "the current directory is not there" in command("inspect", place.model, status=2).err
+
+
+def test_a_path_below_a_directory_that_may_not_be_entered(tmp_path, monkeypatch):
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    monkeypatch.chdir(inner)
+    user = os.geteuid()
+    tmp_path.chmod(0)
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        assert given_path("results.json") == Path("results.json")
+    finally:
+        os.seteuid(user)
+        tmp_path.chmod(0o700)
 
 
 def test_a_sweep_that_a_mistake_ended_may_be_corrected(place):

@@ -55,7 +55,9 @@ def given_path(name: str | Path) -> Path:
     """Return the path of a file or directory of a user; refuse what the system can't look up."""
     path = path_of(name)
     try:
-        path.absolute().exists()  # a relative one lies in a directory that may be gone
+        if not path.is_absolute():
+            Path.cwd()  # it may be gone; what is above it need not be readable
+        path.exists()
         os.access(path, os.F_OK)  # exists() hides what no name can hold, such as a null character
     except (OSError, ValueError) as error:  # the former also where a name is too long
         why = getattr(error, "strerror", None) or error
