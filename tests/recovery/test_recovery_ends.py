@@ -205,15 +205,23 @@ def test_a_loss_that_is_nan_stops_and_leaves_nothing(recovered, tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def error_of_torch(elements: int) -> Exception:
+def error_of_torch(elements: int, path: str = "/dev/full") -> Exception:
     """Return what torch says of a full disk, which depends on how much is written."""
     with pytest.raises(RuntimeError) as raised:
-        torch.save(torch.zeros(elements), "/dev/full")
+        torch.save(torch.zeros(elements), path)
     return raised.value
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(28, "full"), SafetensorError("full"), *map(error_of_torch, (9, 9999))]
+    "error",
+    [
+        OSError(28, "full"),
+        SafetensorError("full"),
+        *map(error_of_torch, (9, 9999)),
+        error_of_torch(9, "/no/such/place"),
+        error_of_torch(9, "/dev"),
+        RuntimeError("File optimizer.pt cannot be opened."),  # of an older torch
+    ],
 )
 def test_a_full_disk_while_training_saves(recovered, tmp_path, monkeypatch, error):
     def fail(*_: Any) -> None:

@@ -54,7 +54,9 @@ from cfsp.streaming.work_dir import STATE_FILE, PassState, directory_of_process
 
 _WEIGHTS, _OPTIMIZER = "weights", "optimizer"
 # What torch.save says where it cannot write: the type of the error is that of many others.
-_CANNOT_WRITE = re.compile(r"inline_container\.cc|iostream error")
+_CANNOT_WRITE = re.compile(
+    r"inline_container\.cc|iostream error|Parent directory .* does not exist|cannot be opened"
+)
 # Frozen weights are those of the model that is recovered.
 _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 WHOLE = replace(_TRAINED, full_state_dict=True, cpu_offload=True)
