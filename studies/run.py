@@ -37,7 +37,7 @@ from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.cli import step
-from cfsp.errors import CfspError, OutputError, TextError
+from cfsp.errors import CfspError, OutputError, TextError, UsageError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.compare import compare
 from cfsp.quality.paired import Number, mean_of_tasks
@@ -191,7 +191,7 @@ def _rows_of(args: argparse.Namespace, results: Results, stays: float) -> list[R
     keys = [{"stays": stays, "parts": parts, "state": state} for parts, state in models]
     if known := results.known(keys):
         return known
-    directories = [_pruned(args, stays, parts, state) for parts, state in models]
+    directories = _made(args, stays, models)
     measured = {each.name: each for each in _measured(args, stays, directories)}
     dense = measured[args.model]
     found = []
@@ -208,7 +208,7 @@ def _costs_of(args: argparse.Namespace, results: Results, stays: float) -> list[
     keys = [{"stays": stays, "parts": parts, "state": state} for parts in args.choices]
     if known := results.known(keys):
         return known
-    directories = [_pruned(args, stays, parts, _AFTER) for parts in args.choices]
+    directories = _made(args, stays, [(parts, _AFTER) for parts in args.choices])
     timed = _timed(args, directories) if args.rounds else [{} for _ in directories]
     caches = [_kv_groups(each) / _kv_groups(args.model) for each in directories]
     return [
@@ -243,6 +243,14 @@ def _directory(args: argparse.Namespace, stays: float, parts: str, state: str) -
     name = parts.replace(",", "-").replace(" ", "-")
     found: Path = args.out.with_suffix("") / f"{100 * stays:g}-{name}-{state}"
     return found
+
+
+def _made(args: argparse.Namespace, stays: float, models: Sequence[tuple[str, str]]) -> list[Path]:
+    """Return the directories of models by choice and state, which all can be made."""
+    for parts, _ in models:
+        if not CHOICES[parts]:
+            raise UsageError(f"{parts} can't be measured anew; leave it out by --choices")
+    return [_pruned(args, stays, parts, state) for parts, state in models]
 
 
 def _pruned(args: argparse.Namespace, stays: float, parts: str, state: str) -> Path:

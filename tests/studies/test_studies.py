@@ -53,6 +53,8 @@ def test_it_prints_what_is_published(tmp_path, monkeypatch, capsys):
     table = published.split("python studies/run.py 9 --texts DIR")[1].split("\n\n")[1]
     assert len(table.splitlines()) > 10
     assert not set(table.splitlines()) - set(printed)
+    assert study.main([*command, "--stays", "0.9"]) == 2
+    assert "blocks by influence can't be measured anew" in capsys.readouterr().err
 
 
 def test_results_are_measured_once(tmp_path, text_file):
