@@ -203,7 +203,9 @@ def test_pairs_with_the_original(run, results, tmp_path):
     assert re.search(rf"top-1 agreement, percent, \S+ {NOTHING} \d+\.\d ± ", words)
 
 
-def test_results_of_another_folder_are_known_by_their_weights(run, results, tmp_path, monkeypatch):
+def test_results_of_another_folder_are_known_by_their_weights(
+    run, results, tmp_path, monkeypatch, caplog
+):
     found = json.loads(results.read_text())
     for model, name in zip(found["models"], ("there/dense", "there/smaller"), strict=True):
         model["model"] = name
@@ -226,6 +228,13 @@ def test_results_of_another_folder_are_known_by_their_weights(run, results, tmp_
     found["models"][1]["model"] = str(bare)
     (tmp_path / "moved.json").write_text(json.dumps(found))
     rendered([bare, run], tmp_path, tmp_path / "moved.json")
+    assert not caplog.messages
+    found = json.loads(results.read_text())
+    found["models"][0]["fingerprint"] = "another's"
+    (tmp_path / "moved.json").write_text(json.dumps(found))
+    rendered([run], tmp_path, tmp_path / "moved.json")
+    (told,) = caplog.messages
+    assert f"the results of {found['models'][0]['model']} are of other weights and left" in told
 
 
 def test_answers_stand_side_by_side_by_kind(run, results, tmp_path):

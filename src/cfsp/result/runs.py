@@ -7,6 +7,7 @@ Results are those of `cfsp eval --json` and `cfsp bench --json`, in files or in 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -42,6 +43,8 @@ from cfsp.result.facts import (
 )
 from cfsp.result.manifest import digest_of_plan, plan_beside, read_manifest, refusing_damage
 from cfsp.result.names import short_names
+
+logger = logging.getLogger(__name__)
 
 ANSWERS, AGREEMENT, TASKS = "Answers", "Agreement with the original", "Tasks"
 PAIRS = "Tasks in pairs with the original"
@@ -99,9 +102,7 @@ class RunFacts:
         """
         found: dict[str, Mapping[str, Any]] = {}
         for model in models:
-            name, weights = str(model["model"]), model.get("fingerprint")
-            is_here = Path(name).resolve() == self.directory.resolve()
-            named = {"after": is_here, "before": name == self.base_name}
+            named, weights = self.called(model), model.get("fingerprint")
             known = {
                 "after": self._fingerprint if weights else None,
                 "before": self._base.get("fingerprint") if weights else None,
@@ -112,6 +113,12 @@ class RunFacts:
             sides = [side for side in (*same, *unknown) if named[side]] or same
             found |= dict.fromkeys(sides[:1], model)
         return found
+
+    def called(self, model: Mapping[str, Any]) -> Mapping[str, bool]:
+        """Return whether a model of results has the name of this run, and of its original."""
+        name = str(model["model"])
+        is_here = Path(name).resolve() == self.directory.resolve()
+        return {"after": is_here, "before": name == self.base_name}
 
     @cached_property
     def _fingerprint(self) -> str | None:
@@ -280,6 +287,13 @@ def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunF
             "the results are of none of the runs, by their weights; they are of: "
             f"{', '.join(names)}; measure again what has changed since"
         )
+    for run, both in zip(runs, sides, strict=True):
+        for name, called in zip(names, map(run.called, models), strict=True):
+            if any(called[side] and side not in both for side in called):
+                logger.warning(
+                    "%s: the results of %s are of other weights and left out; measure it again",
+                    *(run.name, name),
+                )
     return extended
 
 
