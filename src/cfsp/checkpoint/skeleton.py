@@ -148,7 +148,8 @@ def check_is_of_its_config(model: PreTrainedModel) -> None:
         if found[name].shape != tensor.shape:
             raise CheckpointError(
                 f"the model in memory has {name} of shape {list(found[name].shape)}, its config "
-                f"asks for {list(tensor.shape)}: give the model as it was before other tools cut it"
+                f"asks for {list(tensor.shape)}: give the model as it was before other tools "
+                "changed it"
             )
 
 
