@@ -291,7 +291,8 @@ def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunF
         for name, called in zip(names, map(run.called, models), strict=True):
             if any(called[side] and side not in both for side in called):
                 logger.warning(
-                    "%s: the results of %s are of other weights and left out; measure it again",
+                    "%s: the results of %s are of other weights and left out; measure again what "
+                    "has changed since",
                     *(run.name, name),
                 )
     return extended
