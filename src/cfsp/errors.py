@@ -140,6 +140,15 @@ OF_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, Arithm
 
 
 @contextmanager
+def damage_as(kind: type[CfspError], where: object, instead: str) -> Iterator[None]:
+    """Turn what is missing in a file of ours, or of another type, into one error of a kind."""
+    try:
+        yield
+    except OF_DAMAGE as error:
+        raise kind(f"{where} is damaged ({repr(error)[:200]}); {instead}") from error
+
+
+@contextmanager
 def refusing_bad_json(path: Path, otherwise: str) -> Iterator[None]:
     """Turn what goes wrong while a JSON file of a model is read into one `CheckpointError`.
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from cfsp.checkpoint.output import write_atomically
-from cfsp.errors import OF_DAMAGE, OutputError, ReportError
+from cfsp.errors import OutputError, ReportError, damage_as
 from cfsp.processes import Team
 from cfsp.streaming.work_dir import WorkDir, output_work_dir, remove_finished_work
 
@@ -83,16 +83,10 @@ def read_results(path: Path) -> dict[str, Any]:
     return results
 
 
-@contextmanager
-def refusing_damage(paths: Iterable[Path]) -> Iterator[None]:
+def refusing_damage(paths: Iterable[Path]) -> AbstractContextManager[None]:
     """Turn what is missing in results, or of another type, into one `ReportError`."""
-    try:
-        yield
-    except OF_DAMAGE as error:
-        raise ReportError(
-            f"{' or '.join(map(str, paths))} is damaged ({repr(error)[:200]}); measure again with: "
-            "cfsp eval ... --out FILE"
-        ) from error
+    where = " or ".join(map(str, paths))
+    return damage_as(ReportError, where, "measure again with: cfsp eval ... --out FILE")
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ It has digests of the files, by which `cfsp verify` tells whether they are as th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE, digests_beside_weights, sha256_of
 from cfsp.checkpoint.reading import Checkpoint, WeightSource
 from cfsp.checkpoint.skeleton import PRUNED_KEY
-from cfsp.errors import OF_DAMAGE, CheckpointError, refusing_bad_json
+from cfsp.errors import CheckpointError, damage_as, refusing_bad_json
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.progress import item_progress
 from cfsp.result.facts import texts_that_made
@@ -72,16 +71,9 @@ def add_to_manifest(directory: Path, fields: dict[str, Any]) -> None:
     write_manifest(directory, {**(read_manifest(directory) or {}), **fields})
 
 
-@contextmanager
-def refusing_damage(directory: Path) -> Iterator[None]:
+def refusing_damage(directory: Path) -> AbstractContextManager[None]:
     """Turn what is missing in a manifest, or of another type, into one `CheckpointError`."""
-    try:
-        yield
-    except OF_DAMAGE as error:
-        path = directory / MANIFEST_FILE
-        raise CheckpointError(
-            f"{path} is damaged ({repr(error)[:200]}); prune the model again"
-        ) from error
+    return damage_as(CheckpointError, directory / MANIFEST_FILE, "prune the model again")
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
