@@ -49,13 +49,14 @@ class _BarsAsLines(io.StringIO):
 
     def __init__(self) -> None:
         super().__init__()
-        self._lines, self._shown = _Lines(), sys.stderr
+        self._begin, self._shown = monotonic(), sys.stderr
 
     def write(self, text: str) -> int:
         """Pass on a bar, which goes back to the beginning of its line."""
-        if text.startswith("\r") and is_first_process():
+        is_long = monotonic() - self._begin >= _QUIET_SECONDS
+        if text.startswith("\r") and is_long and is_first_process():
             with redirect_stderr(self._shown):
-                self._lines.write(text)
+                _LINES.write(text)
         return len(text)
 
 
