@@ -31,9 +31,9 @@ from bad_inputs.catalogue import (
 )
 from builders import edit_json, read_json
 from cfsp.checkpoint.locating import given_path
-from cfsp.checkpoint.output import check_output_is_free
+from cfsp.checkpoint.output import check_output_is_free, write_atomically
 from cfsp.cli import build_parser, main
-from cfsp.errors import UsageError
+from cfsp.errors import OutputError, UsageError
 
 SMALL = "--sparsity 0.4 --multiple 4"
 SWEEP = f"sweep {{model}} --sparsity 0.4 --eval {{text}} {TEXT} --out"
@@ -64,6 +64,7 @@ EXISTING = [
         (TRAIN, "{model}", "exists and is not empty", DIRECTORY),
         (SWEEP, "{pruned}", "exists, is not empty and is no sweep", "choose another --out"),
         (SWEEP, "{text}", "exists and is a file", DIRECTORY),
+        (SWEEP, "/", "exists, is not empty and is no sweep", "choose another --out"),
         (INTO, "{text}", "exists and is a file", DIRECTORY),
         (INTO, ".", "is the current directory", DIRECTORY),
         ("demo --out", "{model}", "exists and is not empty", DIRECTORY),
@@ -75,6 +76,12 @@ EXISTING += [
         "{inputs}/link is a link",
         "choose the output directory",
         lambda place: (place.inputs / "link").symlink_to(place.work),
+    ),
+    BadInput(
+        f"{SWEEP} {{inputs}}/link",
+        "{inputs}/link is a link to no directory",
+        DIRECTORY,
+        lambda place: (place.inputs / "link").symlink_to("nowhere"),
     ),
     BadInput(f"{INTO} {999 * 'x'}", "File name too long", "give another path"),
     BadInput(f"{INTO} {{text}}/out", "cannot write to {text}", DIRECTORY),
@@ -211,9 +218,17 @@ def test_a_path_that_the_system_cannot_look_up(place, monkeypatch, command):
     assert "the current directory is not there" in command("inspect", place.model, status=2).err
 
 
+def test_a_place_without_a_name_is_not_written(place):
+    for out in ("/", "."):
+        with pytest.raises(OutputError, match=rf"cannot write {out}: .*; make room there"):
+            write_atomically(out, b"")
+    assert everything_in(place.work) == []
+
+
 def test_a_path_below_a_directory_that_may_not_be_entered(tmp_path, monkeypatch):
     inner = tmp_path / "inner"
     inner.mkdir()
+    inner.chmod(0o777)
     monkeypatch.chdir(inner)
     user = os.geteuid()
     tmp_path.chmod(0)
@@ -221,6 +236,8 @@ def test_a_path_below_a_directory_that_may_not_be_entered(tmp_path, monkeypatch)
         if user == 0:
             os.seteuid(65534)
         assert given_path("results.json") == Path("results.json")
+        check_output_is_free(Path("out"))
+        write_atomically("deep/results.json", b"")
     finally:
         os.seteuid(user)
         tmp_path.chmod(0o700)

@@ -182,7 +182,11 @@ def test_paths_that_are_no_model(tmp_path):
     ("asked", "said"),
     [
         ({"dtype": "int8"}, "--dtype must be one of auto, float32, bfloat16, float16, found"),
+        ({"dtype": 5}, "--dtype must be one of .* found '5'"),
+        ({"dtype": torch.int8}, "--dtype must be one of .* found 'torch.int8'"),
         ({"device": "nonsense"}, "cannot use the device 'nonsense' here"),
+        ({"device": []}, r"cannot use the device '\[\]' here"),
+        ({"device": torch.device("meta")}, "cannot use the device 'meta' here"),
     ],
 )
 def test_what_a_model_cannot_be_loaded_as_or_to(model, asked, said):

@@ -119,6 +119,7 @@ def test_a_text_is_read_as_on_a_command_line():
         ({"goal": 0.7}, "goal must be TargetParameters"),
         ({"sparsity": [0.2]}, r"--sparsity must be a number, found \[0.2\]"),
         ({"sparsity": 0.2, "samples": 8.0}, "--samples must be a whole number, found 8.0"),
+        ({"sparsity": 0.2, "seed": True}, "--seed must be a whole number, found True"),
         ({"sparsity": 0.2, "device": 0}, "--device must be text, found 0"),
         ({"sparsity": 0.2, "seed": None}, "--seed must be a whole number, found None"),
         ({"sparsity": 0.2, "memory_budget": -5}, "--memory-budget must be at least 0, found -5"),
@@ -169,6 +170,20 @@ def test_what_is_no_output(out):
             ask("no-model", out=out)
 
 
+@pytest.mark.parametrize(
+    "ask",
+    [
+        cfsp.Statistics.load,
+        cfsp.PruningPlan.load,
+        statistics_with_distances([0.1]).save,
+        lambda path: cfsp.export("no-model", path, "out"),
+    ],
+)
+def test_what_is_no_path_or_target(ask):
+    with pytest.raises(UsageError, match=r"(expected a path, found|unknown target) \[5\]"):
+        ask([5])
+
+
 def test_a_model_is_not_printed_where_its_name_is_expected():
     found = "path of a model, found a object"
     with pytest.raises(CfspError, match=found):
@@ -183,6 +198,7 @@ def test_a_model_is_not_printed_where_its_name_is_expected():
         ({"prompt": "x"}, "--prompt must be a whole number, found 'x'"),
         ({"batch": 2.5}, r"--batch must be a whole number, found 2\.5"),
         ({"rounds": 1.5}, r"--rounds must be a whole number, found 1\.5"),
+        ({"batch": []}, "expected one batch=, .* found an empty list"),
     ],
 )
 def test_what_is_no_number_to_time(asked, message):

@@ -218,7 +218,7 @@ class Statistics:
         Raises:
             OutputError: the place is not writable.
         """
-        write_atomically(Path(path), self._file())
+        write_atomically(path, self._file())
 
     @property
     def digest(self) -> str:

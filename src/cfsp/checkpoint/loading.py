@@ -39,11 +39,11 @@ def load(
         CheckpointError: there is no such model, or it is damaged.
         UsageError: there is no such dtype, or no such device here.
     """
-    if isinstance(device, str):
+    if device is not None:
         device = compute_device(device, float64=False)
     checkpoint = open_checkpoint(name)
-    if isinstance(dtype, str):
-        dtype = compute_dtype(checkpoint, dtype)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        dtype = compute_dtype(checkpoint, str(dtype))
     with library_progress():
         build: Any = model_class(checkpoint.config)
         if checkpoint.quantisation is None:
@@ -87,8 +87,8 @@ def compute_dtype(source: Any, name: str = "auto") -> torch.dtype:
     return known[Compute(dtype=name).dtype]  # which refuses others
 
 
-def compute_device(name: str, *, float64: bool = True) -> torch.device:
-    """Return a device by name; `auto` is an accelerator if there is one, else the CPU.
+def compute_device(name: torch.device | str, *, float64: bool = True) -> torch.device:
+    """Return a device, also by its name; `auto` is an accelerator if there is one, else the CPU.
 
     Sums, losses and repairs are in float64: without it a device is of use to nothing but bench.
     """
@@ -97,7 +97,7 @@ def compute_device(name: str, *, float64: bool = True) -> torch.device:
         if found is None or (float64 and found.type == "mps"):
             return torch.device("cpu")
         return found
-    if float64 and name.partition(":")[0] == "mps":
+    if float64 and str(name).partition(":")[0] == "mps":
         raise UsageError(
             "expected a device with float64, in which sums and repairs are computed, found "
             f"{name}, for which torch has none; give --device cpu"
@@ -107,9 +107,9 @@ def compute_device(name: str, *, float64: bool = True) -> torch.device:
         if device.type == "meta":
             raise RuntimeError("it computes nothing")
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         raise UsageError(
-            f"torch cannot use the device {name!r} here ({first_line(error)}); "
+            f"torch cannot use the device {str(name)!r} here ({first_line(error)}); "
             "choose another --device"
         ) from error
     return device

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import reprlib
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,7 +54,12 @@ def path_of(name: str | Path) -> Path:
 
 def given_path(name: str | Path) -> Path:
     """Return the path of a file or directory of a user; refuse what the system can't look up."""
-    path = path_of(name)
+    try:
+        path = path_of(name)
+    except TypeError as error:
+        raise UsageError(
+            f"expected a path, found {reprlib.repr(name)}; give that of a file or directory"
+        ) from error
     try:
         if not path.is_absolute():
             Path.cwd()  # it may be gone; what is above it need not be readable

@@ -29,17 +29,27 @@ def check_output_is_free(target: Path) -> None:
     """Check, before the work begins, that a directory can be created at `target`."""
     if target.is_symlink():  # to which nothing can be renamed
         raise OutputError(f"{target} is a link; choose the output directory that it leads to")
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"{target} exists and is a file; choose another output directory")
+    _check_is_no_file(target)
     if target.is_dir() and target.samefile("."):  # it would be another one afterwards
         raise OutputError(
             f"{target} is the current directory; choose another output directory, such as one in it"
         )
     if target.is_dir() and any(target.iterdir()):
         raise OutputError(f"{target} exists and is not empty; choose another output directory")
-    parent = next(path for path in target.absolute().parents if path.exists())
+    # Not of the absolute path: what is above the current directory need not be readable.
+    parent = next(path for path in target.parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OutputError(f"cannot write to {parent}; choose another output directory")
+        raise OutputError(f"cannot write to {parent.absolute()}; choose another output directory")
+
+
+def _check_is_no_file(directory: Path) -> None:
+    """Check that a directory which need not be there yet is nothing else."""
+    if directory.is_dir():
+        return
+    if directory.is_symlink():
+        raise OutputError(f"{directory} is a link to no directory; choose another output directory")
+    if directory.exists():
+        raise OutputError(f"{directory} exists and is a file; choose another output directory")
 
 
 def check_file_is_free(target: Path) -> None:
@@ -57,9 +67,9 @@ def check_is_outside(target: Path, source: Path) -> None:
 @contextmanager
 def created_parents(target: Path) -> Iterator[None]:
     """Create the directories that an output is to lie in; remove them if nothing comes of it."""
-    missing = [path for path in target.absolute().parents if not path.exists()]
+    missing = [path for path in target.parents if not path.exists()]
     try:
-        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(
             f"cannot create {target.parent}: {error.strerror}; choose another output"
@@ -79,18 +89,16 @@ def exclusive(directory: Path) -> Iterator[None]:
     The system gives the lock back when the process ends, however that happens.
     """
     # It lies beside the directory, so that an empty one stays one.
-    lock_file = directory.absolute().with_name(f".{directory.absolute().name}.lock")
+    own = directory.absolute()
+    lock_file = own.parent / f".{own.name}.lock"
     lock = FileLock(lock_file, timeout=0)
     try:
+        _check_is_no_file(directory)
         directory.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
         raise OutputError(
             f"another run is working in {directory}; wait for it, or choose another output"
-        ) from error
-    except FileExistsError as error:
-        raise OutputError(
-            f"{directory} exists and is a file; choose another output directory"
         ) from error
     except OSError as error:
         raise cannot_write(directory, error) from error
@@ -129,7 +137,7 @@ def staged_file(target: Path) -> Iterator[Path]:
 def _staged(target: Path) -> Iterator[Path]:
     """Give a path beside the target, and rename what is there in the end; remove it on failure."""
     remove_abandoned(target)
-    staging = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    staging = target.parent / f".{target.name}.partial-{os.getpid()}"
     with created_parents(target):
         try:
             yield staging
@@ -163,7 +171,7 @@ def remove_abandoned(target: Path) -> None:
             _remove(leftover)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: str | Path, data: bytes) -> None:
     """Write a file aside and rename it into place."""
     with _staged(given_path(path)) as staging, staging.open("wb") as file:
         file.write(data)

@@ -91,7 +91,7 @@ def export(
     Raises:
         CfspError: anything that a user can cause; nothing is left behind.
     """
-    if to not in TARGETS:
+    if to not in [*TARGETS]:  # which no value is too strange to be compared with
         raise UsageError(
             f"unknown target {to!r}{did_you_mean(to, TARGETS)}; expected one of "
             f"{', '.join(TARGETS)}"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.architecture.block_names import index_without, removed_in_words
+from cfsp.checkpoint.locating import given_path
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.errors import PlanError
@@ -274,7 +275,7 @@ class PruningPlan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, atomically."""
-        write_atomically(Path(path), self.to_json().encode())
+        write_atomically(path, self.to_json().encode())
 
     @classmethod
     def load(cls, path: str | Path) -> PruningPlan:
@@ -284,7 +285,7 @@ class PruningPlan:
             PlanError: the file is missing, damaged or of another version.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = given_path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(
                 f"cannot read the plan {path}: {error}; make one with: cfsp prune --dry-run"

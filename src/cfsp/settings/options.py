@@ -93,7 +93,8 @@ def check_value(value: Any, known: Option) -> None:
             f"{did_you_mean(value, known.choices)}"
         )
     wanted, what = _TYPE_OF.get(bool if known.switch else known.kind, (object, ""))
-    if not isinstance(value, wanted):
+    # To Python True is a number, too.
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted in (Integral, Real)):
         raise UsageError(f"{flag} must be {what}, found {value!r}")
     every = ((words, getattr(known, field), holds) for field, words, holds in _BOUNDS)
     bounds = [bound for bound in every if bound[1] is not None]

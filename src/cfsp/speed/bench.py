@@ -156,6 +156,11 @@ def bench(
         raise UsageError("expected at least one model to time")
     axes = map(one_or_several, (batch, prompt, new_tokens))
     workloads = [Workload(*values) for values in product(*axes)]
+    if not workloads:
+        raise UsageError(
+            "expected one batch=, prompt= and new_tokens= or several, found an empty list; leave "
+            "it out for the default"
+        )
     conditions = Conditions(rounds=rounds, device=device, dtype=dtype)
     short = short_names(list(map(str, models)), least=1)
     subjects = []
