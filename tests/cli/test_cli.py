@@ -54,6 +54,11 @@ def test_a_terminal_without_a_minus_is_told_all_the_same(monkeypatch):
     assert written.getvalue() == b"10 \xd7 \\u22123\n"
 
 
+def test_json_has_no_number_that_is_none(capsys):
+    tell(({"a": [float("inf"), -float("inf"), float("nan"), 1e-7]}, print), as_json=True)
+    assert "".join(capsys.readouterr().out.split()) == '{"a":[null,null,null,1e-07]}'
+
+
 def test_an_output_in_the_home_directory(command, pruned, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     command("report", pruned, "--out=~/page.html")

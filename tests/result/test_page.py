@@ -259,6 +259,10 @@ def test_answers_stand_side_by_side_by_kind(run, results, tmp_path):
     )
     # Before everything else that was measured, and after what it is of.
     assert text.index("What they answer") < text.index("KL per token") < text.index("<figure>")
+    first["kind"] = ["facts"]
+    (tmp_path / "three.json").write_text(json.dumps(found))
+    with pytest.raises(ReportError, match=r"three.json is damaged \(TypeError.*; measure again"):
+        rendered([run, copy], tmp_path, tmp_path / "three.json")
 
 
 def test_speed_that_the_demonstration_adds_to_the_manifest(run, tmp_path):

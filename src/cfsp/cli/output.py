@@ -51,7 +51,7 @@ def tell(told: Told, *, as_json: bool) -> None:
         # Few encodings have a minus, and no error takes what was measured with it.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        print(json.dumps(value, indent=2)) if as_json else say()
+        print(_as_json(value)) if as_json else say()
         sys.stdout.flush()
     except BrokenPipeError:
         raise
@@ -61,6 +61,11 @@ def tell(told: Told, *, as_json: bool) -> None:
             f"standard output cannot be written: {error.strerror}; the command itself is done, "
             "only what it tells is lost"
         ) from error
+
+
+def _as_json(value: Any) -> str:
+    """Return JSON, which has no number that is infinite or none: null stands in its place."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), indent=2)
 
 
 def drop_output() -> None:

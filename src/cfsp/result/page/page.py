@@ -19,6 +19,7 @@ from markupsafe import Markup
 from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import OutputError, ReportError
 from cfsp.quality.results_file import read_results
+from cfsp.quality.results_file import refusing_damage as refusing_damaged_results
 from cfsp.result.facts import QUALITY, SIZE, SPEED, labels
 from cfsp.result.making import load_code, making
 from cfsp.result.manifest import refusing_damage
@@ -60,7 +61,9 @@ def write_report(given: Sequence[Path], out: Path) -> None:
             page = render_page(group_runs([run]))
     for path in results:
         runs = with_results(runs, read_results(path))
-    if results or len(runs) > 1:
+        with refusing_damaged_results([path]):
+            page = render_page(group_runs(runs))
+    if not results and len(runs) > 1:
         page = render_page(group_runs(runs))
     write_atomically(out, page.encode())
 
