@@ -111,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         args.data, args.eval = args.data or ["mixed"], args.eval or _texts_in(args.texts)
+        args.choices = args.choices or usual_choices(args.out)
         _run(args)
     except CfspError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
@@ -138,8 +139,9 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=PUBLISHED, help="results; pruned models lie beside"
     )
     found.add_argument("--stays", type=float, nargs="+", default=[0.625, 0.5], help="of blocks")
-    parts = [name for name in CHOICES if name != _BY_REPAIR]
-    found.add_argument("--choices", nargs="+", choices=CHOICES, default=parts, help="parts")
+    found.add_argument(
+        "--choices", nargs="+", choices=CHOICES, help=f"parts (default: all but {_BY_REPAIR!r})"
+    )
     found.add_argument("--seed", type=int, default=0, help="of the draw of calibration windows")
     found.add_argument("--rounds", type=int, default=5, help="of cfsp bench; 0: no speed")
     # Steps and not minutes: how many fit into minutes depends on what else the machine does.
@@ -148,6 +150,12 @@ def _parser() -> argparse.ArgumentParser:
     found.add_argument("--task-data", type=Path, help="likewise")
     found.add_argument("--limit", type=int, default=200, help="documents of each task")
     return found
+
+
+def usual_choices(out: Path) -> list[str]:
+    """Return those of which rows are published, or those that can be measured into a new file."""
+    can_be = [parts for parts, options in CHOICES.items() if options or out == PUBLISHED]
+    return [parts for parts in can_be if parts != _BY_REPAIR]
 
 
 def _texts_in(directory: Path | None) -> list[str]:
@@ -161,8 +169,6 @@ def _texts_in(directory: Path | None) -> list[str]:
 
 def _run(args: argparse.Namespace) -> None:
     """Prune, measure, print."""
-    if args.out != PUBLISHED:
-        args.choices = [parts for parts in args.choices if CHOICES[parts]]
     conditions = {
         "data": [label(text) for text in args.data],
         "eval": [label(text) for text in args.eval],

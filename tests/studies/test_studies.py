@@ -15,8 +15,7 @@ def test_parts(copied, text_file, other_text_file, tmp_path, capsys):
     texts = ("--data", text_file, "--eval", text_file, "--eval", other_text_file)
     size = ("--seqlen", 32, "--windows", 2, "--samples", 4, "--stays", 0.6, "--rounds", 1)
     model = ("--model", copied)
-    choices = ("ffn", "blocks by influence", "all")  # the second cannot be made any more
-    command = (9, *model, *texts, *size, "--choices", *choices, "--out", out)
+    command = (9, *model, *texts, *size, "--choices", "ffn", "all", "--out", out)
     assert study.main([*map(str, command)]) == 0
     rows, printed = read_json(out)["rows"], capsys.readouterr().out
     rows, timed = rows[:4], rows[4:]
@@ -55,6 +54,8 @@ def test_it_prints_what_is_published(tmp_path, monkeypatch, capsys):
     assert not set(table.splitlines()) - set(printed)
     assert study.main([*command, "--stays", "0.9"]) == 2
     assert "blocks by influence can't be measured anew" in capsys.readouterr().err
+    gone = {*study.usual_choices(study.PUBLISHED)} - {*study.usual_choices(tmp_path)}
+    assert gone == {"blocks by influence"}
 
 
 def test_results_are_measured_once(tmp_path, text_file):
