@@ -208,8 +208,11 @@ def test_only_what_was_measured_alike_is_compared(sweep, text_file, command, old
     found = json.loads(whole)
     (found if older else found["models"][0])["perplexity"][str(text_file)]["bos"] = True
     if older is not None:
-        path.write_text(json.dumps({**found, "perplexity": None}))
-        assert f"{path} is damaged" in command(*arguments, status=2).err
+        for damaged in (json.dumps({**found, "perplexity": None}), "{"):
+            path.write_text(damaged)
+            error = command(*arguments, status=2).err
+            assert f"{path} is damaged" in error
+            assert f"; delete {path.parent} and run the sweep again" in error
     path.write_text(json.dumps(found))
     if older is None:
         shutil.rmtree(out / "cfsp-0.25")  # and made again

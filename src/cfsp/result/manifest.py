@@ -22,7 +22,7 @@ from cfsp.result.facts import texts_that_made
 from cfsp.result.names import public_command, public_name
 
 MANIFEST_VERSION = 2
-
+_AGAIN = "prune the model again"  # what to do about a damaged one
 
 # What `cfsp inspect` tells, and what a model that was pruned in memory says of it in its config.
 _IN_CONFIG = (
@@ -71,17 +71,17 @@ def add_to_manifest(directory: Path, fields: dict[str, Any]) -> None:
     write_manifest(directory, {**(read_manifest(directory) or {}), **fields})
 
 
-def refusing_damage(directory: Path) -> AbstractContextManager[None]:
+def refusing_damage(directory: Path, instead: str = _AGAIN) -> AbstractContextManager[None]:
     """Turn what is missing in a manifest, or of another type, into one `CheckpointError`."""
-    return damage_as(CheckpointError, directory / MANIFEST_FILE, "prune the model again")
+    return damage_as(CheckpointError, directory / MANIFEST_FILE, instead)
 
 
-def read_manifest(directory: Path) -> dict[str, Any] | None:
+def read_manifest(directory: Path, instead: str = _AGAIN) -> dict[str, Any] | None:
     """Return the manifest of a checkpoint, or None if cfsp did not write the checkpoint."""
     path = directory / MANIFEST_FILE
     if not path.is_file():
         return None
-    with refusing_bad_json(path, "is damaged; prune the model again"):
+    with refusing_bad_json(path, f"is damaged; {instead}"):
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         found = fields["manifest_version"]
     if found != MANIFEST_VERSION:

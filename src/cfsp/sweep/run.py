@@ -75,12 +75,11 @@ class Row:
     @staticmethod
     def of(point: Point, directory: Path) -> Row:
         """Return what the manifest of a model says."""
-        manifest = read_manifest(directory)
+        instead = f"delete {directory} and run the sweep again"
+        manifest = read_manifest(directory, instead)
         if manifest is None or "sweep" not in manifest:
-            raise OutputError(
-                f"{directory} is no model of a sweep; delete it and run the sweep again"
-            )
-        with refusing_damage(directory):
+            raise OutputError(f"{directory} is no model of a sweep; {instead}")
+        with refusing_damage(directory, instead):
             return Row(
                 point.name,
                 point.method,
