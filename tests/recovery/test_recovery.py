@@ -275,6 +275,13 @@ def test_the_dense_model_teaches_where_it_is_at_hand(
         edit_json(moved / MANIFEST_FILE, lambda fields, of=named: fields["base_model"].update(of))
         assert name_of_teacher("auto", moved, tokenizer) is None
         assert reason in caplog.text
+    # Its path was typed in another directory, and the directory of this one has another model.
+    (tmp_path / "near").symlink_to(dense)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("near").symlink_to(other)
+    edit_json(moved / MANIFEST_FILE, lambda fields: fields["base_model"].update(name="near"))
+    assert name_of_teacher("auto", moved, tokenizer) == str(tmp_path / "near")
     # Of one that was pruned twice it is the first; else what was pruned between.
     again = {"base_model": {"name": str(pruned), "fingerprint": Checkpoint(pruned).fingerprint}}
     history = history_of(Checkpoint(pruned))

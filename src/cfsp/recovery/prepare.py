@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cfsp.calibration.calibrate import check_tokens
 from cfsp.checkpoint.loading import compute_device
-from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.locating import exists, open_checkpoint, path_of
 from cfsp.checkpoint.output import check_is_outside, check_output_is_free
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import vocabulary_of
@@ -192,11 +192,15 @@ def _recorded_teacher(source: Checkpoint, tokenizer: PreTrainedTokenizerBase) ->
     while isinstance(before, dict):
         recorded.append(before)
         before = before.get("made_from")
-    for each in reversed(recorded):
-        name = str(each.get("name", ""))
+    places = [
+        (place, each.get("fingerprint"))
+        for each in reversed(recorded)
+        for place in _places_of(str(each.get("name", "")), source.directory)
+    ]
+    for name, fingerprint in places:
         try:
             teacher = open_checkpoint(name)
-            if teacher.fingerprint != each.get("fingerprint"):
+            if teacher.fingerprint != fingerprint:
                 raise RecoveryError("what is there now is another model")
             check_teacher(source, tokenizer, teacher)
             return teacher
@@ -205,6 +209,15 @@ def _recorded_teacher(source: Checkpoint, tokenizer: PreTrainedTokenizerBase) ->
     if failed is not None:
         _warn_of_no_teacher(*failed)
     return None
+
+
+def _places_of(name: str, made: Path) -> list[str]:
+    """Return where a model may be: here, in a directory above what was made of it, on the hub.
+
+    Its name may be a path that was typed in another directory.
+    """
+    above = [str(parent / name) for parent in made.absolute().parents if exists(parent / name)]
+    return [name, *above] if exists(path_of(name)) else [*above, name]
 
 
 def _warn_of_no_teacher(name: str, why: object) -> None:
