@@ -158,7 +158,7 @@ def refusing_bad_json(path: Path, otherwise: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (*OF_DAMAGE, RecursionError) as error:
         raise CheckpointError(f"{path} {otherwise}") from error
 
 

@@ -87,7 +87,7 @@ STATISTICS = [
         (f"{IMPOSSIBLE} 0", facts('"tokens": 128', '"tokens": 0')),
         (f"{IMPOSSIBLE} 0", facts('"tokens": 128', '"tokens": Infinity')),
         (
-            "is damaged: KeyError('units.1.sum_of_squares')",
+            "is damaged (KeyError('units.1.sum_of_squares'))",
             lambda place: edit_tensors(place.statistics, lambda t: t.pop("units.1.sum_of_squares")),
         ),
     ),

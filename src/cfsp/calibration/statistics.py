@@ -27,7 +27,7 @@ from cfsp.calibration.observed import (
 )
 from cfsp.checkpoint.locating import given_path
 from cfsp.checkpoint.output import write_atomically
-from cfsp.errors import StatisticsError
+from cfsp.errors import StatisticsError, damage_as
 from cfsp.settings import WHOLE_PARTS, Part, WholePart
 
 
@@ -246,7 +246,7 @@ class Statistics:
             StatisticsError: the file is missing, damaged, or of another version.
         """
         facts, tensors = read_facts(given_path(path))
-        try:
+        with damage_as(StatisticsError, path, "calibrate again"):
             record = CalibrationRecord.from_json(facts["record"])
             blocks = tuple(
                 BlockStatistics(each["distance_sum"], each["tokens"]) for each in facts["blocks"]
@@ -267,8 +267,6 @@ class Statistics:
             )
             wrong = [i for i, block in enumerate(blocks) if not block.is_possible]
             wrong += [unit.block for unit in units if not unit.is_possible]
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise StatisticsError(f"{path} is damaged: {error!r}; calibrate again") from error
         if wrong:
             raise StatisticsError(
                 f"{path} has NaN, infinite or impossible values in block {min(wrong)}; "
