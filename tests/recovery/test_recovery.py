@@ -251,7 +251,7 @@ def test_the_less_there_is_to_learn_the_lower_the_rate(recovered, pruned, model,
     assert all(torch.allclose(again[name], weights[name], atol=1e-7) for name in weights)
 
 
-def name_of_teacher(given: str | None, source: Path, tokenizer: Any) -> str | None:
+def name_of_teacher(given: str, source: Path, tokenizer: Any) -> str | None:
     settings = RecoverSettings((), training(1), Adaptation("full"), given)
     found = teacher_of(settings, open_checkpoint(source), tokenizer, CPU, None)
     return found and found.label

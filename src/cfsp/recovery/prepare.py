@@ -82,10 +82,10 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: f
     _check_record(source)
     tokenizer = load_tokenizer(source.directory)
     # A teacher that is given counts by its weights, whatever it is called.
-    given = settings.teacher or NO_TEACHER
+    is_named = settings.teacher not in (AUTO_TEACHER, NO_TEACHER)
     asked = {
         "--method": settings.adaptation.method,
-        "--teacher": given if given in (AUTO_TEACHER, NO_TEACHER) else "a model",
+        "--teacher": "a model" if is_named else settings.teacher,
     }
     teacher = teacher_of(settings, source, tokenizer, device, _was_taught(out, asked))
     rank_L = ranks_of(source, settings.adaptation)
@@ -150,7 +150,7 @@ def teacher_of(
     What memory decides stays as a killed run had it, which `was_taught` or was not.
     """
     given, method = settings.teacher, settings.adaptation.method
-    if given is None or given == NO_TEACHER:
+    if given == NO_TEACHER:
         return None
     if given != AUTO_TEACHER:
         teacher = open_checkpoint(given)

@@ -135,7 +135,7 @@ def recover(
         data=texts_of(data),
         training=from_names(Training, how, limit=limit),
         adaptation=from_names(Adaptation, advanced, method=method),
-        teacher=None if teacher is None else str(teacher),
+        teacher=NO_TEACHER if teacher is None else str(teacher),
         evaluation=from_names(
             EvaluationText, advanced, names=texts_of(eval), bos=advanced.get("bos") or "auto"
         ),
@@ -143,7 +143,7 @@ def recover(
     )
     if method == "full" and (of_adapters := given_of(Adaptation, advanced)):
         raise UsageError(f"{next(iter(of_adapters.values()))} belongs to --method lora")
-    if teacher in (None, NO_TEACHER) and advanced.get("teacher_weight") is not None:
+    if settings.teacher == NO_TEACHER and advanced.get("teacher_weight") is not None:
         raise UsageError("--teacher-weight needs a teacher, found --teacher none")
     # Before the model: it may have to be downloaded or converted.
     check_texts(settings.data, settings.evaluation.names)

@@ -161,8 +161,8 @@ class RecoverSettings:
     training: Training
     adaptation: Adaptation = Adaptation()
     # A dense model to distil from; `auto` for the one that was pruned, if it is at hand and there
-    # is memory for both; `none` or None for nobody.
-    teacher: str | None = None
+    # is memory for both; `none` for nobody.
+    teacher: str = NO_TEACHER
     evaluation: EvaluationText = EvaluationText()  # before and after
     compute: Compute = Compute()  # also the dtype of the weights that are not trained
 
