@@ -73,9 +73,7 @@ class Team:
         return slice(first * batch, min(end * batch, count))
 
     def add_up_at(self, rank: int, tensors: Iterable[Tensor]) -> None:
-        """Replace tensors of one process, which are contiguous, by their sums over all."""
-        if self.size == 1:
-            return
+        """Replace tensors of one of several processes, which are contiguous, by sums over all."""
         with self._exchange() as dist:
             for numbers in tensors:
                 dist.reduce(numbers, dst=rank)

@@ -60,12 +60,10 @@ class GramSums:
         self.tokens += act_RF.shape[0]
 
     def add_up_at(self, rank: int, team: Team, channels: int, device: torch.device) -> None:
-        """Make the sums of one process those of all; the others have none any more.
+        """Make the sums of one of several processes those of all; the others have none any more.
 
         A process without a row is told how many channels there are, and where it computes.
         """
-        if team.size == 1:
-            return
         if self._gram_FF is None:
             self._gram_FF = torch.zeros(channels, channels, device=device)
         tokens = torch.tensor([self.tokens], device=device)
