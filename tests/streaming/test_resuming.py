@@ -1,5 +1,6 @@
 """A killed run goes on where it was and gives the same bits; other work is refused."""
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,9 +172,10 @@ def test_a_state_is_complete_and_a_damaged_one_is_refused(runs):
     assert fields["next_block"] == 2
     assert (state.parent / fields["hidden"]).stat().st_size == 9 * 32 * 32 * 4
     assert len(list(state.parent.glob("statistics-*.safetensors"))) == 2
-    state.write_text("{}")
     said = f"is damaged; start over with: rm -r {runs.directory / 'stats.work'}"
-    assert said in runs.refused(runs.calibrate)
+    for damaged in ("{}", json.dumps({**fields, "identity": 1})):
+        state.write_text(damaged)
+        assert said in runs.refused(runs.calibrate)
 
 
 def test_two_runs_do_not_share_a_place(runs):

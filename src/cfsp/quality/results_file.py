@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.checkpoint.output import write_atomically
-from cfsp.errors import OutputError, ReportError, damage_as
+from cfsp.errors import OF_DAMAGE, OutputError, ReportError, damage_as
 from cfsp.processes import Team
 from cfsp.streaming.work_dir import WorkDir, output_work_dir, remove_finished_work
 
@@ -51,9 +51,10 @@ def _read_again(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     remove_finished_work(out)
     try:
         found = read_results(out)
-    except ReportError:
-        found = {}
-    before, now = found.get("identity", {}), json.loads(json.dumps(identity))
+        before = dict(found["identity"])
+    except (ReportError, *OF_DAMAGE):
+        found, before = {}, {}
+    now = json.loads(json.dumps(identity))
     # Measured is measured, whatever versions there are now.
     others = [key for key in now if key != "version" and before.get(key) != now[key]]
     if others:

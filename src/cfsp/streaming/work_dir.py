@@ -80,7 +80,7 @@ def read_state(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     work_dir = path.parents[2]
     try:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        saved: dict[str, Any] = fields["identity"]
+        saved = dict(fields["identity"])
         fields["next_block"] = int(fields["next_block"])
         _ = fields["hidden"], fields["before"]
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
