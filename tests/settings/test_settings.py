@@ -1,9 +1,11 @@
 """Settings are checked when they are made, and say what they mean."""
 
+import json
 import re
 from functools import partial
 from itertools import combinations
 
+import numpy as np
 import pytest
 
 import cfsp
@@ -26,6 +28,7 @@ from cfsp.settings import (
     prune_settings,
 )
 from cfsp.settings.options import parse_size
+from cfsp.speed.subjects import Conditions, Workload
 
 
 def test_parts_are_kept_in_one_order():
@@ -144,6 +147,14 @@ def test_a_text_is_read_as_on_a_command_line():
             cfsp.recover("no-model", out="out", **wrong)
     with pytest.raises(UsageError, match=r"--seqlen must be a whole number, found '64'"):
         cfsp.evaluate("no-model", "mixed", seqlen="64")  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_those_of_python():
+    found = Budget(np.float32(0.25), multiple=np.int64(4))  # type: ignore[arg-type]
+    goal = TargetParameters(np.float32(0.5))  # type: ignore[arg-type]
+    work = Workload(np.int64(2)), Conditions(rounds=np.int64(3))  # type: ignore[arg-type]
+    values = (found.sparsity, found.multiple, goal.fraction, work[0].batch, work[1].rounds)
+    assert json.dumps(values) == "[0.25, 4, 0.5, 2, 3]"
 
 
 @pytest.mark.parametrize("data", [3, [3]])

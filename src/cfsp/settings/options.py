@@ -81,11 +81,14 @@ class Declared:
         for name, known in options_of(own).items():
             value = getattr(self, name)
             if value is not None or name not in may_be_none:
-                check_value(value, known)
+                object.__setattr__(self, name, check_value(value, known))
 
 
-def check_value(value: Any, known: Option) -> None:
-    """Refuse a value that is none of an option's choices, of another type, or beyond its bounds."""
+def check_value(value: Any, known: Option) -> Any:
+    """Refuse a value that is none of an option's choices, of another type, or beyond its bounds.
+
+    Return it; a number of numpy's, say, as one of Python's own, which JSON has.
+    """
     flag = known.typed
     if known.choices and value not in known.choices:
         raise UsageError(
@@ -101,6 +104,9 @@ def check_value(value: Any, known: Option) -> None:
     if bounds and not (value < inf and all(holds(value, b) for _, b, holds in bounds)):
         said = [f"{words} {b}" for words, b, _ in bounds]
         raise UsageError(f"{flag} must be {' and '.join(said)}, found {value}")
+    if isinstance(value, Real) and not isinstance(value, int | float):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
 
 
 def from_names(settings: type[T], values: Mapping[str, Any], **others: Any) -> T:

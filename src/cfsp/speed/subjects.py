@@ -68,7 +68,8 @@ class Workload:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            check_value(value, Option("", int, name.replace("_", "-"), least=1, most=_MOST))
+            known = Option("", int, name.replace("_", "-"), least=1, most=_MOST)
+            object.__setattr__(self, name, check_value(value, known))
 
     def describe(self) -> str:
         """Return one line for people."""
@@ -85,7 +86,8 @@ class Conditions:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        check_value(self.rounds, Option("", int, "rounds", least=1))
+        rounds = check_value(self.rounds, Option("", int, "rounds", least=1))
+        object.__setattr__(self, "rounds", rounds)
 
 
 @dataclass(frozen=True)
