@@ -84,6 +84,10 @@ EXISTING += [
         lambda place: (place.inputs / "link").symlink_to("nowhere"),
     ),
     BadInput(f"{INTO} {999 * 'x'}", "File name too long", "give another path"),
+    *(
+        BadInput(f"{command} {245 * 'x'}", "File name too long", "give another path")
+        for command in (INTO, f"{EVAL} --out")
+    ),
     BadInput(f"{INTO} {{text}}/out", "cannot write to {text}", DIRECTORY),
     BadInput("report {pruned} --out {pruned}/config.json", "expected a name like report", "page"),
     # The directories above an output go as well.
@@ -218,8 +222,8 @@ def test_a_path_that_the_system_cannot_look_up(place, monkeypatch, command):
     assert "the current directory is not there" in command("inspect", place.model, status=2).err
 
 
-def test_a_place_without_a_name_is_not_written(place):
-    for out in ("/", "."):
+def test_a_place_without_a_name_or_with_a_long_one_is_not_written(place):
+    for out in ("/", ".", 245 * "x"):
         with pytest.raises(OutputError, match=rf"cannot write {out}: .*; make room there"):
             write_atomically(out, b"")
     assert everything_in(place.work) == []

@@ -22,7 +22,10 @@ def output_path(out: str | Path) -> Path:
     """Return where an output of a call is to go."""
     if not isinstance(out, str | Path):
         raise UsageError(f"expected out=, the path of what is new, found {reprlib.repr(out)}")
-    return given_path(out)
+    path = given_path(out)
+    # The longest name that is made of it, beside it.
+    given_path(path.parent / f".{path.name}-pruned.partial-{os.getpid()}")
+    return path
 
 
 def check_output_is_free(target: Path) -> None:
@@ -149,10 +152,10 @@ def _staged(target: Path) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):  # it is not there, or nothing can be removed there
+    with contextlib.suppress(OSError):  # it is not there, or nothing can be removed there
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink()
 
 

@@ -87,11 +87,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A polite kill must clean up as Ctrl-C does.
         signal.signal(signal.SIGTERM, partial(_stop, os.getpid()))
     show_messages()
+    from cfsp.checkpoint.output import output_path
+
     try:
         _check_current_directory()
         for name, given in list(vars(args).items()):
             if isinstance(given, Path):  # a shell leaves the home directory in --out=~/x as it is
-                setattr(args, name, given_path(given))
+                setattr(args, name, output_path(given) if name == "out" else given_path(given))
             elif isinstance(given, list):
                 setattr(args, name, [given_path(x) if isinstance(x, Path) else x for x in given])
         tell(args.run(args), as_json=args.json)
