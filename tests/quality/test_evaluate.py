@@ -138,6 +138,10 @@ def test_results_of_other_weights_or_texts_are_not_taken_for_these(copied, tmp_p
     assert "holds something else than was asked for now (other weights)" in error
     text.write_text("a stone falls. " * 100)
     assert "than was asked for now (other weights, texts); choose" in command(*argv, status=2).err
+    out.unlink()
+    command(*argv)
+    edit_json(out, lambda fields: fields["models"][0].update(perplexity=[]))
+    assert f"{out} is damaged (AttributeError" in command(*argv, status=2).err
     edit_json(out, lambda fields: fields.update(identity=["text"]))
     assert "holds something else than was asked for now; choose" in command(*argv, status=2).err
 

@@ -207,8 +207,18 @@ def test_only_what_was_measured_alike_is_compared(sweep, text_file, command, old
     whole = path.read_text()
     found = json.loads(whole)
     (found if older else found["models"][0])["perplexity"][str(text_file)]["bos"] = True
-    if older is not None:
-        for damaged in (json.dumps({**found, "perplexity": None}), "{"):
+    if older is None:
+        damaged = {**found, "models": [{**found["models"][0], "perplexity": {"a": 1}}]}
+        path.write_text(json.dumps(damaged))
+        error = command(*arguments, status=2).err
+        assert f"{path} is damaged" in error and "; delete it and run the sweep again" in error
+    else:
+        conditions = {**found["perplexity"][str(text_file)], "seqlen": None}
+        for damaged in (
+            json.dumps({**found, "perplexity": None}),
+            json.dumps({**found, "perplexity": {"a": conditions}}),
+            "{",
+        ):
             path.write_text(damaged)
             error = command(*arguments, status=2).err
             assert f"{path} is damaged" in error

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,7 @@ def run(args: argparse.Namespace) -> Told:
     from cfsp.processes import joined, take_own_accelerator
     from cfsp.quality.answers import Questions
     from cfsp.quality.evaluate import Exam, evaluate_models
+    from cfsp.quality.results_file import refusing_damage
     from cfsp.quality.tasks.harness import TaskRunner
 
     texts = EvaluationText(tuple(args.data or ()), args.windows, args.seqlen, args.bos)
@@ -140,7 +141,13 @@ def run(args: argparse.Namespace) -> Told:
     found: dict[str, Any] = {"models": models}
     if runner:
         found["tasks"] = runner.conditions()
-    return (found, partial(_print, found, args)) if team.is_first else None
+
+    def say() -> None:
+        # What was measured before was read from there.
+        with nullcontext() if args.out is None else refusing_damage([args.out]):
+            _print(found, args)
+
+    return (found, say) if team.is_first else None
 
 
 def _windows(text: str) -> int | None:

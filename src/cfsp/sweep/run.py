@@ -32,7 +32,7 @@ from cfsp.checkpoint.output import (
 from cfsp.checkpoint.own_files import STATISTICS_FILE, SWEEP_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.decide import Known
-from cfsp.errors import CfspError, OutputError
+from cfsp.errors import CfspError, OutputError, damage_as
 from cfsp.pipeline import calibrate_source, prune_checkpoint
 from cfsp.progress import item_progress
 from cfsp.quality.answers import Questions
@@ -71,6 +71,9 @@ class Row:
     perplexity: Mapping[str, Mapping[str, Any]]  # by text, as `cfsp eval --json` has it
     directory: str | None = None
     comparison: dict[str, Any] | None = None  # what `cfsp.quality.compare.compare` gives
+
+    def __post_init__(self) -> None:
+        _ = self.values, self.conditions  # damage of the file that they are read from shows now
 
     @staticmethod
     def of(point: Point, directory: Path) -> Row:
@@ -234,7 +237,8 @@ def _make(sweep: _Sweep, point: Point, dense: Dense, command: str) -> None:
 def _rows(sweep: _Sweep, dense: dict[str, Any]) -> list[Row]:
     """Return the rows of all models, the dense one first; all were measured as that was."""
     rows = [Row.of(point, sweep.out / point.name) for point in sweep.points]
-    first = Row("dense", None, 0.0, sweep.source.parameter_count, dense["perplexity"])
+    with damage_as(OutputError, sweep.out / _DENSE_FILE, "delete it and run the sweep again"):
+        first = Row("dense", None, 0.0, sweep.source.parameter_count, dense["perplexity"])
     for row in rows:
         if row.conditions != first.conditions:
             raise OutputError(
