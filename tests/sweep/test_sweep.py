@@ -217,6 +217,7 @@ def test_only_what_was_measured_alike_is_compared(sweep, text_file, command, old
         for damaged in (
             json.dumps({**found, "perplexity": None}),
             json.dumps({**found, "perplexity": {"a": conditions}}),
+            json.dumps({**found, "comparison": [1]}),
             "{",
         ):
             path.write_text(damaged)

@@ -73,7 +73,8 @@ class Row:
     comparison: dict[str, Any] | None = None  # what `cfsp.quality.compare.compare` gives
 
     def __post_init__(self) -> None:
-        _ = self.values, self.conditions  # damage of the file that they are read from shows now
+        # Damage of the file that they are read from shows now.
+        _ = self.values, self.conditions, self.beside_dense
 
     @staticmethod
     def of(point: Point, directory: Path) -> Row:
@@ -106,6 +107,29 @@ class Row:
     def conditions(self) -> set[Conditions]:
         """Under which perplexities were measured."""
         return {Conditions.of(text, found) for text, found in self.perplexity.items()}
+
+    @property
+    def beside_dense(self) -> dict[str, str]:
+        """What a table says of how far it is from the dense model, by column."""
+        line, found = {}, self.comparison
+        if not found:
+            return {}
+        for column, name, factor, digits in (
+            ("KL", "divergence", 1, 3),
+            ("top-1 agreement, %", "agreed", 100, 1),
+        ):
+            values = [text[name]["second"]["value"] for text in found["texts"].values()]
+            line[column] = f"{factor * fmean(values):.{digits}f}"
+        if answers := found.get("answers"):
+            line["KL on answers"] = estimate(answers["divergence"]["second"], 3)
+            line["answers that loop, %"] = estimate(answers["loops"]["second"], 1, 100)
+        if found["tasks"]:
+            for column, name, side in (
+                ("accuracy - dense, %", "accuracy", "difference"),
+                ("dense model's answers, %", "kept", "second"),
+            ):
+                line[column] = estimate(found[name][side], 1, 100) if found[name] else "-"
+        return line
 
 
 @dataclass(frozen=True)
@@ -298,32 +322,14 @@ def _qualities(rows: Sequence[Row]) -> Table:
 
 def _comparisons(rows: Sequence[Row]) -> Table:
     """Return a line for each model: how far it is from the dense one."""
-    compared = [(row, row.comparison) for row in rows if row.comparison]
-    lines = []
-    for row, found in compared:
-        line, texts = _names(row), found["texts"].values()
-        for column, name, factor, digits in (
-            ("KL", "divergence", 1, 3),
-            ("top-1 agreement, %", "agreed", 100, 1),
-        ):
-            mean = factor * fmean(text[name]["second"]["value"] for text in texts)
-            line[column] = f"{mean:.{digits}f}"
-        if answers := found.get("answers"):
-            line["KL on answers"] = estimate(answers["divergence"]["second"], 3)
-            line["answers that loop, %"] = estimate(answers["loops"]["second"], 1, 100)
-        if found["tasks"]:
-            for column, name, side in (
-                ("accuracy - dense, %", "accuracy", "difference"),
-                ("dense model's answers, %", "kept", "second"),
-            ):
-                line[column] = estimate(found[name][side], 1, 100) if found[name] else "-"
-        lines.append(line)
+    compared = [row.comparison for row in rows if row.comparison]
+    lines = [_names(row) | row.beside_dense for row in rows if row.comparison]
     caption = (
         "Compared with the dense model in pairs: KL per token in nats and top-1 agreement in the "
         "mean of the texts, tasks in the mean of those on which the dense model is better than a "
         "guess, with standard errors."
     )
-    if left_out := compared[0][1]["left_out"]:
+    if left_out := compared[0]["left_out"]:
         caption += f" Left out: {', '.join(left_out)}."
     return Table(list(lines[0]), [list(line.values()) for line in lines], caption)
 
