@@ -50,20 +50,18 @@ _INDEXER = {
     "indexer_compress_ratio": 16,
 }  # fmt: skip
 
+
+def _with_sections(*sections: int, **more: float) -> dict[str, Any]:
+    """Return a text config whose rotary embeddings are in sections of these lengths."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [*sections], **more}
+    return {"text_config": {**_HEADS, "rope_parameters": rope}}
+
+
 _VALUES: dict[str, dict[str, Any]] = {
     # The size of a head is computed from no default.
     "hunyuan_v1_dense": _HEADS,
     "hunyuan_v1_moe": _HEADS,
-    "hunyuan_vl": {
-        "text_config": {
-            **_HEADS,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [16, 16, 16, 16],
-            },
-        }
-    },
+    "hunyuan_vl": _with_sections(16, 16, 16, 16),
     "ministral": _HEADS,
     # Nor the number of key and value heads.
     "nemotron": {"num_key_value_heads": 48},
@@ -82,17 +80,7 @@ _VALUES: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _INDEXER,
     "qwen4_exp": {"text_config": _INDEXER},
     # 96 heads do not divide 4096, and the sections of rotary embeddings are those of half a head.
-    "glm4v_moe": {
-        "text_config": {
-            **_HEADS,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "partial_rotary_factor": 0.5,
-                "mrope_section": [8, 12, 12],
-            },
-        }
-    },
+    "glm4v_moe": _with_sections(8, 12, 12, partial_rotary_factor=0.5),
     # 14 vision heads do not divide 1152.
     "aya_vision": {"vision_config": {"model_type": "siglip_vision_model"}},
     # The ids of image tokens are looked up by name.

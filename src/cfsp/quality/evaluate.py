@@ -22,13 +22,7 @@ from cfsp.errors import UsageError
 from cfsp.processes import Team
 from cfsp.quality.answers import Questions, answers_of, answers_result, windows_of
 from cfsp.quality.compare import agreement_of
-from cfsp.quality.perplexity import (
-    DenseEnd,
-    WindowSums,
-    joined_sums,
-    perplexity_of,
-    streamed_sums,
-)
+from cfsp.quality.perplexity import DenseEnd, WindowSums, joined_sums, perplexity_of, streamed_sums
 from cfsp.quality.results_file import measured_into
 from cfsp.quality.tasks.harness import TaskRunner
 from cfsp.settings import DEFAULT_SEQLEN, Compute, EvaluationText
