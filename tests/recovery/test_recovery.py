@@ -258,9 +258,10 @@ def name_of_teacher(given: str, source: Path, tokenizer: Any) -> str | None:
 
 
 def test_the_dense_model_teaches_where_it_is_at_hand(
-    pruned, tiny_checkpoint, tokenizer, tmp_path, monkeypatch, caplog
+    pruned, tiny_checkpoint, tokenizer, tmp_path, monkeypatch, caplog, noted
 ):
     dense, other = str(tiny_checkpoint("llama")), str(tiny_checkpoint("qwen2"))
+    opened = noted(cfsp.recovery.prepare, "open_checkpoint", lambda name: name)
     assert name_of_teacher("auto", pruned, tokenizer) == dense
     assert name_of_teacher(str(pruned), pruned, tokenizer) == str(pruned)
     assert name_of_teacher("none", pruned, tokenizer) is None
@@ -275,6 +276,7 @@ def test_the_dense_model_teaches_where_it_is_at_hand(
         edit_json(moved / MANIFEST_FILE, lambda fields, of=named: fields["base_model"].update(of))
         assert name_of_teacher("auto", moved, tokenizer) is None
         assert reason in caplog.text
+    assert opened.count(other) == opened.count("/no/such") == 1
     # Its path was typed in another directory, and the directory of this one has another model.
     (tmp_path / "near").symlink_to(dense)
     (tmp_path / "here").mkdir()

@@ -217,7 +217,8 @@ def _places_of(name: str, made: Path) -> list[str]:
     Its name may be a path that was typed in another directory.
     """
     above = [str(parent / name) for parent in made.absolute().parents if exists(parent / name)]
-    return [name, *above] if exists(path_of(name)) else [*above, name]
+    places = [name, *above] if exists(path_of(name)) else [*above, name]
+    return list(dict.fromkeys(places))  # an absolute path is one place
 
 
 def _warn_of_no_teacher(name: str, why: object) -> None:
