@@ -16,8 +16,11 @@ def main() -> int:
         signal.signal(signal.SIGINT, _leave)
     from cfsp.cli import main as run
     from cfsp.cli.output import drop_output
+    from cfsp.processes import process_count
 
     signal.signal(signal.SIGINT, previous)
+    if process_count() > 1 and sys.stdout is not None:
+        _keep_output()
     try:
         try:
             return run()
@@ -38,6 +41,13 @@ def _leave(signal_number: int, frame: FrameType | None) -> None:
     # No exception: modules that are half imported may turn it into another one.
     os.write(2, _INTERRUPTED.encode())
     os._exit(130)
+
+
+def _keep_output() -> None:
+    """Let what libraries print by themselves go to standard error: NCCL does, and older gloos."""
+    own = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding=sys.stdout.encoding)
+    os.dup2(2, sys.stdout.fileno())
+    sys.stdout = own
 
 
 def _reader_has_gone() -> bool:

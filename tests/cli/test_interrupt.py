@@ -57,6 +57,21 @@ def test_a_reader_that_reads_no_further_gets_no_traceback():
     assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, b"")
 
 
+LIBRARY = """
+import os
+import cfsp.cli
+from cfsp.__main__ import main
+
+cfsp.cli.main = lambda: os.write(1, b"NCCL version 2\\n") and print("{}")
+main()
+"""
+
+
+def test_what_a_library_of_several_processes_prints_is_not_the_output(forks):
+    (ended,) = forks.code(LIBRARY, {"WORLD_SIZE": "2"})
+    assert (ended.stdout, ended.stderr) == ("{}\n", "NCCL version 2\n")
+
+
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_output_that_cannot_be_written_is_one_sentence(forks, flags):
     """As on a full disk; `--json` is more than the buffer holds."""
