@@ -99,15 +99,14 @@ def auto_class_of_type(model_type: str) -> str:
 
 def check_is_decoder(config: PreTrainedConfig) -> None:
     """Check that a config is not that of an encoder, with or without a decoder behind it."""
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"model type {config.model_type!r} is an encoder with a decoder; cfsp prunes "
-            "decoder-only language models"
-        )
     # Encoders are in the mapping of causal models too, for the configs with `is_decoder`.
     is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if is_encoder and not getattr(config, "is_decoder", False):
+    found = None
+    if getattr(config, "is_encoder_decoder", False):
+        found = "an encoder with a decoder"
+    elif is_encoder and not getattr(config, "is_decoder", False):
+        found = "an encoder (its config does not say is_decoder)"
+    if found is not None:
         raise UnsupportedModelError(
-            f"model type {config.model_type!r} is an encoder (its config does not say "
-            "is_decoder); cfsp prunes decoder-only language models"
+            f"model type {config.model_type!r} is {found}; cfsp prunes decoder-only language models"
         )
