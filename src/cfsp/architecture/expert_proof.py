@@ -156,20 +156,17 @@ def masked_experts(block: nn.Module, unit: Unit, kept: Sequence[int]) -> Iterato
     def unchosen(_name: str, _part: Tensor, _operand: Tensor, product: Tensor) -> None:
         product[..., gone] = float("-inf")
 
-    modes: list[Any] = []  # one for each run, which holds casts while it lasts
-    saved: list[Tensor] = []
+    running = ExitStack()
 
     def before(*_: Any) -> None:
-        saved[:] = [tensor.clone() for tensor in single]
         for tensor in single:
+            running.callback(tensor.copy_, tensor.clone())
             tensor.view(-1)[gone] = _NEVER
-        modes.append(_RouterProducts(matrices, unchosen))
-        modes[-1].__enter__()
+        # One for each run: it holds casts while it lasts.
+        running.enter_context(_RouterProducts(matrices, unchosen))
 
     def after(*_: Any) -> None:
-        modes.pop().__exit__(None, None, None)
-        for tensor, values in zip(single, saved, strict=True):
-            tensor.copy_(values)
+        running.close()
 
     # Other blocks may have the same tensors, and lose other experts.
     with (
