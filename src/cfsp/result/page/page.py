@@ -18,7 +18,8 @@ from markupsafe import Markup
 
 from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import OutputError, ReportError
-from cfsp.quality import results_file
+from cfsp.quality.results_file import read_results
+from cfsp.quality.results_file import refusing_damage as refusing_damaged_results
 from cfsp.result.facts import QUALITY, SIZE, SPEED, labels
 from cfsp.result.making import load_code, making
 from cfsp.result.manifest import refusing_damage
@@ -59,9 +60,10 @@ def write_report(given: Sequence[Path], out: Path) -> None:
         with refusing_damage(run.directory):
             page = render_page(group_runs([run]))
     for path in results:
-        with results_file.refusing_damage([path]):
-            runs = with_results(runs, results_file.read_results(path))
-    if results or len(runs) > 1:
+        with refusing_damaged_results([path]):
+            runs = with_results(runs, read_results(path))
+            page = render_page(group_runs(runs))
+    if not results and len(runs) > 1:
         page = render_page(group_runs(runs))
     write_atomically(out, page.encode())
 
