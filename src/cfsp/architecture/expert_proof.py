@@ -303,15 +303,13 @@ def _shapes(config: PreTrainedConfig, model_class: Any) -> dict[str, tuple[int, 
 
 
 def _axis_between(
-    before: Sequence[int], after: Sequence[int], count: int, fewer: int
+    before: tuple[int, ...], after: tuple[int, ...], count: int, fewer: int
 ) -> int | None:
     """Return the only axis that has become shorter, from `count` to `fewer`; None if it is none."""
-    axes = [
-        axis for axis, pair in enumerate(zip(before, after, strict=False)) if len(set(pair)) > 1
-    ]
-    if len(before) != len(after) or len(axes) != 1:
-        return None
-    return axes[0] if (before[axes[0]], after[axes[0]]) == (count, fewer) else None
+    for axis, length in enumerate(before):
+        if length == count and after == (*before[:axis], fewer, *before[axis + 1 :]):
+            return axis
+    return None
 
 
 def _find_groups(architecture: Architecture, config: PreTrainedConfig, run: SmallRun) -> int:
