@@ -224,7 +224,7 @@ def with_experts(
     routed = [unit for unit in architecture.units if unit.routed]
     if not routed:
         raise _refused(architecture, "it has no routed experts whose matrices cfsp could find")
-    key, axes_of = _find_axes(architecture, config, type(run.model), routed)
+    key, axes_of = _find_axes(architecture, config, routed)
     units = tuple(
         replace(unit, expert_axes=axes_of[unit.block]) if unit.routed else unit
         for unit in architecture.units
@@ -257,19 +257,19 @@ def _refused(architecture: Architecture, reason: str) -> UnsupportedModelError:
 
 
 def _find_axes(
-    architecture: Architecture, config: PreTrainedConfig, model_class: Any, routed: Sequence[Unit]
+    architecture: Architecture, config: PreTrainedConfig, routed: Sequence[Unit]
 ) -> tuple[str, dict[int, dict[str, int]]]:
     """Return the key that says how many experts there are, and what has their axis, by block."""
     count = routed[0].ffns
     fields = config.get_text_config(decoder=True).to_dict()
-    before, fewer = _shapes(config, model_class), count // 2
+    before, fewer = _shapes(config), count // 2
     matrices = [
         architecture.block_prefix(unit.block) + name for unit in routed for name in unit.axes
     ]
     for key in (key for key, value in fields.items() if value == count and type(value) is int):
         try:
             changed = with_values(config, {key: fewer})
-            after = _shapes(type(config).from_dict(changed.to_dict()), model_class)
+            after = _shapes(type(config).from_dict(changed.to_dict()))
         except Exception:  # whatever a config or class does with a number that it does not expect
             continue
         if before.keys() == after.keys() and all(
@@ -297,8 +297,8 @@ def _find_axes(
     return key, axes
 
 
-def _shapes(config: PreTrainedConfig, model_class: Any) -> dict[str, tuple[int, ...]]:
-    tensors = empty_stock_model(config, model_class).state_dict()
+def _shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    tensors = empty_stock_model(config).state_dict()
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 

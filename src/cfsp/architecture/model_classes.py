@@ -59,7 +59,7 @@ def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     It is the class that the config names, of those that the Auto classes have for the config's
     class; else the first of these.
     """
-    check_is_decoder(config)
+    _check_is_decoder(config)
     found = registered_classes("AutoModelForCausalLM", type(config))
     found += registered_classes("AutoModelForImageTextToText", type(config))
     names = [name.removeprefix(PRUNED) for name in config.architectures or ()]
@@ -92,7 +92,7 @@ def auto_class_of_type(model_type: str) -> str:
     return "AutoModelForImageTextToText" if reads_images else "AutoModelForCausalLM"
 
 
-def check_is_decoder(config: PreTrainedConfig) -> None:
+def _check_is_decoder(config: PreTrainedConfig) -> None:
     """Check that a config is not that of an encoder, with or without a decoder behind it."""
     # Encoders are in the mapping of causal models too, for the configs with `is_decoder`.
     is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
