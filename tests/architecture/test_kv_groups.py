@@ -67,11 +67,11 @@ def test_equally_many_groups_give_a_stock_checkpoint(make_case, command):
 )
 def test_what_has_no_kv_groups_is_refused_by_name(name, reason):
     with pytest.raises(UnsupportedModelError, match=reason):
-        prove(tiny_config(name), None, ("kv",))
+        prove(tiny_config(name), ("kv",))
 
 
 def test_attentions_of_some_blocks_are_enough():
-    found = prove(tiny_config("qwen3_next"), None, ("kv",))
+    found = prove(tiny_config("qwen3_next"), ("kv",))
     assert [unit.path for unit in found.of_part("kv").units] == ["self_attn"]
     assert any("linear_attn" in refusal.module for refusal in found.refused)
 
@@ -82,7 +82,7 @@ def test_the_hidden_state_after_attention_is_found():
         ("gemma3_text", "pre_feedforward_layernorm"),
         ("gptj", None),
     ):
-        found = prove(tiny_config(name), None, ("kv",)).of_part("kv")
+        found = prove(tiny_config(name), ("kv",)).of_part("kv")
         assert {unit.after for unit in found.units} == {after}
 
 

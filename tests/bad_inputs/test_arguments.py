@@ -75,6 +75,7 @@ NUMBERS = [
     (f"{RECOVER} --learning-rate nan", "found nan", "--learning-rate must be above 0"),
     ("bench {model} --rounds 0", "found 0", "--rounds must be at least 1"),
     (f"bench {{model}} --batch {MANY}", f"found {MANY}", "--batch must be at least 1 and at most"),
+    ("bench {model} --new-tokens 0", "found 0", "--new-tokens must be at least 1 and at most"),
     ("bench {model} --prompt 225", "can read 256 tokens at once", "a smaller --prompt"),
     ("eval {model} --tasks piqa --limit 0", "found 0", "--limit must be at least 1"),
     (f"eval {{model}} --tasks piqa --limit {MANY}", f"found {MANY}", "--limit must be at least 1"),

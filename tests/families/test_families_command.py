@@ -4,6 +4,7 @@ import json
 import sys
 from functools import partial
 
+from cfsp.architecture.model_classes import model_class_of
 from cfsp.cli.families import OTHER_PARTS
 from cfsp.families import catalogue
 from cfsp.families.catalogue import Family, installed_families, verdicts, why_not
@@ -50,8 +51,16 @@ def test_named_types_are_proved_and_parts_by_themselves(command, monkeypatch):
 
 
 def test_a_type_has_all_its_classes():
-    classes = [each.class_name for each in installed_families() if each.model_type == "qwen3_5"]
-    assert classes == ["Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"]
+    families = [each for each in installed_families() if each.model_type == "qwen3_5"]
+    classes = ["Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"]
+    assert [each.class_name for each in families] == classes
+    assert [model_class_of(each.config()).__name__ for each in families] == classes
+
+
+def test_a_class_that_no_checkpoint_opens_is_not_proved():
+    """It is in a mapping by a type whose config it does not save."""
+    reasons = why_not(Family("emu3", "Emu3ForCausalLM"))
+    assert all("'emu3_text_model' has no class" in str(reasons[part]) for part in PARTS)
 
 
 def test_an_unknown_type_is_refused(command):

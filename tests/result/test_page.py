@@ -206,33 +206,31 @@ def test_pairs_with_the_original(run, results, tmp_path):
 def test_results_of_another_folder_are_known_by_their_weights(
     run, results, tmp_path, monkeypatch, caplog
 ):
+    def page_with(found: dict[str, Any], *runs: Path) -> str:
+        (tmp_path / "moved.json").write_text(json.dumps(found))
+        return words_of(rendered([*runs], tmp_path, tmp_path / "moved.json"))
+
     found = json.loads(results.read_text())
     for model, name in zip(found["models"], ("there/dense", "there/smaller"), strict=True):
         model["model"] = name
-    (tmp_path / "moved.json").write_text(json.dumps(found))
     monkeypatch.chdir(tmp_path)
-    words = words_of(rendered([run], tmp_path, tmp_path / "moved.json"))
-    assert words == words_of(rendered([run], tmp_path, results))
+    assert page_with(found, run) == words_of(rendered([run], tmp_path, results))
     found["models"][1]["fingerprint"] = "another's"
-    (tmp_path / "moved.json").write_text(json.dumps(found))
     with pytest.raises(ReportError, match="they are of: there/dense, there/smaller; measure"):
-        rendered([run], tmp_path, tmp_path / "moved.json")
+        page_with(found, run)
     # Of what was there before.
     found["models"][1]["model"] = str(run)
-    (tmp_path / "moved.json").write_text(json.dumps(found))
     with pytest.raises(ReportError, match="none of the runs, by their weights; they are of: "):
-        rendered([run], tmp_path, tmp_path / "moved.json")
+        page_with(found, run)
     bare = changed_copy(run, tmp_path / "bare", lambda manifest: None)
     for weights in bare.glob("*.safetensors"):  # as the runs of a sweep are
         weights.unlink()
     found["models"][1]["model"] = str(bare)
-    (tmp_path / "moved.json").write_text(json.dumps(found))
-    rendered([bare, run], tmp_path, tmp_path / "moved.json")
+    page_with(found, bare, run)
     assert not caplog.messages
     found = json.loads(results.read_text())
     found["models"][0]["fingerprint"] = "another's"
-    (tmp_path / "moved.json").write_text(json.dumps(found))
-    rendered([run], tmp_path, tmp_path / "moved.json")
+    page_with(found, run)
     (told,) = caplog.messages
     assert f"the results of {found['models'][0]['model']} are of other weights and left" in told
 
@@ -279,6 +277,7 @@ def test_speed_that_the_demonstration_adds_to_the_manifest(run, tmp_path):
         ("{", "cannot read"),
         ("[]", "not what"),
         ('{"models": [{}]}', "not what"),
+        ('{"models": []}', r"results.json is damaged \(IndexError.*; measure again with"),
         ('{"models": [{"model": "x", "perplexity": {}, "tokens": {}}]}', "of none of the runs"),
     ],
 )

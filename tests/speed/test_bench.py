@@ -23,7 +23,7 @@ from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import architecture_of
 from cfsp.cli import bench as bench_command
 from cfsp.cli.bench import _ratios
-from cfsp.errors import CfspError, CheckpointError, UsageError
+from cfsp.errors import CfspError, CheckpointError
 from cfsp.exports.registry import export
 from cfsp.speed.bench import Speed, _speeds, bench
 from cfsp.speed.subjects import (
@@ -203,24 +203,6 @@ def test_process_has_memory_of_its_own_and_its_death_is_one_sentence(model):
             child.join()
         with pytest.raises(CfspError, match="ended without an answer"):
             process.run(WORKLOAD)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["demo", "--prompt", "0"], "--prompt must be at least 1 and at most 16777216, found 0"),
-        (
-            ["demo", "--new-tokens", "0"],
-            "--new-tokens must be at least 1 and at most 16777216, found 0",
-        ),
-        (["a.gguf"], "a.gguf does not exist; give a directory with safetensors"),
-    ],
-)
-def test_wrong_arguments_are_one_sentence(arguments, message, command):
-    error = command("bench", *arguments, status=2).err
-    assert message in error and error.count("\n") == 1
-    with pytest.raises(UsageError, match="at least one model"):
-        bench([])
 
 
 def test_an_export_for_vllm_is_for_its_own_bench(tokenizer, tmp_path, command):

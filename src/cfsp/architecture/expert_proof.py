@@ -156,20 +156,17 @@ def masked_experts(block: nn.Module, unit: Unit, kept: Sequence[int]) -> Iterato
     def unchosen(_name: str, _part: Tensor, _operand: Tensor, product: Tensor) -> None:
         product[..., gone] = float("-inf")
 
-    modes: list[Any] = []  # one for each run, which holds casts while it lasts
-    saved: list[Tensor] = []
+    running = ExitStack()
 
     def before(*_: Any) -> None:
-        saved[:] = [tensor.clone() for tensor in single]
         for tensor in single:
+            running.callback(tensor.copy_, tensor.clone())
             tensor.view(-1)[gone] = _NEVER
-        modes.append(_RouterProducts(matrices, unchosen))
-        modes[-1].__enter__()
+        # One for each run: it holds casts while it lasts.
+        running.enter_context(_RouterProducts(matrices, unchosen))
 
     def after(*_: Any) -> None:
-        modes.pop().__exit__(None, None, None)
-        for tensor, values in zip(single, saved, strict=True):
-            tensor.copy_(values)
+        running.close()
 
     # Other blocks may have the same tensors, and lose other experts.
     with (
@@ -227,7 +224,7 @@ def with_experts(
     routed = [unit for unit in architecture.units if unit.routed]
     if not routed:
         raise _refused(architecture, "it has no routed experts whose matrices cfsp could find")
-    key, axes_of = _find_axes(architecture, config, type(run.model), routed)
+    key, axes_of = _find_axes(architecture, config, routed)
     units = tuple(
         replace(unit, expert_axes=axes_of[unit.block]) if unit.routed else unit
         for unit in architecture.units
@@ -260,19 +257,19 @@ def _refused(architecture: Architecture, reason: str) -> UnsupportedModelError:
 
 
 def _find_axes(
-    architecture: Architecture, config: PreTrainedConfig, model_class: Any, routed: Sequence[Unit]
+    architecture: Architecture, config: PreTrainedConfig, routed: Sequence[Unit]
 ) -> tuple[str, dict[int, dict[str, int]]]:
     """Return the key that says how many experts there are, and what has their axis, by block."""
     count = routed[0].ffns
     fields = config.get_text_config(decoder=True).to_dict()
-    before, fewer = _shapes(config, model_class), count // 2
+    before, fewer = _shapes(config), count // 2
     matrices = [
         architecture.block_prefix(unit.block) + name for unit in routed for name in unit.axes
     ]
     for key in (key for key, value in fields.items() if value == count and type(value) is int):
         try:
             changed = with_values(config, {key: fewer})
-            after = _shapes(type(config).from_dict(changed.to_dict()), model_class)
+            after = _shapes(type(config).from_dict(changed.to_dict()))
         except Exception:  # whatever a config or class does with a number that it does not expect
             continue
         if before.keys() == after.keys() and all(
@@ -300,21 +297,19 @@ def _find_axes(
     return key, axes
 
 
-def _shapes(config: PreTrainedConfig, model_class: Any) -> dict[str, tuple[int, ...]]:
-    tensors = empty_stock_model(config, model_class).state_dict()
+def _shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    tensors = empty_stock_model(config).state_dict()
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _axis_between(
-    before: Sequence[int], after: Sequence[int], count: int, fewer: int
+    before: tuple[int, ...], after: tuple[int, ...], count: int, fewer: int
 ) -> int | None:
     """Return the only axis that has become shorter, from `count` to `fewer`; None if it is none."""
-    axes = [
-        axis for axis, pair in enumerate(zip(before, after, strict=False)) if len(set(pair)) > 1
-    ]
-    if len(before) != len(after) or len(axes) != 1:
-        return None
-    return axes[0] if (before[axes[0]], after[axes[0]]) == (count, fewer) else None
+    for axis, length in enumerate(before):
+        if length == count and after == (*before[:axis], fewer, *before[axis + 1 :]):
+            return axis
+    return None
 
 
 def _find_groups(architecture: Architecture, config: PreTrainedConfig, run: SmallRun) -> int:

@@ -8,12 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -52,17 +47,21 @@ def with_values(config: PreTrainedConfig, values: Mapping[str, Any]) -> PreTrain
     return changed
 
 
+def registered_classes(auto: str, config_class: type[PreTrainedConfig]) -> list[Any]:
+    """Return what an Auto class has for a class of configs, that which it builds first."""
+    found = getattr(transformers, auto)._model_mapping.get(config_class, ())
+    return list(found) if isinstance(found, tuple | list) else [found]
+
+
 def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Return the language model class of a config, with or without a vision tower.
 
     It is the class that the config names, of those that the Auto classes have for the config's
     class; else the first of these.
     """
-    check_is_decoder(config)
-    found: list[Any] = []
-    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        registered = auto._model_mapping.get(type(config), ())
-        found += registered if isinstance(registered, tuple | list) else [registered]
+    _check_is_decoder(config)
+    found = registered_classes("AutoModelForCausalLM", type(config))
+    found += registered_classes("AutoModelForImageTextToText", type(config))
     names = [name.removeprefix(PRUNED) for name in config.architectures or ()]
     # A multimodal config is in both mappings; in the first for its text decoder alone.
     text = config.sub_configs.get("text_config")
@@ -82,12 +81,8 @@ def auto_classes_of(
     model_class: type[PreTrainedModel], config_class: type[PreTrainedConfig]
 ) -> list[str]:
     """Return the Auto classes by which a language model is loaded; the one to name comes first."""
-    found = []
-    for name in ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForMultimodalLM"):
-        auto: Any = getattr(transformers, name)
-        registered = auto._model_mapping.get(config_class, None)
-        if model_class in (registered if isinstance(registered, tuple | list) else [registered]):
-            found.append(name)
+    names = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForMultimodalLM")
+    found = [name for name in names if model_class in registered_classes(name, config_class)]
     return found or ["AutoModelForCausalLM"]
 
 
@@ -97,17 +92,16 @@ def auto_class_of_type(model_type: str) -> str:
     return "AutoModelForImageTextToText" if reads_images else "AutoModelForCausalLM"
 
 
-def check_is_decoder(config: PreTrainedConfig) -> None:
+def _check_is_decoder(config: PreTrainedConfig) -> None:
     """Check that a config is not that of an encoder, with or without a decoder behind it."""
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"model type {config.model_type!r} is an encoder with a decoder; cfsp prunes "
-            "decoder-only language models"
-        )
     # Encoders are in the mapping of causal models too, for the configs with `is_decoder`.
     is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if is_encoder and not getattr(config, "is_decoder", False):
+    found = None
+    if getattr(config, "is_encoder_decoder", False):
+        found = "an encoder with a decoder"
+    elif is_encoder and not getattr(config, "is_decoder", False):
+        found = "an encoder (its config does not say is_decoder)"
+    if found is not None:
         raise UnsupportedModelError(
-            f"model type {config.model_type!r} is an encoder (its config does not say "
-            "is_decoder); cfsp prunes decoder-only language models"
+            f"model type {config.model_type!r} is {found}; cfsp prunes decoder-only language models"
         )

@@ -29,13 +29,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.expert_proof import with_experts
 from cfsp.architecture.found import Architecture, Refusal, Unit
-from cfsp.architecture.model_classes import empty_stock_model, model_class_of
+from cfsp.architecture.model_classes import empty_stock_model
 from cfsp.architecture.small_run import (
     FailedCheckError,
     SmallRun,
@@ -51,22 +51,17 @@ from cfsp.settings import DEFAULT_PARTS, UNIT_PARTS, Part, unit_parts
 
 
 @torch.no_grad()
-def prove(
-    config: PreTrainedConfig,
-    model_class: type[PreTrainedModel] | None = None,
-    parts: tuple[Part, ...] = DEFAULT_PARTS,
-) -> Architecture:
+def prove(config: PreTrainedConfig, parts: tuple[Part, ...] = DEFAULT_PARTS) -> Architecture:
     """Return the blocks of a config's model and those of its units that can be cut.
 
     Units of `parts` must be there, FFNs in any case, which blocks are known by, and the blocks must
     run one by one: else it is an `UnsupportedModelError`.
     """
-    model_class = model_class or model_class_of(config)
     proved = []
     for part in UNIT_PARTS:
         if part in (*unit_parts(parts), "ffn"):
             goes_whole = part == "kv" and "attention" in parts
-            proved.append(_prove_part(config, model_class, "attention" if goes_whole else part))
+            proved.append(_prove_part(config, "attention" if goes_whole else part))
     # Attention comes before the FFN, or beside it.
     units = [unit for found in reversed(proved) for unit in found.units]
     architecture = replace(
@@ -76,14 +71,12 @@ def prove(
     )
     if "experts" not in parts:
         return architecture
-    return with_experts(architecture, config, small_run_of(config, model_class))
+    return with_experts(architecture, config, small_run_of(config))
 
 
-def _prove_part(
-    config: PreTrainedConfig, model_class: type[PreTrainedModel], part: Part
-) -> Architecture:
+def _prove_part(config: PreTrainedConfig, part: Part) -> Architecture:
     """Return the blocks and the units of one part that can be cut, or go (`attention`)."""
-    architecture, shared = _guess(config, model_class, part)
+    architecture, shared = _guess(config, part)
     refused, run = list(architecture.refused), None
     verdicts: dict[object, Unit | FailedCheckError] = {}
     units: list[Unit] = []
@@ -95,7 +88,7 @@ def _prove_part(
                 f"{shared[elsewhere]} too"
             )
         else:
-            run = run or run_small(config, model_class, architecture, part)
+            run = run or run_small(config, architecture, part)
             small = run.architecture.units[number]
             kind = unit.kind, _conduct(run.blocks[unit.block], small)
             if kind not in verdicts:
@@ -125,16 +118,13 @@ def _verdict(run: SmallRun, unit: Unit, part: Part) -> Unit | FailedCheckError:
 _small_runs: dict[str, SmallRun] = {}
 
 
-def small_run_of(
-    stock: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None
-) -> SmallRun:
+def small_run_of(stock: PreTrainedConfig) -> SmallRun:
     """Return a small model of a stock config that ran once; the last one is kept."""
     key = f"{type(stock).__name__} {stock.to_json_string(use_diff=False)}"
     if key not in _small_runs:
         _small_runs.clear()
-        model_class = model_class or model_class_of(stock)
-        architecture, _ = _guess(stock, model_class, "ffn")
-        _small_runs[key] = run_small(stock, model_class, architecture)
+        architecture, _ = _guess(stock, "ffn")
+        _small_runs[key] = run_small(stock, architecture)
     return _small_runs[key]
 
 
@@ -174,11 +164,9 @@ def _unsupported(
     )
 
 
-def _guess(
-    config: PreTrainedConfig, model_class: Any, part: Part
-) -> tuple[Architecture, dict[str, str]]:
+def _guess(config: PreTrainedConfig, part: Part) -> tuple[Architecture, dict[str, str]]:
     """Return what discovery finds, and for every shared parameter another name of it."""
-    model = empty_stock_model(config, model_class)
+    model = empty_stock_model(config)
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

@@ -29,6 +29,7 @@ from transformers import PreTrainedConfig
 
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.found import Architecture
+from cfsp.architecture.model_classes import model_class_of
 from cfsp.architecture.smaller_config import smaller_configs
 from cfsp.errors import UnknownModelError, UnsupportedModelError, first_line
 from cfsp.settings import Part
@@ -101,14 +102,12 @@ class SmallRun:
         return run_decoder(decoder, small_tokens(self.model))
 
 
-def run_small(
-    config: PreTrainedConfig, model_class: Any, architecture: Architecture, part: Part = "ffn"
-) -> SmallRun:
+def run_small(config: PreTrainedConfig, architecture: Architecture, part: Part = "ffn") -> SmallRun:
     """Run the smallest model that has the units of the large one, which are of one part."""
     reason = "none has the same FFNs at the same places"
     for smaller in smaller_configs(config):
         try:
-            model = small_skeleton(smaller, model_class)
+            model = small_skeleton(smaller)
             found = find_architecture(model, part)
             if not _has_units_of(found, architecture):
                 continue
@@ -125,12 +124,12 @@ def run_small(
     )
 
 
-def small_skeleton(config: PreTrainedConfig, model_class: Any) -> Any:
+def small_skeleton(config: PreTrainedConfig) -> Any:
     """Return a small model with parameters on the meta device and real buffers."""
     # The plain loop over experts takes any width; faster ones want rows of whole 16 bytes.
     config._experts_implementation = "eager"
     with _Doubles(), init_empty_weights(include_buffers=False):
-        model = model_class._from_config(config, dtype=torch.float64)
+        model = model_class_of(config)._from_config(config, dtype=torch.float64)
     return model.eval().requires_grad_(False)
 
 
@@ -191,7 +190,7 @@ def rebuilt(
 
     `place_of` gives the new name and values of each by its name; None where it goes.
     """
-    model, whole = small_skeleton(config, type(run.model)), run.model
+    model, whole = small_skeleton(config), run.model
     for named in (whole.named_parameters, whole.named_buffers):
         for name, tensor in named(remove_duplicate=False):
             if not tensor.is_meta and (placed := place_of(name, tensor)) is not None:

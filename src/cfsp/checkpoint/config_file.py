@@ -52,10 +52,7 @@ _CORRECT = "correct it or download it again"
 
 
 def read_config(directory: Path) -> tuple[PreTrainedConfig, Quantisation | None]:
-    """Return the config of the plain model in a directory, and how that is stored quantised.
-
-    Raises a `CheckpointError` where no model can be built from it, or it cannot be dequantised.
-    """
+    """Return the config of the plain model in a directory, and how that is stored quantised."""
     path = directory / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(

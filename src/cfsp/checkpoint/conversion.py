@@ -78,8 +78,9 @@ class Conversion:
         loaded = ModelShapes(config, parameters, [*self.renamings, self.converter])
         return as_saved(loaded, parameters)
 
+    @cached_property
     def made(self) -> dict[str, TensorSpec]:
-        """Return types and shapes of the parameters that it makes; of none if it cannot."""
+        """Types and shapes of the parameters that it makes; of none if it cannot."""
         if self.placed is not None:
             return {self.target: TensorSpec(self.specs[self.stored[0]].dtype, self.placed[1])}
         try:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _F32 = 0  # ggml_type
 _messages: list[str] = []
+_callbacks: list[Any] = []  # kept alive: the library calls back
 
 # Without accents that are characters of their own: llama.cpp splits them off and composes none.
 _PROBES = (
@@ -52,14 +53,22 @@ def llama_cpp_version() -> str:
     return f"llama.cpp {__llama_cpp_tag__}"
 
 
+@cache
 def llama_cpp_library() -> tuple[Any, Any]:
-    """Return (ffi, library), ready for use, with messages kept instead of printed."""
+    """Return (ffi, library), started once, with messages kept instead of printed."""
     try:
         from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
     except ImportError as error:
         raise MissingExtraError("running llama.cpp", "llamacpp") from error
     ffi, lib = get_ffi(), get_lib()
-    _start(ffi, lib)
+
+    def keep(level: int, text: Any, data: Any) -> None:
+        _messages.append(ffi.string(text).decode(errors="replace"))
+        del _messages[:-200]
+
+    _callbacks.append(ffi.callback("void(enum ggml_log_level, const char *, void *)", keep))
+    lib.llama_log_set(_callbacks[0], ffi.NULL)
+    lib.llama_backend_init()
     return ffi, lib
 
 
@@ -68,20 +77,6 @@ def last_error() -> str:
     lines = "".join(_messages).splitlines()
     errors = [line for line in lines if "error" in line or "fail" in line or "missing" in line]
     return (errors or lines or ["no reason given"])[0].strip()
-
-
-@cache
-def _start(ffi: Any, lib: Any) -> Any:
-    """Start the library once and return the callback, which the cache keeps alive."""
-
-    def keep(level: int, text: Any, data: Any) -> None:
-        _messages.append(ffi.string(text).decode(errors="replace"))
-        del _messages[:-200]
-
-    callback = ffi.callback("void(enum ggml_log_level, const char *, void *)", keep)
-    lib.llama_log_set(callback, ffi.NULL)
-    lib.llama_backend_init()
-    return callback
 
 
 def tokens_differ(path: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -33,11 +33,7 @@ _SECOND_COPIES = ["original/*", "metal/*", "consolidated*"]
 
 
 def open_checkpoint(name: str | Path, parts: tuple[Part, ...] = DEFAULT_PARTS) -> Checkpoint:
-    """Open a model by name; nothing but its config and tensor headers is read.
-
-    Names are `demo`, a directory, a .gguf file, a hub id or ID@REVISION. What is missing or damaged
-    is a `CheckpointError`.
-    """
+    """Open a model by name; nothing but its config and tensor headers is read."""
     directory = locate_model(name)
     # It imports torch, which a wrong name need not wait for.
     from cfsp.checkpoint.reading import Checkpoint

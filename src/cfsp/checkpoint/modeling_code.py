@@ -27,7 +27,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from transformers import PreTrainedConfig, PreTrainedModel, dynamic_module_utils
 
 from cfsp.architecture.found import Architecture
-from cfsp.architecture.model_classes import PRUNED, auto_classes_of
+from cfsp.architecture.model_classes import PRUNED, auto_classes_of, registered_classes
 from cfsp.architecture.resizing import (
     ConfigWith,
     Gone,
@@ -82,9 +82,8 @@ class ModelingFile:
     @cached_property
     def _base_class(self) -> type[PreTrainedModel] | None:
         """The class that AutoModel builds; None where the blocks are not in it."""
-        auto: Any = transformers.AutoModel
-        found = auto._model_mapping.get(self.config_class, None)
-        built: type[PreTrainedModel] | None = found[0] if isinstance(found, tuple) else found
+        found = registered_classes("AutoModel", self.config_class)
+        built: type[PreTrainedModel] | None = found[0] if found else None
         in_base = self.architecture.blocks.startswith(f"{self.model_class.base_model_prefix}.")
         return built if in_base or built is self.model_class else None
 

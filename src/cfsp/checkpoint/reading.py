@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -230,27 +231,18 @@ def in_memory(model: PreTrainedModel, parts: tuple[Part, ...]) -> Iterator[Loade
             f"{empty[0]} of the model in memory has no values there, as after offloading; give its "
             "path instead, which streams block by block"
         )
-    was_training = {module: module.training for module in model.modules()}
-    hooks = [
-        (of_module, dict(of_module))
-        for module in model.modules()
-        for of_module in (module._forward_pre_hooks, module._forward_hooks)
-    ]
-    compiled = {module: module._compiled_call_impl for module in model.modules()}
-    model.eval()
-    for of_module, _ in hooks:
-        of_module.clear()
-    for module in compiled:
-        module._compiled_call_impl = None
-    try:
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+            for name, nothing in (
+                ("_forward_pre_hooks", OrderedDict()),
+                ("_forward_hooks", OrderedDict()),
+                ("_compiled_call_impl", None),
+            ):
+                stack.callback(setattr, module, name, getattr(module, name))
+                setattr(module, name, nothing)
+        model.eval()
         yield source
-    finally:
-        for module, training in was_training.items():
-            module.training = training
-        for of_module, own in hooks:
-            of_module.update(own)
-        for module, call in compiled.items():
-            module._compiled_call_impl = call
 
 
 def _some_values(source: WeightSource, name: str) -> Tensor:

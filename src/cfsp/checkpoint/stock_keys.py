@@ -188,7 +188,7 @@ def _says_widths_only(config: PreTrainedConfig, key: str, times: Mapping[str, in
     units = [unit for unit in architecture.units if unit.path in times]
     value = 2 * units[0].width // times[units[0].path]
     try:
-        built = small_skeleton(with_values(model.config, {key: value}), type(model))
+        built = small_skeleton(with_values(model.config, {key: value}))
         for unit in units:
             unit.resize(built.get_submodule(architecture.blocks)[unit.block], unit.width)
         decoder, same = (each.get_submodule(architecture.decoder) for each in (built, model))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -61,7 +61,7 @@ class StoredTensors:
         made_by: dict[str, Conversion] = {}
         parameters: dict[str, TensorSpec] = {}
         for conversion in (each.without_choice() for each in conversions):
-            for name, spec in conversion.made().items():
+            for name, spec in conversion.made.items():
                 made_by[name], parameters[name] = conversion, spec
         tied = _tied(model, made_by)
         # Loading makes up by chance what is missing; cutting does not look at what it leaves.
@@ -216,14 +216,7 @@ class StoredTensors:
 
     def made_with(self, parameter: str) -> list[str]:
         """Return the parameters that are made of the same stored tensors, itself among them."""
-        return self._made_of[self._made_by[parameter]]
-
-    @cached_property
-    def _made_of(self) -> dict[Conversion, list[str]]:
-        found: dict[Conversion, list[str]] = {}
-        for name, conversion in self._made_by.items():
-            found.setdefault(conversion, []).append(name)
-        return found
+        return list(self._made_by[parameter].made)
 
 
 def _ties(model: PreTrainedModel) -> Iterable[tuple[str, str]]:

@@ -120,21 +120,12 @@ class FileTensor(StoredTensor):
         """Return the elements from one to another, flattened."""
         dtype = self.spec.dtype
         data = torch.empty((stop - start) * dtype.itemsize, dtype=torch.uint8)
-        view = data.numpy().data
-        with self.path.open("rb", buffering=0) as file:
+        with self.path.open("rb") as file:
             file.seek(self._start + start * dtype.itemsize)
-            done = 0
-            while done < len(data):
-                count = file.readinto(view[done:])
-                if not count:
-                    raise self._changed()
-                done += count
-            if _version(file.fileno()) != self._version:
-                raise self._changed()
+            count = file.readinto(data.numpy().data)
+            if count < len(data) or _version(file.fileno()) != self._version:
+                raise CheckpointError(f"{self.path} was changed while it was read; start again")
         return data.view(dtype)
-
-    def _changed(self) -> CheckpointError:
-        return CheckpointError(f"{self.path} was changed while it was read; start again")
 
 
 def read_weights(directory: Path) -> dict[str, FileTensor]:

@@ -24,7 +24,7 @@ from cfsp.errors import CfspError, UnsupportedModelError, first_line
 from cfsp.settings import PARTS, Part
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 # For each part why none of it can go; None if some can.
 Reasons = dict[Part, str | None]
@@ -98,17 +98,18 @@ class Family:
     model_type: str
     class_name: str
 
-    def class_and_config(self) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-        """Return the class and what it is built from, if one can be made."""
+    def config(self) -> PreTrainedConfig:
+        """Return the config of a checkpoint of the class, if one can be made."""
         import transformers
 
-        model_class: type[PreTrainedModel] = getattr(transformers, self.class_name)
+        model_class = getattr(transformers, self.class_name)
         values = copy.deepcopy(_VALUES.get(self.model_type, {}))
         config: PreTrainedConfig = transformers.CONFIG_MAPPING[self.model_type](**values)
         # A multimodal type's class for text alone is built from the config of its text decoder.
         if model_class.config_class is config.sub_configs.get("text_config"):
             config = config.get_text_config()
-        return model_class, config
+        config.architectures = [self.class_name]
+        return config
 
 
 def installed_families() -> list[Family]:
@@ -139,27 +140,26 @@ def proved_before() -> tuple[str, dict[Family, Reasons]]:
 
 
 def why_not(family: Family) -> Reasons:
-    """Prove a family with a config of its type; return for each part why none can go, if so."""
+    """Prove a family with a config of its type; return for each part why none can go, if so.
+
+    What is proved is the class as which a checkpoint of the family is opened.
+    """
     # To list what was proved before should not take seconds.
     from cfsp.architecture.expert_proof import with_experts
-    from cfsp.architecture.model_classes import check_is_decoder
     from cfsp.architecture.proof import prove, small_run_of
     from cfsp.streaming.block_proof import prove_without_attentions, prove_without_blocks
 
     try:
-        model_class, config = family.class_and_config()
-        check_is_decoder(config)
-    except CfspError as refusal:
-        return dict.fromkeys(PARTS, str(refusal))
+        config = family.config()
     except Exception as error:  # anything may be wrong with a default config
         return dict.fromkeys(PARTS, f"no config could be made ({first_line(error)})")
-    ffns = _tried(prove, config, model_class)
-    attentions = _tried(prove, config, model_class, ("attention",))
+    ffns = _tried(prove, config)
+    attentions = _tried(prove, config, ("attention",))
     found: dict[Part, object] = dict.fromkeys(PARTS, ffns)
     found["kv"] = found["attention"] = attentions
     # An attention that goes whole was first tried with fewer KV groups.
     if isinstance(attentions, str) or all(unit.is_whole for unit in attentions.of_part("kv").units):
-        found["kv"] = _tried(prove, config, model_class, ("kv",))
+        found["kv"] = _tried(prove, config, ("kv",))
     if not isinstance(attentions, str):
         blocks = [unit.block for unit in attentions.of_part("kv").units]
         proof = partial(prove_without_attentions, config, attentions)
@@ -167,8 +167,7 @@ def why_not(family: Family) -> Reasons:
     if not isinstance(ffns, str):
         blocks = list(range(ffns.block_count))
         found["blocks"] = _tried(_one_goes, blocks, partial(prove_without_blocks, config))
-        run = partial(small_run_of, config, model_class)
-        found["experts"] = _tried(lambda: with_experts(ffns, config, run()))
+        found["experts"] = _tried(lambda: with_experts(ffns, config, small_run_of(config)))
     return {part: reason if isinstance(reason, str) else None for part, reason in found.items()}
 
 

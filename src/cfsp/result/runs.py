@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE, SWEEP_FILE
-from cfsp.errors import OF_DAMAGE, CheckpointError, ReportError
+from cfsp.errors import CheckpointError, ReportError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.compare import compare
 from cfsp.quality.paired import Number
@@ -194,13 +194,12 @@ def _runs_in(directory: Path) -> list[Path]:
     return runs or [directory]
 
 
-def side_by_side(runs: Sequence[RunFacts], *headings: str) -> list[dict[str, Fact]]:
-    """Return what compares under some headings, text by text: one fact of each run, by its name."""
+def side_by_side(runs: Sequence[RunFacts], heading: str) -> list[dict[str, Fact]]:
+    """Return what compares under a heading, text by text: one fact of each run, by its name."""
     found: dict[object, dict[str, Fact]] = {}
     for run in runs:
-        for fact in run.facts:
-            if fact.heading in headings:
-                found.setdefault(fact.key, {})[run.name] = fact
+        for fact in run.under(heading):
+            found.setdefault(fact.key, {})[run.name] = fact
     texts = list(dict.fromkeys(fact.text for run in runs for fact in run.facts))
     return sorted(found.values(), key=lambda facts: texts.index(any_of(facts).text))
 
@@ -263,25 +262,19 @@ def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunF
 
     A model of the results is one of the runs, or a run's original, if it has its name or weights.
     """
-    try:
-        models = results["models"]
-        names = [str(model["model"]) for model in models]
-        has_speed = "workloads" in models[0]
-        facts_of = partial(_speed_facts, models[0]) if has_speed else _quality_facts
-        sides = [run.sides_in(models) for run in runs]
-        extended = [
-            replace(
-                run,
-                facts=joined([*run.facts, *facts_of(both)]),
-                answers=_answer_documents(both) or run.answers,
-            )
-            for run, both in zip(runs, sides, strict=True)
-        ]
-    except OF_DAMAGE as error:
-        raise ReportError(
-            "the results are not what `cfsp eval --json` or `cfsp bench --json` prints: "
-            f"{error!r} is missing or of another type"
-        ) from error
+    models = results["models"]
+    names = [str(model["model"]) for model in models]
+    has_speed = "workloads" in models[0]
+    facts_of = partial(_speed_facts, models[0]) if has_speed else _quality_facts
+    sides = [run.sides_in(models) for run in runs]
+    extended = [
+        replace(
+            run,
+            facts=joined([*run.facts, *facts_of(both)]),
+            answers=_answer_documents(both) or run.answers,
+        )
+        for run, both in zip(runs, sides, strict=True)
+    ]
     if not any("after" in both for both in sides):
         raise ReportError(
             "the results are of none of the runs, by their weights; they are of: "

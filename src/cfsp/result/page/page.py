@@ -60,8 +60,8 @@ def write_report(given: Sequence[Path], out: Path) -> None:
         with refusing_damage(run.directory):
             page = render_page(group_runs([run]))
     for path in results:
-        runs = with_results(runs, read_results(path))
         with refusing_damaged_results([path]):
+            runs = with_results(runs, read_results(path))
             page = render_page(group_runs(runs))
     if not results and len(runs) > 1:
         page = render_page(group_runs(runs))
