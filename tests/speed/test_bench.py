@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -221,7 +222,8 @@ def test_prefill_work_is_what_torch_counts_besides_attention(name):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=tokens_BT, logits_to_keep=1)
     counts = counter.get_flop_counts()["Global"].items()
-    matrices = sum(count for operator, count in counts if "bmm" not in str(operator))
+    # Torch counts attention as such from 2.15 on, before as products in batches.
+    matrices = sum(n for operator, n in counts if not re.search("bmm|attention", str(operator)))
     assert 2 * found.prefill_work(WORKLOAD) == pytest.approx(matrices, rel=1e-2)
 
 
