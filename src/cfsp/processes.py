@@ -34,17 +34,17 @@ _START_SECONDS = 1800.0
 
 def is_first_process() -> bool:
     """Return whether this process is the only one or the first of several."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return int(os.environ.get("RANK") or 0) == 0
 
 
 def process_count() -> int:
-    """Return how many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Return how many processes torchrun started; 1 without it, as where the variable is empty."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def processes_on_machine() -> int:
     """Return how many processes torchrun started on this machine; 1 without it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 @dataclass(frozen=True)

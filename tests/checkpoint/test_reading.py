@@ -4,6 +4,7 @@ import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +19,12 @@ from cfsp.checkpoint.reading import (
     LoadedModel,
     _spread,
     ffn_parameters_per_channel,
+    in_memory,
 )
 from cfsp.cut.surgery import PrunedSource
 from cfsp.errors import CheckpointError, UsageError
 from cfsp.planning.candidate import Dropped
+from cfsp.settings import DEFAULT_PARTS
 from tiny_models import build_tiny_model
 
 
@@ -65,6 +68,30 @@ def test_a_head_that_is_stored_as_well_counts_if_it_is_another(tiny_checkpoint, 
     count = cfsp.load(path).num_parameters()
     whole = PrunedSource(source, plan_without(source, Dropped()))
     assert source.parameter_count == whole.parameter_count == count
+
+
+class Compiled(torch.nn.Module):
+    """As what torch.compile() returns: it has hooks of its own; what is set goes to its part."""
+
+    def __init__(self, part: torch.nn.Module) -> None:
+        super().__init__()
+        self._modules["part"] = part
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._modules["part"], name, value)
+
+
+def test_a_compiled_part_of_a_model_in_memory_gets_its_hooks_back():
+    model: Any = build_tiny_model("llama").train()
+    mlp = model.model.layers[0].mlp
+    part = mlp.act_fn
+    handle = part.register_forward_hook(lambda *_: None)
+    mlp.act_fn = Compiled(part)
+    with in_memory(model, DEFAULT_PARTS):
+        assert not part._forward_hooks and not part.training
+    assert len(part._forward_hooks) == 1 and part.training
+    handle.remove()
+    assert not part._forward_hooks
 
 
 def test_parameters_per_channel_count_biases(tiny_checkpoint):

@@ -72,6 +72,11 @@ def test_what_a_library_of_several_processes_prints_is_not_the_output(forks):
     assert (ended.stdout, ended.stderr) == ("{}\n", "NCCL version 2\n")
 
 
+def test_variables_of_torchrun_that_are_empty_are_those_of_one_process(forks):
+    (ended,) = forks.code(LIBRARY, {"WORLD_SIZE": "", "RANK": ""})
+    assert (ended.stdout, ended.stderr) == ("NCCL version 2\n{}\n", "")
+
+
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_output_that_cannot_be_written_is_one_sentence(forks, flags):
     """As on a full disk; `--json` is more than the buffer holds."""

@@ -153,8 +153,9 @@ def test_numbers_of_numpy_are_those_of_python():
     found = Budget(np.float32(0.25), multiple=np.int64(4))  # type: ignore[arg-type]
     goal = TargetParameters(np.float32(0.5))  # type: ignore[arg-type]
     work = Workload(np.int64(2)), Conditions(rounds=np.int64(3))  # type: ignore[arg-type]
+    read = EvaluationText(windows=np.int64(5), seqlen=np.int64(64))  # type: ignore[arg-type]
     values = (found.sparsity, found.multiple, goal.fraction, work[0].batch, work[1].rounds)
-    assert json.dumps(values) == "[0.25, 4, 0.5, 2, 3]"
+    assert json.dumps([*values, read.windows, read.seqlen]) == "[0.25, 4, 0.5, 2, 3, 5, 64]"
 
 
 @pytest.mark.parametrize("data", [3, [3]])

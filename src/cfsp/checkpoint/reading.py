@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -233,14 +232,13 @@ def in_memory(model: PreTrainedModel, parts: tuple[Part, ...]) -> Iterator[Loade
         )
     with ExitStack() as stack:
         for module in model.modules():
-            stack.callback(setattr, module, "training", module.training)
-            for name, nothing in (
-                ("_forward_pre_hooks", OrderedDict()),
-                ("_forward_hooks", OrderedDict()),
-                ("_compiled_call_impl", None),
-            ):
+            for name in ("training", "_compiled_call_impl"):
                 stack.callback(setattr, module, name, getattr(module, name))
-                setattr(module, name, nothing)
+            module._compiled_call_impl = None
+            # In place: what torch.compile() returns hands on to a module what is set of itself.
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                stack.callback(hooks.update, dict(hooks))
+                hooks.clear()
         model.eval()
         yield source
 

@@ -87,9 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A polite kill must clean up as Ctrl-C does.
         signal.signal(signal.SIGTERM, partial(_stop, os.getpid()))
     show_messages()
-    from cfsp.checkpoint.output import output_path
-
     try:
+        from cfsp.checkpoint.output import output_path
+
         _check_current_directory()
         for name, given in list(vars(args).items()):
             if isinstance(given, Path):  # a shell leaves the home directory in --out=~/x as it is

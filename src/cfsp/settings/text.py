@@ -153,4 +153,4 @@ class EvaluationText(Declared):
         check_value(self.bos, Option(BOS_HELP, flag="bos", choices=BOS))
         if self.seqlen is not None:
             length = Option("tokens in a window", int, "seqlen", least=2, most=LONGEST_WINDOW)
-            check_value(self.seqlen, length)
+            object.__setattr__(self, "seqlen", check_value(self.seqlen, length))
