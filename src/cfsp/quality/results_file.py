@@ -87,7 +87,8 @@ def read_results(path: Path) -> dict[str, Any]:
 def refusing_damage(paths: Iterable[Path]) -> AbstractContextManager[None]:
     """Turn what is missing in results, or of another type, into one `ReportError`."""
     where = " or ".join(map(str, paths))
-    return damage_as(ReportError, where, "measure again with: cfsp eval ... --out FILE")
+    again = "measure again with `cfsp eval --out FILE` (or `bench --json`)"
+    return damage_as(ReportError, where, again)
 
 
 @dataclass(frozen=True)
