@@ -11,6 +11,7 @@ import pytest
 import cfsp
 from builders import statistics_with_distances
 from cfsp.errors import CfspError, TextError, UsageError
+from cfsp.quality.tasks.selection import TaskSelection
 from cfsp.recovery.settings import Training
 from cfsp.settings import (
     PARTS,
@@ -154,8 +155,10 @@ def test_numbers_of_numpy_are_those_of_python():
     goal = TargetParameters(np.float32(0.5))  # type: ignore[arg-type]
     work = Workload(np.int64(2)), Conditions(rounds=np.int64(3))  # type: ignore[arg-type]
     read = EvaluationText(windows=np.int64(5), seqlen=np.int64(64))  # type: ignore[arg-type]
+    tasks = TaskSelection(("piqa",), limit=np.int64(7))  # type: ignore[arg-type]
     values = (found.sparsity, found.multiple, goal.fraction, work[0].batch, work[1].rounds)
-    assert json.dumps([*values, read.windows, read.seqlen]) == "[0.25, 4, 0.5, 2, 3, 5, 64]"
+    others = (read.windows, read.seqlen, tasks.limit)
+    assert json.dumps([*values, *others]) == "[0.25, 4, 0.5, 2, 3, 5, 64, 7]"
 
 
 @pytest.mark.parametrize("data", [3, [3]])

@@ -24,6 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ from cfsp.checkpoint.skeleton import build_skeleton
 from cfsp.checkpoint.tensor_file import read_weights
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
 from cfsp.errors import CfspError
-from cfsp.settings import Option, check_value
+from cfsp.settings import Declared, option
 from cfsp.streaming.decoder_end import text_model
 from cfsp.streaming.memory import peak_rss_bytes
 
@@ -57,19 +58,16 @@ PROCESSES: SpawnContext | ForkServerContext = multiprocessing.get_context("spawn
 # Not idle, not waiting for a disk, not taken by another virtual machine. Some systems lack some.
 _WORK = ("user", "nice", "system", "irq", "softirq")
 
+_count = partial(option, kind=int, least=1, most=_MOST)
+
 
 @dataclass(frozen=True)
-class Workload:
+class Workload(Declared):
     """Prefill of a prompt, then generation of new tokens, one by one for each sequence."""
 
-    batch: int = 1  # sequences at once
-    prompt: int = 512  # tokens of each
-    new_tokens: int = 32  # generated for each after the first, which the prefill gives
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            known = Option("", int, name.replace("_", "-"), least=1, most=_MOST)
-            object.__setattr__(self, name, check_value(value, known))
+    batch: int = _count(1, "sequences at once")
+    prompt: int = _count(512, "tokens of each")
+    new_tokens: int = _count(32, "for each after the first, which the prefill gives")
 
     def describe(self) -> str:
         """Return one line for people."""
@@ -77,17 +75,13 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Conditions:
+class Conditions(Declared):
     """How to measure."""
 
     warmups: int = 2  # untimed runs of each workload before the rounds
-    rounds: int = 7  # timed runs of each model, in turns
+    rounds: int = option(7, "timed runs of each model, in turns", kind=int, least=1)
     device: str = "cpu"
     dtype: str = "auto"
-
-    def __post_init__(self) -> None:
-        rounds = check_value(self.rounds, Option("", int, "rounds", least=1))
-        object.__setattr__(self, "rounds", rounds)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from cfsp.checkpoint.locating import hub_is_missed
 from cfsp.errors import TaskError, UsageError, did_you_mean
-from cfsp.settings import Option, check_value
+from cfsp.settings import Declared, option
 
 # The tasks of the paper's tables, by their names in the harness.
 PAPER_SUITE = (
@@ -39,21 +39,23 @@ _FIELDS = (
 
 
 @dataclass(frozen=True)
-class TaskSelection:
+class TaskSelection(Declared):
     """Tasks and how to run them."""
 
     names: tuple[str, ...]  # of tasks, groups or tags of the harness, or of `SUITES`
-    limit: int | None = None  # documents of each task; None for all
-    shots: int | None = None  # solved examples first; None for what the task says (mostly 0)
+    limit: int | None = option(
+        None, "documents of each task; None for all", kind=int, least=1, most=_MOST
+    )
+    shots: int | None = option(
+        None, "solved examples first; None for what the task says", kind=int, least=0, most=_MOST
+    )
     data: Path | None = None  # directory of JSONL files; None for the harness's own, from the hub
     batch: int = DEFAULT_BATCH  # requests that pass together
 
     def __post_init__(self) -> None:
         if not self.names:
             raise UsageError("expected at least one task, found none; give --tasks piqa,arc_easy")
-        for flag, value, least in (("limit", self.limit, 1), ("shots", self.shots, 0)):
-            if value is not None:
-                check_value(value, Option("", int, flag, least=least, most=_MOST))
+        super().__post_init__()
         if self.data is not None and not self.data.is_dir():
             raise TaskError(
                 f"the task directory {self.data} does not exist; give the one with the JSONL files"
