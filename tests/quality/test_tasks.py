@@ -272,7 +272,7 @@ def test_an_interrupted_run_goes_on_with_the_next_task(
     assert lines[0].split() == [*short_names(models).values()]
     for name in ("piqa, acc ", "piqa, acc_norm", "lambada_openai, loss, nats"):
         assert next(line for line in lines if line.startswith(name)).count("±") == 2
-    assert "piqa, acc: 4 documents" in lines
+    assert "Tasks: 4 documents" in lines
 
 
 @pytest.mark.usefixtures("no_hub")

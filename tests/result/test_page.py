@@ -5,7 +5,8 @@ import math
 import re
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,15 @@ from cfsp.result.facts import NOTHING
 from cfsp.result.manifest import add_to_manifest
 from cfsp.result.page.chart import pareto_chart, round_scale
 from cfsp.result.page.page import group_runs, page_file, write_report
-from cfsp.result.runs import read_run, read_runs
+from cfsp.result.runs import (
+    AGREEMENT,
+    ANSWERS,
+    PAIRS,
+    _comparison_facts,
+    read_run,
+    read_runs,
+    side_by_side,
+)
 from conftest import REPOSITORY
 from report_runs import changed_copy, measured, recovered
 
@@ -199,8 +208,39 @@ def results(run, text_file, tmp_path_factory) -> Path:
 
 def test_pairs_with_the_original(run, results, tmp_path):
     words = words_of(rendered([run], tmp_path, results))
-    assert re.search(rf"KL per token, nats, \S+ {NOTHING} \d\.\d+ ± \d\.\d+", words)
-    assert re.search(rf"top-1 agreement, percent, \S+ {NOTHING} \d+\.\d ± ", words)
+    assert re.search(rf"KL per token, nats, \S+ 3 windows {NOTHING} \d\.\d+ ± \d\.\d+", words)
+    assert re.search(rf"top-1 agreement, percent, \S+ 3 windows {NOTHING} \d+\.\d ± ", words)
+
+
+def test_numbers_of_more_or_fewer_things_share_no_row(run):
+    """What two runs have in one row was measured on as many windows, documents and questions."""
+    estimate = {"value": 0.5, "stderr": None}
+    pair = dict.fromkeys(("first", "second", "difference"), estimate)
+
+    def measured(count: int, tasks: Sequence[str], shots: int) -> dict[str, Any]:
+        of_task = {"documents": count, "shots": shots, "is_above_chance": True, "accuracy": pair}
+        return {
+            "texts": {"news": {"windows": count, "divergence": pair, "agreed": pair}},
+            "tasks": {task: {**of_task, "kept": pair} for task in tasks},
+            "left_out": [],
+            "accuracy": pair,
+            "kept": pair,
+            "questions": count,
+            "answers": {"divergence": pair, "loops": pair},
+        }
+
+    def rows(*comparisons: dict[str, Any]) -> list[int]:
+        runs = [
+            replace(read_run(run), name=str(number), facts=_comparison_facts(each))
+            for number, each in enumerate(comparisons)
+        ]
+        return [len(side_by_side(runs, each)) for each in (ANSWERS, AGREEMENT, PAIRS)]
+
+    one = measured(4, ["piqa"], 0)
+    assert rows(one, one) == [2, 2, 4]
+    assert rows(one, measured(5, ["piqa"], 0)) == [4, 4, 8]
+    assert rows(one, measured(4, ["piqa"], 5)) == [2, 2, 8]
+    assert rows(one, measured(4, ["piqa", "boolq"], 0)) == [2, 2, 8]
 
 
 def test_results_of_another_folder_are_known_by_their_weights(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,8 @@ def _print(found: dict[str, Any], args: argparse.Namespace) -> None:
     compares = args.against is not None and len(models) > 1
     names = short_names(model["model"] for model in models)
     runs = measured_runs(models, compares=compares)
-    rows = [row for of_heading in sections(runs).values() for row in of_heading]
+    by_heading = sections(runs)
+    rows = [row for of_heading in by_heading.values() for row in of_heading]
     print_table(
         ("", *names.values()),
         [
@@ -188,9 +190,13 @@ def _print(found: dict[str, Any], args: argparse.Namespace) -> None:
         ],
     )
     print()
-    for row in rows:
-        if row.detail:
-            print(f"{row.name}: {', '.join(filter(None, (row.detail, row.hint)))}")
+    for heading, of_heading in by_heading.items():
+        # What most of them have is said once.
+        (usual, _), *_ = Counter((row.detail, row.hint) for row in of_heading).most_common()
+        others = {row.name: (row.detail, row.hint) for row in of_heading}
+        for name, how in {heading: usual, **others}.items():
+            if how[0] and (name == heading or how != usual):
+                print(f"{name}: {', '.join(filter(None, how))}")
     for model in models:
         if args.data and "agreement" in model:
             ratio, worst = model["agreement"]["perplexity_ratio"], model["agreement"]["worst"]

@@ -41,9 +41,10 @@ def compare(
 
         Of a text how many `windows`, `loss` and `divergence` (KL from the dense model) per token in
         nats, `agreed` (top-1 agreement). Of a task its `metric` (`acc_norm` where it has it, else
-        `acc`), how many `documents`, the accuracy of the `dense` model and of a guess (`chance`),
-        whether the former `is_above_chance`, `accuracy`, `kept` (share of answers that are the
-        dense model's, where one of several is picked), and of a free continuation `loss` in nats.
+        `acc`), how many `documents`, after how many `shots`, the accuracy of the `dense` model and
+        of a guess (`chance`), whether the former `is_above_chance`, `accuracy`, `kept` (share of
+        answers that are the dense model's, where one of several is picked), and of a free
+        continuation `loss` in nats.
     """
     texts = {
         text: _of_texts(text, first, second, dense)
@@ -161,6 +162,7 @@ def _of_tasks(
     return {
         "metric": metric,
         "documents": len(one),
+        "shots": first.tasks.get(task, {}).get("shots"),
         "dense": None if of_dense is None else mean([each[metric] for each in of_dense]),
         "chance": mean([each["chance"] for each in one]).value,
         "is_above_chance": is_above,

@@ -316,7 +316,7 @@ def _quality_facts(both: Sides) -> list[Fact]:
                 if metric in scores:
                     error = scores.get(f"{metric}_stderr")
                     number = _number({"value": scores[metric], "stderr": error})
-                    detail = counted(scores["documents"], "documents")
+                    detail = _examined(scores)
                     name = f"{task}, {metric}{', nats' if unit is NATS else ''}"
                     fact = Fact(TASKS, name, unit, detail=detail)
                     facts.append(_on(side, number, fact))
@@ -357,26 +357,35 @@ def _speed_facts(first: Mapping[str, Any], both: Sides) -> list[Fact]:
 
 
 def _comparison_facts(comparison: Mapping[str, Any]) -> list[Fact]:
-    facts = []
+    facts, tasks = [], comparison.get("tasks", {})
     for key, pair in comparison.get("answers", {}).items():
         name, unit = _OF_ANSWERS[key]
         before = _number(pair["first"]) if key in ("stops", "loops") else None
-        detail = counted(comparison["questions"], "questions") if key == "divergence" else ""
+        detail = counted(comparison["questions"], "questions")
         facts.append(Fact(ANSWERS, name, unit, before, _number(pair["second"]), detail=detail))
     for text, pairs in comparison.get("texts", {}).items():
         for key, (name, unit) in _OF_TEXTS.items():
             if pair := pairs.get(key):
-                after = _number(pair["second"])
-                facts.append(Fact(AGREEMENT, name, unit, after=after, text=text))
-    for task, pairs in [*comparison.get("tasks", {}).items(), ("mean of tasks", comparison)]:
-        is_guess = pairs.get("is_above_chance") is False
-        guess = "the original does not beat a guess; not in the mean" if is_guess else ""
+                after, detail = _number(pair["second"]), counted(pairs["windows"], "windows")
+                facts.append(Fact(AGREEMENT, name, unit, after=after, text=text, detail=detail))
+    left_out = comparison.get("left_out", ())
+    counted_in = {task: _examined(pairs) for task, pairs in tasks.items() if task not in left_out}
+    mean_of = f"{', '.join(counted_in)}: {', '.join(dict.fromkeys(counted_in.values()))}"
+    for task, pairs in [*tasks.items(), ("mean of tasks", comparison)]:
+        measured_on = mean_of if pairs is comparison else _examined(pairs)
+        guess = "; the original does not beat a guess; not in the mean" if task in left_out else ""
         for key, (of, name, unit) in _OF_TASKS.items():
             if pair := pairs.get(key):
-                detail = guess if key == "accuracy" else ""
+                detail = measured_on + (guess if key == "accuracy" else "")
                 after = _number(pair[of])
                 facts.append(Fact(PAIRS, f"{task}, {name}", unit, after=after, detail=detail))
     return facts
+
+
+def _examined(task: Mapping[str, Any]) -> str:
+    """Return on how much of a task a model was scored, and after how many solved examples."""
+    shots = f", {counted(task['shots'], 'shots')}" if task.get("shots") else ""
+    return counted(task["documents"], "documents") + shots
 
 
 def _number(estimate: Mapping[str, Any]) -> Number:
