@@ -8,20 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.decide import NOTHING_KNOWN, Known
 from cfsp.pipeline import check_output, digest_of, prune_checkpoint, pruning_identity
 from cfsp.processes import Team, process_count
 from cfsp.quality.evaluate import evaluation_windows
-from cfsp.recovery.prepare import training_bytes
-from cfsp.recovery.settings import AUTO_TEACHER, Adaptation, RecoverSettings, Training
+from cfsp.recovery.prepare import lack_of_memory
+from cfsp.recovery.settings import AUTO_TEACHER, RecoverSettings, Training
 from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.result.prune_report import PruneReport
 from cfsp.selection.goal import held_out_windows
 from cfsp.settings import BEST_WITHOUT_TRAINING, Compute, MaxLossIncrease, PruneSettings
-from cfsp.streaming.runtime import free_bytes
 from cfsp.text.drawing import draw_text
 from cfsp.text.tokenizers import load_tokenizer
 
@@ -51,19 +49,6 @@ def prune_and_recover(
     """
     compute, text = settings.compute, settings.text
     prune = partial(prune_checkpoint, source, known=known, command=command)
-    parameters = source.parameter_count
-    needed = training_bytes(Adaptation.method, parameters, parameters)
-    if needed > free_bytes(compute_device(compute.device)) or process_count() > 1:
-        alone = "there is no memory to train the whole model beside the dense one"
-        several = "several processes prune together; cfsp recover trains what they give"
-        why = several if process_count() > 1 else alone
-        log.info("best effort: repair by %s, because %s", BEST_WITHOUT_TRAINING, why)
-        return prune(out, replace(settings, repair=BEST_WITHOUT_TRAINING), team=team), None
-    # It imports the Trainer, and with it much that pruning alone does without.
-    from cfsp.recovery.recover import recover_checkpoint
-
-    check_output(source, out)
-    log.info("best effort: repair by ridge, then one pass of training towards the dense model")
     # What training refuses is said before there is a pruned model.
     seqlen = min(text.seqlen, Training.seqlen)
     how = RecoverSettings(
@@ -74,6 +59,15 @@ def prune_and_recover(
         # Training in float16 overflows.
         compute=Compute(compute.device, compute.dtype if compute.dtype != "float16" else "auto"),
     )
+    why = "several processes prune together; cfsp recover trains what they give"
+    if process_count() > 1 or (why := lack_of_memory(source, source, how)):
+        log.info("best effort: repair by %s, because %s", BEST_WITHOUT_TRAINING, why)
+        return prune(out, replace(settings, repair=BEST_WITHOUT_TRAINING), team=team), None
+    # It imports the Trainer, and with it much that pruning alone does without.
+    from cfsp.recovery.recover import recover_checkpoint
+
+    check_output(source, out)
+    log.info("best effort: repair by ridge, then one pass of training towards the dense model")
     pruned = out.with_name(f"{out.name}-pruned")
     before = (read_manifest(pruned) or {}).get(_ASKED) if pruned.is_dir() else None
     if before is None:

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from typing import Any
 
 import pytest
+import torch
 
 import cfsp
 from builders import entries, read_json, stop
@@ -339,6 +340,26 @@ def test_interrupt_says_that_nothing_was_written(command, model, text, tmp_path,
     monkeypatch.setattr(Checkpoint, "read", stop)
     argv = ["prune", model, "--out", tmp_path / "out", "--sparsity", 0.4, *text]
     assert "interrupted; nothing is half-written" in command(*argv, status=130).err
+    assert entries(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), RuntimeError("a bug")]
+)
+def test_an_accelerator_without_room_is_told_in_one_sentence(
+    error, command, model, text, tmp_path, monkeypatch
+):
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("cfsp.pipeline.decide", fail)
+    argv = ["prune", model, "--out", tmp_path / "out", "--sparsity", 0.4, *text]
+    if type(error) is RuntimeError:
+        with pytest.raises(RuntimeError, match="a bug"):
+            command(*argv)
+    else:
+        said = command(*argv, status=2).err
+        assert "accelerator is full (OutOfMemoryError: CUDA out of memory. Tried 2 GiB);" in said
     assert entries(tmp_path) == set()
 
 

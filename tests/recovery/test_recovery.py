@@ -18,15 +18,16 @@ from builders import changed, edit_json, edit_tensors, entries, random_tokens, t
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint
+from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.cli import main
 from cfsp.errors import RecoveryError, UsageError
 from cfsp.quality.perplexity import loss_in_memory
 from cfsp.recovery.adaptation import allocate_ranks, load_to_train
 from cfsp.recovery.data import RecoveryText, WindowData, read_text
 from cfsp.recovery.loss import IGNORED, loss_inside, multiplies_only
-from cfsp.recovery.prepare import teacher_of
+from cfsp.recovery.prepare import teacher_of, training_bytes
 from cfsp.recovery.schedule import Schedule
-from cfsp.recovery.settings import Adaptation, Limit, RecoverSettings, Training
+from cfsp.recovery.settings import Adaptation, Limit, Method, RecoverSettings, Training
 from cfsp.recovery.trainer import RecoveryTrainer, tokens_of, train
 from cfsp.result.facts import perplexities, texts_that_made
 from cfsp.result.making import making
@@ -253,7 +254,7 @@ def test_the_less_there_is_to_learn_the_lower_the_rate(recovered, pruned, model,
 
 def name_of_teacher(given: str, source: Path, tokenizer: Any) -> str | None:
     settings = RecoverSettings((), training(1), Adaptation("full"), given)
-    found = teacher_of(settings, open_checkpoint(source), tokenizer, CPU, None)
+    found = teacher_of(settings, open_checkpoint(source), tokenizer, None)
     return found and found.label
 
 
@@ -298,18 +299,39 @@ def test_the_dense_model_teaches_where_it_is_at_hand(
     assert "1e-06 GB are available" in caplog.text
 
 
-@pytest.mark.parametrize(("method", "bytes_for_each"), [("full", 16), ("lora", 4)])
+@pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_dense_model_teaches_where_there_is_memory_for_it(
-    pruned, tokenizer, model, monkeypatch, method, bytes_for_each
+    pruned, tokenizer, model, monkeypatch, caplog, method
 ):
-    """Training takes so many bytes for each parameter, and 4 for each of the teacher's."""
     source, dense = open_checkpoint(pruned), open_checkpoint(model)
-    needed = bytes_for_each * source.parameter_count + 4 * dense.parameter_count
     settings = RecoverSettings((), training(1), Adaptation(method), teacher="auto")
+    needed = training_bytes(source, dense, settings, CPU)
     for free, teaches in ((needed, True), (needed - 1, False)):
         monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda free=free: free)
-        found = teacher_of(settings, source, tokenizer, CPU, None)
+        found = teacher_of(settings, source, tokenizer, None)
         assert (found is not None) == teaches
+    assert f"training beside {dense.label} takes about" in caplog.text
+
+
+def test_what_training_takes_follows_from_shapes(pruned, model):
+    """Weights, 16 bytes for each that is trained itself, and what a step keeps of each token."""
+    source, dense = open_checkpoint(pruned), open_checkpoint(model)
+    blocks, hidden = source.architecture.block_count, source.config.hidden_size
+    widths = sum(unit.width for unit in source.units)
+
+    def taken(method: Method = "lora", **how: Any) -> float:
+        settings = RecoverSettings((), training(1, **how), Adaptation(method))
+        return training_bytes(source, dense, settings, CPU)
+
+    weights = 4 * (source.parameter_count + dense.parameter_count)
+    step = 4 * 32 * (14 * hidden * blocks + 5.5 * widths)
+    per_window = training(1).batch_windows * step
+    assert taken() == pytest.approx(1e9 + weights + per_window)
+    assert taken("full") - taken() == 12 * sum(parameters_of_blocks(source))
+    assert taken(batch_windows=1) == pytest.approx(1e9 + weights + step)
+    assert taken(gradient_checkpointing=True) < taken()
+    alone = training_bytes(source, None, RecoverSettings((), training(1)), CPU)
+    assert taken() - alone == 4 * dense.parameter_count
 
 
 @pytest.mark.parametrize("batch_windows", [1, 7])

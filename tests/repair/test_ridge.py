@@ -276,4 +276,4 @@ def test_best_effort_without_room_repairs_locally(model, few, tmp_path, monkeypa
     choices: Any = {"sparsity": 0.5, "multiple": 4, "effort": "best", "local_steps": 2}
     report = cfsp.prune(model, out=tmp_path / "out", **choices, **few)
     assert [step["name"] for step in report.repair["steps"]] == ["ridge", "sequential", "local"]
-    assert "repair by local, because there is no memory to train" in caplog.text
+    assert "repair by local, because training beside" in caplog.text

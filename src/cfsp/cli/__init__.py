@@ -19,7 +19,7 @@ from pathlib import Path
 from cfsp.checkpoint.locating import given_path
 from cfsp.cli.options import Parser, add_command, expand_sets
 from cfsp.cli.output import show_messages, tell
-from cfsp.errors import CfspError, UsageError, did_you_mean
+from cfsp.errors import CfspError, UsageError, did_you_mean, first_line
 from cfsp.processes import process_count
 
 # In the order of the help; each in the file of its name, but `eval` is in evaluate.py.
@@ -100,6 +100,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CfspError as error:
         print(f"cfsp {args.command}: {_process()}{error}", file=sys.stderr)
         return error.exit_status
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; it may not be imported yet
+            raise
+        print(
+            f"cfsp {args.command}: {_process()}the memory of the accelerator is full "
+            f"({first_line(error)}); smaller batches (batch_windows), shorter windows (seqlen) and "
+            "--device cpu take less",
+            file=sys.stderr,
+        )
+        return CfspError.exit_status
     except KeyboardInterrupt:
         print(f"\ncfsp {args.command}: interrupted; nothing is half-written", file=sys.stderr)
         return 130

@@ -27,7 +27,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cfsp.architecture.found import Architecture
-from cfsp.checkpoint.loading import load
+from cfsp.checkpoint.loading import compute_dtype, load
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import blocks_of, empty_model
@@ -180,17 +180,24 @@ def allocate_ranks(weight_L: Sequence[float], mean_rank: float) -> list[int]:
 def load_to_train(
     source: Checkpoint, device: torch.device, dtype: str, *, stays_on_cpu: bool
 ) -> PreTrainedModel:
-    """Load a model in what it is trained in: its own bfloat16 where that is fast, else float32.
+    """Load a model in its `training_dtype`.
 
     It has no dropout, whatever its config says: what one pass wins back is less than that costs.
     """
-    model = load(source.directory, dtype=dtype)
+    model = load(source.directory, dtype=training_dtype(source, device, dtype))
     _leave_out_dropout(model)
-    # In float16 gradients overflow.
-    is_fast = model.dtype == torch.bfloat16 and computes_bfloat16(device)
-    if dtype == "auto" and not is_fast:
-        model = model.float()
     return model if stays_on_cpu else model.to(device)
+
+
+def training_dtype(source: Checkpoint, device: torch.device, dtype: str) -> torch.dtype:
+    """Return what a model is trained in: its own bfloat16 where that is fast, else float32.
+
+    Another one only by its name.
+    """
+    own = compute_dtype(source, dtype)
+    # In float16 gradients overflow.
+    is_fast = own == torch.bfloat16 and computes_bfloat16(device)
+    return own if is_fast or dtype != "auto" else torch.float32
 
 
 def _leave_out_dropout(model: nn.Module) -> None:

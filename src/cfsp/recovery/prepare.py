@@ -18,7 +18,8 @@ from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.locating import exists, open_checkpoint, path_of
 from cfsp.checkpoint.output import check_is_outside, check_output_is_free
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.checkpoint.text_config import vocabulary_of
+from cfsp.checkpoint.stored_blocks import parameters_of_blocks
+from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
 from cfsp.errors import (
     CheckpointError,
     RecoveryError,
@@ -28,9 +29,9 @@ from cfsp.errors import (
 )
 from cfsp.processes import process_count
 from cfsp.quality.evaluate import evaluation_windows
-from cfsp.recovery.adaptation import ranks_of, trained_parameters
+from cfsp.recovery.adaptation import ranks_of, trained_parameters, training_dtype
 from cfsp.recovery.data import RecoveryText, read_text
-from cfsp.recovery.settings import AUTO_TEACHER, NO_TEACHER, Method, RecoverSettings
+from cfsp.recovery.settings import AUTO_TEACHER, NO_TEACHER, RecoverSettings
 from cfsp.result.card import model_card, origin_of
 from cfsp.result.manifest import facts_about, plan_beside, refusing_damage
 from cfsp.streaming.runtime import free_bytes
@@ -39,10 +40,13 @@ from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
 
 logger = logging.getLogger(__name__)
-# What training holds for each parameter: weights, gradients, AdamW's moments in float32. Adapters
-# leave the weights in the model's dtype and have little else.
-_BYTES_TO_TRAIN: dict[Method, int] = {"full": 16, "lora": 4}
-_BYTES_OF_TEACHER = 4
+# Weights that are trained themselves, gradients and AdamW's moments, in float32.
+_BYTES_TO_TRAIN = 16
+# What waits in a step for the way back, of each token in each block: so many values for each of the
+# hidden state and of the FFN channels. Routed experts see a token a few at a time. Fitted to the
+# peaks of docs/RESULTS.md, as is what is held besides.
+_OF_HIDDEN, _OF_CHANNEL, _EXPERTS = 14.0, 5.5, 8
+_BESIDE = 1e9
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: f
             "recovery does not run under accelerate's FSDP; start it with torchrun, or accelerate "
             "launch without FSDP, and give --shard if memory is short"
         )
-    device = compute_device(settings.compute.device)
+    compute_device(settings.compute.device)  # it is there
     _check_record(source)
     tokenizer = load_tokenizer(source.directory)
     # A teacher that is given counts by its weights, whatever it is called.
@@ -87,7 +91,9 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: f
         "--method": settings.adaptation.method,
         "--teacher": "a model" if is_named else settings.teacher,
     }
-    teacher = teacher_of(settings, source, tokenizer, device, _was_taught(out, asked))
+    teacher = teacher_of(settings, source, tokenizer, _was_taught(out, asked))
+    if process_count() == 1 and (why := lack_of_memory(source, teacher, settings)):
+        logger.warning("%s: it may be killed", why)
     rank_L = ranks_of(source, settings.adaptation)
     trained = trained_parameters(source, is_full=settings.adaptation.method == "full")
     with watch.stage("text"):
@@ -133,23 +139,53 @@ def _check_record(source: Checkpoint) -> None:
         model_card(facts_about(source), plan, origin_of(source))
 
 
-def training_bytes(method: Method, parameters: int, parameters_of_teacher: int) -> int:
-    """Return about what training with a teacher holds in memory."""
-    return _BYTES_TO_TRAIN[method] * parameters + _BYTES_OF_TEACHER * parameters_of_teacher
+def training_bytes(
+    source: Checkpoint, teacher: Checkpoint | None, settings: RecoverSettings, device: torch.device
+) -> float:
+    """Return about what training holds in memory: weights, what trains them, and a step."""
+    item = training_dtype(source, device, settings.compute.dtype).itemsize
+    models = [source] if teacher is None else [source, teacher]
+    weights = float(item * sum(each.parameter_count for each in models))
+    if settings.adaptation.method == "full":
+        weights += (_BYTES_TO_TRAIN - item) * sum(parameters_of_blocks(source))
+    training, hidden = settings.training, int(text_config_of(source.config).hidden_size)
+    blocks = source.architecture.block_count
+    channels = sum(
+        unit.width * (_EXPERTS if unit.routed else 1)
+        for unit in source.architecture.of_part("ffn").units
+    )
+    kept = _OF_HIDDEN * hidden * blocks + _OF_CHANNEL * channels
+    if training.gradient_checkpointing:  # one block at a time, and what enters each
+        kept = kept / blocks + hidden * blocks
+    return weights + item * training.batch_windows * training.seqlen * kept + _BESIDE
+
+
+def lack_of_memory(
+    source: Checkpoint, teacher: Checkpoint | None, settings: RecoverSettings
+) -> str:
+    """Return in words that training takes more memory than there is; nothing if it does not."""
+    device = compute_device(settings.compute.device)
+    needed, available = training_bytes(source, teacher, settings, device), free_bytes(device)
+    if needed <= available:
+        return ""
+    taught = "" if teacher is None else f" beside {teacher.label}"
+    return (
+        f"training{taught} takes about {needed / 1e9:.3g} GB of memory, {available / 1e9:.3g} GB "
+        "are available (--gradient-checkpointing, --batch-windows 1 and a short --seqlen take less)"
+    )
 
 
 def teacher_of(
     settings: RecoverSettings,
     source: Checkpoint,
     tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
     was_taught: bool | None,
 ) -> Checkpoint | None:
     """Return who teaches a pruned model, if anybody does.
 
     What memory decides stays as a killed run had it, which `was_taught` or was not.
     """
-    given, method = settings.teacher, settings.adaptation.method
+    given = settings.teacher
     if given == NO_TEACHER:
         return None
     if given != AUTO_TEACHER:
@@ -160,16 +196,9 @@ def teacher_of(
     if recorded is None or was_taught is not None:
         return recorded if was_taught else None
     # Several processes must decide alike, and memory is not.
-    if process_count() == 1:
-        counts = source.parameter_count, recorded.parameter_count
-        needed, available = training_bytes(method, *counts), free_bytes(device)
-        if needed > available:
-            _warn_of_no_teacher(
-                recorded.label,
-                f"with it training needs {needed / 1e9:.3g} GB of memory, {available / 1e9:.3g} GB "
-                "are available",
-            )
-            return None
+    if process_count() == 1 and (why := lack_of_memory(source, recorded, settings)):
+        _warn_of_no_teacher(recorded.label, why)
+        return None
     return recorded
 
 
