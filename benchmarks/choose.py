@@ -38,8 +38,8 @@ from cfsp.quality.evaluate import evaluation_windows
 from cfsp.quality.results_file import measured_model
 from cfsp.quality.tasks.harness import TaskRunner
 from cfsp.quality.tasks.selection import TaskSelection
-from cfsp.settings import EvaluationText
-from cfsp.speed.subjects import Workload, random_prompt
+from cfsp.settings import EvaluationText, Workload
+from cfsp.speed.subjects import random_prompt
 from cfsp.text.tokenizers import load_tokenizer
 
 TYPES = ("f16", "q8_0", "q4_k_m")

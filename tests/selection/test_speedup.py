@@ -30,7 +30,16 @@ from cfsp.selection.speedup import (
     times_faster,
     widths_to_measure,
 )
-from cfsp.settings import Budget, Compute, Criterion, Part, PruneSettings, TargetSpeedup, names_in
+from cfsp.settings import (
+    Budget,
+    Compute,
+    Criterion,
+    Part,
+    PruneSettings,
+    TargetSpeedup,
+    Workload,
+    names_in,
+)
 from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.windows import Windows
@@ -157,7 +166,7 @@ def test_too_little_text_is_said_before_models_are_timed(prune, samples, message
 @pytest.mark.usefixtures("models_start_quickly")
 def test_latencies_of_a_real_measurement(source, monkeypatch):
     monkeypatch.setattr(speedup, "ROUNDS", 1)
-    monkeypatch.setattr(speedup, "WORKLOAD", speedup.Workload(prompt=8, new_tokens=2))
+    monkeypatch.setattr(speedup, "WORKLOAD", Workload(prompt=8, new_tokens=2))
     found = measure_latencies(source, Budget(multiple=48), "decode", RUNTIME)
     (least, time), whole = found["curves"]["ffn"]
     assert (least, whole) == (48, [96, 1.0]) and time > 0
@@ -182,7 +191,7 @@ def test_what_is_timed_is_no_more_than_the_model_reads(
     monkeypatch.setattr(speedup, "compare_speed", note)
     with pytest.raises(ZeroDivisionError):
         measure_latencies(source, Budget(multiple=48), "decode", RUNTIME)
-    assert asked == [speedup.Workload(prompt=prompt, new_tokens=new_tokens)]
+    assert asked == [Workload(prompt=prompt, new_tokens=new_tokens)]
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -26,15 +26,14 @@ from cfsp.cli import bench as bench_command
 from cfsp.cli.bench import _ratios
 from cfsp.errors import CfspError, CheckpointError
 from cfsp.exports.registry import export
+from cfsp.settings import TimingConditions, Workload
 from cfsp.speed.bench import Speed, _speeds, bench
 from cfsp.speed.subjects import (
-    Conditions,
     Engine,
     Footprint,
     ModelProcess,
     Subject,
     Timing,
-    Workload,
     build_model,
     busy_seconds,
     model_process,
@@ -52,7 +51,7 @@ WORKLOAD = Workload(batch=2, prompt=9, new_tokens=NEW_TOKENS - 1)
 
 def test_engine_generates_what_the_model_generates(tmp_path):
     tiny("qwen3", num_hidden_layers=1).save_pretrained(tmp_path)
-    timed = Engine(Subject(tmp_path, "tiny"), Conditions(dtype="float32"))
+    timed = Engine(Subject(tmp_path, "tiny"), TimingConditions(dtype="float32"))
     model = load(tmp_path, dtype="float32")
     prompt_BP = random_prompt(model.config.vocab_size, WORKLOAD)
     expected_BN = generated(model, prompt_BP)[:, WORKLOAD.prompt :]
@@ -153,7 +152,7 @@ def test_errors_in_a_model_process_reach_the_user_as_they_are(tmp_path):
     absent = tmp_path / "absent"
     with (
         pytest.raises(CheckpointError, match="absent does not exist"),
-        model_process(Subject(absent, "absent"), Conditions()),
+        model_process(Subject(absent, "absent"), TimingConditions()),
     ):
         pass
 
@@ -174,7 +173,7 @@ def test_bench_times_every_combination(asked, model, tiny_checkpoint):
     subjects, workloads, conditions = asked[0]
     assert subjects == [Subject(each, each.name) for each in (model, other)]
     assert workloads == [Workload(1, 4, 32), Workload(2, 4, 32)]
-    assert conditions == Conditions(rounds=3)
+    assert conditions == TimingConditions(rounds=3)
     bench([model, model.parent / "." / model.name])
     assert [s.label for s in asked[1][0]] == [model.name] * 2
     assert asked[1][2].warmups == 2
@@ -193,7 +192,7 @@ def test_bench_takes_names_as_prune_does(asked, monkeypatch, tmp_path):
 
 def test_process_has_memory_of_its_own_and_its_death_is_one_sentence(model):
     ballast = torch.ones(400_000_000, dtype=torch.float32)  # 1.6 GB in this process
-    with model_process(Subject(model, "tiny"), Conditions()) as process:
+    with model_process(Subject(model, "tiny"), TimingConditions()) as process:
         assert 50_000_000 < process.peak_bytes()[0] < ballast.nbytes
         for child in multiprocessing.active_children():
             assert child.pid is not None
@@ -230,7 +229,7 @@ def test_prefill_work_is_what_torch_counts_besides_attention(name):
 def test_decode_work_is_all_weights_but_embeddings_and_the_cache(tmp_path):
     model: Any = tiny("qwen3", num_hidden_layers=1)
     model.save_pretrained(tmp_path)
-    engine = Engine(Subject(tmp_path, "tiny"), Conditions(dtype="bfloat16"))
+    engine = Engine(Subject(tmp_path, "tiny"), TimingConditions(dtype="bfloat16"))
     timing, tokens_BN = engine.run(WORKLOAD)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     weights = 2 * sum(p.numel() for p in matrices)

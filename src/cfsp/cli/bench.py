@@ -11,13 +11,12 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from cfsp.architecture.block_names import counted
-from cfsp.cli.options import Parser
+from cfsp.cli.options import Parser, add_options, typed
 from cfsp.cli.output import Told, human_bytes, human_count, print_table
-from cfsp.settings import DTYPES
+from cfsp.settings import TimingConditions, Workload, options_of
 
 if TYPE_CHECKING:
     from cfsp.speed.bench import Comparison, Speed
-    from cfsp.speed.subjects import Workload
 
 
 def add_options_to(parser: Parser) -> None:
@@ -28,38 +27,16 @@ def add_options_to(parser: Parser) -> None:
         help="as for prune; ratios are to the first",
     )
     work = parser.add_argument_group("what to time; several are timed one after the other")
-    for name, default, what in (
-        ("batch", 1, "sequences at once"),
-        ("prompt", 512, "prompt tokens of each"),
-        ("new-tokens", 32, "tokens generated for each"),
-    ):
-        work.add_argument(
-            f"--{name}",
-            type=int,
-            nargs="+",
-            default=[default],
-            metavar="N",
-            help=f"{what} (default: {default})",
-        )
-    group = parser.add_argument_group("how")
-    group.add_argument(
-        "--rounds", type=int, metavar="N", default=7, help="timed runs of each model (default: 7)"
-    )
-    group.add_argument("--device", default="cpu", help="cpu, cuda, mps, auto (default: cpu)")
-    group.add_argument(
-        "--dtype",
-        default="auto",
-        choices=DTYPES,
-        metavar="NAME",
-        help="auto (the model's own), float32, bfloat16, float16",
-    )
+    add_options(parser, work, Workload, nargs="+")
+    add_options(parser, parser.add_argument_group("how"), TimingConditions)
 
 
 def run(args: argparse.Namespace) -> Told:
     from cfsp.speed.bench import bench
 
-    names = ("batch", "prompt", "new_tokens", "rounds", "device", "dtype")
-    comparison = bench(args.models, **{name: getattr(args, name) for name in names})
+    known = (*options_of(Workload), *options_of(TimingConditions))
+    given = {name: value for name, value in typed(args).items() if name in known}
+    comparison = bench(args.models, **given)
     return comparison.to_json(), lambda: print_comparison(comparison)
 
 

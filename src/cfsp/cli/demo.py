@@ -13,7 +13,15 @@ from cfsp.cli.bench import print_comparison
 from cfsp.cli.options import Parser, kind_of, typed_command
 from cfsp.cli.output import Told, print_plan
 from cfsp.cli.prune import print_report
-from cfsp.settings import Budget, CalibrationText, EvaluationText, PruneSettings, fraction
+from cfsp.settings import (
+    Budget,
+    CalibrationText,
+    EvaluationText,
+    PruneSettings,
+    TimingConditions,
+    Workload,
+    fraction,
+)
 
 
 def add_options_to(parser: Parser) -> None:
@@ -40,7 +48,7 @@ def run(args: argparse.Namespace) -> Told:
     from cfsp.result.manifest import add_to_manifest
     from cfsp.result.page.page import write_report
     from cfsp.speed.bench import compare_speed
-    from cfsp.speed.subjects import Conditions, Subject, Workload
+    from cfsp.speed.subjects import Subject
 
     # Before the model is converted, which takes a while.
     check_output_is_free(args.out)
@@ -49,7 +57,7 @@ def run(args: argparse.Namespace) -> Told:
     speed = compare_speed(
         [Subject(source.directory, "dense"), Subject(args.out, "pruned")],
         [Workload()],
-        Conditions(warmups=1, rounds=5),
+        TimingConditions(warmups=1, rounds=5),
     )
     add_to_manifest(args.out, {"speed": speed.to_json()})
     write_report([args.out], page)

@@ -122,12 +122,16 @@ def add_options(
     settings: type[Any],
     *,
     fields: Sequence[str] | None = None,
+    nargs: str | None = None,
 ) -> None:
-    """Add the options of a class of settings, or of some of its fields, to a group of a parser."""
+    """Add the options of a class of settings, or of some of its fields, to a group of a parser.
+
+    `nargs` is argparse's.
+    """
     for name, option in options_of(settings).items():
         if fields is not None and name not in fields:
             continue
-        action = _add(group, option)
+        action = _add(group, option, nargs)
         if option.advanced:
             parser.hide(action)
 
@@ -174,7 +178,7 @@ def expand_sets(argv: Sequence[str]) -> list[str]:
     return expanded
 
 
-def _add(group: Any, option: Option) -> argparse.Action:
+def _add(group: Any, option: Option, nargs: str | None) -> argparse.Action:
     default = f" (default: {option.default})" if option.default else ""
     facts: dict[str, Any] = {"help": f"{option.help}{default}".replace("%", "%%")}
     if option.metavar:
@@ -186,7 +190,7 @@ def _add(group: Any, option: Option) -> argparse.Action:
     elif option.repeats:
         facts["action"] = "append"
     elif not option.choices:
-        facts["type"] = kind_of(option.kind)
+        facts |= {"type": kind_of(option.kind), "nargs": nargs}
     action: argparse.Action = group.add_argument(option.typed, **facts)
     return action
 

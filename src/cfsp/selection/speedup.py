@@ -36,9 +36,9 @@ from cfsp.selection.constraint import (
     highest_step,
     last_that_holds,
 )
-from cfsp.settings import PART_NOUNS, Budget, Part, Phase, TargetSpeedup
+from cfsp.settings import PART_NOUNS, Budget, Part, Phase, TargetSpeedup, TimingConditions, Workload
 from cfsp.speed.bench import compare_speed
-from cfsp.speed.subjects import HARDLY, Conditions, Subject, Workload
+from cfsp.speed.subjects import HARDLY, Subject
 from cfsp.streaming.memory import available_bytes
 from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.work_dir import WorkDir
@@ -260,7 +260,7 @@ def measure_latencies(
     ]
     _check_memory([whole, *(model for *_, model in timed)], runtime)
     dtype = str(runtime.dtype).removeprefix("torch.")
-    conditions = Conditions(warmups=1, rounds=ROUNDS, device=str(runtime.device), dtype=dtype)
+    conditions = TimingConditions(warmups=1, rounds=ROUNDS, device=str(runtime.device), dtype=dtype)
     comparison = compare_speed(subjects, [workload], conditions)
     count = source.architecture.block_count
     widths = [unit.width for unit in source.units if unit.part == "ffn"]

@@ -26,6 +26,7 @@ from cfsp.settings.pruning import (
     Clamp, Compute, Criterion, LocalTraining, PruneSettings, Repair, asked, prune_settings,
     removal_in_words, worth_in_words,
 )
+from cfsp.settings.speed import TimingConditions, Workload
 from cfsp.settings.text import (
     BOS, BOS_HELP, DEFAULT_QUESTIONS, DEFAULT_SAMPLES, DEFAULT_SEQLEN, DEFAULT_TEXT,
     LONGEST_WINDOW, MOST_WINDOWS, Bos, CalibrationText, Data, EvaluationText, Text, check_encodes,

@@ -21,14 +21,12 @@ from cfsp.checkpoint.text_config import longest_input_of
 from cfsp.errors import UsageError
 from cfsp.progress import item_progress
 from cfsp.result.names import short_names
-from cfsp.settings import one_or_several
+from cfsp.settings import TimingConditions, Workload, one_or_several
 from cfsp.speed.subjects import (
-    Conditions,
     Footprint,
     ModelProcess,
     Subject,
     Timing,
-    Workload,
     model_process,
 )
 
@@ -107,7 +105,7 @@ class Comparison:
     """Models on the same workloads; the first is what the others are compared to."""
 
     models: tuple[ModelSpeed, ...]
-    conditions: Conditions
+    conditions: TimingConditions
     # Median fraction of the processors that other programs took in the rounds.
     disturbance: dict[Workload, float]
 
@@ -123,12 +121,12 @@ class Comparison:
 def bench(
     models: str | Path | Sequence[str | Path],
     *,
-    batch: int | Sequence[int] = 1,
-    prompt: int | Sequence[int] = 512,
-    new_tokens: int | Sequence[int] = 32,
-    rounds: int = Conditions.rounds,
-    device: str = "cpu",
-    dtype: str = "auto",
+    batch: int | Sequence[int] = Workload.batch,
+    prompt: int | Sequence[int] = Workload.prompt,
+    new_tokens: int | Sequence[int] = Workload.new_tokens,
+    rounds: int = TimingConditions.rounds,
+    device: str = TimingConditions.device,
+    dtype: str = TimingConditions.dtype,
 ) -> Comparison:
     """Time models against each other, in turns, each in a process of its own.
 
@@ -161,7 +159,7 @@ def bench(
             "expected one batch=, prompt= and new_tokens= or several, found an empty list; leave "
             "it out for the default"
         )
-    conditions = Conditions(rounds=rounds, device=device, dtype=dtype)
+    conditions = TimingConditions(rounds=rounds, device=device, dtype=dtype)
     short = short_names(list(map(str, models)), least=1)
     subjects = []
     for each in models:
@@ -172,7 +170,7 @@ def bench(
 
 
 def compare_speed(
-    subjects: Sequence[Subject], workloads: Sequence[Workload], conditions: Conditions
+    subjects: Sequence[Subject], workloads: Sequence[Workload], conditions: TimingConditions
 ) -> Comparison:
     """Time models against each other, each in a process of its own; ratios are to the first."""
     timed: dict[Workload, list[list[Timing]]] = {}

@@ -24,7 +24,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +40,7 @@ from cfsp.checkpoint.skeleton import build_skeleton
 from cfsp.checkpoint.tensor_file import read_weights
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
 from cfsp.errors import CfspError
-from cfsp.settings import Declared, option
+from cfsp.settings import TimingConditions, Workload
 from cfsp.streaming.decoder_end import text_model
 from cfsp.streaming.memory import peak_rss_bytes
 
@@ -49,7 +48,6 @@ if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext
 
 _INITIAL_RANGE = 0.02
-_MOST = 1 << 24  # sequences, or tokens of each
 PHASES = ("prefill", "decode")
 # Other programs that take less of the processors hardly disturb.
 HARDLY = 0.05
@@ -57,31 +55,6 @@ HARDLY = 0.05
 PROCESSES: SpawnContext | ForkServerContext = multiprocessing.get_context("spawn")
 # Not idle, not waiting for a disk, not taken by another virtual machine. Some systems lack some.
 _WORK = ("user", "nice", "system", "irq", "softirq")
-
-_count = partial(option, kind=int, least=1, most=_MOST)
-
-
-@dataclass(frozen=True)
-class Workload(Declared):
-    """Prefill of a prompt, then generation of new tokens, one by one for each sequence."""
-
-    batch: int = _count(1, "sequences at once")
-    prompt: int = _count(512, "tokens of each")
-    new_tokens: int = _count(32, "for each after the first, which the prefill gives")
-
-    def describe(self) -> str:
-        """Return one line for people."""
-        return f"batch {self.batch}, prompt {self.prompt}, {self.new_tokens} new tokens"
-
-
-@dataclass(frozen=True)
-class Conditions(Declared):
-    """How to measure."""
-
-    warmups: int = 2  # untimed runs of each workload before the rounds
-    rounds: int = option(7, "timed runs of each model, in turns", kind=int, least=1)
-    device: str = "cpu"
-    dtype: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -179,7 +152,7 @@ def _random_model(
 class Engine:
     """A loaded model that generates greedily, step by step."""
 
-    def __init__(self, subject: Subject, conditions: Conditions) -> None:
+    def __init__(self, subject: Subject, conditions: TimingConditions) -> None:
         self._device = compute_device(conditions.device, float64=False)
         self._model, self.footprint = build_model(subject, conditions.dtype, self._device)
         self._forward: Any = text_model(self._model)
@@ -260,7 +233,7 @@ class ModelProcess:
 
 
 @contextmanager
-def model_process(subject: Subject, conditions: Conditions) -> Iterator[ModelProcess]:
+def model_process(subject: Subject, conditions: TimingConditions) -> Iterator[ModelProcess]:
     """Start a process, load the model in it, and end it afterwards; its errors are raised here."""
     # Ctrl-C goes to all processes of a terminal: this one ends the others.
     executor = ProcessPoolExecutor(1, PROCESSES)
@@ -308,7 +281,9 @@ def _asked(executor: ProcessPoolExecutor, ask: Callable[..., Any], *given: Any) 
 _engine: list[Engine] = []
 
 
-def _load(subject: Subject, conditions: Conditions) -> tuple[Footprint, dict[str, Any], float]:
+def _load(
+    subject: Subject, conditions: TimingConditions
+) -> tuple[Footprint, dict[str, Any], float]:
     """Load the model, in the process; return what a `ModelProcess` knows of it."""
     # Runtimes print as they like; standard output is for the results.
     os.dup2(2, 1)
