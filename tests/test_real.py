@@ -89,7 +89,7 @@ def measured(pruned) -> dict[str, dict[str, Any]]:
     models = {"dense": "demo", **pruned}
     found = cfsp.evaluate(list(models.values()), [DOCS, SOURCE], against="demo", **MEASURED)
     for entry in found:
-        assert entry["dtype"] == "bfloat16"
+        assert entry["dtype"] in ("bfloat16", "float32")  # which the processor decides
         assert entry["perplexity"][DOCS]["tokens"] == 4 * 255
     return dict(zip(models, found, strict=True))
 

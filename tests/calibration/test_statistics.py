@@ -114,7 +114,8 @@ def test_nan_of_experts_is_told_with_what_to_do(model_type):
         attention.v_proj.weight.fill_(1.0)
         attention.o_proj.weight.fill_(6e4)
         model.get_input_embeddings().weight.mul_(100)
-    job = job_of(LoadedModel(model.half()), PruneSettings(Budget(), compute=Compute("cpu")))
+    compute = Compute("cpu", "float16")
+    job = job_of(LoadedModel(model.half()), PruneSettings(Budget(), compute=compute))
     with pytest.raises(CalibrationError, match=r"block 1 produced NaN .* --dtype float32"):
         calibrate(job, Windows(random_tokens(4, 12), {"text": 4}))
 

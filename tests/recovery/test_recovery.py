@@ -156,7 +156,7 @@ def test_a_model_of_16_bits_is_trained_and_keeps_them(
     pruned, recovered, tmp_path, out, monkeypatch, dtype, method
 ):
     # As on a machine that multiplies bfloat16 natively.
-    monkeypatch.setattr("cfsp.recovery.adaptation.computes_bfloat16", lambda device: True)
+    monkeypatch.setattr("cfsp.checkpoint.loading.is_native", lambda dtype, device: True)
     source = tmp_path / "source"
     shutil.copytree(pruned, source)
     halves = {k: v.to(dtype) for k, v in tensors(pruned).items()}

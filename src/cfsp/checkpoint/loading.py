@@ -43,7 +43,7 @@ def load(
         device = compute_device(device, float64=False)
     checkpoint = open_checkpoint(name)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        dtype = compute_dtype(checkpoint, str(dtype))
+        dtype = named_dtype(checkpoint, str(dtype))
     with library_progress():
         build: Any = model_class(checkpoint.config)
         if checkpoint.quantisation is None:
@@ -75,16 +75,46 @@ def cache_argument(module: Module) -> str:
     return "cache" if "cache" in parameters else "past_key_values"
 
 
-def compute_dtype(source: Any, name: str = "auto") -> torch.dtype:
-    """Return a dtype by name; `auto` is that of the first down projection of a source."""
+def own_dtype(source: Any) -> torch.dtype:
+    """Return the dtype in which the first down projection of a source is stored."""
+    unit = source.units[0]
+    stored: torch.dtype = source.parameters[
+        source.architecture.block_prefix(unit.block) + unit.down
+    ].dtype
+    return stored
+
+
+def named_dtype(source: Any, name: str) -> torch.dtype:
+    """Return a dtype by name; `auto` is a source's own."""
     if name == "auto":
-        unit = source.units[0]
-        stored: torch.dtype = source.parameters[
-            source.architecture.block_prefix(unit.block) + unit.down
-        ].dtype
-        return stored
+        return own_dtype(source)
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     return known[Compute(dtype=name).dtype]  # which refuses others
+
+
+def compute_dtype(source: Any, name: str, device: torch.device) -> torch.dtype:
+    """Return what to compute in; `auto` is a source's own dtype, or float32 where that is faster.
+
+    Another one only by its name.
+    """
+    dtype = named_dtype(source, name)
+    return dtype if name != "auto" or is_native(dtype, device) else torch.float32
+
+
+# What torch asks a CPU of. Without it products take nine times as long as in float32.
+_NATIVE = {
+    torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
+    torch.float16: ("_is_amx_fp16_supported",),
+}
+
+
+def is_native(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether a device multiplies numbers of a dtype itself, and does not emulate it."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu" and dtype in _NATIVE:
+        return any(getattr(torch.cpu, name, lambda: False)() for name in _NATIVE[dtype])
+    return True
 
 
 def compute_device(name: torch.device | str, *, float64: bool = True) -> torch.device:

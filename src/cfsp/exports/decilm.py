@@ -21,7 +21,7 @@ import torch
 from transformers import __version__
 
 from cfsp.checkpoint.config_file import read_plain_fields
-from cfsp.checkpoint.loading import compute_dtype
+from cfsp.checkpoint.loading import own_dtype
 from cfsp.checkpoint.own_files import CONFIG_FILE, copy_travelling_files
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import resized_parts
@@ -187,7 +187,7 @@ def decilm_config(source: Checkpoint) -> dict[str, Any]:
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "nemotron-nas",
-        "dtype": str(compute_dtype(source)).removeprefix("torch."),
+        "dtype": str(own_dtype(source)).removeprefix("torch."),
         # Loaders look at it to know how old the words of a config are.
         "transformers_version": getattr(config, "transformers_version", None) or __version__,
         **fields,

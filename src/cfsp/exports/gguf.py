@@ -27,7 +27,7 @@ from cfsp.checkpoint.llama_cpp import (
     quantise,
     tokens_differ,
 )
-from cfsp.checkpoint.loading import compute_dtype
+from cfsp.checkpoint.loading import own_dtype
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import head_size
 from cfsp.errors import CannotSayError, ExportError, MissingExtraError, UsageError
@@ -71,7 +71,7 @@ def write(
         from gguf import GGMLQuantizationType, LlamaFileType, RopeScalingType
     except ImportError as error:
         raise MissingExtraError("gguf export", "export") from error
-    own = _OWN_TYPES.get(compute_dtype(source), "bf16")
+    own = _OWN_TYPES.get(own_dtype(source), "bf16")
     name = (weight_type or own).lower()
     if name not in WRITTEN_HERE + BY_LLAMA_CPP:
         raise UsageError(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cfsp.checkpoint.loading import compute_dtype
+from cfsp.checkpoint.loading import own_dtype
 from cfsp.checkpoint.own_files import CONFIG_FILE, copy_travelling_files
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import stock_config
@@ -46,7 +46,7 @@ def check(source: Checkpoint) -> None:
 def write(source: Checkpoint, out: Path, weight_type: str | None = None) -> Written:
     """Write the model, its config and tokenizer into an existing directory."""
     check(source)
-    own = "f32" if compute_dtype(source) == torch.float32 else "f16"
+    own = "f32" if own_dtype(source) == torch.float32 else "f16"
     openvino, kind = _openvino(), (weight_type or own).lower()
     if kind not in _TOLERANCES:
         raise UsageError(

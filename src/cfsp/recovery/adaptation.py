@@ -190,14 +190,9 @@ def load_to_train(
 
 
 def training_dtype(source: Checkpoint, device: torch.device, dtype: str) -> torch.dtype:
-    """Return what a model is trained in: its own bfloat16 where that is fast, else float32.
-
-    Another one only by its name.
-    """
-    own = compute_dtype(source, dtype)
-    # In float16 gradients overflow.
-    is_fast = own == torch.bfloat16 and computes_bfloat16(device)
-    return own if is_fast or dtype != "auto" else torch.float32
+    """Return what a model is trained in: never float16, in which gradients overflow."""
+    found = compute_dtype(source, dtype, device)
+    return torch.float32 if found == torch.float16 else found
 
 
 def _leave_out_dropout(model: nn.Module) -> None:
@@ -211,16 +206,6 @@ def _leave_out_dropout(model: nn.Module) -> None:
             values = vars(each)
             of_dropout = [n for n, value in values.items() if "drop" in n and type(value) is float]
             values.update(dict.fromkeys(of_dropout, 0.0))
-
-
-def computes_bfloat16(device: torch.device) -> bool:
-    """Return whether the device multiplies bfloat16 natively; emulation is slower than float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
-    return False
 
 
 def attach(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cfsp.checkpoint.loading import compute_dtype
+from cfsp.checkpoint.loading import own_dtype
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint, WeightSource
 from cfsp.cut.surgery import PrunedSource
@@ -145,7 +145,7 @@ def prune_report(
     after = PrunedSource(source, plan).parameter_count
     dequantised = {}
     if isinstance(source, Checkpoint) and source.quantisation is not None:
-        dtype = str(compute_dtype(source)).removeprefix("torch.")
+        dtype = str(own_dtype(source)).removeprefix("torch.")
         dequantised = {"from": source.quantisation.method, "to": dtype}
     return PruneReport(
         parameters_before=before,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -35,7 +36,7 @@ from cfsp.planning.importance import choose_channels
 from cfsp.progress import item_progress
 from cfsp.settings import AUTO_METRIC, SENSITIVITY, UNIT_PARTS, Criterion, Part
 from cfsp.streaming.decoder_end import logits_of, text_model
-from cfsp.streaming.runtime import Runtime, check_fits, fits, no_number
+from cfsp.streaming.runtime import Runtime, check_fits, fits, is_there, no_number
 from cfsp.streaming.stand_in import (
     CallForm,
     find_call_form,
@@ -62,11 +63,13 @@ _SAME = 1e-4
 
 
 def load_whole(source: WeightSource, runtime: Runtime, purpose: str) -> PreTrainedModel:
-    """Return the whole model of a source, ready to run; one in memory is itself."""
-    if isinstance(source, LoadedModel):
+    """Return the whole model of a source, ready to run; one in memory is itself if it is fast."""
+    if isinstance(source, LoadedModel) and is_there(source, runtime):
         return source.model
-    assert isinstance(source, Checkpoint)
     check_fits(source, runtime, purpose)
+    if isinstance(source, LoadedModel):
+        return deepcopy(source.model).to(runtime.device, runtime.dtype)
+    assert isinstance(source, Checkpoint)
     return load(source.directory, dtype=runtime.dtype, device=runtime.device)
 
 

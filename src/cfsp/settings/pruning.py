@@ -85,6 +85,7 @@ class Criterion(Declared):
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+AUTO_DTYPE = "the model's own, or float32 where the device only emulates that"
 
 Repair = Literal["none", "ridge", "local"]
 REPAIRS: tuple[Repair, ...] = get_args(Repair)
@@ -101,9 +102,7 @@ class Compute(Declared):
     """Where to compute and in what; `cfsp.streaming.runtime.runtime_of` makes `auto` definite."""
 
     device: str = option("auto", "cpu, cuda, cuda:1, ...", default="an accelerator")
-    dtype: str = advanced_option(
-        "auto", "what to compute in", choices=DTYPES, default="the model's own"
-    )
+    dtype: str = advanced_option("auto", "what to compute in", choices=DTYPES, default=AUTO_DTYPE)
     batch_windows: int | None = advanced_option(
         None, "windows that pass a block together", kind=int, least=1, default="about 4096 tokens"
     )

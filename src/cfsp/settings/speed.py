@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from cfsp.settings.options import Declared, option
-from cfsp.settings.pruning import DTYPES
+from cfsp.settings.pruning import AUTO_DTYPE, DTYPES
 
 _MOST = 1 << 24  # sequences, or tokens of each
 
@@ -36,4 +36,4 @@ class TimingConditions(Declared):
     warmups: int = 2  # untimed runs of each workload before the rounds
     rounds: int = option(7, "timed runs of each model, in turns", kind=int, least=1)
     device: str = option("cpu", "cpu, cuda, mps, auto")
-    dtype: str = option("auto", "what to compute in; auto: the model's own", choices=DTYPES)
+    dtype: str = option("auto", "what to compute in", choices=DTYPES, default=AUTO_DTYPE)

@@ -140,7 +140,7 @@ def bench(
         new_tokens: tokens generated for each; likewise.
         rounds: timed runs of each model.
         device: cpu, cuda, mps or auto.
-        dtype: auto for the model's own.
+        dtype: auto for the model's own, or float32 where the device only emulates that.
 
     Returns:
         Sizes, speeds with their ratios round by round, and peak memory; `to_json()` for a file.

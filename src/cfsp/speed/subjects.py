@@ -122,7 +122,7 @@ def build_model(
     if isinstance(subject.model, PreTrainedConfig):
         return _random_model(subject.model, getattr(torch, dtype_name), device)
     checkpoint = open_checkpoint(subject.model)
-    dtype = compute_dtype(checkpoint, dtype_name)
+    dtype = compute_dtype(checkpoint, dtype_name, device)
     model = load(checkpoint.directory, dtype=dtype, device=device)
     # Others may lie there: the same weights again in another format.
     files = {tensor.path for tensor in read_weights(checkpoint.directory).values()}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cfsp.checkpoint.loading import compute_device, compute_dtype
+from cfsp.checkpoint.loading import compute_device, compute_dtype, own_dtype
 from cfsp.checkpoint.reading import LoadedModel, WeightSource
 from cfsp.errors import CalibrationError, ShortOfMemoryError
 from cfsp.processes import Team
@@ -75,25 +75,31 @@ def torch_as_it_starts() -> Iterator[None]:
 
 def runtime_of(compute: Compute, source: WeightSource) -> Runtime:
     """Return what `auto` comes to for a model on this machine."""
-    return Runtime(
-        compute_device(compute.device), compute_dtype(source, compute.dtype), compute.batch_windows
-    )
+    device = compute_device(compute.device)
+    return Runtime(device, compute_dtype(source, compute.dtype, device), compute.batch_windows)
 
 
 def fits(source: WeightSource, runtime: Runtime, models: int = 1) -> bool:
     """Return whether a whole model, or so many as large, fit into memory where it computes."""
-    missing = models - isinstance(source, LoadedModel)  # one in memory is there already
+    missing = models - is_there(source, runtime)
     return missing * needed_bytes(source, runtime.dtype) <= free_bytes(runtime.device)
+
+
+def is_there(source: WeightSource, runtime: Runtime) -> bool:
+    """Return whether a source is a whole model in memory that computes as fast as a copy would."""
+    return isinstance(source, LoadedModel) and own_dtype(source).itemsize >= runtime.dtype.itemsize
 
 
 def check_fits(source: WeightSource, runtime: Runtime, purpose: str) -> None:
     """Check that a whole model fits, for a purpose that the error names."""
     if not fits(source, runtime):
         needed, available = needed_bytes(source, runtime.dtype), free_bytes(runtime.device)
+        own = own_dtype(source)
+        slower = f"compute in --dtype {str(own).removeprefix('torch.')}, which is slower here, "
         raise ShortOfMemoryError(
             f"{purpose} runs the whole model, which takes about {needed / 1e9:.3g} GB of memory; "
-            f"{available / 1e9:.3g} GB are available: free as much, do without, or use "
-            "a larger machine"
+            f"{available / 1e9:.3g} GB are available: free as much, do without, "
+            f"{slower if own.itemsize < runtime.dtype.itemsize else ''}or use a larger machine"
         )
 
 
