@@ -95,11 +95,11 @@ def check_fits(source: WeightSource, runtime: Runtime, purpose: str) -> None:
     if not fits(source, runtime):
         needed, available = needed_bytes(source, runtime.dtype), free_bytes(runtime.device)
         own = own_dtype(source)
-        slower = f"compute in --dtype {str(own).removeprefix('torch.')}, which is slower here, "
+        narrower = f"compute in --dtype {str(own).removeprefix('torch.')}, which takes less, "
         raise ShortOfMemoryError(
             f"{purpose} runs the whole model, which takes about {needed / 1e9:.3g} GB of memory; "
             f"{available / 1e9:.3g} GB are available: free as much, do without, "
-            f"{slower if own.itemsize < runtime.dtype.itemsize else ''}or use a larger machine"
+            f"{narrower if own.itemsize < runtime.dtype.itemsize else ''}or use a larger machine"
         )
 
 
