@@ -11,6 +11,7 @@ import pytest
 import cfsp
 from builders import statistics_with_distances
 from cfsp.errors import CfspError, TextError, UsageError
+from cfsp.quality.answers import Questions
 from cfsp.quality.tasks.selection import TaskSelection
 from cfsp.recovery.settings import Training
 from cfsp.settings import (
@@ -160,9 +161,10 @@ def test_numbers_of_numpy_are_those_of_python():
     values = (found.sparsity, found.multiple, goal.fraction, work[0].batch, work[1].rounds)
     others = (read.windows, read.seqlen, tasks.limit)
     assert json.dumps([*values, *others]) == "[0.25, 4, 0.5, 2, 3, 5, 64, 7]"
+    assert Questions.of(np.int64(3)) == Questions.of(3)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("data", [3, [3]])
+@pytest.mark.parametrize("data", [3, [3], np.array(3)])
 def test_what_is_no_text_is_taken_for_the_name_of_one(data):
     for ask in (partial(cfsp.prune, sparsity=0.2), cfsp.recover):
         with pytest.raises(TextError, match="3 is neither a file nor a known text"):

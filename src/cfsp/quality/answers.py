@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from hashlib import sha256
 from itertools import takewhile
+from numbers import Integral
 from operator import eq
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ class Questions:
     @classmethod
     def of(cls, asked: int | str | Path) -> Questions:
         """Return so many questions of those that come with cfsp, or those that begin chats."""
-        if not isinstance(asked, int):
+        if not isinstance(asked, Integral):
             return cls(tuple(_first_turns(str(asked))))
         if asked < 1:
             raise UsageError(f"--answers needs at least 1 question, found {asked}")

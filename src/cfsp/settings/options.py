@@ -152,8 +152,9 @@ def check_names(function: Callable[..., Any], given: Iterable[str], *known: type
 
 def one_or_several(given: Any) -> tuple[Any, ...]:
     """Return what a call gives as one value or as several; a text is one."""
-    is_one = isinstance(given, str) or not isinstance(given, Iterable)
-    return (given,) if is_one else tuple(given)
+    # An array without an axis says that it has parts, and has none.
+    has_parts = isinstance(given, Iterable) and getattr(given, "ndim", 1) > 0
+    return tuple(given) if has_parts and not isinstance(given, str) else (given,)
 
 
 def names_in(text: str) -> tuple[str, ...]:
