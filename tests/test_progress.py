@@ -5,11 +5,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tqdm import tqdm
 
 from cfsp import progress
 from cfsp.cli.output import show_messages
 from cfsp.progress import bars_as_lines, item_progress
+from cfsp.recovery.schedule import Pace, Schedule
 
 
 @pytest.fixture
@@ -42,6 +44,24 @@ def test_work_that_goes_on_counts_from_where_it_was(clock, caplog):
         clock.seconds += 40
         bar.update(100)
     assert caplog.messages == ["calibrate: 90%, 00:40 left"]
+
+
+def test_an_evaluation_of_recovery_tells_how_far_it_is(clock, caplog):
+    pace = Pace(Schedule(10, 2, 0.0, now=lambda: clock.seconds), lambda steps: steps, None)
+    state, args = SimpleNamespace(global_step=0), SimpleNamespace(device=torch.device("cpu"))
+    pace.on_train_begin(args, state, None)
+    for steps in (5, 10):
+        for _ in range(3):
+            clock.seconds += 35
+            pace.on_prediction_step(args, state, None, eval_dataloader=range(3))
+        metrics, optimizer = {"eval_loss": 1.0}, SimpleNamespace(param_groups=())
+        pace.on_evaluate(args, state, None, metrics, optimizer=optimizer)
+        clock.seconds += 1
+        state.global_step = steps - 1
+        pace.on_optimizer_step(args, state, None)
+    told = [line.rpartition(",")[0] for line in caplog.messages]
+    of_each = [f"held-out text {batch} of 3" for batch in (1, 2, 3)]
+    assert told == [f"recover: {part}%, {each}" for part in (0, 50) for each in of_each]
 
 
 def test_work_within_work_speaks_no_oftener(clock, caplog):

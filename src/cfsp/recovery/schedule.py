@@ -263,7 +263,7 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._bar: Any = None  # while it trains
         self._loss = math.nan
         self._steps = 0
-        # Of the evaluation before the first step, so far.
+        # Of the evaluation that goes on, so far.
         self._batches = 0
 
     @property
@@ -298,16 +298,17 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
         if state.global_step:
             self.take_up(state)
         done = round(self.schedule.progress * _PARTS)
-        self._bar = item_progress("recover", _PARTS, "‰", initial=done)
+        # An evaluation, which moves it nowhere, has something to say too.
+        self._bar = item_progress("recover", _PARTS, "‰", initial=done, miniters=0)
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
     ) -> None:
-        """Note how long the evaluation before the first step takes."""
+        """Say how far an evaluation is, and note how long the one before the first step takes."""
+        self._batches, batches = self._batches + 1, len(eval_dataloader)
         if not state.global_step:
-            self._batches += 1
-            self.schedule.batch_evaluated(self._batches, len(eval_dataloader), args.device)
-        self._move_bar()
+            self.schedule.batch_evaluated(self._batches, batches, args.device)
+        self._move_bar(f"held-out text {self._batches} of {batches}")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the time of an evaluation from that of a step."""
@@ -342,6 +343,7 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
     ) -> None:
         """Say where the run is, and begin to train after the evaluation before the first step."""
         schedule, loss, step = self.schedule, metrics["eval_loss"], state.global_step
+        self._batches = 0
         if not math.isfinite(loss):
             raise diverged(step, "the held-out loss", in_bfloat16=args.bf16)
         entry = {"step": step, "held_out": round(loss, 6)}
@@ -383,9 +385,8 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Return the loss of the last steps that were logged; nothing before the first."""
         return "" if math.isnan(self._loss) else f"loss {self._loss:.3f}, "
 
-    def _move_bar(self, said: str = "") -> None:
-        if said:
-            self._bar.set_postfix_str(said, refresh=False)
+    def _move_bar(self, said: str) -> None:
+        self._bar.set_postfix_str(said, refresh=False)
         self._bar.update(round(self.schedule.progress * _PARTS) - self._bar.n)
 
 
