@@ -8,6 +8,7 @@ What more of both gives is in docs/RESULTS.md.
 """
 
 import sys
+from functools import partial
 from operator import truediv
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def pruned(demo, tmp_path_factory) -> dict[str, Path]:
     with pytest.MonkeyPatch.context() as patch:
         # A minute less, and widths as good; with two windows they are worse than equal ones.
         patch.setattr(divergence, "LEAST_WINDOWS", 4)
-        patch.setattr(divergence, "BEGINNING_TOKENS", 64)
+        few = partial(divergence.few_beginnings, tokens=64)
+        patch.setattr(divergence, "few_beginnings", few)
         patch.setattr(decide, "repair", repair)
         cfsp.prune(
             "demo", out=directory / "local", sparsity=SPARSITY, repair="local", local_steps=3,
