@@ -19,7 +19,7 @@ from cfsp.architecture.resizing import resize_ffn
 from cfsp.architecture.smaller_config import smaller_configs
 from cfsp.errors import UnsupportedModelError
 from tiny_models import TINY_CONFIGS
-from toy_decoders import BLOCKS, CHANNELS, ToyConfig, register
+from toy_decoders import BLOCKS, CHANNELS, InterleavedFFN, ToyConfig, register
 
 # The config of a type with all its defaults, or with others.
 config_of = AutoConfig.for_model
@@ -97,6 +97,18 @@ def test_what_a_class_asks_for_in_float32_is_float64(name):
         run.decoder_output()
         run.output(1)
     assert dtypes.seen == {torch.float64}
+
+
+def test_one_thread_proves(noted):
+    """Several wait for each other where other programs run."""
+    threads = noted(InterleavedFFN, "forward", lambda *_: torch.get_num_threads())
+    torch.set_num_threads(2)
+    try:
+        prove(ToyConfig())
+        assert set(threads) == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_what_loses_kv_groups_has_ffns_that_can_be_cut(monkeypatch):

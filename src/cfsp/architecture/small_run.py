@@ -80,6 +80,21 @@ def _double(value: Any) -> Any:
     return torch.float64 if value is torch.float32 else value
 
 
+@contextmanager
+def _in_doubles() -> Iterator[None]:
+    """Compute in float64 and in one thread.
+
+    Several wait for each other: beside another program proofs took ten times as long.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with _Doubles():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @dataclass(frozen=True)
 class SmallRun:
     """A small model that ran once, with weights in its text decoder only."""
@@ -93,7 +108,7 @@ class SmallRun:
         """Return what a block computes when it is called as in the run."""
         call = self.calls[block]
         args, kwargs = tree_map_only(Tensor, Tensor.clone, (call.args, call.kwargs))
-        with _Doubles():
+        with _in_doubles():
             return first_tensor(self.blocks[block](*args, **kwargs))
 
     def decoder_output(self) -> Tensor:
@@ -128,7 +143,7 @@ def small_skeleton(config: PreTrainedConfig) -> Any:
     """Return a small model with parameters on the meta device and real buffers."""
     # The plain loop over experts takes any width; faster ones want rows of whole 16 bytes.
     config._experts_implementation = "eager"
-    with _Doubles(), init_empty_weights(include_buffers=False):
+    with _in_doubles(), init_empty_weights(include_buffers=False):
         model = model_class_of(config)._from_config(config, dtype=torch.float64)
     return model.eval().requires_grad_(False)
 
@@ -327,7 +342,7 @@ def run_decoder(decoder: Any, tokens_BT: Tensor) -> Tensor:
 
 def call_decoder(decoder: Any, tokens_BT: Tensor, **more: Any) -> Any:
     """Return what a decoder of a small model gives."""
-    with _Doubles():
+    with _in_doubles():
         return decoder(input_ids=tokens_BT, **more)
 
 
