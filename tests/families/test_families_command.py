@@ -39,6 +39,7 @@ def test_what_nobody_tried_is_not_said(monkeypatch, command):
 def test_named_types_are_proved_and_parts_by_themselves(command, monkeypatch):
     """In this process, which has imported torch: that each has one of its own is told below."""
     monkeypatch.setattr(catalogue, "verdicts", partial(map, why_not))
+    monkeypatch.setitem(catalogue._VALUES, "olmoe", {"num_hidden_layers": 2, "num_experts": 16})
     told = command("families", "--prove", "olmoe", "bert", "--json").out
     bert, moe = json.loads(told)["families"]
     assert (bert["model_type"], bert["proved"]) == ("bert", False)
