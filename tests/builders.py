@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,12 @@ def tensors(directory: Path) -> dict[str, Tensor]:
 def entries(directory: Path) -> set[str]:
     """Return the names of what lies in a directory."""
     return {path.name for path in directory.iterdir()}
+
+
+def need_openvino() -> None:
+    """Skip a test, or a module, without openvino; importing it here would be reported."""
+    if find_spec("openvino") is None:
+        pytest.skip("openvino is not installed: pip install '.[openvino]'", allow_module_level=True)
 
 
 def edit_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from builders import entries, need_openvino
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError, UsageError
 from cfsp.exports.common import logits_of, reference_model
@@ -16,7 +17,7 @@ from cfsp.exports.registry import ExportReport, export
 from ragged import cut, half_of
 from tiny_models import DENSE_CONFIGS, build_tiny_model
 
-pytest.importorskip("openvino", reason="openvino is not installed: pip install '.[openvino]'")
+need_openvino()
 
 
 # Between them: rotary and learned positions, one matrix for two, transposed matrices, biases, tied
@@ -54,9 +55,9 @@ def test_decodes_as_transformers_does(exported, name):
 
 
 def test_inputs_are_those_that_runtimes_expect(exported):
+    _, out, _ = exported("phi3")
     import openvino
 
-    _, out, _ = exported("phi3")
     model = openvino.Core().read_model(out / "openvino_model.xml")
     names = {port.get_any_name() for port in model.inputs}
     assert names == {"input_ids", "attention_mask", "position_ids", "beam_idx"}
@@ -64,10 +65,10 @@ def test_inputs_are_those_that_runtimes_expect(exported):
 
 
 def test_two_rows_and_padding(exported):
+    source, out, _ = exported("phi3")
     import numpy as np
     import openvino
 
-    source, out, _ = exported("phi3")
     compiled = openvino.Core().compile_model(
         out / "openvino_model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
@@ -87,10 +88,18 @@ def test_two_rows_and_padding(exported):
         assert float(difference.abs().max()) < 1e-4
 
 
-def test_half_precision(tmp_path, tokenizer):
+def test_half_precision(tmp_path, tokenizer, monkeypatch, noted):
+    """And OpenVINO, which reports to Google Analytics what it converts, reports nothing."""
+    reporting = pytest.importorskip("openvino_telemetry.utils.sender").TelemetrySender
+    reported = noted(reporting, "send", lambda *what: what)
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
     source = cut(build_tiny_model("llama", dtype=torch.bfloat16), tokenizer, tmp_path)
     report = export(source.directory, "openvino", tmp_path / "ov")
     assert report.layout == "stateful OpenVINO model in f16"
+    assert not reported
+    assert "intel" not in entries(tmp_path)
+    assert "CI" not in os.environ
     with pytest.raises(UsageError, match="unknown --type q8_0 for openvino; expected f32 or f16"):
         export(source.directory, "openvino", tmp_path / "no", weight_type="q8_0")
 

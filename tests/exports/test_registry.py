@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from builders import need_openvino
 from cfsp.checkpoint.output import remove_abandoned
 from cfsp.cli import export as export_command
 from cfsp.errors import ExportError, OutputError, UsageError
@@ -80,7 +81,7 @@ def test_bad_requests(source, tmp_path):
 )
 def test_what_a_format_cannot_say_is_refused_by_name(name, to, message, pruned_type, tmp_path):
     if to == "openvino":
-        pytest.importorskip("openvino")
+        need_openvino()
     out = tmp_path / ("model.gguf" if to == "gguf" else "model")
     with pytest.raises(ExportError, match=message):
         export(pruned_type(name), to, out)
@@ -88,7 +89,7 @@ def test_what_a_format_cannot_say_is_refused_by_name(name, to, message, pruned_t
 
 
 def test_heads_of_their_own_are_for_gguf(tmp_path, tokenizer):
-    pytest.importorskip("openvino")
+    need_openvino()
     source = cut(build_tiny_model("llama"), tokenizer, tmp_path, groups=(2, 1, 2))
     with pytest.raises(ExportError, match=r"differ in KV groups; use --to gguf$"):
         export(source.directory, "openvino", tmp_path / "ov")

@@ -156,7 +156,7 @@ def _process() -> str:
 
 def _stop(own: int, signal_number: int, frame: object) -> None:
     if os.getpid() != own:
-        # A library forked it (OpenVINO, to send its telemetry): it dies as it would without cfsp.
+        # A library forked it: it dies as it would without cfsp.
         signal.signal(signal_number, signal.SIG_DFL)
         os.kill(os.getpid(), signal_number)
     raise _TerminatedError(signal_number)

@@ -10,9 +10,11 @@ Shapes: B batch, N heads, T new tokens, S all tokens, H head size, V vocabulary.
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +109,27 @@ def _unsupported(source: Checkpoint, reason: str) -> CannotSayError:
 
 def _openvino() -> Any:
     try:
-        import openvino
+        with _unreported():
+            import openvino
     except ImportError as error:
         raise MissingExtraError("openvino export", "openvino") from error
     return openvino
+
+
+@contextmanager
+def _unreported() -> Iterator[None]:
+    """Keep OpenVINO from reporting what it does to Google Analytics, as it does but for CI.
+
+    It also leaves a number for its user in the home directory, and forks for every event.
+    """
+    before = os.environ.get("CI")
+    os.environ["CI"] = "true"
+    try:
+        yield
+    finally:
+        del os.environ["CI"]
+        if before is not None:
+            os.environ["CI"] = before
 
 
 class _Step(nn.Module):
@@ -194,7 +213,8 @@ def _converted(source: Checkpoint) -> Any:
             past = [torch.zeros(2, each.shape[1], 4, each.shape[3]) for each in first]
             seen_BS = torch.ones(2, 7, dtype=torch.int64)
             example = (tokens_BT, seen_BS, 4 + positions_BT, *past)
-            converted = openvino.convert_model(step, example_input=example)
+            with _unreported():
+                converted = openvino.convert_model(step, example_input=example)
         except CfspError:
             raise
         except Exception as error:  # tracing fails in as many ways as there are models
