@@ -25,9 +25,10 @@ def line_of(family: Family, reasons: Mapping[str, str | None]) -> str:
 
 
 def _short(reason: str) -> str:
-    text = " ".join(reason.split())
-    end = " ..."
-    return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - len(end)] + end
+    text, end = " ".join(reason.split()), " ..."
+    if len(text) <= _LONGEST_REASON:
+        return text
+    return text[: _LONGEST_REASON - len(end)].rstrip() + end
 
 
 def main(path: Path) -> None:
