@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 30.0
 # Shorter work says nothing.
 _QUIET_SECONDS = 10.0
+_DIRECTORIES = re.compile(r"\S*/(?=[^\s/])")
 
 
 class _Lines:
@@ -61,7 +63,11 @@ class _BarsAsLines(io.StringIO):
 
 
 def item_progress(label: str, total: int, unit: str, **options: Any) -> tqdm:  # type: ignore[type-arg]
-    """Return a bar over items of a named unit; of several processes only the first shows it."""
+    """Return a bar over items of a named unit; of several processes only the first shows it.
+
+    The label may name models and texts by their paths, of which the last part is shown.
+    """
+    label = _DIRECTORIES.sub("", label)
     if not sys.stderr.isatty():
         options |= {
             "file": _LINES,

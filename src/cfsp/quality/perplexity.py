@@ -185,7 +185,7 @@ def streamed_sums(
         return {}
     check_tokens(source.config, own.tokens_NT, label)
     name = f"perplexity-{sha256(label.encode()).hexdigest()[:8]}-{windows.digest[:8]}"
-    visitor = _AtEnd(name, source, own, runtime, dense, on_end)
+    visitor = _AtEnd(name, label, source, own, runtime, dense, on_end)
     found = pass_blocks(source, own, visitor, runtime, work_dir)[-1]
     assert found is not None
     return found
@@ -196,6 +196,7 @@ class _AtEnd(Visitor[WindowSums | None]):
     """Lets windows pass; gives what is measured of them when they leave the last block."""
 
     name: str
+    label: str
     source: WeightSource
     windows: Windows
     runtime: Runtime

@@ -44,7 +44,7 @@ class Visitor(ABC, Generic[T]):
 
     def __init__(self, name: str) -> None:
         # Of the pass: its directory in the work directory, and what people read of it.
-        self.name = name
+        self.name = self.label = name
 
     @abstractmethod
     def visit(self, block: StreamedBlock) -> T:
@@ -76,7 +76,7 @@ def pass_blocks(
     The work directory is where to spill and to save, with the processes that do the same with other
     windows.
     """
-    label, blocks = visitor.name, source.architecture.block_count
+    label, blocks = visitor.label, source.architecture.block_count
     state = None
     if work_dir.identity is not None:
         identity = _identity(source, windows, runtime)
@@ -108,7 +108,7 @@ def pass_blocks(
             source,
             windows,
             runtime,
-            room=_room(visitor.name, state, work_dir, runtime),
+            room=_room(visitor, state, work_dir, runtime),
             first_block=len(results),
             more_batch_sizes=visitor.more_batch_sizes,
             times=times,
@@ -159,9 +159,11 @@ class _Saver:
             self.team.gather(None)
 
 
-def _room(name: str, state: PassState | None, work_dir: WorkDir, runtime: Runtime) -> Room:
+def _room(
+    visitor: Visitor[Any], state: PassState | None, work_dir: WorkDir, runtime: Runtime
+) -> Room:
     """Return what makes room for hidden states: in memory, or beyond the budget in a file."""
-    pinned, dtype = runtime.device.type == "cuda", runtime.dtype
+    name, pinned, dtype = visitor.name, runtime.device.type == "cuda", runtime.dtype
 
     def open_hidden(shape_NTD: tuple[int, ...]) -> HiddenStates:
         saved = state.hidden if state else None
@@ -170,7 +172,7 @@ def _room(name: str, state: PassState | None, work_dir: WorkDir, runtime: Runtim
             return HiddenStates(shape_NTD, dtype, work_dir.directory / name, saved, pinned=pinned)
         directory = work_dir.directory_of(name)
         logger.info(
-            f"{name}: {nbytes / 1e9:.3g} GB of hidden states exceed the memory budget of "
+            f"{visitor.label}: {nbytes / 1e9:.3g} GB of hidden states exceed the memory budget of "
             f"{work_dir.memory_budget / 1e9:.3g} GB; they go to a file in {directory}"
         )
         return HiddenInFile(shape_NTD, dtype, directory, saved)
