@@ -106,7 +106,7 @@ def prune(
         effort: `fast` repairs nothing, `standard`, which None is, by least squares, `best` also
             trains: a path that fits into memory whole, as `recover` does (the model before that
             stays in `OUT-pruned`), others a few blocks at a time.
-        repair: the repair by its name instead: `none`, `ridge` or `local`.
+        repair: the repair by its name instead: `none`, `ridge`, `sequential` or `local`.
         device: where to compute; `auto` is an accelerator if there is one.
         **advanced: what `cfsp prune --help-all` lists, by the same names, but for plan and
             statistics: the command reads their files.

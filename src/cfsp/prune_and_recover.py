@@ -67,7 +67,7 @@ def prune_and_recover(
     from cfsp.recovery.recover import recover_checkpoint
 
     check_output(source, out)
-    log.info("best effort: repair by ridge, then one pass of training towards the dense model")
+    log.info("best effort: sequential repair, then one pass of training towards the dense model")
     pruned = out.with_name(f"{out.name}-pruned")
     before = (read_manifest(pruned) or {}).get(_ASKED) if pruned.is_dir() else None
     if before is None:

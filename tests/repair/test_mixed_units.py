@@ -125,6 +125,17 @@ def test_more_than_the_ridge_is_for_one_dense_ffn_in_a_block(source, tokenizer):
     check_can_be_repaired(source, PruneSettings(BUDGET, repair="local"))
 
 
+@pytest.mark.parametrize(("places", "fitted"), [(PLACES, [0, 2]), (PLACES[:1], [])], ids=str)
+def test_sequential_repair_fits_the_dense_ffn_of_a_block(places, fitted, windows, tmp_path):
+    source = with_units(LoadedModel(build_tiny_model("qwen2_moe")), places)
+    ridge, *more = pruned(source, windows, tmp_path, repair="sequential").steps
+    assert ridge["name"] == "ridge"
+    # Where there is none, no window passes for nothing.
+    assert [step["name"] for step in more] == ["sequential"] * bool(fitted)
+    for step in more:
+        assert [index for index, entry in enumerate(step["blocks"]) if entry] == fitted
+
+
 def test_gram_matrices_of_all_ffns_of_a_block_count(source, windows, tmp_path, monkeypatch, caplog):
     expected = 4 * (4 * 96**2 + 40**2)
     assert [gram_bytes(source, block) for block in range(3)] == [expected, 0, 4 * 40**2]

@@ -225,6 +225,8 @@ def test_best_effort_trains_and_goes_on_after_a_kill(
     first, *_, last = found["recovery"]["history"]
     assert last["held_out"] < first["held_out"]
     manifest, card = read_manifest(out), ModelCard.load(out / "README.md")
+    steps = read_manifest(pruned)["repair"]["steps"]
+    assert [step["name"] for step in steps] == ["ridge", "sequential"]
     assert manifest["recovery"]["adaptation"]["method"] == "lora"
     assert manifest["base_model"]["name"] == "owner/tiny@v1/a"
     assert manifest["recovery"]["teacher"]["name"] == "owner/tiny@v1/a"

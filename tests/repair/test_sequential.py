@@ -1,5 +1,6 @@
 """Sequential repair: each down projection takes over what it can of the drift, never more."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from builders import changed, draw_windows, job_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.cut.surgery import PrunedSource, build_pruned_model
 from cfsp.decide import Known, decide
+from cfsp.errors import UnsupportedModelError
 from cfsp.job import Job
 from cfsp.pipeline import prune_checkpoint
 from cfsp.repair.result import PruningResult
@@ -19,6 +21,7 @@ from cfsp.repair.sequential import blocks_at_gaps, repair_sequentially
 from cfsp.settings import Budget, CalibrationText, Compute, PruneSettings
 from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.windows import Windows
+from tiny_decoders import tiny_model
 from tiny_models import build_tiny_model
 
 HALF = Budget(0.5, multiple=4)
@@ -120,6 +123,19 @@ def test_with_all_channels_no_bit_changes(windows, tmp_path):
     job = job_for(source, windows, tmp_path, Budget(0.0, multiple=4))
     new = pruned_source(job, repair_sequentially(job, decide(job)[0], windows))
     assert all(torch.equal(new.read(name), source.read(name)) for name in source.specs)
+
+
+def test_blocks_that_need_more_than_hidden_states_stay_as_the_ridge_left_them(
+    windows, tmp_path, caplog
+):
+    source = LoadedModel(tiny_model("gemma3n_text"))
+    job = job_for(source, windows, tmp_path)
+    result = decide(replace(job, settings=replace(job.settings, repair="sequential")))[0]
+    assert [step["name"] for step in result.steps] == ["ridge"]
+    assert "no sequential repair of this model: " in caplog.text
+    assert "of block 0 differs from window to window" in caplog.text
+    with pytest.raises(UnsupportedModelError, match="use the repair 'ridge' or 'none'"):
+        repair_sequentially(job, result, windows)
 
 
 # Blocks beside removed ones.

@@ -61,7 +61,7 @@ def add_options_to(parser: Parser) -> None:
         choices=tuple(EFFORTS),
         metavar="LEVEL",
         help="fast: no repair; standard (default): least squares; best: training, too (135M "
-        "parameters: half an hour of two cores)",
+        "parameters: three quarters of an hour of two cores)",
     )
     add_advanced(
         parser,
@@ -110,8 +110,8 @@ def _settings(args: argparse.Namespace) -> PruneSettings:
     if args.estimate:
         unknown = {
             "--dry-run": args.dry_run,
-            "--repair local": settings.repair == "local",
             "--effort best": args.effort == BEST_EFFORT,
+            f"--repair {settings.repair}": settings.repair not in ("none", "ridge"),
             **{f"--parts {part}": part in settings.budget.parts for part in ("blocks", "experts")},
             "--plan": plan,
             "--statistics": args.statistics,

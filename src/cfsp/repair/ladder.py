@@ -1,10 +1,10 @@
 """The steps of repair, in their order: each takes a decision and what was repaired so far.
 
 none
-ridge    every down projection, by least squares on the dense model's hidden states; then the
-         blocks beside what was dropped, on the pruned model's own
-local    the ridge; every down projection on the pruned model's own hidden states; then a few
-         blocks at a time are trained
+ridge       every down projection, by least squares on the dense model's hidden states; then the
+            blocks beside what was dropped, on the pruned model's own
+sequential  the ridge; then every down projection on the pruned model's own hidden states
+local       both; then a few blocks at a time are trained
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ STEPS: dict[Repair, dict[str, Step]] = {
         ridge_pass.NAME: ridge_pass.repair_by_plan,
         sequential.GAPS: sequential.repair_gaps,
     },
+    "sequential": {
+        ridge_pass.NAME: ridge_pass.repair_by_plan,
+        sequential.NAME: sequential.repair_where_possible,
+    },
     "local": {
         ridge_pass.NAME: ridge_pass.repair_by_plan,
         sequential.NAME: sequential.repair_sequentially,
@@ -44,6 +48,7 @@ def needed_steps(repair: Repair, plan: PruningPlan) -> dict[str, Step]:
     """
     is_needed = {
         ridge_pass.NAME: plan.narrows,
+        sequential.NAME: plan.narrows or plan.has_gaps,
         sequential.GAPS: plan.has_gaps,
     }
     return {name: step for name, step in STEPS[repair].items() if is_needed.get(name, True)}

@@ -27,6 +27,7 @@ from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.found import Unit
 from cfsp.checkpoint.reading import down_matrix, parameters_with_down
 from cfsp.cut.surgery import PrunedSource
+from cfsp.errors import UnsupportedModelError
 from cfsp.job import Job
 from cfsp.repair.result import PruningResult
 from cfsp.repair.ridge import LAMBDAS, GramSums, solved
@@ -49,8 +50,23 @@ log = logging.getLogger(__name__)
 
 
 def repair_sequentially(job: Job, repaired: PruningResult, windows: Windows) -> PruningResult:
-    """Fit the down projection of every block of a pruned model, one after the other."""
-    return SequentialRepair(NAME, job, repaired, windows, TOKENS_IN_BATCH).step()
+    """Fit the down projection of every block of a pruned model, one after the other.
+
+    Blocks that have no dense FFN, or several, stay as they are.
+
+    Raises:
+        UnsupportedModelError: blocks need more than hidden states.
+    """
+    return SequentialRepair(NAME, job, repaired, windows).step()
+
+
+def repair_where_possible(job: Job, repaired: PruningResult, windows: Windows) -> PruningResult:
+    """Do the same; of a model whose blocks need more than hidden states all stay as they are."""
+    try:
+        return repair_sequentially(job, repaired, windows)
+    except UnsupportedModelError as error:
+        log.warning("there is no sequential repair of this model: %s", error)
+        return repaired
 
 
 def repair_gaps(job: Job, repaired: PruningResult, windows: Windows) -> PruningResult:
@@ -62,16 +78,15 @@ def repair_gaps(job: Job, repaired: PruningResult, windows: Windows) -> PruningR
     plan = repaired.plan
     beside = blocks_at_gaps(job.source.architecture.block_count, plan.removed_blocks)
     blocks = sorted({*beside, *map(plan.index_of_block, plan.removed_attentions)})
-    repair = SequentialRepair(GAPS, job, repaired, windows, TOKENS_IN_BATCH)
-    repair.blocks = [block for block in blocks if _last_to_write(repair.pruned, block) is not None]
-    if len(repair.blocks) < len(blocks):
+    repair = SequentialRepair(GAPS, job, repaired, windows, blocks)
+    if len(repair.unit_of) < len(blocks):
         log.warning(
             "what was removed is not made up for in %d of the %d blocks beside it, which have no "
             "dense FFN, or several",
-            len(blocks) - len(repair.blocks),
+            len(blocks) - len(repair.unit_of),
             len(blocks),
         )
-    return repair.step() if repair.blocks else repaired
+    return repair.step()
 
 
 def blocks_at_gaps(count: int, removed: Collection[int]) -> list[int]:
@@ -87,12 +102,28 @@ def blocks_at_gaps(count: int, removed: Collection[int]) -> list[int]:
 class SequentialRepair(TwoStreams):
     """Fits the down projections of some blocks of the pruned model, or of all."""
 
-    blocks: Collection[int] | None = None
+    def __init__(
+        self,
+        name: str,
+        job: Job,
+        repaired: PruningResult,
+        windows: Windows,
+        blocks: Collection[int] | None = None,
+    ) -> None:
+        super().__init__(name, job, repaired, windows, TOKENS_IN_BATCH)
+        if blocks is None:
+            blocks = range(self.pruned.architecture.block_count)
+        found = {block: _last_to_write(self.pruned, block) for block in blocks}
+        # Of each block that can be fitted, what is.
+        self.unit_of = {block: unit for block, unit in found.items() if unit is not None}
+
+    def step(self) -> PruningResult:
+        """Return what the step makes of what was there before it: the same where it fits none."""
+        return super().step() if self.unit_of else self._repaired
 
     def work(self, group: GroupVisit) -> Repaired | None:
-        """Repair the down projection of a block, if it has one and is not to stay."""
-        unit = _last_to_write(self.pruned, group.last)
-        if unit is None or (self.blocks is not None and group.last not in self.blocks):
+        """Repair the down projection of a block, if it is one of those."""
+        if (unit := self.unit_of.get(group.last)) is None:
             return None
         down_DK = down_matrix(self.pruned, unit).to(group.device)
         gram_KK, cross_KD, held_out = _observe(group, unit, down_DK)

@@ -87,10 +87,10 @@ class Criterion(Declared):
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 AUTO_DTYPE = "the model's own, or float32 where the device only emulates that"
 
-Repair = Literal["none", "ridge", "local"]
+Repair = Literal["none", "ridge", "sequential", "local"]
 REPAIRS: tuple[Repair, ...] = get_args(Repair)
 
-EFFORTS: dict[str, Repair] = {"fast": "none", "standard": "ridge", "best": "ridge"}
+EFFORTS: dict[str, Repair] = {"fast": "none", "standard": "ridge", "best": "sequential"}
 DEFAULT_EFFORT = "standard"
 # After its repair the model is trained whole, where there is memory for that; else blockwise.
 BEST_EFFORT = "best"
