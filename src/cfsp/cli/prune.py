@@ -60,8 +60,8 @@ def add_options_to(parser: Parser) -> None:
         "--effort",
         choices=tuple(EFFORTS),
         metavar="LEVEL",
-        help="fast: no repair; standard (default): least squares; best: training, too (135M "
-        "parameters: three quarters of an hour of two cores)",
+        help="fast: no repair; standard (default): least squares; best: training, too, which "
+        "takes several times as long",
     )
     add_advanced(
         parser,
