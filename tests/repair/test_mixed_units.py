@@ -57,7 +57,8 @@ def windows(text_file, tokenizer) -> Windows:
 
 
 def pruned(source: Any, windows: Windows, directory: Path, **changes: Any) -> PruningResult:
-    settings = PruneSettings(BUDGET, compute=Compute("cpu", "float32", batch_windows=4), **changes)
+    compute = Compute("cpu", "float32", batch_windows=4)
+    settings = PruneSettings(**{"budget": BUDGET, "compute": compute} | changes)
     work_dir = WorkDir(directory, identity={"command": "test"})
     return decide(job_of(source, settings, lambda: windows, work_dir=work_dir))[0]
 
@@ -134,6 +135,15 @@ def test_sequential_repair_fits_the_dense_ffn_of_a_block(places, fitted, windows
     assert [step["name"] for step in more] == ["sequential"] * bool(fitted)
     for step in more:
         assert [index for index, entry in enumerate(step["blocks"]) if entry] == fitted
+
+
+@pytest.mark.parametrize("repair", ["ridge", "sequential"])
+def test_what_no_block_can_make_up_for_is_said(repair, windows, tmp_path, caplog):
+    blocks = Budget(0.34, parts=("blocks",))
+    source = LoadedModel(build_tiny_model("mixtral"), blocks.parts)
+    result = pruned(source, windows, tmp_path, repair=repair, budget=blocks)
+    assert len(result.plan.removed_blocks) == 1 and not result.steps
+    assert "is not made up for in 1 of the 1 blocks beside it" in caplog.text
 
 
 def test_gram_matrices_of_all_ffns_of_a_block_count(source, windows, tmp_path, monkeypatch, caplog):

@@ -132,7 +132,7 @@ def test_blocks_that_need_more_than_hidden_states_stay_as_the_ridge_left_them(
     job = job_for(source, windows, tmp_path)
     result = decide(replace(job, settings=replace(job.settings, repair="sequential")))[0]
     assert [step["name"] for step in result.steps] == ["ridge"]
-    assert "no sequential repair of this model: " in caplog.text
+    assert "no sequential repair of this model, the ridge stays: " in caplog.text
     assert "of block 0 differs from window to window" in caplog.text
     with pytest.raises(UnsupportedModelError, match="use the repair 'ridge' or 'none'"):
         repair_sequentially(job, result, windows)

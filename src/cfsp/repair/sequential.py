@@ -65,7 +65,7 @@ def repair_where_possible(job: Job, repaired: PruningResult, windows: Windows) -
     try:
         return repair_sequentially(job, repaired, windows)
     except UnsupportedModelError as error:
-        log.warning("there is no sequential repair of this model: %s", error)
+        log.warning("there is no sequential repair of this model, the ridge stays: %s", error)
         return repaired
 
 
@@ -75,18 +75,7 @@ def repair_gaps(job: Job, repaired: PruningResult, windows: Windows) -> PruningR
     The other blocks stay as they are, and so does one that has no dense FFN, or several; where all
     are such there is no step.
     """
-    plan = repaired.plan
-    beside = blocks_at_gaps(job.source.architecture.block_count, plan.removed_blocks)
-    blocks = sorted({*beside, *map(plan.index_of_block, plan.removed_attentions)})
-    repair = SequentialRepair(GAPS, job, repaired, windows, blocks)
-    if len(repair.unit_of) < len(blocks):
-        log.warning(
-            "what was removed is not made up for in %d of the %d blocks beside it, which have no "
-            "dense FFN, or several",
-            len(blocks) - len(repair.unit_of),
-            len(blocks),
-        )
-    return repair.step()
+    return SequentialRepair(GAPS, job, repaired, windows, at_gaps_alone=True).step()
 
 
 def blocks_at_gaps(count: int, removed: Collection[int]) -> list[int]:
@@ -108,17 +97,28 @@ class SequentialRepair(TwoStreams):
         job: Job,
         repaired: PruningResult,
         windows: Windows,
-        blocks: Collection[int] | None = None,
+        *,
+        at_gaps_alone: bool = False,
     ) -> None:
         super().__init__(name, job, repaired, windows, TOKENS_IN_BATCH)
-        if blocks is None:
-            blocks = range(self.pruned.architecture.block_count)
+        plan = repaired.plan
+        beside = blocks_at_gaps(job.source.architecture.block_count, plan.removed_blocks)
+        self._at_gaps = {*beside, *map(plan.index_of_block, plan.removed_attentions)}
+        every_block = range(self.pruned.architecture.block_count)
+        blocks = sorted(self._at_gaps) if at_gaps_alone else every_block
         found = {block: _last_to_write(self.pruned, block) for block in blocks}
         # Of each block that can be fitted, what is.
         self.unit_of = {block: unit for block, unit in found.items() if unit is not None}
 
     def step(self) -> PruningResult:
         """Return what the step makes of what was there before it: the same where it fits none."""
+        if unfitted := self._at_gaps.difference(self.unit_of):
+            log.warning(
+                "what was removed is not made up for in %d of the %d blocks beside it, which have "
+                "no dense FFN, or several",
+                len(unfitted),
+                len(self._at_gaps),
+            )
         return super().step() if self.unit_of else self._repaired
 
     def work(self, group: GroupVisit) -> Repaired | None:
