@@ -16,6 +16,7 @@ from cfsp.decide import Known, decide
 from cfsp.errors import UnsupportedModelError
 from cfsp.job import Job
 from cfsp.pipeline import prune_checkpoint
+from cfsp.repair import sequential
 from cfsp.repair.result import PruningResult
 from cfsp.repair.sequential import blocks_at_gaps, repair_sequentially
 from cfsp.settings import Budget, CalibrationText, Compute, PruneSettings
@@ -95,7 +96,8 @@ def test_weights_are_the_ridge_solution_for_the_drift(job, ridge, fitted, window
     gram += entries[block]["strength"] * np.diag(gram).mean() * np.eye(len(gram))
     change = np.linalg.solve(gram, x.T @ d / len(x)).T
     name = f"model.layers.{block}.mlp.down_proj.weight"
-    expected = pruned_source(job, ridge).read(name).double().numpy() + change
+    # No block is removed here, so it takes over half of the drift.
+    expected = pruned_source(job, ridge).read(name).double().numpy() + change / 2
     found = pruned_source(job, fitted).read(name).numpy()
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
@@ -177,6 +179,13 @@ def test_a_fit_is_kept_only_where_it_helps(tiny_checkpoint, asked, tmp_path, nam
     unit = architecture.units[index - (removed < index)]
     down = architecture.block_prefix(unit.block) + unit.down
     assert found == ({down} if entry["kept"] else set())
+
+
+def test_what_was_removed_is_made_up_for_in_whole(model, asked, tmp_path, monkeypatch):
+    cfsp.prune(model, out=tmp_path / "half", **asked)
+    monkeypatch.setattr(sequential, "SHARE_OF_DRIFT", 0.0)
+    cfsp.prune(model, out=tmp_path / "none", **asked)
+    assert not changed(tmp_path / "half", tmp_path / "none")
 
 
 def test_local_repair_handles_gaps_itself(model, asked, tmp_path):

@@ -7,8 +7,10 @@ can of the difference d between the hidden states of two streams that leave the 
     W' = W + E[d xᵀ] (E[x xᵀ] + lambda mean(diag) I)^-1        x: channels of the pruned block
 
 So it takes over what attention layers have lost too; a block without an FFN is fitted by the output
-matrix of its attention. A block before blocks that were removed whole takes over what they did in
-the same way, and where the first blocks go, the first one that stays does.
+matrix of its attention. Of W' - W it takes half: the drift is no function of the channels, as what
+the ridge makes up for is, and what all blocks learn about it together is in part the style of the
+text. A block before blocks that were removed whole takes over what they did in the same way, but
+all of it, and where the first blocks go, the first one that stays does.
 
 Shapes: B windows in a batch, T tokens, R rows (tokens of a batch), D hidden, K channels of a
 pruned block.
@@ -45,6 +47,8 @@ from cfsp.text.windows import Windows
 NAME = "sequential"
 # The same for blocks at removed ones alone.
 GAPS = "gaps"
+# Of what a block can take over of the drift (LOG.md, 2026-11-30).
+SHARE_OF_DRIFT = 0.5
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +147,8 @@ class SequentialRepair(TwoStreams):
                 break
         if strength is None:
             return block_repair(before, None), {}
+        share = 1.0 if group.last in self._at_gaps else SHARE_OF_DRIFT
+        best_DK = down_DK.float().lerp(best_DK.float(), share).to(down_DK.dtype)
         tensors = parameters_with_down(self.pruned, unit, {0: best_DK})
         # Where something follows the down projection, a norm for one, it is not as predicted.
         after = group.accept(before, tensors, hidden_loss)
