@@ -8,9 +8,9 @@ can of the difference d between the hidden states of two streams that leave the 
 
 So it takes over what attention layers have lost too; a block without an FFN is fitted by the output
 matrix of its attention. Of W' - W it takes half: the drift is no function of the channels, as what
-the ridge makes up for is, and what all blocks learn about it together is in part the style of the
-text. A block before blocks that were removed whole takes over what they did in the same way, but
-all of it, and where the first blocks go, the first one that stays does.
+the ridge makes up for is, and whole steps of all blocks together are too long. A block before
+blocks that were removed whole takes over what they did in the same way, but all of it, and where
+the first blocks go, the first one that stays does.
 
 Shapes: B windows in a batch, T tokens, R rows (tokens of a batch), D hidden, K channels of a
 pruned block.
