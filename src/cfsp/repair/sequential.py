@@ -9,8 +9,8 @@ can of the difference d between the hidden states of two streams that leave the 
 So it takes over what attention layers have lost too; a block without an FFN is fitted by the output
 matrix of its attention. Of W' - W it takes half: the drift is no function of the channels, as what
 the ridge makes up for is, and whole steps of all blocks together are too long. A block before
-blocks that were removed whole takes over what they did in the same way, but all of it, and where
-the first blocks go, the first one that stays does.
+blocks that were removed whole takes over what they did in the same way, but all of it; so do the
+first one that stays where the first blocks go, and one whose attention layer went.
 
 Shapes: B windows in a batch, T tokens, R rows (tokens of a batch), D hidden, K channels of a
 pruned block.
@@ -112,22 +112,22 @@ class SequentialRepair(TwoStreams):
         blocks = sorted(self._at_gaps) if at_gaps_alone else every_block
         found = {block: _last_to_write(self.pruned, block) for block in blocks}
         # Of each block that can be fitted, what is.
-        self.unit_of = {block: unit for block, unit in found.items() if unit is not None}
+        self._unit_of = {block: unit for block, unit in found.items() if unit is not None}
 
     def step(self) -> PruningResult:
         """Return what the step makes of what was there before it: the same where it fits none."""
-        if unfitted := self._at_gaps.difference(self.unit_of):
+        if unfitted := self._at_gaps.difference(self._unit_of):
             log.warning(
                 "what was removed is not made up for in %d of the %d blocks beside it, which have "
                 "no dense FFN, or several",
                 len(unfitted),
                 len(self._at_gaps),
             )
-        return super().step() if self.unit_of else self._repaired
+        return super().step() if self._unit_of else self._repaired
 
     def work(self, group: GroupVisit) -> Repaired | None:
         """Repair the down projection of a block, if it is one of those."""
-        if (unit := self.unit_of.get(group.last)) is None:
+        if (unit := self._unit_of.get(group.last)) is None:
             return None
         down_DK = down_matrix(self.pruned, unit).to(group.device)
         gram_KK, cross_KD, held_out = _observe(group, unit, down_DK)
