@@ -16,10 +16,16 @@ def main() -> int:
         signal.signal(signal.SIGINT, _leave)
     from cfsp.cli import main as run
     from cfsp.cli.output import drop_output
+    from cfsp.errors import UsageError
     from cfsp.processes import process_count
 
     signal.signal(signal.SIGINT, previous)
-    if process_count() > 1 and sys.stdout is not None:
+    try:
+        several = process_count() > 1
+    except UsageError as error:
+        sys.stderr.write(f"cfsp: {error}\n")
+        return error.exit_status
+    if several and sys.stdout is not None:
         _keep_output()
     try:
         try:

@@ -32,19 +32,35 @@ _FIRST_SECONDS = 7 * 86400.0
 _START_SECONDS = 1800.0
 
 
+def process_rank() -> int:
+    """Return the number of this process among those that torchrun started; 0 without it."""
+    return _told("RANK", 0)
+
+
 def is_first_process() -> bool:
     """Return whether this process is the only one or the first of several."""
-    return int(os.environ.get("RANK") or 0) == 0
+    return process_rank() == 0
 
 
 def process_count() -> int:
     """Return how many processes torchrun started; 1 without it, as where the variable is empty."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    return _told("WORLD_SIZE", 1)
 
 
 def processes_on_machine() -> int:
     """Return how many processes torchrun started on this machine; 1 without it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return _told("LOCAL_WORLD_SIZE", 1)
+
+
+def _told(variable: str, otherwise: int) -> int:
+    """Return the number that torchrun left in the environment; UsageError if it is none."""
+    text = os.environ.get(variable) or str(otherwise)
+    if not text.isdecimal():
+        raise UsageError(
+            f"{variable} must be a whole number, as torchrun sets it, found {text!r}; unset it, or "
+            "start with torchrun"
+        )
+    return int(text)
 
 
 @dataclass(frozen=True)
@@ -155,7 +171,7 @@ def take_own_accelerator(device: str) -> None:
             f"with --device {device.partition(':')[0]} each takes its own"
         )
     if torch.accelerator.is_available():
-        own = int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count()
+        own = _told("LOCAL_RANK", 0) % torch.accelerator.device_count()
         torch.accelerator.set_device_index(own)
 
 
@@ -167,7 +183,7 @@ def joined(device: torch.device) -> Iterator[Team]:
         return
     import torch.distributed as dist
 
-    rank, size, backend = int(os.environ["RANK"]), process_count(), "gloo"
+    rank, size, backend = process_rank(), process_count(), "gloo"
     if device.type != "cpu":
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
     try:

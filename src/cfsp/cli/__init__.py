@@ -20,7 +20,7 @@ from cfsp.checkpoint.locating import given_path
 from cfsp.cli.options import Parser, add_command, expand_sets
 from cfsp.cli.output import show_messages, tell
 from cfsp.errors import CfspError, UsageError, did_you_mean, first_line
-from cfsp.processes import process_count
+from cfsp.processes import process_count, process_rank
 
 # In the order of the help; each in the file of its name, but `eval` is in evaluate.py.
 _NAMES = (
@@ -151,7 +151,7 @@ class _TerminatedError(BaseException):
 
 
 def _process() -> str:
-    return f"[process {os.environ['RANK']}] " if process_count() > 1 else ""
+    return f"[process {process_rank()}] " if process_count() > 1 else ""
 
 
 def _stop(own: int, signal_number: int, frame: object) -> None:

@@ -77,8 +77,10 @@ def read_results(path: Path) -> dict[str, Any]:
         ) from error
     results: dict[str, Any] = found if isinstance(found, dict) else {}
     models = results.get("models")
-    if not isinstance(models, list) or not all(
-        isinstance(each, dict) and isinstance(each.get("model"), str) for each in models
+    if (
+        not isinstance(models, list)
+        or not models
+        or not all(isinstance(each, dict) and isinstance(each.get("model"), str) for each in models)
     ):
         raise ReportError(f"{path} is not what `cfsp eval --out` writes")
     return results

@@ -74,7 +74,7 @@ class Row:
 
     def __post_init__(self) -> None:
         # Damage of the file that they are read from shows now.
-        _ = self.values, self.conditions, self.beside_dense
+        _ = self.values, self.conditions, self.beside_dense, self.left_out
 
     @staticmethod
     def of(point: Point, directory: Path) -> Row:
@@ -95,7 +95,7 @@ class Row:
                     for text, found in manifest["perplexity"].items()
                 },
                 str(directory),
-                manifest.get("comparison"),
+                manifest["comparison"],
             )
 
     @property
@@ -107,6 +107,11 @@ class Row:
     def conditions(self) -> set[Conditions]:
         """Under which perplexities were measured."""
         return {Conditions.of(text, found) for text, found in self.perplexity.items()}
+
+    @property
+    def left_out(self) -> list[str]:
+        """What was measured of it and cannot be compared."""
+        return list(self.comparison["left_out"]) if self.comparison else []
 
     @property
     def beside_dense(self) -> dict[str, str]:
@@ -322,14 +327,14 @@ def _qualities(rows: Sequence[Row]) -> Table:
 
 def _comparisons(rows: Sequence[Row]) -> Table:
     """Return a line for each model: how far it is from the dense one."""
-    compared = [row.comparison for row in rows if row.comparison]
-    lines = [_names(row) | row.beside_dense for row in rows if row.comparison]
+    pruned = rows[1:]
+    lines = [_names(row) | row.beside_dense for row in pruned]
     caption = (
         "Compared with the dense model in pairs: KL per token in nats and top-1 agreement in the "
         "mean of the texts, tasks in the mean of those on which the dense model is better than a "
         "guess, with standard errors."
     )
-    if left_out := compared[0]["left_out"]:
+    if left_out := pruned[0].left_out:
         caption += f" Left out: {', '.join(left_out)}."
     return Table(list(lines[0]), [list(line.values()) for line in lines], caption)
 
