@@ -106,7 +106,7 @@ class Training(Declared):
         + " (times the root of a held-out loss below 1)",
     )
     batch_windows: int = option(
-        4, "windows in a step, of each process", kind=int, least=1, most=MOST_WINDOWS, metavar="N"
+        2, "windows in a step, of each process", kind=int, least=1, most=MOST_WINDOWS, metavar="N"
     )
     seqlen: int = option(
         512, "tokens in a window to train on", kind=int, least=8, most=LONGEST_WINDOW, metavar="T"
