@@ -58,7 +58,7 @@ def test_evaluations_take_a_quarter_or_as_many_as_asked(steps, asked, once, most
 
     Where it thinks only once, the others take as long as 3.
     """
-    how = Training(Limit(steps=steps), evaluations=asked)
+    how = Training(Limit(steps=steps), evaluations=asked, batch_windows=4)
     ready = SimpleNamespace(
         settings=RecoverSettings(("text",), training=how, adaptation=Adaptation("full")),
         text=SimpleNamespace(train=range(4000), held_out=range(40)),

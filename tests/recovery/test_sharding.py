@@ -19,6 +19,7 @@ STEPS = 4
 @pytest.fixture
 def argv(pruned, text_file) -> list[str]:
     options = {"seqlen": 32, "steps": STEPS, "evaluations": 1, "learning-rate": 3e-3}
+    options["batch-windows"] = 4
     given = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return ["recover", str(pruned), "--data", str(text_file), *given]
 

@@ -317,7 +317,7 @@ def test_speed_that_the_demonstration_adds_to_the_manifest(run, tmp_path):
         ("{", "cannot read"),
         ("[]", "not what"),
         ('{"models": [{}]}', "not what"),
-        ('{"models": []}', r"results.json is damaged \(IndexError.*; measure again with"),
+        ('{"models": []}', "not what"),
         ('{"models": [{"model": "x", "perplexity": {}, "tokens": {}}]}', "of none of the runs"),
     ],
 )
