@@ -17,10 +17,11 @@ def main() -> int:
     from cfsp.cli import main as run
     from cfsp.cli.output import drop_output
     from cfsp.errors import UsageError
-    from cfsp.processes import process_count
+    from cfsp.processes import process_count, process_rank
 
     signal.signal(signal.SIGINT, previous)
     try:
+        process_rank()  # every later error names it
         several = process_count() > 1
     except UsageError as error:
         sys.stderr.write(f"cfsp: {error}\n")

@@ -220,7 +220,7 @@ def test_only_what_was_measured_alike_is_compared(sweep, text_file, command, old
             json.dumps({**found, "perplexity": None}),
             json.dumps({**found, "perplexity": {"a": conditions}}),
             json.dumps({**found, "comparison": [1]}),
-            json.dumps({name: found[name] for name in found if name != "comparison"}),
+            json.dumps({**found, "comparison": None}),
             json.dumps({**found, "comparison": {**found["comparison"], "left_out": None}}),
             "{",
         ):

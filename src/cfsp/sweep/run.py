@@ -95,7 +95,7 @@ class Row:
                     for text, found in manifest["perplexity"].items()
                 },
                 str(directory),
-                manifest["comparison"],
+                dict(manifest["comparison"]),
             )
 
     @property
