@@ -317,7 +317,7 @@ def test_speed_that_the_demonstration_adds_to_the_manifest(run, tmp_path):
         ("{", "cannot read"),
         ("[]", "not what"),
         ('{"models": [{}]}', "not what"),
-        ('{"models": []}', "not what"),
+        ('{"models": []}', "results.json is not what `cfsp eval --out` writes; measure again with"),
         ('{"models": [{"model": "x", "perplexity": {}, "tokens": {}}]}', "of none of the runs"),
     ],
 )

@@ -221,6 +221,7 @@ def test_only_what_was_measured_alike_is_compared(sweep, text_file, command, old
             json.dumps({**found, "perplexity": {"a": conditions}}),
             json.dumps({**found, "comparison": [1]}),
             json.dumps({**found, "comparison": None}),
+            json.dumps({**found, "comparison": {}}),
             json.dumps({**found, "comparison": {**found["comparison"], "left_out": None}}),
             "{",
         ):

@@ -17,6 +17,8 @@ from cfsp.streaming.work_dir import WorkDir, output_work_dir, remove_finished_wo
 
 logger = logging.getLogger(__name__)
 
+_MEASURE_AGAIN = "measure again with `cfsp eval --out FILE` (or `bench --json`)"
+
 # Sums over each window, document or question, and over how many tokens or things each is, by name.
 Measures = dict[str, tuple[list[float], list[int]]]
 
@@ -82,15 +84,13 @@ def read_results(path: Path) -> dict[str, Any]:
         or not models
         or not all(isinstance(each, dict) and isinstance(each.get("model"), str) for each in models)
     ):
-        raise ReportError(f"{path} is not what `cfsp eval --out` writes")
+        raise ReportError(f"{path} is not what `cfsp eval --out` writes; {_MEASURE_AGAIN}")
     return results
 
 
 def refusing_damage(paths: Iterable[Path]) -> AbstractContextManager[None]:
     """Turn what is missing in results, or of another type, into one `ReportError`."""
-    where = " or ".join(map(str, paths))
-    again = "measure again with `cfsp eval --out FILE` (or `bench --json`)"
-    return damage_as(ReportError, where, again)
+    return damage_as(ReportError, " or ".join(map(str, paths)), _MEASURE_AGAIN)
 
 
 @dataclass(frozen=True)

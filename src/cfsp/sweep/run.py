@@ -111,13 +111,13 @@ class Row:
     @property
     def left_out(self) -> list[str]:
         """What was measured of it and cannot be compared."""
-        return list(self.comparison["left_out"]) if self.comparison else []
+        return [] if self.comparison is None else list(self.comparison["left_out"])
 
     @property
     def beside_dense(self) -> dict[str, str]:
         """What a table says of how far it is from the dense model, by column."""
         line, found = {}, self.comparison
-        if not found:
+        if found is None:
             return {}
         for column, name, factor, digits in (
             ("KL", "divergence", 1, 3),
