@@ -28,6 +28,7 @@ from cfsp.cli import main
 from cfsp.cut.surgery import PrunedSource, build_pruned_model
 from cfsp.pipeline import prune_model
 from cfsp.planning.candidate import Dropped
+from cfsp.processes import Team
 from cfsp.repair import ladder
 from cfsp.repair import local as local_repair
 from cfsp.repair.local import HeadLoss, group_of, highest_rate, schedule, train_blocks
@@ -239,7 +240,7 @@ def test_it_trains_models_of_16_bits(dtype, argv, tmp_path):
 def test_every_window_is_fitted_to_or_held_out(windows, asked):
     tokens_NT = torch.zeros(windows, 16, dtype=torch.int64)
     text = Windows(tokens_NT, {"one": windows // 2, "two": -(-windows // 2)})
-    split = Split(text, 16 * asked)
+    split = Split(text, 16 * asked, Team())
     assert split.fitted
     assert sorted([*split.held_out, *split.fitted]) == list(range(windows))
     if windows >= 4:  # some of both texts

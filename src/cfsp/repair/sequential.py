@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -43,6 +44,9 @@ from cfsp.repair.two_streams import (
 )
 from cfsp.streaming.block_stream import TOKENS_IN_BATCH
 from cfsp.text.windows import Windows
+
+# Of held-out tokens the channels (RK), the block's output and that of the dense block (RD).
+Rows = tuple[Tensor, ...]
 
 NAME = "sequential"
 # The same for blocks at removed ones alone.
@@ -93,7 +97,12 @@ def blocks_at_gaps(count: int, removed: Collection[int]) -> list[int]:
 
 
 class SequentialRepair(TwoStreams):
-    """Fits the down projections of some blocks of the pruned model, or of all."""
+    """Fits the down projections of some blocks of the pruned model, or of all.
+
+    Of several processes the first solves, with what all have observed.
+    """
+
+    waits_for_others = True
 
     def __init__(
         self,
@@ -130,25 +139,13 @@ class SequentialRepair(TwoStreams):
         if (unit := self._unit_of.get(group.last)) is None:
             return None
         down_DK = down_matrix(self.pruned, unit).to(group.device)
-        gram_KK, cross_KD, held_out = _observe(group, unit, down_DK)
+        observed = _observe(group, unit, down_DK)
         before = group.judge_unchanged(hidden_loss)
-        strength, best_DK, least = None, down_DK, before.loss
-        every_K = torch.arange(len(gram_KK), device=gram_KK.device)
-        for ridge in LAMBDAS:
-            new_DK = solved(
-                down_DK, gram_KK, every_K, ridge, lambda part: cross_KD[:, part].double()
-            )
-            if new_DK is None:
-                continue
-            loss = _loss_with((new_DK.double() - down_DK.double()).float(), held_out)
-            if loss < least:
-                strength, best_DK, least = ridge, new_DK, loss
-            elif strength is not None:
-                break
-        if strength is None:
+        strength, best_DK = group.split.team.from_first(lambda: _best(down_DK, *observed))
+        if best_DK is None:
             return block_repair(before, None), {}
         share = 1.0 if group.last in self._at_gaps else SHARE_OF_DRIFT
-        best_DK = down_DK.float().lerp(best_DK.float(), share).to(down_DK.dtype)
+        best_DK = down_DK.float().lerp(best_DK.to(group.device).float(), share).to(down_DK.dtype)
         tensors = parameters_with_down(self.pruned, unit, {0: best_DK})
         # Where something follows the down projection, a norm for one, it is not as predicted.
         after = group.accept(before, tensors, hidden_loss)
@@ -169,14 +166,32 @@ def _last_to_write(pruned: PrunedSource, block: int) -> Unit | None:
     return units[-1] if units else None
 
 
-# Of held-out tokens the channels (RK), the block's output and that of the dense block (RD).
-Rows = tuple[Tensor, Tensor, Tensor]
+def _best(
+    down_DK: Tensor, gram: GramSums, cross_KD: Tensor, held_out: Sequence[Rows]
+) -> tuple[float | None, Tensor | None]:
+    """Return the strength whose down projection loses least, and that; None if it is the old."""
+    strength, best_DK, least = None, None, _loss_with(torch.zeros_like(down_DK).float(), held_out)
+    cross_KD.div_(gram.tokens)
+    gram_KK = gram.mean()
+    every_K = torch.arange(len(gram_KK), device=gram_KK.device)
+    for ridge in LAMBDAS:
+        new_DK = solved(down_DK, gram_KK, every_K, ridge, lambda part: cross_KD[:, part].double())
+        if new_DK is None:
+            continue
+        loss = _loss_with((new_DK.double() - down_DK.double()).float(), held_out)
+        if loss < least:
+            strength, best_DK, least = ridge, new_DK, loss
+        elif strength is not None:
+            break
+    # It may go to other processes.
+    return strength, None if best_DK is None else best_DK.cpu()
 
 
-def _observe(group: GroupVisit, unit: Unit, down_DK: Tensor) -> tuple[Tensor, Tensor, list[Rows]]:
+def _observe(group: GroupVisit, unit: Unit, down_DK: Tensor) -> tuple[GramSums, Tensor, list[Rows]]:
     """Let the pruned stream pass the block once.
 
-    Return E[x xᵀ] and E[x dᵀ] of what it is fitted to, and the held-out tokens of every batch.
+    Return the sums of x xᵀ and x dᵀ of what it is fitted to, and the held-out tokens of every
+    batch: the first process those of all.
     """
     gram, cross_KD = GramSums(), torch.zeros(down_DK.T.shape, device=group.device)
     held_out: list[Rows] = []
@@ -201,8 +216,13 @@ def _observe(group: GroupVisit, unit: Unit, down_DK: Tensor) -> tuple[Tensor, Te
                     cross_KD.addmm_(act_RK.float().T, difference_RD)
                 else:
                     held_out.append((act_RK, output_RD, dense_RD))
-    tokens = gram.tokens
-    return gram.mean(), cross_KD.div_(tokens), held_out
+    if (team := group.split.team).size > 1:
+        gram.add_up_at(0, team, len(cross_KD), group.device)
+        team.add_up_at(0, [cross_KD])
+        own = [[each.cpu() for each in rows] for rows in held_out]
+        of_all = chain.from_iterable(team.gather(own, at=0))
+        held_out = [tuple(each.to(group.device) for each in rows) for rows in of_all]
+    return gram, cross_KD, held_out
 
 
 def _loss_with(change_DK: Tensor, held_out: Sequence[Rows]) -> float:

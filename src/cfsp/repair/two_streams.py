@@ -3,10 +3,10 @@
 The dense stream passes a block. Where a group of blocks ends, the pruned blocks are repaired, which
 see both streams; then the pruned stream passes them. Blocks that were removed whole belong to the
 one before them, or else to the first that stays: what that should give is what the dense stream
-holds after them. Of several processes the first does all of it, while the others wait.
+holds after them.
 
-Row n of the hidden states is window n of the text in the dense stream; all rows of the pruned
-stream come behind those.
+Row n of the hidden states is the process's window n of the text in the dense stream; all rows of
+the pruned stream come behind those.
 
 Shapes: B windows in a batch, T tokens, D hidden.
 """
@@ -28,6 +28,7 @@ from cfsp.checkpoint.reading import WeightSource, read_tensors
 from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, fill, unload
 from cfsp.cut.surgery import PrunedSource
 from cfsp.job import Job
+from cfsp.processes import Team
 from cfsp.repair.result import BlockRepair, PruningResult, add_step, write_tensors
 from cfsp.streaming.block_calls import BlockCall
 from cfsp.streaming.block_pass import Visitor, pass_blocks
@@ -113,12 +114,19 @@ class BlockGroup:
 
 
 class Split:
-    """The windows of a text in batches of about so many tokens; to some nothing is fitted."""
+    """The windows of a text in batches of about so many tokens; to some nothing is fitted.
 
-    def __init__(self, windows: Windows, tokens_in_batch: int) -> None:
-        self.count, self.seqlen = windows.tokens_NT.shape
-        self.batch = max(1, min(tokens_in_batch // self.seqlen, self.count // _LEAST_BATCHES))
-        self.held_out: list[int] = windows.held_out_N.nonzero().flatten().tolist()
+    Those of one of several processes: of all processes `every_held_out` are held out.
+    """
+
+    def __init__(self, windows: Windows, tokens_in_batch: int, team: Team) -> None:
+        every, self.seqlen = windows.tokens_NT.shape
+        least = max(_LEAST_BATCHES, team.size)
+        self.team, self.batch = team, max(1, min(tokens_in_batch // self.seqlen, every // least))
+        own = team.share(every, self.batch)
+        self.windows, self.count = windows.part(own), own.stop - own.start
+        self.every_held_out = int(windows.held_out_N.sum())
+        self.held_out: list[int] = windows.held_out_N[own].nonzero().flatten().tolist()
         self.fitted = [window for window in range(self.count) if window not in self.held_out]
         self.batches, self.judged = self._batched(range(self.count)), self._batched(self.held_out)
         # All numbers of windows that blocks are ever called with.
@@ -221,10 +229,10 @@ class GroupVisit:
         return Batch(input_BTD.to(self.device), hidden.read_written(dense).to(self.device), turn)
 
     def judge(self, loss_of: Loss) -> Judgement:
-        """Return how far the group is from the dense stream on the held-out windows."""
+        """Return how far the group is from the dense stream on the held-out windows of all."""
         error_L, loss, done = [0.0] * len(self._dense_after), 0.0, 0
         for turn, windows in enumerate(self.split.judged):
-            batch, share = self.batch(windows, turn), len(windows) / len(self.split.held_out)
+            batch, share = self.batch(windows, turn), len(windows) / self.split.every_held_out
             outputs = list(self.blocks.outputs(batch.input_BTD))
             for position, (output_BTD, dense_NTD) in enumerate(
                 zip(outputs, self._dense_after, strict=True)
@@ -233,6 +241,8 @@ class GroupVisit:
                 error_L[position] += share * float(token_error(output_BTD, dense_BTD))
             loss += share * float(loss_of(outputs[-1], batch))
             done += len(windows)
+        of_processes = self.split.team.gather([loss, *error_L])
+        loss, *error_L = map(math.fsum, zip(*of_processes, strict=True))
         return Judgement(error_L, loss)
 
     def judge_unchanged(self, loss_of: Loss) -> Judgement:
@@ -268,15 +278,19 @@ Repaired = tuple[BlockRepair, Mapping[str, Tensor]]
 
 
 class TwoStreams(Visitor[BlockRepair | None]):
-    """A step of repair on the pruned model's own hidden states."""
+    """A step of repair on the pruned model's own hidden states.
+
+    Processes share the windows where it `waits_for_others`; else the first has all of them.
+    """
 
     def __init__(
         self, name: str, job: Job, repaired: PruningResult, windows: Windows, tokens_in_batch: int
     ) -> None:
         super().__init__(name)
-        self._job, self._repaired, self._windows = job, repaired, windows
+        self._job, self._repaired = job, repaired
         self.pruned = PrunedSource(job.source, repaired.plan, repaired.tensors)
-        self._split = Split(windows, tokens_in_batch)
+        team = job.work_dir.team if self.waits_for_others else Team()
+        self._split = Split(windows, tokens_in_batch, team)
         self.runtime = replace(job.runtime, batch_windows=self._split.batch)
         self.more_batch_sizes = self._split.batch_sizes
         skeleton = build_skeleton(self.pruned.config, job.runtime.dtype)
@@ -302,14 +316,17 @@ class TwoStreams(Visitor[BlockRepair | None]):
     def step(self) -> PruningResult:
         """Return what the step makes of what was there before it; errors are those of a pass."""
         team = self._job.work_dir.team
-        if team.size > 1 and team.is_first:
-            log.info("%s: process 0 repairs alone, the others wait", self.name)
-        at_last = team.from_first(self._pass)
+        if self.waits_for_others:
+            (at_last, *_) = team.each_does(self._pass)
+        else:
+            if team.size > 1 and team.is_first:
+                log.info("%s: process 0 repairs alone, the others wait", self.name)
+            at_last = team.from_first(self._pass)
         return add_step(self._repaired, self.name, self._directory, [[each] for each in at_last])
 
     def _pass(self) -> list[BlockRepair | None]:
         """Return what was done at each block of the dense model, of a group at its last."""
-        source, both = self._job.source, joined([self._windows] * 2)
+        source, both = self._job.source, joined([self._split.windows] * 2)
         results = pass_blocks(source, both, self, self.runtime, self._job.work_dir)
         at_last: list[BlockRepair | None] = [None] * len(results)
         for end, group in self._group_at.items():
@@ -351,7 +368,7 @@ class TwoStreams(Visitor[BlockRepair | None]):
         blocks.fill()
         group = GroupVisit(blocks, block, split, self._dense_after)
         result, tensors = self.work(group) or (None, {})
-        if result is not None and result["kept"]:
+        if result is not None and result["kept"] and split.team.is_first:
             write_tensors(self._directory, self._kept[group.last], tensors)
         block.pass_through(lambda rows, hidden_BTD: blocks(hidden_BTD), waiting)
         group.progress(1.0)
