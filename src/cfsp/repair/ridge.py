@@ -234,7 +234,7 @@ def repair_down_projection(
             best = replace(best, down_DK=candidate_DK, ridge=lambdas[number], error_after=error)
         return error
 
-    _descend(error_with, len(lambdas))
+    descend(error_with, len(lambdas))
     return best
 
 
@@ -242,7 +242,7 @@ def _squares(tensor: Tensor) -> float:
     return float(tensor.double().square().sum())
 
 
-def _descend(error_with: Callable[[int], float], count: int) -> None:
+def descend(error_with: Callable[[int], float], count: int) -> None:
     """Try strengths from the middle one on, upwards and then downwards, while they get better."""
     middle = count // 2
     at_middle = error_with(middle)

@@ -33,7 +33,7 @@ from cfsp.cut.surgery import PrunedSource
 from cfsp.errors import UnsupportedModelError
 from cfsp.job import Job
 from cfsp.repair.result import PruningResult
-from cfsp.repair.ridge import LAMBDAS, GramSums, solved
+from cfsp.repair.ridge import LAMBDAS, GramSums, descend, solved
 from cfsp.repair.two_streams import (
     Batch,
     GroupVisit,
@@ -170,21 +170,25 @@ def _best(
     down_DK: Tensor, gram: GramSums, cross_KD: Tensor, held_out: Sequence[Rows]
 ) -> tuple[float | None, Tensor | None]:
     """Return the strength whose down projection loses least, and that; None if it is the old."""
-    strength, best_DK, least = None, None, _loss_with(torch.zeros_like(down_DK).float(), held_out)
+    best: tuple[float | None, Tensor | None] = None, None
     cross_KD.div_(gram.tokens)
     gram_KK = gram.mean()
     every_K = torch.arange(len(gram_KK), device=gram_KK.device)
-    for ridge in LAMBDAS:
+    least = _loss_with(torch.zeros_like(down_DK).float(), held_out)
+
+    def loss_with(number: int) -> float:
+        nonlocal best, least
+        ridge = LAMBDAS[number]
         new_DK = solved(down_DK, gram_KK, every_K, ridge, lambda part: cross_KD[:, part].double())
         if new_DK is None:
-            continue
+            return math.inf
         loss = _loss_with((new_DK.double() - down_DK.double()).float(), held_out)
         if loss < least:
-            strength, best_DK, least = ridge, new_DK, loss
-        elif strength is not None:
-            break
-    # It may go to other processes.
-    return strength, None if best_DK is None else best_DK.cpu()
+            best, least = (ridge, new_DK.cpu()), loss  # it may go to other processes
+        return loss
+
+    descend(loss_with, len(LAMBDAS))
+    return best
 
 
 def _observe(group: GroupVisit, unit: Unit, down_DK: Tensor) -> tuple[GramSums, Tensor, list[Rows]]:
