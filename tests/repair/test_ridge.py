@@ -22,6 +22,7 @@ from cfsp.repair.ridge import (
     PANEL,
     GramSums,
     add_to_diagonal,
+    descend,
     factor,
     lower_panels,
     repair_down_projection,
@@ -102,6 +103,21 @@ def test_solution_is_the_formula(ridge):
     assert solution.ridge == ridge
     np.testing.assert_allclose(solution.down_DK.numpy(), expected, rtol=1e-4, atol=1e-5)
     assert solution.error_after < 0.5 * solution.error_before
+
+
+@pytest.mark.parametrize("best", range(5))
+def test_the_best_strength_is_found_by_few_tries(best):
+    tried = []
+
+    def error_with(number: int) -> float:
+        tried.append(number)
+        return float(abs(number - best))
+
+    descend(error_with, 5)
+    assert tried[0] == 2
+    assert best in tried
+    # One more on each side at most; below the first, none when something above it was better.
+    assert len(tried) == len(set(tried)) <= abs(best - 2) + (2 if best > 2 else 3)
 
 
 def test_errors_are_relative_squared_errors_of_the_output():
