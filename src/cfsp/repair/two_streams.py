@@ -317,7 +317,8 @@ class TwoStreams(Visitor[BlockRepair | None]):
         """Return what the step makes of what was there before it; errors are those of a pass."""
         team = self._job.work_dir.team
         if self.waits_for_others:
-            (at_last, *_) = team.each_does(self._pass)
+            at_last = self._pass()
+            team.gather(None)  # the first has written all
         else:
             if team.size > 1 and team.is_first:
                 log.info("%s: process 0 repairs alone, the others wait", self.name)
