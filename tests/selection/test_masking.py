@@ -72,15 +72,25 @@ def test_divergence_is_that_of_numpy():
     assert found > 0.01
 
 
+def test_a_model_is_at_no_distance_from_itself(monkeypatch):
+    """However many and large its logits are: by that it is known whether blocks can be resumed."""
+    model = build_tiny_model("llama")
+    logits_BPV = 40 + 4 * torch.randn(2, 8, 50_000, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(divergence, "_logits", lambda *_: logits_BPV)
+    assert dense_predictions(model, TOKENS).divergence(model) == 0
+
+
 # Blocks that return tuples, are called by position, have masks of two kinds, keys and values from
 # an earlier block, several FFNs, or none.
 @pytest.mark.parametrize(
     "name", ["llama", "gpt2", "falcon", "gemma3n_text", "qwen3_next", "nemotron_h", "gemma3"]
 )
-def test_each_block_is_masked_alone(name, noted):
+def test_each_block_is_masked_alone(name, noted, monkeypatch):
     model = tiny_model(name)
     source = LoadedModel(model)
-    tokens_NT = random_tokens(2, 12, seed=1)
+    # Two windows at once, and the third alone.
+    monkeypatch.setattr(divergence, "_TOKENS_AT_ONCE", 30)
+    tokens_NT = random_tokens(3, 12, seed=1)
     kept_U = [tuple(range(0, unit.width * unit.ffns, 2)) for unit in source.units]
     starts = noted(divergence, "resumed_at", lambda blocks, first, *_: first)
     found_L = block_sensitivities(source, model, tokens_NT, kept_U)["ffn"]

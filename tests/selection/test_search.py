@@ -23,6 +23,7 @@ from cfsp.selection.divergence import (
     MaskedModel,
     dense_predictions,
     few_beginnings,
+    in_batches,
     masked_channels,
 )
 from cfsp.selection.goal import constraint_of
@@ -238,7 +239,7 @@ def test_scores_are_those_of_the_plan_and_repair_helps(five_blocks, text_file, t
     job = job_of(five_blocks, asked, lambda: drawn)
     after_repair = repaired_scorer(job, planner)
     tokens_NT = few_beginnings(drawn).tokens_NT
-    masked = MaskedModel(five_blocks, model, torch.split(tokens_NT, 1))
+    masked = MaskedModel(five_blocks, model, in_batches(tokens_NT))
     before = [parameter.clone() for parameter in model.parameters()]
 
     half = Candidate(parts=("ffn",), sparsity=0.5)

@@ -21,7 +21,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -34,13 +33,12 @@ from cfsp.job import Job
 from cfsp.planning.candidate import NOTHING, Droppable, Dropped
 from cfsp.progress import item_progress
 from cfsp.selection.constraint import DropBudget
-from cfsp.selection.divergence import MaskedModel, few_beginnings, load_whole
+from cfsp.selection.divergence import MaskedModel, few_beginnings, in_batches, load_whole
 from cfsp.settings import Budget, parts_in_words
 from cfsp.streaming.block_proof import prove_without_attentions, prove_without_blocks
 from cfsp.streaming.runtime import fits
 from cfsp.text.windows import Windows
 
-_WINDOWS_IN_BATCH = 4
 # How many are tried again before one goes, and the tokens of each window that is read for it: one
 # block does twice the harm of another, where a few percent tell widths apart.
 _TRIED_AGAIN = 2
@@ -64,7 +62,7 @@ def order_of_removal(
     refusals: dict[Droppable, UnsupportedModelError] = {}
     # What each added to the divergence when it was last tried.
     added: dict[Droppable, float] = {}
-    masked = MaskedModel(source, model, torch.split(tokens_NT, _WINDOWS_IN_BATCH))
+    masked = MaskedModel(source, model, in_batches(tokens_NT))
 
     def price(droppable: Droppable) -> float:
         """For each parameter that goes with it; least of what was not tried yet."""

@@ -39,6 +39,7 @@ from cfsp.selection.divergence import (
     MaskedModel,
     dense_predictions,
     few_beginnings,
+    in_batches,
     load_whole,
 )
 from cfsp.selection.drop_order import dropped_by
@@ -205,7 +206,7 @@ def _all_masked(
     """Score every number of what is dropped that may be the best one, before repair."""
     model = load_whole(job.source, job.runtime, "comparing plans")
     few = few_beginnings(job.draw(), _MASKED_TOKENS)
-    masked = MaskedModel(job.source, model, torch.split(few.tokens_NT, 1), resumes=False)
+    masked = MaskedModel(job.source, model, in_batches(few.tokens_NT), resumes=False)
     channels = job.budget.channel_parts
     choices = [("ffn",), channels] if len(channels) > 1 else [channels]
     found: list[Scored] = []
