@@ -9,6 +9,7 @@ nothing is, with repair  a coarse pass over a few windows -> select -> one pass 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,9 +23,9 @@ from cfsp.planning.importance import COARSE_WINDOWS, warn_of_experts
 from cfsp.planning.make import fitting_statistics
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.pruning_cost import announce
-from cfsp.repair.ladder import check_windows, needed_steps, repair
+from cfsp.repair.ladder import check_windows, needed_steps, repair, ridge_together
 from cfsp.repair.result import PruningResult
-from cfsp.repair.ridge_pass import choose_and_repair, with_ridge
+from cfsp.repair.ridge_pass import Wanted, choose_and_repair, with_ridge
 from cfsp.selection.constraint import Constraint
 from cfsp.selection.divergence import with_needed_sensitivity
 from cfsp.selection.drop_order import (
@@ -51,6 +52,7 @@ class Known:
     statistics: Statistics | None = None
     plan: PruningPlan | None = None  # excludes a goal
     told: set[str] | None = None  # doubts that are not said again; None where each is
+    ridged: Sequence[PruningResult] = ()  # plans that one pass repaired; see `decide_together`
 
 
 NOTHING_KNOWN = Known()
@@ -89,7 +91,25 @@ def decide(job: Job, known: Known = NOTHING_KNOWN) -> tuple[PruningResult, dict[
         plan = planner.plan(candidate)
     warn_of_experts(plan)
     facts = _facts(constraint, candidate)
-    return _repaired_by(job, PruningResult(plan, planner.statistics)), facts
+    result = PruningResult(plan, planner.statistics)
+    for ridged in known.ridged:
+        if ridged.plan == plan:
+            result = replace(result, tensors=ridged.tensors, steps=ridged.steps)
+    return _repaired_by(job, result), facts
+
+
+def decide_together(jobs: Sequence[Job], statistics: Statistics) -> list[PruningResult]:
+    """Decide what goes in several prunings of one model and text; the ridge of all is one pass.
+
+    Those that compare plans or repair nothing are left out. See `Known`.
+    """
+    jobs = [job for job in jobs if job.settings.repairs and not job.budget.compares]
+    if not jobs:
+        return []
+    chosen = [select(job, constraint_of(job)[1], statistics) for job in jobs]
+    return ridge_together(
+        jobs[0], [planner.plan(candidate) for planner, candidate in chosen], _drawn(jobs[0])
+    )
 
 
 def _drawn(job: Job) -> Windows:
@@ -166,7 +186,8 @@ def _choose_and_repair(job: Job, constraint: Constraint) -> tuple[PruningResult,
     planner, candidate = select(job, constraint, coarse)
     widths = planner.widths(candidate)
     with job.work_dir.watch.stage("ridge"):
-        chosen = choose_and_repair(job, windows, widths.kept_U, candidate.dropped.blocks)
+        wanted = Wanted(widths.kept_U, candidate.dropped.blocks)
+        (chosen,) = choose_and_repair(job, windows, [wanted])
     record = calibration_record(job, windows)
     seen = Statistics.of([each.observed for each in chosen], record)
     # What else was measured of the model holds.

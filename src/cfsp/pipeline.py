@@ -33,10 +33,11 @@ from cfsp.checkpoint.own_files import (
 from cfsp.checkpoint.reading import Checkpoint, WeightSource, in_memory
 from cfsp.checkpoint.tensor_file import write_shards
 from cfsp.cut.surgery import PrunedSource, build_pruned_model
-from cfsp.decide import NOTHING_KNOWN, Known, decide
+from cfsp.decide import NOTHING_KNOWN, Known, decide, decide_together
 from cfsp.errors import OutputError
 from cfsp.exports.gguf_architecture import warn_of_no_way_back
 from cfsp.job import Job
+from cfsp.planning.make import fitting_statistics
 from cfsp.processes import Team
 from cfsp.quality.evaluate import evaluation_windows, perplexity_by_text
 from cfsp.quality.perplexity import before_and_after
@@ -228,6 +229,15 @@ def calibrate_source(
         together = Budget(parts=tuple(dict.fromkeys(unit.part for unit in source.units)))
         job = replace(jobs[0], settings=replace(jobs[0].settings, budget=together))
         return with_needed_sensitivity(job, statistics, windows)
+
+
+def ridge_together(
+    source: Checkpoint, prunings: Sequence[PruneSettings], statistics: Statistics, work_dir: WorkDir
+) -> list[PruningResult]:
+    """Take the ridge step of several prunings of one text in one pass, for `Known`."""
+    tokenizer = partial(load_tokenizer, source.directory)
+    jobs = [_job(source, tokenizer, each.suited_to_repair(), work_dir) for each in prunings]
+    return decide_together(jobs, fitting_statistics(source, statistics))
 
 
 def _job(

@@ -14,7 +14,7 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import PlanError, UsageError
 from cfsp.planning.importance import LEAST_TOKENS
 from cfsp.planning.unit_plan import UnitPlan
-from cfsp.repair.ridge_pass import choose_and_repair
+from cfsp.repair.ridge_pass import Wanted, choose_and_repair
 from cfsp.settings import Budget, Compute, PruneSettings
 from cfsp.streaming.work_dir import WorkDir
 from ragged import tiny
@@ -109,7 +109,7 @@ def test_repaired_experts_that_a_run_saved_are_read_again(lonely, tokenizer, tex
     job = job_of(source, PruneSettings(Budget(0.5), compute=Compute("cpu")), work_dir=work_dir)
     keep = [unit.width // 2 for unit in source.units]
     # What is saved needs no widths.
-    fresh, again = (choose_and_repair(job, windows, each) for each in (keep, []))
+    fresh, again = (choose_and_repair(job, windows, [Wanted(each)])[0] for each in (keep, []))
     for one, other in zip(fresh, again, strict=True):
         (repaired,), (repaired_again,) = one.repaired, other.repaired
         assert repaired == repaired_again

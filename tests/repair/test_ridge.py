@@ -13,11 +13,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cfsp
-from builders import changed, edit_json, never, stop, stopped_at
+from builders import (
+    changed,
+    draw_windows,
+    edit_json,
+    job_of,
+    never,
+    plan_keeping,
+    stop,
+    stopped_at,
+)
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.decide import Known
 from cfsp.errors import TextError
 from cfsp.pipeline import prune_checkpoint
+from cfsp.planning.candidate import Dropped
+from cfsp.repair.result import PruningResult
 from cfsp.repair.ridge import (
     PANEL,
     GramSums,
@@ -28,8 +39,11 @@ from cfsp.repair.ridge import (
     repair_down_projection,
     solve,
 )
+from cfsp.repair.ridge_pass import repair_by_plans
 from cfsp.result.manifest import read_manifest
+from cfsp.settings import Budget, Compute, PruneSettings
 from cfsp.settings.pruning import prune_settings
+from cfsp.streaming.work_dir import WorkDir
 
 
 def correlated(rows: int, channels: int, seed: int) -> torch.Tensor:
@@ -176,6 +190,34 @@ def test_only_down_projections_change(pruned, by_plan):
 def test_a_plan_made_before_is_repaired_by_a_pass_of_its_own(pruned, by_plan, text_file):
     found = by_plan("--data", text_file, "--samples", 8, "--seqlen", 32)
     assert not changed(pruned, found)
+
+
+def test_one_pass_repairs_what_several_plans_leave(source, text_file, tokenizer, tmp_path):
+    """Each as a pass for it alone does, and as a run that is resumed finds it."""
+    windows = draw_windows([str(text_file)], tokenizer, samples=6, seqlen=32)
+    asked = PruneSettings(Budget(), compute=Compute("cpu", "float32"))
+
+    def ridged(name: str, *plans: cfsp.PruningPlan) -> list[PruningResult]:
+        work_dir = WorkDir(tmp_path / name, identity={"command": "test"})
+        job = job_of(source, asked, work_dir=work_dir)
+        return repair_by_plans(job, [PruningResult(plan) for plan in plans], windows)
+
+    plans = [
+        plan_keeping(source, [tuple(range(0, u.width, every)) for u in source.units], dropped)
+        for every, dropped in ((2, Dropped()), (3, Dropped()), (2, Dropped((1,))))
+    ]
+    together = ridged("together", *plans)
+    for number, found in enumerate(together):
+        (alone,) = ridged(str(number), plans[number])
+        assert found.plan == alone.plan
+        assert found.steps == alone.steps
+        assert found.tensors.keys() == alone.tensors.keys() != set()
+        for name, tensor in found.tensors.items():
+            assert torch.equal(tensor.read(), alone.tensors[name].read())
+    assert [step["blocks"][1] is None for (step,) in (each.steps for each in together)] == [
+        False, False, True,
+    ]  # fmt: skip
+    assert ridged("together", *plans) == together
 
 
 def test_one_window_is_too_little_which_is_said_before_any_pass(model, few, tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ from cfsp.selection.search import (
     apart,
     best_of,
     masked_score,
-    repaired_scorer,
+    repaired_scores,
     worth_a_repair,
 )
 from cfsp.settings import (
@@ -153,11 +153,11 @@ def test_the_number_is_chosen_after_repair(five_blocks, text_file, tokenizer, mo
     asked = settings(text_file, goal_of_share(five_blocks.model, ("blocks",), 0.5))
     repaired: list[int] = []
 
-    def score(candidate: Candidate) -> float:
-        repaired.append(len(candidate.dropped))
-        return sign * len(candidate.dropped)
+    def scores(_job, _planner, candidates: list[Candidate]) -> list[int]:
+        repaired.extend(len(candidate.dropped) for candidate in candidates)
+        return [sign * number for number in repaired]
 
-    monkeypatch.setattr(search, "repaired_scorer", lambda *_: score)
+    monkeypatch.setattr(search, "repaired_scores", scores)
     _, facts = decided(five_blocks, asked, tokenizer)
     best = min(repaired, key=lambda number: sign * number)
     assert len(facts["chosen"]["dropped"]["blocks"]) == best and (best == 0) == (sign == 1)
@@ -171,7 +171,9 @@ def test_a_resumed_run_compares_as_the_killed_one_did(
     goal = goal_of_share(five_blocks.model, ("blocks",), 0.5)
     asked = settings(text_file, goal, repair="ridge")
     windows = draw_text(asked.text, tokenizer)
-    monkeypatch.setattr(search, "repaired_scorer", lambda *_: lambda found: len(found.dropped))
+    monkeypatch.setattr(
+        search, "repaired_scores", lambda *given: [len(each.dropped) for each in given[-1]]
+    )
     monkeypatch.setattr(search, "best_of", lambda found: (compared.append(found), found[0])[1])
     compared: list[list[Scored]] = []
     for has_room in (had_room, not had_room):
@@ -237,7 +239,6 @@ def test_scores_are_those_of_the_plan_and_repair_helps(five_blocks, text_file, t
     statistics = calibrate_source(five_blocks, tokenizer, [by_angle])
     planner = Planner.of(five_blocks, statistics, asked.budget, asked.criterion)
     job = job_of(five_blocks, asked, lambda: drawn)
-    after_repair = repaired_scorer(job, planner)
     tokens_NT = few_beginnings(drawn).tokens_NT
     masked = MaskedModel(five_blocks, model, in_batches(tokens_NT))
     before = [parameter.clone() for parameter in model.parameters()]
@@ -250,9 +251,10 @@ def test_scores_are_those_of_the_plan_and_repair_helps(five_blocks, text_file, t
             expected = dense.divergence(model)
     found = masked_score(masked, planner, half)
     assert found == pytest.approx(expected, rel=1e-4)
-    assert 0 < after_repair(half) < found
     nothing = Candidate(parts=("ffn",), sparsity=0.0)
-    assert after_repair(nothing) == pytest.approx(0, abs=1e-6)
+    of_half, of_nothing = repaired_scores(job, planner, [half, nothing])
+    assert 0 < of_half < found
+    assert of_nothing == pytest.approx(0, abs=1e-6)
     assert masked_score(masked, planner, nothing) == pytest.approx(0, abs=1e-6)
     assert all(map(torch.equal, before, model.parameters()))
 

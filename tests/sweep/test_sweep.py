@@ -10,15 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builders import never, read_json
+from builders import entries, never, read_json
 from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality import evaluate
 from cfsp.quality.tasks.harness import TaskRunner
+from cfsp.repair import ridge_pass
 from cfsp.result.manifest import read_manifest
 from cfsp.result.tables import pareto_front
 from cfsp.settings import Budget, Compute
+from cfsp.sweep import run
 from cfsp.sweep.run import loss_rise
 from cfsp.sweep.settings import SweepSettings, method_named
 
@@ -132,6 +134,29 @@ def test_a_sweep_goes_on_where_it_stopped(sweep, command):
     error = command(*arguments, "--seed", 1, status=2).err
     assert "holds a sweep by other settings" in error
     assert error.count("\n") == 1
+
+
+def test_one_pass_repairs_all_models_and_a_killed_sweep_needs_no_other(
+    sweep, model, text_file, tmp_path, command, monkeypatch, noted
+):
+    arguments, whole = sweep
+    out = tmp_path / "out"
+    again = [*arguments[:-1], out]
+    wanted = noted(ridge_pass, "choose_and_repair", lambda *given: len(given[-1]))
+    noted(run, "compare", lambda *_: None, dies_at=2)
+    command(*again, status=130)
+    assert wanted == [2]  # what `cfsp-plain` makes is not repaired
+    assert {"cfsp-0.25", "cfsp-plain-0.5.work"} < entries(out)
+    monkeypatch.setattr(ridge_pass, "observe", never)
+    command(*again)
+    assert entries(out) == entries(whole)
+    alone, statistics = tmp_path / "alone", ["--set", f"statistics={out / 'cfsp.statistics'}"]
+    asked = ["--sparsity", 0.5, "--multiple", 4, "--data", text_file, "--samples", 8]
+    monkeypatch.undo()
+    command("prune", model, *asked, "--seqlen", 32, *statistics, "--out", alone)
+    made, expected = (read_manifest(each) for each in (out / "cfsp-0.5", alone))
+    assert made["repair"] == expected["repair"]
+    assert made["files"]["model.safetensors"] == expected["files"]["model.safetensors"]
 
 
 @settings(deadline=None)

@@ -9,7 +9,8 @@ local       both; then a few blocks at a time are trained
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import compress
 
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.errors import TextError, UnsupportedModelError
@@ -62,6 +63,19 @@ def repair(job: Job, result: PruningResult, windows: Windows) -> PruningResult:
             with job.work_dir.watch.stage(name):
                 result = step(job, result, windows)
     return result
+
+
+def ridge_together(job: Job, plans: Sequence[PruningPlan], windows: Windows) -> list[PruningResult]:
+    """Return plans as decisions; of all that need it the ridge step is taken, in one pass."""
+    results = [PruningResult(plan) for plan in plans]
+    needs = [ridge_pass.NAME in needed_steps(job.settings.repair, plan) for plan in plans]
+    if not any(needs):
+        return results
+    ridged = iter(ridge_pass.repair_by_plans(job, list(compress(results, needs)), windows))
+    return [
+        next(ridged) if is_needed else result
+        for result, is_needed in zip(results, needs, strict=True)
+    ]
 
 
 def check_windows(windows: Windows) -> None:

@@ -45,6 +45,7 @@ class GramSums:
     def __init__(self) -> None:
         self.tokens = 0
         self._gram_FF: Tensor | None = None
+        self._is_mean = False
 
     def add(self, act_RF: Tensor) -> None:
         """Add rows of activations."""
@@ -82,9 +83,12 @@ class GramSums:
             part.copy_(contiguous)
 
     def mean(self) -> Tensor:
-        """Return the complete mean E[x xᵀ]; the sums are used up, so that memory holds one."""
-        assert self._gram_FF is not None
-        gram_FF, self._gram_FF = self._gram_FF, None
+        """Return the complete mean E[x xᵀ]; it takes the place of the sums: memory holds one."""
+        gram_FF = self._gram_FF
+        assert gram_FF is not None
+        if self._is_mean:
+            return gram_FF
+        self._is_mean = True
         channels = gram_FF.shape[0]
         for start, stop in _tiles(channels):
             gram_FF[stop:, start:stop] = gram_FF[start:stop, stop:].T

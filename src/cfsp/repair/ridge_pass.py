@@ -3,7 +3,8 @@
 Repair needs the Gram matrix of every FFN of a block (0.8 GB at 14336 channels), so a process alone
 never holds those of two blocks: they are dropped when its down projections are repaired. Of several
 processes each repairs a block of its own. Widths must therefore be known beforehand: from a plan,
-or from a coarse pass over a few windows.
+or from a coarse pass over a few windows. The matrices are the dense model's, so one pass repairs
+what any number of plans leave.
 
 Shapes: D hidden, F FFN channels, K channels that stay, E experts, U units of the model.
 """
@@ -26,6 +27,7 @@ from cfsp.calibration.observed import ObservedBlock
 from cfsp.checkpoint.reading import WeightSource, down_matrix, parameters_with_down
 from cfsp.job import Job
 from cfsp.planning.importance import choose_channels
+from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import processes_on_machine
 from cfsp.repair.result import BlockRepair, PruningResult, add_step, write_tensors
 from cfsp.repair.ridge import Observation, RidgeSolution, repair_down_projection
@@ -49,6 +51,23 @@ Kept = tuple[tuple[int, ...], ...]
 Repairs = tuple[BlockRepair | None, ...]
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What is to stay of a model.
+
+    `keep_U` are the channels that each unit keeps, or how many: those that score most by what the
+    pass sees. Of blocks that go whole statistics are gathered alone.
+    """
+
+    keep_U: Sequence[int | Sequence[int]]
+    removed: Collection[int] = ()
+
+    @staticmethod
+    def of(plan: PruningPlan) -> Wanted:
+        """Return what a plan keeps."""
+        return Wanted(plan.kept_channels, plan.removed_blocks)
+
+
 @dataclass
 class ChosenBlock:
     """What the pass did with one block."""
@@ -59,43 +78,61 @@ class ChosenBlock:
 
 
 def choose_and_repair(
-    job: Job,
-    windows: Windows,
-    keep_U: Sequence[int | Sequence[int]],
-    removed: Collection[int] = (),
-) -> list[ChosenBlock]:
+    job: Job, windows: Windows, wanted: Sequence[Wanted]
+) -> list[list[ChosenBlock]]:
     """Pass all windows, of which some are held out, through the model once; repair every block.
 
-    `keep_U` are the channels that each unit keeps, or how many: those that score most by what the
-    pass sees. Of blocks that go whole statistics are gathered alone. Sums are float32, the solve is
-    float64. New tensors go to the job's work directory, until they are in the new checkpoint.
+    What was done is returned for each of what is wanted. Sums are float32, the solve is float64.
+    New tensors go to the job's work directory, until they are in the new checkpoint.
     """
     check_tokens(job.source.config, windows.tokens_NT, job.source.label)
     _warn_of_memory(job)
     own = part_of(windows, job.work_dir.team, job.runtime.batch_windows)
-    visitor = _RidgePass(job, windows, own, keep_U, frozenset(removed))
-    chosen = pass_blocks(job.source, windows.part(own), visitor, job.runtime, job.work_dir)
-    _warn_of_unrepaired(chosen)
+    visitor = _RidgePass(job, windows, own, wanted)
+    blocks = pass_blocks(job.source, windows.part(own), visitor, job.runtime, job.work_dir)
+    chosen = [list(of_one) for of_one in zip(*blocks, strict=True)]
+    for of_one in chosen:
+        _warn_of_unrepaired(of_one)
     return chosen
 
 
 def repair_by_plan(job: Job, result: PruningResult, windows: Windows) -> PruningResult:
     """Repair what a plan leaves, in one pass over all windows."""
-    plan = result.plan
-    chosen = choose_and_repair(job, windows, plan.kept_channels, plan.removed_blocks)
-    return with_ridge(job, result, chosen)
+    (repaired,) = repair_by_plans(job, [result], windows)
+    return repaired
 
 
-def with_ridge(job: Job, result: PruningResult, chosen: Sequence[ChosenBlock]) -> PruningResult:
-    """Add what the pass did with each block to a decision, as a step of repair."""
+def repair_by_plans(
+    job: Job, results: Sequence[PruningResult], windows: Windows
+) -> list[PruningResult]:
+    """Repair what each of several plans leaves, in one pass over all windows."""
+    chosen = choose_and_repair(job, windows, [Wanted.of(result.plan) for result in results])
+    return [
+        with_ridge(job, result, of_one, number)
+        for number, (result, of_one) in enumerate(zip(results, chosen, strict=True))
+    ]
+
+
+def with_ridge(
+    job: Job, result: PruningResult, chosen: Sequence[ChosenBlock], number: int = 0
+) -> PruningResult:
+    """Add what the pass did with each block to a decision, as a step of repair.
+
+    The number is that of what was wanted.
+    """
     has_several = any(len(block.repaired) > 1 for block in chosen)
     repairs = [
         block.repaired or (None,) * (len(block.kept) if has_several else 1) for block in chosen
     ]
-    return add_step(result, NAME, job.work_dir.first_directory_of(NAME), repairs)
+    return add_step(result, NAME, _directory_of(job, number), repairs)
 
 
-class _RidgePass(Visitor[ChosenBlock]):
+def _directory_of(job: Job, number: int) -> Path:
+    """Return where new tensors of one of several are, in a directory of the first process."""
+    return job.work_dir.first_directory_of(NAME) / f"repaired-{number}"
+
+
+class _RidgePass(Visitor[list[ChosenBlock]]):
     """Lets the windows pass block after block; of N processes each repairs every Nth.
 
     Processes take turns: the Gram matrices of a block are added up at the one that repairs it, and
@@ -110,16 +147,15 @@ class _RidgePass(Visitor[ChosenBlock]):
         job: Job,
         windows: Windows,
         own: slice,
-        keep_U: Sequence[int | Sequence[int]],
-        removed: frozenset[int],
+        wanted: Sequence[Wanted],
     ) -> None:
         super().__init__(NAME)
         self._source, self._criterion, self._team = job.source, job.criterion, job.work_dir.team
-        self._keep_U, self._removed = keep_U, removed
+        self._wanted = wanted
         self._is_held_out_N = windows.held_out_N[own]
-        self._directory = job.work_dir.first_directory_of(NAME)
+        self._directories = [_directory_of(job, number) for number in range(len(wanted))]
         # Of this turn: all blocks, and the one that this process repairs.
-        self._turn: dict[int, ChosenBlock] = {}
+        self._turn: dict[int, list[ChosenBlock]] = {}
         self._waiting: tuple[int, list[Observation]] | None = None
 
     def may_stop_after(self, block: int) -> bool:
@@ -127,31 +163,33 @@ class _RidgePass(Visitor[ChosenBlock]):
         is_last = block + 1 == self._source.architecture.block_count
         return is_last or (block + 1) % self._team.size == 0
 
-    def visit(self, block: StreamedBlock) -> ChosenBlock:
+    def visit(self, block: StreamedBlock) -> list[ChosenBlock]:
         """Let the windows pass one block; repair it now, or when the others have one as well."""
         chosen = self._turn[block.index] = self._observe(block)
         if self.may_stop_after(block.index):
             for found in self._team.each_does(self._repair_waiting):
-                for index, (kept, repaired) in found.items():
-                    self._turn[index].kept, self._turn[index].repaired = kept, repaired
+                for index, done in found.items():
+                    for one, (kept, repaired) in zip(self._turn[index], done, strict=True):
+                        one.kept, one.repaired = kept, repaired
             self._turn.clear()
         return chosen
 
-    def save(self, result: ChosenBlock, directory: Path, block: int) -> None:
-        result.observed.save(directory, block)
-        facts: Any = {"kept": result.kept, "repaired": result.repaired}
+    def save(self, result: list[ChosenBlock], directory: Path, block: int) -> None:
+        result[0].observed.save(directory, block)
+        facts: Any = [{"kept": one.kept, "repaired": one.repaired} for one in result]
         super().save(facts, directory, block)
 
-    def load(self, directory: Path, block: int) -> ChosenBlock:
+    def load(self, directory: Path, block: int) -> list[ChosenBlock]:
+        observed = ObservedBlock.load(directory, block)
         facts: Any = super().load(directory, block)
-        return ChosenBlock(
-            ObservedBlock.load(directory, block),
-            tuple(map(tuple, facts["kept"])),
-            tuple(facts["repaired"]),
-        )
+        return [
+            ChosenBlock(observed, tuple(map(tuple, one["kept"])), tuple(one["repaired"]))
+            for one in facts
+        ]
 
-    def _observe(self, block: StreamedBlock) -> ChosenBlock:
-        units = () if block.index in self._removed else block.units
+    def _observe(self, block: StreamedBlock) -> list[ChosenBlock]:
+        is_gone = all(block.index in wanted.removed for wanted in self._wanted)
+        units = () if is_gone else block.units
         observations = [Observation(self._is_held_out_N, unit.ffns) for unit in units]
 
         def add(unit: int, ffn: int, act_RF: Tensor, window_R: Tensor) -> None:
@@ -159,44 +197,52 @@ class _RidgePass(Visitor[ChosenBlock]):
 
         observed = added_up(self._team, observe(block, add if units else None))
         check_seen(block.units, observed.units)
-        if block.index in self._removed:
-            return ChosenBlock(observed, ((),) * len(block.units))
+        gone = ((),) * len(block.units)
+        chosen = [
+            ChosenBlock(observed, gone if block.index in wanted.removed else ())
+            for wanted in self._wanted
+        ]
+        if is_gone:
+            return chosen
         repairing = block.index % self._team.size
         for unit, observation in zip(units, observations, strict=True):
             observation.add_up_at(repairing, self._team, unit.columns, block.device)
         if self._team.rank == repairing:
             self._waiting = block.index, observations
-        return ChosenBlock(observed)
+        return chosen
 
-    def _repair_waiting(self) -> dict[int, tuple[Kept, Repairs]]:
+    def _repair_waiting(self) -> dict[int, list[tuple[Kept, Repairs]]]:
         """Choose what stays in the block that waits, if one does, and repair it."""
         if self._waiting is None:
             return {}
         (block, observations), self._waiting = self._waiting, None
         units = [pair for pair in enumerate(self._source.units) if pair[1].block == block]
         has_several = len({unit.block for unit in self._source.units}) < len(self._source.units)
-        kept_U: list[tuple[int, ...]] = []
-        repairs: list[BlockRepair | None] = []
-        tensors: dict[str, Tensor] = {}
-        for (index, unit), seen in zip(units, self._turn[block].observed.units, strict=True):
-            keep = self._keep_U[index]
-            if isinstance(keep, int):
-                keep = choose_channels(self._source, unit, seen, keep, self._criterion)
-            kept_U.append(tuple(keep))
+        seen_U = self._turn[block][0].observed.units
+        done: list[tuple[list[tuple[int, ...]], list[BlockRepair | None], dict[str, Tensor]]]
+        done = [([], [], {}) for _ in self._wanted]
+        for (index, unit), seen in zip(units, seen_U, strict=True):
             # Dropped when the unit is done: the Gram matrices of its FFNs are the most there is.
             observation = observations.pop(0)
-            if not keep:  # an attention that goes whole
-                repairs.append(None)
-                continue
-            repair, down_of = _repair_unit(self._source, unit, keep, observation)
-            if has_several:
-                repair = {"block": block, "path": unit.path, **repair}
-            repairs.append(repair)
-            if repair["kept"]:
-                tensors |= parameters_with_down(self._source, unit, down_of)
-        if tensors:
-            write_tensors(self._directory, block, tensors)
-        return {block: (tuple(kept_U), tuple(repairs))}
+            for wanted, (kept_U, repairs, tensors) in zip(self._wanted, done, strict=True):
+                keep = () if block in wanted.removed else wanted.keep_U[index]
+                if isinstance(keep, int):
+                    keep = choose_channels(self._source, unit, seen, keep, self._criterion)
+                kept_U.append(tuple(keep))
+                if not keep:  # a block or an attention that goes whole
+                    repairs.append(None)
+                    continue
+                repair, down_of = _repair_unit(self._source, unit, keep, observation)
+                if has_several:
+                    repair = {"block": block, "path": unit.path, **repair}
+                repairs.append(repair)
+                if repair["kept"]:
+                    tensors |= parameters_with_down(self._source, unit, down_of)
+        for directory, (*_, tensors) in zip(self._directories, done, strict=True):
+            if tensors:
+                directory.mkdir(parents=True, exist_ok=True)
+                write_tensors(directory, block, tensors)
+        return {block: [(tuple(kept_U), tuple(repairs)) for kept_U, repairs, _ in done]}
 
 
 def _repair_unit(

@@ -17,11 +17,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from cfsp.calibration.statistics import Removal, Statistics
 from cfsp.checkpoint.reading import LoadedModel
@@ -31,11 +29,10 @@ from cfsp.job import Job
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.make import Planner
 from cfsp.progress import item_progress
-from cfsp.repair.ladder import repair
+from cfsp.repair.ladder import repair, ridge_together
 from cfsp.repair.result import PruningResult
 from cfsp.selection.constraint import Constraint, Parameters, Share
 from cfsp.selection.divergence import (
-    DensePredictions,
     MaskedModel,
     dense_predictions,
     few_beginnings,
@@ -47,8 +44,6 @@ from cfsp.settings import Part
 from cfsp.streaming.runtime import fits
 from cfsp.streaming.work_dir import load_or_compute, temporary_work_dir
 from cfsp.text.windows import Windows, few_windows, joined
-
-Scorer = Callable[[Candidate], float]
 
 # On as few windows as it is judged by a ridge fits noise, most of all where most channels go, and
 # other parts seem cheaper than they are (LOG.md).
@@ -78,33 +73,29 @@ def can_be_repaired(job: Job) -> bool:
     return has_room
 
 
-def repaired_scorer(job: Job, planner: Planner) -> Scorer:
-    """Return what gives KL(dense || repaired on a little text), with both models in memory."""
+def repaired_scores(job: Job, planner: Planner, candidates: Sequence[Candidate]) -> list[float]:
+    """Return KL(dense || repaired on a little text) of each, with two models in memory.
 
-    @cache
-    def dense() -> tuple[PreTrainedModel, Windows, list[DensePredictions]]:
-        """Load and run the dense model, unless a killed run has scored all."""
-        fit, judged = apart(job.draw())
-        model = load_whole(job.source, job.runtime, "trying a repair")
-        with torch.inference_mode():
-            predicted = [dense_predictions(model, token_T[None]) for token_T in judged.tokens_NT]
-        return model, fit, predicted
+    The ridge of all is one pass.
+    """
+    fit, judged = apart(job.draw())
+    model = load_whole(job.source, job.runtime, "trying a repair")
+    with torch.inference_mode():
+        predicted = [dense_predictions(model, token_T[None]) for token_T in judged.tokens_NT]
 
-    def score(candidate: Candidate) -> float:
-        model, fit, predicted = dense()
-        log.info("repairing on a little text: %s", candidate.in_words)
-        plan = planner.plan(candidate)
-        with temporary_work_dir(job.settings.compute.memory_budget) as work_dir:
-            settings = replace(job.settings, repair="ridge")
-            ridge = replace(job, work_dir=work_dir, settings=settings)
-            repaired = repair(ridge, PruningResult(plan), fit)
-            loaded = LoadedModel(model, job.budget.parts)
-            smaller = build_pruned_model(loaded, plan, repaired.tensors)
+    def score(repaired: PruningResult) -> float:
+        loaded = LoadedModel(model, job.budget.parts)
+        smaller = build_pruned_model(loaded, repaired.plan, repaired.tensors)
         smaller.to(dtype=model.dtype).eval()
         with torch.inference_mode():
             return sum(each.divergence(smaller) for each in predicted) / len(predicted)
 
-    return score
+    log.info("repairing on a little text: %s", "; ".join(each.in_words for each in candidates))
+    plans = [planner.plan(candidate) for candidate in candidates]
+    with temporary_work_dir(job.settings.compute.memory_budget) as work_dir:
+        settings = replace(job.settings, repair="ridge")
+        own = replace(job, work_dir=work_dir, settings=settings)
+        return [score(repair(own, each, fit)) for each in ridge_together(own, plans, fit)]
 
 
 def apart(windows: Windows) -> tuple[Windows, Windows]:
@@ -181,14 +172,14 @@ def select(job: Job, constraint: Constraint, statistics: Statistics) -> tuple[Pl
         )
         if not repairs["repairs"]:
             return found
-        few, score = worth_a_repair(found), repaired_scorer(job, planner)
-        return [after_repair(each, score) if each in few else each for each in found]
-
-    def after_repair(scored: Scored, score: Scorer) -> Scored:
-        candidate = scored.candidate
-        number = f"{name}-repaired-{len(candidate.dropped)}-{'-'.join(candidate.parts)}"
-        found = load_or_compute(job.work_dir, number, lambda: {"repaired": score(candidate)})
-        return replace(scored, **found)
+        few = worth_a_repair(found)
+        scores = load_or_compute(
+            job.work_dir,
+            f"{name}-repaired",
+            lambda: {"KL": repaired_scores(job, planner, [each.candidate for each in few])},
+        )
+        after_repair = dict(zip(few, scores["KL"], strict=True))
+        return [replace(each, repaired=after_repair.get(each)) for each in found]
 
     with job.work_dir.watch.stage("try"):
         found = job.work_dir.team.from_first(compare)

@@ -33,7 +33,12 @@ from cfsp.checkpoint.own_files import STATISTICS_FILE, SWEEP_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.decide import Known
 from cfsp.errors import CfspError, OutputError, damage_as
-from cfsp.pipeline import calibrate_source, prune_checkpoint
+from cfsp.pipeline import (
+    calibrate_source,
+    prune_checkpoint,
+    pruning_identity,
+    ridge_together,
+)
 from cfsp.progress import item_progress
 from cfsp.quality.answers import Questions
 from cfsp.quality.compare import compare
@@ -49,6 +54,7 @@ from cfsp.result.tables import Table, estimate, pareto_front
 from cfsp.selection.constraint import Share
 from cfsp.settings import Compute, Part
 from cfsp.streaming.memory import hidden_budget
+from cfsp.streaming.runtime import runtime_identity, runtime_of
 from cfsp.streaming.work_dir import output_work_dir, remove_finished_work, temporary_work_dir
 from cfsp.sweep.settings import Point, SweepSettings
 from cfsp.text.drawing import draw_text
@@ -160,12 +166,14 @@ def run_sweep(settings: SweepSettings, out: Path, compute: Compute, *, command: 
     if settings.answers is not None:
         exam = replace(exam, questions=Questions.of(settings.answers))
     opened = cache(lambda parts: open_checkpoint(settings.model, parts=parts))
-    asked = dict.fromkeys(part for point in points for part in point.settings.budget.parts)
+    asked = dict.fromkeys(part for point in points for part in point.parts)
     measure = partial(evaluate_models, exam=exam)
     sweep = _Sweep(points, opened(tuple(asked)), opened, out, compute, measure)
     check_is_outside(out, sweep.source.directory)
     with created_parents(out), exclusive(out), _kept(sweep):
         _claim(out, settings)
+        for point in points:
+            remove_finished_work(out / point.name)
         missing = [point for point in points if not (out / point.name).is_dir()]
         if missing:
             _check(sweep)
@@ -175,9 +183,11 @@ def run_sweep(settings: SweepSettings, out: Path, compute: Compute, *, command: 
             (found,) = sweep.evaluated((), against=dense, out=out / _DENSE_FILE)
             dense = replace(dense, result=found)
             with item_progress("sweep", len(missing), "model") as bar:
-                for point in missing:
-                    _make(sweep, point, dense, command)
-                    bar.update()
+                for parts in dict.fromkeys(point.parts for point in missing):
+                    with _repaired(sweep, parts) as known:
+                        for point in (each for each in missing if each.parts == parts):
+                            _make(sweep, point, known, dense, command)
+                            bar.update()
         return _rows(sweep, found)
 
 
@@ -219,7 +229,7 @@ def _check(sweep: _Sweep) -> None:
     """Check all that is not checked when the dense model is measured, before that."""
     source, text = sweep.source, sweep.points[0].settings.text
     for point in sweep.points:
-        own = sweep.opened(point.settings.budget.parts)
+        own = sweep.opened(point.parts)
         Share(own, point.settings.budget).check()
         check_can_be_repaired(own, point.settings)
     draw_text(text, load_tokenizer(source.directory))
@@ -239,10 +249,27 @@ def _statistics(sweep: _Sweep) -> Statistics:
     return Statistics.load(path)
 
 
-def _make(sweep: _Sweep, point: Point, dense: Dense, command: str) -> None:
+@contextmanager
+def _repaired(sweep: _Sweep, parts: tuple[Part, ...]) -> Iterator[Known]:
+    """Repair all models without some parts in one pass; also those that are there already.
+
+    So a sweep that goes on finds the work of the same pass.
+    """
+    source, statistics, compute = sweep.opened(parts), _statistics(sweep), sweep.compute
+    points = [point for point in sweep.points if point.parts == parts]
+    prunings = [point.settings for point in points]
+    asked = [pruning_identity(settings, Known(statistics)) for settings in prunings]
+    computed = runtime_identity(runtime_of(compute, source))
+    identity = {"command": "sweep", "prunings": asked, **computed}
+    last = sweep.out / points[-1].name
+    with output_work_dir(last, identity, compute.memory_budget) as work_dir:
+        ridged = ridge_together(source, prunings, statistics, work_dir)
+        yield Known(statistics, told=sweep.told, ridged=ridged)
+
+
+def _make(sweep: _Sweep, point: Point, known: Known, dense: Dense, command: str) -> None:
     """Prune and measure one model, in a place that is empty even after a kill."""
-    own = sweep.opened(point.settings.budget.parts)
-    known = Known(_statistics(sweep), told=sweep.told)
+    own = sweep.opened(point.parts)
     working, finished = sweep.out / _WORKING, sweep.out / point.name
     shutil.rmtree(working, ignore_errors=True)
     try:

@@ -27,6 +27,7 @@ from cfsp.settings import (
     CalibrationText,
     Compute,
     EvaluationText,
+    Part,
     PruneSettings,
     from_names,
     names_in,
@@ -62,6 +63,11 @@ class Point:
     name: str
     method: str
     settings: PruneSettings
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Return what may go."""
+        return self.settings.budget.parts
 
 
 @dataclass(frozen=True)
