@@ -1,4 +1,4 @@
-"""`kill -9` at random moments of prune, recover and sweep; then the same command again.
+"""`kill -9` at random moments of prune, recover, sweep and eval; then the same command again.
 
     python benchmarks/kills.py --kills 25 --seed 0
 
@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 # In the manifests: dates, times and memory.
 CLOCK_KEYS = {"created", "seconds", "passes", "peak_rss_bytes", "tokens_per_second"}
-COMMANDS = ("prune", "recover", "sweep")
+COMMANDS = ("prune", "recover", "sweep", "eval")
 
 Contents = dict[str, str]
 
@@ -101,9 +101,11 @@ def command_line(name: str, inputs: Inputs) -> list[str]:
                   "--eval", str(inputs.text), "--windows", "2", *out],
         "recover": ["recover", str(inputs.scratch / "pruned"), *data, "--seqlen", "32",
                     "--steps", "6", "--evaluations", "3", *out],
-        "sweep": ["sweep", str(inputs.model), *drawn, "--sparsity", "0.5", "--method",
+        "sweep": ["sweep", str(inputs.model), *drawn, "--sparsity", "0.25", "0.5", "--method",
                   "cfsp", "cfsp-plain", "--multiple", "4", "--eval", str(inputs.text),
                   "--windows", "2", *out],
+        "eval": ["eval", str(inputs.scratch / "pruned"), "--against", str(inputs.model), *data,
+                 "--windows", "2", "--seqlen", "32", *out],
     }  # fmt: skip
     return lines[name]
 

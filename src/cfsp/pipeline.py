@@ -37,7 +37,6 @@ from cfsp.decide import NOTHING_KNOWN, Known, decide, decide_together
 from cfsp.errors import OutputError
 from cfsp.exports.gguf_architecture import warn_of_no_way_back
 from cfsp.job import Job
-from cfsp.planning.make import fitting_statistics
 from cfsp.processes import Team
 from cfsp.quality.evaluate import evaluation_windows, perplexity_by_text
 from cfsp.quality.perplexity import before_and_after
@@ -237,7 +236,7 @@ def ridge_together(
     """Take the ridge step of several prunings of one text in one pass, for `Known`."""
     tokenizer = partial(load_tokenizer, source.directory)
     jobs = [_job(source, tokenizer, each.suited_to_repair(), work_dir) for each in prunings]
-    return decide_together(jobs, fitting_statistics(source, statistics))
+    return decide_together(jobs, statistics)
 
 
 def _job(

@@ -16,5 +16,5 @@ sys.exit(kills.main())
 """
     (ended,) = forks.code(code)
     rows = [[cell.strip() for cell in line.split("|")] for line in ended.stdout.splitlines()[2:]]
-    assert [row[1] for row in rows] == ["`prune`", "`recover`", "`sweep`"]
+    assert [row[1] for row in rows] == ["`prune`", "`recover`", "`sweep`", "`eval`"]
     assert all((int(row[2]), int(row[4])) == (KILLS, 0) for row in rows)

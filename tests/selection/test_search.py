@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders import goal_of_share, job_of
+from builders import entries, goal_of_share, job_of
 from cfsp.checkpoint.reading import LoadedModel, WeightSource
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.decide import decide
@@ -231,14 +231,14 @@ def test_of_many_kinds_of_text_some_are_for_fitting_and_others_for_judging():
     assert [len(part.tokens_NT) for part in apart(windows(3, 1))] == [3, 3]
 
 
-def test_scores_are_those_of_the_plan_and_repair_helps(five_blocks, text_file, tokenizer):
+def test_scores_are_those_of_the_plan_and_repair_helps(five_blocks, text_file, tokenizer, tmp_path):
     text = CalibrationText((str(text_file),), samples=16, seqlen=64)
     asked = replace(settings(text_file, TargetParameters(0.9)), text=text)
     drawn, model = draw_text(text, tokenizer), five_blocks.model
     by_angle = replace(asked, criterion=Criterion("angular"))
     statistics = calibrate_source(five_blocks, tokenizer, [by_angle])
     planner = Planner.of(five_blocks, statistics, asked.budget, asked.criterion)
-    job = job_of(five_blocks, asked, lambda: drawn)
+    job = job_of(five_blocks, asked, lambda: drawn, work_dir=WorkDir(tmp_path))
     tokens_NT = few_beginnings(drawn).tokens_NT
     masked = MaskedModel(five_blocks, model, in_batches(tokens_NT))
     before = [parameter.clone() for parameter in model.parameters()]
@@ -254,6 +254,7 @@ def test_scores_are_those_of_the_plan_and_repair_helps(five_blocks, text_file, t
     nothing = Candidate(parts=("ffn",), sparsity=0.0)
     of_half, of_nothing = repaired_scores(job, planner, [half, nothing])
     assert 0 < of_half < found
+    assert not entries(tmp_path)
     assert of_nothing == pytest.approx(0, abs=1e-6)
     assert masked_score(masked, planner, nothing) == pytest.approx(0, abs=1e-6)
     assert all(map(torch.equal, before, model.parameters()))

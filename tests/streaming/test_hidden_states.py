@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from builders import entries
 from cfsp.errors import OutputError
 from cfsp.streaming import memory
 from cfsp.streaming.hidden_states import HiddenInFile, HiddenStates
+from cfsp.streaming.work_dir import temporary_work_dir
 
 SHAPE = (5, 7, 3)
 BATCHES = [slice(0, 2), slice(2, 4), slice(4, 5)]
@@ -67,6 +70,18 @@ def test_what_was_saved_stays_until_the_next_save(kind, later, tmp_path):
         hidden.write(BATCHES[0], values(10 * seed + 2)[BATCHES[0]])
         assert torch.equal(read_all(hidden), values(10 * seed + 2))
     assert len(set(names)) == 2
+
+
+def test_what_nobody_goes_on_from_has_no_name_that_a_kill_could_leave(tmp_path):
+    with temporary_work_dir() as work_dir:
+        assert not work_dir.directory.exists()
+        directory = work_dir.directory_of("pass")
+        assert stat.S_IMODE(work_dir.directory.stat().st_mode) == 0o700
+        hidden = HiddenInFile(SHAPE, torch.bfloat16, directory, kept=False)
+        write_all(hidden, values(0))
+        assert not entries(directory)
+        assert torch.equal(read_all(hidden), values(0))
+    assert not work_dir.directory.exists()
 
 
 def test_a_full_disk_is_an_error_and_not_a_crash(tmp_path, monkeypatch):

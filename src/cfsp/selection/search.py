@@ -15,6 +15,7 @@ Shapes: T tokens.
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -42,7 +43,7 @@ from cfsp.selection.divergence import (
 from cfsp.selection.drop_order import dropped_by
 from cfsp.settings import Part
 from cfsp.streaming.runtime import fits
-from cfsp.streaming.work_dir import load_or_compute, temporary_work_dir
+from cfsp.streaming.work_dir import WorkDir, load_or_compute
 from cfsp.text.windows import Windows, few_windows, joined
 
 # On as few windows as it is judged by a ridge fits noise, most of all where most channels go, and
@@ -92,10 +93,12 @@ def repaired_scores(job: Job, planner: Planner, candidates: Sequence[Candidate])
 
     log.info("repairing on a little text: %s", "; ".join(each.in_words for each in candidates))
     plans = [planner.plan(candidate) for candidate in candidates]
-    with temporary_work_dir(job.settings.compute.memory_budget) as work_dir:
-        settings = replace(job.settings, repair="ridge")
-        own = replace(job, work_dir=work_dir, settings=settings)
-        return [score(repair(own, each, fit)) for each in ridge_together(own, plans, fit)]
+    # What is repaired here is not to be gone on from.
+    work_dir = WorkDir(job.work_dir.directory_of("try"), job.work_dir.memory_budget)
+    own = replace(job, work_dir=work_dir, settings=replace(job.settings, repair="ridge"))
+    scores = [score(repair(own, each, fit)) for each in ridge_together(own, plans, fit)]
+    shutil.rmtree(work_dir.directory)
+    return scores
 
 
 def apart(windows: Windows) -> tuple[Windows, Windows]:

@@ -175,7 +175,7 @@ def _room(
             f"{visitor.label}: {nbytes / 1e9:.3g} GB of hidden states exceed the memory budget of "
             f"{work_dir.memory_budget / 1e9:.3g} GB; they go to a file in {directory}"
         )
-        return HiddenInFile(shape_NTD, dtype, directory, saved)
+        return HiddenInFile(shape_NTD, dtype, directory, saved, kept=state is not None)
 
     return open_hidden
 

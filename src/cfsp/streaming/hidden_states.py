@@ -13,6 +13,7 @@ import math
 import mmap
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -91,8 +92,9 @@ class HiddenStates:
 class HiddenInFile(HiddenStates):
     """One or two memory-mapped files, of which no page stays resident longer than a batch.
 
-    The second file exists from the first `save` on. Where the disk has no room, what reads or
-    writes raises OutputError.
+    The second file exists from the first `save` on. Where nothing is `kept` for another run, the
+    file has no name, so that it goes with the process, however that ends. Where the disk has no
+    room, what reads or writes raises OutputError.
     """
 
     def __init__(
@@ -101,9 +103,11 @@ class HiddenInFile(HiddenStates):
         dtype: torch.dtype,
         directory: Path,
         saved: str | None = None,
+        *,
+        kept: bool = True,
     ) -> None:
         self.shape_NTD, self.nbytes = shape_NTD, math.prod(shape_NTD) * dtype.itemsize
-        self._dtype, self._path = dtype, directory
+        self._dtype, self._path, self._is_kept = dtype, directory, kept
         self._maps: dict[str, mmap.mmap] = {}
         self._source = saved or _FILES[0]
         self._target = _other(saved) if saved else _FILES[0]
@@ -155,7 +159,11 @@ class HiddenInFile(HiddenStates):
                     os.posix_fallocate(file.fileno(), 0, nbytes)
                 else:
                     file.truncate(nbytes)
-                return mmap.mmap(file.fileno(), nbytes)
+                mapped = mmap.mmap(file.fileno(), nbytes)
+            if not self._is_kept:
+                with suppress(OSError):  # Windows keeps the name of what is mapped
+                    path.unlink()
+            return mapped
         except OSError as error:
             do = "free the disk, raise --memory-budget, or take fewer windows"
             raise _no_room(path.parent, nbytes, error, do) from error

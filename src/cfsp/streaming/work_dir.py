@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import secrets
 import shutil
 import tempfile
 import time
@@ -171,7 +172,8 @@ class WorkDir:
     def directory_of(self, name: str) -> Path:
         """Return the directory of one pass; it exists."""
         directory = self.directory / name
-        directory.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(mode=0o700, exist_ok=True)
+        directory.mkdir(exist_ok=True)
         return directory
 
     def first_directory_of(self, name: str) -> Path:
@@ -191,9 +193,12 @@ class WorkDir:
 
 @contextmanager
 def temporary_work_dir(memory_budget: int | None = None) -> Iterator[WorkDir]:
-    """Give a work directory that nothing resumes from."""
-    with tempfile.TemporaryDirectory(prefix="cfsp-") as directory:
-        yield WorkDir(Path(directory), hidden_budget(memory_budget))
+    """Give a work directory that nothing resumes from; it exists once something is put there."""
+    directory = Path(tempfile.gettempdir()) / f"cfsp-{secrets.token_hex(8)}"
+    try:
+        yield WorkDir(directory, hidden_budget(memory_budget))
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextmanager
