@@ -25,7 +25,7 @@ from cfsp.errors import ELSEWHERE, UsageError, first_line
 from cfsp.result.manifest import read_manifest
 from cfsp.result.names import public_command
 from cfsp.settings import Budget, CalibrationText, Criterion
-from cfsp.text.drawing import draw_text
+from cfsp.text.drawing import draw_text, say_default
 from cfsp.text.windows import Windows
 from tiny_decoders import tiny_model
 from tiny_models import build_tiny_model
@@ -165,16 +165,19 @@ def test_advanced_options_are_checked_as_others_are(tmp_path, command, typed, me
     assert message in command(*prune, "--set", typed, status=2).err
 
 
-def test_the_default_text_is_told_when_it_is_read(command, model, text_file, tmp_path, monkeypatch):
+def test_the_default_text_is_told_once_when_it_is_read(
+    command, model, text_file, tmp_path, monkeypatch
+):
     def draw(text: CalibrationText, *others: Any) -> Windows:
         return draw_text(replace(text, names=(str(text_file),)), *others)
 
     monkeypatch.setattr("cfsp.text.drawing.draw_text", draw)
+    say_default.cache_clear()
     prune = ("prune", model, "--sparsity", 0.3, "--samples", 6, "--seqlen", 32, "--out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a-file").touch()
     assert "calibrating on" not in command(*prune, tmp_path / "full", status=2).err
-    told = command(*prune, tmp_path / "out").err
+    told = command(*prune, tmp_path / "out").err + command(*prune, tmp_path / "another").err
     assert told.count("calibrating on mixed, text of many kinds") == 1
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from itertools import islice
 from random import Random
 from typing import TYPE_CHECKING
@@ -50,12 +51,18 @@ def calibration_windows(tokenizer: PreTrainedTokenizerBase, text: CalibrationTex
     """Draw the calibration windows of a model, and say so if they are of the default text."""
     windows = draw_text(text, tokenizer)
     if text.names == (DEFAULT_TEXT,):
-        log.info(
-            "calibrating on %s, text of many kinds that comes with cfsp; text like what the model "
-            "will read does better (--data)",
-            DEFAULT_TEXT,
-        )
+        say_default()
     return windows
+
+
+@cache  # a sweep draws for each of its models
+def say_default() -> None:
+    """Say once that the default text is calibrated on, and what does better."""
+    log.info(
+        "calibrating on %s, text of many kinds that comes with cfsp; text like what the model "
+        "will read does better (--data)",
+        DEFAULT_TEXT,
+    )
 
 
 def draw_text(text: CalibrationText, tokenizer: PreTrainedTokenizerBase) -> Windows:
