@@ -192,16 +192,26 @@ def announce(
     windows: int | None = None,
     told: set[str] | None = None,
 ) -> None:
-    """Say what a pruning will come to, and where it is worth little; see `doubts`.
-
-    A sweep says each doubt once: those that it `told` are left out, and the others added.
-    """
+    """Say what a pruning will come to, and where it is worth little; see `say_doubts`."""
     if (size := size_after(source, settings)) is not None:
         before = source.parameter_count
         log.info(
             f"{human_count(before)} parameters -> about {human_count(size[0])} "
             f"({size[0] / before - 1:+.1%}), {human_bytes(size[1])} of weights"
         )
+    say_doubts(source, settings, windows, told)
+
+
+def say_doubts(
+    source: WeightSource,
+    settings: PruneSettings,
+    windows: int | None = None,
+    told: set[str] | None = None,
+) -> None:
+    """Say why pruning like this may be worth little; see `doubts`.
+
+    A sweep says each doubt once: those that it `told` are left out, and the others added.
+    """
     told = set() if told is None else told
     for doubt in doubts(source, settings, windows):
         if doubt not in told:

@@ -40,6 +40,7 @@ from cfsp.pipeline import (
     ridge_together,
 )
 from cfsp.progress import item_progress
+from cfsp.pruning_cost import say_doubts
 from cfsp.quality.answers import Questions
 from cfsp.quality.compare import compare
 from cfsp.quality.evaluate import Dense, Exam, evaluate_models
@@ -175,13 +176,14 @@ def run_sweep(settings: SweepSettings, out: Path, compute: Compute, *, command: 
         for point in points:
             remove_finished_work(out / point.name)
         missing = [point for point in points if not (out / point.name).is_dir()]
-        if missing:
-            _check(sweep)
+        windows = _check(sweep) if missing else 0
         budget = hidden_budget(compute.memory_budget)
         with temporary_work_dir(budget // (4 * (len(settings.eval) + 1))) as passes:
             dense = Dense(sweep.source, {}, passes)
             (found,) = sweep.evaluated((), against=dense, out=out / _DENSE_FILE)
             dense = replace(dense, result=found)
+            for point in missing:
+                say_doubts(sweep.opened(point.parts), point.settings, windows, sweep.told)
             with item_progress("sweep", len(missing), "model") as bar:
                 for parts in dict.fromkeys(point.parts for point in missing):
                     with _repaired(sweep, parts) as known:
@@ -225,14 +227,17 @@ def _claim(out: Path, settings: SweepSettings) -> None:
     write_atomically(path, text.encode())
 
 
-def _check(sweep: _Sweep) -> None:
-    """Check all that is not checked when the dense model is measured, before that."""
+def _check(sweep: _Sweep) -> int:
+    """Check all that is not checked when the dense model is measured, before that.
+
+    Returns the number of windows to calibrate on.
+    """
     source, text = sweep.source, sweep.points[0].settings.text
     for point in sweep.points:
         own = sweep.opened(point.parts)
         Share(own, point.settings.budget).check()
         check_can_be_repaired(own, point.settings)
-    draw_text(text, load_tokenizer(source.directory))
+    return len(draw_text(text, load_tokenizer(source.directory)).tokens_NT)
 
 
 def _statistics(sweep: _Sweep) -> Statistics:
