@@ -12,7 +12,7 @@ import pytest
 from cfsp.errors import ReportError
 from cfsp.quality.compare import compare, comparisons
 from cfsp.quality.paired import Number, mean, mean_of_tasks
-from cfsp.quality.results_file import MeasuredModel, joined_models, models_in
+from cfsp.quality.results_file import read_models
 
 WINDOWS, DOCUMENTS = 6, 40
 Model = dict[str, Any]
@@ -49,10 +49,6 @@ def continued(seed: int) -> list[dict[str, Any]]:
          "chance": 0.0}
         for _ in range(DOCUMENTS)
     ]  # fmt: skip
-
-
-def read_models(paths: list[Path]) -> list[MeasuredModel]:
-    return joined_models(each for path in paths for each in models_in(path))
 
 
 def model(name: str, seed: int, *, right: float = 0.7) -> Model:

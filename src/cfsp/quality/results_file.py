@@ -152,6 +152,11 @@ def _joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     return {**first, **second, **first}
 
 
+def read_models(paths: Sequence[Path]) -> list[MeasuredModel]:
+    """Read the models of several files."""
+    return joined_models(each for path in paths for each in models_in(path))
+
+
 def models_in(path: Path) -> list[MeasuredModel]:
     """Read the models of one file."""
     return [measured_model(str(path), model) for model in read_results(path)["models"]]
