@@ -172,6 +172,7 @@ class WorkDir:
     def directory_of(self, name: str) -> Path:
         """Return the directory of one pass; it exists."""
         directory = self.directory / name
+        # A temporary one lies where all users see it.
         self.directory.mkdir(mode=0o700, exist_ok=True)
         directory.mkdir(exist_ok=True)
         return directory
