@@ -4,10 +4,10 @@
     python benchmarks/gpu.py --tiny        # a small shape on the CPU: does it run?
 
 Makes a checkpoint of Llama 3 8B's shape with random weights (16 GB; `make_checkpoint.py`), then, on
-128 windows of 1024 tokens: calibration alone, ridge repair at 20% and 50%, local repair of one step
-of training at 50%. Each says its seconds by stage and pass and the peak of the device's memory. The
-dense model and those two are then timed against each other, prefill and decoding. What does not
-begin within the limit is left out and is null. SCRATCH needs 45 GB.
+128 windows of 1024 tokens: calibration alone, ridge repair at 20% and 50%, sequential repair at
+50%. Each says its seconds by stage and pass and the peak of the device's memory. The dense model
+and the first two are then timed against each other, prefill and decoding. What does not begin
+within the limit is left out and is null. SCRATCH needs 45 GB.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from cfsp.settings import (
     CalibrationText,
     Compute,
     Criterion,
-    LocalTraining,
     PruneSettings,
     Repair,
 )
@@ -84,7 +83,7 @@ def measure(size: Size, scratch: Path, limit: float, out: Path | None) -> dict[s
         "calibrate": lambda: _prune(size, dense, scratch / "plan", 0.5, "none"),
         "ridge 20%": lambda: _prune(size, dense, scratch / "20", 0.2, "ridge"),
         "ridge 50%": lambda: _prune(size, dense, scratch / "50", 0.5, "ridge"),
-        "local 50%": lambda: _prune(size, dense, scratch / "local", 0.5, "local"),
+        "sequential 50%": lambda: _prune(size, dense, scratch / "sequential", 0.5, "sequential"),
         "speed": lambda: _speed(size, scratch),
     }
     found: dict[str, Any] = {
@@ -133,14 +132,13 @@ def _settings(size: Size, sparsity: float, repair: Repair) -> PruneSettings:
     text = CalibrationText(("python-docs",), size.windows, size.seqlen)
     # Sensitivity would run the whole model; its cost is that of so many more windows.
     criterion = Criterion(block_metric="angular")
-    compute, local = Compute(size.device), LocalTraining(steps=1)
-    return PruneSettings(Budget(sparsity), criterion, text, compute, repair, local)
+    return PruneSettings(Budget(sparsity), criterion, text, Compute(size.device), repair)
 
 
 def _prune(size: Size, dense: Path, out: Path, sparsity: float, repair: Repair) -> dict[str, Any]:
     settings, dry_run = _settings(size, sparsity, repair), repair == "none"
     report = prune_checkpoint(Checkpoint(dense), out, settings, dry_run=dry_run)
-    if repair == "local":  # as large as that with ridge repair: it is not timed
+    if repair == "sequential":  # as large as that with ridge repair: it is not timed
         shutil.rmtree(out)
     kept = ("seconds", "passes", "peak_rss_bytes", "parameters_before", "parameters_after")
     return {name: getattr(report, name) for name in kept}

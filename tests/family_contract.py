@@ -33,7 +33,6 @@ from cfsp.settings import (
     Budget,
     CalibrationText,
     Compute,
-    LocalTraining,
     PruneSettings,
     Repair,
 )
@@ -184,7 +183,6 @@ def by_plan(
         text=CalibrationText((str(text),), samples=SAMPLES, seqlen=SEQLEN),
         compute=Compute("cpu"),
         repair=repair,
-        local=LocalTraining(steps=1),
     )
     source = Checkpoint(dense, parts=plan.parts)
     return prune_checkpoint(source, out, settings, known=Known(plan=plan))

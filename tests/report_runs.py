@@ -25,8 +25,7 @@ widget: [{text: Hello}]
 """
 # Entries of a step of repair.
 FITTED: dict[str, Any] = {
-    "blocks": 1, "error_before": 0.5, "error_after": 0.25, "kept": True, "strength": 0.3,
-    "training_steps": 0,
+    "error_before": 0.5, "error_after": 0.25, "kept": True, "strength": 0.3,
 }  # fmt: skip
 DIVERGED = FITTED | {"error_before": 0.375, "error_after": None, "kept": False, "strength": None}
 

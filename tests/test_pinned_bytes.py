@@ -29,17 +29,17 @@ from cfsp.exports.registry import export
 from cfsp.pipeline import prune_checkpoint
 from cfsp.recovery.recover import recover_checkpoint
 from cfsp.recovery.settings import Adaptation, Limit, RecoverSettings, Training
-from cfsp.settings import Budget, CalibrationText, Compute, Criterion, LocalTraining, PruneSettings
+from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings
 
 PINNED = Path(__file__).parent / "pinned_bytes.json"
 
 # A family that stores its FFN in a way of its own, and a repair.
 CASES = {
     "llama": "ridge",
-    "gpt2": "local",
+    "gpt2": "sequential",
     "phi3": "none",
     "mixtral": "ridge",
-    "gemma3_text": "local",
+    "gemma3_text": "sequential",
 }
 
 
@@ -124,7 +124,6 @@ def test_prune(tmp_path, tiny_checkpoint, text_file, name):
         CalibrationText((str(text_file),), samples=16, seqlen=32),
         Compute("cpu"),
         repair,
-        LocalTraining(steps=3),
     )
     prune_checkpoint(open_checkpoint(tiny_checkpoint(name)), out, settings)
     plan = cfsp.PruningPlan.load(out / PLAN_FILE)

@@ -40,7 +40,7 @@ measured_here = pytest.mark.skipif(
 )
 
 # Perplexity on the two texts, at most: the higher of what two Pythons measured, and 3%; of
-# `sequential` what was so for local repair, which was here before.
+# `sequential` what was so for a repair that went further, which was here before.
 FLOORS = {
     "dense": (20.5, 7.6),
     "none": (25.4, 13.6),

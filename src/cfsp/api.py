@@ -25,7 +25,6 @@ from cfsp.quality.evaluate import Exam, evaluate_models
 from cfsp.result.prune_report import PruneReport
 from cfsp.settings import (
     BEST_EFFORT,
-    BEST_WITHOUT_TRAINING,
     DEFAULT_PARTS,
     DEFAULT_SEQLEN,
     DEFAULT_TEXT,
@@ -103,10 +102,10 @@ def prune(
         samples: windows in all; None for 128 or what there is.
         seqlen: tokens in a window.
         eval: texts to measure perplexity on, before and after; of a path only.
-        effort: `fast` repairs nothing, `standard`, which None is, by least squares, `best` also
-            trains: a path that fits into memory whole, as `recover` does (the model before that
-            stays in `OUT-pruned`), others a few blocks at a time.
-        repair: the repair by its name instead: `none`, `ridge`, `sequential` or `local`.
+        effort: `fast` repairs nothing, `standard`, which None is, by least squares, `best` again
+            on what the pruned blocks give, then trains a path that fits into memory whole, as
+            `recover` does (the model before that stays in `OUT-pruned`).
+        repair: the repair by its name instead: `none`, `ridge` or `sequential`.
         device: where to compute; `auto` is an accelerator if there is one.
         **advanced: what `cfsp prune --help-all` lists, by the same names, but for plan and
             statistics: the command reads their files.
@@ -145,8 +144,6 @@ def prune(
             "pruning a model in memory needs its tokenizer, no out= and no eval=; "
             "it returns the new model, which save_pretrained can write"
         )
-    if trains:
-        settings = replace(settings, repair=BEST_WITHOUT_TRAINING)
     return prune_model(model, tokenizer, settings)
 
 

@@ -40,7 +40,6 @@ from cfsp.job import Job
 from cfsp.processes import Team
 from cfsp.quality.evaluate import evaluation_windows, perplexity_by_text
 from cfsp.quality.perplexity import before_and_after
-from cfsp.repair.ladder import check_can_be_repaired
 from cfsp.repair.result import PruningResult
 from cfsp.result.card import write_record
 from cfsp.result.manifest import digest_of_plan, facts_for_config, history_of
@@ -102,7 +101,6 @@ def prune_checkpoint(
     history = history_of(source)  # damage is no surprise after the work
     asked = settings.suited_to_repair()
     settings = replace(asked, repair="none") if dry_run else asked
-    check_can_be_repaired(source, settings)
     if known.plan is None:
         warn_of_no_way_back(source, settings.budget)
     measured_on = evaluation_windows(settings.evaluation, source)
@@ -183,7 +181,6 @@ def prune_model(
         in_memory(model, settings.budget.parts) as source,
         temporary_work_dir(settings.compute.memory_budget) as work_dir,
     ):
-        check_can_be_repaired(source, settings)
         history = history_of(source)
         repaired, goal = decide(_job(source, lambda: tokenizer, settings, work_dir))
         report = prune_report(source, repaired, goal, {}, work_dir, None)
@@ -277,7 +274,6 @@ def pruning_identity(settings: PruneSettings, known: Known) -> dict[str, Any]:
         "command": "prune",
         "--bos": settings.text.bos,
         "--repair": settings.repair,
-        "local": asdict(settings.local) if settings.repair == "local" else None,
         "--plan": known.plan and digest_of_plan(known.plan),
         **asdict(settings.budget),
         "parts are open": settings.leaves_parts_open,

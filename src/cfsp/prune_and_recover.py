@@ -19,7 +19,7 @@ from cfsp.recovery.settings import AUTO_TEACHER, RecoverSettings, Training
 from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.result.prune_report import PruneReport
 from cfsp.selection.goal import held_out_windows
-from cfsp.settings import BEST_WITHOUT_TRAINING, Compute, MaxLossIncrease, PruneSettings
+from cfsp.settings import Compute, MaxLossIncrease, PruneSettings
 from cfsp.text.drawing import draw_text
 from cfsp.text.tokenizers import load_tokenizer
 
@@ -44,8 +44,8 @@ def prune_and_recover(
     """Prune a checkpoint, then train the result once on the same texts towards the dense model.
 
     The pruned model stays in `OUT-pruned`. A call that was killed while it trained goes on there.
-    Where one process has no memory for both models, it is repaired locally and not trained; people
-    are told which. Perplexity is measured before and after each of the two.
+    Where one process has no memory for both models, it is not trained; people are told so.
+    Perplexity is measured before and after each of the two.
     """
     compute, text = settings.compute, settings.text
     prune = partial(prune_checkpoint, source, known=known, command=command)
@@ -61,8 +61,8 @@ def prune_and_recover(
     )
     why = "several processes prune together; cfsp recover trains what they give"
     if process_count() > 1 or (why := lack_of_memory(source, source, how)):
-        log.info("best effort: repair by %s, because %s", BEST_WITHOUT_TRAINING, why)
-        return prune(out, replace(settings, repair=BEST_WITHOUT_TRAINING), team=team), None
+        log.info("best effort: sequential repair without training, because %s", why)
+        return prune(out, settings, team=team), None
     # It imports the Trainer, and with it much that pruning alone does without.
     from cfsp.recovery.recover import recover_checkpoint
 

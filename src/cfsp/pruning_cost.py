@@ -78,7 +78,7 @@ def pruning_cost(source: WeightSource, out: Path, settings: PruneSettings) -> Pr
     """Return what a prune will take; hardly a weight is read.
 
     `out` is where the smaller model is to go, or a directory on the same disk; it need not exist.
-    The settings are without sequential or local repair; a text with fewer windows than asked
+    The settings are without sequential repair; a text with fewer windows than asked
     for is not noticed.
     """
     settings, runtime = settings.suited_to_repair(), runtime_of(settings.compute, source)

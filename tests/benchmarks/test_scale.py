@@ -102,11 +102,11 @@ def test_all_stages_run(tmp_path, capsys, monkeypatch):
     assert found == json.loads(out.read_text())
     assert {path.name for path in tmp_path.iterdir()} == {"gpu.json"}
     stages = found["stages"]
-    repairs = ["ridge 20%", "ridge 50%", "local 50%"]
+    repairs = ["ridge 20%", "ridge 50%", "sequential 50%"]
     assert list(stages) == ["checkpoint", "calibrate", *repairs, "speed"]
     assert all(stage["seconds"] > 0 for stage in stages.values())
-    passes = set(stages["local 50%"]["result"]["passes"])
-    assert passes == {"coarse pass", "ridge", "sequential", "local"}
+    passes = set(stages["sequential 50%"]["result"]["passes"])
+    assert passes == {"coarse pass", "ridge", "sequential"}
     dense, pruned = stages["speed"]["result"]["models"]
     assert pruned["model"] == "50"
     assert pruned["parameters"] < dense["parameters"]

@@ -68,7 +68,7 @@ def test_how_many_go_beside_channels_is_tried(llama, few, tmp_path):
     assert [not each.kept for each in plan.units] == [dropped.takes(unit) for unit in units]
 
 
-@pytest.mark.parametrize(("parts", "repair"), [(("ffn",), "ridge"), (("ffn", "kv"), "local")])
+@pytest.mark.parametrize(("parts", "repair"), [(("ffn",), "ridge"), (("ffn", "kv"), "sequential")])
 def test_channels_of_the_others_are_repaired(llama, few, text_file, tmp_path, parts, repair):
     every = tuple(part for part in PARTS if part in (*parts, *BOTH))
     source = Checkpoint(llama, parts=every)
@@ -78,7 +78,7 @@ def test_channels_of_the_others_are_repaired(llama, few, text_file, tmp_path, pa
     report = by_plan(llama, plan, tmp_path / "out", text_file, repair)
     ridge, *later = report.repair["steps"]
     assert ridge["name"] == "ridge"
-    expected = ["gaps"] if repair == "ridge" else ["sequential", "local"]
+    expected = ["gaps" if repair == "ridge" else "sequential"]
     assert [step["name"] for step in later] == expected
     # What goes whole is not among what was repaired.
     assert [entry is None for entry in ridge["blocks"]] == [not unit.kept for unit in plan.units]

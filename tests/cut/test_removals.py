@@ -347,12 +347,12 @@ def test_config_and_modules_say_the_numbers(case):
 @pytest.mark.parametrize("case", ["KV groups of qwen2", "KV groups of gpt2"], indirect=True)
 def test_repair_lowers_the_error(case, few, tmp_path):
     # Without sensitivity: that of a random model keeps its attention layers.
-    asked = {**fewer_groups(case.dense), "multiple": 8, "repair": "local", "local_steps": 1, **few}
+    asked = {**fewer_groups(case.dense), "multiple": 8, "repair": "sequential", **few}
     asked["block_metric"] = "angular"
     report = cfsp.prune(case.source, out=tmp_path / "out", **asked)
     ridge, *later = report.repair["steps"]
     of_attention = [entry for entry in ridge["blocks"] if "attn" in entry["path"]]
     assert len(of_attention) == len(case.report.kv_groups["before"])
     assert any(entry["error_after"] < entry["error_before"] for entry in of_attention)
-    assert [step["name"] for step in later] == ["sequential", "local"]
+    assert [step["name"] for step in later] == ["sequential"]
     logits_of(cfsp.load(tmp_path / "out"), case.tokens_BT)

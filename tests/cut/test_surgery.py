@@ -277,7 +277,7 @@ def test_a_call_leaves_the_random_state_of_accelerators_alone(kind, is_used, mon
     assert left[-1] == (["its state"] if is_used else 1)
 
 
-@pytest.mark.parametrize("effort", [{}, {"effort": "best", "local_steps": 1}], ids=str)
+@pytest.mark.parametrize("effort", [{}, {"effort": "best"}], ids=str)
 def test_a_model_that_was_made_in_inference_mode(effort, tokenizer, few):
     with torch.inference_mode():
         model: Any = build_tiny_model("llama")

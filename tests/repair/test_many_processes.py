@@ -139,7 +139,7 @@ def test_after_a_death_the_same_command_goes_on(
     commands, command, finish, argv, text_file, tmp_path, dying, count, said
 ):
     evaluation = ["--eval", str(text_file), "--windows", "1"]
-    argv = [*argv, "--repair", "local", "--local-steps", "2", *evaluation]
+    argv = [*argv, "--repair", "sequential", *evaluation]
     ended = commands.together(many(argv, tmp_path), 2, [dying], "after", count, patience=12)
     left = 1 - dying
     assert (ended[dying].status, ended[left].status) == (-signal.SIGKILL, 2), ended
@@ -151,7 +151,6 @@ def test_after_a_death_the_same_command_goes_on(
     assert "holds unfinished work of 2 processes, now there are 1" in error
     ended = finish(argv, 2)
     assert all(said in each.stderr for each in ended)
-    assert "local: process 0 repairs alone, the others wait" in ended[0].stderr
 
 
 def test_processes_with_different_work_are_refused(commands, argv, tmp_path):

@@ -17,15 +17,13 @@ from cfsp.checkpoint.tensor_file import FileTensor
 from cfsp.cli.output import print_plan
 from cfsp.cut.surgery import PrunedSource
 from cfsp.decide import decide
-from cfsp.errors import PlanError, UnsupportedModelError
-from cfsp.pipeline import prune_model
+from cfsp.errors import PlanError
 from cfsp.planning.make import model_size
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.repair.ladder import check_can_be_repaired
 from cfsp.repair.result import PruningResult
 from cfsp.repair.ridge_pass import gram_bytes
 from cfsp.result.making import steps_in_words
-from cfsp.settings import Budget, Compute, LocalTraining, PruneSettings
+from cfsp.settings import Budget, Compute, PruneSettings
 from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.windows import Windows
 from tiny_models import build_tiny_model
@@ -110,22 +108,6 @@ def test_plans_name_units_and_are_of_no_other_ones(source, windows, tmp_path, ca
             replace(plan, units=units).check_fits(source)
 
 
-def test_more_than_the_ridge_is_for_one_dense_ffn_in_a_block(source, tokenizer):
-    with pytest.raises(UnsupportedModelError, match=r"block 0 of .* has experts"):
-        prune_model(source.model, tokenizer, PruneSettings(BUDGET, repair="local"))
-    check_can_be_repaired(source, PruneSettings(BUDGET, repair="ridge"))
-    units = source.units
-    for wrong, said in (
-        (units, "block 0 of .* has experts"),
-        ((units[1], units[1]), "block 0 of .* has several"),
-    ):
-        source.architecture = replace(source.architecture, units=wrong)
-        with pytest.raises(UnsupportedModelError, match=said):
-            check_can_be_repaired(source, PruneSettings(BUDGET, repair="local"))
-    source.architecture = replace(source.architecture, units=units[1:])
-    check_can_be_repaired(source, PruneSettings(BUDGET, repair="local"))
-
-
 @pytest.mark.parametrize(("places", "fitted"), [(PLACES, [0, 2]), (PLACES[:1], [])], ids=str)
 def test_sequential_repair_fits_the_dense_ffn_of_a_block(places, fitted, windows, tmp_path):
     source = with_units(LoadedModel(build_tiny_model("qwen2_moe")), places)
@@ -156,16 +138,13 @@ def test_gram_matrices_of_all_ffns_of_a_block_count(source, windows, tmp_path, m
         assert ("the Gram matrices of block 0 take" in caplog.text) == said
 
 
-# In groups of one the first trains alone, the others together.
 @pytest.mark.parametrize("gap", [0, 1, 2])
-def test_a_block_without_an_ffn_passes_every_repair(windows, tmp_path, gap, monkeypatch):
-    monkeypatch.setattr("cfsp.repair.local.BLOCKS", 1)
+def test_a_block_without_an_ffn_passes_every_repair(windows, tmp_path, gap):
     blocks = [block for block in range(3) if block != gap]
     source = with_units(LoadedModel(build_tiny_model("llama")), [(b, "mlp") for b in blocks])
-    result = pruned(source, windows, tmp_path, repair="local", local=LocalTraining(steps=2))
+    result = pruned(source, windows, tmp_path, repair="sequential")
     assert [unit.block for unit in result.plan.units] == blocks
-    ridge, sequential, trained = result.steps
+    ridge, sequential = result.steps
     for step in (ridge, sequential):
         assert [block for block, entry in enumerate(step["blocks"]) if entry is not None] == blocks
-    assert [entry is None for entry in trained["blocks"]] == [gap == 0, True, False]
     assert not any(name.startswith(f"model.layers.{gap}.") for name in result.tensors)

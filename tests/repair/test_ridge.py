@@ -330,10 +330,10 @@ def test_best_effort_reads_no_text_for_an_output_that_cannot_be(
     assert f"{model}/new lies inside the source" in command(*arguments, status=2).err
 
 
-def test_best_effort_without_room_repairs_locally(model, few, tmp_path, monkeypatch, caplog):
+def test_best_effort_without_room_is_not_trained(model, few, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     caplog.set_level("INFO", logger="cfsp")
-    choices: Any = {"sparsity": 0.5, "multiple": 4, "effort": "best", "local_steps": 2}
+    choices: Any = {"sparsity": 0.5, "multiple": 4, "effort": "best"}
     report = cfsp.prune(model, out=tmp_path / "out", **choices, **few)
-    assert [step["name"] for step in report.repair["steps"]] == ["ridge", "sequential", "local"]
-    assert "repair by local, because training beside" in caplog.text
+    assert [step["name"] for step in report.repair["steps"]] == ["ridge", "sequential"]
+    assert "sequential repair without training, because training beside" in caplog.text

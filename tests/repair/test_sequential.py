@@ -1,5 +1,6 @@
 """Sequential repair: each down projection takes over what it can of the drift, never more."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,21 +10,21 @@ import pytest
 import torch
 
 import cfsp
-from builders import changed, draw_windows, job_of
+from builders import changed, draw_windows, entries, job_of
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.cut.surgery import PrunedSource, build_pruned_model
 from cfsp.decide import Known, decide
-from cfsp.errors import UnsupportedModelError
 from cfsp.job import Job
 from cfsp.pipeline import prune_checkpoint
 from cfsp.repair import sequential
 from cfsp.repair.result import PruningResult
 from cfsp.repair.sequential import blocks_at_gaps, repair_sequentially
 from cfsp.settings import Budget, CalibrationText, Compute, PruneSettings
+from cfsp.streaming import work_dir
 from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.windows import Windows
 from tiny_decoders import tiny_model
-from tiny_models import build_tiny_model
+from tiny_models import BLOCKS, TRAINED, build_tiny_model
 
 HALF = Budget(0.5, multiple=4)
 
@@ -51,9 +52,9 @@ def fitted(job, ridge, windows) -> PruningResult:
 
 def job_for(source: LoadedModel, windows: Windows, directory: Path, budget: Budget = HALF) -> Job:
     compute = Compute("cpu", "float32", batch_windows=4)
-    work_dir = WorkDir(directory, identity={"command": "test"})
+    own = WorkDir(directory, identity={"command": "test"})
     settings = PruneSettings(budget, compute=compute)
-    return job_of(source, settings, lambda: windows, work_dir=work_dir)
+    return job_of(source, settings, lambda: windows, work_dir=own)
 
 
 def model_of(job: Job, result: PruningResult) -> Any:
@@ -80,8 +81,8 @@ def seen(model: Any, block: int, tokens: torch.Tensor) -> tuple[Any, Any]:
 
 
 def test_weights_are_the_ridge_solution_for_the_drift(job, ridge, fitted, windows):
-    entries = fitted.steps[-1]["blocks"]
-    block = max(i for i, entry in enumerate(entries) if entry["kept"])
+    blocks = fitted.steps[-1]["blocks"]
+    block = max(i for i, entry in enumerate(blocks) if entry["kept"])
     assert block > 0  # it is entered by what blocks give after their repair
     tokens = windows.tokens_NT[~windows.held_out_N]
     dense = build_tiny_model("llama")  # another one: hooks stay
@@ -93,7 +94,7 @@ def test_weights_are_the_ridge_solution_for_the_drift(job, ridge, fitted, window
     left, x = seen(before, block, tokens)
     d = target - left
     gram = x.T @ x / len(x)
-    gram += entries[block]["strength"] * np.diag(gram).mean() * np.eye(len(gram))
+    gram += blocks[block]["strength"] * np.diag(gram).mean() * np.eye(len(gram))
     change = np.linalg.solve(gram, x.T @ d / len(x)).T
     name = f"model.layers.{block}.mlp.down_proj.weight"
     # No block is removed here, so it takes over half of the drift.
@@ -110,7 +111,6 @@ def test_only_down_projections_change_and_the_model_comes_closer(job, ridge, fit
     assert all(name.endswith("down_proj.weight") for name in fitted_to)
     assert [step["name"] for step in fitted.steps] == ["ridge", "sequential"]
     for entry in fitted.steps[-1]["blocks"]:
-        assert entry["training_steps"] == 0
         assert (entry["strength"] is not None) == entry["kept"]
         if entry["kept"]:
             assert entry["loss_after"] < entry["loss_before"]
@@ -136,8 +136,55 @@ def test_blocks_that_need_more_than_hidden_states_stay_as_the_ridge_left_them(
     assert [step["name"] for step in result.steps] == ["ridge"]
     assert "no sequential repair of this model, the ridge stays: " in caplog.text
     assert "of block 0 differs from window to window" in caplog.text
-    with pytest.raises(UnsupportedModelError, match="use the repair 'ridge' or 'none'"):
-        repair_sequentially(job, result, windows)
+    assert "use the repair 'ridge' or 'none'" in caplog.text
+
+
+# Of Llama's kind are all other tests.
+KINDS = (
+    TRAINED
+    if "CFSP_EVERY_FAMILY" in os.environ
+    else ("gemma2", "gpt2", "opt-projected", "stablelm-parallel")
+)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_dense_model_comes_closer(name, windows, tmp_path):
+    job = job_for(LoadedModel(build_tiny_model(name)), windows, tmp_path)
+    ridge, _ = decide(job)
+    fitted = repair_sequentially(job, ridge, windows)
+    assert any(entry["kept"] for entry in fitted.steps[-1]["blocks"])
+    tokens = windows.tokens_NT[windows.held_out_N]
+    with torch.inference_mode():
+        target, before, after = (
+            model(tokens).logits
+            for model in (build_tiny_model(name), model_of(job, ridge), model_of(job, fitted))
+        )
+    assert (after - target).square().mean() < (before - target).square().mean()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_models_of_16_bits_are_fitted(dtype, model, text_file, tmp_path):
+    asked = {"data": [text_file], "samples": 17, "seqlen": 32, "device": "cpu", "dtype": dtype}
+    asked |= {"sparsity": 0.5, "multiple": 4, "repair": "sequential"}
+    _ridge, fitted = cfsp.prune(model, out=tmp_path / "out", **asked).repair["steps"]
+    assert all(block["loss_after"] <= block["loss_before"] for block in fitted["blocks"])
+    assert any(block["kept"] for block in fitted["blocks"])
+
+
+def test_interrupted_it_gives_the_same_bits(
+    model, text_file, tmp_path, monkeypatch, noted, command
+):
+    text = ["--data", text_file, "--samples", 33, "--seqlen", 32, "--multiple", 4]
+    asked = ["prune", model, *text, "--sparsity", 0.5, "--repair", "sequential"]
+    command(*asked, "--out", tmp_path / "once")
+    asked += ["--memory-budget", "1KB", "--out", tmp_path / "out"]
+    noted(sequential, "_best", lambda *_: None, dies_at=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(work_dir, "SHARE_OF_TIME", float("inf"))
+        command(*asked, status=130)
+    assert entries(tmp_path) == {"once", "out.work"}
+    assert f"sequential: going on at block 1 of {BLOCKS}" in command(*asked).err
+    assert not changed(tmp_path / "once", tmp_path / "out")
 
 
 # Blocks beside removed ones.
@@ -188,11 +235,11 @@ def test_what_was_removed_is_made_up_for_in_whole(model, asked, tmp_path, monkey
     assert not changed(tmp_path / "half", tmp_path / "none")
 
 
-def test_local_repair_handles_gaps_itself(model, asked, tmp_path):
+def test_sequential_repair_handles_gaps_itself(model, asked, tmp_path):
     gaps = cfsp.prune(model, out=tmp_path / "gaps", **asked)
-    report = cfsp.prune(model, out=tmp_path / "out", repair="local", local_steps=2, **asked)
-    step, trained = report.repair["steps"]
-    assert (step["name"], trained["name"]) == ("sequential", "local")
+    report = cfsp.prune(model, out=tmp_path / "out", repair="sequential", **asked)
+    (step,) = report.repair["steps"]
+    assert step["name"] == "sequential"
     (removed,) = report.plan.removed_blocks
     assert [entry is None for entry in step["blocks"]] == [i == removed for i in range(3)]
     if removed:  # before the gap both streams are the same, so there is nothing to fit

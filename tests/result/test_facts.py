@@ -24,7 +24,7 @@ TIMES, MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
 def step(name: str, **kept: bool) -> dict[str, Any]:
     """Return a step as a manifest has it, by block: of one that lost nothing `idle` is said."""
     blocks = [
-        {"blocks": 1, "kept": is_kept, "error_before": name_of != "idle", "error_after": 0.5}
+        {"kept": is_kept, "error_before": name_of != "idle", "error_after": 0.5}
         for name_of, is_kept in kept.items()
     ]
     return {"name": name, "blocks": blocks}
@@ -34,13 +34,13 @@ def test_steps_in_words():
     steps = [
         step("ridge", first=True, second=False),
         step("sequential", first=False, second=False),
-        step("local", idle=False, first=True),
-        {"name": "local", "blocks": [None, FITTED | {"blocks": 2}, DIVERGED]},
+        step("gaps", idle=False, first=True),
+        {"name": "gaps", "blocks": [None, FITTED, DIVERGED]},
     ]
     words = (
         "ridge (error of outputs 1.000 to 0.750, rejected in block 1), sequential (error of "
-        "hidden states 1.000 to 1.000, rejected in every block), local (error of hidden states "
-        "1.000 to 0.500), local (error of hidden states 0.438 to 0.312, rejected in block 2)"
+        "hidden states 1.000 to 1.000, rejected in every block), gaps (error of hidden states "
+        "1.000 to 0.500), gaps (error of hidden states 0.438 to 0.312, rejected in block 2)"
     )
     assert steps_in_words(steps) == words
 
@@ -216,7 +216,7 @@ Change = Callable[[dict[str, Any]], object]
 
 
 def repaired_with(entry: Any) -> Change:
-    steps = [{"name": "local", "blocks": [FITTED, entry, FITTED]}]
+    steps = [{"name": "gaps", "blocks": [FITTED, entry, FITTED]}]
     return lambda manifest: manifest.update(repair={"steps": steps})
 
 

@@ -46,7 +46,6 @@ from tiny_models import BLOCKS, WIDTH, build_tiny_model
         ("--max-loss-increase 1 --statistics s", "--statistics exclude each other"),
         ("--plan p.json --target-params 0.5", "--plan and --target-params exclude"),
         ("--sparsity 0.5 --effort fast --repair ridge", "--effort fast is --repair none"),
-        ("--sparsity 0.5 --local-steps 5", "--local-steps belongs to --repair local"),
     ],
 )
 def test_impossible_goals_are_one_sentence(prune, asked, message):

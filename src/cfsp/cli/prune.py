@@ -28,7 +28,6 @@ from cfsp.settings import (
     Compute,
     Criterion,
     EvaluationText,
-    LocalTraining,
     PruneSettings,
     asked,
     given_of,
@@ -69,7 +68,6 @@ def add_options_to(parser: Parser) -> None:
         choices=REPAIRS,
         help="the repair by its name, instead of --effort: each includes those before it",
     )
-    add_options(parser, parser, LocalTraining)
     add_options(parser, parser, Compute)
     add_advanced(
         parser,

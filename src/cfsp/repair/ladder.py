@@ -4,7 +4,6 @@ none
 ridge       every down projection, by least squares on the dense model's hidden states; then the
             blocks beside what was dropped, on the pruned model's own
 sequential  the ridge; then every down projection on the pruned model's own hidden states
-local       both; then a few blocks at a time are trained
 """
 
 from __future__ import annotations
@@ -12,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import compress
 
-from cfsp.checkpoint.reading import WeightSource
-from cfsp.errors import TextError, UnsupportedModelError
+from cfsp.errors import TextError
 from cfsp.job import Job
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.repair import local, ridge_pass, sequential
+from cfsp.repair import ridge_pass, sequential
 from cfsp.repair.result import PruningResult
-from cfsp.settings import PruneSettings, Repair
+from cfsp.settings import Repair
 from cfsp.text.windows import Windows
 
 Step = Callable[["Job", PruningResult, "Windows"], PruningResult]
@@ -31,12 +29,7 @@ STEPS: dict[Repair, dict[str, Step]] = {
     },
     "sequential": {
         ridge_pass.NAME: ridge_pass.repair_by_plan,
-        sequential.NAME: sequential.repair_where_possible,
-    },
-    "local": {
-        ridge_pass.NAME: ridge_pass.repair_by_plan,
         sequential.NAME: sequential.repair_sequentially,
-        local.NAME: local.repair_locally,
     },
 }
 
@@ -52,7 +45,7 @@ def needed_steps(repair: Repair, plan: PruningPlan) -> dict[str, Step]:
         sequential.NAME: plan.narrows or plan.has_gaps,
         sequential.GAPS: plan.has_gaps,
     }
-    return {name: step for name, step in STEPS[repair].items() if is_needed.get(name, True)}
+    return {name: step for name, step in STEPS[repair].items() if is_needed[name]}
 
 
 def repair(job: Job, result: PruningResult, windows: Windows) -> PruningResult:
@@ -84,20 +77,4 @@ def check_windows(windows: Windows) -> None:
         raise TextError(
             "repair needs at least 2 windows, one of them held out, found 1; give more text, more "
             "--samples or shorter windows (--seqlen), or --effort fast"
-        )
-
-
-def check_can_be_repaired(source: WeightSource, settings: PruneSettings) -> None:
-    """Check that no block has experts or several FFN units where more than a ridge is asked for."""
-    if settings.repair != "local":
-        return
-    ffns = [unit.block for unit in source.architecture.of_part("ffn").units]
-    refused = {block: "has several" for block in ffns if ffns.count(block) > 1}
-    experts = [unit.block for unit in source.units if unit.routed]
-    refused |= dict.fromkeys(experts, "has experts, each of which sees few tokens")
-    for block, found in refused.items():
-        raise UnsupportedModelError(
-            f"--repair {settings.repair} is for blocks with at most one FFN, and block {block} of "
-            f"{source.label} ({source.config.model_type}) {found}; use --effort standard "
-            "(--repair ridge)"
         )

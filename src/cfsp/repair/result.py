@@ -23,20 +23,18 @@ from cfsp.planning.plan_file import PruningPlan
 
 
 class BlockRepair(TypedDict):
-    """What a step did with a block, an FFN unit of it, or blocks that changed together."""
+    """What a step did with a block, or an FFN unit of it."""
 
     # Index of the block, and path from it to the unit that this stands for, in a model whose blocks
     # have several FFN units.
     block: NotRequired[int]
     path: NotRequired[str]
-    blocks: int  # how many they are; the last is the one that this stands for
-    # How far they were from the dense model on held-out windows: of `ridge` the relative squared
+    # How far it was from the dense model on held-out windows: of `ridge` the relative squared
     # error of the FFN's output, else the relative error of hidden states.
     error_before: float
     error_after: float
     kept: bool  # new weights are rejected where held-out windows are no better for them
     strength: float | None  # the ridge that was chosen, of experts the median; None if none was
-    training_steps: int  # 0 of a least-squares fit
     loss_before: float | None  # what held-out windows were judged by, where that is not the error
     loss_after: float | None
     few_tokens: NotRequired[list[int]]  # experts that saw too few tokens to be repaired, if any
@@ -46,8 +44,8 @@ class Step(TypedDict):
     """What one step of the ladder did."""
 
     name: str
-    # With each block; None where a later block speaks for it, or where it has no FFN. Where blocks
-    # have several FFN units, with each unit.
+    # With each block; None where it has nothing to fit. Where blocks have several FFN units, with
+    # each unit.
     blocks: list[BlockRepair | None]
 
 
@@ -55,10 +53,9 @@ def rejected_blocks(step: Mapping[str, Any]) -> list[str]:
     """Return the blocks or FFNs that a step in JSON left as they were, for it did not help."""
     return [
         f"{entry['block']} {entry['path']}".rstrip() if "block" in entry else str(index)
-        for last, entry in enumerate(step["blocks"])
+        for index, entry in enumerate(step["blocks"])
         # Where nothing was cut nothing was lost: no weights were tried there.
         if entry is not None and not entry["kept"] and entry["error_before"] > 0
-        for index in range(last + 1 - entry["blocks"], last + 1)
     ]
 
 
@@ -74,7 +71,7 @@ class PruningResult:
 
 
 def write_tensors(directory: Path, block: int, tensors: Mapping[str, Tensor]) -> None:
-    """Write new tensors of a block, or of blocks of which it is the last."""
+    """Write new tensors of a block."""
     path = _tensors_path(directory, block)
     write_tensor_file(path, [outgoing_tensor(name, tensor) for name, tensor in tensors.items()])
 

@@ -267,12 +267,10 @@ def _repair_unit(
     energy = sum(each.energy for each in of_all) or 1.0
     strengths = [each.ridge for each in of_all if each.ridge is not None]
     repair: BlockRepair = {
-        "blocks": 1,
         "error_before": round(sum(each.error_before * each.energy for each in of_all) / energy, 6),
         "error_after": round(sum(each.error_after * each.energy for each in of_all) / energy, 6),
         "kept": bool(strengths),
         "strength": median_low(strengths) if strengths else None,
-        "training_steps": 0,
         "loss_before": None,
         "loss_after": None,
     }

@@ -29,21 +29,16 @@ from torch import Tensor
 from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.found import Unit
 from cfsp.checkpoint.reading import down_matrix, parameters_with_down
+from cfsp.checkpoint.skeleton import blocks_of, build_skeleton, unload
 from cfsp.cut.surgery import PrunedSource
 from cfsp.errors import UnsupportedModelError
 from cfsp.job import Job
-from cfsp.repair.result import PruningResult
+from cfsp.repair.result import BlockRepair, PruningResult, add_step, write_tensors
 from cfsp.repair.ridge import LAMBDAS, GramSums, descend, solved
-from cfsp.repair.two_streams import (
-    Batch,
-    GroupVisit,
-    Repaired,
-    TwoStreams,
-    block_repair,
-    hidden_loss,
-)
-from cfsp.streaming.block_stream import TOKENS_IN_BATCH
-from cfsp.text.windows import Windows
+from cfsp.repair.two_streams import BlockVisit, Split, hidden_loss
+from cfsp.streaming.block_pass import Visitor, pass_blocks
+from cfsp.streaming.block_stream import StreamedBlock, windows_in_batch
+from cfsp.text.windows import Windows, joined
 
 # Of held-out tokens the channels (RK), the block's output and that of the dense block (RD).
 Rows = tuple[Tensor, ...]
@@ -60,18 +55,11 @@ log = logging.getLogger(__name__)
 def repair_sequentially(job: Job, repaired: PruningResult, windows: Windows) -> PruningResult:
     """Fit the down projection of every block of a pruned model, one after the other.
 
-    Blocks that have no dense FFN, or several, stay as they are.
-
-    Raises:
-        UnsupportedModelError: blocks need more than hidden states.
+    Blocks that have no dense FFN, or several, stay as they are; of a model whose blocks need more
+    than hidden states all do.
     """
-    return SequentialRepair(NAME, job, repaired, windows).step()
-
-
-def repair_where_possible(job: Job, repaired: PruningResult, windows: Windows) -> PruningResult:
-    """Do the same; of a model whose blocks need more than hidden states all stay as they are."""
     try:
-        return repair_sequentially(job, repaired, windows)
+        return SequentialRepair(NAME, job, repaired, windows).step()
     except UnsupportedModelError as error:
         log.warning("there is no sequential repair of this model, the ridge stays: %s", error)
         return repaired
@@ -96,9 +84,12 @@ def blocks_at_gaps(count: int, removed: Collection[int]) -> list[int]:
     ]
 
 
-class SequentialRepair(TwoStreams):
+class SequentialRepair(Visitor[BlockRepair | None]):
     """Fits the down projections of some blocks of the pruned model, or of all.
 
+    The dense stream passes a block; then the pruned block is fitted, which sees both streams; then
+    the pruned stream passes it. Blocks that were removed whole belong to the one before them, or
+    else to the first that stays: what that should give is what the dense stream holds after them.
     Of several processes the first solves, with what all have observed.
     """
 
@@ -113,18 +104,34 @@ class SequentialRepair(TwoStreams):
         *,
         at_gaps_alone: bool = False,
     ) -> None:
-        super().__init__(name, job, repaired, windows, TOKENS_IN_BATCH)
-        plan = repaired.plan
-        beside = blocks_at_gaps(job.source.architecture.block_count, plan.removed_blocks)
+        super().__init__(name)
+        self._job, self._repaired, plan = job, repaired, repaired.plan
+        batch = windows_in_batch(windows, job.runtime.batch_windows)
+        self._split = Split(windows, batch, job.work_dir.team)
+        self.more_batch_sizes = self._split.batch_sizes
+        self.pruned = PrunedSource(job.source, plan, repaired.tensors)
+        skeleton = build_skeleton(self.pruned.config, job.runtime.dtype)
+        self._modules = blocks_of(skeleton, self.pruned.architecture)
+        count = job.source.architecture.block_count
+        # Indices in the dense model of the pruned model's blocks, and the end.
+        kept = [block for block in range(count) if block not in plan.removed_blocks] + [count]
+        self._kept = kept[:-1]
+        # The pruned block whose turn it is when the dense stream has passed a block.
+        self._turn_after = {after - 1: index for index, after in enumerate(kept[1:])}
+        beside = blocks_at_gaps(count, plan.removed_blocks)
         self._at_gaps = {*beside, *map(plan.index_of_block, plan.removed_attentions)}
         every_block = range(self.pruned.architecture.block_count)
         blocks = sorted(self._at_gaps) if at_gaps_alone else every_block
         found = {block: _last_to_write(self.pruned, block) for block in blocks}
         # Of each block that can be fitted, what is.
         self._unit_of = {block: unit for block, unit in found.items() if unit is not None}
+        self._directory = job.work_dir.first_directory_of(name)
 
     def step(self) -> PruningResult:
-        """Return what the step makes of what was there before it: the same where it fits none."""
+        """Return what the step makes of what was there before it: the same where it fits none.
+
+        Errors are those of a pass.
+        """
         if unfitted := self._at_gaps.difference(self._unit_of):
             log.warning(
                 "what was removed is not made up for in %d of the %d blocks beside it, which have "
@@ -132,24 +139,67 @@ class SequentialRepair(TwoStreams):
                 len(unfitted),
                 len(self._at_gaps),
             )
-        return super().step() if self._unit_of else self._repaired
+        if not self._unit_of:
+            return self._repaired
+        source, work_dir = self._job.source, self._job.work_dir
+        both = joined([self._split.windows] * 2)
+        after = pass_blocks(source, both, self, self._job.runtime, work_dir)
+        done: list[list[BlockRepair | None]] = [[None] for _ in after]
+        for block, index in self._turn_after.items():
+            done[self._kept[index]] = [after[block]]
+        work_dir.team.gather(None)  # the first has written all
+        return add_step(self._repaired, self.name, self._directory, done)
 
-    def work(self, group: GroupVisit) -> Repaired | None:
-        """Repair the down projection of a block, if it is one of those."""
-        if (unit := self._unit_of.get(group.last)) is None:
+    def may_stop_after(self, block: int) -> bool:
+        """Return whether both streams have come as far."""
+        return block in self._turn_after
+
+    def visit(self, block: StreamedBlock) -> BlockRepair | None:
+        """Let the dense stream pass a block, and the pruned one that whose turn it is."""
+        split, hidden = self._split, block.hidden
+        rows = [slice(batch[0], batch[-1] + 1) for batch in split.batches]
+        waiting = [slice(split.count + own.start, split.count + own.stop) for own in rows]
+        block.pass_through(block.compute, rows)
+        unload(block.module)
+        block.tokens_done(split.count * split.seqlen)
+        if (index := self._turn_after.get(block.index)) is None:
+            block.pass_through(lambda rows, hidden_BTD: hidden_BTD, waiting)
+            hidden.swap_buffers()
             return None
-        down_DK = down_matrix(self.pruned, unit).to(group.device)
-        observed = _observe(group, unit, down_DK)
-        before = group.judge_unchanged(hidden_loss)
-        strength, best_DK = group.split.team.from_first(lambda: _best(down_DK, *observed))
-        if best_DK is None:
-            return block_repair(before, None), {}
-        share = 1.0 if group.last in self._at_gaps else SHARE_OF_DRIFT
-        best_DK = down_DK.float().lerp(best_DK.to(group.device).float(), share).to(down_DK.dtype)
-        tensors = parameters_with_down(self.pruned, unit, {0: best_DK})
-        # Where something follows the down projection, a norm for one, it is not as predicted.
-        after = group.accept(before, tensors, hidden_loss)
-        return block_repair(before, after, strength=strength if after else None), tensors
+        module, kept = self._modules[index], self._kept[index]
+        pruned_block = BlockVisit(self.pruned, module, index, kept, block, split)
+        result = self._fit(pruned_block)
+        block.pass_through(lambda rows, hidden_BTD: pruned_block(hidden_BTD), waiting)
+        block.tokens_done(split.count * split.seqlen)
+        unload(module)
+        hidden.swap_buffers()
+        return result
+
+    def _fit(self, block: BlockVisit) -> BlockRepair | None:
+        """Fit the down projection of a block, if it is one of those; leave the better weights."""
+        if (unit := self._unit_of.get(block.index)) is None:
+            return None
+        down_DK = down_matrix(self.pruned, unit).to(block.device)
+        observed = _observe(block, unit, down_DK)
+        before, after = block.judge_unchanged(), None
+        strength, best_DK = block.split.team.from_first(lambda: _best(down_DK, *observed))
+        if best_DK is not None:
+            share = 1.0 if block.index in self._at_gaps else SHARE_OF_DRIFT
+            new_DK = down_DK.float().lerp(best_DK.to(block.device).float(), share)
+            tensors = parameters_with_down(self.pruned, unit, {0: new_DK.to(down_DK.dtype)})
+            # Where something follows the down projection, a norm for one, it is not as predicted.
+            after = block.accept(before, tensors)
+            if after is not None and block.split.team.is_first:
+                write_tensors(self._directory, self._kept[block.index], tensors)
+        left = before if after is None else after
+        return {
+            "error_before": before.error,
+            "error_after": left.error,
+            "kept": after is not None,
+            "strength": None if after is None else strength,
+            "loss_before": before.loss,
+            "loss_after": left.loss,
+        }
 
 
 def _last_to_write(pruned: PrunedSource, block: int) -> Unit | None:
@@ -191,27 +241,26 @@ def _best(
     return best
 
 
-def _observe(group: GroupVisit, unit: Unit, down_DK: Tensor) -> tuple[GramSums, Tensor, list[Rows]]:
+def _observe(block: BlockVisit, unit: Unit, down_DK: Tensor) -> tuple[GramSums, Tensor, list[Rows]]:
     """Let the pruned stream pass the block once.
 
     Return the sums of x xᵀ and x dᵀ of what it is fitted to, and the held-out tokens of every
     batch: the first process those of all.
     """
-    gram, cross_KD = GramSums(), torch.zeros(down_DK.T.shape, device=group.device)
+    gram, cross_KD = GramSums(), torch.zeros(down_DK.T.shape, device=block.device)
     held_out: list[Rows] = []
     act: list[Tensor] = []
-    (module,) = group.blocks.modules
-    with observed_activations(module, [unit], lambda *rows: act.append(rows[2])):
-        for windows in group.split.batches:
-            batch = group.batch(windows)
-            output_BTD = group.blocks(batch.input_BTD)
+    with observed_activations(block.module, [unit], lambda *rows: act.append(rows[2])):
+        for windows in block.split.batches:
+            batch = block.batch(windows)
+            output_BTD = block(batch.input_BTD)
             act_BTK = act.pop().view(*output_BTD.shape[:2], -1)
-            is_held_out_B = torch.tensor([window in group.split.held_out for window in windows])
+            is_held_out_B = torch.tensor([window in block.split.held_out for window in windows])
             for is_fitted, chosen_B in ((True, ~is_held_out_B), (False, is_held_out_B)):
                 if not bool(chosen_B.any()):
                     continue
                 act_RK, output_RD, dense_RD = (
-                    each[chosen_B.to(group.device)].flatten(0, 1)
+                    each[chosen_B.to(block.device)].flatten(0, 1)
                     for each in (act_BTK, output_BTD, batch.dense_BTD)
                 )
                 if is_fitted:
@@ -220,12 +269,12 @@ def _observe(group: GroupVisit, unit: Unit, down_DK: Tensor) -> tuple[GramSums, 
                     cross_KD.addmm_(act_RK.float().T, difference_RD)
                 else:
                     held_out.append((act_RK, output_RD, dense_RD))
-    if (team := group.split.team).size > 1:
-        gram.add_up_at(0, team, len(cross_KD), group.device)
+    if (team := block.split.team).size > 1:
+        gram.add_up_at(0, team, len(cross_KD), block.device)
         team.add_up_at(0, [cross_KD])
         own = [[each.cpu() for each in rows] for rows in held_out]
         of_all = chain.from_iterable(team.gather(own, at=0))
-        held_out = [tuple(each.to(group.device) for each in rows) for rows in of_all]
+        held_out = [tuple(each.to(block.device) for each in rows) for rows in of_all]
     return gram, cross_KD, held_out
 
 
@@ -235,5 +284,5 @@ def _loss_with(change_DK: Tensor, held_out: Sequence[Rows]) -> float:
         output_RD.float() + act_RK.float() @ change_DK.T for act_RK, output_RD, _ in held_out
     ]
     dense = [dense_RD for _, _, dense_RD in held_out]
-    loss = float(hidden_loss(torch.cat(changed), Batch(torch.empty(0), torch.cat(dense))))
+    loss = float(hidden_loss(torch.cat(changed), torch.cat(dense)))
     return loss if math.isfinite(loss) else math.inf

@@ -148,7 +148,6 @@ def steps_in_words(steps: Sequence[Mapping[str, Any]]) -> str:
             noun = "block" if len(rejected) == 1 else "blocks"
             where = f"{noun} {', '.join(rejected)}"
         remarks = [f"rejected in {where}"] if rejected else []
-        # Blocks that change together share one error, so not every block has its own.
         if blocks := [each for each in step["blocks"] if each and each["error_before"] > 0]:
             before = fmean(block["error_before"] for block in blocks)
             after = fmean(

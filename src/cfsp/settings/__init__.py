@@ -21,9 +21,9 @@ from cfsp.settings.options import (
     one_or_several, option, options_of,
 )
 from cfsp.settings.pruning import (
-    ANGULAR, AUTO_METRIC, BEST_EFFORT, BEST_WITHOUT_TRAINING, BLOCK_METRICS, CHANNEL_METRICS,
+    ANGULAR, AUTO_METRIC, BEST_EFFORT, BLOCK_METRICS, CHANNEL_METRICS,
     DEFAULT_CLAMP, DIVERGENCE, DTYPES, EFFORTS, OF_PRUNE, REPAIRS, RUNS, SENSITIVITY, UNIFORM,
-    Clamp, Compute, Criterion, LocalTraining, PruneSettings, Repair, asked, prune_settings,
+    Clamp, Compute, Criterion, PruneSettings, Repair, asked, prune_settings,
     removal_in_words, worth_in_words,
 )
 from cfsp.settings.speed import TimingConditions, Workload

@@ -87,14 +87,13 @@ class Criterion(Declared):
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 AUTO_DTYPE = "the model's own, or float32 where the device only emulates that"
 
-Repair = Literal["none", "ridge", "sequential", "local"]
+Repair = Literal["none", "ridge", "sequential"]
 REPAIRS: tuple[Repair, ...] = get_args(Repair)
 
 EFFORTS: dict[str, Repair] = {"fast": "none", "standard": "ridge", "best": "sequential"}
 DEFAULT_EFFORT = "standard"
-# After its repair the model is trained whole, where there is memory for that; else blockwise.
+# After its repair the model is trained, where there is memory for that.
 BEST_EFFORT = "best"
-BEST_WITHOUT_TRAINING: Repair = "local"
 
 
 @dataclass(frozen=True)
@@ -117,19 +116,6 @@ class Compute(Declared):
 
 
 @dataclass(frozen=True)
-class LocalTraining(Declared):
-    """How local repair trains blocks; see `cfsp.repair.local`."""
-
-    steps: int = advanced_option(
-        100,
-        "of local repair: training steps for each group of blocks",
-        kind=int,
-        least=1,
-        flag="local-steps",
-    )
-
-
-@dataclass(frozen=True)
 class PruneSettings:
     """How to prune."""
 
@@ -138,7 +124,6 @@ class PruneSettings:
     text: CalibrationText = field(default_factory=CalibrationText)
     compute: Compute = field(default_factory=Compute)
     repair: Repair = EFFORTS[DEFAULT_EFFORT]
-    local: LocalTraining = field(default_factory=LocalTraining)
     goal: Goal | None = None
     # Nobody said what may go: a goal for parameters may also take blocks (`selection.goal`).
     leaves_parts_open: bool = False
@@ -181,7 +166,6 @@ OF_PRUNE: tuple[type[Any], ...] = (
     Criterion,
     CalibrationText,
     EvaluationText,
-    LocalTraining,
     Compute,
 )
 
@@ -220,11 +204,6 @@ def prune_settings(given: Mapping[str, Any], goal: Goal | None = None) -> PruneS
     check_value(effort, Option("", flag="effort", choices=tuple(EFFORTS)))
     if repair and given.get("effort"):
         raise UsageError(f"--effort {effort} is --repair {EFFORTS[effort]}; give one of the two")
-    is_local = repair == "local" or (repair is None and effort == BEST_EFFORT)
-    if not is_local and (of_local := given_of(LocalTraining, given)):
-        raise UsageError(
-            f"{next(iter(of_local.values()))} belongs to --repair local (or --effort best)"
-        )
     is_open = given.get("parts") is None
     return PruneSettings(
         budget=from_names(Budget, given).for_goal(goal, leaves_parts_open=is_open),
@@ -232,7 +211,6 @@ def prune_settings(given: Mapping[str, Any], goal: Goal | None = None) -> PruneS
         text=from_names(CalibrationText, given),
         compute=from_names(Compute, given),
         repair=repair or EFFORTS[effort],
-        local=from_names(LocalTraining, given),
         goal=goal,
         leaves_parts_open=is_open,
         evaluation=from_names(EvaluationText, given, bos=given.get("bos") or "auto"),

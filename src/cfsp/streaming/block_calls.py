@@ -69,15 +69,6 @@ class BlockCall:
         )
         return replace(self, arguments=arguments)
 
-    def for_training(self) -> BlockCall:
-        """Return the same call in float32, and with no tensor of inference mode."""
-
-        def trainable(value: Tensor) -> Tensor:
-            dtype = torch.float32 if value.is_floating_point() else value.dtype
-            return value.to(dtype, copy=True)
-
-        return replace(self, arguments=tree_map_only(Tensor, trainable, self.arguments))
-
 
 def record_calls(
     decoder: nn.Module, blocks: nn.ModuleList, tokens_BT: Tensor, form: CallForm = PLAIN

@@ -98,12 +98,10 @@ class Head:
 
     def __init__(self, source: WeightSource, device: torch.device, dtype: torch.dtype) -> None:
         found = source.architecture
-        # Autograd refuses the tensors of inference mode, which passes run in.
-        with torch.inference_mode(mode=False):
-            model = build_skeleton(source.config, dtype)
-            for name in list(parameters_of_end(model, found.decoder, found.blocks)):
-                tensor = source.parameter(name, dtype).to(device)
-                set_parameter(model, name, nn.Parameter(tensor, requires_grad=False))
+        model = build_skeleton(source.config, dtype)
+        for name in list(parameters_of_end(model, found.decoder, found.blocks)):
+            tensor = source.parameter(name, dtype).to(device)
+            set_parameter(model, name, nn.Parameter(tensor, requires_grad=False))
         self._blocks = blocks_of(model, found)
         self._model: Any = model.get_submodule(end_of(model, found.decoder))
         self._device, self._dtype = device, dtype
@@ -121,11 +119,10 @@ class Head:
         return find_call_form(partial(logits_of, self._model), self._blocks, self._device)
 
     def logits(self, hidden_PD: Tensor) -> Tensor:
-        """Return the logits of the tokens that follow, PV; gradients reach the hidden states."""
-        with torch.autocast(hidden_PD.device.type, enabled=False):
-            # Nothing after the blocks looks at other positions, so each is a window of its own.
-            hidden = self._form.layout.unpack(hidden_PD.to(self._dtype).unsqueeze(1))
-            # Which tokens they are does not matter any more.
-            tokens_P1 = torch.zeros(len(hidden_PD), 1, dtype=torch.long, device=self._device)
-            with resumed_at(self._blocks, len(self._blocks), hidden, self._form):
-                return logits_of(self._model, tokens_P1)[:, 0]
+        """Return the logits of the tokens that follow, PV."""
+        # Nothing after the blocks looks at other positions, so each is a window of its own.
+        hidden = self._form.layout.unpack(hidden_PD.to(self._dtype).unsqueeze(1))
+        # Which tokens they are does not matter any more.
+        tokens_P1 = torch.zeros(len(hidden_PD), 1, dtype=torch.long, device=self._device)
+        with resumed_at(self._blocks, len(self._blocks), hidden, self._form):
+            return logits_of(self._model, tokens_P1)[:, 0]

@@ -48,7 +48,6 @@ from cfsp.quality.perplexity import before_and_after
 from cfsp.quality.results_file import measured_model
 from cfsp.quality.tasks.harness import TaskRunner
 from cfsp.quality.tasks.selection import TaskSelection
-from cfsp.repair.ladder import check_can_be_repaired
 from cfsp.result.facts import Conditions
 from cfsp.result.manifest import add_to_manifest, read_manifest, refusing_damage
 from cfsp.result.tables import Table, estimate, pareto_front
@@ -236,7 +235,6 @@ def _check(sweep: _Sweep) -> int:
     for point in sweep.points:
         own = sweep.opened(point.parts)
         Share(own, point.settings.budget).check()
-        check_can_be_repaired(own, point.settings)
     return len(draw_text(text, load_tokenizer(source.directory)).tokens_NT)
 
 
