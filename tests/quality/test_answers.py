@@ -30,6 +30,7 @@ COUNT, LONGEST = 9, 7
 def short_answers() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cfsp.quality.answers.ANSWER_TOKENS", LONGEST)
+        patch.setattr("cfsp.quality.answers._BATCH", 8)
         yield
 
 

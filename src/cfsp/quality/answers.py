@@ -38,7 +38,7 @@ from cfsp.text.sources import TextSource
 from cfsp.text.windows import Windows
 
 _FILE = Path(__file__).with_name("questions.jsonl")
-_BATCH = 8
+_BATCH = 32
 ANSWER_TOKENS = 96  # at most
 # A loop is a sequence of so many tokens that comes so many times.
 _LOOP_TOKENS, _LOOP_TIMES = 4, 4
