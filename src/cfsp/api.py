@@ -183,7 +183,7 @@ def calibrate(
             if not isinstance(source, Checkpoint):
                 raise UsageError("calibrating a model in memory needs its tokenizer")
             tokenizer = load_tokenizer(source.directory)
-        return calibrate_source(source, tokenizer, [settings])
+        return calibrate_source(source, tokenizer, settings)
 
 
 @torch_as_it_starts()

@@ -20,10 +20,10 @@ from cfsp.cut.surgery import PrunedSource
 from cfsp.job import Job
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.importance import COARSE_WINDOWS, warn_of_experts
-from cfsp.planning.make import fitting_statistics
+from cfsp.planning.make import Planner, fitting_statistics
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.pruning_cost import announce
-from cfsp.repair.ladder import check_windows, needed_steps, repair, ridge_together
+from cfsp.repair.ladder import check_windows, repair, steps_left
 from cfsp.repair.result import PruningResult
 from cfsp.repair.ridge_pass import Wanted, choose_and_repair, with_ridge
 from cfsp.selection.constraint import Constraint
@@ -47,15 +47,25 @@ from cfsp.text.windows import Windows, few_windows
 
 @dataclass(frozen=True)
 class Known:
-    """What an earlier run on the model found: its statistics, or a whole plan."""
+    """What is known of a pruning before it begins: one of these, or nothing."""
 
-    statistics: Statistics | None = None
+    statistics: Statistics | None = None  # of an earlier run on the model
     plan: PruningPlan | None = None  # excludes a goal
-    told: set[str] | None = None  # doubts that are not said again; None where each is
-    ridged: Sequence[PruningResult] = ()  # plans that one pass repaired; see `decide_together`
+    decided: PruningResult | None = None  # beside other prunings; see `decide_together`
 
 
 NOTHING_KNOWN = Known()
+
+
+@dataclass(frozen=True)
+class _Selected:
+    """What is to go in one pruning, and what makes its plan."""
+
+    job: Job
+    constraint: Constraint
+    chooses: bool  # the ridge pass chooses the channels; statistics are those of a coarse pass
+    planner: Planner
+    candidate: Candidate
 
 
 def decide(job: Job, known: Known = NOTHING_KNOWN) -> tuple[PruningResult, dict[str, Any]]:
@@ -66,7 +76,31 @@ def decide(job: Job, known: Known = NOTHING_KNOWN) -> tuple[PruningResult, dict[
     if known.plan is not None:
         _check_plan(job.source, known.plan)
         return _repaired_by(job, PruningResult(known.plan)), {}
-    statistics = known.statistics
+    if known.decided is not None:
+        return _repaired_by(job, known.decided), {}
+    ((result, facts),) = _decided([_selected(job, statistics=known.statistics)])
+    return _repaired_by(job, result), facts
+
+
+def decide_together(jobs: Sequence[Job], told: set[str]) -> list[PruningResult]:
+    """Decide what goes in several prunings of one model, by one text, in one work directory.
+
+    What is measured of the model is measured once, and the ridge of all is one pass. Doubts that
+    people were `told` are not said again.
+    """
+    selected = [_selected(job, beside=jobs, told=told) for job in jobs]
+    return [result for result, _ in _decided(selected)]
+
+
+def _selected(
+    job: Job,
+    *,
+    statistics: Statistics | None = None,
+    beside: Sequence[Job] = (),
+    told: set[str] | None = None,
+) -> _Selected:
+    """Return what meets the target, by statistics that are there or are made, for others too."""
+    is_known = statistics is not None
     if statistics is not None:
         statistics = fitting_statistics(job.source, statistics)
     else:
@@ -74,42 +108,67 @@ def decide(job: Job, known: Known = NOTHING_KNOWN) -> tuple[PruningResult, dict[
         if isinstance(job.settings.goal, TargetSpeedup):
             _drawn(job)  # before models are timed
     job, constraint = constraint_of(job)
+    constraints = [constraint, *(constraint_of(each)[1] for each in beside)]
     drawn = _drawn(job) if statistics is None or job.budget.compares else None
     count = None if drawn is None else len(drawn.tokens_NT)
-    announce(job.source, job.settings, count, known.told)
+    announce(job.source, job.settings, count, told)
+    repairs_channels = job.settings.repairs and bool(job.budget.channel_parts)
+    chooses = repairs_channels and not is_known and not constraint.needs_statistics
     if statistics is None:
-        if job.settings.repairs and job.budget.channel_parts and not constraint.needs_statistics:
-            return _choose_and_repair(job, constraint)
         windows = job.draw()
-        if job.budget.parts == job.budget.whole_parts:
+        if chooses or job.budget.parts == job.budget.whole_parts:
             windows = few_windows(windows, COARSE_WINDOWS)  # nothing that is chosen needs them all
-        statistics = _calibrated(job, constraint, windows, "calibrate")
+        name = "coarse pass" if chooses else "calibrate"
+        with job.work_dir.watch.stage(name):
+            statistics = calibrate(job, windows, name, runs=follow_runs(job))
+        statistics = _completed(job, constraints, statistics)
     elif job.budget.compares:
-        statistics = _completed(job, constraint, statistics)
-    planner, candidate = select(job, constraint, statistics)
-    with job.work_dir.watch.stage("plan"):
-        plan = planner.plan(candidate)
-    warn_of_experts(plan)
-    facts = _facts(constraint, candidate)
-    result = PruningResult(plan, planner.statistics)
-    for ridged in known.ridged:
-        if ridged.plan == plan:
-            result = replace(result, tensors=ridged.tensors, steps=ridged.steps)
-    return _repaired_by(job, result), facts
+        statistics = _completed(job, constraints, statistics)
+    return _Selected(job, constraint, chooses, *select(job, constraint, statistics))
 
 
-def decide_together(jobs: Sequence[Job], statistics: Statistics) -> list[PruningResult]:
-    """Decide what goes in several prunings of one model and text; the ridge of all is one pass.
+def _decided(selected: Sequence[_Selected]) -> list[tuple[PruningResult, dict[str, Any]]]:
+    """Return plans, with the ridge step where that chose the channels, and facts about goals."""
+    chosen = iter(_chosen_and_repaired([each for each in selected if each.chooses]))
+    found = []
+    for each in selected:
+        result = next(chosen) if each.chooses else _planned(each)
+        warn_of_experts(result.plan)
+        found.append((result, _facts(each.constraint, each.candidate)))
+    return found
 
-    Those that compare plans or repair nothing are left out. See `Known`.
-    """
-    jobs = [job for job in jobs if job.settings.repairs and not job.budget.compares]
-    if not jobs:
+
+def _planned(selected: _Selected) -> PruningResult:
+    """Return the plan by statistics of all windows."""
+    planner = selected.planner
+    with selected.job.work_dir.watch.stage("plan"):
+        return PruningResult(planner.plan(selected.candidate), planner.statistics)
+
+
+def _chosen_and_repaired(selected: Sequence[_Selected]) -> list[PruningResult]:
+    """Choose the channels of widths that are known, and repair, in one pass over all windows."""
+    if not selected:
         return []
-    chosen = [select(job, constraint_of(job)[1], statistics) for job in jobs]
-    return ridge_together(
-        jobs[0], [planner.plan(candidate) for planner, candidate in chosen], _drawn(jobs[0])
-    )
+    job, results = selected[0].job, []
+    windows = job.draw()
+    widths = [each.planner.widths(each.candidate) for each in selected]
+    wanted = [
+        Wanted(own.kept_U, each.candidate.dropped.blocks)
+        for own, each in zip(widths, selected, strict=True)
+    ]
+    with job.work_dir.watch.stage("ridge"):
+        chosen = choose_and_repair(job, windows, wanted)
+    record = calibration_record(job, windows)
+    seen = Statistics.of([each.observed for each in chosen[0]], record)
+    for number, (each, own, blocks) in enumerate(zip(selected, widths, chosen, strict=True)):
+        # What else was measured of the model holds.
+        statistics = replace(
+            each.planner.statistics, blocks=seen.blocks, units=seen.units, record=record
+        )
+        kept = [kept_K for block in blocks for kept_K in block.kept]
+        plan = replace(each.planner, statistics=statistics).assemble(each.candidate, own, kept)
+        results.append(with_ridge(job, PruningResult(plan, statistics), blocks, number))
+    return results
 
 
 def _drawn(job: Job) -> Windows:
@@ -144,8 +203,8 @@ def _facts(constraint: Constraint, candidate: Candidate) -> dict[str, Any]:
 
 
 def _repaired_by(job: Job, result: PruningResult) -> PruningResult:
-    """Repair what a plan leaves, if there is anything to repair."""
-    if not needed_steps(job.settings.repair, result.plan):
+    """Repair what a plan leaves, if there is anything left to repair."""
+    if not steps_left(job.settings.repair, result):
         return result
     windows = job.draw()
     check_windows(windows)
@@ -161,39 +220,11 @@ def _check_plan(source: WeightSource, plan: PruningPlan) -> None:
     PrunedSource(source, plan)  # it can be written
 
 
-def _calibrated(job: Job, constraint: Constraint, seen: Windows, name: str) -> Statistics:
-    """Let windows pass the blocks, and measure what else candidates are made from."""
-    with job.work_dir.watch.stage(name):
-        statistics = calibrate(job, seen, name, runs=follow_runs(job))
-    return _completed(job, constraint, statistics)
-
-
-def _completed(job: Job, constraint: Constraint, statistics: Statistics) -> Statistics:
+def _completed(job: Job, constraints: Sequence[Constraint], statistics: Statistics) -> Statistics:
     """Add the order in which blocks go and their sensitivity, where candidates need them."""
     windows = job.draw()
     if follow_divergence(job):
-        statistics = with_order(job, statistics, windows, [constraint.to_drop()])
+        statistics = with_order(job, statistics, windows, [each.to_drop() for each in constraints])
     if job.budget.channel_parts:
         statistics = with_needed_sensitivity(job, statistics, windows)
     return statistics
-
-
-def _choose_and_repair(job: Job, constraint: Constraint) -> tuple[PruningResult, dict[str, Any]]:
-    """Fix the widths from a few windows, then choose and repair in one pass over all."""
-    windows = job.draw()
-    few = few_windows(windows, COARSE_WINDOWS)
-    coarse = _calibrated(job, constraint, few, "coarse pass")
-    planner, candidate = select(job, constraint, coarse)
-    widths = planner.widths(candidate)
-    with job.work_dir.watch.stage("ridge"):
-        wanted = Wanted(widths.kept_U, candidate.dropped.blocks)
-        (chosen,) = choose_and_repair(job, windows, [wanted])
-    record = calibration_record(job, windows)
-    seen = Statistics.of([each.observed for each in chosen], record)
-    # What else was measured of the model holds.
-    statistics = replace(planner.statistics, blocks=seen.blocks, units=seen.units, record=record)
-    kept = [kept_K for block in chosen for kept_K in block.kept]
-    plan = replace(planner, statistics=statistics).assemble(candidate, widths, kept)
-    warn_of_experts(plan)
-    result = with_ridge(job, PruningResult(plan, statistics), chosen)
-    return repair(job, result, windows), _facts(constraint, candidate)

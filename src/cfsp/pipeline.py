@@ -44,7 +44,7 @@ from cfsp.repair.result import PruningResult
 from cfsp.result.card import write_record
 from cfsp.result.manifest import digest_of_plan, facts_for_config, history_of
 from cfsp.result.prune_report import PruneReport, prune_report
-from cfsp.selection.constraint import Share, half_dropped
+from cfsp.selection.constraint import half_dropped
 from cfsp.selection.divergence import with_needed_sensitivity
 from cfsp.selection.drop_order import (
     check_can_be_compared,
@@ -191,49 +191,45 @@ def prune_model(
 def calibrate_source(
     source: WeightSource,
     tokenizer: PreTrainedTokenizerBase,
-    prunings: Sequence[PruneSettings],
+    settings: PruneSettings,
     work_dir: WorkDir | None = None,
 ) -> Statistics:
-    """Draw windows, run them through the model once, and measure what else some prunings need.
+    """Draw windows, run them through the model once, and measure what else prunings need.
 
-    They have one text. Where one says of blocks or attention layers not how many go, in which order
-    they do is measured up to half; where widths may follow the sensitivity of blocks, that is.
+    In which order blocks or attention layers go is measured up to half; where widths may follow the
+    sensitivity of blocks, that is.
     """
-    budget = prunings[0].compute.memory_budget
-    own: AbstractContextManager[WorkDir] = temporary_work_dir(budget)
+    own: AbstractContextManager[WorkDir] = temporary_work_dir(settings.compute.memory_budget)
     with own if work_dir is None else nullcontext(work_dir) as work_dir:
-        jobs = [_job(source, lambda: tokenizer, p.suited_to_repair(), work_dir) for p in prunings]
-        budgets = repr([job.budget for job in jobs])
-        check_same_work(work_dir.team, [source], {"command": digest_of({"budgets": budgets})})
-        for job in jobs:
-            check_can_be_compared(job)
-        windows, runs = jobs[0].draw(), any(map(follow_runs, jobs))
+        job = _job(source, lambda: tokenizer, settings.suited_to_repair(), work_dir)
+        budget = digest_of({"budget": repr(job.budget)})
+        check_same_work(work_dir.team, [source], {"command": budget})
+        check_can_be_compared(job)
+        windows = job.draw()
         with work_dir.watch.stage("calibrate"):
-            statistics = calibrate(jobs[0], windows, runs=runs)
-        wanted = [
-            Share(source, job.budget).to_drop()
-            if job.budget.sparsity or job.budget.remove
-            else half_dropped(source, job.budget)
-            for job in filter(follow_divergence, jobs)
-        ]
-        statistics = with_order(jobs[0], statistics, windows, wanted)
-        followed = (AUTO_METRIC, SENSITIVITY)
-        jobs = [j for j in jobs if j.budget.channel_parts and j.criterion.block_metric in followed]
-        if not jobs:
+            statistics = calibrate(job, windows, runs=follow_runs(job))
+        if follow_divergence(job):
+            half = half_dropped(source, job.budget)
+            statistics = with_order(job, statistics, windows, [half])
+        if not job.budget.channel_parts or job.criterion.block_metric not in (
+            AUTO_METRIC,
+            SENSITIVITY,
+        ):
             return statistics
         # Of every part that a plan may ask about.
         together = Budget(parts=tuple(dict.fromkeys(unit.part for unit in source.units)))
-        job = replace(jobs[0], settings=replace(jobs[0].settings, budget=together))
+        job = replace(job, settings=replace(job.settings, budget=together))
         return with_needed_sensitivity(job, statistics, windows)
 
 
-def ridge_together(
-    source: Checkpoint, prunings: Sequence[PruneSettings], statistics: Statistics, work_dir: WorkDir
+def decide_all(
+    source: Checkpoint, prunings: Sequence[PruneSettings], work_dir: WorkDir, told: set[str]
 ) -> list[PruningResult]:
-    """Take the ridge step of several prunings of one text in one pass, for `Known`."""
+    """Decide what goes in several prunings by one text, for `Known`; see `decide_together`."""
     tokenizer = partial(load_tokenizer, source.directory)
-    jobs = [_job(source, tokenizer, each.suited_to_repair(), work_dir) for each in prunings]
-    return decide_together(jobs, statistics)
+    asked = [each.suited_to_repair() for each in prunings]
+    first = _job(source, tokenizer, asked[0], work_dir)
+    return decide_together([replace(first, settings=each) for each in asked], told)
 
 
 def _job(

@@ -180,7 +180,7 @@ def test_a_resumed_run_compares_as_the_killed_one_did(
         monkeypatch.setattr(search, "fits", lambda *_, models, room=has_room: room)
         work_dir = WorkDir(tmp_path, identity={"of": "one command"})
         job = job_of(five_blocks, asked, lambda: windows, work_dir=work_dir)
-        statistics = calibrate_source(five_blocks, tokenizer, [asked])
+        statistics = calibrate_source(five_blocks, tokenizer, asked)
         search.select(job, constraint_of(job)[1], statistics)
         assert any(each.repaired is not None for each in compared[-1]) == had_room
 
@@ -236,7 +236,7 @@ def test_scores_are_those_of_the_plan_and_repair_helps(five_blocks, text_file, t
     asked = replace(settings(text_file, TargetParameters(0.9)), text=text)
     drawn, model = draw_text(text, tokenizer), five_blocks.model
     by_angle = replace(asked, criterion=Criterion("angular"))
-    statistics = calibrate_source(five_blocks, tokenizer, [by_angle])
+    statistics = calibrate_source(five_blocks, tokenizer, by_angle)
     planner = Planner.of(five_blocks, statistics, asked.budget, asked.criterion)
     job = job_of(five_blocks, asked, lambda: drawn, work_dir=WorkDir(tmp_path))
     tokens_NT = few_beginnings(drawn).tokens_NT

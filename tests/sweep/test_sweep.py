@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builders import entries, never, read_json
+from cfsp import decide
 from cfsp.cli import main
 from cfsp.errors import UsageError
 from cfsp.planning.plan_file import PruningPlan
@@ -32,7 +34,7 @@ def sweep(model, text_file, tmp_path_factory):
     arguments = [
         "sweep", str(model), "--sparsity", "25%", "0.5",
         "--method", "cfsp", "cfsp-plain", "--multiple", "4", "--data", str(text_file),
-        "--samples", "8", "--seqlen", "32", "--eval", str(text_file), "--windows", "2",
+        "--samples", "12", "--seqlen", "32", "--eval", str(text_file), "--windows", "2",
         "--out", str(out),
     ]  # fmt: skip
     assert main(arguments) == 0
@@ -142,7 +144,7 @@ def test_one_pass_repairs_all_models_and_a_killed_sweep_needs_no_other(
     arguments, whole = sweep
     out = tmp_path / "out"
     again = [*arguments[:-1], out]
-    wanted = noted(ridge_pass, "choose_and_repair", lambda *given: len(given[-1]))
+    wanted = noted(decide, "choose_and_repair", lambda *given: len(given[-1]))
     noted(run, "compare", lambda *_: None, dies_at=2)
     command(*again, status=130)
     assert wanted == [2]  # what `cfsp-plain` makes is not repaired
@@ -150,10 +152,9 @@ def test_one_pass_repairs_all_models_and_a_killed_sweep_needs_no_other(
     monkeypatch.setattr(ridge_pass, "observe", never)
     command(*again)
     assert entries(out) == entries(whole)
-    alone, statistics = tmp_path / "alone", ["--set", f"statistics={out / 'cfsp.statistics'}"]
-    asked = ["--sparsity", 0.5, "--multiple", 4, "--data", text_file, "--samples", 8]
+    alone, asked = tmp_path / "alone", ["--sparsity", 0.5, "--multiple", 4, "--data", text_file]
     monkeypatch.undo()
-    command("prune", model, *asked, "--seqlen", 32, *statistics, "--out", alone)
+    command("prune", model, *asked, "--samples", 12, "--seqlen", 32, "--out", alone)
     made, expected = (read_manifest(each) for each in (out / "cfsp-0.5", alone))
     assert made["repair"] == expected["repair"]
     assert made["files"]["model.safetensors"] == expected["files"]["model.safetensors"]
@@ -211,7 +212,7 @@ def test_wrong_settings(more, message):
 def test_all_that_is_named_is_checked_before_anything_is_computed(
     model, text_file, tmp_path, monkeypatch, command, more, message
 ):
-    for name in ("calibrate_source", "prune_checkpoint"):
+    for name in ("decide_all", "prune_checkpoint"):
         monkeypatch.setattr(f"cfsp.sweep.run.{name}", never)
     monkeypatch.setattr(evaluate, "streamed_sums", never)
     asked = ["--sparsity", 0.5, "--multiple", 4, "--seqlen", 32, "--data", text_file]
@@ -275,19 +276,15 @@ def test_a_method_is_a_name_or_a_part():
 
 
 def test_parts_are_pruned_as_alone(model, text_file, tmp_path, command):
-    out, methods = tmp_path / "out", ["kv", "blocks"]
-    # So few windows that all are those of the coarse pass.
-    asked = ["--data", text_file, "--samples", 8, "--seqlen", 32, "--sparsity", 0.3]
-    asked += ["--multiple", 8]
+    out, methods, shares = tmp_path / "out", ["kv", "blocks"], [0.3, 0.5]
+    asked = ["--data", text_file, "--samples", 12, "--seqlen", 32, "--multiple", 8]
     measured = ["--eval", text_file, "--windows", 1, "--method", *methods]
-    command("sweep", model, *asked, *measured, "--out", out)
+    command("sweep", model, *asked, *measured, "--sparsity", *shares, "--out", out)
     _dense, *rows = read_json(out / "table.json")
-    assert [row["method"] for row in rows] == methods
-    for part in methods:
-        alone = tmp_path / part
-        command("prune", model, *asked, "--parts", part, "--out", alone)
-        chosen, expected = (
-            PruningPlan.load(place / "cfsp_plan.json") for place in (out / f"{part}-0.3", alone)
-        )
-        assert chosen.kept_channels == expected.kept_channels
-        assert chosen.removed_blocks == expected.removed_blocks
+    assert [row["method"] for row in rows] == [part for part in methods for _ in shares]
+    for part, share in product(methods, shares):
+        alone = tmp_path / f"{part}-{share}"
+        command("prune", model, *asked, "--parts", part, "--sparsity", share, "--out", alone)
+        made, expected = map(read_manifest, (out / alone.name, alone))
+        assert made["repair"] == expected["repair"]
+        assert made["files"] == expected["files"]

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> Told:
         # Another run may have finished since the first look.
         team.from_first(lambda: check_file_is_free(args.out))
         tokenizer = load_tokenizer(source.directory)
-        statistics = calibrate_source(source, tokenizer, [settings], work_dir)
+        statistics = calibrate_source(source, tokenizer, settings, work_dir)
         if team.is_first:
             statistics.save(args.out)
     if not team.is_first:

@@ -34,34 +34,35 @@ STEPS: dict[Repair, dict[str, Step]] = {
 }
 
 
-def needed_steps(repair: Repair, plan: PruningPlan) -> dict[str, Step]:
-    """Return the steps of a repair that a plan gives something to do.
+def steps_left(repair: Repair, result: PruningResult) -> dict[str, Step]:
+    """Return the steps of a repair that a plan gives something to do, but for those taken.
 
     The ridge has nothing to do where units stay as they are or go whole; nothing that stays could
     take over what experts did that go.
     """
+    plan, taken = result.plan, {step["name"] for step in result.steps}
     is_needed = {
         ridge_pass.NAME: plan.narrows,
         sequential.NAME: plan.narrows or plan.has_gaps,
         sequential.GAPS: plan.has_gaps,
     }
-    return {name: step for name, step in STEPS[repair].items() if is_needed[name]}
+    return {
+        name: step for name, step in STEPS[repair].items() if is_needed[name] and name not in taken
+    }
 
 
 def repair(job: Job, result: PruningResult, windows: Windows) -> PruningResult:
     """Take the steps that the settings ask for, the plan needs, and that were not taken yet."""
-    taken = {step["name"] for step in result.steps}
-    for name, step in needed_steps(job.settings.repair, result.plan).items():
-        if name not in taken:
-            with job.work_dir.watch.stage(name):
-                result = step(job, result, windows)
+    for name, step in steps_left(job.settings.repair, result).items():
+        with job.work_dir.watch.stage(name):
+            result = step(job, result, windows)
     return result
 
 
 def ridge_together(job: Job, plans: Sequence[PruningPlan], windows: Windows) -> list[PruningResult]:
     """Return plans as decisions; of all that need it the ridge step is taken, in one pass."""
     results = [PruningResult(plan) for plan in plans]
-    needs = [ridge_pass.NAME in needed_steps(job.settings.repair, plan) for plan in plans]
+    needs = [ridge_pass.NAME in steps_left(job.settings.repair, each) for each in results]
     if not any(needs):
         return results
     ridged = iter(ridge_pass.repair_by_plans(job, list(compress(results, needs)), windows))

@@ -1,8 +1,8 @@
-"""The flow of a sweep: calibrate once, then prune and measure each of a list of settings.
+"""The flow of a sweep: decide on all of a list of prunings together, then make and measure each.
 
-A sweep's directory holds `sweep.json`, the statistics, and a directory for each model: what `cfsp
-prune` writes, without the weights; `cfsp prune --plan` makes them again. A model whose directory is
-there is not made again, so a sweep that was interrupted goes on.
+A sweep's directory holds `sweep.json`, and a directory for each model: what `cfsp prune` writes,
+without the weights; `cfsp prune --plan` makes them again. A model whose directory is there is not
+made again, so a sweep that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from statistics import fmean
 from typing import Any
 
 from cfsp.architecture.block_names import counted
-from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import given_path, open_checkpoint
 from cfsp.checkpoint.output import (
     check_is_outside,
@@ -29,16 +28,11 @@ from cfsp.checkpoint.output import (
     remove_abandoned,
     write_atomically,
 )
-from cfsp.checkpoint.own_files import STATISTICS_FILE, SWEEP_FILE
+from cfsp.checkpoint.own_files import SWEEP_FILE
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.decide import Known
+from cfsp.decide import NOTHING_KNOWN, Known
 from cfsp.errors import CfspError, OutputError, damage_as
-from cfsp.pipeline import (
-    calibrate_source,
-    prune_checkpoint,
-    pruning_identity,
-    ridge_together,
-)
+from cfsp.pipeline import decide_all, prune_checkpoint, pruning_identity
 from cfsp.progress import item_progress
 from cfsp.pruning_cost import say_doubts
 from cfsp.quality.answers import Questions
@@ -48,6 +42,7 @@ from cfsp.quality.perplexity import before_and_after
 from cfsp.quality.results_file import measured_model
 from cfsp.quality.tasks.harness import TaskRunner
 from cfsp.quality.tasks.selection import TaskSelection
+from cfsp.repair.result import PruningResult
 from cfsp.result.facts import Conditions
 from cfsp.result.manifest import add_to_manifest, read_manifest, refusing_damage
 from cfsp.result.tables import Table, estimate, pareto_front
@@ -148,7 +143,7 @@ class _Sweep:
     """What a sweep is made of; see `run_sweep`."""
 
     points: Sequence[Point]
-    source: Checkpoint  # opened with the parts of all methods: it is calibrated
+    source: Checkpoint  # as it is opened for the first point
     opened: Callable[[tuple[Part, ...]], Checkpoint]  # as `cfsp prune` opens it for a point
     out: Path
     compute: Compute
@@ -166,9 +161,8 @@ def run_sweep(settings: SweepSettings, out: Path, compute: Compute, *, command: 
     if settings.answers is not None:
         exam = replace(exam, questions=Questions.of(settings.answers))
     opened = cache(lambda parts: open_checkpoint(settings.model, parts=parts))
-    asked = dict.fromkeys(part for point in points for part in point.parts)
     measure = partial(evaluate_models, exam=exam)
-    sweep = _Sweep(points, opened(tuple(asked)), opened, out, compute, measure)
+    sweep = _Sweep(points, opened(points[0].parts), opened, out, compute, measure)
     check_is_outside(out, sweep.source.directory)
     with created_parents(out), exclusive(out), _kept(sweep):
         _claim(out, settings)
@@ -185,9 +179,9 @@ def run_sweep(settings: SweepSettings, out: Path, compute: Compute, *, command: 
                 say_doubts(sweep.opened(point.parts), point.settings, windows, sweep.told)
             with item_progress("sweep", len(missing), "model") as bar:
                 for parts in dict.fromkeys(point.parts for point in missing):
-                    with _repaired(sweep, parts) as known:
+                    with _decided(sweep, parts) as decided:
                         for point in (each for each in missing if each.parts == parts):
-                            _make(sweep, point, known, dense, command)
+                            _make(sweep, point, decided[point.name], dense, command)
                             bar.update()
         return _rows(sweep, found)
 
@@ -201,7 +195,7 @@ def _kept(sweep: _Sweep) -> Iterator[None]:
     except CfspError as error:
         finished = any((out / point.name).is_dir() for point in sweep.points)
         if is_new and not finished and not error.keeps_work:
-            for name in (SWEEP_FILE, _DENSE_FILE, STATISTICS_FILE):
+            for name in (SWEEP_FILE, _DENSE_FILE):
                 (out / name).unlink(missing_ok=True)
         raise
     except BaseException:
@@ -238,41 +232,27 @@ def _check(sweep: _Sweep) -> int:
     return len(draw_text(text, load_tokenizer(source.directory)).tokens_NT)
 
 
-def _statistics(sweep: _Sweep) -> Statistics:
-    """Return the statistics, with all that any of the settings asks for."""
-    path, source, compute = sweep.out / STATISTICS_FILE, sweep.source, sweep.compute
-    remove_finished_work(path)
-    if path.is_file():
-        return Statistics.load(path)
-    prunings = [point.settings for point in sweep.points]
-    with output_work_dir(path, {"command": "sweep"}, compute.memory_budget) as work_dir:
-        tokenizer = load_tokenizer(source.directory)
-        found = calibrate_source(source, tokenizer, prunings, work_dir)
-        found.save(path)
-    return Statistics.load(path)
-
-
 @contextmanager
-def _repaired(sweep: _Sweep, parts: tuple[Part, ...]) -> Iterator[Known]:
-    """Repair all models without some parts in one pass; also those that are there already.
+def _decided(sweep: _Sweep, parts: tuple[Part, ...]) -> Iterator[dict[str, PruningResult]]:
+    """Decide on all models without some parts, by name; also on those that are there already.
 
-    So a sweep that goes on finds the work of the same pass.
+    So a sweep that goes on finds the work of the same passes.
     """
-    source, statistics, compute = sweep.opened(parts), _statistics(sweep), sweep.compute
+    source, compute = sweep.opened(parts), sweep.compute
     points = [point for point in sweep.points if point.parts == parts]
     prunings = [point.settings for point in points]
-    asked = [pruning_identity(settings, Known(statistics)) for settings in prunings]
+    asked = [pruning_identity(settings, NOTHING_KNOWN) for settings in prunings]
     computed = runtime_identity(runtime_of(compute, source))
     identity = {"command": "sweep", "prunings": asked, **computed}
     last = sweep.out / points[-1].name
     with output_work_dir(last, identity, compute.memory_budget) as work_dir:
-        ridged = ridge_together(source, prunings, statistics, work_dir)
-        yield Known(statistics, told=sweep.told, ridged=ridged)
+        found = decide_all(source, prunings, work_dir, sweep.told)
+        yield {point.name: result for point, result in zip(points, found, strict=True)}
 
 
-def _make(sweep: _Sweep, point: Point, known: Known, dense: Dense, command: str) -> None:
+def _make(sweep: _Sweep, point: Point, decided: PruningResult, dense: Dense, command: str) -> None:
     """Prune and measure one model, in a place that is empty even after a kill."""
-    own = sweep.opened(point.parts)
+    own, known = sweep.opened(point.parts), Known(decided=decided)
     working, finished = sweep.out / _WORKING, sweep.out / point.name
     shutil.rmtree(working, ignore_errors=True)
     try:
