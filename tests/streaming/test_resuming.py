@@ -144,7 +144,7 @@ def test_other_statistics_of_the_same_text_are_refused(runs):
 @pytest.mark.parametrize(
     ("name", "asked", "the_pass", "key"),
     [
-        ("prune", ["--target-speedup", "1.2"], "cfsp.decide._calibrated", "dense model"),
+        ("prune", ["--target-speedup", "1.2"], "cfsp.decide.calibrate", "dense model"),
         ("calibrate", ["--parts", "blocks"], "cfsp.pipeline.calibrate", "model fingerprint"),
     ],
     ids=["times", "what fits into memory"],
