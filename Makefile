@@ -33,8 +33,8 @@ docs: $(TEST_READY)  ## all pages as a site in build/site; a dead link is an err
 families: $(TEST_READY)  ## proof of every type of the installed transformers, and the contract (an hour)
 	$(BIN)/python benchmarks/families.py src/cfsp/families/proved.json
 	CFSP_EVERY_TYPE=1 $(BIN)/python -m pytest -n 2 --dist loadscope tests/architecture/test_contract.py
-	CFSP_EVERY_FAMILY=1 $(BIN)/python -m pytest -n 2 tests/repair/test_local.py \
-		tests/repair/test_sequential.py tests/recovery/test_recovery.py
+	CFSP_EVERY_FAMILY=1 $(BIN)/python -m pytest -n 2 tests/repair/test_sequential.py \
+		tests/recovery/test_recovery.py
 
 versions:  ## a part of the tests with the oldest and the newest of what is supported (gigabytes)
 	nice -n 19 .ci/versions

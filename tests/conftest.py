@@ -34,8 +34,10 @@ _MODULES_CACHE = tempfile.TemporaryDirectory(prefix="cfsp-test-modules-")
 os.environ["HF_MODULES_CACHE"] = _MODULES_CACHE.name
 
 pytest.register_assert_rewrite("architecture_contract")
-# A busy machine is no fault of a test.
-settings.register_profile("any machine", deadline=None)
+# A busy machine is no fault of a test. The examples are the same in every run, so that what fails
+# is what was changed; `pytest --hypothesis-profile search` looks for what no run has met yet.
+settings.register_profile("any machine", deadline=None, derandomize=True)
+settings.register_profile("search", deadline=None, max_examples=4000)
 settings.load_profile("any machine")
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -5,9 +5,12 @@ inside functions and under TYPE_CHECKING count too: they say what a reader has t
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+
+import pytest
 
 import cfsp
 from cfsp.settings import PARTS
@@ -166,3 +169,10 @@ def test_every_package_has_a_folder_of_tests():
     packages = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
     tested = {path.parent.name for path in (REPOSITORY / "tests").glob("*/test_*.py")}
     assert packages - tested == set()
+
+
+@pytest.mark.parametrize("name", ["Makefile", ".ci/run", ".ci/versions"])
+def test_every_file_that_a_command_names_is_there(name):
+    text = (REPOSITORY / name).read_text(encoding="utf-8")
+    for path in re.findall(r"[\w./-]+/[\w.-]+\.(?:py|json|md)", text):
+        assert (REPOSITORY / path).exists(), path

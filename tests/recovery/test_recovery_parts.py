@@ -163,6 +163,13 @@ def test_the_total_is_kept_no_block_is_without_and_more_important_ones_have_no_l
     assert by_importance == sorted(by_importance)
 
 
+def test_of_remainders_that_are_equal_in_floats_the_more_important_comes_first():
+    """All of 1.0 have 32.55, and so has, before the last of them, what lacks an ulp of it."""
+    importance_L = [1.0] * 5 + [0.5] * 4 + [0.625, 0.84375, 1 - 2**-53, 0.375, 0.0625, 0.03125, 1.0]
+    ranks_L = allocate_ranks([*importance_L, 0.03125], 21)
+    assert ranks_L[15] >= ranks_L[11]
+
+
 def test_proportional_where_no_rounding_is_needed():
     assert allocate_ranks([0.1, 0.2, 0.3], 8) == [4, 8, 12]
     assert sum(allocate_ranks([0.5] * 4, 2.25)) == 9

@@ -162,19 +162,21 @@ def _importances(source: Checkpoint) -> list[float]:
 
 def allocate_ranks(weight_L: Sequence[float], mean_rank: float) -> list[int]:
     """Return ranks in proportion to positive weights, each at least 1, with a mean."""
-    blocks, total, poor = len(weight_L), round(mean_rank * len(weight_L)), set[int]()
+    blocks, total = len(weight_L), round(mean_rank * len(weight_L))
+    # Where remainders are equal the first gets the rank: the most important is the first.
+    order = sorted(range(blocks), key=lambda block: -weight_L[block])
+    # Blocks that would get less than 1 get exactly 1, the others share what is left.
+    rich = blocks
     while True:
-        # Blocks that would get less than 1 get exactly 1, the others share what is left.
-        weight = sum(value for block, value in enumerate(weight_L) if block not in poor)
-        left = total - len(poor)
-        share_L = [
-            1.0 if block in poor else left * value / weight for block, value in enumerate(weight_L)
-        ]
-        newly_poor = {block for block, share in enumerate(share_L) if share < 1}
-        if not newly_poor:
+        shared = [weight_L[block] for block in order[:rich]]
+        left, weight = total - (blocks - rich), sum(shared)
+        share_L = [left * value / weight for value in shared]
+        if all(share >= 1 for share in share_L):
             break
-        poor |= newly_poor
-    return round_widths(share_L, [total] * blocks, [1] * blocks, [1] * blocks, total)
+        rich = sum(share >= 1 for share in share_L)
+    share_L += [1.0] * (blocks - rich)
+    rank_L = round_widths(share_L, [total] * blocks, [1] * blocks, [1] * blocks, total)
+    return [rank for _, rank in sorted(zip(order, rank_L, strict=True))]
 
 
 def load_to_train(
