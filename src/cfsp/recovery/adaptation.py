@@ -171,9 +171,10 @@ def allocate_ranks(weight_L: Sequence[float], mean_rank: float) -> list[int]:
         shared = [weight_L[block] for block in order[:rich]]
         left, weight = total - (blocks - rich), sum(shared)
         share_L = [left * value / weight for value in shared]
-        if all(share >= 1 for share in share_L):
+        enough = sum(share >= 1 for share in share_L)
+        if enough == rich:
             break
-        rich = sum(share >= 1 for share in share_L)
+        rich = enough
     share_L += [1.0] * (blocks - rich)
     rank_L = round_widths(share_L, [total] * blocks, [1] * blocks, [1] * blocks, total)
     return [rank for _, rank in sorted(zip(order, rank_L, strict=True))]
