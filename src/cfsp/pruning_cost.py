@@ -227,7 +227,7 @@ def size_after(source: WeightSource, settings: PruneSettings) -> tuple[int, int]
     before, budget, goal = source.parameter_count, settings.budget, settings.goal
     if isinstance(goal, TargetParameters):
         after = round(before * goal.fraction)
-    elif goal is None and budget.sparsity and "experts" not in budget.parts:
+    elif goal is None and (budget.sparsity or budget.remove) and "experts" not in budget.parts:
         after = before - round(_parameters_to_go(source, budget))
     else:
         return None
@@ -235,9 +235,11 @@ def size_after(source: WeightSource, settings: PruneSettings) -> tuple[int, int]
 
 
 def _parameters_to_go(source: WeightSource, budget: Budget) -> float:
-    """Return how many parameters go with a share of one part."""
+    """Return how many parameters go with a share, or a number, of one part."""
     if budget.whole_parts:
-        return budget.sparsity * DropSizes.of(source, budget.whole_parts).total
+        sizes = DropSizes.of(source, budget.whole_parts)
+        numbered = min(1.0, (budget.remove or 0) / len(sizes.of_one))
+        return (budget.sparsity or numbered) * sizes.total
     return budget.sparsity * parameters_of_channels(source, budget.channel_parts)
 
 

@@ -54,6 +54,15 @@ def test_equally_many_groups_give_a_stock_checkpoint(make_case, command):
     check_masked_is_cut(case)
 
 
+def test_equally_many_groups_that_a_stock_config_refuses(make_case):
+    """A hidden size of 32 is no multiple of six heads."""
+    changes = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+    case = make_case("llama", changes, sparsity=0.25, parts="kv", widths="equal")
+    assert case.report.kv_groups["after"] == [3, 3, 3]
+    assert list(case.out.glob("*.py"))
+    check_masked_is_cut(case)
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

@@ -34,7 +34,7 @@ FLAGS = [
         "; did you mean blocks?",
     ),
     (f"{NOTHING} --plan p --statistics s", "--plan and --statistics exclude", "made already"),
-    (f"{NOTHING} --sparsity 0.95 {TEXT}", "cannot", "between 0 and 66.7%"),
+    (f"{NOTHING} --sparsity 0.95 {TEXT}", "cannot", "between 0 and 66.6%"),
     ("prune {model} --sparsity 0.2", "found none", "expected --out, the directory to write"),
     ("verify {model}", "{model} has no cfsp.json", "cfsp did not write it"),
     ("inspect {inputs}/absent", "{inputs}/absent does not exist", "give a directory"),

@@ -12,6 +12,7 @@ import cfsp
 from builders import draw_windows
 from cfsp import pruning_cost as cost
 from cfsp.checkpoint.own_files import STATISTICS_FILE
+from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import UsageError
 from cfsp.selection import goal as goals
 from cfsp.selection.constraint import STEPS
@@ -91,6 +92,18 @@ def test_a_goal_says_its_size_or_nothing(source, caplog):
     assert "parameters ->" not in caplog.text
 
 
+def test_a_number_of_attention_layers_has_the_size_of_that_share(model):
+    source = Checkpoint(model, parts=("attention",))
+    first, second = (
+        cost.size_after(source, replace(settings(sparsity=0), budget=Budget(**asked)))
+        for asked in (
+            {"parts": ("attention",), "remove": 1},
+            {"parts": ("attention",), "sparsity": 1 / BLOCKS},
+        )
+    )
+    assert first == second is not None and first[0] < source.parameter_count
+
+
 def test_doubts(source, monkeypatch):
     """Each has its own reason; a large model with enough text gives none."""
     small = "has little to spare"
@@ -157,6 +170,27 @@ def test_a_sliding_window_caches_no_more_than_its_tokens(prune, sliding, parts):
     )
     assert before == 1056 and 0.4 * before < after <= 0.77 * before
     assert "at most 0.77 of the KV cache of 256 tokens" in done.card
+
+
+def test_blocks_that_stay_whole_take_part_in_a_fraction_of_the_cache(prune, sliding):
+    kept = ("--keep", "0,1", "--effort", "fast")
+    said = prune("--target-kv-cache", 0.7, *kept, of=sliding, status=2).error
+    assert "and what --keep names stays, so --target-kv-cache must be at least 0.75" in said
+    done = prune("--target-kv-cache", 0.77, *kept, of=sliding)
+    assert done.manifest["kv_groups"]["after"] in ([2, 2, 1, 1], [2, 2, 2, 1])
+
+
+def test_the_smallest_fraction_of_the_cache_that_is_named_can_be_met(prune, save):
+    """At most half of the attention layers go."""
+    model = save(tiny_model("llama", num_hidden_layers=4))
+    asked = ("--parts", "kv,attention", "--effort", "fast", "--target-kv-cache")
+    said = prune(*asked, 0.01, of=model, status=2).error
+    assert "half of the attention layers keep one of their KV groups" in said
+    least = re.search(r"must be at least ([\d.]+), found 0.01", said)
+    assert least, said
+    done = prune(*asked, least[1], of=model)
+    before, after = (sum(done.manifest["kv_groups"][when]) for when in ("before", "after"))
+    assert after == float(least[1]) * before
 
 
 # As much goes as keeps the loss within a bound.

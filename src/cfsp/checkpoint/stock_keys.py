@@ -144,7 +144,10 @@ def _builds(
     for unit, width in resized:
         unit.resize(blocks[unit.block], width)
     try:
-        built = empty_stock_model(with_values(stock, values))
+        config = with_values(stock, values)
+        # Numbers that are set are not checked, and those that are read are.
+        type(config).from_dict(config.to_dict())
+        built = empty_stock_model(config)
     except Exception:  # whatever a config or class does with numbers that it does not expect
         return False
     # An FFN much narrower than the hidden size may not be recognised any more.

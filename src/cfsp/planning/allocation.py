@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import fsum, gcd
+from math import floor, fsum, gcd
 from operator import mul
 from statistics import fmean
 
@@ -135,7 +135,8 @@ def check_least(budget: Budget, size: ModelSize, kept: float, asked: str, of: fl
     least, multiple_U = size.cost_of(size.least_U(budget)), size.multiple_U(budget)
     # Within half a multiple of the least width is the least width.
     if kept < least - min(map(mul, multiple_U, size.cost_U), default=0) / 2:
-        most = (size.cost_of(size.width_U) - least) / of
+        # Rounded down, as so much is not refused then.
+        most = floor(1000 * (size.cost_of(size.width_U) - least) / of + 1e-9) / 1000
         pairs = zip(multiple_U, size.units, strict=True)
         widths = sorted({multiple for multiple, unit in pairs if unit.is_rounded})
         left = [f"{' or '.join(map(str, widths))} channels left in every FFN"] if widths else []

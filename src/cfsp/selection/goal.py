@@ -18,7 +18,7 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import longest_input_of, text_config_of
 from cfsp.errors import BudgetError
 from cfsp.job import Job
-from cfsp.planning.candidate import Candidate, Dropped
+from cfsp.planning.candidate import NOTHING, Candidate, Dropped, kept_by
 from cfsp.planning.make import Planner, model_size, parameters_of_channels
 from cfsp.quality.perplexity import loss_in_memory
 from cfsp.selection.constraint import (
@@ -203,18 +203,25 @@ class CacheFraction(Constraint):
     def check(self) -> None:
         """Check that so little can stay."""
         parts, widths = self.budget.parts, sorted(filter(None, self.groups_U))
+        named, instead = " and what --keep names stays" if self.budget.keep else "", ""
         if parts == ("attention",) and not self._is_even:
             raise BudgetError(
                 "attention layers of this model cache unequally (sliding windows), so how many "
                 "have to go depends on which; give --parts kv,attention, found --parts attention"
             )
-        if "attention" in parts:
-            groups = 1 if "kv" in parts else max(widths)
-            least = groups * min(filter(None, self.tokens_U))
-            who, instead = f"at least {groups} of the KV groups stays", ""
+        if parts == ("attention",):
+            least = max(widths) * max(self.tokens_U)
+            who = f"at least {max(widths)} of the KV groups stay"
+        elif "attention" in parts:
+            by_tokens = sorted(
+                zip(self.tokens_U, self.source.units, strict=True), key=lambda each: -each[0]
+            )
+            order = [Removal(unit.block, 0.0, "attention") for tokens, unit in by_tokens if tokens]
+            least = self.size(self._least_U(Dropped.of(self.to_drop().taken(order))))
+            who = f"half of the attention layers keep one of their KV groups{named}"
         else:
-            least = sum(self.tokens_U)
-            who = f"each of the {len(widths)} attention layers keeps one of its KV groups"
+            least = self.size(self._least_U(NOTHING))
+            who = f"each of the {len(widths)} attention layers keeps one of its KV groups{named}"
             instead = "; whole attention layers go too with --parts kv,attention"
         if self.stay < least:
             raise BudgetError(
@@ -240,8 +247,8 @@ class CacheFraction(Constraint):
         """Return the least share of the KV groups that is enough."""
         pairs = zip(self.source.units, self.groups_U, strict=True)
         left_U = [0 if dropped.takes(unit) else groups for unit, groups in pairs]
-        left = sum(left_U)
-        if self.size([min(1, groups) for groups in left_U]) > self.stay:
+        left, least_U = sum(left_U), self._least_U(dropped)
+        if self.size(least_U) > self.stay:
             return None
         if self._is_even:
             # Rounded, so that a half that stays is a half that goes.
@@ -254,7 +261,17 @@ class CacheFraction(Constraint):
         # At 0 it may be enough: what goes whole is gone already.
         if not is_too_much(0):
             return 0.0
-        return (last_that_holds(left - sum(map(bool, left_U)), is_too_much) + 1) / left
+        return (last_that_holds(left - sum(least_U), is_too_much) + 1) / left
+
+    def _least_U(self, dropped: Dropped) -> list[int]:
+        """Return how many KV groups of every unit stay at least beside what goes whole."""
+        kept = kept_by(self.source, self.budget.keep).units
+        return [
+            0 if dropped.takes(unit) else groups if index in kept else min(1, groups)
+            for index, (unit, groups) in enumerate(
+                zip(self.source.units, self.groups_U, strict=True)
+            )
+        ]
 
     def facts(self) -> dict[str, Any]:
         """Return what was asked for."""
