@@ -32,8 +32,10 @@ from bad_inputs.catalogue import (
 from builders import edit_json, read_json
 from cfsp.checkpoint.locating import given_path
 from cfsp.checkpoint.output import check_output_is_free, write_atomically
+from cfsp.checkpoint.own_files import check_links
 from cfsp.cli import build_parser, main
-from cfsp.errors import OutputError, UsageError
+from cfsp.errors import CheckpointError, OutputError, TextError, UsageError
+from cfsp.text.sources import TextSource
 
 SMALL = "--sparsity 0.4 --multiple 4"
 SWEEP = f"sweep {{model}} --sparsity 0.4 --eval {{text}} {TEXT} --out"
@@ -245,6 +247,36 @@ def test_a_path_below_a_directory_that_may_not_be_entered(tmp_path, monkeypatch)
     finally:
         os.seteuid(user)
         tmp_path.chmod(0o700)
+
+
+def test_what_may_not_be_read_is_one_sentence(tmp_path, monkeypatch):
+    inner = tmp_path / "inner"
+    (inner / "closed").mkdir(parents=True)
+    (inner / "model").mkdir()
+    for name in ("model/LICENSE", "a.parquet"):
+        (inner / name).write_text("words")
+        (inner / name).chmod(0)
+    (inner / "closed").chmod(0)
+    inner.chmod(0o777)
+    monkeypatch.chdir(inner)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        for path in ("closed", "model/LICENSE"):
+            with pytest.raises(CheckpointError, match=f"cannot read {path}: permission denied;"):
+                check_links(Path(path.partition("/")[0]))
+        with pytest.raises(OutputError, match="cannot write closed: Permission denied;"):
+            check_output_is_free(Path("closed"))
+        for name, message in (
+            ("closed/x.txt", "is neither a file nor a known text"),
+            ("a.parquet", "a.parquet is not a readable parquet file: .*Permission denied"),
+        ):
+            with pytest.raises(TextError, match=message):
+                next(TextSource(name, "calibration").documents())
+    finally:
+        os.seteuid(user)
+        (inner / "closed").chmod(0o700)
 
 
 def test_a_sweep_that_a_mistake_ended_may_be_corrected(place):

@@ -4,7 +4,10 @@ import os
 import struct
 from pathlib import Path
 
-from bad_inputs.catalogue import RECOVER, BadInput, Spoil, refusals, spoilt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bad_inputs.catalogue import RECOVER, BadInput, Place, Spoil, refusals, spoilt
 
 TINY = "--out {out} --samples 4 --seqlen 32 --data"
 CALIBRATE = f"calibrate {{model}} {TINY} {{inputs}}/"
@@ -15,6 +18,20 @@ INSPECT = "inspect {inputs}/a.gguf"
 
 def file(name: str, data: bytes) -> Spoil:
     return lambda place: (place.inputs / name).write_bytes(data)
+
+
+def not_utf8(place: Place) -> None:
+    buffers = [None, pa.py_buffer(struct.pack("<ii", 0, 3)), pa.py_buffer(b"a\xffb")]
+    column = pa.Array.from_buffers(pa.string(), 1, buffers)
+    pq.write_table(pa.table({"text": column}), place.inputs / "a.parquet")
+
+
+def a_damaged_page(place: Place) -> None:
+    path = place.inputs / "a.parquet"
+    pq.write_table(pa.table({"text": ["some words " * 500]}), path, use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    data[40:80] = bytes(40)
+    path.write_bytes(data)
 
 
 def larger_vocabulary(directory: Path) -> None:
@@ -59,6 +76,12 @@ TEXTS = [
         "{inputs}/a.parquet is not a readable parquet file",
         "parquet",
         file("a.parquet", b"PAR1 nothing PAR1"),
+    ),
+    *spoilt(
+        f"{CALIBRATE}a.parquet",
+        "a.parquet is not a readable parquet file",
+        ("'utf-8' codec can't decode byte 0xff", not_utf8),
+        ("Corrupt snappy compressed data", a_damaged_page),
     ),
     *spoilt(
         f"{CALIBRATE}a.jsonl",

@@ -105,6 +105,11 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no windows": (lambda f: f["calibration"].pop("windows"), "'windows'"),
     "no multiple": (lambda f: f["criterion"].pop("multiple"), "'multiple'"),
     "half": (lambda f: f["criterion"].update(sparsity="half"), "'half' for sparsity"),
+    "parts are a number": (lambda f: f["criterion"].update(parts=5), "5 for parts"),
+    "parts are null": (lambda f: f["criterion"].update(parts=None), "None for parts"),
+    "no such part": (lambda f: f["criterion"].update(parts=[[]]), "[[]] for parts"),
+    "of nothing known": (lambda f: f["criterion"].update(of="words"), "'words' for of"),
+    "removal is a list": (lambda f: f["criterion"].update(removal=[1]), "[1] for removal"),
     "describes nothing": (lambda f: f.update(blocks=[]), "describes no block"),
     "fingerprint": (lambda f: f["model"].update(fingerprint=[1]), "must be text"),
 }

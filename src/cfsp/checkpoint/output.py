@@ -37,7 +37,11 @@ def check_output_is_free(target: Path) -> None:
         raise OutputError(
             f"{target} is the current directory; choose another output directory, such as one in it"
         )
-    if target.is_dir() and any(target.iterdir()):
+    try:
+        is_used = target.is_dir() and any(target.iterdir())
+    except OSError as error:
+        raise cannot_write(target, error) from error
+    if is_used:
         raise OutputError(f"{target} exists and is not empty; choose another output directory")
     # Not of the absolute path: what is above the current directory need not be readable.
     parent = next(path for path in target.parents if path.exists())

@@ -46,6 +46,7 @@ def check_links(directory: Path) -> None:
 
     Of the folders in it that of chat templates alone is read.
     """
+    _check_is_readable(directory)
     home = directory.resolve()
     for place, names, files in os.walk(directory):
         if Path(place) == directory:
@@ -58,6 +59,20 @@ def check_links(directory: Path) -> None:
                     f"{path} is a link to a {found}, {path.readlink()}; put the "
                     f"{found.split()[0]} itself there, or name the directory that it lies in"
                 )
+            if _is_one_of((*READ, *TERMS), path):  # before hours of work, and not when it is copied
+                _check_is_readable(path)
+
+
+def _check_is_readable(path: Path) -> None:
+    try:
+        if path.is_dir():
+            next((path / ".").iterdir(), None)
+        elif path.is_file():
+            path.open("rb").close()
+    except PermissionError as error:
+        raise CheckpointError(
+            f"cannot read {path}: permission denied; ask for it, or read a copy"
+        ) from error
 
 
 def _is_within(link: Path, home: Path) -> bool:

@@ -72,7 +72,7 @@ def write(
     except ImportError as error:
         raise MissingExtraError("gguf export", "export") from error
     own = _OWN_TYPES.get(own_dtype(source), "bf16")
-    name = (weight_type or own).lower()
+    name = str(weight_type or own).lower()
     if name not in WRITTEN_HERE + BY_LLAMA_CPP:
         raise UsageError(
             f"unknown --type {weight_type}; expected one of "

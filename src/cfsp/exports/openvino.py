@@ -49,7 +49,7 @@ def write(source: Checkpoint, out: Path, weight_type: str | None = None) -> Writ
     """Write the model, its config and tokenizer into an existing directory."""
     check(source)
     own = "f32" if own_dtype(source) == torch.float32 else "f16"
-    openvino, kind = _openvino(), (weight_type or own).lower()
+    openvino, kind = _openvino(), str(weight_type or own).lower()
     if kind not in _TOLERANCES:
         raise UsageError(
             f"unknown --type {weight_type} for openvino; expected f32 or f16 "

@@ -20,7 +20,7 @@ from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.errors import PlanError
 from cfsp.planning.unit_plan import MAX_BLOCKS, UnitPlan, unit_from_json
-from cfsp.settings import UNIT_PARTS, Part
+from cfsp.settings import COUNTED, PARTS, UNIT_PARTS, Part
 
 PLAN_VERSION = 1
 # Of a plan with other parts than FFNs; one without is written as version 1, the same bytes.
@@ -310,7 +310,14 @@ def _check_facts(model: ModelIdentity, fields: dict[str, Any]) -> None:
     check(criterion, "multiple", lambda value: type(value) is int and value >= 1)
     check(calibration, "windows seqlen", lambda value: type(value) is int and value >= 1)
     check(calibration, "seed", lambda value: type(value) is int)
-    check(criterion, "block_metric channel_metric of", is_word)
+    check(criterion, "block_metric channel_metric", is_word)
+    check(criterion, "of", lambda value: value in ("ffn", *COUNTED))
+    check({"removal": "", **criterion}, "removal", lambda value: isinstance(value, str))
+    check(
+        {"parts": [], **criterion},
+        "parts",
+        lambda value: isinstance(value, list) and all(part in PARTS for part in value),
+    )
     check(calibration, "dtype device", is_word)
     check(criterion, "sparsity", lambda value: type(value) in (int, float) and 0 <= value <= 1)
     sources = calibration["sources"]

@@ -12,9 +12,9 @@ from __future__ import annotations
 # fmt: off
 # isort: off
 from cfsp.settings.budget import (
-    DEFAULT_PARTS, GOALS, LEAST_WIDTH, PART_NOUNS, PARTS, PROVED_PARTS, UNIT_PARTS, WHOLE_PARTS,
-    Budget, Goal, MaxLossIncrease, Part, Phase, TargetKVCache, TargetParameters, TargetSpeedup,
-    WholePart, parts_in_words, unit_parts,
+    COUNTED, DEFAULT_PARTS, GOALS, LEAST_WIDTH, PART_NOUNS, PARTS, PROVED_PARTS, UNIT_PARTS,
+    WHOLE_PARTS, Budget, Goal, MaxLossIncrease, Part, Phase, TargetKVCache, TargetParameters,
+    TargetSpeedup, WholePart, parts_in_words, unit_parts,
 )
 from cfsp.settings.options import (
     Declared, Option, check_names, check_value, fraction, from_names, given_of, names_in,

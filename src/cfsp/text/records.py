@@ -231,7 +231,7 @@ def _parquet(path: Path, column: str) -> Iterator[Record]:
         for batch in file.iter_batches(columns=[column]):
             for record in batch.to_pylist():
                 yield images | record, str(path)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise TextError(f"{path} is not a readable parquet file: {error}") from error
 
 

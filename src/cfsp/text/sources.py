@@ -20,6 +20,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -189,8 +190,9 @@ def _not_found(name: str) -> str:
     known = [*OFFLINE, *_HUB]
     shown = [each for each in known if not each.startswith(f"{MIXED}/")]
     path = _split_column(name)[0]
-    has_files = exists(path.parent) and path.parent.is_dir()
-    files = [file.name for file in path.parent.iterdir()] if has_files else []
+    files: list[str] = []
+    with suppress(OSError):  # there is no such directory, or nobody may list it
+        files = [file.name for file in path.parent.iterdir()]
     near = difflib.get_close_matches(name, known, n=1)
     near += [str(path.with_name(file)) for file in difflib.get_close_matches(path.name, files, n=1)]
     meant = f" did you mean {near[0]}?" if near else ""
