@@ -106,7 +106,7 @@ def prune_checkpoint(
     measured_on = evaluation_windows(settings.evaluation, source)
     asked_for = pruning_identity(settings, known)
     # What is decided before the first pass depends on these too.
-    of_model = {"dense model": source.fingerprint}
+    of_model = {"dense model": source.identity}
     identity = of_model | runtime_identity(runtime_of(settings.compute, source)) | asked_for
     with (
         output_work_dir(out, identity, settings.compute.memory_budget, team) as work_dir,

@@ -14,6 +14,7 @@ from cfsp.decide import NOTHING_KNOWN, Known
 from cfsp.pipeline import check_output, digest_of, prune_checkpoint, pruning_identity
 from cfsp.processes import Team, process_count
 from cfsp.quality.evaluate import evaluation_windows
+from cfsp.recovery.data import read_text
 from cfsp.recovery.prepare import lack_of_memory
 from cfsp.recovery.settings import AUTO_TEACHER, RecoverSettings, Training
 from cfsp.result.manifest import add_to_manifest, read_manifest
@@ -72,6 +73,7 @@ def prune_and_recover(
     before = (read_manifest(pruned) or {}).get(_ASKED) if pruned.is_dir() else None
     if before is None:
         check_output(source, pruned)
+        read_text(text.names, load_tokenizer(source.directory), seqlen=seqlen, bos=text.bos)
     # Before pruning: a kill between its end and this would leave what nobody goes on from.
     asked = _asked(source, settings) | pruning_identity(settings, known)
 
@@ -101,4 +103,4 @@ def _asked(source: Checkpoint, settings: PruneSettings) -> dict[str, Any]:
     if isinstance(settings.goal, MaxLossIncrease):
         windows.append(held_out_windows(settings.text, load_tokenizer(source.directory)))
     texts = [of_text.digest for of_text in windows]
-    return {"model": source.fingerprint, "texts": texts, "dtype": settings.compute.dtype}
+    return {"model": source.identity, "texts": texts, "dtype": settings.compute.dtype}

@@ -266,6 +266,28 @@ def test_one_model_of_two_files_is_one(write):
         read_models([write("texts.json", texts), write("tasks.json", tasks)])
 
 
+def test_what_was_compared_with_another_dense_model_is_not_taken_for_this_one_s(write, command):
+    dense, other = model("dense", 0), model("another", 3)
+    on_wiki, on_code = model("one", 1), model("one", 1)
+    del on_wiki["windows"]["code"], on_code["windows"]["wiki"], other["agreement"]
+    on_code["agreement"] = {"against": "another", "fingerprint": "print-3"}
+    files = [write("a.json", dense, on_wiki), write("b.json", other, on_code)]
+    told = command("compare", *files, status=2).err
+    assert "compared with different dense models; name one with --against" in told
+    found = json.loads(command("compare", *files, "--against", "dense", "--json").out)["pairs"]
+    (pair,) = (each for each in found if (each["first"], each["second"]) == ("dense", "one"))
+    divergences = {text: pairs["divergence"] for text, pairs in pair["texts"].items()}
+    assert divergences["wiki"] is not None and divergences["code"] is None
+
+
+def test_of_a_task_with_an_accuracy_of_its_own_no_guess_is_known(write):
+    models = [model(name, seed) for seed, name in enumerate(("dense", "one"))]
+    for each in models:
+        each["documents"]["guessed"][0] |= {"acc": 0.5, "chance": None}
+    found = compare(*read_models([write("a.json", *models)]), None)["tasks"]["guessed"]
+    assert found["chance"] is None and found["is_above_chance"] is None
+
+
 def test_of_a_single_document_or_task_there_is_no_error():
     assert mean_of_tasks([Number(1.0, 0.3), Number(2.0, None)]).stderr is None
     assert mean([1.0]) == Number(1.0, None)

@@ -143,10 +143,18 @@ def test_results_of_other_weights_or_texts_are_not_taken_for_these(copied, tmp_p
     name = "model.layers.0.self_attn.q_proj.weight"
     edit_tensors(copied / "model.safetensors", lambda tensors: tensors[name].add_(0.1))
     error = command(*argv, status=2).err
-    assert "holds something else than was asked for now (other weights)" in error
+    other = "other weights, config or tokenizer"
+    assert f"holds something else than was asked for now ({other})" in error
     text.write_text("a stone falls. " * 100)
-    assert "than was asked for now (other weights, texts); choose" in command(*argv, status=2).err
+    assert f"than was asked for now ({other}, texts); choose" in command(*argv, status=2).err
     out.unlink()
+    command(*argv)
+    # Which tokens end an answer is in it.
+    generation = copied / "generation_config.json"
+    before = generation.read_bytes()
+    edit_json(generation, lambda fields: fields.update(eos_token_id=[1, 7]))
+    assert f"than was asked for now ({other}); choose" in command(*argv, status=2).err
+    generation.write_bytes(before)
     command(*argv)
     edit_json(out, lambda fields: fields["models"][0].update(perplexity=[]))
     assert f"{out} is damaged (AttributeError" in command(*argv, status=2).err
@@ -215,7 +223,7 @@ def test_it_is_the_whole_models(name):
     found = streamed(LoadedModel(model), windows)
     assert found.pop("value") == pytest.approx(plain(model, windows), rel=1e-5)
     conditions = {"tokens": 5 * 11, "windows": 5, "seqlen": 12, "bos": False}
-    assert found == {**conditions, "evaluation_part": False}
+    assert found == {**conditions, "evaluation_part": False, "tokens_digest": windows.digest}
 
 
 def test_logits_are_never_there_for_more_than_a_slice(monkeypatch, noted):

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from cfsp.quality import evaluate
 from cfsp.quality.compare import compare
 from cfsp.quality.evaluate import Exam, evaluate_models
 from cfsp.quality.results_file import measured_model
-from cfsp.quality.tasks.harness import TaskRunner
+from cfsp.quality.tasks.harness import TaskRunner, scored_documents, summary_of
 from cfsp.quality.tasks.selection import (
     PAPER_SUITE,
     TaskSelection,
@@ -201,6 +202,28 @@ def test_numbers_are_exactly_the_harnesss_own(model, tokenizer, task_data, monke
         assert scores["chance"] == pytest.approx(max(yes, 1 - yes) if task == "boolq" else 0.5)
     # A random model on random text is right now and then, not always and not never.
     assert 0 < right < len(SCORED)
+
+
+def test_a_task_that_says_what_its_accuracy_is_keeps_it():
+    """As TruthfulQA does, whose target is only a dummy."""
+    task = SimpleNamespace(
+        OUTPUT_TYPE="multiple_choice",
+        multiple_input=0,
+        config=SimpleNamespace(task="mc2"),
+        doc_to_choice=lambda doc: ["yes", "no"],
+        doc_to_target=lambda doc: 0,
+    )
+    logged = [
+        {"filter": "none", "doc_id": number, "doc_hash": 16 * "a", "doc": {}, "acc": acc,
+         "filtered_resps": [(-1.0, False), (-2.0, False)]}
+        for number, acc in enumerate((0.75, 0.5))
+    ]  # fmt: skip
+    documents = scored_documents([(task, logged)])
+    assert [document["acc"] for document in documents] == [0.75, 0.5]
+    assert summary_of(documents)["chance"] is None
+    for sample in logged:
+        sample["acc"] = 1.0
+    assert summary_of(scored_documents([(task, logged)]))["chance"] == 1.0
 
 
 def test_second_model_is_scored_as_if_it_were_the_first(tiny_checkpoint, tokenizer, task_data):

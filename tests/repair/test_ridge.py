@@ -317,6 +317,17 @@ def test_best_effort_refuses_windows_too_short_before_it_prunes(arguments, tmp_p
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_best_effort_refuses_too_little_to_learn_from_before_it_prunes(
+    arguments, tokenizer, text_file, tmp_path, command
+):
+    some = tokenizer(text_file.read_text()[:2_000])["input_ids"][:96]
+    (tmp_path / "short.txt").write_text(tokenizer.decode(some))
+    before = sorted(tmp_path.iterdir())
+    more = ["--data", tmp_path / "short.txt", "--effort", "best"]
+    assert "1 windows of 64 tokens to learn from" in command(*arguments, *more, status=2).err
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_best_effort_reads_no_text_for_an_output_that_cannot_be(
     arguments, model, tmp_path, command, monkeypatch
 ):

@@ -3,13 +3,25 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from cfsp.architecture.block_names import counted
 from cfsp.errors import CheckpointError, ReportError
-from cfsp.result.facts import NOTHING, Conditions, size_facts, what_went
+from cfsp.quality.paired import Number
+from cfsp.result.card import Origin, model_card
+from cfsp.result.facts import (
+    NOTHING,
+    RATE,
+    SPEED,
+    Conditions,
+    Fact,
+    joined,
+    size_facts,
+    what_went,
+)
 from cfsp.result.making import making, steps_in_words, texts_in_words
 from cfsp.result.manifest import read_manifest
 from cfsp.result.names import is_hub_id, public_command, public_name, short_names
@@ -57,7 +69,8 @@ def test_conditions_in_words(entry, words):
     conditions = Conditions.of("news", entry)
     assert str(conditions) == words
     assert conditions == Conditions.of("news", {"value": 3.0, **entry})
-    for other in ({"windows": 13}, {"seqlen": 2048}, {"bos": not entry["bos"]}):
+    others = {"windows": 13, "seqlen": 2048, "bos": not entry["bos"], "tokens_digest": "of others"}
+    for other in ({key: value} for key, value in others.items()):
         assert conditions != Conditions.of("news", entry | other)
 
 
@@ -179,6 +192,39 @@ def test_inspect_card_and_page_tell_the_same_of_the_making(run, tmp_path, comman
     assert "123.25 recovered" in told
     for place in (run, tmp_path):
         assert str(place) not in json.dumps([pruned.facts, trained.facts])
+
+
+def test_what_was_only_trained_is_not_called_pruned(run, tmp_path, command):
+    def trained(manifest: dict[str, Any]) -> None:
+        recovered(manifest)
+        for key in ("criterion", "base_model", "ffn_sparsity", "perplexity"):
+            del manifest[key]
+        (of_text,) = manifest["recovery"]["perplexity"].values()
+        of_text["before"] = 246.5
+
+    copy = changed_copy(run, tmp_path / "copy", trained)
+    manifest = read_manifest(copy)
+    card = model_card(manifest, None, Origin("mine"))
+    assert "| dense | recovered |" in card and "| 246.50 | 123.25 |" in card
+    assert "pruned" not in card.partition("## How to load it")[0]
+    told = command("inspect", copy).out
+    assert "not by cfsp" in told and "246.50 dense, 123.25 recovered" in told
+    assert "\nrecovered by" in told
+    command("report", copy, "--out", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "<h1>the original, recovered</h1>" in page and "The weakest parts" not in page
+    assert f"{TIMES} 0.50" in page
+
+
+def test_a_ratio_is_of_what_was_measured_together():
+    fact = Fact(SPEED, "decode", RATE)
+    first = [replace(fact, before=Number(100.0)), replace(fact, after=Number(160.0), ratio=1.6)]
+    (found,) = joined(first)
+    assert found.row == ("100.0", "160.0", f"{TIMES} 1.60")
+    # The same workload, on a machine that was too busy for a ratio.
+    later = [replace(fact, before=Number(50.0)), replace(fact, after=Number(45.0))]
+    (found,) = joined([*first, *later])
+    assert found.row == ("50.0", "45.0", "")
 
 
 # Perplexities under different conditions.

@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from cfsp.architecture.found import INTERLEAVED, Architecture, Unit
 from cfsp.checkpoint.config_file import read_config
 from cfsp.checkpoint.conversion import missing_prefix, stored_from_memory
-from cfsp.checkpoint.own_files import check_links
+from cfsp.checkpoint.own_files import check_links, digests_beside_weights
 from cfsp.checkpoint.quantisation import dequantised
 from cfsp.checkpoint.skeleton import architecture_of, check_is_of_its_config, empty_model
 from cfsp.checkpoint.stored_tensors import StoredTensors
@@ -169,6 +169,12 @@ class Checkpoint(WeightSource):
             del self._tensors[name], specs[name]
         self.specs = specs
         _check_stored(self, model)
+
+    @cached_property
+    def identity(self) -> str:
+        """A hex digest of all that a result depends on: weights, and every file read with them."""
+        beside = digests_beside_weights(self.directory)
+        return hashlib.sha256(f"{self.fingerprint}{beside}".encode()).hexdigest()[:32]
 
     def read(self, name: str, row: int | None = None) -> Tensor:
         """Return one stored tensor in its own dtype, or what it has at one index."""

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> Told:
         "--parts": list(parts),
         "block_metric": settings.criterion.block_metric,
         # Before the pass it is decided what fits into memory.
-        "model fingerprint": source.fingerprint,
+        "model": source.identity,
         **runtime_identity(runtime_of(compute, source)),
     }
     with (

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> Told:
 def _dense(models: Sequence[MeasuredModel], against: str | None) -> MeasuredModel | None:
     if against is not None:
         return _named(models, against, "--against")
-    prints = {each.against for each in models} - {None}
+    prints = frozenset().union(*(each.against for each in models))
     if len(prints) > 1:
         raise UsageError(
             "the models were compared with different dense models; name one with --against"

@@ -77,8 +77,9 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
             for unit in units
         ]
     # Recovery also takes models that cfsp did not prune.
-    if manifest and (manifest.get("operation") != "recover" or "base_model" in manifest):
-        facts["pruned"] = facts_for_config(manifest)
+    if manifest:
+        is_pruned = manifest.get("operation") != "recover" or "base_model" in manifest
+        facts["pruned" if is_pruned else "recovered"] = facts_for_config(manifest)
     return facts
 
 
@@ -97,14 +98,15 @@ def _lines(facts: dict[str, Any]) -> Iterator[tuple[str, object]]:
     pruned = facts["pruned"]
     if pruned is None:
         yield "pruned", "not by cfsp"
-        return
-    kinds = {(unit["path"], unit["ffns"]) for unit in facts.get("units", ())}
-    went = what_went(pruned, by_channels=len(kinds) < 2)
-    yield "pruned", f"{went}, from {pruned['base_model']['name']}"
-    for conditions, of_models in perplexities(pruned).items():
+    else:
+        kinds = {(unit["path"], unit["ffns"]) for unit in facts.get("units", ())}
+        went = what_went(pruned, by_channels=len(kinds) < 2)
+        yield "pruned", f"{went}, from {pruned['base_model']['name']}"
+    made = pruned or facts.get("recovered", {})
+    for conditions, of_models in perplexities(made).items():
         values = ", ".join(f"{value:.2f} {name}" for name, value in of_models.items())
         yield "perplexity", f"{conditions.text}: {values} ({conditions})"
-    for stage in making(pruned):
+    for stage in making(made):
         yield f"{stage.verb} by", stage.command
         yield from stage.facts.items()
 

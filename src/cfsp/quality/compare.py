@@ -14,7 +14,7 @@ from typing import Any
 from cfsp.errors import ReportError
 from cfsp.quality.paired import Number, as_json, difference, mean, mean_of_tasks, per_count
 from cfsp.quality.results_file import MeasuredModel, Measures, answer_measures, hashes
-from cfsp.quality.tasks.harness import ScoredDocument, losses_of
+from cfsp.quality.tasks.harness import ScoredDocument, chance_of, losses_of
 
 # A measure of two models on the same windows or documents: of the `first`, of the `second`, and the
 # mean of the differences, `difference`.
@@ -141,7 +141,7 @@ def _of_text(model: MeasuredModel, text: str, dense: MeasuredModel | None) -> Me
     found = {"loss": (sums["loss"], counts)}
     if dense is not None and model is dense:
         found |= {"divergence": ([0.0] * len(counts), counts), "agreed": (counts, counts)}
-    elif dense is not None and model.against == dense.fingerprint:
+    elif dense is not None and sums["against"] == dense.fingerprint:
         found |= {name: (sums[name], counts) for name in ("divergence", "agreed") if name in sums}
     return found
 
@@ -156,7 +156,7 @@ def _of_tasks(
         if model is not None and task in model.documents:
             _check_same_documents(task, metric, first, model)
     is_above = None
-    if of_dense is not None:
+    if of_dense is not None and chance_of(of_dense) is not None:
         above = mean([each[metric] - each["chance"] for each in of_dense])
         is_above = above.value > _ERRORS_ABOVE_CHANCE * (above.stderr or 0.0)
     return {
@@ -164,7 +164,7 @@ def _of_tasks(
         "documents": len(one),
         "shots": first.tasks.get(task, {}).get("shots"),
         "dense": None if of_dense is None else mean([each[metric] for each in of_dense]),
-        "chance": mean([each["chance"] for each in one]).value,
+        "chance": chance_of(one),
         "is_above_chance": is_above,
         **dict.fromkeys(("accuracy", "kept", "loss")),
         **_pairs(*(_of_task(each, metric, of_dense) for each in (one, other))),

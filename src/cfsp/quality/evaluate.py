@@ -305,7 +305,7 @@ def _identity(models: Sequence[_Model], asked: _Asked) -> dict[str, Any]:
     return {
         "command": "eval",
         "models": [each.facts["model"] for each in models],
-        "weights": [each.facts["fingerprint"] for each in models],
+        "weights, config or tokenizer": [each.source.identity for each in models],
         "batch of windows": asked.exam.compute.batch_windows,
         "dtypes": [each.facts["dtype"] for each in models],
         "texts": {text: of_text.digest for text, of_text in models[0].windows.items()},

@@ -63,8 +63,8 @@ def perplexity_of(loss: float, windows: Windows, label: str, dtype: torch.dtype)
     """Return the perplexity that a sum of losses amounts to, as JSON types, with its conditions.
 
     Only what has the same conditions compares: how many `tokens` were predicted, in how many
-    `windows` of `seqlen` tokens, whether each begins with `bos`, and whether nothing is calibrated
-    or trained on that part of the text, the `evaluation_part`.
+    `windows` of `seqlen` tokens, whether each begins with `bos`, whether nothing is calibrated or
+    trained on that part of the text, the `evaluation_part`, and which tokens they are.
     """
     return {
         "value": round(math.exp(min(mean_loss(loss, windows, label, dtype), 700.0)), 4),
@@ -73,6 +73,7 @@ def perplexity_of(loss: float, windows: Windows, label: str, dtype: torch.dtype)
         "seqlen": windows.tokens_NT.shape[1],
         "bos": windows.bos,
         "evaluation_part": windows.evaluation_part,
+        "tokens_digest": windows.digest,
     }
 
 

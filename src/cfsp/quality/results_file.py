@@ -100,9 +100,9 @@ class MeasuredModel:
     name: str  # with its file, where two models have one name
     fingerprint: str
     file: str  # the first that it is in
-    against: str | None = None  # fingerprint of the dense model that it was compared with
-    # By text sums over each window, by task scores and documents, and answers to questions: see
-    # `evaluate_models`.
+    against: frozenset[str] = frozenset()  # fingerprints of the dense models it was compared with
+    # By text sums over each window and `against` which of them, by task scores and documents, and
+    # answers to questions: see `evaluate_models`.
     windows: dict[str, dict[str, Any]] = field(default_factory=dict)
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     documents: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -131,7 +131,7 @@ class MeasuredModel:
                 windows[text] = sums
         return replace(
             self,
-            against=self.against or other.against,
+            against=self.against | other.against,
             windows=windows,
             tasks=_joined(self.tasks, other.tasks),
             documents=_joined(self.documents, other.documents),
@@ -193,12 +193,13 @@ def answer_measures(answers: dict[str, Any]) -> Measures:
 def measured_model(file: str, model: dict[str, Any]) -> MeasuredModel:
     """Return one model of results, of what `cfsp eval --json` says of it in a file."""
     try:
+        against = model.get("agreement", {}).get("fingerprint")
         return MeasuredModel(
             model["model"],
             model["fingerprint"],
             file,
-            model.get("agreement", {}).get("fingerprint"),
-            dict(model["windows"]),
+            frozenset() if against is None else frozenset({against}),
+            {text: {**sums, "against": against} for text, sums in model["windows"].items()},
             dict(model.get("tasks", {})),
             dict(model.get("documents", {})),
             dict(model.get("answers", {})),

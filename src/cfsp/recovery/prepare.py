@@ -104,12 +104,12 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: f
     identity = {
         "command": "recover",
         **asked,
-        "model": source.fingerprint,
+        "model": source.identity,
         "text": [text.train.digest, text.held_out.digest],
         **asdict(settings.adaptation),
         **asdict(training.limit),
         **{name: value for name, value in asdict(training).items() if name != "limit"},
-        "teacher": teacher and teacher.fingerprint,
+        "teacher": teacher and teacher.identity,
         "eval": {name: of_text.digest for name, of_text in windows.items()},
         "dtype": settings.compute.dtype,
     }

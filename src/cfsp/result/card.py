@@ -24,6 +24,7 @@ from cfsp.result.facts import (
     recoveries,
     size_facts,
     unit_rows,
+    was_pruned,
     what_went,
 )
 from cfsp.result.making import (
@@ -151,7 +152,8 @@ def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origi
 
 
 def _quality(manifest: dict[str, Any]) -> Table:
-    models = ["dense", "pruned", *(["recovered"] if manifest.get("recovery") else [])]
+    told = perplexities(manifest)
+    models = ["dense", *dict.fromkeys(stage.verb for stage in making(manifest))]
     rows = [
         (
             # A bar ends a cell even in code.
@@ -159,7 +161,7 @@ def _quality(manifest: dict[str, Any]) -> Table:
             conditions.beside({"the model": manifest}),
             *(f"{of[name]:.2f}" if name in of else "" for name in models),
         )
-        for conditions, of in perplexities(manifest).items()
+        for conditions, of in told.items()
     ]
     return Table(("perplexity on", "measured on", *models), rows, left=2)
 
@@ -190,7 +192,7 @@ def _metadata(manifest: dict[str, Any], origin: Origin) -> str:
     metadata = dict(origin.metadata)
     is_causal = auto_class_of(manifest) == "AutoModelForCausalLM"
     task = "text-generation" if is_causal else "image-text-to-text"
-    tags = ["cfsp", *(["pruned"] if "criterion" in manifest else [])]
+    tags = ["cfsp", *(["pruned"] if was_pruned(manifest) else [])]
     theirs = metadata.pop("tags", [])
     tags += [str(tag) for tag in (theirs if isinstance(theirs, list) else [theirs])]
     data = ModelCardData(

@@ -57,6 +57,7 @@ class Conditions:
     seqlen: int
     bos: bool
     evaluation_part: bool  # of the text, that nothing is calibrated or trained on
+    tokens_digest: str  # of the windows; '' where an older version measured
 
     @classmethod
     def of(cls, text: str, entry: Mapping[str, Any]) -> Conditions:
@@ -68,6 +69,7 @@ class Conditions:
             int(entry["seqlen"]),
             bool(entry["bos"]),
             bool(entry["evaluation_part"]),
+            str(entry.get("tokens_digest", "")),
         )
 
     def beside(self, models: Mapping[str, Mapping[str, Any]]) -> str:
@@ -97,6 +99,11 @@ def recoveries(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [*earlier, last | run]
 
 
+def was_pruned(manifest: Mapping[str, Any]) -> bool:
+    """Return whether cfsp pruned a model; recovery takes others too."""
+    return "criterion" in manifest
+
+
 def texts_that_made(manifest: Mapping[str, Any]) -> set[str]:
     """Return the names of the texts that a model was calibrated, repaired or trained on."""
     tables = [manifest.get("calibration"), *(each.get("data") for each in recoveries(manifest))]
@@ -105,11 +112,15 @@ def texts_that_made(manifest: Mapping[str, Any]) -> set[str]:
 
 
 def perplexities(manifest: Mapping[str, Any]) -> dict[Conditions, dict[str, float]]:
-    """Return those of a manifest by conditions: of the `dense`, `pruned` and `recovered` model."""
+    """Return those of a manifest by conditions: of the `dense`, `pruned` and `recovered` model.
+
+    A model that was trained without having been pruned has no `pruned` one.
+    """
     found: dict[Conditions, dict[str, float]] = {}
     sides = [("dense", "before", manifest), ("pruned", "after", manifest)]
     if stages := recoveries(manifest):
-        sides += [("pruned", "before", stages[0]), ("recovered", "after", stages[-1])]
+        before = "pruned" if was_pruned(manifest) else "dense"
+        sides += [(before, "before", stages[0]), ("recovered", "after", stages[-1])]
     for model, side, table in sides:
         for text, value in (table.get("perplexity") or {}).items():
             found.setdefault(Conditions.of(text, value), {})[model] = float(value[side])
@@ -173,9 +184,8 @@ def joined(facts: Iterable[Fact], *, finite: bool = True) -> list[Fact]:
             raise ValueError(f"{fact.name} is no number")
         known = found.setdefault(fact.key, fact)
         before, after = fact.before or known.before, fact.after or known.after
-        found[fact.key] = replace(
-            known, before=before, after=after, ratio=fact.ratio or known.ratio
-        )
+        # A ratio is of the two numbers that were measured together.
+        found[fact.key] = replace(known, before=before, after=after, ratio=fact.ratio)
     return list(found.values())
 
 

@@ -20,7 +20,7 @@ from cfsp.architecture.model_classes import auto_class_of_type
 from cfsp.checkpoint.own_files import MODELING_FILE
 from cfsp.planning.importance import SCORE_IN_WORDS
 from cfsp.repair.result import rejected_blocks
-from cfsp.result.facts import recoveries
+from cfsp.result.facts import recoveries, was_pruned
 from cfsp.result.names import public_command, public_name
 from cfsp.result.tables import human_bytes
 from cfsp.settings import ANGULAR, DEFAULT_PARTS, UNIT_PARTS, parts_in_words, removal_in_words
@@ -38,7 +38,7 @@ class Making:
 def making(manifest: Mapping[str, Any]) -> list[Making]:
     """Return how a checkpoint was made: how it was pruned, and after that recovered."""
     stages = []
-    if "criterion" in manifest:
+    if was_pruned(manifest):
         # What recovery has of its own, it put in the place of what pruning had.
         own = {**manifest, **(manifest.get("pruned") or {})}
         stages.append(Making("pruned", _command(own), _pruning(manifest) | _cost(own)))

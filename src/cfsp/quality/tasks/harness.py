@@ -9,8 +9,9 @@ word), and an answer to write (as GSM8K's). A scored document has of these field
     id              number in its task, after the task's name where a group has several
     hash            of its content, so that only the same ones are compared
     acc             1 if it is right (the likeliest choice, every token of the continuation, or the
-                    answer), else 0
-    chance          probability that a guess is right
+                    answer), else 0; or what the task itself says, as TruthfulQA the probability of
+                    all true answers
+    chance          probability that a guess is right; None where the task says what acc is
     gold            number of the right choice, or of several
     loglikelihoods  of each choice, or of the one continuation, in nats
     choice          number of the likeliest choice
@@ -302,7 +303,7 @@ def scored_documents(
     if len(picked) > 1 and all(choices == picked[0] for choices in picked):
         # To say yes to everything is right in most documents of BoolQ: the best constant guess.
         _, times = Counter(str(each.get("gold")) for each in found).most_common(1)[0]
-        return [{**each, "chance": times / len(found)} for each in found]
+        return [each | {"chance": each["chance"] and times / len(found)} for each in found]
     return found
 
 
@@ -310,11 +311,18 @@ def summary_of(documents: Sequence[ScoredDocument]) -> dict[str, Any]:
     """Return the accuracy of a guess, and of continuations the mean loss in nats with its error."""
     if not documents:
         return {}
-    found: dict[str, Any] = {"chance": round(mean([each["chance"] for each in documents]).value, 6)}
+    chance = chance_of(documents)
+    found: dict[str, Any] = {"chance": None if chance is None else round(chance, 6)}
     if (losses := losses_of(documents)) is not None:
         loss = mean(losses)
         found |= {"loss": loss.value, "loss_stderr": loss.stderr}
     return found
+
+
+def chance_of(documents: Sequence[ScoredDocument]) -> float | None:
+    """Return the accuracy of a guess; None where that of any document is not known."""
+    chances = [each["chance"] for each in documents]
+    return None if None in chances else mean(chances).value
 
 
 def losses_of(documents: Sequence[ScoredDocument]) -> list[float] | None:
@@ -334,9 +342,12 @@ def _multiple_choice(task: Any, sample: dict[str, Any], choices: list[str]) -> S
         each / max(1, len(choice)) for each, choice in zip(likelihoods, choices, strict=True)
     ]
     choice = likelihoods.index(max(likelihoods))
+    is_right = float(choice in golds)
+    # By metrics without an accuracy, such as F1, two models are compared by that of choices.
+    accuracy = float(sample.get("acc", is_right))
     found = {
-        "acc": float(choice in golds),
-        "chance": len(golds) / len(choices),
+        "acc": accuracy,
+        "chance": len(golds) / len(choices) if accuracy == is_right else None,
         "gold": gold,
         "loglikelihoods": [round(each, 5) for each in likelihoods],
         "choice": choice,

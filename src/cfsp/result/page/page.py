@@ -20,7 +20,7 @@ from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import OutputError, ReportError
 from cfsp.quality.results_file import read_results
 from cfsp.quality.results_file import refusing_damage as refusing_damaged_results
-from cfsp.result.facts import QUALITY, SIZE, SPEED, labels
+from cfsp.result.facts import QUALITY, SIZE, SPEED, labels, was_pruned
 from cfsp.result.making import load_code, making
 from cfsp.result.manifest import refusing_damage
 from cfsp.result.names import public_name
@@ -75,7 +75,10 @@ def render_page(groups: Sequence[ModelGroup]) -> str:
     runs = [run for group in groups for run in group.runs]
     bases = ", ".join(group.base for group in groups)
     return TEMPLATES.get_template("report.html").render(
-        title=f"{bases}, pruned" if len(runs) == 1 else f"{bases}: {len(runs)} runs",
+        title=f"{bases}, {making(runs[0].manifest)[0].verb}"
+        if len(runs) == 1
+        else f"{bases}: {len(runs)} runs",
+        pruned=any(was_pruned(run.manifest) for run in runs),
         policy=(
             f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
             "base-uri 'none'; form-action 'none'"
