@@ -102,6 +102,7 @@ def test_what_is_left_is_told_and_that_it_is_much(wordy, argv, estimate, tmp_pat
         (["--sparsity", "0.5", "--repair", "sequential"], "--repair sequential"),
         (["--sparsity", "0.5", "--dry-run"], "--dry-run"),
         (["--target-params", "0.8"], "--target-params"),
+        (["--parts", "attention", "--remove", "1"], "--parts attention"),
     ],
 )
 def test_what_has_no_cost_beforehand_is_refused(argv, options, named, command):

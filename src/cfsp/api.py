@@ -93,8 +93,8 @@ def prune(
         sparsity: share of the part that goes, in [0, 1). Of blocks, attention layers and experts a
             number may be said instead: `parts="blocks", remove=4`.
         parts: what may go: `ffn`, `kv`, `attention`, `blocks`, `experts`, or with a goal several;
-            None for `ffn` and, with `TargetParameters` that takes many channels, blocks too if
-            they fit.
+            None for `ffn`, with `TargetKVCache` for `kv`, and with `TargetParameters` that takes
+            many channels for blocks too if they fit.
         goal: what to aim at instead: `TargetParameters`, `TargetKVCache`, `MaxLossIncrease` or
             `TargetSpeedup`; or its option, such as `target_params=0.7`.
         data: calibration texts: names (see `cfsp.text.sources`), or `cfsp.Text` for texts
@@ -107,8 +107,8 @@ def prune(
             `recover` does (the model before that stays in `OUT-pruned`).
         repair: the repair by its name instead: `none`, `ridge` or `sequential`.
         device: where to compute; `auto` is an accelerator if there is one.
-        **advanced: what `cfsp prune --help-all` lists, by the same names, but for plan and
-            statistics: the command reads their files.
+        **advanced: the settings that `cfsp prune --help-all` lists, by the same names; what reads
+            or writes files of its own (plan, statistics, dry-run, estimate) is the command's.
 
     Returns:
         A report for a path; for one in memory a new model in evaluation mode, which shares the
@@ -229,6 +229,8 @@ def evaluate(
     answers: int | str | None = None,
 ) -> list[dict[str, Any]]:
     """Return perplexities of models on texts, and answers, as `cfsp eval --json` prints them.
+
+    Tasks are of the command alone.
 
     Args:
         models: one or several directories, hub ids, .gguf files or `demo`.

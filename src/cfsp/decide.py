@@ -167,7 +167,8 @@ def _chosen_and_repaired(selected: Sequence[_Selected]) -> list[PruningResult]:
         )
         kept = [kept_K for block in blocks for kept_K in block.kept]
         plan = replace(each.planner, statistics=statistics).assemble(each.candidate, own, kept)
-        results.append(with_ridge(job, PruningResult(plan, statistics), blocks, number))
+        result = PruningResult(plan, statistics, repaired_on=record)
+        results.append(with_ridge(job, result, blocks, number))
     return results
 
 
@@ -208,6 +209,7 @@ def _repaired_by(job: Job, result: PruningResult) -> PruningResult:
         return result
     windows = job.draw()
     check_windows(windows)
+    result = replace(result, repaired_on=calibration_record(job, windows))
     return repair(job, result, windows)
 
 

@@ -263,7 +263,7 @@ def doubts(
     size = size_after(source, settings)
     if size is not None and every < _SMALL and size[0] < (1 - _HARMLESS) * every:
         yield (
-            f"a model of {every / 1e6:,.0f}M parameters has little to spare: it loses about twice "
+            f"a model of {human_count(every)} parameters has little to spare: it loses about twice "
             "as much as one of 500M; 8-bit weights cost less, and `cfsp recover` wins back some "
             "of it"
         )

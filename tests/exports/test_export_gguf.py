@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import cfsp
-from builders import entries
+from builders import edit_tensors, entries
 from cfsp.checkpoint.llama_cpp import llama_cpp_tokens
 from cfsp.checkpoint.locating import demo_gguf
 from cfsp.checkpoint.reading import Checkpoint
@@ -75,6 +75,23 @@ def test_llama_cpp_computes_the_same(tmp_path, tokenizer, name, widths, groups, 
         for name, expected in (("head_count_kv", list(groups)), ("head_count", heads)):
             found = fields[f"{architecture}.attention.{name}"]
             assert found == (expected if differ else expected[0])
+
+
+@pytest.mark.parametrize("is_copy", [True, False])
+def test_a_copy_of_the_embeddings_is_no_output_matrix(tmp_path, tokenizer, is_copy):
+    source = cut(tiny("qwen3", tie_word_embeddings=True), tokenizer, tmp_path, (64, 32, 96))
+    weights = source.directory / "model.safetensors"
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + (0 if is_copy else 1)
+
+    edit_tensors(weights, add)
+    source = Checkpoint(source.directory)
+    if is_copy:
+        assert to_gguf(source, tmp_path / "m.gguf", "f32").layout == "openelm in f32"
+    else:
+        with pytest.raises(ExportError, match=r"no place for the tensor lm_head\.weight"):
+            to_gguf(source, tmp_path / "m.gguf", "f32")
 
 
 LLAMA3 = {

@@ -129,6 +129,15 @@ def test_what_it_cannot_express_or_trace_is_refused(tokenizer, tmp_path, monkeyp
     assert not (tmp_path / "ov").exists()
 
 
+def test_positions_that_follow_the_length_of_a_text_are_refused(tokenizer, tmp_path):
+    model = build_tiny_model("llama")
+    rope = {"rope_type": "dynamic", "factor": 4.0}
+    model.config.rope_parameters = {**model.config.rope_parameters, **rope}
+    source = cut(model, tokenizer, tmp_path)
+    with pytest.raises(ExportError, match=r"by the length of the text \(dynamic\)"):
+        export(source.directory, "openvino", tmp_path / "ov")
+
+
 @pytest.mark.real
 @pytest.mark.skipif("CFSP_EVERY_FAMILY" not in os.environ, reason="make versions runs it")
 def test_the_real_model(tmp_path, demo):

@@ -278,6 +278,15 @@ def test_what_was_compared_with_another_dense_model_is_not_taken_for_this_one_s(
     (pair,) = (each for each in found if (each["first"], each["second"]) == ("dense", "one"))
     divergences = {text: pairs["divergence"] for text, pairs in pair["texts"].items()}
     assert divergences["wiki"] is not None and divergences["code"] is None
+    # On one text with both: each has its own, in whatever order the files are read.
+    on_code["windows"]["wiki"] = on_wiki["windows"]["wiki"] | {"divergence": [9.0] * WINDOWS}
+    files[1] = write("b.json", other, on_code)
+    for order in (files, files[::-1]):
+        by_name = {each.name: each for each in read_models(order)}
+        nines = compare(by_name["another"], by_name["one"], by_name["another"])
+        assert nines["texts"]["wiki"]["divergence"]["second"]["value"] == pytest.approx(54 / 167)
+        own = compare(by_name["dense"], by_name["one"], by_name["dense"])["texts"]["wiki"]
+        assert own["divergence"]["second"] == pair["texts"]["wiki"]["divergence"]["second"]
 
 
 def test_of_a_task_with_an_accuracy_of_its_own_no_guess_is_known(write):

@@ -395,11 +395,11 @@ def test_scores_depend_on_what_is_in_the_files(task_data, tmp_path):
     ("line", "message"),
     [
         ("{", "line 1: not JSON"),
-        ('{"query": "a", "choices": ["b"]}', "expected query, choices and gold"),
+        ('{"query": "a", "choices": ["b"]}', r"expected query \(text\), choices \(list\), gold"),
         ('{"query": "a", "choices": ["b"], "gold": 1}', "gold is 1, but there are 1 choices"),
         ('{"query": "a", "choices": ["b", ""], "gold": 0}', "a choice is empty"),
         ("[]", "found: list"),
-        ('{"text": "word"}', "whose last word follows a space, found 'word'"),
+        ('{"text": "a word"}', "line 1: expected query .*; found: text"),
         ("", "holds no documents"),
     ],
 )
@@ -408,6 +408,21 @@ def test_damaged_task_file_is_one_sentence(line, message, tmp_path):
     path.write_text(line + "\n")
     with pytest.raises(TaskError, match=message):
         read_documents(path)
+
+
+def test_a_file_has_the_form_of_its_task(model, text_file, tmp_path, command, noted):
+    passes = noted(evaluate, "streamed_sums", never)
+    lines = {
+        "lambada": ('{"text": "word"}', "whose last word follows a space, found 'word'"),
+        "winogrande": ('{"text": "a word"}', r"line 1: expected context_options (list), cont"),
+        "piqa": ('{"text": "a word"}', "line 1: expected query (text), choices (list), gold"),
+    }
+    for name, (line, message) in lines.items():
+        (tmp_path / f"{name}.jsonl").write_text(line)
+        task = "lambada_openai" if name == "lambada" else name
+        argv = ["eval", model, "--data", text_file, "--tasks", task, "--task-data", tmp_path]
+        assert message in command(*argv, status=2).err
+    assert not passes
 
 
 def test_a_missing_task_file_is_told_before_any_pass(model, text_file, tmp_path, command, noted):

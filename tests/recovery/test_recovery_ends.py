@@ -25,6 +25,8 @@ from cfsp.errors import (
     ResumeError,
     UsageError,
 )
+from cfsp.quality.perplexity import loss_in_memory
+from cfsp.recovery.data import read_text
 from cfsp.recovery.recover import measured_before
 from cfsp.recovery.settings import Adaptation, Limit, Training
 from cfsp.recovery.trainer import last_checkpoint
@@ -35,6 +37,7 @@ from cfsp.streaming.work_dir import Stopwatch, WorkDir
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
 from recovery.conftest import recover, stopped, training
+from tiny_decoders import tiny_model
 from tiny_models import BLOCKS, build_tiny_model
 
 
@@ -60,6 +63,29 @@ def test_a_killed_run_resumes_to_the_same_weights(pruned, text_file, tmp_path, c
     recovery = [read_manifest(directory)["recovery"] for directory in (whole, out)]
     assert recovery[0]["history"] == recovery[1]["history"]
     assert recovery[1]["steps"] == 6
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mixtral"])
+def test_weights_that_are_stored_by_other_names_come_back(
+    name, save, text_file, tokenizer, tmp_path, monkeypatch
+):
+    """The best ones at the end of a run, and after a stop."""
+    # From half way on, training goes uphill.
+    monkeypatch.setattr(
+        "cfsp.recovery.trainer.rate_factor", lambda fraction: 1.0 if fraction < 0.5 else -1.0
+    )
+    model, whole, killed = save(tiny_model(name)), tmp_path / "whole", tmp_path / "killed"
+    how: dict[str, Any] = {"training": training(6, evaluations=3, learning_rate=2e-3)}
+    how["adaptation"] = Adaptation("full")
+    report = recover(model, whole, text_file, **how)
+    best = min(report.history, key=lambda entry: entry["held_out"])
+    assert 0 < report.best_step == best["step"] < 6
+    held_NT = read_text([str(text_file)], tokenizer, seqlen=32).held_out.token_NT
+    found = loss_in_memory(cfsp.load(whole), Windows(held_NT, {}))
+    assert found == pytest.approx(best["held_out"], rel=1e-4)
+    stopped(recover, model, killed, text_file, **how)
+    recover(model, killed, text_file, **how)
+    assert changed(whole, killed) == set() < changed(model, killed)
 
 
 def test_a_run_that_was_stopped_after_its_last_step_is_not_trained_further(

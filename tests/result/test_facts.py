@@ -20,6 +20,7 @@ from cfsp.result.facts import (
     Fact,
     joined,
     size_facts,
+    texts_that_made,
     what_went,
 )
 from cfsp.result.making import making, steps_in_words, texts_in_words
@@ -82,13 +83,17 @@ def test_conditions_in_words(entry, words):
         ("mixed/books", True, "; other parts of this text made the model"),
         ("python-docs", True, "; other parts of this text made other"),
         ("c4", True, ""),
+        ("./mine.txt", False, "; this text made the model"),
+        ("mine.txt:title", False, ""),
+        ("wikitext2", True, "; this text made other"),
     ],
 )
 def test_conditions_say_whether_the_text_made_the_model(text, evaluation_part, words):
     entry = {"tokens": 9, "windows": 1, "seqlen": 10, "bos": False}
     entry |= {"evaluation_part": evaluation_part}
     manifest = {"calibration": {"sources": {"mixed/books": 3, "mine.txt": 5}}}
-    trained = manifest | {"recovery": {"data": {"sources": {"python-docs": 2}}}}
+    test_part = "Salesforce/wikitext:wikitext-2-raw-v1:test:text"
+    trained = manifest | {"recovery": {"data": {"sources": {"python-docs": 2, test_part: 1}}}}
     conditions = Conditions.of(text, entry)
     told = conditions.beside({"one": manifest, "other": trained})
     assert told == f"1 window of 10 tokens, without BOS{words}"
@@ -192,6 +197,26 @@ def test_inspect_card_and_page_tell_the_same_of_the_making(run, tmp_path, comman
     assert "123.25 recovered" in told
     for place in (run, tmp_path):
         assert str(place) not in json.dumps([pruned.facts, trained.facts])
+
+
+def test_a_text_that_only_repaired_is_on_record(
+    model, run, text_file, other_text_file, tmp_path, command
+):
+    plan, few = run / "cfsp_plan.json", ("--samples", 4, "--seqlen", 32)
+    command(
+        "prune", model, "--plan", plan, "--data", other_text_file, *few, "--out", tmp_path / "a"
+    )
+    manifest, card = read_manifest(tmp_path / "a"), (tmp_path / "a" / "README.md").read_text()
+    assert texts_that_made(manifest) == {str(text_file), str(other_text_file)}
+    said = f"{other_text_file.name} (4 windows)"
+    assert f"- Repaired on {said} (ridge)" in card
+    assert f"\nrepair text        {said} of 32 tokens\n" in command("inspect", tmp_path / "a").out
+    assert "- Repaired on the same text (ridge)" in (run / "README.md").read_text()
+    # Those that repair the block beside a gap are more than those that chose it.
+    few = ("--samples", 16, "--seqlen", 32, "--out", tmp_path / "b")
+    command("prune", model, "--parts", "blocks", "--remove", 1, "--data", text_file, *few)
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert f"- Repaired on {text_file.name} (16 windows) (gaps)" in card
 
 
 def test_what_was_only_trained_is_not_called_pruned(run, tmp_path, command):

@@ -80,8 +80,13 @@ class WeightSource(Protocol):
     def parameter_count(self) -> int:
         """The number of stored parameters; tied ones count once, also where both are stored."""
         every = sum(spec.elements for spec in self.specs.values())
-        copies = (name for name, to in self.stored.twice.items() if _is_copy(self, name, to))
-        return every - sum(self.parameters[name].elements for name in copies)
+        return every - sum(self.parameters[name].elements for name in self.copies)
+
+    @cached_property
+    def copies(self) -> frozenset[str]:
+        """Tied parameters that are stored as well, with the values of those they are tied to."""
+        pairs = self.stored.twice.items()
+        return frozenset(name for name, to in pairs if _is_copy(self, name, to))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from cfsp.architecture.block_names import counted
 from cfsp.cli.options import Parser, add_compute, kind_of, settings_from
 from cfsp.cli.output import Told, print_table
 from cfsp.errors import UsageError
@@ -212,7 +213,7 @@ def _print(found: dict[str, Any], args: argparse.Namespace) -> None:
         print(f"answers: greedy, up to {models[0]['answers']['longest']} tokens")
     if conditions := found.get("tasks"):
         versions = ", ".join(
-            f"{task} {scores['version']} ({scores['shots']} shots)"
+            f"{task} {scores['version']} ({counted(scores['shots'] or 0, 'shots')})"
             for task, scores in models[0]["tasks"].items()
         )
         print(

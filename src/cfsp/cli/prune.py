@@ -19,6 +19,7 @@ from cfsp.errors import UsageError
 from cfsp.processes import process_count
 from cfsp.settings import (
     BEST_EFFORT,
+    COUNTED,
     DEFAULT_PARTS,
     EFFORTS,
     GOALS,
@@ -110,7 +111,7 @@ def _settings(args: argparse.Namespace) -> PruneSettings:
             "--dry-run": args.dry_run,
             "--effort best": args.effort == BEST_EFFORT,
             f"--repair {settings.repair}": settings.repair not in ("none", "ridge"),
-            **{f"--parts {part}": part in settings.budget.parts for part in ("blocks", "experts")},
+            **{f"--parts {part}": part in settings.budget.parts for part in COUNTED},
             "--plan": plan,
             "--statistics": args.statistics,
             **dict.fromkeys(how_much[:1] if settings.goal else (), True),

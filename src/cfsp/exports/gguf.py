@@ -248,6 +248,9 @@ def gguf_tensors(
     known = get_tensor_name_map(graph, source.architecture.block_count)
     unread, found = unread_norms(source), []
     for name in source.specs:
+        # A graph without an output matrix takes the embeddings, of which a file may have a copy.
+        if architecture.tied_only and name in source.copies:
+            continue
         if name in unread or (architecture.fused and re.search(r"\.[kv]_proj\.", name)):
             continue
         is_fused = architecture.fused and ".q_proj." in name

@@ -43,6 +43,11 @@ def check(source: Checkpoint) -> None:
         raise _unsupported(source, "a traced model cannot choose experts by the text")
     if text_config_of(source.config) is not source.config:
         raise _unsupported(source, "only decoders of text are traced, and this reads images too")
+    rope = getattr(source.config, "rope_parameters", None) or {}
+    for each in (rope, *(of_kind for of_kind in rope.values() if isinstance(of_kind, dict))):
+        if each.get("rope_type") == "dynamic":
+            reason = "it scales positions by the length of the text (dynamic), which a trace fixes"
+            raise _unsupported(source, reason)
 
 
 def write(source: Checkpoint, out: Path, weight_type: str | None = None) -> Written:

@@ -141,8 +141,9 @@ def _of_text(model: MeasuredModel, text: str, dense: MeasuredModel | None) -> Me
     found = {"loss": (sums["loss"], counts)}
     if dense is not None and model is dense:
         found |= {"divergence": ([0.0] * len(counts), counts), "agreed": (counts, counts)}
-    elif dense is not None and sums["against"] == dense.fingerprint:
-        found |= {name: (sums[name], counts) for name in ("divergence", "agreed") if name in sums}
+    elif dense is not None:
+        compared = sums["compared"].get(dense.fingerprint, {})
+        found |= {name: (each, counts) for name, each in compared.items()}
     return found
 
 

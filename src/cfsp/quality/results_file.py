@@ -101,8 +101,8 @@ class MeasuredModel:
     fingerprint: str
     file: str  # the first that it is in
     against: frozenset[str] = frozenset()  # fingerprints of the dense models it was compared with
-    # By text sums over each window and `against` which of them, by task scores and documents, and
-    # answers to questions: see `evaluate_models`.
+    # By text sums over each window, and `compared` with each of them, by task scores and documents,
+    # and answers to questions: see `evaluate_models`.
     windows: dict[str, dict[str, Any]] = field(default_factory=dict)
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     documents: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -125,10 +125,9 @@ class MeasuredModel:
                     *(self.file, other.file, self.name, place[1]),
                 )
         windows = _joined(self.windows, other.windows)
-        for text, sums in other.windows.items():
-            # Of two that are alike, the one that was compared with the dense model says more.
-            if "divergence" not in windows[text]:
-                windows[text] = sums
+        for text in self.windows.keys() & other.windows.keys():
+            compared = (each.windows[text]["compared"] for each in (self, other))
+            windows[text] = windows[text] | {"compared": _joined(*compared)}
         return replace(
             self,
             against=self.against | other.against,
@@ -145,6 +144,11 @@ class MeasuredModel:
             **{("task", task): (hashes(x), x) for task, x in self.documents.items()},
             **({("", "answers"): (self.answers["digest"], self.answers)} if self.answers else {}),
         }
+
+
+def _compared(sums: dict[str, Any]) -> dict[str, Any]:
+    """Return of sums over windows what there is only beside a dense model."""
+    return {name: sums[name] for name in ("divergence", "agreed") if name in sums}
 
 
 def _joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +203,10 @@ def measured_model(file: str, model: dict[str, Any]) -> MeasuredModel:
             model["fingerprint"],
             file,
             frozenset() if against is None else frozenset({against}),
-            {text: {**sums, "against": against} for text, sums in model["windows"].items()},
+            {
+                text: {**sums, "compared": {against: _compared(sums)}}
+                for text, sums in model["windows"].items()
+            },
             dict(model.get("tasks", {})),
             dict(model.get("documents", {})),
             dict(model.get("answers", {})),

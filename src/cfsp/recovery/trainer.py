@@ -127,6 +127,22 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
                 raise cause from None
             raise cannot_write(Path(self.args.output_dir), cause) from error
 
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        """Write weights by the names that they have in the model, by which they are read again.
+
+        Those of adapters, which PEFT writes, have no others.
+        """
+        if not isinstance(self.model, PreTrainedModel):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            self.model.save_pretrained(output_dir, save_original_format=False)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        trained = {name for name, each in self.model.named_parameters() if each.requires_grad}
+        assert trained.isdisjoint(load_result.missing_keys)
+
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> LambdaLR:

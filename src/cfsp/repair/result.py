@@ -12,6 +12,7 @@ from typing import Any, NotRequired, TypedDict
 
 from torch import Tensor
 
+from cfsp.calibration.observed import CalibrationRecord
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.tensor_file import (
     FileTensor,
@@ -68,6 +69,7 @@ class PruningResult:
     # The files with repaired tensors, by the tensors' names.
     tensors: Mapping[str, FileTensor] = field(default_factory=dict)
     steps: tuple[Step, ...] = ()  # what repaired them, in order
+    repaired_on: CalibrationRecord | None = None  # what these read, if anything
 
 
 def write_tensors(directory: Path, block: int, tensors: Mapping[str, Tensor]) -> None:

@@ -22,6 +22,7 @@ from cfsp.result.facts import (
     goal_table,
     perplexities,
     recoveries,
+    repair_text,
     size_facts,
     unit_rows,
     was_pruned,
@@ -128,6 +129,7 @@ def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origi
         before=", ".join(map(public_name, manifest.get("base_model", {}).get("texts", ()))),
         calibrated=texts_in_words(manifest.get("calibration")),
         repaired=", ".join(steps),
+        repaired_on=texts_in_words(repair_text(manifest)),
         recovered=", then on ".join(texts_in_words(r.get("data")) for r in recoveries(manifest)),
         sizes=Table(
             ("", "before", "after", "change"),

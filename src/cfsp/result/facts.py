@@ -17,6 +17,7 @@ from cfsp.quality.paired import Number
 from cfsp.result.names import short_names
 from cfsp.result.tables import Table, human_bytes, human_count
 from cfsp.text.offline import parts_of
+from cfsp.text.sources import identity_of
 
 NOTHING = "\N{EN DASH}"
 _TIMES, _MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
@@ -74,11 +75,15 @@ class Conditions:
 
     def beside(self, models: Mapping[str, Mapping[str, Any]]) -> str:
         """Return all but the text, and which models it made, given their manifests by name."""
-        names = {self.text, *parts_of(self.text)}
-        made = [name for name, each in models.items() if names & texts_that_made(each)]
+        measured = identity_of(self.text, "evaluation")
+        known = {measured, *map(identity_of, (self.text, *parts_of(self.text)))}
+        read = {name: {*map(identity_of, texts_that_made(each))} for name, each in models.items()}
+        made = [name for name, texts in read.items() if known & texts]
         if not made:
             return str(self)
-        text = "other parts of this text" if self.evaluation_part else "this text"
+        # Under another name somebody may have read what others hold out.
+        is_apart = measured == identity_of(self.text) or not any(measured in read[m] for m in made)
+        text = "other parts of this text" if self.evaluation_part and is_apart else "this text"
         return (
             f"{self}; {text} made {' and '.join(made) if len(made) < len(models) else 'the model'}"
         )
@@ -104,9 +109,17 @@ def was_pruned(manifest: Mapping[str, Any]) -> bool:
     return "criterion" in manifest
 
 
+def repair_text(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what repair read where that is not what calibration did; empty if it is."""
+    found: dict[str, Any] = (manifest.get("repair") or {}).get("text", {})
+    calibrated = (manifest.get("calibration") or {}).get("tokens_digest")
+    return {} if found.get("tokens_digest") == calibrated else found
+
+
 def texts_that_made(manifest: Mapping[str, Any]) -> set[str]:
     """Return the names of the texts that a model was calibrated, repaired or trained on."""
-    tables = [manifest.get("calibration"), *(each.get("data") for each in recoveries(manifest))]
+    tables = [manifest.get("calibration"), repair_text(manifest)]
+    tables += [each.get("data") for each in recoveries(manifest)]
     before = (manifest.get("base_model") or {}).get("texts", ())  # of one that was made itself
     return {*before, *(name for table in tables for name in (table or {}).get("sources", {}))}
 

@@ -20,7 +20,7 @@ from cfsp.architecture.model_classes import auto_class_of_type
 from cfsp.checkpoint.own_files import MODELING_FILE
 from cfsp.planning.importance import SCORE_IN_WORDS
 from cfsp.repair.result import rejected_blocks
-from cfsp.result.facts import recoveries, was_pruned
+from cfsp.result.facts import recoveries, repair_text, was_pruned
 from cfsp.result.names import public_command, public_name
 from cfsp.result.tables import human_bytes
 from cfsp.settings import ANGULAR, DEFAULT_PARTS, UNIT_PARTS, parts_in_words, removal_in_words
@@ -87,6 +87,8 @@ def _pruning(manifest: Mapping[str, Any]) -> dict[str, str]:
         )
     if "repair" in manifest:
         facts["repair"] = steps_in_words(manifest["repair"]["steps"])
+    if text := repair_text(manifest):
+        facts["repair text"] = f"{texts_in_words(text)} of {text['seqlen']} tokens"
     return facts
 
 

@@ -129,6 +129,15 @@ def _experts(plan: PruningPlan) -> dict[str, Any]:
     }
 
 
+def _read_by(repaired: PruningResult) -> dict[str, Any]:
+    """Return what the steps of repair read, as `text`; nothing if there were none."""
+    record = repaired.repaired_on
+    if record is None or not repaired.steps:
+        return {}
+    names = ("sources", "windows", "seqlen", "tokens_digest")
+    return {"text": {name: getattr(record, name) for name in names}}
+
+
 def prune_report(
     source: WeightSource,
     repaired: PruningResult,
@@ -157,7 +166,7 @@ def prune_report(
         kv_groups=groups if groups_before else {},
         experts=_experts(plan),
         calibration_tokens=plan.calibration["windows"] * plan.calibration["seqlen"],
-        repair={"steps": list(repaired.steps)},
+        repair={"steps": list(repaired.steps), **_read_by(repaired)},
         experts_with_few_tokens=plan.experts_with_few_tokens,
         goal=goal,
         perplexity=measured,

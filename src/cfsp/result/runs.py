@@ -254,7 +254,7 @@ def _row(facts: dict[str, Fact], runs: Sequence[RunFacts], name: str) -> Row:
     if first.conditions is None:
         return Row(name, cells, detail)
     how = first.conditions.beside({run.name: run.manifest for run in runs})
-    return Row(name, cells, how, f"{first.conditions.tokens:,} predicted tokens")
+    return Row(name, cells, how, counted(first.conditions.tokens, "predicted tokens"))
 
 
 def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunFacts]:

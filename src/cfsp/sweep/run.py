@@ -229,7 +229,19 @@ def _check(sweep: _Sweep) -> int:
     for point in sweep.points:
         own = sweep.opened(point.parts)
         Share(own, point.settings.budget).check()
-    return len(draw_text(text, load_tokenizer(source.directory)).tokens_NT)
+    drawn = draw_text(text, load_tokenizer(source.directory))
+    count = len(drawn.tokens_NT)
+    for directory in (sweep.out / point.name for point in sweep.points):
+        manifest = read_manifest(directory) if directory.is_dir() else None
+        with refusing_damage(directory):
+            read = [manifest["calibration"], manifest["repair"].get("text", {})] if manifest else []
+            digests = [each["tokens_digest"] for each in read if each.get("windows") == count]
+        if digests and drawn.digest not in digests:
+            raise OutputError(
+                f"{directory} was made by another text than there is now; delete it and run the "
+                "sweep again"
+            )
+    return count
 
 
 @contextmanager

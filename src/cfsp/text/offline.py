@@ -34,6 +34,7 @@ _DIRECTORY = Path(__file__).with_name("mixture")
 # For evaluation are the last fifth of each kind, and every fourth of Python's documents.
 _EVALUATION_SHARE = 5
 _EVALUATION_STRIDE = 4
+_PARAGRAPH = "\n\n"
 
 # Pure-Python modules that every CPython from 3.11 on ships.
 _SOURCE_MODULES = (
@@ -94,7 +95,16 @@ def _python_docs(purpose: Purpose) -> Iterator[str]:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise TextError("this Python was built without pydoc_data; give a text file") from error
-    return _part([topics[name] for name in sorted(topics)], purpose)
+    # Topics hold others whole: what is evaluated on is left out where it comes again.
+    parts = partial(_part, [topics[name] for name in sorted(topics)])
+    if purpose == "evaluation":
+        return parts(purpose)
+    evaluated = {each for topic in parts("evaluation") for each in topic.split(_PARAGRAPH)}
+    left = (
+        _PARAGRAPH.join(each for each in topic.split(_PARAGRAPH) if each not in evaluated)
+        for topic in parts(purpose)
+    )
+    return filter(None, left)
 
 
 def _python_source(purpose: Purpose) -> Iterator[str]:

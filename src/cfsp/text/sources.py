@@ -160,9 +160,9 @@ def name_of(text: str | Text) -> str:
     return text.name if isinstance(text, Text) else text
 
 
-def identity_of(text: str | Text) -> object:
+def identity_of(text: str | Text, purpose: Purpose = "calibration") -> object:
     """Return what is the same for all names of a text: for paths to one column of one file."""
-    where, column = TextSource(text, "calibration").place
+    where, column = TextSource(text, purpose).place
     if where is None:
         return text
     return (where.resolve() if isinstance(where, Path) else where), column

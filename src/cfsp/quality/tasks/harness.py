@@ -43,6 +43,7 @@ from cfsp.errors import CfspError, MissingExtraError, TaskError, first_line
 from cfsp.progress import bars_as_lines
 from cfsp.quality.paired import mean
 from cfsp.quality.tasks.selection import (
+    DEFAULT_FORM,
     TaskSelection,
     check_known,
     jsonl_task_directory,
@@ -153,8 +154,9 @@ class TaskRunner:
         names, data = list(self.selection.names), self.selection.data
         digest = sha256()
         for name in self.selection.task_names if data is not None else ():
-            file = self.manager.task_index[name].cfg["metadata"]["file"]
-            digest.update(json.dumps(read_documents(data / file)).encode())
+            of_task = self.manager.task_index[name].cfg["metadata"]
+            documents = read_documents(data / of_task["file"], of_task.get("form", DEFAULT_FORM))
+            digest.update(json.dumps(documents).encode())
         return {**self.conditions(), "names": names, "data": data and digest.hexdigest()}
 
     def set_shots(self, task: Any) -> None:

@@ -31,11 +31,14 @@ PAPER_SUITE = (
 SUITES = {"cfsp-paper": PAPER_SUITE}
 DEFAULT_BATCH = 8
 _MOST = 1 << 32  # documents or examples, beyond all that there are
-_FIELDS = (
-    {"query": str, "choices": list, "gold": int},
-    {"context_options": list, "continuation": str, "gold": int},
-    {"text": str},
-)
+# Of a document, by the form that the metadata of its task names.
+_FORMS: dict[str, dict[str, type]] = {
+    "choices": {"query": str, "choices": list, "gold": int},
+    "contexts": {"context_options": list, "continuation": str, "gold": int},
+    "passage": {"text": str},
+}
+DEFAULT_FORM = "choices"
+_IN_WORDS = {str: "text", list: "list", int: "index"}
 
 
 @dataclass(frozen=True)
@@ -93,18 +96,18 @@ def check_known(names: list[str], known: list[str], where: str) -> None:
             )
 
 
-def load_documents(directory: str, file: str, **_: Any) -> dict[str, Any]:
+def load_documents(directory: str, file: str, form: str = DEFAULT_FORM, **_: Any) -> dict[str, Any]:
     """Return the split `test` of a task, as the harness's `custom_dataset` has to.
 
-    The directory is `metadata` of the task manager, the file is `metadata` of the task.
+    The directory is `metadata` of the task manager, file and form are `metadata` of the task.
     """
     from datasets import Dataset
 
-    return {"test": Dataset.from_list(read_documents(Path(directory) / file))}
+    return {"test": Dataset.from_list(read_documents(Path(directory) / file, form))}
 
 
-def read_documents(path: Path) -> list[dict[str, Any]]:
-    """Return the documents of a file."""
+def read_documents(path: Path, form: str = DEFAULT_FORM) -> list[dict[str, Any]]:
+    """Return the documents of a file, which all have one form."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -112,7 +115,7 @@ def read_documents(path: Path) -> list[dict[str, Any]]:
             f"cannot read the task file {path}: {error}; --task-data is the directory that has it"
         ) from error
     documents = [
-        _document(line, f"{path}, line {number}")
+        _document(line, f"{path}, line {number}", form)
         for number, line in enumerate(text.split("\n"), start=1)
         if line.strip()
     ]
@@ -121,30 +124,28 @@ def read_documents(path: Path) -> list[dict[str, Any]]:
     return documents
 
 
-def _document(line: str, where: str) -> dict[str, Any]:
+def _document(line: str, where: str, form: str) -> dict[str, Any]:
     try:
         document = json.loads(line)
     except ValueError as error:
         raise TaskError(f"{where}: not JSON: {error}") from error
-    for fields in _FIELDS:
-        if isinstance(document, dict) and all(
-            type(document.get(name)) is kind for name, kind in fields.items()
-        ):
-            if "text" in fields:
-                return _passage(document["text"], where)
-            options = document.get("choices") or document.get("context_options") or []
-            if not 0 <= document["gold"] < len(options):
-                raise TaskError(
-                    f"{where}: gold is {document['gold']}, but there are {len(options)} choices"
-                )
-            if not all(isinstance(option, str) and option for option in options):
-                raise TaskError(f"{where}: a choice is empty or not text")
-            return {name: document[name] for name in fields}
-    found = ", ".join(document) if isinstance(document, dict) else type(document).__name__
-    raise TaskError(
-        f"{where}: expected query, choices and gold, or context_options, continuation and gold "
-        f"(text, list, index), or text; found: {found}"
-    )
+    fields = _FORMS[form]
+    if not isinstance(document, dict) or any(
+        type(document.get(name)) is not kind for name, kind in fields.items()
+    ):
+        expected = ", ".join(f"{name} ({_IN_WORDS[kind]})" for name, kind in fields.items())
+        found = ", ".join(document) if isinstance(document, dict) else type(document).__name__
+        raise TaskError(f"{where}: expected {expected}; found: {found}")
+    if form == "passage":
+        return _passage(document["text"], where)
+    options = document.get("choices") or document.get("context_options") or []
+    if not 0 <= document["gold"] < len(options):
+        raise TaskError(
+            f"{where}: gold is {document['gold']}, but there are {len(options)} choices"
+        )
+    if not all(isinstance(option, str) and option for option in options):
+        raise TaskError(f"{where}: a choice is empty or not text")
+    return {name: document[name] for name in fields}
 
 
 def _passage(text: str, where: str) -> dict[str, Any]:
