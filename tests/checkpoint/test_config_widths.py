@@ -1,6 +1,7 @@
 """Widths in a config: what is written is what is found again."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedConfig
 
+from builders import edit_json
 from cfsp.checkpoint.config_file import read_config
 from cfsp.checkpoint.pruned_config import config_changes
 from cfsp.checkpoint.skeleton import architecture_of
@@ -15,10 +17,17 @@ from tiny_decoders import tiny_config
 
 
 def written_and_read(
-    config: PreTrainedConfig, widths: list[int], directory: Path
+    config: PreTrainedConfig,
+    widths: list[int],
+    directory: Path,
+    older: Callable[[dict[str, Any]], object] = len,
 ) -> tuple[dict[str, Any], PreTrainedConfig]:
-    """Return config.json of a model with other widths, and the config that it is read as."""
+    """Return config.json of a model with other widths, and the config that it is read as.
+
+    What is read before may be made what another version wrote.
+    """
     config.save_pretrained(directory)
+    edit_json(directory / "config.json", older)
     before, _ = read_config(directory)
     architecture = architecture_of(before)
     source: Any = SimpleNamespace(directory=directory, config=before, architecture=architecture)
@@ -37,6 +46,38 @@ def test_what_a_stock_config_says_of_single_blocks_stays(widths, tmp_path):
     in_memory = config_changes(config, architecture_of(config), widths).applied_to(config)
     assert architecture_of(in_memory).widths == widths
     assert in_memory.to_dict()["per_layer_config"] == heads
+
+
+@pytest.mark.parametrize("widths", [[88, 96, 64], [64, 64, 64]])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "paddleocr_vl"])
+def test_a_decoder_that_stands_at_the_top_of_a_config_stays_as_it_is(name, widths, tmp_path):
+    """As Qwen2.5-VL was published."""
+
+    def flatten(fields: dict[str, Any]) -> None:
+        text = fields.pop("text_config")
+        del text["model_type"]
+        fields |= {**text, **fields}
+
+    config = tiny_config(name)
+    own = config.get_text_config(decoder=True)
+    own.rms_norm_eps = 0.003  # no class has it from the start
+    _, found = written_and_read(config, widths, tmp_path, flatten)
+    assert architecture_of(found).widths == widths
+    text, expected = found.get_text_config(decoder=True).to_dict(), own.to_dict()
+    differ = {key for key in expected if text[key] != expected[key]}
+    assert differ <= {"intermediate_size", "architectures", "dtype"}
+
+
+def test_an_older_key_does_not_go_before_todays(tmp_path):
+    """The class of LFM2 takes it out when it reads a config."""
+
+    def rename(fields: dict[str, Any]) -> None:
+        fields["block_ff_dim"] = fields.pop("intermediate_size")
+
+    config = tiny_config("lfm2", block_auto_adjust_ff_dim=False)
+    fields, found = written_and_read(config, [48, 48, 48], tmp_path, rename)
+    assert architecture_of(found).widths == [48, 48, 48]
+    assert fields["intermediate_size"] == 48 and "block_ff_dim" not in fields
 
 
 @pytest.mark.parametrize("name", ["llama", "jamba", "phimoe", "gpt_bigcode"])

@@ -162,6 +162,7 @@ INT8: dict[str, Any] = {"num_bits": 8, "type": "int"}
         (compressed(format="nvfp4-pack-quantized"), "compressed-tensors, nvfp4-pack-quantized"),
         (compressed(sparsity_config={"format": "sparse-24-bitmask"}), "compressed-tensors, sparse"),
         (compressed(transform_config={"config_groups": {"R1": {}}}), "transformed"),
+        (compressed({**INT8, "actorder": "group"}), "in groups by activation order"),
         (compressed({**INT8, "group_size": 0.5}), "in groups of 0.5"),
         (compressed(*({**INT8, "group_size": n} for n in (32, 64))), "in several ways at once"),
         ({"quant_method": "fp8", "weight_block_size": 128}, "in blocks of 128"),

@@ -13,7 +13,7 @@ nothing else differs, the stock key says another width than the FFNs have.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,14 +57,18 @@ class ConfigChanges:
     def write(self, source: Checkpoint, target: Path) -> None:
         """Write config.json and the modelling file that it needs, if any."""
         fields = read_plain_fields(source.directory)
-        text_fields = fields
+        text_fields, config = fields, source.config
         for name in text_path(source.config):
-            text_fields = text_fields.setdefault(name, {})
+            config = getattr(config, name)
+            if name not in text_fields:  # it stands at the top, or under an older name
+                text_fields[name] = json.loads(config.to_json_string(use_diff=False))
+            text_fields = text_fields[name]
         # What a class calls a key now may stand there under an older name, and both under one.
         names = text_config_of(source.config).attribute_map
         for key, value in self.text.items():
             given = {key, *(old for old, new in names.items() if new == key)} & text_fields.keys()
             text_fields.update(dict.fromkeys(sorted(given) or [key], value))
+        _drop_older_keys(source.config, fields, text_fields, self.text)
         # The order of what stays is that of the source.
         whole = self.whole
         fields = {k: v for k, v in fields.items() if whole.get(k, v) is not None or v is None}
@@ -72,6 +76,39 @@ class ConfigChanges:
         (target / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         if self.file is not None:
             (target / MODELING_FILE).write_text(self.file.text, encoding="utf-8")
+
+
+def _drop_older_keys(
+    config: PreTrainedConfig,
+    fields: dict[str, Any],
+    text_fields: dict[str, Any],
+    wanted: Mapping[str, Any],
+) -> None:
+    """Drop keys by which a class would read something else than is wanted of its text config.
+
+    It takes them out when it reads a config, and does not keep them.
+    """
+    known = text_config_of(config).to_dict()
+    unknown = {key: value for key, value in text_fields.items() if key not in known}
+    for key, value in wanted.items():
+        older = [name for name, each in unknown.items() if each == known.get(key)]
+        if older and getattr(text_config_of(_read(config, fields)), key, value) != value:
+            for name in older:
+                del text_fields[name]
+            text_fields[key] = value
+
+
+def _read(config: PreTrainedConfig, fields: dict[str, Any]) -> PreTrainedConfig:
+    """Return the config that a class reads of fields as they are in JSON."""
+    stock = {key: value for key, value in fields.items() if key != PER_LAYER_CONFIG}
+
+    def decoded(table: dict[str, Any]) -> Any:
+        return float(table["__float__"]) if table.keys() == {"__float__"} else table
+
+    found: PreTrainedConfig = type(config).from_dict(
+        json.loads(json.dumps(stock), object_hook=decoded)
+    )
+    return found
 
 
 def check_attentions_can_go_alone(config: PreTrainedConfig, architecture: Architecture) -> None:

@@ -198,6 +198,8 @@ def _block_in(method: str, described: Mapping[str, Any]) -> tuple[int, int] | No
     if _dict(_dict(described.get("transform_config")).get("config_groups")):
         raise _NotUndoneError(f"{method}, transformed")
     weights = [_dict(group.get("weights")) for group in groups]
+    if any(each.get("actorder") in ("group", "dynamic", True) for each in weights):
+        raise _NotUndoneError(f"{method}, in groups by activation order")
     blocks = {_block(each["block_structure"]) for each in weights if each.get("block_structure")}
     sizes = [each.get("group_size") for each in weights]
     blocks |= {(1, _size(size)) for size in sizes if size not in (None, 0, -1)}
