@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from builders import entries, read_json, stop
+from builders import edit_json, entries, read_json, stop
 from cfsp.cli import main
 from cfsp.streaming.block_stream import StreamedBlock
 from cfsp.streaming.work_dir import Pace
@@ -122,11 +122,15 @@ def test_another_text_model_or_dtype_is_refused(runs, model):
         (["--batch-windows", "3"], "batch of windows"),
     ):
         assert f"with another {key} (" in runs.refused([*argv, *change])
+    config = (copy / "config.json").read_text()
+    edit_json(copy / "config.json", lambda fields: fields.update(rms_norm_eps=0.25))
+    assert "with another model (" in runs.refused(argv)
+    (copy / "config.json").write_text(config)
     changed = build_tiny_model("llama")
     with torch.no_grad():
         changed.model.layers[1].mlp.down_proj.weight[0, 0] += 1
     changed.save_pretrained(copy)
-    assert "with another model fingerprint (" in runs.refused(argv)
+    assert "with another model (" in runs.refused(argv)
 
 
 def test_other_statistics_of_the_same_text_are_refused(runs):
@@ -145,7 +149,7 @@ def test_other_statistics_of_the_same_text_are_refused(runs):
     ("name", "asked", "the_pass", "key"),
     [
         ("prune", ["--target-speedup", "1.2"], "cfsp.decide.calibrate", "dense model"),
-        ("calibrate", ["--parts", "blocks"], "cfsp.pipeline.calibrate", "model fingerprint"),
+        ("calibrate", ["--parts", "blocks"], "cfsp.pipeline.calibrate", "model"),
     ],
     ids=["times", "what fits into memory"],
 )
