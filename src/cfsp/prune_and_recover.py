@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# So many of a text tell whether there is enough to learn from: of chats answers alone count.
+_WINDOWS_TO_TRY = 512
 # The digest of what a run was asked for, in the manifest of the pruned model that it trains.
 _ASKED = "asked_digest"
 
@@ -73,7 +75,8 @@ def prune_and_recover(
     before = (read_manifest(pruned) or {}).get(_ASKED) if pruned.is_dir() else None
     if before is None:
         check_output(source, pruned)
-        read_text(text.names, load_tokenizer(source.directory), seqlen=seqlen, bos=text.bos)
+        tokenizer, few = load_tokenizer(source.directory), _WINDOWS_TO_TRY * seqlen
+        read_text(text.names, tokenizer, seqlen=seqlen, bos=text.bos, most=few)
     # Before pruning: a kill between its end and this would leave what nobody goes on from.
     asked = _asked(source, settings) | pruning_identity(settings, known)
 

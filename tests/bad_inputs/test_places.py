@@ -256,6 +256,10 @@ def test_what_may_not_be_read_is_one_sentence(tmp_path, monkeypatch):
     for name in ("model/LICENSE", "a.parquet"):
         (inner / name).write_text("words")
         (inner / name).chmod(0)
+    (inner / "listed" / "additional_chat_templates").mkdir(parents=True)
+    (inner / "templates" / "additional_chat_templates").mkdir(parents=True)
+    (inner / "templates" / "additional_chat_templates").chmod(0)
+    (inner / "listed").chmod(0o644)  # what is in it can be listed, and nothing else
     (inner / "closed").chmod(0)
     inner.chmod(0o777)
     monkeypatch.chdir(inner)
@@ -263,7 +267,8 @@ def test_what_may_not_be_read_is_one_sentence(tmp_path, monkeypatch):
     try:
         if user == 0:
             os.seteuid(65534)
-        for path in ("closed", "model/LICENSE"):
+        unreadable = ("closed", "listed", "model/LICENSE", "templates/additional_chat_templates")
+        for path in unreadable:
             with pytest.raises(CheckpointError, match=f"cannot read {path}: permission denied;"):
                 check_links(Path(path.partition("/")[0]))
         with pytest.raises(OutputError, match="cannot write closed: Permission denied;"):
@@ -276,7 +281,8 @@ def test_what_may_not_be_read_is_one_sentence(tmp_path, monkeypatch):
                 next(TextSource(name, "calibration").documents())
     finally:
         os.seteuid(user)
-        (inner / "closed").chmod(0o700)
+        for path in (inner / "closed", inner / "listed", *inner.glob("templates/*")):
+            path.chmod(0o700)
 
 
 def test_a_sweep_that_a_mistake_ended_may_be_corrected(place):

@@ -2,15 +2,21 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+import cfsp
+from builders import random_tokens
+from cfsp.checkpoint import gguf_import
 from cfsp.checkpoint.gguf_import import import_gguf
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import CheckpointError
 from cfsp.exports.gguf import write
 from ragged import tiny
+from tiny_models import build_tiny_model
 
 pytest.importorskip("gguf", reason="gguf is not installed: pip install '.[gguf]'")
 
@@ -74,6 +80,84 @@ def test_the_more_precise_copy_stays(make_gguf, monkeypatch):
     head = Checkpoint(path.parent / "model").read("lm_head.weight")
     found = Checkpoint(import_gguf(path)).read("model.embed_tokens.weight")
     assert torch.equal(found, head)
+
+
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+NO_WINDOWS = {"sliding_window": None, "use_sliding_window": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "rope"),
+    [
+        ("llama", {}),
+        ("llama", LINEAR),
+        ("llama", YARN),
+        ("llama", LLAMA3),
+        ("llama-biased", {"rope_theta": 50_000.0}),
+        ("qwen2", YARN | {"attention_factor": 1.5, "beta_fast": 16.0}),
+    ],
+)
+def test_positions_and_biases_come_back(tmp_path, tokenizer, name, rope):
+    """Of a file in float32 no bit is lost."""
+    model = build_tiny_model(name, **(NO_WINDOWS if name == "qwen2" else {}))
+    model.config.rope_parameters = {**model.config.rope_parameters, **rope}
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    write(Checkpoint(tmp_path / "model"), tmp_path / "m.gguf", "f32")
+    found = cfsp.load(import_gguf(tmp_path / "m.gguf"))
+    tokens_BT = random_tokens(1, 60)
+    with torch.inference_mode():
+        expected = cfsp.load(tmp_path / "model")(input_ids=tokens_BT).logits
+        assert torch.allclose(found(input_ids=tokens_BT).logits, expected, atol=1e-5)
+
+
+def test_positions_that_no_config_says_are_refused(make_gguf, monkeypatch):
+    path = make_gguf(1.0)
+    said = {"kind": "longrope"}
+    monkeypatch.setattr("cfsp.checkpoint.gguf_rope._said", lambda reader: said)
+    with pytest.raises(CheckpointError, match=r"positions are scaled by longrope\); use the safet"):
+        import_gguf(path)
+
+
+def test_a_file_that_lacks_tensors_is_refused(make_gguf):
+    path = make_gguf(1.0)
+    data, name = path.read_bytes(), b"blk.2.ffn_down.weight"
+    assert data.count(name) == 1
+    path.write_bytes(data.replace(name, b"blk.9.ffn_down.weight"))
+    with pytest.raises(CheckpointError, match=r"it lacks 1 of the model's tensors, as model\."):
+        import_gguf(path)
+
+
+def test_a_part_of_a_file_is_refused(tmp_path):
+    from gguf import GGUFWriter
+
+    path = tmp_path / "m-00001-of-00002.gguf"
+    writer = GGUFWriter(path, "llama")
+    writer.add_uint16("split.count", 2)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match="is a part of 2; join them first: llama-gguf-split"):
+        import_gguf(path)
+
+
+def test_numbers_that_nobody_reads_are_told_of(make_gguf, monkeypatch, caplog):
+    path = make_gguf(1.0)
+    real = gguf_import.gguf_reader(path)
+    more = [SimpleNamespace(name=name, n_elements=7) for name in ("blk.0.odd", "rope_x", "blk.3.x")]
+    reader = SimpleNamespace(tensors=[*real.tensors, *more])
+    gguf_import._warn_of_unread(cfsp.load(path.parent / "model"), path, reader)
+    assert messages(caplog) == [
+        "tiny.gguf holds 7 numbers that transformers does not read, so the model may compute "
+        "something else: use the safetensors of the same model"
+    ]
 
 
 def test_a_head_of_its_own_stays(make_gguf):

@@ -295,6 +295,10 @@ def test_of_a_task_with_an_accuracy_of_its_own_no_guess_is_known(write):
         each["documents"]["guessed"][0] |= {"acc": 0.5, "chance": None}
     found = compare(*read_models([write("a.json", *models)]), None)["tasks"]["guessed"]
     assert found["chance"] is None and found["is_above_chance"] is None
+    # Before, the accuracy was that of choices.
+    models[0]["documents"]["guessed"][0]["chance"] = 0.25
+    with pytest.raises(ReportError, match="scored on guessed by other metrics"):
+        compare(*read_models([write("a.json", *models)]), None)
 
 
 def test_of_a_single_document_or_task_there_is_no_error():

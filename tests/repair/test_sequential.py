@@ -127,16 +127,29 @@ def test_with_all_channels_no_bit_changes(windows, tmp_path):
     assert all(torch.equal(new.read(name), source.read(name)) for name in source.specs)
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("gemma3n_text", "only a pass through the dense blocks can follow"),
+        ("hy_v4", "keep several hidden states of a token"),
+    ],
+)
 def test_blocks_that_need_more_than_hidden_states_stay_as_the_ridge_left_them(
-    windows, tmp_path, caplog
+    windows, tmp_path, caplog, name, why
 ):
-    source = LoadedModel(tiny_model("gemma3n_text"))
-    job = job_for(source, windows, tmp_path)
+    source = LoadedModel(tiny_model(name))
+    job = job_for(source, windows, tmp_path, Budget(0.5, multiple=8))
     result = decide(replace(job, settings=replace(job.settings, repair="sequential")))[0]
     assert [step["name"] for step in result.steps] == ["ridge"]
     assert "no sequential repair of this model, the ridge stays: " in caplog.text
-    assert "of block 0 differs from window to window" in caplog.text
-    assert "use the repair 'ridge' or 'none'" in caplog.text
+    assert why in caplog.text
+
+
+def test_a_gap_beside_blocks_that_need_more_than_hidden_states_stays(save, few, tmp_path, caplog):
+    model, out = save(tiny_model("gemma4_text")), tmp_path / "out"
+    report = cfsp.prune(model, out=out, parts="attention", remove=1, **few)
+    assert report.repair["steps"] == []
+    assert "what was removed is not made up for: argument 0 of block 0 differs" in caplog.text
 
 
 # Of Llama's kind are all other tests.

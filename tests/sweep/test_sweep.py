@@ -124,14 +124,18 @@ def test_it_asks_the_dense_model_once_and_compares_with_it(
 
 def test_a_sweep_does_not_go_on_with_another_text(model, text_file, tmp_path, command):
     text, out = tmp_path / "text.txt", tmp_path / "out"
-    text.write_text(text_file.read_text())
     argv = ["sweep", model, "--sparsity", 0.5, "--method", "cfsp", "cfsp-plain", "--multiple", 4]
-    argv += ["--data", text, "--samples", 12, "--seqlen", 32, "--eval", text_file, "--windows", 1]
-    command(*argv, "--out", out)
+    argv += ["--data", text, "--seqlen", 32, "--eval", text_file, "--windows", 1, "--out", out]
+    whole = text_file.read_text()[:12_000]
+    text.write_text(whole)
+    command(*argv)
     shutil.rmtree(out / "cfsp-plain-0.5")
-    text.write_text(text_file.read_text()[3_000:])
-    error = command(*argv, "--out", out, status=2).err
-    assert "cfsp-0.5 was made by another text than there is now" in error
+    for other in (whole[3_000:], whole[3_000:] + whole[:3_000]):  # of fewer windows, and of as many
+        text.write_text(other)
+        error = command(*argv, status=2).err
+        assert "cfsp-0.5 was made by another text than there is now" in error
+    text.write_text(whole)
+    command(*argv)
 
 
 def test_a_sweep_goes_on_where_it_stopped(sweep, command):

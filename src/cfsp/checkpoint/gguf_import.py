@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
+from cfsp.checkpoint.gguf_rope import restore_positions
 from cfsp.checkpoint.gguf_tokenizer import BY_NAME, PRE_TOKENIZER_KEY, tokenizer_of
 from cfsp.checkpoint.llama_cpp import tokens_differ
 from cfsp.checkpoint.output import staged_directory
 from cfsp.checkpoint.own_files import sha256_of
+from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import CheckpointError, MissingExtraError, OutputError, first_line
 from cfsp.progress import library_progress
 
@@ -24,12 +27,15 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 # Part of the name of a converted model: one that was converted in another way is not the same.
-_CONVERSION = 3
+_CONVERSION = 4
 # Quantising the same matrix twice gives copies that differ by some percent (Q4_K by 4%); a head
 # that was trained by itself has nothing of the embedding.
 _SAME_MATRIX = 0.2
 _ROWS = 4096  # that are compared
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
+_BLOCK = re.compile(r"blk\.(\d+)\.")
+# Keys of configs that files do not have, and the tensors that tell.
+_BIASES = {"attention_bias": "attn_q.bias", "mlp_bias": "ffn_down.bias"}
 
 
 def import_gguf(path: Path) -> Path:
@@ -100,16 +106,33 @@ def _stored_dtype(path: Path, reader: GGUFReader) -> torch.dtype:
 
 
 def _convert(path: Path, reader: GGUFReader, dtype: torch.dtype, target: Path) -> None:
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
+    parts = reader.fields.get("split.count")
+    if parts is not None and (count := parts.contents()) > 1:
+        raise CheckpointError(
+            f"{path} is a part of {count}; join them first: llama-gguf-split --merge FIRST WHOLE"
+        )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False
+        )
+        names = [tensor.name for tensor in reader.tensors]
+        for key, ending in _BIASES.items():
+            if any(name.endswith(ending) for name in names) and hasattr(config, key):
+                setattr(config, key, True)
+        model, told = AutoModelForCausalLM.from_pretrained(
             path.parent,
+            config=config,
             gguf_file=path.name,
             dtype=dtype,
             quantization_config=GgufConfig(dequantize=True),
             trust_remote_code=False,
+            output_loading_info=True,
         )
+        if missing := sorted(told["missing_keys"]):
+            raise ValueError(f"it lacks {len(missing)} of the model's tensors, as {missing[0]}")
+        restore_positions(model.config, reader)
         tokenizer = tokenizer_of(path, reader)
     except Exception as error:  # transformers has no one exception type for this
         raise CheckpointError(
@@ -120,10 +143,35 @@ def _convert(path: Path, reader: GGUFReader, dtype: torch.dtype, target: Path) -
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
+    _warn_of_unread(model, path, reader)
     _tie_again(model, path, reader)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     _warn_of_other_tokens(path, target)
+
+
+def _warn_of_unread(model: PreTrainedModel, path: Path, reader: GGUFReader) -> None:
+    """Warn where a file holds more numbers than the model that was read has."""
+    state = {each.data_ptr(): each.numel() for each in model.state_dict().values()}
+    blocks, is_tied = (
+        text_config_of(model.config).num_hidden_layers,
+        len(state) < len(model.state_dict()),
+    )
+    held = sum(
+        int(each.n_elements)
+        for each in reader.tensors
+        # Positions are numbers of the config, and blocks beyond the last predict later tokens.
+        if not each.name.startswith("rope_")
+        and not (each.name == _HEAD and is_tied)
+        and not ((block := _BLOCK.match(each.name)) and int(block[1]) >= blocks)
+    )
+    if (unread := held - sum(state.values())) > 0:
+        _logger.warning(
+            "%s holds %s numbers that transformers does not read, so the model may compute "
+            "something else: use the safetensors of the same model",
+            path.name,
+            f"{unread:,}",
+        )
 
 
 def _tie_again(model: PreTrainedModel, path: Path, reader: GGUFReader) -> None:

@@ -59,14 +59,16 @@ def check_links(directory: Path) -> None:
                     f"{path} is a link to a {found}, {path.readlink()}; put the "
                     f"{found.split()[0]} itself there, or name the directory that it lies in"
                 )
-            if _is_one_of((*READ, *TERMS), path):  # before hours of work, and not when it is copied
+            if path.is_dir() or _is_one_of(
+                (*READ, *TERMS), path
+            ):  # before hours of work, and not when it is copied
                 _check_is_readable(path)
 
 
 def _check_is_readable(path: Path) -> None:
     try:
         if path.is_dir():
-            next((path / ".").iterdir(), None)
+            os.scandir(f"{path}/.").close()  # which needs the right to enter it as well
         elif path.is_file():
             path.open("rb").close()
     except PermissionError as error:

@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> Told:
 def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the facts about a checkpoint; hardly more than its headers is read."""
     from cfsp.checkpoint.text_config import text_config_of
+    from cfsp.result.facts import was_pruned
     from cfsp.result.manifest import facts_about, facts_for_config
 
     units = checkpoint.architecture.of_part("ffn").units
@@ -78,8 +79,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         ]
     # Recovery also takes models that cfsp did not prune.
     if manifest:
-        is_pruned = manifest.get("operation") != "recover" or "base_model" in manifest
-        facts["pruned" if is_pruned else "recovered"] = facts_for_config(manifest)
+        facts["pruned" if was_pruned(manifest) else "recovered"] = facts_for_config(manifest)
     return facts
 
 

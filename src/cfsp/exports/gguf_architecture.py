@@ -14,17 +14,15 @@ Shapes: R half the elements of a head, one for each frequency.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
+from cfsp.checkpoint.gguf_rope import llama3_factors, yarn_attention
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import resized_parts
 from cfsp.checkpoint.text_config import head_size
@@ -200,7 +198,7 @@ def rope_of(config: Any, architecture: Architecture) -> tuple[dict[str, Any], Te
                 f"llama.cpp's {architecture.name} graph reads no factors for single frequencies, "
                 "which llama3 scaling needs"
             )
-        return fields, _llama3_factors(config, fields["rope_freq_base"])
+        return fields, llama3_factors(config, fields["rope_freq_base"])
     if kind not in ("default", "linear", "yarn"):
         raise CannotSayError(
             f"gguf export of rope scaling {kind!r} is not supported; supported are: "
@@ -227,19 +225,11 @@ def _yarn(parameters: dict[str, Any]) -> dict[str, Any]:
         raise CannotSayError("llama.cpp has no YaRN without truncation or with mscale")
     attention = parameters.get("attention_factor")
     if attention is not None:
-        # llama.cpp multiplies by 0.1 ln(factor) + 1 (YaRN, arXiv 2309.00071, eq. 22) itself.
-        attention = float(attention) / (0.1 * math.log(float(parameters["factor"])) + 1.0)
+        # llama.cpp multiplies by this itself.
+        attention = float(attention) / yarn_attention(float(parameters["factor"]))
     return {
         "rope_scaling_orig_ctx_len": int(parameters["original_max_position_embeddings"]),
         "rope_scaling_attn_factors": attention,
         "rope_scaling_yarn_beta_fast": parameters.get("beta_fast"),
         "rope_scaling_yarn_beta_slow": parameters.get("beta_slow"),
     }
-
-
-def _llama3_factors(config: Any, base: float) -> Tensor:
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    scaled_R, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    plain_R = base ** (-np.arange(len(scaled_R), dtype=np.float64) / len(scaled_R))
-    return torch.from_numpy(plain_R / scaled_R.double().numpy()).float()

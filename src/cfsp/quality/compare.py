@@ -235,7 +235,8 @@ def _check_same_documents(
             f"{first.name} and {second.name} were scored on other documents of {task}; score both "
             "with the same --task-data"
         )
-    if any(metric not in each for each in other):
+    of_task = [chance_of(each) is None for each in (one, other)]
+    if any(metric not in each for each in other) or of_task[0] != of_task[1]:
         raise ReportError(
             f"{first.name} and {second.name} were scored on {task} by other metrics, perhaps by "
             "another version of the harness; score both alike"

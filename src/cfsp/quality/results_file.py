@@ -202,7 +202,7 @@ def measured_model(file: str, model: dict[str, Any]) -> MeasuredModel:
             model["model"],
             model["fingerprint"],
             file,
-            frozenset() if against is None else frozenset({against}),
+            frozenset({against} - {None}),
             {
                 text: {**sums, "compared": {against: _compared(sums)}}
                 for text, sums in model["windows"].items()

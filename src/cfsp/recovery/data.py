@@ -76,8 +76,9 @@ def read_text(
     *,
     seqlen: int,
     bos: Bos = "auto",
+    most: int = _MAX_TOKENS_OF_A_TEXT,
 ) -> RecoveryText:
-    """Read texts and conversations and hold out some documents of each."""
+    """Read texts and conversations, at most so much of each; hold out some documents of each."""
     if not names:
         raise TextError("recovery needs text to train on; give --data")
     begins_with = beginning(tokenizer, bos)
@@ -86,7 +87,7 @@ def read_text(
     sources: dict[str, int] = {}
     for part, _ in parts_with_shares(names, 0):
         source = TextSource(part, "calibration")
-        documents = list(_documents(source, tokenizer))
+        documents = list(_documents(source, tokenizer, most))
         own, held = (_windows(each, seqlen, begins_with) for each in _divided(documents, seqlen))
         if not own.shape[1] or not held.shape[1]:  # too little text, or held out without an answer
             whole = _windows(documents, seqlen, begins_with)
@@ -104,7 +105,9 @@ def read_text(
     return RecoveryText(to_train, to_judge, sources, bool(begins_with))
 
 
-def _documents(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Iterator[Tensor]:
+def _documents(
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, most: int
+) -> Iterator[Tensor]:
     """Yield the tokens and the labels of each document as [2, R], until there are enough."""
     total = 0
     if source.is_chat:
@@ -117,7 +120,7 @@ def _documents(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Iterat
     for document in documents:
         yield document
         total += document.shape[1]
-        if total >= _MAX_TOKENS_OF_A_TEXT:
+        if total >= most:
             return
 
 

@@ -85,7 +85,7 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: f
     compute_device(settings.compute.device)  # it is there
     _check_record(source)
     tokenizer = load_tokenizer(source.directory)
-    # A teacher that is given counts by its weights, whatever it is called.
+    # A teacher that is given counts by its files, whatever it is called.
     is_named = settings.teacher not in (AUTO_TEACHER, NO_TEACHER)
     asked = {
         "--method": settings.adaptation.method,

@@ -71,7 +71,11 @@ def repair_gaps(job: Job, repaired: PruningResult, windows: Windows) -> PruningR
     The other blocks stay as they are, and so does one that has no dense FFN, or several; where all
     are such there is no step.
     """
-    return SequentialRepair(GAPS, job, repaired, windows, at_gaps_alone=True).step()
+    try:
+        return SequentialRepair(GAPS, job, repaired, windows, at_gaps_alone=True).step()
+    except UnsupportedModelError as error:
+        log.warning("what was removed is not made up for: %s", error)
+        return repaired
 
 
 def blocks_at_gaps(count: int, removed: Collection[int]) -> list[int]:

@@ -154,7 +154,6 @@ def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origi
 
 
 def _quality(manifest: dict[str, Any]) -> Table:
-    told = perplexities(manifest)
     models = ["dense", *dict.fromkeys(stage.verb for stage in making(manifest))]
     rows = [
         (
@@ -163,7 +162,7 @@ def _quality(manifest: dict[str, Any]) -> Table:
             conditions.beside({"the model": manifest}),
             *(f"{of[name]:.2f}" if name in of else "" for name in models),
         )
-        for conditions, of in told.items()
+        for conditions, of in perplexities(manifest).items()
     ]
     return Table(("perplexity on", "measured on", *models), rows, left=2)
 

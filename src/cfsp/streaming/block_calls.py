@@ -209,8 +209,10 @@ class BlockCalls:
         if needs:
             raise UnsupportedModelError(
                 f"{place_in_words(index, needs[0])} differs from window to window, which only a "
-                "pass through the dense blocks can follow; use the repair 'ridge' or 'none'"
+                "pass through the dense blocks can follow"
             )
+        if len(self._form.layout.rest) > 1:
+            raise UnsupportedModelError("its blocks keep several hidden states of a token")
         return self._by_size[windows][index]
 
     def compute(

@@ -191,7 +191,7 @@ def _not_found(name: str) -> str:
     shown = [each for each in known if not each.startswith(f"{MIXED}/")]
     path = _split_column(name)[0]
     files: list[str] = []
-    with suppress(OSError):  # there is no such directory, or nobody may list it
+    with suppress(OSError, ValueError):  # there is no such directory, or nobody may list it
         files = [file.name for file in path.parent.iterdir()]
     near = difflib.get_close_matches(name, known, n=1)
     near += [str(path.with_name(file)) for file in difflib.get_close_matches(path.name, files, n=1)]

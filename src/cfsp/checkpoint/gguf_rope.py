@@ -1,0 +1,115 @@
+"""The positions that a .gguf file says, of which transformers reads the base alone.
+
+A file says a base, how many entries of a head are rotated, a way to scale (`linear`, `yarn`), or by
+what each frequency is divided, which is how Llama 3.1 is written. R rotated pairs of entries.
+"""
+
+from __future__ import annotations
+
+import math
+from copy import copy
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cfsp.checkpoint.text_config import text_config_of
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+    from transformers import PreTrainedConfig
+
+# Llama 3.1's; `original` is tried besides.
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LLAMA3_ORIGINAL = (8192, *(2**power for power in range(4, 18)))
+# Of factors that are stored in float32.
+_SAME = 1e-3
+
+
+def restore_positions(config: PreTrainedConfig, reader: GGUFReader) -> None:
+    """Write what a file says of positions into the config that was read from it.
+
+    A ValueError says what no config of these can say.
+    """
+    text_config = text_config_of(config)
+    parameters = getattr(text_config, "rope_parameters", None)
+    if not isinstance(parameters, dict):
+        return
+    # Where blocks with a sliding window have positions of their own, all else is of the others.
+    whole = parameters.get("full_attention", parameters)
+    said = _said(reader)
+    tensors = {each.name: each for each in reader.tensors}
+    if "base" in said:
+        whole["rope_theta"] = float(said["base"])
+    size = getattr(text_config, "head_dim", None)
+    if "partial_rotary_factor" in whole and size and "rotated" in said:
+        whole["partial_rotary_factor"] = said["rotated"] / size
+    if whole.get("rope_type", "default") != "default":
+        return  # transformers has read it, as that of gpt-oss
+    kind = said.get("kind", "linear" if "scale" in said else "none")
+    if kind in ("linear", "yarn"):
+        whole |= {"rope_type": kind, "factor": float(said.get("factor", said.get("scale", 1.0)))}
+    elif kind != "none":
+        raise ValueError(f"its positions are scaled by {kind}")
+    if kind == "yarn":
+        whole |= _yarn(whole["factor"], said)
+    if any(name.startswith("rope_factors") for name in tensors):
+        raise ValueError("its positions have factors for long and for short texts")
+    if "rope_freqs.weight" in tensors:
+        factors_R = torch.from_numpy(np.array(tensors["rope_freqs.weight"].data)).float()
+        if bool((factors_R != 1).any()):
+            whole |= _llama3(text_config, whole, factors_R)
+
+
+def llama3_factors(config: Any, base: float) -> Tensor:
+    """Return by what Llama 3.1's scaling divides each frequency, R, in float32."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled_R, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain_R = base ** (-np.arange(len(scaled_R), dtype=np.float64) / len(scaled_R))
+    return torch.from_numpy(plain_R / scaled_R.double().numpy()).float()
+
+
+def yarn_attention(factor: float) -> float:
+    """Return what llama.cpp multiplies YaRN's attention by (arXiv 2309.00071, eq. 22)."""
+    return 0.1 * math.log(factor) + 1.0
+
+
+def _said(reader: GGUFReader) -> dict[str, Any]:
+    """Return what the file says of positions, by our names; what it does not say is not there."""
+    architecture = reader.fields["general.architecture"].contents()
+    names = {
+        "base": "freq_base",
+        "rotated": "dimension_count",
+        "scale": "scale_linear",  # before there were kinds
+        "kind": "scaling.type",
+        "factor": "scaling.factor",
+        "original": "scaling.original_context_length",
+        "mscale": "scaling.attn_factor",
+        "fast": "scaling.yarn_beta_fast",
+        "slow": "scaling.yarn_beta_slow",
+    }
+    fields = {ours: reader.fields.get(f"{architecture}.rope.{n}") for ours, n in names.items()}
+    return {ours: field.contents() for ours, field in fields.items() if field is not None}
+
+
+def _yarn(factor: float, said: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {"original_max_position_embeddings": int(said["original"])}
+    if "mscale" in said:
+        found["attention_factor"] = float(said["mscale"]) * yarn_attention(factor)
+    betas = {"beta_fast": said.get("fast"), "beta_slow": said.get("slow")}
+    return found | {name: float(value) for name, value in betas.items() if value is not None}
+
+
+def _llama3(config: Any, plain: dict[str, Any], factors_R: Tensor) -> dict[str, Any]:
+    """Return the parameters of Llama 3.1's scaling that give the factors of a file."""
+    for original in _LLAMA3_ORIGINAL:
+        found = {"rope_type": "llama3", "factor": float(factors_R.max()), **_LLAMA3}
+        found["original_max_position_embeddings"] = original
+        tried = copy(config)
+        tried.rope_parameters = plain | found
+        own_R = llama3_factors(tried, plain["rope_theta"])
+        if own_R.shape == factors_R.shape and torch.allclose(own_R, factors_R, rtol=_SAME):
+            return found
+    raise ValueError("its positions have factors for single frequencies that are not Llama 3.1's")
