@@ -152,11 +152,9 @@ def _convert(path: Path, reader: GGUFReader, dtype: torch.dtype, target: Path) -
 
 def _warn_of_unread(model: PreTrainedModel, path: Path, reader: GGUFReader) -> None:
     """Warn where a file holds more numbers than the model that was read has."""
-    state = {each.data_ptr(): each.numel() for each in model.state_dict().values()}
-    blocks, is_tied = (
-        text_config_of(model.config).num_hidden_layers,
-        len(state) < len(model.state_dict()),
-    )
+    state = model.state_dict()
+    own = {each.data_ptr(): each.numel() for each in state.values()}
+    is_tied, blocks = len(own) < len(state), text_config_of(model.config).num_hidden_layers
     held = sum(
         int(each.n_elements)
         for each in reader.tensors
@@ -165,7 +163,7 @@ def _warn_of_unread(model: PreTrainedModel, path: Path, reader: GGUFReader) -> N
         and not (each.name == _HEAD and is_tied)
         and not ((block := _BLOCK.match(each.name)) and int(block[1]) >= blocks)
     )
-    if (unread := held - sum(state.values())) > 0:
+    if (unread := held - sum(own.values())) > 0:
         _logger.warning(
             "%s holds %s numbers that transformers does not read, so the model may compute "
             "something else: use the safetensors of the same model",
