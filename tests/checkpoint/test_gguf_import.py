@@ -124,6 +124,16 @@ def test_positions_that_no_config_says_are_refused(make_gguf, monkeypatch):
         import_gguf(path)
 
 
+def test_a_tokenizer_that_cannot_split_is_told(make_gguf, monkeypatch):
+    def fail(*_: object) -> None:
+        raise Exception("Unk token `None` not found in the vocabulary")
+
+    path = make_gguf(1.0)
+    monkeypatch.setattr("cfsp.checkpoint.gguf_import.tokens_differ", fail)
+    with pytest.raises(CheckpointError, match=r"cannot read .*Unk token.*; use the safetensors"):
+        import_gguf(path)
+
+
 def test_a_file_that_lacks_tensors_is_refused(make_gguf):
     path = make_gguf(1.0)
     data, name = path.read_bytes(), b"blk.2.ffn_down.weight"

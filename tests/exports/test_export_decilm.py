@@ -115,6 +115,24 @@ def test_scaled_positions_are_said_in_both_words(tmp_path, tokenizer):
     assert fields["rope_parameters"] == source.config.rope_parameters
 
 
+@pytest.mark.parametrize("is_wide", [True, False])
+def test_a_head_of_its_own_is_not_said_to_be_tied(tmp_path, tokenizer, is_wide):
+    """As merging a LoRA of the head leaves it; transformers takes what is stored."""
+    source = (
+        wide("llama", tokenizer, tmp_path, tie_word_embeddings=True)
+        if is_wide
+        else cut(tiny("llama", tie_word_embeddings=True), tokenizer, tmp_path)
+    )
+    weights = source.directory / "model.safetensors"
+    for factor, tied in ((1.0, True), (2.0, False)):
+        stored = load_file(weights)
+        head = factor * stored["model.embed_tokens.weight"]
+        save_file({**stored, "lm_head.weight": head}, weights, metadata={"format": "pt"})
+        out = tmp_path / f"out-{tied}"
+        export(source.directory, "vllm", out)
+        assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is tied
+
+
 def test_biases_of_qwen_get_a_zero_where_mlx_expects_one(tmp_path, tokenizer):
     source = wide("qwen2", tokenizer, tmp_path)
     exported(source, "mlx-lm", tmp_path / "out")

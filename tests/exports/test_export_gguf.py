@@ -8,6 +8,7 @@ import torch
 
 import cfsp
 from builders import edit_tensors, entries
+from cfsp.checkpoint import gguf_import
 from cfsp.checkpoint.llama_cpp import llama_cpp_tokens
 from cfsp.checkpoint.locating import demo_gguf
 from cfsp.checkpoint.reading import Checkpoint
@@ -208,7 +209,7 @@ def test_a_stock_model_is_for_llama_cpps_own_converter(tmp_path, save):
         to_gguf(Checkpoint(save(tiny("gemma"))), tmp_path / "m.gguf")
 
 
-def test_gemma3_has_scaled_positions_in_whole_blocks_only(tmp_path, tokenizer):
+def test_gemma3_has_scaled_positions_in_whole_blocks_only(tmp_path, tokenizer, monkeypatch):
     positions = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0},
@@ -220,6 +221,11 @@ def test_gemma3_has_scaled_positions_in_whole_blocks_only(tmp_path, tokenizer):
     assert fields["gemma3.rope.freq_base"] == 5000.0
     assert fields["gemma3.rope.freq_base_swa"] == 100.0
     assert fields["gemma3.context_length"] == 256
+    monkeypatch.setenv("CFSP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gguf_import, "_warn_of_other_tokens", lambda *_: None)  # of no Gemma
+    back = Checkpoint(gguf_import.import_gguf(tmp_path / "m.gguf")).config.rope_parameters
+    for kind, said in positions.items():
+        assert said.items() <= back[kind].items()
 
 
 def test_a_sliding_window_limits_the_context(tmp_path, tokenizer):

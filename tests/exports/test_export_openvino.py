@@ -11,7 +11,7 @@ import torch
 
 from builders import entries, need_openvino
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.errors import ExportError, UsageError
+from cfsp.errors import ExportError, OutputError, UsageError
 from cfsp.exports.common import logits_of, reference_model
 from cfsp.exports.registry import ExportReport, export
 from ragged import cut, half_of
@@ -103,6 +103,14 @@ def test_half_precision(tmp_path, tokenizer, monkeypatch, noted):
     assert "CI" not in os.environ
     with pytest.raises(UsageError, match="unknown --type q8_0 for openvino; expected f32 or f16"):
         export(source.directory, "openvino", tmp_path / "no", weight_type="q8_0")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    monkeypatch.setattr("openvino.save_model", full)
+    with pytest.raises(OutputError, match=r"cannot write .*no: basic_ios::clear.*make room there"):
+        export(source.directory, "openvino", tmp_path / "no")
+    assert "no" not in entries(tmp_path)
 
 
 def test_what_it_cannot_express_or_trace_is_refused(tokenizer, tmp_path, monkeypatch):

@@ -207,6 +207,13 @@ def test_other_answers_are_not_compared(results, tmp_path, command):
     assert "were measured on other answers" in command("compare", results, other, status=2).err
 
 
+def test_answers_of_another_dense_model_are_not_the_original_s(results, models, command):
+    """The one that is named gave none of them: how far both are from it is not known."""
+    (pair,) = json.loads(command("compare", results, "--against", models[0], "--json").out)["pairs"]
+    assert set(pair["answers"]) == {"stops", "loops"} and pair["questions"] == COUNT
+    assert "KL per token" not in command("compare", results, "--against", models[0]).out
+
+
 def test_questions_of_chats(tmp_path):
     chats = tmp_path / "mine.jsonl"
     turns = [

@@ -73,7 +73,9 @@ def test_what_made_the_model_before_made_this_one(run, text_file, tmp_path):
     card = (again / "README.md").read_text()
     assert f"`run` itself was calibrated or trained on {text_file.name}." in card
     entry = measured(str(text_file), 10.0, 12.5)
-    assert "; this text made the model |" in card_of(again, Origin("x"), perplexity=entry)
+    card = card_of(again, Origin("x"), perplexity=entry)
+    assert "; this text made the model |" in card
+    assert "| original | pruned |" in card and "dense" not in card.partition("## How")[0]
 
 
 def test_card_without_repair_and_of_equal_widths(run):
@@ -119,6 +121,15 @@ def test_the_demo_has_its_real_name(tiny_checkpoint, run):
 )
 def test_hub_id_of_a_source(tiny_checkpoint, label, expected):
     assert origin_of(Checkpoint(tiny_checkpoint("llama"), label=label)).hub_id == expected
+
+
+def test_a_path_of_another_directory_is_no_hub_id(run, tmp_path):
+    """Its card knew better; a name that it has is one whatever is in this directory."""
+    for name, expected in {"models/llama": None, "someone/ancestor": "someone/ancestor"}.items():
+        named = changed_copy(
+            run, tmp_path / Path(name).name, lambda m, name=name: m["base_model"].update(name=name)
+        )
+        assert origin_of(Checkpoint(named)).hub_id == expected
 
 
 @pytest.mark.parametrize("card", ["", "no metadata", "---\n[\n---\n", "---\n- a\n---\n", "\0"])

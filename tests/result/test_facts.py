@@ -171,6 +171,9 @@ def test_every_part_that_lost_something_is_a_fact():
     went = "25.0% of FFN parameters, 50.0% of KV groups, 4 of the 8 experts of each block, 60.0% of"
     assert f", in all {went} parameters" in what_went(manifest)
     assert what_went(manifest).startswith("block 1 and the attention layer of block 2")
+    # Of experts a width is that of one.
+    facts = size_facts(manifest | {"ffn_channels": {"before": 96, "after": 24}})
+    assert ("96", "24", f"{MINUS}75.0%") in [fact.row for fact in facts]
     assert size_facts({}) == []
 
 
@@ -224,6 +227,7 @@ def test_what_was_only_trained_is_not_called_pruned(run, tmp_path, command):
         recovered(manifest)
         for key in ("criterion", "base_model", "ffn_sparsity", "perplexity"):
             del manifest[key]
+        manifest["model_type"] = "qwen2_vl"
         (of_text,) = manifest["recovery"]["perplexity"].values()
         of_text["before"] = 246.5
 
@@ -232,6 +236,8 @@ def test_what_was_only_trained_is_not_called_pruned(run, tmp_path, command):
     card = model_card(manifest, None, Origin("mine"))
     assert "| dense | recovered |" in card and "| 246.50 | 123.25 |" in card
     assert "pruned" not in card.partition("## How to load it")[0]
+    assert "import AutoModelForImageTextToText, AutoProcessor" in card
+    assert "trained on 20 windows, drawn from" in card
     told = command("inspect", copy).out
     assert "not by cfsp" in told and "246.50 dense, 123.25 recovered" in told
     assert "\nrecovered by" in told

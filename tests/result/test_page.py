@@ -280,6 +280,8 @@ def test_answers_stand_side_by_side_by_kind(run, results, tmp_path):
     for model in found["models"]:
         first = model["answers"]["documents"][0]
         first |= {"answer": f"answer of 2 {HOSTILE}", "loops": True}
+        for document in model["answers"]["documents"][1:3]:
+            document["question"] = "Chats may begin alike."
     copy = changed_copy(run, tmp_path / "recovered", recovered)
     found["models"].append({**found["models"][1], "model": str(copy)})
     (tmp_path / "three.json").write_text(json.dumps(found))

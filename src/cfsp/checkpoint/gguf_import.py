@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 # Part of the name of a converted model: one that was converted in another way is not the same.
-_CONVERSION = 4
+_CONVERSION = 5
 # Quantising the same matrix twice gives copies that differ by some percent (Q4_K by 4%); a head
 # that was trained by itself has nothing of the embedding.
 _SAME_MATRIX = 0.2
@@ -135,10 +135,7 @@ def _convert(path: Path, reader: GGUFReader, dtype: torch.dtype, target: Path) -
         restore_positions(model.config, reader)
         tokenizer = tokenizer_of(path, reader)
     except Exception as error:  # transformers has no one exception type for this
-        raise CheckpointError(
-            f"transformers cannot read {path} ({first_line(error)}); use the safetensors of the "
-            "same model"
-        ) from error
+        raise _unreadable(path, error) from error
     # The weights are dense now; with these left, saving would announce them as quantised.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -148,6 +145,13 @@ def _convert(path: Path, reader: GGUFReader, dtype: torch.dtype, target: Path) -
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     _warn_of_other_tokens(path, target)
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"transformers cannot read {path} ({first_line(error)}); use the safetensors of the same "
+        "model"
+    )
 
 
 def _warn_of_unread(model: PreTrainedModel, path: Path, reader: GGUFReader) -> None:
@@ -203,9 +207,12 @@ def _bits_per_weight(reader: GGUFReader) -> dict[str, float]:
 def _warn_of_other_tokens(path: Path, directory: Path) -> None:
     """Warn where the tokenizer of a converted model splits text otherwise than its .gguf file's."""
     # As it will be loaded: some model types have a tokenizer class that splits in its own way.
-    tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        difference = tokens_differ(path, tokenizer)
+    except Exception as error:  # of a tokenizer that cannot split what the file's can
+        raise _unreadable(path, error) from error
     name = tokenizer.init_kwargs.get(PRE_TOKENIZER_KEY)
-    difference = tokens_differ(path, tokenizer)
     if difference:
         difference = f"llama.cpp splits text differently: {difference}"
     elif difference is None and name is not None and name not in BY_NAME:

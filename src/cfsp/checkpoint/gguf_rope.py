@@ -42,6 +42,8 @@ def restore_positions(config: PreTrainedConfig, reader: GGUFReader) -> None:
     tensors = {each.name: each for each in reader.tensors}
     if "base" in said:
         whole["rope_theta"] = float(said["base"])
+    if "base_swa" in said and "sliding_attention" in parameters:
+        parameters["sliding_attention"]["rope_theta"] = float(said["base_swa"])
     size = getattr(text_config, "head_dim", None)
     if "partial_rotary_factor" in whole and size and "rotated" in said:
         whole["partial_rotary_factor"] = said["rotated"] / size
@@ -81,6 +83,7 @@ def _said(reader: GGUFReader) -> dict[str, Any]:
     architecture = reader.fields["general.architecture"].contents()
     names = {
         "base": "freq_base",
+        "base_swa": "freq_base_swa",  # of blocks with a sliding window
         "rotated": "dimension_count",
         "scale": "scale_linear",  # before there were kinds
         "kind": "scaling.type",

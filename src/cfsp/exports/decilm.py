@@ -85,6 +85,9 @@ def write(reader: Reader, source: Checkpoint, out: Path) -> Written:
         widths, gone = _widths(source), len(source.architecture.gone)
         layout = f"{ARCHITECTURE}, {len(widths)} blocks of {min(widths)} to {max(widths)} channels"
         layout += f", {gone} without attention" if gone else ""
+    # transformers takes a head that is stored whatever is said here; others do not.
+    if "lm_head.weight" in source.specs.keys() - source.copies:
+        fields["tie_word_embeddings"] = False
     trust = "" if is_stock else reader.trust
     if trust:
         fields["auto_map"] = {"AutoConfig": f"{_CODE_FILE.removesuffix('.py')}.DeciLMConfig"}

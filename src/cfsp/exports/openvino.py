@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cfsp.checkpoint.loading import own_dtype
+from cfsp.checkpoint.output import cannot_write
 from cfsp.checkpoint.own_files import CONFIG_FILE, copy_travelling_files
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import stock_config
@@ -60,7 +61,11 @@ def write(source: Checkpoint, out: Path, weight_type: str | None = None) -> Writ
             f"unknown --type {weight_type} for openvino; expected f32 or f16 "
             "(quantise further with nncf)"
         )
-    openvino.save_model(_converted(source), out / _MODEL_FILE, compress_to_fp16=kind == "f16")
+    converted = _converted(source)
+    try:
+        openvino.save_model(converted, out / _MODEL_FILE, compress_to_fp16=kind == "f16")
+    except RuntimeError as error:  # all that it says of a full disk
+        raise cannot_write(out, error) from error
     # Runtimes want to know heads and vocabulary, not widths: the stock config will do.
     config = stock_config(source.config)
     config.architectures = [source.architecture.class_name]

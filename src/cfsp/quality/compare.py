@@ -56,7 +56,7 @@ def compare(
         for task, documents in first.documents.items()
         if documents and task in second.documents  # of some kinds of tasks none are known
     }
-    answers = _of_answers(first, second) if first.answers and second.answers else {}
+    answers = _of_answers(first, second, dense) if first.answers and second.answers else {}
     if not (texts or tasks or answers):
         raise ReportError(
             f"{first.name} and {second.name} have no text and no task in common, and no answers; "
@@ -189,14 +189,19 @@ def _of_task(
     return {name: (values, [1] * len(documents)) for name, values in found.items()}
 
 
-def _of_answers(first: MeasuredModel, second: MeasuredModel) -> dict[str, Pair]:
+def _of_answers(
+    first: MeasuredModel, second: MeasuredModel, dense: MeasuredModel | None
+) -> dict[str, Pair]:
     one, other = first.answers, second.answers
     if one["digest"] != other["digest"]:
         raise ReportError(
             f"{first.name} and {second.name} were measured on other answers: of another dense "
             "model, to other questions, or by another --dtype; measure both alike"
         )
-    return _pairs(answer_measures(one), answer_measures(other))
+    pairs = _pairs(answer_measures(one), answer_measures(other))
+    # Of answers of another model than the dense one only these say something.
+    is_dense = dense is None or one["compared"] == dense.fingerprint
+    return pairs if is_dense else {name: pairs[name] for name in ("stops", "loops")}
 
 
 def _pairs(first: Measures, second: Measures) -> dict[str, Pair]:

@@ -102,7 +102,7 @@ class MeasuredModel:
     file: str  # the first that it is in
     against: frozenset[str] = frozenset()  # fingerprints of the dense models it was compared with
     # By text sums over each window, and `compared` with each of them, by task scores and documents,
-    # and answers to questions: see `evaluate_models`.
+    # and answers to questions, with whose they are `compared` with: see `evaluate_models`.
     windows: dict[str, dict[str, Any]] = field(default_factory=dict)
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     documents: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -198,6 +198,7 @@ def measured_model(file: str, model: dict[str, Any]) -> MeasuredModel:
     """Return one model of results, of what `cfsp eval --json` says of it in a file."""
     try:
         against = model.get("agreement", {}).get("fingerprint")
+        answers = dict(model.get("answers", {}))
         return MeasuredModel(
             model["model"],
             model["fingerprint"],
@@ -209,7 +210,8 @@ def measured_model(file: str, model: dict[str, Any]) -> MeasuredModel:
             },
             dict(model.get("tasks", {})),
             dict(model.get("documents", {})),
-            dict(model.get("answers", {})),
+            # The dense model is compared with itself.
+            {**answers, "compared": against or model["fingerprint"]} if answers else {},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ReportError(

@@ -56,8 +56,9 @@ from cfsp.recovery.settings import (
 )
 from cfsp.recovery.trainer import WHOLE, RecoverReport, shard, train
 from cfsp.result.card import write_record
-from cfsp.result.facts import recoveries
+from cfsp.result.facts import recoveries, was_pruned
 from cfsp.result.manifest import facts_about, plan_beside
+from cfsp.result.prune_report import dequantisation
 from cfsp.settings import (
     DEFAULT_TEXT,
     Compute,
@@ -357,6 +358,12 @@ def _write_record(
     }
     manifest = facts_about(ready.source)
     pruned = {key: manifest[key] for key in (*now, "files", "perplexity") if key in manifest}
+    if not was_pruned(manifest):
+        manifest = {
+            "model_type": ready.source.config.model_type,
+            "dequantised": dequantisation(ready.source),
+            **manifest,
+        }
     if earlier := recoveries(manifest):
         recovery["earlier"] = earlier
         pruned = manifest.get("pruned") or {}

@@ -18,6 +18,7 @@ from cfsp.checkpoint.own_files import CARD_FILE, MODELING_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.result.facts import (
+    first_model,
     goal_in_words,
     goal_table,
     perplexities,
@@ -35,6 +36,7 @@ from cfsp.result.making import (
     making,
     needs_code,
     texts_in_words,
+    trained_in_words,
 )
 from cfsp.result.manifest import facts_about, write_manifest
 from cfsp.result.names import is_hub_id, public_name
@@ -69,9 +71,12 @@ def origin_of(source: Checkpoint) -> Origin:
     card = _metadata_of(source.directory / CARD_FILE)
     # A snapshot in the hub's cache: models--OWNER--NAME/snapshots/COMMIT.
     cached = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots", name)
+    # What cfsp was given may be a path in another directory than today's: its card knows.
+    is_told = not (manifest and card) or card.get("base_model") == name.partition("@")[0]
+    own = name if is_told else None
     # What older versions of transformers wrote into config.json: whence it was loaded.
     saved = getattr(source.config, "_name_or_path", None)
-    ids = ("/".join(cached.groups()) if cached else None, name, saved)
+    ids = ("/".join(cached.groups()) if cached else None, own, saved)
     hub_id = next((each for each in ids if is_hub_id(each)), None)
     base = next((each for each in (hub_id, card.get("base_model")) if is_hub_id(each)), None)
     base = base and base.partition("@")[0]  # all that the hub knows there
@@ -130,7 +135,7 @@ def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origi
         calibrated=texts_in_words(manifest.get("calibration")),
         repaired=", ".join(steps),
         repaired_on=texts_in_words(repair_text(manifest)),
-        recovered=", then on ".join(texts_in_words(r.get("data")) for r in recoveries(manifest)),
+        recovered=", then on ".join(map(trained_in_words, recoveries(manifest))),
         sizes=Table(
             ("", "before", "after", "change"),
             [
@@ -154,7 +159,7 @@ def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origi
 
 
 def _quality(manifest: dict[str, Any]) -> Table:
-    models = ["dense", *dict.fromkeys(stage.verb for stage in making(manifest))]
+    models = [first_model(manifest), *dict.fromkeys(stage.verb for stage in making(manifest))]
     rows = [
         (
             # A bar ends a cell even in code.

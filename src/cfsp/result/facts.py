@@ -104,6 +104,11 @@ def recoveries(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [*earlier, last | run]
 
 
+def first_model(manifest: Mapping[str, Any]) -> str:
+    """Return what the model is called that a checkpoint was made from."""
+    return "original" if manifest.get("base_model", {}).get("made_from") else "dense"
+
+
 def was_pruned(manifest: Mapping[str, Any]) -> bool:
     """Return whether cfsp pruned a model; recovery takes others too."""
     return "criterion" in manifest
@@ -127,12 +132,14 @@ def texts_that_made(manifest: Mapping[str, Any]) -> set[str]:
 def perplexities(manifest: Mapping[str, Any]) -> dict[Conditions, dict[str, float]]:
     """Return those of a manifest by conditions: of the `dense`, `pruned` and `recovered` model.
 
-    A model that was trained without having been pruned has no `pruned` one.
+    A model that was trained without having been pruned has no `pruned` one; of one that was pruned
+    again what was pruned is called `original`.
     """
     found: dict[Conditions, dict[str, float]] = {}
-    sides = [("dense", "before", manifest), ("pruned", "after", manifest)]
+    original = first_model(manifest)
+    sides = [(original, "before", manifest), ("pruned", "after", manifest)]
     if stages := recoveries(manifest):
-        before = "pruned" if was_pruned(manifest) else "dense"
+        before = "pruned" if was_pruned(manifest) else original
         sides += [(before, "before", stages[0]), ("recovered", "after", stages[-1])]
     for model, side, table in sides:
         for text, value in (table.get("perplexity") or {}).items():
@@ -228,8 +235,10 @@ def size_facts(manifest: Mapping[str, Any], weight_bytes: int = 0) -> list[Fact]
         detail = f"of {blocks_in_words(removed)}"
         count = Number(len(removed))
         facts.append(Fact(SIZE, "attention layers removed", COUNT, after=count, detail=detail))
-    widths = manifest["widths_before"], manifest["intermediate_sizes"]
-    facts.append(fact("FFN channels", sum(widths[0]), sum(widths[1])))
+    widths = {"before": manifest["widths_before"], "after": manifest["intermediate_sizes"]}
+    # Of experts a width is that of one; more is not in an older manifest.
+    channels = manifest.get("ffn_channels") or {side: sum(of) for side, of in widths.items()}
+    facts.append(fact("FFN channels", channels["before"], channels["after"]))
     for key, noun in _OTHER_PARTS.items():
         if part := manifest.get(key):
             facts.append(fact(noun, sum(part["before"]), sum(part["after"])))
@@ -243,11 +252,11 @@ def size_facts(manifest: Mapping[str, Any], weight_bytes: int = 0) -> list[Fact]
 
 def perplexity_facts(manifest: Mapping[str, Any]) -> list[Fact]:
     """Return the perplexities of a finished model, each beside the dense model's if it is known."""
-    last = "recovered" if manifest.get("recovery") else "pruned"
+    original, last = first_model(manifest), "recovered" if manifest.get("recovery") else "pruned"
     return [
         replace(
             perplexity_fact(conditions),
-            before=Number(of["dense"]) if "dense" in of else None,
+            before=Number(of[original]) if original in of else None,
             after=Number(of[last]),
         )
         for conditions, of in perplexities(manifest).items()

@@ -101,7 +101,7 @@ def _recovery(recovery: Mapping[str, Any]) -> dict[str, str]:
         trained = f"{how['method']} of mean rank {how['rank']:g}, {ranks}"
     facts = {
         "trained": f"{trained}; {recovery['trainable_parameters']:,} parameters",
-        "recovery text": f"{texts_in_words(recovery['data'])} of {training['seqlen']} tokens",
+        "recovery text": f"{trained_in_words(recovery)} of {training['seqlen']} tokens",
         "training": f"{counted(recovery['steps'], 'steps')} of {recovery['tokens_in_step']:,} "
         f"tokens, {recovery['tokens_per_second']:,.0f} tokens/s, peak learning rate "
         f"{training['learning_rate']:g}, seed {training['seed']}",
@@ -136,6 +136,13 @@ def texts_in_words(table: Mapping[str, Any] | None) -> str:
     return ", ".join(f"{public_name(n)} ({counted(c, 'windows')})" for n, c in sources.items())
 
 
+def trained_in_words(recovery: Mapping[str, Any]) -> str:
+    """Return how many windows were trained on, and those of each text that they were drawn from."""
+    seqlen = recovery["training"]["seqlen"]
+    read = counted(recovery["steps"] * recovery["tokens_in_step"] // seqlen, "windows")
+    return f"{read}, drawn from {texts_in_words(recovery.get('data'))}"
+
+
 def changed_weights(step: Mapping[str, Any]) -> bool:
     """Return whether a step's weights were kept in any block."""
     return not step["blocks"] or any(entry and entry["kept"] for entry in step["blocks"])
@@ -168,7 +175,9 @@ def needs_code(manifest: Mapping[str, Any]) -> bool:
 
 def auto_class_of(manifest: Mapping[str, Any]) -> str:
     """Return the Auto class of a checkpoint's model."""
-    return auto_class_of_type(manifest.get("base_model", {}).get("model_type", ""))
+    # Of what was trained without having been pruned there is no base model.
+    own = manifest.get("model_type", "")
+    return auto_class_of_type(manifest.get("base_model", {}).get("model_type", own))
 
 
 def load_code(manifest: Mapping[str, Any], where: str) -> str:

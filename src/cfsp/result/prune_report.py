@@ -87,11 +87,17 @@ class PruneReport:
             return PruneReport(**{each.name: told[each.name] for each in fields(PruneReport)})
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything as JSON types; of the plan the widths before, and what went whole."""
+        """Return everything as JSON types; of the plan widths, channels, and what went whole."""
         told = {name: value for name, value in vars(self).items() if name != "plan"}
         keys = ("removed_blocks", "removed_attentions")  # each only where some went
         removed = {key: list(getattr(self.plan, key)) for key in keys if getattr(self.plan, key)}
-        return {"widths_before": self.plan.widths_of("ffn")[0], **removed, **told}
+        units = self.plan.of_part("ffn")
+        channels = {
+            "before": sum(unit.ffns * unit.width for unit in units),
+            "after": sum(len(unit.kept) for unit in units),
+        }
+        widths = self.plan.widths_of("ffn")[0]
+        return {"widths_before": widths, "ffn_channels": channels, **removed, **told}
 
     def to_manifest(
         self, digests: dict[str, str], command: str, history: dict[str, Any]
@@ -138,6 +144,14 @@ def _read_by(repaired: PruningResult) -> dict[str, Any]:
     return {"text": {name: getattr(record, name) for name in names}}
 
 
+def dequantisation(source: WeightSource) -> dict[str, str]:
+    """Return how a model is stored and what dtype its weights are made; empty if not quantised."""
+    if not isinstance(source, Checkpoint) or source.quantisation is None:
+        return {}
+    dtype = str(own_dtype(source)).removeprefix("torch.")
+    return {"from": source.quantisation.method, "to": dtype}
+
+
 def prune_report(
     source: WeightSource,
     repaired: PruningResult,
@@ -152,10 +166,6 @@ def prune_report(
     kv_sparsity = round(plan.sparsity_of("kv"), 6)
     groups = {"before": groups_before, "after": groups_after, "sparsity": kv_sparsity}
     after = PrunedSource(source, plan).parameter_count
-    dequantised = {}
-    if isinstance(source, Checkpoint) and source.quantisation is not None:
-        dtype = str(own_dtype(source)).removeprefix("torch.")
-        dequantised = {"from": source.quantisation.method, "to": dtype}
     return PruneReport(
         parameters_before=before,
         parameters_after=after,
@@ -170,7 +180,7 @@ def prune_report(
         experts_with_few_tokens=plan.experts_with_few_tokens,
         goal=goal,
         perplexity=measured,
-        dequantised=dequantised,
+        dequantised=dequantisation(source),
         seconds=dict(work_dir.watch.seconds),
         passes=work_dir.times_json(),
         peak_rss_bytes=peak_rss_bytes(),

@@ -20,7 +20,7 @@ from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import OutputError, ReportError
 from cfsp.quality.results_file import read_results
 from cfsp.quality.results_file import refusing_damage as refusing_damaged_results
-from cfsp.result.facts import QUALITY, SIZE, SPEED, labels, was_pruned
+from cfsp.result.facts import PARAMETERS, QUALITY, SIZE, SPEED, labels, was_pruned
 from cfsp.result.making import load_code, making
 from cfsp.result.manifest import refusing_damage
 from cfsp.result.names import public_name
@@ -170,7 +170,12 @@ class Headline(NamedTuple):
 
 def headlines(run: RunFacts) -> list[Headline]:
     """Return the few numbers that sum up a run."""
-    told = [fact for fact in run.under(SIZE) if fact.change or fact.before is None]
+    # What is whole is no headline, but how large the model is.
+    told = [
+        fact
+        for fact in run.under(SIZE)
+        if fact.before is None or fact.name == PARAMETERS or fact.before != fact.after
+    ]
     told += [fact for fact in run.under(QUALITY) if fact.change][:2]
     decoded = [fact for fact in run.under(SPEED) if fact.name.startswith("decode")]
     told += [fact for fact in decoded if fact.change][:1]
@@ -189,11 +194,14 @@ def headlines(run: RunFacts) -> list[Headline]:
 
 def answers_by_kind(
     base: str, runs: Sequence[RunFacts]
-) -> dict[str, dict[str, list[tuple[str, Document]]]]:
-    """Return kind -> question -> the models and what they answered, the original first."""
-    found: dict[str, dict[str, list[tuple[str, Document]]]] = {}
+) -> dict[str, dict[tuple[str, int], list[tuple[str, Document]]]]:
+    """Return kind -> question -> the models and what they answered, the original first.
+
+    Chats may begin alike: a question has its place among all.
+    """
+    found: dict[str, dict[tuple[str, int], list[tuple[str, Document]]]] = {}
     for run in runs:
-        for dense, own in run.answers:
+        for place, (dense, own) in enumerate(run.answers):
             of_kind = found.setdefault(own["kind"], {})
-            of_kind.setdefault(own["question"], [(base, dense)]).append((run.name, own))
+            of_kind.setdefault((own["question"], place), [(base, dense)]).append((run.name, own))
     return found
