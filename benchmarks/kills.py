@@ -160,7 +160,7 @@ def what_is_there(inputs: Inputs) -> str:
     names = [str(path) for path in paths]
     if (inputs.out / "cfsp.json").is_file() or (inputs.out / "table.json").is_file():
         return "when the output was there"
-    if any(re.search(r"(\.partial-\d+|\.working)/model.*safetensors$", name) for name in names):
+    if any(re.search(r"(\.partial-[\w-]+|\.working)/model.*safetensors$", name) for name in names):
         return "with weights written"
     if any(re.search(r"/(state|trainer_state|dense)\.json$", name) for name in names):
         return "after a save"

@@ -40,6 +40,12 @@ class CheckpointError(CfspError):
     """A model directory is missing, truncated, or contradicts its own config."""
 
 
+class ChangedFileError(CheckpointError):
+    """A file of a model was changed while it was read; it may hold what it held."""
+
+    keeps_work = True
+
+
 class UnsupportedModelError(CheckpointError):
     """The model cannot be pruned: a module, a class or a way to store it is not supported."""
 
@@ -58,6 +64,8 @@ class TextError(CfspError):
 
 class TaskError(CfspError):
     """An evaluation task is unknown, or its data is missing or damaged."""
+
+    keeps_work = True
 
 
 class CalibrationError(CfspError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ PATIENCE_SECONDS = 1800.0
 _FIRST_SECONDS = 7 * 86400.0
 # Machines may begin this long after each other, however little they may differ at the end.
 _START_SECONDS = 1800.0
+# Of gloo's errors, and of torch's own.
+_LOST = re.compile("Dist[A-Z][a-z]+Error|gloo|[Cc]onnection (closed|reset)|[Tt]imed out")
 
 
 def process_rank() -> int:
@@ -154,6 +157,20 @@ class Team:
                 f"process {self.rank} of {self.size} lost another process, or waited for it longer "
                 f"than {seconds:.0f} s ({first_line(error)}); see what that one printed"
             ) from error
+
+
+@contextmanager
+def naming_lost_processes() -> Iterator[None]:
+    """Turn what other libraries' exchanges say of a process that died into a ProcessError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if process_count() == 1 or not _LOST.search(f"{type(error).__name__} {error}"):
+            raise
+        raise ProcessError(
+            f"process {process_rank()} of {process_count()} lost another process "
+            f"({first_line(error)}); see what that one printed"
+        ) from error
 
 
 def take_own_accelerator(device: str) -> None:

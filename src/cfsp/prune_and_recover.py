@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.decide import NOTHING_KNOWN, Known
+from cfsp.errors import OutputError
 from cfsp.pipeline import check_output, digest_of, prune_checkpoint, pruning_identity
 from cfsp.processes import Team, process_count
 from cfsp.quality.evaluate import evaluation_windows
@@ -74,6 +76,11 @@ def prune_and_recover(
     pruned = out.with_name(f"{out.name}-pruned")
     before = (read_manifest(pruned) or {}).get(_ASKED) if pruned.is_dir() else None
     if before is None:
+        if (pruned / MANIFEST_FILE).is_file():
+            raise OutputError(
+                f"{pruned} was pruned before, by another command or one that was killed when it "
+                f"had: train it with `cfsp recover {pruned} --out {out}`, or choose another --out"
+            )
         check_output(source, pruned)
         tokenizer, few = load_tokenizer(source.directory), _WINDOWS_TO_TRY * seqlen
         read_text(text.names, tokenizer, seqlen=seqlen, bos=text.bos, most=few)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from builders import entries
-from cfsp.errors import UsageError
-from cfsp.processes import Team, take_own_accelerator
+from cfsp.errors import ProcessError, UsageError
+from cfsp.processes import Team, naming_lost_processes, take_own_accelerator
 from cfsp.streaming.block_stream import check_enough, part_of
 from cfsp.text.windows import Windows
 from commands import Command, ranks
@@ -121,3 +121,19 @@ def test_one_accelerator_for_several_processes_is_refused(monkeypatch):
     take_own_accelerator("cpu")
     with pytest.raises(UsageError, match=r"cuda:1 names one accelerator for 2 processes"):
         take_own_accelerator("cuda:1")
+
+
+@pytest.mark.parametrize(
+    "said", ["[gloo/transport/tcp/pair.cc:553] Connection closed by peer", "[gloo] Timed out"]
+)
+def test_a_process_that_other_libraries_lose_is_told(said, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ProcessError, match=r"process 1 of 2 lost another .*; see what that one"):
+        with naming_lost_processes():
+            raise RuntimeError(said)
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"), naming_lost_processes():
+        raise RuntimeError("shapes differ")
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(RuntimeError, match="gloo"), naming_lost_processes():
+        raise RuntimeError(said)

@@ -1,11 +1,12 @@
 """The one way through all targets: what it tells, what is refused, that nothing is left behind."""
 
 import json
+import os
 
 import pytest
 
 from builders import need_openvino
-from cfsp.checkpoint.output import remove_abandoned
+from cfsp.checkpoint.output import _MACHINE, remove_abandoned
 from cfsp.cli import export as export_command
 from cfsp.errors import ExportError, OutputError, UsageError
 from cfsp.exports import registry
@@ -48,7 +49,13 @@ def test_json_people_and_python_are_told_the_same(source, tmp_path, command):
 def test_what_a_killed_export_left_is_removed(tmp_path):
     gone = 2**22 + 1  # beyond the largest number of a process
     for ending in ("", ".full"):
-        (tmp_path / f".a.gguf.partial-{gone}{ending}").write_text("half")
+        (tmp_path / f".a.gguf.partial-{_MACHINE}-{gone}{ending}").write_text("half")
+    # Of another machine it may be at work still.
+    elsewhere = tmp_path / f".a.gguf.partial-00000000-{gone}"
+    elsewhere.write_text("half")
+    remove_abandoned(tmp_path / "a.gguf")
+    assert list(tmp_path.iterdir()) == [elsewhere]
+    os.utime(elsewhere, (0, 0))
     remove_abandoned(tmp_path / "a.gguf")
     assert not list(tmp_path.iterdir())
 

@@ -117,7 +117,7 @@ def test_what_was_recovered_before_stays_on_record(
     assert texts_that_made(manifest) == {str(text_file), str(other_text_file)}
     (found,) = perplexities(manifest).values()  # that of the pruned model was not measured
     assert found == {"recovered": manifest["recovery"]["perplexity"][str(text_file)]["after"]}
-    assert "then on other.txt" in (out / "README.md").read_text()
+    assert ", then on 8 windows, drawn from other.txt" in (out / "README.md").read_text()
 
 
 def test_a_step_has_no_more_windows_than_the_text(recovered, plain):

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 import cfsp
 import cfsp.recovery.loss
 import cfsp.recovery.recover
-from builders import changed, edit_tensors, never, random_tokens, stopped_at
+from builders import changed, edit_tensors, never, random_tokens, read_json, stopped_at
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.errors import (
     CalibrationError,
@@ -54,6 +54,9 @@ def test_a_killed_run_resumes_to_the_same_weights(pruned, text_file, tmp_path, c
     assert not out.exists()
     last = last_checkpoint(work_of(out) / "process-0-of-1" / "train")
     assert last is not None and last[0].name == "checkpoint-4"
+    # In what it computed first, whatever `auto` means on another machine.
+    identity = read_json(last[0].parent / "state.json")["identity"]
+    assert identity["dtype"] == "float32" and "torch" in identity["version"]
     # Not by accident: another command leaves the unfinished run as it is.
     command(*argv, out, "--seed", 1, status=2)
     command(*argv, out)

@@ -276,6 +276,10 @@ def test_best_effort_trains_and_goes_on_after_a_kill(
     whole = (pruned / "cfsp.json").read_text()
     edit_json(pruned / "cfsp.json", lambda fields: fields.pop("goal"))
     assert f"{pruned / 'cfsp.json'} is damaged" in command(*arguments, status=2).err
+    # Nor one that was killed before it noted what it is of.
+    edit_json(pruned / "cfsp.json", lambda fields: fields.pop("asked_digest"))
+    said = f"train it with `cfsp recover {pruned} --out {out}`"
+    assert said in command(*arguments, status=2).err
     (pruned / "cfsp.json").write_text(whole)
     found = json.loads(command(*arguments, "--json").out)
     assert (pruned / "model.safetensors").stat().st_mtime_ns == before

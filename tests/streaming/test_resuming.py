@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from builders import edit_json, entries, read_json, stop
+from cfsp.checkpoint.output import _MACHINE
 from cfsp.cli import main
+from cfsp.errors import OutputError
+from cfsp.processes import Team
 from cfsp.streaming.block_stream import StreamedBlock
-from cfsp.streaming.work_dir import Pace
+from cfsp.streaming.work_dir import Pace, output_work_dir
 from tiny_models import BLOCKS, build_tiny_model
 
 
@@ -111,6 +114,36 @@ def test_another_command_is_refused(runs):
         assert entries(work_dir / "process-0-of-1") == before
 
 
+def test_a_mistake_costs_no_work(runs, model):
+    """What was given now may be wrong where the run that was killed was right."""
+    runs.kill(runs.prune, "within", BLOCKS + 2)
+    for change, said in (
+        (["--samples", "1"], "repair needs at least 2 windows"),
+        (["--seqlen", "4096"], "9 are needed"),
+    ):
+        assert said in runs.refused([*runs.prune, *change])
+    assert "ridge: going on at block 1" in runs.end(runs.prune)
+
+
+def test_weights_that_are_touched_cost_no_work(runs, model):
+    """The same bytes: the same command goes on."""
+    copy = runs.directory / "copy"
+    shutil.copytree(model, copy)
+    argv = [str(copy) if word == str(model) else word for word in runs.calibrate]
+    original, weights = StreamedBlock.advance, copy / "model.safetensors"
+
+    def touched(block: StreamedBlock, *args: Any) -> None:
+        if block.index == 1:
+            weights.touch()
+        original(block, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cfsp.streaming.work_dir.SHARE_OF_TIME", float("inf"))
+        patch.setattr(StreamedBlock, "advance", touched)
+        assert "was changed while it was read; start again" in runs.refused(argv)
+    assert "going on at block" in runs.end(argv)
+
+
 def test_another_text_model_or_dtype_is_refused(runs, model):
     copy = runs.directory / "copy"
     shutil.copytree(model, copy)
@@ -192,6 +225,18 @@ def test_two_runs_do_not_share_a_place(runs):
     runs.end(runs.calibrate)
 
 
+def test_runs_of_other_numbers_of_processes_share_no_place(tmp_path):
+    with output_work_dir(tmp_path / "out", {}, None, Team(0, 1)):
+        with (
+            pytest.raises(OutputError, match=r"another run is working in .*out\.work"),
+            output_work_dir(tmp_path / "out", {}, None, Team(0, 2)),
+        ):
+            pass
+        with output_work_dir(tmp_path / "out", {}, None, Team(1, 2)):
+            pass
+    assert not entries(tmp_path)
+
+
 # What stays and what goes.
 
 
@@ -239,7 +284,9 @@ def test_work_beside_a_finished_output_goes(runs):
 
 
 def test_a_sweep_that_was_killed_while_it_wrote_its_settings_begins(runs, model, text):
-    abandoned = runs.directory / f".sweep.json.partial-{2**22 + 1}"  # no process has this number
+    abandoned = (
+        runs.directory / f".sweep.json.partial-{_MACHINE}-{2**22 + 1}"
+    )  # no process has this number
     abandoned.write_text("{")
     argv = ["sweep", model, *text[:6], "--sparsity", 0.4, "--multiple", 4, "--eval", text[1]]
     runs.end([*argv, "--windows", 1, "--out", runs.directory])

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import platform
 import reprlib
 import shutil
+import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +20,10 @@ from filelock import FileLock, Timeout
 from cfsp.checkpoint.locating import given_path
 from cfsp.errors import OutputError, UsageError, first_line
 
+# Numbers of processes are those of one machine, or one container, which has a name of its own.
+_MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"
+_A_DAY = 86400.0
+
 
 def output_path(out: str | Path) -> Path:
     """Return where an output of a call is to go."""
@@ -24,7 +31,7 @@ def output_path(out: str | Path) -> Path:
         raise UsageError(f"expected out=, the path of what is new, found {reprlib.repr(out)}")
     path = given_path(out)
     # The longest name that is made of it, beside it.
-    given_path(path.parent / f".{path.name}-pruned.partial-{os.getpid()}")
+    given_path(_staging_of(path.with_name(f"{path.name}-pruned")))
     return path
 
 
@@ -144,7 +151,7 @@ def staged_file(target: Path) -> Iterator[Path]:
 def _staged(target: Path) -> Iterator[Path]:
     """Give a path beside the target, and rename what is there in the end; remove it on failure."""
     remove_abandoned(target)
-    staging = target.parent / f".{target.name}.partial-{os.getpid()}"
+    staging = _staging_of(target)
     with created_parents(target):
         try:
             yield staging
@@ -169,13 +176,28 @@ def cannot_write(target: Path, error: Exception) -> OutputError:
     return OutputError(f"cannot write {target}: {why}; make room there, or choose another output")
 
 
+def _staging_of(target: Path) -> Path:
+    """Return where this process puts together what is to be at a target."""
+    return target.parent / f".{target.name}.partial-{_MACHINE}-{os.getpid()}"
+
+
 def remove_abandoned(target: Path) -> None:
-    """Remove what earlier runs for the same target left behind when they were killed."""
+    """Remove what earlier runs for the same target left behind when they were killed.
+
+    Whether those of another machine or container still run nobody knows here: theirs goes when it
+    is a day old.
+    """
     for leftover in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
         # An exporter adds an ending to its staging file for a second one.
-        owner = leftover.name.rpartition("-")[2].partition(".")[0]
-        if owner.isdigit() and (int(owner) == os.getpid() or not psutil.pid_exists(int(owner))):
-            _remove(leftover)
+        owner = leftover.name.rpartition(".partial-")[2].partition(".")[0]
+        machine, _, process = owner.rpartition("-")
+        with contextlib.suppress(OSError):  # it is gone
+            if machine != _MACHINE or not process.isdigit():
+                is_there = time.time() - leftover.stat().st_mtime < _A_DAY
+            else:
+                is_there = int(process) != os.getpid() and psutil.pid_exists(int(process))
+            if not is_there:
+                _remove(leftover)
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.modeling_utils import str_to_torch_dtype
 
-from cfsp.errors import CheckpointError, first_line, refusing_bad_json
+from cfsp.errors import ChangedFileError, CheckpointError, first_line, refusing_bad_json
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -124,7 +124,7 @@ class FileTensor(StoredTensor):
             file.seek(self._start + start * dtype.itemsize)
             count = file.readinto(data.numpy().data)
             if count < len(data) or _version(file.fileno()) != self._version:
-                raise CheckpointError(f"{self.path} was changed while it was read; start again")
+                raise ChangedFileError(f"{self.path} was changed while it was read; start again")
         return data.view(dtype)
 
 

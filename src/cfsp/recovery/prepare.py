@@ -34,7 +34,7 @@ from cfsp.recovery.data import RecoveryText, read_text
 from cfsp.recovery.settings import AUTO_TEACHER, NO_TEACHER, RecoverSettings
 from cfsp.result.card import model_card, origin_of
 from cfsp.result.manifest import facts_about, plan_beside, refusing_damage
-from cfsp.streaming.runtime import free_bytes
+from cfsp.streaming.runtime import free_bytes, runtime_identity, runtime_of
 from cfsp.streaming.work_dir import STATE_FILE, Stopwatch, directory_of_process, read_state
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
@@ -111,7 +111,7 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: f
         **{name: value for name, value in asdict(training).items() if name != "limit"},
         "teacher": teacher and teacher.identity,
         "eval": {name: of_text.digest for name, of_text in windows.items()},
-        "dtype": settings.compute.dtype,
+        **runtime_identity(runtime_of(settings.compute, source)),
     }
     if training.shard:  # any number of processes that makes the same steps reads its checkpoints
         identity |= {"windows in a step": training.windows_in_step, "batch_windows": 0}

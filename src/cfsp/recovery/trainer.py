@@ -43,7 +43,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from cfsp.architecture.found import Architecture
 from cfsp.checkpoint.output import cannot_write
 from cfsp.checkpoint.skeleton import blocks_of
-from cfsp.processes import is_first_process, process_count
+from cfsp.processes import is_first_process, naming_lost_processes, process_count
 from cfsp.progress import without_library_bars
 from cfsp.recovery.data import RecoveryText
 from cfsp.recovery.loss import IGNORED, ModelLoss, diverged
@@ -289,10 +289,11 @@ def train(adapted: Any, ready: Prepared, schedule: Schedule, loss: ModelLoss) ->
     with without_library_bars():
         kind = ShardedTrainer if training.shard else RecoveryTrainer
         trainer = kind(adapted, arguments, ready.text, pace, loss)
-        if last is not None and saved_pace(last[1])["fraction"] >= 1:
-            trainer.take_up_finished(*last)
-        else:
-            trainer.train(resume_from_checkpoint=None if last is None else str(last[0]))
+        with naming_lost_processes():
+            if last is not None and saved_pace(last[1])["fraction"] >= 1:
+                trainer.take_up_finished(*last)
+            else:
+                trainer.train(resume_from_checkpoint=None if last is None else str(last[0]))
     best_step = trainer.state.best_global_step
     held_out = {entry["step"]: entry["held_out"] for entry in pace.history}
     return RecoverReport(

@@ -26,7 +26,14 @@ from typing import Any
 
 from cfsp.checkpoint.output import created_parents, exclusive, write_atomically
 from cfsp.checkpoint.own_files import MANIFEST_FILE
-from cfsp.errors import CfspError, OutputError, ResumeError
+from cfsp.errors import (
+    CfspError,
+    CheckpointError,
+    OutputError,
+    ResumeError,
+    TextError,
+    UsageError,
+)
 from cfsp.processes import Team
 from cfsp.streaming.memory import hidden_budget
 
@@ -218,8 +225,11 @@ def output_work_dir(
     directory = directory_of_process(out, team.rank, team.size)
     work_dir = directory.parent
     _check_processes(work_dir, team.size)
-    with created_parents(out), _working(directory):
-        for state in sorted(directory.glob(f"*/{STATE_FILE}")):
+    # Of several processes the first holds the output: there may be others of another number.
+    alone = exclusive(work_dir / "run") if team.is_first else contextlib.nullcontext()
+    with created_parents(out), _working(directory), alone:
+        before = sorted(directory.glob(f"*/{STATE_FILE}"))
+        for state in before:
             read_state(state, identity)
         _remove_unfinished(directory)
         try:
@@ -227,7 +237,7 @@ def output_work_dir(
         except ResumeError:
             raise
         except BaseException as error:
-            if _to_keep(directory, error):
+            if _to_keep(directory, error, goes_on=bool(before)):
                 logger.warning(
                     "the work so far is kept in %s; the same command goes on from it", work_dir
                 )
@@ -291,9 +301,14 @@ def _remove_unfinished(directory: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _to_keep(directory: Path, error: BaseException) -> bool:
-    """Return whether the same command could get further than it did."""
-    if isinstance(error, CfspError) and not error.keeps_work:
+def _to_keep(directory: Path, error: BaseException, *, goes_on: bool) -> bool:
+    """Return whether the same command could get further than it did.
+
+    What was given now may be wrong where an earlier run, on whose work it `goes_on`, was right.
+    """
+    of_input = (UsageError, TextError, CheckpointError)
+    keeps = not isinstance(error, CfspError) or error.keeps_work
+    if not keeps and not (goes_on and isinstance(error, of_input)):
         return False
     return bool(list(directory.glob(f"*/{STATE_FILE}")))
 
