@@ -54,6 +54,14 @@ def test_equally_many_groups_give_a_stock_checkpoint(make_case, command):
     check_masked_is_cut(case)
 
 
+def test_a_stock_class_may_have_a_config_by_block_of_its_own(make_case):
+    """Gemma 4 says there how large the heads of some blocks are."""
+    changes = {"global_head_dim": 32}
+    case = make_case("gemma4_text", changes, sparsity=0.34, parts="kv")
+    assert len({*case.report.kv_groups["after"]}) > 1
+    check_masked_is_cut(case)
+
+
 def test_equally_many_groups_that_a_stock_config_refuses(make_case):
     """A hidden size of 32 is no multiple of six heads."""
     changes = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}

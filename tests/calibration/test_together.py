@@ -129,9 +129,9 @@ def test_one_accelerator_for_several_processes_is_refused(monkeypatch):
 def test_a_process_that_other_libraries_lose_is_told(said, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(ProcessError, match=r"process 1 of 2 lost another .*; see what that one"):
-        with naming_lost_processes():
-            raise RuntimeError(said)
+    lost = r"process 1 of 2 lost another .*; see what that one"
+    with pytest.raises(ProcessError, match=lost), naming_lost_processes():
+        raise RuntimeError(said)
     with pytest.raises(RuntimeError, match=r"^shapes differ$"), naming_lost_processes():
         raise RuntimeError("shapes differ")
     monkeypatch.delenv("WORLD_SIZE")

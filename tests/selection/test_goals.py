@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import cfsp
-from builders import draw_windows
+from builders import draw_windows, never
 from cfsp import pruning_cost as cost
 from cfsp.checkpoint.own_files import STATISTICS_FILE
 from cfsp.checkpoint.reading import Checkpoint
@@ -143,6 +143,23 @@ def test_a_fraction_of_the_cache_stays(prune, parts, fraction):
     assert f"at most {fraction} of the KV cache" in done.card
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "more", "fraction"),
+    [
+        # Two of four groups are nearer to it than one.
+        ("llama", {}, ("--widths", "equal"), 0.4),
+        # A group owns one, two or four heads of queries.
+        ("laguna", {"num_attention_heads_per_layer": [4, 8, 16]}, (), 0.5),
+        ("laguna", {"num_attention_heads_per_layer": [4, 8, 16]}, (), 0.25),
+    ],
+)
+def test_no_more_of_the_cache_stays_than_was_asked(prune, save, name, changes, more, fraction):
+    model = save(tiny_model(name, num_key_value_heads=4, **changes))
+    done = prune("--target-kv-cache", fraction, *more, "--effort", "fast", of=model)
+    before, after = (sum(done.manifest["kv_groups"][when]) for when in ("before", "after"))
+    assert after <= fraction * before < after + 3
+
+
 def test_a_kv_cache_that_cannot_be_is_refused(prune, sliding):
     said = prune("--target-kv-cache", 0.2, status=2).error
     assert "--target-kv-cache must be at least 0.5, found 0.2" in said
@@ -245,6 +262,24 @@ def test_a_bound_that_nothing_keeps(prune, monkeypatch):
     error = prune("--max-loss-increase", 0.1, status=2).error
     assert "cannot stay within 0.1 nats" in error
     assert "already 0.5% of the FFN channels cost 4" in error
+
+
+def test_what_all_stays_is_said_before_any_pass(prune, monkeypatch):
+    monkeypatch.setattr("cfsp.decide.calibrate", never)
+    asked = ("--parts", "kv", "--keep", "model.layers.*.self_attn", "--max-loss-increase", 0.5)
+    said = "nothing can be removed: with at least one KV group in every attention and all that --ke"
+    assert said in prune(*asked, status=2).error
+
+
+def test_statistics_of_other_parts_serve_by_what_they_know(model, few):
+    """Sensitivity of FFNs alone was measured."""
+    statistics = cfsp.calibrate(model, parts=("ffn", "kv"), **few)
+    assert statistics.sensitivity is not None and statistics.sensitivity.other_parts
+    of_ffns = replace(statistics.sensitivity, other_parts={})
+    statistics = replace(statistics, sensitivity=of_ffns)
+    for parts, metric in (("kv", "angular"), ("ffn", "sensitivity")):
+        plan = cfsp.plan(model, statistics, sparsity=0.5, parts=parts)
+        assert plan.criterion["block_metric"] == metric
 
 
 @pytest.mark.usefixtures("few_held_out")

@@ -8,10 +8,12 @@ import cfsp
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.errors import BudgetError, UsageError
 from cfsp.planning.candidate import Dropped, DropSizes, kept_by
-from cfsp.planning.make import parameters_of_channels
+from cfsp.planning.make import model_size, parameters_of_channels
 from cfsp.selection.constraint import Parameters
 from cfsp.settings import Budget
+from ragged import cut
 from tiny_decoders import tiny_model
+from tiny_models import build_tiny_model
 
 BLOCKS = 5
 
@@ -70,6 +72,20 @@ def test_channels_give_all_where_no_block_may_go(source):
     constraint = Parameters(source, Budget(parts=("ffn", "kv", "blocks"), keep=keep), 0.8)
     constraint.check()
     assert constraint.to_drop().is_met_by(Dropped())
+
+
+def test_blocks_give_what_channels_that_may_go_do_not_reach(tokenizer, few):
+    """However few of all channels that would be."""
+    model = tiny_model("llama", num_hidden_layers=8)
+    found = cfsp.prune(model, tokenizer, target_params=0.85, keep="0,1,2,3,4,5", **few)
+    assert found.config.cfsp["removed_blocks"]
+
+
+def test_widths_are_multiples_whichever_blocks_go(tokenizer, tmp_path):
+    wide = build_tiny_model("llama", intermediate_size=1056)
+    source = cut(wide, tokenizer, tmp_path, (1056, 736, 608))
+    whole, less = (model_size(source, Dropped(gone)).multiple_U(Budget()) for gone in ((), (0,)))
+    assert less == whole[1:]
 
 
 @pytest.mark.parametrize(

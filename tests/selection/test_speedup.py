@@ -1,6 +1,7 @@
 """As little goes as is predicted to be so many times faster."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,18 @@ def test_a_speed_out_of_reach_is_refused_before_any_pass(prune, latencies, monke
     error = prune(*asked, status=2).error
     assert "prefill cannot become 4 times faster with --parts ffn,blocks" in error
     assert "(alone, FFN channels reach 1.67, blocks reach 1.50)" in error
+
+
+@pytest.mark.parametrize("part", ["ffn", "blocks"])
+def test_a_speed_out_of_reach_of_what_may_go(prune, latencies, monkeypatch, part):
+    latencies(part)
+    monkeypatch.setattr("cfsp.decide.calibrate", never)
+    asked = ("--target-speedup", 1.6, "--parts", part, "--keep", "0,1")
+    said = re.search(
+        r"predicted to be ([\d.]+) times faster at most, .* reach ([\d.]+)\)",
+        prune(*asked, status=2).error,
+    )
+    assert said is not None and said[1] == said[2] and 1 < float(said[1]) < 1.6
 
 
 @pytest.mark.parametrize(

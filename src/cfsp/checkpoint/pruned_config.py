@@ -176,6 +176,8 @@ def config_changes(
         )
     if not parts:
         return ConfigChanges(text, whole)
+    if "ffn" not in parts and _has_own_per_layer(stock):
+        whole[FFN_WIDTHS] = {}  # what it has by block are no widths
     file = ModelingFile(architecture, model_class, type(config), ffn_key, tuple(parts))
     whole["architectures"] = [f"{PRUNED}{model_class.__name__}"]
     whole["auto_map"] = file.auto_map

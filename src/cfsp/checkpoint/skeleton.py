@@ -47,7 +47,7 @@ def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def resized_parts(config: PreTrainedConfig) -> tuple[Part, ...]:
     """Return the parts to which a config of ours gives widths that the stock class cannot build."""
-    has_ffns = width_key_of(config) is not None or getattr(config, FFN_WIDTHS, None) is not None
+    has_ffns = width_key_of(config) is not None or bool(getattr(config, FFN_WIDTHS, None))
     groups = getattr(config, KV_GROUPS, None)
     has_gone = any(0 in count_of.values() for count_of in (groups or {}).values())
     has: dict[Part, bool] = {"ffn": has_ffns, "kv": groups is not None, "attention": has_gone}

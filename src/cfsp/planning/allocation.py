@@ -23,6 +23,8 @@ from cfsp.settings import DEFAULT_CLAMP, Budget, Clamp, Part, parts_in_words
 
 # The published code stops short of keeping a block whole.
 _CLAMP_MARGIN = 1.05
+# Costs are whole numbers, which sums of floats may miss by so much.
+_SAME_COST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -132,22 +134,30 @@ def check_least(budget: Budget, size: ModelSize, kept: float, asked: str, of: fl
 
     `asked` says in words what is to go, `of` is the cost of what that is a share of.
     """
-    least, multiple_U = size.cost_of(size.least_U(budget)), size.multiple_U(budget)
+    least, steps = (
+        size.cost_of(size.least_U(budget)),
+        map(mul, size.multiple_U(budget), size.cost_U),
+    )
     # Within half a multiple of the least width is the least width.
-    if kept < least - min(map(mul, multiple_U, size.cost_U), default=0) / 2:
+    if kept < least - min(steps, default=0) / 2:
         # Rounded down, as so much is not refused then.
         most = floor(1000 * (size.cost_of(size.width_U) - least) / of + 1e-9) / 1000
-        pairs = zip(multiple_U, size.units, strict=True)
-        widths = sorted({multiple for multiple, unit in pairs if unit.is_rounded})
-        left = [f"{' or '.join(map(str, widths))} channels left in every FFN"] if widths else []
-        if not all(unit.is_rounded for unit in size.units):
-            left.append("one KV group in every attention")
-        if any(unit.stays for unit in size.units):
-            left.append("all that --keep names")
         raise BudgetError(
-            f"cannot remove {asked}: with at least {' and '.join(left)}, between 0 and {most:.1%} "
-            "can be removed"
+            f"cannot remove {asked}: with at least {least_in_words(budget, size)}, between 0 and "
+            f"{most:.1%} can be removed"
         )
+
+
+def least_in_words(budget: Budget, size: ModelSize) -> str:
+    """Return what every unit keeps at least."""
+    pairs = zip(size.multiple_U(budget), size.units, strict=True)
+    widths = sorted({multiple for multiple, unit in pairs if unit.is_rounded})
+    left = [f"{' or '.join(map(str, widths))} channels left in every FFN"] if widths else []
+    if not all(unit.is_rounded for unit in size.units):
+        left.append("one KV group in every attention")
+    if any(unit.stays for unit in size.units):
+        left.append("all that --keep names")
+    return " and ".join(left)
 
 
 def shrunk(
@@ -208,6 +218,8 @@ def round_widths(
     further than a multiple from what their importance gives them to meet it more closely.
     """
     least_U = list(map(min, multiple_U, width_U))
+    if total <= sum(map(mul, least_U, cost_U)) + _SAME_COST:  # however dear the next step is
+        return least_U
     kept_U = [
         width if ideal >= width else max(least, int(ideal // multiple) * multiple)
         for ideal, width, least, multiple in zip(ideal_U, width_U, least_U, multiple_U, strict=True)

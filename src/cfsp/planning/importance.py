@@ -91,7 +91,8 @@ def importance_by(statistics: Statistics, metric: str) -> list[float]:
     if statistics.sensitivity is None:
         raise StatisticsError(
             f"the block metric {metric} needs the blocks' sensitivity, which these statistics do "
-            f"not have; make them with: cfsp calibrate --set block_metric={metric}"
+            f"not have; make them with: cfsp calibrate --set block_metric={metric}, and the same "
+            "--parts"
         )
     halved_L = _of_blocks_with_units(statistics, statistics.sensitivity.halved_L)
     root_L = [math.sqrt(divergence) for divergence in halved_L]

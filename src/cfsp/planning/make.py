@@ -43,21 +43,20 @@ def model_size(
     """Return the numbers that budgets of channels are about, beside what goes whole."""
     stays = kept_by(source, keep).units
     sizes = zip(source.units, ffn_parameters_per_channel(source), strict=True)
-    return ModelSize(
-        units=tuple(
-            UnitSize(
-                width=unit.width,
-                channel_parameters=each,
-                kind=unit.path,
-                grain=EXPERTS_GRAIN if unit.routed else 1,
-                part=unit.part,
-                stays=index in stays,
-            )
-            for index, (unit, each) in enumerate(sizes)
-            if not dropped.takes(unit)
-        ),
-        parameters=source.parameter_count - parameters_dropped(source, dropped),
+    of_all = tuple(
+        UnitSize(
+            width=unit.width,
+            channel_parameters=each,
+            kind=unit.path,
+            grain=EXPERTS_GRAIN if unit.routed else 1,
+            part=unit.part,
+            stays=index in stays,
+        )
+        for index, (unit, each) in enumerate(sizes)
     )
+    pairs = zip(source.units, of_all, strict=True)
+    units = tuple(size for unit, size in pairs if not dropped.takes(unit))
+    return ModelSize(units, source.parameter_count - parameters_dropped(source, dropped), of_all)
 
 
 def parameters_of_channels(
@@ -92,7 +91,9 @@ class Planner:
         """Return what plans by these statistics; of metrics that are `auto`, by what they allow."""
         statistics = fitting_statistics(source, statistics)
         if criterion.block_metric == AUTO_METRIC:
-            metric = SENSITIVITY if statistics.sensitivity else ANGULAR
+            # Statistics that had other parts to choose from may not have that of all.
+            of_parts = [statistics.of_part(part).sensitivity for part in budget.channel_parts]
+            metric = SENSITIVITY if all((statistics.sensitivity, *of_parts)) else ANGULAR
             criterion = replace(criterion, block_metric=metric)
         return Planner(source, statistics, budget, criterion)
 

@@ -21,7 +21,13 @@ from cfsp.checkpoint.pruned_config import check_attentions_can_go_alone
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.stored_blocks import parameters_of_an_expert
 from cfsp.errors import BudgetError
-from cfsp.planning.allocation import ModelSize, channels_to_keep, check_least, check_multiple
+from cfsp.planning.allocation import (
+    ModelSize,
+    channels_to_keep,
+    check_least,
+    check_multiple,
+    least_in_words,
+)
 from cfsp.planning.candidate import (
     NOTHING,
     Droppable,
@@ -147,13 +153,13 @@ class Attempt:
 
 
 def highest_step(size: ModelSize, budget: Budget) -> int:
-    """Return the number of steps up to the highest sparsity that leaves every FFN a multiple."""
+    """Return the number of steps up to the highest sparsity that leaves every unit its least."""
     least = size.cost_of(size.least_U(budget))
     highest = math.floor(STEPS * (1 - least / size.cost_of(size.width_U)))
     if highest < 1:
         raise BudgetError(
-            f"nothing can be removed: with at least {max(size.multiple_U(budget))} channels left "
-            f"in every FFN, less than {1 / STEPS:.1%} of them could go; choose a smaller --multiple"
+            f"nothing can be removed: with at least {least_in_words(budget, size)}, less than "
+            f"{1 / STEPS:.1%} could go; choose a smaller --multiple, or --keep less"
         )
     return highest
 

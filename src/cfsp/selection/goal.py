@@ -19,7 +19,7 @@ from cfsp.checkpoint.text_config import longest_input_of, text_config_of
 from cfsp.errors import BudgetError
 from cfsp.job import Job
 from cfsp.planning.candidate import NOTHING, Candidate, Dropped, kept_by
-from cfsp.planning.make import Planner, model_size, parameters_of_channels
+from cfsp.planning.make import Planner, model_size
 from cfsp.quality.perplexity import loss_in_memory
 from cfsp.selection.constraint import (
     STEPS,
@@ -98,7 +98,9 @@ def _parts_for(job: Job, asked: Parameters) -> tuple[Part, ...]:
     if not job.settings.leaves_parts_open:
         return job.budget.parts
     gone = asked.share_of_all * job.source.parameter_count
-    share = gone / parameters_of_channels(job.source, DEFAULT_PARTS)
+    size = model_size(job.source, keep=job.budget.keep).of_parts(DEFAULT_PARTS)
+    may_go = sum(unit.width * unit.channel_parameters for unit in size.units if not unit.stays)
+    share = gone / may_go if may_go else math.inf
     if share < MANY_CHANNELS:
         return DEFAULT_PARTS
     if share < 1:
@@ -158,7 +160,7 @@ class CacheFraction(Constraint):
     @property
     def needs_statistics(self) -> bool:
         """Whether what goes follows from a plan alone."""
-        return not self._is_even or len(self.budget.parts) > 1
+        return not self._is_arithmetic or len(self.budget.parts) > 1
 
     @cached_property
     def context(self) -> int:
@@ -189,6 +191,13 @@ class CacheFraction(Constraint):
     def _is_even(self) -> bool:
         """Whether all groups cache as many tokens."""
         return len({*self.tokens_U} - {0}) == 1
+
+    @property
+    def _is_arithmetic(self) -> bool:
+        """Whether a share of what groups own is one of the cache, and none is rounded up."""
+        groups = model_size(self.source).of_parts(("kv",)).units
+        own = {unit.channel_parameters for unit in groups}
+        return self._is_even and len(own) == 1 and self.budget.widths != "equal"
 
     def size(self, kept_U: Sequence[int]) -> int:
         """Return the tokens that all groups cache together if units keep so many."""
@@ -247,21 +256,25 @@ class CacheFraction(Constraint):
         """Return the least share of the KV groups that is enough."""
         pairs = zip(self.source.units, self.groups_U, strict=True)
         left_U = [0 if dropped.takes(unit) else groups for unit, groups in pairs]
-        left, least_U = sum(left_U), self._least_U(dropped)
+        least_U = self._least_U(dropped)
         if self.size(least_U) > self.stay:
             return None
-        if self._is_even:
+        if self._is_arithmetic:
             # Rounded, so that a half that stays is a half that goes.
             return max(0.0, round(1 - self.stay / self.size(left_U), 12))
 
+        may_go = sum(left_U) - sum(least_U)
+        size = model_size(self.source, dropped, self.budget.keep).of_parts(("kv",))
+        most = 1 - size.cost_of(size.least_U(self.budget)) / size.cost_of(size.width_U)
+
         def is_too_much(gone: int) -> bool:
-            candidate = Candidate(dropped, 0, ("kv",), gone / left)
+            candidate = Candidate(dropped, 0, ("kv",), most * gone / may_go)
             return self.stay < self.size(planner.widths(candidate).kept_U)
 
         # At 0 it may be enough: what goes whole is gone already.
         if not is_too_much(0):
             return 0.0
-        return (last_that_holds(left - sum(least_U), is_too_much) + 1) / left
+        return most * (last_that_holds(may_go, is_too_much) + 1) / may_go
 
     def _least_U(self, dropped: Dropped) -> list[int]:
         """Return how many KV groups of every unit stay at least beside what goes whole."""
@@ -291,6 +304,13 @@ class LossIncrease(Constraint):
 
     name = "max_loss_increase"
     needs_statistics = True  # plans are made from them
+
+    def check(self) -> None:
+        """Check that channels can go; whether the loss stays within is measured later."""
+        super().check()
+        if not self.budget.whole_parts:
+            size = model_size(self.source, keep=self.budget.keep)
+            highest_step(size.of_parts(self.budget.parts), self.budget)
 
     def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
         """Return the largest share whose loss fits."""

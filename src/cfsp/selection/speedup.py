@@ -157,7 +157,7 @@ class Speedup(Constraint):
         if dropped and not is_too_slow(0):
             return 0.0
         size = model_size(self.source, dropped, self.budget.keep).of_parts(parts)
-        if not size.units:  # all blocks that have some are dropped
+        if all(unit.stays for unit in size.units):  # or all blocks that have some are dropped
             return None
         highest = highest_step(size, self.budget)
         if is_too_slow(highest):
@@ -201,12 +201,11 @@ class Speedup(Constraint):
 
     def _reach(self, parts: Sequence[Part]) -> float:
         """Return how many times faster it is at best, if these parts go as far as they may."""
-        multiples = model_size(self.source).multiple_U(self.budget)
-        least_U = [
-            min(unit.width, multiple) if unit.part in parts else unit.width
-            for unit, multiple in zip(self.source.units, multiples, strict=True)
-        ]
-        gone = range(1, self.source.architecture.block_count) if "blocks" in parts else ()
+        source, keep = self.source, self.budget.keep
+        pairs = zip(source.units, model_size(source, keep=keep).least_U(self.budget), strict=True)
+        least_U = [least if unit.part in parts else unit.width for unit, least in pairs]
+        sizes = DropSizes.of(source, ("blocks",), keep)
+        gone = sorted(sizes.block_of)[not sizes.some_stay :] if "blocks" in parts else ()
         return times_faster(self.latencies["curves"], self.source, least_U, Dropped(tuple(gone)))
 
 
