@@ -107,3 +107,15 @@ def test_what_is_left_is_told_and_that_it_is_much(wordy, argv, estimate, tmp_pat
 )
 def test_what_has_no_cost_beforehand_is_refused(argv, options, named, command):
     assert f"--estimate does not know what {named} takes" in command(*argv, *options, status=2).err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--sparsity", "0.99"], "cannot remove 99.0% of the FFN channels"),
+        (["--parts", "kv", "--sparsity", "0.9"], "cannot remove 90.0% of the KV groups"),
+        (["--sparsity", "0.4", "--keep", "99"], "--keep names block 99"),
+    ],
+)
+def test_what_cannot_be_has_no_cost(argv, more, said, command):
+    assert said in command(*argv, *more, status=2).err

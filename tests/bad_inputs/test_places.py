@@ -35,7 +35,7 @@ from cfsp.checkpoint.output import check_output_is_free, write_atomically
 from cfsp.checkpoint.own_files import check_links
 from cfsp.cli import build_parser, main
 from cfsp.errors import CheckpointError, OutputError, TextError, UsageError
-from cfsp.text.sources import TextSource
+from cfsp.text.sources import TextSource, check_texts
 
 SMALL = "--sparsity 0.4 --multiple 4"
 SWEEP = f"sweep {{model}} --sparsity 0.4 --eval {{text}} {TEXT} --out"
@@ -209,9 +209,15 @@ def test_a_limit_on_the_size_of_files(place, capfd):
 
 
 def test_a_path_that_the_system_cannot_look_up(place, monkeypatch, command):
-    for out in ("a\0b", "a\ud800b"):
+    for out in ("a\0b", "a\ud800b", "a\udcdfb"):
         with pytest.raises(UsageError, match=r"cannot look up a.*; give another path"):
             cfsp.prune(place.model, sparsity=0.4, out=out)
+    # Names that are no UTF-8 come so from the system; records of a run are.
+    with pytest.raises(CheckpointError, match=r"the name 'a\\udcdfb' is no UTF-8"):
+        cfsp.prune("a\udcdfb", sparsity=0.4, out=place.out)
+    for text in ("a\udcdfb.txt", lambda: cfsp.Text("a\udcdfb", "text")):
+        with pytest.raises(TextError, match=r"a\\udcdfb.*half of a surrogate pair"):
+            check_texts([text if isinstance(text, str) else text()])
     gone = place.work / "gone"
     gone.mkdir()
     monkeypatch.chdir(gone)

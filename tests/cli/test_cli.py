@@ -163,6 +163,9 @@ def test_help_fits_a_screen_and_help_all_names_the_rest(command, name):
 def test_advanced_options_are_checked_as_others_are(tmp_path, command, typed, message):
     prune = ("prune", "demo", "--out", tmp_path / "o", "--sparsity", 0.2)
     assert message in command(*prune, "--set", typed, status=2).err
+    assert (
+        "unknown argument --versoin; did you mean --version?" in command("--versoin", status=2).err
+    )
 
 
 def test_the_default_text_is_told_once_when_it_is_read(

@@ -182,7 +182,7 @@ def test_what_is_printed(tiny_checkpoint, text_file, other_text_file, command):
         "Perplexity: 3 windows of 256 tokens, without BOS, 765 predicted tokens",
         "Agreement with the original: 3 windows",
     ]
-    assert " of dense in the geometric mean, " in lines[-2]
+    assert ": perplexity ratio " in lines[-2] and " in the geometric mean, " in lines[-2]
     assert lines[-1] == (
         f"against {names[0]}; computed in float32; standard errors of windows, documents and "
         "questions"

@@ -59,6 +59,7 @@ def given_path(name: str | Path) -> Path:
     try:
         if not path.is_absolute():
             Path.cwd()  # it may be gone; what is above it need not be readable
+        str(path).encode()  # what is written of it is UTF-8
         path.exists()
         os.access(path, os.F_OK)  # exists() hides what no name can hold, such as a null character
     except (OSError, ValueError) as error:  # the former also where a name is too long
@@ -82,6 +83,12 @@ def check_is_name(name: str | Path) -> None:
             f"expected the name or path of a model, found a {type(name).__name__}; {_GIVE}, such "
             "as one that save_pretrained() wrote"
         )
+    try:
+        str(name).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            f"the name {str(name)!r} is no UTF-8, as what is written of it is; call it otherwise"
+        ) from error
 
 
 def locate_model(name: str | Path) -> Path:

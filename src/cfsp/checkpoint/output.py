@@ -31,7 +31,7 @@ def output_path(out: str | Path) -> Path:
         raise UsageError(f"expected out=, the path of what is new, found {reprlib.repr(out)}")
     path = given_path(out)
     # The longest name that is made of it, beside it.
-    given_path(_staging_of(path.with_name(f"{path.name}-pruned")))
+    given_path(_staging_of(path.parent / f"{path.name}-pruned"))
     return path
 
 

@@ -46,7 +46,7 @@ examples:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Return the parser with all subcommands."""
     parser = Parser(
         prog="cfsp",
@@ -70,10 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         parser.error(str(error))
     args, unknown = parser.parse_known_args(expanded, argparse.Namespace(argv=argv))
-    if unknown and args.command is not None:
-        args.parser.error(
+    if unknown:
+        own = parser if args.command is None else args.parser
+        own.error(
             f"unknown argument {unknown[0]}"
-            + did_you_mean(unknown[0].partition("=")[0], args.parser.known_flags())
+            + did_you_mean(unknown[0].partition("=")[0], own.known_flags())
         )
     if args.version:
         from importlib.metadata import version

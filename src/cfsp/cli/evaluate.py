@@ -202,7 +202,7 @@ def _print(found: dict[str, Any], args: argparse.Namespace) -> None:
         if args.data and "agreement" in model:
             ratio, worst = model["agreement"]["perplexity_ratio"], model["agreement"]["worst"]
             print(
-                f"{names[model['model']]}: perplexity {ratio:.3f} of dense in the geometric mean, "
+                f"{names[model['model']]}: perplexity ratio {ratio:.3f} in the geometric mean, "
                 f"{worst['perplexity_ratio']:.3f} on {short_names(args.data)[worst['text']]}"
             )
     dtypes = ", ".join(dict.fromkeys(model["dtype"] for model in models))

@@ -30,7 +30,7 @@ def add_options_to(parser: Parser) -> None:
         "--type",
         metavar="TYPE",
         help="gguf: f32, f16, bf16, q8_0 or, through llama.cpp, q4_k_m, q5_k_m, q6_k, ...; "
-        "openvino: f32 or f16 (default: the checkpoint's own)",
+        "openvino: f32 or f16 (default: the checkpoint's own; f16 for bf16 there)",
     )
     parser.add_argument(
         "--pre-tokenizer",

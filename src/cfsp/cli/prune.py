@@ -141,6 +141,7 @@ def run(args: argparse.Namespace) -> Told:
     from cfsp.processes import joined, take_own_accelerator
     from cfsp.prune_and_recover import prune_and_recover
     from cfsp.pruning_cost import doubts, pruning_cost
+    from cfsp.selection.constraint import Share
 
     plan = PruningPlan.load(args.plan) if args.plan else None
     statistics = Statistics.load(args.statistics) if args.statistics else None
@@ -148,6 +149,7 @@ def run(args: argparse.Namespace) -> Told:
     parts = plan.parts if plan else settings.budget.parts
     source = open_checkpoint(args.model, parts=parts)
     if args.estimate:
+        Share(source, settings.budget).check()
         cost = pruning_cost(source, args.out or Path(), settings)
         for doubt in doubts(source, settings):
             log.warning("%s", doubt)

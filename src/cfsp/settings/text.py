@@ -58,8 +58,8 @@ class Text:
             raise TextError(f"{self.name!r} is the name of a text of cfsp; call yours otherwise")
         if not any(document.strip() for document in documents):
             raise TextError(f"the text {self.name!r} is empty")
-        for document in documents:
-            check_encodes(document, f"the text {self.name!r}")
+        for part in (self.name, *documents):
+            check_encodes(part, f"the text {self.name!r}")
         object.__setattr__(self, "documents", documents)
 
 
@@ -70,7 +70,7 @@ def check_encodes(text: str, where: str) -> None:
     except UnicodeEncodeError as error:
         raise TextError(
             f"{where}: half of a surrogate pair at character {error.start}, which is no text; "
-            "leave that line out"
+            "leave it out (a name of a file that is no UTF-8 has one: call it otherwise)"
         ) from error
 
 

@@ -95,7 +95,8 @@ def pass_blocks(
             raise ResumeError(
                 f"{state.directory} is not complete; start over with: rm -r {work}"
             ) from error
-        logger.info("%s: going on at block %d of %d", label, len(results), blocks)
+        if label not in work_dir.times:  # what this run made itself is no news
+            logger.info("%s: going on at block %d of %d", label, len(results), blocks)
     if len(results) == blocks:
         return results
     times = work_dir.times.setdefault(label, PassTimes())

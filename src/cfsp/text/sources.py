@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from cfsp.checkpoint.locating import exists, path_of
 from cfsp.errors import TextError
 from cfsp.settings import Text
+from cfsp.settings.text import check_encodes
 from cfsp.text.offline import MIXED, OFFLINE, Purpose
 from cfsp.text.records import (
     CHAT_COLUMN,
@@ -80,6 +81,7 @@ class TextSource:
         text = self.text
         if isinstance(text, Text) or text in OFFLINE:
             return None, "text"
+        check_encodes(text, f"the name {text!r}")
         if text in _HUB:
             hub_id, config, split = _HUB[text]
             return (hub_id, config, "train" if self.purpose == "calibration" else split), "text"
