@@ -9,7 +9,6 @@ Shapes: P positions of any windows, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
 
@@ -28,25 +27,18 @@ from cfsp.streaming.stand_in import CallForm, find_call_form, resumed_at
 _MORE = ("output_router_logits", "output_hidden_states", "output_attentions")
 
 
-@contextmanager
-def logits_only(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model return nothing but logits while this is open, whatever its config asks for."""
+def logits_of(model: Any, tokens_BT: Tensor, **how: Any) -> Tensor:
+    """Return the logits of a model, or of a part that gives logits, and have nothing else made."""
     config = model.config
     configs = (config, *(getattr(config, name, None) for name in config.sub_configs))
     asked = [(each, name) for each in configs for name in _MORE if getattr(each, name, False)]
     for each, name in asked:
         setattr(each, name, False)
     try:
-        yield
+        logits: Tensor = model(input_ids=tokens_BT, use_cache=False, **how).logits
     finally:
         for each, name in asked:
             setattr(each, name, True)
-
-
-def logits_of(model: Any, tokens_BT: Tensor, **asked: Any) -> Tensor:
-    """Return the logits of a model, or of a part that gives logits, without a cache."""
-    with logits_only(model):
-        logits: Tensor = model(input_ids=tokens_BT, use_cache=False, **asked).logits
     return logits
 
 
