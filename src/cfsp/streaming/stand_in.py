@@ -14,7 +14,7 @@ Shapes: B windows, T tokens, D hidden (all that a token has, if a model keeps se
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 # What a block returns, from its index, the hidden state as the model has it, and all else.
 Answer = Callable[[int, Tensor, Arguments], Any]
+Replaced = AbstractContextManager[None]
 
 
 # Where a value is in the arguments of a call: the keys of `torch.utils._pytree`.
@@ -157,22 +158,18 @@ def replaced(blocks: nn.ModuleList, indices: Collection[int], answer: Answer) ->
             blocks[index] = original
 
 
-@contextmanager
-def skipped(blocks: nn.ModuleList, indices: Collection[int], form: CallForm) -> Iterator[None]:
+def skipped(blocks: nn.ModuleList, indices: Collection[int], form: CallForm) -> Replaced:
     """Let some blocks leave the hidden state as it is, as if they were not there."""
-    with replaced(blocks, indices, lambda index, hidden, arguments: form.returned(hidden)):
-        yield
+    return replaced(blocks, indices, lambda index, hidden, arguments: form.returned(hidden))
 
 
-@contextmanager
-def resumed_at(blocks: nn.ModuleList, first: int, hidden: Tensor, form: CallForm) -> Iterator[None]:
+def resumed_at(blocks: nn.ModuleList, first: int, hidden: Tensor, form: CallForm) -> Replaced:
     """Let the model compute its blocks from `first` on only, on a hidden state as it has them."""
 
     def answer(index: int, own: Tensor, arguments: Arguments) -> Any:
         return form.returned(hidden if index == first - 1 else own)
 
-    with replaced(blocks, range(first), answer):
-        yield
+    return replaced(blocks, range(first), answer)
 
 
 @contextmanager
