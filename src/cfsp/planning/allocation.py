@@ -293,11 +293,20 @@ def _widths(
     importance_U: Sequence[float], budget: Budget, size: ModelSize, clamp: Clamp, total: float
 ) -> list[int]:
     """Return the widths of units that cost `total`; see `allocate`."""
-    ideal_U, multiple_U = _ideal(importance_U, budget, size, clamp, total), size.multiple_U(budget)
+    width_U, cost_U, multiple_U = size.width_U, size.cost_U, size.multiple_U(budget)
+    fraction = total / size.cost_of(width_U)
+    if budget.widths == "equal":
+        ideal_U = [fraction * width for width in width_U]
+    else:
+        filling_U = importance_U
+        if clamp == "published":
+            weight_U = None if set(cost_U) == {1} else list(map(float, map(mul, width_U, cost_U)))
+            filling_U = shrunk(importance_U, 1 - fraction, weight_U)
+        ideal_U = water_fill(filling_U, width_U, cost_U, total)
     dear = [index for index, unit in enumerate(size.units) if not unit.is_rounded]
     rest = [index for index, unit in enumerate(size.units) if unit.is_rounded]
     if dear and rest:
-        kept_U, left = list(size.width_U), total * size.parameters_per_cost
+        kept_U, left = list(width_U), total * size.parameters_per_cost
         of_dear = fsum(ideal_U[i] * size.units[i].channel_parameters for i in dear)
         for chosen in (dear, rest):
             part, wanted = size.only(chosen), of_dear if chosen is dear else left
@@ -312,20 +321,6 @@ def _widths(
     if budget.widths == "equal":  # to the nearest multiple: what was equal stays so
         return [
             min(width, max(1, round(ideal / multiple)) * multiple)
-            for ideal, width, multiple in zip(ideal_U, size.width_U, multiple_U, strict=True)
+            for ideal, width, multiple in zip(ideal_U, width_U, multiple_U, strict=True)
         ]
-    return round_widths(ideal_U, size.width_U, size.cost_U, multiple_U, total)
-
-
-def _ideal(
-    importance_U: Sequence[float], budget: Budget, size: ModelSize, clamp: Clamp, total: float
-) -> list[float]:
-    """Return the widths before rounding."""
-    width_U, cost_U = size.width_U, size.cost_U
-    fraction = total / size.cost_of(width_U)
-    if budget.widths == "equal":
-        return [fraction * width for width in width_U]
-    if clamp == "published":
-        weight_U = None if set(cost_U) == {1} else list(map(float, map(mul, width_U, cost_U)))
-        importance_U = shrunk(importance_U, 1 - fraction, weight_U)
-    return water_fill(importance_U, width_U, cost_U, total)
+    return round_widths(ideal_U, width_U, cost_U, multiple_U, total)
