@@ -15,10 +15,10 @@ from builders import (
     random_unit_statistics,
     statistics_with_distances,
 )
-from cfsp.calibration.calibrate import _Calibration, calibrate
+from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Sensitivity, Statistics
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
-from cfsp.errors import CalibrationError, ResumeError, StatisticsError, UsageError
+from cfsp.errors import CalibrationError, StatisticsError, UsageError
 from cfsp.settings import Budget, Compute, PruneSettings
 from cfsp.text.windows import Windows
 from tiny_decoders import tiny_model
@@ -118,12 +118,3 @@ def test_nan_of_experts_is_told_with_what_to_do(model_type):
     job = job_of(LoadedModel(model.half()), PruneSettings(Budget(), compute=compute))
     with pytest.raises(CalibrationError, match=r"block 1 produced NaN .* --dtype float32"):
         calibrate(job, Windows(random_tokens(4, 12), {"text": 4}))
-
-
-def test_work_of_an_earlier_version_that_compared_no_runs_is_refused(tmp_path):
-    directory = tmp_path / "out.work" / "process-0-of-1" / "calibrate"
-    directory.mkdir(parents=True)
-    random_block(8).save(directory, 0)
-    assert _Calibration("calibrate", None, is_alone=True).load(directory, 0).passing is None
-    with pytest.raises(ResumeError, match=f"rm -r {directory.parents[1]}"):
-        _Calibration("calibrate", 4, is_alone=True).load(directory, 0)

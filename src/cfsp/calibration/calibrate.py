@@ -26,7 +26,7 @@ from cfsp.calibration.observed import (
 )
 from cfsp.calibration.statistics import RunDistances, Statistics
 from cfsp.checkpoint.text_config import longest_input_of, vocabulary_of
-from cfsp.errors import CalibrationError, ResumeError, UsageError
+from cfsp.errors import CalibrationError, UsageError
 from cfsp.job import Job
 from cfsp.processes import Team
 from cfsp.streaming.block_pass import Visitor, pass_blocks
@@ -202,15 +202,7 @@ class _Calibration(Visitor[ObservedBlock]):
         result.save(directory, block)
 
     def load(self, directory: Path, block: int) -> ObservedBlock:
-        found = ObservedBlock.load(directory, block)
-        if self._stride is not None and found.passing is None:
-            work_dir = directory.parents[1]
-            raise ResumeError(
-                f"{work_dir} holds unfinished work that did not compare runs of blocks: there was "
-                "memory for the whole model then; free as much, or start over with: "
-                f"rm -r {work_dir}"
-            )
-        return found
+        return ObservedBlock.load(directory, block)
 
 
 def calibration_record(job: Job, windows: Windows) -> CalibrationRecord:
