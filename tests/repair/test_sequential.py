@@ -18,7 +18,7 @@ from cfsp.job import Job
 from cfsp.pipeline import prune_checkpoint
 from cfsp.repair import sequential
 from cfsp.repair.result import PruningResult
-from cfsp.repair.sequential import blocks_at_gaps, repair_sequentially
+from cfsp.repair.sequential import NAME, blocks_at_gaps, repair_drift
 from cfsp.settings import Budget, CalibrationText, Compute, PruneSettings
 from cfsp.streaming import work_dir
 from cfsp.streaming.work_dir import WorkDir
@@ -47,7 +47,7 @@ def ridge(job) -> PruningResult:
 
 @pytest.fixture(scope="module")
 def fitted(job, ridge, windows) -> PruningResult:
-    return repair_sequentially(job, ridge, windows)
+    return repair_drift(NAME, job, ridge, windows)
 
 
 def job_for(source: LoadedModel, windows: Windows, directory: Path, budget: Budget = HALF) -> Job:
@@ -123,7 +123,7 @@ def test_only_down_projections_change_and_the_model_comes_closer(job, ridge, fit
 def test_with_all_channels_no_bit_changes(windows, tmp_path):
     source = LoadedModel(build_tiny_model("llama"))
     job = job_for(source, windows, tmp_path, Budget(0.0, multiple=4))
-    new = pruned_source(job, repair_sequentially(job, decide(job)[0], windows))
+    new = pruned_source(job, repair_drift(NAME, job, decide(job)[0], windows))
     assert all(torch.equal(new.read(name), source.read(name)) for name in source.specs)
 
 
@@ -164,7 +164,7 @@ KINDS = (
 def test_every_kind_of_dense_model_comes_closer(name, windows, tmp_path):
     job = job_for(LoadedModel(build_tiny_model(name)), windows, tmp_path)
     ridge, _ = decide(job)
-    fitted = repair_sequentially(job, ridge, windows)
+    fitted = repair_drift(NAME, job, ridge, windows)
     assert any(entry["kept"] for entry in fitted.steps[-1]["blocks"])
     tokens = windows.tokens_NT[windows.held_out_N]
     with torch.inference_mode():

@@ -9,6 +9,7 @@ sequential  the ridge; then every down projection on the pruned model's own hidd
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import compress
 
 from cfsp.errors import TextError
@@ -25,11 +26,11 @@ STEPS: dict[Repair, dict[str, Step]] = {
     "none": {},
     "ridge": {
         ridge_pass.NAME: ridge_pass.repair_by_plan,
-        sequential.GAPS: sequential.repair_gaps,
+        sequential.GAPS: partial(sequential.repair_drift, sequential.GAPS),
     },
     "sequential": {
         ridge_pass.NAME: ridge_pass.repair_by_plan,
-        sequential.NAME: sequential.repair_sequentially,
+        sequential.NAME: partial(sequential.repair_drift, sequential.NAME),
     },
 }
 

@@ -46,35 +46,27 @@ Rows = tuple[Tensor, ...]
 NAME = "sequential"
 # The same for blocks at removed ones alone.
 GAPS = "gaps"
+_IMPOSSIBLE = {
+    NAME: "there is no sequential repair of this model, the ridge stays",
+    GAPS: "what was removed is not made up for",
+}
 # Of what a block can take over of the drift (LOG.md, 2026-11-30).
 SHARE_OF_DRIFT = 0.5
 
 log = logging.getLogger(__name__)
 
 
-def repair_sequentially(job: Job, repaired: PruningResult, windows: Windows) -> PruningResult:
-    """Fit the down projection of every block of a pruned model, one after the other.
+def repair_drift(name: str, job: Job, repaired: PruningResult, windows: Windows) -> PruningResult:
+    """Fit the down projections of a pruned model, of one block after the other.
 
-    Blocks that have no dense FFN, or several, stay as they are; of a model whose blocks need more
-    than hidden states all do.
+    `sequential` fits those of all blocks, `gaps` those of the blocks at removed ones, and of those
+    without attention. Blocks that have no dense FFN, or several, stay as they are; of a model whose
+    blocks need more than hidden states all do.
     """
     try:
-        return SequentialRepair(NAME, job, repaired, windows).step()
+        return SequentialRepair(name, job, repaired, windows).step()
     except UnsupportedModelError as error:
-        log.warning("there is no sequential repair of this model, the ridge stays: %s", error)
-        return repaired
-
-
-def repair_gaps(job: Job, repaired: PruningResult, windows: Windows) -> PruningResult:
-    """Fit the down projections of the blocks at removed ones, and of those without attention.
-
-    The other blocks stay as they are, and so does one that has no dense FFN, or several; where all
-    are such there is no step.
-    """
-    try:
-        return SequentialRepair(GAPS, job, repaired, windows, at_gaps_alone=True).step()
-    except UnsupportedModelError as error:
-        log.warning("what was removed is not made up for: %s", error)
+        log.warning("%s: %s", _IMPOSSIBLE[name], error)
         return repaired
 
 
@@ -99,15 +91,7 @@ class SequentialRepair(Visitor[BlockRepair | None]):
 
     waits_for_others = True
 
-    def __init__(
-        self,
-        name: str,
-        job: Job,
-        repaired: PruningResult,
-        windows: Windows,
-        *,
-        at_gaps_alone: bool = False,
-    ) -> None:
+    def __init__(self, name: str, job: Job, repaired: PruningResult, windows: Windows) -> None:
         super().__init__(name)
         self._job, self._repaired, plan = job, repaired, repaired.plan
         batch = windows_in_batch(windows, job.runtime.batch_windows)
@@ -125,7 +109,7 @@ class SequentialRepair(Visitor[BlockRepair | None]):
         beside = blocks_at_gaps(count, plan.removed_blocks)
         self._at_gaps = {*beside, *map(plan.index_of_block, plan.removed_attentions)}
         every_block = range(self.pruned.architecture.block_count)
-        blocks = sorted(self._at_gaps) if at_gaps_alone else every_block
+        blocks = sorted(self._at_gaps) if name == GAPS else every_block
         found = {block: _last_to_write(self.pruned, block) for block in blocks}
         # Of each block that can be fitted, what is.
         self._unit_of = {block: unit for block, unit in found.items() if unit is not None}
