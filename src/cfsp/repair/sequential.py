@@ -240,8 +240,8 @@ def _observe(block: BlockVisit, unit: Unit, down_DK: Tensor) -> tuple[GramSums, 
     act: list[Tensor] = []
     with observed_activations(block.module, [unit], lambda *rows: act.append(rows[2])):
         for windows in block.split.batches:
-            batch = block.batch(windows)
-            output_BTD = block(batch.input_BTD)
+            input_BTD, dense_BTD = block.batch(windows)
+            output_BTD = block(input_BTD)
             act_BTK = act.pop().view(*output_BTD.shape[:2], -1)
             is_held_out_B = torch.tensor([window in block.split.held_out for window in windows])
             for is_fitted, chosen_B in ((True, ~is_held_out_B), (False, is_held_out_B)):
@@ -249,7 +249,7 @@ def _observe(block: BlockVisit, unit: Unit, down_DK: Tensor) -> tuple[GramSums, 
                     continue
                 act_RK, output_RD, dense_RD = (
                     each[chosen_B.to(block.device)].flatten(0, 1)
-                    for each in (act_BTK, output_BTD, batch.dense_BTD)
+                    for each in (act_BTK, output_BTD, dense_BTD)
                 )
                 if is_fitted:
                     gram.add(act_RK)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,13 +43,6 @@ class Split:
 
     def _batched(self, windows: Sequence[int]) -> list[list[int]]:
         return [list(windows[i : i + self._batch]) for i in range(0, len(windows), self._batch)]
-
-
-class Batch(NamedTuple):
-    """Some windows of both streams at a block."""
-
-    input_BTD: Tensor  # of the pruned stream, as they enter the pruned block
-    dense_BTD: Tensor  # of the dense stream, as they leave the last block that it stands for
 
 
 def token_error(output_BTD: Tensor, dense_BTD: Tensor) -> Tensor:
@@ -122,20 +114,20 @@ class BlockVisit:
         tensors = read_tensors(self.module, prefix, self._pruned, self._block.dtype, instead)
         fill(self.module, tensors, self.device)
 
-    def batch(self, windows: Sequence[int]) -> Batch:
-        """Return some windows of both streams."""
-        hidden, dense = self._block.hidden, list(windows)
+    def batch(self, windows: list[int]) -> tuple[Tensor, Tensor]:
+        """Return what of some windows enters the pruned block, and their dense stream after it."""
+        hidden = self._block.hidden
         input_BTD = hidden.read([self.split.count + window for window in windows])
-        return Batch(input_BTD.to(self.device), hidden.read_written(dense).to(self.device))
+        return input_BTD.to(self.device), hidden.read_written(windows).to(self.device)
 
     def judge(self) -> Judgement:
         """Return how far the block is from the dense stream on the held-out windows of all."""
-        error, loss = 0.0, 0.0
+        error, loss, every = 0.0, 0.0, self.split.every_held_out
         for windows in self.split.judged:
-            batch, share = self.batch(windows), len(windows) / self.split.every_held_out
-            output_BTD = self(batch.input_BTD)
-            error += share * float(token_error(output_BTD, batch.dense_BTD))
-            loss += share * float(hidden_loss(output_BTD, batch.dense_BTD))
+            (input_BTD, dense_BTD), share = self.batch(windows), len(windows) / every
+            output_BTD = self(input_BTD)
+            error += share * float(token_error(output_BTD, dense_BTD))
+            loss += share * float(hidden_loss(output_BTD, dense_BTD))
         of_processes = self.split.team.gather((error, loss))
         return Judgement(*map(math.fsum, zip(*of_processes, strict=True)))
 
