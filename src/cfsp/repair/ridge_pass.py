@@ -27,7 +27,6 @@ from cfsp.calibration.observed import ObservedBlock
 from cfsp.checkpoint.reading import WeightSource, down_matrix, parameters_with_down
 from cfsp.job import Job
 from cfsp.planning.importance import choose_channels
-from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import processes_on_machine
 from cfsp.repair.result import BlockRepair, PruningResult, add_step, write_tensors
 from cfsp.repair.ridge import Observation, RidgeSolution, repair_down_projection
@@ -61,11 +60,6 @@ class Wanted:
 
     keep_U: Sequence[int | Sequence[int]]
     removed: Collection[int] = ()
-
-    @staticmethod
-    def of(plan: PruningPlan) -> Wanted:
-        """Return what a plan keeps."""
-        return Wanted(plan.kept_channels, plan.removed_blocks)
 
 
 @dataclass
@@ -106,7 +100,9 @@ def repair_by_plans(
     job: Job, results: Sequence[PruningResult], windows: Windows
 ) -> list[PruningResult]:
     """Repair what each of several plans leaves, in one pass over all windows."""
-    chosen = choose_and_repair(job, windows, [Wanted.of(result.plan) for result in results])
+    plans = [result.plan for result in results]
+    wanted = [Wanted(plan.kept_channels, plan.removed_blocks) for plan in plans]
+    chosen = choose_and_repair(job, windows, wanted)
     return [
         with_ridge(job, result, of_one, number)
         for number, (result, of_one) in enumerate(zip(results, chosen, strict=True))
@@ -192,10 +188,8 @@ class _RidgePass(Visitor[list[ChosenBlock]]):
         units = () if is_gone else block.units
         observations = [Observation(self._is_held_out_N, unit.ffns) for unit in units]
 
-        def add(unit: int, ffn: int, act_RF: Tensor, window_R: Tensor) -> None:
-            observations[unit].add(ffn, act_RF, window_R)
-
-        observed = added_up(self._team, observe(block, add if units else None))
+        add = None if is_gone else lambda unit, *rows: observations[unit].add(*rows)
+        observed = added_up(self._team, observe(block, add))
         check_seen(block.units, observed.units)
         gone = ((),) * len(block.units)
         chosen = [
