@@ -128,21 +128,20 @@ def _selected(
 
 
 def _decided(selected: Sequence[_Selected]) -> list[tuple[PruningResult, dict[str, Any]]]:
-    """Return plans, with the ridge step where that chose the channels, and facts about goals."""
+    """Return plans, with the ridge step where that chose the channels, and what goals came to."""
     chosen = iter(_chosen_and_repaired([each for each in selected if each.chooses]))
     found = []
     for each in selected:
-        result = next(chosen) if each.chooses else _planned(each)
+        if each.chooses:
+            result = next(chosen)
+        else:
+            with each.job.work_dir.watch.stage("plan"):
+                plan = each.planner.plan(each.candidate)
+            result = PruningResult(plan, each.planner.statistics)
         warn_of_experts(result.plan)
-        found.append((result, _facts(each.constraint, each.candidate)))
+        facts = each.constraint.facts()
+        found.append((result, facts and {**facts, "chosen": asdict(each.candidate)}))
     return found
-
-
-def _planned(selected: _Selected) -> PruningResult:
-    """Return the plan by statistics of all windows."""
-    planner = selected.planner
-    with selected.job.work_dir.watch.stage("plan"):
-        return PruningResult(planner.plan(selected.candidate), planner.statistics)
 
 
 def _chosen_and_repaired(selected: Sequence[_Selected]) -> list[PruningResult]:
@@ -195,12 +194,6 @@ def plan_from(source: WeightSource, statistics: Statistics, settings: PruneSetti
         settings = replace(settings.suited_to_repair(), repair="none", leaves_parts_open=False)
         job = Job(source, settings, no_text, no_text, runtime, work_dir)
         return decide(job, Known(statistics))[0].plan
-
-
-def _facts(constraint: Constraint, candidate: Candidate) -> dict[str, Any]:
-    """Return what a goal came to, as JSON types; empty without one."""
-    facts = constraint.facts()
-    return {**facts, "chosen": asdict(candidate)} if facts else {}
 
 
 def _repaired_by(job: Job, result: PruningResult) -> PruningResult:
