@@ -73,11 +73,6 @@ from cfsp.text.drawing import calibration_windows
 from cfsp.text.tokenizers import check_tokenizer, load_tokenizer
 from cfsp.text.windows import Windows
 
-_ANOTHER_CHOICE = (
-    "--dry-run compared plans before repair; the run itself repairs a few of them and may choose "
-    "another"
-)
-
 log = logging.getLogger(__name__)
 
 
@@ -118,7 +113,10 @@ def prune_checkpoint(
         if dry_run:
             parts = tuple(repaired.plan.criterion.get("parts", DEFAULT_PARTS))
             if asked.repair != "none" and known.plan is None and Budget(parts=parts).compares:
-                log.warning(_ANOTHER_CHOICE)
+                log.warning(
+                    "--dry-run compared plans before repair; the run itself repairs a few of them "
+                    "and may choose another"
+                )
             if team.is_first:
                 repaired.plan.save(staging / PLAN_FILE)
             return prune_report(source, repaired, facts, {}, work_dir, None)
