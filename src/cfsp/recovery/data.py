@@ -112,7 +112,11 @@ def _documents(
     total = 0
     if source.is_chat:
         check_has_template(tokenizer)
-        _check_has_offsets(tokenizer)
+        if not getattr(tokenizer, "is_fast", False):
+            raise TextError(
+                f"the model's tokenizer ({type(tokenizer).__name__}) does not say which characters "
+                "a token is of, so answers cannot be told from the rest; give plain text"
+            )
         numbered = enumerate(source.documents(), start=1)
         documents = (answer_tokens(chat, tokenizer, number) for number, chat in numbered)
     else:
@@ -122,15 +126,6 @@ def _documents(
         total += document.shape[1]
         if total >= most:
             return
-
-
-def _check_has_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that a tokenizer says which characters a token is of."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise TextError(
-            f"the model's tokenizer ({type(tokenizer).__name__}) does not say which characters a "
-            "token is of, so answers cannot be told from the rest; give plain text"
-        )
 
 
 def _divided(documents: Sequence[Tensor], seqlen: int) -> tuple[list[Tensor], list[Tensor]]:
