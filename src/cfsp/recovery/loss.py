@@ -246,15 +246,6 @@ def diverged(step: int, what: str, *, in_bfloat16: bool) -> RecoveryError:
     )
 
 
-def check_can_fall(held_out: float) -> None:
-    """Check that the loss on held-out text is above 0 before training: else none is lower."""
-    if held_out <= 0:
-        raise RecoveryError(
-            "the loss on held-out text is 0 before training: the model predicts what its teacher "
-            "predicts, so there is nothing to win back; give the dense model to --teacher, or none"
-        )
-
-
 @contextmanager
 def loss_inside(
     model: PreTrainedModel, teacher: PreTrainedModel | None = None, weight: float = 0.0

@@ -214,8 +214,7 @@ def _recover(ready: Prepared, work_dir: WorkDir | None, command: str) -> Recover
                 found, compute = Checkpoint(staging, "the recovered model"), ready.settings.compute
                 after = perplexity_by_text(found, windows, compute, work_dir, "recovered")
             report = replace(report, perplexity=before_and_after(before, after))
-        seconds_by_stage = dict(watch.seconds)
-        report = replace(report, seconds=seconds_by_stage, peak_rss_bytes=peak_rss_bytes())
+        report = replace(report, seconds=watch.seconds, peak_rss_bytes=peak_rss_bytes())
         _write_record(ready, report, staging, digests, command)
     return report
 

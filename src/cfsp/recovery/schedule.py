@@ -26,9 +26,9 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from cfsp.architecture.block_names import counted
-from cfsp.errors import UsageError
+from cfsp.errors import RecoveryError, UsageError
 from cfsp.progress import item_progress
-from cfsp.recovery.loss import check_can_fall, diverged
+from cfsp.recovery.loss import diverged
 from cfsp.recovery.prepare import Prepared
 from cfsp.streaming.work_dir import PassState
 
@@ -351,7 +351,12 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
             entry["loss"] = round(self._loss, 4)
         self.history.append(entry)
         if not step:
-            check_can_fall(entry["held_out"])
+            if entry["held_out"] <= 0:
+                raise RecoveryError(
+                    "the loss on held-out text is 0 before training: the model predicts what its "
+                    "teacher predicts, so there is nothing to win back; give the dense model to "
+                    "--teacher, or none"
+                )
             schedule.begins_at(entry["held_out"])
             # The rate of the first step was set before the loss was known.
             for group in kwargs["optimizer"].param_groups:
