@@ -23,6 +23,7 @@ from cfsp.streaming.work_dir import WorkDir
 from tiny_decoders import tiny_model
 
 BLOCKS = 6
+OF_BLOCKS = Budget(parts=("blocks",))
 
 
 def random_runs(seed: int, blocks: int = BLOCKS) -> RunDistances:
@@ -74,24 +75,24 @@ def test_a_budget_is_met_to_within_half_a_block(source):
     assert len(set(each)) == 1
     total = source.parameter_count
     for sparsity, expected in ((0.0, 0), (0.08, 0), (0.09, 1), (0.5, 3), (0.83, 5)):
-        budget = DropBudget.of_share(source, ("blocks",), sparsity)
+        budget = DropBudget.of_share(source, OF_BLOCKS, sparsity)
         first = (Dropped(tuple(range(count))) for count in range(BLOCKS))
         assert len(next(filter(budget.is_met_by, first)).blocks) == expected
-    of_model = DropBudget.of_share(source, ("blocks",), 2 * each[0] / total, of_model=True)
+    of_model = DropBudget.of_share(source, OF_BLOCKS, 2 * each[0] / total, of_model=True)
     assert of_model.is_met_by(Dropped((0, 4)))
     assert not of_model.is_met_by(Dropped((0,)))
-    by_count = DropBudget.of_count(source, "blocks", 2)
+    by_count = DropBudget.of_count(source, OF_BLOCKS, 2)
     assert by_count.is_met_by(Dropped((1, 2)))
     assert not by_count.is_met_by(Dropped((1,)))
 
 
 def test_an_impossible_budget_names_the_range(source):
     with pytest.raises(BudgetError, match=r"between 0 and 83.3% can be removed"):
-        DropBudget.of_share(source, ("blocks",), 0.95)
+        DropBudget.of_share(source, OF_BLOCKS, 0.95)
     with pytest.raises(BudgetError, match="of the model's parameters: at least one of 6"):
-        DropBudget.of_share(source, ("blocks",), 0.9, of_model=True)
+        DropBudget.of_share(source, OF_BLOCKS, 0.9, of_model=True)
     with pytest.raises(BudgetError, match="between 0 and 5 can be removed"):
-        DropBudget.of_count(source, "blocks", 6)
+        DropBudget.of_count(source, OF_BLOCKS, 6)
 
 
 def test_memory_is_looked_at_once_and_by_the_first_process(source, tmp_path, monkeypatch):
@@ -117,24 +118,22 @@ def runs_of(*distance_L: float) -> RunDistances:
 
 
 def test_the_choice_follows_the_statistics(source):
-    budget = DropBudget.of_share(source, ("blocks",), 1 / 3)
+    budget = DropBudget.of_share(source, OF_BLOCKS, 1 / 3)
     plain = statistics_with_distances([0.1] * BLOCKS)
     order = (Removal(5, 0.1), Removal(2, 0.3), Removal(0, 0.7))
     measured = replace(plain, removals=order, runs=random_runs(0))
     assert dropped_by(source, measured, budget).blocks == (2, 5)
     expected = tuple(cheapest_runs(random_runs(0), BLOCKS, 2))
     assert dropped_by(source, replace(measured, removals=()), budget).blocks == expected
-    nothing = DropBudget.of_share(source, ("blocks",), 0.0)
+    nothing = DropBudget.of_share(source, OF_BLOCKS, 0.0)
     assert dropped_by(source, plain, nothing) == NOTHING
     with pytest.raises(StatisticsError, match="cfsp calibrate --parts blocks"):
         dropped_by(source, plain, budget)
     # The order may be of a run without --keep.
-    for kept in (
-        DropBudget.of_count(source, "blocks", 2, keep=("5",)),
-        DropBudget.of_share(source, ("blocks",), 1 / 3, keep=("5",)),
-    ):
-        assert dropped_by(source, measured, kept).blocks == (0, 2)
-    more = DropBudget.of_share(source, ("blocks",), 0.8)
+    kept = replace(OF_BLOCKS, keep=("5",))
+    for own in (DropBudget.of_count(source, kept, 2), DropBudget.of_share(source, kept, 1 / 3)):
+        assert dropped_by(source, measured, own).blocks == (0, 2)
+    more = DropBudget.of_share(source, OF_BLOCKS, 0.8)
     with pytest.raises(StatisticsError, match="say of 3 blocks in which order they go"):
         dropped_by(source, measured, more)
 
@@ -145,7 +144,7 @@ def test_a_block_that_cannot_go_is_left_out(distance_L):
     source = LoadedModel(tiny_model("qwen2_moe", num_hidden_layers=4, decoder_sparse_step=2))
     plain = statistics_with_distances(distance_L)
     statistics = replace(plain, runs=runs_of(*distance_L))
-    budget = DropBudget.of_count(source, "blocks", 1)
+    budget = DropBudget.of_count(source, OF_BLOCKS, 1)
     assert dropped_by(source, statistics, budget).blocks == (3,)
 
 

@@ -141,7 +141,7 @@ def without(source: LoadedModel, removed: Dropped) -> float:
 
 
 def order_of(source: LoadedModel, count: int) -> list[Removal]:
-    wanted = DropBudget.of_count(source, "blocks", count)
+    wanted = DropBudget.of_count(source, Budget(parts=("blocks",)), count)
     return order_of_removal(source, source.model, TOKENS, [wanted])
 
 
@@ -180,7 +180,7 @@ def both() -> LoadedModel:
 
 
 def test_blocks_and_attentions_are_compared_for_each_parameter(both):
-    wanted = DropBudget.of_share(both, ("attention", "blocks"), 0.7)
+    wanted = DropBudget.of_share(both, Budget(parts=("attention", "blocks")), 0.7)
     before = {name: tensor.clone() for name, tensor in both.model.state_dict().items()}
     order = order_of_removal(both, both.model, TOKENS, [wanted])
     assert all(torch.equal(both.model.state_dict()[name], before[name]) for name in before)

@@ -52,11 +52,9 @@ class DropBudget:
     at_most: bool = False  # whether less will do: channels beside give the rest
 
     @staticmethod
-    def of_count(
-        source: WeightSource, part: WholePart, count: int, keep: Sequence[str] = ()
-    ) -> DropBudget:
+    def of_count(source: WeightSource, budget: Budget, count: int) -> DropBudget:
         """Return the budget by which so many blocks, or attention layers, go."""
-        sizes = DropSizes.of(source, [part], keep)
+        (part,), sizes = budget.whole_parts, DropSizes.of(source, budget.whole_parts, budget.keep)
         most = len(sizes.of_one) - (not sizes.some_stay)
         if count > most:
             raise _too_many(sizes, counted(count, PART_NOUNS[part]), str(most))
@@ -64,24 +62,20 @@ class DropBudget:
 
     @staticmethod
     def of_share(
-        source: WeightSource,
-        parts: Sequence[WholePart],
-        share: float,
-        *,
-        of_model: bool = False,
-        keep: Sequence[str] = (),
+        source: WeightSource, budget: Budget, share: float, *, of_model: bool = False
     ) -> DropBudget:
         """Return the budget by which a share goes of the parameters of all that may go.
 
         With `of_model` it is a share of all parameters of the model.
         """
-        sizes = DropSizes.of(source, parts, keep)
+        parts = budget.whole_parts
+        sizes = DropSizes.of(source, parts, budget.keep)
         total = source.parameter_count if of_model else sizes.total
         if share * total > sizes.most + min(sizes.of_one.values(), default=0) / 2:
             whose = "model's" if of_model else "block" if "blocks" in parts else "attention"
             what = f"{share:.1%} of the {whose} parameters"
             raise _too_many(sizes, what, f"{sizes.most / total:.1%}")
-        return DropBudget(tuple(parts), sizes, share * total)
+        return DropBudget(parts, sizes, share * total)
 
     def has_room_for(self, dropped: Dropped, droppable: Droppable) -> bool:
         """Return whether dropping another one comes closer to the budget."""
@@ -236,10 +230,9 @@ class Share(Constraint):
 
     def to_drop(self) -> DropBudget:
         """Return how much goes."""
-        (part,), count = self.budget.whole_parts, self.budget.remove
-        if count is not None:
-            return DropBudget.of_count(self.source, part, count, self.budget.keep)
-        return DropBudget.of_share(self.source, [part], self.budget.sparsity, keep=self.budget.keep)
+        if self.budget.remove is not None:
+            return DropBudget.of_count(self.source, self.budget, self.budget.remove)
+        return DropBudget.of_share(self.source, self.budget, self.budget.sparsity)
 
     def experts(self) -> int:
         """Return the number that is nearest to the share, or that was asked for."""
@@ -287,13 +280,11 @@ class Parameters(Constraint):
 
     def to_drop(self) -> DropBudget:
         """Return as much; beside channels, which give the rest, at most half of the attention."""
-        parts, keep = self.budget.whole_parts, self.budget.keep
-        if not self.budget.channel_parts:
-            return DropBudget.of_share(
-                self.source, parts, self.share_of_all, of_model=True, keep=keep
-            )
+        budget, parts = self.budget, self.budget.whole_parts
+        if not budget.channel_parts:
+            return DropBudget.of_share(self.source, budget, self.share_of_all, of_model=True)
         if "blocks" in parts:
-            sizes = DropSizes.of(self.source, parts, keep)
+            sizes = DropSizes.of(self.source, parts, budget.keep)
             return DropBudget(parts, sizes, min(self._to_go, sizes.most), at_most=True)
         alone = super().to_drop()
         return replace(alone, parameters=min(alone.parameters, self._to_go))
@@ -341,10 +332,9 @@ class Parameters(Constraint):
 
 def half_dropped(source: WeightSource, budget: Budget) -> DropBudget:
     """Return as much of the blocks, or attention layers, as is ever dropped beside others."""
-    parts, keep = budget.whole_parts, budget.keep
-    sizes = DropSizes.of(source, parts, keep)
+    sizes = DropSizes.of(source, budget.whole_parts, budget.keep)
     share = min(MOST_DROPPED, sizes.most / sizes.total)
-    return replace(DropBudget.of_share(source, parts, share, keep=keep), at_most=True)
+    return replace(DropBudget.of_share(source, budget, share), at_most=True)
 
 
 def _experts_of(source: WeightSource) -> int:

@@ -250,7 +250,7 @@ class CacheFraction(Constraint):
         widths = sorted(filter(None, self.groups_U))
         most = self.stay / max(self.tokens_U)
         gone = next(n for n in range(len(widths)) if sum(widths[n:]) <= most)
-        return DropBudget.of_count(self.source, "attention", gone, self.budget.keep)
+        return DropBudget.of_count(self.source, self.budget, gone)
 
     def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
         """Return the least share of the KV groups that is enough."""

@@ -132,7 +132,7 @@ class Speedup(Constraint):
         """Return how many blocks are enough, whichever go; beside channels half of them."""
         if self.budget.channel_parts:
             return super().to_drop()
-        return DropBudget.of_count(self.source, "blocks", self._fewest, self.budget.keep)
+        return DropBudget.of_count(self.source, self.budget, self._fewest)
 
     @cached_property
     def _fewest(self) -> int:
