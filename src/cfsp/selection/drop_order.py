@@ -200,7 +200,17 @@ def with_order(
 def dropped_by(source: WeightSource, statistics: Statistics, budget: DropBudget) -> Dropped:
     """Return the blocks and attention layers that go, by their order where statistics have one."""
     if statistics.has_order_of(budget.parts):
-        return _by_order(source, statistics, budget)
+        order = statistics.removals_of(budget.parts)
+        taken = budget.first(order)
+        if taken is None:
+            raise StatisticsError(
+                f"the statistics say of {len(order)} {parts_in_words(budget.parts)} in which order "
+                "they go, and the budget needs more; make statistics that say it of more with: "
+                f"cfsp calibrate --parts {','.join(budget.parts)}"
+            )
+        if taken != order[: len(taken)]:  # the first ones are proved already
+            check_can_go(source, Dropped.of(taken))
+        return Dropped.of(taken)
     if budget.is_met_by(NOTHING):
         return NOTHING
     if "blocks" in budget.parts and statistics.runs is None:
@@ -238,21 +248,6 @@ def can_go(source: WeightSource, dropped: Dropped) -> bool:
     except UnsupportedModelError:
         return False
     return True
-
-
-def _by_order(source: WeightSource, statistics: Statistics, budget: DropBudget) -> Dropped:
-    order = statistics.removals_of(budget.parts)
-    taken = budget.first(order)
-    if taken is None:
-        raise StatisticsError(
-            f"the statistics say of {len(order)} {parts_in_words(budget.parts)} in which order "
-            "they go, and the budget needs more; make statistics that say it of more with: cfsp "
-            f"calibrate --parts {','.join(budget.parts)}"
-        )
-    dropped = Dropped.of(taken)
-    if taken != order[: len(taken)]:  # the first ones are proved already
-        check_can_go(source, dropped)
-    return dropped
 
 
 def _least_distances(
