@@ -109,8 +109,8 @@ def _selected(
             _drawn(job)  # before models are timed
     job, constraint = constraint_of(job)
     constraints = [constraint, *(constraint_of(each)[1] for each in beside)]
-    drawn = _drawn(job) if statistics is None or job.budget.compares else None
-    count = None if drawn is None else len(drawn.tokens_NT)
+    reads_text = not is_known or job.budget.compares
+    count = len(_drawn(job).tokens_NT) if reads_text else None
     announce(job.source, job.settings, count, told)
     repairs_channels = job.settings.repairs and bool(job.budget.channel_parts)
     chooses = repairs_channels and not is_known and not constraint.needs_statistics
@@ -121,9 +121,11 @@ def _selected(
         name = "coarse pass" if chooses else "calibrate"
         with job.work_dir.watch.stage(name):
             statistics = calibrate(job, windows, name, runs=follow_runs(job))
-        statistics = _completed(job, constraints, statistics)
-    elif job.budget.compares:
-        statistics = _completed(job, constraints, statistics)
+    if reads_text and follow_divergence(job):
+        wanted = [each.to_drop() for each in constraints]
+        statistics = with_order(job, statistics, wanted)
+    if reads_text and job.budget.channel_parts:
+        statistics = with_needed_sensitivity(job, statistics)
     return _Selected(job, constraint, chooses, *select(job, constraint, statistics))
 
 
@@ -213,13 +215,3 @@ def _check_plan(source: WeightSource, plan: PruningPlan) -> None:
     if plan.kept_experts is not None:
         check_experts_can_go(source, plan.experts_of_blocks, plan.removed_blocks)
     PrunedSource(source, plan)  # it can be written
-
-
-def _completed(job: Job, constraints: Sequence[Constraint], statistics: Statistics) -> Statistics:
-    """Add the order in which blocks go and their sensitivity, where candidates need them."""
-    windows = job.draw()
-    if follow_divergence(job):
-        statistics = with_order(job, statistics, windows, [each.to_drop() for each in constraints])
-    if job.budget.channel_parts:
-        statistics = with_needed_sensitivity(job, statistics, windows)
-    return statistics

@@ -207,8 +207,7 @@ def calibrate_source(
         with work_dir.watch.stage("calibrate"):
             statistics = calibrate(job, windows, runs=follow_runs(job))
         if follow_divergence(job):
-            half = half_dropped(source, job.budget)
-            statistics = with_order(job, statistics, windows, [half])
+            statistics = with_order(job, statistics, [half_dropped(source, job.budget)])
         if not job.budget.channel_parts or job.criterion.block_metric not in (
             AUTO_METRIC,
             SENSITIVITY,
@@ -217,7 +216,7 @@ def calibrate_source(
         # Of every part that a plan may ask about.
         together = Budget(parts=tuple(dict.fromkeys(unit.part for unit in source.units)))
         job = replace(job, settings=replace(job.settings, budget=together))
-        return with_needed_sensitivity(job, statistics, windows)
+        return with_needed_sensitivity(job, statistics)
 
 
 def decide_all(

@@ -313,7 +313,7 @@ def follow_sensitivity(source: WeightSource, criterion: Criterion, runtime: Runt
     return fits(source, runtime)
 
 
-def with_needed_sensitivity(job: Job, statistics: Statistics, windows: Windows) -> Statistics:
+def with_needed_sensitivity(job: Job, statistics: Statistics) -> Statistics:
     """Add the sensitivity of blocks where widths follow it, of the parts that may lose channels.
 
     Statistics that have it stay as they are. A killed run goes on with what it had measured, or had
@@ -328,12 +328,11 @@ def with_needed_sensitivity(job: Job, statistics: Statistics, windows: Windows) 
         if not follow_sensitivity(job.source, job.criterion, job.runtime):
             return {"sensitivity": None}
         with work_dir.watch.stage("sensitivity"):
-            found = measure_sensitivity(job, statistics, windows, parts)
+            found = measure_sensitivity(job, statistics, job.draw(), parts)
         return {"sensitivity": asdict(found)}
 
     # Other windows would be another measurement.
-    name = f"sensitivity-{windows.digest[:8]}"
-    found = work_dir.once(name, measure)["sensitivity"]
+    found = work_dir.once(f"sensitivity-{job.draw().digest[:8]}", measure)["sensitivity"]
     blocks = len(statistics.blocks)
     return replace(statistics, sensitivity=Sensitivity.from_json(found, blocks))
 

@@ -37,7 +37,6 @@ from cfsp.selection.divergence import MaskedModel, few_beginnings, in_batches, l
 from cfsp.settings import Budget, parts_in_words
 from cfsp.streaming.block_proof import prove_without_attentions, prove_without_blocks
 from cfsp.streaming.runtime import fits
-from cfsp.text.windows import Windows
 
 # How many are tried again before one goes, and the tokens of each window that is read for it: one
 # block does twice the harm of another, where a few percent tell widths apart.
@@ -165,9 +164,7 @@ def cannot_be_tried(budget: Budget, needed: str) -> UsageError:
     )
 
 
-def with_order(
-    job: Job, statistics: Statistics, windows: Windows, wanted: Sequence[DropBudget]
-) -> Statistics:
+def with_order(job: Job, statistics: Statistics, wanted: Sequence[DropBudget]) -> Statistics:
     """Add the order in which blocks or attention layers go, where budgets need more of it.
 
     A killed run goes on with what it had chosen. Of several processes the first chooses, on the
@@ -180,7 +177,7 @@ def with_order(
 
     def measure() -> dict[str, Any]:
         removals: list[Removal] = []
-        few = few_beginnings(windows, _TOKENS)
+        few = few_beginnings(job.draw(), _TOKENS)
         for parts in sorted(needed):
             what = f"choosing the {parts_in_words(parts)} that go"
             with work_dir.watch.stage("order of removal"):
@@ -190,8 +187,7 @@ def with_order(
         return {"removals": [asdict(each) for each in removals]}
 
     # Other windows would be another choice.
-    name = f"removals-{windows.digest[:8]}"
-    found = work_dir.once(name, measure)["removals"]
+    found = work_dir.once(f"removals-{job.draw().digest[:8]}", measure)["removals"]
     others = [each for each in statistics.removals if (each.among or (each.part,)) not in needed]
     measured = Removal.all_from_json(found, len(statistics.blocks))
     return replace(statistics, removals=(*others, *measured))
