@@ -75,10 +75,7 @@ def can_be_repaired(job: Job) -> bool:
 
 
 def repaired_scores(job: Job, planner: Planner, candidates: Sequence[Candidate]) -> list[float]:
-    """Return KL(dense || repaired on a little text) of each, with two models in memory.
-
-    The ridge of all is one pass.
-    """
+    """Return KL(dense || repaired on a little text) of each, with two models in memory."""
     fit, judged = apart(job.draw())
     model = load_whole(job.source, job.runtime, "trying a repair")
     with torch.inference_mode():

@@ -185,10 +185,7 @@ class BlockCalls:
             self.learn(range(size))
 
     def embed(self, batches: Iterable[slice], room: Room, *, resumed: bool = False) -> HiddenStates:
-        """Learn the calls of batches, and return the hidden states that enter the first block.
-
-        A resumed pass has the hidden states already.
-        """
+        """Learn the calls of batches, and return what enters the first block."""
         hidden: HiddenStates | None = None
         for batch in batches:
             own = range(batch.start, batch.stop)

@@ -71,11 +71,7 @@ def pass_blocks(
     runtime: Runtime,
     work_dir: WorkDir,
 ) -> list[T]:
-    """Let all windows pass all blocks, or those that a killed run left; return all results.
-
-    The work directory is where to spill and to save, with the processes that do the same with other
-    windows.
-    """
+    """Let all windows pass all blocks, or those that a killed run left; return all results."""
     label, blocks = visitor.label, source.architecture.block_count
     state = None
     if work_dir.identity is not None:

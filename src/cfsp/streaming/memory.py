@@ -22,10 +22,7 @@ _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "
 
 
 def hidden_budget(asked: int | None = None) -> int:
-    """Return how many bytes hidden states may take: as asked, or half of what is available.
-
-    Processes on one machine share that half.
-    """
+    """Return how many bytes hidden states may take: as asked, or half of what is available."""
     if asked is not None:
         return asked
     return int(available_bytes() * _SHARE_OF_AVAILABLE / processes_on_machine())
