@@ -165,9 +165,7 @@ def _shared_staging(out: Path, work_dir: WorkDir) -> Iterator[Path]:
 
 
 def prune_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: PruneSettings,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: PruneSettings
 ) -> PreTrainedModel:
     """Prune a model in memory into a new one that shares every unpruned tensor with it.
 

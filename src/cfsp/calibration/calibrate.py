@@ -222,9 +222,7 @@ def calibration_record(job: Job, windows: Windows) -> CalibrationRecord:
 
 
 def observe(
-    block: StreamedBlock,
-    on_activations: OnActivations | None = None,
-    stride: int | None = None,
+    block: StreamedBlock, on_activations: OnActivations | None = None, stride: int | None = None
 ) -> ObservedBlock:
     """Let the windows pass one block and return its statistics.
 

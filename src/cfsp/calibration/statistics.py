@@ -95,10 +95,7 @@ class Removal:
         """Return those of so many blocks, of their fields as JSON; ValueError if they can't be."""
         found = tuple(
             Removal(
-                int(each["block"]),
-                float(each["divergence"]),
-                each["part"],
-                tuple(each["among"]),
+                int(each["block"]), float(each["divergence"]), each["part"], tuple(each["among"])
             )
             for each in fields
         )

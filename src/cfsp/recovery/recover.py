@@ -268,10 +268,7 @@ def _train(ready: Prepared, seconds_to_measure: float) -> tuple[nn.Module, Prepa
 
     # What merging, writing and loading again may take, by what loading took.
     later = watch.seconds["load"] + source.nbytes / BYTES_PER_SECOND + seconds_to_measure
-    with (
-        watch.stage("train"),
-        loss_inside(model, dense, settings.training.teacher_weight) as loss,
-    ):
+    with watch.stage("train"), loss_inside(model, dense, settings.training.teacher_weight) as loss:
         if sharded:
             shard(adapted, model, source.architecture, device)
             if ready.teacher is not None and dense is not None:
@@ -329,11 +326,7 @@ def copy_everything_else(source: Checkpoint, directory: Path) -> None:
 
 
 def _write_record(
-    ready: Prepared,
-    report: RecoverReport,
-    directory: Path,
-    digests: dict[str, str],
-    command: str,
+    ready: Prepared, report: RecoverReport, directory: Path, digests: dict[str, str], command: str
 ) -> None:
     """Write the manifest and the model card: those of the pruned model and how it was recovered."""
     settings, teacher = ready.settings, ready.teacher

@@ -138,13 +138,7 @@ class _RidgePass(Visitor[list[ChosenBlock]]):
 
     waits_for_others = True
 
-    def __init__(
-        self,
-        job: Job,
-        windows: Windows,
-        own: slice,
-        wanted: Sequence[Wanted],
-    ) -> None:
+    def __init__(self, job: Job, windows: Windows, own: slice, wanted: Sequence[Wanted]) -> None:
         super().__init__(NAME)
         self._source, self._criterion, self._team = job.source, job.criterion, job.work_dir.team
         self._wanted = wanted

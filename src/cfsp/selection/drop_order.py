@@ -45,10 +45,7 @@ _TOKENS = 64
 
 
 def order_of_removal(
-    source: WeightSource,
-    model: PreTrainedModel,
-    tokens_NT: Tensor,
-    wanted: Sequence[DropBudget],
+    source: WeightSource, model: PreTrainedModel, tokens_NT: Tensor, wanted: Sequence[DropBudget]
 ) -> list[Removal]:
     """Return the blocks that go, or whose attention does, in the order in which they are chosen.
 

@@ -65,11 +65,7 @@ class Visitor(ABC, Generic[T]):
 
 
 def pass_blocks(
-    source: WeightSource,
-    windows: Windows,
-    visitor: Visitor[T],
-    runtime: Runtime,
-    work_dir: WorkDir,
+    source: WeightSource, windows: Windows, visitor: Visitor[T], runtime: Runtime, work_dir: WorkDir
 ) -> list[T]:
     """Let all windows pass all blocks, or those that a killed run left; return all results."""
     label, blocks = visitor.label, source.architecture.block_count

@@ -142,10 +142,7 @@ def _refused(what: str) -> Iterator[None]:
 
 
 def _check_some_stay(
-    attentions: Sequence[Unit],
-    removed: Collection[int],
-    kinds: Sequence[str] | None,
-    what: str,
+    attentions: Sequence[Unit], removed: Collection[int], kinds: Sequence[str] | None, what: str
 ) -> None:
     """Check that every removed attention can be told apart, and that one of its kind stays."""
     blocks = [unit.block for unit in attentions]

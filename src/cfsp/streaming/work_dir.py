@@ -211,10 +211,7 @@ def temporary_work_dir(memory_budget: int | None = None) -> Iterator[WorkDir]:
 
 @contextmanager
 def output_work_dir(
-    out: Path,
-    identity: dict[str, Any],
-    memory_budget: int | None,
-    team: Team | None = None,
+    out: Path, identity: dict[str, Any], memory_budget: int | None, team: Team | None = None
 ) -> Iterator[WorkDir]:
     """Give the work directory of an output, a file or directory; it is removed when all is done.
 
