@@ -44,8 +44,7 @@ def model_of(width: int, blocks: int) -> ModelSize:
     hidden = width * 3 // 8
     ffn = 3 * hidden * width
     return ModelSize(
-        (UnitSize(width, 3 * hidden),) * blocks,
-        blocks * (ffn + 4 * hidden**2) + 32000 * hidden,
+        (UnitSize(width, 3 * hidden),) * blocks, blocks * (ffn + 4 * hidden**2) + 32000 * hidden
     )
 
 

@@ -84,8 +84,7 @@ def test_equal_widths_are_by_equal_distances():
 def test_importance_by_sensitivity_is_that_of_numpy():
     angular_L, divergence_L = [0.2, 0.1, 0.3], (0.4, 0.01, 0.0)
     statistics = replace(
-        statistics_with_distances(angular_L),
-        sensitivity=Sensitivity(divergence_L, (0.5,) * 3, 4),
+        statistics_with_distances(angular_L), sensitivity=Sensitivity(divergence_L, (0.5,) * 3, 4)
     )
     root = np.sqrt(np.maximum(divergence_L, 0.4e-6))
     np.testing.assert_allclose(importance_by(statistics, "sensitivity"), root / root.max())

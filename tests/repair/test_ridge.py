@@ -13,16 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cfsp
-from builders import (
-    changed,
-    draw_windows,
-    edit_json,
-    job_of,
-    never,
-    plan_keeping,
-    stop,
-    stopped_at,
-)
+from builders import changed, draw_windows, edit_json, job_of, never, plan_keeping, stop, stopped_at
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.decide import Known
 from cfsp.errors import TextError
