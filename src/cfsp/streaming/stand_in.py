@@ -186,9 +186,6 @@ def hidden_states_entering(blocks: Iterable[nn.Module]) -> Iterator[list[Tensor]
         yield entering_L
 
 
-# Which form a model needs.
-
-
 class Called(NamedTuple):
     """A call of a block: the hidden states that it was given and returned, and all else."""
 
@@ -233,7 +230,9 @@ def find_call_form(
                 f"what comes after the last block ({type(blocks[-1]).__name__}) needs more than "
                 "its hidden states, so that blocks cannot be run one after the other"
             )
-        return CallForm(extras, _layout(called[0].given))
+        shape = tuple(called[0].given.shape)
+        axis = next(i for i in range(len(shape) - 1) if shape[i : i + 2] == _PROBED)
+        return CallForm(extras, HiddenLayout(axis, shape[:axis] + shape[axis + 2 :]))
     raise UnknownModelError(
         f"{name} cannot be run by itself: the model takes neither a tensor nor a tuple from it "
         f"({reasons[0]})"
@@ -280,10 +279,3 @@ def _check_independence(first: Sequence[Called], second: Sequence[Called], name:
                     f"{place_in_words(index, place)} ({name}) is made from hidden states of "
                     "earlier blocks, so that blocks cannot be run one after the other"
                 )
-
-
-def _layout(given: Tensor) -> HiddenLayout:
-    """Return where the hidden states that the first block was given have their axes."""
-    shape = tuple(given.shape)
-    axis = next(i for i in range(len(shape) - 1) if shape[i : i + 2] == _PROBED)
-    return HiddenLayout(axis, shape[:axis] + shape[axis + 2 :])
