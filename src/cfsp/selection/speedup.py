@@ -251,7 +251,10 @@ def measure_latencies(
         The `Curves`, and the conditions in which they were measured, as JSON types.
     """
     whole, timed = models_to_time(source, budget)
-    workload = _readable(WORKLOAD, longest_input_of(source.config))
+    workload, longest = WORKLOAD, longest_input_of(source.config)
+    if longest is not None and workload.prompt + workload.new_tokens > longest:
+        new_tokens = min(workload.new_tokens, max(1, longest // 2))
+        workload = replace(workload, prompt=max(1, longest - new_tokens), new_tokens=new_tokens)
     # The whole one first: it is what the others are compared to.
     subjects = [
         Subject(whole, "the whole model"),
@@ -279,14 +282,6 @@ def measure_latencies(
             "disturbance": round(comparison.disturbance[workload], 4),
         },
     }
-
-
-def _readable(workload: Workload, longest: int | None) -> Workload:
-    """Return a workload, or less of it for a model that can read so many tokens at once."""
-    if longest is None or workload.prompt + workload.new_tokens <= longest:
-        return workload
-    new_tokens = min(workload.new_tokens, max(1, longest // 2))
-    return replace(workload, prompt=max(1, longest - new_tokens), new_tokens=new_tokens)
 
 
 def _check_memory(configs: Sequence[PreTrainedConfig], runtime: Runtime) -> None:
