@@ -69,10 +69,7 @@ class _Selected:
 
 
 def decide(job: Job, known: Known = NOTHING_KNOWN) -> tuple[PruningResult, dict[str, Any]]:
-    """Decide which blocks and channels stay, and repair what is left as the settings ask for.
-
-    With all that the cut needs comes what the goal came to, as JSON types; empty without one.
-    """
+    """Decide what stays, and repair it; return with it what the goal came to, as JSON types."""
     if known.plan is not None:
         _check_plan(job.source, known.plan)
         return _repaired_by(job, PruningResult(known.plan)), {}

@@ -167,10 +167,7 @@ def _shared_staging(out: Path, work_dir: WorkDir) -> Iterator[Path]:
 def prune_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: PruneSettings
 ) -> PreTrainedModel:
-    """Prune a model in memory into a new one that shares every unpruned tensor with it.
-
-    Nothing is evaluated.
-    """
+    """Prune a model in memory into a new one that shares every unpruned tensor with it."""
     settings = settings.suited_to_repair()
     check_tokenizer(tokenizer)
     with (

@@ -109,10 +109,7 @@ def pruning_cost(source: WeightSource, out: Path, settings: PruneSettings) -> Pr
 def _work(
     source: WeightSource, settings: PruneSettings, runtime: Runtime, elements: int
 ) -> dict[torch.dtype, float]:
-    """Return the floating-point operations of all matrix products, by their dtype.
-
-    Blocks have so many elements together.
-    """
+    """Return the floating-point operations of all matrix products, by their dtype."""
     text, repairs = settings.text, settings.repairs
     hidden = int(text_config_of(source.config).hidden_size)
     vocabulary = vocabulary_of(source.config)
@@ -220,10 +217,7 @@ def say_doubts(
 
 
 def size_after(source: WeightSource, settings: PruneSettings) -> tuple[int, int] | None:
-    """Return parameters and bytes of what is left, before widths are rounded to multiples.
-
-    None where only the work says how much goes.
-    """
+    """Return parameters and bytes that are left, before rounding; None if only the work says."""
     before, budget, goal = source.parameter_count, settings.budget, settings.goal
     if isinstance(goal, TargetParameters):
         after = round(before * goal.fraction)

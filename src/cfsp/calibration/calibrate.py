@@ -164,16 +164,12 @@ def run_distances(observed: Sequence[ObservedBlock | None], team: Team) -> RunDi
 def calibrate(
     job: Job, windows: Windows, name: str = "calibrate", *, runs: bool = False
 ) -> Statistics:
-    """Run all windows through the model once, block by block, and gather statistics.
-
-    Each process of a team has a part of the windows; where there are fewer batches than processes,
-    some have nothing to do.
-    """
+    """Run all windows through the model once, block by block, and gather statistics."""
     source, team = job.source, job.work_dir.team
     check_tokens(source.config, windows.tokens_NT, source.label)
     own = windows.part(part_of(windows, team, job.runtime.batch_windows))
     observed: list[ObservedBlock | None] = [None] * source.architecture.block_count
-    if len(own.tokens_NT):
+    if len(own.tokens_NT):  # else there are fewer batches than processes
         # Of all windows, so that the number of processes leaves no trace.
         count, seqlen = windows.tokens_NT.shape
         stride = max(1, min(seqlen, count * seqlen // SAMPLED_TOKENS)) if runs else None

@@ -194,10 +194,7 @@ def choose_channels(
     criterion: Criterion,
     experts: int = 0,
 ) -> tuple[int, ...]:
-    """Return the strongest channels of one unit, ascending; of each of the strongest experts.
-
-    An expert that saw few tokens is scored by its weights alone, and the plan says so.
-    """
+    """Return the strongest channels of one unit, ascending; of each of the strongest experts."""
     of_model = source.architecture.experts
     staying: Sequence[int] = range(statistics.ffns)
     if experts and unit.expert_axes and of_model is not None:

@@ -112,10 +112,7 @@ def repair_by_plans(
 def with_ridge(
     job: Job, result: PruningResult, chosen: Sequence[ChosenBlock], number: int = 0
 ) -> PruningResult:
-    """Add what the pass did with each block to a decision, as a step of repair.
-
-    The number is that of what was wanted.
-    """
+    """Add what the pass did with each block to a decision, the nth of those wanted."""
     has_several = any(len(block.repaired) > 1 for block in chosen)
     repairs = [
         block.repaired or (None,) * (len(block.kept) if has_several else 1) for block in chosen

@@ -116,10 +116,7 @@ class SequentialRepair(Visitor[BlockRepair | None]):
         self._directory = job.work_dir.first_directory_of(name)
 
     def step(self) -> PruningResult:
-        """Return what the step makes of what was there before it: the same where it fits none.
-
-        Errors are those of a pass.
-        """
+        """Return what the step makes of what was there before it: the same where it fits none."""
         if unfitted := self._at_gaps.difference(self._unit_of):
             log.warning(
                 "what was removed is not made up for in %d of the %d blocks beside it, which have "

@@ -64,10 +64,7 @@ class DropBudget:
     def of_share(
         source: WeightSource, budget: Budget, share: float, *, of_model: bool = False
     ) -> DropBudget:
-        """Return the budget by which a share goes of the parameters of all that may go.
-
-        With `of_model` it is a share of all parameters of the model.
-        """
+        """Return the budget by which a share goes of all that may go, or of the whole model."""
         parts = budget.whole_parts
         sizes = DropSizes.of(source, parts, budget.keep)
         total = source.parameter_count if of_model else sizes.total
@@ -199,10 +196,7 @@ class Constraint(ABC):
 
     @abstractmethod
     def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
-        """Return the share that channels of these parts lose beside what goes whole.
-
-        None if they do not own so much.
-        """
+        """Return the share that these parts' channels lose beside what goes whole, if they can."""
 
     def facts(self) -> dict[str, Any]:
         """Return what was asked for, tried, and on what it was measured, as JSON types."""

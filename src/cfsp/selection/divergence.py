@@ -160,10 +160,7 @@ class MaskedModel:
             self._resumes = resumes and self._can_resume()
 
     def _can_resume(self) -> bool:
-        """Return whether the last block needs nothing of those before but a hidden state.
-
-        Some models take keys and values from an earlier block.
-        """
+        """Return whether the last block needs nothing of those before but a hidden state."""
         entering_BTD, last = self._entering[0][-1], len(self._blocks) - 1
         try:
             with resumed_at(self._blocks, last, entering_BTD, self.form):

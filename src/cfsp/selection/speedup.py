@@ -245,11 +245,7 @@ def models_to_time(
 def measure_latencies(
     source: WeightSource, budget: Budget, phase: Phase, runtime: Runtime
 ) -> dict[str, Any]:
-    """Time models of the same shapes with less of each part; only config and shapes are read.
-
-    Returns:
-        The `Curves`, and the conditions in which they were measured, as JSON types.
-    """
+    """Time models with less of each part; return `Curves` and their conditions, as JSON types."""
     whole, timed = models_to_time(source, budget)
     workload, longest = WORKLOAD, longest_input_of(source.config)
     if longest is not None and workload.prompt + workload.new_tokens > longest:

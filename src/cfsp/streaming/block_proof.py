@@ -85,10 +85,7 @@ def prove_without_attentions(
     removed: Collection[int],
     removed_blocks: Collection[int] = (),
 ) -> None:
-    """Check that the model computes the same without attention layers as with nothing from them.
-
-    The architecture has them; beside them blocks may go that can. One of a kind must stay.
-    """
+    """Check that the model computes the same without attention layers as with nothing from them."""
     name = architecture.class_name
     what = f"the attention layers of {blocks_in_words(sorted(removed))} of {name} can't be removed"
     if removed_blocks:
@@ -120,10 +117,7 @@ def prove_without_attentions(
 def check_experts_can_go(
     source: WeightSource, kept: Mapping[int, Sequence[int]], removed_blocks: Collection[int]
 ) -> None:
-    """Check that a model with some experts a block computes as if its router chose among these.
-
-    It was opened with its experts; beside them blocks may go that can.
-    """
+    """Check that a model with some experts a block computes as if its router chose among these."""
     stock, architecture, _ = stock_without_blocks(
         stock_config(source.config), source.architecture, removed_blocks
     )

@@ -249,10 +249,7 @@ def run_through(
     last: Tensor | None = None,
     changed: bool = False,
 ) -> Tensor:
-    """Run the model through stand-ins, and append their calls to a list.
-
-    The last stand-in returns `last`, if given; the others change the hidden state if asked to.
-    """
+    """Run the model through stand-ins, which may change hidden states, and append their calls."""
 
     def answer(index: int, hidden: Any, arguments: Arguments) -> Any:
         if not isinstance(hidden, Tensor):
