@@ -35,7 +35,6 @@ from cfsp.result.manifest import history_of, read_manifest
 from cfsp.settings import EvaluationText
 from cfsp.streaming.runtime import torch_as_it_starts
 from cfsp.text.drawing import consecutive_windows
-from cfsp.text.windows import Windows
 from family_contract import save_with_tokenizer
 from recovery.conftest import recover, training
 from tiny_decoders import tiny_model
@@ -369,21 +368,6 @@ def test_a_teacher_thinks_once_of_windows_that_come_again():
         other: Any = loss.ask(token_BT.flip(0), again=True)
         assert not torch.equal(other.output_ND, asked[0].output_ND)
         assert len(calls) == 4
-
-
-def test_the_best_weights_are_kept(recovered, text_file, tokenizer, out, monkeypatch):
-    # From half way on, training goes uphill.
-    monkeypatch.setattr(
-        "cfsp.recovery.trainer.rate_factor", lambda fraction: 1.0 if fraction < 0.5 else -1.0
-    )
-    how = training(12, evaluations=6, learning_rate=2e-3)
-    report = recovered(training=how, adaptation=Adaptation("full"))
-    best = min(report.history, key=lambda entry: entry["held_out"])
-    assert report.best_step == best["step"] < 12
-    assert report.history[-1]["held_out"] > 0.01 + best["held_out"]
-    held_NT = read_text([str(text_file)], tokenizer, seqlen=32).held_out.token_NT
-    found = loss_in_memory(cfsp.load(out), Windows(held_NT, {}))
-    assert found == pytest.approx(best["held_out"], rel=1e-4)
 
 
 def test_a_checkpoint_that_cfsp_did_not_prune_has_no_importance(model, recovered):
