@@ -83,7 +83,8 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: f
             "launch without FSDP, and give --shard if memory is short"
         )
     compute_device(settings.compute.device)  # it is there
-    _check_record(source)
+    with refusing_damage(source.directory):  # its card can be made, so it can after training
+        model_card(facts_about(source), plan_beside(source.directory), origin_of(source))
     tokenizer = load_tokenizer(source.directory)
     # A teacher that is given counts by its files, whatever it is called.
     is_named = settings.teacher not in (AUTO_TEACHER, NO_TEACHER)
@@ -130,13 +131,6 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: f
         identity=identity,
         started=started,
     )
-
-
-def _check_record(source: Checkpoint) -> None:
-    """Make the card of the model as it is: a damaged file is no surprise after training."""
-    plan = plan_beside(source.directory)
-    with refusing_damage(source.directory):
-        model_card(facts_about(source), plan, origin_of(source))
 
 
 def training_bytes(
