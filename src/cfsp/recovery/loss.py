@@ -268,15 +268,13 @@ def loss_inside(
             del head.forward
 
 
-def multiplies_only(model: PreTrainedModel) -> bool:
+def multiplies_only(model: Any) -> bool:
     """Return whether a model's logits are its last hidden states times its head's weight.
 
     It is asked, with two tokens, rather than known by its name. A multimodal model that does not
     run on text alone, as Llama 4 of 5.24, is refused.
     """
-    head: Any = model.get_output_embeddings()
-    callable_model: Any = model
-    base = model.base_model
+    head, base = model.get_output_embeddings(), model.base_model
     if base is model:  # where the prefix of its names is that of a multimodal model around it
         base = model.get_submodule(find_architecture(model).decoder)
     if model.training:
@@ -287,7 +285,7 @@ def multiplies_only(model: PreTrainedModel) -> bool:
     head.forward = _pass
     try:
         with torch.no_grad(), mixed:
-            passed_BTD = callable_model(input_ids=token_BT, use_cache=False).logits
+            passed_BTD = model(input_ids=token_BT, use_cache=False).logits
             hidden_BTD = base(input_ids=token_BT, use_cache=False).last_hidden_state
     except (AttributeError, TypeError, ValueError) as error:
         raise UnsupportedModelError(
