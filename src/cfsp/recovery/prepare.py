@@ -246,10 +246,8 @@ def _places_of(name: str, made: Path) -> list[str]:
 
 def _warn_of_no_teacher(name: str, why: object) -> None:
     logger.warning(
-        "training on the text alone, which recovers less: the dense model %s cannot teach "
-        "(%s); `cfsp recover` takes another with --teacher",
-        name,
-        why,
+        f"training on the text alone, which recovers less: the dense model {name} cannot teach "
+        f"({why}); `cfsp recover` takes another with --teacher"
     )
 
 

@@ -279,11 +279,8 @@ def _warn_of_memory(job: Job) -> None:
     available = available_bytes() / processes_on_machine()
     if job.runtime.device.type == "cpu" and needed > available:
         log.warning(
-            "the Gram matrices of block %d take %.1f GB, %.1f GB are available: --repair none does "
-            "without them",
-            block,
-            needed / 1e9,
-            available / 1e9,
+            f"the Gram matrices of block {block} take {needed / 1e9:.1f} GB, {available / 1e9:.1f} "
+            "GB are available: --repair none does without them"
         )
 
 
@@ -297,9 +294,6 @@ def _warn_of_unrepaired(chosen: Sequence[ChosenBlock]) -> None:
                 few.append(f"block {index}{path} experts {', '.join(map(str, unseen))}")
     if few:
         log.warning(
-            "not repaired, because they saw fewer than %d tokens in the fit or %d in the held-out "
-            "windows: %s",
-            LEAST_FITTED,
-            LEAST_HELD_OUT,
-            "; ".join(few),
+            f"not repaired, because they saw fewer than {LEAST_FITTED} tokens in the fit or "
+            f"{LEAST_HELD_OUT} in the held-out windows: {'; '.join(few)}"
         )

@@ -119,10 +119,8 @@ class SequentialRepair(Visitor[BlockRepair | None]):
         """Return what the step makes of what was there before it: the same where it fits none."""
         if unfitted := self._at_gaps.difference(self._unit_of):
             log.warning(
-                "what was removed is not made up for in %d of the %d blocks beside it, which have "
-                "no dense FFN, or several",
-                len(unfitted),
-                len(self._at_gaps),
+                f"what was removed is not made up for in {len(unfitted)} of the "
+                f"{len(self._at_gaps)} blocks beside it, which have no dense FFN, or several"
             )
         if not self._unit_of:
             return self._repaired
