@@ -75,7 +75,7 @@ def decide(job: Job, known: Known = NOTHING_KNOWN) -> tuple[PruningResult, dict[
         return _repaired_by(job, PruningResult(known.plan)), {}
     if known.decided is not None:
         return _repaired_by(job, known.decided), {}
-    ((result, facts),) = _decided([_selected(job, statistics=known.statistics)])
+    ((result, facts),) = _decided([_selected(job, set(), statistics=known.statistics)])
     return _repaired_by(job, result), facts
 
 
@@ -85,16 +85,12 @@ def decide_together(jobs: Sequence[Job], told: set[str]) -> list[PruningResult]:
     What is measured of the model is measured once, and the ridge of all is one pass. Doubts that
     people were `told` are not said again.
     """
-    selected = [_selected(job, beside=jobs, told=told) for job in jobs]
+    selected = [_selected(job, told, beside=jobs) for job in jobs]
     return [result for result, _ in _decided(selected)]
 
 
 def _selected(
-    job: Job,
-    *,
-    statistics: Statistics | None = None,
-    beside: Sequence[Job] = (),
-    told: set[str] | None = None,
+    job: Job, told: set[str], *, statistics: Statistics | None = None, beside: Sequence[Job] = ()
 ) -> _Selected:
     """Return what meets the target, by statistics that are there or are made, for others too."""
     is_known = statistics is not None

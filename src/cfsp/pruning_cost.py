@@ -184,10 +184,7 @@ def _memory_bytes(
 
 
 def announce(
-    source: WeightSource,
-    settings: PruneSettings,
-    windows: int | None = None,
-    told: set[str] | None = None,
+    source: WeightSource, settings: PruneSettings, windows: int | None, told: set[str]
 ) -> None:
     """Say what a pruning will come to, and where it is worth little; see `say_doubts`."""
     if (size := size_after(source, settings)) is not None:
@@ -200,16 +197,12 @@ def announce(
 
 
 def say_doubts(
-    source: WeightSource,
-    settings: PruneSettings,
-    windows: int | None = None,
-    told: set[str] | None = None,
+    source: WeightSource, settings: PruneSettings, windows: int | None, told: set[str]
 ) -> None:
     """Say why pruning like this may be worth little; see `doubts`.
 
     A sweep says each doubt once: those that it `told` are left out, and the others added.
     """
-    told = set() if told is None else told
     for doubt in doubts(source, settings, windows):
         if doubt not in told:
             told.add(doubt)
