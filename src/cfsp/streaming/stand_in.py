@@ -36,7 +36,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 # What a block returns, from its index, the hidden state as the model has it, and all else.
 Answer = Callable[[int, Tensor, Arguments], Any]
-Replaced = AbstractContextManager[None]
+Replaced = AbstractContextManager[None]  # while it is open stand-ins answer
 
 
 # Where a value is in the arguments of a call: the keys of `torch.utils._pytree`.
