@@ -8,8 +8,7 @@ sequential  the ridge; then every down projection on the pruned model's own hidd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from itertools import compress
 
 from cfsp.errors import TextError
@@ -20,22 +19,14 @@ from cfsp.repair.result import PruningResult
 from cfsp.settings import Repair
 from cfsp.text.windows import Windows
 
-Step = Callable[["Job", PruningResult, "Windows"], PruningResult]
-
-STEPS: dict[Repair, dict[str, Step]] = {
-    "none": {},
-    "ridge": {
-        ridge_pass.NAME: ridge_pass.repair_by_plan,
-        sequential.GAPS: partial(sequential.repair_drift, sequential.GAPS),
-    },
-    "sequential": {
-        ridge_pass.NAME: ridge_pass.repair_by_plan,
-        sequential.NAME: partial(sequential.repair_drift, sequential.NAME),
-    },
+STEPS: dict[Repair, tuple[str, ...]] = {
+    "none": (),
+    "ridge": (ridge_pass.NAME, sequential.GAPS),
+    "sequential": (ridge_pass.NAME, sequential.NAME),
 }
 
 
-def steps_left(repair: Repair, result: PruningResult) -> dict[str, Step]:
+def steps_left(repair: Repair, result: PruningResult) -> list[str]:
     """Return the steps of a repair that a plan gives something to do, but for those taken.
 
     The ridge has nothing to do where units stay as they are or go whole; nothing that stays could
@@ -47,16 +38,17 @@ def steps_left(repair: Repair, result: PruningResult) -> dict[str, Step]:
         sequential.NAME: plan.narrows or plan.has_gaps,
         sequential.GAPS: plan.has_gaps,
     }
-    return {
-        name: step for name, step in STEPS[repair].items() if is_needed[name] and name not in taken
-    }
+    return [name for name in STEPS[repair] if is_needed[name] and name not in taken]
 
 
 def repair(job: Job, result: PruningResult, windows: Windows) -> PruningResult:
     """Take the steps that the settings ask for, the plan needs, and that were not taken yet."""
-    for name, step in steps_left(job.settings.repair, result).items():
+    for name in steps_left(job.settings.repair, result):
         with job.work_dir.watch.stage(name):
-            result = step(job, result, windows)
+            if name == ridge_pass.NAME:
+                (result,) = ridge_pass.repair_by_plans(job, [result], windows)
+            else:
+                result = sequential.repair_drift(name, job, result, windows)
     return result
 
 

@@ -90,12 +90,6 @@ def choose_and_repair(
     return chosen
 
 
-def repair_by_plan(job: Job, result: PruningResult, windows: Windows) -> PruningResult:
-    """Repair what a plan leaves, in one pass over all windows."""
-    (repaired,) = repair_by_plans(job, [result], windows)
-    return repaired
-
-
 def repair_by_plans(
     job: Job, results: Sequence[PruningResult], windows: Windows
 ) -> list[PruningResult]:
