@@ -143,13 +143,12 @@ class MaskedModel:
         source: WeightSource,
         model: PreTrainedModel,
         batches: Iterable[Tensor],
-        form: CallForm | None = None,
         *,
         resumes: bool = True,
     ) -> None:
         self._source, self._model = source, model
         self._blocks = blocks_of(model, source.architecture)
-        self.form = form or call_form_of(model, self._blocks)
+        self._form = call_form_of(model, self._blocks)
         self._dense: list[DensePredictions] = []
         self._entering: list[list[Tensor]] = []
         with torch.inference_mode():
@@ -163,7 +162,7 @@ class MaskedModel:
         """Return whether the last block needs nothing of those before but a hidden state."""
         entering_BTD, last = self._entering[0][-1], len(self._blocks) - 1
         try:
-            with resumed_at(self._blocks, last, entering_BTD, self.form):
+            with resumed_at(self._blocks, last, entering_BTD, self._form):
                 return abs(self._dense[0].divergence(self._model)) < _SAME
         except Exception:  # however a model misses what its stand-ins do not leave
             return False
@@ -180,7 +179,7 @@ class MaskedModel:
         }
         with (
             masked_channels(self._source, self._model, masks),
-            skipped(self._blocks, dropped.blocks, self.form),
+            skipped(self._blocks, dropped.blocks, self._form),
         ):
             yield
 
@@ -205,7 +204,7 @@ class MaskedModel:
             for dense, entering_L in zip(self._dense, self._entering, strict=True):
                 with ExitStack() as stack:
                     if first:
-                        resumed = resumed_at(self._blocks, first, entering_L[first], self.form)
+                        resumed = resumed_at(self._blocks, first, entering_L[first], self._form)
                         stack.enter_context(resumed)
                     total += dense.divergence(self._model) * len(dense.tokens_BT)
                 windows += len(dense.tokens_BT)
@@ -292,11 +291,9 @@ def block_sensitivities(
     total: dict[Part, list[float]] = {
         part: [0.0] * source.architecture.block_count for _, part in kept_of
     }
-    form = None
     with item_progress("sensitivity", len(tokens_NT) * len(kept_of), "pass") as bar:
         for tokens_BT in in_batches(tokens_NT):  # what enters all blocks is kept of one batch
-            masked = MaskedModel(source, model, [tokens_BT], form)
-            form = masked.form
+            masked = MaskedModel(source, model, [tokens_BT])
             for (block, part), kept in sorted(kept_of.items()):
                 total[part][block] += masked.divergence(kept=kept, first=block) * len(tokens_BT)
                 bar.update(len(tokens_BT))
