@@ -254,7 +254,7 @@ def observe(
         tuple(each.statistics(unit, distance.tokens) for unit, each in pairs),
         torch.cat(passing, dim=1) if passing else None,
     )
-    if not found.is_possible:
+    if not (found.block.is_possible and all(unit.is_possible for unit in found.units)):
         raise no_number(f"block {block.index} produced NaN or infinite activations", block.dtype)
     return found
 

@@ -148,11 +148,6 @@ class ObservedBlock:
     # blocks are not compared.
     passing: Tensor | None = None
 
-    @property
-    def is_possible(self) -> bool:
-        """Whether all that was gathered is."""
-        return self.block.is_possible and all(unit.is_possible for unit in self.units)
-
     def save(self, directory: Path, index: int) -> None:
         """Write what was gathered in the block at an index, for a killed pass."""
         more = {} if self.passing is None else {"passing": self.passing.contiguous()}
