@@ -6,7 +6,7 @@ import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import MANIFEST_FILE
@@ -85,7 +85,12 @@ def prune_and_recover(
         tokenizer, few = load_tokenizer(source.directory), _WINDOWS_TO_TRY * seqlen
         read_text(text.names, tokenizer, seqlen=seqlen, bos=text.bos, most=few)
     # Before pruning: a kill between its end and this would leave what nobody goes on from.
-    asked = _asked(source, settings) | pruning_identity(settings, known)
+    measured_on = [*evaluation_windows(settings.evaluation, source).values()]
+    if isinstance(settings.goal, MaxLossIncrease):
+        measured_on.append(held_out_windows(text, load_tokenizer(source.directory)))
+    texts = [of_text.digest for of_text in measured_on]
+    asked = {"model": source.identity, "texts": texts, "dtype": compute.dtype}
+    asked |= pruning_identity(settings, known)
 
     def drawn() -> str:
         return draw_text(text, load_tokenizer(source.directory)).digest
@@ -105,12 +110,3 @@ def prune_and_recover(
         pruned.rename(out)
         return replace(report, out=str(out)), None
     return report, recover_checkpoint(open_checkpoint(pruned), out, how, command=command)
-
-
-def _asked(source: Checkpoint, settings: PruneSettings) -> dict[str, Any]:
-    """Return what pruning reads besides its own choices and the calibration text."""
-    windows = [*evaluation_windows(settings.evaluation, source).values()]
-    if isinstance(settings.goal, MaxLossIncrease):
-        windows.append(held_out_windows(settings.text, load_tokenizer(source.directory)))
-    texts = [of_text.digest for of_text in windows]
-    return {"model": source.identity, "texts": texts, "dtype": settings.compute.dtype}
