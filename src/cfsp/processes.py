@@ -25,10 +25,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# The fastest process waits so long for the slowest.
-PATIENCE_SECONDS = 1800.0
-# The others wait so long for what the first does alone.
-_FIRST_SECONDS = 7 * 86400.0
+PATIENCE_SECONDS = 1800.0  # the fastest process waits so long for the slowest
+_FIRST_SECONDS = 7 * 86400.0  # the others wait so long for what the first does alone
 # Machines may begin this long after each other, however little they may differ at the end.
 _START_SECONDS = 1800.0
 # Of gloo's errors, and of torch's own.

@@ -38,23 +38,18 @@ from cfsp.streaming.runtime import Runtime, needed_bytes, runtime_of
 from cfsp.text.drawing import parts_with_shares
 from cfsp.text.windows import Windows, is_held_out
 
-# Python, torch and transformers.
-_INTERPRETER_BYTES = int(0.5e9)
-# Of a tokenizer, for each entry of its vocabulary.
-_TOKEN_BYTES = 1000
+_INTERPRETER_BYTES = int(0.5e9)  # Python, torch and transformers
+_TOKEN_BYTES = 1000  # of a tokenizer, for each entry of its vocabulary
 # So many strengths of the ridge are tried where the middle one or a stronger one is best.
 _STRENGTHS = 3
-# Of the matrices that tell how fast this machine is.
-_SIDE = 1024
+_SIDE = 1024  # of the matrices that tell how fast this machine is
 # Of the share that was asked for, which goes of the model where most of it is elsewhere.
 _LITTLE = 1 / 3
 # Below so many parameters a model lost about twice as much: without 20% of their channels
 # SmolLM2-135M has 1.27 times the perplexity and Qwen2.5-Coder-0.5B 1.15 (docs/RESULTS.md).
 _SMALL = 300e6
-# Of a small model, which goes without a word.
-_HARMLESS = 0.05
-# Fewer windows repair less well (docs/RESULTS.md, foreign text).
-_FEW_WINDOWS = 64
+_HARMLESS = 0.05  # of a small model, which goes without a word
+_FEW_WINDOWS = 64  # fewer windows repair less well (docs/RESULTS.md, foreign text)
 
 log = logging.getLogger(__name__)
 

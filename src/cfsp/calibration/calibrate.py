@@ -37,8 +37,7 @@ from cfsp.text.windows import Windows
 # Rows of activations that are summed at once: on a CPU their float32 copy should stay in the cache,
 # an accelerator is given few and large things to do.
 _ROWS, _ROWS_ELSEWHERE = 256, 4096
-# In all: their hidden states at every block are in memory.
-SAMPLED_TOKENS = 1024
+SAMPLED_TOKENS = 1024  # in all: their hidden states at every block are in memory
 
 
 class DistanceSum:

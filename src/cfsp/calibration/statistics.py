@@ -38,8 +38,7 @@ class Sensitivity:
     See `cfsp.selection.divergence`. A block that has none of the part loses nothing.
     """
 
-    # KL(dense || that block's FFNs pruned), in nats per token.
-    divergence_L: tuple[float, ...]
+    divergence_L: tuple[float, ...]  # KL(dense || that block's FFNs pruned), in nats per token
     kept_L: tuple[float, ...]  # the share of the channels of the block's FFNs that stayed
     windows: int  # windows that it was measured on
     # The same of other parts by their names, such as `kv`.
@@ -85,8 +84,7 @@ class Removal:
     """A block or an attention that goes next, after others (`cfsp.selection.drop_order`)."""
 
     block: int  # its index, or that of the attention's block
-    # KL(dense || without it and those before it), in nats per token.
-    divergence: float
+    divergence: float  # KL(dense || without it and those before it), in nats per token
     part: WholePart = "blocks"
     among: tuple[WholePart, ...] = ()  # the parts that it was chosen among, where these are several
 

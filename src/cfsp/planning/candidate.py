@@ -18,8 +18,7 @@ from cfsp.checkpoint.stored_blocks import parameters_of_attentions, parameters_o
 from cfsp.errors import UsageError
 from cfsp.settings import PART_NOUNS, WHOLE_PARTS, Part, WholePart, parts_in_words
 
-# A block, or the attention of one, that may be dropped.
-Droppable = tuple["WholePart", int]
+Droppable = tuple["WholePart", int]  # a block, or the attention of one, that may be dropped
 
 
 @dataclass(frozen=True)

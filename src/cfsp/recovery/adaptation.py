@@ -38,8 +38,7 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.recovery.settings import Adaptation
 
 logger = logging.getLogger(__name__)
-# alpha / r.
-SCALE = 2.0
+SCALE = 2.0  # alpha / r
 
 
 def trained_parameters(source: Checkpoint, *, is_full: bool) -> list[str]:

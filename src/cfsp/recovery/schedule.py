@@ -37,16 +37,14 @@ logger = logging.getLogger(__name__)
 # The part of the run in which the learning rate rises, and where it begins.
 _WARM_UP = 0.05
 _LOWEST_WARM_UP = 0.05
-# As many, unless a number is asked for.
-_MOST_EVALUATIONS = 10
+_MOST_EVALUATIONS = 10  # as many, unless a number is asked for
 # Of the time for training; evaluations that would take more are left out.
 _EVALUATIONS_SHARE = 0.25
 # A slow disk writes so much; better is measured as soon as something is written.
 BYTES_PER_SECOND = 200e6
 # Nothing takes the same time twice: so much more time is advised than was predicted.
 MARGIN = 1.15
-# Of the progress bar.
-_PARTS = 1000
+_PARTS = 1000  # of the progress bar
 
 
 def rate_factor(fraction: float) -> float:
@@ -263,8 +261,7 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._bar: Any = None  # while it trains
         self._loss = math.nan
         self._steps = 0
-        # Of the evaluation that goes on, so far.
-        self._batches = 0
+        self._batches = 0  # of the evaluation that goes on, so far
 
     @property
     def tokens_per_second(self) -> float:

@@ -28,12 +28,9 @@ from cfsp.processes import Team
 # mixed text most blocks of SmolLM2-135M choose 0.1 or more; more tokens want less.
 LAMBDAS = (1e-3, 1e-2, 1e-1, 3e-1, 1.0)
 
-# Columns of a panel of the system.
-PANEL = 512
-# Right-hand sides that are solved for at once, in float64.
-SOLVE_COLUMNS = 512
-# Tiles of the upper triangle: at 4 tiles a side, 10 of 16 are computed.
-_TILES = 4
+PANEL = 512  # columns of a panel of the system
+SOLVE_COLUMNS = 512  # right-hand sides that are solved for at once, in float64
+_TILES = 4  # tiles of the upper triangle: at 4 tiles a side, 10 of 16 are computed
 _LARGEST_TILE = 2048
 # Rows that are float32 at once: a batch of 4096 would be another 0.2 GB at 14336 channels.
 ROWS = 1024

@@ -44,14 +44,12 @@ from cfsp.text.windows import Windows, joined
 Rows = tuple[Tensor, ...]
 
 NAME = "sequential"
-# The same for blocks at removed ones alone.
-GAPS = "gaps"
+GAPS = "gaps"  # the same for blocks at removed ones alone
 _IMPOSSIBLE = {
     NAME: "there is no sequential repair of this model, the ridge stays",
     GAPS: "what was removed is not made up for",
 }
-# Of what a block can take over of the drift (LOG.md, 2026-11-30).
-SHARE_OF_DRIFT = 0.5
+SHARE_OF_DRIFT = 0.5  # of what a block can take over of the drift (LOG.md, 2026-11-30)
 
 log = logging.getLogger(__name__)
 

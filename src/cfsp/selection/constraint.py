@@ -128,8 +128,7 @@ def _too_many(sizes: DropSizes, what: str, most: str) -> BudgetError:
 
 # How much of the blocks, or attention layers, is ever dropped beside others.
 MOST_DROPPED = 0.5
-# Half a percent of the channels.
-STEPS = 200
+STEPS = 200  # half a percent of the channels
 
 
 @dataclass(frozen=True)
@@ -170,8 +169,7 @@ class Constraint(ABC):
     source: WeightSource
     budget: Budget
 
-    # Of the goal, as its option is called; empty of a share of one part.
-    name: ClassVar[str] = ""
+    name: ClassVar[str] = ""  # of the goal, as its option is called; empty of a share of one part
 
     @property
     def needs_statistics(self) -> bool:

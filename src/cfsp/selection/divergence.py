@@ -61,8 +61,7 @@ SENSITIVITY_SPARSITY = 0.5
 # Tokens that pass a whole model at once: on a CPU 512 take a sixth to a quarter less time than 256,
 # more a seventh less at most (LOG.md, 2026-11-30). The predictions after them are in memory.
 _TOKENS_AT_ONCE = 512
-# In nats: equal predictions, but for rounding.
-_SAME = 1e-4
+_SAME = 1e-4  # in nats: equal predictions, but for rounding
 
 
 def load_whole(source: WeightSource, runtime: Runtime, purpose: str) -> PreTrainedModel:

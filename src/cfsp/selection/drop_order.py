@@ -56,8 +56,7 @@ def order_of_removal(
     removed: list[Removal] = []
     gone, divergence = NOTHING, 0.0
     refusals: dict[Droppable, UnsupportedModelError] = {}
-    # What each added to the divergence when it was last tried.
-    added: dict[Droppable, float] = {}
+    added: dict[Droppable, float] = {}  # what each added to the divergence when it was last tried
     masked = MaskedModel(source, model, in_batches(tokens_NT))
 
     def price(droppable: Droppable) -> float:

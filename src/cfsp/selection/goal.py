@@ -54,10 +54,8 @@ from cfsp.text.windows import Windows
 # From about this share of the FFN channels on, whole blocks beside fewer channels were better on
 # one of two models: not at 29% or 33%, but at 43% (docs/STUDIES.md, study 9).
 MANY_CHANNELS = 0.4
-# On which a loss is bounded.
-HELD_OUT_WINDOWS = 12
-# Of models that name no longest input.
-_CONTEXT = 8192
+HELD_OUT_WINDOWS = 12  # on which a loss is bounded
+_CONTEXT = 8192  # of models that name no longest input
 
 log = logging.getLogger(__name__)
 

@@ -46,10 +46,8 @@ from cfsp.streaming.work_dir import WorkDir
 WORKLOAD = Workload()
 ROUNDS = 5
 _FRACTIONS = (0.75, 0.5, 0.25)
-# What a process takes besides its weights.
-_PROCESS_BYTES = 500_000_000
-# Of the whole model's time; sums of noisy savings may exceed it.
-_LEAST_TIME = 0.01
+_PROCESS_BYTES = 500_000_000  # what a process takes besides its weights
+_LEAST_TIME = 0.01  # of the whole model's time; sums of noisy savings may exceed it
 
 # Part -> what every FFN keeps, or how many blocks stay, ascending, and the time of such a model
 # relative to the whole one's.

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from cfsp.errors import OutputError
 
-# Windows that come one after the other, or any.
-Rows = slice | list[int]
+Rows = slice | list[int]  # windows that come one after the other, or any
 
 _FILES = ("hidden-0.bin", "hidden-1.bin")
 

@@ -25,8 +25,7 @@ from torch.utils._pytree import MappingKey, tree_flatten_with_path
 from cfsp.architecture.activations import hidden_state
 from cfsp.errors import UnknownModelError, UnsupportedModelError, first_line
 
-# Windows and tokens of the batch that forms are tried on.
-_PROBED = (2, 3)
+_PROBED = (2, 3)  # windows and tokens of the batch that forms are tried on
 
 # What blocks return: a tensor, or a tuple of the hidden state and so many values more.
 _RETURNS = (None, 0, 1, 2, 3)

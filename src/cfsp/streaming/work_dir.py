@@ -54,10 +54,8 @@ class PassState:
 
     def __init__(self, directory: Path, identity: dict[str, Any]) -> None:
         self.directory, self._identity = directory, identity
-        # The first block that is not finished.
-        self.next_block = 0
-        # Name of the file with the hidden states that enter it.
-        self.hidden: str | None = None
+        self.next_block = 0  # the first block that is not finished
+        self.hidden: str | None = None  # name of the file with the hidden states that enter it
         # What both were when the state was saved the time before. That file is there as long as no
         # state enters the next block.
         self.before: tuple[int, str | None] = (0, None)
