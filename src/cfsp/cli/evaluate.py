@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.architecture.block_names import counted
-from cfsp.cli.options import Parser, add_compute, kind_of, settings_from
+from cfsp.cli.options import Parser, add_compute, add_options, kind_of, settings_from
 from cfsp.cli.output import Told, print_table
 from cfsp.errors import UsageError
 from cfsp.processes import process_count
+from cfsp.quality.tasks.selection import DEFAULT_BATCH, TaskSelection
 from cfsp.settings import BOS, DEFAULT_QUESTIONS, Compute, EvaluationText, names_in
 
 
@@ -53,7 +54,16 @@ def add_options_to(parser: Parser) -> None:
         "--bos", default="auto", choices=BOS, help="as `cfsp prune --help-all` says (default: auto)"
     )
     _add_tasks(parser)
-    _add_answers(parser)
+    answers = parser.add_argument_group("answers in the chat template, beside the dense model's")
+    answers.add_argument(
+        "--answers",
+        nargs="?",
+        type=_asked,
+        const=DEFAULT_QUESTIONS,
+        metavar="N|CHATS",
+        help=f"ask the first N of {DEFAULT_QUESTIONS} questions of ten kinds that come with cfsp "
+        "(default: all), or what the user says first in each chat of a .jsonl file",
+    )
     add_compute(parser)
 
 
@@ -67,13 +77,7 @@ def _add_tasks(parser: Parser) -> None:
         help="names of the harness, such as piqa, lambada_openai, gsm8k; or cfsp-paper (HellaSwag, "
         "PIQA, WinoGrande, ARC-e, ARC-c, OpenBookQA, BoolQ, MMLU)",
     )
-    tasks.add_argument("--limit", type=int, metavar="N", help="first N documents of each task")
-    tasks.add_argument(
-        "--shots",
-        type=int,
-        metavar="K",
-        help="solved examples before each question (default: as the task says, mostly 0)",
-    )
+    add_options(parser, tasks, TaskSelection, fields=("limit", "shots"))
     tasks.add_argument(
         "--task-data",
         type=Path,
@@ -81,19 +85,6 @@ def _add_tasks(parser: Parser) -> None:
         help="read DIR/piqa.jsonl, arc_easy.jsonl, arc_challenge.jsonl, openbook_qa.jsonl, "
         "boolq.jsonl, winogrande.jsonl, hellaswag.jsonl, mmlu.jsonl, lambada.jsonl instead of the "
         "hub",
-    )
-
-
-def _add_answers(parser: Parser) -> None:
-    answers = parser.add_argument_group("answers in the chat template, beside the dense model's")
-    answers.add_argument(
-        "--answers",
-        nargs="?",
-        type=_asked,
-        const=DEFAULT_QUESTIONS,
-        metavar="N|CHATS",
-        help=f"ask the first N of {DEFAULT_QUESTIONS} questions of ten kinds that come with cfsp "
-        "(default: all), or what the user says first in each chat of a .jsonl file",
     )
 
 
@@ -112,9 +103,6 @@ def run(args: argparse.Namespace) -> Told:
     from cfsp.text.sources import check_texts
 
     check_texts(evaluation=args.data)
-
-    from cfsp.quality.tasks.selection import DEFAULT_BATCH, TaskSelection
-
     selection = None
     if args.tasks:
         batch = args.batch_windows or DEFAULT_BATCH

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ PAPER_SUITE = (
 )
 SUITES = {"cfsp-paper": PAPER_SUITE}
 DEFAULT_BATCH = 8
-_MOST = 1 << 32  # documents or examples, beyond all that there are
+# Documents or examples; at most more than there are.
+_count = partial(option, None, kind=int, most=1 << 32)
 # Of a document, by the form that the metadata of its task names.
 _FORMS: dict[str, dict[str, type]] = {
     "choices": {"query": str, "choices": list, "gold": int},
@@ -46,11 +48,12 @@ class TaskSelection(Declared):
     """Tasks and how to run them."""
 
     names: tuple[str, ...]  # of tasks, groups or tags of the harness, or of `SUITES`
-    limit: int | None = option(
-        None, "documents of each task; None for all", kind=int, least=1, most=_MOST
-    )
-    shots: int | None = option(
-        None, "solved examples first; None for what the task says", kind=int, least=0, most=_MOST
+    limit: int | None = _count("first N documents of each task", least=1)
+    shots: int | None = _count(
+        "solved examples before each question",
+        least=0,
+        metavar="K",
+        default="as the task says, mostly 0",
     )
     data: Path | None = None  # directory of JSONL files; None for the harness's own, from the hub
     batch: int = DEFAULT_BATCH  # requests that pass together
