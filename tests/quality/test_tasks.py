@@ -28,12 +28,7 @@ from cfsp.quality.compare import compare
 from cfsp.quality.evaluate import Exam, evaluate_models
 from cfsp.quality.results_file import measured_model
 from cfsp.quality.tasks.harness import TaskRunner, scored_documents, summary_of
-from cfsp.quality.tasks.selection import (
-    PAPER_SUITE,
-    TaskSelection,
-    jsonl_task_directory,
-    read_documents,
-)
+from cfsp.quality.tasks.selection import JSONL_TASKS, PAPER_SUITE, TaskSelection, read_documents
 from cfsp.result.names import short_names
 from cfsp.settings import Compute, EvaluationText
 
@@ -162,7 +157,7 @@ def test_numbers_are_exactly_the_harnesss_own(model, tokenizer, task_data, monke
         batch_size=8,
         tasks=list(SCORED),
         task_manager=TaskManager(
-            include_path=jsonl_task_directory(),
+            include_path=JSONL_TASKS,
             include_defaults=False,
             metadata={"directory": str(task_data)},
         ),
@@ -327,7 +322,7 @@ def runner_of(task_data, tmp_path) -> Callable[..., TaskRunner]:
     """Runs `odd` like a task but for some lines, and with its tag `odds` also the task itself."""
 
     def of(name: str, like: str, more: str) -> TaskRunner:
-        text = f"include: {jsonl_task_directory() / f'{like}.yaml'}\ntag: odds\ntask: "
+        text = f"include: {JSONL_TASKS / f'{like}.yaml'}\ntag: odds\ntask: "
         (tmp_path / "odd.yaml").write_text(f"{text}odd\n{more}\n")
         (tmp_path / "even.yaml").write_text(f"{text}even\n")
         where = {"include_path": tmp_path, "metadata": {"directory": str(task_data)}}

@@ -44,9 +44,9 @@ from cfsp.progress import bars_as_lines
 from cfsp.quality.paired import mean
 from cfsp.quality.tasks.selection import (
     DEFAULT_FORM,
+    JSONL_TASKS,
     TaskSelection,
     check_known,
-    jsonl_task_directory,
     read_documents,
 )
 from cfsp.streaming.decoder_end import text_model
@@ -83,7 +83,7 @@ class TaskRunner:
         offline = selection.data is not None
         with _quiet():
             manager = TaskManager(
-                include_path=jsonl_task_directory() if offline else None,
+                include_path=JSONL_TASKS if offline else None,
                 include_defaults=not offline,
                 metadata={"directory": str(selection.data)} if offline else None,
             )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,8 @@ PAPER_SUITE = (
     "boolq",
     "mmlu",
 )
+# Of the harness tasks that read JSONL files.
+JSONL_TASKS = Path(__file__).with_name("jsonl")
 SUITES = {"cfsp-paper": PAPER_SUITE}
 DEFAULT_BATCH = 8
 # Documents or examples; at most more than there are.
@@ -81,11 +82,6 @@ class TaskSelection(Declared):
                 "from here; give local files with --task-data, or set HF_HUB_OFFLINE=1 to read a "
                 "copy in its cache"
             )
-
-
-def jsonl_task_directory() -> Path:
-    """Return the directory of the harness tasks that read JSONL files."""
-    return Path(str(resources.files("cfsp.quality.tasks").joinpath("jsonl")))
 
 
 def check_known(names: list[str], known: list[str], where: str) -> None:

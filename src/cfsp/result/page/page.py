@@ -10,7 +10,6 @@ import base64
 from collections.abc import Sequence
 from hashlib import sha256
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
@@ -133,7 +132,7 @@ def _without_recovered_twins(runs: Sequence[RunFacts]) -> list[RunFacts]:
 
 def page_file(name: str) -> str:
     """Return one of the files that the page is made of."""
-    return files("cfsp.result.page").joinpath("assets", name).read_text(encoding="utf-8")
+    return Path(__file__).with_name("assets").joinpath(name).read_text(encoding="utf-8")
 
 
 def _check_is_replaceable(out: Path) -> None:
