@@ -183,18 +183,14 @@ def number_or_auto(text: str) -> int | None:
         raise UsageError(f"expected a number or auto, found {text!r}") from None
 
 
-_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
-_BINARY_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-
-
 def parse_size(text: str) -> int:
     """Return the number of bytes that a text like 2GB, 512MiB or 1e9 means."""
     match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
     try:
         if match is None or (match[3] and not match[2]):
             raise ValueError
-        unit = _BINARY_UNITS[match[2]] if match[3] else _UNITS[match[2]]
-        return int(float(match[1]) * unit)
+        unit = 1024 if match[3] else 1000
+        return int(float(match[1]) * unit ** " kmgt".index(match[2] or " "))
     except (ValueError, OverflowError):
         raise UsageError(f"expected a size such as 2GB or 512MiB, found {text!r}") from None
 
