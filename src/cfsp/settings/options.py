@@ -113,19 +113,14 @@ def from_names(settings: type[T], values: Mapping[str, Any], **others: Any) -> T
     """Return settings with some values by the names of their options, read as on a command line."""
     found: dict[str, Any] = {}
     for each, known in options_of(settings).items():
-        value = others[each] if each in others else values.get(known.name)
-        if value is not None:
-            found[each] = _read(value, known)
-        elif each in others or known.name in values:
-            found[each] = None
+        if each in others or known.name in values:
+            value = others[each] if each in others else values[known.name]
+            is_typed = isinstance(value, str) or (known.repeats and value is not None)
+            try:
+                found[each] = known.kind(value) if is_typed else value
+            except ValueError:
+                raise UsageError(f"{known.name} must be a number, found {value!r}") from None
     return settings(**{**others, **found})
-
-
-def _read(value: Any, known: Option) -> Any:
-    try:
-        return known.kind(value) if known.repeats or isinstance(value, str) else value
-    except ValueError:
-        raise UsageError(f"{known.name} must be a number, found {value!r}") from None
 
 
 def given_of(settings: type[Any], values: Mapping[str, Any]) -> dict[str, str]:
