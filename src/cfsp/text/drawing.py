@@ -297,9 +297,10 @@ def spans(
     One that is shorter than a window has the beginning before it.
     """
     found: list[tuple[int, int]] = []
-    begin = 0
+    begin, added = 0, len(begins_with)
     while count is None or len(found) < count:
-        end = begin + seqlen - _added(stream_R, begin, begins_with)
+        is_begun = stream_R[begin : begin + added].tolist() == list(begins_with)
+        end = begin + seqlen - (0 if is_begun else added)
         if end > len(stream_R):
             break
         found.append((begin, end))
@@ -320,11 +321,3 @@ def gather(
         for begin, end in spans_N
     ]
     return torch.stack(rows) if rows else stream_R.new_empty((0, seqlen))
-
-
-def _added(stream_R: Tensor, begin: int, begins_with: Sequence[int]) -> int:
-    """Return how many tokens stand before a window's part of the stream."""
-    count = len(begins_with)
-    if count and stream_R[begin : begin + count].tolist() == list(begins_with):
-        return 0
-    return count
