@@ -136,7 +136,13 @@ def _document(line: str, where: str, form: str) -> dict[str, Any]:
         found = ", ".join(document) if isinstance(document, dict) else type(document).__name__
         raise TaskError(f"{where}: expected {expected}; found: {found}")
     if form == "passage":
-        return _passage(document["text"], where)
+        before, _, last = document["text"].rpartition(" ")
+        if not before.strip() or not last:
+            raise TaskError(
+                f"{where}: expected a text whose last word follows a space, found "
+                f"{document['text'][-40:]!r}"
+            )
+        return {"text": document["text"]}
     options = document.get("choices") or document.get("context_options") or []
     if not 0 <= document["gold"] < len(options):
         raise TaskError(
@@ -145,12 +151,3 @@ def _document(line: str, where: str, form: str) -> dict[str, Any]:
     if not all(isinstance(option, str) and option for option in options):
         raise TaskError(f"{where}: a choice is empty or not text")
     return {name: document[name] for name in fields}
-
-
-def _passage(text: str, where: str) -> dict[str, Any]:
-    before, _, last = text.rpartition(" ")
-    if not before.strip() or not last:
-        raise TaskError(
-            f"{where}: expected a text whose last word follows a space, found {text[-40:]!r}"
-        )
-    return {"text": text}
