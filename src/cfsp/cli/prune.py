@@ -37,7 +37,6 @@ from cfsp.settings import (
 
 if TYPE_CHECKING:
     from cfsp.pruning_cost import PruningCost
-    from cfsp.recovery.trainer import RecoverReport
     from cfsp.result.prune_report import PruneReport
 
 log = logging.getLogger(__name__)
@@ -165,14 +164,8 @@ def run(args: argparse.Namespace) -> Told:
             report, recovery = prune_and_recover(source, args.out, settings, **also)
         else:
             report = prune_checkpoint(source, args.out, settings, dry_run=args.dry_run, **also)
-    return _told(args, report, recovery) if team.is_first else None
-
-
-def _told(
-    args: argparse.Namespace,
-    report: PruneReport,
-    recovery: RecoverReport | None,
-) -> Told:
+    if not team.is_first:
+        return None
 
     def say() -> None:
         print_goal(report.goal)
