@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any, NoReturn, TypeVar
 
 from cfsp.errors import CfspError, UsageError, did_you_mean
-from cfsp.settings import Compute, Option, from_names, options_of
+from cfsp.settings import Compute, from_names, options_of
 
 T = TypeVar("T")
 
@@ -131,7 +131,19 @@ def add_options(
     for name, option in options_of(settings).items():
         if fields is not None and name not in fields:
             continue
-        action = _add(group, option, nargs)
+        default = f" (default: {option.default})" if option.default else ""
+        facts: dict[str, Any] = {"help": f"{option.help}{default}".replace("%", "%%")}
+        if option.metavar:
+            facts["metavar"] = option.metavar
+        if option.choices:
+            facts["choices"] = option.choices
+        if option.switch:
+            facts |= {"action": "store_true", "default": None}
+        elif option.repeats:
+            facts["action"] = "append"
+        elif not option.choices:
+            facts |= {"type": kind_of(option.kind), "nargs": nargs}
+        action = group.add_argument(option.typed, **facts)
         if option.advanced:
             parser.hide(action)
 
@@ -176,23 +188,6 @@ def expand_sets(argv: Sequence[str]) -> list[str]:
             )
         expanded.append(word)
     return expanded
-
-
-def _add(group: Any, option: Option, nargs: str | None) -> argparse.Action:
-    default = f" (default: {option.default})" if option.default else ""
-    facts: dict[str, Any] = {"help": f"{option.help}{default}".replace("%", "%%")}
-    if option.metavar:
-        facts["metavar"] = option.metavar
-    if option.choices:
-        facts["choices"] = option.choices
-    if option.switch:
-        facts |= {"action": "store_true", "default": None}
-    elif option.repeats:
-        facts["action"] = "append"
-    elif not option.choices:
-        facts |= {"type": kind_of(option.kind), "nargs": nargs}
-    action: argparse.Action = group.add_argument(option.typed, **facts)
-    return action
 
 
 def kind_of(kind: Callable[[str], Any]) -> Callable[[str], Any]:
