@@ -164,7 +164,13 @@ def bench(
     subjects = []
     for each in models:
         directory, label = locate_model(each), short[str(each)]
-        _check_can_read(directory, label, workloads)
+        longest = longest_input_of(read_config(directory)[0])
+        asked = max(workload.prompt + workload.new_tokens for workload in workloads)
+        if longest is not None and asked > longest:
+            raise UsageError(
+                f"{label} can read {longest} tokens at once, prompt and new tokens are "
+                f"{asked}; give a smaller --prompt or --new-tokens"
+            )
         subjects.append(Subject(directory, label))
     return compare_speed(subjects, workloads, conditions)
 
@@ -203,18 +209,6 @@ def compare_speed(
             for number, (subject, process) in enumerate(zip(subjects, processes, strict=True))
         )
     return Comparison(models, conditions, disturbance)
-
-
-def _check_can_read(directory: Path, label: str, workloads: Sequence[Workload]) -> None:
-    """Check by its config, before any model is loaded, that a model reads what it is timed on."""
-    config, _ = read_config(directory)
-    longest = longest_input_of(config)
-    asked = max(workload.prompt + workload.new_tokens for workload in workloads)
-    if longest is not None and asked > longest:
-        raise UsageError(
-            f"{label} can read {longest} tokens at once, prompt and new tokens are "
-            f"{asked}; give a smaller --prompt or --new-tokens"
-        )
 
 
 def _speeds(
