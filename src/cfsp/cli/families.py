@@ -38,18 +38,9 @@ def add_options_to(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> Told:
     """Print what can go of each model type: as it was proved before, or with --prove now."""
-    from cfsp.families.catalogue import installed_families, proved_before
+    from cfsp.families.catalogue import installed_families, proved_before, verdicts
 
     families = installed_families()
-    known = {family.model_type for family in families}
-    for name in args.prove or ():
-        if name not in known:
-            raise UsageError(
-                f"the installed transformers has no language model type {name!r}"
-                f"{did_you_mean(name, known)}; see: cfsp families"
-            )
-    if args.prove:
-        families = [family for family in families if family.model_type in args.prove]
     if args.prove is None:
         import transformers
 
@@ -62,12 +53,19 @@ def run(args: argparse.Namespace) -> Told:
                 transformers.__version__,
             )
     else:
-        from cfsp.families.catalogue import verdicts
         from cfsp.progress import item_progress
 
+        known = {family.model_type for family in families}
+        for name in args.prove:
+            if name not in known:
+                raise UsageError(
+                    f"the installed transformers has no language model type {name!r}"
+                    f"{did_you_mean(name, known)}; see: cfsp families"
+                )
+        asked = [family for family in families if family.model_type in (args.prove or known)]
         rows = []
-        with item_progress("prove", len(families), "type") as bar:
-            for family, reasons in zip(families, verdicts(families), strict=True):
+        with item_progress("prove", len(asked), "type") as bar:
+            for family, reasons in zip(asked, verdicts(asked), strict=True):
                 rows.append(_row(family, reasons))
                 bar.update()
     head = ("model type", "class", *PART_NOUNS.values(), "why no channels")
