@@ -18,7 +18,7 @@ import torch
 import cfsp
 from builders import entries, read_json, stop
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.cli import build_parser, main
+from cfsp.cli import COMMANDS, build_parser, main
 from cfsp.cli.options import expand_sets, settings_from
 from cfsp.cli.output import show_messages, tell
 from cfsp.errors import ELSEWHERE, UsageError, first_line
@@ -41,11 +41,6 @@ def told(command):
 def text(text_file):
     """The calibration arguments of all tests here."""
     return ["--data", text_file, "--samples", 6, "--seqlen", 32]
-
-
-def commands() -> list[str]:
-    actions = build_parser()._subparsers._group_actions  # type: ignore[union-attr]
-    return sorted(actions[0].choices)  # type: ignore[arg-type]
 
 
 def test_a_terminal_without_a_minus_is_told_all_the_same(monkeypatch):
@@ -132,7 +127,7 @@ def test_what_is_typed_becomes_settings_and_the_rest_is_theirs():
     assert settings_from(args, Criterion) == Criterion()
 
 
-@pytest.mark.parametrize("name", commands())
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_fits_a_screen_and_help_all_names_the_rest(command, name):
     short, long = (command(name, option).out for option in ("--help", "--help-all"))
     assert f"example:\n  cfsp {name}" in short
