@@ -364,34 +364,21 @@ def test_an_accelerator_without_room_is_told_in_one_sentence(
     assert entries(tmp_path) == set()
 
 
-def test_threads_of_the_demo_do_not_spin(monkeypatch):
+def test_threads_of_the_demo_do_not_spin_and_its_command_can_be_typed_again(tmp_path, monkeypatch):
+    """A space in the output's name cut it in two."""
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # so that it is put back afterwards
     monkeypatch.delenv("OMP_WAIT_POLICY")
-    waits = []
-
-    def look(*_: object) -> None:
-        waits.append(os.environ.get("OMP_WAIT_POLICY"))
-        raise UsageError("enough")
-
-    monkeypatch.setattr("cfsp.checkpoint.output.check_output_is_free", look)
-    assert main(["demo"]) == 2
-    assert waits == ["passive"]
-
-
-def test_the_demo_records_its_command_as_it_can_be_typed_again(tmp_path, monkeypatch):
-    """A space in the output's name cut it in two."""
-    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     told = []
 
     def look(*_: object, command: str) -> None:
-        told.extend(shlex.split(command))
+        told.extend([os.environ.get("OMP_WAIT_POLICY"), *shlex.split(command)])
         raise UsageError("enough")
 
     monkeypatch.setattr("cfsp.checkpoint.locating.open_checkpoint", lambda _: None)
     monkeypatch.setattr("cfsp.pipeline.prune_checkpoint", look)
     argv = ["demo", "--out", str(tmp_path / "two words")]
     assert main(argv) == 2
-    assert told == ["cfsp", *argv]
+    assert told == ["passive", "cfsp", *argv]
 
 
 def test_messages_are_plain_lines_on_standard_error(capsys):
