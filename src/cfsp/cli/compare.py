@@ -137,7 +137,6 @@ def _print(found: dict[str, Any]) -> None:
 
 
 def _rows(title: str, pairs: dict[str, Any], measures: Iterable[Measure]) -> list[tuple[str, ...]]:
-    """Return a title, and a row for each measure there is."""
     lines = [
         (
             f"  {words}",

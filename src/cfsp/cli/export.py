@@ -61,7 +61,6 @@ def run(args: argparse.Namespace) -> Told:
 
 
 def print_report(report: ExportReport) -> None:
-    """Print what was written and how it compares."""
     print(f"{report.layout}; {human_bytes(report.nbytes)}")
     check = report.verification
     if check is None:

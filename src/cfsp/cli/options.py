@@ -204,7 +204,6 @@ def kind_of(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def add_model(parser: Parser) -> None:
-    """Add the model."""
     parser.add_argument(
         "model",
         metavar="MODEL",

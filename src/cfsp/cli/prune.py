@@ -202,7 +202,6 @@ def _print_estimate(cost: PruningCost) -> None:
 
 
 def print_report(report: PruneReport) -> None:
-    """Print what pruning gained and lost."""
     from cfsp.result.facts import perplexity_facts, size_facts
     from cfsp.result.making import seconds_in_words, steps_in_words
 

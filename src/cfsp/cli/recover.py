@@ -68,7 +68,6 @@ def run(args: argparse.Namespace) -> Told:
 
 
 def print_report(report: RecoverReport) -> None:
-    """Print what recovery gained."""
     from cfsp.result.facts import perplexity_facts
     from cfsp.result.making import seconds_in_words
 

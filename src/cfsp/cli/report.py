@@ -31,7 +31,6 @@ def add_options_to(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> Told:
-    """Write the page."""
     from cfsp.result.page.page import write_report
 
     write_report(args.runs, args.out)

@@ -218,7 +218,6 @@ def _speeds(
     timed: Sequence[list[Timing]],
     share_of_others: float,
 ) -> dict[str, Speed]:
-    """Return the speed of one of the models in each phase."""
     # Other programs do not compute where an accelerator does.
     too_busy = share_of_others > _TOO_BUSY and processes[0].facts["device"] == "cpu"
     first, own = (processes[i].footprint for i in (0, number))
