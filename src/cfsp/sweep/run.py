@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -149,7 +149,7 @@ class _Sweep:
     opened: Callable[[tuple[Part, ...]], Checkpoint]  # as `cfsp prune` opens it for a point
     out: Path
     compute: Compute
-    evaluated: Callable[..., list[dict[str, Any]]]  # `evaluate_models` as the sweep asks for it
+    exam: Exam
     told: set[str] = field(default_factory=set)  # doubts that hold for several models
 
 
@@ -163,8 +163,7 @@ def run_sweep(settings: SweepSettings, out: Path, compute: Compute, *, command: 
     if settings.answers is not None:
         exam = replace(exam, questions=Questions.of(settings.answers))
     opened = cache(lambda parts: open_checkpoint(settings.model, parts=parts))
-    measure = partial(evaluate_models, exam=exam)
-    sweep = _Sweep(points, opened(points[0].parts), opened, out, compute, measure)
+    sweep = _Sweep(points, opened(points[0].parts), opened, out, compute, exam)
     check_is_outside(out, sweep.source.directory)
     with created_parents(out), exclusive(out), _kept(sweep):
         _claim(out, settings)
@@ -175,7 +174,7 @@ def run_sweep(settings: SweepSettings, out: Path, compute: Compute, *, command: 
         budget = hidden_budget(compute.memory_budget)
         with temporary_work_dir(budget // (4 * (len(settings.eval) + 1))) as passes:
             dense = Dense(sweep.source, {}, passes)
-            (found,) = sweep.evaluated((), against=dense, out=out / _DENSE_FILE)
+            (found,) = evaluate_models((), exam, against=dense, out=out / _DENSE_FILE)
             dense = replace(dense, result=found)
             for point in missing:
                 say_doubts(sweep.opened(point.parts), point.settings, windows, sweep.told)
@@ -272,7 +271,7 @@ def _make(sweep: _Sweep, point: Point, decided: PruningResult, dense: Dense, com
     shutil.rmtree(working, ignore_errors=True)
     try:
         prune_checkpoint(own, working, point.settings, known=known, command=command)
-        before, found = dense.result, sweep.evaluated([working], against=dense)[-1]
+        before, found = dense.result, evaluate_models([working], sweep.exam, against=dense)[-1]
         found["model"] = str(finished)
         first, second = measured_model("dense", before), measured_model("pruned", found)
         facts = {
