@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> None:
 def measure(size: Size, scratch: Path, limit: float, out: Path | None) -> dict[str, Any]:
     """Run all stages in an empty directory; after `limit` seconds no further one begins."""
     device = compute_device(size.device)
+    is_cuda = device.type == "cuda"
     dense = scratch / "dense"
     stages: dict[str, Callable[[], Any]] = {
         "checkpoint": lambda: make_checkpoint(dense, size.shape, size.blocks, device=device),
@@ -89,7 +90,7 @@ def measure(size: Size, scratch: Path, limit: float, out: Path | None) -> dict[s
     found: dict[str, Any] = {
         "shape": size.shape,
         "tokens": size.windows * size.seqlen,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(device) if is_cuda else "cpu",
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
@@ -102,30 +103,20 @@ def measure(size: Size, scratch: Path, limit: float, out: Path | None) -> dict[s
             found["stages"][name] = None
             continue
         print(f"{begun - started:.0f} s: {name}", file=sys.stderr)
-        peak = _DevicePeak(device)
+        if is_cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
         result = run()
         found["stages"][name] = {
             "seconds": round(time.monotonic() - begun, 2),
-            "peak_device_bytes": peak.bytes(),
+            # Of tensors of this process.
+            "peak_device_bytes": torch.cuda.max_memory_allocated() if is_cuda else None,
             "result": result,
         }
         found["seconds"] = round(time.monotonic() - started, 2)
         if out is not None:
             out.write_text(json.dumps(found, indent=2) + "\n")
     return found
-
-
-class _DevicePeak:
-    """The most memory that tensors of this process take on an accelerator from now on."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._is_cuda = device.type == "cuda"
-        if self._is_cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
-
-    def bytes(self) -> int | None:
-        return torch.cuda.max_memory_allocated() if self._is_cuda else None
 
 
 def _settings(size: Size, sparsity: float, repair: Repair) -> PruneSettings:
