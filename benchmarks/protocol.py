@@ -37,6 +37,7 @@ from cfsp.cli import step
 from cfsp.cli.output import estimate
 from cfsp.quality.compare import compare
 from cfsp.quality.results_file import MeasuredModel, read_models, read_results
+from cfsp.result.tables import Table
 from cfsp.streaming.runtime import versions
 
 ZERO_SHOT = (
@@ -197,7 +198,6 @@ def table(
             row.append("/".join(f"{100 * scores[metric]:.1f}" for metric in metrics))
         row += [_percent(found["accuracy"], "difference"), _percent(found["kept"], "second")]
         rows.append(row)
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     left_out = compare(dense, dense, dense)["left_out"]
     notes = [
         "Perplexity without BOS. Tasks in percent. Tasks - dense and answers kept: paired, mean of "
@@ -208,8 +208,7 @@ def table(
         "Rows of other methods are not here: take them from their papers, where their conditions "
         "stand, too.",
     ]
-    shown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return shown + "\n\n" + "\n\n".join(f"{note}" for note in notes) + "\n"
+    return Table(head, rows).to_markdown() + "\n" + "\n\n".join(notes) + "\n"
 
 
 def _metrics(model: MeasuredModel, task: str) -> list[str]:
