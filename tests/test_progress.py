@@ -39,18 +39,11 @@ def test_blocks_tell_how_far_they_are(clock, caplog):
     ]
 
 
-def test_of_paths_the_last_part_is_shown(clock, caplog):
-    with item_progress("/models/a.gguf on data/test.parquet", 100, "tok") as bar:
-        clock.seconds += 40
-        bar.update(50)
-    assert caplog.messages == ["a.gguf on test.parquet: 50%, 00:40 left"]
-
-
-def test_work_that_goes_on_counts_from_where_it_was(clock, caplog):
-    with item_progress("calibrate", 1000, "tok", initial=800) as bar:
+def test_of_paths_the_last_part_is_shown_and_work_that_goes_on_counts_from_there(clock, caplog):
+    with item_progress("/models/a.gguf on data/test.parquet", 1000, "tok", initial=800) as bar:
         clock.seconds += 40
         bar.update(100)
-    assert caplog.messages == ["calibrate: 90%, 00:40 left"]
+    assert caplog.messages == ["a.gguf on test.parquet: 90%, 00:40 left"]
 
 
 def test_an_evaluation_of_recovery_tells_how_far_it_is(clock, caplog):
