@@ -405,8 +405,13 @@ def test_damaged_task_file_is_one_sentence(line, message, tmp_path):
         read_documents(path)
 
 
-def test_a_file_has_the_form_of_its_task(model, text_file, tmp_path, command, noted):
-    passes = noted(evaluate, "streamed_sums", never)
+def test_what_is_wrong_with_a_file_is_told_before_any_pass(
+    model, text_file, tmp_path, command, monkeypatch
+):
+    monkeypatch.setattr(evaluate, "streamed_sums", never)
+    argv = ["eval", model, "--data", text_file, "--windows", 1, "--task-data", tmp_path, "--tasks"]
+    missing = f"cannot read the task file {tmp_path / 'piqa.jsonl'}"
+    assert missing in command(*argv, "piqa", status=2).err
     lines = {
         "lambada": ('{"text": "word"}', "whose last word follows a space, found 'word'"),
         "winogrande": ('{"text": "a word"}', r"line 1: expected context_options (list), cont"),
@@ -415,15 +420,6 @@ def test_a_file_has_the_form_of_its_task(model, text_file, tmp_path, command, no
     for name, (line, message) in lines.items():
         (tmp_path / f"{name}.jsonl").write_text(line)
         task = "lambada_openai" if name == "lambada" else name
-        argv = ["eval", model, "--data", text_file, "--tasks", task, "--task-data", tmp_path]
-        assert message in command(*argv, status=2).err
-    assert not passes
-
-
-def test_a_missing_task_file_is_told_before_any_pass(model, text_file, tmp_path, command, noted):
-    passes = noted(evaluate, "streamed_sums", never)
-    argv = ["eval", model, "--data", text_file, "--windows", 1, "--tasks", "piqa", "--task-data"]
-    missing = f"cannot read the task file {tmp_path / 'piqa.jsonl'}"
-    assert missing in command(*argv, tmp_path, status=2).err
-    assert "does not exist" in command(*argv, tmp_path / "absent", status=2).err
-    assert not passes
+        assert message in command(*argv, task, status=2).err
+    absent = ("--task-data", tmp_path / "absent")
+    assert "does not exist" in command(*argv, "piqa", *absent, status=2).err
