@@ -29,14 +29,7 @@ import torch
 from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.pipeline import prune_checkpoint
-from cfsp.settings import (
-    Budget,
-    CalibrationText,
-    Compute,
-    Criterion,
-    PruneSettings,
-    Repair,
-)
+from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings, Repair
 from cfsp.speed.bench import bench
 from cfsp.streaming.runtime import versions
 from make_checkpoint import make_checkpoint

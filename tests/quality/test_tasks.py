@@ -157,9 +157,7 @@ def test_numbers_are_exactly_the_harnesss_own(model, tokenizer, task_data, monke
         batch_size=8,
         tasks=list(SCORED),
         task_manager=TaskManager(
-            include_path=JSONL_TASKS,
-            include_defaults=False,
-            metadata={"directory": str(task_data)},
+            include_path=JSONL_TASKS, include_defaults=False, metadata={"directory": str(task_data)}
         ),
         bootstrap_iters=2,
     )["results"]

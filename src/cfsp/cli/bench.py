@@ -21,10 +21,7 @@ if TYPE_CHECKING:
 
 def add_options_to(parser: Parser) -> None:
     parser.add_argument(
-        "models",
-        nargs="+",
-        metavar="MODEL",
-        help="as for prune; ratios are to the first",
+        "models", nargs="+", metavar="MODEL", help="as for prune; ratios are to the first"
     )
     work = parser.add_argument_group("what to time; several are timed one after the other")
     add_options(parser, work, Workload, nargs="+")

@@ -205,9 +205,7 @@ def kind_of(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def add_model(parser: Parser) -> None:
     parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="directory, hub id (or ID@REVISION), .gguf file, or `demo`",
+        "model", metavar="MODEL", help="directory, hub id (or ID@REVISION), .gguf file, or `demo`"
     )
 
 

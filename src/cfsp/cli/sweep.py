@@ -74,12 +74,7 @@ def run(args: argparse.Namespace) -> Told:
 
     from cfsp.sweep.run import run_sweep, tables, write_tables
 
-    rows = run_sweep(
-        settings,
-        args.out,
-        settings_from(args, Compute),
-        command=typed_command(args),
-    )
+    rows = run_sweep(settings, args.out, settings_from(args, Compute), command=typed_command(args))
     written = write_tables(rows, args.out)
 
     def say() -> None:

@@ -113,11 +113,7 @@ def _first_turns(name: str) -> Iterator[tuple[str, str]]:
 
 
 def answers_of(
-    prompts: Sequence[list[int]],
-    whole: Whole,
-    work_dir: WorkDir,
-    name: str,
-    label: str,
+    prompts: Sequence[list[int]], whole: Whole, work_dir: WorkDir, name: str, label: str
 ) -> list[dict[str, Any]]:
     """Return a model's greedy answers: `tokens`, their text, and whether it `stops` and `loops`.
 

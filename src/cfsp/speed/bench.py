@@ -22,13 +22,7 @@ from cfsp.errors import UsageError
 from cfsp.progress import item_progress
 from cfsp.result.names import short_names
 from cfsp.settings import TimingConditions, Workload, one_or_several
-from cfsp.speed.subjects import (
-    Footprint,
-    ModelProcess,
-    Subject,
-    Timing,
-    model_process,
-)
+from cfsp.speed.subjects import Footprint, ModelProcess, Subject, Timing, model_process
 
 # Which fraction of the processors others may take where a ratio is still said.
 _TOO_BUSY = 0.2

@@ -81,10 +81,7 @@ def check_has_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def templated(
-    conversation: Conversation,
-    tokenizer: PreTrainedTokenizerBase,
-    number: int,
-    **asked: bool,
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, number: int, **asked: bool
 ) -> str:
     """Return the text that the chat template makes of a conversation, whose number errors name.
 
