@@ -92,11 +92,10 @@ def print_plan(plan: PruningPlan) -> None:
     """Print importance and width of every unit."""
     from cfsp.result.facts import unit_rows
 
-    bars = [
-        (f"{unit.kept_share:.0%}", f"{'#' * round(20 * unit.kept_share):<20}")
-        for unit in plan.units
+    rows = [
+        (*row, f"{unit.kept_share:.0%}", f"{'#' * round(20 * unit.kept_share):<20}")
+        for row, unit in zip(unit_rows(plan.units), plan.units, strict=True)
     ]
-    rows = [(*row, *bar) for row, bar in zip(unit_rows(plan.units), bars, strict=True)]
     print_table(("block", "distance", "importance", "channels", "kept", "", ""), rows)
     what = "channels" if plan.counts_channels else "parameters"
     groups = f" and {plan.sparsity_of('kv'):.1%} of the KV groups" if plan.of_part("kv") else ""

@@ -184,8 +184,7 @@ WIDTHS: tuple[Widths, ...] = get_args(Widths)
 # tensor cores on tiles of 128 or 64, as bitsandbytes' NF4 does; docs/RESULTS.md has the
 # measurements. Where 256 would be a coarse step, a smaller one is taken: widths that follow
 # importance matter more there.
-_MULTIPLES = ((8192, 256), (4096, 128), (1024, 64))
-MULTIPLE_OF_NARROW = 32
+_MULTIPLES = ((8192, 256), (4096, 128), (1024, 64), (0, 32))
 
 
 @dataclass(frozen=True)
@@ -325,5 +324,4 @@ class Budget(Declared):
         if self.multiple is not None:
             return self.multiple
         widest = max(width_L)
-        fitting = (multiple for least, multiple in _MULTIPLES if widest >= least)
-        return next(fitting, MULTIPLE_OF_NARROW)
+        return next(multiple for least, multiple in _MULTIPLES if widest >= least)
