@@ -42,7 +42,6 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.compare import compare
 from cfsp.quality.paired import Number, mean_of_tasks
 from cfsp.quality.results_file import MeasuredModel, read_models
-from cfsp.speed.subjects import PHASES
 
 TEXTS = (
     "wikitext2/test.parquet", "c4/validation.jsonl", "domains/arxiv.jsonl",
@@ -61,6 +60,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "ffn,blocks": ("--parts", "ffn,blocks"),
     "all": ("--parts", "ffn,kv,attention,blocks"),
 }
+PHASES = ("prefill", "decode")
 # Chosen after repair.
 _BY_REPAIR = "all"
 _SPEEDS = [f"{phase}{ideal}" for phase in PHASES for ideal in ("", ", ideal")]

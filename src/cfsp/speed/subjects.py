@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext
 
 _INITIAL_RANGE = 0.02
-PHASES = ("prefill", "decode")
 # Other programs that take less of the processors hardly disturb.
 HARDLY = 0.05
 # A fresh interpreter: a forked one would carry this process's memory.
