@@ -19,15 +19,8 @@ from cfsp.settings import Declared, option
 
 # The tasks of the paper's tables, by their names in the harness.
 PAPER_SUITE = (
-    "hellaswag",
-    "piqa",
-    "winogrande",
-    "arc_easy",
-    "arc_challenge",
-    "openbookqa",
-    "boolq",
-    "mmlu",
-)
+    "hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "boolq", "mmlu",
+)  # fmt: skip
 # Of the harness tasks that read JSONL files.
 JSONL_TASKS = Path(__file__).with_name("jsonl")
 SUITES = {"cfsp-paper": PAPER_SUITE}
