@@ -72,9 +72,7 @@ def run(args: argparse.Namespace) -> Told:
         statistics = calibrate_source(source, tokenizer, settings, work_dir)
         if team.is_first:
             statistics.save(args.out)
-    if not team.is_first:
-        return None
-    return _told(args.out, statistics, work_dir)
+    return _told(args.out, statistics, work_dir) if team.is_first else None
 
 
 def _told(out: Path, statistics: Statistics, work_dir: WorkDir) -> Told:

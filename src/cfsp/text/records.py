@@ -148,7 +148,7 @@ def likely_column(path: Path) -> str:
     Of what cannot be read it is that of texts: reading it will say what is wrong.
     """
     columns: set[str] = set()
-    try:
+    with suppress(TextError, ValueError, AttributeError, OSError, ImportError):
         if not path.is_file():
             return "text"
         if path.suffix.lower() == ".parquet":
@@ -158,8 +158,6 @@ def likely_column(path: Path) -> str:
         elif path.suffix.lower() == ".jsonl":
             record, _ = next(_json_lines(path), ({}, ""))
             columns = {name for name, value in record.items() if value is not None}
-    except (TextError, ValueError, AttributeError, OSError, ImportError):
-        pass
     return CHAT_COLUMN if CHAT_COLUMN in columns and "text" not in columns else "text"
 
 

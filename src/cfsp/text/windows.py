@@ -129,9 +129,7 @@ def few_windows(windows: Windows, count: int) -> Windows:
 
 def joined(parts: Sequence[Windows]) -> Windows:
     """Return windows of several texts, which are equally long, one text after the other."""
-    sources: Counter[str] = Counter()
-    for part in parts:
-        sources.update(part.sources)
+    sources = sum((Counter(part.sources) for part in parts), Counter())
     tokens_NT = torch.cat([part.tokens_NT for part in parts])
     return Windows(tokens_NT, dict(sources), parts[0].begins_with)
 
