@@ -108,12 +108,6 @@ def main() -> int:
         help=f"{DEMO_NAME}, or a model type of which a random one is made "
         f"(default: {DEMO_NAME} {' '.join(TYPES)})",
     )
-    parser.add_argument(
-        "--demo",
-        nargs=2,
-        metavar=("PRUNED", "DENSE"),
-        help="two directories in place of the demo: a pruned checkpoint and what it was made of",
-    )
     names = tuple(server.name for server in SERVERS)
     parser.add_argument("--server", choices=names, action="append", help="(default: all)")
     args = parser.parse_args()
@@ -129,10 +123,7 @@ def main() -> int:
         for name in args.models:
             work = Path(folder) / name
             work.mkdir()
-            if name == DEMO_NAME and args.demo:
-                pruned, dense = map(Path, args.demo)
-            else:
-                pruned, dense = _pruned(name, work)
+            pruned, dense = _pruned(name, work)
             # How fast tiny models are says nothing about any other.
             for row in _rows(servers, pruned, dense if name == DEMO_NAME else None, work):
                 rows.append((name, *row))
