@@ -51,10 +51,8 @@ def main() -> None:
     parser.add_argument("--shape", required=True, choices=tuple(SHAPES))
     parser.add_argument("--blocks", type=int, help="how many blocks (default: all)")
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--shard-gigabytes", type=float, default=2.0)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    nbytes = make_checkpoint(args.out, args.shape, args.blocks, args.shard_gigabytes, args.seed)
+    nbytes = make_checkpoint(args.out, args.shape, args.blocks)
     print(f"{nbytes / 1e9:.2f} GB written to {args.out}")
 
 
@@ -63,7 +61,6 @@ def make_checkpoint(
     shape: str,
     blocks: int | None = None,
     shard_gigabytes: float = 2.0,
-    seed: int = 0,
     device: torch.device | None = None,
 ) -> int:
     """Write a checkpoint and return the size of its tensors in bytes.
@@ -79,7 +76,7 @@ def make_checkpoint(
         if name in tied:
             continue
         spec = TensorSpec(torch.bfloat16, tuple(parameter.shape))
-        outgoing.append(OutgoingTensor(name, spec, _chunks_of(name, spec, seed, device)))
+        outgoing.append(OutgoingTensor(name, spec, _chunks_of(name, spec, device)))
     with staged_directory(out) as staging:
         fields = config.to_dict() | {
             "architectures": [model_class_of(config).__name__],
@@ -98,10 +95,10 @@ def config_of(shape: str, blocks: int | None = None) -> PreTrainedConfig:
     return CONFIG_MAPPING[fields.pop("model_type")](**fields)
 
 
-def _chunks_of(name: str, spec: TensorSpec, seed: int, device: torch.device):
+def _chunks_of(name: str, spec: TensorSpec, device: torch.device):
     def chunks() -> Iterator[memoryview]:
         # A seed for every tensor: shards then do not depend on each other.
-        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()) + seed)
+        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
         left = math.prod(spec.shape)
         while left:
             count = min(left, _CHUNK)
