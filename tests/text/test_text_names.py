@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub.constants
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import cfsp
-from builders import draw_windows
+from builders import draw_windows, never
 from cfsp.checkpoint.locating import hub_is_reachable, locate_model
 from cfsp.errors import CheckpointError, TextError, UsageError
 from cfsp.pipeline import prune_checkpoint
@@ -188,16 +189,10 @@ def test_an_empty_list_of_texts_is_an_error(tmp_path):
 # The hub.
 
 
-class Datasets:
-    @staticmethod
-    def load_dataset(*args: Any, **options: Any) -> list[dict[str, str]]:
-        return [{"text": "from the cache"}]
-
-
 @pytest.mark.usefixtures("no_hub")
 def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch):
-    monkeypatch.setattr(of_data, "import_datasets", lambda: Datasets)
-    monkeypatch.setattr(Datasets, "load_dataset", lambda *_, **__: pytest.fail("it was asked"))
+    datasets = SimpleNamespace(load_dataset=never)
+    monkeypatch.setattr(of_data, "import_datasets", lambda: datasets)
     assert not hub_is_reachable()
     message = refused("wikitext2")
     assert message.startswith("the hub, which has Salesforce/wikitext, cannot be reached from here")
@@ -206,22 +201,16 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch):
 
 
 def test_whoever_stays_offline_reads_the_cache(monkeypatch):
-    monkeypatch.setattr(of_data, "import_datasets", lambda: Datasets)
+    datasets = SimpleNamespace(load_dataset=lambda *_, **__: [{"text": "from the cache"}])
+    monkeypatch.setattr(of_data, "import_datasets", lambda: datasets)
     assert list(TextSource("wikitext2", "evaluation").documents()) == ["from the cache"]
     with pytest.raises(CheckpointError, match="its cache has no copy either"):
         locate_model("no-one/nothing")
 
 
 def test_a_hub_that_answers_anything_is_there(monkeypatch):
-    class Answer(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self.send_response(404)
-            self.end_headers()
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+    # Its answer is that it knows no such request.
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
