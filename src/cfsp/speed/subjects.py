@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
@@ -44,14 +44,11 @@ from cfsp.settings import TimingConditions, Workload
 from cfsp.streaming.decoder_end import text_model
 from cfsp.streaming.memory import peak_rss_bytes
 
-if TYPE_CHECKING:
-    from multiprocessing.context import ForkServerContext, SpawnContext
-
 _INITIAL_RANGE = 0.02
 # Other programs that take less of the processors hardly disturb.
 HARDLY = 0.05
 # A fresh interpreter: a forked one would carry this process's memory.
-PROCESSES: SpawnContext | ForkServerContext = multiprocessing.get_context("spawn")
+PROCESSES = multiprocessing.get_context("spawn")
 # Not idle, not waiting for a disk, not taken by another virtual machine. Some systems lack some.
 _WORK = ("user", "nice", "system", "irq", "softirq")
 

@@ -20,10 +20,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import islice
 from random import Random
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from cfsp.architecture.block_names import counted
 from cfsp.errors import TextError, UsageError
@@ -32,9 +32,6 @@ from cfsp.text.offline import parts_of
 from cfsp.text.sources import TextSource, identity_of, name_of
 from cfsp.text.tokenizers import beginning
 from cfsp.text.windows import Windows, joined
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 

@@ -6,19 +6,16 @@ Code that lies in the directory is never run.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cfsp.errors import CheckpointError, UsageError, did_you_mean, first_line
 from cfsp.settings import Bos
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer that a model directory carries, or raise CheckpointError."""
-    from transformers import AutoTokenizer
-
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             directory, trust_remote_code=False
