@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp.cli.options import Parser, add_model, add_options, settings_from
 from cfsp.cli.output import Told, human_bytes
-from cfsp.processes import process_count
+from cfsp.processes import joined, process_count, take_own_accelerator
 from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings
+from cfsp.text.sources import check_texts
 
 if TYPE_CHECKING:
     from cfsp.calibration.statistics import Statistics
@@ -29,15 +30,12 @@ def add_options_to(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> Told:
-    from cfsp.text.sources import check_texts
-
     check_texts(args.data)
 
     from cfsp.checkpoint.loading import compute_device
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.checkpoint.output import check_file_is_free, check_is_outside
     from cfsp.pipeline import calibrate_source
-    from cfsp.processes import joined, take_own_accelerator
     from cfsp.streaming.runtime import runtime_identity, runtime_of
     from cfsp.streaming.work_dir import output_work_dir, remove_finished_work
     from cfsp.text.tokenizers import load_tokenizer

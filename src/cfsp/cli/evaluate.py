@@ -16,9 +16,10 @@ from cfsp.architecture.block_names import counted
 from cfsp.cli.options import Parser, add_compute, add_options, kind_of, settings_from
 from cfsp.cli.output import Told, print_table
 from cfsp.errors import UsageError
-from cfsp.processes import process_count
+from cfsp.processes import joined, process_count, take_own_accelerator
 from cfsp.quality.tasks.selection import DEFAULT_BATCH, TaskSelection
 from cfsp.settings import BOS, DEFAULT_QUESTIONS, Compute, EvaluationText, names_in
+from cfsp.text.sources import check_texts
 
 
 def add_options_to(parser: Parser) -> None:
@@ -100,8 +101,6 @@ def run(args: argparse.Namespace) -> Told:
             f"{alone} runs in one process, found {process_count()}; leave it out, or evaluate "
             "without torchrun"
         )
-    from cfsp.text.sources import check_texts
-
     check_texts(evaluation=args.data)
     selection = None
     if args.tasks:
@@ -109,7 +108,6 @@ def run(args: argparse.Namespace) -> Told:
         selection = TaskSelection(tuple(args.tasks), args.limit, args.shots, args.task_data, batch)
 
     from cfsp.checkpoint.loading import compute_device
-    from cfsp.processes import joined, take_own_accelerator
     from cfsp.quality.answers import Questions
     from cfsp.quality.evaluate import Exam, evaluate_models
     from cfsp.quality.results_file import refusing_damage

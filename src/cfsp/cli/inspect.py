@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cfsp.architecture.block_names import blocks_in_words
+from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.cli.options import Parser, add_model
 from cfsp.cli.output import Told, human_bytes, human_count
 
@@ -23,8 +24,6 @@ def add_options_to(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> Told:
-    from cfsp.checkpoint.locating import open_checkpoint
-
     checkpoint = open_checkpoint(args.model)
 
     from cfsp.result.manifest import refusing_damage

@@ -16,7 +16,7 @@ from cfsp.cli import recover
 from cfsp.cli.options import Parser, add_advanced, add_model, add_options, typed, typed_command
 from cfsp.cli.output import Told, human_bytes, human_count, print_facts, print_goal, print_plan
 from cfsp.errors import UsageError
-from cfsp.processes import process_count
+from cfsp.processes import joined, process_count, take_own_accelerator
 from cfsp.settings import (
     BEST_EFFORT,
     COUNTED,
@@ -34,6 +34,7 @@ from cfsp.settings import (
     given_of,
     prune_settings,
 )
+from cfsp.text.sources import check_texts
 
 if TYPE_CHECKING:
     from cfsp.pruning_cost import PruningCost
@@ -127,8 +128,6 @@ def _refuse(options: Mapping[str, Any], why: str) -> None:
 
 def run(args: argparse.Namespace) -> Told:
     settings = _settings(args)
-    from cfsp.text.sources import check_texts
-
     check_texts(args.data, args.eval)
 
     from cfsp.calibration.statistics import Statistics
@@ -137,7 +136,6 @@ def run(args: argparse.Namespace) -> Told:
     from cfsp.decide import Known
     from cfsp.pipeline import prune_checkpoint
     from cfsp.planning.plan_file import PruningPlan
-    from cfsp.processes import joined, take_own_accelerator
     from cfsp.prune_and_recover import prune_and_recover
     from cfsp.pruning_cost import doubts, pruning_cost
     from cfsp.selection.constraint import Share

@@ -18,6 +18,7 @@ from cfsp.cli.output import Told, human_bytes, human_count, print_facts
 from cfsp.processes import is_first_process
 from cfsp.recovery.settings import Adaptation, Limit, Training
 from cfsp.settings import Compute, EvaluationText, options_of
+from cfsp.text.sources import check_texts
 
 if TYPE_CHECKING:
     from cfsp.recovery.trainer import RecoverReport
@@ -54,8 +55,6 @@ def add_options_to(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> Told:
     # Importing torch is a part of what the user waits for.
     started = time.monotonic()
-    from cfsp.text.sources import check_texts
-
     check_texts(args.data, args.eval)
 
     from cfsp.recovery.recover import recover

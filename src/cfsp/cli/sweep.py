@@ -24,6 +24,7 @@ from cfsp.cli.options import (
 from cfsp.cli.output import Told
 from cfsp.settings import Budget, CalibrationText, Compute, EvaluationText, fraction, names_in
 from cfsp.sweep.settings import METHODS, SweepSettings, method_named
+from cfsp.text.sources import check_texts
 
 
 def add_options_to(parser: Parser) -> None:
@@ -68,8 +69,6 @@ def add_options_to(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> Told:
     names = {field.name for field in fields(SweepSettings)}
     settings = SweepSettings(**{key: each for key, each in typed(args).items() if key in names})
-    from cfsp.text.sources import check_texts
-
     check_texts(settings.data, settings.eval)
 
     from cfsp.sweep.run import run_sweep, tables, write_tables
