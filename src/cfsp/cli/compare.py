@@ -8,15 +8,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cfsp.architecture.block_names import counted
+from cfsp.checkpoint.locating import exists
 from cfsp.cli.options import Parser
 from cfsp.cli.output import Told, estimate, print_table
 from cfsp.errors import UsageError
-
-if TYPE_CHECKING:
-    from cfsp.quality.results_file import MeasuredModel
+from cfsp.quality.results_file import MeasuredModel, joined_models, models_in, refusing_damage
+from cfsp.result.names import short_names
 
 # A measure: its words, its name, digits and factor.
 Measure = tuple[str, str, int, float]
@@ -54,9 +54,7 @@ def add_options_to(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> Told:
-    from cfsp.checkpoint.locating import exists
     from cfsp.quality.compare import comparisons
-    from cfsp.quality.results_file import joined_models, models_in, refusing_damage
 
     measured = [each for file in args.files for each in models_in(file)]
     # The name of a dense model may be that of a file, too: a GGUF.
@@ -106,8 +104,6 @@ def _named(models: Sequence[MeasuredModel], name: str, flag: str) -> MeasuredMod
 
 def _print(found: dict[str, Any]) -> None:
     """Print a group of lines for each text and task, narrow enough for any terminal."""
-    from cfsp.result.names import short_names
-
     print(f"first: {found['first']}\nsecond: {found['second']}\n")
     names, rows = short_names(found["texts"]), []
     for text, pairs in found["texts"].items():
