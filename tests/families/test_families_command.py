@@ -31,14 +31,14 @@ def test_what_was_proved_before_has_a_reason_for_every_no(command):
 
 
 def test_what_nobody_tried_is_not_said(monkeypatch, command):
-    monkeypatch.setattr("cfsp.families.catalogue.proved_before", lambda: ("1.0", {}))
+    monkeypatch.setattr("cfsp.cli.families.proved_before", lambda: ("1.0", {}))
     rows = [row.split() for row in command("families").out.splitlines()]
     assert ["llama", "LlamaForCausalLM", *5 * "?"] in rows
 
 
 def test_named_types_are_proved_and_parts_by_themselves(command, monkeypatch):
     """In this process, which has imported torch: that each has one of its own is told below."""
-    monkeypatch.setattr(catalogue, "verdicts", partial(map, why_not))
+    monkeypatch.setattr("cfsp.cli.families.verdicts", partial(map, why_not))
     monkeypatch.setitem(catalogue._VALUES, "olmoe", {"num_hidden_layers": 2, "num_experts": 16})
     told = command("families", "--prove", "olmoe", "bert", "--json").out
     bert, moe = json.loads(told)["families"]

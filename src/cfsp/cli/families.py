@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cfsp.cli.options import Parser
 from cfsp.cli.output import Told, print_table
 from cfsp.errors import UsageError, did_you_mean
+from cfsp.families.catalogue import Family, Reasons, installed_families, proved_before, verdicts
+from cfsp.progress import item_progress
 from cfsp.settings import DEFAULT_PARTS, PART_NOUNS, PARTS
-
-if TYPE_CHECKING:
-    from cfsp.families.catalogue import Family, Reasons
 
 _log = logging.getLogger(__name__)
 
@@ -38,8 +37,6 @@ def add_options_to(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> Told:
     """Print what can go of each model type: as it was proved before, or with --prove now."""
-    from cfsp.families.catalogue import installed_families, proved_before, verdicts
-
     families = installed_families()
     if args.prove is None:
         import transformers
@@ -53,8 +50,6 @@ def run(args: argparse.Namespace) -> Told:
                 transformers.__version__,
             )
     else:
-        from cfsp.progress import item_progress
-
         known = {family.model_type for family in families}
         for name in args.prove:
             if name not in known:
