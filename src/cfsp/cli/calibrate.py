@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.output import check_file_is_free, check_is_outside
 from cfsp.cli.options import Parser, add_model, add_options, settings_from
 from cfsp.cli.output import Told, human_bytes
 from cfsp.processes import joined, process_count, take_own_accelerator
 from cfsp.settings import Budget, CalibrationText, Compute, Criterion, PruneSettings
+from cfsp.streaming.memory import peak_rss_bytes
+from cfsp.streaming.work_dir import output_work_dir, remove_finished_work
 from cfsp.text.sources import check_texts
-
-if TYPE_CHECKING:
-    from cfsp.calibration.statistics import Statistics
-    from cfsp.streaming.work_dir import WorkDir
 
 
 def add_options_to(parser: Parser) -> None:
@@ -33,11 +33,9 @@ def run(args: argparse.Namespace) -> Told:
     check_texts(args.data)
 
     from cfsp.checkpoint.loading import compute_device
-    from cfsp.checkpoint.locating import open_checkpoint
-    from cfsp.checkpoint.output import check_file_is_free, check_is_outside
     from cfsp.pipeline import calibrate_source
+    from cfsp.result.making import seconds_in_words
     from cfsp.streaming.runtime import runtime_identity, runtime_of
-    from cfsp.streaming.work_dir import output_work_dir, remove_finished_work
     from cfsp.text.tokenizers import load_tokenizer
 
     remove_finished_work(args.out)
@@ -70,15 +68,10 @@ def run(args: argparse.Namespace) -> Told:
         statistics = calibrate_source(source, tokenizer, settings, work_dir)
         if team.is_first:
             statistics.save(args.out)
-    return _told(args.out, statistics, work_dir) if team.is_first else None
-
-
-def _told(out: Path, statistics: Statistics, work_dir: WorkDir) -> Told:
-    from cfsp.result.making import seconds_in_words
-    from cfsp.streaming.memory import peak_rss_bytes
-
+    if not team.is_first:
+        return None
     facts: dict[str, Any] = {
-        "out": str(out),
+        "out": str(args.out),
         "blocks": len(statistics.blocks),
         "calibration_tokens": statistics.tokens,
         "sources": statistics.record.sources,
@@ -94,6 +87,6 @@ def _told(out: Path, statistics: Statistics, work_dir: WorkDir) -> Told:
             f"{seconds_in_words(facts['seconds'])}; peak memory "
             f"{human_bytes(facts['peak_rss_bytes'])}"
         )
-        print(f"written to {out}")
+        print(f"written to {args.out}")
 
     return facts, say
