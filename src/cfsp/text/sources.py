@@ -157,6 +157,10 @@ def _tell_of_images(name: str) -> None:
     logger.warning("%s: its images are left out, only its text is read", name)
 
 
+# What takes seconds to open is opened once, however often it is asked for.
+_open_on_hub = cache(TextSource.open)
+
+
 def name_of(text: str | Text) -> str:
     """Return what a text is called."""
     return text.name if isinstance(text, Text) else text
@@ -180,12 +184,6 @@ def check_texts(
             _open_on_hub(source)
         else:
             source.open()
-
-
-@cache
-def _open_on_hub(source: TextSource) -> None:
-    """Open a text that takes seconds to open; once, however often it is asked for."""
-    source.open()
 
 
 def _not_found(name: str) -> str:
