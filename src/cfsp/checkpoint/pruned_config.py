@@ -176,7 +176,7 @@ def config_changes(
         )
     if not parts:
         return ConfigChanges(text, whole)
-    if "ffn" not in parts and _has_own_per_layer(stock):
+    if whole[FFN_WIDTHS] is None and _has_own_per_layer(stock):
         whole[FFN_WIDTHS] = {}  # what it has by block are no widths
     file = ModelingFile(architecture, model_class, type(config), ffn_key, tuple(parts))
     whole["architectures"] = [f"{PRUNED}{model_class.__name__}"]
