@@ -189,6 +189,21 @@ def test_a_sliding_window_caches_no_more_than_its_tokens(prune, sliding, parts):
     assert "at most 0.77 of the KV cache of 256 tokens" in done.card
 
 
+def test_larger_heads_cache_more(prune, save):
+    """Gemma 4's last block has heads twice as large here, and no window is shorter."""
+    changes = {"global_head_dim": 32, "num_key_value_heads": 4, "sliding_window": 256}
+    done = prune(
+        "--target-kv-cache", 0.5, "--effort", "fast", of=save(tiny_model("gemma4_text", **changes))
+    )
+    before, after = (
+        first + second + 2 * last
+        for first, second, last in (
+            done.manifest["kv_groups"][when] for when in ("before", "after")
+        )
+    )
+    assert (before, after) == (16, 8)
+
+
 def test_blocks_that_stay_whole_take_part_in_a_fraction_of_the_cache(prune, sliding):
     kept = ("--keep", "0,1", "--effort", "fast")
     said = prune("--target-kv-cache", 0.7, *kept, of=sliding, status=2).error

@@ -106,6 +106,14 @@ class Unit:
         return self.gate == self.up or any(len(axis.spans) > 1 for axis in self.axes.values())
 
     @property
+    def head_size(self) -> int:
+        """How many keys, or values, each KV group has; 1 of an attention that goes as one."""
+        others = [axis for name, axis in self.axes.items() if name.endswith("weight")]
+        queries, output = self.axes.get(self.up), self.axes[self.down]
+        of_keys = (a for a in others if a is not output and (a is not queries or len(a.spans) > 1))
+        return max((axis.spans[-1] for axis in of_keys), default=1)
+
+    @property
     def columns(self) -> int:
         """How many inputs the matrix `down` of each FFN has: one or several for each channel."""
         return self.width * self.axes[self.down].entries

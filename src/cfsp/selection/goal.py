@@ -146,9 +146,10 @@ def _of_blocks(asked: Parameters) -> DropBudget:
 class CacheFraction(Constraint):
     """A fraction of the KV cache of the longest context stays at most.
 
-    A group caches as many tokens as its attention looks back: all of a context, or a sliding
-    window. Where all groups cache as many, the fraction is one of groups; else the least that is
-    enough is found by planning, which statistics are needed for.
+    A group caches as many tokens as its attention looks back (all of a context, or a sliding
+    window), and of each as much as its heads are wide. Where all groups cache as much, the
+    fraction is one of groups; else the least that is enough is found by planning, which
+    statistics are needed for.
     """
 
     asked: float
@@ -166,8 +167,8 @@ class CacheFraction(Constraint):
         return longest_input_of(self.source.config) or _CONTEXT
 
     @cached_property
-    def tokens_U(self) -> list[int]:
-        """How many of these a group of every unit caches; 0 of FFNs."""
+    def cached_U(self) -> list[int]:
+        """How many keys, and values, a group of every unit caches; 0 of FFNs."""
         config = text_config_of(self.source.config)
         kinds = getattr(config, "layer_types", None)
         windows = {
@@ -177,7 +178,8 @@ class CacheFraction(Constraint):
         found = []
         for unit in self.source.units:
             window = windows.get(kinds[unit.block] if kinds else "sliding_attention")
-            found.append(min(self.context, window or self.context) if unit.part == "kv" else 0)
+            tokens = min(self.context, window or self.context)
+            found.append(tokens * unit.head_size if unit.part == "kv" else 0)
         return found
 
     @cached_property
@@ -187,8 +189,8 @@ class CacheFraction(Constraint):
 
     @property
     def _is_even(self) -> bool:
-        """Whether all groups cache as many tokens."""
-        return len({*self.tokens_U} - {0}) == 1
+        """Whether all groups cache as much."""
+        return len({*self.cached_U} - {0}) == 1
 
     @property
     def _is_arithmetic(self) -> bool:
@@ -198,13 +200,13 @@ class CacheFraction(Constraint):
         return self._is_even and len(own) == 1 and self.budget.widths != "equal"
 
     def size(self, kept_U: Sequence[int]) -> int:
-        """Return the tokens that all groups cache together if units keep so many."""
-        return sum(map(mul, kept_U, self.tokens_U))
+        """Return what all groups cache together if units keep so many."""
+        return sum(map(mul, kept_U, self.cached_U))
 
     @cached_property
     def stay(self) -> int:
         """How much of the cache stays at most: of an even one whole groups."""
-        unit = max(self.tokens_U) if self._is_even else 1
+        unit = max(self.cached_U) if self._is_even else 1
         return unit * math.floor(self.asked * self.size(self.groups_U) / unit + 1e-9)
 
     def check(self) -> None:
@@ -217,13 +219,13 @@ class CacheFraction(Constraint):
                 "have to go depends on which; give --parts kv,attention, found --parts attention"
             )
         if parts == ("attention",):
-            least = max(widths) * max(self.tokens_U)
+            least = max(widths) * max(self.cached_U)
             who = f"at least {max(widths)} of the KV groups stay"
         elif "attention" in parts:
-            by_tokens = sorted(
-                zip(self.tokens_U, self.source.units, strict=True), key=lambda each: -each[0]
+            largest = sorted(
+                zip(self.cached_U, self.source.units, strict=True), key=lambda each: -each[0]
             )
-            order = [Removal(unit.block, 0.0, "attention") for tokens, unit in by_tokens if tokens]
+            order = [Removal(unit.block, 0.0, "attention") for cached, unit in largest if cached]
             least = self.size(self._least_U(Dropped.of(self.to_drop().taken(order))))
             who = f"half of the attention layers keep one of their KV groups{named}"
         else:
@@ -246,7 +248,7 @@ class CacheFraction(Constraint):
             return super().to_drop()
         # Enough whichever go: as if they were those with the fewest groups.
         widths = sorted(filter(None, self.groups_U))
-        most = self.stay / max(self.tokens_U)
+        most = self.stay / max(self.cached_U)
         gone = next(n for n in range(len(widths)) if sum(widths[n:]) <= most)
         return DropBudget.of_count(self.source, self.budget, gone)
 
