@@ -93,6 +93,17 @@ def test_attentions_of_some_blocks_are_enough():
     assert any("linear_attn" in refusal.module for refusal in found.refused)
 
 
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_5_text"])
+def test_convolutions_and_delta_nets_are_no_attention_layers(name):
+    """Their matrices may have the shapes of whole heads."""
+    found = prove(tiny_config(name), ("attention",))
+    assert [(unit.block, unit.path) for unit in found.of_part("kv").units] == [(2, "self_attn")]
+    assert [refusal.module[:14] for refusal in found.refused] == [
+        "model.layers.0",
+        "model.layers.1",
+    ]
+
+
 def test_the_hidden_state_after_attention_is_found():
     for name, after in (
         ("llama", "post_attention_layernorm"),

@@ -191,8 +191,10 @@ def _attention(
         axes={f"{path}.{output}": whole},
         part="kv",
     )
-    if heads is None or odd:
-        if part == "attention" and inputs and "Attention" in type(module).__name__:
+    # Convolutions and delta nets may have matrices of the same shapes.
+    is_called_so = "Attention" in type(module).__name__
+    if heads is None or odd or not is_called_so:
+        if part == "attention" and inputs and is_called_so:
             return unit
         names = ", ".join(
             f"{name.removesuffix('.weight')} {list(shape)}" for name, shape in matrices.items()
