@@ -105,12 +105,15 @@ def test_convolutions_and_delta_nets_are_no_attention_layers(name):
 
 
 def test_the_hidden_state_after_attention_is_found():
-    for name, after in (
-        ("llama", "post_attention_layernorm"),
-        ("gemma3_text", "pre_feedforward_layernorm"),
-        ("gptj", None),
+    for name, changes, after in (
+        ("llama", {}, "post_attention_layernorm"),
+        ("gemma3_text", {}, "pre_feedforward_layernorm"),
+        ("gptj", {}, None),
+        # What entered the block enters the norm before the FFN, with or without attention.
+        ("gpt_neox", {}, None),
+        ("gpt_neox", {"use_parallel_residual": False}, "post_attention_layernorm"),
     ):
-        found = prove(tiny_config(name), ("kv",)).of_part("kv")
+        found = prove(tiny_config(name, **changes), ("kv",)).of_part("kv")
         assert {unit.after for unit in found.units} == {after}
 
 

@@ -224,11 +224,22 @@ def _check_is_watched(run: SmallRun, unit: Unit) -> None:
 def _as_entered(run: SmallRun, unit: Unit) -> Unit:
     """Return an attention with what it returns, and the module that is entered after it."""
     # With an output matrix of zeros nothing is added to the hidden state, so that it enters that
-    # module as it entered the block.
-    block, hidden = run.blocks[unit.block], run.calls[unit.block].hidden
+    # module as it entered the block. It always does where an FFN is beside the attention.
+    block = run.blocks[unit.block]
     outputs = (unit.down, f"{unit.down.removesuffix('weight')}bias")
     parameters = block.named_parameters()
     zeros = {name: torch.zeros_like(each) for name, each in parameters if name in outputs}
+    with replaced(block, zeros):
+        found, output = _entered_as_the_block(run, unit)
+    always, _ = _entered_as_the_block(run, unit)
+    after = next((path for path in found if path not in always), None)
+    extras = len(output) - 1 if isinstance(output, tuple | list) else None
+    return replace(unit, after=after, extras=extras)
+
+
+def _entered_as_the_block(run: SmallRun, unit: Unit) -> tuple[list[str], Any]:
+    """Return which modules the block's input enters after an attention, and what that gives."""
+    block, hidden = run.blocks[unit.block], run.calls[unit.block].hidden
     found: list[str] = []
     ran: list[Any] = []
 
@@ -237,7 +248,7 @@ def _as_entered(run: SmallRun, unit: Unit) -> Unit:
         if ran and inputs and inputs[0].shape == hidden.shape and torch.equal(inputs[0], hidden):
             found.append(path)
 
-    with ExitStack() as stack, replaced(block, zeros):
+    with ExitStack() as stack:
         attention = block.get_submodule(unit.path)
         ends = attention.register_forward_hook(lambda _m, _a, output: ran.append(output))
         stack.enter_context(ends)
@@ -246,8 +257,7 @@ def _as_entered(run: SmallRun, unit: Unit) -> Unit:
                 entered = partial(before, path)
                 stack.enter_context(module.register_forward_pre_hook(entered, with_kwargs=True))
         run.output(unit.block)
-    extras = len(ran[0]) - 1 if isinstance(ran[0], tuple | list) else None
-    return replace(unit, after=found[0] if found else None, extras=extras)
+    return found, ran[0]
 
 
 def _random_halves(unit: Unit) -> list[list[list[int]]]:
