@@ -21,8 +21,9 @@ def written_and_read(
     widths: list[int],
     directory: Path,
     older: Callable[[dict[str, Any]], object] = len,
+    removed: tuple[int, ...] = (),
 ) -> tuple[dict[str, Any], PreTrainedConfig]:
-    """Return config.json of a model with other widths, and the config that it is read as.
+    """Return config.json of a model with other widths or fewer blocks, and what it is read as.
 
     What is read before may be made what another version wrote.
     """
@@ -31,7 +32,7 @@ def written_and_read(
     before, _ = read_config(directory)
     architecture = architecture_of(before)
     source: Any = SimpleNamespace(directory=directory, config=before, architecture=architecture)
-    config_changes(before, architecture, widths).write(source, directory)
+    config_changes(before, architecture, widths, removed).write(source, directory)
     return json.loads((directory / "config.json").read_text()), read_config(directory)[0]
 
 
@@ -78,6 +79,20 @@ def test_an_older_key_does_not_go_before_todays(tmp_path):
     fields, found = written_and_read(config, [48, 48, 48], tmp_path, rename)
     assert architecture_of(found).widths == [48, 48, 48]
     assert fields["intermediate_size"] == 48 and "block_ff_dim" not in fields
+
+
+def test_an_older_key_that_other_software_reads_says_what_todays_says(tmp_path):
+    """Nemotron-H was published with a pattern of its blocks."""
+
+    def rename(fields: dict[str, Any]) -> None:
+        del fields["layers_block_type"]
+        fields |= {"hybrid_override_pattern": "ME*-", "num_hidden_layers": 4}
+
+    fields, found = written_and_read(
+        tiny_config("nemotron_h"), [64, 96, 96], tmp_path, rename, (0,)
+    )
+    assert found.layers_block_type == ["moe", "full_attention", "mlp"]
+    assert (fields["hybrid_override_pattern"], fields["num_hidden_layers"]) == ("E*-", 3)
 
 
 @pytest.mark.parametrize("name", ["llama", "jamba", "phimoe", "gpt_bigcode"])

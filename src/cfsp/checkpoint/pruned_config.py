@@ -69,6 +69,7 @@ class ConfigChanges:
             given = {key, *(old for old, new in names.items() if new == key)} & text_fields.keys()
             text_fields.update(dict.fromkeys(sorted(given) or [key], value))
         _drop_older_keys(source.config, fields, text_fields, self.text)
+        _renew_computed_keys(source.config, fields, text_fields)
         # The order of what stays is that of the source.
         whole = self.whole
         fields = {k: v for k, v in fields.items() if whole.get(k, v) is not None or v is None}
@@ -96,6 +97,19 @@ def _drop_older_keys(
             for name in older:
                 del text_fields[name]
             text_fields[key] = value
+
+
+def _renew_computed_keys(
+    config: PreTrainedConfig, fields: dict[str, Any], text_fields: dict[str, Any]
+) -> None:
+    """Let keys that a class computes of others say what it computes now.
+
+    Other software reads them: of Nemotron-H the pattern of blocks, which transformers leaves out.
+    """
+    before, now = text_config_of(config), text_config_of(_read(config, fields))
+    for key in text_fields.keys() - before.to_dict().keys():
+        if text_fields[key] is not None and getattr(before, key, None) == text_fields[key]:
+            text_fields[key] = getattr(now, key)
 
 
 def _read(config: PreTrainedConfig, fields: dict[str, Any]) -> PreTrainedConfig:
