@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, set_seed
 
 import cfsp
-from builders import entries, never, plan_keeping, read_json
+from builders import edit_tensors, entries, never, plan_keeping, plan_without, read_json
 from cfsp.checkpoint import output
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.own_files import MODELING_FILE
@@ -20,7 +20,9 @@ from cfsp.cli.inspect import inspect_checkpoint
 from cfsp.cut.surgery import PrunedSource
 from cfsp.errors import CheckpointError, OutputError
 from cfsp.planning.candidate import Dropped
+from cfsp.planning.make import model_size
 from cfsp.streaming.runtime import torch_as_it_starts
+from tiny_decoders import tiny_model
 from tiny_models import build_tiny_model
 
 # The first block keeps four channels, the second all, the third every other.
@@ -76,6 +78,19 @@ def test_shards_in_and_out(tmp_path, dtype, sharded_source, sharded_output):
             assert len(sizes) == 1 or sum(sizes) <= limit
     else:
         assert entries(out) == {"model.safetensors"}
+
+
+def test_what_is_stored_behind_the_last_block_goes_with_a_block(tmp_path):
+    """The config says from which number on the layers are that predict more tokens."""
+    tiny_model("deepseek_v3").save_pretrained(tmp_path)
+    extra = {name: torch.ones(4, 2) for name in ("model.layers.61.eh_proj.weight", "mtp.fc.weight")}
+    edit_tensors(tmp_path / "model.safetensors", lambda found: found.update(extra))
+    source = Checkpoint(tmp_path)
+    plans = [plan_without(source, Dropped(blocks)) for blocks in ((), (2,))]
+    kept, cut = (PrunedSource(source, plan) for plan in plans)
+    assert extra.keys() <= kept.specs.keys()
+    assert extra.keys() & cut.specs.keys() == {"mtp.fc.weight"}
+    assert model_size(source, Dropped((2,))).parameters == cut.parameter_count
 
 
 # Whole or not at all.

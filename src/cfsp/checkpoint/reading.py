@@ -383,10 +383,8 @@ def _check_stored(source: WeightSource, model: PreTrainedModel) -> None:
                 "save the model in float32, bfloat16 or float16"
             )
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    for name in source.stored.unused:
-        block = source.architecture.block_of(name)
-        is_beyond = block is not None and block >= source.architecture.block_count
-        if is_beyond and not any(re.search(pattern, name) for pattern in ignored):
+    for name in source.stored.behind(source.architecture):
+        if not any(re.search(pattern, name) for pattern in ignored):
             raise CheckpointError(
                 f"{source.label} has a tensor {name}, but its config says that there are "
                 f"{source.architecture.block_count} blocks; {AGAIN}"

@@ -15,7 +15,8 @@ def names_without_blocks(source: WeightSource, removed: Collection[int]) -> dict
     """Return the new names of the stored tensors that stay when some blocks go.
 
     The number of a tensor's block is the first in its name that is the block's. Tensors that no
-    parameter takes, such as those of multi-token prediction, stay as they are.
+    parameter takes stay as they are, but for those numbered behind the last block, as many types
+    store multi-token prediction: the config says from which number on.
     """
     if not removed:
         return {name: name for name in source.specs}
@@ -26,9 +27,9 @@ def names_without_blocks(source: WeightSource, removed: Collection[int]) -> dict
                 f"block {other} of {source.label} can't be removed: {name} has its values from it; "
                 "remove others, or FFN channels (--parts ffn)"
             )
-    block_of = _blocks_of_stored(source)
+    block_of, behind = _blocks_of_stored(source), set(source.stored.behind(source.architecture))
     names: dict[str, str] = {}
-    for name in source.specs:
+    for name in (each for each in source.specs if each not in behind):
         block = block_of.get(name)
         if block is None:
             names[name] = name
@@ -77,6 +78,11 @@ def parameters_of_attentions(source: WeightSource) -> dict[int, int]:
         unit.block: parameters_within(source, f"{source.architecture.module_name(unit)}.")
         for unit in source.architecture.of_part("kv").units
     }
+
+
+def parameters_behind_blocks(source: WeightSource) -> int:
+    """Return how many parameters are stored behind the last block, which go when any block goes."""
+    return sum(source.specs[name].elements for name in source.stored.behind(source.architecture))
 
 
 def parameters_within(source: WeightSource, prefix: str) -> int:

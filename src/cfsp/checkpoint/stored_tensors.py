@@ -142,6 +142,12 @@ class StoredTensors:
         )
         return list(dict.fromkeys(found))
 
+    def behind(self, architecture: Architecture) -> list[str]:
+        """Return those that are numbered as blocks behind the last: of multi-token prediction."""
+        block_of = {name: architecture.block_of(name) for name in self.unused}
+        count = architecture.block_count
+        return [name for name, block in block_of.items() if block is not None and block >= count]
+
     def assemble(
         self, parameter: str, read: Callable[..., Tensor], expert: int | None = None
     ) -> Tensor:

@@ -14,7 +14,11 @@ from cfsp.architecture.block_names import counted
 from cfsp.architecture.found import Unit
 from cfsp.calibration.statistics import Removal
 from cfsp.checkpoint.reading import WeightSource
-from cfsp.checkpoint.stored_blocks import parameters_of_attentions, parameters_of_blocks
+from cfsp.checkpoint.stored_blocks import (
+    parameters_behind_blocks,
+    parameters_of_attentions,
+    parameters_of_blocks,
+)
 from cfsp.errors import UsageError
 from cfsp.settings import PART_NOUNS, WHOLE_PARTS, Part, WholePart, parts_in_words
 
@@ -188,4 +192,5 @@ class DropSizes:
 
 def parameters_dropped(source: WeightSource, dropped: Dropped) -> int:
     """Return how many parameters go with blocks and attention layers of a model."""
-    return DropSizes.of(source, WHOLE_PARTS).parameters(dropped) if dropped else 0
+    behind = parameters_behind_blocks(source) if dropped.blocks else 0
+    return behind + (DropSizes.of(source, WHOLE_PARTS).parameters(dropped) if dropped else 0)
