@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 
 import cfsp
+from cfsp.architecture.discovery import find_architecture
+from cfsp.architecture.model_classes import empty_stock_model
 from cfsp.architecture.proof import prove
+from cfsp.checkpoint.pruned_config import config_changes
 from cfsp.errors import BudgetError, UnsupportedModelError
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate
 from cfsp.settings import Budget, Part
@@ -69,6 +72,23 @@ def test_equally_many_groups_that_a_stock_config_refuses(make_case):
     assert case.report.kv_groups["after"] == [3, 3, 3]
     assert list(case.out.glob("*.py"))
     check_masked_is_cut(case)
+
+
+def test_a_hidden_size_as_large_as_all_heads_is_no_number_of_heads():
+    """The class of EXAONE 4 keeps it; if it were cut too, no stock config would build the rest."""
+    config = tiny_config("exaone4", head_dim=8)
+    model = empty_stock_model(config)
+    first = find_architecture(model, "kv").units[0]
+    number = "self_attn", "hidden_size", 16
+    assert number in first.attributes
+    readings = list(first.readings())
+    assert [number in each.attributes for each in readings] == [False, True]
+    assert [first.as_proved(each) for each in readings] == readings
+    found = prove(config, ("kv",)).of_part("kv")
+    assert found.units[0].attributes == readings[0].attributes
+    changes = config_changes(config, found, [1, 1, 1])
+    assert changes.file is None
+    assert changes.text == {"num_attention_heads": 2, "head_dim": 8, "num_key_value_heads": 1}
 
 
 @pytest.mark.parametrize(

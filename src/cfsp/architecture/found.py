@@ -17,7 +17,7 @@ Shapes: E experts, F FFN channels, G KV groups, D hidden.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -167,6 +167,16 @@ class Unit:
             selected[index] = of_one.select(parameter[expert], kept_EK[expert])
         return selected
 
+    def readings(self) -> Iterator[Unit]:
+        """Yield what it may be, of which the proof takes the first that passes."""
+        # A hidden size may be as large as all heads by chance, and some classes compute with it.
+        by_chance = (self.path, "hidden_size") if self.part == "kv" else None
+        for each in filter(None, (self, self.other_fusion())):
+            others = tuple(number for number in each.attributes if number[:2] != by_chance)
+            if others != each.attributes:
+                yield replace(each, attributes=others)
+            yield each
+
     def other_fusion(self) -> Unit | None:
         """Return the same unit with its shared matrix shared in the other way, if it has one."""
         if not self.is_fused:
@@ -179,11 +189,18 @@ class Unit:
         }
         return replace(self, axes=axes)
 
-    def as_fused_as(self, other: Unit) -> Unit:
-        """Return the same unit with what shares a matrix sharing it as in another one."""
-        if len(self.axes[self.up].spans) == len(other.axes[other.up].spans):
-            return self
-        return self.other_fusion() or self
+    def as_proved(self, proved: Unit) -> Unit:
+        """Return the same unit as what one of its form was proved to be."""
+        if proved.is_whole:
+            found = self.whole()
+        else:
+            numbers = {number[:2] for number in proved.attributes}
+            is_fused_so = len(self.axes[self.up].spans) == len(proved.axes[proved.up].spans)
+            found = replace(
+                self if is_fused_so else self.other_fusion() or self,
+                attributes=tuple(each for each in self.attributes if each[:2] in numbers),
+            )
+        return replace(found, after=proved.after, extras=proved.extras)
 
     def whole(self) -> Unit:
         """Return the same attention as one that stays or goes, whatever its heads are."""

@@ -97,8 +97,7 @@ def _prove_part(config: PreTrainedConfig, part: Part) -> Architecture:
         if isinstance(verdict, FailedCheckError):
             refused.append(Refusal(architecture.module_name(unit), str(verdict)))
         else:
-            fused = unit.whole() if verdict.is_whole else unit.as_fused_as(verdict)
-            units.append(replace(fused, after=verdict.after, extras=verdict.extras))
+            units.append(unit.as_proved(verdict))
     if not units:
         raise _unsupported(architecture, refused, part)
     return replace(architecture, units=tuple(units), refused=tuple(refused))
@@ -180,7 +179,7 @@ def _guess(config: PreTrainedConfig, part: Part) -> tuple[Architecture, dict[str
 
 
 def _prove_unit(run: SmallRun, unit: Unit, part: Part) -> Unit:
-    """Return the unit with its fusion settled, or raise FailedCheckError: it can't be cut."""
+    """Return the unit as it can be cut, or raise FailedCheckError."""
     if unit.part == "kv" and unit.width == 1 and part == "kv":
         raise FailedCheckError("heads: expected two KV groups or more, found one")
     dense = run.calls[unit.block].output
@@ -196,13 +195,7 @@ def _prove_unit(run: SmallRun, unit: Unit, part: Part) -> Unit:
         with _masked(run, unit, kept_EK):
             halves.append((kept_EK, run.output(unit.block)))
     check_bites("with half of the channels masked", halves[0][1], dense)
-    try:
-        _check_cut(run, unit, halves)
-    except FailedCheckError:
-        if (other := unit.other_fusion()) is None:
-            raise
-        unit = other
-        _check_cut(run, unit, halves)
+    unit = _first_that_can_be_cut(run, unit, halves)
     _check_is_watched(run, unit)
     if unit.part == "ffn":
         return unit
@@ -213,6 +206,19 @@ def _prove_unit(run: SmallRun, unit: Unit, part: Part) -> Unit:
     with _cut(run.blocks[unit.block], unit, kept_EK):
         check_same("whole", "the decoder's output with masked groups", run.decoder_output, masked)
     return _as_entered(run, unit)
+
+
+def _first_that_can_be_cut(
+    run: SmallRun, unit: Unit, halves: list[tuple[list[list[int]], Tensor]]
+) -> Unit:
+    failure = FailedCheckError()
+    for reading in unit.readings():
+        try:
+            _check_cut(run, reading, halves)
+            return reading
+        except FailedCheckError as error:
+            failure = error
+    raise failure
 
 
 def _check_is_watched(run: SmallRun, unit: Unit) -> None:
