@@ -151,10 +151,12 @@ def test_a_fraction_of_the_cache_stays(prune, parts, fraction):
         # A group owns one, two or four heads of queries.
         ("laguna", {"num_attention_heads_per_layer": [4, 8, 16]}, (), 0.5),
         ("laguna", {"num_attention_heads_per_layer": [4, 8, 16]}, (), 0.25),
+        # No layer that stays could lose one.
+        ("llama", {"num_key_value_heads": 1}, ("--widths=equal", "--parts=kv,attention"), 0.7),
     ],
 )
 def test_no_more_of_the_cache_stays_than_was_asked(prune, save, name, changes, more, fraction):
-    model = save(tiny_model(name, num_key_value_heads=4, **changes))
+    model = save(tiny_model(name, **{"num_key_value_heads": 4, **changes}))
     done = prune("--target-kv-cache", fraction, *more, "--effort", "fast", of=model)
     before, after = (sum(done.manifest["kv_groups"][when]) for when in ("before", "after"))
     assert after <= fraction * before < after + 3

@@ -259,9 +259,11 @@ class CacheFraction(Constraint):
         least_U = self._least_U(dropped)
         if self.size(least_U) > self.stay:
             return None
+        if self.size(left_U) <= self.stay:  # what goes whole may be enough
+            return 0.0
         if self._is_arithmetic:
             # Rounded, so that a half that stays is a half that goes.
-            return max(0.0, round(1 - self.stay / self.size(left_U), 12))
+            return round(1 - self.stay / self.size(left_U), 12)
 
         may_go = sum(left_U) - sum(least_U)
         size = model_size(self.source, dropped, self.budget.keep).of_parts(("kv",))
@@ -271,9 +273,6 @@ class CacheFraction(Constraint):
             candidate = Candidate(dropped, 0, ("kv",), most * gone / may_go)
             return self.stay < self.size(planner.widths(candidate).kept_U)
 
-        # At 0 it may be enough: what goes whole is gone already.
-        if not is_too_much(0):
-            return 0.0
         return most * (last_that_holds(may_go, is_too_much) + 1) / may_go
 
     def _least_U(self, dropped: Dropped) -> list[int]:
