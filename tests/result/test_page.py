@@ -226,7 +226,7 @@ def test_numbers_of_more_or_fewer_things_share_no_row(run):
             "accuracy": pair,
             "kept": pair,
             "questions": count,
-            "answers": {"divergence": pair, "loops": pair},
+            "answers": {"divergence": pair, "agreed": None, "loops": pair},
         }
 
     def rows(*comparisons: dict[str, Any]) -> list[int]:

@@ -140,6 +140,6 @@ def _rows(title: str, pairs: dict[str, Any], measures: Iterable[Measure]) -> lis
             estimate(pair["difference"], digits, factor),
         )
         for words, name, digits, factor in measures
-        if (pair := pairs.get(name)) is not None
+        if (pair := pairs[name]) is not None
     ]
     return [(title, "", "", ""), *lines]

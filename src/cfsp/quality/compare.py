@@ -191,7 +191,7 @@ def _of_task(
 
 def _of_answers(
     first: MeasuredModel, second: MeasuredModel, dense: MeasuredModel | None
-) -> dict[str, Pair]:
+) -> dict[str, Pair | None]:
     one, other = first.answers, second.answers
     if one["digest"] != other["digest"]:
         raise ReportError(
@@ -199,9 +199,9 @@ def _of_answers(
             "model, to other questions, or by another --dtype; measure both alike"
         )
     pairs = _pairs(answer_measures(one), answer_measures(other))
-    # Of answers of another model than the dense one only these say something.
+    # What compares with answers of another model than the dense one says nothing.
     is_dense = dense is None or one["compared"] == dense.fingerprint
-    return pairs if is_dense else {name: pairs[name] for name in ("stops", "loops")}
+    return {**pairs, **({} if is_dense else dict.fromkeys(("divergence", "agreed", "alike")))}
 
 
 def _pairs(first: Measures, second: Measures) -> dict[str, Pair]:

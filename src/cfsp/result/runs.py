@@ -358,11 +358,11 @@ def _speed_facts(first: Mapping[str, Any], both: Sides) -> list[Fact]:
 
 def _comparison_facts(comparison: Mapping[str, Any]) -> list[Fact]:
     facts, tasks = [], comparison.get("tasks", {})
-    for key, pair in comparison.get("answers", {}).items():
-        name, unit = _OF_ANSWERS[key]
-        before = _number(pair["first"]) if key in ("stops", "loops") else None
-        detail = counted(comparison["questions"], "questions")
-        facts.append(Fact(ANSWERS, name, unit, before, _number(pair["second"]), detail=detail))
+    for key, (name, unit) in _OF_ANSWERS.items():
+        if pair := comparison.get("answers", {}).get(key):
+            before = _number(pair["first"]) if key in ("stops", "loops") else None
+            detail = counted(comparison["questions"], "questions")
+            facts.append(Fact(ANSWERS, name, unit, before, _number(pair["second"]), detail=detail))
     for text, pairs in comparison.get("texts", {}).items():
         for key, (name, unit) in _OF_TEXTS.items():
             if pair := pairs.get(key):
