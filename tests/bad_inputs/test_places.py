@@ -293,8 +293,13 @@ def test_a_sweep_that_a_mistake_ended_may_be_corrected(place):
     argv = ["sweep", place.model, "--sparsity", 0.4, "--multiple", 4, "--out", place.out,
             "--windows", 1, "--seqlen", 32, "--samples", 4, "--data", place.text]  # fmt: skip
     words = [str(word) for word in argv]
-    assert main([*words, "--eval", str(place.inputs / "absent.txt")]) == 2
-    assert everything_in(place.work) == []
+    no_data = ["--tasks", "piqa", "--task-data", str(place.inputs)]
+    for wrong in (
+        ["--eval", str(place.inputs / "absent.txt")],
+        ["--eval", str(place.text), *no_data],
+    ):
+        assert main([*words, *wrong]) == 2
+        assert everything_in(place.work) == []
     assert main([*words, "--eval", str(place.text)]) == 0
     assert read_json(place.out / "cfsp-0.4" / "cfsp.json")["sweep"]
 

@@ -195,7 +195,8 @@ def _kept(sweep: _Sweep) -> Iterator[None]:
         yield
     except CfspError as error:
         finished = any((out / point.name).is_dir() for point in sweep.points)
-        if is_new and not finished and not error.keeps_work:
+        has_work = any(path.name != SWEEP_FILE for path in out.iterdir())
+        if is_new and not finished and not (has_work and error.keeps_work):
             for name in (SWEEP_FILE, _DENSE_FILE):
                 (out / name).unlink(missing_ok=True)
         raise
