@@ -121,7 +121,8 @@ def test_a_mistake_costs_no_work(runs, model):
         (["--samples", "1"], "repair needs at least 2 windows"),
         (["--seqlen", "4096"], "9 are needed"),
     ):
-        assert said in runs.refused([*runs.prune, *change])
+        refused = runs.refused([*runs.prune, *change])
+        assert said in refused and "; the command that began it goes on from it" in refused
     assert "ridge: going on at block 1" in runs.end(runs.prune)
 
 

@@ -233,8 +233,9 @@ def output_work_dir(
             raise
         except BaseException as error:
             if _to_keep(directory, error, goes_on=bool(before)):
+                which = "command that began it" if before else "same command"
                 logger.warning(
-                    "the work so far is kept in %s; the same command goes on from it", work_dir
+                    "the work so far is kept in %s; the %s goes on from it", work_dir, which
                 )
             else:
                 _remove(directory)
