@@ -10,6 +10,7 @@ Shapes: B batch, N heads, T new tokens, S all tokens, H head size, V vocabulary.
 
 from __future__ import annotations
 
+import errno
 import os
 import warnings
 import weakref
@@ -23,7 +24,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cfsp.checkpoint.loading import own_dtype
-from cfsp.checkpoint.output import cannot_write
 from cfsp.checkpoint.own_files import CONFIG_FILE, copy_travelling_files
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import stock_config
@@ -65,7 +65,7 @@ def write(source: Checkpoint, out: Path, weight_type: str | None = None) -> Writ
     try:
         openvino.save_model(converted, out / _MODEL_FILE, compress_to_fp16=kind == "f16")
     except RuntimeError as error:  # all that it says of a full disk
-        raise cannot_write(out, error) from error
+        raise OSError(errno.EIO, str(error)) from error
     # Runtimes want to know heads and vocabulary, not widths: the stock config will do.
     config = stock_config(source.config)
     config.architectures = [source.architecture.class_name]
