@@ -1,5 +1,6 @@
 """What is told to stay loses nothing, and the others pay for it."""
 
+import logging
 from contextlib import nullcontext
 
 import pytest
@@ -74,11 +75,13 @@ def test_channels_give_all_where_no_block_may_go(source):
     assert constraint.to_drop().is_met_by(Dropped())
 
 
-def test_blocks_give_what_channels_that_may_go_do_not_reach(tokenizer, few):
+def test_blocks_give_what_channels_that_may_go_do_not_reach(tokenizer, few, caplog):
     """However few of all channels that would be."""
+    caplog.set_level(logging.INFO)
     model = tiny_model("llama", num_hidden_layers=8)
     found = cfsp.prune(model, tokenizer, target_params=0.85, keep="0,1,2,3,4,5", **few)
     assert found.config.cfsp["removed_blocks"]
+    assert "all FFN channels that may go would not be enough" in caplog.text
 
 
 def test_widths_are_multiples_whichever_blocks_go(tokenizer, tmp_path):

@@ -101,10 +101,11 @@ def _parts_for(job: Job, asked: Parameters) -> tuple[Part, ...]:
     share = gone / may_go if may_go else math.inf
     if share < MANY_CHANNELS:
         return DEFAULT_PARTS
+    channels = "FFN channels that may go" if job.budget.keep else "FFN channels"
     if share < 1:
-        would = f"{share:.0%} of the FFN channels would go alone"
+        would = f"{share:.0%} of the {channels} would go alone"
     else:
-        would = "all FFN channels would not be enough"
+        would = f"all {channels} would not be enough"
         _of_blocks(asked)  # nor may blocks be
     job.draw()  # in every process: they compare what they drew
 
