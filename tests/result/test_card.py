@@ -130,6 +130,9 @@ def test_a_path_of_another_directory_is_no_hub_id(run, tmp_path):
             run, tmp_path / Path(name).name, lambda m, name=name: m["base_model"].update(name=name)
         )
         assert origin_of(Checkpoint(named)).hub_id == expected
+    # What is given now: a model that was only trained has no other name.
+    trained = changed_copy(run, tmp_path / "trained", lambda m: m.pop("base_model"))
+    assert origin_of(Checkpoint(trained, label="someone/trained")).hub_id == "someone/trained"
 
 
 @pytest.mark.parametrize("card", ["", "no metadata", "---\n[\n---\n", "---\n- a\n---\n", "\0"])

@@ -64,15 +64,15 @@ _DEMO = Origin(DEMO_NAME, _DEMO_ID, _DEMO_ID, {"license": "apache-2.0", "languag
 
 def origin_of(source: Checkpoint) -> Origin:
     """Return what is known of a model; of one that cfsp wrote, what is known of its original."""
-    manifest = facts_about(source)
-    name = str(manifest.get("base_model", {}).get("name", source.label))
+    given = facts_about(source).get("base_model", {}).get("name")
+    name = str(source.label if given is None else given)
     if name == DEMO_NAME:
         return _DEMO
     card = _metadata_of(source.directory / CARD_FILE)
     # A snapshot in the hub's cache: models--OWNER--NAME/snapshots/COMMIT.
     cached = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots", name)
-    # What cfsp was given may be a path in another directory than today's: its card knows.
-    is_told = not (manifest and card) or card.get("base_model") == name.partition("@")[0]
+    # What was given then may be a path in another directory than today's: its card knows.
+    is_told = given is None or not card or card.get("base_model") == name.partition("@")[0]
     own = name if is_told else None
     # What older versions of transformers wrote into config.json: whence it was loaded.
     saved = getattr(source.config, "_name_or_path", None)
