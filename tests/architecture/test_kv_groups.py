@@ -132,9 +132,11 @@ def test_the_hidden_state_after_attention_is_found():
         # What entered the block enters the norm before the FFN, with or without attention.
         ("gpt_neox", {}, None),
         ("gpt_neox", {"use_parallel_residual": False}, "post_attention_layernorm"),
+        # The last block adds a bias of the output, which is as long as all heads.
+        ("gpt_neox_japanese", {}, "post_attention_layernorm"),
     ):
         found = prove(tiny_config(name, **changes), ("kv",)).of_part("kv")
-        assert {unit.after for unit in found.units} == {after}
+        assert [unit.after for unit in found.units] == [after] * 3
 
 
 def test_one_group_of_every_attention_stays():

@@ -268,7 +268,11 @@ def _axes(
             yield name, _axis(module, name, of_outputs=True, spans=spans(inputs[name]))
         elif of is not None:
             yield name, ChannelAxis(0, spans=spans(inputs[of]))
-        elif name.startswith(output.removesuffix("weight")) or parameter.ndim not in (1, 2):
+        elif (
+            name.startswith(output.removesuffix("weight"))
+            or is_bias_of(name, output)
+            or parameter.ndim not in (1, 2)
+        ):
             continue
         # Norms of heads that each have weights of their own, and sinks.
         elif parameter.ndim == 2 and parameter.shape[0] in (heads.query, heads.groups):

@@ -34,6 +34,7 @@ from transformers import PreTrainedConfig
 from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.expert_proof import with_experts
+from cfsp.architecture.ffns import is_bias_of
 from cfsp.architecture.found import Architecture, Refusal, Unit
 from cfsp.architecture.model_classes import empty_stock_model
 from cfsp.architecture.small_run import (
@@ -232,9 +233,11 @@ def _as_entered(run: SmallRun, unit: Unit) -> Unit:
     # With an output matrix of zeros nothing is added to the hidden state, so that it enters that
     # module as it entered the block. It always does where an FFN is beside the attention.
     block = run.blocks[unit.block]
-    outputs = (unit.down, f"{unit.down.removesuffix('weight')}bias")
-    parameters = block.named_parameters()
-    zeros = {name: torch.zeros_like(each) for name, each in parameters if name in outputs}
+    zeros = {
+        name: torch.zeros_like(each)
+        for name, each in block.named_parameters()
+        if name == unit.down or is_bias_of(name, unit.down)
+    }
     with replaced(block, zeros):
         found, output = _entered_as_the_block(run, unit)
     always, _ = _entered_as_the_block(run, unit)
