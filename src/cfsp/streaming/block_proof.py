@@ -23,6 +23,7 @@ from cfsp.architecture.found import Architecture, Unit
 from cfsp.architecture.proof import small_run_of
 from cfsp.architecture.resizing import remove_attentions
 from cfsp.architecture.small_run import (
+    TOKENS,
     TOLERANCE,
     FailedCheckError,
     SmallRun,
@@ -71,10 +72,7 @@ def prove_without_blocks(stock: PreTrainedConfig, removed: Collection[int]) -> N
         dense = run.decoder_output()
         check_bites("without them", dense, expected)
         cut = _cut(run, changes, removed)
-        checks: dict[str, Callable[[], Tensor]] = {"cut": cut.decoder_output}
-        if _takes_cache(run, dense):
-            checks["cache"] = partial(_run_with_cache, cut)
-        for check, again in checks.items():
+        for check, again in _checks(run, dense, cut):
             check_same(check, "the output with these blocks skipped", again, expected)
 
 
@@ -106,11 +104,9 @@ def prove_without_attentions(
         expected = run.decoder_output()
     with _refused(what):
         check_bites("without them", dense, expected)
-        checks: dict[str, Callable[[], Tensor]] = {"cut": run.decoder_output}
-        if _takes_cache(run, dense):
-            checks["cache"] = partial(_run_with_cache, run)
+        checks = list(_checks(run, dense, run))  # while nothing is gone
         with _without_attentions(run, attentions, leaving, kinds):
-            for check, again in checks.items():
+            for check, again in checks:
                 check_same(check, "the output with nothing from them", again, expected)
 
 
@@ -197,24 +193,34 @@ def _first_without_images(config: PreTrainedConfig) -> int:
     return first
 
 
-def _takes_cache(run: SmallRun, expected: Tensor) -> bool:
+def _checks(
+    run: SmallRun, dense: Tensor, cut: SmallRun
+) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Yield what a cut model must give: also with a cache, where the whole one can have it so."""
+    yield "cut", cut.decoder_output
+    # Some state-space blocks go on with one token only.
+    for first in (TOKENS // 2, TOKENS - 1):
+        if _takes_cache(run, first, dense):
+            yield "cache", partial(_run_with_cache, cut, first)
+
+
+def _takes_cache(run: SmallRun, first: int, expected: Tensor) -> bool:
     """Return whether a cache makes no difference to a small model as it is."""
     try:
-        return difference(_run_with_cache(run), expected) <= TOLERANCE
+        return difference(_run_with_cache(run, first), expected) <= TOLERANCE
     except Exception:  # whatever a class does that has none
         return False
 
 
-def _run_with_cache(run: SmallRun) -> Tensor:
-    """Return what the decoder gives for the tokens of a run that it sees in two parts."""
+def _run_with_cache(run: SmallRun, first: int) -> Tensor:
+    """Return what the decoder gives for the tokens of a run: so many first, then the others."""
     decoder: Any = run.model.get_submodule(run.architecture.decoder)
     tokens_BT = small_tokens(run.model)
-    half = tokens_BT.shape[1] // 2
-    first = call_decoder(decoder, tokens_BT[:, :half], use_cache=True)
+    begun = call_decoder(decoder, tokens_BT[:, :first], use_cache=True)
     name = cache_argument(decoder)
-    seen = {name: getattr(first, name)}
-    second = call_decoder(decoder, tokens_BT[:, half:], use_cache=True, **seen)
-    return torch.cat([first_tensor(first), first_tensor(second)], dim=1)
+    seen = {name: getattr(begun, name)}
+    ended = call_decoder(decoder, tokens_BT[:, first:], use_cache=True, **seen)
+    return torch.cat([first_tensor(begun), first_tensor(ended)], dim=1)
 
 
 def _cut(run: SmallRun, changes: Mapping[str, Any], removed: Collection[int]) -> SmallRun:
