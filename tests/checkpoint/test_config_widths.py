@@ -95,6 +95,21 @@ def test_an_older_key_that_other_software_reads_says_what_todays_says(tmp_path):
     assert (fields["hybrid_override_pattern"], fields["num_hidden_layers"]) == ("E*-", 3)
 
 
+def test_an_older_list_of_blocks_is_read_as_it_was(tmp_path):
+    """Step 3.7 was published with a base of rotary embeddings for each block."""
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+
+    def rename(fields: dict[str, Any]) -> None:
+        del fields["text_config"]["rope_parameters"]
+        fields["text_config"]["rope_theta"] = [5e6, 1e4, 5e6]
+
+    config = tiny_config("step3p7", text_config={"layer_types": kinds, "pad_token_id": 2})
+    widths = architecture_of(config).without_blocks((0,)).widths
+    _, found = written_and_read(config, widths, tmp_path, rename, (0,))
+    bases = found.text_config.rope_parameters
+    assert {kind: bases[kind]["rope_theta"] for kind in kinds} == {kinds[0]: 5e6, kinds[1]: 1e4}
+
+
 @pytest.mark.parametrize("name", ["llama", "jamba", "phimoe", "gpt_bigcode"])
 def test_equal_widths_are_a_stock_config(name, tmp_path):
     config = tiny_config(name)

@@ -70,6 +70,7 @@ class ConfigChanges:
             text_fields.update(dict.fromkeys(sorted(given) or [key], value))
         _drop_older_keys(source.config, fields, text_fields, self.text)
         _renew_computed_keys(source.config, fields, text_fields)
+        _add_what_older_keys_gave(source.config, fields, text_fields, self.text)
         # The order of what stays is that of the source.
         whole = self.whole
         fields = {k: v for k, v in fields.items() if whole.get(k, v) is not None or v is None}
@@ -110,6 +111,21 @@ def _renew_computed_keys(
     for key in text_fields.keys() - before.to_dict().keys():
         if text_fields[key] is not None and getattr(before, key, None) == text_fields[key]:
             text_fields[key] = getattr(now, key)
+
+
+def _add_what_older_keys_gave(
+    config: PreTrainedConfig,
+    fields: dict[str, Any],
+    text_fields: dict[str, Any],
+    changes: Mapping[str, Any],
+) -> None:
+    """Add what a class would not read of older keys any more, such as Step 3.7's list of blocks."""
+    before, now = (
+        json.loads(text_config_of(each).to_json_string(use_diff=False))
+        for each in (config, _read(config, fields))
+    )
+    said = {*text_fields, *changes, PER_LAYER_CONFIG}
+    text_fields.update((k, v) for k, v in before.items() if k not in said and now.get(k) != v)
 
 
 def _read(config: PreTrainedConfig, fields: dict[str, Any]) -> PreTrainedConfig:
