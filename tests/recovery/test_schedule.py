@@ -213,7 +213,7 @@ def test_a_killed_run_has_only_what_is_left():
     schedule = limited(clock, 100, 1, evaluation_steps=0.5)
     clock.seconds = 5.0
     schedule.training_begins()
-    schedule.go_on_from(80.0, 0.7)
+    schedule.go_on_from(80.0, 10.0, 0.7)
     assert schedule.seconds_left == pytest.approx(15)
     clock.seconds = 9.0
     schedule.step_done(1, CPU)
@@ -224,3 +224,21 @@ def test_a_killed_run_has_only_what_is_left():
         schedule.step_done(step, CPU)
     assert schedule.is_over
     assert schedule.evaluates
+
+
+def test_a_killed_run_goes_on_at_the_rate_that_it_had():
+    """What was done before training, then and now, is no part of the run."""
+    clock = SimpleNamespace(seconds=50.0)
+    schedule = limited(clock, 100, 1, after_training=10)
+    schedule.training_begins()
+    clock.seconds = 60.0
+    schedule.step_done(1, CPU)
+    assert schedule.fraction == pytest.approx(10 / (10 + 10))
+    saved = schedule.elapsed, schedule.begun, schedule.fraction
+    clock.seconds = 4.0
+    again = limited(clock, 100, 1, after_training=10)
+    again.training_begins()
+    again.go_on_from(*saved)
+    clock.seconds += 4.0
+    again.step_done(2, CPU)
+    assert again.fraction == pytest.approx(14 / (14 + 14))

@@ -74,6 +74,7 @@ class Schedule:
     save_seconds: float = 0.0
     follows_loss: bool = False
     now: Callable[[], float] = field(default_factory=lambda: time.monotonic)
+    begun: float = 0.0  # seconds of work before training: it took `elapsed` less these
     fraction: float = 0.0  # of the run that is over
     rate_scale: float = 1.0  # of the peak learning rate
     evaluates: bool = False  # and saves, after the step that was noted last
@@ -81,8 +82,8 @@ class Schedule:
     training_seconds: float = 0.0  # of all steps, without evaluations
 
     def __post_init__(self) -> None:
-        # When training began, what is measured now, and the batches of an evaluation but the first.
-        self._begin = self._mark = self._warm = 0.0
+        # When what is measured now began, and the batches of an evaluation but the first.
+        self._mark = self._warm = 0.0
         # Of the last few: the first step is slow, and machines change.
         self._step_seconds: deque[float] = deque(maxlen=3)
         self._evaluation_seconds: deque[float] = deque(maxlen=3)
@@ -115,9 +116,10 @@ class Schedule:
         evaluations -= math.floor(self.fraction * evaluations)
         return f"time for about {counted(steps, 'steps')} and {counted(evaluations, 'evaluations')}"
 
-    def go_on_from(self, elapsed: float, fraction: float) -> None:
-        """Count what an interrupted run had done: seconds, and the part that was over."""
+    def go_on_from(self, elapsed: float, begun: float, fraction: float) -> None:
+        """Count what an interrupted run had done; what was before it began is no training."""
         self.started -= elapsed
+        self.begun += begun
         self.fraction = fraction
         self._mark = self.elapsed
 
@@ -128,7 +130,7 @@ class Schedule:
 
     def training_begins(self) -> None:
         """Note that the first step begins, or the evaluation before it."""
-        self._begin = self._mark = self._warm = self.elapsed
+        self.begun = self._mark = self._warm = self.elapsed
 
     def batch_evaluated(self, done: int, batches: int, device: torch.device) -> None:
         """Note how far the evaluation before the first step is: it tells what a step will take.
@@ -168,7 +170,7 @@ class Schedule:
         evaluates = _passes_mark(self.fraction, fraction, self.most_evaluations)
         is_over = fraction >= 1
         if self.seconds is not None:
-            step_seconds, trained = self._seconds_of_step(), self._mark - self._begin
+            step_seconds, trained = self._seconds_of_step(), self._mark - self.begun
             left, evaluations = self._left()
             is_over = left < step_seconds
             fraction = 1.0 if is_over else max(self.fraction, trained / (trained + left))
@@ -184,7 +186,7 @@ class Schedule:
         assert self.seconds is not None
         left = self.seconds - self.after_training - self._mark
         evaluation = self._seconds_of_evaluation()
-        worth = int(_EVALUATIONS_SHARE * (self._mark - self._begin + left) / evaluation)
+        worth = int(_EVALUATIONS_SHARE * (self._mark - self.begun + left) / evaluation)
         # The last weights are compared with those from before training.
         return left - evaluation, max(1, min(self.most_evaluations, worth))
 
@@ -272,6 +274,7 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Return what an interrupted run goes on from."""
         return {
             "elapsed": round(self.schedule.elapsed, 3),
+            "begun": round(self.schedule.begun, 3),
             "training_seconds": round(self.schedule.training_seconds, 3),
             "fraction": self.schedule.fraction,
             "history": self.history,
@@ -286,7 +289,7 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
             {key: entry[key] for key in order if key in entry} for entry in saved["history"]
         ]
         self.schedule.training_seconds = saved["training_seconds"]
-        self.schedule.go_on_from(saved["elapsed"], saved["fraction"])
+        self.schedule.go_on_from(saved["elapsed"], saved["begun"], saved["fraction"])
         self.schedule.begins_at(self.history[0]["held_out"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -394,5 +397,4 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
 
 def saved_pace(state: Any) -> dict[str, Any]:
     """Return the state of the pace that a Trainer saved with its own."""
-    saved: dict[str, Any] = state.stateful_callbacks[Pace.__name__]
-    return saved
+    return dict(state.stateful_callbacks[Pace.__name__])
