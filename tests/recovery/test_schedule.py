@@ -70,12 +70,15 @@ def test_evaluations_take_a_quarter_or_as_many_as_asked(steps, asked, once, most
 
 def test_steps_do_not_depend_on_time():
     clock = SimpleNamespace(seconds=0.0)
-    schedule = Schedule(40, 4, 0.0, now=lambda: clock.seconds)
-    clock.seconds = 1000.0
+    schedule = Schedule(40, 4, 0.0, now=lambda: clock.seconds, after_training=50.0)
+    clock.seconds = 500.0
+    schedule.training_begins()
+    clock.seconds = 1500.0
     schedule.step_done(10, CPU)
     assert schedule.fraction == 0.25
     assert schedule.evaluates
-    assert schedule.seconds_left == pytest.approx(3000)
+    # What came before training does not come again, what comes after it is still to come.
+    assert schedule.seconds_left == pytest.approx(3000 + 50)
     schedule.step_done(11, CPU)
     assert not schedule.evaluates
     schedule.step_done(40, CPU)

@@ -97,7 +97,7 @@ class Schedule:
     def seconds_left(self) -> float:
         """Estimate of the seconds until the end."""
         if self.seconds is None:
-            return self.elapsed * (1 - self.fraction) / max(self.fraction, 1e-6)
+            return self.after_training + (self.elapsed - self.begun) * (1 / self.fraction - 1)
         return max(0.0, self.seconds - self.elapsed)
 
     @property
