@@ -125,14 +125,15 @@ def test_a_step_has_no_more_windows_than_the_text(recovered, plain):
     assert report.tokens_in_step == text * 32
 
 
-def test_the_last_step_of_a_pass_counts_what_it_has(recovered, plain, noted):
+def test_the_last_step_of_a_pass_counts_what_it_has(recovered, plain, noted, out):
     (windows,) = read_manifest(plain)["recovery"]["data"]["sources"].values()
     how = training(4, batch_windows=windows * 2 // 3)
     seen = noted(RecoveryTrainer, "training_step", lambda *given: given[2]["input_ids"].numel())
-    recovered(training=how)
+    report = recovered(training=how)
     tokens = list(accumulate(seen, initial=0))
     assert [tokens_of(how, windows, steps) for steps in range(5)] == tokens
-    assert tokens[4] == 2 * windows * 32 < 4 * tokens[1]
+    assert report.tokens == tokens[4] == 2 * windows * 32 < 4 * tokens[1]
+    assert f"trained on {2 * windows:,} windows, drawn from" in (out / "README.md").read_text()
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -71,6 +71,7 @@ class RecoverReport:
     # before training.
     best_step: int
     tokens_in_step: int  # over all processes
+    tokens: int  # of all steps: the last step of a pass over the text may have fewer
     tokens_per_second: float  # of training, without evaluations
     # Step, loss on held-out text (of the same kind) and of training, in nats, at each evaluation,
     # the first before training.
@@ -300,6 +301,7 @@ def train(adapted: Any, ready: Prepared, schedule: Schedule, loss: ModelLoss) ->
         steps=trainer.state.global_step,
         best_step=best_step if held_out[best_step] < held_out[0] else 0,
         tokens_in_step=tokens_of(training, windows, 1),
+        tokens=tokens_of(training, windows, trainer.state.global_step),
         tokens_per_second=round(pace.tokens_per_second, 1),
         history=pace.history,
         trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
