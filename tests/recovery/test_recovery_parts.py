@@ -110,6 +110,14 @@ def test_only_answers_are_labelled(chat_tokenizer):
     assert "river" in chat_tokenizer.decode(token_R)
 
 
+def test_what_opens_a_conversation_is_no_answer(chat_tokenizer):
+    opened = [{"role": "assistant", "content": "hello"}, *conversation(7)[1:3]]
+    token_R, label_R = answer_tokens(opened, chat_tokenizer)
+    assert "hello" in chat_tokenizer.decode(token_R)
+    trained = chat_tokenizer.decode(label_R[label_R != IGNORED])
+    assert trained.replace("</s>", "|") == " green stone 7|\n"
+
+
 def test_a_chat_file_is_packed(chat_tokenizer, tmp_path):
     path = write_chat(tmp_path / "chat.jsonl", 40)
     text = read_text([str(path)], chat_tokenizer, seqlen=64)

@@ -165,7 +165,7 @@ def answer_tokens(
     answers: list[tuple[int, int]] = []
     whole = templated(conversation, tokenizer, number)
     for index, message in enumerate(conversation):
-        if message["role"] == "assistant":
+        if index and message["role"] == "assistant":  # what opens it answers nothing
             before = templated(conversation[:index], tokenizer, number, add_generation_prompt=True)
             after = templated(conversation[: index + 1], tokenizer, number)
             if not (whole.startswith(after) and after.startswith(before)):
