@@ -118,6 +118,18 @@ def test_what_opens_a_conversation_is_no_answer(chat_tokenizer):
     assert trained.replace("</s>", "|") == " green stone 7|\n"
 
 
+def test_an_answer_that_the_template_shows_otherwise_later_is_not_trained_on(chat_tokenizer):
+    """Qwen3's shows the last one with what was thought before it, earlier ones without."""
+    shown = "{% if loop.last and m['role'] == 'assistant' %}(thought) {% endif %}{{ m['content'] }}"
+    chat_tokenizer.chat_template = CHAT.replace("{{ m['content'] }}", shown)
+    token_R, label_R = answer_tokens(conversation(7), chat_tokenizer)
+    assert "green stone 7" in chat_tokenizer.decode(token_R)
+    trained = chat_tokenizer.decode(label_R[label_R != IGNORED])
+    assert trained.replace("</s>", "|") == "(thought) light falls|\n"
+    _, label_R = answer_tokens(conversation(7)[:-1], chat_tokenizer)  # a question is the last
+    assert bool((label_R == IGNORED).all())
+
+
 def test_a_chat_file_is_packed(chat_tokenizer, tmp_path):
     path = write_chat(tmp_path / "chat.jsonl", 40)
     text = read_text([str(path)], chat_tokenizer, seqlen=64)

@@ -6,8 +6,9 @@ much longer than what is held out, it is a part. The order is the Trainer's, by 
 
 Of conversations only the answers are trained on. Chat templates mark none: an answer is what a
 longer conversation adds, the template of the messages up to it minus the template of those before
-it with the prompt for an answer. Tokens are made from the whole text at once, and belong to an
-answer by their offsets.
+it with the prompt for an answer. One that the template shows otherwise once others follow, as
+Qwen3's leaves out what was thought before it, is none that a model gives, and is not trained on.
+Tokens are made from the whole text at once, and belong to an answer by their offsets.
 
 Shapes: N windows, T tokens of a window, R tokens of a document.
 """
@@ -164,16 +165,18 @@ def answer_tokens(
     """Return the tokens and labels of a conversation as [2, R]: only answers have labels."""
     answers: list[tuple[int, int]] = []
     whole = templated(conversation, tokenizer, number)
-    for index, message in enumerate(conversation):
-        if index and message["role"] == "assistant":  # what opens it answers nothing
-            before = templated(conversation[:index], tokenizer, number, add_generation_prompt=True)
-            after = templated(conversation[: index + 1], tokenizer, number)
-            if not (whole.startswith(after) and after.startswith(before)):
-                raise TextError(
-                    f"conversation {number}: the chat template changes earlier messages when "
-                    "later ones follow, so answers cannot be told from the rest"
-                )
+    # What opens a conversation answers nothing.
+    places = [i for i, message in enumerate(conversation) if i and message["role"] == "assistant"]
+    for index in places:
+        before = templated(conversation[:index], tokenizer, number, add_generation_prompt=True)
+        after = templated(conversation[: index + 1], tokenizer, number)
+        if whole.startswith(after) and after.startswith(before):
             answers.append((len(before), len(after)))
+    if not answers and len(conversation) - 1 in places:  # of the last one nothing follows
+        raise TextError(
+            f"conversation {number}: the chat template changes earlier messages when "
+            "later ones follow, so answers cannot be told from the rest"
+        )
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     token_R = torch.tensor(encoded["input_ids"], dtype=torch.int64)
     # A token that begins with the space before an answer belongs to the answer.
