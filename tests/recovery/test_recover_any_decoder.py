@@ -15,6 +15,7 @@ from cfsp.architecture.found import Unit
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.recovery.adaptation import (
     attach,
+    load_to_train,
     merge,
     multiplies_by_its_matrix,
     ranks_of,
@@ -23,6 +24,7 @@ from cfsp.recovery.adaptation import (
 from cfsp.recovery.recover import copy_everything_else, write_recovered_weights
 from cfsp.recovery.settings import Adaptation
 from recovery.conftest import recover, training
+from tiny_decoders import tiny_model
 
 # Blocks without an FFN, several in a block, other names in files than in memory, matrices of
 # classes of their own. Adapters stay off experts, off biases and off what fused kernels take.
@@ -89,6 +91,18 @@ def test_any_decoder_recovers(name, method, pruned_type, text_file, tmp_path, co
     assert stored_matrices(source, units) <= found
     assert not any("norm" in stored or "embed" in stored for stored in found)
     command("verify", out)
+
+
+def test_how_evenly_experts_are_used_is_no_part_of_the_loss(save):
+    source = Checkpoint(save(tiny_model("mixtral", output_router_logits=True)))
+    losses = [
+        model(input_ids=TOKENS_BT, labels=TOKENS_BT, output_router_logits=asked).loss.item()
+        for model, asked in (
+            (cfsp.load(source.directory), False),
+            (load_to_train(source, torch.device("cpu"), "auto", stays_on_cpu=True), None),
+        )
+    ]
+    assert losses[0] == losses[1]
 
 
 def test_what_the_model_does_not_have_travels(pruned_type, text_file, tmp_path):

@@ -185,9 +185,13 @@ def load_to_train(
     """Load a model in its `training_dtype`.
 
     It has no dropout, whatever its config says: what one pass wins back is less than that costs.
+    How evenly experts are used, which some configs add to the loss, is no part of what is won back.
     """
     model = load(source.directory, dtype=training_dtype(source, device, dtype))
     _leave_out_dropout(model)
+    for config in (model.config, text_config_of(model.config)):
+        if getattr(config, "output_router_logits", False):
+            config.output_router_logits = False
     return model if stays_on_cpu else model.to(device)
 
 
