@@ -41,7 +41,7 @@ def test_one_limit_at_most():
     for wrong in ({"steps": 0}, {"minutes": 0.0}, {"minutes": math.nan}):
         with pytest.raises(UsageError, match=r"must be .* and at most 999999999, found"):
             Limit(**cast(Any, wrong))
-    assert Limit().in_steps(windows=100, windows_in_step=8) == 12
+    assert [Limit().in_steps(windows, 8) for windows in (1, 96, 97)] == [1, 12, 13]  # all of them
     assert Limit(steps=7).in_steps(100, 8) == 7
     assert Limit(minutes=1).in_steps(100, 8) == ENDLESS_STEPS
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -87,7 +88,7 @@ class Limit(Declared):
         """Return the most optimizer steps."""
         if self.minutes is not None:
             return ENDLESS_STEPS
-        return self.steps or max(1, round(windows / windows_in_step))
+        return self.steps or math.ceil(windows / windows_in_step)
 
 
 @dataclass(frozen=True)
