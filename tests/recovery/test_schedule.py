@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -245,3 +246,19 @@ def test_a_killed_run_goes_on_at_the_rate_that_it_had():
     clock.seconds += 4.0
     again.step_done(2, CPU)
     assert again.fraction == pytest.approx(14 / (14 + 14))
+
+
+def test_there_are_no_more_evaluations_than_asked_however_long_each_takes():
+    clock, at, steps = SimpleNamespace(seconds=0.0), [0.0], 0
+    schedule = limited(clock, 1000, 10)
+    schedule.training_begins()
+    while not schedule.is_over:
+        if schedule.evaluates:
+            schedule.evaluated()
+        clock.seconds += 1
+        schedule.step_done(steps := steps + 1, CPU)
+        if schedule.evaluates:
+            at.append(schedule.fraction)
+            clock.seconds += 30 if len(at) % 4 == 3 else 20
+    assert 8 <= len(at) - 1 <= 10
+    assert all(now - before > 0.0999 for before, now in pairwise(at[:-1]))  # the end is fixed

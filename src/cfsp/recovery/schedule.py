@@ -84,6 +84,7 @@ class Schedule:
     def __post_init__(self) -> None:
         # When what is measured now began, and the batches of an evaluation but the first.
         self._mark = self._warm = 0.0
+        self._evaluated = 0.0  # the fraction at which it evaluated last
         # Of the last few: the first step is slow, and machines change.
         self._step_seconds: deque[float] = deque(maxlen=3)
         self._evaluation_seconds: deque[float] = deque(maxlen=3)
@@ -120,7 +121,7 @@ class Schedule:
         """Count what an interrupted run had done; what was before it began is no training."""
         self.started -= elapsed
         self.begun += begun
-        self.fraction = fraction
+        self.fraction = self._evaluated = fraction  # it saves where it evaluates
         self._mark = self.elapsed
 
     def begins_at(self, loss: float) -> None:
@@ -167,19 +168,22 @@ class Schedule:
         self._step_seconds.append(self._mark - before)
         self.training_seconds += self._mark - before
         fraction = min(1.0, step / self.most_steps)
-        evaluates = _passes_mark(self.fraction, fraction, self.most_evaluations)
-        is_over = fraction >= 1
+        parts, is_over = self.most_evaluations, fraction >= 1
+        evaluates = math.floor(fraction * parts) > math.floor(self.fraction * parts)
         if self.seconds is not None:
             step_seconds, trained = self._seconds_of_step(), self._mark - self.begun
             left, evaluations = self._left()
             is_over = left < step_seconds
             fraction = 1.0 if is_over else max(self.fraction, trained / (trained + left))
-            evaluates = _passes_mark(self.fraction, fraction, evaluations)
+            # How many are worth it changes with what they take, and marks would move with it.
+            evaluates = fraction >= self._evaluated + 1 / evaluations
             evaluates &= left >= self._seconds_of_evaluation() + step_seconds
             decision = _from_first_process((fraction, evaluates, is_over), device)
             fraction, evaluates, is_over = decision[0], bool(decision[1]), bool(decision[2])
         assert fraction >= self.fraction
         self.fraction, self.evaluates, self.is_over = fraction, evaluates or is_over, is_over
+        if self.evaluates:
+            self._evaluated = fraction
 
     def _left(self) -> tuple[float, int]:
         """Return the seconds until the last evaluation, and how many there are in the whole run."""
@@ -230,11 +234,6 @@ def schedule_of(
         save_seconds=3 * trained_bytes / BYTES_PER_SECOND,
         follows_loss=trains_all and training.learning_rate is None,
     )
-
-
-def _passes_mark(before: float, now: float, parts: int) -> bool:
-    """Return whether one of several even parts of the run has ended meanwhile."""
-    return math.floor(now * parts) > math.floor(before * parts)
 
 
 def _from_first_process(decision: tuple[float, ...], device: torch.device) -> tuple[float, ...]:
