@@ -208,16 +208,17 @@ def results(run, text_file, tmp_path_factory) -> Path:
 
 def test_pairs_with_the_original(run, results, tmp_path):
     words = words_of(rendered([run], tmp_path, results))
-    assert re.search(rf"KL per token, nats, \S+ 3 windows {NOTHING} \d\.\d+ ± \d\.\d+", words)
-    assert re.search(rf"top-1 agreement, percent, \S+ 3 windows {NOTHING} \d+\.\d ± ", words)
+    how = "3 windows of 24 tokens, without BOS; this text made the model"
+    assert re.search(rf"KL per token, nats, \S+ {how} {NOTHING} \d\.\d+ ± \d\.\d+", words)
+    assert re.search(rf"top-1 agreement, percent, \S+ {how} {NOTHING} \d+\.\d ± ", words)
 
 
 def test_numbers_of_more_or_fewer_things_share_no_row(run):
-    """What two runs have in one row was measured on as many windows, documents and questions."""
+    """What two runs have in one row was measured on the same windows, and on as many documents."""
     estimate = {"value": 0.5, "stderr": None}
     pair = dict.fromkeys(("first", "second", "difference"), estimate)
 
-    def measured(count: int, tasks: Sequence[str], shots: int) -> dict[str, Any]:
+    def compared(count: int, tasks: Sequence[str], shots: int) -> dict[str, Any]:
         of_task = {"documents": count, "shots": shots, "is_above_chance": True, "accuracy": pair}
         return {
             "texts": {"news": {"windows": count, "divergence": pair, "agreed": pair}},
@@ -229,18 +230,20 @@ def test_numbers_of_more_or_fewer_things_share_no_row(run):
             "answers": {"divergence": pair, "agreed": None, "loops": pair},
         }
 
-    def rows(*comparisons: dict[str, Any]) -> list[int]:
+    def rows(*comparisons: dict[str, Any], seqlens: Sequence[int] = (512, 512)) -> list[int]:
+        texts = [measured("news", 9.0, 9.0, seqlen=seqlen) for seqlen in seqlens]
         runs = [
-            replace(read_run(run), name=str(number), facts=_comparison_facts(each))
-            for number, each in enumerate(comparisons)
+            replace(read_run(run), name=str(number), facts=_comparison_facts(each, text))
+            for number, (each, text) in enumerate(zip(comparisons, texts, strict=True))
         ]
         return [len(side_by_side(runs, each)) for each in (ANSWERS, AGREEMENT, PAIRS)]
 
-    one = measured(4, ["piqa"], 0)
+    one = compared(4, ["piqa"], 0)
     assert rows(one, one) == [2, 2, 4]
-    assert rows(one, measured(5, ["piqa"], 0)) == [4, 4, 8]
-    assert rows(one, measured(4, ["piqa"], 5)) == [2, 2, 8]
-    assert rows(one, measured(4, ["piqa", "boolq"], 0)) == [2, 2, 8]
+    assert rows(one, one, seqlens=(512, 256)) == [2, 4, 4]
+    assert rows(one, compared(5, ["piqa"], 0)) == [4, 2, 8]
+    assert rows(one, compared(4, ["piqa"], 5)) == [2, 2, 8]
+    assert rows(one, compared(4, ["piqa", "boolq"], 0)) == [2, 2, 8]
 
 
 def test_results_of_another_folder_are_known_by_their_weights(

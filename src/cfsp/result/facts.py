@@ -50,7 +50,7 @@ PERCENT = Unit(lambda share: f"{100 * share:z.1f}")
 
 @dataclass(frozen=True)
 class Conditions:
-    """Conditions of a perplexity."""
+    """Conditions of a perplexity, and of the agreement on the same windows."""
 
     text: str
     tokens: int  # that were predicted
@@ -157,7 +157,7 @@ class Fact:
     before: Number | None = None
     after: Number | None = None
     text: str = ""  # that it was measured on
-    conditions: Conditions | None = None  # of a perplexity
+    conditions: Conditions | None = None  # of what was measured on it
     detail: str = ""
     ratio: float | None = None  # after / before as it was measured, where that is another
 

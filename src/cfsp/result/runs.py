@@ -166,7 +166,7 @@ def read_run(directory: Path) -> RunFacts:
         facts = [
             *size_facts(manifest, weights),
             *perplexity_facts(manifest),
-            *_comparison_facts(manifest.get("comparison") or {}),
+            *_comparison_facts(manifest.get("comparison") or {}, manifest.get("perplexity") or {}),
             # Where the demonstration or a sweep has put it.
             *(_speed_facts(speed[0], {_SIDES[m["model"]]: m for m in speed}) if speed else []),
         ]
@@ -323,7 +323,7 @@ def _quality_facts(both: Sides) -> list[Fact]:
     before, after = (both.get(side, {}) for side in ("before", "after"))
     if "windows" in before and "windows" in after:
         dense, pruned = (measured_model("the results", dict(each)) for each in (before, after))
-        facts += _comparison_facts(compare(dense, pruned, dense))
+        facts += _comparison_facts(compare(dense, pruned, dense), after["perplexity"])
     return facts
 
 
@@ -356,7 +356,8 @@ def _speed_facts(first: Mapping[str, Any], both: Sides) -> list[Fact]:
     return facts
 
 
-def _comparison_facts(comparison: Mapping[str, Any]) -> list[Fact]:
+def _comparison_facts(comparison: Mapping[str, Any], measured: Mapping[str, Any]) -> list[Fact]:
+    """Return what pairs say; perplexities of the same texts have `measured` the conditions."""
     facts, tasks = [], comparison.get("tasks", {})
     for key, (name, unit) in _OF_ANSWERS.items():
         if pair := comparison.get("answers", {}).get(key):
@@ -364,10 +365,11 @@ def _comparison_facts(comparison: Mapping[str, Any]) -> list[Fact]:
             detail = counted(comparison["questions"], "questions")
             facts.append(Fact(ANSWERS, name, unit, before, _number(pair["second"]), detail=detail))
     for text, pairs in comparison.get("texts", {}).items():
+        how = Conditions.of(text, measured[text])
         for key, (name, unit) in _OF_TEXTS.items():
             if pair := pairs.get(key):
-                after, detail = _number(pair["second"]), counted(pairs["windows"], "windows")
-                facts.append(Fact(AGREEMENT, name, unit, after=after, text=text, detail=detail))
+                after = _number(pair["second"])
+                facts.append(Fact(AGREEMENT, name, unit, after=after, text=text, conditions=how))
     left_out = comparison.get("left_out", ())
     counted_in = {task: _examined(pairs) for task, pairs in tasks.items() if task not in left_out}
     mean_of = f"{', '.join(counted_in)}: {', '.join(dict.fromkeys(counted_in.values()))}"
