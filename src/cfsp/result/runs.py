@@ -64,7 +64,7 @@ _OF_TEXTS = {
 _SCORES = {"acc": PERCENT, "acc_norm": PERCENT, "exact_match": PERCENT, "loss": NATS}
 # Of a task, what of a pair it is, and how it is called.
 _OF_TASKS = {
-    "accuracy": ("difference", "accuracy - original's, percent", PERCENT),
+    "accuracy": ("difference", "{metric} - original's, percent", PERCENT),
     "kept": ("second", "answers as the original's, percent", PERCENT),
     "loss": ("difference", "loss - original's, nats", NATS),
 }
@@ -380,7 +380,8 @@ def _comparison_facts(comparison: Mapping[str, Any], measured: Mapping[str, Any]
             if pair := pairs.get(key):
                 detail = measured_on + (guess if key == "accuracy" else "")
                 after = _number(pair[of])
-                facts.append(Fact(PAIRS, f"{task}, {name}", unit, after=after, detail=detail))
+                called = f"{task}, {name.format(metric=pairs.get('metric', 'accuracy'))}"
+                facts.append(Fact(PAIRS, called, unit, after=after, detail=detail))
     return facts
 
 
