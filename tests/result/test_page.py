@@ -247,17 +247,20 @@ def test_numbers_of_more_or_fewer_things_share_no_row(run):
 
 
 def test_a_pair_of_tasks_says_what_it_is_of():
-    """The metric that was compared: other rows have `acc` and `acc_norm`."""
+    """The metric that was compared, as other rows have both; and a mean of those that have it."""
     estimate = {"value": 0.5, "stderr": None}
     pair = {"second": estimate, "difference": estimate}
     scored = {"documents": 9, "accuracy": pair, "kept": pair}
-    tasks = {"piqa": {**scored, "metric": "acc_norm"}, "words": {**scored, "metric": "acc"}}
+    words = {**scored, "metric": "acc", "kept": None}
+    tasks = {"piqa": {**scored, "metric": "acc_norm"}, "words": words}
     found = _comparison_facts({"tasks": tasks, "accuracy": pair, "kept": pair}, {})
     names = [fact.name for fact in found if "answers as" not in fact.name]
     assert names == [
         f"{task} - original's, percent"
         for task in ("piqa, acc_norm", "words, acc", "mean of tasks, accuracy")
     ]
+    means = [fact.detail for fact in found if fact.name.startswith("mean of tasks")]
+    assert means == ["piqa, words: 9 documents", "piqa: 9 documents"]
 
 
 def test_results_of_another_folder_are_known_by_their_weights(

@@ -368,20 +368,20 @@ def _comparison_facts(comparison: Mapping[str, Any], measured: Mapping[str, Any]
         how = Conditions.of(text, measured[text])
         for key, (name, unit) in _OF_TEXTS.items():
             if pair := pairs.get(key):
-                after = _number(pair["second"])
-                facts.append(Fact(AGREEMENT, name, unit, after=after, text=text, conditions=how))
+                facts.append(Fact(AGREEMENT, name, unit, None, _number(pair["second"]), text, how))
     left_out = comparison.get("left_out", ())
-    counted_in = {task: _examined(pairs) for task, pairs in tasks.items() if task not in left_out}
-    mean_of = f"{', '.join(counted_in)}: {', '.join(dict.fromkeys(counted_in.values()))}"
+    counts = {task: pairs for task, pairs in tasks.items() if task not in left_out}
     for task, pairs in [*tasks.items(), ("mean of tasks", comparison)]:
-        measured_on = mean_of if pairs is comparison else _examined(pairs)
         guess = "; the original does not beat a guess; not in the mean" if task in left_out else ""
         for key, (of, name, unit) in _OF_TASKS.items():
             if pair := pairs.get(key):
-                detail = measured_on + (guess if key == "accuracy" else "")
-                after = _number(pair[of])
+                # Where nothing is picked, as by LAMBADA, nothing can be the original's.
+                on = {each: _examined(its) for each, its in counts.items() if its.get(key)}
+                mean_of = f"{', '.join(on)}: {', '.join(dict.fromkeys(on.values()))}"
+                detail = mean_of if pairs is comparison else _examined(pairs)
+                detail += guess if key == "accuracy" else ""
                 called = f"{task}, {name.format(metric=pairs.get('metric', 'accuracy'))}"
-                facts.append(Fact(PAIRS, called, unit, after=after, detail=detail))
+                facts.append(Fact(PAIRS, called, unit, None, _number(pair[of]), detail=detail))
     return facts
 
 
