@@ -188,6 +188,11 @@ def test_results_of_eval_and_bench_are_added(run, tmp_path):
     both = words_of(rendered([run], tmp_path, evaluation, tmp_path / "few.json"))
     assert re.search(rf"piqa, acc 1 document {NOTHING} 70\.0 . 1\.1", both)
     assert re.search(r"piqa, acc 100 documents 61\.0 51\.0 . 1\.1", both)
+    # The original may have been measured alone.
+    for number, model in enumerate(measured):
+        (tmp_path / f"{number}.json").write_text(json.dumps({"models": [model]}))
+    apart = words_of(rendered([run], tmp_path, tmp_path / "1.json", tmp_path / "0.json"))
+    assert f"perplexity, news 2 windows of 51 tokens, with BOS 20.00 25.00 {TIMES} 1.25" in apart
     assert words.count("prefill, batch 1, prompt 64") == 1
     for new_tokens in (8, 32):
         shape = f"batch 1, prompt 64, {new_tokens} new tokens"

@@ -264,8 +264,7 @@ def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunF
     """
     models = results["models"]
     names = [str(model["model"]) for model in models]
-    has_speed = "workloads" in models[0]
-    facts_of = partial(_speed_facts, models[0]) if has_speed else _quality_facts
+    facts_of = partial(_speed_facts, models[0]) if "workloads" in models[0] else _quality_facts
     sides = [run.sides_in(models) for run in runs]
     extended = [
         replace(
@@ -275,7 +274,8 @@ def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunF
         )
         for run, both in zip(runs, sides, strict=True)
     ]
-    if not any("after" in both for both in sides):
+    told = [model for both in sides for model in both.values()]
+    if not any("after" in both for both in sides) and any(each not in told for each in models):
         raise ReportError(
             "the results are of none of the runs, by their weights; they are of: "
             f"{', '.join(names)}; measure again what has changed since"
