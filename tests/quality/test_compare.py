@@ -223,6 +223,15 @@ def test_what_is_printed(write, command):
     assert "expected a model of the files (a, b), found 'c'" in refused
 
 
+def test_nothing_has_no_minus(write, command):
+    """As the KL of a copy in other digits, which rounding takes below zero."""
+    dense, copy = model("dense", 0), model("copy", 1)
+    for text in copy["windows"].values():
+        text["divergence"] = [-1e-6] * WINDOWS
+    printed = command("compare", write("a.json", dense, copy)).out
+    assert "-0.0000 " not in printed
+
+
 def test_two_measurements_of_one_model_are_told_of(write, caplog):
     files = [write(f"{name}.json", model("one", 1)) for name in ("a", "b")]
     read_models(files)

@@ -136,7 +136,7 @@ def _rows(title: str, pairs: dict[str, Any], measures: Iterable[Measure]) -> lis
     lines = [
         (
             f"  {words}",
-            *(f"{factor * pair[side]['value']:.{digits}f}" for side in ("first", "second")),
+            *(f"{factor * pair[side]['value']:z.{digits}f}" for side in ("first", "second")),
             estimate(pair["difference"], digits, factor),
         )
         for words, name, digits, factor in measures

@@ -127,7 +127,7 @@ class Row:
             ("top-1 agreement, %", "agreed", 100, 1),
         ):
             values = [text[name]["second"]["value"] for text in found["texts"].values()]
-            line[column] = f"{factor * fmean(values):.{digits}f}"
+            line[column] = f"{factor * fmean(values):z.{digits}f}"
         if answers := found.get("answers"):
             line["KL on answers"] = estimate(answers["divergence"]["second"], 3)
             line["answers that loop, %"] = estimate(answers["loops"]["second"], 1, 100)
