@@ -314,7 +314,9 @@ def test_answers_stand_side_by_side_by_kind(run, results, tmp_path):
     page = _Page(text)
     kinds = [attrs for tag, attrs in page.tags if tag == "details" and "answers" in attrs.values()]
     assert ["open" in attrs for attrs in kinds] == [True] + [False] * 9
-    assert [tag for tag, _ in page.tags].count("h4") == 11
+    # From right to left, where a question or an answer is written so.
+    assert page.tags.count(("h4", {"dir": "auto"})) == 11
+    assert page.tags.count(("dd", {"dir": "auto"})) == 3 * 11
     assert [tag for tag, _ in page.tags].count("script") == 1
     words = words_of(text.split("What they answer")[1])
     said = r"\S+ cut off repeats itself answer of 2 \S+ .*?"
