@@ -186,10 +186,15 @@ def test_what_nothing_follows_is_not_told(run):
 
 
 def test_inspect_card_and_page_tell_the_same_of_the_making(run, tmp_path, command):
-    copy = changed_copy(run, tmp_path / "copy", recovered)
+    def by_a_goal(manifest: dict[str, Any]) -> None:
+        recovered(manifest)
+        manifest["goal"] = {"goal": "target_params", "asked": 0.8, "tried": []}
+
+    copy = changed_copy(run, tmp_path / "copy", by_a_goal)
     manifest = read_manifest(copy)
     told = command("inspect", copy).out
     pruned, trained = making(manifest)
+    assert pruned.facts["goal"] == "--target-params 0.8"
     assert (pruned.verb, trained.verb) == ("pruned", "recovered")
     assert pruned.facts["asked for"] == "50.0% of FFN channels"
     assert pruned.facts["repair"].startswith("ridge (error of outputs")

@@ -34,7 +34,8 @@ _IN_CONFIG = (
 
 def facts_for_config(manifest: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a manifest that travels in the config of a model in memory."""
-    return {key: manifest[key] for key in _IN_CONFIG if key in manifest}
+    goal = {"goal": manifest["goal"]} if manifest.get("goal") else {}
+    return {key: manifest[key] for key in _IN_CONFIG if key in manifest} | goal
 
 
 def digest_of_plan(plan: PruningPlan) -> str:
