@@ -89,6 +89,7 @@ def test_recovered_run_shows_its_own_perplexity_and_curve(run, tmp_path):
     (fact,) = facts.under("Perplexity")
     dense = next(iter(facts.manifest["perplexity"].values()))["before"]
     assert fact.after == (123.25, None) and fact.before == (dense, None)
+    assert "<h1>my-model, pruned and recovered</h1>" in rendered([copy], tmp_path)
     text = rendered([run, copy], tmp_path)
     for held_out in (3.7257, 3.5041, 3.4054):
         assert f"<td>{held_out:.4f}</td>" in text

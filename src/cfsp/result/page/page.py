@@ -73,10 +73,9 @@ def render_page(groups: Sequence[ModelGroup]) -> str:
     script = page_file("charts.js")
     runs = [run for group in groups for run in group.runs]
     bases = ", ".join(group.base for group in groups)
+    verbs = dict.fromkeys(stage.verb for stage in making(runs[0].manifest))
     return TEMPLATES.get_template("report.html").render(
-        title=f"{bases}, {making(runs[0].manifest)[0].verb}"
-        if len(runs) == 1
-        else f"{bases}: {len(runs)} runs",
+        title=f"{bases}, {' and '.join(verbs)}" if len(runs) == 1 else f"{bases}: {len(runs)} runs",
         pruned=any(was_pruned(run.manifest) for run in runs),
         policy=(
             f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
