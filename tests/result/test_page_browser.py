@@ -123,6 +123,16 @@ def test_size_table_fits_a_phone(browser, runs, tmp_path):
     ) == [328, 360]
 
 
+def test_names_without_a_space_fit_a_phone(browser, runs, tmp_path):
+    """In tables and headings, and in legends, captions and lists of runs as well."""
+    names = [f"{'unbroken_' * 8}{number}" for number in range(9)]
+    copies = [changed_copy(runs[0], tmp_path / name, lambda manifest: None) for name in names]
+    for shown in (copies[:2], copies):
+        write_report(shown, tmp_path / "report.html")
+        view(browser, (tmp_path / "report.html").as_uri(), 360)
+        assert browser.execute_script("return document.documentElement.scrollWidth") == 360
+
+
 def test_everything_can_be_done_with_the_keyboard(browser, page):
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys
