@@ -219,6 +219,15 @@ def test_a_task_that_says_what_its_accuracy_is_keeps_it():
     assert summary_of(scored_documents([(task, logged)]))["chance"] == 1.0
 
 
+@pytest.mark.parametrize("metric", ["exact_match", "acc"])
+def test_written_answers_are_known_whatever_says_that_they_are_right(metric):
+    """The mathematics of AGIEval have `acc`: two models had nothing in common, and no table."""
+    task = SimpleNamespace(OUTPUT_TYPE="generate_until", config=SimpleNamespace(task="math"))
+    sample = {"filter": "none", "doc_id": 0, "doc_hash": "a", "filtered_resps": ["7"], metric: 1}
+    (document,) = scored_documents([(task, [sample])])
+    assert (document["acc"], document["chance"], document["answer"]) == (1.0, 0.0, "7")
+
+
 def test_second_model_is_scored_as_if_it_were_the_first(tiny_checkpoint, tokenizer, task_data):
     runner = TaskRunner.of(TaskSelection(("piqa",), limit=4, data=task_data))
     first, other, again = (

@@ -299,8 +299,8 @@ def scored_documents(
                 likelihoods = [round(float(sample["filtered_resps"][0][0]), 5)]
                 right = {"acc": float(sample["acc"]), "chance": 0.0}
                 found.append(document | right | {"loglikelihoods": likelihoods})
-            elif "exact_match" in sample:
-                right = {"acc": float(sample["exact_match"]), "chance": 0.0}
+            elif metric := next((each for each in ("exact_match", "acc") if each in sample), None):
+                right = {"acc": float(sample[metric]), "chance": 0.0}
                 found.append(document | right | {"answer": str(sample["filtered_resps"][0])})
     if len(picked) > 1 and all(choices == picked[0] for choices in picked):
         # To say yes to everything is right in most documents of BoolQ: the best constant guess.
