@@ -69,6 +69,7 @@ def test_every_method_makes_every_sparsity_at_the_same_size(sweep, text_file):
     table, compared = (out / "table.md").read_text().split("\n\nCompared with the dense model")
     caption, _, head, rule, *lines = table.splitlines()
     assert "| method | sparsity | KL | top-1 agreement, % |" in compared
+    assert "asks" not in compared and "errors" not in compared  # there are none
     assert "2 windows of 32 tokens" in caption
     assert head.startswith("| method | sparsity | parameters removed |")
     assert rule.count("|") == head.count("|")
@@ -113,6 +114,7 @@ def test_it_asks_the_dense_model_once_and_compares_with_it(
     assert found["questions"] == 2 and found["answers"]["divergence"]["second"]["value"] > 0
     columns = "| KL | top-1 agreement, % | KL on answers | answers that loop, % |"
     assert f"| method | sparsity {columns}" in tables
+    assert "Answers and tasks have standard errors. Tasks: the mean of those on which " in tables
     assert "Left out: piqa." in tables
     command("report", out, "--out", tmp_path / "report.html")
     html = (tmp_path / "report.html").read_text()

@@ -356,9 +356,12 @@ def _comparisons(rows: Sequence[Row]) -> Table:
     lines = [_names(row) | row.beside_dense for row in pruned]
     caption = (
         "Compared with the dense model in pairs: KL per token in nats and top-1 agreement in the "
-        "mean of the texts, tasks in the mean of those on which the dense model is better than a "
-        "guess, with standard errors."
+        "mean of the texts."
     )
+    if any("±" in cell for cell in lines[0].values()):
+        caption += " Answers and tasks have standard errors."
+    if (pruned[0].comparison or {})["tasks"]:
+        caption += " Tasks: the mean of those on which the dense model is better than a guess."
     if left_out := pruned[0].left_out:
         caption += f" Left out: {', '.join(left_out)}."
     return Table(list(lines[0]), [list(line.values()) for line in lines], caption)
