@@ -164,6 +164,7 @@ def with_foreign_code(directory: Path) -> None:
         ),
         (lambda at: edit_config(at, model_type="no_such_model"), "cfsp families"),
         (with_foreign_code, "brings its own modelling code"),
+        (lambda at: (at / "adapter_config.json").write_text("{}"), "has an adapter (adapter_"),
         (lambda at: (at / "model.safetensors").unlink(), "has no model.safetensors"),
         (
             lambda at: (at / "model.safetensors").rename(at / "pytorch_model.bin"),

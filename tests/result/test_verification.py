@@ -69,7 +69,7 @@ def _with(name: str, text: str = "") -> Callable[[Path], object]:
         (_edit("tokenizer.json", '"Ġ', '"G'), "tokenizer.json has changed"),
         (_edit("chat_template.jinja", "for", "if"), "chat_template.jinja has changed"),
         (_edit("additional_chat_templates/tool.jinja", "m", "n"), "chat_templates/tool.jinja has"),
-        (_with("adapter_config.json", "{}"), "adapter_config.json is not in"),
+        (_with("adapter_config.json", "{}"), "has an adapter (adapter_config.json)"),
         (_edit("cfsp.json", ".safetensors", ".bin"), "model.safetensors is not in cfsp.json"),
         (_without("model.safetensors"), "model.safetensors"),
     ],

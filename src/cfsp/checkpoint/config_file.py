@@ -49,11 +49,19 @@ _LARGEST = (
 )
 
 _CORRECT = "correct it or download it again"
+# What PEFT writes, and transformers adds to any weights that lie beside it.
+_ADAPTER = "adapter_config.json"
 
 
 def read_config(directory: Path) -> tuple[PreTrainedConfig, Quantisation | None]:
     """Return the config of the plain model in a directory, and how that is stored quantised."""
     path = directory / CONFIG_FILE
+    if (directory / _ADAPTER).is_file():
+        raise CheckpointError(
+            f"{directory} has an adapter ({_ADAPTER}), which cfsp does not read: merge it with "
+            "PEFT (merge_and_unload()) and save the whole model to another directory, or move the "
+            "adapter's files out of this one"
+        )
     if not path.is_file():
         raise CheckpointError(
             f"{directory} is not a model directory: it has no {CONFIG_FILE}; give one that has it "
