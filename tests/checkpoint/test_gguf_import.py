@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import Gemma2Config
 
 import cfsp
 from builders import random_tokens
 from cfsp.checkpoint import gguf_import
 from cfsp.checkpoint.gguf_import import import_gguf
+from cfsp.checkpoint.gguf_rope import query_scalar
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import CheckpointError
 from cfsp.exports.gguf import write
@@ -114,6 +116,31 @@ def test_positions_and_biases_come_back(tmp_path, tokenizer, name, rope):
     with torch.inference_mode():
         expected = cfsp.load(tmp_path / "model")(input_ids=tokens_BT).logits
         assert torch.allclose(found(input_ids=tokens_BT).logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "caps"), [("gemma2", (2.0, 3.0)), ("gemma3_text", (None, None))])
+def test_scales_of_attention_come_back(tmp_path, tokenizer, monkeypatch, name, caps):
+    """transformers reads neither by what queries are divided, nor at what logits are capped."""
+    monkeypatch.setattr(gguf_import, "_warn_of_other_tokens", lambda *_: None)  # no Gemma's
+    said = dict(zip(("attn_logit_softcapping", "final_logit_softcapping"), caps, strict=True))
+    build_tiny_model(name, head_dim=8, query_pre_attn_scalar=8, **said).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    write(Checkpoint(tmp_path), tmp_path / "m.gguf", "f32")
+    found, tokens_BT = cfsp.load(import_gguf(tmp_path / "m.gguf")), random_tokens(1, 16)
+    with torch.inference_mode():
+        expected = cfsp.load(tmp_path)(input_ids=tokens_BT).logits
+        assert torch.allclose(found(input_ids=tokens_BT).logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("graph", "blocks", "scalar"),
+    [("gemma2", 46, 144), ("gemma2", 42, 128), ("gemma3", 62, 144), ("gemma3", 46, 128)],
+)
+def test_the_largest_gemmas_scale_queries_by_the_hidden_size(graph, blocks, scalar):
+    config = Gemma2Config(
+        num_hidden_layers=blocks, hidden_size=4608, num_attention_heads=32, head_dim=128
+    )
+    assert query_scalar(graph, config) == scalar
 
 
 def test_positions_that_no_config_says_are_refused(make_gguf, monkeypatch):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from cfsp.checkpoint.gguf_rope import restore_positions
+from cfsp.checkpoint.gguf_rope import restore_positions, restore_scales
 from cfsp.checkpoint.gguf_tokenizer import BY_NAME, PRE_TOKENIZER_KEY, tokenizer_of
 from cfsp.checkpoint.llama_cpp import tokens_differ
 from cfsp.checkpoint.output import staged_directory
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 # Part of the name of a converted model: one that was converted in another way is not the same.
-_CONVERSION = 5
+_CONVERSION = 6
 # Quantising the same matrix twice gives copies that differ by some percent (Q4_K by 4%); a head
 # that was trained by itself has nothing of the embedding.
 _SAME_MATRIX = 0.2
@@ -121,6 +121,7 @@ def _convert(path: Path, reader: GGUFReader, dtype: torch.dtype, target: Path) -
         for key, ending in _BIASES.items():
             if any(name.endswith(ending) for name in names) and hasattr(config, key):
                 setattr(config, key, True)
+        restore_scales(config, reader)
         model, told = AutoModelForCausalLM.from_pretrained(
             path.parent,
             config=config,

@@ -1,7 +1,8 @@
-"""The positions that a .gguf file says, of which transformers reads the base alone.
+"""What attention computes with, besides weights, of which transformers reads the base alone.
 
 A file says a base, how many entries of a head are rotated, a way to scale (`linear`, `yarn`), or by
-what each frequency is divided, which is how Llama 3.1 is written. R rotated pairs of entries.
+what each frequency is divided, which is how Llama 3.1 is written; and how Gemma 2 caps its logits.
+How Gemma's queries are scaled llama.cpp knows by itself. R rotated pairs of entries.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfsp.checkpoint.text_config import text_config_of
+from cfsp.checkpoint.text_config import head_size, text_config_of
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -25,6 +26,27 @@ _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3_ORIGINAL = (8192, *(2**power for power in range(4, 18)))
 # Of factors that are stored in float32.
 _SAME = 1e-3
+_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+# Of so many blocks are the 27B models, by the graph that runs them.
+_BLOCKS_OF_27B = {"gemma2": 46, "gemma3": 62}
+
+
+def query_scalar(graph: str, config: Any) -> int:
+    """Return by whose root llama.cpp divides the queries of Gemma 2 and 3; no file says it."""
+    if config.num_hidden_layers == _BLOCKS_OF_27B.get(graph):
+        return int(config.hidden_size // config.num_attention_heads)
+    return head_size(config)
+
+
+def restore_scales(config: PreTrainedConfig, reader: GGUFReader) -> None:
+    """Write how queries are scaled and logits capped into a config that was read from a file."""
+    graph, text_config = reader.fields["general.architecture"].contents(), text_config_of(config)
+    if hasattr(text_config, "query_pre_attn_scalar"):
+        text_config.query_pre_attn_scalar = query_scalar(graph, text_config)
+    for cap in _CAPS:
+        said = reader.fields.get(f"{graph}.{cap}")
+        if said is not None and hasattr(text_config, cap):
+            setattr(text_config, cap, float(said.contents()))
 
 
 def restore_positions(config: PreTrainedConfig, reader: GGUFReader) -> None:

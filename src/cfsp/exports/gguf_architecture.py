@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cfsp.checkpoint.gguf_rope import llama3_factors, yarn_attention
+from cfsp.checkpoint.gguf_rope import llama3_factors, query_scalar, yarn_attention
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import resized_parts
 from cfsp.checkpoint.text_config import head_size
@@ -55,8 +55,6 @@ _DECI = Architecture("deci", ragged=True, is_llama=True, biases=True)
 _OPENELM = Architecture("openelm", ragged=True, fused=True, tied_only=True)
 _GEMMA2 = Architecture("gemma2", tied_only=True, rhythm=2, activation="gelu_pytorch_tanh")
 _GEMMA3 = replace(_GEMMA2, name="gemma3", rhythm=6)
-
-_SCALED_BY_HIDDEN = (46, 62)
 
 # model type -> (equal widths, different widths)
 ARCHITECTURES: dict[str, tuple[Architecture, Architecture | None]] = {
@@ -155,9 +153,8 @@ def _obstacles(source: Checkpoint, architecture: Architecture) -> Iterator[str]:
 
 def _obstacles_of_gemma(config: Any, architecture: Architecture, graph: str) -> Iterator[str]:
     """Yield what is not as these graphs take it for granted."""
-    # With as many blocks as the 27B models have, the graph scales by the width of a head in D.
     blocks = config.num_hidden_layers
-    if config.query_pre_attn_scalar != head_size(config) or blocks in _SCALED_BY_HIDDEN:
+    if config.query_pre_attn_scalar != query_scalar(architecture.name, config):
         yield f"{graph} scales the attention of this model otherwise"
     expected = [
         "full_attention" if block % architecture.rhythm == 0 else "sliding_attention"
