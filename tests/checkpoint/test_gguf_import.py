@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import Gemma2Config
+from transformers import Gemma2Config, NemotronConfig, StableLmConfig
 
 import cfsp
 from builders import random_tokens
 from cfsp.checkpoint import gguf_import
 from cfsp.checkpoint.gguf_import import import_gguf
-from cfsp.checkpoint.gguf_rope import query_scalar
+from cfsp.checkpoint.gguf_rope import query_scalar, restore_positions
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import CheckpointError
 from cfsp.exports.gguf import write
@@ -141,6 +141,15 @@ def test_the_largest_gemmas_scale_queries_by_the_hidden_size(graph, blocks, scal
         num_hidden_layers=blocks, hidden_size=4608, num_attention_heads=32, head_dim=128
     )
     assert query_scalar(graph, config) == scalar
+
+
+@pytest.mark.parametrize("config_class", [StableLmConfig, NemotronConfig])
+def test_a_part_of_the_head_may_be_rotated(monkeypatch, config_class):
+    """Some configs say the size of a head, others that of all heads together."""
+    monkeypatch.setattr("cfsp.checkpoint.gguf_rope._said", lambda reader: {"rotated": 96})
+    config = config_class(hidden_size=512, num_attention_heads=4)
+    restore_positions(config, SimpleNamespace(tensors=[]))
+    assert config.rope_parameters["partial_rotary_factor"] == 0.75
 
 
 def test_positions_that_no_config_says_are_refused(make_gguf, monkeypatch):

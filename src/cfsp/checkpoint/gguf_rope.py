@@ -66,9 +66,8 @@ def restore_positions(config: PreTrainedConfig, reader: GGUFReader) -> None:
         whole["rope_theta"] = float(said["base"])
     if "base_swa" in said and "sliding_attention" in parameters:
         parameters["sliding_attention"]["rope_theta"] = float(said["base_swa"])
-    size = getattr(text_config, "head_dim", None)
-    if "partial_rotary_factor" in whole and size and "rotated" in said:
-        whole["partial_rotary_factor"] = said["rotated"] / size
+    if "partial_rotary_factor" in whole and "rotated" in said:
+        whole["partial_rotary_factor"] = said["rotated"] / head_size(text_config)
     if whole.get("rope_type", "default") != "default":
         return  # transformers has read it, as that of gpt-oss
     kind = said.get("kind", "linear" if "scale" in said else "none")
