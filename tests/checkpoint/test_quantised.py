@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 import cfsp
 from builders import changed, edit_json, read_json
 from cfsp.checkpoint import quantisation
+from cfsp.checkpoint.config_file import read_config, read_plain_fields
 from cfsp.checkpoint.quantisation import quantisation_in
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
 from cfsp.errors import CheckpointError
@@ -218,8 +219,12 @@ def test_parts_that_do_not_fit_are_refused(pairs, tmp_path, name, changes, said)
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_without_a_dtype_in_the_config_weights_become_bfloat16(pairs, tmp_path):
+@pytest.mark.parametrize("dtype", [None, "float8_e4m3fn"])
+def test_without_a_plain_dtype_in_the_config_weights_become_bfloat16(pairs, tmp_path, dtype):
     directory = Path(shutil.copytree(pairs["mxfp4"].quantised, tmp_path / "model"))
-    edit_json(directory / "config.json", lambda fields: fields.update(dtype=None))
+    edit_json(directory / "config.json", lambda fields: fields.update(dtype=dtype))
     name = "model.layers.0.mlp.experts.down_proj"
     assert Checkpoint(directory).specs[name].dtype == torch.bfloat16
+    # transformers takes what a config says for the dtype of the whole model.
+    assert read_plain_fields(directory).get("dtype") is None
+    assert read_config(directory)[0].dtype is None

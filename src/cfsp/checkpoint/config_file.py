@@ -20,6 +20,7 @@ from cfsp.checkpoint.own_files import CONFIG_FILE, MODELING_FILE
 from cfsp.checkpoint.quantisation import (
     QUANTISATION_KEYS,
     Quantisation,
+    is_fp8,
     plain_fields,
     quantisation_in,
 )
@@ -91,6 +92,8 @@ def read_config(directory: Path) -> tuple[PreTrainedConfig, Quantisation | None]
         for key in QUANTISATION_KEYS:
             if hasattr(each, key):
                 delattr(each, key)
+        if is_fp8(getattr(each, "dtype", None)):
+            each.dtype = None
     return config, quantisation
 
 

@@ -23,6 +23,8 @@ from cfsp.errors import CheckpointError
 
 # Where a config says how its weights are quantised; the second is that of old compressed-tensors.
 QUANTISATION_KEYS = ("quantization_config", "compression_config")
+# And where that of its weights, or of what they become.
+_DTYPE_KEYS = ("dtype", "torch_dtype")
 
 # Ends the name of what is subtracted before values are scaled, if there is any.
 _ZERO_POINT = "_zero_point"
@@ -252,8 +254,13 @@ def plain_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: plain_fields(value) if isinstance(value, dict) else value
         for key, value in fields.items()
-        if key not in QUANTISATION_KEYS
+        if key not in QUANTISATION_KEYS and not (key in _DTYPE_KEYS and is_fp8(value))
     }
+
+
+def is_fp8(dtype: object) -> bool:
+    """Return whether a dtype, or its name, is one of 8 bits, in which no model can be built."""
+    return "float8" in str(dtype)
 
 
 def dequantised(
