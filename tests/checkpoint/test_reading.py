@@ -70,6 +70,19 @@ def test_a_head_that_is_stored_as_well_counts_if_it_is_another(tiny_checkpoint, 
     assert source.parameter_count == whole.parameter_count == count
 
 
+def test_a_head_that_is_stored_alone_is_the_embedding(tiny_checkpoint, tmp_path):
+    """Where both are one matrix, safetensors' own save_model() keeps the first name."""
+    path = Path(shutil.copytree(tiny_checkpoint("qwen2"), tmp_path / "model"))
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    edit_tensors(
+        path / "model.safetensors",
+        lambda found: found.update({head: found.pop(embedding)}),
+    )
+    source, usual = Checkpoint(path), Checkpoint(tiny_checkpoint("qwen2"))
+    assert source.fingerprint == usual.fingerprint and source.tied == {head: embedding}
+    assert embedding in {tensor.name for tensor in source.outgoing()}
+
+
 class Compiled(torch.nn.Module):
     """As what torch.compile() returns: it has hooks of its own; what is set goes to its part."""
 

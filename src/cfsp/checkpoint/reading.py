@@ -168,11 +168,14 @@ class Checkpoint(WeightSource):
         prefix = missing_prefix(model, stored)
         # By their names in the model.
         self._tensors = {prefix + name: tensor for name, tensor in stored.items()}
-        specs = {name: tensor.spec for name, tensor in self._tensors.items()}
-        self.stored = StoredTensors.of(model, self.architecture, dict(specs), self.label)
+        self.specs = {name: tensor.spec for name, tensor in self._tensors.items()}
+        self.stored = StoredTensors.of(model, self.architecture, dict(self.specs), self.label)
+        if others := self.stored.usual_names(model):
+            self._tensors = {others.get(name, name): t for name, t in self._tensors.items()}
+            self.specs = {name: tensor.spec for name, tensor in self._tensors.items()}
+            self.stored = StoredTensors.of(model, self.architecture, dict(self.specs), self.label)
         for name in self.stored.stale:
-            del self._tensors[name], specs[name]
-        self.specs = specs
+            del self._tensors[name], self.specs[name]
         _check_stored(self, model)
 
     @cached_property

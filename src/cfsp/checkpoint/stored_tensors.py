@@ -92,6 +92,15 @@ class StoredTensors:
         made_by = {name: Conversion(name, {name: [name]}, specs, nothing) for name in parameters}
         return StoredTensors(specs, parameters, tied, twice, tuple(unused), (), made_by)
 
+    def usual_names(self, model: PreTrainedModel) -> dict[str, str]:
+        """Return what a tensor is to be called that is stored as the tied one of two, as a head.
+
+        transformers stores the other one, for which others look.
+        """
+        ties = dict(_ties(model))
+        turned = {tied: to for to, tied in self.tied.items() if ties.get(tied) == to}
+        return {self.sources(tied)[0]: to for tied, to in turned.items()}
+
     def _check_can_be_cut(self, architecture: Architecture) -> None:
         """Check that all parameters that have channels or experts can be stored again."""
         checked: set[object] = set()  # alike in all blocks
