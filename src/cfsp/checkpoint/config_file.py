@@ -24,6 +24,7 @@ from cfsp.checkpoint.quantisation import (
     plain_fields,
     quantisation_in,
 )
+from cfsp.checkpoint.tensor_file import INDEX_FILE, SINGLE_FILE
 from cfsp.errors import (
     ELSEWHERE,
     CheckpointError,
@@ -80,6 +81,12 @@ def read_config(directory: Path) -> tuple[PreTrainedConfig, Quantisation | None]
         )
     _check_code(directory, fields)
     _check_numbers(path, fields)
+    if (named := fields.get("transformers_weights")) is not None:
+        raise CheckpointError(
+            f"{path} says that the weights are in {str(named)[:60]!r} (transformers_weights), "
+            f"which cfsp reads as {SINGLE_FILE} or by {INDEX_FILE}: rename the file and remove "
+            "the key"
+        )
     quantisation = quantisation_in(fields, str(directory))
     try:
         # Our own modelling file replaces only the model class: the stock config class fits.
