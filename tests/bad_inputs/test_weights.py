@@ -31,6 +31,7 @@ EXPORT = "export {model} --to vllm --out {out}"
 SAVE, AGAIN = "download or save it again", "again"
 INDEX = "model.safetensors.index.json"
 GATE = "model.layers.1.mlp.gate_proj.weight"
+QUERY = "model.layers.1.self_attn.q_proj.weight"
 UP = "model.layers.{}.mlp.up_proj.weight"
 WIDTH = "intermediate_size"
 NORM = "model.layers.1.input_layernorm.weight"
@@ -133,6 +134,10 @@ FILES = [
         (
             f"{GATE} is stored as int8; save the model in float32, bfloat16 or float16",
             replace(GATE, lambda t: t.to(torch.int8)),
+        ),
+        (
+            f"{QUERY} is stored as float8_e4m3fn; save the model in float32, bfloat16 or float16",
+            replace(QUERY, lambda t: t.to(torch.float8_e4m3fn)),
         ),
     ),
     *spoilt(

@@ -377,9 +377,12 @@ def read_tensors(
 
 def _check_stored(source: WeightSource, model: PreTrainedModel) -> None:
     """Check that the weights can be computed with, and that none is of a block too many."""
-    for name in channel_parameters(source.architecture):
-        dtype = source.parameters[name].dtype
-        if dtype not in _COMPUTABLE:
+    with_channels = channel_parameters(source.architecture)
+    for name, spec in source.parameters.items():
+        dtype = spec.dtype
+        # What else has 8 bits has a scale somewhere; tables of numbers and masks have none.
+        is_packed = dtype.itemsize == 1 and dtype != torch.bool
+        if dtype not in _COMPUTABLE and (is_packed or name in with_channels):
             raise CheckpointError(
                 f"{source.label}: {source.stored.sources(name)[0]} is stored as "
                 f"{str(dtype).removeprefix('torch.')}; "
