@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from builders import edit_json, read_json
 from cfsp.architecture.resizing import Gone
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError
@@ -169,7 +170,7 @@ _HEADS = "one number of heads for all .* have 1 to 2 KV groups; use --to gguf$"
         ),
         (
             "vllm", "qwen3", None, {},
-            "cannot express qwen3; prune with --widths equal .*--model-impl transformers",
+            "cannot express qwen3; prune with --widths equal .*vllm serve '.*/a b/pruned' --trust",
         ),
         ("vllm", "qwen3", (2, 0, 2), {}, "widths equal and without --parts attention for vLLM's"),
         ("vllm", "llama", (2, 1, 2), {}, _HEADS),
@@ -183,10 +184,19 @@ _HEADS = "one number of heads for all .* have 1 to 2 KV groups; use --to gguf$"
 def test_what_a_reader_cannot_run_is_refused_by_name(
     tmp_path, tokenizer, target, name, groups, changes, message
 ):
-    source = wide(name, tokenizer, tmp_path, groups, **changes)
+    (tmp_path / "a b").mkdir()
+    source = wide(name, tokenizer, tmp_path / "a b", groups, **changes)
     with pytest.raises(ExportError, match=message):
         export(source.directory, target, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_stock_copy_names_its_class(tmp_path, tokenizer):
+    """A config names that of the base model, or none, and vLLM would run no head, or nothing."""
+    source = cut(tiny("qwen2"), tokenizer, tmp_path, (64, 64, 64))
+    edit_json(source.directory / "config.json", lambda f: f.update(architectures=["Qwen2Model"]))
+    export(source.directory, "vllm", tmp_path / "out")
+    assert read_json(tmp_path / "out" / "config.json")["architectures"] == ["Qwen2ForCausalLM"]
 
 
 @pytest.mark.parametrize("target", ["vllm", "mlx-lm"])

@@ -11,6 +11,7 @@ lies beside it; mlx-lm would only ask the user about it.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -110,7 +111,7 @@ def check(reader: Reader, source: Checkpoint) -> None:
         raise CannotSayError(
             f"{reader.name}'s DeciLM class is a Llama and cannot express {model_type}",
             f"prune with --widths equal {without}for {reader.name}'s own class"
-            + reader.otherwise.format(directory=source.directory),
+            + reader.otherwise.format(directory=shlex.quote(str(source.directory))),
         )
     if reason := _obstacle(reader, source):
         raise CannotSayError(f"{reader.name} reads DeciLM with {reason}")
@@ -227,6 +228,7 @@ def _described_tensors(source: Checkpoint) -> Iterator[OutgoingTensor]:
 
 def _stock_fields(reader: Reader, source: Checkpoint) -> dict[str, Any]:
     fields = read_plain_fields(source.directory)
+    fields["architectures"] = [source.architecture.class_name]
     rope = fields.get("rope_parameters") or {}
     # Without a base of their own, the settings are those of several kinds of blocks.
     if reader is MLX_LM and "rope_theta" in rope and "rope_theta" not in fields:
