@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import Gemma2Config, NemotronConfig, StableLmConfig
 
 import cfsp
@@ -15,7 +16,7 @@ from cfsp.checkpoint import gguf_import
 from cfsp.checkpoint.gguf_import import import_gguf
 from cfsp.checkpoint.gguf_rope import query_scalar, restore_positions
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.errors import CheckpointError
+from cfsp.errors import CheckpointError, OutputError
 from cfsp.exports.gguf import write
 from ragged import tiny
 from tiny_models import build_tiny_model
@@ -167,6 +168,16 @@ def test_a_tokenizer_that_cannot_split_is_told(make_gguf, monkeypatch):
     path = make_gguf(1.0)
     monkeypatch.setattr("cfsp.checkpoint.gguf_import.tokens_differ", fail)
     with pytest.raises(CheckpointError, match=r"cannot read .*Unk token.*; use the safetensors"):
+        import_gguf(path)
+
+
+def test_where_there_is_no_room_another_place_is_asked_for(make_gguf, monkeypatch):
+    def fail(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    path = make_gguf(1.0)
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", fail)
+    with pytest.raises(OutputError, match="set CFSP_CACHE to a directory that can be"):
         import_gguf(path)
 
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from cfsp.checkpoint.gguf_rope import restore_positions, restore_scales
 from cfsp.checkpoint.gguf_tokenizer import BY_NAME, PRE_TOKENIZER_KEY, tokenizer_of
 from cfsp.checkpoint.llama_cpp import tokens_differ
-from cfsp.checkpoint.output import staged_directory
+from cfsp.checkpoint.output import cannot_write, staged_directory
 from cfsp.checkpoint.own_files import sha256_of
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import CheckpointError, MissingExtraError, OutputError, first_line
@@ -143,8 +143,11 @@ def _convert(path: Path, reader: GGUFReader, dtype: torch.dtype, target: Path) -
     model.hf_quantizer = None
     _warn_of_unread(model, path, reader)
     _tie_again(model, path, reader)
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    try:
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    except Exception as error:  # of a full disk both have errors of their own
+        raise cannot_write(target, error) from error
     _warn_of_other_tokens(path, target)
 
 
