@@ -181,6 +181,12 @@ def test_where_there_is_no_room_another_place_is_asked_for(make_gguf, monkeypatc
         import_gguf(path)
 
 
+def test_an_adapter_beside_a_file_is_not_of_it(make_gguf):
+    path = make_gguf(1.0)
+    (path.parent / "adapter_config.json").write_text('{"base_model_name_or_path": "nowhere"}')
+    assert Checkpoint(import_gguf(path)).specs == Checkpoint(path.parent / "model").specs
+
+
 def test_a_file_that_lacks_tensors_is_refused(make_gguf):
     path = make_gguf(1.0)
     data, name = path.read_bytes(), b"blk.2.ffn_down.weight"

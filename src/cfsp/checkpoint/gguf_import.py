@@ -114,8 +114,9 @@ def _convert(path: Path, reader: GGUFReader, dtype: torch.dtype, target: Path) -
             f"{path} is a part of {count}; join them first: llama-gguf-split --merge FIRST WHOLE"
         )
     try:
+        # Not from the file's directory, where transformers would find an adapter and add it.
         config = AutoConfig.from_pretrained(
-            path.parent, gguf_file=path.name, trust_remote_code=False
+            target, gguf_file=str(path.absolute()), trust_remote_code=False
         )
         names = [tensor.name for tensor in reader.tensors]
         for key, ending in _BIASES.items():
@@ -123,9 +124,9 @@ def _convert(path: Path, reader: GGUFReader, dtype: torch.dtype, target: Path) -
                 setattr(config, key, True)
         restore_scales(config, reader)
         model, told = AutoModelForCausalLM.from_pretrained(
-            path.parent,
+            target,
             config=config,
-            gguf_file=path.name,
+            gguf_file=str(path.absolute()),
             dtype=dtype,
             quantization_config=GgufConfig(dequantize=True),
             trust_remote_code=False,
