@@ -7,6 +7,7 @@ code that they test.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,11 @@ def fp8_in_powers_of_two(weight: Array) -> Quantised:
     return {"weight": codes, "weight_scale_inv": scale}, codes.float().numpy() * per_value
 
 
-def fp8_per_tensor(weight: Array) -> Quantised:
-    parts, plain = fp8(weight, weight.shape)
-    scale = parts["weight_scale_inv"].reshape(())
-    return {**parts, "weight_scale_inv": scale, "activation_scale": torch.tensor(0.5)}, plain
+def fp8_per_tensor(weight: Array, ending: str = "scale_inv") -> Quantised:
+    parts, plain = fp8(weight, weight.shape, ending)
+    parts[f"weight_{ending}"] = parts[f"weight_{ending}"].reshape(())
+    of_activations = "activation_scale" if ending == "scale_inv" else "input_scale"
+    return {**parts, of_activations: torch.tensor(0.5)}, plain
 
 
 def fp8_per_row(weight: Array) -> Quantised:
@@ -134,6 +136,9 @@ WAYS = {
         "deepseek_v3", {**_FP8, "weight_block_size": list(BLOCK)}, fp8_in_blocks
     ),
     "fp8 per tensor": Way("llama", {**_FP8, "weight_block_size": None}, fp8_per_tensor),
+    "fp8 of AutoFP8": Way(
+        "llama", {**_FP8, "activation_scheme": "static"}, partial(fp8_per_tensor, ending="scale")
+    ),
     "mxfp8": Way(
         "llama",
         {"quant_method": "mxfp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"},

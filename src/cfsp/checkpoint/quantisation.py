@@ -272,6 +272,8 @@ def dequantised(
     """
     plain: dict[str, StoredTensor] = {}
     taken: set[str] = set()
+    if how.method == "fp8" and not any(name.endswith(how.scale) for name in tensors):
+        how = replace(how, scale="_scale")  # as AutoFP8 calls the same, and vLLM reads it
     for name, tensor in tensors.items():
         of_another = name.endswith((how.scale, _ZERO_POINT))
         is_one = name.endswith(how.values) and tensor.spec.dtype in how.dtypes
