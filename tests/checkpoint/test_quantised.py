@@ -157,6 +157,7 @@ INT8: dict[str, Any] = {"num_bits": 8, "type": "int"}
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
         ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq"),
         ({"quant_method": "awq", "bits": 4, "version": "gemm"}, "awq"),
+        ({"load_in_4bit": False, "load_in_8bit": True}, "load_in_8bit"),
         ("int8", "int8"),
         ({"quant_method": {}}, "{}"),
         (compressed(format="pack-quantized"), "compressed-tensors, pack-quantized"),

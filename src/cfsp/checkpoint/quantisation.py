@@ -233,7 +233,9 @@ def quantisation_in(fields: Mapping[str, Any], label: str) -> Quantisation | Non
     if not found:
         return None
     described = found[0] if isinstance(found[0], dict) else {"quant_method": found[0]}
-    method = str(described.get("quant_method"))
+    # Old configs of bitsandbytes name no method.
+    of_bits = next((k for k, v in described.items() if k.startswith("load_in_") and v), None)
+    method = str(described.get("quant_method", of_bits))
     try:
         if method not in _METHODS:
             raise _NotUndoneError(method)
