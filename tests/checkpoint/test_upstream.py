@@ -8,10 +8,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from cfsp.exports.common import logits_of, reference_model
+import cfsp
 from ragged import cut, tiny
+from stock import logits_of
 
-TOKENS = torch.tensor([5, 300, 7, 111, 42, 260, 9, 77])
+TOKENS = torch.tensor([[5, 300, 7, 111, 42, 260, 9, 77]])
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
@@ -32,7 +33,8 @@ def test_stock_classes_do_not_read_per_layer_config_yet(tmp_path, tokenizer, nam
         )
     except (RuntimeError, ValueError) as error:
         pytest.skip(f"{here} does not read per_layer_config: {str(error).splitlines()[0][:100]}")
-    if not torch.equal(logits_of(model.eval(), TOKENS), logits_of(reference_model(source), TOKENS)):
+    models = model.eval(), cfsp.load(source.directory)
+    if not torch.equal(*(logits_of(each, TOKENS) for each in models)):
         pytest.fail(f"{here} loads blocks of different widths and computes something else")
     pytest.fail(
         f"{here} reads per_layer_config by itself: the remote code is no longer needed for it; "

@@ -16,15 +16,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+import cfsp
 from builders import edit_json, read_json
 from cfsp.architecture.resizing import Gone
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError
-from cfsp.exports.common import logits_of, reference_model
 from cfsp.exports.decilm import ffn_mult
 from cfsp.exports.registry import ExportReport, export
 from ragged import WIDTHS as NARROW
 from ragged import cut, tiny
+from stock import logits_of
 from tiny_models import build_tiny_model
 
 FULL = 1024
@@ -45,8 +46,8 @@ def exported(source: Checkpoint, target: str, out: Path) -> tuple[ExportReport, 
     report = export(source.directory, target, out)
     assert report.verification is None
     # They fit into every window, of which this Llama knows nothing.
-    logits = [logits_of(each, range(5, 11)) for each in (reference_model(source), described(out))]
-    assert torch.equal(*logits)
+    models = cfsp.load(source.directory), described(out)
+    assert torch.equal(*(logits_of(each, torch.arange(5, 11)[None]) for each in models))
     return report, json.loads((out / "config.json").read_text())
 
 

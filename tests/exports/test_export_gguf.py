@@ -13,7 +13,6 @@ from cfsp.checkpoint.llama_cpp import llama_cpp_tokens
 from cfsp.checkpoint.locating import demo_gguf
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError, MissingExtraError
-from cfsp.exports.common import logits_of, reference_model
 from cfsp.exports.gguf_architecture import warn_of_no_way_back
 from cfsp.exports.registry import export
 from cfsp.pipeline import prune_checkpoint
@@ -21,6 +20,7 @@ from cfsp.settings import Budget, CalibrationText, PruneSettings
 from cfsp.text.offline import KINDS, kind_documents
 from cfsp.text.tokenizers import load_tokenizer
 from ragged import WIDTHS, cut, gguf_fields_of, half_of, tiny
+from stock import logits_of
 
 pytest.importorskip("gguf", reason="gguf is not installed: pip install '.[export]'")
 pytest.importorskip("llama_cpp_py_sync", reason="no llama.cpp: pip install '.[export]'")
@@ -118,8 +118,9 @@ def test_rope_scaling_arrives(tmp_path, tokenizer, name, rope):
     # The same file without the scaling would be noticed: it matters within the probe.
     (tmp_path / "plain").mkdir()
     plain = cut(tiny(name), tokenizer, tmp_path / "plain")
-    scaled_TV, plain_TV = (logits_of(reference_model(each), range(24)) for each in (source, plain))
-    assert float((scaled_TV - plain_TV).abs().max()) > 0.01
+    models = [cfsp.load(each.directory) for each in (source, plain)]
+    scaled, unscaled = (logits_of(each, torch.arange(24)[None]) for each in models)
+    assert float((scaled - unscaled).abs().max()) > 0.01
 
 
 # Models that llama.cpp runs with one width for all blocks only.

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+import cfsp
 from builders import entries, need_openvino
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError, OutputError, UsageError
-from cfsp.exports.common import logits_of, reference_model
 from cfsp.exports.registry import ExportReport, export
 from ragged import cut, half_of
+from stock import logits_of
 from tiny_models import DENSE_CONFIGS, build_tiny_model
 
 need_openvino()
@@ -81,9 +82,9 @@ def test_two_rows_and_padding(exported):
             "beam_idx": np.array([0, 1], dtype=np.int32),
         }
     )["logits"]
-    reference = reference_model(source)
+    reference = cfsp.load(source.directory)
     for row, logits in zip(rows, found, strict=True):
-        expected_TV = logits_of(reference, row)
+        expected_TV = logits_of(reference, torch.tensor([row]))[0]
         difference = torch.from_numpy(logits[-len(row) :]) - expected_TV
         assert float(difference.abs().max()) < 1e-4
 

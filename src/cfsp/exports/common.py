@@ -6,19 +6,18 @@ Shapes: T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from cfsp.checkpoint.loading import load
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import vocabulary_of
 from cfsp.errors import CheckpointError, ExportError
-from cfsp.streaming.decoder_end import text_model
+from cfsp.streaming.decoder_end import logits_of, text_model
 from cfsp.text.tokenizers import load_tokenizer
 
 PROBE_TOKENS = 24
@@ -64,7 +63,9 @@ def verified(
     mean square may differ by `tolerance`, relative to that of the logits.
     """
     tokens = probe_tokens(source, min(PROBE_TOKENS, context))
-    expected_TV, half = logits_of(reference_model(source), tokens), (len(tokens) + 1) // 2
+    with torch.inference_mode():
+        reference = text_model(load(source.directory, dtype=torch.float32))
+        expected_TV, half = logits_of(reference, torch.tensor([tokens]))[0], (len(tokens) + 1) // 2
     found_TV = torch.cat([feed(tokens[:half]), *(feed([token]) for token in tokens[half:])])
     difference_TV = (found_TV.double() - expected_TV.double()).abs()
     error = float(
@@ -89,19 +90,6 @@ def probe_tokens(source: Checkpoint, count: int) -> list[int]:
         step = max(1, vocabulary // (count + 1))
         tokens = [(i + 1) * step % vocabulary for i in range(count)]
     return tokens
-
-
-def reference_model(source: Checkpoint) -> PreTrainedModel:
-    """Return the checkpoint as transformers runs it, in float32."""
-    return load(source.directory, dtype=torch.float32)
-
-
-def logits_of(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
-    """Return the logits_TV of a transformers model, in float32."""
-    with torch.inference_mode():
-        output = text_model(model)(input_ids=torch.tensor([list(tokens)]), use_cache=False)
-    logits_TV: Tensor = output.logits[0].float().cpu()
-    return logits_TV
 
 
 def context_limit(config: Any, *, has_windows: bool = False) -> tuple[int, str | None]:

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cfsp.checkpoint.loading import own_dtype
+from cfsp.checkpoint.loading import load, own_dtype
 from cfsp.checkpoint.own_files import CONFIG_FILE, copy_travelling_files
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import stock_config
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import CannotSayError, CfspError, MissingExtraError, UsageError, first_line
-from cfsp.exports.common import Written, reference_model, verified
+from cfsp.exports.common import Written, verified
 
 _MODEL_FILE = "openvino_model.xml"
 _ATTENTION = "cfsp_keys_and_values_outside"
@@ -205,7 +205,8 @@ class _Step(nn.Module):
 def _converted(source: Checkpoint) -> Any:
     """Return the checkpoint as a stateful OpenVINO model in float32."""
     openvino = _openvino()
-    step, blocks = _Step(reference_model(source)), source.architecture.block_count
+    model = load(source.directory, dtype=torch.float32)
+    step, blocks = _Step(model), source.architecture.block_count
     tokens_BT = torch.ones(2, 3, dtype=torch.int64)
     positions_BT = tokens_BT.cumsum(1) - 1
     with torch.inference_mode(), warnings.catch_warnings():
