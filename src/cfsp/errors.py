@@ -171,7 +171,7 @@ def refusing_bad_json(path: Path, otherwise: str) -> Iterator[None]:
 
 
 # Names that other tools, papers or hubs have and cfsp has not, and what to do instead.
-ELSEWHERE = {
+_INSTEAD = {
     "push": "use hf upload OWNER/NAME DIR --private --delete '*.safetensors*'",
     "revision": "write it into the name, as in owner/model@v1",
     "resume": "give the same command again: it goes on where a killed one was",
@@ -180,30 +180,20 @@ ELSEWHERE = {
     "epochs": "recovery is one pass over the text, unless --steps or --max-minutes end it",
     "auto": "leave it out: then it is what suits most models",
     "dora": "nothing ever showed that DoRA gains on LoRA: use --method lora, or full",
-    **dict.fromkeys(
-        ("targets", "target-modules"),
-        "all projections are trained, because nothing was ever better",
-    ),
-    **dict.fromkeys(
-        ("scale", "warm-up", "weight-decay", "temperature"),
-        "nothing was ever measured with another value than what recovery uses; set --rank, "
-        "--learning-rate or --set teacher_weight",
-    ),
+    "targets target-modules": "all projections are trained, because nothing was ever better",
+    "scale warm-up weight-decay temperature": "nothing was ever measured with another value than "
+    "what recovery uses; set --rank, --learning-rate or --set teacher_weight",
     "sglang": "nobody has run a copy in SGLang: use --to vllm or --to gguf",
     # The type of a copy for vLLM.
     "nemotron-nas": "give the checkpoint that was exported for vLLM, or time the copy with vllm "
     "bench latency --trust-remote-code",
     "tensorrt-llm": "nobody has run a copy in TensorRT-LLM: use --to gguf",
-    **dict.fromkeys(
-        ("cosine", "euclidean", "mse", "mae"),
-        "no distance was better than the angular one everywhere (docs/STUDIES.md): use angular",
-    ),
-    **dict.fromkeys(
-        ("wanda", "magnitude", "random"),
-        "relative was better (docs/STUDIES.md): use that",
-    ),
+    "cosine euclidean mse mae": "no distance was better than the angular one everywhere "
+    "(docs/STUDIES.md): use angular",
+    "wanda magnitude random": "relative was better (docs/STUDIES.md): use that",
     "processor": "calibration is by text alone: give its tokenizer (processor.tokenizer)",
 }
+ELSEWHERE = {name: instead for names, instead in _INSTEAD.items() for name in names.split()}
 
 
 def did_you_mean(found: object, known: Iterable[str]) -> str:
