@@ -20,10 +20,7 @@ from cfsp.settings import Compute
 
 
 def load(
-    name: str | Path,
-    *,
-    dtype: torch.dtype | str = "auto",
-    device: torch.device | str | None = None,
+    name: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str | None = None
 ) -> PreTrainedModel:
     """Load a model into memory through transformers, in evaluation mode.
 

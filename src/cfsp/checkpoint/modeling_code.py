@@ -50,9 +50,7 @@ _CHOOSES_EXPERTS = "@use_experts_implementation"
 
 
 _TEMPLATES = Environment(
-    loader=PackageLoader("cfsp", "checkpoint"),
-    undefined=StrictUndefined,
-    trim_blocks=True,
+    loader=PackageLoader("cfsp", "checkpoint"), undefined=StrictUndefined, trim_blocks=True
 )
 
 

@@ -147,10 +147,7 @@ class Checkpoint(WeightSource):
     """
 
     def __init__(
-        self,
-        directory: Path,
-        label: str | None = None,
-        parts: tuple[Part, ...] = DEFAULT_PARTS,
+        self, directory: Path, label: str | None = None, parts: tuple[Part, ...] = DEFAULT_PARTS
     ) -> None:
         self.directory = directory
         self.label = label or str(directory)

@@ -61,10 +61,7 @@ _LEAST_WITH_GELU = 3e-3
 
 
 def write(
-    source: Checkpoint,
-    out: Path,
-    weight_type: str | None = None,
-    pre_tokenizer: str | None = None,
+    source: Checkpoint, out: Path, weight_type: str | None = None, pre_tokenizer: str | None = None
 ) -> Written:
     """Write the file."""
     try:
@@ -196,11 +193,7 @@ def _notes(tensors: list[GgufTensor], name: str) -> list[str]:
 
 
 def _verified(
-    source: Checkpoint,
-    out: Path,
-    type_name: str,
-    architecture: Architecture,
-    context: int,
+    source: Checkpoint, out: Path, type_name: str, architecture: Architecture, context: int
 ) -> Verification:
     """Compare tokenizer and logits with transformers'."""
     difference = tokens_differ(out, load_tokenizer(source.directory))
@@ -218,13 +211,7 @@ def _verified(
                 f"{llama_cpp_version()} ends when it splits text by the copy's tokenizer; nothing "
                 "was kept"
             )
-        return verified(
-            source,
-            llama_cpp_version(),
-            llama.feed,
-            tolerance,
-            context=context,
-        )
+        return verified(source, llama_cpp_version(), llama.feed, tolerance, context=context)
 
 
 @dataclass(frozen=True)

@@ -273,9 +273,7 @@ def _scores(name: str, members: list[str], results: dict[str, Any]) -> dict[str,
     return scores
 
 
-def scored_documents(
-    tasks: Sequence[tuple[Any, Sequence[dict[str, Any]]]],
-) -> list[ScoredDocument]:
+def scored_documents(tasks: Sequence[tuple[Any, Sequence[dict[str, Any]]]]) -> list[ScoredDocument]:
     """Return the documents of a task, or of all tasks of a group, in their order.
 
     Each of the harness's tasks comes with what it logged: of each filter a sample of each document.
