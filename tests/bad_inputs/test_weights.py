@@ -16,7 +16,6 @@ from bad_inputs.catalogue import (
     BadInput,
     Place,
     Spoil,
-    edit_header,
     refusals,
     spoilt,
 )
@@ -39,11 +38,6 @@ NORM = "model.layers.1.input_layernorm.weight"
 
 def weights(change: Callable[[Path], object]) -> Spoil:
     return lambda place: change(place.model / "model.safetensors")
-
-
-def header(**changes: object) -> Spoil:
-    """Change what the header says of the norm."""
-    return weights(lambda path: edit_header(path, lambda fields: fields[NORM].update(changes)))
 
 
 def tensors(change: Callable[[dict[str, Any]], object]) -> Spoil:
@@ -112,13 +106,11 @@ def replace(name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Spoil:
 
 
 FILES = [
-    *spoilt(
+    BadInput(
         INSPECT,
+        "{model}/model.safetensors is no whole safetensors file",
         SAVE,
-        (
-            "{model}/model.safetensors is no whole safetensors file",
-            weights(lambda path: path.write_bytes((10**5).to_bytes(8, "little") + b"[" * 10**5)),
-        ),
+        weights(lambda path: path.write_bytes((10**5).to_bytes(8, "little") + b"[" * 10**5)),
     ),
     *spoilt(
         PRUNE_TEXT,
@@ -140,17 +132,12 @@ FILES = [
             replace(QUERY, lambda t: t.to(torch.float8_e4m3fn)),
         ),
     ),
-    *spoilt(
+    BadInput(
         PRUNE_TEXT,
+        "q_proj.weight of shape [32, 16], its config asks for [32, 32]",
         SAVE,
-        (f"invalid offset for tensor `{NORM}`", header(data_offsets=[4, 132])),
-        (
-            "q_proj.weight of shape [32, 16], its config asks for [32, 32]",
-            replace("model.layers.0.self_attn.q_proj.weight", lambda t: t[:, :16].clone()),
-        ),
+        replace("model.layers.0.self_attn.q_proj.weight", lambda t: t[:, :16].clone()),
     ),
-    BadInput(EXPORT, "unknown variant `F1`", "expected one of", header(dtype="F1")),
-    BadInput(EVAL, "invalid shape, data type, or offset for tensor", SAVE, header(dtype="F16")),
     BadInput(
         PRUNE_TEXT,
         "{model} is quantised (fp8) by its config.json, but none of its tensors is",

@@ -101,6 +101,7 @@ def entry(start: int, stop: int, shape: Any = (2,), dtype: str = "F32") -> dict[
 
 LIES: dict[str, tuple[Any, bytes, str]] = {
     "not JSON": (b"{nothing", b"", "invalid JSON"),
+    "a dtype that nobody has": ({"t": entry(0, 8, [2], "F1")}, bytes(8), "unknown variant `F1`"),
     "a dtype that is not read": ({"t": entry(0, 16, [2], "C64")}, bytes(16), "C64, expected one"),
     "too few bytes for its shape": ({"t": entry(0, 8, [3])}, bytes(8), "invalid shape"),
     "huge shape": ({"t": entry(0, 8, [1 << 62, 1 << 62])}, bytes(8), "overflow"),
