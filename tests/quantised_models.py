@@ -5,6 +5,7 @@ code that they test.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -172,14 +173,11 @@ def quantise(plain: Path, target: Path, way: Way) -> None:
         stem = name.removesuffix("weight")
         quantised |= {stem + ending: part.contiguous() for ending, part in parts.items()}
         stored[name] = torch.from_numpy(np.ascontiguousarray(values)).to(tensor.dtype)
-    target.mkdir()
-    for path in plain.iterdir():
-        (target / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(plain, target, ignore=shutil.ignore_patterns("*.safetensors"))
     save_file(stored, plain / "model.safetensors", metadata={"format": "pt"})
     # In two files, with the parts of a weight in both.
     names = sorted(quantised)
     shards = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
-    (target / "model.safetensors").unlink()
     for file, members in shards.items():
         save_file({n: quantised[n] for n in members}, target / file, metadata={"format": "pt"})
     weight_map = {name: file for file, members in shards.items() for name in members}

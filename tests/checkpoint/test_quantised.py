@@ -186,13 +186,11 @@ SCALE = f"{UP}_scale_inv"
 
 def with_tensors(source: Path, target: Path, changes: dict[str, torch.Tensor | None]) -> Path:
     """Return a copy in which tensors are others, or gone."""
-    shutil.copytree(source, target)
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors*"))
     tensors: dict[str, Any] = {}
-    for file in target.glob("*.safetensors*"):
-        tensors |= load_file(file) if file.suffix == ".safetensors" else {}
-        file.unlink()
-    tensors |= changes
-    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    for file in source.glob("*.safetensors"):
+        tensors |= load_file(file)
+    kept = {name: tensor for name, tensor in (tensors | changes).items() if tensor is not None}
     save_file(kept, target / "model.safetensors")
     return target
 
