@@ -59,9 +59,8 @@ def check_links(directory: Path) -> None:
                     f"{path} is a link to a {found}, {path.readlink()}; put the "
                     f"{found.split()[0]} itself there, or name the directory that it lies in"
                 )
-            if path.is_dir() or _is_one_of(
-                (*READ, *TERMS), path
-            ):  # before hours of work, and not when it is copied
+            # Before hours of work, and not when it is copied.
+            if path.is_dir() or _is_one_of((*READ, *TERMS), path):
                 _check_is_readable(path)
 
 
@@ -89,10 +88,8 @@ def copy_travelling_files(source_directory: Path, target: Path) -> None:
     """Copy tokenizer, processor, chat templates, generation config, licence and notices."""
     check_links(source_directory)  # again: hours may have passed since it was opened
     for path in sorted(source_directory.iterdir()):
-        travels = _is_one_of((*READ, *TERMS), path)
-        if path.name in _OURS | _QUANTISATION_FILES or path.name.endswith(".index.json"):
-            continue
-        if travels and path.is_file():
+        stays = path.name in _OURS | _QUANTISATION_FILES or path.name.endswith(".index.json")
+        if not stays and path.is_file() and _is_one_of((*READ, *TERMS), path):
             shutil.copyfile(path, target / path.name)
     if (source_directory / TEMPLATES).is_dir():
         shutil.copytree(source_directory / TEMPLATES, target / TEMPLATES)

@@ -178,7 +178,7 @@ def _link(hub_id: str) -> str:
 
 def _code(text: str) -> str:
     """Quote foreign text in Markdown so that it can neither format nor script the page."""
-    return "`" + _one_line(text).replace("`", "'") + "`"
+    return "`" + " ".join(text.split()).replace("`", "'") + "`"
 
 
 def _quoted(text: str) -> str:
@@ -187,11 +187,8 @@ def _quoted(text: str) -> str:
 
 def _plain(text: str) -> str:
     """Return foreign text without what Markdown and HTML would read as more than text."""
-    return "".join(c if c.isalnum() or c in " ./-_,()" else "?" for c in _one_line(text))
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    one_line = " ".join(text.split())
+    return "".join(c if c.isalnum() or c in " ./-_,()" else "?" for c in one_line)
 
 
 def _metadata(manifest: dict[str, Any], origin: Origin) -> str:
