@@ -168,6 +168,12 @@ def splits_here(request, monkeypatch) -> None:
         monkeypatch.setattr(llama_cpp, "subprocess", SimpleNamespace(run=run))
 
 
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch) -> None:
+    """A cache of its own for what becomes of .gguf files."""
+    monkeypatch.setenv("CFSP_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
     """A text of about 6000 words."""

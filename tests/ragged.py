@@ -17,6 +17,13 @@ from cfsp.planning.candidate import Dropped
 from tiny_models import build_tiny_model
 
 WIDTHS = (64, 32, 96)
+# How positions of tiny models may be scaled.
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
 
 
 def cut(

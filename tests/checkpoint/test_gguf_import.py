@@ -18,15 +18,11 @@ from cfsp.checkpoint.gguf_rope import query_scalar, restore_positions
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import CheckpointError, OutputError
 from cfsp.exports.gguf import write
-from ragged import tiny
+from ragged import LINEAR, LLAMA3, YARN, tiny
 from tiny_models import build_tiny_model
 
 pytest.importorskip("gguf", reason="gguf is not installed: pip install '.[gguf]'")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("CFSP_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
@@ -85,12 +81,6 @@ def test_the_more_precise_copy_stays(make_gguf, monkeypatch):
     assert torch.equal(found, head)
 
 
-LINEAR = {"rope_type": "linear", "factor": 4.0}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}  # fmt: skip
 NO_WINDOWS = {"sliding_window": None, "use_sliding_window": False}
 
 

@@ -19,7 +19,7 @@ from cfsp.pipeline import prune_checkpoint
 from cfsp.settings import Budget, CalibrationText, PruneSettings
 from cfsp.text.offline import KINDS, kind_documents
 from cfsp.text.tokenizers import load_tokenizer
-from ragged import WIDTHS, cut, gguf_fields_of, half_of, tiny
+from ragged import LINEAR, LLAMA3, WIDTHS, YARN, cut, gguf_fields_of, half_of, tiny
 from stock import logits_of
 
 pytest.importorskip("gguf", reason="gguf is not installed: pip install '.[export]'")
@@ -95,17 +95,10 @@ def test_a_copy_of_the_embeddings_is_no_output_matrix(tmp_path, tokenizer, is_co
             to_gguf(source, tmp_path / "m.gguf", "f32")
 
 
-LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}  # fmt: skip
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-
-
 @pytest.mark.parametrize(
     ("name", "rope"),
     [
-        ("llama", {"rope_type": "linear", "factor": 4.0}),
+        ("llama", LINEAR),
         ("llama", LLAMA3),
         ("llama", YARN),
         ("qwen3", {**YARN, "attention_factor": 1.5}),
@@ -210,6 +203,7 @@ def test_a_stock_model_is_for_llama_cpps_own_converter(tmp_path, save):
         to_gguf(Checkpoint(save(tiny("gemma"))), tmp_path / "m.gguf")
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_gemma3_has_scaled_positions_in_whole_blocks_only(tmp_path, tokenizer, monkeypatch):
     positions = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
@@ -222,7 +216,6 @@ def test_gemma3_has_scaled_positions_in_whole_blocks_only(tmp_path, tokenizer, m
     assert fields["gemma3.rope.freq_base"] == 5000.0
     assert fields["gemma3.rope.freq_base_swa"] == 100.0
     assert fields["gemma3.context_length"] == 256
-    monkeypatch.setenv("CFSP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(gguf_import, "_warn_of_other_tokens", lambda *_: None)  # of no Gemma
     back = Checkpoint(gguf_import.import_gguf(tmp_path / "m.gguf")).config.rope_parameters
     for kind, said in positions.items():

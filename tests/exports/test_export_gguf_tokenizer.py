@@ -23,18 +23,13 @@ from ragged import cut, gguf_fields_of, tiny
 
 pytest.importorskip("gguf", reason="gguf is not installed: pip install '.[export]'")
 pytest.importorskip("llama_cpp_py_sync", reason="no llama.cpp: pip install '.[export]'")
-pytestmark = pytest.mark.usefixtures("splits_here")
+pytestmark = pytest.mark.usefixtures("splits_here", "own_cache")
 
 TEXTS = [
     "It's 12345 o'clock; we'll see -- THEY'LL see!\n\n\n  def f(x):\n\treturn x**2 # 7",
     "naïve café, 北京 и Москва 😀   spaces   ",
     "a model prunes 2024 channels. the river runs under the stone",
 ]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("CFSP_CACHE", str(tmp_path / "cache"))
 
 
 def byte_level(name: str, more_text: str = "") -> PreTrainedTokenizerFast:
