@@ -27,8 +27,7 @@ from transformers.core_model_loading import (
 
 from cfsp.checkpoint.tensor_file import TensorSpec, specs_of
 
-# Index into a parameter.
-Place = tuple[int | slice, ...]
+Place = tuple[int | slice, ...]  # index into a parameter
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 # Llama 3.1's; `original` is tried besides.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3_ORIGINAL = (8192, *(2**power for power in range(4, 18)))
-# Of factors that are stored in float32.
-_SAME = 1e-3
+_SAME = 1e-3  # of factors that are stored in float32
 _CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 # Of so many blocks are the 27B models, by the graph that runs them.
 _BLOCKS_OF_27B = {"gemma2": 46, "gemma3": 62}

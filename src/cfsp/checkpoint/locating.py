@@ -20,8 +20,7 @@ from cfsp.settings import DEFAULT_PARTS, Part
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import Checkpoint
 
-# The hub's own client tries for half a minute where none can be reached.
-_SECONDS = 5.0
+_SECONDS = 5.0  # the hub's own client tries for half a minute where none can be reached
 
 DEMO_NAME = "demo"
 _GIVE = "give a directory with safetensors, a .gguf file or a hub id"

@@ -48,7 +48,6 @@ KV_GROUPS = "kv_groups"
 
 _CHOOSES_EXPERTS = "@use_experts_implementation"
 
-
 _TEMPLATES = Environment(
     loader=PackageLoader("cfsp", "checkpoint"), undefined=StrictUndefined, trim_blocks=True
 )

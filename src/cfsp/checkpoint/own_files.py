@@ -25,8 +25,7 @@ PLAN_FILE = "cfsp_plan.json"
 STATISTICS_FILE = "cfsp.statistics"
 CARD_FILE = "README.md"
 MODELING_FILE = "modeling_cfsp.py"
-# In the directory of a sweep, beside those of its models.
-SWEEP_FILE = "sweep.json"
+SWEEP_FILE = "sweep.json"  # in the directory of a sweep, beside those of its models
 
 # What of a model goes with it wherever it goes: what is read beside its weights, and its terms.
 READ = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")

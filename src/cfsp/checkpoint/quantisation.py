@@ -31,11 +31,9 @@ _ZERO_POINT = "_zero_point"
 
 # FP4 (E2M1): a sign, two bits of exponent, one of mantissa.
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-# In float32, and with what is computed on the way, some 300 MB.
-_VALUES_AT_ONCE = 1 << 24
+_VALUES_AT_ONCE = 1 << 24  # in float32, and with what is computed on the way, some 300 MB
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-# What no plain weight is stored as.
-_PACKED = (*_FP8, torch.int8, torch.uint8, torch.int32)
+_PACKED = (*_FP8, torch.int8, torch.uint8, torch.int32)  # what no plain weight is stored as
 # How activations are quantised, which is no property of the weights.
 _OF_ACTIVATIONS = (
     "activation_scale", "input_scale", "input_scale_ub", "input_zero_point", "input_global_scale",

@@ -107,8 +107,7 @@ class WidthSearch:
         return _builds(self.stock, {key: value}, self._architecture, resized)
 
 
-# One command asks several times.
-_found: dict[str, dict[str, dict[str, int]]] = {}
+_found: dict[str, dict[str, dict[str, int]]] = {}  # one command asks several times
 
 
 def stock_heads(

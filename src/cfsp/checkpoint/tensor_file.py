@@ -38,8 +38,7 @@ _LONGEST_NAME = 200
 DTYPES: dict[str, torch.dtype] = {**str_to_torch_dtype, "F8_E8M0": torch.float8_e8m0fnu}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# What cures a damaged file.
-AGAIN = "download or save it again"
+AGAIN = "download or save it again"  # what cures a damaged file
 
 _CHUNK_BYTES = 16 << 20
 

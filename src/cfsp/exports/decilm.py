@@ -42,10 +42,7 @@ _SHARED = (
     "rope_parameters", "tie_word_embeddings", "initializer_range", "pad_token_id",
     "bos_token_id", "eos_token_id", "sliding_window", "layer_types",
 )  # fmt: skip
-
-
-# Readers round a width that is given as `ffn_mult` up to a multiple of this.
-ROUNDING = 256
+ROUNDING = 256  # readers round a width that is given as `ffn_mult` up to a multiple of this
 # The ways to scale positions that mlx-lm has.
 _ROPE_OF_MLX = ("default", "linear", "llama3", "yarn")
 

@@ -56,8 +56,7 @@ BY_LLAMA_CPP = (
 # bits can come near that on weights without structure, so for them only nonsense is refused.
 _TOLERANCES = {"f32": 1e-4, "f16": 0.02, "bf16": 0.1, "q8_0": 0.1, "q6_k": 0.3}
 _OTHER_TYPES = 1.2
-# llama.cpp looks GELU up in a table of float16.
-_LEAST_WITH_GELU = 3e-3
+_LEAST_WITH_GELU = 3e-3  # llama.cpp looks GELU up in a table of float16
 
 
 def write(

@@ -40,8 +40,7 @@ from cfsp.text.windows import Windows
 _FILE = Path(__file__).with_name("questions.jsonl")
 _BATCH = 32
 ANSWER_TOKENS = 96  # at most
-# A loop is a sequence of so many tokens that comes so many times.
-_LOOP_TOKENS, _LOOP_TIMES = 4, 4
+_LOOP_TOKENS, _LOOP_TIMES = 4, 4  # a loop is a sequence of so many tokens that comes so many times
 # KL in nats between a question alone and padded, by rounding: 2e-7 in float32, 0.01 in bfloat16.
 _MOST_OF_PADDING, _MOST_IN_HALF = 1e-3, 0.1
 

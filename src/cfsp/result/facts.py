@@ -21,8 +21,7 @@ from cfsp.text.sources import identity_of
 
 NOTHING = "\N{EN DASH}"
 _TIMES, _MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
-# Headings of tables.
-SIZE, QUALITY, SPEED = "Size", "Perplexity", "Tokens per second"
+SIZE, QUALITY, SPEED = "Size", "Perplexity", "Tokens per second"  # headings of tables
 PARAMETERS = "parameters"
 # What a manifest says of the same form, and what it is called.
 _OTHER_PARTS = {"kv_groups": "KV groups", "experts": "experts"}

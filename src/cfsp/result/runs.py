@@ -48,8 +48,7 @@ logger = logging.getLogger(__name__)
 
 ANSWERS, AGREEMENT, TASKS = "Answers", "Agreement with the original", "Tasks"
 PAIRS = "Tasks in pairs with the original"
-# Of tables, in their order.
-HEADINGS = (SIZE, ANSWERS, QUALITY, AGREEMENT, TASKS, PAIRS, SPEED)
+HEADINGS = (SIZE, ANSWERS, QUALITY, AGREEMENT, TASKS, PAIRS, SPEED)  # of tables, in their order
 _OF_ANSWERS = {
     "divergence": ("KL per token on the original's answers, nats", NATS),
     "agreed": ("top-1 agreement on the original's answers, percent", PERCENT),

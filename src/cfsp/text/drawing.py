@@ -35,13 +35,11 @@ from cfsp.text.windows import Windows, joined
 
 log = logging.getLogger(__name__)
 
-# At most so many characters are made tokens at once.
-_CHUNK_CHARACTERS = 1_500_000
+_CHUNK_CHARACTERS = 1_500_000  # at most so many characters are made tokens at once
 # So much of a long text is drawn from, at least: pieces of some windows one after the other.
 _DRAWN_CHARACTERS = 4_000_000
 _PIECE_CHARACTERS = 16_000
-# More than any tokenizer makes one token of, on the mean.
-_CHARACTERS_OF_TOKEN = 32
+_CHARACTERS_OF_TOKEN = 32  # more than any tokenizer makes one token of, on the mean
 
 
 def calibration_windows(tokenizer: PreTrainedTokenizerBase, text: CalibrationText) -> Windows:

@@ -26,11 +26,9 @@ Conversation = list[dict[str, Any]]
 
 _IMAGES = ("image", "image_url")  # types of the parts of a message
 
-# A record, and where it is.
-Record = tuple[Any, str]
+Record = tuple[Any, str]  # a record, and where it is
 
-# A text file is read in pieces of about so many characters.
-_PIECE_CHARACTERS = 4096
+_PIECE_CHARACTERS = 4096  # a text file is read in pieces of about so many characters
 
 
 def document_of(record: Any, column: str, where: str) -> Any:

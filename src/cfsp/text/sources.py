@@ -50,11 +50,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What is longer and no file is taken for the text itself.
-_LONGEST_NAME = 200
+_LONGEST_NAME = 200  # what is longer and no file is taken for the text itself
 
-# Hub id, config and split, or a local path.
-_Place = Path | tuple[str, str, str]
+_Place = Path | tuple[str, str, str]  # hub id, config and split, or a local path
 
 # Short name -> hub id, config, split to measure on; calibration reads "train".
 _HUB = {

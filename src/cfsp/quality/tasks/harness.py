@@ -60,10 +60,8 @@ HARNESS_METRICS = ("acc", "acc_norm", "exact_match")
 FILTERS = ("none", "strict-match", "flexible-extract")
 
 ScoredDocument = dict[str, Any]
-# That of the harness's own command.
-_FEWSHOT_SEED = 1234
-# With none it computes no standard error at all.
-_FEWEST_DRAWS = 2
+_FEWSHOT_SEED = 1234  # that of the harness's own command
+_FEWEST_DRAWS = 2  # with none it computes no standard error at all
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from cfsp.settings import Declared, option
 PAPER_SUITE = (
     "hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "boolq", "mmlu",
 )  # fmt: skip
-# Of the harness tasks that read JSONL files.
-JSONL_TASKS = Path(__file__).with_name("jsonl")
+JSONL_TASKS = Path(__file__).with_name("jsonl")  # of the harness tasks that read JSONL files
 SUITES = {"cfsp-paper": PAPER_SUITE}
 DEFAULT_BATCH = 8
 # Documents or examples; at most more than there are.

@@ -20,17 +20,14 @@ from cfsp.result.names import short_names
 from cfsp.result.runs import RunFacts, any_of, side_by_side
 from cfsp.result.tables import Table, pareto_front
 
-# Of the page's drawings: for a wide window, and for a phone.
-WIDE, NARROW = 920, 400
+WIDE, NARROW = 920, 400  # of the page's drawings: for a wide window, and for a phone
 # Of a drawing: its margins, a line of a heading, the room below an axis and between panels.
 _LEFT, _RIGHT, _LINE, _FOOT, _GAP = 52, 16, 16, 40, 24
 # Of a letter of a heading, wider than most; between labels; letters of a run's name.
 _LETTER, _LEAST_GAP, _LONGEST_NAME = 7, 26, 24
-# Share of a column that its bar fills.
-_BAR = 0.72
+_BAR = 0.72  # share of a column that its bar fills
 _HEIGHT = 220
-# Of charts.css.
-_COLOURS = 8
+_COLOURS = 8  # of charts.css
 _ORIGINAL, _STEP = "the original", "step"
 
 # Of each model its name, where it lies, and its perplexity there.
