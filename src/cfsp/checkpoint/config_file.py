@@ -119,9 +119,8 @@ def _check_code(directory: Path, fields: dict[str, Any]) -> None:
         for name, place in named.items()
     ):
         raise CheckpointError(
-            f"{directory} brings its own modelling code, which may compute something else than "
-            f"the stock {fields['model_type']} class; cfsp prunes stock models and its own output "
-            "only"
+            f"{directory} brings its own modelling code, which may compute something else than the "
+            f"stock {fields['model_type']} class; cfsp prunes stock models and its own output only"
         )
 
 

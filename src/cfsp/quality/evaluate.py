@@ -337,9 +337,8 @@ def _check_same_tokens(models: Sequence[_Model]) -> None:
     for model in others:
         for text in _other_tokens(model, dense):
             raise UsageError(
-                f"--against needs models with one tokenizer, but {model.source.label} cuts "
-                f"{text} into other tokens than {dense.source.label}; measure them without "
-                "--against"
+                f"--against needs models with one tokenizer, but {model.source.label} cuts {text} "
+                f"into other tokens than {dense.source.label}; measure them without --against"
             )
         if model.prompts != dense.prompts:
             raise UsageError(

@@ -98,9 +98,8 @@ def _shuffled_pools(
     begins_with, samples, seqlen = beginning(tokenizer, text.bos), text.samples, text.seqlen
     if (samples is not None and samples < len(text.names)) or seqlen < 2 + len(begins_with[1:]):
         raise UsageError(
-            f"expected at least one window for each text and 2 tokens in a window, "
-            f"found {text.windows} windows for {counted(len(text.names), 'texts')} and "
-            f"{seqlen} tokens"
+            "expected at least one window for each text and 2 tokens in a window, found "
+            f"{text.windows} windows for {counted(len(text.names), 'texts')} and {seqlen} tokens"
         )
     generator = torch.Generator().manual_seed(text.seed)
     pools: list[Windows] = []

@@ -68,9 +68,8 @@ def block_chart(runs: Sequence[RunFacts], part: Part = "ffn") -> Chart | None:
         f"What each {thing} does, and what it keeps",
         f"{_what_counts(planned, part)} {scale}",
         "Two rows of columns, one column for each block. Above: how "
-        f"{'far the block turns the hidden state' if by_distance else 'much it counts'}. "
-        f"Below: how many of its {noun} stay, within the full width; none of what was removed "
-        "whole.",
+        f"{'far the block turns the hidden state' if by_distance else 'much it counts'}. Below: "
+        f"how many of its {noun} stay, within the full width; none of what was removed whole.",
         [*panels[:-1], replace(panels[-1], labels=labels)],
         Table(["block", *(name for head in heads for name in head)], rows),
         [("kept", "kept"), ("gone", "removed")],
