@@ -33,7 +33,7 @@ TOKENS = torch.randint(2, 290, (3, 12), generator=torch.Generator().manual_seed(
 def streamed(
     source: WeightSource, batch: int | None = None, dtype: torch.dtype = torch.float32
 ) -> Iterator[StreamedBlock]:
-    return stream_blocks(source, Windows(TOKENS, {}), Runtime(CPU, dtype, batch))
+    return stream_blocks(source, Windows(TOKENS, {"text": len(TOKENS)}), Runtime(CPU, dtype, batch))
 
 
 def outputs_of(source: WeightSource, *how: Any) -> list[Tensor]:

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class Windows:
     """Token windows and where they came from."""
 
     tokens_NT: Tensor  # token ids, int64
-    sources: dict[str, int]  # how many windows each gave, by its name
+    sources: dict[str, int]  # how many windows each gave, by its name, one after the other
     begins_with: tuple[int, ...] = ()  # tokens that every window begins with: BOS, or none
     counted_N: Tensor | None = None  # how many at the end of each count; None for all predicted
     evaluation_part: bool = False  # whether nothing is fitted to this part of the text
@@ -45,32 +45,20 @@ class Windows:
 
     def at(self, places: Sequence[int]) -> Windows:
         """Return the windows at these places, ascending."""
-        rows, sources = list(places), self.sources
-        if self._is_by_source:
-            ends, names = list(accumulate(sources.values())), list(sources)
-            sources = dict(Counter(names[bisect_right(ends, row)] for row in rows))
+        rows = list(places)
+        ends, names = list(accumulate(self.sources.values())), list(self.sources)
         return replace(
             self,
             tokens_NT=self.tokens_NT[rows],
-            sources=sources,
+            sources=dict(Counter(names[bisect_right(ends, row)] for row in rows)),
             counted_N=None if self.counted_N is None else self.counted_N[rows],
             padding_N=None if self.padding_N is None else self.padding_N[rows],
         )
 
-    @property
-    def _is_by_source(self) -> bool:
-        return sum(self.sources.values()) == len(self.tokens_NT)
-
     def by_source(self) -> list[Windows]:
-        """Return the windows of each source; all together where it isn't known which are whose."""
-        if not self._is_by_source:
-            return [self]
-        ends = accumulate(self.sources.values())
-        return [
-            self.part(slice(end - count, end))
-            for count, end in zip(self.sources.values(), ends, strict=True)
-            if count
-        ]
+        """Return the windows of each source."""
+        pairs = pairwise([0, *accumulate(self.sources.values())])
+        return [self.part(slice(start, end)) for start, end in pairs]
 
     @property
     def bos(self) -> bool:
@@ -89,8 +77,7 @@ class Windows:
     @property
     def held_out_N(self) -> Tensor:
         """Which windows repair is judged by instead of fitted to; see `is_held_out`."""
-        counts = self.sources.values() if self._is_by_source else [len(self.tokens_NT)]
-        return is_held_out(list(counts))
+        return is_held_out(list(self.sources.values()))
 
     @cached_property
     def digest(self) -> str:
@@ -106,10 +93,9 @@ def few_windows(windows: Windows, count: int) -> Windows:
     Those of a source are spread evenly over it. Where there are fewer windows than sources, the
     user's own texts come before those that come with cfsp.
     """
-    kinds = windows.by_source()
-    sizes = [len(kind.tokens_NT) for kind in kinds]
-    own = [not all(map(comes_with_cfsp, kind.sources)) for kind in kinds]
-    shares = [0] * len(kinds)
+    sizes = list(windows.sources.values())
+    own = [not comes_with_cfsp(name) for name in windows.sources]
+    shares = [0] * len(sizes)
 
     def urgency(source: int) -> tuple[bool, bool, float]:
         """One that gave none comes first, then the one that lacks most, by d'Hondt's rule."""
