@@ -141,10 +141,6 @@ def _obstacles(source: Checkpoint, architecture: Architecture) -> Iterator[str]:
     biased = sorted(tensor for tensor in source.specs if tensor.endswith(".bias"))
     if biased and not architecture.biases:
         yield f"{graph} reads no biases, the model has {biased[0]}"
-    prefix = source.architecture.block_prefix(0)
-    down = source.architecture.of_part("ffn").units[0].down.removesuffix("weight")
-    if (bias := f"{prefix}{down}bias") in source.specs and not architecture.is_llama:
-        yield f"{graph} reads no FFN biases, the model has {bias}"
     if architecture.tied_only and not config.tie_word_embeddings:
         yield f"{graph} has no output matrix of its own"
     if architecture.rhythm:
