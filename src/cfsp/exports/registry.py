@@ -29,14 +29,10 @@ class Target(NamedTuple):
     write: Callable[..., Written]
 
 
-def _decilm(reader: decilm.Reader) -> Target:
-    return Target(partial(decilm.check, reader), partial(decilm.write, reader))
-
-
 TARGETS = {
     "gguf": Target(gguf_architecture.check, gguf.write),
-    "vllm": _decilm(decilm.VLLM),
-    "mlx-lm": _decilm(decilm.MLX_LM),
+    "vllm": Target(partial(decilm.check, decilm.VLLM), partial(decilm.write, decilm.VLLM)),
+    "mlx-lm": Target(partial(decilm.check, decilm.MLX_LM), partial(decilm.write, decilm.MLX_LM)),
     "openvino": Target(openvino.check, openvino.write),
 }
 _FILE = ".gguf"
