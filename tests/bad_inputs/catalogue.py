@@ -21,8 +21,7 @@ import pytest
 
 from cfsp.cli import main
 
-# The arguments that give a tiny calibration.
-TEXT = "--data {text} --samples 4 --seqlen 32"
+TEXT = "--data {text} --samples 4 --seqlen 32"  # what gives a tiny calibration
 PRUNE = "prune {model} --out {out} --sparsity 0.4 --multiple 4"
 PRUNE_TEXT = f"{PRUNE} {TEXT}"
 CALIBRATE = f"calibrate {{model}} --out {{out}} {TEXT}"

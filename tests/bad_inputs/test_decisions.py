@@ -8,8 +8,7 @@ import torch
 from bad_inputs.catalogue import RECOVER, BadInput, Spoil, cut, edit_header, refusals, spoilt
 from builders import edit_json, edit_tensors
 
-# What to do.
-ANEW, AGAIN = "make a new plan", "calibrate again"
+ANEW, AGAIN = "make a new plan", "calibrate again"  # what to do
 OBEY = "prune {model} --out {out} --repair none --plan"
 PLAN = "prune {model} --sparsity 0.4 --dry-run --out {out} --statistics"
 

@@ -26,8 +26,7 @@ from cfsp.errors import CheckpointError
 
 INSPECT, SHARDED = "inspect {model}", "inspect {sharded}"
 EXPORT = "export {model} --to vllm --out {out}"
-# What to do.
-SAVE, AGAIN = "download or save it again", "again"
+SAVE, AGAIN = "download or save it again", "again"  # what to do
 INDEX = "model.safetensors.index.json"
 GATE = "model.layers.1.mlp.gate_proj.weight"
 QUERY = "model.layers.1.self_attn.q_proj.weight"
