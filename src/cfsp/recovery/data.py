@@ -96,8 +96,8 @@ def read_text(
         if not (count := own.shape[1]):
             raise TextError(
                 f"{source.name} holds {held.shape[1]} windows of {seqlen} tokens to learn from, 2 "
-                "are needed: one to train on and one to hold out; give more text or a shorter "
-                "--seqlen"
+                "are needed: one to train on and one to hold out; give more text, of "
+                "conversations more answers, or a shorter --seqlen"
             )
         train.append(own)
         held_out.append(held)

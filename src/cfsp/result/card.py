@@ -162,8 +162,7 @@ def _quality(manifest: dict[str, Any]) -> Table:
     models = [first_model(manifest), *dict.fromkeys(stage.verb for stage in making(manifest))]
     rows = [
         (
-            # A bar ends a cell even in code.
-            _code(public_name(conditions.text)).replace("|", r"\|"),
+            _code(public_name(conditions.text)),
             conditions.beside({"the model": manifest}),
             *(f"{of[name]:.2f}" if name in of else "" for name in models),
         )

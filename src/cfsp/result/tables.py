@@ -19,7 +19,9 @@ class Table:
     def to_markdown(self) -> str:
         """Return it as Markdown, its caption first."""
         rule = ["---"] * self.left + ["---:"] * (len(self.head) - self.left)
-        lines = [f"| {' | '.join(row)} |" for row in (self.head, rule, *self.rows)]
+        # A bar ends a cell even in code.
+        bars = ([cell.replace("|", r"\|") for cell in row] for row in (self.head, rule, *self.rows))
+        lines = [f"| {' | '.join(row)} |" for row in bars]
         return "\n".join([*([self.caption, ""] if self.caption else []), *lines]) + "\n"
 
     def to_text(self) -> str:
