@@ -115,7 +115,16 @@ def test_what_has_no_cost_beforehand_is_refused(argv, options, named, command):
         (["--sparsity", "0.99"], "cannot remove 99.0% of the FFN channels"),
         (["--parts", "kv", "--sparsity", "0.9"], "cannot remove 90.0% of the KV groups"),
         (["--sparsity", "0.4", "--keep", "99"], "--keep names block 99"),
+        (["--sparsity", "0.4", "--samples", "1"], "repair needs at least 2 windows"),
+        (["--sparsity", "0.4", "--samples", "1", "--data", "mixed"], "one window for each text"),
+        (["--sparsity", "0.4", "--seqlen", "512"], "can read 256 tokens at once"),
+        (["--sparsity", "0.4", "--out", "."], "is the current directory"),
     ],
 )
 def test_what_cannot_be_has_no_cost(argv, more, said, command):
-    assert said in command(*argv, *more, status=2).err
+    """What a run refuses before its first pass, whatever its text holds."""
+    estimated = command(*argv, *more, status=2).err
+    argv.remove("--estimate")
+    run = command(*argv, "--out", "never-written", *more, status=2).err
+    assert said in estimated
+    assert estimated.strip() == run.splitlines()[-1]

@@ -170,7 +170,7 @@ def _drawn(job: Job) -> Windows:
     """Draw the windows: what is wrong with the text is said before any work."""
     windows = job.draw()
     if job.settings.repairs:
-        check_windows(windows)
+        check_windows(len(windows.tokens_NT))
     return windows
 
 
@@ -196,7 +196,7 @@ def _repaired_by(job: Job, result: PruningResult) -> PruningResult:
     if not steps_left(job.settings.repair, result):
         return result
     windows = job.draw()
-    check_windows(windows)
+    check_windows(len(windows.tokens_NT))
     result = replace(result, repaired_on=calibration_record(job, windows))
     return repair(job, result, windows)
 

@@ -276,7 +276,12 @@ def check_tokens(config: PreTrainedConfig, tokens_NT: Tensor, label: str) -> Non
             f"the tokenizer gives token id {highest}, but {label} has a vocabulary of "
             f"{vocabulary}; use the model's own tokenizer"
         )
-    most, length = longest_input_of(config), tokens_NT.shape[1]
+    check_length(config, tokens_NT.shape[1], label)
+
+
+def check_length(config: PreTrainedConfig, length: int, label: str) -> None:
+    """Check that a model can read windows of so many tokens."""
+    most = longest_input_of(config)
     if most is not None and length > most:
         raise UsageError(
             f"{label} can read {most} tokens at once, the windows have {length}; "

@@ -137,8 +137,7 @@ def run(args: argparse.Namespace) -> Told:
     from cfsp.pipeline import prune_checkpoint
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.prune_and_recover import prune_and_recover
-    from cfsp.pruning_cost import doubts, pruning_cost
-    from cfsp.selection.constraint import Share
+    from cfsp.pruning_cost import check_beforehand, doubts, pruning_cost
 
     plan = PruningPlan.load(args.plan) if args.plan else None
     statistics = Statistics.load(args.statistics) if args.statistics else None
@@ -146,7 +145,7 @@ def run(args: argparse.Namespace) -> Told:
     parts = plan.parts if plan else settings.budget.parts
     source = open_checkpoint(args.model, parts=parts)
     if args.estimate:
-        Share(source, settings.budget).check()
+        check_beforehand(source, args.out, settings)
         cost = pruning_cost(source, args.out or Path(), settings)
         for doubt in doubts(source, settings):
             log.warning("%s", doubt)

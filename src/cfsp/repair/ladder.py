@@ -65,9 +65,9 @@ def ridge_together(job: Job, plans: Sequence[PruningPlan], windows: Windows) -> 
     ]
 
 
-def check_windows(windows: Windows) -> None:
+def check_windows(count: int) -> None:
     """Check that there are enough windows for the steps."""
-    if len(windows.tokens_NT) < 2:
+    if count < 2:
         raise TextError(
             "repair needs at least 2 windows, one of them held out, found 1; give more text, more "
             "--samples or shorter windows (--seqlen), or --effort fast"

@@ -95,12 +95,7 @@ def _shuffled_pools(
     text: CalibrationText, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Windows], list[int]]:
     """Return the windows of each text in the order in which they are drawn, and how many are."""
-    begins_with, samples, seqlen = beginning(tokenizer, text.bos), text.samples, text.seqlen
-    if (samples is not None and samples < len(text.names)) or seqlen < 2 + len(begins_with[1:]):
-        raise UsageError(
-            "expected at least one window for each text and 2 tokens in a window, found "
-            f"{text.windows} windows for {counted(len(text.names), 'texts')} and {seqlen} tokens"
-        )
+    begins_with, samples, seqlen = checked_beginning(text, tokenizer), text.samples, text.seqlen
     generator = torch.Generator().manual_seed(text.seed)
     pools: list[Windows] = []
     shares: list[int] = []
@@ -112,6 +107,20 @@ def _shuffled_pools(
         pools.append(Windows(all_NT[order_N], {source.name: len(all_NT)}, begins_with))
         shares.append(share)
     return pools, _filled(pools, shares, samples)
+
+
+def checked_beginning(text: CalibrationText, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return what windows begin with; check that each text can give one that says something."""
+    begins_with, samples = beginning(tokenizer, text.bos), text.samples
+    if (samples is not None and samples < len(text.names)) or (
+        text.seqlen < 2 + len(begins_with[1:])
+    ):
+        raise UsageError(
+            f"expected at least one window for each text and 2 tokens in a window, "
+            f"found {text.windows} windows for {counted(len(text.names), 'texts')} and "
+            f"{text.seqlen} tokens"
+        )
+    return begins_with
 
 
 def _filled(pools: Sequence[Windows], shares: Sequence[int], samples: int | None) -> list[int]:
