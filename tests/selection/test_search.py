@@ -15,6 +15,7 @@ from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.decide import decide
 from cfsp.errors import BudgetError
 from cfsp.pipeline import calibrate_source
+from cfsp.planning.allocation import ModelSize, UnitSize
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.make import Planner, model_size
 from cfsp.selection import search
@@ -201,8 +202,13 @@ def test_bisection_finds_the_last_step(highest, last):
 def test_highest_step_leaves_a_multiple(source):
     size = model_size(source)
     assert highest_step(size, Budget(multiple=24)) == STEPS * 3 // 4
-    with pytest.raises(BudgetError, match="choose a smaller --multiple"):
-        highest_step(size, Budget(multiple=WIDTH))
+    only_kv = ModelSize((UnitSize(1, 64, part="kv"),), 64)
+    kept = model_size(source, keep=["0", "1", "2"])
+    for found, way in ((size, "choose a smaller --multiple"), (only_kv, "name other --parts")):
+        with pytest.raises(BudgetError, match=f"could go; {way}$"):
+            highest_step(found, Budget(multiple=WIDTH))
+    with pytest.raises(BudgetError, match=r"could go; --keep less$"):
+        highest_step(kept, Budget())
 
 
 # A candidate that is tried with its repair.

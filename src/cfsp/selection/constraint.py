@@ -147,9 +147,13 @@ def highest_step(size: ModelSize, budget: Budget) -> int:
     least = size.cost_of(size.least_U(budget))
     highest = math.floor(STEPS * (1 - least / size.cost_of(size.width_U)))
     if highest < 1:
+        pairs = zip(size.units, size.multiple_U(budget), strict=True)
+        is_coarse = any(multiple > 1 and not unit.stays for unit, multiple in pairs)
+        ways = ["choose a smaller --multiple"] if is_coarse else []
+        ways += ["--keep less"] if any(unit.stays for unit in size.units) else []
         raise BudgetError(
             f"nothing can be removed: with at least {least_in_words(budget, size)}, less than "
-            f"{1 / STEPS:.1%} could go; choose a smaller --multiple, or --keep less"
+            f"{1 / STEPS:.1%} could go; {', or '.join(ways) or 'name other --parts'}"
         )
     return highest
 
