@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from cfsp.result.prune_report import PruneReport
 from cfsp.selection.goal import held_out_windows
 from cfsp.settings import Compute, MaxLossIncrease, PruneSettings
 from cfsp.text.drawing import draw_text
+from cfsp.text.sources import name_of
 from cfsp.text.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
@@ -77,9 +79,11 @@ def prune_and_recover(
     before = (read_manifest(pruned) or {}).get(_ASKED) if pruned.is_dir() else None
     if before is None:
         if (pruned / MANIFEST_FILE).is_file():
+            data = [word for name in map(name_of, text.names) for word in ("--data", name)]
+            by = shlex.join(["cfsp", "recover", str(pruned), *data, "--out", str(out)])
             raise OutputError(
                 f"{pruned} was pruned before, by another command or one that was killed when it "
-                f"had: train it with `cfsp recover {pruned} --out {out}`, or choose another --out"
+                f"had: train it with `{by}`, or choose another --out"
             )
         check_output(source, pruned)
         tokenizer, few = load_tokenizer(source.directory), _WINDOWS_TO_TRY * seqlen

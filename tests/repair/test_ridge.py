@@ -239,7 +239,8 @@ def arguments(model, text_file, tmp_path) -> list[str]:
 def test_best_effort_trains_and_goes_on_after_a_kill(
     arguments, tiny_checkpoint, tmp_path, command, monkeypatch
 ):
-    out, pruned, text = (tmp_path / name for name in ("out", "out-pruned", "text.txt"))
+    out, pruned, text = (tmp_path / name for name in ("an out", "an out-pruned", "a text.txt"))
+    (tmp_path / "text.txt").rename(text)
     # The dense model that teaches is the revision that is pruned, not what the hub has now.
     revisions = {"v1/a": tiny_checkpoint("llama"), None: tiny_checkpoint("qwen2")}
 
@@ -249,6 +250,8 @@ def test_best_effort_trains_and_goes_on_after_a_kill(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     arguments = ["prune", "owner/tiny@v1/a", *arguments[2:], "--effort", "best"]
+    for flag, path in (("--data", text), ("--out", out)):
+        arguments[arguments.index(flag) + 1] = str(path)
     with monkeypatch.context() as patch:
         patch.setattr("cfsp.recovery.recover.recover_checkpoint", stop)
         # Pruning draws the text, and nobody after it.
@@ -269,7 +272,7 @@ def test_best_effort_trains_and_goes_on_after_a_kill(
     assert f"{pruned / 'cfsp.json'} is damaged" in command(*arguments, status=2).err
     # Nor one that was killed before it noted what it is of.
     edit_json(pruned / "cfsp.json", lambda fields: fields.pop("asked_digest"))
-    said = f"train it with `cfsp recover {pruned} --out {out}`"
+    said = f"train it with `cfsp recover '{pruned}' --data '{text}' --out '{out}'`"
     assert said in command(*arguments, status=2).err
     (pruned / "cfsp.json").write_text(whole)
     found = json.loads(command(*arguments, "--json").out)
