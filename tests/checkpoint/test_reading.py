@@ -226,6 +226,7 @@ def test_paths_that_are_no_model(tmp_path):
         ({"dtype": "int8"}, "--dtype must be one of auto, float32, bfloat16, float16, found"),
         ({"dtype": 5}, "--dtype must be one of .* found '5'"),
         ({"dtype": torch.int8}, "--dtype must be one of .* found 'torch.int8'"),
+        ({"dtype": torch.float8_e5m2}, "--dtype must be one of .* found 'torch.float8_e5m2'"),
         ({"device": "nonsense"}, "cannot use the device 'nonsense' here"),
         ({"device": []}, r"cannot use the device '\[\]' here"),
         ({"device": torch.device("meta")}, "cannot use the device 'meta' here"),

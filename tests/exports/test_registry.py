@@ -65,6 +65,8 @@ def test_bad_requests(source, tmp_path):
         export(source.directory, "sglang", tmp_path / "x")
     with pytest.raises(UsageError, match="--pre-tokenizer belongs to gguf; openvino keeps"):
         export(source.directory, "openvino", tmp_path / "x", pre_tokenizer="qwen2")
+    with pytest.raises(UsageError, match="--pre-tokenizer must be text, found 3"):
+        export(source.directory, "gguf", tmp_path / "m.gguf", pre_tokenizer=3)
     with pytest.raises(UsageError, match=r"expected a name in \.gguf"):
         export(source.directory, "gguf", tmp_path / "m")
     (tmp_path / "there.gguf").write_text("mine")

@@ -39,7 +39,8 @@ def load(
     if device is not None:
         device = compute_device(device, float64=False)
     checkpoint = open_checkpoint(name)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    # Of one byte are formats to store, which modules cannot be built in.
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         dtype = named_dtype(checkpoint, str(dtype))
     with library_progress():
         build: Any = model_class(checkpoint.config)

@@ -97,7 +97,10 @@ def export(
         raise UsageError(f"{to} writes one file: expected a name in {_FILE}, found {out}")
     asked = {"weight_type": weight_type, "pre_tokenizer": pre_tokenizer}
     options = {name: value for name, value in asked.items() if value is not None}
-    for flag, targets in (_OPTIONS[name] for name in options):
+    for name, value in options.items():
+        flag, targets = _OPTIONS[name]
+        if not isinstance(value, str):
+            raise UsageError(f"{flag} must be text, found {value!r}")
         if to not in targets:
             raise UsageError(
                 f"{flag} belongs to {' and '.join(targets)}; {to} keeps the checkpoint's own"
