@@ -164,7 +164,9 @@ def test_no_more_of_the_cache_stays_than_was_asked(prune, save, name, changes, m
 
 def test_a_kv_cache_that_cannot_be_is_refused(prune, sliding):
     said = prune("--target-kv-cache", 0.2, status=2).error
-    assert "--target-kv-cache must be at least 0.5, found 0.2" in said
+    assert "--target-kv-cache must be at least 0.5, found 0.2; whole attention layers go" in said
+    said = prune("--target-kv-cache", 0.2, "--keep", "*.self_attn", status=2).error
+    assert said.endswith("must be at least 1, found 0.2\n")  # no layer may go
     said = prune("--target-kv-cache", 0.5, "--parts", "blocks", status=2).error
     assert "removes KV groups (the default), whole attention layers" in said
     # Attention layers that cache unequally are not counted.

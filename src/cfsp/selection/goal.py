@@ -232,7 +232,8 @@ class CacheFraction(Constraint):
         else:
             least = self.size(self._least_U(NOTHING))
             who = f"each of the {len(widths)} attention layers keeps one of its KV groups{named}"
-            instead = "; whole attention layers go too with --parts kv,attention"
+            if len(kept_by(self.source, self.budget.keep).attentions) < len(widths):
+                instead = "; whole attention layers go too with --parts kv,attention"
         if self.stay < least:
             raise BudgetError(
                 f"{who}, so --target-kv-cache must be at least "

@@ -191,10 +191,12 @@ class Speedup(Constraint):
         parts = self.budget.parts
         most = max((each.value for each in self.tried), default=self._reach(parts))
         alone = ", ".join(f"{PART_NOUNS[part]} reach {self._reach((part,)):.2f}" for part in parts)
+        ways = ["ask for less"] + (["give --parts ffn,blocks"] if len(parts) == 1 else [])
+        ways += ["--keep less"] if self.budget.keep else []
         return BudgetError(
             f"{self.goal.phase} cannot become {self.goal.ratio:g} times faster with --parts "
             f"{','.join(parts)}: it is predicted to be {most:.2f} times faster at most, because "
-            f"the rest stays (alone, {alone}); ask for less, or name other parts"
+            f"the rest stays (alone, {alone}); {', or '.join(ways)}"
         )
 
     def _reach(self, parts: Sequence[Part]) -> float:
