@@ -1,6 +1,7 @@
 """A killed run goes on where it was and gives the same bits; other work is refused."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +13,10 @@ import torch
 from builders import edit_json, entries, read_json, stop
 from cfsp.checkpoint.output import _MACHINE
 from cfsp.cli import main
-from cfsp.errors import OutputError
+from cfsp.errors import OutputError, ResumeError
 from cfsp.processes import Team
 from cfsp.streaming.block_stream import StreamedBlock
-from cfsp.streaming.work_dir import Pace, output_work_dir
+from cfsp.streaming.work_dir import Pace, output_work_dir, read_state
 from tiny_models import BLOCKS, build_tiny_model
 
 
@@ -313,3 +314,11 @@ def test_saving_takes_a_small_share_of_the_time(monkeypatch):
             pace.saved(4.0)
     assert spent / now <= 0.02
     assert saves > 80
+
+
+def test_the_advice_to_start_over_removes_nothing_else(tmp_path):
+    (tmp_path / "my").mkdir()
+    state = tmp_path / "my out.work" / "process-0-of-1" / "ridge" / "state.json"
+    with pytest.raises(ResumeError) as refused:
+        read_state(state, {})
+    assert shlex.split(str(refused.value))[-3:] == ["rm", "-r", str(tmp_path / "my out.work")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -75,7 +76,8 @@ def read_results(path: Path) -> dict[str, Any]:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ReportError(
-            f"cannot read {path}: {error}; make it with: cfsp eval ... --out {path}"
+            f"cannot read {path}: {error}; make it with: cfsp eval ... --out "
+            f"{shlex.quote(str(path))}"
         ) from error
     results: dict[str, Any] = found if isinstance(found, dict) else {}
     models = results.get("models")

@@ -24,7 +24,7 @@ from cfsp.progress import item_progress
 from cfsp.streaming.block_stream import StreamedBlock, stream_blocks, windows_in_batch
 from cfsp.streaming.hidden_states import HiddenInFile, HiddenStates, Room
 from cfsp.streaming.runtime import Runtime, runtime_identity
-from cfsp.streaming.work_dir import Pace, PassState, PassTimes, WorkDir
+from cfsp.streaming.work_dir import Pace, PassState, PassTimes, WorkDir, start_over
 from cfsp.text.windows import Windows
 
 logger = logging.getLogger(__name__)
@@ -83,10 +83,8 @@ def pass_blocks(
         try:
             results = [visitor.load(state.directory, block) for block in range(state.next_block)]
         except FileNotFoundError as error:
-            work = state.directory.parents[1]
-            raise ResumeError(
-                f"{state.directory} is not complete; start over with: rm -r {work}"
-            ) from error
+            advice = start_over(state.directory.parents[1])
+            raise ResumeError(f"{state.directory} is not complete; {advice}") from error
         if label not in work_dir.times:  # what this run made itself is no news
             logger.info("%s: going on at block %d of %d", label, len(results), blocks)
     if len(results) == blocks:

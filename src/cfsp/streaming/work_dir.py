@@ -15,6 +15,7 @@ import contextlib
 import json
 import logging
 import secrets
+import shlex
 import shutil
 import tempfile
 import time
@@ -90,12 +91,12 @@ def read_state(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
         fields["next_block"] = int(fields["next_block"])
         _ = fields["hidden"], fields["before"]
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
-        raise ResumeError(f"{path} is damaged; start over with: rm -r {work_dir}") from error
+        raise ResumeError(f"{path} is damaged; {start_over(work_dir)}") from error
     for key, now in json.loads(json.dumps(identity)).items():
         if saved.get(key) != now:
             raise ResumeError(
                 f"{work_dir} holds unfinished work with another {key} ({saved.get(key)}; now it is "
-                f"{now}); repeat that command to finish it, or start over with: rm -r {work_dir}"
+                f"{now}); repeat that command to finish it, or {start_over(work_dir)}"
             )
     return fields
 
@@ -269,6 +270,11 @@ def load_or_compute(
     return found
 
 
+def start_over(work_dir: Path) -> str:
+    """Return the advice to remove unfinished work, which a shell takes as it is meant."""
+    return f"start over with: rm -r {shlex.quote(str(work_dir))}"
+
+
 def directory_of_process(out: Path, process: int = 0, processes: int = 1) -> Path:
     """Return where one process works on an output; see `output_work_dir`."""
     return out.parent / f"{out.name}.work" / _directory_name(process, processes)
@@ -285,8 +291,7 @@ def _check_processes(work_dir: Path, processes: int) -> None:
         if found != str(processes):
             raise ResumeError(
                 f"{work_dir} holds unfinished work of {found} processes, now there are "
-                f"{processes}; repeat that command to finish it, or start over with: "
-                f"rm -r {work_dir}"
+                f"{processes}; repeat that command to finish it, or {start_over(work_dir)}"
             )
 
 
