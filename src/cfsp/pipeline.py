@@ -21,7 +21,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cfsp.calibration.calibrate import calibrate
+from cfsp.calibration.calibrate import calibrate, check_tokens
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.output import check_is_outside, check_output_is_free, staged_directory
 from cfsp.checkpoint.own_files import (
@@ -237,6 +237,8 @@ def _job(
     def draw() -> Windows:
         with work_dir.watch.stage("text"):
             windows = calibration_windows(tokenizer(), settings.text)
+        # All of them, and now: many a pass has a few, or begins after long work.
+        check_tokens(source.config, windows.tokens_NT, source.label)
         work_dir.team.check_same({"calibration text": windows.digest})
         check_enough(windows, work_dir.team, runtime.batch_windows)
         return windows

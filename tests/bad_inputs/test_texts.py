@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from transformers import AutoTokenizer
 
 from bad_inputs.catalogue import RECOVER, BadInput, Place, Spoil, refusals, spoilt
 
@@ -45,6 +46,14 @@ def larger_vocabulary(directory: Path) -> None:
     for path in directory.glob("tokenizer*"):
         path.unlink()
     PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>").save_pretrained(directory)
+
+
+def a_token_too_many(place: Place) -> None:
+    """Give a tokenizer a token that the model lacks, and a text that has it at its end."""
+    tokenizer = AutoTokenizer.from_pretrained(place.model)
+    tokenizer.add_tokens(["<|rare|>"])
+    tokenizer.save_pretrained(place.model)
+    place.text.write_text(place.text.read_text()[:4000] + "<|rare|>" * 32)
 
 
 TEXTS = [
@@ -103,6 +112,12 @@ TOKENIZERS = [
         "but {model} has a vocabulary of 320",
         "use the model's own tokenizer",
         lambda place: larger_vocabulary(place.model),
+    ),
+    BadInput(  # few windows choose blocks, and all repair
+        "prune {model} --out {out} --parts blocks --set remove=1 --data {text} --seqlen 32",
+        "the tokenizer gives token id 320, but {model} has a vocabulary of 320",
+        "use the model's own tokenizer",
+        a_token_too_many,
     ),
     BadInput(
         f"{RECOVER} --teacher none",

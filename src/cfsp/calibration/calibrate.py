@@ -165,7 +165,6 @@ def calibrate(
 ) -> Statistics:
     """Run all windows through the model once, block by block, and gather statistics."""
     source, team = job.source, job.work_dir.team
-    check_tokens(source.config, windows.tokens_NT, source.label)
     own = windows.part(part_of(windows, team, job.runtime.batch_windows))
     observed: list[ObservedBlock | None] = [None] * source.architecture.block_count
     if len(own.tokens_NT):  # else there are fewer batches than processes

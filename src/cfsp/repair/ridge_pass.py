@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cfsp.architecture.found import Unit
-from cfsp.calibration.calibrate import added_up, check_seen, check_tokens, observe
+from cfsp.calibration.calibrate import added_up, check_seen, observe
 from cfsp.calibration.observed import ObservedBlock
 from cfsp.checkpoint.reading import WeightSource, down_matrix, parameters_with_down
 from cfsp.job import Job
@@ -79,7 +79,6 @@ def choose_and_repair(
     What was done is returned for each of what is wanted. Sums are float32, the solve is float64.
     New tensors go to the job's work directory, until they are in the new checkpoint.
     """
-    check_tokens(job.source.config, windows.tokens_NT, job.source.label)
     _warn_of_memory(job)
     own = part_of(windows, job.work_dir.team, job.runtime.batch_windows)
     visitor = _RidgePass(job, windows, own, wanted)
