@@ -175,6 +175,8 @@ def test_bad_counts_are_refused(text_file, tokenizer):
     name = str(text_file)
     with pytest.raises(UsageError, match="found 1 windows for 2 texts and 16 tokens"):
         draw_windows([name, name], tokenizer, samples=1, seqlen=16)
+    with pytest.raises(UsageError, match=r"found 128 windows for 129 texts .* give more --samples"):
+        draw_windows([Text(f"text {i}", "river stone") for i in range(129)], tokenizer, seqlen=2)
     with pytest.raises(UsageError, match="found 0 windows"):
         consecutive_windows(name, tokenizer, count=0, seqlen=16)
 

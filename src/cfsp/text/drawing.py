@@ -111,14 +111,12 @@ def _shuffled_pools(
 
 def checked_beginning(text: CalibrationText, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Return what windows begin with; check that each text can give one that says something."""
-    begins_with, samples = beginning(tokenizer, text.bos), text.samples
-    if (samples is not None and samples < len(text.names)) or (
-        text.seqlen < 2 + len(begins_with[1:])
-    ):
+    begins_with = beginning(tokenizer, text.bos)
+    if text.windows < len(text.names) or text.seqlen < 2 + len(begins_with[1:]):
         raise UsageError(
             f"expected at least one window for each text and 2 tokens in a window, "
             f"found {text.windows} windows for {counted(len(text.names), 'texts')} and "
-            f"{text.seqlen} tokens"
+            f"{text.seqlen} tokens; give more --samples, fewer texts or a longer --seqlen"
         )
     return begins_with
 
