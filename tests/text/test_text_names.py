@@ -47,6 +47,8 @@ def test_a_text_that_is_not_there_says_which_is_meant(tmp_path):
     assert "did you mean mixed/books?" in refused("mixed/book")
     (tmp_path / "prose.txt").write_text("a river")
     assert f"did you mean {tmp_path / 'prose.txt'}?" in refused(str(tmp_path / "prosa.txt"))
+    (tmp_path / "link to a file.txt").symlink_to(tmp_path / "elsewhere")
+    assert "did you mean" not in refused(str(tmp_path / "link to a file.txt"))
 
 
 def test_texts_are_opened_but_not_read_to_the_end(tmp_path):

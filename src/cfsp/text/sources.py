@@ -190,7 +190,7 @@ def _not_found(name: str) -> str:
     path = _split_column(name)[0]
     files: list[str] = []
     with suppress(OSError, ValueError):  # there is no such directory, or nobody may list it
-        files = [file.name for file in path.parent.iterdir()]
+        files = [file.name for file in path.parent.iterdir() if exists(file)]
     near = difflib.get_close_matches(name, known, n=1)
     near += [str(path.with_name(file)) for file in difflib.get_close_matches(path.name, files, n=1)]
     meant = f" did you mean {near[0]}?" if near else ""
