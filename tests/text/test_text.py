@@ -301,6 +301,20 @@ def test_a_template_that_reads_the_parts_of_a_message(chats, tokenizer):
     assert list(TextSource(str(chats), "calibration").texts(of_parts)) == expected
 
 
+@pytest.mark.parametrize("nothing", [{}, {"content": None}])
+def test_a_message_that_calls_tools_needs_no_content(nothing, tmp_path, tokenizer):
+    calls = copy.deepcopy(tokenizer)
+    calls.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% for call in m.tool_calls or () %}"
+        "[{{ call.function.name }}]{% endfor %}{% endfor %}"
+    )
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "add"}}], **nothing}
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": [*conversation(1), call]}))
+    (text,) = TextSource(str(path), "calibration").texts(calls)
+    assert text == "number 1 of the rivergreen stone 1[add]"
+
+
 @pytest.mark.parametrize("written", ["m['content'].upper()", "m['content'] | tojson"])
 def test_a_template_that_writes_messages_in_another_form(written, tokenizer):
     other = copy.deepcopy(tokenizer)

@@ -52,7 +52,7 @@ def has_images(record: Any, column: str) -> bool:
     """Return whether images belong to the document in a record, which `document_of` took."""
     if record.get(IMAGE_COLUMN):
         return True
-    contents = [m["content"] for m in record[column]] if column == CHAT_COLUMN else []
+    contents = [m.get("content") for m in record[column]] if column == CHAT_COLUMN else []
     parts = [part for content in contents if isinstance(content, list) for part in content]
     return any(part.get("type") in _IMAGES for part in parts)
 
@@ -113,7 +113,7 @@ def templated(
 def _messages(value: Any, where: str) -> Conversation:
     """Return messages with their contents as texts, which lists of parts become."""
     found = value if isinstance(value, list) and all(isinstance(m, dict) for m in value) else None
-    contents = [_content(message.get("content")) for message in found or ()]
+    contents = [_content(message) for message in found or ()]
     roles = [message.get("role") for message in found or ()]
     if found is None or None in contents or not all(isinstance(role, str) for role in roles):
         raise TextError(
@@ -123,8 +123,14 @@ def _messages(value: Any, where: str) -> Conversation:
     return [{**message, "content": text} for message, text in zip(found, contents, strict=True)]
 
 
-def _content(content: Any) -> str | None:
-    """Return the text of a message; None if it is neither a text nor parts of text and images."""
+def _content(message: dict[str, Any]) -> str | None:
+    """Return the text of a message; None if it is neither a text nor parts of text and images.
+
+    What calls tools may have none, which the APIs that chats come from write as null.
+    """
+    content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        return ""
     if not isinstance(content, list):
         return content if isinstance(content, str) else None
     parts = [part if isinstance(part, dict) else {} for part in content]
