@@ -18,12 +18,23 @@ def text(text_file) -> list[str]:
     return ["--data", str(text_file), "--samples", "9", "--seqlen", "32", "--batch-windows", "2"]
 
 
+# What `torchrun --standalone --nproc-per-node=2 -m` does, but that its processes are forked.
+TORCHRUN = """
+import sys
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from cfsp.__main__ import main
+
+sys.argv = {argv}
+place = {{"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}}
+elastic_launch(LaunchConfig(1, 1, 2, **place, start_method="fork"), main)()
+"""
+
+
 def test_two_processes_of_torchrun_give_what_one_gives(forks, model, text, tmp_path, command):
     argv = ["calibrate", str(model), *text, "--out"]
     one, two = tmp_path / "one", tmp_path / "two"
     command(*argv, one)
-    of_both = ["--standalone", "--nproc-per-node=2", "-m", "cfsp", *argv, str(two), "--json"]
-    (finished,) = forks.code(f"from torch.distributed.run import main\nmain({of_both})")
+    (finished,) = forks.code(TORCHRUN.format(argv=["cfsp", *argv, str(two), "--json"]))
     assert finished.stdout.count('"processes": 2') == 1  # the first process alone prints
     assert entries(tmp_path) == {"one", "two"}
 
