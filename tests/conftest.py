@@ -12,9 +12,10 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -373,10 +374,15 @@ def commands(forks) -> Commands:
 
 @pytest.fixture
 def models_start_quickly(monkeypatch) -> None:
-    """Fork the processes that models are timed in from one that has imported torch."""
+    """Fork the processes that models are timed in from one that has imported torch.
+
+    Its modules are not walked through when garbage is collected, which is before every run.
+    """
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["transformers.modeling_utils", "cfsp.speed.subjects"])
     monkeypatch.setattr("cfsp.speed.subjects.PROCESSES", processes)
+    pool = partial(ProcessPoolExecutor, initializer=gc.freeze)
+    monkeypatch.setattr("cfsp.speed.subjects.ProcessPoolExecutor", pool)
 
 
 @pytest.fixture(scope="session")
