@@ -39,7 +39,10 @@ def llama(save):
 
 @pytest.mark.parametrize(
     ("name", "parts"),
-    [("llama", "attention"), ("llama", "blocks"), ("gemma3_text", "kv"), ("mixtral", "experts")],
+    [
+        *(("gemma3", "ffn"), ("gemma3_text", "kv"), ("mixtral", "experts")),
+        *(("llama", "attention"), ("llama", "blocks")),
+    ],
 )
 def test_nothing_removed_is_the_model(save, few, tmp_path, name, parts):
     source, out = save(tiny_model(name)), tmp_path / "out"
@@ -47,7 +50,7 @@ def test_nothing_removed_is_the_model(save, few, tmp_path, name, parts):
     check_is_the_same(source, out)
     # A plan without other units than FFNs is of the first version.
     version = read_json(out / "cfsp_plan.json")["plan_version"]
-    assert version == (1 if parts in ("blocks", "experts") else 2)
+    assert version == (1 if parts in ("ffn", "blocks", "experts") else 2)
 
 
 # Beside channels.
