@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ from cfsp.quality.perplexity import loss_in_memory
 from cfsp.recovery.data import read_text
 from cfsp.recovery.recover import measured_before
 from cfsp.recovery.settings import Adaptation, Limit, Training
-from cfsp.recovery.trainer import last_checkpoint
+from cfsp.recovery.trainer import RecoveryTrainer, last_checkpoint
 from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.settings import Compute, EvaluationText, Text
 from cfsp.streaming.block_stream import StreamedBlock
@@ -241,10 +242,36 @@ def error_of_torch(elements: int, path: str = "/dev/full") -> Exception:
     return raised.value
 
 
+def test_a_full_disk_while_training_saves(recovered, tmp_path, monkeypatch):
+    def fail(*_: Any) -> None:
+        raise OSError(28, "full")
+
+    monkeypatch.setattr("transformers.Trainer._save_optimizer_and_scheduler", fail)
+    with pytest.raises(OutputError, match=r"cannot write .*full; make room there"):
+        recovered()
+    # The same command goes on from what is whole.
+    assert last_checkpoint(work_of(tmp_path / "out") / "process-0-of-1" / "train") is None
+
+
+@pytest.fixture
+def saving_ends_by(tmp_path, monkeypatch) -> Callable[[Exception], None]:
+    """Lets the Trainer's own saving end by an error."""
+
+    def save(error: Exception) -> None:
+        def fail(*_: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("transformers.Trainer._save_checkpoint", fail)
+        trainer = RecoveryTrainer.__new__(RecoveryTrainer)
+        trainer.args = SimpleNamespace(output_dir=tmp_path)
+        trainer._save_checkpoint()
+
+    return save
+
+
 @pytest.mark.parametrize(
     "error",
     [
-        OSError(28, "full"),
         SafetensorError("full"),
         *map(error_of_torch, (9, 9999)),
         error_of_torch(9, "/no/such/place"),
@@ -252,16 +279,10 @@ def error_of_torch(elements: int, path: str = "/dev/full") -> Exception:
         RuntimeError("File optimizer.pt cannot be opened."),  # of an older torch
     ],
 )
-def test_a_full_disk_while_training_saves(recovered, tmp_path, monkeypatch, error):
-    def fail(*_: Any) -> None:
-        raise error
-
-    monkeypatch.setattr("transformers.Trainer._save_optimizer_and_scheduler", fail)
+def test_a_full_disk_has_one_sentence_whoever_writes(saving_ends_by, error):
     reason = re.escape(str(error).splitlines()[0].split()[-1])
     with pytest.raises(OutputError, match=rf"cannot write .*{reason}; make room there"):
-        recovered()
-    # The same command goes on from what is whole.
-    assert last_checkpoint(work_of(tmp_path / "out") / "process-0-of-1" / "train") is None
+        saving_ends_by(error)
 
 
 @pytest.mark.parametrize(
@@ -280,13 +301,9 @@ def test_what_stops_saving_a_sharded_model_is_told(recovered, monkeypatch, error
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("of memory"), RuntimeError("Connection closed by peer")]
 )
-def test_what_else_ends_while_training_saves_is_no_full_disk(recovered, monkeypatch, error):
-    def fail(*_: Any) -> None:
-        raise error
-
-    monkeypatch.setattr("transformers.Trainer._save_optimizer_and_scheduler", fail)
+def test_what_else_ends_while_training_saves_is_no_full_disk(saving_ends_by, error):
     with pytest.raises(type(error), match=str(error)):
-        recovered()
+        saving_ends_by(error)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
