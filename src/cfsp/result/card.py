@@ -116,15 +116,7 @@ def model_card(manifest: dict[str, Any], plan: PruningPlan | None, origin: Origi
         went = what_went(manifest, by_channels=plan is None or plan.counts_channels)
     taken = (manifest.get("repair") or {}).get("steps", [])
     steps = [str(step["name"]) for step in taken if changed_weights(step)]
-    environment = Environment(
-        loader=PackageLoader("cfsp", "result"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"code": _code, "quoted": _quoted, "plain": _plain}
-    return environment.get_template("card.md").render(
+    return _TEMPLATES.get_template("card.md").render(
         metadata=_metadata(manifest, origin),
         name=name,
         stages=making(manifest),
@@ -205,3 +197,13 @@ def _metadata(manifest: dict[str, Any], origin: Origin) -> str:
         **metadata,
     )
     return str(data.to_yaml())
+
+
+_TEMPLATES = Environment(
+    loader=PackageLoader("cfsp", "result"),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+_TEMPLATES.filters |= {"code": _code, "quoted": _quoted, "plain": _plain}
