@@ -54,7 +54,7 @@ def test_shrunk_importances_give_the_published_rule(distance_L, p):
     # Where all blocks matter alike the published code divides zero by zero.
     assume(max(importance_L) - min(importance_L) > 1e-6)
     ones = [1] * len(distance_L)
-    keep_L = water_fill(shrunk(importance_L, p), ones, ones, (1 - p) * len(ones))
+    keep_L = water_fill(shrunk(importance_L, p), ones, ones, (1 - p) * len(ones), [0] * len(ones))
     np.testing.assert_allclose(keep_L, numpy_keep(importance_L, p), rtol=1e-9)
     assert np.mean(keep_L) == pytest.approx(1 - p)
     assert max(keep_L) < 1
@@ -83,20 +83,42 @@ def test_equal_widths_are_within_half_a_multiple(distance_L, p, width, multiple,
 @given(
     st.lists(st.tuples(st.floats(1e-4, 1.0), st.integers(1, 20000)), min_size=1, max_size=48),
     st.floats(0.0, 1.0),
+    st.integers(0, 2000),
 )
-def test_water_filling_meets_the_total_under_caps(blocks, keep):
+def test_water_filling_meets_the_total_within_bounds(blocks, keep, multiple):
     importance_L, width_L = [b[0] for b in blocks], [b[1] for b in blocks]
-    total = keep * sum(width_L)
-    kept_L = water_fill(importance_L, width_L, [1] * len(width_L), total)
+    least_L = [min(multiple, width) for width in width_L]
+    total = sum(least_L) + keep * (sum(width_L) - sum(least_L))
+    kept_L = water_fill(importance_L, width_L, [1] * len(width_L), total, least_L)
     assert sum(kept_L) == pytest.approx(total, abs=1e-6 * sum(width_L))
-    assert all(0 <= kept <= width for kept, width in zip(kept_L, width_L, strict=True))
-    # Below the cap all have the same c; a capped block would have had more.
-    levels = [k / (s * w) for k, s, w in zip(kept_L, importance_L, width_L, strict=True)]
-    free = [c for c, k, w in zip(levels, kept_L, width_L, strict=True) if k < w]
+    bounds = zip(least_L, kept_L, width_L, strict=True)
+    assert all(least <= kept <= width for least, kept, width in bounds)
+    # Between the bounds all have the same c; by it a whole block would have more, one of the least
+    # width less.
+    rows = list(zip(kept_L, importance_L, width_L, least_L, strict=True))
+    free = [k / (s * w) for k, s, w, least in rows if least < k < w]
     if free:
         assert max(free) == pytest.approx(min(free))
-        capped = [s for k, s, w in zip(kept_L, importance_L, width_L, strict=True) if k == w]
-        assert all(max(free) * s >= 1 - 1e-9 for s in capped)
+        assert all(max(free) * s >= 1 - 1e-9 for k, s, w, least in rows if least < k == w)
+        assert all(min(free) * s * w <= k * (1 + 1e-9) for k, s, w, least in rows if k == least < w)
+
+
+def test_the_least_of_some_units_is_paid_for_by_all_others():
+    """And not by those alone that stay whole, which are due more than all they have."""
+    units = (UnitSize(1024, 96),) * 5
+    kept_U = allocate(
+        [1.0, 0.9, 0.3, 0.001, 0.001],
+        Budget(0.5, multiple=64),
+        ModelSize(units, 10**6),
+        "water-fill",
+    )
+    assert kept_U == [1024, 1024, 384, 64, 64]
+
+
+def test_what_channels_cannot_lose_goes_of_the_kv_groups():
+    size = ModelSize((UnitSize(32, 96),) * 4 + (UnitSize(8, 4096, part="kv"),) * 4, 10**6)
+    kept_U = allocate([1.0] * 8, Budget(0.25, multiple=32, parts=("ffn", "kv")), size)
+    assert size.cost_of(kept_U) == pytest.approx(0.75 * size.cost_of(size.width_U), abs=64)
 
 
 @given(distances, st.floats(0.05, 0.9), st.sampled_from(WIDTHS))

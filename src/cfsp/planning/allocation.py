@@ -178,28 +178,35 @@ def shrunk(
 
 
 def water_fill(
-    importance_U: Sequence[float], width_U: Sequence[int], cost_U: Sequence[int], total: float
+    importance_U: Sequence[float],
+    width_U: Sequence[int],
+    cost_U: Sequence[int],
+    total: float,
+    least_U: Sequence[int],
 ) -> list[float]:
-    """Return widths in proportion to importance, none above the present one, that cost `total`.
+    """Return widths in proportion to importance, within the least and present ones, of a cost.
 
-        kept_u = F_u min(1, c s_u)
+        kept_u = min(F_u, max(least_u, c F_u s_u))
 
-    with c such that the sum is met: what a unit that is whole cannot take goes to the others, in
-    proportion to their importance s, which is positive.
+    with c such that they cost `total`: what a unit that is whole cannot take goes to the others,
+    and they pay for the least of one, in proportion to their importance s, which is positive.
     """
-    whole: set[int] = set()
+    whole: dict[int, float] = {}
+    low: dict[int, float] = {}
     while True:
-        others = [unit for unit in range(len(width_U)) if unit not in whole]
+        fixed = low | whole
+        others = [unit for unit in range(len(width_U)) if unit not in fixed]
         wanted = fsum(importance_U[unit] * width_U[unit] * cost_U[unit] for unit in others)
-        left = total - sum(width_U[unit] * cost_U[unit] for unit in whole)
+        left = total - sum(width * cost_U[unit] for unit, width in fixed.items())
         level = left / wanted if others else 0.0
-        full = {unit for unit in others if level * importance_U[unit] >= 1}
-        if not full:
-            return [
-                float(width) if unit in whole else level * importance_U[unit] * width
-                for unit, width in enumerate(width_U)
-            ]
-        whole |= full
+        ideal = {unit: level * importance_U[unit] * width_U[unit] for unit in others}
+        if full := {unit for unit in others if level * importance_U[unit] >= 1}:
+            whole |= {unit: float(width_U[unit]) for unit in full}
+        elif few := {unit for unit in others if ideal[unit] < least_U[unit]}:
+            low |= {unit: float(least_U[unit]) for unit in few}
+            whole = {}  # less is left for them, too
+        else:
+            return [width for _, width in sorted((fixed | ideal).items())]
 
 
 def round_widths(
@@ -213,9 +220,9 @@ def round_widths(
 
     Largest remainder: everything is rounded down, then one multiple at a time goes where the
     largest part of one was lost. A unit keeps at least one multiple and never grows; a width that
-    is no multiple stays possible for a unit that is not pruned at all. Where multiples differ in
-    cost, the sum is met to within half of the dearest: units with cheap channels do not stray
-    further than a multiple from what their importance gives them to meet it more closely.
+    is no multiple stays possible for a unit that is not pruned at all. The sum is
+    met to within half of the dearest multiple: units with cheap channels do not stray further than
+    a multiple from what their importance gives them to meet it more closely.
     """
     least_U = list(map(min, multiple_U, width_U))
     if total <= sum(map(mul, least_U, cost_U)) + _SAME_COST:  # however dear the next step is
@@ -224,38 +231,22 @@ def round_widths(
         width if ideal >= width else max(least, int(ideal // multiple) * multiple)
         for ideal, width, least, multiple in zip(ideal_U, width_U, least_U, multiple_U, strict=True)
     ]
-    steps = set(map(mul, multiple_U, cost_U))
-    close = max(steps) / 2 if len(steps) > 1 else 0.0
-
-    def up(unit: int) -> int:
-        return min(width_U[unit], kept_U[unit] + multiple_U[unit])
-
-    def down(unit: int) -> int:
-        above_multiple = kept_U[unit] % multiple_U[unit]
-        return max(least_U[unit], kept_U[unit] - (above_multiple or multiple_U[unit]))
-
+    close = max(map(mul, multiple_U, cost_U)) / 2
     while True:
         missing = total - sum(map(mul, kept_U, cost_U))
-        growing = missing > 0
-        step = up if growing else down
-        # What was lost by rounding; negative where a unit has more than its importance gives it.
-        lost = {
-            unit: ideal - kept
-            for unit, (ideal, kept) in enumerate(zip(ideal_U, kept_U, strict=True))
-        }
+        wider_U = [min(w, k + m) for w, k, m in zip(width_U, kept_U, multiple_U, strict=True)]
+        lost_U = [ideal - kept for ideal, kept in zip(ideal_U, kept_U, strict=True)]
         # A step is worth taking if it brings the sum closer to the total.
         useful = [
             unit
-            for unit in range(len(kept_U))
-            if kept_U[unit] != step(unit)
-            and abs(missing - (step(unit) - kept_U[unit]) * cost_U[unit]) < abs(missing)
-            and (abs(missing) > close or (lost[unit] > 0) == growing)
+            for unit, (kept, wider) in enumerate(zip(kept_U, wider_U, strict=True))
+            if abs(missing - (wider - kept) * cost_U[unit]) < abs(missing)
+            and (missing > close or lost_U[unit] > 0)
         ]
         if not useful:
             return kept_U
-        sign = 1 if growing else -1
-        chosen = max(useful, key=lambda u: (sign * lost[u] / multiple_U[u], sign * lost[u]))
-        kept_U[chosen] = step(chosen)
+        chosen = max(useful, key=lambda u: (lost_U[u] / multiple_U[u], lost_U[u]))
+        kept_U[chosen] = wider_U[chosen]
 
 
 def allocate(
@@ -302,7 +293,7 @@ def _widths(
         if clamp == "published":
             weight_U = None if set(cost_U) == {1} else list(map(float, map(mul, width_U, cost_U)))
             filling_U = shrunk(importance_U, 1 - fraction, weight_U)
-        ideal_U = water_fill(filling_U, width_U, cost_U, total)
+        ideal_U = water_fill(filling_U, width_U, cost_U, total, size.least_U(budget))
     dear = [index for index, unit in enumerate(size.units) if not unit.is_rounded]
     rest = [index for index, unit in enumerate(size.units) if unit.is_rounded]
     if dear and rest:
