@@ -37,13 +37,16 @@ def lonely(save):
 def test_experts_that_see_few_tokens_are_told_and_scored_by_weights(lonely, few, tmp_path, caplog):
     out = tmp_path / "out"
     report = cfsp.prune(lonely, out=out, sparsity=0.4, multiple=8, **few)
-    said = caplog.text
+    said, units = caplog.text, report.plan.units
+    # Block 0 keeps all its channels, so none is chosen or repaired.
+    assert [unit.kept_share < 1 for unit in units] == [False, True, True]
     alone = [
         {"block": index, "expert": expert, "tokens": seen}
         for index, unit in enumerate(cfsp.Statistics.load(out / "cfsp.statistics").units)
         for expert, seen in enumerate(unit.routed_E)
-        if seen < LEAST_TOKENS
+        if seen < LEAST_TOKENS and units[index].kept_share < 1
     ]
+    assert units[0].few_tokens
     assert {"block": 1, "expert": LONELY, "tokens": 0} in alone
     assert report.experts_with_few_tokens == alone
     manifest = read_json(out / "cfsp.json")
@@ -58,7 +61,9 @@ def test_experts_that_see_few_tokens_are_told_and_scored_by_weights(lonely, few,
     norms_F = torch.linalg.vector_norm(before[name], dim=0)
     strongest = norms_F.topk(entry.kept_width).indices.sort().values.tolist()
     assert entry.kept_of(LONELY) == strongest
-    told = report.repair["steps"][0]["blocks"][1]["few_tokens"]
+    whole, block, _ = report.repair["steps"][0]["blocks"]
+    assert "few_tokens" not in whole
+    told = block["few_tokens"]
     assert LONELY in told and len(told) < 4
     assert "not repaired" in said
     after = load_file(out / "model.safetensors")

@@ -185,7 +185,8 @@ class PruningPlan:
     def experts_with_few_tokens(self) -> list[dict[str, Any]]:
         """Block, expert and tokens of every expert that saw too few tokens to be scored by them.
 
-        Those of blocks that go whole are not among them. With the unit's path where it has one.
+        Those of units that go whole, or lose nothing, are not among them. With the unit's path
+        where it has one.
         """
         return [
             {
@@ -195,6 +196,7 @@ class PruningPlan:
                 "tokens": seen,
             }
             for unit in self.kept_units
+            if unit.kept_share < 1
             for expert, seen in unit.few_tokens.items()
         ]
 

@@ -236,9 +236,11 @@ def _repair_unit(
         down_DF = down_matrix(source, unit, ffn).to(observed.device)
         gram, held_out_RF = observed.gram_E[ffn], observed.held_out_RF(ffn, unit.width)
         # A dense FFN has as many tokens as the user gave it; of experts some see very few.
-        if unit.ffns > 1 and (gram.tokens < LEAST_FITTED or len(held_out_RF) < LEAST_HELD_OUT):
+        sees_few = gram.tokens < LEAST_FITTED or len(held_out_RF) < LEAST_HELD_OUT
+        is_cut = len(own_K) < unit.width
+        if is_cut and unit.ffns > 1 and sees_few:
             few.append(ffn)
-        gram_FF = None if ffn in few else gram.mean()
+        gram_FF = gram.mean() if is_cut and ffn not in few else None
         columns = unit.columns_of(own_K)
         solutions[ffn] = repair_down_projection(down_DF, columns, gram_FF, held_out_RF)
     of_all = solutions.values()
