@@ -244,10 +244,16 @@ def test_prune_reports_all_that_the_readme_promises(told, model, text, text_file
 
 
 @pytest.mark.parametrize(
-    ("sparsity", "why"), [(0.01, "the least that can go is more"), (0, "as it was asked for")]
+    ("asked", "why"),
+    [
+        ("--sparsity 0.01", "the least that can go is more"),
+        ("--parts blocks --target-params 0.99", "the least that can go is more"),
+        ("--parts blocks --target-params 1", "as it was asked for"),
+        ("--sparsity 0", "as it was asked for"),
+    ],
 )
-def test_nothing_removed_is_said(command, model, text, tmp_path, sparsity, why):
-    told = command("prune", model, "--out", tmp_path / "out", "--sparsity", sparsity, *text).out
+def test_nothing_removed_is_said(command, model, text, tmp_path, asked, why):
+    told = command("prune", model, "--out", tmp_path / "out", *asked.split(), *text).out
     assert f"nothing was removed: {why}" in told and "repaired" not in told
     assert "cut " in told and "evaluate" not in told  # no stage that did not run
 

@@ -206,7 +206,8 @@ def print_report(report: PruneReport) -> None:
     print_facts([*size_facts(told), *perplexity_facts(told)])
     if is_whole := report.parameters_after == report.parameters_before:
         why = "as it was asked for"
-        if report.plan.criterion["sparsity"]:
+        # Of a goal it is what was chosen; to keep 1 of what there is asks for nothing.
+        if report.plan.criterion["sparsity"] or report.goal.get("asked", 1) != 1:
             why = "the least that can go is more than what was asked for"
         print(f"nothing was removed: {why}")
     if report.experts:
