@@ -172,6 +172,7 @@ def test_one_plan_after_the_other_from_the_same_statistics(tiny_checkpoint, few,
 
 REFUSED = {
     "no experts": ("llama", {}, "it has no routed experts"),
+    "only one": ("mixtral", {"num_local_experts": 1, "num_experts_per_tok": 1}, "have one routed"),
     "as few as are chosen": ("mixtral", {"num_local_experts": 2}, "it runs with 1 experts"),
     # Their router chooses among groups by the two best of each.
     "groups of two": ("deepseek_v3", {**GROUPS, "n_group": 4, "topk_group": 2}, "it runs with 7"),

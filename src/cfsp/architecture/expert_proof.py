@@ -224,6 +224,8 @@ def with_experts(
     routed = [unit for unit in architecture.units if unit.routed]
     if not routed:
         raise _refused(architecture, "it has no routed experts whose matrices cfsp could find")
+    if routed[0].ffns == 1:
+        raise _refused(architecture, "its blocks have one routed expert, which stays")
     key, axes_of = _find_axes(architecture, config, routed)
     units = tuple(
         replace(unit, expert_axes=axes_of[unit.block]) if unit.routed else unit
