@@ -18,6 +18,7 @@ from cfsp.repair.ridge_pass import Wanted, choose_and_repair
 from cfsp.settings import Budget, Compute, PruneSettings
 from cfsp.streaming.work_dir import WorkDir
 from ragged import tiny
+from tiny_decoders import tiny_model
 
 LONELY = 3
 
@@ -122,3 +123,11 @@ def test_repaired_experts_that_a_run_saved_are_read_again(lonely, tokenizer, tex
         assert one.observed.units[0].routed_E == other.observed.units[0].routed_E
         assert repaired["error_after"] <= repaired["error_before"]
     assert LONELY in fresh[1].repaired[0]["few_tokens"]
+
+
+def test_equal_widths_leave_shared_experts_in_proportion(save, few, tmp_path):
+    """One key of the config gives the width of routed experts, and of shared ones twice that."""
+    source, out = save(tiny_model("deepseek_v3", n_shared_experts=2)), tmp_path / "out"
+    report = cfsp.prune(source, out=out, sparsity=0.3, widths="equal", effort="fast", **few)
+    assert report.intermediate_sizes == [64, 32, 64, 32, 64]
+    assert "auto_map" not in read_json(out / "config.json")

@@ -37,6 +37,7 @@ class UnitSize:
     grain: int = 1  # widths that are no multiples of this cannot be computed with
     part: Part = "ffn"
     stays: bool = False  # with all its channels
+    times: int = 1  # how often as wide as a config says of its kind
 
     @property
     def is_rounded(self) -> bool:
@@ -90,9 +91,10 @@ class ModelSize:
         """Return what new widths of every unit are multiples of, whichever of its kind stay."""
         widths: dict[str, list[int]] = {}
         for unit in self.of_all or self.units:
-            widths.setdefault(unit.kind, []).append(unit.width)
+            widths.setdefault(unit.kind, []).append(unit.width // unit.times)
         return [
-            budget.multiple_for(widths[unit.kind]) if unit.is_rounded else 1 for unit in self.units
+            budget.multiple_for(widths[unit.kind]) * unit.times if unit.is_rounded else 1
+            for unit in self.units
         ]
 
     def least_U(self, budget: Budget) -> list[int]:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import WeightSource, ffn_parameters_per_channel
+from cfsp.checkpoint.skeleton import stock_config
+from cfsp.checkpoint.stock_keys import WidthSearch
 from cfsp.errors import StatisticsError
 from cfsp.planning.allocation import ModelSize, UnitSize, allocate
 from cfsp.planning.candidate import NOTHING, Candidate, Dropped, kept_by, parameters_dropped
@@ -59,6 +61,27 @@ def model_size(
     return ModelSize(units, source.parameter_count - parameters_dropped(source, dropped), of_all)
 
 
+def size_by(source: WeightSource, budget: Budget, dropped: Dropped = NOTHING) -> ModelSize:
+    """Return the numbers of a budget's own.
+
+    With equal widths FFNs are of a kind whose widths one key of a stock config says: a shared
+    expert that is twice as wide as the routed ones has to stay so.
+    """
+    size, ffns = model_size(source, dropped, budget.keep), source.architecture.of_part("ffn")
+    if budget.widths != "equal" or not ffns.units:
+        return size
+    keys = WidthSearch(stock_config(source.config), ffns).keys
+    said = {path: (key, times) for key, times in keys.items() for path in times}
+
+    def of(unit: UnitSize) -> UnitSize:
+        if unit.kind not in said:
+            return unit
+        key, times = said[unit.kind]
+        return replace(unit, kind=key, times=times[unit.kind] // math.gcd(*times.values()))
+
+    return replace(size, units=tuple(map(of, size.units)), of_all=tuple(map(of, size.of_all)))
+
+
 def parameters_of_channels(
     source: WeightSource, parts: Sequence[Part], dropped: Dropped = NOTHING
 ) -> int:
@@ -103,7 +126,7 @@ class Planner:
         What goes whole is decided before; the rest is planned as if it were the model.
         """
         dropped, budget = candidate.dropped, self.budget
-        size = model_size(self.source, dropped, budget.keep)
+        size = size_by(self.source, budget, dropped)
         pairs = zip(self.statistics.units, self.source.units, strict=True)
         units = tuple(seen for seen, unit in pairs if not dropped.takes(unit))
         staying = replace(self.statistics, units=units)

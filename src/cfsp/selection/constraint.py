@@ -37,7 +37,7 @@ from cfsp.planning.candidate import (
     parameters_dropped,
 )
 from cfsp.planning.importance import experts_to_remove
-from cfsp.planning.make import Planner, model_size, parameters_of_channels
+from cfsp.planning.make import Planner, model_size, parameters_of_channels, size_by
 from cfsp.settings import PART_NOUNS, Budget, Part, WholePart
 
 
@@ -220,7 +220,7 @@ class Share(Constraint):
         """Check that so much of the part can go."""
         super().check()
         if self.budget.channel_parts:
-            channels_to_keep(self.budget, model_size(self.source, keep=self.budget.keep))
+            channels_to_keep(self.budget, size_by(self.source, self.budget))
         elif "experts" in self.budget.parts:
             self.experts()
 
@@ -264,7 +264,7 @@ class Parameters(Constraint):
             raise self.too_much()
         if self.budget.whole_parts or not self.budget.channel_parts:
             return
-        size = model_size(self.source, keep=self.budget.keep).of_parts(self.budget.parts)
+        size = size_by(self.source, self.budget).of_parts(self.budget.parts)
         total, each = size.cost_of(size.width_U), size.parameters_per_cost
         check_least(
             self.budget,

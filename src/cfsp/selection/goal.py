@@ -19,7 +19,7 @@ from cfsp.checkpoint.text_config import longest_input_of, text_config_of
 from cfsp.errors import BudgetError
 from cfsp.job import Job
 from cfsp.planning.candidate import NOTHING, Candidate, Dropped, kept_by
-from cfsp.planning.make import Planner, model_size
+from cfsp.planning.make import Planner, model_size, size_by
 from cfsp.quality.perplexity import loss_in_memory
 from cfsp.selection.constraint import (
     STEPS,
@@ -310,7 +310,7 @@ class LossIncrease(Constraint):
         """Check that channels can go; whether the loss stays within is measured later."""
         super().check()
         if not self.budget.whole_parts:
-            size = model_size(self.source, keep=self.budget.keep)
+            size = size_by(self.source, self.budget)
             highest_step(size.of_parts(self.budget.parts), self.budget)
 
     def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
@@ -335,7 +335,7 @@ class LossIncrease(Constraint):
         source, goal = self.source, self.goal
         model = load_whole(source, self.runtime, "--max-loss-increase")
         dense = loss_in_memory(model, self.held_out, "dense")
-        size = model_size(source, keep=self.budget.keep)
+        size = size_by(source, self.budget)
         tried: list[Attempt] = []
 
         def holds(step: int) -> bool:
