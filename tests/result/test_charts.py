@@ -105,6 +105,13 @@ def test_a_caption_is_of_the_criterion_of_the_plan(runs, said):
     assert f'class="panel" x="52" y="14">{shown}</text>' in chart.draw(920)
 
 
+def test_experts_that_went_are_told_as_experts():
+    """Those that stay keep all their channels."""
+    chart = block_chart([run_of((replace(SEVERAL[1], kept=(4, 5, 6, 7)),), [None])])
+    assert f"Block 1 {EXPERTS} (3): keeps 1 of 3 experts (33%)" in chart.draw(920)
+    assert "No FFN channels go from what stays. Experts stay by router weight" in chart.caption
+
+
 def test_every_criterion_has_its_words():
     for metric in BLOCK_METRICS:
         said = worth_in_words(metric, "Blocks", "FFN channels")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 
+from cfsp.planning.importance import SCORE_IN_WORDS
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.result.facts import NOTHING, unit_rows
@@ -93,6 +94,8 @@ def _what_counts(planned: Sequence[tuple[RunFacts, PruningPlan]], part: Part) ->
         if plan.narrows:
             things = f"{thing.capitalize()}s"
             words = [worth_in_words(plan.criterion["block_metric"], things, noun)]
+        if plan.kept_experts is not None:
+            words.append(f"Experts stay by {SCORE_IN_WORDS}.")
         if not all(unit.kept for unit in plan.units):
             chosen = removal_in_words(plan.criterion.get("removal", ""))
             words.append(f"The {thing}s that the model lost are those {chosen}.")
@@ -130,6 +133,8 @@ def _width_panel(title: str, names: Sequence[str], units: Sequence[UnitPlan | No
         if after:
             noun = "channels" if unit.part == "ffn" else PART_NOUNS[unit.part]
             kept = f"keeps {after:,} of {unit.width:,} {noun} ({after / unit.width:.0%})"
+        if unit.loses_experts:
+            kept = f"keeps {len(unit.kept_ffns)} of {unit.ffns} experts ({unit.kept_share:.0%})"
         bars = [("gone", unit.width), *([("kept", after)] if after else [])]
         marks.append(Mark(f"Block {name}: {kept}", bars=bars))
     highest = max(unit.width for unit in units if unit is not None)
