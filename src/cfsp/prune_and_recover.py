@@ -66,15 +66,16 @@ def prune_and_recover(
         # Training in float16 overflows.
         compute=Compute(compute.device, compute.dtype if compute.dtype != "float16" else "auto"),
     )
+    step = "sequential repair" if settings.repairs else "no repair"
     why = "several processes prune together; cfsp recover trains what they give"
     if process_count() > 1 or (why := lack_of_memory(source, source, how)):
-        log.info("best effort: sequential repair without training, because %s", why)
+        log.info("best effort: %s and no training, because %s", step, why)
         return prune(out, settings, team=team), None
     # It imports the Trainer, and with it much that pruning alone does without.
     from cfsp.recovery.recover import recover_checkpoint
 
     check_output(source, out)
-    log.info("best effort: sequential repair, then one pass of training towards the dense model")
+    log.info("best effort: %s, then one pass of training towards the dense model", step)
     pruned = out.with_name(f"{out.name}-pruned")
     before = (read_manifest(pruned) or {}).get(_ASKED) if pruned.is_dir() else None
     if before is None:

@@ -339,10 +339,16 @@ def test_best_effort_reads_no_text_for_an_output_that_cannot_be(
     assert f"{model}/new lies inside the source" in command(*arguments, status=2).err
 
 
-def test_best_effort_without_room_is_not_trained(model, few, tmp_path, monkeypatch, caplog):
+def test_best_effort_without_room_is_not_trained(
+    model, tiny_checkpoint, few, tmp_path, monkeypatch, caplog
+):
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     caplog.set_level("INFO", logger="cfsp")
     choices: Any = {"sparsity": 0.5, "multiple": 4, "effort": "best"}
     report = cfsp.prune(model, out=tmp_path / "out", **choices, **few)
     assert [step["name"] for step in report.repair["steps"]] == ["ridge", "sequential"]
-    assert "sequential repair without training, because training beside" in caplog.text
+    assert "sequential repair and no training, because training beside" in caplog.text
+    mixtral = tiny_checkpoint("mixtral")
+    choices = {"parts": "experts", "sparsity": 0.5, "effort": "best"}
+    assert not cfsp.prune(mixtral, out=tmp_path / "fewer", **choices, **few).repair["steps"]
+    assert "no repair and no training, because training beside" in caplog.text
