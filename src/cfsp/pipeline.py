@@ -32,6 +32,7 @@ from cfsp.checkpoint.own_files import (
 )
 from cfsp.checkpoint.reading import Checkpoint, WeightSource, in_memory
 from cfsp.checkpoint.tensor_file import write_shards
+from cfsp.checkpoint.text_config import text_config_of
 from cfsp.cut.surgery import PrunedSource, build_pruned_model
 from cfsp.decide import NOTHING_KNOWN, Known, decide, decide_together
 from cfsp.errors import OutputError
@@ -254,8 +255,21 @@ def _write_checkpoint(source: Checkpoint, repaired: PruningResult, target: Path)
     pruned = PrunedSource(source, repaired.plan, repaired.tensors)
     digests = write_shards(target, list(pruned.outgoing()))
     pruned.changes.write(source, target)
+    _warn_of_prediction(source, pruned)
     copy_travelling_files(source.directory, target)
     return digests | digests_beside_weights(target)
+
+
+def _warn_of_prediction(source: Checkpoint, pruned: PrunedSource) -> None:
+    """Tell people that layers of multi-token prediction do not fit the new numbers of a config."""
+    behind, text = source.stored.behind(source.architecture), text_config_of(source.config)
+    if behind and any(getattr(text, k, None) != v for k, v in pruned.changes.text.items()):
+        log.warning(
+            "the config of the smaller model no longer describes the layers of multi-token "
+            "prediction (%s and others): generate without use_mtp, and serve without speculative "
+            "decoding by them",
+            behind[0],
+        )
 
 
 def pruning_identity(settings: PruneSettings, known: Known) -> dict[str, Any]:

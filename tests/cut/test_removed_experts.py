@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import cfsp
-from builders import edit_json, plan_of, read_json
+from builders import edit_json, edit_tensors, plan_of, read_json
 from cfsp.architecture import expert_proof
 from cfsp.architecture.activations import observed_activations
 from cfsp.architecture.expert_proof import masked_experts
@@ -198,3 +198,17 @@ def test_a_config_keeps_the_name_that_it_has_for_the_number(save, few, tmp_path)
     assert written[old] == 3
     assert new not in written
     Checkpoint(out)
+
+
+@pytest.mark.parametrize("parts", ["experts", "ffn"])
+def test_a_config_that_no_longer_describes_further_tokens_is_told(
+    parts, save, few, tmp_path, caplog
+):
+    """They are built by its numbers, of which widths by block are none."""
+    source = save(tiny_model("deepseek_v3"))
+    extra = {"model.layers.61.eh_proj.weight": torch.ones(4, 2)}
+    edit_tensors(source / "model.safetensors", lambda found: found.update(extra))
+    asked = {**few, "sparsity": 0.5, "multiple": 8, "effort": "fast"}
+    cfsp.prune(source, out=tmp_path / "out", parts=parts, **asked)
+    told = "describes the layers of multi-token prediction (model.layers.61.eh_proj.weight and"
+    assert (told in caplog.text) == (parts == "experts")
