@@ -27,7 +27,7 @@ from cfsp.checkpoint.skeleton import empty_model
 from cfsp.checkpoint.text_config import longest_input_of
 from cfsp.errors import BudgetError, UsageError
 from cfsp.planning.candidate import Candidate, Dropped, DropSizes
-from cfsp.planning.make import Planner, model_size
+from cfsp.planning.make import Planner, model_size, size_by
 from cfsp.selection.constraint import (
     STEPS,
     Attempt,
@@ -154,7 +154,7 @@ class Speedup(Constraint):
 
         if dropped and not is_too_slow(0):
             return 0.0
-        size = model_size(self.source, dropped, self.budget.keep).of_parts(parts)
+        size = size_by(self.source, self.budget, dropped).of_parts(parts)
         if all(unit.stays for unit in size.units):  # or all blocks that have some are dropped
             return None
         highest = highest_step(size, self.budget)
@@ -202,7 +202,8 @@ class Speedup(Constraint):
     def _reach(self, parts: Sequence[Part]) -> float:
         """Return how many times faster it is at best, if these parts go as far as they may."""
         source, keep = self.source, self.budget.keep
-        pairs = zip(source.units, model_size(source, keep=keep).least_U(self.budget), strict=True)
+        least_U = size_by(source, self.budget).least_U(self.budget)
+        pairs = zip(source.units, least_U, strict=True)
         least_U = [least if unit.part in parts else unit.width for unit, least in pairs]
         sizes = DropSizes.of(source, ("blocks",), keep)
         gone = sorted(sizes.block_of)[not sizes.some_stay :] if "blocks" in parts else ()
