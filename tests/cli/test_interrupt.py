@@ -101,3 +101,21 @@ sys.exit(main())
         "cfsp families: standard output cannot be written: No space left on device; the command "
         "itself is done, only what it tells is lost\n",
     )
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_output_that_is_closed_is_no_error(forks, flags):
+    """As by `>&-`."""
+    code = f"""
+import sys
+from cfsp.__main__ import main
+sys.argv = ["cfsp", "families", *{flags}]
+out, sys.stdout = sys.stdout, None
+try:
+    status = main()
+finally:
+    sys.stdout = out
+sys.exit(status)
+"""
+    (ended,) = forks.code(code)
+    assert ended.stderr == ""

@@ -52,7 +52,7 @@ def tell(told: Told, *, as_json: bool) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         print(_as_json(value)) if as_json else say()
-        sys.stdout.flush()
+        print(end="", flush=True)  # standard output may be closed
     except BrokenPipeError:
         raise
     except OSError as error:
