@@ -119,3 +119,32 @@ sys.exit(status)
 """
     (ended,) = forks.code(code)
     assert ended.stderr == ""
+
+
+STOPPED_TWICE = """
+import os, signal, sys
+import cfsp.cli
+from cfsp.__main__ import main
+
+def run(args):
+    try:
+        os.kill(os.getpid(), {signal})
+    finally:
+        os.kill(os.getpid(), {signal})
+        print("cleaned up")
+
+cfsp.cli.families.run = run
+# Whoever started the tests in the background may have had it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv = ["cfsp", "families"]
+print(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
+)
+def test_who_stops_a_command_twice_lets_it_clean_up(forks, number, said):
+    (ended,) = forks.code(STOPPED_TWICE.format(signal=int(number)))
+    assert ended.stdout == f"cleaned up\n{128 + number}\n"
+    assert ended.stderr.strip() == f"cfsp families: {said}; nothing is half-written"

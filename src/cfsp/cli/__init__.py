@@ -6,13 +6,14 @@ Nothing here imports torch before the arguments are parsed, so that help answers
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -44,6 +45,8 @@ examples:
 
 `cfsp COMMAND --help` explains one command.
 """
+
+_AT_ONCE_SECONDS = 3.0
 
 
 def build_parser() -> Parser:
@@ -86,7 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if threading.current_thread() is threading.main_thread():
         # A polite kill must clean up as Ctrl-C does.
-        signal.signal(signal.SIGTERM, partial(_stop, os.getpid()))
+        stop = _Stop()
+        signal.signal(signal.SIGTERM, stop)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, stop)
     show_messages()
     try:
         from cfsp.checkpoint.output import output_path
@@ -155,9 +161,24 @@ def _process() -> str:
     return f"[process {process_rank()}] " if process_count() > 1 else ""
 
 
-def _stop(own: int, signal_number: int, frame: object) -> None:
-    if os.getpid() != own:
-        # A library forked it: it dies as it would without cfsp.
-        signal.signal(signal_number, signal.SIG_DFL)
-        os.kill(os.getpid(), signal_number)
-    raise _TerminatedError(signal_number)
+class _Stop:
+    """Handles Ctrl-C and SIGTERM: one that follows another at once asks for the same.
+
+    Who is impatient sends two, and so do SLURM and torchrun together; a second error would cut
+    short how the first one cleans up.
+    """
+
+    def __init__(self) -> None:
+        self._own, self._last = os.getpid(), -math.inf
+
+    def __call__(self, signal_number: int, frame: object) -> None:
+        if os.getpid() != self._own:
+            # A library forked it: it dies as it would without cfsp.
+            signal.signal(signal_number, signal.SIG_DFL)
+            os.kill(os.getpid(), signal_number)
+        before, self._last = self._last, time.monotonic()
+        if self._last - before < _AT_ONCE_SECONDS:
+            return
+        if signal_number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise _TerminatedError(signal_number)
