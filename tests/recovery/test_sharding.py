@@ -10,6 +10,7 @@ import torch
 
 import cfsp
 from builders import entries, tensors
+from cfsp.checkpoint.output import exclusive
 from cfsp.result.manifest import read_manifest
 from commands import ranks
 
@@ -115,3 +116,21 @@ def test_the_others_wait_in_the_team_for_what_the_first_measures(forks, argv, te
     code = MEASURING.replace("ARGV", repr(argv))
     ended = forks.code(code, *ranks(2))
     assert ended[0].stdout.startswith("in a group: True\n") and not ended[1].stdout
+
+
+REFUSED = """
+from cfsp import processes
+from cfsp.cli import main
+
+processes._START_SECONDS = 5.0
+print(main(ARGV))
+"""
+
+
+def test_what_the_first_refuses_all_refuse_at_once(forks, argv, tmp_path):
+    """Another run is working there: the others do not wait for a first one that has gone."""
+    argv += ["--out", str(tmp_path / "out")]
+    with exclusive(tmp_path / "out.work" / "process-0-of-1"):
+        ended = forks.code(REFUSED.replace("ARGV", repr(argv)), *ranks(2))
+    for each in ended:
+        assert each.stdout == "2\n" and "another run is working in" in each.stderr, each

@@ -10,6 +10,7 @@ import logging
 import shutil
 import time
 from collections.abc import Collection
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -174,11 +175,10 @@ def recover_checkpoint(
     if is_first_process():
         remove_finished_work(out)
     ready = prepare(source, out, settings, started)
+    with ExitStack() as own:
+        report = _recover(ready, own, command)
     if not is_first_process():
-        return _recover(ready, None, command)
-    with output_work_dir(out, ready.identity, settings.compute.memory_budget) as work_dir:
-        check_output_is_free(out)  # another run may have been at work meanwhile
-        report = _recover(ready, work_dir, command)
+        return report
     limit, took = settings.training.limit.minutes, (time.monotonic() - started) / 60
     if limit is not None and took > limit:
         logger.warning(
@@ -188,16 +188,22 @@ def recover_checkpoint(
     return report
 
 
-def _recover(ready: Prepared, work_dir: WorkDir | None, command: str) -> RecoverReport:
-    """Do the work; only the first process has a work directory, and writes."""
+def _recover(ready: Prepared, own: ExitStack, command: str) -> RecoverReport:
+    """Do the work; only the first process has a work directory, as long as `own`, and writes."""
     watch, windows = ready.watch, ready.windows
+    work_dir: WorkDir | None = None
 
-    def measure() -> tuple[dict[str, Any], float]:
-        return ({}, 0.0) if work_dir is None else measured_before(ready, work_dir)
+    def begin() -> tuple[dict[str, Any], float]:
+        nonlocal work_dir
+        budget = ready.settings.compute.memory_budget
+        work_dir = own.enter_context(output_work_dir(ready.out, ready.identity, budget))
+        check_output_is_free(ready.out)  # another run may have been at work meanwhile
+        return measured_before(ready, work_dir)
 
     with joined(compute_device(ready.settings.compute.device)) as team:
-        # The others wait in the team as long as it takes; a group that opens later gives up.
-        before, seconds = team.from_first(measure)
+        # The others wait in the team as long as it takes, and are refused with the first; a group
+        # that opens later gives up.
+        before, seconds = team.from_first(begin)
         adapted, ready, report = _train(ready, seconds)
     if not report.best_step:
         raise _nothing_gained(report, ready)
