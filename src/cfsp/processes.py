@@ -8,8 +8,10 @@ Importing this does not import torch.
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -169,6 +171,18 @@ def naming_lost_processes() -> Iterator[None]:
             f"process {process_rank()} of {process_count()} lost another process "
             f"({first_line(error)}); see what that one printed"
         ) from error
+
+
+def end_with_parent() -> None:
+    """Let this process, which multiprocessing started, end when the one that did so is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def take_own_accelerator(device: str) -> None:

@@ -7,11 +7,14 @@ import os
 import re
 import shutil
 import signal
+import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,6 +43,7 @@ from cfsp.speed.subjects import (
     random_prompt,
     share_of_others,
 )
+from forks import Job
 from ragged import cut, tiny
 from stock import NEW_TOKENS, generated
 from tiny_decoders import tiny_model
@@ -203,6 +207,29 @@ def test_process_has_memory_of_its_own_and_its_death_is_one_sentence(model):
             child.join()
         with pytest.raises(CfspError, match="ended without an answer"):
             process.run(WORKLOAD)
+
+
+KILLED = """
+import os, signal
+from cfsp.speed import subjects
+
+subjects._load = range  # which gives three things, too, and imports no torch
+with subjects.model_process(0, 3) as process:
+    print(process.executor.submit(os.getpid).result(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_process_ends_with_the_one_that_is_killed(forks):
+    (ended,) = forks(Job("forks.run_code", {"code": KILLED}))
+    assert ended.status == -signal.SIGKILL
+    with suppress(psutil.NoSuchProcess):  # it has ended
+        left, latest = psutil.Process(int(ended.stdout)), time.monotonic() + 30
+        while left.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.05)
+            if time.monotonic() > latest:
+                left.kill()
+                pytest.fail("it is still there")
 
 
 def test_an_export_for_vllm_is_for_its_own_bench(tokenizer, tmp_path, command):

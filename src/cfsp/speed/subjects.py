@@ -40,6 +40,7 @@ from cfsp.checkpoint.skeleton import build_skeleton
 from cfsp.checkpoint.tensor_file import read_weights
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
 from cfsp.errors import CfspError
+from cfsp.processes import end_with_parent
 from cfsp.settings import TimingConditions, Workload
 from cfsp.streaming.decoder_end import text_model
 from cfsp.streaming.memory import peak_rss_bytes
@@ -232,7 +233,7 @@ class ModelProcess:
 def model_process(subject: Subject, conditions: TimingConditions) -> Iterator[ModelProcess]:
     """Start a process, load the model in it, and end it afterwards; its errors are raised here."""
     # Ctrl-C goes to all processes of a terminal: this one ends the others.
-    executor = ProcessPoolExecutor(1, PROCESSES)
+    executor = ProcessPoolExecutor(1, PROCESSES, end_with_parent)
     others = set(multiprocessing.active_children())
     with _interrupts_held_back():
         executor.submit(os.getpid)  # starts it
