@@ -11,6 +11,7 @@ from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import OutputError
+from cfsp.processes import is_first_process
 from cfsp.result.tables import Table
 from cfsp.result.tables import estimate as estimate
 from cfsp.result.tables import human_bytes as human_bytes
@@ -35,9 +36,12 @@ class _PlainLines(logging.Handler):
 
 
 def show_messages() -> None:
-    """Let people see what the library has to say: plain lines on standard error."""
+    """Let people see what the library has to say: plain lines on standard error.
+
+    Several processes would say the same; the first does.
+    """
     logger = logging.getLogger("cfsp")
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if is_first_process() else logging.ERROR)
     if not any(isinstance(handler, _PlainLines) for handler in logger.handlers):
         logger.addHandler(_PlainLines())
 
