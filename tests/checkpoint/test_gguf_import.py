@@ -171,6 +171,12 @@ def test_where_there_is_no_room_another_place_is_asked_for(make_gguf, monkeypatc
         import_gguf(path)
 
 
+def test_a_variable_of_a_cache_that_is_empty_is_as_if_it_was_not_set(monkeypatch):
+    for name in ("CFSP_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, "")
+    assert gguf_import._converted_directory() == Path.home() / ".cache" / "cfsp" / "gguf"
+
+
 def test_an_adapter_beside_a_file_is_not_of_it(make_gguf):
     path = make_gguf(1.0)
     (path.parent / "adapter_config.json").write_text('{"base_model_name_or_path": "nowhere"}')

@@ -233,5 +233,5 @@ def _warn_of_other_tokens(path: Path, directory: Path) -> None:
 
 def _converted_directory() -> Path:
     """Return the folder of all converted models: in $CFSP_CACHE, or in cfsp in the user's cache."""
-    users = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(os.environ.get("CFSP_CACHE") or users / "cfsp") / "gguf"
+    users = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("CFSP_CACHE") or Path(users) / "cfsp") / "gguf"
