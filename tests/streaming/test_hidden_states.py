@@ -90,7 +90,7 @@ def test_a_full_disk_is_an_error_and_not_a_crash(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     hidden = HiddenInFile(SHAPE, torch.bfloat16, tmp_path)
-    with pytest.raises(OutputError, match=r"No space left.*--memory-budget"):
+    with pytest.raises(OutputError, match=r"No space left.*--memory-budget .of prune"):
         hidden.write(BATCHES[0], values(0)[BATCHES[0]])
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutputError, match=r"No space left.*fewer windows"):

@@ -164,7 +164,8 @@ class HiddenInFile(HiddenStates):
                     path.unlink()
             return mapped
         except OSError as error:
-            do = "free the disk, raise --memory-budget, or take fewer windows"
+            more = "raise --memory-budget (of prune and calibrate)"
+            do = f"free the disk, take fewer windows, or {more}"
             raise _no_room(path.parent, nbytes, error, do) from error
 
 
