@@ -102,13 +102,13 @@ def prune_checkpoint(
     measured_on = evaluation_windows(settings.evaluation, source)
     asked_for = pruning_identity(settings, known)
     # What is decided before the first pass depends on these too.
-    of_model = {"dense model": source.identity}
-    identity = of_model | runtime_identity(runtime_of(settings.compute, source)) | asked_for
+    runtime, of_model = runtime_of(settings.compute, source), {"dense model": source.identity}
+    identity = of_model | runtime_identity(runtime) | asked_for
     with (
         output_work_dir(out, identity, settings.compute.memory_budget, team) as work_dir,
         _shared_staging(out, work_dir) as staging,
     ):
-        check_same_work(team, [source], {"command": digest_of(asked_for)})
+        check_same_work(team, [source], [runtime], {"command": digest_of(asked_for)})
         tokenizer = partial(load_tokenizer, source.directory)
         repaired, facts = decide(_job(source, tokenizer, settings, work_dir), known)
         if dry_run:
@@ -197,7 +197,7 @@ def calibrate_source(
     with own if work_dir is None else nullcontext(work_dir) as work_dir:
         job = _job(source, lambda: tokenizer, settings.suited_to_repair(), work_dir)
         budget = digest_of({"budget": repr(job.budget)})
-        check_same_work(work_dir.team, [source], {"command": budget})
+        check_same_work(work_dir.team, [source], [job.runtime], {"command": budget})
         check_can_be_compared(job)
         windows = job.draw()
         with work_dir.watch.stage("calibrate"):

@@ -154,14 +154,18 @@ def test_after_a_death_the_same_command_goes_on(
     assert ended[1].stderr == ""  # it would say the same
 
 
-def test_processes_with_different_work_are_refused(commands, argv, tmp_path):
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [(["--seed", "1"], "calibration text"), (["--dtype", "bfloat16"], "--dtype")],
+)
+def test_processes_with_different_work_are_refused(commands, argv, tmp_path, other, what):
     argv = [*argv, "--out", str(tmp_path / "many")]
     first, second = ranks(2)
-    other = Command([*argv, "--seed", "1"], environment=second)
+    other = Command([*argv, *other], environment=second)
     ended = commands(Command(argv, environment=first), other)
     assert [each.status for each in ended] == [2, 2], ended
     for each in ended:
-        assert "process 1 has another calibration text than process 0" in each.stderr
+        assert f"process 1 has another {what} than process 0" in each.stderr
     assert not list(tmp_path.iterdir())
 
 

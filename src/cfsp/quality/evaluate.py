@@ -171,7 +171,8 @@ def evaluate_models(
             )
     asked = _Asked(exam, against is not None, dense, team)
     identity = _identity(models, asked)
-    check_same_work(team, sources, {"text": json.dumps(identity["texts"])})
+    runtimes = [model.runtime for model in models]
+    check_same_work(team, sources, runtimes, {"text": json.dumps(identity["texts"])})
     measure = partial(_measure, models, asked)
     if out is None:
         with temporary_work_dir() as work_dir:

@@ -150,9 +150,19 @@ def runtime_identity(runtime: Runtime) -> dict[str, Any]:
     }
 
 
-def check_same_work(team: Team, sources: Sequence[WeightSource], more: Mapping[str, str]) -> None:
-    """Check that all processes have the same models and software, and what else is named."""
+def check_same_work(
+    team: Team,
+    sources: Sequence[WeightSource],
+    runtimes: Sequence[Runtime],
+    more: Mapping[str, str],
+) -> None:
+    """Check that all processes have the same models and software, and what else is named.
+
+    And that they compute alike: what `auto` comes to depends on the machine.
+    """
     if team.size > 1:
         software = {f"version of {name}": found for name, found in versions().items()}
         models = ", ".join(source.fingerprint for source in sources)
-        team.check_same({"model": models, **more, **software})
+        alike = [runtime_identity(runtime) for runtime in runtimes]
+        computing = {f"--{x}": ", ".join(each[x] for each in alike) for x in ("device", "dtype")}
+        team.check_same({"model": models, **more, **software, **computing})
