@@ -12,7 +12,7 @@ import cfsp
 from builders import entries, tensors
 from cfsp.checkpoint.output import exclusive
 from cfsp.result.manifest import read_manifest
-from commands import ranks
+from commands import Command, ranks
 
 STEPS = 4
 
@@ -134,3 +134,14 @@ def test_what_the_first_refuses_all_refuse_at_once(forks, argv, tmp_path):
         ended = forks.code(REFUSED.replace("ARGV", repr(argv)), *ranks(2))
     for each in ended:
         assert each.stdout == "2\n" and "another run is working in" in each.stderr, each
+
+
+def test_processes_with_different_teachers_are_refused(commands, argv, tmp_path):
+    """As where one of them does not see the dense model that was pruned."""
+    argv += ["--out", str(tmp_path / "out"), "--shard"]
+    given = (argv, [*argv, "--teacher", "none"])
+    both = zip(given, ranks(2), strict=True)
+    for each in commands(*(Command(own, environment=rank) for own, rank in both)):
+        assert each.status == 2, each
+        assert "process 1 has another --teacher than process 0 (none; there" in each.stderr
+    assert not list(tmp_path.iterdir())

@@ -203,6 +203,7 @@ def _recover(ready: Prepared, own: ExitStack, command: str) -> RecoverReport:
     with joined(compute_device(ready.settings.compute.device)) as team:
         # The others wait in the team as long as it takes, and are refused with the first; a group
         # that opens later gives up.
+        team.check_same({name: str(value) for name, value in ready.identity.items()})
         before, seconds = team.from_first(begin)
         adapted, ready, report = _train(ready, seconds)
     if not report.best_step:
