@@ -15,7 +15,7 @@ def main() -> int:
     if previous is signal.default_int_handler:  # not if whoever started us ignores it
         signal.signal(signal.SIGINT, _leave)
     from cfsp.cli import main as run
-    from cfsp.cli.output import drop_output
+    from cfsp.cli.output import drop
     from cfsp.errors import UsageError
     from cfsp.processes import process_count, process_rank
 
@@ -40,7 +40,7 @@ def main() -> int:
     except BrokenPipeError:
         if not _reader_has_gone():
             raise
-        drop_output()
+        drop(sys.stdout)
         return 128 + signal.SIGPIPE
 
 

@@ -121,6 +121,21 @@ sys.exit(status)
     assert ended.stderr == ""
 
 
+def test_work_goes_on_where_messages_cannot_be_written(forks):
+    """As when its terminal is gone."""
+    code = """
+import logging, os
+from cfsp.cli.output import show_messages
+os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+show_messages()
+for _ in range(2):
+    logging.getLogger("cfsp").warning("nobody reads this")
+print("done")
+"""
+    (ended,) = forks.code(code)
+    assert ended.stdout == "done\n"
+
+
 STOPPED_TWICE = """
 import os, signal, sys
 import cfsp.cli

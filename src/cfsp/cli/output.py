@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from io import TextIOWrapper
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from cfsp.errors import OutputError
 from cfsp.processes import is_first_process
@@ -32,7 +32,12 @@ class _PlainLines(logging.Handler):
         """Write one line to standard error, as it is at that moment."""
         from tqdm import tqdm
 
-        tqdm.write(self.format(record), file=sys.stderr)
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except BrokenPipeError:
+            raise
+        except OSError:  # its terminal is gone, or its disk is full: the work goes on
+            drop(sys.stderr)
 
 
 def show_messages() -> None:
@@ -60,7 +65,7 @@ def tell(told: Told, *, as_json: bool) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        drop_output()
+        drop(sys.stdout)
         raise OutputError(
             f"standard output cannot be written: {error.strerror}; the command itself is done, "
             "only what it tells is lost"
@@ -72,9 +77,9 @@ def _as_json(value: Any) -> str:
     return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), indent=2)
 
 
-def drop_output() -> None:
-    """Write no more to standard output: Python would complain at exit of what it could not."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def drop(stream: TextIO) -> None:
+    """Write no more to a standard stream: Python would complain at exit of what it could not."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
