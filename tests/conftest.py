@@ -12,10 +12,9 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -378,11 +377,12 @@ def models_start_quickly(monkeypatch) -> None:
 
     Its modules are not walked through when garbage is collected, which is before every run.
     """
+    from shortcuts import begin_to_time
+
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["transformers.modeling_utils", "cfsp.speed.subjects"])
     monkeypatch.setattr("cfsp.speed.subjects.PROCESSES", processes)
-    pool = partial(ProcessPoolExecutor, initializer=gc.freeze)
-    monkeypatch.setattr("cfsp.speed.subjects.ProcessPoolExecutor", pool)
+    monkeypatch.setattr("cfsp.speed.subjects.end_with_parent", begin_to_time)
 
 
 @pytest.fixture(scope="session")
