@@ -82,7 +82,7 @@ def test_what_is_written_computes_what_was_trained(name, method, pruned_type, tm
 )
 def test_any_decoder_recovers(name, method, pruned_type, text_file, tmp_path, command):
     pruned, out = pruned_type(name), tmp_path / "out"
-    how = training(2, learning_rate=3e-3)
+    how = training(6, learning_rate=3e-3)
     report = recover(pruned, out, text_file, training=how, adaptation=Adaptation(method, rank=2))
     assert report.history[-1]["held_out"] < report.history[0]["held_out"]
     source = Checkpoint(pruned)
