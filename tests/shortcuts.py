@@ -10,8 +10,6 @@ import torch
 from jinja2 import Environment
 from torch.nn import init
 
-from cfsp.processes import end_with_parent
-
 
 def take_shortcuts() -> None:
     """In this process wait for no disk, draw nothing for tensors that have no data, compile once.
@@ -26,6 +24,8 @@ def take_shortcuts() -> None:
 
 def begin_to_time() -> None:
     """Begin a process that times a model; no module is looked at when garbage is collected."""
+    from cfsp.processes import end_with_parent  # a server of forks has no cfsp
+
     gc.freeze()
     end_with_parent()
 
