@@ -69,8 +69,7 @@ class ConfigChanges:
             given = {key, *(old for old, new in names.items() if new == key)} & text_fields.keys()
             text_fields.update(dict.fromkeys(sorted(given) or [key], value))
         _drop_older_keys(source.config, fields, text_fields, self.text)
-        _renew_computed_keys(source.config, fields, text_fields)
-        _add_what_older_keys_gave(source.config, fields, text_fields, self.text)
+        _say_what_stays(source.config, fields, text_fields, self.text)
         # The order of what stays is that of the source.
         whole = self.whole
         fields = {k: v for k, v in fields.items() if whole.get(k, v) is not None or v is None}
@@ -100,32 +99,24 @@ def _drop_older_keys(
             text_fields[key] = value
 
 
-def _renew_computed_keys(
-    config: PreTrainedConfig, fields: dict[str, Any], text_fields: dict[str, Any]
-) -> None:
-    """Let keys that a class computes of others say what it computes now.
-
-    Other software reads them: of Nemotron-H the pattern of blocks, which transformers leaves out.
-    """
-    before, now = text_config_of(config), text_config_of(_read(config, fields))
-    for key in text_fields.keys() - before.to_dict().keys():
-        if text_fields[key] is not None and getattr(before, key, None) == text_fields[key]:
-            text_fields[key] = getattr(now, key)
-
-
-def _add_what_older_keys_gave(
+def _say_what_stays(
     config: PreTrainedConfig,
     fields: dict[str, Any],
     text_fields: dict[str, Any],
     changes: Mapping[str, Any],
 ) -> None:
-    """Add what a class would not read of older keys any more, such as Step 3.7's list of blocks."""
-    before, now = (
-        json.loads(text_config_of(each).to_json_string(use_diff=False))
-        for each in (config, _read(config, fields))
-    )
+    """Renew keys that a class computes of others, and add what it would not read any more.
+
+    Other software reads the former: of Nemotron-H the pattern of blocks, which transformers leaves
+    out. The latter older keys gave, such as Step 3.7's list of blocks.
+    """
+    before, now = text_config_of(config), text_config_of(_read(config, fields))
+    kept, read = (json.loads(each.to_json_string(use_diff=False)) for each in (before, now))
+    for key in text_fields.keys() - before.to_dict().keys():
+        if text_fields[key] is not None and getattr(before, key, None) == text_fields[key]:
+            text_fields[key] = getattr(now, key)
     said = {*text_fields, *changes, PER_LAYER_CONFIG}
-    text_fields.update((k, v) for k, v in before.items() if k not in said and now.get(k) != v)
+    text_fields.update((k, v) for k, v in kept.items() if k not in said and read.get(k) != v)
 
 
 def _read(config: PreTrainedConfig, fields: dict[str, Any]) -> PreTrainedConfig:
