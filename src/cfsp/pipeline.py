@@ -21,7 +21,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cfsp.calibration.calibrate import calibrate, check_tokens
+from cfsp.calibration.calibrate import calibrate, check_length, check_tokens
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.output import check_is_outside, check_output_is_free, staged_directory
 from cfsp.checkpoint.own_files import (
@@ -41,11 +41,12 @@ from cfsp.job import Job
 from cfsp.processes import Team
 from cfsp.quality.evaluate import evaluation_windows, perplexity_by_text
 from cfsp.quality.perplexity import before_and_after
+from cfsp.repair.ladder import check_windows
 from cfsp.repair.result import PruningResult
 from cfsp.result.card import write_record
 from cfsp.result.manifest import digest_of_plan, facts_for_config, history_of
 from cfsp.result.prune_report import PruneReport, prune_report
-from cfsp.selection.constraint import half_dropped
+from cfsp.selection.constraint import Share, half_dropped
 from cfsp.selection.divergence import with_needed_sensitivity
 from cfsp.selection.drop_order import (
     check_can_be_compared,
@@ -70,7 +71,7 @@ from cfsp.streaming.work_dir import (
     remove_finished_work,
     temporary_work_dir,
 )
-from cfsp.text.drawing import calibration_windows
+from cfsp.text.drawing import calibration_windows, checked_beginning
 from cfsp.text.tokenizers import check_tokenizer, load_tokenizer
 from cfsp.text.windows import Windows
 
@@ -147,6 +148,20 @@ def check_output(source: Checkpoint, out: Path) -> None:
     check_is_outside(out, source.directory)
     remove_finished_work(out)
     check_output_is_free(out)
+
+
+def check_beforehand(source: Checkpoint, out: Path | None, settings: PruneSettings) -> None:
+    """Refuse and warn as a pruning of a share does before a pass, whatever its text holds."""
+    if out is not None:
+        check_is_outside(out, source.directory)
+        check_output_is_free(out)
+    history_of(source)
+    warn_of_no_way_back(source, settings.budget)
+    Share(source, settings.budget).check()
+    checked_beginning(settings.text, load_tokenizer(source.directory))
+    if settings.repairs:
+        check_windows(settings.text.windows)
+    check_length(source.config, settings.text.seqlen, source.label)
 
 
 @contextmanager

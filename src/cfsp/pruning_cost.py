@@ -16,20 +16,14 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from cfsp.calibration.calibrate import check_length
-from cfsp.checkpoint.output import check_is_outside, check_output_is_free
-from cfsp.checkpoint.reading import Checkpoint, WeightSource
+from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
-from cfsp.exports.gguf_architecture import warn_of_no_way_back
 from cfsp.planning.candidate import DropSizes
 from cfsp.planning.importance import COARSE_WINDOWS
 from cfsp.planning.make import parameters_of_channels
-from cfsp.repair.ladder import check_windows
 from cfsp.repair.ridge_pass import gram_bytes
-from cfsp.result.manifest import history_of
 from cfsp.result.tables import human_bytes, human_count
-from cfsp.selection.constraint import Share
 from cfsp.selection.divergence import (
     BEGINNING_TOKENS,
     LEAST_WINDOWS,
@@ -41,8 +35,7 @@ from cfsp.settings import DEFAULT_SAMPLES, Budget, PruneSettings, TargetParamete
 from cfsp.streaming.block_stream import windows_in_batch
 from cfsp.streaming.memory import available_bytes, hidden_budget
 from cfsp.streaming.runtime import Runtime, needed_bytes, runtime_of
-from cfsp.text.drawing import checked_beginning, parts_with_shares
-from cfsp.text.tokenizers import load_tokenizer
+from cfsp.text.drawing import parts_with_shares
 from cfsp.text.windows import Windows, is_held_out
 
 _INTERPRETER_BYTES = int(0.5e9)  # Python, torch and transformers
@@ -74,20 +67,6 @@ class PruningCost:
     bytes_after: int
     flop: float | None  # of all matrix products; None where experts see some of the tokens
     seconds: float | None  # of these, at the speed of this machine: the run takes longer
-
-
-def check_beforehand(source: Checkpoint, out: Path | None, settings: PruneSettings) -> None:
-    """Refuse and warn as a pruning of a share does before a pass, whatever its text holds."""
-    if out is not None:
-        check_is_outside(out, source.directory)
-        check_output_is_free(out)
-    history_of(source)
-    warn_of_no_way_back(source, settings.budget)
-    Share(source, settings.budget).check()
-    checked_beginning(settings.text, load_tokenizer(source.directory))
-    if settings.repairs:
-        check_windows(settings.text.windows)
-    check_length(source.config, settings.text.seqlen, source.label)
 
 
 def pruning_cost(source: WeightSource, out: Path, settings: PruneSettings) -> PruningCost:

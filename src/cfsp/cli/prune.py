@@ -134,10 +134,10 @@ def run(args: argparse.Namespace) -> Told:
     from cfsp.checkpoint.loading import compute_device
     from cfsp.checkpoint.locating import open_checkpoint
     from cfsp.decide import Known
-    from cfsp.pipeline import prune_checkpoint
+    from cfsp.pipeline import check_beforehand, prune_checkpoint
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.prune_and_recover import prune_and_recover
-    from cfsp.pruning_cost import check_beforehand, doubts, pruning_cost
+    from cfsp.pruning_cost import doubts, pruning_cost
 
     plan = PruningPlan.load(args.plan) if args.plan else None
     statistics = Statistics.load(args.statistics) if args.statistics else None
