@@ -136,10 +136,8 @@ def check_least(budget: Budget, size: ModelSize, kept: float, asked: str, of: fl
 
     `asked` says in words what is to go, `of` is the cost of what that is a share of.
     """
-    least, steps = (
-        size.cost_of(size.least_U(budget)),
-        map(mul, size.multiple_U(budget), size.cost_U),
-    )
+    least = size.cost_of(size.least_U(budget))
+    steps = map(mul, size.multiple_U(budget), size.cost_U)
     # Within half a multiple of the least width is the least width.
     if kept < least - min(steps, default=0) / 2:
         # Rounded down, as so much is not refused then.
@@ -222,9 +220,9 @@ def round_widths(
 
     Largest remainder: everything is rounded down, then one multiple at a time goes where the
     largest part of one was lost. A unit keeps at least one multiple and never grows; a width that
-    is no multiple stays possible for a unit that is not pruned at all. The sum is
-    met to within half of the dearest multiple: units with cheap channels do not stray further than
-    a multiple from what their importance gives them to meet it more closely.
+    is no multiple stays possible for a unit that is not pruned at all. The sum is met to within
+    half of the dearest multiple: units with cheap channels do not stray further than a multiple
+    from what their importance gives them to meet it more closely.
     """
     least_U = list(map(min, multiple_U, width_U))
     if total <= sum(map(mul, least_U, cost_U)) + _SAME_COST:  # however dear the next step is
