@@ -6,6 +6,7 @@ takes a minute to convert, is converted only once on a machine.
 
 import gc
 import io
+import logging
 import multiprocessing
 import os
 import random
@@ -356,6 +357,15 @@ def make_case(tmp_path_factory, tokenizer, text_file) -> Callable[..., Any]:
         return pruned_case(dense, tokenizer, tmp_path_factory.mktemp(name), asked)
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def messages_stay() -> Iterator[None]:
+    """Let a test that is another process of several, which says errors alone, leave no trace."""
+    yield
+    logger = logging.getLogger("cfsp")
+    if logger.level == logging.ERROR:
+        logger.setLevel(logging.INFO)
 
 
 @pytest.fixture(scope="session")
