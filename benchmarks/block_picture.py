@@ -7,8 +7,8 @@ The page's drawing takes its colours from the page; here they are written into i
 
 from __future__ import annotations
 
+import argparse
 import re
-import sys
 from pathlib import Path
 
 from cfsp.result.page.by_block import block_chart
@@ -19,7 +19,9 @@ from cfsp.result.runs import read_run
 
 def main() -> None:
     """Print the drawing of the run that the command names."""
-    chart = block_chart([read_run(Path(sys.argv[1]))])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="a directory that cfsp prune wrote")
+    chart = block_chart([read_run(parser.parse_args().run)])
     assert chart is not None, "the run has no plan"
     light = page_file("style.css").partition("}")[0]
     colours = dict(re.findall(r"(--[\w-]+): (#\w+);", light))

@@ -7,8 +7,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,10 +31,13 @@ def _short(reason: str) -> str:
     return text[: _LONGEST_REASON - len(end)].rstrip() + end
 
 
-def main(path: Path) -> None:
+def main() -> None:
     """Write the file."""
     import transformers
 
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path, help="to write")
+    path = parser.parse_args().file
     families = installed_families()
     lines = ",\n".join(map(line_of, families, verdicts(families)))
     head = f'{{"transformers": "{transformers.__version__}", "families": [\n'
@@ -42,4 +45,4 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

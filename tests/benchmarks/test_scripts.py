@@ -1,5 +1,6 @@
-"""What scripts of benchmarks/ write: choose.py, families.py, and what serving.py says first."""
+"""What scripts of benchmarks/ write: choose.py, families.py; and what all say before any work."""
 
+import importlib
 import json
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -72,6 +73,22 @@ def test_a_long_reason_is_cut_and_what_can_go_has_none():
     assert row["class"] == "A"
     assert list(row["why_not"]) == ["kv"]
     assert row["why_not"]["kv"].startswith("a | b ccc") and len(row["why_not"]["kv"]) == 164
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        path.stem
+        for path in sorted((REPOSITORY / "benchmarks").glob("*.py"))
+        if "__main__" in path.read_text(encoding="utf-8")
+    ],
+)
+def test_a_question_for_help_begins_no_work(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(script).main()
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: {script}.py")
 
 
 def test_servers_that_are_not_installed_are_named_before_any_work(monkeypatch, capsys):
