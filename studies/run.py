@@ -69,6 +69,13 @@ _BEFORE, _AFTER, _TRAINED = "unrepaired", "repaired", "recovered"
 Row = dict[str, Any]
 
 
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells the defaults, but not None: what that means is in the help."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Results:
     """The rows of the study in a JSON file; one that is there is not measured again."""
 
@@ -123,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="studies/run.py",
         description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Defaults,
     )
     found.add_argument("study", choices=["9"], help="its number in docs/STUDIES.md")
     found.add_argument(

@@ -71,3 +71,10 @@ def test_results_are_measured_once(tmp_path, text_file):
     # Conditions do not name this machine's places.
     assert study.label(str(text_file)) == f"{text_file.parent.name}/prose"
     assert study.label("wikitext2") == "wikitext2"
+
+
+def test_the_help_tells_no_default_that_is_none(capsys):
+    with pytest.raises(SystemExit):
+        study.main(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "calibration text (default: mixed) --eval" in told and "(default: None)" not in told
