@@ -7,7 +7,7 @@ Makes a checkpoint of Llama 3 8B's shape with random weights (16 GB; `make_check
 128 windows of 1024 tokens: calibration alone, ridge repair at 20% and 50%, sequential repair at
 50%. Each says its seconds by stage and pass and the peak of the device's memory. The dense model
 and the first two are then timed against each other, prefill and decoding. What does not begin
-within the limit is left out and is null. SCRATCH needs 45 GB.
+within the limit is left out and is null. SCRATCH needs 55 GB.
 """
 
 from __future__ import annotations
