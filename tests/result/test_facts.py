@@ -196,7 +196,8 @@ def test_inspect_card_and_page_tell_the_same_of_the_making(run, tmp_path, comman
     pruned, trained = making(manifest)
     assert pruned.facts["goal"] == "--target-params 0.8"
     assert (pruned.verb, trained.verb) == ("pruned", "recovered")
-    assert pruned.facts["asked for"] == "50.0% of FFN channels"
+    # What was asked for is the goal.
+    assert pruned.facts["chosen"] == "50.0% of FFN channels" and "asked for" not in pruned.facts
     assert pruned.facts["repair"].startswith("ridge (error of outputs")
     assert "teacher" not in trained.facts
     for name, value in {**pruned.facts, **trained.facts}.items():

@@ -67,7 +67,7 @@ def _pruning(manifest: Mapping[str, Any]) -> dict[str, str]:
         name = goal["goal"].replace("_", "-")
         tried = f", {len(goal['tried'])} plans tried" if goal["tried"] else ""
         facts["goal"] = f"--{name} {goal['asked']:g}{tried}"
-    facts["asked for"] = f"{criterion['sparsity']:.1%} of {of}"
+    facts["chosen" if goal else "asked for"] = f"{criterion['sparsity']:.1%} of {of}"
     if channels:
         metric = criterion["block_metric"]
         facts["blocks by"] = f"{metric} distance" if metric == ANGULAR else metric
