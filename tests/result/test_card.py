@@ -56,6 +56,7 @@ def test_card_says_what_was_done_and_on_which_text(run, text_file):
         "Repaired on the same text (ridge)",
         "is **flattering**",
         "trust_remote_code=True",
+        "numbers of KV groups, or no attention",  # which bring code too
         "cfsp verify .",
         "the license of that model (`other`) applies",
     ):
