@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
 import cfsp
 import cfsp.recovery.loss
@@ -242,12 +241,19 @@ def error_of_torch(elements: int, path: str = "/dev/full") -> Exception:
     return raised.value
 
 
-def test_a_full_disk_while_training_saves(recovered, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "expected", "said"),
+    [
+        (OSError(28, "full"), OutputError, r"cannot write .*full; make room there"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+    ],
+)
+def test_what_stops_saving_is_told(recovered, tmp_path, monkeypatch, error, expected, said):
     def fail(*_: Any) -> None:
-        raise OSError(28, "full")
+        raise error
 
-    monkeypatch.setattr("transformers.Trainer._save_optimizer_and_scheduler", fail)
-    with pytest.raises(OutputError, match=r"cannot write .*full; make room there"):
+    monkeypatch.setattr("torch.distributed.checkpoint.FileSystemWriter.write_data", fail)
+    with pytest.raises(expected, match=said):
         recovered()
     # The same command goes on from what is whole.
     assert last_checkpoint(work_of(tmp_path / "out") / "process-0-of-1" / "train") is None
@@ -272,7 +278,6 @@ def saving_ends_by(tmp_path, monkeypatch) -> Callable[[Exception], None]:
 @pytest.mark.parametrize(
     "error",
     [
-        SafetensorError("full"),
         *map(error_of_torch, (9, 9999)),
         error_of_torch(9, "/no/such/place"),
         error_of_torch(9, "/dev"),
@@ -283,19 +288,6 @@ def test_a_full_disk_has_one_sentence_whoever_writes(saving_ends_by, error):
     reason = re.escape(str(error).splitlines()[0].split()[-1])
     with pytest.raises(OutputError, match=rf"cannot write .*{reason}; make room there"):
         saving_ends_by(error)
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [(OSError(28, "full"), OutputError), (KeyboardInterrupt(), KeyboardInterrupt)],
-)
-def test_what_stops_saving_a_sharded_model_is_told(recovered, monkeypatch, error, expected):
-    def fail(*_: Any) -> None:
-        raise error
-
-    monkeypatch.setattr("torch.distributed.checkpoint.FileSystemWriter.write_data", fail)
-    with pytest.raises(expected):
-        recovered(training=training(shard=True))
 
 
 @pytest.mark.parametrize(

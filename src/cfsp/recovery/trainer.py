@@ -7,7 +7,8 @@ What differs from its defaults, and nothing else:
 - A loss that is not finite stops the run.
 - With `shard` every process holds a part of all weights (torch's FSDP2). A block is whole only
   while it computes, so that a model and its optimizer take the memory of all processes together.
-  Any number of processes reads the checkpoints that another wrote.
+- A checkpoint has what is trained, and its optimizer, as torch's distributed checkpoints, of which
+  any number of processes reads what another wrote.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
-    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -86,7 +87,10 @@ class RecoverReport:
 
 
 class RecoveryTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer with our schedule and the loss function that the model was given."""
+    """A Trainer with our schedule and the loss function that the model was given.
+
+    The model may be sharded already. Learning rates need no state: they follow the schedule.
+    """
 
     def __init__(
         self,
@@ -119,7 +123,7 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         try:
             super()._save_checkpoint(*args, **kwargs)
         # Each writer has its own; the last is around any of any process, an interruption, too.
-        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+        except (OSError, RuntimeError, CheckpointException) as error:
             cause: BaseException = error
             if isinstance(error, CheckpointException):
                 cause, _ = next(iter(error.failures.values()))
@@ -128,21 +132,53 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
                 raise cause from None
             raise cannot_write(Path(self.args.output_dir), cause) from error
 
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what is trained."""
+        assert output_dir is not None
+        _exchange(save, self._trained_weights(), output_dir, _WEIGHTS)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        _exchange(save, self._optimizer_state(), output_dir, _OPTIMIZER)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        """Write weights by the names that they have in the model, by which they are read again.
+        _exchange(load, self._trained_weights(), resume_from_checkpoint, _WEIGHTS)
 
-        Those of adapters, which PEFT writes, have no others.
-        """
-        if not isinstance(self.model, PreTrainedModel):
-            super()._save(output_dir, state_dict)
-        elif self.args.should_save:
-            self.model.save_pretrained(output_dir, save_original_format=False)
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        trained = {name for name, each in self.model.named_parameters() if each.requires_grad}
-        assert trained.isdisjoint(load_result.missing_keys)
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            state = self._optimizer_state()
+            _exchange(load, state, checkpoint, _OPTIMIZER)
+            set_optimizer_state_dict(self.model, self._plain, state, options=_TRAINED)
+
+    def _trained_weights(self) -> dict[str, Any]:
+        """The weights themselves: what is read is read into them."""
+        # Not by the option: a frozen one that is tied has a second name, which stays.
+        trained = [name for name, each in self.model.named_parameters() if each.requires_grad]
+        found = get_model_state_dict(self.model)
+        return {name: found[name] for name in trained}
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        return get_optimizer_state_dict(self.model, self._plain, options=_TRAINED)
+
+    @property
+    def _plain(self) -> Any:
+        """The optimizer itself, not accelerate's around it."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Return a sharded model in mixed precision, and not in DDP."""
+        if not isinstance(model, FSDPModule):
+            return super()._wrap_model(model, *args, **kwargs)
+        if not getattr(model, "_is_accelerate_prepared", False):
+            model = self.accelerator.prepare_model(
+                model, device_placement=False, evaluation_mode=True
+            )
+            model._is_accelerate_prepared = True  # type: ignore[assignment]
+        return model
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -205,62 +241,11 @@ def shard(
     if process_count() == 1:
         whole.to(device)
         return
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     mesh = init_device_mesh(device.type, (process_count(),))
     for block in blocks_of(model, architecture):
         fully_shard(block, mesh=mesh)
     # Embeddings, the last norm and the head: what a loss function inside the forward finds whole.
     fully_shard(whole, mesh=mesh)
-
-
-class ShardedTrainer(RecoveryTrainer):
-    """A trainer of a model that is sharded already; the arguments are those of its base.
-
-    Learning rates need no state: they follow the schedule.
-    """
-
-    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        """Return the model in mixed precision, and not in DDP."""
-        if not getattr(model, "_is_accelerate_prepared", False):
-            model = self.accelerator.prepare_model(
-                model, device_placement=False, evaluation_mode=True
-            )
-            model._is_accelerate_prepared = True  # type: ignore[assignment]
-        return model
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write what is trained."""
-        assert output_dir is not None
-        _exchange(save, get_model_state_dict(self.model, options=_TRAINED), output_dir, _WEIGHTS)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        _exchange(save, self._optimizer_state(), output_dir, _OPTIMIZER)
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        state = get_model_state_dict(self.model, options=_TRAINED)
-        _exchange(load, state, resume_from_checkpoint, _WEIGHTS)
-        set_model_state_dict(self.model, state, options=_TRAINED)
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            state = self._optimizer_state()
-            _exchange(load, state, checkpoint, _OPTIMIZER)
-            set_optimizer_state_dict(self.model, self._plain, state, options=_TRAINED)
-
-    def _optimizer_state(self) -> dict[str, Any]:
-        return get_optimizer_state_dict(self.model, self._plain, options=_TRAINED)
-
-    @property
-    def _plain(self) -> Any:
-        """The optimizer itself, not accelerate's around it."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
 
 
 def _exchange(do: Callable[..., Any], state: dict[str, Any], directory: str, name: str) -> None:
@@ -288,8 +273,7 @@ def train(adapted: Any, ready: Prepared, schedule: Schedule, loss: ModelLoss) ->
     adapted.config.use_cache = False
     arguments = training_arguments(training, directory, steps, adapted, begins=last is None)
     with without_library_bars():
-        kind = ShardedTrainer if training.shard else RecoveryTrainer
-        trainer = kind(adapted, arguments, ready.text, pace, loss)
+        trainer = RecoveryTrainer(adapted, arguments, ready.text, pace, loss)
         with naming_lost_processes():
             if last is not None and saved_pace(last[1])["fraction"] >= 1:
                 trainer.take_up_finished(*last)
