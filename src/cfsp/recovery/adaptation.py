@@ -33,7 +33,7 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import blocks_of, empty_model
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import PlanError, RecoveryError, UsageError
-from cfsp.planning.allocation import round_widths
+from cfsp.planning.allocation import round_widths, water_fill
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.recovery.settings import Adaptation
 
@@ -164,18 +164,10 @@ def allocate_ranks(weight_L: Sequence[float], mean_rank: float) -> list[int]:
     blocks, total = len(weight_L), round(mean_rank * len(weight_L))
     # Where remainders are equal the first gets the rank: the most important is the first.
     order = sorted(range(blocks), key=lambda block: -weight_L[block])
+    most, ones = [total] * blocks, [1] * blocks
     # Blocks that would get less than 1 get exactly 1, the others share what is left.
-    rich = blocks
-    while True:
-        shared = [weight_L[block] for block in order[:rich]]
-        left, weight = total - (blocks - rich), sum(shared)
-        share_L = [left * value / weight for value in shared]
-        enough = sum(share >= 1 for share in share_L)
-        if enough == rich:
-            break
-        rich = enough
-    share_L += [1.0] * (blocks - rich)
-    rank_L = round_widths(share_L, [total] * blocks, [1] * blocks, [1] * blocks, total)
+    share_L = water_fill([weight_L[block] for block in order], most, ones, total, ones)
+    rank_L = round_widths(share_L, most, ones, ones, total)
     return [rank for _, rank in sorted(zip(order, rank_L, strict=True))]
 
 
