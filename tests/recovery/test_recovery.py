@@ -125,6 +125,21 @@ def test_a_step_has_no_more_windows_than_the_text(recovered, plain):
     assert report.tokens_in_step == text * 32
 
 
+def test_one_process_trains_on_one_accelerator_of_several(recovered, noted, monkeypatch):
+    """The Trainer would give each of them a batch of its own."""
+    made = cfsp.recovery.trainer.training_arguments
+
+    def of_two(*given: Any, **how: Any) -> Any:
+        arguments = made(*given, **how)
+        arguments._n_gpu = 2
+        return arguments
+
+    monkeypatch.setattr(cfsp.recovery.trainer, "training_arguments", of_two)
+    seen = noted(RecoveryTrainer, "training_step", lambda *given: len(given[2]["input_ids"]))
+    recovered(training=training(1, evaluations=1))
+    assert seen == [4]
+
+
 def test_the_last_step_of_a_pass_counts_what_it_has(recovered, plain, noted, out):
     (windows,) = read_manifest(plain)["recovery"]["data"]["sources"].values()
     how = training(4, batch_windows=windows * 2 // 3)

@@ -101,6 +101,8 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         loss: ModelLoss,
     ) -> None:
         data = {"train_dataset": text.train, "eval_dataset": text.held_out}
+        # One process trains on one accelerator of several; what a teacher thinks is not split.
+        args._n_gpu = min(1, args.n_gpu)
         super().__init__(model, args, callbacks=[pace], **data)
         # `Pace` prints instead.
         self.remove_callback(PrinterCallback)
