@@ -30,7 +30,6 @@ from cfsp.streaming.stand_in import (
     Called,
     CallForm,
     Extra,
-    HiddenLayout,
     Place,
     differ,
     find_call_form,
@@ -47,7 +46,7 @@ class BlockCall:
     """Everything but the hidden state that a model passes to one of its blocks."""
 
     arguments: Arguments
-    layout: HiddenLayout = PLAIN.layout  # how the model has its hidden states
+    form: CallForm = PLAIN
 
     def __call__(self, block: nn.Module, hidden_BTD: Tensor) -> Tensor:
         """Call a block as the model would, and return its output hidden state."""
@@ -56,11 +55,11 @@ class BlockCall:
     def output_of(self, block: nn.Module, hidden_BTD: Tensor) -> Any:
         """Call a block as the model would, and return all that it returns."""
         args, kwargs = self.arguments
-        return block(self.layout.unpack(hidden_BTD), *args, **kwargs)
+        return block(self.form.unpack(hidden_BTD), *args, **kwargs)
 
     def hidden_of(self, output: Any) -> Tensor:
         """Return the hidden state in what a block returned."""
-        return self.layout.pack(first_tensor(output))
+        return self.form.pack(first_tensor(output))
 
     def with_values(self, values: Mapping[Place, Any]) -> BlockCall:
         """Return the same call with other values in some places of its arguments."""
@@ -76,8 +75,8 @@ def record_calls(
     """Return how a model calls each of its blocks with some tokens, and what enters the first."""
     called: list[Called] = []
     run_through(partial(_run, decoder), tokens_BT, blocks, form, called)
-    calls = [BlockCall(each.arguments, form.layout) for each in called]
-    return calls, form.layout.pack(called[0].given)
+    calls = [BlockCall(each.arguments, form) for each in called]
+    return calls, form.pack(called[0].given)
 
 
 def _run(decoder: nn.Module, tokens_BT: Tensor) -> Tensor:
@@ -208,7 +207,7 @@ class BlockCalls:
                 f"{place_in_words(index, needs[0])} differs from window to window, which only a "
                 "pass through the dense blocks can follow"
             )
-        if len(self._form.layout.rest) > 1:
+        if len(self._form.rest) > 1:
             raise UnsupportedModelError("its blocks keep several hidden states of a token")
         return self._by_size[windows][index]
 

@@ -113,7 +113,7 @@ class Head:
     def logits(self, hidden_PD: Tensor) -> Tensor:
         """Return the logits of the tokens that follow, PV."""
         # Nothing after the blocks looks at other positions, so each is a window of its own.
-        hidden = self._form.layout.unpack(hidden_PD.to(self._dtype).unsqueeze(1))
+        hidden = self._form.unpack(hidden_PD.to(self._dtype).unsqueeze(1))
         # Which tokens they are does not matter any more.
         tokens_P1 = torch.zeros(len(hidden_PD), 1, dtype=torch.long, device=self._device)
         with resumed_at(self._blocks, len(self._blocks), hidden, self._form):

@@ -68,9 +68,18 @@ def differ(first: Any, second: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class HiddenLayout:
-    """Where a model's hidden states have windows, tokens and the rest; here they are [B, T, D]."""
+class Extra:
+    """Stands for what a block returns besides the hidden state, at a position of the tuple."""
 
+    position: int
+
+
+@dataclass(frozen=True)
+class CallForm:
+    """How a model gives its blocks hidden states and takes them; here they are [B, T, D]."""
+
+    # How many values a block returns besides, in a tuple; None if it returns a tensor.
+    extras: int | None = None
     axis: int = 0  # of the windows; the next is that of the tokens
     rest: tuple[int, ...] = ()  # lengths of the other axes
 
@@ -91,22 +100,6 @@ class HiddenLayout:
             return hidden_BTD
         split = hidden_BTD.reshape(*hidden_BTD.shape[:2], *self.rest)
         return split.movedim((0, 1), (self.axis, self.axis + 1))
-
-
-@dataclass(frozen=True)
-class Extra:
-    """Stands for what a block returns besides the hidden state, at a position of the tuple."""
-
-    position: int
-
-
-@dataclass(frozen=True)
-class CallForm:
-    """How a model takes hidden states from its blocks."""
-
-    # How many values a block returns besides, in a tuple; None if it returns a tensor.
-    extras: int | None = None
-    layout: HiddenLayout = HiddenLayout()
 
     def returned(self, hidden: Tensor) -> Any:
         """Return what a block would that leaves a model's hidden state as it is."""
@@ -231,7 +224,7 @@ def find_call_form(
             )
         shape = tuple(called[0].given.shape)
         axis = next(i for i in range(len(shape) - 1) if shape[i : i + 2] == _PROBED)
-        return CallForm(extras, HiddenLayout(axis, shape[:axis] + shape[axis + 2 :]))
+        return CallForm(extras, axis, shape[:axis] + shape[axis + 2 :])
     raise UnknownModelError(
         f"{name} cannot be run by itself: the model takes neither a tensor nor a tuple from it "
         f"({reasons[0]})"
