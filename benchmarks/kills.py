@@ -179,9 +179,9 @@ def run(argv: Sequence[str], inputs: Inputs, kill_after: float | None = None) ->
     def command() -> int:
         os.environ["TMPDIR"], tempfile.tempdir = str(inputs.place / "tmp"), None
         from cfsp.cli import main as cfsp_main
-        from cfsp.streaming import work_dir
+        from cfsp.streaming import block_pass
 
-        work_dir.SHARE_OF_TIME = float("inf")
+        block_pass.SHARE_OF_TIME = float("inf")
         return cfsp_main(argv)
 
     log = inputs.scratch / "log"

@@ -92,10 +92,9 @@ def prepare(dies: str | None, count: int) -> None:
     """Make this process save after every block and die where it is to."""
     import cfsp.pipeline as pipeline
     import cfsp.streaming.block_pass as block_pass
-    import cfsp.streaming.work_dir as work_dir
     from cfsp.streaming.block_stream import StreamedBlock
 
-    work_dir.SHARE_OF_TIME = float("inf")
+    block_pass.SHARE_OF_TIME = float("inf")
     passed = 0
 
     def die(*args: object, **options: object) -> None:

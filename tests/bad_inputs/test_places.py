@@ -188,7 +188,7 @@ def test_a_read_only_disk(command, place, capfd):
 @pytest.mark.parametrize("command", ["prune", "calibrate", "export"])
 def test_a_full_disk(command, place, capfd, monkeypatch):
     # Else the work may be kept for the same command to go on from, which the message then says.
-    monkeypatch.setattr("cfsp.streaming.work_dir.SHARE_OF_TIME", 0)
+    monkeypatch.setattr("cfsp.streaming.block_pass.SHARE_OF_TIME", 0)
     case = BadInput(WRITERS[command], "No space left on device", OUTPUT)
     with mounted(place.work, "size=8k"):
         assert_refused(case, place, capfd)

@@ -247,7 +247,7 @@ def test_sliced_loss_is_the_loss(rows, monkeypatch):
 
 def test_a_killed_pass_goes_on(tmp_path, monkeypatch, noted):
     source, windows = LoadedModel(build_tiny_model("llama")), random_windows()
-    monkeypatch.setattr("cfsp.streaming.work_dir.SHARE_OF_TIME", 1e9)
+    monkeypatch.setattr("cfsp.streaming.block_pass.SHARE_OF_TIME", 1e9)
 
     def measure(work_dir: WorkDir) -> float:
         return float(streamed(source, windows, work_dir)["value"])

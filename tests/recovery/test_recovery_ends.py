@@ -167,7 +167,7 @@ def test_what_is_measured_before_training_is_timed_whole(tmp_path, monkeypatch, 
     ready: Any = SimpleNamespace(**facts, windows=windows, watch=Stopwatch())
     # Of a second model's worth of blocks the last one is missing.
     seen = noted(StreamedBlock, "advance", lambda it, *_, **__: it.index, dies_at=2 * BLOCKS)
-    monkeypatch.setattr("cfsp.streaming.work_dir.SHARE_OF_TIME", 1e9)
+    monkeypatch.setattr("cfsp.streaming.block_pass.SHARE_OF_TIME", 1e9)
     with pytest.raises(KeyboardInterrupt):
         measured_before(ready, WorkDir(tmp_path, identity={}))
     assert seen == [*range(BLOCKS)] * 2

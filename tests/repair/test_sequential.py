@@ -20,7 +20,7 @@ from cfsp.repair import sequential
 from cfsp.repair.result import PruningResult
 from cfsp.repair.sequential import NAME, blocks_at_gaps, repair_drift
 from cfsp.settings import Budget, CalibrationText, Compute, PruneSettings
-from cfsp.streaming import work_dir
+from cfsp.streaming import block_pass
 from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.windows import Windows
 from tiny_decoders import tiny_model
@@ -193,7 +193,7 @@ def test_interrupted_it_gives_the_same_bits(
     asked += ["--memory-budget", "1KB", "--out", tmp_path / "out"]
     noted(sequential, "_best", lambda *_: None, dies_at=2)
     with monkeypatch.context() as patch:
-        patch.setattr(work_dir, "SHARE_OF_TIME", float("inf"))
+        patch.setattr(block_pass, "SHARE_OF_TIME", float("inf"))
         command(*asked, status=130)
     assert entries(tmp_path) == {"once", "out.work"}
     assert f"sequential: going on at block 1 of {BLOCKS}" in command(*asked).err

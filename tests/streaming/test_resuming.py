@@ -15,8 +15,9 @@ from cfsp.checkpoint.output import _MACHINE
 from cfsp.cli import main
 from cfsp.errors import OutputError, ResumeError
 from cfsp.processes import Team
+from cfsp.streaming.block_pass import _Saver
 from cfsp.streaming.block_stream import StreamedBlock
-from cfsp.streaming.work_dir import Pace, output_work_dir, read_state
+from cfsp.streaming.work_dir import output_work_dir, read_state
 from tiny_models import BLOCKS, build_tiny_model
 
 
@@ -140,7 +141,7 @@ def test_weights_that_are_touched_cost_no_work(runs, model):
         original(block, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cfsp.streaming.work_dir.SHARE_OF_TIME", float("inf"))
+        patch.setattr("cfsp.streaming.block_pass.SHARE_OF_TIME", float("inf"))
         patch.setattr(StreamedBlock, "advance", touched)
         assert "was changed while it was read; start again" in runs.refused(argv)
     assert "going on at block" in runs.end(argv)
@@ -261,7 +262,7 @@ def test_an_interrupted_run_keeps_its_work_and_says_so(error, runs, whole, monke
         original(block, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr("cfsp.streaming.work_dir.SHARE_OF_TIME", float("inf"))
+        patch.setattr("cfsp.streaming.block_pass.SHARE_OF_TIME", float("inf"))
         patch.setattr(StreamedBlock, "advance", interrupted)
         if error is KeyboardInterrupt:
             assert main(runs.calibrate) == 130
@@ -301,18 +302,20 @@ def test_a_sweep_that_was_killed_while_it_wrote_its_settings_begins(runs, model,
 
 
 def test_saving_takes_a_small_share_of_the_time(monkeypatch):
-    now, spent = 0.0, 0.0
+    now, saves = 0.0, 0
+
+    def save(*_: Any) -> None:
+        nonlocal now, saves
+        now, saves = now + 4.0, saves + 1
+
     monkeypatch.setattr("time.monotonic", lambda: now)
-    pace = Pace(nbytes=3_000_000_000)  # expected to take 10 s
-    saves = 0
-    while now < 20_000:
+    monkeypatch.setattr(_Saver, "_save", save)
+    nothing: Any = None
+    saver, hidden = _Saver(*4 * [nothing], Team()), SimpleNamespace(nbytes=3_000_000_000)
+    while now < 20_000:  # it is expected to take 10 s, and takes less
+        saver.block_done(hidden)
         now += 7.0  # a block
-        if pace.due():
-            saves += 1
-            now += 4.0  # it takes less
-            spent += 4.0
-            pace.saved(4.0)
-    assert spent / now <= 0.02
+    assert 4.0 * saves / now <= 0.02
     assert saves > 80
 
 

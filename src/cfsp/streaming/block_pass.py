@@ -24,12 +24,18 @@ from cfsp.progress import item_progress
 from cfsp.streaming.block_stream import StreamedBlock, stream_blocks, windows_in_batch
 from cfsp.streaming.hidden_states import HiddenInFile, HiddenStates, Room
 from cfsp.streaming.runtime import Runtime, runtime_identity
-from cfsp.streaming.work_dir import Pace, PassState, PassTimes, WorkDir, start_over
+from cfsp.streaming.work_dir import PassState, PassTimes, WorkDir, start_over
 from cfsp.text.windows import Windows
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# Saving may take this fraction of the time, so that it never slows a pass by more.
+SHARE_OF_TIME = 0.02
+# What the first save is expected to cost; later ones are measured.
+_BYTES_PER_SECOND = 300e6
+_LEAST_SECONDS = 0.01
 
 
 class Visitor(ABC, Generic[T]):
@@ -125,15 +131,22 @@ class _Saver:
     results: list[Any]
     times: PassTimes
     team: Team
-    pace: Pace | None = None
+    cost: float = 0.0  # in seconds, of the last save
+    last: float = 0.0  # when that was
 
     def block_done(self, hidden: HiddenStates) -> None:
-        self.pace = self.pace or Pace(hidden.nbytes)
-        if not self.team.from_first(self.pace.due):
-            return
-        start = time.monotonic()
-        self._save(hidden)
-        self.pace.saved(time.monotonic() - start)
+        if not self.cost:
+            self._costs(hidden.nbytes / _BYTES_PER_SECOND)
+        if self.team.from_first(self._is_due):
+            start = time.monotonic()
+            self._save(hidden)
+            self._costs(time.monotonic() - start)
+
+    def _is_due(self) -> bool:
+        return (time.monotonic() - self.last) * SHARE_OF_TIME >= self.cost
+
+    def _costs(self, seconds: float) -> None:
+        self.cost, self.last = max(_LEAST_SECONDS, seconds), time.monotonic()
 
     def all_done(self) -> None:
         """Save the results; hidden states are no longer needed."""

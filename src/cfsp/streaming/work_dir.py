@@ -43,12 +43,6 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.json"
 
-# Saving may take this fraction of the time, so that it never slows a pass by more.
-SHARE_OF_TIME = 0.02
-# What the first save is expected to cost; later ones are measured.
-_BYTES_PER_SECOND = 300e6
-_LEAST_SECONDS = 0.01
-
 
 class PassState:
     """The state of one pass, in a directory of its own; unfinished work of another is refused."""
@@ -99,23 +93,6 @@ def read_state(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
                 f"{now}); repeat that command to finish it, or {start_over(work_dir)}"
             )
     return fields
-
-
-class Pace:
-    """Decides when to save about so many bytes: as often as costs little."""
-
-    def __init__(self, nbytes: int) -> None:
-        self._cost = max(_LEAST_SECONDS, nbytes / _BYTES_PER_SECOND)
-        self._last = time.monotonic()
-
-    def due(self) -> bool:
-        """Return whether enough time has passed since the last save."""
-        return (time.monotonic() - self._last) * SHARE_OF_TIME >= self._cost
-
-    def saved(self, seconds: float) -> None:
-        """Note a save and what it took."""
-        self._cost = max(_LEAST_SECONDS, seconds)
-        self._last = time.monotonic()
 
 
 class Stopwatch:
