@@ -109,18 +109,6 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         self._pace, self._loss = pace, loss
         self._held_out_labels = float((text.held_out.label_NT != IGNORED).sum(1).float().mean())
 
-    def take_up_finished(self, checkpoint: Path, state: TrainerState) -> None:
-        """Load the best weights of a run that was stopped after its last step.
-
-        The Trainer itself would train for one more step.
-        """
-        # It is where it was, but a path from another working directory does not lead there.
-        best = checkpoint.with_name(f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
-        state.best_model_checkpoint = str(best)
-        self.state = state
-        self._pace.take_up(state)
-        self._load_best_model()
-
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         try:
             super()._save_checkpoint(*args, **kwargs)
@@ -148,7 +136,9 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         _exchange(load, self._trained_weights(), resume_from_checkpoint, _WEIGHTS)
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        # Its path may be one from another working directory.
+        best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        self._load_from_checkpoint(str(Path(self.args.output_dir) / best))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -278,7 +268,10 @@ def train(adapted: Any, ready: Prepared, schedule: Schedule, loss: ModelLoss) ->
         trainer = RecoveryTrainer(adapted, arguments, ready.text, pace, loss)
         with naming_lost_processes():
             if last is not None and saved_pace(last[1])["fraction"] >= 1:
-                trainer.take_up_finished(*last)
+                # Stopped after its last step: the Trainer itself would train for one more.
+                trainer.state = last[1]
+                pace.take_up(trainer.state)
+                trainer._load_best_model()
             else:
                 trainer.train(resume_from_checkpoint=None if last is None else str(last[0]))
     best_step = trainer.state.best_global_step
