@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -259,43 +258,28 @@ def test_what_stops_saving_is_told(recovered, tmp_path, monkeypatch, error, expe
     assert last_checkpoint(work_of(tmp_path / "out") / "process-0-of-1" / "train") is None
 
 
-@pytest.fixture
-def saving_ends_by(tmp_path, monkeypatch) -> Callable[[Exception], None]:
-    """Lets the Trainer's own saving end by an error."""
-
-    def save(error: Exception) -> None:
-        def fail(*_: Any) -> None:
-            raise error
-
-        monkeypatch.setattr("transformers.Trainer._save_checkpoint", fail)
-        trainer = RecoveryTrainer.__new__(RecoveryTrainer)
-        trainer.args = SimpleNamespace(output_dir=tmp_path)
-        trainer._save_checkpoint()
-
-    return save
-
-
 @pytest.mark.parametrize(
-    "error",
+    ("error", "is_of_the_disk"),
     [
-        *map(error_of_torch, (9, 9999)),
-        error_of_torch(9, "/no/such/place"),
-        error_of_torch(9, "/dev"),
-        RuntimeError("File optimizer.pt cannot be opened."),  # of an older torch
+        *((error_of_torch(elements), True) for elements in (9, 9999)),
+        *((error_of_torch(9, place), True) for place in ("/no/such/place", "/dev")),
+        (RuntimeError("File optimizer.pt cannot be opened."), True),  # of an older torch
+        (torch.OutOfMemoryError("of memory"), False),
+        (RuntimeError("Connection closed by peer"), False),
     ],
 )
-def test_a_full_disk_has_one_sentence_whoever_writes(saving_ends_by, error):
-    reason = re.escape(str(error).splitlines()[0].split()[-1])
-    with pytest.raises(OutputError, match=rf"cannot write .*{reason}; make room there"):
-        saving_ends_by(error)
+def test_a_full_disk_has_one_sentence_whoever_writes(error, is_of_the_disk, tmp_path, monkeypatch):
+    def fail(*_: Any) -> None:
+        raise error
 
-
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("of memory"), RuntimeError("Connection closed by peer")]
-)
-def test_what_else_ends_while_training_saves_is_no_full_disk(saving_ends_by, error):
-    with pytest.raises(type(error), match=str(error)):
-        saving_ends_by(error)
+    monkeypatch.setattr("transformers.Trainer._save_checkpoint", fail)
+    trainer = RecoveryTrainer.__new__(RecoveryTrainer)
+    trainer.args = SimpleNamespace(output_dir=tmp_path)
+    kind, said = type(error), re.escape(str(error).splitlines()[0].split()[-1])
+    if is_of_the_disk:
+        kind, said = OutputError, f"cannot write .*{said}; make room there"
+    with pytest.raises(kind, match=said):
+        trainer._save_checkpoint()
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
