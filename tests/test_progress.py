@@ -47,7 +47,7 @@ def test_of_paths_the_last_part_is_shown_and_work_that_goes_on_counts_from_there
 
 
 def test_an_evaluation_of_recovery_tells_how_far_it_is(clock, caplog):
-    pace = Pace(Schedule(10, 2, 0.0, now=lambda: clock.seconds), lambda steps: steps, None)
+    pace = Pace(Schedule(10, 2, 0.0, now=lambda: clock.seconds), None)
     state, args = SimpleNamespace(global_step=0), SimpleNamespace(device=torch.device("cpu"))
     pace.on_train_begin(args, state, None)
     for steps in (5, 10):

@@ -249,25 +249,22 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Evaluates, saves and stops when the schedule says so, and shows how far the run is.
 
     The Trainer saves its `state` with every checkpoint; when one is complete the first process,
-    which alone has `work`, notes it there, to go on from. `tokens_of` gives the tokens of so many
-    steps over all processes.
+    which alone has `work`, notes it there, to go on from.
     """
 
-    def __init__(
-        self, schedule: Schedule, tokens_of: Callable[[int], int], work: PassState | None
-    ) -> None:
+    def __init__(self, schedule: Schedule, work: PassState | None) -> None:
         # Step, held-out loss, and loss (none before the first step) at each evaluation.
         self.history: list[dict[str, float]] = []
-        self.schedule, self._tokens_of, self._work = schedule, tokens_of, work
+        self.schedule, self._work = schedule, work
         self._bar: Any = None  # while it trains
         self._loss = math.nan
-        self._steps = 0
+        self._tokens = 0  # of all steps, over all processes
         self._batches = 0  # of the evaluation that goes on, so far
 
     @property
     def tokens_per_second(self) -> float:
         """Rate of training in the whole run, without evaluations."""
-        return self._tokens_of(self._steps) / max(self.schedule.training_seconds, 1e-6)
+        return self._tokens / max(self.schedule.training_seconds, 1e-6)
 
     def state(self) -> dict[str, Any]:
         """Return what an interrupted run goes on from."""
@@ -281,7 +278,7 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def take_up(self, state: Any) -> None:
         """Take up an interrupted run, from the state of its Trainer."""
-        saved, self._steps = saved_pace(state), state.global_step
+        saved, self._tokens = saved_pace(state), state.num_input_tokens_seen
         # The Trainer sorts what it saves; a run that went on writes what one in one go does.
         order = ("step", "held_out", "loss")
         self.history = [
@@ -320,7 +317,7 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for what is due."""
-        schedule, self._steps = self.schedule, state.global_step
+        schedule, self._tokens = self.schedule, state.num_input_tokens_seen
         control.should_log |= schedule.evaluates
         control.should_save |= schedule.evaluates
         control.should_evaluate |= schedule.evaluates

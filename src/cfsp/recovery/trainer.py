@@ -19,7 +19,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -260,9 +259,9 @@ def train(adapted: Any, ready: Prepared, schedule: Schedule, loss: ModelLoss) ->
     # The others make nothing there: the first may not have the lock yet.
     work = PassState(directory, ready.identity) if is_first_process() else None
     training, steps = ready.settings.training, schedule.most_steps
-    windows = len(ready.text.train)
-    pace = Pace(schedule, partial(tokens_of, training, windows), work)
+    pace = Pace(schedule, work)
     adapted.config.use_cache = False
+    adapted.main_input_name = "input_ids"  # of which the Trainer counts tokens
     arguments = training_arguments(training, directory, steps, adapted, begins=last is None)
     with without_library_bars():
         trainer = RecoveryTrainer(adapted, arguments, ready.text, pace, loss)
@@ -279,26 +278,14 @@ def train(adapted: Any, ready: Prepared, schedule: Schedule, loss: ModelLoss) ->
     return RecoverReport(
         steps=trainer.state.global_step,
         best_step=best_step if held_out[best_step] < held_out[0] else 0,
-        tokens_in_step=tokens_of(training, windows, 1),
-        tokens=tokens_of(training, windows, trainer.state.global_step),
+        tokens_in_step=min(training.windows_in_step, len(ready.text.train)) * training.seqlen,
+        tokens=trainer.state.num_input_tokens_seen,
         tokens_per_second=round(pace.tokens_per_second, 1),
         history=pace.history,
         trainable_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         ranks=ready.rank_L,
         out=str(ready.out),
     )
-
-
-def tokens_of(training: Training, windows: int, steps: int) -> int:
-    """Return the tokens of the first steps over so many windows, which are passed again and again.
-
-    The last step of a pass has what is left; several processes fill it up with others.
-    """
-    in_step = min(training.windows_in_step, windows)
-    steps_in_pass = math.ceil(windows / in_step)
-    in_pass = windows if process_count() == 1 else steps_in_pass * in_step
-    passes, more = divmod(steps, steps_in_pass)
-    return (passes * in_pass + more * in_step) * training.seqlen
 
 
 def training_arguments(
@@ -337,6 +324,7 @@ def training_arguments(
         save_steps=ENDLESS_STEPS,
         logging_steps=10,
         logging_nan_inf_filter=False,
+        include_num_input_tokens_seen=True,
         load_best_model_at_end=True,
         save_total_limit=2,
         seed=training.seed,
