@@ -171,7 +171,8 @@ def _loads(question: Question, answer: Answer, loaded: list[Any]) -> str | None:
     stock = question.class_name
     needs_code = bool(getattr(model.config, "auto_map", None))
     if needs_code and (found := _loads_without_code(question.checkpoint)):
-        return f"expected that nothing is loaded without the code, found {found}"
+        said = f"expected that nothing is loaded without the code, found {found}"
+        return f"{said}: docs/UPSTREAM.md says what then"
     expected = f"Pruned{stock}" if needs_code else stock
     if classes[0] != expected or stock not in classes:
         return f"expected the class {expected}, found {classes[0]}"
