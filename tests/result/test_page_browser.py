@@ -181,22 +181,6 @@ def test_pointer_selects_the_same_block_in_every_chart(browser, page):
     assert set(lit) == {"2"} and len(lit) > 5
 
 
-def test_hostile_names_do_not_script_the_page(browser, runs, tmp_path):
-    name = HOSTILE.replace("/", "")
-
-    def poison(manifest: dict[str, Any]) -> None:
-        manifest["base_model"]["name"] = name
-        manifest["command"] = HOSTILE + "</script>" + HOSTILE
-
-    copy = changed_copy(runs[0], tmp_path / name, poison)
-    write_report([copy], tmp_path / "report.html")
-    view(browser, (tmp_path / "report.html").as_uri())
-    assert browser.get_log("browser") == []
-    assert browser.execute_script("return window.hacked") is None
-    assert browser.find_element("tag name", "h1").text == f"{name}, pruned"
-    assert browser.find_elements("css selector", "img") == []
-
-
 def test_policy_stops_markup_that_was_let_through(browser, runs, tmp_path):
     out = tmp_path / "report.html"
     write_report(runs[:1], out)

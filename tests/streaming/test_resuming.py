@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 from builders import edit_json, entries, read_json, stop
-from cfsp.checkpoint.output import _MACHINE
 from cfsp.cli import main
 from cfsp.errors import OutputError, ResumeError
 from cfsp.processes import Team
@@ -100,7 +98,8 @@ def test_pruning_killed_at_a_block_resumes_there(runs, where, block, pass_name, 
 # What is refused.
 
 
-def test_another_command_is_refused(runs):
+def test_another_command_is_refused_and_a_mistake_costs_no_work(runs):
+    """What was given now may be wrong where the run that was killed was right."""
     runs.kill(runs.prune, "within", BLOCKS + 2)
     work_dir = runs.directory / "out.work"
     before = entries(work_dir / "process-0-of-1")
@@ -114,11 +113,6 @@ def test_another_command_is_refused(runs):
         assert f"rm -r {work_dir}" in message
         assert "out" not in entries(runs.directory)
         assert entries(work_dir / "process-0-of-1") == before
-
-
-def test_a_mistake_costs_no_work(runs, model):
-    """What was given now may be wrong where the run that was killed was right."""
-    runs.kill(runs.prune, "within", BLOCKS + 2)
     for change, said in (
         (["--samples", "1"], "repair needs at least 2 windows"),
         (["--seqlen", "4096"], "9 are needed"),
@@ -128,12 +122,10 @@ def test_a_mistake_costs_no_work(runs, model):
     assert "ridge: going on at block 1" in runs.end(runs.prune)
 
 
-def test_weights_that_are_touched_cost_no_work(runs, model):
+def test_weights_that_are_touched_cost_no_work(runs, model, copied):
     """The same bytes: the same command goes on."""
-    copy = runs.directory / "copy"
-    shutil.copytree(model, copy)
-    argv = [str(copy) if word == str(model) else word for word in runs.calibrate]
-    original, weights = StreamedBlock.advance, copy / "model.safetensors"
+    argv = [str(copied) if word == str(model) else word for word in runs.calibrate]
+    original, weights = StreamedBlock.advance, copied / "model.safetensors"
 
     def touched(block: StreamedBlock, *args: Any) -> None:
         if block.index == 1:
@@ -147,10 +139,8 @@ def test_weights_that_are_touched_cost_no_work(runs, model):
     assert "going on at block" in runs.end(argv)
 
 
-def test_another_text_model_or_dtype_is_refused(runs, model):
-    copy = runs.directory / "copy"
-    shutil.copytree(model, copy)
-    argv = [str(copy) if word == str(model) else word for word in runs.calibrate]
+def test_another_text_model_or_dtype_is_refused(runs, model, copied):
+    argv = [str(copied) if word == str(model) else word for word in runs.calibrate]
     runs.kill(argv, "after", 1)
     for change, key in (
         (["--seed", "5"], "calibration text"),
@@ -158,14 +148,14 @@ def test_another_text_model_or_dtype_is_refused(runs, model):
         (["--batch-windows", "3"], "batch of windows"),
     ):
         assert f"with another {key} (" in runs.refused([*argv, *change])
-    config = (copy / "config.json").read_text()
-    edit_json(copy / "config.json", lambda fields: fields.update(rms_norm_eps=0.25))
+    config = (copied / "config.json").read_text()
+    edit_json(copied / "config.json", lambda fields: fields.update(rms_norm_eps=0.25))
     assert "with another model (" in runs.refused(argv)
-    (copy / "config.json").write_text(config)
+    (copied / "config.json").write_text(config)
     changed = build_tiny_model("llama")
     with torch.no_grad():
         changed.model.layers[1].mlp.down_proj.weight[0, 0] += 1
-    changed.save_pretrained(copy)
+    changed.save_pretrained(copied)
     assert "with another model (" in runs.refused(argv)
 
 
@@ -218,16 +208,6 @@ def test_a_state_is_complete_and_a_damaged_one_is_refused(runs):
         assert said in runs.refused(runs.calibrate)
 
 
-def test_two_runs_do_not_share_a_place(runs):
-    fcntl = pytest.importorskip("fcntl")
-    work_dir = runs.directory / "stats.work"
-    work_dir.mkdir()
-    with (work_dir / ".process-0-of-1.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another run is working in" in runs.refused(runs.calibrate)
-    runs.end(runs.calibrate)
-
-
 def test_runs_of_other_numbers_of_processes_share_no_place(tmp_path):
     with output_work_dir(tmp_path / "out", {}, None, Team(0, 1)):
         with (
@@ -241,15 +221,6 @@ def test_runs_of_other_numbers_of_processes_share_no_place(tmp_path):
 
 
 # What stays and what goes.
-
-
-def test_leftovers_that_nothing_resumes_from_go(runs, whole):
-    directory = runs.directory / "stats.work" / "process-0-of-1" / "calibrate"
-    directory.mkdir(parents=True)
-    (directory / "hidden-0.bin").write_bytes(b"half")
-    runs.end(runs.calibrate)
-    assert (runs.directory / "stats").read_bytes() == whole["stats"]
-    assert entries(runs.directory) == {"stats"}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
@@ -275,8 +246,11 @@ def test_an_interrupted_run_keeps_its_work_and_says_so(error, runs, whole, monke
     assert (runs.directory / "stats").read_bytes() == whole["stats"]
 
 
-def test_work_beside_a_finished_output_goes(runs):
+def test_leftovers_that_nothing_resumes_from_and_work_beside_a_finished_output_go(runs, whole):
     """A kill can come between the output and the removal of what it was made from."""
+    directory = runs.directory / "stats.work" / "process-0-of-1" / "calibrate"
+    directory.mkdir(parents=True)
+    (directory / "hidden-0.bin").write_bytes(b"half")
     for argv, name in ((runs.calibrate, "stats"), (runs.prune, "out")):
         runs.end(argv)
         state = runs.directory / f"{name}.work" / "process-0-of-1" / "calibrate" / "state.json"
@@ -284,18 +258,7 @@ def test_work_beside_a_finished_output_goes(runs):
         state.write_text("{}")
         assert f"{runs.directory / name} exists" in runs.refused(argv)
     assert entries(runs.directory) == {"stats", "out"}
-
-
-def test_a_sweep_that_was_killed_while_it_wrote_its_settings_begins(runs, model, text):
-    abandoned = (
-        runs.directory / f".sweep.json.partial-{_MACHINE}-{2**22 + 1}"
-    )  # no process has this number
-    abandoned.write_text("{")
-    argv = ["sweep", model, *text[:6], "--sparsity", 0.4, "--multiple", 4, "--eval", text[1]]
-    runs.end([*argv, "--windows", 1, "--out", runs.directory])
-    assert not abandoned.exists()
-    assert entries(runs.directory / "cfsp-0.4") >= {"cfsp.json", "config.json"}
-    assert not list(runs.directory.rglob("model*.safetensors"))
+    assert (runs.directory / "stats").read_bytes() == whole["stats"]
 
 
 # How often to save.
