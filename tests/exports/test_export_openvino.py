@@ -16,7 +16,7 @@ from cfsp.errors import ExportError, OutputError, UsageError
 from cfsp.exports.registry import ExportReport, export
 from ragged import cut, half_of
 from stock import logits_of
-from tiny_models import DENSE_CONFIGS, build_tiny_model
+from tiny_models import build_tiny_model, dense_configs
 
 need_openvino()
 
@@ -24,8 +24,7 @@ need_openvino()
 # Between them: rotary and learned positions, one matrix for two, transposed matrices, biases, tied
 # embeddings, capped logits, and sliding windows in some blocks or in all. .ci/versions sets the
 # variable.
-THREE = ["gemma2", "gpt2", "phi3"]
-DECODED = sorted(DENSE_CONFIGS) if "CFSP_EVERY_FAMILY" in os.environ else THREE
+DECODED = dense_configs("gemma2", "gpt2", "phi3")
 
 
 @pytest.fixture(scope="module")

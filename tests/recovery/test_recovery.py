@@ -1,7 +1,6 @@
 """Recovery end to end, on a tiny pruned model."""
 
 import math
-import os
 import shutil
 import time
 from pathlib import Path
@@ -37,7 +36,7 @@ from cfsp.text.drawing import consecutive_windows
 from family_contract import save_with_tokenizer
 from recovery.conftest import recover, training
 from tiny_decoders import tiny_model
-from tiny_models import TRAINED, build_tiny_model
+from tiny_models import build_tiny_model, dense_configs
 
 CPU = torch.device("cpu")
 
@@ -198,12 +197,9 @@ def test_checkpointing_changes_nothing(recovered, plain):
         assert a == pytest.approx(b, abs=1e-3)
 
 
-# Of Llama's kind are all other tests.
-KINDS = (
-    TRAINED
-    if "CFSP_EVERY_FAMILY" in os.environ
-    else ("gemma2", "gpt2", "granite", "llama-biased", "opt-projected")
-)
+# Capped and scaled logits, transposed matrices, biases and tied embeddings, and projections around
+# the blocks. Of Llama's kind are all other tests.
+KINDS = dense_configs("gemma2", "granite", "gpt2", "llama-biased", "opt-projected")
 
 
 @pytest.mark.parametrize("name", [*KINDS, "qwen2_moe"])

@@ -1,6 +1,5 @@
 """Sequential repair: each down projection takes over what it can of the drift, never more."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from cfsp.streaming import block_pass
 from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.windows import Windows
 from tiny_decoders import tiny_model
-from tiny_models import BLOCKS, TRAINED, build_tiny_model
+from tiny_models import BLOCKS, build_tiny_model, dense_configs
 
 HALF = Budget(0.5, multiple=4)
 
@@ -103,7 +102,7 @@ def test_weights_are_the_ridge_solution_for_the_drift(job, ridge, fitted, window
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
-def test_only_down_projections_change_and_the_model_comes_closer(job, ridge, fitted):
+def test_only_down_projections_change_and_only_where_the_loss_falls(job, ridge, fitted):
     new, old = pruned_source(job, fitted), pruned_source(job, ridge)
     assert new.specs == old.specs
     fitted_to = {name for name in old.specs if not torch.equal(new.read(name), old.read(name))}
@@ -114,10 +113,6 @@ def test_only_down_projections_change_and_the_model_comes_closer(job, ridge, fit
         assert (entry["strength"] is not None) == entry["kept"]
         if entry["kept"]:
             assert entry["loss_after"] < entry["loss_before"]
-    tokens = torch.arange(64)[None] * 7 % 320
-    models = build_tiny_model("llama"), model_of(job, fitted), model_of(job, ridge)
-    dense, one, other = (model(tokens).logits.detach() for model in models)
-    assert (one - dense).square().mean() < (other - dense).square().mean()
 
 
 def test_with_all_channels_no_bit_changes(windows, tmp_path):
@@ -152,12 +147,9 @@ def test_a_gap_beside_blocks_that_need_more_than_hidden_states_stays(save, few, 
     assert "what was removed is not made up for: argument 0 of block 0 differs" in caplog.text
 
 
-# Of Llama's kind are all other tests.
-KINDS = (
-    TRAINED
-    if "CFSP_EVERY_FAMILY" in os.environ
-    else ("gemma2", "gpt2", "opt-projected", "stablelm-parallel")
-)
+# Norms after the FFN and capped logits, transposed matrices, projections around the blocks, and
+# attention and FFN side by side. Of Llama's kind are all other tests.
+KINDS = dense_configs("gemma2", "gpt2", "opt-projected", "stablelm-parallel")
 
 
 @pytest.mark.parametrize("name", KINDS)
