@@ -89,6 +89,9 @@ def test_units_of_a_block_are_repaired_by_themselves(source, windows, tmp_path):
     again = pruned(source, windows, tmp_path, repair="ridge")
     assert (again.plan, again.steps) == (plan, result.steps)
     assert set(again.tensors) == set(result.tensors)
+    first, second = (each.statistics for each in (result, again))
+    assert first is not None and second is not None
+    assert [unit.routed_E for unit in first.units] == [unit.routed_E for unit in second.units]
     for name, tensor in again.tensors.items():
         assert isinstance(tensor, FileTensor) and tensor.spec == specs[name]
 
