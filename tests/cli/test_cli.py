@@ -16,8 +16,7 @@ import pytest
 import torch
 
 import cfsp
-from builders import entries, read_json, stop
-from cfsp.checkpoint.reading import Checkpoint
+from builders import entries, read_json
 from cfsp.cli import COMMANDS, build_parser, main
 from cfsp.cli.options import expand_sets, settings_from
 from cfsp.cli.output import show_messages, tell
@@ -334,13 +333,6 @@ def test_unknown_argument_exits_with_two(command):
     assert "COMMAND" in command(status=2).out
     for argv in (["purge"], ["prune", "demo", "--sparsity", "0.2", "--out", ""]):
         assert "error:" in command(*argv, status=2).err
-
-
-def test_interrupt_says_that_nothing_was_written(command, model, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(Checkpoint, "read", stop)
-    argv = ["prune", model, "--out", tmp_path / "out", "--sparsity", 0.4, *text]
-    assert "interrupted; nothing is half-written" in command(*argv, status=130).err
-    assert entries(tmp_path) == set()
 
 
 @pytest.mark.parametrize(
