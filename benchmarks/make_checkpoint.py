@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerFa
 from cfsp.architecture.model_classes import model_class_of
 from cfsp.checkpoint.output import staged_directory
 from cfsp.checkpoint.skeleton import build_skeleton
-from cfsp.checkpoint.tensor_file import OutgoingTensor, TensorSpec, tensor_chunks, write_shards
+from cfsp.checkpoint.tensor_file import StoredTensor, TensorSpec, tensor_chunks, write_shards
 
 _KEYS = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -71,12 +71,11 @@ def make_checkpoint(
     config = config_of(shape, blocks)
     skeleton = build_skeleton(config, torch.bfloat16)
     tied = set(skeleton.all_tied_weights_keys)
-    outgoing = []
-    for name, parameter in skeleton.named_parameters():
-        if name in tied:
-            continue
-        spec = TensorSpec(torch.bfloat16, tuple(parameter.shape))
-        outgoing.append(OutgoingTensor(name, spec, _chunks_of(name, spec, device)))
+    tensors = {
+        name: _RandomTensor(name, TensorSpec.of(parameter), device)
+        for name, parameter in skeleton.named_parameters()
+        if name not in tied
+    }
     with staged_directory(out) as staging:
         fields = config.to_dict() | {
             "architectures": [model_class_of(config).__name__],
@@ -84,8 +83,8 @@ def make_checkpoint(
         }
         (staging / "config.json").write_text(json.dumps(fields, indent=2, default=str) + "\n")
         byte_tokenizer().save_pretrained(staging)
-        write_shards(staging, outgoing, int(shard_gigabytes * 1e9))
-    return sum(tensor.spec.nbytes for tensor in outgoing)
+        write_shards(staging, tensors, int(shard_gigabytes * 1e9))
+    return sum(tensor.spec.nbytes for tensor in tensors.values())
 
 
 def config_of(shape: str, blocks: int | None = None) -> PreTrainedConfig:
@@ -95,21 +94,24 @@ def config_of(shape: str, blocks: int | None = None) -> PreTrainedConfig:
     return CONFIG_MAPPING[fields.pop("model_type")](**fields)
 
 
-def _chunks_of(name: str, spec: TensorSpec, device: torch.device):
-    def chunks() -> Iterator[memoryview]:
+@dataclass(frozen=True)
+class _RandomTensor(StoredTensor):
+    name: str
+    spec: TensorSpec
+    device: torch.device
+
+    def chunks(self) -> Iterator[memoryview]:
         # A seed for every tensor: shards then do not depend on each other.
-        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
-        left = math.prod(spec.shape)
+        generator = torch.Generator(self.device).manual_seed(zlib.crc32(self.name.encode()))
+        left = self.spec.elements
         while left:
             count = min(left, _CHUNK)
-            if len(spec.shape) == 1:
+            if len(self.spec.shape) == 1:
                 values = torch.ones(count)
             else:
-                values = torch.randn(count, generator=generator, device=device).mul_(DEVIATION)
+                values = torch.randn(count, generator=generator, device=self.device).mul_(DEVIATION)
             yield from tensor_chunks(values.bfloat16().cpu())
             left -= count
-
-    return chunks
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -268,7 +268,7 @@ def _write_checkpoint(source: Checkpoint, repaired: PruningResult, target: Path)
     if repaired.statistics is not None:
         repaired.statistics.save(target / STATISTICS_FILE)
     pruned = PrunedSource(source, repaired.plan, repaired.tensors)
-    digests = write_shards(target, list(pruned.outgoing()))
+    digests = write_shards(target, pruned.outgoing())
     pruned.changes.write(source, target)
     _warn_of_prediction(source, pruned)
     copy_travelling_files(source.directory, target)

@@ -2,6 +2,7 @@
 
 import copy
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from cfsp.checkpoint.reading import (
     read_ffn_weights,
 )
 from cfsp.checkpoint.stored_tensors import StoredTensors
-from cfsp.checkpoint.tensor_file import FileTensor, read_tensor_file, specs_of
+from cfsp.checkpoint.tensor_file import FileTensor, MadeTensor, TensorSpec, read_tensor_file
 from cfsp.errors import CheckpointError, UnsupportedModelError
 from tiny_decoders import model_class, tiny_config, tiny_model
 
@@ -51,11 +52,10 @@ class Saved:
         self.model: Any = tiny_model(model_type)
         self.model.save_pretrained(directory)
         self.file = read_tensor_file(directory / "model.safetensors")
-        self.specs = {name: tensor.spec for name, tensor in self.file.items()}
         with init_empty_weights(include_buffers=False):
             self.empty: Any = model_class(model_type)._from_config(tiny_config(model_type))
         self.architecture = find_architecture(self.empty)
-        self.stored = StoredTensors.of(self.empty, self.architecture, self.specs)
+        self.stored = StoredTensors.of(self.empty, self.architecture, self.file)
 
 
 @pytest.fixture(scope="module", params=TYPES)
@@ -67,9 +67,9 @@ def test_every_tensor_is_accounted_for(saved):
     stored, state = saved.stored, saved.model.state_dict()
     for name, value in state.items():
         name = stored.tied.get(name, name)
-        assert torch.equal(stored.assemble(name, lambda each: saved.file[each].read()), value), name
+        assert torch.equal(stored.assemble(name), value), name
     assert {source for name in state for source in stored.sources(name)} == set(saved.file)
-    assert stored.unused == stored.stale == ()
+    assert stored.unused == () and stored.tensors == saved.file
 
 
 def test_memory_is_seen_as_it_would_be_stored(saved):
@@ -148,7 +148,8 @@ def test_matrices_are_read_and_written(saved):
 
 
 def found_in(model: PreTrainedModel, tensors: dict[str, Tensor]) -> StoredTensors:
-    return StoredTensors.of(model, find_architecture(model), specs_of(tensors))
+    made = {name: MadeTensor.of(tensor) for name, tensor in tensors.items()}
+    return StoredTensors.of(model, find_architecture(model), made)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "mixtral"])
@@ -177,7 +178,7 @@ def test_experts_that_the_hub_has_transposed_stay_so():
     }
     stored = found_in(model, old)
     for name, value in model.state_dict().items():
-        assert torch.equal(stored.assemble(name, old.__getitem__), value)
+        assert torch.equal(stored.assemble(name), value)
         for tensor, again in stored.as_stored({name: value}, model.config).items():
             assert torch.equal(again, old[tensor])
 
@@ -200,7 +201,7 @@ def test_one_stored_tensor_becomes_gate_and_up(monkeypatch, up_first):
     with_converters(monkeypatch, WeightConverter("mlp.fused.weight", targets, [Chunk(dim=0)]))
     stored = found_in(model, tensors)
     for name, value in model.state_dict().items():
-        assert torch.equal(stored.assemble(name, tensors.__getitem__), value)
+        assert torch.equal(stored.assemble(name), value)
     names = [f"model.layers.1.{target}" for target in targets]
     assert set(stored.made_with(names[0])) == set(names)
     cut = {name: model.get_parameter(name)[[5, 8, 90]] for name in names}
@@ -228,7 +229,6 @@ def test_what_cannot_be_stored_again_is_refused(monkeypatch):
 def test_one_stored_tensor_at_a_time_is_in_memory(expert, count):
     model = tiny_model("mixtral")
     tensors = stored_from_memory(model)
-    stored = found_in(model, tensors)
     alive: list[Any] = []
 
     def read(name: str) -> Tensor:
@@ -237,8 +237,10 @@ def test_one_stored_tensor_at_a_time_is_in_memory(expert, count):
         alive.append(weakref.ref(tensor))
         return tensor
 
+    made = {n: MadeTensor(TensorSpec.of(each), partial(read, n)) for n, each in tensors.items()}
+    stored = StoredTensors.of(model, find_architecture(model), made)
     name = "model.layers.0.mlp.experts.gate_up_proj"
-    found = stored.assemble(name, read, expert)
+    found = stored.assemble(name, expert=expert)
     whole = model.get_parameter(name)
     assert torch.equal(found, whole if expert is None else whole[expert])
     assert len(alive) == count
@@ -253,7 +255,7 @@ def test_one_expert_of_a_stack_is_read_alone(tmp_path, noted):
     assert counts == [whole[2].numel()]
 
 
-def test_stale_and_unknown_tensors_are_unused():
+def test_stale_tensors_are_left_out_and_unknown_ones_unused():
     model = tiny_model("llama")
     unknown = {
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
@@ -261,10 +263,9 @@ def test_stale_and_unknown_tensors_are_unused():
         "model.layers.3.eh_proj.weight": torch.ones(4),
     }
     stored = found_in(model, stored_from_memory(model) | unknown)
-    assert set(stored.unused) == set(unknown)
-    assert set(stored.stale) == set(list(unknown)[:2])
-    written = {each.name for each in stored.outgoing(lambda _: iter(()), {}, lambda _: None, None)}
-    assert written == stored.specs.keys() - set(stored.stale)
+    assert stored.unused == ("model.layers.3.eh_proj.weight",)
+    known = set(stored_from_memory(model))
+    assert stored.tensors.keys() == known | set(stored.unused)
 
 
 def test_damaged_checkpoints_are_refused():

@@ -12,11 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from cfsp.checkpoint.tensor_file import (
     DTYPES,
-    OutgoingTensor,
+    MadeTensor,
     TensorSpec,
-    outgoing_tensor,
     read_tensor_file,
-    tensor_chunks,
     write_tensor_file,
 )
 from cfsp.errors import CheckpointError
@@ -42,7 +40,7 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def test_the_library_reads_what_we_write(tmp_path):
     tensors = some_tensors()
-    outgoing = [outgoing_tensor(name, tensor) for name, tensor in tensors.items()]
+    outgoing = {name: MadeTensor.of(tensor) for name, tensor in tensors.items()}
     digest = write_tensor_file(tmp_path / "a.safetensors", outgoing)
     loaded = load_file(tmp_path / "a.safetensors")
     assert loaded.keys() == tensors.keys()
@@ -79,9 +77,9 @@ def test_large_tensors_come_in_pieces(tmp_path):
 
 def test_bytes_that_contradict_the_header_are_our_bug(tmp_path):
     spec = TensorSpec(torch.float32, (3,))
-    lying = OutgoingTensor("t", spec, lambda: tensor_chunks(torch.zeros(2)))
+    lying = MadeTensor(spec, lambda: torch.zeros(2))
     with pytest.raises(AssertionError):
-        write_tensor_file(tmp_path / "a.safetensors", [lying])
+        write_tensor_file(tmp_path / "a.safetensors", {"t": lying})
 
 
 # Damaged files: one sentence that names the file.

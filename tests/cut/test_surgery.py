@@ -15,7 +15,7 @@ from cfsp.checkpoint import output
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.own_files import MODELING_FILE
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.checkpoint.tensor_file import specs_of, write_shards
+from cfsp.checkpoint.tensor_file import FileTensor, specs_of, write_shards
 from cfsp.cli.inspect import inspect_checkpoint
 from cfsp.cut.surgery import PrunedSource
 from cfsp.errors import CheckpointError, OutputError
@@ -46,7 +46,7 @@ def test_shards_in_and_out(tmp_path, dtype, sharded_source, limit):
     source = Checkpoint(tmp_path / "source")
     pruned = PrunedSource(source, plan_keeping(source, KEPT, Dropped()))
     out.mkdir()
-    written = write_shards(out, list(pruned.outgoing()), limit)
+    written = write_shards(out, pruned.outgoing(), limit)
     files = {name: load_file(out / name) for name in written}
     after = {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
     assert sum(map(len, files.values())) == len(after)
@@ -81,15 +81,15 @@ def test_what_is_stored_behind_the_last_block_goes_with_a_block(tmp_path):
 
 
 def test_failure_in_the_middle_of_surgery_leaves_nothing(model, few, tmp_path, monkeypatch):
-    read, served = Checkpoint.chunks, []
+    read, served = FileTensor.chunks, []
 
-    def failing(self: Checkpoint, name: str) -> Any:
-        served.append(name)
+    def failing(self: FileTensor) -> Any:
+        served.append(self.name)
         if len(served) == 5:
             raise CheckpointError("the source ended")
-        return read(self, name)
+        return read(self)
 
-    monkeypatch.setattr(Checkpoint, "chunks", failing)
+    monkeypatch.setattr(FileTensor, "chunks", failing)
     with pytest.raises(CheckpointError, match="the source ended"):
         cfsp.prune(model, out=tmp_path / "out", sparsity=0.4, **few)
     assert len(served) == 5

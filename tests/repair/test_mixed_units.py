@@ -40,7 +40,7 @@ def with_units(source: Any, places: Sequence[tuple[int, str]]) -> Any:
     unit_at = {(unit.block, unit.path): unit for unit in source.units}
     units = tuple(unit_at[place] for place in places)
     source.architecture = replace(source.architecture, units=units)
-    source.stored = StoredTensors.of(source.model, source.architecture, source.specs)
+    source.stored = StoredTensors.of(source.model, source.architecture, source.stored.tensors)
     return source
 
 

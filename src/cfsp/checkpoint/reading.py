@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,10 @@ from cfsp.checkpoint.skeleton import architecture_of, check_is_of_its_config, em
 from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import (
     AGAIN,
-    OutgoingTensor,
+    MadeTensor,
     StoredTensor,
     TensorSpec,
     read_weights,
-    specs_of,
-    tensor_chunks,
 )
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import CheckpointError
@@ -46,14 +44,18 @@ _RUNS, _RUN_VALUES = 4, 1024
 _COMPUTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-class WeightSource(Protocol):
-    """What the stages need of a model, whose weights do not change: config, specs, tensors."""
+class WeightSource:
+    """What the stages need of a model, whose weights do not change: config and tensors."""
 
     config: PreTrainedConfig
     architecture: Architecture
-    specs: Mapping[str, TensorSpec]  # of every stored tensor, in their order
     stored: StoredTensors
     label: str  # what people call it
+
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Dtype and shape of every stored tensor by its name, in their order."""
+        return {name: tensor.spec for name, tensor in self.stored.tensors.items()}
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -97,9 +99,9 @@ class WeightSource(Protocol):
         copy is another, unless only single rows were tuned.
         """
         digest = hashlib.sha256(self.config.model_type.encode())
-        for name, spec in sorted(self.specs.items()):
-            digest.update(f"{name}{list(spec.shape)}".encode())
-            digest.update(_some_values(self, name).numpy().tobytes())
+        for name, tensor in sorted(self.stored.tensors.items()):
+            digest.update(f"{name}{list(tensor.spec.shape)}".encode())
+            digest.update(_some_values(tensor).numpy().tobytes())
         return digest.hexdigest()[:32]
 
     def origin(self, name: str) -> str:
@@ -110,28 +112,11 @@ class WeightSource(Protocol):
         self, name: str, dtype: torch.dtype | None = None, expert: int | None = None
     ) -> Tensor:
         """Return a parameter, also a tied one, or one expert's part; None as dtype is its own."""
+        return self.stored.assemble(self.tied.get(name, name), dtype, expert)
 
-        def read(tensor: str, *row: int) -> Tensor:
-            return self.read(tensor, *row).to(dtype)
-
-        return self.stored.assemble(self.tied.get(name, name), read, expert)
-
-    def read(self, name: str, row: int | None = None) -> Tensor:
-        """Return one stored tensor in its dtype, or what it has at an index of its first axis."""
-        ...
-
-    def read_parts(self, name: str, parts: Sequence[slice]) -> Tensor:
-        """Return some elements of one stored tensor, flattened, part after part, on the CPU."""
-        values = self.read(name).reshape(-1)
-        return torch.cat([values[part] for part in parts]).cpu()
-
-    def chunks(self, name: str) -> Iterator[memoryview]:
-        """Yield the raw bytes of one stored tensor."""
-        return tensor_chunks(self.read(name))
-
-    def outgoing(self) -> Iterator[OutgoingTensor]:
-        """Yield the tensors to be written."""
-        return self.stored.outgoing(self.chunks, {}, self.parameter, self.config)
+    def read(self, name: str) -> Tensor:
+        """Return one stored tensor in its dtype."""
+        return self.stored.tensors[name].read()
 
 
 class Checkpoint(WeightSource):
@@ -164,15 +149,11 @@ class Checkpoint(WeightSource):
             stored = dequantised(files, self.quantisation, dtype, self.label)
         prefix = missing_prefix(model, stored)
         # By their names in the model.
-        self._tensors = {prefix + name: tensor for name, tensor in stored.items()}
-        self.specs = {name: tensor.spec for name, tensor in self._tensors.items()}
-        self.stored = StoredTensors.of(model, self.architecture, dict(self.specs), self.label)
+        tensors = {prefix + name: tensor for name, tensor in stored.items()}
+        self.stored = StoredTensors.of(model, self.architecture, tensors, self.label)
         if others := self.stored.usual_names(model):
-            self._tensors = {others.get(name, name): t for name, t in self._tensors.items()}
-            self.specs = {name: tensor.spec for name, tensor in self._tensors.items()}
-            self.stored = StoredTensors.of(model, self.architecture, dict(self.specs), self.label)
-        for name in self.stored.stale:
-            del self._tensors[name], self.specs[name]
+            tensors = {others.get(name, name): tensor for name, tensor in tensors.items()}
+            self.stored = StoredTensors.of(model, self.architecture, tensors, self.label)
         _check_stored(self, model)
 
     @cached_property
@@ -180,18 +161,6 @@ class Checkpoint(WeightSource):
         """A hex digest of all that a result depends on: weights, and every file read with them."""
         beside = digests_beside_weights(self.directory)
         return hashlib.sha256(f"{self.fingerprint}{beside}".encode()).hexdigest()[:32]
-
-    def read(self, name: str, row: int | None = None) -> Tensor:
-        """Return one stored tensor in its own dtype, or what it has at one index."""
-        return self._tensors[name].read(row)
-
-    def read_parts(self, name: str, parts: Sequence[slice]) -> Tensor:
-        """Return some elements of one stored tensor, flattened, part after part."""
-        return torch.cat([self._tensors[name].read_part(part.start, part.stop) for part in parts])
-
-    def chunks(self, name: str) -> Iterator[memoryview]:
-        """Yield the raw bytes of one stored tensor."""
-        return self._tensors[name].chunks()
 
 
 class LoadedModel(WeightSource):
@@ -215,17 +184,9 @@ class LoadedModel(WeightSource):
         self.architecture = architecture_of(model.config, parts)
         self.label = model.config._name_or_path or type(model).__name__
         check_is_of_its_config(model)
-        self._tensors = stored_from_memory(model)
-        self.specs = specs_of(self._tensors)
-        self.stored = StoredTensors.of(model, self.architecture, self.specs, self.label)
+        tensors = {name: MadeTensor.of(each) for name, each in stored_from_memory(model).items()}
+        self.stored = StoredTensors.of(model, self.architecture, tensors, self.label)
         _check_stored(self, model)
-
-    def read(self, name: str, row: int | None = None) -> Tensor:
-        """Return one stored tensor in its own dtype, or what it has at one index."""
-        tensor = self._tensors[name].detach()
-        if tensor.is_inference():  # autograd refuses it, and a parameter cannot be made of it
-            tensor = tensor.clone()
-        return tensor if row is None else tensor[row]
 
 
 @contextmanager
@@ -254,9 +215,10 @@ def in_memory(model: PreTrainedModel, parts: tuple[Part, ...]) -> Iterator[Loade
         yield source
 
 
-def _some_values(source: WeightSource, name: str) -> Tensor:
+def _some_values(tensor: StoredTensor) -> Tensor:
     """Return what of a stored tensor tells it from another, in float32."""
-    return source.read_parts(name, _spread(source.specs[name].elements)).to(torch.float32)
+    parts = (tensor.read_part(part.start, part.stop) for part in _spread(tensor.spec.elements))
+    return torch.cat([part.cpu() for part in parts]).to(torch.float32)
 
 
 def _spread(elements: int) -> list[slice]:
@@ -270,7 +232,7 @@ def _spread(elements: int) -> list[slice]:
 def _is_copy(source: WeightSource, parameter: str, other: str) -> bool:
     """Return whether a parameter is stored with the values of another one: else it is its own."""
     one, two = (
-        [_some_values(source, name) for name in source.stored.sources(each)]
+        [_some_values(source.stored.tensors[name]) for name in source.stored.sources(each)]
         for each in (parameter, other)
     )
     return len(one) == len(two) and all(map(torch.equal, one, two))

@@ -3,9 +3,9 @@
 transformers renames and converts stored tensors when it loads them. All of cfsp speaks of
 parameters as they are in memory; this module goes between the two, by transformers' own rules.
 
-    stored = StoredTensors.of(model, architecture, specs)
+    stored = StoredTensors.of(model, architecture, tensors)
     stored.sources("model.layers.0.mlp.experts.down_proj")  # model.layers.0.block_sparse_moe...
-    stored.assemble("model.layers.0.mlp.experts.down_proj", checkpoint.read)
+    stored.assemble("model.layers.0.mlp.experts.down_proj")
     stored.as_stored({"model.layers.0.mlp.experts.down_proj": narrower}, config)
 """
 
@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from cfsp.architecture.found import Architecture
 from cfsp.checkpoint.conversion import Conversion, ModelShapes, find_conversions, meta
-from cfsp.checkpoint.tensor_file import AGAIN, OutgoingTensor, TensorSpec, specs_of, tensor_chunks
+from cfsp.checkpoint.tensor_file import AGAIN, MadeTensor, StoredTensor, TensorSpec, specs_of
 from cfsp.errors import CheckpointError, UnsupportedModelError
 
 # What every old checkpoint may hold in its layers and transformers keeps elsewhere.
@@ -31,32 +32,32 @@ _OLD_BUFFER = "rotary_emb.inv_freq"
 
 @dataclass(frozen=True)
 class StoredTensors:
-    """Which stored tensors make up which parameters of a model in memory.
+    """The stored tensors of a model, and which of them make up which parameters in memory.
 
     Parameters here are parameters and stored buffers, by their names in the model.
     """
 
-    specs: Mapping[str, TensorSpec]  # of the stored tensors
+    tensors: Mapping[str, StoredTensor]  # in their order
     parameters: Mapping[str, TensorSpec]  # of all that is made of them
     tied: Mapping[str, str]  # parameters that nothing is stored of, and the one with the value
     twice: Mapping[str, str]  # those that may be copies of another one, of which both are stored
     unused: tuple[str, ...]  # that no parameter takes, such as those of multi-token prediction
-    stale: tuple[str, ...]  # those of a module of the model, which no longer has them
     _made_by: Mapping[str, Conversion] = field(repr=False)
 
     @staticmethod
     def of(
         model: PreTrainedModel,
         architecture: Architecture,
-        specs: Mapping[str, TensorSpec],
+        tensors: Mapping[str, StoredTensor],
         label: str = "the checkpoint",
     ) -> StoredTensors:
         """Find what becomes of the tensors of a checkpoint, by the model of its class and config.
 
-        Only names and shapes count, so the model may be on the meta device. A parameter that is
-        missing or has another shape is a `CheckpointError`, a unit that cannot be stored again an
-        `UnsupportedModelError`.
+        Only names and shapes count, so the model may be on the meta device. What its modules no
+        longer have is left out. A parameter that is missing or has another shape is a
+        `CheckpointError`, a unit that cannot be stored again an `UnsupportedModelError`.
         """
+        specs = {name: tensor.spec for name, tensor in tensors.items()}
         conversions, unused = find_conversions(model, specs)
         made_by: dict[str, Conversion] = {}
         parameters: dict[str, TensorSpec] = {}
@@ -67,13 +68,13 @@ class StoredTensors:
         # Loading makes up by chance what is missing; cutting does not look at what it leaves.
         for fault in _faults_of(model, conversions, made_by, parameters, tied):
             raise CheckpointError(f"{label} {fault}; {AGAIN}")
+        stale = set(_stale(model, unused))
         stored = StoredTensors(
-            specs=specs,
+            tensors={name: tensor for name, tensor in tensors.items() if name not in stale},
             parameters=parameters,
             tied=tied,
             twice={name: to for name, to in _ties(model) if {name, to} <= made_by.keys()},
-            unused=tuple(unused),
-            stale=tuple(_stale(model, unused)),
+            unused=tuple(name for name in unused if name not in stale),
             _made_by=made_by,
         )
         stored._check_can_be_cut(architecture)
@@ -81,16 +82,16 @@ class StoredTensors:
 
     @staticmethod
     def as_in_memory(
-        specs: Mapping[str, TensorSpec],
+        tensors: Mapping[str, StoredTensor],
         unused: Collection[str],
         tied: Mapping[str, str],
         twice: Mapping[str, str],
     ) -> StoredTensors:
         """Return those of a model each of whose parameters is a stored tensor of the same name."""
-        parameters = {name: spec for name, spec in specs.items() if name not in unused}
+        specs = {name: each.spec for name, each in tensors.items() if name not in unused}
         nothing = ModelShapes(None, {})
-        made_by = {name: Conversion(name, {name: [name]}, specs, nothing) for name in parameters}
-        return StoredTensors(specs, parameters, tied, twice, tuple(unused), (), made_by)
+        made_by = {name: Conversion(name, {name: [name]}, specs, nothing) for name in specs}
+        return StoredTensors(tensors, specs, tied, twice, tuple(unused), made_by)
 
     def usual_names(self, model: PreTrainedModel) -> dict[str, str]:
         """Return what a tensor is to be called that is stored as the tied one of two, as a head.
@@ -108,7 +109,7 @@ class StoredTensors:
             for path in (*unit.axes, *unit.expert_axes):
                 name = architecture.block_prefix(unit.block) + path
                 conversion = self._made_by[name]
-                shapes = tuple(self.specs[stored].shape for stored in conversion.stored)
+                shapes = tuple(self.tensors[stored].spec.shape for stored in conversion.stored)
                 kind = id(conversion.converter), shapes, unit.part
                 if conversion.converter is None or kind in checked:
                     continue
@@ -125,11 +126,11 @@ class StoredTensors:
         found: dict[str, TensorSpec] = {}
         problem: Exception | None = None
         try:
-            made = conversion.convert(meta(self.specs, conversion.stored))
+            made = conversion.convert(meta(conversion.specs, conversion.stored))
             found = specs_of(conversion.revert(made, conversion.model.config))
         except Exception as error:  # whatever a converter says to shapes that it did not expect
             problem = error
-        if found != {name: self.specs[name] for name in conversion.stored}:
+        if found != {name: conversion.specs[name] for name in conversion.stored}:
             raise UnsupportedModelError(
                 f"{conversion.target}, made of {conversion.stored[0]}, cannot be stored again in "
                 "the form that the checkpoint has; load it with transformers, call "
@@ -158,17 +159,21 @@ class StoredTensors:
         return [name for name, block in block_of.items() if block is not None and block >= count]
 
     def assemble(
-        self, parameter: str, read: Callable[..., Tensor], expert: int | None = None
+        self, parameter: str, dtype: torch.dtype | None = None, expert: int | None = None
     ) -> Tensor:
         """Return a parameter as the model in memory holds it, or one expert's part of it.
 
-        `read` gives a stored tensor by name; with a number, what it has at that index of its first
-        axis. Where stored tensors lie side by side, one at a time is in memory beside the whole.
+        None as dtype is its own. Where stored tensors lie side by side, one at a time is in memory
+        beside the whole.
         """
+
+        def read(name: str, row: int | None = None) -> Tensor:
+            return self.tensors[name].read(row).to(dtype)
+
         conversion = self._made_by[parameter]
         if conversion.converter is None:
             (name,) = conversion.stored
-            return read(name) if expert is None else read(name, expert)
+            return read(name, expert)
         if conversion.placed is None:
             whole = conversion.convert({name: read(name) for name in conversion.stored})[parameter]
             return whole if expert is None else whole[expert]
@@ -191,17 +196,16 @@ class StoredTensors:
 
     def outgoing(
         self,
-        copied: Callable[[str], Iterator[memoryview]],
         changed: Mapping[str, TensorSpec],
         value: Callable[[str], Tensor],
         config: Any,
         names: Mapping[str, str] | None = None,
-    ) -> Iterator[OutgoingTensor]:
-        """Yield the stored tensors to be written, in their order and form, some of them anew.
+    ) -> dict[str, StoredTensor]:
+        """Return the stored tensors to be written, in their order and form, some of them anew.
 
-        `copied` gives the bytes of those that stay; `changed` has the new parameters, `value` gives
-        them and those that share stored tensors with them; `config` is the new model's. `names` has
-        the new names of those that stay; None for all but the stale ones under their own.
+        `changed` has the new parameters, `value` gives them and those that share stored tensors
+        with them; `config` is the new model's. `names` has the new names of those that stay; None
+        for all under their own.
         """
         group_of: dict[str, list[str]] = {}
         for each in changed:
@@ -210,16 +214,16 @@ class StoredTensors:
         # What shares stored tensors is made anew together, when the first of them is written.
         made: dict[str, Tensor] = {}
 
-        def chunks(name: str, group: Sequence[str]) -> Iterator[memoryview]:
+        def anew(name: str, group: Sequence[str]) -> Tensor:
             if name not in made:
                 made.update(self.as_stored({each: value(each) for each in group}, config))
-            yield from tensor_chunks(made.pop(name))
+            return made.pop(name)
 
-        if names is None:
-            names = {name: name for name in self.specs if name not in self.stale}
-        for name, new in names.items():
+        written: dict[str, StoredTensor] = {}
+        for name in self.tensors if names is None else names:
+            new = name if names is None else names[name]
             if name not in group_of:
-                yield OutgoingTensor(new, self.specs[name], partial(copied, name))
+                written[new] = self.tensors[name]
                 continue
             group = group_of[name]
             if group[0] not in specs_of_group:
@@ -227,7 +231,8 @@ class StoredTensors:
                 specs_of_group[group[0]] = specs_of(self.as_stored(empty, config))
             specs = specs_of_group[group[0]]
             if name in specs:  # else of an expert too many
-                yield OutgoingTensor(new, specs[name], partial(chunks, name, group))
+                written[new] = MadeTensor(specs[name], partial(anew, name, group))
+        return written
 
     def made_with(self, parameter: str) -> list[str]:
         """Return the parameters that are made of the same stored tensors, itself among them."""

@@ -16,7 +16,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,11 @@ class TensorSpec:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @staticmethod
+    def of(tensor: Tensor) -> TensorSpec:
+        """Return those of a tensor."""
+        return TensorSpec(tensor.dtype, tuple(tensor.shape))
+
     @property
     def elements(self) -> int:
         """Number of values."""
@@ -74,11 +79,11 @@ class TensorSpec:
 
 def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
     """Return dtypes and shapes of tensors."""
-    return {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    return {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
 
 
 class StoredTensor:
-    """A tensor of a checkpoint; nothing is read before it is asked for."""
+    """A tensor of a checkpoint, or of one to be written; only its spec is known at once."""
 
     spec: TensorSpec
 
@@ -125,6 +130,33 @@ class FileTensor(StoredTensor):
             if count < len(data) or _version(file.fileno()) != self._version:
                 raise ChangedFileError(f"{self.path} was changed while it was read; start again")
         return data.view(dtype)
+
+
+@dataclass(frozen=True)
+class MadeTensor(StoredTensor):
+    """A tensor in memory, or one that is made whenever it is asked for."""
+
+    spec: TensorSpec
+    _make: Callable[[], Tensor]
+
+    @staticmethod
+    def of(tensor: Tensor) -> MadeTensor:
+        """Return a tensor in memory, for use outside of its graph."""
+        # What was made in inference mode autograd refuses, and no parameter can be made of it.
+        of_graph = tensor.clone if tensor.is_inference() else tensor.detach
+        return MadeTensor(TensorSpec.of(tensor), of_graph)
+
+    def read_part(self, start: int, stop: int) -> Tensor:
+        """Return the elements from one to another, flattened."""
+        return self._make().reshape(-1)[start:stop]
+
+    def read(self, row: int | None = None) -> Tensor:
+        """Return the tensor in its dtype, or what it has at one index of its first axis."""
+        return self._make() if row is None else self._make()[row]
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield the raw bytes at once."""
+        return tensor_chunks(self._make())
 
 
 def read_weights(directory: Path) -> dict[str, FileTensor]:
@@ -197,15 +229,6 @@ def _version(handle: int) -> tuple[int, int, int]:
     return found.st_size, found.st_ino, found.st_mtime_ns
 
 
-@dataclass(frozen=True)
-class OutgoingTensor:
-    """A tensor that will be written: its spec is known now, its bytes are made when needed."""
-
-    name: str
-    spec: TensorSpec
-    chunks: Callable[[], Iterator[memoryview]]
-
-
 def tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
     """Yield the raw bytes of a tensor in memory."""
     data = tensor.detach().cpu().contiguous().view(-1)
@@ -213,20 +236,14 @@ def tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
         yield data.view(torch.uint8).numpy().data
 
 
-def outgoing_tensor(name: str, tensor: Tensor) -> OutgoingTensor:
-    """Return a tensor in memory as one to be written."""
-    spec = TensorSpec(tensor.dtype, tuple(tensor.shape))
-    return OutgoingTensor(name, spec, lambda: tensor_chunks(tensor))
-
-
-def write_tensor_file(path: Path, tensors: Sequence[OutgoingTensor]) -> str:
+def write_tensor_file(path: Path, tensors: Mapping[str, StoredTensor]) -> str:
     """Write tensors one after another, flushed to the disk; return the file's SHA-256 as hex."""
     # The digest is computed on a second thread, so that it hides behind the writing.
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for tensor in tensors:
+    for name, tensor in tensors.items():
         stop = offset + tensor.spec.nbytes
-        header[tensor.name] = {
+        header[name] = {
             "dtype": DTYPE_NAMES[tensor.spec.dtype],
             "shape": list(tensor.spec.shape),
             "data_offsets": [offset, stop],
@@ -248,33 +265,32 @@ def write_tensor_file(path: Path, tensors: Sequence[OutgoingTensor]) -> str:
     return digest.hexdigest()
 
 
-def _file_chunks(header: bytes, tensors: Sequence[OutgoingTensor]) -> Iterator[memoryview]:
+def _file_chunks(header: bytes, tensors: Mapping[str, StoredTensor]) -> Iterator[memoryview]:
     yield memoryview(len(header).to_bytes(8, "little") + header)
-    for tensor in tensors:
+    for name, tensor in tensors.items():
         written = 0
         for chunk in tensor.chunks():
             written += chunk.nbytes
             yield chunk
         # The header is already on disk: bytes that do not match it would corrupt all that follow.
-        assert written == tensor.spec.nbytes, (tensor.name, written, tensor.spec)
+        assert written == tensor.spec.nbytes, (name, written, tensor.spec)
 
 
 def write_shards(
-    directory: Path, tensors: Sequence[OutgoingTensor], max_shard_bytes: int = MAX_SHARD_BYTES
+    directory: Path, tensors: Mapping[str, StoredTensor], max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> dict[str, str]:
     """Write tensors as one or more safetensors files; return the SHA-256 of each by its name.
 
     Bytes are made one tensor at a time. A tensor that is larger than a shard gets one of its own.
     """
-    by_name = {tensor.name: tensor for tensor in tensors}
     split = split_state_dict_into_shards_factory(
-        by_name,
+        dict(tensors),
         get_storage_size=lambda tensor: tensor.spec.nbytes,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_bytes,
     )
     digests = {
-        file_name: write_tensor_file(directory / file_name, [by_name[name] for name in names])
+        file_name: write_tensor_file(directory / file_name, {name: tensors[name] for name in names})
         for file_name, names in split.filename_to_tensors.items()
     }
     if split.is_sharded:

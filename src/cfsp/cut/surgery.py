@@ -11,7 +11,8 @@ in memory at a time, at most the experts of one block.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +24,7 @@ from cfsp.checkpoint.reading import LoadedModel, WeightSource
 from cfsp.checkpoint.skeleton import PRUNED_KEY, build_skeleton, tie
 from cfsp.checkpoint.stored_blocks import name_without_blocks, names_without_blocks
 from cfsp.checkpoint.stored_tensors import StoredTensors
-from cfsp.checkpoint.tensor_file import FileTensor, OutgoingTensor, TensorSpec
+from cfsp.checkpoint.tensor_file import FileTensor, MadeTensor, StoredTensor, TensorSpec
 from cfsp.planning.plan_file import PruningPlan
 
 T = TypeVar("T")
@@ -72,17 +73,20 @@ class PrunedSource(WeightSource):
             for name, new in names_without_blocks(source, removed).items()
             if name not in gone
         }
-        self._unused = {names[name]: name for name in source.stored.unused if name in names}
-        self.specs = {
-            **{new: source.specs[name] for new, name in self._unused.items()},
-            **{new: self._spec(origin) for new, origin in self._origin.items()},
+        unused = {names[name]: name for name in source.stored.unused if name in names}
+        tensors: dict[str, StoredTensor] = {
+            **{new: source.stored.tensors[name] for new, name in unused.items()},
+            **{
+                new: MadeTensor(self._spec(origin), partial(self._value, origin))
+                for new, origin in self._origin.items()
+            },
         }
         tied, twice = (
             self._renamed({name: self._new_name(to) or to for name, to in pairs.items()})
             for pairs in (source.tied, source.stored.twice)
         )
-        unused = self._unused.keys() - self._origin.keys()
-        self.stored = StoredTensors.as_in_memory(self.specs, unused, tied, twice)
+        only_stored = unused.keys() - self._origin.keys()
+        self.stored = StoredTensors.as_in_memory(tensors, only_stored, tied, twice)
 
     def _new_name(self, name: str) -> str | None:
         """Return what a parameter of the source is called here; None if it is gone."""
@@ -97,13 +101,6 @@ class PrunedSource(WeightSource):
     def origin(self, name: str) -> str:
         """Return what a parameter is called in the model that this one is cut from."""
         return self._origin.get(name, name)
-
-    def read(self, name: str, row: int | None = None) -> Tensor:
-        """Return one tensor in its own dtype, or what it has at one index of its first axis."""
-        if name not in self._origin:
-            return self._source.read(self._unused[name], row)
-        whole = self._value(self._origin[name])
-        return whole if row is None else whole[row]
 
     def _spec(self, origin: str) -> TensorSpec:
         spec = self._source.parameters[origin]
@@ -129,15 +126,15 @@ class PrunedSource(WeightSource):
             return tensor.index_select(unit.expert_axes[path], kept)
         return unit.select(path, tensor, [entry.kept_of(ffn) for ffn in range(entry.ffns)])
 
-    def outgoing(self) -> Iterator[OutgoingTensor]:
-        """Yield the tensors to be written, in the source's order and in the form of its own."""
+    def outgoing(self) -> Mapping[str, StoredTensor]:
+        """Return the tensors to be written, in the source's order and in the form of its own."""
         source = self._source
         changed = {
             origin: spec
             for origin, spec in ((each, self._spec(each)) for each in self._origin.values())
             if origin in self._repaired or spec != source.parameters[origin]
         }
-        return source.stored.outgoing(source.chunks, changed, self._value, self.config, self._names)
+        return source.stored.outgoing(changed, self._value, self.config, self._names)
 
 
 def build_pruned_model(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -26,7 +25,7 @@ from cfsp.checkpoint.loading import own_dtype
 from cfsp.checkpoint.own_files import CONFIG_FILE, copy_travelling_files
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import resized_parts
-from cfsp.checkpoint.tensor_file import OutgoingTensor, outgoing_tensor, write_shards
+from cfsp.checkpoint.tensor_file import MadeTensor, StoredTensor, write_shards
 from cfsp.checkpoint.text_config import head_size
 from cfsp.errors import CannotSayError
 from cfsp.exports.common import Written, context_limit, heads_of_blocks, unread_norms
@@ -72,7 +71,7 @@ def write(reader: Reader, source: Checkpoint, out: Path) -> Written:
     check(reader, source)
     notes = [f"nothing here reads the copy back: {reader.name} was not run"]
     if is_stock := not resized_parts(source.config):
-        fields, tensors = _stock_fields(reader, source), source.outgoing()
+        fields, tensors = _stock_fields(reader, source), source.stored.tensors
         layout = source.architecture.class_name
         notes.append(
             f"all blocks are equally wide: {reader.name}'s own class for "
@@ -92,7 +91,7 @@ def write(reader: Reader, source: Checkpoint, out: Path) -> Written:
         code = resources.files("cfsp.exports").joinpath("decilm_config_template.txt").read_text()
         (out / _CODE_FILE).write_text(code, encoding="utf-8")
         notes.append(f"{reader.name} loads it with {trust}, because of its config class")
-    write_shards(out, list(tensors))
+    write_shards(out, tensors)
     copy_travelling_files(source.directory, out)
     (out / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     return Written(layout, None, notes, f"{reader.serve} {trust}".rstrip())
@@ -113,8 +112,7 @@ def check(reader: Reader, source: Checkpoint) -> None:
     if reason := _obstacle(reader, source):
         raise CannotSayError(f"{reader.name} reads DeciLM with {reason}")
     for name in source.stored.unused:
-        if name not in source.stored.stale:
-            raise CannotSayError(f"{reader.name}'s DeciLM class has no place for the tensor {name}")
+        raise CannotSayError(f"{reader.name}'s DeciLM class has no place for the tensor {name}")
 
 
 def _obstacle(reader: Reader, source: Checkpoint) -> str | None:
@@ -211,16 +209,18 @@ def decilm_config(source: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _described_tensors(source: Checkpoint) -> Iterator[OutgoingTensor]:
-    """Yield what readers build: with the zeros that mlx-lm expects beside biases of q, k and v."""
+def _described_tensors(source: Checkpoint) -> dict[str, StoredTensor]:
+    """Return what readers build: with the zeros that mlx-lm expects beside biases of q, k and v."""
     unread = unread_norms(source)
-    yield from (tensor for tensor in source.outgoing() if tensor.name not in unread)
+    every = source.stored.tensors
+    found = {name: tensor for name, tensor in every.items() if name not in unread}
     for block in range(source.architecture.block_count) if _has_multiples(source) else ():
         prefix = f"{source.architecture.block_prefix(block)}self_attn."
         if f"{prefix}q_proj.bias" in source.specs and f"{prefix}o_proj.bias" not in source.specs:
             spec = source.specs[f"{prefix}o_proj.weight"]
             bias = torch.zeros(spec.shape[0], dtype=spec.dtype)
-            yield outgoing_tensor(f"{prefix}o_proj.bias", bias)
+            found[f"{prefix}o_proj.bias"] = MadeTensor.of(bias)
+    return found
 
 
 def _stock_fields(reader: Reader, source: Checkpoint) -> dict[str, Any]:

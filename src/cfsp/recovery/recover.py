@@ -316,8 +316,8 @@ def write_recovered_weights(
         return tensor.to("cpu", source.parameters[name].dtype)
 
     changed = {name: source.parameters[name] for name in trained}
-    outgoing = list(source.stored.outgoing(source.chunks, changed, value, source.config))
-    assert {tensor.name for tensor in outgoing} == source.specs.keys()
+    outgoing = source.stored.outgoing(changed, value, source.config)
+    assert outgoing.keys() == source.specs.keys()
     return write_shards(directory, outgoing)
 
 

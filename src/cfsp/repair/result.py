@@ -16,7 +16,7 @@ from cfsp.calibration.observed import CalibrationRecord
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.tensor_file import (
     FileTensor,
-    outgoing_tensor,
+    MadeTensor,
     read_tensor_file,
     write_tensor_file,
 )
@@ -74,8 +74,8 @@ class PruningResult:
 
 def write_tensors(directory: Path, block: int, tensors: Mapping[str, Tensor]) -> None:
     """Write new tensors of a block."""
-    path = _tensors_path(directory, block)
-    write_tensor_file(path, [outgoing_tensor(name, tensor) for name, tensor in tensors.items()])
+    made = {name: MadeTensor.of(tensor) for name, tensor in tensors.items()}
+    write_tensor_file(_tensors_path(directory, block), made)
 
 
 def _tensors_path(directory: Path, block: int) -> Path:
