@@ -101,7 +101,7 @@ def test_what_is_cut_is_stored_as_transformers_would_save_it(saved):
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(cut[name]))
     expected = revert_weight_conversion(model, saved_state(model))
-    together = {tuple(saved.stored.made_with(name)) for name in saved.stored.parameters}
+    together = {saved.stored.made_with(name) for name in saved.stored.parameters}
     for names in together:
         of_these = {name: cut[name] for name in names}
         for stored, value in saved.stored.as_stored(of_these, saved.model.config).items():

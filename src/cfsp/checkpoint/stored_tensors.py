@@ -207,36 +207,26 @@ class StoredTensors:
         with them; `config` is the new model's. `names` has the new names of those that stay; None
         for all under their own.
         """
-        group_of: dict[str, list[str]] = {}
-        for each in changed:
-            group_of |= dict.fromkeys(self.sources(each), self.made_with(each))
-        specs_of_group: dict[str, dict[str, TensorSpec]] = {}
-        # What shares stored tensors is made anew together, when the first of them is written.
-        made: dict[str, Tensor] = {}
 
-        def anew(name: str, group: Sequence[str]) -> Tensor:
+        def make(name: str, group: Sequence[str], made: dict[str, Tensor]) -> Tensor:
             if name not in made:
                 made.update(self.as_stored({each: value(each) for each in group}, config))
             return made.pop(name)
 
-        written: dict[str, StoredTensor] = {}
-        for name in self.tensors if names is None else names:
-            new = name if names is None else names[name]
-            if name not in group_of:
-                written[new] = self.tensors[name]
-                continue
-            group = group_of[name]
-            if group[0] not in specs_of_group:
-                empty = meta({**self.parameters, **changed}, group)
-                specs_of_group[group[0]] = specs_of(self.as_stored(empty, config))
-            specs = specs_of_group[group[0]]
-            if name in specs:  # else of an expert too many
-                written[new] = MadeTensor(specs[name], partial(anew, name, group))
-        return written
+        found, specs = dict(self.tensors), {**self.parameters, **changed}
+        # What shares stored tensors is made anew together, when the first of them is written.
+        for group in dict.fromkeys(self.made_with(each) for each in changed):
+            made: dict[str, Tensor] = {}
+            for name in self.sources(group[0]):
+                del found[name]  # it may be of an expert too many
+            for name, spec in specs_of(self.as_stored(meta(specs, group), config)).items():
+                found[name] = MadeTensor(spec, partial(make, name, group, made))
+        names = {name: name for name in self.tensors} if names is None else names
+        return {new: found[name] for name, new in names.items() if name in found}
 
-    def made_with(self, parameter: str) -> list[str]:
+    def made_with(self, parameter: str) -> tuple[str, ...]:
         """Return the parameters that are made of the same stored tensors, itself among them."""
-        return list(self._made_by[parameter].made)
+        return tuple(self._made_by[parameter].made)
 
 
 def _ties(model: PreTrainedModel) -> Iterable[tuple[str, str]]:
