@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,20 +31,6 @@ from cfsp.checkpoint.tensor_file import TensorSpec, specs_of
 Place = tuple[int | slice, ...]  # index into a parameter
 
 
-@dataclass(frozen=True)
-class ModelShapes:
-    """What a converter asks of a model: its config, and parameters of which only shapes count."""
-
-    config: Any
-    tensors: Mapping[str, Tensor] = field(repr=False)
-    # Where transformers looks for the conversions that loaded it.
-    _weight_conversions: list[Any] | None = field(default=None, repr=False)
-
-    def get_parameter(self, name: str) -> Tensor:
-        """Return a parameter without values."""
-        return self.tensors[name]
-
-
 @dataclass(frozen=True, eq=False)
 class Conversion:
     """Stored tensors, and the parameters that transformers makes of them."""
@@ -51,7 +38,7 @@ class Conversion:
     target: str  # the parameter, or the first of several
     sources: dict[str, list[str]]  # in the order in which the converter wants them, by its patterns
     specs: Mapping[str, TensorSpec] = field(repr=False)  # of the stored tensors
-    model: ModelShapes = field(repr=False)
+    model: Any = field(repr=False)  # with the config, and parameters of which only shapes count
     converter: Any = None  # `WeightConverter`; None if the only stored tensor is the parameter
     # Of transformers, that some name of the checkpoint went through.
     renamings: list[Any] = field(default_factory=list, repr=False)
@@ -74,7 +61,11 @@ class Conversion:
         """Return the stored tensors that all of its parameters are made of: undo `convert`."""
         if self.converter is None:
             return {self.stored[0]: parameters[self.target]}
-        loaded = ModelShapes(config, parameters, [*self.renamings, self.converter])
+        loaded = SimpleNamespace(
+            config=config,
+            get_parameter=parameters.__getitem__,
+            _weight_conversions=[*self.renamings, self.converter],
+        )
         return as_saved(loaded, parameters)
 
     @cached_property
@@ -150,21 +141,20 @@ def find_conversions(
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     converter_of = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    shapes = ModelShapes(model.config, on_meta(model.state_dict()))
-    prefix = model.base_model_prefix
+    in_memory, prefix = model.state_dict(), model.base_model_prefix
     found: dict[str, Conversion] = {}
     unused: dict[str, str] = {}
     used: list[Any] = []
     # As transformers goes through them: expert 2 before expert 10.
     for name in sorted(specs, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, prefix, shapes.tensors)
-        if target not in shapes.tensors and name in shapes.tensors:
+        target, pattern = rename_source_key(name, renamings, converters, prefix, in_memory)
+        if target not in in_memory and name in in_memory:
             target, pattern = name, None
-        if target not in shapes.tensors:
+        if target not in in_memory:
             unused[name] = target
         elif pattern is not None:
             conversion = found.setdefault(
-                target, Conversion(target, {}, specs, shapes, converter_of[pattern], used)
+                target, Conversion(target, {}, specs, model, converter_of[pattern], used)
             )
             if conversion.converter is None:  # the parameter itself is stored as well
                 unused[name] = target
@@ -173,7 +163,7 @@ def find_conversions(
         elif target in found:  # a second name of the same parameter
             unused[name] = target
         else:
-            found[target] = Conversion(target, {name: [name]}, specs, shapes)
+            found[target] = Conversion(target, {name: [name]}, specs, model)
     used += [entry for entry in renamings if entry.was_used()]
     return list(found.values()), unused
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cfsp.architecture.found import Architecture
-from cfsp.checkpoint.conversion import Conversion, ModelShapes, find_conversions, meta
+from cfsp.checkpoint.conversion import Conversion, find_conversions, meta
 from cfsp.checkpoint.tensor_file import AGAIN, MadeTensor, StoredTensor, TensorSpec, specs_of
 from cfsp.errors import CheckpointError, UnsupportedModelError
 
@@ -89,8 +89,7 @@ class StoredTensors:
     ) -> StoredTensors:
         """Return those of a model each of whose parameters is a stored tensor of the same name."""
         specs = {name: each.spec for name, each in tensors.items() if name not in unused}
-        nothing = ModelShapes(None, {})
-        made_by = {name: Conversion(name, {name: [name]}, specs, nothing) for name in specs}
+        made_by = {name: Conversion(name, {name: [name]}, specs, None) for name in specs}
         return StoredTensors(tensors, specs, tied, twice, tuple(unused), made_by)
 
     def usual_names(self, model: PreTrainedModel) -> dict[str, str]:
