@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from cfsp.checkpoint.modeling_code import FFN_WIDTHS, KV_GROUPS, PER_LAYER_CONFIG
 from cfsp.checkpoint.own_files import CONFIG_FILE, MODELING_FILE
-from cfsp.checkpoint.quantisation import (
-    QUANTISATION_KEYS,
-    Quantisation,
-    is_fp8,
-    plain_fields,
-    quantisation_in,
-)
+from cfsp.checkpoint.quantisation import Quantisation, plain_fields, quantisation_in
 from cfsp.checkpoint.tensor_file import INDEX_FILE, SINGLE_FILE
 from cfsp.errors import (
     ELSEWHERE,
@@ -90,18 +84,21 @@ def read_config(directory: Path) -> tuple[PreTrainedConfig, Quantisation | None]
     quantisation = quantisation_in(fields, str(directory))
     try:
         # Our own modelling file replaces only the model class: the stock config class fits.
-        config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_pretrained(directory)
+        config = config_of(CONFIG_MAPPING[model_type], plain_fields(fields))
         if fields.get(PER_LAYER_CONFIG):
             list(config.per_layer_config)  # a config for every block is made only now
     except Exception as error:  # transformers validates with many exception types
         raise _unusable(path, fields, first_line(error)) from error
-    for each in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-        for key in QUANTISATION_KEYS:
-            if hasattr(each, key):
-                delattr(each, key)
-        if is_fp8(getattr(each, "dtype", None)):
-            each.dtype = None
     return config, quantisation
+
+
+def config_of(config_class: type[PreTrainedConfig], fields: Mapping[str, Any]) -> PreTrainedConfig:
+    """Return the config that a class reads of fields as they are in JSON."""
+
+    def decoded(table: dict[str, Any]) -> Any:
+        return float(table["__float__"]) if table.keys() == {"__float__"} else table
+
+    return config_class.from_dict(json.loads(json.dumps(fields), object_hook=decoded))
 
 
 def read_plain_fields(directory: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 
 from cfsp.architecture.found import Architecture, Unit
 from cfsp.architecture.model_classes import PRUNED, model_class_of, with_values
-from cfsp.checkpoint.config_file import read_plain_fields
+from cfsp.checkpoint.config_file import config_of, read_plain_fields
 from cfsp.checkpoint.modeling_code import FFN_WIDTHS, KV_GROUPS, PER_LAYER_CONFIG, ModelingFile
 from cfsp.checkpoint.own_files import CONFIG_FILE, MODELING_FILE
 from cfsp.checkpoint.reading import Checkpoint
@@ -120,16 +120,8 @@ def _say_what_stays(
 
 
 def _read(config: PreTrainedConfig, fields: dict[str, Any]) -> PreTrainedConfig:
-    """Return the config that a class reads of fields as they are in JSON."""
     stock = {key: value for key, value in fields.items() if key != PER_LAYER_CONFIG}
-
-    def decoded(table: dict[str, Any]) -> Any:
-        return float(table["__float__"]) if table.keys() == {"__float__"} else table
-
-    found: PreTrainedConfig = type(config).from_dict(
-        json.loads(json.dumps(stock), object_hook=decoded)
-    )
-    return found
+    return config_of(type(config), stock)
 
 
 def check_attentions_can_go_alone(config: PreTrainedConfig, architecture: Architecture) -> None:

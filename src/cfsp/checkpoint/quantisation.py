@@ -22,7 +22,7 @@ from cfsp.checkpoint.tensor_file import AGAIN, FileTensor, StoredTensor, TensorS
 from cfsp.errors import CheckpointError
 
 # Where a config says how its weights are quantised; the second is that of old compressed-tensors.
-QUANTISATION_KEYS = ("quantization_config", "compression_config")
+_QUANTISATION_KEYS = ("quantization_config", "compression_config")
 # And where that of its weights, or of what they become.
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
@@ -161,14 +161,6 @@ class Quantisation:
     block: tuple[int, int] | None = (1, 1)
     values: str = ""  # ends the name of the part with the values, and is not in the weight's
 
-    def dequantised(
-        self, values: FileTensor, scales: FileTensor, point: FileTensor | None, dtype: torch.dtype
-    ) -> DequantisedTensor:
-        """Return the plain tensor that parts stand for; nothing is read yet."""
-        if self.block is None:
-            return _from_mxfp4(values, scales, dtype)
-        return _from_scaled(values, scales, point, self.block, dtype)
-
 
 # By what a config says of a method; others are not undone.
 _COMPRESSED = "compressed-tensors"
@@ -227,7 +219,7 @@ def _dict(value: object) -> dict[str, Any]:
 def quantisation_in(fields: Mapping[str, Any], label: str) -> Quantisation | None:
     """Return how a checkpoint is quantised, by its config.json; None if it is not."""
     configs = (fields, *(each for each in fields.values() if isinstance(each, dict)))
-    found = [config[key] for config in configs for key in QUANTISATION_KEYS if config.get(key)]
+    found = [config[key] for config in configs for key in _QUANTISATION_KEYS if config.get(key)]
     if not found:
         return None
     described = found[0] if isinstance(found[0], dict) else {"quant_method": found[0]}
@@ -251,16 +243,12 @@ def quantisation_in(fields: Mapping[str, Any], label: str) -> Quantisation | Non
 
 def plain_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return config.json without what it says of quantisation."""
+    # In 8 bits no model can be built.
     return {
         key: plain_fields(value) if isinstance(value, dict) else value
         for key, value in fields.items()
-        if key not in QUANTISATION_KEYS and not (key in _DTYPE_KEYS and is_fp8(value))
+        if key not in _QUANTISATION_KEYS and not (key in _DTYPE_KEYS and "float8" in str(value))
     }
-
-
-def is_fp8(dtype: object) -> bool:
-    """Return whether a dtype, or its name, is one of 8 bits, in which no model can be built."""
-    return "float8" in str(dtype)
 
 
 def dequantised(
@@ -284,14 +272,18 @@ def dequantised(
         scale, point = weight + how.scale, weight + _ZERO_POINT
         if scale not in tensors:
             raise CheckpointError(f"{label} lacks the tensor {scale}, the scale of {name}; {AGAIN}")
-        plain[weight] = how.dequantised(tensor, tensors[scale], tensors.get(point), dtype)
+        if how.block is None:
+            plain[weight] = _from_mxfp4(tensor, tensors[scale], dtype)
+        else:
+            parts = tensor, tensors[scale], tensors.get(point)
+            plain[weight] = _from_scaled(*parts, how.block, dtype)
         taken |= {name, scale, point} - {weight}
         for ending in _OF_ACTIVATIONS:
             taken |= {weight.removesuffix("weight") + ending, f"{weight}_{ending}"}
     if not taken:
         raise CheckpointError(
             f"{label} is quantised ({how.method}) by its config.json, but none of its tensors is; "
-            f"remove {QUANTISATION_KEYS[0]} there, or download it again"
+            f"remove {_QUANTISATION_KEYS[0]} there, or download it again"
         )
     plain = {name: tensor for name, tensor in plain.items() if name not in taken}
     _check_is_plain(plain, how, label)
