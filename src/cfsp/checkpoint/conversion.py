@@ -71,8 +71,8 @@ class Conversion:
     @cached_property
     def made(self) -> dict[str, TensorSpec]:
         """Types and shapes of the parameters that it makes; of none if it cannot."""
-        if self.placed is not None:
-            return {self.target: TensorSpec(self.specs[self.stored[0]].dtype, self.placed[1])}
+        if self.converter is None:
+            return {self.target: self.specs[self.stored[0]]}
         try:
             return specs_of(self.convert(meta(self.specs, self.stored)))
         except Exception:  # whatever a converter says to shapes that do not fit
@@ -92,14 +92,13 @@ class Conversion:
         return replace(self, converter=always)
 
     @cached_property
-    def placed(self) -> tuple[dict[str, Place], tuple[int, ...]] | None:
-        """Where each stored tensor lies in the only parameter, and its shape; None if nowhere.
+    def placed(self) -> dict[str, Place] | None:
+        """Where each stored tensor lies in the only parameter; None if nowhere.
 
         That is the parameter itself, or experts, of each of which the tensors are joined.
         """
         if self.converter is None:
-            (name,) = self.stored
-            return {name: ()}, self.specs[name].shape
+            return dict.fromkeys(self.stored, ())
         operations = self.converter.operations
         match [(type(step).__name__, getattr(step, "dim", None)) for step in operations]:
             case [("MergeModulelist", 0)] if len(self.sources) == 1:
@@ -108,25 +107,16 @@ class Conversion:
                 joined = axis - 1  # the same axis in a stored tensor
             case _:
                 return None
-        if len(self.converter.target_patterns) > 1:
-            return None
-        patterns = self.converter.source_patterns
-        runs = [self.sources[pattern] for pattern in patterns if pattern in self.sources]
-        shapes = [{self.specs[name].shape for name in run} for run in runs]
-        if len({len(run) for run in runs}) > 1 or any(len(each) > 1 for each in shapes):
-            return None
-        of_run = [each.pop() for each in shapes]
-        others = {(*shape[:joined], *shape[joined + 1 :]) for shape in of_run}
-        if len(others) > 1 or any(len(shape) <= joined for shape in of_run):
+        # Else they do not fit each other, or are single numbers.
+        if self.target not in self.made or len(self.made[self.target].shape) < joined + 2:
             return None
         found: dict[str, Place] = {}
         end = 0
-        for run, shape in zip(runs, of_run, strict=True):
-            start, end = end, end + shape[joined]
+        for run in filter(None, map(self.sources.get, self.converter.source_patterns)):
+            start, end = end, end + self.specs[run[0]].shape[joined]
             place = (*(slice(None),) * joined, slice(start, end))
             found |= {name: (expert, *place) for expert, name in enumerate(run)}
-        (other,) = others
-        return found, (len(runs[0]), *other[:joined], end, *other[joined:])
+        return found
 
 
 def find_conversions(
@@ -211,7 +201,7 @@ def stored_from_memory(model: PreTrainedModel) -> dict[str, Tensor]:
     for conversion in find_conversions(model, specs)[0]:
         if conversion.placed is not None and conversion.target in state:
             whole = state.pop(conversion.target)
-            tensors |= {name: whole[place] for name, place in conversion.placed[0].items()}
+            tensors |= {name: whole[place] for name, place in conversion.placed.items()}
     if len(tensors) < len(specs):
         tensors |= as_saved(model, state)
     return {name: tensors[name] for name in specs}

@@ -176,7 +176,7 @@ class StoredTensors:
         if conversion.placed is None:
             whole = conversion.convert({name: read(name) for name in conversion.stored})[parameter]
             return whole if expert is None else whole[expert]
-        place_of, shape = conversion.placed
+        place_of, shape = conversion.placed, conversion.made[parameter].shape
         if expert is not None:
             place_of = {name: place[1:] for name, place in place_of.items() if place[0] == expert}
             shape = shape[1:]
