@@ -101,10 +101,9 @@ def test_what_is_cut_is_stored_as_transformers_would_save_it(saved):
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(cut[name]))
     expected = revert_weight_conversion(model, saved_state(model))
-    together = {saved.stored.made_with(name) for name in saved.stored.parameters}
-    for names in together:
-        of_these = {name: cut[name] for name in names}
-        for stored, value in saved.stored.as_stored(of_these, saved.model.config).items():
+    for conversion in set(saved.stored._made_by.values()):
+        of_these = {name: cut[name] for name in conversion.made}
+        for stored, value in conversion.revert(of_these, saved.model.config).items():
             assert torch.equal(expected.pop(stored), value), stored
     assert not expected
 
@@ -179,7 +178,7 @@ def test_experts_that_the_hub_has_transposed_stay_so():
     stored = found_in(model, old)
     for name, value in model.state_dict().items():
         assert torch.equal(stored.assemble(name), value)
-        for tensor, again in stored.as_stored({name: value}, model.config).items():
+        for tensor, again in stored._made_by[name].revert({name: value}, model.config).items():
             assert torch.equal(again, old[tensor])
 
 
@@ -203,9 +202,10 @@ def test_one_stored_tensor_becomes_gate_and_up(monkeypatch, up_first):
     for name, value in model.state_dict().items():
         assert torch.equal(stored.assemble(name), value)
     names = [f"model.layers.1.{target}" for target in targets]
-    assert set(stored.made_with(names[0])) == set(names)
+    conversion = stored._made_by[names[0]]
+    assert set(conversion.made) == set(names)
     cut = {name: model.get_parameter(name)[[5, 8, 90]] for name in names}
-    (found,) = stored.as_stored(cut, model.config).items()
+    (found,) = conversion.revert(cut, model.config).items()
     assert found[0] == "model.layers.1.mlp.fused.weight"
     assert torch.equal(found[1], torch.cat(list(cut.values())))
 

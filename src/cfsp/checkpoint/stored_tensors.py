@@ -6,7 +6,7 @@ parameters as they are in memory; this module goes between the two, by transform
     stored = StoredTensors.of(model, architecture, tensors)
     stored.sources("model.layers.0.mlp.experts.down_proj")  # model.layers.0.block_sparse_moe...
     stored.assemble("model.layers.0.mlp.experts.down_proj")
-    stored.as_stored({"model.layers.0.mlp.experts.down_proj": narrower}, config)
+    stored.outgoing({"model.layers.0.mlp.experts.down_proj": narrower}, value, config)
 """
 
 from __future__ import annotations
@@ -189,10 +189,6 @@ class StoredTensors:
         assert found is not None
         return found
 
-    def as_stored(self, parameters: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
-        """Return the stored tensors of all parameters of `made_with`, of any width."""
-        return self._made_by[next(iter(parameters))].revert(parameters, config)
-
     def outgoing(
         self,
         changed: Mapping[str, TensorSpec],
@@ -207,25 +203,24 @@ class StoredTensors:
         for all under their own.
         """
 
-        def make(name: str, group: Sequence[str], made: dict[str, Tensor]) -> Tensor:
+        def make(conversion: Conversion, name: str, made: dict[str, Tensor]) -> Tensor:
             if name not in made:
-                made.update(self.as_stored({each: value(each) for each in group}, config))
+                made.update(
+                    conversion.revert({each: value(each) for each in conversion.made}, config)
+                )
             return made.pop(name)
 
         found, specs = dict(self.tensors), {**self.parameters, **changed}
         # What shares stored tensors is made anew together, when the first of them is written.
-        for group in dict.fromkeys(self.made_with(each) for each in changed):
+        for conversion in dict.fromkeys(self._made_by[each] for each in changed):
             made: dict[str, Tensor] = {}
-            for name in self.sources(group[0]):
+            for name in conversion.stored:
                 del found[name]  # it may be of an expert too many
-            for name, spec in specs_of(self.as_stored(meta(specs, group), config)).items():
-                found[name] = MadeTensor(spec, partial(make, name, group, made))
+            empty = meta(specs, conversion.made)
+            for name, spec in specs_of(conversion.revert(empty, config)).items():
+                found[name] = MadeTensor(spec, partial(make, conversion, name, made))
         names = {name: name for name in self.tensors} if names is None else names
         return {new: found[name] for name, new in names.items() if name in found}
-
-    def made_with(self, parameter: str) -> tuple[str, ...]:
-        """Return the parameters that are made of the same stored tensors, itself among them."""
-        return tuple(self._made_by[parameter].made)
 
 
 def _ties(model: PreTrainedModel) -> Iterable[tuple[str, str]]:
