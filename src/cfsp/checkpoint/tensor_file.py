@@ -17,7 +17,6 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -238,7 +237,6 @@ def tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
 
 def write_tensor_file(path: Path, tensors: Mapping[str, StoredTensor]) -> str:
     """Write tensors one after another, flushed to the disk; return the file's SHA-256 as hex."""
-    # The digest is computed on a second thread, so that it hides behind the writing.
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in tensors.items():
@@ -253,27 +251,23 @@ def write_tensor_file(path: Path, tensors: Mapping[str, StoredTensor]) -> str:
     text += b" " * (-len(text) % 8)
 
     digest = hashlib.sha256()
-    with path.open("wb") as file, ThreadPoolExecutor(max_workers=1) as pool:
-        hashed = pool.submit(digest.update, b"")
-        for chunk in _file_chunks(text, tensors):
-            hashed.result()  # else chunks would pile up in memory
-            hashed = pool.submit(digest.update, chunk)
-            file.write(chunk)
-        hashed.result()
+    with path.open("wb") as file:
+
+        def write(data: bytes | memoryview) -> None:
+            digest.update(data)
+            file.write(data)
+
+        write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            written = 0
+            for chunk in tensor.chunks():
+                written += chunk.nbytes
+                write(chunk)
+            # The header is already on disk: bytes that do not match it would corrupt all after.
+            assert written == tensor.spec.nbytes, (name, written, tensor.spec)
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
-
-
-def _file_chunks(header: bytes, tensors: Mapping[str, StoredTensor]) -> Iterator[memoryview]:
-    yield memoryview(len(header).to_bytes(8, "little") + header)
-    for name, tensor in tensors.items():
-        written = 0
-        for chunk in tensor.chunks():
-            written += chunk.nbytes
-            yield chunk
-        # The header is already on disk: bytes that do not match it would corrupt all that follow.
-        assert written == tensor.spec.nbytes, (name, written, tensor.spec)
 
 
 def write_shards(
