@@ -20,20 +20,21 @@ def names_without_blocks(source: WeightSource, removed: Collection[int]) -> dict
     """
     if not removed:
         return {name: name for name in source.specs}
+    stored, architecture = source.stored, source.architecture
     for name, to in source.tied.items():
-        block, other = (_block_of(source, parameter) for parameter in (name, to))
+        block, other = (architecture.block_of(parameter) for parameter in (name, to))
         if block not in removed and other is not None and other in removed:
             raise UnsupportedModelError(
                 f"block {other} of {source.label} can't be removed: {name} has its values from it; "
                 "remove others, or FFN channels (--parts ffn)"
             )
-    block_of, behind = _blocks_of_stored(source), set(source.stored.behind(source.architecture))
+    in_model = {name: each for each in stored.parameters for name in stored.sources(each)}
     names: dict[str, str] = {}
-    for name in (each for each in source.specs if each not in behind):
-        block = block_of.get(name)
+    for name in source.specs:
+        block = architecture.block_of(in_model.get(name, name))
         if block is None:
             names[name] = name
-        elif block not in removed:
+        elif block not in removed and block < architecture.block_count:
             number = str(index_without(removed, block))
             names[name], found = re.subn(rf"(?<!\d){block}(?!\d)", number, name, count=1)
             if not found:
@@ -55,21 +56,6 @@ def name_without_blocks(
         return None
     rest = name.removeprefix(architecture.block_prefix(block))
     return architecture.block_prefix(index_without(removed, block)) + rest
-
-
-def _blocks_of_stored(source: WeightSource) -> dict[str, int]:
-    """Return the block of every stored tensor that is of one."""
-    stored, prefix = source.stored, source.architecture.block_prefix
-    blocks = range(source.architecture.block_count)
-    block_of = {name: block for block in blocks for name in stored.within(prefix(block))}
-    unused = ((name, _block_of(source, name)) for name in stored.unused)
-    return block_of | {name: own for name, own in unused if own is not None}
-
-
-def _block_of(source: WeightSource, name: str) -> int | None:
-    """Return the block that a name in the model is of; None if it is of none of them."""
-    block = source.architecture.block_of(name)
-    return block if block is not None and block < source.architecture.block_count else None
 
 
 def parameters_of_attentions(source: WeightSource) -> dict[int, int]:
