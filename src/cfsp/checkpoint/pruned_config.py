@@ -172,7 +172,7 @@ def config_changes(
     if heads is not None:
         text |= heads
     else:
-        whole[KV_GROUPS] = _by_place(attentions.units, groups)
+        whole[KV_GROUPS] = by_place(attentions.units, groups)
         parts += ["kv", "attention"] if 0 in groups else ["kv"]
         pairs = zip(groups, attentions.units, strict=True)
         would_load = all(width in (0, unit.width) for width, unit in pairs)
@@ -215,15 +215,16 @@ def _of_ffns(
         digits = len(str(len(widths) - 1))
         per_layer = {str(i).zfill(digits): {key: width} for i, width in enumerate(widths)}
         return ConfigChanges({key: value}, {PER_LAYER_CONFIG: per_layer}), key
-    by_place = {FFN_WIDTHS: _by_place(architecture.units, widths)}
+    of_each = {FFN_WIDTHS: by_place(architecture.units, widths)}
     if not would_load:
-        return ConfigChanges({}, by_place), None
+        return ConfigChanges({}, of_each), None
     if wrong := search.wrong_value(widths):
-        return ConfigChanges(wrong, by_place), None
+        return ConfigChanges(wrong, of_each), None
     return ConfigChanges(stock_values or {}, {}), None
 
 
-def _by_place(units: Sequence[Unit], widths: Sequence[int]) -> dict[str, dict[str, int]]:
+def by_place(units: Sequence[Unit], widths: Sequence[int]) -> dict[str, dict[str, int]]:
+    """Return the widths of units by block and path, as a config has them."""
     width_of: dict[str, dict[str, int]] = {}
     for unit, width in zip(units, widths, strict=True):
         width_of.setdefault(str(unit.block), {})[unit.path] = width

@@ -38,6 +38,7 @@ from cfsp.architecture.small_run import (
     small_tokens,
 )
 from cfsp.checkpoint.loading import cache_argument
+from cfsp.checkpoint.pruned_config import by_place
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.skeleton import stock_config
 from cfsp.checkpoint.stock_keys import (
@@ -155,9 +156,7 @@ def _without_attentions(
     """Cut attention layers out of a small model; put them back afterwards."""
     originals: list[Any] = [run.blocks[unit.block].get_submodule(unit.path) for unit in attentions]
     indices = [getattr(original, "layer_idx", None) for original in originals]
-    groups_of: dict[str, dict[str, int]] = {}
-    for unit in attentions:
-        groups_of.setdefault(str(unit.block), {})[unit.path] = 0 if unit in leaving else 1
+    groups_of = by_place(attentions, [int(unit not in leaving) for unit in attentions])
     extras = {unit.path: unit.extras for unit in attentions}
     remove_attentions(run.blocks, groups_of, extras, kinds)
     try:
