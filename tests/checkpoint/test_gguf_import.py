@@ -137,7 +137,7 @@ def test_the_largest_gemmas_scale_queries_by_the_hidden_size(graph, blocks, scal
 @pytest.mark.parametrize("config_class", [StableLmConfig, NemotronConfig])
 def test_a_part_of_the_head_may_be_rotated(monkeypatch, config_class):
     """Some configs say the size of a head, others that of all heads together."""
-    monkeypatch.setattr("cfsp.checkpoint.gguf_rope._said", lambda reader: {"rotated": 96})
+    monkeypatch.setattr("cfsp.checkpoint.gguf_rope._said", lambda reader: {"dimension_count": 96})
     config = config_class(hidden_size=512, num_attention_heads=4)
     restore_positions(config, SimpleNamespace(tensors=[]))
     assert config.rope_parameters["partial_rotary_factor"] == 0.75
@@ -145,7 +145,7 @@ def test_a_part_of_the_head_may_be_rotated(monkeypatch, config_class):
 
 def test_positions_that_no_config_says_are_refused(make_gguf, monkeypatch):
     path = make_gguf(1.0)
-    said = {"kind": "longrope"}
+    said = {"scaling.type": "longrope"}
     monkeypatch.setattr("cfsp.checkpoint.gguf_rope._said", lambda reader: said)
     with pytest.raises(CheckpointError, match=r"positions are scaled by longrope\); use the safet"):
         import_gguf(path)

@@ -61,17 +61,19 @@ def restore_positions(config: PreTrainedConfig, reader: GGUFReader) -> None:
     whole = parameters.get("full_attention", parameters)
     said = _said(reader)
     tensors = {each.name: each for each in reader.tensors}
-    if "base" in said:
-        whole["rope_theta"] = float(said["base"])
-    if "base_swa" in said and "sliding_attention" in parameters:
-        parameters["sliding_attention"]["rope_theta"] = float(said["base_swa"])
-    if "partial_rotary_factor" in whole and "rotated" in said:
-        whole["partial_rotary_factor"] = said["rotated"] / head_size(text_config)
+    if "freq_base" in said:
+        whole["rope_theta"] = float(said["freq_base"])
+    if "freq_base_swa" in said and "sliding_attention" in parameters:
+        parameters["sliding_attention"]["rope_theta"] = float(said["freq_base_swa"])
+    if "partial_rotary_factor" in whole and "dimension_count" in said:
+        whole["partial_rotary_factor"] = said["dimension_count"] / head_size(text_config)
     if whole.get("rope_type", "default") != "default":
         return  # transformers has read it, as that of gpt-oss
-    kind = said.get("kind", "linear" if "scale" in said else "none")
+    scale = said.get("scale_linear")  # before there were types
+    kind = said.get("scaling.type", "none" if scale is None else "linear")
     if kind in ("linear", "yarn"):
-        whole |= {"rope_type": kind, "factor": float(said.get("factor", said.get("scale", 1.0)))}
+        factor = said.get("scaling.factor", 1.0 if scale is None else scale)
+        whole |= {"rope_type": kind, "factor": float(factor)}
     elif kind != "none":
         raise ValueError(f"its positions are scaled by {kind}")
     if kind == "yarn":
@@ -99,29 +101,21 @@ def yarn_attention(factor: float) -> float:
 
 
 def _said(reader: GGUFReader) -> dict[str, Any]:
-    """Return what the file says of positions, by our names; what it does not say is not there."""
-    architecture = reader.fields["general.architecture"].contents()
-    names = {
-        "base": "freq_base",
-        "base_swa": "freq_base_swa",  # of blocks with a sliding window
-        "rotated": "dimension_count",
-        "scale": "scale_linear",  # before there were kinds
-        "kind": "scaling.type",
-        "factor": "scaling.factor",
-        "original": "scaling.original_context_length",
-        "mscale": "scaling.attn_factor",
-        "fast": "scaling.yarn_beta_fast",
-        "slow": "scaling.yarn_beta_slow",
+    """Return what the file says of positions; `_swa` is of blocks with a sliding window."""
+    prefix = f"{reader.fields['general.architecture'].contents()}.rope."
+    return {
+        name.removeprefix(prefix): field.contents()
+        for name, field in reader.fields.items()
+        if name.startswith(prefix)
     }
-    fields = {ours: reader.fields.get(f"{architecture}.rope.{n}") for ours, n in names.items()}
-    return {ours: field.contents() for ours, field in fields.items() if field is not None}
 
 
 def _yarn(factor: float, said: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {"original_max_position_embeddings": int(said["original"])}
-    if "mscale" in said:
-        found["attention_factor"] = float(said["mscale"]) * yarn_attention(factor)
-    betas = {"beta_fast": said.get("fast"), "beta_slow": said.get("slow")}
+    original = said["scaling.original_context_length"]
+    found: dict[str, Any] = {"original_max_position_embeddings": int(original)}
+    if "scaling.attn_factor" in said:
+        found["attention_factor"] = float(said["scaling.attn_factor"]) * yarn_attention(factor)
+    betas = {name: said.get(f"scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
     return found | {name: float(value) for name, value in betas.items() if value is not None}
 
 
