@@ -130,9 +130,9 @@ class PrunedSource(WeightSource):
         """Return the tensors to be written, in the source's order and in the form of its own."""
         source = self._source
         changed = {
-            origin: spec
-            for origin, spec in ((each, self._spec(each)) for each in self._origin.values())
-            if origin in self._repaired or spec != source.parameters[origin]
+            origin: self.specs[new]
+            for new, origin in self._origin.items()
+            if origin in self._repaired or self.specs[new] != source.parameters[origin]
         }
         return source.stored.outgoing(changed, self._value, self.config, self._names)
 
