@@ -37,7 +37,6 @@ def test_a_class_that_transformers_does_not_know_is_proved():
     assert [unit.block for unit in found.units] == [0, 2, 3]
     for unit in found.units:
         assert (unit.path, unit.width, unit.ffns, unit.routed) == ("thinker", CHANNELS, 1, False)
-        assert unit.is_fused
         assert unit.axes["thinker.squeeze.weight"].spans == INTERLEAVED
         assert unit.axes["thinker.squeeze.bias"].spans == INTERLEAVED
         assert unit.axes["thinker.unsqueeze.weight"].spans == (1,)

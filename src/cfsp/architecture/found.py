@@ -101,11 +101,6 @@ class Unit:
         return self.ffns if self.expert_axes else 0
 
     @property
-    def is_fused(self) -> bool:
-        """Whether gate and up are one matrix, or queries, keys and values are."""
-        return self.gate == self.up or any(len(axis.spans) > 1 for axis in self.axes.values())
-
-    @property
     def head_size(self) -> int:
         """How many keys, or values, each KV group has; 1 of an attention that goes as one."""
         others = [axis for name, axis in self.axes.items() if name.endswith("weight")]
@@ -179,7 +174,7 @@ class Unit:
 
     def other_fusion(self) -> Unit | None:
         """Return the same unit with its shared matrix shared in the other way, if it has one."""
-        if not self.is_fused:
+        if self.gate != self.up and all(len(axis.spans) == 1 for axis in self.axes.values()):
             return None
         # Of heads each one's lie side by side.
         other = {HALVES: INTERLEAVED, INTERLEAVED: HALVES} if self.part == "ffn" else {}
