@@ -86,8 +86,8 @@ def named_dtype(source: Any, name: str) -> torch.dtype:
     """Return a dtype by name; `auto` is a source's own."""
     if name == "auto":
         return own_dtype(source)
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    return known[Compute(dtype=name).dtype]  # which refuses others
+    dtype: torch.dtype = getattr(torch, Compute(dtype=name).dtype)  # which refuses other names
+    return dtype
 
 
 def compute_dtype(source: Any, name: str, device: torch.device) -> torch.dtype:
