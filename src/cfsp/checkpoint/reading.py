@@ -151,9 +151,6 @@ class Checkpoint(WeightSource):
         # By their names in the model.
         tensors = {prefix + name: tensor for name, tensor in stored.items()}
         self.stored = StoredTensors.of(model, self.architecture, tensors, self.label)
-        if others := self.stored.usual_names(model):
-            tensors = {others.get(name, name): tensor for name, tensor in tensors.items()}
-            self.stored = StoredTensors.of(model, self.architecture, tensors, self.label)
         _check_stored(self, model)
 
     @cached_property

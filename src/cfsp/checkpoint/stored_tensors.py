@@ -54,8 +54,10 @@ class StoredTensors:
         """Find what becomes of the tensors of a checkpoint, by the model of its class and config.
 
         Only names and shapes count, so the model may be on the meta device. What its modules no
-        longer have is left out. A parameter that is missing or has another shape is a
-        `CheckpointError`, a unit that cannot be stored again an `UnsupportedModelError`.
+        longer have is left out; what is stored as the tied one of two, as a head, gets the name of
+        the other, which transformers stores and others look for. A parameter that is missing or has
+        another shape is a `CheckpointError`, a unit that cannot be stored again an
+        `UnsupportedModelError`.
         """
         specs = {name: tensor.spec for name, tensor in tensors.items()}
         conversions, unused = find_conversions(model, specs)
@@ -68,6 +70,10 @@ class StoredTensors:
         # Loading makes up by chance what is missing; cutting does not look at what it leaves.
         for fault in _faults_of(model, conversions, made_by, parameters, tied):
             raise CheckpointError(f"{label} {fault}; {AGAIN}")
+        ties = dict(_ties(model))
+        if turned := {made_by[n].stored[0]: to for to, n in tied.items() if ties.get(n) == to}:
+            usual = {turned.get(name, name): tensor for name, tensor in tensors.items()}
+            return StoredTensors.of(model, architecture, usual, label)
         stale = set(_stale(model, unused))
         stored = StoredTensors(
             tensors={name: tensor for name, tensor in tensors.items() if name not in stale},
@@ -91,15 +97,6 @@ class StoredTensors:
         specs = {name: each.spec for name, each in tensors.items() if name not in unused}
         made_by = {name: Conversion(name, {name: [name]}, specs, None) for name in specs}
         return StoredTensors(tensors, specs, tied, twice, tuple(unused), made_by)
-
-    def usual_names(self, model: PreTrainedModel) -> dict[str, str]:
-        """Return what a tensor is to be called that is stored as the tied one of two, as a head.
-
-        transformers stores the other one, for which others look.
-        """
-        ties = dict(_ties(model))
-        turned = {tied: to for to, tied in self.tied.items() if ties.get(tied) == to}
-        return {self.sources(tied)[0]: to for tied, to in turned.items()}
 
     def _check_can_be_cut(self, architecture: Architecture) -> None:
         """Check that all parameters that have channels or experts can be stored again."""
