@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
+from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from cfsp.errors import CfspError, ProcessError, UsageError, first_line
@@ -31,6 +33,7 @@ PATIENCE_SECONDS = 1800.0  # the fastest process waits so long for the slowest
 _FIRST_SECONDS = 7 * 86400.0  # the others wait so long for what the first does alone
 # Machines may begin this long after each other, however little they may differ at the end.
 _START_SECONDS = 1800.0
+_GROUPS = count()  # of this process, one after the other
 # Of gloo's errors, and of torch's own.
 _LOST = re.compile("Dist[A-Z][a-z]+Error|gloo|[Cc]onnection (closed|reset)|[Tt]imed out")
 
@@ -204,6 +207,15 @@ def take_own_accelerator(device: str) -> None:
         torch.accelerator.set_device_index(own)
 
 
+@cache
+def _store() -> Any:
+    """Return where the processes leave word for each other: one for all groups of this process."""
+    from torch.distributed.rendezvous import rendezvous
+
+    patience = timedelta(seconds=_START_SECONDS)
+    return next(rendezvous("env://", process_rank(), process_count(), timeout=patience))[0]
+
+
 @contextmanager
 def joined(device: torch.device) -> Iterator[Team]:
     """Give the team that torchrun started; without torchrun a team of one."""
@@ -215,9 +227,16 @@ def joined(device: torch.device) -> Iterator[Team]:
     rank, size, backend = process_rank(), process_count(), "gloo"
     if device.type != "cpu":
         backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+    if dist.is_initialized():
+        raise UsageError(
+            "this process is in a group of torch.distributed already, and cfsp opens one of its "
+            "own: call it before init_process_group, or after destroy_process_group"
+        )
     try:
+        # What an earlier group left there would be read as this one's.
+        store = dist.PrefixStore(f"cfsp-{next(_GROUPS)}", _store())  # type: ignore[attr-defined]
         patience = timedelta(seconds=_START_SECONDS)
-        dist.init_process_group(backend, timeout=patience)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
         # Of all but the first a wait takes no longer than their group was made for.
         longest = timedelta(seconds=_FIRST_SECONDS)
         team = Team(rank, size, dist.new_group(backend="gloo", timeout=longest))

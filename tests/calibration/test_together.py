@@ -4,10 +4,11 @@ import signal
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from builders import entries
 from cfsp.errors import ProcessError, UsageError
-from cfsp.processes import Team, naming_lost_processes, take_own_accelerator
+from cfsp.processes import Team, joined, naming_lost_processes, take_own_accelerator
 from cfsp.streaming.block_stream import check_enough, part_of
 from cfsp.text.windows import Windows
 from commands import Command, ranks
@@ -74,6 +75,34 @@ with processes.joined(torch.device("cpu")) as team:
 def test_what_the_first_does_alone_may_take_longer_than_the_others_wait(forks):
     ended = forks.code(WAITING, *ranks(2))
     assert [each.stdout for each in ended] == ["7 []\n", "7 [0, 1]\n"], ended
+
+
+TWICE = """
+import time
+import torch
+from cfsp import processes
+
+processes._START_SECONDS = 5
+for _ in range(2):
+    with processes.joined(torch.device("cpu")) as team:
+        print(team.gather(team.rank))
+    time.sleep(0.5 * team.is_first)  # the other looks for it meanwhile
+"""
+
+
+def test_a_script_calls_twice_in_the_processes_that_torchrun_started(forks):
+    """Its agent keeps what they left there the first time."""
+    agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    there = {"MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    ended = forks.code(TWICE, *({**rank, **there} for rank in ranks(2)))
+    assert [each.stdout for each in ended] == ["[0, 1]\n[0, 1]\n"] * 2, ended
+
+
+def test_a_process_that_is_in_a_group_of_its_own_is_told_so(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    with pytest.raises(UsageError, match="before init_process_group"), joined(torch.device("cpu")):
+        raise AssertionError
 
 
 RUNS = """
