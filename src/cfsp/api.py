@@ -12,6 +12,7 @@ from typing import Any, overload
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cfsp.calibration.statistics import Statistics
+from cfsp.checkpoint.loading import torch_as_it_starts
 from cfsp.checkpoint.locating import check_is_name, open_checkpoint
 from cfsp.checkpoint.output import output_path
 from cfsp.checkpoint.reading import Checkpoint, WeightSource, in_memory
@@ -48,7 +49,6 @@ from cfsp.settings import (
     prune_settings,
     texts_of,
 )
-from cfsp.streaming.runtime import torch_as_it_starts
 from cfsp.text.sources import check_texts
 from cfsp.text.tokenizers import check_tokenizer, load_tokenizer
 

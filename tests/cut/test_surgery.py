@@ -1,6 +1,8 @@
 """Surgery: shards in and out, byte-for-byte copies, nothing half-written; in memory the same."""
 
 import random
+import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from transformers import AutoModel, set_seed
 import cfsp
 from builders import edit_tensors, entries, never, plan_keeping, plan_without, read_json
 from cfsp.checkpoint import output
+from cfsp.checkpoint.loading import torch_as_it_starts
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.own_files import MODELING_FILE
 from cfsp.checkpoint.reading import Checkpoint
@@ -21,7 +24,6 @@ from cfsp.cut.surgery import PrunedSource
 from cfsp.errors import CheckpointError, OutputError
 from cfsp.planning.candidate import Dropped
 from cfsp.planning.make import model_size
-from cfsp.streaming.runtime import torch_as_it_starts
 from tiny_decoders import tiny_model
 from tiny_models import build_tiny_model
 
@@ -242,6 +244,32 @@ def test_what_the_code_around_a_call_set_is_not_computed_with(tokenizer, few):
     for name, tensor in usual.state_dict().items():
         torch.testing.assert_close(same.state_dict()[name], tensor, rtol=0, atol=0)
     same(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()  # it can be trained
+
+
+def test_a_model_is_loaded_and_exported_wherever_torch_makes_tensors(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("cfsp.checkpoint.skeleton._proved", {})
+    with torch.device("meta"):
+        assert cfsp.load(model).device.type == "cpu"
+        cfsp.export(model, "vllm", tmp_path / "out")
+
+
+def test_threads_take_turns(caplog):
+    """Else the one would be given the default device of the other, and the process keep it."""
+    seen = []
+
+    def call() -> None:
+        with torch_as_it_starts():
+            seen.append("begins")
+            time.sleep(0.02)
+            seen.append("ends")
+
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == ["begins", "ends"] * 3
+    assert "waits until that ends" in caplog.text
 
 
 def test_a_call_leaves_the_random_state_alone():

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import cfsp
 from builders import changed, edit_json, edit_tensors, entries, random_tokens, tensors
+from cfsp.checkpoint.loading import torch_as_it_starts
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.own_files import MANIFEST_FILE, PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint
@@ -31,7 +32,6 @@ from cfsp.result.facts import perplexities, texts_that_made
 from cfsp.result.making import making
 from cfsp.result.manifest import history_of, read_manifest
 from cfsp.settings import EvaluationText
-from cfsp.streaming.runtime import torch_as_it_starts
 from cfsp.text.drawing import consecutive_windows
 from family_contract import save_with_tokenizer
 from recovery.conftest import recover, training

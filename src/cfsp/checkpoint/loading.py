@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import Module
 from transformers import GenerationConfig, PreTrainedModel
@@ -18,7 +24,62 @@ from cfsp.errors import UsageError, first_line
 from cfsp.progress import library_progress
 from cfsp.settings import Compute
 
+logger = logging.getLogger(__name__)
+_TURN = threading.RLock()
 
+
+@contextmanager
+def _in_turn() -> Iterator[None]:
+    """Wait for other threads; calls within a call have its turn."""
+    if not _TURN.acquire(blocking=False):
+        logger.warning("another thread is in a call of cfsp; this one waits until that ends")
+        _TURN.acquire()
+    try:
+        yield
+    finally:
+        _TURN.release()
+
+
+@contextmanager
+def torch_as_it_starts() -> Iterator[None]:
+    """Compute as in a fresh process, whatever the code around a call has set.
+
+    Autocast would change what is computed without a word; without gradients nothing is trained.
+    It keeps the weights that it has cast until the outermost context of its kind ends. This one is
+    outermost for all that a call does, so it keeps none: steps would train on those of the first.
+    Whatever draws random numbers afterwards draws those that it would have drawn before. One thread
+    at a time: most of what is set here, and where a model is built, is the whole process's.
+    """
+    with _in_turn():
+        given, device = torch.get_default_dtype(), torch.get_default_device()
+        drawn = random.getstate(), np.random.get_state()
+        torch.set_default_dtype(torch.float32)
+        try:
+            with (
+                ExitStack() as stack,
+                torch.random.fork_rng(()),
+                torch.inference_mode(False),
+                torch.enable_grad(),
+            ):
+                accelerator: Any
+                for accelerator in (torch.cuda, torch.xpu):
+                    if accelerator.is_initialized():
+                        state = accelerator.get_rng_state_all()
+                        stack.callback(accelerator.set_rng_state_all, state)
+                    else:  # asking it would take memory there; it begins with the seed of the CPU
+                        stack.callback(accelerator.manual_seed_all, torch.initial_seed())
+                for kind in {"cpu", compute_device("auto").type}:
+                    stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
+                if device.type != "cpu":
+                    stack.enter_context(torch.device("cpu"))
+                yield
+        finally:
+            torch.set_default_dtype(given)
+            random.setstate(drawn[0])
+            np.random.set_state(drawn[1])
+
+
+@torch_as_it_starts()
 def load(
     name: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str | None = None
 ) -> PreTrainedModel:

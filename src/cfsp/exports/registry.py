@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cfsp.checkpoint.loading import torch_as_it_starts
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import check_is_outside, output_path, staged_directory, staged_file
 from cfsp.checkpoint.reading import Checkpoint
@@ -61,6 +62,7 @@ class ExportReport:
         return asdict(self)
 
 
+@torch_as_it_starts()
 def export(
     model: str | Path,
     to: str,

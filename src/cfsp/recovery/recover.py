@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.config_file import read_plain_fields
-from cfsp.checkpoint.loading import compute_device
+from cfsp.checkpoint.loading import compute_device, torch_as_it_starts
 from cfsp.checkpoint.locating import check_is_name, open_checkpoint
 from cfsp.checkpoint.output import check_output_is_free, output_path, staged_directory
 from cfsp.checkpoint.own_files import (
@@ -71,7 +71,7 @@ from cfsp.settings import (
     texts_of,
 )
 from cfsp.streaming.memory import peak_rss_bytes
-from cfsp.streaming.runtime import torch_as_it_starts, versions
+from cfsp.streaming.runtime import versions
 from cfsp.streaming.work_dir import WorkDir, load_or_compute, output_work_dir, remove_finished_work
 from cfsp.text.sources import check_texts
 

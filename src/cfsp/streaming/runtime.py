@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 import platform
-import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 import torch
 
 from cfsp.checkpoint.loading import compute_device, compute_dtype, own_dtype
@@ -34,43 +31,6 @@ class Runtime:
     dtype: torch.dtype
     # Windows that pass a block together; None for about 4096 tokens.
     batch_windows: int | None = None
-
-
-@contextmanager
-def torch_as_it_starts() -> Iterator[None]:
-    """Compute as in a fresh process, whatever the code around a call has set.
-
-    Autocast would change what is computed without a word; without gradients nothing is trained.
-    It keeps the weights that it has cast until the outermost context of its kind ends. This one is
-    outermost for all that a call does, so it keeps none: steps would train on those of the first.
-    Whatever draws random numbers afterwards draws those that it would have drawn before.
-    """
-    given, device = torch.get_default_dtype(), torch.get_default_device()
-    drawn = random.getstate(), np.random.get_state()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with (
-            ExitStack() as stack,
-            torch.random.fork_rng(()),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-        ):
-            accelerator: Any
-            for accelerator in (torch.cuda, torch.xpu):
-                if accelerator.is_initialized():
-                    state = accelerator.get_rng_state_all()
-                    stack.callback(accelerator.set_rng_state_all, state)
-                else:  # asking it would take memory there; it begins with the seed of the CPU
-                    stack.callback(accelerator.manual_seed_all, torch.initial_seed())
-            for kind in {"cpu", compute_device("auto").type}:
-                stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
-            if device.type != "cpu":
-                stack.enter_context(torch.device("cpu"))
-            yield
-    finally:
-        torch.set_default_dtype(given)
-        random.setstate(drawn[0])
-        np.random.set_state(drawn[1])
 
 
 def runtime_of(compute: Compute, source: WeightSource) -> Runtime:
