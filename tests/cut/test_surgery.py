@@ -319,3 +319,13 @@ def test_what_was_pruned_in_memory_has_not_the_name_of_its_original(model, token
     again = cfsp.prune(once, tokenizer, **asked)
     assert once.config.cfsp["base_model"]["name"] == str(model)
     assert again.config.cfsp["base_model"]["name"] == type(once).__name__
+
+
+def test_what_was_pruned_by_its_path_is_known_as_pruned_in_memory(
+    pruned, model, text_file, tokenizer, few
+):
+    """So recovery is taught by the first model of all, and a card names all texts."""
+    asked = {"sparsity": 0.25, "multiple": 8, "repair": "none", **few}
+    told = cfsp.prune(cfsp.load(pruned), tokenizer, **asked).config.cfsp["base_model"]
+    assert told["made_from"]["name"] == str(model)
+    assert told["texts"] == [str(text_file)]

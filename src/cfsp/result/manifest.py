@@ -96,10 +96,12 @@ def read_manifest(directory: Path, instead: str = _AGAIN) -> dict[str, Any] | No
 def facts_about(source: WeightSource) -> dict[str, Any]:
     """Return the manifest of a checkpoint, or what one that was pruned in memory has in its config.
 
-    Nothing if cfsp did not make it.
+    Of a model in memory it is that of the directory that it was loaded from. Nothing if cfsp did
+    not make it.
     """
-    in_config = getattr(source.config, PRUNED_KEY, None)
-    beside = read_manifest(source.directory) if isinstance(source, Checkpoint) else None
+    in_config, config = getattr(source.config, PRUNED_KEY, None), source.config
+    place = source.directory if isinstance(source, Checkpoint) else config._name_or_path
+    beside = read_manifest(Path(place)) if place else None
     return beside or dict(in_config if isinstance(in_config, dict) else {})
 
 
