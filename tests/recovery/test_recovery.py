@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.nn.functional import cross_entropy
+from transformers.utils import logging
 
 import cfsp
 from builders import changed, edit_json, edit_tensors, entries, random_tokens, tensors
@@ -68,6 +71,17 @@ def test_training_helps_and_the_result_has_the_same_layout(
     conditions = {"windows": 4, "seqlen": 64, "tokens": 4 * 63, "bos": False}
     assert measured == measured | conditions
     assert entries(tmp_path) == {"out"}
+
+
+def test_what_a_trainer_sets_is_afterwards_as_it_was(recovered):
+    shown = logging.get_verbosity()
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    try:
+        recovered(training=training(1, learning_rate=1e-2))
+        assert accelerator.mixed_precision == "bf16"
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert logging.get_verbosity() == shown
 
 
 def test_manifest_and_card_say_how_it_was_recovered(pruned, plain):

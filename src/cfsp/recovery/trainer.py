@@ -16,13 +16,14 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -39,6 +40,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
 from cfsp.architecture.found import Architecture
 from cfsp.checkpoint.output import cannot_write
@@ -262,8 +264,8 @@ def train(adapted: Any, ready: Prepared, schedule: Schedule, loss: ModelLoss) ->
     pace = Pace(schedule, work)
     adapted.config.use_cache = False
     adapted.main_input_name = "input_ids"  # of which the Trainer counts tokens
-    arguments = training_arguments(training, directory, steps, adapted, begins=last is None)
-    with without_library_bars():
+    with without_library_bars(), _as_it_was():
+        arguments = training_arguments(training, directory, steps, adapted, begins=last is None)
         trainer = RecoveryTrainer(adapted, arguments, ready.text, pace, loss)
         with naming_lost_processes():
             if last is not None and saved_pace(last[1])["fraction"] >= 1:
@@ -286,6 +288,25 @@ def train(adapted: Any, ready: Prepared, schedule: Schedule, loss: ModelLoss) ->
         ranks=ready.rank_L,
         out=str(ready.out),
     )
+
+
+@contextmanager
+def _as_it_was() -> Iterator[None]:
+    """Keep from the code around a call what a Trainer sets for the whole process.
+
+    That is which messages transformers shows, and what accelerate knows of the devices: nobody
+    could have an `Accelerator` of another kind afterwards, and one from before would be another.
+    """
+    shown = logging.get_verbosity()
+    states = [each._shared_state for each in (PartialState, AcceleratorState, GradientState)]
+    before = [dict(state) for state in states]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(shown)
+        for state, known in zip(states, before, strict=True):
+            state.clear()
+            state.update(known)
 
 
 def training_arguments(
