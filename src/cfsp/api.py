@@ -137,7 +137,7 @@ def prune(
         source = open_checkpoint(model, parts=settings.budget.parts)
         if trains:
             report, trained = prune_and_recover(source, new, settings, command=command)
-            return replace(report, out=str(out)) if trained else report
+            return replace(report, out=trained.out) if trained else report
         return prune_checkpoint(source, new, settings, command=command)
     if tokenizer is None or out is not None or eval:
         raise UsageError(

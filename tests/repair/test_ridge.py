@@ -277,7 +277,7 @@ def test_best_effort_trains_and_goes_on_after_a_kill(
     (pruned / "cfsp.json").write_text(whole)
     found = json.loads(command(*arguments, "--json").out)
     assert (pruned / "model.safetensors").stat().st_mtime_ns == before
-    assert found["ffn_sparsity"] == 0.5
+    assert found["ffn_sparsity"] == 0.5 and found["out"] == str(out)
     first, *_, last = found["recovery"]["history"]
     assert last["held_out"] < first["held_out"]
     manifest, card = read_manifest(out), ModelCard.load(out / "README.md")

@@ -176,7 +176,10 @@ def run(args: argparse.Namespace) -> Told:
             print()
             recover.print_report(recovery)
 
-    return report.to_json() | ({"recovery": vars(recovery)} if recovery else {}), say
+    told = report.to_json()
+    if recovery is not None:
+        told |= {"out": recovery.out, "recovery": vars(recovery)}
+    return told, say
 
 
 def _print_estimate(cost: PruningCost) -> None:
