@@ -75,10 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, unknown = parser.parse_known_args(expanded, argparse.Namespace(argv=argv))
     if unknown:
         own = parser if args.command is None else args.parser
-        own.error(
-            f"unknown argument {unknown[0]}"
-            + did_you_mean(unknown[0].partition("=")[0], own.known_flags())
-        )
+        flag, known = unknown[0].partition("=")[0], own.known_flags()
+        if flag in known:
+            own.error(f"{flag} stands before {args.command}, expected behind it")
+        own.error(f"unknown argument {unknown[0]}{did_you_mean(flag, known)}")
     if args.version:
         from importlib.metadata import version
 
