@@ -140,7 +140,7 @@ def test_the_hidden_state_after_attention_is_found():
 
 
 def test_one_group_of_every_attention_stays():
-    units = (UnitSize(4, 1000, "attn", part="kv"), UnitSize(100, 60, "mlp")) * 2
+    units = (UnitSize(4, 1000, part="kv"), UnitSize(100, 60)) * 2
     size = ModelSize(units, 100_000)
     alone = allocate([0.9, 0.5, 0.3, 0.4], Budget(0.3, parts="kv"), size, "water-fill")
     assert [alone[1], alone[3]] == [100, 100]

@@ -76,7 +76,7 @@ def test_what_is_stored_behind_the_last_block_goes_with_a_block(tmp_path):
     kept, cut = (PrunedSource(source, plan) for plan in plans)
     assert extra.keys() <= kept.specs.keys()
     assert extra.keys() & cut.specs.keys() == {"mtp.fc.weight"}
-    assert model_size(source, Dropped((2,))).parameters == cut.parameter_count
+    assert model_size(source, dropped=Dropped((2,))).parameters == cut.parameter_count
 
 
 # Whole or not at all.

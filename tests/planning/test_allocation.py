@@ -2,7 +2,8 @@
 
 import re
 from dataclasses import replace
-from typing import get_args
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from cfsp.planning.allocation import (
     water_fill,
 )
 from cfsp.planning.importance import block_importance
+from cfsp.planning.make import multiples
 from cfsp.settings import Budget, Clamp
 
 WIDTHS = (11008, 14336, 1536, 4864, 8960, 18944)
@@ -39,12 +41,13 @@ def numpy_keep(importance_L: list[float], p: float) -> np.ndarray:
     return keep
 
 
-def model_of(width: int, blocks: int) -> ModelSize:
+def model_of(width: int, blocks: int, multiple: int) -> ModelSize:
     """A Llama-shaped model: hidden size and attention in the usual ratio to the FFN."""
     hidden = width * 3 // 8
     ffn = 3 * hidden * width
     return ModelSize(
-        (UnitSize(width, 3 * hidden),) * blocks, blocks * (ffn + 4 * hidden**2) + 32000 * hidden
+        (UnitSize(width, 3 * hidden, multiple),) * blocks,
+        blocks * (ffn + 4 * hidden**2) + 32000 * hidden,
     )
 
 
@@ -69,8 +72,8 @@ def test_shrunk_importances_give_the_published_rule(distance_L, p):
 )
 def test_equal_widths_are_within_half_a_multiple(distance_L, p, width, multiple, first_stays):
     """What is told to stay keeps all, and the others pay for it."""
-    budget = Budget(p, multiple=multiple, widths="equal")
-    size, blocks = model_of(width, len(distance_L)), len(distance_L)
+    budget = Budget(p, widths="equal")
+    size, blocks = model_of(width, len(distance_L), multiple), len(distance_L)
     size = replace(size, units=(replace(size.units[0], stays=first_stays), *size.units[1:]))
     share = ((1 - p) * blocks - first_stays) / (blocks - first_stays)
     assume(share * width >= multiple)  # so little goes that a multiple stays of each width
@@ -105,25 +108,20 @@ def test_water_filling_meets_the_total_within_bounds(blocks, keep, multiple):
 
 def test_the_least_of_some_units_is_paid_for_by_all_others():
     """And not by those alone that stay whole, which are due more than all they have."""
-    units = (UnitSize(1024, 96),) * 5
-    kept_U = allocate(
-        [1.0, 0.9, 0.3, 0.001, 0.001],
-        Budget(0.5, multiple=64),
-        ModelSize(units, 10**6),
-        "water-fill",
-    )
+    size = ModelSize((UnitSize(1024, 96, 64),) * 5, 10**6)
+    kept_U = allocate([1.0, 0.9, 0.3, 0.001, 0.001], Budget(0.5), size, "water-fill")
     assert kept_U == [1024, 1024, 384, 64, 64]
 
 
 def test_what_channels_cannot_lose_goes_of_the_kv_groups():
-    size = ModelSize((UnitSize(32, 96),) * 4 + (UnitSize(8, 4096, part="kv"),) * 4, 10**6)
-    kept_U = allocate([1.0] * 8, Budget(0.25, multiple=32, parts=("ffn", "kv")), size)
+    size = ModelSize((UnitSize(32, 96, 32),) * 4 + (UnitSize(8, 4096, part="kv"),) * 4, 10**6)
+    kept_U = allocate([1.0] * 8, Budget(0.25, parts=("ffn", "kv")), size)
     assert size.cost_of(kept_U) == pytest.approx(0.75 * size.cost_of(size.width_U), abs=64)
 
 
 @given(distances, st.floats(0.05, 0.9), st.sampled_from(WIDTHS))
 def test_clamps_differ_only_where_a_block_would_overflow(distance_L, sparsity, width):
-    size, budget = model_of(width, len(distance_L)), Budget(sparsity, multiple=1)
+    size, budget = model_of(width, len(distance_L), 1), Budget(sparsity)
     importance_L = block_importance(distance_L)
     highest = max(importance_L) / np.mean(importance_L) * (1 - sparsity)
     assume(abs(highest - 1) > 1e-6)
@@ -145,9 +143,9 @@ def test_largest_remainder_gives_to_those_who_lost_most():
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_impossible_budget_names_what_can_be_reached(width):
-    size = model_of(width, 4)
+    size = model_of(width, 4, 128)
     with pytest.raises(BudgetError) as caught:
-        allocate([0.5] * 4, Budget(0.9999, 128), size)
+        allocate([0.5] * 4, Budget(0.9999), size)
     match = re.search(r"between 0 and ([\d.]+)% can be removed", str(caught.value))
     assert match, str(caught.value)
     highest = float(match[1]) / 100
@@ -155,7 +153,7 @@ def test_impossible_budget_names_what_can_be_reached(width):
     assert expected - 0.001 < highest <= expected
     # What the message promises is possible, and so is the edge.
     for sparsity in (highest, expected):
-        assert min(allocate([0.5] * 4, Budget(sparsity, 128), size)) >= 128
+        assert min(allocate([0.5] * 4, Budget(sparsity), size)) >= 128
 
 
 @pytest.mark.parametrize(
@@ -178,6 +176,7 @@ STAYING = st.sampled_from([st.just(False), st.booleans()])
 def mixed_sizes(draw: st.DrawFn) -> tuple[ModelSize, list[float]]:
     """Return a model of up to two units in a block, and the importance of each."""
     width_of = {kind: draw(st.integers(40, 9000)) for kind in KINDS}
+    multiple_of = {kind: draw(st.sampled_from(MULTIPLES[1:])) for kind in KINDS}
     experts, stays = draw(st.integers(2, 128)), draw(STAYING)
     units, importance_U = [], []
     for _ in range(draw(st.integers(1, 12))):
@@ -187,7 +186,8 @@ def mixed_sizes(draw: st.DrawFn) -> tuple[ModelSize, list[float]]:
         ):
             cost = 96 * (experts if kind == "mlp.experts" else 1)
             grain = 8 if kind == "mlp.experts" else 1
-            units.append(UnitSize(width_of[kind], cost, kind, grain, stays=draw(stays)))
+            sizes = width_of[kind], cost, multiple_of[kind], grain
+            units.append(UnitSize(*sizes, stays=draw(stays)))
             importance_U.append(importance)
     assume(units)
     ffn = sum(unit.width * unit.channel_parameters for unit in units)
@@ -201,7 +201,8 @@ def plain_sizes(draw: st.DrawFn) -> tuple[ModelSize, list[float]]:
     width_L = draw(st.lists(st.integers(40, 3000), min_size=2, max_size=40) | equal)
     distances = st.lists(st.floats(0.01, 0.6), min_size=len(width_L), max_size=len(width_L))
     stays = draw(STAYING)
-    units = tuple(UnitSize(width, 96, stays=draw(stays)) for width in width_L)
+    multiple = draw(st.sampled_from(MULTIPLES))
+    units = tuple(UnitSize(width, 96, multiple, stays=draw(stays)) for width in width_L)
     return ModelSize(units, 200 * sum(width_L)), block_importance(draw(distances))
 
 
@@ -209,12 +210,11 @@ def plain_sizes(draw: st.DrawFn) -> tuple[ModelSize, list[float]]:
     plain_sizes() | mixed_sizes(),
     st.floats(0.0, 0.95),
     st.sampled_from(get_args(Clamp)),
-    st.sampled_from([None, *MULTIPLES]),
 )
 @settings(max_examples=300)
-def test_a_budget_is_met_to_one_multiple_in_parameters(drawn, sparsity, clamp, multiple):
+def test_a_budget_is_met_to_one_multiple_in_parameters(drawn, sparsity, clamp):
     size, importance_U = drawn
-    budget = Budget(sparsity, multiple)
+    budget = Budget(sparsity)
     try:
         channels_to_keep(budget, size)
     except (BudgetError, UsageError):
@@ -222,43 +222,44 @@ def test_a_budget_is_met_to_one_multiple_in_parameters(drawn, sparsity, clamp, m
     kept_U = allocate(importance_U, budget, size, clamp)
     assert sparsity or kept_U == size.width_U
 
-    multiple_U = size.multiple_U(budget)
-    for unit, kept, each in zip(size.units, kept_U, multiple_U, strict=True):
-        assert min(each, unit.width) <= kept <= unit.width
-        assert kept % each == 0 or kept == unit.width
+    for unit, kept in zip(size.units, kept_U, strict=True):
+        assert unit.least <= kept <= unit.width
+        assert kept % unit.multiple == 0 or kept == unit.width
         assert kept % unit.grain == 0 or kept == unit.width
         assert kept == unit.width or not unit.stays
     ffn = sum(unit.width * unit.channel_parameters for unit in size.units)
     removed = size.parameters - size.parameters_with(kept_U)
-    each_U = zip(multiple_U, size.units, strict=True)
-    dearest = max(multiple * unit.channel_parameters for multiple, unit in each_U)
+    dearest = max(unit.multiple * unit.channel_parameters for unit in size.units)
     assert abs(removed - sparsity * ffn) <= dearest
 
 
 def test_units_of_one_kind_share_a_multiple_and_kinds_do_not():
-    """Or a width, where widths are equal."""
-    units = [("mlp", 2000), ("mlp.experts", 768), ("mlp", 900), ("mlp.experts", 512)]
-    size = ModelSize(tuple(UnitSize(width, 3, kind) for kind, width in units), 10**6)
-    assert size.multiple_U(Budget(0.5)) == [64, 32, 64, 32]
-    assert size.multiple_U(Budget(0.5, multiple=8)) == [8] * 4
-    units = (UnitSize(768, 3 * 64 * 8, "experts"), UnitSize(2048, 3 * 64, "shared")) * 2
+    """Or a width, where widths are equal. An attention may have the path of an FFN."""
+    widths = [("mlp", 2000), ("mlp.experts", 768), ("mlp", 900), ("mlp.experts", 512)]
+    ffns = [SimpleNamespace(path=path, width=width, part="ffn") for path, width in widths]
+    architecture = SimpleNamespace(of_part=lambda _: SimpleNamespace(units=ffns))
+    units = [*ffns, SimpleNamespace(path="mlp", width=4, part="kv")]
+    source: Any = SimpleNamespace(units=units, architecture=architecture)
+    assert multiples(source, Budget(0.5)) == [64, 32, 64, 32, 1]
+    assert multiples(source, Budget(0.5, multiple=8)) == [8] * 4 + [1]
+    units = (UnitSize(768, 3 * 64 * 8, 32), UnitSize(2048, 3 * 64, 64)) * 2
     kept_U = allocate([0.9, 0.1, 0.2, 0.3], Budget(0.5, widths="equal"), ModelSize(units, 10**7))
     assert kept_U == [384, 1024, 384, 1024]
 
 
 def test_widths_of_mixed_units_follow_importance():
     """What is equally important keeps the same share, whatever its channels own."""
-    units = (UnitSize(1024, 128, "experts", 8), UnitSize(4096, 1, "shared"))
+    units = (UnitSize(1024, 128, 8, grain=8), UnitSize(4096, 1, 8))
     size = ModelSize(units * 2, 10**9)
-    kept_U = allocate([0.4, 0.4, 0.6, 0.6], Budget(0.5, multiple=8), size)
+    kept_U = allocate([0.4, 0.4, 0.6, 0.6], Budget(0.5), size)
     share_U = [kept / unit.width for kept, unit in zip(kept_U, size.units, strict=True)]
     assert share_U == pytest.approx([0.4, 0.4, 0.6, 0.6], abs=8 / 1024)
 
 
 def test_cheap_units_do_not_make_up_for_costly_ones():
     """One dense FFN beside many experts: it stays within a multiple of its share."""
-    units = (UnitSize(512, 1, "mlp"), *[UnitSize(512, 128, "experts")] * 3)
+    units = (UnitSize(512, 1, 32), *[UnitSize(512, 128, 32)] * 3)
     size = ModelSize(units, 10**9)
     for sparsity in (0.3, 0.33, 0.41, 0.5, 0.62):
-        kept_U = allocate([0.5] * 4, Budget(sparsity, multiple=32), size)
+        kept_U = allocate([0.5] * 4, Budget(sparsity), size)
         assert abs(kept_U[0] - (1 - sparsity) * 512) <= 32

@@ -87,7 +87,7 @@ def test_blocks_give_what_channels_that_may_go_do_not_reach(tokenizer, few, capl
 def test_widths_are_multiples_whichever_blocks_go(tokenizer, tmp_path):
     wide = build_tiny_model("llama", intermediate_size=1056)
     source = cut(wide, tokenizer, tmp_path, (1056, 736, 608))
-    whole, less = (model_size(source, Dropped(gone)).multiple_U(Budget()) for gone in ((), (0,)))
+    whole, less = (model_size(source, dropped=Dropped(gone)).multiple_U for gone in ((), (0,)))
     assert less == whole[1:]
 
 

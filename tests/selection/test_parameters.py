@@ -113,7 +113,7 @@ def test_nothing_of_a_part_is_left_where_all_blocks_that_have_it_are_dropped():
     for stays, share in ((0.99, 0.0), (0.5, None)):
         constraint = Parameters(source, Budget(parts=parts), stays)
         assert constraint.share(planner, ("kv",), dropped) == share
-    size = model_size(source, dropped)
+    size = model_size(source, dropped=dropped)
     assert allocate([1.0] * len(size.units), Budget(parts=("kv",)), size) == size.width_U
 
 

@@ -40,7 +40,9 @@ def test_widths_follow_the_measured_sensitivity(source, tmp_path, settings):
     assert (found.kept_L, found.windows) == ((0.5,) * 3, 8)
     assert min(found.divergence_L) > 0
     importance_L = importance_by(statistics, "sensitivity")
-    expected = allocate(importance_L, settings.budget, model_size(source), "water-fill")
+    expected = allocate(
+        importance_L, settings.budget, model_size(source, settings.budget), "water-fill"
+    )
     assert report.intermediate_sizes == expected
     criterion = report.plan.criterion
     assert (criterion["block_metric"], criterion["clamp"]) == ("sensitivity", "water-fill")

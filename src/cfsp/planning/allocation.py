@@ -12,7 +12,7 @@ Shapes: U units.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import floor, fsum, gcd
 from operator import mul
@@ -33,16 +33,20 @@ class UnitSize:
 
     width: int  # channels of each of its FFNs, KV groups of an attention
     channel_parameters: int  # that a channel owns, of each of several experts
-    kind: str = ""  # widths of one kind are multiples of the same number
+    multiple: int = 1  # new widths are multiples of this
     grain: int = 1  # widths that are no multiples of this cannot be computed with
     part: Part = "ffn"
     stays: bool = False  # with all its channels
-    times: int = 1  # how often as wide as a config says of its kind
 
     @property
     def is_rounded(self) -> bool:
-        """Whether its widths are multiples of a number: KV groups go one by one."""
+        """Whether its widths are rounded: KV groups go one by one."""
         return self.part == "ffn"
+
+    @property
+    def least(self) -> int:
+        """The least width that it may have."""
+        return self.width if self.stays else min(self.multiple, self.width)
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,6 @@ class ModelSize:
 
     units: tuple[UnitSize, ...]
     parameters: int  # all of the model
-    of_all: tuple[UnitSize, ...] = ()  # these units are some of
 
     def of_parts(self, parts: Sequence[Part]) -> ModelSize:
         """Return the numbers with the units of some parts only."""
@@ -59,8 +62,7 @@ class ModelSize:
 
     def only(self, chosen: Iterable[int]) -> ModelSize:
         """Return the numbers with some units only, by their indices."""
-        units = tuple(self.units[index] for index in chosen)
-        return ModelSize(units, self.parameters, self.of_all or self.units)
+        return replace(self, units=tuple(self.units[index] for index in chosen))
 
     @cached_property
     def width_U(self) -> list[int]:
@@ -87,31 +89,26 @@ class ModelSize:
         removed = self.cost_of(self.width_U) - self.cost_of(kept_U)
         return self.parameters - removed * self.parameters_per_cost
 
-    def multiple_U(self, budget: Budget) -> list[int]:
-        """Return what new widths of every unit are multiples of, whichever of its kind stay."""
-        widths: dict[str, list[int]] = {}
-        for unit in self.of_all or self.units:
-            widths.setdefault(unit.kind, []).append(unit.width // unit.times)
-        return [
-            budget.multiple_for(widths[unit.kind]) * unit.times if unit.is_rounded else 1
-            for unit in self.units
-        ]
+    @property
+    def multiple_U(self) -> list[int]:
+        """What new widths of every unit are multiples of."""
+        return [unit.multiple for unit in self.units]
 
-    def least_U(self, budget: Budget) -> list[int]:
-        """Return the least width that every unit may have."""
-        least_U = map(min, self.multiple_U(budget), self.width_U)
-        pairs = zip(self.units, least_U, strict=True)
-        return [unit.width if unit.stays else least for unit, least in pairs]
+    @property
+    def least_U(self) -> list[int]:
+        """The least width that every unit may have."""
+        return [unit.least for unit in self.units]
 
 
 def check_multiple(budget: Budget, size: ModelSize) -> None:
     """Check that the model can be computed with widths in multiples of what the budget says."""
     size = size.of_parts(budget.parts)
-    for multiple, unit in zip(size.multiple_U(budget), size.units, strict=True):
-        if multiple % unit.grain:
+    for unit in size.units:
+        if unit.multiple % unit.grain:
             raise UsageError(
-                f"--multiple must be a multiple of {unit.grain} for this model, found {multiple}: "
-                "experts are multiplied in groups, which requires rows of whole 16 bytes"
+                f"--multiple must be a multiple of {unit.grain} for this model, found "
+                f"{unit.multiple}: experts are multiplied in groups, which requires rows of whole "
+                "16 bytes"
             )
     widest = max((unit.width for unit in size.units if unit.is_rounded), default=None)
     if budget.multiple is not None and widest is not None and budget.multiple > widest:
@@ -127,31 +124,30 @@ def channels_to_keep(budget: Budget, size: ModelSize) -> float:
     total = size.cost_of(size.width_U)
     kept = (1 - budget.sparsity) * total
     asked = f"{budget.sparsity:.1%} of the {parts_in_words(budget.channel_parts)}"
-    check_least(budget, size, kept, asked, total)
+    check_least(size, kept, asked, total)
     return kept
 
 
-def check_least(budget: Budget, size: ModelSize, kept: float, asked: str, of: float) -> None:
+def check_least(size: ModelSize, kept: float, asked: str, of: float) -> None:
     """Check that channels of the least widths cost no more than what stays (`kept`).
 
     `asked` says in words what is to go, `of` is the cost of what that is a share of.
     """
-    least = size.cost_of(size.least_U(budget))
-    steps = map(mul, size.multiple_U(budget), size.cost_U)
+    least = size.cost_of(size.least_U)
+    steps = map(mul, size.multiple_U, size.cost_U)
     # Within half a multiple of the least width is the least width.
     if kept < least - min(steps, default=0) / 2:
         # Rounded down, as so much is not refused then.
         most = floor(1000 * (size.cost_of(size.width_U) - least) / of + 1e-9) / 1000
         raise BudgetError(
-            f"cannot remove {asked}: with at least {least_in_words(budget, size)}, between 0 and "
+            f"cannot remove {asked}: with at least {least_in_words(size)}, between 0 and "
             f"{most:.1%} can be removed"
         )
 
 
-def least_in_words(budget: Budget, size: ModelSize) -> str:
+def least_in_words(size: ModelSize) -> str:
     """Return what every unit keeps at least."""
-    pairs = zip(size.multiple_U(budget), size.units, strict=True)
-    widths = sorted({multiple for multiple, unit in pairs if unit.is_rounded})
+    widths = sorted({unit.multiple for unit in size.units if unit.is_rounded})
     left = [f"{' or '.join(map(str, widths))} channels left in every FFN"] if widths else []
     if not all(unit.is_rounded for unit in size.units):
         left.append("one KV group in every attention")
@@ -272,7 +268,7 @@ def allocate(
     if len(chosen) < len(of_parts.units):  # those that stay pay nothing: the others pay for them
         stay = sum(u.width * u.channel_parameters for u in of_parts.units if u.stays)
         left = (total * of_parts.parameters_per_cost - stay) / shrinking.parameters_per_cost
-        total = max(left, shrinking.cost_of(shrinking.least_U(budget)))
+        total = max(left, shrinking.cost_of(shrinking.least_U))
     kept = _widths([importance_U[index] for index in chosen], budget, shrinking, clamp, total)
     for index, width in zip(chosen, kept, strict=True):
         kept_U[index] = width
@@ -284,7 +280,7 @@ def _widths(
     importance_U: Sequence[float], budget: Budget, size: ModelSize, clamp: Clamp, total: float
 ) -> list[int]:
     """Return the widths of units that cost `total`; see `allocate`."""
-    width_U, cost_U, multiple_U = size.width_U, size.cost_U, size.multiple_U(budget)
+    width_U, cost_U, multiple_U = size.width_U, size.cost_U, size.multiple_U
     fraction = total / size.cost_of(width_U)
     if budget.widths == "equal":
         ideal_U = [fraction * width for width in width_U]
@@ -293,7 +289,7 @@ def _widths(
         if clamp == "published":
             weight_U = None if set(cost_U) == {1} else list(map(float, map(mul, width_U, cost_U)))
             filling_U = shrunk(importance_U, 1 - fraction, weight_U)
-        ideal_U = water_fill(filling_U, width_U, cost_U, total, size.least_U(budget))
+        ideal_U = water_fill(filling_U, width_U, cost_U, total, size.least_U)
     dear = [index for index, unit in enumerate(size.units) if not unit.is_rounded]
     rest = [index for index, unit in enumerate(size.units) if unit.is_rounded]
     if dear and rest:
@@ -302,7 +298,7 @@ def _widths(
         for chosen in (dear, rest):
             part, wanted = size.only(chosen), of_dear if chosen is dear else left
             # What rounding left may be out of reach.
-            least, most = part.cost_of(part.least_U(budget)), part.cost_of(part.width_U)
+            least, most = part.cost_of(part.least_U), part.cost_of(part.width_U)
             cost = min(max(wanted / part.parameters_per_cost, least), most)
             widths = _widths([importance_U[i] for i in chosen], budget, part, clamp, cost)
             left -= part.parameters_per_cost * part.cost_of(widths)

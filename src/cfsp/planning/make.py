@@ -37,56 +37,58 @@ from cfsp.streaming.block_proof import check_experts_can_go
 
 # torch multiplies experts in groups only if rows are whole 16 bytes: 8 values of 16 bits.
 EXPERTS_GRAIN = 8
+_ANY = Budget()
 
 
 def model_size(
-    source: WeightSource, dropped: Dropped = NOTHING, keep: Sequence[str] = ()
+    source: WeightSource, budget: Budget = _ANY, dropped: Dropped = NOTHING
 ) -> ModelSize:
-    """Return the numbers that budgets of channels are about, beside what goes whole."""
-    stays = kept_by(source, keep).units
-    sizes = zip(source.units, ffn_parameters_per_channel(source), strict=True)
-    of_all = tuple(
+    """Return the numbers that a budget of channels is about, beside what goes whole."""
+    stays = kept_by(source, budget.keep).units
+    columns = source.units, ffn_parameters_per_channel(source), multiples(source, budget)
+    units = tuple(
         UnitSize(
-            width=unit.width,
-            channel_parameters=each,
-            kind=unit.path,
+            unit.width,
+            channel_parameters,
+            multiple,
             grain=EXPERTS_GRAIN if unit.routed else 1,
             part=unit.part,
             stays=index in stays,
         )
-        for index, (unit, each) in enumerate(sizes)
+        for index, (unit, channel_parameters, multiple) in enumerate(zip(*columns, strict=True))
+        if not dropped.takes(unit)
     )
-    pairs = zip(source.units, of_all, strict=True)
-    units = tuple(size for unit, size in pairs if not dropped.takes(unit))
-    return ModelSize(units, source.parameter_count - parameters_dropped(source, dropped), of_all)
+    return ModelSize(units, source.parameter_count - parameters_dropped(source, dropped))
 
 
-def size_by(source: WeightSource, budget: Budget, dropped: Dropped = NOTHING) -> ModelSize:
-    """Return the numbers of a budget's own.
+def multiples(source: WeightSource, budget: Budget) -> list[int]:
+    """Return what new widths of every unit are multiples of: KV groups go one by one.
 
-    With equal widths FFNs are of a kind whose widths one key of a stock config says: a shared
-    expert that is twice as wide as the routed ones has to stay so.
+    FFNs of one kind share a number, whichever of them stay. With equal widths they are of a kind
+    whose widths one key of a stock config says: a shared expert that is twice as wide as the routed
+    ones has to stay so.
     """
-    size, ffns = model_size(source, dropped, budget.keep), source.architecture.of_part("ffn")
-    if budget.widths != "equal" or not ffns.units:
-        return size
-    keys = WidthSearch(stock_config(source.config), ffns).keys
-    said = {path: (key, times) for key, times in keys.items() for path in times}
-
-    def of(unit: UnitSize) -> UnitSize:
-        if unit.kind not in said:
-            return unit
-        key, times = said[unit.kind]
-        return replace(unit, kind=key, times=times[unit.kind] // math.gcd(*times.values()))
-
-    return replace(size, units=tuple(map(of, size.units)), of_all=tuple(map(of, size.of_all)))
+    ffns = source.architecture.of_part("ffn")
+    kinds = {unit.path: (unit.path, 1) for unit in ffns.units}
+    if budget.widths == "equal" and kinds:
+        for key, times in WidthSearch(stock_config(source.config), ffns).keys.items():
+            kinds |= {path: (key, n // math.gcd(*times.values())) for path, n in times.items()}
+    widths: dict[str, list[int]] = {}
+    for unit in ffns.units:
+        kind, times_of_kind = kinds[unit.path]
+        widths.setdefault(kind, []).append(unit.width // times_of_kind)
+    found: dict[tuple[Part, str], int] = {}  # an attention may have the path of an FFN elsewhere
+    for unit in ffns.units:
+        kind, times_of_kind = kinds[unit.path]
+        found[unit.part, unit.path] = budget.multiple_for(widths[kind]) * times_of_kind
+    return [found.get((unit.part, unit.path), 1) for unit in source.units]
 
 
 def parameters_of_channels(
     source: WeightSource, parts: Sequence[Part], dropped: Dropped = NOTHING
 ) -> int:
     """Return the parameters of all channels of these parts beside what goes whole."""
-    size = model_size(source, dropped).of_parts(parts)
+    size = model_size(source, dropped=dropped).of_parts(parts)
     return size.cost_of(size.width_U) * size.parameters_per_cost
 
 
@@ -126,7 +128,7 @@ class Planner:
         What goes whole is decided before; the rest is planned as if it were the model.
         """
         dropped, budget = candidate.dropped, self.budget
-        size = size_by(self.source, budget, dropped)
+        size = model_size(self.source, budget, dropped)
         pairs = zip(self.statistics.units, self.source.units, strict=True)
         units = tuple(seen for seen, unit in pairs if not dropped.takes(unit))
         staying = replace(self.statistics, units=units)
@@ -168,7 +170,7 @@ class Planner:
         self, candidate: Candidate, widths: UnitWidths, kept: Sequence[tuple[int, ...]]
     ) -> PruningPlan:
         """Return the plan that widths and channels amount to, and what goes whole."""
-        source, size = self.source, model_size(self.source)
+        source, size = self.source, model_size(self.source, self.budget)
         plan = PruningPlan(
             model=ModelIdentity.of(source),
             criterion=self._criterion_of(candidate, size),
@@ -218,7 +220,7 @@ class Planner:
             # An attention is a part of its block, which comes last.
             "of": "ffn" if candidate.parts else budget.parts[-1],
             # Of which all new FFN widths are multiples.
-            "multiple": math.gcd(*size.of_parts(("ffn",)).multiple_U(budget)) or 1,
+            "multiple": math.gcd(*size.of_parts(("ffn",)).multiple_U) or 1,
             **({} if tuple(parts) == DEFAULT_PARTS else {"parts": parts}),
             **({"keep": list(budget.keep)} if budget.keep else {}),
         }

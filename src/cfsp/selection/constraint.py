@@ -37,7 +37,7 @@ from cfsp.planning.candidate import (
     parameters_dropped,
 )
 from cfsp.planning.importance import experts_to_remove
-from cfsp.planning.make import Planner, model_size, parameters_of_channels, size_by
+from cfsp.planning.make import Planner, model_size, parameters_of_channels
 from cfsp.settings import PART_NOUNS, Budget, Part, WholePart
 
 
@@ -142,17 +142,16 @@ class Attempt:
     fits: bool  # whether the bound holds
 
 
-def highest_step(size: ModelSize, budget: Budget) -> int:
+def highest_step(size: ModelSize) -> int:
     """Return the number of steps up to the highest sparsity that leaves every unit its least."""
-    least = size.cost_of(size.least_U(budget))
+    least = size.cost_of(size.least_U)
     highest = math.floor(STEPS * (1 - least / size.cost_of(size.width_U)))
     if highest < 1:
-        pairs = zip(size.units, size.multiple_U(budget), strict=True)
-        is_coarse = any(multiple > 1 and not unit.stays for unit, multiple in pairs)
+        is_coarse = any(unit.multiple > 1 and not unit.stays for unit in size.units)
         ways = ["choose a smaller --multiple"] if is_coarse else []
         ways += ["--keep less"] if any(unit.stays for unit in size.units) else []
         raise BudgetError(
-            f"nothing can be removed: with at least {least_in_words(budget, size)}, less than "
+            f"nothing can be removed: with at least {least_in_words(size)}, less than "
             f"{1 / STEPS:.1%} could go; {', or '.join(ways) or 'name other --parts'}"
         )
     return highest
@@ -184,7 +183,7 @@ class Constraint(ABC):
         """Check before a forward pass that it can be met."""
         source, budget = self.source, self.budget
         if budget.channel_parts:
-            check_multiple(budget, model_size(source))
+            check_multiple(budget, model_size(source, budget))
         kept_by(source, budget.keep)
         if not budget.whole_parts:
             return
@@ -220,7 +219,7 @@ class Share(Constraint):
         """Check that so much of the part can go."""
         super().check()
         if self.budget.channel_parts:
-            channels_to_keep(self.budget, size_by(self.source, self.budget))
+            channels_to_keep(self.budget, model_size(self.source, self.budget))
         elif "experts" in self.budget.parts:
             self.experts()
 
@@ -264,10 +263,9 @@ class Parameters(Constraint):
             raise self.too_much()
         if self.budget.whole_parts or not self.budget.channel_parts:
             return
-        size = size_by(self.source, self.budget).of_parts(self.budget.parts)
+        size = model_size(self.source, self.budget).of_parts(self.budget.parts)
         total, each = size.cost_of(size.width_U), size.parameters_per_cost
         check_least(
-            self.budget,
             size,
             total - self._to_go / each,
             f"{self.share_of_all:.1%} of the model's parameters",
@@ -313,7 +311,7 @@ class Parameters(Constraint):
         """More than can go: all that may go whole, and all channels of the rest that may go."""
         budget = self.budget
         sizes = DropSizes.of(self.source, budget.whole_parts, budget.keep)
-        units = model_size(self.source, keep=budget.keep).units
+        units = model_size(self.source, budget).units
         # Of each block as long as it stays: its attention, and channels.
         of_staying = Counter(sizes.attention_of)
         for unit, size in zip(self.source.units, units, strict=True):

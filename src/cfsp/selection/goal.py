@@ -19,7 +19,7 @@ from cfsp.checkpoint.text_config import longest_input_of, text_config_of
 from cfsp.errors import BudgetError
 from cfsp.job import Job
 from cfsp.planning.candidate import NOTHING, Candidate, Dropped, kept_by
-from cfsp.planning.make import Planner, model_size, size_by
+from cfsp.planning.make import Planner, model_size
 from cfsp.quality.perplexity import loss_in_memory
 from cfsp.selection.constraint import (
     STEPS,
@@ -96,7 +96,7 @@ def _parts_for(job: Job, asked: Parameters) -> tuple[Part, ...]:
     if not job.settings.leaves_parts_open:
         return job.budget.parts
     gone = asked.share_of_all * job.source.parameter_count
-    size = model_size(job.source, keep=job.budget.keep).of_parts(DEFAULT_PARTS)
+    size = model_size(job.source, job.budget).of_parts(DEFAULT_PARTS)
     may_go = sum(unit.width * unit.channel_parameters for unit in size.units if not unit.stays)
     share = gone / may_go if may_go else math.inf
     if share < MANY_CHANNELS:
@@ -268,8 +268,8 @@ class CacheFraction(Constraint):
             return round(1 - self.stay / self.size(left_U), 12)
 
         may_go = sum(left_U) - sum(least_U)
-        size = model_size(self.source, dropped, self.budget.keep).of_parts(("kv",))
-        most = 1 - size.cost_of(size.least_U(self.budget)) / size.cost_of(size.width_U)
+        size = model_size(self.source, self.budget, dropped).of_parts(("kv",))
+        most = 1 - size.cost_of(size.least_U) / size.cost_of(size.width_U)
 
         def is_too_much(gone: int) -> bool:
             candidate = Candidate(dropped, 0, ("kv",), most * gone / may_go)
@@ -310,8 +310,7 @@ class LossIncrease(Constraint):
         """Check that channels can go; whether the loss stays within is measured later."""
         super().check()
         if not self.budget.whole_parts:
-            size = size_by(self.source, self.budget)
-            highest_step(size.of_parts(self.budget.parts), self.budget)
+            highest_step(model_size(self.source, self.budget).of_parts(self.budget.parts))
 
     def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
         """Return the largest share whose loss fits."""
@@ -335,7 +334,7 @@ class LossIncrease(Constraint):
         source, goal = self.source, self.goal
         model = load_whole(source, self.runtime, "--max-loss-increase")
         dense = loss_in_memory(model, self.held_out, "dense")
-        size = size_by(source, self.budget)
+        size = model_size(source, self.budget)
         tried: list[Attempt] = []
 
         def holds(step: int) -> bool:
@@ -349,7 +348,7 @@ class LossIncrease(Constraint):
             tried.append(Attempt(candidate.sparsity, parameters, increase, fits))
             return fits
 
-        chosen = last_that_holds(highest_step(size.of_parts(parts), self.budget), holds)
+        chosen = last_that_holds(highest_step(size.of_parts(parts)), holds)
         if chosen == 0:
             least = min(tried, key=lambda entry: entry.sparsity)
             raise BudgetError(

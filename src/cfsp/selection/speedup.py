@@ -27,7 +27,7 @@ from cfsp.checkpoint.skeleton import empty_model
 from cfsp.checkpoint.text_config import longest_input_of
 from cfsp.errors import BudgetError, UsageError
 from cfsp.planning.candidate import Candidate, Dropped, DropSizes
-from cfsp.planning.make import Planner, model_size, size_by
+from cfsp.planning.make import Planner, model_size
 from cfsp.selection.constraint import (
     STEPS,
     Attempt,
@@ -154,10 +154,10 @@ class Speedup(Constraint):
 
         if dropped and not is_too_slow(0):
             return 0.0
-        size = size_by(self.source, self.budget, dropped).of_parts(parts)
+        size = model_size(self.source, self.budget, dropped).of_parts(parts)
         if all(unit.stays for unit in size.units):  # or all blocks that have some are dropped
             return None
-        highest = highest_step(size, self.budget)
+        highest = highest_step(size)
         if is_too_slow(highest):
             return None
         return (last_that_holds(highest, is_too_slow) + 1) / STEPS
@@ -166,7 +166,7 @@ class Speedup(Constraint):
         """Predict what becomes of the model with a candidate, and note it."""
         dropped, pairs = candidate.dropped, zip(self.source.units, kept_U, strict=True)
         left = [kept for unit, kept in pairs if not dropped.takes(unit)]
-        parameters = model_size(self.source, dropped).parameters_with(left)
+        parameters = model_size(self.source, dropped=dropped).parameters_with(left)
         value = times_faster(self.latencies["curves"], self.source, kept_U, dropped)
         fits = value >= self.goal.ratio
         self.tried.append(Attempt(candidate.sparsity, parameters, value, fits))
@@ -202,9 +202,8 @@ class Speedup(Constraint):
     def _reach(self, parts: Sequence[Part]) -> float:
         """Return how many times faster it is at best, if these parts go as far as they may."""
         source, keep = self.source, self.budget.keep
-        least_U = size_by(source, self.budget).least_U(self.budget)
-        pairs = zip(source.units, least_U, strict=True)
-        least_U = [least if unit.part in parts else unit.width for unit, least in pairs]
+        units = model_size(source, self.budget).units
+        least_U = [unit.least if unit.part in parts else unit.width for unit in units]
         sizes = DropSizes.of(source, ("blocks",), keep)
         gone = sorted(sizes.block_of)[not sizes.some_stay :] if "blocks" in parts else ()
         return times_faster(self.latencies["curves"], self.source, least_U, Dropped(tuple(gone)))
@@ -234,7 +233,7 @@ def models_to_time(
 
     timed: list[tuple[Part, int, PreTrainedConfig]] = []
     if "ffn" in budget.parts:
-        multiple = max(model_size(source).multiple_U(budget))
+        multiple = max(model_size(source, budget).multiple_U)
         fewer = reversed(widths_to_measure(widest, multiple)[:-1])
         timed += [("ffn", width, with_at_most(width)) for width in fewer]
     if "blocks" in budget.parts and count > 1:
