@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.settings import Budget, Criterion, PruneSettings
-from cfsp.streaming.runtime import Runtime
+from cfsp.streaming.runtime import Runtime, fits
 from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.windows import Windows
 
@@ -34,3 +34,14 @@ class Job:
     def criterion(self) -> Criterion:
         """What counts as important."""
         return self.settings.criterion
+
+    def fits(self, models: int = 1) -> bool:
+        """Return whether the whole model fits into memory, or so many as large.
+
+        Memory comes and goes: what a killed run found holds, and of several processes, which all
+        have to ask, the first looks.
+        """
+        found = self.work_dir.once(
+            f"fits-{models}", lambda: {"fits": fits(self.source, self.runtime, models)}
+        )
+        return bool(found["fits"])

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ from cfsp.selection.divergence import (
 from cfsp.settings import DEFAULT_SAMPLES, Budget, PruneSettings, TargetParameters
 from cfsp.streaming.block_stream import windows_in_batch
 from cfsp.streaming.memory import available_bytes, hidden_budget
-from cfsp.streaming.runtime import Runtime, needed_bytes, runtime_of
+from cfsp.streaming.runtime import Runtime, fits, needed_bytes, runtime_of
 from cfsp.text.drawing import parts_with_shares
 from cfsp.text.windows import Windows, is_held_out
 
@@ -111,7 +112,7 @@ def _work(
     token = 2.0 * elements
     windows = text.windows + (min(text.windows, COARSE_WINDOWS) if repairs else 0)
     work = {runtime.dtype: token * windows * text.seqlen}
-    if follow_sensitivity(source, settings.criterion, runtime):
+    if follow_sensitivity(settings.criterion, partial(fits, source, runtime)):
         places = len({(unit.block, unit.part) for unit in source.units})
         texts = sum(share > 0 for _, share in parts_with_shares(text.names, text.windows))
         compared = min(text.windows, max(LEAST_WINDOWS, texts))
@@ -173,7 +174,7 @@ def _memory_bytes(
         )
     budget = settings.compute.memory_budget
     peak += hidden_bytes if hidden_bytes <= hidden_budget(budget) else 0
-    if follow_sensitivity(source, settings.criterion, runtime):
+    if follow_sensitivity(settings.criterion, partial(fits, source, runtime)):
         peak = max(peak, needed_bytes(source, runtime.dtype) + prediction_bytes(vocabulary))
     return peak + _INTERPRETER_BYTES + _TOKEN_BYTES * vocabulary
 

@@ -176,7 +176,7 @@ def test_impossible_budgets_say_what_is_possible(llama, monkeypatch):
         check(ATTENTION, remove=5)
     with pytest.raises(BudgetError, match=r"at least one of 5 blocks must stay; between 0 and"):
         check(BOTH, cfsp.TargetParameters(0.25))
-    monkeypatch.setattr(drop_order, "fits", lambda *args: False)
+    monkeypatch.setattr("cfsp.job.fits", lambda *args: False)
     with pytest.raises(UsageError, match="requires the whole model in memory"):
         check(BOTH, cfsp.TargetParameters(0.8))
 

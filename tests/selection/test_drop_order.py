@@ -99,7 +99,7 @@ def test_memory_is_looked_at_once_and_by_the_first_process(source, tmp_path, mon
     settings = PruneSettings(Budget(0.3, parts=("blocks",)))
     job = job_of(source, settings, work_dir=WorkDir(tmp_path, identity={"of": "one command"}))
     for has_room in (False, True):  # as of a run that is resumed
-        monkeypatch.setattr(drop_order, "fits", lambda *_, now=has_room: now)
+        monkeypatch.setattr("cfsp.job.fits", lambda *_, now=has_room: now)
         assert not drop_order.follow_divergence(job)
         assert drop_order.follow_runs(job)
 
@@ -160,7 +160,7 @@ def test_statistics_keep_what_the_choice_needs(model, few, tmp_path, monkeypatch
     report = cfsp.prune(model, out=tmp_path / "o", effort="fast", **asked, **few)
     assert report.plan.removed_blocks == plan.removed_blocks
 
-    monkeypatch.setattr("cfsp.selection.drop_order.fits", lambda *_: False)
+    monkeypatch.setattr("cfsp.job.fits", lambda *_: False)
     by_runs = cfsp.prune(model, out=tmp_path / "r", effort="fast", **asked, **few)
     kept = Statistics.load(tmp_path / "r" / "cfsp.statistics")
     assert kept.runs is not None and not kept.removals

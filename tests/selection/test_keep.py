@@ -48,7 +48,7 @@ def test_a_command_that_keeps_blocks(prune, repair):
 
 @pytest.mark.parametrize("removal", ["divergence", "runs"])
 def test_blocks_that_stay_are_not_dropped(source, tokenizer, few, removal, monkeypatch):
-    monkeypatch.setattr("cfsp.selection.drop_order.fits", lambda *_: removal == "divergence")
+    monkeypatch.setattr("cfsp.job.fits", lambda *_: removal == "divergence")
     asked = {"parts": "blocks", "remove": 2, "effort": "fast", **few}
     found = [
         cfsp.prune(source.model, tokenizer, keep=keep, **asked).config.cfsp["removed_blocks"]

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 
-from builders import draw_windows, job_of, never
+from builders import job_of
 from cfsp.checkpoint.reading import LoadedModel, WeightSource
 from cfsp.errors import BudgetError
 from cfsp.planning.allocation import allocate
 from cfsp.planning.candidate import Dropped
 from cfsp.planning.make import model_size
-from cfsp.selection import goal
 from cfsp.selection.constraint import Parameters
 from cfsp.selection.goal import MANY_CHANNELS, constraint_of
 from cfsp.settings import Budget, Compute, Part, PruneSettings, TargetParameters
@@ -22,12 +21,6 @@ from tiny_decoders import tiny_model
 OPEN = PruneSettings(Budget(multiple=8), compute=Compute("cpu", "float32"), leaves_parts_open=True)
 
 
-@pytest.fixture
-def draw(tokenizer, text_file) -> Any:
-    windows = draw_windows([str(text_file)], tokenizer, samples=4, seqlen=16)
-    return lambda: windows
-
-
 def stays_without(source: WeightSource, share: float) -> float:
     """Return what stays of the parameters where a share of the FFN channels goes."""
     size = model_size(source)
@@ -35,29 +28,29 @@ def stays_without(source: WeightSource, share: float) -> float:
     return 1 - share * owned.cost_of(owned.width_U) * owned.parameters_per_cost / size.parameters
 
 
-def parts_of(source: WeightSource, stays: float, draw: Any, **settings: Any) -> tuple[str, ...]:
+def parts_of(source: WeightSource, stays: float, **settings: Any) -> tuple[str, ...]:
+    """Return what may go, which is found out before any text is drawn."""
     asked = replace(OPEN, goal=TargetParameters(stays), **settings)
-    job, _ = constraint_of(job_of(source, asked, draw))
+    job, _ = constraint_of(job_of(source, asked))
     return job.budget.parts
 
 
-def test_blocks_are_tried_where_many_channels_would_go(source, draw, caplog):
+def test_blocks_are_tried_where_many_channels_would_go(source, caplog):
     caplog.set_level(logging.INFO)
-    # No text is drawn to find that out.
-    assert parts_of(source, stays_without(source, MANY_CHANNELS - 0.01), never) == ("ffn",)
+    assert parts_of(source, stays_without(source, MANY_CHANNELS - 0.01)) == ("ffn",)
     assert not caplog.text
-    assert parts_of(source, stays_without(source, MANY_CHANNELS + 0.01), draw) == ("ffn", "blocks")
+    assert parts_of(source, stays_without(source, MANY_CHANNELS + 0.01)) == ("ffn", "blocks")
     assert "41% of the FFN channels would go alone: whole blocks are tried" in caplog.text
     # More than the channels own.
-    assert parts_of(source, stays_without(source, 1.1), draw) == ("ffn", "blocks")
+    assert parts_of(source, stays_without(source, 1.1)) == ("ffn", "blocks")
     assert "all FFN channels would not be enough" in caplog.text
 
 
-def test_channels_go_alone_where_blocks_cannot_be_compared(source, draw, caplog, monkeypatch):
+def test_channels_go_alone_where_blocks_cannot_be_compared(source, caplog, monkeypatch):
     stays = stays_without(source, 0.6)
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(goal, "fits", lambda *_, models: False)
-    assert parts_of(source, stays, draw) == ("ffn",)
+    monkeypatch.setattr("cfsp.job.fits", lambda *_: False)
+    assert parts_of(source, stays) == ("ffn",)
     assert (
         "60% of the FFN channels would go alone, and there is no memory for a pruned model beside "
         "the dense one: whole blocks are not tried"
@@ -69,21 +62,21 @@ def test_channels_go_alone_where_blocks_cannot_be_compared(source, draw, caplog,
     # Each block of the first has an embedding of its own.
     [("gemma3n_text", {"num_kv_shared_layers": 0}), ("llama", {"num_hidden_layers": 1})],
 )
-def test_channels_go_alone_where_no_block_can(name, config, draw):
+def test_channels_go_alone_where_no_block_can(name, config):
     source = LoadedModel(tiny_model(name, **config))
     for share in (0.6, 0.9):
-        assert parts_of(source, stays_without(source, share), draw) == ("ffn",)
+        assert parts_of(source, stays_without(source, share)) == ("ffn",)
 
 
-def test_blocks_that_stay_let_all_others_go(source, draw):
+def test_blocks_that_stay_let_all_others_go(source):
     """Of three blocks the first stays: a third of the parameters is more than one block."""
     kept = replace(OPEN.budget, keep=("0",))
-    assert parts_of(source, stays_without(source, 0.7), draw, budget=kept) == ("ffn", "blocks")
+    assert parts_of(source, stays_without(source, 0.7), budget=kept) == ("ffn", "blocks")
 
 
-def test_what_neither_channels_nor_blocks_own_is_refused(source, draw):
+def test_what_neither_channels_nor_blocks_own_is_refused(source):
     with pytest.raises(BudgetError, match="at least one of 3 blocks must stay; between 0 and"):
-        parts_of(source, 0.05, draw)
+        parts_of(source, 0.05)
 
 
 def test_a_command_that_names_no_parts(prune, source):
@@ -117,15 +110,15 @@ def test_nothing_of_a_part_is_left_where_all_blocks_that_have_it_are_dropped():
     assert allocate([1.0] * len(size.units), Budget(parts=("kv",)), size) == size.width_U
 
 
-def test_a_resumed_run_keeps_what_it_had_decided(source, draw, tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_what_it_had_decided(source, tmp_path, monkeypatch):
     settings = replace(OPEN, goal=TargetParameters(stays_without(source, 0.6)))
     work_dir = WorkDir(tmp_path, identity={"of": "one command"})
 
     def parts() -> tuple[str, ...]:
-        return constraint_of(job_of(source, settings, draw, work_dir=work_dir))[0].budget.parts
+        return constraint_of(job_of(source, settings, work_dir=work_dir))[0].budget.parts
 
     assert parts() == ("ffn", "blocks")
-    monkeypatch.setattr(goal, "fits", lambda *_, models: False)
+    monkeypatch.setattr("cfsp.job.fits", lambda *_: False)
     assert parts() == ("ffn", "blocks")
 
 

@@ -178,7 +178,7 @@ def test_a_resumed_run_compares_as_the_killed_one_did(
     monkeypatch.setattr(search, "best_of", lambda found: (compared.append(found), found[0])[1])
     compared: list[list[Scored]] = []
     for has_room in (had_room, not had_room):
-        monkeypatch.setattr(search, "fits", lambda *_, models, room=has_room: room)
+        monkeypatch.setattr("cfsp.job.fits", lambda *_, room=has_room: _[-1] == 1 or room)
         work_dir = WorkDir(tmp_path, identity={"of": "one command"})
         job = job_of(five_blocks, asked, lambda: windows, work_dir=work_dir)
         statistics = calibrate_source(five_blocks, tokenizer, asked)

@@ -12,7 +12,7 @@ hidden, F FFN channels, K kept, L blocks, N windows, U units.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -36,7 +36,7 @@ from cfsp.planning.importance import choose_channels
 from cfsp.progress import item_progress
 from cfsp.settings import AUTO_METRIC, SENSITIVITY, UNIT_PARTS, Criterion, Part
 from cfsp.streaming.decoder_end import logits_of, text_model
-from cfsp.streaming.runtime import Runtime, check_fits, fits, is_there, no_number
+from cfsp.streaming.runtime import Runtime, check_fits, is_there, no_number
 from cfsp.streaming.stand_in import (
     CallForm,
     find_call_form,
@@ -299,35 +299,31 @@ def block_sensitivities(
     return {part: [each / len(tokens_NT) for each in total_L] for part, total_L in total.items()}
 
 
-def follow_sensitivity(source: WeightSource, criterion: Criterion, runtime: Runtime) -> bool:
+def follow_sensitivity(criterion: Criterion, fits: Callable[[], bool]) -> bool:
     """Return whether widths will follow the sensitivity of blocks: by `auto` if the model fits."""
-    if criterion.block_metric != AUTO_METRIC:
-        return criterion.block_metric == SENSITIVITY
-    return fits(source, runtime)
+    metric = criterion.block_metric
+    return metric == SENSITIVITY or (metric == AUTO_METRIC and fits())
 
 
 def with_needed_sensitivity(job: Job, statistics: Statistics) -> Statistics:
     """Add the sensitivity of blocks where widths follow it, of the parts that may lose channels.
 
-    Statistics that have it stay as they are. A killed run goes on with what it had measured, or had
-    decided not to measure: there may be another amount of memory now. Of several processes the
-    first decides and measures.
+    Statistics that have it stay as they are. A killed run goes on with what it had measured. Of
+    several processes the first measures.
     """
     work_dir, parts = job.work_dir, {"ffn", *job.budget.channel_parts}
     if statistics.sensitivity is not None and all(map(statistics.sensitivity.of_part, parts)):
         return statistics
+    if not follow_sensitivity(job.criterion, job.fits):
+        return replace(statistics, sensitivity=None)
 
     def measure() -> dict[str, Any]:
-        if not follow_sensitivity(job.source, job.criterion, job.runtime):
-            return {"sensitivity": None}
         with work_dir.watch.stage("sensitivity"):
-            found = measure_sensitivity(job, statistics, job.draw(), parts)
-        return {"sensitivity": asdict(found)}
+            return asdict(measure_sensitivity(job, statistics, job.draw(), parts))
 
     # Other windows would be another measurement.
-    found = work_dir.once(f"sensitivity-{job.draw().digest[:8]}", measure)["sensitivity"]
-    blocks = len(statistics.blocks)
-    return replace(statistics, sensitivity=Sensitivity.from_json(found, blocks))
+    found = work_dir.once(f"sensitivity-{job.draw().digest[:8]}", measure)
+    return replace(statistics, sensitivity=Sensitivity.from_json(found, len(statistics.blocks)))
 
 
 def measure_sensitivity(

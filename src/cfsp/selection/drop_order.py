@@ -36,7 +36,6 @@ from cfsp.selection.constraint import DropBudget
 from cfsp.selection.divergence import MaskedModel, few_beginnings, in_batches, load_whole
 from cfsp.settings import Budget, parts_in_words
 from cfsp.streaming.block_proof import prove_without_attentions, prove_without_blocks
-from cfsp.streaming.runtime import fits
 
 # How many are tried again before one goes, and the tokens of each window that is read for it: one
 # block does twice the harm of another, where a few percent tell widths apart.
@@ -128,15 +127,8 @@ def _about(wanted: Sequence[DropBudget]) -> int:
 
 
 def follow_divergence(job: Job) -> bool:
-    """Return whether blocks or attention layers go by what the predictions lose.
-
-    Statistics for the one are not those for the other, and memory comes and goes: of several
-    processes the first decides, and what a killed run had decided holds.
-    """
-    if not job.budget.whole_parts:
-        return False
-    found = job.work_dir.once("fits", lambda: {"fits": fits(job.source, job.runtime)})
-    return bool(found["fits"])
+    """Return whether blocks or attention layers go by what the predictions lose."""
+    return bool(job.budget.whole_parts) and job.fits()
 
 
 def follow_runs(job: Job) -> bool:

@@ -45,8 +45,8 @@ from cfsp.settings import (
     TargetSpeedup,
     parts_in_words,
 )
-from cfsp.streaming.runtime import Runtime, fits, runtime_of
-from cfsp.streaming.work_dir import WorkDir, load_or_compute
+from cfsp.streaming.runtime import Runtime, runtime_of
+from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.drawing import draw_left_over
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
@@ -63,8 +63,7 @@ log = logging.getLogger(__name__)
 def constraint_of(job: Job) -> tuple[Job, Constraint]:
     """Return what candidates have to meet, and the job with the parts that may go for it.
 
-    It is checked before a forward pass. Windows are drawn only where that says which parts may go;
-    models are timed for a speed.
+    It is checked before a forward pass; models are timed for a speed.
     """
     source, budget, goal = job.source, job.budget, job.settings.goal
     constraint: Constraint
@@ -107,22 +106,16 @@ def _parts_for(job: Job, asked: Parameters) -> tuple[Part, ...]:
     else:
         would = f"all {channels} would not be enough"
         _of_blocks(asked)  # nor may blocks be
-    job.draw()  # in every process: they compare what they drew
-
-    def choose() -> dict[str, Any]:
-        if obstacle := _obstacle(job, asked):
-            log.info("%s, and %s: whole blocks are not tried beside them", would, obstacle)
-            return {"parts": DEFAULT_PARTS}
-        log.info("%s: whole blocks are tried beside them; --parts ffn does without", would)
-        return {"parts": (*DEFAULT_PARTS, "blocks")}
-
-    # A run that is resumed may find another amount of memory.
-    return tuple(job.work_dir.once("parts", choose)["parts"])
+    if obstacle := _obstacle(job, asked):
+        log.info("%s, and %s: whole blocks are not tried beside them", would, obstacle)
+        return DEFAULT_PARTS
+    log.info("%s: whole blocks are tried beside them; --parts ffn does without", would)
+    return (*DEFAULT_PARTS, "blocks")
 
 
 def _obstacle(job: Job, asked: Parameters) -> str:
     """Return why it cannot be tried how many blocks go; nothing if it can."""
-    if not fits(job.source, job.runtime, models=2):
+    if not job.fits(2):
         return "there is no memory for a pruned model beside the dense one"
     too_few = "the model cannot do without enough of them"
     try:
@@ -314,9 +307,7 @@ class LossIncrease(Constraint):
 
     def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
         """Return the largest share whose loss fits."""
-        self.found.update(
-            load_or_compute(self.work_dir, "loss", lambda: self._measured(planner, tuple(parts)))
-        )
+        self.found.update(self.work_dir.once("loss", lambda: self._measured(planner, tuple(parts))))
         return float(self.found["sparsity"])
 
     def facts(self) -> dict[str, Any]:

@@ -42,8 +42,7 @@ from cfsp.selection.divergence import (
 )
 from cfsp.selection.drop_order import dropped_by
 from cfsp.settings import Part
-from cfsp.streaming.runtime import fits
-from cfsp.streaming.work_dir import WorkDir, load_or_compute
+from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.windows import Windows, few_windows, joined
 
 # On as few windows as it is judged by a ridge fits noise, most of all where most channels go, and
@@ -69,7 +68,7 @@ def can_be_repaired(job: Job) -> bool:
     """Return whether candidates are compared after repair; people are told if there is no room."""
     if job.settings.repair == "none":
         return False
-    if not (has_room := fits(job.source, job.runtime, models=2)):
+    if not (has_room := job.fits(2)):
         log.warning("no memory for a pruned model beside the dense one: compared before repair")
     return has_room
 
@@ -157,32 +156,23 @@ def select(job: Job, constraint: Constraint, statistics: Statistics) -> tuple[Pl
     order = constraint.to_drop().taken(statistics.removals_of(job.budget.whole_parts))
     name = f"{'-'.join(job.budget.parts)}-{job.draw().digest[:8]}"
 
-    def masked() -> dict[str, Any]:
-        found = _all_masked(job, constraint, planner, order)
-        return {"candidates": [asdict(each) for each in found]}
+    repairs = can_be_repaired(job)
 
-    def compare() -> list[Scored]:
-        found = [
-            Scored(Candidate.from_json(each["candidate"]), each["masked"])
-            for each in load_or_compute(job.work_dir, name, masked)["candidates"]
-        ]
-        # A run that is resumed may find another amount of memory.
-        repairs = load_or_compute(
-            job.work_dir, f"{name}-repairs", lambda: {"repairs": can_be_repaired(job)}
-        )
-        if not repairs["repairs"]:
-            return found
-        few = worth_a_repair(found)
-        scores = load_or_compute(
-            job.work_dir,
-            f"{name}-repaired",
-            lambda: {"KL": repaired_scores(job, planner, [each.candidate for each in few])},
-        )
-        after_repair = dict(zip(few, scores["KL"], strict=True))
-        return [replace(each, repaired=after_repair.get(each)) for each in found]
+    def compare() -> dict[str, Any]:
+        found = _all_masked(job, constraint, planner, order)
+        if repairs:
+            few = worth_a_repair(found)
+            scores = repaired_scores(job, planner, [each.candidate for each in few])
+            after_repair = dict(zip(few, scores, strict=True))
+            found = [replace(each, repaired=after_repair.get(each)) for each in found]
+        return {"scored": [asdict(each) for each in found]}
 
     with job.work_dir.watch.stage("try"):
-        found = job.work_dir.team.from_first(compare)
+        scored = job.work_dir.once(name, compare)["scored"]
+    found = [
+        Scored(Candidate.from_json(each["candidate"]), each["masked"], each["repaired"])
+        for each in scored
+    ]
     best = best_of(found)
     for each in found:
         after = "" if each.repaired is None else f", {each.repaired:.4f} repaired"
