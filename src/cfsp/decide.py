@@ -22,7 +22,7 @@ from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.importance import COARSE_WINDOWS, warn_of_experts
 from cfsp.planning.make import Planner, fitting_statistics
 from cfsp.planning.plan_file import PruningPlan
-from cfsp.pruning_cost import announce
+from cfsp.pruning_cost import announce, doubts, say_doubts
 from cfsp.repair.ladder import check_windows, repair, steps_left
 from cfsp.repair.result import PruningResult
 from cfsp.repair.ridge_pass import Wanted, choose_and_repair, with_ridge
@@ -75,22 +75,22 @@ def decide(job: Job, known: Known = NOTHING_KNOWN) -> tuple[PruningResult, dict[
         return _repaired_by(job, PruningResult(known.plan)), {}
     if known.decided is not None:
         return _repaired_by(job, known.decided), {}
-    ((result, facts),) = _decided([_selected(job, set(), statistics=known.statistics)])
+    ((result, facts),) = _decided([_selected(job, statistics=known.statistics)])
     return _repaired_by(job, result), facts
 
 
-def decide_together(jobs: Sequence[Job], told: set[str]) -> list[PruningResult]:
+def decide_together(jobs: Sequence[Job]) -> list[PruningResult]:
     """Decide what goes in several prunings of one model, by one text, in one work directory.
 
-    What is measured of the model is measured once, and the ridge of all is one pass. Doubts that
-    people were `told` are not said again.
+    What is measured of the model is measured once, and the ridge of all is one pass. Doubts are
+    left to who asks.
     """
-    selected = [_selected(job, told, beside=jobs) for job in jobs]
+    selected = [_selected(job, beside=jobs) for job in jobs]
     return [result for result, _ in _decided(selected)]
 
 
 def _selected(
-    job: Job, told: set[str], *, statistics: Statistics | None = None, beside: Sequence[Job] = ()
+    job: Job, *, statistics: Statistics | None = None, beside: Sequence[Job] = ()
 ) -> _Selected:
     """Return what meets the target, by statistics that are there or are made, for others too."""
     is_known = statistics is not None
@@ -104,7 +104,9 @@ def _selected(
     constraints = [constraint, *(constraint_of(each)[1] for each in beside)]
     reads_text = not is_known or job.budget.compares
     count = len(_drawn(job).tokens_NT) if reads_text else None
-    announce(job.source, job.settings, count, told)
+    announce(job.source, job.settings)
+    if not beside:
+        say_doubts(doubts(job.source, job.settings, count))
     repairs_channels = job.settings.repairs and bool(job.budget.channel_parts)
     chooses = repairs_channels and not is_known and not constraint.needs_statistics
     if statistics is None:

@@ -231,13 +231,13 @@ def calibrate_source(
 
 
 def decide_all(
-    source: Checkpoint, prunings: Sequence[PruneSettings], work_dir: WorkDir, told: set[str]
+    source: Checkpoint, prunings: Sequence[PruneSettings], work_dir: WorkDir
 ) -> list[PruningResult]:
     """Decide what goes in several prunings by one text, for `Known`; see `decide_together`."""
     tokenizer = partial(load_tokenizer, source.directory)
     asked = [each.suited_to_repair() for each in prunings]
     first = _job(source, tokenizer, asked[0], work_dir)
-    return decide_together([replace(first, settings=each) for each in asked], told)
+    return decide_together([replace(first, settings=each) for each in asked])
 
 
 def _job(

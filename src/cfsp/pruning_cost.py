@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -179,30 +179,20 @@ def _memory_bytes(
     return peak + _INTERPRETER_BYTES + _TOKEN_BYTES * vocabulary
 
 
-def announce(
-    source: WeightSource, settings: PruneSettings, windows: int | None, told: set[str]
-) -> None:
-    """Say what a pruning will come to, and where it is worth little; see `say_doubts`."""
+def announce(source: WeightSource, settings: PruneSettings) -> None:
+    """Say what size a pruning will come to."""
     if (size := size_after(source, settings)) is not None:
         before = source.parameter_count
         log.info(
             f"{human_count(before)} parameters -> about {human_count(size[0])} "
             f"({size[0] / before - 1:+.1%}), {human_bytes(size[1])} of weights"
         )
-    say_doubts(source, settings, windows, told)
 
 
-def say_doubts(
-    source: WeightSource, settings: PruneSettings, windows: int | None, told: set[str]
-) -> None:
-    """Say why pruning like this may be worth little; see `doubts`.
-
-    A sweep says each doubt once: those that it `told` are left out, and the others added.
-    """
-    for doubt in doubts(source, settings, windows):
-        if doubt not in told:
-            told.add(doubt)
-            log.warning("%s", doubt)
+def say_doubts(found: Iterable[str]) -> None:
+    """Say why a pruning, or several, may be worth little: each doubt once."""
+    for doubt in dict.fromkeys(found):
+        log.warning("%s", doubt)
 
 
 def size_after(source: WeightSource, settings: PruneSettings) -> tuple[int, int] | None:

@@ -83,12 +83,12 @@ def test_a_goal_says_its_size_or_nothing(source, caplog):
     size = cost.size_after(source, goal)
     assert size is not None
     caplog.set_level(logging.INFO)
-    cost.announce(source, goal, None, set())
+    cost.announce(source, goal)
     assert "(-25.0%)" in caplog.text
     caplog.clear()
     cache = replace(settings(sparsity=0), goal=TargetKVCache(0.5))
     assert cost.size_after(source, cache) is None
-    cost.announce(source, cache, None, set())
+    cost.announce(source, cache)
     assert "parameters ->" not in caplog.text
 
 

@@ -6,7 +6,6 @@ cfsp prune meta-llama/Llama-3.2-1B --sparsity 0.2 --data wikitext2 --data c4 --o
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,8 +38,6 @@ from cfsp.text.sources import check_texts
 if TYPE_CHECKING:
     from cfsp.pruning_cost import PruningCost
     from cfsp.result.prune_report import PruneReport
-
-log = logging.getLogger(__name__)
 
 
 def add_options_to(parser: Parser) -> None:
@@ -137,7 +134,7 @@ def run(args: argparse.Namespace) -> Told:
     from cfsp.pipeline import check_beforehand, prune_checkpoint
     from cfsp.planning.plan_file import PruningPlan
     from cfsp.prune_and_recover import prune_and_recover
-    from cfsp.pruning_cost import doubts, pruning_cost
+    from cfsp.pruning_cost import doubts, pruning_cost, say_doubts
 
     plan = PruningPlan.load(args.plan) if args.plan else None
     statistics = Statistics.load(args.statistics) if args.statistics else None
@@ -147,8 +144,7 @@ def run(args: argparse.Namespace) -> Told:
     if args.estimate:
         check_beforehand(source, args.out, settings)
         cost = pruning_cost(source, args.out or Path(), settings)
-        for doubt in doubts(source, settings):
-            log.warning("%s", doubt)
+        say_doubts(doubts(source, settings))
         return vars(cost), lambda: _print_estimate(cost)
     recovery = None
     with joined(compute_device(settings.compute.device)) as team:

@@ -13,7 +13,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -35,7 +35,7 @@ from cfsp.errors import CfspError, OutputError, damage_as
 from cfsp.pipeline import decide_all, prune_checkpoint, pruning_identity
 from cfsp.planning.importance import COARSE_WINDOWS
 from cfsp.progress import item_progress
-from cfsp.pruning_cost import say_doubts
+from cfsp.pruning_cost import doubts, say_doubts
 from cfsp.quality.answers import Questions
 from cfsp.quality.compare import compare
 from cfsp.quality.evaluate import Dense, Exam, evaluate_models
@@ -150,7 +150,6 @@ class _Sweep:
     out: Path
     compute: Compute
     exam: Exam
-    told: set[str] = field(default_factory=set)  # doubts that hold for several models
 
 
 def run_sweep(settings: SweepSettings, out: Path, compute: Compute, *, command: str) -> list[Row]:
@@ -176,8 +175,11 @@ def run_sweep(settings: SweepSettings, out: Path, compute: Compute, *, command: 
             dense = Dense(sweep.source, {}, passes)
             (found,) = evaluate_models((), exam, against=dense, out=out / _DENSE_FILE)
             dense = replace(dense, result=found)
-            for point in missing:
-                say_doubts(sweep.opened(point.parts), point.settings, windows, sweep.told)
+            say_doubts(
+                doubt
+                for point in missing
+                for doubt in doubts(sweep.opened(point.parts), point.settings, windows)
+            )
             with item_progress("sweep", len(missing), "model") as bar:
                 for parts in dict.fromkeys(point.parts for point in missing):
                     with _decided(sweep, parts) as decided:
@@ -261,7 +263,7 @@ def _decided(sweep: _Sweep, parts: tuple[Part, ...]) -> Iterator[dict[str, Pruni
     identity = {"command": "sweep", "dense model": source.identity, "prunings": asked, **computed}
     last = sweep.out / points[-1].name
     with output_work_dir(last, identity, compute.memory_budget) as work_dir:
-        found = decide_all(source, prunings, work_dir, sweep.told)
+        found = decide_all(source, prunings, work_dir)
         yield {point.name: result for point, result in zip(points, found, strict=True)}
 
 
