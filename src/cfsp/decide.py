@@ -25,7 +25,7 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.pruning_cost import announce, doubts, say_doubts
 from cfsp.repair.ladder import check_windows, repair, steps_left
 from cfsp.repair.result import PruningResult
-from cfsp.repair.ridge_pass import Wanted, choose_and_repair, with_ridge
+from cfsp.repair.ridge_pass import choose_and_repair, with_ridge
 from cfsp.selection.constraint import Constraint
 from cfsp.selection.divergence import with_needed_sensitivity
 from cfsp.selection.drop_order import (
@@ -148,12 +148,8 @@ def _chosen_and_repaired(selected: Sequence[_Selected]) -> list[PruningResult]:
     job, results = selected[0].job, []
     windows = job.draw()
     widths = [each.planner.widths(each.candidate) for each in selected]
-    wanted = [
-        Wanted(own.kept_U, each.candidate.dropped.blocks)
-        for own, each in zip(widths, selected, strict=True)
-    ]
     with job.work_dir.watch.stage("ridge"):
-        chosen = choose_and_repair(job, windows, wanted)
+        chosen = choose_and_repair(job, windows, [own.kept_U for own in widths])
     record = calibration_record(job, windows)
     seen = Statistics.of([each.observed for each in chosen[0]], record)
     for number, (each, own, blocks) in enumerate(zip(selected, widths, chosen, strict=True)):

@@ -8,12 +8,8 @@ sequential  the ridge; then every down projection on the pruned model's own hidd
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import compress
-
 from cfsp.errors import TextError
 from cfsp.job import Job
-from cfsp.planning.plan_file import PruningPlan
 from cfsp.repair import ridge_pass, sequential
 from cfsp.repair.result import PruningResult
 from cfsp.settings import Repair
@@ -50,19 +46,6 @@ def repair(job: Job, result: PruningResult, windows: Windows) -> PruningResult:
             else:
                 result = sequential.repair_drift(name, job, result, windows)
     return result
-
-
-def ridge_together(job: Job, plans: Sequence[PruningPlan], windows: Windows) -> list[PruningResult]:
-    """Return plans as decisions; of all that need it the ridge step is taken, in one pass."""
-    results = [PruningResult(plan) for plan in plans]
-    needs = [ridge_pass.NAME in steps_left(job.settings.repair, each) for each in results]
-    if not any(needs):
-        return results
-    ridged = iter(ridge_pass.repair_by_plans(job, list(compress(results, needs)), windows))
-    return [
-        next(ridged) if is_needed else result
-        for result, is_needed in zip(results, needs, strict=True)
-    ]
 
 
 def check_windows(count: int) -> None:

@@ -12,7 +12,7 @@ Shapes: D hidden, F FFN channels, K channels that stay, E experts, U units of th
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_low
@@ -44,22 +44,13 @@ LEAST_HELD_OUT = 8
 log = logging.getLogger(__name__)
 
 
+# What each unit of a model is to keep: channels, or how many, which are then those that score most
+# by what the pass sees. What goes whole keeps none.
+Wanted = Sequence[int | Sequence[int]]
 # The channels that stay in each unit of a block, ascending.
 Kept = tuple[tuple[int, ...], ...]
 # What repair did with each, None of an attention that goes whole; of none in a block that does.
 Repairs = tuple[BlockRepair | None, ...]
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is to stay of a model.
-
-    `keep_U` are the channels that each unit keeps, or how many: those that score most by what the
-    pass sees. Of blocks that go whole statistics are gathered alone.
-    """
-
-    keep_U: Sequence[int | Sequence[int]]
-    removed: Collection[int] = ()
 
 
 @dataclass
@@ -67,7 +58,7 @@ class ChosenBlock:
     """What the pass did with one block."""
 
     observed: ObservedBlock  # of all windows, as calibration gathers them
-    kept: Kept = ()
+    kept: Kept
     repaired: Repairs = ()
 
 
@@ -76,8 +67,9 @@ def choose_and_repair(
 ) -> list[list[ChosenBlock]]:
     """Pass all windows, of which some are held out, through the model once; repair every block.
 
-    What was done is returned for each of what is wanted. Sums are float32, the solve is float64.
-    New tensors go to the job's work directory, until they are in the new checkpoint.
+    What was done is returned for each of what is wanted. Of blocks of which nothing stays there are
+    statistics alone. Sums are float32, the solve is float64. New tensors go to the job's work
+    directory, until they are in the new checkpoint.
     """
     _warn_of_memory(job)
     own = part_of(windows, job.work_dir.team, job.runtime.batch_windows)
@@ -93,9 +85,7 @@ def repair_by_plans(
     job: Job, results: Sequence[PruningResult], windows: Windows
 ) -> list[PruningResult]:
     """Repair what each of several plans leaves, in one pass over all windows."""
-    plans = [result.plan for result in results]
-    wanted = [Wanted(plan.kept_channels, plan.removed_blocks) for plan in plans]
-    chosen = choose_and_repair(job, windows, wanted)
+    chosen = choose_and_repair(job, windows, [result.plan.kept_channels for result in results])
     return [
         with_ridge(job, result, of_one, number)
         for number, (result, of_one) in enumerate(zip(results, chosen, strict=True))
@@ -168,42 +158,39 @@ class _RidgePass(Visitor[list[ChosenBlock]]):
         ]
 
     def _observe(self, block: StreamedBlock) -> list[ChosenBlock]:
-        is_gone = all(block.index in wanted.removed for wanted in self._wanted)
-        units = () if is_gone else block.units
+        indices = [index for index, _ in self._units_of(block.index)]
+        stays = any(keep_U[index] for keep_U in self._wanted for index in indices)
+        units = block.units if stays else ()
         observations = [Observation(self._is_held_out_N, unit.ffns) for unit in units]
 
-        add = None if is_gone else lambda unit, *rows: observations[unit].add(*rows)
+        add = (lambda unit, *rows: observations[unit].add(*rows)) if stays else None
         observed = added_up(self._team, observe(block, add))
         check_seen(block.units, observed.units)
-        gone = ((),) * len(block.units)
-        chosen = [
-            ChosenBlock(observed, gone if block.index in wanted.removed else ())
-            for wanted in self._wanted
-        ]
-        if is_gone:
-            return chosen
         repairing = block.index % self._team.size
         for unit, observation in zip(units, observations, strict=True):
             observation.add_up_at(repairing, self._team, unit.columns, block.device)
-        if self._team.rank == repairing:
+        if stays and self._team.rank == repairing:
             self._waiting = block.index, observations
-        return chosen
+        return [ChosenBlock(observed, ((),) * len(indices)) for _ in self._wanted]
+
+    def _units_of(self, block: int) -> list[tuple[int, Unit]]:
+        """Return the units of a block, with their indices in the model."""
+        return [pair for pair in enumerate(self._source.units) if pair[1].block == block]
 
     def _repair_waiting(self) -> dict[int, list[tuple[Kept, Repairs]]]:
         """Choose what stays in the block that waits, if one does, and repair it."""
         if self._waiting is None:
             return {}
         (block, observations), self._waiting = self._waiting, None
-        units = [pair for pair in enumerate(self._source.units) if pair[1].block == block]
         has_several = len({unit.block for unit in self._source.units}) < len(self._source.units)
         seen_U = self._turn[block][0].observed.units
         done: list[tuple[list[tuple[int, ...]], list[BlockRepair | None], dict[str, Tensor]]]
         done = [([], [], {}) for _ in self._wanted]
-        for (index, unit), seen in zip(units, seen_U, strict=True):
+        for (index, unit), seen in zip(self._units_of(block), seen_U, strict=True):
             # Dropped when the unit is done: the Gram matrices of its FFNs are the most there is.
             observation = observations.pop(0)
-            for wanted, (kept_U, repairs, tensors) in zip(self._wanted, done, strict=True):
-                keep = () if block in wanted.removed else wanted.keep_U[index]
+            for keep_U, (kept_U, repairs, tensors) in zip(self._wanted, done, strict=True):
+                keep = keep_U[index]
                 if isinstance(keep, int):
                     keep = choose_channels(self._source, unit, seen, keep, self._criterion)
                 kept_U.append(tuple(keep))

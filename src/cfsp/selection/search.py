@@ -30,8 +30,9 @@ from cfsp.job import Job
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.make import Planner
 from cfsp.progress import item_progress
-from cfsp.repair.ladder import repair, ridge_together
+from cfsp.repair.ladder import repair
 from cfsp.repair.result import PruningResult
+from cfsp.repair.ridge_pass import repair_by_plans
 from cfsp.selection.constraint import Constraint, Parameters, Share
 from cfsp.selection.divergence import (
     MaskedModel,
@@ -88,11 +89,11 @@ def repaired_scores(job: Job, planner: Planner, candidates: Sequence[Candidate])
             return sum(each.divergence(smaller) for each in predicted) / len(predicted)
 
     log.info("repairing on a little text: %s", "; ".join(each.in_words for each in candidates))
-    plans = [planner.plan(candidate) for candidate in candidates]
+    plans = [PruningResult(planner.plan(candidate)) for candidate in candidates]
     # What is repaired here is not to be gone on from.
     work_dir = WorkDir(job.work_dir.directory_of("try"), job.work_dir.memory_budget)
     own = replace(job, work_dir=work_dir, settings=replace(job.settings, repair="ridge"))
-    scores = [score(repair(own, each, fit)) for each in ridge_together(own, plans, fit)]
+    scores = [score(repair(own, each, fit)) for each in repair_by_plans(own, plans, fit)]
     shutil.rmtree(work_dir.directory)
     return scores
 
