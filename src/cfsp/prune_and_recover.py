@@ -76,7 +76,7 @@ def prune_and_recover(
 
     check_output(source, out)
     log.info("best effort: %s, then one pass of training towards the dense model", step)
-    pruned = out.with_name(f"{out.name}-pruned")
+    pruned, tokenizer = out.with_name(f"{out.name}-pruned"), load_tokenizer(source.directory)
     before = (read_manifest(pruned) or {}).get(_ASKED) if pruned.is_dir() else None
     if before is None:
         if (pruned / MANIFEST_FILE).is_file():
@@ -87,29 +87,27 @@ def prune_and_recover(
                 f"had: train it with `{by}`, or choose another --out"
             )
         check_output(source, pruned)
-        tokenizer, few = load_tokenizer(source.directory), _WINDOWS_TO_TRY * seqlen
-        read_text(text.names, tokenizer, seqlen=seqlen, bos=text.bos, most=few)
+        most = _WINDOWS_TO_TRY * seqlen
+        read_text(text.names, tokenizer, seqlen=seqlen, bos=text.bos, most=most)
     # Before pruning: a kill between its end and this would leave what nobody goes on from.
     measured_on = [*evaluation_windows(settings.evaluation, source).values()]
     if isinstance(settings.goal, MaxLossIncrease):
-        measured_on.append(held_out_windows(text, load_tokenizer(source.directory)))
-    texts = [of_text.digest for of_text in measured_on]
-    asked = {"model": source.identity, "texts": texts, "dtype": compute.dtype}
-    asked |= pruning_identity(settings, known)
-
-    def drawn() -> str:
-        return draw_text(text, load_tokenizer(source.directory)).digest
-
-    if before is not None and before == digest_of({**asked, "drawn": drawn()}):
+        measured_on.append(held_out_windows(text, tokenizer))
+    asked = digest_of(
+        {
+            "model": source.identity,
+            "texts": [of_text.digest for of_text in measured_on],
+            "dtype": compute.dtype,
+            "drawn": draw_text(text, tokenizer).digest,
+            **pruning_identity(settings, known),
+        }
+    )
+    if before == asked:
         log.info("%s was pruned before by the same command; going on from it", pruned)
         report = PruneReport.of_checkpoint(pruned)
     else:
         report = prune(pruned, settings)
-        calibration = report.plan.calibration
-        # A choice of blocks or attention layers alone was made from a few of the windows.
-        reads_all = known == NOTHING_KNOWN and calibration["windows"] == text.windows
-        own = calibration["tokens_digest"] if reads_all else drawn()
-        add_to_manifest(pruned, {_ASKED: digest_of({**asked, "drawn": own})})
+        add_to_manifest(pruned, {_ASKED: asked})
     if report.parameters_after == report.parameters_before:
         log.info("nothing was removed, so there is nothing to win back by training")
         pruned.rename(out)

@@ -254,8 +254,6 @@ def test_best_effort_trains_and_goes_on_after_a_kill(
         arguments[arguments.index(flag) + 1] = str(path)
     with monkeypatch.context() as patch:
         patch.setattr("cfsp.recovery.recover.recover_checkpoint", stop)
-        # Pruning draws the text, and nobody after it.
-        patch.setattr("cfsp.prune_and_recover.draw_text", None)
         command(*arguments, status=130)
     assert not out.exists()
     before = (pruned / "model.safetensors").stat().st_mtime_ns
