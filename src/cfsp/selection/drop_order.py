@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -266,24 +267,18 @@ def cheapest_runs(
     Two runs have a block between them that stays, as all that are banned do: without it they would
     be one.
     """
-    # The least sum for the blocks before one, of which so many go and the last stays.
-    best: dict[tuple[int, int], tuple[float, list[int]]] = {(0, 0): (0.0, [])}
-    result: tuple[float, list[int]] = (math.inf, [])
-    for start in range(blocks + 1):
-        for gone in range(count + 1):
-            if (start, gone) not in best:
-                continue
-            total, removed = best[start, gone]
-            for end in range(start, blocks + 1):
-                if end > start and (end - 1 in banned or gone + end - start > count):
-                    break
-                cost = total + (runs.between(start, end) if end > start else 0.0)
-                chosen = [*removed, *range(start, end)]
-                if end == blocks:
-                    if len(chosen) == count and cost < result[0]:
-                        result = cost, chosen
-                    continue
-                key = end + 1, len(chosen)
-                if key not in best or cost < best[key][0]:
-                    best[key] = cost, chosen
-    return result[1]
+
+    @cache
+    def best(start: int, left: int) -> tuple[float, list[int]]:
+        """Return the least sum over the blocks from one on, of which so many go, and these."""
+        if start >= blocks:
+            return (math.inf if left else 0.0), []
+        found = [best(start + 1, left)]  # this one stays
+        for end in range(start + 1, min(start + left, blocks) + 1):
+            if end - 1 in banned:
+                break
+            cost, later = best(end + 1, left - (end - start))
+            found.append((runs.between(start, end) + cost, [*range(start, end), *later]))
+        return min(found)
+
+    return best(0, count)[1]
