@@ -19,7 +19,7 @@ from cfsp.planning.allocation import ModelSize, UnitSize
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.make import Planner, model_size
 from cfsp.selection import search
-from cfsp.selection.constraint import STEPS, highest_step, last_that_holds
+from cfsp.selection.constraint import STEPS, highest_step
 from cfsp.selection.divergence import (
     MaskedModel,
     dense_predictions,
@@ -184,19 +184,6 @@ def test_a_resumed_run_compares_as_the_killed_one_did(
         statistics = calibrate_source(five_blocks, tokenizer, asked)
         search.select(job, constraint_of(job)[1], statistics)
         assert any(each.repaired is not None for each in compared[-1]) == had_room
-
-
-@given(st.integers(1, 300), st.integers(0, 300))
-def test_bisection_finds_the_last_step(highest, last):
-    asked = []
-
-    def holds(step: int) -> bool:
-        asked.append(step)
-        return step <= last
-
-    assert last_that_holds(highest, holds) == min(last, highest)
-    assert 0 not in asked
-    assert len(asked) == len(set(asked)) <= highest.bit_length() + 1
 
 
 def test_highest_step_leaves_a_multiple(source):

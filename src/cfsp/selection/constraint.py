@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -155,14 +154,6 @@ def highest_step(size: ModelSize) -> int:
             f"{1 / STEPS:.1%} could go; {', or '.join(ways) or 'name other --parts'}"
         )
     return highest
-
-
-def last_that_holds(highest: int, holds: Callable[[int], bool]) -> int:
-    """Return the last step in [0, highest] where a condition holds that fails from some step on.
-
-    It is taken to hold at 0, where nothing is pruned, and asked about log2(highest) times.
-    """
-    return bisect_left(range(1, highest + 1), True, key=lambda step: not holds(step))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -29,7 +30,6 @@ from cfsp.selection.constraint import (
     Parameters,
     Share,
     highest_step,
-    last_that_holds,
 )
 from cfsp.selection.divergence import load_whole, masked_channels
 from cfsp.selection.drop_order import can_go
@@ -264,11 +264,11 @@ class CacheFraction(Constraint):
         size = model_size(self.source, self.budget, dropped).of_parts(("kv",))
         most = 1 - size.cost_of(size.least_U) / size.cost_of(size.width_U)
 
-        def is_too_much(gone: int) -> bool:
+        def is_enough(gone: int) -> bool:
             candidate = Candidate(dropped, 0, ("kv",), most * gone / may_go)
-            return self.stay < self.size(planner.widths(candidate).kept_U)
+            return self.size(planner.widths(candidate).kept_U) <= self.stay
 
-        return most * (last_that_holds(may_go, is_too_much) + 1) / may_go
+        return most * (bisect_left(range(1, may_go + 1), True, key=is_enough) + 1) / may_go
 
     def _least_U(self, dropped: Dropped) -> list[int]:
         """Return how many KV groups of every unit stay at least beside what goes whole."""
@@ -328,7 +328,7 @@ class LossIncrease(Constraint):
         size = model_size(source, self.budget)
         tried: list[Attempt] = []
 
-        def holds(step: int) -> bool:
+        def is_too_much(step: int) -> bool:
             candidate = Candidate(parts=parts, sparsity=step / STEPS)
             plan = planner.plan(candidate)
             label = f"{candidate.sparsity:.1%} pruned"
@@ -337,9 +337,10 @@ class LossIncrease(Constraint):
             parameters = size.parameters_with(plan.kept_widths)
             fits = increase <= goal.nats
             tried.append(Attempt(candidate.sparsity, parameters, increase, fits))
-            return fits
+            return not fits
 
-        chosen = last_that_holds(highest_step(size.of_parts(parts)), holds)
+        highest = highest_step(size.of_parts(parts))
+        chosen = bisect_left(range(1, highest + 1), True, key=is_too_much)
         if chosen == 0:
             least = min(tried, key=lambda entry: entry.sparsity)
             raise BudgetError(

@@ -13,6 +13,7 @@ model. Head and overhead are in every t. Between measured points t is taken to b
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -34,7 +35,6 @@ from cfsp.selection.constraint import (
     Constraint,
     DropBudget,
     highest_step,
-    last_that_holds,
 )
 from cfsp.settings import PART_NOUNS, Budget, Part, Phase, TargetSpeedup, TimingConditions, Workload
 from cfsp.speed.bench import compare_speed
@@ -148,19 +148,19 @@ class Speedup(Constraint):
     def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
         """Return the least share that is enough."""
 
-        def is_too_slow(step: int) -> bool:
+        def is_enough(step: int) -> bool:
             candidate = Candidate(dropped, 0, tuple(parts), step / STEPS)
-            return not self._is_fast(candidate, planner.widths(candidate).kept_U)
+            return self._is_fast(candidate, planner.widths(candidate).kept_U)
 
-        if dropped and not is_too_slow(0):
+        if dropped and is_enough(0):
             return 0.0
         size = model_size(self.source, self.budget, dropped).of_parts(parts)
         if all(unit.stays for unit in size.units):  # or all blocks that have some are dropped
             return None
         highest = highest_step(size)
-        if is_too_slow(highest):
+        if not is_enough(highest):
             return None
-        return (last_that_holds(highest, is_too_slow) + 1) / STEPS
+        return (bisect_left(range(1, highest + 1), True, key=is_enough) + 1) / STEPS
 
     def _is_fast(self, candidate: Candidate, kept_U: Sequence[int]) -> bool:
         """Predict what becomes of the model with a candidate, and note it."""
