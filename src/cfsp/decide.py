@@ -85,14 +85,18 @@ def decide_together(jobs: Sequence[Job]) -> list[PruningResult]:
     What is measured of the model is measured once, and the ridge of all is one pass. Doubts are
     left to who asks.
     """
-    selected = [_selected(job, beside=jobs) for job in jobs]
+    most = max(jobs, key=lambda job: job.budget.sparsity)
+    selected = [_selected(job, beside=most) for job in jobs]
     return [result for result, _ in _decided(selected)]
 
 
 def _selected(
-    job: Job, *, statistics: Statistics | None = None, beside: Sequence[Job] = ()
+    job: Job, *, statistics: Statistics | None = None, beside: Job | None = None
 ) -> _Selected:
-    """Return what meets the target, by statistics that are there or are made, for others too."""
+    """Return what meets the target, by statistics that are there or are made.
+
+    They are to serve another one, too, where there is one beside it, in which most goes.
+    """
     is_known = statistics is not None
     if statistics is not None:
         statistics = fitting_statistics(job.source, statistics)
@@ -101,11 +105,10 @@ def _selected(
         if isinstance(job.settings.goal, TargetSpeedup):
             _drawn(job)  # before models are timed
     job, constraint = constraint_of(job)
-    constraints = [constraint, *(constraint_of(each)[1] for each in beside)]
     reads_text = not is_known or job.budget.compares
     count = len(_drawn(job).tokens_NT) if reads_text else None
     announce(job.source, job.settings)
-    if not beside:
+    if beside is None:
         say_doubts(doubts(job.source, job.settings, count))
     repairs_channels = job.settings.repairs and bool(job.budget.channel_parts)
     chooses = repairs_channels and not is_known and not constraint.needs_statistics
@@ -117,8 +120,8 @@ def _selected(
         with job.work_dir.watch.stage(name):
             statistics = calibrate(job, windows, name, runs=follow_runs(job))
     if reads_text and follow_divergence(job):
-        wanted = [each.to_drop() for each in constraints]
-        statistics = with_order(job, statistics, wanted)
+        most = constraint if beside is None else constraint_of(beside)[1]
+        statistics = with_order(job, statistics, most.to_drop())
     if reads_text and job.budget.channel_parts:
         statistics = with_needed_sensitivity(job, statistics)
     return _Selected(job, constraint, chooses, *select(job, constraint, statistics))

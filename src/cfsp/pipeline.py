@@ -218,7 +218,7 @@ def calibrate_source(
         with work_dir.watch.stage("calibrate"):
             statistics = calibrate(job, windows, runs=follow_runs(job))
         if follow_divergence(job):
-            statistics = with_order(job, statistics, [half_dropped(source, job.budget)])
+            statistics = with_order(job, statistics, half_dropped(source, job.budget))
         if not job.budget.channel_parts or job.criterion.block_metric not in (
             AUTO_METRIC,
             SENSITIVITY,

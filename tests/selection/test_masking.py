@@ -142,7 +142,7 @@ def without(source: LoadedModel, removed: Dropped) -> float:
 
 def order_of(source: LoadedModel, count: int) -> list[Removal]:
     wanted = DropBudget.of_count(source, Budget(parts=("blocks",)), count)
-    return order_of_removal(source, source.model, TOKENS, [wanted])
+    return order_of_removal(source, source.model, TOKENS, wanted)
 
 
 def test_beside_channels_as_much_goes_as_can():
@@ -150,11 +150,11 @@ def test_beside_channels_as_much_goes_as_can():
     budget, model = Budget(parts=("ffn", "attention")), build_tiny_model("gemma3_text")
     source = LoadedModel(model, budget.parts)
     half = half_dropped(source, budget)
-    (removal,) = order_of_removal(source, model, TOKENS, [half])
+    (removal,) = order_of_removal(source, model, TOKENS, half)
     assert removal.block in (0, 1)
     assert half.taken([removal]) == [removal] and half.first([removal]) is None
     with pytest.raises(UnsupportedModelError, match="at least one of the kind full_attention"):
-        order_of_removal(source, model, TOKENS, [replace(half, at_most=False)])
+        order_of_removal(source, model, TOKENS, replace(half, at_most=False))
 
 
 def test_what_the_model_cannot_do_without_stays(five_blocks, monkeypatch):
@@ -182,7 +182,7 @@ def both() -> LoadedModel:
 def test_blocks_and_attentions_are_compared_for_each_parameter(both):
     wanted = DropBudget.of_share(both, Budget(parts=("attention", "blocks")), 0.7)
     before = {name: tensor.clone() for name, tensor in both.model.state_dict().items()}
-    order = order_of_removal(both, both.model, TOKENS, [wanted])
+    order = order_of_removal(both, both.model, TOKENS, wanted)
     assert all(torch.equal(both.model.state_dict()[name], before[name]) for name in before)
     gone = NOTHING
     for count, found in enumerate(order):

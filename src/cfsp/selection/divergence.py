@@ -249,20 +249,13 @@ def masked_unit(block: nn.Module, unit: Unit, kept_K: Sequence[int]) -> Iterator
         unit.axes[unit.down].index(is_pruned_F.nonzero().flatten(), unit.width).to(down.device)
         for is_pruned_F in is_pruned_EF
     ]
-    saved: list[Tensor] = []
-
-    def put_back() -> None:
-        # Fewer are saved than there are where the loop was interrupted.
-        for matrix, pruned_P, columns in zip(matrices, pruned, saved, strict=False):
-            matrix.index_copy_(axis, pruned_P, columns)
-
     staying = (~is_pruned_EF).any(1).nonzero().flatten().tolist()
     with ExitStack() as stack:
-        stack.callback(put_back)
         if 0 < len(staying) < unit.ffns and unit.expert_axes:
             stack.enter_context(masked_experts(block, unit, staying))
         for matrix, pruned_P in zip(matrices, pruned, strict=True):
-            saved.append(matrix.index_select(axis, pruned_P))
+            columns = matrix.index_select(axis, pruned_P)
+            stack.callback(matrix.index_copy_, axis, pruned_P, columns)
             matrix.index_fill_(axis, pruned_P, 0)
         yield
 

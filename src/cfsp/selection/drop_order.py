@@ -17,7 +17,7 @@ Shapes: N windows, T tokens, L blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
@@ -45,14 +45,11 @@ _TOKENS = 64
 
 
 def order_of_removal(
-    source: WeightSource, model: PreTrainedModel, tokens_NT: Tensor, wanted: Sequence[DropBudget]
+    source: WeightSource, model: PreTrainedModel, tokens_NT: Tensor, wanted: DropBudget
 ) -> list[Removal]:
-    """Return the blocks that go, or whose attention does, in the order in which they are chosen.
-
-    How much is `wanted` may be said in several ways, of the same parts.
-    """
-    sizes, parts = wanted[0].sizes, wanted[0].parts
-    among = parts if len(parts) > 1 else ()
+    """Return the blocks that go, or whose attention does, in the order in which they are chosen."""
+    sizes = wanted.sizes
+    among = wanted.parts if len(wanted.parts) > 1 else ()
     removed: list[Removal] = []
     gone, divergence = NOTHING, 0.0
     refusals: dict[Droppable, UnsupportedModelError] = {}
@@ -81,7 +78,8 @@ def order_of_removal(
                 left.discard(cheapest)
         return None
 
-    with item_progress(f"choosing {parts_in_words(parts)}", _about(wanted), "removal") as bar:
+    what = f"choosing {parts_in_words(wanted.parts)}"
+    with item_progress(what, _about(wanted), "removal") as bar:
         while (best := cheapest_that_can_go()) is not None:
             part, block = best
             gone, divergence = gone.plus(best), divergence + added[best]
@@ -90,7 +88,7 @@ def order_of_removal(
             added.pop(("blocks", block), None)
             bar.update()
             masked.note_entering(gone)
-    if not all(each.is_met_by(gone) or (each.at_most and removed) for each in wanted):
+    if not (wanted.is_met_by(gone) or (wanted.at_most and removed)):
         raise next(
             iter(refusals.values()),
             BudgetError(
@@ -110,16 +108,12 @@ def _divergence_without(masked: MaskedModel, gone: Dropped, candidate: Droppable
     return found if math.isfinite(found) else math.inf
 
 
-def _room(wanted: Sequence[DropBudget], gone: Dropped) -> set[Droppable]:
-    """Return what may go next for one of the budgets."""
-    return {
-        droppable
-        for droppable in wanted[0].sizes.droppable(gone)
-        if any(each.has_room_for(gone, droppable) for each in wanted)
-    }
+def _room(wanted: DropBudget, gone: Dropped) -> set[Droppable]:
+    """Return what may go next."""
+    return {each for each in wanted.sizes.droppable(gone) if wanted.has_room_for(gone, each)}
 
 
-def _about(wanted: Sequence[DropBudget]) -> int:
+def _about(wanted: DropBudget) -> int:
     """Return about how many go."""
     gone = NOTHING
     while room := _room(wanted, gone):
@@ -153,31 +147,27 @@ def cannot_be_tried(budget: Budget, needed: str) -> UsageError:
     )
 
 
-def with_order(job: Job, statistics: Statistics, wanted: Sequence[DropBudget]) -> Statistics:
-    """Add the order in which blocks or attention layers go, where budgets need more of it.
+def with_order(job: Job, statistics: Statistics, wanted: DropBudget) -> Statistics:
+    """Add the order in which blocks or attention layers go, where a budget needs more of it.
 
     A killed run goes on with what it had chosen. Of several processes the first chooses, on the
     beginnings of a few windows of the calibration text.
     """
-    missing = [each for each in wanted if each.first(statistics.removals_of(each.parts)) is None]
-    if not missing:
+    known = statistics.removals_of(wanted.parts)
+    if wanted.first(known) is not None:
         return statistics
-    needed, work_dir = {each.parts for each in missing}, job.work_dir
 
     def measure() -> dict[str, Any]:
-        removals: list[Removal] = []
         few = few_beginnings(job.draw(), _TOKENS)
-        for parts in sorted(needed):
-            what = f"choosing the {parts_in_words(parts)} that go"
-            with work_dir.watch.stage("order of removal"):
-                budgets = [each for each in missing if each.parts == parts]
-                model = load_whole(job.source, job.runtime, what)
-                removals += order_of_removal(job.source, model, few.tokens_NT, budgets)
+        with job.work_dir.watch.stage("order of removal"):
+            what = f"choosing the {parts_in_words(wanted.parts)} that go"
+            model = load_whole(job.source, job.runtime, what)
+            removals = order_of_removal(job.source, model, few.tokens_NT, wanted)
         return {"removals": [asdict(each) for each in removals]}
 
     # Other windows would be another choice.
-    found = work_dir.once(f"removals-{job.draw().digest[:8]}", measure)["removals"]
-    others = [each for each in statistics.removals if (each.among or (each.part,)) not in needed]
+    found = job.work_dir.once(f"removals-{job.draw().digest[:8]}", measure)["removals"]
+    others = [each for each in statistics.removals if each not in known]
     measured = Removal.all_from_json(found, len(statistics.blocks))
     return replace(statistics, removals=(*others, *measured))
 
