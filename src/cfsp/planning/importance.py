@@ -248,33 +248,26 @@ def experts_to_remove(source: WeightSource, wanted: float, *, exactly: bool) -> 
     """
     experts = source.architecture.experts
     assert experts is not None
-    run = small_run_of(stock_config(source.config))
+    have, groups, run = experts.count, experts.groups, small_run_of(stock_config(source.config))
 
     def runs_with(count: int) -> bool:
         return failure_with(source.architecture, run, count) is None
 
-    rounded = max(0, experts.groups * round(wanted / experts.groups))
-    if rounded == experts.count and (rounded == wanted or not exactly):
+    rounded = max(0, groups * round(wanted / groups))
+    if rounded == have and (rounded == wanted or not exactly):
         return 0
-    found = next((n for n in counts_near(rounded, experts) if runs_with(n)), experts.count)
-    of_each, asked = "experts of each block", experts.count - (wanted if exactly else rounded)
+    found = next((n for n in counts_near(rounded, experts) if runs_with(n)), have)
+    asked = f"{have - (wanted if exactly else rounded):.0f} of {have} experts of each block"
+    refusal = f"cannot remove {asked}: the router of {source.label}"
     # A router may want a multiple of something, which is one step away, or a least number.
     if found > rounded and not any(runs_with(n) for n in range(1, rounded)):
-        counts = range(experts.groups, experts.count + 1, experts.groups)
-        least = next((n for n in counts if runs_with(n)), experts.count)
-        most = experts.count - least
-        raise BudgetError(
-            f"cannot remove {asked:.0f} of {experts.count} {of_each}: the router of "
-            f"{source.label} needs {least}; between 0 and {most} can be removed "
-            f"({most / experts.count:.1%})"
-        )
+        least = next((n for n in range(groups, have + 1, groups) if runs_with(n)), have)
+        can_go = f"between 0 and {have - least} can be removed ({(have - least) / have:.1%})"
+        raise BudgetError(f"{refusal} needs {least}; {can_go}")
     if exactly and found != wanted:
-        raise BudgetError(
-            f"cannot remove {asked:.0f} of {experts.count} {of_each}: the router "
-            f"of {source.label} does not run with {wanted:.0f}; {experts.count - found} can be "
-            "removed"
-        )
-    return experts.count - found
+        can_go = f"{have - found} can be removed"
+        raise BudgetError(f"{refusal} does not run with {wanted:.0f}; {can_go}")
+    return have - found
 
 
 def lost_output(statistics: UnitStatistics, kept: list[int]) -> float:

@@ -32,7 +32,6 @@ from cfsp.planning.candidate import (
     Droppable,
     Dropped,
     DropSizes,
-    kept_by,
     parameters_dropped,
 )
 from cfsp.planning.importance import experts_to_remove
@@ -175,7 +174,6 @@ class Constraint(ABC):
         source, budget = self.source, self.budget
         if budget.channel_parts:
             check_multiple(budget, model_size(source, budget))
-        kept_by(source, budget.keep)
         if not budget.whole_parts:
             return
         goes = not self.to_drop().is_met_by(NOTHING)
@@ -318,8 +316,8 @@ class Parameters(Constraint):
 def half_dropped(source: WeightSource, budget: Budget) -> DropBudget:
     """Return as much of the blocks, or attention layers, as is ever dropped beside others."""
     sizes = DropSizes.of(source, budget.whole_parts, budget.keep)
-    share = min(MOST_DROPPED, sizes.most / sizes.total)
-    return replace(DropBudget.of_share(source, budget, share), at_most=True)
+    most = min(MOST_DROPPED * sizes.total, sizes.most)
+    return DropBudget(budget.whole_parts, sizes, most, at_most=True)
 
 
 def _experts_of(source: WeightSource) -> int:
