@@ -105,28 +105,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                 setattr(args, name, [given_path(x) if isinstance(x, Path) else x for x in given])
         tell(args.run(args), as_json=args.json)
     except CfspError as error:
-        print(f"cfsp {args.command}: {_process()}{error}", file=sys.stderr)
-        return error.exit_status
+        return _ended(args.command, str(error), error.exit_status)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; it may not be imported yet
             raise
-        print(
-            f"cfsp {args.command}: {_process()}the memory of the accelerator is full "
-            f"({first_line(error)}); smaller batches (batch_windows), shorter windows (seqlen) and "
-            "--device cpu take less",
-            file=sys.stderr,
+        why = (
+            f"the memory of the accelerator is full ({first_line(error)}); smaller batches "
+            "(batch_windows), shorter windows (seqlen) and --device cpu take less"
         )
-        return CfspError.exit_status
+        return _ended(args.command, why, CfspError.exit_status)
     except KeyboardInterrupt:
         print(f"\ncfsp {args.command}: interrupted; nothing is half-written", file=sys.stderr)
         return 130
     except _TerminatedError as stop:
         reason = " (torchrun does that when another process fails)" if process_count() > 1 else ""
-        print(
-            f"cfsp {args.command}: {_process()}terminated{reason}; nothing is half-written",
-            file=sys.stderr,
-        )
-        return stop.status
+        return _ended(args.command, f"terminated{reason}; nothing is half-written", stop.status)
     return 0
 
 
@@ -157,8 +150,10 @@ class _TerminatedError(BaseException):
         self.status = 128 + signal_number
 
 
-def _process() -> str:
-    return f"[process {process_rank()}] " if process_count() > 1 else ""
+def _ended(command: str, why: str, status: int) -> int:
+    process = f"[process {process_rank()}] " if process_count() > 1 else ""
+    print(f"cfsp {command}: {process}{why}", file=sys.stderr)
+    return status
 
 
 class _Stop:
