@@ -15,7 +15,6 @@ from cfsp.planning.make import model_size
 from cfsp.selection.constraint import Parameters
 from cfsp.selection.goal import MANY_CHANNELS, constraint_of
 from cfsp.settings import Budget, Compute, Part, PruneSettings, TargetParameters
-from cfsp.streaming.work_dir import WorkDir
 from tiny_decoders import tiny_model
 
 OPEN = PruneSettings(Budget(multiple=8), compute=Compute("cpu", "float32"), leaves_parts_open=True)
@@ -108,18 +107,6 @@ def test_nothing_of_a_part_is_left_where_all_blocks_that_have_it_are_dropped():
         assert constraint.share(planner, ("kv",), dropped) == share
     size = model_size(source, dropped=dropped)
     assert allocate([1.0] * len(size.units), Budget(parts=("kv",)), size) == size.width_U
-
-
-def test_a_resumed_run_keeps_what_it_had_decided(source, tmp_path, monkeypatch):
-    settings = replace(OPEN, goal=TargetParameters(stays_without(source, 0.6)))
-    work_dir = WorkDir(tmp_path, identity={"of": "one command"})
-
-    def parts() -> tuple[str, ...]:
-        return constraint_of(job_of(source, settings, work_dir=work_dir))[0].budget.parts
-
-    assert parts() == ("ffn", "blocks")
-    monkeypatch.setattr("cfsp.job.fits", lambda *_: False)
-    assert parts() == ("ffn", "blocks")
 
 
 def test_target_params(prune):

@@ -27,7 +27,6 @@ from cfsp.selection.divergence import (
     in_batches,
     masked_channels,
 )
-from cfsp.selection.goal import constraint_of
 from cfsp.selection.search import (
     FITTED_WINDOWS,
     Scored,
@@ -162,28 +161,6 @@ def test_the_number_is_chosen_after_repair(five_blocks, text_file, tokenizer, mo
     _, facts = decided(five_blocks, asked, tokenizer)
     best = min(repaired, key=lambda number: sign * number)
     assert len(facts["chosen"]["dropped"]["blocks"]) == best and (best == 0) == (sign == 1)
-
-
-@pytest.mark.parametrize("had_room", [True, False])
-def test_a_resumed_run_compares_as_the_killed_one_did(
-    five_blocks, text_file, tokenizer, tmp_path, monkeypatch, had_room
-):
-    """Whatever memory there is now: another choice would not fit to what was kept of the first."""
-    goal = goal_of_share(five_blocks.model, ("blocks",), 0.5)
-    asked = settings(text_file, goal, repair="ridge")
-    windows = draw_text(asked.text, tokenizer)
-    monkeypatch.setattr(
-        search, "repaired_scores", lambda *given: [len(each.dropped) for each in given[-1]]
-    )
-    monkeypatch.setattr(search, "best_of", lambda found: (compared.append(found), found[0])[1])
-    compared: list[list[Scored]] = []
-    for has_room in (had_room, not had_room):
-        monkeypatch.setattr("cfsp.job.fits", lambda *_, room=has_room: _[-1] == 1 or room)
-        work_dir = WorkDir(tmp_path, identity={"of": "one command"})
-        job = job_of(five_blocks, asked, lambda: windows, work_dir=work_dir)
-        statistics = calibrate_source(five_blocks, tokenizer, asked)
-        search.select(job, constraint_of(job)[1], statistics)
-        assert any(each.repaired is not None for each in compared[-1]) == had_room
 
 
 def test_highest_step_leaves_a_multiple(source):
