@@ -330,6 +330,7 @@ def test_too_few_minutes_are_refused_before_a_step(
         ({"method": "auto"}, "must be one of lora, full, found 'auto'; leave it out"),
         ({"rank_allocation": "error"}, "--rank-allocation must be one of uniform, importance"),
         ({"dtype": "float16"}, "found --dtype float16"),
+        ({"device": "cuda:1"}, "found --device cuda:1; start it with CUDA_VISIBLE_DEVICES=1 and"),
         ({"teacher_weight": 2.0}, "--teacher-weight must be at least 0 and at most 1"),
     ],
 )

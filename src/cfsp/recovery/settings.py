@@ -170,3 +170,9 @@ class RecoverSettings:
     def __post_init__(self) -> None:
         if self.compute.dtype == "float16":
             raise UsageError("recovery trains in float32 or bfloat16, found --dtype float16")
+        kind, _, number = self.compute.device.partition(":")
+        if number.strip("0"):
+            raise UsageError(
+                f"recovery trains on the first accelerator that it sees, found --device {kind}:"
+                f"{number}; start it with CUDA_VISIBLE_DEVICES={number} and --device {kind}"
+            )
