@@ -136,12 +136,18 @@ def _filled(pools: Sequence[Windows], shares: Sequence[int], samples: int | None
                 "--samples or a shorter --seqlen"
             )
         if len(pools) > 1:
-            log.warning(
-                "%s holds %d windows of %d tokens, fewer than its share of %d; what is missing is "
-                "drawn from the other texts, as far as they have it",
-                *(name, windows, seqlen, share),
-            )
+            _say_few(name, windows, seqlen, share)
     return found
+
+
+@cache  # a run that measures on what is left over, or trains afterwards, draws several times
+def _say_few(name: str, windows: int, seqlen: int, share: int) -> None:
+    """Say once that a text has fewer windows than are drawn from each."""
+    log.warning(
+        "%s holds %d windows of %d tokens, fewer than its share of %d; what is missing is "
+        "drawn from the other texts, as far as they have it",
+        *(name, windows, seqlen, share),
+    )
 
 
 def shares_within(shares: Sequence[int], most: Sequence[int]) -> list[int]:
