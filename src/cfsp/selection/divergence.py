@@ -315,7 +315,7 @@ def with_needed_sensitivity(job: Job, statistics: Statistics) -> Statistics:
             return asdict(measure_sensitivity(job, statistics, job.draw(), parts))
 
     # Other windows would be another measurement.
-    found = work_dir.once(f"sensitivity-{job.draw().digest[:8]}", measure)
+    found = work_dir.once(f"sensitivities-{job.draw().digest[:8]}", measure)
     return replace(statistics, sensitivity=Sensitivity.from_json(found, len(statistics.blocks)))
 
 

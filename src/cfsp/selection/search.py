@@ -155,7 +155,7 @@ def select(job: Job, constraint: Constraint, statistics: Statistics) -> tuple[Pl
     if only := only_candidate(constraint, planner):
         return planner, only
     order = constraint.to_drop().taken(statistics.removals_of(job.budget.whole_parts))
-    name = f"{'-'.join(job.budget.parts)}-{job.draw().digest[:8]}"
+    name = f"scored-{'-'.join(job.budget.parts)}-{job.draw().digest[:8]}"
 
     repairs = can_be_repaired(job)
 
