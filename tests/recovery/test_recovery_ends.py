@@ -67,6 +67,28 @@ def test_a_killed_run_resumes_to_the_same_weights(pruned, text_file, tmp_path, c
     assert recovery[1]["steps"] == 6
 
 
+def test_a_run_goes_on_in_which_a_weight_had_no_gradient(pruned, text_file, tmp_path, monkeypatch):
+    """As the adapters of a module that is not called; here until the step at which it is killed."""
+    step, killed_at = RecoveryTrainer.training_step, [0]
+
+    def step_of_some(self: Any, model: Any, *args: Any) -> Any:
+        if self.state.global_step + 1 == killed_at[0]:
+            raise KeyboardInterrupt
+        loss = step(self, model, *args)
+        if self.state.global_step < 3:
+            next(each for each in model.parameters() if each.requires_grad).grad = None
+        return loss
+
+    monkeypatch.setattr(RecoveryTrainer, "training_step", step_of_some)
+    recover(pruned, tmp_path / "whole", text_file)
+    killed_at[0] = 4
+    with pytest.raises(KeyboardInterrupt):
+        recover(pruned, tmp_path / "killed", text_file)
+    killed_at[0] = 0
+    recover(pruned, tmp_path / "killed", text_file)
+    assert changed(tmp_path / "whole", tmp_path / "killed") == set()
+
+
 @pytest.mark.parametrize("name", ["gemma3", "mixtral"])
 def test_weights_that_are_stored_by_other_names_come_back(
     name, save, text_file, tokenizer, tmp_path, monkeypatch

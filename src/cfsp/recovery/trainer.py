@@ -26,6 +26,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -144,6 +145,13 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             state = self._optimizer_state()
+            # What had no gradient before, such as adapters of what is never called, had no state.
+            saved = FileSystemReader(Path(checkpoint) / _OPTIMIZER).read_metadata()
+            state["state"] = {
+                name: values
+                for name, values in state["state"].items()
+                if f"state.{name}.step" in saved.state_dict_metadata
+            }
             _exchange(load, state, checkpoint, _OPTIMIZER)
             set_optimizer_state_dict(self.model, self._plain, state, options=_TRAINED)
 
