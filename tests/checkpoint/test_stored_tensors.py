@@ -225,6 +225,15 @@ def test_what_cannot_be_stored_again_is_refused(monkeypatch):
         found_in(model, tensors)
 
 
+def test_an_expert_of_another_dtype_is_refused_in_any_block():
+    model = tiny_model("mixtral")
+    tensors = stored_from_memory(model)
+    expert = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    tensors[expert] = tensors[expert].bfloat16()
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1\..* cannot be stored again"):
+        found_in(model, tensors)
+
+
 @pytest.mark.parametrize(("expert", "count"), [(None, 8), (2, 2)])
 def test_one_stored_tensor_at_a_time_is_in_memory(expert, count):
     model = tiny_model("mixtral")

@@ -105,8 +105,8 @@ class StoredTensors:
             for path in (*unit.axes, *unit.expert_axes):
                 name = architecture.block_prefix(unit.block) + path
                 conversion = self._made_by[name]
-                shapes = tuple(self.tensors[stored].spec.shape for stored in conversion.stored)
-                kind = id(conversion.converter), shapes, unit.part
+                specs = tuple(conversion.specs[stored] for stored in conversion.stored)
+                kind = id(conversion.converter), specs, unit.part
                 if conversion.converter is None or kind in checked:
                     continue
                 checked.add(kind)
