@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict_saver import save
 
 import cfsp
 import cfsp.recovery.loss
@@ -28,7 +29,7 @@ from cfsp.quality.perplexity import loss_in_memory
 from cfsp.recovery.data import read_text
 from cfsp.recovery.recover import measured_before
 from cfsp.recovery.settings import Adaptation, Limit, Training
-from cfsp.recovery.trainer import RecoveryTrainer, last_checkpoint
+from cfsp.recovery.trainer import RecoveryTrainer, _exchange, last_checkpoint
 from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.settings import Compute, EvaluationText, Text
 from cfsp.streaming.block_stream import StreamedBlock
@@ -211,6 +212,8 @@ def test_half_a_checkpoint_is_passed_over(tmp_path):
     (tmp_path / "checkpoint-20").mkdir()
     last = last_checkpoint(tmp_path)
     assert last is not None and last[0] == tmp_path / "checkpoint-5"
+    for _ in range(2):  # what a killed run left is written over without a word
+        _exchange(save, {"weight": torch.ones(2)}, str(tmp_path / "checkpoint-20"), "weights")
 
 
 def test_minutes_end_the_run_and_the_schedule(recovered, caplog, monkeypatch):

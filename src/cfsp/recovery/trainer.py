@@ -252,8 +252,9 @@ def shard(
 def _exchange(do: Callable[..., Any], state: dict[str, Any], directory: str, name: str) -> None:
     """Write a state, or fill this process's parts of it from what any number of them wrote."""
     with warnings.catch_warnings():
-        # It warns of a process that is alone.
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        # It warns of a process that is alone, and of half a checkpoint that a killed run left.
+        for said in ("torch.distributed is disabled", "Detected an existing checkpoint"):
+            warnings.filterwarnings("ignore", said, UserWarning)
         do(state, checkpoint_id=Path(directory) / name, no_dist=process_count() == 1)
 
 
