@@ -77,11 +77,10 @@ def multiples(source: WeightSource, budget: Budget) -> list[int]:
     for unit in ffns.units:
         kind, times_of_kind = kinds[unit.path]
         widths.setdefault(kind, []).append(unit.width // times_of_kind)
-    found: dict[tuple[Part, str], int] = {}  # an attention may have the path of an FFN elsewhere
-    for unit in ffns.units:
-        kind, times_of_kind = kinds[unit.path]
-        found[unit.part, unit.path] = budget.multiple_for(widths[kind]) * times_of_kind
-    return [found.get((unit.part, unit.path), 1) for unit in source.units]
+    number = {kind: budget.multiple_for(of_kind) for kind, of_kind in widths.items()}
+    # An attention may have the path of an FFN elsewhere.
+    of_ffns = {("ffn", path): number[kind] * times for path, (kind, times) in kinds.items()}
+    return [of_ffns.get((unit.part, unit.path), 1) for unit in source.units]
 
 
 def parameters_of_channels(
