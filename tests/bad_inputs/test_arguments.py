@@ -18,6 +18,8 @@ SWEEP = f"sweep {{model}} --eval {{text}} --out {{out}} {TEXT} --sparsity"
 MANY = 10**30
 
 FLAGS = [
+    (f"{PRUNE} --sparse 0.5", "unknown argument --sparse", SEE),
+    (f"{PRUNE} --channel-metric best", "found 'best'", SEE),
     (f"{PRUNE} --samples many", "invalid int value: 'many'", SEE),
     ("families --all", "unknown argument --all", "--help"),
     (
@@ -32,6 +34,7 @@ FLAGS = [
         "; did you mean blocks?",
     ),
     (f"{NOTHING} --plan p --statistics s", "--plan and --statistics exclude", "made already"),
+    (f"{NOTHING} --sparsity 0.95 {TEXT}", "cannot", "between 0 and 66.6%"),
     ("prune {model} --sparsity 0.2", "found none", "expected --out, the directory to write"),
     ("verify {model}", "{model} has no cfsp.json", "cfsp did not write it"),
     ("inspect {inputs}/absent", "{inputs}/absent does not exist", "give a directory"),
@@ -62,6 +65,7 @@ NUMBERS = [
     (f"{PRUNE_TEXT} --eval {{text}} --windows 0", "found 0", "--windows must be at least 1"),
     (f"{CALIBRATE} --memory-budget 1e999", "found '1e999'", "expected a size such as 2GB"),
     (f"{EVAL} --device nonsense", "the device 'nonsense'", "choose another --device"),
+    ("demo --sparsity 2", "found 2.0", "sparsity must be in [0, 1)"),
     (f"{PRUNE_TEXT} --multiple {MANY}", f"found {MANY}", "--multiple must be at most 96"),
     (f"{PRUNE_TEXT} --multiple many", "--multiple: expected a number or auto", "'many'"),
     (f"{TRAIN} --max-minutes nan", "found nan", "--max-minutes must be above 0"),

@@ -49,6 +49,10 @@ PLANS = [
             "the plan's widths or experts are not those of {model}",
             plan(lambda f: f["blocks"].pop()),
         ),
+        (
+            "{plan} is damaged: it has '<script>' for block_metric",
+            plan(lambda f: f["criterion"].update(block_metric="<script>")),
+        ),
     ),
     BadInput(
         RECOVER,

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import cfsp
-from builders import entries, read_json
+from builders import entries, read_json, stop
+from cfsp.checkpoint.tensor_file import FileTensor
 from cfsp.cli import COMMANDS, build_parser, main
 from cfsp.cli.options import expand_sets, settings_from
 from cfsp.cli.output import show_messages, tell
@@ -335,6 +336,13 @@ def test_unknown_argument_exits_with_two(command):
         assert "error:" in command(*argv, status=2).err
     said = command("--json", "verify", "demo", status=2).err
     assert "--json stands before verify, expected behind it" in said
+
+
+def test_interrupt_says_that_nothing_was_written(command, model, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(FileTensor, "read", stop)
+    argv = ["prune", model, "--out", tmp_path / "out", "--sparsity", 0.4, *text]
+    assert "interrupted; nothing is half-written" in command(*argv, status=130).err
+    assert entries(tmp_path) == set()
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,12 @@ def test_importance_is_the_published_sigmoid():
     assert block_importance([0.0, 1e6]) == [0.0, 1.0]  # nothing overflows
 
 
+def test_equal_widths_are_by_equal_distances():
+    statistics = statistics_with_distances([0.2, 0.1, 0.3])
+    assert block_distances(statistics, "angular") == [0.2, 0.1, 0.3]
+    assert block_distances(statistics, "uniform") == pytest.approx([0.2] * 3)
+
+
 def test_importance_by_sensitivity_is_that_of_numpy():
     angular_L, divergence_L = [0.2, 0.1, 0.3], (0.4, 0.01, 0.0)
     statistics = replace(

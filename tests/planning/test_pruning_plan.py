@@ -83,6 +83,7 @@ def damaged(plan: PruningPlan, change: Callable[[dict[str, Any]], object]) -> st
 DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "version": (lambda f: f.update(plan_version=99), "version 99, expected"),
     "no blocks": (lambda f: f.pop("blocks"), "blocks"),
+    "blocks are text": (lambda f: f.update(blocks="abc"), "damaged"),
     "no model": (lambda f: f.pop("model"), "model"),
     "foreign model field": (lambda f: f["model"].update(colour="red"), "colour"),
     "width zero": (lambda f: f["blocks"][1].update(width=0), "width 0"),
@@ -96,6 +97,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "another count": (lambda f: f["blocks"][0].update(kept_width=3), "3 are announced"),
     "distance is text": (lambda f: f["blocks"][0].update(distance="far"), "far"),
     "distance is nan": (lambda f: f["blocks"][0].update(distance=float("nan")), "distance nan"),
+    "channels as a list": (lambda f: f["blocks"][0].update(kept=[5, 3, 3]), "damaged"),
     "a block before the first": (lambda f: f["blocks"][0].update(block=-1), "damaged"),
     "a later block first": (lambda f: f["blocks"][0].update(block=2), "damaged"),
     "a path with a bar": (lambda f: f["blocks"][0].update(path="a|b"), "damaged"),
@@ -104,6 +106,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no multiple": (lambda f: f["criterion"].pop("multiple"), "'multiple'"),
     "half": (lambda f: f["criterion"].update(sparsity="half"), "'half' for sparsity"),
     "parts are a number": (lambda f: f["criterion"].update(parts=5), "5 for parts"),
+    "parts are null": (lambda f: f["criterion"].update(parts=None), "None for parts"),
     "no such part": (lambda f: f["criterion"].update(parts=[[]]), "[[]] for parts"),
     "of nothing known": (lambda f: f["criterion"].update(of="words"), "'words' for of"),
     "removal is a list": (lambda f: f["criterion"].update(removal=[1]), "[1] for removal"),

@@ -30,7 +30,7 @@ from cfsp.text.drawing import consecutive_windows
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
 from commands import Command
-from tiny_models import BLOCKS, VOCABULARY, build_tiny_model
+from tiny_models import BLOCKS, VOCABULARY, build_tiny_model, dense_configs
 
 FLOAT32 = Compute(dtype="float32")
 
@@ -208,6 +208,14 @@ def random_windows(count: int = 5, length: int = 12) -> Windows:
     return Windows(random_tokens(count, length), {"random": count})
 
 
+def plain(model: Any, windows: Windows) -> float:
+    """Return the perplexity by the whole model's own logits."""
+    with torch.no_grad():
+        logits_NTV = model(input_ids=windows.tokens_NT).logits.double()
+    loss = cross_entropy(logits_NTV[:, :-1].flatten(0, 1), windows.tokens_NT[:, 1:].flatten())
+    return float(loss.exp())
+
+
 def streamed(source: Any, windows: Windows, work_dir: WorkDir | None = None) -> dict[str, Any]:
     """Return the perplexity block by block, with its conditions."""
     with temporary_work_dir() as own:
@@ -215,6 +223,32 @@ def streamed(source: Any, windows: Windows, work_dir: WorkDir | None = None) -> 
             source, {"text": windows}, COMPUTE, work_dir or own, "dense"
         ).values()
     return found
+
+
+# Heads of all kinds: with a bias, scaled, capped, behind a projection; and routed blocks before.
+HEADS = dense_configs(
+    "gemma2", "gpt2", "granite", "llama", "llama-biased", "opt-projected", "phi3",
+    "stablelm-parallel",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted({*HEADS, "mixtral", "phi", "qwen2"}))
+def test_it_is_the_whole_models(name):
+    model, windows = build_tiny_model(name), random_windows()
+    found = streamed(LoadedModel(model), windows)
+    assert found.pop("value") == pytest.approx(plain(model, windows), rel=1e-5)
+    conditions = {"tokens": 5 * 11, "windows": 5, "seqlen": 12, "bos": False}
+    assert found == {**conditions, "evaluation_part": False, "tokens_digest": windows.digest}
+
+
+def test_logits_are_never_there_for_more_than_a_slice(monkeypatch, noted):
+    model, windows = build_tiny_model("gemma2"), random_windows(3, 20)
+    positions = noted(measuring.Head, "logits", lambda _, hidden_PD: len(hidden_PD))
+    monkeypatch.setattr(measuring, "LOGITS_AT_ONCE", 7 * VOCABULARY)
+    monkeypatch.setattr(measuring, "_LOSSES_AT_ONCE", 2 * VOCABULARY)
+    found = streamed(LoadedModel(model), windows)
+    assert positions == [7, 7, 5] * 3
+    assert found["value"] == pytest.approx(plain(model, windows), rel=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
@@ -240,7 +274,7 @@ def test_a_killed_pass_goes_on(tmp_path, monkeypatch, noted):
     assert entered == [0, 1, 2, 2]
     assert again == measure(WorkDir(tmp_path, identity={}))  # without any block
     assert len(entered) == BLOCKS + 1
-    assert again == measure(WorkDir(tmp_path / "whole", identity={}))
+    assert again == pytest.approx(plain(source.model, windows), rel=1e-5)
 
 
 # What `cfsp eval` and several processes make of it.

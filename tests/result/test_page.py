@@ -69,7 +69,11 @@ def test_page_is_complete_in_itself(run, tmp_path):
     assert "@import" not in text and "url(" not in text
     policy = next(a["content"] for t, a in page.tags if t == "meta" and "http-equiv" in a)
     assert policy is not None and "default-src 'none'" in policy and "unsafe" not in policy
-    # Every chart has words and a table.
+
+
+def test_every_chart_has_words_and_a_table(run, tmp_path):
+    text = rendered([run], tmp_path)
+    page = _Page(text)
     plots = [attrs for tag, attrs in page.tags if attrs.get("class") == "plot"]
     assert len(plots) == 1  # blocks
     assert all(plot["tabindex"] == "0" and plot["aria-label"] for plot in plots)

@@ -109,8 +109,9 @@ def test_nothing_of_a_part_is_left_where_all_blocks_that_have_it_are_dropped():
     assert allocate([1.0] * len(size.units), Budget(parts=("kv",)), size) == size.width_U
 
 
-def test_target_params(prune):
-    done = prune("--target-params", 0.75, "--parts", "ffn")
+@pytest.mark.parametrize("repair", ["none", "ridge"])
+def test_target_params(prune, repair):
+    done = prune("--target-params", 0.75, "--parts", "ffn", "--repair", repair)
     before, after = (done.manifest[f"parameters_{when}"] for when in ("before", "after"))
     assert abs(after - 0.75 * before) <= 8 * 3 * 32  # one multiple
     goal, sparsity = done.manifest["goal"], done.manifest["ffn_sparsity"]

@@ -264,8 +264,13 @@ def test_only_what_was_measured_alike_is_compared(sweep, text_file, command, old
         path.write_text(json.dumps({**found, "models": []}))
         assert f"{path} exists and holds something else" in command(*arguments, status=2).err
     else:
+        conditions = {**found["perplexity"][str(text_file)], "seqlen": None}
         for damaged in (
             json.dumps({**found, "perplexity": None}),
+            json.dumps({**found, "perplexity": {"a": conditions}}),
+            json.dumps({**found, "comparison": [1]}),
+            json.dumps({**found, "comparison": None}),
+            json.dumps({**found, "comparison": {}}),
             json.dumps({**found, "comparison": {**found["comparison"], "left_out": None}}),
             "{",
         ):

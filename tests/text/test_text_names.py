@@ -15,7 +15,10 @@ from builders import draw_windows, never
 from cfsp.checkpoint.locating import hub_is_reachable, locate_model
 from cfsp.errors import CheckpointError, TextError, UsageError
 from cfsp.pipeline import prune_checkpoint
-from cfsp.settings import Budget, EvaluationText, PruneSettings, Text, texts_of
+from cfsp.quality.evaluate import Exam, evaluate_models
+from cfsp.recovery.recover import recover_checkpoint
+from cfsp.recovery.settings import Limit, RecoverSettings, Training
+from cfsp.settings import Budget, Compute, EvaluationText, PruneSettings, Text, texts_of
 from cfsp.text import records as of_data
 from cfsp.text import sources
 from cfsp.text.records import Record
@@ -108,12 +111,17 @@ def test_functions_refuse_a_text_before_any_work(source, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "__call__", lambda *_, **__: pytest.fail("too late"))
     out = tmp_path / "out"
     evaluation = EvaluationText((ABSENT,))
+    training = Training(Limit(steps=1))
     refusals: list[Callable[[], object]] = [
         lambda: cfsp.prune("no-model", out=out, sparsity=0.2, data=[ABSENT]),
         lambda: cfsp.calibrate("no-model", data=[ABSENT]),
         lambda: cfsp.recover("no-model", out=out, steps=1, data=[ABSENT]),
         lambda: cfsp.evaluate(["no-model"], [ABSENT]),
         lambda: prune_checkpoint(source, out, PruneSettings(Budget(0.2), evaluation=evaluation)),
+        lambda: recover_checkpoint(
+            source, out, RecoverSettings(("python-docs",), training, evaluation=evaluation)
+        ),
+        lambda: evaluate_models(["no-model"], Exam(evaluation, Compute())),
     ]
     for refusal in refusals:
         with pytest.raises(TextError, match=f"{ABSENT} is neither"):
