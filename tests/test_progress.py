@@ -39,6 +39,17 @@ def test_blocks_tell_how_far_they_are(clock, caplog):
     ]
 
 
+def test_the_time_left_is_by_all_of_the_work_so_far(clock):
+    with item_progress("ridge", 1000, "tok") as bar:
+        for block in range(1, 6):
+            for _ in range(10):
+                clock.seconds += 1
+                bar.update(10)
+            clock.seconds += 10  # a solve, in which no token passes
+            left = tqdm.format_interval(20 * (10 - block))
+            assert str(bar) == f"ridge: {10 * block}%, {left} left"
+
+
 def test_of_paths_the_last_part_is_shown_and_work_that_goes_on_counts_from_there(clock, caplog):
     with item_progress("/models/a.gguf on data/test.parquet", 1000, "tok", initial=800) as bar:
         clock.seconds += 40

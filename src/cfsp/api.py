@@ -132,7 +132,7 @@ def prune(
             )
         new = output_path(out)
         name = asked(given, goal)[0].removeprefix("--").replace("-", "_")
-        how_much = f"{name}={given[name]}" if goal is None else f"goal={goal}"
+        how_much = f"{name}={given[name]!r}" if goal is None else f"goal={goal}"
         command = f"cfsp.prune({str(model)!r}, {how_much}, ...)"
         source = open_checkpoint(model, parts=settings.budget.parts)
         if trains:

@@ -163,6 +163,19 @@ def test_advanced_options_are_checked_as_others_are(tmp_path, command, typed, me
     )
 
 
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("--data a.txt b.txt", "unknown argument b.txt; give --data before each: --data b.txt;"),
+        ("--parts ffn kv", "argument kv; --parts takes several with commas between and no spaces;"),
+        ("--keep 0 1", "unknown argument 1; --keep takes several with commas between and no"),
+        ("--sparsity 0.2 more", "unknown argument more; see: cfsp prune --help"),
+    ],
+)
+def test_a_word_too_many_is_told_how_its_option_takes_several(command, typed, message):
+    assert message in command("prune", "m", "--out", "o", *typed.split(), status=2).err
+
+
 def test_the_default_text_is_told_once_when_it_is_read(
     command, model, text_file, tmp_path, monkeypatch
 ):

@@ -78,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         flag, known = unknown[0].partition("=")[0], own.known_flags()
         if flag in known:
             own.error(f"{flag} stands before {args.command}, expected behind it")
-        own.error(f"unknown argument {unknown[0]}{did_you_mean(flag, known)}")
+        hint = "" if flag.startswith("-") else own.how_to_repeat(expanded, unknown[0])
+        own.error(f"unknown argument {unknown[0]}{hint or did_you_mean(flag, known)}")
     if args.version:
         from importlib.metadata import version
 

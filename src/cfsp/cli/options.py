@@ -77,6 +77,19 @@ class Parser(argparse.ArgumentParser):
         """Return all flags, the advanced ones too."""
         return [flag for action in self._actions for flag in action.option_strings]
 
+    def how_to_repeat(self, argv: Sequence[str], word: str) -> str:
+        """Return how the option before a word too many takes several values; nothing if it can't.
+
+        `--data a.txt b.txt` and `--parts ffn kv` are what other commands take.
+        """
+        flags = [each for each in argv[: argv.index(word)] if each.startswith("--")]
+        action = self._option_string_actions.get(flags[-1]) if flags else None
+        if isinstance(action, argparse._AppendAction):
+            return f"; give {flags[-1]} before each: {flags[-1]} {word}"
+        if action is not None and "," in str(action.metavar):
+            return f"; {flags[-1]} takes several with commas between and no spaces"
+        return ""
+
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         choices = None if action.choices is None else list(map(str, action.choices))
         if choices is not None and str(value) not in choices:
