@@ -167,6 +167,7 @@ def test_advanced_options_are_checked_as_others_are(tmp_path, command, typed, me
     ("typed", "message"),
     [
         ("--data a.txt b.txt", "unknown argument b.txt; give --data before each: --data b.txt;"),
+        ("--data=a.txt b.txt", "unknown argument b.txt; give --data before each: --data b.txt;"),
         ("--parts ffn kv", "argument kv; --parts takes several with commas between and no spaces;"),
         ("--keep 0 1", "unknown argument 1; --keep takes several with commas between and no"),
         ("--sparsity 0.2 more", "unknown argument more; see: cfsp prune --help"),

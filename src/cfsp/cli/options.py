@@ -82,12 +82,13 @@ class Parser(argparse.ArgumentParser):
 
         `--data a.txt b.txt` and `--parts ffn kv` are what other commands take.
         """
-        flags = [each for each in argv[: argv.index(word)] if each.startswith("--")]
-        action = self._option_string_actions.get(flags[-1]) if flags else None
-        if isinstance(action, argparse._AppendAction):
-            return f"; give {flags[-1]} before each: {flags[-1]} {word}"
+        flags = [each.partition("=")[0] for each in argv[: argv.index(word)] if each[:2] == "--"]
+        flag = flags[-1] if flags else ""
+        action = self._option_string_actions.get(flag)
         if action is not None and "," in str(action.metavar):
-            return f"; {flags[-1]} takes several with commas between and no spaces"
+            return f"; {flag} takes several with commas between and no spaces"
+        if isinstance(action, argparse._AppendAction):
+            return f"; give {flag} before each: {flag} {word}"
         return ""
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
