@@ -75,7 +75,7 @@ def item_progress(label: str, total: int, unit: str, **options: Any) -> tqdm:  #
             "delay": _QUIET_SECONDS,
             "position": 0,  # tqdm would move the cursor for a second bar
         }
-    # By all of the work so far: after a solve, in which no token passes, days would be left.
+    # By all of the work so far: after a solve, in which no token passes, hours would be left.
     options |= {"smoothing": 0, "disable": not is_first_process(), "leave": False}
     return tqdm(desc=label, total=total, unit=unit, **options)
 
