@@ -72,8 +72,9 @@ def test_a_bar_in_a_name_ends_no_cell():
 def test_what_made_the_model_before_made_this_one(run, text_file, tmp_path):
     again = tmp_path / "again"
     how = {"samples": 4, "seqlen": 32, "multiple": 8, "effort": "fast", "block_metric": "angular"}
-    cfsp.prune(run, out=again, sparsity=0.2, data=cfsp.Text("other", ["a river. " * 300]), **how)
-    base = read_manifest(again)["base_model"]
+    cfsp.prune(run, out=again, sparsity="20%", data=cfsp.Text("other", ["a river. " * 300]), **how)
+    base, command = (read_manifest(again)[key] for key in ("base_model", "command"))
+    assert command == "cfsp.prune('run', sparsity='20%', ...)"  # as Python takes it
     assert base["texts"] == [str(text_file)]
     assert base["made_from"] == read_manifest(run)["base_model"]
     card = (again / "README.md").read_text()
