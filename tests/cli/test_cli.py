@@ -348,8 +348,8 @@ def test_unknown_argument_exits_with_two(command):
     assert "COMMAND" in command(status=2).out
     for argv in (["purge"], ["prune", "demo", "--sparsity", "0.2", "--out", ""]):
         assert "error:" in command(*argv, status=2).err
-    said = command("--json", "verify", "demo", status=2).err
-    assert "--json stands before verify, expected behind it" in said
+    for argv in (["--json", "verify", "demo"], ["--sparsity", "0.2", "prune", "demo"]):
+        assert f"{argv[0]} stands before the command, expected" in command(*argv, status=2).err
 
 
 def test_interrupt_says_that_nothing_was_written(command, model, text, tmp_path, monkeypatch):

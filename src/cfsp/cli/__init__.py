@@ -68,6 +68,14 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return 0, 2 for an error that the user can cure, 130 for an interruption."""
     parser, argv = build_parser(), sys.argv[1:] if argv is None else argv
+    first = argv[0].partition("=")[0] if argv else ""
+    if first.startswith("-") and first not in (own_flags := parser.known_flags()):
+        hint = did_you_mean(first, own_flags)
+        parser.error(
+            f"unknown argument {first}{hint}"
+            if hint
+            else f"{first} stands before the command, expected behind it"
+        )
     try:
         expanded = expand_sets(argv)
     except UsageError as error:
@@ -75,11 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, unknown = parser.parse_known_args(expanded, argparse.Namespace(argv=argv))
     if unknown:
         own = parser if args.command is None else args.parser
-        flag, known = unknown[0].partition("=")[0], own.known_flags()
-        if flag in known:
-            own.error(f"{flag} stands before {args.command}, expected behind it")
+        flag = unknown[0].partition("=")[0]
         hint = "" if flag.startswith("-") else own.how_to_repeat(expanded, unknown[0])
-        own.error(f"unknown argument {unknown[0]}{hint or did_you_mean(flag, known)}")
+        own.error(f"unknown argument {unknown[0]}{hint or did_you_mean(flag, own.known_flags())}")
     if args.version:
         from importlib.metadata import version
 
