@@ -188,6 +188,15 @@ def test_damage_is_named(copied, damage, said):
     assert said in refused(copied)
 
 
+def test_a_mixture_may_say_that_it_has_no_shared_expert_by_its_width(tiny_checkpoint, tmp_path):
+    """As Qwen3-Coder and MiniMax-M2 do."""
+    path = Path(shutil.copytree(tiny_checkpoint("qwen3_moe"), tmp_path / "model"))
+    edit_config(path, shared_expert_intermediate_size=0)
+    assert Checkpoint(path).fingerprint == Checkpoint(tiny_checkpoint("qwen3_moe")).fingerprint
+    edit_config(path, intermediate_size=0)
+    assert "intermediate_size is 0, expected a whole number from 1 to" in refused(path)
+
+
 def test_an_index_names_each_tensor_of_its_files_which_is_in_one_of_them(copied):
     (copied / "model.safetensors").rename(copied / "1.safetensors")
     shutil.copyfile(copied / "1.safetensors", copied / "2.safetensors")

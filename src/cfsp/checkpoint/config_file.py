@@ -126,7 +126,8 @@ def _check_numbers(path: Path, fields: dict[str, Any]) -> None:
         most = next((most for name, most in _LARGEST if name.fullmatch(key)), None)
         if most is None:
             continue
-        least = 0 if most == _MOST_EXPERTS else 1
+        # A mixture without shared experts says so by their number, or by their width.
+        least = 0 if most == _MOST_EXPERTS or key.endswith("_intermediate_size") else 1
         # Some types give a list with a number for each block.
         for number in value if isinstance(value, list) else [value]:
             if type(number) is not int or not least <= number <= most:
