@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from transformers import pipeline
@@ -65,6 +66,18 @@ def test_what_travels_is_fetched_from_a_hub(tmp_path, monkeypatch):
     # Our own modelling file is written anew; `cfsp verify` compares it.
     assert entries(kept) == set(names)
     assert set(fetched) == {*names, shards, MODELING_FILE}
+
+
+def test_a_snapshot_that_others_fetched_in_part_is_read_and_told(tmp_path, monkeypatch, caplog):
+    def fails(*_: object, **_more: object) -> None:
+        class IncompleteSnapshotError(LocalEntryNotFoundError):
+            snapshot_path = str(tmp_path)
+
+        raise IncompleteSnapshotError("1 file(s) are missing (README.md)")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
+    assert locating.locate_model("no-one/nothing") == tmp_path
+    assert "1 file(s) are missing (README.md)" in caplog.text
 
 
 def test_no_cache_of_the_hub_has_to_be_writable(pruned, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ directory, a .gguf file, or a hub id, of which ID@REVISION is a branch, tag or c
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import reprlib
 from contextlib import suppress
@@ -19,6 +20,8 @@ from cfsp.settings import DEFAULT_PARTS, Part
 
 if TYPE_CHECKING:
     from cfsp.checkpoint.reading import Checkpoint
+
+log = logging.getLogger(__name__)
 
 _SECONDS = 5.0  # the hub's own client tries for half a minute where none can be reached
 
@@ -140,6 +143,10 @@ def _download(name: str) -> Path:
             )
         )
     except Exception as error:  # also of the HTTP library, whichever the client uses
+        # Others have put into its cache what they read of it: weights, and no README or licence.
+        if in_part := getattr(error, "snapshot_path", None):
+            log.warning("%s", error)
+            return Path(in_part)
         if isinstance(error, LocalEntryNotFoundError) and not reachable:
             raise CheckpointError(
                 f"{name} is no local path, and the hub cannot be reached from here to look for it "
