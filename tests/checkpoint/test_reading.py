@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import cfsp
 from builders import edit_json, edit_tensors, plan_without
+from cfsp.checkpoint.config_file import read_plain_fields
 from cfsp.checkpoint.locating import locate_model, open_checkpoint
 from cfsp.checkpoint.reading import (
     Checkpoint,
@@ -186,6 +187,23 @@ def with_foreign_code(directory: Path) -> None:
 def test_damage_is_named(copied, damage, said):
     damage(copied)
     assert said in refused(copied)
+
+
+def test_code_beside_a_model_whose_classes_transformers_has_is_left_out(copied, caplog):
+    """As of Phi-3, Phi-4-mini, DeepSeek-V3 and Falcon, which had code before transformers did."""
+    with_foreign_code(copied)
+    stock = {
+        "AutoConfig": "configuration_x.LlamaConfig",
+        "AutoModel": "modeling_x.LlamaModel",
+        "AutoModelForCausalLM": "someone/else--modeling_x.LlamaForCausalLM",
+    }
+    edit_config(copied, auto_map={**stock, "AutoTokenizer": ["x.X", None]})
+    assert not hasattr(Checkpoint(copied).config, "auto_map")
+    assert "auto_map" not in read_plain_fields(copied)
+    assert "it is not run, and transformers' own llama class of the same name is" in caplog.text
+    for auto in (*stock, "AutoModelForNothing"):
+        edit_config(copied, auto_map={**stock, auto: "modeling_x.BidirectionalLlamaModel"})
+        assert "brings its own modelling code" in refused(copied)
 
 
 def test_a_mixture_may_say_that_it_has_no_shared_expert_by_its_width(tiny_checkpoint, tmp_path):

@@ -7,14 +7,17 @@ So they are compared with what any model has before transformers sees them.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from cfsp.architecture.model_classes import registered_classes
 from cfsp.checkpoint.modeling_code import FFN_WIDTHS, KV_GROUPS, PER_LAYER_CONFIG
 from cfsp.checkpoint.own_files import CONFIG_FILE, MODELING_FILE
 from cfsp.checkpoint.quantisation import Quantisation, plain_fields, quantisation_in
@@ -26,6 +29,8 @@ from cfsp.errors import (
     first_line,
     refusing_bad_json,
 )
+
+log = logging.getLogger(__name__)
 
 _MOST_BLOCKS = 10_000
 _MOST_EXPERTS = 1 << 16
@@ -84,7 +89,7 @@ def read_config(directory: Path) -> tuple[PreTrainedConfig, Quantisation | None]
     quantisation = quantisation_in(fields, str(directory))
     try:
         # Our own modelling file replaces only the model class: the stock config class fits.
-        config = config_of(CONFIG_MAPPING[model_type], plain_fields(fields))
+        config = config_of(CONFIG_MAPPING[model_type], _plain(fields))
         if fields.get(PER_LAYER_CONFIG):
             list(config.per_layer_config)  # a config for every block is made only now
     except Exception as error:  # transformers validates with many exception types
@@ -102,23 +107,62 @@ def config_of(config_class: type[PreTrainedConfig], fields: Mapping[str, Any]) -
 
 
 def read_plain_fields(directory: Path) -> dict[str, Any]:
-    """Return the fields of a directory's config.json without quantisation."""
-    return plain_fields(json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8")))
+    """Return the fields of a directory's config.json without quantisation and foreign code."""
+    return _plain(json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8")))
+
+
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    found = plain_fields(fields)
+    return {key: each for key, each in found.items() if key != "auto_map" or _is_ours(each)}
+
+
+def _is_ours(auto_map: Any) -> bool:
+    """Return whether no code but ours is named, of which only the name counts."""
+    # cfsp builds such a model with its own copy.
+    ours = f"{MODELING_FILE.removesuffix('.py')}.Pruned"
+    return isinstance(auto_map or {}, dict) and all(
+        str(name).startswith("AutoModel") and str(place).startswith(ours)
+        for name, place in (auto_map or {}).items()
+    )
 
 
 def _check_code(directory: Path, fields: dict[str, Any]) -> None:
-    """Check that the weights are what the stock class, or ours, computes with."""
-    # Of our own code only the name counts: cfsp builds such a model with its own copy.
-    named = fields.get("auto_map") or {}
-    ours = f"{MODELING_FILE.removesuffix('.py')}.Pruned"
+    """Check that the weights are what the stock class, or ours, computes with.
+
+    Many that transformers has now were published with code, whose classes are called as its own.
+    """
+    named, model_type = fields.get("auto_map"), fields["model_type"]
+    if _is_ours(named):
+        return
     if not isinstance(named, dict) or not all(
-        str(name).startswith("AutoModel") and str(place).startswith(ours)
+        str(place).rpartition(".")[2] in _stock_names(name, CONFIG_MAPPING[model_type])
         for name, place in named.items()
+        if name.startswith(("AutoConfig", "AutoModel"))
     ):
         raise CheckpointError(
             f"{directory} brings its own modelling code, which may compute something else than the "
-            f"stock {fields['model_type']} class; cfsp prunes stock models and its own output only"
+            f"stock {model_type} class; cfsp prunes stock models and its own output only"
         )
+    _say_stock(directory, model_type)
+
+
+def _stock_names(auto: str, config_class: type[PreTrainedConfig]) -> list[str]:
+    """Return what transformers calls the classes that an Auto class has for a class of configs."""
+    if auto == "AutoConfig":
+        return [config_class.__name__]
+    has = hasattr(transformers, auto)
+    return [each.__name__ for each in registered_classes(auto, config_class)] if has else []
+
+
+@cache
+def _say_stock(directory: Path, model_type: str) -> None:
+    """Say once of a model that the code beside it is left out."""
+    log.warning(
+        "%s brings modelling code of its own: it is not run, and transformers' own %s class of "
+        "the same name is taken, as without trust_remote_code",
+        directory,
+        model_type,
+    )
 
 
 def _check_numbers(path: Path, fields: dict[str, Any]) -> None:

@@ -324,12 +324,11 @@ def write_recovered_weights(
 def copy_everything_else(source: Checkpoint, directory: Path) -> None:
     """Copy config, modelling file, plan, tokenizer and the like."""
     copy_travelling_files(source.directory, directory)
-    for name in (CONFIG_FILE, MODELING_FILE, PLAN_FILE):
+    for name in (MODELING_FILE, PLAN_FILE):
         if (source.directory / name).is_file():
             shutil.copyfile(source.directory / name, directory / name)
-    if source.quantisation is not None:
-        fields = read_plain_fields(source.directory)
-        (directory / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    fields = read_plain_fields(source.directory)
+    (directory / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_record(
