@@ -174,6 +174,10 @@ def with_foreign_code(directory: Path) -> None:
         ),
         (lambda at: edit_config(at, model_type="no_such_model"), "cfsp families"),
         (with_foreign_code, "brings its own modelling code"),
+        (
+            lambda at: edit_config(at, architectures=["LlamaForSequenceClassification"]),
+            "is a LlamaForSequenceClassification, whose head is trained on something else",
+        ),
         (lambda at: edit_config(at, transformers_weights="x"), "says that the weights are in 'x'"),
         (lambda at: (at / "adapter_config.json").write_text("{}"), "has an adapter (adapter_"),
         (lambda at: (at / "model.safetensors").unlink(), "has no model.safetensors"),

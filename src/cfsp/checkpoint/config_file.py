@@ -49,6 +49,9 @@ _LARGEST = (
     ),
 )
 
+# Of reward models and the like; where embeddings are tied, files have all of a language model.
+_OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
 _CORRECT = "correct it or download it again"
 # What PEFT writes, and transformers adds to any weights that lie beside it.
 _ADAPTER = "adapter_config.json"
@@ -80,6 +83,12 @@ def read_config(directory: Path) -> tuple[PreTrainedConfig, Quantisation | None]
         )
     _check_code(directory, fields)
     _check_numbers(path, fields)
+    for name in fields.get("architectures") or ():
+        if name.endswith(_OTHER_HEADS):
+            raise UnsupportedModelError(
+                f"{directory} is a {name[:60]}, whose head is trained on something else than the "
+                "next token; cfsp prunes language models"
+            )
     if (named := fields.get("transformers_weights")) is not None:
         raise CheckpointError(
             f"{path} says that the weights are in {str(named)[:60]!r} (transformers_weights), "
