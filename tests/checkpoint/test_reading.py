@@ -156,6 +156,11 @@ def refused(directory: Path) -> str:
     return message
 
 
+def without_what_a_link_leads_to(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors").symlink_to("not-fetched")
+
+
 def with_foreign_code(directory: Path) -> None:
     edit_config(directory, auto_map={"AutoModelForCausalLM": "modeling_x.X"})
     (directory / "modeling_x.py").write_text("raise SystemExit('the code was run')")
@@ -180,7 +185,14 @@ def with_foreign_code(directory: Path) -> None:
         ),
         (lambda at: edit_config(at, transformers_weights="x"), "says that the weights are in 'x'"),
         (lambda at: (at / "adapter_config.json").write_text("{}"), "has an adapter (adapter_"),
-        (lambda at: (at / "model.safetensors").unlink(), "has no model.safetensors"),
+        (
+            without_what_a_link_leads_to,
+            "(found: none); download them, or save the model as safetensors",
+        ),
+        (
+            lambda at: (at / "model.safetensors").rename(at / "model-1-of-1.safetensors"),
+            "(found: model-1-of-1.safetensors, which nothing names); download the index, or call",
+        ),
         (
             lambda at: (at / "model.safetensors").rename(at / "pytorch_model.bin"),
             "pytorch_model.bin, a pickle, which can run code); save the model as safetensors",

@@ -167,11 +167,17 @@ def read_weights(directory: Path) -> dict[str, FileTensor]:
     if single.is_file():
         return read_tensor_file(single)
     if not index.is_file():
-        pickles = sorted(p.name for p in directory.glob("*.bin"))
-        found = f"only {pickles[0]}, a pickle, which can run code" if pickles else "none"
+        others = sorted(directory.glob("*.safetensors")) + sorted(directory.glob("*.bin"))
+        others = [path for path in others if path.is_file()]  # no link to what was not fetched
+        found, cure = "none", "download them, or save the model as safetensors"
+        if others and others[0].suffix == ".bin":
+            found = f"only {others[0].name}, a pickle, which can run code"
+            cure = "save the model as safetensors"
+        elif others:
+            found = f"{others[0].name}, which nothing names"
+            cure = f"download the index, or call one that has the whole model {SINGLE_FILE}"
         raise CheckpointError(
-            f"{directory} has no {SINGLE_FILE} and no {INDEX_FILE} (found: {found}); "
-            "save the model as safetensors"
+            f"{directory} has no {SINGLE_FILE} and no {INDEX_FILE} (found: {found}); {cure}"
         )
     otherwise = "is not a checkpoint index: no weight_map; download the model again"
     with refusing_bad_json(index, otherwise):
