@@ -179,6 +179,14 @@ def test_other_ways_are_refused_by_name(config, named):
     assert "call dequantize() and save_pretrained()" in message
 
 
+def test_what_mlx_quantised_is_refused():
+    """It writes its key, and for the hub the same as transformers' key, without a method."""
+    given = {"group_size": 64, "bits": 4}
+    for keys in (["quantization"], ["quantization", "quantization_config"]):
+        with pytest.raises(CheckpointError, match=r"quantised \(a way that it .*, as MLX\), which"):
+            quantisation_in(dict.fromkeys(keys, given), "the model")
+
+
 UP, QUERIES = "model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"
 SCALE = f"{UP}_scale_inv"
 

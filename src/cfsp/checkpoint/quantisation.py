@@ -21,8 +21,8 @@ from torch import Tensor
 from cfsp.checkpoint.tensor_file import AGAIN, FileTensor, StoredTensor, TensorSpec
 from cfsp.errors import CheckpointError
 
-# Where a config says how its weights are quantised; the second is that of old compressed-tensors.
-_QUANTISATION_KEYS = ("quantization_config", "compression_config")
+# Where a config says how its weights are quantised; then that of old compressed-tensors, and MLX's.
+_QUANTISATION_KEYS = ("quantization_config", "compression_config", "quantization")
 # And where that of its weights, or of what they become.
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
@@ -225,7 +225,7 @@ def quantisation_in(fields: Mapping[str, Any], label: str) -> Quantisation | Non
     described = found[0] if isinstance(found[0], dict) else {"quant_method": found[0]}
     # Old configs of bitsandbytes name no method.
     of_bits = next((k for k, v in described.items() if k.startswith("load_in_") and v), None)
-    method = str(described.get("quant_method", of_bits))
+    method = str(described.get("quant_method", of_bits or "a way that it does not name, as MLX"))
     try:
         if method not in _METHODS:
             raise _NotUndoneError(method)
