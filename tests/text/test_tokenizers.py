@@ -37,6 +37,15 @@ def test_own_code_is_refused_and_nobody_is_asked(tmp_path, monkeypatch, capfd, t
     assert not capfd.readouterr().out
 
 
+def test_a_package_that_a_tokenizer_needs_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("cfsp.text.tokenizers.find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match="copy the files of the model's own"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"of SentencePiece")
+    with pytest.raises(CheckpointError, match=r"needs another package.*pip install sentencepiece"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_tokenizer_that_fails_at_a_text_is_told():
     without_unknown = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"river": 0})))
     with pytest.raises(CheckpointError, match=r"no tokens of the text 'a' \(.*give one that takes"):

@@ -5,6 +5,7 @@ Code that lies in the directory is never run.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cfsp.errors import CheckpointError, UsageError, did_you_mean, first_line
 from cfsp.settings import Bos
+
+_CURE = (
+    "copy the files of the model's own (tokenizer.json or tokenizer.model, and "
+    "tokenizer_config.json) into it"
+)
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -21,13 +27,13 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             directory, trust_remote_code=False
         )
     except Exception as error:  # transformers has no one exception type for this
-        why = first_line(error)
+        why, cure = first_line(error), _CURE
         if "trust_remote_code" in str(error):  # its own words would advise to let code run
             why = "it is made by code of its own, which cfsp does not run"
-        raise CheckpointError(
-            f"{directory} carries no usable tokenizer ({why}); copy the files of the model's own "
-            "(tokenizer.json or tokenizer.model, and tokenizer_config.json) into it"
-        ) from error
+        elif (directory / "tokenizer.model").is_file() and not find_spec("sentencepiece"):
+            why = "its tokenizer.model needs another package"  # not tiktoken, which is tried last
+            cure = "pip install sentencepiece protobuf"
+        raise CheckpointError(f"{directory} carries no usable tokenizer ({why}); {cure}") from error
     return tokenizer
 
 
