@@ -44,14 +44,22 @@ def test_a_pipeline_does_not_complain(pruned, monkeypatch):
 
 
 def test_what_travels_is_fetched_from_a_hub(tmp_path, monkeypatch):
-    texts = ["LICENSE.txt", "NOTICE", "NOTICE.md", "USE_POLICY.md", "qwen.tiktoken"]
+    texts = [
+        "LICENSE.txt",
+        "MODEL_LICENSE",
+        "THIRD_PARTY_NOTICES.md",
+        "NOTICE",
+        "NOTICE.md",
+        "USE_POLICY.md",
+        "qwen.tiktoken",
+    ]
     of_processor = ["preprocessor_config.json", "processor_config.json"]
     of_processor += ["video_preprocessor_config.json", "chat_template.json"]
     names = [*texts, *of_processor, "tokenizer.json", "tokenizer.model", "chat_template.jinja"]
     kept, repository = tmp_path / "kept", tmp_path / "repository"
     repository.mkdir()
-    shards = "model.safetensors.index.json"  # describes the source's own
-    for name in (*names, shards, "pytorch_model.bin", "modeling.py", MODELING_FILE):
+    own = {"model.safetensors.index.json", "params.json"}  # describe the source's own weights
+    for name in (*names, *own, "pytorch_model.bin", "modeling.py", MODELING_FILE):
         (repository / name).write_text(name)
     fetched: list[str] = []
 
@@ -65,7 +73,7 @@ def test_what_travels_is_fetched_from_a_hub(tmp_path, monkeypatch):
     copy_travelling_files(locating.locate_model("no-one/nothing"), kept)
     # Our own modelling file is written anew; `cfsp verify` compares it.
     assert entries(kept) == set(names)
-    assert set(fetched) == {*names, shards, MODELING_FILE}
+    assert set(fetched) == {*names, *own, MODELING_FILE}
 
 
 def test_a_snapshot_that_others_fetched_in_part_is_read_and_told(tmp_path, monkeypatch, caplog):

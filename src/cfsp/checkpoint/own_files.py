@@ -29,12 +29,15 @@ SWEEP_FILE = "sweep.json"  # in the directory of a sweep, beside those of its mo
 
 # What of a model goes with it wherever it goes: what is read beside its weights, and its terms.
 READ = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
-TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+TERMS = ("*LICENSE*", "*NOTICE*", "USE_POLICY*")
 # Where a tokenizer or processor with several chat templates has all but one: the only folder of a
 # model directory that is read.
 TEMPLATES = "additional_chat_templates"
-# What says how weights are quantised, beside config.json.
-_QUANTISATION_FILES = {"quantize_config.json", "quant_config.json", "hf_quant_config.json"}
+# What says how weights are quantised, beside config.json; and of Mistral's, how wide the second
+# copy of its weights is.
+_OF_THESE_WEIGHTS = {
+    "quantize_config.json", "quant_config.json", "hf_quant_config.json", "params.json",
+}  # fmt: skip
 _OURS = {CONFIG_FILE, MANIFEST_FILE, PLAN_FILE, CARD_FILE}
 
 _BLOBS, _REPOSITORY = "blobs", "models--"
@@ -87,7 +90,7 @@ def copy_travelling_files(source_directory: Path, target: Path) -> None:
     """Copy tokenizer, processor, chat templates, generation config, licence and notices."""
     check_links(source_directory)  # again: hours may have passed since it was opened
     for path in sorted(source_directory.iterdir()):
-        stays = path.name in _OURS | _QUANTISATION_FILES or path.name.endswith(".index.json")
+        stays = path.name in _OURS | _OF_THESE_WEIGHTS or path.name.endswith(".index.json")
         if not stays and path.is_file() and _is_one_of((*READ, *TERMS), path):
             shutil.copyfile(path, target / path.name)
     if (source_directory / TEMPLATES).is_dir():
