@@ -7,10 +7,10 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
-from transformers import pipeline
+from transformers import AutoTokenizer, pipeline
 
 import cfsp
-from builders import entries
+from builders import edit_json, entries
 from cfsp.checkpoint import gguf_import, locating
 from cfsp.checkpoint.own_files import MODELING_FILE, copy_travelling_files
 from cfsp.checkpoint.reading import Checkpoint
@@ -74,6 +74,22 @@ def test_what_travels_is_fetched_from_a_hub(tmp_path, monkeypatch):
     # Our own modelling file is written anew; `cfsp verify` compares it.
     assert entries(kept) == set(names)
     assert set(fetched) == {*names, *own, MODELING_FILE}
+
+
+def test_code_of_a_tokenizer_that_stays_behind_is_not_named(tokenizer, tmp_path):
+    """As of ERNIE 4.5, whose tokenizer transformers reads without its code."""
+    source, kept = tmp_path / "source", tmp_path / "kept"
+    tokenizer.save_pretrained(source)
+    own = {"AutoTokenizer": ["own.Own", None]}
+    edit_json(source / "tokenizer_config.json", lambda fields: fields.update(auto_map=own))
+    (source / "own.py").write_text("raise SystemExit('the code was run')")
+    (source / "processor_config.json").write_text('{"auto_map"')  # no JSON, and no fault of ours
+    kept.mkdir()
+    copy_travelling_files(source, kept)
+    found = AutoTokenizer.from_pretrained(kept, trust_remote_code=True)
+    assert found("a river")["input_ids"] == tokenizer("a river")["input_ids"]
+    assert found.chat_template == tokenizer.chat_template
+    assert (kept / "processor_config.json").read_bytes() == b'{"auto_map"'
 
 
 def test_a_snapshot_that_others_fetched_in_part_is_read_and_told(tmp_path, monkeypatch, caplog):

@@ -10,9 +10,11 @@ is made of links from a snapshot to the blobs of the same repository.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Collection
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from hashlib import file_digest
 from pathlib import Path
@@ -92,9 +94,24 @@ def copy_travelling_files(source_directory: Path, target: Path) -> None:
     for path in sorted(source_directory.iterdir()):
         stays = path.name in _OURS | _OF_THESE_WEIGHTS or path.name.endswith(".index.json")
         if not stays and path.is_file() and _is_one_of((*READ, *TERMS), path):
-            shutil.copyfile(path, target / path.name)
+            _copy_without_code(path, target / path.name)
     if (source_directory / TEMPLATES).is_dir():
         shutil.copytree(source_directory / TEMPLATES, target / TEMPLATES)
+
+
+def _copy_without_code(path: Path, target: Path) -> None:
+    """Copy a file; what one of a tokenizer or processor says of code that stays behind is left out.
+
+    Whoever loads a pruned model by trust_remote_code=True would look for that code.
+    """
+    with suppress(ValueError, TypeError):
+        if path.name.endswith("_config.json") and b'"auto_map"' in (data := path.read_bytes()):
+            fields = {
+                key: each for key, each in dict(json.loads(data)).items() if key != "auto_map"
+            }
+            target.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+            return
+    shutil.copyfile(path, target)
 
 
 def digests_beside_weights(directory: Path) -> dict[str, str]:
