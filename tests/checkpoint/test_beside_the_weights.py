@@ -63,9 +63,18 @@ def test_what_travels_is_fetched_from_a_hub(tmp_path, monkeypatch):
         (repository / name).write_text(name)
     fetched: list[str] = []
 
-    def snapshot(_: str, *, allow_patterns: list[str], **_more: object) -> str:
+    def snapshot(
+        _: str, *, allow_patterns: list[str], ignore_patterns: list[str], **_more: object
+    ) -> str:
         every = [path.name for path in repository.iterdir()]
-        fetched.extend(filter_repo_objects(every, allow_patterns=allow_patterns))
+        # Weights that are not read.
+        every += ["last-checkpoint/model.safetensors", "original/model.safetensors"]
+        every += ["consolidated.00.pth", "consolidated.safetensors"]
+        fetched.extend(
+            filter_repo_objects(
+                every, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+            )
+        )
         return str(repository)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)

