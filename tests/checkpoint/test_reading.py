@@ -183,6 +183,10 @@ def with_foreign_code(directory: Path) -> None:
             lambda at: edit_config(at, architectures=["LlamaForSequenceClassification"]),
             "is a LlamaForSequenceClassification, whose head is trained on something else",
         ),
+        (
+            lambda at: edit_config(at, num_attention_heads=5),
+            "config: ValueError: The hidden size (32) is not a multiple of the number of attention",
+        ),
         (lambda at: edit_config(at, transformers_weights="x"), "says that the weights are in 'x'"),
         (lambda at: (at / "adapter_config.json").write_text("{}"), "has an adapter (adapter_"),
         (

@@ -102,7 +102,9 @@ def read_config(directory: Path) -> tuple[PreTrainedConfig, Quantisation | None]
         if fields.get(PER_LAYER_CONFIG):
             list(config.per_layer_config)  # a config for every block is made only now
     except Exception as error:  # transformers validates with many exception types
-        raise _unusable(path, fields, first_line(error)) from error
+        # Its validators say themselves only which of them it was.
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        raise _unusable(path, fields, first_line(cause)) from error
     return config, quantisation
 
 
