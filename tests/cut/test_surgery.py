@@ -253,6 +253,20 @@ def test_what_the_code_around_a_call_set_is_not_computed_with(tokenizer, few):
     same(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()  # it can be trained
 
 
+@pytest.mark.parametrize("asked", ["medium", "highest"])
+def test_float32_is_multiplied_in_float32_whatever_the_code_around_a_call_asked_for(asked):
+    matmuls: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    torch.set_float32_matmul_precision(asked)
+    before = [each.fp32_precision for each in matmuls]
+    try:
+        with torch_as_it_starts():
+            assert [each.fp32_precision for each in matmuls] == ["ieee", "ieee"]
+        assert [each.fp32_precision for each in matmuls] == before
+        assert torch.get_float32_matmul_precision() == asked
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_a_model_is_loaded_and_exported_wherever_torch_makes_tensors(model, tmp_path, monkeypatch):
     monkeypatch.setattr("cfsp.checkpoint.skeleton._proved", {})
     with torch.device("meta"):

@@ -47,6 +47,7 @@ def torch_as_it_starts() -> Iterator[None]:
     Autocast would change what is computed without a word; without gradients nothing is trained.
     It keeps the weights that it has cast until the outermost context of its kind ends. This one is
     outermost for all that a call does, so it keeps none: steps would train on those of the first.
+    What is in float32 is multiplied in float32, not rounded as many training scripts ask for.
     Whatever draws random numbers afterwards draws those that it would have drawn before. One thread
     at a time: most of what is set here, and where a model is built, is the whole process's.
     """
@@ -68,6 +69,10 @@ def torch_as_it_starts() -> Iterator[None]:
                         stack.callback(accelerator.set_rng_state_all, state)
                     else:  # asking it would take memory there; it begins with the seed of the CPU
                         stack.callback(accelerator.manual_seed_all, torch.initial_seed())
+                backends: Any = torch.backends
+                for matmul in (backends.cuda.matmul, backends.mkldnn.matmul):
+                    stack.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)
+                    matmul.fp32_precision = "ieee"
                 for kind in {"cpu", compute_device("auto").type}:
                     stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
                 if device.type != "cpu":
