@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import cfsp
 import stock
 from cfsp.checkpoint.reading import Checkpoint
-from toy_decoders import CHANNELS, ToyConfig, ToyForCausalLM, register
+from toy_decoders import CHANNELS, HIDDEN, ToyConfig, ToyForCausalLM, register
 
 TOKENS = torch.randint(2, 320, (2, 20), generator=torch.Generator().manual_seed(0))
 
@@ -104,3 +105,38 @@ def test_ffns_that_cannot_be_cut_keep_their_width(tokenizer, half):
     assert widths == [CHANNELS // 2, None, CHANNELS, CHANNELS]
     assert smaller.config.ffn_widths == {"0": {"thinker": CHANNELS // 2}}
     assert smaller.config.channels == CHANNELS
+
+
+def defined_again(up: str, down: str) -> PreTrainedModel:
+    """Return a model of a class that has the same name each time, and other matrices."""
+
+    class CellFFN(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.add_module(up, nn.Linear(HIDDEN, channels))
+            self.add_module(down, nn.Linear(channels, HIDDEN))
+
+        def forward(self, x_BTD: Tensor) -> Tensor:
+            return self.get_submodule(down)(self.get_submodule(up)(x_BTD).relu())  # type: ignore[no-any-return]
+
+    class CellConfig(ToyConfig):
+        model_type = "cfsp_cell"
+
+    class CellForCausalLM(ToyForCausalLM):
+        config_class = CellConfig
+
+        def __init__(self, config: CellConfig) -> None:
+            super().__init__(config)
+            for step in self.core.steps:
+                step.thinker = CellFFN(config.channels)
+
+    AutoConfig.register("cfsp_cell", CellConfig, exist_ok=True)
+    AutoModelForCausalLM.register(CellConfig, CellForCausalLM, exist_ok=True)
+    return CellForCausalLM(CellConfig(vocab_size=320)).eval()
+
+
+@pytest.mark.parametrize("names", [("first", "second"), ("second", "first"), ("up", "down")])
+def test_a_class_that_a_notebook_defines_again_is_proved_again(tokenizer, half, names):
+    smaller: Any = cfsp.prune(defined_again(*names), tokenizer, block_metric="uniform", **half)
+    up, down = map(smaller.core.steps[0].thinker.get_submodule, names)
+    assert (up.out_features, down.in_features) == (CHANNELS // 2, CHANNELS // 2)

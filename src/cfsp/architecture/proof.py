@@ -36,7 +36,7 @@ from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.expert_proof import with_experts
 from cfsp.architecture.ffns import is_bias_of
 from cfsp.architecture.found import Architecture, Refusal, Unit
-from cfsp.architecture.model_classes import empty_stock_model
+from cfsp.architecture.model_classes import empty_stock_model, model_class_of
 from cfsp.architecture.small_run import (
     FailedCheckError,
     SmallRun,
@@ -115,12 +115,12 @@ def _verdict(run: SmallRun, unit: Unit, part: Part) -> Unit | FailedCheckError:
 
 
 # Of one command, which asks about one set of blocks or experts after the other.
-_small_runs: dict[str, SmallRun] = {}
+_small_runs: dict[Any, SmallRun] = {}
 
 
 def small_run_of(stock: PreTrainedConfig) -> SmallRun:
     """Return a small model of a stock config that ran once; the last one is kept."""
-    key = f"{type(stock).__name__} {stock.to_json_string(use_diff=False)}"
+    key = model_class_of(stock), type(stock), stock.to_json_string(use_diff=False)
     if key not in _small_runs:
         _small_runs.clear()
         architecture, _ = _guess(stock, "ffn")

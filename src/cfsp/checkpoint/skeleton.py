@@ -68,7 +68,8 @@ def architecture_of(
     fields = stock.to_dict()
     for name in ("architectures", "auto_map", "_name_or_path"):  # where it is from, and pruned how
         fields.pop(name, None)
-    key = f"{model_class_of(stock).__name__} {type(config).__name__} {parts} {fields}"
+    # By the classes themselves: who works on one in a notebook defines it again by the same name.
+    key = model_class_of(stock), type(config), parts, str(fields)
     if key not in _proved:
         _proved[key] = prove(stock, parts=parts)
     architecture = _proved[key]
@@ -92,7 +93,7 @@ def architecture_of(
     return architecture.with_widths(widths)
 
 
-_proved: dict[str, Architecture] = {}
+_proved: dict[Any, Architecture] = {}
 
 
 def _given_widths(
