@@ -137,7 +137,12 @@ def prune(
         source = open_checkpoint(model, parts=settings.budget.parts)
         if trains:
             report, trained = prune_and_recover(source, new, settings, command=command)
-            return replace(report, out=trained.out) if trained else report
+            if trained is None:
+                return report
+            # Of what lies there: the manifest has both steps.
+            after = {text: {"after": found["after"]} for text, found in trained.perplexity.items()}
+            perplexity = {text: found | after[text] for text, found in report.perplexity.items()}
+            return replace(report, out=trained.out, perplexity=perplexity)
         return prune_checkpoint(source, new, settings, command=command)
     if tokenizer is None or out is not None or eval:
         raise UsageError(

@@ -292,11 +292,16 @@ def test_best_effort_without_blocks_goes_on_after_a_kill(model, text_file, tmp_p
     """The blocks are chosen from fewer windows than are drawn."""
     out, text = tmp_path / "out", cfsp.Text("some", text_file.read_text()[:20_000])
     asked: dict[str, Any] = {"parts": "blocks", "remove": 1, "data": text, "effort": "best"}
-    asked |= {"samples": 12, "seqlen": 64}
+    asked |= {"samples": 12, "seqlen": 64, "eval": text, "windows": 2}
     stopped_at("cfsp.recovery.recover.recover_checkpoint", cfsp.prune, model, out=out, **asked)
     report = cfsp.prune(model, out=out, **asked)
     assert report.out == str(out)  # what was trained, and not what was pruned before
     assert read_manifest(out)["recovery"]["steps"]
+    manifest = read_manifest(out)
+    of_pruning, of_training = (each["perplexity"] for each in (manifest, manifest["recovery"]))
+    assert of_pruning["some"]["after"] == of_training["some"]["before"]
+    after = {"after": of_training["some"]["after"]}  # also of what lies there
+    assert report.perplexity["some"] == of_pruning["some"] | after != of_pruning["some"]
 
 
 def test_best_effort_where_nothing_goes_trains_nothing(arguments, model, tmp_path, command):

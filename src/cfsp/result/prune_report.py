@@ -45,7 +45,8 @@ class PruneReport:
         goal: what was asked for instead of a sparsity, what was tried, and what was `chosen`
             (see `cfsp.selection`); under `max_loss_increase` also `result`, the increase of the
             finished model; empty without a goal.
-        perplexity: text -> {"before", "after", "tokens"}, if it was measured.
+        perplexity: text -> {"before", "after", "tokens"}, if it was measured; of what `cfsp.prune`
+            trained, `after` is after both.
         dequantised: {"from", "to"}, how the source is stored and the dtype that its quantised
             weights have in the result; empty where the source is not quantised.
         seconds: stage -> seconds.
