@@ -155,7 +155,7 @@ def test_no_text_is_no_text():
             Text(name, "a river")
     with pytest.raises(TextError, match="needs a name and strings, found '' and"):
         Text("", "a river")
-    for wrong in (3, [3]):
+    for wrong in (3, [3], {"text": ["a river"]}):  # the last as rows of a data set are
         with pytest.raises(TextError, match="needs a name and strings, found 'mine' and"):
             Text("mine", wrong)  # type: ignore[arg-type]
 

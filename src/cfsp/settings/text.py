@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -47,9 +47,10 @@ class Text:
     documents: Sequence[str]
 
     def __post_init__(self) -> None:
-        # A generator can be read once.
+        # A generator can be read once; of columns of a data set only their names would be.
         documents = one_or_several(self.documents)
-        if not self.name or not all(isinstance(part, str) for part in (self.name, *documents)):
+        are_strings = all(isinstance(part, str) for part in (self.name, *documents))
+        if not self.name or not are_strings or isinstance(self.documents, Mapping):
             raise TextError(
                 f"Text(name, documents) needs a name and strings, found {self.name!r} and "
                 f"{str(self.documents)[:60]!r}"
