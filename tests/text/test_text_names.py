@@ -160,6 +160,12 @@ def test_no_text_is_no_text():
             Text("mine", wrong)  # type: ignore[arg-type]
 
 
+def test_none_is_no_text_wherever_one_is_asked_for():
+    assert texts_of(None) == ()
+    with pytest.raises(UsageError, match="there is no text to measure on"):
+        cfsp.evaluate(["no-model"], None)  # type: ignore[arg-type]
+
+
 def test_two_texts_with_one_name_are_told_apart_by_nothing(tmp_path):
     one, other = Text("mine", "a river"), Text("mine", "a stone")
     assert texts_of([one, Text("mine", "a river"), "c4", "c4"]) == (one, one, "c4", "c4")

@@ -79,9 +79,9 @@ def check_encodes(text: str, where: str) -> None:
 Data = str | Path | Text | Sequence[str | Path | Text]
 
 
-def texts_of(data: Data) -> tuple[str | Text, ...]:
-    """Return the names and texts that are given as one or as several, each with its own name."""
-    given = one_or_several(data)
+def texts_of(data: Data | None) -> tuple[str | Text, ...]:
+    """Return the names and texts that are given as one, several or none, each with its own name."""
+    given = () if data is None else one_or_several(data)
     texts = tuple(text if isinstance(text, Text) else str(text) for text in given)
     named: dict[str, str | Text] = {}
     for text in texts:
