@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import cfsp
 from builders import edit_json, edit_tensors, plan_without
@@ -102,6 +102,22 @@ def test_a_compiled_part_of_a_model_in_memory_gets_its_hooks_back():
     assert len(part._forward_hooks) == 1 and part.training
     handle.remove()
     assert not part._forward_hooks
+
+
+def test_a_class_of_the_users_that_no_config_builds_is_told(caplog, monkeypatch):
+    class QuietLlama(LlamaForCausalLM):
+        pass
+
+    config = build_tiny_model("llama").config
+    LoadedModel(LlamaForCausalLM(config))
+    assert not caplog.text
+    LoadedModel(QuietLlama(config))
+    assert "is a QuietLlama, but its config builds a LlamaForCausalLM" in caplog.text
+    caplog.clear()
+    registered = AutoModelForCausalLM._model_mapping._extra_content  # type: ignore[attr-defined]
+    monkeypatch.setitem(registered, LlamaConfig, QuietLlama)
+    LoadedModel(QuietLlama(config))
+    assert not caplog.text
 
 
 def test_parameters_per_channel_count_biases(tiny_checkpoint):

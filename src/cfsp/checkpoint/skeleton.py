@@ -8,6 +8,7 @@ are put into the models when they are needed.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Collection, Iterator
 from operator import attrgetter
 from typing import Any
@@ -29,6 +30,8 @@ from cfsp.checkpoint.modeling_code import (
 )
 from cfsp.errors import CheckpointError
 from cfsp.settings import DEFAULT_PARTS, LEAST_WIDTH, PART_NOUNS, PROVED_PARTS, Part
+
+logger = logging.getLogger(__name__)
 
 # In the config of a model that was pruned in memory: what a manifest says of one in files.
 PRUNED_KEY = "cfsp"
@@ -138,7 +141,8 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 def check_is_of_its_config(model: PreTrainedModel) -> None:
     """Check that a model in memory has the weights that its class has by its config."""
-    found, expected = model.state_dict(), empty_model(model.config).state_dict()
+    built = empty_model(model.config)
+    found, expected = model.state_dict(), built.state_dict()
     if differing := sorted(found.keys() ^ expected.keys()):
         what = "has" if differing[0] in found else "lacks"
         raise CheckpointError(
@@ -152,6 +156,13 @@ def check_is_of_its_config(model: PreTrainedModel) -> None:
                 f"asks for {list(tensor.shape)}: give the model as it was before other tools "
                 "changed it"
             )
+    own, name = type(model).__name__, type(built).__name__
+    if own != name:
+        logger.warning(
+            "the model in memory is a %s, but its config builds a %s, and so will cfsp; register "
+            "yours with AutoModelForCausalLM.register",
+            *(own, name),
+        )
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
