@@ -24,6 +24,7 @@ from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.result.prune_report import PruneReport
 from cfsp.selection.goal import held_out_windows
 from cfsp.settings import Compute, MaxLossIncrease, PruneSettings
+from cfsp.streaming.work_dir import directory_of_process, unfinished_in
 from cfsp.text.drawing import draw_text
 from cfsp.text.sources import name_of
 from cfsp.text.tokenizers import load_tokenizer
@@ -67,8 +68,8 @@ def prune_and_recover(
         compute=Compute(compute.device, compute.dtype if compute.dtype != "float16" else "auto"),
     )
     step = "sequential repair" if settings.repairs else "no repair"
-    why = "several processes prune together; cfsp recover trains what they give"
-    if process_count() > 1 or (why := lack_of_memory(source, source, how)):
+    pruned = out.with_name(f"{out.name}-pruned")
+    if why := _why_not_trained(source, out, pruned, how):
         log.info("best effort: %s and no training, because %s", step, why)
         return prune(out, settings, team=team), None
     # It imports the Trainer, and with it much that pruning alone does without.
@@ -76,8 +77,7 @@ def prune_and_recover(
 
     check_output(source, out)
     log.info("best effort: %s, then one pass of training towards the dense model", step)
-    pruned, tokenizer = out.with_name(f"{out.name}-pruned"), load_tokenizer(source.directory)
-    before = (read_manifest(pruned) or {}).get(_ASKED) if pruned.is_dir() else None
+    tokenizer, before = load_tokenizer(source.directory), _asked_of(pruned)
     if before is None:
         if (pruned / MANIFEST_FILE).is_file():
             data = [word for name in map(name_of, text.names) for word in ("--data", name)]
@@ -113,3 +113,23 @@ def prune_and_recover(
         pruned.rename(out)
         return replace(report, out=str(out)), None
     return report, recover_checkpoint(open_checkpoint(pruned), out, how, command=command)
+
+
+def _asked_of(pruned: Path) -> str | None:
+    """Return what the run was asked for that pruned a model to train it; None if none did."""
+    return (read_manifest(pruned) or {}).get(_ASKED) if pruned.is_dir() else None
+
+
+def _why_not_trained(source: Checkpoint, out: Path, pruned: Path, how: RecoverSettings) -> str:
+    """Return why a pruned model is not trained; empty if it is.
+
+    What memory decides stays as a killed run had it: another amount is free later.
+    """
+    if process_count() > 1:
+        return "several processes prune together; cfsp recover trains what they give"
+    work_dir, of_pruned = (directory_of_process(each).parent for each in (out, pruned))
+    if _asked_of(pruned) is not None or unfinished_in(of_pruned):
+        return ""
+    if unfinished_in(work_dir):
+        return f"{work_dir} holds unfinished work that was begun without"
+    return lack_of_memory(source, source, how)

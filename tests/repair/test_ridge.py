@@ -355,3 +355,18 @@ def test_best_effort_without_room_is_not_trained(
     choices = {"parts": "experts", "sparsity": 0.5, "effort": "best"}
     assert not cfsp.prune(mixtral, out=tmp_path / "fewer", **choices, **few).repair["steps"]
     assert "no repair and no training, because training beside" in caplog.text
+
+
+@pytest.mark.parametrize(("at_first", "later"), [("", "too little"), ("too little", "")])
+def test_best_effort_goes_on_as_memory_had_decided(
+    model, few, tmp_path, monkeypatch, at_first, later
+):
+    """Free memory is another one later: what was begun to train is trained, and nothing else."""
+    asked: Any = {"sparsity": 0.5, "multiple": 4, "effort": "best", "out": tmp_path / "out", **few}
+    monkeypatch.setattr("cfsp.prune_and_recover.lack_of_memory", lambda *_: at_first)
+    place = "cfsp.pipeline._write_checkpoint" if at_first else "cfsp.recovery.recover.merge"
+    stopped_at(place, cfsp.prune, model, **asked)
+    monkeypatch.setattr("cfsp.prune_and_recover.lack_of_memory", lambda *_: later)
+    cfsp.prune(model, **asked)
+    assert ("recovery" in (read_manifest(tmp_path / "out") or {})) == bool(later)
+    assert not (tmp_path / "out.work").exists()

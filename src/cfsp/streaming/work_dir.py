@@ -257,13 +257,18 @@ def directory_of_process(out: Path, process: int = 0, processes: int = 1) -> Pat
     return out.parent / f"{out.name}.work" / _directory_name(process, processes)
 
 
+def unfinished_in(work_dir: Path) -> list[Path]:
+    """Return the states of all passes that killed runs left, of any number of processes."""
+    # Sorted: an iterator that an error leaves half way keeps its directory open.
+    return sorted(work_dir.glob(f"process-*/*/{STATE_FILE}"))
+
+
 def _directory_name(process: int, processes: int) -> str:
     return f"process-{process}-of-{processes}"
 
 
 def _check_processes(work_dir: Path, processes: int) -> None:
-    # Sorted: an iterator that an error leaves half way keeps its directory open.
-    for state in sorted(work_dir.glob(f"process-*/*/{STATE_FILE}")):
+    for state in unfinished_in(work_dir):
         found = state.parent.parent.name.rpartition("-of-")[2]
         if found != str(processes):
             raise ResumeError(
