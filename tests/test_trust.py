@@ -6,6 +6,7 @@ import resource
 from pathlib import Path
 
 import pytest
+from filelock import SoftFileLock
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,7 +78,7 @@ def test_a_card_quotes_foreign_text_as_code(run):
 def test_one_run_at_a_time_in_a_directory(tmp_path):
     with exclusive(tmp_path / "place"):
         with (
-            pytest.raises(OutputError, match=r"another run is working in .*place; wait for it"),
+            pytest.raises(OutputError, match=r"working in .*place; wait for it, or choose another"),
             exclusive(tmp_path / "place"),
         ):
             pass
@@ -85,6 +86,20 @@ def test_one_run_at_a_time_in_a_directory(tmp_path):
     with exclusive(tmp_path / "place"):
         pass
     assert not (tmp_path / "place").exists()
+
+
+def test_a_lock_that_a_killed_run_left_may_be_removed(tmp_path, monkeypatch):
+    """Where the file system has no locks, as of some clusters, it is a file that says whose."""
+    monkeypatch.setattr("cfsp.checkpoint.output.FileLock", SoftFileLock)
+    left = tmp_path / ".place.lock"
+    left.write_text("10828\nanother-node\n")
+    said = f"wait for it, remove {left} if it was killed on another machine, or choose another"
+    with pytest.raises(OutputError, match=said), exclusive(tmp_path / "place"):
+        pass
+    left.unlink()
+    with exclusive(tmp_path / "place"):
+        pass
+    assert entries(tmp_path) == set()
 
 
 def test_the_first_of_two_outputs_stays(tmp_path):

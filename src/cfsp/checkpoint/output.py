@@ -112,7 +112,8 @@ def exclusive(directory: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise OutputError(
-            f"another run is working in {directory}; wait for it, or choose another output"
+            f"another run is working in {directory}; wait for it, {_if_killed(lock_file)}or choose "
+            "another output"
         ) from error
     except OSError as error:
         raise cannot_write(directory, error) from error
@@ -125,6 +126,17 @@ def exclusive(directory: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # Windows removes it when it is released
             lock_file.unlink()
         lock.release()
+
+
+def _if_killed(lock_file: Path) -> str:
+    """Return what to do about a lock that a killed run left, if it can have left one.
+
+    Where the file system has no locks, a file that says who has it is one; it outlives its machine.
+    """
+    with contextlib.suppress(OSError):
+        if lock_file.stat().st_size:
+            return f"remove {lock_file} if it was killed on another machine, "
+    return ""
 
 
 @contextmanager
