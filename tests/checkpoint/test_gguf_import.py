@@ -177,6 +177,21 @@ def test_a_variable_of_a_cache_that_is_empty_is_as_if_it_was_not_set(monkeypatch
     assert gguf_import._converted_directory() == Path.home() / ".cache" / "cfsp" / "gguf"
 
 
+def test_a_user_without_a_home_names_the_cache(tmp_path, monkeypatch):
+    """As in a container, whose users have no entry and no HOME."""
+
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.home", none)
+    monkeypatch.setenv("CFSP_CACHE", str(tmp_path))
+    assert gguf_import._converted_directory() == tmp_path / "gguf"
+    for name in ("CFSP_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(OutputError, match="no home directory; set CFSP_CACHE to a directory"):
+        gguf_import._converted_directory()
+
+
 def test_an_adapter_beside_a_file_is_not_of_it(make_gguf):
     path = make_gguf(1.0)
     (path.parent / "adapter_config.json").write_text('{"base_model_name_or_path": "nowhere"}')

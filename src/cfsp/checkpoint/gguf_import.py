@@ -233,5 +233,13 @@ def _warn_of_other_tokens(path: Path, directory: Path) -> None:
 
 def _converted_directory() -> Path:
     """Return the folder of all converted models: in $CFSP_CACHE, or in cfsp in the user's cache."""
-    users = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("CFSP_CACHE") or Path(users) / "cfsp") / "gguf"
+    if own := os.environ.get("CFSP_CACHE"):
+        return Path(own) / "gguf"
+    try:
+        users = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:  # as of a user of a container
+        raise OutputError(
+            "a .gguf file is converted into the user's cache, but the user has no home directory; "
+            "set CFSP_CACHE to a directory that can be written to"
+        ) from error
+    return Path(users) / "cfsp" / "gguf"
