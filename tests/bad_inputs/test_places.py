@@ -35,6 +35,7 @@ from cfsp.checkpoint.output import check_output_is_free, write_atomically
 from cfsp.checkpoint.own_files import check_links
 from cfsp.cli import COMMANDS, main
 from cfsp.errors import CheckpointError, OutputError, TextError, UsageError
+from cfsp.streaming.work_dir import temporary_work_dir
 from cfsp.text.sources import TextSource, check_texts
 
 SMALL = "--sparsity 0.4 --multiple 4"
@@ -204,6 +205,18 @@ def test_a_limit_on_the_size_of_files(place, capfd):
         assert_refused(case, place, capfd)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_no_place_for_temporary_files(monkeypatch):
+    """As where all disks are full: Python tries to write to each."""
+
+    def fail() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp', '/']")
+
+    monkeypatch.setattr("tempfile.gettempdir", fail)
+    said = "no directory for temporary files can be written to; make room there, or set TMPDIR"
+    with pytest.raises(OutputError, match=said), temporary_work_dir():
+        pass
 
 
 def test_a_path_that_the_system_cannot_look_up(place, monkeypatch, command):

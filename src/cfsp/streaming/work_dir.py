@@ -178,7 +178,14 @@ class WorkDir:
 @contextmanager
 def temporary_work_dir(memory_budget: int | None = None) -> Iterator[WorkDir]:
     """Give a work directory that nothing resumes from; it exists once something is put there."""
-    directory = Path(tempfile.gettempdir()) / f"cfsp-{secrets.token_hex(8)}"
+    try:
+        temporary = tempfile.gettempdir()
+    except FileNotFoundError as error:  # also of full disks: it tries to write
+        raise OutputError(
+            "no directory for temporary files can be written to; make room there, or set TMPDIR "
+            "to one that can be"
+        ) from error
+    directory = Path(temporary) / f"cfsp-{secrets.token_hex(8)}"
     try:
         yield WorkDir(directory, hidden_budget(memory_budget))
     finally:
