@@ -53,6 +53,15 @@ def process_count() -> int:
     return _told("WORLD_SIZE", 1)
 
 
+def check_is_alone(command: str) -> None:
+    """Refuse what one process does under torchrun, where each would do all of it at once."""
+    if process_count() > 1:
+        raise UsageError(
+            f"cfsp {command} runs in one process, found {process_count()}; start it without "
+            "torchrun, or unset WORLD_SIZE"
+        )
+
+
 def processes_on_machine() -> int:
     """Return how many processes torchrun started on this machine; 1 without it."""
     return _told("LOCAL_WORLD_SIZE", 1)

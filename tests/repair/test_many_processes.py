@@ -182,6 +182,13 @@ def test_what_one_process_alone_can_do_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("argv", ["sweep m --sparsity 0.4 --eval mixed --out o", "bench m", "demo"])
+def test_commands_of_one_process_are_refused(command, monkeypatch, argv):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    error = command(*argv.split(), status=2).err
+    assert f"cfsp {argv.split()[0]} runs in one process, found 2; start it without" in error
+
+
 def test_a_pass_goes_back_to_the_state_before(tmp_path):
     state = PassState(tmp_path / "place" / "process" / "pass", {})
     state.commit(2, "hidden-0.bin")

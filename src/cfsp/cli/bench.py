@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from cfsp.architecture.block_names import counted
 from cfsp.cli.options import Parser, add_options, typed
 from cfsp.cli.output import Told, human_bytes, human_count, print_table
+from cfsp.processes import check_is_alone
 from cfsp.settings import TimingConditions, Workload, options_of
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def add_options_to(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> Told:
+    check_is_alone("bench")
     from cfsp.speed.bench import bench
 
     known = (*options_of(Workload), *options_of(TimingConditions))

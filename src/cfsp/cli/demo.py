@@ -13,6 +13,7 @@ from cfsp.cli.bench import print_comparison
 from cfsp.cli.options import Parser, kind_of, typed_command
 from cfsp.cli.output import Told, print_plan
 from cfsp.cli.prune import print_report
+from cfsp.processes import check_is_alone
 from cfsp.settings import (
     Budget,
     CalibrationText,
@@ -35,6 +36,7 @@ def add_options_to(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> Told:
     """Prune, evaluate and time, in a few minutes on two cores and without a hub."""
+    check_is_alone("demo")
     # Nine windows of each kind, short ones: so it takes minutes on a busy machine, too.
     text = CalibrationText(samples=81, seqlen=128)
     evaluation = EvaluationText(("mixed", "python-docs"), windows=9, seqlen=256)

@@ -22,6 +22,7 @@ from cfsp.cli.options import (
     typed_command,
 )
 from cfsp.cli.output import Told
+from cfsp.processes import check_is_alone
 from cfsp.settings import Budget, CalibrationText, Compute, EvaluationText, fraction, names_in
 from cfsp.sweep.settings import METHODS, SweepSettings, method_named
 from cfsp.text.sources import check_texts
@@ -67,6 +68,7 @@ def add_options_to(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> Told:
+    check_is_alone("sweep")
     names = {field.name for field in fields(SweepSettings)}
     settings = SweepSettings(**{key: each for key, each in typed(args).items() if key in names})
     check_texts(settings.data, settings.eval)
