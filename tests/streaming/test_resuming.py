@@ -95,6 +95,15 @@ def test_pruning_killed_at_a_block_resumes_there(runs, where, block, pass_name, 
     assert entries(runs.directory) == {"out"}
 
 
+def test_pruning_goes_on_in_another_directory(runs, model, whole, monkeypatch):
+    """Its weights count there, and not what the model is called from there."""
+    runs.kill(runs.prune, "within", BLOCKS + 2)
+    monkeypatch.chdir(model.parent)
+    argv = [model.name if word == str(model) else word for word in runs.prune]
+    assert "ridge: going on at block 1" in runs.end(argv)
+    assert (runs.directory / "out/model.safetensors").read_bytes() == whole["model.safetensors"]
+
+
 # What is refused.
 
 

@@ -187,7 +187,6 @@ def _room(
 def _identity(source: WeightSource, windows: Windows, runtime: Runtime) -> dict[str, Any]:
     """Return what the results of any pass depend on."""
     return {
-        "model": source.label,
         "model fingerprint": source.fingerprint,
         "calibration text": windows.digest,
         "batch of windows": windows_in_batch(windows, runtime.batch_windows),
