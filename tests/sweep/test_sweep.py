@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builders import entries, never, read_json
+from builders import edit_tensors, entries, never, read_json
 from cfsp import decide
 from cfsp.checkpoint.output import _MACHINE
 from cfsp.cli import main
@@ -143,6 +143,18 @@ def test_a_sweep_does_not_go_on_with_another_text(model, text_file, tmp_path, co
         assert "cfsp-0.5 was made by another text than there is now" in error
     text.write_text(whole)
     command(*argv)
+
+
+def test_a_sweep_does_not_go_on_with_other_weights(copied, text_file, tmp_path, command):
+    out = tmp_path / "out"
+    argv = ["sweep", copied, "--sparsity", 0.5, "--multiple", 4, "--samples", 4, "--seqlen", 32]
+    argv += ["--data", text_file, "--eval", text_file, "--windows", 1, "--out", out]
+    command(*argv)
+    edit_tensors(copied / "model.safetensors", lambda found: found["model.norm.weight"].add_(0.1))
+    (out / "dense.json").unlink()  # which is of the weights before, and refused
+    error = command(*argv, status=2).err
+    assert f"{out / 'cfsp-0.5'} was made from other weights than {copied} has now; choose" in error
+    assert not (out / "dense.json").exists()  # it was told before the work
 
 
 def test_a_sweep_goes_on_where_it_stopped(sweep, command):

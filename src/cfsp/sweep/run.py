@@ -80,13 +80,18 @@ class Row:
         _ = self.values, self.conditions, self.beside_dense, self.left_out
 
     @staticmethod
-    def of(point: Point, directory: Path) -> Row:
-        """Return what the manifest of a model says."""
+    def of(point: Point, directory: Path, dense: Checkpoint) -> Row:
+        """Return what the manifest of a model says, which was made from the dense one as it is."""
         instead = f"delete {directory} and run the sweep again"
         manifest = read_manifest(directory, instead)
         if manifest is None or "sweep" not in manifest:
             raise OutputError(f"{directory} is no model of a sweep; {instead}")
         with refusing_damage(directory, instead):
+            if manifest["base_model"]["fingerprint"] != dense.fingerprint:
+                raise OutputError(
+                    f"{directory} was made from other weights than {dense.label} has now; choose "
+                    "another --out"
+                )
             return Row(
                 point.name,
                 point.method,
@@ -151,6 +156,10 @@ class _Sweep:
     compute: Compute
     exam: Exam
 
+    def row_of(self, point: Point) -> Row:
+        """Return the row of a model that is there."""
+        return Row.of(point, self.out / point.name, self.source)
+
 
 def run_sweep(settings: SweepSettings, out: Path, compute: Compute, *, command: str) -> list[Row]:
     """Make every model of a sweep that is not there yet, and return the whole table."""
@@ -169,6 +178,7 @@ def run_sweep(settings: SweepSettings, out: Path, compute: Compute, *, command: 
         for point in points:
             remove_finished_work(out / point.name)
         missing = [point for point in points if not (out / point.name).is_dir()]
+        _ = [sweep.row_of(point) for point in points if point not in missing]  # told before work
         windows = _check(sweep) if missing else 0
         budget = hidden_budget(compute.memory_budget)
         with temporary_work_dir(budget // (4 * (len(settings.eval) + 1))) as passes:
@@ -292,7 +302,7 @@ def _make(sweep: _Sweep, point: Point, decided: PruningResult, dense: Dense, com
 
 def _rows(sweep: _Sweep, dense: dict[str, Any]) -> list[Row]:
     """Return the rows of all models, the dense one first; all were measured as that was."""
-    rows = [Row.of(point, sweep.out / point.name) for point in sweep.points]
+    rows = [sweep.row_of(point) for point in sweep.points]
     with damage_as(OutputError, sweep.out / _DENSE_FILE, "delete it and run the sweep again"):
         first = Row("dense", None, 0.0, sweep.source.parameter_count, dense["perplexity"])
     for row in rows:
