@@ -113,13 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         tell(args.run(args), as_json=args.json)
     except CfspError as error:
         return _ended(args.command, str(error), error.exit_status)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; it may not be imported yet
+    except (RuntimeError, MemoryError) as error:
+        if not (why := _full_memory(error)):
             raise
-        why = (
-            f"the memory of the accelerator is full ({first_line(error)}); smaller batches "
-            "(batch_windows), shorter windows (seqlen) and --device cpu take less"
-        )
         return _ended(args.command, why, CfspError.exit_status)
     except KeyboardInterrupt:
         print(f"\ncfsp {args.command}: interrupted; nothing is half-written", file=sys.stderr)
@@ -128,6 +124,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = " (torchrun does that when another process fails)" if process_count() > 1 else ""
         return _ended(args.command, f"terminated{reason}; nothing is half-written", stop.status)
     return 0
+
+
+def _full_memory(error: Exception) -> str:
+    """Return in words that memory is full; empty if it is another error."""
+    less = "smaller batches (batch_windows), shorter windows (seqlen)"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; it may not be imported yet
+        return (
+            f"the memory of the accelerator is full ({first_line(error)}); {less} and --device cpu "
+            "take less"
+        )
+    # As under `ulimit -v`; where there is no such limit the system kills the process instead.
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return (
+            f"memory is full, or what a limit leaves of it ({first_line(error)}); {less} take less"
+        )
+    return ""
 
 
 def _check_current_directory() -> None:
