@@ -216,6 +216,20 @@ def test_whoever_stays_offline_reads_the_cache(monkeypatch):
         locate_model("no-one/nothing")
 
 
+def test_whoever_stays_offline_is_told_what_the_cache_lacks(monkeypatch):
+    """And not to look at the network, which was not asked."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ConnectionError("Couldn't reach the hub")
+
+    monkeypatch.setattr(of_data, "import_datasets", lambda: SimpleNamespace(load_dataset=fail))
+    message = refused("wikitext2")
+    assert message.startswith("HF_HUB_OFFLINE is set, and the cache of datasets has no copy of Sal")
+    monkeypatch.setattr(of_data, "is_offline", lambda: False)
+    monkeypatch.setattr(of_data, "hub_is_missed", lambda: False)
+    assert refused("wikitext2").startswith("the hub does not serve Salesforce/wikitext")
+
+
 def test_a_hub_that_answers_anything_is_there(monkeypatch):
     # Its answer is that it knows no such request.
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:

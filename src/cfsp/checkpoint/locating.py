@@ -160,18 +160,23 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def hub_is_missed() -> bool:
-    """Return whether the hub cannot be reached, by one who did not set HF_HUB_OFFLINE."""
+def is_offline() -> bool:
+    """Return whether the user set HF_HUB_OFFLINE."""
     from huggingface_hub import constants
 
-    return not constants.is_offline_mode() and not hub_is_reachable()
+    return bool(constants.is_offline_mode())
+
+
+def hub_is_missed() -> bool:
+    """Return whether the hub cannot be reached, by one who did not set HF_HUB_OFFLINE."""
+    return not is_offline() and not hub_is_reachable()
 
 
 def hub_is_reachable() -> bool:
     """Ask the hub for anything, once; False also where the user set HF_HUB_OFFLINE."""
     from huggingface_hub import constants, get_session
 
-    if constants.is_offline_mode():
+    if is_offline():
         return False
     try:
         get_session().head(constants.ENDPOINT, timeout=_SECONDS)

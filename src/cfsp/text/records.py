@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfsp.checkpoint.locating import hub_is_missed, why_not_written
+from cfsp.checkpoint.locating import hub_is_missed, is_offline, why_not_written
 from cfsp.errors import MissingExtraError, TextError, first_line
 from cfsp.settings import check_encodes
 
@@ -268,6 +268,12 @@ def hub_records(hub_id: str, config: str, split: str) -> Iterator[Record]:
     except Exception as error:  # network, hub and parsing errors of many types
         if why := why_not_written(error):
             raise TextError(f"{hub_id} cannot be read: {why}") from error
+        if is_offline():
+            raise TextError(
+                f"HF_HUB_OFFLINE is set, and the cache of datasets has no copy of {hub_id} "
+                f"({config}, {split}) to read ({type(error).__name__}); load it once by "
+                "datasets.load_dataset where there is a network, or give a local file or mixed"
+            ) from error
         raise TextError(
             f"the hub does not serve {hub_id} ({config}, {split}) now "
             f"({type(error).__name__}); check the name and the network, or give a local file"
