@@ -9,8 +9,8 @@ nothing is, with repair  a coarse pass over a few windows -> select -> one pass 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from cfsp.calibration.calibrate import calibrate, calibration_record
@@ -47,11 +47,13 @@ from cfsp.text.windows import Windows, few_windows
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a pruning before it begins: one of these, or nothing."""
+    """What is known of a pruning before it begins: one of the first three, or nothing."""
 
     statistics: Statistics | None = None  # of an earlier run on the model
     plan: PruningPlan | None = None  # excludes a goal
     decided: PruningResult | None = None  # beside other prunings; see `decide_together`
+    # What else its manifest is to say, which decides nothing.
+    noted: Mapping[str, Any] = field(default_factory=dict)
 
 
 NOTHING_KNOWN = Known()

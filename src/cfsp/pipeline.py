@@ -138,7 +138,7 @@ def prune_checkpoint(
                 dense = float(facts["conditions"]["dense_loss"])
                 facts["result"] = loss_increase_of(staging, dense, settings)
         report = prune_report(source, repaired, facts, measured, work_dir, out)
-        manifest = report.to_manifest(digests, command, history)
+        manifest = {**report.to_manifest(digests, command, history), **known.noted}
         team.from_first(lambda: write_record(staging, manifest, repaired.plan, source))
     return report
 

@@ -20,11 +20,11 @@ from cfsp.quality.evaluate import evaluation_windows
 from cfsp.recovery.data import read_text
 from cfsp.recovery.prepare import lack_of_memory
 from cfsp.recovery.settings import AUTO_TEACHER, RecoverSettings, Training
-from cfsp.result.manifest import add_to_manifest, read_manifest
+from cfsp.result.manifest import read_manifest
 from cfsp.result.prune_report import PruneReport
 from cfsp.selection.goal import held_out_windows
 from cfsp.settings import Compute, MaxLossIncrease, PruneSettings
-from cfsp.streaming.work_dir import directory_of_process, unfinished_in
+from cfsp.streaming.work_dir import directory_of_process, remove_finished_work, unfinished_in
 from cfsp.text.drawing import draw_text
 from cfsp.text.sources import name_of
 from cfsp.text.tokenizers import load_tokenizer
@@ -56,7 +56,7 @@ def prune_and_recover(
     Perplexity is measured before and after each of the two.
     """
     compute, text = settings.compute, settings.text
-    prune = partial(prune_checkpoint, source, known=known, command=command)
+    prune = partial(prune_checkpoint, source, command=command)
     # What training refuses is said before there is a pruned model.
     seqlen = min(text.seqlen, Training.seqlen)
     how = RecoverSettings(
@@ -71,7 +71,7 @@ def prune_and_recover(
     pruned = out.with_name(f"{out.name}-pruned")
     if why := _why_not_trained(source, out, pruned, how):
         log.info("best effort: %s and no training, because %s", step, why)
-        return prune(out, settings, team=team), None
+        return prune(out, settings, known=known, team=team), None
     # It imports the Trainer, and with it much that pruning alone does without.
     from cfsp.recovery.recover import recover_checkpoint
 
@@ -83,13 +83,12 @@ def prune_and_recover(
             data = [word for name in map(name_of, text.names) for word in ("--data", name)]
             by = shlex.join(["cfsp", "recover", str(pruned), *data, "--out", str(out)])
             raise OutputError(
-                f"{pruned} was pruned before, by another command or one that was killed when it "
-                f"had: train it with `{by}`, or choose another --out"
+                f"{pruned} was pruned before, by another command: train it with `{by}`, or choose "
+                "another --out"
             )
         check_output(source, pruned)
         most = _WINDOWS_TO_TRY * seqlen
         read_text(text.names, tokenizer, seqlen=seqlen, bos=text.bos, most=most)
-    # Before pruning: a kill between its end and this would leave what nobody goes on from.
     measured_on = [*evaluation_windows(settings.evaluation, source).values()]
     if isinstance(settings.goal, MaxLossIncrease):
         measured_on.append(held_out_windows(text, tokenizer))
@@ -104,10 +103,10 @@ def prune_and_recover(
     )
     if before == asked:
         log.info("%s was pruned before by the same command; going on from it", pruned)
+        remove_finished_work(pruned)
         report = PruneReport.of_checkpoint(pruned)
     else:
-        report = prune(pruned, settings)
-        add_to_manifest(pruned, {_ASKED: asked})
+        report = prune(pruned, settings, known=replace(known, noted={_ASKED: asked}))
     if report.parameters_after == report.parameters_before:
         log.info("nothing was removed, so there is nothing to win back by training")
         pruned.rename(out)

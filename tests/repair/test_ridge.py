@@ -13,7 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cfsp
-from builders import changed, draw_windows, edit_json, job_of, never, plan_keeping, stop, stopped_at
+from builders import (
+    changed,
+    draw_windows,
+    edit_json,
+    entries,
+    job_of,
+    never,
+    plan_keeping,
+    stop,
+    stopped_at,
+)
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.decide import Known
 from cfsp.errors import TextError
@@ -268,7 +278,7 @@ def test_best_effort_trains_and_goes_on_after_a_kill(
     whole = (pruned / "cfsp.json").read_text()
     edit_json(pruned / "cfsp.json", lambda fields: fields.pop("goal"))
     assert f"{pruned / 'cfsp.json'} is damaged" in command(*arguments, status=2).err
-    # Nor one that was killed before it noted what it is of.
+    # Nor one of another command, which noted nothing.
     edit_json(pruned / "cfsp.json", lambda fields: fields.pop("asked_digest"))
     said = f"train it with `cfsp recover '{pruned}' --data '{text}' --out '{out}'`"
     assert said in command(*arguments, status=2).err
@@ -370,3 +380,11 @@ def test_best_effort_goes_on_as_memory_had_decided(
     cfsp.prune(model, **asked)
     assert ("recovery" in (read_manifest(tmp_path / "out") or {})) == bool(later)
     assert not (tmp_path / "out.work").exists()
+
+
+def test_best_effort_goes_on_after_a_kill_as_soon_as_it_has_pruned(model, few, tmp_path):
+    asked: Any = {"sparsity": 0.5, "multiple": 4, "effort": "best", "out": tmp_path / "out", **few}
+    stopped_at("cfsp.streaming.work_dir._remove", cfsp.prune, model, **asked)
+    assert (tmp_path / "out-pruned.work").exists()
+    cfsp.prune(model, **asked)
+    assert entries(tmp_path) == {"out", "out-pruned"}
