@@ -16,6 +16,7 @@ from typing import Any
 from cfsp.calibration.calibrate import calibrate, calibration_record
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.reading import WeightSource
+from cfsp.checkpoint.stock_keys import warn_of_rhythm
 from cfsp.cut.surgery import PrunedSource
 from cfsp.job import Job
 from cfsp.planning.candidate import Candidate, Dropped
@@ -141,6 +142,9 @@ def _decided(selected: Sequence[_Selected]) -> list[tuple[PruningResult, dict[st
                 plan = each.planner.plan(each.candidate)
             result = PruningResult(plan, each.planner.statistics)
         warn_of_experts(result.plan)
+        source = each.job.source
+        gone = result.plan.removed_blocks
+        warn_of_rhythm(source.config, gone, source.architecture.block_count)
         facts = each.constraint.facts()
         found.append((result, facts and {**facts, "chosen": asdict(each.candidate)}))
     return found

@@ -15,6 +15,7 @@ from cfsp.architecture.resizing import Gone
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import KV_GROUPS, blocks_of
+from cfsp.checkpoint.stock_keys import warn_of_rhythm
 from cfsp.checkpoint.stored_blocks import (
     parameters_of_an_expert,
     parameters_of_attentions,
@@ -36,7 +37,7 @@ from family_contract import (
     save_with_tokenizer,
 )
 from stock import generated
-from tiny_decoders import tiny_model
+from tiny_decoders import tiny_config, tiny_model
 
 _SLIDING, _FULL, _LINEAR = "sliding_attention", "full_attention", "linear_attention"
 
@@ -323,6 +324,21 @@ def test_experts_that_are_not_redundant_are_told(case, caplog):
     units = tuple(replace(unit, lost_output=0.1) for unit in plan.units)
     warn_of_experts(replace(plan, units=units))
     assert "redundant" not in caplog.text
+
+
+# Rhythms.
+
+
+@pytest.mark.parametrize(
+    ("model_type", "lists"),
+    [("gemma2", "layer_types"), ("smollm3", "no_rope_layers"), ("llama", "")],
+)
+def test_blocks_that_alternate_otherwise_are_told(model_type, lists, caplog):
+    config = tiny_config(model_type, num_hidden_layers=8)
+    warn_of_rhythm(config, [6, 7], 8)
+    assert not caplog.text
+    warn_of_rhythm(config, [0, 7], 8)
+    assert (lists in caplog.text) if lists else not caplog.text
 
 
 # KV groups.

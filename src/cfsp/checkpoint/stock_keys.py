@@ -8,6 +8,7 @@ change, and every block that stays must be built as it was; a rule (every n-th b
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -25,6 +26,8 @@ from cfsp.architecture.proof import may_matter, small_run_of
 from cfsp.architecture.small_run import check_same, small_skeleton
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.errors import UnsupportedModelError, first_line
+
+logger = logging.getLogger(__name__)
 
 # What keys that count or number blocks are called, as opposed to experts, tokens or sections.
 _OF_BLOCKS = re.compile(r"layer|block|depth|idx|indices|index")
@@ -255,6 +258,28 @@ def with_same_changes(
     kept = [block for block in range(count) if block not in removed]
     own = dict(_renumbered(text_config_of(config).to_dict(), kept, count))
     return with_values(config, {name: own.get(name, value) for name, value in changes.items()})
+
+
+def warn_of_rhythm(config: PreTrainedConfig, removed: Collection[int], count: int) -> None:
+    """Warn where blocks that stay alternate otherwise than the first of the dense model.
+
+    Other software has the rhythm of some families built in, and does not read the lists.
+    """
+    fields = text_config_of(config).to_dict()
+    kept = [block for block in range(count) if block not in removed]
+    if broken := [
+        key
+        for key, value in _renumbered(fields, kept, count)
+        if not isinstance(value, dict) and len(fields[key]) == count
+        if value != fields[key][: len(kept)]
+    ]:
+        logger.warning(
+            "the blocks that stay no longer alternate as those of the dense model (%s): "
+            "transformers reads that in config.json, but llama.cpp (Gemma, Cohere, SmolLM3) and "
+            "mlx-lm (Gemma, Cohere) have a rhythm built in: what their own converters make of it "
+            "computes something else without a word",
+            ", ".join(broken),
+        )
 
 
 def stock_without_blocks(
