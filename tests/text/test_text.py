@@ -299,6 +299,9 @@ def test_a_template_that_reads_the_parts_of_a_message(chats, tokenizer):
     )
     expected = [f"<user>number {i} of the river<assistant>green stone {i}" for i in range(60)]
     assert list(TextSource(str(chats), "calibration").texts(of_parts)) == expected
+    # Of a text it would show the `a` of "assistant".
+    short = [{"role": "user", "content": "river"}, {"role": "assistant", "content": "a"}]
+    assert list(conversation_texts([short], of_parts)) == ["<user>river<assistant>a"]
 
 
 @pytest.mark.parametrize("nothing", [{}, {"content": None}])

@@ -97,16 +97,16 @@ def templated(
             ) from error
         return text
 
-    def shows_content(text: str) -> bool:
-        return any(content in text for m in conversation if (content := m["content"].strip()))
+    def shown(text: str) -> int:
+        return sum(message["content"].strip() in text for message in conversation)
 
     text = render(conversation)
-    if not shows_content(text):
+    if shown(text) < len(conversation):
         # Templates of some multimodal models look at the parts of a message, and see none in a
         # text; others write the text in another form, and may not know parts.
         parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in conversation]
         with suppress(TextError):
-            return of_parts if shows_content(of_parts := render(parts)) else text
+            return max(text, render(parts), key=shown)
     return text
 
 
