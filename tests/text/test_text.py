@@ -304,6 +304,17 @@ def test_a_template_that_reads_the_parts_of_a_message(chats, tokenizer):
     assert list(conversation_texts([short], of_parts)) == ["<user>river<assistant>a"]
 
 
+def test_a_template_that_tells_the_date_tells_the_same_every_day(tokenizer):
+    """As those of Llama 3.2, SmolLM3 and gpt-oss do: a killed run goes on tomorrow."""
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = (
+        "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %} "
+        '{{ strftime_now("%Y-%m-%d") }}'
+    )
+    (text,) = conversation_texts([conversation(0)], dated)
+    assert text == "26 Jul 2024 2024-07-26"
+
+
 @pytest.mark.parametrize("nothing", [{}, {"content": None}])
 def test_a_message_that_calls_tools_needs_no_content(nothing, tmp_path, tokenizer):
     calls = copy.deepcopy(tokenizer)

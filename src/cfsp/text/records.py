@@ -7,9 +7,11 @@ messages, of which a model's chat template makes text.
 from __future__ import annotations
 
 import json
+import re
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,10 @@ EXPECTED = "expected .txt, .jsonl or .parquet, which datasets write by to_parque
 Conversation = list[dict[str, Any]]
 
 _IMAGES = ("image", "image_url")  # types of the parts of a message
+
+# What templates call for the date of today, and the day that it is for them: Llama 3's own default.
+_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_DAY = date(2024, 7, 26)
 
 Record = tuple[Any, str]  # a record, and where it is
 
@@ -84,13 +90,15 @@ def templated(
     """Return the text that the chat template makes of a conversation, whose number errors name.
 
     The template is asked for more by name: `add_generation_prompt` ends it with what asks for an
-    answer, and without `enable_thinking` a model that thinks first answers at once.
+    answer, and without `enable_thinking` a model that thinks first answers at once. One that tells
+    the date tells the same every day: what a run measures or resumes must not depend on it.
     """
-    template: Any = tokenizer.apply_chat_template
+    apply: Any = tokenizer.apply_chat_template
 
     def render(messages: list[dict[str, Any]]) -> str:
         try:
-            text: str = template(messages, tokenize=False, **asked)
+            template = _DATE.sub(_dated, tokenizer.get_chat_template())
+            text: str = apply(messages, chat_template=template, tokenize=False, **asked)
         except Exception as error:  # templates raise what they like
             raise TextError(
                 f"conversation {number} does not fit the chat template: {error}"
@@ -108,6 +116,10 @@ def templated(
         with suppress(TextError):
             return max(text, render(parts), key=shown)
     return text
+
+
+def _dated(asked: re.Match[str]) -> str:
+    return json.dumps(_DAY.strftime(asked[2]))
 
 
 def _messages(value: Any, where: str) -> Conversation:
