@@ -37,6 +37,17 @@ def test_own_code_is_refused_and_nobody_is_asked(tmp_path, monkeypatch, capfd, t
     assert not capfd.readouterr().out
 
 
+def test_the_template_of_a_processor_is_that_of_its_tokenizer(tmp_path, tokenizer):
+    """Those of LLaVA and Qwen2-VL lie in a file that transformers reads for a processor alone."""
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    assert load_tokenizer(tmp_path).chat_template is None
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert load_tokenizer(tmp_path).chat_template == "{{ messages }}"
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0] }}")
+    assert load_tokenizer(tmp_path).chat_template == "{{ messages[0] }}"
+
+
 def test_a_package_that_a_tokenizer_needs_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("cfsp.text.tokenizers.find_spec", lambda name: None)
     with pytest.raises(CheckpointError, match="copy the files of the model's own"):

@@ -5,19 +5,24 @@ Code that lies in the directory is never run.
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from cfsp.errors import CheckpointError, UsageError, did_you_mean, first_line
+from cfsp.errors import OF_DAMAGE, CheckpointError, UsageError, did_you_mean, first_line
 from cfsp.settings import Bos
 
 _CURE = (
     "copy the files of the model's own (tokenizer.json or tokenizer.model, and "
     "tokenizer_config.json) into it"
 )
+
+# Where processors had the chat template before chat_template.jinja; tokenizers do not look there.
+_OF_PROCESSOR = "chat_template.json"
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -34,6 +39,11 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             why = "its tokenizer.model needs another package"  # not tiktoken, which is tried last
             cure = "pip install sentencepiece protobuf"
         raise CheckpointError(f"{directory} carries no usable tokenizer ({why}); {cure}") from error
+    if not getattr(tokenizer, "chat_template", None):
+        with suppress(OSError, *OF_DAMAGE):  # most have none
+            fields = json.loads((directory / _OF_PROCESSOR).read_text(encoding="utf-8"))
+            if isinstance(fields["chat_template"], str):
+                tokenizer.chat_template = fields["chat_template"]
     return tokenizer
 
 
