@@ -187,7 +187,7 @@ def with_foreign_code(directory: Path) -> None:
     [
         (
             lambda at: (at / "config.json").unlink(),
-            "is not a model directory: it has no config.json",
+            "give one that has it beside its safetensors, or a .gguf file by its path",
         ),
         *(
             (lambda at, text=text: (at / "config.json").write_text(text), "config.json")

@@ -69,7 +69,8 @@ def read_config(directory: Path) -> tuple[PreTrainedConfig, Quantisation | None]
     if not path.is_file():
         raise CheckpointError(
             f"{directory} is not a model directory: it has no {CONFIG_FILE}; give one that has it "
-            "beside its safetensors"
+            "beside its safetensors, or a .gguf file by its path (hf download gets one from a "
+            "repository)"
         )
     with refusing_bad_json(path, f"is not a model config: it names no model_type; {_CORRECT}"):
         fields = json.loads(path.read_text(encoding="utf-8"))
