@@ -291,3 +291,12 @@ def test_damaged_checkpoints_are_refused():
     norm = "model.layers.1.input_layernorm.weight"
     with pytest.raises(CheckpointError, match=f"lacks the tensor {norm}; download or save it"):
         found_in(model, {name: tensors[name] for name in tensors if name != norm})
+
+
+def test_a_model_without_a_head_is_not_to_be_downloaded_again_only():
+    """E5-Mistral and other models of embeddings are stored as what lies below a head."""
+    model = tiny_model("mixtral")
+    tensors = stored_from_memory(model)
+    del tensors["lm_head.weight"]
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight, its head \(models of embedd"):
+        found_in(model, tensors)

@@ -28,6 +28,9 @@ from cfsp.errors import CheckpointError, UnsupportedModelError
 
 # What every old checkpoint may hold in its layers and transformers keeps elsewhere.
 _OLD_BUFFER = "rotary_emb.inv_freq"
+_HEADLESS = (
+    ", its head (models of embeddings have none: give the language model that one was made from)"
+)
 
 
 @dataclass(frozen=True)
@@ -257,6 +260,7 @@ def _faults_of(
 ) -> Iterator[str]:
     """Yield what is wrong with parameters that the stored tensors do not make up."""
     optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    head: Any = model.get_output_embeddings()
     incomplete = {conversion.target for conversion in conversions}
     for name, tensor in model.state_dict().items():
         shape = tuple(tensor.shape)
@@ -269,4 +273,5 @@ def _faults_of(
             if name in incomplete:
                 yield f"has no tensors that {name} can be made of"
             elif not any(re.search(pattern, name) for pattern in optional):
-                yield f"lacks the tensor {name}"
+                of_head = head is model.get_submodule(name.rpartition(".")[0])
+                yield f"lacks the tensor {name}{_HEADLESS if of_head else ''}"
