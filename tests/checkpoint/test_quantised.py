@@ -225,6 +225,13 @@ def test_parts_that_do_not_fit_are_refused(pairs, tmp_path, name, changes, said)
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_packed_weights_of_which_the_config_says_nothing_are_told(copied, tmp_path):
+    """As of old GPTQ and AWQ models, which say it in quantize_config.json or quant_config.json."""
+    packed = {UP: None, UP.replace("weight", "qweight"): torch.ones(4, 96).to(torch.int32)}
+    with pytest.raises(CheckpointError, match=r"is quantised \(.*up_proj.qweight, as of GPTQ or A"):
+        Checkpoint(with_tensors(copied, tmp_path / "packed", packed))
+
+
 @pytest.mark.parametrize("dtype", [None, "float8_e4m3fn"])
 def test_without_a_plain_dtype_in_the_config_weights_become_bfloat16(pairs, tmp_path, dtype):
     directory = Path(shutil.copytree(pairs["mxfp4"].quantised, tmp_path / "model"))

@@ -10,7 +10,7 @@ Shapes: E experts, O outputs, I inputs, G groups of inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
@@ -26,6 +26,8 @@ _QUANTISATION_KEYS = ("quantization_config", "compression_config", "quantization
 # And where that of its weights, or of what they become.
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
+# Ends the name of weights of a few bits in whole numbers, by GPTQ and AWQ.
+_PACKED_WEIGHT = ".qweight"
 # Ends the name of what is subtracted before values are scaled, if there is any.
 _ZERO_POINT = "_zero_point"
 
@@ -232,13 +234,22 @@ def quantisation_in(fields: Mapping[str, Any], label: str) -> Quantisation | Non
         how = _METHODS[method]
         return replace(how, block=_block_in(method, described) or how.block)
     except _NotUndoneError as error:
-        what = " ".join(str(error).split())[:80]
-        raise CheckpointError(
-            f"{label} is quantised ({what}), which cfsp cannot undo (it can: "
-            f"{', '.join(_METHODS)}); prune the model that it was made from and quantise the "
-            "result, or, where transformers can undo it, load it there, call dequantize() and "
-            "save_pretrained(), and prune the result"
-        ) from None
+        raise _refused(label, str(error)) from None
+
+
+def check_is_not_packed(names: Collection[str], label: str) -> None:
+    """Check that no weight is packed, which config.json of old GPTQ and AWQ models does not say."""
+    if packed := next((name for name in names if name.endswith(_PACKED_WEIGHT)), None):
+        raise _refused(label, f"{packed}, as of GPTQ or AWQ")
+
+
+def _refused(label: str, how: str) -> CheckpointError:
+    return CheckpointError(
+        f"{label} is quantised ({' '.join(how.split())[:80]}), which cfsp cannot undo (it can: "
+        f"{', '.join(_METHODS)}); prune the model that it was made from and quantise the result, "
+        "or, where transformers can undo it, load it there, call dequantize() and "
+        "save_pretrained(), and prune the result"
+    )
 
 
 def plain_fields(fields: Mapping[str, Any]) -> dict[str, Any]:

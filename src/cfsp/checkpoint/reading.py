@@ -24,7 +24,7 @@ from cfsp.architecture.found import INTERLEAVED, Architecture, Unit
 from cfsp.checkpoint.config_file import read_config
 from cfsp.checkpoint.conversion import missing_prefix, stored_from_memory
 from cfsp.checkpoint.own_files import check_links, digests_beside_weights
-from cfsp.checkpoint.quantisation import dequantised
+from cfsp.checkpoint.quantisation import check_is_not_packed, dequantised
 from cfsp.checkpoint.skeleton import architecture_of, check_is_of_its_config, empty_model
 from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import (
@@ -142,6 +142,7 @@ class Checkpoint(WeightSource):
         model = empty_model(self.config)
         files = read_weights(directory)
         stored: Mapping[str, StoredTensor] = files
+        check_is_not_packed(files, self.label)
         if self.quantisation is not None:
             # What dequantised weights become is what the config says, else bfloat16.
             dtypes = (self.config.dtype, text_config_of(self.config).dtype)
