@@ -130,6 +130,16 @@ def test_an_answer_that_the_template_shows_otherwise_later_is_not_trained_on(cha
     assert bool((label_R == IGNORED).all())
 
 
+def test_answers_are_found_where_the_prompt_opens_thoughts(chat_tokenizer):
+    """DeepSeek-R1's and QwQ's do; the template leaves thoughts out of every answer."""
+    prompt = "<s>assistant: "
+    chat_tokenizer.chat_template = CHAT.replace(prompt + "{% endif", prompt + "<think>{% endif")
+    token_R, label_R = answer_tokens(conversation(7), chat_tokenizer)
+    assert "think" not in chat_tokenizer.decode(token_R)
+    trained = chat_tokenizer.decode(label_R[label_R != IGNORED])
+    assert trained.replace("</s>", "|").split("|") == [" green stone 7", "\n light falls", "\n"]
+
+
 def test_a_chat_file_is_packed(chat_tokenizer, tmp_path):
     path = write_chat(tmp_path / "chat.jsonl", 40)
     text = read_text([str(path)], chat_tokenizer, seqlen=64)

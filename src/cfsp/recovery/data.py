@@ -5,10 +5,11 @@ that are spread over it (`cfsp.text.windows`): nothing of them is trained on. Of
 much longer than what is held out, it is a part. The order is the Trainer's, by seed.
 
 Of conversations only the answers are trained on. Chat templates mark none: an answer is what a
-longer conversation adds, the template of the messages up to it minus the template of those before
-it with the prompt for an answer. One that the template shows otherwise once others follow, as
-Qwen3's leaves out what was thought before it, is none that a model gives, and is not trained on.
-Tokens are made from the whole text at once, and belong to an answer by their offsets.
+longer conversation adds, the template of the messages up to it minus what it has in common with
+that of those before it with the prompt for an answer. One that the template shows otherwise once
+others follow, as Qwen3's leaves out what was thought before it, is none that a model gives, and is
+not trained on. Tokens are made from the whole text at once, and belong to an answer by their
+offsets.
 
 Shapes: N windows, T tokens of a window, R tokens of a document.
 """
@@ -17,6 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from operator import eq
 
 import torch
 from torch import Tensor
@@ -168,10 +171,13 @@ def answer_tokens(
     # What opens a conversation answers nothing.
     places = [i for i, message in enumerate(conversation) if i and message["role"] == "assistant"]
     for index in places:
-        before = templated(conversation[:index], tokenizer, number, add_generation_prompt=True)
+        earlier = templated(conversation[:index], tokenizer, number)
+        asked = templated(conversation[:index], tokenizer, number, add_generation_prompt=True)
         after = templated(conversation[: index + 1], tokenizer, number)
-        if whole.startswith(after) and after.startswith(before):
-            answers.append((len(before), len(after)))
+        # DeepSeek-R1's prompt opens the thoughts, of which the answer then has none.
+        start = sum(takewhile(bool, map(eq, asked, after)))
+        if whole.startswith(after) and start >= min(len(earlier), len(asked)):
+            answers.append((start, len(after)))
     if not answers and len(conversation) - 1 in places:  # of the last one nothing follows
         raise TextError(
             f"conversation {number}: the chat template changes earlier messages when "
