@@ -111,6 +111,27 @@ def test_special_tokens_and_chat_template(tmp_path):
     assert fields["tokenizer.chat_template"] == tokenizer.chat_template
 
 
+def test_added_tokens_that_no_bytes_are_written_as_come_back_whole(tmp_path):
+    """DeepSeek's, which transformers reads as text of the bytes of their wide bars."""
+    tokenizer, bar = byte_level("qwen2", "a    b " * 200), "\uff5c"
+    spaces = {"ĠĠ", "ĠĠĠ"} & tokenizer.get_vocab().keys()  # ordinary ones of the same bytes
+    assert spaces
+    begin, end = (f"<{bar}{word}▁of▁sentence{bar}>" for word in ("begin", "end"))
+    user = f"<{bar}User{bar}>"
+    tokenizer.add_special_tokens({"bos_token": begin, "eos_token": end})
+    both = [user, "  ", "   "]
+    tokenizer.add_tokens([AddedToken(each, normalized=False) for each in both])
+    source = cut(tiny("qwen2"), tokenizer, tmp_path, (96, 96, 96))
+    text = f"{begin}{user}the  river    runs{end}"
+    expected = load_tokenizer(source.directory)(text)["input_ids"]
+    assert expected[:2] == [310, 312] and expected[-1] == 311
+    export(source.directory, "gguf", tmp_path / "m.gguf", verify=False)
+    found = load_tokenizer(import_gguf(tmp_path / "m.gguf"))
+    assert (found.bos_token_id, found.eos_token_id, len(found)) == (310, 311, 320)
+    assert found(text)["input_ids"] == expected
+    assert found.decode(expected, skip_special_tokens=True) == f"{user}the  river    runs"
+
+
 def test_an_unknown_way_of_splitting_needs_a_name(tmp_path):
     tokenizer = byte_level("llama-bpe", more_text="123 456 12345 " * 2000)
     tokenizer.backend_tokenizer.pre_tokenizer = pre.Sequence(

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from cfsp.errors import CannotSayError, ExportError
 
@@ -176,6 +179,8 @@ def tokenizer_of(path: Path, reader: GGUFReader) -> PreTrainedTokenizerBase:
         adds_bos = known.adds_bos if known else kind == "llama"
         said["add_bos_token"] = bool(field("add_bos_token", adds_bos))
     tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, **said)
+    if kind == "gpt2":
+        _restore_added(tokenizer, field("tokens"), field("token_type", ()))
     backend = tokenizer.backend_tokenizer
     if known is not None:
         backend.pre_tokenizer = known.splits()
@@ -185,6 +190,40 @@ def tokenizer_of(path: Path, reader: GGUFReader) -> PreTrainedTokenizerBase:
     if kind == "gpt2":
         tokenizer.init_kwargs[PRE_TOKENIZER_KEY] = name
     return tokenizer
+
+
+def _restore_added(tokenizer: Any, tokens: Sequence[str], types: Sequence[int]) -> None:
+    """Make added tokens whole that no bytes are written as, such as DeepSeek's with a wide bar.
+
+    transformers takes them for text of those bytes, and adds those it needs behind all others.
+    """
+    from tokenizers import Tokenizer
+
+    letter_of = bytes_to_unicode()
+    letters = set(letter_of.values())
+    added = {
+        number: (token, kind)
+        for number, (token, kind) in enumerate(zip(tokens, types, strict=False))
+        if kind in (_CONTROL, _USER_DEFINED) and not set(token) <= letters
+    }
+    if not added:
+        return
+    fields = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = fields["model"]["vocab"]
+    ordinary = {token: number for number, token in enumerate(tokens) if number not in added}
+    left = set(ordinary.values())
+    others = [each for each in fields["added_tokens"] if each["id"] in left]
+    for number, (token, kind) in added.items():
+        spelled = "".join(letter_of[byte] for byte in token.encode())
+        vocabulary.pop(spelled, None)
+        if spelled in ordinary:  # text of the same bytes, such as two spaces
+            vocabulary[spelled] = ordinary[spelled]
+        vocabulary[token] = number
+        rules = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        others.append({"id": number, "content": token, "special": kind == _CONTROL, **rules})
+    fields["added_tokens"] = sorted(others, key=itemgetter("id"))
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(fields))
+    tokenizer.update_post_processor()
 
 
 def _without_space_prefix(backend: Any) -> None:
