@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
 from tokenizers import pre_tokenizers as pre
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from cfsp.checkpoint.gguf_import import import_gguf
 from cfsp.checkpoint.gguf_tokenizer import BY_NAME, PRE_TOKENIZERS
@@ -109,6 +109,18 @@ def test_special_tokens_and_chat_template(tmp_path):
     assert fields["tokenizer.ggml.add_eos_token"] is False
     assert fields["tokenizer.ggml.token_type"][0] == 3
     assert fields["tokenizer.chat_template"] == tokenizer.chat_template
+
+
+def test_a_file_says_what_ends_a_turn(tmp_path):
+    """As for Gemma and Phi-3, whose files have another token that ends a text."""
+    tokenizer = byte_level("qwen2")
+    tokenizer.add_tokens([AddedToken("<|end|>", special=True)])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|end|>\n{% endfor %}"
+    source = cut(tiny("qwen2"), tokenizer, tmp_path, (96, 96, 96))
+    export(source.directory, "gguf", tmp_path / "m.gguf", verify=False)
+    assert gguf_fields_of(tmp_path / "m.gguf")["tokenizer.ggml.eot_token_id"] == 310
+    imported = import_gguf(tmp_path / "m.gguf")
+    assert GenerationConfig.from_pretrained(imported).eos_token_id == [1, 310]
 
 
 def test_added_tokens_that_no_bytes_are_written_as_come_back_whole(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AddedToken, GenerationConfig
 
 import cfsp
 from builders import edit_json, entries, never, numpy_divergence, read_json
@@ -126,6 +126,18 @@ def test_answers_are_greedy_and_padding_changes_none(models, tokenizer, monkeypa
     monkeypatch.setattr(answers, "_MOST_OF_PADDING", -1.0)  # one question at a time
     model.generation_config = GenerationConfig(eos_token_id=[1, expected[0][3]])
     assert ask(model) == found
+
+
+def test_the_token_by_which_the_template_ends_a_turn_ends_an_answer(models, tokenizer):
+    """Also where the config names another one alone, as in many copies of Gemma."""
+    model, prompts = load(models[1], dtype="float32"), prompts_of(tokenizer)[:1]
+    first, second, *_ = greedy(model, prompts[0], -1)
+    ends = deepcopy(tokenizer)
+    end = ends.convert_ids_to_tokens(second)
+    ends.add_tokens([AddedToken(end, normalized=False)])
+    ends.chat_template = "{% for m in messages %}{{ m['content'] }}" + end + "{% endfor %}"
+    (found,) = answers_of(prompts, lambda: (model, ends), WorkDir(Path()), "name", "label")
+    assert found["tokens"] == [first, second] and found["stops"]
 
 
 def test_python_measures_them_too(models, monkeypatch):

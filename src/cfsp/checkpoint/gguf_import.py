@@ -18,6 +18,7 @@ from cfsp.checkpoint.llama_cpp import tokens_differ
 from cfsp.checkpoint.output import cannot_write, staged_directory
 from cfsp.checkpoint.own_files import sha256_of
 from cfsp.checkpoint.text_config import text_config_of
+from cfsp.checkpoint.turn_end import turn_end
 from cfsp.errors import CheckpointError, MissingExtraError, OutputError, first_line
 from cfsp.progress import library_progress
 
@@ -136,6 +137,7 @@ def _convert(path: Path, reader: GGUFReader, dtype: torch.dtype, target: Path) -
             raise ValueError(f"it lacks {len(missing)} of the model's tensors, as {missing[0]}")
         restore_positions(model.config, reader)
         tokenizer = tokenizer_of(path, reader)
+        model.generation_config.eos_token_id = _ends(model, tokenizer, reader)
     except Exception as error:  # transformers has no one exception type for this
         raise _unreadable(path, error) from error
     # The weights are dense now; with these left, saving would announce them as quantised.
@@ -150,6 +152,15 @@ def _convert(path: Path, reader: GGUFReader, dtype: torch.dtype, target: Path) -
     except Exception as error:  # of a full disk both have errors of their own
         raise cannot_write(target, error) from error
     _warn_of_other_tokens(path, target)
+
+
+def _ends(model: PreTrainedModel, tokenizer: Any, reader: GGUFReader) -> int | list[int] | None:
+    """Return what ends an answer; transformers takes the end of a text from a file alone."""
+    own: Any = model.config.eos_token_id
+    fields = (reader.get_field(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom"))
+    said = {field.contents() for field in fields if field is not None} | turn_end(tokenizer)
+    ends = {*(own if isinstance(own, list) else [own])} - {None}
+    return own if said <= ends else sorted(ends | said)
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from cfsp.checkpoint.turn_end import turn_end
 from cfsp.errors import CannotSayError, ExportError
 
 if TYPE_CHECKING:
@@ -268,6 +269,8 @@ def fields_of(
         ("eos", tokenizer.eos_token_id, ids[-1]),
     ):
         special.add_special_token[kind] = token is not None and found == token
+    for end in (turn_end(tokenizer) - {tokenizer.eos_token_id}) & {*range(vocabulary)}:
+        special.special_token_ids.setdefault("eot", end)
     tokens, types = _tokens(fields, vocabulary)
     came_with = tokenizer.init_kwargs.get(PRE_TOKENIZER_KEY)  # from a .gguf file
     pre = pre_tokenizer or (came_with or _recognised(fields) if byte_level else "default")

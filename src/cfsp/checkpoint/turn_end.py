@@ -1,0 +1,22 @@
+"""The token with which a chat template ends an answer, which not every config knows as an end.
+
+Many copies of Gemma and all .gguf files of Phi-3 name <eos> alone, and their models end a turn with
+<end_of_turn> or <|end|>.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_SAID = "river"
+
+
+def turn_end(tokenizer: Any) -> set[int]:
+    """Return the token, if the template ends an answer with one that is no text."""
+    turns = [{"role": role, "content": _SAID} for role in ("user", "assistant")]
+    try:
+        before, _, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(_SAID)
+        first: list[int] = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"][:1]
+        return {*first} & tokenizer.added_tokens_decoder.keys() if before else set()
+    except Exception:  # it has no template, or one of which chats will say more
+        return set()
