@@ -11,9 +11,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
+from transformers.integrations.mistral import tokenizer as mistral
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 import cfsp
 from builders import draw_windows, edit_json
+from cfsp.checkpoint.gguf_tokenizer import BY_NAME
 from cfsp.errors import CheckpointError, UsageError
 from cfsp.recovery.data import read_text
 from cfsp.recovery.loss import IGNORED
@@ -46,6 +49,22 @@ def test_the_template_of_a_processor_is_that_of_its_tokenizer(tmp_path, tokenize
     assert load_tokenizer(tmp_path).chat_template == "{{ messages }}"
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0] }}")
     assert load_tokenizer(tmp_path).chat_template == "{{ messages[0] }}"
+
+
+def test_a_tokenizer_of_mistral_is_the_same_whatever_is_installed(copied, tokenizer, monkeypatch):
+    """With mistral-common, transformers takes that for all that have a tekken.json."""
+    tekken_splits = json.dumps(BY_NAME["tekken"].steps[0])
+    edit_json(copied / "config.json", lambda fields: fields.update(transformers_version="4.50.0"))
+    monkeypatch.setattr(mistral, "is_mistral_common_available", lambda: True)
+    monkeypatch.setitem(TOKENIZER_MAPPING_NAMES, "mistral", "MistralCommonBackend")
+    edit_json(copied / "config.json", lambda fields: fields.update(model_type="mistral"))
+    large = {f"x{number}": number for number in range(320, 100_001)}  # what is smaller is right
+    edit_json(copied / "tokenizer.json", lambda fields: fields["model"]["vocab"].update(large))
+    assert tekken_splits not in load_tokenizer(copied).backend_tokenizer.to_str()
+    (copied / "tekken.json").write_text("{}")
+    found = load_tokenizer(copied)
+    assert found.chat_template == tokenizer.chat_template
+    assert tekken_splits in found.backend_tokenizer.to_str()
 
 
 def test_a_package_that_a_tokenizer_needs_is_told(tmp_path, monkeypatch):

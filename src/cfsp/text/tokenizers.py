@@ -23,13 +23,17 @@ _CURE = (
 
 # Where processors had the chat template before chat_template.jinja; tokenizers do not look there.
 _OF_PROCESSOR = "chat_template.json"
+_TEKKEN = "tekken.json"
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer that a model directory carries, or raise CheckpointError."""
+    # Mistral's own package, which transformers takes where it is installed, has no template to ask.
+    # What it reads splits text right, and tokenizer.json beside it often does not.
+    said = {"fix_mistral_regex": True} if (directory / _TEKKEN).is_file() else {}
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            directory, trust_remote_code=False
+            directory, trust_remote_code=False, mistral_format=False, **said
         )
     except Exception as error:  # transformers has no one exception type for this
         why, cure = first_line(error), _CURE
