@@ -1,6 +1,7 @@
 """Reading a .gguf file: what is said, what is kept and where, and a head that is the embedding."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,13 +9,20 @@ import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
-from transformers import Gemma2Config, NemotronConfig, StableLmConfig
+from transformers import (
+    Gemma2Config,
+    NemotronConfig,
+    Phi3Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    StableLmConfig,
+)
 
 import cfsp
 from builders import random_tokens
 from cfsp.checkpoint import gguf_import
 from cfsp.checkpoint.gguf_import import import_gguf
-from cfsp.checkpoint.gguf_rope import query_scalar, restore_positions
+from cfsp.checkpoint.gguf_rope import query_scalar, restore_positions, restore_sizes
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import CheckpointError, OutputError
 from cfsp.exports.gguf import write
@@ -81,7 +89,22 @@ def test_the_more_precise_copy_stays(make_gguf, monkeypatch):
     assert torch.equal(found, head)
 
 
-NO_WINDOWS = {"sliding_window": None, "use_sliding_window": False}
+def reader_of(graph: str, said: dict[str, object], **tensors: list[float]) -> SimpleNamespace:
+    """Return a reader of a file that says this and holds these tensors."""
+    said = {"general.architecture": graph} | {f"{graph}.{key}": said[key] for key in said}
+    return SimpleNamespace(
+        fields={key: SimpleNamespace(contents=partial(said.get, key)) for key in said},
+        tensors=[
+            SimpleNamespace(name=f"{name}.weight", data=np.array(data, np.float32))
+            for name, data in tensors.items()
+        ],
+    )
+
+
+CHANGES = {
+    "qwen2": {"sliding_window": None, "use_sliding_window": False},
+    "qwen3": {"head_dim": 8},
+}
 
 
 @pytest.mark.parametrize(
@@ -91,13 +114,14 @@ NO_WINDOWS = {"sliding_window": None, "use_sliding_window": False}
         ("llama", LINEAR),
         ("llama", YARN),
         ("llama", LLAMA3),
+        ("qwen3", {}),
         ("llama-biased", {"rope_theta": 50_000.0}),
         ("qwen2", YARN | {"attention_factor": 1.5, "beta_fast": 16.0}),
     ],
 )
 def test_positions_and_biases_come_back(tmp_path, tokenizer, name, rope):
     """Of a file in float32 no bit is lost."""
-    model = build_tiny_model(name, **(NO_WINDOWS if name == "qwen2" else {}))
+    model = build_tiny_model(name, **CHANGES.get(name, {}))
     model.config.rope_parameters = {**model.config.rope_parameters, **rope}
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -132,6 +156,27 @@ def test_the_largest_gemmas_scale_queries_by_the_hidden_size(graph, blocks, scal
         num_hidden_layers=blocks, hidden_size=4608, num_attention_heads=32, head_dim=128
     )
     assert query_scalar(graph, config) == scalar
+
+
+@pytest.mark.parametrize(
+    ("config_class", "graph", "said", "expected"),
+    [
+        (Qwen3Config, "qwen3", {"attention.key_length": 64}, {"head_dim": 64}),
+        (Phi3Config, "phi3", {"attention.sliding_window": 2047}, {"sliding_window": 2047}),
+        (Phi3Config, "phi3", {"attention.sliding_window": 0}, {"sliding_window": None}),
+        (
+            Qwen2MoeConfig,
+            "qwen2moe",
+            {"expert_feed_forward_length": 7, "expert_shared_feed_forward_length": 9},
+            {"moe_intermediate_size": 7, "shared_expert_intermediate_size": 9},
+        ),
+    ],
+)
+def test_sizes_come_from_the_file(config_class, graph, said, expected):
+    """transformers leaves these at the default of the class, which is one model's."""
+    config = config_class()
+    restore_sizes(config, reader_of(graph, said))
+    assert {name: getattr(config, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize("config_class", [StableLmConfig, NemotronConfig])

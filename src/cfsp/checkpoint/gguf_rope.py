@@ -1,8 +1,9 @@
 """What attention computes with, besides weights, of which transformers reads the base alone.
 
 A file says a base, how many entries of a head are rotated, a way to scale (`linear`, `yarn`), or by
-what each frequency is divided, which is how Llama 3.1 is written; and how Gemma 2 caps its logits.
-How Gemma's queries are scaled llama.cpp knows by itself. R rotated pairs of entries.
+what each frequency is divided, which is how Llama 3.1 is written; how long a window is; and how
+Gemma 2 caps its logits. How Gemma's queries are scaled llama.cpp knows by
+itself. R rotated pairs of entries.
 """
 
 from __future__ import annotations
@@ -26,6 +27,13 @@ _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3_ORIGINAL = (8192, *(2**power for power in range(4, 18)))
 _SAME = 1e-3  # of factors that are stored in float32
 _CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+# By what a config calls them: of some graphs transformers reads them, of others it does not.
+_SIZES = {
+    "head_dim": "attention.key_length",
+    "sliding_window": "attention.sliding_window",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+}
 # Of so many blocks are the 27B models, by the graph that runs them.
 _BLOCKS_OF_27B = {"gemma2": 46, "gemma3": 62}
 
@@ -35,6 +43,17 @@ def query_scalar(graph: str, config: Any) -> int:
     if config.num_hidden_layers == _BLOCKS_OF_27B.get(graph):
         return int(config.hidden_size // config.num_attention_heads)
     return head_size(config)
+
+
+def restore_sizes(config: PreTrainedConfig, reader: GGUFReader) -> None:
+    """Write the sizes of heads, windows and experts into a config that was read from a file."""
+    graph, text_config = reader.fields["general.architecture"].contents(), text_config_of(config)
+    if getattr(text_config, "is_heterogeneous", False):
+        return  # as Gemma 4, whose blocks differ
+    for name, key in _SIZES.items():
+        said = reader.fields.get(f"{graph}.{key}")
+        if said is not None and hasattr(text_config, name):
+            setattr(text_config, name, int(said.contents()) or None)  # 0: no window
 
 
 def restore_scales(config: PreTrainedConfig, reader: GGUFReader) -> None:
