@@ -188,6 +188,23 @@ def test_a_part_of_the_head_may_be_rotated(monkeypatch, config_class):
     assert config.rope_parameters["partial_rotary_factor"] == 0.75
 
 
+@pytest.mark.parametrize("more", [{}, {"rope.scaling.type": "longrope"}])
+def test_factors_for_long_and_for_short_texts_are_read(more):
+    """Phi 3's converter names no way to scale; the tensors tell."""
+    said = {
+        "rope.freq_base": 10_000.0, "rope.dimension_count": 6,
+        "rope.scaling.original_context_length": 4096, "rope.scaling.attn_factor": 1.25, **more,
+    }  # fmt: skip
+    factors = {"rope_factors_long": [1.0, 2.0, 4.0], "rope_factors_short": [1.0, 1.5, 2.0]}
+    config = Phi3Config(hidden_size=32, num_attention_heads=4)
+    restore_positions(config, reader_of("phi3", said, **factors))
+    assert config.rope_parameters == {
+        "rope_type": "longrope", "rope_theta": 10_000.0, "partial_rotary_factor": 0.75,
+        "long_factor": [1.0, 2.0, 4.0], "short_factor": [1.0, 1.5, 2.0],
+        "attention_factor": 1.25, "original_max_position_embeddings": 4096,
+    }  # fmt: skip
+
+
 def test_positions_that_no_config_says_are_refused(make_gguf, monkeypatch):
     path = make_gguf(1.0)
     said = {"scaling.type": "longrope"}

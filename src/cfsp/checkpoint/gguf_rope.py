@@ -1,8 +1,8 @@
 """What attention computes with, besides weights, of which transformers reads the base alone.
 
 A file says a base, how many entries of a head are rotated, a way to scale (`linear`, `yarn`), or by
-what each frequency is divided, which is how Llama 3.1 is written; how long a window is; and how
-Gemma 2 caps its logits. How Gemma's queries are scaled llama.cpp knows by
+what each frequency is divided, which is how Llama 3.1 and the long Phi 3 are written; how long a
+window is; and how Gemma 2 caps its logits. How Gemma's queries are scaled llama.cpp knows by
 itself. R rotated pairs of entries.
 """
 
@@ -93,12 +93,14 @@ def restore_positions(config: PreTrainedConfig, reader: GGUFReader) -> None:
     if kind in ("linear", "yarn"):
         factor = said.get("scaling.factor", 1.0 if scale is None else scale)
         whole |= {"rope_type": kind, "factor": float(factor)}
-    elif kind != "none":
+    elif kind != "none" and "rope_factors_long.weight" not in tensors:
         raise ValueError(f"its positions are scaled by {kind}")
     if kind == "yarn":
         whole |= _yarn(whole["factor"], said)
-    if any(name.startswith("rope_factors") for name in tensors):
-        raise ValueError("its positions have factors for long and for short texts")
+    if "rope_factors_long.weight" in tensors:
+        whole |= _longrope(tensors, said)
+        if hasattr(text_config, "original_max_position_embeddings"):
+            text_config.original_max_position_embeddings = whole["original_max_position_embeddings"]
     if "rope_freqs.weight" in tensors:
         factors_R = torch.from_numpy(np.array(tensors["rope_freqs.weight"].data)).float()
         if bool((factors_R != 1).any()):
@@ -136,6 +138,18 @@ def _yarn(factor: float, said: dict[str, Any]) -> dict[str, Any]:
         found["attention_factor"] = float(said["scaling.attn_factor"]) * yarn_attention(factor)
     betas = {name: said.get(f"scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
     return found | {name: float(value) for name, value in betas.items() if value is not None}
+
+
+def _longrope(tensors: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters of positions with factors for long and for short texts."""
+    found: dict[str, Any] = {
+        f"{length}_factor": tensors[f"rope_factors_{length}.weight"].data.tolist()
+        for length in ("long", "short")
+    }
+    if "scaling.attn_factor" in said:
+        found["attention_factor"] = float(said["scaling.attn_factor"])
+    original = int(said["scaling.original_context_length"])
+    return found | {"rope_type": "longrope", "original_max_position_embeddings": original}
 
 
 def _llama3(config: Any, plain: dict[str, Any], factors_R: Tensor) -> dict[str, Any]:
