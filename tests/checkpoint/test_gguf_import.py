@@ -1,5 +1,6 @@
 """Reading a .gguf file: what is said, what is kept and where, and a head that is the embedding."""
 
+import json
 import logging
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from cfsp.checkpoint.gguf_rope import query_scalar, restore_positions, restore_s
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import CheckpointError, OutputError
 from cfsp.exports.gguf import write
+from cfsp.text.tokenizers import load_tokenizer
 from ragged import LINEAR, LLAMA3, YARN, tiny
 from tiny_models import build_tiny_model
 
@@ -258,6 +260,19 @@ def test_an_adapter_beside_a_file_is_not_of_it(make_gguf):
     path = make_gguf(1.0)
     (path.parent / "adapter_config.json").write_text('{"base_model_name_or_path": "nowhere"}')
     assert Checkpoint(import_gguf(path)).specs == Checkpoint(path.parent / "model").specs
+
+
+def test_a_tokenizer_beside_a_file_is_not_of_it(tmp_path, tokenizer):
+    """As that of another model, in a folder of downloads."""
+    tiny("llama").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    write(Checkpoint(tmp_path / "model"), tmp_path / "m.gguf", "f32")
+    other = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+    tokens = other["model"]["vocab"]
+    tokens["a"], tokens["b"] = tokens["b"], tokens["a"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(other))
+    found = load_tokenizer(import_gguf(tmp_path / "m.gguf"))
+    assert found("a b")["input_ids"] == tokenizer("a b")["input_ids"]
 
 
 def test_a_file_that_lacks_tensors_is_refused(make_gguf):

@@ -175,11 +175,13 @@ def tokenizer_of(path: Path, reader: GGUFReader) -> PreTrainedTokenizerBase:
 
     kind, name = field("model"), field("pre", "default")
     known = BY_NAME.get(name) if kind == "gpt2" else None
-    said: dict[str, Any] = {"gguf_file": path.name}
+    said: dict[str, Any] = {"gguf_file": str(path.absolute())}
     if kind in ("gpt2", "llama"):
         adds_bos = known.adds_bos if known else kind == "llama"
         said["add_bos_token"] = bool(field("add_bos_token", adds_bos))
-    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, **said)
+    # Not from the file's directory, where transformers would take the tokenizer of another model.
+    with tempfile.TemporaryDirectory() as empty:
+        tokenizer: Any = AutoTokenizer.from_pretrained(empty, trust_remote_code=False, **said)
     if kind == "gpt2":
         _restore_added(tokenizer, field("tokens"), field("token_type", ()))
     backend = tokenizer.backend_tokenizer
