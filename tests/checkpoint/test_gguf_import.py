@@ -24,6 +24,7 @@ from builders import random_tokens
 from cfsp.checkpoint import gguf_import
 from cfsp.checkpoint.gguf_import import import_gguf
 from cfsp.checkpoint.gguf_rope import query_scalar, restore_positions, restore_sizes
+from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import CheckpointError, OutputError
 from cfsp.exports.gguf import write
@@ -315,6 +316,14 @@ def test_a_head_of_its_own_stays(make_gguf):
     checkpoint = Checkpoint(import_gguf(make_gguf(1.0)))
     assert not checkpoint.config.tie_word_embeddings
     assert "lm_head.weight" in checkpoint.specs
+
+
+@pytest.mark.parametrize("name", ["sha256-3f1a", "tiny.GGUF"])
+def test_a_file_may_have_any_name(make_gguf, name):
+    """Ollama keeps its files by their hashes."""
+    path = make_gguf(1.0)
+    blob = path.rename(path.with_name(name))
+    assert open_checkpoint(blob).specs == Checkpoint(path.parent / "model").specs
 
 
 def test_what_transformers_says_against_a_file_is_told_in_one_line(make_gguf):

