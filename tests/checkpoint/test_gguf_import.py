@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     Gemma2Config,
+    Gemma3TextConfig,
     NemotronConfig,
     Phi3Config,
     Qwen2MoeConfig,
@@ -23,7 +24,12 @@ import cfsp
 from builders import random_tokens
 from cfsp.checkpoint import gguf_import
 from cfsp.checkpoint.gguf_import import import_gguf
-from cfsp.checkpoint.gguf_rope import query_scalar, restore_positions, restore_sizes
+from cfsp.checkpoint.gguf_rope import (
+    query_scalar,
+    restore_positions,
+    restore_scales,
+    restore_sizes,
+)
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import CheckpointError, OutputError
@@ -183,12 +189,25 @@ def test_sizes_come_from_the_file(config_class, graph, said, expected):
 
 
 @pytest.mark.parametrize("config_class", [StableLmConfig, NemotronConfig])
-def test_a_part_of_the_head_may_be_rotated(monkeypatch, config_class):
+def test_a_part_of_the_head_may_be_rotated(config_class):
     """Some configs say the size of a head, others that of all heads together."""
-    monkeypatch.setattr("cfsp.checkpoint.gguf_rope._said", lambda reader: {"dimension_count": 96})
     config = config_class(hidden_size=512, num_attention_heads=4)
-    restore_positions(config, SimpleNamespace(tensors=[]))
+    restore_positions(config, reader_of("any", {"rope.dimension_count": 96}))
     assert config.rope_parameters["partial_rotary_factor"] == 0.75
+
+
+@pytest.mark.parametrize(("blocks", "base"), [(26, False), (34, False), (34, True)])
+def test_ollamas_files_of_gemma3_are_mended(blocks, base):
+    config = Gemma3TextConfig(num_hidden_layers=blocks)
+    said = {"final_logit_softcapping": 30.0} | ({"rope.freq_base": 1e6} if base else {})
+    restore_scales(config, reader_of("gemma3", said))
+    restore_positions(config, reader_of("gemma3", said))
+    scaled = {"rope_type": "linear", "factor": 8.0} if (blocks, base) == (34, False) else {}
+    assert config.final_logit_softcapping == (30.0 if base else None)
+    assert config.rope_parameters == {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6, **scaled},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
 
 
 @pytest.mark.parametrize("more", [{}, {"rope.scaling.type": "longrope"}])

@@ -34,6 +34,10 @@ _SIZES = {
     "moe_intermediate_size": "expert_feed_forward_length",
     "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
 }
+# Ollama's own files of Gemma 3 say no base. Those of so many blocks don't say that positions are
+# scaled, that of 26 says a cap of logits that the model has not. Its runtime mends both
+# (model/models/gemma3/model_text.go).
+_SCALED_BY_OLLAMA = (34, 48, 62)
 # Of so many blocks are the 27B models, by the graph that runs them.
 _BLOCKS_OF_27B = {"gemma2": 46, "gemma3": 62}
 
@@ -61,7 +65,7 @@ def restore_scales(config: PreTrainedConfig, reader: GGUFReader) -> None:
     graph, text_config = reader.fields["general.architecture"].contents(), text_config_of(config)
     if hasattr(text_config, "query_pre_attn_scalar"):
         text_config.query_pre_attn_scalar = query_scalar(graph, text_config)
-    for cap in _CAPS:
+    for cap in () if _is_ollamas(reader) else _CAPS:
         said = reader.fields.get(f"{graph}.{cap}")
         if said is not None and hasattr(text_config, cap):
             setattr(text_config, cap, float(said.contents()))
@@ -86,6 +90,8 @@ def restore_positions(config: PreTrainedConfig, reader: GGUFReader) -> None:
         parameters["sliding_attention"]["rope_theta"] = float(said["freq_base_swa"])
     if "partial_rotary_factor" in whole and "dimension_count" in said:
         whole["partial_rotary_factor"] = said["dimension_count"] / head_size(text_config)
+    if _is_ollamas(reader) and text_config.num_hidden_layers in _SCALED_BY_OLLAMA:
+        said |= {"scaling.type": "linear", "scaling.factor": 8.0}
     if whole.get("rope_type", "default") != "default":
         return  # transformers has read it, as that of gpt-oss
     scale = said.get("scale_linear")  # before there were types
@@ -129,6 +135,11 @@ def _said(reader: GGUFReader) -> dict[str, Any]:
         for name, field in reader.fields.items()
         if name.startswith(prefix)
     }
+
+
+def _is_ollamas(reader: GGUFReader) -> bool:
+    graph = reader.fields["general.architecture"].contents()
+    return bool(graph == "gemma3" and "gemma3.rope.freq_base" not in reader.fields)
 
 
 def _yarn(factor: float, said: dict[str, Any]) -> dict[str, Any]:
