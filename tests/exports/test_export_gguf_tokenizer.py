@@ -10,8 +10,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers import pre_tokenizers as pre
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from cfsp.checkpoint.gguf_import import import_gguf
-from cfsp.checkpoint.gguf_tokenizer import BY_NAME, PRE_TOKENIZERS
+from cfsp.checkpoint.gguf_import import gguf_reader, import_gguf
+from cfsp.checkpoint.gguf_tokenizer import BY_NAME, PRE_TOKENIZERS, fields_of, tokenizer_of
 from cfsp.checkpoint.llama_cpp import llama_cpp_tokens
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError
@@ -180,6 +180,29 @@ def test_bos_is_what_llama_cpp_makes_of_a_file(tmp_path, monkeypatch, name, said
     export(directory, "gguf", tmp_path / "again.gguf")
     fields = gguf_fields_of(tmp_path / "again.gguf")
     assert fields["tokenizer.ggml.add_bos_token"] is expected
+
+
+def test_white_space_behind_special_tokens_of_phi3(tmp_path):
+    """llama.cpp knows it by the model's name."""
+    from gguf import GGUFWriter
+
+    tokenizer = sentencepiece_like(prefix=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|endoftext|>"]})
+    path = tmp_path / "m.gguf"
+    writer = GGUFWriter(path, "phi3")
+    words, special = fields_of(tokenizer, 312, None)
+    sizes = ("context_length", "embedding_length", "block_count", "feed_forward_length")
+    fields = words | dict.fromkeys((*sizes, "head_count"), 1) | {"layer_norm_rms_eps": 1e-5}
+    for field, value in (fields | {"name": "Phi-3-mini"}).items():
+        getattr(writer, f"add_{field}")(value)
+    special.add_to_gguf(writer, quiet=True)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    texts = ["<|user|>\n a model<|user|> runs", "<s> a model", "the stone"]
+    tokenizer_of(path, gguf_reader(path)).save_pretrained(tmp_path)
+    found = load_tokenizer(tmp_path)
+    assert [found(text)["input_ids"] for text in texts] == llama_cpp_tokens(path, texts)
 
 
 @pytest.mark.parametrize(

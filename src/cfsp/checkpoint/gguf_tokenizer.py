@@ -190,6 +190,8 @@ def tokenizer_of(path: Path, reader: GGUFReader) -> PreTrainedTokenizerBase:
         backend.model.ignore_merges = known.ignores_merges
     elif kind == "llama" and not field("add_space_prefix", True):
         _without_space_prefix(backend)
+    if kind == "llama" and reader.fields["general.architecture"].contents() == "phi3":
+        tokenizer._tokenizer = _taking_spaces(backend)
     if kind == "gpt2":
         tokenizer.init_kwargs[PRE_TOKENIZER_KEY] = name
     return tokenizer
@@ -227,6 +229,14 @@ def _restore_added(tokenizer: Any, tokens: Sequence[str], types: Sequence[int]) 
     fields["added_tokens"] = sorted(others, key=itemgetter("id"))
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(fields))
     tokenizer.update_post_processor()
+
+
+def _taking_spaces(backend: Any) -> Any:
+    """Let special tokens take the white space behind them, as Phi 3's do; no file says it."""
+    data = json.loads(backend.to_str())
+    for token in data["added_tokens"]:
+        token["rstrip"] = token["content"] not in ("<unk>", "<s>", "<|endoftext|>")
+    return type(backend).from_str(json.dumps(data))
 
 
 def _without_space_prefix(backend: Any) -> None:
