@@ -227,6 +227,16 @@ def test_factors_for_long_and_for_short_texts_are_read(more):
     }  # fmt: skip
 
 
+def test_yarns_factor_of_attention_is_that_of_the_config():
+    said = {
+        "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 64, "rope.scaling.yarn_attn_factor": 1.5,
+    }  # fmt: skip
+    config = Qwen3Config()
+    restore_positions(config, reader_of("qwen3", said))
+    assert config.rope_parameters["attention_factor"] == 1.5
+
+
 def test_positions_that_no_config_says_are_refused(make_gguf, monkeypatch):
     path = make_gguf(1.0)
     said = {"scaling.type": "longrope"}

@@ -147,6 +147,8 @@ def _yarn(factor: float, said: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"original_max_position_embeddings": int(original)}
     if "scaling.attn_factor" in said:
         found["attention_factor"] = float(said["scaling.attn_factor"]) * yarn_attention(factor)
+    if "scaling.yarn_attn_factor" in said:  # a config's own, which llama.cpp does not apply
+        found["attention_factor"] = float(said["scaling.yarn_attn_factor"])
     betas = {name: said.get(f"scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
     return found | {name: float(value) for name, value in betas.items() if value is not None}
 
