@@ -1,5 +1,7 @@
 """What docs/TRUST.md promises besides the catalogue of bad input in tests/bad_inputs."""
 
+import errno
+import os
 import random
 import re
 import resource
@@ -99,6 +101,24 @@ def test_a_lock_that_a_killed_run_left_may_be_removed(tmp_path, monkeypatch):
     left.unlink()
     with exclusive(tmp_path / "place"):
         pass
+    assert entries(tmp_path) == set()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_where_the_file_system_has_no_locks_a_file_is_one(number, tmp_path, monkeypatch):
+    """As on NFS without a daemon of locks."""
+
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with exclusive(tmp_path / "place"):
+        with (
+            pytest.raises(OutputError, match=r"another run is working in .*place; wait for it"),
+            exclusive(tmp_path / "place"),
+        ):
+            pass
+        assert (tmp_path / "place").is_dir()
     assert entries(tmp_path) == set()
 
 

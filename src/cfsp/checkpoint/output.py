@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import platform
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from cfsp.checkpoint.locating import given_path
 from cfsp.errors import OutputError, UsageError, first_line
@@ -23,6 +24,9 @@ from cfsp.errors import OutputError, UsageError, first_line
 # Numbers of processes are those of one machine, or one container, which has a name of its own.
 _MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"
 _A_DAY = 86400.0
+# What NFS says without a daemon of locks, and some file systems of clusters and in user space. What
+# no system call is there for, the lock's own library knows.
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def output_path(out: str | Path) -> Path:
@@ -105,15 +109,14 @@ def exclusive(directory: Path) -> Iterator[None]:
     # It lies beside the directory, so that an empty one stays one.
     own = directory.absolute()
     lock_file = own.parent / f".{own.name}.lock"
-    lock = FileLock(lock_file, timeout=0)
     try:
         _check_is_no_file(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        lock = _acquired(lock_file)
     except Timeout as error:
         raise OutputError(
-            f"another run is working in {directory}; wait for it, {_if_killed(lock_file)}or choose "
-            "another output"
+            f"another run is working in {directory}; wait for it, "
+            f"{_if_killed(Path(error.lock_file))}or choose another output"
         ) from error
     except OSError as error:
         raise cannot_write(directory, error) from error
@@ -126,6 +129,20 @@ def exclusive(directory: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # Windows removes it when it is released
             lock_file.unlink()
         lock.release()
+
+
+def _acquired(lock_file: Path) -> BaseFileLock:
+    """Return the lock of a file, acquired; where the file system has none, by another file."""
+    lock: BaseFileLock = FileLock(lock_file, timeout=0)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        lock_file.unlink(missing_ok=True)  # it was to be locked, and nobody can
+        lock = SoftFileLock(lock_file.with_suffix(".soft.lock"), timeout=0)
+        lock.acquire()
+    return lock
 
 
 def _if_killed(lock_file: Path) -> str:
