@@ -15,7 +15,7 @@ from cfsp.errors import OutputError, ResumeError
 from cfsp.processes import Team
 from cfsp.streaming.block_pass import _Saver
 from cfsp.streaming.block_stream import StreamedBlock
-from cfsp.streaming.work_dir import output_work_dir, read_state
+from cfsp.streaming.work_dir import PassState, output_work_dir, read_state
 from tiny_models import BLOCKS, build_tiny_model
 
 
@@ -129,6 +129,28 @@ def test_another_command_is_refused_and_a_mistake_costs_no_work(runs):
         refused = runs.refused([*runs.prune, *change])
         assert said in refused and "; the command that began it goes on from it" in refused
     assert "ridge: going on at block 1" in runs.end(runs.prune)
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        ({"new name": 1, "version": {"cfsp-llm": "0.2"}}, r"another version \(.*0\.1.*0\.2"),
+        (
+            {"new name": 1, "version": {"cfsp-llm": "0.1"}},
+            r"another new name \(None; now it is 1\)",
+        ),
+    ],
+    ids=["a release", "a state of the repository"],
+)
+def test_work_of_another_version_is_what_that_version_finishes(now, said, tmp_path):
+    """The command that began it may be the very same."""
+    began = {"old name": 1, "version": {"cfsp-llm": "0.1"}}
+    with pytest.raises(KeyboardInterrupt), output_work_dir(tmp_path / "out", began, None) as work:
+        PassState(work.directory / "ridge", began).commit(1, None)
+        raise KeyboardInterrupt
+    said += ".*; go back to the version that began it to finish it, or start over with"
+    with pytest.raises(ResumeError, match=said), output_work_dir(tmp_path / "out", now, None):
+        pass
 
 
 def test_weights_that_are_touched_cost_no_work(runs, model, copied):

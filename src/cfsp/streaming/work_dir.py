@@ -86,11 +86,16 @@ def read_state(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
         _ = fields["hidden"], fields["before"]
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise ResumeError(f"{path} is damaged; {start_over(work_dir)}") from error
-    for key, now in json.loads(json.dumps(identity)).items():
-        if saved.get(key) != now:
+    asked = json.loads(json.dumps(identity))
+    # Of another command or version the rest may be called otherwise.
+    for key in sorted(asked, key=lambda name: name not in ("command", "version")):
+        before, now, again = saved.get(key), asked[key], "repeat that command"
+        if key == "version" or key not in saved:
+            again = "go back to the version that began it"
+        if before != now:
             raise ResumeError(
-                f"{work_dir} holds unfinished work with another {key} ({saved.get(key)}; now it is "
-                f"{now}); repeat that command to finish it, or {start_over(work_dir)}"
+                f"{work_dir} holds unfinished work with another {key} ({before}; now it is {now}); "
+                f"{again} to finish it, or {start_over(work_dir)}"
             )
     return fields
 
