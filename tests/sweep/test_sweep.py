@@ -173,6 +173,26 @@ def test_a_sweep_goes_on_where_it_stopped(sweep, command):
     assert error.count("\n") == 1
 
 
+def test_a_sparsity_more_is_one_model_more(sweep, tmp_path, command):
+    arguments, whole = sweep
+    out = shutil.copytree(whole, tmp_path / "out")
+    again = [*arguments[:-1], out]
+    manifest = (out / "cfsp-0.5" / "cfsp.json").read_bytes()
+    more = again.index("0.5") + 1
+    asked = [*again[:more], "0.75", *again[more:]]
+    assert "can be removed" in command(*[*again[:more], "0.99", *again[more:]], status=2).err
+    command(*asked)
+    before, now = ({r["name"]: r for r in read_json(d / "table.json")} for d in (whole, out))
+    assert now.keys() - before.keys() == {"cfsp-0.75", "cfsp-plain-0.75"}
+    assert [now[name]["perplexity"] for name in before] == [
+        r["perplexity"] for r in before.values()
+    ]
+    assert (out / "cfsp-0.5" / "cfsp.json").read_bytes() == manifest
+    assert read_json(out / "sweep.json")["sparsity"] == [0.25, 0.5, 0.75]
+    command(*again)  # what was asked for before is there still
+    assert (out / "table.md").read_bytes() == (whole / "table.md").read_bytes()
+
+
 def test_one_pass_repairs_all_models_and_a_killed_sweep_needs_no_other(
     sweep, model, text_file, tmp_path, command, monkeypatch, noted
 ):

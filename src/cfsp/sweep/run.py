@@ -219,17 +219,22 @@ def _kept(sweep: _Sweep) -> Iterator[None]:
 
 
 def _claim(out: Path, settings: SweepSettings) -> None:
-    """Write down what the directory is for; refuse one that is for something else."""
+    """Write down what the directory is for; refuse one that is for something else.
+
+    The lists may change: each model is made and measured as if it were alone.
+    """
     path, text = out / SWEEP_FILE, json.dumps(vars(settings), indent=2) + "\n"
     remove_abandoned(path)
     if path.is_file():
-        if path.read_text(encoding="utf-8") != text:
+        now = json.loads(text)
+        with damage_as(OutputError, path, "choose another --out"):
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        if {**before, **{name: now[name] for name in ("sparsity", "methods")}} != now:
             raise OutputError(
                 f"{out} holds a sweep by other settings ({path}); choose another --out, or repeat "
                 "that command to go on with it"
             )
-        return
-    if any(out.iterdir()):
+    elif any(out.iterdir()):
         raise OutputError(f"{out} exists, is not empty and is no sweep; choose another --out")
     write_atomically(path, text.encode())
 
