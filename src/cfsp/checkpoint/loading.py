@@ -105,8 +105,11 @@ def load(
     if device is not None:
         device = compute_device(device, float64=False)
     checkpoint = open_checkpoint(name)
+    known = getattr(torch, str(dtype).removeprefix("torch."), None)
     # Of one byte are formats to store, which modules cannot be built in.
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+    if isinstance(known, torch.dtype) and known.is_floating_point and known.itemsize > 1:
+        dtype = known
+    else:
         dtype = named_dtype(checkpoint, str(dtype))
     with library_progress():
         build: Any = model_class(checkpoint.config)
