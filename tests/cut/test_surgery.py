@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -187,6 +188,17 @@ def _narrowed(model: Any) -> Any:
     up = model.model.layers[1].mlp.up_proj
     up.weight = torch.nn.Parameter(up.weight[:50])
     return model
+
+
+def test_what_only_has_a_config_is_no_model(tokenizer, text_file):
+    config = build_tiny_model("llama").config
+    given: Any
+    linear: Any = torch.nn.Linear(2, 2)
+    linear.config = {"hidden_size": 2}
+    for given in (SimpleNamespace(config=config), linear):
+        said = f"expected a path or a transformers model, found a {type(given).__name__}"
+        with pytest.raises(CheckpointError, match=said):
+            cfsp.prune(given, tokenizer, sparsity=0.5, data=[text_file])
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,8 @@ class LoadedModel(WeightSource):
     """
 
     def __init__(self, model: PreTrainedModel, parts: tuple[Part, ...] = DEFAULT_PARTS) -> None:
-        if not hasattr(model, "config"):
+        config = getattr(model, "config", None)
+        if not issubclass(type(model), nn.Module) or not isinstance(config, PreTrainedConfig):
             raise CheckpointError(
                 f"expected a path or a transformers model, found a {type(model).__name__}"
             )
