@@ -246,6 +246,8 @@ def test_questions_of_chats(tmp_path):
     chats.write_text("")
     with pytest.raises(TextError, match="holds no chats"):
         Questions.of(f"{chats}:messages")
+    with pytest.raises(UsageError, match=r"a number of questions, of which 100 .* found True"):
+        Questions.of(True)
 
 
 @pytest.mark.parametrize(

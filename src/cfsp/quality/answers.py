@@ -58,11 +58,16 @@ class Questions:
     @classmethod
     def of(cls, asked: int | str | Path) -> Questions:
         """Return so many questions of those that come with cfsp, or those that begin chats."""
+        lines = _FILE.read_text(encoding="utf-8").splitlines()
+        if isinstance(asked, bool):  # to Python it is a number, too
+            raise UsageError(
+                f"--answers must be a number of questions, of which {len(lines)} come with cfsp, "
+                f"or a file of chats, found {asked}"
+            )
         if not isinstance(asked, Integral):
             return cls(tuple(_first_turns(str(asked))))
         if asked < 1:
             raise UsageError(f"--answers needs at least 1 question, found {asked}")
-        lines = _FILE.read_text(encoding="utf-8").splitlines()
         if asked > len(lines):
             raise UsageError(
                 f"{len(lines)} questions come with cfsp, found --answers {asked}; ask fewer, or "
