@@ -225,7 +225,7 @@ def evaluate(
     models: str | Path | Sequence[str | Path],
     data: Data = (),
     *,
-    windows: int | None = EvaluationText.windows,
+    windows: int | str | None = EvaluationText.windows,
     seqlen: int | None = EvaluationText.seqlen,
     bos: Bos = "auto",
     device: str = "auto",
@@ -240,7 +240,7 @@ def evaluate(
     Args:
         models: one or several directories, hub ids, .gguf files or `demo`.
         data: texts, as for `prune`.
-        windows: consecutive windows from the beginning of each text; None for all.
+        windows: consecutive windows from the beginning of each text; None or `all` for all.
         seqlen: tokens in a window, BOS included; None for 1024, or what all models can read if
             that is less.
         bos: whether windows begin with BOS: `yes`, `no`, or `auto`, as the tokenizer begins an
@@ -253,7 +253,8 @@ def evaluate(
             a .jsonl file; needs `against`.
     """
     compute = from_names(Compute, {}, device=device, dtype=dtype)
-    texts = EvaluationText(texts_of(data), windows, seqlen, bos=bos)
+    count: Any = None if windows == "all" else windows  # which refuses other words
+    texts = EvaluationText(texts_of(data), count, seqlen, bos=bos)
     if not texts.names and answers is None:
         raise UsageError(
             "there is no text to measure on; give one or several, such as wikitext2 or a .txt file"

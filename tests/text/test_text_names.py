@@ -185,6 +185,16 @@ def test_functions_take_a_text_itself(model, text_file):
         assert list(measured["perplexity"]) == [name]
 
 
+def test_all_windows_are_called_as_by_the_command(model, text_file):
+    (one,), (other,) = (
+        cfsp.evaluate(model, str(text_file), windows=all_of_them, seqlen=128)
+        for all_of_them in ("all", None)
+    )
+    assert one == other
+    with pytest.raises(UsageError, match="--windows must be a whole number, found 'many'"):
+        cfsp.evaluate("no-model", str(text_file), windows="many")
+
+
 def test_an_empty_list_of_texts_is_an_error(tmp_path):
     with pytest.raises(UsageError, match="no text to calibrate on; give one or several: wikitext2"):
         cfsp.prune("no-model", out=tmp_path / "out", sparsity=0.2, data=[])
