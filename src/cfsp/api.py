@@ -182,6 +182,8 @@ def calibrate(
     compute = from_names(Compute, advanced, device=device)
     settings = PruneSettings(budget, from_names(Criterion, advanced), text, compute)
     if tokenizer is not None:
+        if isinstance(model, str | Path):
+            raise UsageError("calibrating a path needs no tokenizer: it has its own")
         check_tokenizer(tokenizer)
     with _opened(model, budget) as source:
         if tokenizer is None:
