@@ -356,6 +356,8 @@ def test_too_few_minutes_are_refused_before_a_step(
         ({"rank_allocation": "error"}, "--rank-allocation must be one of uniform, importance"),
         ({"dtype": "float16"}, "found --dtype float16"),
         ({"device": "cuda:1"}, "found --device cuda:1; start it with CUDA_VISIBLE_DEVICES=1 and"),
+        ({"device": "xpu:1"}, "found --device xpu:1; start it with ZE_AFFINITY_MASK=1 and --dev"),
+        ({"device": "npu:1"}, "found --device npu:1; let it see that one alone and --device npu"),
         ({"teacher_weight": 2.0}, "--teacher-weight must be at least 0 and at most 1"),
     ],
 )

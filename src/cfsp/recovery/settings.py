@@ -172,7 +172,9 @@ class RecoverSettings:
             raise UsageError("recovery trains in float32 or bfloat16, found --dtype float16")
         kind, _, number = self.compute.device.partition(":")
         if number.strip("0"):
+            variable = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}.get(kind)
+            way = f"start it with {variable}={number}" if variable else "let it see that one alone"
             raise UsageError(
                 f"recovery trains on the first accelerator that it sees, found --device {kind}:"
-                f"{number}; start it with CUDA_VISIBLE_DEVICES={number} and --device {kind}"
+                f"{number}; {way} and --device {kind}"
             )
