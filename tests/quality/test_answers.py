@@ -147,6 +147,13 @@ def test_python_measures_them_too(models, monkeypatch):
     assert len(other["answers"]["documents"]) == 2
 
 
+def test_the_dense_model_alone_is_told_of_too(models, command):
+    said = command("eval", models[1], "--against", models[1], "--answers", COUNT).out
+    whole = command("eval", models[0], "--against", models[1], "--answers", COUNT).out
+    row = re.search(r"answers that end, percent +([\d.]+ ± [\d.]+)", whole)
+    assert row and f"answers that end: {row[1]}%; that repeat 4 tokens 4 times: " in said
+
+
 def test_loops_and_windows_are_counted():
     assert is_loop([5, 1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4])
     assert not is_loop([5, 1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3])

@@ -14,7 +14,7 @@ from typing import Any
 
 from cfsp.architecture.block_names import counted
 from cfsp.cli.options import Parser, add_compute, add_options, kind_of, settings_from
-from cfsp.cli.output import Told, print_table
+from cfsp.cli.output import Told, estimate, print_table
 from cfsp.errors import UsageError
 from cfsp.processes import joined, process_count, take_own_accelerator
 from cfsp.quality.tasks.selection import DEFAULT_BATCH, TaskSelection
@@ -196,7 +196,11 @@ def _print(found: dict[str, Any], args: argparse.Namespace) -> None:
     errors = "; standard errors of windows, documents and questions"
     print(f"{against}computed in {dtypes}{errors if compares or args.tasks else ''}")
     if args.answers:
-        print(f"answers: greedy, up to {models[0]['answers']['longest']} tokens")
+        asked = models[0]["answers"]
+        print(f"answers: greedy, up to {asked['longest']} tokens")
+        if not compares:  # the dense model alone, of which the table has none
+            ends, loops = (estimate(asked["summary"][x], 1, 100) for x in ("stops", "loops"))
+            print(f"answers that end: {ends}%; that repeat 4 tokens 4 times: {loops}%")
     if conditions := found.get("tasks"):
         versions = ", ".join(
             f"{task} {scores['version']} ({counted(scores['shots'] or 0, 'shots')})"
