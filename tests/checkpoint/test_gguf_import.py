@@ -2,9 +2,12 @@
 
 import json
 import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from transformers import (
 )
 
 import cfsp
-from builders import random_tokens
+from builders import entries, random_tokens
 from cfsp.checkpoint import gguf_import
 from cfsp.checkpoint.gguf_import import import_gguf
 from cfsp.checkpoint.gguf_rope import (
@@ -263,6 +266,21 @@ def test_where_there_is_no_room_another_place_is_asked_for(make_gguf, monkeypatc
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", fail)
     with pytest.raises(OutputError, match="set CFSP_CACHE to a directory that can be"):
         import_gguf(path)
+
+
+def test_a_file_is_converted_once_however_many_open_it(make_gguf, monkeypatch):
+    path, begun, real = make_gguf(1.0), [], gguf_import._convert
+
+    def convert(*given: Any) -> None:
+        begun.append(given)
+        time.sleep(0.2)  # the other one has come meanwhile
+        real(*given)
+
+    monkeypatch.setattr(gguf_import, "_convert", convert)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(import_gguf, (path, path))
+    assert first == second and len(begun) == 1
+    assert entries(first.parent) == {first.name}
 
 
 def test_a_variable_of_a_cache_that_is_empty_is_as_if_it_was_not_set(monkeypatch):

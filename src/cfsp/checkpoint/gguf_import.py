@@ -15,7 +15,12 @@ from transformers import AutoTokenizer, PreTrainedModel
 from cfsp.checkpoint.gguf_rope import restore_positions, restore_scales, restore_sizes
 from cfsp.checkpoint.gguf_tokenizer import BY_NAME, PRE_TOKENIZER_KEY, tokenizer_of
 from cfsp.checkpoint.llama_cpp import tokens_differ
-from cfsp.checkpoint.output import cannot_write, staged_directory
+from cfsp.checkpoint.output import (
+    cannot_write,
+    created_parents,
+    exclusive,
+    staged_directory,
+)
 from cfsp.checkpoint.own_files import sha256_of
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.checkpoint.turn_end import turn_end
@@ -33,6 +38,7 @@ _CONVERSION = 7
 # that was trained by itself has nothing of the embedding.
 _SAME_MATRIX = 0.2
 _ROWS = 4096  # that are compared
+_PATIENCE = 3600.0  # seconds for which another process that converts the same file is waited for
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 # Keys of configs that files do not have, and the tensors that tell.
@@ -54,10 +60,14 @@ def import_gguf(path: Path) -> Path:
             path.stat().st_size / 1e9,
         )
         try:
-            with staged_directory(target) as staging, library_progress():
-                _convert(path, reader, dtype, staging)
+            # Processes that torchrun starts open one file at once: the others wait for the first.
+            own = target.with_name(f"{target.name}.converting")
+            with created_parents(own), exclusive(own, _PATIENCE), library_progress():
+                if not (target / "config.json").is_file():
+                    with staged_directory(target) as staging:
+                        _convert(path, reader, dtype, staging)
         except OutputError as error:
-            # Another process may have converted the same file meanwhile.
+            # Another process may have converted it where there is no lock.
             if not (target / "config.json").is_file():
                 raise OutputError(
                     f"the converted model cannot be written to {target.parent}; set CFSP_CACHE to "

@@ -101,10 +101,11 @@ def created_parents(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def exclusive(directory: Path) -> Iterator[None]:
+def exclusive(directory: Path, patience: float = 0) -> Iterator[None]:
     """Keep other runs out of a directory; it is created, and removed if it is empty at the end.
 
-    The system gives the lock back when the process ends, however that happens.
+    The system gives the lock back when the process ends, however that happens. Another run is
+    waited for so many seconds.
     """
     # It lies beside the directory, so that an empty one stays one.
     own = directory.absolute()
@@ -112,7 +113,7 @@ def exclusive(directory: Path) -> Iterator[None]:
     try:
         _check_is_no_file(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        lock = _acquired(lock_file)
+        lock = _acquired(lock_file, patience)
     except Timeout as error:
         raise OutputError(
             f"another run is working in {directory}; wait for it, "
@@ -131,16 +132,16 @@ def exclusive(directory: Path) -> Iterator[None]:
         lock.release()
 
 
-def _acquired(lock_file: Path) -> BaseFileLock:
+def _acquired(lock_file: Path, patience: float) -> BaseFileLock:
     """Return the lock of a file, acquired; where the file system has none, by another file."""
-    lock: BaseFileLock = FileLock(lock_file, timeout=0)
+    lock: BaseFileLock = FileLock(lock_file, timeout=patience)
     try:
         lock.acquire()
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
         lock_file.unlink(missing_ok=True)  # it was to be locked, and nobody can
-        lock = SoftFileLock(lock_file.with_suffix(".soft.lock"), timeout=0)
+        lock = SoftFileLock(lock_file.with_suffix(".soft.lock"), timeout=patience)
         lock.acquire()
     return lock
 
