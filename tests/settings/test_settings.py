@@ -7,6 +7,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+import torch
 
 import cfsp
 from builders import statistics_with_distances
@@ -150,6 +151,14 @@ def test_a_text_is_read_as_on_a_command_line():
             cfsp.recover("no-model", out="out", **wrong)
     with pytest.raises(UsageError, match=r"--seqlen must be a whole number, found '64'"):
         cfsp.evaluate("no-model", "mixed", seqlen="64")  # type: ignore[arg-type]
+
+
+def test_what_is_torch_s_own_is_its_name():
+    found = Compute(torch.device("cuda", 1), torch.bfloat16)  # type: ignore[arg-type]
+    assert (found.device, found.dtype) == ("cuda:1", "bfloat16")
+    for wrong in (torch.float64, torch.tensor(1)):
+        with pytest.raises(UsageError, match="--dtype must be one of auto, float32"):
+            Compute(dtype=wrong)  # type: ignore[arg-type]
 
 
 def test_numbers_of_numpy_are_those_of_python():

@@ -125,7 +125,7 @@ def recover(
         CfspError: anything that a user can cause; no output is left behind.
     """
     started = time.monotonic() if started is None else started
-    take_own_accelerator(device)
+    take_own_accelerator(str(device))
     new = output_path(out)
     if teacher is not None:
         check_is_name(teacher)

@@ -90,6 +90,9 @@ def check_value(value: Any, known: Option) -> Any:
     Return it; a number of numpy's, say, as one of Python's own, which JSON has.
     """
     flag = known.typed
+    # By their names, because nothing here imports torch.
+    if type(value).__module__ == "torch" and type(value).__name__ in ("device", "dtype"):
+        value = str(value).removeprefix("torch.")
     if known.choices and value not in known.choices:
         raise UsageError(
             f"{flag} must be one of {', '.join(known.choices)}, found {value!r}"
