@@ -96,8 +96,10 @@ def test_it_asks_the_dense_model_once_and_compares_with_it(
     arguments = [
         "sweep", model, "--sparsity", "25%", "50%", "--multiple", 4, "--data", text_file,
         "--samples", 8, "--seqlen", 32, "--eval", text_file, "--windows", 2, "--tasks", "piqa",
-        "--limit", 4, "--task-data", tmp_path, "--answers", 2, "--out", out,
+        "--limit", 4, "--task-data", tmp_path, "--answers", tmp_path / "chats.jsonl", "--out", out,
     ]  # fmt: skip
+    turns = [[{"role": "user", "content": f"river {number}"}] for number in range(2)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": x}) for x in turns))
     streamed = noted(evaluate, "streamed_sums", lambda *given, **_: given[-1])
     answering = noted(evaluate, "answers_of", lambda *given: given[-1])
     reading = noted(TaskRunner, "read_data", lambda _runner: None)

@@ -55,8 +55,13 @@ def add_options_to(parser: Parser) -> None:
         "--bos", default="auto", choices=BOS, help="as `cfsp prune --help-all` says (default: auto)"
     )
     _add_tasks(parser)
-    answers = parser.add_argument_group("answers in the chat template, beside the dense model's")
-    answers.add_argument(
+    add_answers(parser.add_argument_group("answers in the chat template, beside the dense model's"))
+    add_compute(parser)
+
+
+def add_answers(group: Any) -> None:
+    """Add the questions that models are asked to a group of a parser."""
+    group.add_argument(
         "--answers",
         nargs="?",
         type=_asked,
@@ -65,7 +70,6 @@ def add_options_to(parser: Parser) -> None:
         help=f"ask the first N of {DEFAULT_QUESTIONS} questions of ten kinds that come with cfsp "
         "(default: all), or what the user says first in each chat of a .jsonl file",
     )
-    add_compute(parser)
 
 
 def _add_tasks(parser: Parser) -> None:

@@ -10,6 +10,7 @@ import shlex
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from cfsp.cli.evaluate import add_answers
 from cfsp.cli.options import (
     Parser,
     add_advanced,
@@ -53,9 +54,7 @@ def add_options_to(parser: Parser) -> None:
     add_options(parser, parser, CalibrationText)
     measured = parser.add_argument_group("measuring")
     add_options(parser, measured, EvaluationText)
-    measured.add_argument(
-        "--answers", type=int, metavar="N", help="ask N questions, beside the dense model, as eval"
-    )
+    add_answers(measured)
     measured.add_argument(
         "--tasks",
         type=kind_of(names_in),

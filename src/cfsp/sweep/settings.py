@@ -85,7 +85,7 @@ class SweepSettings:
     seed: int = CalibrationText.seed
     bos: Bos = CalibrationText.bos
     windows: int | None = EvaluationText.windows
-    answers: int | None = None  # questions to ask all models
+    answers: int | str | None = None  # questions to ask all models, or a file of chats
     tasks: Sequence[str] = ()
     limit: int | None = None  # documents of each task
     task_data: str | None = None
