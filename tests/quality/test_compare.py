@@ -193,11 +193,13 @@ def test_the_dense_model_may_be_named_as_a_file_is(write, tmp_path, command):
     assert f"against {weights};" in printed.out
 
 
-def test_the_first_model_of_the_dense_file_is_the_dense_one(write, command):
+def test_the_first_model_of_the_dense_file_is_the_dense_one(write, command, monkeypatch):
     """Also where another file has it as well, and its own file has others."""
     everything = write("all.json", model("dense", 0), model("a", 1))
     own = write("own.json", model("dense", 0), model("b", 2))
     assert "\nagainst dense; " in command("compare", everything, "--against", own).out
+    monkeypatch.setenv("HOME", str(own.parent))  # as a shell leaves it in --against=~/own.json
+    assert "\nagainst dense; " in command("compare", everything, "--against=~/own.json").out
 
 
 def test_what_is_printed(write, command):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.architecture.block_names import counted
-from cfsp.checkpoint.locating import exists
+from cfsp.checkpoint.locating import exists, path_of
 from cfsp.cli.options import Parser
 from cfsp.cli.output import Told, estimate, print_table
 from cfsp.errors import UsageError
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> Told:
     measured = [each for file in args.files for each in models_in(file)]
     # The name of a dense model may be that of a file, too: a GGUF.
     is_named = any(each.name == args.against for each in measured)
-    file = Path(args.against or "")
+    file = path_of(args.against or "")
     of_file = models_in(file) if not is_named and exists(file) and file.is_file() else []
     with refusing_damage([*args.files, *([file] if of_file else [])]):
         models = joined_models([*measured, *of_file])
