@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import cfsp
 from builders import edit_json, edit_tensors, plan_without
-from cfsp.checkpoint.config_file import read_plain_fields
+from cfsp.checkpoint.config_file import read_config, read_plain_fields
 from cfsp.checkpoint.locating import locate_model, open_checkpoint
 from cfsp.checkpoint.reading import (
     Checkpoint,
@@ -237,9 +237,30 @@ def test_code_beside_a_model_whose_classes_transformers_has_is_left_out(copied, 
     assert not hasattr(Checkpoint(copied).config, "auto_map")
     assert "auto_map" not in read_plain_fields(copied)
     assert "it is not run, and transformers' own llama class of the same name is" in caplog.text
-    for auto in (*stock, "AutoModelForNothing"):
-        edit_config(copied, auto_map={**stock, auto: "modeling_x.BidirectionalLlamaModel"})
+    others = {auto: "modeling_x.BidirectionalLlamaModel" for auto in (*stock, "AutoModelForNone")}
+    for auto in others.keys() - {"AutoModel"}:
+        edit_config(copied, auto_map={**stock, auto: others[auto]})
         assert "brings its own modelling code" in refused(copied)
+    edit_config(copied, auto_map={"AutoModel": others["AutoModel"]})
+    assert "brings its own modelling code" in refused(copied)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "named"),
+    [
+        ("nemotron_h", ["NemotronHConfig", "NemotronHForCausalLM", "NemotronHForCausalLM"]),
+        ("ernie4_5_moe", ["Ernie4_5_MoeConfig", "Ernie4_5_Model", "Ernie4_5_MoeForCausalLM"]),
+        ("phimoe", ["PhiMoEConfig", "PhiMoEModel", "PhiMoEForCausalLM"]),
+        ("kimi_k25", ["KimiK25Config", *2 * ["KimiK25ForConditionalGeneration"]]),
+    ],
+)
+def test_published_code_may_spell_its_classes_in_another_way(model_type, named, tmp_path):
+    """As of Nemotron 3 Nano, ERNIE 4.5, Phi-3.5-MoE and Kimi-K2.5."""
+    autos = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
+    code = {auto: f"modeling_x.{name}" for auto, name in zip(autos, named, strict=True)}
+    fields = {"model_type": model_type, "auto_map": code}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert read_config(tmp_path)[0].model_type == model_type
 
 
 def test_a_mixture_may_say_that_it_has_no_shared_expert_by_its_width(tiny_checkpoint, tmp_path):
