@@ -95,6 +95,18 @@ def test_an_older_key_that_other_software_reads_says_what_todays_says(tmp_path):
     assert (fields["hybrid_override_pattern"], fields["num_hidden_layers"]) == ("E*-", 3)
 
 
+def test_kinds_of_blocks_are_called_as_they_were(tmp_path):
+    """Granite 4 was published with names that mlx-lm and llama.cpp read, and no others."""
+    kinds = ["mamba", "attention", "mamba"]
+    config = tiny_config("granitemoehybrid", layer_types=kinds)
+    widths = architecture_of(config).without_blocks((0,)).widths
+    fields, found = written_and_read(
+        config, widths, tmp_path, lambda fields: fields.update(layer_types=kinds), (0,)
+    )
+    assert fields["layer_types"] == kinds[1:]
+    assert found.layer_types == ["full_attention", "linear_attention"]
+
+
 def test_an_older_list_of_blocks_is_read_as_it_was(tmp_path):
     """Step 3.7 was published with a base of rotary embeddings for each block."""
     kinds = ["full_attention", "sliding_attention", "full_attention"]

@@ -237,7 +237,7 @@ def test_code_beside_a_model_whose_classes_transformers_has_is_left_out(copied, 
     assert not hasattr(Checkpoint(copied).config, "auto_map")
     assert "auto_map" not in read_plain_fields(copied)
     assert "it is not run, and transformers' own llama class of the same name is" in caplog.text
-    others = {auto: "modeling_x.BidirectionalLlamaModel" for auto in (*stock, "AutoModelForNone")}
+    others = dict.fromkeys((*stock, "AutoModelForNone"), "modeling_x.BidirectionalLlamaModel")
     for auto in others.keys() - {"AutoModel"}:
         edit_config(copied, auto_map={**stock, auto: others[auto]})
         assert "brings its own modelling code" in refused(copied)

@@ -64,10 +64,13 @@ class ConfigChanges:
                 text_fields[name] = json.loads(config.to_json_string(use_diff=False))
             text_fields = text_fields[name]
         # What a class calls a key now may stand there under an older name, and both under one.
-        names = text_config_of(source.config).attribute_map
+        before = text_config_of(source.config)
+        names = before.attribute_map
         for key, value in self.text.items():
-            given = {key, *(old for old, new in names.items() if new == key)} & text_fields.keys()
-            text_fields.update(dict.fromkeys(sorted(given) or [key], value))
+            every = {key, *(old for old, new in names.items() if new == key)}
+            old = getattr(before, key, None)
+            for name in sorted(every & text_fields.keys()) or [key]:
+                text_fields[name] = _spelt_as(text_fields.get(name), old, value)
         _drop_older_keys(source.config, fields, text_fields, self.text)
         _say_what_stays(source.config, fields, text_fields, self.text)
         # The order of what stays is that of the source.
@@ -77,6 +80,19 @@ class ConfigChanges:
         (target / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         if self.file is not None:
             (target / MODELING_FILE).write_text(self.file.text, encoding="utf-8")
+
+
+def _spelt_as(given: Any, old: Any, value: Any) -> Any:
+    """Return the words of a list as a file has them, which other software may know alone.
+
+    Granite 4 was published with blocks of `mamba`, which transformers reads as `linear_attention`.
+    """
+    if not (isinstance(given, list) and isinstance(value, list)) or given == old:
+        return value
+    if not all(isinstance(word, str) for word in (*given, *value)) or len(given) != len(old or ()):
+        return value
+    word_of = dict(zip(old, given, strict=True))
+    return [word_of.get(word, word) for word in value]
 
 
 def _drop_older_keys(
