@@ -62,8 +62,10 @@ def test_a_decoder_that_stands_at_the_top_of_a_config_stays_as_it_is(name, width
     config = tiny_config(name)
     own = config.get_text_config(decoder=True)
     own.rms_norm_eps = 0.003  # no class has it from the start
-    _, found = written_and_read(config, widths, tmp_path, flatten)
+    fields, found = written_and_read(config, widths, tmp_path, flatten)
     assert architecture_of(found).widths == widths
+    # mlx-vlm reads what stands at the top, whatever the config inside says.
+    assert fields["intermediate_size"] == (64 if len({*widths}) == 1 else own.intermediate_size)
     text, expected = found.get_text_config(decoder=True).to_dict(), own.to_dict()
     differ = {key for key in expected if text[key] != expected[key]}
     assert differ <= {"intermediate_size", "architectures", "dtype"}
