@@ -109,6 +109,16 @@ def test_kinds_of_blocks_are_called_as_they_were(tmp_path):
     assert found.layer_types == ["full_attention", "linear_attention"]
 
 
+def test_a_table_of_more_than_ten_blocks_is_renumbered(tmp_path):
+    """As of Gemma 4, whose blocks of full attention have other heads, by keys such as `05`."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    sizes = {"num_hidden_layers": 12, "hidden_size_per_layer_input": 0}
+    config = tiny_config("gemma4_text", layer_types=4 * kinds, **sizes)
+    widths = architecture_of(config).without_blocks((3,)).widths
+    fields, _ = written_and_read(config, widths, tmp_path, removed=(3,))
+    assert list(fields["per_layer_config"]) == ["02", "04", "07", "10"]
+
+
 def test_an_older_list_of_blocks_is_read_as_it_was(tmp_path):
     """Step 3.7 was published with a base of rotary embeddings for each block."""
     kinds = ["full_attention", "sliding_attention", "full_attention"]

@@ -372,9 +372,16 @@ def _renumbered(
         elif isinstance(value, dict) and value and _OF_BLOCKS.search(name):
             if all(str(key).isdecimal() and int(key) < count for key in value):
                 staying = {key: entry for key, entry in value.items() if int(key) in index_of}
-                yield name, {type(k)(index_of[int(k)]): entry for k, entry in staying.items()}
+                yield name, {_key(k, index_of[int(k)], kept, count): e for k, e in staying.items()}
         elif isinstance(value, str) and len(value) == count and "pattern" in name:
             yield name, "".join(value[block] for block in kept)
+
+
+def _key(old: Any, index: int, kept: Sequence[int], count: int) -> Any:
+    """Return the key of a block in a table, with zeros in front where all keys are as long."""
+    if isinstance(old, str) and len(old) == len(str(count - 1)):
+        return str(index).zfill(len(str(len(kept) - 1)))
+    return type(old)(index)
 
 
 def _are_blocks(value: Sequence[Any], count: int) -> bool:
