@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import cfsp
 from builders import edit_json, edit_tensors, plan_without
+from cfsp.architecture.model_classes import build_model
 from cfsp.checkpoint.config_file import read_config, read_plain_fields
 from cfsp.checkpoint.locating import locate_model, open_checkpoint
 from cfsp.checkpoint.reading import (
@@ -243,6 +244,20 @@ def test_code_beside_a_model_whose_classes_transformers_has_is_left_out(copied, 
         assert "brings its own modelling code" in refused(copied)
     edit_config(copied, auto_map={"AutoModel": others["AutoModel"]})
     assert "brings its own modelling code" in refused(copied)
+
+
+def test_a_library_that_a_class_lacks_is_to_be_installed():
+    """As Gemma 3n's, whose vision tower is of timm: its config has nothing to correct."""
+
+    class OfTimm:
+        @staticmethod
+        def _from_config(*_: object, **__: object) -> None:
+            raise ImportError("OfTimm requires the timm library")
+
+    with pytest.raises(
+        CheckpointError, match=r"requires the timm library\); install what it needs"
+    ):
+        build_model(OfTimm, LlamaConfig(), torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,11 @@ def build_model(model_class: Any, config: PreTrainedConfig, dtype: torch.dtype) 
     try:
         model: PreTrainedModel = model_class._from_config(copy.deepcopy(config), dtype=dtype)
     except Exception as error:  # whatever a config's numbers and names make transformers do
+        lacks = isinstance(error, ImportError)
         raise CheckpointError(
             f"no {config.model_type} model can be built from the numbers and names in config.json "
-            f"({first_line(error)}); correct it or download it again"
+            f"({first_line(error)}); "
+            f"{'install what it needs' if lacks else 'correct it or download it again'}"
         ) from error
     return model
 
