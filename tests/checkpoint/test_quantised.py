@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, LlamaConfig, Mxfp4Config
 
 import cfsp
 from builders import changed, edit_json, read_json
@@ -157,6 +157,7 @@ INT8: dict[str, Any] = {"num_bits": 8, "type": "int"}
         ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq"),
         ({"quant_method": "awq", "bits": 4, "version": "gemm"}, "awq"),
         ({"load_in_4bit": False, "load_in_8bit": True}, "load_in_8bit"),
+        ({"quant_algo": "FP8", "producer": {"name": "modelopt"}}, "modelopt"),
         ("int8", "int8"),
         ({"quant_method": {}}, "{}"),
         (compressed(format="pack-quantized"), "compressed-tensors, pack-quantized"),
@@ -185,6 +186,14 @@ def test_what_mlx_quantised_is_refused():
     for keys in (["quantization"], ["quantization", "quantization_config"]):
         with pytest.raises(CheckpointError, match=r"quantised \(a way that it .*, as MLX\), which"):
             quantisation_in(dict.fromkeys(keys, given), "the model")
+
+
+def test_what_modelopt_quantised_is_refused_whatever_its_config_says(tmp_path):
+    """As nvidia/Llama-3.1-8B-Instruct-FP8, whose config.json is that of the plain model."""
+    LlamaConfig().save_pretrained(tmp_path)
+    (tmp_path / "hf_quant_config.json").write_text('{"producer": {"name": "modelopt"}}')
+    with pytest.raises(CheckpointError, match=r"quantised \(modelopt\), which cfsp cannot undo"):
+        read_config(tmp_path)
 
 
 UP, QUERIES = "model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"

@@ -55,6 +55,8 @@ _OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuest
 _CORRECT = "correct it or download it again"
 # What PEFT writes, and transformers adds to any weights that lie beside it.
 _ADAPTER = "adapter_config.json"
+# What ModelOpt writes, for a long time without a word in config.json.
+_MODELOPT = "hf_quant_config.json"
 
 
 def read_config(directory: Path) -> tuple[PreTrainedConfig, Quantisation | None]:
@@ -96,6 +98,8 @@ def read_config(directory: Path) -> tuple[PreTrainedConfig, Quantisation | None]
             f"which cfsp reads as {SINGLE_FILE} or by {INDEX_FILE}: rename the file and remove "
             "the key"
         )
+    if (directory / _MODELOPT).is_file():
+        fields = {"quantization_config": {"quant_method": "modelopt"}, **fields}
     quantisation = quantisation_in(fields, str(directory))
     try:
         # Our own modelling file replaces only the model class: the stock config class fits.

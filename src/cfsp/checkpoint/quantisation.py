@@ -225,9 +225,10 @@ def quantisation_in(fields: Mapping[str, Any], label: str) -> Quantisation | Non
     if not found:
         return None
     described = found[0] if isinstance(found[0], dict) else {"quant_method": found[0]}
-    # Old configs of bitsandbytes name no method.
+    # Old configs of bitsandbytes name no method, and those of ModelOpt who it was.
     of_bits = next((k for k, v in described.items() if k.startswith("load_in_") and v), None)
-    method = str(described.get("quant_method", of_bits or "a way that it does not name, as MLX"))
+    named = of_bits or _dict(described.get("producer")).get("name")
+    method = str(described.get("quant_method", named or "a way that it does not name, as MLX"))
     try:
         if method not in _METHODS:
             raise _NotUndoneError(method)
