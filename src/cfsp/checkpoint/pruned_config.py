@@ -68,7 +68,7 @@ class ConfigChanges:
         names = before.attribute_map
         for key, value in self.text.items():
             every = {key, *(old for old, new in names.items() if new == key)}
-            old = getattr(before, key, None)
+            old = vars(before).get(key)  # transformers refuses to give what blocks have apart
             for name in sorted(every & text_fields.keys()) or [key]:
                 text_fields[name] = _spelt_as(text_fields.get(name), old, value)
             # Other software reads a copy at the top, of which the class knows nothing.

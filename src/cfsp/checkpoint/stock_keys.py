@@ -261,10 +261,7 @@ def with_same_changes(
 
 
 def warn_of_rhythm(config: PreTrainedConfig, removed: Collection[int], count: int) -> None:
-    """Warn where blocks that stay alternate otherwise than the first of the dense model.
-
-    Other software has the rhythm of some families built in, and does not read the lists.
-    """
+    """Warn where blocks that stay alternate otherwise than the first of the dense model."""
     fields = text_config_of(config).to_dict()
     kept = [block for block in range(count) if block not in removed]
     if broken := [
