@@ -367,24 +367,24 @@ def test_best_effort_without_room_is_not_trained(
     assert "no repair and no training, because training beside" in caplog.text
 
 
-@pytest.mark.parametrize(("at_first", "later"), [("", "too little"), ("too little", "")])
+@pytest.mark.parametrize(
+    ("at_first", "killed_at", "later", "left"),
+    [
+        # As soon as it has pruned: its work directory is still there.
+        ("", "cfsp.streaming.work_dir._remove", "too little", {"out", "out-pruned"}),
+        ("too little", "cfsp.pipeline._write_checkpoint", "", {"out"}),
+    ],
+)
 def test_best_effort_goes_on_as_memory_had_decided(
-    model, few, tmp_path, monkeypatch, at_first, later
+    model, few, text_file, tmp_path, monkeypatch, at_first, killed_at, later, left
 ):
     """Free memory is another one later: what was begun to train is trained, and nothing else."""
-    asked: Any = {"sparsity": 0.5, "multiple": 4, "effort": "best", "out": tmp_path / "out", **few}
+    text = cfsp.Text("some", text_file.read_text()[:20_000])
+    asked: Any = {"sparsity": 0.5, "multiple": 4, "effort": "best", "out": tmp_path / "out"}
+    asked |= few | {"data": text}
     monkeypatch.setattr("cfsp.prune_and_recover.lack_of_memory", lambda *_: at_first)
-    place = "cfsp.pipeline._write_checkpoint" if at_first else "cfsp.recovery.recover.merge"
-    stopped_at(place, cfsp.prune, model, **asked)
+    stopped_at(killed_at, cfsp.prune, model, **asked)
     monkeypatch.setattr("cfsp.prune_and_recover.lack_of_memory", lambda *_: later)
     cfsp.prune(model, **asked)
     assert ("recovery" in (read_manifest(tmp_path / "out") or {})) == bool(later)
-    assert not (tmp_path / "out.work").exists()
-
-
-def test_best_effort_goes_on_after_a_kill_as_soon_as_it_has_pruned(model, few, tmp_path):
-    asked: Any = {"sparsity": 0.5, "multiple": 4, "effort": "best", "out": tmp_path / "out", **few}
-    stopped_at("cfsp.streaming.work_dir._remove", cfsp.prune, model, **asked)
-    assert (tmp_path / "out-pruned.work").exists()
-    cfsp.prune(model, **asked)
-    assert entries(tmp_path) == {"out", "out-pruned"}
+    assert entries(tmp_path) == left
