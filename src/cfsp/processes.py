@@ -53,13 +53,12 @@ def process_count() -> int:
     return _told("WORLD_SIZE", 1)
 
 
-def check_is_alone(command: str) -> None:
+def check_is_alone(
+    what: str, instead: str = "start it without torchrun, or unset WORLD_SIZE"
+) -> None:
     """Refuse what one process does under torchrun, where each would do all of it at once."""
     if process_count() > 1:
-        raise UsageError(
-            f"cfsp {command} runs in one process, found {process_count()}; start it without "
-            "torchrun, or unset WORLD_SIZE"
-        )
+        raise UsageError(f"{what} runs in one process, found {process_count()}; {instead}")
 
 
 def processes_on_machine() -> int:

@@ -30,7 +30,7 @@ def add_options_to(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> Told:
-    check_is_alone("bench")
+    check_is_alone("cfsp bench")
     from cfsp.speed.bench import bench
 
     known = (*options_of(Workload), *options_of(TimingConditions))

@@ -36,7 +36,7 @@ def add_options_to(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> Told:
     """Prune, evaluate and time, in a few minutes on two cores and without a hub."""
-    check_is_alone("demo")
+    check_is_alone("cfsp demo")
     # Nine windows of each kind, short ones: so it takes minutes on a busy machine, too.
     text = CalibrationText(samples=81, seqlen=128)
     evaluation = EvaluationText(("mixed", "python-docs"), windows=9, seqlen=256)

@@ -16,7 +16,7 @@ from cfsp.architecture.block_names import counted
 from cfsp.cli.options import Parser, add_compute, add_options, kind_of, settings_from
 from cfsp.cli.output import Told, estimate, print_table
 from cfsp.errors import UsageError
-from cfsp.processes import joined, process_count, take_own_accelerator
+from cfsp.processes import check_is_alone, joined, take_own_accelerator
 from cfsp.quality.tasks.selection import DEFAULT_BATCH, TaskSelection
 from cfsp.settings import BOS, DEFAULT_QUESTIONS, Compute, EvaluationText, names_in
 from cfsp.text.sources import check_texts
@@ -99,12 +99,9 @@ def run(args: argparse.Namespace) -> Told:
     for name in ("limit", "shots", "task_data"):
         if getattr(args, name) is not None and not args.tasks:
             raise UsageError(f"--{name.replace('_', '-')} is about tasks; add --tasks")
-    if (args.tasks or args.answers) and process_count() > 1:
+    if args.tasks or args.answers:
         alone = "--tasks" if args.tasks else "--answers"
-        raise UsageError(
-            f"{alone} runs in one process, found {process_count()}; leave it out, or evaluate "
-            "without torchrun"
-        )
+        check_is_alone(alone, "leave it out, or evaluate without torchrun")
     check_texts(evaluation=args.data)
     selection = None
     if args.tasks:

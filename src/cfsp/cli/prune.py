@@ -6,7 +6,6 @@ cfsp prune meta-llama/Llama-3.2-1B --sparsity 0.2 --data wikitext2 --data c4 --o
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from cfsp.cli import recover
 from cfsp.cli.options import Parser, add_advanced, add_model, add_options, typed, typed_command
 from cfsp.cli.output import Told, human_bytes, human_count, print_facts, print_goal, print_plan
 from cfsp.errors import UsageError
-from cfsp.processes import joined, process_count, take_own_accelerator
+from cfsp.processes import check_is_alone, joined, take_own_accelerator
 from cfsp.settings import (
     BEST_EFFORT,
     COUNTED,
@@ -86,12 +85,9 @@ def _settings(args: argparse.Namespace) -> PruneSettings:
     how_much, is_bound = asked(given), args.max_loss_increase is not None
     if args.out is None and not args.estimate:
         raise UsageError("expected --out, the directory to write into, found none")
-    if process_count() > 1:
-        _refuse(
-            {"--estimate": args.estimate, "--max-loss-increase": is_bound},
-            f"{{}} runs in one process, found {process_count()}; leave it out, or prune without "
-            "torchrun",
-        )
+    for flag, asks in {"--estimate": args.estimate, "--max-loss-increase": is_bound}.items():
+        if asks:
+            check_is_alone(flag, "leave it out, or prune without torchrun")
     if plan and args.statistics:
         raise UsageError("--plan and --statistics exclude each other: a plan is made already")
     chosen = [flag for of in (*GOALS, Budget, Criterion) for flag in given_of(of, given).values()]
@@ -113,14 +109,9 @@ def _settings(args: argparse.Namespace) -> PruneSettings:
             "--statistics": args.statistics,
             **dict.fromkeys(how_much[:1] if settings.goal else (), True),
         }
-        _refuse(unknown, "--estimate does not know what {} takes; leave one of them out")
+        for option in [option for option, is_given in unknown.items() if is_given]:
+            raise UsageError(f"--estimate does not know what {option} takes; leave one of them out")
     return settings
-
-
-def _refuse(options: Mapping[str, Any], why: str) -> None:
-    """Refuse the first of some options that was given, with a sentence that has a place for it."""
-    for option in [option for option, is_given in options.items() if is_given]:
-        raise UsageError(why.format(option))
 
 
 def run(args: argparse.Namespace) -> Told:

@@ -67,7 +67,7 @@ def add_options_to(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> Told:
-    check_is_alone("sweep")
+    check_is_alone("cfsp sweep")
     names = {field.name for field in fields(SweepSettings)}
     settings = SweepSettings(**{key: each for key, each in typed(args).items() if key in names})
     check_texts(settings.data, settings.eval)
