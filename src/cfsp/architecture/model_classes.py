@@ -49,6 +49,14 @@ def with_values(config: PreTrainedConfig, values: Mapping[str, Any]) -> PreTrain
     return changed
 
 
+def identity_of(config: PreTrainedConfig) -> tuple[object, ...]:
+    """Return what is the same of configs that build the same model: for what is kept of one.
+
+    By the classes themselves: who works on one in a notebook defines it again by the same name.
+    """
+    return model_class_of(config), type(config), config.to_json_string(use_diff=False)
+
+
 def registered_classes(auto: str, config_class: type[PreTrainedConfig]) -> list[Any]:
     """Return what an Auto class has for a class of configs, that which it builds first."""
     found = getattr(transformers, auto)._model_mapping.get(config_class, ())

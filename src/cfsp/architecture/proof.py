@@ -36,7 +36,7 @@ from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.expert_proof import with_experts
 from cfsp.architecture.ffns import is_bias_of
 from cfsp.architecture.found import Architecture, Refusal, Unit
-from cfsp.architecture.model_classes import empty_stock_model, model_class_of
+from cfsp.architecture.model_classes import empty_stock_model, identity_of
 from cfsp.architecture.small_run import (
     FailedCheckError,
     SmallRun,
@@ -120,7 +120,7 @@ _small_runs: dict[Any, SmallRun] = {}
 
 def small_run_of(stock: PreTrainedConfig) -> SmallRun:
     """Return a small model of a stock config that ran once; the last one is kept."""
-    key = model_class_of(stock), type(stock), stock.to_json_string(use_diff=False)
+    key = identity_of(stock)
     if key not in _small_runs:
         _small_runs.clear()
         architecture, _ = _guess(stock, "ffn")

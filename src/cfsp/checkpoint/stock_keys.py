@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from cfsp.architecture.block_names import blocks_in_words
 from cfsp.architecture.discovery import find_architecture
 from cfsp.architecture.found import Architecture, Unit
-from cfsp.architecture.model_classes import empty_stock_model, model_class_of, with_values
+from cfsp.architecture.model_classes import empty_stock_model, identity_of, with_values
 from cfsp.architecture.proof import may_matter, small_run_of
 from cfsp.architecture.small_run import check_same, small_skeleton
 from cfsp.checkpoint.text_config import text_config_of
@@ -67,8 +67,7 @@ class WidthSearch:
         self._architecture = architecture
         self._widths = _widths_by_path(empty_stock_model(stock), architecture)
         places = [(unit.block, unit.path) for unit in architecture.units]
-        classes = model_class_of(stock), type(stock)
-        asked = *classes, str(places), stock.to_json_string(use_diff=False)
+        asked = *identity_of(stock), str(places)
         if asked not in _found:
             _found[asked] = {
                 key: times
