@@ -77,14 +77,15 @@ def test_a_card_quotes_foreign_text_as_code(run):
 # Two runs, one output.
 
 
-def test_one_run_at_a_time_in_a_directory(tmp_path):
-    with exclusive(tmp_path / "place"):
-        with (
-            pytest.raises(OutputError, match=r"working in .*place; wait for it, or choose another"),
-            exclusive(tmp_path / "place"),
-        ):
+def check_keeps_others_out(directory: Path, said: str) -> None:
+    with exclusive(directory):
+        with pytest.raises(OutputError, match=said), exclusive(directory):
             pass
-        assert (tmp_path / "place").is_dir()
+        assert directory.is_dir()
+
+
+def test_one_run_at_a_time_in_a_directory(tmp_path):
+    check_keeps_others_out(tmp_path / "place", "working in .*place; wait for it, or choose another")
     with exclusive(tmp_path / "place"):
         pass
     assert not (tmp_path / "place").exists()
@@ -112,13 +113,7 @@ def test_where_the_file_system_has_no_locks_a_file_is_one(number, tmp_path, monk
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("fcntl.flock", flock)
-    with exclusive(tmp_path / "place"):
-        with (
-            pytest.raises(OutputError, match=r"another run is working in .*place; wait for it"),
-            exclusive(tmp_path / "place"),
-        ):
-            pass
-        assert (tmp_path / "place").is_dir()
+    check_keeps_others_out(tmp_path / "place", "another run is working in .*place; wait for it")
     assert entries(tmp_path) == set()
 
 

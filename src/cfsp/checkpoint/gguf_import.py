@@ -23,7 +23,7 @@ from cfsp.checkpoint.output import (
 )
 from cfsp.checkpoint.own_files import sha256_of
 from cfsp.checkpoint.text_config import text_config_of
-from cfsp.checkpoint.turn_end import turn_end
+from cfsp.checkpoint.turn_end import ends_in, turn_end
 from cfsp.errors import CheckpointError, MissingExtraError, OutputError, first_line
 from cfsp.progress import library_progress
 
@@ -167,10 +167,10 @@ def _convert(path: Path, reader: GGUFReader, dtype: torch.dtype, target: Path) -
 
 def _ends(model: PreTrainedModel, tokenizer: Any, reader: GGUFReader) -> int | list[int] | None:
     """Return what ends an answer; transformers takes the end of a text from a file alone."""
-    own: Any = model.config.eos_token_id
+    ends = ends_in(model.config)
     fields = (reader.get_field(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom"))
     said = {field.contents() for field in fields if field is not None} | turn_end(tokenizer)
-    ends = {*(own if isinstance(own, list) else [own])} - {None}
+    own: int | list[int] | None = model.config.eos_token_id
     return own if said <= ends else sorted(ends | said)
 
 

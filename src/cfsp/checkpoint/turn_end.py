@@ -11,6 +11,12 @@ from typing import Any
 _SAID = "river"
 
 
+def ends_in(config: Any) -> set[int]:
+    """Return the tokens that a config, or one of generation, names as an end: none to several."""
+    named = getattr(config, "eos_token_id", None)
+    return {*(named if isinstance(named, list) else [named])} - {None}
+
+
 def turn_end(tokenizer: Any) -> set[int]:
     """Return the token, if the template ends an answer with one that is no text."""
     turns = [{"role": role, "content": _SAID} for role in ("user", "assistant")]

@@ -26,7 +26,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from cfsp.calibration.calibrate import check_tokens
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import longest_input_of
-from cfsp.checkpoint.turn_end import turn_end
+from cfsp.checkpoint.turn_end import ends_in, turn_end
 from cfsp.errors import TextError, UsageError
 from cfsp.progress import item_progress
 from cfsp.quality.paired import as_json, per_count
@@ -149,9 +149,9 @@ class _Answering:
         prompts: Sequence[list[int]],
     ) -> None:
         self._model, self._tokenizer = text_model(whole), tokenizer
-        own = getattr(whole.generation_config, "eos_token_id", None)
-        ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
-        self._ends = sorted(ends | turn_end(tokenizer))
+        # A tokenizer names one, as a config does.
+        ends = ends_in(whole.generation_config) | ends_in(tokenizer) | turn_end(tokenizer)
+        self._ends = sorted(ends)
         self._pad = self._ends[0] if self._ends else 0
         # What a call leaves open is the model's own, such as its penalty of repetition.
         self._model.generation_config = GenerationConfig(
