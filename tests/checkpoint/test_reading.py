@@ -228,6 +228,9 @@ def test_damage_is_named(copied, damage, said):
 
 def test_code_beside_a_model_whose_classes_transformers_has_is_left_out(copied, caplog):
     """As of Phi-3, Phi-4-mini, DeepSeek-V3 and Falcon, which had code before transformers did."""
+    edit_config(copied, auto_map={"AutoTokenizer": ["x.X", None]})
+    assert not hasattr(Checkpoint(copied).config, "auto_map")
+    assert not caplog.text  # a tokenizer's is no modelling code
     with_foreign_code(copied)
     stock = {
         "AutoConfig": "configuration_x.LlamaConfig",

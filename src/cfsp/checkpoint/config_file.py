@@ -150,14 +150,17 @@ def _check_code(directory: Path, fields: dict[str, Any]) -> None:
     named, model_type = fields.get("auto_map"), fields["model_type"]
     if _is_ours(named):
         return
-    places = named if isinstance(named, dict) else {"AutoConfig": None}
+    found = named if isinstance(named, dict) else {"AutoConfig": None}
+    # Not a tokenizer's, which has its own rule.
+    places = {key: at for key, at in found.items() if key.startswith(("AutoConfig", "AutoModel"))}
     # Some name another class there than they have, and no language model is built by it.
     if any(name.startswith("AutoModelFor") for name in places):
-        places = {name: place for name, place in places.items() if name != "AutoModel"}
+        places.pop("AutoModel", None)
+    if not places:
+        return
     if not all(
         _folded(str(place).rpartition(".")[2]) in _stock_names(name, CONFIG_MAPPING[model_type])
         for name, place in places.items()
-        if name.startswith(("AutoConfig", "AutoModel"))
     ):
         raise CheckpointError(
             f"{directory} brings its own modelling code, which may compute something else than the "

@@ -88,6 +88,11 @@ def _settings(args: argparse.Namespace) -> PruneSettings:
     for flag, asks in {"--estimate": args.estimate, "--max-loss-increase": is_bound}.items():
         if asks:
             check_is_alone(flag, "leave it out, or prune without torchrun")
+    if args.dry_run and args.eval:
+        raise UsageError(
+            "--dry-run and --eval exclude each other: only a plan is written, of which nothing can "
+            "be measured"
+        )
     if plan and args.statistics:
         raise UsageError("--plan and --statistics exclude each other: a plan is made already")
     chosen = [flag for of in (*GOALS, Budget, Criterion) for flag in given_of(of, given).values()]
