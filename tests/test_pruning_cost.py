@@ -92,7 +92,7 @@ def test_what_is_left_is_told_and_that_it_is_much(wordy, argv, estimate, tmp_pat
     assert found["parameters_before"] == report["parameters_before"]
     assert found["parameters_after"] == pytest.approx(report["parameters_after"], rel=1e-3)
     weights = (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert found["bytes_after"] == pytest.approx(weights, rel=0.01)
+    assert found["weight_bytes_after"] == pytest.approx(weights, rel=0.01)
 
 
 @pytest.mark.parametrize(

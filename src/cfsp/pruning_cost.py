@@ -65,7 +65,7 @@ class PruningCost:
     disk_available: int
     parameters_before: int
     parameters_after: int  # before widths are rounded to multiples
-    bytes_after: int
+    weight_bytes_after: int
     flop: float | None  # of all matrix products; None where experts see some of the tokens
     seconds: float | None  # of these, at the speed of this machine: the run takes longer
 

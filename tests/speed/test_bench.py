@@ -69,7 +69,7 @@ def test_weights_on_disk_are_those_that_are_read(copied):
     weights = copied / "model.safetensors"
     shutil.copy(weights, weights.with_name("consolidated.safetensors"))
     _, footprint = build_model(Subject(copied, "m"), "auto", torch.device("cpu"))
-    assert footprint.disk_bytes == weights.stat().st_size
+    assert footprint.weight_bytes == weights.stat().st_size
 
 
 def test_random_model_of_a_shape_computes_finite_numbers():
@@ -79,7 +79,7 @@ def test_random_model_of_a_shape_computes_finite_numbers():
     model, footprint = build_model(Subject(smaller, "smaller"), "bfloat16", torch.device("cpu"))
     assert [layer.mlp.down_proj.in_features for layer in model.model.layers] == [64, 64, 32]
     assert footprint.parameters == sum(p.numel() for p in set(model.parameters()))
-    assert footprint.disk_bytes == 2 * footprint.parameters
+    assert footprint.weight_bytes == 2 * footprint.parameters
     with torch.no_grad():
         assert model(input_ids=torch.zeros((1, 4), dtype=torch.long)).logits.isfinite().all()
 
@@ -120,7 +120,7 @@ def test_comparison_reports_every_round_of_every_model(tiny_checkpoint, capsys):
             assert speed["ideal_ratio"] != 1.0
         assert workload["seconds_to_first_token"] > 0
     weights = Path(models[0]) / "model.safetensors"
-    assert first["disk_bytes"] == weights.stat().st_size
+    assert first["weight_bytes"] == weights.stat().st_size
     # The name is short, so a report elsewhere knows the models by their weights.
     assert first["fingerprint"] == open_checkpoint(models[0]).fingerprint
     assert first["dtype"] == "float32"

@@ -47,7 +47,7 @@ def print_comparison(comparison: Comparison) -> None:
             (
                 model.label,
                 human_count(model.footprint.parameters),
-                human_bytes(model.footprint.disk_bytes),
+                human_bytes(model.footprint.weight_bytes),
                 human_bytes(model.peak_device_bytes or model.peak_rss_bytes),
                 f"{model.load_seconds:.1f} s",
             )

@@ -63,7 +63,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "intermediate_sizes": widths,
         "uniform": len(set(widths)) == 1,
         "parameters": checkpoint.parameter_count,
-        "bytes": checkpoint.nbytes,
+        "weight_bytes": checkpoint.nbytes,
         "dtype": dtypes.most_common(1)[0][0],
         "pruned": None,
     }
@@ -91,7 +91,7 @@ def _lines(facts: dict[str, Any]) -> Iterator[tuple[str, object]]:
     if "kv_groups" in facts:
         yield "KV groups", _range(facts["kv_groups"])
     yield "parameters", f"{human_count(facts['parameters'])} ({facts['parameters']:,})"
-    yield "size", human_bytes(facts["bytes"])
+    yield "size", human_bytes(facts["weight_bytes"])
     if "quantised" in facts:
         yield "stored", f"as {facts['quantised']}; type and size are those dequantised"
     pruned = facts["pruned"]

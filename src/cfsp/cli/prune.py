@@ -184,7 +184,7 @@ def _print_estimate(cost: PruningCost) -> None:
     before, after = cost.parameters_before, cost.parameters_after
     print(
         f"parameters {human_count(before)} -> about {human_count(after)} "
-        f"({after / before - 1:+.1%}), {human_bytes(cost.bytes_after)} of weights"
+        f"({after / before - 1:+.1%}), {human_bytes(cost.weight_bytes_after)} of weights"
     )
     if cost.flop is not None and cost.seconds is not None:
         print(

@@ -78,7 +78,7 @@ class ModelSpeed:
             "model": self.label,
             "fingerprint": self.footprint.fingerprint,
             "parameters": self.footprint.parameters,
-            "disk_bytes": self.footprint.disk_bytes,
+            "weight_bytes": self.footprint.weight_bytes,
             "peak_rss_bytes": self.peak_rss_bytes,
             "peak_device_bytes": self.peak_device_bytes,
             "load_seconds": round(self.load_seconds, 3),

@@ -69,7 +69,7 @@ class Footprint:
     """What a model weighs."""
 
     parameters: int  # tied embeddings count once
-    disk_bytes: int  # of the weight files; of the tensors where there is no file
+    weight_bytes: int  # of the weight files; of the tensors where there is no file
     # Elements of the matrices in the blocks; NaN where experts are routed: it is not known how many
     # of them a token passes.
     block_parameters: float
@@ -78,7 +78,7 @@ class Footprint:
     fingerprint: str | None = None  # by which a report knows the model; None of random weights
 
     @staticmethod
-    def of(source: WeightSource, disk_bytes: int, itemsize: int) -> Footprint:
+    def of(source: WeightSource, weight_bytes: int, itemsize: int) -> Footprint:
         """Return that of a model, from config and shapes."""
         config: Any = text_config_of(source.config)
         blocks = f"{source.architecture.blocks}."
@@ -89,7 +89,7 @@ class Footprint:
         ]
         return Footprint(
             source.parameter_count,
-            disk_bytes,
+            weight_bytes,
             math.nan if source.architecture.has_experts else sum(of_blocks),
             config.vocab_size * config.hidden_size,
             itemsize,
