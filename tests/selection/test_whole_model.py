@@ -79,8 +79,10 @@ def test_what_counts_is_the_memory_where_the_model_computes(source, monkeypatch)
         monkeypatch.setattr(runtime, "available_bytes", lambda free=on_machine: free)
         expected = min(on_device, on_machine) == needed
         assert runtime.fits(source, Runtime(gpu, torch.bfloat16)) == expected
-    # One in memory is there already.
-    assert runtime.fits(LoadedModel(build_tiny_model("llama")), Runtime(gpu, torch.float32))
+    # One in memory is there already, if it does not wait on the CPU.
+    waiting = LoadedModel(build_tiny_model("llama"))
+    assert runtime.fits(waiting, Runtime(torch.device("cpu"), torch.float32))
+    assert not runtime.fits(waiting, Runtime(gpu, torch.float32))
 
 
 def test_a_killed_run_keeps_what_it_decided_when_memory_changes(

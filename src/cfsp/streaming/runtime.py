@@ -46,8 +46,15 @@ def fits(source: WeightSource, runtime: Runtime, models: int = 1) -> bool:
 
 
 def is_there(source: WeightSource, runtime: Runtime) -> bool:
-    """Return whether a source is a whole model in memory that computes as fast as a copy would."""
-    return isinstance(source, LoadedModel) and own_dtype(source).itemsize >= runtime.dtype.itemsize
+    """Return whether a source is a whole model in memory that computes as fast as a copy would.
+
+    Not one that waits on the CPU where there is an accelerator.
+    """
+    return (
+        isinstance(source, LoadedModel)
+        and source.model.device.type == runtime.device.type
+        and own_dtype(source).itemsize >= runtime.dtype.itemsize
+    )
 
 
 def check_fits(source: WeightSource, runtime: Runtime, purpose: str) -> None:
